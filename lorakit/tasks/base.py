@@ -1,0 +1,112 @@
+"""What a task is: rows -> examples -> metrics. It knows nothing of the model.
+
+A task file subclasses ``Task`` and exports one instance as ``TASK``. It imports heavy libraries
+inside its functions only.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from lorakit.data.examples import Example
+from lorakit.data.sources import Split, load_split
+from lorakit.errors import DataError
+from lorakit.recipe.sections import PositiveInt, TaskSection
+
+Row = Mapping[str, Any]
+Prediction = Any  # a class index, a float, or generated text
+
+#: The metrics of which less is better; of all others more is.
+LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
+
+
+class GenerationSection(TaskSection):
+    """``task`` for what is scored on generated text.
+
+    ``max_new_tokens`` ends a generation. ``eval_generate``: ``end`` = evaluations during training
+    take the loss only, the final one and ``eval`` generate; ``always`` = each one generates;
+    ``never`` = none.
+    """
+
+    max_new_tokens: PositiveInt = 128
+    eval_generate: Literal["never", "end", "always"] = "end"
+
+
+class Task(ABC):
+    """One family of tasks. ``config`` is always an instance of the task's own ``Config``."""
+
+    names: ClassVar[tuple[str, ...]]
+    summary: ClassVar[str]
+    Config: ClassVar[type[TaskSection]]
+    kind: ClassVar[Literal["causal", "encoder"]]
+
+    def hub_source(self, config: Any) -> tuple[str, str | None] | None:
+        """Hub data set and its configuration, read when ``config.path`` is null."""
+        return None
+
+    def eval_split(self, config: Any) -> str:
+        """The split that training evaluates on and ``eval`` takes by default."""
+        return "validation"
+
+    def read_file(self, file: Path) -> Sequence[Row] | None:
+        """Rows of a file that ``datasets`` cannot read; None leaves it to ``datasets``."""
+        return None
+
+    def load(self, config: Any, split: str) -> Split | None:
+        """The split's rows with ``limit_train`` or ``limit_eval`` applied; None if there is none.
+
+        Raises DataError for a missing file, an empty split or a missing column.
+        """
+        limit = config.limit_train if split == "train" else config.limit_eval
+        found = load_split(
+            config.path, split, hub=self.hub_source(config), read_file=self.read_file, limit=limit
+        )
+        if found is not None:
+            found.require(self.columns(config))
+        return found
+
+    def check_requirements(self, config: Any) -> None:  # noqa: B027 (most tasks need nothing)
+        """Raise UserError, before anything is loaded, if the metrics need what is not installed."""
+
+    def labels(self, config: Any, train: Split | None) -> list[str] | None:
+        """Class names by index for classification; None for regression and causal tasks."""
+        return None
+
+    @abstractmethod
+    def columns(self, config: Any) -> tuple[str, ...]:
+        """The columns a row must have."""
+
+    @abstractmethod
+    def example(self, row: Row, config: Any) -> Example:
+        """One row as an example to train on. Raises DataError, without file and row."""
+
+    def prompt(self, row: Row, config: Any) -> Example:
+        """One row as what the model continues; only for tasks that generate."""
+        raise DataError(f"task {config.name} does not generate")
+
+    def main_metric(self, config: Any) -> str:
+        """The metric of which a paper speaks: the first one to report."""
+        return "loss"
+
+    def generates(self, config: Any, final: bool = True) -> bool:
+        """Whether an evaluation generates text (else: a label, or the loss alone); ``final`` is
+        false for the evaluations during training."""
+        if not isinstance(config, GenerationSection):
+            return False
+        return config.eval_generate == "always" or (final and config.eval_generate == "end")
+
+    def best_metric(self, config: Any) -> str:
+        """What selects the best model if the recipe names nothing: the main metric, or the loss
+        where evaluations during training do not measure it."""
+        if isinstance(config, GenerationSection) and not self.generates(config, final=False):
+            return "loss"
+        return self.main_metric(config)
+
+    def metrics(
+        self, predictions: Sequence[Prediction], split: Split, config: Any
+    ) -> dict[str, float]:
+        """Scores by the contract's names, 0-1, of predictions in the split's order."""
+        return {}
