@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     try:
         for record in _records(file):
-            rows.append(_joined(record, tables))
+            rows.append(_joined(record, tables))  # noqa: PERF401 (an error needs the number)
     except QueryError as error:
         raise DataError(f"{file}, row {len(rows) + 1}: {error}") from error
     return rows
@@ -98,7 +99,7 @@ def _records(file: Path) -> Iterator[dict[str, Any]]:
                 if not isinstance(record, dict):
                     raise DataError(f"{file}, row {number}: not a JSON object")
                 yield record
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{file}: cannot be read: {error}") from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{file}, row {number}: not JSON: {error}") from error
