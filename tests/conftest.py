@@ -39,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class _CountFromWorkers:
-    """Deselection happens in the workers; every worker collects the same, so the last count holds."""
+    """Deselection happens in the workers, each of which collects the same tests."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
@@ -67,7 +67,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if count := config.stash[_deselected]:
         terminalreporter.section("tests on real data NOT run", sep="!", yellow=True, bold=True)
         terminalreporter.write_line(
-            f"{count} tests read real data and were left out, because LORAKIT_TEST_DATA is not set. "
+            f"{count} tests read real data and were left out: LORAKIT_TEST_DATA is not set. "
             "Set it to a directory with glue/, wikisql/, e2e_nlg/ and instructions/ to run them."
         )
 
