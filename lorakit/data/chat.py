@@ -1,0 +1,73 @@
+"""Messages -> tokens through the tokenizer's own chat template; trained are the assistant's turns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorakit.data.examples import ChatExample
+from lorakit.errors import DataError
+
+#: A content that no chat holds.
+_MARK = "\u2063lorakit-turn\u2063"
+
+
+def encode_chat(example: ChatExample, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """The whole chat's ids, and which of them the assistant wrote (its end-of-turn token too).
+
+    A turn's place is found by rendering the chat once more with a mark in its stead; the special
+    token right behind it ends the turn and is trained with it. Raises DataError where a template
+    does not render so.
+    """
+    messages = list(example.messages)
+    if not tokenizer.chat_template:
+        raise DataError("the tokenizer has no chat template, which the chat task needs")
+    text = render(tokenizer, messages)
+    spans = [
+        _span(tokenizer, messages, index, text)
+        for index, message in enumerate(messages)
+        if message["role"] == "assistant"
+    ]
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    special = set(tokenizer.added_tokens_decoder)
+    trained = [
+        any(
+            begin <= start < stop <= end or (start == end and token in special)
+            for begin, end in spans
+        )
+        for token, (start, stop) in zip(encoded.input_ids, encoded.offset_mapping, strict=True)
+    ]
+    return list(encoded.input_ids), trained
+
+
+def encode_chat_prompt(messages: list[dict[str, str]], tokenizer: Any) -> list[int]:
+    """The ids before the assistant's next turn, as they stand in training."""
+    text = render(tokenizer, messages, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+def render(
+    tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool = False
+) -> str:
+    """The chat as text. Raises DataError with the template's own complaint."""
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        )
+    except Exception as error:  # jinja raises its own types, templates raise through it
+        raise DataError(f"the chat template refuses the messages: {error}") from error
+
+
+def _span(tokenizer: Any, messages: list[dict[str, str]], index: int, text: str) -> tuple[int, int]:
+    """Where the content of turn ``index`` stands in ``text``: between what stays the same when the
+    content is another."""
+    marked = [dict(message) for message in messages]
+    marked[index]["content"] = _MARK
+    before, found, after = render(tokenizer, marked).partition(_MARK)
+    if not (found and text.startswith(before) and text.endswith(after)):
+        raise DataError(
+            f"message {index + 1}: the chat template renders the rest of the chat differently "
+            "with another content here, so this turn's tokens cannot be told apart"
+        )
+    return len(before), len(text) - len(after)

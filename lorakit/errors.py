@@ -1,0 +1,87 @@
+"""The error family: what is the user's to mend exits with 2, what is ours with 1."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class LorakitError(Exception):
+    """Any failure lorakit explains itself; ``exit_code`` is what the command line returns."""
+
+    exit_code = 1
+
+
+class UserError(LorakitError, ValueError):
+    """The input is wrong: one clear message, exit 2, nothing written."""
+
+    exit_code = 2
+
+
+class ModelError(UserError):
+    """A model or tokenizer is missing, gated, unreachable, or of the wrong kind."""
+
+
+class TargetError(UserError):
+    """``target_modules`` or ``layers`` do not fit the model."""
+
+
+class DataError(UserError):
+    """A file, split, column or row does not fit the task."""
+
+
+class AdapterError(UserError):
+    """An adapter directory is missing, incomplete, or belongs to another model."""
+
+
+class TrainingError(LorakitError):
+    """The run failed after it began: the message names the step and the last good checkpoint."""
+
+
+class Interrupted(LorakitError):
+    """SIGINT or SIGTERM arrived; the checkpoint is saved.
+
+    ``exit_code`` is 128 + the signal's number: 130 or 143.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+def shown(value: object, max_characters: int = 80) -> str:
+    """A value as it is quoted in a message: on one line, and not longer than is read."""
+    text = json.dumps(value, ensure_ascii=False, default=repr)
+    return text if len(text) <= max_characters else f"{text[: max_characters - 3]}..."
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One fault of a recipe: where it stands, what was found, what is allowed.
+
+    ``key`` is dotted, and empty for a fault of the whole file.
+    """
+
+    key: str
+    message: str
+    value: object = None
+    has_value: bool = False
+    allowed: str | None = None
+    line: int | None = None
+    file: str | None = None
+
+    def __str__(self) -> str:
+        where = f"{self.file or 'recipe'}:{self.line}" if self.line else (self.file or "recipe")
+        key = f"{self.key} = {shown(self.value)}" if self.has_value else self.key
+        text = ": ".join(part for part in (where, key, self.message) if part)
+        return f"{text}; allowed: {self.allowed}" if self.allowed else text
+
+
+class RecipeError(UserError):
+    """Every problem of a recipe at once."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        assert problems, "a RecipeError needs at least one problem"
+        self.problems = tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))

@@ -1,0 +1,134 @@
+"""Cross entropy of a linear layer's output, without the logits of the whole batch.
+
+The rows are taken in chunks: a chunk's logits live only until its loss and its gradient with
+respect to the hidden states are known. The weight is frozen, so no gradient of it is formed, and
+nothing is computed a second time in the backward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: Logits of one chunk, in elements: 64 MiB in float32 on the CPU, 256 MiB on a GPU.
+CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to W h + b before the softmax: a factor, then c * tanh(z / c)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        logits = logits * self.scale if self.scale != 1.0 else logits
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    label_smoothing: float = 0.0,
+    transform: LogitTransform | None = None,
+) -> Tensor:
+    """The sum over n rows of -log softmax(W h + b)[target], a float32 scalar.
+
+    hidden (n, in_features), weight (vocab, in_features) frozen, targets (n,) class indices. With
+    label smoothing e the target is (1 - e) one-hot + e / vocab, as in torch's cross_entropy.
+    """
+    assert not weight.requires_grad, "a trained output layer takes checkpointed_cross_entropy"
+    loss: Tensor = _LinearCrossEntropy.apply(
+        hidden, weight, bias, targets, label_smoothing, transform or LogitTransform()
+    )
+    return loss
+
+
+def rows_per_chunk(vocab: int, device: torch.device) -> int:
+    return max(1, CHUNK_ELEMENTS.get(device.type, 2**24) // vocab)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        label_smoothing: float,
+        transform: LogitTransform,
+    ) -> Tensor:
+        rows = rows_per_chunk(weight.shape[0], hidden.device)
+        needs_grad = hidden.requires_grad
+        grad = torch.empty_like(hidden) if needs_grad else None
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, hidden.shape[0], rows):
+            part = slice(start, start + rows)
+            logits = transform(F.linear(hidden[part], weight, bias).float())
+            target = targets[part].unsqueeze(1)
+            loss += _row_losses(logits, target, label_smoothing).sum()
+            if grad is not None:
+                d_logits = _d_logits_(logits, target, label_smoothing, transform)
+                grad[part] = d_logits.to(weight.dtype) @ weight
+        ctx.grad = grad
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad = ctx.grad * grad_outputs[0].to(ctx.grad.dtype)
+        ctx.grad = None
+        return grad, None, None, None, None, None
+
+
+def _row_losses(logits: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
+    total = torch.logsumexp(logits, dim=1)
+    loss = total - logits.gather(1, target).squeeze(1)
+    if label_smoothing:
+        loss = (1 - label_smoothing) * loss + label_smoothing * (total - logits.mean(dim=1))
+    return loss
+
+
+def _d_logits_(
+    logits: Tensor, target: Tensor, label_smoothing: float, transform: LogitTransform
+) -> Tensor:
+    """softmax(z) minus the target, times dz/d(W h + b). Overwrites ``logits`` where it can."""
+    slope = None
+    if transform.softcap:
+        slope = (1 - (logits / transform.softcap).square_()).mul_(transform.scale)
+    logits.sub_(torch.logsumexp(logits, dim=1, keepdim=True)).exp_()
+    if label_smoothing:
+        logits.sub_(label_smoothing / logits.shape[1])
+    hit = torch.full_like(target, label_smoothing - 1, dtype=logits.dtype)
+    logits.scatter_add_(1, target, hit)
+    if slope is not None:
+        return logits.mul_(slope)
+    return logits.mul_(transform.scale) if transform.scale != 1.0 else logits
+
+
+def checkpointed_cross_entropy(
+    head: Any, hidden: Tensor, targets: Tensor, vocab: int, label_smoothing: float = 0.0
+) -> Tensor:
+    """The same sum for any ``head`` (hidden -> logits), trained or adapted ones too.
+
+    A chunk's logits are computed again in the backward pass, so that none are kept.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    def chunk_loss(rows: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(
+            head(rows).float(), target, reduction="sum", label_smoothing=label_smoothing
+        )
+
+    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    rows = rows_per_chunk(vocab, hidden.device)
+    for start in range(0, hidden.shape[0], rows):
+        part = slice(start, start + rows)
+        loss = loss + checkpoint(chunk_loss, hidden[part], targets[part], use_reentrant=False)
+    return loss

@@ -1,0 +1,142 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685, section 4.1): y = W x + (lora_alpha / r) B A dropout(x).
+
+W (out, in) is frozen; A (r, in) is random and B (out, r) zero, so the output starts unchanged.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from lorakit.methods.base import Method
+from lorakit.recipe.sections import AdapterSection, PositiveFloat, PositiveInt, Probability
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from lorakit.layers import AdapterLayer
+
+
+class LoraConfig(AdapterSection):
+    """``rank_pattern`` and ``alpha_pattern`` map a module-name suffix to its own r or lora_alpha.
+
+    ``use_rslora`` scales by lora_alpha / sqrt(r) in place of lora_alpha / r.
+    ``init``: ``default`` (A Kaiming-uniform as in loralib, B zero) or ``b_gaussian`` (B random, A
+    zero).
+    """
+
+    method: str = "lora"
+    r: PositiveInt = 8
+    lora_alpha: PositiveFloat | Annotated[int, Field(gt=0)] = 16
+    lora_dropout: Probability = 0.0
+    rank_pattern: dict[str, PositiveInt] = {}
+    alpha_pattern: dict[str, PositiveFloat] = {}
+    bias: Literal["none"] = "none"
+    use_rslora: bool = False
+    init: Literal["default", "b_gaussian"] = "default"
+
+    def rank_of(self, name: str) -> int:
+        return int(_by_suffix(self.rank_pattern, name, self.r))
+
+    def alpha_of(self, name: str) -> float:
+        return _by_suffix(self.alpha_pattern, name, self.lora_alpha)
+
+    def scaling_of(self, name: str) -> float:
+        r = self.rank_of(name)
+        return self.alpha_of(name) / (math.sqrt(r) if self.use_rslora else r)
+
+
+class Lora(Method):
+    name = "lora"
+    summary = "y = W x + (lora_alpha / r) B A x, W frozen (Hu et al. 2021)"
+    Config = LoraConfig
+
+    def wrap(self, module: nn.Module, config: Any, name: str) -> AdapterLayer:
+        import torch
+
+        from lorakit.layers import AdapterLayer
+
+        r = config.rank_of(name)
+        layer = AdapterLayer(module, self, r=r, scaling=config.scaling_of(name))
+        shape = {"dtype": torch.float32, "device": layer.weight.device}
+        layer.lora_A = torch.nn.Parameter(torch.empty(r, layer.in_features, **shape))
+        layer.lora_B = torch.nn.Parameter(torch.empty(layer.out_features, r, **shape))
+        layer.lora_dropout = torch.nn.Dropout(config.lora_dropout)
+        self.initialise(layer, config.init)
+        return layer
+
+    def initialise(self, layer: AdapterLayer, init: str) -> None:
+        """One factor random, the other zero. An embedding has A zero and B Gaussian, as loralib."""
+        import torch
+
+        if layer.kind == "embedding":
+            zero, random = layer.lora_A, layer.lora_B
+        elif init == "b_gaussian":
+            zero, random = layer.lora_A, layer.lora_B
+        else:
+            zero, random = layer.lora_B, layer.lora_A
+        torch.nn.init.zeros_(zero)
+        if layer.kind == "embedding":
+            torch.nn.init.normal_(random)
+        elif init == "b_gaussian":
+            torch.nn.init.normal_(random, std=1 / math.sqrt(layer.r))
+        else:
+            torch.nn.init.kaiming_uniform_(random, a=math.sqrt(5))
+
+    def forward(self, layer: AdapterLayer, x: Tensor) -> Tensor:
+        if layer.kind == "embedding":
+            return self._embed(layer, x)
+        from lorakit.kernels.lora import lora_add_
+
+        flat = x.reshape(-1, layer.in_features)
+        y = layer.base_layer(flat)
+        y = lora_add_(y, layer.lora_dropout(flat), layer.lora_A, layer.lora_B, layer.scaling)
+        return y.view(*x.shape[:-1], layer.out_features)
+
+    def _embed(self, layer: AdapterLayer, ids: Tensor) -> Tensor:
+        import torch.nn.functional as F
+
+        y = layer.base_layer(ids)
+        h = F.embedding(ids, layer.lora_A.t()).to(y.dtype)
+        return y + F.linear(h, layer.lora_B.to(y.dtype)) * layer.scaling
+
+    def delta_weight(self, layer: AdapterLayer) -> Tensor:
+        """scaling * B A, (out, in); transposed for Conv1D and embeddings, which hold W^T."""
+        delta = (layer.lora_B.detach().float() @ layer.lora_A.detach().float()) * layer.scaling
+        return delta if layer.kind == "linear" else delta.t()
+
+    def to_peft(
+        self, layers: dict[str, AdapterLayer], config: Any
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """``LORA`` with exact ranks and alphas for the modules that differ from r, lora_alpha."""
+        settings = {
+            "peft_type": "LORA",
+            "r": config.r,
+            "lora_alpha": config.lora_alpha,
+            "lora_dropout": config.lora_dropout,
+            "rank_pattern": {n: x.r for n, x in layers.items() if x.r != config.r},
+            "alpha_pattern": {
+                n: config.alpha_of(n) for n in layers if config.alpha_of(n) != config.lora_alpha
+            },
+            "bias": "none",
+            "use_rslora": config.use_rslora,
+            "use_dora": False,
+            "init_lora_weights": True,
+        }
+        tensors = {}
+        for name, layer in layers.items():
+            stem = "lora_embedding_{}" if layer.kind == "embedding" else "lora_{}.weight"
+            tensors[f"{name}.{stem.format('A')}"] = layer.lora_A.detach()
+            tensors[f"{name}.{stem.format('B')}"] = layer.lora_B.detach()
+        return settings, tensors
+
+
+def _by_suffix(pattern: dict[str, Any], name: str, default: float) -> float:
+    """The value of the longest suffix that ``name`` ends with."""
+    fitting = [s for s in pattern if name == s or name.endswith(f".{s}")]
+    return float(pattern[max(fitting, key=len)]) if fitting else default
+
+
+METHOD = Lora()

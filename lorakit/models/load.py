@@ -1,0 +1,221 @@
+"""Hub or directory -> model and tokenizer, of the right kind, from safetensors only."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlparse
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+from transformers.utils import logging as transformers_logging
+
+from lorakit.errors import ModelError
+from lorakit.models.tokenizer import load_tokenizer
+from lorakit.recipe.sections import ModelSection
+
+Kind = Literal["causal", "encoder"]
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """``new_modules`` are those whose weights the checkpoint lacks (a fresh classification head);
+    ``notes`` say what was chosen or changed for the user."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    new_modules: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def load_pretrained(
+    section: ModelSection,
+    kind: Kind,
+    labels: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Pretrained:
+    """The model in evaluation mode, in ``section.dtype``, and its tokenizer with a pad token.
+
+    For an encoder ``labels`` are the class names, None for regression; a head that the checkpoint
+    lacks is drawn from ``seed``. Raises ModelError if the model is missing, gated, unreachable, of
+    the other kind, not in safetensors, or if weights other than a head's are missing.
+    """
+    name = section.name_or_path
+    hub = hub_options(section)
+    config = load_config(section)
+    _check_kind(config, kind, name)
+    options: dict[str, Any] = {**hub, "dtype": getattr(torch, section.dtype)}
+    if section.attn_implementation != "auto":
+        options["attn_implementation"] = section.attn_implementation
+    if kind == "encoder":
+        options |= label_options(labels)
+    tokenizer, notes = load_tokenizer(name, hub)
+    torch.manual_seed(seed)
+    loader: Any = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
+    with _explained(name), _quiet():
+        model, info = loader.from_pretrained(
+            name, config=_with_labels(config, options), output_loading_info=True,
+            use_safetensors=True, **options,
+        )  # fmt: skip
+    model.config.pad_token_id = tokenizer.pad_token_id
+    new = _new_modules(model, info, kind, name)
+    return Pretrained(model.eval(), tokenizer, new, tuple(notes))
+
+
+def load_config(section: ModelSection) -> PreTrainedConfig:
+    """The model's configuration alone. Raises ModelError as ``load_pretrained`` does."""
+    name, folder = section.name_or_path, Path(section.name_or_path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        what = "an adapter, not a model" if (folder / "adapter_config.json").is_file() else "empty"
+        raise ModelError(
+            f"model.name_or_path: {name}: no config.json in the directory"
+            + (" (it holds an adapter, not a base model)" if what.startswith("an") else "")
+        )
+    with _explained(name), _quiet():
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, **hub_options(section))
+    return config
+
+
+def hub_options(section: ModelSection) -> dict[str, Any]:
+    """What every ``from_pretrained`` gets; without a network only the local cache is asked."""
+    options = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+    if not Path(section.name_or_path).is_dir() and not _hub_resolves():
+        options["local_files_only"] = True
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def label_options(labels: Sequence[str] | None) -> dict[str, Any]:
+    """The configuration keys of a classification head; None means regression."""
+    if labels is None:
+        return {"num_labels": 1, "problem_type": "regression"}
+    names = dict(enumerate(labels))
+    return {
+        "num_labels": len(labels),
+        "id2label": names,
+        "label2id": {label: index for index, label in names.items()},
+        "problem_type": "single_label_classification",
+    }
+
+
+def _with_labels(config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedConfig:
+    for key in ("num_labels", "id2label", "label2id", "problem_type"):
+        if key in options:
+            setattr(config, key, options.pop(key))
+    return config
+
+
+def _check_kind(config: PreTrainedConfig, kind: Kind, name: str) -> None:
+    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    encoder = masked and not getattr(config, "is_decoder", False)
+    if kind == "causal" and (encoder or not causal) and not hasattr(config, "auto_map"):
+        raise ModelError(
+            f"model.name_or_path: {name}: {config.model_type} is not a causal language model, and "
+            "the task needs one; allowed: a decoder such as Llama, Qwen, Gemma or GPT-2"
+        )
+
+
+def _new_modules(model: PreTrainedModel, info: Any, kind: Kind, name: str) -> tuple[str, ...]:
+    missing = sorted(info["missing_keys"])
+    if info["mismatched_keys"] and kind == "encoder":
+        missing = sorted({*missing, *(key[0] for key in info["mismatched_keys"])})
+    base = [key for key in missing if kind == "causal" or _is_backbone(model, key)]
+    if base:
+        raise ModelError(
+            f"model.name_or_path: {name}: the checkpoint lacks {len(base)} weights of "
+            f"{type(model).__name__}, {base[0]} among them"
+        )
+    modules = {key.rpartition(".")[0] for key in missing}
+    return tuple(sorted(module for module in modules if module))
+
+
+def _is_backbone(model: PreTrainedModel, key: str) -> bool:
+    """Whether a weight belongs to the pretrained part; a pooler may be new, as a head is."""
+    return key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key
+
+
+def _hub_resolves() -> bool:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn what transformers and the Hub raise into one line."""
+    from huggingface_hub import errors as hub
+
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        chain = [error]
+        while chain[-1].__cause__ or chain[-1].__context__:
+            chain.append(chain[-1].__cause__ or chain[-1].__context__)  # type: ignore[arg-type]
+        kinds = tuple(type(link) for link in chain)
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first
+        if any(issubclass(kind, hub.GatedRepoError) for kind in kinds):
+            reason = (
+                "the repository is gated; accept its terms on the Hub and log in (hf auth login)"
+            )
+        elif any(issubclass(kind, hub.LocalEntryNotFoundError) for kind in kinds) or (
+            "offline" in str(error) or "couldn't connect" in str(error)
+        ):
+            reason = (
+                "no such directory, not in the local cache, and the Hub cannot be reached "
+                "(no network, or HF_HUB_OFFLINE is set)"
+            )
+        elif any(issubclass(kind, hub.RepositoryNotFoundError) for kind in kinds):
+            reason = "no such directory, and no such repository on the Hub (or it is private)"
+        elif isinstance(error, torch.OutOfMemoryError | MemoryError):
+            raise
+        elif "safetensors" in str(error):
+            reason = (
+                "no safetensors weights; lorakit loads no pickles: convert the checkpoint first"
+            )
+        elif "trust_remote_code" in str(error):
+            reason = "the model brings its own code; set model.trust_remote_code: true to run it"
+        raise ModelError(f"model.name_or_path: {name}: {reason}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the loaders' bars and reports: what matters of them is checked here."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    hub_logger = logging.getLogger("huggingface_hub")
+    hub_level = hub_logger.level
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    hub_logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        hub_logger.setLevel(hub_level)
+        if bars:
+            transformers_logging.enable_progress_bar()
