@@ -1,0 +1,89 @@
+"""The command line: which commands there are, and how their failures end."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorakit import __version__
+from lorakit.cli.methods import methods
+from lorakit.cli.schema import schema
+from lorakit.cli.tasks import tasks
+from lorakit.cli.validate import validate
+from lorakit.errors import LorakitError, RecipeError
+
+app = typer.Typer(
+    name="lorakit",
+    help="Train, merge and evaluate low-rank adapters from one recipe.",
+    epilog="Example: lorakit validate recipes/quickstart.yaml",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+
+# A command is one file beside this one. It imports at its top only what is light, and what it
+# calls inside the function, so that `--help` loads nothing of it.
+for command in (validate, schema, methods, tasks):
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lorakit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line (default: the process's own) and return its exit code.
+
+    0 done, 2 wrong input, 1 it failed all the same, 130 and 143 stopped by a signal.
+    """
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="lorakit")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except LorakitError as error:
+        messages = error.problems if isinstance(error, RecipeError) else (error,)
+        typer.echo("\n".join(f"error: {message}" for message in messages), err=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:  # ours: the user gets one line, and the file that tells us the rest
+        if os.environ.get("LORAKIT_TRACEBACK"):
+            raise
+        typer.echo(f"error: {_unexpected(error)}", err=True)
+        return 1
+    return 0
+
+
+def _unexpected(error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or [""])[0]
+    handle, name = tempfile.mkstemp(prefix="lorakit-", suffix=".log")
+    with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as log:
+        log.write("".join(traceback.format_exception(error)))
+    return f"{type(error).__name__}: {reason}; the traceback is in {Path(name)}"
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run())

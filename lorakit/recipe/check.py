@@ -1,0 +1,153 @@
+"""What no single key shows: contradictions between keys, and values with a form of their own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from lorakit import registry
+from lorakit.errors import RecipeError
+from lorakit.recipe.faults import Fault, did_you_mean
+from lorakit.recipe.hardware import has_accelerator
+from lorakit.recipe.layers import parse_layers
+from lorakit.recipe.sections import (
+    AdapterSection,
+    ModelSection,
+    Recipe,
+    TaskSection,
+    TrainSection,
+)
+from lorakit.recipe.yaml_source import Source
+
+METRIC_NAMES = (
+    "accuracy",
+    "f1",
+    "matthews_correlation",
+    "pearson",
+    "spearmanr",
+    "lf_accuracy",
+    "ex_accuracy",
+    "bleu",
+    "nist",
+    "rouge_l",
+    "cider",
+    "exact_match",
+    "loss",
+    "perplexity",
+)
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """The checks for a recipe built in Python. Raises RecipeError with every problem."""
+    methods, tasks = registry.methods(), registry.tasks()
+    faults = [*unknown_method(recipe.adapter.method), *unknown_task(recipe.task.name)]
+    kind = tasks[recipe.task.name].kind if recipe.task.name in tasks else None
+    faults += [*_wrong_config("adapter", recipe.adapter, methods.get(recipe.adapter.method))]
+    faults += [*_wrong_config("task", recipe.task, tasks.get(recipe.task.name))]
+    faults += check_sections(recipe.model, recipe.adapter, recipe.task, recipe.train, kind)
+    if faults:
+        raise RecipeError([fault.locate(Source("recipe", {})) for fault in faults])
+
+
+def _wrong_config(section: str, config: object, owner: object) -> Iterator[Fault]:
+    expected = getattr(owner, "Config", object)
+    if not isinstance(config, expected):
+        found = type(config).__name__
+        yield Fault((section,), f"is a {found}", allowed=f"a {expected.__name__}")
+
+
+def check_sections(
+    model: ModelSection | None,
+    adapter: AdapterSection | None,
+    task: TaskSection | None,
+    train: TrainSection | None,
+    task_kind: str | None,
+) -> list[Fault]:
+    """The faults between keys that are valid each for itself; None leaves a section out.
+
+    Keys that are invalid hold their defaults here, so that they do not hide the rest.
+    """
+    faults: list[Fault] = []
+    if model is not None:
+        faults += _dtype(model)
+    if adapter is not None:
+        faults += [*_layers(adapter), *_targets(adapter)]
+    if task is not None:
+        faults += _packing(task, task_kind)
+    if train is not None:
+        faults += [*_one_of(train, "epochs", "max_steps"), *_metric(train)]
+        faults += _one_of(train, "warmup_ratio", "warmup_steps")
+    return faults
+
+
+def unknown_method(name: str) -> Iterator[Fault]:
+    yield from _unknown_name(("adapter", "method"), "method", name, tuple(registry.methods()))
+
+
+def unknown_task(name: str) -> Iterator[Fault]:
+    yield from _unknown_name(("task", "name"), "task", name, tuple(registry.tasks()))
+
+
+def _unknown_name(
+    path: tuple[str, str], kind: str, name: str, known: tuple[str, ...]
+) -> Iterator[Fault]:
+    if name not in known:
+        message = did_you_mean(f"unknown {kind}", name, known)
+        yield Fault(path, message, name, True, ", ".join(known))
+
+
+def _dtype(model: ModelSection) -> Iterator[Fault]:
+    if model.dtype == "float16" and not has_accelerator():
+        yield Fault(
+            ("model", "dtype"),
+            "this machine has no accelerator, and float16 does not train on a CPU",
+            model.dtype,
+            True,
+            "bfloat16, float32",
+        )
+
+
+def _layers(adapter: AdapterSection) -> Iterator[Fault]:
+    if isinstance(adapter.layers, str):
+        try:
+            parse_layers(adapter.layers)
+        except ValueError as error:
+            allowed = 'null, a list of layers from 0, or text like "0-5,11"'
+            yield Fault(("adapter", "layers"), str(error), adapter.layers, True, allowed)
+
+
+def _targets(adapter: AdapterSection) -> Iterator[Fault]:
+    for index, target in enumerate(adapter.target_modules):
+        if not target.startswith("re:"):
+            continue
+        try:
+            if not target[3:].strip():
+                raise re.error("it is empty")
+            re.compile(target[3:])
+        except (re.error, RecursionError, OverflowError) as error:
+            path = ("adapter", "target_modules", index)
+            message = f"not a regular expression: {error}"
+            yield Fault(path, message, target, True, "re: and a regular expression of Python")
+
+
+def _packing(task: TaskSection, kind: str | None) -> Iterator[Fault]:
+    if task.packing and kind is not None:
+        message = (
+            "an encoder cannot pack" if kind == "encoder" else "packing is not in this version"
+        )
+        yield Fault(("task", "packing"), message, True, True, "false")
+
+
+def _one_of(train: TrainSection, first: str, second: str) -> Iterator[Fault]:
+    if getattr(train, first) is not None and getattr(train, second) is not None:
+        message = f"train.{first} is set too, and they contradict each other"
+        allowed = f"one of {first} and {second}; the other null or left out"
+        yield Fault(("train", second), message, getattr(train, second), True, allowed)
+
+
+def _metric(train: TrainSection) -> Iterator[Fault]:
+    name = train.metric_for_best_model
+    if name is not None and name not in METRIC_NAMES:
+        message = did_you_mean("unknown metric", name, METRIC_NAMES)
+        path = ("train", "metric_for_best_model")
+        yield Fault(path, message, name, True, f"null, {', '.join(METRIC_NAMES)}")

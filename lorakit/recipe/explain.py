@@ -1,0 +1,165 @@
+"""Pydantic's errors -> one fault a key, in words: what was found and what is allowed.
+
+What is allowed is read from the section's JSON schema, so that a union gives one description and
+not an error for each of its branches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from lorakit.recipe.faults import Fault, did_you_mean
+from lorakit.recipe.scalars import read_scalar
+from lorakit.recipe.yaml_source import KeyPath
+
+_KINDS = {
+    type(None): ("null", "null"),
+    bool: ("boolean", "true or false"),
+    int: ("integer", "an integer"),
+    float: ("number", "a float"),
+    str: ("string", "text"),
+    list: ("array", "a list"),
+    dict: ("object", "a mapping"),
+}
+_BOUNDS = {
+    "exclusiveMinimum": ">",
+    "minimum": ">=",
+    "exclusiveMaximum": "<",
+    "maximum": "<=",
+}
+
+
+def explain(
+    section: type[BaseModel], data: Mapping[str, Any], error: ValidationError
+) -> list[Fault]:
+    """The faults of ``data``, by paths inside the section; unknown keys are left to the caller."""
+    faults: dict[KeyPath, Fault] = {}
+    for detail in error.errors(include_url=False):
+        path, value = _walk(data, detail["loc"])
+        if detail["type"] == "extra_forbidden" and len(path) == 1:
+            continue
+        schema = schema_at(section, path)
+        if detail["type"] == "missing" and path == detail["loc"][:-1]:
+            path = (*path, detail["loc"][-1])
+            fault = Fault(path, "is required", allowed=describe(schema_at(section, path)))
+        elif detail["type"] == "extra_forbidden":
+            fault = Fault(path, "unknown key", value, True)
+        elif detail["type"] in ("value_error", "assertion_error"):
+            fault = Fault(path, str(detail["ctx"]["error"]), value, bool(path))
+        else:
+            allowed = describe(schema)
+            fault = Fault(path, _mismatch(value, schema), value, True, allowed)
+        faults.setdefault(path, fault)
+    return list(faults.values())
+
+
+def _walk(data: Any, loc: tuple[int | str, ...]) -> tuple[KeyPath, Any]:
+    """As far as ``loc`` leads through ``data``: beyond stand the names of a union's branches."""
+    path: KeyPath = ()
+    for part in loc:
+        inside = (isinstance(data, dict) and part in data) or (
+            isinstance(data, list) and isinstance(part, int) and part < len(data)
+        )
+        if not inside:
+            break
+        data, path = data[part], (*path, part)
+    return path, data
+
+
+@cache
+def _schema(section: type[BaseModel]) -> dict[str, Any]:
+    return section.model_json_schema()
+
+
+def schema_at(section: type[BaseModel], path: KeyPath) -> dict[str, Any]:
+    """The JSON schema of the value at ``path``, references resolved; {} if there is none."""
+    root = _schema(section)
+    schema = root
+    for part in path:
+        options = [_resolve(option, root) for option in schema.get("anyOf", [schema])]
+        schema = next(filter(None, (_child(option, part) for option in options)), {})
+        schema = _resolve(schema, root)
+    return (
+        {**schema, "anyOf": [_resolve(option, root) for option in schema["anyOf"]]}
+        if ("anyOf" in schema)
+        else schema
+    )
+
+
+def _resolve(schema: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
+    reference = schema.get("$ref")
+    return root["$defs"][reference.rsplit("/", 1)[1]] if reference else schema
+
+
+def _child(schema: dict[str, Any], part: int | str) -> dict[str, Any] | None:
+    if isinstance(part, int):
+        child = schema.get("items")
+    else:
+        child = schema.get("properties", {}).get(part, schema.get("additionalProperties"))
+    return child if isinstance(child, dict) else None
+
+
+def describe(schema: dict[str, Any]) -> str | None:
+    """What a JSON schema allows, in words: ``a number > 0, or null``."""
+    if "anyOf" in schema:
+        parts = [part for option in schema["anyOf"] if (part := describe(option))]
+        return " or ".join(dict.fromkeys(parts)) or None
+    if "enum" in schema:
+        return ", ".join(map(str, schema["enum"]))
+    if "const" in schema:
+        return str(schema["const"])
+    kind = schema.get("type")
+    if kind in ("integer", "number"):
+        bounds = [f"{sign} {schema[name]}" for name, sign in _BOUNDS.items() if name in schema]
+        noun = "an integer" if kind == "integer" else "a number"
+        return f"{noun} {' and '.join(bounds)}".strip()
+    if kind == "string":
+        return "non-empty text" if schema.get("minLength") else "text"
+    if kind == "array":
+        noun = "a non-empty list" if schema.get("minItems") else "a list"
+        return noun + _each("of", schema.get("items"))
+    if kind == "object":
+        if "properties" in schema:
+            return f"a mapping with {', '.join(schema['properties'])}"
+        return "a mapping" + _each("of names to", schema.get("additionalProperties"))
+    return {"boolean": "true or false", "null": "null"}.get(str(kind))
+
+
+def _each(link: str, schema: Any) -> str:
+    text = describe(schema) if isinstance(schema, dict) else None
+    if not text:
+        return ""
+    plural = text.replace("an integer", "integers").replace("a number", "numbers")
+    return f" {link} {plural.removeprefix('non-empty ')}"
+
+
+def _mismatch(value: Any, schema: dict[str, Any]) -> str:
+    options = schema.get("anyOf", [schema])
+    kinds = {option.get("type") for option in options}
+    names = [name for o in options for name in o.get("enum", [o["const"]] if "const" in o else [])]
+    kind, word = _KINDS.get(type(value), ("", type(value).__name__))
+    if isinstance(value, float) and not math.isfinite(value):
+        return "not a finite number"
+    if kind == "string":
+        return _mismatched_text(value, kinds, names)
+    if kind in ("array", "object") and kind in kinds:
+        return "holds something that is not allowed" if value else "is empty"
+    if kind in kinds or (kind == "integer" and "number" in kinds):
+        return "out of range"
+    return f"wrong type ({word})"
+
+
+def _mismatched_text(value: str, kinds: set[Any], names: list[str]) -> str:
+    plain = _KINDS[type(read_scalar(value))][0]
+    if plain != "string" and (plain in kinds or (plain == "integer" and "number" in kinds)):
+        return "text, because it stands in quotes; write it without them"
+    if names:
+        return did_you_mean("unknown value", value, names)
+    if "string" in kinds:
+        return "is empty" if not value else "not allowed"
+    return "wrong type (text)"

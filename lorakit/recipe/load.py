@@ -1,0 +1,126 @@
+"""A recipe file -> ``Recipe``, or every one of its problems at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from lorakit import registry
+from lorakit.errors import Problem, RecipeError
+from lorakit.recipe.check import check_sections, unknown_method, unknown_task
+from lorakit.recipe.environment import expand_environment
+from lorakit.recipe.explain import explain
+from lorakit.recipe.faults import Fault, nearest
+from lorakit.recipe.overrides import Overrides, apply_overrides
+from lorakit.recipe.sections import (
+    AdapterSection,
+    ModelSection,
+    Recipe,
+    Section,
+    TaskSection,
+    TrainSection,
+)
+from lorakit.recipe.unknown import unknown_key, unknown_sections
+from lorakit.recipe.yaml_source import Source, read_yaml
+
+
+def load_recipe(path: str | Path, overrides: Overrides | None = None) -> Recipe:
+    """Read ``path``, expand ``${ENV_VAR}``, apply ``overrides``, check everything.
+
+    ``overrides`` is a mapping ``{"train.seed": 1}`` or texts as after ``--set``:
+    ``["train.seed=1"]``. Raises RecipeError with all problems.
+    """
+    source = read_yaml(Path(path))
+    faults = expand_environment(source)
+    faults += apply_overrides(source, overrides)
+    sections = [_Checked(name, source.data) for name in Recipe.model_fields]
+    faults += unknown_sections(source.data)
+    for section in sections:
+        faults += section.faults
+    model, adapter, task, train = (section.partial for section in sections)
+    faults += check_sections(model, adapter, task, train, _task_kind(task))
+    problems = [*source.problems, *_located(faults, source)]
+    if problems:
+        raise RecipeError(sorted(problems, key=_place))
+    return Recipe(**{section.name: section.value for section in sections})
+
+
+class _Checked:
+    """One section: its valid ``value`` or its ``faults``.
+
+    ``partial`` has what is valid, and defaults for the rest; None if there is nothing to look at.
+    """
+
+    def __init__(self, name: str, data: dict[str, Any]) -> None:
+        self.name = name
+        self.value: Any = None
+        self.partial: Any = None
+        self.faults: list[Fault] = []
+        given = data.get(name)
+        # `adapter:` with nothing behind it is a section in which all is left at its default.
+        given = {} if name in data and given is None else given
+        if isinstance(given, dict):
+            self._check(given)
+        elif name in data:
+            self.faults.append(Fault((name,), "not a section", given, True, "a mapping of keys"))
+        elif not any(nearest(key, [name]) for key in data if key not in Recipe.model_fields):
+            self.faults.append(Fault((name,), "the section is missing", allowed=f"{name}:"))
+
+    def _check(self, given: dict[str, Any]) -> None:
+        section, faults = _section_class(self.name, given)
+        self.faults += faults
+        known = tuple(section.model_fields)
+        unknown = [key for key in given if key not in known]
+        if not faults:  # else they may be keys of the method or task that was meant
+            self.faults += [unknown_key(self.name, key, given[key], known) for key in unknown]
+        rest = {key: value for key, value in given.items() if key in known}
+        wrong: set[object] = set()
+        try:
+            self.value = self.partial = section.model_validate(rest)
+        except ValidationError as error:
+            for fault in explain(section, rest, error):
+                path = (self.name, *fault.path)
+                self.faults.append(Fault(path, *_after_path(fault)))
+                wrong.update(fault.path[:1])
+            valid = {key: value for key, value in rest.items() if key not in wrong}
+            self.partial = section.model_construct(**valid)
+
+
+def _after_path(fault: Fault) -> tuple[str, object, bool, str | None]:
+    return fault.message, fault.value, fault.has_value, fault.allowed
+
+
+def _section_class(name: str, given: dict[str, Any]) -> tuple[type[Section], list[Fault]]:
+    """The class that checks the section; the general one if the method or task is unknown."""
+    if name == "adapter":
+        method = given.get("method", AdapterSection.model_fields["method"].default)
+        faults = list(unknown_method(method)) if isinstance(method, str) else []
+        found = registry.methods().get(method) if isinstance(method, str) else None
+        return (found.Config if found else AdapterSection), faults
+    if name == "task":
+        task = given.get("name")
+        faults = list(unknown_task(task)) if isinstance(task, str) and task else []
+        found = registry.tasks().get(task) if isinstance(task, str) else None
+        return (found.Config if found else TaskSection), faults
+    return (ModelSection if name == "model" else TrainSection), []
+
+
+def _task_kind(task: TaskSection | None) -> str | None:
+    found = registry.tasks().get(getattr(task, "name", None) or "")
+    return None if found is None else str(found.kind)
+
+
+def _located(faults: list[Fault], source: Source) -> Iterator[Problem]:
+    """The first problem of each key: what follows from it would only repeat it."""
+    seen: set[object] = set()
+    for fault in faults:
+        if fault.path == () or fault.path not in seen:
+            seen.add(fault.path)
+            yield fault.locate(source)
+
+
+def _place(problem: Problem) -> tuple[bool, int]:
+    return problem.line is None, problem.line or 0

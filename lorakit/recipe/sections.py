@@ -1,0 +1,146 @@
+"""The recipe's types: one section a class, every key of the contract, nothing that loads torch.
+
+Methods and tasks extend ``AdapterSection`` and ``TaskSection`` in their own files.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    model_validator,
+)
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+#: What numpy takes as a seed.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+#: A list, or one text in place of a list of one.
+TextList = Annotated[
+    list[Text],
+    Field(min_length=1),
+    BeforeValidator(
+        _as_list, json_schema_input_type=Annotated[list[Text], Field(min_length=1)] | Text
+    ),
+]
+
+
+class Section(BaseModel):
+    """A part of the recipe: strict types, unknown keys refused, values never change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """``model``: which pretrained weights, and how they are held."""
+
+    name_or_path: Text
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    base_precision: None = None
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    trust_remote_code: bool = False
+
+
+class AdapterSection(Section):
+    """``adapter``: what every method has; a method's own keys stand in its file."""
+
+    method: Text = "lora"
+    target_modules: TextList = ["q", "v"]
+    layers: Annotated[list[NonNegativeInt], Field(min_length=1)] | Text | None = None
+    modules_to_save: list[Text] = []
+
+
+class TaskSection(Section):
+    """``task``: what every task has; a task's own keys stand in its file.
+
+    ``max_length`` is in tokens; ``limit_train`` and ``limit_eval`` keep the first N rows.
+    """
+
+    name: Text
+    path: Text | Annotated[list[Text], Field(min_length=1)] | dict[str, Text] | None = None
+    max_length: PositiveInt = 512
+    limit_train: PositiveInt | None = None
+    limit_eval: PositiveInt | None = None
+    packing: bool = False
+
+
+class TrainSection(Section):
+    """``train``: the run. Steps are optimizer steps; ``learning_rate`` is the peak.
+
+    Without ``epochs`` and ``max_steps`` there are 3 epochs; without ``warmup_ratio`` and
+    ``warmup_steps`` the ratio is 0.06.
+    """
+
+    output_dir: Text
+    epochs: PositiveFloat | None = None
+    max_steps: PositiveInt | None = None
+    per_device_batch_size: PositiveInt = 8
+    per_device_eval_batch_size: PositiveInt | None = None
+    gradient_accumulation_steps: PositiveInt = 1
+    learning_rate: PositiveFloat = 2e-4
+    lr_scheduler: Literal[
+        "constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"
+    ] = "linear"
+    warmup_ratio: Probability | None = None
+    warmup_steps: NonNegativeInt | None = None
+    weight_decay: NonNegativeFloat = 0.0
+    label_smoothing: Probability = 0.0
+    max_grad_norm: PositiveFloat | None = 1.0
+    optimizer: Literal["adamw", "adamw_8bit", "sgd"] = "adamw"
+    adam_beta1: Probability = 0.9
+    adam_beta2: Probability = 0.999
+    adam_epsilon: PositiveFloat = 1e-8
+    gradient_checkpointing: bool = False
+    compile: Literal["auto"] | bool = "auto"
+    group_by_length: bool = True
+    seed: Seed = 42
+    log_every_steps: PositiveInt = 10
+    eval_every_steps: PositiveInt | None = None
+    save_every_steps: PositiveInt | None = None
+    save_total_limit: PositiveInt | None = 2
+    early_stopping_patience: PositiveInt | None = None
+    metric_for_best_model: Text | None = None
+    trackers: list[Literal["tensorboard", "wandb"]] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, data: Any) -> Any:
+        """Here and not as defaults: a default would contradict the other key of its pair."""
+        if isinstance(data, dict):
+            data = dict(data)
+            for key, other, default in (
+                ("epochs", "max_steps", 3.0),
+                ("warmup_ratio", "warmup_steps", 0.06),
+            ):
+                if data.get(key) is None and data.get(other) is None:
+                    data[key] = default
+        return data
+
+
+class Recipe(Section):
+    """A whole run. ``adapter`` and ``task`` are of the class that their method and task declare."""
+
+    model: ModelSection
+    adapter: SerializeAsAny[AdapterSection]
+    task: SerializeAsAny[TaskSection]
+    train: TrainSection
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with every default written out: what ``recipe.yaml`` holds."""
+        return self.model_dump(mode="json")
