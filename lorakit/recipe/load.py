@@ -74,7 +74,10 @@ class _Checked:
         self.faults += faults
         known = tuple(section.model_fields)
         unknown = [key for key in given if key not in known]
-        if not faults:  # else they may be keys of the method or task that was meant
+        if section not in (
+            AdapterSection,
+            TaskSection,
+        ):  # else the keys may be those of the one meant
             self.faults += [unknown_key(self.name, key, given[key], known) for key in unknown]
         rest = {key: value for key, value in given.items() if key in known}
         wrong: set[object] = set()

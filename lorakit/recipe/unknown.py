@@ -46,18 +46,19 @@ def unknown_sections(data: Mapping[str, object]) -> list[Fault]:
 
 def unknown_key(section: str, key: str, value: object, known: Collection[str]) -> Fault:
     """The fault of a key that ``section`` does not have, with the nearest that there is."""
-    place = _elsewhere(key, section)
-    synonym = SYNONYMS.get(key)
+    hint = _hint(section, key, known)
+    message = f"unknown key; {hint}" if hint else "unknown key"
+    return Fault((section, key), message, value, True, ", ".join(known))
+
+
+def _hint(section: str, key: str, known: Collection[str]) -> str | None:
+    if place := _elsewhere(key, section):
+        return place
+    synonym = SYNONYMS.get(key, "")
+    if synonym and synonym not in known and (place := _elsewhere(synonym, section)):
+        return f"did you mean {synonym!r}? {place}"
     near = synonym if synonym in known else nearest(key, known)
-    if place:
-        hint = f"; {place}"
-    elif near:
-        hint = f"; did you mean {near!r}?"
-    elif synonym and (found := _elsewhere(synonym, section)):
-        hint = f"; did you mean {synonym!r}? {found}"
-    else:
-        hint = ""
-    return Fault((section, key), f"unknown key{hint}", value, True, ", ".join(known))
+    return f"did you mean {near!r}?" if near else None
 
 
 def _elsewhere(key: str, section: str) -> str | None:

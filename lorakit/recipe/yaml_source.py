@@ -177,11 +177,11 @@ class _Builder:
     def _mapping(self, events: Iterator[Any], depth: int) -> dict[str, tuple[int, _Node]]:
         items: dict[str, tuple[int, _Node]] = {}
         while not isinstance(event := next(events), yaml.MappingEndEvent):
+            line = event.start_mark.line + 1
             if not isinstance(event, yaml.ScalarEvent):
                 raise self._stop("a key is not a single value", event, "text keys")
             if event.tag is not None:
                 self._add(f"the tag {event.tag!r} is refused", event, "plain keys without tags")
-            line = event.start_mark.line + 1
             node = self._node(next(events), events, depth + 1)
             if event.value in items:
                 first = items[event.value][0]

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from lorakit import registry
+from lorakit.recipe.schema import recipe_schema
+from lorakit.recipe.sections import ModelSection, TrainSection
+
+
+def alternatives(section: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = recipe_schema()["properties"][section]["anyOf"]
+    return found
+
+
+def test_every_method_stands_with_its_own_keys() -> None:
+    listed = {
+        name: s for s in alternatives("adapter") for name in s["properties"]["method"]["enum"]
+    }
+    assert set(listed) == set(registry.methods())
+    for name, method in registry.methods().items():
+        assert set(listed[name]["properties"]) == set(method.Config.model_fields)
+        assert ("method" in listed[name]["required"]) == (name != "lora")
+
+
+def test_every_task_stands_with_its_own_keys() -> None:
+    listed = {name: s for s in alternatives("task") for name in s["properties"]["name"]["enum"]}
+    assert set(listed) == set(registry.tasks())
+    for name, task in registry.tasks().items():
+        assert set(listed[name]["properties"]) == set(task.Config.model_fields)
+        assert "name" in listed[name]["required"]
+
+
+def test_the_fixed_sections() -> None:
+    schema = recipe_schema()
+    assert set(schema["properties"]["model"]["properties"]) == set(ModelSection.model_fields)
+    assert set(schema["properties"]["train"]["properties"]) == set(TrainSection.model_fields)
+    assert schema["required"] == ["model", "adapter", "task", "train"]
+
+
+def test_unknown_keys_are_refused_everywhere() -> None:
+    properties = recipe_schema()["properties"]
+    sections = [properties["model"], properties["train"]]
+    for section in [*sections, *alternatives("adapter"), *alternatives("task")]:
+        assert section["additionalProperties"] is False
+
+
+def test_every_reference_leads_somewhere() -> None:
+    schema = recipe_schema()
+
+    def references(value: Any) -> list[str]:
+        if isinstance(value, dict):
+            own = [value["$ref"]] if "$ref" in value else []
+            return own + [found for item in value.values() for found in references(item)]
+        return (
+            [found for item in value for found in references(item)]
+            if isinstance(value, list)
+            else []
+        )
+
+    for reference in references(schema):
+        assert reference.removeprefix("#/$defs/") in schema["$defs"]
+
+
+def test_it_is_json() -> None:
+    assert json.loads(json.dumps(recipe_schema(), allow_nan=False)) == recipe_schema()
