@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lorakit.data.files import SUFFIXES, Rows, read_rows
 from lorakit.errors import DataError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet")
-#: What a file of the split may be called in a directory.
-ALIASES = {"validation": ("validation", "valid", "dev", "val")}
+_VALIDATION = ("validation", "valid", "dev", "val")
+#: What a split may be called in a directory or a mapping; the first name is its own.
+ALIASES = {
+    "train": ("train",),
+    "validation": _VALIDATION,
+    "test": ("test",),
+    "validation_matched": ("validation_matched",),
+    "validation_mismatched": ("validation_mismatched",),
+}
 
 PathOption = str | list[str] | dict[str, str] | None
-FileReader = Callable[[Path], Sequence[Mapping[str, Any]] | None]
+FileReader = Callable[[Path], Rows | None]
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Split:
     """
 
     name: str
-    rows: Sequence[Mapping[str, Any]]
+    rows: Rows
     source: str
     fingerprint: str
     files: tuple[tuple[Path, int], ...] = field(default=())
@@ -47,8 +53,13 @@ class Split:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        names = getattr(self.rows, "column_names", None)
-        return tuple(names if names is not None else self.rows[0])
+        return _columns(self.rows)
+
+    def column(self, name: str) -> list[Any]:
+        """The values of one column."""
+        if hasattr(self.rows, "column_names"):
+            return list(self.rows[name])  # type: ignore[call-overload]
+        return [row[name] for row in self.rows]
 
     def require(self, columns: Sequence[str]) -> None:
         """Raise DataError if a column is missing."""
@@ -58,6 +69,11 @@ class Split:
                 f"{self.source}: no column {', '.join(map(repr, missing))}; "
                 f"the columns are {', '.join(map(repr, self.columns))}"
             )
+
+
+def _columns(rows: Rows) -> tuple[str, ...]:
+    names = getattr(rows, "column_names", None)
+    return tuple(names if names is not None else rows[0])
 
 
 def load_split(
@@ -85,9 +101,13 @@ def load_split(
 
 
 def split_files(path: PathOption, split: str) -> list[Path]:
-    """The files of a split: by name in a directory, as mapped, or ``train`` for a file or list."""
+    """The files of a split: by name in a directory, as mapped, or ``train`` for a file or list.
+
+    Raises DataError if one does not exist or has another format, or if two names in a directory or
+    mapping mean the same split.
+    """
     if isinstance(path, dict):
-        named = [Path(path[key]) for key in (split, *ALIASES.get(split, ())) if key in path][:1]
+        named = _mapped(path, split)
     elif isinstance(path, list):
         named = [Path(name) for name in path] if split == "train" else []
     elif path is not None and Path(path).is_dir():
@@ -95,6 +115,8 @@ def split_files(path: PathOption, split: str) -> list[Path]:
     else:
         named = [Path(str(path))] if split == "train" or not Path(str(path)).exists() else []
     for file in named:
+        if file.is_dir():
+            raise DataError(f"task.path: {file} is a directory; allowed here: a file")
         if not file.is_file():
             raise DataError(f"task.path: no such file or directory: {file}")
         if not file.name.endswith(SUFFIXES):
@@ -102,77 +124,62 @@ def split_files(path: PathOption, split: str) -> list[Path]:
     return named
 
 
+def _names(split: str) -> tuple[str, ...]:
+    """What the split may be called, whichever of its names it is asked for by."""
+    return next((names for names in ALIASES.values() if split in names), (split,))
+
+
+def _mapped(path: dict[str, str], split: str) -> list[Path]:
+    known = [name for names in ALIASES.values() for name in names]
+    for key in path:
+        if key not in known:
+            raise DataError(f"task.path: unknown split {key!r}; allowed: {', '.join(known)}")
+    keys = [name for name in _names(split) if name in path]
+    if len(keys) > 1:
+        raise DataError(f"task.path: {' and '.join(keys)} both name the split {_names(split)[0]!r}")
+    return [Path(path[key]) for key in keys]
+
+
 def _in_directory(folder: Path, split: str) -> list[Path]:
-    for name in ALIASES.get(split, (split,)):
-        files = [folder / f"{name}{suffix}" for suffix in SUFFIXES]
-        files = [file for file in files if file.is_file()]
-        if len(files) > 1:
-            raise DataError(
-                f"{folder}: {' and '.join(file.name for file in files)} both name the split {split!r}"
-            )
-        if files:
-            return files
-    return []
+    candidates = [folder / f"{name}{suffix}" for name in _names(split) for suffix in SUFFIXES]
+    files = [file for file in candidates if file.is_file()]
+    if len(files) > 1:
+        names = " and ".join(file.name for file in files)
+        raise DataError(f"{folder}: {names} both name the split {_names(split)[0]!r}; keep one")
+    return files
 
 
 def _load_files(files: list[Path], split: str, read_file: FileReader) -> Split:
-    own = [read_file(file) for file in files]
-    rows: Any
-    if all(part is not None for part in own):
-        parts = [list(part or ()) for part in own]
-        counts = [len(part) for part in parts]
-        rows = [row for part in parts for row in part]
-    else:
-        import datasets
-
-        parts = [_read_with_datasets(file) for file in files]
-        counts = [len(part) for part in parts]
-        try:
-            rows = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
-        except ValueError as error:
-            raise DataError(f"task.path: the files' columns differ: {error}") from error
+    parts = []
+    for file in files:
+        own = read_file(file)
+        parts.append(read_rows(file) if own is None else own)
     return Split(
         name=split,
-        rows=rows,
+        rows=_joined([part for part in parts if len(part)]),
         source=", ".join(map(str, files)),
         fingerprint=_hash_files(files),
-        files=tuple(zip(files, counts, strict=True)),
+        files=tuple((file, len(part)) for file, part in zip(files, parts, strict=True)),
     )
 
 
-def _read_with_datasets(file: Path) -> Any:
+def _joined(parts: list[Rows]) -> Rows:
+    """The rows of all files one after another, with the columns that all of them have."""
+    if len(parts) < 2:
+        return parts[0] if parts else []
+    columns = [_columns(part) for part in parts]
+    common = [name for name in columns[0] if all(name in names for names in columns)]
+    if not all(hasattr(part, "column_names") for part in parts):
+        return [{name: row[name] for name in common} for part in parts for row in part]
     import datasets
 
-    datasets.disable_progress_bars()
-    if file.stat().st_size == 0:
-        raise DataError(f"{file}: the file is empty")
-    builder, options = {
-        ".csv": ("csv", {"keep_default_na": False}),
-        ".tsv": ("csv", {"sep": "\t", "quoting": 3, "keep_default_na": False}),
-        ".parquet": ("parquet", {}),
-    }.get(file.suffix, ("json", {}))
     try:
-        return datasets.load_dataset(builder, data_files=str(file), split="train", **options)
-    except Exception as error:  # datasets raises what its readers raise
-        raise DataError(f"{file}: cannot be read: {_bad_row(file, error)}") from error
-
-
-def _bad_row(file: Path, error: Exception) -> str:
-    """The first row of a json file that does not parse, else the reader's own word."""
-    if ".jsonl" in file.name:
-        import gzip
-
-        try:
-            with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip() and not isinstance(json.loads(line), dict):
-                        return f"row {number} is not a JSON object"
-        except OSError as broken:
-            return str(broken)
-        except ValueError as broken:
-            return f"row {number}: {broken}"
-    cause = error.__cause__ or error
-    return str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+        return datasets.concatenate_datasets(  # type: ignore[no-any-return]
+            [part.select_columns(common) for part in parts]  # type: ignore[attr-defined]
+        )
+    except ValueError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"task.path: a column's type differs between files: {reason}") from error
 
 
 def _load_hub(hub: tuple[str, str | None] | None, split: str) -> Split | None:
@@ -182,16 +189,18 @@ def _load_hub(hub: tuple[str, str | None] | None, split: str) -> Split | None:
 
     name = "/".join(part for part in hub if part)
     try:
-        available = datasets.get_dataset_split_names(*hub)
-        if split not in available:
-            return None
-        rows = datasets.load_dataset(*hub, split=split)
+        # All splits at once: unlike a list of their names, this is served from the cache offline.
+        splits = datasets.load_dataset(*hub)
     except Exception as error:  # offline, gated or missing: each comes as another type
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
             f"task: the Hub data set {name!r} cannot be loaded: {reason}; "
             "give a local copy as task.path, or check the network and HF_HUB_OFFLINE"
         ) from error
+    found = next((known for known in _names(split) if known in splits), None)
+    if found is None:
+        return None
+    rows = splits[found]
     return Split(split, rows, f"{name} ({split})", str(getattr(rows, "_fingerprint", name)))
 
 
@@ -206,5 +215,6 @@ def _hash_files(files: list[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as handle:
-            digest.update(handle.read())
+            while chunk := handle.read(1 << 20):
+                digest.update(chunk)
     return digest.hexdigest()

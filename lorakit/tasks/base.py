@@ -71,6 +71,11 @@ class Task(ABC):
     def check_requirements(self, config: Any) -> None:  # noqa: B027 (most tasks need nothing)
         """Raise UserError, before anything is loaded, if the metrics need what is not installed."""
 
+    def resolve(self, config: Any, train: Split | None) -> Any:
+        """``config`` with what is learnt from the train split written out (class names); called
+        once, before ``example``. Raises DataError if it cannot be learnt."""
+        return config
+
     def labels(self, config: Any, train: Split | None) -> list[str] | None:
         """Class names by index for classification; None for regression and causal tasks."""
         return None

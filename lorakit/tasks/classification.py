@@ -1,0 +1,115 @@
+"""``classification``: a text or a pair of texts, and a class or a number, in your own columns."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from lorakit.data.sources import Split
+from lorakit.errors import DataError
+from lorakit.recipe.sections import TaskSection, Text
+from lorakit.tasks.labelled import LabelledTask, Labelling, as_integer
+
+
+class ClassificationConfig(TaskSection):
+    """``text_column``, ``text_pair_column`` (null: one text) and ``label_column`` name the columns.
+
+    ``labels`` are the class names by id; a row holds the id or the name. Null takes them from the
+    train split: the names in order, or the ids, which must then be 0 to n - 1 without a gap.
+    ``regression: true`` makes the label a number. ``dataset_name`` and ``dataset_config_name`` are
+    a Hub data set, read when ``path`` is null.
+    """
+
+    name: Text = "classification"
+    text_column: Text = "text"
+    text_pair_column: Text | None = None
+    label_column: Text = "label"
+    labels: Annotated[list[Text], Field(min_length=2)] | None = None
+    regression: bool = False
+    dataset_name: Text | None = None
+    dataset_config_name: Text | None = None
+
+    @model_validator(mode="after")
+    def _labels_fit(self) -> ClassificationConfig:
+        if self.labels is not None and self.regression:
+            raise ValueError("labels and regression: true contradict each other; give one")
+        if self.labels is not None and len(set(self.labels)) < len(self.labels):
+            raise ValueError("labels: a name stands there twice")
+        return self
+
+
+class Classification(LabelledTask):
+    names = ("classification",)
+    summary = "a text or a pair of texts -> a class or a number, columns of your own"
+    Config = ClassificationConfig
+
+    def hub_source(self, config: Any) -> tuple[str, str | None] | None:
+        return (config.dataset_name, config.dataset_config_name) if config.dataset_name else None
+
+    def labelling(self, config: Any) -> Labelling:
+        columns = (config.text_column, config.text_pair_column, config.label_column)
+        if config.regression:
+            return Labelling(*columns, None, ("pearson", "spearmanr"))
+        return Labelling(*columns, tuple(config.labels or ()), ("accuracy", "f1"))
+
+    def labels(self, config: Any, train: Split | None) -> list[str] | None:
+        if config.regression:
+            return None
+        if config.labels is not None:
+            return list(config.labels)
+        if train is None:
+            raise DataError(
+                "task.labels: null, and there is no train split to take them from; "
+                "allowed: a list of names"
+            )
+        return _declared(train, config.label_column) or _found(train, config.label_column)
+
+    def resolve(self, config: Any, train: Split | None) -> Any:
+        return config.model_copy(update={"labels": self.labels(config, train)})
+
+
+def _declared(train: Split, column: str) -> list[str] | None:
+    """The names that a Hub data set declares for its ids."""
+    feature = (getattr(train.rows, "features", None) or {}).get(column)
+    names = getattr(feature, "names", None)
+    return list(names) if names else None
+
+
+def _found(train: Split, column: str) -> list[str]:
+    values = train.column(column)
+    for index, value in enumerate(values):
+        if not (isinstance(value, str) and value) and as_integer(value) is None:
+            raise DataError(
+                f"{train.locate(index)}: {column} = {value!r}: allowed: a name or a whole number; "
+                "for other numbers, set task.regression: true"
+            )
+    found = set(values)
+    if len(found) < 2:
+        raise DataError(f"{train.source}: column {column!r} holds one label only: {_some(found)}")
+    texts = [value for value in found if isinstance(value, str)]
+    if texts and len(texts) < len(found):
+        raise DataError(f"{train.source}: column {column!r} holds both names and numbers")
+    if texts:
+        return sorted(texts, key=_in_order)
+    ids = {as_integer(value) for value in found}
+    if ids != set(range(len(ids))):
+        raise DataError(
+            f"{train.source}: column {column!r} holds the ids {_some(found)}; "
+            "allowed: 0 to n - 1 without a gap, or names"
+        )
+    return [str(index) for index in range(len(ids))]
+
+
+def _in_order(name: str) -> tuple[bool, int, str]:
+    """Numbers first, by value; then names by the alphabet."""
+    number = as_integer(name)
+    return (number is None, number or 0, name)
+
+
+def _some(values: set[Any]) -> str:
+    ordered = sorted(values)
+    return ", ".join(map(str, ordered[:10])) + (", ..." if len(ordered) > 10 else "")
+
+
+TASK = Classification()

@@ -1,0 +1,69 @@
+"""``glue/cola`` ... ``glue/wnli``: the nine tasks of GLUE (Wang et al. 2018), for an encoder.
+
+Columns and label ids are those of the Hub's ``nyu-mll/glue``. ``glue/mnli`` evaluates on
+``validation_matched`` (``validation`` where local files have no such split);
+``validation_mismatched`` is another split. Test labels are hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorakit.data.sources import split_files
+from lorakit.recipe.sections import TaskSection
+from lorakit.tasks.labelled import LabelledTask, Labelling
+
+HUB_DATASET = "nyu-mll/glue"
+
+_BOTH = ("sentence1", "sentence2")
+_ENTAILMENT = ("entailment", "not_entailment")
+
+
+def _classes(
+    columns: tuple[str, ...], labels: tuple[str, ...], metrics: tuple[str, ...] = ("accuracy",)
+) -> Labelling:
+    text, pair = (*columns, None)[:2]
+    assert text is not None, "a task has a first text"
+    return Labelling(text, pair, "label", labels, metrics)
+
+
+_LABELLINGS = {
+    "cola": _classes(("sentence",), ("unacceptable", "acceptable"), ("matthews_correlation",)),
+    "sst2": _classes(("sentence",), ("negative", "positive")),
+    "mrpc": _classes(_BOTH, ("not_equivalent", "equivalent"), ("accuracy", "f1")),
+    "qqp": _classes(("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
+    "stsb": Labelling(*_BOTH, "label", None, ("pearson", "spearmanr"), minimum=0.0, maximum=5.0),
+    "mnli": _classes(("premise", "hypothesis"), ("entailment", "neutral", "contradiction")),
+    "qnli": _classes(("question", "sentence"), _ENTAILMENT),
+    "rte": _classes(_BOTH, _ENTAILMENT),
+    "wnli": _classes(_BOTH, ("not_entailment", "entailment")),
+}
+
+
+class GlueConfig(TaskSection):
+    """No keys of its own. ``path`` null reads the Hub's ``nyu-mll/glue``."""
+
+
+class Glue(LabelledTask):
+    names = tuple(f"glue/{name}" for name in _LABELLINGS)
+    summary = "the nine tasks of GLUE: classification of sentences and pairs, stsb as regression"
+    Config = GlueConfig
+
+    def labelling(self, config: Any) -> Labelling:
+        return _LABELLINGS[_short(config)]
+
+    def hub_source(self, config: Any) -> tuple[str, str | None] | None:
+        return (HUB_DATASET, _short(config))
+
+    def eval_split(self, config: Any) -> str:
+        if _short(config) != "mnli":
+            return "validation"
+        local = config.path is not None and not split_files(config.path, "validation_matched")
+        return "validation" if local else "validation_matched"
+
+
+def _short(config: Any) -> str:
+    return str(config.name).removeprefix("glue/")
+
+
+TASK = Glue()

@@ -1,0 +1,235 @@
+"""What ``glue`` and ``classification`` share: texts with a label or a number, and their scores."""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from lorakit.data.examples import ClassificationExample
+from lorakit.data.sources import Split
+from lorakit.errors import DataError, UserError
+from lorakit.tasks.base import Prediction, Row, Task
+
+_INTEGER = re.compile(r"[-+]?[0-9]{1,18}")
+_LIBRARIES = {
+    "f1": ("sklearn", "scikit-learn"),
+    "matthews_correlation": ("sklearn", "scikit-learn"),
+    "pearson": ("scipy", "scipy"),
+    "spearmanr": ("scipy", "scipy"),
+}
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """Where a row's texts and label stand. ``labels`` are the class names by index, None for
+    regression; ``minimum`` and ``maximum`` bound a regression's target. The first of ``metrics``
+    is the main one."""
+
+    text: str
+    pair: str | None
+    label: str
+    labels: tuple[str, ...] | None
+    metrics: tuple[str, ...]
+    minimum: float = -math.inf
+    maximum: float = math.inf
+
+
+class LabelledTask(Task):
+    """A task of an encoder: one text or a pair of texts, and a class or a number."""
+
+    kind = "encoder"
+
+    @abstractmethod
+    def labelling(self, config: Any) -> Labelling:
+        """The columns, labels and metrics of ``config``."""
+
+    def columns(self, config: Any) -> tuple[str, ...]:
+        found = self.labelling(config)
+        return tuple(name for name in (found.text, found.pair, found.label) if name is not None)
+
+    def labels(self, config: Any, train: Split | None) -> list[str] | None:
+        found = self.labelling(config).labels
+        return None if found is None else list(found)
+
+    def example(self, row: Row, config: Any) -> ClassificationExample:
+        where = self.labelling(config)
+        return ClassificationExample(
+            text=_text(row, where.text),
+            text_pair=None if where.pair is None else _text(row, where.pair),
+            label=read_label(row[where.label], where),
+        )
+
+    def main_metric(self, config: Any) -> str:
+        return self.labelling(config).metrics[0]
+
+    def check_requirements(self, config: Any) -> None:
+        require_metrics(self.labelling(config).metrics)
+
+    def metrics(
+        self, predictions: Sequence[Prediction], split: Split, config: Any
+    ) -> dict[str, float]:
+        """The metrics of ``labelling``. F1 is that of class 1 where there are two classes, and the
+        mean over the classes (macro) where there are more.
+
+        What a constant prediction or constant gold leaves undefined (a correlation's 0 / 0)
+        counts 0. Raises DataError for a prediction that is no label id, or no finite number.
+        """
+        where = self.labelling(config)
+        if len(predictions) != len(split):
+            raise DataError(f"{split.source}: {len(predictions)} predictions for {len(split)} rows")
+        gold = _gold(split, where)
+        read = [_prediction(value, where, number) for number, value in enumerate(predictions, 1)]
+        classes = len(where.labels or ())
+        return {name: _SCORES[name](gold, read, classes) for name in where.metrics}
+
+
+def _gold(split: Split, where: Labelling) -> list[int | float]:
+    gold: list[int | float] = []
+    try:
+        for value in split.column(where.label):
+            gold.append(read_label(value, where))  # noqa: PERF401 (an error needs the row)
+    except DataError as error:
+        raise DataError(f"{split.locate(len(gold))}: {error}") from error
+    return gold
+
+
+def require_metrics(names: Sequence[str]) -> None:
+    """Raise UserError if a library that computes one of the metrics is not installed."""
+    for name in names:
+        module, package = _LIBRARIES.get(name, (None, None))
+        if module is not None and find_spec(module) is None:
+            raise UserError(
+                f"the metric {name} needs {package}, which is not installed: "
+                'pip install "lorakit[eval]"'
+            )
+
+
+def read_label(value: Any, where: Labelling) -> int | float:
+    """The class index, or the regression's target. A class is given by its name or its id, either
+    of which may stand there as text, as in a csv file.
+
+    Raises DataError if the value is missing, hidden (-1), unknown, out of range or not finite.
+    """
+    shown = f"{where.label} = {value!r}"
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        raise DataError(f"{shown}: the label is missing")
+    if where.labels is None:
+        return _target(value, where, shown)
+    if isinstance(value, str) and value in where.labels:
+        return where.labels.index(value)
+    index = as_integer(value)
+    if index == -1:
+        raise DataError(f"{shown}: the labels here are hidden, as in a benchmark's test split")
+    if index is None or not 0 <= index < len(where.labels):
+        raise DataError(f"{shown}: unknown label; allowed: {_allowed(where)}")
+    return index
+
+
+def as_integer(value: Any) -> int | None:
+    """A whole number, which a file may also hold as a bool, as text or, beside missing values, as
+    a float; None for anything else."""
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, str) and _INTEGER.fullmatch(value):
+        return int(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else None
+
+
+def _allowed(where: Labelling) -> str:
+    labels = where.labels or ()
+    names = f" or {', '.join(labels)}" if len(labels) <= 10 else ""
+    return f"0 to {len(labels) - 1}{names}"
+
+
+def _target(value: Any, where: Labelling, shown: str) -> float:
+    bounded = math.isfinite(where.minimum)
+    allowed = f"{where.minimum:g} to {where.maximum:g}" if bounded else "a finite number"
+    target = _as_float(value)
+    if bounded and target == -1:
+        raise DataError(f"{shown}: the labels here are hidden, as in a benchmark's test split")
+    if target is None or not (math.isfinite(target) and where.minimum <= target <= where.maximum):
+        raise DataError(f"{shown}: allowed: {allowed}")
+    return target
+
+
+def _as_float(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
+
+
+def _text(row: Row, column: str) -> str:
+    value = row[column]
+    if not isinstance(value, str):
+        raise DataError(f"{column} = {value!r}: allowed: text")
+    return value
+
+
+def _prediction(value: Prediction, where: Labelling, number: int) -> int | float:
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if where.labels is None:
+        if plain and math.isfinite(value):
+            return float(value)
+        raise DataError(f"prediction {number}: {value!r}; allowed: a finite number")
+    index = as_integer(value) if plain else None
+    if index is None or not 0 <= index < len(where.labels):
+        allowed = f"a label id, 0 to {len(where.labels) - 1}"
+        raise DataError(f"prediction {number}: {value!r}; allowed: {allowed}")
+    return index
+
+
+Numbers = Sequence[int | float]
+
+
+def _accuracy(gold: Numbers, predicted: Numbers, classes: int) -> float:
+    return sum(a == b for a, b in zip(gold, predicted, strict=True)) / len(gold)
+
+
+def _f1(gold: Numbers, predicted: Numbers, classes: int) -> float:
+    from sklearn.metrics import f1_score
+
+    average = "binary" if classes == 2 else "macro"
+    every = list(range(classes)) if classes > 2 else None
+    return float(f1_score(gold, predicted, labels=every, average=average, zero_division=0))
+
+
+def _matthews_correlation(gold: Numbers, predicted: Numbers, classes: int) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(gold, predicted))
+
+
+def _pearson(gold: Numbers, predicted: Numbers, classes: int) -> float:
+    from scipy.stats import pearsonr
+
+    return _correlation(pearsonr, gold, predicted)
+
+
+def _spearmanr(gold: Numbers, predicted: Numbers, classes: int) -> float:
+    from scipy.stats import spearmanr
+
+    return _correlation(spearmanr, gold, predicted)
+
+
+def _correlation(function: Callable[..., Any], gold: Numbers, predicted: Numbers) -> float:
+    if len(set(gold)) < 2 or len(set(predicted)) < 2:
+        return 0.0
+    value = float(function(gold, predicted)[0])
+    return value if math.isfinite(value) else 0.0
+
+
+_SCORES: dict[str, Callable[[Numbers, Numbers, int], float]] = {
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "matthews_correlation": _matthews_correlation,
+    "pearson": _pearson,
+    "spearmanr": _spearmanr,
+}
