@@ -52,6 +52,7 @@ class _CountFromWorkers:
         self.config.stash[_deselected] = max(count, self.config.stash[_deselected])
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if "data_dir" in getattr(item, "fixturenames", ()):
