@@ -36,6 +36,8 @@ def _where(source: Source, path: KeyPath) -> tuple[str, int | None]:
     for length in range(len(path), -1, -1):
         if path[:length] in source.overridden:
             return OVERRIDE, None
+    if path not in source.lines and any(key[: len(path)] == path for key in source.overridden):
+        return OVERRIDE, None
     for length in range(len(path), 0, -1):
         if path[:length] in source.lines:
             return source.file, source.lines[path[:length]]

@@ -117,12 +117,16 @@ def _task_kind(task: TaskSection | None) -> str | None:
 
 
 def _located(faults: list[Fault], source: Source) -> Iterator[Problem]:
-    """The first problem of each key: what follows from it would only repeat it."""
+    """The first problem of each key, and none of a line that could not be read: what follows
+    would only repeat it."""
     seen: set[object] = set()
+    unread = {problem.line for problem in source.problems}
     for fault in faults:
-        if fault.path == () or fault.path not in seen:
+        problem = fault.locate(source)
+        repeats = fault.path != () and fault.path in seen
+        if not repeats and (problem.line is None or problem.line not in unread):
             seen.add(fault.path)
-            yield fault.locate(source)
+            yield problem
 
 
 def _place(problem: Problem) -> tuple[bool, int]:

@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+import lorakit
+from lorakit import registry
+from lorakit.cli import main as cli
+from lorakit.errors import Interrupted, TrainingError
+
+REPO = Path(__file__).resolve().parents[2]
+GOOD = """\
+model: {name_or_path: some/model}
+adapter: {method: lora}
+task: {name: completion, path: data.jsonl}
+train: {output_dir: runs/x}
+"""
+HEAVY = ("torch", "transformers", "datasets", "accelerate", "numpy")
+
+
+def process(*arguments: str, cwd: Path, **extra: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(REPO), **extra}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.fixture
+def good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "good.yaml").write_text(GOOD)
+    return tmp_path / "good.yaml"
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--version"]) == 0
+    assert capsys.readouterr().out == f"lorakit {lorakit.__version__}\n"
+
+
+def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    commands = [info.name or info.callback.__name__ for info in cli.app.registered_commands]
+    assert {"validate", "schema", "methods", "tasks"} <= set(commands)
+    for command in commands:
+        assert cli.run([command, "--help"]) == 0
+        assert f"Example: lorakit {command}" in capsys.readouterr().out
+
+
+def test_validate_prints_a_line_for_each_good_recipe(
+    good: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["validate", "good.yaml", str(good)]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.splitlines() == [
+        "good.yaml: valid (some/model, lora, completion)",
+        f"{good}: valid (some/model, lora, completion)",
+    ]
+    assert shown.err == ""
+
+
+def test_validate_shows_the_problems_of_all_files(
+    good: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("one.yaml").write_text(GOOD.replace("method: lora", "method: loro"))
+    Path("two.yaml").write_text(GOOD.replace("output_dir", "outputdir"))
+    assert cli.run(["validate", "one.yaml", "good.yaml", "two.yaml"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "good.yaml: valid (some/model, lora, completion)\n"
+    lines = shown.err.splitlines()
+    assert [line.split(":")[1].strip() for line in lines] == ["one.yaml", "two.yaml", "two.yaml"]
+    assert all(line.startswith("error: ") for line in lines)
+
+
+def test_validate_json(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bad.yaml").write_text(GOOD + "trian: {}\n")
+    assert cli.run(["validate", "good.yaml", "bad.yaml", "--json"]) == 2
+    results = json.loads(capsys.readouterr().out)
+    assert [result["valid"] for result in results] == [True, False]
+    (problem,) = results[1]["problems"]
+    assert (problem["file"], problem["line"], problem["key"]) == ("bad.yaml", 5, "trian")
+    assert set(problem) == {"file", "line", "key", "value", "message", "allowed"}
+
+
+def test_set(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["validate", "good.yaml", "--set", "model.name_or_path=other"]) == 0
+    assert "(other, lora, completion)" in capsys.readouterr().out
+
+
+def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["schema"]) == 0
+    assert json.loads(capsys.readouterr().out)["title"] == "lorakit recipe"
+
+
+@pytest.mark.parametrize("command", ["methods", "tasks"])
+def test_lists(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    names = list(registry.methods() if command == "methods" else registry.tasks())
+    assert cli.run([command]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == names
+    assert cli.run([command, "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [item["name"] for item in listed] == names
+    assert all(item["summary"] for item in listed)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["no-such-command"], ["validate"], ["validate", "--no-such-option"], ["schema", "x"]],
+)
+def test_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "Error: " in shown.err
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, BaseException]:
+    """A command ``fail`` that raises what the test puts under ``error``."""
+    raised: dict[str, BaseException] = {}
+    app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+
+    @app.command()
+    def fail() -> None:
+        raise raised["error"]
+
+    monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.delenv("LORAKIT_TRACEBACK", raising=False)
+    return raised
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (TrainingError("the loss is NaN in step 3"), 1),
+        (Interrupted("saved checkpoints/step-3", 2), 130),
+        (Interrupted("saved checkpoints/step-3", 15), 143),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_exit_codes(
+    failing: dict[str, BaseException],
+    error: BaseException,
+    code: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    failing["error"] = error
+    assert cli.run([]) == code
+    assert capsys.readouterr().err == (f"error: {error}\n" if str(error) else "")
+
+
+def test_the_unexpected_leaves_its_traceback_in_a_file(
+    failing: dict[str, BaseException], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing["error"] = ZeroDivisionError("one\ntwo")
+    assert cli.run([]) == 1
+    message = capsys.readouterr().err
+    (log,) = tmp_path.glob("lorakit-*.log")
+    assert message == f"error: ZeroDivisionError: one; the traceback is in {log}\n"
+    assert "Traceback (most recent call last)" in log.read_text()
+
+
+def test_the_traceback_is_shown_on_request(
+    failing: dict[str, BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing["error"] = ZeroDivisionError("one")
+    monkeypatch.setenv("LORAKIT_TRACEBACK", "1")
+    with pytest.raises(ZeroDivisionError):
+        cli.run([])
+
+
+def test_python_m_lorakit(tmp_path: Path) -> None:
+    done = process("-m", "lorakit", "--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"lorakit {lorakit.__version__}\n")
+
+
+def test_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "lorakit", "schema"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(REPO)},
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "light"),
+    [(["--help"], ("pydantic", "yaml", "rich")), (["validate", "good.yaml"], ()), (["tasks"], ())],
+)
+def test_nothing_heavy_is_imported(
+    good: Path, arguments: list[str], light: tuple[str, ...]
+) -> None:
+    code = (
+        "import sys; from lorakit.cli.main import run; code = run(sys.argv[1:]);"
+        f"print([name for name in {(*HEAVY, *light)!r} if name in sys.modules], file=sys.stderr);"
+        "sys.exit(code)"
+    )
+    done = process("-c", code, *arguments, cwd=good.parent)
+    assert (done.returncode, done.stderr) == (0, "[]\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "limit_seconds"), [(["--help"], 0.3), (["validate", "good.yaml"], 0.6)]
+)
+def test_it_starts_quickly(good: Path, arguments: list[str], limit_seconds: float) -> None:
+    """Processor time, the best of three: the start waits for nothing else on a warm disk, and the
+    time on the clock would count what other processes take."""
+
+    def seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert process("-m", "lorakit", *arguments, cwd=good.parent).returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(seconds() for _ in range(3)) < limit_seconds
