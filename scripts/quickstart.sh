@@ -48,8 +48,13 @@ else
 fi
 
 step "training"
-python scripts/quickstart_check.py "$recipe" "$run"
-show lorakit train "$recipe" --resume auto
+show lorakit train "$recipe" --resume auto || {
+  code=$?
+  if [[ $code == 2 && -e "$run" ]]; then
+    echo "If $run is left from another recipe, remove it and run this again: rm -r $run" >&2
+  fi
+  exit "$code"
+}
 
 step "evaluation: the base, then the adapter, on tables that training never saw"
 for which in base adapter; do
