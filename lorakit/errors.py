@@ -39,6 +39,10 @@ class TrainingError(LorakitError):
     """The run failed after it began: the message names the step and the last good checkpoint."""
 
 
+class EvaluationError(LorakitError):
+    """A metric is not a finite number: the message names it and the likely cause."""
+
+
 class Interrupted(LorakitError):
     """SIGINT or SIGTERM arrived; the checkpoint is saved.
 

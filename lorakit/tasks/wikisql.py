@@ -67,6 +67,9 @@ class WikiSql(Task):
     def prompt(self, row: Row, config: Any) -> TextExample:
         return TextExample((Segment(_prompt(row), trained=False),), eos=False)
 
+    def stop_texts(self, config: Any) -> tuple[str, ...]:
+        return ("\n",)  # a query stands on one line: what follows it is not read
+
     def main_metric(self, config: Any) -> str:
         return "lf_accuracy"
 

@@ -1,0 +1,55 @@
+"""A task's rows -> the prompts that the model continues, in tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lorakit.data.chat import encode_chat_prompt
+from lorakit.data.encode import encode_prompt
+from lorakit.data.examples import ChatExample, ClassificationExample
+from lorakit.data.sources import Split
+from lorakit.errors import DataError
+from lorakit.tasks.base import Task
+
+
+def encode_prompts(
+    task: Task, config: Any, split: Split, tokenizer: PreTrainedTokenizerBase, window: int | None
+) -> list[list[int]]:
+    """One prompt a row, as it stands before the completion in training.
+
+    A prompt of more than ``task.max_length`` tokens, or too long for ``task.max_new_tokens`` to
+    follow it in the model's ``window``, loses its beginning, as in training. Raises DataError with
+    file and row for a row that the task refuses.
+    """
+    room = config.max_length
+    if window is not None:
+        room = min(room, window - config.max_new_tokens)
+    if room < 1:
+        raise DataError(
+            f"task.max_new_tokens = {config.max_new_tokens}: no room for a prompt in the model's "
+            f"window of {window} tokens"
+        )
+    prompts = []
+    for index in range(len(split)):
+        try:
+            prompts.append(_prompt_ids(task, config, split, index, tokenizer, room))
+        except DataError as error:
+            raise DataError(f"{split.locate(index)}: {error}") from error
+    return prompts
+
+
+def _prompt_ids(
+    task: Task,
+    config: Any,
+    split: Split,
+    index: int,
+    tokenizer: PreTrainedTokenizerBase,
+    room: int,
+) -> list[int]:
+    example = task.prompt(split.rows[index], config)
+    assert not isinstance(example, ClassificationExample), "an encoder generates nothing"
+    if isinstance(example, ChatExample):
+        return encode_chat_prompt(list(example.messages), tokenizer)[-room:]
+    return encode_prompt(example, tokenizer, room)
