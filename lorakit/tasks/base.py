@@ -92,6 +92,10 @@ class Task(ABC):
         """One row as what the model continues; only for tasks that generate."""
         raise DataError(f"task {config.name} does not generate")
 
+    def stop_texts(self, config: Any) -> tuple[str, ...]:
+        """Texts before which a generation ends, as EOS ends it: what follows is not scored."""
+        return ()
+
     def main_metric(self, config: Any) -> str:
         """The metric of which a paper speaks: the first one to report."""
         return "loss"
