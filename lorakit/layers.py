@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -54,6 +54,10 @@ class AdapterLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.method.forward(self, x)
+
+    if TYPE_CHECKING:  # what the method registers: lora_A, lora_B, ...
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def extra_repr(self) -> str:
         return f"{self.method.name}, r={self.r}, scaling={self.scaling:g}"

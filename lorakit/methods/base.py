@@ -7,6 +7,7 @@ its functions only, so that recipes are checked without loading it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorakit.recipe.sections import AdapterSection
@@ -18,11 +19,17 @@ if TYPE_CHECKING:
 
 
 class Method(ABC):
-    """One way to adapt a weight matrix W (out_features, in_features) of the frozen base."""
+    """One way to adapt a weight matrix W (out_features, in_features) of the frozen base.
+
+    ``kinds`` are the modules it can adapt (as ``AdapterLayer.kind`` names them), ``peft_type`` is
+    what its ``adapter_config.json`` says.
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     Config: ClassVar[type[AdapterSection]]
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "embedding"})
+    peft_type: ClassVar[str] = "LORA"
 
     @abstractmethod
     def wrap(self, module: nn.Module, config: Any, name: str) -> AdapterLayer:
@@ -37,9 +44,24 @@ class Method(ABC):
     def delta_weight(self, layer: AdapterLayer) -> Tensor:
         """What a merge adds to W, in W's own layout, float32."""
 
+    def merged_weight(self, layer: AdapterLayer, weight: Tensor) -> Tensor:
+        """W with the adapter folded in, float32, in W's own layout; ``weight`` is W, since the
+        layer's own base may be without values."""
+        return weight.float() + self.delta_weight(layer)
+
     @abstractmethod
     def to_peft(
         self, layers: dict[str, AdapterLayer], config: Any
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """PEFT's form: the method's keys of ``adapter_config.json``, and tensors by PEFT's names
         (without the prefix ``base_model.model.``)."""
+
+    @abstractmethod
+    def from_peft(
+        self, module: nn.Module, name: str, settings: Mapping[str, Any], tensors: dict[str, Tensor]
+    ) -> AdapterLayer:
+        """The reverse of ``to_peft`` for one module: the layer with these values in place.
+
+        ``settings`` is ``adapter_config.json``; ``tensors`` are the module's own, by what follows
+        its name (``lora_A.weight``). Raises AdapterError if one is missing, unknown or misshapen.
+        """

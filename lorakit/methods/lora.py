@@ -6,10 +6,13 @@ W (out, in) is frozen; A (r, in) is random and B (out, r) zero, so the output st
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from lorakit.errors import AdapterError
 from lorakit.methods.base import Method
 from lorakit.recipe.sections import AdapterSection, PositiveFloat, PositiveInt, Probability
 
@@ -31,8 +34,8 @@ class LoraConfig(AdapterSection):
     r: PositiveInt = 8
     lora_alpha: PositiveFloat | Annotated[int, Field(gt=0)] = 16
     lora_dropout: Probability = 0.0
-    rank_pattern: dict[str, PositiveInt] = {}
-    alpha_pattern: dict[str, PositiveFloat] = {}
+    rank_pattern: dict[str, PositiveInt] = Field(default={})
+    alpha_pattern: dict[str, PositiveFloat] = Field(default={})
     bias: Literal["none"] = "none"
     use_rslora: bool = False
     init: Literal["default", "b_gaussian"] = "default"
@@ -60,9 +63,10 @@ class Lora(Method):
 
         r = config.rank_of(name)
         layer = AdapterLayer(module, self, r=r, scaling=config.scaling_of(name))
-        shape = {"dtype": torch.float32, "device": layer.weight.device}
-        layer.lora_A = torch.nn.Parameter(torch.empty(r, layer.in_features, **shape))
-        layer.lora_B = torch.nn.Parameter(torch.empty(layer.out_features, r, **shape))
+        factors = {"lora_A": (r, layer.in_features), "lora_B": (layer.out_features, r)}
+        for factor, shape in factors.items():
+            empty = torch.empty(shape, dtype=torch.float32, device=layer.weight.device)
+            layer.register_parameter(factor, torch.nn.Parameter(empty))
         layer.lora_dropout = torch.nn.Dropout(config.lora_dropout)
         self.initialise(layer, config.init)
         return layer
@@ -71,9 +75,7 @@ class Lora(Method):
         """One factor random, the other zero. An embedding has A zero and B Gaussian, as loralib."""
         import torch
 
-        if layer.kind == "embedding":
-            zero, random = layer.lora_A, layer.lora_B
-        elif init == "b_gaussian":
+        if layer.kind == "embedding" or init == "b_gaussian":
             zero, random = layer.lora_A, layer.lora_B
         else:
             zero, random = layer.lora_B, layer.lora_A
@@ -100,11 +102,14 @@ class Lora(Method):
 
         y = layer.base_layer(ids)
         h = F.embedding(ids, layer.lora_A.t()).to(y.dtype)
-        return y + F.linear(h, layer.lora_B.to(y.dtype)) * layer.scaling
+        update: Tensor = F.linear(h, layer.lora_B.to(y.dtype)) * layer.scaling
+        out: Tensor = y + update
+        return out
 
     def delta_weight(self, layer: AdapterLayer) -> Tensor:
         """scaling * B A, (out, in); transposed for Conv1D and embeddings, which hold W^T."""
-        delta = (layer.lora_B.detach().float() @ layer.lora_A.detach().float()) * layer.scaling
+        product: Tensor = layer.lora_B.detach().float() @ layer.lora_A.detach().float()
+        delta = product * layer.scaling
         return delta if layer.kind == "linear" else delta.t()
 
     def to_peft(
@@ -125,18 +130,70 @@ class Lora(Method):
             "use_dora": False,
             "init_lora_weights": True,
         }
-        tensors = {}
-        for name, layer in layers.items():
-            stem = "lora_embedding_{}" if layer.kind == "embedding" else "lora_{}.weight"
-            tensors[f"{name}.{stem.format('A')}"] = layer.lora_A.detach()
-            tensors[f"{name}.{stem.format('B')}"] = layer.lora_B.detach()
+        tensors = {
+            f"{name}.{stored}": getattr(layer, factor).detach()
+            for name, layer in layers.items()
+            for factor, stored in _peft_names(layer.kind).items()
+        }
         return settings, tensors
+
+    def from_peft(
+        self, module: nn.Module, name: str, settings: Mapping[str, Any], tensors: dict[str, Tensor]
+    ) -> AdapterLayer:
+        """r is what the tensors have; it must be the r that ``settings`` scale by."""
+        import torch
+
+        from lorakit.layers import AdapterLayer
+
+        layer = AdapterLayer(module, self, r=_peft_rank(settings, name), scaling=1.0)
+        layer.scaling = _peft_scaling(settings, name, layer.r)
+        shapes = {"lora_A": (layer.r, layer.in_features), "lora_B": (layer.out_features, layer.r)}
+        stored = _peft_names(layer.kind)
+        if unlike := set(tensors) ^ set(stored.values()):
+            listed = ", ".join(f"{name}.{key}" for key in sorted(unlike))
+            verb = "unknown" if unlike <= set(tensors) else "missing"
+            raise AdapterError(f"{verb} tensors: {listed}")
+        for factor, shape in shapes.items():
+            value = tensors[stored[factor]]
+            if tuple(value.shape) != shape:
+                raise AdapterError(
+                    f"{name}.{stored[factor]} is {tuple(value.shape)}, and the model with r = "
+                    f"{layer.r} needs {shape}: the adapter belongs to another base model"
+                )
+            device = value.device if layer.weight.is_meta else layer.weight.device
+            value = value.to(device, torch.float32)
+            layer.register_parameter(factor, torch.nn.Parameter(value, requires_grad=False))
+        layer.lora_dropout = torch.nn.Dropout(settings.get("lora_dropout", 0.0))
+        return layer
 
 
 def _by_suffix(pattern: dict[str, Any], name: str, default: float) -> float:
     """The value of the longest suffix that ``name`` ends with."""
     fitting = [s for s in pattern if name == s or name.endswith(f".{s}")]
     return float(pattern[max(fitting, key=len)]) if fitting else default
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """PEFT's meaning: the first key, a regular expression, that a dotted end of ``name`` fits."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def _peft_rank(settings: Mapping[str, Any], name: str) -> int:
+    return int(_by_pattern(settings.get("rank_pattern"), name, settings.get("r", 8)))
+
+
+def _peft_scaling(settings: Mapping[str, Any], name: str, r: int) -> float:
+    alpha = _by_pattern(settings.get("alpha_pattern"), name, settings.get("lora_alpha", 8))
+    return float(alpha) / (math.sqrt(r) if settings.get("use_rslora") else r)
+
+
+def _peft_names(kind: str) -> dict[str, str]:
+    """Our parameter -> what PEFT puts after the module's name."""
+    stem = "lora_embedding_{}" if kind == "embedding" else "lora_{}.weight"
+    return {f"lora_{factor}": stem.format(factor) for factor in "AB"}
 
 
 METHOD = Lora()

@@ -68,7 +68,7 @@ def load_pretrained(
     tokenizer, notes = load_tokenizer(name, hub)
     torch.manual_seed(seed)
     loader: Any = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
-    with _explained(name), _quiet():
+    with explained(name), quiet():
         model, info = loader.from_pretrained(
             name, config=_with_labels(config, options), output_loading_info=True,
             use_safetensors=True, **options,
@@ -87,7 +87,7 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
             f"model.name_or_path: {name}: no config.json in the directory"
             + (" (it holds an adapter, not a base model)" if what.startswith("an") else "")
         )
-    with _explained(name), _quiet():
+    with explained(name), quiet():
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, **hub_options(section))
     return config
 
@@ -163,8 +163,8 @@ def _hub_resolves() -> bool:
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Turn what transformers and the Hub raise into one line."""
+def explained(name: str, key: str = "model.name_or_path") -> Iterator[None]:
+    """Turn what transformers and the Hub raise into one line that begins with ``key: name``."""
     from huggingface_hub import errors as hub
 
     try:
@@ -199,11 +199,11 @@ def _explained(name: str) -> Iterator[None]:
             )
         elif "trust_remote_code" in str(error):
             reason = "the model brings its own code; set model.trust_remote_code: true to run it"
-        raise ModelError(f"model.name_or_path: {name}: {reason}") from error
+        raise ModelError(f"{key}: {name}: {reason}") from error
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the loaders' bars and reports: what matters of them is checked here."""
     level = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()

@@ -1,0 +1,117 @@
+"""An adapter directory in PEFT's layout, read and checked without a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lorakit import registry
+from lorakit.adapters.peft_config import check_supported
+from lorakit.errors import AdapterError, shown
+from lorakit.methods.base import Method
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+SIDECAR = "lorakit.json"
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """``config`` is ``adapter_config.json``; ``tensors`` have the base model's names, without
+    ``base_model.model.``; ``sidecar`` is ``lorakit.json``, None where lorakit did not write it."""
+
+    directory: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    sidecar: dict[str, Any] | None
+
+    @property
+    def method(self) -> Method:
+        """The method that reads the tensors: the one that wrote them, else PEFT's namesake."""
+        name = (self.sidecar or {}).get("method")
+        found = registry.methods()
+        peft_type = self.config["peft_type"]
+        if name in found and found[name].peft_type == peft_type:
+            method: Method = found[name]
+            return method
+        namesake: Method = found[peft_type.lower()]
+        return namesake
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the base is loaded with a classification head."""
+        task = self.config.get("task_type")
+        base = (self.config.get("auto_mapping") or {}).get("base_model_class") or ""
+        if task == "SEQ_CLS" or (task is None and "SequenceClassification" in base):
+            return True
+        if task == "CAUSAL_LM" or (task is None and "LM" in base):
+            return False
+        raise AdapterError(
+            f"{self.directory / CONFIG}: task_type = {shown(task)}: allowed: CAUSAL_LM, SEQ_CLS"
+        )
+
+
+def read_adapter(directory: str | Path) -> AdapterFiles:
+    """Read an adapter directory that lorakit or PEFT wrote.
+
+    Raises AdapterError for what is missing, incomplete or corrupt, for pickled weights, and for
+    settings of PEFT that are not understood here.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise AdapterError(f"{directory}: no such adapter directory")
+    config = _read_json(directory / CONFIG)
+    if config is None:
+        kind = "a model, not an adapter" if (directory / "config.json").is_file() else "no adapter"
+        raise AdapterError(f"{directory}: {kind}: {CONFIG} is missing")
+    where = str(directory / CONFIG)
+    known = sorted({method.peft_type for method in registry.methods().values()})
+    if config.get("peft_type") not in known:
+        value = shown(config.get("peft_type"))
+        raise AdapterError(f"{where}: peft_type = {value}: allowed: {', '.join(known)}")
+    check_supported(config, where)
+    return AdapterFiles(directory, config, _tensors(directory), _read_json(directory / SIDECAR))
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{file}: not readable as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise AdapterError(f"{file}: a JSON object is expected, found {shown(value)}")
+    return value
+
+
+def _tensors(directory: Path) -> dict[str, Tensor]:
+    file = directory / WEIGHTS
+    if not file.is_file():
+        pickled = directory / "adapter_model.bin"
+        if pickled.exists():
+            raise AdapterError(
+                f"{pickled}: lorakit unpickles nothing; save the adapter as safetensors with PEFT"
+            )
+        raise AdapterError(f"{directory}: incomplete adapter: {WEIGHTS} is missing")
+    try:
+        stored: Mapping[str, Tensor] = load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(f"{file}: corrupt or cut short: {error}") from error
+    if not stored:
+        raise AdapterError(f"{file}: holds no tensors")
+    tensors = {}
+    for name, tensor in stored.items():
+        if not name.startswith(PREFIX) or not tensor.numel():
+            problem = "an empty tensor" if name.startswith(PREFIX) else "not a name that PEFT gives"
+            raise AdapterError(f"{file}: {name}: {problem}")
+        tensors[name.removeprefix(PREFIX)] = tensor
+    return tensors

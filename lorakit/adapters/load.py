@@ -1,0 +1,148 @@
+"""A base model with an adapter in place: ``lorakit.load``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from lorakit.adapters.files import AdapterFiles, read_adapter
+from lorakit.adapters.place import find_places, load_adapter
+from lorakit.errors import AdapterError
+from lorakit.models.load import explained, hub_options, load_config, quiet
+from lorakit.recipe.sections import ModelSection
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load(
+    base: str | Path | None,
+    adapter: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    trainable: bool = False,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A transformers model, in evaluation mode, with the adapter in place.
+
+    ``base`` is a Hub id or directory; None takes the one that the adapter names. ``dtype`` of the
+    base is by default that of the training, else the checkpoint's own. ``trainable`` lets the
+    adapter and what is trained whole get gradients. Raises ModelError and AdapterError.
+    """
+    files = read_adapter(adapter)
+    section = base_section(base, files, trust_remote_code)
+    config = full_config(section, files)
+    trained = (files.sidecar or {}).get("base_dtype")
+    chosen = dtype_name(dtype, "dtype") or (trained if trained in _DTYPES else None)
+    model = base_model(section, config, files, chosen)
+    load_adapter(model, files, trainable=trainable)
+    if device is not None:
+        model.to(torch.device(device))  # type: ignore[arg-type]
+    model.eval()
+    return model
+
+
+def base_section(
+    base: str | Path | None, files: AdapterFiles, trust_remote_code: bool = False
+) -> ModelSection:
+    """Which base, as a recipe would say it; the adapter's revision holds for its own base."""
+    named = files.config.get("base_model_name_or_path")
+    name = str(base if base is not None else named or "")
+    if not name:
+        raise AdapterError(f"{files.directory}: names no base model; give one")
+    revision = files.config.get("revision") if name == named else None
+    return ModelSection(name_or_path=name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def full_config(section: ModelSection, files: AdapterFiles) -> PreTrainedConfig:
+    """The base's configuration; for a classifier with the adapter's labels and pad token."""
+    config = load_config(section)
+    if not files.classifies:
+        return config
+    sidecar = files.sidecar or {}
+    labels = sidecar.get("id2label")
+    if labels:
+        config.id2label = {int(index): label for index, label in labels.items()}
+        config.label2id = {label: index for index, label in config.id2label.items()}
+        config.problem_type = sidecar.get("problem_type")
+    elif (count := _head_size(config, files)) is not None:
+        config.num_labels = count
+    if sidecar.get("pad_token_id") is not None:
+        config.pad_token_id = sidecar["pad_token_id"]
+    return config
+
+
+def empty_model(config: PreTrainedConfig, files: AdapterFiles) -> PreTrainedModel:
+    """The base with its head, on the device ``meta``: names and shapes without values."""
+    with torch.device("meta"), quiet():
+        model: PreTrainedModel = _auto(files).from_config(config)
+    return model
+
+
+def base_model(
+    section: ModelSection, config: PreTrainedConfig, files: AdapterFiles, dtype: str | None
+) -> PreTrainedModel:
+    """The base with its weights; ``dtype`` None is the checkpoint's own. Raises AdapterError if a
+    weight is neither there nor in the adapter."""
+    name = section.name_or_path
+    with explained(name, "base"), quiet():
+        model, info = _auto(files).from_pretrained(
+            name,
+            config=config,
+            dtype=getattr(torch, dtype) if dtype else "auto",
+            use_safetensors=True,
+            ignore_mismatched_sizes=files.classifies,
+            output_loading_info=True,
+            **hub_options(section),
+        )
+    lacking = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
+    check_supplied(lacking, find_places(model, files).whole, name, files)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def dtype_name(dtype: str | torch.dtype | None, key: str) -> str | None:
+    """``float32``, ``bfloat16`` or ``float16``. Raises AdapterError for any other."""
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    if name is not None and name not in _DTYPES:
+        raise AdapterError(f"{key} = {name}: allowed: {', '.join(_DTYPES)}")
+    return name
+
+
+def _auto(files: AdapterFiles) -> Any:
+    return AutoModelForSequenceClassification if files.classifies else AutoModelForCausalLM
+
+
+def check_supplied(
+    lacking: set[str], supplied: Mapping[str, Any], base: str, files: AdapterFiles
+) -> None:
+    """Raise AdapterError if a weight is neither in the base nor in the adapter."""
+    if absent := sorted(lacking - set(supplied)):
+        raise AdapterError(
+            f"{files.directory}: {len(absent)} weights are neither in the base {base} nor in the "
+            f"adapter, {absent[0]} among them: the adapter belongs to another base model"
+        )
+
+
+def _head_size(config: PreTrainedConfig, files: AdapterFiles) -> int | None:
+    """The number of labels by the shape of the head's last layer: the one that changes with it."""
+    shapes = []
+    for count in (2, 3):
+        trial = copy.deepcopy(config)
+        trial.num_labels = count
+        state = empty_model(trial, files).state_dict()
+        shapes.append({key: value.shape for key, value in state.items()})
+    for key, shape in shapes[0].items():
+        if shape != shapes[1][key] and key in files.tensors:
+            return int(files.tensors[key].shape[0])
+    return None

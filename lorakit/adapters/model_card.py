@@ -1,0 +1,102 @@
+"""The model card: what the adapter is, how it came to be, how it is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lorakit import __version__
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the card says; None or nothing leaves a line out. ``seconds`` is the training's time."""
+
+    base_model: str
+    method: str
+    r: int | None = None
+    lora_alpha: float | None = None
+    target_modules: Sequence[str] = ()
+    modules_to_save: Sequence[str] = ()
+    task: str | None = None
+    task_type: str = "CAUSAL_LM"
+    num_labels: int | None = None
+    data_rows: int | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    steps: int | None = None
+    seconds: float | None = None
+    hardware: str | None = None
+
+
+def model_card(facts: CardFacts) -> str:
+    """``README.md``: the Hub's front matter, then a table of facts and two ways to load it."""
+    title = f"# {facts.method} adapter of {facts.base_model}"
+    sections = [_front_matter(facts), title, _table(facts)]
+    if facts.metrics:
+        rows = [f"| {name} | {value:.4g} |" for name, value in facts.metrics.items()]
+        sections.append("\n".join(["## Metrics", "", "| metric | value |", "|---|---|", *rows]))
+    sections.append(_usage(facts))
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(facts: CardFacts) -> str:
+    classifies = facts.task_type == "SEQ_CLS"
+    lines = [
+        "---",
+        f"base_model: {json.dumps(facts.base_model, ensure_ascii=False)}",
+        "library_name: peft",
+        f"pipeline_tag: {'text-classification' if classifies else 'text-generation'}",
+        "tags:",
+        "- lora",
+        "- lorakit",
+        "---",
+    ]
+    return "\n".join(lines)
+
+
+def _table(facts: CardFacts) -> str:
+    values = {
+        "base model": facts.base_model,
+        "method": facts.method,
+        "r": facts.r,
+        "lora_alpha": facts.lora_alpha,
+        "target modules": ", ".join(facts.target_modules),
+        "trained whole": ", ".join(facts.modules_to_save),
+        "task": facts.task,
+        "training rows": f"{facts.data_rows:,}" if facts.data_rows is not None else None,
+        "optimizer steps": f"{facts.steps:,}" if facts.steps is not None else None,
+        "training time": f"{facts.seconds:.0f} s" if facts.seconds is not None else None,
+        "hardware": facts.hardware,
+        "written by": f"lorakit {__version__}",
+    }
+    rows = [f"| {name} | {value} |" for name, value in values.items() if value not in (None, "")]
+    return "\n".join(["| | |", "|---|---|", *rows])
+
+
+def _usage(facts: CardFacts) -> str:
+    base = json.dumps(facts.base_model, ensure_ascii=False)
+    auto = "AutoModelForCausalLM"
+    options = ""
+    if facts.task_type == "SEQ_CLS":
+        auto = "AutoModelForSequenceClassification"
+        options = f", num_labels={facts.num_labels or 'N'}"
+    return f"""## Use
+
+With PEFT:
+
+```python
+from peft import PeftModel
+from transformers import {auto}
+
+base = {auto}.from_pretrained({base}{options})
+model = PeftModel.from_pretrained(base, "path/to/this/directory")
+```
+
+With lorakit:
+
+```python
+import lorakit
+
+model = lorakit.load({base}, "path/to/this/directory")
+```"""

@@ -1,0 +1,179 @@
+"""What the keys of ``adapter_config.json`` mean to PEFT (0.21), written and read.
+
+PEFT itself is not needed for either.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from lorakit.errors import AdapterError, shown
+from lorakit.layers import ADAPTABLE, AdapterLayer
+
+#: The keys that PEFT writes for LoRA besides those that a method and the caller set.
+DEFAULTS: dict[str, Any] = {
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "auto_mapping": None,
+    "bias": "none",
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "exclude_modules": None,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_bias": False,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "qalora_group_size": 16,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "use_rslora": False,
+}
+#: Keys that change the mathematics; what is not among the allowed values is refused.
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "bias": ("none", None),
+    "kasa_config": (None,),
+    "layer_replication": (None,),
+    "lora_bias": (False, None),
+    "megatron_config": (None,),
+    "monteclora_config": (None,),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, []),
+    "use_bdlora": (None, False),
+    "use_dora": (False, None),
+    "use_qalora": (False, None),
+    "velora_config": (None,),
+    # The others start from a base whose weights they have changed.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+}
+#: PEFT takes these for the head of a classifier, whatever the file says.
+SEQ_CLS_HEADS = ("classifier", "score")
+
+
+def check_supported(config: Mapping[str, Any], where: str) -> None:
+    """Raise AdapterError for a key that would change the output and is not understood here."""
+    for key, allowed in _ALLOWED.items():
+        value = config.get(key, DEFAULTS.get(key))
+        if not any(value is choice or value == choice for choice in allowed):
+            names = ", ".join(shown(choice) for choice in allowed)
+            raise AdapterError(f"{where}: {key} = {shown(value)}: not supported; allowed: {names}")
+    r, alpha = config.get("r", 8), config.get("lora_alpha", 8)
+    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+        raise AdapterError(f"{where}: r = {shown(r)}: allowed: an integer above 0")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+        raise AdapterError(f"{where}: lora_alpha = {shown(alpha)}: allowed: a number")
+    for key in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+        value = config.get(key) or []
+        for pattern in [value] if isinstance(value, str) else value:
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise AdapterError(f"{where}: {key}: {shown(pattern)}: {error}") from error
+
+
+def base_names(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules as they were before adaption: adapter layers count as what they wrap."""
+    found: dict[str, nn.Module] = {}
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name and not name.startswith(inside or ("\0",)):
+            adapted = isinstance(module, AdapterLayer)
+            found[name] = module.base_layer if adapted else module
+            inside += (f"{name}.",) if adapted else ()
+    return found
+
+
+def matched_modules(config: Mapping[str, Any], model: nn.Module) -> set[str]:
+    """The modules that PEFT would adapt with this configuration."""
+    names = base_names(model)
+    targets = config.get("target_modules")
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        linear = [n for n, m in names.items() if isinstance(m, ADAPTABLE[:2])]
+        return {n for n in linear if not _excluded(config, n) and not n.endswith("lm_head")}
+    return {name for name in names if _targeted(config, name)}
+
+
+def target_modules(
+    adapted: Sequence[str], names: Iterable[str], config: Mapping[str, Any]
+) -> list[str] | str:
+    """The shortest dotted ends with which PEFT adapts exactly ``adapted`` among ``names``, or,
+    where there are none, a regular expression."""
+    wanted = set(adapted)
+    others = [n for n in names if n not in wanted and not _excluded(config, n)]
+    taken = {end for name in others for end in _ends(name)}
+    chosen: set[str] = set()
+    for name in adapted:
+        end = next((end for end in _ends(name) if end not in taken), None)
+        if end is None:
+            return "|".join(re.escape(name) for name in adapted)
+        chosen.add(end)
+    return sorted(chosen)
+
+
+def exact_patterns(patterns: Mapping[str, Any], adapted: Iterable[str]) -> dict[str, Any]:
+    """Name -> value as PEFT's expressions: the names themselves, anchored where one would also
+    fit another module."""
+    names = set(adapted)
+    clash = any(
+        name not in patterns or patterns[name] != value
+        for pattern, value in patterns.items()
+        for name in names
+        if name != pattern and re.match(rf"(.*\.)?({pattern})$", name)
+    )
+    return {f"^{re.escape(n)}": v for n, v in patterns.items()} if clash else dict(patterns)
+
+
+def _ends(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
+
+
+def _excluded(config: Mapping[str, Any], name: str) -> bool:
+    excluded = config.get("exclude_modules") or []
+    if isinstance(excluded, str):
+        if re.fullmatch(excluded, name):
+            return True
+    elif any(name == end or name.endswith(f".{end}") for end in excluded):
+        return True
+    saved = list(config.get("modules_to_save") or [])
+    if config.get("task_type") == "SEQ_CLS":
+        saved += SEQ_CLS_HEADS
+    return any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in saved)
+
+
+def _targeted(config: Mapping[str, Any], name: str) -> bool:
+    targets = config.get("target_modules") or []
+    if _excluded(config, name):
+        return False
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    if not any(name == end or name.endswith(f".{end}") for end in targets):
+        return False
+    layers = config.get("layers_to_transform")
+    # As in PEFT, a name that is listed in full is adapted whatever its layer.
+    if layers is None or layers == [] or name in targets:
+        return True
+    index = _layer_index(config, name)
+    return index is not None and index in ([layers] if isinstance(layers, int) else layers)
+
+
+def _layer_index(config: Mapping[str, Any], name: str) -> int | None:
+    patterns = config.get("layers_pattern") or [r"[^.]*"]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        start = r".*?\." if pattern == r"[^.]*" else r"(?:^|.*?\.)"
+        if match := re.match(rf"{start}{pattern}\.(?P<index>\d+)\.", name):
+            return int(match["index"])
+    return None

@@ -1,0 +1,159 @@
+"""A model's adapter -> a directory that PEFT loads with equal logits, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lorakit import __version__, registry
+from lorakit.adapters.beside import written_beside
+from lorakit.adapters.model_card import CardFacts, model_card
+from lorakit.adapters.files import CONFIG, PREFIX, SIDECAR, WEIGHTS, AdapterFiles, read_adapter
+from lorakit.adapters.peft_config import DEFAULTS, base_names, exact_patterns, target_modules
+from lorakit.adapters.place import load_adapter
+from lorakit.errors import AdapterError
+from lorakit.layers import AdapterLayer, adapter_layers
+from lorakit.methods.base import Method
+from lorakit.recipe.sections import AdapterSection
+
+__all__ = ["AdapterFiles", "CardFacts", "load_adapter", "read_adapter", "save_adapter"]
+
+TaskType = Literal["CAUSAL_LM", "SEQ_CLS"]
+
+
+def save_adapter(
+    directory: str | Path,
+    model: nn.Module,
+    config: AdapterSection,
+    *,
+    base_model_name_or_path: str,
+    task_type: TaskType,
+    revision: str | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    card: CardFacts | None = None,
+    lorakit_info: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the adapter of ``model`` in PEFT's format; an adapter directory there is replaced.
+
+    ``modules_to_save`` are the modules trained whole; by default those outside the adapter layers
+    that require gradients. ``lorakit_info`` is added to ``lorakit.json``. Returns the directory.
+    Raises AdapterError if the model holds no adapter, or ``directory`` is something else.
+    """
+    directory = Path(directory)
+    layers = adapter_layers(model)
+    whole = _trained_whole(model) if modules_to_save is None else list(modules_to_save)
+    if not layers and not whole:
+        raise AdapterError(f"{directory}: the model holds no adapter to save")
+    _check_replaceable(directory)
+    method: Method = registry.methods()[config.method]
+    settings, tensors = method.to_peft(layers, config)
+    for name in whole:
+        state = model.get_submodule(name).state_dict()
+        tensors |= {f"{name}.{key}": value for key, value in state.items()}
+    settings |= {
+        "base_model_name_or_path": base_model_name_or_path,
+        "revision": revision,
+        "task_type": task_type,
+        "modules_to_save": whole or None,
+        "fan_in_fan_out": any(layer.kind == "conv1d" for layer in layers.values()),
+    }
+    settings = _peft_settings(settings, list(layers), model)
+    with written_beside(directory, replace=True) as folder:
+        _write_json(folder / CONFIG, settings)
+        save_file(_stored(tensors), folder / WEIGHTS, metadata={"format": "pt"})
+        info = _sidecar(model, method, layers) | {"task_type": task_type}
+        _write_json(folder / SIDECAR, info | dict(lorakit_info or {}))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        facts = card or CardFacts(base_model_name_or_path, method.name)
+        facts = _completed(facts, settings, whole, info)
+        (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
+    return directory
+
+
+def _peft_settings(
+    settings: dict[str, Any], adapted: list[str], model: nn.Module
+) -> dict[str, Any]:
+    settings = DEFAULTS | settings
+    settings["target_modules"] = target_modules(adapted, base_names(model), settings)
+    if settings["peft_type"] == "LORA":
+        for key in ("rank_pattern", "alpha_pattern"):
+            settings[key] = exact_patterns(settings[key], adapted)
+    return settings
+
+
+def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sorted, float32, contiguous, each with its own memory (tied modules share theirs)."""
+    out = {}
+    for name in sorted(tensors):
+        value = tensors[name].detach().to("cpu", copy=True).contiguous()
+        assert value.numel(), f"{name} is empty: a shard was not gathered"
+        out[PREFIX + name] = value.float() if value.is_floating_point() else value
+    return out
+
+
+def _trained_whole(model: nn.Module) -> list[str]:
+    """The topmost modules all of whose parameters train, adapter layers aside."""
+    adapted = tuple(f"{name}." for name in adapter_layers(model))
+    trains: dict[str, bool] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        inside = name.startswith(adapted or ("\0",))
+        parts = name.split(".")[:-1]
+        for depth in range(1, len(parts) + 1):
+            module = ".".join(parts[:depth])
+            trains[module] = trains.get(module, True) and parameter.requires_grad and not inside
+    whole = [name for name, all_train in trains.items() if all_train]
+    return [n for n in whole if not any(n.startswith(f"{other}.") for other in whole)]
+
+
+def _sidecar(
+    model: nn.Module, method: Method, layers: Mapping[str, AdapterLayer]
+) -> dict[str, Any]:
+    info: dict[str, Any] = {"lorakit_version": __version__, "method": method.name}
+    base = [layer.weight for layer in layers.values()] or list(model.parameters())
+    info["base_dtype"] = str(base[0].dtype).removeprefix("torch.")
+    if isinstance(model, PreTrainedModel):
+        info["pad_token_id"] = getattr(model.config, "pad_token_id", None)
+        if "Classification" in type(model).__name__:
+            labels = model.config.id2label or {}
+            info["id2label"] = {str(index): label for index, label in labels.items()}
+            info["problem_type"] = model.config.problem_type
+    return info
+
+
+def _completed(
+    facts: CardFacts, settings: Mapping[str, Any], whole: list[str], info: Mapping[str, Any]
+) -> CardFacts:
+    """What the files say already need not be given again."""
+    targets = settings["target_modules"]
+    labels = info.get("id2label")
+    return dataclasses.replace(
+        facts,
+        r=facts.r or settings.get("r"),
+        lora_alpha=facts.lora_alpha or settings.get("lora_alpha"),
+        target_modules=facts.target_modules or ([targets] if isinstance(targets, str) else targets),
+        modules_to_save=facts.modules_to_save or whole,
+        task_type=settings["task_type"],
+        num_labels=facts.num_labels or (len(labels) if labels else None),
+    )
+
+
+def _check_replaceable(directory: Path) -> None:
+    if directory.is_dir():
+        if any(directory.iterdir()) and not (directory / CONFIG).is_file():
+            raise AdapterError(f"{directory}: holds something other than an adapter")
+    elif directory.exists():
+        raise AdapterError(f"{directory}: is a file, and an adapter is a directory")
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
+    file.write_text(f"{text}\n", encoding="utf-8")

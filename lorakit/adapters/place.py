@@ -1,0 +1,193 @@
+"""The tensors of an adapter, put where they belong in a loaded base model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapters.files import AdapterFiles, read_adapter
+from lorakit.adapters.peft_config import SEQ_CLS_HEADS, matched_modules
+from lorakit.errors import AdapterError
+from lorakit.inject import InjectionReport, find_heads, report, train_whole
+from lorakit.layers import ADAPTABLE, AdapterLayer, adapter_layers
+
+_BASE = "base_layer."
+
+
+@dataclass
+class Placement:
+    """Where each tensor goes: ``adapters`` by module and PEFT's end of the name, ``base`` and
+    ``whole`` by the base model's own names."""
+
+    adapters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    base: dict[str, Tensor] = field(default_factory=dict)
+    whole: dict[str, Tensor] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+
+
+def load_adapter(
+    model: nn.Module, adapter: str | Path | AdapterFiles, *, trainable: bool = False
+) -> InjectionReport:
+    """Put an adapter into a loaded base model, in place; the values are those of the file.
+
+    Every tensor is used, and every module that the configuration names gets its tensors; else
+    AdapterError lists what does not fit, and the model is as it was. On a base without values
+    (device ``meta``) only the adapter layers get theirs.
+    """
+    files = adapter if isinstance(adapter, AdapterFiles) else read_adapter(adapter)
+    if adapter_layers(model):
+        raise AdapterError("the model holds an adapter already; load the base again")
+    places = find_places(model, files)
+    whole = whole_modules(model, files, places)
+    _check_complete(model, files, places, whole)
+    layers = _layers(model, files, places)
+    _check_shapes(model, files, {**places.base, **places.whole})
+    model.requires_grad_(False)
+    for key, value in places.base.items():
+        _copy(model, key, value)
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    _untie(model, places.whole)
+    heads = tuple(f"{head}." for head in find_heads(model))
+    for name in whole:
+        train_whole(model, name, keep_dtype=f"{name}.".startswith(heads or ("\0",)))
+    for key, value in places.whole.items():
+        _copy(model, key, value)
+    _set_trainable(model, layers, whole, trainable)
+    return report(model, files.method.name, whole)
+
+
+def find_places(model: nn.Module, files: AdapterFiles) -> Placement:
+    """Sort the tensors by the module of the base that their names begin with."""
+    modules = dict(model.named_modules())
+    places = Placement()
+    for key, value in files.tensors.items():
+        name, end = _split(key, modules)
+        own = set(modules[name].state_dict(keep_vars=True)) if name else set()
+        if end in own:
+            places.whole[key] = value
+        elif not isinstance(modules.get(name), ADAPTABLE):
+            places.unknown.append(key)
+        elif end.startswith(_BASE) and end.removeprefix(_BASE) in own:
+            places.base[f"{name}.{end.removeprefix(_BASE)}"] = value
+        else:
+            places.adapters.setdefault(name, {})[end] = value
+    return places
+
+
+def whole_modules(model: nn.Module, files: AdapterFiles, places: Placement) -> list[str]:
+    """The topmost modules that are replaced whole: PEFT takes every one whose name ends so."""
+    ends = tuple(files.config.get("modules_to_save") or ())
+    if files.config.get("task_type") == "SEQ_CLS":
+        ends += SEQ_CLS_HEADS
+    names = [n for n, m in model.named_modules() if n.endswith(ends or ("\0",)) and m.state_dict()]
+    covered = tuple(f"{name}." for name in names) or ("\0",)
+    names += [key.rpartition(".")[0] for key in places.whole if not key.startswith(covered)]
+    names = list(dict.fromkeys(names))
+    topmost = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
+    # A head of which the file holds nothing stays the base's.
+    implied = set(files.config.get("modules_to_save") or ())
+    return [n for n in topmost if n.endswith(tuple(implied) or ("\0",)) or _holds(places.whole, n)]
+
+
+def _check_complete(
+    model: nn.Module, files: AdapterFiles, places: Placement, whole: Iterable[str]
+) -> None:
+    modules = dict(model.named_modules())
+    matched = {n for n in matched_modules(files.config, model) if isinstance(modules[n], ADAPTABLE)}
+    missing = [f"{name} (adapter)" for name in sorted(matched - set(places.adapters))]
+    missing += [
+        f"{name}.{key}"
+        for name in whole
+        for key in modules[name].state_dict()
+        if f"{name}.{key}" not in places.whole
+    ]
+    problems = []
+    if places.unknown:
+        problems.append(f"the model has no module for {_listed(places.unknown)}")
+    if missing:
+        problems.append(f"the adapter lacks {_listed(missing)}")
+    if problems:
+        raise AdapterError(f"{files.directory}: does not fit the model: {'; '.join(problems)}")
+
+
+def _layers(model: nn.Module, files: AdapterFiles, places: Placement) -> dict[str, AdapterLayer]:
+    layers = {}
+    for name, tensors in places.adapters.items():
+        try:
+            layers[name] = files.method.from_peft(
+                model.get_submodule(name), name, files.config, tensors
+            )
+        except AdapterError as error:
+            raise AdapterError(f"{files.directory}: {error}") from error
+    return layers
+
+
+def _check_shapes(model: nn.Module, files: AdapterFiles, values: Mapping[str, Tensor]) -> None:
+    for key, value in values.items():
+        have = _at(model, key).shape
+        if have != value.shape:
+            raise AdapterError(
+                f"{files.directory}: {key} is {tuple(value.shape)}, the model's {tuple(have)}: the "
+                "adapter belongs to another base model, or to another number of labels"
+            )
+
+
+def _untie(model: nn.Module, whole: Mapping[str, Tensor]) -> None:
+    """Give a parameter its own memory where not all that share it get the same values."""
+    shared: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shared.setdefault(id(parameter), []).append(name.replace(f".{_BASE}", "."))
+    for names in shared.values():
+        given = [name for name in names if name in whole]
+        if len(given) < len(names) or any(not whole[n].equal(whole[given[0]]) for n in given):
+            for key in given if len(names) > 1 else ():
+                name, _, end = key.rpartition(".")
+                own = _at(model, key).detach().clone()
+                setattr(model.get_submodule(name), end, nn.Parameter(own, requires_grad=False))
+
+
+def _set_trainable(
+    model: nn.Module, layers: Mapping[str, AdapterLayer], whole: Iterable[str], trainable: bool
+) -> None:
+    for layer in layers.values():
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(trainable and not name.startswith(_BASE))
+    for name in whole:
+        model.get_submodule(name).requires_grad_(trainable)
+
+
+def _split(key: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
+    """The longest beginning of ``key`` that is a module, and the rest."""
+    parts = key.split(".")
+    for depth in range(len(parts) - 1, 0, -1):
+        if (name := ".".join(parts[:depth])) in modules:
+            return name, ".".join(parts[depth:])
+    return "", key
+
+
+def _at(model: nn.Module, key: str) -> Tensor:
+    name, _, end = key.rpartition(".")
+    value = getattr(model.get_submodule(name), end)
+    assert isinstance(value, Tensor)
+    return value
+
+
+@torch.no_grad()
+def _copy(model: nn.Module, key: str, value: Tensor) -> None:
+    target = _at(model, key)
+    if not target.is_meta:
+        target.copy_(value)
+
+
+def _holds(whole: Mapping[str, Tensor], name: str) -> bool:
+    return any(key.startswith(f"{name}.") for key in whole)
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,48 @@
+"""``lorakit merge``: fold an adapter into its base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def merge(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Base model: directory or Hub id.")],
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter directory.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write.")],
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="D", help="float32, bfloat16 or float16 [default: the base's own]."),
+    ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Largest weight file, such as 5GB or 200MB.")
+    ] = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the base model brings.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Fold an adapter into its base, file by file; plain transformers loads the result.
+
+    The sum is taken in float32 and rounded once.
+
+    Example: lorakit merge models/smollm2-135m-instruct runs/quickstart/adapter merged
+    """
+    import dataclasses
+    import json
+
+    from lorakit.adapters.merge import merge as merge_adapter
+
+    report = merge_adapter(base, adapter, out, dtype, max_shard_size, overwrite, trust_remote_code)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(report), indent=2, default=str))
+        return
+    count = len(report.files)
+    typer.echo(
+        f"{report.directory}: {report.merged_modules} modules merged, {report.replaced_tensors} "
+        f"tensors replaced; {report.dtype}, {report.size_bytes / 1e6:,.1f} MB in {count} "
+        f"{'file' if count == 1 else 'files'}"
+    )
