@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lorakit.adapters.files import AdapterFiles, read_adapter
 from lorakit.adapters.peft_config import SEQ_CLS_HEADS, matched_modules
 from lorakit.errors import AdapterError
-from lorakit.inject import InjectionReport, find_heads, report, train_whole
+from lorakit.injection import InjectionReport, find_heads, report, train_whole
 from lorakit.layers import ADAPTABLE, AdapterLayer, adapter_layers
 
 _BASE = "base_layer."
