@@ -20,7 +20,7 @@ SPARE_COLUMNS = 4
 _TOKEN = re.compile(
     r"""\s*(?: (?P<name>"(?:[^"]|"")*")
              | (?P<string>'(?:[^']|'')*')
-             | (?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?!\w))
+             | (?P<number>[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?(?!\w))
              | (?P<word>[^\W\d]\w*)
              | (?P<symbol>[=<>()]) )""",
     re.VERBOSE,
