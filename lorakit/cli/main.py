@@ -13,9 +13,11 @@ from typing import Annotated
 import typer
 
 from lorakit import __version__
+from lorakit.cli.merge import merge
 from lorakit.cli.methods import methods
 from lorakit.cli.schema import schema
 from lorakit.cli.tasks import tasks
+from lorakit.cli.train import train
 from lorakit.cli.validate import validate
 from lorakit.errors import LorakitError, RecipeError
 
@@ -31,7 +33,7 @@ app = typer.Typer(
 
 # A command is one file beside this one. It imports at its top only what is light, and what it
 # calls inside the function, so that `--help` loads nothing of it.
-for command in (validate, schema, methods, tasks):
+for command in (train, merge, validate, schema, methods, tasks):
     app.command()(command)
 
 

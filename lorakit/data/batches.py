@@ -102,7 +102,7 @@ def collate_causal(rows: Sequence[EncodedRow], pad_id: int, multiple_of: int = 1
 
 
 def collate_encoder(rows: Sequence[EncodedRow], pad_id: int, multiple_of: int = 1) -> Batch:
-    """``input_ids``, ``attention_mask``, ``token_type_ids`` where the model has them, ``labels``."""
+    """``input_ids``, ``attention_mask``, ``labels``, and ``token_type_ids`` if there are any."""
     ids = [row.input_ids for row in rows]
     batch = {
         "input_ids": torch.from_numpy(_pad(ids, pad_id, multiple_of)),

@@ -1,4 +1,4 @@
-"""Messages -> tokens through the tokenizer's own chat template; trained are the assistant's turns."""
+"""Messages -> tokens through the tokenizer's chat template; the assistant's turns are trained."""
 
 from __future__ import annotations
 

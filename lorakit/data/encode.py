@@ -130,7 +130,8 @@ def _encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> lis
     if isinstance(first, ClassificationExample):
         return _encode_pairs(examples, tokenizer, max_length)  # type: ignore[arg-type]
     if isinstance(first, ChatExample):
-        return [_cut(_Encoded(*encode_chat(e, tokenizer)), max_length, 0) for e in examples]  # type: ignore[arg-type]
+        chats = [e for e in examples if isinstance(e, ChatExample)]
+        return [_cut(_Encoded(*encode_chat(e, tokenizer)), max_length, 0) for e in chats]
     return _encode_texts(examples, tokenizer, max_length)  # type: ignore[arg-type]
 
 
@@ -166,8 +167,8 @@ def _cut(row: _Encoded, max_length: int, prompt_tokens: int, prefix: int = 0) ->
         return row
     from_prompt = min(over, prompt_tokens)
     for values in (row.ids, row.trained):
-        del values[prefix : prefix + from_prompt]  # type: ignore[attr-defined]
-        del values[max_length:]  # type: ignore[attr-defined]
+        del values[prefix : prefix + from_prompt]
+        del values[max_length:]
     row.truncated, row.cut = True, over > from_prompt
     return row
 

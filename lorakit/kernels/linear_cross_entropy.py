@@ -44,7 +44,7 @@ def linear_cross_entropy(
     label smoothing e the target is (1 - e) one-hot + e / vocab, as in torch's cross_entropy.
     """
     assert not weight.requires_grad, "a trained output layer takes checkpointed_cross_entropy"
-    loss: Tensor = _LinearCrossEntropy.apply(
+    loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, targets, label_smoothing, transform or LogitTransform()
     )
     return loss

@@ -103,7 +103,8 @@ class Lora(Method):
         y = layer.base_layer(ids)
         h = F.embedding(ids, layer.lora_A.t()).to(y.dtype)
         update: Tensor = F.linear(h, layer.lora_B.to(y.dtype)) * layer.scaling
-        out: Tensor = y + update
+        # Gemma's embeddings scale what they look up, so the update to W is scaled too.
+        out: Tensor = y + update * getattr(layer.base_layer, "embed_scale", 1.0)
         return out
 
     def delta_weight(self, layer: AdapterLayer) -> Tensor:

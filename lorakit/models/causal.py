@@ -81,7 +81,8 @@ def _transform(model: PreTrainedModel) -> LogitTransform:
 
 @torch.no_grad()
 def _agrees(model: PreTrainedModel, parts: CausalParts) -> bool:
-    assert parts.decoder is not None and parts.head is not None
+    assert parts.decoder is not None
+    assert parts.head is not None
     device = next(model.parameters()).device
     ids = torch.arange(8, device=device).unsqueeze(0) % model.config.get_text_config().vocab_size
     was_training = model.training

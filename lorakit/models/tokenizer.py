@@ -44,4 +44,5 @@ def _pad_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
     for token in _RESERVED:
         if token in vocabulary and token != eos:
             return token
-    return tokenizer.unk_token or eos
+    last: str | None = tokenizer.unk_token or eos
+    return last

@@ -1,0 +1,167 @@
+"""Checkpoints: all that an exact resume needs, whole or absent.
+
+A checkpoint is written beside (``.step-N.tmp``) and renamed. It holds what trains, the optimizer's
+tensors, the random states and the best model's weights as safetensors, the rest as JSON: there is
+no pickle in it.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lorakit.errors import UserError
+
+_NAME = re.compile(r"step-(\d+)")
+
+
+@dataclass
+class Progress:
+    """Where a run stands. ``step`` counts finished optimizer steps; ``window`` holds the loss and
+    the gradient norm of each step since the last log line."""
+
+    step: int = 0
+    processed_tokens: int = 0
+    trained_tokens: int = 0
+    seconds: float = 0.0
+    last_eval_step: int = 0
+    best_metric: float | None = None
+    best_step: int = 0
+    evaluations_without_gain: int = 0
+    stopped_early: bool = False
+    window: list[list[float]] = field(default_factory=list)
+
+
+@dataclass
+class Snapshot:
+    """A checkpoint in memory. ``best`` holds the best model's weights, if there is one."""
+
+    progress: Progress
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any]
+    scaler: dict[str, Any] | None
+    best: dict[str, Tensor] | None
+
+
+def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int | None) -> Path:
+    """Write ``folder/step-N`` and drop all but the newest ``keep``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    final = folder / f"step-{snapshot.progress.step}"
+    if final.exists():
+        return final
+    beside = folder / f".{final.name}.tmp"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    tensors, plain = _split_tensors(snapshot.optimizer)
+    save_file(_cpu(snapshot.weights), beside / "weights.safetensors", {"format": "pt"})
+    save_file(tensors, beside / "optimizer.safetensors", {"format": "pt"})
+    if snapshot.best is not None:
+        save_file(_cpu(snapshot.best), beside / "best.safetensors", {"format": "pt"})
+    random_tensors, random_plain = random_states()
+    save_file(random_tensors, beside / "random.safetensors", {"format": "pt"})
+    state = {
+        "progress": asdict(snapshot.progress),
+        "optimizer": plain,
+        "scheduler": snapshot.scheduler,
+        "scaler": snapshot.scaler,
+        "random": random_plain,
+    }
+    (beside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+    beside.rename(final)
+    _drop_old(folder, keep)
+    return final
+
+
+def load_checkpoint(checkpoint: Path) -> tuple[Snapshot, tuple[dict[str, Tensor], dict[str, Any]]]:
+    """The snapshot, and the random states for ``restore_random_states``.
+
+    Raises UserError if the directory is no checkpoint.
+    """
+    try:
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        tensors = load_file(checkpoint / "optimizer.safetensors")
+        best = checkpoint / "best.safetensors"
+        snapshot = Snapshot(
+            progress=Progress(**state["progress"]),
+            weights=load_file(checkpoint / "weights.safetensors"),
+            optimizer=_join_tensors(tensors, state["optimizer"]),
+            scheduler=state["scheduler"],
+            scaler=state["scaler"],
+            best=load_file(best) if best.is_file() else None,
+        )
+        return snapshot, (load_file(checkpoint / "random.safetensors"), state["random"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--resume: {checkpoint}: not a whole checkpoint: {error}") from error
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Torch's generators as tensors; Python's and NumPy's as JSON."""
+    tensors = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    version, numbers, gauss = random.getstate()
+    numpy_state: Any = np.random.get_state(legacy=False)
+    numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
+    return tensors, {"python": [version, list(numbers), gauss], "numpy": numpy_state}
+
+
+def restore_random_states(tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+    torch.set_rng_state(tensors["cpu"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
+    version, numbers, gauss = plain["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    numpy_state = plain["numpy"]
+    numpy_state["state"]["key"] = np.asarray(numpy_state["state"]["key"], dtype=np.uint32)
+    np.random.set_state(numpy_state)
+
+
+def _cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _split_tensors(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state dict as tensors named ``INDEX.KEY`` and the rest."""
+    tensors = {
+        f"{index}.{key}": value.detach().cpu().contiguous()
+        for index, values in state["state"].items()
+        for key, value in values.items()
+        if isinstance(value, Tensor)
+    }
+    plain = {
+        str(index): {key: value for key, value in values.items() if not isinstance(value, Tensor)}
+        for index, values in state["state"].items()
+    }
+    return tensors, {"state": plain, "param_groups": state["param_groups"]}
+
+
+def _join_tensors(tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict[str, Any]:
+    state = {int(index): dict(values) for index, values in plain["state"].items()}
+    for name, tensor in tensors.items():
+        index, _, key = name.partition(".")
+        state[int(index)][key] = tensor
+    return {"state": state, "param_groups": plain["param_groups"]}
+
+
+def _drop_old(folder: Path, keep: int | None) -> None:
+    for old in checkpoints(folder)[: -keep if keep else 0]:
+        trash = old.with_name(f".{old.name}.old")
+        old.rename(trash)
+        shutil.rmtree(trash)

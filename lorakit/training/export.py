@@ -1,0 +1,37 @@
+"""A finished run's adapter directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lorakit.adapters.model_card import CardFacts
+from lorakit.adapters.peft_format import save_adapter
+from lorakit.training.record import RunRecord
+from lorakit.training.setup import Prepared
+
+
+def export_adapter(prepared: Prepared, directory: Path, record: RunRecord) -> None:
+    """Write what the model holds now, with its tokenizer and a card of the figures."""
+    recipe = prepared.recipe
+    hardware = record.hardware
+    save_adapter(
+        directory,
+        prepared.model,
+        recipe.adapter,
+        base_model_name_or_path=recipe.model.name_or_path,
+        revision=recipe.model.revision,
+        task_type="CAUSAL_LM" if prepared.task.kind == "causal" else "SEQ_CLS",
+        modules_to_save=prepared.report.modules_to_save,
+        tokenizer=prepared.tokenizer,
+        card=CardFacts(
+            base_model=recipe.model.name_or_path,
+            method=recipe.adapter.method,
+            task=recipe.task.name,
+            data_rows=len(prepared.train),
+            metrics=record.metrics,
+            steps=record.steps,
+            seconds=record.seconds,
+            hardware=hardware.get("gpu") or hardware["cpu"],
+        ),
+        lorakit_info={"task": recipe.task.name},
+    )

@@ -1,0 +1,309 @@
+"""The steps, nothing else: it knows neither the method nor the task."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from lorakit.data.batches import Batch, StepPlan, StepReader, trained_count
+from lorakit.data.encode import EncodedRow, EncodedSplit
+from lorakit.errors import Interrupted, TrainingError
+from lorakit.evaluation.watch import EvaluationStopped
+from lorakit.training.checkpoint import (
+    Progress,
+    Snapshot,
+    load_checkpoint,
+    restore_random_states,
+    save_checkpoint,
+)
+from lorakit.training.hardware import peak_memory_bytes
+from lorakit.training.late import LateReader, LateValues
+from lorakit.training.signals import StopRequest
+from lorakit.training.tracking import Recorder
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When a step logs, evaluates and saves; the last step does all three."""
+
+    total_steps: int
+    steps_per_epoch: int
+    log_every_steps: int
+    eval_every_steps: int
+    save_every_steps: int
+    save_total_limit: int | None
+
+    def due(self, step: int, every: int) -> bool:
+        return step % every == 0 or step == self.total_steps
+
+
+@dataclass
+class Loop:
+    """``objective`` maps a batch to the sum of its losses; ``evaluate`` gives the metrics of the
+    model as it is; ``gain`` tells whether a value of ``best_metric`` beats another (or None)."""
+
+    accelerator: Accelerator
+    objective: nn.Module
+    trainable: dict[str, nn.Parameter]
+    optimizer: Any
+    scheduler: LRScheduler
+    rows: EncodedSplit
+    plan: StepPlan
+    collate: Callable[[list[EncodedRow]], Batch]
+    schedule: Schedule
+    recorder: Recorder
+    stop: StopRequest
+    checkpoint_dir: Path
+    evaluate: Callable[[], dict[str, float]] | None
+    best_metric: str
+    gain: Callable[[float, float | None], bool]
+    patience: int | None
+    max_grad_norm: float | None
+    progress: Progress = field(default_factory=Progress)
+    best: Weights | None = None
+    last_metrics: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._late = LateReader()
+        self._reader = StepReader(self.plan)
+        self._window_start = time.monotonic()
+        self._window_tokens = 0
+        self._last_checkpoint: Path | None = None
+
+    def resume(self, checkpoint: Path) -> None:
+        """Put everything back as it was when ``checkpoint`` was written."""
+        snapshot, random_states = load_checkpoint(checkpoint)
+        with torch.no_grad():
+            for name, parameter in self.trainable.items():
+                parameter.copy_(snapshot.weights[name])
+        self.optimizer.load_state_dict(snapshot.optimizer)
+        self.scheduler.load_state_dict(snapshot.scheduler)
+        if snapshot.scaler is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(snapshot.scaler)
+        self.progress, self.best = snapshot.progress, snapshot.best
+        self._late.restore_window(self.progress.window, self.accelerator.device)
+        self._last_checkpoint = checkpoint
+        restore_random_states(*random_states)
+
+    def run(self) -> None:
+        """Train to the end. Raises TrainingError if the loss is no longer finite, Interrupted
+        after a signal, with a checkpoint saved."""
+        self.objective.train()
+        self._window_start = time.monotonic()
+        if self.progress.step and self._evaluation_due():
+            self._evaluate()
+        while self.progress.step < self.schedule.total_steps and not self.progress.stopped_early:
+            began = time.monotonic()
+            self._train_step()
+            self.progress.seconds += time.monotonic() - began
+            self._log()
+            if self.stop:
+                self._interrupt()
+            if self._evaluation_due():
+                self._evaluate()
+            if self.schedule.due(self.progress.step, self.schedule.save_every_steps):
+                self.save()
+        self._emit(wait=True)
+        self.save()
+
+    def save(self) -> Path:
+        """Write a checkpoint of this step; never of one whose losses were not finite."""
+        self._settle()
+        scaler = self.accelerator.scaler
+        snapshot = Snapshot(
+            progress=self.progress,
+            weights={name: p.detach() for name, p in self.trainable.items()},
+            optimizer=self.optimizer.state_dict(),
+            scheduler=self.scheduler.state_dict(),
+            scaler=scaler.state_dict() if scaler is not None else None,
+            best=self.best,
+        )
+        self._last_checkpoint = save_checkpoint(
+            self.checkpoint_dir, snapshot, self.schedule.save_total_limit
+        )
+        return self._last_checkpoint
+
+    def step_once(self) -> float:
+        """One step for a dry run: its loss."""
+        self.objective.train()
+        self._train_step()
+        self._stage()
+        return self._late.arrived(wait=True)[0].losses[0]
+
+    def _train_step(self) -> None:
+        """Forward and backward over the step's micro-batches, normalised over all of its trained
+        tokens, and one optimizer step. Nothing here waits for the device."""
+        rows = self._reader.rows(self.progress.step)
+        count = trained_count(self.rows, rows)
+        pieces = self.plan.micro_batches(rows, self.accelerator.process_index)
+        factor = self.plan.processes / count
+        total: Tensor | None = None
+        for index, piece in enumerate(pieces):
+            batch = self._to_device(self.collate([self.rows[int(i)] for i in piece]))
+            last = index == len(pieces) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.objective):
+                loss = self.objective(batch) * factor
+                self.accelerator.backward(loss)
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        norm = self._clip()
+        self.optimizer.step()
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.plan.processes > 1:
+            total = self.accelerator.reduce(total, reduction="mean")
+        self._late.add(total, norm)
+        tokens = int(self.rows.lengths[rows].sum())
+        self._window_tokens += tokens
+        self.progress.step += 1
+        self.progress.processed_tokens += tokens
+        self.progress.trained_tokens += count
+
+    def _clip(self) -> Tensor:
+        limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
+        norm: Tensor = self.accelerator.clip_grad_norm_(list(self.trainable.values()), limit)
+        return norm
+
+    def _to_device(self, batch: Batch) -> Batch:
+        device = self.accelerator.device
+        if device.type == "cpu":
+            return batch
+        return {
+            key: (value.pin_memory() if device.type == "cuda" else value).to(
+                device, non_blocking=True
+            )
+            for key, value in batch.items()
+        }
+
+    def _log(self) -> None:
+        step = self.progress.step
+        self.recorder.display.advance(step)
+        if self.schedule.due(step, self.schedule.log_every_steps):
+            self._stage()
+        self._emit(wait=False)
+
+    def _stage(self) -> None:
+        now = time.monotonic()
+        spent = max(now - self._window_start, 1e-9)
+        self._late.stage(
+            {
+                "step": self.progress.step,
+                "epoch": round(self.progress.step / self.schedule.steps_per_epoch, 4),
+                "learning_rate": self.scheduler.get_last_lr()[0],
+                "tokens_per_second": round(self._window_tokens / spent, 1),
+                "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
+            }
+        )
+        self._window_start, self._window_tokens = now, 0
+
+    def _emit(self, wait: bool) -> None:
+        for values in self._late.arrived(wait):
+            self._check_finite(values)
+            self.recorder.log(
+                {
+                    "step": values.known["step"],
+                    "epoch": values.known["epoch"],
+                    "loss": sum(values.losses) / len(values.losses),
+                    "learning_rate": values.known["learning_rate"],
+                    "grad_norm": values.grad_norms[-1],
+                    "tokens_per_second": values.known["tokens_per_second"],
+                    "peak_memory_bytes": values.known["peak_memory_bytes"],
+                }
+            )
+
+    def _settle(self) -> None:
+        """Wait for every loss so far, and make sure that none is broken."""
+        self._emit(wait=True)
+        self.progress.window = window = self._late.window()
+        if window:
+            losses, norms = (list(column) for column in zip(*window, strict=True))
+            known = {
+                "step": self.progress.step,
+                "learning_rate": self.scheduler.get_last_lr()[0],
+            }
+            self._check_finite(LateValues(known, losses, norms))
+
+    def _check_finite(self, values: LateValues) -> None:
+        for index, (loss, norm) in enumerate(zip(values.losses, values.grad_norms, strict=True)):
+            scaled = self.accelerator.scaler is not None  # fp16 skips such a step by itself
+            if math.isfinite(loss) and (math.isfinite(norm) or scaled):
+                continue
+            step = values.known["step"] - len(values.losses) + 1 + index
+            what = (
+                f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
+            )
+            good = self._last_checkpoint or "none was written yet"
+            raise TrainingError(
+                f"step {step}: {what}; last good checkpoint: {good}. {_likely_cause(values, index)}"
+            )
+
+    def _evaluation_due(self) -> bool:
+        step = self.progress.step
+        return (
+            self.evaluate is not None
+            and self.progress.last_eval_step != step
+            and self.schedule.due(step, self.schedule.eval_every_steps)
+        )
+
+    def _evaluate(self) -> None:
+        assert self.evaluate is not None
+        self._settle()
+        began = time.monotonic()
+        try:
+            metrics = self.evaluate()
+        except EvaluationStopped:
+            self._interrupt()
+        self.objective.train()
+        step = self.progress.step
+        self.progress.seconds += time.monotonic() - began
+        self.progress.last_eval_step = step
+        self.last_metrics = metrics
+        self.recorder.evaluation(step, metrics)
+        value = metrics[self.best_metric]
+        if self.gain(value, self.progress.best_metric):
+            self.progress.best_metric, self.progress.best_step = value, step
+            self.progress.evaluations_without_gain = 0
+            self.best = {n: p.detach().cpu().clone() for n, p in self.trainable.items()}
+        else:
+            self.progress.evaluations_without_gain += 1
+            if self.patience and self.progress.evaluations_without_gain >= self.patience:
+                self.progress.stopped_early = True
+                self.recorder.display.say(
+                    f"step {step}: {self.best_metric} has not improved for {self.patience} "
+                    f"evaluations; stopping early, the best was at step {self.progress.best_step}"
+                )
+        self._window_start += time.monotonic() - began
+
+    def _interrupt(self) -> NoReturn:
+        saved = self.save()
+        raise Interrupted(
+            f"stopped at step {self.progress.step} of {self.schedule.total_steps}; saved {saved}; "
+            "go on with --resume auto",
+            self.stop.signal_number,
+        )
+
+
+def _likely_cause(values: LateValues, index: int) -> str:
+    rate = values.known["learning_rate"]
+    earlier = [n for n in values.grad_norms[:index] if math.isfinite(n)]
+    if earlier and max(earlier) > 100:
+        return (
+            f"The gradient grew to {max(earlier):.0f} before: lower train.learning_rate ({rate:g})"
+        )
+    return (
+        f"Likely causes: train.learning_rate ({rate:g}) too high, or float16 overflow "
+        "(bfloat16 has the range)"
+    )

@@ -1,0 +1,50 @@
+"""A model as a function from a batch to the sum of its losses: what the loop trains."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lorakit.models.causal import CausalParts, split_model, token_losses
+
+
+class CausalObjective(nn.Module):
+    """The sum of -log p over the trained tokens of a batch."""
+
+    def __init__(self, model: PreTrainedModel, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.model = model
+        self.parts: CausalParts = split_model(model)
+        self.label_smoothing = label_smoothing
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return token_losses(
+            self.model,
+            self.parts,
+            batch["input_ids"],
+            batch["positions"],
+            batch["targets"],
+            self.label_smoothing,
+        )
+
+
+class EncoderObjective(nn.Module):
+    """The sum over rows of the cross entropy, or of the squared error for one output."""
+
+    parts = None
+
+    def __init__(self, model: PreTrainedModel, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.model = model
+        self.label_smoothing = label_smoothing
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        logits = self.model(**inputs).logits.float()
+        labels = batch["labels"]
+        if logits.shape[-1] == 1:
+            return F.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum")
+        return F.cross_entropy(
+            logits, labels, reduction="sum", label_smoothing=self.label_smoothing
+        )

@@ -1,0 +1,75 @@
+"""Parameter groups, optimizer and schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from lorakit.errors import UserError
+from lorakit.recipe.sections import TrainSection
+
+
+def parameter_groups(
+    parameters: Mapping[str, nn.Parameter], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Weight decay on matrices only: biases and the weights of norms have one dimension."""
+    groups = [
+        {"params": [p for p in parameters.values() if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters.values() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(
+    groups: Iterable[dict[str, Any]], section: TrainSection
+) -> torch.optim.Optimizer:
+    """The optimizer of ``section.optimizer``; torch's own take their fused form.
+
+    Raises UserError if bitsandbytes is asked for and not installed.
+    """
+    groups = list(groups)
+    adam = {
+        "lr": section.learning_rate,
+        "betas": (section.adam_beta1, section.adam_beta2),
+        "eps": section.adam_epsilon,
+    }
+    if section.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=section.learning_rate, fused=True)
+    if section.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **adam, fused=True)  # type: ignore[arg-type]
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise UserError(
+            "train.optimizer = 'adamw_8bit': needs bitsandbytes (pip install 'lorakit[gpu]'); "
+            "allowed without it: adamw, sgd"
+        ) from error
+    optimizer: torch.optim.Optimizer = AdamW8bit(groups, **adam)
+    return optimizer
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, section: TrainSection, total_steps: int
+) -> LRScheduler:
+    """Warmup from 0 to the peak, then ``section.lr_scheduler`` over the rest of the steps."""
+    from transformers import get_scheduler
+
+    warmup_steps = resolve_warmup_steps(section, total_steps)
+    name: str = section.lr_scheduler
+    if name == "constant" and warmup_steps:
+        name = "constant_with_warmup"
+    scheduler: LRScheduler = get_scheduler(
+        name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps
+    )
+    return scheduler
+
+
+def resolve_warmup_steps(section: TrainSection, total_steps: int) -> int:
+    """``warmup_steps``, or the ratio of all steps rounded up."""
+    if section.warmup_steps is not None:
+        return section.warmup_steps
+    return -int(-(section.warmup_ratio or 0.0) * total_steps // 1)

@@ -1,0 +1,167 @@
+"""Recipe -> data, model and adapter, ready to train. Everything that can be wrong shows here,
+before a file is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lorakit import registry
+from lorakit.data.encode import EncodedSplit, encode_split
+from lorakit.data.sources import Split
+from lorakit.errors import DataError, UserError
+from lorakit.injection import InjectionReport, find_heads, inject
+from lorakit.models.load import load_pretrained
+from lorakit.recipe.sections import Recipe
+from lorakit.tasks.base import Task
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class EvalData:
+    split: Split
+    encoded: EncodedSplit
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """``recipe`` is the given one with what the data decided (class names) written in."""
+
+    recipe: Recipe
+    task: Task
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    report: InjectionReport
+    train: EncodedSplit
+    evaluation: EvalData | None
+    labels: list[str] | None
+    data: dict[str, Any]
+
+
+def prepare(recipe: Recipe, say: Say) -> Prepared:
+    """Load, tokenise and inject. Raises the UserError of whatever does not fit."""
+    task: Task = registry.tasks()[recipe.task.name]
+    config = recipe.task
+    task.check_requirements(config)
+    train = task.load(config, "train")
+    if train is None:
+        raise DataError(f"task.path: no training split in {config.path}")
+    validation = task.load(config, task.eval_split(config))
+    labels = task.labels(config, train)
+    recipe = _with_labels(recipe, labels)
+    config = recipe.task
+
+    loaded = load_pretrained(recipe.model, task.kind, labels, seed=recipe.train.seed)
+    for note in loaded.notes:
+        say(note)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    _check_length(model, config.max_length)
+    encoded = {
+        split.name: encode_split(split, lambda r: task.example(r, config), tokenizer,
+                                 config.max_length)
+        for split in (train, validation) if split is not None
+    }  # fmt: skip
+    for name, rows in encoded.items():
+        _say_truncation(name, rows, config.max_length, say)
+    evaluation = EvalData(validation, encoded[validation.name]) if validation is not None else None
+    check_best_metric(recipe, task, evaluation)
+
+    torch.manual_seed(recipe.train.seed)
+    heads = dict.fromkeys([*find_heads(model), *loaded.new_modules])
+    report = inject(model, recipe.adapter, _outermost(list(heads)))
+    say(str(report))
+    data = {
+        split.name: {
+            "source": split.source,
+            "rows": len(split),
+            "fingerprint": split.fingerprint,
+            "tokens": int(encoded[split.name].offsets[-1]),
+        }
+        for split in (train, validation)
+        if split is not None
+    }
+    return Prepared(
+        recipe, task, model, tokenizer, report, encoded[train.name], evaluation, labels, data
+    )
+
+
+def main_metric(recipe: Recipe, task: Task) -> str:
+    """The metric that chooses the best model: as asked, else the task's main one among those that
+    evaluations during training compute."""
+    if recipe.train.metric_for_best_model:
+        return recipe.train.metric_for_best_model
+    generates = task.generates(recipe.task) and _generates_always(recipe)
+    return task.main_metric(recipe.task) if task.kind == "encoder" or generates else "loss"
+
+
+def check_best_metric(recipe: Recipe, task: Task, evaluation: EvalData | None) -> None:
+    """Raise UserError if evaluations during training will not compute what the recipe needs."""
+    train = recipe.train
+    if evaluation is None:
+        for key in ("metric_for_best_model", "early_stopping_patience", "eval_every_steps"):
+            if getattr(train, key) is not None:
+                raise UserError(
+                    f"train.{key} = {getattr(train, key)!r}: the task has no validation split; "
+                    "allowed: null"
+                )
+        return
+    name = main_metric(recipe, task)
+    known = {"loss"}
+    if task.kind == "causal":
+        known.add("perplexity")
+        if name not in known and not _generates_always(recipe):
+            raise UserError(
+                f"train.metric_for_best_model = {name!r}: evaluations during training compute "
+                f"{' and '.join(sorted(known))}; set task.eval_generate: always where the task "
+                "generates"
+            )
+        return
+    gold = evaluation.encoded.labels
+    assert gold is not None
+    known |= set(task.metrics(list(gold), evaluation.split, recipe.task))
+    if name not in known:
+        raise UserError(
+            f"train.metric_for_best_model = {name!r}: not a metric of {recipe.task.name}; "
+            f"allowed: {', '.join(sorted(known))}"
+        )
+
+
+def _generates_always(recipe: Recipe) -> bool:
+    return getattr(recipe.task, "eval_generate", None) == "always"
+
+
+def _with_labels(recipe: Recipe, labels: list[str] | None) -> Recipe:
+    """Write inferred class names into the recipe, so that it repeats the run by itself."""
+    if labels is None or getattr(recipe.task, "labels", labels) is not None:
+        return recipe
+    task = recipe.task.model_copy(update={"labels": labels})
+    return recipe.model_copy(update={"task": task})
+
+
+def _check_length(model: PreTrainedModel, max_length: int) -> None:
+    text_config = model.config.get_text_config()
+    window = getattr(text_config, "max_position_embeddings", None)
+    rotary = getattr(text_config, "rope_parameters", None) is not None
+    if window and max_length > window and not rotary:
+        raise UserError(
+            f"task.max_length = {max_length}: the model has {window} positions; "
+            f"allowed: 1 to {window}"
+        )
+
+
+def _outermost(names: list[str]) -> list[str]:
+    return [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
+
+
+def _say_truncation(name: str, rows: EncodedSplit, max_length: int, say: Say) -> None:
+    if not rows.truncated_rows:
+        return
+    text = f"{name}: {rows.truncated_rows:,} of {len(rows):,} rows cut to {max_length} tokens"
+    if rows.cut_completions:
+        text += f"; {rows.cut_completions:,} lost the end of what is trained, EOS included"
+    say(text)

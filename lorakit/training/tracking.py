@@ -1,0 +1,150 @@
+"""What a run tells: metrics.jsonl, a bar or plain lines on stderr, TensorBoard and W&B."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from lorakit.errors import UserError
+
+
+class MetricsFile:
+    """``metrics.jsonl``, a line at a time; a resumed run drops what came after its step."""
+
+    def __init__(self, path: Path, after_step: int = 0) -> None:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        kept = [line for line in lines if _step_of(line) <= after_step] if after_step else []
+        beside = path.with_name(f".{path.name}.tmp")
+        beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        beside.replace(path)
+        self._handle = path.open("a", encoding="utf-8")
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._handle.write(json.dumps(line) + "\n")
+        self._handle.flush()
+
+    def close(self) -> None:
+        self._handle.close()
+
+
+class Display:
+    """A progress bar on a terminal, plain lines elsewhere; both on stderr."""
+
+    def __init__(self, total_steps: int, done: int = 0) -> None:
+        self._total, self._start, self._first = total_steps, time.monotonic(), done
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._bar.add_task("train", total=total_steps, completed=done, numbers="")
+            self._bar.start()
+
+    def advance(self, step: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def log(self, line: dict[str, Any]) -> None:
+        numbers = (
+            f"loss {line['loss']:.4f}  lr {line['learning_rate']:.2e}  "
+            f"{line['tokens_per_second']:,.0f} tok/s  {line['peak_memory_bytes'] / 2**30:.1f} GiB"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, numbers=numbers)
+            return
+        step = line["step"]
+        spent = time.monotonic() - self._start
+        left = spent / max(step - self._first, 1) * (self._total - step)
+        self.say(f"step {step}/{self._total}  {numbers}  left {_clock(left)}")
+
+    def say(self, text: str) -> None:
+        """A line that stays, above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class Recorder:
+    """All listeners at once."""
+
+    def __init__(self, metrics: MetricsFile, display: Display, accelerator: Accelerator) -> None:
+        self._metrics, self.display, self._accelerator = metrics, display, accelerator
+
+    def log(self, line: dict[str, Any]) -> None:
+        self._metrics.write(line)
+        self.display.log(line)
+        self._track({key: v for key, v in line.items() if key != "step"}, line["step"])
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        self._metrics.write({"step": step, "eval": metrics})
+        self.display.say(f"step {step}  " + format_metrics(metrics))
+        self._track({f"eval/{key}": value for key, value in metrics.items()}, step)
+
+    def _track(self, values: dict[str, Any], step: int) -> None:
+        if self._accelerator.log_with:
+            self._accelerator.log(values, step=step)
+
+    def close(self) -> None:
+        self.display.close()
+        self._metrics.close()
+        if self._accelerator.log_with:
+            self._accelerator.end_training()
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise UserError for a tracker whose package is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"train.trackers: {name!r} is not installed (pip install 'lorakit[trackers]')"
+            )
+
+
+def format_metrics(metrics: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+
+
+def throttled(say: Callable[[str], None], what: str, seconds: float = 10.0) -> Any:
+    """A callback (done, total) that says how far it is, at most once in ``seconds``."""
+    last = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds and done < total:
+            last = time.monotonic()
+            say(f"{what} {done}/{total}")
+
+    return report
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line that a kill cut short
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
