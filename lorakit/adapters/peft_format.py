@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit import __version__, registry
 from lorakit.adapters.beside import written_beside
-from lorakit.adapters.model_card import CardFacts, model_card
 from lorakit.adapters.files import CONFIG, PREFIX, SIDECAR, WEIGHTS, AdapterFiles, read_adapter
+from lorakit.adapters.model_card import CardFacts, model_card
 from lorakit.adapters.peft_config import DEFAULTS, base_names, exact_patterns, target_modules
 from lorakit.adapters.place import load_adapter
 from lorakit.errors import AdapterError

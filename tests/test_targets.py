@@ -1,0 +1,178 @@
+"""Roles, suffixes and patterns pick exactly the matrices that they name, in every family."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from lorakit.errors import TargetError
+from lorakit.injection import find_heads, inject
+from lorakit.layers import ADAPTABLE, adapter_layers
+from lorakit.methods.lora import LoraConfig
+from lorakit.targets import describe_modules, find_targets
+from tests.families import ALL, ENCODERS, tiny
+
+_LLAMA = {role: "model.layers.{}.self_attn." + f"{role}_proj" for role in "qkvo"}
+_OPT = {role: "model.decoder.layers.{}.self_attn." + f"{role}_proj" for role in "qkv"} | {
+    "o": "model.decoder.layers.{}.self_attn.out_proj"
+}
+
+
+def _bert(prefix: str) -> dict[str, str]:
+    stem = f"{prefix}.encoder.layer.{{}}.attention"
+    names = {"q": "query", "k": "key", "v": "value"}
+    return {role: f"{stem}.self.{name}" for role, name in names.items()} | {
+        "o": f"{stem}.output.dense"
+    }
+
+
+#: Family -> role -> module of layer {}, read from the families' sources.
+ROLES = {
+    **dict.fromkeys(("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3"), _LLAMA),
+    "phi": _LLAMA | {"o": "model.layers.{}.self_attn.dense"},
+    "opt": _OPT,
+    "bert": _bert("bert"),
+    "roberta": _bert("roberta"),
+    "electra": _bert("electra"),
+    "deberta_v2": {
+        **{
+            role: f"deberta.encoder.layer.{{}}.attention.self.{name}_proj"
+            for role, name in {"q": "query", "k": "key", "v": "value"}.items()
+        },
+        "o": "deberta.encoder.layer.{}.attention.output.dense",
+    },
+    "distilbert": {
+        **{role: f"distilbert.transformer.layer.{{}}.attention.{role}_lin" for role in "qkv"},
+        "o": "distilbert.transformer.layer.{}.attention.out_lin",
+    },
+    "albert": {
+        role: f"albert.encoder.albert_layer_groups.0.albert_layers.0.attention.{name}"
+        for role, name in {"q": "query", "k": "key", "v": "value", "o": "dense"}.items()
+    },
+    "t5_encoder": {role: f"encoder.block.{{}}.layer.0.SelfAttention.{role}" for role in "qkvo"},
+}
+#: Families whose q, k and v are one matrix -> that matrix, and o.
+FUSED = {
+    "gpt2": ("transformer.h.{}.attn.c_attn", "transformer.h.{}.attn.c_proj"),
+    "gpt_neox": (
+        "gpt_neox.layers.{}.attention.query_key_value",
+        "gpt_neox.layers.{}.attention.dense",
+    ),
+    "bloom": (
+        "transformer.h.{}.self_attention.query_key_value",
+        "transformer.h.{}.self_attention.dense",
+    ),
+    "phi3": ("model.layers.{}.self_attn.qkv_proj", "model.layers.{}.self_attn.o_proj"),
+    "modernbert": ("model.layers.{}.attn.Wqkv", "model.layers.{}.attn.Wo"),
+}
+
+
+def _both_layers(name: str) -> set[str]:
+    return {name.format(layer) for layer in (0, 1)}
+
+
+def test_every_family_is_covered() -> None:
+    assert set(ROLES) | set(FUSED) == set(ALL)
+
+
+@pytest.mark.parametrize("family", ROLES)
+def test_a_role_is_exactly_its_matrices(family: str) -> None:
+    model = tiny(family)
+    for role, name in ROLES[family].items():
+        assert set(find_targets(model, [role])) == _both_layers(name), role
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_a_role_inside_a_fused_matrix_is_an_error_and_o_is_not(family: str) -> None:
+    fused, o = FUSED[family]
+    model = tiny(family)
+    for role in "qkv":
+        with pytest.raises(TargetError, match="inside the fused projection") as error:
+            find_targets(model, [role])
+        assert fused.rpartition(".")[2] in str(error.value)
+    assert set(find_targets(model, ["o"])) == _both_layers(o)
+    assert set(find_targets(model, [fused.rpartition(".")[2]])) == _both_layers(fused)
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_attention_is_all_of_it_and_nothing_else(family: str) -> None:
+    names = ROLES[family].values() if family in ROLES else FUSED[family]
+    want = set().union(*map(_both_layers, names))
+    assert set(find_targets(tiny(family), ["attention"])) == want
+
+
+@pytest.mark.parametrize("family", [family for family in ALL if family != "t5_encoder"])
+def test_all_linear_takes_every_linear_but_output_and_head(family: str) -> None:
+    model = tiny(family)
+    kinds = tuple({*ADAPTABLE} - {nn.Embedding})
+    heads = tuple(f"{name}." for name in ["lm_head", *find_heads(model)])
+    linear = {n for n, m in model.named_modules() if isinstance(m, kinds)}
+    want = {name for name in linear if not f"{name}.".startswith(heads)}
+    inject(model, LoraConfig(target_modules=["all-linear"]))
+    assert set(adapter_layers(model)) == want
+    assert linear - want, "the family has an output layer or a head to leave alone"
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+@pytest.mark.parametrize("target", ["all-linear", "o", "attention"])
+def test_no_role_catches_a_head(family: str, target: str) -> None:
+    model = tiny(family)
+    heads = find_heads(model)
+    report = inject(model, LoraConfig(target_modules=[target]))
+    assert heads
+    assert set(report.modules_to_save) == set(heads)
+    assert not [m.name for m in report.adapted_modules if m.name.startswith(tuple(heads))]
+
+
+def test_a_head_that_is_named_as_a_target_is_an_error() -> None:
+    with pytest.raises(TargetError, match="both a target and trained whole"):
+        inject(tiny("bert"), LoraConfig(target_modules=["classifier"]))
+
+
+@pytest.mark.parametrize("targets", [["q_porj"], ["q", "q_porj"], ["re:.*q_porj"]])
+def test_what_matches_nothing_is_an_error_that_lists_the_modules(targets: list[str]) -> None:
+    with pytest.raises(TargetError) as error:
+        find_targets(tiny("llama"), targets)
+    text = str(error.value)
+    assert "q_porj" in text
+    assert "model.layers.{0-1}.self_attn.q_proj" in text
+    assert "model.layers.{0-1}.mlp.down_proj" in text
+
+
+def test_a_near_name_is_proposed() -> None:
+    with pytest.raises(TargetError, match="did you mean 'q_proj'"):
+        find_targets(tiny("llama"), ["q_prj"])
+
+
+def test_suffixes_and_patterns() -> None:
+    model = tiny("llama")
+    assert set(find_targets(model, ["mlp.down_proj"])) == _both_layers(
+        "model.layers.{}.mlp.down_proj"
+    )
+    assert set(find_targets(model, ["1.mlp.down_proj"])) == {"model.layers.1.mlp.down_proj"}
+    with pytest.raises(TargetError):
+        find_targets(model, ["own_proj"])  # an end of a name is whole parts of it
+    first = find_targets(model, ["all-linear"], [0], ["lm_head"])
+    assert set(find_targets(model, [r"re:.*\.0\..*_proj"])) == set(first)
+    assert set(find_targets(model, ["embed_tokens"])) == {"model.embed_tokens"}
+
+
+@pytest.mark.parametrize("layers", [[1], "1", "1-1"])
+def test_layers_keep_only_those(layers: list[int] | str) -> None:
+    found = find_targets(tiny("llama"), ["q", "v"], layers)
+    assert list(found) == ["model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj"]
+
+
+def test_a_layer_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(TargetError, match="no layer 2, 7 among the targets; allowed: 0 to 1"):
+        find_targets(tiny("llama"), ["q"], [1, 2, 7])
+
+
+def test_what_multihead_attention_reads_past_forward_is_not_adapted() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16)
+    assert set(find_targets(layer, ["all-linear"])) == {"linear1", "linear2"}
+
+
+def test_names_are_described_in_short() -> None:
+    names = [f"layers.{i}.q" for i in range(3)] + ["head"]
+    assert describe_modules(names) == "layers.{0-2}.q, head"
