@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ from typing import Any
 from lorakit.errors import DataError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet")
+
+_DATE = re.compile(r"(timestamp|time32|time64|date32|date64|duration)\b")
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -47,27 +50,39 @@ def _read_with_datasets(file: Path) -> Rows:
         if builder == "json" and not _json_objects(file):  # which itself raises for a bad row
             return []
         raise DataError(f"{file}: cannot be read: {_first_line(error)}") from error
-    kinds = [str(getattr(feature, "dtype", "")) for feature in rows.features.values()]
-    if builder == "json" and any(kind.startswith(("timestamp", "date")) for kind in kinds):
-        return _filled(_json_objects(file))  # JSON has no dates: Arrow took text for them
+    if builder == "json":
+        for _ in _lines(file):  # Arrow takes any bytes for text, and fails when a row is used
+            pass
+        if _DATE.search(str(rows.features)):  # JSON has no dates: Arrow took text for them
+            return _filled(_json_objects(file))
     return rows  # type: ignore[no-any-return]
+
+
+def _lines(file: Path) -> Iterator[str]:
+    """The lines that are not blank. Raises DataError, with the row, for one that is not UTF-8."""
+    number = 0
+    try:
+        with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as lines:
+            for line in lines:
+                if line.strip():
+                    number += 1
+                    yield line.decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{file}: cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}, row {number}: not UTF-8: {error}") from error
 
 
 def _json_objects(file: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    try:
-        with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as lines:
-            for line in lines:
-                if not line.strip():
-                    continue
-                value = json.loads(line.decode("utf-8-sig"))
-                if not isinstance(value, dict):
-                    raise DataError(f"{file}, row {len(rows) + 1}: not a JSON object")
-                rows.append(value)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{file}: cannot be read: {error}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise DataError(f"{file}, row {len(rows) + 1}: not JSON: {error}") from error
+    for number, line in enumerate(_lines(file), 1):
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{file}, row {number}: not JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise DataError(f"{file}, row {number}: not a JSON object")
+        rows.append(value)
     return rows
 
 
@@ -97,8 +112,10 @@ def _read_delimited(file: Path) -> Rows:
                         f"the header has {len(header)}"
                     )
                 rows.append(dict(zip(header, values, strict=True)))
-    except (csv.Error, UnicodeDecodeError) as error:
+    except csv.Error as error:
         raise DataError(f"{file}, row {len(rows) + 1}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8: {error}") from error
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error}") from error
     finally:

@@ -1,0 +1,353 @@
+"""Where rows come from: files by name, their formats, and what is refused in one clear line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakit.data.sources import Split, load_split, split_files
+from lorakit.errors import DataError
+
+ROWS = [{"text": "one", "label": 0}, {"text": "two", "label": 1}]
+
+
+def lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def write(file: Path, content: str | bytes | None = None) -> str:
+    content = lines(ROWS) if content is None else content
+    data = content.encode() if isinstance(content, str) else content
+    file.write_bytes(gzip.compress(data) if file.suffix == ".gz" else data)
+    return str(file)
+
+
+def rows_of(path: Any, split: str = "train") -> list[dict[str, Any]]:
+    found = load_split(path, split)
+    assert found is not None
+    return [dict(row) for row in found.rows]
+
+
+def refusal(path: Any, split: str = "train") -> str:
+    with pytest.raises(DataError) as caught:
+        load_split(path, split)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# Which files
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "dev", "val"])
+@pytest.mark.parametrize("asked", ["validation", "dev"])
+def test_aliases_in_a_directory_and_a_mapping(tmp_path: Path, name: str, asked: str) -> None:
+    file = write(tmp_path / f"{name}.jsonl")
+    assert split_files(str(tmp_path), asked) == [Path(file)]
+    assert split_files({name: file}, asked) == [Path(file)]
+
+
+@pytest.mark.parametrize("name", ["train", "test", "validation_matched", "validation_mismatched"])
+def test_other_splits_go_by_their_own_name(tmp_path: Path, name: str) -> None:
+    file = write(tmp_path / f"{name}.jsonl")
+    assert split_files(str(tmp_path), name) == [Path(file)]
+    assert split_files(str(tmp_path), "validation") == []
+    assert split_files({name: file}, name) == [Path(file)]
+    assert load_split(str(tmp_path), "validation") is None
+
+
+def test_other_files_of_a_directory_are_not_read(tmp_path: Path) -> None:
+    for name in (
+        "train.tables.jsonl",
+        "train.json",
+        "train.txt",
+        "train.db",
+        "README.md",
+        "trainx.csv",
+    ):
+        write(tmp_path / name, "not to be read")
+    (tmp_path / "train.csv").mkdir()
+    assert load_split(str(tmp_path), "train") is None
+
+
+@pytest.mark.parametrize("names", [("train.jsonl", "train.jsonl.gz"), ("train.csv", "train.tsv")])
+def test_two_files_of_one_split(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name in names:
+        write(tmp_path / name)
+    assert f"{names[0]} and {names[1]} both name the split 'train'" in refusal(str(tmp_path))
+
+
+def test_two_aliases_of_one_split(tmp_path: Path) -> None:
+    files = {name: write(tmp_path / f"{name}.jsonl") for name in ("dev", "val")}
+    expected = "both name the split 'validation'"
+    assert f"dev.jsonl and val.jsonl {expected}" in refusal(str(tmp_path), "validation")
+    assert f"dev and val {expected}" in refusal(files, "validation")
+
+
+def test_a_file_or_a_list_is_train_only(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl")
+    for path in (file, [file]):
+        assert split_files(path, "train") == [Path(file)]
+        assert split_files(path, "validation") == []
+
+
+def test_an_unknown_split_in_a_mapping(tmp_path: Path) -> None:
+    message = refusal({"train": write(tmp_path / "a.jsonl"), "validaton": "b.jsonl"})
+    assert "unknown split 'validaton'; allowed: train, validation" in message
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    missing = str(tmp_path / "none.jsonl")
+    for path in (missing, [missing], {"train": missing}):
+        assert refusal(path) == f"task.path: no such file or directory: {missing}"
+    assert "no such file" in refusal(missing, "validation")
+    assert "is a directory" in refusal([str(tmp_path)])
+
+
+def test_unknown_format(tmp_path: Path) -> None:
+    message = refusal(write(tmp_path / "a.json"))
+    assert "unknown format; allowed: .jsonl, .jsonl.gz, .csv, .tsv, .parquet" in message
+
+
+# Formats
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_json_lines(tmp_path: Path, suffix: str) -> None:
+    file = write(tmp_path / f"a{suffix}", lines(ROWS[:1]) + "\n" + lines(ROWS[1:]) + "\n")
+    assert rows_of(file) == ROWS
+
+
+def test_parquet(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "a.parquet")
+    assert rows_of(str(tmp_path / "a.parquet")) == ROWS
+
+
+def test_csv_cells_are_text_as_they_stand(tmp_path: Path) -> None:
+    content = '\ufefftext,label\nNA,1\nnull,02\n,nan\n"a, ""b""\nc",True\n\n1.0,2020-01-01\n'
+    assert rows_of(write(tmp_path / "a.csv", content)) == [
+        {"text": "NA", "label": "1"},
+        {"text": "null", "label": "02"},
+        {"text": "", "label": "nan"},
+        {"text": 'a, "b"\nc', "label": "True"},
+        {"text": "1.0", "label": "2020-01-01"},
+    ]
+
+
+def test_tsv_quotes_are_characters(tmp_path: Path) -> None:
+    content = 'text\tlabel\n"so it goes\t1\nhe said "no"\t0\n'
+    assert rows_of(write(tmp_path / "a.tsv", content)) == [
+        {"text": '"so it goes', "label": "1"},
+        {"text": 'he said "no"', "label": "0"},
+    ]
+
+
+def test_a_long_csv_cell(tmp_path: Path) -> None:
+    long = "x" * 300_000
+    assert rows_of(write(tmp_path / "a.csv", f"text\n{long}\n")) == [{"text": long}]
+
+
+def test_json_text_that_looks_like_dates_stays_text(tmp_path: Path) -> None:
+    rows = [{"text": "2020-01-01", "label": 1}, {"text": "2021-02-03"}]
+    assert rows_of(write(tmp_path / "a.jsonl", lines(rows))) == [
+        rows[0],
+        {**rows[1], "label": None},
+    ]
+
+
+def test_dates_within_messages_stay_text(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "assistant", "content": "2020-01-01"}]}]
+    assert rows_of(write(tmp_path / "a.jsonl", lines(rows))) == rows
+
+
+def test_json_text_of_all_sorts_stays_text(tmp_path: Path) -> None:
+    rows = [{"text": text} for text in ("NA", "null", "", "007", "a\u2028b", "\ufeffx", "é")]
+    assert rows_of(write(tmp_path / "a.jsonl", lines(rows))) == rows
+
+
+def test_messages_keep_their_shape(tmp_path: Path) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": "a"}]},
+        {"messages": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]},
+    ]
+    assert rows_of(write(tmp_path / "a.jsonl", lines(rows))) == rows
+
+
+# What cannot be read
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.tsv", "a.parquet"])
+def test_an_empty_file(tmp_path: Path, name: str) -> None:
+    assert refusal(write(tmp_path / name, b"")) == f"{tmp_path / name}: the file is empty"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.jsonl", "\n\n"), ("a.jsonl.gz", ""), ("a.csv", "text,label\n"), ("a.tsv", "text\n")],
+)
+def test_a_file_without_rows(tmp_path: Path, name: str, content: str) -> None:
+    file = write(tmp_path / name, content)
+    assert refusal(file) == f"{file}: the split 'train' is empty"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+@pytest.mark.parametrize(
+    ("broken", "expected"),
+    [('{"text": "a"\n', "not JSON"), ("[1, 2]\n", "not a JSON object"), ("text\n", "not JSON")],
+)
+def test_a_broken_json_row_is_named(
+    tmp_path: Path, suffix: str, broken: str, expected: str
+) -> None:
+    file = write(tmp_path / f"a{suffix}", lines(ROWS) + broken + lines(ROWS))
+    assert refusal(file).startswith(f"{file}, row 3: {expected}")
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "expected"),
+    [("a.jsonl", '{"text": "ok"}\n', ", row 2: not UTF-8"), ("a.csv", "text\n", ": not UTF-8")],
+)
+def test_bytes_that_are_no_text(tmp_path: Path, name: str, head: str, expected: str) -> None:
+    file = write(tmp_path / name, head.encode() + b'{"text": "caf\xe9"}\n')
+    assert refusal(file).startswith(f"{file}{expected}")
+
+
+def test_broken_containers(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(b"no gzip at all")
+    whole = gzip.compress(lines(ROWS * 500).encode())
+    (tmp_path / "b.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 and nothing behind")
+    for name in ("a.jsonl.gz", "b.jsonl.gz", "c.parquet"):
+        assert refusal(str(tmp_path / name)).startswith(f"{tmp_path / name}: cannot be read: ")
+
+
+def test_a_broken_parquet_is_told_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    refusal(write(tmp_path / "a.parquet", b"xx"))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("text,label\na,1\nb\n", "row 2: 1 cells; the header has 2"),
+        ("text,label\na,1,2\n", "row 1: 3 cells; the header has 2"),
+        ('text\na\n"unfinished\n', "row 2: "),
+        ("text,text\na,b\n", "the header names the column 'text' twice"),
+        ("\ntext\na\n", "the first line is empty"),
+    ],
+)
+def test_bad_csv(tmp_path: Path, content: str, expected: str) -> None:
+    assert expected in refusal(write(tmp_path / "a.csv", content))
+
+
+# Several files, limits, columns
+
+
+def test_several_files_and_where_a_row_stands(tmp_path: Path) -> None:
+    files = [
+        write(tmp_path / "a.jsonl"),
+        write(tmp_path / "b.jsonl", lines([{"label": 2, "text": "three", "more": 1}])),
+        write(tmp_path / "c.jsonl.gz"),
+    ]
+    found = load_split(files, "train")
+    assert found is not None
+    assert [row["text"] for row in found.rows] == ["one", "two", "three", "one", "two"]
+    places = [
+        f"{files[0]}, row 1",
+        f"{files[0]}, row 2",
+        f"{files[1]}, row 1",
+        f"{files[2]}, row 1",
+    ]
+    assert [found.locate(index) for index in range(4)] == places
+    assert found.columns == ("text", "label")
+    assert found.column("label") == [0, 1, 2, 0, 1]
+
+
+def test_files_of_different_formats(tmp_path: Path) -> None:
+    files = [write(tmp_path / "a.csv", "label,text\n1,x\n"), write(tmp_path / "b.jsonl")]
+    found = load_split(files, "train")
+    assert found is not None
+    assert found.column("text") == ["x", "one", "two"]
+    assert found.locate(2) == f"{files[1]}, row 2"
+
+
+def test_files_without_a_column_in_common(tmp_path: Path) -> None:
+    files = [
+        write(tmp_path / "a.jsonl"),
+        write(tmp_path / "b.jsonl", '{"body": "x", "label": 1}\n'),
+    ]
+    found = load_split(files, "train")
+    assert found is not None
+    with pytest.raises(DataError, match="no column 'text'; the columns are 'label'"):
+        found.require(["text", "label"])
+
+
+def test_files_whose_types_differ(tmp_path: Path) -> None:
+    files = [
+        write(tmp_path / "a.jsonl"),
+        write(tmp_path / "b.jsonl", '{"text": ["x"], "label": 1}\n'),
+    ]
+    assert "a column's type differs between files" in refusal(files)
+
+
+def test_an_empty_file_among_others_is_refused(tmp_path: Path) -> None:
+    files = [write(tmp_path / "a.jsonl"), write(tmp_path / "b.jsonl", b"")]
+    assert refusal(files) == f"{files[1]}: the file is empty"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_limit(tmp_path: Path, name: str) -> None:
+    content = "text,label\none,0\ntwo,1\n" if name.endswith("csv") else None
+    file = write(tmp_path / name, content)
+    first, all_rows = load_split(file, "train", limit=1), load_split(file, "train", limit=9)
+    assert first is not None
+    assert all_rows is not None
+    assert (first.column("text"), all_rows.column("text")) == (["one"], ["one", "two"])
+    assert first.fingerprint != all_rows.fingerprint
+
+
+def test_the_fingerprint_is_of_the_contents(tmp_path: Path) -> None:
+    def fingerprint(file: str) -> str:
+        found = load_split(file, "train")
+        assert found is not None
+        return found.fingerprint
+
+    same = fingerprint(write(tmp_path / "a.jsonl"))
+    assert fingerprint(write(tmp_path / "b.jsonl")) == same
+    assert fingerprint(write(tmp_path / "b.jsonl", lines(ROWS[:1]))) != same
+
+
+def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl")
+    assert rows_of(file) == ROWS
+    write(tmp_path / "a.jsonl", lines(ROWS[::-1]))
+    assert rows_of(file) == ROWS[::-1]
+
+
+def test_own_reader_comes_first(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", "anything\n")
+    found = load_split(file, "train", read_file=lambda path: [{"name": path.name}])
+    assert found == Split(
+        "train", [{"name": "a.jsonl"}], file, found.fingerprint, ((Path(file), 1),)
+    )  # type: ignore[union-attr]
+
+
+# The Hub
+
+
+def test_no_path_and_no_data_set() -> None:
+    assert "task.path: null" in refusal(None)
+
+
+def test_an_unreachable_hub_is_one_clear_line() -> None:
+    with pytest.raises(DataError) as caught:
+        load_split(None, "train", hub=("nyu-mll/glue", "sst2"))
+    message = str(caught.value)
+    assert message.startswith("task: the Hub data set 'nyu-mll/glue/sst2' cannot be loaded: ")
+    assert "HF_HUB_OFFLINE" in message
+    assert "\n" not in message
