@@ -1,3 +1,42 @@
-"""lorakit: low-rank adapters from one recipe."""
+"""lorakit: low-rank adapters from one recipe.
+
+The public names are loaded when they are first asked for, so that ``import lorakit`` is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorakit.adapters.load import load
+    from lorakit.adapters.merge import merge
+    from lorakit.api import evaluate
+    from lorakit.injection import inject
+    from lorakit.methods.lora import LoraConfig
+    from lorakit.recipe.load import load_recipe
+    from lorakit.training.run import train
 
 __version__ = "0.1.0"
+
+__all__ = ["LoraConfig", "evaluate", "inject", "load", "load_recipe", "merge", "train"]
+
+_HOMES = {
+    "LoraConfig": "lorakit.methods.lora",
+    "evaluate": "lorakit.api",
+    "inject": "lorakit.injection",
+    "load": "lorakit.adapters.load",
+    "load_recipe": "lorakit.recipe.load",
+    "merge": "lorakit.adapters.merge",
+    "train": "lorakit.training.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

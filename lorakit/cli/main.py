@@ -13,6 +13,8 @@ from typing import Annotated
 import typer
 
 from lorakit import __version__
+from lorakit.cli.eval import eval_
+from lorakit.cli.generate import generate
 from lorakit.cli.merge import merge
 from lorakit.cli.methods import methods
 from lorakit.cli.schema import schema
@@ -33,8 +35,8 @@ app = typer.Typer(
 
 # A command is one file beside this one. It imports at its top only what is light, and what it
 # calls inside the function, so that `--help` loads nothing of it.
-for command in (train, merge, validate, schema, methods, tasks):
-    app.command()(command)
+for command in (train, merge, eval_, generate, validate, schema, methods, tasks):
+    app.command(command.__name__.rstrip("_"))(command)
 
 
 def _print_version(wanted: bool) -> None:

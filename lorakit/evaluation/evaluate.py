@@ -20,9 +20,11 @@ from lorakit.data.sources import Split
 from lorakit.errors import EvaluationError
 from lorakit.evaluation.generation import generate_text, window
 from lorakit.evaluation.prompts import encode_prompts
-from lorakit.evaluation.watch import OnProgress, ShouldStop, Watch
+from lorakit.evaluation.watch import EvaluationStopped, OnProgress, ShouldStop, Watch
 from lorakit.models.causal import CausalParts, split_model, token_losses
 from lorakit.tasks.base import Prediction, Task
+
+__all__ = ["Evaluation", "EvaluationStopped", "evaluate_model"]
 
 
 @dataclass(frozen=True)

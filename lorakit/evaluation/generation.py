@@ -45,9 +45,9 @@ def generate_text(
     Raises DataError for a prompt that is empty or leaves no room in the model's window,
     EvaluationStopped if ``should_stop`` returns true.
     """
-    _check_lengths(model, prompts, max_new_tokens)
+    check_prompts(model, prompts, max_new_tokens)
     watch = Watch(len(prompts), on_progress, should_stop)
-    config = generation_config(model, tokenizer, temperature, top_p)
+    config = generation_config(model, tokenizer, temperature, top_p, return_dict_in_generate=True)
     groups = _same_prompts(prompts, distinct=temperature > 0)
     rows = batch_size or ROWS_PER_BATCH.get(model.device.type, 32)
     texts = [""] * len(prompts)
@@ -62,6 +62,21 @@ def generate_text(
                     texts[index] = text
             watch.advance(sum(map(len, batch)))
     return texts
+
+
+def check_prompts(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> None:
+    """Raise DataError for a prompt that is empty or leaves no room in the model's window."""
+    room = window(model)
+    for number, prompt in enumerate(prompts, 1):
+        if not len(prompt):
+            raise DataError(f"prompt {number}: no token to continue")
+        if room is not None and len(prompt) + max_new_tokens > room:
+            raise DataError(
+                f"prompt {number}: its {len(prompt)} tokens and max_new_tokens = {max_new_tokens} "
+                f"exceed the model's window of {room} tokens"
+            )
 
 
 def window(model: PreTrainedModel) -> int | None:
@@ -158,13 +173,12 @@ class _Rounds:
     def _round(
         self, ids: Tensor, mask: Tensor, cache: Any, tokens: int
     ) -> tuple[Tensor, Tensor, Any]:
+        self.config.max_new_tokens = tokens
         out = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
             past_key_values=cache,
             generation_config=self.config,
-            max_new_tokens=tokens,
-            return_dict_in_generate=True,
         )
         new = mask.new_ones(mask.shape[0], out.sequences.shape[1] - mask.shape[1])
         return out.sequences, torch.cat([mask, new], dim=1), out.past_key_values
@@ -220,17 +234,3 @@ def _batches(
         batch.append(group)
     if batch:
         yield batch
-
-
-def _check_lengths(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int
-) -> None:
-    room = window(model)
-    for number, prompt in enumerate(prompts, 1):
-        if not len(prompt):
-            raise DataError(f"prompt {number}: no token to continue")
-        if room is not None and len(prompt) + max_new_tokens > room:
-            raise DataError(
-                f"prompt {number}: its {len(prompt)} tokens and max_new_tokens = {max_new_tokens} "
-                f"exceed the model's window of {room} tokens"
-            )

@@ -1,0 +1,72 @@
+"""A chat on the terminal, or from piped lines: one line a turn."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from lorakit.cli.progress import say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lorakit.cli.generate import Sampling
+
+Messages = list[dict[str, str]]
+
+
+def hold_chat(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling
+) -> None:
+    """Answer line after line until EOF or ``/exit``; ``/clear`` forgets what was said."""
+    from lorakit.cli.generate import write_out
+    from lorakit.evaluation.requests import chat_request
+    from lorakit.evaluation.streaming import stream_text
+
+    chat_request([{"role": "user", "content": "?"}], tokenizer)
+    if sys.stdin.isatty():
+        say("/exit or Ctrl-D ends the chat, /clear begins another")
+    messages: Messages = []
+    while (line := _read_line()) is not None and line.strip() != "/exit":
+        if line.strip() == "/clear":
+            messages = []
+        elif line.strip():
+            messages.append({"role": "user", "content": line})
+            ids = _fitting(messages, model, tokenizer, sampling.max_new_tokens)
+            answer = stream_text(model, tokenizer, ids, write_out, **asdict(sampling))
+            write_out("\n")
+            messages.append({"role": "assistant", "content": answer})
+
+
+def _read_line() -> str | None:
+    """The next line without its end; None at the end of the input."""
+    if sys.stdin.isatty():
+        try:
+            return input("> ")
+        except EOFError:
+            return None
+    line = sys.stdin.readline()
+    return line.rstrip("\n") if line else None
+
+
+def _fitting(
+    messages: Messages,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+) -> list[int]:
+    """The chat in tokens; its oldest turns are forgotten where it outgrows the model's window."""
+    from lorakit.evaluation.generation import window
+    from lorakit.evaluation.requests import chat_request
+
+    room = window(model)
+    ids = chat_request(messages, tokenizer).ids
+    before = len(messages)
+    while room is not None and len(ids) + max_new_tokens > room and len(messages) > 1:
+        del messages[:2]
+        ids = chat_request(messages, tokenizer).ids
+    if len(messages) < before:
+        say(f"the chat outgrew the model's {room} tokens: its first {before - len(messages)} "
+            "messages are forgotten")  # fmt: skip
+    return ids

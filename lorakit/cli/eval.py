@@ -1,0 +1,132 @@
+"""``lorakit eval``: the recipe's task on an adapter, on the base, or on ready predictions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lorakit.cli.output import check_writable, write_text
+from lorakit.cli.progress import progress, say
+from lorakit.errors import UserError
+
+if TYPE_CHECKING:
+    from lorakit.recipe.sections import Recipe
+
+
+def eval_(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe file.")],
+    adapter: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Adapter [default: train.output_dir/adapter]."),
+    ] = None,
+    base: Annotated[bool, typer.Option("--base", help="The base without an adapter.")] = False,
+    split: Annotated[
+        str | None, typer.Option(metavar="S", help="Split [default: the task's own].")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="First N rows.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the JSON object there too.")
+    ] = None,
+    save_predictions: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write what --predictions reads.")
+    ] = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help='Score these, one {"prediction": ...} a line.'),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a value, read as YAML."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure an adapter, or the base, on the recipe's task.
+
+    Example: lorakit eval recipes/quickstart.yaml --limit 200 --json
+    """
+    from lorakit.recipe.load import load_recipe
+
+    _check_options(adapter, base, predictions, save_predictions)
+    check_writable("--output", output)
+    check_writable("--save-predictions", save_predictions)
+    resolved = load_recipe(recipe, overrides)
+    if predictions is not None:
+        result = _score(resolved, predictions, split, limit)
+    else:
+        result = _measure(resolved, adapter, base, split, limit, save_predictions)
+    text = json.dumps(result, allow_nan=False)
+    if output is not None:
+        write_text(output, f"{text}\n")
+    typer.echo(text if as_json else _table(result))
+
+
+def _check_options(
+    adapter: Path | None, base: bool, predictions: Path | None, save_predictions: Path | None
+) -> None:
+    given = {
+        "--adapter": adapter is not None,
+        "--base": base,
+        "--save-predictions": save_predictions is not None and predictions is not None,
+        "--predictions": predictions is not None,
+    }
+    names = [name for name, there in given.items() if there]
+    if len(names) > 1:
+        raise UserError(f"{' and '.join(names)} exclude each other; allowed: one of them")
+
+
+def _score(recipe: Recipe, file: Path, split: str | None, limit: int | None) -> dict[str, Any]:
+    """Without a model, and without the library that runs one."""
+    from lorakit import registry
+    from lorakit.evaluation.predictions import score_predictions
+    from lorakit.evaluation.splits import load_eval_split, with_labels
+
+    task = registry.tasks()[recipe.task.name]
+    task.check_requirements(recipe.task)
+    found = load_eval_split(task, recipe.task, split, limit)
+    config = with_labels(task, recipe.task, None)
+    metrics = score_predictions(task, config, found, file)
+    return _result(recipe.task.name, found.name, len(found), metrics)
+
+
+def _measure(
+    recipe: Recipe,
+    adapter: Path | None,
+    base: bool,
+    split: str | None,
+    limit: int | None,
+    save_predictions: Path | None,
+) -> dict[str, Any]:
+    from lorakit import registry
+
+    task = registry.tasks()[recipe.task.name]
+    if save_predictions is not None and not (task.kind == "encoder" or task.generates(recipe.task)):
+        raise UserError(
+            f"--save-predictions: task.name = {recipe.task.name!r} is measured by its loss, "
+            "without predictions"
+        )
+
+    from lorakit.api import evaluate_split
+    from lorakit.evaluation.predictions import prediction_lines
+
+    with progress("evaluated") as report:
+        found = evaluate_split(
+            recipe, adapter, base=base, split=split, limit=limit, on_progress=report, say=say
+        )
+    if save_predictions is not None:
+        write_text(save_predictions, prediction_lines(found.predictions))
+    return _result(found.task, found.split, found.examples, found.metrics)
+
+
+def _result(task: str, split: str, examples: int, metrics: dict[str, float]) -> dict[str, Any]:
+    return {"task": task, "split": split, "examples": examples, "metrics": metrics}
+
+
+def _table(result: dict[str, Any]) -> str:
+    metrics = result["metrics"]
+    width = max(map(len, metrics))
+    lines = [f"{result['task']}, {result['split']}: {result['examples']:,} examples"]
+    lines += [f"  {name:<{width}}  {value:.4f}" for name, value in metrics.items()]
+    return "\n".join(lines)

@@ -1,0 +1,168 @@
+"""``lorakit generate``: text from a model, with or without an adapter."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lorakit.cli.output import check_writable, write_text
+from lorakit.cli.progress import progress, say
+from lorakit.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a continuation is chosen, as ``stream_text`` and ``generate_text`` take it."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+
+
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory or Hub id.")],
+    adapter: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Adapter to put on the model.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Continue this text.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Talk through the chat template.")] = False,
+    input_file: Annotated[
+        Path | None,
+        typer.Option("--input", metavar="FILE", help='Lines {"prompt": ..} or {"messages": ..}.'),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where --input's answers go [stdout].")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1)] = 256,
+    temperature: Annotated[
+        float, typer.Option(metavar="T", min=0, help="0 takes the likeliest token.")
+    ] = 0.0,
+    top_p: Annotated[float, typer.Option(metavar="P", help="Above 0, to 1.")] = 1.0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of what is drawn.")] = 0,
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="D", help="float32, bfloat16 or float16 [default: the model's own]."),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="R", help="Commit or tag on the Hub.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")
+    ] = False,
+) -> None:
+    """Continue a prompt, hold a chat, or answer a file of prompts.
+
+    Without --prompt, --chat and --input: a chat on a terminal, else stdin is the prompt.
+
+    Example: lorakit generate models/smollm2-135m-instruct --prompt "Once upon a time"
+    """
+    _check_options(prompt, chat, input_file, output, temperature, top_p)
+    check_writable("--output", output)
+    if prompt is None and not chat and input_file is None:
+        chat = sys.stdin.isatty()
+        prompt = None if chat else _stdin_prompt()
+
+    from lorakit.api import load_for_generation
+
+    loaded = load_for_generation(
+        model, adapter, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code,
+        seed=seed, say=say,
+    )  # fmt: skip
+    sampling = Sampling(max_new_tokens, temperature, top_p)
+    if chat:
+        from lorakit.cli.chat import hold_chat
+
+        hold_chat(*loaded, sampling)
+    elif input_file is not None:
+        _answer(*loaded, input_file, output, sampling)
+    else:
+        assert prompt is not None
+        _stream(*loaded, prompt, sampling)
+
+
+def _check_options(
+    prompt: str | None,
+    chat: bool,
+    input_file: Path | None,
+    output: Path | None,
+    temperature: float,
+    top_p: float,
+) -> None:
+    given = {"--prompt": prompt is not None, "--chat": chat, "--input": input_file is not None}
+    names = [name for name, there in given.items() if there]
+    if len(names) > 1:
+        raise UserError(f"{' and '.join(names)} exclude each other; allowed: one of them")
+    if output is not None and input_file is None:
+        raise UserError(f"--output {output}: only with --input; a single answer goes to stdout")
+    if not math.isfinite(temperature):
+        raise UserError(f"--temperature {temperature}: allowed: a finite number from 0")
+    if not 0 < top_p <= 1:
+        raise UserError(f"--top-p {top_p}: allowed: above 0, to 1")
+
+
+def _stdin_prompt() -> str:
+    text = sys.stdin.read().rstrip("\n")
+    if not text.strip():
+        raise UserError("no prompt: stdin is empty; allowed: --prompt TEXT, --chat, --input FILE")
+    return text
+
+
+def _stream(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, sampling: Sampling
+) -> None:
+    from dataclasses import asdict
+
+    from lorakit.evaluation.requests import text_request
+    from lorakit.evaluation.streaming import stream_text
+
+    request = text_request(prompt, tokenizer)
+    stream_text(model, tokenizer, request.ids, write_out, **asdict(sampling))
+    write_out("\n")
+
+
+def _answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    input_file: Path,
+    output: Path | None,
+    sampling: Sampling,
+) -> None:
+    from dataclasses import asdict
+
+    from lorakit.evaluation.generation import generate_text
+    from lorakit.evaluation.requests import read_requests
+
+    requests = read_requests(input_file, tokenizer)
+    with progress("generated") as report:
+        texts = generate_text(
+            model,
+            tokenizer,
+            [request.ids for request in requests],
+            on_progress=report,
+            **asdict(sampling),
+        )
+    rows = [
+        {"prompt": request.text, "generated": text}
+        for request, text in zip(requests, texts, strict=True)
+    ]
+    lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+    if output is not None:
+        write_text(output, lines)
+        say(f"{output}: {len(rows)} answers")
+    else:
+        write_out(lines)
+
+
+def write_out(text: str) -> Any:
+    """To stdout, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
