@@ -129,6 +129,14 @@ def generating(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
+def before_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
+    """The text before the first of ``stop`` behind its first visible character, and whether there
+    is one."""
+    start = len(text) - len(text.lstrip())
+    places = [place for mark in stop if (place := text.find(mark, start)) >= 0]
+    return (text[: min(places)], True) if places else (text, False)
+
+
 class _Rounds:
     """One batch, a few tokens at a time; between rounds the rows that have ended leave it."""
 
@@ -189,9 +197,8 @@ class _Rounds:
         text = str(self.tokenizer.decode(
             ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
         ))  # fmt: skip
-        start = len(text) - len(text.lstrip())
-        cuts = [place for mark in self.stop if (place := text.find(mark, start)) >= 0]
-        return (text[: min(cuts)] if cuts else text), end is not None or bool(cuts)
+        text, stopped = before_stop(text, self.stop)
+        return text, end is not None or stopped
 
     def _left_padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         width = max(map(len, prompts))

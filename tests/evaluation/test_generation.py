@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lorakit.errors import DataError
+from lorakit.evaluation.generation import before_stop, generate_text
+from lorakit.evaluation.streaming import stream_text
+from lorakit.evaluation.watch import EvaluationStopped
+from lorakit.models.load import load_pretrained
+from lorakit.recipe.sections import ModelSection
+from tests.families import CAUSAL, tiny
+
+TEXTS = ["a", "to be or not", "xyz" * 9, "a", "SELECT name FROM t", "!"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama: Path) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@pytest.fixture
+def model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    return tiny("llama", vocab_size=len(tokenizer), eos_token_id=1)
+
+
+@pytest.fixture
+def prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    return [tokenizer(text).input_ids for text in TEXTS]
+
+
+def alone(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], tokens: int
+) -> list[int]:
+    """The likeliest tokens, by a forward pass over everything for each: no cache, no padding."""
+    ids = list(prompt)
+    for _ in range(tokens):
+        with torch.no_grad():
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_batch_gives_what_each_prompt_gives_alone(
+    family: str, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> None:
+    model = tiny(family, vocab_size=len(tokenizer))
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    wanted = [
+        tokenizer.decode(alone(model, tokenizer, prompt, 10), skip_special_tokens=True)
+        for prompt in prompts
+    ]
+    assert len(set(wanted)) > 2
+    for batch_size in (1, 2, 8):
+        assert wanted == generate_text(
+            model, tokenizer, prompts, max_new_tokens=10, batch_size=batch_size
+        )
+
+
+def test_rows_that_have_ended_leave_the_batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> None:
+    full = generate_text(model, tokenizer, prompts, max_new_tokens=32)
+    rows: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _model, _args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    mark = full[2][3:5]
+    stopped = generate_text(model, tokenizer, prompts, max_new_tokens=32, stop=(mark,))
+    assert stopped == [before_stop(text, (mark,))[0] for text in full]
+    ended = [text for text in {*full} if mark in text]
+    assert 0 < len(ended) < len({*full})
+    assert rows[0] == len({*TEXTS})
+    assert rows[-1] <= len({*TEXTS}) - len(ended)
+
+
+def test_ends_at_an_eos_of_the_generation_configuration(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    prompt = tokenizer("to be").input_ids
+    ids = alone(model, tokenizer, prompt, 12)
+    end = ids[5]
+    first = ids.index(end)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, end]
+    assert generate_text(model, tokenizer, [prompt], max_new_tokens=12) == [
+        tokenizer.decode(ids[:first])
+    ]
+
+
+def test_takes_nothing_from_the_checkpoints_sampling(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> None:
+    wanted = generate_text(model, tokenizer, prompts, max_new_tokens=12)
+    own = GenerationConfig(
+        do_sample=True, temperature=5.0, top_k=3, repetition_penalty=9.0, num_beams=2,
+        min_new_tokens=4, no_repeat_ngram_size=1, max_length=3, eos_token_id=1,
+    )  # fmt: skip
+    model.generation_config = own
+    model.train()
+    state = torch.get_rng_state()
+    assert generate_text(model, tokenizer, prompts, max_new_tokens=12) == wanted
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.generation_config is own
+    assert model.training
+
+
+def test_sampling_follows_the_seed_and_top_p(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> None:
+    def draw(seed: int, temperature: float, top_p: float = 1.0) -> list[str]:
+        torch.manual_seed(seed)
+        return generate_text(
+            model, tokenizer, prompts, max_new_tokens=12, temperature=temperature, top_p=top_p
+        )
+
+    likeliest = generate_text(model, tokenizer, prompts, max_new_tokens=12)
+    assert draw(1, 1.0) == draw(1, 1.0)
+    assert draw(1, 1.0) != draw(2, 1.0)
+    drawn = draw(1, 1.0)
+    assert drawn[0] != drawn[3], "equal prompts are drawn for one by one"
+    assert draw(1, 1.0, top_p=1e-6) == likeliest
+
+
+def test_prompts_that_leave_no_room_are_refused(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    with pytest.raises(DataError, match=r"prompt 2: its 60 tokens .* window of 64 tokens"):
+        generate_text(model, tokenizer, [[5], [5] * 60], max_new_tokens=5)
+    with pytest.raises(DataError, match="prompt 1: no token"):
+        generate_text(model, tokenizer, [[]], max_new_tokens=5)
+    assert len(generate_text(model, tokenizer, [[5] * 60], max_new_tokens=4)) == 1
+
+
+def test_progress_and_stopping(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> None:
+    seen: list[tuple[int, int]] = []
+    generate_text(
+        model, tokenizer, prompts, max_new_tokens=4, batch_size=2,
+        on_progress=lambda *done: seen.append(done),
+    )  # fmt: skip
+    assert seen[-1] == (6, 6)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    model.train()
+    with pytest.raises(EvaluationStopped):
+        generate_text(
+            model, tokenizer, prompts, max_new_tokens=4, should_stop=lambda: len(seen) > 0
+        )
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "cut", "ended"),
+    [
+        ("\n SELECT 1\nmore", ("\n",), "\n SELECT 1", True),
+        ("\n\n", ("\n",), "\n\n", False),
+        ("a;b\nc", ("\n", ";"), "a", True),
+        ("abc", (), "abc", False),
+        ("", ("\n",), "", False),
+    ],
+)
+def test_stop_texts_count_behind_the_first_visible_character(
+    text: str, stop: tuple[str, ...], cut: str, ended: bool
+) -> None:
+    assert before_stop(text, stop) == (cut, ended)
+
+
+def test_streams_what_a_batch_gives(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> None:
+    pieces: list[str] = []
+    text = stream_text(model, tokenizer, prompts[1], pieces.append, max_new_tokens=20)
+    assert [text] == generate_text(model, tokenizer, [prompts[1]], max_new_tokens=20)
+    assert "".join(pieces) == text
+    with pytest.raises(DataError, match="window"):
+        stream_text(model, tokenizer, [5] * 60, pieces.append, max_new_tokens=20)
+
+
+def test_smollm2_does_not_depend_on_the_batch(smollm2: Path) -> None:
+    section = ModelSection(name_or_path=str(smollm2), dtype="float32")
+    loaded = load_pretrained(section, "causal")
+    texts = ["The capital of France is", "1, 2, 3,", 'columns: "A", "B"\nquestion: Which A?\nSQL:']
+    ids = [loaded.tokenizer(text).input_ids for text in texts]
+    one, many = (
+        generate_text(loaded.model, loaded.tokenizer, ids, max_new_tokens=8, batch_size=size)
+        for size in (1, 3)
+    )
+    assert one == many
+    assert "Paris" in one[0]
+    assert one[1].startswith(" 4, 5")
