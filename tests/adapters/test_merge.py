@@ -1,0 +1,367 @@
+"""Merging: exact sums, exact names, whole directories or none."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+from lorakit.adapters import shards as shards_module
+from lorakit.adapters.load import load
+from lorakit.adapters.merge import merge
+from lorakit.adapters.shards import OutputTensor, parse_size, plan_shards
+from lorakit.errors import AdapterError, ModelError
+from lorakit.layers import adapter_layers
+from tests.adapters.conftest import MakePair
+from tests.families import ALL, ENCODERS, tiny, token_ids
+
+
+def _logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        out: torch.Tensor = model(input_ids=token_ids()).logits
+    return out
+
+
+def _plain(out: Path, **options: Any) -> nn.Module:
+    """What plain transformers makes of the directory; every weight is there, none is left over."""
+    settings = json.loads((out / "config.json").read_text())
+    classifies = "Classification" in settings["architectures"][0]
+    auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+    model, info = auto.from_pretrained(out, output_loading_info=True, **options)
+    assert not any(info.values()), info
+    loaded: nn.Module = model.eval()
+    assert type(loaded).__name__ == settings["architectures"][0]
+    return loaded
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+@pytest.mark.parametrize("family", [family for family in ALL if family != "t5_encoder"])
+def test_merged_equals_unmerged(make_pair: MakePair, family: str, tmp_path: Path) -> None:
+    said: list[str] = []
+    base, adapter, model = make_pair(family, adapter={"target_modules": ["all-linear"]})
+    report = merge(base, adapter, tmp_path / "out", say=said.append)
+    torch.testing.assert_close(_logits(_plain(tmp_path / "out")), _logits(model), atol=1e-5, rtol=0)
+    assert report.merged_modules == len(adapter_layers(model))
+    # Only of GPT-NeoX does transformers write another name than the model's (embed_out).
+    assert bool(said) == bool(report.notes) == (family == "gpt_neox")
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_a_bare_encoder_becomes_a_classifier(
+    make_pair: MakePair, family: str, tmp_path: Path
+) -> None:
+    names = {0: "no", 1: "maybe", 2: "yes"}
+    _, adapter, model = make_pair(family, id2label=names)
+    tiny(family).base_model.save_pretrained(tmp_path / "bare")
+    merge(tmp_path / "bare", adapter, tmp_path / "out")
+    merged = _plain(tmp_path / "out")
+    torch.testing.assert_close(_logits(merged), _logits(model), atol=1e-5, rtol=0)
+    assert merged.config.id2label == names
+    assert merged.config.num_labels == 3
+
+
+def test_a_head_replaces_the_bases_own(make_pair: MakePair, tmp_path: Path) -> None:
+    _, adapter, model = make_pair("roberta")
+    tiny("roberta", num_labels=7).save_pretrained(tmp_path / "other")
+    merge(tmp_path / "other", adapter, tmp_path / "out")
+    torch.testing.assert_close(_logits(_plain(tmp_path / "out")), _logits(model), atol=1e-5, rtol=0)
+
+
+TIED: dict[str, tuple[dict[str, Any], bool]] = {
+    "neither side": ({}, True),
+    "embeddings adapted": ({"target_modules": ["embed_tokens", "q"]}, False),
+    "output adapted": ({"target_modules": ["lm_head", "q"]}, False),
+    "both adapted": ({"target_modules": ["lm_head", "embed_tokens"]}, False),
+    "both trained as one": ({"modules_to_save": ["embed_tokens"]}, True),
+}
+
+
+@pytest.mark.parametrize("case", TIED)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_tied_embeddings(make_pair: MakePair, family: str, case: str, tmp_path: Path) -> None:
+    adapter_settings, still_tied = TIED[case]
+    base, adapter, model = make_pair(family, adapter_settings, tie_word_embeddings=True)
+    assert "lm_head.weight" not in _tensors(base)
+    merge(base, adapter, tmp_path / "out")
+    merged = _plain(tmp_path / "out")
+    torch.testing.assert_close(_logits(merged), _logits(model), atol=1e-5, rtol=0)
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == still_tied
+    assert ("lm_head.weight" in _tensors(tmp_path / "out")) == (not still_tied)
+
+
+def test_one_rounding(make_pair: MakePair, tmp_path: Path) -> None:
+    """bfloat16: W + delta in float32 by hand, rounded once; the rest is the base's bytes."""
+    base, adapter, model = make_pair(dtype=torch.bfloat16)
+    merge(base, adapter, tmp_path / "out")
+    stored, merged = _tensors(base), _tensors(tmp_path / "out")
+    assert set(stored) == set(merged)
+    layers = adapter_layers(model)
+    twice = 0
+    for name, weight in stored.items():
+        layer = layers.get(name.removesuffix(".weight"))
+        if layer is None:
+            assert torch.equal(merged[name], weight), name
+            continue
+        delta = (layer.lora_B.double() @ layer.lora_A.double() * (16 / 4)).detach()
+        exact = (weight.double() + delta).float().bfloat16()
+        rounded_before = weight + delta.bfloat16()
+        assert (merged[name] == exact).double().mean() > 0.999, name
+        torch.testing.assert_close(merged[name].double(), weight + delta, rtol=2**-8, atol=1e-6)
+        twice += int((rounded_before != exact).sum())
+    assert twice, "rounding twice would have differed"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtype_of_the_output(make_pair: MakePair, dtype: str, tmp_path: Path) -> None:
+    base, adapter, model = make_pair("bert", dtype=torch.bfloat16)
+    report = merge(base, adapter, tmp_path / "out", dtype=dtype)
+    assert report.dtype == dtype
+    assert {t.dtype for t in _tensors(tmp_path / "out").values()} == {getattr(torch, dtype)}
+    assert _plain(tmp_path / "out").dtype == getattr(torch, dtype)
+    if dtype == "float32":
+        unmerged = load(base, adapter, dtype="float32")
+        torch.testing.assert_close(
+            _logits(_plain(tmp_path / "out")), _logits(unmerged), atol=1e-5, rtol=0
+        )
+    assert next(model.parameters()).dtype == torch.bfloat16
+
+
+def test_shards(make_pair: MakePair, tmp_path: Path) -> None:
+    base, adapter, model = make_pair(max_shard_size="6KB")
+    assert len(list(base.glob("model-*.safetensors"))) > 2
+    report = merge(base, adapter, tmp_path / "out", max_shard_size="8KB")
+    count = len(report.files)
+    assert count > 2
+    assert report.files[0] == f"model-00001-of-{count:05d}.safetensors"
+    torch.testing.assert_close(_logits(_plain(tmp_path / "out")), _logits(model), atol=1e-5, rtol=0)
+    # The names and the index are as transformers writes them; its order within is another.
+    _plain(tmp_path / "out").save_pretrained(tmp_path / "again", max_shard_size="8KB")
+    index = "model.safetensors.index.json"
+    ours, theirs = (json.loads((tmp_path / d / index).read_text()) for d in ("out", "again"))
+    assert ours["metadata"] == theirs["metadata"]
+    assert set(ours["weight_map"]) == set(theirs["weight_map"])
+    assert set(ours["weight_map"].values()) == set(report.files)
+    assert list(ours) == list(theirs)
+
+
+def test_a_single_file_and_its_metadata(make_pair: MakePair, tmp_path: Path) -> None:
+    base, adapter, _ = make_pair()
+    report = merge(base, adapter, tmp_path / "out")
+    assert report.files == ("model.safetensors",)
+    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as stored:
+        assert stored.metadata() == {"format": "pt"}
+
+
+def test_one_file_is_in_memory_at_most(
+    make_pair: MakePair, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    base, adapter, _ = make_pair()
+    alive: list[list[int]] = []
+    write = shards_module.save_file
+
+    def watched(tensors: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> None:
+        alive.append([t.numel() * t.element_size() for t in tensors.values()])
+        write(tensors, *args, **kwargs)
+
+    monkeypatch.setattr(shards_module, "save_file", watched)
+    merge(base, adapter, tmp_path / "out", max_shard_size=8000)
+    assert len(alive) > 3
+    assert all(sum(sizes) <= 8000 or len(sizes) == 1 for sizes in alive)
+
+
+def test_sizes_and_plans() -> None:
+    assert [parse_size(s) for s in ("5GB", "200 MB", "1KiB", "7", 12)] == [
+        5 * 10**9, 2 * 10**8, 1024, 7, 12,
+    ]  # fmt: skip
+    for bad in ("", "5XB", "-1GB", "0", "GB"):
+        with pytest.raises(AdapterError, match="max_shard_size"):
+            parse_size(bad)
+    outputs = {
+        name: OutputTensor((size,), torch.uint8)
+        for name, size in zip("abcd", (4, 4, 9, 1), strict=True)
+    }
+    assert plan_shards(outputs, 8) == [["a", "b"], ["c"], ["d"]]
+
+
+def test_tokenizer_and_generation_defaults(
+    make_pair: MakePair, tiny_llama: Path, tmp_path: Path
+) -> None:
+    base, adapter, _ = make_pair()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.save_pretrained(base)
+    (base / "generation_config.json").write_text('{"temperature": 0.3, "do_sample": true}')
+    merge(base, adapter, tmp_path / "out")
+    again = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert again.get_vocab() == tokenizer.get_vocab()
+    assert again.chat_template == tokenizer.chat_template
+    assert _plain(tmp_path / "out").generation_config.temperature == 0.3
+    tokenizer.chat_template = "the adapter's own"
+    tokenizer.save_pretrained(adapter)
+    merge(base, adapter, tmp_path / "out", overwrite=True)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "the adapter's own"
+    assert {p.name for p in tmp_path.iterdir()} == {"base", "adapter", "out"}
+    assert not list((tmp_path / "out").glob("adapter_*"))
+
+
+def test_places_that_out_may_not_be(make_pair: MakePair, tmp_path: Path) -> None:
+    base, adapter, _ = make_pair()
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "1.jpg").write_text("x")
+    cases = {
+        base: "outside the base's directory",
+        base / "merged": "outside the base's directory",
+        adapter: "outside the adapter's directory",
+        adapter / "merged": "outside the adapter's directory",
+        tmp_path: "outside the base's directory",
+        tmp_path / "file": "not a directory",
+        tmp_path / "photos": "something other than a model",
+    }
+    before = sorted(tmp_path.rglob("*"))
+    for out, message in cases.items():
+        with pytest.raises(AdapterError, match=message):
+            merge(base, adapter, out, overwrite=True)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(AdapterError, match="exists already"):
+        merge(base, adapter, tmp_path / "there")
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "there"])
+
+
+def test_bases_that_cannot_be_merged_into(make_pair: MakePair, tmp_path: Path) -> None:
+    base, adapter, _ = make_pair()
+    tiny("llama", hidden_size=32).save_pretrained(tmp_path / "wider")
+    with pytest.raises(AdapterError, match="belongs to another base model"):
+        merge(tmp_path / "wider", adapter, tmp_path / "out")
+    settings = json.loads((base / "config.json").read_text())
+    quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (base / "config.json").write_text(json.dumps(settings | {"quantization_config": quantised}))
+    with pytest.raises(AdapterError, match="quantised"):
+        merge(base, adapter, tmp_path / "out")
+    (base / "config.json").write_text(json.dumps(settings))
+    weights = base / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:100])
+    with pytest.raises(ModelError, match="corrupt or cut short"):
+        merge(base, adapter, tmp_path / "out")
+    weights.rename(base / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="safetensors only"):
+        merge(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_said_before_anything_is_written(
+    make_pair: MakePair, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    base, adapter, _ = make_pair()
+    usage = type("usage", (), {"free": 10})
+    monkeypatch.setattr("lorakit.adapters.merge.shutil.disk_usage", lambda _path: usage)
+    with pytest.raises(AdapterError, match=r"GB are needed, and 0.0 GB are free"):
+        merge(base, adapter, tmp_path / "out")
+    assert {p.name for p in tmp_path.iterdir()} == {"base", "adapter"}
+
+
+_SLOW = """
+import sys, time
+from lorakit.adapters import shards
+from lorakit.adapters.merge import merge
+write = shards.save_file
+def slow(*args, **kwargs):
+    write(*args, **kwargs)
+    print("written", flush=True)
+    time.sleep(0.5)
+shards.save_file = slow
+merge(*sys.argv[1:4], max_shard_size=8000, overwrite=True)
+"""
+
+
+@pytest.mark.parametrize("out_exists", [False, True])
+def test_killed_half_way_leaves_out_as_it_was(
+    make_pair: MakePair, out_exists: bool, tmp_path: Path
+) -> None:
+    base, adapter, _ = make_pair()
+    out = tmp_path / "out"
+    if out_exists:
+        merge(base, adapter, out)
+    before = {p: p.read_bytes() for p in out.rglob("*")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SLOW, base, adapter, out],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"written\n"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert {p: p.read_bytes() for p in out.rglob("*")} == before
+    assert list(tmp_path.glob(".out.*.new")), "it was killed in the middle"
+    merge(base, adapter, out, overwrite=True)
+    _plain(out)
+
+
+def test_real_models(minilm: Path, smollm2: Path, tmp_path: Path) -> None:
+    """all-MiniLM's checkpoint is a bare BertModel; SmolLM2's is bfloat16 with tied embeddings."""
+    from lorakit.adapters.peft_format import save_adapter
+    from lorakit.injection import inject
+    from lorakit.methods.lora import LoraConfig
+
+    cases: list[tuple[Path, Any, dict[str, Any]]] = [
+        (minilm, AutoModelForSequenceClassification, {"num_labels": 2}),
+        (smollm2, AutoModelForCausalLM, {"dtype": torch.float32}),
+    ]
+    for base, auto, options in cases:
+        model = auto.from_pretrained(base, **options)
+        config = LoraConfig(target_modules=["q", "v"])
+        inject(model, config)
+        for layer in adapter_layers(model).values():
+            nn.init.normal_(layer.lora_B, std=0.02)
+        task = "SEQ_CLS" if base is minilm else "CAUSAL_LM"
+        adapter, out = tmp_path / f"{base.name}-adapter", tmp_path / f"{base.name}-merged"
+        save_adapter(adapter, model, config, base_model_name_or_path=str(base), task_type=task)
+        merge(base, adapter, out, dtype="float32")
+        got, want = _logits(_plain(out)), _logits(model.eval())
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+
+
+def test_the_command(
+    make_pair: MakePair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lorakit.cli.main import run
+
+    base, adapter, _ = make_pair()
+    arguments = ["merge", str(base), str(adapter), str(tmp_path / "out")]
+    assert run([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["directory"] == str(tmp_path / "out")
+    assert result["merged_modules"] == 8
+    assert run(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "exists already" in captured.err
+    assert run([*arguments, "--overwrite", "--dtype", "bfloat16", "--max-shard-size", "8KB"]) == 0
+    assert "8 modules merged" in capsys.readouterr().out
+    assert run([*arguments, "--overwrite", "--dtype", "int4"]) == 2
+    assert "dtype = int4: allowed: float32" in capsys.readouterr().err
+    assert run(["merge", "--help"]) == 0
+    assert "Example: lorakit merge" in capsys.readouterr().out
