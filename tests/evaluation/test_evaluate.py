@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lorakit import registry
+from lorakit.data.encode import EncodedSplit, encode_split
+from lorakit.data.sources import Split
+from lorakit.errors import DataError, EvaluationError
+from lorakit.evaluation.evaluate import Evaluation, EvaluationStopped, evaluate_model
+from lorakit.evaluation.prompts import encode_prompts
+from lorakit.injection import inject
+from lorakit.methods.lora import LoraConfig
+from lorakit.models.load import Pretrained, load_pretrained
+from lorakit.recipe.sections import ModelSection
+from tests.tasks.wikisql_files import ROWS, TABLE, write_database, write_lines
+
+PAIRS = [
+    {"prompt": "a b c", "completion": " d"},
+    {"prompt": "one two three four five", "completion": " six seven"},
+    {"prompt": "x", "completion": " yyyyyyyyyyyyyyyy"},
+    {"prompt": "", "completion": "nothing before"},
+    {"prompt": "short", "completion": " s"},
+]
+
+
+class Case:
+    """A model, a task and a split, in tokens."""
+
+    def __init__(self, loaded: Pretrained, task: str, split: Split, **keys: Any) -> None:
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.task = registry.tasks()[task]
+        self.config = self.task.Config(name=task, max_length=200, **keys)
+        self.split = split
+        self.encoded: EncodedSplit = encode_split(
+            split, lambda row: self.task.example(row, self.config), self.tokenizer, 200
+        )
+
+    def evaluate(self, **options: Any) -> Evaluation:
+        return evaluate_model(
+            self.model, self.tokenizer, self.task, self.config, self.split, self.encoded,
+            **{"batch_size": 2, **options},
+        )  # fmt: skip
+
+
+def split_of(rows: list[dict[str, Any]]) -> Split:
+    return Split("validation", rows, "rows", "0")
+
+
+def causal(folder: Path, dtype: str = "float32") -> Case:
+    section = ModelSection(name_or_path=str(folder), dtype=dtype)
+    return Case(load_pretrained(section, "causal"), "completion", split_of(PAIRS))
+
+
+def encoder(folder: Path, task: str, rows: list[dict[str, Any]], labels: Any) -> Case:
+    section = ModelSection(name_or_path=str(folder), dtype="float32")
+    loaded = load_pretrained(section, "encoder", labels, seed=3)
+    with torch.no_grad():
+        for parameter in loaded.model.parameters():
+            if parameter.dim() > 1:  # so that random weights tell one text from another
+                parameter.mul_(20)
+    return Case(loaded, task, split_of(rows))
+
+
+def test_loss_is_the_mean_over_the_trained_tokens(tiny_llama: Path) -> None:
+    case = causal(tiny_llama)
+    losses = []
+    for index in range(len(case.encoded)):
+        row = case.encoded[index]
+        ids = torch.from_numpy(row.input_ids).long()
+        with torch.no_grad():
+            logits = case.model(input_ids=ids.unsqueeze(0)).logits[0].double()
+        kept = torch.from_numpy(row.trained[1:])
+        losses.append(F.cross_entropy(logits[:-1][kept], ids[1:][kept], reduction="none"))
+    wanted = float(torch.cat(losses).mean())
+    for batch_size in (1, 2, 5):
+        metrics = case.evaluate(batch_size=batch_size).metrics
+        assert metrics["loss"] == pytest.approx(wanted, rel=1e-6)
+        assert metrics["perplexity"] == pytest.approx(math.exp(wanted), rel=1e-5)
+        assert set(metrics) == {"loss", "perplexity"}
+
+
+def test_neither_randomness_nor_mode_nor_gradients_are_touched(tiny_llama: Path) -> None:
+    case = causal(tiny_llama)
+    inject(case.model, LoraConfig(r=2, lora_dropout=0.5))
+    case.model.train()
+    state = torch.get_rng_state()
+    first = case.evaluate()
+    assert torch.equal(state, torch.get_rng_state())
+    assert case.model.training
+    assert first == case.evaluate()
+    assert all(parameter.grad is None for parameter in case.model.parameters())
+    case.model.eval()
+    case.evaluate()
+    assert not case.model.training
+
+
+def test_training_goes_on_after_an_evaluation(tiny_llama: Path) -> None:
+    case = causal(tiny_llama)
+    inject(case.model, LoraConfig(r=2))
+    case.evaluate()
+    ids = torch.arange(12).unsqueeze(0)
+    case.model(input_ids=ids, labels=ids).loss.backward()
+    assert any(p.grad is not None and p.grad.any() for p in case.model.parameters())
+
+
+def test_bfloat16_is_summed_in_float32(tiny_llama: Path) -> None:
+    exact, rounded = (
+        causal(tiny_llama, dtype).evaluate().metrics["loss"] for dtype in ("float32", "bfloat16")
+    )
+    assert rounded == pytest.approx(exact, rel=2e-2)
+
+
+def test_loss_that_is_not_finite_is_an_error(tiny_llama: Path) -> None:
+    case = causal(tiny_llama)
+    with torch.no_grad():
+        case.model.get_output_embeddings().weight.fill_(math.nan)
+    with pytest.raises(EvaluationError, match=r"rows: loss = nan, perplexity = "):
+        case.evaluate()
+
+
+def test_classes_and_loss_of_an_encoder(tiny_bert: Path) -> None:
+    rows = [
+        {"sentence1": "a" * n, "sentence2": "b c d"[: n % 5], "label": n % 2} for n in range(1, 12)
+    ]
+    case = encoder(tiny_bert, "glue/mrpc", rows, ["not_equivalent", "equivalent"])
+    logits = []
+    for index in range(len(rows)):
+        row = case.encoded[index]
+        assert row.token_type_ids is not None
+        with torch.no_grad():
+            logits.append(
+                case.model(
+                    input_ids=torch.from_numpy(row.input_ids).long().unsqueeze(0),
+                    token_type_ids=torch.from_numpy(row.token_type_ids).long().unsqueeze(0),
+                ).logits
+            )
+    every = torch.cat(logits)
+    labels = torch.tensor([row["label"] for row in rows])
+    assert len(set(every.argmax(1).tolist())) == 2, "the rows are told apart"
+    for batch_size in (1, 3, 11):
+        found = case.evaluate(batch_size=batch_size)
+        assert found.predictions == every.argmax(1).tolist()
+        assert found.metrics["loss"] == pytest.approx(float(F.cross_entropy(every, labels)))
+        hits = (every.argmax(1) == labels).float().mean()
+        assert found.metrics["accuracy"] == pytest.approx(float(hits))
+        assert set(found.metrics) == {"loss", "accuracy", "f1"}
+
+
+def test_numbers_and_squared_error_of_a_regression(tiny_bert: Path) -> None:
+    rows = [
+        {"sentence1": "a" * n, "sentence2": "bc" * (n % 3), "label": n / 3} for n in range(1, 8)
+    ]
+    case = encoder(tiny_bert, "glue/stsb", rows, None)
+    found = case.evaluate(batch_size=3)
+    assert all(isinstance(value, float) for value in found.predictions)
+    assert len({round(value, 2) for value in found.predictions}) > 4, "the rows are told apart"
+    errors = [(p - row["label"]) ** 2 for p, row in zip(found.predictions, rows, strict=True)]
+    assert found.metrics["loss"] == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+    assert case.evaluate(batch_size=7).predictions == pytest.approx(found.predictions, abs=1e-4)
+    assert set(found.metrics) == {"loss", "pearson", "spearmanr"}
+
+
+@pytest.fixture
+def wikisql(tiny_llama: Path, tmp_path: Path) -> Case:
+    write_lines(tmp_path / "dev.jsonl", ROWS)
+    write_lines(tmp_path / "dev.tables.jsonl", [TABLE])
+    write_database(tmp_path / "dev.db", TABLE)
+    loaded = load_pretrained(ModelSection(name_or_path=str(tiny_llama), dtype="float32"), "causal")
+    task = registry.tasks()["wikisql"]
+    keys = {"path": str(tmp_path), "max_new_tokens": 5}
+    split = task.load(task.Config(name="wikisql", **keys), "validation")
+    return Case(loaded, "wikisql", split, **keys)
+
+
+def test_generated_text_is_scored(wikisql: Case) -> None:
+    seen: list[tuple[int, int]] = []
+    found = wikisql.evaluate(on_progress=lambda *done: seen.append(done))
+    assert set(found.metrics) == {"loss", "perplexity", "lf_accuracy", "ex_accuracy"}
+    assert len(found.predictions) == 3
+    assert all(isinstance(text, str) for text in found.predictions)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1] == (6, 6)
+
+
+def test_without_generation_only_the_loss(wikisql: Case) -> None:
+    found = wikisql.evaluate(generate=False)
+    assert set(found.metrics) == {"loss", "perplexity"}
+    assert found.predictions == []
+    wikisql.config = wikisql.config.model_copy(update={"eval_generate": "never"})
+    assert wikisql.evaluate() == found
+
+
+@pytest.mark.parametrize("batches", [0, 1, 2])
+def test_stops_between_batches(wikisql: Case, batches: int) -> None:
+    wikisql.model.train()
+    asked = iter([False] * batches + [True])
+    with pytest.raises(EvaluationStopped):
+        wikisql.evaluate(should_stop=lambda: next(asked))
+    assert wikisql.model.training
+
+
+def test_prompts_are_cut_at_their_beginning(wikisql: Case) -> None:
+    whole = encode_prompts(
+        wikisql.task, wikisql.config, wikisql.split, wikisql.tokenizer, window=None
+    )
+    assert wikisql.tokenizer.decode(whole[0]).endswith("question: Who wears 4?\nSQL:")
+    for window, config in (
+        (25, wikisql.config),
+        (None, wikisql.config.model_copy(update={"max_length": 20})),
+    ):
+        cut = encode_prompts(wikisql.task, config, wikisql.split, wikisql.tokenizer, window)
+        assert cut == [ids[-20:] for ids in whole]
+    with pytest.raises(DataError, match="task.max_new_tokens = 5: no room"):
+        encode_prompts(wikisql.task, wikisql.config, wikisql.split, wikisql.tokenizer, window=5)
+
+
+def test_prompt_is_what_stands_before_the_completion_in_training(wikisql: Case) -> None:
+    prompts = encode_prompts(
+        wikisql.task, wikisql.config, wikisql.split, wikisql.tokenizer, window=None
+    )
+    for index, prompt in enumerate(prompts):
+        row = wikisql.encoded[index]
+        assert prompt == row.input_ids[~row.trained].tolist()
+        completion = wikisql.tokenizer.decode(row.input_ids[row.trained])
+        assert completion.startswith(" SELECT ")
+        assert json.dumps(ROWS[index]["question"])[1:-1] in wikisql.tokenizer.decode(prompt)
