@@ -102,13 +102,16 @@ def collate_causal(rows: Sequence[EncodedRow], pad_id: int, multiple_of: int = 1
 
 
 def collate_encoder(rows: Sequence[EncodedRow], pad_id: int, multiple_of: int = 1) -> Batch:
-    """``input_ids``, ``attention_mask``, ``labels``, and ``token_type_ids`` if there are any."""
+    """``input_ids``, ``labels``, ``token_type_ids`` if there are any, and ``attention_mask`` if
+    anything is padded."""
     ids = [row.input_ids for row in rows]
+    mask = _pad([np.ones_like(i) for i in ids], 0, multiple_of)
     batch = {
         "input_ids": torch.from_numpy(_pad(ids, pad_id, multiple_of)),
-        "attention_mask": torch.from_numpy(_pad([np.ones_like(i) for i in ids], 0, multiple_of)),
         "labels": torch.tensor([row.label for row in rows]),
     }
+    if not mask.all():
+        batch["attention_mask"] = torch.from_numpy(mask)
     if rows[0].token_type_ids is not None:
         types = [row.token_type_ids for row in rows if row.token_type_ids is not None]
         batch["token_type_ids"] = torch.from_numpy(_pad(types, 0, multiple_of))

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Logits of one chunk, in elements: 64 MiB in float32 on the CPU, 256 MiB on a GPU.
-CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**26}
+#: Logits of one chunk, in elements: 32 MiB in float32 on the CPU, 128 MiB on a GPU.
+CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**25}
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def linear_cross_entropy(
 
 
 def rows_per_chunk(vocab: int, device: torch.device) -> int:
-    return max(1, CHUNK_ELEMENTS.get(device.type, 2**24) // vocab)
+    return max(1, CHUNK_ELEMENTS.get(device.type, 2**23) // vocab)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -73,9 +73,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, start + rows)
             logits = transform(F.linear(hidden[part], weight, bias).float())
             target = targets[part].unsqueeze(1)
-            loss += _row_losses(logits, target, label_smoothing).sum()
+            slope = _slope(logits, transform) if needs_grad else None
+            losses, softmax = _losses_and_softmax_(logits, target, label_smoothing)
+            loss += losses.sum()
             if grad is not None:
-                d_logits = _d_logits_(logits, target, label_smoothing, transform)
+                d_logits = _d_logits_(softmax, target, label_smoothing, slope)
                 grad[part] = d_logits.to(weight.dtype) @ weight
         ctx.grad = grad
         return loss
@@ -87,29 +89,42 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad, None, None, None, None, None
 
 
-def _row_losses(logits: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
-    total = torch.logsumexp(logits, dim=1)
-    loss = total - logits.gather(1, target).squeeze(1)
-    if label_smoothing:
-        loss = (1 - label_smoothing) * loss + label_smoothing * (total - logits.mean(dim=1))
-    return loss
+def _losses_and_softmax_(
+    logits: Tensor, target: Tensor, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """Each row's loss, and softmax(z) written over ``logits``: no second tensor of their size."""
+    top = logits.amax(dim=1, keepdim=True)
+    hit = logits.gather(1, target).squeeze(1)
+    mean = logits.mean(dim=1) if label_smoothing else None
+    total = logits.sub_(top).exp_().sum(dim=1, keepdim=True)
+    log_total = (total.log() + top).squeeze(1)
+    losses = log_total - hit
+    if mean is not None:
+        losses = (1 - label_smoothing) * losses + label_smoothing * (log_total - mean)
+    return losses, logits.div_(total)
+
+
+def _slope(logits: Tensor, transform: LogitTransform) -> Tensor | float:
+    """dz / d(W h + b), where z = c tanh(scale * (W h + b) / c)."""
+    if not transform.softcap:
+        return transform.scale
+    return (1 - (logits / transform.softcap).square_()).mul_(transform.scale)
 
 
 def _d_logits_(
-    logits: Tensor, target: Tensor, label_smoothing: float, transform: LogitTransform
+    softmax: Tensor, target: Tensor, label_smoothing: float, slope: Tensor | float | None
 ) -> Tensor:
-    """softmax(z) minus the target, times dz/d(W h + b). Overwrites ``logits`` where it can."""
-    slope = None
-    if transform.softcap:
-        slope = (1 - (logits / transform.softcap).square_()).mul_(transform.scale)
-    logits.sub_(torch.logsumexp(logits, dim=1, keepdim=True)).exp_()
+    """(softmax(z) minus the smoothed target) times the slope, written over ``softmax``."""
     if label_smoothing:
-        logits.sub_(label_smoothing / logits.shape[1])
-    hit = torch.full_like(target, label_smoothing - 1, dtype=logits.dtype)
-    logits.scatter_add_(1, target, hit)
-    if slope is not None:
-        return logits.mul_(slope)
-    return logits.mul_(transform.scale) if transform.scale != 1.0 else logits
+        softmax.sub_(label_smoothing / softmax.shape[1])
+    softmax.scatter_add_(
+        1, target, torch.full_like(target, label_smoothing - 1, dtype=softmax.dtype)
+    )
+    return (
+        softmax
+        if slope is None or (isinstance(slope, float) and slope == 1.0)
+        else softmax.mul_(slope)
+    )
 
 
 def checkpointed_cross_entropy(

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorakit.models.causal import CausalParts, split_model, token_losses
+from lorakit.models.host_masks import host_masks
 
 
 class CausalObjective(nn.Module):
@@ -19,14 +20,15 @@ class CausalObjective(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        return token_losses(
-            self.model,
-            self.parts,
-            batch["input_ids"],
-            batch["positions"],
-            batch["targets"],
-            self.label_smoothing,
-        )
+        with host_masks(batch["input_ids"].device):
+            return token_losses(
+                self.model,
+                self.parts,
+                batch["input_ids"],
+                batch["positions"],
+                batch["targets"],
+                self.label_smoothing,
+            )
 
 
 class EncoderObjective(nn.Module):
@@ -41,7 +43,8 @@ class EncoderObjective(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        logits = self.model(**inputs).logits.float()
+        with host_masks(batch["input_ids"].device):
+            logits = self.model(**inputs).logits.float()
         labels = batch["labels"]
         if logits.shape[-1] == 1:
             return F.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
 from lorakit.data.batches import StepPlan, collate_causal, collate_encoder
@@ -287,6 +288,7 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     from accelerate.utils import ProjectConfiguration
 
     half = recipe.model.dtype == "float16"
+    AcceleratorState._reset_state()  # a second run in one process may need another precision
     accelerator = Accelerator(
         mixed_precision="fp16" if half else "no",
         log_with=list(recipe.train.trackers) or None,

@@ -1,0 +1,87 @@
+"""What only a GPU shows: no wait for the device in a step, half precision, memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lorakit
+from lorakit.training import run as training
+from lorakit.training.signals import StopRequest
+
+pytestmark = pytest.mark.gpu
+
+WORDS = "red green blue one two three four five six seven eight nine ten".split()
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    lines = [
+        {"prompt": " ".join(WORDS[: i % 9 + 1]), "completion": " " + " ".join(WORDS[i % 5 : 9])}
+        for i in range(64)
+    ]
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "validation.jsonl").write_text(file.read_text())
+    return tmp_path
+
+
+def recipe(model: Path, rows: Path, **changes: Any) -> lorakit.recipe.sections.Recipe:
+    text = f"""
+model: {{name_or_path: {model}, dtype: bfloat16}}
+adapter: {{r: 4, target_modules: [q, v], lora_dropout: 0.1}}
+task: {{name: completion, path: {rows}, max_length: 64}}
+train: {{output_dir: {rows / "run"}, epochs: 2, learning_rate: 1.0e-2, log_every_steps: 2}}
+"""
+    file = rows / "recipe.yaml"
+    file.write_text(text)
+    return lorakit.load_recipe(file, changes)
+
+
+def test_a_step_never_waits_for_the_device(tiny_llama: Path, rows: Path) -> None:
+    prepared = training.prepare(recipe(tiny_llama, rows), print)
+    accelerator = training._accelerator(prepared.recipe)
+    plan = training._step_plan(prepared, 1)
+    schedule = training._schedule(prepared.recipe, plan)
+    recorder: Any = None
+    loop = training._loop(prepared, accelerator, plan, schedule, recorder, StopRequest())
+    loop.step_once()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            loop._train_step()
+        loop._stage()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(loop._late.arrived(wait=True)[0].losses) == 3
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_every_precision_learns(tiny_llama: Path, rows: Path, dtype: str) -> None:
+    run = lorakit.train(recipe(tiny_llama, rows, **{"model.dtype": dtype}))
+    lines = [json.loads(x) for x in (run.output_dir / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0] - 0.05
+    assert lines[0]["peak_memory_bytes"] > 0
+
+
+@pytest.mark.parametrize("key", ["train.gradient_checkpointing", "train.compile"])
+def test_options_that_change_no_number_much(tiny_llama: Path, rows: Path, key: str) -> None:
+    plain = lorakit.train(recipe(tiny_llama, rows, **{"adapter.lora_dropout": 0.0}))
+    other = lorakit.train(
+        recipe(
+            tiny_llama,
+            rows,
+            **{
+                "adapter.lora_dropout": 0.0,
+                key: True,
+                "train.output_dir": str(rows / "other"),
+            },
+        )
+    )
+    assert other.metrics["loss"] == pytest.approx(plain.metrics["loss"], abs=0.05)
