@@ -217,7 +217,7 @@ def test_prompts_are_cut_at_their_beginning(wikisql: Case) -> None:
     ):
         cut = encode_prompts(wikisql.task, config, wikisql.split, wikisql.tokenizer, window)
         assert cut == [ids[-20:] for ids in whole]
-    with pytest.raises(DataError, match="task.max_new_tokens = 5: no room"):
+    with pytest.raises(DataError, match=r"task\.max_new_tokens = 5: no room"):
         encode_prompts(wikisql.task, wikisql.config, wikisql.split, wikisql.tokenizer, window=5)
 
 

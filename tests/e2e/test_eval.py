@@ -1,0 +1,284 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lorakit
+from lorakit.adapters.peft_format import save_adapter
+from lorakit.cli.main import run
+from lorakit.injection import inject, trainable_state
+from lorakit.methods.lora import LoraConfig
+from lorakit.models.load import load_pretrained
+from lorakit.recipe.sections import ModelSection
+from tests.tasks.wikisql_files import ROWS, TABLE, write_database, write_lines
+
+REPO = Path(__file__).resolve().parents[2]
+ROWS_SST2 = [{"sentence": "x" * n + " film", "label": n % 2} for n in range(1, 9)]
+
+
+def recipe_file(folder: Path, model: Path | str, task: str, path: Path, **keys: Any) -> Path:
+    recipe = {
+        "model": {"name_or_path": str(model), "dtype": "float32"},
+        "adapter": {"r": 2},
+        "task": {"name": task, "path": str(path), "max_length": 128, **keys},
+        "train": {"output_dir": str(folder / "run"), "seed": 5},
+    }
+    file = folder / "recipe.yaml"
+    file.write_text(json.dumps(recipe), encoding="utf-8")
+    return file
+
+
+def write_adapter(
+    model: Path, folder: Path, kind: str, labels: list[str] | None = None, scale: float = 1.0
+) -> None:
+    """An adapter whose values are not those it starts from."""
+    section = ModelSection(name_or_path=str(model), dtype="float32")
+    loaded = load_pretrained(section, kind, labels, seed=1)  # type: ignore[arg-type]
+    config = LoraConfig(r=2, target_modules=["q", "v"])
+    report = inject(loaded.model, config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in trainable_state(loaded.model).values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    save_adapter(
+        folder, loaded.model, config, base_model_name_or_path=str(model),
+        task_type="CAUSAL_LM" if kind == "causal" else "SEQ_CLS",
+        modules_to_save=report.modules_to_save, tokenizer=loaded.tokenizer,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def wikisql(tiny_llama: Path, tmp_path: Path) -> Path:
+    data = tmp_path / "data"
+    data.mkdir()
+    write_lines(data / "dev.jsonl", ROWS)
+    write_lines(data / "dev.tables.jsonl", [TABLE])
+    write_database(data / "dev.db", TABLE)
+    return recipe_file(tmp_path, tiny_llama, "wikisql", data, max_new_tokens=4)
+
+
+@pytest.fixture
+def sst2(tiny_bert: Path, tmp_path: Path) -> Path:
+    data = tmp_path / "data"
+    data.mkdir()
+    write_lines(data / "validation.jsonl", ROWS_SST2)
+    write_lines(data / "test.jsonl", [{"sentence": "hidden", "label": -1}])
+    return recipe_file(tmp_path, tiny_bert, "glue/sst2", data)
+
+
+def evaluated(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    """The JSON object on stdout, which is all that stands there."""
+    code = run(["eval", *map(str, arguments), "--json"])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    result: dict[str, Any] = json.loads(out)
+    assert set(result) == {"task", "split", "examples", "metrics"}
+    return result
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 2) -> str:
+    assert run(["eval", *map(str, arguments)]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    assert len([line for line in err.splitlines() if line.startswith("error: ")]) == 1
+    return err
+
+
+def test_base_and_adapter_of_a_causal_model(
+    wikisql: Path, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = evaluated(capsys, wikisql, "--base")
+    assert base["task"] == "wikisql"
+    assert base["split"] == "validation"
+    assert base["examples"] == 3
+    assert set(base["metrics"]) == {"loss", "perplexity", "lf_accuracy", "ex_accuracy"}
+    assert evaluated(capsys, wikisql, "--base") == base
+    write_adapter(tiny_llama, tmp_path / "run" / "adapter", "causal")
+    adapted = evaluated(capsys, wikisql)
+    assert adapted["metrics"]["loss"] != base["metrics"]["loss"]
+    assert evaluated(capsys, wikisql, "--adapter", tmp_path / "run" / "adapter") == adapted
+    assert evaluated(capsys, wikisql, "--limit", 2)["examples"] == 2
+    recipe = lorakit.load_recipe(wikisql)
+    assert lorakit.evaluate(recipe) == adapted["metrics"]
+    assert lorakit.evaluate(recipe, base=True) == base["metrics"]
+    first = lorakit.evaluate(recipe, adapter=tmp_path / "run" / "adapter", limit=1)
+    assert first["loss"] != adapted["metrics"]["loss"]
+
+
+def test_head_comes_from_the_adapter_and_a_base_has_none(
+    sst2: Path, tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["eval", str(sst2), "--base", "--json"]) == 0
+    first, err = capsys.readouterr()
+    assert "no weights for classifier" in err
+    assert "seed 5" in err
+    assert run(["eval", str(sst2), "--base", "--json"]) == 0
+    assert capsys.readouterr().out == first
+    write_adapter(tiny_bert, tmp_path / "run/adapter", "encoder", ["negative", "positive"])
+    assert run(["eval", str(sst2), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "no weights" not in err
+    other = evaluated(capsys, sst2, "--set", "train.seed=6")
+    assert other == json.loads(out), "nothing of the head is drawn"
+    assert other["metrics"]["loss"] != json.loads(first)["metrics"]["loss"]
+
+
+@pytest.mark.parametrize("task", ["sst2", "wikisql"])
+def test_saved_predictions_score_the_same(
+    task: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = request.getfixturevalue(task)
+    saved, output = tmp_path / "predictions.jsonl", tmp_path / "result.json"
+    found = evaluated(capsys, recipe, "--base", "--save-predictions", saved, "--output", output)
+    assert json.loads(output.read_text(encoding="utf-8")) == found
+    assert len(saved.read_text(encoding="utf-8").splitlines()) == found["examples"]
+    again = evaluated(capsys, recipe, "--predictions", saved)
+    losses = {"loss", "perplexity"}
+    assert again["metrics"] == {k: v for k, v in found["metrics"].items() if k not in losses}
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["data", "predictions.jsonl", "recipe.yaml", "result.json"]
+
+
+def test_scoring_predictions_loads_no_model_library(sst2: Path, tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "p.jsonl", [{"prediction": 1}] * 8)
+    code = (
+        "import sys; from lorakit.cli.main import run\n"
+        f"assert run(['eval', {str(sst2)!r}, '--predictions', {str(file)!r}]) == 0\n"
+        "print([name for name in ('transformers', 'accelerate') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPO,
+        env=os.environ,
+    )  # fmt: skip
+    *table, last = done.stdout.splitlines()
+    assert last == "[]"
+    assert table[0] == "glue/sst2, validation: 8 examples"
+    assert [line.split() for line in table[1:]] == [["accuracy", "0.5000"]]
+
+
+def test_official_wikisql_predictions(
+    wikisql: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [
+        {"query": ROWS[0]["sql"]},
+        {"error": "no idea"},
+        {"prediction": 'SELECT MAX("Score") FROM t WHERE "Score (2)" > 2'},
+    ]
+    file = write_lines(tmp_path / "p.jsonl", lines)
+    metrics = evaluated(capsys, wikisql, "--predictions", file)["metrics"]
+    assert metrics == {"lf_accuracy": 2 / 3, "ex_accuracy": 2 / 3}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"prediction": 1}'] * 7, "7 predictions; the split has 8 rows"),
+        (['{"prediction": 1}'] * 9, "9 predictions; the split has 8 rows"),
+        ([*['{"prediction": 1}'] * 7, '{"prediction": 2}'], "p.jsonl:8: 2; allowed: a label id"),
+        (
+            ['{"prediction": 1}', '{"prediction": "1"}', *['{"prediction": 1}'] * 6],
+            "p.jsonl:2: '1'",
+        ),
+        (['{"prediction": NaN}', *['{"prediction": 1}'] * 7], "p.jsonl:1: not JSON: NaN"),
+        ([*['{"prediction": 1}'] * 7, "1"], "p.jsonl:8: 1: no key 'prediction'"),
+        (['{"predictions": 1}'] * 8, "p.jsonl:1: "),
+        (["", *['{"prediction": 1}'] * 8], "p.jsonl:1: not JSON"),
+        (['{"prediction": 1'] * 8, "p.jsonl:1: not JSON"),
+        ([], "0 predictions; the split has 8 rows"),
+    ],
+)
+def test_predictions_that_are_none(
+    sst2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], lines: list[str], message: str
+) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    assert message in refused(capsys, sst2, "--predictions", file)
+
+
+def test_what_is_missing_is_named(
+    sst2: Path, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(capsys, sst2)
+    assert str(tmp_path / "run" / "adapter") in message
+    assert "--base" in message
+    assert "nowhere: no such adapter directory" in refused(
+        capsys, sst2, "--adapter", tmp_path / "nowhere"
+    )
+    assert "no split 'other'" in refused(capsys, sst2, "--base", "--split", "other")
+    assert "test.jsonl, row 1: label = -1" in refused(capsys, sst2, "--base", "--split", "test")
+    predictions = tmp_path / "p.jsonl"
+    predictions.write_text('{"prediction": 1}\n', encoding="utf-8")
+    assert "hidden" in refused(capsys, sst2, "--split", "test", "--predictions", predictions)
+    assert "No such file" in refused(capsys, sst2, "--predictions", tmp_path / "none.jsonl")
+    write_adapter(tiny_llama, tmp_path / "run" / "adapter", "causal")
+    assert "the adapter is for causal language models" in refused(capsys, sst2)
+
+
+def test_adapter_of_other_labels_is_refused(
+    sst2: Path, tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_adapter(tiny_bert, tmp_path / "run" / "adapter", "encoder", ["positive", "negative"])
+    assert "trained on the labels positive, negative" in refused(capsys, sst2)
+
+
+def test_class_names_come_from_the_adapter(
+    tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": "a", "label": "up"}, {"text": "b", "label": "down"}]
+    data = write_lines(tmp_path / "v.jsonl", rows)
+    recipe = recipe_file(tmp_path, tiny_bert, "classification", data)
+    recipe.write_text(
+        recipe.read_text().replace(f'"{data}"', json.dumps({"validation": str(data)}))
+    )
+    write_adapter(tiny_bert, tmp_path / "run" / "adapter", "encoder", ["up", "down", "still"])
+    assert evaluated(capsys, recipe)["examples"] == 2
+    assert "task.labels: null" in refused(capsys, recipe, "--base")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--base", "--adapter", "a"], "--adapter and --base exclude each other"),
+        (["--base", "--predictions", "p"], "--base and --predictions exclude each other"),
+        (["--predictions", "p", "--save-predictions", "q"], "exclude each other"),
+        (["--base", "--output", "no/such/file"], "the directory no/such does not exist"),
+        (["--base", "--save-predictions", "."], "is a directory"),
+    ],
+)
+def test_options_that_contradict(
+    sst2: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str, in_tmp: Path
+) -> None:
+    before = sorted(in_tmp.rglob("*"))
+    assert message in refused(capsys, sst2, *arguments)
+    assert sorted(in_tmp.rglob("*")) == before
+
+
+def test_a_task_of_losses_has_no_predictions(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    write_lines(data / "validation.jsonl", [{"text": "to be"}, {"text": "or not"}])
+    recipe = recipe_file(tmp_path, tiny_llama, "text", data)
+    assert set(evaluated(capsys, recipe, "--base")["metrics"]) == {"loss", "perplexity"}
+    saved = tmp_path / "p.jsonl"
+    assert "measured by its loss" in refused(capsys, recipe, "--base", "--save-predictions", saved)
+    write_lines(saved, [{"prediction": "a"}] * 2)
+    assert "no metric" in refused(capsys, recipe, "--predictions", saved)
+
+
+def test_weights_that_are_not_numbers_end_with_1(
+    wikisql: Path, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_adapter(tiny_llama, tmp_path / "run" / "adapter", "causal", scale=float("nan"))
+    output = tmp_path / "result.json"
+    assert "loss = nan" in refused(capsys, wikisql, "--output", output, code=1)
+    assert not output.exists()
