@@ -44,7 +44,7 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1)] = 256,
     temperature: Annotated[
-        float, typer.Option(metavar="T", min=0, help="0 takes the likeliest token.")
+        float, typer.Option(metavar="T", help="0 takes the likeliest token.")
     ] = 0.0,
     top_p: Annotated[float, typer.Option(metavar="P", help="Above 0, to 1.")] = 1.0,
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of what is drawn.")] = 0,
@@ -103,8 +103,10 @@ def _check_options(
         raise UserError(f"{' and '.join(names)} exclude each other; allowed: one of them")
     if output is not None and input_file is None:
         raise UserError(f"--output {output}: only with --input; a single answer goes to stdout")
-    if not math.isfinite(temperature):
-        raise UserError(f"--temperature {temperature}: allowed: a finite number from 0")
+    if input_file is not None and not input_file.is_file():
+        raise UserError(f"--input {input_file}: no such file")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise UserError(f"--temperature {temperature}: allowed: 0 and above")
     if not 0 < top_p <= 1:
         raise UserError(f"--top-p {top_p}: allowed: above 0, to 1")
 

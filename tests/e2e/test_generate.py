@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from lorakit.cli.main import run
+from tests.e2e.test_eval import write_adapter
+from tests.tasks.wikisql_files import write_lines
+
+
+def wanted(model: Any, tokenizer: Any, text: str, tokens: int) -> str:
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    config = GenerationConfig(
+        max_new_tokens=tokens, do_sample=False, pad_token_id=1, eos_token_id=tokenizer.eos_token_id
+    )
+    with torch.no_grad():
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_llama: Path) -> tuple[Any, Any]:
+    return (
+        AutoModelForCausalLM.from_pretrained(tiny_llama),
+        AutoTokenizer.from_pretrained(tiny_llama),
+    )
+
+
+def piped(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+
+
+def generated(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    code = run(["generate", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert run(["generate", *map(str, arguments)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    return err
+
+
+def test_prompt_is_continued(
+    tiny_llama: Path, reference: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = generated(capsys, tiny_llama, "--prompt", "to be", "--max-new-tokens", 12)
+    assert out == wanted(*reference, "to be", 12) + "\n"
+    adapted = ["--prompt", "to be", "--max-new-tokens", 12, "--dtype", "bfloat16"]
+    assert generated(capsys, tiny_llama, *adapted)
+
+
+def test_stdin_is_the_prompt_where_no_terminal_is(
+    tiny_llama: Path,
+    reference: tuple[Any, Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    piped(monkeypatch, "or not\n")
+    out = generated(capsys, tiny_llama, "--max-new-tokens", 8)
+    assert out == wanted(*reference, "or not", 8) + "\n"
+    piped(monkeypatch, "")
+    assert "stdin is empty" in refused(capsys, tiny_llama)
+
+
+def test_adapter_changes_the_text_and_base_dtype_is_its_own(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_adapter(tiny_llama, tmp_path / "adapter", "causal", scale=3.0)
+    bare = generated(capsys, tiny_llama, "--prompt", "to be", "--max-new-tokens", 24)
+    with_adapter = ["--adapter", tmp_path / "adapter", "--prompt", "to be", "--max-new-tokens", 24]
+    adapted = generated(capsys, tiny_llama, *with_adapter)
+    assert adapted != bare
+    assert generated(capsys, tiny_llama, *with_adapter) == adapted
+
+
+def test_seed_decides_what_is_drawn(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def draw(seed: int) -> str:
+        options = ["--temperature", "1.5", "--top-p", "0.9", "--max-new-tokens", 16]
+        return generated(capsys, tiny_llama, "--prompt", "to be", "--seed", seed, *options)
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_file_of_prompts_and_chats(
+    tiny_llama: Path,
+    reference: tuple[Any, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    chat = {"messages": [{"role": "user", "content": "hi"}]}
+    rows = [{"prompt": "a longer prompt, this"}, chat, {"prompt": "é"}, {"prompt": "b"}]
+    file = write_lines(tmp_path / "in.jsonl", rows)
+    texts = [row.get("prompt", "<user>hi</s><assistant>") for row in rows]
+    lines = [{"prompt": text, "generated": wanted(*reference, text, 6)} for text in texts]
+    out = generated(capsys, tiny_llama, "--input", file, "--max-new-tokens", 6)
+    assert [json.loads(line) for line in out.splitlines()] == lines
+    to_file = ["--output", tmp_path / "out.jsonl", "--max-new-tokens", 6]
+    assert generated(capsys, tiny_llama, "--input", file, *to_file) == ""
+    assert (tmp_path / "out.jsonl").read_text(encoding="utf-8") == out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+def test_chat_remembers_until_it_is_cleared(
+    tiny_llama: Path,
+    reference: tuple[Any, Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    piped(monkeypatch, "hi\n\nagain\n/clear\nagain\n/exit\nnever read\n")
+    out = generated(capsys, tiny_llama, "--chat", "--max-new-tokens", 5)
+    first = wanted(*reference, "<user>hi</s><assistant>", 5)
+    second = wanted(*reference, f"<user>hi</s><assistant>{first}</s><user>again</s><assistant>", 5)
+    fresh = wanted(*reference, "<user>again</s><assistant>", 5)
+    assert out == f"{first}\n{second}\n{fresh}\n"
+
+
+def test_long_chat_forgets_its_beginning_and_says_so(
+    tiny_llama: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    piped(monkeypatch, f"{'x' * 100}\n{'y' * 100}\nlast\n")
+    assert run(["generate", str(tiny_llama), "--chat", "--max-new-tokens", "40"]) == 0
+    assert "its first 2 messages are forgotten" in capsys.readouterr().err
+    piped(monkeypatch, f"{'x' * 300}\n")
+    assert "window of 256 tokens" in refused(capsys, tiny_llama, "--chat")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "a", "--chat"], "--prompt and --chat exclude each other"),
+        (["--chat", "--input", "f"], "--chat and --input exclude each other"),
+        (["--prompt", "a", "--output", "f"], "only with --input"),
+        (["--prompt", " "], "the prompt is empty"),
+        (["--prompt", "x" * 300], "window of 256 tokens"),
+        (["--prompt", "a", "--top-p", "0"], "--top-p 0.0: allowed"),
+        (["--prompt", "a", "--temperature", "nan"], "--temperature nan"),
+        (["--prompt", "a", "--temperature", "-1"], "--temperature -1.0: allowed: 0"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["--prompt", "a", "--dtype", "int8"], "--dtype = int8: allowed: float32"),
+        (["--prompt", "a", "--adapter", "none"], "none: no such adapter directory"),
+        (["--input", "none.jsonl"], "none.jsonl: no such file"),
+    ],
+)
+def test_wrong_options(
+    tiny_llama: Path,
+    capsys: pytest.CaptureFixture[str],
+    in_tmp: Path,
+    arguments: list[str],
+    message: str,
+) -> None:
+    assert message in refused(capsys, tiny_llama, *arguments)
+    assert not list(in_tmp.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "not JSON"),
+        ('{"text": "a"}', 'allowed: {"prompt": TEXT}'),
+        ('{"prompt": 1}', 'allowed: {"prompt": TEXT}'),
+        ('{"prompt": ""}', "the prompt is empty"),
+        ('{"messages": []}', "allowed"),
+        ('{"messages": [{"role": "user"}]}', "allowed"),
+        ("[]", "allowed"),
+    ],
+)
+def test_wrong_lines_are_named(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, message: str
+) -> None:
+    file = tmp_path / "in.jsonl"
+    file.write_text(f'{{"prompt": "a"}}\n{line}\n', encoding="utf-8")
+    output = tmp_path / "out.jsonl"
+    error = refused(capsys, tiny_llama, "--input", file, "--output", output)
+    assert f"{file}:2: " in error
+    assert message in error
+    assert not output.exists()
+
+
+def test_encoder_and_adapter_of_a_classifier_are_refused(
+    tiny_llama: Path, tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "not a causal language model" in refused(capsys, tiny_bert, "--prompt", "a")
+    write_adapter(tiny_bert, tmp_path / "adapter", "encoder", ["a", "b"])
+    options = ["--adapter", tmp_path / "adapter", "--prompt", "a"]
+    assert "generates no text" in refused(capsys, tiny_llama, *options)
