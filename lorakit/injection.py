@@ -62,7 +62,8 @@ def inject(
     heads = tuple(find_heads(model) if heads is None else heads)
     whole = tuple(dict.fromkeys([*heads, *_named(model, config.modules_to_save)]))
     targets = find_targets(model, config.target_modules, config.layers, {*whole, *_output(model)})
-    clash = [n for n in targets if any(f"{n}.".startswith(f"{w}.") for w in whole)]
+    trained = {id(p) for name in whole for p in model.get_submodule(name).parameters()}
+    clash = [n for n, m in targets.items() if any(id(p) in trained for p in m.parameters())]
     if clash:
         raise TargetError(f"adapter: {describe_modules(clash)}: both a target and trained whole")
     model.requires_grad_(False)

@@ -123,6 +123,13 @@ def test_tied_embeddings_that_train_whole_stay_one_and_keep_their_output_dtype(
     assert model.lm_head.weight.grad.any()
 
 
+def test_a_target_that_shares_a_trained_weight_is_an_error() -> None:
+    config = LoraConfig(target_modules=["lm_head"], modules_to_save=["embed_tokens"])
+    with pytest.raises(TargetError, match="lm_head: both a target and trained whole"):
+        inject(tiny("llama", tie_word_embeddings=True), config)
+    inject(tiny("llama", tie_word_embeddings=False), config)
+
+
 def test_shared_parameters_count_once() -> None:
     tied, parted = (tiny("llama", tie_word_embeddings=tie) for tie in (True, False))
     config = LoraConfig(target_modules=["q"])

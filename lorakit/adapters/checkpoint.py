@@ -67,7 +67,7 @@ def local_directory(section: ModelSection) -> Path:
     from huggingface_hub import snapshot_download
 
     options = {k: v for k, v in hub_options(section).items() if k != "trust_remote_code"}
-    patterns = ["*.safetensors", "*.json", f"{TEMPLATES}/*", *TOKENIZER_FILES]
+    patterns = ["*.safetensors", "*.json", "*.py", f"{TEMPLATES}/*", *TOKENIZER_FILES]
     with explained(name, "base"):
         found = snapshot_download(
             name, allow_patterns=patterns, ignore_patterns=["*/*.safetensors"], **options

@@ -75,17 +75,21 @@ def full_config(section: ModelSection, files: AdapterFiles) -> PreTrainedConfig:
         config.id2label = {int(index): label for index, label in labels.items()}
         config.label2id = {label: index for index, label in config.id2label.items()}
         config.problem_type = sidecar.get("problem_type")
-    elif (count := _head_size(config, files)) is not None:
+    elif (count := _head_size(config, files, section.trust_remote_code)) is not None:
         config.num_labels = count
     if sidecar.get("pad_token_id") is not None:
         config.pad_token_id = sidecar["pad_token_id"]
     return config
 
 
-def empty_model(config: PreTrainedConfig, files: AdapterFiles) -> PreTrainedModel:
+def empty_model(
+    config: PreTrainedConfig, files: AdapterFiles, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The base with its head, on the device ``meta``: names and shapes without values."""
     with torch.device("meta"), quiet():
-        model: PreTrainedModel = _auto(files).from_config(config)
+        model: PreTrainedModel = _auto(files).from_config(
+            config, trust_remote_code=trust_remote_code
+        )
     return model
 
 
@@ -134,13 +138,15 @@ def check_supplied(
         )
 
 
-def _head_size(config: PreTrainedConfig, files: AdapterFiles) -> int | None:
+def _head_size(
+    config: PreTrainedConfig, files: AdapterFiles, trust_remote_code: bool
+) -> int | None:
     """The number of labels by the shape of the head's last layer: the one that changes with it."""
     shapes = []
     for count in (2, 3):
         trial = copy.deepcopy(config)
         trial.num_labels = count
-        state = empty_model(trial, files).state_dict()
+        state = empty_model(trial, files, trust_remote_code).state_dict()
         shapes.append({key: value.shape for key, value in state.items()})
     for key, shape in shapes[0].items():
         if shape != shapes[1][key] and key in files.tensors:

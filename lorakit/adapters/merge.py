@@ -76,7 +76,8 @@ def merge(
         )
     directory = local_directory(section)
     try:
-        plan = plan_merge(empty_model(config, files), Checkpoint(directory), files, wanted)
+        model = empty_model(config, files, trust_remote_code)
+        plan = plan_merge(model, Checkpoint(directory), files, wanted)
     except NotByName as reason:
         note = f"{reason}: the whole model is loaded and merged in memory"
         say(note)
@@ -147,7 +148,8 @@ def _check_disk(out: Path, size_bytes: int) -> None:
 
 
 def _copy_rest(folder: Path, base: Path, adapter: Path) -> None:
-    """Tokenizer and chat template of the adapter if it has them, and generation defaults."""
+    """Tokenizer and chat template of the adapter if it has them, generation defaults, and the
+    code of a base that brings its own."""
     has_own = any(
         (adapter / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")
     )
@@ -157,5 +159,6 @@ def _copy_rest(folder: Path, base: Path, adapter: Path) -> None:
             shutil.copyfile(source / name, folder / name)
     if (source / TEMPLATES).is_dir():
         shutil.copytree(source / TEMPLATES, folder / TEMPLATES)
-    if (base / "generation_config.json").is_file():
-        shutil.copyfile(base / "generation_config.json", folder / "generation_config.json")
+    for file in (base / "generation_config.json", *base.glob("*.py")):
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)

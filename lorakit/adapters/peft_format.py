@@ -50,6 +50,7 @@ def save_adapter(
     directory = Path(directory)
     layers = adapter_layers(model)
     whole = _trained_whole(model) if modules_to_save is None else list(modules_to_save)
+    whole += _sharing(model, whole)
     if not layers and not whole:
         raise AdapterError(f"{directory}: the model holds no adapter to save")
     _check_replaceable(directory)
@@ -112,6 +113,19 @@ def _trained_whole(model: nn.Module) -> list[str]:
             trains[module] = trains.get(module, True) and parameter.requires_grad and not inside
     whole = [name for name, all_train in trains.items() if all_train]
     return [n for n in whole if not any(n.startswith(f"{other}.") for other in whole)]
+
+
+def _sharing(model: nn.Module, whole: Sequence[str]) -> list[str]:
+    """Modules outside ``whole`` that share its parameters (tied embeddings): a reader that does
+    not know the tie needs both."""
+    values = {id(p) for name in whole for p in model.get_submodule(name).parameters()}
+    inside = tuple(f"{name}." for name in whole)
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(id(p) in values for p in module.parameters(recurse=False))
+        and not f"{name}.".startswith(inside or ("\0",))
+    ]
 
 
 def _sidecar(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -106,6 +106,37 @@ def test_tied_embeddings(make_pair: MakePair, family: str, case: str, tmp_path: 
     torch.testing.assert_close(_logits(merged), _logits(model), atol=1e-5, rtol=0)
     assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == still_tied
     assert ("lm_head.weight" in _tensors(tmp_path / "out")) == (not still_tied)
+
+
+@pytest.mark.parametrize("targets", [["embed_in"], ["lm_head"], ["attention"]], ids=str)
+def test_tied_embeddings_of_a_model_that_is_merged_in_memory(
+    make_pair: MakePair, targets: list[str], tmp_path: Path
+) -> None:
+    base, adapter, model = make_pair(
+        "gpt_neox", {"target_modules": targets}, tie_word_embeddings=True
+    )
+    said: list[str] = []
+    merge(base, adapter, tmp_path / "out", say=said.append)
+    assert said
+    torch.testing.assert_close(_logits(_plain(tmp_path / "out")), _logits(model), atol=1e-5, rtol=0)
+
+
+def test_old_names_of_weights(make_pair: MakePair, tmp_path: Path) -> None:
+    """Old BERT checkpoints say gamma and beta; transformers renames them as it loads."""
+    base, adapter, _ = make_pair("bert", dtype=torch.bfloat16)
+    file = base / "model.safetensors"
+    renamed = {
+        key.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): value
+        for key, value in load_file(file).items()
+    }
+    save_file(renamed, file, metadata={"format": "pt"})
+    report = merge(base, adapter, tmp_path / "out", dtype="float32")
+    assert "in memory" in report.notes[0]
+    assert report.dtype == "float32"
+    want = _logits(load(base, adapter, dtype="float32"))
+    torch.testing.assert_close(_logits(_plain(tmp_path / "out")), want, atol=1e-5, rtol=0)
 
 
 def test_one_rounding(make_pair: MakePair, tmp_path: Path) -> None:

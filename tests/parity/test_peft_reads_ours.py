@@ -65,12 +65,16 @@ def logits(model: nn.Module) -> torch.Tensor:
     return out
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_equal_logits(case: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "given"),
+    [(case, False) for case in CASES] + [(case, True) for case in CASES if "trained" in case],
+)
+def test_equal_logits(case: str, given: bool, tmp_path: Path) -> None:
+    """``given``: the modules trained whole are those of the report, else what requires gradients."""
     family, adapter, changes = CASES[case]
     model, base = tiny(family, **changes), tiny(family, **changes)
     config = LoraConfig(**{"r": 4, "target_modules": ["q", "v"], **adapter})
-    inject(model, config)
+    report = inject(model, config)
     ours = logits(randomised(model))
     classifies = "Classification" in type(model).__name__
     save_adapter(
@@ -79,6 +83,7 @@ def test_equal_logits(case: str, tmp_path: Path) -> None:
         config,
         base_model_name_or_path="base",
         task_type="SEQ_CLS" if classifies else "CAUSAL_LM",
+        modules_to_save=report.modules_to_save if given else None,
     )
     before = logits(base)
     theirs = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
