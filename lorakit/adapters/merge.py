@@ -69,11 +69,7 @@ def merge(
     max_shard_bytes = parse_size(max_shard_size)
     wanted = dtype_name(dtype, "dtype")
     config = full_config(section, files)
-    if getattr(config, "quantization_config", None):
-        raise AdapterError(
-            f"base {section.name_or_path}: its weights are quantised, and merging would round the "
-            "adapter away; merge into the original weights"
-        )
+    _check_not_quantised(config, section.name_or_path)
     directory = local_directory(section)
     try:
         model = empty_model(config, files, trust_remote_code)
@@ -132,6 +128,14 @@ def _check_out(out: Path, base: str, adapter: Path, overwrite: bool) -> None:
         raise AdapterError(f"OUT = {out}: exists already; give another, or overwrite it")
     if out.exists() and any(out.iterdir()) and not (out / "config.json").is_file():
         raise AdapterError(f"OUT = {out}: holds something other than a model; it is not replaced")
+
+
+def _check_not_quantised(config: PreTrainedConfig, base: str) -> None:
+    if getattr(config, "quantization_config", None):
+        raise AdapterError(
+            f"base {base}: its weights are quantised, and merging would round the adapter away; "
+            "merge into the original weights"
+        )
 
 
 def _check_disk(out: Path, size_bytes: int) -> None:

@@ -59,14 +59,9 @@ def save_adapter(
     for name in whole:
         state = model.get_submodule(name).state_dict()
         tensors |= {f"{name}.{key}": value for key, value in state.items()}
-    settings |= {
-        "base_model_name_or_path": base_model_name_or_path,
-        "revision": revision,
-        "task_type": task_type,
-        "modules_to_save": whole or None,
-        "fan_in_fan_out": any(layer.kind == "conv1d" for layer in layers.values()),
-    }
-    settings = _peft_settings(settings, list(layers), model)
+    base = {"base_model_name_or_path": base_model_name_or_path, "revision": revision}
+    settings |= {**base, "task_type": task_type, "modules_to_save": whole or None}
+    settings = _peft_settings(settings, layers, model)
     with written_beside(directory, replace=True) as folder:
         _write_json(folder / CONFIG, settings)
         save_file(_stored(tensors), folder / WEIGHTS, metadata={"format": "pt"})
@@ -81,13 +76,14 @@ def save_adapter(
 
 
 def _peft_settings(
-    settings: dict[str, Any], adapted: list[str], model: nn.Module
+    settings: dict[str, Any], layers: Mapping[str, AdapterLayer], model: nn.Module
 ) -> dict[str, Any]:
     settings = DEFAULTS | settings
-    settings["target_modules"] = target_modules(adapted, base_names(model), settings)
+    settings["fan_in_fan_out"] = any(layer.kind == "conv1d" for layer in layers.values())
+    settings["target_modules"] = target_modules(list(layers), base_names(model), settings)
     if settings["peft_type"] == "LORA":
         for key in ("rank_pattern", "alpha_pattern"):
-            settings[key] = exact_patterns(settings[key], adapted)
+            settings[key] = exact_patterns(settings[key], layers)
     return settings
 
 
