@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lorakit.recipe.sections import AdapterSection
+from lorakit.recipe.sections import AdapterSection, TrainSection
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -48,6 +48,21 @@ class Method(ABC):
         """W with the adapter folded in, float32, in W's own layout; ``weight`` is W, since the
         layer's own base may be without values."""
         return weight.float() + self.delta_weight(layer)
+
+    def param_groups(
+        self, parameters: Mapping[str, nn.Parameter], config: Any, train: TrainSection
+    ) -> list[dict[str, Any]]:
+        """The optimizer's groups of all that trains, by name.
+
+        Weight decay is on matrices only: biases and the weights of norms have one dimension.
+        """
+        matrices = [p for p in parameters.values() if p.ndim > 1]
+        vectors = [p for p in parameters.values() if p.ndim <= 1]
+        groups = [
+            {"params": matrices, "weight_decay": train.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
 
     @abstractmethod
     def to_peft(

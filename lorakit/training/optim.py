@@ -1,27 +1,15 @@
-"""Parameter groups, optimizer and schedule."""
+"""Optimizer and schedule."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from lorakit.errors import UserError
 from lorakit.recipe.sections import TrainSection
-
-
-def parameter_groups(
-    parameters: Mapping[str, nn.Parameter], weight_decay: float
-) -> list[dict[str, Any]]:
-    """Weight decay on matrices only: biases and the weights of norms have one dimension."""
-    groups = [
-        {"params": [p for p in parameters.values() if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters.values() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def build_optimizer(

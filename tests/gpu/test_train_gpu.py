@@ -10,12 +10,27 @@ import pytest
 import torch
 
 import lorakit
-from lorakit.training import run as training
+from lorakit.training import build
+from lorakit.training.setup import prepare
 from lorakit.training.signals import StopRequest
 
 pytestmark = pytest.mark.gpu
 
-WORDS = "red green blue one two three four five six seven eight nine ten".split()
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+]
 
 
 @pytest.fixture
@@ -43,12 +58,12 @@ train: {{output_dir: {rows / "run"}, epochs: 2, learning_rate: 1.0e-2, log_every
 
 
 def test_a_step_never_waits_for_the_device(tiny_llama: Path, rows: Path) -> None:
-    prepared = training.prepare(recipe(tiny_llama, rows), print)
-    accelerator = training._accelerator(prepared.recipe)
-    plan = training._step_plan(prepared, 1)
-    schedule = training._schedule(prepared.recipe, plan)
+    prepared = prepare(recipe(tiny_llama, rows), print)
+    accelerator = build.build_accelerator(prepared.recipe)
+    plan = build.step_plan(prepared, 1)
+    schedule = build.build_schedule(prepared.recipe, plan)
     recorder: Any = None
-    loop = training._loop(prepared, accelerator, plan, schedule, recorder, StopRequest())
+    loop = build.build_loop(prepared, accelerator, plan, schedule, recorder, StopRequest())
     loop.step_once()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

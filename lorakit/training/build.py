@@ -1,0 +1,142 @@
+"""Recipe and prepared model -> the loop's parts."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import ProjectConfiguration, set_seed
+
+from lorakit import registry
+from lorakit.data.batches import StepPlan, collate_causal, collate_encoder
+from lorakit.errors import UserError
+from lorakit.injection import trainable_state
+from lorakit.recipe.sections import Recipe
+from lorakit.tasks.base import LOWER_IS_BETTER
+from lorakit.training.evaluator import Evaluator
+from lorakit.training.loop import Loop, Schedule
+from lorakit.training.objective import CausalObjective, EncoderObjective
+from lorakit.training.optim import build_optimizer, build_scheduler
+from lorakit.training.setup import Prepared, main_metric
+from lorakit.training.signals import StopRequest
+from lorakit.training.tracking import Recorder
+
+
+def build_loop(
+    prepared: Prepared,
+    accelerator: Accelerator,
+    plan: StepPlan,
+    schedule: Schedule,
+    recorder: Recorder,
+    stop: StopRequest,
+) -> Loop:
+    section, model = prepared.recipe.train, prepared.model
+    set_seed(section.seed)
+    if section.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.to(accelerator.device)
+    build = CausalObjective if prepared.task.kind == "causal" else EncoderObjective
+    objective: Any = build(model, section.label_smoothing)
+    if section.compile is True:
+        (objective.parts.decoder if objective.parts else model).compile(dynamic=True)
+    trainable: Any = trainable_state(model)
+    method = registry.methods()[prepared.recipe.adapter.method]
+    groups = method.param_groups(trainable, prepared.recipe.adapter, section)
+    optimizer = build_optimizer(groups, section)
+    scheduler = build_scheduler(optimizer, section, schedule.total_steps)
+    wrapped, prepared_optimizer = accelerator.prepare(objective, optimizer)
+    metric = main_metric(prepared.recipe, prepared.task)
+    collate = collate_causal if prepared.task.kind == "causal" else collate_encoder
+    loop = Loop(
+        accelerator=accelerator,
+        objective=wrapped,
+        trainable=trainable,
+        optimizer=prepared_optimizer,
+        scheduler=scheduler,
+        rows=prepared.train,
+        plan=plan,
+        collate=partial(
+            collate,
+            pad_id=prepared.tokenizer.pad_token_id,
+            multiple_of=8 if accelerator.device.type == "cuda" else 1,
+        ),
+        schedule=schedule,
+        recorder=recorder,
+        stop=stop,
+        checkpoint_dir=Path(section.output_dir) / "checkpoints",
+        evaluate=None,
+        best_metric=metric,
+        gain=partial(_is_gain, metric),
+        patience=section.early_stopping_patience,
+        max_grad_norm=section.max_grad_norm,
+    )
+    if prepared.evaluation is not None and recorder is not None:
+        loop.evaluate = build_evaluator(prepared, loop, generate_at="always")
+    return loop
+
+
+def build_evaluator(prepared: Prepared, loop: Loop, generate_at: str) -> Evaluator:
+    assert prepared.evaluation is not None
+    wanted = getattr(prepared.recipe.task, "eval_generate", "never")
+    allowed = ("always",) if generate_at == "always" else ("always", "end")
+    objective: Any = loop.accelerator.unwrap_model(loop.objective)
+    return Evaluator(
+        prepared,
+        parts=objective.parts,
+        generates=prepared.task.generates(prepared.recipe.task) and wanted in allowed,
+        stop=loop.stop,
+        say=loop.recorder.display.say,
+    )
+
+
+def _is_gain(metric: str, value: float, best: float | None) -> bool:
+    if best is None:
+        return True
+    return value < best if metric in LOWER_IS_BETTER else value > best
+
+
+def step_plan(prepared: Prepared, processes: int) -> StepPlan:
+    section = prepared.recipe.train
+    plan = StepPlan(
+        lengths=prepared.train.lengths,
+        per_device_batch_size=section.per_device_batch_size,
+        gradient_accumulation_steps=section.gradient_accumulation_steps,
+        processes=processes,
+        seed=section.seed,
+        group_by_length=section.group_by_length,
+    )
+    if not plan.steps_per_epoch:
+        raise UserError(f"task: {len(prepared.train)} training rows for {processes} processes")
+    return plan
+
+
+def build_schedule(recipe: Recipe, plan: StepPlan) -> Schedule:
+    section, epoch = recipe.train, plan.steps_per_epoch
+    total = section.max_steps or max(1, round((section.epochs or 1) * epoch))
+    every_eval = section.eval_every_steps or epoch
+    return Schedule(
+        total_steps=total,
+        steps_per_epoch=epoch,
+        log_every_steps=section.log_every_steps,
+        eval_every_steps=every_eval,
+        save_every_steps=section.save_every_steps or epoch,
+        save_total_limit=section.save_total_limit,
+    )
+
+
+def build_accelerator(recipe: Recipe) -> Accelerator:
+    half = recipe.model.dtype == "float16"
+    AcceleratorState._reset_state()  # a second run in one process may need another precision
+    accelerator = Accelerator(
+        mixed_precision="fp16" if half else "no",
+        log_with=list(recipe.train.trackers) or None,
+        project_config=ProjectConfiguration(recipe.train.output_dir),
+    )
+    if half and accelerator.device.type == "cpu":
+        raise UserError(
+            "model.dtype = 'float16': needs a GPU; allowed on the CPU: bfloat16, float32"
+        )
+    return accelerator
