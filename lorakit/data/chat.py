@@ -15,28 +15,24 @@ def encode_chat(example: ChatExample, tokenizer: Any) -> tuple[list[int], list[b
     """The whole chat's ids, and which of them the assistant wrote (its end-of-turn token too).
 
     A turn's place is found by rendering the chat once more with a mark in its stead; the special
-    token right behind it ends the turn and is trained with it. Raises DataError where a template
-    does not render so.
+    token right behind it, or EOS behind white space, ends the turn and is trained with it. Raises
+    DataError where a template does not render so.
     """
     messages = list(example.messages)
     if not tokenizer.chat_template:
         raise DataError("the tokenizer has no chat template, which the chat task needs")
     text = render(tokenizer, messages)
-    spans = [
-        _span(tokenizer, messages, index, text)
-        for index, message in enumerate(messages)
-        if message["role"] == "assistant"
-    ]
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    special = set(tokenizer.added_tokens_decoder)
-    trained = [
-        any(
-            begin <= start < stop <= end or (start == end and token in special)
-            for begin, end in spans
-        )
-        for token, (start, stop) in zip(encoded.input_ids, encoded.offset_mapping, strict=True)
-    ]
-    return list(encoded.input_ids), trained
+    ids: list[int] = list(encoded.input_ids)
+    places: list[tuple[int, int]] = encoded.offset_mapping
+    trained = [False] * len(ids)
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            begin, end = _span(tokenizer, messages, index, text)
+            end = _with_end_token(end, text, ids, places, tokenizer)
+            for i, (start, stop) in enumerate(places):
+                trained[i] |= begin <= start < stop <= end
+    return ids, trained
 
 
 def encode_chat_prompt(messages: list[dict[str, str]], tokenizer: Any) -> list[int]:
@@ -65,9 +61,24 @@ def _span(tokenizer: Any, messages: list[dict[str, str]], index: int, text: str)
     marked = [dict(message) for message in messages]
     marked[index]["content"] = _MARK
     before, found, after = render(tokenizer, marked).partition(_MARK)
-    if not (found and text.startswith(before) and text.endswith(after)):
+    same = text.startswith(before) and text.endswith(after)
+    if not (found and same and len(before) + len(after) < len(text)):
         raise DataError(
             f"message {index + 1}: the chat template renders the rest of the chat differently "
             "with another content here, so this turn's tokens cannot be told apart"
         )
     return len(before), len(text) - len(after)
+
+
+def _with_end_token(
+    end: int, text: str, ids: list[int], places: list[tuple[int, int]], tokenizer: Any
+) -> int:
+    """Where the token stops that ends the turn; ``end`` if there is none."""
+    special = tokenizer.added_tokens_decoder
+    behind_space = len(text) - len(text[end:].lstrip())
+    for token, (start, stop) in zip(ids, places, strict=True):
+        if start == end < stop and token in special:
+            return stop
+        if start == behind_space and token == tokenizer.eos_token_id:
+            return stop
+    return end

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,9 +87,14 @@ def encode_split(
     labels: list[int | float] = []
     for start in range(0, len(split), _BATCH_ROWS):
         stop = min(start + _BATCH_ROWS, len(split))
-        examples = [_example(split, index, to_example) for index in range(start, stop)]
-        for index, row in enumerate(_encode(examples, tokenizer, max_length), start):
-            example = examples[index - start]
+        examples = []
+        for index in range(start, stop):
+            with _at_row(split, index):
+                examples.append(to_example(split.rows[index]))
+        encoded = iter(_encode(examples, tokenizer, max_length))
+        for index, example in enumerate(examples, start):
+            with _at_row(split, index):
+                row = next(encoded)
             if isinstance(example, ClassificationExample):
                 labels.append(example.label)
             elif not any(row.trained[1:]):
@@ -103,7 +109,7 @@ def encode_split(
 
 def encode_prompt(example: TextExample, tokenizer: Any, max_length: int) -> list[int]:
     """The ids of a prompt, as they stand before the completion in training."""
-    return _encode([example], tokenizer, max_length)[0].ids
+    return _encode_texts([example], tokenizer, max_length)[0].ids
 
 
 def special_prefix(tokenizer: Any) -> list[int]:
@@ -116,22 +122,21 @@ def special_prefix(tokenizer: Any) -> list[int]:
     return []
 
 
-def _example(
-    split: Split, index: int, to_example: Callable[[Mapping[str, Any]], Example]
-) -> Example:
+@contextmanager
+def _at_row(split: Split, index: int) -> Iterator[None]:
     try:
-        return to_example(split.rows[index])
+        yield
     except DataError as error:
         raise DataError(f"{split.locate(index)}: {error}") from error
 
 
-def _encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list[_Encoded]:
+def _encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Iterable[_Encoded]:
     first = examples[0]
     if isinstance(first, ClassificationExample):
         return _encode_pairs(examples, tokenizer, max_length)  # type: ignore[arg-type]
     if isinstance(first, ChatExample):
         chats = [e for e in examples if isinstance(e, ChatExample)]
-        return [_cut(_Encoded(*encode_chat(e, tokenizer)), max_length, 0) for e in chats]
+        return (_cut(_Encoded(*encode_chat(e, tokenizer)), max_length, 0) for e in chats)
     return _encode_texts(examples, tokenizer, max_length)  # type: ignore[arg-type]
 
 

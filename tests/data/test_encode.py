@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
+
+from lorakit.data.encode import EncodedSplit, encode_prompt, encode_split, special_prefix
+from lorakit.data.examples import ClassificationExample, Segment, TextExample
+from lorakit.data.sources import Split
+from lorakit.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama: Path) -> Any:
+    """One token a byte, no BOS."""
+    return AutoTokenizer.from_pretrained(tiny_llama)
+
+
+@pytest.fixture(scope="module")
+def with_bos(tiny_llama: Path) -> Any:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def bert(tiny_bert: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_bert)
+
+
+def pair(prompt: str, completion: str, eos: bool = True) -> TextExample:
+    return TextExample((Segment(prompt, trained=False), Segment(completion, trained=True)), eos)
+
+
+def encoded(examples: list[Any], tokenizer: Any, max_length: int = 100) -> EncodedSplit:
+    rows = [{"example": example} for example in examples]
+    split = Split("train", rows, "data.jsonl", "0")
+    return encode_split(split, lambda row: row["example"], tokenizer, max_length)
+
+
+def read(split: EncodedSplit, index: int, tokenizer: Any) -> tuple[str, str]:
+    """The whole row, and what is trained of it."""
+    row = split[index]
+    return tokenizer.decode(row.input_ids), tokenizer.decode(row.input_ids[row.trained])
+
+
+def test_completion_and_eos_are_trained(tokenizer: Any) -> None:
+    split = encoded([pair("2+2=", " 4"), pair("é", "ü"), pair("", "ab", eos=False)], tokenizer)
+    assert len(split) == 3
+    assert read(split, 0, tokenizer) == ("2+2= 4</s>", " 4</s>")
+    assert read(split, 1, tokenizer) == ("éü</s>", "ü</s>")
+    assert read(split, 2, tokenizer) == ("ab", "ab")
+    assert split.lengths.tolist() == [7, 5, 2]
+    # A row's first token is the target of none: "a" of the last row counts for nothing.
+    assert split.trained_tokens == 3 + 3 + 1
+    assert (split.truncated_rows, split.cut_completions) == (0, 0)
+    assert split.labels is None
+    assert split.token_type_ids is None
+
+
+def test_eos_is_trained_also_where_it_pads(tokenizer: Any) -> None:
+    tokenizer.pad_token = tokenizer.eos_token
+    split = encoded([pair("a", "b")], tokenizer)
+    assert split[0].trained.tolist() == [False, True, True]
+    assert split[0].input_ids[-1] == tokenizer.pad_token_id
+
+
+def test_bos_stands_before_the_prompt_and_eos_once_behind(with_bos: Any) -> None:
+    assert special_prefix(with_bos) == [0]
+    split = encoded([pair("abc", "de")], with_bos)
+    assert read(split, 0, with_bos) == ("<s>abcde</s>", "de</s>")
+    prompt = TextExample((Segment("abc", trained=False),), eos=False)
+    assert encode_prompt(prompt, with_bos, 100) == split[0].input_ids[:4].tolist()
+
+
+def test_no_prefix_without_bos(tokenizer: Any, bert: Any) -> None:
+    assert special_prefix(tokenizer) == []
+    assert special_prefix(bert) == [2]
+
+
+@pytest.mark.parametrize(
+    ("max_length", "whole", "trained", "cut"),
+    [
+        (9, "<s>abcdef</s>", "ef</s>", False),
+        (8, "<s>abcdef</s>", "ef</s>", False),
+        (6, "<s>cdef</s>", "ef</s>", False),
+        (4, "<s>ef</s>", "ef</s>", False),
+        (3, "<s>ef", "ef", True),
+        (2, "<s>e", "e", True),
+    ],
+)
+def test_long_rows_lose_the_prompts_beginning_first(
+    with_bos: Any, max_length: int, whole: str, trained: str, cut: bool
+) -> None:
+    split = encoded([pair("abcd", "ef")], with_bos, max_length)
+    assert read(split, 0, with_bos) == (whole, trained)
+    assert split.truncated_rows == (max_length < 8)
+    assert split.cut_completions == cut
+    prompt = TextExample((Segment("abcd", trained=False),), eos=False)
+    ids = encode_prompt(prompt, with_bos, max_length)
+    assert len(ids) <= max_length
+    assert with_bos.decode(ids) == "<s>" + "abcd"[-(max_length - 1) :]
+
+
+def test_segments_alternate(tokenizer: Any) -> None:
+    segments = (Segment("a", False), Segment("b", True), Segment("c", False), Segment("d", True))
+    split = encoded([TextExample(segments), TextExample((*segments[:3],))], tokenizer)
+    assert read(split, 0, tokenizer) == ("abcd</s>", "bd</s>")
+    assert read(split, 1, tokenizer) == ("abc</s>", "b")
+
+
+def test_nothing_to_train_on_names_the_row(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"^data\.jsonl, row 2: no token to train on$"):
+        encoded([pair("a", "b"), pair("a", "", eos=False)], tokenizer)
+    # The loss is on the token after the first: a single trained one has none before it.
+    with pytest.raises(DataError, match=r"row 1: no token to train on$"):
+        encoded([pair("", "a", eos=False)], tokenizer)
+    with pytest.raises(DataError, match=r"row 1: no token to train on within task.max_length = 1"):
+        encoded([pair("", "abc")], tokenizer, max_length=1)
+
+
+def test_what_the_task_refuses_names_the_row(tokenizer: Any) -> None:
+    def refuse(row: Any) -> Any:
+        raise DataError("column 'x' is empty")
+
+    split = Split("train", [{}], "data.jsonl", "0")
+    with pytest.raises(DataError, match=r"^data\.jsonl, row 1: column 'x' is empty$"):
+        encode_split(split, refuse, tokenizer, 10)
+
+
+def test_more_rows_than_are_tokenised_at_once(tokenizer: Any) -> None:
+    done: list[int] = []
+    rows = [{"n": n} for n in range(2500)]
+    split = encode_split(
+        Split("train", rows, "data", "0"), lambda row: pair(f"{row['n']}", "x"), tokenizer, 50,
+        done.append,
+    )  # fmt: skip
+    assert done == [1000, 2000, 2500]
+    for index in (0, 999, 1000, 2499):
+        assert read(split, index, tokenizer) == (f"{index}x</s>", "x</s>")
+    assert split.tokens.dtype == np.int32
+    assert split.trained.nbytes == len(split.tokens)
+
+
+def test_pairs_have_types_and_labels(bert: Any) -> None:
+    examples = [ClassificationExample("ab", "c", 1), ClassificationExample("x" * 30, "yz", 0)]
+    split = encoded(examples, bert, max_length=12)
+    assert split.labels == (1, 0)
+    assert bert.decode(split[0].input_ids) == "[CLS]ab[SEP]c[SEP]"
+    types = split[0].token_type_ids
+    assert types is not None
+    assert types.tolist() == [0, 0, 0, 0, 1, 1]
+    assert bert.decode(split[1].input_ids) == f"[CLS]{'x' * 7}[SEP]yz[SEP]"
+    assert (split.truncated_rows, split.cut_completions) == (1, 0)
+    assert split[1].label == 0
+    single = encoded([ClassificationExample("ab", None, 0.5)], bert)
+    assert bert.decode(single[0].input_ids) == "[CLS]ab[SEP]"
+    assert single.labels == (0.5,)
