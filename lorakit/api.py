@@ -22,6 +22,7 @@ from lorakit.evaluation.watch import OnProgress
 from lorakit.models.device import default_device
 from lorakit.models.load import Kind, Pretrained, load_config, load_pretrained
 from lorakit.models.tokenizer import load_tokenizer
+from lorakit.models.window import check_length
 from lorakit.recipe.sections import ModelSection, Recipe
 from lorakit.tasks.base import Prediction, Task
 
@@ -82,6 +83,7 @@ def evaluate_split(
         _check_labels(files, labels)
     seed = recipe.train.seed
     model, tokenizer = _load_with(recipe.model, task.kind, labels, files, seed, say)
+    check_length(model, config.max_length)
     encoded = encode_split(
         found, lambda row: task.example(row, config), tokenizer, config.max_length
     )

@@ -57,8 +57,8 @@ def _fitting(
     max_new_tokens: int,
 ) -> list[int]:
     """The chat in tokens; its oldest turns are forgotten where it outgrows the model's window."""
-    from lorakit.evaluation.generation import window
     from lorakit.evaluation.requests import chat_request
+    from lorakit.models.window import window
 
     room = window(model)
     ids = chat_request(messages, tokenizer).ids

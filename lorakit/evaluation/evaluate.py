@@ -18,10 +18,12 @@ from lorakit.data.batches import Batch, collate_causal, collate_encoder, eval_ba
 from lorakit.data.encode import EncodedSplit
 from lorakit.data.sources import Split
 from lorakit.errors import EvaluationError
-from lorakit.evaluation.generation import generate_text, window
+from lorakit.evaluation.generation import generate_text
 from lorakit.evaluation.prompts import encode_prompts
 from lorakit.evaluation.watch import EvaluationStopped, OnProgress, ShouldStop, Watch
 from lorakit.models.causal import CausalParts, split_model, token_losses
+from lorakit.models.host_masks import host_masks
+from lorakit.models.window import window
 from lorakit.tasks.base import Prediction, Task
 
 __all__ = ["Evaluation", "EvaluationStopped", "evaluate_model"]
@@ -68,11 +70,13 @@ def evaluate_model(
     predictions: list[Prediction] = []
     with _evaluation_mode(model):
         if task.kind == "encoder":
-            loss, predictions = _classify(model, tokenizer, encoded, batch_size, watch)
+            with host_masks(model.device):
+                loss, predictions = _classify(model, tokenizer, encoded, batch_size, watch)
             metrics = {"loss": loss}
         else:
             parts = parts or split_model(model)
-            loss = _mean_token_loss(model, tokenizer, parts, encoded, batch_size, watch)
+            with host_masks(model.device):
+                loss = _mean_token_loss(model, tokenizer, parts, encoded, batch_size, watch)
             metrics = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
         if generate:
             predictions = _generate(model, tokenizer, task, config, split, watch)

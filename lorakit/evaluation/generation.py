@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lorakit.errors import DataError
 from lorakit.evaluation.watch import OnProgress, ShouldStop, Watch
+from lorakit.models.window import window
 
 #: Rows of a batch unless the caller says otherwise: where throughput no longer grows.
 ROWS_PER_BATCH = {"cpu": 32, "cuda": 128}
@@ -77,12 +78,6 @@ def check_prompts(
                 f"prompt {number}: its {len(prompt)} tokens and max_new_tokens = {max_new_tokens} "
                 f"exceed the model's window of {room} tokens"
             )
-
-
-def window(model: PreTrainedModel) -> int | None:
-    """How many tokens the model was made for; None where its configuration does not say."""
-    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
 
 
 def generation_config(

@@ -16,6 +16,7 @@ from lorakit.data.sources import Split
 from lorakit.errors import DataError, UserError
 from lorakit.injection import InjectionReport, find_heads, inject
 from lorakit.models.load import load_pretrained
+from lorakit.models.window import check_length
 from lorakit.recipe.sections import Recipe
 from lorakit.tasks.base import Task
 
@@ -60,7 +61,7 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
     for note in loaded.notes:
         say(note)
     model, tokenizer = loaded.model, loaded.tokenizer
-    _check_length(model, config.max_length)
+    check_length(model, config.max_length)
     encoded = {
         split.name: encode_split(split, lambda r: task.example(r, config), tokenizer,
                                  config.max_length)
@@ -141,17 +142,6 @@ def _with_labels(recipe: Recipe, labels: list[str] | None) -> Recipe:
         return recipe
     task = recipe.task.model_copy(update={"labels": labels})
     return recipe.model_copy(update={"task": task})
-
-
-def _check_length(model: PreTrainedModel, max_length: int) -> None:
-    text_config = model.config.get_text_config()
-    window = getattr(text_config, "max_position_embeddings", None)
-    rotary = getattr(text_config, "rope_parameters", None) is not None
-    if window and max_length > window and not rotary:
-        raise UserError(
-            f"task.max_length = {max_length}: the model has {window} positions; "
-            f"allowed: 1 to {window}"
-        )
 
 
 def _outermost(names: list[str]) -> list[str]:

@@ -127,7 +127,8 @@ def test_encoder_batch() -> None:
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 0, 0]]
     assert batch["token_type_ids"].tolist() == [[0, 0, 1, 0], [0, 0, 0, 0]]
     assert batch["labels"].tolist() == [1, 1]
-    assert "token_type_ids" not in collate_encoder([row([2], [0])], pad_id=7)
+    bare = collate_encoder([row([2], [0])], pad_id=7)
+    assert set(bare) == {"input_ids", "labels"}, "nothing is padded, so nothing is masked"
 
 
 def test_what_a_steps_loss_is_divided_by() -> None:

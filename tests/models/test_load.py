@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from lorakit.errors import ModelError
+from lorakit.models.load import load_pretrained
+from lorakit.recipe.sections import ModelSection
+
+
+def section(path: Path | str, **keys: Any) -> ModelSection:
+    return ModelSection(**{"name_or_path": str(path), "dtype": "float32", **keys})
+
+
+def edited(folder: Path, model: Path, **config: Any) -> Path:
+    """A copy of the model with another configuration."""
+    copy = folder / "model"
+    shutil.copytree(model, copy)
+    found = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(found | config))
+    return copy
+
+
+def test_causal_model_as_it_is_stored(tiny_llama: Path) -> None:
+    loaded = load_pretrained(section(tiny_llama), "causal")
+    assert not loaded.model.training
+    assert loaded.new_modules == ()
+    stored = load_file(tiny_llama / "model.safetensors")
+    state = loaded.model.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in stored.items())
+    assert load_pretrained(section(tiny_llama, dtype="bfloat16"), "causal").model.dtype == (
+        torch.bfloat16
+    )
+
+
+def test_pad_token_is_chosen_and_eos_stays(tiny_llama: Path) -> None:
+    loaded = load_pretrained(section(tiny_llama), "causal")
+    assert loaded.tokenizer.eos_token == "</s>"
+    assert loaded.tokenizer.pad_token_id is not None
+    assert loaded.model.config.pad_token_id == loaded.tokenizer.pad_token_id
+    assert loaded.model.config.eos_token_id == loaded.tokenizer.eos_token_id
+    assert loaded.tokenizer.padding_side == "right"
+    assert len(loaded.notes) == 1
+    assert "no pad token" in loaded.notes[0]
+
+
+def test_reserved_token_pads_before_eos(tiny_llama: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<pad>"]})
+    copy = edited(tmp_path, tiny_llama)
+    tokenizer.save_pretrained(copy)
+    loaded = load_pretrained(section(copy), "causal")
+    assert loaded.tokenizer.pad_token == "<pad>"
+    assert loaded.tokenizer.eos_token == "</s>"
+
+
+def test_head_of_an_encoder_is_drawn_from_the_seed(tiny_bert: Path) -> None:
+    def head(seed: int) -> torch.Tensor:
+        torch.rand(seed)
+        loaded = load_pretrained(section(tiny_bert), "encoder", ["no", "yes", "maybe"], seed)
+        assert "classifier" in loaded.new_modules
+        assert loaded.model.config.id2label == {0: "no", 1: "yes", 2: "maybe"}
+        assert loaded.model.config.problem_type == "single_label_classification"
+        assert loaded.notes == ()
+        weight: torch.Tensor = loaded.model.get_submodule("classifier").weight  # type: ignore[assignment]
+        return weight
+
+    assert head(1).shape == (3, 32)
+    assert torch.equal(head(1), head(1))
+    assert not torch.equal(head(1), head(2))
+
+
+def test_regression_has_one_output(tiny_bert: Path) -> None:
+    config = load_pretrained(section(tiny_bert), "encoder", None).model.config
+    assert (config.num_labels, config.problem_type) == (1, "regression")
+
+
+def test_trained_head_is_kept(tiny_bert: Path, tmp_path: Path) -> None:
+    first = load_pretrained(section(tiny_bert), "encoder", ["a", "b"], seed=1)
+    first.model.save_pretrained(tmp_path / "classifier")
+    first.tokenizer.save_pretrained(tmp_path / "classifier")
+    again = load_pretrained(section(tmp_path / "classifier"), "encoder", ["a", "b"], seed=2)
+    assert again.new_modules == ()
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "no/such-model",
+            "no such directory, not in the local cache, and the Hub cannot be reached",
+        ),
+        ("nowhere", "nowhere"),
+    ],
+)
+def test_model_that_is_not_there(name: str, message: str, in_tmp: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        load_pretrained(section(name), "causal")
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(f"model.name_or_path: {name}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_directory_that_holds_no_model(in_tmp: Path) -> None:
+    (in_tmp / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"no config\.json in the directory$"):
+        load_pretrained(section("empty"), "causal")
+    (in_tmp / "empty" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="it holds an adapter, not a base model"):
+        load_pretrained(section("empty"), "causal")
+
+
+def test_encoder_is_no_causal_model(tiny_bert: Path) -> None:
+    with pytest.raises(ModelError, match="bert is not a causal language model"):
+        load_pretrained(section(tiny_bert), "causal")
+
+
+def test_pickled_weights_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    copy = edited(tmp_path, tiny_llama)
+    (copy / "model.safetensors").unlink()
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    torch.save(model.state_dict(), copy / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="no safetensors weights; lorakit loads no pickles"):
+        load_pretrained(section(copy), "causal")
+
+
+@pytest.mark.parametrize(("kind", "gone"), [("causal", "q_proj"), ("encoder", "query")])
+def test_checkpoint_that_lacks_weights_is_refused(
+    kind: Any, gone: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    model = request.getfixturevalue("tiny_llama" if kind == "causal" else "tiny_bert")
+    copy = edited(tmp_path, model)
+    file = copy / "model.safetensors"
+    tensors = {name: value for name, value in load_file(file).items() if gone not in name}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"the checkpoint lacks \d+ weights of .*{gone}"):
+        load_pretrained(section(copy), kind, ["a", "b"])
+
+
+def test_corrupt_weights_are_one_line(tiny_llama: Path, tmp_path: Path) -> None:
+    copy = edited(tmp_path, tiny_llama)
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ModelError) as caught:
+        load_pretrained(section(copy), "causal")
+    assert "\n" not in str(caught.value)
+
+
+def test_own_code_needs_to_be_asked_for(tiny_llama: Path, tmp_path: Path) -> None:
+    copy = edited(
+        tmp_path, tiny_llama, model_type="homemade",
+        auto_map={"AutoConfig": "home.Config", "AutoModelForCausalLM": "home.Model"},
+    )  # fmt: skip
+    (copy / "home.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(ModelError, match=r"set model\.trust_remote_code: true"):
+        load_pretrained(section(copy), "causal")
+
+
+def test_missing_tokenizer_is_named(tiny_llama: Path, tmp_path: Path) -> None:
+    copy = edited(tmp_path, tiny_llama)
+    for file in copy.glob("*token*"):
+        file.unlink()
+    with pytest.raises(ModelError, match="no usable tokenizer"):
+        load_pretrained(section(copy), "causal")
