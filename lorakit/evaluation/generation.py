@@ -15,7 +15,7 @@ from lorakit.evaluation.watch import OnProgress, ShouldStop, Watch
 from lorakit.models.window import window
 
 #: Rows of a batch unless the caller says otherwise: where throughput no longer grows.
-ROWS_PER_BATCH = {"cpu": 32, "cuda": 128}
+ROWS_PER_BATCH = {"cpu": 64, "cuda": 128}
 #: Tokens of a batch, its prompts and what may follow them: bounds the cache of keys and values.
 TOKENS_PER_BATCH = 2**16
 #: After so many tokens the rows that have ended leave the batch.
@@ -50,7 +50,7 @@ def generate_text(
     watch = Watch(len(prompts), on_progress, should_stop)
     config = generation_config(model, tokenizer, temperature, top_p, return_dict_in_generate=True)
     groups = _same_prompts(prompts, distinct=temperature > 0)
-    rows = batch_size or ROWS_PER_BATCH.get(model.device.type, 32)
+    rows = batch_size or ROWS_PER_BATCH.get(model.device.type, 64)
     texts = [""] * len(prompts)
     with generating(model):
         for batch in _batches(groups, prompts, rows, max_new_tokens):

@@ -41,7 +41,8 @@ def alone(
     ids = list(prompt)
     for _ in range(tokens):
         with torch.no_grad():
-            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+            logits = model(input_ids=torch.tensor([ids], device=model.device)).logits
+            ids.append(int(logits[0, -1].argmax()))
         if ids[-1] == tokenizer.eos_token_id:
             break
     return ids[len(prompt) :]
@@ -62,6 +63,19 @@ def test_batch_gives_what_each_prompt_gives_alone(
         assert wanted == generate_text(
             model, tokenizer, prompts, max_new_tokens=10, batch_size=batch_size
         )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", CAUSAL)
+def test_gpu_ends_rows_as_the_cpu_does(
+    family: str, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
+) -> None:
+    model = tiny(family, vocab_size=len(tokenizer)).to("cuda")  # type: ignore[arg-type]
+    full = [tokenizer.decode(alone(model, tokenizer, prompt, 24)) for prompt in prompts]
+    stop = (full[2][9:11],)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    found = generate_text(model, tokenizer, prompts, max_new_tokens=24, batch_size=4, stop=stop)
+    assert found == [before_stop(text, stop)[0] for text in full]
 
 
 def test_rows_that_have_ended_leave_the_batch(
