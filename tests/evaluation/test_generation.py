@@ -71,7 +71,10 @@ def test_gpu_ends_rows_as_the_cpu_does(
     family: str, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
 ) -> None:
     model = tiny(family, vocab_size=len(tokenizer)).to("cuda")  # type: ignore[arg-type]
-    full = [tokenizer.decode(alone(model, tokenizer, prompt, 24)) for prompt in prompts]
+    full = [
+        tokenizer.decode(alone(model, tokenizer, prompt, 24), skip_special_tokens=True)
+        for prompt in prompts
+    ]
     stop = (full[2][9:11],)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
     found = generate_text(model, tokenizer, prompts, max_new_tokens=24, batch_size=4, stop=stop)
