@@ -17,9 +17,10 @@ from lorakit.injection import trainable_state
 from lorakit.recipe.sections import Recipe
 from lorakit.tasks.base import LOWER_IS_BETTER
 from lorakit.training.evaluator import Evaluator
-from lorakit.training.loop import Loop, Schedule
+from lorakit.training.loop import Loop
 from lorakit.training.objective import CausalObjective, EncoderObjective
 from lorakit.training.optim import build_optimizer, build_scheduler
+from lorakit.training.schedule import Schedule
 from lorakit.training.setup import Prepared, main_metric
 from lorakit.training.signals import StopRequest
 from lorakit.training.tracking import Recorder
@@ -74,19 +75,17 @@ def build_loop(
         max_grad_norm=section.max_grad_norm,
     )
     if prepared.evaluation is not None and recorder is not None:
-        loop.evaluate = build_evaluator(prepared, loop, generate_at="always")
+        loop.evaluate = build_evaluator(prepared, loop, final=False)
     return loop
 
 
-def build_evaluator(prepared: Prepared, loop: Loop, generate_at: str) -> Evaluator:
+def build_evaluator(prepared: Prepared, loop: Loop, final: bool) -> Evaluator:
     assert prepared.evaluation is not None
-    wanted = getattr(prepared.recipe.task, "eval_generate", "never")
-    allowed = ("always",) if generate_at == "always" else ("always", "end")
     objective: Any = loop.accelerator.unwrap_model(loop.objective)
     return Evaluator(
         prepared,
         parts=objective.parts,
-        generates=prepared.task.generates(prepared.recipe.task) and wanted in allowed,
+        generates=prepared.task.generates(prepared.recipe.task, final),
         stop=loop.stop,
         say=loop.recorder.display.say,
     )
@@ -135,6 +134,11 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         log_with=list(recipe.train.trackers) or None,
         project_config=ProjectConfiguration(recipe.train.output_dir),
     )
+    if accelerator.num_processes > 1:
+        raise UserError(
+            f"launched as {accelerator.num_processes} processes: this version trains in one; "
+            "allowed: one process, with or without accelerate launch"
+        )
     if half and accelerator.device.type == "cpu":
         raise UserError(
             "model.dtype = 'float16': needs a GPU; allowed on the CPU: bfloat16, float32"

@@ -1,8 +1,8 @@
 """Checkpoints: all that an exact resume needs, whole or absent.
 
-A checkpoint is written beside (``.step-N.tmp``) and renamed. It holds what trains, the optimizer's
-tensors, the random states and the best model's weights as safetensors, the rest as JSON: there is
-no pickle in it.
+A checkpoint is written beside and renamed. It holds what trains, the optimizer's tensors, the
+random states and the best model's weights as safetensors, the rest as JSON: there is no pickle in
+it.
 """
 
 from __future__ import annotations
@@ -17,29 +17,36 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lorakit.adapters.beside import written_beside
 from lorakit.errors import UserError
 
 _NAME = re.compile(r"step-(\d+)")
+
+#: Torch's generators as tensors; Python's and NumPy's as JSON.
+RandomStates = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 @dataclass
 class Progress:
     """Where a run stands. ``step`` counts finished optimizer steps; ``window`` holds the loss and
-    the gradient norm of each step since the last log line."""
+    the gradient norm of each step since the last log line; ``metrics_lines`` are those that
+    metrics.jsonl had."""
 
     step: int = 0
     processed_tokens: int = 0
     trained_tokens: int = 0
     seconds: float = 0.0
     last_eval_step: int = 0
-    best_metric: float | None = None
+    best_metrics: dict[str, float] = field(default_factory=dict)
     best_step: int = 0
     evaluations_without_gain: int = 0
     stopped_early: bool = False
     window: list[list[float]] = field(default_factory=list)
+    metrics_lines: int = 0
 
 
 @dataclass
@@ -52,23 +59,30 @@ class Snapshot:
     scheduler: dict[str, Any]
     scaler: dict[str, Any] | None
     best: dict[str, Tensor] | None
+    random: RandomStates
 
 
 def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int | None) -> Path:
-    """Write ``folder/step-N`` and drop all but the newest ``keep``."""
+    """Write ``folder/step-N`` and drop all but the newest ``keep``, and what a kill left behind."""
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{snapshot.progress.step}"
-    if final.exists():
-        return final
-    beside = folder / f".{final.name}.tmp"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover)
+    if not final.exists():
+        with written_beside(final, replace=False) as beside:
+            _write(beside, snapshot)
+    for old in checkpoints(folder)[: -keep if keep else 0]:
+        _drop(old)
+    return final
+
+
+def _write(beside: Path, snapshot: Snapshot) -> None:
     tensors, plain = _split_tensors(snapshot.optimizer)
     save_file(_cpu(snapshot.weights), beside / "weights.safetensors", {"format": "pt"})
     save_file(tensors, beside / "optimizer.safetensors", {"format": "pt"})
     if snapshot.best is not None:
         save_file(_cpu(snapshot.best), beside / "best.safetensors", {"format": "pt"})
-    random_tensors, random_plain = random_states()
+    random_tensors, random_plain = snapshot.random
     save_file(random_tensors, beside / "random.safetensors", {"format": "pt"})
     state = {
         "progress": asdict(snapshot.progress),
@@ -78,41 +92,45 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int | None) -> Path:
         "random": random_plain,
     }
     (beside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-    beside.rename(final)
-    _drop_old(folder, keep)
-    return final
 
 
-def load_checkpoint(checkpoint: Path) -> tuple[Snapshot, tuple[dict[str, Tensor], dict[str, Any]]]:
-    """The snapshot, and the random states for ``restore_random_states``.
-
-    Raises UserError if the directory is no checkpoint.
-    """
+def load_checkpoint(checkpoint: Path) -> Snapshot:
+    """Raises UserError if the directory is no checkpoint."""
     try:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(checkpoint / "optimizer.safetensors")
         best = checkpoint / "best.safetensors"
-        snapshot = Snapshot(
+        return Snapshot(
             progress=Progress(**state["progress"]),
             weights=load_file(checkpoint / "weights.safetensors"),
             optimizer=_join_tensors(tensors, state["optimizer"]),
             scheduler=state["scheduler"],
             scaler=state["scaler"],
             best=load_file(best) if best.is_file() else None,
+            random=(load_file(checkpoint / "random.safetensors"), state["random"]),
         )
-        return snapshot, (load_file(checkpoint / "random.safetensors"), state["random"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"--resume: {checkpoint}: not a whole checkpoint: {error}") from error
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
     found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=_step)
 
 
-def random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Torch's generators as tensors; Python's and NumPy's as JSON."""
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def drop_after(folder: Path, step: int) -> None:
+    """A run that goes back to ``step`` forgets its later checkpoints."""
+    for later in checkpoints(folder):
+        if _step(later) > step:
+            _drop(later)
+
+
+def random_states() -> RandomStates:
     tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
@@ -122,7 +140,8 @@ def random_states() -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {"python": [version, list(numbers), gauss], "numpy": numpy_state}
 
 
-def restore_random_states(tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+def restore_random_states(states: RandomStates) -> None:
+    tensors, plain = states
     torch.set_rng_state(tensors["cpu"])
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])
@@ -160,8 +179,7 @@ def _join_tensors(tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict[str
     return {"state": state, "param_groups": plain["param_groups"]}
 
 
-def _drop_old(folder: Path, keep: int | None) -> None:
-    for old in checkpoints(folder)[: -keep if keep else 0]:
-        trash = old.with_name(f".{old.name}.old")
-        old.rename(trash)
-        shutil.rmtree(trash)
+def _drop(checkpoint: Path) -> None:
+    trash = checkpoint.with_name(f".{checkpoint.name}.old")
+    checkpoint.rename(trash)
+    shutil.rmtree(trash)

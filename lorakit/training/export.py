@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from lorakit.adapters.model_card import CardFacts
@@ -14,6 +15,8 @@ def export_adapter(prepared: Prepared, directory: Path, record: RunRecord) -> No
     """Write what the model holds now, with its tokenizer and a card of the figures."""
     recipe = prepared.recipe
     hardware = record.hardware
+    for leftover in directory.parent.glob(f".{directory.name}.*"):  # of a run that was killed here
+        shutil.rmtree(leftover)
     save_adapter(
         directory,
         prepared.model,

@@ -17,36 +17,23 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lorakit.data.batches import Batch, StepPlan, StepReader, trained_count
 from lorakit.data.encode import EncodedRow, EncodedSplit
-from lorakit.errors import Interrupted, TrainingError
+from lorakit.errors import EvaluationError, Interrupted, TrainingError
 from lorakit.evaluation.watch import EvaluationStopped
 from lorakit.training.checkpoint import (
     Progress,
     Snapshot,
-    load_checkpoint,
+    random_states,
     restore_random_states,
     save_checkpoint,
 )
+from lorakit.training.finite import broken_step, broken_weight
 from lorakit.training.hardware import peak_memory_bytes
 from lorakit.training.late import LateReader, LateValues
+from lorakit.training.schedule import Schedule
 from lorakit.training.signals import StopRequest
 from lorakit.training.tracking import Recorder
 
 Weights = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """When a step logs, evaluates and saves; the last step does all three."""
-
-    total_steps: int
-    steps_per_epoch: int
-    log_every_steps: int
-    eval_every_steps: int
-    save_every_steps: int
-    save_total_limit: int | None
-
-    def due(self, step: int, every: int) -> bool:
-        return step % every == 0 or step == self.total_steps
 
 
 @dataclass
@@ -73,7 +60,6 @@ class Loop:
     max_grad_norm: float | None
     progress: Progress = field(default_factory=Progress)
     best: Weights | None = None
-    last_metrics: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._late = LateReader()
@@ -82,9 +68,8 @@ class Loop:
         self._window_tokens = 0
         self._last_checkpoint: Path | None = None
 
-    def resume(self, checkpoint: Path) -> None:
+    def resume(self, checkpoint: Path, snapshot: Snapshot) -> None:
         """Put everything back as it was when ``checkpoint`` was written."""
-        snapshot, random_states = load_checkpoint(checkpoint)
         with torch.no_grad():
             for name, parameter in self.trainable.items():
                 parameter.copy_(snapshot.weights[name])
@@ -95,7 +80,7 @@ class Loop:
         self.progress, self.best = snapshot.progress, snapshot.best
         self._late.restore_window(self.progress.window, self.accelerator.device)
         self._last_checkpoint = checkpoint
-        restore_random_states(*random_states)
+        restore_random_states(snapshot.random)
 
     def run(self) -> None:
         """Train to the end. Raises TrainingError if the loss is no longer finite, Interrupted
@@ -115,12 +100,13 @@ class Loop:
                 self._evaluate()
             if self.schedule.due(self.progress.step, self.schedule.save_every_steps):
                 self.save()
-        self._emit(wait=True)
+        self._stage()  # an early stop may stand between two log lines
         self.save()
 
     def save(self) -> Path:
         """Write a checkpoint of this step; never of one whose losses were not finite."""
         self._settle()
+        self.progress.metrics_lines = self.recorder.metrics_lines
         scaler = self.accelerator.scaler
         snapshot = Snapshot(
             progress=self.progress,
@@ -129,6 +115,7 @@ class Loop:
             scheduler=self.scheduler.state_dict(),
             scaler=scaler.state_dict() if scaler is not None else None,
             best=self.best,
+            random=random_states(),
         )
         self._last_checkpoint = save_checkpoint(
             self.checkpoint_dir, snapshot, self.schedule.save_total_limit
@@ -225,7 +212,7 @@ class Loop:
             )
 
     def _settle(self) -> None:
-        """Wait for every loss so far, and make sure that none is broken."""
+        """Wait for every loss so far, and make sure that none is broken, nor a weight."""
         self._emit(wait=True)
         self.progress.window = window = self._late.window()
         if window:
@@ -235,20 +222,21 @@ class Loop:
                 "learning_rate": self.scheduler.get_last_lr()[0],
             }
             self._check_finite(LateValues(known, losses, norms))
+        if name := broken_weight(self.trainable):
+            rate = self.optimizer.param_groups[0]["initial_lr"]
+            self._fail(
+                f"step {self.progress.step}: {name} is not finite after it; likely cause: "
+                f"train.learning_rate ({rate:g}) too high"
+            )
 
     def _check_finite(self, values: LateValues) -> None:
-        for index, (loss, norm) in enumerate(zip(values.losses, values.grad_norms, strict=True)):
-            scaled = self.accelerator.scaler is not None  # fp16 skips such a step by itself
-            if math.isfinite(loss) and (math.isfinite(norm) or scaled):
-                continue
-            step = values.known["step"] - len(values.losses) + 1 + index
-            what = (
-                f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
-            )
-            good = self._last_checkpoint or "none was written yet"
-            raise TrainingError(
-                f"step {step}: {what}; last good checkpoint: {good}. {_likely_cause(values, index)}"
-            )
+        scaled = self.accelerator.scaler is not None
+        if what := broken_step(values, scaled):
+            self._fail(what)
+
+    def _fail(self, what: str) -> NoReturn:
+        good = self._last_checkpoint or "none was written yet"
+        raise TrainingError(f"{what}; last good checkpoint: {good}")
 
     def _evaluation_due(self) -> bool:
         step = self.progress.step
@@ -266,15 +254,16 @@ class Loop:
             metrics = self.evaluate()
         except EvaluationStopped:
             self._interrupt()
+        except EvaluationError as error:
+            self._fail(f"step {self.progress.step}: {error}")
         self.objective.train()
         step = self.progress.step
         self.progress.seconds += time.monotonic() - began
         self.progress.last_eval_step = step
-        self.last_metrics = metrics
         self.recorder.evaluation(step, metrics)
-        value = metrics[self.best_metric]
-        if self.gain(value, self.progress.best_metric):
-            self.progress.best_metric, self.progress.best_step = value, step
+        best = self.progress.best_metrics.get(self.best_metric)
+        if self.gain(metrics[self.best_metric], best):
+            self.progress.best_metrics, self.progress.best_step = metrics, step
             self.progress.evaluations_without_gain = 0
             self.best = {n: p.detach().cpu().clone() for n, p in self.trainable.items()}
         else:
@@ -294,16 +283,3 @@ class Loop:
             "go on with --resume auto",
             self.stop.signal_number,
         )
-
-
-def _likely_cause(values: LateValues, index: int) -> str:
-    rate = values.known["learning_rate"]
-    earlier = [n for n in values.grad_norms[:index] if math.isfinite(n)]
-    if earlier and max(earlier) > 100:
-        return (
-            f"The gradient grew to {max(earlier):.0f} before: lower train.learning_rate ({rate:g})"
-        )
-    return (
-        f"Likely causes: train.learning_rate ({rate:g}) too high, or float16 overflow "
-        "(bfloat16 has the range)"
-    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,13 +14,19 @@ from lorakit.errors import UserError
 from lorakit.recipe.sections import TrainSection
 
 
+def check_optimizer(name: str) -> None:
+    """Raise UserError for an optimizer whose package is not installed."""
+    if name == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "train.optimizer = 'adamw_8bit': needs bitsandbytes (pip install 'lorakit[gpu]'); "
+            "allowed without it: adamw, sgd"
+        )
+
+
 def build_optimizer(
     groups: Iterable[dict[str, Any]], section: TrainSection
 ) -> torch.optim.Optimizer:
-    """The optimizer of ``section.optimizer``; torch's own take their fused form.
-
-    Raises UserError if bitsandbytes is asked for and not installed.
-    """
+    """The optimizer of ``section.optimizer``; torch's own take their fused form."""
     groups = list(groups)
     adam = {
         "lr": section.learning_rate,
@@ -29,13 +37,8 @@ def build_optimizer(
         return torch.optim.SGD(groups, lr=section.learning_rate, fused=True)
     if section.optimizer == "adamw":
         return torch.optim.AdamW(groups, **adam, fused=True)  # type: ignore[arg-type]
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise UserError(
-            "train.optimizer = 'adamw_8bit': needs bitsandbytes (pip install 'lorakit[gpu]'); "
-            "allowed without it: adamw, sgd"
-        ) from error
+    from bitsandbytes.optim import AdamW8bit
+
     optimizer: torch.optim.Optimizer = AdamW8bit(groups, **adam)
     return optimizer
 
@@ -60,4 +63,4 @@ def resolve_warmup_steps(section: TrainSection, total_steps: int) -> int:
     """``warmup_steps``, or the ratio of all steps rounded up."""
     if section.warmup_steps is not None:
         return section.warmup_steps
-    return -int(-(section.warmup_ratio or 0.0) * total_steps // 1)
+    return math.ceil((section.warmup_ratio or 0.0) * total_steps)

@@ -10,10 +10,16 @@ from typing import Any
 from lorakit.errors import UserError
 from lorakit.recipe.load import load_recipe
 from lorakit.recipe.sections import Recipe
-from lorakit.training.checkpoint import checkpoints
+from lorakit.training.checkpoint import Snapshot, checkpoints, load_checkpoint
 
 #: Keys that may differ between a run and its resumption: they change no number of the result.
-_FREE = {"train.output_dir", "train.log_every_steps", "train.trackers", "train.save_total_limit"}
+_FREE = {
+    "train.output_dir",
+    "train.log_every_steps",
+    "train.save_every_steps",
+    "train.save_total_limit",
+    "train.trackers",
+}
 
 
 @dataclass(frozen=True)
@@ -21,41 +27,61 @@ class Start:
     """Where to begin: at a checkpoint, afresh (None), or not at all (``finished`` is run.json)."""
 
     checkpoint: Path | None = None
+    snapshot: Snapshot | None = None
     finished: dict[str, Any] | None = None
+
+    @property
+    def step(self) -> int:
+        return self.snapshot.progress.step if self.snapshot else 0
 
 
 def find_start(recipe: Recipe, resume: str | None) -> Start:
     """Raises UserError if the directory holds a run and ``resume`` does not say to go on with it,
-    or if the recipe is not that run's."""
+    if the recipe is not that run's, or if the checkpoint is corrupt."""
     output_dir = Path(recipe.train.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"train.output_dir: {output_dir}: a file of that name exists")
     found = checkpoints(output_dir / "checkpoints")
     run = _read_run(output_dir)
     complete = run.get("exit_reason") == "completed" and (output_dir / "adapter").is_dir()
-    if resume is None:
-        if found or complete:
-            raise UserError(
-                f"train.output_dir: {output_dir} holds "
-                + ("a finished run" if complete else f"a run at {found[-1].name}")
-                + "; go on with --resume auto, or name another directory"
-            )
-        return Start()
-    if resume != "auto":
-        return _named(recipe, Path(resume))
+    named = None if resume in (None, "auto") else _named(str(resume))
+    own = named is not None and named.parent.resolve() == (output_dir / "checkpoints").resolve()
+    if (found or complete) and resume != "auto" and not own:
+        raise UserError(
+            f"train.output_dir: {output_dir} holds "
+            + ("a finished run" if complete else f"a run at {found[-1].name}")
+            + "; go on with --resume auto, or name another directory"
+        )
+    if named is not None:
+        _same_recipe(recipe, named.parent.parent)
+        return Start(named, load_checkpoint(named))
     if complete or found:
         _same_recipe(recipe, output_dir)
     if complete:
         return Start(finished=run)
-    return Start(checkpoint=found[-1] if found else None)
+    return Start(found[-1], load_checkpoint(found[-1])) if found else Start()
 
 
-def _named(recipe: Recipe, checkpoint: Path) -> Start:
-    if not (checkpoint / "state.json").is_file():
-        raise UserError(f"--resume: {checkpoint}: not a checkpoint; allowed: auto, or a step-N "
-                        "directory of a run")  # fmt: skip
-    _same_recipe(recipe, checkpoint.parent.parent)
-    return Start(checkpoint=checkpoint)
+def check_same_data(data: dict[str, Any], checkpoint: Path) -> None:
+    """Raise UserError if the rows are not those of the run that wrote ``checkpoint``."""
+    before = _read_run(checkpoint.parent.parent).get("data", {})
+    for split in before.keys() | data.keys() if before else ():
+        then, now = (of.get(split, {}).get("fingerprint") for of in (before, data))
+        if then != now:
+            source = data.get(split, before.get(split))["source"]
+            raise UserError(f"--resume: {source}: the {split} data is not what the run began with")
+
+
+def _named(directory: str) -> Path:
+    """A checkpoint, or the newest of a run's directory."""
+    found = checkpoints(Path(directory) / "checkpoints")
+    checkpoint = found[-1] if found else Path(directory)
+    if not directory or not (checkpoint / "state.json").is_file():
+        raise UserError(
+            f"--resume: {directory!r}: not a checkpoint; allowed: auto, a step-N directory, or "
+            "the directory of a run"
+        )
+    return checkpoint
 
 
 def _read_run(output_dir: Path) -> dict[str, Any]:

@@ -23,10 +23,12 @@ from lorakit.training.build import (
     build_schedule,
     step_plan,
 )
+from lorakit.training.checkpoint import drop_after
 from lorakit.training.export import export_adapter
 from lorakit.training.hardware import describe_hardware, peak_memory_bytes
 from lorakit.training.loop import Loop
-from lorakit.training.output_dir import Start, find_start
+from lorakit.training.optim import check_optimizer
+from lorakit.training.output_dir import Start, check_same_data, find_start
 from lorakit.training.record import RunRecord, new_record
 from lorakit.training.setup import Prepared, prepare
 from lorakit.training.signals import StopRequest, stop_request
@@ -57,9 +59,11 @@ def train(recipe: Recipe, resume: str | None = None, say: Say = lambda text: Non
     if start.finished is not None:
         say(f"{recipe.train.output_dir}: the run is complete; nothing to do")
         return _finished(Path(recipe.train.output_dir), start.finished)
-    check_trackers(recipe.train.trackers)
+    _check_installed(recipe)
     accelerator = build_accelerator(recipe)
     prepared = prepare(recipe, say)
+    if start.checkpoint is not None:
+        check_same_data(prepared.data, start.checkpoint)
     say(plan_line(prepared, step_plan(prepared, accelerator.num_processes)))
     output_dir = Path(prepared.recipe.train.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -77,7 +81,7 @@ def train(recipe: Recipe, resume: str | None = None, say: Say = lambda text: Non
 
 def dry_run(recipe: Recipe, say: Say) -> dict[str, Any]:
     """Load, inject, run one step; write nothing. Returns the plan and the step's loss."""
-    check_trackers(recipe.train.trackers)
+    _check_installed(recipe)
     accelerator = build_accelerator(recipe)
     prepared = prepare(recipe, say)
     plan = step_plan(prepared, accelerator.num_processes)
@@ -99,6 +103,11 @@ def dry_run(recipe: Recipe, say: Say) -> dict[str, Any]:
         "first_loss": loss,
         "peak_memory_bytes": peak_memory_bytes(accelerator.device),
     }
+
+
+def _check_installed(recipe: Recipe) -> None:
+    check_trackers(recipe.train.trackers)
+    check_optimizer(recipe.train.optimizer)
 
 
 def plan_line(prepared: Prepared, plan: StepPlan) -> str:
@@ -123,16 +132,17 @@ def _run(
     recipe, output_dir = prepared.recipe, Path(prepared.recipe.train.output_dir)
     plan = step_plan(prepared, accelerator.num_processes)
     schedule = build_schedule(recipe, plan)
-    first_step = int(start.checkpoint.name.removeprefix("step-")) if start.checkpoint else 0
     if recipe.train.trackers:
         accelerator.init_trackers("lorakit", _tracked(recipe))
-    metrics_file = MetricsFile(output_dir / "metrics.jsonl", first_step)
-    recorder = Recorder(metrics_file, Display(schedule.total_steps, first_step), accelerator)
+    kept_lines = start.snapshot.progress.metrics_lines if start.snapshot else 0
+    metrics_file = MetricsFile(output_dir / "metrics.jsonl", kept_lines)
+    recorder = Recorder(metrics_file, Display(schedule.total_steps, start.step), accelerator)
     loop: Loop | None = None
     try:
         loop = build_loop(prepared, accelerator, plan, schedule, recorder, stop)
-        if start.checkpoint is not None:
-            loop.resume(start.checkpoint)
+        if start.checkpoint and start.snapshot:
+            drop_after(loop.checkpoint_dir, start.step)
+            loop.resume(start.checkpoint, start.snapshot)
             say(f"resumed from {start.checkpoint}")
         loop.run()
         metrics = _final_metrics(prepared, loop, recorder)
@@ -154,24 +164,22 @@ def _run(
 
 
 def _final_metrics(prepared: Prepared, loop: Loop, recorder: Recorder) -> dict[str, float]:
-    """Put the best weights in place and evaluate them in full, unless that was done already."""
-    last_is_best = loop.progress.best_step in (0, loop.progress.step)
-    if loop.best is not None and not last_is_best:
+    """Put the best weights in place; their metrics, with text generated if that is for the end."""
+    if loop.best is not None:
         with torch.no_grad():
             for name, parameter in loop.trainable.items():
                 parameter.copy_(loop.best[name])
-    if prepared.evaluation is None:
-        return {}
-    evaluator = build_evaluator(prepared, loop, generate_at="end")
-    if last_is_best and loop.last_metrics and not evaluator.generates:
-        return loop.last_metrics
+    task, config = prepared.task, prepared.recipe.task
+    measured = task.generates(config, final=True) == task.generates(config, final=False)
+    if prepared.evaluation is None or measured:
+        return loop.progress.best_metrics
     try:
-        metrics = evaluator()
+        metrics = build_evaluator(prepared, loop, final=True)()
     except EvaluationStopped as error:
         raise Interrupted(
             "stopped in the final evaluation; go on with --resume auto", loop.stop.signal_number
         ) from error
-    recorder.evaluation(loop.progress.step, metrics)
+    recorder.evaluation(loop.progress.best_step, metrics)
     return metrics
 
 

@@ -94,10 +94,7 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
 def main_metric(recipe: Recipe, task: Task) -> str:
     """The metric that chooses the best model: as asked, else the task's main one among those that
     evaluations during training compute."""
-    if recipe.train.metric_for_best_model:
-        return recipe.train.metric_for_best_model
-    generates = task.generates(recipe.task) and _generates_always(recipe)
-    return task.main_metric(recipe.task) if task.kind == "encoder" or generates else "loss"
+    return recipe.train.metric_for_best_model or task.best_metric(recipe.task)
 
 
 def check_best_metric(recipe: Recipe, task: Task, evaluation: EvalData | None) -> None:
@@ -111,29 +108,27 @@ def check_best_metric(recipe: Recipe, task: Task, evaluation: EvalData | None) -
                     "allowed: null"
                 )
         return
-    name = main_metric(recipe, task)
-    known = {"loss"}
-    if task.kind == "causal":
-        known.add("perplexity")
-        if name not in known and not _generates_always(recipe):
-            raise UserError(
-                f"train.metric_for_best_model = {name!r}: evaluations during training compute "
-                f"{' and '.join(sorted(known))}; set task.eval_generate: always where the task "
-                "generates"
-            )
-        return
-    gold = evaluation.encoded.labels
-    assert gold is not None
-    known |= set(task.metrics(list(gold), evaluation.split, recipe.task))
-    if name not in known:
+    name = train.metric_for_best_model
+    known = _measured(task, recipe.task, evaluation) if name else set()
+    if name and name not in known:
+        hint = "; with task.eval_generate: always also the scores of generated text"
+        only_at_end = task.generates(recipe.task) and not task.generates(recipe.task, final=False)
         raise UserError(
-            f"train.metric_for_best_model = {name!r}: not a metric of {recipe.task.name}; "
-            f"allowed: {', '.join(sorted(known))}"
+            f"train.metric_for_best_model = {name!r}: evaluations during training do not measure "
+            f"it; allowed: null, {', '.join(sorted(known))}{hint if only_at_end else ''}"
         )
 
 
-def _generates_always(recipe: Recipe) -> bool:
-    return getattr(recipe.task, "eval_generate", None) == "always"
+def _measured(task: Task, config: Any, evaluation: EvalData) -> set[str]:
+    """The names of the metrics that evaluations during training give."""
+    if task.kind == "encoder":
+        labels = evaluation.encoded.labels
+        assert labels is not None
+        return {"loss", *task.metrics(list(labels), evaluation.split, config)}
+    names = {"loss", "perplexity"}
+    if task.generates(config, final=False):
+        names |= set(task.metrics([""] * len(evaluation.split), evaluation.split, config))
+    return names
 
 
 def _with_labels(recipe: Recipe, labels: list[str] | None) -> Recipe:

@@ -18,11 +18,13 @@ from lorakit.errors import UserError
 
 
 class MetricsFile:
-    """``metrics.jsonl``, a line at a time; a resumed run drops what came after its step."""
+    """``metrics.jsonl``, a line at a time; a resumed run keeps the first ``keep`` lines, which
+    are those that were there at its checkpoint."""
 
-    def __init__(self, path: Path, after_step: int = 0) -> None:
+    def __init__(self, path: Path, keep: int = 0) -> None:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        kept = [line for line in lines if _step_of(line) <= after_step] if after_step else []
+        kept = lines[:keep]
+        self.lines = len(kept)
         beside = path.with_name(f".{path.name}.tmp")
         beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         beside.replace(path)
@@ -31,6 +33,7 @@ class MetricsFile:
     def write(self, line: dict[str, Any]) -> None:
         self._handle.write(json.dumps(line) + "\n")
         self._handle.flush()
+        self.lines += 1
 
     def close(self) -> None:
         self._handle.close()
@@ -89,6 +92,11 @@ class Recorder:
 
     def __init__(self, metrics: MetricsFile, display: Display, accelerator: Accelerator) -> None:
         self._metrics, self.display, self._accelerator = metrics, display, accelerator
+        self._last_step = 0
+
+    @property
+    def metrics_lines(self) -> int:
+        return self._metrics.lines
 
     def log(self, line: dict[str, Any]) -> None:
         self._metrics.write(line)
@@ -101,8 +109,10 @@ class Recorder:
         self._track({f"eval/{key}": value for key, value in metrics.items()}, step)
 
     def _track(self, values: dict[str, Any], step: int) -> None:
+        """Trackers refuse a step before the last; the best model's final evaluation has one."""
+        self._last_step = max(step, self._last_step)
         if self._accelerator.log_with:
-            self._accelerator.log(values, step=step)
+            self._accelerator.log(values, step=self._last_step)
 
     def close(self) -> None:
         self.display.close()
@@ -135,13 +145,6 @@ def throttled(say: Callable[[str], None], what: str, seconds: float = 10.0) -> A
             say(f"{what} {done}/{total}")
 
     return report
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line that a kill cut short
 
 
 def _clock(seconds: float) -> str:

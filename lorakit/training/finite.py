@@ -1,0 +1,46 @@
+"""What is no longer finite, and the likely cause."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lorakit.training.late import LateValues
+
+
+def broken_step(values: LateValues, scaled: bool) -> str | None:
+    """The first step whose loss or gradient is not finite, in words.
+
+    ``scaled``: float16's gradient scaler leaves out a step whose gradient is not finite.
+    """
+    for index, (loss, norm) in enumerate(zip(values.losses, values.grad_norms, strict=True)):
+        step = values.known["step"] - len(values.losses) + 1 + index
+        if not math.isfinite(loss):
+            return f"step {step}: the loss is {loss}; {_likely_cause(values, index)}"
+        if not math.isfinite(norm) and not scaled:
+            return f"step {step}: the gradient is not finite; {_likely_cause(values, index)}"
+    return None
+
+
+def broken_weight(weights: Mapping[str, Tensor]) -> str | None:
+    """The first weight that is not finite; waits for the device once."""
+    finite = torch.stack([weight.detach().isfinite().all() for weight in weights.values()])
+    return next(
+        (name for name, fine in zip(weights, finite.tolist(), strict=True) if not fine), None
+    )
+
+
+def _likely_cause(values: LateValues, index: int) -> str:
+    rate = values.known["learning_rate"]
+    earlier = [norm for norm in values.grad_norms[:index] if math.isfinite(norm)]
+    if earlier and max(earlier) > 100:
+        return (
+            f"the gradient grew to {max(earlier):.3g} before: lower train.learning_rate ({rate:g})"
+        )
+    return (
+        f"likely causes: train.learning_rate ({rate:g}) too high, or float16 overflow "
+        "(bfloat16 has the range)"
+    )

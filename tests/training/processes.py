@@ -1,0 +1,137 @@
+"""Command lines as real processes that a test may signal.
+
+``Launcher`` starts one Python that has imported everything, and forks a child for each command:
+a dozen of them cost what one `python -m lorakit` does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_SERVER = """
+import json, os, sys
+import datasets, transformers.models.bert.modeling_bert, transformers.models.llama.modeling_llama
+import lorakit.training.run
+from tests.training.processes import in_child
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        os._exit(in_child(json.loads(line)))
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@dataclass
+class Ended:
+    """``code`` is negative for the signal that killed the process."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Launcher:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._server = subprocess.Popen(
+            [sys.executable, "-c", _SERVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+    def close(self) -> None:
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        self._server.wait(timeout=30)
+
+    def run(
+        self,
+        arguments: Sequence[object],
+        *,
+        signal_when: Callable[[], bool] | None = None,
+        delay_seconds: float = 0.0,
+        number: int = signal.SIGKILL,
+        at_call: tuple[str, int] | None = None,
+        stderr: str | None = None,
+    ) -> Ended:
+        """Run ``lorakit ARGUMENTS`` to its end.
+
+        The signal is sent ``delay_seconds`` after ``signal_when()`` turns true, or by the process
+        to itself at the n-th call of a function (``at_call`` = ("module:name", n)).
+        """
+        out, err = self._folder / "stdout", stderr or str(self._folder / "stderr")
+        request = {
+            "arguments": [str(argument) for argument in arguments],
+            "stdout": str(out),
+            "stderr": err,
+            "at_call": at_call,
+            "signal": int(number),
+        }
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        pid = int(self._server.stdout.readline())
+        if signal_when is not None:
+            while not signal_when() and _alive(pid):
+                time.sleep(0.002)
+            time.sleep(delay_seconds)
+            if _alive(pid):
+                os.kill(pid, number)
+        code = int(self._server.stdout.readline())
+        return Ended(code, out.read_text(), "" if stderr else Path(err).read_text())
+
+
+def in_child(request: dict[str, Any]) -> int:
+    """What a forked child does: its exit code."""
+    for descriptor, name in ((0, os.devnull), (1, request["stdout"]), (2, request["stderr"])):
+        flags = os.O_RDONLY if descriptor == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        opened = os.open(name, flags)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    if request["at_call"]:
+        _signal_self(*request["at_call"], request["signal"])
+    from lorakit.cli.main import run
+
+    code = run(request["arguments"])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+def _signal_self(target: str, call: int, number: int) -> None:
+    module, _, name = target.partition(":")
+    owner: Any = __import__(module, fromlist=["_"])
+    *path, last = name.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    original, calls = getattr(owner, last), 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    setattr(owner, last, counted)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
