@@ -57,8 +57,28 @@ train: {{output_dir: {rows / "run"}, epochs: 2, learning_rate: 1.0e-2, log_every
     return lorakit.load_recipe(file, changes)
 
 
-def test_a_step_never_waits_for_the_device(tiny_llama: Path, rows: Path) -> None:
-    prepared = prepare(recipe(tiny_llama, rows), print)
+def encoder_recipe(model: Path, folder: Path) -> lorakit.recipe.sections.Recipe:
+    lines = [{"sentence": " ".join(WORDS[: i % 9 + 1]), "label": i % 2} for i in range(64)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "validation.jsonl").unlink(missing_ok=True)
+    file = folder / "encoder.yaml"
+    file.write_text(
+        f"""
+model: {{name_or_path: {model}}}
+adapter: {{r: 4, target_modules: [q, v]}}
+task: {{name: glue/sst2, path: {folder}, max_length: 64}}
+train: {{output_dir: {folder / "encoder"}, epochs: 2}}
+"""
+    )
+    return lorakit.load_recipe(file)
+
+
+@pytest.mark.parametrize("kind", ["causal", "encoder"])
+def test_a_step_never_waits_for_the_device(
+    tiny_llama: Path, tiny_bert: Path, rows: Path, kind: str
+) -> None:
+    wanted = recipe(tiny_llama, rows) if kind == "causal" else encoder_recipe(tiny_bert, rows)
+    prepared = prepare(wanted, print)
     accelerator = build.build_accelerator(prepared.recipe)
     plan = build.step_plan(prepared, 1)
     schedule = build.build_schedule(prepared.recipe, plan)
