@@ -76,7 +76,7 @@ def test_sigkill_at_random_moments(
     recipe: Path, whole: Path, launcher: Launcher, tmp_path: Path
 ) -> None:
     moments, kills = random.Random(5), 0
-    for index in range(4):
+    for index in range(3):
         run = tmp_path / f"run-{index}"
         for _ in range(3):
             before = checkpoints(run / "checkpoints")
@@ -91,7 +91,7 @@ def test_sigkill_at_random_moments(
         ended = train(launcher, recipe, run, "--resume", "auto")
         assert ended.code == 0, ended.err
         assert_same(run, whole)
-    assert kills >= 6
+    assert kills >= 3
 
 
 #: Where a kill could leave something half done: the function, and its how-manieth call.

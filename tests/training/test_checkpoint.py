@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lorakit.errors import UserError
+from lorakit.training.checkpoint import (
+    Progress,
+    Snapshot,
+    checkpoints,
+    drop_after,
+    load_checkpoint,
+    random_states,
+    restore_random_states,
+    save_checkpoint,
+)
+
+
+def snapshot(step: int = 3) -> Snapshot:
+    weight = torch.nn.Parameter(torch.randn(2, 3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    weight.grad = torch.ones(2, 3)
+    optimizer.step()
+    progress = Progress(
+        step=step, seconds=0.1 + 0.2, best_metrics={"loss": 1 / 3}, window=[[0.1, 2.0]]
+    )
+    return Snapshot(
+        progress=progress,
+        weights={"a.lora_A": weight.detach()},
+        optimizer=optimizer.state_dict(),
+        scheduler={"last_epoch": step, "_last_lr": [1e-3 / 3]},
+        scaler=None,
+        best={"a.lora_A": weight.detach() + 1},
+        random=random_states(),
+    )
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    saved = snapshot()
+    path = save_checkpoint(tmp_path, saved, keep=None)
+    assert path == tmp_path / "step-3"
+    found = load_checkpoint(path)
+    assert found.progress == saved.progress
+    assert found.scheduler == saved.scheduler
+    assert torch.equal(found.weights["a.lora_A"], saved.weights["a.lora_A"])
+    assert found.best is not None
+    assert saved.best is not None
+    assert torch.equal(found.best["a.lora_A"], saved.best["a.lora_A"])
+    ours, theirs = found.optimizer["state"][0], saved.optimizer["state"][0]
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    groups = saved.optimizer["param_groups"]
+    assert found.optimizer["param_groups"] == [{**groups[0], "betas": [0.9, 0.999]}]
+    assert all(name.endswith((".json", ".safetensors")) for name in names(path))
+
+
+def test_no_best_model_is_none(tmp_path: Path) -> None:
+    assert (
+        load_checkpoint(save_checkpoint(tmp_path, replace(snapshot(), best=None), 1)).best is None
+    )
+
+
+def test_random_states_come_back() -> None:
+    def drawn() -> tuple[float, float, float, float]:
+        return (
+            torch.rand(1).item(),
+            random.random(),
+            random.gauss(0, 1),
+            float(np.random.standard_normal()),
+        )
+
+    np.random.seed(3)
+    random.gauss(0, 1)  # keeps a second value for the next call
+    np.random.standard_normal()
+    states = random_states()
+    first = drawn()
+    assert drawn() != first
+    restore_random_states(states)
+    assert drawn() == first
+
+
+def test_random_states_survive_the_files(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, snapshot(), keep=None)
+    random_after = torch.rand(2), random.random(), np.random.rand()
+    restore_random_states(load_checkpoint(path).random)
+    assert torch.equal(torch.rand(2), random_after[0])
+    assert (random.random(), np.random.rand()) == random_after[1:]
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"), [(None, [1, 2, 9, 10]), (1, [10]), (2, [9, 10]), (9, [1, 2, 9, 10])]
+)
+def test_the_newest_are_kept(keep: int | None, left: list[int], tmp_path: Path) -> None:
+    """By number, not by name: 10 is newer than 9."""
+    for step in (1, 2, 9, 10):
+        save_checkpoint(tmp_path, snapshot(step), keep)
+    assert [path.name for path in checkpoints(tmp_path)] == [f"step-{step}" for step in left]
+    assert len(names(tmp_path)) == len(left)
+
+
+def test_leftovers_are_ignored_and_cleared(tmp_path: Path) -> None:
+    for name in (".step-9.tmp", ".step-8.old", "step-7.bak", "step-x"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights.safetensors").write_bytes(b"half")
+    assert checkpoints(tmp_path) == []
+    save_checkpoint(tmp_path, snapshot(), keep=1)
+    assert names(tmp_path) == ["step-3", "step-7.bak", "step-x"]
+
+
+def test_a_checkpoint_is_written_once(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, snapshot(), keep=None)
+    before = (path / "weights.safetensors").read_bytes()
+    assert save_checkpoint(tmp_path, snapshot(), keep=None) == path
+    assert (path / "weights.safetensors").read_bytes() == before
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    broken = replace(snapshot(), scheduler={"x": object()})
+    with pytest.raises(TypeError):
+        save_checkpoint(tmp_path, broken, keep=None)
+    assert names(tmp_path) == []
+
+
+def test_going_back_forgets(tmp_path: Path) -> None:
+    for step in (1, 2, 10):
+        save_checkpoint(tmp_path, snapshot(step), None)
+    drop_after(tmp_path, 2)
+    assert names(tmp_path) == ["step-1", "step-2"]
+
+
+def test_no_checkpoint_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        load_checkpoint(tmp_path)

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lorakit.training.finite import broken_step, broken_weight
+from lorakit.training.late import LateValues
+
+
+def values(losses: list[float], norms: list[float]) -> LateValues:
+    return LateValues({"step": 20, "learning_rate": 0.25}, losses, norms)
+
+
+def test_fine_steps() -> None:
+    assert broken_step(values([1.0, 2.0], [3.0, 1e9]), scaled=False) is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_the_first_broken_step_and_the_rate_are_named(bad: float) -> None:
+    message = broken_step(values([1.0, bad, math.nan], [1.0, 1.0, 1.0]), scaled=False)
+    assert message is not None
+    assert message.startswith(f"step 19: the loss is {bad}; ")
+    assert "train.learning_rate (0.25)" in message
+
+
+def test_a_gradient_that_grew_is_the_cause() -> None:
+    message = broken_step(values([1.0, math.nan], [5e4, math.nan]), scaled=False)
+    assert message is not None
+    assert "the gradient grew to 5e+04 before" in message
+
+
+def test_a_gradient_that_overflows_is_skipped_in_float16_only() -> None:
+    overflown = values([1.0], [math.inf])
+    assert broken_step(overflown, scaled=True) is None
+    message = broken_step(overflown, scaled=False)
+    assert message is not None
+    assert "step 20: the gradient is not finite" in message
+    assert broken_step(values([math.nan], [1.0]), scaled=True) is not None
+
+
+def test_weights() -> None:
+    weights = {"a": torch.ones(2), "b": torch.tensor([1.0, math.inf]), "c": torch.tensor(math.nan)}
+    assert broken_weight(weights) == "b"
+    assert broken_weight({"a": torch.ones(2)}) is None

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorakit.errors import UserError
+from lorakit.training.late import LateReader
+from lorakit.training.tracking import Display, MetricsFile, check_trackers, throttled
+
+
+def test_metrics_stand_in_the_file_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(file)
+    metrics.write({"step": 1, "loss": 0.5})
+    assert json.loads(file.read_text()) == {"step": 1, "loss": 0.5}
+    metrics.write({"step": 2})
+    assert metrics.lines == 2
+    metrics.close()
+
+
+def test_a_resumed_file_keeps_what_the_checkpoint_knew(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "eval": {}}\n{"st')
+    metrics = MetricsFile(file, keep=2)
+    metrics.write({"step": 3})
+    metrics.close()
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+    assert metrics.lines == 3
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("keep", [0, 2])
+def test_a_file_that_is_not_there(keep: int, tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", keep)
+    metrics.close()
+    assert metrics.lines == 0
+
+
+def test_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    display = Display(total_steps=20, done=10)
+    display.advance(11)
+    display.log(
+        {"step": 12, "loss": 1.5, "learning_rate": 2e-4, "tokens_per_second": 12345.6,
+         "peak_memory_bytes": 3 * 2**30}
+    )  # fmt: skip
+    display.close()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("step 12/20  loss 1.5000  lr 2.00e-04  12,346 tok/s  3.0 GiB  left 0")
+    assert err.count("\n") == 1
+    assert "\x1b" not in err
+
+
+def test_what_is_said_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    said: list[str] = []
+    report = throttled(said.append, "evaluated", seconds=10)
+    for seconds, done in ((5.0, 1), (10.0, 2), (15.0, 3), (20.0, 4), (40.0, 5)):
+        clock[0] = seconds
+        report(done, 5)
+    assert said == ["evaluated 2/5", "evaluated 4/5"], "the end speaks for itself"
+
+
+def test_a_tracker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_trackers([])
+    check_trackers(["tensorboard"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"train\.trackers: 'wandb' is not installed"):
+        check_trackers(["wandb"])
+
+
+def test_late_values_come_by_the_line() -> None:
+    late = LateReader()
+    late.stage({"step": 0})
+    assert late.arrived() == [], "no step, no line"
+    for step in range(3):
+        late.add(torch.tensor(float(step)), torch.tensor(10.0 + step))
+    assert late.window() == [[0.0, 10.0], [1.0, 11.0], [2.0, 12.0]]
+    late.stage({"step": 3})
+    assert late.window() == []
+    late.add(torch.tensor(0.1, dtype=torch.bfloat16), torch.tensor(1.0))
+    (line,) = late.arrived()
+    assert line.known == {"step": 3}
+    assert line.losses == [0.0, 1.0, 2.0]
+    assert line.grad_norms == [10.0, 11.0, 12.0]
+    again = LateReader()
+    again.restore_window(late.window(), torch.device("cpu"))
+    assert again.window() == late.window()
