@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorakit.data.batches import Batch, collate_causal, collate_encoder, eval_batches
+from lorakit.data.batches import collate_causal, collate_encoder, eval_batches, to_device
 from lorakit.data.encode import EncodedSplit
 from lorakit.data.sources import Split
 from lorakit.errors import EvaluationError
@@ -113,7 +113,7 @@ def _mean_token_loss(
     for rows in eval_batches(encoded.lengths, batch_size):
         watch.check()
         batch = collate_causal([encoded[int(i)] for i in rows], _pad_id(tokenizer))
-        batch = _to_device(batch, model.device)
+        batch = to_device(batch, model.device)
         sums.append(
             token_losses(model, parts, batch["input_ids"], batch["positions"], batch["targets"])
         )
@@ -155,7 +155,7 @@ def _classify(
     for rows in eval_batches(encoded.lengths, batch_size):
         watch.check()
         batch = collate_encoder([encoded[int(i)] for i in rows], _pad_id(tokenizer))
-        batch = _to_device(batch, model.device)
+        batch = to_device(batch, model.device)
         labels = batch.pop("labels")
         logits = model(**batch).logits.float()
         if model.config.num_labels == 1:
@@ -180,10 +180,6 @@ def _total(sums: list[Tensor]) -> float:
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     assert isinstance(tokenizer.pad_token_id, int), "load_tokenizer sets a pad token"
     return tokenizer.pad_token_id
-
-
-def _to_device(batch: Batch, device: torch.device) -> Batch:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def _finite(metrics: dict[str, float], split: Split) -> dict[str, float]:

@@ -18,6 +18,13 @@ class LateValues:
     losses: list[float]
     grad_norms: list[float]
 
+    def line(self) -> dict[str, Any]:
+        """A line of metrics.jsonl: the mean loss, and the last step's gradient norm."""
+        loss = sum(self.losses) / len(self.losses)
+        keys = ("step", "epoch", "loss", "learning_rate", "grad_norm")
+        values = {**self.known, "loss": loss, "grad_norm": self.grad_norms[-1]}
+        return {key: values.pop(key) for key in keys} | values
+
 
 class LateReader:
     """Collects a scalar pair a step; ``stage`` sends a line's worth to the host without waiting."""

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from lorakit.data.batches import Batch, StepPlan, StepReader, trained_count
+from lorakit.data.batches import Batch, StepPlan, StepReader, to_device, trained_count
 from lorakit.data.encode import EncodedRow, EncodedSplit
 from lorakit.errors import EvaluationError, Interrupted, TrainingError
 from lorakit.evaluation.watch import EvaluationStopped
@@ -138,14 +138,16 @@ class Loop:
         factor = self.plan.processes / count
         total: Tensor | None = None
         for index, piece in enumerate(pieces):
-            batch = self._to_device(self.collate([self.rows[int(i)] for i in piece]))
+            batch = self.collate([self.rows[int(i)] for i in piece])
+            batch = to_device(batch, self.accelerator.device)
             last = index == len(pieces) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.objective):
                 loss = self.objective(batch) * factor
                 self.accelerator.backward(loss)
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
-        norm = self._clip()
+        limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
+        norm = self.accelerator.clip_grad_norm_(list(self.trainable.values()), limit)
         self.optimizer.step()
         if not self.accelerator.optimizer_step_was_skipped:
             self.scheduler.step()
@@ -158,22 +160,6 @@ class Loop:
         self.progress.step += 1
         self.progress.processed_tokens += tokens
         self.progress.trained_tokens += count
-
-    def _clip(self) -> Tensor:
-        limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
-        norm: Tensor = self.accelerator.clip_grad_norm_(list(self.trainable.values()), limit)
-        return norm
-
-    def _to_device(self, batch: Batch) -> Batch:
-        device = self.accelerator.device
-        if device.type == "cpu":
-            return batch
-        return {
-            key: (value.pin_memory() if device.type == "cuda" else value).to(
-                device, non_blocking=True
-            )
-            for key, value in batch.items()
-        }
 
     def _log(self) -> None:
         step = self.progress.step
@@ -199,17 +185,7 @@ class Loop:
     def _emit(self, wait: bool) -> None:
         for values in self._late.arrived(wait):
             self._check_finite(values)
-            self.recorder.log(
-                {
-                    "step": values.known["step"],
-                    "epoch": values.known["epoch"],
-                    "loss": sum(values.losses) / len(values.losses),
-                    "learning_rate": values.known["learning_rate"],
-                    "grad_norm": values.grad_norms[-1],
-                    "tokens_per_second": values.known["tokens_per_second"],
-                    "peak_memory_bytes": values.known["peak_memory_bytes"],
-                }
-            )
+            self.recorder.log(values.line())
 
     def _settle(self) -> None:
         """Wait for every loss so far, and make sure that none is broken, nor a weight."""
