@@ -40,7 +40,6 @@ class Prepared:
     report: InjectionReport
     train: EncodedSplit
     evaluation: EvalData | None
-    labels: list[str] | None
     data: dict[str, Any]
 
 
@@ -53,9 +52,9 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
     if train is None:
         raise DataError(f"task.path: no training split in {config.path}")
     validation = task.load(config, task.eval_split(config))
+    config = task.resolve(config, train)
+    recipe = recipe.model_copy(update={"task": config})
     labels = task.labels(config, train)
-    recipe = _with_labels(recipe, labels)
-    config = recipe.task
 
     loaded = load_pretrained(recipe.model, task.kind, labels, seed=recipe.train.seed)
     for note in loaded.notes:
@@ -86,9 +85,7 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
         for split in (train, validation)
         if split is not None
     }
-    return Prepared(
-        recipe, task, model, tokenizer, report, encoded[train.name], evaluation, labels, data
-    )
+    return Prepared(recipe, task, model, tokenizer, report, encoded[train.name], evaluation, data)
 
 
 def main_metric(recipe: Recipe, task: Task) -> str:
@@ -129,14 +126,6 @@ def _measured(task: Task, config: Any, evaluation: EvalData) -> set[str]:
     if task.generates(config, final=False):
         names |= set(task.metrics([""] * len(evaluation.split), evaluation.split, config))
     return names
-
-
-def _with_labels(recipe: Recipe, labels: list[str] | None) -> Recipe:
-    """Write inferred class names into the recipe, so that it repeats the run by itself."""
-    if labels is None or getattr(recipe.task, "labels", labels) is not None:
-        return recipe
-    task = recipe.task.model_copy(update={"labels": labels})
-    return recipe.model_copy(update={"task": task})
 
 
 def _outermost(names: list[str]) -> list[str]:

@@ -269,6 +269,30 @@ def test_going_back_forgets_what_came_after(
     assert_same(run, whole)
 
 
+def test_a_run_s_directory_means_its_newest_checkpoint(
+    recipe: Path, whole: Path, launcher: Launcher, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    point = ("lorakit.training.loop:Loop._train_step", 14)
+    train(launcher, recipe, run, at_call=point)
+    ended = train(launcher, recipe, run, "--resume", run)
+    assert ended.code == 0, ended.err
+    assert "resumed from" in ended.err
+    assert "step-12" in ended.err
+    assert_same(run, whole)
+
+
+def test_another_run_is_not_overwritten_from_a_checkpoint(
+    recipe: Path, whole: Path, launcher: Launcher, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train(launcher, recipe, run, at_call=("lorakit.training.loop:Loop._train_step", 5))
+    before = tree(run)
+    checkpoint = whole / "checkpoints" / "step-30"
+    refused(train(launcher, recipe, run, "--resume", checkpoint), str(run), "a run at step-3")
+    assert tree(run) == before
+
+
 def test_auto_on_an_empty_directory_begins(
     recipe: Path, whole: Path, launcher: Launcher, tmp_path: Path
 ) -> None:

@@ -219,7 +219,8 @@ def test_the_base_stays_bit_equal_and_costs_the_optimizer_nothing(
     recipe = recipe_for(tmp_path, model, task)
     prepared, loop = built(recipe)
     trainable = trainable_state(prepared.model)
-    fresh = load_pretrained(recipe.model, prepared.task.kind, prepared.labels, seed=7).model
+    labels = prepared.task.labels(recipe.task, None)
+    fresh = load_pretrained(recipe.model, prepared.task.kind, labels, seed=7).model
     before = {k: v.clone() for k, v in trainable.items()}
     for _ in range(3):
         loop._train_step()
