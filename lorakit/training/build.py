@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, set_seed
@@ -62,7 +63,7 @@ def build_loop(
         collate=partial(
             collate,
             pad_id=prepared.tokenizer.pad_token_id,
-            multiple_of=8 if accelerator.device.type == "cuda" else 1,
+            multiple_of=_padding_multiple(prepared, accelerator),
         ),
         schedule=schedule,
         recorder=recorder,
@@ -89,6 +90,13 @@ def build_evaluator(prepared: Prepared, loop: Loop, final: bool) -> Evaluator:
         stop=loop.stop,
         say=loop.recorder.display.say,
     )
+
+
+def _padding_multiple(prepared: Prepared, accelerator: Accelerator) -> int:
+    """8 for tensor cores, and for half precision on the CPU, whose kernels are compiled and kept
+    for each length that occurs; float32 on the CPU pads no more than it must."""
+    plain = accelerator.device.type == "cpu" and prepared.model.dtype == torch.float32
+    return 1 if plain else 8
 
 
 def _is_gain(metric: str, value: float, best: float | None) -> bool:
