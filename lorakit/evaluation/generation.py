@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.errors import DataError
@@ -116,12 +116,20 @@ def generating(model: PreTrainedModel) -> Iterator[None]:
     was_training, own = model.training, model.generation_config
     model.eval()
     model.generation_config = GenerationConfig()
+    hook = model.get_output_embeddings().register_forward_pre_hook(_contiguous)
     try:
         with torch.no_grad():
             yield
     finally:
+        hook.remove()
         model.generation_config = own
         model.train(was_training)
+
+
+def _contiguous(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The last position's hidden states in one piece: given a slice of three dimensions, torch
+    multiplies by a copy of a frozen weight for each row, gigabytes for a large vocabulary."""
+    return (inputs[0].contiguous(), *inputs[1:])
 
 
 def before_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:

@@ -212,3 +212,16 @@ def test_smollm2_does_not_depend_on_the_batch(smollm2: Path) -> None:
     assert one == many
     assert "Paris" in one[0]
     assert one[1].startswith(" 4, 5")
+
+
+def test_the_output_layer_never_gets_a_slice(tiny_llama: Path) -> None:
+    """A frozen weight and a slice of three dimensions cost a copy of the weight for each row."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    seen = []
+    model.get_output_embeddings().register_forward_hook(
+        lambda _module, inputs, _output: seen.append(inputs[0].is_contiguous())
+    )
+    generate_text(model, tokenizer, [[5, 6, 7], [8, 9, 10]], max_new_tokens=3)
+    assert seen
+    assert all(seen)
