@@ -30,7 +30,7 @@ def main() -> None:
     values = [100 * score["ex_accuracy"] for score in scores]
     bars = left.bar(["base", "with the adapter"], values, color=[GREY, BLUE], width=0.55)
     left.bar_label(bars, [f"{value:.1f}%" for value in values], padding=3)
-    left.set(title="SQL that gives the right answer", ylim=(0, 105), yticks=[])
+    left.set(title="SQL that gives the right answer", ylim=(0, 115), yticks=[])
     left.spines["left"].set_visible(False)
     right.plot(*zip(*losses, strict=True), color=BLUE, marker="o", markersize=3)
     right.set(title="training loss", xlabel="step", ylim=(0, None))
