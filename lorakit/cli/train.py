@@ -43,16 +43,14 @@ def train(
     resolved = load_recipe(recipe, changes)
 
     from lorakit.training import run
-
-    def say(text: str) -> None:
-        typer.echo(text, err=True)
+    from lorakit.training.tracking import tell
 
     if dry_run:
-        plan = run.dry_run(resolved, say)
+        plan = run.dry_run(resolved, tell)
         lines = [f"{key:22} {value}" for key, value in plan.items()]
         typer.echo(json.dumps(plan) if as_json else "\n".join(lines))
         return
-    result = run.train(resolved, resume, say)
+    result = run.train(resolved, resume, tell)
     facts = {
         "adapter": str(result.adapter_dir),
         "steps": result.steps,

@@ -99,10 +99,13 @@ def _padding_multiple(prepared: Prepared, accelerator: Accelerator) -> int:
     return 1 if plain else 8
 
 
-def _is_gain(metric: str, value: float, best: float | None) -> bool:
-    if best is None:
+def _is_gain(metric: str, metrics: dict[str, float], best: dict[str, float]) -> bool:
+    """Whether ``metrics`` beat ``best`` (empty at first); of equals the one of lower loss."""
+    if not best:
         return True
-    return value < best if metric in LOWER_IS_BETTER else value > best
+    if metrics[metric] != best[metric]:
+        return (metrics[metric] < best[metric]) == (metric in LOWER_IS_BETTER)
+    return metrics["loss"] < best["loss"]
 
 
 def step_plan(prepared: Prepared, processes: int) -> StepPlan:

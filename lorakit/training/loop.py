@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lorakit.data.batches import Batch, StepPlan, StepReader, to_device, trained_count
 from lorakit.data.encode import EncodedRow, EncodedSplit
-from lorakit.errors import EvaluationError, Interrupted, TrainingError
+from lorakit.errors import EvaluationError, Interrupted, TrainingError, UserError
 from lorakit.evaluation.watch import EvaluationStopped
 from lorakit.training.checkpoint import (
     Progress,
@@ -39,7 +39,7 @@ Weights = dict[str, Tensor]
 @dataclass
 class Loop:
     """``objective`` maps a batch to the sum of its losses; ``evaluate`` gives the metrics of the
-    model as it is; ``gain`` tells whether a value of ``best_metric`` beats another (or None)."""
+    model as it is; ``gain`` tells whether metrics beat the best so far (empty at first)."""
 
     accelerator: Accelerator
     objective: nn.Module
@@ -55,7 +55,7 @@ class Loop:
     checkpoint_dir: Path
     evaluate: Callable[[], dict[str, float]] | None
     best_metric: str
-    gain: Callable[[float, float | None], bool]
+    gain: Callable[[dict[str, float], dict[str, float]], bool]
     patience: int | None
     max_grad_norm: float | None
     progress: Progress = field(default_factory=Progress)
@@ -69,7 +69,11 @@ class Loop:
         self._last_checkpoint: Path | None = None
 
     def resume(self, checkpoint: Path, snapshot: Snapshot) -> None:
-        """Put everything back as it was when ``checkpoint`` was written."""
+        """Put everything back as it was when ``checkpoint`` was written.
+
+        Raises UserError if the checkpoint is of another model or run.
+        """
+        self._check_fits(checkpoint, snapshot)
         with torch.no_grad():
             for name, parameter in self.trainable.items():
                 parameter.copy_(snapshot.weights[name])
@@ -102,6 +106,15 @@ class Loop:
                 self.save()
         self._stage()  # an early stop may stand between two log lines
         self.save()
+
+    def _check_fits(self, checkpoint: Path, snapshot: Snapshot) -> None:
+        want = {name: parameter.shape for name, parameter in self.trainable.items()}
+        stored = [snapshot.weights, *([snapshot.best] if snapshot.best is not None else [])]
+        fits = all({name: t.shape for name, t in tensors.items()} == want for tensors in stored)
+        state = set(snapshot.optimizer["state"])
+        whole = state == set(range(len(want))) or not state
+        if not (fits and whole and 0 <= snapshot.progress.step <= self.schedule.total_steps):
+            raise UserError(f"--resume: {checkpoint}: does not belong to this model and run")
 
     def save(self) -> Path:
         """Write a checkpoint of this step; never of one whose losses were not finite."""
@@ -237,8 +250,7 @@ class Loop:
         self.progress.seconds += time.monotonic() - began
         self.progress.last_eval_step = step
         self.recorder.evaluation(step, metrics)
-        best = self.progress.best_metrics.get(self.best_metric)
-        if self.gain(metrics[self.best_metric], best):
+        if self.gain(metrics, self.progress.best_metrics):
             self.progress.best_metrics, self.progress.best_step = metrics, step
             self.progress.evaluations_without_gain = 0
             self.best = {n: p.detach().cpu().clone() for n, p in self.trainable.items()}

@@ -60,7 +60,7 @@ def build_scheduler(
 
 
 def resolve_warmup_steps(section: TrainSection, total_steps: int) -> int:
-    """``warmup_steps``, or the ratio of all steps rounded up."""
+    """``warmup_steps``, or the ratio of all steps rounded up; it leaves a step to train in."""
     if section.warmup_steps is not None:
         return section.warmup_steps
-    return math.ceil((section.warmup_ratio or 0.0) * total_steps)
+    return min(math.ceil((section.warmup_ratio or 0.0) * total_steps), total_steps - 1)

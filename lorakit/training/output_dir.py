@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,14 +47,18 @@ def find_start(recipe: Recipe, resume: str | None) -> Start:
         raise UserError(f"train.output_dir: {output_dir}: a file of that name exists")
     found = checkpoints(output_dir / "checkpoints")
     run = _read_run(output_dir)
-    complete = run.get("exit_reason") == "completed" and (output_dir / "adapter").is_dir()
+    adapter = output_dir / "adapter"
+    complete = run.get("exit_reason") == "completed" and all(
+        (adapter / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors")
+    )
     named = None if resume in (None, "auto") else _named(str(resume))
     own = named is not None and named.parent.resolve() == (output_dir / "checkpoints").resolve()
     if (found or complete) and resume != "auto" and not own:
         raise UserError(
             f"train.output_dir: {output_dir} holds "
-            + ("a finished run" if complete else f"a run at {found[-1].name}")
-            + "; go on with --resume auto, or name another directory"
+            + ("a finished run; " if complete else f"a run at {found[-1].name}; ")
+            + ("" if complete else "go on with --resume auto, or ")
+            + "name another directory"
         )
     if named is not None:
         _same_recipe(recipe, named.parent.parent)
@@ -64,12 +72,37 @@ def find_start(recipe: Recipe, resume: str | None) -> Start:
 
 def check_same_data(data: dict[str, Any], checkpoint: Path) -> None:
     """Raise UserError if the rows are not those of the run that wrote ``checkpoint``."""
-    before = _read_run(checkpoint.parent.parent).get("data", {})
+    before = _read_run(checkpoint.parent.parent).get("data") or {}
     for split in before.keys() | data.keys() if before else ():
-        then, now = (of.get(split, {}).get("fingerprint") for of in (before, data))
+        then, now = ((of.get(split) or {}).get("fingerprint") for of in (before, data))
         if then != now:
-            source = data.get(split, before.get(split))["source"]
+            source = (data.get(split) or before[split])["source"]
             raise UserError(f"--resume: {source}: the {split} data is not what the run began with")
+
+
+@contextmanager
+def sole_run(recipe: Recipe, resume: str | None, start: Start) -> Iterator[Path]:
+    """The output directory, made and held against other runs while the block runs.
+
+    Raises UserError if it cannot be made, another run holds it, or one has written there since
+    ``start`` was found.
+    """
+    output_dir = Path(recipe.train.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        handle = os.open(output_dir, os.O_RDONLY)
+    except (OSError, ValueError) as error:
+        raise UserError(f"train.output_dir: {output_dir}: cannot be made: {error}") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        now = find_start(recipe, resume)
+        if (now.checkpoint, now.finished) != (start.checkpoint, start.finished):
+            raise UserError(f"train.output_dir: {output_dir}: another run has just written there")
+        yield output_dir
+    except BlockingIOError as error:
+        raise UserError(f"train.output_dir: {output_dir}: another run is writing there") from error
+    finally:
+        os.close(handle)
 
 
 def _named(directory: str) -> Path:
@@ -86,10 +119,10 @@ def _named(directory: str) -> Path:
 
 def _read_run(output_dir: Path) -> dict[str, Any]:
     try:
-        run: dict[str, Any] = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
-        return run
+        run = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return run if isinstance(run, dict) else {}
 
 
 def _same_recipe(recipe: Recipe, output_dir: Path) -> None:

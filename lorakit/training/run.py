@@ -28,7 +28,7 @@ from lorakit.training.export import export_adapter
 from lorakit.training.hardware import describe_hardware, peak_memory_bytes
 from lorakit.training.loop import Loop
 from lorakit.training.optim import check_optimizer
-from lorakit.training.output_dir import Start, check_same_data, find_start
+from lorakit.training.output_dir import Start, check_same_data, find_start, sole_run
 from lorakit.training.record import RunRecord, new_record
 from lorakit.training.setup import Prepared, prepare
 from lorakit.training.signals import StopRequest, stop_request
@@ -65,18 +65,17 @@ def train(recipe: Recipe, resume: str | None = None, say: Say = lambda text: Non
     if start.checkpoint is not None:
         check_same_data(prepared.data, start.checkpoint)
     say(plan_line(prepared, step_plan(prepared, accelerator.num_processes)))
-    output_dir = Path(prepared.recipe.train.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_recipe(prepared.recipe, output_dir / "recipe.yaml")
-    record = new_record(
-        prepared.report,
-        describe_hardware(accelerator.device),
-        prepared.recipe.train.seed,
-        prepared.data,
-    )
-    record.write(output_dir / "run.json")
-    with stop_request() as stop:
-        return _run(prepared, accelerator, start, stop, record, say)
+    with sole_run(prepared.recipe, resume, start) as output_dir:
+        write_recipe(prepared.recipe, output_dir / "recipe.yaml")
+        record = new_record(
+            prepared.report,
+            describe_hardware(accelerator.device),
+            prepared.recipe.train.seed,
+            prepared.data,
+        )
+        record.write(output_dir / "run.json")
+        with stop_request() as stop:
+            return _run(prepared, accelerator, start, stop, record, say)
 
 
 def dry_run(recipe: Recipe, say: Say) -> dict[str, Any]:
@@ -145,6 +144,8 @@ def _run(
             loop.resume(start.checkpoint, start.snapshot)
             say(f"resumed from {start.checkpoint}")
         loop.run()
+        if loop.progress.best_step not in (0, loop.progress.step):
+            say(f"the adapter is that of step {loop.progress.best_step}, the best evaluation's")
         metrics = _final_metrics(prepared, loop, recorder)
         record.metrics = metrics
         _fill(record, loop)
@@ -201,4 +202,6 @@ def _tracked(recipe: Recipe) -> dict[str, Any]:
 
 
 def _finished(output_dir: Path, run: dict[str, Any]) -> RunResult:
-    return RunResult(run["metrics"], output_dir / "adapter", output_dir, run["steps"])
+    return RunResult(
+        run.get("metrics", {}), output_dir / "adapter", output_dir, run.get("steps", 0)
+    )

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM ask the loop to stop at the next step; a second one stops at once."""
+"""SIGINT, SIGTERM and SIGHUP ask the loop to stop at the next step; a second one stops at once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from lorakit.errors import Interrupted
 
 
 class StopRequest:
@@ -20,18 +22,22 @@ class StopRequest:
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self.signal_number:
-            raise KeyboardInterrupt
+            raise Interrupted("stopped at once by a second signal", number)
         self.signal_number = number
 
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Catch both signals while the block runs (in the main thread; elsewhere nothing is caught)."""
+    """Catch them while the block runs (in the main thread; elsewhere nothing is caught).
+
+    A signal that is ignored, as SIGHUP under nohup, stays so.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    every = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = [number for number in every if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, request._on_signal) for number in numbers}
     try:
         yield request

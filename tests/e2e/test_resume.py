@@ -323,7 +323,7 @@ def refused(ended: Ended, *parts: str) -> None:
 
 def test_a_run_is_never_overwritten(recipe: Path, whole: Path, launcher: Launcher) -> None:
     before = tree(whole)
-    refused(train(launcher, recipe, whole), str(whole), "a finished run", "--resume auto")
+    refused(train(launcher, recipe, whole), str(whole), "a finished run", "another directory")
     assert tree(whole) == before
 
 

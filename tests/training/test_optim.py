@@ -96,3 +96,9 @@ def test_an_optimizer_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> 
         UserError, match=r"adamw_8bit.*bitsandbytes.*allowed without it: adamw, sgd"
     ):
         check_optimizer("adamw_8bit")
+
+
+@pytest.mark.parametrize(("ratio", "total", "want"), [(0.06, 1, 0), (0.06, 100, 6), (0.9, 2, 1)])
+def test_warmup_leaves_a_step_to_train_in(ratio: float, total: int, want: int) -> None:
+    section = TrainSection(output_dir="x", warmup_ratio=ratio)
+    assert resolve_warmup_steps(section, total) == want

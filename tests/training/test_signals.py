@@ -5,10 +5,21 @@ import threading
 
 import pytest
 
+from lorakit.errors import Interrupted
 from lorakit.training.signals import stop_request
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_request() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_asks_and_the_second_stops(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with stop_request() as stop:
@@ -16,8 +27,9 @@ def test_the_first_asks_and_the_second_stops(number: signal.Signals) -> None:
         signal.raise_signal(number)
         assert stop
         assert stop.signal_number == number
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted) as stopped:
             signal.raise_signal(number)
+    assert stopped.value.exit_code == 128 + number
     assert signal.getsignal(number) is before
 
 

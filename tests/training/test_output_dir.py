@@ -1,0 +1,57 @@
+"""One run at a time in a directory, and odd files in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lorakit.errors import UserError
+from lorakit.recipe.load import load_recipe
+from lorakit.recipe.sections import Recipe
+from lorakit.training.output_dir import Start, find_start, sole_run
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        f"model: {{name_or_path: x}}\nadapter: {{}}\ntask: {{name: text, path: d.jsonl}}\n"
+        f"train: {{output_dir: {tmp_path / 'run'}}}\n"
+    )
+    return load_recipe(file)
+
+
+def test_a_second_run_is_refused_while_the_first_goes_on(recipe: Recipe) -> None:
+    with (
+        sole_run(recipe, None, Start()) as folder,
+        pytest.raises(UserError, match="another run is writing there"),
+        sole_run(recipe, None, Start()),
+    ):
+        pass
+    assert folder.is_dir()
+    with sole_run(recipe, None, Start()):
+        pass
+
+
+def test_a_run_that_came_in_between_is_not_overwritten(recipe: Recipe) -> None:
+    folder = Path(recipe.train.output_dir)
+    (folder / "checkpoints/step-3").mkdir(parents=True)
+    with pytest.raises(UserError, match="step-3"), sole_run(recipe, None, Start()):
+        pass
+
+
+@pytest.mark.parametrize("text", ["[]", "1", "null", "{", '{"exit_reason": "completed"}'])
+def test_an_odd_run_json_is_no_finished_run(recipe: Recipe, text: str) -> None:
+    folder = Path(recipe.train.output_dir)
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "run.json").write_text(text)
+    assert find_start(recipe, "auto") == Start()
+
+
+def test_a_directory_that_cannot_be_made(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    train = recipe.train.model_copy(update={"output_dir": str(tmp_path / "file/run")})
+    recipe = recipe.model_copy(update={"train": train})
+    with pytest.raises(UserError, match=r"train\.output_dir"), sole_run(recipe, None, Start()):
+        pass
