@@ -10,7 +10,7 @@ sample=data/wikisql-sample
 run=runs/quickstart
 
 step() { printf '\n== %s\n' "$*"; }
-show() { printf '$ %s\n' "$*"; "$@"; }
+show() { printf '$'; printf ' %q' "$@"; echo; "$@"; }
 
 # The answer of a command, written when the command succeeded.
 answer() {
@@ -28,7 +28,7 @@ if [[ "$(cat "$stamp" 2>/dev/null)" == "$root" && "$stamp" -nt pyproject.toml ]]
   step "lorakit is installed in $prefix"
 else
   step "installing lorakit into $prefix"
-  show python -m pip install --quiet --disable-pip-version-check --editable . 'gguf>=0.17,<1'
+  show python -m pip install --quiet --disable-pip-version-check --editable '.[eval]' 'gguf>=0.17,<1'
   printf '%s\n' "$root" > "$stamp"
 fi
 
