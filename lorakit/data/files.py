@@ -1,7 +1,8 @@
 """A data file -> its rows, without a guess at what its text means.
 
-jsonl and parquet are read by ``datasets`` (Arrow, cached on disk). csv and tsv are read here: every
-cell is text as it stands, so that ``NA``, ``null`` and ``007`` stay what they are.
+Each file is opened here and held in memory: a path is never a pattern or a URL, and no cache can
+be stale. csv and tsv cells are text as they stand, so that ``NA``, ``null`` and ``007`` stay what
+they are.
 """
 
 from __future__ import annotations
@@ -9,19 +10,15 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import re
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lorakit.errors import DataError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet")
-
-_DATE = re.compile(r"(timestamp|time32|time64|date32|date64|duration)\b")
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -36,26 +33,29 @@ def read_rows(file: Path) -> Rows:
         raise DataError(f"{file}: the file is empty")
     if file.suffix in (".csv", ".tsv"):
         return _read_delimited(file)
-    return _read_with_datasets(file)
+    return _read_parquet(file) if file.suffix == ".parquet" else _read_json_lines(file)
 
 
-def _read_with_datasets(file: Path) -> Rows:
+def _read_parquet(file: Path) -> Rows:
     import datasets
+    import pyarrow.parquet  # type: ignore[import-untyped]
 
-    builder = "parquet" if file.suffix == ".parquet" else "json"
     try:
-        with _silent(datasets):
-            rows = datasets.load_dataset(builder, data_files=str(file), split="train")
-    except Exception as error:  # datasets raises what its readers raise
-        if builder == "json" and not _json_objects(file):  # which itself raises for a bad row
-            return []
+        with file.open("rb") as handle:
+            table = datasets.table.InMemoryTable(pyarrow.parquet.ParquetFile(handle).read())
+        # The fingerprint is given because datasets would hash the whole table for one.
+        return datasets.Dataset(table, fingerprint=file.name)  # type: ignore[no-any-return]
+    except Exception as error:  # Arrow raises what its readers raise
         raise DataError(f"{file}: cannot be read: {_first_line(error)}") from error
-    if builder == "json":
-        for _ in _lines(file):  # Arrow takes any bytes for text, and fails when a row is used
-            pass
-        if _DATE.search(str(rows.features)):  # JSON has no dates: Arrow took text for them
-            return _filled(_json_objects(file))
-    return rows  # type: ignore[no-any-return]
+
+
+def _read_json_lines(file: Path) -> Rows:
+    """Each row with every key that any has."""
+    rows = _json_objects(file)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    if rows and not names:
+        raise DataError(f"{file}: every row is an empty object, {{}}: there are no columns")
+    return [{name: row.get(name) for name in names} for row in rows]
 
 
 def _lines(file: Path) -> Iterator[str]:
@@ -82,14 +82,18 @@ def _json_objects(file: Path) -> list[dict[str, Any]]:
             raise DataError(f"{file}, row {number}: not JSON: {error}") from error
         if not isinstance(value, dict):
             raise DataError(f"{file}, row {number}: not a JSON object")
+        if "\\ud" in line.lower() and _has_lone_surrogate(value):
+            raise DataError(f"{file}, row {number}: half a surrogate pair, which is no text")
         rows.append(value)
     return rows
 
 
-def _filled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each row with every key that any has, as Arrow would have it."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    return [{name: row.get(name) for name in names} for row in rows]
+def _has_lone_surrogate(value: dict[str, Any]) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _read_delimited(file: Path) -> Rows:
@@ -130,20 +134,6 @@ def _checked_header(file: Path, header: list[str]) -> list[str]:
         if header.count(name) > 1:
             raise DataError(f"{file}: the header names the column {name!r} twice")
     return header
-
-
-@contextmanager
-def _silent(datasets: Any) -> Iterator[None]:
-    """No progress bars and no log lines: what goes wrong is told once, by the exception."""
-    level, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL + 1)
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(level)
-        if not bars:
-            datasets.enable_progress_bars()
 
 
 def _first_line(error: Exception) -> str:

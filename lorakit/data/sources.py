@@ -66,7 +66,8 @@ class Split:
         missing = [name for name in columns if name not in self.columns]
         if missing:
             raise DataError(
-                f"{self.source}: no column {', '.join(map(repr, missing))}; "
+                f"{self.source}: no column{'s' if len(missing) > 1 else ''} "
+                f"{', '.join(map(repr, missing))}; "
                 f"the columns are {', '.join(map(repr, self.columns))}"
             )
 

@@ -52,7 +52,7 @@ class Task(ABC):
         return "validation"
 
     def read_file(self, file: Path) -> Sequence[Row] | None:
-        """Rows of a file that ``datasets`` cannot read; None leaves it to ``datasets``."""
+        """Rows of a file in a format of the task's own; None: in one that all tasks read."""
         return None
 
     def load(self, config: Any, split: str) -> Split | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,14 @@ def write(file: Path, content: str | bytes | None = None) -> str:
     content = lines(ROWS) if content is None else content
     data = content.encode() if isinstance(content, str) else content
     file.write_bytes(gzip.compress(data) if file.suffix == ".gz" else data)
+    return str(file)
+
+
+def write_parquet(file: Path, rows: list[dict[str, Any]] = ROWS) -> str:
+    import datasets
+
+    with file.open("wb") as handle:
+        datasets.Dataset.from_list(rows).to_parquet(handle)
     return str(file)
 
 
@@ -123,10 +132,57 @@ def test_json_lines(tmp_path: Path, suffix: str) -> None:
 
 
 def test_parquet(tmp_path: Path) -> None:
+    assert rows_of(write_parquet(tmp_path / "a.parquet")) == ROWS
+
+
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_parquet_that_others_wrote(tmp_path: Path, dictionary: bool) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    text = pyarrow.array(["one", "two"], pyarrow.large_string())
+    table = pyarrow.table(
+        {"text": text.dictionary_encode() if dictionary else text, "label": [0, 1]}
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert rows_of(str(tmp_path / "a.parquet")) == ROWS
+
+
+def test_class_names_of_a_parquet_file(tmp_path: Path) -> None:
     import datasets
 
-    datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "a.parquet")
-    assert rows_of(str(tmp_path / "a.parquet")) == ROWS
+    features = datasets.Features({"label": datasets.ClassLabel(names=["no", "yes"])})
+    datasets.Dataset.from_dict({"label": [1, 0]}, features).to_parquet(tmp_path / "a.parquet")
+    found = load_split(str(tmp_path / "a.parquet"), "train")
+    assert found is not None
+    assert found.rows.features["label"].names == ["no", "yes"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet"])
+@pytest.mark.parametrize("stem", ["a[b]", "a*", "a?", "zip::a", "file:a%20"])
+def test_a_path_is_no_pattern_and_no_url(tmp_path: Path, stem: str, suffix: str) -> None:
+    folder = tmp_path / "x[y]*"
+    folder.mkdir()
+    contents = {".csv": "text,label\n{},1\n", ".tsv": "text\tlabel\n{}\t1\n"}
+    for name in ("ab", "ac", stem):
+        file = folder / f"{name}{suffix}"
+        if suffix == ".parquet":
+            write_parquet(file, [{"text": name}])
+        elif suffix in contents:
+            write(file, contents[suffix].format(name))
+        else:
+            write(file, lines([{"text": name}]))
+    assert [row["text"] for row in rows_of(str(folder / f"{stem}{suffix}"))] == [stem]
+
+
+def test_a_key_that_first_stands_late_in_a_large_file(tmp_path: Path) -> None:
+    rows = [{"text": "x" * 100_000}] * 120 + [{"text": "y", "label": 1}]
+    read = rows_of(write(tmp_path / "a.jsonl", lines(rows)))
+    assert (read[0]["label"], read[-1]) == (None, {"text": "y", "label": 1})
+
+
+def test_a_byte_order_mark_before_json(tmp_path: Path) -> None:
+    assert rows_of(write(tmp_path / "a.jsonl", "\ufeff" + lines(ROWS))) == ROWS
 
 
 def test_csv_cells_are_text_as_they_stand(tmp_path: Path) -> None:
@@ -208,6 +264,16 @@ def test_a_broken_json_row_is_named(
     assert refusal(file).startswith(f"{file}, row 3: {expected}")
 
 
+def test_json_rows_without_a_key(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", "{}\n{}\n")
+    assert refusal(file) == f"{file}: every row is an empty object, {{}}: there are no columns"
+
+
+def test_half_a_surrogate_pair(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", '{"text": "\\ud83d\\ude00"}\n{"text": "\\uD83D"}\n')
+    assert refusal(file).startswith(f"{file}, row 2: half a surrogate pair")
+
+
 @pytest.mark.parametrize(
     ("name", "head", "expected"),
     [("a.jsonl", '{"text": "ok"}\n', ", row 2: not UTF-8"), ("a.csv", "text\n", ": not UTF-8")],
@@ -285,12 +351,14 @@ def test_files_without_a_column_in_common(tmp_path: Path) -> None:
     assert found is not None
     with pytest.raises(DataError, match="no column 'text'; the columns are 'label'"):
         found.require(["text", "label"])
+    with pytest.raises(DataError, match="no columns 'text', 'body'; the columns are 'label'"):
+        found.require(["text", "body"])
 
 
 def test_files_whose_types_differ(tmp_path: Path) -> None:
     files = [
-        write(tmp_path / "a.jsonl"),
-        write(tmp_path / "b.jsonl", '{"text": ["x"], "label": 1}\n'),
+        write_parquet(tmp_path / "a.parquet"),
+        write_parquet(tmp_path / "b.parquet", [{"text": ["x"], "label": 1}]),
     ]
     assert "a column's type differs between files" in refusal(files)
 
@@ -322,11 +390,18 @@ def test_the_fingerprint_is_of_the_contents(tmp_path: Path) -> None:
     assert fingerprint(write(tmp_path / "b.jsonl", lines(ROWS[:1]))) != same
 
 
-def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.jsonl")
-    assert rows_of(file) == ROWS
-    write(tmp_path / "a.jsonl", lines(ROWS[::-1]))
-    assert rows_of(file) == ROWS[::-1]
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+def test_a_file_that_changes_is_read_again(tmp_path: Path, name: str) -> None:
+    def write_rows(rows: list[dict[str, Any]]) -> str:
+        if name.endswith("parquet"):
+            return write_parquet(tmp_path / name, rows)
+        csv = "text\n" + "".join(f"{row['text']}\n" for row in rows)
+        return write(tmp_path / name, csv if name.endswith("csv") else lines(rows))
+
+    for rows in (ROWS, ROWS[::-1]):
+        file = write_rows(rows)
+        os.utime(file, (1, 1))
+        assert [row["text"] for row in rows_of(file)] == [row["text"] for row in rows]
 
 
 def test_own_reader_comes_first(tmp_path: Path) -> None:
