@@ -9,14 +9,15 @@ from pydantic import Field, model_validator
 from lorakit.data.sources import Split
 from lorakit.errors import DataError
 from lorakit.recipe.sections import TaskSection, Text
-from lorakit.tasks.labelled import LabelledTask, Labelling, as_integer
+from lorakit.tasks.labelled import LabelledTask, Labelling, as_integer, label_name
 
 
 class ClassificationConfig(TaskSection):
     """``text_column``, ``text_pair_column`` (null: one text) and ``label_column`` name the columns.
 
-    ``labels`` are the class names by id; a row holds the id or the name. Null takes them from the
-    train split: the names in order, or the ids, which must then be 0 to n - 1 without a gap.
+    ``labels`` are the class names by id; a row holds the name or the id. Null takes the names from
+    the train split, in order; a whole number there is a name too, whether a number or text (1 and
+    2 are the classes ``1`` and ``2``). Where a name is a whole number, a row holds names only.
     ``regression: true`` makes the label a number. ``dataset_name`` and ``dataset_config_name`` are
     a Hub data set, read when ``path`` is null.
     """
@@ -77,39 +78,28 @@ def _declared(train: Split, column: str) -> list[str] | None:
 
 
 def _found(train: Split, column: str) -> list[str]:
-    values = train.column(column)
-    for index, value in enumerate(values):
-        if not (isinstance(value, str) and value) and as_integer(value) is None:
+    names = set()
+    numbers = False
+    for index, value in enumerate(train.column(column)):
+        name = label_name(value)
+        if not name:
             raise DataError(
                 f"{train.locate(index)}: {column} = {value!r}: allowed: a name or a whole number; "
-                "for other numbers, set task.regression: true"
+                "for other numbers, set task.regression: true, or list them as names in task.labels"
             )
-    found = set(values)
-    if len(found) < 2:
-        raise DataError(f"{train.source}: column {column!r} holds one label only: {_some(found)}")
-    texts = [value for value in found if isinstance(value, str)]
-    if texts and len(texts) < len(found):
+        names.add(name)
+        numbers = numbers or not isinstance(value, str)
+    if len(names) < 2:
+        raise DataError(f"{train.source}: column {column!r} holds one label only: {min(names)}")
+    if numbers and any(as_integer(name) is None for name in names):
         raise DataError(f"{train.source}: column {column!r} holds both names and numbers")
-    if texts:
-        return sorted(texts, key=_in_order)
-    ids = {as_integer(value) for value in found}
-    if ids != set(range(len(ids))):
-        raise DataError(
-            f"{train.source}: column {column!r} holds the ids {_some(found)}; "
-            "allowed: 0 to n - 1 without a gap, or names"
-        )
-    return [str(index) for index in range(len(ids))]
+    return sorted(names, key=_in_order)
 
 
 def _in_order(name: str) -> tuple[bool, int, str]:
     """Numbers first, by value; then names by the alphabet."""
     number = as_integer(name)
     return (number is None, number or 0, name)
-
-
-def _some(values: set[Any]) -> str:
-    ordered = sorted(values)
-    return ", ".join(map(str, ordered[:10])) + (", ..." if len(ordered) > 10 else "")
 
 
 TASK = Classification()

@@ -16,6 +16,7 @@ from lorakit.errors import DataError, UserError
 from lorakit.tasks.base import Prediction, Row, Task
 
 _INTEGER = re.compile(r"[-+]?[0-9]{1,18}")
+_DECIMAL = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _LIBRARIES = {
     "f1": ("sklearn", "scikit-learn"),
     "matthews_correlation": ("sklearn", "scikit-learn"),
@@ -110,8 +111,8 @@ def require_metrics(names: Sequence[str]) -> None:
 
 
 def read_label(value: Any, where: Labelling) -> int | float:
-    """The class index, or the regression's target. A class is given by its name or its id, either
-    of which may stand there as text, as in a csv file.
+    """The class index, or the regression's target. A class is given by its name or its id (which
+    may stand there as text), but only by its name where a name is itself a whole number.
 
     Raises DataError if the value is missing, hidden (-1), unknown, out of range or not finite.
     """
@@ -120,30 +121,43 @@ def read_label(value: Any, where: Labelling) -> int | float:
         raise DataError(f"{shown}: the label is missing")
     if where.labels is None:
         return _target(value, where, shown)
-    if isinstance(value, str) and value in where.labels:
-        return where.labels.index(value)
+    by_name = _named_by_numbers(where.labels)
+    for name in (value, label_name(value) if by_name else None):
+        if isinstance(name, str) and name in where.labels:
+            return where.labels.index(name)
     index = as_integer(value)
+    if index is not None and not by_name and 0 <= index < len(where.labels):
+        return index
     if index == -1:
         raise DataError(f"{shown}: the labels here are hidden, as in a benchmark's test split")
-    if index is None or not 0 <= index < len(where.labels):
-        raise DataError(f"{shown}: unknown label; allowed: {_allowed(where)}")
-    return index
+    raise DataError(f"{shown}: unknown label; allowed: {_allowed(where.labels)}")
+
+
+def label_name(value: Any) -> str | None:
+    """The class name that a label stands for: text as it stands; a whole number by its digits, so
+    that 1, 1.0, True and the text ``1.0`` are all ``1``. None for what is neither."""
+    if isinstance(value, str) and not _DECIMAL.fullmatch(value):
+        return value
+    number = as_integer(value)
+    return None if number is None else str(number)
 
 
 def as_integer(value: Any) -> int | None:
-    """A whole number, which a file may also hold as a bool, as text or, beside missing values, as
-    a float; None for anything else."""
-    if isinstance(value, int):
+    """A whole number, also as a bool, text or (beside missing values) a float; None for others."""
+    if isinstance(value, int) or (isinstance(value, str) and _INTEGER.fullmatch(value)):
         return int(value)
-    if isinstance(value, str) and _INTEGER.fullmatch(value):
-        return int(value)
+    if isinstance(value, str) and _DECIMAL.fullmatch(value):
+        value = float(value)
     return int(value) if isinstance(value, float) and value.is_integer() else None
 
 
-def _allowed(where: Labelling) -> str:
-    labels = where.labels or ()
-    names = f" or {', '.join(labels)}" if len(labels) <= 10 else ""
-    return f"0 to {len(labels) - 1}{names}"
+def _named_by_numbers(labels: Sequence[str]) -> bool:
+    return any(_INTEGER.fullmatch(name) for name in labels)
+
+
+def _allowed(labels: Sequence[str]) -> str:
+    names = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
+    return names if _named_by_numbers(labels) else f"0 to {len(labels) - 1} or {names}"
 
 
 def _target(value: Any, where: Labelling, shown: str) -> float:

@@ -201,6 +201,11 @@ def test_own_columns() -> None:
         ([True, False], ["0", "1"]),
         (["10", "9", "9"], ["9", "10"]),
         (["1", "0"], ["0", "1"]),
+        ([1, 2, 1], ["1", "2"]),
+        (["1", "2", "1"], ["1", "2"]),
+        ([4, 2, 8, 6], ["2", "4", "6", "8"]),
+        ([-1, 1], ["-1", "1"]),
+        (["007", "7"], ["007", "7"]),
     ],
 )
 def test_labels_from_train(values: list[Any], names: list[str]) -> None:
@@ -214,18 +219,28 @@ def test_labels_from_train(values: list[Any], names: list[str]) -> None:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ([1, 2, 3], "ids 1, 2, 3"),
-        ([0, 2], "ids 0, 2"),
+        ([2, "2"], "one label only: 2"),
         (["a", 1], "both names and numbers"),
         (["a", "a"], "one label only: a"),
         (["a", None], "row 2: label = None"),
         (["a", ""], "row 2: label = ''"),
         ([0.5, 1.5], "row 1: label = 0.5.*regression: true"),
+        (["1.0", "0.5"], "row 2: label = '0.5'.*regression: true"),
     ],
 )
 def test_labels_that_cannot_be_taken_from_train(values: list[Any], expected: str) -> None:
     with pytest.raises(DataError, match=expected):
         CLASSIFICATION.labels(CLASSIFICATION.Config(), labels_as_split(values))
+
+
+@pytest.mark.parametrize("label", [2, "2", 2.0, "2.0"])
+def test_numbers_that_are_names_are_never_ids(label: Any) -> None:
+    for values in ([2, 4, 6, 8], ["2", "4", "6", "8"], ["2.0", "4.0", "6.0", "8.0"]):
+        config = CLASSIFICATION.resolve(CLASSIFICATION.Config(), labels_as_split(values))
+        assert CLASSIFICATION.example({"text": "x", "label": label}, config).label == 0
+        for unknown in (3, "3", 0, -1 if label == 2 else 1):
+            with pytest.raises(DataError, match=r"(unknown label; allowed: 2, 4, 6, 8$|hidden)"):
+                CLASSIFICATION.example({"text": "x", "label": unknown}, config)
 
 
 def test_labels_declared_by_a_hub_data_set() -> None:
