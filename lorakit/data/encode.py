@@ -81,7 +81,8 @@ def encode_split(
 
     A prompt that is too long loses its beginning, so that the completion and its EOS stay; a
     completion that is too long by itself loses its end, and is counted. Raises DataError with file
-    and row for a row that the task refuses or that leaves nothing to train on.
+    and row for a row that the task refuses or that leaves nothing to train on, and for a
+    ``max_length`` that has no room beside an encoder's special tokens.
     """
     rows: list[_Encoded] = []
     labels: list[int | float] = []
@@ -105,6 +106,17 @@ def encode_split(
             rows.append(row)
         on_progress(stop)
     return _flatten(rows, labels or None)
+
+
+def check_token_ids(encoded: EncodedSplit, tokenizer: Any, embedding_rows: int) -> None:
+    """Raise DataError if a token or the padding has an id for which the model, of
+    ``embedding_rows`` embeddings, has none."""
+    largest = max(int(encoded.tokens.max()), tokenizer.pad_token_id or 0)
+    if largest >= embedding_rows:
+        raise DataError(
+            f"the tokenizer does not belong to the model: the tokenizer gives id {largest}, and "
+            f"the model has {embedding_rows} embeddings (ids 0 to {embedding_rows - 1})"
+        )
 
 
 def encode_prompt(example: TextExample, tokenizer: Any, max_length: int) -> list[int]:
@@ -184,6 +196,12 @@ def _encode_pairs(
     first = [example.text for example in examples]
     second = [example.text_pair for example in examples]
     pairs = None if second[0] is None else second
+    special = tokenizer.num_special_tokens_to_add(pair=pairs is not None)
+    if max_length <= special:  # the tokenizer would then cut nothing
+        raise DataError(
+            f"task.max_length = {max_length}: the tokenizer adds {special} special tokens to each "
+            f"row; allowed: {special + 1} or more"
+        )
     full = tokenizer(first, pairs, truncation=False, verbose=False)
     cut = tokenizer(first, pairs, truncation=True, max_length=max_length, verbose=False)
     types: Iterable[Any] = cut.get("token_type_ids") or [None] * len(examples)

@@ -8,7 +8,13 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from lorakit.data.encode import EncodedSplit, encode_prompt, encode_split, special_prefix
+from lorakit.data.encode import (
+    EncodedSplit,
+    check_token_ids,
+    encode_prompt,
+    encode_split,
+    special_prefix,
+)
 from lorakit.data.examples import ClassificationExample, Segment, TextExample
 from lorakit.data.sources import Split
 from lorakit.errors import DataError
@@ -162,3 +168,26 @@ def test_pairs_have_types_and_labels(bert: Any) -> None:
     single = encoded([ClassificationExample("ab", None, 0.5)], bert)
     assert bert.decode(single[0].input_ids) == "[CLS]ab[SEP]"
     assert single.labels == (0.5,)
+
+
+@pytest.mark.parametrize(("second", "special"), [(None, 2), ("x" * 9, 3)])
+def test_an_encoder_needs_room_beside_its_special_tokens(
+    bert: Any, second: str | None, special: int
+) -> None:
+    examples = [ClassificationExample("x" * 9, second, 0)]
+    expected = f"task.max_length = {special}: .* allowed: {special + 1} or more"
+    with pytest.raises(DataError, match=expected):
+        encoded(examples, bert, max_length=special)
+    assert encoded(examples, bert, max_length=special + 1).lengths.tolist() == [special + 1]
+
+
+def test_ids_outside_of_the_embedding(tiny_llama: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    split = encoded([pair("a", "b")], tokenizer)
+    largest = max(int(split.tokens.max()), tokenizer.pad_token_id or 0)
+    check_token_ids(split, tokenizer, largest + 1)
+    with pytest.raises(DataError, match=f"gives id {largest}, and the model has {largest} embed"):
+        check_token_ids(split, tokenizer, largest)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)
+    with pytest.raises(DataError, match=f"gives id {tokenizer.pad_token_id}, "):
+        check_token_ids(split, tokenizer, largest + 1)
