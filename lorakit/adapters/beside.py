@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -15,14 +18,20 @@ def written_beside(target: Path, *, replace: bool) -> Iterator[Path]:
     """An empty directory beside ``target`` that takes its place when the block ends well.
 
     With ``replace`` an existing directory is set aside, replaced and then deleted; without it a
-    ``target`` that has appeared meanwhile raises FileExistsError. After an error nothing is left.
+    ``target`` that has appeared meanwhile raises FileExistsError. After an error nothing is left;
+    what a killed process left is deleted by the next that writes ``target``.
     """
     target = target.absolute()
     token = secrets.token_hex(4)
     new = target.parent / f".{target.name}.{token}.new"
     old = target.parent / f".{target.name}.{token}.old"
-    new.mkdir(parents=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(target)
+    new.mkdir()
+    lock = os.open(new, os.O_RDONLY)
     try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield new
         _flush(new)
         if replace and target.is_dir() and not target.is_symlink():
@@ -36,8 +45,23 @@ def written_beside(target: Path, *, replace: bool) -> Iterator[Path]:
                 old.rename(target)
             raise
     finally:
+        os.close(lock)
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _sweep(target: Path) -> None:
+    """Delete what a killed process left beside ``target``: a living one holds the lock."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.new"):
+        if not re.fullmatch(r"[0-9a-f]{8}", left.name[len(target.name) + 2 : -len(".new")]):
+            continue
+        with suppress(OSError):
+            handle = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(handle)
 
 
 def _flush(folder: Path) -> None:

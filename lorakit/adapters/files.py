@@ -81,6 +81,14 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
     return AdapterFiles(directory, config, _tensors(directory), _read_json(directory / SIDECAR))
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    if not tensor.is_floating_point():
+        return True
+    values = tensor.float() if tensor.itemsize == 1 else tensor  # float8 has no isfinite
+    return bool(values.isfinite().all())
+
+
 def _read_json(file: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
@@ -113,5 +121,7 @@ def _tensors(directory: Path) -> dict[str, Tensor]:
         if not name.startswith(PREFIX) or not tensor.numel():
             problem = "an empty tensor" if name.startswith(PREFIX) else "not a name that PEFT gives"
             raise AdapterError(f"{file}: {name}: {problem}")
+        if not is_finite(tensor):
+            raise AdapterError(f"{file}: {name}: holds NaN or infinite values")
         tensors[name.removeprefix(PREFIX)] = tensor
     return tensors

@@ -18,7 +18,8 @@ from transformers import (
 from lorakit.adapters.files import AdapterFiles, read_adapter
 from lorakit.adapters.place import find_places, load_adapter
 from lorakit.errors import AdapterError
-from lorakit.models.load import explained, hub_options, load_config, quiet
+from lorakit.models.load import check_shapes, explained, hub_options, load_config, quiet
+from lorakit.models.window import reserved_positions
 from lorakit.recipe.sections import ModelSection
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -65,7 +66,7 @@ def base_section(
 
 
 def full_config(section: ModelSection, files: AdapterFiles) -> PreTrainedConfig:
-    """The base's configuration; for a classifier with the adapter's labels and pad token."""
+    """The base's configuration; for a classifier with the adapter's labels."""
     config = load_config(section)
     if not files.classifies:
         return config
@@ -77,9 +78,17 @@ def full_config(section: ModelSection, files: AdapterFiles) -> PreTrainedConfig:
         config.problem_type = sidecar.get("problem_type")
     elif (count := _head_size(config, files, section.trust_remote_code)) is not None:
         config.num_labels = count
-    if sidecar.get("pad_token_id") is not None:
-        config.pad_token_id = sidecar["pad_token_id"]
     return config
+
+
+def set_pad_token(config: PreTrainedConfig, model: PreTrainedModel, files: AdapterFiles) -> None:
+    """The training's pad token for a classifier, which finds a row's last token by it.
+
+    RoBERTa and its kin count positions from the configuration's: there it stays the base's.
+    """
+    trained = (files.sidecar or {}).get("pad_token_id")
+    if files.classifies and trained is not None and not reserved_positions(model):
+        config.pad_token_id = trained
 
 
 def empty_model(
@@ -105,13 +114,15 @@ def base_model(
             config=config,
             dtype=getattr(torch, dtype) if dtype else "auto",
             use_safetensors=True,
-            ignore_mismatched_sizes=files.classifies,
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
             **hub_options(section),
         )
-    lacking = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
-    check_supplied(lacking, find_places(model, files).whole, name, files)
+    whole = find_places(model, files).whole
+    check_shapes([key for key in info["mismatched_keys"] if key[0] not in whole], name, "base")
+    check_supplied(set(info["missing_keys"]), whole, name, files)
     assert isinstance(model, PreTrainedModel)
+    set_pad_token(model.config, model, files)
     return model
 
 

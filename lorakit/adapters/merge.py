@@ -24,7 +24,13 @@ from lorakit.adapters.checkpoint import (
     local_directory,
 )
 from lorakit.adapters.files import read_adapter
-from lorakit.adapters.load import base_section, dtype_name, empty_model, full_config
+from lorakit.adapters.load import (
+    base_section,
+    dtype_name,
+    empty_model,
+    full_config,
+    set_pad_token,
+)
 from lorakit.adapters.merge_loaded import merge_loaded
 from lorakit.adapters.merge_plan import MergePlan, NotByName, part_embeddings, plan_merge
 from lorakit.adapters.shards import parse_size, write_shards
@@ -73,6 +79,7 @@ def merge(
     directory = local_directory(section)
     try:
         model = empty_model(config, files, trust_remote_code)
+        set_pad_token(config, model, files)
         plan = plan_merge(model, Checkpoint(directory), files, wanted)
     except NotByName as reason:
         note = f"{reason}: the whole model is loaded and merged in memory"
@@ -125,7 +132,7 @@ def _check_out(out: Path, base: str, adapter: Path, overwrite: bool) -> None:
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise AdapterError(f"OUT = {out}: exists and is not a directory")
     if out.exists() and not overwrite:
-        raise AdapterError(f"OUT = {out}: exists already; give another, or overwrite it")
+        raise AdapterError(f"OUT = {out}: exists already; give another, or --overwrite it")
     if out.exists() and any(out.iterdir()) and not (out / "config.json").is_file():
         raise AdapterError(f"OUT = {out}: holds something other than a model; it is not replaced")
 

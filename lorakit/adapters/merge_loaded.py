@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lorakit.adapters.files import AdapterFiles
 from lorakit.adapters.load import base_model
-from lorakit.adapters.merge_plan import part_embeddings
+from lorakit.adapters.merge_plan import check_finite, part_embeddings
 from lorakit.adapters.place import find_places, load_adapter
 from lorakit.layers import adapter_layers
 from lorakit.models.load import quiet
@@ -33,6 +33,8 @@ def merge_loaded(
     load_adapter(model, files)
     merged = fold(model, target)
     nn.Module.to(model, target)
+    for name, value in model.state_dict().items():
+        check_finite(name, value)
     if _embeddings_parted(model):
         part_embeddings(model.config)
     with quiet():

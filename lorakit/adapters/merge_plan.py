@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from lorakit.adapters.checkpoint import Checkpoint
-from lorakit.adapters.files import AdapterFiles
+from lorakit.adapters.files import AdapterFiles, is_finite
 from lorakit.adapters.load import check_supplied
 from lorakit.adapters.place import find_places, load_adapter
 from lorakit.adapters.shards import OutputTensor
@@ -52,12 +52,24 @@ class MergePlan:
         if name in self.adapted:
             layer = self.adapted[name]
             weight = layer.method.merged_weight(layer, weight)
-        return weight.to(self.outputs[name].dtype).contiguous()
+        merged = weight.to(self.outputs[name].dtype).contiguous()
+        check_finite(name, merged)
+        return merged
 
     @property
     def unused(self) -> tuple[str, ...]:
         """The base's tensors that the model has no place for."""
         return tuple(sorted(set(self.checkpoint.tensors) - set(self.sources.values())))
+
+
+def check_finite(name: str, merged: Tensor) -> None:
+    """Raise AdapterError for a tensor that no model should be written with."""
+    if not is_finite(merged):
+        dtype = str(merged.dtype).removeprefix("torch.")
+        raise AdapterError(
+            f"{name}: NaN or infinite in the merged {dtype}: either the base's own values are, or "
+            "the sum is too large for the dtype (--dtype float32 holds more)"
+        )
 
 
 def plan_merge(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,8 +72,9 @@ def load_pretrained(
     with explained(name), quiet():
         model, info = loader.from_pretrained(
             name, config=_with_labels(config, options), output_loading_info=True,
-            use_safetensors=True, **options,
+            use_safetensors=True, ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
+    check_shapes(info["mismatched_keys"], name)
     model.config.pad_token_id = tokenizer.pad_token_id
     new = _new_modules(model, info, kind, name)
     return Pretrained(model.eval(), tokenizer, new, tuple(notes))
@@ -123,6 +125,11 @@ def _with_labels(config: PreTrainedConfig, options: dict[str, Any]) -> PreTraine
 def _check_kind(config: PreTrainedConfig, kind: Kind, name: str) -> None:
     causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if kind == "encoder" and getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"model.name_or_path: {name}: {config.model_type} is an encoder with a decoder, and "
+            "the task needs an encoder alone; allowed: a model such as BERT, RoBERTa or ModernBERT"
+        )
     encoder = masked and not getattr(config, "is_decoder", False)
     if kind == "causal" and (encoder or not causal) and not hasattr(config, "auto_map"):
         raise ModelError(
@@ -131,10 +138,17 @@ def _check_kind(config: PreTrainedConfig, kind: Kind, name: str) -> None:
         )
 
 
+def check_shapes(mismatched: Iterable[Any], name: str, key: str = "model.name_or_path") -> None:
+    """Raise ModelError for the first of transformers' (tensor, stored shape, model's shape)."""
+    for tensor, stored, wanted in sorted(mismatched, key=lambda entry: str(entry[0])):
+        raise ModelError(
+            f"{key}: {name}: {tensor} is {tuple(stored)}, and the configuration says "
+            f"{tuple(wanted)}"
+        )
+
+
 def _new_modules(model: PreTrainedModel, info: Any, kind: Kind, name: str) -> tuple[str, ...]:
     missing = sorted(info["missing_keys"])
-    if info["mismatched_keys"] and kind == "encoder":
-        missing = sorted({*missing, *(key[0] for key in info["mismatched_keys"])})
     base = [key for key in missing if kind == "causal" or _is_backbone(model, key)]
     if base:
         raise ModelError(
@@ -176,8 +190,9 @@ def explained(name: str, key: str = "model.name_or_path") -> Iterator[None]:
         while chain[-1].__cause__ or chain[-1].__context__:
             chain.append(chain[-1].__cause__ or chain[-1].__context__)  # type: ignore[arg-type]
         kinds = tuple(type(link) for link in chain)
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        reason = first
+        # The second line says what is wrong where the first only says with which field.
+        said = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(said[:2]) or type(error).__name__
         if any(issubclass(kind, hub.GatedRepoError) for kind in kinds):
             reason = (
                 "the repository is gated; accept its terms on the Hub and log in (hf auth login)"
@@ -193,7 +208,7 @@ def explained(name: str, key: str = "model.name_or_path") -> Iterator[None]:
             reason = "no such directory, and no such repository on the Hub (or it is private)"
         elif isinstance(error, torch.OutOfMemoryError | MemoryError):
             raise
-        elif "safetensors" in str(error):
+        elif re.search(r"file named \S*safetensors", str(error)):
             reason = (
                 "no safetensors weights; lorakit loads no pickles: convert the checkpoint first"
             )

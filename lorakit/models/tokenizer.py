@@ -20,7 +20,8 @@ def load_tokenizer(name: str, hub: dict[str, Any]) -> tuple[PreTrainedTokenizerB
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **hub)
     except Exception as error:  # a missing file, a bad one, or the network: all say the same
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        said = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(said[:2]) or type(error).__name__
         raise ModelError(f"model.name_or_path: {name}: no usable tokenizer: {reason}") from error
     if not tokenizer.is_fast:
         raise ModelError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorakit.errors import UserError
@@ -13,7 +13,7 @@ def window(model: PreTrainedModel) -> int | None:
     found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(found, int) or found <= 0:
         return None
-    return found - _reserved_positions(model)
+    return found - reserved_positions(model)
 
 
 def check_length(model: PreTrainedModel, max_length: int) -> None:
@@ -27,7 +27,14 @@ def check_length(model: PreTrainedModel, max_length: int) -> None:
         )
 
 
-def _reserved_positions(model: PreTrainedModel) -> int:
+def embedding_rows(model: PreTrainedModel) -> int:
+    """How many token ids the model has embeddings for: ids 0 to one less."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0]
+
+
+def reserved_positions(model: PreTrainedModel) -> int:
     """RoBERTa and its kin count positions from behind the pad token's id: 514 rows, 512 tokens."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):

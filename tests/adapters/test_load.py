@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from lorakit.adapters.load import load
+from lorakit.adapters.merge import merge
 from lorakit.errors import AdapterError, ModelError
 from tests.adapters.conftest import MakePair
 from tests.families import tiny, token_ids
@@ -93,3 +95,19 @@ def test_errors_name_the_argument(make_pair: MakePair, tmp_path: Path) -> None:
         (adapter / "adapter_config.json").write_text(json.dumps(settings | changes))
         with pytest.raises(AdapterError, match=message):
             load(base if "task_type" in changes else None, adapter)
+
+
+def test_roberta_counts_positions_from_its_own_pad_token(
+    make_pair: MakePair, tmp_path: Path
+) -> None:
+    base, adapter, model = make_pair("roberta")
+    sidecar = json.loads((adapter / "lorakit.json").read_text())
+    (adapter / "lorakit.json").write_text(json.dumps(sidecar | {"pad_token_id": 5}))
+    merge(base, adapter, tmp_path / "out")
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert settings["pad_token_id"] == model.config.pad_token_id == 1
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        want = model(token_ids()).logits
+        assert torch.equal(load(base, adapter)(token_ids()).logits, want)
+        torch.testing.assert_close(merged(token_ids()).logits, want, atol=1e-5, rtol=0)

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from lorakit.adapters import shards as shards_module
+from lorakit.adapters.beside import written_beside
 from lorakit.adapters.load import load
 from lorakit.adapters.merge import merge
 from lorakit.adapters.shards import OutputTensor, parse_size, plan_shards
@@ -347,6 +348,10 @@ def test_killed_half_way_leaves_out_as_it_was(
     assert process.wait() == -signal.SIGKILL
     assert {p: p.read_bytes() for p in out.rglob("*")} == before
     assert list(tmp_path.glob(".out.*.new")), "it was killed in the middle"
+    with written_beside(out, replace=True):
+        assert len(list(tmp_path.glob(".out.*.new"))) == 1, "the dead one's is deleted"
+        merge(base, adapter, out, overwrite=True)
+        assert len(list(tmp_path.glob(".out.*.new"))) == 1, "the living one's is not"
     merge(base, adapter, out, overwrite=True)
     _plain(out)
 
@@ -396,3 +401,73 @@ def test_the_command(
     assert "dtype = int4: allowed: float32" in capsys.readouterr().err
     assert run(["merge", "--help"]) == 0
     assert "Example: lorakit merge" in capsys.readouterr().out
+
+
+def _changed(file: Path, end: str, value: float) -> str:
+    """Put ``value`` into the first tensor whose name ends so."""
+    tensors = load_file(file)
+    name = next(key for key in tensors if key.endswith(end))
+    tensors[name].view(-1)[3] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    return name
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_adapter_that_is_not_finite(make_pair: MakePair, tmp_path: Path, value: float) -> None:
+    base, adapter, _ = make_pair()
+    name = _changed(adapter / "adapter_model.safetensors", "lora_B.weight", value)
+    with pytest.raises(AdapterError, match=f"{name}: holds NaN or infinite"):
+        merge(base, adapter, tmp_path / "out")
+
+
+def test_a_scale_that_is_not_finite(make_pair: MakePair, tmp_path: Path) -> None:
+    base, adapter, _ = make_pair()
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    changed = json.dumps(settings | {"lora_alpha": float("nan")})
+    (adapter / "adapter_config.json").write_text(changed)
+    with pytest.raises(AdapterError, match="lora_alpha = "):
+        merge(base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize(("value", "dtype"), [(float("nan"), None), (7e4, "float16")])
+def test_a_sum_that_is_not_finite(
+    make_pair: MakePair, tmp_path: Path, family: str, value: float, dtype: str | None
+) -> None:
+    base, adapter, _ = make_pair(family)
+    _changed(
+        base / "model.safetensors",
+        "dense.weight" if family == "gpt_neox" else "q_proj.weight",
+        value,
+    )
+    with pytest.raises(AdapterError, match=r"\.weight: NaN or infinite in the merged"):
+        merge(base, adapter, tmp_path / "out", dtype=dtype)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+_SLOW_COMMAND = f"""
+from lorakit.cli.main import run
+{_SLOW.rpartition("merge(")[0]}
+sys.exit(run(["merge", *sys.argv[1:4], "--max-shard-size", "8KB"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"]
+)
+def test_a_signal_leaves_nothing(
+    make_pair: MakePair, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    base, adapter, _ = make_pair()
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SLOW_COMMAND,
+         base, adapter, tmp_path / "out"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"written\n"
+    process.send_signal(number)
+    _, err = process.communicate()
+    assert (process.returncode, err.decode().strip().splitlines()[-1]) == (code, "stopped")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]

@@ -173,3 +173,39 @@ def test_missing_tokenizer_is_named(tiny_llama: Path, tmp_path: Path) -> None:
         file.unlink()
     with pytest.raises(ModelError, match="no usable tokenizer"):
         load_pretrained(section(copy), "causal")
+
+
+def test_a_shape_that_differs_is_named(tiny_llama: Path, tmp_path: Path) -> None:
+    copy = edited(tmp_path, tiny_llama)
+    tensors = load_file(copy / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    rows, width = tensors[name].shape
+    tensors[name] = tensors[name][:-1].clone()
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError) as caught:
+        load_pretrained(section(copy), "causal")
+    assert f"{name} is ({rows - 1}, {width}), and the configuration says" in str(caught.value)
+
+
+def test_a_missing_shard_is_named(tiny_llama: Path, tmp_path: Path) -> None:
+    copy = edited(tmp_path, tiny_llama)
+    (copy / "model.safetensors").unlink()
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model.save_pretrained(copy, max_shard_size="20KB")
+    shard = sorted(copy.glob("model-*.safetensors"))[-1]
+    shard.unlink()
+    with pytest.raises(ModelError, match=f"No such file.*{shard.name}"):
+        load_pretrained(section(copy), "causal")
+
+
+def test_a_wrong_value_of_the_configuration_is_said(tiny_llama: Path, tmp_path: Path) -> None:
+    copy = edited(tmp_path, tiny_llama, hidden_size="x")
+    with pytest.raises(ModelError, match=r"'hidden_size': .*expected int, got str") as caught:
+        load_pretrained(section(copy), "causal")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_encoder_with_a_decoder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(ModelError, match="t5 is an encoder with a decoder"):
+        load_pretrained(section(tmp_path), "encoder", ["a", "b"])
