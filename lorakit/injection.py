@@ -54,7 +54,7 @@ def inject(
 
     ``heads`` are modules trained whole besides ``config.modules_to_save``; by default the
     classification head, if the model has one. Random values come from torch's default generator.
-    Raises TargetError if the model is adapted already or a target does not fit.
+    Raises TargetError if the model is adapted already, or a target or a pattern does not fit.
     """
     if adapter_layers(model):
         raise TargetError("the model holds an adapter already; load the base again")
@@ -66,6 +66,7 @@ def inject(
     clash = [n for n, m in targets.items() if any(id(p) in trained for p in m.parameters())]
     if clash:
         raise TargetError(f"adapter: {describe_modules(clash)}: both a target and trained whole")
+    method.check(config, tuple(targets))
     model.requires_grad_(False)
     for name, module in targets.items():
         model.set_submodule(name, method.wrap(module, config, name))

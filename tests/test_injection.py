@@ -168,3 +168,13 @@ def test_the_same_seed_gives_the_same_adapter() -> None:
         states.append(torch.cat([p.flatten() for p in trainable_state(model).values()]))
     assert torch.equal(states[0], states[1])
     assert not torch.equal(states[0], states[2])
+
+
+@pytest.mark.parametrize("pattern", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_matches_no_target_is_an_error(pattern: str) -> None:
+    model = tiny("llama")
+    config = LoraConfig(target_modules=["q", "v"], **{pattern: {"q_proj": 2, "k_proj": 2}})
+    message = f"{pattern}: 'k_proj' matches no adapted module; allowed: q_proj, v_proj"
+    with pytest.raises(TargetError, match=message):
+        inject(model, config)
+    assert not adapter_layers(model)

@@ -7,7 +7,7 @@ its functions only, so that recipes are checked without loading it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorakit.recipe.sections import AdapterSection, TrainSection
@@ -30,6 +30,10 @@ class Method(ABC):
     Config: ClassVar[type[AdapterSection]]
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "embedding"})
     peft_type: ClassVar[str] = "LORA"
+
+    def check(self, config: Any, targets: Sequence[str]) -> None:  # noqa: B027 (most need none)
+        """Raise TargetError if ``config`` says something of modules that are none of
+        ``targets``, the names of those that are about to be wrapped."""
 
     @abstractmethod
     def wrap(self, module: nn.Module, config: Any, name: str) -> AdapterLayer:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from lorakit.errors import AdapterError
+from lorakit.errors import AdapterError, TargetError
 from lorakit.methods.base import Method
 from lorakit.recipe.sections import AdapterSection, PositiveFloat, PositiveInt, Probability
 
@@ -55,6 +55,17 @@ class Lora(Method):
     name = "lora"
     summary = "y = W x + (lora_alpha / r) B A x, W frozen (Hu et al. 2021)"
     Config = LoraConfig
+
+    def check(self, config: Any, targets: Sequence[str]) -> None:
+        """Every key of ``rank_pattern`` and ``alpha_pattern`` is the end of a target."""
+        for field in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(config, field):
+                if not any(_is_end(key, name) for name in targets):
+                    ends = sorted({name.rpartition(".")[2] for name in targets})
+                    raise TargetError(
+                        f"adapter.{field}: {key!r} matches no adapted module; allowed: "
+                        f"{', '.join(ends)}, or longer ends of their names"
+                    )
 
     def wrap(self, module: nn.Module, config: Any, name: str) -> AdapterLayer:
         import torch
@@ -168,9 +179,13 @@ class Lora(Method):
         return layer
 
 
+def _is_end(suffix: str, name: str) -> bool:
+    return name == suffix or name.endswith(f".{suffix}")
+
+
 def _by_suffix(pattern: dict[str, Any], name: str, default: float) -> float:
     """The value of the longest suffix that ``name`` ends with."""
-    fitting = [s for s in pattern if name == s or name.endswith(f".{s}")]
+    fitting = [s for s in pattern if _is_end(s, name)]
     return float(pattern[max(fitting, key=len)]) if fitting else default
 
 
@@ -188,7 +203,10 @@ def _peft_rank(settings: Mapping[str, Any], name: str) -> int:
 
 def _peft_scaling(settings: Mapping[str, Any], name: str, r: int) -> float:
     alpha = _by_pattern(settings.get("alpha_pattern"), name, settings.get("lora_alpha", 8))
-    return float(alpha) / (math.sqrt(r) if settings.get("use_rslora") else r)
+    scaling = float(alpha) / (math.sqrt(r) if settings.get("use_rslora") else r)
+    if not math.isfinite(scaling):
+        raise AdapterError(f"{name}: lora_alpha = {alpha}: allowed: a finite number")
+    return scaling
 
 
 def _peft_names(kind: str) -> dict[str, str]:
