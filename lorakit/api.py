@@ -14,7 +14,7 @@ from lorakit import registry
 from lorakit.adapters.files import AdapterFiles, read_adapter
 from lorakit.adapters.load import dtype_name
 from lorakit.adapters.place import load_adapter
-from lorakit.data.encode import encode_split
+from lorakit.data.encode import check_token_ids, encode_split
 from lorakit.errors import AdapterError
 from lorakit.evaluation.evaluate import evaluate_model
 from lorakit.evaluation.splits import load_eval_split, with_labels
@@ -22,7 +22,7 @@ from lorakit.evaluation.watch import OnProgress
 from lorakit.models.device import default_device
 from lorakit.models.load import Kind, Pretrained, load_config, load_pretrained
 from lorakit.models.tokenizer import load_tokenizer
-from lorakit.models.window import check_length
+from lorakit.models.window import check_length, embedding_rows
 from lorakit.recipe.sections import ModelSection, Recipe
 from lorakit.tasks.base import Prediction, Task
 
@@ -87,6 +87,7 @@ def evaluate_split(
     encoded = encode_split(
         found, lambda row: task.example(row, config), tokenizer, config.max_length
     )
+    check_token_ids(encoded, tokenizer, embedding_rows(model))
     if encoded.truncated_rows:
         say(f"{encoded.truncated_rows} of {len(encoded)} rows cut to {config.max_length} tokens")
     section = recipe.train

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from lorakit.cli.progress import say
+from lorakit.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,7 +26,7 @@ def hold_chat(
     from lorakit.evaluation.streaming import stream_text
 
     chat_request([{"role": "user", "content": "?"}], tokenizer)
-    if sys.stdin.isatty():
+    if sys.stdin is not None and sys.stdin.isatty():
         say("/exit or Ctrl-D ends the chat, /clear begins another")
     messages: Messages = []
     while (line := _read_line()) is not None and line.strip() != "/exit":
@@ -41,12 +42,14 @@ def hold_chat(
 
 def _read_line() -> str | None:
     """The next line without its end; None at the end of the input."""
-    if sys.stdin.isatty():
-        try:
-            return input("> ")
-        except EOFError:
-            return None
-    line = sys.stdin.readline()
+    if sys.stdin is None:  # closed by the caller
+        return None
+    try:
+        line = input("> ") + "\n" if sys.stdin.isatty() else sys.stdin.readline()
+    except EOFError:
+        return None
+    except UnicodeDecodeError as error:
+        raise UserError(f"stdin: not UTF-8 text: {error}") from error
     return line.rstrip("\n") if line else None
 
 

@@ -8,12 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorakit.cli.output import check_writable, write_text
+from lorakit.cli.output import check_distinct, check_writable, write_text
 from lorakit.cli.progress import progress, say
 from lorakit.errors import UserError
 
 if TYPE_CHECKING:
     from lorakit.recipe.sections import Recipe
+
+#: What a directory's data files are named by.
+_SPLITS = {
+    "train", "validation", "valid", "dev", "val", "test", "validation_matched",
+    "validation_mismatched", "test_matched", "test_mismatched",
+}  # fmt: skip
 
 
 def eval_(
@@ -53,6 +59,11 @@ def eval_(
     check_writable("--output", output)
     check_writable("--save-predictions", save_predictions)
     resolved = load_recipe(recipe, overrides)
+    inputs = {recipe: "the recipe"}
+    if predictions is not None:
+        inputs[predictions] = "the file of --predictions"
+    outputs = {"--output": output, "--save-predictions": save_predictions}
+    check_distinct(outputs, inputs | dict.fromkeys(_data_files(resolved), "a file of the task"))
     if predictions is not None:
         result = _score(resolved, predictions, split, limit)
     else:
@@ -75,6 +86,15 @@ def _check_options(
     names = [name for name, there in given.items() if there]
     if len(names) > 1:
         raise UserError(f"{' and '.join(names)} exclude each other; allowed: one of them")
+
+
+def _data_files(recipe: Recipe) -> list[Path]:
+    """The files that ``task.path`` names, and a directory's that are named by a split."""
+    found = recipe.task.path
+    named = found.values() if isinstance(found, dict) else found
+    paths = [Path(named)] if isinstance(named, str) else [Path(name) for name in named or ()]
+    inside = [file for path in paths if path.is_dir() for file in path.iterdir()]
+    return paths + [file for file in inside if file.name.partition(".")[0] in _SPLITS]
 
 
 def _score(recipe: Recipe, file: Path, split: str | None, limit: int | None) -> dict[str, Any]:

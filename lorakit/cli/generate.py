@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorakit.cli.output import check_writable, write_text
+from lorakit.cli.output import check_distinct, check_writable, write_text
 from lorakit.cli.progress import progress, say
 from lorakit.errors import UserError
 
@@ -47,7 +47,9 @@ def generate(
         float, typer.Option(metavar="T", help="0 takes the likeliest token.")
     ] = 0.0,
     top_p: Annotated[float, typer.Option(metavar="P", help="Above 0, to 1.")] = 1.0,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of what is drawn.")] = 0,
+    seed: Annotated[
+        int, typer.Option(metavar="N", min=0, max=2**32 - 1, help="Of what is drawn.")
+    ] = 0,
     dtype: Annotated[
         str | None,
         typer.Option(metavar="D", help="float32, bfloat16 or float16 [default: the model's own]."),
@@ -67,8 +69,9 @@ def generate(
     """
     _check_options(prompt, chat, input_file, output, temperature, top_p)
     check_writable("--output", output)
+    check_distinct({"--output": output}, {input_file: "the input"} if input_file else {})
     if prompt is None and not chat and input_file is None:
-        chat = sys.stdin.isatty()
+        chat = sys.stdin is not None and sys.stdin.isatty()
         prompt = None if chat else _stdin_prompt()
 
     from lorakit.api import load_for_generation
@@ -112,7 +115,10 @@ def _check_options(
 
 
 def _stdin_prompt() -> str:
-    text = sys.stdin.read().rstrip("\n")
+    try:
+        text = sys.stdin.read().rstrip("\n") if sys.stdin is not None else ""
+    except UnicodeDecodeError as error:
+        raise UserError(f"stdin: not UTF-8 text: {error}") from error
     if not text.strip():
         raise UserError("no prompt: stdin is empty; allowed: --prompt TEXT, --chat, --input FILE")
     return text

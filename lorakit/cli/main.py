@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -22,6 +26,9 @@ from lorakit.cli.tasks import tasks
 from lorakit.cli.train import train
 from lorakit.cli.validate import validate
 from lorakit.errors import LorakitError, RecipeError
+
+_INTERRUPTED = 128 + signal.SIGINT
+_TERMINATED = 128 + signal.SIGTERM
 
 app = typer.Typer(
     name="lorakit",
@@ -63,21 +70,43 @@ def run(arguments: Sequence[str] | None = None) -> int:
     0 done, 2 wrong input, 1 it failed all the same, 130 and 143 stopped by a signal.
     """
     try:
-        app(args=None if arguments is None else list(arguments), prog_name="lorakit")
+        with _terminable():
+            app(args=None if arguments is None else list(arguments), prog_name="lorakit")
     except SystemExit as end:
+        if end.code in (_INTERRUPTED, _TERMINATED):  # typer makes the first of a Ctrl-C
+            typer.echo("stopped", err=True)
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except LorakitError as error:
         messages = error.problems if isinstance(error, RecipeError) else (error,)
         typer.echo("\n".join(f"error: {message}" for message in messages), err=True)
         return error.exit_code
     except KeyboardInterrupt:
-        return 130
+        typer.echo("stopped", err=True)
+        return _INTERRUPTED
     except Exception as error:  # ours: the user gets one line, and the file that tells us the rest
         if os.environ.get("LORAKIT_TRACEBACK"):
             raise
         typer.echo(f"error: {_unexpected(error)}", err=True)
         return 1
     return 0
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM unwinds the stack, so that what is half written is deleted. Training, which catches
+    it to save a checkpoint, does so inside."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(_TERMINATED)
 
 
 def _unexpected(error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from lorakit.errors import UserError
@@ -15,14 +16,41 @@ def check_writable(option: str, path: Path | None) -> None:
         return
     if path.is_dir():
         raise UserError(f"{option} {path}: is a directory; allowed: a file")
+    if _is_stream(path):
+        if not os.access(path, os.W_OK):
+            raise UserError(f"{option} {path}: no permission to write")
+        return
+    path = path.resolve() if path.is_symlink() else path
     if not path.parent.is_dir():
         raise UserError(f"{option} {path}: the directory {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"{option} {path}: no permission to write in {path.parent}")
 
 
+def check_distinct(outputs: Mapping[str, Path | None], inputs: Mapping[Path, str]) -> None:
+    """Raise UserError if an output is a file of ``inputs`` (path -> what it is) or another
+    output; devices and pipes may be named twice."""
+    taken = {path.resolve(): what for path, what in inputs.items()}
+    for option, path in outputs.items():
+        if path is None or _is_stream(path):
+            continue
+        if (what := taken.get(path.resolve())) is not None:
+            raise UserError(f"{option} {path}: is {what}; allowed: another file")
+        taken[path.resolve()] = f"the file of {option}"
+
+
+def _is_stream(path: Path) -> bool:
+    """A device, a pipe or a socket: written into, never replaced."""
+    return path.exists() and not path.is_file()
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 beside ``path``, then rename: the file is whole or as it was."""
+    """Write UTF-8 beside ``path``, then rename: the file is whole or as it was. A link stays one,
+    and what is no regular file is written into."""
+    if _is_stream(path):
+        path.write_text(text, encoding="utf-8", newline="\n")
+        return
+    path = path.resolve() if path.is_symlink() else path
     handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:

@@ -12,11 +12,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lorakit.errors import DataError
 from lorakit.evaluation.watch import OnProgress, ShouldStop, Watch
-from lorakit.models.window import window
+from lorakit.models.window import embedding_rows, window
 
 #: Rows of a batch unless the caller says otherwise: where throughput no longer grows.
 ROWS_PER_BATCH = {"cpu": 64, "cuda": 128}
-#: Tokens of a batch, its prompts and what may follow them: bounds the cache of keys and values.
+#: Tokens of a batch, prompts and what may follow: bounds the cache of keys and values.
 TOKENS_PER_BATCH = 2**16
 #: After so many tokens the rows that have ended leave the batch.
 _TOKENS_PER_ROUND = 8
@@ -68,11 +68,14 @@ def generate_text(
 def check_prompts(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> None:
-    """Raise DataError for a prompt that is empty or leaves no room in the model's window."""
-    room = window(model)
+    """Raise DataError for a prompt that is empty, too long or in another model's tokens."""
+    room, rows = window(model), embedding_rows(model)
     for number, prompt in enumerate(prompts, 1):
         if not len(prompt):
             raise DataError(f"prompt {number}: no token to continue")
+        if (last := max(prompt)) >= rows:
+            raise DataError(f"prompt {number}: the tokenizer does not belong to the model: "
+                            f"id {last}, and {rows} embeddings")  # fmt: skip
         if room is not None and len(prompt) + max_new_tokens > room:
             raise DataError(
                 f"prompt {number}: its {len(prompt)} tokens and max_new_tokens = {max_new_tokens} "

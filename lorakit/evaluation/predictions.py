@@ -41,7 +41,7 @@ def score_predictions(task: Task, config: Any, split: Split, file: Path) -> dict
 def read_predictions(file: Path, count: int) -> list[Prediction]:
     """What stands behind ``prediction`` on each line, or the whole object of WikiSQL's format."""
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise DataError(f"--predictions {file}: {reason}") from error
@@ -62,7 +62,7 @@ def prediction_lines(predictions: Sequence[Prediction]) -> str:
 def _read_line(line: str, where: str) -> Prediction:
     try:
         value = json.loads(line, parse_constant=_refuse)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON: {error}; allowed: {_ALLOWED}") from error
     if isinstance(value, dict) and "prediction" in value:
         return value["prediction"]

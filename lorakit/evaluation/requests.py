@@ -29,6 +29,7 @@ def text_request(text: str, tokenizer: Any) -> Request:
     """A prompt as it stands before a completion in training. Raises DataError if it is empty."""
     if not text.strip():
         raise DataError("the prompt is empty")
+    _check_text(text)
     example = TextExample((Segment(text, trained=False),), eos=False)
     return Request(text, encode_prompt(example, tokenizer, _UNCUT))
 
@@ -39,6 +40,8 @@ def chat_request(messages: Sequence[dict[str, str]], tokenizer: Any) -> Request:
     if not tokenizer.chat_template:
         raise DataError("the model's tokenizer has no chat template; allowed: a plain prompt")
     listed = list(messages)
+    for message in listed:
+        _check_text("".join(message.values()))
     text = render(tokenizer, listed, add_generation_prompt=True)
     return Request(text, encode_chat_prompt(listed, tokenizer))
 
@@ -46,7 +49,7 @@ def chat_request(messages: Sequence[dict[str, str]], tokenizer: Any) -> Request:
 def read_requests(file: Path, tokenizer: Any) -> list[Request]:
     """A JSON-lines file. Raises DataError with the line for what is neither prompt nor messages."""
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise DataError(f"--input {file}: {reason}") from error
@@ -65,13 +68,21 @@ def read_requests(file: Path, tokenizer: Any) -> list[Request]:
 def _read_line(line: str, tokenizer: Any) -> Request:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"not JSON: {error}; allowed: {_ALLOWED}") from error
     if isinstance(row, dict) and isinstance(row.get("prompt"), str):
         return text_request(row["prompt"], tokenizer)
     if isinstance(row, dict) and _are_messages(row.get("messages")):
         return chat_request(row["messages"], tokenizer)
     raise DataError(f"{shown(row)}; allowed: {_ALLOWED}")
+
+
+def _check_text(text: str) -> None:
+    """Raise DataError for a lone surrogate: half a character, or a byte that is not UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"not valid UTF-8 text at character {error.start + 1}") from error
 
 
 def _are_messages(value: Any) -> bool:

@@ -158,7 +158,7 @@ def test_exit_codes(
 ) -> None:
     failing["error"] = error
     assert cli.run([]) == code
-    assert capsys.readouterr().err == (f"error: {error}\n" if str(error) else "")
+    assert capsys.readouterr().err == (f"error: {error}\n" if str(error) else "stopped\n")
 
 
 def test_the_unexpected_leaves_its_traceback_in_a_file(

@@ -13,6 +13,7 @@ import torch
 import lorakit
 from lorakit.adapters.peft_format import save_adapter
 from lorakit.cli.main import run
+from lorakit.cli.output import check_writable, write_text
 from lorakit.injection import inject, trainable_state
 from lorakit.methods.lora import LoraConfig
 from lorakit.models.load import load_pretrained
@@ -192,6 +193,7 @@ def test_official_wikisql_predictions(
         (['{"predictions": 1}'] * 8, "p.jsonl:1: "),
         (["", *['{"prediction": 1}'] * 8], "p.jsonl:1: not JSON"),
         (['{"prediction": 1'] * 8, "p.jsonl:1: not JSON"),
+        (["[" * 100_000], "not JSON"),
         ([], "0 predictions; the split has 8 rows"),
     ],
 )
@@ -278,7 +280,59 @@ def test_a_task_of_losses_has_no_predictions(
 def test_weights_that_are_not_numbers_end_with_1(
     wikisql: Path, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_adapter(tiny_llama, tmp_path / "run" / "adapter", "causal", scale=float("nan"))
+    write_adapter(tiny_llama, tmp_path / "run" / "adapter", "causal", scale=1e37)
     output = tmp_path / "result.json"
     assert "loss = nan" in refused(capsys, wikisql, "--output", output, code=1)
     assert not output.exists()
+
+
+def test_outputs_that_are_inputs_are_refused(
+    sst2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    data = tmp_path / "data" / "validation.jsonl"
+    same = tmp_path / "same"
+    assert "is the recipe" in refused(capsys, sst2, "--base", "--output", sst2)
+    assert "a file of the task" in refused(capsys, sst2, "--base", "--save-predictions", data)
+    assert "the file of --output" in refused(
+        capsys, sst2, "--base", "--output", same, "--save-predictions", same
+    )
+    assert {file: file.read_bytes() for file in before} == before
+    assert not same.exists()
+
+
+def test_ids_beyond_the_embeddings_are_refused(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "small")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path / "small")
+    data = write_lines(tmp_path / "v.jsonl", [{"text": "to be"}])
+    recipe = recipe_file(tmp_path, tmp_path / "small", "text", data)
+    recipe.write_text(
+        recipe.read_text().replace(f'"{data}"', json.dumps({"validation": str(data)}))
+    )
+    assert "does not belong to the model" in refused(capsys, recipe, "--base")
+    assert run(["generate", str(tmp_path / "small"), "--prompt", "to be"]) == 2
+    assert "does not belong to the model" in capsys.readouterr().err
+
+
+def test_links_and_pipes_stay_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "new"
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    check_writable("--output", pipe)
+    write_text(pipe, "through")
+    assert os.read(reader, 100) == b"through"
+    os.close(reader)
+    assert pipe.is_fifo()

@@ -144,6 +144,8 @@ def test_long_chat_forgets_its_beginning_and_says_so(
         (["--chat", "--input", "f"], "--chat and --input exclude each other"),
         (["--prompt", "a", "--output", "f"], "only with --input"),
         (["--prompt", " "], "the prompt is empty"),
+        (["--prompt", "a\udc80"], "not valid UTF-8 text at character 2"),
+        (["--prompt", "a", "--seed", str(2**32)], "--seed"),
         (["--prompt", "x" * 300], "window of 256 tokens"),
         (["--prompt", "a", "--top-p", "0"], "--top-p 0.0: allowed"),
         (["--prompt", "a", "--temperature", "nan"], "--temperature nan"),
@@ -175,6 +177,8 @@ def test_wrong_options(
         ('{"messages": []}', "allowed"),
         ('{"messages": [{"role": "user"}]}', "allowed"),
         ("[]", "allowed"),
+        ("[" * 100_000, "not JSON"),
+        ('{"prompt": "\\ud800"}', "not valid UTF-8 text"),
     ],
 )
 def test_wrong_lines_are_named(
@@ -196,3 +200,27 @@ def test_encoder_and_adapter_of_a_classifier_are_refused(
     write_adapter(tiny_bert, tmp_path / "adapter", "encoder", ["a", "b"])
     options = ["--adapter", tmp_path / "adapter", "--prompt", "a"]
     assert "generates no text" in refused(capsys, tiny_llama, *options)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "in.jsonl"
+    file.write_text('{"prompt": "a"}\n', encoding="utf-8-sig")
+    out = generated(capsys, tiny_llama, "--input", file, "--max-new-tokens", 2)
+    assert json.loads(out)["prompt"] == "a"
+
+
+def test_a_closed_stdin_is_an_empty_one(
+    tiny_llama: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "stdin is empty" in refused(capsys, tiny_llama)
+    assert generated(capsys, tiny_llama, "--chat") == ""
+
+
+def test_stdin_that_is_not_text(
+    tiny_llama: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="utf-8"))
+    assert "stdin: not UTF-8" in refused(capsys, tiny_llama)
