@@ -38,7 +38,7 @@ def read_rows(file: Path) -> Rows:
 
 def _read_parquet(file: Path) -> Rows:
     import datasets
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow.parquet
 
     try:
         with file.open("rb") as handle:

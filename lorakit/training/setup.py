@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit import registry
-from lorakit.data.encode import EncodedSplit, encode_split
+from lorakit.data.encode import EncodedSplit, check_token_ids, encode_split
 from lorakit.data.sources import Split
 from lorakit.errors import DataError, UserError
 from lorakit.injection import InjectionReport, find_heads, inject
@@ -66,7 +67,10 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
                                  config.max_length)
         for split in (train, validation) if split is not None
     }  # fmt: skip
+    embedding = model.get_input_embeddings()
     for name, rows in encoded.items():
+        if isinstance(embedding, nn.Embedding):
+            check_token_ids(rows, tokenizer, embedding.num_embeddings)
         _say_truncation(name, rows, config.max_length, say)
     evaluation = EvalData(validation, encoded[validation.name]) if validation is not None else None
     check_best_metric(recipe, task, evaluation)
