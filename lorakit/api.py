@@ -15,7 +15,7 @@ from lorakit.adapters.files import AdapterFiles, read_adapter
 from lorakit.adapters.load import dtype_name
 from lorakit.adapters.place import load_adapter
 from lorakit.data.encode import check_token_ids, encode_split
-from lorakit.errors import AdapterError
+from lorakit.errors import AdapterError, UserError
 from lorakit.evaluation.evaluate import evaluate_model
 from lorakit.evaluation.splits import load_eval_split, with_labels
 from lorakit.evaluation.watch import OnProgress
@@ -72,7 +72,8 @@ def evaluate_split(
     say: Say = lambda text: print(text, file=sys.stderr),
 ) -> SplitEvaluation:
     """``evaluate`` with the predictions; ``say`` gets the notes."""
-    assert not (base and adapter), "either the base or an adapter"
+    if base and adapter is not None:
+        raise UserError(f"evaluate: base=True and adapter={str(adapter)!r}; allowed: one of them")
     task: Task = registry.tasks()[recipe.task.name]
     task.check_requirements(recipe.task)
     files = None if base else _read(recipe, adapter, task)

@@ -68,8 +68,6 @@ def generate(
     Example: lorakit generate models/smollm2-135m-instruct --prompt "Once upon a time"
     """
     _check_options(prompt, chat, input_file, output, temperature, top_p)
-    check_writable("--output", output)
-    check_distinct({"--output": output}, {input_file: "the input"} if input_file else {})
     if prompt is None and not chat and input_file is None:
         chat = sys.stdin is not None and sys.stdin.isatty()
         prompt = None if chat else _stdin_prompt()
@@ -112,6 +110,8 @@ def _check_options(
         raise UserError(f"--temperature {temperature}: allowed: 0 and above")
     if not 0 < top_p <= 1:
         raise UserError(f"--top-p {top_p}: allowed: above 0, to 1")
+    check_writable("--output", output)
+    check_distinct({"--output": output}, {input_file: "the input"} if input_file else {})
 
 
 def _stdin_prompt() -> str:

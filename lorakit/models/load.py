@@ -84,10 +84,10 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
     """The model's configuration alone. Raises ModelError as ``load_pretrained`` does."""
     name, folder = section.name_or_path, Path(section.name_or_path)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        what = "an adapter, not a model" if (folder / "adapter_config.json").is_file() else "empty"
+        adapter = (folder / "adapter_config.json").is_file()
         raise ModelError(
             f"model.name_or_path: {name}: no config.json in the directory"
-            + (" (it holds an adapter, not a base model)" if what.startswith("an") else "")
+            + (" (it holds an adapter, not a base model)" if adapter else "")
         )
     with explained(name), quiet():
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, **hub_options(section))

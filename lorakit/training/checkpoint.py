@@ -37,7 +37,6 @@ class Progress:
     metrics.jsonl had."""
 
     step: int = 0
-    processed_tokens: int = 0
     trained_tokens: int = 0
     seconds: float = 0.0
     last_eval_step: int = 0

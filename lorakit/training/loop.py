@@ -165,13 +165,10 @@ class Loop:
         if not self.accelerator.optimizer_step_was_skipped:
             self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.plan.processes > 1:
-            total = self.accelerator.reduce(total, reduction="mean")
         self._late.add(total, norm)
         tokens = int(self.rows.lengths[rows].sum())
         self._window_tokens += tokens
         self.progress.step += 1
-        self.progress.processed_tokens += tokens
         self.progress.trained_tokens += count
 
     def _log(self) -> None:

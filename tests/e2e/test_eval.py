@@ -336,3 +336,16 @@ def test_links_and_pipes_stay_what_they_are(tmp_path: Path) -> None:
     assert os.read(reader, 100) == b"through"
     os.close(reader)
     assert pipe.is_fifo()
+
+
+def test_python_refuses_base_and_adapter_together(tmp_path: Path) -> None:
+    import lorakit
+    from lorakit.errors import UserError
+
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "model: {name_or_path: x}\nadapter: {}\ntask: {name: text, path: d.jsonl}\n"
+        "train: {output_dir: run}\n"
+    )
+    with pytest.raises(UserError, match="base=True and adapter='a'"):
+        lorakit.evaluate(lorakit.load_recipe(file), "a", base=True)
