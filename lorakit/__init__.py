@@ -9,30 +9,62 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lorakit import nn
     from lorakit.adapters.load import load
     from lorakit.adapters.merge import merge
     from lorakit.api import evaluate
     from lorakit.injection import inject
     from lorakit.methods.lora import LoraConfig
+    from lorakit.nn import (
+        Conv2d,
+        Embedding,
+        Linear,
+        MergedLinear,
+        lora_state_dict,
+        mark_only_lora_as_trainable,
+    )
     from lorakit.recipe.load import load_recipe
     from lorakit.training.run import train
 
 __version__ = "0.1.0"
 
-__all__ = ["LoraConfig", "evaluate", "inject", "load", "load_recipe", "merge", "train"]
+__all__ = [
+    "Conv2d",
+    "Embedding",
+    "Linear",
+    "LoraConfig",
+    "MergedLinear",
+    "evaluate",
+    "inject",
+    "load",
+    "load_recipe",
+    "lora_state_dict",
+    "mark_only_lora_as_trainable",
+    "merge",
+    "nn",
+    "train",
+]
 
 _HOMES = {
+    "Conv2d": "lorakit.nn",
+    "Embedding": "lorakit.nn",
+    "Linear": "lorakit.nn",
     "LoraConfig": "lorakit.methods.lora",
+    "MergedLinear": "lorakit.nn",
     "evaluate": "lorakit.api",
     "inject": "lorakit.injection",
     "load": "lorakit.adapters.load",
     "load_recipe": "lorakit.recipe.load",
+    "lora_state_dict": "lorakit.nn",
+    "mark_only_lora_as_trainable": "lorakit.nn",
     "merge": "lorakit.adapters.merge",
     "train": "lorakit.training.run",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "nn":
+        return import_module("lorakit.nn")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
