@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +11,18 @@ from transformers import PreTrainedModel
 
 from lorakit import registry
 from lorakit.errors import TargetError
-from lorakit.layers import adapter_layers
+from lorakit.layers import (
+    AdapterLayer,
+    FusedLayer,
+    RowsOf,
+    adapted_modules,
+    adapter_layers,
+    kind_of,
+)
+from lorakit.methods.base import Method
+from lorakit.models.masters import keep_master, plain_name
 from lorakit.recipe.sections import AdapterSection
-from lorakit.targets import describe_modules, find_targets
+from lorakit.targets import Target, describe_modules, find_targets
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,8 @@ class InjectionReport:
     def __str__(self) -> str:
         names = describe_modules([module.name for module in self.adapted_modules])
         share = self.trainable_parameters / self.total_parameters
-        text = f"{self.method} on {len(self.adapted_modules)} modules: {names}"
+        count = len(self.adapted_modules)
+        text = f"{self.method} on {count} modules: {names}" if count else self.method
         if self.modules_to_save:
             text += f"; trained whole: {', '.join(self.modules_to_save)}"
         return (
@@ -56,23 +66,65 @@ def inject(
     classification head, if the model has one. Random values come from torch's default generator.
     Raises TargetError if the model is adapted already, or a target or a pattern does not fit.
     """
-    if adapter_layers(model):
+    if adapted_modules(model):
         raise TargetError("the model holds an adapter already; load the base again")
-    method = registry.methods()[config.method]
+    method: Method = registry.methods()[config.method]
     heads = tuple(find_heads(model) if heads is None else heads)
     whole = tuple(dict.fromkeys([*heads, *_named(model, config.modules_to_save)]))
-    targets = find_targets(model, config.target_modules, config.layers, {*whole, *_output(model)})
+    targets = _targets(model, config, method, whole)
     trained = {id(p) for name in whole for p in model.get_submodule(name).parameters()}
-    clash = [n for n, m in targets.items() if any(id(p) in trained for p in m.parameters())]
+    clash = [n for n, t in targets.items() if any(id(p) in trained for p in t.module.parameters())]
     if clash:
         raise TargetError(f"adapter: {describe_modules(clash)}: both a target and trained whole")
     method.check(config, tuple(targets))
+    layers = {name: _wrap(method, target, config, name) for name, target in targets.items()}
     model.requires_grad_(False)
-    for name, module in targets.items():
-        model.set_submodule(name, method.wrap(module, config, name))
+    put_in_place(model, layers)
+    method.link(layers)
+    base = method.trained_parameters(model, config)
     for name in whole:
         train_whole(model, name, keep_dtype=name in heads)
+    inside = tuple(f"{name}." for name in whole) or ("\0",)
+    for name in base:
+        if not name.startswith(inside):
+            keep_master(model, name)
     return report(model, config.method, whole)
+
+
+def _targets(
+    model: nn.Module, config: AdapterSection, method: Method, whole: Sequence[str]
+) -> dict[str, Target]:
+    if not method.kinds:
+        return {}
+    targets = find_targets(model, config.target_modules, config.layers, {*whole, *_output(model)})
+    if other := [n for n, t in targets.items() if _kind(t) not in method.kinds]:
+        raise TargetError(
+            f"adapter.target_modules: {method.name} does not adapt {describe_modules(other)}; "
+            f"allowed: {', '.join(sorted(method.kinds))} modules"
+        )
+    return targets
+
+
+def _kind(target: Target) -> str:
+    return "slice" if target.rows is not None else kind_of(target.module)
+
+
+def _wrap(method: Method, target: Target, config: AdapterSection, name: str) -> AdapterLayer:
+    module = target.module if target.rows is None else RowsOf(target.module, target.rows)
+    return method.wrap(module, config, name)
+
+
+def put_in_place(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:
+    """Let each layer stand where its base does; the parts of a fused projection go together."""
+    fused: dict[str, dict[str, AdapterLayer]] = {}
+    for name, layer in layers.items():
+        if isinstance(layer.base_layer, RowsOf):
+            whole, _, role = name.rpartition(".")
+            fused.setdefault(whole, {})[role] = layer
+        else:
+            model.set_submodule(name, layer)
+    for name, parts in fused.items():
+        model.set_submodule(name, FusedLayer(model.get_submodule(name), parts))
 
 
 def report(model: nn.Module, method: str, whole: Sequence[str]) -> InjectionReport:
@@ -121,6 +173,23 @@ def train_whole(model: nn.Module, name: str, keep_dtype: bool) -> None:
             other.register_forward_pre_hook(_cast_inputs)
             if not keep_dtype:
                 other.register_forward_hook(lambda _m, _a, out: _cast(out, before))
+
+
+def trained_base(model: nn.Module, whole: Sequence[str]) -> dict[str, Tensor]:
+    """Name -> value of the base's own parameters that train, those of the modules ``whole`` and
+    of the adapter layers aside."""
+    layers = {f"{n}.": layer for n, layer in adapter_layers(model).items()}
+    inside = tuple(f"{name}." for name in whole) or ("\0",)
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        plain = plain_name(name)
+        own = any(
+            plain.startswith(prefix) and not plain.startswith(f"{prefix}base_layer.")
+            for prefix in layers
+        )
+        if parameter.requires_grad and not own and not plain.startswith(inside):
+            found[plain] = parameter
+    return found
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:

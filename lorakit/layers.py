@@ -1,17 +1,66 @@
-"""The one module that stands in place of an adapted one; the method gives it its mathematics."""
+"""The module that stands in place of an adapted one; the method gives it its mathematics."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 if TYPE_CHECKING:
     from lorakit.methods.base import Method
 
+Kind = Literal["linear", "conv1d", "embedding"]
 #: What can be adapted. Conv1D is GPT-2's linear layer with a weight of (in_features, out_features).
 ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a W (out_features, in_features): of each ``period`` rows those from ``start``
+    to ``stop``. One period for q, k, v one after the other, one a head where they interleave."""
+
+    start: int
+    stop: int
+    period: int
+
+    def of(self, value: Tensor, dim: int = 0) -> Tensor:
+        """The rows of ``value``, in order, along ``dim``."""
+        return self._grouped(value, dim).flatten(dim, dim + 1)
+
+    def put(self, value: Tensor, rows: Tensor) -> None:
+        """Write ``rows`` into their places in dimension 0 of ``value``."""
+        into = self._grouped(value, 0)
+        into.copy_(rows.reshape(into.shape))
+
+    def _grouped(self, value: Tensor, dim: int) -> Tensor:
+        groups = value.shape[dim] // self.period
+        shape = (*value.shape[:dim], groups, self.period, *value.shape[dim + 1 :])
+        return value.view(shape).narrow(dim + 1, self.start, self.stop - self.start)
+
+
+class RowsOf(nn.Module):
+    """Rows of a fused projection, looked at as a linear layer of their own; it owns nothing."""
+
+    def __init__(self, whole: nn.Module, rows: Rows) -> None:
+        super().__init__()
+        self._whole = (whole,)  # in a tuple: its parameters are not listed twice
+        self.rows = rows
+
+    @property
+    def weight(self) -> Tensor:
+        """(rows, in_features)"""
+        weight = self._whole[0].weight
+        assert isinstance(weight, Tensor)
+        return self.rows.of(as_matrix(self._whole[0], weight))
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = self._whole[0].bias
+        return self.rows.of(bias) if isinstance(bias, Tensor) else None
 
 
 class AdapterLayer(nn.Module):
@@ -22,22 +71,15 @@ class AdapterLayer(nn.Module):
     """
 
     def __init__(self, base_layer: nn.Module, method: Method, *, r: int, scaling: float) -> None:
-        assert isinstance(base_layer, ADAPTABLE), type(base_layer)
+        assert isinstance(base_layer, (*ADAPTABLE, RowsOf)), type(base_layer)
         super().__init__()
         self.base_layer = base_layer
         self.method = method
         self.r = r
         self.scaling = scaling
-        self.kind: Literal["linear", "conv1d", "embedding"]
-        if isinstance(base_layer, nn.Embedding):
-            self.kind = "embedding"
-            self.in_features, self.out_features = base_layer.weight.shape
-        elif isinstance(base_layer, Conv1D):
-            self.kind = "conv1d"
-            self.in_features, self.out_features = base_layer.weight.shape
-        else:
-            self.kind = "linear"
-            self.out_features, self.in_features = base_layer.weight.shape
+        self.kind = kind_of(base_layer)
+        shape = as_matrix(base_layer, self.weight).shape
+        self.out_features, self.in_features = int(shape[0]), int(shape[1])
 
     @property
     def weight(self) -> Tensor:
@@ -55,6 +97,10 @@ class AdapterLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.method.forward(self, x)
 
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        """W with the adapter folded in, float32; ``weight`` is W, in its own layout."""
+        return self.method.merged_weight(self, weight)
+
     if TYPE_CHECKING:  # what the method registers: lora_A, lora_B, ...
 
         def __getattr__(self, name: str) -> Any: ...
@@ -63,6 +109,94 @@ class AdapterLayer(nn.Module):
         return f"{self.method.name}, r={self.r}, scaling={self.scaling:g}"
 
 
+class FusedLayer(nn.Module):
+    """A frozen projection that holds q, k and v in one matrix, some of them adapted.
+
+    Each part, a child under its role's name, is an AdapterLayer on its own rows; what the other
+    rows give is the base's, bit for bit.
+    """
+
+    def __init__(self, base_layer: nn.Module, parts: Mapping[str, AdapterLayer]) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        shape = as_matrix(base_layer, self.weight).shape
+        self.out_features, self.in_features = int(shape[0]), int(shape[1])
+        for role, part in parts.items():
+            self.add_module(role, part)
+
+    @property
+    def weight(self) -> Tensor:
+        weight = self.base_layer.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = getattr(self.base_layer, "bias", None)
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
+
+    @property
+    def parts(self) -> dict[str, AdapterLayer]:
+        """Role -> part, in the order of their rows."""
+        found = {n: m for n, m in self.named_children() if isinstance(m, AdapterLayer)}
+        return dict(sorted(found.items(), key=lambda item: self.rows(item[0]).start))
+
+    def rows(self, role: str) -> Rows:
+        part = getattr(self, role)
+        rows = part.base_layer.rows
+        assert isinstance(rows, Rows)
+        return rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, self.in_features)
+        parts = self.parts
+        period = self.rows(next(iter(parts))).period
+        y = self.base_layer(flat).view(len(flat), -1, period)
+        pieces, at = [], 0
+        for role, part in parts.items():
+            rows = self.rows(role)
+            own = y[..., rows.start : rows.stop]
+            updated = part.method.update(part, flat, own.flatten(1).contiguous())
+            pieces += [y[..., at : rows.start], updated.view(own.shape)]
+            at = rows.stop
+        whole = torch.cat([*pieces, y[..., at:]], dim=-1)
+        return whole.view(*x.shape[:-1], self.out_features)
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        """W with every part folded into its rows, float32, in W's own layout."""
+        merged = weight.float().clone()
+        matrix = as_matrix(self.base_layer, merged)
+        for role, part in self.parts.items():
+            rows = self.rows(role)
+            own = part.merged_weight(rows.of(as_matrix(self.base_layer, weight)))
+            rows.put(matrix, own)
+        return merged
+
+
+def kind_of(module: nn.Module) -> Kind:
+    """How ``module`` holds its W; rows of a fused projection are linear, however that holds it."""
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    return "conv1d" if isinstance(module, Conv1D) else "linear"
+
+
+def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
+    """``weight``, laid out as ``module``'s, as (out_features, in_features)."""
+    return weight.t() if isinstance(module, Conv1D | nn.Embedding) else weight
+
+
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
-    """Name -> layer for every adapted module of the model, in the model's order."""
+    """Name -> layer for every adapted matrix of the model, in the model's order; a part of a fused
+    projection is named after its role (``h.0.attn.c_attn.q``)."""
     return {n: m for n, m in model.named_modules() if isinstance(m, AdapterLayer)}
+
+
+def adapted_modules(model: nn.Module) -> dict[str, AdapterLayer | FusedLayer]:
+    """Name -> what stands in place of a module of the base, in the model's order."""
+    found = {n: m for n, m in model.named_modules() if isinstance(m, AdapterLayer | FusedLayer)}
+    return {
+        name: layer
+        for name, layer in found.items()
+        if not isinstance(found.get(name.rpartition(".")[0]), FusedLayer)
+    }

@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
 from lorakit.errors import TargetError
-from lorakit.layers import ADAPTABLE
+from lorakit.fused import FUSED, fused_rows
+from lorakit.layers import ADAPTABLE, Rows
 from lorakit.recipe.layers import parse_layers
 
 _ATTENTION = r"(?:^|\.)(?:\w*attn|\w*attention|SelfAttention|EncDecAttention|attention\.output)\."
@@ -21,8 +23,14 @@ ROLES = {
     "v": r"(?:^|\.)(?:v_proj|value|value_proj|v_lin|v)$",
     "o": rf"(?:^|\.)(?:o_proj|o)$|{_ATTENTION}(?:out_proj|dense|out_lin|Wo|c_proj)$",
 }
-#: Projections that hold q, k and v in one matrix (GPT-2, GPT-NeoX and BLOOM, Phi-3, ModernBERT).
-FUSED = r"(?:^|\.)(?:c_attn|query_key_value|qkv_proj|Wqkv)$"
+
+
+@dataclass(frozen=True)
+class Target:
+    """``module`` of the model, or of a fused projection only ``rows``, those of a role."""
+
+    module: nn.Module
+    rows: Rows | None = None
 
 
 def find_targets(
@@ -30,23 +38,35 @@ def find_targets(
     target_modules: Sequence[str],
     layers: Sequence[int] | str | None = None,
     exclude: Collection[str] = (),
-) -> dict[str, nn.Module]:
-    """Name -> module, in the model's order, for every module that any of the targets names.
+) -> dict[str, Target]:
+    """Name -> target, in the model's order, for all that ``target_modules`` name.
 
     ``layers`` keeps the modules of those layer indices; ``exclude`` names modules (heads, the
-    output layer) that ``all-linear`` leaves alone. Raises TargetError if a target, or the choice of
-    layers, matches nothing, or if a role lies inside a fused projection.
+    output layer) that ``all-linear`` leaves alone. A role inside a fused projection is named
+    behind it (``h.0.attn.c_attn.q``). Raises TargetError if a target, or the choice of layers,
+    matches nothing, or if both a projection and a part of it are named.
     """
     linear = _adaptable(model)
-    chosen: set[str] = set()
+    chosen: dict[str, Target] = {}
     for target in target_modules:
-        found = _match(target, linear, exclude)
+        found = _match(target, linear, exclude, model)
         if not found:
             raise TargetError(_no_match(target, linear))
         chosen |= found
     if layers is not None:
-        chosen = _in_layers(chosen, layers)
-    return {name: module for name, module in linear.items() if name in chosen}
+        kept = _in_layers(set(chosen), layers)
+        chosen = {name: target for name, target in chosen.items() if name in kept}
+    if both := [n for n, t in chosen.items() if t.rows and n.rpartition(".")[0] in chosen]:
+        raise TargetError(
+            f"adapter.target_modules: {describe_modules(both)} lie inside modules that are targets "
+            "as a whole; allowed: the whole or its parts"
+        )
+    order = {id(module): at for at, module in enumerate(linear.values())}
+    return dict(sorted(chosen.items(), key=lambda item: _place(item[1], order)))
+
+
+def _place(target: Target, order: dict[int, int]) -> tuple[int, int]:
+    return order[id(target.module)], target.rows.start if target.rows else 0
 
 
 def describe_modules(names: Sequence[str]) -> str:
@@ -74,25 +94,46 @@ def _adaptable(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _match(target: str, linear: dict[str, nn.Module], exclude: Collection[str]) -> set[str]:
-    no_embeddings = [n for n, m in linear.items() if not isinstance(m, nn.Embedding)]
+def _match(
+    target: str, linear: dict[str, nn.Module], exclude: Collection[str], model: nn.Module
+) -> dict[str, Target]:
+    if target in ROLES:
+        fits = re.compile(ROLES[target])
+        found = {n: Target(m) for n, m in _no_embeddings(linear).items() if fits.search(n)}
+        return found | (_slices(target, linear, model) if target != "o" else {})
+    return {name: Target(linear[name]) for name in _match_whole(target, linear, exclude)}
+
+
+def _match_whole(target: str, linear: dict[str, nn.Module], exclude: Collection[str]) -> list[str]:
     if target == "all-linear":
         heads = tuple(f"{name}." for name in exclude)
-        return {n for n in no_embeddings if not f"{n}.".startswith(heads or ("\0",))}
+        return [n for n in _no_embeddings(linear) if not f"{n}.".startswith(heads or ("\0",))]
     if target == "attention":
-        return {n for n in no_embeddings if any(re.search(p, n) for p in (*ROLES.values(), FUSED))}
-    if target in ROLES:
-        fused = [n for n in no_embeddings if re.search(FUSED, n)]
-        if fused and target != "o":
-            raise TargetError(
-                f"adapter.target_modules: {target!r} lies inside the fused projection "
-                f"{describe_modules(fused)}, and a slice of it cannot be adapted yet; name the "
-                f"whole, {fused[0].rpartition('.')[2]!r}, or use 'attention'"
-            )
-        return {n for n in no_embeddings if re.search(ROLES[target], n)}
+        fits = (*ROLES.values(), FUSED)
+        return [n for n in _no_embeddings(linear) if any(re.search(p, n) for p in fits)]
     if target.startswith("re:"):
-        return {name for name in linear if re.fullmatch(target[3:], name)}
-    return {name for name in linear if name == target or name.endswith(f".{target}")}
+        return [name for name in linear if re.fullmatch(target[3:], name)]
+    return [name for name in linear if name == target or name.endswith(f".{target}")]
+
+
+def _slices(role: str, linear: dict[str, nn.Module], model: nn.Module) -> dict[str, Target]:
+    """The rows of q, k or v in every fused projection of the model."""
+    found = {}
+    for name, module in _no_embeddings(linear).items():
+        if re.search(FUSED, name):
+            rows = fused_rows(module, model).get(role)
+            if rows is None:
+                raise TargetError(
+                    f"adapter.target_modules: {role!r} lies inside {name}, and how "
+                    f"{type(model).__name__} lays q, k and v out in it is not known; name the "
+                    f"whole, {name.rpartition('.')[2]!r}"
+                )
+            found[f"{name}.{role}"] = Target(module, rows)
+    return found
+
+
+def _no_embeddings(linear: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    return {n: m for n, m in linear.items() if not isinstance(m, nn.Embedding)}
 
 
 def _no_match(target: str, linear: dict[str, nn.Module]) -> str:

@@ -83,13 +83,15 @@ def test_a_role_is_exactly_its_matrices(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FUSED)
-def test_a_role_inside_a_fused_matrix_is_an_error_and_o_is_not(family: str) -> None:
+def test_a_role_inside_a_fused_matrix_is_its_rows(family: str) -> None:
     fused, o = FUSED[family]
     model = tiny(family)
     for role in "qkv":
-        with pytest.raises(TargetError, match="inside the fused projection") as error:
-            find_targets(model, [role])
-        assert fused.rpartition(".")[2] in str(error.value)
+        found = find_targets(model, [role])
+        assert set(found) == _both_layers(f"{fused}.{role}")
+        assert all(target.rows is not None for target in found.values())
+    both = find_targets(model, ["v", "q"])
+    assert [name.rpartition(".")[2] for name in both] == ["q", "v"] * 2
     assert set(find_targets(model, ["o"])) == _both_layers(o)
     assert set(find_targets(model, [fused.rpartition(".")[2]])) == _both_layers(fused)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from lorakit import registry
 from lorakit.adapters.peft_config import check_supported
 from lorakit.errors import AdapterError, shown
+from lorakit.layers import Rows
 from lorakit.methods.base import Method
 
 CONFIG = "adapter_config.json"
@@ -36,14 +37,30 @@ class AdapterFiles:
     @property
     def method(self) -> Method:
         """The method that reads the tensors: the one that wrote them, else PEFT's namesake."""
-        name = (self.sidecar or {}).get("method")
         found = registry.methods()
-        peft_type = self.config["peft_type"]
-        if name in found and found[name].peft_type == peft_type:
-            method: Method = found[name]
+        own = found.get((self.sidecar or {}).get("method", ""))
+        if own is not None and own.peft_type == self.config["peft_type"] and not own.folds:
+            method: Method = own
             return method
-        namesake: Method = found[peft_type.lower()]
-        return namesake
+        reader: Method = next(m for m in found.values() if m.reads(self.config))
+        return reader
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether single parameters of the base are among the tensors."""
+        return not self.method.kinds or self.config.get("bias") in ("lora_only", "all")
+
+    @property
+    def parts(self) -> dict[str, dict[str, tuple[Rows, int]]]:
+        """Fused projection -> role -> (its rows, its rank), where only parts were adapted."""
+        stored = (self.sidecar or {}).get("parts") or {}
+        return {
+            name: {
+                role: (Rows(part["start"], part["stop"], part["period"]), part["r"])
+                for role, part in parts.items()
+            }
+            for name, parts in stored.items()
+        }
 
     @property
     def classifies(self) -> bool:

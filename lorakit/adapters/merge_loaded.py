@@ -13,7 +13,7 @@ from lorakit.adapters.files import AdapterFiles
 from lorakit.adapters.load import base_model
 from lorakit.adapters.merge_plan import check_finite, part_embeddings
 from lorakit.adapters.place import find_places, load_adapter
-from lorakit.layers import adapter_layers
+from lorakit.layers import adapted_modules
 from lorakit.models.load import quiet
 from lorakit.recipe.sections import ModelSection
 
@@ -55,9 +55,9 @@ def fold(model: nn.Module, dtype: torch.dtype | None = None) -> int:
 
     A weight that is shared gets its own memory. Returns the number of modules.
     """
-    layers = adapter_layers(model)
+    layers = adapted_modules(model)
     for name, layer in layers.items():
-        weight = layer.method.merged_weight(layer, layer.weight)
+        weight = layer.merged_weight(layer.weight)
         layer.base_layer.weight = nn.Parameter(
             weight.to(dtype or layer.weight.dtype), requires_grad=False
         )

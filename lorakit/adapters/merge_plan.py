@@ -19,7 +19,7 @@ from lorakit.adapters.load import check_supplied
 from lorakit.adapters.place import find_places, load_adapter
 from lorakit.adapters.shards import OutputTensor
 from lorakit.errors import AdapterError
-from lorakit.layers import AdapterLayer, adapter_layers
+from lorakit.layers import AdapterLayer, FusedLayer, adapted_modules
 
 Ties = Sequence[Sequence[str]]
 
@@ -41,7 +41,7 @@ class MergePlan:
     outputs: Mapping[str, OutputTensor]
     sources: Mapping[str, str]
     given: Mapping[str, Tensor]
-    adapted: Mapping[str, AdapterLayer]
+    adapted: Mapping[str, AdapterLayer | FusedLayer]
     untied: bool
     dtype: str
 
@@ -50,8 +50,7 @@ class MergePlan:
         given = self.given.get(name)
         weight = self.checkpoint.read(self.sources[name]) if given is None else given
         if name in self.adapted:
-            layer = self.adapted[name]
-            weight = layer.method.merged_weight(layer, weight)
+            weight = self.adapted[name].merged_weight(weight)
         merged = weight.to(self.outputs[name].dtype).contiguous()
         check_finite(name, merged)
         return merged
@@ -87,7 +86,7 @@ def plan_merge(
     ties = _ties(state)
     places = find_places(model, files)
     load_adapter(model, files)
-    adapted = {f"{name}.weight": layer for name, layer in adapter_layers(model).items()}
+    adapted = {f"{name}.weight": layer for name, layer in adapted_modules(model).items()}
     sources = _sources(shapes, ties, checkpoint, model.base_model_prefix)
     _check_present(shapes, sources, places.whole, checkpoint, files)
     given = {**places.base, **places.whole}
@@ -165,7 +164,9 @@ def _check_present(
 
 
 def _is_parted(
-    names: Sequence[str], whole: Mapping[str, Tensor], adapted: Mapping[str, AdapterLayer]
+    names: Sequence[str],
+    whole: Mapping[str, Tensor],
+    adapted: Mapping[str, AdapterLayer | FusedLayer],
 ) -> bool:
     """Whether weights that the base shares differ after the merge."""
     given = [name for name in names if name in whole]

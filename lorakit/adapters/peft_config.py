@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from lorakit.errors import AdapterError, shown
-from lorakit.layers import ADAPTABLE, AdapterLayer
+from lorakit.layers import ADAPTABLE, AdapterLayer, FusedLayer
 
 #: The keys that PEFT writes for LoRA besides those that a method and the caller set.
 DEFAULTS: dict[str, Any] = {
@@ -44,7 +44,7 @@ DEFAULTS: dict[str, Any] = {
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
-    "bias": ("none", None),
+    "bias": ("none", "lora_only", "all", None),
     "kasa_config": (None,),
     "layer_replication": (None,),
     "lora_bias": (False, None),
@@ -53,7 +53,7 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "target_parameters": (None, []),
     "trainable_token_indices": (None, []),
     "use_bdlora": (None, False),
-    "use_dora": (False, None),
+    "use_dora": (False, True, None),
     "use_qalora": (False, None),
     "velora_config": (None,),
     # The others start from a base whose weights they have changed.
@@ -90,7 +90,7 @@ def base_names(model: nn.Module) -> dict[str, nn.Module]:
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name and not name.startswith(inside or ("\0",)):
-            adapted = isinstance(module, AdapterLayer)
+            adapted = isinstance(module, AdapterLayer | FusedLayer)
             found[name] = module.base_layer if adapted else module
             inside += (f"{name}.",) if adapted else ()
     return found

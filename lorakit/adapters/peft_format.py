@@ -19,8 +19,10 @@ from lorakit.adapters.model_card import CardFacts, model_card
 from lorakit.adapters.peft_config import DEFAULTS, base_names, exact_patterns, target_modules
 from lorakit.adapters.place import load_adapter
 from lorakit.errors import AdapterError
-from lorakit.layers import AdapterLayer, adapter_layers
+from lorakit.injection import trained_base
+from lorakit.layers import AdapterLayer, FusedLayer, adapted_modules
 from lorakit.methods.base import Method
+from lorakit.models.masters import plain_name
 from lorakit.recipe.sections import AdapterSection
 
 __all__ = ["AdapterFiles", "CardFacts", "load_adapter", "read_adapter", "save_adapter"]
@@ -48,14 +50,20 @@ def save_adapter(
     Raises AdapterError if the model holds no adapter, or ``directory`` is something else.
     """
     directory = Path(directory)
-    layers = adapter_layers(model)
+    adapted = adapted_modules(model)
     whole = _trained_whole(model) if modules_to_save is None else list(modules_to_save)
     whole += _sharing(model, whole)
-    if not layers and not whole:
+    base_parameters = trained_base(model, whole)
+    if not adapted and not whole and not base_parameters:
         raise AdapterError(f"{directory}: the model holds no adapter to save")
     _check_replaceable(directory)
     method: Method = registry.methods()[config.method]
+    layers = {
+        name: method.compose(layer) if isinstance(layer, FusedLayer) else layer
+        for name, layer in adapted.items()
+    }
     settings, tensors = method.to_peft(layers, config)
+    tensors |= base_parameters
     for name in whole:
         state = model.get_submodule(name).state_dict()
         tensors |= {f"{name}.{key}": value for key, value in state.items()}
@@ -65,7 +73,7 @@ def save_adapter(
     with written_beside(directory, replace=True) as folder:
         _write_json(folder / CONFIG, settings)
         save_file(_stored(tensors), folder / WEIGHTS, metadata={"format": "pt"})
-        info = _sidecar(model, method, layers) | {"task_type": task_type}
+        info = _sidecar(model, method, adapted) | {"task_type": task_type}
         _write_json(folder / SIDECAR, info | dict(lorakit_info or {}))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -78,7 +86,8 @@ def save_adapter(
 def _peft_settings(
     settings: dict[str, Any], layers: Mapping[str, AdapterLayer], model: nn.Module
 ) -> dict[str, Any]:
-    settings = DEFAULTS | settings
+    if settings["peft_type"] in ("LORA", "ADALORA"):
+        settings = DEFAULTS | settings
     settings["fan_in_fan_out"] = any(layer.kind == "conv1d" for layer in layers.values())
     settings["target_modules"] = target_modules(list(layers), base_names(model), settings)
     if settings["peft_type"] == "LORA":
@@ -98,11 +107,12 @@ def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _trained_whole(model: nn.Module) -> list[str]:
-    """The topmost modules all of whose parameters train, adapter layers aside."""
-    adapted = tuple(f"{name}." for name in adapter_layers(model))
+    """The topmost modules all of whose parameters train, adapter layers aside. A parameter that
+    trains alone beside frozen ones is none, and neither is one with a float32 master."""
+    adapted = tuple(f"{name}." for name in adapted_modules(model))
     trains: dict[str, bool] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        inside = name.startswith(adapted or ("\0",))
+        inside = name.startswith(adapted or ("\0",)) or plain_name(name) != name
         parts = name.split(".")[:-1]
         for depth in range(1, len(parts) + 1):
             module = ".".join(parts[:depth])
@@ -125,11 +135,14 @@ def _sharing(model: nn.Module, whole: Sequence[str]) -> list[str]:
 
 
 def _sidecar(
-    model: nn.Module, method: Method, layers: Mapping[str, AdapterLayer]
+    model: nn.Module, method: Method, layers: Mapping[str, AdapterLayer | FusedLayer]
 ) -> dict[str, Any]:
     info: dict[str, Any] = {"lorakit_version": __version__, "method": method.name}
     base = [layer.weight for layer in layers.values()] or list(model.parameters())
     info["base_dtype"] = str(base[0].dtype).removeprefix("torch.")
+    fused = {name: layer for name, layer in layers.items() if isinstance(layer, FusedLayer)}
+    if fused:
+        info["parts"] = {name: _parts(layer) for name, layer in fused.items()}
     if isinstance(model, PreTrainedModel):
         info["pad_token_id"] = getattr(model.config, "pad_token_id", None)
         if "Classification" in type(model).__name__:
@@ -137,6 +150,14 @@ def _sidecar(
             info["id2label"] = {str(index): label for index, label in labels.items()}
             info["problem_type"] = model.config.problem_type
     return info
+
+
+def _parts(layer: FusedLayer) -> dict[str, Any]:
+    """Role -> its rows and the rank that its part of the saved tensors has."""
+    return {
+        role: dataclasses.asdict(layer.rows(role)) | {"r": part.method.saved_rank(part)}
+        for role, part in layer.parts.items()
+    }
 
 
 def _completed(

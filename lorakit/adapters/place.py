@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.files import AdapterFiles, read_adapter
 from lorakit.adapters.peft_config import SEQ_CLS_HEADS, matched_modules
 from lorakit.errors import AdapterError
 from lorakit.injection import InjectionReport, find_heads, report, train_whole
-from lorakit.layers import ADAPTABLE, AdapterLayer, adapter_layers
+from lorakit.layers import ADAPTABLE, AdapterLayer, FusedLayer, adapted_modules
+from lorakit.models.masters import keep_master, set_value
 
 _BASE = "base_layer."
 
@@ -39,7 +39,7 @@ def load_adapter(
     (device ``meta``) only the adapter layers get theirs.
     """
     files = adapter if isinstance(adapter, AdapterFiles) else read_adapter(adapter)
-    if adapter_layers(model):
+    if adapted_modules(model):
         raise AdapterError("the model holds an adapter already; load the base again")
     places = find_places(model, files)
     whole = whole_modules(model, files, places)
@@ -48,15 +48,18 @@ def load_adapter(
     _check_shapes(model, files, {**places.base, **places.whole})
     model.requires_grad_(False)
     for key, value in places.base.items():
-        _copy(model, key, value)
+        if trainable:
+            keep_master(model, key)
+        set_value(model, key, value)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
+    files.method.link({n: x for n, x in layers.items() if isinstance(x, AdapterLayer)})
     _untie(model, places.whole)
     heads = tuple(f"{head}." for head in find_heads(model))
     for name in whole:
         train_whole(model, name, keep_dtype=f"{name}.".startswith(heads or ("\0",)))
     for key, value in places.whole.items():
-        _copy(model, key, value)
+        set_value(model, key, value)
     _set_trainable(model, layers, whole, trainable)
     return report(model, files.method.name, whole)
 
@@ -69,7 +72,9 @@ def find_places(model: nn.Module, files: AdapterFiles) -> Placement:
         name, end = _split(key, modules)
         own = set(modules[name].state_dict(keep_vars=True)) if name else set()
         if end in own:
-            places.whole[key] = value
+            (places.base if files.trains_base and not _is_whole(files, name) else places.whole)[
+                key
+            ] = value
         elif not isinstance(modules.get(name), ADAPTABLE):
             places.unknown.append(key)
         elif end.startswith(_BASE) and end.removeprefix(_BASE) in own:
@@ -115,13 +120,15 @@ def _check_complete(
         raise AdapterError(f"{files.directory}: does not fit the model: {'; '.join(problems)}")
 
 
-def _layers(model: nn.Module, files: AdapterFiles, places: Placement) -> dict[str, AdapterLayer]:
-    layers = {}
+def _layers(
+    model: nn.Module, files: AdapterFiles, places: Placement
+) -> dict[str, AdapterLayer | FusedLayer]:
+    layers: dict[str, AdapterLayer | FusedLayer] = {}
+    method, parts = files.method, files.parts
     for name, tensors in places.adapters.items():
         try:
-            layers[name] = files.method.from_peft(
-                model.get_submodule(name), name, files.config, tensors
-            )
+            layer = method.from_peft(model.get_submodule(name), name, files.config, tensors)
+            layers[name] = method.split(layer, parts[name]) if name in parts else layer
         except AdapterError as error:
             raise AdapterError(f"{files.directory}: {error}") from error
     return layers
@@ -152,13 +159,25 @@ def _untie(model: nn.Module, whole: Mapping[str, Tensor]) -> None:
 
 
 def _set_trainable(
-    model: nn.Module, layers: Mapping[str, AdapterLayer], whole: Iterable[str], trainable: bool
+    model: nn.Module,
+    layers: Mapping[str, AdapterLayer | FusedLayer],
+    whole: Iterable[str],
+    trainable: bool,
 ) -> None:
     for layer in layers.values():
         for name, parameter in layer.named_parameters():
-            parameter.requires_grad_(trainable and not name.startswith(_BASE))
+            if not name.startswith(_BASE):
+                parameter.requires_grad_(trainable)
     for name in whole:
         model.get_submodule(name).requires_grad_(trainable)
+
+
+def _is_whole(files: AdapterFiles, name: str) -> bool:
+    """Whether the module is, or lies in, one that the file replaces whole."""
+    ends = list(files.config.get("modules_to_save") or ())
+    if files.config.get("task_type") == "SEQ_CLS":
+        ends += SEQ_CLS_HEADS
+    return any(f".{end}." in f".{name}." for end in ends)
 
 
 def _split(key: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
@@ -175,13 +194,6 @@ def _at(model: nn.Module, key: str) -> Tensor:
     value = getattr(model.get_submodule(name), end)
     assert isinstance(value, Tensor)
     return value
-
-
-@torch.no_grad()
-def _copy(model: nn.Module, key: str, value: Tensor) -> None:
-    target = _at(model, key)
-    if not target.is_meta:
-        target.copy_(value)
 
 
 def _holds(whole: Mapping[str, Tensor], name: str) -> bool:

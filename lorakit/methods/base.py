@@ -6,8 +6,7 @@ its functions only, so that recipes are checked without loading it.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorakit.recipe.sections import AdapterSection, TrainSection
@@ -15,38 +14,99 @@ from lorakit.recipe.sections import AdapterSection, TrainSection
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lorakit.layers import AdapterLayer
+    from lorakit.layers import AdapterLayer, FusedLayer
 
 
-class Method(ABC):
-    """One way to adapt a weight matrix W (out_features, in_features) of the frozen base.
+class RunHooks:
+    """What a method does in a run beside the forward pass. As it stands here, it does nothing.
 
-    ``kinds`` are the modules it can adapt (as ``AdapterLayer.kind`` names them), ``peft_type`` is
-    what its ``adapter_config.json`` says.
+    ``device_values`` names what ``before_step`` returns: scalars on the device, which are logged
+    when they have arrived there.
+    """
+
+    device_values: tuple[str, ...] = ()
+
+    def before_step(self, scale: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """All gradients of the step are there, and not yet clipped. What is added to them goes
+        through ``scale`` (float16's loss scaling)."""
+        return []
+
+    def after_step(self, step: int) -> None:
+        """The optimizer has made step number ``step``, from 1; the gradients are still there."""
+
+    def is_final_form(self, step: int) -> bool:
+        """Whether what stands after ``step`` may be the run's result."""
+        return True
+
+    def logged(self, step: int, optimizer: Any) -> dict[str, float]:
+        """What a line of metrics.jsonl gets besides the device's values."""
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        """What an exact resume needs; ``load_state`` takes it back."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Raises KeyError if something is missing."""
+
+    def ranks(self) -> dict[str, int] | None:
+        """Name -> rank of each adapted matrix at the end, if the run chose them."""
+        return None
+
+
+class Method:
+    """One way to adapt weight matrices W (out_features, in_features) of the frozen base.
+
+    ``kinds`` are what it can adapt: the kinds of ``layers.kind_of`` and ``slice``, rows of a fused
+    projection; none for a method that trains the base's own parameters. ``peft_type`` is what its
+    ``adapter_config.json`` says, ``folds`` whether what it saves is another method's form, into
+    which its own is folded. A function that is not implemented here is left to those methods whose
+    kinds need it.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     Config: ClassVar[type[AdapterSection]]
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "embedding"})
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "embedding", "slice"})
     peft_type: ClassVar[str] = "LORA"
+    folds: ClassVar[bool] = False
 
-    def check(self, config: Any, targets: Sequence[str]) -> None:  # noqa: B027 (most need none)
+    def check(self, config: Any, targets: Collection[str]) -> None:
         """Raise TargetError if ``config`` says something of modules that are none of
         ``targets``, the names of those that are about to be wrapped."""
 
-    @abstractmethod
     def wrap(self, module: nn.Module, config: Any, name: str) -> AdapterLayer:
         """Wrap ``module``, found in the model under ``name``, in a layer that holds the
         parameters; the output is unchanged until they are trained."""
+        raise NotImplementedError
 
-    @abstractmethod
+    def link(self, layers: Mapping[str, AdapterLayer]) -> None:
+        """All layers of the model are there: share among them what they have in common."""
+
+    def trained_parameters(self, model: nn.Module, config: Any) -> list[str]:
+        """The names of the base's own parameters that train; called when all is wrapped."""
+        return []
+
     def forward(self, layer: AdapterLayer, x: Tensor) -> Tensor:
         """The adapted output for input ``x`` (..., in_features), or token ids for an embedding."""
+        if layer.kind == "embedding":
+            return self.embed(layer, x)
+        flat = x.reshape(-1, layer.in_features)
+        y = self.update(layer, flat, layer.base_layer(flat))
+        return y.view(*x.shape[:-1], layer.out_features)
 
-    @abstractmethod
+    def update(self, layer: AdapterLayer, x: Tensor, y: Tensor) -> Tensor:
+        """The adapted output for ``x`` (n, in_features) and the base's own output ``y``
+        (n, out_features), which may be overwritten."""
+        raise NotImplementedError
+
+    def embed(self, layer: AdapterLayer, ids: Tensor) -> Tensor:
+        """The adapted rows for token ids, for methods that adapt embeddings."""
+        raise NotImplementedError
+
     def delta_weight(self, layer: AdapterLayer) -> Tensor:
         """What a merge adds to W, in W's own layout, float32."""
+        raise NotImplementedError
 
     def merged_weight(self, layer: AdapterLayer, weight: Tensor) -> Tensor:
         """W with the adapter folded in, float32, in W's own layout; ``weight`` is W, since the
@@ -68,14 +128,28 @@ class Method(ABC):
         ]
         return [group for group in groups if group["params"]]
 
-    @abstractmethod
+    def check_steps(self, config: Any, total_steps: int) -> None:
+        """Raise UserError if ``config`` does not fit a run of ``total_steps``."""
+
+    def hooks(self, layers: Mapping[str, AdapterLayer], config: Any, total_steps: int) -> RunHooks:
+        """What the method does in a run of ``total_steps`` optimizer steps."""
+        return RunHooks()
+
+    def advice(self, config: Any) -> str | None:
+        """What else than ``train.learning_rate`` to lower if a run diverges."""
+        return None
+
+    def reads(self, settings: Mapping[str, Any]) -> bool:
+        """Whether an ``adapter_config.json`` that another program wrote is of this method."""
+        return False
+
     def to_peft(
         self, layers: dict[str, AdapterLayer], config: Any
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """PEFT's form: the method's keys of ``adapter_config.json``, and tensors by PEFT's names
         (without the prefix ``base_model.model.``)."""
+        raise NotImplementedError
 
-    @abstractmethod
     def from_peft(
         self, module: nn.Module, name: str, settings: Mapping[str, Any], tensors: dict[str, Tensor]
     ) -> AdapterLayer:
@@ -84,3 +158,17 @@ class Method(ABC):
         ``settings`` is ``adapter_config.json``; ``tensors`` are the module's own, by what follows
         its name (``lora_A.weight``). Raises AdapterError if one is missing, unknown or misshapen.
         """
+        raise NotImplementedError
+
+    def saved_rank(self, layer: AdapterLayer) -> int:
+        """The rank of the layer as ``to_peft`` writes it."""
+        return layer.r
+
+    def compose(self, fused: FusedLayer) -> AdapterLayer:
+        """The parts of a fused projection as one layer on the whole of it, for a reader that knows
+        no parts: its form is ``to_peft``'s."""
+        raise NotImplementedError
+
+    def split(self, layer: AdapterLayer, parts: Mapping[str, Any]) -> FusedLayer:
+        """The reverse of ``compose``: ``parts`` is role -> (rows, r)."""
+        raise NotImplementedError

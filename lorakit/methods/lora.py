@@ -6,28 +6,29 @@ W (out, in) is frozen; A (r, in) is random and B (out, r) zero, so the output st
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from lorakit.errors import AdapterError, TargetError
-from lorakit.methods.base import Method
+from lorakit.errors import TargetError
+from lorakit.methods.base import Method, RunHooks
 from lorakit.recipe.sections import AdapterSection, PositiveFloat, PositiveInt, Probability
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lorakit.layers import AdapterLayer
+    from lorakit.layers import AdapterLayer, FusedLayer
 
 
 class LoraConfig(AdapterSection):
     """``rank_pattern`` and ``alpha_pattern`` map a module-name suffix to its own r or lora_alpha.
 
-    ``use_rslora`` scales by lora_alpha / sqrt(r) in place of lora_alpha / r.
-    ``init``: ``default`` (A Kaiming-uniform as in loralib, B zero) or ``b_gaussian`` (B random, A
-    zero).
+    ``use_rslora`` scales by lora_alpha / sqrt(r) in place of lora_alpha / r. ``bias`` trains the
+    biases of the adapted modules (``lora_only``) or of the whole model (``all``) besides.
+    ``init``: ``default`` (A Kaiming-uniform as in loralib, B zero), ``b_gaussian`` (B random, A
+    zero), ``pissa`` (the principal singular vectors of W) or ``orthogonal``; ``lora_init.py`` has
+    their formulas.
     """
 
     method: str = "lora"
@@ -36,9 +37,9 @@ class LoraConfig(AdapterSection):
     lora_dropout: Probability = 0.0
     rank_pattern: dict[str, PositiveInt] = Field(default={})
     alpha_pattern: dict[str, PositiveFloat] = Field(default={})
-    bias: Literal["none"] = "none"
+    bias: Literal["none", "lora_only", "all"] = "none"
     use_rslora: bool = False
-    init: Literal["default", "b_gaussian"] = "default"
+    init: Literal["default", "b_gaussian", "pissa", "orthogonal"] = "default"
 
     def rank_of(self, name: str) -> int:
         return int(_by_suffix(self.rank_pattern, name, self.r))
@@ -54,9 +55,9 @@ class LoraConfig(AdapterSection):
 class Lora(Method):
     name = "lora"
     summary = "y = W x + (lora_alpha / r) B A x, W frozen (Hu et al. 2021)"
-    Config = LoraConfig
+    Config: ClassVar[type[AdapterSection]] = LoraConfig
 
-    def check(self, config: Any, targets: Sequence[str]) -> None:
+    def check(self, config: Any, targets: Collection[str]) -> None:
         """Every key of ``rank_pattern`` and ``alpha_pattern`` is the end of a target."""
         for field in ("rank_pattern", "alpha_pattern"):
             for key in getattr(config, field):
@@ -71,6 +72,7 @@ class Lora(Method):
         import torch
 
         from lorakit.layers import AdapterLayer
+        from lorakit.methods.lora_init import initialise
 
         r = config.rank_of(name)
         layer = AdapterLayer(module, self, r=r, scaling=config.scaling_of(name))
@@ -79,104 +81,105 @@ class Lora(Method):
             empty = torch.empty(shape, dtype=torch.float32, device=layer.weight.device)
             layer.register_parameter(factor, torch.nn.Parameter(empty))
         layer.lora_dropout = torch.nn.Dropout(config.lora_dropout)
-        self.initialise(layer, config.init)
+        initialise(layer, config.init, name)
         return layer
 
-    def initialise(self, layer: AdapterLayer, init: str) -> None:
-        """One factor random, the other zero. An embedding has A zero and B Gaussian, as loralib."""
+    def trained_parameters(self, model: nn.Module, config: Any) -> list[str]:
+        """The biases that ``bias`` names."""
+        from lorakit.layers import adapted_modules
+
+        if config.bias == "all":
+            return [n for n, _ in model.named_parameters() if n.rpartition(".")[2] == "bias"]
+        if config.bias == "none":
+            return []
+        layers = adapted_modules(model).items()
+        return [f"{name}.base_layer.bias" for name, layer in layers if layer.bias is not None]
+
+    def factors(self, layer: AdapterLayer) -> tuple[Tensor, Tensor]:
+        """A and B of the update; with ``init: pissa`` those of the start are taken off again, so
+        that the frozen W counts as W - scaling * B_0 A_0."""
         import torch
 
-        if layer.kind == "embedding" or init == "b_gaussian":
-            zero, random = layer.lora_A, layer.lora_B
-        else:
-            zero, random = layer.lora_B, layer.lora_A
-        torch.nn.init.zeros_(zero)
-        if layer.kind == "embedding":
-            torch.nn.init.normal_(random)
-        elif init == "b_gaussian":
-            torch.nn.init.normal_(random, std=1 / math.sqrt(layer.r))
-        else:
-            torch.nn.init.kaiming_uniform_(random, a=math.sqrt(5))
+        A, B = layer.lora_A, layer.lora_B
+        if hasattr(layer, "initial_A"):
+            A, B = torch.cat([A, layer.initial_A]), torch.cat([B, -layer.initial_B], dim=1)
+        return A, B
 
-    def forward(self, layer: AdapterLayer, x: Tensor) -> Tensor:
-        if layer.kind == "embedding":
-            return self._embed(layer, x)
+    def update(self, layer: AdapterLayer, x: Tensor, y: Tensor) -> Tensor:
         from lorakit.kernels.lora import lora_add_
 
-        flat = x.reshape(-1, layer.in_features)
-        y = layer.base_layer(flat)
-        y = lora_add_(y, layer.lora_dropout(flat), layer.lora_A, layer.lora_B, layer.scaling)
-        return y.view(*x.shape[:-1], layer.out_features)
+        return lora_add_(y, layer.lora_dropout(x), *self.factors(layer), layer.scaling)
 
-    def _embed(self, layer: AdapterLayer, ids: Tensor) -> Tensor:
+    def embed(self, layer: AdapterLayer, ids: Tensor) -> Tensor:
         import torch.nn.functional as F
 
         y = layer.base_layer(ids)
-        h = F.embedding(ids, layer.lora_A.t()).to(y.dtype)
-        update: Tensor = F.linear(h, layer.lora_B.to(y.dtype)) * layer.scaling
+        A, B = self.factors(layer)
+        update: Tensor = F.linear(F.embedding(ids, A.t()).to(y.dtype), B.to(y.dtype))
         # Gemma's embeddings scale what they look up, so the update to W is scaled too.
-        out: Tensor = y + update * getattr(layer.base_layer, "embed_scale", 1.0)
+        factor = layer.scaling * getattr(layer.base_layer, "embed_scale", 1.0)
+        out: Tensor = y + update * factor
         return out
 
     def delta_weight(self, layer: AdapterLayer) -> Tensor:
         """scaling * B A, (out, in); transposed for Conv1D and embeddings, which hold W^T."""
-        product: Tensor = layer.lora_B.detach().float() @ layer.lora_A.detach().float()
-        delta = product * layer.scaling
+        A, B = self.factors(layer)
+        delta: Tensor = (B.detach().float() @ A.detach().float()) * layer.scaling
         return delta if layer.kind == "linear" else delta.t()
+
+    def hooks(self, layers: Mapping[str, AdapterLayer], config: Any, total_steps: int) -> RunHooks:
+        return _InitialFactors(layers) if config.init == "pissa" else RunHooks()
+
+    def reads(self, settings: Mapping[str, Any]) -> bool:
+        return settings["peft_type"] == "LORA" and not settings.get("use_dora")
 
     def to_peft(
         self, layers: dict[str, AdapterLayer], config: Any
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """``LORA`` with exact ranks and alphas for the modules that differ from r, lora_alpha."""
-        settings = {
-            "peft_type": "LORA",
-            "r": config.r,
-            "lora_alpha": config.lora_alpha,
-            "lora_dropout": config.lora_dropout,
-            "rank_pattern": {n: x.r for n, x in layers.items() if x.r != config.r},
-            "alpha_pattern": {
-                n: config.alpha_of(n) for n in layers if config.alpha_of(n) != config.lora_alpha
-            },
-            "bias": "none",
-            "use_rslora": config.use_rslora,
-            "use_dora": False,
-            "init_lora_weights": True,
-        }
-        tensors = {
-            f"{name}.{stored}": getattr(layer, factor).detach()
-            for name, layer in layers.items()
-            for factor, stored in _peft_names(layer.kind).items()
-        }
-        return settings, tensors
+        from lorakit.methods.lora_form import lora_settings, lora_tensors
+
+        return lora_settings(layers, config), lora_tensors(self, layers)
 
     def from_peft(
         self, module: nn.Module, name: str, settings: Mapping[str, Any], tensors: dict[str, Tensor]
     ) -> AdapterLayer:
-        """r is what the tensors have; it must be the r that ``settings`` scale by."""
-        import torch
+        from lorakit.methods.lora_form import read_layer
 
-        from lorakit.layers import AdapterLayer
+        return read_layer(self, module, name, settings, tensors)
 
-        layer = AdapterLayer(module, self, r=_peft_rank(settings, name), scaling=1.0)
-        layer.scaling = _peft_scaling(settings, name, layer.r)
-        shapes = {"lora_A": (layer.r, layer.in_features), "lora_B": (layer.out_features, layer.r)}
-        stored = _peft_names(layer.kind)
-        if unlike := set(tensors) ^ set(stored.values()):
-            listed = ", ".join(f"{name}.{key}" for key in sorted(unlike))
-            verb = "unknown" if unlike <= set(tensors) else "missing"
-            raise AdapterError(f"{verb} tensors: {listed}")
-        for factor, shape in shapes.items():
-            value = tensors[stored[factor]]
-            if tuple(value.shape) != shape:
-                raise AdapterError(
-                    f"{name}.{stored[factor]} is {tuple(value.shape)}, and the model with r = "
-                    f"{layer.r} needs {shape}: the adapter belongs to another base model"
-                )
-            device = value.device if layer.weight.is_meta else layer.weight.device
-            value = value.to(device, torch.float32)
-            layer.register_parameter(factor, torch.nn.Parameter(value, requires_grad=False))
-        layer.lora_dropout = torch.nn.Dropout(settings.get("lora_dropout", 0.0))
-        return layer
+    def saved_rank(self, layer: AdapterLayer) -> int:
+        from lorakit.methods.lora_form import rank_of
+
+        return rank_of(layer)
+
+    def compose(self, fused: FusedLayer) -> AdapterLayer:
+        from lorakit.methods.lora_form import compose
+
+        return compose(self, fused)
+
+    def split(self, layer: AdapterLayer, parts: Mapping[str, Any]) -> FusedLayer:
+        from lorakit.methods.lora_form import split
+
+        return split(self, layer, parts)
+
+
+class _InitialFactors(RunHooks):
+    """What ``pissa`` started from belongs to a checkpoint: a second SVD may differ in its bits."""
+
+    def __init__(self, layers: Mapping[str, AdapterLayer]) -> None:
+        self._buffers: dict[str, Tensor] = {
+            f"{name}.{factor}": getattr(layer, factor)
+            for name, layer in layers.items()
+            for factor in ("initial_A", "initial_B")
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        return self._buffers
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        for name, buffer in self._buffers.items():
+            buffer.copy_(state[name])
 
 
 def _is_end(suffix: str, name: str) -> bool:
@@ -187,32 +190,6 @@ def _by_suffix(pattern: dict[str, Any], name: str, default: float) -> float:
     """The value of the longest suffix that ``name`` ends with."""
     fitting = [s for s in pattern if _is_end(s, name)]
     return float(pattern[max(fitting, key=len)]) if fitting else default
-
-
-def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """PEFT's meaning: the first key, a regular expression, that a dotted end of ``name`` fits."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
-
-
-def _peft_rank(settings: Mapping[str, Any], name: str) -> int:
-    return int(_by_pattern(settings.get("rank_pattern"), name, settings.get("r", 8)))
-
-
-def _peft_scaling(settings: Mapping[str, Any], name: str, r: int) -> float:
-    alpha = _by_pattern(settings.get("alpha_pattern"), name, settings.get("lora_alpha", 8))
-    scaling = float(alpha) / (math.sqrt(r) if settings.get("use_rslora") else r)
-    if not math.isfinite(scaling):
-        raise AdapterError(f"{name}: lora_alpha = {alpha}: allowed: a finite number")
-    return scaling
-
-
-def _peft_names(kind: str) -> dict[str, str]:
-    """Our parameter -> what PEFT puts after the module's name."""
-    stem = "lora_embedding_{}" if kind == "embedding" else "lora_{}.weight"
-    return {f"lora_{factor}": stem.format(factor) for factor in "AB"}
 
 
 METHOD = Lora()

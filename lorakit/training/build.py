@@ -15,6 +15,8 @@ from lorakit import registry
 from lorakit.data.batches import StepPlan, collate_causal, collate_encoder
 from lorakit.errors import UserError
 from lorakit.injection import trainable_state
+from lorakit.layers import adapter_layers
+from lorakit.methods.base import Method
 from lorakit.recipe.sections import Recipe
 from lorakit.tasks.base import LOWER_IS_BETTER
 from lorakit.training.evaluator import Evaluator
@@ -45,9 +47,11 @@ def build_loop(
     if section.compile is True:
         (objective.parts.decoder if objective.parts else model).compile(dynamic=True)
     trainable: Any = trainable_state(model)
-    method = registry.methods()[prepared.recipe.adapter.method]
+    method: Method = registry.methods()[prepared.recipe.adapter.method]
     groups = method.param_groups(trainable, prepared.recipe.adapter, section)
     optimizer = build_optimizer(groups, section)
+    layers = adapter_layers(model)
+    hooks = method.hooks(layers, prepared.recipe.adapter, schedule.total_steps)
     scheduler = build_scheduler(optimizer, section, schedule.total_steps)
     wrapped, prepared_optimizer = accelerator.prepare(objective, optimizer)
     metric = main_metric(prepared.recipe, prepared.task)
@@ -74,6 +78,8 @@ def build_loop(
         gain=partial(_is_gain, metric),
         patience=section.early_stopping_patience,
         max_grad_norm=section.max_grad_norm,
+        hooks=hooks,
+        advice=method.advice(prepared.recipe.adapter),
     )
     if prepared.evaluation is not None and recorder is not None:
         loop.evaluate = build_evaluator(prepared, loop, final=False)
@@ -126,6 +132,8 @@ def step_plan(prepared: Prepared, processes: int) -> StepPlan:
 def build_schedule(recipe: Recipe, plan: StepPlan) -> Schedule:
     section, epoch = recipe.train, plan.steps_per_epoch
     total = section.max_steps or max(1, round((section.epochs or 1) * epoch))
+    method: Method = registry.methods()[recipe.adapter.method]
+    method.check_steps(recipe.adapter, total)
     every_eval = section.eval_every_steps or epoch
     return Schedule(
         total_steps=total,

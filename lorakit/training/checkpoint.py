@@ -50,10 +50,12 @@ class Progress:
 
 @dataclass
 class Snapshot:
-    """A checkpoint in memory. ``best`` holds the best model's weights, if there is one."""
+    """A checkpoint in memory. ``method`` is what the method keeps besides its weights, ``best`` the
+    best model's weights, if there is one."""
 
     progress: Progress
     weights: dict[str, Tensor]
+    method: dict[str, Tensor]
     optimizer: dict[str, Any]
     scheduler: dict[str, Any]
     scaler: dict[str, Any] | None
@@ -78,6 +80,7 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int | None) -> Path:
 def _write(beside: Path, snapshot: Snapshot) -> None:
     tensors, plain = _split_tensors(snapshot.optimizer)
     save_file(_cpu(snapshot.weights), beside / "weights.safetensors", {"format": "pt"})
+    save_file(_cpu(snapshot.method), beside / "method.safetensors", {"format": "pt"})
     save_file(tensors, beside / "optimizer.safetensors", {"format": "pt"})
     if snapshot.best is not None:
         save_file(_cpu(snapshot.best), beside / "best.safetensors", {"format": "pt"})
@@ -102,6 +105,7 @@ def load_checkpoint(checkpoint: Path) -> Snapshot:
         return Snapshot(
             progress=Progress(**state["progress"]),
             weights=load_file(checkpoint / "weights.safetensors"),
+            method=load_file(checkpoint / "method.safetensors"),
             optimizer=_join_tensors(tensors, state["optimizer"]),
             scheduler=state["scheduler"],
             scaler=state["scaler"],

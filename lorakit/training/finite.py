@@ -11,17 +11,20 @@ from torch import Tensor
 from lorakit.training.late import LateValues
 
 
-def broken_step(values: LateValues, scaled: bool) -> str | None:
+def broken_step(values: LateValues, scaled: bool, advice: str | None = None) -> str | None:
     """The first step whose loss or gradient is not finite, in words.
 
     ``scaled``: float16's gradient scaler leaves out a step whose gradient is not finite.
+    ``advice``: what else to lower than the learning rate.
     """
     for index, (loss, norm) in enumerate(zip(values.losses, values.grad_norms, strict=True)):
         step = values.known["step"] - len(values.losses) + 1 + index
         if not math.isfinite(loss):
-            return f"step {step}: the loss is {loss}; {_likely_cause(values, index)}"
+            return f"step {step}: the loss is {loss}; {_likely_cause(values, index, advice)}"
         if not math.isfinite(norm) and not scaled:
-            return f"step {step}: the gradient is not finite; {_likely_cause(values, index)}"
+            return (
+                f"step {step}: the gradient is not finite; {_likely_cause(values, index, advice)}"
+            )
     return None
 
 
@@ -33,14 +36,13 @@ def broken_weight(weights: Mapping[str, Tensor]) -> str | None:
     )
 
 
-def _likely_cause(values: LateValues, index: int) -> str:
+def _likely_cause(values: LateValues, index: int, advice: str | None) -> str:
+    also = f", or {advice}" if advice else ""
     rate = values.known["learning_rate"]
     earlier = [norm for norm in values.grad_norms[:index] if math.isfinite(norm)]
     if earlier and max(earlier) > 100:
-        return (
-            f"the gradient grew to {max(earlier):.3g} before: lower train.learning_rate ({rate:g})"
-        )
+        return f"the gradient grew to {max(earlier):.3g} before: lower train.learning_rate ({rate:g}){also}"
     return (
-        f"likely causes: train.learning_rate ({rate:g}) too high, or float16 overflow "
+        f"likely causes: train.learning_rate ({rate:g}) too high{also}, or float16 overflow "
         "(bfloat16 has the range)"
     )

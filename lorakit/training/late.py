@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,37 +13,43 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LateValues:
-    """A log line's known part, and the losses and gradient norms of its steps."""
+    """A log line's known part, and the losses, gradient norms and other values of its steps."""
 
     known: dict[str, Any]
     losses: list[float]
     grad_norms: list[float]
+    others: dict[str, list[float]] = field(default_factory=dict)
 
     def line(self) -> dict[str, Any]:
-        """A line of metrics.jsonl: the mean loss, and the last step's gradient norm."""
+        """A line of metrics.jsonl: the mean loss, and the last step's gradient norm and others."""
         loss = sum(self.losses) / len(self.losses)
         keys = ("step", "epoch", "loss", "learning_rate", "grad_norm")
         values = {**self.known, "loss": loss, "grad_norm": self.grad_norms[-1]}
+        values |= {name: column[-1] for name, column in self.others.items()}
         return {key: values.pop(key) for key in keys} | values
 
 
 class LateReader:
-    """Collects a scalar pair a step; ``stage`` sends a line's worth to the host without waiting."""
+    """Collects scalars of each step: loss, gradient norm and those that ``others`` names.
+    ``stage`` sends a line's worth to the host without waiting."""
 
-    def __init__(self) -> None:
+    def __init__(self, others: Sequence[str] = ()) -> None:
+        self._others = tuple(others)
         self._pending: list[Tensor] = []
         self._staged: deque[tuple[dict[str, Any], Tensor, torch.cuda.Event | None]] = deque()
 
     def window(self) -> list[list[float]]:
-        """Loss and gradient norm of the steps since the last line; waits for the device."""
+        """The scalars of the steps since the last line; waits for the device."""
         values = torch.stack(self._pending).tolist() if self._pending else []
-        return [[float(x) for x in pair] for pair in values]
+        return [[float(x) for x in row] for row in values]
 
     def restore_window(self, window: list[list[float]], device: torch.device) -> None:
-        self._pending = [torch.tensor(pair, device=device) for pair in window]
+        self._pending = [torch.tensor(row, device=device) for row in window]
 
-    def add(self, loss: Tensor, grad_norm: Tensor) -> None:
-        self._pending.append(torch.stack((loss.float(), grad_norm.float())))
+    def add(self, loss: Tensor, grad_norm: Tensor, others: Sequence[Tensor] = ()) -> None:
+        assert len(others) == len(self._others)
+        values = (loss, grad_norm, *others)
+        self._pending.append(torch.stack([value.detach().float() for value in values]))
 
     def stage(self, known: dict[str, Any]) -> None:
         if not self._pending:
@@ -67,6 +74,8 @@ class LateReader:
             if event is not None:
                 event.synchronize()
             self._staged.popleft()
-            losses, norms = values.t().tolist()
-            found.append(LateValues(known, losses, norms))
+            losses, norms, *others = values.t().tolist()
+            found.append(
+                LateValues(known, losses, norms, dict(zip(self._others, others, strict=True)))
+            )
         return found

@@ -19,6 +19,7 @@ from lorakit.data.batches import Batch, StepPlan, StepReader, to_device, trained
 from lorakit.data.encode import EncodedRow, EncodedSplit
 from lorakit.errors import EvaluationError, Interrupted, TrainingError, UserError
 from lorakit.evaluation.watch import EvaluationStopped
+from lorakit.methods.base import RunHooks
 from lorakit.training.checkpoint import (
     Progress,
     Snapshot,
@@ -58,11 +59,13 @@ class Loop:
     gain: Callable[[dict[str, float], dict[str, float]], bool]
     patience: int | None
     max_grad_norm: float | None
+    hooks: RunHooks = field(default_factory=RunHooks)
+    advice: str | None = None
     progress: Progress = field(default_factory=Progress)
     best: Weights | None = None
 
     def __post_init__(self) -> None:
-        self._late = LateReader()
+        self._late = LateReader(self.hooks.device_values)
         self._reader = StepReader(self.plan)
         self._window_start = time.monotonic()
         self._window_tokens = 0
@@ -77,6 +80,7 @@ class Loop:
         with torch.no_grad():
             for name, parameter in self.trainable.items():
                 parameter.copy_(snapshot.weights[name])
+        self.hooks.load_state(snapshot.method)
         self.optimizer.load_state_dict(snapshot.optimizer)
         self.scheduler.load_state_dict(snapshot.scheduler)
         if snapshot.scaler is not None and self.accelerator.scaler is not None:
@@ -111,6 +115,8 @@ class Loop:
         want = {name: parameter.shape for name, parameter in self.trainable.items()}
         stored = [snapshot.weights, *([snapshot.best] if snapshot.best is not None else [])]
         fits = all({name: t.shape for name, t in tensors.items()} == want for tensors in stored)
+        own = {name: t.shape for name, t in self.hooks.state().items()}
+        fits = fits and own == {name: t.shape for name, t in snapshot.method.items()}
         state = set(snapshot.optimizer["state"])
         whole = state == set(range(len(want))) or not state
         if not (fits and whole and 0 <= snapshot.progress.step <= self.schedule.total_steps):
@@ -124,6 +130,7 @@ class Loop:
         snapshot = Snapshot(
             progress=self.progress,
             weights={name: p.detach() for name, p in self.trainable.items()},
+            method=self.hooks.state(),
             optimizer=self.optimizer.state_dict(),
             scheduler=self.scheduler.state_dict(),
             scaler=scaler.state_dict() if scaler is not None else None,
@@ -159,17 +166,24 @@ class Loop:
                 self.accelerator.backward(loss)
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
+        values = self.hooks.before_step(self._scaled)
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
         norm = self.accelerator.clip_grad_norm_(list(self.trainable.values()), limit)
         self.optimizer.step()
         if not self.accelerator.optimizer_step_was_skipped:
+            self.hooks.after_step(self.progress.step + 1)
             self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._late.add(total, norm)
-        tokens = int(self.rows.lengths[rows].sum())
-        self._window_tokens += tokens
+        self._late.add(total, norm, values)
+        self._window_tokens += int(self.rows.lengths[rows].sum())
         self.progress.step += 1
         self.progress.trained_tokens += count
+
+    def _scaled(self, gradient: Tensor) -> Tensor:
+        """As float16's gradients are until they are clipped."""
+        scaler = self.accelerator.scaler
+        scaled: Tensor = gradient if scaler is None else scaler.scale(gradient)
+        return scaled
 
     def _log(self) -> None:
         step = self.progress.step
@@ -188,6 +202,7 @@ class Loop:
                 "learning_rate": self.scheduler.get_last_lr()[0],
                 "tokens_per_second": round(self._window_tokens / spent, 1),
                 "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
+                **self.hooks.logged(self.progress.step, self.optimizer),
             }
         )
         self._window_start, self._window_tokens = now, 0
@@ -210,14 +225,15 @@ class Loop:
             self._check_finite(LateValues(known, losses, norms))
         if name := broken_weight(self.trainable):
             rate = self.optimizer.param_groups[0]["initial_lr"]
+            also = f", or {self.advice}" if self.advice else ""
             self._fail(
                 f"step {self.progress.step}: {name} is not finite after it; likely cause: "
-                f"train.learning_rate ({rate:g}) too high"
+                f"train.learning_rate ({rate:g}) too high{also}"
             )
 
     def _check_finite(self, values: LateValues) -> None:
         scaled = self.accelerator.scaler is not None
-        if what := broken_step(values, scaled):
+        if what := broken_step(values, scaled, self.advice):
             self._fail(what)
 
     def _fail(self, what: str) -> NoReturn:
@@ -247,6 +263,13 @@ class Loop:
         self.progress.seconds += time.monotonic() - began
         self.progress.last_eval_step = step
         self.recorder.evaluation(step, metrics)
+        if self.hooks.is_final_form(step):
+            self._compare(metrics)
+        self._window_start += time.monotonic() - began
+
+    def _compare(self, metrics: dict[str, float]) -> None:
+        """Keep the weights if they are the best so far; else, in the end, stop."""
+        step = self.progress.step
         if self.gain(metrics, self.progress.best_metrics):
             self.progress.best_metrics, self.progress.best_step = metrics, step
             self.progress.evaluations_without_gain = 0
@@ -259,7 +282,6 @@ class Loop:
                     f"step {step}: {self.best_metric} has not improved for {self.patience} "
                     f"evaluations; stopping early, the best was at step {self.progress.best_step}"
                 )
-        self._window_start += time.monotonic() - began
 
     def _interrupt(self) -> NoReturn:
         saved = self.save()

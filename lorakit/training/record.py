@@ -34,6 +34,7 @@ class RunRecord:
     peak_memory_bytes: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     best_step: int | None = None
+    ranks: list[dict[str, Any]] | None = None
     exit_reason: str | None = None
     message: str | None = None
 

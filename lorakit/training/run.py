@@ -29,6 +29,7 @@ from lorakit.training.hardware import describe_hardware, peak_memory_bytes
 from lorakit.training.loop import Loop
 from lorakit.training.optim import check_optimizer
 from lorakit.training.output_dir import Start, check_same_data, find_start, sole_run
+from lorakit.training.ranks import rank_list, rank_table
 from lorakit.training.record import RunRecord, new_record
 from lorakit.training.setup import Prepared, prepare
 from lorakit.training.signals import StopRequest, stop_request
@@ -149,6 +150,9 @@ def _run(
         metrics = _final_metrics(prepared, loop, recorder)
         record.metrics = metrics
         _fill(record, loop)
+        if ranks := loop.hooks.ranks():
+            record.ranks = rank_list(ranks)
+            say(rank_table(ranks))
         export_adapter(prepared, output_dir / "adapter", record)
         record.exit_reason = "completed"
     except (Exception, KeyboardInterrupt) as error:

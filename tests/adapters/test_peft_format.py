@@ -201,9 +201,8 @@ def test_nested_names_with_their_own_ranks_survive(tmp_path: Path) -> None:
 
 REFUSED: dict[str, dict[str, Any]] = {
     "peft_type": {"peft_type": "IA3"},
-    "use_dora": {"use_dora": True},
     "lora_bias": {"lora_bias": True},
-    "bias": {"bias": "lora_only"},
+    "bias": {"bias": "some"},
     "alora_invocation_tokens": {"alora_invocation_tokens": [1, 2]},
     "trainable_token_indices": {"trainable_token_indices": [3]},
     "target_parameters": {"target_parameters": ["mlp.experts"]},

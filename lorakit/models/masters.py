@@ -1,0 +1,59 @@
+"""Parameters of the base that train in float32 while the model computes in half precision."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+_INSIDE = re.compile(r"parametrizations\.(\w+)\.original$")
+
+
+class _Cast(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, master: Tensor) -> Tensor:
+        return master.to(self.dtype)
+
+
+def keep_master(model: nn.Module, name: str) -> None:
+    """Let the parameter ``name`` train, with its values held in float32.
+
+    A half-precision parameter loses small updates. Its module goes on seeing it in its own dtype,
+    cast anew in each forward pass; modules that share it go on sharing it.
+    """
+    owner, _, end = name.rpartition(".")
+    parameter = getattr(model.get_submodule(owner), end)
+    if parameter.dtype == torch.float32:
+        parameter.requires_grad_(True)
+        return
+    master = nn.Parameter(parameter.detach().float())
+    sharing = [
+        (module, key)
+        for module in model.modules()
+        for key, value in module.named_parameters(recurse=False)
+        if value is parameter
+    ]
+    for module, key in sharing:
+        setattr(module, key, master)
+        parametrize.register_parametrization(module, key, _Cast(parameter.dtype), unsafe=True)
+
+
+@torch.no_grad()
+def set_value(model: nn.Module, name: str, value: Tensor) -> None:
+    """Write ``value`` into the parameter ``name``, or into its master if it has one."""
+    owner, _, end = name.rpartition(".")
+    module = model.get_submodule(owner)
+    moved = parametrize.is_parametrized(module, end)
+    target = module.parametrizations[end].original if moved else getattr(module, end)  # type: ignore[index, union-attr]
+    if not target.is_meta:
+        target.copy_(value)
+
+
+def plain_name(name: str) -> str:
+    """The base model's own name of a parameter that ``keep_master`` may have moved."""
+    return _INSIDE.sub(r"\1", name)
