@@ -59,7 +59,7 @@ class LoraLayer(nn.Module):
 
     def merged_weight(self) -> Tensor:
         """W + delta in W's dtype, for the ``weight`` that stands now."""
-        return (wide(self.weight) + self.delta_weight()).to(self.weight.dtype)
+        return (self.weight + self.delta_weight()).to(self.weight.dtype)
 
     def reset_parameters(self) -> None:
         with self._unmerged():

@@ -69,7 +69,7 @@ class MergedLinear(LoraLayer, nn.Linear):
         merged = self.weight.clone()
         by_row = merged.t() if self.fan_in_fan_out else merged
         for rows, A, B in self._blocks():
-            by_row[rows] = (wide(by_row[rows]) + wide(B) @ wide(A) * self.scaling).to(merged.dtype)
+            by_row[rows] = (by_row[rows] + wide(B) @ wide(A) * self.scaling).to(merged.dtype)
         return merged
 
     def forward(self, x: Tensor) -> Tensor:

@@ -207,12 +207,22 @@ def test_embedding_padding_row_gets_no_update() -> None:
     optimizer = torch.optim.SGD([layer.lora_A, layer.lora_B], lr=1.0)
     for _ in range(2):
         optimizer.zero_grad()
-        (layer(torch.tensor([3, 3, 4])) ** 2).sum().backward()
+        (layer(torch.tensor([3, 3, 4])) + 1).square().sum().backward()
         optimizer.step()
     delta = layer.delta_weight()
     assert not delta[3].any()
     assert delta[4].all()
     assert not delta[5].any()
+
+
+def test_embedding_scales_gradients_by_frequency_if_asked() -> None:
+    plain, scaled = (CASES["embedding"].build(scale_grad_by_freq=on) for on in (False, True))
+    ids = torch.tensor([1, 1, 1, 2])
+    for layer in (plain, scaled):
+        layer(ids).square().sum().backward()
+    times = torch.ones(10)
+    times[1] = 3
+    torch.testing.assert_close(scaled.lora_A.grad * times, plain.lora_A.grad)
 
 
 def test_embedding_from_pretrained() -> None:

@@ -69,10 +69,15 @@ def test_the_default_is_none_and_others_are_refused() -> None:
 
 
 def test_a_tied_bias_trains_if_one_of_its_names_is_chosen() -> None:
-    model = network()
-    model[2].bias = model[0].bias
+    model = nn.Sequential(nn.Linear(8, 8), lorakit.Linear(8, 8, r=2))
+    model[0].bias = model[1].bias
     lorakit.mark_only_lora_as_trainable(model, bias="lora_only")
-    assert model[2].bias.requires_grad
+    assert model[1].bias.requires_grad
+    assert set(lorakit.lora_state_dict(model, bias="lora_only")) == {
+        "1.lora_A",
+        "1.lora_B",
+        "1.bias",
+    }
 
 
 class Classifier(nn.Module):
