@@ -52,12 +52,13 @@ class AdapterFiles:
 
     @property
     def parts(self) -> dict[str, dict[str, tuple[Rows, int]]]:
-        """Fused projection -> role -> (its rows, its rank), where only parts were adapted."""
+        """Fused projection -> role -> (its rows, its rank), where only parts were adapted; in the
+        order of their rows, which is that of the tensors."""
         stored = (self.sidecar or {}).get("parts") or {}
         return {
             name: {
                 role: (Rows(part["start"], part["stop"], part["period"]), part["r"])
-                for role, part in parts.items()
+                for role, part in sorted(parts.items(), key=lambda item: item[1]["start"])
             }
             for name, parts in stored.items()
         }
@@ -94,8 +95,16 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
     if config.get("peft_type") not in known:
         value = shown(config.get("peft_type"))
         raise AdapterError(f"{where}: peft_type = {value}: allowed: {', '.join(known)}")
-    check_supported(config, where)
-    return AdapterFiles(directory, config, _tensors(directory), _read_json(directory / SIDECAR))
+    own = next((m for m in registry.methods().values() if _is_own_form(m, config)), None)
+    if own is None:
+        check_supported(config, where)
+    tensors = _tensors(directory)
+    if own is not None:
+        try:
+            tensors = own.unpack(config, tensors)
+        except AdapterError as error:
+            raise AdapterError(f"{directory}: {error}") from error
+    return AdapterFiles(directory, config, tensors, _read_json(directory / SIDECAR))
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -104,6 +113,11 @@ def is_finite(tensor: Tensor) -> bool:
         return True
     values = tensor.float() if tensor.itemsize == 1 else tensor  # float8 has no isfinite
     return bool(values.isfinite().all())
+
+
+def _is_own_form(method: Method, config: Mapping[str, Any]) -> bool:
+    """Whether ``config`` is of ``method``, and of a form that PEFT does not know."""
+    return not method.peft_loads and method.reads(config)
 
 
 def _read_json(file: Path) -> dict[str, Any] | None:

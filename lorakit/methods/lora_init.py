@@ -23,9 +23,9 @@ def initialise(layer: AdapterLayer, init: str, name: str) -> None:
       Gaussian, as in loralib.
     - ``b_gaussian``: A zero, B Gaussian of variance 1 / r, which keeps B h of the size of h.
     - ``pissa`` (Meng et al. 2024, arXiv 2404.02948, section 3): with W = U S V^T,
-      A = S_r^(1/2) V_r^T and B = U_r S_r^(1/2) / scaling. The start is taken off again (buffers
-      ``initial_A``, ``initial_B``), which leaves W's other singular values frozen: W itself keeps
-      its bits.
+      A = (S_r / scaling)^(1/2) V_r^T and B = U_r (S_r / scaling)^(1/2), as in PEFT. The start is
+      taken off again (buffers ``initial_A``, ``initial_B``), which leaves W's other singular
+      values frozen: W itself keeps its bits.
     - ``orthogonal``: of a random orthogonal Q (r, r) A gets half of the rows and B the other
       half, mixed with Gaussians of standard deviation 0.1, so that B A = 0 with neither zero.
 
@@ -57,9 +57,9 @@ def _pissa(layer: AdapterLayer, name: str) -> None:
     weight = layer.weight.detach().float()
     with torch.no_grad():
         left, values, right = _principal(weight if layer.kind == "linear" else weight.t(), layer.r)
-        root = values.sqrt()
+        root = (values / layer.scaling).sqrt()
         layer.lora_A.copy_(root[:, None] * right.t())
-        layer.lora_B.copy_(left * root / layer.scaling)
+        layer.lora_B.copy_(left * root)
     for factor in "AB":
         start = getattr(layer, f"lora_{factor}").detach().clone()
         layer.register_buffer(f"initial_{factor}", start, persistent=False)
