@@ -60,8 +60,8 @@ class Method:
     ``kinds`` are what it can adapt: the kinds of ``layers.kind_of`` and ``slice``, rows of a fused
     projection; none for a method that trains the base's own parameters. ``peft_type`` is what its
     ``adapter_config.json`` says, ``folds`` whether what it saves is another method's form, into
-    which its own is folded. A function that is not implemented here is left to those methods whose
-    kinds need it.
+    which its own is folded. ``peft_loads``: whether PEFT has a place for that form. A function that
+    is not implemented here is left to those methods whose kinds need it.
     """
 
     name: ClassVar[str]
@@ -70,6 +70,7 @@ class Method:
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "embedding", "slice"})
     peft_type: ClassVar[str] = "LORA"
     folds: ClassVar[bool] = False
+    peft_loads: ClassVar[bool] = True
 
     def check(self, config: Any, targets: Collection[str]) -> None:
         """Raise TargetError if ``config`` says something of modules that are none of
@@ -114,9 +115,14 @@ class Method:
         return weight.float() + self.delta_weight(layer)
 
     def param_groups(
-        self, parameters: Mapping[str, nn.Parameter], config: Any, train: TrainSection
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        layers: Mapping[str, AdapterLayer],
+        config: Any,
+        train: TrainSection,
     ) -> list[dict[str, Any]]:
-        """The optimizer's groups of all that trains, by name.
+        """The optimizer's groups of all that trains, by name, ``layers`` being what was wrapped;
+        the first has the learning rate that the log calls so.
 
         Weight decay is on matrices only: biases and the weights of norms have one dimension.
         """
@@ -136,7 +142,7 @@ class Method:
         return RunHooks()
 
     def advice(self, config: Any) -> str | None:
-        """What else than ``train.learning_rate`` to lower if a run diverges."""
+        """What else than ``train.learning_rate`` may be too high if a run diverges."""
         return None
 
     def reads(self, settings: Mapping[str, Any]) -> bool:
@@ -148,6 +154,14 @@ class Method:
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """PEFT's form: the method's keys of ``adapter_config.json``, and tensors by PEFT's names
         (without the prefix ``base_model.model.``)."""
+        raise NotImplementedError
+
+    def unpack(
+        self, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """For a form that PEFT does not load: the file's tensors, each under the name of the
+        module or parameter it is for. Raises AdapterError unless they are what ``settings`` say.
+        """
         raise NotImplementedError
 
     def from_peft(

@@ -139,7 +139,7 @@ class Lora(Method):
         """``LORA`` with exact ranks and alphas for the modules that differ from r, lora_alpha."""
         from lorakit.methods.lora_form import lora_settings, lora_tensors
 
-        return lora_settings(layers, config), lora_tensors(self, layers)
+        return lora_settings(layers, config), lora_tensors(layers)
 
     def from_peft(
         self, module: nn.Module, name: str, settings: Mapping[str, Any], tensors: dict[str, Tensor]

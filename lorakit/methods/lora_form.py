@@ -35,13 +35,14 @@ def lora_settings(layers: Mapping[str, AdapterLayer], config: Any) -> dict[str, 
     }
 
 
-def lora_tensors(method: Lora, layers: Mapping[str, AdapterLayer]) -> dict[str, Tensor]:
+def lora_tensors(layers: Mapping[str, AdapterLayer]) -> dict[str, Tensor]:
     """A and B of every layer by PEFT's names."""
-    return {
-        f"{name}.{stored}": factor.detach()
-        for name, layer in layers.items()
-        for stored, factor in zip(_peft_names(layer.kind), method.factors(layer), strict=True)
-    }
+    tensors = {}
+    for name, layer in layers.items():
+        method: Any = layer.method
+        for stored, factor in zip(_peft_names(layer.kind), method.factors(layer), strict=True):
+            tensors[f"{name}.{stored}"] = factor.detach()
+    return tensors
 
 
 def read_layer(

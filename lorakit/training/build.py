@@ -48,9 +48,9 @@ def build_loop(
         (objective.parts.decoder if objective.parts else model).compile(dynamic=True)
     trainable: Any = trainable_state(model)
     method: Method = registry.methods()[prepared.recipe.adapter.method]
-    groups = method.param_groups(trainable, prepared.recipe.adapter, section)
-    optimizer = build_optimizer(groups, section)
     layers = adapter_layers(model)
+    groups = method.param_groups(trainable, layers, prepared.recipe.adapter, section)
+    optimizer = build_optimizer(groups, section)
     hooks = method.hooks(layers, prepared.recipe.adapter, schedule.total_steps)
     scheduler = build_scheduler(optimizer, section, schedule.total_steps)
     wrapped, prepared_optimizer = accelerator.prepare(objective, optimizer)

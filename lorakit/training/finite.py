@@ -41,7 +41,8 @@ def _likely_cause(values: LateValues, index: int, advice: str | None) -> str:
     rate = values.known["learning_rate"]
     earlier = [norm for norm in values.grad_norms[:index] if math.isfinite(norm)]
     if earlier and max(earlier) > 100:
-        return f"the gradient grew to {max(earlier):.3g} before: lower train.learning_rate ({rate:g}){also}"
+        grown = f"the gradient grew to {max(earlier):.3g} before"
+        return f"{grown}: train.learning_rate ({rate:g}) too high{also}"
     return (
         f"likely causes: train.learning_rate ({rate:g}) too high{also}, or float16 overflow "
         "(bfloat16 has the range)"

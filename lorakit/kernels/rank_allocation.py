@@ -1,0 +1,95 @@
+"""AdaLoRA's arithmetic over all matrices at once: importance, the triplets kept, orthogonality.
+
+A model has hundreds of small factors; a loop over them would cost more than the model's own step.
+Element-wise work is done by fused multi-tensor kernels, the rest on stacks of equal shapes, and
+nothing is read back to the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def by_shape(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """The positions of ``tensors``, those of one shape together."""
+    groups: dict[torch.Size, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        groups.setdefault(tensor.shape, []).append(index)
+    return list(groups.values())
+
+
+@torch.no_grad()
+def update_importance(
+    averages: list[Tensor],
+    uncertainties: list[Tensor],
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    beta1: float,
+    beta2: float,
+) -> None:
+    """One step of the smoothed sensitivity and of its uncertainty, in place (AdaLoRA, eq. 8 to 10).
+
+    I = |w * grad|; average <- beta1 average + (1 - beta1) I;
+    uncertainty <- beta2 uncertainty + (1 - beta2) |I - average|, with the average just made, as
+    both public codes have it.
+    """
+    sensitivity = list(torch._foreach_mul(weights, gradients))
+    torch._foreach_abs_(sensitivity)
+    torch._foreach_mul_(averages, beta1)
+    torch._foreach_add_(averages, sensitivity, alpha=1 - beta1)
+    torch._foreach_sub_(sensitivity, averages)
+    torch._foreach_abs_(sensitivity)
+    torch._foreach_mul_(uncertainties, beta2)
+    torch._foreach_add_(uncertainties, sensitivity, alpha=1 - beta2)
+
+
+@torch.no_grad()
+def triplet_scores(importance: Sequence[Tensor], dim: int) -> Tensor:
+    """(matrices, r): the mean importance of each factor along ``dim``: 1 for A (r, in) and E
+    (r, 1), 0 for B (out, r)."""
+    rows: list[Tensor | None] = [None] * len(importance)
+    for group in by_shape(importance):
+        means = torch.stack([importance[i] for i in group]).mean(dim=dim + 1)
+        for index, row in zip(group, means.unbind(0), strict=True):
+            rows[index] = row
+    return torch.stack([row for row in rows if row is not None])
+
+
+@torch.no_grad()
+def keep_top(scores: Tensor, budget: int) -> Tensor:
+    """A mask of exactly ``budget`` of the ``scores``, the highest; of equals the earlier."""
+    order = scores.flatten().sort(descending=True, stable=True).indices
+    kept = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    return kept.index_fill_(0, order[:budget], True).view(scores.shape)
+
+
+@torch.no_grad()
+def orthogonality(
+    factors: Sequence[Tensor], columns: bool, mean_norm: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """How far the factors are from orthonormal rows (or ``columns``), and the gradients of that.
+
+    With G = F F^T - I (or F^T F - I): sum ||G||_F^2, whose gradient is 4 G F (or 4 F G). With
+    ``mean_norm`` sum ||G||_F, with gradient 2 G F / ||G||_F: what the public codes take.
+    """
+    total = factors[0].new_zeros(())
+    gradients: list[Tensor] = [total] * len(factors)
+    for group in by_shape(factors):
+        stack = torch.stack([factors[i] for i in group])
+        rows = stack.mT if columns else stack
+        gram = rows @ rows.mT
+        gram.diagonal(dim1=-2, dim2=-1).sub_(1)
+        if mean_norm:
+            norms = gram.flatten(1).norm(dim=1)
+            total = total + norms.sum()
+            gram = gram * (2 / norms.clamp_min(torch.finfo(norms.dtype).tiny))[:, None, None]
+        else:
+            total = total + gram.square().sum()
+            gram = gram * 4
+        gradient = stack @ gram if columns else gram @ stack
+        for index, own in zip(group, gradient.unbind(0), strict=True):
+            gradients[index] = own
+    return total, gradients

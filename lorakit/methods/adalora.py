@@ -1,0 +1,166 @@
+"""AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): W + s P Lambda Q, ranks chosen while training.
+
+Lambda starts at zero, P (out, init_r) and Q (init_r, in) Gaussian; gamma * (||P^T P - I||_F^2 +
+||Q^T Q - I||_F^2) keeps them near orthonormal (section 3.1). Every ``deltaT`` steps the triplets
+(a column of P, its lambda, a row of Q) of all matrices are ranked by importance, and the lambdas of
+all but the budget's best are set to zero (section 3.2); P and Q go on training, so that a triplet
+can come back. The names are PEFT's: P is ``lora_B``, Lambda ``lora_E``, Q ``lora_A``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from lorakit.errors import UserError
+from lorakit.methods.base import RunHooks
+from lorakit.methods.lora import Lora
+from lorakit.recipe.sections import (
+    AdapterSection,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+)
+
+if TYPE_CHECKING:
+    from pydantic import ValidationInfo
+    from torch import Tensor, nn
+
+    from lorakit.layers import AdapterLayer, FusedLayer
+
+#: Steps, or a fraction of the run.
+Steps = NonNegativeInt | Annotated[float, Field(gt=0, lt=1)]
+
+
+class AdaLoraConfig(AdapterSection):
+    """``target_r`` is the average rank at the end, ``init_r`` the rank of each matrix before.
+
+    For ``tinit`` steps all triplets train, over the last ``tfinal`` the kept ones only; both may be
+    fractions of the run, and the defaults are about those of the paper's Table 8. ``beta1`` and
+    ``beta2`` smooth the importance; ``orth_reg_weight`` is gamma. ``orth_reg_form``: ``squared`` is
+    the paper's sum of squared norms, ``mean_norm`` the mean of norms that both public codes take,
+    for which the gammas of the paper's tables were chosen.
+    """
+
+    method: str = "adalora"
+    target_r: PositiveInt = 8
+    init_r: PositiveInt = 12
+    lora_alpha: PositiveFloat | Annotated[int, Field(gt=0)] = 16
+    lora_dropout: Probability = 0.0
+    tinit: Steps = 0.1
+    tfinal: Steps = 0.5
+    deltaT: PositiveInt = 10
+    beta1: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    orth_reg_weight: NonNegativeFloat = 0.1
+    orth_reg_form: Literal["squared", "mean_norm"] = "squared"
+    bias: Literal["none", "lora_only", "all"] = "none"
+
+    @field_validator("init_r")
+    @classmethod
+    def _no_less_than_the_target(cls, init_r: int, info: ValidationInfo) -> int:
+        target_r = info.data.get("target_r", 0)
+        if init_r < target_r:
+            raise ValueError(f"is below target_r = {target_r}; allowed: {target_r} or more")
+        return init_r
+
+
+class AdaLora(Lora):
+    name = "adalora"
+    summary = "W + P Lambda Q; the rank of each matrix is chosen while training (Zhang et al. 2023)"
+    Config: ClassVar[type[AdapterSection]] = AdaLoraConfig
+    kinds = frozenset({"linear", "conv1d", "slice"})
+    peft_type = "ADALORA"
+
+    def check(self, config: Any, targets: Collection[str]) -> None:
+        """Nothing in the configuration names a module."""
+
+    def wrap(self, module: nn.Module, config: Any, name: str) -> AdapterLayer:
+        import torch
+
+        from lorakit.layers import AdapterLayer
+
+        r = config.init_r
+        layer = AdapterLayer(module, self, r=r, scaling=scaling_of(config.lora_alpha, r))
+        device = layer.weight.device
+        A, B = torch.empty(r, layer.in_features), torch.empty(layer.out_features, r)
+        for factor, value in (("lora_A", A), ("lora_B", B)):
+            torch.nn.init.normal_(value, std=0.02)
+            layer.register_parameter(factor, torch.nn.Parameter(value.to(device)))
+        layer.lora_E = torch.nn.Parameter(torch.zeros(r, 1, device=device))
+        layer.register_buffer("kept", torch.ones(r, dtype=torch.bool, device=device), False)
+        layer.lora_dropout = torch.nn.Dropout(config.lora_dropout)
+        return layer
+
+    def factors(self, layer: AdapterLayer) -> tuple[Tensor, Tensor]:
+        return layer.lora_A * layer.lora_E, layer.lora_B
+
+    def check_steps(self, config: Any, total_steps: int) -> None:
+        tinit, tfinal = (resolve_steps(s, total_steps) for s in (config.tinit, config.tfinal))
+        if tinit + tfinal >= total_steps:
+            raise UserError(
+                f"adapter.tinit = {config.tinit}, adapter.tfinal = {config.tfinal}: {tinit} and "
+                f"{tfinal} of the run's {total_steps} steps leave none to choose ranks in; "
+                f"allowed: less than {total_steps} together"
+            )
+
+    def hooks(self, layers: Mapping[str, AdapterLayer], config: Any, total_steps: int) -> RunHooks:
+        from lorakit.methods.adalora_run import Allocation, Budget
+
+        tinit, tfinal = (resolve_steps(s, total_steps) for s in (config.tinit, config.tfinal))
+        start, end = config.init_r * len(layers), config.target_r * len(layers)
+        budget = Budget(start, end, tinit, tfinal, total_steps, config.deltaT)
+        return Allocation(layers, config, budget)
+
+    def reads(self, settings: Mapping[str, Any]) -> bool:
+        return bool(settings["peft_type"] == "ADALORA")
+
+    def to_peft(
+        self, layers: dict[str, AdapterLayer], config: Any
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """``ADALORA``, or where slices of fused projections are adapted, which it has no place for,
+        plain ``LORA`` with Lambda folded into A."""
+        from lorakit.methods.adalora_form import as_adalora, as_lora
+
+        own = all(layer.method is self for layer in layers.values())
+        return as_adalora(layers, config) if own else as_lora(layers, config)
+
+    def from_peft(
+        self, module: nn.Module, name: str, settings: Mapping[str, Any], tensors: dict[str, Tensor]
+    ) -> AdapterLayer:
+        from lorakit.methods.adalora_form import read_adalora
+
+        return read_adalora(self, module, name, settings, tensors)
+
+    def saved_rank(self, layer: AdapterLayer) -> int:
+        return len(kept_rows(layer))
+
+    def compose(self, fused: FusedLayer) -> AdapterLayer:
+        """As LoRA, of which the parts are the kept triplets: PEFT's AdaLoRA has no parts."""
+        from lorakit.methods.adalora_form import compose_as_lora
+
+        return compose_as_lora(fused)
+
+
+def scaling_of(lora_alpha: float, init_r: int) -> float:
+    """As both public codes have it: not of the rank that is left, and never a division by 0."""
+    return lora_alpha / (init_r + 1e-5)
+
+
+def kept_rows(layer: AdapterLayer) -> list[int]:
+    """The triplets that are saved: those kept, or one, whose lambda is zero, if none is (PEFT
+    loads no rank of 0)."""
+    rows: list[int] = layer.kept.nonzero().flatten().tolist()
+    return rows or [0]
+
+
+def resolve_steps(steps: float, total_steps: int) -> int:
+    """A fraction of the run in steps."""
+    return steps if isinstance(steps, int) else round(steps * total_steps)
+
+
+METHOD = AdaLora()

@@ -1,0 +1,103 @@
+"""LoRA+ (Hayou et al. 2024, arXiv 2402.12354): LoRA with B's learning rate above A's.
+
+lr_B = loraplus_lr_ratio * lr_A, whichever of the two starts at zero. ``auto`` is the ratio at which
+both contribute alike to the change of the loss, for each matrix (n / m) * sqrt(n / r), with
+n = in_features and m = out_features (Su 2024, kexue.fm/archives/10001).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import model_validator
+
+from lorakit.methods.base import RunHooks
+from lorakit.methods.lora import Lora, LoraConfig
+from lorakit.recipe.sections import AdapterSection, PositiveFloat, TrainSection
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lorakit.layers import AdapterLayer
+
+
+class LoraPlusConfig(LoraConfig):
+    """LoRA's keys, and the ratio lr_B / lr_A. ``loraplus_lr_embedding`` is the learning rate of
+    both factors of an adapted embedding; null is that of all, which is what ratio 1 makes of it."""
+
+    method: str = "lora_plus"
+    loraplus_lr_ratio: PositiveFloat | Literal["auto"] = 16.0
+    loraplus_lr_embedding: PositiveFloat | None = 1e-6
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ratio_1_is_lora(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("loraplus_lr_ratio") in (1, 1.0):
+            return {"loraplus_lr_embedding": None, **data}
+        return data
+
+    def ratio_of(self, layer: AdapterLayer) -> float:
+        if self.loraplus_lr_ratio != "auto":
+            return self.loraplus_lr_ratio
+        n, m = layer.in_features, layer.out_features
+        return n / m * math.sqrt(n / layer.r)
+
+
+class LoraPlus(Lora):
+    name = "lora_plus"
+    summary = "LoRA with B's learning rate loraplus_lr_ratio times A's (Hayou et al. 2024)"
+    Config: ClassVar[type[AdapterSection]] = LoraPlusConfig
+
+    def param_groups(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        layers: Mapping[str, AdapterLayer],
+        config: Any,
+        train: TrainSection,
+    ) -> list[dict[str, Any]]:
+        """One group for each learning rate, that of A and of all else first; B's are marked, as
+        the log shows them. Weight decay is honoured in each."""
+        rates: dict[str, float] = {}
+        factor_B = set()
+        for name, layer in layers.items():
+            if layer.kind == "embedding" and config.loraplus_lr_embedding is not None:
+                rates[f"{name}.lora_A"] = rates[f"{name}.lora_B"] = config.loraplus_lr_embedding
+            else:
+                rates[f"{name}.lora_B"] = train.learning_rate * config.ratio_of(layer)
+                factor_B.add(f"{name}.lora_B")
+        groups: dict[tuple[float, bool], dict[str, nn.Parameter]] = {
+            (train.learning_rate, False): {}
+        }
+        for name, parameter in parameters.items():
+            key = (rates.get(name, train.learning_rate), name in factor_B)
+            groups.setdefault(key, {})[name] = parameter
+        return [
+            group | {"lr": rate, "is_lora_B": is_B}
+            for (rate, is_B), members in groups.items()
+            for group in super(LoraPlus, self).param_groups(members, layers, config, train)
+        ]
+
+    def hooks(self, layers: Mapping[str, AdapterLayer], config: Any, total_steps: int) -> RunHooks:
+        return _WithRates(super().hooks(layers, config, total_steps))
+
+    def advice(self, config: Any) -> str | None:
+        return f"adapter.loraplus_lr_ratio ({config.loraplus_lr_ratio}) too high"
+
+    def reads(self, settings: Mapping[str, Any]) -> bool:
+        return False
+
+
+class _WithRates(RunHooks):
+    """LoRA's own hooks, and B's learning rate in the log: with ``auto`` the largest."""
+
+    def __init__(self, inner: RunHooks) -> None:
+        self.state, self.load_state = inner.state, inner.load_state  # type: ignore[method-assign]
+
+    def logged(self, step: int, optimizer: Any) -> dict[str, float]:
+        rates = [group["lr"] for group in optimizer.param_groups if group["is_lora_B"]]
+        return {"learning_rate_B": float(max(rates))} if rates else {}
+
+
+METHOD = LoraPlus()
