@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 SIDECAR = "lorakit.json"
 PREFIX = "base_model.model."
+#: With ``bias: all`` PEFT writes the biases of modules that train whole a second time, under the
+#: names that they have inside of it, and beside them the biases that these stand in place of.
+_SECOND = re.compile(r"\.(?:modules_to_save|original_module)\.")
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
     own = next((m for m in registry.methods().values() if _is_own_form(m, config)), None)
     if own is None:
         check_supported(config, where)
-    tensors = _tensors(directory)
+    tensors = _tensors(directory, config["peft_type"])
     if own is not None:
         try:
             tensors = own.unpack(config, tensors)
@@ -132,7 +136,7 @@ def _read_json(file: Path) -> dict[str, Any] | None:
     return value
 
 
-def _tensors(directory: Path) -> dict[str, Tensor]:
+def _tensors(directory: Path, peft_type: str) -> dict[str, Tensor]:
     file = directory / WEIGHTS
     if not file.is_file():
         pickled = directory / "adapter_model.bin"
@@ -149,7 +153,9 @@ def _tensors(directory: Path) -> dict[str, Tensor]:
         raise AdapterError(f"{file}: holds no tensors")
     tensors = {}
     for name, tensor in stored.items():
-        if not name.startswith(PREFIX) or not tensor.numel():
+        # PEFT writes a matrix whose rank AdaLoRA brought to 0 as tensors without values.
+        empty = not tensor.numel() and peft_type != "ADALORA"
+        if not name.startswith(PREFIX) or empty:
             problem = "an empty tensor" if name.startswith(PREFIX) else "not a name that PEFT gives"
             raise AdapterError(f"{file}: {name}: {problem}")
         if not is_finite(tensor):

@@ -64,7 +64,7 @@ def read_adalora(
     settings: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
 ) -> AdapterLayer:
-    """A layer with the triplets of the file, as many as it has."""
+    """A layer with the triplets of the file, as many as it has; none is one that adds nothing."""
     import torch
 
     from lorakit.layers import AdapterLayer
@@ -78,6 +78,9 @@ def read_adalora(
     pattern = (settings.get("rank_pattern") or {}).get(f"{name}.lora_E")
     r = init_r if pattern is None else sum(pattern)
     scaling = scaling_of(settings.get("lora_alpha", 8), init_r)
+    if r == 0 and not any(value.numel() for value in tensors.values()):
+        ends = {"lora_A": (1, -1), "lora_E": (1, 1), "lora_B": (-1, 1)}
+        r, tensors = 1, {f: _zero(tensors[f], shape) for f, shape in ends.items()}
     layer = AdapterLayer(module, method, r=r, scaling=scaling)
     shapes = {
         "lora_A": (r, layer.in_features),
@@ -91,6 +94,12 @@ def read_adalora(
     layer.register_buffer("kept", kept, persistent=False)
     layer.lora_dropout = torch.nn.Dropout(settings.get("lora_dropout", 0.0))
     return layer
+
+
+def _zero(empty: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Zeros of ``shape``, of which -1 is the size that ``empty`` has."""
+    sizes = [have if want < 0 else want for have, want in zip(empty.shape, shape, strict=True)]
+    return empty.new_zeros(sizes)
 
 
 def fold(layer: AdapterLayer) -> AdapterLayer:
