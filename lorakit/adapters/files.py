@@ -103,6 +103,8 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
     if own is None:
         check_supported(config, where)
     tensors = _tensors(directory, config["peft_type"])
+    if config.get("bias") == "all":
+        tensors = {name: value for name, value in tensors.items() if not _SECOND.search(name)}
     if own is not None:
         try:
             tensors = own.unpack(config, tensors)

@@ -174,10 +174,12 @@ def _set_trainable(
 
 def _is_whole(files: AdapterFiles, name: str) -> bool:
     """Whether the module is, or lies in, one that the file replaces whole."""
-    ends = list(files.config.get("modules_to_save") or ())
+    ends = tuple(files.config.get("modules_to_save") or ())
     if files.config.get("task_type") == "SEQ_CLS":
         ends += SEQ_CLS_HEADS
-    return any(f".{end}." in f".{name}." for end in ends)
+    parts = name.split(".")
+    above = (".".join(parts[: depth + 1]) for depth in range(len(parts)))
+    return any(module.endswith(ends or ("\0",)) for module in above)
 
 
 def _split(key: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:

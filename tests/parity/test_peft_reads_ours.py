@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 from lorakit.adapters.peft_format import save_adapter
 from lorakit.injection import inject
-from lorakit.layers import adapter_layers
+from lorakit.layers import adapted_modules
 from lorakit.methods.lora import LoraConfig
 from tests.families import ENCODERS, tiny, token_ids
 
@@ -45,6 +45,24 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "score": ("llama", {}, {"classifier": True}),
     "a classifier of gpt2": ("gpt2", {"target_modules": ["c_attn"]}, {"classifier": True, "pad_token_id": 0}),
     **{f"{family} classifier": (family, {"target_modules": ["attention"]}, {}) for family in ENCODERS},
+    "adapted biases": ("llama", {"bias": "lora_only"}, {"attention_bias": True}),
+    "adapted biases of Conv1D": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "bias": "lora_only"}, {}),
+    "adapted biases, there are none": ("llama", {"bias": "lora_only"}, {}),
+    "the bias of a fused projection": ("gpt2", {"target_modules": ["v"], "bias": "lora_only"}, {}),
+    "all biases": ("gpt2", {"target_modules": ["c_attn"], "bias": "all"}, {}),
+    "all biases and trained norms": (
+        "opt", {"bias": "all", "modules_to_save": ["final_layer_norm"]}, {}
+    ),
+    "adapted biases of a classifier": ("bert", {"bias": "lora_only"}, {}),
+    **{f"all biases of a {family} classifier": (family, {"target_modules": ["attention"], "bias": "all"}, {})
+       for family in ("bert", "roberta", "distilbert", "albert")},
+    "pissa": ("gpt2", {"target_modules": ["all-linear", "wte"], "init": "pissa"}, {}),
+    "pissa of different ranks": (
+        "llama", {"init": "pissa", "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"1.self_attn.v_proj": 5}}, {}
+    ),
+    "pissa, rslora": ("llama", {"init": "pissa", "use_rslora": True}, {}),
+    "orthogonal": ("llama", {"init": "orthogonal"}, {}),
+    "b_gaussian": ("gpt2", {"init": "b_gaussian", "target_modules": ["wte", "c_attn"]}, {}),
     "dense of attention only": ("bert", {"target_modules": ["o"]}, {}),
 }  # fmt: skip
 
@@ -90,7 +108,7 @@ def test_equal_logits(case: str, given: bool, tmp_path: Path) -> None:
     assert (ours - before).abs().max() > 1e-3, "the adapter does something"
     torch.testing.assert_close(logits(theirs), ours, atol=1e-5, rtol=0)
     adapted = {n for n, m in theirs.base_model.model.named_modules() if hasattr(m, "lora_A")}
-    assert adapted == set(adapter_layers(model))
+    assert adapted == set(adapted_modules(model))
 
 
 def test_a_real_encoder(tmp_path: Path, minilm: Path) -> None:

@@ -50,6 +50,15 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "classifier": ("bert", {"target_modules": ["query"]}, {}),
     "classifier of two layers": ("roberta", {"target_modules": ["query"]}, {}),
     "pre_classifier": ("distilbert", {"target_modules": ["q_lin"]}, {}),
+    "adapted biases": ("gpt2", {"target_modules": ["c_attn"], "bias": "lora_only", "fan_in_fan_out": True}, {}),
+    "all biases": ("gpt2", {"target_modules": ["c_attn"], "bias": "all", "fan_in_fan_out": True}, {}),
+    "adapted biases of a classifier": ("bert", {"target_modules": ["query"], "bias": "lora_only"}, {}),
+    "all biases of a classifier": ("bert", {"target_modules": ["query"], "bias": "all"}, {}),
+    "all biases of a classifier of two layers": ("roberta", {"target_modules": ["query"], "bias": "all"}, {}),
+    "all biases of a pre_classifier": ("distilbert", {"target_modules": ["q_lin"], "bias": "all"}, {}),
+    "all biases beside a trained norm": (
+        "opt", {"target_modules": ["q_proj"], "bias": "all", "modules_to_save": ["final_layer_norm"]}, {}
+    ),
     "score": ("llama", {"target_modules": ["q_proj"]}, {"classifier": True}),
 }  # fmt: skip
 
