@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,9 +19,9 @@ from lorakit.layers import (
     kind_of,
 )
 from lorakit.methods.base import Method
-from lorakit.models.masters import keep_master, plain_name
+from lorakit.models.masters import keep_master, plain_name, train_whole
 from lorakit.recipe.sections import AdapterSection
-from lorakit.targets import Target, describe_modules, find_targets
+from lorakit.targets import Target, describe_modules, find_targets, parameters_within
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def inject(
         raise TargetError("the model holds an adapter already; load the base again")
     method: Method = registry.methods()[config.method]
     heads = tuple(find_heads(model) if heads is None else heads)
-    whole = tuple(dict.fromkeys([*heads, *_named(model, config.modules_to_save)]))
+    whole = trained_whole(model, config, heads)
     targets = _targets(model, config, method, whole)
     trained = {id(p) for name in whole for p in model.get_submodule(name).parameters()}
     clash = [n for n, t in targets.items() if any(id(p) in trained for p in t.module.parameters())]
@@ -78,16 +77,14 @@ def inject(
         raise TargetError(f"adapter: {describe_modules(clash)}: both a target and trained whole")
     method.check(config, tuple(targets))
     layers = {name: _wrap(method, target, config, name) for name, target in targets.items()}
-    model.requires_grad_(False)
     put_in_place(model, layers)
     method.link(layers)
-    base = method.trained_parameters(model, config)
+    base = _base_parameters(model, config, method, whole)
+    _freeze_all_but(model, layers)
     for name in whole:
         train_whole(model, name, keep_dtype=name in heads)
-    inside = tuple(f"{name}." for name in whole) or ("\0",)
     for name in base:
-        if not name.startswith(inside):
-            keep_master(model, name)
+        keep_master(model, name)
     return report(model, config.method, whole)
 
 
@@ -103,6 +100,37 @@ def _targets(
             f"allowed: {', '.join(sorted(method.kinds))} modules"
         )
     return targets
+
+
+def _base_parameters(
+    model: nn.Module, config: AdapterSection, method: Method, whole: Sequence[str]
+) -> list[str]:
+    """The base's own parameters that train, those of the modules ``whole`` aside; a method that
+    wraps nothing trains them where the targets are."""
+    names = method.trained_parameters(model, config)
+    if not method.kinds:
+        exclude = {*whole, *_output(model)}
+        names = parameters_within(model, names, config.target_modules, config.layers, exclude)
+    inside = tuple(f"{name}." for name in whole) or ("\0",)
+    found = [name for name in names if not name.startswith(inside)]
+    if not method.kinds and not found:
+        raise TargetError(
+            f"adapter: {method.name} finds nothing to train in {type(model).__name__}; allowed: "
+            "target_modules and layers that hold what it trains"
+        )
+    return found
+
+
+def _freeze_all_but(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:
+    own = {
+        id(parameter)
+        for layer in layers.values()
+        for name, parameter in layer.named_parameters()
+        if not name.startswith("base_layer.")
+    }
+    for parameter in model.parameters():
+        if id(parameter) not in own:
+            parameter.requires_grad_(False)
 
 
 def _kind(target: Target) -> str:
@@ -154,25 +182,13 @@ def find_heads(model: nn.Module) -> list[str]:
     ]
 
 
-def train_whole(model: nn.Module, name: str, keep_dtype: bool) -> None:
-    """Train a module in float32; its input is cast on the way in.
-
-    The output stays float32 for a head (``keep_dtype``) and is cast back elsewhere, so that the
-    layers after it see what they saw before. Modules that share the parameter (tied embeddings)
-    get the same casts.
-    """
-    module = model.get_submodule(name)
-    before = next(module.parameters()).dtype
-    module.to(torch.float32).requires_grad_(True)
-    if before == torch.float32:
-        return
-    shared = {id(p) for p in module.parameters()}
-    for other in model.modules():
-        tied = any(id(p) in shared for p in other.parameters(recurse=False))
-        if other is module or (tied and other not in set(module.modules())):
-            other.register_forward_pre_hook(_cast_inputs)
-            if not keep_dtype:
-                other.register_forward_hook(lambda _m, _a, out: _cast(out, before))
+def trained_whole(
+    model: nn.Module, config: AdapterSection, heads: Iterable[str] | None = None
+) -> tuple[str, ...]:
+    """The modules that are trained whole: ``heads`` (default: the classification head), then
+    ``config.modules_to_save``. Raises TargetError for one that is not there."""
+    heads = find_heads(model) if heads is None else heads
+    return tuple(dict.fromkeys([*heads, *_named(model, config.modules_to_save)]))
 
 
 def trained_base(model: nn.Module, whole: Sequence[str]) -> dict[str, Tensor]:
@@ -214,11 +230,3 @@ def _named(model: nn.Module, names: Sequence[str]) -> list[str]:
 def _output(model: nn.Module) -> list[str]:
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     return [name for name, module in model.named_modules() if head is not None and module is head]
-
-
-def _cast(value: object, dtype: torch.dtype) -> object:
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _cast_inputs(_module: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...]:
-    return tuple(_cast(value, torch.float32) for value in inputs)

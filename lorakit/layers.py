@@ -105,6 +105,8 @@ class AdapterLayer(nn.Module):
 
         def __getattr__(self, name: str) -> Any: ...
 
+        def __setattr__(self, name: str, value: Any) -> None: ...
+
     def extra_repr(self) -> str:
         return f"{self.method.name}, r={self.r}, scaling={self.scaling:g}"
 

@@ -65,6 +65,30 @@ def find_targets(
     return dict(sorted(chosen.items(), key=lambda item: _place(item[1], order)))
 
 
+def parameters_within(
+    model: nn.Module,
+    names: Sequence[str],
+    target_modules: Sequence[str] | None,
+    layers: Sequence[int] | str | None,
+    exclude: Collection[str] = (),
+) -> list[str]:
+    """Those of the parameters ``names`` that belong to what ``target_modules`` (None: the whole
+    model) and ``layers`` choose. Raises TargetError as ``find_targets`` does, and for a target
+    that is only a part of a projection."""
+    if target_modules is None:
+        kept = set(names) if layers is None else _in_layers(set(names), layers)
+        return [name for name in names if name in kept]
+    targets = find_targets(model, target_modules, layers, exclude)
+    if parts := [name for name, target in targets.items() if target.rows is not None]:
+        raise TargetError(
+            f"adapter.target_modules: {describe_modules(parts)} lie inside larger matrices, which "
+            "train as a whole or not at all; name the whole, "
+            f"{parts[0].rpartition('.')[0].rpartition('.')[2]!r}"
+        )
+    chosen = {id(p) for target in targets.values() for p in target.module.parameters()}
+    return [name for name in names if id(model.get_parameter(name)) in chosen]
+
+
 def _place(target: Target, order: dict[int, int]) -> tuple[int, int]:
     return order[id(target.module)], target.rows.start if target.rows else 0
 

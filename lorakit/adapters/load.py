@@ -118,9 +118,10 @@ def base_model(
             output_loading_info=True,
             **hub_options(section),
         )
-    whole = find_places(model, files).whole
-    check_shapes([key for key in info["mismatched_keys"] if key[0] not in whole], name, "base")
-    check_supplied(set(info["missing_keys"]), whole, name, files)
+    places = find_places(model, files)
+    mismatched = [key for key in info["mismatched_keys"] if key[0] not in places.whole]
+    check_shapes(mismatched, name, "base")
+    check_supplied(set(info["missing_keys"]), {**places.base, **places.whole}, name, files)
     assert isinstance(model, PreTrainedModel)
     set_pad_token(model.config, model, files)
     return model

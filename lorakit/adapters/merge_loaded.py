@@ -15,6 +15,7 @@ from lorakit.adapters.merge_plan import check_finite, part_embeddings
 from lorakit.adapters.place import find_places, load_adapter
 from lorakit.layers import adapted_modules
 from lorakit.models.load import quiet
+from lorakit.models.masters import set_value
 from lorakit.recipe.sections import ModelSection
 
 
@@ -33,6 +34,9 @@ def merge_loaded(
     load_adapter(model, files)
     merged = fold(model, target)
     nn.Module.to(model, target)
+    places = find_places(model, files)
+    for name, value in places.base.items():  # again: what the base's dtype took is not lost
+        set_value(model, name, value)
     for name, value in model.state_dict().items():
         check_finite(name, value)
     if _embeddings_parted(model):
@@ -43,7 +47,7 @@ def merge_loaded(
     return {
         "files": tuple(file.name for file in written),
         "merged_modules": merged,
-        "replaced_tensors": len(find_places(model, files).whole),
+        "replaced_tensors": len(places.base) + len(places.whole),
         "dtype": str(target).removeprefix("torch."),
         "size_bytes": sum(file.stat().st_size for file in written),
     }

@@ -16,7 +16,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from lorakit.adapters.checkpoint import Checkpoint
 from lorakit.adapters.files import AdapterFiles, is_finite
 from lorakit.adapters.load import check_supplied
-from lorakit.adapters.place import find_places, load_adapter
+from lorakit.adapters.place import Placement, find_places, load_adapter
 from lorakit.adapters.shards import OutputTensor
 from lorakit.errors import AdapterError
 from lorakit.layers import AdapterLayer, FusedLayer, adapted_modules
@@ -88,7 +88,7 @@ def plan_merge(
     load_adapter(model, files)
     adapted = {f"{name}.weight": layer for name, layer in adapted_modules(model).items()}
     sources = _sources(shapes, ties, checkpoint, model.base_model_prefix)
-    _check_present(shapes, sources, places.whole, checkpoint, files)
+    _check_present(shapes, sources, places, checkpoint, files)
     given = {**places.base, **places.whole}
     for names in ties:  # PEFT's copy of a base weight stands for all that share it
         for name in names if (found := set(names) & set(places.base)) else ():
@@ -143,18 +143,19 @@ def _sources(
 def _check_present(
     shapes: Mapping[str, tuple[int, ...]],
     sources: dict[str, str],
-    whole: Mapping[str, Tensor],
+    places: Placement,
     checkpoint: Checkpoint,
     files: AdapterFiles,
 ) -> None:
     lacking = set(shapes) - set(sources)
-    if absent := lacking - set(whole):
+    supplied = {**places.base, **places.whole}
+    if absent := lacking - set(supplied):
         if unused := sorted(set(checkpoint.tensors) - set(sources.values())):
             raise NotByName(f"the base has {unused[0]}, and no {min(absent)}")
-        check_supplied(lacking, whole, str(checkpoint.directory), files)
+        check_supplied(lacking, supplied, str(checkpoint.directory), files)
     for name, source in list(sources.items()):
         have = checkpoint.tensors[source].shape
-        if name in whole and have != shapes[name]:
+        if name in places.whole and have != shapes[name]:
             del sources[name]  # a head for another number of labels
         elif have != shapes[name]:
             raise AdapterError(

@@ -11,7 +11,8 @@ from lorakit import __version__
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the card says; None or nothing leaves a line out. ``seconds`` is the training's time."""
+    """What the card says; None or nothing leaves a line out. ``seconds`` is the training's time,
+    ``peft_loads`` whether PEFT has a place for the method's form."""
 
     base_model: str
     method: str
@@ -27,10 +28,11 @@ class CardFacts:
     steps: int | None = None
     seconds: float | None = None
     hardware: str | None = None
+    peft_loads: bool = True
 
 
 def model_card(facts: CardFacts) -> str:
-    """``README.md``: the Hub's front matter, then a table of facts and two ways to load it."""
+    """``README.md``: the Hub's front matter, then a table of facts and the ways to load it."""
     title = f"# {facts.method} adapter of {facts.base_model}"
     sections = [_front_matter(facts), title, _table(facts)]
     if facts.metrics:
@@ -45,10 +47,10 @@ def _front_matter(facts: CardFacts) -> str:
     lines = [
         "---",
         f"base_model: {json.dumps(facts.base_model, ensure_ascii=False)}",
-        "library_name: peft",
+        f"library_name: {'peft' if facts.peft_loads else 'lorakit'}",
         f"pipeline_tag: {'text-classification' if classifies else 'text-generation'}",
         "tags:",
-        "- lora",
+        *(["- lora"] if facts.peft_loads else []),
         "- lorakit",
         "---",
     ]
@@ -76,22 +78,10 @@ def _table(facts: CardFacts) -> str:
 
 def _usage(facts: CardFacts) -> str:
     base = json.dumps(facts.base_model, ensure_ascii=False)
-    auto = "AutoModelForCausalLM"
-    options = ""
-    if facts.task_type == "SEQ_CLS":
-        auto = "AutoModelForSequenceClassification"
-        options = f", num_labels={facts.num_labels or 'N'}"
+    other = _with_peft(facts, base) if facts.peft_loads else _by_merging(base)
     return f"""## Use
 
-With PEFT:
-
-```python
-from peft import PeftModel
-from transformers import {auto}
-
-base = {auto}.from_pretrained({base}{options})
-model = PeftModel.from_pretrained(base, "path/to/this/directory")
-```
+{other}
 
 With lorakit:
 
@@ -99,4 +89,29 @@ With lorakit:
 import lorakit
 
 model = lorakit.load({base}, "path/to/this/directory")
+```"""
+
+
+def _by_merging(base: str) -> str:
+    return f"""PEFT does not load this form. Merged, it is a model that plain transformers loads:
+
+```bash
+lorakit merge {base} path/to/this/directory merged
+```"""
+
+
+def _with_peft(facts: CardFacts, base: str) -> str:
+    auto = "AutoModelForCausalLM"
+    options = ""
+    if facts.task_type == "SEQ_CLS":
+        auto = "AutoModelForSequenceClassification"
+        options = f", num_labels={facts.num_labels or 'N'}"
+    return f"""With PEFT:
+
+```python
+from peft import PeftModel
+from transformers import {auto}
+
+base = {auto}.from_pretrained({base}{options})
+model = PeftModel.from_pretrained(base, "path/to/this/directory")
 ```"""

@@ -19,10 +19,10 @@ from lorakit.adapters.model_card import CardFacts, model_card
 from lorakit.adapters.peft_config import DEFAULTS, base_names, exact_patterns, target_modules
 from lorakit.adapters.place import load_adapter
 from lorakit.errors import AdapterError
-from lorakit.injection import trained_base
+from lorakit.injection import trained_base, trained_whole
 from lorakit.layers import AdapterLayer, FusedLayer, adapted_modules
 from lorakit.methods.base import Method
-from lorakit.models.masters import plain_name
+from lorakit.models.masters import base_dtype, plain_name
 from lorakit.recipe.sections import AdapterSection
 
 __all__ = ["AdapterFiles", "CardFacts", "load_adapter", "read_adapter", "save_adapter"]
@@ -43,33 +43,41 @@ def save_adapter(
     card: CardFacts | None = None,
     lorakit_info: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the adapter of ``model`` in PEFT's format; an adapter directory there is replaced.
+    """Write the adapter of ``model`` in PEFT's format, or where that has no place for the method in
+    lorakit's own; an adapter directory there is replaced.
 
     ``modules_to_save`` are the modules trained whole; by default those outside the adapter layers
-    that require gradients. ``lorakit_info`` is added to ``lorakit.json``. Returns the directory.
+    that require gradients, or, if the method trains the base's own parameters, those that
+    ``inject`` trains whole. ``lorakit_info`` is added to ``lorakit.json``. Returns the directory.
     Raises AdapterError if the model holds no adapter, or ``directory`` is something else.
     """
     directory = Path(directory)
     adapted = adapted_modules(model)
-    whole = _trained_whole(model) if modules_to_save is None else list(modules_to_save)
+    method: Method = registry.methods()[config.method]
+    if modules_to_save is not None:
+        whole = list(modules_to_save)
+    else:
+        whole = _trained_whole(model) if method.kinds else list(trained_whole(model, config))
     whole += _sharing(model, whole)
     base_parameters = trained_base(model, whole)
     if not adapted and not whole and not base_parameters:
         raise AdapterError(f"{directory}: the model holds no adapter to save")
     _check_replaceable(directory)
-    method: Method = registry.methods()[config.method]
     layers = {
         name: method.compose(layer) if isinstance(layer, FusedLayer) else layer
         for name, layer in adapted.items()
     }
     settings, tensors = method.to_peft(layers, config)
     tensors |= base_parameters
+    if not method.kinds:
+        settings["trained_parameters"] = sorted(base_parameters)
     for name in whole:
         state = model.get_submodule(name).state_dict()
         tensors |= {f"{name}.{key}": value for key, value in state.items()}
     base = {"base_model_name_or_path": base_model_name_or_path, "revision": revision}
     settings |= {**base, "task_type": task_type, "modules_to_save": whole or None}
-    settings = _peft_settings(settings, layers, model)
+    if method.peft_loads:
+        settings = _peft_settings(settings, layers, model)
     with written_beside(directory, replace=True) as folder:
         _write_json(folder / CONFIG, settings)
         save_file(_stored(tensors), folder / WEIGHTS, metadata={"format": "pt"})
@@ -78,7 +86,7 @@ def save_adapter(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         facts = card or CardFacts(base_model_name_or_path, method.name)
-        facts = _completed(facts, settings, whole, info)
+        facts = _completed(facts, settings, whole, info, method.peft_loads)
         (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
     return directory
 
@@ -138,8 +146,9 @@ def _sidecar(
     model: nn.Module, method: Method, layers: Mapping[str, AdapterLayer | FusedLayer]
 ) -> dict[str, Any]:
     info: dict[str, Any] = {"lorakit_version": __version__, "method": method.name}
-    base = [layer.weight for layer in layers.values()] or list(model.parameters())
-    info["base_dtype"] = str(base[0].dtype).removeprefix("torch.")
+    weight = next((layer.weight for layer in layers.values()), None)
+    dtype = base_dtype(model) if weight is None else weight.dtype
+    info["base_dtype"] = str(dtype).removeprefix("torch.")
     fused = {name: layer for name, layer in layers.items() if isinstance(layer, FusedLayer)}
     if fused:
         info["parts"] = {name: _parts(layer) for name, layer in fused.items()}
@@ -161,10 +170,14 @@ def _parts(layer: FusedLayer) -> dict[str, Any]:
 
 
 def _completed(
-    facts: CardFacts, settings: Mapping[str, Any], whole: list[str], info: Mapping[str, Any]
+    facts: CardFacts,
+    settings: Mapping[str, Any],
+    whole: list[str],
+    info: Mapping[str, Any],
+    peft_loads: bool,
 ) -> CardFacts:
     """What the files say already need not be given again."""
-    targets = settings["target_modules"]
+    targets = settings.get("target_modules", ())
     labels = info.get("id2label")
     return dataclasses.replace(
         facts,
@@ -174,6 +187,7 @@ def _completed(
         modules_to_save=facts.modules_to_save or whole,
         task_type=settings["task_type"],
         num_labels=facts.num_labels or (len(labels) if labels else None),
+        peft_loads=peft_loads,
     )
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from lorakit.adapters.files import AdapterFiles, read_adapter
 from lorakit.adapters.peft_config import SEQ_CLS_HEADS, matched_modules
 from lorakit.errors import AdapterError
-from lorakit.injection import InjectionReport, find_heads, report, train_whole
+from lorakit.injection import InjectionReport, find_heads, report
 from lorakit.layers import ADAPTABLE, AdapterLayer, FusedLayer, adapted_modules
-from lorakit.models.masters import keep_master, set_value
+from lorakit.models.masters import keep_master, set_value, train_whole
 
 _BASE = "base_layer."
 
@@ -75,7 +75,7 @@ def find_places(model: nn.Module, files: AdapterFiles) -> Placement:
             (places.base if files.trains_base and not _is_whole(files, name) else places.whole)[
                 key
             ] = value
-        elif not isinstance(modules.get(name), ADAPTABLE):
+        elif not files.method.kinds or not isinstance(modules.get(name), ADAPTABLE):
             places.unknown.append(key)
         elif end.startswith(_BASE) and end.removeprefix(_BASE) in own:
             places.base[f"{name}.{end.removeprefix(_BASE)}"] = value

@@ -13,6 +13,7 @@ from lorakit.kernels.linear_cross_entropy import (
     checkpointed_cross_entropy,
     linear_cross_entropy,
 )
+from lorakit.models.masters import base_dtype
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ def token_losses(
     hidden = parts.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
     hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
     head = parts.head
-    if type(head) is nn.Linear and not head.weight.requires_grad and not head._forward_pre_hooks:
+    trains = any(parameter.requires_grad for parameter in head.parameters())
+    if type(head) is nn.Linear and not trains and not head._forward_pre_hooks:
         return linear_cross_entropy(
             hidden, head.weight, head.bias, targets, label_smoothing, parts.transform
         )
@@ -93,5 +95,5 @@ def _agrees(model: PreTrainedModel, parts: CausalParts) -> bool:
         got = parts.transform(parts.head(hidden).float())
     finally:
         model.train(was_training)
-    exact = next(model.parameters()).dtype == torch.float32
+    exact = base_dtype(model) == torch.float32
     return torch.allclose(want, got, rtol=1e-4 if exact else 2e-2, atol=1e-4 if exact else 5e-2)

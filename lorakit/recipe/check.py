@@ -117,7 +117,7 @@ def _layers(adapter: AdapterSection) -> Iterator[Fault]:
 
 
 def _targets(adapter: AdapterSection) -> Iterator[Fault]:
-    for index, target in enumerate(adapter.target_modules):
+    for index, target in enumerate(adapter.target_modules or []):
         if not target.startswith("re:"):
             continue
         try:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from lorakit import registry
 from lorakit.adapters.model_card import CardFacts
 from lorakit.adapters.peft_format import save_adapter
+from lorakit.methods.base import Method
 from lorakit.training.record import RunRecord
-from lorakit.training.setup import Prepared
+from lorakit.training.setup import Prepared, Say
 
 
-def export_adapter(prepared: Prepared, directory: Path, record: RunRecord) -> None:
-    """Write what the model holds now, with its tokenizer and a card of the figures."""
+def export_adapter(prepared: Prepared, directory: Path, record: RunRecord, say: Say) -> None:
+    """Write what the model holds now, with its tokenizer and a card of the figures; ``say`` gets a
+    line if PEFT cannot read it."""
     recipe = prepared.recipe
     hardware = record.hardware
     for leftover in directory.parent.glob(f".{directory.name}.*"):  # of a run that was killed here
@@ -38,3 +41,9 @@ def export_adapter(prepared: Prepared, directory: Path, record: RunRecord) -> No
         ),
         lorakit_info={"task": recipe.task.name},
     )
+    method: Method = registry.methods()[recipe.adapter.method]
+    if not method.peft_loads:
+        say(
+            f"{directory}: PEFT does not load what {method.name} trains; lorakit does, and "
+            f"lorakit merge {recipe.model.name_or_path} {directory} OUT makes a plain model of it"
+        )

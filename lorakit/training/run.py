@@ -153,7 +153,7 @@ def _run(
         if ranks := loop.hooks.ranks():
             record.ranks = rank_list(ranks)
             say(rank_table(ranks))
-        export_adapter(prepared, output_dir / "adapter", record)
+        export_adapter(prepared, output_dir / "adapter", record, say)
         record.exit_reason = "completed"
     except (Exception, KeyboardInterrupt) as error:
         stopped = isinstance(error, Interrupted | KeyboardInterrupt)
