@@ -1,0 +1,42 @@
+"""BitFit (Ben Zaken et al. 2021, arXiv 2106.10199, section 3): the biases of the base train."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lorakit.errors import TargetError
+from lorakit.methods.full import Full, FullConfig
+from lorakit.recipe.sections import AdapterSection
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class BitFitConfig(FullConfig):
+    """``target_modules``: null for the biases of the whole model, those of the norms among them,
+    or the modules whose biases train (the paper's subset is those of q and of the first MLP
+    layer)."""
+
+    method: str = "bitfit"
+
+
+class BitFit(Full):
+    """y = W x + b with b alone trained; held and saved as by ``full``."""
+
+    name = "bitfit"
+    summary = "only the biases of the base train (Ben Zaken et al. 2021)"
+    Config: ClassVar[type[AdapterSection]] = BitFitConfig
+    peft_type = "BITFIT"
+
+    def trained_parameters(self, model: nn.Module, config: Any) -> list[str]:
+        """Every parameter whose name ends with ``bias``. Raises TargetError if there is none."""
+        found = [n for n, _ in model.named_parameters() if n.rpartition(".")[2] == "bias"]
+        if not found:
+            raise TargetError(
+                f"adapter.method: bitfit trains biases, and {type(model).__name__} has none; "
+                "allowed: a model with biases (BERT, RoBERTa, GPT-2, OPT), or another method"
+            )
+        return found
+
+
+METHOD = BitFit()

@@ -1,0 +1,75 @@
+"""Full fine-tuning: every parameter of the base trains. What the papers compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lorakit.errors import AdapterError, shown
+from lorakit.methods.base import Method
+from lorakit.recipe.sections import AdapterSection, TextList
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from lorakit.layers import AdapterLayer
+
+
+class FullConfig(AdapterSection):
+    """``target_modules``: null for all, or the modules whose own parameters train. ``layers``
+    chooses among them: ``layers: "10,11"`` alone trains the last two layers of twelve, as the
+    FT-Top2 of the LoRA paper (section 5.1)."""
+
+    method: str = "full"
+    target_modules: TextList | None = None  # type: ignore[assignment]
+
+
+class Full(Method):
+    """theta = theta_0 + the change of training, for each parameter by itself.
+
+    Over a half-precision base the values that train are held in float32, so that small updates
+    are not lost, and the model computes with their rounded copies. Nothing is wrapped, and PEFT
+    has no place for the result: ``adapter_config.json`` lists ``trained_parameters``, and
+    ``adapter_model.safetensors`` holds them whole, in float32, under the base model's names.
+    """
+
+    name = "full"
+    summary = "every parameter of the base trains"
+    Config: ClassVar[type[AdapterSection]] = FullConfig
+    kinds: ClassVar[frozenset[str]] = frozenset()
+    peft_type = "FULL"
+    peft_loads = False
+
+    def trained_parameters(self, model: nn.Module, config: Any) -> list[str]:
+        """All; one that several modules share by its first name."""
+        return [name for name, _ in model.named_parameters()]
+
+    def reads(self, settings: Mapping[str, Any]) -> bool:
+        return bool(settings["peft_type"] == self.peft_type)
+
+    def to_peft(
+        self, layers: dict[str, AdapterLayer], config: Any
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return {"peft_type": self.peft_type}, {}
+
+    def unpack(
+        self, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The tensors as they are: all that ``trained_parameters`` lists, and nothing else beside
+        the modules trained whole."""
+        listed = settings.get("trained_parameters")
+        if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+            raise AdapterError(
+                f"adapter_config.json: trained_parameters = {shown(listed)}: allowed: a list of "
+                "the names of parameters"
+            )
+        whole = tuple(f"{name}." for name in settings.get("modules_to_save") or ())
+        found = {name for name in tensors if not name.startswith(whole or ("\0",))}
+        if unlike := sorted(set(listed) ^ found):
+            kind = "missing" if unlike[0] in listed else "unknown"
+            more = f", and {len(unlike) - 1} other misfits" if len(unlike) > 1 else ""
+            raise AdapterError(f"{kind} tensor: {unlike[0]}{more}")
+        return dict(tensors)
+
+
+METHOD = Full()

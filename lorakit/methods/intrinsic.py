@@ -1,0 +1,188 @@
+"""Training in a random subspace: theta = theta_0 + P theta_d (Li et al. 2018, arXiv 1804.08838,
+section 2; Aghajanyan et al. 2020, arXiv 2012.13255, section 3).
+
+theta_0 are all adapted weights W_1 ... W_n, D values together; theta_d (d,) is all that trains, one
+vector for the whole model; P (D, d) is random, fixed, and made anew from its seed where it is used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lorakit.errors import AdapterError, shown
+from lorakit.methods.base import Method
+from lorakit.recipe.sections import AdapterSection, PositiveInt, Seed, TextList
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from lorakit.layers import AdapterLayer
+
+
+class IntrinsicConfig(AdapterSection):
+    """``d`` is the number of trained values, ``projection_seed`` names P."""
+
+    method: str = "intrinsic"
+    d: PositiveInt = 1000
+    projection_seed: Seed = 0
+    target_modules: TextList = ["all-linear"]
+
+
+class Intrinsic(Method):
+    """W_i + sqrt(d / D) reshape(P_i theta_d), with theta_d zero at the start.
+
+    P_i, the rows of P for W_i (out, in) row by row, is ``kernels.fastfood.project``'s with the
+    matrix's number as its stream; its rows have norm 1. The factor gives the columns of P norm 1,
+    as in Li et al.: theta_d then moves the weights by a vector of its own length. A step of Adam
+    with learning rate l moves each entry of theta_d by about l, and so each weight by about
+    l sqrt(d / D). With d = 1000 and D from 1e7 to 1e8 that is 3e-3 l to 1e-2 l: learning rates of
+    1e-3 to 1e-2 move the weights by 3e-6 to 1e-4 a step, as those of full fine-tuning do. Without
+    the factor they would move by l itself, and the learning rate's range depend on D.
+
+    A layer has no rank: r is 0. PEFT has no place for this form: ``adapter_config.json`` has ``d``,
+    ``projection_seed`` and ``matrices``, the names in the order of their streams, and
+    ``adapter_model.safetensors`` one ``theta``.
+    """
+
+    name = "intrinsic"
+    summary = (
+        "W + P theta, P random and never stored, theta (d,) for all W (Aghajanyan et al. 2020)"
+    )
+    Config: ClassVar[type[AdapterSection]] = IntrinsicConfig
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
+    peft_type = "INTRINSIC"
+    peft_loads = False
+
+    def wrap(self, module: nn.Module, config: Any, name: str) -> AdapterLayer:
+        import torch
+
+        layer = _layer(self, module, torch.zeros(config.d), config.projection_seed)
+        layer.theta.requires_grad_(True)
+        return layer
+
+    def link(self, layers: Mapping[str, AdapterLayer]) -> None:
+        """One theta for all, the number of each matrix where it has none yet, and the factor."""
+        D = sum(layer.in_features * layer.out_features for layer in layers.values())
+        theta = next(iter(layers.values())).theta if layers else None
+        for index, layer in enumerate(layers.values()):
+            layer.theta = theta
+            layer.scaling = math.sqrt(layer.theta.numel() / D)
+            layer.stream = index if layer.stream is None else layer.stream
+
+    def update(self, layer: AdapterLayer, x: Tensor, y: Tensor) -> Tensor:
+        """y + x (P theta)^T in ``y``'s dtype, P theta itself in float32."""
+        return y.addmm_(x.to(y.dtype), _cast_delta(layer, y.dtype).t())
+
+    def delta_weight(self, layer: AdapterLayer) -> Tensor:
+        """(out, in); transposed for Conv1D, which holds W^T."""
+        delta = _delta(layer).detach()
+        return delta if layer.kind == "linear" else delta.t()
+
+    def reads(self, settings: Mapping[str, Any]) -> bool:
+        return bool(settings["peft_type"] == self.peft_type)
+
+    def to_peft(
+        self, layers: dict[str, AdapterLayer], config: Any
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        ordered = sorted(layers, key=lambda name: layers[name].stream)
+        first = layers[ordered[0]]
+        settings = {
+            "peft_type": self.peft_type,
+            "d": first.theta.numel(),
+            "projection_seed": first.projection_seed,
+            "matrices": ordered,
+        }
+        return settings, {"theta": first.theta}
+
+    def unpack(
+        self, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """theta under the name of each matrix, and the modules trained whole."""
+        names = _matrices(settings)
+        d, seed = settings.get("d"), settings.get("projection_seed")
+        for key, value, least in (("d", d, 1), ("projection_seed", seed, 0)):
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**32:
+                raise AdapterError(
+                    f"adapter_config.json: {key} = {shown(value)}: allowed: an integer from {least}"
+                )
+        rest = dict(tensors)
+        theta = rest.pop("theta", None)
+        if theta is None:
+            raise AdapterError("missing tensor: theta")
+        if tuple(theta.shape) != (d,):
+            raise AdapterError(f"theta is {tuple(theta.shape)}, and d = {d} needs ({d},)")
+        return rest | {f"{name}.theta": theta for name in names}
+
+    def from_peft(
+        self, module: nn.Module, name: str, settings: Mapping[str, Any], tensors: dict[str, Tensor]
+    ) -> AdapterLayer:
+        from lorakit.layers import kind_of
+
+        if set(tensors) != {"theta"}:
+            listed = ", ".join(f"{name}.{key}" for key in sorted(set(tensors) - {"theta"}))
+            raise AdapterError(f"unknown tensors: {listed}")
+        if kind_of(module) not in self.kinds:
+            raise AdapterError(f"{name} is an {kind_of(module)}: allowed: {', '.join(self.kinds)}")
+        layer = _layer(self, module, tensors["theta"], settings["projection_seed"])
+        layer.stream = settings["matrices"].index(name)
+        return layer
+
+
+def _layer(method: Intrinsic, module: nn.Module, theta: Tensor, seed: int) -> AdapterLayer:
+    import torch
+
+    from lorakit.layers import AdapterLayer
+
+    layer = AdapterLayer(module, method, r=0, scaling=1.0)
+    device = theta.device if layer.weight.is_meta else layer.weight.device
+    value = theta.to(device, torch.float32, copy=True)
+    layer.theta = torch.nn.Parameter(value, requires_grad=False)
+    layer.projection_seed = seed
+    layer.stream = None
+    layer.kept = None
+    return layer
+
+
+def _delta(layer: AdapterLayer) -> Tensor:
+    """sqrt(d / D) reshape(P_i theta) (out, in), float32."""
+    from lorakit.kernels.fastfood import project
+
+    size = layer.out_features * layer.in_features
+    flat = project(layer.theta, size, layer.projection_seed, layer.stream)
+    return flat.view(layer.out_features, layer.in_features) * layer.scaling
+
+
+def _cast_delta(layer: AdapterLayer, dtype: torch.dtype) -> Tensor:
+    """The update in ``dtype``. Where theta gets no gradient it is kept until theta changes: text
+    is generated a token at a time, and P theta costs more than a token."""
+    import torch
+
+    theta = layer.theta
+    trains = torch.is_grad_enabled() and theta.requires_grad
+    if trains or torch.compiler.is_compiling():
+        layer.kept = None
+        return _delta(layer).to(dtype)
+    state = (theta.data_ptr(), theta._version, theta.device, dtype)
+    if layer.kept is None or layer.kept[0] != state:
+        with torch.inference_mode(False), torch.no_grad():
+            layer.kept = (state, _delta(layer).to(dtype))
+    kept: Tensor = layer.kept[1]
+    return kept
+
+
+def _matrices(settings: Mapping[str, Any]) -> list[str]:
+    names = settings.get("matrices")
+    listed = names if isinstance(names, list) else []
+    texts = [name for name in listed if isinstance(name, str)]
+    if not texts or len(texts) < len(listed) or len(set(texts)) < len(texts):
+        raise AdapterError(
+            f"adapter_config.json: matrices = {shown(names)}: allowed: a list of the adapted "
+            "modules' names, each once"
+        )
+    return texts
+
+
+METHOD = Intrinsic()
