@@ -111,15 +111,7 @@ class Lora(Method):
         return lora_add_(y, layer.lora_dropout(x), *self.factors(layer), layer.scaling)
 
     def embed(self, layer: AdapterLayer, ids: Tensor) -> Tensor:
-        import torch.nn.functional as F
-
-        y = layer.base_layer(ids)
-        A, B = self.factors(layer)
-        update: Tensor = F.linear(F.embedding(ids, A.t()).to(y.dtype), B.to(y.dtype))
-        # Gemma's embeddings scale what they look up, so the update to W is scaled too.
-        factor = layer.scaling * getattr(layer.base_layer, "embed_scale", 1.0)
-        out: Tensor = y + update * factor
-        return out
+        return embedding_add(layer.base_layer(ids), layer, ids, *self.factors(layer))
 
     def delta_weight(self, layer: AdapterLayer) -> Tensor:
         """scaling * B A, (out, in); transposed for Conv1D and embeddings, which hold W^T."""
@@ -162,6 +154,17 @@ class Lora(Method):
         from lorakit.methods.lora_form import split
 
         return split(self, layer, parts)
+
+
+def embedding_add(y: Tensor, layer: AdapterLayer, ids: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """``y`` and the rows of scaling * (B A)^T for the ids."""
+    import torch.nn.functional as F
+
+    update: Tensor = F.linear(F.embedding(ids, A.t()).to(y.dtype), B.to(y.dtype))
+    # Gemma's embeddings scale what they look up, so the update to W is scaled too.
+    factor = layer.scaling * getattr(layer.base_layer, "embed_scale", 1.0)
+    out: Tensor = y + update * factor
+    return out
 
 
 class _InitialFactors(RunHooks):

@@ -83,7 +83,9 @@ def read_layer(
 def checked_value(
     layer: AdapterLayer, name: str, stored: str, value: Tensor, shape: tuple[int, ...]
 ) -> Tensor:
-    """``value`` in float32 on the layer's device. Raises AdapterError for another shape."""
+    """``value`` in float32 on the layer's device, in memory of its own: inside a file's it may lie
+    at any address, on which the last bits of a product depend. Raises AdapterError for another
+    shape."""
     import torch
 
     if tuple(value.shape) != shape:
@@ -92,7 +94,7 @@ def checked_value(
             f"{shape}: the adapter belongs to another base model"
         )
     device = value.device if layer.weight.is_meta else layer.weight.device
-    return value.to(device, torch.float32)
+    return value.to(device, torch.float32, copy=True)
 
 
 def rank_of(layer: AdapterLayer) -> int:
@@ -102,13 +104,13 @@ def rank_of(layer: AdapterLayer) -> int:
 
 def compose(method: Lora, fused: FusedLayer) -> AdapterLayer:
     """The A of the parts one below the other, each B in its own rows and columns, zero elsewhere:
-    exactly the same update, of the parts' ranks together."""
+    exactly the same update, of the parts' ranks together, as a layer of ``method``."""
     import torch
 
     from lorakit.layers import AdapterLayer
 
-    parts = fused.parts
-    factors = {role: method.factors(part) for role, part in parts.items()}
+    parts: dict[str, Any] = fused.parts
+    factors = {role: part.method.factors(part) for role, part in parts.items()}
     A = torch.cat([a.detach() for a, _ in factors.values()])
     scaling = next(iter(parts.values())).scaling
     layer = AdapterLayer(fused.base_layer, method, r=len(A), scaling=scaling)

@@ -1,0 +1,69 @@
+"""m / ||W + s B A|| * (W + s B A) x + b without W + s B A, and the norms of its rows.
+
+PEFT makes B A (out, in) for each forward pass, as a product with an identity matrix of (in, in).
+Here the norm comes from W A^T (out, r) and A A^T (r, r), and the factor m / norm goes into B's
+rows, so that no tensor of W's size is made.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: Elements of a half-precision W that are held in float32 at a time: 16 MiB.
+CHUNK_ELEMENTS = 2**22
+_FLOAT32 = torch.finfo(torch.float32)
+
+
+def row_squares(W: Tensor) -> Tensor:
+    """||W_i||^2 (out,) of W (out, in), float32."""
+    dtype = torch.promote_types(W.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(W, dim=1, dtype=dtype)
+    return norms.float().square()
+
+
+@torch.no_grad()
+def row_norms(W: Tensor, squares: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """||W_i + s (B A)_i|| (out,), float32, without a gradient; ``squares`` are W's own.
+
+    ||W_i||^2 + 2 s (W A^T)_i . B_i + s^2 B_i A A^T B_i^T. A row that the update cancels has the
+    norm of the sum's rounding, so that nothing is divided by zero.
+    """
+    A, B = A.float(), B.float() * scaling
+    update = ((B @ (A @ A.t())) * B).sum(1)
+    total = squares + 2 * (_product(W, A) * B).sum(1) + update
+    noise = (squares + update) * _FLOAT32.eps
+    return torch.maximum(total, noise).clamp_min(_FLOAT32.tiny).sqrt()
+
+
+def _product(W: Tensor, A: Tensor) -> Tensor:
+    """W A^T (out, r) in float32."""
+    if W.dtype == torch.float32:
+        return F.linear(W, A)
+    rows = max(1, CHUNK_ELEMENTS // W.shape[1])
+    return torch.cat([F.linear(part.float(), A) for part in W.split(rows)])
+
+
+def dora_add(
+    y: Tensor, plain: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, factor: Tensor
+) -> Tensor:
+    """y + (factor - 1) plain + factor * s B A x, in ``y``'s dtype.
+
+    ``y`` = W x + b and ``plain`` = W x are (n, out), x (n, in), ``factor`` (out,) float32. What
+    is added to ``y`` is exactly zero where factor is 1 and B A zero. In half precision factor - 1
+    keeps what factor itself, near 1, would lose.
+    """
+    h = F.linear(x, A.to(x.dtype)).to(y.dtype)
+    scaled_B = (factor * scaling)[:, None] * B
+    out = torch.addcmul(y, plain, (factor - 1).to(y.dtype))
+    return out.addmm_(h, scaled_B.to(y.dtype).t())
+
+
+def dora_reference(
+    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scaling: float, m: Tensor
+) -> Tensor:
+    """The same in the paper's words (DoRA, sections 4.1 and 4.3), the norm a constant."""
+    adapted = W + scaling * B @ A
+    norm = torch.linalg.vector_norm(adapted.detach(), dim=1, keepdim=True)
+    return F.linear(x, m[:, None] * adapted / norm, b)
