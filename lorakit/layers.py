@@ -154,7 +154,7 @@ class FusedLayer(nn.Module):
         flat = x.reshape(-1, self.in_features)
         parts = self.parts
         period = self.rows(next(iter(parts))).period
-        y = self.base_layer(flat).view(len(flat), -1, period)
+        y = self.base_layer(flat).view(len(flat), self.out_features // period, period)
         pieces, at = [], 0
         for role, part in parts.items():
             rows = self.rows(role)

@@ -12,7 +12,7 @@ from lorakit.adapters.files import AdapterFiles, read_adapter
 from lorakit.adapters.peft_config import SEQ_CLS_HEADS, matched_modules
 from lorakit.errors import AdapterError
 from lorakit.injection import InjectionReport, find_heads, report
-from lorakit.layers import ADAPTABLE, AdapterLayer, FusedLayer, adapted_modules
+from lorakit.layers import ADAPTABLE, AdapterLayer, FusedLayer, adapted_modules, adapter_layers
 from lorakit.models.masters import keep_master, set_value, train_whole
 
 _BASE = "base_layer."
@@ -53,7 +53,7 @@ def load_adapter(
         set_value(model, key, value)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
-    files.method.link({n: x for n, x in layers.items() if isinstance(x, AdapterLayer)})
+    files.method.link(adapter_layers(model))
     _untie(model, places.whole)
     heads = tuple(f"{head}." for head in find_heads(model))
     for name in whole:
