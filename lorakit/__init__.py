@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lorakit import nn
     from lorakit.adapters.load import load
     from lorakit.adapters.merge import merge
+    from lorakit.adapters.several import switch
     from lorakit.api import evaluate
     from lorakit.injection import inject
     from lorakit.methods.lora import LoraConfig
@@ -42,6 +43,7 @@ __all__ = [
     "mark_only_lora_as_trainable",
     "merge",
     "nn",
+    "switch",
     "train",
 ]
 
@@ -58,6 +60,7 @@ _HOMES = {
     "lora_state_dict": "lorakit.nn",
     "mark_only_lora_as_trainable": "lorakit.nn",
     "merge": "lorakit.adapters.merge",
+    "switch": "lorakit.adapters.several",
     "train": "lorakit.training.run",
 }
 

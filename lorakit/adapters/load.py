@@ -1,33 +1,31 @@
-"""A base model with an adapter in place: ``lorakit.load``."""
+"""A base model with one adapter in place, or with several to switch between: ``lorakit.load``."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from lorakit.adapters.base_model import base_model, base_section, full_config, set_pad_token
 from lorakit.adapters.files import AdapterFiles, read_adapter
-from lorakit.adapters.place import find_places, load_adapter
+from lorakit.adapters.place import load_adapter
+from lorakit.adapters.several import hold
 from lorakit.errors import AdapterError
-from lorakit.models.load import check_shapes, explained, hub_options, load_config, quiet
-from lorakit.models.window import reserved_positions
+from lorakit.models.load import load_config
 from lorakit.recipe.sections import ModelSection
 
 _DTYPES = ("float32", "bfloat16", "float16")
+#: What an adapter of a classifier says of the model's configuration.
+_LABEL_KEYS = ("id2label", "label2id", "problem_type", "pad_token_id")
+_T = TypeVar("_T")
 
 
 def load(
     base: str | Path | None,
-    adapter: str | Path,
+    adapter: str | Path | Mapping[str, str | Path],
     *,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
@@ -38,14 +36,20 @@ def load(
 
     ``base`` is a Hub id or directory; None takes the one that the adapter names. ``dtype`` of the
     base is by default that of the training, else the checkpoint's own. ``trainable`` lets the
-    adapter and what is trained whole get gradients. Raises ModelError and AdapterError.
+    adapter and what is trained whole get gradients. Several adapters, name -> directory, are all
+    loaded; the first is in place, and ``lorakit.switch(model, name)`` puts another there. Raises
+    ModelError and AdapterError.
     """
+    if isinstance(adapter, Mapping):
+        if trainable:
+            raise AdapterError("trainable = True: allowed for one adapter, not for several by name")
+        return _load_several(base, adapter, dtype, device, trust_remote_code)
     files = read_adapter(adapter)
     section = base_section(base, files, trust_remote_code)
     config = full_config(section, files)
-    trained = (files.sidecar or {}).get("base_dtype")
-    chosen = dtype_name(dtype, "dtype") or (trained if trained in _DTYPES else None)
-    model = base_model(section, config, files, chosen)
+    chosen = dtype_name(dtype, "dtype") or _trained_dtype(files)
+    model, _ = base_model(section, config, [files], chosen)
+    set_pad_token(model.config, model, files)
     load_adapter(model, files, trainable=trainable)
     if device is not None:
         model.to(torch.device(device))  # type: ignore[arg-type]
@@ -53,78 +57,68 @@ def load(
     return model
 
 
-def base_section(
-    base: str | Path | None, files: AdapterFiles, trust_remote_code: bool = False
+def _load_several(
+    base: str | Path | None,
+    directories: Mapping[str, str | Path],
+    dtype: str | torch.dtype | None,
+    device: str | torch.device | None,
+    trust_remote_code: bool,
+) -> PreTrainedModel:
+    if not directories:
+        raise AdapterError("adapter = {}: allowed: a directory, or at least one by name")
+    chosen = dtype_name(dtype, "dtype")
+    adapters = {name: read_adapter(directory) for name, directory in directories.items()}
+    section = _common_section(base, adapters, trust_remote_code)
+    if chosen is None:
+        trained = {name: _trained_dtype(files) for name, files in adapters.items()}
+        chosen = _common("training dtypes (give one as dtype)", trained)
+    kinds = {n: "SEQ_CLS" if f.classifies else "CAUSAL_LM" for n, f in adapters.items()}
+    _common("task types", kinds)
+    configs = {name: full_config(section, files) for name, files in adapters.items()}
+    bare = _bare_config(section, configs)
+    model, absent = base_model(section, bare, list(adapters.values()), chosen)
+    settings = {}
+    for name, config in configs.items():
+        set_pad_token(config, model, adapters[name])
+        keys = _LABEL_KEYS if adapters[name].classifies else ()
+        settings[name] = {key: getattr(config, key, None) for key in keys}
+    if device is not None:
+        model.to(torch.device(device))  # type: ignore[arg-type]
+    model.eval()
+    hold(model, adapters, settings, absent)
+    return model
+
+
+def _common_section(
+    base: str | Path | None, adapters: Mapping[str, AdapterFiles], trust_remote_code: bool
 ) -> ModelSection:
-    """Which base, as a recipe would say it; the adapter's revision holds for its own base."""
-    named = files.config.get("base_model_name_or_path")
-    name = str(base if base is not None else named or "")
-    if not name:
-        raise AdapterError(f"{files.directory}: names no base model; give one")
-    revision = files.config.get("revision") if name == named else None
+    """The one base of all; those that name no revision take the others'."""
+    sections = {n: base_section(base, files, trust_remote_code) for n, files in adapters.items()}
+    name = _common("base models", {n: section.name_or_path for n, section in sections.items()})
+    revision = _common("revisions of the base", {n: s.revision for n, s in sections.items()})
+    assert name is not None
     return ModelSection(name_or_path=name, revision=revision, trust_remote_code=trust_remote_code)
 
 
-def full_config(section: ModelSection, files: AdapterFiles) -> PreTrainedConfig:
-    """The base's configuration; for a classifier with the adapter's labels."""
+def _bare_config(
+    section: ModelSection, configs: Mapping[str, PreTrainedConfig]
+) -> PreTrainedConfig:
+    """The base's own, but for a head of the adapters' size, which must be one."""
     config = load_config(section)
-    if not files.classifies:
-        return config
-    sidecar = files.sidecar or {}
-    labels = sidecar.get("id2label")
-    if labels:
-        config.id2label = {int(index): label for index, label in labels.items()}
-        config.label2id = {label: index for index, label in config.id2label.items()}
-        config.problem_type = sidecar.get("problem_type")
-    elif (count := _head_size(config, files, section.trust_remote_code)) is not None:
+    count = _common("numbers of labels", {name: own.num_labels for name, own in configs.items()})
+    assert count is not None
+    if config.num_labels != count:
         config.num_labels = count
     return config
 
 
-def set_pad_token(config: PreTrainedConfig, model: PreTrainedModel, files: AdapterFiles) -> None:
-    """The training's pad token for a classifier, which finds a row's last token by it.
-
-    RoBERTa and its kin count positions from the configuration's: there it stays the base's.
-    """
-    trained = (files.sidecar or {}).get("pad_token_id")
-    if files.classifies and trained is not None and not reserved_positions(model):
-        config.pad_token_id = trained
-
-
-def empty_model(
-    config: PreTrainedConfig, files: AdapterFiles, trust_remote_code: bool = False
-) -> PreTrainedModel:
-    """The base with its head, on the device ``meta``: names and shapes without values."""
-    with torch.device("meta"), quiet():
-        model: PreTrainedModel = _auto(files).from_config(
-            config, trust_remote_code=trust_remote_code
-        )
-    return model
-
-
-def base_model(
-    section: ModelSection, config: PreTrainedConfig, files: AdapterFiles, dtype: str | None
-) -> PreTrainedModel:
-    """The base with its weights; ``dtype`` None is the checkpoint's own. Raises AdapterError if a
-    weight is neither there nor in the adapter."""
-    name = section.name_or_path
-    with explained(name, "base"), quiet():
-        model, info = _auto(files).from_pretrained(
-            name,
-            config=config,
-            dtype=getattr(torch, dtype) if dtype else "auto",
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **hub_options(section),
-        )
-    places = find_places(model, files)
-    mismatched = [key for key in info["mismatched_keys"] if key[0] not in places.whole]
-    check_shapes(mismatched, name, "base")
-    check_supplied(set(info["missing_keys"]), {**places.base, **places.whole}, name, files)
-    assert isinstance(model, PreTrainedModel)
-    set_pad_token(model.config, model, files)
-    return model
+def _common(what: str, values: Mapping[str, _T | None]) -> _T | None:
+    """The value of those adapters that have one. Raises AdapterError if they differ."""
+    given = {name: value for name, value in values.items() if value is not None}
+    if len(set(given.values())) > 1:
+        listed = ", ".join(f"{name}: {value}" for name, value in given.items())
+        raise AdapterError(f"the adapters have different {what}: {listed}")
+    return next(iter(given.values()), None)
 
 
 def dtype_name(dtype: str | torch.dtype | None, key: str) -> str | None:
@@ -135,32 +129,7 @@ def dtype_name(dtype: str | torch.dtype | None, key: str) -> str | None:
     return name
 
 
-def _auto(files: AdapterFiles) -> Any:
-    return AutoModelForSequenceClassification if files.classifies else AutoModelForCausalLM
-
-
-def check_supplied(
-    lacking: set[str], supplied: Mapping[str, Any], base: str, files: AdapterFiles
-) -> None:
-    """Raise AdapterError if a weight is neither in the base nor in the adapter."""
-    if absent := sorted(lacking - set(supplied)):
-        raise AdapterError(
-            f"{files.directory}: {len(absent)} weights are neither in the base {base} nor in the "
-            f"adapter, {absent[0]} among them: the adapter belongs to another base model"
-        )
-
-
-def _head_size(
-    config: PreTrainedConfig, files: AdapterFiles, trust_remote_code: bool
-) -> int | None:
-    """The number of labels by the shape of the head's last layer: the one that changes with it."""
-    shapes = []
-    for count in (2, 3):
-        trial = copy.deepcopy(config)
-        trial.num_labels = count
-        state = empty_model(trial, files, trust_remote_code).state_dict()
-        shapes.append({key: value.shape for key, value in state.items()})
-    for key, shape in shapes[0].items():
-        if shape != shapes[1][key] and key in files.tensors:
-            return int(files.tensors[key].shape[0])
-    return None
+def _trained_dtype(files: AdapterFiles) -> str | None:
+    """The dtype of the base in the training, if the files say one."""
+    dtype = (files.sidecar or {}).get("base_dtype")
+    return dtype if dtype in _DTYPES else None

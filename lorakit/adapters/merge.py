@@ -9,13 +9,15 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
+from lorakit.adapters.base_model import base_section, empty_model, full_config, set_pad_token
 from lorakit.adapters.beside import written_beside
 from lorakit.adapters.checkpoint import (
     TEMPLATES,
@@ -23,24 +25,27 @@ from lorakit.adapters.checkpoint import (
     Checkpoint,
     local_directory,
 )
-from lorakit.adapters.files import read_adapter
-from lorakit.adapters.load import (
-    base_section,
-    dtype_name,
-    empty_model,
-    full_config,
-    set_pad_token,
-)
+from lorakit.adapters.load import dtype_name
 from lorakit.adapters.merge_loaded import merge_loaded
 from lorakit.adapters.merge_plan import MergePlan, NotByName, part_embeddings, plan_merge
 from lorakit.adapters.shards import parse_size, write_shards
+from lorakit.adapters.weighted import Weighted, read_weighted
 from lorakit.errors import AdapterError
 
 
 @dataclass(frozen=True)
+class Added:
+    """An adapter whose update was added, times ``weight``."""
+
+    adapter: Path
+    weight: float
+
+
+@dataclass(frozen=True)
 class MergeReport:
-    """``dtype`` is that of most weights; ``unused`` are the base's tensors that the model has no
-    place for; ``notes`` say what was done otherwise than the user may expect."""
+    """``weight`` is the factor of the adapter's own update; ``dtype`` is that of most weights;
+    ``unused`` are the base's tensors that the model has no place for; ``notes`` say what was done
+    otherwise than the user may expect."""
 
     directory: Path
     files: tuple[str, ...]
@@ -48,6 +53,8 @@ class MergeReport:
     replaced_tensors: int
     dtype: str
     size_bytes: int
+    weight: float = 1.0
+    added: tuple[Added, ...] = ()
     unused: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -61,17 +68,22 @@ def merge(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+    add: Sequence[tuple[str | Path, float]] = (),
+    weight: float = 1.0,
 ) -> MergeReport:
     """Fold ``adapter`` into ``base``; ``out`` becomes a directory that plain transformers loads.
 
     ``dtype`` of the output is by default each tensor's own in the base. ``out`` must not exist,
-    unless ``overwrite``. ``say`` gets a line for what the user should know.
+    unless ``overwrite``. ``say`` gets a line for what the user should know. ``add`` are further
+    adapters with their weights: W + ``weight`` * delta + sum of w_i * delta_i. What ``adapter``
+    trained whole, a head say, is taken as it is, and the added ones must have none of their own.
     Raises ModelError and AdapterError; then, and if the process is killed, ``out`` is as it was.
     """
-    files = read_adapter(adapter)
+    adapters = read_weighted(adapter, weight, add)
+    files = adapters[0].files
     section = base_section(base, files, trust_remote_code)
     out = Path(out)
-    _check_out(out, section.name_or_path, files.directory, overwrite)
+    _check_out(out, section.name_or_path, adapters, overwrite)
     max_shard_bytes = parse_size(max_shard_size)
     wanted = dtype_name(dtype, "dtype")
     config = full_config(section, files)
@@ -80,16 +92,24 @@ def merge(
     try:
         model = empty_model(config, files, trust_remote_code)
         set_pad_token(config, model, files)
-        plan = plan_merge(model, Checkpoint(directory), files, wanted)
+        plan = plan_merge(model, Checkpoint(directory), adapters, wanted)
     except NotByName as reason:
         note = f"{reason}: the whole model is loaded and merged in memory"
         say(note)
         _check_disk(out, sum(file.stat().st_size for file in directory.glob("*.safetensors")))
         with written_beside(out, replace=overwrite) as folder:
-            fields = merge_loaded(section, config, files, folder, wanted, max_shard_bytes)
+            fields = merge_loaded(section, config, adapters, folder, wanted, max_shard_bytes)
             _copy_rest(folder, directory, files.directory)
-        return MergeReport(out, **fields, notes=(note,))
-    return _write(plan, config, out, max_shard_bytes, overwrite, (directory, files.directory))
+        return MergeReport(out, **fields, **_weights(adapters), notes=(note,))
+    sources = (directory, files.directory)
+    fields = _write(plan, config, out, max_shard_bytes, overwrite, sources)
+    return MergeReport(out, **fields, **_weights(adapters))
+
+
+def _weights(adapters: Sequence[Weighted]) -> dict[str, Any]:
+    first, *others = adapters
+    added = tuple(Added(other.files.directory, other.weight) for other in others)
+    return {"weight": first.weight, "added": added}
 
 
 def _write(
@@ -99,7 +119,8 @@ def _write(
     max_shard_bytes: int,
     overwrite: bool,
     sources: tuple[Path, Path],
-) -> MergeReport:
+) -> dict[str, Any]:
+    """Returns the fields of a MergeReport."""
     size_bytes = sum(output.size_bytes for output in plan.outputs.values())
     _check_disk(out, size_bytes)
     with written_beside(out, replace=overwrite) as folder:
@@ -110,20 +131,20 @@ def _write(
             part_embeddings(config)
         config.save_pretrained(folder)
         _copy_rest(folder, *sources)
-    return MergeReport(
-        directory=out,
-        files=tuple(names),
-        merged_modules=len(plan.adapted),
-        replaced_tensors=len(plan.given),
-        dtype=plan.dtype,
-        size_bytes=size_bytes,
-        unused=plan.unused,
-    )
+    return {
+        "files": tuple(names),
+        "merged_modules": len(plan.adapted),
+        "replaced_tensors": len(plan.given),
+        "dtype": plan.dtype,
+        "size_bytes": size_bytes,
+        "unused": plan.unused,
+    }
 
 
-def _check_out(out: Path, base: str, adapter: Path, overwrite: bool) -> None:
+def _check_out(out: Path, base: str, adapters: Sequence[Weighted], overwrite: bool) -> None:
     target = out.resolve()
-    for what, path in (("base", Path(base)), ("adapter", adapter)):
+    inputs = [("base", Path(base)), *(("adapter", given.files.directory) for given in adapters)]
+    for what, path in inputs:
         if not path.is_dir():
             continue
         other = path.resolve()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lorakit.adapters.files import AdapterFiles
-from lorakit.adapters.load import base_model
+from lorakit.adapters.base_model import base_model, set_pad_token
 from lorakit.adapters.merge_plan import check_finite, part_embeddings
-from lorakit.adapters.place import find_places, load_adapter
+from lorakit.adapters.place import find_places
+from lorakit.adapters.weighted import Update, Weighted, find_updates, merged_sum
 from lorakit.layers import adapted_modules
 from lorakit.models.load import quiet
 from lorakit.models.masters import set_value
@@ -22,21 +23,25 @@ from lorakit.recipe.sections import ModelSection
 def merge_loaded(
     section: ModelSection,
     config: PreTrainedConfig,
-    files: AdapterFiles,
+    adapters: Sequence[Weighted],
     folder: Path,
     dtype: str | None,
     max_shard_bytes: int,
 ) -> dict[str, Any]:
-    """Load the base, fold the adapter in, save it in ``folder``. Each matrix is summed in float32
-    and rounded once. Returns the fields of a MergeReport."""
-    model = base_model(section, config, files, None)
+    """Load the base, fold the adapters in, save it in ``folder``. Each matrix is summed in float32
+    and rounded once; what is trained whole is the first adapter's. Returns the fields of a
+    MergeReport."""
+    files = adapters[0].files
+    model, _ = base_model(section, config, [files], None)
+    set_pad_token(model.config, model, files)
     target = getattr(torch, dtype) if dtype else model.dtype
-    load_adapter(model, files)
-    merged = fold(model, target)
+    updates = find_updates(model, adapters)
+    _fold(model, updates, target)
     nn.Module.to(model, target)
     places = find_places(model, files)
     for name, value in places.base.items():  # again: what the base's dtype took is not lost
-        set_value(model, name, value)
+        if name.removesuffix(".weight") not in updates:
+            set_value(model, name, value)
     for name, value in model.state_dict().items():
         check_finite(name, value)
     if _embeddings_parted(model):
@@ -46,14 +51,13 @@ def merge_loaded(
     written = sorted(folder.glob("*.safetensors"))
     return {
         "files": tuple(file.name for file in written),
-        "merged_modules": merged,
+        "merged_modules": len(updates),
         "replaced_tensors": len(places.base) + len(places.whole),
         "dtype": str(target).removeprefix("torch."),
         "size_bytes": sum(file.stat().st_size for file in written),
     }
 
 
-@torch.no_grad()
 def fold(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     """Fold every adapter layer into its base, in place, in ``dtype`` (default: the base's own).
 
@@ -61,12 +65,19 @@ def fold(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     """
     layers = adapted_modules(model)
     for name, layer in layers.items():
-        weight = layer.merged_weight(layer.weight)
-        layer.base_layer.weight = nn.Parameter(
-            weight.to(dtype or layer.weight.dtype), requires_grad=False
-        )
         model.set_submodule(name, layer.base_layer)
+    _fold(model, {name: [Update(layer)] for name, layer in layers.items()}, dtype)
     return len(layers)
+
+
+@torch.no_grad()
+def _fold(
+    model: nn.Module, updates: Mapping[str, Sequence[Update]], dtype: torch.dtype | None
+) -> None:
+    for name, found in updates.items():
+        module: Any = model.get_submodule(name)
+        weight = merged_sum(found, module.weight)
+        module.weight = nn.Parameter(weight.to(dtype or module.weight.dtype), requires_grad=False)
 
 
 def _embeddings_parted(model: PreTrainedModel) -> bool:

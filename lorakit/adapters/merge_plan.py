@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from lorakit.adapters.base_model import check_supplied
 from lorakit.adapters.checkpoint import Checkpoint
 from lorakit.adapters.files import AdapterFiles, is_finite
-from lorakit.adapters.load import check_supplied
-from lorakit.adapters.place import Placement, find_places, load_adapter
+from lorakit.adapters.place import Placement, find_places
 from lorakit.adapters.shards import OutputTensor
+from lorakit.adapters.weighted import Update, Weighted, find_updates, merged_sum
 from lorakit.errors import AdapterError
-from lorakit.layers import AdapterLayer, FusedLayer, adapted_modules
 
 Ties = Sequence[Sequence[str]]
 
@@ -33,7 +33,7 @@ class MergePlan:
     """``outputs`` are what is written, by the model's names, of which ``dtype`` is the main one.
 
     A tensor is the adapter file's ``given`` one, or the base's (``sources``: name -> checkpoint's
-    name), with the layer in ``adapted`` folded in. ``untied``: tied embeddings are no longer one.
+    name), with the updates in ``adapted`` folded in. ``untied``: tied embeddings are no longer one.
     """
 
     architecture: str
@@ -41,7 +41,7 @@ class MergePlan:
     outputs: Mapping[str, OutputTensor]
     sources: Mapping[str, str]
     given: Mapping[str, Tensor]
-    adapted: Mapping[str, AdapterLayer | FusedLayer]
+    adapted: Mapping[str, Sequence[Update]]
     untied: bool
     dtype: str
 
@@ -50,7 +50,7 @@ class MergePlan:
         given = self.given.get(name)
         weight = self.checkpoint.read(self.sources[name]) if given is None else given
         if name in self.adapted:
-            weight = self.adapted[name].merged_weight(weight)
+            weight = merged_sum(self.adapted[name], weight)
         merged = weight.to(self.outputs[name].dtype).contiguous()
         check_finite(name, merged)
         return merged
@@ -67,14 +67,15 @@ def check_finite(name: str, merged: Tensor) -> None:
         dtype = str(merged.dtype).removeprefix("torch.")
         raise AdapterError(
             f"{name}: NaN or infinite in the merged {dtype}: either the base's own values are, or "
-            "the sum is too large for the dtype (--dtype float32 holds more)"
+            "the sum is too large for the dtype (dtype float32 holds more)"
         )
 
 
 def plan_merge(
-    model: PreTrainedModel, checkpoint: Checkpoint, files: AdapterFiles, dtype: str | None
+    model: PreTrainedModel, checkpoint: Checkpoint, adapters: Sequence[Weighted], dtype: str | None
 ) -> MergePlan:
-    """Plan the merge of ``files`` into ``checkpoint``, whose empty model is ``model``.
+    """Plan the merge of ``adapters`` into ``checkpoint``, whose empty model is ``model``. What is
+    trained whole is the first one's.
 
     Raises NotByName where transformers converts the checkpoint on loading, AdapterError if base
     and adapter do not fit, or together lack a weight.
@@ -84,9 +85,9 @@ def plan_merge(
     state = dict(model.state_dict(keep_vars=True))
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     ties = _ties(state)
+    files = adapters[0].files
     places = find_places(model, files)
-    load_adapter(model, files)
-    adapted = {f"{name}.weight": layer for name, layer in adapted_modules(model).items()}
+    adapted = {f"{name}.weight": found for name, found in find_updates(model, adapters).items()}
     sources = _sources(shapes, ties, checkpoint, model.base_model_prefix)
     _check_present(shapes, sources, places, checkpoint, files)
     given = {**places.base, **places.whole}
@@ -167,7 +168,7 @@ def _check_present(
 def _is_parted(
     names: Sequence[str],
     whole: Mapping[str, Tensor],
-    adapted: Mapping[str, AdapterLayer | FusedLayer],
+    adapted: Collection[str],
 ) -> bool:
     """Whether weights that the base shares differ after the merge."""
     given = [name for name in names if name in whole]

@@ -12,6 +12,17 @@ def merge(
     base: Annotated[str, typer.Argument(metavar="BASE", help="Base model: directory or Hub id.")],
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter directory.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write.")],
+    add: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--add",
+            metavar="OTHER[:W]",
+            help="Add W (default 1) times the update of another adapter; may be given again.",
+        ),
+    ] = None,
+    weight: Annotated[
+        float, typer.Option(metavar="W", help="Factor of ADAPTER's own update.")
+    ] = 1.0,
     dtype: Annotated[
         str | None,
         typer.Option(metavar="D", help="float32, bfloat16 or float16 [default: the base's own]."),
@@ -27,16 +38,22 @@ def merge(
 ) -> None:
     """Fold an adapter into its base, file by file; plain transformers loads the result.
 
-    The sum is taken in float32 and rounded once.
+    The sum is taken in float32 and rounded once. Modules trained whole, such as a head, have no
+    weight: they are ADAPTER's, and OTHER must have none, or the same.
 
     Example: lorakit merge models/smollm2-135m-instruct runs/quickstart/adapter merged
+
+    Example: lorakit merge BASE ADAPTER merged --add runs/other/adapter:0.5
     """
     import dataclasses
     import json
 
     from lorakit.adapters.merge import merge as merge_adapter
 
-    report = merge_adapter(base, adapter, out, dtype, max_shard_size, overwrite, trust_remote_code)
+    report = merge_adapter(
+        base, adapter, out, dtype, max_shard_size, overwrite, trust_remote_code,
+        add=[_weighted(text) for text in add or []], weight=weight,
+    )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(report), indent=2, default=str))
         return
@@ -45,4 +62,15 @@ def merge(
         f"{report.directory}: {report.merged_modules} modules merged, {report.replaced_tensors} "
         f"tensors replaced; {report.dtype}, {report.size_bytes / 1e6:,.1f} MB in {count} "
         f"{'file' if count == 1 else 'files'}"
+        + (f"; weight {weight:g}" if weight != 1 else "")
+        + "".join(f"; added {other.weight:g} x {other.adapter}" for other in report.added)
     )
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    """Directory and weight: what follows the last colon, if it is a number."""
+    directory, colon, end = text.rpartition(":")
+    try:
+        return (directory, float(end)) if colon else (text, 1.0)
+    except ValueError:
+        return text, 1.0
