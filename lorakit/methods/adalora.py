@@ -9,10 +9,11 @@ can come back. The names are PEFT's: P is ``lora_B``, Lambda ``lora_E``, Q ``lor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from lorakit.errors import UserError
 from lorakit.methods.base import RunHooks
@@ -37,7 +38,8 @@ Steps = NonNegativeInt | Annotated[float, Field(gt=0, lt=1)]
 
 
 class AdaLoraConfig(AdapterSection):
-    """``target_r`` is the average rank at the end, ``init_r`` the rank of each matrix before.
+    """``target_r`` is the average rank at the end, ``init_r`` the rank of each matrix before,
+    1.5 times that (as in most of the paper's tables) if it is not given.
 
     For ``tinit`` steps all triplets train, over the last ``tfinal`` the kept ones only; both may be
     fractions of the run, and the defaults are about those of the paper's Table 8. ``beta1`` and
@@ -59,6 +61,15 @@ class AdaLoraConfig(AdapterSection):
     orth_reg_weight: NonNegativeFloat = 0.1
     orth_reg_form: Literal["squared", "mean_norm"] = "squared"
     bias: Literal["none", "lora_only", "all"] = "none"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_above_the_target(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "init_r" not in data:
+            target_r = data.get("target_r")
+            if isinstance(target_r, int):
+                return {**data, "init_r": max(1, math.ceil(1.5 * target_r))}
+        return data
 
     @field_validator("init_r")
     @classmethod

@@ -97,12 +97,12 @@ class Allocation(RunHooks):
         assert total is not None
         return [total]
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, made: bool = True) -> None:
         import torch
 
         from lorakit.kernels.rank_allocation import update_importance
 
-        if step < self.budget.final_step:
+        if made and step < self.budget.final_step:
             gradients = [_gradient(w) for w in self._weights]
             update_importance(
                 self._averages,

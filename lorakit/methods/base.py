@@ -31,8 +31,9 @@ class RunHooks:
         through ``scale`` (float16's loss scaling)."""
         return []
 
-    def after_step(self, step: int) -> None:
-        """The optimizer has made step number ``step``, from 1; the gradients are still there."""
+    def after_step(self, step: int, made: bool = True) -> None:
+        """Step number ``step``, from 1, is over and its gradients are still there. ``made`` is
+        False if float16's scaler left it out, since a gradient was not finite."""
 
     def is_final_form(self, step: int) -> bool:
         """Whether what stands after ``step`` may be the run's result."""

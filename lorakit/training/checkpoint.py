@@ -32,9 +32,10 @@ RandomStates = tuple[dict[str, Tensor], dict[str, Any]]
 
 @dataclass
 class Progress:
-    """Where a run stands. ``step`` counts finished optimizer steps; ``window`` holds the loss and
-    the gradient norm of each step since the last log line; ``metrics_lines`` are those that
-    metrics.jsonl had."""
+    """Where a run stands. ``step`` counts finished optimizer steps; ``window`` holds the loss, the
+    gradient norm and the method's values of each step since the last log line; ``metrics_lines``
+    are those that metrics.jsonl had; ``first_loss`` is the first line's, and ``said_grown`` whether
+    the user knows that it grew far above that."""
 
     step: int = 0
     trained_tokens: int = 0
@@ -46,6 +47,8 @@ class Progress:
     stopped_early: bool = False
     window: list[list[float]] = field(default_factory=list)
     metrics_lines: int = 0
+    first_loss: float | None = None
+    said_grown: bool = False
 
 
 @dataclass

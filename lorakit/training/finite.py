@@ -1,4 +1,4 @@
-"""What is no longer finite, and the likely cause."""
+"""What is no longer finite, or on its way there, and the likely cause."""
 
 from __future__ import annotations
 
@@ -33,6 +33,20 @@ def broken_weight(weights: Mapping[str, Tensor]) -> str | None:
     finite = torch.stack([weight.detach().isfinite().all() for weight in weights.values()])
     return next(
         (name for name, fine in zip(weights, finite.tolist(), strict=True) if not fine), None
+    )
+
+
+def grown_loss(
+    values: LateValues, first: float, learning_rate: float, advice: str | None = None
+) -> str | None:
+    """A finite loss far above that of the run's ``first`` log line, in words: more than 3 times
+    it and more than 1 above it, so that neither a small loss nor an ordinary swing is one."""
+    if not (values.loss > 3 * first and values.loss > first + 1):
+        return None
+    return (
+        f"step {values.known['step']}: the loss is {values.loss:.4g}, at the start it was "
+        f"{first:.4g}; likely cause: train.learning_rate ({learning_rate:g}) too high"
+        + (f", or {advice}" if advice else "")
     )
 
 

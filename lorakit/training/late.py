@@ -20,11 +20,15 @@ class LateValues:
     grad_norms: list[float]
     others: dict[str, list[float]] = field(default_factory=dict)
 
+    @property
+    def loss(self) -> float:
+        """The mean over the steps."""
+        return sum(self.losses) / len(self.losses)
+
     def line(self) -> dict[str, Any]:
         """A line of metrics.jsonl: the mean loss, and the last step's gradient norm and others."""
-        loss = sum(self.losses) / len(self.losses)
         keys = ("step", "epoch", "loss", "learning_rate", "grad_norm")
-        values = {**self.known, "loss": loss, "grad_norm": self.grad_norms[-1]}
+        values = {**self.known, "loss": self.loss, "grad_norm": self.grad_norms[-1]}
         values |= {name: column[-1] for name, column in self.others.items()}
         return {key: values.pop(key) for key in keys} | values
 

@@ -27,7 +27,7 @@ from lorakit.training.checkpoint import (
     restore_random_states,
     save_checkpoint,
 )
-from lorakit.training.finite import broken_step, broken_weight
+from lorakit.training.finite import broken_step, broken_weight, grown_loss
 from lorakit.training.hardware import peak_memory_bytes
 from lorakit.training.late import LateReader, LateValues
 from lorakit.training.schedule import Schedule
@@ -118,8 +118,8 @@ class Loop:
         own = {name: t.shape for name, t in self.hooks.state().items()}
         fits = fits and own == {name: t.shape for name, t in snapshot.method.items()}
         state = set(snapshot.optimizer["state"])
-        whole = state == set(range(len(want))) or not state
-        if not (fits and whole and 0 <= snapshot.progress.step <= self.schedule.total_steps):
+        known = state <= set(range(len(want)))  # what got no gradient has none
+        if not (fits and known and 0 <= snapshot.progress.step <= self.schedule.total_steps):
             raise UserError(f"--resume: {checkpoint}: does not belong to this model and run")
 
     def save(self) -> Path:
@@ -170,8 +170,9 @@ class Loop:
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
         norm = self.accelerator.clip_grad_norm_(list(self.trainable.values()), limit)
         self.optimizer.step()
-        if not self.accelerator.optimizer_step_was_skipped:
-            self.hooks.after_step(self.progress.step + 1)
+        made = not self.accelerator.optimizer_step_was_skipped
+        self.hooks.after_step(self.progress.step + 1, made)
+        if made:
             self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._late.add(total, norm, values)
@@ -211,13 +212,14 @@ class Loop:
         for values in self._late.arrived(wait):
             self._check_finite(values)
             self.recorder.log(values.line())
+            self._warn_if_grown(values)
 
     def _settle(self) -> None:
         """Wait for every loss so far, and make sure that none is broken, nor a weight."""
         self._emit(wait=True)
         self.progress.window = window = self._late.window()
         if window:
-            losses, norms = (list(column) for column in zip(*window, strict=True))
+            losses, norms, *_ = (list(column) for column in zip(*window, strict=True))
             known = {
                 "step": self.progress.step,
                 "learning_rate": self.scheduler.get_last_lr()[0],
@@ -235,6 +237,17 @@ class Loop:
         scaled = self.accelerator.scaler is not None
         if what := broken_step(values, scaled, self.advice):
             self._fail(what)
+
+    def _warn_if_grown(self, values: LateValues) -> None:
+        """Once a run: it diverges, without a loss that is not finite."""
+        progress, loss = self.progress, values.loss
+        if progress.first_loss is None:
+            progress.first_loss = loss
+        elif not progress.said_grown:
+            rate = self.optimizer.param_groups[0]["initial_lr"]
+            if what := grown_loss(values, progress.first_loss, rate, self.advice):
+                self.recorder.display.say(what)
+                progress.said_grown = True
 
     def _fail(self, what: str) -> NoReturn:
         good = self._last_checkpoint or "none was written yet"
