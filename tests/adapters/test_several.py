@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,64 +11,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 import lorakit
 from lorakit import registry
 from lorakit.adapters.load import load
 from lorakit.adapters.merge import merge
-from lorakit.adapters.peft_format import save_adapter
 from lorakit.adapters.several import switch
 from lorakit.errors import AdapterError
-from lorakit.injection import inject
 from lorakit.layers import adapter_layers
-from tests.families import tiny, token_ids
+from tests.adapters.directories import fresh, logits, write_adapter, write_base
+from tests.families import tiny
 
 State = Mapping[str, torch.Tensor]
 
 
-def write_base(
-    folder: Path, family: str = "llama", dtype: Any = torch.float32, **more: Any
-) -> Path:
-    tiny(family, **more).to(dtype).save_pretrained(folder)
-    return folder
-
-
-def write_adapter(base: Path, folder: Path, seed: int = 0, scale: float = 0.1, **keys: Any) -> Path:
-    """An adapter of random values for the model in ``base``; ``keys`` are those of a recipe."""
-    settings = json.loads((base / "config.json").read_text())
-    classifies = "Classification" in settings["architectures"][0]
-    auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
-    labels = {"id2label": keys.pop("id2label")} if "id2label" in keys else {}
-    model = auto.from_pretrained(base, dtype="auto", ignore_mismatched_sizes=True, **labels)
-    method = registry.methods()[keys.setdefault("method", "lora")]
-    config = method.Config(**{"target_modules": ["attention"], **keys})
-    torch.manual_seed(seed)
-    inject(model, config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * scale)
-    kind = "SEQ_CLS" if classifies else "CAUSAL_LM"
-    return save_adapter(folder, model, config, base_model_name_or_path=str(base), task_type=kind)
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        out: torch.Tensor = model(input_ids=token_ids()).logits
-    return out
-
-
 def same(state: State, other: State) -> bool:
     return list(state) == list(other) and all(torch.equal(state[k], other[k]) for k in state)
-
-
-def fresh(base: Path, **options: Any) -> PreTrainedModel:
-    settings = json.loads((base / "config.json").read_text())
-    classifies = "Classification" in settings["architectures"][0]
-    auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
-    model: PreTrainedModel = auto.from_pretrained(base, dtype="auto", **options)
-    return model.eval()
 
 
 #: Family -> what its adapters differ in: rank, targets, biases, whole modules, slices of fused ones.
@@ -221,7 +178,7 @@ def test_adapters_that_do_not_go_together(tmp_path: Path) -> None:
     reader = write_base(tmp_path / "reader", classifier=True)
     one, two = write_adapter(base, tmp_path / "one"), write_adapter(half, tmp_path / "two")
     pairs = {"one": one, "two": two}
-    with pytest.raises(AdapterError, match="different base models: one: .*base, two: .*half"):
+    with pytest.raises(AdapterError, match=r"different base models: one: .*base, two: .*half"):
         load(None, pairs)
     message = r"different training dtypes \(give one as dtype\): one: float32, two: bfloat16"
     with pytest.raises(AdapterError, match=message):

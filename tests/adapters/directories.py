@@ -1,0 +1,56 @@
+"""Bases and adapters as directories, and what plain transformers makes of the first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from lorakit import registry
+from lorakit.adapters.peft_format import save_adapter
+from lorakit.injection import inject
+from tests.families import tiny, token_ids
+
+
+def write_base(
+    folder: Path, family: str = "llama", dtype: Any = torch.float32, **more: Any
+) -> Path:
+    tiny(family, **more).to(dtype).save_pretrained(folder)
+    return folder
+
+
+def write_adapter(base: Path, folder: Path, seed: int = 0, scale: float = 0.1, **keys: Any) -> Path:
+    """An adapter of random values for the model in ``base``; ``keys`` are those of a recipe."""
+    settings = json.loads((base / "config.json").read_text())
+    classifies = "Classification" in settings["architectures"][0]
+    auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+    labels = {"id2label": keys.pop("id2label")} if "id2label" in keys else {}
+    model = auto.from_pretrained(base, dtype="auto", ignore_mismatched_sizes=True, **labels)
+    method = registry.methods()[keys.setdefault("method", "lora")]
+    config = method.Config(**{"target_modules": ["attention"], **keys})
+    torch.manual_seed(seed)
+    inject(model, config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * scale)
+    kind = "SEQ_CLS" if classifies else "CAUSAL_LM"
+    return save_adapter(folder, model, config, base_model_name_or_path=str(base), task_type=kind)
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        out: torch.Tensor = model(input_ids=token_ids()).logits
+    return out
+
+
+def fresh(base: Path, **options: Any) -> PreTrainedModel:
+    settings = json.loads((base / "config.json").read_text())
+    classifies = "Classification" in settings["architectures"][0]
+    auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+    model: PreTrainedModel = auto.from_pretrained(base, dtype="auto", **options)
+    return model.eval()
