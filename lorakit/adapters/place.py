@@ -47,10 +47,10 @@ def load_adapter(
     layers = _layers(model, files, places)
     _check_shapes(model, files, {**places.base, **places.whole})
     model.requires_grad_(False)
-    for key, value in places.base.items():
+    for key in [name for name in model.state_dict() if name in places.base]:
         if trainable:
             keep_master(model, key)
-        set_value(model, key, value)
+        set_value(model, key, places.base[key])
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     files.method.link(adapter_layers(model))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lorakit.errors import AdapterError, shown
@@ -66,9 +67,9 @@ class Intrinsic(Method):
     def link(self, layers: Mapping[str, AdapterLayer]) -> None:
         """One theta for all, the number of each matrix where it has none yet, and the factor."""
         D = sum(layer.in_features * layer.out_features for layer in layers.values())
-        theta = next(iter(layers.values())).theta if layers else None
+        first = next(iter(layers.values()))
         for index, layer in enumerate(layers.values()):
-            layer.theta = theta
+            layer.theta, layer.training_passes = first.theta, first.training_passes
             layer.scaling = math.sqrt(layer.theta.numel() / D)
             layer.stream = index if layer.stream is None else layer.stream
 
@@ -125,10 +126,16 @@ class Intrinsic(Method):
             listed = ", ".join(f"{name}.{key}" for key in sorted(set(tensors) - {"theta"}))
             raise AdapterError(f"unknown tensors: {listed}")
         if kind_of(module) not in self.kinds:
-            raise AdapterError(f"{name} is an {kind_of(module)}: allowed: {', '.join(self.kinds)}")
+            allowed = ", ".join(sorted(self.kinds))
+            raise AdapterError(f"{name} is an {kind_of(module)}: allowed: {allowed}")
         layer = _layer(self, module, tensors["theta"], settings["projection_seed"])
         layer.stream = settings["matrices"].index(name)
         return layer
+
+
+@dataclass
+class _Count:
+    value: int = 0
 
 
 def _layer(method: Intrinsic, module: nn.Module, theta: Tensor, seed: int) -> AdapterLayer:
@@ -143,6 +150,7 @@ def _layer(method: Intrinsic, module: nn.Module, theta: Tensor, seed: int) -> Ad
     layer.projection_seed = seed
     layer.stream = None
     layer.kept = None
+    layer.training_passes = _Count()
     return layer
 
 
@@ -156,16 +164,19 @@ def _delta(layer: AdapterLayer) -> Tensor:
 
 
 def _cast_delta(layer: AdapterLayer, dtype: torch.dtype) -> Tensor:
-    """The update in ``dtype``. Where theta gets no gradient it is kept until theta changes: text
-    is generated a token at a time, and P theta costs more than a token."""
+    """The update in ``dtype``. Where theta gets no gradient it is kept until theta may have
+    changed: text is generated a token at a time, and P theta costs more than a token."""
     import torch
 
     theta = layer.theta
     trains = torch.is_grad_enabled() and theta.requires_grad
     if trains or torch.compiler.is_compiling():
+        # Fused optimizers change theta and not its version, after such a pass of any layer.
+        layer.training_passes.value += 1
         layer.kept = None
         return _delta(layer).to(dtype)
-    state = (theta.data_ptr(), theta._version, theta.device, dtype)
+    passes = layer.training_passes.value
+    state = (theta.data_ptr(), theta._version, theta.device, dtype, passes)
     if layer.kept is None or layer.kept[0] != state:
         with torch.inference_mode(False), torch.no_grad():
             layer.kept = (state, _delta(layer).to(dtype))

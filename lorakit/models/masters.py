@@ -27,20 +27,23 @@ def keep_master(model: nn.Module, name: str) -> None:
     cast anew in each forward pass; modules that share it go on sharing it.
     """
     owner, _, end = name.rpartition(".")
-    parameter = getattr(model.get_submodule(owner), end)
+    module = model.get_submodule(owner)
+    if parametrize.is_parametrized(module, end):
+        return  # a name of one that is shared
+    parameter = getattr(module, end)
     if parameter.dtype == torch.float32:
         parameter.requires_grad_(True)
         return
     master = nn.Parameter(parameter.detach().float())
     sharing = [
-        (module, key)
-        for module in model.modules()
-        for key, value in module.named_parameters(recurse=False)
+        (other, key)
+        for other in model.modules()
+        for key, value in other.named_parameters(recurse=False)
         if value is parameter
     ]
-    for module, key in sharing:
-        setattr(module, key, master)
-        parametrize.register_parametrization(module, key, _Cast(parameter.dtype), unsafe=True)
+    for other, key in sharing:
+        setattr(other, key, master)
+        parametrize.register_parametrization(other, key, _Cast(parameter.dtype), unsafe=True)
 
 
 def train_whole(model: nn.Module, name: str, keep_dtype: bool) -> None:
