@@ -1,8 +1,9 @@
-"""The same training in lorakit's layers and in PEFT's: gradients and 20 steps of AdamW."""
+"""The same training in lorakit's layers and in PEFT's: gradients and 50 steps of AdamW."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,9 @@ from tests.families import tiny, token_ids
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def _pair(family: str, targets: list[str], folder: Path) -> tuple[nn.Module, nn.Module]:
+def _pair(family: str, keys: dict[str, Any], folder: Path) -> tuple[nn.Module, nn.Module]:
     """A model of ours and one of PEFT's with the same adapter, both trained on."""
-    model, config = tiny(family), LoraConfig(r=4, target_modules=targets)
+    model, config = tiny(family), LoraConfig(r=4, **keys)
     torch.manual_seed(0)
     inject(model, config)
     task = "SEQ_CLS" if family == "bert" else "CAUSAL_LM"
@@ -48,17 +49,23 @@ def _loss(model: nn.Module, step: int) -> torch.Tensor:
     )
 
 
-CASES = [
-    ("llama", ["q", "v"]),
-    ("llama", ["all-linear", "embed_tokens"]),
-    ("gpt2", ["c_attn"]),
-    ("bert", ["q", "v"]),
-]
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("llama", {"target_modules": ["q", "v"]}),
+    "every linear and the embedding": ("llama", {"target_modules": ["all-linear", "embed_tokens"]}),
+    "rslora": ("llama", {"use_rslora": True, "rank_pattern": {"v_proj": 2}}),
+    "adapted biases": ("gpt2", {"target_modules": ["c_attn"], "bias": "lora_only"}),
+    "all biases": ("gpt2", {"target_modules": ["c_attn"], "bias": "all"}),
+    "classifier": ("bert", {"target_modules": ["q", "v"]}),
+    "adapted biases of a classifier, orthogonal": (
+        "bert",
+        {"bias": "lora_only", "init": "orthogonal"},
+    ),
+}
 
 
-@pytest.mark.parametrize(("family", "targets"), CASES, ids=str)
-def test_20_steps_of_adamw(family: str, targets: list[str], tmp_path: Path) -> None:
-    ours, theirs = _pair(family, targets, tmp_path)
+@pytest.mark.parametrize(("family", "keys"), CASES.values(), ids=CASES)
+def test_50_steps_of_adamw(family: str, keys: dict[str, Any], tmp_path: Path) -> None:
+    ours, theirs = _pair(family, keys, tmp_path)
     mine, other = trainable_state(ours), _theirs(theirs)
     assert set(mine) == set(other)
     optimizers = [
@@ -66,7 +73,7 @@ def test_20_steps_of_adamw(family: str, targets: list[str], tmp_path: Path) -> N
         for parameters in (mine, other)
     ]
     start = {name: value.detach().clone() for name, value in mine.items()}
-    for step in range(20):
+    for step in range(50):
         losses = []
         for model, optimizer in zip((ours, theirs), optimizers, strict=True):
             optimizer.zero_grad()
