@@ -56,7 +56,7 @@ def dora_add(
     """
     h = F.linear(x, A.to(x.dtype)).to(y.dtype)
     scaled_B = (factor * scaling)[:, None] * B
-    out = torch.addcmul(y, plain, (factor - 1).to(y.dtype))
+    out = torch.addcmul(y, plain.to(y.dtype), (factor - 1).to(y.dtype))
     return out.addmm_(h, scaled_B.to(y.dtype).t())
 
 

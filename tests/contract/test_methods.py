@@ -208,3 +208,16 @@ def test_inputs_of_any_shape(name: str, kind: str, dtype: torch.dtype) -> None:
         with torch.no_grad():
             got = model(torch.randint(IDS, shape))
         assert (got.shape, got.dtype) == ((*shape, 4), dtype)
+
+
+@cases()
+def test_autocast_to_half_precision(name: str, kind: str, dtype: torch.dtype) -> None:
+    """As float16's loss scaling runs it, and as callers may run a float32 base."""
+    model = adapted(name, kind, dtype)
+    with torch.no_grad():
+        want = model(ids()).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model(ids())
+        got.float().square().sum().backward()
+    torch.testing.assert_close(got.float(), want, atol=0.1, rtol=0.1)
+    assert all(p.grad is not None and p.grad.any() for p in trainable_state(model).values())
