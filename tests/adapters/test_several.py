@@ -134,6 +134,35 @@ def test_tied_embeddings_part_and_are_tied_again(family: str, tmp_path: Path) ->
         assert same(model.state_dict(), plain.state_dict())
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("family", "embedding"), [("llama", "model.embed_tokens"), ("gpt_neox", "gpt_neox.embed_in")]
+)
+def test_an_adapter_with_a_base_matrix_of_its_own(
+    family: str, embedding: str, tied: bool, tmp_path: Path
+) -> None:
+    """PEFT writes the base's embeddings beside their adapter; they may have been changed."""
+    base = write_base(tmp_path / "base", family, tie_word_embeddings=tied)
+    keys: dict[str, Any] = {"target_modules": [embedding.rpartition(".")[2], "q"]}
+    dirs = {n: write_adapter(base, tmp_path / n, seed=i, **keys) for i, n in enumerate("ab")}
+    file = dirs["a"] / "adapter_model.safetensors"
+    own = fresh(base).get_input_embeddings().weight.detach() + 1
+    tensors = load_file(file) | {f"base_model.model.{embedding}.base_layer.weight": own}
+    save_file(tensors, file, metadata={"format": "pt"})
+    model = load(base, dirs)
+    for name, merged in [("b", True), ("a", True), ("a", False), ("b", True), ("a", True)]:
+        switch(model, name, merged=merged)
+        if merged:
+            merge(base, dirs[name], tmp_path / "out", overwrite=True, say=lambda _text: None)
+            state = fresh(tmp_path / "out").state_dict()
+            assert same(model.state_dict(), state)
+        torch.testing.assert_close(
+            logits(model), logits(load(base, dirs[name])), atol=1e-5 if merged else 0, rtol=1e-5
+        )
+    switch(model, None)
+    assert same(model.state_dict(), fresh(base).state_dict())
+
+
 def test_classifiers_bring_their_head_and_their_labels(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", "bert", num_labels=2)
     labels = {"good": {0: "bad", 1: "good"}, "same": {0: "other", 1: "same"}}
