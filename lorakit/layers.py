@@ -27,6 +27,10 @@ class Rows:
     stop: int
     period: int
 
+    def fit(self, rows: int) -> bool:
+        """Whether a matrix of ``rows`` rows has them."""
+        return 0 <= self.start < self.stop <= self.period and rows % self.period == 0
+
     def of(self, value: Tensor, dim: int = 0) -> Tensor:
         """The rows of ``value``, in order, along ``dim``."""
         return self._grouped(value, dim).flatten(dim, dim + 1)

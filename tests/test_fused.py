@@ -241,13 +241,32 @@ def test_keys_and_values_of_a_cross_attention_are_an_error() -> None:
     assert not adapted_modules(model)
 
 
-def test_parts_that_are_not_all_the_tensors_are_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda parts: parts.pop("v"), "the parts q are not all that the tensors hold"),
+        (lambda parts: parts["v"].update(r=3), "the parts q, v are not all that the tensors hold"),
+        (lambda parts: parts["v"].update(start=16, stop=32), "are not all that the tensors hold"),
+        (lambda parts: parts["v"].update(stop=60), "the part v, .* does not fit 48 rows"),
+        (
+            lambda parts: parts["v"].update(period=50, stop=50),
+            "the part v, .* does not fit 48 rows",
+        ),
+        (lambda parts: parts["v"].pop("r"), r"lorakit.json: parts = .*allowed: module -> role"),
+        (lambda parts: parts.update(v=3), r"lorakit.json: parts = .*allowed: module -> role"),
+    ],
+)
+def test_parts_that_do_not_fit_the_tensors_are_an_error(
+    change: Callable[[Any], Any], message: str, tmp_path: Path
+) -> None:
     model = tiny("gpt2")
     save(model, adapt(model, ["q", "v"]), tmp_path / "a")
     sidecar = tmp_path / "a" / "lorakit.json"
     info = json.loads(sidecar.read_text())
     for parts in info["parts"].values():
-        del parts["v"]
+        change(parts)
     sidecar.write_text(json.dumps(info))
-    with pytest.raises(AdapterError, match="the parts q are not all that the tensors hold"):
-        load_adapter(tiny("gpt2"), tmp_path / "a")
+    base = tiny("gpt2")
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(base, tmp_path / "a")
+    assert not adapted_modules(base), "the model is as it was"

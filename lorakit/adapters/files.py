@@ -59,13 +59,13 @@ class AdapterFiles:
         """Fused projection -> role -> (its rows, its rank), where only parts were adapted; in the
         order of their rows, which is that of the tensors."""
         stored = (self.sidecar or {}).get("parts") or {}
-        return {
-            name: {
-                role: (Rows(part["start"], part["stop"], part["period"]), part["r"])
-                for role, part in sorted(parts.items(), key=lambda item: item[1]["start"])
-            }
-            for name, parts in stored.items()
-        }
+        try:
+            return {name: _parts(parts) for name, parts in stored.items()}
+        except (AttributeError, KeyError, TypeError) as error:
+            raise AdapterError(
+                f"{self.directory / SIDECAR}: parts = {shown(stored)}: allowed: module -> role -> "
+                "start, stop, period, r, all integers"
+            ) from error
 
     @property
     def classifies(self) -> bool:
@@ -119,6 +119,14 @@ def is_finite(tensor: Tensor) -> bool:
         return True
     values = tensor.float() if tensor.itemsize == 1 else tensor  # float8 has no isfinite
     return bool(values.isfinite().all())
+
+
+def _parts(stored: Mapping[str, Mapping[str, int]]) -> dict[str, tuple[Rows, int]]:
+    ordered = sorted(stored.items(), key=lambda item: item[1]["start"])
+    return {
+        role: (Rows(int(part["start"]), int(part["stop"]), int(part["period"])), int(part["r"]))
+        for role, part in ordered
+    }
 
 
 def _is_own_form(method: Method, config: Mapping[str, Any]) -> bool:

@@ -127,8 +127,8 @@ def compose(method: Lora, fused: FusedLayer) -> AdapterLayer:
 
 
 def split(method: Lora, layer: AdapterLayer, parts: Mapping[str, tuple[Rows, int]]) -> FusedLayer:
-    """The parts, role -> (rows, r), of what ``compose`` made. Raises AdapterError if it has values
-    outside of them."""
+    """The parts, role -> (rows, r), of what ``compose`` made. Raises AdapterError if they do not
+    fit, or if it has values outside of them."""
     import torch
 
     from lorakit.layers import AdapterLayer, FusedLayer, RowsOf
@@ -136,6 +136,8 @@ def split(method: Lora, layer: AdapterLayer, parts: Mapping[str, tuple[Rows, int
     found, at = {}, 0
     rest = layer.lora_B.detach().clone()
     for role, (rows, r) in parts.items():
+        if not rows.fit(layer.out_features):
+            raise AdapterError(f"the part {role}, {rows}, does not fit {layer.out_features} rows")
         part = AdapterLayer(RowsOf(layer.base_layer, rows), method, r=r, scaling=layer.scaling)
         columns = slice(at, at + r)
         factors = {"lora_A": layer.lora_A[columns], "lora_B": rows.of(layer.lora_B[:, columns])}
