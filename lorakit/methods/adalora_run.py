@@ -97,13 +97,15 @@ class Allocation(RunHooks):
         assert total is not None
         return [total]
 
-    def after_step(self, step: int, made: bool = True) -> None:
+    def after_step(self, step: int, scaled: bool = False) -> None:
         import torch
 
         from lorakit.kernels.rank_allocation import update_importance
 
-        if made and step < self.budget.final_step:
+        if step < self.budget.final_step:
             gradients = [_gradient(w) for w in self._weights]
+            if scaled:  # what is not finite would stay in the averages for ever
+                gradients = [torch.nan_to_num(g, 0.0, 0.0, 0.0) for g in gradients]
             update_importance(
                 self._averages,
                 self._uncertainties,

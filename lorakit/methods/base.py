@@ -31,9 +31,10 @@ class RunHooks:
         through ``scale`` (float16's loss scaling)."""
         return []
 
-    def after_step(self, step: int, made: bool = True) -> None:
-        """Step number ``step``, from 1, is over and its gradients are still there. ``made`` is
-        False if float16's scaler left it out, since a gradient was not finite."""
+    def after_step(self, step: int, scaled: bool = False) -> None:
+        """Step number ``step``, from 1, is over and its gradients are still there. With ``scaled``
+        they may not be finite: float16's scaler leaves such a step out, and the host does not
+        know."""
 
     def is_final_form(self, step: int) -> bool:
         """Whether what stands after ``step`` may be the run's result."""

@@ -170,9 +170,8 @@ class Loop:
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
         norm = self.accelerator.clip_grad_norm_(list(self.trainable.values()), limit)
         self.optimizer.step()
-        made = not self.accelerator.optimizer_step_was_skipped
-        self.hooks.after_step(self.progress.step + 1, made)
-        if made:
+        self.hooks.after_step(self.progress.step + 1, self.accelerator.scaler is not None)
+        if not self.accelerator.optimizer_step_was_skipped:
             self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._late.add(total, norm, values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,28 @@ from lorakit.layers import adapter_layers
 from lorakit.methods.adalora import METHOD, AdaLoraConfig
 from tests.families import tiny, token_ids
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 STEPS, TINIT, TFINAL, DELTA = 50, 5, 15, 5
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other over tiny matrices took most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def _config(**keys: Any) -> AdaLoraConfig:
     keys = {"target_modules": ["all-linear"], "init_r": 4, "target_r": 2, **keys}
     return AdaLoraConfig(
-        tinit=TINIT, tfinal=TFINAL, deltaT=DELTA, orth_reg_weight=0.1, orth_reg_form="mean_norm", **keys
+        tinit=TINIT,
+        tfinal=TFINAL,
+        deltaT=DELTA,
+        orth_reg_weight=0.1,
+        orth_reg_form="mean_norm",
+        **keys,
     )
 
 
@@ -31,14 +46,20 @@ def _loss(model: nn.Module, step: int, **more: Any) -> torch.Tensor:
     ids = token_ids(4, 9, seed=step)
     out = model(input_ids=ids, **more)
     logits = out.logits.reshape(-1, out.logits.shape[-1])
-    own: torch.Tensor = nn.functional.cross_entropy(logits, torch.arange(len(logits)) % logits.shape[-1])
+    own: torch.Tensor = nn.functional.cross_entropy(
+        logits, torch.arange(len(logits)) % logits.shape[-1]
+    )
     return own
 
 
 def _their_loss(model: Any, step: int) -> torch.Tensor:
     """PEFT adds its penalty to the loss that the model returns."""
     ids = token_ids(4, 9, seed=step)
-    labels = torch.zeros(4, dtype=torch.long) if "Classification" in type(model.base_model.model).__name__ else ids
+    labels = (
+        torch.zeros(4, dtype=torch.long)
+        if "Classification" in type(model.base_model.model).__name__
+        else ids
+    )
     out = model(input_ids=ids, labels=labels)
     penalty = out.loss - model.base_model.model(input_ids=ids, labels=labels).loss
     return _loss(model.base_model.model, step) + penalty
@@ -84,16 +105,23 @@ def test_50_steps(family: str, tmp_path: Path) -> None:
             allocations += 1
             pattern = peft_config.rank_pattern
             masks = {n: layer.kept.tolist() for n, layer in layers.items()}
-            assert {k.removesuffix(".lora_E.default").removeprefix("model."): v for k, v in pattern.items()} == {
-                n.removeprefix("model."): mask for n, mask in masks.items()
-            }
+            assert {
+                k.removesuffix(".lora_E.default").removeprefix("model."): v
+                for k, v in pattern.items()
+            } == {n.removeprefix("model."): mask for n, mask in masks.items()}
             assert sum(map(sum, masks.values())) == hooks.budget.at(step)
         if step < hooks.budget.final_step:
             averages = hooks.state()
             for name, value in allocator.exp_avg_ipt.items():
                 plain = name.removeprefix("model.").removesuffix(".default")
-                plain = next(k for k in (plain, f"model.{plain}", f"transformer.{plain}") if f"{k}.average" in averages)
-                torch.testing.assert_close(averages[f"{plain}.average"], value, atol=1e-7, rtol=1e-3)
+                plain = next(
+                    k
+                    for k in (plain, f"model.{plain}", f"transformer.{plain}")
+                    if f"{k}.average" in averages
+                )
+                torch.testing.assert_close(
+                    averages[f"{plain}.average"], value, atol=1e-7, rtol=1e-3
+                )
     assert allocations == 6
     assert hooks.ranks() == {n: int(layer.kept.sum()) for n, layer in layers.items()}
     assert len(set(hooks.ranks().values())) > 1, "the ranks differ"
