@@ -31,8 +31,10 @@ def row_norms(W: Tensor, squares: Tensor, A: Tensor, B: Tensor, scaling: float) 
     norm of the sum's rounding, so that nothing is divided by zero.
     """
     A, B = A.float(), B.float() * scaling
-    update = ((B @ (A @ A.t())) * B).sum(1)
-    total = squares + 2 * (_product(W, A) * B).sum(1) + update
+    # Autocast would round the products to half precision.
+    with torch.autocast("cpu" if W.is_meta else W.device.type, enabled=False):
+        update = ((B @ (A @ A.t())) * B).sum(1)
+        total = squares + 2 * (_product(W, A) * B).sum(1) + update
     noise = (squares + update) * _FLOAT32.eps
     return torch.maximum(total, noise).clamp_min(_FLOAT32.tiny).sqrt()
 

@@ -121,7 +121,8 @@ def test_the_start_is_the_base(kind: str, dtype: torch.dtype, init: str) -> None
 def test_the_norm_of_each_row(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "CHUNK_ELEMENTS", 64 * 7)  # more than one chunk, the last shorter
     W, A, B = torch.randn(48, 64).to(dtype), torch.randn(5, 64), torch.randn(48, 5)
-    got = kernel.row_norms(W, kernel.row_squares(W), A, B, 0.3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = kernel.row_norms(W, kernel.row_squares(W), A, B, 0.3)
     want = (W.double() + 0.3 * B.double() @ A.double()).norm(dim=1)
     torch.testing.assert_close(got.double(), want, atol=0, rtol=2e-6)
 
