@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lorakit import nn
+    from lorakit.adapters.convert import convert
     from lorakit.adapters.load import load
     from lorakit.adapters.merge import merge
     from lorakit.adapters.several import switch
@@ -35,6 +36,7 @@ __all__ = [
     "Linear",
     "LoraConfig",
     "MergedLinear",
+    "convert",
     "evaluate",
     "inject",
     "load",
@@ -53,6 +55,7 @@ _HOMES = {
     "Linear": "lorakit.nn",
     "LoraConfig": "lorakit.methods.lora",
     "MergedLinear": "lorakit.nn",
+    "convert": "lorakit.adapters.convert",
     "evaluate": "lorakit.api",
     "inject": "lorakit.injection",
     "load": "lorakit.adapters.load",

@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from lorakit import __version__
+from lorakit.cli.convert import convert
 from lorakit.cli.eval import eval_
 from lorakit.cli.generate import generate
 from lorakit.cli.merge import merge
@@ -42,7 +43,7 @@ app = typer.Typer(
 
 # A command is one file beside this one. It imports at its top only what is light, and what it
 # calls inside the function, so that `--help` loads nothing of it.
-for command in (train, merge, eval_, generate, validate, schema, methods, tasks):
+for command in (train, merge, eval_, generate, convert, validate, schema, methods, tasks):
     app.command(command.__name__.rstrip("_"))(command)
 
 

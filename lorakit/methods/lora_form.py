@@ -61,8 +61,8 @@ def read_layer(
 
     from lorakit.layers import AdapterLayer
 
-    layer = AdapterLayer(module, method, r=_peft_rank(settings, name), scaling=1.0)
-    layer.scaling = _peft_scaling(settings, name, layer.r)
+    layer = AdapterLayer(module, method, r=peft_rank(settings, name), scaling=1.0)
+    layer.scaling = peft_scaling(settings, name, layer.r)
     stored_A, stored_B = _peft_names(layer.kind)
     wanted = {
         "lora_A": (stored_A, (layer.r, layer.in_features)),
@@ -172,11 +172,13 @@ def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> 
     return default
 
 
-def _peft_rank(settings: Mapping[str, Any], name: str) -> int:
+def peft_rank(settings: Mapping[str, Any], name: str) -> int:
+    """The rank that ``adapter_config.json`` gives the module."""
     return int(_by_pattern(settings.get("rank_pattern"), name, settings.get("r", 8)))
 
 
-def _peft_scaling(settings: Mapping[str, Any], name: str, r: int) -> float:
+def peft_scaling(settings: Mapping[str, Any], name: str, r: int) -> float:
+    """What PEFT multiplies B A by. Raises AdapterError if that is not finite."""
     alpha = _by_pattern(settings.get("alpha_pattern"), name, settings.get("lora_alpha", 8))
     scaling = float(alpha) / (math.sqrt(r) if settings.get("use_rslora") else r)
     if not math.isfinite(scaling):

@@ -1,0 +1,201 @@
+"""One adapter in another form, without the base model: ``lorakit.convert``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from lorakit.adapters.convert_write import copy_peft, write_loralib, write_peft
+from lorakit.adapters.files import CONFIG, AdapterFiles, read_adapter
+from lorakit.adapters.loralib import loralib_tensors
+from lorakit.adapters.loralib_read import LoralibOptions, read_loralib
+from lorakit.adapters.low_rank import Updates, read_updates
+from lorakit.adapters.plain_lora import lora_files, number, padded
+from lorakit.errors import AdapterError, shown
+
+FORMS = ("lora", "loralib", "peft")
+#: The file in a directory OUT of ``--to loralib``.
+LORALIB_FILE = "lora.safetensors"
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """``path`` is what was written: a directory, or the file of ``loralib``. ``r`` and
+    ``lora_alpha`` are those of the form written: a number, or name -> number where they differ;
+    None for what was copied. ``notes`` say what was done that the user may want to know."""
+
+    path: Path
+    to: str
+    matrices: int
+    r: int | dict[str, int] | None
+    lora_alpha: float | dict[str, float] | None
+    size_bytes: int
+    notes: tuple[str, ...] = ()
+
+
+def convert(
+    adapter: str | Path,
+    out: str | Path,
+    to: str,
+    *,
+    rank: int | None = None,
+    lora_alpha: float | None = None,
+    enable_lora: Sequence[str] = (),
+    embedding: Sequence[str] = (),
+    base_model: str | None = None,
+    task_type: str | None = None,
+    fan_in_fan_out: bool = False,
+    overwrite: bool = False,
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+) -> ConvertReport:
+    """Write ``adapter``, a directory or a loralib checkpoint, to ``out`` in another form.
+
+    ``to`` ``lora``: a PEFT directory of a plain LoRA with one rank R and one lora_alpha, which vLLM
+    takes too; R is ``rank``, or the least of 1, 8, 16, 32, 64, 128, 256, 320, 512 that holds all.
+    ``peft``: a PEFT directory of the same ranks; a directory that PEFT loads already is copied.
+    ``loralib``: one safetensors file, ``out`` or ``out``/lora.safetensors, that
+    ``load_state_dict(..., strict=False)`` takes; its metadata has the layers' r and lora_alpha.
+
+    ``lora_alpha`` to ``fan_in_fan_out`` say what a loralib checkpoint does not: see
+    ``LoralibOptions``. Of a pickled one (.pt, .pth, .bin) only tensors are read, and no code of it
+    is run. ``out`` must not exist, unless ``overwrite``. ``say`` gets the notes.
+    Raises AdapterError; then, and if the process is killed, ``out`` is as it was.
+    """
+    options = LoralibOptions(
+        lora_alpha, enable_lora, embedding, base_model, task_type, fan_in_fan_out
+    )
+    source, out = Path(adapter), Path(out)
+    checkpoint = _checkpoint(source)
+    _check_arguments(to, rank, options, checkpoint)
+    target = out / LORALIB_FILE if to == "loralib" and out.suffix != ".safetensors" else out
+    _check_out(out, source, target, overwrite)
+    try:
+        if checkpoint:
+            updates, notes = read_loralib(checkpoint, options)
+        else:
+            files = read_adapter(source)
+            if to == "peft":
+                report = _copied(files, out, overwrite)
+                say(report.notes[0])
+                return report
+            updates, notes = read_updates(files), _folded(files)
+        report = _written(updates, notes, source, out, target, to, rank, overwrite)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"OUT = {out}: not written: {error}") from error
+    for note in report.notes:
+        say(note)
+    return report
+
+
+def _written(
+    updates: Updates,
+    notes: list[str],
+    source: Path,
+    out: Path,
+    target: Path,
+    to: str,
+    rank: int | None,
+    overwrite: bool,
+) -> ConvertReport:
+    count = len(updates.matrices)
+    if to == "loralib":
+        state, told, more = loralib_tensors(updates)
+        write_loralib(out, target, state, told, overwrite=overwrite)
+        r, alpha, notes = told["r"], told["lora_alpha"], notes + more
+        return ConvertReport(target, to, count, r, alpha, _size(target), tuple(notes))
+    if to == "lora":
+        updates, more = padded(updates, rank)
+        notes = notes + more
+    settings, tensors, sidecar = lora_files(updates)
+    write_peft(out, settings, tensors, sidecar, source, overwrite=overwrite)
+    ranks = {name: matrix.r for name, matrix in updates.matrices.items()}
+    alphas = {name: number(m.scaling * m.r) for name, m in updates.matrices.items()}
+    r = ranks if settings["rank_pattern"] else settings["r"]
+    alpha = alphas if settings["alpha_pattern"] else settings["lora_alpha"]
+    return ConvertReport(out, to, count, r, alpha, _size(out), tuple(notes))
+
+
+def _checkpoint(source: Path) -> Path | None:
+    """The loralib file that ``source`` is, or, as ``--to loralib`` writes it, holds."""
+    if not source.exists():
+        raise AdapterError(f"{source}: no such adapter directory or loralib checkpoint")
+    if source.is_file():
+        return source
+    held = source / LORALIB_FILE
+    return held if held.is_file() and not (source / CONFIG).exists() else None
+
+
+def _check_arguments(
+    to: str, rank: int | None, options: LoralibOptions, checkpoint: Path | None
+) -> None:
+    if to not in FORMS:
+        raise AdapterError(f"--to = {to}: allowed: {', '.join(FORMS)}")
+    if rank is not None and (to != "lora" or rank < 1):
+        allowed = "an integer from 1" if to == "lora" else "with --to lora only"
+        raise AdapterError(f"--rank = {rank}: allowed: {allowed}")
+    if options.task_type not in (None, "CAUSAL_LM", "SEQ_CLS"):
+        raise AdapterError(f"--task-type = {options.task_type}: allowed: CAUSAL_LM, SEQ_CLS")
+    if checkpoint and to == "loralib":
+        raise AdapterError(f"{checkpoint}: is a loralib checkpoint; allowed: --to peft, --to lora")
+    for name, value in vars(options).items():
+        if not checkpoint and value not in (None, (), [], False):
+            option = f"--{name.replace('_', '-')}"
+            raise AdapterError(
+                f"{option} = {shown(value)}: allowed: for a loralib checkpoint only; an adapter "
+                "directory says it itself"
+            )
+
+
+def _check_out(out: Path, source: Path, target: Path, overwrite: bool) -> None:
+    inside, mine = out.resolve(), source.resolve()
+    if inside == mine or mine in inside.parents or inside in mine.parents:
+        raise AdapterError(f"OUT = {out}: must lie outside of ADAPTER = {source}")
+    if not out.exists() and not out.is_symlink():
+        return
+    if not overwrite:
+        raise AdapterError(f"OUT = {out}: exists already; give another, or --overwrite it")
+    if out == target and target.suffix == ".safetensors" and out.is_file():
+        replaceable = _is_loralib(out)
+    elif out.is_symlink() or not out.is_dir():
+        raise AdapterError(f"OUT = {out}: exists and is not a directory")
+    else:
+        held = {path.name for path in out.iterdir()}
+        own = {LORALIB_FILE} if target != out else set()
+        replaceable = held <= own if target != out else not held or CONFIG in held
+    if not replaceable:
+        raise AdapterError(f"OUT = {out}: holds something other than an adapter; not replaced")
+
+
+def _is_loralib(file: Path) -> bool:
+    try:
+        with safe_open(file, "pt") as opened:
+            return any(name.endswith(".lora_A") for name in opened.keys())  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return False
+
+
+def _folded(files: AdapterFiles) -> list[str]:
+    adalora = files.config["peft_type"] == "ADALORA"
+    return ["AdaLoRA's Lambda is folded into A"] if adalora else []
+
+
+def _copied(files: AdapterFiles, out: Path, overwrite: bool) -> ConvertReport:
+    if not files.method.peft_loads:
+        base = files.config.get("base_model_name_or_path") or "BASE"
+        raise AdapterError(
+            f"{files.directory}: PEFT has no place for {files.method.name}; lorakit merge {base} "
+            f"{files.directory} OUT makes a plain model of it"
+        )
+    copy_peft(out, files.directory, overwrite=overwrite)
+    note = f"{files.directory} has PEFT's form already: copied as it is"
+    matrices = {key.partition(".lora_")[0] for key in files.tensors if ".lora_" in key}
+    return ConvertReport(out, "peft", len(matrices), None, None, _size(out), (note,))
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())

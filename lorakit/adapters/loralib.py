@@ -1,0 +1,135 @@
+"""loralib's checkpoints: ``MODULE.lora_A``, ``MODULE.lora_B`` and what trained beside them.
+
+They know neither lora_alpha, nor which projections of a MergedLinear are enabled, nor which modules
+are embeddings. What lorakit writes says that in the metadata of the safetensors file: ``r`` and
+``lora_alpha`` for the layers' constructors, ``enable_lora``, ``embedding``, each as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakit import __version__
+from lorakit.adapters.files import is_finite
+from lorakit.adapters.low_rank import BASE_BIAS, BASE_WEIGHT, LowRank, Updates
+from lorakit.adapters.plain_lora import number
+from lorakit.errors import AdapterError
+from lorakit.layers import Rows
+
+
+def loralib_tensors(updates: Updates) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+    """The state dict, what its metadata says, and what there is to tell.
+
+    ``model.load_state_dict(tensors, strict=False)`` takes it on a model built of ``lorakit.nn`` or
+    loralib layers with the metadata's r and lora_alpha. A fused projection becomes the stacked
+    blocks of a MergedLinear where its parts are such; else A and B of a Linear on the whole of it,
+    the same update. Where one lora_alpha cannot say every scaling, B is multiplied.
+    """
+    factors: dict[str, tuple[Tensor, Tensor]] = {}
+    enabled: dict[str, list[bool]] = {}
+    whole = []
+    for name, matrix in updates.matrices.items():
+        enable = _enabled(matrix)
+        if enable is not None:
+            enabled[name] = enable
+        elif matrix.parts:
+            whole.append(name)
+        factors[name] = matrix.A, matrix.B if enable is None else _stacked(matrix)
+    notes = []
+    if whole:
+        others = f" and {len(whole) - 1} more" if len(whole) > 1 else ""
+        notes.append(f"{whole[0]}{others}: no blocks of a MergedLinear: a Linear on all rows")
+    ranks = {name: int(B.shape[1]) for name, (_, B) in factors.items()}
+    alphas = {name: number(m.scaling * ranks[name]) for name, m in updates.matrices.items()}
+    factors, alpha = _of_one_alpha(factors, alphas, notes)
+    told = {
+        "lorakit_version": __version__,
+        "r": ranks if len(set(ranks.values())) > 1 else next(iter(ranks.values())),
+        "lora_alpha": alpha,
+        "enable_lora": enabled,
+        "embedding": [name for name, matrix in updates.matrices.items() if matrix.embedding],
+        "fan_in_fan_out": bool(updates.config.get("fan_in_fan_out")),
+        "base_model": updates.config.get("base_model_name_or_path"),
+        "task_type": updates.config.get("task_type"),
+    }
+    tensors = {f"{name}.lora_A": A for name, (A, _) in factors.items()}
+    tensors |= {f"{name}.lora_B": B for name, (_, B) in factors.items()}
+    return tensors | {_in_module(k): v for k, v in updates.beside.items()}, told, notes
+
+
+def metadata(told: Mapping[str, Any]) -> dict[str, str]:
+    """``told`` as safetensors holds it: text by name."""
+    return {"format": "pt"} | {key: json.dumps(value) for key, value in told.items()}
+
+
+def merged_linear(A: Tensor, B: Tensor, enable: list[bool], scaling: float) -> LowRank:
+    """MergedLinear's A (n r, in_features) and B (n s, r), n projections of s rows enabled, as one
+    update of the whole matrix: B (len(enable) s, n r), zero outside of the blocks."""
+    n, r = sum(enable), B.shape[1]
+    size = B.shape[0] // n
+    whole = B.new_zeros(len(enable) * size, n * r)
+    parts = {}
+    for block, at in enumerate(i for i, on in enumerate(enable) if on):
+        rows = Rows(at * size, (at + 1) * size, len(whole))
+        columns = slice(block * r, (block + 1) * r)
+        rows.put(whole[:, columns], B[block * size : (block + 1) * size])
+        parts["qkv"[at] if len(enable) == 3 else str(at)] = (rows, r)
+    return LowRank(A, whole, scaling, parts=parts if len(enable) == 3 else None)
+
+
+def _of_one_alpha(
+    factors: Mapping[str, tuple[Tensor, Tensor]], alphas: Mapping[str, float], notes: list[str]
+) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+    """The commonest lora_alpha, and the factors with B multiplied where it is another."""
+    commonest = Counter(alpha for alpha in alphas.values() if alpha).most_common(1)
+    alpha = commonest[0][0] if commonest else 1
+    scaled = {}
+    for name, own in alphas.items():
+        A, B = factors[name]
+        scaled[name] = A, B if own == alpha else (B.double() * (own / alpha)).float()
+        if not is_finite(scaled[name][1]):
+            raise AdapterError(f"{name}: lora_B is too large for float32 when it is scaled")
+    if count := sum(own != alpha for own in alphas.values()):
+        of = f"{count} of {len(alphas)} matrices"
+        notes.append(f"B is scaled in {of}: lora_alpha = {number(alpha)} holds all")
+    return scaled, alpha
+
+
+def _in_module(key: str) -> str:
+    """The name inside of the module that PEFT wraps."""
+    for end in (BASE_BIAS, BASE_WEIGHT):
+        if key.endswith(end):
+            return f"{key.removesuffix(end)}.{end.rpartition('.')[2]}"
+    return key
+
+
+def _enabled(matrix: LowRank) -> list[bool] | None:
+    """MergedLinear's ``enable_lora``, if the parts are blocks of one size and rank that lie one
+    after the other."""
+    if not matrix.parts:
+        return None
+    sizes = {rows.stop - rows.start for rows, _ in matrix.parts.values()}
+    size = sizes.pop()
+    starts = [rows.start for rows, _ in matrix.parts.values()]
+    out_features = matrix.B.shape[0]
+    whole = all(rows.period == out_features for rows, _ in matrix.parts.values())
+    ranks = {r for _, r in matrix.parts.values()}
+    if sizes or not whole or len(ranks) > 1 or any(n % size for n in (out_features, *starts)):
+        return None
+    return [i * size in starts for i in range(out_features // size)]
+
+
+def _stacked(matrix: LowRank) -> Tensor:
+    """The parts' own B (s, r) one below the other."""
+    assert matrix.parts
+    blocks, at = [], 0
+    for rows, r in matrix.parts.values():
+        blocks.append(rows.of(matrix.B[:, at : at + r].contiguous()))
+        at += r
+    return torch.cat(blocks)
