@@ -7,7 +7,6 @@ vector for the whole model; P (D, d) is random, fixed, and made anew from its se
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -33,15 +32,15 @@ class IntrinsicConfig(AdapterSection):
 
 
 class Intrinsic(Method):
-    """W_i + sqrt(d / D) reshape(P_i theta_d), with theta_d zero at the start.
+    """W_i + reshape(P_i theta_d), with theta_d zero at the start.
 
     P_i, the rows of P for W_i (out, in) row by row, is ``kernels.fastfood.project``'s with the
-    matrix's number as its stream; its rows have norm 1. The factor gives the columns of P norm 1,
-    as in Li et al.: theta_d then moves the weights by a vector of its own length. A step of Adam
-    with learning rate l moves each entry of theta_d by about l, and so each weight by about
-    l sqrt(d / D). With d = 1000 and D from 1e7 to 1e8 that is 3e-3 l to 1e-2 l: learning rates of
-    1e-3 to 1e-2 move the weights by 3e-6 to 1e-4 a step, as those of full fine-tuning do. Without
-    the factor they would move by l itself, and the learning rate's range depend on D.
+    matrix's number as its stream. Its rows have norm 1: the weights move by theta_d's root mean
+    square, and a step of Adam moves each by about the learning rate, whatever d and D are. Li et
+    al. give the columns norm 1, which is theta_d times sqrt(d / D): for Adam the same with a
+    learning rate sqrt(D / d) times as large, so one for each size of model. Measured on MiniLM
+    (D = 1.1e7, d = 1000, 16 rows, 12 steps of AdamW, the loss 0.692 at first): learning rates of
+    1e-3 and 1e-2 bring it to 0.574 and 0.039; with columns of norm 1, to 0.691 and 0.684.
 
     A layer has no rank: r is 0. PEFT has no place for this form: ``adapter_config.json`` has ``d``,
     ``projection_seed`` and ``matrices``, the names in the order of their streams, and
@@ -65,12 +64,10 @@ class Intrinsic(Method):
         return layer
 
     def link(self, layers: Mapping[str, AdapterLayer]) -> None:
-        """One theta for all, the number of each matrix where it has none yet, and the factor."""
-        D = sum(layer.in_features * layer.out_features for layer in layers.values())
+        """One theta for all, and the number of each matrix where it has none yet."""
         first = next(iter(layers.values()))
         for index, layer in enumerate(layers.values()):
             layer.theta, layer.training_passes = first.theta, first.training_passes
-            layer.scaling = math.sqrt(layer.theta.numel() / D)
             layer.stream = index if layer.stream is None else layer.stream
 
     def update(self, layer: AdapterLayer, x: Tensor, y: Tensor) -> Tensor:
@@ -155,12 +152,12 @@ def _layer(method: Intrinsic, module: nn.Module, theta: Tensor, seed: int) -> Ad
 
 
 def _delta(layer: AdapterLayer) -> Tensor:
-    """sqrt(d / D) reshape(P_i theta) (out, in), float32."""
+    """reshape(P_i theta) (out, in), float32."""
     from lorakit.kernels.fastfood import project
 
     size = layer.out_features * layer.in_features
     flat = project(layer.theta, size, layer.projection_seed, layer.stream)
-    return flat.view(layer.out_features, layer.in_features) * layer.scaling
+    return flat.view(layer.out_features, layer.in_features)
 
 
 def _cast_delta(layer: AdapterLayer, dtype: torch.dtype) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ def test_a_layer_is_the_formula(module: nn.Module) -> None:
     METHOD.link({"other": METHOD.wrap(nn.Linear(4, 5), INTRINSIC, "other"), "layer": layer})
     nn.init.normal_(layer.theta)
     P = written_out(60, 24, seed=3, stream=1)
-    delta = (math.sqrt(24 / 80) * P @ layer.theta).view(10, 6)
+    delta = (P @ layer.theta).view(10, 6)
     x = torch.randn(2, 4, 6, requires_grad=True)
     want = module(x) + x @ delta.t()
     torch.testing.assert_close(layer(x), want, atol=1e-5, rtol=1e-5)
@@ -83,21 +82,22 @@ def test_the_gradient_is_that_of_all_weights_projected() -> None:
     loss(model).backward()
     loss(plain).backward()
     layers = adapter_layers(model)
-    D = sum(layer.weight.numel() for layer in layers.values())
     want = torch.zeros(24)
     for stream, name in enumerate(layers):
         weight = plain.get_parameter(f"{name}.weight")
         want += written_out(weight.numel(), 24, 3, stream).t() @ weight.grad.flatten()
-    torch.testing.assert_close(theta(model).grad, want * math.sqrt(24 / D), atol=1e-8, rtol=1e-3)
+    torch.testing.assert_close(theta(model).grad, want, atol=1e-6, rtol=1e-3)
 
 
-def test_the_weights_move_by_the_length_of_theta() -> None:
-    """The columns of P have norm 1."""
-    model = injected("llama", config("intrinsic", d=50), hidden_size=64, intermediate_size=96)
+@pytest.mark.parametrize("d", [50, 400])
+def test_the_weights_of_each_matrix_move_by_the_root_mean_square_of_theta(d: int) -> None:
+    """The rows of P have norm 1, whatever d and the sizes are."""
+    model = injected("llama", config("intrinsic", d=d), hidden_size=64, intermediate_size=96)
     nn.init.normal_(theta(model))
-    layers = adapter_layers(model).values()
-    moved = sum(METHOD.delta_weight(layer).square().sum() for layer in layers)
-    torch.testing.assert_close(moved.sqrt(), theta(model).norm().detach(), rtol=0.05, atol=0)
+    want = theta(model).detach().square().mean().sqrt()
+    for layer in adapter_layers(model).values():
+        moved = METHOD.delta_weight(layer).square().mean().sqrt()
+        torch.testing.assert_close(moved, want, rtol=0.15, atol=0)
 
 
 @pytest.mark.parametrize("learning_rate", [1e-3, 1e-2])
@@ -115,7 +115,7 @@ def test_the_usual_learning_rates_train(learning_rate: float) -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(value.mean().item())
-    assert losses[-1] < losses[0] - learning_rate / 50
+    assert losses[-1] < losses[0] - learning_rate * 5
     assert losses == sorted(losses, reverse=True)
 
 
@@ -229,9 +229,6 @@ def test_the_files_hold_theta_once_and_the_order_of_the_streams(tmp_path: Path) 
 def test_merged_equals_unmerged(family: str, tmp_path: Path) -> None:
     section = config("intrinsic", d=24, target_modules=["all-linear"])
     model = pair(tmp_path, family, section)
-    with torch.no_grad():
-        theta(model).mul_(20)
-    save(tmp_path, model, section)
     lorakit.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits(merged), logits(model), atol=1e-5, rtol=0)
