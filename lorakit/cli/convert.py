@@ -58,7 +58,9 @@ def convert(
     """Write an adapter in another form; the base model is not needed.
 
     lora: a plain LoRA of one rank, for PEFT and vLLM, of any LoRA, rsLoRA or AdaLoRA.
-    peft: a PEFT directory, of a loralib checkpoint.
+
+    peft: a PEFT directory, of a loralib checkpoint; what PEFT loads already is copied.
+
     loralib: one safetensors file of MODULE.lora_A and MODULE.lora_B; its metadata has the r and
     lora_alpha that the layers need.
 

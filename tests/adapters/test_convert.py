@@ -1,4 +1,4 @@
-"""Conversions between forms: equal logits, equal bits on the way back, and every refusal."""
+"""Between adapter directories: equal logits, equal bits on the way back, and every refusal."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import lorakit
 from lorakit.errors import AdapterError
 from tests.adapters.directories import fresh, logits, write_adapter, write_base
-from tests.families import token_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -169,119 +167,6 @@ def test_to_loralib_and_back(
     torch.testing.assert_close(in_peft(base, tmp_path / "out"), want, atol=1e-5, rtol=0)
 
 
-def test_loralib_layers_take_the_file(tmp_path: Path) -> None:
-    """r, lora_alpha and enable_lora of the metadata in the constructors, then load_state_dict."""
-    base, adapter = made(tmp_path, "gpt2", r=4, lora_alpha=12, target_modules=["q", "v"])
-    report = lorakit.convert(adapter, tmp_path / "out", "loralib")
-    assert report.path == tmp_path / "out" / "lora.safetensors"
-    assert (report.r, report.lora_alpha) == (4, 12)
-    with safe_open(report.path, "pt") as opened:
-        told = {k: json.loads(v) for k, v in opened.metadata().items() if k != "format"}
-    model = fresh(base)
-    for name, enable in told["enable_lora"].items():
-        rows = lorakit.MergedLinear(
-            16, 48, r=told["r"], lora_alpha=told["lora_alpha"], enable_lora=enable,
-            fan_in_fan_out=told["fan_in_fan_out"],
-        )  # fmt: skip
-        rows.load_state_dict(model.get_submodule(name).state_dict(), strict=False)
-        model.set_submodule(name, rows)
-    missing = model.load_state_dict(load_file(report.path), strict=False)
-    assert missing.unexpected_keys == []
-    want = logits(lorakit.load(base, adapter))
-    torch.testing.assert_close(logits(model.eval()), want, atol=1e-6, rtol=0)
-
-
-def trained(model: nn.Module, layers: dict[str, nn.Module], bias: Any = "none") -> nn.Module:
-    """``model`` with loralib's layers in place of its own, trained for some steps."""
-    for name, layer in layers.items():
-        plain = model.get_submodule(name)
-        layer.load_state_dict(plain.state_dict(), strict=False)
-        model.set_submodule(name, layer)
-    lorakit.mark_only_lora_as_trainable(model, bias=bias)
-    if hasattr(model, "classifier"):
-        model.classifier.requires_grad_(True)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
-    for step in range(4):
-        ids = token_ids(4, seed=step)
-        labels = ids[:, 0] % 3 if hasattr(model, "classifier") else ids
-        model.train()(input_ids=ids, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.eval()
-
-
-def gpt2_layers(**enable: Any) -> dict[str, nn.Module]:
-    torch.manual_seed(0)
-    merged = {"r": 2, "lora_alpha": 6, "fan_in_fan_out": True, "enable_lora": [True, False, True]}
-    return {
-        "transformer.wte": lorakit.Embedding(64, 16, r=3, lora_alpha=6),
-        "transformer.h.0.attn.c_attn": lorakit.MergedLinear(16, 48, **(merged | enable)),
-        "transformer.h.1.attn.c_proj": lorakit.Linear(
-            16, 16, r=2, lora_alpha=6, fan_in_fan_out=True
-        ),
-    }
-
-
-GPT2_OPTIONS: dict[str, Any] = {
-    "lora_alpha": 6, "enable_lora": ["q,v"], "fan_in_fan_out": True, "say": lambda text: None
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
-def test_a_trained_loralib_model(bias: Any, tmp_path: Path) -> None:
-    """Linear, MergedLinear and Embedding: in PEFT the logits that the layers gave."""
-    base = write_base(tmp_path / "base", "gpt2")
-    model = trained(fresh(base), gpt2_layers(), bias)
-    assert (logits(model) - logits(fresh(base))).abs().max() > 1e-2
-    torch.save({"model_state_dict": lorakit.lora_state_dict(model, bias)}, tmp_path / "l.pt")
-    lorakit.convert(
-        tmp_path / "l.pt", tmp_path / "out", "peft", base_model=str(base), **GPT2_OPTIONS
-    )
-    torch.testing.assert_close(in_peft(base, tmp_path / "out"), logits(model), atol=1e-5, rtol=0)
-    ours = lorakit.load(None, tmp_path / "out")
-    torch.testing.assert_close(logits(ours), logits(model), atol=1e-5, rtol=0)
-    assert json.loads((tmp_path / "out" / CONFIG).read_text())["bias"] == bias
-    if bias == "none":
-        lorakit.convert(tmp_path / "l.pt", tmp_path / "plain", "lora", **GPT2_OPTIONS)
-        torch.testing.assert_close(
-            in_peft(base, tmp_path / "plain"), logits(model), atol=1e-5, rtol=0
-        )
-
-
-def test_a_trained_loralib_classifier(tmp_path: Path) -> None:
-    base = write_base(tmp_path / "base", "roberta")
-    torch.manual_seed(0)
-    names = [
-        f"roberta.encoder.layer.{i}.attention.self.{q}" for i in (0, 1) for q in ("query", "value")
-    ]
-    model = trained(fresh(base), {n: lorakit.Linear(16, 16, r=2, lora_alpha=3) for n in names})
-    head = {f"classifier.{k}": v for k, v in model.classifier.state_dict().items()}
-    stored = {f"module.{k}": v for k, v in {**lorakit.lora_state_dict(model), **head}.items()}
-    save_file(stored, tmp_path / "l.safetensors")
-    notes: list[str] = []
-    lorakit.convert(
-        tmp_path / "l.safetensors", tmp_path / "out", "peft", lora_alpha=3, base_model=str(base),
-        say=notes.append,
-    )  # fmt: skip
-    settings = json.loads((tmp_path / "out" / CONFIG).read_text())
-    assert (settings["task_type"], settings["modules_to_save"]) == ("SEQ_CLS", ["classifier"])
-    assert [note.split(",")[0] for note in notes] == ["module.", "task_type = SEQ_CLS"]
-    torch.testing.assert_close(in_peft(base, tmp_path / "out"), logits(model), atol=1e-5, rtol=0)
-    ours = lorakit.load(base, tmp_path / "out")
-    torch.testing.assert_close(logits(ours), logits(model), atol=1e-5, rtol=0)
-
-
-def test_one_enabled_projection_is_named(tmp_path: Path) -> None:
-    """Its shapes are a Linear's: only the option tells it from one."""
-    base = write_base(tmp_path / "base", "gpt2")
-    layers = gpt2_layers(enable_lora=[False, False, True])
-    model = trained(fresh(base), layers)
-    torch.save(lorakit.lora_state_dict(model), tmp_path / "l.bin")
-    options = GPT2_OPTIONS | {"enable_lora": ["c_attn=0,0,1"]}
-    lorakit.convert(tmp_path / "l.bin", tmp_path / "out", "peft", **options)
-    torch.testing.assert_close(in_peft(base, tmp_path / "out"), logits(model), atol=1e-5, rtol=0)
-
-
 def test_a_directory_of_pefts_form_is_copied(tmp_path: Path) -> None:
     _, adapter = made(tmp_path, "llama", method="adalora")
     (adapter / "optimizer.pt").write_bytes(b"not the adapter's")
@@ -347,85 +232,20 @@ def test_a_rank_that_the_configuration_does_not_say(tmp_path: Path) -> None:
         lorakit.convert(adapter, tmp_path / "out", "lora")
 
 
+@pytest.mark.parametrize("changes", [{"init_r": "x"}, {"init_r": 0}, {"lora_alpha": float("inf")}])
+def test_a_scaling_that_adalora_cannot_have(changes: dict[str, Any], tmp_path: Path) -> None:
+    _, adapter = made(tmp_path, "llama", method="adalora")
+    edit(adapter, **changes)
+    with pytest.raises(AdapterError, match="an integer above 0, and a finite number"):
+        lorakit.convert(adapter, tmp_path / "out", "lora")
+
+
 def test_a_scaling_beyond_float32(tmp_path: Path) -> None:
     _, adapter = made(tmp_path, "llama", r=8)
     edit(adapter, alpha_pattern={"0.self_attn.q_proj": 1e300})
     for to in ("lora", "loralib"):
         with pytest.raises(AdapterError, match="lora_B is too large for float32 when it is scaled"):
             lorakit.convert(adapter, tmp_path / "out", to)
-
-
-def stored(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
-    return {name.replace("__", "."): torch.ones(shape) for name, shape in shapes.items()}
-
-
-MERGED = {"a__lora_A": (4, 6), "a__lora_B": (8, 2)}
-
-
-@pytest.mark.parametrize(
-    ("tensors", "options", "message"),
-    [
-        (stored(**MERGED), {}, "2 projections enabled: --enable-lora must say which"),
-        (stored(**MERGED), {"enable_lora": ["1,1,1"]}, "not of the 3 projections of r = 2"),
-        (stored(**MERGED), {"enable_lora": ["q,x"]}, "--enable-lora = q,x: allowed: "),
-        (stored(**MERGED), {"enable_lora": ["b=q,v"]}, "--enable-lora must say which"),
-        (stored(a__lora_A=(2, 6), a__lora_B=(8, 2)), {"enable_lora": ["q,v"]}, "no adapted module is fused"),
-        (stored(a__lora_A=(3, 6), a__lora_B=(8, 2)), {"enable_lora": ["a=1,0"]}, "not of the 1 projections"),
-        (stored(a__lora_A=(3, 6), a__lora_B=(8, 2)), {}, "the rows of A and the columns of B"),
-        (stored(a__lora_A=(2, 6)), {}, r"missing tensor: a\.lora_B"),
-        (stored(a__lora_A=(2,), a__lora_B=(2,)), {}, "allowed: a matrix"),
-        (stored(a__lora_A__weight=(2, 6)), {}, r"a\.lora_A\.weight: not a name of loralib"),
-        (stored(a__bias=(2,)), {}, r"it holds no MODULE\.lora_A"),
-        (stored(a__lora_A=(2, 6), a__lora_B=(8, 2), a__weight=(8, 6)), {}, r"a\.weight: a whole model"),
-        (stored(a__lora_A=(2, 6), a__lora_B=(8, 2)), {"embedding": ["b"]}, "--embedding = b: no adapted"),
-        (stored(a__lora_A=(2, 6), a__lora_B=(8, 2)), {"lora_alpha": 0}, "--lora-alpha = 0: allowed"),
-        (stored(a__lora_A=(2, 6), a__lora_B=(8, 2)), {"task_type": "X"}, "--task-type = X: allowed"),
-        (stored(a__lora_A=(2, 6), a__lora_B=(8, 2)), {"rank": 8}, "--rank = 8: allowed: with --to lora"),
-        ({"a.lora_A": torch.full((2, 6), torch.inf)}, {}, r"a\.lora_A: holds NaN or infinite"),
-        ({"a.lora_A": 3}, {}, r"\"a\.lora_A\": not a tensor: int"),
-        ([1], {}, "not a state dict: found list"),
-    ],
-)  # fmt: skip
-def test_checkpoints_that_cannot_be_read(
-    tensors: Any, options: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    torch.save(tensors, tmp_path / "l.pth")
-    with pytest.raises(AdapterError, match=message) as caught:
-        lorakit.convert(tmp_path / "l.pth", tmp_path / "out", "peft", **options)
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "out").exists()
-
-
-class Calls:
-    """A pickle that would create a file when it is read."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.file,)
-
-
-def test_no_code_of_a_pickle_is_run(tmp_path: Path) -> None:
-    torch.save({"a.lora_A": Calls(tmp_path / "ran")}, tmp_path / "l.pt")
-    with pytest.raises(AdapterError, match="lorakit runs no code of a file") as caught:
-        lorakit.convert(tmp_path / "l.pt", tmp_path / "out", "peft")
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-def test_a_file_cut_short(suffix: str, tmp_path: Path) -> None:
-    file = tmp_path / f"l.{suffix}"
-    (torch.save if suffix == "pt" else save_file)(stored(a__lora_A=(64, 64)), file)
-    whole = file.read_bytes()
-    for length in (0, 5, len(whole) // 2, len(whole) - 1):
-        file.write_bytes(whole[:length])
-        with pytest.raises(
-            AdapterError, match=r"l\.\w+: (corrupt or cut short|holds more)"
-        ) as caught:
-            lorakit.convert(file, tmp_path / "out", "peft")
-        assert "\n" not in str(caught.value)
 
 
 def test_where_out_may_lie(tmp_path: Path) -> None:
