@@ -178,3 +178,40 @@ def test_a_pattern_that_matches_no_target_is_an_error(pattern: str) -> None:
     with pytest.raises(TargetError, match=message):
         inject(model, config)
     assert not adapter_layers(model)
+
+
+def test_the_report_names_and_counts_the_parts_of_a_fused_projection() -> None:
+    model = tiny("phi3")  # 4 heads of queries, 2 of keys and values, of dimension 4
+    report = inject(model, LoraConfig(r=2, target_modules=["v", "q"], layers=[1]))
+    stem = "model.layers.1.self_attn.qkv_proj"
+    assert [(m.name, m.shape, m.r) for m in report.adapted_modules] == [
+        (f"{stem}.q", (16, 16), 2),
+        (f"{stem}.v", (8, 16), 2),
+    ]
+    assert report.trainable_parameters == 2 * (16 + 16) + 2 * (8 + 16)
+    assert set(trainable_state(model)) == {f"{stem}.{role}.lora_{f}" for role in "qv" for f in "AB"}
+
+
+def test_a_part_of_a_projection_that_trains_whole_is_an_error() -> None:
+    model = tiny("gpt2")
+    with pytest.raises(TargetError, match=r"c_attn\.q: both a target and trained whole"):
+        inject(model, LoraConfig(target_modules=["q"], modules_to_save=["c_attn"]))
+    assert not adapter_layers(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "bloom", "phi3", "modernbert"])
+def test_parts_train_under_gradient_checkpointing_and_generate(family: str) -> None:
+    model = tiny(family).train()
+    inject(model, LoraConfig(target_modules=["q", "v"]))
+    for layer in adapter_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.1)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model(token_ids()).logits.square().mean().backward()
+    assert all(p.grad is not None and p.grad.any() for p in trainable_state(model).values())
+    model.gradient_checkpointing_disable()
+    if family != "modernbert":  # with its cache a model gets one row at a time
+        prompt = token_ids(rows=1)
+        keys = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        cached = model.eval().generate(prompt, **keys)
+        assert torch.equal(cached, model.generate(prompt, use_cache=False, **keys))
