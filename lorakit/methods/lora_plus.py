@@ -83,7 +83,9 @@ class LoraPlus(Lora):
         return _WithRates(super().hooks(layers, config, total_steps))
 
     def advice(self, config: Any) -> str | None:
-        return f"adapter.loraplus_lr_ratio ({config.loraplus_lr_ratio}) too high"
+        ratio = config.loraplus_lr_ratio
+        shown = ratio if isinstance(ratio, str) else f"{ratio:g}"
+        return f"adapter.loraplus_lr_ratio ({shown}) too high"
 
     def reads(self, settings: Mapping[str, Any]) -> bool:
         return False

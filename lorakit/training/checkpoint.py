@@ -11,6 +11,7 @@ import json
 import random
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,20 @@ class Snapshot:
     scaler: dict[str, Any] | None
     best: dict[str, Tensor] | None
     random: RandomStates
+
+    def fits(self, weights: Mapping[str, Tensor], method: Mapping[str, Tensor]) -> bool:
+        """Whether it is of a run that trains ``weights``, with a method that keeps ``method``."""
+        stored = [self.weights, *([self.best] if self.best is not None else [])]
+        known = set(range(len(weights)))
+        return (
+            all(_shapes(tensors) == _shapes(weights) for tensors in stored)
+            and _shapes(self.method) == _shapes(method)
+            and set(self.optimizer["state"]) <= known  # what got no gradient has none
+        )
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int | None) -> Path:

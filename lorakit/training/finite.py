@@ -36,17 +36,14 @@ def broken_weight(weights: Mapping[str, Tensor]) -> str | None:
     )
 
 
-def grown_loss(
-    values: LateValues, first: float, learning_rate: float, advice: str | None = None
-) -> str | None:
+def grown_loss(values: LateValues, first: float, cause: str) -> str | None:
     """A finite loss far above that of the run's ``first`` log line, in words: more than 3 times
     it and more than 1 above it, so that neither a small loss nor an ordinary swing is one."""
     if not (values.loss > 3 * first and values.loss > first + 1):
         return None
     return (
         f"step {values.known['step']}: the loss is {values.loss:.4g}, at the start it was "
-        f"{first:.4g}; likely cause: train.learning_rate ({learning_rate:g}) too high"
-        + (f", or {advice}" if advice else "")
+        f"{first:.4g}; likely cause: {cause}"
     )
 
 

@@ -112,14 +112,8 @@ class Loop:
         self.save()
 
     def _check_fits(self, checkpoint: Path, snapshot: Snapshot) -> None:
-        want = {name: parameter.shape for name, parameter in self.trainable.items()}
-        stored = [snapshot.weights, *([snapshot.best] if snapshot.best is not None else [])]
-        fits = all({name: t.shape for name, t in tensors.items()} == want for tensors in stored)
-        own = {name: t.shape for name, t in self.hooks.state().items()}
-        fits = fits and own == {name: t.shape for name, t in snapshot.method.items()}
-        state = set(snapshot.optimizer["state"])
-        known = state <= set(range(len(want)))  # what got no gradient has none
-        if not (fits and known and 0 <= snapshot.progress.step <= self.schedule.total_steps):
+        fits = snapshot.fits(self.trainable, self.hooks.state())
+        if not (fits and 0 <= snapshot.progress.step <= self.schedule.total_steps):
             raise UserError(f"--resume: {checkpoint}: does not belong to this model and run")
 
     def save(self) -> Path:
@@ -225,11 +219,9 @@ class Loop:
             }
             self._check_finite(LateValues(known, losses, norms))
         if name := broken_weight(self.trainable):
-            rate = self.optimizer.param_groups[0]["initial_lr"]
-            also = f", or {self.advice}" if self.advice else ""
             self._fail(
                 f"step {self.progress.step}: {name} is not finite after it; likely cause: "
-                f"train.learning_rate ({rate:g}) too high{also}"
+                f"{self._cause()}"
             )
 
     def _check_finite(self, values: LateValues) -> None:
@@ -239,14 +231,19 @@ class Loop:
 
     def _warn_if_grown(self, values: LateValues) -> None:
         """Once a run: it diverges, without a loss that is not finite."""
-        progress, loss = self.progress, values.loss
+        progress = self.progress
         if progress.first_loss is None:
-            progress.first_loss = loss
-        elif not progress.said_grown:
-            rate = self.optimizer.param_groups[0]["initial_lr"]
-            if what := grown_loss(values, progress.first_loss, rate, self.advice):
-                self.recorder.display.say(what)
-                progress.said_grown = True
+            progress.first_loss = values.loss
+        what = grown_loss(values, progress.first_loss, self._cause())
+        if what and not progress.said_grown:
+            self.recorder.display.say(what)
+            progress.said_grown = True
+
+    def _cause(self) -> str:
+        """Why weights diverge."""
+        rate = self.optimizer.param_groups[0]["initial_lr"]
+        also = f", or {self.advice}" if self.advice else ""
+        return f"train.learning_rate ({rate:g}) too high{also}"
 
     def _fail(self, what: str) -> NoReturn:
         good = self._last_checkpoint or "none was written yet"
@@ -269,7 +266,9 @@ class Loop:
         except EvaluationStopped:
             self._interrupt()
         except EvaluationError as error:
-            self._fail(f"step {self.progress.step}: {error}")
+            self._fail(
+                f"step {self.progress.step}: {error}; if the weights diverged: {self._cause()}"
+            )
         self.objective.train()
         step = self.progress.step
         self.progress.seconds += time.monotonic() - began

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lorakit.training.finite import broken_step, broken_weight
+from lorakit.training.finite import broken_step, broken_weight, grown_loss
 from lorakit.training.late import LateValues
 
 
@@ -44,3 +44,34 @@ def test_weights() -> None:
     weights = {"a": torch.ones(2), "b": torch.tensor([1.0, math.inf]), "c": torch.tensor(math.nan)}
     assert broken_weight(weights) == "b"
     assert broken_weight({"a": torch.ones(2)}) is None
+
+
+@pytest.mark.parametrize(
+    ("first", "loss", "grown"),
+    [
+        (2.0, 6.1, True),
+        (2.0, 6.0, False),  # not more than 3 times
+        (0.1, 1.0, False),  # a small loss that swings
+        (0.1, 1.2, True),
+        (2.0, 1.0, False),
+        (0.0, 1.5, True),
+    ],
+)
+def test_a_finite_loss_far_above_the_first(first: float, loss: float, grown: bool) -> None:
+    message = grown_loss(values([loss - 0.5, loss + 0.5], [1.0, 1.0]), first, "too high")
+    assert (message is not None) == grown
+    if message is not None:
+        assert message == (
+            f"step 20: the loss is {loss:.4g}, at the start it was {first:.4g}; likely cause: too high"
+        )
+
+
+def test_the_method_s_advice_stands_beside_the_rate() -> None:
+    advice = "adapter.x (3) too high"
+    told = (
+        broken_step(values([math.nan], [1.0]), False, advice),
+        broken_step(values([1.0, math.nan], [5e4, 1.0]), False, advice),
+    )
+    for message in told:
+        assert message is not None
+        assert "too high, or adapter.x (3) too high" in message
