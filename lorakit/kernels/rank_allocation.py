@@ -68,9 +68,10 @@ def keep_top(scores: Tensor, budget: int) -> Tensor:
 
 @torch.no_grad()
 def orthogonality(
-    factors: Sequence[Tensor], columns: bool, mean_norm: bool
+    factors: Sequence[Tensor], columns: bool, mean_norm: bool, weight: float = 1.0
 ) -> tuple[Tensor, list[Tensor]]:
-    """How far the factors are from orthonormal rows (or ``columns``), and the gradients of that.
+    """How far the factors are from orthonormal rows (or ``columns``), and the gradients of that;
+    both times ``weight``.
 
     With G = F F^T - I (or F^T F - I): sum ||G||_F^2, whose gradient is 4 G F (or 4 F G). With
     ``mean_norm`` sum ||G||_F, with gradient 2 G F / ||G||_F: what the public codes take.
@@ -85,11 +86,12 @@ def orthogonality(
         if mean_norm:
             norms = gram.flatten(1).norm(dim=1)
             total = total + norms.sum()
-            gram = gram * (2 / norms.clamp_min(torch.finfo(norms.dtype).tiny))[:, None, None]
+            factor = (2 * weight) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+            gram = gram * factor[:, None, None]
         else:
             total = total + gram.square().sum()
-            gram = gram * 4
+            gram = gram * (4 * weight)
         gradient = stack @ gram if columns else gram @ stack
         for index, own in zip(group, gradient.unbind(0), strict=True):
             gradients[index] = own
-    return total, gradients
+    return total * weight, gradients

@@ -67,10 +67,15 @@ class Allocation(RunHooks):
         self._names = list(layers)
         self._config, self.budget = config, budget
         self._factors = {f: [getattr(x, f) for x in layers.values()] for f in _ACROSS}
-        weights = [w for factors in self._factors.values() for w in factors]
-        self._weights: list[Tensor] = weights
-        self._averages = [torch.zeros_like(w, requires_grad=False) for w in weights]
-        self._uncertainties = [torch.zeros_like(w, requires_grad=False) for w in weights]
+        weights: list[Any] = [w for factors in self._factors.values() for w in factors]
+        self._weights = weights
+        # One row for all elements: what is done to each of them takes one kernel, not hundreds.
+        sizes = [w.numel() for w in weights]
+        self._rows = torch.zeros(2, sum(sizes), device=weights[0].device)
+        self._averages, self._uncertainties = (
+            [part.view_as(w) for part, w in zip(row.split(sizes), weights, strict=True)]
+            for row in self._rows
+        )
         self._kept = torch.stack([layer.kept for layer in layers.values()])
         for layer, kept in zip(layers.values(), self._kept.unbind(0), strict=True):
             layer.kept = kept
@@ -79,20 +84,15 @@ class Allocation(RunHooks):
     def before_step(self, scale: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """Add the gradient of gamma * sum_k R(P_k, Q_k) (equation 4); its value is what is logged,
         and no loss contains it."""
-        import torch
-
         from lorakit.kernels.rank_allocation import orthogonality
 
         total = None
+        mean_norm = self._config.orth_reg_form == "mean_norm"
+        weight = self._config.orth_reg_weight / (2 * len(self._names) if mean_norm else 1)
         for factor in ("lora_A", "lora_B"):
             factors = self._factors[factor]
-            mean_norm = self._config.orth_reg_form == "mean_norm"
-            weight = self._config.orth_reg_weight
-            if mean_norm:
-                weight /= 2 * len(factors)
-            value, gradients = orthogonality(factors, factor == "lora_B", mean_norm)
-            total = value * weight if total is None else total + value * weight
-            torch._foreach_mul_(gradients, weight)
+            value, gradients = orthogonality(factors, factor == "lora_B", mean_norm, weight)
+            total = value if total is None else total + value
             _add_gradients(factors, [scale(gradient) for gradient in gradients])
         assert total is not None
         return [total]
@@ -100,26 +100,28 @@ class Allocation(RunHooks):
     def after_step(self, step: int, scaled: bool = False) -> None:
         import torch
 
-        from lorakit.kernels.rank_allocation import update_importance
-
         if step < self.budget.final_step:
-            gradients = [_gradient(w) for w in self._weights]
-            if scaled:  # what is not finite would stay in the averages for ever
-                gradients = [torch.nan_to_num(g, 0.0, 0.0, 0.0) for g in gradients]
-            update_importance(
-                self._averages,
-                self._uncertainties,
-                [w.detach() for w in self._weights],
-                gradients,
-                self._config.beta1,
-                self._config.beta2,
-            )
+            self._update(scaled)
         if self.budget.allocates(step):
             self._allocate(self.budget.at(step))
         if self.budget.allocates(step) or step > self.budget.final_step:
             with torch.no_grad():
                 mask = self._kept.unsqueeze(-1).float().unbind(0)
                 torch._foreach_mul_(self._factors["lora_E"], list(mask))
+
+    def _update(self, scaled: bool) -> None:
+        import torch
+
+        from lorakit.kernels.rank_allocation import update_importance
+
+        with torch.no_grad():
+            gradients = _in_a_row([_gradient(w) for w in self._weights])
+            if scaled:  # what is not finite would stay in the averages for ever
+                gradients = torch.nan_to_num(gradients, 0.0, 0.0, 0.0)
+            weights = _in_a_row(self._weights)
+            average, uncertainty = self._rows
+            beta1, beta2 = self._config.beta1, self._config.beta2
+            update_importance([average], [uncertainty], [weights], [gradients], beta1, beta2)
 
     def _allocate(self, budget: int) -> None:
         from lorakit.kernels.rank_allocation import keep_top
@@ -129,11 +131,11 @@ class Allocation(RunHooks):
     def scores(self) -> Tensor:
         """S = s(lambda) + mean s(column of P) + mean s(row of Q), with s the smoothed sensitivity
         times its uncertainty (equations 7, 11): (matrices, init_r)."""
-        import torch
-
         from lorakit.kernels.rank_allocation import triplet_scores
 
-        importance = torch._foreach_mul(self._averages, self._uncertainties)
+        sizes = [weight.numel() for weight in self._weights]
+        rows = (self._rows[0] * self._rows[1]).split(sizes)
+        importance = [row.view_as(w) for row, w in zip(rows, self._weights, strict=True)]
         count = len(self._names)
         total = None
         for index, dim in enumerate(_ACROSS.values()):
@@ -175,6 +177,13 @@ def _add_gradients(weights: list[Any], gradients: list[Tensor]) -> None:
         torch._foreach_add_([weights[i].grad for i in there], [gradients[i] for i in there])
     for i in set(range(len(weights))) - set(there):
         weights[i].grad = gradients[i].clone()
+
+
+def _in_a_row(tensors: list[Tensor]) -> Tensor:
+    from torch._utils import _flatten_dense_tensors
+
+    row: Tensor = _flatten_dense_tensors(tensors)
+    return row
 
 
 def _gradient(weight: Tensor) -> Tensor:
