@@ -43,6 +43,9 @@ def main() -> None:
     for name, median in medians.items():
         low, high = min(seconds[name]), max(seconds[name])
         print(f"{name:>13}: {median * 1e3:9.1f} ms a step ({low * 1e3:.1f} to {high * 1e3:.1f})")
+    for name in ("lora", "adalora") if arguments.parts else ():
+        for part, times in steps[name].spent.items():
+            print(f"{name:>13}: {part}: {statistics.median(times[2:]) * 1e3:.2f} ms")
     print(f"adalora / lora: {medians['adalora'] / medians['lora']:.3f}")
     if arguments.peft:
         print(f"PEFT adalora / lora: {medians['PEFT adalora'] / medians['PEFT lora']:.3f}")
@@ -57,6 +60,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--parts", action="store_true", help="wait for the device between them")
     parser.add_argument("--peft", action="store_true")
     return parser.parse_args()
 
@@ -108,13 +112,31 @@ def ours(method: str):
         def step(number: int) -> None:
             loss = token_losses(model, parts, ids, positions, targets) / len(positions)
             loss.backward()
+            mark("forward and backward")
             hooks.before_step(lambda gradient: gradient)
+            mark("before the step")
             nn.utils.clip_grad_norm_(weights, 1.0, foreach=True)
             optimizer.step()
+            mark("clipping, optimizer")
             hooks.after_step(number)
+            mark("after the step")
             optimizer.zero_grad(set_to_none=True)
 
-        return step
+        spent: dict[str, list[float]] = {}
+        last = [time.perf_counter()]
+
+        def mark(name: str) -> None:
+            if arguments.parts:
+                synchronise(device)
+                spent.setdefault(name, []).append(time.perf_counter() - last[0])
+                last[0] = time.perf_counter()
+
+        def timed(number: int) -> None:
+            last[0] = time.perf_counter()
+            step(number)
+
+        timed.spent = spent  # type: ignore[attr-defined]
+        return timed
 
     return build
 

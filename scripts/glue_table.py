@@ -17,16 +17,17 @@ import json
 import multiprocessing
 import os
 import statistics
+import traceback
 from pathlib import Path
 from typing import Any
 
 #: Task -> metric, epochs, rows of the training split.
 TASKS: dict[str, tuple[str, int, int | None]] = {
-    "cola": ("matthews_correlation", 8, None),
-    "mrpc": ("accuracy", 10, None),
-    "rte": ("accuracy", 12, None),
-    "stsb": ("pearson", 8, None),
-    "sst2": ("accuracy", 4, 8000),
+    "cola": ("matthews_correlation", 6, None),
+    "mrpc": ("accuracy", 8, None),
+    "rte": ("accuracy", 10, None),
+    "stsb": ("pearson", 6, None),
+    "sst2": ("accuracy", 3, 8000),
 }
 #: The six matrices of a layer, as in the AdaLoRA paper.
 SIX = ["q", "k", "v", "intermediate.dense", "output.dense"]
@@ -77,7 +78,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
+    parser.add_argument("--gpus", type=int, default=0, help="over which they are spread")
     return parser.parse_args()
 
 
@@ -90,14 +92,29 @@ def run_all(arguments: argparse.Namespace, jobs: list[Job]) -> None:
     left = [job for job in jobs if not (directory(arguments, job) / "done.json").is_file()]
     print(f"{len(jobs)} runs, {len(left)} to do", flush=True)
     context = multiprocessing.get_context("spawn")
-    with context.Pool(arguments.workers) as pool:
-        for job, seconds in pool.imap_unordered(train, [(arguments, job) for job in left]):
-            print(*job, f"{score(arguments, job):.4f}", f"{seconds:.1f} s", flush=True)
+    with context.Pool(arguments.workers, take_gpu, (arguments.gpus,)) as pool:
+        for job, failure in pool.imap_unordered(attempt, [(arguments, job) for job in left]):
+            print(*job, failure or f"{score(arguments, job):.4f}", flush=True)
 
 
-def train(work: tuple[argparse.Namespace, Job]) -> tuple[Job, float]:
-    arguments, job = work
+def take_gpu(gpus: int) -> None:
+    """Called first in each worker, before it loads torch."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    if gpus:
+        number = multiprocessing.current_process()._identity[0]
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % gpus)
+
+
+def attempt(work: tuple[argparse.Namespace, Job]) -> tuple[Job, str]:
+    """One failed run must not end the others."""
+    try:
+        train(*work)
+    except Exception:
+        return work[1], traceback.format_exc()
+    return work[1], ""
+
+
+def train(arguments: argparse.Namespace, job: Job) -> None:
     import torch
 
     import lorakit
@@ -136,7 +153,6 @@ def train(work: tuple[argparse.Namespace, Job]) -> tuple[Job, float]:
         "losses": [[line["step"], line["loss"]] for line in logged if "loss" in line],
     }
     (place / "done.json").write_text(json.dumps(kept), encoding="utf-8")
-    return job, done["seconds"]
 
 
 def directory(arguments: argparse.Namespace, job: Job) -> Path:
