@@ -440,6 +440,25 @@ def test_nothing_waits_for_the_device() -> None:
     assert sum(hooks.ranks().values()) == 6
 
 
+def test_a_frozen_head_is_no_obstacle() -> None:
+    """A classifier of which the adapter alone trains."""
+    model = tiny("bert")
+    inject(model, config(target_modules=["all-linear"]), heads=[])
+    layers = adapter_layers(model)
+    assert all(
+        n.rpartition(".")[2] in ("lora_A", "lora_B", "lora_E") for n in trainable_state(model)
+    )
+    hooks = allocation(layers)
+    optimizer = torch.optim.AdamW(trainable_state(model).values(), lr=1e-3)
+    for step in range(1, 13):
+        optimizer.zero_grad()
+        model.train()(input_ids=token_ids(seed=step)).logits.square().sum().backward()
+        hooks.before_step(same)
+        optimizer.step()
+        hooks.after_step(step)
+    assert sum(hooks.ranks().values()) == 2 * len(layers)
+
+
 # On disk
 
 
