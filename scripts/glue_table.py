@@ -35,9 +35,9 @@ SIX = ["q", "k", "v", "intermediate.dense", "output.dense"]
 #: authors' code, for which they chose its weight.
 METHODS: dict[str, tuple[dict[str, Any], list[float]]] = {
     "full": ({}, [5e-5, 1e-4, 2e-4]),
-    "bitfit": ({}, [5e-4, 1e-3, 2e-3, 4e-3]),
+    "bitfit": ({}, [1e-3, 2e-3, 4e-3]),
     "lora": ({"r": 4, "lora_alpha": 8, "target_modules": SIX}, [5e-4, 1e-3, 2e-3]),
-    "lora_plus": ({"r": 4, "lora_alpha": 8, "target_modules": SIX}, [5e-5, 1e-4, 2e-4, 5e-4]),
+    "lora_plus": ({"r": 4, "lora_alpha": 8, "target_modules": SIX}, [5e-5, 1e-4, 2e-4]),
     "adalora": (
         {
             "init_r": 6,
