@@ -18,8 +18,9 @@ from lorakit.injection import trainable_state
 from lorakit.layers import adapter_layers
 from lorakit.methods.base import Method
 from lorakit.recipe.sections import Recipe
-from lorakit.tasks.base import LOWER_IS_BETTER
+from lorakit.training.best import Best
 from lorakit.training.evaluator import Evaluator
+from lorakit.training.finite import divergence
 from lorakit.training.loop import Loop
 from lorakit.training.objective import CausalObjective, EncoderObjective
 from lorakit.training.optim import build_optimizer, build_scheduler
@@ -74,12 +75,10 @@ def build_loop(
         stop=stop,
         checkpoint_dir=Path(section.output_dir) / "checkpoints",
         evaluate=None,
-        best_metric=metric,
-        gain=partial(_is_gain, metric),
-        patience=section.early_stopping_patience,
+        best=Best(metric, section.early_stopping_patience),
         max_grad_norm=section.max_grad_norm,
         hooks=hooks,
-        advice=method.advice(prepared.recipe.adapter),
+        cause=divergence(section.learning_rate, method.advice(prepared.recipe.adapter)),
     )
     if prepared.evaluation is not None and recorder is not None:
         loop.evaluate = build_evaluator(prepared, loop, final=False)
@@ -103,15 +102,6 @@ def _padding_multiple(prepared: Prepared, accelerator: Accelerator) -> int:
     for each length that occurs; float32 on the CPU pads no more than it must."""
     plain = accelerator.device.type == "cpu" and prepared.model.dtype == torch.float32
     return 1 if plain else 8
-
-
-def _is_gain(metric: str, metrics: dict[str, float], best: dict[str, float]) -> bool:
-    """Whether ``metrics`` beat ``best`` (empty at first); of equals the one of lower loss."""
-    if not best:
-        return True
-    if metrics[metric] != best[metric]:
-        return (metrics[metric] < best[metric]) == (metric in LOWER_IS_BETTER)
-    return metrics["loss"] < best["loss"]
 
 
 def step_plan(prepared: Prepared, processes: int) -> StepPlan:

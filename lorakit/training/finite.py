@@ -11,20 +11,25 @@ from torch import Tensor
 from lorakit.training.late import LateValues
 
 
-def broken_step(values: LateValues, scaled: bool, advice: str | None = None) -> str | None:
+def divergence(learning_rate: float, advice: str | None) -> str:
+    """Why weights are likely to diverge; ``advice`` is what the method has to say to it."""
+    return f"train.learning_rate ({learning_rate:g}) too high" + (
+        f", or {advice}" if advice else ""
+    )
+
+
+def broken_step(values: LateValues, scaled: bool, cause: str) -> str | None:
     """The first step whose loss or gradient is not finite, in words.
 
     ``scaled``: float16's gradient scaler leaves out a step whose gradient is not finite.
-    ``advice``: what else to lower than the learning rate.
+    ``cause``: of a divergence.
     """
     for index, (loss, norm) in enumerate(zip(values.losses, values.grad_norms, strict=True)):
         step = values.known["step"] - len(values.losses) + 1 + index
         if not math.isfinite(loss):
-            return f"step {step}: the loss is {loss}; {_likely_cause(values, index, advice)}"
+            return f"step {step}: the loss is {loss}; {_likely_cause(values, index, cause)}"
         if not math.isfinite(norm) and not scaled:
-            return (
-                f"step {step}: the gradient is not finite; {_likely_cause(values, index, advice)}"
-            )
+            return f"step {step}: the gradient is not finite; {_likely_cause(values, index, cause)}"
     return None
 
 
@@ -47,14 +52,8 @@ def grown_loss(values: LateValues, first: float, cause: str) -> str | None:
     )
 
 
-def _likely_cause(values: LateValues, index: int, advice: str | None) -> str:
-    also = f", or {advice}" if advice else ""
-    rate = values.known["learning_rate"]
+def _likely_cause(values: LateValues, index: int, cause: str) -> str:
     earlier = [norm for norm in values.grad_norms[:index] if math.isfinite(norm)]
     if earlier and max(earlier) > 100:
-        grown = f"the gradient grew to {max(earlier):.3g} before"
-        return f"{grown}: train.learning_rate ({rate:g}) too high{also}"
-    return (
-        f"likely causes: train.learning_rate ({rate:g}) too high{also}, or float16 overflow "
-        "(bfloat16 has the range)"
-    )
+        return f"the gradient grew to {max(earlier):.3g} before: {cause}"
+    return f"likely causes: {cause}, or float16 overflow (bfloat16 has the range)"

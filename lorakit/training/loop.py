@@ -20,6 +20,7 @@ from lorakit.data.encode import EncodedRow, EncodedSplit
 from lorakit.errors import EvaluationError, Interrupted, TrainingError, UserError
 from lorakit.evaluation.watch import EvaluationStopped
 from lorakit.methods.base import RunHooks
+from lorakit.training.best import Best
 from lorakit.training.checkpoint import (
     Progress,
     Snapshot,
@@ -34,13 +35,11 @@ from lorakit.training.schedule import Schedule
 from lorakit.training.signals import StopRequest
 from lorakit.training.tracking import Recorder
 
-Weights = dict[str, Tensor]
-
 
 @dataclass
 class Loop:
     """``objective`` maps a batch to the sum of its losses; ``evaluate`` gives the metrics of the
-    model as it is; ``gain`` tells whether metrics beat the best so far (empty at first)."""
+    model as it is; ``cause`` says why weights are likely to diverge."""
 
     accelerator: Accelerator
     objective: nn.Module
@@ -55,14 +54,11 @@ class Loop:
     stop: StopRequest
     checkpoint_dir: Path
     evaluate: Callable[[], dict[str, float]] | None
-    best_metric: str
-    gain: Callable[[dict[str, float], dict[str, float]], bool]
-    patience: int | None
+    best: Best
     max_grad_norm: float | None
-    hooks: RunHooks = field(default_factory=RunHooks)
-    advice: str | None = None
+    hooks: RunHooks
+    cause: str
     progress: Progress = field(default_factory=Progress)
-    best: Weights | None = None
 
     def __post_init__(self) -> None:
         self._late = LateReader(self.hooks.device_values)
@@ -85,7 +81,7 @@ class Loop:
         self.scheduler.load_state_dict(snapshot.scheduler)
         if snapshot.scaler is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(snapshot.scaler)
-        self.progress, self.best = snapshot.progress, snapshot.best
+        self.progress, self.best.weights = snapshot.progress, snapshot.best
         self._late.restore_window(self.progress.window, self.accelerator.device)
         self._last_checkpoint = checkpoint
         restore_random_states(snapshot.random)
@@ -128,7 +124,7 @@ class Loop:
             optimizer=self.optimizer.state_dict(),
             scheduler=self.scheduler.state_dict(),
             scaler=scaler.state_dict() if scaler is not None else None,
-            best=self.best,
+            best=self.best.weights,
             random=random_states(),
         )
         self._last_checkpoint = save_checkpoint(
@@ -221,12 +217,12 @@ class Loop:
         if name := broken_weight(self.trainable):
             self._fail(
                 f"step {self.progress.step}: {name} is not finite after it; likely cause: "
-                f"{self._cause()}"
+                f"{self.cause}"
             )
 
     def _check_finite(self, values: LateValues) -> None:
         scaled = self.accelerator.scaler is not None
-        if what := broken_step(values, scaled, self.advice):
+        if what := broken_step(values, scaled, self.cause):
             self._fail(what)
 
     def _warn_if_grown(self, values: LateValues) -> None:
@@ -234,16 +230,10 @@ class Loop:
         progress = self.progress
         if progress.first_loss is None:
             progress.first_loss = values.loss
-        what = grown_loss(values, progress.first_loss, self._cause())
+        what = grown_loss(values, progress.first_loss, self.cause)
         if what and not progress.said_grown:
             self.recorder.display.say(what)
             progress.said_grown = True
-
-    def _cause(self) -> str:
-        """Why weights diverge."""
-        rate = self.optimizer.param_groups[0]["initial_lr"]
-        also = f", or {self.advice}" if self.advice else ""
-        return f"train.learning_rate ({rate:g}) too high{also}"
 
     def _fail(self, what: str) -> NoReturn:
         good = self._last_checkpoint or "none was written yet"
@@ -266,33 +256,17 @@ class Loop:
         except EvaluationStopped:
             self._interrupt()
         except EvaluationError as error:
-            self._fail(
-                f"step {self.progress.step}: {error}; if the weights diverged: {self._cause()}"
-            )
+            self._fail(f"step {self.progress.step}: {error}; if the weights diverged: {self.cause}")
         self.objective.train()
         step = self.progress.step
         self.progress.seconds += time.monotonic() - began
         self.progress.last_eval_step = step
         self.recorder.evaluation(step, metrics)
-        if self.hooks.is_final_form(step):
-            self._compare(metrics)
+        final = self.hooks.is_final_form(step)
+        stopping = self.best.compare(metrics, self.trainable, self.progress) if final else None
+        if stopping:
+            self.recorder.display.say(stopping)
         self._window_start += time.monotonic() - began
-
-    def _compare(self, metrics: dict[str, float]) -> None:
-        """Keep the weights if they are the best so far; else, in the end, stop."""
-        step = self.progress.step
-        if self.gain(metrics, self.progress.best_metrics):
-            self.progress.best_metrics, self.progress.best_step = metrics, step
-            self.progress.evaluations_without_gain = 0
-            self.best = {n: p.detach().cpu().clone() for n, p in self.trainable.items()}
-        else:
-            self.progress.evaluations_without_gain += 1
-            if self.patience and self.progress.evaluations_without_gain >= self.patience:
-                self.progress.stopped_early = True
-                self.recorder.display.say(
-                    f"step {step}: {self.best_metric} has not improved for {self.patience} "
-                    f"evaluations; stopping early, the best was at step {self.progress.best_step}"
-                )
 
     def _interrupt(self) -> NoReturn:
         saved = self.save()

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from lorakit.data.batches import StepPlan
@@ -170,10 +169,7 @@ def _run(
 
 def _final_metrics(prepared: Prepared, loop: Loop, recorder: Recorder) -> dict[str, float]:
     """Put the best weights in place; their metrics, with text generated if that is for the end."""
-    if loop.best is not None:
-        with torch.no_grad():
-            for name, parameter in loop.trainable.items():
-                parameter.copy_(loop.best[name])
+    loop.best.restore(loop.trainable)
     task, config = prepared.task, prepared.recipe.task
     measured = task.generates(config, final=True) == task.generates(config, final=False)
     if prepared.evaluation is None or measured:

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
-from lorakit.training.finite import broken_step, broken_weight, grown_loss
+from lorakit.training.finite import broken_step, broken_weight, divergence, grown_loss
 from lorakit.training.late import LateValues
+
+CAUSE = divergence(0.25, None)
 
 
 def values(losses: list[float], norms: list[float]) -> LateValues:
@@ -14,30 +16,30 @@ def values(losses: list[float], norms: list[float]) -> LateValues:
 
 
 def test_fine_steps() -> None:
-    assert broken_step(values([1.0, 2.0], [3.0, 1e9]), scaled=False) is None
+    assert broken_step(values([1.0, 2.0], [3.0, 1e9]), scaled=False, cause=CAUSE) is None
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_the_first_broken_step_and_the_rate_are_named(bad: float) -> None:
-    message = broken_step(values([1.0, bad, math.nan], [1.0, 1.0, 1.0]), scaled=False)
+    message = broken_step(values([1.0, bad, math.nan], [1.0, 1.0, 1.0]), scaled=False, cause=CAUSE)
     assert message is not None
     assert message.startswith(f"step 19: the loss is {bad}; ")
     assert "train.learning_rate (0.25)" in message
 
 
 def test_a_gradient_that_grew_is_the_cause() -> None:
-    message = broken_step(values([1.0, math.nan], [5e4, math.nan]), scaled=False)
+    message = broken_step(values([1.0, math.nan], [5e4, math.nan]), scaled=False, cause=CAUSE)
     assert message is not None
     assert "the gradient grew to 5e+04 before" in message
 
 
 def test_a_gradient_that_overflows_is_skipped_in_float16_only() -> None:
     overflown = values([1.0], [math.inf])
-    assert broken_step(overflown, scaled=True) is None
-    message = broken_step(overflown, scaled=False)
+    assert broken_step(overflown, scaled=True, cause=CAUSE) is None
+    message = broken_step(overflown, scaled=False, cause=CAUSE)
     assert message is not None
     assert "step 20: the gradient is not finite" in message
-    assert broken_step(values([math.nan], [1.0]), scaled=True) is not None
+    assert broken_step(values([math.nan], [1.0]), scaled=True, cause=CAUSE) is not None
 
 
 def test_weights() -> None:
@@ -67,10 +69,10 @@ def test_a_finite_loss_far_above_the_first(first: float, loss: float, grown: boo
 
 
 def test_the_method_s_advice_stands_beside_the_rate() -> None:
-    advice = "adapter.x (3) too high"
+    cause = divergence(0.25, "adapter.x (3) too high")
     told = (
-        broken_step(values([math.nan], [1.0]), False, advice),
-        broken_step(values([1.0, math.nan], [5e4, 1.0]), False, advice),
+        broken_step(values([math.nan], [1.0]), False, cause),
+        broken_step(values([1.0, math.nan], [5e4, 1.0]), False, cause),
     )
     for message in told:
         assert message is not None
