@@ -67,21 +67,16 @@ class RowsOf(nn.Module):
         return self.rows.of(bias) if isinstance(bias, Tensor) else None
 
 
-class AdapterLayer(nn.Module):
-    """A frozen ``base_layer`` and, beside it, the parameters that a method registers.
+class _InPlace(nn.Module):
+    """What stands in place of ``base_layer``, a frozen y = W x + b.
 
-    ``in_features`` and ``out_features`` are those of y = W x; for an embedding they are the number
-    of rows and the dimension. ``r`` is the rank and ``scaling`` the factor of the update.
+    ``in_features`` and ``out_features`` are W's; for an embedding they are the number of rows and
+    the dimension.
     """
 
-    def __init__(self, base_layer: nn.Module, method: Method, *, r: int, scaling: float) -> None:
-        assert isinstance(base_layer, (*ADAPTABLE, RowsOf)), type(base_layer)
+    def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.method = method
-        self.r = r
-        self.scaling = scaling
-        self.kind = kind_of(base_layer)
         shape = as_matrix(base_layer, self.weight).shape
         self.out_features, self.in_features = int(shape[0]), int(shape[1])
 
@@ -97,6 +92,19 @@ class AdapterLayer(nn.Module):
         bias = getattr(self.base_layer, "bias", None)
         assert bias is None or isinstance(bias, Tensor)
         return bias
+
+
+class AdapterLayer(_InPlace):
+    """Beside the base the parameters that a method registers. ``r`` is the rank and ``scaling`` the
+    factor of the update."""
+
+    def __init__(self, base_layer: nn.Module, method: Method, *, r: int, scaling: float) -> None:
+        assert isinstance(base_layer, (*ADAPTABLE, RowsOf)), type(base_layer)
+        super().__init__(base_layer)
+        self.method = method
+        self.r = r
+        self.scaling = scaling
+        self.kind = kind_of(base_layer)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.method.forward(self, x)
@@ -115,32 +123,17 @@ class AdapterLayer(nn.Module):
         return f"{self.method.name}, r={self.r}, scaling={self.scaling:g}"
 
 
-class FusedLayer(nn.Module):
-    """A frozen projection that holds q, k and v in one matrix, some of them adapted.
+class FusedLayer(_InPlace):
+    """A projection that holds q, k and v in one matrix, some of them adapted.
 
     Each part, a child under its role's name, is an AdapterLayer on its own rows; what the other
     rows give is the base's, bit for bit.
     """
 
     def __init__(self, base_layer: nn.Module, parts: Mapping[str, AdapterLayer]) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        shape = as_matrix(base_layer, self.weight).shape
-        self.out_features, self.in_features = int(shape[0]), int(shape[1])
+        super().__init__(base_layer)
         for role, part in parts.items():
             self.add_module(role, part)
-
-    @property
-    def weight(self) -> Tensor:
-        weight = self.base_layer.weight
-        assert isinstance(weight, Tensor)
-        return weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        bias = getattr(self.base_layer, "bias", None)
-        assert bias is None or isinstance(bias, Tensor)
-        return bias
 
     @property
     def parts(self) -> dict[str, AdapterLayer]:
