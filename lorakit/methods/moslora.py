@@ -45,16 +45,22 @@ class MosLora(Lora):
         return layer.lora_mixer @ layer.lora_A, layer.lora_B
 
     def update(self, layer: AdapterLayer, x: Tensor, y: Tensor) -> Tensor:
+        """In evaluation as the plain LoRA that is saved: in half precision the mixer by itself
+        would be one rounding more, and the metrics not those of the saved adapter."""
         import torch.nn.functional as F
 
         from lorakit.kernels.lora import lora_add_
 
+        if not layer.training:
+            return super().update(layer, x, y)
         x = layer.lora_dropout(x)
         h = F.linear(x, layer.lora_A.to(x.dtype))
         return lora_add_(y, h, layer.lora_mixer, layer.lora_B, layer.scaling)
 
     def embed(self, layer: AdapterLayer, ids: Tensor) -> Tensor:
-        """With B M for B: M A would be as large as the vocabulary."""
+        """With B M for B in training: M A is as large as the vocabulary."""
+        if not layer.training:
+            return super().embed(layer, ids)
         B = layer.lora_B @ layer.lora_mixer
         return embedding_add(layer.base_layer(ids), layer, ids, layer.lora_A, B)
 

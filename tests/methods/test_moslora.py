@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from lorakit.adapters.peft_format import load_adapter, save_adapter
 from lorakit.injection import inject, trainable_state
 from lorakit.layers import AdapterLayer, as_matrix
+from lorakit.methods.lora import METHOD as LORA
 from lorakit.methods.moslora import METHOD, MosLoraConfig
 from tests.families import tiny, token_ids
 
@@ -51,8 +52,9 @@ def reference(layer: AdapterLayer, x: torch.Tensor) -> torch.Tensor:
 
 
 @every_module
-def test_the_layer_is_the_formula(kind: str) -> None:
-    layer = filled(kind, r=3, lora_alpha=5)
+@pytest.mark.parametrize("training", [True, False])
+def test_the_layer_is_the_formula(kind: str, training: bool) -> None:
+    layer = filled(kind, r=3, lora_alpha=5).train(training)
     given, x = inputs(layer)
     W, A, M, B, x_ = (
         t.detach().double().numpy()
@@ -109,6 +111,19 @@ def test_dropout_is_on_the_adapter_path_only() -> None:
         want = layer.base_layer(x) + reference(layer, dropped) - layer.base_layer(dropped)
         assert torch.equal(layer.eval()(x), layer(x))
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@every_module
+def test_in_evaluation_it_is_the_saved_lora_bit_for_bit_over_bfloat16(kind: str) -> None:
+    layer = filled(kind, r=3).eval()
+    layer.base_layer.to(torch.bfloat16)
+    plain = AdapterLayer(layer.base_layer, LORA, r=3, scaling=layer.scaling)
+    plain.lora_A, plain.lora_B = layer.lora_mixer @ layer.lora_A, layer.lora_B
+    plain.lora_dropout = nn.Identity()
+    given, _ = inputs(layer)
+    given = given if kind == "embedding" else given.bfloat16()
+    with torch.no_grad():
+        assert torch.equal(layer(given), plain(given))
 
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
