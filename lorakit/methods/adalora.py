@@ -9,7 +9,6 @@ can come back. The names are PEFT's: P is ``lora_B``, Lambda ``lora_E``, Q ``lor
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -19,12 +18,14 @@ from lorakit.errors import UserError
 from lorakit.methods.base import RunHooks
 from lorakit.methods.lora import Lora
 from lorakit.recipe.sections import (
+    MAX_RANK,
     AdapterSection,
+    LoraAlpha,
     NonNegativeFloat,
     NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
     Probability,
+    Rank,
 )
 
 if TYPE_CHECKING:
@@ -49,9 +50,9 @@ class AdaLoraConfig(AdapterSection):
     """
 
     method: str = "adalora"
-    target_r: PositiveInt = 8
-    init_r: PositiveInt = 12
-    lora_alpha: PositiveFloat | Annotated[int, Field(gt=0)] = 16
+    target_r: Rank = 8
+    init_r: Rank = 12
+    lora_alpha: LoraAlpha = 16
     lora_dropout: Probability = 0.0
     tinit: Steps = 0.1
     tfinal: Steps = 0.5
@@ -68,7 +69,8 @@ class AdaLoraConfig(AdapterSection):
         if isinstance(data, dict) and "init_r" not in data:
             target_r = data.get("target_r")
             if isinstance(target_r, int):
-                return {**data, "init_r": max(1, math.ceil(1.5 * target_r))}
+                init_r = target_r + (target_r + 1) // 2
+                return {**data, "init_r": min(max(1, init_r), MAX_RANK)}
         return data
 
     @field_validator("init_r")

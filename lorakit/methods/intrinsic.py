@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field
 
 from lorakit.errors import AdapterError, shown
 from lorakit.methods.base import Method
-from lorakit.recipe.sections import AdapterSection, PositiveInt, Seed, TextList
+from lorakit.recipe.sections import AdapterSection, Seed, TextList
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +28,7 @@ class IntrinsicConfig(AdapterSection):
     """``d`` is the number of trained values, ``projection_seed`` names P."""
 
     method: str = "intrinsic"
-    d: PositiveInt = 1000
+    d: Annotated[int, Field(gt=0, lt=2**31)] = 1000
     projection_seed: Seed = 0
     target_modules: TextList = ["all-linear"]
 

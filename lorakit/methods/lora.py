@@ -13,7 +13,7 @@ from pydantic import Field
 
 from lorakit.errors import TargetError
 from lorakit.methods.base import Method, RunHooks
-from lorakit.recipe.sections import AdapterSection, PositiveFloat, PositiveInt, Probability
+from lorakit.recipe.sections import AdapterSection, LoraAlpha, Probability, Rank
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,11 +32,11 @@ class LoraConfig(AdapterSection):
     """
 
     method: str = "lora"
-    r: PositiveInt = 8
-    lora_alpha: PositiveFloat | Annotated[int, Field(gt=0)] = 16
+    r: Rank = 8
+    lora_alpha: LoraAlpha = 16
     lora_dropout: Probability = 0.0
-    rank_pattern: dict[str, PositiveInt] = Field(default={})
-    alpha_pattern: dict[str, PositiveFloat] = Field(default={})
+    rank_pattern: dict[str, Rank] = Field(default={})
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0, le=1e9)]] = Field(default={})
     bias: Literal["none", "lora_only", "all"] = "none"
     use_rslora: bool = False
     init: Literal["default", "b_gaussian", "pissa", "orthogonal"] = "default"

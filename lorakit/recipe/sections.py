@@ -22,6 +22,10 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
+#: Above any matrix's rank that a model has, and small enough for sizes to be computed.
+MAX_RANK = 2**16
+Rank = Annotated[int, Field(gt=0, le=MAX_RANK)]
+LoraAlpha = Annotated[float, Field(gt=0, le=1e9)] | Annotated[int, Field(gt=0, le=10**9)]
 #: What numpy takes as a seed.
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 

@@ -80,7 +80,10 @@ def test_overrides_come_before_the_checks(write: Write) -> None:
     bad = write(GOOD.replace("r: 4", "r: four"))
     assert load_recipe(bad, ["adapter.r=2"]).adapter.model_dump()["r"] == 2
     problem = only(write(GOOD), ["adapter.r=four"])
-    assert str(problem) == '--set: adapter.r = "four": wrong type (text); allowed: an integer > 0'
+    assert (
+        str(problem)
+        == '--set: adapter.r = "four": wrong type (text); allowed: an integer > 0 and <= 65536'
+    )
 
 
 def test_every_problem_is_listed_at_once_in_the_files_order(write: Write) -> None:
@@ -104,19 +107,27 @@ def test_every_problem_is_listed_at_once_in_the_files_order(write: Write) -> Non
             "r:3: model.dtype = \"float23\": unknown value; did you mean 'float32'?; "
             "allowed: float32, bfloat16, float16",
         ),
-        ("r: 4", "r: 0", "r:6: adapter.r = 0: out of range; allowed: an integer > 0"),
-        ("r: 4", "r: 4.5", "r:6: adapter.r = 4.5: wrong type (a float); allowed: an integer > 0"),
+        ("r: 4", "r: 0", "r:6: adapter.r = 0: out of range; allowed: an integer > 0 and <= 65536"),
+        (
+            "r: 4",
+            "r: 4.5",
+            "r:6: adapter.r = 4.5: wrong type (a float); allowed: an integer > 0 and <= 65536",
+        ),
         (
             "r: 4",
             "r: true",
-            "r:6: adapter.r = true: wrong type (true or false); allowed: an integer > 0",
+            "r:6: adapter.r = true: wrong type (true or false); allowed: an integer > 0 and <= 65536",
         ),
-        ("r: 4", "r:", "r:6: adapter.r = null: wrong type (null); allowed: an integer > 0"),
+        (
+            "r: 4",
+            "r:",
+            "r:6: adapter.r = null: wrong type (null); allowed: an integer > 0 and <= 65536",
+        ),
         (
             "r: 4",
             "r: '4'",
             'r:6: adapter.r = "4": text, because it stands in quotes; write it without them; '
-            "allowed: an integer > 0",
+            "allowed: an integer > 0 and <= 65536",
         ),
         (
             "[q, k]",
