@@ -36,6 +36,8 @@ _GAUSSIAN_BITS = 16
 _Integer = TypeVar("_Integer", int, Tensor)
 
 
+# Traced, the integer arithmetic of each matrix takes torch.compile minutes.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def project(theta: Tensor, size: int, seed: int, stream: int) -> Tensor:
     """P theta (size,) for theta (d,), in float32, or in float64 if theta is.
 

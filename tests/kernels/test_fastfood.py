@@ -235,3 +235,16 @@ def test_cuda_gives_the_same_bits(d: int, size: int) -> None:
     (grad,) = torch.autograd.grad(values, theta, g)
     (gpu_grad,) = torch.autograd.grad(gpu_values, on_gpu, g.cuda())
     torch.testing.assert_close(gpu_grad.cpu(), grad, rtol=1e-4, atol=1e-5 * size**0.5)
+
+
+def test_torch_compile_does_not_trace_the_product() -> None:
+    nodes: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> object:
+        nodes.append(len(graph.graph.nodes))
+        return graph.forward
+
+    theta = torch.randn(24)
+    compiled = torch.compile(lambda t: project(t * 2, 600, 3, 1) + 1, backend=backend)
+    assert torch.equal(compiled(theta), project(theta * 2, 600, 3, 1) + 1)
+    assert sum(nodes) < 12, "a step would wait minutes for the first one"
