@@ -19,7 +19,8 @@ def written_beside(target: Path, *, replace: bool) -> Iterator[Path]:
 
     With ``replace`` an existing directory is set aside, replaced and then deleted; without it a
     ``target`` that has appeared meanwhile raises FileExistsError. After an error nothing is left;
-    what a killed process left is deleted by the next that writes ``target``.
+    what a killed process left is deleted by the next that writes ``target``, and what it had set
+    aside, if nothing had taken its place yet, is put back.
     """
     target = target.absolute()
     token = secrets.token_hex(4)
@@ -51,10 +52,8 @@ def written_beside(target: Path, *, replace: bool) -> Iterator[Path]:
 
 
 def _sweep(target: Path) -> None:
-    """Delete what a killed process left beside ``target``: a living one holds the lock."""
-    for left in target.parent.glob(f".{glob.escape(target.name)}.*.new"):
-        if not re.fullmatch(r"[0-9a-f]{8}", left.name[len(target.name) + 2 : -len(".new")]):
-            continue
+    """Undo what a killed process left beside ``target``: a living one holds the lock."""
+    for left in _left(target, ".new"):
         with suppress(OSError):
             handle = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
@@ -62,6 +61,20 @@ def _sweep(target: Path) -> None:
                 shutil.rmtree(left, ignore_errors=True)
             finally:
                 os.close(handle)
+    for left in _left(target, ".old"):
+        if left.with_suffix(".new").exists():
+            continue
+        if target.exists():
+            shutil.rmtree(left, ignore_errors=True)
+        else:  # killed between the two renames
+            with suppress(OSError):
+                left.rename(target)
+
+
+def _left(target: Path, end: str) -> Iterator[Path]:
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*{end}"):
+        if re.fullmatch(r"[0-9a-f]{8}", left.name[len(target.name) + 2 : -len(end)]):
+            yield left
 
 
 def _flush(folder: Path) -> None:

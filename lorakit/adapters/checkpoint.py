@@ -78,8 +78,7 @@ def local_directory(section: ModelSection) -> Path:
 def _headers(directory: Path) -> Iterator[tuple[str, StoredTensor]]:
     index = directory / INDEX
     if index.is_file():
-        weight_map: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = [directory / name for name in dict.fromkeys(weight_map.values())]
+        files = [directory / name for name in dict.fromkeys(_weight_map(index).values())]
     else:
         files = [directory / SINGLE]
     for file in files:
@@ -98,3 +97,14 @@ def _headers(directory: Path) -> Iterator[tuple[str, StoredTensor]]:
                     yield name, StoredTensor(file, tuple(part.get_shape()), dtype)
         except SafetensorError as error:
             raise ModelError(f"base: {file}: corrupt or cut short: {error}") from error
+
+
+def _weight_map(index: Path) -> Mapping[str, str]:
+    """Tensor -> file. Raises ModelError if the index does not say it."""
+    try:
+        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelError(f"base: {index}: no index of weights: {error!r}") from error
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        raise ModelError(f"base: {index}: weight_map: allowed: file names by tensor")
+    return found

@@ -72,8 +72,8 @@ def convert(
     checkpoint = _checkpoint(source)
     _check_arguments(to, rank, options, checkpoint)
     target = out / LORALIB_FILE if to == "loralib" and out.suffix != ".safetensors" else out
-    _check_out(out, source, target, overwrite)
     try:
+        _check_out(out, source, target, overwrite)
         if checkpoint:
             updates, notes = read_loralib(checkpoint, options)
         else:

@@ -14,6 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lorakit import registry
+from lorakit.adapters.json_types import (
+    ADALORA_TYPES,
+    CONFIG_TYPES,
+    LORA_TYPES,
+    SIDECAR_TYPES,
+    check_types,
+)
 from lorakit.adapters.peft_config import check_supported
 from lorakit.errors import AdapterError, shown
 from lorakit.layers import Rows
@@ -42,7 +49,7 @@ class AdapterFiles:
     def method(self) -> Method:
         """The method that reads the tensors: the one that wrote them, else PEFT's namesake."""
         found = registry.methods()
-        own = found.get((self.sidecar or {}).get("method", ""))
+        own = found.get((self.sidecar or {}).get("method") or "")
         if own is not None and own.peft_type == self.config["peft_type"] and not own.folds:
             method: Method = own
             return method
@@ -61,17 +68,18 @@ class AdapterFiles:
         stored = (self.sidecar or {}).get("parts") or {}
         try:
             return {name: _parts(parts) for name, parts in stored.items()}
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise AdapterError(
-                f"{self.directory / SIDECAR}: parts = {shown(stored)}: allowed: module -> role -> "
-                "start, stop, period, r, all integers"
+                f"{self.directory / SIDECAR}: parts = {shown(stored)}: allowed: module -> q, k or "
+                "v -> start, stop, period, r: integers, 0 <= start < stop <= period, r from 1, of "
+                "one period and with no row twice"
             ) from error
 
     @property
     def classifies(self) -> bool:
         """Whether the base is loaded with a classification head."""
         task = self.config.get("task_type")
-        base = (self.config.get("auto_mapping") or {}).get("base_model_class") or ""
+        base = str((self.config.get("auto_mapping") or {}).get("base_model_class"))
         if task == "SEQ_CLS" or (task is None and "SequenceClassification" in base):
             return True
         if task == "CAUSAL_LM" or (task is None and "LM" in base):
@@ -99,6 +107,8 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
     if config.get("peft_type") not in known:
         value = shown(config.get("peft_type"))
         raise AdapterError(f"{where}: peft_type = {value}: allowed: {', '.join(known)}")
+    patterns = ADALORA_TYPES if config["peft_type"] == "ADALORA" else LORA_TYPES
+    check_types(config, CONFIG_TYPES | patterns, where)
     own = next((m for m in registry.methods().values() if _is_own_form(m, config)), None)
     if own is None:
         check_supported(config, where)
@@ -110,7 +120,9 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
             tensors = own.unpack(config, tensors)
         except AdapterError as error:
             raise AdapterError(f"{directory}: {error}") from error
-    return AdapterFiles(directory, config, tensors, _read_json(directory / SIDECAR))
+    sidecar = _read_json(directory / SIDECAR)
+    check_types(sidecar or {}, SIDECAR_TYPES, str(directory / SIDECAR))
+    return AdapterFiles(directory, config, tensors, sidecar)
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -122,11 +134,21 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def _parts(stored: Mapping[str, Mapping[str, int]]) -> dict[str, tuple[Rows, int]]:
-    ordered = sorted(stored.items(), key=lambda item: item[1]["start"])
-    return {
-        role: (Rows(int(part["start"]), int(part["stop"]), int(part["period"])), int(part["r"]))
-        for role, part in ordered
-    }
+    """In the order of their rows. Raises ValueError and the like for what is no such thing."""
+    found: dict[str, tuple[Rows, int]] = {}
+    at = 0
+    for role, part in sorted(stored.items(), key=lambda item: item[1]["start"]):
+        numbers = [part[key] for key in ("start", "stop", "period", "r")]
+        start, stop, period, r = numbers
+        if role not in ("q", "k", "v") or any(type(number) is not int for number in numbers):
+            raise TypeError(role)
+        if not at <= start < stop <= period or r < 1:
+            raise ValueError(role)
+        found[role] = Rows(start, stop, period), r
+        at = stop
+    if len({rows.period for rows, _ in found.values()}) > 1:
+        raise ValueError("period")
+    return found
 
 
 def _is_own_form(method: Method, config: Mapping[str, Any]) -> bool:
@@ -139,7 +161,7 @@ def _read_json(file: Path) -> dict[str, Any] | None:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{file}: not readable as JSON: {error}") from error
     if not isinstance(value, dict):
         raise AdapterError(f"{file}: a JSON object is expected, found {shown(value)}")
@@ -170,5 +192,7 @@ def _tensors(directory: Path, peft_type: str) -> dict[str, Tensor]:
             raise AdapterError(f"{file}: {name}: {problem}")
         if not is_finite(tensor):
             raise AdapterError(f"{file}: {name}: holds NaN or infinite values")
-        tensors[name.removeprefix(PREFIX)] = tensor
+        # Few operations of torch take float8.
+        wide = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+        tensors[name.removeprefix(PREFIX)] = wide
     return tensors

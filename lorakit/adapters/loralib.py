@@ -8,6 +8,7 @@ are embeddings. What lorakit writes says that in the metadata of the safetensors
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,9 @@ from lorakit.adapters.low_rank import BASE_BIAS, BASE_WEIGHT, LowRank, Updates
 from lorakit.adapters.plain_lora import number
 from lorakit.errors import AdapterError
 from lorakit.layers import Rows
+
+#: The last part of the name by which a module is taken for a convolution.
+_CONVOLUTION = re.compile(r"(?i)conv(?:[123]d)?_?\d*")
 
 
 def loralib_tensors(updates: Updates) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
@@ -81,6 +85,26 @@ def merged_linear(A: Tensor, B: Tensor, enable: list[bool], scaling: float) -> L
         rows.put(whole[:, columns], B[block * size : (block + 1) * size])
         parts["qkv"[at] if len(enable) == 3 else str(at)] = (rows, r)
     return LowRank(A, whole, scaling, parts=parts if len(enable) == 3 else None)
+
+
+def check_no_convolution(
+    name: str, matrix: LowRank, stored: Mapping[str, Tensor], *, by_name: bool
+) -> None:
+    """Raise AdapterError for a Conv2d where its name or its bias tells it from a Linear: of kernel
+    k, it has B (k out_channels / groups, k r), and a bias of out_channels."""
+    bias = stored.get(f"{name}.bias")
+    rows = int(matrix.B.shape[0])
+    named = by_name and _CONVOLUTION.fullmatch(name.rpartition(".")[2])
+    if named or f"{name}.conv.weight" in stored or f"{name}.conv.bias" in stored:
+        raise AdapterError(
+            f"{name}: a convolution by its name: PEFT's form has no place for loralib's factors of "
+            "one; in eval mode the model's own weight has them merged"
+        )
+    if bias is not None and tuple(bias.shape) != (rows,):
+        raise AdapterError(
+            f"{name}.bias is {tuple(bias.shape)}, and lora_B has {rows} rows: neither a Linear nor "
+            "a MergedLinear as --enable-lora has it, and a Conv2d cannot be converted"
+        )
 
 
 def _of_one_alpha(

@@ -13,10 +13,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lorakit.adapters.files import is_finite
+from lorakit.adapters.json_types import check_types
 from lorakit.errors import AdapterError, shown
 
 #: Read by ``torch.load(weights_only=True)``, which makes tensors and plain containers only.
 PICKLED = (".pt", ".pth", ".bin")
+#: What the metadata say, besides what loralib's layers need to be built.
+_TOLD = {
+    "base_model": "text",
+    "embedding": "a list of texts",
+    "enable_lora": "lists of true and false by name",
+    "lora_alpha": "a finite number",
+    "task_type": "text",
+}
 #: What holds the state dict in a checkpoint that holds more, as those of loralib's examples do.
 _WRAPPERS = ("model_state_dict", "state_dict")
 
@@ -50,8 +59,12 @@ def read_state(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(state, Mapping) or not state:
         raise AdapterError(f"{file}: not a state dict: found {type(state).__name__}")
     for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
+        if not isinstance(name, str):
+            raise AdapterError(f"{file}: {shown(name)}: not a state dict: a name is text")
+        if not isinstance(value, Tensor):
             raise AdapterError(f"{file}: {shown(name)}: not a tensor: {type(value).__name__}")
+        if value.is_meta or value.layout != torch.strided:
+            raise AdapterError(f"{file}: {name}: a sparse or empty one: allowed: dense tensors")
         if not value.numel() or not is_finite(value):
             problem = "NaN or infinite values" if value.numel() else "no values"
             raise AdapterError(f"{file}: {name}: holds {problem}")
@@ -63,13 +76,10 @@ def _told(stored: Mapping[str, str]) -> dict[str, Any]:
     if "lorakit_version" not in stored:
         return {}
     told = {key: json.loads(value) for key, value in stored.items() if key != "format"}
-    alpha, enable, embedding = (told.get(k) for k in ("lora_alpha", "enable_lora", "embedding"))
-    lists = enable.values() if isinstance(enable, dict) else [None]
-    if (
-        not isinstance(alpha, int | float)
-        or not isinstance(embedding, list)
-        or not all(isinstance(own, list) and any(own) for own in lists)
-    ):
+    if lacking := [key for key in _TOLD if key not in told]:
+        raise ValueError(f"the metadata lack {lacking[0]}")
+    check_types(told, _TOLD, "metadata")
+    if not told["lora_alpha"] or not all(map(any, told["enable_lora"].values())):
         raise ValueError("metadata that lorakit did not write")
     return told
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lorakit.adapters.loralib import merged_linear
+from lorakit.adapters.loralib import check_no_convolution, merged_linear
 from lorakit.adapters.loralib_file import read_state
 from lorakit.adapters.low_rank import BASE_BIAS, LowRank, Updates, check_factors, check_matrices
 from lorakit.adapters.peft_config import SEQ_CLS_HEADS
@@ -44,9 +44,9 @@ def read_loralib(file: Path, options: LoralibOptions) -> tuple[Updates, list[str
     """The updates, and what was taken without the file saying so.
 
     Linear and MergedLinear are told by the shapes, but for a MergedLinear with one projection
-    enabled, which ``MODULE=`` names; embeddings by their names. A Conv2d looks like a Linear: its
-    checkpoints cannot be converted. Biases, and modules trained whole, are kept. Raises
-    AdapterError for what cannot be read, is misshapen, or needs an option.
+    enabled, which ``MODULE=`` names; embeddings by their names. Biases, and modules trained whole,
+    are kept. Raises AdapterError for what cannot be read, is misshapen, or needs an option; also
+    for a Conv2d, whose factors look like a Linear's, where its name or its bias gives it away.
     """
     stored, told = read_state(file)
     notes: list[str] = []
@@ -61,6 +61,7 @@ def read_loralib(file: Path, options: LoralibOptions) -> tuple[Updates, list[str
                 matrices[name] = merged_linear(A, B, enabled[name], alpha / B.shape[1])
             else:
                 matrices[name] = LowRank(A, B, alpha / len(A), name in embeddings)
+            check_no_convolution(name, matrices[name], beside, by_name=not told)
         config, beside = _config(matrices, beside, options, told, notes)
     except AdapterError as error:
         raise AdapterError(f"{file}: {error}") from error

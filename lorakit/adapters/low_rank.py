@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from lorakit.adapters.files import AdapterFiles
 from lorakit.adapters.peft_config import SEQ_CLS_HEADS
-from lorakit.errors import AdapterError, shown
+from lorakit.errors import AdapterError
 from lorakit.layers import Rows
 from lorakit.methods.adalora import scaling_of
 from lorakit.methods.lora_form import peft_rank, peft_scaling
@@ -141,20 +140,10 @@ def _low_rank(
         if tuple(E.shape) != (r, 1):
             raise AdapterError(f"{module}.lora_E is {tuple(E.shape)}, and lora_A needs ({r}, 1)")
         A = (E.double() * A.double()).float()
-        return LowRank(A, B, _adalora_scaling(config))
+        return LowRank(A, B, scaling_of(config.get("lora_alpha", 8), config.get("init_r", 12)))
     if (said := peft_rank(config, module)) != r:
         raise AdapterError(f"{module} has r = {r}, and adapter_config.json says {said}")
     return LowRank(A, B, peft_scaling(config, module, r), embedding)
-
-
-def _adalora_scaling(config: Mapping[str, Any]) -> float:
-    alpha, init_r = config.get("lora_alpha", 8), config.get("init_r", 12)
-    if not isinstance(init_r, int) or init_r < 1 or not math.isfinite(alpha):
-        raise AdapterError(
-            f"adapter_config.json: init_r = {shown(init_r)}, lora_alpha = {shown(alpha)}: allowed: "
-            "an integer above 0, and a finite number"
-        )
-    return scaling_of(alpha, init_r)
 
 
 def check_factors(module: str, A: Tensor, B: Tensor) -> None:

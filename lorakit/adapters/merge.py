@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
 from lorakit.adapters.base_model import base_section, empty_model, full_config, set_pad_token
@@ -83,7 +85,8 @@ def merge(
     files = adapters[0].files
     section = base_section(base, files, trust_remote_code)
     out = Path(out)
-    _check_out(out, section.name_or_path, adapters, overwrite)
+    with _explained(out):
+        _check_out(out, section.name_or_path, adapters, overwrite)
     max_shard_bytes = parse_size(max_shard_size)
     wanted = dtype_name(dtype, "dtype")
     config = full_config(section, files)
@@ -97,13 +100,22 @@ def merge(
         note = f"{reason}: the whole model is loaded and merged in memory"
         say(note)
         _check_disk(out, sum(file.stat().st_size for file in directory.glob("*.safetensors")))
-        with written_beside(out, replace=overwrite) as folder:
+        with _explained(out), written_beside(out, replace=overwrite) as folder:
             fields = merge_loaded(section, config, adapters, folder, wanted, max_shard_bytes)
             _copy_rest(folder, directory, files.directory)
         return MergeReport(out, **fields, **_weights(adapters), notes=(note,))
     sources = (directory, files.directory)
     fields = _write(plan, config, out, max_shard_bytes, overwrite, sources)
     return MergeReport(out, **fields, **_weights(adapters))
+
+
+@contextmanager
+def _explained(out: Path) -> Iterator[None]:
+    """A full disk, a name that is too long, a file among the parents: AdapterError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"OUT = {out}: not written: {error}") from error
 
 
 def _weights(adapters: Sequence[Weighted]) -> dict[str, Any]:
@@ -123,7 +135,7 @@ def _write(
     """Returns the fields of a MergeReport."""
     size_bytes = sum(output.size_bytes for output in plan.outputs.values())
     _check_disk(out, size_bytes)
-    with written_beside(out, replace=overwrite) as folder:
+    with _explained(out), written_beside(out, replace=overwrite) as folder:
         names = write_shards(folder, plan.outputs, max_shard_bytes, plan.value)
         config.architectures = [plan.architecture]
         config.dtype = plan.dtype

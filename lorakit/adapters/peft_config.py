@@ -59,6 +59,11 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     # The others start from a base whose weights they have changed.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
+#: Keys of which PEFT takes names for regular expressions, some of them.
+_REGULAR = (
+    "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "modules_to_save",
+    "layers_pattern",
+)  # fmt: skip
 #: PEFT takes these for the head of a classifier, whatever the file says.
 SEQ_CLS_HEADS = ("classifier", "score")
 
@@ -70,12 +75,7 @@ def check_supported(config: Mapping[str, Any], where: str) -> None:
         if not any(value is choice or value == choice for choice in allowed):
             names = ", ".join(shown(choice) for choice in allowed)
             raise AdapterError(f"{where}: {key} = {shown(value)}: not supported; allowed: {names}")
-    r, alpha = config.get("r", 8), config.get("lora_alpha", 8)
-    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-        raise AdapterError(f"{where}: r = {shown(r)}: allowed: an integer above 0")
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-        raise AdapterError(f"{where}: lora_alpha = {shown(alpha)}: allowed: a number")
-    for key in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+    for key in _REGULAR:
         value = config.get(key) or []
         for pattern in [value] if isinstance(value, str) else value:
             try:

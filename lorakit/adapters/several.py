@@ -44,14 +44,16 @@ class _Own:
 class _Held:
     """The adapters of a model. ``absent`` are weights that the base's checkpoint lacks.
 
-    ``copies`` are bare matrices, in the host's memory; ``folded`` names those that now differ from
-    them. ``parted`` are weights that stand aside while their module has a merged one of its own.
+    ``copies`` are bare matrices, in the host's memory, ``marks`` say what state of each weight;
+    ``folded`` names those that now differ from them. ``parted`` are weights that stand aside while
+    their module has a merged one of its own.
     """
 
     absent: tuple[str, ...]
     adapters: dict[str, _Own] = field(default_factory=dict)
     current: tuple[str | None, bool] = (None, False)
     copies: dict[str, Tensor] = field(default_factory=dict)
+    marks: dict[str, object] = field(default_factory=dict)
     folded: list[str] = field(default_factory=list)
     parted: dict[str, nn.Parameter] = field(default_factory=dict)
 
@@ -159,7 +161,9 @@ def _take_off(model: nn.Module, held: _Held) -> None:
     for place, layer in own.layers.items():
         model.set_submodule(place, layer.base_layer)
     for place in held.folded:
-        _weight(model.get_submodule(place)).copy_(held.copies[place])
+        weight = _weight(model.get_submodule(place))
+        weight.copy_(held.copies[place])
+        held.marks[place] = _mark(weight)
     for place, weight in held.parted.items():
         module = model.get_submodule(place)
         module.weight = _beside(weight, _weight(module))
@@ -183,7 +187,7 @@ def _fold(model: nn.Module, held: _Held, own: _Own) -> None:
             held.parted[name] = weight
             module.weight = nn.Parameter(merged, requires_grad=False)
         else:
-            if name not in held.copies:
+            if held.marks.get(name) != _mark(weight):
                 held.copies[name] = weight.detach().to("cpu", copy=True)
             held.folded.append(name)
             weight.copy_(merged)
@@ -216,6 +220,12 @@ def _beside(value: Any, other: Tensor) -> Any:
     """``value``, the same object, on the device of ``other``."""
     value.data = value.data.to(other.device)
     return value
+
+
+def _mark(weight: Tensor) -> object:
+    """Equal while nothing has written to the weight; a new object where torch does not count."""
+    counted = not weight.is_inference()
+    return (weight.data_ptr(), weight.dtype, weight._version) if counted else object()
 
 
 def _weight(module: nn.Module) -> nn.Parameter:

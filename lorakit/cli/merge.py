@@ -68,9 +68,12 @@ def merge(
 
 
 def _weighted(text: str) -> tuple[str, float]:
-    """Directory and weight: what follows the last colon, if it is a number."""
+    """Directory and weight: what follows the last colon, if it is a number, and not the end of a
+    directory's name."""
     directory, colon, end = text.rpartition(":")
     try:
-        return (directory, float(end)) if colon else (text, 1.0)
+        weight = float(end) if colon else 1.0
     except ValueError:
         return text, 1.0
+    ends_so = Path(text).is_dir() and not Path(directory).is_dir()
+    return (directory, weight) if colon and not ends_so else (text, 1.0)

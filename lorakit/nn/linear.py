@@ -17,6 +17,8 @@ class Linear(LoraLayer, nn.Linear):
     W (out_features, in_features), lora_A (r, in_features), lora_B (out_features, r).
     ``fan_in_fan_out``: ``weight`` holds W^T (in_features, out_features), as GPT-2's Conv1D does.
     Dropout acts while training, on the input of A only. ``kwargs`` are those of ``nn.Linear``.
+    What reads ``weight`` without calling the layer, as torch's MultiheadAttention does with
+    ``out_proj``, has the update in eval mode only, while it is merged, and never trains it.
     Raises UserError if r is negative or lora_dropout is no probability.
     """
 

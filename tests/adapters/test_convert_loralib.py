@@ -161,6 +161,12 @@ MERGED = {"a__lora_A": (4, 6), "a__lora_B": (8, 2)}
         (stored(a__lora_A=(2, 6), a__lora_B=(8, 2)), {"task_type": "X"}, "--task-type = X: allowed"),
         (stored(a__lora_A=(2, 6), a__lora_B=(8, 2)), {"rank": 8}, "--rank = 8: allowed: with --to lora"),
         ({"a.lora_A": torch.full((2, 6), torch.inf)}, {}, r"a\.lora_A: holds NaN or infinite"),
+        (stored(a__lora_A=(6, 12), a__lora_B=(18, 6), a__bias=(6,)), {}, "a Conv2d cannot be converted"),
+        (stored(a__lora_A=(6, 12), a__lora_B=(18, 6), a__conv__bias=(6,)), {}, "a: a convolution by its name"),
+        (stored(a__conv1__lora_A=(6, 12), a__conv1__lora_B=(18, 6)), {}, r"a\.conv1: a convolution by its"),
+        ({"a.lora_A": torch.ones(2, 6).to_sparse()}, {}, r"a\.lora_A: a sparse or empty one"),
+        ({"a.lora_A": torch.ones(2, 6, device="meta")}, {}, r"a\.lora_A: a sparse or empty one"),
+        ({3: torch.ones(2, 6)}, {}, "3: not a state dict: a name is text"),
         ({"a.lora_A": 3}, {}, r"\"a\.lora_A\": not a tensor: int"),
         ([1], {}, "not a state dict: found list"),
     ],
@@ -173,6 +179,29 @@ def test_checkpoints_that_cannot_be_read(
         lorakit.convert(tmp_path / "l.pth", tmp_path / "out", "peft", **options)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lora_alpha", "NaN"),
+        ("lora_alpha", "0"),
+        ("lora_alpha", "1" + "0" * 400),
+        ("enable_lora", '{"a": ["x"]}'),
+        ("embedding", "[[1]]"),
+        ("base_model", "7"),
+        ("task_type", "[]"),
+    ],
+)
+def test_metadata_that_lorakit_did_not_write(key: str, value: str, tmp_path: Path) -> None:
+    told = {"lorakit_version": '"1"', "lora_alpha": "1", "embedding": "[]", "enable_lora": "{}",
+            "base_model": "null", "task_type": "null"}  # fmt: skip
+    file = tmp_path / "l.safetensors"
+    save_file(stored(a__lora_A=(2, 6), a__lora_B=(8, 2)), file, metadata=told)
+    lorakit.convert(file, tmp_path / "well", "peft")
+    save_file(stored(a__lora_A=(2, 6), a__lora_B=(8, 2)), file, metadata=told | {key: value})
+    with pytest.raises(AdapterError, match="metadata"):
+        lorakit.convert(file, tmp_path / "out", "peft")
 
 
 class Calls:

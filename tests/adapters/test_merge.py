@@ -226,7 +226,7 @@ def test_sizes_and_plans() -> None:
     assert [parse_size(s) for s in ("5GB", "200 MB", "1KiB", "7", 12)] == [
         5 * 10**9, 2 * 10**8, 1024, 7, 12,
     ]  # fmt: skip
-    for bad in ("", "5XB", "-1GB", "0", "GB"):
+    for bad in ("", "5XB", "-1GB", "0", "GB", "9" * 400):
         with pytest.raises(AdapterError, match="max_shard_size"):
             parse_size(bad)
     outputs = {
@@ -354,6 +354,40 @@ def test_killed_half_way_leaves_out_as_it_was(
         assert len(list(tmp_path.glob(".out.*.new"))) == 1, "the living one's is not"
     merge(base, adapter, out, overwrite=True)
     _plain(out)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_kill_between_the_renames(replaced: bool, tmp_path: Path) -> None:
+    """What was set aside comes back, unless what was to replace it is there."""
+    out = tmp_path / "out"
+    (tmp_path / ".out.0123abcd.old").mkdir()
+    (tmp_path / ".out.0123abcd.old" / "first").touch()
+    if replaced:
+        out.mkdir()
+        (out / "second").touch()
+    with pytest.raises(RuntimeError), written_beside(out, replace=True):
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in out.iterdir()] == ["second" if replaced else "first"]
+
+
+def test_out_that_cannot_be_written(tmp_path: Path, make_pair: MakePair) -> None:
+    base, adapter, _ = make_pair()
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    for out in (tmp_path / "file" / "out", tmp_path / ("x" * 300), tmp_path / ("x" * 250)):
+        with pytest.raises(AdapterError, match=r"OUT = .*: not written: "):
+            merge(base, adapter, out)
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": {"a": 3}}', "[" * 100_000])
+def test_an_index_that_says_nothing(text: str, tmp_path: Path, make_pair: MakePair) -> None:
+    base, adapter, _ = make_pair()
+    (base / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json: "):
+        merge(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_real_models(minilm: Path, smollm2: Path, tmp_path: Path) -> None:

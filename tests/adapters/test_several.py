@@ -326,3 +326,18 @@ def test_the_public_names(tmp_path: Path) -> None:
     model = lorakit.load(None, dirs)
     lorakit.switch(model, "nlg")
     assert torch.equal(logits(model), logits(lorakit.load(None, dirs["nlg"])))
+
+
+def test_what_is_written_to_the_bare_base_stays(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    model = load(base, {"a": write_adapter(base, tmp_path / "a")})
+    weight = model.get_parameter("model.layers.0.self_attn.q_proj.weight")
+    for value in (1.0, 2.0):
+        switch(model, "a", merged=True)
+        switch(model, None)
+        with torch.no_grad():
+            weight.fill_(value)
+    switch(model, "a", merged=True)
+    assert not weight.eq(2).all()
+    switch(model, None)
+    assert weight.eq(2).all()

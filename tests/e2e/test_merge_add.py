@@ -56,6 +56,15 @@ def test_what_was_added_is_said(files: Path, capsys: pytest.CaptureFixture[str])
     assert "weight" not in out
 
 
+def test_a_directory_whose_name_ends_in_a_weight(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As long as there is none of the name without it."""
+    Path("b:c").rename("c:2")
+    out, _ = merged(capsys, "--add", "c:2", "--add", "c:2:0.5")
+    assert "added 1 x c:2; added 0.5 x c:2" in out
+
+
 def test_weights_count(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     plain = values("base")[name]
