@@ -158,7 +158,7 @@ def _delta(layer: AdapterLayer) -> Tensor:
     from lorakit.kernels.fastfood import project
 
     size = layer.out_features * layer.in_features
-    flat = project(layer.theta, size, layer.projection_seed, layer.stream)
+    flat: Tensor = project(layer.theta, size, layer.projection_seed, layer.stream)
     return flat.view(layer.out_features, layer.in_features)
 
 
