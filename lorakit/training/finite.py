@@ -27,9 +27,9 @@ def broken_step(values: LateValues, scaled: bool, cause: str) -> str | None:
     for index, (loss, norm) in enumerate(zip(values.losses, values.grad_norms, strict=True)):
         step = values.known["step"] - len(values.losses) + 1 + index
         if not math.isfinite(loss):
-            return f"step {step}: the loss is {loss}; {_likely_cause(values, index, cause)}"
+            return f"step {step}: the loss is {loss}; {_likely_cause(values, index, scaled, cause)}"
         if not math.isfinite(norm) and not scaled:
-            return f"step {step}: the gradient is not finite; {_likely_cause(values, index, cause)}"
+            return f"step {step}: the gradient is not finite; {_likely_cause(values, index, scaled, cause)}"
     return None
 
 
@@ -52,8 +52,9 @@ def grown_loss(values: LateValues, first: float, cause: str) -> str | None:
     )
 
 
-def _likely_cause(values: LateValues, index: int, cause: str) -> str:
+def _likely_cause(values: LateValues, index: int, scaled: bool, cause: str) -> str:
     earlier = [norm for norm in values.grad_norms[:index] if math.isfinite(norm)]
     if earlier and max(earlier) > 100:
         return f"the gradient grew to {max(earlier):.3g} before: {cause}"
-    return f"likely causes: {cause}, or float16 overflow (bfloat16 has the range)"
+    overflow = ", or float16 overflow (bfloat16 has the range)" if scaled else ""
+    return f"likely cause: {cause}{overflow}"
