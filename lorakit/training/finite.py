@@ -26,10 +26,11 @@ def broken_step(values: LateValues, scaled: bool, cause: str) -> str | None:
     """
     for index, (loss, norm) in enumerate(zip(values.losses, values.grad_norms, strict=True)):
         step = values.known["step"] - len(values.losses) + 1 + index
+        why = _likely_cause(values, index, scaled, cause)
         if not math.isfinite(loss):
-            return f"step {step}: the loss is {loss}; {_likely_cause(values, index, scaled, cause)}"
+            return f"step {step}: the loss is {loss}; {why}"
         if not math.isfinite(norm) and not scaled:
-            return f"step {step}: the gradient is not finite; {_likely_cause(values, index, scaled, cause)}"
+            return f"step {step}: the gradient is not finite; {why}"
     return None
 
 
