@@ -121,7 +121,7 @@ def _of_one_alpha(
             raise AdapterError(f"{name}: lora_B is too large for float32 when it is scaled")
     if count := sum(own != alpha for own in alphas.values()):
         of = f"{count} of {len(alphas)} matrices"
-        notes.append(f"B is scaled in {of}: lora_alpha = {number(alpha)} holds all")
+        notes.append(f"B is scaled in {of}, so that one lora_alpha = {number(alpha)} fits all")
     return scaled, alpha
 
 

@@ -84,7 +84,10 @@ def _sorted(
     Bs = {n.removesuffix(".lora_B"): v for n, v in stored.items() if n.endswith(".lora_B")}
     rest = {n: v for n, v in stored.items() if not n.endswith((".lora_A", ".lora_B"))}
     if unknown := [name for name in rest if "lora_" in name]:
-        raise AdapterError(f"{unknown[0]}: not a name of loralib; allowed: MODULE.lora_A, .lora_B")
+        raise AdapterError(
+            f"{unknown[0]}: not a name of loralib; allowed: MODULE.lora_A and MODULE.lora_B, where "
+            "MODULE is its name in the model (a layer saved alone has none)"
+        )
     if lonely := sorted(set(As) ^ set(Bs)):
         raise AdapterError(f"missing tensor: {lonely[0]}.lora_{'B' if lonely[0] in As else 'A'}")
     if not As:

@@ -181,7 +181,7 @@ def _completed(
     labels = info.get("id2label")
     return dataclasses.replace(
         facts,
-        r=facts.r or settings.get("r"),
+        r=facts.r or settings.get("r") or settings.get("target_r"),
         lora_alpha=facts.lora_alpha or settings.get("lora_alpha"),
         target_modules=facts.target_modules or ([targets] if isinstance(targets, str) else targets),
         modules_to_save=facts.modules_to_save or whole,

@@ -45,7 +45,9 @@ def padded(updates: Updates, rank: int | None) -> tuple[Updates, list[str]]:
         notes.append(f"padded with zeros to r = {R}: {_span(ranks)}")
     if scaled := sum(_factor(m, R, alpha) != 1 for m in updates.matrices.values()):
         count = len(updates.matrices)
-        notes.append(f"B is scaled in {scaled} of {count} matrices: lora_alpha = {alpha} holds all")
+        notes.append(
+            f"B is scaled in {scaled} of {count} matrices, so that lora_alpha = {alpha} fits all"
+        )
     matrices = {}
     for name, matrix in updates.matrices.items():
         matrices[name] = _padded(matrix, R, alpha)

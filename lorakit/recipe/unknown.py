@@ -53,7 +53,8 @@ def unknown_key(section: str, key: str, value: object, known: Collection[str]) -
 
 def _hint(section: str, key: str, known: Collection[str]) -> str | None:
     if place := _elsewhere(key, section):
-        return place
+        kin = [repr(name) for name in known if name.endswith(f"_{key}")]
+        return f"did you mean {' or '.join(kin)}? {place}" if kin else place
     synonym = SYNONYMS.get(key, "")
     if synonym and synonym not in known and (place := _elsewhere(synonym, section)):
         return f"did you mean {synonym!r}? {place}"
@@ -74,5 +75,5 @@ def _elsewhere(key: str, section: str) -> str | None:
         if owners and name != section:
             return f"it belongs under {name}"
         if owners:
-            return f"it is a key of the {kind} {' or '.join(owners)}"
+            return f"it is a key of the {kind}{'s' * (len(owners) > 1)} {', '.join(owners)}"
     return None

@@ -151,6 +151,8 @@ def _run(
         _fill(record, loop)
         if ranks := loop.hooks.ranks():
             record.ranks = rank_list(ranks)
+            for module in record.adapted_modules:
+                module["r"] = ranks[module["name"]]
             say(rank_table(ranks))
         export_adapter(prepared, output_dir / "adapter", record, say)
         record.exit_reason = "completed"
