@@ -247,13 +247,14 @@ def test_keys_and_values_of_a_cross_attention_are_an_error() -> None:
         (lambda parts: parts.pop("v"), "the parts q are not all that the tensors hold"),
         (lambda parts: parts["v"].update(r=3), "the parts q, v are not all that the tensors hold"),
         (lambda parts: parts["v"].update(start=16, stop=32), "are not all that the tensors hold"),
-        (lambda parts: parts["v"].update(stop=60), "the part v, .* does not fit 48 rows"),
+        (lambda parts: parts["v"].update(stop=60), r"lorakit.json: parts = .*stop <= period"),
         (
-            lambda parts: parts["v"].update(period=50, stop=50),
-            "the part v, .* does not fit 48 rows",
+            lambda parts: [part.update(period=50) for part in parts.values()],
+            "the part q, .* does not fit 48 rows",
         ),
-        (lambda parts: parts["v"].pop("r"), r"lorakit.json: parts = .*allowed: module -> role"),
-        (lambda parts: parts.update(v=3), r"lorakit.json: parts = .*allowed: module -> role"),
+        (lambda parts: parts["v"].update(period=50, stop=50), "parts = .*of one period"),
+        (lambda parts: parts["v"].pop("r"), r"lorakit.json: parts = .*allowed: module -> q, k"),
+        (lambda parts: parts.update(v=3), r"lorakit.json: parts = .*allowed: module -> q, k"),
     ],
 )
 def test_parts_that_do_not_fit_the_tensors_are_an_error(
