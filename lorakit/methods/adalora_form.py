@@ -6,11 +6,10 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lorakit.errors import AdapterError
 from lorakit.methods.adalora import AdaLora, kept_rows, scaling_of
 from lorakit.methods.lora import METHOD as LORA
 from lorakit.methods.lora import LoraConfig
-from lorakit.methods.lora_form import checked_value, lora_settings, lora_tensors
+from lorakit.methods.lora_form import check_names, checked_value, lora_settings, lora_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -69,11 +68,7 @@ def read_adalora(
 
     from lorakit.layers import AdapterLayer
 
-    wanted = {"lora_A", "lora_B", "lora_E"}
-    if unlike := set(tensors) ^ wanted:
-        verb = "unknown" if unlike <= set(tensors) else "missing"
-        listed = ", ".join(f"{name}.{key}" for key in sorted(unlike))
-        raise AdapterError(f"{verb} tensors: {listed}")
+    check_names(name, tensors, {"lora_A", "lora_B", "lora_E"})
     init_r = settings.get("init_r", 12)
     pattern = (settings.get("rank_pattern") or {}).get(f"{name}.lora_E")
     r = init_r if pattern is None else sum(pattern)

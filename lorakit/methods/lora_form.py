@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import AdapterError
@@ -69,15 +69,20 @@ def read_layer(
         "lora_B": (stored_B, (layer.out_features, layer.r)),
         **more,
     }
-    if unlike := set(tensors) ^ {stored for stored, _ in wanted.values()}:
-        listed = ", ".join(f"{name}.{key}" for key in sorted(unlike))
-        verb = "unknown" if unlike <= set(tensors) else "missing"
-        raise AdapterError(f"{verb} tensors: {listed}")
+    check_names(name, tensors, {stored for stored, _ in wanted.values()})
     for parameter, (stored, shape) in wanted.items():
         value = checked_value(layer, name, stored, tensors[stored], shape)
         layer.register_parameter(parameter, torch.nn.Parameter(value, requires_grad=False))
     layer.lora_dropout = torch.nn.Dropout(settings.get("lora_dropout", 0.0))
     return layer
+
+
+def check_names(name: str, tensors: Collection[str], wanted: set[str]) -> None:
+    """Raise AdapterError if the file's tensors of the module ``name`` are not those ``wanted``."""
+    if unlike := set(tensors) ^ wanted:
+        verb = "unknown" if unlike <= set(tensors) else "missing"
+        listed = ", ".join(f"{name}.{key}" for key in sorted(unlike))
+        raise AdapterError(f"{verb} tensors: {listed}")
 
 
 def checked_value(
