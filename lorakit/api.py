@@ -74,7 +74,7 @@ def evaluate_split(
     """``evaluate`` with the predictions; ``say`` gets the notes."""
     if base and adapter is not None:
         raise UserError(f"evaluate: base=True and adapter={str(adapter)!r}; allowed: one of them")
-    task: Task = registry.tasks()[recipe.task.name]
+    task: Task = registry.task(recipe.task.name)
     task.check_requirements(recipe.task)
     files = None if base else _read(recipe, adapter, task)
     found = load_eval_split(task, recipe.task, split, limit)

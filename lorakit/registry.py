@@ -32,3 +32,8 @@ def methods() -> dict[str, Any]:
 def tasks() -> dict[str, Any]:
     """Name -> ``lorakit.tasks.base.Task``, for every file of ``lorakit/tasks``."""
     return {name: task for task in _exports(TASKS, "TASK") for name in task.names}
+
+
+def task(name: str) -> Any:
+    """The ``lorakit.tasks.base.Task`` of ``task.name``. Raises KeyError for an unknown name."""
+    return tasks()[name]

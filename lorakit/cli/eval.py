@@ -103,7 +103,7 @@ def _score(recipe: Recipe, file: Path, split: str | None, limit: int | None) -> 
     from lorakit.evaluation.predictions import score_predictions
     from lorakit.evaluation.splits import load_eval_split, with_labels
 
-    task = registry.tasks()[recipe.task.name]
+    task = registry.task(recipe.task.name)
     task.check_requirements(recipe.task)
     found = load_eval_split(task, recipe.task, split, limit)
     config = with_labels(task, recipe.task, None)
@@ -121,7 +121,7 @@ def _measure(
 ) -> dict[str, Any]:
     from lorakit import registry
 
-    task = registry.tasks()[recipe.task.name]
+    task = registry.task(recipe.task.name)
     if save_predictions is not None and not (task.kind == "encoder" or task.generates(recipe.task)):
         raise UserError(
             f"--save-predictions: task.name = {recipe.task.name!r} is measured by its loss, "

@@ -9,12 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
 
 from lorakit.data.examples import Example
 from lorakit.data.sources import Split, load_split
 from lorakit.errors import DataError
-from lorakit.recipe.sections import PositiveInt, TaskSection
+from lorakit.recipe.sections import NonNegativeFloat, NonNegativeInt, PositiveInt, TaskSection
 
 Row = Mapping[str, Any]
 Prediction = Any  # a class index, a float, or generated text
@@ -26,13 +28,28 @@ LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 class GenerationSection(TaskSection):
     """``task`` for what is scored on generated text.
 
-    ``max_new_tokens`` ends a generation. ``eval_generate``: ``end`` = evaluations during training
-    take the loss only, the final one and ``eval`` generate; ``always`` = each one generates;
-    ``never`` = none.
+    ``max_new_tokens`` ends a generation. ``num_beams`` above 1 searches with beams, ranked by the
+    sum of log probabilities / length ** ``length_penalty``; no ``no_repeat_ngram_size`` tokens
+    occur twice in a row's text (0 = they may). ``temperature`` above 0 draws tokens, among the
+    likeliest whose probabilities add up to ``top_p``. ``generation_batch_size`` is in rows; null
+    chooses it. ``eval_generate``: ``end`` = evaluations during training take the loss only, the
+    final one and ``eval`` generate; ``always`` = each one generates; ``never`` = none.
     """
 
     max_new_tokens: PositiveInt = 128
+    num_beams: PositiveInt = 1
+    length_penalty: float = 1.0
+    no_repeat_ngram_size: NonNegativeInt = 0
+    temperature: NonNegativeFloat = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    generation_batch_size: PositiveInt | None = None
     eval_generate: Literal["never", "end", "always"] = "end"
+
+    @model_validator(mode="after")
+    def _one_way_to_choose(self) -> GenerationSection:
+        if self.num_beams > 1 and self.temperature > 0:
+            raise ValueError("num_beams above 1 and temperature above 0 exclude each other")
+        return self
 
 
 class Task(ABC):

@@ -46,7 +46,7 @@ class Prepared:
 
 def prepare(recipe: Recipe, say: Say) -> Prepared:
     """Load, tokenise and inject. Raises the UserError of whatever does not fit."""
-    task: Task = registry.tasks()[recipe.task.name]
+    task: Task = registry.task(recipe.task.name)
     config = recipe.task
     task.check_requirements(config)
     train = task.load(config, "train")
