@@ -1,0 +1,1 @@
+"""Scores of predictions against references: pure functions that know no task, row or file."""
