@@ -6,7 +6,10 @@ a parallel run share the cores.
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,9 @@ _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# No test reads tokens that another run left, or writes into the home directory.
+os.environ["LORAKIT_CACHE"] = tempfile.mkdtemp(prefix="lorakit-test-cache-")
+atexit.register(shutil.rmtree, os.environ["LORAKIT_CACHE"], ignore_errors=True)
 # A subprocess of a test runs this checkout, installed or not.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
 # Read by torch when it is first imported; subprocesses of a test inherit it.
