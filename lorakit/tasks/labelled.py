@@ -5,24 +5,18 @@ from __future__ import annotations
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 from lorakit.data.examples import ClassificationExample
 from lorakit.data.sources import Split
-from lorakit.errors import DataError, UserError
+from lorakit.errors import DataError
+from lorakit.metrics.labels import label_score, require_metrics
 from lorakit.tasks.base import Prediction, Row, Task
 
 _INTEGER = re.compile(r"[-+]?[0-9]{1,18}")
 _DECIMAL = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
-_LIBRARIES = {
-    "f1": ("sklearn", "scikit-learn"),
-    "matthews_correlation": ("sklearn", "scikit-learn"),
-    "pearson": ("scipy", "scipy"),
-    "spearmanr": ("scipy", "scipy"),
-}
 
 
 @dataclass(frozen=True)
@@ -86,7 +80,7 @@ class LabelledTask(Task):
         gold = _gold(split, where)
         read = [_prediction(value, where, number) for number, value in enumerate(predictions, 1)]
         classes = len(where.labels or ())
-        return {name: _SCORES[name](gold, read, classes) for name in where.metrics}
+        return {name: label_score(name, gold, read, classes) for name in where.metrics}
 
 
 def _gold(split: Split, where: Labelling) -> list[int | float]:
@@ -97,17 +91,6 @@ def _gold(split: Split, where: Labelling) -> list[int | float]:
     except DataError as error:
         raise DataError(f"{split.locate(len(gold))}: {error}") from error
     return gold
-
-
-def require_metrics(names: Sequence[str]) -> None:
-    """Raise UserError if a library that computes one of the metrics is not installed."""
-    for name in names:
-        module, package = _LIBRARIES.get(name, (None, None))
-        if module is not None and find_spec(module) is None:
-            raise UserError(
-                f"the metric {name} needs {package}, which is not installed: "
-                'pip install "lorakit[eval]"'
-            )
 
 
 def read_label(value: Any, where: Labelling) -> int | float:
@@ -198,52 +181,3 @@ def _prediction(value: Prediction, where: Labelling, number: int) -> int | float
         allowed = f"a label id, 0 to {len(where.labels) - 1}"
         raise DataError(f"prediction {number}: {value!r}; allowed: {allowed}")
     return index
-
-
-Numbers = Sequence[int | float]
-
-
-def _accuracy(gold: Numbers, predicted: Numbers, classes: int) -> float:
-    return sum(a == b for a, b in zip(gold, predicted, strict=True)) / len(gold)
-
-
-def _f1(gold: Numbers, predicted: Numbers, classes: int) -> float:
-    from sklearn.metrics import f1_score
-
-    average = "binary" if classes == 2 else "macro"
-    every = list(range(classes)) if classes > 2 else None
-    return float(f1_score(gold, predicted, labels=every, average=average, zero_division=0))
-
-
-def _matthews_correlation(gold: Numbers, predicted: Numbers, classes: int) -> float:
-    from sklearn.metrics import matthews_corrcoef
-
-    return float(matthews_corrcoef(gold, predicted))
-
-
-def _pearson(gold: Numbers, predicted: Numbers, classes: int) -> float:
-    from scipy.stats import pearsonr
-
-    return _correlation(pearsonr, gold, predicted)
-
-
-def _spearmanr(gold: Numbers, predicted: Numbers, classes: int) -> float:
-    from scipy.stats import spearmanr
-
-    return _correlation(spearmanr, gold, predicted)
-
-
-def _correlation(function: Callable[..., Any], gold: Numbers, predicted: Numbers) -> float:
-    if len(set(gold)) < 2 or len(set(predicted)) < 2:
-        return 0.0
-    value = float(function(gold, predicted)[0])
-    return value if math.isfinite(value) else 0.0
-
-
-_SCORES: dict[str, Callable[[Numbers, Numbers, int], float]] = {
-    "accuracy": _accuracy,
-    "f1": _f1,
-    "matthews_correlation": _matthews_correlation,
-    "pearson": _pearson,
-    "spearmanr": _spearmanr,
-}

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from lorakit import registry
 from lorakit.data.sources import Split
 from lorakit.errors import DataError, UserError
-from lorakit.tasks import labelled
+from lorakit.metrics import labels as label_metrics
 from lorakit.tasks.glue import GlueConfig
 from tests.tasks.wikisql_files import write_lines
 
@@ -177,7 +177,7 @@ def test_hidden_gold_is_named_by_row() -> None:
 
 def test_missing_metric_libraries_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     GLUE.check_requirements(glue("cola"))
-    monkeypatch.setattr(labelled, "find_spec", lambda name: None)
+    monkeypatch.setattr(label_metrics, "find_spec", lambda name: None)
     GLUE.check_requirements(glue("sst2"))
     for name, package in (("cola", "scikit-learn"), ("stsb", "scipy"), ("mrpc", "scikit-learn")):
         with pytest.raises(UserError, match=rf'{package}.*pip install "lorakit\[eval\]"'):

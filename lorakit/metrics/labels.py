@@ -1,0 +1,88 @@
+"""GLUE's scores of class indices and of numbers, as scikit-learn and SciPy compute them.
+
+What a constant prediction or constant gold leaves undefined (a correlation's 0 / 0) counts 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+from lorakit.errors import UserError
+
+Numbers = Sequence[int | float]
+
+_LIBRARIES = {
+    "f1": ("sklearn", "scikit-learn"),
+    "matthews_correlation": ("sklearn", "scikit-learn"),
+    "pearson": ("scipy", "scipy"),
+    "spearmanr": ("scipy", "scipy"),
+}
+
+
+def require_metrics(names: Sequence[str]) -> None:
+    """Raise UserError if a library that computes one of the metrics is not installed."""
+    for name in names:
+        module, package = _LIBRARIES.get(name, (None, None))
+        if module is not None and find_spec(module) is None:
+            raise UserError(
+                f"the metric {name} needs {package}, which is not installed: "
+                'pip install "lorakit[eval]"'
+            )
+
+
+def label_score(name: str, gold: Numbers, predicted: Numbers, classes: int) -> float:
+    """The metric ``name`` of ``LABEL_METRICS``; ``classes`` is their number, 0 for regression."""
+    assert len(gold) == len(predicted) > 0
+    return _SCORES[name](gold, predicted, classes)
+
+
+def _accuracy(gold: Numbers, predicted: Numbers, classes: int) -> float:
+    return sum(a == b for a, b in zip(gold, predicted, strict=True)) / len(gold)
+
+
+def _f1(gold: Numbers, predicted: Numbers, classes: int) -> float:
+    """2 TP / (2 TP + FP + FN): of class 1 where there are two classes, and the mean over the
+    classes (macro) where there are more; a class without any of the three counts 0."""
+    from sklearn.metrics import f1_score
+
+    average = "binary" if classes == 2 else "macro"
+    every = list(range(classes)) if classes > 2 else None
+    return float(f1_score(gold, predicted, labels=every, average=average, zero_division=0))
+
+
+def _matthews_correlation(gold: Numbers, predicted: Numbers, classes: int) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(gold, predicted))
+
+
+def _pearson(gold: Numbers, predicted: Numbers, classes: int) -> float:
+    from scipy.stats import pearsonr
+
+    return _correlation(pearsonr, gold, predicted)
+
+
+def _spearmanr(gold: Numbers, predicted: Numbers, classes: int) -> float:
+    from scipy.stats import spearmanr
+
+    return _correlation(spearmanr, gold, predicted)
+
+
+def _correlation(function: Callable[..., Any], gold: Numbers, predicted: Numbers) -> float:
+    if len(set(gold)) < 2 or len(set(predicted)) < 2:
+        return 0.0
+    value = float(function(gold, predicted)[0])
+    return value if math.isfinite(value) else 0.0
+
+
+_SCORES: dict[str, Callable[[Numbers, Numbers, int], float]] = {
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "matthews_correlation": _matthews_correlation,
+    "pearson": _pearson,
+    "spearmanr": _spearmanr,
+}
+LABEL_METRICS = tuple(_SCORES)
