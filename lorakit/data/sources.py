@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorakit.data.files import SUFFIXES, Rows, read_rows
+from lorakit.data.files import SUFFIXES, FileRows, file_digest, read_rows
+from lorakit.data.rows import JoinedRows, Rows, column_names
 from lorakit.errors import DataError
 
 _VALIDATION = ("validation", "valid", "dev", "val")
@@ -53,11 +54,11 @@ class Split:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return _columns(self.rows)
+        return tuple(column_names(self.rows))
 
     def column(self, name: str) -> list[Any]:
         """The values of one column."""
-        if hasattr(self.rows, "column_names"):
+        if hasattr(self.rows, "features"):
             return list(self.rows[name])  # type: ignore[call-overload]
         return [row[name] for row in self.rows]
 
@@ -70,11 +71,6 @@ class Split:
                 f"{', '.join(map(repr, missing))}; "
                 f"the columns are {', '.join(map(repr, self.columns))}"
             )
-
-
-def _columns(rows: Rows) -> tuple[str, ...]:
-    names = getattr(rows, "column_names", None)
-    return tuple(names if names is not None else rows[0])
 
 
 def load_split(
@@ -90,15 +86,15 @@ def load_split(
     neither ``path`` nor ``hub`` is given.
     """
     if path is None:
-        found = _load_hub(hub, split)
+        found = _load_hub(hub, split, limit)
     else:
         files = split_files(path, split)
-        found = _load_files(files, split, read_file) if files else None
+        found = _load_files(files, split, read_file, limit) if files else None
     if found is None:
         return None
     if not len(found):
         raise DataError(f"{found.source}: the split {split!r} is empty")
-    return found if limit is None else _first(found, limit)
+    return found
 
 
 def split_files(path: PathOption, split: str) -> list[Path]:
@@ -150,28 +146,41 @@ def _in_directory(folder: Path, split: str) -> list[Path]:
     return files
 
 
-def _load_files(files: list[Path], split: str, read_file: FileReader) -> Split:
-    parts = []
+def _load_files(files: list[Path], split: str, read_file: FileReader, limit: int | None) -> Split:
+    parts: list[FileRows] = []
+    left = limit
     for file in files:
-        own = read_file(file)
-        parts.append(read_rows(file) if own is None else own)
+        if left == 0:
+            break
+        parts.append(_load_file(file, read_file, left))
+        if left is not None:
+            left -= len(parts[-1].rows)
+    digest = hashlib.sha256("\n".join(part.digest for part in parts).encode())
     return Split(
         name=split,
-        rows=_joined([part for part in parts if len(part)]),
+        rows=_joined([part.rows for part in parts if len(part.rows)]),
         source=", ".join(map(str, files)),
-        fingerprint=_hash_files(files),
-        files=tuple((file, len(part)) for file, part in zip(files, parts, strict=True)),
+        fingerprint=digest.hexdigest(),
+        files=tuple((file, len(part.rows)) for file, part in zip(files, parts, strict=False)),
     )
+
+
+def _load_file(file: Path, read_file: FileReader, limit: int | None) -> FileRows:
+    own = read_file(file)
+    if own is None:
+        return read_rows(file, limit)
+    rows = own if limit is None else own[:limit]
+    return FileRows(rows, f"{file_digest(file)}:{len(rows)}")
 
 
 def _joined(parts: list[Rows]) -> Rows:
     """The rows of all files one after another, with the columns that all of them have."""
     if len(parts) < 2:
         return parts[0] if parts else []
-    columns = [_columns(part) for part in parts]
-    common = [name for name in columns[0] if all(name in names for names in columns)]
-    if not all(hasattr(part, "column_names") for part in parts):
-        return [{name: row[name] for name in common} for part in parts for row in part]
+    names = [column_names(part) for part in parts]
+    common = [name for name in names[0] if all(name in others for others in names)]
+    if not all(hasattr(part, "features") for part in parts):
+        return JoinedRows(parts, common)
     import datasets
 
     try:
@@ -183,7 +192,7 @@ def _joined(parts: list[Rows]) -> Rows:
         raise DataError(f"task.path: a column's type differs between files: {reason}") from error
 
 
-def _load_hub(hub: tuple[str, str | None] | None, split: str) -> Split | None:
+def _load_hub(hub: tuple[str, str | None] | None, split: str, limit: int | None) -> Split | None:
     if hub is None:
         raise DataError("task.path: null, but this task has no data set on the Hub; give a path")
     import datasets
@@ -202,20 +211,8 @@ def _load_hub(hub: tuple[str, str | None] | None, split: str) -> Split | None:
     if found is None:
         return None
     rows = splits[found]
-    return Split(split, rows, f"{name} ({split})", str(getattr(rows, "_fingerprint", name)))
-
-
-def _first(found: Split, limit: int) -> Split:
-    count = min(limit, len(found))
-    rows: Any = found.rows
-    rows = rows.select(range(count)) if hasattr(rows, "select") else rows[:count]
-    return Split(found.name, rows, found.source, f"{found.fingerprint}:{count}", found.files)
-
-
-def _hash_files(files: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as handle:
-            while chunk := handle.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
+    fingerprint = str(getattr(rows, "_fingerprint", name))
+    if limit is not None:
+        rows = rows.select(range(min(limit, len(rows))))
+        fingerprint = f"{fingerprint}:{len(rows)}"
+    return Split(split, rows, f"{name} ({split})", fingerprint)

@@ -1,0 +1,86 @@
+"""A parquet file -> a ``datasets.Dataset``: in memory, or if large in a mapped file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lorakit.data import spool
+from lorakit.data.rows import Rows
+from lorakit.errors import DataError
+
+_BATCH_ROWS = 1000
+
+
+def read_parquet(file: Path, limit: int | None = None) -> Rows:
+    """The rows, or the first ``limit``.
+
+    Raises DataError if the file cannot be read, or is too large for the disk of the cache.
+    """
+    import datasets
+    import pyarrow.parquet
+
+    try:
+        with file.open("rb") as handle:
+            parquet = pyarrow.parquet.ParquetFile(handle)
+            batches = _batches(parquet, limit)
+            if _bytes(parquet) <= spool.IN_MEMORY_BYTES:
+                whole = pyarrow.Table.from_batches(batches, parquet.schema_arrow)
+                table = datasets.table.InMemoryTable(whole)
+            else:
+                table = _mapped(batches, parquet.schema_arrow)
+        # The fingerprint is given because datasets would hash the whole table for one.
+        return datasets.Dataset(table, fingerprint=file.name)  # type: ignore[no-any-return]
+    except Exception as error:  # Arrow raises what its readers raise
+        raise DataError(f"{file}: cannot be read: {_first_line(error)}") from error
+
+
+def parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows one after another, never all at once. Raises DataError."""
+    import pyarrow.parquet
+
+    try:
+        with file.open("rb") as handle:
+            for batch in pyarrow.parquet.ParquetFile(handle).iter_batches(_BATCH_ROWS):
+                yield from batch.to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{file}: cannot be read: {_first_line(error)}") from error
+
+
+def _batches(parquet: Any, limit: int | None) -> Iterator[Any]:
+    left = limit
+    for batch in parquet.iter_batches(_BATCH_ROWS):
+        yield batch if left is None else batch.slice(0, left)
+        if left is not None:
+            left -= len(batch)
+            if left <= 0:
+                return
+
+
+def _bytes(parquet: Any) -> int:
+    """How much the rows are without compression."""
+    groups = range(parquet.metadata.num_row_groups)
+    return sum(parquet.metadata.row_group(index).total_byte_size for index in groups)
+
+
+def _mapped(batches: Iterator[Any], schema: Any) -> Any:
+    """A table in a mapped Arrow file, which loses its name at once."""
+    import datasets
+    import pyarrow
+
+    handle, name = tempfile.mkstemp(dir=spool.scratch_dir(), suffix=".arrow")
+    try:
+        with os.fdopen(handle, "wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+        return datasets.table.MemoryMappedTable.from_file(name)
+    finally:
+        Path(name).unlink()
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error.__cause__ or error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,95 @@
+"""Bytes that are written once and read anywhere, and the directory for what can be made again."""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from lorakit.errors import DataError
+
+#: What is held in memory; more goes to a file.
+IN_MEMORY_BYTES = 64 << 20
+
+
+def cache_dir() -> Path:
+    """``$LORAKIT_CACHE``, else ``$XDG_CACHE_HOME/lorakit``, else ``~/.cache/lorakit``."""
+    if own := os.environ.get("LORAKIT_CACHE"):
+        return Path(own).expanduser().absolute()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "lorakit"
+
+
+def scratch_dir() -> Path | None:
+    """Where files without a name lie: in the cache directory, or if nothing can be written there,
+    in that of temporary files (None)."""
+    folder = cache_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK | os.X_OK) else None
+
+
+def scratch_file() -> BinaryIO:
+    """A file without a name, so that it is gone with the process however that ends."""
+    return tempfile.TemporaryFile(dir=scratch_dir())
+
+
+class Source(Protocol):
+    """Bytes that can be read anywhere, also by forked processes at the same time."""
+
+    def read(self, start: int, stop: int) -> bytes: ...
+
+
+class MemorySource:
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def read(self, start: int, stop: int) -> bytes:
+        return self._data[start:stop]
+
+
+class FileSource:
+    """An open file, read without mapping it: a mapped one would count as memory, and a file cut
+    short would end the process. Raises DataError if it changes after it was opened."""
+
+    def __init__(self, handle: BinaryIO, name: str) -> None:
+        self._handle = handle
+        self._name = name
+        self._opened = self._stamp()
+
+    def read(self, start: int, stop: int) -> bytes:
+        data = os.pread(self._handle.fileno(), stop - start, start)
+        if self._stamp() != self._opened or len(data) != stop - start:
+            raise DataError(f"{self._name}: the file has changed since it was first read")
+        return data
+
+    def _stamp(self) -> tuple[int, int]:
+        found = os.fstat(self._handle.fileno())
+        return found.st_size, found.st_mtime_ns
+
+
+class Spool:
+    """Bytes on their way: in memory, and from 64 MiB on in a scratch file."""
+
+    def __init__(self) -> None:
+        self._file: BinaryIO = io.BytesIO()
+        self._size = 0
+
+    def write(self, data: bytes) -> None:
+        """Append. Raises OSError if the disk is full."""
+        self._size += len(data)
+        if isinstance(self._file, io.BytesIO) and self._size > IN_MEMORY_BYTES:
+            file = scratch_file()
+            file.write(self._file.getbuffer())
+            self._file = file
+        self._file.write(data)
+
+    def finished(self, name: str) -> Source:
+        if isinstance(self._file, io.BytesIO):
+            return MemorySource(self._file.getvalue())
+        self._file.flush()
+        return FileSource(self._file, name)
