@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lorakit.data.sources import Split
@@ -31,3 +31,11 @@ def with_labels(task: Task, config: Any, trained: Sequence[str] | None) -> Any:
     if trained:
         return config.model_copy(update={"labels": list(trained)})
     return task.resolve(config, task.load(config, "train"))
+
+
+def settle(task: Task, config: Any, split: Split, say: Callable[[str], None]) -> tuple[Task, Any]:
+    """The task that reads ``split``, and its config; says what was chosen and recognised."""
+    chosen, own = task.chosen(config, split)
+    for note in chosen.notes(own, split):
+        say(note if chosen is task else f"{note}: task {own.name}")
+    return chosen, own

@@ -53,12 +53,17 @@ class GenerationSection(TaskSection):
 
 
 class Task(ABC):
-    """One family of tasks. ``config`` is always an instance of the task's own ``Config``."""
+    """One family of tasks. ``config`` is always an instance of the task's own ``Config``.
 
-    names: ClassVar[tuple[str, ...]]
-    summary: ClassVar[str]
+    ``names`` and ``summary`` are what ``lorakit tasks`` lists; a task of a user's own file is
+    named by its file and needs neither.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ()
+    summary: ClassVar[str] = ""
     Config: ClassVar[type[TaskSection]]
     kind: ClassVar[Literal["causal", "encoder"]]
+    digest: bytes = b""
 
     def hub_source(self, config: Any) -> tuple[str, str | None] | None:
         """Hub data set and its configuration, read when ``config.path`` is null."""
@@ -82,11 +87,27 @@ class Task(ABC):
             config.path, split, hub=self.hub_source(config), read_file=self.read_file, limit=limit
         )
         if found is not None:
-            found.require(self.columns(config))
+            self.check_columns(found, config)
         return found
+
+    def check_columns(self, split: Split, config: Any) -> None:
+        """Raise DataError if the rows lack what the task reads."""
+        split.require(self.columns(config))
 
     def check_requirements(self, config: Any) -> None:  # noqa: B027 (most tasks need nothing)
         """Raise UserError, before anything is loaded, if the metrics need what is not installed."""
+
+    def chosen(self, config: Any, split: Split) -> tuple[Task, Any]:
+        """The task that reads ``split`` and its config, where this one leaves that to the rows."""
+        return self, config
+
+    def notes(self, config: Any, split: Split) -> list[str]:
+        """What was recognised in the rows of ``split``, to be said once."""
+        return []
+
+    def source_digest(self) -> bytes:
+        """A hash of the file that the task comes from; empty for lorakit's own."""
+        return self.digest
 
     def resolve(self, config: Any, train: Split | None) -> Any:
         """``config`` with what is learnt from the train split written out (class names); called

@@ -2,50 +2,153 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import model_validator
 
 from lorakit.data.examples import Segment, TextExample
+from lorakit.data.sources import Split
 from lorakit.errors import DataError
-from lorakit.recipe.sections import TaskSection, Text
-from lorakit.tasks.base import Row, Task
+from lorakit.recipe.sections import Text
+from lorakit.tasks.base import GenerationSection, Prediction, Row
+from lorakit.tasks.formats import FormattedTask
+from lorakit.tasks.matches import exact_matches
+from lorakit.tasks.template import TemplateText, check_columns, fill, template_columns
+from lorakit.tasks.turns import optional_text, required_text
+
+# The words of Stanford Alpaca (Taori et al. 2023, train.py, PROMPT_DICT).
+_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request."
+)
+_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request."
+)
 
 
-class CompletionConfig(TaskSection):
-    """``prompt_column`` and ``completion_column`` name the columns; ``dataset_name`` a Hub set."""
+class CompletionConfig(GenerationSection):
+    """``format`` is the rows' shape, ``auto`` from their columns: ``prompt_completion``, or
+    ``alpaca`` (``instruction``, ``input``, ``output``) in the original Alpaca prompt, where a
+    row's own ``system`` stands in place of the first sentences.
+
+    Columns of your own: ``prompt_column`` and ``completion_column`` name them, or ``template`` and
+    ``completion_template`` make the texts of them: ``"Question: {question}\\nAnswer:"`` and
+    ``" {answer}"``. ``stop`` are texts before which a generation ends. ``dataset_name`` and
+    ``dataset_config_name`` are a Hub data set, read when ``path`` is null.
+    """
 
     name: Text = "completion"
-    prompt_column: Text = "prompt"
-    completion_column: Text = "completion"
+    format: Literal["auto", "prompt_completion", "alpaca"] = "auto"
+    prompt_column: Text | None = None
+    completion_column: Text | None = None
+    template: TemplateText | None = None
+    completion_template: TemplateText | None = None
+    stop: list[Text] = []
     dataset_name: Text | None = None
     dataset_config_name: Text | None = None
 
+    @model_validator(mode="after")
+    def _one_way_to_read(self) -> CompletionConfig:
+        own = {
+            key: getattr(self, key)
+            for key in ("prompt_column", "template", "completion_column", "completion_template")
+        }
+        for column, template in (
+            ("prompt_column", "template"),
+            ("completion_column", "completion_template"),
+        ):
+            if own[column] and own[template]:
+                raise ValueError(f"{column} and {template} contradict each other; give one")
+        given = [key for key, value in own.items() if value]
+        if given and self.format == "alpaca":
+            raise ValueError(f"format: alpaca and {given[0]} contradict each other; give one")
+        return self
 
-class Completion(Task):
+
+class Completion(FormattedTask):
     names = ("completion",)
-    summary = "prompt -> completion, loss on the completion and its EOS"
+    summary = "prompt -> completion, loss on the completion and its EOS; exact match"
     Config = CompletionConfig
     kind = "causal"
+    formats = ("prompt_completion", "alpaca")
+    column_keys = "task.prompt_column and task.completion_column, or task.template"
 
-    def hub_source(self, config: Any) -> tuple[str, str | None] | None:
-        return (config.dataset_name, config.dataset_config_name) if config.dataset_name else None
+    def own_columns(self, config: Any) -> tuple[str, ...]:
+        if not any((config.prompt_column, config.template, config.completion_column,
+                    config.completion_template)):  # fmt: skip
+            return ()
+        prompt = () if config.template else (config.prompt_column or "prompt",)
+        completion = (
+            () if config.completion_template else (config.completion_column or "completion",)
+        )
+        texts = [text for text in (config.template, config.completion_template) if text]
+        named = [column for text in texts for column in template_columns(text)]
+        return tuple(dict.fromkeys((*prompt, *completion, *named)))
 
-    def columns(self, config: Any) -> tuple[str, ...]:
-        return (config.prompt_column, config.completion_column)
+    def check_columns(self, split: Split, config: Any) -> None:
+        for key in ("template", "completion_template"):
+            if text := getattr(config, key):
+                try:
+                    check_columns(text, f"task.{key}", split.columns)
+                except DataError as error:
+                    raise DataError(f"{split.source}: {error}") from error
+        super().check_columns(split, config)
 
     def example(self, row: Row, config: Any) -> TextExample:
-        prompt, completion = row[config.prompt_column], row[config.completion_column]
-        for column, value in (
-            (config.prompt_column, prompt),
-            (config.completion_column, completion),
-        ):
-            if not isinstance(value, str):
-                raise DataError(f"column {column!r} holds {value!r}; allowed: text")
+        completion = self._completion(row, config)
         if not completion.strip():
-            raise DataError(f"column {config.completion_column!r} is empty: nothing to train on")
-        return TextExample((Segment(prompt, trained=False), Segment(completion, trained=True)))
+            raise DataError(f"{self._completion_name(row, config)} is empty: nothing to train on")
+        return TextExample(
+            (Segment(self._prompt(row, config), trained=False), Segment(completion, trained=True))
+        )
 
     def prompt(self, row: Row, config: Any) -> TextExample:
-        return TextExample((Segment(row[config.prompt_column], trained=False),), eos=False)
+        return TextExample((Segment(self._prompt(row, config), trained=False),), eos=False)
+
+    def stop_texts(self, config: Any) -> tuple[str, ...]:
+        return tuple(config.stop)
+
+    def main_metric(self, config: Any) -> str:
+        return "exact_match" if self.generates(config) else "loss"
+
+    def metrics(
+        self, predictions: Sequence[Prediction], split: Split, config: Any
+    ) -> dict[str, float]:
+        """``exact_match`` with the row's completion."""
+        return exact_matches(predictions, split, lambda row: self._completion(row, config))
+
+    def _prompt(self, row: Row, config: Any) -> str:
+        if config.template:
+            return fill(config.template, row)
+        if self._is_alpaca(row, config):
+            return _alpaca_prompt(row)
+        return required_text(row, config.prompt_column or "prompt")
+
+    def _completion(self, row: Row, config: Any) -> str:
+        if config.completion_template:
+            return fill(config.completion_template, row)
+        if self._is_alpaca(row, config):
+            return required_text(row, "output")
+        return required_text(row, config.completion_column or "completion")
+
+    def _completion_name(self, row: Row, config: Any) -> str:
+        if config.completion_template:
+            return "the text of task.completion_template"
+        alpaca = self._is_alpaca(row, config)
+        return f"column {'output' if alpaca else config.completion_column or 'completion'!r}"
+
+    def _is_alpaca(self, row: Row, config: Any) -> bool:
+        own = self.own_columns(config)
+        return not own and self.format_of(tuple(row), config).name == "alpaca"
+
+
+def _alpaca_prompt(row: Row) -> str:
+    instruction, given = required_text(row, "instruction"), optional_text(row, "input")
+    first = optional_text(row, "system") or (_WITH_INPUT if given else _WITHOUT_INPUT)
+    middle = f"### Input:\n{given}\n\n" if given else ""
+    return f"{first}\n\n### Instruction:\n{instruction}\n\n{middle}### Response:"
 
 
 TASK = Completion()

@@ -2,42 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from lorakit.data.examples import Segment, TextExample
 from lorakit.errors import DataError
 from lorakit.recipe.sections import TaskSection, Text
-from lorakit.tasks.base import Row, Task
+from lorakit.tasks.base import Row
+from lorakit.tasks.formats import FormattedTask
+from lorakit.tasks.turns import required_text
 
 
 class TextConfig(TaskSection):
-    """``text_column`` names the column; ``dataset_name`` and ``dataset_config_name`` are a Hub
-    data set, read when ``path`` is null."""
+    """``text_column`` names the column, by default ``text``; ``dataset_name`` and
+    ``dataset_config_name`` are a Hub data set, read when ``path`` is null."""
 
     name: Text = "text"
-    text_column: Text = "text"
+    format: Literal["auto", "text"] = "auto"
+    text_column: Text | None = None
     dataset_name: Text | None = None
     dataset_config_name: Text | None = None
 
 
-class PlainText(Task):
+class PlainText(FormattedTask):
     names = ("text",)
     summary = "plain text, loss on every token and the EOS"
     Config = TextConfig
     kind = "causal"
+    formats = ("text",)
+    column_keys = "task.text_column"
 
-    def hub_source(self, config: Any) -> tuple[str, str | None] | None:
-        return (config.dataset_name, config.dataset_config_name) if config.dataset_name else None
-
-    def columns(self, config: Any) -> tuple[str, ...]:
-        return (config.text_column,)
+    def own_columns(self, config: Any) -> tuple[str, ...]:
+        return (config.text_column,) if config.text_column else ()
 
     def example(self, row: Row, config: Any) -> TextExample:
-        value = row[config.text_column]
-        if not isinstance(value, str):
-            raise DataError(f"column {config.text_column!r} holds {value!r}; allowed: text")
+        column = config.text_column or "text"
+        value = required_text(row, column)
         if not value.strip():
-            raise DataError(f"column {config.text_column!r} is empty: nothing to train on")
+            raise DataError(f"column {column!r} is empty: nothing to train on")
         return TextExample((Segment(value, trained=True),))
 
 

@@ -196,7 +196,7 @@ def test_messages(write: Write, old: str, new: str, expected: str) -> None:
         ("train", "r", "it belongs under adapter"),
         ("train", "dtype", "it belongs under model"),
         ("model", "max_length", "it belongs under task"),
-        ("task", "max_new_tokens", "it is a key of the task"),
+        ("task", "regression", "it is a key of the task"),
     ],
 )
 def test_unknown_keys(write: Write, section: str, key: str, hint: str) -> None:

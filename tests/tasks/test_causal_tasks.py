@@ -133,5 +133,7 @@ def test_path_or_hub_is_required(name: str) -> None:
 def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"body": "x"}\n')
     task = TASKS["text"]
-    with pytest.raises(DataError, match="no column 'text'; the columns are 'body'"):
+    with pytest.raises(DataError, match="row 1: no known format: the columns are 'body'"):
         task.load(task.Config(path=str(tmp_path)), "train")
+    with pytest.raises(DataError, match="no column 'words'; the columns are 'body'"):
+        task.load(task.Config(path=str(tmp_path), text_column="words"), "train")

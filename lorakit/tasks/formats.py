@@ -1,0 +1,119 @@
+"""The shapes that rows of texts and chats come in, recognised by their columns."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+from lorakit.data.sources import Split
+from lorakit.errors import DataError, shown
+from lorakit.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class Format:
+    """``name`` is what ``task.format`` names; rows have the columns ``required``, and may have
+    ``optional``."""
+
+    name: str
+    title: str
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        more = f"; may have {', '.join(self.optional)}" if self.optional else ""
+        return f"{self.name} ({_named(self.required)}{more})"
+
+
+FORMATS = {
+    found.name: found
+    for found in (
+        Format("messages", "OpenAI messages", ("messages",)),
+        Format("sharegpt", "ShareGPT", ("conversations",), ("system",)),
+        Format("alpaca", "Alpaca", ("instruction", "output"), ("input", "system")),
+        Format("prompt_completion", "prompt and completion", ("prompt", "completion")),
+        Format("text", "plain text", ("text",)),
+    )
+}
+
+
+@lru_cache(maxsize=64)
+def fitting(columns: tuple[str, ...], names: tuple[str, ...]) -> tuple[Format, ...]:
+    """Those of the formats ``names`` whose columns are all there."""
+    found = (FORMATS[name] for name in names)
+    return tuple(fmt for fmt in found if all(column in columns for column in fmt.required))
+
+
+def recognise(columns: tuple[str, ...], names: tuple[str, ...]) -> Format:
+    """The one format of ``names`` that rows of ``columns`` are in. Raises DataError if there is
+    none, or more than one."""
+    found = fitting(columns, names)
+    if len(found) == 1:
+        return found[0]
+    listed = ", ".join(map(repr, columns))
+    if found:
+        raise DataError(
+            f"the columns {listed} fit more than one format: {', '.join(map(str, found))}; "
+            f"choose with task.format: {' or '.join(fmt.name for fmt in found)}"
+        )
+    raise DataError(f"no known format: the columns are {listed}")
+
+
+class FormattedTask(Task):
+    """A task that takes rows in one of ``formats``, or in columns that its config names.
+
+    ``config.format`` is the format's name, or ``auto``: recognised from the columns.
+    """
+
+    formats: ClassVar[tuple[str, ...]]
+    #: The keys by which a recipe names columns of its own.
+    column_keys: ClassVar[str]
+
+    @abstractmethod
+    def own_columns(self, config: Any) -> tuple[str, ...]:
+        """The columns that the config names; empty if it leaves them to the format."""
+
+    def hub_source(self, config: Any) -> tuple[str, str | None] | None:
+        return (config.dataset_name, config.dataset_config_name) if config.dataset_name else None
+
+    def columns(self, config: Any) -> tuple[str, ...]:
+        if own := self.own_columns(config):
+            return own
+        return () if config.format == "auto" else FORMATS[config.format].required
+
+    def format_of(self, columns: Sequence[str], config: Any) -> Format:
+        """The format of rows whose columns the config does not name. Raises DataError."""
+        if config.format != "auto":
+            return FORMATS[config.format]
+        return recognise(tuple(columns), self.formats)
+
+    def check_columns(self, split: Split, config: Any) -> None:
+        super().check_columns(split, config)
+        if self.own_columns(config):
+            return
+        try:
+            self.format_of(split.columns, config)
+        except DataError as error:
+            if fitting(tuple(split.columns), self.formats):
+                raise DataError(f"{split.source}: {error}") from error
+            row = dict(next(iter(split.rows)))
+            allowed = ", ".join(str(FORMATS[name]) for name in self.formats)
+            raise DataError(
+                f"{split.locate(0)}: {error}; the row is {shown(row, 200)}; allowed: {allowed}, "
+                f"or columns of your own by {self.column_keys}"
+            ) from error
+
+    def notes(self, config: Any, split: Split) -> list[str]:
+        if self.own_columns(config) or config.format != "auto":
+            return []
+        found = self.format_of(split.columns, config)
+        there = [name for name in found.optional if name in split.columns]
+        columns = _named((*found.required, *there))
+        return [f"{split.source}: recognised as {found.title} ({columns})"]
+
+
+def _named(columns: Sequence[str]) -> str:
+    return f"column{'s' * (len(columns) > 1)} {', '.join(columns)}"

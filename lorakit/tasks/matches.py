@@ -1,0 +1,29 @@
+"""Generated texts against the texts of the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from lorakit.data.sources import Split
+from lorakit.errors import DataError
+from lorakit.metrics.exact_match import exact_match
+from lorakit.tasks.base import Prediction, Row
+
+
+def exact_matches(
+    predictions: Sequence[Prediction], split: Split, reference: Callable[[Row], str]
+) -> dict[str, float]:
+    """``exact_match`` with ``reference`` of each row. Raises DataError as ``paired`` does."""
+    return {"exact_match": exact_match(*paired(predictions, split, reference))}
+
+
+def paired(
+    predictions: Sequence[Prediction], split: Split, reference: Callable[[Row], str]
+) -> tuple[list[str], list[str]]:
+    """Predictions and references. Raises DataError for a wrong count and for what is no text."""
+    if len(predictions) != len(split):
+        raise DataError(f"{split.source}: {len(predictions)} predictions for {len(split)} rows")
+    for number, prediction in enumerate(predictions, 1):
+        if not isinstance(prediction, str):
+            raise DataError(f"prediction {number}: {prediction!r}; allowed: text")
+    return list(predictions), [reference(row) for row in split.rows]

@@ -1,0 +1,97 @@
+"""Templates: columns by name and nothing more."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from lorakit import registry
+from lorakit.errors import DataError
+from lorakit.tasks.template import fill, template_columns
+
+COMPLETION = registry.task("completion")
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("Question: {q}\nAnswer:", "Question: a {b}\nAnswer:"),
+        ("{{q}} {q}{n}", "{q} a {b}7"),
+        ("{my column}|{x.y}|{f}", "c|d|0.5"),
+        ("plain", "plain"),
+        ("{{{n}}}", "{7}"),
+    ],
+)
+def test_fill(template: str, expected: str) -> None:
+    row = {"q": "a {b}", "n": 7, "my column": "c", "x.y": "d", "f": 0.5}
+    assert fill(template, row) == expected
+
+
+def test_columns_are_listed_once() -> None:
+    assert template_columns("{b}{a}{{c}}{b}") == ("b", "a")
+
+
+@pytest.mark.parametrize("value", [None, True, ["a"], {"a": 1}])
+def test_values_that_are_no_text(value: Any) -> None:
+    with pytest.raises(DataError, match="column 'a' holds"):
+        fill("{a}", {"a": value})
+
+
+@pytest.mark.parametrize("template", ["{", "a}", "{}", "{ }", "{{a}", "{a}}", "{a{b}}", ""])
+def test_braces_that_do_not_pair(template: str) -> None:
+    with pytest.raises(ValidationError):
+        COMPLETION.Config(template=template)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> str:
+    file = tmp_path / "train.jsonl"
+    file.write_text(json.dumps({"question": "2+2?", "answer": 4}) + "\n", encoding="utf-8")
+    return str(file)
+
+
+def test_own_columns_by_templates(rows: str) -> None:
+    config = COMPLETION.Config(
+        path=rows, template="Question: {question}\nAnswer:", completion_template=" {answer}"
+    )
+    found = COMPLETION.load(config, "train")
+    built = COMPLETION.example(found.rows[0], config)
+    assert [(s.text, s.trained) for s in built.segments] == [
+        ("Question: 2+2?\nAnswer:", False),
+        (" 4", True),
+    ]
+    assert COMPLETION.prompt(found.rows[0], config).segments == built.segments[:1]
+    assert COMPLETION.metrics(["4"], found, config) == {"exact_match": 1.0}
+    assert COMPLETION.notes(config, found) == []
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{qestion}", "no column 'qestion'; did you mean 'question'?; the columns are 'question'"),
+        ("{question.x}", "no attribute, index or format"),
+        ("{question[0]}", "no attribute, index or format"),
+        ("{question!r}", "no attribute, index or format"),
+        ("{answer:>5}", "no attribute, index or format"),
+    ],
+)
+def test_a_name_that_no_column_has(rows: str, template: str, expected: str) -> None:
+    config = COMPLETION.Config(path=rows, template=template, completion_template="{answer}")
+    with pytest.raises(DataError) as caught:
+        COMPLETION.load(config, "train")
+    assert str(caught.value).startswith(f"{rows}: task.template: no column ")
+    assert expected in str(caught.value)
+
+
+def test_a_template_beside_a_column(rows: str) -> None:
+    config = COMPLETION.Config(path=rows, template="{question}", completion_column="answer")
+    found = COMPLETION.load(config, "train")
+    with pytest.raises(DataError, match="column 'answer' holds 4; allowed: text"):
+        COMPLETION.example(found.rows[0], config)
+    config = COMPLETION.Config(path=rows, template="{question}")
+    with pytest.raises(DataError, match="no column 'completion'"):
+        COMPLETION.load(config, "train")
