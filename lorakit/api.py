@@ -17,7 +17,7 @@ from lorakit.adapters.place import load_adapter
 from lorakit.data.encode import check_token_ids, encode_split
 from lorakit.errors import AdapterError, UserError
 from lorakit.evaluation.evaluate import evaluate_model
-from lorakit.evaluation.splits import load_eval_split, with_labels
+from lorakit.evaluation.splits import load_eval_split, settle, with_labels
 from lorakit.evaluation.watch import OnProgress
 from lorakit.models.device import default_device
 from lorakit.models.load import Kind, Pretrained, load_config, load_pretrained
@@ -78,7 +78,8 @@ def evaluate_split(
     task.check_requirements(recipe.task)
     files = None if base else _read(recipe, adapter, task)
     found = load_eval_split(task, recipe.task, split, limit)
-    config = with_labels(task, recipe.task, _trained_labels(files))
+    task, config = settle(task, recipe.task, found, say)
+    config = with_labels(task, config, _trained_labels(files))
     labels = task.labels(config, None)
     if files is not None:
         _check_labels(files, labels)

@@ -101,14 +101,15 @@ def _score(recipe: Recipe, file: Path, split: str | None, limit: int | None) -> 
     """Without a model, and without the library that runs one."""
     from lorakit import registry
     from lorakit.evaluation.predictions import score_predictions
-    from lorakit.evaluation.splits import load_eval_split, with_labels
+    from lorakit.evaluation.splits import load_eval_split, settle, with_labels
 
     task = registry.task(recipe.task.name)
     task.check_requirements(recipe.task)
     found = load_eval_split(task, recipe.task, split, limit)
-    config = with_labels(task, recipe.task, None)
+    task, config = settle(task, recipe.task, found, say)
+    config = with_labels(task, config, None)
     metrics = score_predictions(task, config, found, file)
-    return _result(recipe.task.name, found.name, len(found), metrics)
+    return _result(config.name, found.name, len(found), metrics)
 
 
 def _measure(

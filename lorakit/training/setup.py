@@ -15,6 +15,7 @@ from lorakit import registry
 from lorakit.data.encode import EncodedSplit, check_token_ids, encode_split
 from lorakit.data.sources import Split
 from lorakit.errors import DataError, UserError
+from lorakit.evaluation.splits import settle
 from lorakit.injection import InjectionReport, find_heads, inject
 from lorakit.models.load import load_pretrained
 from lorakit.models.window import check_length
@@ -52,7 +53,10 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
     train = task.load(config, "train")
     if train is None:
         raise DataError(f"task.path: no training split in {config.path}")
+    task, config = settle(task, config, train, say)
     validation = task.load(config, task.eval_split(config))
+    if validation is not None:
+        settle(task, config, validation, say)
     config = task.resolve(config, train)
     recipe = recipe.model_copy(update={"task": config})
     labels = task.labels(config, train)
