@@ -92,7 +92,6 @@ def evaluate_split(
     check_token_ids(encoded, tokenizer, embedding_rows(model))
     if encoded.truncated_rows:
         say(f"{encoded.truncated_rows} of {len(encoded)} rows cut to {config.max_length} tokens")
-    section = recipe.train
     result = evaluate_model(
         model,
         tokenizer,
@@ -100,7 +99,7 @@ def evaluate_split(
         config,
         found,
         encoded,
-        batch_size=section.per_device_eval_batch_size or section.per_device_batch_size,
+        batch_size=recipe.eval_batch_size,
         on_progress=on_progress,
     )
     return SplitEvaluation(config.name, found.name, len(found), result.metrics, result.predictions)

@@ -1,90 +1,18 @@
-"""Which rows make a step, and the tensors of a micro-batch.
-
-The order is a function of seed and epoch alone, so a resumed run takes up where it was, and the
-rows of an optimizer step do not depend on how accumulation splits it.
-"""
+"""The tensors of a batch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lorakit.data.encode import EncodedRow, EncodedSplit
-
-#: Rows are sorted by length within this many steps' worth, as a compromise with randomness.
-_STEPS_PER_WINDOW = 50
+from lorakit.data.encode import EncodedRow
 
 Batch = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """``rows_per_step`` = per-device batch size x accumulation steps x processes."""
-
-    lengths: NDArray[np.int64]
-    per_device_batch_size: int
-    gradient_accumulation_steps: int
-    processes: int
-    seed: int
-    group_by_length: bool
-
-    @property
-    def rows_per_step(self) -> int:
-        return self.per_device_batch_size * self.gradient_accumulation_steps * self.processes
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """The last step of an epoch may be smaller, but gives every process a row."""
-        full, rest = divmod(len(self.lengths), self.rows_per_step)
-        return full + (rest >= self.processes)
-
-    def epoch(self, epoch: int) -> list[NDArray[np.int64]]:
-        """The rows of each step of an epoch."""
-        generator = np.random.default_rng((self.seed, epoch))
-        order = generator.permutation(len(self.lengths))
-        if not self.group_by_length:
-            return self._steps(order)
-        window = self.rows_per_step * _STEPS_PER_WINDOW
-        sorted_windows = [
-            part[np.argsort(-self.lengths[part], kind="stable")]
-            for part in (order[i : i + window] for i in range(0, len(order), window))
-        ]
-        steps = self._steps(np.concatenate(sorted_windows))
-        shuffled = generator.permutation(len(steps))
-        # The longest rows go first: if memory is short, it shows at once.
-        longest = int(np.argmax([self.lengths[steps[i]].max() for i in shuffled]))
-        shuffled[[0, longest]] = shuffled[[longest, 0]]
-        return [steps[i] for i in shuffled]
-
-    def micro_batches(self, rows: NDArray[np.int64], process: int = 0) -> list[NDArray[np.int64]]:
-        """One process's share of a step, in pieces of at most the per-device batch size."""
-        own = rows[process :: self.processes]
-        size = self.per_device_batch_size
-        return [own[i : i + size] for i in range(0, len(own), size)]
-
-    def _steps(self, order: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        size = self.rows_per_step
-        return [order[i * size : (i + 1) * size] for i in range(self.steps_per_epoch)]
-
-
-class StepReader:
-    """Step number (from 0, over the whole run) -> epoch position and rows."""
-
-    def __init__(self, plan: StepPlan) -> None:
-        self._plan = plan
-        self._epoch = -1
-        self._steps: list[NDArray[np.int64]] = []
-
-    def rows(self, step: int) -> NDArray[np.int64]:
-        epoch, index = divmod(step, self._plan.steps_per_epoch)
-        if epoch != self._epoch:
-            self._steps, self._epoch = self._plan.epoch(epoch), epoch
-        return self._steps[index]
 
 
 def collate_causal(rows: Sequence[EncodedRow], pad_id: int, multiple_of: int = 1) -> Batch:
@@ -98,6 +26,64 @@ def collate_causal(rows: Sequence[EncodedRow], pad_id: int, multiple_of: int = 1
         "input_ids": torch.from_numpy(input_ids),
         "positions": torch.from_numpy(np.concatenate(positions)),
         "targets": torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+    }
+
+
+def collate_packed(
+    bins: Sequence[Sequence[EncodedRow]], pad_id: int, multiple_of: int = 1
+) -> Batch:
+    """One sequence a bin: ``input_ids`` and ``position_ids`` (bins, length), in which positions
+    restart with each row and once more with the padding; ``positions`` and ``targets`` (n,)."""
+    widths = [sum(len(row.input_ids) for row in rows) for rows in bins]
+    width = -(-max(widths) // multiple_of) * multiple_of
+    batch = [_document_batch(rows, pad_id, width) for rows in bins]
+    for index, part in enumerate(batch):
+        part["positions"] += index * width
+    joined = {
+        name: np.concatenate([part[name] for part in batch]) for name in ("positions", "targets")
+    }
+    stacked = {
+        name: np.stack([part[name] for part in batch]) for name in ("input_ids", "position_ids")
+    }
+    return {name: torch.from_numpy(array) for name, array in (stacked | joined).items()}
+
+
+def collate_documents(
+    bins: Sequence[Sequence[EncodedRow]], pad_id: int, multiple_of: int = 1
+) -> Batch:
+    """All rows in one sequence: the tensors of ``collate_packed`` with a batch of 1, and
+    ``cu_seq_lens`` (rows + 1,), where each begins and the last one ends; padding counts as one."""
+    rows = [row for rows in bins for row in rows]
+    length = sum(len(row.input_ids) for row in rows)
+    width = -(-length // multiple_of) * multiple_of
+    part = _document_batch(rows, pad_id, width)
+    lengths = [len(row.input_ids) for row in rows] + [width - length] * (width > length)
+    batch = {name: torch.from_numpy(array) for name, array in part.items()}
+    return batch | {
+        "input_ids": batch["input_ids"].unsqueeze(0),
+        "position_ids": batch["position_ids"].unsqueeze(0),
+        "cu_seq_lens": torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
+    }
+
+
+def _document_batch(rows: Sequence[EncodedRow], pad_id: int, width: int) -> dict[str, Any]:
+    """Rows one behind another, then padding."""
+    input_ids = np.full(width, pad_id, dtype=np.int64)
+    position_ids = np.zeros(width, dtype=np.int64)
+    positions, targets, start = [], [], 0
+    for row in rows:
+        end = start + len(row.input_ids)
+        input_ids[start:end] = row.input_ids
+        position_ids[start:end] = np.arange(end - start)
+        positions.append(np.flatnonzero(row.trained[1:]) + start)
+        targets.append(row.input_ids[1:][row.trained[1:]])
+        start = end
+    position_ids[start:] = np.arange(width - start)
+    return {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "positions": np.concatenate(positions),
+        "targets": np.concatenate(targets).astype(np.int64),
     }
 
 
@@ -123,13 +109,6 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     if device.type == "cuda":
         batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-
-
-def trained_count(split: EncodedSplit, rows: NDArray[np.int64]) -> int:
-    """What a step's loss is divided by: its trained tokens, or for an encoder its rows."""
-    if split.labels is not None:
-        return len(rows)
-    return sum(int(split[int(i)].trained[1:].sum()) for i in rows)
 
 
 def eval_batches(lengths: NDArray[np.int64], batch_size: int) -> Iterator[NDArray[np.int64]]:

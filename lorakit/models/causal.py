@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,21 +44,23 @@ def token_losses(
     positions: Tensor,
     targets: Tensor,
     label_smoothing: float = 0.0,
+    **inputs: Any,
 ) -> Tensor:
     """The sum of the losses of the trained tokens, a float32 scalar.
 
     input_ids (batch, length) padded on the right; positions (n,) index the flattened (batch *
     length) rows whose next token is trained, targets (n,) are those tokens. There is no attention
     mask: under causal attention no token sees the padding behind it, and without a mask attention
-    takes its fastest path and never waits for the device.
+    takes its fastest path and never waits for the device. ``inputs`` are what else the decoder
+    gets: where packed rows begin.
     """
     if parts.head is None or parts.decoder is None:
-        logits = model(input_ids=input_ids, use_cache=False).logits
+        logits = model(input_ids=input_ids, use_cache=False, **inputs).logits
         rows = logits.reshape(-1, logits.shape[-1]).index_select(0, positions).float()
         return nn.functional.cross_entropy(
             rows, targets, reduction="sum", label_smoothing=label_smoothing
         )
-    hidden = parts.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+    hidden = parts.decoder(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
     hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
     head = parts.head
     trains = any(parameter.requires_grad for parameter in head.parameters())

@@ -2,8 +2,8 @@
 
 To choose the fastest attention, transformers looks whether a mask hides anything and whether
 positions restart within a row. Both read a tensor's value, so that every forward pass waits for
-the device. Here both are known beforehand: batches are padded, never packed, and an encoder's mask
-is only passed where something is padded.
+the device. Here both are known beforehand: a caller says whether its rows are packed, and an
+encoder's mask is only passed where something is padded.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ _HIDES_NOTHING = "_ignore_bidirectional_mask_sdpa"
 
 
 @contextmanager
-def host_masks(device: torch.device) -> Iterator[None]:
+def host_masks(device: torch.device, packed: bool = False) -> Iterator[None]:
     """Run a forward pass without those two waits; on the CPU, where nothing waits, as it is.
+    ``packed``: positions restart within a row, and transformers shall make the mask for that.
 
     A version of transformers without these functions runs as it is too: slower, not wrong.
     """
-    own = {_PACKED: _never_packed, _HIDES_NOTHING: _only_without_mask}
+    own: dict[str, Any] = {_HIDES_NOTHING: _only_without_mask}
+    if not packed:
+        own[_PACKED] = _never_packed
     before = {name: getattr(masking_utils, name, None) for name in own}
     if device.type == "cpu" or None in before.values():
         yield

@@ -74,6 +74,8 @@ def check_sections(
         faults += [*_layers(adapter), *_targets(adapter)]
     if task is not None:
         faults += _packing(task, task_kind)
+    if task is not None and train is not None:
+        faults += _token_budget(task, train)
     if train is not None:
         faults += [*_one_of(train, "epochs", "max_steps"), *_metric(train)]
         faults += _one_of(train, "warmup_ratio", "warmup_steps")
@@ -131,11 +133,18 @@ def _targets(adapter: AdapterSection) -> Iterator[Fault]:
 
 
 def _packing(task: TaskSection, kind: str | None) -> Iterator[Fault]:
-    if task.packing and kind is not None:
-        message = (
-            "an encoder cannot pack" if kind == "encoder" else "packing is not in this version"
-        )
-        yield Fault(("task", "packing"), message, True, True, "false")
+    if task.packing and kind == "encoder":
+        yield Fault(("task", "packing"), "an encoder cannot pack", True, True, "false")
+
+
+def _token_budget(task: TaskSection, train: TrainSection) -> Iterator[Fault]:
+    budget, path = train.max_tokens_per_batch, ("train", "max_tokens_per_batch")
+    if budget is not None and budget < task.max_length:
+        message = f"a row may have task.max_length = {task.max_length} tokens"
+        yield Fault(path, message, budget, True, f"null, or {task.max_length} and more")
+    elif budget is not None and not train.group_by_length and not task.packing:
+        message = "train.max_tokens_per_batch makes batches of like lengths"
+        yield Fault(("train", "group_by_length"), message, False, True, "true")
 
 
 def _one_of(train: TrainSection, first: str, second: str) -> Iterator[Fault]:

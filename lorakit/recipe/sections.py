@@ -88,13 +88,16 @@ class TrainSection(Section):
     """``train``: the run. Steps are optimizer steps; ``learning_rate`` is the peak.
 
     Without ``epochs`` and ``max_steps`` there are 3 epochs; without ``warmup_ratio`` and
-    ``warmup_steps`` the ratio is 0.06.
+    ``warmup_steps`` the ratio is 0.06; without ``per_device_batch_size`` (rows, or bins where rows
+    are packed) and ``max_tokens_per_batch`` (tokens, padding included) the first is 8. Both
+    together bound a batch each.
     """
 
     output_dir: Text
     epochs: PositiveFloat | None = None
     max_steps: PositiveInt | None = None
-    per_device_batch_size: PositiveInt = 8
+    per_device_batch_size: PositiveInt | None = None
+    max_tokens_per_batch: PositiveInt | None = None
     per_device_eval_batch_size: PositiveInt | None = None
     gradient_accumulation_steps: PositiveInt = 1
     learning_rate: PositiveFloat = 2e-4
@@ -131,6 +134,7 @@ class TrainSection(Section):
             for key, other, default in (
                 ("epochs", "max_steps", 3.0),
                 ("warmup_ratio", "warmup_steps", 0.06),
+                ("per_device_batch_size", "max_tokens_per_batch", 8),
             ):
                 if data.get(key) is None and data.get(other) is None:
                     data[key] = default
@@ -144,6 +148,13 @@ class Recipe(Section):
     adapter: SerializeAsAny[AdapterSection]
     task: SerializeAsAny[TaskSection]
     train: TrainSection
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Rows of a batch in an evaluation."""
+        train, tokens = self.train, self.train.max_tokens_per_batch or 0
+        rows = train.per_device_eval_batch_size or train.per_device_batch_size
+        return rows or max(1, tokens // self.task.max_length)
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with every default written out: what ``recipe.yaml`` holds."""

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, set_seed
 
 from lorakit import registry
-from lorakit.data.batches import StepPlan, collate_causal, collate_encoder
+from lorakit.data.plan import StepSource
 from lorakit.errors import UserError
 from lorakit.injection import trainable_state
 from lorakit.layers import adapter_layers
 from lorakit.methods.base import Method
+from lorakit.models.packed import use_varlen
 from lorakit.recipe.sections import Recipe
+from lorakit.training.batching import build_collate
 from lorakit.training.best import Best
 from lorakit.training.evaluator import Evaluator
 from lorakit.training.finite import divergence
@@ -33,7 +33,7 @@ from lorakit.training.tracking import Recorder
 def build_loop(
     prepared: Prepared,
     accelerator: Accelerator,
-    plan: StepPlan,
+    steps: StepSource,
     schedule: Schedule,
     recorder: Recorder,
     stop: StopRequest,
@@ -43,8 +43,14 @@ def build_loop(
     if section.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.to(accelerator.device)
-    build = CausalObjective if prepared.task.kind == "causal" else EncoderObjective
-    objective: Any = build(model, section.label_smoothing)
+    varlen = prepared.recipe.task.packing and use_varlen(model)
+    objective: Any
+    if prepared.task.kind == "causal":
+        objective = CausalObjective(
+            model, section.label_smoothing, longest_row=prepared.recipe.task.max_length
+        )
+    else:
+        objective = EncoderObjective(model, section.label_smoothing)
     if section.compile is True:
         (objective.parts.decoder if objective.parts else model).compile(dynamic=True)
     trainable: Any = trainable_state(model)
@@ -56,20 +62,14 @@ def build_loop(
     scheduler = build_scheduler(optimizer, section, schedule.total_steps)
     wrapped, prepared_optimizer = accelerator.prepare(objective, optimizer)
     metric = main_metric(prepared.recipe, prepared.task)
-    collate = collate_causal if prepared.task.kind == "causal" else collate_encoder
     loop = Loop(
         accelerator=accelerator,
         objective=wrapped,
         trainable=trainable,
         optimizer=prepared_optimizer,
         scheduler=scheduler,
-        rows=prepared.train,
-        plan=plan,
-        collate=partial(
-            collate,
-            pad_id=prepared.tokenizer.pad_token_id,
-            multiple_of=_padding_multiple(prepared, accelerator),
-        ),
+        steps=steps,
+        collate=build_collate(prepared, accelerator.device, varlen),
         schedule=schedule,
         recorder=recorder,
         stop=stop,
@@ -97,40 +97,18 @@ def build_evaluator(prepared: Prepared, loop: Loop, final: bool) -> Evaluator:
     )
 
 
-def _padding_multiple(prepared: Prepared, accelerator: Accelerator) -> int:
-    """8 for tensor cores, and for half precision on the CPU, whose kernels are compiled and kept
-    for each length that occurs; float32 on the CPU pads no more than it must."""
-    plain = accelerator.device.type == "cpu" and prepared.model.dtype == torch.float32
-    return 1 if plain else 8
-
-
-def step_plan(prepared: Prepared, processes: int) -> StepPlan:
-    section = prepared.recipe.train
-    plan = StepPlan(
-        lengths=prepared.train.lengths,
-        per_device_batch_size=section.per_device_batch_size,
-        gradient_accumulation_steps=section.gradient_accumulation_steps,
-        processes=processes,
-        seed=section.seed,
-        group_by_length=section.group_by_length,
-    )
-    if not plan.steps_per_epoch:
-        raise UserError(f"task: {len(prepared.train)} training rows for {processes} processes")
-    return plan
-
-
-def build_schedule(recipe: Recipe, plan: StepPlan) -> Schedule:
-    section, epoch = recipe.train, plan.steps_per_epoch
-    total = section.max_steps or max(1, round((section.epochs or 1) * epoch))
+def build_schedule(recipe: Recipe, steps: StepSource) -> Schedule:
+    section, epoch = recipe.train, steps.steps_per_epoch
+    assert section.max_steps or epoch, "a stream has max_steps"
+    total = section.max_steps or max(1, round((section.epochs or 1) * (epoch or 1)))
     method: Method = registry.methods()[recipe.adapter.method]
     method.check_steps(recipe.adapter, total)
-    every_eval = section.eval_every_steps or epoch
     return Schedule(
         total_steps=total,
         steps_per_epoch=epoch,
         log_every_steps=section.log_every_steps,
-        eval_every_steps=every_eval,
-        save_every_steps=section.save_every_steps or epoch,
+        eval_every_steps=section.eval_every_steps or epoch or total,
+        save_every_steps=section.save_every_steps or epoch or total,
         save_total_limit=section.save_total_limit,
     )
 

@@ -26,7 +26,6 @@ class Evaluator:
         """Raises EvaluationStopped if a signal arrives in between."""
         data, recipe = self.prepared.evaluation, self.prepared.recipe
         assert data is not None
-        section = recipe.train
         return evaluate_model(
             self.prepared.model,
             self.prepared.tokenizer,
@@ -34,7 +33,7 @@ class Evaluator:
             recipe.task,
             data.split,
             data.encoded,
-            batch_size=section.per_device_eval_batch_size or section.per_device_batch_size,
+            batch_size=recipe.eval_batch_size,
             parts=self.parts,
             generate=self.generates,
             on_progress=throttled(self.say, "evaluated"),

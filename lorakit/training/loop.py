@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from lorakit.data.batches import Batch, StepPlan, StepReader, to_device, trained_count
-from lorakit.data.encode import EncodedRow, EncodedSplit
+from lorakit.data.batches import Batch, to_device
+from lorakit.data.plan import Bin, StepSource
 from lorakit.errors import EvaluationError, Interrupted, TrainingError, UserError
 from lorakit.evaluation.watch import EvaluationStopped
 from lorakit.methods.base import RunHooks
@@ -46,9 +46,8 @@ class Loop:
     trainable: dict[str, nn.Parameter]
     optimizer: Any
     scheduler: LRScheduler
-    rows: EncodedSplit
-    plan: StepPlan
-    collate: Callable[[list[EncodedRow]], Batch]
+    steps: StepSource
+    collate: Callable[[list[Bin]], Batch]
     schedule: Schedule
     recorder: Recorder
     stop: StopRequest
@@ -62,7 +61,6 @@ class Loop:
 
     def __post_init__(self) -> None:
         self._late = LateReader(self.hooks.device_values)
-        self._reader = StepReader(self.plan)
         self._window_start = time.monotonic()
         self._window_tokens = 0
         self._last_checkpoint: Path | None = None
@@ -142,15 +140,14 @@ class Loop:
     def _train_step(self) -> None:
         """Forward and backward over the step's micro-batches, normalised over all of its trained
         tokens, and one optimizer step. Nothing here waits for the device."""
-        rows = self._reader.rows(self.progress.step)
-        count = trained_count(self.rows, rows)
-        pieces = self.plan.micro_batches(rows, self.accelerator.process_index)
-        factor = self.plan.processes / count
+        step = self.steps.step(self.progress.step)
+        count = step.trained
+        factor = 1 / count
         total: Tensor | None = None
-        for index, piece in enumerate(pieces):
-            batch = self.collate([self.rows[int(i)] for i in piece])
+        for index, bins in enumerate(step.micro_batches):
+            batch = self.collate(bins)
             batch = to_device(batch, self.accelerator.device)
-            last = index == len(pieces) - 1
+            last = index == len(step.micro_batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.objective):
                 loss = self.objective(batch) * factor
                 self.accelerator.backward(loss)
@@ -165,7 +162,7 @@ class Loop:
             self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._late.add(total, norm, values)
-        self._window_tokens += int(self.rows.lengths[rows].sum())
+        self._window_tokens += step.tokens
         self.progress.step += 1
         self.progress.trained_tokens += count
 
@@ -188,7 +185,7 @@ class Loop:
         self._late.stage(
             {
                 "step": self.progress.step,
-                "epoch": round(self.progress.step / self.schedule.steps_per_epoch, 4),
+                "epoch": self.schedule.epoch(self.progress.step),
                 "learning_rate": self.scheduler.get_last_lr()[0],
                 "tokens_per_second": round(self._window_tokens / spent, 1),
                 "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),

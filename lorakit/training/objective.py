@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorakit.models.causal import CausalParts, split_model, token_losses
 from lorakit.models.host_masks import host_masks
+from lorakit.models.packed import varlen_options
 
 
 class CausalObjective(nn.Module):
-    """The sum of -log p over the trained tokens of a batch."""
+    """The sum of -log p over the trained tokens of a batch. ``longest_row`` bounds the tokens of a
+    packed row."""
 
-    def __init__(self, model: PreTrainedModel, label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self, model: PreTrainedModel, label_smoothing: float = 0.0, longest_row: int = 0
+    ) -> None:
         super().__init__()
         self.model = model
         self.parts: CausalParts = split_model(model)
         self.label_smoothing = label_smoothing
+        self.longest_row = longest_row
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        with host_masks(batch["input_ids"].device):
+        inputs: dict[str, Any] = {k: v for k, v in batch.items() if k == "position_ids"}
+        if "cu_seq_lens" in batch:
+            inputs |= varlen_options(batch["cu_seq_lens"], self.longest_row)
+        block_mask = "position_ids" in batch and "cu_seq_lens" not in batch
+        with host_masks(batch["input_ids"].device, packed=block_mask):
             return token_losses(
                 self.model,
                 self.parts,
@@ -28,6 +39,7 @@ class CausalObjective(nn.Module):
                 batch["positions"],
                 batch["targets"],
                 self.label_smoothing,
+                **inputs,
             )
 
 

@@ -9,18 +9,17 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from lorakit.data.batches import StepPlan
 from lorakit.errors import Interrupted
 from lorakit.evaluation.watch import EvaluationStopped
 from lorakit.recipe.check import check_recipe
 from lorakit.recipe.sections import Recipe
 from lorakit.recipe.write import write_recipe
+from lorakit.training.batching import Batching, build_batching
 from lorakit.training.build import (
     build_accelerator,
     build_evaluator,
     build_loop,
     build_schedule,
-    step_plan,
 )
 from lorakit.training.checkpoint import drop_after
 from lorakit.training.export import export_adapter
@@ -64,7 +63,8 @@ def train(recipe: Recipe, resume: str | None = None, say: Say = lambda text: Non
     prepared = prepare(recipe, say)
     if start.checkpoint is not None:
         check_same_data(prepared.data, start.checkpoint)
-    say(plan_line(prepared, step_plan(prepared, accelerator.num_processes)))
+    batching = build_batching(prepared, accelerator.device)
+    say(plan_line(prepared, batching))
     with sole_run(prepared.recipe, resume, start) as output_dir:
         write_recipe(prepared.recipe, output_dir / "recipe.yaml")
         record = new_record(
@@ -75,7 +75,7 @@ def train(recipe: Recipe, resume: str | None = None, say: Say = lambda text: Non
         )
         record.write(output_dir / "run.json")
         with stop_request() as stop:
-            return _run(prepared, accelerator, start, stop, record, say)
+            return _run(prepared, accelerator, batching, start, stop, record, say)
 
 
 def dry_run(recipe: Recipe, say: Say) -> dict[str, Any]:
@@ -83,10 +83,10 @@ def dry_run(recipe: Recipe, say: Say) -> dict[str, Any]:
     _check_installed(recipe)
     accelerator = build_accelerator(recipe)
     prepared = prepare(recipe, say)
-    plan = step_plan(prepared, accelerator.num_processes)
-    schedule = build_schedule(prepared.recipe, plan)
+    steps = build_batching(prepared, accelerator.device).steps
+    schedule = build_schedule(prepared.recipe, steps)
     recorder: Any = None
-    loop = build_loop(prepared, accelerator, plan, schedule, recorder, StopRequest())
+    loop = build_loop(prepared, accelerator, steps, schedule, recorder, StopRequest())
     loss = loop.step_once()
     return {
         "adapted_modules": len(prepared.report.adapted_modules),
@@ -109,28 +109,27 @@ def _check_installed(recipe: Recipe) -> None:
     check_optimizer(recipe.train.optimizer)
 
 
-def plan_line(prepared: Prepared, plan: StepPlan) -> str:
+def plan_line(prepared: Prepared, batching: Batching) -> str:
     """What is about to happen, in one line."""
-    schedule = build_schedule(prepared.recipe, plan)
+    schedule = build_schedule(prepared.recipe, batching.steps)
+    epoch = f" ({schedule.steps_per_epoch:,} an epoch)" if schedule.steps_per_epoch else ""
     rows = prepared.evaluation
-    return (
-        f"{len(prepared.train):,} rows, {plan.rows_per_step} a step: {schedule.total_steps:,} "
-        f"steps ({schedule.steps_per_epoch:,} an epoch); "
-        + (f"evaluation on {len(rows.encoded):,} rows" if rows else "no validation split")
+    return f"{batching.described}: {schedule.total_steps:,} steps{epoch}; " + (
+        f"evaluation on {len(rows.encoded):,} rows" if rows else "no validation split"
     )
 
 
 def _run(
     prepared: Prepared,
     accelerator: Accelerator,
+    batching: Batching,
     start: Start,
     stop: StopRequest,
     record: RunRecord,
     say: Say,
 ) -> RunResult:
     recipe, output_dir = prepared.recipe, Path(prepared.recipe.train.output_dir)
-    plan = step_plan(prepared, accelerator.num_processes)
-    schedule = build_schedule(recipe, plan)
+    schedule = build_schedule(recipe, batching.steps)
     if recipe.train.trackers:
         accelerator.init_trackers("lorakit", _tracked(recipe))
     kept_lines = start.snapshot.progress.metrics_lines if start.snapshot else 0
@@ -138,7 +137,7 @@ def _run(
     recorder = Recorder(metrics_file, Display(schedule.total_steps, start.step), accelerator)
     loop: Loop | None = None
     try:
-        loop = build_loop(prepared, accelerator, plan, schedule, recorder, stop)
+        loop = build_loop(prepared, accelerator, batching.steps, schedule, recorder, stop)
         if start.checkpoint and start.snapshot:
             drop_after(loop.checkpoint_dir, start.step)
             loop.resume(start.checkpoint, start.snapshot)

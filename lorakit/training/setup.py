@@ -18,6 +18,7 @@ from lorakit.errors import DataError, UserError
 from lorakit.evaluation.splits import settle
 from lorakit.injection import InjectionReport, find_heads, inject
 from lorakit.models.load import load_pretrained
+from lorakit.models.packed import check_packable
 from lorakit.models.window import check_length
 from lorakit.recipe.sections import Recipe
 from lorakit.tasks.base import Task
@@ -66,6 +67,8 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
         say(note)
     model, tokenizer = loaded.model, loaded.tokenizer
     check_length(model, config.max_length)
+    if config.packing:
+        check_packable(model)
     encoded = {
         split.name: encode_split(split, lambda r: task.example(r, config), tokenizer,
                                  config.max_length)

@@ -11,6 +11,7 @@ import torch
 
 import lorakit
 from lorakit.training import build
+from lorakit.training.batching import build_batching
 from lorakit.training.setup import prepare
 from lorakit.training.signals import StopRequest
 
@@ -80,10 +81,10 @@ def test_a_step_never_waits_for_the_device(
     wanted = recipe(tiny_llama, rows) if kind == "causal" else encoder_recipe(tiny_bert, rows)
     prepared = prepare(wanted, print)
     accelerator = build.build_accelerator(prepared.recipe)
-    plan = build.step_plan(prepared, 1)
-    schedule = build.build_schedule(prepared.recipe, plan)
+    steps = build_batching(prepared, accelerator.device).steps
+    schedule = build.build_schedule(prepared.recipe, steps)
     recorder: Any = None
-    loop = build.build_loop(prepared, accelerator, plan, schedule, recorder, StopRequest())
+    loop = build.build_loop(prepared, accelerator, steps, schedule, recorder, StopRequest())
     loop.step_once()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

@@ -19,11 +19,12 @@ from transformers import AutoModelForCausalLM
 
 import lorakit
 from lorakit.cli.main import run as command
-from lorakit.data.batches import to_device, trained_count
+from lorakit.data.batches import to_device
 from lorakit.errors import UserError
 from lorakit.layers import AdapterLayer, adapter_layers
 from lorakit.recipe.sections import Recipe
-from lorakit.training.build import build_accelerator, build_loop, build_schedule, step_plan
+from lorakit.training.batching import build_batching
+from lorakit.training.build import build_accelerator, build_loop, build_schedule
 from lorakit.training.checkpoint import load_checkpoint
 from lorakit.training.loop import Loop
 from lorakit.training.ranks import rank_list, rank_table
@@ -71,9 +72,9 @@ def adalora_file(folder: Path, model: Path, task: str = "completion", **changes:
 def built(recipe: Recipe, recorder: Any = None) -> Loop:
     prepared = prepare(recipe, lambda text: None)
     accelerator = build_accelerator(recipe)
-    plan = step_plan(prepared, 1)
-    schedule = build_schedule(recipe, plan)
-    return build_loop(prepared, accelerator, plan, schedule, recorder, StopRequest())
+    steps = build_batching(prepared, accelerator.device).steps
+    schedule = build_schedule(recipe, steps)
+    return build_loop(prepared, accelerator, steps, schedule, recorder, StopRequest())
 
 
 def silent(folder: Path) -> Recorder:
@@ -182,14 +183,13 @@ def test_the_reported_loss_is_the_tasks(
     model = tiny_llama if task == "completion" else still_bert
     loop = built(adalora_recipe(tmp_path, model, task, adapter__orth_reg_weight=10.0))
     for step in range(8):
-        rows = loop._reader.rows(step)
+        taken = loop.steps.step(step)
         with torch.no_grad():
-            batch = loop.collate([loop.rows[int(i)] for i in rows])
+            batch = loop.collate(taken.micro_batches[0])
             total = loop.objective.train()(to_device(batch, loop.accelerator.device))
         loop._train_step()
-        count = trained_count(loop.rows, rows)
         loss, _, penalty = loop._late.window()[step]
-        assert loss == pytest.approx(total.item() / count, abs=1e-5)
+        assert loss == pytest.approx(total.item() / taken.trained, abs=1e-5)
         assert penalty > 10
 
 

@@ -15,7 +15,8 @@ import lorakit
 from lorakit.injection import trainable_state
 from lorakit.models.load import load_pretrained
 from lorakit.recipe.sections import Recipe
-from lorakit.training.build import build_accelerator, build_loop, build_schedule, step_plan
+from lorakit.training.batching import build_batching
+from lorakit.training.build import build_accelerator, build_loop, build_schedule
 from lorakit.training.loop import Loop
 from lorakit.training.setup import Prepared, prepare
 from lorakit.training.signals import StopRequest
@@ -61,10 +62,10 @@ def built(recipe: Recipe) -> tuple[Prepared, Loop]:
     """A loop that takes steps and tells nobody."""
     prepared = prepare(recipe, lambda text: None)
     accelerator = build_accelerator(recipe)
-    plan = step_plan(prepared, 1)
-    schedule = build_schedule(recipe, plan)
+    steps = build_batching(prepared, accelerator.device).steps
+    schedule = build_schedule(recipe, steps)
     recorder: Any = None
-    return prepared, build_loop(prepared, accelerator, plan, schedule, recorder, StopRequest())
+    return prepared, build_loop(prepared, accelerator, steps, schedule, recorder, StopRequest())
 
 
 @pytest.mark.parametrize("task", KINDS)
@@ -108,7 +109,9 @@ def test_gradient_checkpointing_keeps_less(tiny_llama: Path, tmp_path: Path) -> 
     """What autograd keeps for the backward pass, counted in numbers."""
     kept = {}
     for spare in (False, True):
-        _, loop = built(recipe_for(tmp_path, tiny_llama, train__gradient_checkpointing=spare))
+        prepared, loop = built(
+            recipe_for(tmp_path, tiny_llama, train__gradient_checkpointing=spare)
+        )
         total = 0
 
         def count(tensor: Tensor) -> Tensor:
@@ -116,7 +119,7 @@ def test_gradient_checkpointing_keeps_less(tiny_llama: Path, tmp_path: Path) -> 
             total += tensor.numel()
             return tensor
 
-        batch = loop.collate([loop.rows[i] for i in range(8)])
+        batch = loop.collate([[prepared.train[i]] for i in range(8)])
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             loss = loop.objective.train()(batch)
         loss.backward()
@@ -190,8 +193,8 @@ def test_an_encoder_s_loss_is_the_mean_over_rows(still_bert: Path, tmp_path: Pat
 
 def test_label_smoothing_is_torch_s(tiny_llama: Path, tmp_path: Path) -> None:
     recipe = recipe_for(tmp_path, tiny_llama, train__label_smoothing=0.2)
-    _, loop = built(recipe)
-    batch = loop.collate([loop.rows[i] for i in range(5)])
+    prepared, loop = built(recipe)
+    batch = loop.collate([[prepared.train[i]] for i in range(5)])
     logits = loop.objective.model(input_ids=batch["input_ids"]).logits
     rows = logits.reshape(-1, logits.shape[-1])[batch["positions"]]
     want = torch.nn.functional.cross_entropy(

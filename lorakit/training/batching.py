@@ -1,0 +1,85 @@
+"""Recipe and encoded rows -> the steps, and what makes tensors of their batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from lorakit.data.batches import (
+    Batch,
+    collate_causal,
+    collate_documents,
+    collate_encoder,
+    collate_packed,
+)
+from lorakit.data.packing import Packing
+from lorakit.data.plan import Bin, IndexedSteps, Plan, RowPlan, StepSource, TokenPlan
+from lorakit.training.setup import Prepared
+
+
+@dataclass(frozen=True)
+class Batching:
+    """``described`` says what a step holds, for people."""
+
+    steps: StepSource
+    described: str
+
+
+def build_batching(prepared: Prepared, device: torch.device) -> Batching:
+    recipe, rows = prepared.recipe, prepared.train
+    section, lengths = recipe.train, rows.lengths
+    packing, described = None, f"{len(rows):,} rows"
+    if recipe.task.packing:
+        packing = Packing(lengths, recipe.task.max_length, section.seed)
+        lengths = packing.bin_lengths
+        described += f" in {len(packing):,} bins, {packing.fill:.1%} full"
+    plan: Plan
+    if section.max_tokens_per_batch is None or packing:
+        batch = section.per_device_batch_size or recipe.eval_batch_size
+        if packing and section.max_tokens_per_batch:
+            batch = min(batch, section.max_tokens_per_batch // packing.capacity)
+        plan = RowPlan(
+            lengths=lengths,
+            per_device_batch_size=batch,
+            gradient_accumulation_steps=section.gradient_accumulation_steps,
+            seed=section.seed,
+            group_by_length=section.group_by_length and packing is None,
+        )
+        described += f", {plan.units_per_step} a step"
+    else:
+        plan = TokenPlan(
+            lengths=lengths,
+            max_tokens_per_batch=section.max_tokens_per_batch,
+            per_device_batch_size=section.per_device_batch_size,
+            gradient_accumulation_steps=section.gradient_accumulation_steps,
+            seed=section.seed,
+            multiple_of=padding_multiple(prepared, device),
+        )
+        tokens = section.max_tokens_per_batch * section.gradient_accumulation_steps
+        described += f", up to {tokens:,} tokens a step"
+    return Batching(IndexedSteps(rows, plan, packing), described)
+
+
+def build_collate(
+    prepared: Prepared, device: torch.device, varlen: bool
+) -> Callable[[list[Bin]], Batch]:
+    """From the rows of a micro-batch to its tensors. ``varlen``: packed rows go in one sequence."""
+    settings: Any = {
+        "pad_id": prepared.tokenizer.pad_token_id,
+        "multiple_of": padding_multiple(prepared, device),
+    }
+    if prepared.recipe.task.packing:
+        return partial(collate_documents if varlen else collate_packed, **settings)
+    collate = collate_causal if prepared.task.kind == "causal" else collate_encoder
+    return lambda bins: collate([row for rows in bins for row in rows], **settings)
+
+
+def padding_multiple(prepared: Prepared, device: torch.device) -> int:
+    """8 for tensor cores, and for half precision on the CPU, whose kernels are compiled and kept
+    for each length that occurs; float32 on the CPU pads no more than it must."""
+    plain = device.type == "cpu" and prepared.model.dtype == torch.float32
+    return 1 if plain else 8
