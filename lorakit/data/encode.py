@@ -1,28 +1,37 @@
-"""Examples -> token ids and what is trained of them, held flat: five bytes a token."""
+"""A split's rows -> token ids and what is trained of them, mapped from a file where they are many:
+three to five bytes a token."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import io
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.data.chat import encode_chat
-from lorakit.data.examples import ChatExample, ClassificationExample, Example, TextExample
+from lorakit.data.arrays import Arrays, Counts, Shard, read_arrays, write_arrays
+from lorakit.data.cache import EncodedCache
+from lorakit.data.examples import Example
+from lorakit.data.shards import MANY_ROWS, Job, encode_shards
 from lorakit.data.sources import Split
+from lorakit.data.spool import cache_dir, scratch_file
 from lorakit.errors import DataError
 
-_BATCH_ROWS = 1000
+#: Fewer are tokenised sooner than looked up.
+_CACHED_ROWS = 2000
+
+TokenIds = NDArray[np.int32] | NDArray[np.uint16]
 
 
 @dataclass(frozen=True)
 class EncodedRow:
     """``trained`` marks the tokens that the loss is taken on; ``label`` is an encoder's."""
 
-    input_ids: NDArray[np.int32]
+    input_ids: TokenIds
     trained: NDArray[np.bool_]
     token_type_ids: NDArray[np.int8] | None = None
     label: int | float | None = None
@@ -32,7 +41,7 @@ class EncodedRow:
 class EncodedSplit:
     """All rows, flat; row i is tokens ``offsets[i]`` to ``offsets[i + 1]``."""
 
-    tokens: NDArray[np.int32]
+    tokens: TokenIds
     trained: NDArray[np.bool_]
     offsets: NDArray[np.int64]
     token_type_ids: NDArray[np.int8] | None
@@ -49,25 +58,20 @@ class EncodedSplit:
         label = None if self.labels is None else self.labels[index]
         return EncodedRow(self.tokens[part], self.trained[part], types, label)
 
-    @property
+    @cached_property
     def lengths(self) -> NDArray[np.int64]:
         return np.diff(self.offsets)
 
+    @cached_property
+    def trained_counts(self) -> NDArray[np.int64]:
+        """How many tokens of each row the loss is taken on: the first has none before it."""
+        firsts = self.offsets[:-1]
+        counts = np.add.reduceat(self.trained, firsts, dtype=np.int64)
+        return counts - self.trained[firsts]
+
     @property
     def trained_tokens(self) -> int:
-        """How many tokens the loss is taken on: a row's first token has none before it."""
-        return int(self.trained.sum()) - int(self.trained[self.offsets[:-1]].sum())
-
-
-@dataclass
-class _Encoded:
-    """One row on its way into the arrays."""
-
-    ids: list[int]
-    trained: list[bool]
-    types: list[int] | None = None
-    truncated: bool = False
-    cut: bool = False
+        return int(self.trained_counts.sum())
 
 
 def encode_split(
@@ -76,36 +80,41 @@ def encode_split(
     tokenizer: Any,
     max_length: int,
     on_progress: Callable[[int], None] = lambda rows: None,
+    cache: EncodedCache | None = None,
 ) -> EncodedSplit:
-    """Tokenise a split.
+    """Tokenise a split, or read what an earlier run made of the same one.
 
     A prompt that is too long loses its beginning, so that the completion and its EOS stay; a
     completion that is too long by itself loses its end, and is counted. Raises DataError with file
     and row for a row that the task refuses or that leaves nothing to train on, and for a
     ``max_length`` that has no room beside an encoder's special tokens.
     """
-    rows: list[_Encoded] = []
-    labels: list[int | float] = []
-    for start in range(0, len(split), _BATCH_ROWS):
-        stop = min(start + _BATCH_ROWS, len(split))
-        examples = []
-        for index in range(start, stop):
-            with _at_row(split, index):
-                examples.append(to_example(split.rows[index]))
-        encoded = iter(_encode(examples, tokenizer, max_length))
-        for index, example in enumerate(examples, start):
-            with _at_row(split, index):
-                row = next(encoded)
-            if isinstance(example, ClassificationExample):
-                labels.append(example.label)
-            elif not any(row.trained[1:]):
-                raise DataError(
-                    f"{split.locate(index)}: no token to train on"
-                    + (f" within task.max_length = {max_length}" if row.truncated else "")
-                )
-            rows.append(row)
-        on_progress(stop)
-    return _flatten(rows, labels or None)
+    if cache is None or len(split) < _CACHED_ROWS:
+        cache = None
+    elif found := cache.read(split):
+        return _from_arrays(*found)
+    began = time.monotonic()
+    try:
+        shards = encode_shards(Job(split, to_example, tokenizer, max_length), on_progress)
+        if cache is not None:
+            spent = time.monotonic() - began
+            cache.say(f"{split.name}: {len(split):,} rows tokenised in {spent:.1f} s")
+        return _from_arrays(*_read_back(split, shards, cache))
+    except OSError as error:
+        raise DataError(
+            f"no room for the tokens of {split.source} on the disk of {cache_dir()}: {error}; "
+            "set LORAKIT_CACHE to a directory with room"
+        ) from error
+
+
+def truncation_note(encoded: EncodedSplit, name: str, max_length: int) -> str | None:
+    """What ``max_length`` took from the rows, in words; None for nothing."""
+    if not encoded.truncated_rows:
+        return None
+    text = f"{name}: {encoded.truncated_rows:,} of {len(encoded):,} rows cut to {max_length} tokens"
+    if encoded.cut_completions:
+        text += f"; {encoded.cut_completions:,} lost the end of what is trained, EOS included"
+    return text
 
 
 def check_token_ids(encoded: EncodedSplit, tokenizer: Any, embedding_rows: int) -> None:
@@ -119,112 +128,28 @@ def check_token_ids(encoded: EncodedSplit, tokenizer: Any, embedding_rows: int) 
         )
 
 
-def encode_prompt(example: TextExample, tokenizer: Any, max_length: int) -> list[int]:
-    """The ids of a prompt, as they stand before the completion in training."""
-    return _encode_texts([example], tokenizer, max_length)[0].ids
+def _read_back(
+    split: Split, shards: Sequence[Shard], cache: EncodedCache | None
+) -> tuple[Arrays, Counts]:
+    """The shards as one, from the cache's entry or, without one, a file without a name."""
+    file = None if cache is None else cache.store(split, shards)
+    if file is None:
+        file = io.BytesIO() if len(split) < MANY_ROWS else scratch_file()
+        write_arrays(shards, file)
+    return read_arrays(file)
 
 
-def special_prefix(tokenizer: Any) -> list[int]:
-    """The ids that the tokenizer puts before a text by itself (BOS), without those behind it."""
-    bare = tokenizer("a", add_special_tokens=False).input_ids
-    whole = tokenizer("a").input_ids
-    for start in range(len(whole) - len(bare) + 1):
-        if whole[start : start + len(bare)] == bare:
-            return list(whole[:start])
-    return []
-
-
-@contextmanager
-def _at_row(split: Split, index: int) -> Iterator[None]:
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"{split.locate(index)}: {error}") from error
-
-
-def _encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Iterable[_Encoded]:
-    first = examples[0]
-    if isinstance(first, ClassificationExample):
-        return _encode_pairs(examples, tokenizer, max_length)  # type: ignore[arg-type]
-    if isinstance(first, ChatExample):
-        chats = [e for e in examples if isinstance(e, ChatExample)]
-        return (_cut(_Encoded(*encode_chat(e, tokenizer)), max_length, 0) for e in chats)
-    return _encode_texts(examples, tokenizer, max_length)  # type: ignore[arg-type]
-
-
-def _encode_texts(
-    examples: Sequence[TextExample], tokenizer: Any, max_length: int
-) -> list[_Encoded]:
-    prefix = special_prefix(tokenizer)
-    texts = [segment.text for example in examples for segment in example.segments]
-    pieces = iter(tokenizer(texts, add_special_tokens=False, verbose=False).input_ids)
-    encoded = []
-    for example in examples:
-        row = _Encoded(list(prefix), [False] * len(prefix))
-        prompt_tokens = 0
-        for segment in example.segments:
-            piece = next(pieces)
-            row.ids += piece
-            row.trained += [segment.trained] * len(piece)
-            if not any(row.trained):
-                prompt_tokens = len(row.ids) - len(prefix)
-        if example.eos:
-            if tokenizer.eos_token_id is None:
-                raise DataError("the tokenizer has no EOS token to end an example with")
-            row.ids.append(tokenizer.eos_token_id)
-            row.trained.append(example.segments[-1].trained)
-        encoded.append(_cut(row, max_length, prompt_tokens, len(prefix)))
-    return encoded
-
-
-def _cut(row: _Encoded, max_length: int, prompt_tokens: int, prefix: int = 0) -> _Encoded:
-    """Fit a row into ``max_length``: from the prompt's beginning first, then from the end."""
-    over = len(row.ids) - max_length
-    if over <= 0:
-        return row
-    from_prompt = min(over, prompt_tokens)
-    for values in (row.ids, row.trained):
-        del values[prefix : prefix + from_prompt]
-        del values[max_length:]
-    row.truncated, row.cut = True, over > from_prompt
-    return row
-
-
-def _encode_pairs(
-    examples: Sequence[ClassificationExample], tokenizer: Any, max_length: int
-) -> list[_Encoded]:
-    first = [example.text for example in examples]
-    second = [example.text_pair for example in examples]
-    pairs = None if second[0] is None else second
-    special = tokenizer.num_special_tokens_to_add(pair=pairs is not None)
-    if max_length <= special:  # the tokenizer would then cut nothing
-        raise DataError(
-            f"task.max_length = {max_length}: the tokenizer adds {special} special tokens to each "
-            f"row; allowed: {special + 1} or more"
-        )
-    full = tokenizer(first, pairs, truncation=False, verbose=False)
-    cut = tokenizer(first, pairs, truncation=True, max_length=max_length, verbose=False)
-    types: Iterable[Any] = cut.get("token_type_ids") or [None] * len(examples)
-    return [
-        _Encoded(ids, [False] * len(ids), kinds, truncated=len(whole) > len(ids))
-        for ids, kinds, whole in zip(cut.input_ids, types, full.input_ids, strict=True)
-    ]
-
-
-def _flatten(rows: list[_Encoded], labels: list[int | float] | None) -> EncodedSplit:
-    offsets = np.zeros(len(rows) + 1, dtype=np.int64)
-    np.cumsum([len(row.ids) for row in rows], out=offsets[1:])
-    typed = rows[0].types is not None
+def _from_arrays(arrays: Arrays, counts: Counts) -> EncodedSplit:
+    lengths = arrays["lengths"]
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    labels = arrays.get("labels")
     return EncodedSplit(
-        tokens=np.concatenate([np.asarray(row.ids, dtype=np.int32) for row in rows]),
-        trained=np.concatenate([np.asarray(row.trained, dtype=np.bool_) for row in rows]),
+        tokens=arrays["tokens"],
+        trained=arrays["trained"],
         offsets=offsets,
-        token_type_ids=(
-            np.concatenate([np.asarray(row.types, dtype=np.int8) for row in rows])
-            if typed
-            else None
-        ),
-        labels=None if labels is None else tuple(labels),
-        truncated_rows=sum(row.truncated for row in rows),
-        cut_completions=sum(row.cut for row in rows),
+        token_type_ids=arrays.get("token_type_ids"),
+        labels=None if labels is None else tuple(labels.tolist()),
+        truncated_rows=counts.truncated_rows,
+        cut_completions=counts.cut_completions,
     )

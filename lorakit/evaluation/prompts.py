@@ -7,9 +7,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.data.chat import encode_chat_prompt
-from lorakit.data.encode import encode_prompt
 from lorakit.data.examples import ChatExample, ClassificationExample
 from lorakit.data.sources import Split
+from lorakit.data.tokens import encode_prompt
 from lorakit.errors import DataError
 from lorakit.tasks.base import Task
 

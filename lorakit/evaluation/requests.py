@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.data.chat import encode_chat_prompt, render
-from lorakit.data.encode import encode_prompt
 from lorakit.data.examples import Segment, TextExample
+from lorakit.data.tokens import encode_prompt
 from lorakit.errors import DataError, shown
 
 _ALLOWED = '{"prompt": TEXT} or {"messages": [{"role": ..., "content": ...}, ...]}'

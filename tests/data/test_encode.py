@@ -8,15 +8,10 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from lorakit.data.encode import (
-    EncodedSplit,
-    check_token_ids,
-    encode_prompt,
-    encode_split,
-    special_prefix,
-)
+from lorakit.data.encode import EncodedSplit, check_token_ids, encode_split
 from lorakit.data.examples import ClassificationExample, Segment, TextExample
 from lorakit.data.sources import Split
+from lorakit.data.tokens import encode_prompt, special_prefix
 from lorakit.errors import DataError
 
 
@@ -150,7 +145,7 @@ def test_more_rows_than_are_tokenised_at_once(tokenizer: Any) -> None:
     assert done == [1000, 2000, 2500]
     for index in (0, 999, 1000, 2499):
         assert read(split, index, tokenizer) == (f"{index}x</s>", "x</s>")
-    assert split.tokens.dtype == np.int32
+    assert split.tokens.dtype == np.uint16
     assert split.trained.nbytes == len(split.tokens)
 
 

@@ -1,0 +1,153 @@
+"""The tokens of many rows as flat arrays, in one file of the safetensors format, mapped."""
+
+from __future__ import annotations
+
+import io
+import json
+import mmap
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakit.data.spool import scratch_file
+from lorakit.data.tokens import Tokens
+
+Arrays = dict[str, NDArray[Any]]
+
+#: The widest first, so that each array is aligned.
+_NAMES = ("labels", "lengths", "tokens", "trained", "token_type_ids")
+_DTYPES = {"U16": "<u2", "I32": "<i4", "I64": "<i8", "F64": "<f8", "BOOL": "|b1", "I8": "|i1"}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_CHUNK = 4 << 20
+
+
+class BrokenFile(Exception):
+    """A file of arrays that is not whole."""
+
+
+@dataclass
+class Counts:
+    truncated_rows: int = 0
+    cut_completions: int = 0
+
+
+@dataclass
+class Shard:
+    """A stretch of rows, one file an array. ``dtypes`` are those of the arrays that have
+    anything."""
+
+    files: dict[str, BinaryIO]
+    dtypes: dict[str, str] = field(default_factory=dict)
+    counts: Counts = field(default_factory=Counts)
+
+    @classmethod
+    def empty(cls, in_memory: bool) -> Shard:
+        make = io.BytesIO if in_memory else scratch_file
+        return cls({name: make() for name in _NAMES})
+
+    def append(
+        self, rows: Sequence[Tokens], labels: Sequence[int | float], token_dtype: str
+    ) -> None:
+        """Raises OSError if the disk is full."""
+        self._write("tokens", token_dtype, [row.ids for row in rows])
+        self._write("trained", "|b1", [row.trained for row in rows])
+        self._write("lengths", "<i4", [[len(row.ids) for row in rows]])
+        types = [row.types for row in rows if row.types is not None]
+        if types:
+            self._write("token_type_ids", "|i1", types)
+        if labels:
+            self._write("labels", "<f8" if isinstance(labels[0], float) else "<i8", [labels])
+        self.counts.truncated_rows += sum(row.truncated for row in rows)
+        self.counts.cut_completions += sum(row.cut for row in rows)
+
+    def _write(self, name: str, dtype: str, parts: Iterable[Sequence[Any]]) -> None:
+        values = np.concatenate([np.asarray(part, dtype=dtype) for part in parts])
+        self.dtypes[name] = dtype
+        self.files[name].write(values.tobytes())
+
+
+def write_arrays(shards: Sequence[Shard], out: BinaryIO) -> None:
+    """The shards one behind another. Raises OSError if the disk is full."""
+    names = [name for name in _NAMES if name in shards[0].dtypes]
+    ends, end = {}, 0
+    for name in names:
+        sizes = [shard.files[name].seek(0, io.SEEK_END) for shard in shards]
+        start, end = end, end + sum(sizes)
+        ends[name] = (start, end)
+    out.write(_header(shards, ends, crc=0))
+    crc = 0
+    for name in names:
+        for shard in shards:
+            shard.files[name].seek(0)
+            while chunk := shard.files[name].read(_CHUNK):
+                crc = zlib.crc32(chunk, crc)
+                out.write(chunk)
+    out.seek(0)
+    out.write(_header(shards, ends, crc))
+    out.flush()
+
+
+def _header(shards: Sequence[Shard], ends: Mapping[str, tuple[int, int]], crc: int) -> bytes:
+    metadata = {
+        "crc32": f"{crc:08x}",
+        "truncated_rows": str(sum(shard.counts.truncated_rows for shard in shards)),
+        "cut_completions": str(sum(shard.counts.cut_completions for shard in shards)),
+    }
+    header: dict[str, Any] = {"__metadata__": metadata}
+    for name, (start, end) in ends.items():
+        dtype = shards[0].dtypes[name]
+        header[name] = {
+            "dtype": _CODES[dtype],
+            "shape": [(end - start) // np.dtype(dtype).itemsize],
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def read_arrays(file: BinaryIO) -> tuple[Arrays, Counts]:
+    """The arrays that ``write_arrays`` wrote, mapped, or if ``file`` is in memory views of it.
+
+    Raises BrokenFile if they are not those.
+    """
+    raw: Any = None
+    if isinstance(file, io.BytesIO):
+        raw = file.getbuffer()
+    else:
+        with suppress(ValueError):  # an empty file cannot be mapped
+            raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        size = int.from_bytes(raw[:8], "little")
+        header = json.loads(bytes(raw[8 : 8 + size]))
+        metadata = header.pop("__metadata__")
+        arrays = {name: _array(raw, 8 + size, place) for name, place in header.items()}
+        counts = Counts(int(metadata["truncated_rows"]), int(metadata["cut_completions"]))
+        whole = _crc(file, 8 + size) == metadata["crc32"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BrokenFile(str(error)) from error
+    if not whole:
+        raise BrokenFile("the checksum differs")
+    return arrays, counts
+
+
+def _array(raw: Any, start: int, place: Mapping[str, Any]) -> NDArray[Any]:
+    (count,) = place["shape"]
+    offset = start + place["data_offsets"][0]
+    values = np.frombuffer(raw, _DTYPES[place["dtype"]], count, offset)
+    values.flags.writeable = False
+    return values
+
+
+def _crc(file: BinaryIO, start: int) -> str:
+    """Read, not through the mapping, which would count all of it as memory."""
+    file.seek(start)
+    crc = 0
+    while chunk := file.read(_CHUNK):
+        crc = zlib.crc32(chunk, crc)
+    return f"{crc:08x}"

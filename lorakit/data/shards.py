@@ -1,0 +1,208 @@
+"""A split's rows -> shards of tokens, by several processes where there are many."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from lorakit.data.arrays import Shard
+from lorakit.data.examples import ClassificationExample, Example
+from lorakit.data.rows import row_range
+from lorakit.data.sources import Split
+from lorakit.data.tokens import Tokens, encode_examples
+from lorakit.errors import DataError, LorakitError
+
+#: From here on tokens go to files, and several processes make them.
+MANY_ROWS = 20_000
+_ROWS_PER_PROCESS = 10_000
+_MOST_PROCESSES = 8
+_BATCH_ROWS = 1000
+
+OnRows = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What makes tokens of a row."""
+
+    split: Split
+    to_example: Callable[[Mapping[str, Any]], Example]
+    tokenizer: Any
+    max_length: int
+
+    def encode(self, shard: Shard, start: int, stop: int, on_rows: OnRows) -> None:
+        """Rows ``start`` to ``stop`` into ``shard``; ``on_rows`` gets how many more are done.
+
+        Raises DataError with file and row, OSError if the disk is full.
+        """
+        largest = max(self.tokenizer.get_vocab().values(), default=0)
+        dtype = "<u2" if largest < 2**16 else "<i4"
+        for begin in range(start, stop, _BATCH_ROWS):
+            end = min(begin + _BATCH_ROWS, stop)
+            shard.append(*self._batch(begin, end), dtype)
+            on_rows(end - begin)
+
+    def _batch(self, start: int, stop: int) -> tuple[list[Tokens], list[int | float]]:
+        examples = []
+        for index, row in enumerate(row_range(self.split.rows, start, stop), start):
+            with self._at_row(index):
+                examples.append(self.to_example(row))
+        encoded = iter(encode_examples(examples, self.tokenizer, self.max_length))
+        rows = []
+        for index in range(start, stop):
+            with self._at_row(index):
+                rows.append(next(encoded))
+                check_trained(rows[-1], examples[index - start], self.max_length)
+        return rows, [e.label for e in examples if isinstance(e, ClassificationExample)]
+
+    @contextmanager
+    def _at_row(self, index: int) -> Iterator[None]:
+        try:
+            yield
+        except DataError as error:
+            raise DataError(f"{self.split.locate(index)}: {error}") from error
+
+
+def check_trained(row: Tokens, example: Example, max_length: int) -> None:
+    """Raise DataError if a causal row leaves nothing to train on."""
+    if not isinstance(example, ClassificationExample) and not any(row.trained[1:]):
+        within = f" within task.max_length = {max_length}" if row.truncated else ""
+        raise DataError(f"no token to train on{within}")
+
+
+def encode_shards(job: Job, on_progress: OnRows) -> list[Shard]:
+    """All rows of the split, in order; ``on_progress`` gets how many are done.
+
+    Raises the DataError of the earliest row that has one, OSError if the disk is full.
+    """
+    rows, done = len(job.split), 0
+
+    def count(more: int) -> None:
+        nonlocal done
+        done += more
+        on_progress(done)
+
+    processes = _processes(rows)
+    shards = [Shard.empty(in_memory=rows < MANY_ROWS) for _ in range(processes)]
+    if processes == 1:
+        job.encode(shards[0], 0, rows, count)
+        return shards
+    with _workers(job, shards) as workers:
+        _collect(workers, count)
+    return shards
+
+
+def _processes(rows: int) -> int:
+    """Elsewhere than on Linux a fork is not safe, and the tokenizer's own threads do what they
+    can."""
+    if rows < MANY_ROWS or sys.platform != "linux" or multiprocessing.current_process().daemon:
+        return 1
+    cores = len(os.sched_getaffinity(0))
+    return max(1, min(cores, _MOST_PROCESSES, rows // _ROWS_PER_PROCESS))
+
+
+@dataclass
+class _Worker:
+    """``messages`` are ("rows", N), and at last ("done", dtypes, counts), ("refused", TEXT),
+    ("full", error number, TEXT) or ("failed", TRACEBACK)."""
+
+    process: Any
+    messages: Connection
+    shard: Shard
+    failure: Exception | None = None
+    ended: bool = False
+
+    def receive(self) -> int:
+        """How many more rows are done."""
+        try:
+            kind, *values = self.messages.recv()
+        except EOFError:
+            self.process.join()
+            kind, values = "failed", [f"killed, exit code {self.process.exitcode}"]
+        if kind == "rows":
+            return int(values[0])
+        self.ended = True
+        if kind == "done":
+            self.shard.dtypes, self.shard.counts = values
+        elif kind == "refused":
+            self.failure = DataError(values[0])
+        elif kind == "full":
+            self.failure = OSError(*values)
+        else:
+            self.failure = LorakitError(f"a process that tokenises failed: {values[0]}")
+        return 0
+
+
+@contextmanager
+def _workers(job: Job, shards: list[Shard]) -> Iterator[list[_Worker]]:
+    """Forked processes, one a shard, of which none is left after the block."""
+    context = multiprocessing.get_context("fork")
+    workers: list[_Worker] = []
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not outlive a fork
+    try:
+        for index, shard in enumerate(shards):
+            start, stop = (len(job.split) * i // len(shards) for i in (index, index + 1))
+            ours, theirs = context.Pipe(duplex=False)
+            inherited = [ours, *(worker.messages for worker in workers)]
+            arguments = (job, shard, start, stop, theirs, inherited)
+            process = context.Process(target=_work, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            workers.append(_Worker(process, ours, shard))
+        yield workers
+    finally:
+        for worker in workers:
+            worker.process.terminate()
+            worker.process.join()
+            worker.messages.close()
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+def _collect(workers: list[_Worker], count: OnRows) -> None:
+    """Until all are done, or one has failed and no earlier one can fail any more."""
+    while running := [worker for worker in workers if not worker.ended]:
+        ready = wait([worker.messages for worker in running])
+        for worker in running:
+            if worker.messages in ready:
+                count(worker.receive())
+        for worker in workers:
+            if worker.failure is not None:
+                raise worker.failure
+            if not worker.ended:
+                break
+
+
+def _work(
+    job: Job, shard: Shard, start: int, stop: int, out: Connection, inherited: list[Connection]
+) -> None:
+    gc.freeze()  # else collecting would copy the parent's memory, page by page
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its children
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for connection in inherited:  # so that no one reads once the parent is gone
+        connection.close()
+    try:
+        job.encode(shard, start, stop, lambda rows: out.send(("rows", rows)))
+        for file in shard.files.values():
+            file.flush()
+        out.send(("done", shard.dtypes, shard.counts))
+    except DataError as error:
+        out.send(("refused", str(error)))
+    except BrokenPipeError:
+        os._exit(1)  # the parent is gone
+    except OSError as error:
+        out.send(("full", error.errno, error.strerror))
+    except Exception:
+        out.send(("failed", traceback.format_exc()))
