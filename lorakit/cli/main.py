@@ -22,6 +22,7 @@ from lorakit.cli.eval import eval_
 from lorakit.cli.generate import generate
 from lorakit.cli.merge import merge
 from lorakit.cli.methods import methods
+from lorakit.cli.preview import preview
 from lorakit.cli.schema import schema
 from lorakit.cli.tasks import tasks
 from lorakit.cli.train import train
@@ -43,7 +44,7 @@ app = typer.Typer(
 
 # A command is one file beside this one. It imports at its top only what is light, and what it
 # calls inside the function, so that `--help` loads nothing of it.
-for command in (train, merge, eval_, generate, convert, validate, schema, methods, tasks):
+for command in (train, merge, eval_, generate, convert, preview, validate, schema, methods, tasks):
     app.command(command.__name__.rstrip("_"))(command)
 
 

@@ -1,0 +1,105 @@
+"""What a model will see of a recipe's data. The tokenizer is loaded, the weights are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from lorakit import registry
+from lorakit.data.describe import DescribedRow, Summary, describe_row, summarise
+from lorakit.data.encode import encode_split
+from lorakit.data.sources import Split
+from lorakit.errors import UserError
+from lorakit.evaluation.splits import load_eval_split, settle, with_labels
+from lorakit.evaluation.watch import OnProgress
+from lorakit.models.load import explained, hub_options, load_config, quiet
+from lorakit.models.tokenizer import load_tokenizer
+from lorakit.recipe.sections import ModelSection, Recipe
+from lorakit.tasks.base import Task
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """``labels`` are a classifier's class names by id; ``limit`` is the most tokens of a row."""
+
+    task: str
+    split: str
+    limit: int
+    labels: list[str] | None
+    examples: list[DescribedRow]
+    summary: Summary
+
+
+def preview(
+    recipe: Recipe,
+    *,
+    split: str = "train",
+    start: int = 1,
+    count: int = 3,
+    limit: int | None = None,
+    on_progress: OnProgress = lambda done, total: None,
+    say: Say,
+) -> Preview:
+    """``count`` rows from row ``start`` (from 1), and the figures of the split, or of its first
+    ``limit`` rows; ``say`` gets the notes. Raises UserError as training does for data and
+    tokenizer, and for a ``start`` behind the last row.
+    """
+    task: Task = registry.task(recipe.task.name)
+    found = load_eval_split(task, recipe.task, split, limit)
+    if start > len(found):
+        raise UserError(
+            f"--start {start}: {found.source} has {len(found):,} rows"
+            + (f" with --limit {limit}" if limit is not None else "")
+            + f"; allowed: 1 to {len(found)}"
+        )
+    task, config = settle(task, recipe.task, found, say)
+    config = with_labels(task, config, None)
+    tokenizer, stops = _load_tokenizer(recipe.model, say)
+    summary = _summary(task, config, found, tokenizer, stops, on_progress)
+    rows = range(start - 1, min(start - 1 + count, len(found)))
+    examples = [
+        describe_row(found, i, lambda r: task.example(r, config), tokenizer, config.max_length)
+        for i in rows
+    ]
+    labels = task.labels(config, None) if task.kind == "encoder" else None
+    return Preview(config.name, found.name, config.max_length, labels, examples, summary)
+
+
+def _summary(
+    task: Task,
+    config: Any,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    stops: set[int],
+    on_progress: OnProgress,
+) -> Summary:
+    encoded = encode_split(
+        split,
+        lambda row: task.example(row, config),
+        tokenizer,
+        config.max_length,
+        on_progress=lambda done: on_progress(done, len(split)),
+    )
+    return summarise(encoded, stops)
+
+
+def _load_tokenizer(section: ModelSection, say: Say) -> tuple[PreTrainedTokenizerBase, set[int]]:
+    """The tokenizer, and the ids at which the model ends a generation."""
+    config = load_config(section)
+    tokenizer, notes = load_tokenizer(section.name_or_path, hub_options(section))
+    for note in notes:
+        say(note)
+    with explained(section.name_or_path), quiet():
+        try:
+            own = GenerationConfig.from_pretrained(
+                section.name_or_path, **hub_options(section)
+            ).eos_token_id
+        except OSError:  # it has none: the model then takes its configuration's
+            own = getattr(config.get_text_config(), "eos_token_id", None)
+    ids = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return tokenizer, {token for token in ids if isinstance(token, int)}

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from lorakit.data.describe import DescribedRow, describe_row, summarise
+from lorakit.data.encode import encode_split
+from lorakit.data.examples import ChatExample, Example, Segment, TextExample
+from lorakit.data.sources import Split
+from lorakit.tasks.base import Row
+
+MIXED = "日本語 🚀 👩‍👩‍👧 ಠ_ಠ naïve\n\tend "
+
+
+def split_of(*rows: dict[str, Any]) -> Split:
+    return Split("train", rows, "rows", "0")
+
+
+def pair(row: Row) -> Example:
+    return TextExample((Segment(row["p"], trained=False), Segment(row["c"], trained=True)))
+
+
+def chat(row: Row) -> Example:
+    return ChatExample(({"role": "user", "content": row["p"]},
+                        {"role": "assistant", "content": row["c"]}))  # fmt: skip
+
+
+def described(path: Path, row: dict[str, str], to_example: Any, length: int = 512) -> DescribedRow:
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    return describe_row(split_of(row), 0, to_example, tokenizer, length)
+
+
+def trained_text(row: DescribedRow) -> str:
+    return "".join(piece.text for piece in row.pieces if piece.trained)
+
+
+@pytest.mark.parametrize("model", ["smollm2", "tiny_llama"])
+@pytest.mark.parametrize("to_example", [pair, chat])
+def test_pieces_hold_whole_characters(
+    model: str, to_example: Any, request: pytest.FixtureRequest
+) -> None:
+    """Most characters of MIXED are several tokens, none of which decodes alone."""
+    path = request.getfixturevalue(model)
+    row = described(path, {"p": f"{MIXED}?", "c": f"{MIXED}!"}, to_example)
+    text = "".join(piece.text for piece in row.pieces)
+    end = "<|im_end|>" if model == "smollm2" else "</s>"
+    assert "\ufffd" not in text
+    assert f"{MIXED}?" in text
+    assert trained_text(row) == f"{MIXED}!{end}"
+    assert [piece.text for piece in row.pieces if piece.special and piece.trained] == [end]
+    assert len(row.ids) == len(row.tokens) == len(row.trained) > len(row.pieces)
+
+
+def test_a_character_of_both_kinds_goes_to_the_later(tiny_llama: Path) -> None:
+    """Nothing stands before a row's first token, so it is not trained, whatever the task says."""
+    row = described(tiny_llama, {"p": "", "c": "日本"}, pair)
+    assert row.trained == (False,) + (True,) * 6
+    assert [(piece.text, piece.trained) for piece in row.pieces] == [("日本", True), ("</s>", True)]
+
+
+def test_data_that_holds_the_replacement_character(tiny_llama: Path) -> None:
+    row = described(tiny_llama, {"p": "a\ufffd", "c": "\ufffdb"}, pair)
+    assert [piece.text for piece in row.pieces] == ["a\ufffd", "\ufffdb", "</s>"]
+
+
+def test_what_truncation_took(tiny_llama: Path) -> None:
+    long = {"p": "12345", "c": "abc"}
+    whole, truncated, cut = (described(tiny_llama, long, pair, n) for n in (9, 6, 3))
+    assert [(row.truncated, row.cut) for row in (whole, truncated, cut)] == [
+        (False, False), (True, False), (True, True)]  # fmt: skip
+    assert ["".join(p.text for p in row.pieces) for row in (whole, truncated, cut)] == [
+        "12345abc</s>", "45abc</s>", "abc"]  # fmt: skip
+
+
+def test_word_pieces_keep_their_spaces(minilm: Path) -> None:
+    def words(row: Row) -> Example:
+        return TextExample((Segment(row["p"], False), Segment(row["c"], True)), eos=False)
+
+    row = described(minilm, {"p": "unaffable pythonistas", "c": "snowboarded tokenization"}, words)
+    assert [piece.text for piece in row.pieces] == [
+        "[CLS]", " unaffable pythonistas", " snowboarded tokenization"]  # fmt: skip
+    assert any(token.startswith("##") for token in row.tokens)
+
+
+def test_where_a_row_stands(tiny_llama: Path, tmp_path: Path) -> None:
+    rows = [{"p": "a", "c": str(i)} for i in range(4)]
+    split = Split("train", rows, "both", "0", ((tmp_path / "1", 3), (tmp_path / "2", 1)))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    row = describe_row(split, 3, pair, tokenizer, 64)
+    assert row.where == f"{tmp_path / '2'}, row 1"
+    assert trained_text(row) == "3</s>"
+
+
+def test_summary_counts(tiny_llama: Path) -> None:
+    """Against counts made row by row from the text: a byte is a token."""
+    texts = [("ab", "xyz"), ("", "q"), ("12345", "6789"), ("p", "123456789")]
+    split = split_of(*({"p": p, "c": c} for p, c in texts))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    summary = summarise(encode_split(split, pair, tokenizer, 8), {tokenizer.eos_token_id})
+    lengths = [min(len(p) + len(c) + 1, 8) for p, c in texts]
+    trained = [min(len(c) + 1, 8) for _, c in texts]
+    trained = [n - (n == length) for n, length in zip(trained, lengths, strict=True)]
+    assert (summary.rows, summary.tokens) == (4, sum(lengths))
+    assert (summary.min_length, summary.max_length) == (min(lengths), max(lengths))
+    assert summary.mean_length == pytest.approx(np.mean(lengths))
+    assert summary.trained_tokens == sum(trained)
+    assert summary.trained_share == sum(trained) / sum(lengths)
+    assert (summary.truncated_rows, summary.cut_completions, summary.endless_rows) == (2, 1, 1)
+
+
+def test_a_tokenizer_with_two_ends(tiny_llama: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    bare = split_of({"t": "ab."}, {"t": "ab"})
+
+    def text(row: Row) -> Example:
+        return TextExample((Segment(row["t"], trained=True),), eos=False)
+
+    stop = tokenizer.convert_tokens_to_ids(".")
+    encoded = encode_split(bare, text, tokenizer, 8)
+    assert summarise(encoded, {tokenizer.eos_token_id, stop}).endless_rows == 1
+    assert json.dumps(vars(summarise(encoded, set())))
