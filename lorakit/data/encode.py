@@ -14,15 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.data.arrays import Arrays, Counts, Shard, read_arrays, write_arrays
-from lorakit.data.cache import EncodedCache
+from lorakit.data.cache import CACHED_ROWS, EncodedCache
 from lorakit.data.examples import Example
 from lorakit.data.shards import MANY_ROWS, Job, encode_shards
 from lorakit.data.sources import Split
 from lorakit.data.spool import cache_dir, scratch_file
 from lorakit.errors import DataError
-
-#: Fewer are tokenised sooner than looked up.
-_CACHED_ROWS = 2000
 
 TokenIds = NDArray[np.int32] | NDArray[np.uint16]
 
@@ -89,7 +86,7 @@ def encode_split(
     and row for a row that the task refuses or that leaves nothing to train on, and for a
     ``max_length`` that has no room beside an encoder's special tokens.
     """
-    if cache is None or len(split) < _CACHED_ROWS:
+    if cache is None or len(split) < CACHED_ROWS:
         cache = None
     elif found := cache.read(split):
         return _from_arrays(*found)
