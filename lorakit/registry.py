@@ -34,6 +34,15 @@ def tasks() -> dict[str, Any]:
     return {name: task for task in _exports(TASKS, "TASK") for name in task.names}
 
 
+def is_own_task(name: str) -> bool:
+    """Whether ``task.name`` is a file of the user's: ``./task.py:Task`` or ``./task.yaml``."""
+    return name.endswith((".py", ".yaml", ".yml")) or ".py:" in name
+
+
 def task(name: str) -> Any:
-    """The ``lorakit.tasks.base.Task`` of ``task.name``. Raises KeyError for an unknown name."""
+    """The ``lorakit.tasks.base.Task`` of ``task.name``, which may be a file of the user's: only
+    here is such a file read or run. Raises KeyError for an unknown name, UserError for a file that
+    holds no task."""
+    if is_own_task(name):
+        return importlib.import_module(f"{TASKS}.own").load_task(name)
     return tasks()[name]

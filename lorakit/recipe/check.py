@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 from lorakit import registry
-from lorakit.errors import RecipeError
+from lorakit.errors import Problem, RecipeError, UserError
 from lorakit.recipe.faults import Fault, did_you_mean
 from lorakit.recipe.hardware import has_accelerator
 from lorakit.recipe.layers import parse_layers
@@ -39,14 +41,16 @@ METRIC_NAMES = (
 
 def check_recipe(recipe: Recipe) -> None:
     """The checks for a recipe built in Python. Raises RecipeError with every problem."""
-    methods, tasks = registry.methods(), registry.tasks()
-    faults = [*unknown_method(recipe.adapter.method), *unknown_task(recipe.task.name)]
-    kind = tasks[recipe.task.name].kind if recipe.task.name in tasks else None
+    methods = registry.methods()
+    task, problems, task_faults = find_task(recipe.task.name)
+    faults = [*unknown_method(recipe.adapter.method), *task_faults]
+    kind = None if task is None else task.kind
     faults += [*_wrong_config("adapter", recipe.adapter, methods.get(recipe.adapter.method))]
-    faults += [*_wrong_config("task", recipe.task, tasks.get(recipe.task.name))]
+    faults += [*_wrong_config("task", recipe.task, task)]
     faults += check_sections(recipe.model, recipe.adapter, recipe.task, recipe.train, kind)
-    if faults:
-        raise RecipeError([fault.locate(Source("recipe", {})) for fault in faults])
+    if faults or problems:
+        located = [fault.locate(Source("recipe", {})) for fault in faults]
+        raise RecipeError([*problems, *located])
 
 
 def _wrong_config(section: str, config: object, owner: object) -> Iterator[Fault]:
@@ -77,7 +81,9 @@ def check_sections(
     if task is not None and train is not None:
         faults += _token_budget(task, train)
     if train is not None:
-        faults += [*_one_of(train, "epochs", "max_steps"), *_metric(train)]
+        faults += _one_of(train, "epochs", "max_steps")
+        if task is None or not registry.is_own_task(str(getattr(task, "name", ""))):
+            faults += _metric(train)  # an own task's metrics have the names that its file gives
         faults += _one_of(train, "warmup_ratio", "warmup_steps")
     return faults
 
@@ -86,8 +92,21 @@ def unknown_method(name: str) -> Iterator[Fault]:
     yield from _unknown_name(("adapter", "method"), "method", name, tuple(registry.methods()))
 
 
-def unknown_task(name: str) -> Iterator[Fault]:
-    yield from _unknown_name(("task", "name"), "task", name, tuple(registry.tasks()))
+def find_task(name: str) -> tuple[Any, tuple[Problem, ...], list[Fault]]:
+    """The task of ``task.name``, or None with what is wrong: the problems of a YAML file of the
+    user's, and the faults of the name. A Python file that the name names is run here."""
+    path = ("task", "name")
+    try:
+        return registry.task(name), (), []
+    except KeyError:
+        known = tuple(registry.tasks())
+        (fault,) = _unknown_name(path, "task", name, known)
+        own = f"{fault.allowed}, or a file of your own: ./FILE.py:CLASS, ./FILE.yaml"
+        return None, (), [replace(fault, allowed=own)]
+    except RecipeError as error:
+        return None, error.problems, []
+    except UserError as error:
+        return None, (), [Fault(path, str(error), name, True)]
 
 
 def _unknown_name(

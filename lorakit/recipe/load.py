@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from lorakit import registry
 from lorakit.errors import Problem, RecipeError
-from lorakit.recipe.check import check_sections, unknown_method, unknown_task
+from lorakit.recipe.check import check_sections, find_task, unknown_method
 from lorakit.recipe.environment import expand_environment
 from lorakit.recipe.explain import explain
 from lorakit.recipe.faults import Fault, nearest
@@ -26,6 +26,14 @@ from lorakit.recipe.sections import (
 from lorakit.recipe.unknown import unknown_key, unknown_sections
 from lorakit.recipe.yaml_source import Source, read_yaml
 
+#: What every adapter and task have, and the other two sections.
+_GENERAL: dict[str, type[Section]] = {
+    "model": ModelSection,
+    "adapter": AdapterSection,
+    "task": TaskSection,
+    "train": TrainSection,
+}
+
 
 def load_recipe(path: str | Path, overrides: Overrides | None = None) -> Recipe:
     """Read ``path``, expand ``${ENV_VAR}``, apply ``overrides``, check everything.
@@ -40,11 +48,14 @@ def load_recipe(path: str | Path, overrides: Overrides | None = None) -> Recipe:
     faults += unknown_sections(source.data)
     for section in sections:
         faults += section.faults
-    model, adapter, task, train = (section.partial for section in sections)
-    faults += check_sections(model, adapter, task, train, _task_kind(task))
-    problems = [*source.problems, *_located(faults, source)]
+    model, adapter, task, train = sections
+    faults += check_sections(
+        model.partial, adapter.partial, task.partial, train.partial, task.task_kind
+    )
+    problems = sorted([*source.problems, *_located(faults, source)], key=_place)
+    problems += task.problems
     if problems:
-        raise RecipeError(sorted(problems, key=_place))
+        raise RecipeError(problems)
     return Recipe(**{section.name: section.value for section in sections})
 
 
@@ -52,6 +63,8 @@ class _Checked:
     """One section: its valid ``value`` or its ``faults``.
 
     ``partial`` has what is valid, and defaults for the rest; None if there is nothing to look at.
+    ``task_kind`` is that of the task which the section names; ``problems`` are those of the YAML
+    file that holds it.
     """
 
     def __init__(self, name: str, data: dict[str, Any]) -> None:
@@ -59,6 +72,8 @@ class _Checked:
         self.value: Any = None
         self.partial: Any = None
         self.faults: list[Fault] = []
+        self.problems: tuple[Problem, ...] = ()
+        self.task_kind: str | None = None
         given = data.get(name)
         # `adapter:` with nothing behind it is a section in which all is left at its default.
         given = {} if name in data and given is None else given
@@ -70,17 +85,14 @@ class _Checked:
             self.faults.append(Fault((name,), "the section is missing", allowed=f"{name}:"))
 
     def _check(self, given: dict[str, Any]) -> None:
-        section, faults = _section_class(self.name, given)
-        self.faults += faults
-        known = tuple(section.model_fields)
+        section = self._class(given)
+        known = tuple((section or _GENERAL[self.name]).model_fields)
         unknown = [key for key in given if key not in known]
-        if section not in (
-            AdapterSection,
-            TaskSection,
-        ):  # else the keys may be those of the one meant
+        if section is not None:  # else the keys may be those of the one meant
             self.faults += [unknown_key(self.name, key, given[key], known) for key in unknown]
         rest = {key: value for key, value in given.items() if key in known}
         wrong: set[object] = set()
+        section = section or _GENERAL[self.name]
         try:
             self.value = self.partial = section.model_validate(rest)
         except ValidationError as error:
@@ -91,29 +103,28 @@ class _Checked:
             valid = {key: value for key, value in rest.items() if key not in wrong}
             self.partial = section.model_construct(**valid)
 
+    def _class(self, given: dict[str, Any]) -> type[Section] | None:
+        """The class that checks the section; None if its method or task is not known."""
+        if self.name == "adapter":
+            method = given.get("method", AdapterSection.model_fields["method"].default)
+            if not isinstance(method, str):
+                return None
+            self.faults += unknown_method(method)
+            found = registry.methods().get(method)
+            return found.Config if found else None
+        if self.name == "task":
+            name = given.get("name")
+            if not isinstance(name, str) or not name:
+                return None
+            task, self.problems, faults = find_task(name)
+            self.faults += faults
+            self.task_kind = task and task.kind
+            return task.Config if task else None
+        return _GENERAL[self.name]
+
 
 def _after_path(fault: Fault) -> tuple[str, object, bool, str | None]:
     return fault.message, fault.value, fault.has_value, fault.allowed
-
-
-def _section_class(name: str, given: dict[str, Any]) -> tuple[type[Section], list[Fault]]:
-    """The class that checks the section; the general one if the method or task is unknown."""
-    if name == "adapter":
-        method = given.get("method", AdapterSection.model_fields["method"].default)
-        faults = list(unknown_method(method)) if isinstance(method, str) else []
-        found = registry.methods().get(method) if isinstance(method, str) else None
-        return (found.Config if found else AdapterSection), faults
-    if name == "task":
-        task = given.get("name")
-        faults = list(unknown_task(task)) if isinstance(task, str) and task else []
-        found = registry.tasks().get(task) if isinstance(task, str) else None
-        return (found.Config if found else TaskSection), faults
-    return (ModelSection if name == "model" else TrainSection), []
-
-
-def _task_kind(task: TaskSection | None) -> str | None:
-    found = registry.tasks().get(getattr(task, "name", None) or "")
-    return None if found is None else str(found.kind)
 
 
 def _located(faults: list[Fault], source: Source) -> Iterator[Problem]:

@@ -41,10 +41,25 @@ def recipe_schema() -> dict[str, Any]:
         "properties": {
             "model": of(ModelSection),
             "adapter": {"anyOf": adapters},
-            "task": {"anyOf": named_tasks},
+            "task": {"anyOf": [*named_tasks, _own_task()]},
             "train": of(TrainSection),
         },
         "$defs": definitions,
+    }
+
+
+def _own_task() -> dict[str, Any]:
+    """A task in a file of the user's, whose keys only the file knows."""
+    name: dict[str, Any] = {
+        "type": "string",
+        "pattern": r"\.py:|\.ya?ml$",
+        "description": "your own: ./FILE.py:CLASS or ./FILE.yaml",
+    }
+    return {
+        "type": "object",
+        "properties": {"name": name},
+        "additionalProperties": True,
+        "required": ["name"],
     }
 
 

@@ -97,7 +97,7 @@ class Completion(FormattedTask):
         super().check_columns(split, config)
 
     def example(self, row: Row, config: Any) -> TextExample:
-        completion = self._completion(row, config)
+        completion = self.completion(row, config)
         if not completion.strip():
             raise DataError(f"{self._completion_name(row, config)} is empty: nothing to train on")
         return TextExample(
@@ -117,7 +117,7 @@ class Completion(FormattedTask):
         self, predictions: Sequence[Prediction], split: Split, config: Any
     ) -> dict[str, float]:
         """``exact_match`` with the row's completion."""
-        return exact_matches(predictions, split, lambda row: self._completion(row, config))
+        return exact_matches(predictions, split, lambda row: self.completion(row, config))
 
     def _prompt(self, row: Row, config: Any) -> str:
         if config.template:
@@ -126,7 +126,8 @@ class Completion(FormattedTask):
             return _alpaca_prompt(row)
         return required_text(row, config.prompt_column or "prompt")
 
-    def _completion(self, row: Row, config: Any) -> str:
+    def completion(self, row: Row, config: Any) -> str:
+        """What the row's prompt is to be continued with. Raises DataError if it is no text."""
         if config.completion_template:
             return fill(config.completion_template, row)
         if self._is_alpaca(row, config):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 
 from lorakit.data.sources import Split
 from lorakit.errors import DataError
@@ -27,3 +28,13 @@ def paired(
         if not isinstance(prediction, str):
             raise DataError(f"prediction {number}: {prediction!r}; allowed: text")
     return list(predictions), [reference(row) for row in split.rows]
+
+
+def text_scores(
+    name: str, predictions: Sequence[str], references: Sequence[str]
+) -> dict[str, float]:
+    """The metric ``name`` of ``lorakit/metrics``, with one reference a prediction."""
+    if name == "exact_match":
+        return {name: exact_match(predictions, references)}
+    score = getattr(import_module(f"lorakit.metrics.{name}"), name)
+    return {name: float(score(predictions, [[text] for text in references]))}

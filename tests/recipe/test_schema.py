@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from lorakit import registry
@@ -23,8 +24,14 @@ def test_every_method_stands_with_its_own_keys() -> None:
         assert ("method" in listed[name]["required"]) == (name != "lora")
 
 
+def own_file() -> dict[str, Any]:
+    (found,) = [s for s in alternatives("task") if "pattern" in s["properties"]["name"]]
+    return found
+
+
 def test_every_task_stands_with_its_own_keys() -> None:
-    listed = {name: s for s in alternatives("task") for name in s["properties"]["name"]["enum"]}
+    built_in = [s for s in alternatives("task") if s != own_file()]
+    listed = {name: s for s in built_in for name in s["properties"]["name"]["enum"]}
     assert set(listed) == set(registry.tasks())
     for name, task in registry.tasks().items():
         assert set(listed[name]["properties"]) == set(task.Config.model_fields)
@@ -42,7 +49,14 @@ def test_unknown_keys_are_refused_everywhere() -> None:
     properties = recipe_schema()["properties"]
     sections = [properties["model"], properties["train"]]
     for section in [*sections, *alternatives("adapter"), *alternatives("task")]:
-        assert section["additionalProperties"] is False
+        assert section["additionalProperties"] is (section == own_file())
+
+
+def test_a_file_of_the_users_is_a_task_too() -> None:
+    pattern = own_file()["properties"]["name"]["pattern"]
+    for name in ("./my_task.py:MyTask", "a/b.yaml", "b.yml"):
+        assert re.search(pattern, name)
+    assert not any(re.search(pattern, name) for name in registry.tasks())
 
 
 def test_every_reference_leads_somewhere() -> None:
