@@ -21,14 +21,14 @@ from lorakit.data.arrays import Arrays, BrokenFile, Counts, Shard, read_arrays, 
 from lorakit.data.sources import Split
 from lorakit.data.spool import cache_dir
 
+#: Fewer rows are tokenised sooner than looked up.
+CACHED_ROWS = 2000
 _FORMAT = 1
 
 
-def encoding_key(
-    tokenizer: Any, config: Mapping[str, Any], max_length: int, extra: bytes = b""
-) -> str | None:
+def encoding_key(tokenizer: Any, config: Mapping[str, Any], extra: bytes = b"") -> str | None:
     """A hash of what makes tokens of rows: the tokenizer with its chat template, the task's
-    ``config``, ``max_length``, the code, and ``extra`` (the file of a task of one's own).
+    ``config`` (its ``max_length`` among it), the code, and ``extra`` (of a task's own file).
 
     None for a tokenizer that cannot be written down (a slow one).
     """
@@ -49,7 +49,6 @@ def encoding_key(
         "special_tokens": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
         "chat_template": tokenizer.chat_template,
         "config": config,
-        "max_length": max_length,
         "extra": hashlib.sha256(extra).hexdigest(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

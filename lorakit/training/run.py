@@ -82,7 +82,7 @@ def dry_run(recipe: Recipe, say: Say) -> dict[str, Any]:
     """Load, inject, run one step; write nothing. Returns the plan and the step's loss."""
     _check_installed(recipe)
     accelerator = build_accelerator(recipe)
-    prepared = prepare(recipe, say)
+    prepared = prepare(recipe, say, write_cache=False)
     steps = build_batching(prepared, accelerator.device).steps
     schedule = build_schedule(prepared.recipe, steps)
     recorder: Any = None

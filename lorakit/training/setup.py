@@ -12,7 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit import registry
-from lorakit.data.encode import EncodedSplit, check_token_ids, encode_split
+from lorakit.data.cache import CACHED_ROWS, EncodedCache, encoding_key
+from lorakit.data.encode import EncodedSplit, check_token_ids, encode_split, truncation_note
 from lorakit.data.sources import Split
 from lorakit.errors import DataError, UserError
 from lorakit.evaluation.splits import settle
@@ -21,7 +22,7 @@ from lorakit.models.load import load_pretrained
 from lorakit.models.packed import check_packable
 from lorakit.models.window import check_length
 from lorakit.recipe.sections import Recipe
-from lorakit.tasks.base import Task
+from lorakit.tasks.base import GenerationSection, Task
 
 Say = Callable[[str], None]
 
@@ -46,7 +47,7 @@ class Prepared:
     data: dict[str, Any]
 
 
-def prepare(recipe: Recipe, say: Say) -> Prepared:
+def prepare(recipe: Recipe, say: Say, write_cache: bool = True) -> Prepared:
     """Load, tokenise and inject. Raises the UserError of whatever does not fit."""
     task: Task = registry.task(recipe.task.name)
     config = recipe.task
@@ -69,16 +70,19 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
     check_length(model, config.max_length)
     if config.packing:
         check_packable(model)
+    many = max(len(split) for split in (train, validation) if split is not None) >= CACHED_ROWS
+    cache = encoding_cache(task, config, tokenizer, say, write_cache) if many else None
     encoded = {
         split.name: encode_split(split, lambda r: task.example(r, config), tokenizer,
-                                 config.max_length)
+                                 config.max_length, cache=cache)
         for split in (train, validation) if split is not None
     }  # fmt: skip
     embedding = model.get_input_embeddings()
     for name, rows in encoded.items():
         if isinstance(embedding, nn.Embedding):
             check_token_ids(rows, tokenizer, embedding.num_embeddings)
-        _say_truncation(name, rows, config.max_length, say)
+        if cut := truncation_note(rows, name, config.max_length):
+            say(cut)
     evaluation = EvalData(validation, encoded[validation.name]) if validation is not None else None
     check_best_metric(recipe, task, evaluation)
 
@@ -97,6 +101,23 @@ def prepare(recipe: Recipe, say: Say) -> Prepared:
         if split is not None
     }
     return Prepared(recipe, task, model, tokenizer, report, encoded[train.name], evaluation, data)
+
+
+def encoding_cache(
+    task: Task, config: Any, tokenizer: PreTrainedTokenizerBase, say: Say, write: bool
+) -> EncodedCache | None:
+    """Where the tokens of this task's rows may be; None, and said, for a tokenizer that has none.
+
+    What only places the data or scores a generation changes no token, and stands in no key.
+    """
+    unread = {*GenerationSection.model_fields} - {"name", "max_length"}
+    values = config.model_dump(mode="json", exclude=unread)
+    values["task"] = f"{type(task).__module__}.{type(task).__qualname__}"
+    key = encoding_key(tokenizer, values, task.digest)
+    if key is None:
+        say("the tokenizer is a slow one: its tokens are not kept for the next run")
+        return None
+    return EncodedCache(key, say, write)
 
 
 def main_metric(recipe: Recipe, task: Task) -> str:
@@ -141,12 +162,3 @@ def _measured(task: Task, config: Any, evaluation: EvalData) -> set[str]:
 
 def _outermost(names: list[str]) -> list[str]:
     return [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
-
-
-def _say_truncation(name: str, rows: EncodedSplit, max_length: int, say: Say) -> None:
-    if not rows.truncated_rows:
-        return
-    text = f"{name}: {rows.truncated_rows:,} of {len(rows):,} rows cut to {max_length} tokens"
-    if rows.cut_completions:
-        text += f"; {rows.cut_completions:,} lost the end of what is trained, EOS included"
-    say(text)
