@@ -45,9 +45,7 @@ def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> fl
 def _counts(text: str) -> Counter[Ngram]:
     tokens = " ".join(tokenize(text)).split()  # which also parts at U+00A0
     return Counter(
-        tuple(tokens[i : i + n])
-        for n in range(1, _ORDER + 1)
-        for i in range(len(tokens) - n + 1)
+        tuple(tokens[i : i + n]) for n in range(1, _ORDER + 1) for i in range(len(tokens) - n + 1)
     )
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 
-_DROPPED = frozenset("'' ' `` ` . ? ! , : - ;".split())
+_DROPPED = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", ";"])
 
 #: What becomes another text; brackets are not dropped, since lower-casing has changed their names.
 _RENAMED = {
     "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
     "£": "#", "€": "$", "¢": "cents", "½": "1/2", "¼": "1/4", "¾": "3/4",
-    **dict.fromkeys("\"‘’“”«»–—―…‥", "'"),
+    **dict.fromkeys('"«»\u2018\u2019\u201c\u201d\u2013\u2014\u2015\u2025\u2026', "'"),
 }  # fmt: skip
 
 _ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&apos;": "'", "&nbsp;": " "}
@@ -25,8 +25,8 @@ _ENTITY = re.compile("|".join(_ENTITIES), re.IGNORECASE)
 _ANY_CASE = """
     adm al alex apr assn asst atty aug ave bldg blvd brig bros ca capt cf cmdr co col comdr corp cos
     cpl ct dec dept det dr drs esq est etc ext feb fri ft gen gov hon inc insp intl jan jr jul jun
-    lieut lt ltd maj mar mfg messrs mlle mme mo mon mr mrs ms msgr mt natl nov oct plc pres prof pvt rd
-    rep rev rt sen sep sept sgt sq sr st supt sys tel thu thurs treas tue tues univ vs wed elec
+    lieut lt ltd maj mar mfg messrs mlle mme mo mon mr mrs ms msgr mt natl nov oct plc pres prof pvt
+    rd rep rev rt sen sep sept sgt sq sr st supt sys tel thu thurs treas tue tues univ vs wed elec
 """
 _CAPITALISED = """
     Ala Ariz Ark Calif Colo Conn Dak Del Fla Ga Ill Ind Kan Kans Ky La Mass Md Mich Minn Miss Mo
@@ -44,6 +44,7 @@ def _words(text: str) -> str:
     return "|".join(text.split())
 
 
+_QUOTE = "['\u2019]"
 _LETTER = r"[^\W\d_²³¹º¼½¾]"
 _ALNUM = r"[^\W_²³¹º¼½¾]"
 _BEFORE_PAUSE = r"\.(?=[,;:])"  # then a full stop is taken for an abbreviation's
@@ -52,12 +53,12 @@ _TOKEN = re.compile(
     </?[A-Za-z!][^<>]*>  |  [0-9]+[ ][0-9]+/[0-9]+
   | https?://[^\s"<>]*[^\s"<>.,;:!?()']
   | [A-Za-z0-9][\w.-]*@[A-Za-z][\w-]*(?:\.\w+)*  |  [@#][A-Za-z][A-Za-z_]*
-  | '[tT](?=is\b|was\b)  |  (?i:['’](?:n['’]|(?:em|til|cause|n|[0-9]0s)\b))
-  | (?i:ol|dunkin|somethin|nothin)['’](?!\w)  |  [Yy]['’](?=[a-z])  |  [Mm]a['’]am\b
+  | '[tT](?=is\b|was\b)  |  (?i:{_QUOTE}(?:n{_QUOTE}|(?:em|til|cause|n|[0-9]0s)\b))
+  | (?i:ol|dunkin|somethin|nothin){_QUOTE}(?!\w)  |  [Yy]{_QUOTE}(?=[a-z])  |  [Mm]a{_QUOTE}am\b
   | (?i:can(?=not\b)|gon(?=na\b)|wan(?=na\b)|got(?=ta\b)|gim(?=me\b)|lem(?=me\b))
-  | (?P<contraction> (?i:['’](?:[sdm]|ll|re|ve)(?!{_LETTER})  |  n['’]t{_LETTER}*) )
-  | {_LETTER}+?(?=[nN]['’][tT])
-  | [CcDdLlOo]['’]{_LETTER}{_ALNUM}*(?:-{_ALNUM}+)*
+  | (?P<contraction> (?i:{_QUOTE}(?:[sdm]|ll|re|ve)(?!{_LETTER})  |  n{_QUOTE}t{_LETTER}*) )
+  | {_LETTER}+?(?=[nN]{_QUOTE}[tT])
+  | [CcDdLlOo]{_QUOTE}{_LETTER}{_ALNUM}*(?:-{_ALNUM}+)*
   | [A-Za-z0-9]+(?:-[A-Za-z0-9]+)*(?:/[A-Za-z0-9]+(?:-[A-Za-z0-9]+)*){{1,2}}
   | {_ALNUM}(?:{_ALNUM}|[.,])*(?:-{_ALNUM}+)+(?:{_BEFORE_PAUSE})?
   | [A-Z]+(?:&[A-Z]+)+
@@ -84,7 +85,7 @@ def tokenize(text: str) -> list[str]:
     for match in _TOKEN.finditer(text):
         token = match[0]
         if match["contraction"]:
-            token = token.replace("’", "'")
+            token = token.replace("\u2019", "'")
         token = _RENAMED.get(token, token).lower()
         if token not in _DROPPED and not match["run"] and not _is_unreadable(token):
             tokens.append(token.replace(" ", "\u00a0"))

@@ -79,8 +79,8 @@ def _repeat(text: str, draw: random.Random) -> str:
 
 def _insert(text: str, draw: random.Random) -> str:
     extra = [
-        "&amp;", "&quot;quoted&quot;", "&lt;3", "naïve", "日本", "--", "–", "(bar)", "[sic]", "1/2",
-        "well-known", "3.50", "1,000", "'80s", "'em", "cannot", "gonna", "we've", "children’s",
+        "&amp;", "&quot;quoted&quot;", "&lt;3", "naïve", "日本", "--", "\u2013", "(bar)", "[sic]", "1/2",
+        "well-known", "3.50", "1,000", "'80s", "'em", "cannot", "gonna", "we've", "children\u2019s",
         "“fine”", "Dr. Who", "etc.", "10am-5pm", "@home", "#1", "a*b", "x_y", "e.g.", "!!", "½",
         "Q&A", "kids'", "5.", "...", "good.It", "food,drinks", "centre.,", "it's-a", "<b>",
     ]  # fmt: skip
@@ -95,7 +95,7 @@ def _case(text: str, draw: random.Random) -> str:
 
 def _marks(text: str, draw: random.Random) -> str:
     old, new = draw.choice(
-        [(".", ""), (".", " ."), (",", " ,"), ("-", " - "), ("-", " "), ("'", "’"), ("£", ""),
+        [(".", ""), (".", " ."), (",", " ,"), ("-", " - "), ("-", " "), ("'", "\u2019"), ("£", ""),
          (" ", "  "), (" ", "\u00a0"), (".", ";"), (".", "!"), ("£", "GBP "), (". ", "."),
          ("is", "was"), ("&", "and"), (" ", "\n"), ("20", "30"), (", ", ",")]
     )  # fmt: skip
