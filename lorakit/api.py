@@ -7,18 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit import registry
 from lorakit.adapters.files import AdapterFiles, read_adapter
 from lorakit.adapters.load import dtype_name
 from lorakit.adapters.place import load_adapter
-from lorakit.data.encode import check_token_ids, encode_split
+from lorakit.data.encode import check_token_ids, encode_split, truncation_note
 from lorakit.errors import AdapterError, UserError
+from lorakit.evaluation import sharing
 from lorakit.evaluation.evaluate import evaluate_model
 from lorakit.evaluation.splits import load_eval_split, settle, with_labels
-from lorakit.evaluation.watch import OnProgress
+from lorakit.evaluation.watch import OnPhase
 from lorakit.models.device import default_device
 from lorakit.models.load import Kind, Pretrained, load_config, load_pretrained
 from lorakit.models.tokenizer import load_tokenizer
@@ -47,14 +47,16 @@ def evaluate(
     base: bool = False,
     split: str | None = None,
     limit: int | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: OnPhase | None = None,
 ) -> dict[str, float]:
     """The metrics of ``recipe``'s task with an adapter, or with ``base`` those of the bare model.
 
     ``adapter`` is a directory in PEFT's format, by default the one that training the recipe
     writes. ``split`` and ``limit`` (first N rows) go before what task and recipe say.
-    ``on_progress`` gets rows done and rows in all. Notes go to stderr. Raises UserError for what
-    is missing or does not fit, EvaluationError for a metric that is not finite.
+    ``on_progress`` gets the phase ("loss", "generated", "evaluated"), rows done and rows in all.
+    Under ``torchrun`` or ``accelerate launch`` the processes share the rows, and all return the
+    same. Notes go to stderr. Raises UserError for what is missing or does not fit, EvaluationError
+    for a metric that is not finite.
     """
     return evaluate_split(
         recipe, adapter, base=base, split=split, limit=limit, on_progress=on_progress
@@ -68,12 +70,13 @@ def evaluate_split(
     base: bool = False,
     split: str | None = None,
     limit: int | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: OnPhase | None = None,
     say: Say = lambda text: print(text, file=sys.stderr),
 ) -> SplitEvaluation:
     """``evaluate`` with the predictions; ``say`` gets the notes."""
     if base and adapter is not None:
         raise UserError(f"evaluate: base=True and adapter={str(adapter)!r}; allowed: one of them")
+    sharing.start()
     task: Task = registry.task(recipe.task.name)
     task.check_requirements(recipe.task)
     files = None if base else _read(recipe, adapter, task)
@@ -90,8 +93,8 @@ def evaluate_split(
         found, lambda row: task.example(row, config), tokenizer, config.max_length
     )
     check_token_ids(encoded, tokenizer, embedding_rows(model))
-    if encoded.truncated_rows:
-        say(f"{encoded.truncated_rows} of {len(encoded)} rows cut to {config.max_length} tokens")
+    if note := truncation_note(encoded, found.name, config.max_length):
+        say(note)
     result = evaluate_model(
         model,
         tokenizer,
@@ -100,6 +103,7 @@ def evaluate_split(
         found,
         encoded,
         batch_size=recipe.eval_batch_size,
+        seed=seed,
         on_progress=on_progress,
     )
     return SplitEvaluation(config.name, found.name, len(found), result.metrics, result.predictions)
@@ -185,12 +189,11 @@ def load_for_generation(
     dtype: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    seed: int = 0,
     say: Say = lambda text: print(text, file=sys.stderr),
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal model on its device, with an adapter if one is named, and the tokenizer (the
     adapter's own where it has one). ``dtype`` is by default that of the adapter's training, else
-    the checkpoint's. What is drawn later comes from ``seed``.
+    the checkpoint's.
 
     Raises ModelError and AdapterError.
     """
@@ -211,6 +214,4 @@ def load_for_generation(
         say("float16 on the CPU: loaded in float32")
         chosen = "float32"
     section = section.model_copy(update={"dtype": chosen or "float32"})
-    loaded = _load_with(section, "causal", None, files, seed, say)
-    torch.manual_seed(seed)
-    return loaded
+    return _load_with(section, "causal", None, files, 0, say)

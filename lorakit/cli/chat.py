@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from lorakit.cli.progress import say
@@ -12,15 +11,16 @@ from lorakit.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lorakit.cli.generate import Sampling
+    from lorakit.evaluation.decoding import Decoding
 
 Messages = list[dict[str, str]]
 
 
 def hold_chat(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding
 ) -> None:
-    """Answer line after line until EOF or ``/exit``; ``/clear`` forgets what was said."""
+    """Answer line after line until EOF or ``/exit``; ``/clear`` forgets what was said. Each answer
+    draws numbers of its own."""
     from lorakit.cli.generate import write_out
     from lorakit.evaluation.requests import chat_request
     from lorakit.evaluation.streaming import stream_text
@@ -29,13 +29,15 @@ def hold_chat(
     if sys.stdin is not None and sys.stdin.isatty():
         say("/exit or Ctrl-D ends the chat, /clear begins another")
     messages: Messages = []
+    answers = 0
     while (line := _read_line()) is not None and line.strip() != "/exit":
         if line.strip() == "/clear":
             messages = []
         elif line.strip():
             messages.append({"role": "user", "content": line})
-            ids = _fitting(messages, model, tokenizer, sampling.max_new_tokens)
-            answer = stream_text(model, tokenizer, ids, write_out, **asdict(sampling))
+            ids = _fitting(messages, model, tokenizer, decoding.max_new_tokens)
+            answer = stream_text(model, tokenizer, ids, write_out, decoding, row=answers)
+            answers += 1
             write_out("\n")
             messages.append({"role": "assistant", "content": answer})
 

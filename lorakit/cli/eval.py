@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorakit.cli.output import check_distinct, check_writable, write_text
-from lorakit.cli.progress import progress, say
+from lorakit.cli.progress import phases, say
 from lorakit.errors import UserError
+from lorakit.evaluation.sharing import is_main, together
 
 if TYPE_CHECKING:
     from lorakit.recipe.sections import Recipe
@@ -51,27 +52,28 @@ def eval_(
 ) -> None:
     """Measure an adapter, or the base, on the recipe's task.
 
+    Under torchrun or accelerate launch the processes share the rows.
+
     Example: lorakit eval recipes/quickstart.yaml --limit 200 --json
     """
     from lorakit.recipe.load import load_recipe
 
-    _check_options(adapter, base, predictions, save_predictions)
-    check_writable("--output", output)
-    check_writable("--save-predictions", save_predictions)
-    resolved = load_recipe(recipe, overrides)
-    inputs = {recipe: "the recipe"}
-    if predictions is not None:
-        inputs[predictions] = "the file of --predictions"
-    outputs = {"--output": output, "--save-predictions": save_predictions}
-    check_distinct(outputs, inputs | dict.fromkeys(_data_files(resolved), "a file of the task"))
-    if predictions is not None:
-        result = _score(resolved, predictions, split, limit)
-    else:
-        result = _measure(resolved, adapter, base, split, limit, save_predictions)
-    text = json.dumps(result, allow_nan=False)
-    if output is not None:
-        write_text(output, f"{text}\n")
-    typer.echo(text if as_json else _table(result))
+    with together():
+        _check_options(adapter, base, predictions, save_predictions)
+        check_writable("--output", output)
+        check_writable("--save-predictions", save_predictions)
+        resolved = load_recipe(recipe, overrides)
+        outputs = {"--output": output, "--save-predictions": save_predictions}
+        check_distinct(outputs, _inputs(resolved, recipe, predictions))
+        if predictions is not None:
+            result = _score(resolved, predictions, split, limit)
+        else:
+            result = _measure(resolved, adapter, base, split, limit, save_predictions)
+        if is_main():
+            text = json.dumps(result, allow_nan=False)
+            if output is not None:
+                write_text(output, f"{text}\n")
+            typer.echo(text if as_json else _table(result))
 
 
 def _check_options(
@@ -86,6 +88,14 @@ def _check_options(
     names = [name for name, there in given.items() if there]
     if len(names) > 1:
         raise UserError(f"{' and '.join(names)} exclude each other; allowed: one of them")
+
+
+def _inputs(recipe: Recipe, file: Path, predictions: Path | None) -> dict[Path, str]:
+    """The files that are read, and what each is."""
+    found = {file: "the recipe"}
+    if predictions is not None:
+        found[predictions] = "the file of --predictions"
+    return found | dict.fromkeys(_data_files(recipe), "a file of the task")
 
 
 def _data_files(recipe: Recipe) -> list[Path]:
@@ -132,13 +142,18 @@ def _measure(
     from lorakit.api import evaluate_split
     from lorakit.evaluation.predictions import prediction_lines
 
-    with progress("evaluated") as report:
+    with phases() as report:
         found = evaluate_split(
-            recipe, adapter, base=base, split=split, limit=limit, on_progress=report, say=say
-        )
-    if save_predictions is not None:
+            recipe, adapter, base=base, split=split, limit=limit,
+            on_progress=report if is_main() else None, say=say if is_main() else _silent,
+        )  # fmt: skip
+    if save_predictions is not None and is_main():
         write_text(save_predictions, prediction_lines(found.predictions))
     return _result(found.task, found.split, found.examples, found.metrics)
+
+
+def _silent(_text: str) -> None:
+    """Of several processes one tells."""
 
 
 def _result(task: str, split: str, examples: int, metrics: dict[str, float]) -> dict[str, Any]:

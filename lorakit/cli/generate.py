@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,14 +17,7 @@ from lorakit.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a continuation is chosen, as ``stream_text`` and ``generate_text`` take it."""
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float
+    from lorakit.evaluation.decoding import Decoding
 
 
 def generate(
@@ -46,7 +38,22 @@ def generate(
     temperature: Annotated[
         float, typer.Option(metavar="T", help="0 takes the likeliest token.")
     ] = 0.0,
-    top_p: Annotated[float, typer.Option(metavar="P", help="Above 0, to 1.")] = 1.0,
+    top_p: Annotated[
+        float | None,
+        typer.Option(metavar="P", help="Draw among the likeliest that add up to P [1]."),
+    ] = None,
+    num_beams: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Above 1: a search, printed at its end.")
+    ] = 1,
+    length_penalty: Annotated[
+        float | None, typer.Option(metavar="X", help="Score = log probability / length^X [1].")
+    ] = None,
+    no_repeat_ngram_size: Annotated[
+        int, typer.Option(metavar="N", min=0, help="No N tokens twice in an answer; 0: allowed.")
+    ] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End before TEXT; may be repeated.")
+    ] = None,
     seed: Annotated[
         int, typer.Option(metavar="N", min=0, max=2**32 - 1, help="Of what is drawn.")
     ] = 0,
@@ -67,7 +74,8 @@ def generate(
 
     Example: lorakit generate models/smollm2-135m-instruct --prompt "Once upon a time"
     """
-    _check_options(prompt, chat, input_file, output, temperature, top_p)
+    _check_options(prompt, chat, input_file, output)
+    _check_choice(temperature, top_p, num_beams, length_penalty, stop or [])
     if prompt is None and not chat and input_file is None:
         chat = sys.stdin is not None and sys.stdin.isatty()
         prompt = None if chat else _stdin_prompt()
@@ -76,18 +84,31 @@ def generate(
 
     loaded = load_for_generation(
         model, adapter, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code,
-        seed=seed, say=say,
+        say=say,
     )  # fmt: skip
-    sampling = Sampling(max_new_tokens, temperature, top_p)
+    from lorakit.evaluation.decoding import Decoding
+
+    decoding = Decoding(
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        length_penalty=1.0 if length_penalty is None else length_penalty,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        temperature=temperature,
+        top_p=1.0 if top_p is None else top_p,
+        stop=tuple(stop or ()),
+        seed=seed,
+    )
+    if num_beams > 1 and input_file is None:
+        say(f"--num-beams {num_beams}: an answer is printed when its search has ended")
     if chat:
         from lorakit.cli.chat import hold_chat
 
-        hold_chat(*loaded, sampling)
+        hold_chat(*loaded, decoding)
     elif input_file is not None:
-        _answer(*loaded, input_file, output, sampling)
+        _answer(*loaded, input_file, output, decoding)
     else:
         assert prompt is not None
-        _stream(*loaded, prompt, sampling)
+        _stream(*loaded, prompt, decoding)
 
 
 def _check_options(
@@ -95,8 +116,6 @@ def _check_options(
     chat: bool,
     input_file: Path | None,
     output: Path | None,
-    temperature: float,
-    top_p: float,
 ) -> None:
     given = {"--prompt": prompt is not None, "--chat": chat, "--input": input_file is not None}
     names = [name for name, there in given.items() if there]
@@ -106,12 +125,31 @@ def _check_options(
         raise UserError(f"--output {output}: only with --input; a single answer goes to stdout")
     if input_file is not None and not input_file.is_file():
         raise UserError(f"--input {input_file}: no such file")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise UserError(f"--temperature {temperature}: allowed: 0 and above")
-    if not 0 < top_p <= 1:
-        raise UserError(f"--top-p {top_p}: allowed: above 0, to 1")
     check_writable("--output", output)
     check_distinct({"--output": output}, {input_file: "the input"} if input_file else {})
+
+
+def _check_choice(
+    temperature: float,
+    top_p: float | None,
+    num_beams: int,
+    length_penalty: float | None,
+    stop: list[str],
+) -> None:
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise UserError(f"--temperature {temperature}: allowed: 0 and above")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"--top-p {top_p}: allowed: above 0, to 1")
+    if length_penalty is not None and not math.isfinite(length_penalty):
+        raise UserError(f"--length-penalty {length_penalty}: allowed: a finite number")
+    if num_beams > 1 and temperature > 0:
+        raise UserError("--num-beams above 1 and --temperature above 0 exclude each other")
+    if top_p is not None and temperature == 0:
+        raise UserError(f"--top-p {top_p}: only with --temperature above 0; nothing is drawn")
+    if length_penalty is not None and num_beams == 1:
+        raise UserError(f"--length-penalty {length_penalty}: only with --num-beams above 1")
+    if not all(stop):
+        raise UserError("--stop '': allowed: a text of one character or more")
 
 
 def _stdin_prompt() -> str:
@@ -125,15 +163,13 @@ def _stdin_prompt() -> str:
 
 
 def _stream(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, sampling: Sampling
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, decoding: Decoding
 ) -> None:
-    from dataclasses import asdict
-
     from lorakit.evaluation.requests import text_request
     from lorakit.evaluation.streaming import stream_text
 
     request = text_request(prompt, tokenizer)
-    stream_text(model, tokenizer, request.ids, write_out, **asdict(sampling))
+    stream_text(model, tokenizer, request.ids, write_out, decoding)
     write_out("\n")
 
 
@@ -142,12 +178,11 @@ def _answer(
     tokenizer: PreTrainedTokenizerBase,
     input_file: Path,
     output: Path | None,
-    sampling: Sampling,
+    decoding: Decoding,
 ) -> None:
-    from dataclasses import asdict
-
     from lorakit.evaluation.generation import generate_text
     from lorakit.evaluation.requests import read_requests
+    from lorakit.evaluation.watch import Watch
 
     requests = read_requests(input_file, tokenizer)
     with progress("generated") as report:
@@ -155,8 +190,8 @@ def _answer(
             model,
             tokenizer,
             [request.ids for request in requests],
-            on_progress=report,
-            **asdict(sampling),
+            decoding,
+            watch=Watch(len(requests), report),
         )
     rows = [
         {"prompt": request.text, "generated": text}

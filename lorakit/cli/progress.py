@@ -6,10 +6,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import typer
 
 OnProgress = Callable[[int, int], None]
+OnPhase = Callable[[str, int, int], None]
 
 _SECONDS_PER_LINE = 10.0
 
@@ -22,29 +24,38 @@ def say(text: str) -> None:
 @contextmanager
 def progress(what: str) -> Iterator[OnProgress]:
     """A callback that takes rows done and rows in all."""
-    if sys.stderr.isatty():
-        with _bar(what) as report:
-            yield report
-    else:
-        yield _lines(what)
+    with phases() as report:
+        yield partial(report, what)
 
 
 @contextmanager
-def _bar(what: str) -> Iterator[OnProgress]:
+def phases() -> Iterator[OnPhase]:
+    """A callback that takes what is being done, rows done and rows in all."""
+    if sys.stderr.isatty():
+        with _bar() as report:
+            yield report
+    else:
+        yield _lines()
+
+
+@contextmanager
+def _bar() -> Iterator[OnPhase]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Left
 
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), Left())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Left())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task = bar.add_task("", total=None)
+        yield lambda what, done, total: bar.update(
+            task, description=what, completed=done, total=total
+        )
 
 
-def _lines(what: str) -> OnProgress:
+def _lines() -> OnPhase:
     last = time.monotonic()
 
-    def report(done: int, total: int) -> None:
+    def report(what: str, done: int, total: int) -> None:
         nonlocal last
         if done < total and time.monotonic() - last >= _SECONDS_PER_LINE:
             last = time.monotonic()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,12 @@ from lorakit.data.batches import collate_causal, collate_encoder, eval_batches, 
 from lorakit.data.encode import EncodedSplit
 from lorakit.data.sources import Split
 from lorakit.errors import EvaluationError
+from lorakit.evaluation.decoding import task_decoding
 from lorakit.evaluation.generation import generate_text
+from lorakit.evaluation.prepare import pad_id
 from lorakit.evaluation.prompts import encode_prompts
-from lorakit.evaluation.watch import EvaluationStopped, OnProgress, ShouldStop, Watch
+from lorakit.evaluation.sharing import check_peers, gather, in_order, on_main, own_rows
+from lorakit.evaluation.watch import EvaluationStopped, OnPhase, ShouldStop, Watch
 from lorakit.models.causal import CausalParts, split_model, token_losses
 from lorakit.models.host_masks import host_masks
 from lorakit.models.window import window
@@ -38,6 +42,15 @@ class Evaluation:
     predictions: list[Prediction]
 
 
+@dataclass(frozen=True)
+class _Share:
+    """What one process measured: the sum of the losses of its ``rows``, and their predictions."""
+
+    loss: float
+    rows: int
+    predictions: list[Prediction]
+
+
 def evaluate_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -47,42 +60,73 @@ def evaluate_model(
     encoded: EncodedSplit,
     *,
     batch_size: int,
+    seed: int,
     parts: CausalParts | None = None,
     generate: bool = True,
-    on_progress: OnProgress | None = None,
+    on_progress: OnPhase | None = None,
     should_stop: ShouldStop | None = None,
 ) -> Evaluation:
     """Measure the model on ``encoded``, which is ``split`` in tokens.
 
     A causal model gives ``loss``, the mean over the split's trained tokens, and ``perplexity`` =
     exp(loss); if ``generate`` and the task generates, also the task's scores of the continued
-    prompts. An encoder gives ``loss``, the mean over rows (cross entropy, or the squared error of
-    a regression), and the task's scores. ``parts`` are ``split_model(model)``, for a caller that
-    has them. ``on_progress`` gets rows done and rows in all; rows that are generated for count
-    twice. No random number is drawn, and the model's training mode is left as it was.
+    prompts, in which only ``task.temperature`` above 0 draws, from ``seed``. An encoder gives
+    ``loss``, the mean over rows (cross entropy, or the squared error of a regression), and the
+    task's scores. ``parts`` are ``split_model(model)``, for a caller that has them.
+    ``on_progress`` gets the phase, rows done and rows in all. No generator's state is touched, and
+    the model's training mode is left as it was.
+
+    In a group of processes each measures its share of the rows, and all return the same.
 
     Raises EvaluationError for a metric that is not finite, EvaluationStopped if ``should_stop``
     returns true.
     """
     assert len(encoded) == len(split), "the encoded rows are the split's"
-    generate = generate and task.kind == "causal" and task.generates(config)
-    watch = Watch(len(split) * (1 + generate), on_progress, should_stop)
-    predictions: list[Prediction] = []
+    own = own_rows(len(split))
+    watch = _watches(len(own), on_progress, should_stop)
     with _evaluation_mode(model):
         if task.kind == "encoder":
             with host_masks(model.device):
-                loss, predictions = _classify(model, tokenizer, encoded, batch_size, watch)
-            metrics = {"loss": loss}
+                share = _classify(model, tokenizer, encoded, own, batch_size, watch("evaluated"))
         else:
             parts = parts or split_model(model)
             with host_masks(model.device):
-                loss = _mean_token_loss(model, tokenizer, parts, encoded, batch_size, watch)
-            metrics = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
-        if generate:
-            predictions = _generate(model, tokenizer, task, config, split, watch)
+                loss = _token_loss(model, tokenizer, parts, encoded, own, batch_size, watch("loss"))
+            texts: list[Prediction] = []
+            if generate and task.generates(config):
+                texts = _generate(
+                    model, tokenizer, task, config, split, own, seed, watch("generated")
+                )
+            share = _Share(loss, len(own), texts)
+    return _together(gather(share), task, config, split, encoded)
+
+
+def _together(
+    shares: list[_Share], task: Task, config: Any, split: Split, encoded: EncodedSplit
+) -> Evaluation:
+    assert sum(share.rows for share in shares) == len(split), "each row is measured once"
+    encoder = task.kind == "encoder"
+    loss = sum(share.loss for share in shares)
+    loss /= len(encoded) if encoder else encoded.trained_tokens
+    metrics = {"loss": loss}
+    if not encoder:
+        metrics["perplexity"] = math.exp(loss) if loss < 700 else math.inf
+    predictions = in_order([share.predictions for share in shares])
     if predictions:
-        metrics |= task.metrics(predictions, split, config)
+        metrics |= on_main(lambda: task.metrics(predictions, split, config))
     return Evaluation(_finite(metrics, split), predictions)
+
+
+def _watches(
+    rows: int, on_progress: OnPhase | None, should_stop: ShouldStop | None
+) -> Callable[[str], Watch]:
+    """Phase -> its watch."""
+
+    def stops() -> bool:
+        check_peers()
+        return should_stop is not None and should_stop()
+
+    return lambda phase: Watch(rows, on_progress and partial(on_progress, phase), stops)
 
 
 @contextmanager
@@ -101,24 +145,26 @@ def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
-def _mean_token_loss(
+def _token_loss(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     parts: CausalParts,
     encoded: EncodedSplit,
+    own: range,
     batch_size: int,
     watch: Watch,
 ) -> float:
+    """The sum over the trained tokens of ``own`` rows."""
     sums = []
-    for rows in eval_batches(encoded.lengths, batch_size):
+    for rows in _own_batches(encoded, own, batch_size):
         watch.check()
-        batch = collate_causal([encoded[int(i)] for i in rows], _pad_id(tokenizer))
+        batch = collate_causal([encoded[int(i)] for i in rows], pad_id(tokenizer))
         batch = to_device(batch, model.device)
         sums.append(
             token_losses(model, parts, batch["input_ids"], batch["positions"], batch["targets"])
         )
         watch.advance(len(rows))
-    return _total(sums) / encoded.trained_tokens
+    return _total(sums)
 
 
 def _generate(
@@ -127,17 +173,18 @@ def _generate(
     task: Task,
     config: Any,
     split: Split,
+    own: range,
+    seed: int,
     watch: Watch,
 ) -> list[Prediction]:
-    prompts = encode_prompts(task, config, split, tokenizer, window(model))
     return generate_text(
         model,
         tokenizer,
-        prompts,
-        max_new_tokens=config.max_new_tokens,
-        stop=task.stop_texts(config),
-        on_progress=lambda done, _: watch.reach(len(split) + done),
-        should_stop=watch.should_stop,
+        encode_prompts(task, config, split, tokenizer, window(model), own),
+        task_decoding(config, task.stop_texts(config), seed),
+        rows=own,
+        batch_size=config.generation_batch_size,
+        watch=watch,
     )
 
 
@@ -145,41 +192,41 @@ def _classify(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     encoded: EncodedSplit,
+    own: range,
     batch_size: int,
     watch: Watch,
-) -> tuple[float, list[Prediction]]:
-    """The mean loss, and a class index (or a regression's float) for each row."""
-    order: list[NDArray[np.int64]] = []
-    outputs: list[Tensor] = []
+) -> _Share:
+    """The sum of the losses, and a class index (or a regression's float) for each row."""
+    predicted: dict[int, Prediction] = {}
+    outputs: list[tuple[NDArray[np.int64], Tensor]] = []
     sums: list[Tensor] = []
-    for rows in eval_batches(encoded.lengths, batch_size):
+    for rows in _own_batches(encoded, own, batch_size):
         watch.check()
-        batch = collate_encoder([encoded[int(i)] for i in rows], _pad_id(tokenizer))
+        batch = collate_encoder([encoded[int(i)] for i in rows], pad_id(tokenizer))
         batch = to_device(batch, model.device)
         labels = batch.pop("labels")
         logits = model(**batch).logits.float()
         if model.config.num_labels == 1:
-            outputs.append(logits.squeeze(-1))
-            sums.append((outputs[-1] - labels.float()).square().sum())
+            outputs.append((rows, logits.squeeze(-1)))
+            sums.append((outputs[-1][1] - labels.float()).square().sum())
         else:
-            outputs.append(logits.argmax(dim=-1))
+            outputs.append((rows, logits.argmax(dim=-1)))
             sums.append(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
-        order.append(rows)
         watch.advance(len(rows))
-    predicted = torch.cat(outputs).cpu().numpy()
-    in_order = np.empty_like(predicted)
-    in_order[np.concatenate(order)] = predicted
-    return _total(sums) / len(encoded), in_order.tolist()
+    for rows, values in outputs:
+        predicted |= zip(rows.tolist(), values.tolist(), strict=True)
+    return _Share(_total(sums), len(predicted), [predicted[row] for row in own])
+
+
+def _own_batches(encoded: EncodedSplit, own: range, batch_size: int) -> Iterator[NDArray[np.int64]]:
+    rows = np.array(own, dtype=np.int64)
+    for places in eval_batches(encoded.lengths[rows], batch_size):
+        yield rows[places]
 
 
 def _total(sums: list[Tensor]) -> float:
     """The batches' float32 sums, added in float64; the device is waited for here, once."""
-    return float(torch.stack(sums).cpu().double().sum())
-
-
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    assert isinstance(tokenizer.pad_token_id, int), "load_tokenizer sets a pad token"
-    return tokenizer.pad_token_id
+    return float(torch.stack(sums).cpu().double().sum()) if sums else 0.0
 
 
 def _finite(metrics: dict[str, float], split: Split) -> dict[str, float]:

@@ -1,21 +1,28 @@
-"""Prompts in tokens -> continuations in text, many at a time."""
+"""Prompts in tokens -> continuations in text, many at a time.
+
+Prompts of like length make a batch, padded on the left. Equal prompts are continued once where
+nothing is drawn. In float32 a text depends neither on the batch it is made in nor on the order of
+the prompts: a row sees no padding, and what is drawn for it is drawn from its own number.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorakit.errors import DataError
-from lorakit.evaluation.watch import OnProgress, ShouldStop, Watch
-from lorakit.models.window import embedding_rows, window
+from lorakit.evaluation.beams import search
+from lorakit.evaluation.choosing import Draw, processors, uniform_numbers
+from lorakit.evaluation.decoding import Decoding
+from lorakit.evaluation.ending import Reader, eos_ids
+from lorakit.evaluation.prepare import check_prompts, generating, generation_config, left_padded
+from lorakit.evaluation.watch import Watch
 
-#: Rows of a batch unless the caller says otherwise: where throughput no longer grows.
-ROWS_PER_BATCH = {"cpu": 64, "cuda": 128}
+#: Sequences of a batch unless the caller says otherwise: where throughput no longer grows.
+SEQUENCES_PER_BATCH = {"cpu": 64, "cuda": 256}
 #: Tokens of a batch, prompts and what may follow: bounds the cache of keys and values.
 TOKENS_PER_BATCH = 2**16
 #: After so many tokens the rows that have ended leave the batch.
@@ -26,38 +33,38 @@ def generate_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
     *,
-    max_new_tokens: int,
+    rows: Sequence[int] | None = None,
     batch_size: int | None = None,
-    stop: Sequence[str] = (),
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    on_progress: OnProgress | None = None,
-    should_stop: ShouldStop | None = None,
+    watch: Watch | None = None,
 ) -> list[str]:
     """What the model continues each prompt with, in the prompts' order, without special tokens.
 
-    ``temperature`` 0 takes the likeliest token each time; else tokens are drawn from torch's
-    default generator, among the likeliest whose probabilities add up to ``top_p``. A continuation
-    ends at an EOS token of the tokenizer or of the model's generation configuration, of which
-    nothing else is taken; before a text of ``stop`` that stands behind its first visible
-    character; or after ``max_new_tokens``.
+    A continuation ends at an EOS token of the tokenizer or of the model's generation
+    configuration, of which nothing else is taken; before a text of ``decoding.stop``; or after
+    ``decoding.max_new_tokens``. ``rows`` are the prompts' numbers (by default 0, 1, ...), from
+    which, with the seed, their random numbers come. ``batch_size`` is in prompts; None takes as
+    many as SEQUENCES_PER_BATCH and TOKENS_PER_BATCH allow, a beam counting as a sequence.
 
     Raises DataError for a prompt that is empty or leaves no room in the model's window,
-    EvaluationStopped if ``should_stop`` returns true.
+    EvaluationStopped if ``watch`` is told to stop.
     """
-    check_prompts(model, prompts, max_new_tokens)
-    watch = Watch(len(prompts), on_progress, should_stop)
-    config = generation_config(model, tokenizer, temperature, top_p, return_dict_in_generate=True)
-    groups = _same_prompts(prompts, distinct=temperature > 0)
-    rows = batch_size or ROWS_PER_BATCH.get(model.device.type, 64)
+    check_prompts(model, tokenizer, prompts, decoding.max_new_tokens)
+    numbers = range(len(prompts)) if rows is None else rows
+    watch = watch or Watch(len(prompts))
+    reader = Reader(tokenizer, frozenset(eos_ids(model, tokenizer)), decoding.stop)
+    groups = _same_prompts(prompts, distinct=decoding.draws)
     texts = [""] * len(prompts)
     with generating(model):
-        for batch in _batches(groups, prompts, rows, max_new_tokens):
-            batch_prompts = [prompts[group[0]] for group in batch]
-            found = _Rounds(model, tokenizer, config, stop, watch).run(
-                batch_prompts, max_new_tokens
-            )
+        for batch in _batches(groups, prompts, decoding, batch_size, model.device.type):
+            first = [group[0] for group in batch]
+            chosen = [prompts[index] for index in first]
+            if decoding.num_beams > 1:
+                found = search(model, chosen, decoding, reader, watch)
+            else:
+                rounds = _Rounds(model, decoding, reader, watch)
+                found = rounds.run(chosen, [numbers[index] for index in first])
             for group, text in zip(batch, found, strict=True):
                 for index in group:
                     texts[index] = text
@@ -65,154 +72,64 @@ def generate_text(
     return texts
 
 
-def check_prompts(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int
-) -> None:
-    """Raise DataError for a prompt that is empty, too long or in another model's tokens."""
-    room, rows = window(model), embedding_rows(model)
-    for number, prompt in enumerate(prompts, 1):
-        if not len(prompt):
-            raise DataError(f"prompt {number}: no token to continue")
-        if (last := max(prompt)) >= rows:
-            raise DataError(f"prompt {number}: the tokenizer does not belong to the model: "
-                            f"id {last}, and {rows} embeddings")  # fmt: skip
-        if room is not None and len(prompt) + max_new_tokens > room:
-            raise DataError(
-                f"prompt {number}: its {len(prompt)} tokens and max_new_tokens = {max_new_tokens} "
-                f"exceed the model's window of {room} tokens"
-            )
-
-
-def generation_config(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    temperature: float,
-    top_p: float,
-    **more: Any,
-) -> GenerationConfig:
-    """Nothing but what is said here and the EOS ids: a checkpoint's own temperature or repetition
-    penalty would change scores unseen."""
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        if temperature > 0
-        else {"do_sample": False}
-    )
-    return GenerationConfig(
-        eos_token_id=eos_ids(model, tokenizer) or None,
-        pad_token_id=tokenizer.pad_token_id,
-        **sampling,
-        **more,
-    )
-
-
-def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a text, for the tokenizer or for the checkpoint."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    ids = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
-    return sorted({int(i) for i in ids if i is not None})
-
-
-@contextmanager
-def generating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode without gradients and without the checkpoint's generation defaults, which
-    ``generate`` would take for all that is not set."""
-    was_training, own = model.training, model.generation_config
-    model.eval()
-    model.generation_config = GenerationConfig()
-    hook = model.get_output_embeddings().register_forward_pre_hook(_contiguous)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        hook.remove()
-        model.generation_config = own
-        model.train(was_training)
-
-
-def _contiguous(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The last position's hidden states in one piece: given a slice of three dimensions, torch
-    multiplies by a copy of a frozen weight for each row, gigabytes for a large vocabulary."""
-    return (inputs[0].contiguous(), *inputs[1:])
-
-
-def before_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
-    """The text before the first of ``stop`` behind its first visible character, and whether there
-    is one."""
-    start = len(text) - len(text.lstrip())
-    places = [place for mark in stop if (place := text.find(mark, start)) >= 0]
-    return (text[: min(places)], True) if places else (text, False)
-
-
 class _Rounds:
     """One batch, a few tokens at a time; between rounds the rows that have ended leave it."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        config: GenerationConfig,
-        stop: Sequence[str],
-        watch: Watch,
+        self, model: PreTrainedModel, decoding: Decoding, reader: Reader, watch: Watch
     ) -> None:
         self.model: Any = model
-        self.tokenizer = tokenizer
-        self.config = config
-        self.stop = stop
+        self.decoding = decoding
+        self.reader = reader
         self.watch = watch
-        self.eos = set(config.eos_token_id or ())
+        self.config = generation_config(reader, return_dict_in_generate=True)
 
-    def run(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
+    def run(self, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> list[str]:
         texts = [""] * len(prompts)
-        ids, mask = self._left_padded(prompts)
-        width = ids.shape[1]
+        ids, mask = left_padded(prompts, self.reader.tokenizer, self.model.device)
+        width, most = ids.shape[1], self.decoding.max_new_tokens
+        draw = self._draw(rows, width)
+        chosen_by = processors(self.decoding, width, draw)
         alive = list(range(len(prompts)))
         cache = None
         while alive:
             self.watch.check()
             made = ids.shape[1] - width
-            tokens = min(_TOKENS_PER_ROUND, max_new_tokens - made)
-            ids, mask, cache = self._round(ids, mask, cache, tokens)
-            read = [self._read(row) for row in ids[:, width:].tolist()]
+            self.config.max_new_tokens = min(_TOKENS_PER_ROUND, most - made)
+            ids, mask, cache = self._round(ids, mask, cache, chosen_by)
+            read = [self.reader.read(row) for row in ids[:, width:].tolist()]
             for row, (text, _) in zip(alive, read, strict=True):
                 texts[row] = text
-            if made + tokens >= max_new_tokens:
+            if ids.shape[1] - width >= most:
                 break
             kept = [i for i, (_, ended) in enumerate(read) if not ended]
             alive = [alive[i] for i in kept]
             if alive and len(kept) < len(read):
                 index = torch.tensor(kept, device=ids.device)
                 ids, mask, cache = ids[index], mask[index], _select(cache, index)
+                if draw is not None:
+                    draw.keep(index)
         return texts
 
+    def _draw(self, rows: Sequence[int], width: int) -> Draw | None:
+        how = self.decoding
+        if not how.draws:
+            return None
+        numbers = uniform_numbers(how.seed, rows, how.max_new_tokens, self.model.device)
+        return Draw(how.temperature, how.top_p, numbers, width)
+
     def _round(
-        self, ids: Tensor, mask: Tensor, cache: Any, tokens: int
+        self, ids: Tensor, mask: Tensor, cache: Any, chosen_by: Any
     ) -> tuple[Tensor, Tensor, Any]:
-        self.config.max_new_tokens = tokens
         out = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
             past_key_values=cache,
             generation_config=self.config,
+            logits_processor=chosen_by,
         )
         new = mask.new_ones(mask.shape[0], out.sequences.shape[1] - mask.shape[1])
         return out.sequences, torch.cat([mask, new], dim=1), out.past_key_values
-
-    def _read(self, ids: list[int]) -> tuple[str, bool]:
-        """The text so far, and whether it has come to its end."""
-        end = next((i for i, token in enumerate(ids) if token in self.eos), None)
-        text = str(self.tokenizer.decode(
-            ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        ))  # fmt: skip
-        text, stopped = before_stop(text, self.stop)
-        return text, end is not None or stopped
-
-    def _left_padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        width = max(map(len, prompts))
-        pad = self.tokenizer.pad_token_id
-        ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        device = self.model.device
-        return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def _select(cache: Any, index: Tensor) -> Any:
@@ -235,15 +152,18 @@ def _same_prompts(prompts: Sequence[Sequence[int]], distinct: bool) -> list[list
 
 
 def _batches(
-    groups: list[list[int]], prompts: Sequence[Sequence[int]], rows: int, max_new_tokens: int
+    groups: list[list[int]],
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    batch_size: int | None,
+    device: str,
 ) -> Iterator[list[list[int]]]:
     """Prompts of like length together, the longest first."""
-    batch: list[list[int]] = []
-    for group in sorted(groups, key=lambda group: -len(prompts[group[0]])):
-        width = len(prompts[(batch[0] if batch else group)[0]]) + max_new_tokens
-        if batch and (len(batch) == rows or (len(batch) + 1) * width > TOKENS_PER_BATCH):
-            yield batch
-            batch = []
-        batch.append(group)
-    if batch:
-        yield batch
+    ordered = sorted(groups, key=lambda group: -len(prompts[group[0]]))
+    start = 0
+    while start < len(ordered):
+        width = len(prompts[ordered[start][0]]) + decoding.max_new_tokens
+        sequences = min(SEQUENCES_PER_BATCH.get(device, 64), TOKENS_PER_BATCH // width)
+        size = batch_size or max(1, sequences // decoding.num_beams)
+        yield ordered[start : start + size]
+        start += size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -15,13 +16,18 @@ from lorakit.tasks.base import Task
 
 
 def encode_prompts(
-    task: Task, config: Any, split: Split, tokenizer: PreTrainedTokenizerBase, window: int | None
+    task: Task,
+    config: Any,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    window: int | None,
+    rows: Iterable[int] | None = None,
 ) -> list[list[int]]:
-    """One prompt a row, as it stands before the completion in training.
+    """One prompt for each of ``rows`` (None: all), as it stands before the completion in training.
 
     A prompt of more than ``task.max_length`` tokens, or too long for ``task.max_new_tokens`` to
     follow it in the model's ``window``, loses its beginning, as in training. Raises DataError with
-    file and row for a row that the task refuses.
+    file and row for a row that the task refuses, or of which no token is left.
     """
     room = config.max_length
     if window is not None:
@@ -32,7 +38,7 @@ def encode_prompts(
             f"window of {window} tokens"
         )
     prompts = []
-    for index in range(len(split)):
+    for index in range(len(split)) if rows is None else rows:
         try:
             prompts.append(_prompt_ids(task, config, split, index, tokenizer, room))
         except DataError as error:
@@ -51,5 +57,9 @@ def _prompt_ids(
     example = task.prompt(split.rows[index], config)
     assert not isinstance(example, ClassificationExample), "an encoder generates nothing"
     if isinstance(example, ChatExample):
-        return encode_chat_prompt(list(example.messages), tokenizer)[-room:]
-    return encode_prompt(example, tokenizer, room)
+        ids = encode_chat_prompt(list(example.messages), tokenizer)[-room:]
+    else:
+        ids = encode_prompt(example, tokenizer, room)
+    if not ids:
+        raise DataError("the prompt is empty: no token that the model could continue")
+    return ids

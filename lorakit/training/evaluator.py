@@ -36,6 +36,7 @@ class Evaluator:
             batch_size=recipe.eval_batch_size,
             parts=self.parts,
             generate=self.generates,
-            on_progress=throttled(self.say, "evaluated"),
+            seed=recipe.train.seed,
+            on_progress=throttled(self.say),
             should_stop=lambda: bool(self.stop),
         ).metrics

@@ -141,11 +141,11 @@ def format_metrics(metrics: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
-def throttled(say: Callable[[str], None], what: str, seconds: float = 10.0) -> Any:
-    """A callback (done, total) that says how far it is, at most once in ``seconds``."""
+def throttled(say: Callable[[str], None], seconds: float = 10.0) -> Any:
+    """A callback (what, done, total) that says how far it is, at most once in ``seconds``."""
     last = time.monotonic()
 
-    def report(done: int, total: int) -> None:
+    def report(what: str, done: int, total: int) -> None:
         nonlocal last
         if time.monotonic() - last >= seconds and done < total:
             last = time.monotonic()

@@ -13,9 +13,11 @@ from transformers import (
 )
 
 from lorakit.errors import DataError
-from lorakit.evaluation.generation import before_stop, generate_text
+from lorakit.evaluation.decoding import Decoding
+from lorakit.evaluation.ending import before_stop
+from lorakit.evaluation.generation import generate_text
 from lorakit.evaluation.streaming import stream_text
-from lorakit.evaluation.watch import EvaluationStopped
+from lorakit.evaluation.watch import EvaluationStopped, Watch
 from lorakit.models.load import load_pretrained
 from lorakit.recipe.sections import ModelSection
 from tests.families import CAUSAL, tiny
@@ -67,7 +69,7 @@ def test_batch_gives_what_each_prompt_gives_alone(
     assert len(set(wanted)) > 2
     for batch_size in (1, 2, 8):
         assert wanted == generate_text(
-            model, tokenizer, prompts, max_new_tokens=10, batch_size=batch_size
+            model, tokenizer, prompts, Decoding(10), batch_size=batch_size
         )
 
 
@@ -83,20 +85,20 @@ def test_gpu_ends_rows_as_the_cpu_does(
     ]
     stop = (full[2][9:11],)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
-    found = generate_text(model, tokenizer, prompts, max_new_tokens=24, batch_size=4, stop=stop)
+    found = generate_text(model, tokenizer, prompts, Decoding(24, stop=stop), batch_size=4)
     assert found == [before_stop(text, stop)[0] for text in full]
 
 
 def test_rows_that_have_ended_leave_the_batch(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
 ) -> None:
-    full = generate_text(model, tokenizer, prompts, max_new_tokens=32)
+    full = generate_text(model, tokenizer, prompts, Decoding(32))
     rows: list[int] = []
     model.register_forward_pre_hook(
         lambda _model, _args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     mark = full[2][3:5]
-    stopped = generate_text(model, tokenizer, prompts, max_new_tokens=32, stop=(mark,))
+    stopped = generate_text(model, tokenizer, prompts, Decoding(32, stop=(mark,)))
     assert stopped == [before_stop(text, (mark,))[0] for text in full]
     ended = [text for text in {*full} if mark in text]
     assert 0 < len(ended) < len({*full})
@@ -112,7 +114,7 @@ def test_ends_at_an_eos_of_the_generation_configuration(
     end = ids[5]
     first = ids.index(end)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, end]
-    assert generate_text(model, tokenizer, [prompt], max_new_tokens=12) == [
+    assert generate_text(model, tokenizer, [prompt], Decoding(12)) == [
         tokenizer.decode(ids[:first])
     ]
 
@@ -120,7 +122,7 @@ def test_ends_at_an_eos_of_the_generation_configuration(
 def test_takes_nothing_from_the_checkpoints_sampling(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
 ) -> None:
-    wanted = generate_text(model, tokenizer, prompts, max_new_tokens=12)
+    wanted = generate_text(model, tokenizer, prompts, Decoding(12))
     own = GenerationConfig(
         do_sample=True, temperature=5.0, top_k=3, repetition_penalty=9.0, num_beams=2,
         min_new_tokens=4, no_repeat_ngram_size=1, max_length=3, eos_token_id=1,
@@ -128,7 +130,7 @@ def test_takes_nothing_from_the_checkpoints_sampling(
     model.generation_config = own
     model.train()
     state = torch.get_rng_state()
-    assert generate_text(model, tokenizer, prompts, max_new_tokens=12) == wanted
+    assert generate_text(model, tokenizer, prompts, Decoding(12)) == wanted
     assert torch.equal(state, torch.get_rng_state())
     assert model.generation_config is own
     assert model.training
@@ -138,12 +140,10 @@ def test_sampling_follows_the_seed_and_top_p(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
 ) -> None:
     def draw(seed: int, temperature: float, top_p: float = 1.0) -> list[str]:
-        torch.manual_seed(seed)
-        return generate_text(
-            model, tokenizer, prompts, max_new_tokens=12, temperature=temperature, top_p=top_p
-        )
+        how = Decoding(12, temperature=temperature, top_p=top_p, seed=seed)
+        return generate_text(model, tokenizer, prompts, how)
 
-    likeliest = generate_text(model, tokenizer, prompts, max_new_tokens=12)
+    likeliest = generate_text(model, tokenizer, prompts, Decoding(12))
     assert draw(1, 1.0) == draw(1, 1.0)
     assert draw(1, 1.0) != draw(2, 1.0)
     drawn = draw(1, 1.0)
@@ -155,10 +155,10 @@ def test_prompts_that_leave_no_room_are_refused(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     with pytest.raises(DataError, match=r"prompt 2: its 60 tokens .* window of 64 tokens"):
-        generate_text(model, tokenizer, [[5], [5] * 60], max_new_tokens=5)
+        generate_text(model, tokenizer, [[5], [5] * 60], Decoding(5))
     with pytest.raises(DataError, match="prompt 1: no token"):
-        generate_text(model, tokenizer, [[]], max_new_tokens=5)
-    assert len(generate_text(model, tokenizer, [[5] * 60], max_new_tokens=4)) == 1
+        generate_text(model, tokenizer, [[]], Decoding(5))
+    assert len(generate_text(model, tokenizer, [[5] * 60], Decoding(4))) == 1
 
 
 def test_progress_and_stopping(
@@ -166,16 +166,15 @@ def test_progress_and_stopping(
 ) -> None:
     seen: list[tuple[int, int]] = []
     generate_text(
-        model, tokenizer, prompts, max_new_tokens=4, batch_size=2,
-        on_progress=lambda *done: seen.append(done),
+        model, tokenizer, prompts, Decoding(4), batch_size=2,
+        watch=Watch(len(prompts), lambda *done: seen.append(done)),
     )  # fmt: skip
     assert seen[-1] == (6, 6)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     model.train()
+    watch = Watch(len(prompts), should_stop=lambda: True)
     with pytest.raises(EvaluationStopped):
-        generate_text(
-            model, tokenizer, prompts, max_new_tokens=4, should_stop=lambda: len(seen) > 0
-        )
+        generate_text(model, tokenizer, prompts, Decoding(4), watch=watch)
     assert model.training
 
 
@@ -185,6 +184,8 @@ def test_progress_and_stopping(
         ("\n SELECT 1\nmore", ("\n",), "\n SELECT 1", True),
         ("\n\n", ("\n",), "\n\n", False),
         ("a;b\nc", ("\n", ";"), "a", True),
+        ("abcde", ("abcd", "c"), "ab", True),
+        ("abcde", ("bc", "abc"), "", True),
         ("abc", (), "abc", False),
         ("", ("\n",), "", False),
     ],
@@ -199,11 +200,11 @@ def test_streams_what_a_batch_gives(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
 ) -> None:
     pieces: list[str] = []
-    text = stream_text(model, tokenizer, prompts[1], pieces.append, max_new_tokens=20)
-    assert [text] == generate_text(model, tokenizer, [prompts[1]], max_new_tokens=20)
+    text = stream_text(model, tokenizer, prompts[1], pieces.append, Decoding(20))
+    assert [text] == generate_text(model, tokenizer, [prompts[1]], Decoding(20))
     assert "".join(pieces) == text
     with pytest.raises(DataError, match="window"):
-        stream_text(model, tokenizer, [5] * 60, pieces.append, max_new_tokens=20)
+        stream_text(model, tokenizer, [5] * 60, pieces.append, Decoding(20))
 
 
 def test_smollm2_does_not_depend_on_the_batch(smollm2: Path) -> None:
@@ -212,7 +213,7 @@ def test_smollm2_does_not_depend_on_the_batch(smollm2: Path) -> None:
     texts = ["The capital of France is", "1, 2, 3,", 'columns: "A", "B"\nquestion: Which A?\nSQL:']
     ids = [loaded.tokenizer(text).input_ids for text in texts]
     one, many = (
-        generate_text(loaded.model, loaded.tokenizer, ids, max_new_tokens=8, batch_size=size)
+        generate_text(loaded.model, loaded.tokenizer, ids, Decoding(8), batch_size=size)
         for size in (1, 3)
     )
     assert one == many
@@ -228,6 +229,7 @@ def test_the_output_layer_never_gets_a_slice(tiny_llama: Path) -> None:
     model.get_output_embeddings().register_forward_hook(
         lambda _module, inputs, _output: seen.append(inputs[0].is_contiguous())
     )
-    generate_text(model, tokenizer, [[5, 6, 7], [8, 9, 10]], max_new_tokens=3)
+    tokenizer.pad_token = tokenizer.eos_token
+    generate_text(model, tokenizer, [[5, 6, 7], [8, 9, 10]], Decoding(3))
     assert seen
     assert all(seen)

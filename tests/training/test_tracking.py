@@ -58,11 +58,11 @@ def test_what_is_said_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     said: list[str] = []
-    report = throttled(said.append, "evaluated", seconds=10)
+    report = throttled(said.append, seconds=10)
     for seconds, done in ((5.0, 1), (10.0, 2), (15.0, 3), (20.0, 4), (40.0, 5)):
         clock[0] = seconds
-        report(done, 5)
-    assert said == ["evaluated 2/5", "evaluated 4/5"], "the end speaks for itself"
+        report("generated", done, 5)
+    assert said == ["generated 2/5", "generated 4/5"], "the end speaks for itself"
 
 
 def test_a_tracker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
