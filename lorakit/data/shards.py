@@ -11,14 +11,15 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from lorakit.data.arrays import Shard
-from lorakit.data.examples import ClassificationExample, Example
+from lorakit.data.examples import Example
 from lorakit.data.rows import row_range
 from lorakit.data.sources import Split
-from lorakit.data.tokens import Tokens, encode_examples
+from lorakit.data.tokens import encode_rows
 from lorakit.errors import DataError, LorakitError
 
 #: From here on tokens go to files, and several processes make them.
@@ -48,35 +49,14 @@ class Job:
         dtype = "<u2" if largest < 2**16 else "<i4"
         for begin in range(start, stop, _BATCH_ROWS):
             end = min(begin + _BATCH_ROWS, stop)
-            shard.append(*self._batch(begin, end), dtype)
+            rows = row_range(self.split.rows, begin, end)
+            locate = partial(self._locate, begin)
+            found = encode_rows(rows, locate, self.to_example, self.tokenizer, self.max_length)
+            shard.append(*found, dtype)
             on_rows(end - begin)
 
-    def _batch(self, start: int, stop: int) -> tuple[list[Tokens], list[int | float]]:
-        examples = []
-        for index, row in enumerate(row_range(self.split.rows, start, stop), start):
-            with self._at_row(index):
-                examples.append(self.to_example(row))
-        encoded = iter(encode_examples(examples, self.tokenizer, self.max_length))
-        rows = []
-        for index in range(start, stop):
-            with self._at_row(index):
-                rows.append(next(encoded))
-                check_trained(rows[-1], examples[index - start], self.max_length)
-        return rows, [e.label for e in examples if isinstance(e, ClassificationExample)]
-
-    @contextmanager
-    def _at_row(self, index: int) -> Iterator[None]:
-        try:
-            yield
-        except DataError as error:
-            raise DataError(f"{self.split.locate(index)}: {error}") from error
-
-
-def check_trained(row: Tokens, example: Example, max_length: int) -> None:
-    """Raise DataError if a causal row leaves nothing to train on."""
-    if not isinstance(example, ClassificationExample) and not any(row.trained[1:]):
-        within = f" within task.max_length = {max_length}" if row.truncated else ""
-        raise DataError(f"no token to train on{within}")
+    def _locate(self, start: int, index: int) -> str:
+        return self.split.locate(start + index)
 
 
 def encode_shards(job: Job, on_progress: OnRows) -> list[Shard]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,46 @@ class Tokens:
     cut: bool = False
 
 
-def encode_examples(
+def encode_rows(
+    rows: Sequence[Mapping[str, Any]],
+    locate: Callable[[int], str],
+    to_example: Callable[[Mapping[str, Any]], Example],
+    tokenizer: Any,
+    max_length: int,
+) -> tuple[list[Tokens], list[int | float]]:
+    """The tokens of each row, and for an encoder the labels. ``locate`` names a row by its index.
+
+    Raises DataError, with the row, for one that the task refuses or that leaves nothing to train
+    on.
+    """
+    examples = []
+    for index, row in enumerate(rows):
+        with _at_row(locate, index):
+            examples.append(to_example(row))
+    encoded = iter(_encode_examples(examples, tokenizer, max_length))
+    found = []
+    for index, example in enumerate(examples):
+        with _at_row(locate, index):
+            found.append(next(encoded))
+            _check_trained(found[-1], example, max_length)
+    return found, [e.label for e in examples if isinstance(e, ClassificationExample)]
+
+
+@contextmanager
+def _at_row(locate: Callable[[int], str], index: int) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{locate(index)}: {error}") from error
+
+
+def _check_trained(row: Tokens, example: Example, max_length: int) -> None:
+    if not isinstance(example, ClassificationExample) and not any(row.trained[1:]):
+        within = f" within task.max_length = {max_length}" if row.truncated else ""
+        raise DataError(f"no token to train on{within}")
+
+
+def _encode_examples(
     examples: Sequence[Example], tokenizer: Any, max_length: int
 ) -> Iterable[Tokens]:
     """One row an example, all of one kind.
