@@ -26,11 +26,12 @@ def load_task(name: str) -> Task:
     """
     if not is_code(name):
         return load_yaml_task(Path(name))
-    return _task(name, load_attribute(name)[2])
+    _, file, digest = load_attribute(name)
+    return _task(name, file.resolve(), digest)
 
 
 @lru_cache(maxsize=32)
-def _task(name: str, digest: bytes) -> Task:
+def _task(name: str, path: Path, digest: bytes) -> Task:
     """One object for a file as it stands, whose failures name file and line."""
     found, file, _ = load_attribute(name)
     task = _instance(name, found)
@@ -63,7 +64,7 @@ def _instance(name: str, found: Any) -> Task:
         except Exception as error:
             raise DataError(f"{name}: cannot be made without arguments: {error}") from error
     if not isinstance(found, Task):
-        raise DataError(f"{name}: is a {type(found).__name__}; allowed: {_ALLOWED}")
+        raise DataError(f"{name}: is of type {type(found).__name__}; allowed: {_ALLOWED}")
     section = getattr(found, "Config", None)
     if not (isinstance(section, type) and issubclass(section, TaskSection)):
         raise DataError(f"{name}: Config = {section!r}; allowed: a subclass of TaskSection")

@@ -30,8 +30,8 @@ def load_attribute(name: str) -> tuple[Any, Path, bytes]:
     stderr. Raises DataError in one line for a file that is not there or does not run, and for a
     name that it does not have.
     """
-    stem, _, attribute = name.rpartition(f"{_SUFFIX}:")
-    file = Path(f"{stem}{_SUFFIX}" if attribute else name)
+    stem, found, attribute = name.partition(f"{_SUFFIX}:")
+    file = Path(f"{stem}{_SUFFIX}" if found else name)
     source = _read(file)
     digest = hashlib.sha256(source).digest()
     module = _module(file.resolve(), digest, source, str(file))

@@ -22,7 +22,7 @@ def metric_digest(metric: str) -> bytes:
     """A hash of the function's file. Raises DataError if it cannot be loaded or called."""
     function, _, digest = load_attribute(metric)
     if not callable(function):
-        raise DataError(f"{metric}: is a {type(function).__name__}; allowed: a function")
+        raise DataError(f"{metric}: is of type {type(function).__name__}; allowed: a function")
     return digest
 
 

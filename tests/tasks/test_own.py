@@ -1,0 +1,299 @@
+"""Tasks and metrics in files of the user's: what is loaded, and what is refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakit import registry
+from lorakit.data.sources import Split
+from lorakit.errors import DataError, Problem, RecipeError
+from lorakit.recipe.check import check_recipe
+from lorakit.recipe.load import load_recipe
+
+TASK = """
+from lorakit.recipe.sections import TaskSection
+from lorakit.tasks.base import Task
+
+class MyConfig(TaskSection):
+    shift: int = 0
+
+class My(Task):
+    Config = MyConfig
+    kind = "causal"
+
+    def columns(self, config):
+        return ("a",)
+
+    def example(self, row, config):
+        return row["b"]
+
+    def metrics(self, predictions, split, config):
+        return {"own": float(len(predictions))}
+
+    def main_metric(self, config):
+        return "own"
+
+ready = My()
+number = 3
+
+class Half(Task):
+    Config = MyConfig
+    kind = "causal"
+
+class Kindless(My):
+    kind = "both"
+
+class Unconfigured(My):
+    Config = dict
+"""
+RECIPE = """\
+model: {name_or_path: m}
+adapter: {}
+task:
+  name: NAME
+  path: data.jsonl
+train:
+  output_dir: runs/x
+"""
+
+
+@pytest.fixture
+def my(in_tmp: Path) -> Path:
+    (in_tmp / "my.py").write_text(TASK)
+    return in_tmp / "my.py"
+
+
+def recipe(folder: Path, name: str, more: str = "") -> Path:
+    file = folder / "recipe.yaml"
+    file.write_text(RECIPE.replace("NAME", f"{name}{more}"))
+    return file
+
+
+def problems(file: Path) -> tuple[Problem, ...]:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file)
+    return caught.value.problems
+
+
+def split_of(*rows: dict[str, Any]) -> Split:
+    return Split("validation", list(rows), "rows", "0")
+
+
+@pytest.mark.parametrize("name", ["./my.py:My", "my.py:ready"])
+def test_a_class_or_an_instance(my: Path, name: str) -> None:
+    task = registry.task(name)
+    assert registry.task(name) is task
+    assert name not in registry.tasks()
+    loaded = load_recipe(recipe(my.parent, name, "\n  shift: 2"))
+    assert (loaded.task.name, getattr(loaded.task, "shift", None)) == (name, 2)
+    assert isinstance(loaded.task, task.Config)
+    check_recipe(loaded)
+    assert task.metrics([1, 2], split_of({}, {}), loaded.task) == {"own": 2.0}
+
+
+def test_the_path_stands_from_the_working_directory(
+    my: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (my.parent / "sub").mkdir()
+    assert registry.task(str(my) + ":My")
+    monkeypatch.chdir(my.parent / "sub")
+    assert registry.task("../my.py:My")
+    with pytest.raises(DataError, match=r"my\.py: no such file \(a relative path stands from "):
+        registry.task("./my.py:My")
+
+
+def test_a_changed_file_is_read_again(my: Path) -> None:
+    before = registry.task("my.py:My")
+    stat = my.stat()
+    my.write_text(TASK.replace("len(predictions)", "0*len(predictions)"))
+    os.utime(my, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    after = registry.task("my.py:My")
+    assert after.metrics([1], split_of({}), after.Config(name="x")) == {"own": 0.0}
+    assert before.source_digest() != after.source_digest() != b""
+    assert registry.task("text").source_digest() == b""
+
+
+def test_keys_are_checked_as_those_of_a_built_in_task(my: Path) -> None:
+    file = recipe(my.parent, "my.py:My", "\n  shfit: 2\n  shift: two\n  limit_eval: 0")
+    found = problems(file)
+    assert [problem.key for problem in found] == ["task.shfit", "task.shift", "task.limit_eval"]
+    assert "did you mean 'shift'?" in found[0].message
+    my.write_text(TASK.replace("Config = MyConfig", "Config = TaskSection"))
+    assert [p.key for p in problems(recipe(my.parent, "my.py:My", "\n  shift: 2"))] == [
+        "task.shift"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("./no.py:My", "no.py: no such file"),
+        (
+            "./my.py:Kindles",
+            "my.py: has no 'Kindles'; did you mean 'Kindless'?; allowed: my.py:MyConfig",
+        ),
+        ("./my.py", "./my.py: names no class or function; allowed: my.py:MyConfig, my.py:My"),
+        ("./my.py:number", "is of type int; allowed: a subclass of lorakit.tasks.base.Task"),
+        ("./my.py:MyConfig", "allowed: a subclass of lorakit.tasks.base.Task"),
+        ("./my.py:Half", "lacks columns, example; allowed: a task that has these methods"),
+        ("./my.py:Kindless", "kind = 'both'; allowed: 'causal', 'encoder'"),
+        ("./my.py:Unconfigured", "Config = <class 'dict'>; allowed: a subclass of TaskSection"),
+        ("./syntax.py:My", "syntax.py:2: SyntaxError: "),
+        ("./raises.py:My", "raises.py:3: ZeroDivisionError: division by zero"),
+        ("./imports.py:My", "imports.py:1: ModuleNotFoundError: No module named 'no_such_thing'"),
+        ("./leaves.py:My", "leaves.py:2: SystemExit: 3"),
+    ],
+)
+def test_what_is_no_task(my: Path, name: str, said: str) -> None:
+    for file, text in (
+        ("syntax.py", "x = 1\ny = = 2\n"),
+        ("raises.py", "def f():\n\n    return 1 / 0\nf()\n"),
+        ("imports.py", "import no_such_thing\n"),
+        ("leaves.py", "import sys\nsys.exit(3)\n"),
+    ):
+        (my.parent / file).write_text(text)
+    (problem,) = problems(recipe(my.parent, name))
+    assert (problem.key, problem.value, problem.line) == ("task.name", name, 4)
+    assert said in problem.message
+    assert "\n" not in str(problem)
+
+
+def test_a_failure_in_the_file_names_its_line(my: Path) -> None:
+    task = registry.task("my.py:My")
+    line = TASK.split("\n").index('        return row["b"]') + 1
+    with pytest.raises(DataError, match=rf"^my\.py:{line}: KeyError: 'b'$"):
+        task.example({"a": 1}, task.Config(name="x"))
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        ("float('nan')", r"my\.py:My\.metrics: own = NaN; allowed: a finite number"),
+        ("None", r"own = null"),
+        ("1, 'other': 2}, **{", r"gave"),
+    ],
+)
+def test_scores_that_are_none(my: Path, returned: str, said: str) -> None:
+    text = TASK.replace("float(len(predictions))", returned)
+    if "other" in returned:
+        text = TASK.replace('{"own": float(len(predictions))}', "[1]")
+    my.write_text(text)
+    task = registry.task("my.py:My")
+    with pytest.raises(DataError, match=said):
+        task.metrics([1], split_of({}), task.Config(name="x"))
+
+
+def test_the_main_metric_must_be_there(my: Path) -> None:
+    my.write_text(TASK.replace('{"own":', '{"other":'))
+    task = registry.task("my.py:My")
+    with pytest.raises(DataError, match="main_metric is 'own', and metrics gives other"):
+        task.metrics([1], split_of({}), task.Config(name="x"))
+
+
+YAML = """\
+kind: completion
+template: "{q} ="
+completion_template: " {a}"
+stop: ["\\n"]
+max_new_tokens: 5
+"""
+
+
+def test_yaml_gives_defaults_that_a_recipe_may_set(in_tmp: Path) -> None:
+    (in_tmp / "my.yaml").write_text(YAML + "metric: [bleu, exact_match]\n")
+    loaded: Any = load_recipe(recipe(in_tmp, "./my.yaml", "\n  stop: ['#']")).task
+    check_recipe(load_recipe(in_tmp / "recipe.yaml"))
+    assert (loaded.template, loaded.stop, loaded.max_new_tokens) == ("{q} =", ["#"], 5)
+    task = registry.task("./my.yaml")
+    row = {"q": "2 and 2", "a": "4 5 6 7"}
+    assert [s.text for s in task.example(row, loaded).segments] == ["2 and 2 =", " 4 5 6 7"]
+    assert task.main_metric(loaded) == "bleu"
+    assert task.metrics(["4 5 6 7"], split_of(row), loaded) == {"bleu": 1.0, "exact_match": 1.0}
+
+
+def test_a_yaml_of_classes(in_tmp: Path) -> None:
+    (in_tmp / "m.py").write_text("def mean(p, r):\n    return (sum(p) - sum(r)) / len(p)\n")
+    (in_tmp / "my.yaml").write_text(
+        "kind: classification\ntext_column: t\nlabels: [no, yes]\n"
+        "metric: [./m.py:mean, matthews_correlation]\n"
+    )
+    task = registry.task("my.yaml")
+    config = task.Config(name="my.yaml")
+    rows = split_of({"t": "a", "label": "yes"}, {"t": "b", "label": 0})
+    assert task.labels(config, None) == ["no", "yes"]
+    assert task.main_metric(config) == "mean"
+    assert task.metrics([1, 1], rows, config) == {"mean": 0.5, "matthews_correlation": 0.0}
+    with pytest.raises(DataError, match="prediction 2: 7"):
+        task.metrics([1, 7], rows, config)
+    digest = task.source_digest()
+    (in_tmp / "m.py").write_text("def mean(p, r):\n    return 0.25\n")
+    task = registry.task("my.yaml")
+    assert task.metrics([1, 1], rows, config)["mean"] == 0.25
+    assert task.source_digest() != digest
+
+
+def test_every_problem_of_a_yaml_at_once(in_tmp: Path) -> None:
+    (in_tmp / "my.yaml").write_text(
+        "kind: completion\ntemplat: x\nmax_new_tokens: 0\ntemplate: '{'\nmetric: [exact, ./m.py:f]\n"
+    )
+    file = recipe(in_tmp, "my.yaml", "\n  limit_train: 0")
+    assert [(p.file, p.line, p.key) for p in problems(file)] == [
+        (str(file), 5, "task.limit_train"),
+        ("my.yaml", 2, "templat"),
+        ("my.yaml", 3, "max_new_tokens"),
+        ("my.yaml", 4, "template"),
+        ("my.yaml", 5, "metric"),
+        ("my.yaml", 5, "metric"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("template: x\n", "kind: is required; allowed: completion, classification"),
+        ("kind: completions\n", "unknown kind; did you mean 'completion'?"),
+        ("kind: completion\nlabels: [a, b]\n", "unknown key"),
+        ("kind: completion\nname: x\n", "unknown key"),
+        ("kind: completion\nmetric: acuracy\n", "unknown metric"),
+        ("kind: classification\nmetric: acuracy\n", "did you mean 'accuracy'?"),
+        ("kind: classification\nregression: true\nmetric: f1\n", "allowed: pearson, spearmanr"),
+        ("kind: classification\nmetric: 3\n", "not a metric's name"),
+        ("kind: classification\nmetric: []\n", "not a metric's name"),
+        ("kind: classification\nmetric: ./no.py:f\n", "no.py: no such file"),
+        ("kind: completion\ntemplate: a\nprompt_column: b\n", "contradict each other"),
+        ("- a\n", "the file is not a mapping"),
+        ("kind: [\n", "not YAML"),
+    ],
+)
+def test_a_yaml_that_is_refused(in_tmp: Path, text: str, said: str) -> None:
+    (in_tmp / "my.yaml").write_text(text)
+    (problem,) = problems(recipe(in_tmp, "./my.yaml"))
+    assert str(problem).startswith("my.yaml")
+    assert said in str(problem)
+
+
+def test_a_metric_must_be_a_function(in_tmp: Path) -> None:
+    (in_tmp / "m.py").write_text("f = 3\n")
+    (in_tmp / "my.yaml").write_text("kind: completion\nmetric: ./m.py:f\n")
+    (problem,) = problems(recipe(in_tmp, "my.yaml"))
+    assert "./m.py:f: is of type int; allowed: a function" in problem.message
+
+
+def test_metric_names_are_the_files_own(in_tmp: Path) -> None:
+    (in_tmp / "my.yaml").write_text(YAML)
+    file = recipe(in_tmp, "./my.yaml")
+    file.write_text(file.read_text() + "  metric_for_best_model: closeness\n")
+    assert load_recipe(file).train.metric_for_best_model == "closeness"
+    file.write_text(file.read_text().replace("./my.yaml", "completion"))
+    (problem,) = problems(file)
+    assert problem.key == "train.metric_for_best_model"
+
+
+def test_an_unknown_name_tells_of_own_files(in_tmp: Path) -> None:
+    (problem,) = problems(recipe(in_tmp, "compleshun"))
+    assert problem.allowed is not None
+    assert problem.allowed.endswith("or a file of your own: ./FILE.py:CLASS, ./FILE.yaml")
