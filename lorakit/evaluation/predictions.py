@@ -22,7 +22,7 @@ def score_predictions(task: Task, config: Any, split: Split, file: Path) -> dict
 
     Raises DataError with the line for a prediction that is not one, and for a wrong count.
     """
-    predictions = read_predictions(file, len(split))
+    predictions = read_predictions(file, len(split), task.prediction_counts(split, config))
     try:
         scores = task.metrics(predictions, split, config)
     except DataError as error:
@@ -38,8 +38,11 @@ def score_predictions(task: Task, config: Any, split: Split, file: Path) -> dict
     return scores
 
 
-def read_predictions(file: Path, count: int) -> list[Prediction]:
-    """What stands behind ``prediction`` on each line, or the whole object of WikiSQL's format."""
+def read_predictions(file: Path, rows: int, counts: Sequence[int]) -> list[Prediction]:
+    """What stands behind ``prediction`` on each line, or the whole object of WikiSQL's format.
+
+    Raises DataError for a line that is no prediction, and for a number of lines not in ``counts``.
+    """
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -48,8 +51,11 @@ def read_predictions(file: Path, count: int) -> list[Prediction]:
     while lines and not lines[-1].strip():
         lines.pop()
     predictions = [_read_line(line, f"{file}:{number}") for number, line in enumerate(lines, 1)]
-    if len(predictions) != count:
-        raise DataError(f"{file}: {len(predictions)} predictions; the split has {count} rows")
+    if len(predictions) not in counts:
+        other = [f"; {count} also would do" for count in dict.fromkeys(counts) if count != rows]
+        raise DataError(
+            f"{file}: {len(predictions)} predictions; the split has {rows} rows{''.join(other)}"
+        )
     return predictions
 
 

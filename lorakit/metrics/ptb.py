@@ -23,16 +23,16 @@ _ENTITY = re.compile("|".join(_ENTITIES), re.IGNORECASE)
 
 #: Abbreviations that keep their full stop: in any case, only capitalised, only before a number.
 _ANY_CASE = """
-    adm al alex apr assn asst atty aug ave bldg blvd brig bros ca capt cf cmdr co col comdr corp cos
-    cpl ct dec dept det dr drs esq est etc ext feb fri ft gen gov hon inc insp intl jan jr jul jun
-    lieut lt ltd maj mar mfg messrs mlle mme mo mon mr mrs ms msgr mt natl nov oct plc pres prof pvt
-    rd rep rev rt sen sep sept sgt sq sr st supt sys tel thu thurs treas tue tues univ vs wed elec
+    adm al ala alex apr ariz assn asst atty aug ave bldg blvd brig bros calif capt cf cmdr co
+    col colo comdr conn corp cos cpl ct dak dec dept det dr drs elec esq est etc ext feb fla fri
+    ft ga gen gov hon inc ind insp intl jan jr jul jun kan kans ky lieut lt ltd maj mar md
+    messrs mfg mich minn mlle mme mo mon mont mr mrs ms msgr mt natl nov oct plc pres prof pvt
+    rd rep rev rt sen sep sept sgt sq sr st supt sys tel thu thurs treas tue tues univ vs wed
 """
 _CAPITALISED = """
-    Ala Ariz Ark Calif Colo Conn Dak Del Fla Ga Ill Ind Kan Kans Ky La Mass Md Mich Minn Miss Mo
-    Mont Neb Nev Okla Ore Pa Penn Tenn Tex Va Vt Wash Wis Wyo Bhd
+    Ark Bhd Del Ill La Mass Miss Mo Neb Nev Okla Ore Pa Penn Tenn Tex Va Vt Wash Wis Wyo
 """
-_BEFORE_NUMBER = "no nos art fig figs pp"
+_BEFORE_NUMBER = "ca no nos art fig figs pp"
 #: Words that begin a sentence, so that the full stop after a single letter ends one.
 _STARTS = """
     The This That There It In At A An But He She They We You If However What When While Then These

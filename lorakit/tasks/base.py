@@ -152,6 +152,11 @@ class Task(ABC):
             return "loss"
         return self.main_metric(config)
 
+    def prediction_counts(self, split: Split, config: Any) -> tuple[int, ...]:
+        """How many predictions ``metrics`` takes: one a row, or another number, with its meaning
+        the task's own."""
+        return (len(split),)
+
     def metrics(
         self, predictions: Sequence[Prediction], split: Split, config: Any
     ) -> dict[str, float]:

@@ -4,25 +4,38 @@ A row as text, the loss on what follows ``text:`` and on its EOS::
 
     name[The Vaults], eatType[pub], near[Café Adriatic]
     text: The Vaults is a pub near Café Adriatic.
+
+Scores: tuetschek/e2e-metrics, but METEOR, which only its Java program with its table of paraphrases
+computes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lorakit.data.examples import Segment, TextExample
+from lorakit.data.sources import Split
 from lorakit.errors import DataError
-from lorakit.recipe.sections import TaskSection, Text
-from lorakit.tasks.base import Row, Task
+from lorakit.metrics.bleu import bleu
+from lorakit.metrics.cider import cider
+from lorakit.metrics.nist import nist
+from lorakit.metrics.rouge_l import rouge_l
+from lorakit.recipe.sections import NonNegativeInt, PositiveInt, Text
+from lorakit.tasks.base import GenerationSection, Prediction, Row, Task
 
 _SOURCE, _TARGET = "meaning_representation", "human_reference"
 
 
-class E2eNlgConfig(TaskSection):
-    """No keys of its own. ``path`` is required; the columns are ``meaning_representation`` and
-    ``human_reference``."""
+class E2eNlgConfig(GenerationSection):
+    """No keys of its own; the search is the LoRA paper's (section D.3). ``path`` is required; the
+    columns are ``meaning_representation`` and ``human_reference``."""
 
     name: Text = "e2e_nlg"
+    max_new_tokens: PositiveInt = 64
+    num_beams: PositiveInt = 10
+    length_penalty: float = 0.9
+    no_repeat_ngram_size: NonNegativeInt = 4
 
 
 class E2eNlg(Task):
@@ -43,9 +56,62 @@ class E2eNlg(Task):
     def prompt(self, row: Row, config: Any) -> TextExample:
         return TextExample((Segment(_prompt(row), trained=False),), eos=False)
 
+    def stop_texts(self, config: Any) -> tuple[str, ...]:
+        return ("\n",)  # a reference stands on one line
+
+    def main_metric(self, config: Any) -> str:
+        return "bleu"
+
+    def prediction_counts(self, split: Split, config: Any) -> tuple[int, ...]:
+        return (len(split), len(_instances(split)))
+
+    def metrics(
+        self, predictions: Sequence[Prediction], split: Split, config: Any
+    ) -> dict[str, float]:
+        """``bleu``, ``nist``, ``rouge_l`` and ``cider`` of the corpus.
+
+        The rows of one meaning representation are one instance with as many references; instances
+        stand in the order of their first rows. ``predictions`` holds one text a row, of which each
+        instance's first counts (to the same input a search gives the same text), or one an
+        instance, as the challenge's files do. Raises DataError for a prediction that is no text.
+        """
+        for number, prediction in enumerate(predictions, 1):
+            if not isinstance(prediction, str):
+                raise DataError(f"prediction {number}: {prediction!r}; allowed: text")
+        instances = _instances(split)
+        if len(predictions) == len(split):
+            predictions = [predictions[rows[0]] for rows in instances]
+        elif len(predictions) != len(instances):
+            raise DataError(
+                f"{split.source}: {len(predictions)} predictions for {len(split)} rows with "
+                f"{len(instances)} distinct inputs"
+            )
+        targets = _column(split, _TARGET)
+        references = [[targets[row] for row in rows] for rows in instances]
+        scores = {"bleu": bleu, "nist": nist, "rouge_l": rouge_l, "cider": cider}
+        return {name: score(predictions, references) for name, score in scores.items()}
+
+
+def _instances(split: Split) -> list[list[int]]:
+    """The rows of each meaning representation."""
+    rows: dict[str, list[int]] = {}
+    for index, source in enumerate(_column(split, _SOURCE)):
+        rows.setdefault(source, []).append(index)
+    return list(rows.values())
+
 
 def _prompt(row: Row) -> str:
     return f"{_text(row, _SOURCE)}\ntext:"
+
+
+def _column(split: Split, column: str) -> list[str]:
+    texts: list[str] = []
+    try:
+        for value in split.column(column):
+            texts.append(_text({column: value}, column))  # noqa: PERF401 (an error needs the row)
+    except DataError as error:
+        raise DataError(f"{split.locate(len(texts))}: {error}") from error
+    return texts
 
 
 def _text(row: Row, column: str) -> str:
