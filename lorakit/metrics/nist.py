@@ -33,7 +33,7 @@ def nist(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> flo
     for prediction, texts in zip(predictions, references, strict=True):
         tokens, others = tokenize(prediction), [tokenize(text) for text in texts]
         for n in range(_ORDER):
-            found[n] += hits(tokens, others, n + 1)
+            found[n].update(hits(tokens, others, n + 1))
             candidates[n] += len(tokens) - n
             for other in others:
                 counts.update(ngrams(other, n + 1))

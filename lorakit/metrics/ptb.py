@@ -23,15 +23,14 @@ _ENTITY = re.compile("|".join(_ENTITIES), re.IGNORECASE)
 
 #: Abbreviations that keep their full stop: in any case, only capitalised, only before a number.
 _ANY_CASE = """
-    adm al ala alex apr ariz assn asst atty aug ave bldg blvd brig bros calif capt cf cmdr co
-    col colo comdr conn corp cos cpl ct dak dec dept det dr drs elec esq est etc ext feb fla fri
-    ft ga gen gov hon inc ind insp intl jan jr jul jun kan kans ky lieut lt ltd maj mar md
-    messrs mfg mich minn mlle mme mo mon mont mr mrs ms msgr mt natl nov oct plc pres prof pvt
-    rd rep rev rt sen sep sept sgt sq sr st supt sys tel thu thurs treas tue tues univ vs wed
+    adm al ala alex apr ariz assn asst atty aug ave bhd bldg blvd brig bros calif capt cf cmdr
+    co col colo comdr conn corp cos cpl ct dak dec dept det dr drs elec esq est etc ext feb fla
+    fri ft ga gen gov hon inc ind insp intl jan jr jul jun kan kans ky lieut lt ltd maj mar md
+    messrs mfg mich minn mlle mme mo mon mont mr mrs ms msgr mt natl neb nev nov oct okla penn
+    plc pres prof pvt rd rep rev rt sen sep sept sgt sq sr st supt sys tel tenn thu thurs treas
+    tue tues univ va vs vt wed wis wyo
 """
-_CAPITALISED = """
-    Ark Bhd Del Ill La Mass Miss Mo Neb Nev Okla Ore Pa Penn Tenn Tex Va Vt Wash Wis Wyo
-"""
+_CAPITALISED = "Ark Del Ill La Mass Miss Mo Ore Pa Tex Wash"
 _BEFORE_NUMBER = "ca no nos art fig figs pp"
 #: Words that begin a sentence, so that the full stop after a single letter ends one.
 _STARTS = """
@@ -64,7 +63,7 @@ _TOKEN = re.compile(
   | [A-Z]+(?:&[A-Z]+)+
   | [A-Za-z](?=\.\s+(?:{_words(_STARTS)})(?!\S))
   | Ph\.D\.  |  (?:[A-Za-z]\.)+(?!\w*{_LETTER})
-  | (?:(?i:{_words(_ANY_CASE)})|{_words(_CAPITALISED + _CAPITALISED.upper())})\.(?!{_LETTER})
+  | (?:(?i:{_words(_ANY_CASE)})|{_words(_CAPITALISED + " " + _CAPITALISED.upper())})\.(?!{_LETTER})
   | (?i:{_words(_BEFORE_NUMBER)})\.(?=\s?[0-9])
   | {_LETTER}{_ALNUM}*(?:[.!?]{_LETTER}{_ALNUM}*)*(?:_{_ALNUM}+)*(?:{_BEFORE_PAUSE})?
   | [0-9]+{_LETTER}{_ALNUM}*(?:{_BEFORE_PAUSE})?
