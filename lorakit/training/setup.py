@@ -16,11 +16,12 @@ from lorakit.data.cache import CACHED_ROWS, EncodedCache, encoding_key
 from lorakit.data.encode import EncodedSplit, check_token_ids, encode_split, truncation_note
 from lorakit.data.sources import Split
 from lorakit.errors import DataError, UserError
+from lorakit.evaluation.prompts import encode_prompts
 from lorakit.evaluation.splits import settle
 from lorakit.injection import InjectionReport, find_heads, inject
 from lorakit.models.load import load_pretrained
 from lorakit.models.packed import check_packable
-from lorakit.models.window import check_length
+from lorakit.models.window import check_length, window
 from lorakit.recipe.sections import Recipe
 from lorakit.tasks.base import GenerationSection, Task
 
@@ -85,6 +86,9 @@ def prepare(recipe: Recipe, say: Say, write_cache: bool = True) -> Prepared:
             say(cut)
     evaluation = EvalData(validation, encoded[validation.name]) if validation is not None else None
     check_best_metric(recipe, task, evaluation)
+    if validation is not None and task.generates(config):
+        # What the final evaluation would refuse is refused before the training.
+        encode_prompts(task, config, validation, tokenizer, window(model))
 
     torch.manual_seed(recipe.train.seed)
     heads = dict.fromkeys([*find_heads(model), *loaded.new_modules])
