@@ -106,18 +106,29 @@ def encode_split(
 
 def truncation_note(encoded: EncodedSplit, name: str, max_length: int) -> str | None:
     """What ``max_length`` took from the rows, in words; None for nothing."""
-    if not encoded.truncated_rows:
+    counts = Counts(encoded.truncated_rows, encoded.cut_completions)
+    return truncation_words(counts, len(encoded), name, max_length)
+
+
+def truncation_words(counts: Counts, rows: int, name: str, max_length: int) -> str | None:
+    """The same of any rows that were counted."""
+    if not counts.truncated_rows:
         return None
-    text = f"{name}: {encoded.truncated_rows:,} of {len(encoded):,} rows cut to {max_length} tokens"
-    if encoded.cut_completions:
-        text += f"; {encoded.cut_completions:,} lost the end of what is trained, EOS included"
+    text = f"{name}: {counts.truncated_rows:,} of {rows:,} rows cut to {max_length} tokens"
+    if counts.cut_completions:
+        text += f"; {counts.cut_completions:,} lost the end of what is trained, EOS included"
     return text
 
 
 def check_token_ids(encoded: EncodedSplit, tokenizer: Any, embedding_rows: int) -> None:
     """Raise DataError if a token or the padding has an id for which the model, of
     ``embedding_rows`` embeddings, has none."""
-    largest = max(int(encoded.tokens.max()), tokenizer.pad_token_id or 0)
+    check_largest_id(int(encoded.tokens.max()), tokenizer, embedding_rows)
+
+
+def check_largest_id(largest: int, tokenizer: Any, embedding_rows: int) -> None:
+    """The same of rows whose largest id is ``largest``."""
+    largest = max(largest, tokenizer.pad_token_id or 0)
     if largest >= embedding_rows:
         raise DataError(
             f"the tokenizer does not belong to the model: the tokenizer gives id {largest}, and "

@@ -46,8 +46,7 @@ def read_rows(file: Path, limit: int | None = None) -> FileRows:
     """
     check_not_empty(file)
     if file.suffix == ".parquet":
-        rows = read_parquet(file, limit)
-        return FileRows(rows, f"{file_digest(file)}:{len(rows)}")
+        return FileRows(*read_parquet(file, limit))
     if file.suffix in (".csv", ".tsv"):
         return _read_delimited(file, limit)
     return _read_json_lines(file, limit)
@@ -56,14 +55,6 @@ def read_rows(file: Path, limit: int | None = None) -> FileRows:
 def check_not_empty(file: Path) -> None:
     if file.stat().st_size == 0:
         raise DataError(f"{file}: the file is empty")
-
-
-def file_digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as handle:
-        while chunk := handle.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def json_rows(file: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import tempfile
 from collections.abc import Iterator
@@ -15,8 +17,8 @@ from lorakit.errors import DataError
 _BATCH_ROWS = 1000
 
 
-def read_parquet(file: Path, limit: int | None = None) -> Rows:
-    """The rows, or the first ``limit``.
+def read_parquet(file: Path, limit: int | None = None) -> tuple[Rows, str]:
+    """The rows, or the first ``limit``, and a digest of them.
 
     Raises DataError if the file cannot be read, or is too large for the disk of the cache.
     """
@@ -33,7 +35,8 @@ def read_parquet(file: Path, limit: int | None = None) -> Rows:
             else:
                 table = _mapped(batches, parquet.schema_arrow)
         # The fingerprint is given because datasets would hash the whole table for one.
-        return datasets.Dataset(table, fingerprint=file.name)  # type: ignore[no-any-return]
+        rows = datasets.Dataset(table, fingerprint=file.name)
+        return rows, file_digest(file) if limit is None else _table_digest(table.table)
     except Exception as error:  # Arrow raises what its readers raise
         raise DataError(f"{file}: cannot be read: {_first_line(error)}") from error
 
@@ -79,6 +82,35 @@ def _mapped(batches: Iterator[Any], schema: Any) -> Any:
         return datasets.table.MemoryMappedTable.from_file(name)
     finally:
         Path(name).unlink()
+
+
+def file_digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as handle:
+        while chunk := handle.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+class _Digest(io.RawIOBase):
+    def __init__(self) -> None:
+        self.value = hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.value.update(data)
+        return len(data)
+
+
+def _table_digest(table: Any) -> str:
+    import pyarrow
+
+    digest = _Digest()
+    with pyarrow.ipc.new_stream(pyarrow.PythonFile(digest, "w"), table.schema) as writer:
+        writer.write_table(table)
+    return digest.value.hexdigest()
 
 
 def _first_line(error: Exception) -> str:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorakit.data.files import SUFFIXES, FileRows, file_digest, read_rows
+from lorakit.data.files import SUFFIXES, FileRows, read_rows
+from lorakit.data.parquet import file_digest
 from lorakit.data.rows import JoinedRows, Rows, column_names
 from lorakit.errors import DataError
 
@@ -121,7 +122,7 @@ def split_files(path: PathOption, split: str) -> list[Path]:
     return named
 
 
-def _names(split: str) -> tuple[str, ...]:
+def split_names(split: str) -> tuple[str, ...]:
     """What the split may be called, whichever of its names it is asked for by."""
     return next((names for names in ALIASES.values() if split in names), (split,))
 
@@ -131,18 +132,22 @@ def _mapped(path: dict[str, str], split: str) -> list[Path]:
     for key in path:
         if key not in known:
             raise DataError(f"task.path: unknown split {key!r}; allowed: {', '.join(known)}")
-    keys = [name for name in _names(split) if name in path]
+    keys = [name for name in split_names(split) if name in path]
     if len(keys) > 1:
-        raise DataError(f"task.path: {' and '.join(keys)} both name the split {_names(split)[0]!r}")
+        raise DataError(
+            f"task.path: {' and '.join(keys)} both name the split {split_names(split)[0]!r}"
+        )
     return [Path(path[key]) for key in keys]
 
 
 def _in_directory(folder: Path, split: str) -> list[Path]:
-    candidates = [folder / f"{name}{suffix}" for name in _names(split) for suffix in SUFFIXES]
+    candidates = [folder / f"{name}{suffix}" for name in split_names(split) for suffix in SUFFIXES]
     files = [file for file in candidates if file.is_file()]
     if len(files) > 1:
         names = " and ".join(file.name for file in files)
-        raise DataError(f"{folder}: {names} both name the split {_names(split)[0]!r}; keep one")
+        raise DataError(
+            f"{folder}: {names} both name the split {split_names(split)[0]!r}; keep one"
+        )
     return files
 
 
@@ -202,12 +207,8 @@ def _load_hub(hub: tuple[str, str | None] | None, split: str, limit: int | None)
         # All splits at once: unlike a list of their names, this is served from the cache offline.
         splits = datasets.load_dataset(*hub)
     except Exception as error:  # offline, gated or missing: each comes as another type
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"task: the Hub data set {name!r} cannot be loaded: {reason}; "
-            "give a local copy as task.path, or check the network and HF_HUB_OFFLINE"
-        ) from error
-    found = next((known for known in _names(split) if known in splits), None)
+        raise hub_failure(name, error) from error
+    found = next((known for known in split_names(split) if known in splits), None)
     if found is None:
         return None
     rows = splits[found]
@@ -216,3 +217,11 @@ def _load_hub(hub: tuple[str, str | None] | None, split: str, limit: int | None)
         rows = rows.select(range(min(limit, len(rows))))
         fingerprint = f"{fingerprint}:{len(rows)}"
     return Split(split, rows, f"{name} ({split})", fingerprint)
+
+
+def hub_failure(name: str, error: Exception) -> DataError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return DataError(
+        f"task: the Hub data set {name!r} cannot be loaded: {reason}; "
+        "give a local copy as task.path, or check the network and HF_HUB_OFFLINE"
+    )

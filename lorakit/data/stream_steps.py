@@ -1,0 +1,176 @@
+"""A stream's rows -> steps: shuffled in a buffer, and tokenised as they come."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import chain, count, islice
+from typing import Any
+
+import numpy as np
+
+from lorakit.data.arrays import Counts
+from lorakit.data.encode import EncodedRow, check_largest_id
+from lorakit.data.examples import Example
+from lorakit.data.plan import Bin, Step
+from lorakit.data.stream import Located, Stream
+from lorakit.data.tokens import Tokens, encode_rows
+from lorakit.errors import DataError
+
+#: So many steps' worth of rows are tokenised at once, and sorted by length among themselves.
+_STEPS_PER_WINDOW = 50
+#: Fewer do not fill bins well.
+_PACKED_ROWS = 1000
+
+
+@dataclass(frozen=True)
+class StreamEncoder:
+    """What makes tokens of a row; ``embedding_rows`` are the model's."""
+
+    to_example: Callable[[Mapping[str, Any]], Example]
+    tokenizer: Any
+    max_length: int
+    embedding_rows: int
+
+    def encode(self, rows: Sequence[Located]) -> tuple[list[EncodedRow], Counts]:
+        """Raises DataError with file and row as ``encode_split`` does."""
+        tokens, labels = encode_rows(
+            [located.row for located in rows],
+            lambda index: str(rows[index]),
+            self.to_example,
+            self.tokenizer,
+            self.max_length,
+        )
+        largest = max(max(row.ids, default=0) for row in tokens)
+        check_largest_id(largest, self.tokenizer, self.embedding_rows)
+        encoded = [_row(row, labels[index] if labels else None) for index, row in enumerate(tokens)]
+        counts = Counts(sum(row.truncated for row in tokens), sum(row.cut for row in tokens))
+        return encoded, counts
+
+
+def _row(row: Tokens, label: int | float | None) -> EncodedRow:
+    types = None if row.types is None else np.asarray(row.types, np.int8)
+    ids, trained = np.asarray(row.ids, np.int32), np.asarray(row.trained, np.bool_)
+    return EncodedRow(ids, trained, types, label)
+
+
+@dataclass
+class StreamSteps:
+    """The steps of a stream without end: after its last row it begins anew, in another order.
+
+    The order is a function of the rows, ``seed`` and the sizes alone. ``bins`` packs the rows of a
+    window; without it each row is a unit of its own, ``group_by_length`` puts rows of like length
+    into a step, and rows that a jump passes over are read and not tokenised. ``rows`` and
+    ``counts`` are of the windows begun.
+    """
+
+    stream: Stream
+    encoder: StreamEncoder
+    per_device_batch_size: int
+    gradient_accumulation_steps: int
+    seed: int
+    buffer_rows: int
+    group_by_length: bool
+    bins: Callable[[list[EncodedRow]], list[Bin]] | None = None
+    steps_per_epoch: None = field(default=None, init=False)
+    rows: int = field(default=0, init=False)
+    counts: Counts = field(default_factory=Counts, init=False)
+
+    def __post_init__(self) -> None:
+        # The reader's own: a tokenizer that two threads use at once fails.
+        tokenizer = copy.deepcopy(self.encoder.tokenizer)
+        self._encoder = replace(self.encoder, tokenizer=tokenizer)
+        self._next = 0
+        self._source = shuffled(self.stream, self.seed, self.buffer_rows)
+        self._steps: Iterator[list[Bin]] | None = None
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="lorakit-stream")
+
+    @property
+    def units_per_step(self) -> int:
+        return self.per_device_batch_size * self.gradient_accumulation_steps
+
+    def step(self, number: int) -> Step:
+        """The step ``number``, which may not be before one that was handed out.
+
+        Raises DataError with file and row for one that cannot be read or trained on.
+        """
+        assert number >= self._next, "a stream is not read backwards"
+        if self._steps is None:
+            self._steps = self._windows(self._skip(number))
+        while self._next <= number:
+            bins = next(self._steps)
+            self._next += 1
+        size = self.per_device_batch_size
+        return Step([bins[i : i + size] for i in range(0, len(bins), size)])
+
+    def _skip(self, number: int) -> int:
+        """Pass over the whole windows before step ``number``: how many there were."""
+        if self.bins is not None:
+            return 0
+        windows = number // _STEPS_PER_WINDOW
+        rows = windows * _STEPS_PER_WINDOW * self.units_per_step
+        next(islice(self._source, rows, rows), None)
+        self._next = windows * _STEPS_PER_WINDOW
+        return windows
+
+    def _windows(self, first: int) -> Iterator[list[Bin]]:
+        """The steps one after another. The next window is made while the last one is trained on."""
+        ahead = self._reader.submit(self._read)
+        left: list[Bin] = []
+        for number in count(first):
+            rows, counts = ahead.result()
+            ahead = self._reader.submit(self._read)
+            self.rows += len(rows)
+            self.counts.truncated_rows += counts.truncated_rows
+            self.counts.cut_completions += counts.cut_completions
+            units = left + (self.bins(rows) if self.bins else [[row] for row in rows])
+            size = self.units_per_step
+            whole = len(units) // size * size
+            left = units[whole:]
+            yield from self._ordered(units[:whole], number)
+
+    def _read(self) -> tuple[list[EncodedRow], Counts]:
+        rows = _STEPS_PER_WINDOW * self.units_per_step
+        if self.bins is not None:
+            rows = max(rows, _PACKED_ROWS)
+        return self._encoder.encode(list(islice(self._source, rows)))
+
+    def _ordered(self, units: list[Bin], window: int) -> list[list[Bin]]:
+        """The steps of a window; with ``group_by_length`` each of like lengths, in random order."""
+        size = self.units_per_step
+        grouped = self.group_by_length and self.bins is None
+        if grouped:
+            units = sorted(units, key=lambda unit: -len(unit[0].input_ids))
+        steps = [units[start : start + size] for start in range(0, len(units), size)]
+        if grouped:
+            order = np.random.default_rng((self.seed, window, 1)).permutation(len(steps))
+            steps = [steps[index] for index in order]
+        return steps
+
+
+def shuffled(stream: Stream, seed: int, buffer_rows: int) -> Iterator[Located]:
+    """The rows without end. Of ``buffer_rows`` rows a random one is next, and the row read next
+    takes its place; each pass over the stream is shuffled anew.
+
+    Raises DataError if a pass has no rows.
+    """
+    return chain.from_iterable(
+        _one_pass(stream, np.random.default_rng((seed, number)), buffer_rows) for number in count()
+    )
+
+
+def _one_pass(
+    stream: Stream, generator: np.random.Generator, buffer_rows: int
+) -> Iterator[Located]:
+    rows = stream.read()
+    buffer = list(islice(rows, buffer_rows))
+    if not buffer:
+        raise DataError(f"{stream.head.source}: the split {stream.head.name!r} is empty")
+    for row in rows:
+        place = int(generator.integers(len(buffer)))
+        yield buffer[place]
+        buffer[place] = row
+    for place in generator.permutation(len(buffer)):
+        yield buffer[int(place)]
