@@ -79,7 +79,7 @@ def check_sections(
     if task is not None:
         faults += _packing(task, task_kind)
     if task is not None and train is not None:
-        faults += _token_budget(task, train)
+        faults += [*_token_budget(task, train), *_streaming(task, train)]
     if train is not None:
         faults += _one_of(train, "epochs", "max_steps")
         if task is None or not registry.is_own_task(str(getattr(task, "name", ""))):
@@ -164,6 +164,17 @@ def _token_budget(task: TaskSection, train: TrainSection) -> Iterator[Fault]:
     elif budget is not None and not train.group_by_length and not task.packing:
         message = "train.max_tokens_per_batch makes batches of like lengths"
         yield Fault(("train", "group_by_length"), message, False, True, "true")
+
+
+def _streaming(task: TaskSection, train: TrainSection) -> Iterator[Fault]:
+    if not task.streaming:
+        return
+    if train.max_steps is None:
+        message = "task.streaming reads rows whose number nobody knows: how long, in steps"
+        yield Fault(("train", "max_steps"), message, None, True, "a number, in place of epochs")
+    if train.max_tokens_per_batch is not None and not task.packing:
+        path, message = ("train", "max_tokens_per_batch"), "task.streaming makes batches of rows"
+        yield Fault(path, message, train.max_tokens_per_batch, True, "null")
 
 
 def _one_of(train: TrainSection, first: str, second: str) -> Iterator[Fault]:

@@ -73,7 +73,9 @@ class AdapterSection(Section):
 class TaskSection(Section):
     """``task``: what every task has; a task's own keys stand in its file.
 
-    ``max_length`` is in tokens; ``limit_train`` and ``limit_eval`` keep the first N rows.
+    ``max_length`` is in tokens; ``limit_train`` and ``limit_eval`` keep the first N rows. With
+    ``streaming`` the train split is read while it is trained on, neither held nor written, and
+    shuffled in a buffer of ``shuffle_buffer_rows``.
     """
 
     name: Text
@@ -82,6 +84,8 @@ class TaskSection(Section):
     limit_train: PositiveInt | None = None
     limit_eval: PositiveInt | None = None
     packing: bool = False
+    streaming: bool = False
+    shuffle_buffer_rows: PositiveInt = 10_000
 
 
 class TrainSection(Section):
