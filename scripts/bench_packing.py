@@ -1,0 +1,147 @@
+"""Packed against padded batches on a recipe's rows: tokens a second, and the same losses.
+
+    python scripts/bench_packing.py RECIPE [--rows-per-step 104] [--steps 30] [--set key.path=value]
+
+The contestants train the recipe's adapter on batches of about as many rows: ``mixed`` pads rows
+in random order, ``grouped`` pads rows of like length (lorakit's default), ``tokens`` makes batches
+by a token budget, the last two fill bins of ``task.max_length`` tokens: with a block mask and,
+where the machine has it, with ``varlen_attn``. Tokens are those of the rows, without padding.
+Before that each takes the loss of the same rows at the start of training, in the recipe's
+precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import Any
+
+import torch
+
+import lorakit
+from lorakit.data.plan import Bin
+from lorakit.models import packed
+from lorakit.recipe.sections import Recipe
+from lorakit.training import build
+from lorakit.training.batching import build_batching
+from lorakit.training.setup import Prepared, prepare
+from lorakit.training.signals import StopRequest
+
+WARM_STEPS = 5
+LOSS_ROWS = 512
+
+
+def main() -> None:
+    arguments = parse()
+    recipe = lorakit.load_recipe(arguments.recipe, arguments.overrides)
+    rows, length = arguments.rows_per_step, recipe.task.max_length
+    cases: dict[str, dict[str, Any]] = {
+        "mixed": {"train.per_device_batch_size": rows, "train.group_by_length": False},
+        "grouped": {"train.per_device_batch_size": rows},
+        "tokens": {"train.max_tokens_per_batch": max(length, rows * arguments.mean_tokens)},
+        "block mask": {"task.packing": True},
+    }
+    if torch.cuda.is_available():
+        cases["varlen_attn"] = {"task.packing": True}
+    results = {name: measure(arguments, name, changes) for name, changes in cases.items()}
+    first = results["mixed"]
+    for name, found in results.items():
+        found["ratio"] = found["tokens_per_second"] / first["tokens_per_second"]
+        print(
+            f"{name:>12}: {found['tokens_per_second']:>10,.0f} tokens/s ({found['ratio']:.2f}), "
+            f"{found['step_ms']:.1f} ms a step, {found['filled']:.1%} of a batch are tokens, "
+            f"loss {found['loss']:.6f}, peak {found['peak_gib']:.2f} GiB"
+        )
+    if arguments.json:
+        print(json.dumps(results))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipe")
+    parser.add_argument("--rows-per-step", type=int, default=104)
+    parser.add_argument("--mean-tokens", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--set", dest="overrides", action="append", default=[])
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args()
+
+
+def measure(arguments: argparse.Namespace, name: str, changes: dict[str, Any]) -> dict[str, Any]:
+    length = lorakit.load_recipe(arguments.recipe, arguments.overrides).task.max_length
+    if "task.packing" in changes:
+        bins = round(arguments.rows_per_step * arguments.mean_tokens / length)
+        changes = changes | {"train.per_device_batch_size": max(1, bins)}
+    texts = [*arguments.overrides, *(f"{key}={json.dumps(v)}" for key, v in changes.items())]
+    recipe = lorakit.load_recipe(arguments.recipe, texts)
+    own = build.use_varlen
+    build.use_varlen = packed.use_varlen if name == "varlen_attn" else lambda model: False
+    try:
+        prepared, loop = built(recipe)
+    finally:
+        build.use_varlen = own
+    loss = loss_of_rows(prepared, loop, recipe.task.packing)
+    loop.objective.train()
+    padded = tokens = 0
+    for step in range(WARM_STEPS + arguments.steps):
+        if step == WARM_STEPS:
+            synchronise()
+            began = time.perf_counter()
+        loop._train_step()
+    synchronise()
+    seconds = time.perf_counter() - began
+    for step in range(WARM_STEPS, WARM_STEPS + arguments.steps):
+        taken = loop.steps.step(step)
+        tokens += taken.tokens
+        padded += sum(loop.collate(batch)["input_ids"].numel() for batch in taken.micro_batches)
+    return {
+        "tokens_per_second": tokens / seconds,
+        "step_ms": 1e3 * seconds / arguments.steps,
+        "filled": tokens / padded,
+        "loss": loss,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0,
+    }
+
+
+def built(recipe: Recipe) -> tuple[Prepared, Any]:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    prepared = prepare(recipe, lambda text: None)
+    accelerator = build.build_accelerator(recipe)
+    steps = build_batching(prepared, accelerator.device).steps
+    schedule = build.build_schedule(recipe, steps)
+    recorder: Any = None
+    return prepared, build.build_loop(
+        prepared, accelerator, steps, schedule, recorder, StopRequest()
+    )
+
+
+@torch.no_grad()
+def loss_of_rows(prepared: Prepared, loop: Any, packing: bool) -> float:
+    """The mean over the trained tokens of the first rows."""
+    rows = [prepared.train[i] for i in range(min(LOSS_ROWS, len(prepared.train)))]
+    bins: list[Bin] = []
+    for row in rows:
+        room = prepared.recipe.task.max_length - sum(len(r.input_ids) for r in (bins or [[]])[-1])
+        if packing and bins and len(row.input_ids) <= room:
+            bins[-1].append(row)
+        else:
+            bins.append([row])
+    loop.objective.eval()
+    total = 0.0
+    for start in range(0, len(bins), 16):
+        batch = loop.collate(bins[start : start + 16])
+        on_device = {key: value.to(loop.accelerator.device) for key, value in batch.items()}
+        total += float(loop.objective(on_device))
+    return total / sum(int(row.trained[1:].sum()) for row in rows)
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
