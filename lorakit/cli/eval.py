@@ -134,10 +134,7 @@ def _measure(
 
     task = registry.task(recipe.task.name)
     if save_predictions is not None and not (task.kind == "encoder" or task.generates(recipe.task)):
-        raise UserError(
-            f"--save-predictions: task.name = {recipe.task.name!r} is measured by its loss, "
-            "without predictions"
-        )
+        raise _without_predictions(recipe.task.name)
 
     from lorakit.api import evaluate_split
     from lorakit.evaluation.predictions import prediction_lines
@@ -148,8 +145,17 @@ def _measure(
             on_progress=report if is_main() else None, say=say if is_main() else _silent,
         )  # fmt: skip
     if save_predictions is not None and is_main():
+        if not found.predictions:  # what "auto" chose generates nothing
+            raise _without_predictions(found.task)
         write_text(save_predictions, prediction_lines(found.predictions))
     return _result(found.task, found.split, found.examples, found.metrics)
+
+
+def _without_predictions(name: str) -> UserError:
+    return UserError(
+        f"--save-predictions: task.name = {name!r} is measured by its loss, without predictions, "
+        "unless it can generate and task.eval_generate is end or always"
+    )
 
 
 def _silent(_text: str) -> None:
