@@ -114,7 +114,7 @@ def _read_prediction(prediction: Prediction, header: Sequence[str], number: int)
         if isinstance(prediction, str):
             return parse(prediction, header)
         if isinstance(prediction, dict) and prediction.keys() & {"query", "error"}:
-            return None if prediction.get("error") else Query.from_json(prediction.get("query"))
+            return None if prediction.get("error") else Query.predicted(prediction.get("query"))
     except QueryError:
         return None
     raise DataError(

@@ -50,7 +50,8 @@ class Database:
 
     def execute(self, table_id: str, query: Query) -> list[Any]:
         """The result column, in the rows' order. Raises whatever the query makes go wrong."""
-        table = f"table_{table_id.replace('-', '_')}"
+        prefixed = table_id.startswith("table")
+        table = table_id if prefixed else f"table_{table_id.replace('-', '_')}"
         types = self._column_types(table)
         column = f"col{query.sel}"
         if aggregation := AGGREGATIONS[query.agg]:
@@ -83,19 +84,20 @@ class Database:
                 raise LookupError(f"no table {table}")
             columns = _SCHEMA.findall(found[0].replace("\n", ""))[0].split(",")
             pairs = [column.split() for column in columns]
-            self._types[table] = {name: kind.lower() for name, kind in pairs}
+            self._types[table] = dict(pairs)
         return self._types[table]
 
 
-def bound_value(value: str | int | float, kind: str) -> str | int | float:
+def bound_value(value: Any, kind: str) -> Any:
     """The value as SQLite compares it with a column of type ``kind``.
 
-    Raises IndexError if the column is real and the text holds no number.
+    Raises whatever a text without a number, or what is neither text nor number, makes go wrong if
+    the column is ``real``.
     """
     if isinstance(value, str):
         value = value.lower()
-        if kind == "real":
-            return _real(value)
+    if kind == "real" and not isinstance(value, (int, float)):
+        return _real(value)
     return value
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 AGGREGATIONS = ("", "MAX", "MIN", "COUNT", "SUM", "AVG")
 OPERATORS = ("=", ">", "<", "OP")
+
+_DIGITS = re.compile(r"[0-9]+")
 
 Value = str | int | float
 Condition = tuple[int, int, Value]
@@ -43,18 +46,41 @@ class Query:
             _index(data["sel"], "sel"), _index(data["agg"], "agg"), tuple(map(_condition, conds))
         )
 
+    @classmethod
+    def predicted(cls, data: Any) -> Query:
+        """Read a prediction as leniently as the official evaluator: an index may be anything, as
+        long as the logical form compares (1.0 and true equal 1) and the query executes
+        (column "1" does), and so may a value.
+
+        Raises QueryError for what has not these keys, a condition that is not of three parts, and
+        text that would stand in the SQL without being a column's number.
+        """
+        try:
+            sel, agg, conds = data["sel"], data["agg"], list(data["conds"])
+            triples = tuple((column, operator, value) for column, operator, value in conds)
+        except (KeyError, TypeError, ValueError) as error:
+            raise QueryError(f"not a query: {data!r}") from error
+        for column in (sel, *(column for column, _, _ in triples)):
+            if isinstance(column, str) and not _DIGITS.fullmatch(column):
+                raise QueryError(f"a column is an index, not {column!r}")
+        return cls(sel, agg, triples)
+
     def to_json(self) -> dict[str, Any]:
         """The official form, ``{"sel", "agg", "conds": [[column, operator, value], ...]}``."""
         return {"sel": self.sel, "agg": self.agg, "conds": [list(cond) for cond in self.conds]}
 
     def matches(self, other: Query) -> bool:
         """Equality of logical forms: the conditions compare as a set of
-        (column, operator, str(value).lower()), so their order and repeats do not count."""
-        return (self.sel, self.agg, self._condition_set()) == (
-            other.sel,
-            other.agg,
-            other._condition_set(),
-        )
+        (column, operator, str(value).lower()), so their order and repeats do not count. What
+        cannot stand in a set is equal to nothing."""
+        try:
+            return (self.sel, self.agg, self._condition_set()) == (
+                other.sel,
+                other.agg,
+                other._condition_set(),
+            )
+        except TypeError:
+            return False
 
     def _condition_set(self) -> set[tuple[int, int, str]]:
         return {(column, operator, str(value).lower()) for column, operator, value in self.conds}
