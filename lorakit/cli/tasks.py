@@ -14,8 +14,12 @@ def tasks(
 ) -> None:
     """List the tasks that task.name may name.
 
+    It may also name a file of your own, ./FILE.py:CLASS or ./FILE.yaml: see docs/own-task.md.
+
     Example: lorakit tasks --json
     """
     from lorakit import registry
 
     print_names({name: task.summary for name, task in registry.tasks().items()}, as_json)
+    if not as_json:
+        typer.echo("or a file of your own: ./FILE.py:CLASS, ./FILE.yaml", err=True)

@@ -55,6 +55,12 @@ class Auto(FormattedTask):
     def chosen(self, config: Any, split: Split) -> tuple[Task, Any]:
         return self._delegate(split.columns, config)
 
+    def generates(self, config: Any, final: bool = True) -> bool:
+        """Whether the task that the rows choose may."""
+        if config.eval_generate is None:
+            return final
+        return super().generates(config, final)
+
     def example(self, row: Row, config: Any) -> Example:
         task, own = self._delegate(tuple(row), config)
         return task.example(row, own)

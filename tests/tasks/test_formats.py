@@ -71,6 +71,13 @@ def test_auto_chooses_and_says(shape: str, tmp_path: Path) -> None:
         assert chosen.prompt(row, own) == task.prompt(row, config)
 
 
+def test_auto_may_generate_until_it_has_chosen() -> None:
+    task = registry.task("auto")
+    assert task.generates(task.Config())
+    assert not task.generates(task.Config(), final=False)
+    assert not task.generates(task.Config(eval_generate="never"))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_task_says_what_it_recognised_and_not_what_it_was_told(
     shape: str, tmp_path: Path

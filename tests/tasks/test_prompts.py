@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,12 @@ CASES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]] | str]] = {
     "sql as pairs": ("completion", {}, "wikisql/mlx_lora_text"),
     "auto chat": ("auto", {}, [{"conversations": TURNS}]),
     "auto completion": ("auto", {}, PAIRS),
-    "wikisql": ("wikisql", {}, "wikisql"),
+    "wikisql": ("wikisql", {}, "wikisql/mini/mini.jsonl"),
     "e2e": ("e2e_nlg", {}, "e2e_nlg"),
 }
+
+
+tokenizer_of = cache(AutoTokenizer.from_pretrained)
 
 
 def test_every_causal_task_is_here() -> None:
@@ -75,7 +79,7 @@ def test_prompts_begin_what_is_learnt(
     name, keys, rows = CASES[case]
     task = registry.task(name)
     assert not isinstance(rows, str)
-    tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue(model))
+    tokenizer = tokenizer_of(request.getfixturevalue(model))
     for row in rows:
         check(
             task,
@@ -93,4 +97,4 @@ def test_prompts_of_real_rows(case: str, data_dir: Path, smollm2: Path) -> None:
     where: Any = {"train": str(source)} if source.is_file() else str(source)
     config = task.Config(path=where, limit_train=40, max_length=4096)
     split = task.load(config, "train")
-    check(task, config, split, AutoTokenizer.from_pretrained(smollm2))
+    check(task, config, split, tokenizer_of(smollm2))
