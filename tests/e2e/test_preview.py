@@ -5,6 +5,7 @@ import os
 import pty
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +120,11 @@ def in_terminal(monkeypatch: pytest.MonkeyPatch, *arguments: str, **extra: str) 
             patch.setenv(name, value)
         patch.setattr(sys, "stdout", stdout)
         assert run(["preview", *arguments]) == 0
-        stdout.flush()
-        text = os.read(ours, 1 << 16)
-    os.close(ours)
-    return text.decode().replace("\r\n", "\n")
+    parts = []
+    with suppress(OSError), os.fdopen(ours, "rb", buffering=0) as read:  # Linux ends with an error
+        while part := read.read(1 << 16):
+            parts.append(part)
+    return b"".join(parts).decode().replace("\r\n", "\n")
 
 
 def test_colours_on_a_terminal(completion: str, monkeypatch: pytest.MonkeyPatch) -> None:
