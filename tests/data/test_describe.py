@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lorakit.data.describe import DescribedRow, describe_row, summarise
 from lorakit.data.encode import encode_split
@@ -85,6 +86,26 @@ def test_word_pieces_keep_their_spaces(minilm: Path) -> None:
     assert [piece.text for piece in row.pieces] == [
         "[CLS]", " unaffable pythonistas", " snowboarded tokenization"]  # fmt: skip
     assert any(token.startswith("##") for token in row.tokens)
+
+
+def test_bytes_where_a_vocabulary_lacks_a_character(tmp_path: Path) -> None:
+    """As Llama 2's: words begin with a mark, unknown characters are bytes, the first space goes."""
+    names = ["<s>", "</s>", "<unk>", "▁", *"abcdefgh", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, merges=[],
+                                   unk_token="<unk>", byte_fallback=True))  # fmt: skip
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ])  # fmt: skip
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(tmp_path)
+    row = described(tmp_path, {"p": "日本 abc", "c": "🚀 def ಠ"}, pair)
+    assert [(piece.text, piece.trained) for piece in row.pieces] == [
+        ("日本 abc", False), (" 🚀 def ಠ", True), ("</s>", True)]  # fmt: skip
 
 
 def test_where_a_row_stands(tiny_llama: Path, tmp_path: Path) -> None:
