@@ -1,0 +1,270 @@
+"""Tokens are read again only where nothing that they follow from has changed."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from lorakit.data import arrays, cache, shards
+from lorakit.data.cache import CACHED_ROWS, EncodedCache, encoding_key
+from lorakit.data.encode import EncodedSplit, encode_split
+from lorakit.data.examples import ClassificationExample, Segment, TextExample
+from lorakit.data.sources import Split, load_split
+from lorakit.errors import DataError
+
+ROWS = [{"prompt": f"{n} is", "completion": " " + "x" * (n % 17)} for n in range(CACHED_ROWS)]
+
+
+@pytest.fixture
+def tokenizer(tiny_llama: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_llama)
+
+
+def split_of(rows: list[dict[str, Any]] = ROWS, fingerprint: str = "0") -> Split:
+    return Split("train", rows, "rows.jsonl", fingerprint)
+
+
+def example(row: Any) -> TextExample:
+    return TextExample((Segment(row["prompt"], False), Segment(row["completion"], True)))
+
+
+def labelled(row: Any) -> ClassificationExample:
+    return ClassificationExample(row["prompt"], row["completion"], len(row["completion"]))
+
+
+def scored(row: Any) -> ClassificationExample:
+    return ClassificationExample(row["prompt"], None, len(row["completion"]) / 3)
+
+
+class Cached:
+    """``encode_split`` with a cache in ``folder``, and what was said."""
+
+    def __init__(self, folder: Path, tokenizer: Any) -> None:
+        self.folder, self.tokenizer = folder, tokenizer
+        self.said: list[str] = []
+
+    def encode(
+        self,
+        split: Split | None = None,
+        to_example: Callable[[Any], Any] = example,
+        max_length: int = 15,
+        extra: bytes = b"",
+        write: bool = True,
+        **config: Any,
+    ) -> EncodedSplit:
+        key = encoding_key(self.tokenizer, {"max_length": max_length, **config}, extra)
+        assert key is not None
+        kept = EncodedCache(key, self.said.append, write, self.folder)
+        return encode_split(split or split_of(), to_example, self.tokenizer, max_length, cache=kept)
+
+    def hit(self, *given: Any, **options: Any) -> bool:
+        self.said.clear()
+        self.encode(*given, **options)
+        return "read from the cache" in self.said[0]
+
+    @property
+    def entries(self) -> list[Path]:
+        return sorted(self.folder.iterdir()) if self.folder.exists() else []
+
+
+@pytest.fixture
+def cached(tmp_path: Path, tokenizer: Any) -> Cached:
+    return Cached(tmp_path / "tokens", tokenizer)
+
+
+def assert_equal(a: EncodedSplit, b: EncodedSplit) -> None:
+    for name in ("tokens", "trained", "offsets", "token_type_ids"):
+        first, second = getattr(a, name), getattr(b, name)
+        np.testing.assert_array_equal(first, second)
+        assert (first is None) or first.dtype == second.dtype
+    assert a.labels == b.labels
+    assert [type(label) for label in a.labels or ()] == [type(label) for label in b.labels or ()]
+    assert (a.truncated_rows, a.cut_completions) == (b.truncated_rows, b.cut_completions)
+
+
+def test_what_is_read_is_what_was_made(cached: Cached, tokenizer: Any) -> None:
+    plain = encode_split(split_of(), example, tokenizer, 15)
+    assert plain.truncated_rows > plain.cut_completions > 0
+    assert_equal(cached.encode(), plain)
+    assert cached.said[0].startswith("train: 2,000 rows tokenised in ")
+    assert_equal(cached.encode(), plain)
+    assert cached.said[1:] == [f"train: 2,000 rows read from the cache {cached.folder}"]
+    assert plain.trained_counts.tolist() == [int(row.trained[1:].sum()) for row in rows_of(plain)]
+
+
+def rows_of(split: EncodedSplit) -> list[Any]:
+    return [split[index] for index in range(len(split))]
+
+
+@pytest.mark.parametrize("to_example", [labelled, scored])
+def test_labels_and_types(tmp_path: Path, tiny_bert: Path, to_example: Any) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    plain = encode_split(split_of(), to_example, tokenizer, 15)
+    cached = Cached(tmp_path, tokenizer)
+    for _ in range(2):
+        assert_equal(cached.encode(to_example=to_example), plain)
+    assert "read" in cached.said[-1]
+
+
+def test_each_thing_that_tokens_follow_from_misses(
+    cached: Cached, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not cached.hit()
+    assert cached.hit()
+    assert not cached.hit(split_of(fingerprint="1"))
+    assert not cached.hit(max_length=16)
+    assert not cached.hit(extra=b"another file")
+    assert not cached.hit(template="{x}")
+    monkeypatch.setattr(cache, "_code_digest", lambda: "other code")
+    assert not cached.hit()
+    monkeypatch.undo()
+    assert cached.hit()
+
+
+def test_another_tokenizer_or_template_misses(cached: Cached) -> None:
+    assert not cached.hit()
+    cached.tokenizer.chat_template = "{{ messages }}"
+    assert not cached.hit()
+    cached.tokenizer.add_tokens(["xx"])
+    assert not cached.hit()
+    cached.tokenizer.eos_token = "<s>"
+    assert not cached.hit()
+    assert cached.hit()
+
+
+def test_what_a_tokenizer_was_last_used_for_does_not_miss(cached: Cached) -> None:
+    assert not cached.hit()
+    cached.tokenizer.pad_token = cached.tokenizer.eos_token
+    key = encoding_key(cached.tokenizer, {})
+    cached.tokenizer(["a", "bbb"], truncation=True, max_length=2, padding=True)
+    assert encoding_key(cached.tokenizer, {}) == key
+
+
+def test_data_and_limit_miss(cached: Cached, tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+
+    def loaded(rows: list[Any], limit: int | None = None) -> Split:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found = load_split(str(file), "train", limit=limit)
+        assert found is not None
+        return found
+
+    more = [*ROWS, *ROWS[:1]]
+    assert not cached.hit(loaded(more))
+    assert not cached.hit(loaded([*ROWS, {"prompt": "a", "completion": " b"}]))
+    assert not cached.hit(loaded(more, limit=CACHED_ROWS))
+    assert cached.hit(loaded(more))
+
+
+def test_few_rows_are_not_kept(cached: Cached) -> None:
+    cached.encode(split_of(ROWS[:-1]))
+    assert cached.said == cached.entries == []
+
+
+def test_without_write_entries_are_only_read(cached: Cached) -> None:
+    assert not cached.hit(write=False)
+    assert cached.entries == []
+    assert not cached.hit()
+    assert cached.hit(write=False)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[:100],
+        lambda data: data[:-1],
+        lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
+        lambda data: b"\xff" * 8 + data[8:],
+        lambda data: data[:8] + b"[" + data[9:],
+    ],
+    ids=["empty", "short", "cut", "flipped", "header size", "header"],
+)
+def test_a_broken_entry_is_made_again(cached: Cached, damage: Callable[[bytes], bytes]) -> None:
+    plain = cached.encode()
+    (entry,) = cached.entries
+    broken = entry.with_suffix(".broken")
+    broken.write_bytes(damage(entry.read_bytes()))
+    broken.rename(entry)  # ``plain`` still maps the whole one
+    cached.said.clear()
+    assert_equal(cached.encode(), plain)
+    assert cached.said[0].startswith(f"{entry}: the cache entry is broken (")
+    assert cached.hit()
+
+
+def test_an_entry_may_be_deleted_while_it_is_used(cached: Cached) -> None:
+    cached.encode()
+    found = cached.encode()
+    cached.entries[0].unlink()
+    assert_equal(found, cached.encode())
+
+
+def test_a_cache_that_cannot_be_written_is_said_once(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "file").write_text("")
+    said: list[str] = []
+    kept = EncodedCache("key", said.append, directory=tmp_path / "file" / "tokens")
+    kept.read = lambda split: None  # type: ignore[method-assign]
+    plain = encode_split(split_of(), example, tokenizer, 15)
+    for _ in range(2):
+        assert_equal(encode_split(split_of(), example, tokenizer, 15, cache=kept), plain)
+    assert [text for text in said if "cannot be written" in text] == [
+        f"the cache {tmp_path}/file/tokens cannot be written (Not a directory): the next run "
+        "tokenises again; LORAKIT_CACHE names another directory"
+    ]
+
+
+def test_a_full_disk_is_one_clear_line(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "MANY_ROWS", 1000)
+    monkeypatch.setattr(arrays, "scratch_file", lambda: Path("/dev/full").open("wb", buffering=0))
+    for processes in (1, 2):
+        monkeypatch.setattr(shards, "_processes", lambda rows, n=processes: n)
+        expected = r"^no room for the tokens of rows\.jsonl on .*No space left.*LORAKIT_CACHE"
+        with pytest.raises(DataError, match=expected):
+            encode_split(split_of(), example, tokenizer, 15)
+
+
+def test_a_killed_writer_leaves_no_entry(
+    cached: Cached, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the first byte and the rename; the next writer sweeps."""
+
+    def stuck(parts: Any, file: Any) -> None:
+        arrays.write_arrays(parts, file)
+        time.sleep(60)
+
+    monkeypatch.setattr(cache, "write_arrays", stuck)
+    process = multiprocessing.get_context("fork").Process(target=cached.encode)
+    process.start()
+    deadline = time.monotonic() + 30
+    while not cached.entries and time.monotonic() < deadline:
+        time.sleep(0.01)
+    monkeypatch.undo()
+    (left,) = cached.entries
+    assert left.suffix == ".new"
+    assert not cached.hit()
+    assert left in cached.entries, "its writer lives"
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert not cached.hit(max_length=16)
+    assert [entry.suffix for entry in cached.entries] == [".safetensors"] * 2
+    assert cached.hit()
+
+
+def test_an_entry_is_a_safetensors_file(cached: Cached) -> None:
+    from safetensors.numpy import load_file
+
+    encoded = cached.encode()
+    found = load_file(cached.entries[0])
+    assert sorted(found) == ["lengths", "tokens", "trained"]
+    np.testing.assert_array_equal(found["tokens"], encoded.tokens)
