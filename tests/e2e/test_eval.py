@@ -21,6 +21,10 @@ from lorakit.recipe.sections import ModelSection
 from tests.tasks.wikisql_files import ROWS, TABLE, write_database, write_lines
 
 REPO = Path(__file__).resolve().parents[2]
+ROWS_E2E = [
+    {"meaning_representation": f"name[{name}], food[{food}]", "human_reference": f"{name}: {food}"}
+    for name, food in (("Kettle", "Thai"), ("Zizou", "fish"), ("Kettle", "Thai"))
+]
 ROWS_SST2 = [{"sentence": "x" * n + " film", "label": n % 2} for n in range(1, 9)]
 
 
@@ -72,6 +76,32 @@ def sst2(tiny_bert: Path, tmp_path: Path) -> Path:
     write_lines(data / "validation.jsonl", ROWS_SST2)
     write_lines(data / "test.jsonl", [{"sentence": "hidden", "label": -1}])
     return recipe_file(tmp_path, tiny_bert, "glue/sst2", data)
+
+
+@pytest.fixture
+def e2e_nlg(tiny_llama: Path, tmp_path: Path) -> Path:
+    data = tmp_path / "data"
+    data.mkdir()
+    write_lines(data / "validation.jsonl", ROWS_E2E)
+    return recipe_file(tmp_path, tiny_llama, "e2e_nlg", data, max_new_tokens=4, num_beams=2)
+
+
+@pytest.fixture
+def stsb(tiny_bert: Path, tmp_path: Path) -> Path:
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = [{"sentence1": "x" * n, "sentence2": "y", "label": n / 2} for n in range(1, 9)]
+    write_lines(data / "validation.jsonl", rows)
+    return recipe_file(tmp_path, tiny_bert, "glue/stsb", data)
+
+
+@pytest.fixture
+def classification(tiny_bert: Path, tmp_path: Path) -> Path:
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = [{"text": "x" * n, "label": "abc"[n % 3]} for n in range(1, 9)]
+    write_lines(data / "validation.jsonl", rows)
+    return recipe_file(tmp_path, tiny_bert, "classification", data, labels=["a", "b", "c"])
 
 
 def evaluated(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
@@ -132,7 +162,7 @@ def test_head_comes_from_the_adapter_and_a_base_has_none(
     assert other["metrics"]["loss"] != json.loads(first)["metrics"]["loss"]
 
 
-@pytest.mark.parametrize("task", ["sst2", "wikisql"])
+@pytest.mark.parametrize("task", ["sst2", "stsb", "classification", "wikisql", "e2e_nlg"])
 def test_saved_predictions_score_the_same(
     task: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,6 +174,16 @@ def test_saved_predictions_score_the_same(
     again = evaluated(capsys, recipe, "--predictions", saved)
     losses = {"loss", "perplexity"}
     assert again["metrics"] == {k: v for k, v in found["metrics"].items() if k not in losses}
+    assert (
+        set(again["metrics"])
+        == {
+            "sst2": {"accuracy"},
+            "stsb": {"pearson", "spearmanr"},
+            "classification": {"accuracy", "f1"},
+            "wikisql": {"lf_accuracy", "ex_accuracy"},
+            "e2e_nlg": {"bleu", "nist", "rouge_l", "cider"},
+        }[task]
+    )
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["data", "predictions.jsonl", "recipe.yaml", "result.json"]
 
@@ -203,6 +243,44 @@ def test_predictions_that_are_none(
     file = tmp_path / "p.jsonl"
     file.write_text("\n".join(lines), encoding="utf-8")
     assert message in refused(capsys, sst2, "--predictions", file)
+
+
+@pytest.mark.parametrize(
+    ("task", "good", "bad", "allowed"),
+    [
+        ("stsb", "2.5", '"2.5"', "'2.5'; allowed: a finite number"),
+        ("stsb", "2.5", "1e999", "inf; allowed: a finite number"),
+        ("stsb", "2.5", "Infinity", "not JSON: Infinity is not a number that JSON has"),
+        ("classification", "2", "3", "3; allowed: a label id, 0 to 2"),
+        ("classification", "2", "-1", "-1; allowed: a label id, 0 to 2"),
+        ("classification", "2", "null", "None; allowed: a label id, 0 to 2"),
+        ("wikisql", '"SELECT"', "7", "7; allowed: text, "),
+        ("wikisql", '"SELECT"', "NaN", "not JSON: NaN is not a number that JSON has"),
+        ("e2e_nlg", '"Kettle"', "7", "7; allowed: text"),
+        ("e2e_nlg", '"Kettle"', '["Kettle"]', "['Kettle']; allowed: text"),
+        ("e2e_nlg", '"Kettle"', "NaN", "not JSON: NaN is not a number that JSON has"),
+    ],
+)
+def test_a_prediction_of_each_task_that_is_none(
+    task: str,
+    good: str,
+    bad: str,
+    allowed: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = request.getfixturevalue(task)
+    count = 3 if task in ("wikisql", "e2e_nlg") else 8
+    file = tmp_path / "p.jsonl"
+    lines = [f'{{"prediction": {value}}}\n' for value in [*[good] * (count - 1), bad]]
+    file.write_text("".join(lines), encoding="utf-8")
+    message = refused(capsys, recipe, "--predictions", file)
+    assert f"{file}:{count}: {allowed}" in message
+    assert len(message.splitlines()) == 1
+    file.write_text("".join(lines[:1]), encoding="utf-8")
+    message = refused(capsys, recipe, "--predictions", file)
+    assert f"{file}: 1 predictions; the split has {count} rows" in message
 
 
 def test_what_is_missing_is_named(
