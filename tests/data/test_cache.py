@@ -225,7 +225,11 @@ def test_a_cache_that_cannot_be_written_is_said_once(tmp_path: Path, tokenizer: 
 
 def test_a_full_disk_is_one_clear_line(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "MANY_ROWS", 1000)
-    monkeypatch.setattr(arrays, "scratch_file", lambda: Path("/dev/full").open("wb", buffering=0))
+
+    def full() -> Any:
+        return Path("/dev/full").open("wb", buffering=0)
+
+    monkeypatch.setattr(arrays, "scratch_file", full)
     for processes in (1, 2):
         monkeypatch.setattr(shards, "_processes", lambda rows, n=processes: n)
         expected = r"^no room for the tokens of rows\.jsonl on .*No space left.*LORAKIT_CACHE"
