@@ -94,6 +94,29 @@ def test_seed_decides_what_is_drawn(tiny_llama: Path, capsys: pytest.CaptureFixt
     assert draw(1) != draw(2)
 
 
+def test_beams_are_printed_at_their_end(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--num-beams", 3, "--length-penalty", 0.8, "--no-repeat-ngram-size", 2]
+    options += ["--max-new-tokens", 12, "--stop", "!!", "--stop", "\n"]
+    command = ["generate", tiny_llama, "--prompt", "to be", *options]
+    assert run([str(part) for part in command]) == 0
+    out, err = capsys.readouterr()
+    assert "printed when its search has ended" in err
+    file = write_lines(tmp_path / "in.jsonl", [{"prompt": "to be"}, {"prompt": "or not to be"}])
+    lines = generated(capsys, tiny_llama, "--input", file, *options).splitlines()
+    assert json.loads(lines[0])["generated"] + "\n" == out
+
+
+def test_a_stop_text_ends_an_answer(
+    tiny_llama: Path, reference: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = wanted(*reference, "to be", 12)
+    mark = whole[4:6]
+    options = ["--prompt", "to be", "--max-new-tokens", 12, "--stop", mark]
+    assert generated(capsys, tiny_llama, *options) == whole[: whole.index(mark, 1)] + "\n"
+
+
 def test_file_of_prompts_and_chats(
     tiny_llama: Path,
     reference: tuple[Any, Any],
@@ -148,6 +171,12 @@ def test_long_chat_forgets_its_beginning_and_says_so(
         (["--prompt", "a", "--seed", str(2**32)], "--seed"),
         (["--prompt", "x" * 300], "window of 256 tokens"),
         (["--prompt", "a", "--top-p", "0"], "--top-p 0.0: allowed"),
+        (["--prompt", "a", "--top-p", "0.5"], "--top-p 0.5: only with --temperature above 0"),
+        (["--prompt", "a", "--num-beams", "0"], "--num-beams"),
+        (["--prompt", "a", "--num-beams", "2", "--temperature", "1"], "exclude each other"),
+        (["--prompt", "a", "--length-penalty", "2"], "only with --num-beams above 1"),
+        (["--num-beams", "2", "--length-penalty", "inf"], "allowed: a finite number"),
+        (["--prompt", "a", "--stop", ""], "--stop '': allowed"),
         (["--prompt", "a", "--temperature", "nan"], "--temperature nan"),
         (["--prompt", "a", "--temperature", "-1"], "--temperature -1.0: allowed: 0"),
         (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens"),

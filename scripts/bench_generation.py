@@ -1,0 +1,125 @@
+"""Rows a second of greedy generation: batches against a loop of single ``model.generate`` calls.
+
+    python scripts/bench_generation.py --model DIR --data DIR [--split validation] [--rows 1000]
+        [--single 50] [--batches auto,64,128,256,512] [--dtypes bfloat16,float32] [--json]
+
+``--data`` is a WikiSQL directory, or what scripts/make_wikisql_sample.py writes. All that is timed
+runs in one process on the same prompts: the loop on the first ``--single`` rows, the batches on
+all of them. Both end at the EOS; the batches also at the task's stop text, a line's end, so the
+loop is given it too, as transformers' ``stop_strings``. A short generation of each kind goes
+before, untimed. ``ratio`` is rows/s over the loop's. ``equal`` is how many of the loop's rows the
+batches give the same text for; in bfloat16 rounding depends on the batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lorakit import registry
+from lorakit.evaluation.decoding import task_decoding
+from lorakit.evaluation.ending import before_stop
+from lorakit.evaluation.generation import generate_text
+from lorakit.evaluation.prompts import encode_prompts
+from lorakit.models.device import default_device
+from lorakit.models.load import load_pretrained
+from lorakit.models.window import window
+from lorakit.recipe.sections import ModelSection
+
+COLUMNS = ("dtype", "how", "rows", "seconds", "rows/s", "ratio", "equal", "peak GiB")
+
+
+def main() -> None:
+    arguments = parse()
+    results = []
+    if not arguments.json:
+        print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
+    for dtype in arguments.dtypes.split(","):
+        for result in measure(arguments, dtype):
+            results.append(result)
+            if not arguments.json:
+                cells = [f"{v:.2f}" if isinstance(v, float) else str(v) for v in result.values()]
+                print("| " + " | ".join(cells) + " |", flush=True)
+    if arguments.json:
+        name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        print(json.dumps({"device": name, "torch": torch.__version__, "results": results}))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--split", default="validation")
+    parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--single", type=int, default=50)
+    parser.add_argument("--batches", default="auto,64,128,256,512")
+    parser.add_argument("--dtypes", default="bfloat16,float32")
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args()
+
+
+def measure(arguments: argparse.Namespace, dtype: str) -> list[dict[str, Any]]:
+    loaded = load_pretrained(ModelSection(name_or_path=arguments.model, dtype=dtype), "causal")
+    model, tokenizer = loaded.model.to(default_device()).eval(), loaded.tokenizer
+    task = registry.task("wikisql")
+    config = task.Config(name="wikisql", path=arguments.data, limit_eval=arguments.rows)
+    split = task.load(config, arguments.split)
+    if split is None:
+        raise SystemExit(f"--data {arguments.data}: no split {arguments.split!r}")
+    prompts = encode_prompts(task, config, split, tokenizer, window(model))
+    decoding = task_decoding(config, task.stop_texts(config), seed=0)
+
+    def loop(rows: int) -> list[str]:
+        return [single(model, tokenizer, prompt, decoding) for prompt in prompts[:rows]]
+
+    loop(2)
+    wanted, slow = timed(dtype, "single", lambda: loop(arguments.single))
+    results = [slow]
+    for batch in arguments.batches.split(","):
+        size = None if batch == "auto" else int(batch)
+        generate_text(model, tokenizer, prompts[:4], decoding)
+        found, fast = timed(
+            dtype,
+            batch,
+            lambda: generate_text(model, tokenizer, prompts, decoding, batch_size=size),
+        )
+        fast["ratio"] = fast["rows/s"] / slow["rows/s"]
+        fast["equal"] = sum(a == b for a, b in zip(wanted, found, strict=False)) / len(wanted)
+        results.append(fast)
+    return results
+
+
+def single(model: Any, tokenizer: Any, prompt: list[int], decoding: Any) -> str:
+    """As one would write it: one prompt, the library's defaults, greedy."""
+    ids = torch.tensor([prompt], device=model.device)
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, tokenizer=tokenizer,
+        max_new_tokens=decoding.max_new_tokens, stop_strings=list(decoding.stop),
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    text = tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
+    return before_stop(text, decoding.stop)[0]
+
+
+def timed(dtype: str, how: str, work: Callable[[], list[str]]) -> tuple[list[str], dict[str, Any]]:
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    texts = work()  # texts are on the host: the device has been waited for
+    seconds = time.perf_counter() - start
+    peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
+    row = (dtype, how, len(texts), seconds, len(texts) / seconds, 1.0, 1.0, peak)
+    return texts, dict(zip(COLUMNS, row, strict=True))
+
+
+if __name__ == "__main__":
+    main()
