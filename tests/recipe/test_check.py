@@ -107,3 +107,17 @@ def test_method_and_task_must_fit_their_config() -> None:
 def test_sections_do_not_change() -> None:
     with pytest.raises(ValidationError):
         recipe().train.seed = 3  # type: ignore[misc]
+
+
+def test_streaming_is_counted_in_steps_and_rows() -> None:
+    streaming = {"streaming": True}
+    check_recipe(recipe(task=streaming, train={"max_steps": 10}))
+    for train in ({}, {"epochs": 2.0}):
+        problem = only(recipe(task=streaming, train=dict(train)))
+        assert (problem.key, problem.allowed) == (
+            "train.max_steps",
+            "a number, in place of epochs",
+        )
+    budget = {"max_steps": 10, "max_tokens_per_batch": 4096}
+    assert only(recipe(task=streaming, train=dict(budget))).key == "train.max_tokens_per_batch"
+    check_recipe(recipe(task={**streaming, "packing": True}, train=dict(budget)))
