@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.data.spool import scratch_file
+from lorakit.data.spool import needs_room, scratch_file
 from lorakit.data.tokens import Tokens
 
 Arrays = dict[str, NDArray[Any]]
@@ -53,7 +53,7 @@ class Shard:
     def append(
         self, rows: Sequence[Tokens], labels: Sequence[int | float], token_dtype: str
     ) -> None:
-        """Raises OSError if the disk is full."""
+        """Raises DataError if the disk is full."""
         self._write("tokens", token_dtype, [row.ids for row in rows])
         self._write("trained", "|b1", [row.trained for row in rows])
         self._write("lengths", "<i4", [[len(row.ids) for row in rows]])
@@ -68,7 +68,13 @@ class Shard:
     def _write(self, name: str, dtype: str, parts: Iterable[Sequence[Any]]) -> None:
         values = np.concatenate([np.asarray(part, dtype=dtype) for part in parts])
         self.dtypes[name] = dtype
-        self.files[name].write(values.tobytes())
+        with needs_room("the tokens"):
+            self.files[name].write(values.tobytes())
+
+    def flush(self) -> None:
+        with needs_room("the tokens"):
+            for file in self.files.values():
+                file.flush()
 
 
 def write_arrays(shards: Sequence[Shard], out: BinaryIO) -> None:

@@ -18,7 +18,7 @@ from lorakit.data.cache import CACHED_ROWS, EncodedCache
 from lorakit.data.examples import Example
 from lorakit.data.shards import MANY_ROWS, Job, encode_shards
 from lorakit.data.sources import Split
-from lorakit.data.spool import cache_dir, scratch_file
+from lorakit.data.spool import needs_room, scratch_file
 from lorakit.errors import DataError
 
 TokenIds = NDArray[np.int32] | NDArray[np.uint16]
@@ -91,17 +91,11 @@ def encode_split(
     elif found := cache.read(split):
         return _from_arrays(*found)
     began = time.monotonic()
-    try:
-        shards = encode_shards(Job(split, to_example, tokenizer, max_length), on_progress)
-        if cache is not None:
-            spent = time.monotonic() - began
-            cache.say(f"{split.name}: {len(split):,} rows tokenised in {spent:.1f} s")
-        return _from_arrays(*_read_back(split, shards, cache))
-    except OSError as error:
-        raise DataError(
-            f"no room for the tokens of {split.source} on the disk of {cache_dir()}: {error}; "
-            "set LORAKIT_CACHE to a directory with room"
-        ) from error
+    shards = encode_shards(Job(split, to_example, tokenizer, max_length), on_progress)
+    if cache is not None:
+        spent = time.monotonic() - began
+        cache.say(f"{split.name}: {len(split):,} rows tokenised in {spent:.1f} s")
+    return _from_arrays(*_read_back(split, shards, cache))
 
 
 def truncation_note(encoded: EncodedSplit, name: str, max_length: int) -> str | None:
@@ -143,7 +137,8 @@ def _read_back(
     file = None if cache is None else cache.store(split, shards)
     if file is None:
         file = io.BytesIO() if len(split) < MANY_ROWS else scratch_file()
-        write_arrays(shards, file)
+        with needs_room("the tokens"):
+            write_arrays(shards, file)
     return read_arrays(file)
 
 

@@ -149,13 +149,8 @@ def _read_delimited(file: Path, limit: int | None) -> FileRows:
 
 
 def _keep(kept: Spool, line: bytes, file: Path) -> None:
-    try:
+    with spool.needs_room(f"the rows of {file}"):
         kept.write(line)
-    except OSError as error:
-        raise DataError(
-            f"{file}: no room for its rows on the disk of {spool.cache_dir()}: {error}; "
-            "set LORAKIT_CACHE to a directory with room"
-        ) from error
 
 
 @contextmanager

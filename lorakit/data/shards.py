@@ -43,7 +43,7 @@ class Job:
     def encode(self, shard: Shard, start: int, stop: int, on_rows: OnRows) -> None:
         """Rows ``start`` to ``stop`` into ``shard``; ``on_rows`` gets how many more are done.
 
-        Raises DataError with file and row, OSError if the disk is full.
+        Raises DataError, with file and row for one that cannot be trained on.
         """
         largest = max(self.tokenizer.get_vocab().values(), default=0)
         dtype = "<u2" if largest < 2**16 else "<i4"
@@ -62,7 +62,7 @@ class Job:
 def encode_shards(job: Job, on_progress: OnRows) -> list[Shard]:
     """All rows of the split, in order; ``on_progress`` gets how many are done.
 
-    Raises the DataError of the earliest row that has one, OSError if the disk is full.
+    Raises the DataError of the earliest row that has one.
     """
     rows, done = len(job.split), 0
 
@@ -75,6 +75,7 @@ def encode_shards(job: Job, on_progress: OnRows) -> list[Shard]:
     shards = [Shard.empty(in_memory=rows < MANY_ROWS) for _ in range(processes)]
     if processes == 1:
         job.encode(shards[0], 0, rows, count)
+        shards[0].flush()
         return shards
     with _workers(job, shards) as workers:
         _collect(workers, count)
@@ -92,8 +93,8 @@ def _processes(rows: int) -> int:
 
 @dataclass
 class _Worker:
-    """``messages`` are ("rows", N), and at last ("done", dtypes, counts), ("refused", TEXT),
-    ("full", error number, TEXT) or ("failed", TRACEBACK)."""
+    """``messages`` are ("rows", N), and at last ("done", dtypes, counts), ("refused", TEXT) or
+    ("failed", TRACEBACK)."""
 
     process: Any
     messages: Connection
@@ -115,8 +116,6 @@ class _Worker:
             self.shard.dtypes, self.shard.counts = values
         elif kind == "refused":
             self.failure = DataError(values[0])
-        elif kind == "full":
-            self.failure = OSError(*values)
         else:
             self.failure = LorakitError(f"a process that tokenises failed: {values[0]}")
         return 0
@@ -175,14 +174,11 @@ def _work(
         connection.close()
     try:
         job.encode(shard, start, stop, lambda rows: out.send(("rows", rows)))
-        for file in shard.files.values():
-            file.flush()
+        shard.flush()
         out.send(("done", shard.dtypes, shard.counts))
     except DataError as error:
         out.send(("refused", str(error)))
     except BrokenPipeError:
         os._exit(1)  # the parent is gone
-    except OSError as error:
-        out.send(("full", error.errno, error.strerror))
     except Exception:
         out.send(("failed", traceback.format_exc()))

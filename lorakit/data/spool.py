@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -36,6 +38,18 @@ def scratch_dir() -> Path | None:
 def scratch_file() -> BinaryIO:
     """A file without a name, so that it is gone with the process however that ends."""
     return tempfile.TemporaryFile(dir=scratch_dir())
+
+
+@contextmanager
+def needs_room(what: str) -> Iterator[None]:
+    """Raise DataError in place of a write's OSError: the disk is full, or broken."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{what}: cannot be written on the disk of {cache_dir()}: {error}; "
+            "LORAKIT_CACHE names another directory"
+        ) from error
 
 
 class Source(Protocol):

@@ -232,7 +232,7 @@ def test_a_full_disk_is_one_clear_line(tokenizer: Any, monkeypatch: pytest.Monke
     monkeypatch.setattr(arrays, "scratch_file", full)
     for processes in (1, 2):
         monkeypatch.setattr(shards, "_processes", lambda rows, n=processes: n)
-        expected = r"^no room for the tokens of rows\.jsonl on .*No space left.*LORAKIT_CACHE"
+        expected = r"^the tokens: cannot be written on the disk of .*No space left.*LORAKIT_CACHE"
         with pytest.raises(DataError, match=expected):
             encode_split(split_of(), example, tokenizer, 15)
 

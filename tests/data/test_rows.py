@@ -189,6 +189,6 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(spool, "IN_MEMORY_BYTES", 64)
     monkeypatch.setattr(spool, "scratch_file", full)
     file = write(tmp_path / "a.csv", TEXTS)
-    expected = r"a\.csv: no room for its rows on the disk of .*No space left.*LORAKIT_CACHE"
+    expected = r"a\.csv: cannot be written on the disk of .*No space left.*LORAKIT_CACHE"
     with pytest.raises(DataError, match=expected):
         loaded(str(file))
