@@ -5,10 +5,10 @@
 
 ``--data`` is a WikiSQL directory, or what scripts/make_wikisql_sample.py writes. All that is timed
 runs in one process on the same prompts: the loop on the first ``--single`` rows, the batches on
-all of them. Both end at the EOS; the batches also at the task's stop text, a line's end, so the
-loop is given it too, as transformers' ``stop_strings``. A short generation of each kind goes
-before, untimed. ``ratio`` is rows/s over the loop's. ``equal`` is how many of the loop's rows the
-batches give the same text for; in bfloat16 rounding depends on the batch.
+all of them. Both end at the EOS and at the task's stop text, a line's end behind the first visible
+character. A short generation of each kind goes before, untimed. ``ratio`` is rows/s over the
+loop's. ``equal`` is the share of the loop's rows that the batches give the same text for; in
+bfloat16 rounding depends on the batch.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from transformers import StoppingCriteriaList
 
 from lorakit import registry
 from lorakit.evaluation.decoding import task_decoding
-from lorakit.evaluation.ending import before_stop
+from lorakit.evaluation.ending import Ended, Reader, eos_ids
 from lorakit.evaluation.generation import generate_text
 from lorakit.evaluation.prompts import encode_prompts
 from lorakit.models.device import default_device
@@ -76,36 +78,39 @@ def measure(arguments: argparse.Namespace, dtype: str) -> list[dict[str, Any]]:
     prompts = encode_prompts(task, config, split, tokenizer, window(model))
     decoding = task_decoding(config, task.stop_texts(config), seed=0)
 
+    reader = Reader(tokenizer, frozenset(eos_ids(model, tokenizer)), decoding.stop)
+
     def loop(rows: int) -> list[str]:
-        return [single(model, tokenizer, prompt, decoding) for prompt in prompts[:rows]]
+        return [single(model, reader, prompt, decoding.max_new_tokens) for prompt in prompts[:rows]]
+
+    def batches(rows: int, size: int | None) -> list[str]:
+        return generate_text(model, tokenizer, prompts[:rows], decoding, batch_size=size)
 
     loop(2)
-    wanted, slow = timed(dtype, "single", lambda: loop(arguments.single))
+    wanted, slow = timed(dtype, "single", partial(loop, arguments.single))
     results = [slow]
     for batch in arguments.batches.split(","):
         size = None if batch == "auto" else int(batch)
-        generate_text(model, tokenizer, prompts[:4], decoding)
-        found, fast = timed(
-            dtype,
-            batch,
-            lambda: generate_text(model, tokenizer, prompts, decoding, batch_size=size),
-        )
+        batches(4, size)
+        found, fast = timed(dtype, batch, partial(batches, len(prompts), size))
         fast["ratio"] = fast["rows/s"] / slow["rows/s"]
         fast["equal"] = sum(a == b for a, b in zip(wanted, found, strict=False)) / len(wanted)
         results.append(fast)
     return results
 
 
-def single(model: Any, tokenizer: Any, prompt: list[int], decoding: Any) -> str:
-    """As one would write it: one prompt, the library's defaults, greedy."""
+def single(model: Any, reader: Reader, prompt: list[int], max_new_tokens: int) -> str:
+    """As one would write it: one prompt, greedy, all else as the library has it."""
     ids = torch.tensor([prompt], device=model.device)
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, tokenizer=tokenizer,
-        max_new_tokens=decoding.max_new_tokens, stop_strings=list(decoding.stop),
-        pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    text = tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
-    return before_stop(text, decoding.stop)[0]
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=reader.tokenizer.pad_token_id,
+        stopping_criteria=StoppingCriteriaList([Ended(reader, len(prompt))]),
+    )
+    return reader.read(out[0, len(prompt) :].tolist())[0]
 
 
 def timed(dtype: str, how: str, work: Callable[[], list[str]]) -> tuple[list[str], dict[str, Any]]:
