@@ -138,8 +138,8 @@ def test_classes_and_loss_of_an_encoder(tiny_bert: Path) -> None:
         with torch.no_grad():
             logits.append(
                 case.model(
-                    input_ids=torch.from_numpy(row.input_ids).long().unsqueeze(0),
-                    token_type_ids=torch.from_numpy(row.token_type_ids).long().unsqueeze(0),
+                    input_ids=torch.from_numpy(row.input_ids.copy()).long().unsqueeze(0),
+                    token_type_ids=torch.from_numpy(row.token_type_ids.copy()).long().unsqueeze(0),
                 ).logits
             )
     every = torch.cat(logits)

@@ -161,6 +161,13 @@ def test_prompts_that_leave_no_room_are_refused(
     assert len(generate_text(model, tokenizer, [[5] * 60], Decoding(4))) == 1
 
 
+def test_a_pad_token_of_another_model_is_refused(model: PreTrainedModel, tiny_llama: Path) -> None:
+    other = AutoTokenizer.from_pretrained(tiny_llama)
+    other.add_special_tokens({"pad_token": "<pad>"})
+    with pytest.raises(DataError, match=r"its pad token has id 258, and 258 embeddings"):
+        generate_text(model, other, [[5]], Decoding(2))
+
+
 def test_progress_and_stopping(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
 ) -> None:
