@@ -58,6 +58,8 @@ def write_recipe_file(folder: Path, model: Path, task: str, **changes: Any) -> P
             "seed": 7,
         },
     }
+    if task == "completion":  # what these runs are compared by is the loss
+        recipe["task"]["eval_generate"] = "never"
     for key, value in changes.items():
         section, _, name = key.partition("__")
         recipe[section][name] = value
