@@ -36,10 +36,13 @@ def main() -> None:
     arguments = parse()
     recipe = lorakit.load_recipe(arguments.recipe, arguments.overrides)
     rows, length = arguments.rows_per_step, recipe.task.max_length
+    by_rows: dict[str, Any] = {"task.packing": False, "train.per_device_batch_size": rows}
+    budget = max(length, rows * arguments.mean_tokens)
     cases: dict[str, dict[str, Any]] = {
-        "mixed": {"train.per_device_batch_size": rows, "train.group_by_length": False},
-        "grouped": {"train.per_device_batch_size": rows},
-        "tokens": {"train.max_tokens_per_batch": max(length, rows * arguments.mean_tokens)},
+        "mixed": by_rows | {"train.group_by_length": False},
+        "grouped": by_rows,
+        "tokens": by_rows
+        | {"train.per_device_batch_size": None, "train.max_tokens_per_batch": budget},
         "block mask": {"task.packing": True},
     }
     if torch.cuda.is_available():
@@ -70,7 +73,7 @@ def parse() -> argparse.Namespace:
 
 def measure(arguments: argparse.Namespace, name: str, changes: dict[str, Any]) -> dict[str, Any]:
     length = lorakit.load_recipe(arguments.recipe, arguments.overrides).task.max_length
-    if "task.packing" in changes:
+    if changes["task.packing"]:
         bins = round(arguments.rows_per_step * arguments.mean_tokens / length)
         changes = changes | {"train.per_device_batch_size": max(1, bins)}
     texts = [*arguments.overrides, *(f"{key}={json.dumps(v)}" for key, v in changes.items())]

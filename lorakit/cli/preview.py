@@ -193,4 +193,7 @@ def _figures(found: Preview) -> list[tuple[str, str]]:
     figures.append(("truncated rows", f"{summary.truncated_rows:,} (to {found.limit:,} tokens)"))
     if summary.cut_completions is not None:
         figures.append(("lost their end and EOS", f"{summary.cut_completions:,}"))
+    if summary.bins is not None:
+        bins = f"{summary.bins:,} of {found.limit:,} tokens, {summary.bin_fill:.1%} full"
+        figures.append(("bins of packed rows", bins))
     return figures

@@ -11,6 +11,7 @@ import numpy as np
 
 from lorakit.data.encode import EncodedRow, EncodedSplit, encode_split
 from lorakit.data.examples import Example
+from lorakit.data.packing import Packing
 from lorakit.data.sources import Split
 
 ToExample = Callable[[Mapping[str, Any]], Example]
@@ -47,7 +48,8 @@ class DescribedRow:
 @dataclass(frozen=True)
 class Summary:
     """A split in figures. ``endless_rows`` are those whose last trained token does not stop a
-    generation; it and ``trained_tokens`` are None for an encoder, whose loss is on the label."""
+    generation; it and ``trained_tokens`` are None for an encoder, whose loss is on the label.
+    ``bins`` hold packed rows, ``bin_fill`` is how full they are; None where nothing is packed."""
 
     rows: int
     tokens: int
@@ -58,6 +60,8 @@ class Summary:
     trained_tokens: int | None
     cut_completions: int | None
     endless_rows: int | None
+    bins: int | None
+    bin_fill: float | None
 
     @property
     def trained_share(self) -> float | None:
@@ -86,9 +90,11 @@ def describe_row(
     )
 
 
-def summarise(encoded: EncodedSplit, stops: Set[int]) -> Summary:
-    """The figures of all rows; ``stops`` are the ids at which a generation ends."""
+def summarise(encoded: EncodedSplit, stops: Set[int], packed_to: int | None = None) -> Summary:
+    """The figures of all rows; ``stops`` are the ids at which a generation ends, ``packed_to`` the
+    tokens of a bin if rows are packed."""
     lengths = encoded.lengths
+    packing = Packing(lengths, packed_to, seed=0) if packed_to else None
     causal = encoded.labels is None
     return Summary(
         rows=len(encoded),
@@ -100,6 +106,8 @@ def summarise(encoded: EncodedSplit, stops: Set[int]) -> Summary:
         trained_tokens=encoded.trained_tokens if causal else None,
         cut_completions=encoded.cut_completions if causal else None,
         endless_rows=_endless(encoded, stops) if causal else None,
+        bins=len(packing) if packing else None,
+        bin_fill=packing.fill if packing else None,
     )
 
 

@@ -85,7 +85,7 @@ def _summary(
         config.max_length,
         on_progress=lambda done: on_progress(done, len(split)),
     )
-    return summarise(encoded, stops)
+    return summarise(encoded, stops, config.max_length if config.packing else None)
 
 
 def _load_tokenizer(section: ModelSection, say: Say) -> tuple[PreTrainedTokenizerBase, set[int]]:

@@ -92,8 +92,10 @@ def test_json(completion: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["summary"] == {
         "rows": 3, "tokens": 67, "min_length": 19, "mean_length": 67 / 3, "max_length": 24,
         "truncated_rows": 2, "trained_tokens": 36, "trained_share": 36 / 67, "cut_completions": 1,
-        "endless_rows": 1,
+        "endless_rows": 1, "bins": None, "bin_fill": None,
     }  # fmt: skip
+    packed = as_json(capsys, completion, "--set", "task.packing=true")["summary"]
+    assert (packed["bins"], packed["bin_fill"]) == (3, 67 / (3 * 24))
     limited = as_json(capsys, completion, "--limit", 1, "--count", 0)
     assert (limited["examples"], limited["summary"]["rows"]) == ([], 1)
 
