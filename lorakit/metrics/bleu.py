@@ -15,10 +15,15 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> flo
 
     Upper and lower case are equal. BP = min(1, exp(1 - r / c)) with c the predictions' length in
     tokens and r the sum, over predictions, of the length of the reference that is closest (of two
-    the shorter). ``references[i]`` are those of ``predictions[i]``, at least one.
+    the shorter). A prediction of k tokens has max(0, k - n + 1) candidates. Predictions without
+    any token score 0. ``references[i]`` are those of ``predictions[i]``, at least one.
 
-    Source: pymteval of tuetschek/e2e-metrics, by which the LoRA paper scores. As there, 0 hits
-    count 1e-15, 0 candidates 1e-9, and a prediction of k < n tokens adds k - n + 1 candidates.
+    Source: mteval-v13a and, of more digits, sacrebleu; and pymteval of tuetschek/e2e-metrics, by
+    which the LoRA paper scores. Where the whole corpus has no hit of an n, the first two smooth or
+    give 0; here as in pymteval 0 hits count 1e-15 and 0 candidates 1e-9. Where a prediction has
+    k < n tokens, pymteval differs: it adds k - n + 1 candidates, at times a negative number, so
+    that short predictions raise the score, and an empty prediction is one token to it. There
+    mteval-v13a is followed, which pymteval means to equal.
     """
     assert len(predictions) == len(references) > 0
     found, candidates = [0] * _ORDER, [0] * _ORDER
@@ -28,7 +33,9 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> flo
         closest += min((abs(len(other) - len(tokens)), len(other)) for other in others)[1]
         for n in range(_ORDER):
             found[n] += hits(tokens, others, n + 1).total()
-            candidates[n] += len(tokens) - n
+            candidates[n] += max(0, len(tokens) - n)
+    if candidates[0] == 0:
+        return 0.0
     logs = [
         math.log(max(hit, 1e-15) / max(total, 1e-9))
         for hit, total in zip(found, candidates, strict=True)

@@ -28,11 +28,11 @@ _RULES = tuple(
 def tokenize(text: str) -> list[str]:
     """Lower-cased tokens of ``text`` (mteval-v13a, NormalizeText without its international
     mode): ASCII punctuation stands alone, ``.`` and ``,`` unless between digits, ``-`` only after
-    a digit. What holds no token is one empty token, as in pymteval."""
+    a digit."""
     text = f" {text} "
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
-    return [token.lower() for token in text.split()] or [""]
+    return [token.lower() for token in text.split()]
 
 
 def ngrams(tokens: Sequence[str], n: int) -> Counter[Ngram]:

@@ -19,11 +19,14 @@ def nist(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> flo
 
     info(w1..wn) = log2(count(w1..wn-1) / count(w1..wn)), counted over all references; the empty
     n-gram counts as often as there are tokens. c is the predictions' length in tokens, r the sum
-    of the mean lengths of each one's references. Upper and lower case are equal.
+    of the mean lengths of each one's references. Upper and lower case are equal. A prediction of
+    k tokens has max(0, k - n + 1) candidates; an n without any counts 0. Without a hit NIST is 0.
     ``references[i]`` are those of ``predictions[i]``, at least one.
 
-    Source: pymteval of tuetschek/e2e-metrics, by which the LoRA paper scores. As there, a
-    prediction of k < n tokens adds k - n + 1 candidates; an n without any counts 0.
+    Source: pymteval of tuetschek/e2e-metrics, by which the LoRA paper scores. Where a prediction
+    has k < n tokens, it differs: it adds k - n + 1 candidates, at times a negative number, so that
+    short predictions raise the score, and an empty prediction is one token to it. There
+    mteval-v13a is followed, which pymteval means to equal.
     """
     assert len(predictions) == len(references) > 0
     counts: Counter[Ngram] = Counter()
@@ -34,12 +37,14 @@ def nist(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> flo
         tokens, others = tokenize(prediction), [tokenize(text) for text in texts]
         for n in range(_ORDER):
             found[n].update(hits(tokens, others, n + 1))
-            candidates[n] += len(tokens) - n
+            candidates[n] += max(0, len(tokens) - n)
             for other in others:
                 counts.update(ngrams(other, n + 1))
         total = sum(map(len, others))
         counts[()] += total
         length += total / len(others)
+    if not found[0]:
+        return 0.0
     information = sum(
         sum(_information(ngram, counts) * hit for ngram, hit in found[n].items()) / candidates[n]
         for n in range(_ORDER)

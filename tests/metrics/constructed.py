@@ -57,6 +57,13 @@ def blocks() -> list[slice]:
     return [*(slice(i, i + BLOCK) for i in range(0, COUNT, BLOCK)), slice(0, COUNT)]
 
 
+def five_words(block: slice) -> tuple[list[str], list[list[str]]]:
+    """The instances of a block whose prediction has five words or more."""
+    pairs = zip(*(half[block] for half in instances()), strict=True)
+    kept = [pair for pair in pairs if len(pair[0].split()) >= 5]
+    return [prediction for prediction, _ in kept], [group for _, group in kept]
+
+
 def _drop(text: str, draw: random.Random) -> str:
     return " ".join(word for word in text.split() if draw.random() > 0.2)
 
