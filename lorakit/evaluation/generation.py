@@ -19,12 +19,9 @@ from lorakit.evaluation.choosing import Draw, processors, uniform_numbers
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.ending import Reader, eos_ids
 from lorakit.evaluation.prepare import check_prompts, generating, generation_config, left_padded
+from lorakit.evaluation.room import Room, room_for
 from lorakit.evaluation.watch import Watch
 
-#: Sequences of a batch unless the caller says otherwise: where throughput no longer grows.
-SEQUENCES_PER_BATCH = {"cpu": 64, "cuda": 256}
-#: Tokens of a batch, prompts and what may follow: bounds the cache of keys and values.
-TOKENS_PER_BATCH = 2**16
 #: After so many tokens the rows that have ended leave the batch.
 _TOKENS_PER_ROUND = 8
 
@@ -45,7 +42,7 @@ def generate_text(
     configuration, of which nothing else is taken; before a text of ``decoding.stop``; or after
     ``decoding.max_new_tokens``. ``rows`` are the prompts' numbers (by default 0, 1, ...), from
     which, with the seed, their random numbers come. ``batch_size`` is in prompts; None takes as
-    many as SEQUENCES_PER_BATCH and TOKENS_PER_BATCH allow, a beam counting as a sequence.
+    many as ``room_for`` says, a beam counting as a sequence.
 
     Raises DataError for a prompt that is empty or leaves no room in the model's window,
     EvaluationStopped if ``watch`` is told to stop.
@@ -57,7 +54,7 @@ def generate_text(
     groups = _same_prompts(prompts, distinct=decoding.draws)
     texts = [""] * len(prompts)
     with generating(model):
-        for batch in _batches(groups, prompts, decoding, batch_size, model.device.type):
+        for batch in _batches(groups, prompts, decoding, batch_size, room_for(model)):
             first = [group[0] for group in batch]
             chosen = [prompts[index] for index in first]
             if decoding.num_beams > 1:
@@ -156,14 +153,13 @@ def _batches(
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,
     batch_size: int | None,
-    device: str,
+    room: Room,
 ) -> Iterator[list[list[int]]]:
     """Prompts of like length together, the longest first."""
     ordered = sorted(groups, key=lambda group: -len(prompts[group[0]]))
     start = 0
     while start < len(ordered):
         width = len(prompts[ordered[start][0]]) + decoding.max_new_tokens
-        sequences = min(SEQUENCES_PER_BATCH.get(device, 64), TOKENS_PER_BATCH // width)
-        size = batch_size or max(1, sequences // decoding.num_beams)
+        size = batch_size or max(1, room.sequences(width) // decoding.num_beams)
         yield ordered[start : start + size]
         start += size

@@ -68,7 +68,7 @@ def varlen_attention(
     longest = options["max_length_q"]
     attention: Any = varlen_attn
     out = attention(
-        *(q.contiguous(), k.contiguous(), v.contiguous(), starts, starts, longest, longest),
+        *(q, k, v, starts, starts, longest, longest),
         scale=scaling,
         window_size=(window - 1 if window else -1, 0),
     )

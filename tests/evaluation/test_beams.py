@@ -107,7 +107,7 @@ def test_stops_between_two_tokens(
 def test_memory_is_bounded_over_rows_and_beams(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorakit.evaluation.generation.TOKENS_PER_BATCH", 60)
+    monkeypatch.setattr("lorakit.evaluation.room.MOST_TOKENS", 60)
     rows: list[int] = []
     handle = model.register_forward_pre_hook(
         lambda _model, _args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
