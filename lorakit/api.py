@@ -17,7 +17,7 @@ from lorakit.data.encode import check_token_ids, encode_split, truncation_note
 from lorakit.errors import AdapterError, UserError
 from lorakit.evaluation import sharing
 from lorakit.evaluation.evaluate import evaluate_model
-from lorakit.evaluation.splits import load_eval_split, settle, with_labels
+from lorakit.evaluation.splits import encoding_cache, load_eval_split, settle, with_labels
 from lorakit.evaluation.watch import OnPhase
 from lorakit.models.device import default_device
 from lorakit.models.load import Kind, Pretrained, load_config, load_pretrained
@@ -89,8 +89,9 @@ def evaluate_split(
     seed = recipe.train.seed
     model, tokenizer = _load_with(recipe.model, task.kind, labels, files, seed, say)
     check_length(model, config.max_length)
+    cache = encoding_cache(task, config, tokenizer, len(found), say, write=sharing.is_main())
     encoded = encode_split(
-        found, lambda row: task.example(row, config), tokenizer, config.max_length
+        found, lambda row: task.example(row, config), tokenizer, config.max_length, cache=cache
     )
     check_token_ids(encoded, tokenizer, embedding_rows(model))
     if note := truncation_note(encoded, found.name, config.max_length):

@@ -186,6 +186,15 @@ class IndexedSteps:
         ]
 
 
+def pack_rows(rows: list[EncodedRow], capacity: int) -> list[Bin]:
+    """The rows in bins, and the bins in an order that says nothing of their lengths."""
+    lengths = np.asarray([len(row.input_ids) for row in rows])
+    packing = Packing(lengths, capacity, seed=0)
+    bins = packing.epoch(0)
+    order = np.random.default_rng(len(rows)).permutation(len(packing))
+    return [[rows[int(i)] for i in bins[int(index)]] for index in order]
+
+
 def _first(order: Units, index: int) -> None:
     """What is longest goes first: if memory is short, it shows at once."""
     order[[0, index]] = order[[index, 0]]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lorakit.data.cache import CACHED_ROWS, EncodedCache, encoding_key
 from lorakit.data.sources import Split
 from lorakit.errors import DataError
-from lorakit.tasks.base import Task
+from lorakit.tasks.base import GenerationSection, Task
 
 
 def load_eval_split(task: Task, config: Any, name: str | None, limit: int | None) -> Split:
@@ -39,3 +40,23 @@ def settle(task: Task, config: Any, split: Split, say: Callable[[str], None]) ->
     for note in chosen.notes(own, split):
         say(note if chosen is task else f"{note}: task {own.name}")
     return chosen, own
+
+
+def encoding_cache(
+    task: Task, config: Any, tokenizer: Any, rows: int, say: Callable[[str], None], write: bool
+) -> EncodedCache | None:
+    """Where the tokens of this task's rows may be: None for few, and, said, for a tokenizer that
+    has none.
+
+    What only places the data or scores a generation changes no token, and stands in no key.
+    """
+    if rows < CACHED_ROWS:
+        return None
+    unread = {*GenerationSection.model_fields} - {"name", "max_length"}
+    values = config.model_dump(mode="json", exclude=unread)
+    values["task"] = f"{type(task).__module__}.{type(task).__qualname__}"
+    key = encoding_key(tokenizer, values, task.source_digest())
+    if key is None:
+        say("the tokenizer is a slow one: its tokens are not kept for the next run")
+        return None
+    return EncodedCache(key, say, write)

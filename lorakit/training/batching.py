@@ -16,8 +16,12 @@ from lorakit.data.batches import (
     collate_encoder,
     collate_packed,
 )
+from lorakit.data.encode import truncation_words
 from lorakit.data.packing import Packing
-from lorakit.data.plan import Bin, IndexedSteps, Plan, RowPlan, StepSource, TokenPlan
+from lorakit.data.plan import Bin, IndexedSteps, Plan, RowPlan, StepSource, TokenPlan, pack_rows
+from lorakit.data.stream_steps import StreamSteps
+from lorakit.recipe.sections import Recipe
+from lorakit.training.rows import Streamed
 from lorakit.training.setup import Prepared
 
 
@@ -28,9 +32,18 @@ class Batching:
     steps: StepSource
     described: str
 
+    def truncation_note(self, recipe: Recipe) -> str | None:
+        """What was cut of a stream's rows, which only shows when they have been read."""
+        if not isinstance(self.steps, StreamSteps):
+            return None
+        seen = self.steps
+        return truncation_words(seen.counts, seen.rows, "train", recipe.task.max_length)
+
 
 def build_batching(prepared: Prepared, device: torch.device) -> Batching:
     recipe, rows = prepared.recipe, prepared.train
+    if isinstance(rows, Streamed):
+        return _streaming(recipe, rows)
     section, lengths = recipe.train, rows.lengths
     packing, described = None, f"{len(rows):,} rows"
     if recipe.task.packing:
@@ -39,12 +52,9 @@ def build_batching(prepared: Prepared, device: torch.device) -> Batching:
         described += f" in {len(packing):,} bins, {packing.fill:.1%} full"
     plan: Plan
     if section.max_tokens_per_batch is None or packing:
-        batch = section.per_device_batch_size or recipe.eval_batch_size
-        if packing and section.max_tokens_per_batch:
-            batch = min(batch, section.max_tokens_per_batch // packing.capacity)
         plan = RowPlan(
             lengths=lengths,
-            per_device_batch_size=batch,
+            per_device_batch_size=_units_per_batch(recipe),
             gradient_accumulation_steps=section.gradient_accumulation_steps,
             seed=section.seed,
             group_by_length=section.group_by_length and packing is None,
@@ -62,6 +72,31 @@ def build_batching(prepared: Prepared, device: torch.device) -> Batching:
         tokens = section.max_tokens_per_batch * section.gradient_accumulation_steps
         described += f", up to {tokens:,} tokens a step"
     return Batching(IndexedSteps(rows, plan, packing), described)
+
+
+def _streaming(recipe: Recipe, rows: Streamed) -> Batching:
+    section, capacity = recipe.train, recipe.task.max_length
+    steps = StreamSteps(
+        rows.stream,
+        rows.encoder,
+        per_device_batch_size=_units_per_batch(recipe),
+        gradient_accumulation_steps=section.gradient_accumulation_steps,
+        seed=section.seed,
+        buffer_rows=recipe.task.shuffle_buffer_rows,
+        group_by_length=section.group_by_length,
+        bins=partial(pack_rows, capacity=capacity) if recipe.task.packing else None,
+    )
+    units = f"bins of {capacity:,} tokens" if recipe.task.packing else "rows"
+    return Batching(steps, f"a stream of rows, {steps.units_per_step} {units} a step")
+
+
+def _units_per_batch(recipe: Recipe) -> int:
+    """Rows, or bins where rows are packed."""
+    section = recipe.train
+    units = section.per_device_batch_size or recipe.eval_batch_size
+    if recipe.task.packing and section.max_tokens_per_batch:
+        units = min(units, section.max_tokens_per_batch // recipe.task.max_length)
+    return units
 
 
 def build_collate(

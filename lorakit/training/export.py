@@ -33,7 +33,7 @@ def export_adapter(prepared: Prepared, directory: Path, record: RunRecord, say: 
             base_model=recipe.model.name_or_path,
             method=recipe.adapter.method,
             task=recipe.task.name,
-            data_rows=len(prepared.train),
+            data_rows=prepared.data["train"]["rows"],
             metrics=record.metrics,
             steps=record.steps,
             seconds=record.seconds,

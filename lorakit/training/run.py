@@ -92,7 +92,7 @@ def dry_run(recipe: Recipe, say: Say) -> dict[str, Any]:
         "adapted_modules": len(prepared.report.adapted_modules),
         "trainable_parameters": prepared.report.trainable_parameters,
         "total_parameters": prepared.report.total_parameters,
-        "train_rows": len(prepared.train),
+        "train_rows": prepared.data["train"]["rows"],
         "eval_rows": len(prepared.evaluation.encoded) if prepared.evaluation else 0,
         "steps": schedule.total_steps,
         "steps_per_epoch": schedule.steps_per_epoch,
@@ -142,7 +142,11 @@ def _run(
             drop_after(loop.checkpoint_dir, start.step)
             loop.resume(start.checkpoint, start.snapshot)
             say(f"resumed from {start.checkpoint}")
+            if recipe.task.streaming:
+                say("the rows that were trained on are read once more and passed over")
         loop.run()
+        if cut := batching.truncation_note(recipe):
+            say(cut)
         if loop.progress.best_step not in (0, loop.progress.step):
             say(f"the adapter is that of step {loop.progress.best_step}, the best evaluation's")
         metrics = _final_metrics(prepared, loop, recorder)

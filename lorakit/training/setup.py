@@ -8,22 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorakit import registry
-from lorakit.data.cache import CACHED_ROWS, EncodedCache, encoding_key
-from lorakit.data.encode import EncodedSplit, check_token_ids, encode_split, truncation_note
+from lorakit.data.encode import EncodedSplit
 from lorakit.data.sources import Split
-from lorakit.errors import DataError, UserError
+from lorakit.errors import UserError
 from lorakit.evaluation.prompts import encode_prompts
-from lorakit.evaluation.splits import settle
 from lorakit.injection import InjectionReport, find_heads, inject
 from lorakit.models.load import load_pretrained
 from lorakit.models.packed import check_packable
 from lorakit.models.window import check_length, window
 from lorakit.recipe.sections import Recipe
-from lorakit.tasks.base import GenerationSection, Task
+from lorakit.tasks.base import Task
+from lorakit.training.rows import Streamed, encode_rows, load_rows
 
 Say = Callable[[str], None]
 
@@ -43,48 +40,26 @@ class Prepared:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     report: InjectionReport
-    train: EncodedSplit
+    train: EncodedSplit | Streamed
     evaluation: EvalData | None
     data: dict[str, Any]
 
 
 def prepare(recipe: Recipe, say: Say, write_cache: bool = True) -> Prepared:
     """Load, tokenise and inject. Raises the UserError of whatever does not fit."""
-    task: Task = registry.task(recipe.task.name)
-    config = recipe.task
-    task.check_requirements(config)
-    train = task.load(config, "train")
-    if train is None:
-        raise DataError(f"task.path: no training split in {config.path}")
-    task, config = settle(task, config, train, say)
-    validation = task.load(config, task.eval_split(config))
-    if validation is not None:
-        settle(task, config, validation, say)
-    config = task.resolve(config, train)
+    rows = load_rows(recipe, say)
+    task, config, validation = rows.task, rows.config, rows.validation
     recipe = recipe.model_copy(update={"task": config})
-    labels = task.labels(config, train)
 
-    loaded = load_pretrained(recipe.model, task.kind, labels, seed=recipe.train.seed)
+    loaded = load_pretrained(recipe.model, task.kind, rows.labels, seed=recipe.train.seed)
     for note in loaded.notes:
         say(note)
     model, tokenizer = loaded.model, loaded.tokenizer
     check_length(model, config.max_length)
     if config.packing:
         check_packable(model)
-    many = max(len(split) for split in (train, validation) if split is not None) >= CACHED_ROWS
-    cache = encoding_cache(task, config, tokenizer, say, write_cache) if many else None
-    encoded = {
-        split.name: encode_split(split, lambda r: task.example(r, config), tokenizer,
-                                 config.max_length, cache=cache)
-        for split in (train, validation) if split is not None
-    }  # fmt: skip
-    embedding = model.get_input_embeddings()
-    for name, rows in encoded.items():
-        if isinstance(embedding, nn.Embedding):
-            check_token_ids(rows, tokenizer, embedding.num_embeddings)
-        if cut := truncation_note(rows, name, config.max_length):
-            say(cut)
-    evaluation = EvalData(validation, encoded[validation.name]) if validation is not None else None
+    train, encoded = encode_rows(rows, model, tokenizer, say, write_cache)
+    evaluation = EvalData(validation, encoded) if validation is not None and encoded else None
     check_best_metric(recipe, task, evaluation)
     if validation is not None and task.generates(config):
         # What the final evaluation would refuse is refused before the training.
@@ -94,34 +69,18 @@ def prepare(recipe: Recipe, say: Say, write_cache: bool = True) -> Prepared:
     heads = dict.fromkeys([*find_heads(model), *loaded.new_modules])
     report = inject(model, recipe.adapter, _outermost(list(heads)))
     say(str(report))
-    data = {
-        split.name: {
-            "source": split.source,
-            "rows": len(split),
-            "fingerprint": split.fingerprint,
-            "tokens": int(encoded[split.name].offsets[-1]),
-        }
-        for split in (train, validation)
-        if split is not None
-    }
-    return Prepared(recipe, task, model, tokenizer, report, encoded[train.name], evaluation, data)
+    data = {rows.train.name: _described(rows.train, train)}
+    if evaluation is not None:
+        data[evaluation.split.name] = _described(evaluation.split, evaluation.encoded)
+    return Prepared(recipe, task, model, tokenizer, report, train, evaluation, data)
 
 
-def encoding_cache(
-    task: Task, config: Any, tokenizer: PreTrainedTokenizerBase, say: Say, write: bool
-) -> EncodedCache | None:
-    """Where the tokens of this task's rows may be; None, and said, for a tokenizer that has none.
-
-    What only places the data or scores a generation changes no token, and stands in no key.
-    """
-    unread = {*GenerationSection.model_fields} - {"name", "max_length"}
-    values = config.model_dump(mode="json", exclude=unread)
-    values["task"] = f"{type(task).__module__}.{type(task).__qualname__}"
-    key = encoding_key(tokenizer, values, task.source_digest())
-    if key is None:
-        say("the tokenizer is a slow one: its tokens are not kept for the next run")
-        return None
-    return EncodedCache(key, say, write)
+def _described(split: Split, encoded: EncodedSplit | Streamed) -> dict[str, Any]:
+    """For ``run.json``; of a stream nobody knows how many rows and tokens it has."""
+    known: dict[str, Any] = {"rows": None, "tokens": None}
+    if isinstance(encoded, EncodedSplit):
+        known = {"rows": len(split), "tokens": int(encoded.offsets[-1])}
+    return {"source": split.source, "fingerprint": split.fingerprint} | known
 
 
 def main_metric(recipe: Recipe, task: Task) -> str:

@@ -126,7 +126,6 @@ CASES = [
         ("model.dtype", "bfloat16, float32"), 3),
     Bad("packing encoder", ENCODER.replace("  path:", "  packing: true\n  path:"),
         ("task.packing", "encoder cannot pack", "false"), 10),
-    Bad("packing", changed("  path:", "  packing: true\n  path:"), ("task.packing", "false"), 10),
     Bad("layers backwards", changed("r: 8", 'layers: "5-2"'), ("adapter.layers", "backwards"), 6),
     Bad("layers of text", changed("r: 8", "layers: all"), ("adapter.layers", '"0-5,11"'), 6),
     Bad("negative layer", changed("r: 8", "layers: [-1]"), ("adapter.layers", ">= 0"), 6),

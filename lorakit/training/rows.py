@@ -1,0 +1,111 @@
+"""Recipe -> the rows of its splits, and their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lorakit import registry
+from lorakit.data.encode import EncodedSplit, check_token_ids, encode_split, truncation_note
+from lorakit.data.sources import Split
+from lorakit.data.stream import Stream, open_stream
+from lorakit.data.stream_steps import StreamEncoder
+from lorakit.errors import DataError, UserError
+from lorakit.evaluation.splits import encoding_cache, settle
+from lorakit.models.window import embedding_rows
+from lorakit.recipe.sections import Recipe
+from lorakit.tasks.base import Task
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A train split that is read while it is trained on."""
+
+    stream: Stream
+    encoder: StreamEncoder
+
+
+@dataclass(frozen=True)
+class Rows:
+    """``train`` is the split, or of a stream its first rows. ``config`` is the task's, with what
+    the rows decided written in."""
+
+    task: Task
+    config: Any
+    train: Split
+    stream: Stream | None
+    validation: Split | None
+
+    @property
+    def labels(self) -> list[str] | None:
+        return self.task.labels(self.config, None if self.stream else self.train)
+
+
+def load_rows(recipe: Recipe, say: Say) -> Rows:
+    """Raises DataError for data that cannot be read or is not the task's."""
+    task: Task = registry.task(recipe.task.name)
+    config = recipe.task
+    task.check_requirements(config)
+    stream = _open_stream(task, config) if config.streaming else None
+    train = stream.head if stream else task.load(config, "train")
+    if train is None:
+        raise DataError(f"task.path: no training split in {config.path}")
+    task, config = settle(task, config, train, say)
+    if stream:
+        task.check_columns(train, config)
+    validation = task.load(config, task.eval_split(config))
+    if validation is not None:
+        settle(task, config, validation, say)
+    config = task.resolve(config, None if stream else train)
+    return Rows(task, config, train, stream, validation)
+
+
+def encode_rows(
+    rows: Rows,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    say: Say,
+    write_cache: bool,
+) -> tuple[EncodedSplit | Streamed, EncodedSplit | None]:
+    """The tokens of the train and the validation split. Of a stream the first rows are tokenised
+    only to see whether they can be."""
+    task, config = rows.task, rows.config
+    splits = [split for split in (rows.train, rows.validation) if split is not None]
+    most = max(map(len, splits))
+    cache = encoding_cache(task, config, tokenizer, most, say, write_cache)
+    has_table = isinstance(model.get_input_embeddings(), nn.Embedding)
+
+    def to_example(row: Any) -> Any:
+        return task.example(row, config)
+
+    def encoded(split: Split) -> EncodedSplit:
+        found = encode_split(split, to_example, tokenizer, config.max_length, cache=cache)
+        if has_table:
+            check_token_ids(found, tokenizer, embedding_rows(model))
+        if not (rows.stream and split is rows.train) and (
+            cut := truncation_note(found, split.name, config.max_length)
+        ):
+            say(cut)
+        return found
+
+    train: EncodedSplit | Streamed = encoded(rows.train)
+    if rows.stream:
+        largest = embedding_rows(model) if has_table else 2**31
+        encoder = StreamEncoder(to_example, tokenizer, config.max_length, largest)
+        train = Streamed(rows.stream, encoder)
+    return train, encoded(rows.validation) if rows.validation is not None else None
+
+
+def _open_stream(task: Task, config: Any) -> Stream | None:
+    if type(task).read_file is not Task.read_file:
+        raise UserError(
+            f"task.streaming = true: {config.name} reads files of its own format whole; "
+            "allowed: false"
+        )
+    return open_stream(config.path, "train", task.hub_source(config), config.limit_train)
