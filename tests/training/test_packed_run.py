@@ -52,10 +52,14 @@ def test_gradient_checkpointing_keeps_packed_rows_apart(tiny_llama: Path, tmp_pa
         torch.testing.assert_close(adapters[1][key], value, rtol=0, atol=1e-6)
 
 
-def test_a_token_budget_bounds_the_batches(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", ["completion", "glue/sst2"])
+def test_a_token_budget_bounds_the_batches(
+    tiny_llama: Path, tiny_bert: Path, tmp_path: Path, task: str
+) -> None:
     recipe = recipe_for(
-        tmp_path, tiny_llama, train__max_tokens_per_batch=128, train__per_device_batch_size=None
-    )
+        tmp_path, tiny_llama if task == "completion" else tiny_bert, task,
+        train__max_tokens_per_batch=128, train__per_device_batch_size=None,
+    )  # fmt: skip
     plan = dry_run(recipe, lambda text: None)
     said: list[str] = []
     train(recipe, say=said.append)
