@@ -64,9 +64,9 @@ def read_yaml(file: Path) -> Source:
     builder = _Builder(name)
     root = builder.document(text)
     if root is None or root.value is None:
-        raise _whole(name, "the file is empty", "a mapping with model, adapter, task and train")
+        raise _whole(name, "the file is empty", "a mapping of keys to values")
     if not isinstance(root.value, dict):
-        raise _whole(name, "the file is not a mapping", "model:, adapter:, task: and train:")
+        raise _whole(name, "the file is not a mapping", "KEY: VALUE, each on a line")
     data, lines, quoted = builder.expand(root)
     return Source(name, data, lines, quoted, problems=tuple(builder.problems))
 

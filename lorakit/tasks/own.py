@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from lorakit.errors import DataError
+from lorakit.data.examples import ClassificationExample, Example
+from lorakit.errors import DataError, shown
 from lorakit.recipe.sections import TaskSection
 from lorakit.tasks.base import Task
 from lorakit.tasks.own_code import guarded, is_code, load_attribute
@@ -15,7 +17,12 @@ from lorakit.tasks.own_metric import checked_scores
 from lorakit.tasks.own_yaml import load_yaml_task
 
 _ALLOWED = "a subclass of lorakit.tasks.base.Task, or an instance of one"
-_GUARDED = ("load", "resolve", "labels", "columns", "example", "prompt", "chosen", "notes")
+#: All that a task does, in which its file may fail; its scores are looked at besides.
+_GUARDED = tuple(
+    name
+    for name, value in vars(Task).items()
+    if inspect.isfunction(value) and not name.startswith("_") and name != "metrics"
+)
 
 
 def load_task(name: str) -> Task:
@@ -37,6 +44,9 @@ def _task(name: str, path: Path, digest: bytes) -> Task:
     task = _instance(name, found)
     for method in _GUARDED:
         setattr(task, method, guarded(getattr(task, method), file))
+    for method in ("example", "prompt"):
+        setattr(task, method, _giving_examples(task, method, name))
+    setattr(task, "stop_texts", _giving_texts(task, name))  # noqa: B010 (as those above)
     metrics = guarded(task.metrics, file)
 
     def scores(predictions: Any, split: Any, config: Any) -> dict[str, float]:
@@ -53,6 +63,39 @@ def _task(name: str, path: Path, digest: bytes) -> Task:
     return task
 
 
+def _giving_examples(task: Task, method: str, name: str) -> Callable[..., Example]:
+    """The method, which raises DataError where it gives no example of the task's kind."""
+    kinds = (ClassificationExample,)
+    if task.kind == "causal":
+        kinds = tuple(kind for kind in get_args(Example) if kind is not ClassificationExample)
+    make = getattr(task, method)
+
+    @wraps(make)
+    def checked(row: Any, config: Any) -> Example:
+        made: Example = make(row, config)
+        if not isinstance(made, kinds):
+            allowed = " or ".join(kind.__name__ for kind in kinds)
+            raise DataError(f"{name}.{method}: gave {shown(made)}; allowed: a {allowed}")
+        return made
+
+    return checked
+
+
+def _giving_texts(task: Task, name: str) -> Callable[[Any], tuple[str, ...]]:
+    """``stop_texts``, which raises DataError for one text in place of several and for an empty
+    one, which stands everywhere."""
+    give = task.stop_texts
+
+    def checked(config: Any) -> tuple[str, ...]:
+        texts: Any = give(config)
+        listed = isinstance(texts, (tuple, list))
+        if not (listed and all(isinstance(text, str) and text for text in texts)):
+            raise DataError(f"{name}.stop_texts: gave {shown(texts)}; allowed: a tuple of texts")
+        return tuple(texts)
+
+    return checked
+
+
 def _instance(name: str, found: Any) -> Task:
     """A task with what every task has. Raises DataError."""
     if isinstance(found, type) and issubclass(found, Task):
@@ -61,7 +104,7 @@ def _instance(name: str, found: Any) -> Task:
             raise DataError(f"{name}: lacks {missing}; allowed: a task that has these methods")
         try:
             found = found()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise DataError(f"{name}: cannot be made without arguments: {error}") from error
     if not isinstance(found, Task):
         raise DataError(f"{name}: is of type {type(found).__name__}; allowed: {_ALLOWED}")

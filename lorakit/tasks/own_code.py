@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -53,9 +54,10 @@ def guarded(function: Callable[..., Any], file: Path) -> Callable[..., Any]:
             return function(*arguments, **keys)
         except LorakitError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             line = _line(error, file.resolve())
-            if line is None:
+            stopped = isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM
+            if line is None or stopped:
                 raise
             raise DataError(f"{file}:{line}: {_words(error)}") from error
 

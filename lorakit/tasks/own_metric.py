@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from numbers import Real
 from typing import Any
 
 from lorakit.errors import DataError, shown
+from lorakit.tasks.base import LOWER_IS_BETTER
 from lorakit.tasks.own_code import guarded, is_code, load_attribute
 
 
@@ -23,6 +25,14 @@ def metric_digest(metric: str) -> bytes:
     function, _, digest = load_attribute(metric)
     if not callable(function):
         raise DataError(f"{metric}: is of type {type(function).__name__}; allowed: a function")
+    try:
+        inspect.signature(function).bind([], [])
+    except TypeError as error:
+        raise DataError(
+            f"{metric}: cannot be called as function(predictions, references): {error}"
+        ) from error
+    except ValueError:  # of a function in C that does not say what it takes
+        pass
     return digest
 
 
@@ -43,11 +53,22 @@ def own_scores(
 
 
 def checked_scores(scores: Any, where: str) -> dict[str, float]:
-    """``scores`` as floats. Raises DataError for what is no mapping of names to finite numbers."""
+    """``scores`` as floats. Raises DataError for what is no mapping of names to finite numbers,
+    and for the names of what every model is measured by."""
     if not isinstance(scores, Mapping):
         raise DataError(f"{where}: gave {shown(scores)}; allowed: a dict of names to numbers")
     for name, value in scores.items():
-        number = isinstance(value, Real) and not isinstance(value, bool)
-        if not (isinstance(name, str) and number and math.isfinite(value)):
+        if not (isinstance(name, str) and _is_finite(value)):
             raise DataError(f"{where}: {name} = {shown(value)}; allowed: a finite number")
+        if name in LOWER_IS_BETTER:
+            raise DataError(f"{where}: {name} is the model's own; allowed: another name")
     return {name: float(value) for name, value in scores.items()}
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False

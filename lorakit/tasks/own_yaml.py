@@ -21,7 +21,7 @@ from lorakit.recipe.explain import explain
 from lorakit.recipe.faults import Fault, did_you_mean
 from lorakit.recipe.sections import TaskSection
 from lorakit.recipe.yaml_source import read_yaml
-from lorakit.tasks.base import Prediction, Task
+from lorakit.tasks.base import LOWER_IS_BETTER, Prediction, Task
 from lorakit.tasks.classification import Classification
 from lorakit.tasks.completion import Completion
 from lorakit.tasks.labelled import Labelling, read_label
@@ -89,7 +89,7 @@ _KINDS: dict[str, type[OwnCompletion] | type[OwnClassification]] = {
 def load_yaml_task(file: Path) -> Task:
     """The task of a YAML file. Raises RecipeError with every problem of the file."""
     source = read_yaml(file)
-    digest = hashlib.sha256(repr(source.data).encode()).digest()
+    digest = hashlib.sha256(repr((source.data, source.problems)).encode()).digest()
     task = _task(file.resolve(), digest, str(file))
     for name in filter(is_code, task.scored_by):
         digest += metric_digest(name)
@@ -168,6 +168,11 @@ def _metric_faults(data: Mapping[str, Any]) -> Iterator[Fault]:
     if not (given is None or isinstance(given, str) or listed):
         yield Fault(("metric",), "not a metric's name", given, True, allowed)
         return
+    names = [metric_name(name) for name in _metrics(data)]
+    if len(set(names)) < len(names):
+        yield Fault(("metric",), "two of one name", given, True, "each name once")
+    if taken := LOWER_IS_BETTER.intersection(names):
+        yield Fault(("metric",), f"{min(taken)} is the model's own", given, True, "another name")
     for name in _metrics(data):
         if not is_code(name) and name not in known:
             message = did_you_mean("unknown metric", name, known)

@@ -175,6 +175,8 @@ def test_a_failure_in_the_file_names_its_line(my: Path) -> None:
         ("float('nan')", r"my\.py:My\.metrics: own = NaN; allowed: a finite number"),
         ("None", r"own = null"),
         ("1, 'other': 2}, **{", r"gave"),
+        ("10**400", r"own = 1000.*allowed: a finite number"),
+        ("1.0, 'loss': 2.0", r"loss is the model's own; allowed: another name"),
     ],
 )
 def test_scores_that_are_none(my: Path, returned: str, said: str) -> None:
@@ -185,6 +187,42 @@ def test_scores_that_are_none(my: Path, returned: str, said: str) -> None:
     task = registry.task("my.py:My")
     with pytest.raises(DataError, match=said):
         task.metrics([1], split_of({}), task.Config(name="x"))
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("def example(self, row, config): return 5", r"\.example: gave 5; allowed: a TextExample"),
+        ("def prompt(self, row, config): return 'a'", r"\.prompt: gave \"a\"; allowed: a Text"),
+        ("def stop_texts(self, config): return 'ab'", r"\.stop_texts: gave \"ab\"; allowed: a tup"),
+        ("def stop_texts(self, config): return ('',)", r"gave \[\"\"\]; allowed: a tuple of texts"),
+        ("def stop_texts(self, config): return 1 / 0", r"my\.py:\d+: ZeroDivisionError"),
+        ("def main_metric(self, config): return 1 / 0", r"my\.py:\d+: ZeroDivisionError"),
+        ("def prediction_counts(self, split, config): 1 / 0", r"my\.py:\d+: ZeroDivisionError"),
+        ("def metrics(self, p, s, c): raise SystemExit(0)", r"my\.py:\d+: SystemExit: 0"),
+    ],
+)
+def test_a_method_that_gives_what_it_may_not(my: Path, body: str, said: str) -> None:
+    my.write_text(f"{TASK}\nclass Odd(My):\n    {body}\n")
+    task = registry.task("my.py:Odd")
+    config = task.Config(name="x")
+    with pytest.raises(DataError, match=said):
+        {
+            "example": lambda: task.example({}, config),
+            "prompt": lambda: task.prompt({}, config),
+            "stop_texts": lambda: task.stop_texts(config),
+            "main_metric": lambda: task.main_metric(config),
+            "prediction_counts": lambda: task.prediction_counts(split_of({}), config),
+            "metrics": lambda: task.metrics([1], split_of({}), config),
+        }[body.split("(")[0].removeprefix("def ")]()
+
+
+def test_a_terminated_process_is_no_fault_of_the_file(my: Path) -> None:
+    body = "def stop_texts(self, config): raise SystemExit(143)"
+    my.write_text(f"{TASK}\nclass Odd(My):\n    {body}\n")
+    task = registry.task("my.py:Odd")
+    with pytest.raises(SystemExit):
+        task.stop_texts(task.Config(name="x"))
 
 
 def test_the_main_metric_must_be_there(my: Path) -> None:
@@ -263,6 +301,8 @@ def test_every_problem_of_a_yaml_at_once(in_tmp: Path) -> None:
         ("kind: classification\nregression: true\nmetric: f1\n", "allowed: pearson, spearmanr"),
         ("kind: classification\nmetric: 3\n", "not a metric's name"),
         ("kind: classification\nmetric: []\n", "not a metric's name"),
+        ("kind: completion\nmetric: [bleu, bleu]\n", "two of one name"),
+        ("", "the file is empty; allowed: a mapping of keys to values"),
         ("kind: classification\nmetric: ./no.py:f\n", "no.py: no such file"),
         ("kind: completion\ntemplate: a\nprompt_column: b\n", "contradict each other"),
         ("- a\n", "the file is not a mapping"),
@@ -281,6 +321,32 @@ def test_a_metric_must_be_a_function(in_tmp: Path) -> None:
     (in_tmp / "my.yaml").write_text("kind: completion\nmetric: ./m.py:f\n")
     (problem,) = problems(recipe(in_tmp, "my.yaml"))
     assert "./m.py:f: is of type int; allowed: a function" in problem.message
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "said"),
+    [
+        ("def f(predictions): return 1\n", "f", "cannot be called as function(predictions, ref"),
+        ("class f: pass\n", "f", "cannot be called as function(predictions, references)"),
+        ("from statistics import mean as f\n", "f", "cannot be called as function("),
+        ("def loss(p, r): return 1\n", "loss", "loss is the model's own; allowed: another name"),
+    ],
+)
+def test_a_metric_that_cannot_score_is_told_before_anything_runs(
+    in_tmp: Path, text: str, name: str, said: str
+) -> None:
+    (in_tmp / "m.py").write_text(text)
+    (in_tmp / "my.yaml").write_text(f"kind: completion\nmetric: ./m.py:{name}\n")
+    (problem,) = problems(recipe(in_tmp, "my.yaml"))
+    assert said in str(problem)
+
+
+def test_a_key_that_stands_twice_is_told_also_when_the_file_was_read_before(in_tmp: Path) -> None:
+    (in_tmp / "my.yaml").write_text(YAML)
+    registry.task("./my.yaml")
+    (in_tmp / "my.yaml").write_text(f"{YAML}kind: completion\n")
+    (problem,) = problems(recipe(in_tmp, "./my.yaml"))
+    assert "the key 'kind' stands twice" in str(problem)
 
 
 def test_metric_names_are_the_files_own(in_tmp: Path) -> None:
