@@ -55,8 +55,10 @@ class Interrupted(LorakitError):
 
 
 def shown(value: object, max_characters: int = 80) -> str:
-    """A value as it is quoted in a message: on one line, and not longer than is read."""
+    """A value as it is quoted in a message: on one line, without what steers a terminal, and not
+    longer than is read."""
     text = json.dumps(value, ensure_ascii=False, default=repr)
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return text if len(text) <= max_characters else f"{text[: max_characters - 3]}..."
 
 

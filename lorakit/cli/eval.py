@@ -116,7 +116,7 @@ def _score(recipe: Recipe, file: Path, split: str | None, limit: int | None) -> 
     task = registry.task(recipe.task.name)
     task.check_requirements(recipe.task)
     found = load_eval_split(task, recipe.task, split, limit)
-    task, config = settle(task, recipe.task, found, say)
+    task, config = settle(task, recipe.task, found, say if is_main() else _silent)
     config = with_labels(task, config, None)
     metrics = score_predictions(task, config, found, file)
     return _result(config.name, found.name, len(found), metrics)

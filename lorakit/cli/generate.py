@@ -140,8 +140,8 @@ def _check_choice(
         raise UserError(f"--temperature {temperature}: allowed: 0 and above")
     if top_p is not None and not 0 < top_p <= 1:
         raise UserError(f"--top-p {top_p}: allowed: above 0, to 1")
-    if length_penalty is not None and not math.isfinite(length_penalty):
-        raise UserError(f"--length-penalty {length_penalty}: allowed: a finite number")
+    if length_penalty is not None and not -10 <= length_penalty <= 10:
+        raise UserError(f"--length-penalty {length_penalty}: allowed: -10 to 10")
     if num_beams > 1 and temperature > 0:
         raise UserError("--num-beams above 1 and --temperature above 0 exclude each other")
     if top_p is not None and temperature == 0:

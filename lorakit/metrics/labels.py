@@ -6,6 +6,7 @@ What a constant prediction or constant gold leaves undefined (a correlation's 0 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -36,7 +37,9 @@ def require_metrics(names: Sequence[str]) -> None:
 def label_score(name: str, gold: Numbers, predicted: Numbers, classes: int) -> float:
     """The metric ``name`` of ``LABEL_METRICS``; ``classes`` is their number, 0 for regression."""
     assert len(gold) == len(predicted) > 0
-    return _SCORES[name](gold, predicted, classes)
+    with warnings.catch_warnings():  # the libraries' own, of what is defined above
+        warnings.simplefilter("ignore")
+        return _SCORES[name](gold, predicted, classes)
 
 
 def _accuracy(gold: Numbers, predicted: Numbers, classes: int) -> float:

@@ -38,7 +38,7 @@ class GenerationSection(TaskSection):
 
     max_new_tokens: PositiveInt = 128
     num_beams: PositiveInt = 1
-    length_penalty: float = 1.0
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] = 1.0
     no_repeat_ngram_size: NonNegativeInt = 0
     temperature: NonNegativeFloat = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -49,7 +49,15 @@ class GenerationSection(TaskSection):
     def _one_way_to_choose(self) -> GenerationSection:
         if self.num_beams > 1 and self.temperature > 0:
             raise ValueError("num_beams above 1 and temperature above 0 exclude each other")
+        if self._given("length_penalty") and self.num_beams == 1:
+            raise ValueError("length_penalty: only with num_beams above 1, which ranks by it")
+        if self._given("top_p") and self.temperature == 0:
+            raise ValueError("top_p: only with temperature above 0; else nothing is drawn")
         return self
+
+    def _given(self, key: str) -> bool:
+        """Whether the value changes a search: 1 does not, and the default is nobody's wish."""
+        return getattr(self, key) not in (1.0, type(self).model_fields[key].default)
 
 
 class Task(ABC):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from pydantic import model_validator
+
 from lorakit.data.examples import ChatExample
 from lorakit.data.sources import Split
 from lorakit.errors import DataError
@@ -41,6 +43,14 @@ class ChatConfig(GenerationSection):
     eval_generate: Literal["never", "end", "always"] = "never"
     dataset_name: Text | None = None
     dataset_config_name: Text | None = None
+
+    @model_validator(mode="after")
+    def _one_way_to_read(self) -> ChatConfig:
+        if self.messages_column and self.format in ("alpaca", "prompt_completion"):
+            raise ValueError(
+                f"messages_column and format: {self.format} contradict each other; give one"
+            )
+        return self
 
 
 class Chat(FormattedTask):

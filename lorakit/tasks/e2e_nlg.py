@@ -16,7 +16,7 @@ from typing import Any
 
 from lorakit.data.examples import Segment, TextExample
 from lorakit.data.sources import Split
-from lorakit.errors import DataError
+from lorakit.errors import DataError, shown
 from lorakit.metrics.bleu import bleu
 from lorakit.metrics.cider import cider
 from lorakit.metrics.nist import nist
@@ -77,7 +77,7 @@ class E2eNlg(Task):
         """
         for number, prediction in enumerate(predictions, 1):
             if not isinstance(prediction, str):
-                raise DataError(f"prediction {number}: {prediction!r}; allowed: text")
+                raise DataError(f"prediction {number}: {shown(prediction)}; allowed: text")
         instances = _instances(split)
         if len(predictions) == len(split):
             predictions = [predictions[rows[0]] for rows in instances]
@@ -117,7 +117,7 @@ def _column(split: Split, column: str) -> list[str]:
 def _text(row: Row, column: str) -> str:
     value = row[column]
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"column {column!r} holds {value!r}; allowed: text, not empty")
+        raise DataError(f"column {column!r} holds {shown(value)}; allowed: text, not empty")
     return " ".join(value.split())
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from lorakit.data.examples import ClassificationExample
 from lorakit.data.sources import Split
-from lorakit.errors import DataError
+from lorakit.errors import DataError, shown
 from lorakit.metrics.labels import label_score, require_metrics
 from lorakit.tasks.base import Prediction, Row, Task
 
@@ -99,11 +99,11 @@ def read_label(value: Any, where: Labelling) -> int | float:
 
     Raises DataError if the value is missing, hidden (-1), unknown, out of range or not finite.
     """
-    shown = f"{where.label} = {value!r}"
+    said = f"{where.label} = {shown(value)}"
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
-        raise DataError(f"{shown}: the label is missing")
+        raise DataError(f"{said}: the label is missing")
     if where.labels is None:
-        return _target(value, where, shown)
+        return _target(value, where, said)
     by_name = _named_by_numbers(where.labels)
     for name in (value, label_name(value) if by_name else None):
         if isinstance(name, str) and name in where.labels:
@@ -112,8 +112,8 @@ def read_label(value: Any, where: Labelling) -> int | float:
     if index is not None and not by_name and 0 <= index < len(where.labels):
         return index
     if index == -1:
-        raise DataError(f"{shown}: the labels here are hidden, as in a benchmark's test split")
-    raise DataError(f"{shown}: unknown label; allowed: {_allowed(where.labels)}")
+        raise DataError(f"{said}: the labels here are hidden, as in a benchmark's test split")
+    raise DataError(f"{said}: unknown label; allowed: {_allowed(where.labels)}")
 
 
 def label_name(value: Any) -> str | None:
@@ -143,14 +143,14 @@ def _allowed(labels: Sequence[str]) -> str:
     return names if _named_by_numbers(labels) else f"0 to {len(labels) - 1} or {names}"
 
 
-def _target(value: Any, where: Labelling, shown: str) -> float:
+def _target(value: Any, where: Labelling, said: str) -> float:
     bounded = math.isfinite(where.minimum)
     allowed = f"{where.minimum:g} to {where.maximum:g}" if bounded else "a finite number"
     target = _as_float(value)
     if bounded and target == -1:
-        raise DataError(f"{shown}: the labels here are hidden, as in a benchmark's test split")
+        raise DataError(f"{said}: the labels here are hidden, as in a benchmark's test split")
     if target is None or not (math.isfinite(target) and where.minimum <= target <= where.maximum):
-        raise DataError(f"{shown}: allowed: {allowed}")
+        raise DataError(f"{said}: allowed: {allowed}")
     return target
 
 
@@ -166,18 +166,19 @@ def _as_float(value: Any) -> float | None:
 def _text(row: Row, column: str) -> str:
     value = row[column]
     if not isinstance(value, str):
-        raise DataError(f"{column} = {value!r}: allowed: text")
+        raise DataError(f"{column} = {shown(value)}: allowed: text")
     return value
 
 
 def _prediction(value: Prediction, where: Labelling, number: int) -> int | float:
     plain = isinstance(value, (int, float)) and not isinstance(value, bool)
     if where.labels is None:
-        if plain and math.isfinite(value):
-            return float(value)
-        raise DataError(f"prediction {number}: {value!r}; allowed: a finite number")
+        target = _as_float(value) if plain else None
+        if target is not None and math.isfinite(target):
+            return target
+        raise DataError(f"prediction {number}: {shown(value)}; allowed: a finite number")
     index = as_integer(value) if plain else None
     if index is None or not 0 <= index < len(where.labels):
         allowed = f"a label id, 0 to {len(where.labels) - 1}"
-        raise DataError(f"prediction {number}: {value!r}; allowed: {allowed}")
+        raise DataError(f"prediction {number}: {shown(value)}; allowed: {allowed}")
     return index

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from lorakit.data.sources import Split
-from lorakit.errors import DataError
+from lorakit.errors import DataError, shown
 from lorakit.metrics.exact_match import exact_match
 from lorakit.tasks.base import Prediction, Row
 
@@ -26,7 +26,7 @@ def paired(
         raise DataError(f"{split.source}: {len(predictions)} predictions for {len(split)} rows")
     for number, prediction in enumerate(predictions, 1):
         if not isinstance(prediction, str):
-            raise DataError(f"prediction {number}: {prediction!r}; allowed: text")
+            raise DataError(f"prediction {number}: {shown(prediction)}; allowed: text")
     return list(predictions), [reference(row) for row in split.rows]
 
 

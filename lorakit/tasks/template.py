@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
-from lorakit.errors import DataError
+from lorakit.errors import DataError, shown
 from lorakit.recipe.faults import did_you_mean
 from lorakit.recipe.sections import Text
 
@@ -75,4 +75,6 @@ def _text(column: str, value: Any) -> str:
         return value
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
-    raise DataError(f"column {column!r} holds {value!r}; allowed in a template: text or a number")
+    raise DataError(
+        f"column {column!r} holds {shown(value)}; allowed in a template: text or a number"
+    )

@@ -31,7 +31,7 @@ Message = dict[str, str]
 def read_turns(value: Any, column: str) -> list[Message]:
     """A column's list of ``{"role", "content"}`` or ``{"from", "value"}``. Raises DataError."""
     if not isinstance(value, list) or not value:
-        raise DataError(f"column {column!r} holds {value!r}; allowed: a list of messages")
+        raise DataError(f"column {column!r} holds {shown(value)}; allowed: a list of messages")
     return [_message(turn, number, column) for number, turn in enumerate(value, 1)]
 
 
@@ -57,7 +57,7 @@ def required_text(row: Row, column: str) -> str:
     """The column's text. Raises DataError for anything else."""
     value = row[column]
     if not isinstance(value, str):
-        raise DataError(f"column {column!r} holds {value!r}; allowed: text")
+        raise DataError(f"column {column!r} holds {shown(value)}; allowed: text")
     return value
 
 
@@ -72,10 +72,16 @@ def optional_text(row: Row, column: str) -> str:
 def _message(turn: Any, number: int, column: str) -> Message:
     where = f"column {column!r}, message {number}"
     if not isinstance(turn, dict):
-        raise DataError(f'{where}: {turn!r}; allowed: {{"role": ..., "content": ...}}')
+        raise DataError(f'{where}: {shown(turn)}; allowed: {{"role": ..., "content": ...}}')
+    for key in ("tool_calls", "function_call"):
+        if turn.get(key):
+            raise DataError(f"{where}: {key} = {shown(turn[key])}; allowed: text only")
     role, content = _role(turn, where)
-    if turn.get("tool_calls"):
-        raise DataError(f"{where}: tool_calls = {shown(turn['tool_calls'])}; allowed: text only")
+    if role == "assistant" and turn.get("weight") not in (None, 1):
+        raise DataError(
+            f"{where}: weight = {shown(turn['weight'])}; allowed: 1, as each of the assistant's "
+            "turns is trained"
+        )
     if role == "assistant" and not content.strip():
         raise DataError(f"{where}: the assistant's content is empty: nothing to train on")
     return {"role": role, "content": content}
@@ -89,7 +95,21 @@ def _role(turn: dict[str, Any], where: str) -> tuple[str, str]:
         names, role_key, text_key = {role: role for role in ROLES}, "role", "content"
     role, content = turn.get(role_key), turn.get(text_key)
     if not isinstance(role, str) or role not in names:
-        raise DataError(f"{where}: {role_key} = {role!r}; allowed: {', '.join(names)}")
-    if not isinstance(content, str):
-        raise DataError(f"{where}: {text_key} = {content!r}; allowed: text")
-    return names[role], content
+        raise DataError(f"{where}: {role_key} = {shown(role)}; allowed: {', '.join(names)}")
+    text = _joined(content)
+    if text is None:
+        raise DataError(f"{where}: {text_key} = {shown(content)}; allowed: text")
+    return names[role], text
+
+
+def _joined(content: Any) -> str | None:
+    """Text, or OpenAI's list of parts ``{"type": "text", "text": ...}`` as one; None for others."""
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else None
+    texts: list[str] = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        if not isinstance(text, str):
+            return None
+        texts.append(text)
+    return "".join(texts) if texts else None

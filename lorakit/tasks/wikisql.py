@@ -22,7 +22,7 @@ from typing import Any
 
 from lorakit.data.examples import Segment, TextExample
 from lorakit.data.sources import Split
-from lorakit.errors import DataError
+from lorakit.errors import DataError, shown
 from lorakit.recipe.sections import PositiveInt, Text
 from lorakit.tasks.base import GenerationSection, Prediction, Row, Task
 from lorakit.tasks.sql.execution import Database
@@ -118,7 +118,7 @@ def _read_prediction(prediction: Prediction, header: Sequence[str], number: int)
     except QueryError:
         return None
     raise DataError(
-        f"prediction {number}: {prediction!r}; allowed: text, "
+        f"prediction {number}: {shown(prediction)}; allowed: text, "
         '{"query": {"sel": N, "agg": N, "conds": [...]}} or {"error": TEXT}'
     )
 

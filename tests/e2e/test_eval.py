@@ -226,7 +226,7 @@ def test_official_wikisql_predictions(
         ([*['{"prediction": 1}'] * 7, '{"prediction": 2}'], "p.jsonl:8: 2; allowed: a label id"),
         (
             ['{"prediction": 1}', '{"prediction": "1"}', *['{"prediction": 1}'] * 6],
-            "p.jsonl:2: '1'",
+            'p.jsonl:2: "1"',
         ),
         (['{"prediction": NaN}', *['{"prediction": 1}'] * 7], "p.jsonl:1: not JSON: NaN"),
         ([*['{"prediction": 1}'] * 7, "1"], "p.jsonl:8: 1: no key 'prediction'"),
@@ -248,16 +248,16 @@ def test_predictions_that_are_none(
 @pytest.mark.parametrize(
     ("task", "good", "bad", "allowed"),
     [
-        ("stsb", "2.5", '"2.5"', "'2.5'; allowed: a finite number"),
-        ("stsb", "2.5", "1e999", "inf; allowed: a finite number"),
+        ("stsb", "2.5", '"2.5"', '"2.5"; allowed: a finite number'),
+        ("stsb", "2.5", "1e999", "Infinity; allowed: a finite number"),
         ("stsb", "2.5", "Infinity", "not JSON: Infinity is not a number that JSON has"),
         ("classification", "2", "3", "3; allowed: a label id, 0 to 2"),
         ("classification", "2", "-1", "-1; allowed: a label id, 0 to 2"),
-        ("classification", "2", "null", "None; allowed: a label id, 0 to 2"),
+        ("classification", "2", "null", "null; allowed: a label id, 0 to 2"),
         ("wikisql", '"SELECT"', "7", "7; allowed: text, "),
         ("wikisql", '"SELECT"', "NaN", "not JSON: NaN is not a number that JSON has"),
         ("e2e_nlg", '"Kettle"', "7", "7; allowed: text"),
-        ("e2e_nlg", '"Kettle"', '["Kettle"]', "['Kettle']; allowed: text"),
+        ("e2e_nlg", '"Kettle"', '["Kettle"]', '["Kettle"]; allowed: text'),
         ("e2e_nlg", '"Kettle"', "NaN", "not JSON: NaN is not a number that JSON has"),
     ],
 )
@@ -271,6 +271,7 @@ def test_a_prediction_of_each_task_that_is_none(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     recipe = request.getfixturevalue(task)
+    capsys.readouterr()  # what making the model printed
     count = 3 if task in ("wikisql", "e2e_nlg") else 8
     file = tmp_path / "p.jsonl"
     lines = [f'{{"prediction": {value}}}\n' for value in [*[good] * (count - 1), bad]]

@@ -175,7 +175,7 @@ def test_long_chat_forgets_its_beginning_and_says_so(
         (["--prompt", "a", "--num-beams", "0"], "--num-beams"),
         (["--prompt", "a", "--num-beams", "2", "--temperature", "1"], "exclude each other"),
         (["--prompt", "a", "--length-penalty", "2"], "only with --num-beams above 1"),
-        (["--num-beams", "2", "--length-penalty", "inf"], "allowed: a finite number"),
+        (["--num-beams", "2", "--length-penalty", "inf"], "allowed: -10 to 10"),
         (["--prompt", "a", "--stop", ""], "--stop '': allowed"),
         (["--prompt", "a", "--temperature", "nan"], "--temperature nan"),
         (["--prompt", "a", "--temperature", "-1"], "--temperature -1.0: allowed: 0"),

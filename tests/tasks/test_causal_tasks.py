@@ -39,10 +39,10 @@ def test_chat_leaves_out_what_follows_the_last_answer() -> None:
         ("hello", "allowed: a list of messages"),
         (None, "allowed: a list of messages"),
         ([message("user")], "no turn of the assistant"),
-        ([message("user"), "hi"], "message 2: 'hi'"),
-        ([message("human"), message("assistant")], "message 1: role = 'human'; allowed: system"),
-        ([message(None), message("assistant")], "message 1: role = None"),
-        ([message("user"), message("assistant", None)], "message 2: content = None"),
+        ([message("user"), "hi"], 'message 2: "hi"'),
+        ([message("human"), message("assistant")], 'message 1: role = "human"; allowed: system'),
+        ([message(None), message("assistant")], "message 1: role = null"),
+        ([message("user"), message("assistant", None)], "message 2: content = null"),
         (
             [message("user"), message("assistant", " ")],
             "message 2: the assistant's content is empty",
@@ -91,7 +91,7 @@ def test_e2e() -> None:
     ("row", "expected"),
     [
         ({"prompt": "a", "completion": " "}, "'completion' is empty"),
-        ({"prompt": None, "completion": "b"}, "'prompt' holds None"),
+        ({"prompt": None, "completion": "b"}, "'prompt' holds null"),
     ],
 )
 def test_bad_completions(row: dict[str, Any], expected: str) -> None:

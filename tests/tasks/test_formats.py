@@ -17,6 +17,7 @@ from lorakit.evaluation.splits import settle
 Row = dict[str, Any]
 
 USER, REPLY = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
+CALL = {"role": "assistant", "content": None}
 SYSTEM = {"role": "system", "content": "Be brief."}
 HUMAN, GPT = {"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}
 ALPACA = {"instruction": "Add.", "input": "2 and 2", "output": "4"}
@@ -201,22 +202,40 @@ def test_an_unknown_shape_shows_the_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "row", "expected"),
     [
-        ("chat", {"conversations": "hi"}, "column 'conversations' holds 'hi'"),
-        ("chat", {"conversations": [{"from": "cat", "value": "x"}]}, "message 1: from = 'cat'"),
-        ("chat", {"conversations": [HUMAN, {"from": "gpt", "value": None}]}, "2: value = None"),
+        ("chat", {"conversations": "hi"}, "column 'conversations' holds \"hi\""),
+        ("chat", {"conversations": [{"from": "cat", "value": "x"}]}, 'message 1: from = "cat"'),
+        ("chat", {"conversations": [HUMAN, {"from": "gpt", "value": None}]}, "2: value = null"),
         ("chat", {"conversations": [HUMAN]}, "no turn of the assistant"),
         ("chat", {"messages": [USER, {**REPLY, "tool_calls": [{"id": 1}]}]}, "tool_calls = "),
+        ("chat", {"messages": [USER, {**CALL, "tool_calls": [{"id": 1}]}]}, "2: tool_calls = "),
+        ("chat", {"messages": [USER, {**REPLY, "function_call": {"name": "f"}}]}, "function_call"),
+        ("chat", {"messages": [USER, {**REPLY, "weight": 0}]}, "weight = 0; allowed: 1"),
+        ("chat", {"messages": [{**USER, "content": [{"type": "image_url"}]}]}, "content = [{"),
+        ("chat", {"messages": [{**USER, "content": []}]}, "content = []; allowed: text"),
         ("chat", ALPACA | {"output": " "}, "column 'output' is empty"),
         ("chat", PAIR | {"prompt": 3}, "column 'prompt' holds 3"),
         ("completion", ALPACA | {"output": ""}, "column 'output' is empty"),
         ("completion", ALPACA | {"input": 3}, "column 'input' holds 3"),
-        ("completion", ALPACA | {"instruction": None}, "column 'instruction' holds None"),
+        ("completion", ALPACA | {"instruction": None}, "column 'instruction' holds null"),
     ],
 )
 def test_rows_that_are_refused(name: str, row: Row, expected: str) -> None:
     with pytest.raises(DataError) as caught:
         example(name, row)
     assert expected in str(caught.value)
+
+
+def test_text_parts_are_one_text() -> None:
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    chat = example("chat", {"messages": [{**USER, "content": parts}, REPLY]})
+    assert chat.messages[0] == {"role": "user", "content": "Hello"}
+
+
+def test_a_quoted_value_is_short_and_on_one_line() -> None:
+    with pytest.raises(DataError) as caught:
+        example("chat", {"messages": ["\u2028\x9b" + "x" * 1000]})
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 200
 
 
 def test_a_first_word_of_the_assistants_answers_nothing() -> None:
@@ -237,6 +256,40 @@ def test_a_first_word_of_the_assistants_answers_nothing() -> None:
 def test_contradicting_keys(keys: Row) -> None:
     with pytest.raises(ValidationError):
         registry.task("completion").Config(**keys)
+
+
+@pytest.mark.parametrize("shape", ["alpaca", "prompt_completion"])
+def test_a_column_of_messages_is_no_other_format(shape: str) -> None:
+    with pytest.raises(ValidationError, match="contradict each other"):
+        registry.task("chat").Config(messages_column="a", format=shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "said"),
+    [
+        ("completion", {"top_p": 0.9}, "top_p: only with temperature above 0"),
+        ("completion", {"length_penalty": 0.8}, "length_penalty: only with num_beams above 1"),
+        ("completion", {"num_beams": 2, "length_penalty": 500.0}, "less than or equal to 10"),
+        ("e2e_nlg", {"num_beams": 1, "length_penalty": 0.8}, "length_penalty: only with"),
+    ],
+)
+def test_a_key_without_effect(name: str, keys: Row, said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        registry.task(name).Config(**keys)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("completion", {"top_p": 1.0, "length_penalty": 1.0}),
+        ("completion", {"top_p": 0.9, "temperature": 0.5}),
+        ("e2e_nlg", {"num_beams": 1}),
+        ("e2e_nlg", {"num_beams": 1, "length_penalty": 1.0}),
+    ],
+)
+def test_a_resolved_recipe_is_read_again(name: str, keys: Row) -> None:
+    config = registry.task(name).Config(**keys)
+    assert type(config)(**config.model_dump()) == config
 
 
 def split_of(*rows: Row) -> Split:

@@ -151,11 +151,18 @@ def test_correlations() -> None:
 
 
 @pytest.mark.parametrize(("name", "constant"), [("stsb", 2.5), ("cola", 0), ("mrpc", 0)])
+@pytest.mark.filterwarnings("error")
 def test_constant_predictions_are_never_nan(name: str, constant: float) -> None:
     scores = GLUE.metrics([constant] * 4, labels_as_split([0, 1, 1, 1]), glue(name))
     assert {metric: value for metric, value in scores.items() if metric != "accuracy"} == {
         metric: 0.0 for metric in scores if metric != "accuracy"
     }
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_class_alone_warns_of_nothing() -> None:
+    scores = GLUE.metrics([1, 1], labels_as_split([1, 1]), glue("cola"))
+    assert scores == {"matthews_correlation": 0.0}
 
 
 @pytest.mark.parametrize("prediction", [2, -1, 0.5, "1", True, None, math.nan])
@@ -164,7 +171,7 @@ def test_predictions_that_are_no_label(prediction: Any) -> None:
         GLUE.metrics([0, prediction], labels_as_split([0, 1]), glue("sst2"))
 
 
-@pytest.mark.parametrize("prediction", ["1", None, math.nan, math.inf, True])
+@pytest.mark.parametrize("prediction", ["1", None, math.nan, math.inf, True, 10**400])
 def test_predictions_that_are_no_number(prediction: Any) -> None:
     with pytest.raises(DataError, match=r"prediction 1: .*allowed: a finite number"):
         GLUE.metrics([prediction, 1], labels_as_split([0, 1]), glue("stsb"))
