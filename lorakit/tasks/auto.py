@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from lorakit.data.examples import Example
 from lorakit.data.sources import Split
+from lorakit.errors import DataError
 from lorakit.recipe.sections import Text
 from lorakit.tasks.base import GenerationSection, Prediction, Row, Task
 from lorakit.tasks.chat import TASK as CHAT
@@ -53,7 +54,15 @@ class Auto(FormattedTask):
         return ()
 
     def chosen(self, config: Any, split: Split) -> tuple[Task, Any]:
-        return self._delegate(split.columns, config)
+        """Raises DataError for a key that the chosen task does not have: it would do nothing."""
+        task, own = self._delegate(split.columns, config)
+        for key in sorted(config.model_fields_set - type(own).model_fields.keys()):
+            if getattr(config, key) != AutoConfig.model_fields[key].default:
+                raise DataError(
+                    f"task.{key}: the rows of {split.source} choose the task {own.name}, which has "
+                    "no such key; allowed: without it, or other rows"
+                )
+        return task, own
 
     def generates(self, config: Any, final: bool = True) -> bool:
         """Whether the task that the rows choose may."""

@@ -59,7 +59,8 @@ def texts(built: Any) -> list[str]:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_auto_chooses_and_says(shape: str, tmp_path: Path) -> None:
     row, name, said = SHAPES[shape]
-    task, config, found = loaded("auto", rows_file(tmp_path, row), stop=["\n"], max_new_tokens=3)
+    keys = {} if name == "text" else {"stop": ["\n"], "max_new_tokens": 3}
+    task, config, found = loaded("auto", rows_file(tmp_path, row), **keys)
     notes: list[str] = []
     chosen, own = settle(task, config, found, notes.append)
     assert chosen is registry.task(name)
@@ -70,6 +71,12 @@ def test_auto_chooses_and_says(shape: str, tmp_path: Path) -> None:
         assert (own.stop, own.max_new_tokens) == (["\n"], 3)
         assert own.eval_generate == type(chosen).Config().eval_generate
         assert chosen.prompt(row, own) == task.prompt(row, config)
+
+
+def test_auto_refuses_a_key_of_another_task(tmp_path: Path) -> None:
+    task, config, found = loaded("auto", rows_file(tmp_path, {"text": "a"}), num_beams=3)
+    with pytest.raises(DataError, match=r"task\.num_beams: .*choose the task text, which has no"):
+        task.chosen(config, found)
 
 
 def test_auto_may_generate_until_it_has_chosen() -> None:
