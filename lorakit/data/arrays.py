@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import json
 import mmap
+import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -85,8 +85,9 @@ def write_arrays(shards: Sequence[Shard], out: BinaryIO) -> None:
         sizes = [shard.files[name].seek(0, io.SEEK_END) for shard in shards]
         start, end = end, end + sum(sizes)
         ends[name] = (start, end)
-    out.write(_header(shards, ends, crc=0))
-    crc = 0
+    header = _header(shards, ends)
+    out.write(_packed(header, crc=0))
+    crc = zlib.crc32(json.dumps(header).encode())
     for name in names:
         for shard in shards:
             shard.files[name].seek(0)
@@ -94,13 +95,12 @@ def write_arrays(shards: Sequence[Shard], out: BinaryIO) -> None:
                 crc = zlib.crc32(chunk, crc)
                 out.write(chunk)
     out.seek(0)
-    out.write(_header(shards, ends, crc))
+    out.write(_packed(header, crc))
     out.flush()
 
 
-def _header(shards: Sequence[Shard], ends: Mapping[str, tuple[int, int]], crc: int) -> bytes:
+def _header(shards: Sequence[Shard], ends: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
     metadata = {
-        "crc32": f"{crc:08x}",
         "truncated_rows": str(sum(shard.counts.truncated_rows for shard in shards)),
         "cut_completions": str(sum(shard.counts.cut_completions for shard in shards)),
     }
@@ -112,7 +112,13 @@ def _header(shards: Sequence[Shard], ends: Mapping[str, tuple[int, int]], crc: i
             "shape": [(end - start) // np.dtype(dtype).itemsize],
             "data_offsets": [start, end],
         }
-    text = json.dumps(header).encode()
+    return header
+
+
+def _packed(header: Mapping[str, Any], crc: int) -> bytes:
+    """With the checksum, which is of the rest of the header and of all that is behind it."""
+    metadata = header["__metadata__"] | {"crc32": f"{crc:08x}"}
+    text = json.dumps({**header, "__metadata__": metadata}).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
@@ -122,19 +128,23 @@ def read_arrays(file: BinaryIO) -> tuple[Arrays, Counts]:
 
     Raises BrokenFile if they are not those.
     """
-    raw: Any = None
+    raw: Any
     if isinstance(file, io.BytesIO):
         raw = file.getbuffer()
+    elif not os.fstat(file.fileno()).st_size:
+        raise BrokenFile("it is empty")
     else:
-        with suppress(ValueError):  # an empty file cannot be mapped
-            raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
         size = int.from_bytes(raw[:8], "little")
         header = json.loads(bytes(raw[8 : 8 + size]))
-        metadata = header.pop("__metadata__")
+        metadata = header["__metadata__"]
+        checksum = metadata.pop("crc32")
+        crc = zlib.crc32(json.dumps(header).encode())
+        del header["__metadata__"]
         arrays = {name: _array(raw, 8 + size, place) for name, place in header.items()}
         counts = Counts(int(metadata["truncated_rows"]), int(metadata["cut_completions"]))
-        whole = _crc(file, 8 + size) == metadata["crc32"]
+        whole = _crc(file, 8 + size, crc) == checksum
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BrokenFile(str(error)) from error
     if not whole:
@@ -150,10 +160,9 @@ def _array(raw: Any, start: int, place: Mapping[str, Any]) -> NDArray[Any]:
     return values
 
 
-def _crc(file: BinaryIO, start: int) -> str:
+def _crc(file: BinaryIO, start: int, crc: int) -> str:
     """Read, not through the mapping, which would count all of it as memory."""
     file.seek(start)
-    crc = 0
     while chunk := file.read(_CHUNK):
         crc = zlib.crc32(chunk, crc)
     return f"{crc:08x}"

@@ -85,7 +85,7 @@ class EncodedCache:
                 arrays, counts = read_arrays(file)
             if len(arrays["lengths"]) != len(split):
                 raise BrokenFile("it has another number of rows")
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, BrokenFile, KeyError) as error:
             self.say(f"{path}: the cache entry is broken ({error}): tokenising again")
