@@ -183,7 +183,7 @@ def _joined(parts: list[Rows]) -> Rows:
     if len(parts) < 2:
         return parts[0] if parts else []
     names = [column_names(part) for part in parts]
-    common = [name for name in names[0] if all(name in others for others in names)]
+    common = shared_columns(names)
     if not all(hasattr(part, "features") for part in parts):
         return JoinedRows(parts, common)
     import datasets
@@ -195,6 +195,14 @@ def _joined(parts: list[Rows]) -> Rows:
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
         raise DataError(f"task.path: a column's type differs between files: {reason}") from error
+
+
+def shared_columns(names: Sequence[Sequence[str]]) -> list[str]:
+    """Those that all files have, in the order of the first. Raises DataError if there is none."""
+    common = [name for name in names[0] if all(name in others for others in names)]
+    if not common:
+        raise DataError("task.path: the files have no column in common")
+    return common
 
 
 def _load_hub(hub: tuple[str, str | None] | None, split: str, limit: int | None) -> Split | None:

@@ -14,8 +14,18 @@ from typing import Any
 from lorakit.data.files import delimited_rows, json_rows, read_rows
 from lorakit.data.parquet import parquet_rows
 from lorakit.data.rows import JoinedRows, column_names
-from lorakit.data.sources import PathOption, Split, hub_failure, split_files, split_names
+from lorakit.data.sources import (
+    PathOption,
+    Split,
+    hub_failure,
+    shared_columns,
+    split_files,
+    split_names,
+)
 from lorakit.errors import DataError
+
+#: Size and time of change of a file.
+Stamp = tuple[int, int]
 
 #: As many rows of each file stand for all where a task looks at its rows before it reads them.
 HEAD_ROWS = 200
@@ -39,7 +49,8 @@ class Located:
 class Stream:
     """``head`` is a split of the first rows of each file; its fingerprint is of them and of the
     files' sizes. ``read`` begins anew at the first row each time it is called; each of its rows
-    has the columns of ``head``, and a key that first stands further on is not read."""
+    has the columns of ``head``, and a key that first stands further on is not read. A file that
+    changes from then on is a DataError, between two passes over it."""
 
     head: Split
     read: Callable[[], Iterator[Located]]
@@ -55,26 +66,28 @@ def open_stream(
 
     Raises DataError as ``load_split`` does, and while it is read for a row that is not valid.
     """
+    head_rows = min(limit or HEAD_ROWS, HEAD_ROWS)
     if path is None:
-        stream = _open_hub(hub, split)
+        stream = _open_hub(hub, split, head_rows)
     else:
         files = split_files(path, split)
-        stream = _open_files(files, split) if files else None
+        stream = _open_files(files, split, head_rows) if files else None
     if stream is None or limit is None:
         return stream
     unlimited = stream.read
     return Stream(stream.head, lambda: islice(unlimited(), limit))
 
 
-def _open_files(files: list[Path], split: str) -> Stream:
-    parts = [read_rows(file, HEAD_ROWS) for file in files]
+def _open_files(files: list[Path], split: str, head_rows: int) -> Stream:
+    stamps = [_stamp(file) for file in files]
+    parts = [read_rows(file, head_rows) for file in files]
     digest = hashlib.sha256()
     for file, part in zip(files, parts, strict=True):
         if not len(part.rows):
             raise DataError(f"{file}: the file has no rows")
         digest.update(f"{part.digest}:{file.stat().st_size}\n".encode())
     names = [column_names(part.rows) for part in parts]
-    common = [name for name in names[0] if all(name in others for others in names)]
+    common = shared_columns(names)
     head = Split(
         name=split,
         rows=JoinedRows([part.rows for part in parts], common),
@@ -82,13 +95,28 @@ def _open_files(files: list[Path], split: str) -> Stream:
         fingerprint=f"stream:{digest.hexdigest()}",
         files=tuple((file, len(part.rows)) for file, part in zip(files, parts, strict=True)),
     )
-    return Stream(head, partial(_read_files, files, common))
+    return Stream(head, partial(_read_files, files, stamps, common))
 
 
-def _read_files(files: list[Path], columns: list[str]) -> Iterator[Located]:
-    for file in files:
+def _read_files(files: list[Path], stamps: list[Stamp], columns: list[str]) -> Iterator[Located]:
+    for file, stamp in zip(files, stamps, strict=True):
+        _check_unchanged(file, stamp)
         for number, row in enumerate(_rows_of(file), 1):
             yield Located(str(file), number, {name: row.get(name) for name in columns})
+        _check_unchanged(file, stamp)
+
+
+def _stamp(file: Path) -> Stamp:
+    try:
+        found = file.stat()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error}") from error
+    return found.st_size, found.st_mtime_ns
+
+
+def _check_unchanged(file: Path, stamp: Stamp) -> None:
+    if _stamp(file) != stamp:
+        raise DataError(f"{file}: the file has changed since it was first read")
 
 
 def _rows_of(file: Path) -> Iterator[Row]:
@@ -99,7 +127,7 @@ def _rows_of(file: Path) -> Iterator[Row]:
     return (row for _, row in json_rows(file) if row is not None)
 
 
-def _open_hub(hub: tuple[str, str | None] | None, split: str) -> Stream | None:
+def _open_hub(hub: tuple[str, str | None] | None, split: str, head_rows: int) -> Stream | None:
     if hub is None:
         raise DataError("task.path: null, but this task has no data set on the Hub; give a path")
     import datasets
@@ -110,7 +138,7 @@ def _open_hub(hub: tuple[str, str | None] | None, split: str) -> Stream | None:
         found = next((known for known in split_names(split) if known in splits), None)
         if found is None:
             return None
-        rows = list(splits[found].take(HEAD_ROWS))
+        rows = list(splits[found].take(head_rows))
     except Exception as error:  # offline, gated or missing: each comes as another type
         raise hub_failure(name, error) from error
     if not rows:

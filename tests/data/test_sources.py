@@ -355,6 +355,15 @@ def test_files_without_a_column_in_common(tmp_path: Path) -> None:
         found.require(["text", "body"])
 
 
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_files_that_share_no_column(tmp_path: Path, form: str) -> None:
+    put = write_parquet if form == "parquet" else lambda file, rows: write(file, lines(rows))
+    files = [
+        put(tmp_path / f"{name}.{form}", [{name: "x"}, {name: "y"}]) for name in ("text", "body")
+    ]
+    assert refusal(files) == "task.path: the files have no column in common"
+
+
 def test_files_whose_types_differ(tmp_path: Path) -> None:
     files = [
         write_parquet(tmp_path / "a.parquet"),

@@ -115,6 +115,27 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     assert open_stream(str(tmp_path), "train") is None
 
 
+def test_rows_beyond_the_limit_are_not_looked_at(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "x"}\n' * 3 + "not JSON\n")
+    stream = stream_of(str(file), limit=3)
+    assert len(stream.head) == len(list(stream.read())) == 3
+
+
+def test_a_file_that_changes_ends_the_stream(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl")
+    stream = stream_of(str(file))
+    passing = stream.read()
+    next(passing)
+    write(file, ROWS[:300])
+    for rows in (passing, stream.read()):
+        with pytest.raises(DataError, match=r"a\.jsonl: the file has changed"):
+            list(rows)
+    file.unlink()
+    with pytest.raises(DataError, match=r"a\.jsonl: cannot be read"):
+        list(stream.read())
+
+
 def test_the_fingerprint_is_of_head_and_sizes(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     prints = [
