@@ -92,10 +92,11 @@ def _streaming(recipe: Recipe, rows: Streamed) -> Batching:
 
 def _units_per_batch(recipe: Recipe) -> int:
     """Rows, or bins where rows are packed."""
-    section = recipe.train
-    units = section.per_device_batch_size or recipe.eval_batch_size
-    if recipe.task.packing and section.max_tokens_per_batch:
-        units = min(units, section.max_tokens_per_batch // recipe.task.max_length)
+    units, tokens = recipe.train.per_device_batch_size, recipe.train.max_tokens_per_batch
+    if recipe.task.packing and tokens:
+        bins = tokens // recipe.task.max_length
+        return min(units or bins, bins)
+    assert units, "without a token budget there is a number of rows"
     return units
 
 

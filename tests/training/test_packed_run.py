@@ -67,6 +67,18 @@ def test_a_token_budget_bounds_the_batches(
     assert run_json(Path(recipe.train.output_dir))["steps"] == plan["steps"] > 2
 
 
+def test_a_batch_of_an_evaluation_does_not_bound_the_bins_of_training(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_for(
+        tmp_path, tiny_llama, task__packing=True, train__max_tokens_per_batch=512,
+        train__per_device_batch_size=None, train__per_device_eval_batch_size=1,
+    )  # fmt: skip
+    said: list[str] = []
+    train(recipe, say=said.append)
+    assert any("bins" in line and ", 4 a step" in line for line in said)
+
+
 def test_what_contradicts_itself_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     def refused(**changes: object) -> str:
         with pytest.raises(RecipeError) as error:
