@@ -153,8 +153,8 @@ def _measure(
 
 def _without_predictions(name: str) -> UserError:
     return UserError(
-        f"--save-predictions: task.name = {name!r} is measured by its loss, without predictions, "
-        "unless it can generate and task.eval_generate is end or always"
+        f"--save-predictions: task.name = {name!r} is measured by its loss, without predictions; "
+        "a task that generates makes some with --set task.eval_generate=end"
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lorakit.data.cache import CACHED_ROWS, EncodedCache, encoding_key
-from lorakit.data.sources import Split
+from lorakit.data.sources import ALIASES, Split, split_files
 from lorakit.errors import DataError
 from lorakit.tasks.base import GenerationSection, Task
 
@@ -20,7 +20,9 @@ def load_eval_split(task: Task, config: Any, name: str | None, limit: int | None
     found = task.load(config, name)
     if found is None:
         source = config.path or "/".join(part for part in task.hub_source(config) or () if part)
-        raise DataError(f"{source}: no split {name!r} to evaluate on")
+        there = [split for split in ALIASES if config.path and split_files(config.path, split)]
+        allowed = f"; allowed: {', '.join(there)}" if there else ""
+        raise DataError(f"{source}: no split {name!r}{allowed}")
     return found
 
 

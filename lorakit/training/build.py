@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from lorakit import registry
 from lorakit.data.plan import StepSource
 from lorakit.errors import UserError
+from lorakit.evaluation.sharing import launched
 from lorakit.injection import trainable_state
 from lorakit.layers import adapter_layers
 from lorakit.methods.base import Method
@@ -114,6 +116,11 @@ def build_schedule(recipe: Recipe, steps: StepSource) -> Schedule:
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
+    if launched():
+        raise UserError(
+            f"launched as {os.environ['WORLD_SIZE']} processes: this version trains in one; "
+            "allowed: one process, with or without accelerate launch"
+        )
     half = recipe.model.dtype == "float16"
     AcceleratorState._reset_state()  # a second run in one process may need another precision
     accelerator = Accelerator(
@@ -121,11 +128,6 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         log_with=list(recipe.train.trackers) or None,
         project_config=ProjectConfiguration(recipe.train.output_dir),
     )
-    if accelerator.num_processes > 1:
-        raise UserError(
-            f"launched as {accelerator.num_processes} processes: this version trains in one; "
-            "allowed: one process, with or without accelerate launch"
-        )
     if half and accelerator.device.type == "cpu":
         raise UserError(
             "model.dtype = 'float16': needs a GPU; allowed on the CPU: bfloat16, float32"

@@ -112,7 +112,7 @@ class Recorder:
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         self._metrics.write({"step": step, "eval": metrics})
-        self.display.say(f"step {step}  " + format_metrics(metrics))
+        self.display.say(f"step {step}  evaluation: " + format_metrics(metrics))
         self._track({f"eval/{key}": value for key, value in metrics.items()}, step)
 
     def _track(self, values: dict[str, Any], step: int) -> None:
