@@ -17,12 +17,13 @@ from lorakit.data.encode import check_token_ids, encode_split, truncation_note
 from lorakit.errors import AdapterError, UserError
 from lorakit.evaluation import sharing
 from lorakit.evaluation.evaluate import evaluate_model
+from lorakit.evaluation.prompts import check_all_prompts
 from lorakit.evaluation.splits import encoding_cache, load_eval_split, settle, with_labels
 from lorakit.evaluation.watch import OnPhase
 from lorakit.models.device import default_device
 from lorakit.models.load import Kind, Pretrained, load_config, load_pretrained
 from lorakit.models.tokenizer import load_tokenizer
-from lorakit.models.window import check_length, embedding_rows
+from lorakit.models.window import check_length, embedding_rows, window
 from lorakit.recipe.sections import ModelSection, Recipe
 from lorakit.tasks.base import Prediction, Task
 
@@ -96,6 +97,8 @@ def evaluate_split(
     check_token_ids(encoded, tokenizer, embedding_rows(model))
     if note := truncation_note(encoded, found.name, config.max_length):
         say(note)
+    if task.generates(config):
+        check_all_prompts(task, config, found, tokenizer, window(model), say)
     result = evaluate_model(
         model,
         tokenizer,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -29,14 +29,7 @@ def encode_prompts(
     follow it in the model's ``window``, loses its beginning, as in training. Raises DataError with
     file and row for a row that the task refuses, or of which no token is left.
     """
-    room = config.max_length
-    if window is not None:
-        room = min(room, window - config.max_new_tokens)
-    if room < 1:
-        raise DataError(
-            f"task.max_new_tokens = {config.max_new_tokens}: no room for a prompt in the model's "
-            f"window of {window} tokens"
-        )
+    room = _room(config, window)
     prompts = []
     for index in range(len(split)) if rows is None else rows:
         try:
@@ -44,6 +37,40 @@ def encode_prompts(
         except DataError as error:
             raise DataError(f"{split.locate(index)}: {error}") from error
     return prompts
+
+
+def check_all_prompts(
+    task: Task,
+    config: Any,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    window: int | None,
+    say: Callable[[str], None],
+) -> None:
+    """Raise the DataErrors of ``encode_prompts`` before anything is measured; say how many prompts
+    the window shortens more than training does."""
+    prompts = encode_prompts(task, config, split, tokenizer, window)
+    room = _room(config, window)
+    full = sum(len(prompt) == room for prompt in prompts)
+    if room < config.max_length and full:
+        say(
+            f"{split.name}: {full:,} of {len(prompts):,} prompts fill the {room} tokens that "
+            f"task.max_new_tokens = {config.max_new_tokens} leaves of the model's {window}; longer "
+            "ones lose their beginning"
+        )
+
+
+def _room(config: Any, window: int | None) -> int:
+    """The most tokens of a prompt."""
+    room: int = config.max_length
+    if window is not None:
+        room = min(room, window - config.max_new_tokens)
+    if room < 1:
+        raise DataError(
+            f"task.max_new_tokens = {config.max_new_tokens}: no room for a prompt in the model's "
+            f"window of {window} tokens"
+        )
+    return room
 
 
 def _prompt_ids(

@@ -14,7 +14,7 @@ from lorakit.data.encode import EncodedSplit, encode_split
 from lorakit.data.sources import Split
 from lorakit.errors import DataError, EvaluationError
 from lorakit.evaluation.evaluate import Evaluation, EvaluationStopped, evaluate_model
-from lorakit.evaluation.prompts import encode_prompts
+from lorakit.evaluation.prompts import check_all_prompts, encode_prompts
 from lorakit.injection import inject
 from lorakit.methods.lora import LoraConfig
 from lorakit.models.load import Pretrained, load_pretrained
@@ -219,6 +219,18 @@ def test_prompts_are_cut_at_their_beginning(wikisql: Case) -> None:
         assert cut == [ids[-20:] for ids in whole]
     with pytest.raises(DataError, match=r"task\.max_new_tokens = 5: no room"):
         encode_prompts(wikisql.task, wikisql.config, wikisql.split, wikisql.tokenizer, window=5)
+
+
+def test_prompts_that_the_window_shortens_are_told(wikisql: Case) -> None:
+    said: list[str] = []
+    parts = (wikisql.task, wikisql.config, wikisql.split, wikisql.tokenizer)
+    check_all_prompts(*parts, 25, said.append)
+    (line,) = said
+    rows = len(wikisql.split)
+    assert f"{rows} of {rows} prompts fill the 20 tokens that task.max_new_tokens = 5" in line
+    said.clear()
+    check_all_prompts(*parts, 100_000, said.append)
+    assert said == []
 
 
 def test_prompt_is_what_stands_before_the_completion_in_training(wikisql: Case) -> None:
