@@ -57,7 +57,7 @@ def encoding_cache(
     unread = {*GenerationSection.model_fields} - {"name", "max_length"}
     values = config.model_dump(mode="json", exclude=unread)
     values["task"] = f"{type(task).__module__}.{type(task).__qualname__}"
-    key = encoding_key(tokenizer, values, task.source_digest())
+    key = encoding_key(tokenizer, values, task.digest)
     if key is None:
         say("the tokenizer is a slow one: its tokens are not kept for the next run")
         return None

@@ -71,6 +71,7 @@ class Task(ABC):
     summary: ClassVar[str] = ""
     Config: ClassVar[type[TaskSection]]
     kind: ClassVar[Literal["causal", "encoder"]]
+    #: A hash of the file that the task comes from; empty for lorakit's own.
     digest: bytes = b""
 
     def hub_source(self, config: Any) -> tuple[str, str | None] | None:
@@ -112,10 +113,6 @@ class Task(ABC):
     def notes(self, config: Any, split: Split) -> list[str]:
         """What was recognised in the rows of ``split``, to be said once."""
         return []
-
-    def source_digest(self) -> bytes:
-        """A hash of the file that the task comes from; empty for lorakit's own."""
-        return self.digest
 
     def resolve(self, config: Any, train: Split | None) -> Any:
         """``config`` with what is learnt from the train split written out (class names); called

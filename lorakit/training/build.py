@@ -19,7 +19,7 @@ from lorakit.layers import adapter_layers
 from lorakit.methods.base import Method
 from lorakit.models.packed import use_varlen
 from lorakit.recipe.sections import Recipe
-from lorakit.training.batching import build_collate
+from lorakit.training.batching import build_collate, padding_multiple
 from lorakit.training.best import Best
 from lorakit.training.evaluator import Evaluator
 from lorakit.training.finite import divergence
@@ -48,9 +48,10 @@ def build_loop(
     varlen = prepared.recipe.task.packing and use_varlen(model)
     objective: Any
     if prepared.task.kind == "causal":
-        objective = CausalObjective(
-            model, section.label_smoothing, longest_row=prepared.recipe.task.max_length
-        )
+        # The padding behind packed rows counts as one of them.
+        padding = padding_multiple(prepared, accelerator.device)
+        longest = max(prepared.recipe.task.max_length, padding)
+        objective = CausalObjective(model, section.label_smoothing, longest)
     else:
         objective = EncoderObjective(model, section.label_smoothing)
     if section.compile is True:

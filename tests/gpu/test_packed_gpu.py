@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from lorakit.data.batches import collate_causal, collate_documents, collate_packed
-from lorakit.data.encode import EncodedRow
 from lorakit.models.packed import VARLEN, use_varlen
 from lorakit.training.objective import CausalObjective
 from tests.families import tiny
+from tests.models.test_packed import rows
 
 pytestmark = pytest.mark.gpu
 
@@ -23,15 +22,6 @@ FAMILIES = {"llama": {"head_dim": 16}, "qwen3": {"head_dim": 16}, "phi": {},
 def on_gpu(family: str, **changes: object) -> PreTrainedModel:
     sizes = SIZES | FAMILIES[family] | changes
     return tiny(family, **sizes).to("cuda", torch.bfloat16)  # type: ignore[arg-type]
-
-
-def rows() -> list[EncodedRow]:
-    generator = np.random.default_rng(0)
-    lengths = (9, 1, 14, 5, 2, 20, 7)
-    return [
-        EncodedRow(generator.integers(5, 64, n).astype(np.int32), np.arange(n) >= n // 3)
-        for n in lengths
-    ]
 
 
 def loss_and_gradients(model: PreTrainedModel, layout: str) -> tuple[float, list[torch.Tensor]]:

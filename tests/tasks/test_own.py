@@ -113,8 +113,8 @@ def test_a_changed_file_is_read_again(my: Path) -> None:
     os.utime(my, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     after = registry.task("my.py:My")
     assert after.metrics([1], split_of({}), after.Config(name="x")) == {"own": 0.0}
-    assert before.source_digest() != after.source_digest() != b""
-    assert registry.task("text").source_digest() == b""
+    assert before.digest != after.digest != b""
+    assert registry.task("text").digest == b""
 
 
 def test_keys_are_checked_as_those_of_a_built_in_task(my: Path) -> None:
@@ -267,11 +267,11 @@ def test_a_yaml_of_classes(in_tmp: Path) -> None:
     assert task.metrics([1, 1], rows, config) == {"mean": 0.5, "matthews_correlation": 0.0}
     with pytest.raises(DataError, match="prediction 2: 7"):
         task.metrics([1, 7], rows, config)
-    digest = task.source_digest()
+    digest = task.digest
     (in_tmp / "m.py").write_text("def mean(p, r):\n    return 0.25\n")
     task = registry.task("my.yaml")
     assert task.metrics([1, 1], rows, config)["mean"] == 0.25
-    assert task.source_digest() != digest
+    assert task.digest != digest
 
 
 def test_every_problem_of_a_yaml_at_once(in_tmp: Path) -> None:
