@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorakit.data.examples import ChatExample
@@ -26,8 +27,8 @@ def encode_chat(example: ChatExample, tokenizer: Any) -> tuple[list[int], list[b
     ids: list[int] = list(encoded.input_ids)
     places: list[tuple[int, int]] = encoded.offset_mapping
     trained = [False] * len(ids)
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant":
+    for index in range(len(messages)):
+        if example.is_trained(index):
             begin, end = _span(tokenizer, messages, index, text)
             end = _with_end_token(end, text, ids, places, tokenizer)
             for i, (start, stop) in enumerate(places):
@@ -35,14 +36,14 @@ def encode_chat(example: ChatExample, tokenizer: Any) -> tuple[list[int], list[b
     return ids, trained
 
 
-def encode_chat_prompt(messages: list[dict[str, str]], tokenizer: Any) -> list[int]:
+def encode_chat_prompt(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[int]:
     """The ids before the assistant's next turn, as they stand in training."""
     text = render(tokenizer, messages, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
 def render(
-    tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool = False
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False
 ) -> str:
     """The chat as text. Raises DataError with the template's own complaint."""
     try:
@@ -55,7 +56,9 @@ def render(
         raise DataError(f"the chat template refuses the messages: {error}") from error
 
 
-def _span(tokenizer: Any, messages: list[dict[str, str]], index: int, text: str) -> tuple[int, int]:
+def _span(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], index: int, text: str
+) -> tuple[int, int]:
     """Where the content of turn ``index`` stands in ``text``: between what stays the same when the
     content is another."""
     marked = [dict(message) for message in messages]

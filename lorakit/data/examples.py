@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,22 @@ class TextExample:
 
 @dataclass(frozen=True)
 class ChatExample:
-    """Messages ``{"role", "content"}``; the tokenizer's chat template renders them and the loss is
-    on the assistant's turns."""
+    """A chat that the tokenizer's chat template renders.
 
-    messages: tuple[dict[str, str], ...]
+    ``messages`` are what the template receives: ``role``, ``content`` and any further key it may
+    read. ``trained`` has one flag per message, true for the assistant turns that the loss is taken
+    on; None trains all of them. ``tools`` is passed to the template (OpenAI's JSON schemas).
+    """
+
+    messages: tuple[Mapping[str, Any], ...]
+    trained: tuple[bool, ...] | None = None
+    tools: tuple[Mapping[str, Any], ...] | None = None
+
+    def is_trained(self, index: int) -> bool:
+        """Whether the loss is taken on message ``index``."""
+        if self.trained is not None:
+            return self.trained[index]
+        return bool(self.messages[index]["role"] == "assistant")
 
 
 @dataclass(frozen=True)
