@@ -13,7 +13,7 @@ from lorakit import registry
 from lorakit.adapters.files import AdapterFiles, read_adapter
 from lorakit.adapters.load import dtype_name
 from lorakit.adapters.place import load_adapter
-from lorakit.data.encode import check_token_ids, encode_split, truncation_note
+from lorakit.data.encode import check_token_ids, encode_split, split_notes
 from lorakit.errors import AdapterError, UserError
 from lorakit.evaluation import sharing
 from lorakit.evaluation.evaluate import evaluate_model
@@ -95,7 +95,7 @@ def evaluate_split(
         found, lambda row: task.example(row, config), tokenizer, config.max_length, cache=cache
     )
     check_token_ids(encoded, tokenizer, embedding_rows(model))
-    if note := truncation_note(encoded, found.name, config.max_length):
+    for note in split_notes(encoded, found.name, config.max_length):
         say(note)
     if task.generates(config):
         check_all_prompts(task, config, found, tokenizer, window(model), say)

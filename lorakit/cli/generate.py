@@ -184,7 +184,7 @@ def _answer(
     from lorakit.evaluation.requests import read_requests
     from lorakit.evaluation.watch import Watch
 
-    requests = read_requests(input_file, tokenizer)
+    requests = read_requests(input_file, tokenizer, say)
     with progress("generated") as report:
         texts = generate_text(
             model,

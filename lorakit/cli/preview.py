@@ -61,8 +61,8 @@ def preview(
     _print_json(found) if as_json else _print(found, plain)
     if endless := found.summary.endless_rows:
         say(
-            f"warning: {endless:,} of {found.summary.rows:,} rows do not end in a trained EOS: "
-            "nothing there teaches the model to stop"
+            f"warning: {endless:,} of {found.training_rows:,} rows do not end in a trained "
+            "EOS: nothing there teaches the model to stop"
         )
 
 
@@ -76,6 +76,7 @@ def _print_json(found: Preview) -> None:
         "labels": found.labels,
         "examples": [_example(row, found.labels) for row in found.examples],
         "summary": summary,
+        "training_rows": found.training_rows,
     }
     typer.echo(json.dumps(result))
 
@@ -90,6 +91,7 @@ def _example(row: DescribedRow, labels: list[str] | None) -> dict[str, Any]:
         "truncated": row.truncated,
         "cut": row.cut,
         "label": _label(row, labels),
+        "part": row.part,
     }
 
 
@@ -126,7 +128,8 @@ def _print_line(console: Console, plain: bool, parts: list[tuple[str, str]]) -> 
 
 
 def _header(found: Preview, plain: bool) -> list[tuple[str, str]]:
-    title = f"{_escaped(found.task)}, {_escaped(found.split)}: {len(found.examples):,} of "
+    shown = sum(row.part[0] == 1 for row in found.examples)
+    title = f"{_escaped(found.task)}, {_escaped(found.split)}: {shown:,} of "
     title += f"{found.summary.rows:,} rows; {_BREAK} is a line break; "
     if found.summary.trained_tokens is None:
         return [(title + "the loss is on the label", "")]
@@ -137,7 +140,9 @@ def _header(found: Preview, plain: bool) -> list[tuple[str, str]]:
 
 
 def _about(row: DescribedRow) -> str:
-    text = f"{row.where}: {len(row.ids):,} tokens"
+    part, parts = row.part
+    text = row.where + (f", training row {part} of {parts}" if parts > 1 else "")
+    text += f": {len(row.ids):,} tokens"
     if row.label is None:
         text += f", {sum(row.trained):,} trained"
     if row.truncated:
@@ -182,8 +187,11 @@ def _figures(found: Preview) -> list[tuple[str, str]]:
     """Names and values, a line each."""
     summary = found.summary
     span = f"{summary.min_length:,} to {summary.max_length:,}"
+    more = found.training_rows != summary.rows
+    split_rows = [("training rows", f"{found.training_rows:,}")] if more else []
     figures = [
         ("rows", f"{summary.rows:,}"),
+        *split_rows,
         ("tokens", f"{summary.tokens:,}"),
         ("tokens a row", f"{span}, {summary.mean_length:,.1f} on average"),
     ]

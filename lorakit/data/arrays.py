@@ -7,6 +7,7 @@ import json
 import mmap
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -14,8 +15,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from lorakit.data.counts import Counts
 from lorakit.data.spool import needs_room, scratch_file
-from lorakit.data.tokens import Tokens
+from lorakit.data.tokens import EncodedRows
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -28,12 +30,6 @@ _CHUNK = 4 << 20
 
 class BrokenFile(Exception):
     """A file of arrays that is not whole."""
-
-
-@dataclass
-class Counts:
-    truncated_rows: int = 0
-    cut_completions: int = 0
 
 
 @dataclass
@@ -50,10 +46,9 @@ class Shard:
         make = io.BytesIO if in_memory else scratch_file
         return cls({name: make() for name in _NAMES})
 
-    def append(
-        self, rows: Sequence[Tokens], labels: Sequence[int | float], token_dtype: str
-    ) -> None:
+    def append(self, encoded: EncodedRows, token_dtype: str) -> None:
         """Raises DataError if the disk is full."""
+        rows, labels = encoded.rows, encoded.labels
         self._write("tokens", token_dtype, [row.ids for row in rows])
         self._write("trained", "|b1", [row.trained for row in rows])
         self._write("lengths", "<i4", [[len(row.ids) for row in rows]])
@@ -62,8 +57,7 @@ class Shard:
             self._write("token_type_ids", "|i1", types)
         if labels:
             self._write("labels", "<f8" if isinstance(labels[0], float) else "<i8", [labels])
-        self.counts.truncated_rows += sum(row.truncated for row in rows)
-        self.counts.cut_completions += sum(row.cut for row in rows)
+        self.counts.add(encoded.counts)
 
     def _write(self, name: str, dtype: str, parts: Iterable[Sequence[Any]]) -> None:
         values = np.concatenate([np.asarray(part, dtype=dtype) for part in parts])
@@ -100,11 +94,10 @@ def write_arrays(shards: Sequence[Shard], out: BinaryIO) -> None:
 
 
 def _header(shards: Sequence[Shard], ends: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
-    metadata = {
-        "truncated_rows": str(sum(shard.counts.truncated_rows for shard in shards)),
-        "cut_completions": str(sum(shard.counts.cut_completions for shard in shards)),
-    }
-    header: dict[str, Any] = {"__metadata__": metadata}
+    counts = Counts()
+    for shard in shards:
+        counts.add(shard.counts)
+    header: dict[str, Any] = {"__metadata__": {"counts": json.dumps(vars(counts))}}
     for name, (start, end) in ends.items():
         dtype = shards[0].dtypes[name]
         header[name] = {
@@ -143,13 +136,18 @@ def read_arrays(file: BinaryIO) -> tuple[Arrays, Counts]:
         crc = zlib.crc32(json.dumps(header).encode())
         del header["__metadata__"]
         arrays = {name: _array(raw, 8 + size, place) for name, place in header.items()}
-        counts = Counts(int(metadata["truncated_rows"]), int(metadata["cut_completions"]))
+        counts = _counts(metadata["counts"])
         whole = _crc(file, 8 + size, crc) == checksum
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BrokenFile(str(error)) from error
     if not whole:
         raise BrokenFile("the checksum differs")
     return arrays, counts
+
+
+def _counts(text: str) -> Counts:
+    values = json.loads(text)
+    return Counts(**values | {"notes": Counter(values["notes"])})
 
 
 def _array(raw: Any, start: int, place: Mapping[str, Any]) -> NDArray[Any]:

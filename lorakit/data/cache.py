@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lorakit.data.arrays import Arrays, BrokenFile, Counts, Shard, read_arrays, write_arrays
+from lorakit.data.arrays import Arrays, BrokenFile, Shard, read_arrays, write_arrays
+from lorakit.data.counts import Counts
 from lorakit.data.sources import Split
 from lorakit.data.spool import cache_dir
 
 #: Fewer rows are tokenised sooner than looked up.
 CACHED_ROWS = 2000
-_FORMAT = 1
+_FORMAT = 2
 
 
 def encoding_key(tokenizer: Any, config: Mapping[str, Any], extra: bytes = b"") -> str | None:
@@ -83,7 +84,7 @@ class EncodedCache:
         try:
             with path.open("rb") as file:
                 arrays, counts = read_arrays(file)
-            if len(arrays["lengths"]) != len(split):
+            if counts.rows != len(split):
                 raise BrokenFile("it has another number of rows")
         except (FileNotFoundError, NotADirectoryError):
             return None

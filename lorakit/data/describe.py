@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-import numpy as np
-
-from lorakit.data.encode import EncodedRow, EncodedSplit, encode_split
+from lorakit.data.encode import EncodedSplit
 from lorakit.data.examples import Example
 from lorakit.data.packing import Packing
 from lorakit.data.sources import Split
+from lorakit.data.tokens import Tokens, encode_rows
 
 ToExample = Callable[[Mapping[str, Any]], Example]
 
@@ -32,7 +31,8 @@ class DescribedRow:
 
     ``trained`` marks the tokens that the loss is taken on, so never the first: nothing stands
     before it. ``truncated`` rows lost tokens, ``cut`` ones the end of what is trained, EOS
-    included. ``label`` is an encoder's.
+    included. ``label`` is an encoder's. ``part`` is the number, from 1, of this row of tokens among
+    those that the split's row became, and how many they are.
     """
 
     where: str
@@ -43,13 +43,16 @@ class DescribedRow:
     truncated: bool
     cut: bool
     label: int | float | None
+    part: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A split in figures. ``endless_rows`` are those whose last trained token does not stop a
-    generation; it and ``trained_tokens`` are None for an encoder, whose loss is on the label.
-    ``bins`` hold packed rows, ``bin_fill`` is how full they are; None where nothing is packed."""
+    """A split in figures. ``rows`` are the split's; all other counts of rows are of rows of tokens,
+    of which a chat may have become several. ``endless_rows`` are those without a token in their
+    last trained stretch at which a generation stops; it and ``trained_tokens`` are None for an
+    encoder, whose loss is on the label. ``bins`` hold packed rows, ``bin_fill`` is how full they
+    are; None where nothing is packed."""
 
     rows: int
     tokens: int
@@ -70,23 +73,32 @@ class Summary:
 
 def describe_row(
     split: Split, index: int, to_example: ToExample, tokenizer: Any, max_length: int
+) -> list[DescribedRow]:
+    """The row at ``index`` as ``encode_split`` makes it: one row of tokens, or of a chat as many as
+    it becomes. Raises its DataError."""
+    alone = [split.rows[index]]
+    found = encode_rows(alone, lambda _: split.locate(index), to_example, tokenizer, max_length)
+    labels: list[Any] = found.labels or [None] * len(found.rows)
+    return [
+        _described(split.locate(index), row, label, tokenizer, (part, len(found.rows)))
+        for part, (row, label) in enumerate(zip(found.rows, labels, strict=True), 1)
+    ]
+
+
+def _described(
+    where: str, row: Tokens, label: int | float | None, tokenizer: Any, part: tuple[int, int]
 ) -> DescribedRow:
-    """The row at ``index`` as ``encode_split`` makes it. Raises its DataError."""
-    where = split.locate(index)
-    alone = Split(split.name, [split.rows[index]], where, f"{split.fingerprint}@{index}")
-    encoded = encode_split(alone, to_example, tokenizer, max_length)
-    row = encoded[0]
-    ids = row.input_ids.tolist()
-    trained = [False, *row.trained[1:].tolist()]
+    trained = [False, *row.trained[1:]]
     return DescribedRow(
         where=where,
-        ids=tuple(ids),
-        tokens=tuple(tokenizer.convert_ids_to_tokens(ids)),
+        ids=tuple(row.ids),
+        tokens=tuple(tokenizer.convert_ids_to_tokens(row.ids)),
         trained=tuple(trained),
-        pieces=tuple(_pieces(ids, trained, tokenizer)),
-        truncated=encoded.truncated_rows > 0,
-        cut=encoded.cut_completions > 0,
-        label=row.label,
+        pieces=tuple(_pieces(row.ids, trained, tokenizer)),
+        truncated=row.truncated,
+        cut=row.cut,
+        label=label,
+        part=part,
     )
 
 
@@ -97,27 +109,18 @@ def summarise(encoded: EncodedSplit, stops: Set[int], packed_to: int | None = No
     packing = Packing(lengths, packed_to, seed=0) if packed_to else None
     causal = encoded.labels is None
     return Summary(
-        rows=len(encoded),
+        rows=encoded.counts.rows,
         tokens=int(lengths.sum()),
         min_length=int(lengths.min()),
         mean_length=float(lengths.mean()),
         max_length=int(lengths.max()),
-        truncated_rows=encoded.truncated_rows,
+        truncated_rows=encoded.counts.truncated_rows,
         trained_tokens=encoded.trained_tokens if causal else None,
-        cut_completions=encoded.cut_completions if causal else None,
-        endless_rows=_endless(encoded, stops) if causal else None,
+        cut_completions=encoded.counts.cut_completions if causal else None,
+        endless_rows=encoded.endless_rows(stops) if causal else None,
         bins=len(packing) if packing else None,
         bin_fill=packing.fill if packing else None,
     )
-
-
-def _endless(encoded: EncodedSplit, stops: Set[int]) -> int:
-    rows = (encoded[index] for index in range(len(encoded)))
-    return sum(_last_trained(row) not in stops for row in rows)
-
-
-def _last_trained(row: EncodedRow) -> int:
-    return int(row.input_ids[np.flatnonzero(row.trained)[-1]])
 
 
 def _pieces(ids: Sequence[int], trained: Sequence[bool], tokenizer: Any) -> Iterator[Piece]:

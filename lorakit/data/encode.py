@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.data.arrays import Arrays, Counts, Shard, read_arrays, write_arrays
+from lorakit.data.arrays import Arrays, Shard, read_arrays, write_arrays
 from lorakit.data.cache import CACHED_ROWS, EncodedCache
+from lorakit.data.counts import Counts
 from lorakit.data.examples import Example
+from lorakit.data.notes import encoding_notes
 from lorakit.data.shards import MANY_ROWS, Job, encode_shards
 from lorakit.data.sources import Split
 from lorakit.data.spool import needs_room, scratch_file
@@ -36,15 +38,15 @@ class EncodedRow:
 
 @dataclass(frozen=True)
 class EncodedSplit:
-    """All rows, flat; row i is tokens ``offsets[i]`` to ``offsets[i + 1]``."""
+    """All rows, flat; row i is tokens ``offsets[i]`` to ``offsets[i + 1]``. A chat may have become
+    several rows: ``counts.rows`` are the split's own. An encoder has a row and a label for each."""
 
     tokens: TokenIds
     trained: NDArray[np.bool_]
     offsets: NDArray[np.int64]
     token_type_ids: NDArray[np.int8] | None
     labels: tuple[int | float, ...] | None
-    truncated_rows: int
-    cut_completions: int
+    counts: Counts
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -65,6 +67,23 @@ class EncodedSplit:
         firsts = self.offsets[:-1]
         counts = np.add.reduceat(self.trained, firsts, dtype=np.int64)
         return counts - self.trained[firsts]
+
+    @property
+    def truncated_rows(self) -> int:
+        return self.counts.truncated_rows
+
+    @property
+    def cut_completions(self) -> int:
+        return self.counts.cut_completions
+
+    def endless_rows(self, stops: Set[int], cut_to: int | None = None) -> int:
+        """How many rows end in a trained stretch without any of the ids ``stops``, at which a
+        generation ends; rows that were cut in it, being ``cut_to`` tokens long, aside."""
+        lasts = self.offsets[1:] - 1
+        stopping = np.isin(self.tokens[lasts], list(stops)) & self.trained[lasts]
+        cut = self.trained[lasts] & (self.lengths == cut_to) if cut_to else np.zeros_like(stopping)
+        open_ended = np.flatnonzero(~(stopping | cut))
+        return sum(stops.isdisjoint(_last_trained(self[int(i)])) for i in open_ended)
 
     @property
     def trained_tokens(self) -> int:
@@ -98,20 +117,9 @@ def encode_split(
     return _from_arrays(*_read_back(split, shards, cache))
 
 
-def truncation_note(encoded: EncodedSplit, name: str, max_length: int) -> str | None:
-    """What ``max_length`` took from the rows, in words; None for nothing."""
-    counts = Counts(encoded.truncated_rows, encoded.cut_completions)
-    return truncation_words(counts, len(encoded), name, max_length)
-
-
-def truncation_words(counts: Counts, rows: int, name: str, max_length: int) -> str | None:
-    """The same of any rows that were counted."""
-    if not counts.truncated_rows:
-        return None
-    text = f"{name}: {counts.truncated_rows:,} of {rows:,} rows cut to {max_length} tokens"
-    if counts.cut_completions:
-        text += f"; {counts.cut_completions:,} lost the end of what is trained, EOS included"
-    return text
+def split_notes(encoded: EncodedSplit, name: str, max_length: int) -> list[str]:
+    """What is to be said of how the split ``name`` was tokenised."""
+    return encoding_notes(encoded.counts, name, len(encoded), max_length)
 
 
 def check_token_ids(encoded: EncodedSplit, tokenizer: Any, embedding_rows: int) -> None:
@@ -153,6 +161,15 @@ def _from_arrays(arrays: Arrays, counts: Counts) -> EncodedSplit:
         offsets=offsets,
         token_type_ids=arrays.get("token_type_ids"),
         labels=None if labels is None else tuple(labels.tolist()),
-        truncated_rows=counts.truncated_rows,
-        cut_completions=counts.cut_completions,
+        counts=counts,
     )
+
+
+def _last_trained(row: EncodedRow) -> list[int]:
+    """The ids of the row's last trained stretch."""
+    trained = np.flatnonzero(row.trained)
+    if not len(trained):
+        return []
+    gaps = np.flatnonzero(np.diff(trained) > 1)
+    first = trained[gaps[-1] + 1] if len(gaps) else trained[0]
+    return [int(token) for token in row.input_ids[first : trained[-1] + 1]]

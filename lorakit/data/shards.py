@@ -52,7 +52,7 @@ class Job:
             rows = row_range(self.split.rows, begin, end)
             locate = partial(self._locate, begin)
             found = encode_rows(rows, locate, self.to_example, self.tokenizer, self.max_length)
-            shard.append(*found, dtype)
+            shard.append(found, dtype)
             on_rows(end - begin)
 
     def _locate(self, start: int, index: int) -> str:

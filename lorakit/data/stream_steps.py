@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from lorakit.data.arrays import Counts
+from lorakit.data.counts import Counts
 from lorakit.data.encode import EncodedRow, check_largest_id
-from lorakit.data.examples import Example
+from lorakit.data.examples import ChatExample, Example
 from lorakit.data.plan import Bin, Step
 from lorakit.data.stream import Located, Stream
 from lorakit.data.tokens import Tokens, encode_rows
@@ -36,18 +36,22 @@ class StreamEncoder:
 
     def encode(self, rows: Sequence[Located]) -> tuple[list[EncodedRow], Counts]:
         """Raises DataError with file and row as ``encode_split`` does."""
-        tokens, labels = encode_rows(
+        found = encode_rows(
             [located.row for located in rows],
             lambda index: str(rows[index]),
             self.to_example,
             self.tokenizer,
             self.max_length,
         )
-        largest = max(max(row.ids, default=0) for row in tokens)
+        largest = max(max(row.ids, default=0) for row in found.rows)
         check_largest_id(largest, self.tokenizer, self.embedding_rows)
-        encoded = [_row(row, labels[index] if labels else None) for index, row in enumerate(tokens)]
-        counts = Counts(sum(row.truncated for row in tokens), sum(row.cut for row in tokens))
-        return encoded, counts
+        labels: list[Any] = found.labels or [None] * len(found.rows)
+        encoded = [_row(row, label) for row, label in zip(found.rows, labels, strict=True)]
+        return encoded, found.counts
+
+    def may_split(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row like this one may become several rows of tokens."""
+        return isinstance(self.to_example(row), ChatExample)
 
 
 def _row(row: Tokens, label: int | float | None) -> EncodedRow:
@@ -62,8 +66,8 @@ class StreamSteps:
 
     The order is a function of the rows, ``seed`` and the sizes alone. ``bins`` packs the rows of a
     window; without it each row is a unit of its own, ``group_by_length`` puts rows of like length
-    into a step, and rows that a jump passes over are read and not tokenised. ``rows`` and
-    ``counts`` are of the windows begun.
+    into a step, and rows that a jump passes over are read and not tokenised, unless a row may
+    become several. ``rows`` (of tokens) and ``counts`` are of the windows begun.
     """
 
     stream: Stream
@@ -107,7 +111,7 @@ class StreamSteps:
 
     def _skip(self, number: int) -> int:
         """Pass over the whole windows before step ``number``: how many there were."""
-        if self.bins is not None:
+        if self.bins is not None or self._encoder.may_split(self.stream.head.rows[0]):
             return 0
         windows = number // _STEPS_PER_WINDOW
         rows = windows * _STEPS_PER_WINDOW * self.units_per_step
@@ -123,8 +127,7 @@ class StreamSteps:
             rows, counts = ahead.result()
             ahead = self._reader.submit(self._read)
             self.rows += len(rows)
-            self.counts.truncated_rows += counts.truncated_rows
-            self.counts.cut_completions += counts.cut_completions
+            self.counts.add(counts)
             units = left + (self.bins(rows) if self.bins else [[row] for row in rows])
             size = self.units_per_step
             whole = len(units) // size * size

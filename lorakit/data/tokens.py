@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from lorakit.data.chat import encode_chat
+from lorakit.data.chat import ChatEncoder
+from lorakit.data.counts import Counts
 from lorakit.data.examples import ChatExample, ClassificationExample, Example, TextExample
+from lorakit.data.joining import Joiner
 from lorakit.errors import DataError
 
 
@@ -24,14 +27,24 @@ class Tokens:
     cut: bool = False
 
 
+@dataclass
+class EncodedRows:
+    """``rows`` in order, one a source row or, of a chat, several. ``labels`` are an encoder's, one
+    a row."""
+
+    rows: list[Tokens]
+    labels: list[int | float]
+    counts: Counts
+
+
 def encode_rows(
     rows: Sequence[Mapping[str, Any]],
     locate: Callable[[int], str],
     to_example: Callable[[Mapping[str, Any]], Example],
     tokenizer: Any,
     max_length: int,
-) -> tuple[list[Tokens], list[int | float]]:
-    """The tokens of each row, and for an encoder the labels. ``locate`` names a row by its index.
+) -> EncodedRows:
+    """The tokens of each row. ``locate`` names a row by its index.
 
     Raises DataError, with the row, for one that the task refuses or that leaves nothing to train
     on.
@@ -40,13 +53,20 @@ def encode_rows(
     for index, row in enumerate(rows):
         with _at_row(locate, index):
             examples.append(to_example(row))
-    encoded = iter(_encode_examples(examples, tokenizer, max_length))
-    found = []
+    counted: Counter[str] = Counter()
+    encoded = iter(_encode_examples(examples, tokenizer, max_length, counted))
+    found: list[Tokens] = []
     for index, example in enumerate(examples):
         with _at_row(locate, index):
-            found.append(next(encoded))
-            _check_trained(found[-1], example, max_length)
-    return found, [e.label for e in examples if isinstance(e, ClassificationExample)]
+            found += _trainable(next(encoded), example, max_length)
+    counts = Counts(
+        rows=len(rows),
+        truncated_rows=sum(row.truncated for row in found),
+        cut_completions=sum(row.cut for row in found),
+        notes=counted,
+    )
+    labels = [e.label for e in examples if isinstance(e, ClassificationExample)]
+    return EncodedRows(found, labels, counts)
 
 
 @contextmanager
@@ -57,16 +77,21 @@ def _at_row(locate: Callable[[int], str], index: int) -> Iterator[None]:
         raise DataError(f"{locate(index)}: {error}") from error
 
 
-def _check_trained(row: Tokens, example: Example, max_length: int) -> None:
-    if not isinstance(example, ClassificationExample) and not any(row.trained[1:]):
-        within = f" within task.max_length = {max_length}" if row.truncated else ""
+def _trainable(rows: list[Tokens], example: Example, max_length: int) -> list[Tokens]:
+    """Those of an example's rows on which the loss is taken. Raises DataError for none."""
+    if isinstance(example, ClassificationExample):
+        return rows
+    trained = [row for row in rows if any(row.trained[1:])]
+    if not trained:
+        within = f" within task.max_length = {max_length}" if rows[0].truncated else ""
         raise DataError(f"no token to train on{within}")
+    return trained
 
 
 def _encode_examples(
-    examples: Sequence[Example], tokenizer: Any, max_length: int
-) -> Iterable[Tokens]:
-    """One row an example, all of one kind.
+    examples: Sequence[Example], tokenizer: Any, max_length: int, counted: Counter[str]
+) -> Iterable[list[Tokens]]:
+    """The rows of each example, all examples of one kind; ``counted`` gets what is to be said.
 
     A prompt that is too long loses its beginning, so that the completion and its EOS stay; a
     completion that is too long by itself loses its end. Raises DataError, also while the rows are
@@ -74,11 +99,29 @@ def _encode_examples(
     """
     first = examples[0]
     if isinstance(first, ClassificationExample):
-        return _encode_pairs(examples, tokenizer, max_length)  # type: ignore[arg-type]
+        pairs = _encode_pairs(examples, tokenizer, max_length)  # type: ignore[arg-type]
+        return ([row] for row in pairs)
     if isinstance(first, ChatExample):
         chats = [e for e in examples if isinstance(e, ChatExample)]
-        return (_cut(Tokens(*encode_chat(e, tokenizer)), max_length, 0) for e in chats)
-    return _encode_texts(examples, tokenizer, max_length)  # type: ignore[arg-type]
+        return _encode_chats(chats, tokenizer, max_length, counted)
+    texts = _encode_texts(examples, tokenizer, max_length)  # type: ignore[arg-type]
+    return ([row] for row in texts)
+
+
+def _encode_chats(
+    chats: Sequence[ChatExample], tokenizer: Any, max_length: int, counted: Counter[str]
+) -> Iterator[list[Tokens]]:
+    """A chat of one row loses its end; one of several, whose rows are a turn each, loses the
+    beginning of their prompts."""
+    encoder = ChatEncoder(tokenizer)
+    for chat in chats:
+        encoded = encoder.encode(chat)
+        counted.update(encoded.counts)
+        several = len(encoded.rows) > 1
+        yield [
+            _cut(Tokens(row.ids, row.trained), max_length, row.prompt if several else 0)
+            for row in encoded.rows
+        ]
 
 
 def encode_prompt(example: TextExample, tokenizer: Any, max_length: int) -> list[int]:
@@ -97,26 +140,46 @@ def special_prefix(tokenizer: Any) -> list[int]:
 
 
 def _encode_texts(examples: Sequence[TextExample], tokenizer: Any, max_length: int) -> list[Tokens]:
+    """Segments are tokenised one by one. A text that begins with what the tokenizer would put
+    before it, or ends with EOS, gets no second one."""
     prefix = special_prefix(tokenizer)
-    texts = [segment.text for example in examples for segment in example.segments]
-    pieces = iter(tokenizer(texts, add_special_tokens=False, verbose=False).input_ids)
+    pieces = iter(_segment_ids(examples, tokenizer))
     encoded = []
     for example in examples:
         row = Tokens(list(prefix), [False] * len(prefix))
         prompt_tokens = 0
-        for segment in example.segments:
+        for number, segment in enumerate(example.segments):
             piece = next(pieces)
+            if prefix and number == 0 and piece[: len(prefix)] == prefix:
+                row = Tokens([], [])
             row.ids += piece
             row.trained += [segment.trained] * len(piece)
             if not any(row.trained):
-                prompt_tokens = len(row.ids) - len(prefix)
+                prompt_tokens = max(0, len(row.ids) - len(prefix))
         if example.eos:
-            if tokenizer.eos_token_id is None:
-                raise DataError("the tokenizer has no EOS token to end an example with")
-            row.ids.append(tokenizer.eos_token_id)
-            row.trained.append(example.segments[-1].trained)
+            _end(row, example, tokenizer)
         encoded.append(_cut(row, max_length, prompt_tokens, len(prefix)))
     return encoded
+
+
+def _segment_ids(examples: Sequence[TextExample], tokenizer: Any) -> list[list[int]]:
+    """The ids of all segments in order; one behind another has no space of the tokenizer's own."""
+    joiner = Joiner(tokenizer)
+    segments = [(i, segment.text) for e in examples for i, segment in enumerate(e.segments)]
+    if not joiner.adds_space:
+        return joiner.ids([text for _, text in segments])
+    return [joiner.inside(text) if i else joiner.ids([text])[0] for i, text in segments]
+
+
+def _end(row: Tokens, example: TextExample, tokenizer: Any) -> None:
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise DataError("the tokenizer has no EOS token to end an example with")
+    last = example.segments[-1]
+    if last.text.rstrip().endswith(tokenizer.eos_token) and eos in row.ids:
+        return
+    row.ids.append(eos)
+    row.trained.append(last.trained)
 
 
 def _cut(row: Tokens, max_length: int, prompt_tokens: int, prefix: int = 0) -> Tokens:

@@ -44,7 +44,8 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class _Share:
-    """What one process measured: the sum of the losses of its ``rows``, and their predictions."""
+    """What one process measured: the sum of the losses of its ``rows`` of tokens, and its
+    predictions."""
 
     loss: float
     rows: int
@@ -81,22 +82,25 @@ def evaluate_model(
     Raises EvaluationError for a metric that is not finite, EvaluationStopped if ``should_stop``
     returns true.
     """
-    assert len(encoded) == len(split), "the encoded rows are the split's"
-    own = own_rows(len(split))
-    watch = _watches(len(own), on_progress, should_stop)
+    assert encoded.counts.rows == len(split), "the encoded rows are the split's"
+    own = own_rows(len(encoded))  # of a causal model's, some may be of one row of the split
+    watch = _watches(on_progress, should_stop)
     with _evaluation_mode(model):
         if task.kind == "encoder":
             with host_masks(model.device):
-                share = _classify(model, tokenizer, encoded, own, batch_size, watch("evaluated"))
+                share = _classify(
+                    model, tokenizer, encoded, own, batch_size, watch("evaluated", own)
+                )
         else:
             parts = parts or split_model(model)
             with host_masks(model.device):
-                loss = _token_loss(model, tokenizer, parts, encoded, own, batch_size, watch("loss"))
+                losses = watch("loss", own)
+                loss = _token_loss(model, tokenizer, parts, encoded, own, batch_size, losses)
             texts: list[Prediction] = []
             if generate and task.generates(config):
-                texts = _generate(
-                    model, tokenizer, task, config, split, own, seed, watch("generated")
-                )
+                prompts = own_rows(len(split))
+                generated = watch("generated", prompts)
+                texts = _generate(model, tokenizer, task, config, split, prompts, seed, generated)
             share = _Share(loss, len(own), texts)
     return _together(gather(share), task, config, split, encoded)
 
@@ -104,7 +108,7 @@ def evaluate_model(
 def _together(
     shares: list[_Share], task: Task, config: Any, split: Split, encoded: EncodedSplit
 ) -> Evaluation:
-    assert sum(share.rows for share in shares) == len(split), "each row is measured once"
+    assert sum(share.rows for share in shares) == len(encoded), "each row is measured once"
     encoder = task.kind == "encoder"
     loss = sum(share.loss for share in shares)
     loss /= len(encoded) if encoder else encoded.trained_tokens
@@ -118,15 +122,15 @@ def _together(
 
 
 def _watches(
-    rows: int, on_progress: OnPhase | None, should_stop: ShouldStop | None
-) -> Callable[[str], Watch]:
-    """Phase -> its watch."""
+    on_progress: OnPhase | None, should_stop: ShouldStop | None
+) -> Callable[[str, range], Watch]:
+    """Phase and its rows -> its watch."""
 
     def stops() -> bool:
         check_peers()
         return should_stop is not None and should_stop()
 
-    return lambda phase: Watch(rows, on_progress and partial(on_progress, phase), stops)
+    return lambda phase, rows: Watch(len(rows), on_progress and partial(on_progress, phase), stops)
 
 
 @contextmanager

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lorakit import registry
 from lorakit.data.describe import DescribedRow, Summary, describe_row, summarise
 from lorakit.data.encode import encode_split
-from lorakit.data.sources import Split
+from lorakit.data.notes import chat_notes
 from lorakit.errors import UserError
 from lorakit.evaluation.splits import load_eval_split, settle, with_labels
 from lorakit.evaluation.watch import OnProgress
@@ -25,7 +24,8 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Preview:
-    """``labels`` are a classifier's class names by id; ``limit`` is the most tokens of a row."""
+    """``labels`` are a classifier's class names by id; ``limit`` is the most tokens of a row.
+    ``training_rows`` are the rows of tokens that the split becomes."""
 
     task: str
     split: str
@@ -33,6 +33,7 @@ class Preview:
     labels: list[str] | None
     examples: list[DescribedRow]
     summary: Summary
+    training_rows: int
 
 
 def preview(
@@ -60,32 +61,28 @@ def preview(
     task, config = settle(task, recipe.task, found, say)
     config = with_labels(task, config, None)
     tokenizer, stops = _load_tokenizer(recipe.model, say)
-    summary = _summary(task, config, found, tokenizer, stops, on_progress)
-    rows = range(start - 1, min(start - 1 + count, len(found)))
-    examples = [
-        describe_row(found, i, lambda r: task.example(r, config), tokenizer, config.max_length)
-        for i in rows
-    ]
-    labels = task.labels(config, None) if task.kind == "encoder" else None
-    return Preview(config.name, found.name, config.max_length, labels, examples, summary)
-
-
-def _summary(
-    task: Task,
-    config: Any,
-    split: Split,
-    tokenizer: PreTrainedTokenizerBase,
-    stops: set[int],
-    on_progress: OnProgress,
-) -> Summary:
     encoded = encode_split(
-        split,
+        found,
         lambda row: task.example(row, config),
         tokenizer,
         config.max_length,
-        on_progress=lambda done: on_progress(done, len(split)),
+        on_progress=lambda done: on_progress(done, len(found)),
     )
-    return summarise(encoded, stops, config.max_length if config.packing else None)
+    for note in chat_notes(encoded.counts, found.name):
+        say(note)
+    summary = summarise(encoded, stops, config.max_length if config.packing else None)
+    rows = range(start - 1, min(start - 1 + count, len(found)))
+    examples = [
+        described
+        for i in rows
+        for described in describe_row(
+            found, i, lambda r: task.example(r, config), tokenizer, config.max_length
+        )
+    ]
+    labels = task.labels(config, None) if task.kind == "encoder" else None
+    return Preview(
+        config.name, found.name, config.max_length, labels, examples, summary, len(encoded)
+    )
 
 
 def _load_tokenizer(section: ModelSection, say: Say) -> tuple[PreTrainedTokenizerBase, set[int]]:

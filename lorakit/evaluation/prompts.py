@@ -84,7 +84,7 @@ def _prompt_ids(
     example = task.prompt(split.rows[index], config)
     assert not isinstance(example, ClassificationExample), "an encoder generates nothing"
     if isinstance(example, ChatExample):
-        ids = encode_chat_prompt(list(example.messages), tokenizer)[-room:]
+        ids = encode_chat_prompt(example.messages, tokenizer, example.tools)[-room:]
     else:
         ids = encode_prompt(example, tokenizer, room)
     if not ids:

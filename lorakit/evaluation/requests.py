@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorakit.data.chat import encode_chat_prompt, render
+from lorakit.data.chat import chat_prompt_text, encode_chat_prompt
+from lorakit.data.chat.prompt_traces import ignored_in_prompt
 from lorakit.data.examples import Segment, TextExample
 from lorakit.data.tokens import encode_prompt
 from lorakit.errors import DataError, shown
 
-_ALLOWED = '{"prompt": TEXT} or {"messages": [{"role": ..., "content": ...}, ...]}'
+Say = Callable[[str], None]
+
+_ALLOWED = (
+    '{"prompt": TEXT} or {"messages": [{"role": ..., "content": ...}, ...]}, with "tools": [...] '
+    "where the chat has any"
+)
+#: The keys of a line that are read.
+_KEYS = {"prompt": ("prompt",), "messages": ("messages", "tools")}
 _UNCUT = 2**31
 
 
@@ -34,46 +43,85 @@ def text_request(text: str, tokenizer: Any) -> Request:
     return Request(text, encode_prompt(example, tokenizer, _UNCUT))
 
 
-def chat_request(messages: Sequence[dict[str, str]], tokenizer: Any) -> Request:
+def chat_request(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Any,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> Request:
     """A chat up to where the assistant's next turn begins. Raises DataError if the tokenizer has
     no chat template or the template refuses the messages."""
     if not tokenizer.chat_template:
         raise DataError("the model's tokenizer has no chat template; allowed: a plain prompt")
-    listed = list(messages)
-    for message in listed:
-        _check_text("".join(message.values()))
-    text = render(tokenizer, listed, add_generation_prompt=True)
-    return Request(text, encode_chat_prompt(listed, tokenizer))
+    for message in messages:
+        if isinstance(content := message.get("content"), str):
+            _check_text(content)
+    text = chat_prompt_text(messages, tokenizer, tools)
+    _check_text(text)
+    return Request(text, encode_chat_prompt(messages, tokenizer, tools))
 
 
-def read_requests(file: Path, tokenizer: Any) -> list[Request]:
-    """A JSON-lines file. Raises DataError with the line for what is neither prompt nor messages."""
+def read_requests(file: Path, tokenizer: Any, say: Say = lambda text: None) -> list[Request]:
+    """A JSON-lines file. ``say`` gets the keys that are not read.
+
+    Raises DataError with the line for what is neither prompt nor messages.
+    """
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise DataError(f"--input {file}: {reason}") from error
-    requests = []
+    requests, unread = [], _Unread()
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                requests.append(_read_line(line, tokenizer))
+                requests.append(_read_line(line, tokenizer, unread))
             except DataError as error:
                 raise DataError(f"{file}:{number}: {error}") from error
     if not requests:
         raise DataError(f"--input {file}: the file is empty")
+    for note in unread.notes():
+        say(f"--input {file}: {note}")
     return requests
 
 
-def _read_line(line: str, tokenizer: Any) -> Request:
+@dataclass
+class _Unread:
+    """How many lines have a key that is not read, and how many messages one that the chat template
+    ignores."""
+
+    of_lines: Counter[str] = field(default_factory=Counter)
+    of_messages: Counter[str] = field(default_factory=Counter)
+
+    def notes(self) -> list[str]:
+        found = (
+            ("these keys are not read", self.of_lines),
+            ("the chat template ignores these keys", self.of_messages),
+        )
+        return [
+            f"{text}: " + ", ".join(f"{key!r} ({count:,})" for key, count in sorted(counts.items()))
+            for text, counts in found
+            if counts
+        ]
+
+
+def _read_line(line: str, tokenizer: Any, unread: _Unread) -> Request:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(f"not JSON: {error}; allowed: {_ALLOWED}") from error
-    if isinstance(row, dict) and isinstance(row.get("prompt"), str):
+    kinds = [kind for kind in _KEYS if isinstance(row, dict) and row.get(kind) is not None]
+    if len(kinds) == 2:
+        raise DataError("'prompt' and 'messages' exclude each other; allowed: one of them")
+    if not kinds:
+        raise DataError(f"{shown(row)}; allowed: {_ALLOWED}")
+    unread.of_lines.update(key for key in row if key not in _KEYS[kinds[0]])
+    if kinds == ["prompt"] and isinstance(row["prompt"], str):
         return text_request(row["prompt"], tokenizer)
-    if isinstance(row, dict) and _are_messages(row.get("messages")):
-        return chat_request(row["messages"], tokenizer)
+    tools = row.get("tools") or None
+    if kinds == ["messages"] and _are_messages(row["messages"]) and _are_tools(tools):
+        request = chat_request(row["messages"], tokenizer, tools)
+        unread.of_messages.update(ignored_in_prompt(row["messages"], tools, tokenizer))
+        return request
     raise DataError(f"{shown(row)}; allowed: {_ALLOWED}")
 
 
@@ -86,13 +134,23 @@ def _check_text(text: str) -> None:
 
 
 def _are_messages(value: Any) -> bool:
+    """A list of messages; only tool calls may stand in place of a content."""
     return (
         isinstance(value, list)
         and bool(value)
         and all(
             isinstance(message, dict)
             and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
+            and (
+                isinstance(message.get("content"), str)
+                or (message.get("content") is None and bool(message.get("tool_calls")))
+            )
             for message in value
         )
+    )
+
+
+def _are_tools(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, list) and all(isinstance(tool, dict) for tool in value)
     )

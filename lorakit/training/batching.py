@@ -16,7 +16,7 @@ from lorakit.data.batches import (
     collate_encoder,
     collate_packed,
 )
-from lorakit.data.encode import truncation_words
+from lorakit.data.notes import encoding_notes
 from lorakit.data.packing import Packing
 from lorakit.data.plan import Bin, IndexedSteps, Plan, RowPlan, StepSource, TokenPlan, pack_rows
 from lorakit.data.stream_steps import StreamSteps
@@ -32,12 +32,12 @@ class Batching:
     steps: StepSource
     described: str
 
-    def truncation_note(self, recipe: Recipe) -> str | None:
-        """What was cut of a stream's rows, which only shows when they have been read."""
+    def notes(self, recipe: Recipe) -> list[str]:
+        """What is to be said of a stream's rows, which only shows when they have been read."""
         if not isinstance(self.steps, StreamSteps):
-            return None
+            return []
         seen = self.steps
-        return truncation_words(seen.counts, seen.rows, "train", recipe.task.max_length)
+        return encoding_notes(seen.counts, "train", seen.rows, recipe.task.max_length)
 
 
 def build_batching(prepared: Prepared, device: torch.device) -> Batching:

@@ -10,11 +10,12 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit import registry
-from lorakit.data.encode import EncodedSplit, check_token_ids, encode_split, truncation_note
+from lorakit.data.encode import EncodedSplit, check_token_ids, encode_split, split_notes
 from lorakit.data.sources import Split
 from lorakit.data.stream import Stream, open_stream
 from lorakit.data.stream_steps import StreamEncoder
 from lorakit.errors import DataError, UserError
+from lorakit.evaluation.ending import eos_ids
 from lorakit.evaluation.splits import encoding_cache, settle
 from lorakit.models.window import embedding_rows
 from lorakit.recipe.sections import Recipe
@@ -88,10 +89,12 @@ def encode_rows(
         found = encode_split(split, to_example, tokenizer, config.max_length, cache=cache)
         if has_table:
             check_token_ids(found, tokenizer, embedding_rows(model))
-        if not (rows.stream and split is rows.train) and (
-            cut := truncation_note(found, split.name, config.max_length)
-        ):
-            say(cut)
+        if not (rows.stream and split is rows.train):
+            for note in split_notes(found, split.name, config.max_length):
+                say(note)
+        if split is rows.train and task.kind == "causal":
+            stops = set(eos_ids(model, tokenizer))
+            _say_endless(found, split.name, config.max_length, stops, say)
         return found
 
     train: EncodedSplit | Streamed = encoded(rows.train)
@@ -100,6 +103,18 @@ def encode_rows(
         encoder = StreamEncoder(to_example, tokenizer, config.max_length, largest)
         train = Streamed(rows.stream, encoder)
     return train, encoded(rows.validation) if rows.validation is not None else None
+
+
+def _say_endless(
+    encoded: EncodedSplit, name: str, max_length: int, stops: set[int], say: Say
+) -> None:
+    """Warn of rows whose answer ends without a token at which a generation stops, unless they are
+    cut, which is said elsewhere."""
+    if endless := encoded.endless_rows(stops, cut_to=max_length):
+        say(
+            f"warning: {name}: {endless:,} of {len(encoded):,} rows do not end in a trained EOS: "
+            "nothing there teaches the model to stop"
+        )
 
 
 def _open_stream(task: Task, config: Any) -> Stream | None:

@@ -93,7 +93,7 @@ def dry_run(recipe: Recipe, say: Say) -> dict[str, Any]:
         "trainable_parameters": prepared.report.trainable_parameters,
         "total_parameters": prepared.report.total_parameters,
         "train_rows": prepared.data["train"]["rows"],
-        "eval_rows": len(prepared.evaluation.encoded) if prepared.evaluation else 0,
+        "eval_rows": len(prepared.evaluation.split) if prepared.evaluation else 0,
         "steps": schedule.total_steps,
         "steps_per_epoch": schedule.steps_per_epoch,
         "eval_every_steps": schedule.eval_every_steps,
@@ -115,7 +115,7 @@ def plan_line(prepared: Prepared, batching: Batching) -> str:
     epoch = f" ({schedule.steps_per_epoch:,} an epoch)" if schedule.steps_per_epoch else ""
     rows = prepared.evaluation
     return f"{batching.described}: {schedule.total_steps:,} steps{epoch}; " + (
-        f"evaluation on {len(rows.encoded):,} rows" if rows else "no validation split"
+        f"evaluation on {len(rows.split):,} rows" if rows else "no validation split"
     )
 
 
@@ -145,8 +145,8 @@ def _run(
             if recipe.task.streaming:
                 say("the rows that were trained on are read once more and passed over")
         loop.run()
-        if cut := batching.truncation_note(recipe):
-            say(cut)
+        for note in batching.notes(recipe):
+            say(note)
         if loop.progress.best_step not in (0, loop.progress.step):
             say(f"the adapter is that of step {loop.progress.best_step}, the best evaluation's")
         metrics = _final_metrics(prepared, loop, recorder)

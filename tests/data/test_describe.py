@@ -33,7 +33,8 @@ def chat(row: Row) -> Example:
 
 def described(path: Path, row: dict[str, str], to_example: Any, length: int = 512) -> DescribedRow:
     tokenizer = AutoTokenizer.from_pretrained(path)
-    return describe_row(split_of(row), 0, to_example, tokenizer, length)
+    (found,) = describe_row(split_of(row), 0, to_example, tokenizer, length)
+    return found
 
 
 def trained_text(row: DescribedRow) -> str:
@@ -105,14 +106,14 @@ def test_bytes_where_a_vocabulary_lacks_a_character(tmp_path: Path) -> None:
     ).save_pretrained(tmp_path)
     row = described(tmp_path, {"p": "日本 abc", "c": "🚀 def ಠ"}, pair)
     assert [(piece.text, piece.trained) for piece in row.pieces] == [
-        ("日本 abc", False), (" 🚀 def ಠ", True), ("</s>", True)]  # fmt: skip
+        ("日本 abc", False), ("🚀 def ಠ", True), ("</s>", True)]  # fmt: skip
 
 
 def test_where_a_row_stands(tiny_llama: Path, tmp_path: Path) -> None:
     rows = [{"p": "a", "c": str(i)} for i in range(4)]
     split = Split("train", rows, "both", "0", ((tmp_path / "1", 3), (tmp_path / "2", 1)))
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    row = describe_row(split, 3, pair, tokenizer, 64)
+    (row,) = describe_row(split, 3, pair, tokenizer, 64)
     assert row.where == f"{tmp_path / '2'}, row 1"
     assert trained_text(row) == "3</s>"
 

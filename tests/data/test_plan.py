@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lorakit.data.counts import Counts
 from lorakit.data.encode import EncodedSplit
 from lorakit.data.packing import Packing
 from lorakit.data.plan import IndexedSteps, Plan, RowPlan, TokenPlan
@@ -99,7 +100,7 @@ def test_fewer_rows_than_a_step() -> None:
 def split() -> EncodedSplit:
     offsets = np.concatenate([[0], np.cumsum(LENGTHS)])
     tokens = np.repeat(np.arange(1003), LENGTHS).astype(np.int32)
-    return EncodedSplit(tokens, np.ones(len(tokens), np.bool_), offsets, None, None, 0, 0)
+    return EncodedSplit(tokens, np.ones(len(tokens), np.bool_), offsets, None, None, Counts())
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -122,5 +123,5 @@ def test_steps_are_read_across_epochs_and_from_anywhere(packed: bool) -> None:
 
 def test_an_encoders_loss_is_divided_by_its_rows() -> None:
     tokens = np.zeros(5, np.int32)
-    encoder = EncodedSplit(tokens, tokens > 0, np.asarray([0, 3, 5]), None, (0, 1), 0, 0)
+    encoder = EncodedSplit(tokens, tokens > 0, np.asarray([0, 3, 5]), None, (0, 1), Counts())
     assert IndexedSteps(encoder, RowPlan(encoder.lengths, 2, 1, 0, True)).step(0).trained == 2

@@ -187,7 +187,7 @@ def test_a_template_without_an_end_is_told(
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     write_lines(in_tmp / "data" / "train.jsonl", [{"messages": messages}] * 2)
     out, err = shown(capsys, recipe(model, "chat", 100))
-    assert "<user>a<assistant>⟦b⟧\n" in out
+    assert "<user>a⟦<assistant>b⟧\n" in out
     assert "warning: 2 of 2 rows do not end in a trained EOS" in err
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, ord("b") - 31]}))
     assert as_json(capsys, "recipe.yaml")["examples"][0]["ids"][-1] == ord("b") - 31

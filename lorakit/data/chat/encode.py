@@ -1,0 +1,110 @@
+"""A chat -> rows of token ids, of which the assistant's turns are trained."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorakit.data.chat.long_chat import LongChat, is_long
+from lorakit.data.chat.template import ChatTemplate, Message, Tools
+from lorakit.data.chat.traces import Traces
+from lorakit.data.chat.turn_ids import IdRow, long_row, turn_rows
+from lorakit.data.chat.turns import Turn, TurnReader
+from lorakit.data.examples import ChatExample
+from lorakit.data.joining import Joiner
+from lorakit.errors import DataError
+
+#: What is counted of chats beside their ignored keys, which are named ``ignored:KEY``.
+DIFFERS, SPLIT, SPLIT_ROWS = "chats_differ", "chats_split", "rows_of_split_chats"
+STRADDLES, UNMARKED = "straddling_answers", "unmarked_turns"
+MARKED_LATE, MARKED_EARLY = "late_marks", "early_marks"
+CHATS, TURNS, IGNORED = "chats", "turns", "ignored:"
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """``rows`` is one row, or one for each trained turn where a later turn changes how the template
+    renders, or how the tokenizer splits, an earlier one. ``counts`` are of the names above."""
+
+    rows: list[IdRow]
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+class ChatEncoder:
+    """What makes ids of chats with one tokenizer.
+
+    For each trained turn the ids before it are those of the prompt that ``encode_chat_prompt``
+    makes of the messages before it, and the trained ids read as what the template then writes up
+    to the end of the turn.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.template = ChatTemplate(tokenizer)
+        self.joiner = Joiner(tokenizer)
+        self._reader = TurnReader(self.template)
+        self._traces = Traces(self.template)
+
+    def encode(self, example: ChatExample) -> EncodedChat:
+        """Raises DataError if the template refuses the messages or leaves out one of them, or no
+        turn is trained."""
+        messages, tools = example.messages, example.tools
+        indices = [index for index in range(len(messages)) if example.is_trained(index)]
+        if not indices:
+            raise DataError("the chat has no turn that is trained")
+        turns, rows = self._turns_and_rows(messages, tools, indices)
+        self._traces.check(messages, tools, turns)
+        counts = _counts(turns, rows, self.template.marks(tools))
+        ignored = self._traces.ignored(messages, tools, turns)
+        counts.update({IGNORED + key: count for key, count in ignored.items()})
+        return EncodedChat(rows, counts)
+
+    def _turns_and_rows(
+        self, messages: Sequence[Message], tools: Tools, indices: list[int]
+    ) -> tuple[list[Turn], list[IdRow]]:
+        if is_long(indices):
+            long = LongChat(messages, tools, indices, self.template, self._reader)
+            if turns := long.turns():
+                row = long_row(turns, self.template, self.joiner)
+                return turns, [row] if row else turn_rows(turns, self.joiner)
+        turns = [self._reader.read(messages, tools, index) for index in indices]
+        return turns, turn_rows(turns, self.joiner)
+
+
+def _counts(turns: Sequence[Turn], rows: Sequence[IdRow], marks: bool) -> Counter[str]:
+    split = len(rows) > 1
+    counts = Counter(
+        {
+            CHATS: 1,
+            TURNS: len(turns),
+            DIFFERS: int(any(turn.differs for turn in turns)),
+            SPLIT: int(split),
+            SPLIT_ROWS: len(rows) if split else 0,
+            STRADDLES: sum(row.straddles for row in rows),
+        }
+    )
+    if marks:
+        counts[UNMARKED] = sum(not turn.trained for turn in turns)
+        counts[MARKED_LATE] = sum(bool(turn.trained) and turn.trained[0][0] > 0 for turn in turns)
+        counts[MARKED_EARLY] = sum(turn.marked_early for turn in turns)
+    return +counts
+
+
+def encode_chat(example: ChatExample, tokenizer: Any) -> EncodedChat:
+    """``ChatEncoder.encode`` for one chat."""
+    return ChatEncoder(tokenizer).encode(example)
+
+
+def chat_prompt_text(messages: Sequence[Message], tokenizer: Any, tools: Tools = None) -> str:
+    """The text up to where the assistant's next turn begins. Raises DataError if the template
+    refuses the messages."""
+    return ChatTemplate(tokenizer).render(messages, tools, generation_prompt=True).text
+
+
+def encode_chat_prompt(
+    messages: Sequence[Message], tokenizer: Any, tools: Tools = None
+) -> list[int]:
+    """The ids of ``chat_prompt_text``: those that precede the turn in training."""
+    text = chat_prompt_text(messages, tokenizer, tools)
+    return Joiner(tokenizer).ids([text])[0]

@@ -1,0 +1,144 @@
+"""The turns of a long chat, placed in one rendering of the whole and checked at a few.
+
+Rendering each turn's prompt costs half as many renderings of the chat as it has turns. Here the
+text between a message and the answer to it is learnt from the first turn of each kind (the roles
+around it, and what it consists of) and looked for at the others; the last turn of each kind is
+rendered by itself once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lorakit.data.chat.marking import place_contents
+from lorakit.data.chat.template import (
+    PAYLOAD,
+    ChatTemplate,
+    Message,
+    Rendered,
+    Span,
+    Tools,
+)
+from lorakit.data.chat.turns import Turn, TurnReader, content_text, marked_turn
+
+#: Chats whose turns cost no more than so many renderings of the chat are rendered turn by turn.
+EXACT_COST = 6
+#: Messages of a chat so short that its cost does not matter.
+_FREE = 40
+#: Renderings of the whole that the checks of a long chat may cost.
+_CHECKS_COST = 6
+
+#: The roles around a turn, and what it consists of.
+_Kind = tuple[str | None, str | None, frozenset[str]]
+
+
+def is_long(indices: Sequence[int]) -> bool:
+    """Whether the turns ``indices`` are too many to render each by itself, twice."""
+    cost = sum(2 * index + 1 for index in indices)
+    return cost > EXACT_COST * (indices[-1] + 1) + _FREE
+
+
+@dataclass
+class LongChat:
+    """``text`` is the chat up to the last of the turns ``indices``."""
+
+    messages: Sequence[Message]
+    tools: Tools
+    indices: Sequence[int]
+    template: ChatTemplate
+    reader: TurnReader
+
+    def turns(self) -> list[Turn] | None:
+        """The turns, each of whose texts the next one's begins with. None where the template
+        renders an earlier turn differently once a later one follows, or that cannot be told.
+
+        Raises DataError as ``TurnReader.read`` does.
+        """
+        last = self.indices[-1]
+        self._whole = self.template.render(self.messages[: last + 1], self.tools)
+        places = place_contents(
+            self._whole.text, self.messages[: last + 1], self.tools, self.template
+        )
+        if places is None:
+            return None
+        self._places = places
+        firsts: dict[_Kind, Turn] = {}
+        found = []
+        for index in self.indices:
+            kind = self._kind(index)
+            if kind not in firsts:
+                turn = self.reader.read(self.messages, self.tools, index)
+                if not self._stands(turn):
+                    return None
+                firsts[kind] = turn
+            placed = self._placed(index, firsts[kind])
+            if placed is None:
+                return None
+            found.append(placed)
+        rendered = {turn.index for turn in firsts.values()}
+        return found if self._checked(found, rendered) else None
+
+    def _kind(self, index: int) -> _Kind:
+        message = self.messages[index]
+        parts = {key for key in PAYLOAD if message.get(key)}
+        text = content_text(message)
+        if text.strip():
+            parts.add("content")
+        if "</think>" in text:
+            parts.add("think")
+        before = self.messages[index - 1]["role"] if index else None
+        after = self.messages[index + 1]["role"] if index < self.indices[-1] else None
+        return before, after, frozenset(parts)
+
+    def _stands(self, turn: Turn) -> bool:
+        return self._whole.text.startswith(turn.text)
+
+    def _placed(self, index: int, first: Turn) -> Turn | None:
+        """Turn ``index``, with what surrounds it as at ``first``, which is of the same kind."""
+        if index == first.index:
+            return first
+        text = self._whole.text
+        header = text[self._end_before(first.index) : len(first.prompt)]
+        begin = self._end_before(index) + len(header)
+        if text[begin - len(header) : begin] != header:
+            return None
+        between = text[len(first.text) : self._start_after(first.index)]
+        end = self._start_after(index) - len(between)
+        if end <= begin or text[end : end + len(between)] != between:
+            return None
+        prompt = text[:begin]
+        if not self.template.marks(self.tools):
+            return Turn(index, prompt, text[begin:end], ((0, end - begin),))
+        stretches = tuple(span for span in self._whole.marked if span[0] < end)
+        turn = marked_turn(index, prompt, Rendered(text, stretches), begin, end)
+        return turn if len(turn.text) == end else None
+
+    def _end_before(self, index: int) -> int:
+        """Where the content of the last message before ``index`` that has one ends."""
+        return next((place[1] for place in reversed(self._places[:index]) if place), 0)
+
+    def _start_after(self, index: int) -> int:
+        """Where the content of the first message behind ``index`` that has one begins."""
+        following: list[Span | None] = self._places[index + 1 :]
+        return next((place[0] for place in following if place), len(self._whole.text))
+
+    def _checked(self, turns: Sequence[Turn], known: set[int]) -> bool:
+        """Whether the last turn of each kind, one before the last question and one in the middle
+        have the prompts that the template renders for them, where they are not ``known`` to, and
+        ``turns`` stand one in another."""
+        lasts = {self._kind(turn.index): turn for turn in turns}
+        asked = [i for i in range(turns[-1].index) if self.messages[i]["role"] == "user"]
+        before = [turn for turn in turns if asked and turn.index < asked[-1]][-1:]
+        chosen = {turn.index: turn for turn in (*before, *lasts.values(), turns[len(turns) // 2])}
+        left = _CHECKS_COST * len(self.messages)
+        for index in chosen.keys() - known - {0}:
+            left -= index
+            if left < 0:
+                break
+            messages = self.messages[:index]
+            prompt = self.template.render(messages, self.tools, generation_prompt=True)
+            if prompt.text != chosen[index].prompt:
+                return False
+        ends = [0, *(len(turn.text) for turn in turns)]
+        return all(end <= len(turn.prompt) for end, turn in zip(ends, turns, strict=False))

@@ -1,0 +1,143 @@
+"""A tokenizer's chat template: messages -> text, and which stretches of it the template marks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+from lorakit.errors import DataError
+
+Message = Mapping[str, Any]
+Tools = Sequence[Mapping[str, Any]] | None
+#: Characters, from begin to end.
+Span = tuple[int, int]
+
+#: A content that no chat holds. Without letters or white space, so that a template that trims,
+#: changes case or escapes leaves it as it is.
+PROBE = "\u2063\u2064\u2063\u2064\u2063"
+#: The names that reasoning goes by; transformers copies it between the first two.
+REASONING = ("reasoning_content", "thinking", "reasoning")
+#: What a turn may consist of beside its content.
+PAYLOAD = ("tool_calls", *REASONING)
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """``marked`` are the stretches of ``text`` between ``{% generation %}`` tags, in order."""
+
+    text: str
+    marked: tuple[Span, ...] = ()
+
+
+class ChatTemplate:
+    """The one way from messages to text, in training and in generation.
+
+    Raises DataError if the tokenizer has no chat template.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not tokenizer.chat_template:
+            raise DataError("the tokenizer has no chat template, which a chat needs")
+        self.tokenizer = tokenizer
+
+    def source(self, tools: Tools = None) -> str:
+        """The template itself: a tokenizer may have another one for chats with tools."""
+        try:
+            return str(self.tokenizer.get_chat_template(None, tools=_listed(tools)))
+        except ValueError as error:
+            raise DataError(f"the tokenizer's chat templates: {error}") from error
+
+    def marks(self, tools: Tools = None) -> bool:
+        """Whether the template says with ``{% generation %}`` what is trained."""
+        return bool(_GENERATION.search(self.source(tools)))
+
+    def mentions(self, key: str, tools: Tools = None) -> bool:
+        """Whether the template's source has the name ``key``."""
+        return _has_word(self.source(tools), key)
+
+    def render(
+        self, messages: Sequence[Message], tools: Tools = None, generation_prompt: bool = False
+    ) -> Rendered:
+        """The chat as text. With ``generation_prompt`` the header of the assistant's next turn
+        follows, where the template has one.
+
+        Keys that are null count as absent. Raises DataError with the template's own words.
+        """
+        plain = [_plain(message) for message in messages]
+        try:
+            return self._render(plain, tools, generation_prompt)
+        except Exception as error:  # jinja raises its own types, templates raise through it
+            filled = [{"content": "", **message} for message in plain]
+            if filled != plain:  # a template that expects a content beside the tool calls
+                try:
+                    return self._render(filled, tools, generation_prompt)
+                except Exception:
+                    pass
+            raise DataError(f"the chat template refuses the messages: {error}") from error
+
+    def _render(
+        self, messages: list[dict[str, Any]], tools: Tools, generation_prompt: bool
+    ) -> Rendered:
+        if messages and not self.marks(tools):
+            text = self.tokenizer.apply_chat_template(
+                messages,
+                tools=_listed(tools),
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+            )
+            return Rendered(str(text))
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        listed: Any = _listed(tools)
+        found: Any = render_jinja_template(
+            conversations=[messages],
+            tools=listed,
+            chat_template=self.source(tools),
+            return_assistant_tokens_mask=self.marks(tools),
+            add_generation_prompt=generation_prompt,
+            **self.tokenizer.special_tokens_map,
+        )
+        (text,), marked = found
+        return Rendered(text, tuple(marked[0]) if marked else ())
+
+    @cached_property
+    def special(self) -> re.Pattern[str]:
+        """The tokenizer's special tokens in a text, the longest first."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        names = {entry.content for entry in added if entry.special}
+        return _any_of(names | set(self.tokenizer.all_special_tokens))
+
+    @cached_property
+    def added(self) -> re.Pattern[str]:
+        """The special tokens and all others that are split off before a text is tokenised."""
+        added = {entry.content for entry in self.tokenizer.added_tokens_decoder.values()}
+        return _any_of(added | set(self.tokenizer.all_special_tokens))
+
+
+def _any_of(names: set[str]) -> re.Pattern[str]:
+    ordered = sorted(filter(str.strip, names), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+
+
+@cache
+def _has_word(source: str, word: str) -> bool:
+    return bool(re.search(rf"\b{re.escape(word)}\b", source))
+
+
+def _listed(tools: Tools) -> list[dict[str, Any]] | None:
+    return [dict(tool) for tool in tools] if tools else None
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    """Without null keys, and reasoning under the names that templates read; transformers does the
+    same from 5.24 on."""
+    there = {key: value for key, value in message.items() if value is not None}
+    found = next((there[key] for key in REASONING if key in there), None)
+    if found is None:
+        return there
+    return {"thinking": found, **there, "reasoning_content": found}

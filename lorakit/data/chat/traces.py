@@ -1,0 +1,213 @@
+"""What of a chat's messages, of their keys and of its tools the template leaves out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from lorakit.data.chat.marking import marked, seen
+from lorakit.data.chat.template import PAYLOAD, PROBE, REASONING, ChatTemplate, Message, Tools
+from lorakit.data.chat.turns import Turn, content_text, with_content
+from lorakit.errors import DataError
+
+
+@dataclass
+class Traces:
+    """Looks for what each message is made of in the text that it is trained in, and renders the
+    chat once more only for what is not found there."""
+
+    template: ChatTemplate
+    _known: set[tuple[object, ...]] = field(default_factory=set)
+    _unmentioned: dict[str, bool] = field(default_factory=dict)
+
+    def check(self, messages: Sequence[Message], tools: Tools, turns: Sequence[Turn]) -> None:
+        """Raise DataError for a message before the end of the last of ``turns`` of which neither
+        content nor tool calls nor reasoning has any part in a text that is trained on."""
+        last = turns[-1]
+        there = self._present(messages, tools, turns)
+        for index in range(last.index + 1):
+            message = messages[index]
+            parts = [key for key in ("content", *PAYLOAD) if _filled(message, key)]
+            if index in there or not parts:
+                continue
+            emptied = self._emptied(message)
+            if not self._changes(messages, tools, turns, {index: emptied}):
+                names = " and ".join(_titles(parts))
+                raise DataError(
+                    f"message {index + 1}: the chat template renders nothing of this "
+                    f"{message['role']} message (its {names})"
+                )
+
+    def ignored(
+        self, messages: Sequence[Message], tools: Tools, turns: Sequence[Turn]
+    ) -> Counter[str]:
+        """The keys of messages, beside role and content, that have no effect on the text, each
+        with the number of messages that have it; and ``tools``."""
+        found: Counter[str] = Counter()
+        if tools and not self._shows_tools(tools, turns):
+            found["tools"] = int(self._is_ignored("tools", messages, tools, turns, {}))
+        counted = range(turns[-1].index + 1)
+        for key in dict.fromkeys(key for index in counted for key in messages[index]):
+            if key in ("role", "content"):
+                continue
+            having = [index for index in counted if _filled(messages[index], key)]
+            silent = [i for i in having if not self._shows(messages[i], i, key, turns)]
+            if silent:
+                without = _without(messages, silent, key)
+                ignored = self._is_ignored(key, messages, tools, turns, without)
+                found[key] = len(silent) if ignored else 0
+        return +found
+
+    def _present(
+        self, messages: Sequence[Message], tools: Tools, turns: Sequence[Turn]
+    ) -> set[int]:
+        """The messages of which something is found in the text of the last turn: contents in order,
+        and for the first chat of each succession of roles also with a mark in each content."""
+        last = turns[-1]
+        counted = messages[: last.index + 1]
+        contents = {index: text for index, message in enumerate(counted)
+                    if (text := content_text(message).strip())}  # fmt: skip
+        there, end = set(), 0
+        for index, content in contents.items():
+            if (place := last.text.find(content, end)) >= 0:
+                there.add(index)
+                end = place + len(content)
+        roles = [message["role"] for message in counted]
+        kind = (bool(tools), roles[0], roles[-1], frozenset(pairwise(roles)))
+        if kind not in self._known or there != contents.keys():
+            wanted = set(contents)
+            there = wanted & {last.index} if contents.get(last.index, "") in last.answer else set()
+            there |= self._marked(counted, tools, wanted - there)
+            if there >= wanted:
+                self._known.add(kind)
+        silent = (index for index in range(len(counted)) if index not in contents)
+        return there | {i for i in silent if self._shows_any(messages[i], i, turns)}
+
+    def _marked(self, messages: Sequence[Message], tools: Tools, wanted: set[int]) -> set[int]:
+        """Those of the messages ``wanted`` of whose content a mark is left in the prompt of the
+        last one, or in the chat with it."""
+        changed = marked(messages)
+        there: set[int] = set()
+        if len(changed) > 1:
+            there |= seen(self._text(changed[:-1], tools, True))
+        if not there >= wanted:
+            there |= seen(self._text(changed, tools, False))
+        return there & wanted
+
+    def _shows_any(self, message: Message, index: int, turns: Sequence[Turn]) -> bool:
+        return any(
+            _filled(message, key) and self._shows(message, index, key, turns) for key in PAYLOAD
+        )
+
+    def _shows(self, message: Message, index: int, key: str, turns: Sequence[Turn]) -> bool:
+        """Whether the value of ``key`` stands in the text of its own turn, or of the last one, in
+        a template that speaks of the key."""
+        if not self._mentions(key, None):
+            return False
+        values = [*(_names(message[key]) if key == "tool_calls" else _leaves(message[key]))]
+        own = next((turn.text for turn in turns if turn.index == index), "")
+        return any(value in own or value in turns[-1].text for value in values)
+
+    def _shows_tools(self, tools: Tools, turns: Sequence[Turn]) -> bool:
+        names = list(_names(tools))
+        mentioned = self.template.mentions("tools", tools)
+        return mentioned and bool(names) and all(name in turns[-1].text for name in names)
+
+    def _is_ignored(
+        self,
+        key: str,
+        messages: Sequence[Message],
+        tools: Tools,
+        turns: Sequence[Turn],
+        changed: Mapping[int, Message],
+    ) -> bool:
+        """Whether the text is the same without the key."""
+        if self._mentions(key, tools):
+            return not self._changes(messages, tools, turns, changed, without_tools=key == "tools")
+        if key not in self._unmentioned:
+            self._unmentioned[key] = not self._changes(
+                messages, tools, turns, changed, without_tools=key == "tools"
+            )
+        return self._unmentioned[key]
+
+    def _mentions(self, key: str, tools: Tools) -> bool:
+        names = REASONING if key in REASONING else (key,)
+        return any(self.template.mentions(name, tools) for name in names)
+
+    def _changes(
+        self,
+        messages: Sequence[Message],
+        tools: Tools,
+        turns: Sequence[Turn],
+        changed: Mapping[int, Message],
+        without_tools: bool = False,
+    ) -> bool:
+        """Whether a text that is trained on reads otherwise with other messages in place of some:
+        that of the last turn, of the first behind the change, or of the changed turn."""
+        others = [changed.get(index, message) for index, message in enumerate(messages)]
+        given = None if without_tools else tools
+        first = min(changed, default=0)
+        behind = [turn for turn in turns if turn.index >= first][:1]
+        for turn in {turn.index: turn for turn in (*behind, turns[-1])}.values():
+            end = turn.index
+            before = end > 0 and (without_tools or first < end)
+            if before and self._text(others[:end], given, True) != turn.prompt:
+                return True
+            if end in changed:
+                finished = self._text(messages[: end + 1], tools, False)
+                if self._text(others[: end + 1], given, False) != finished:
+                    return True
+        return False
+
+    def _text(self, messages: Sequence[Message], tools: Tools, generation: bool) -> str:
+        try:
+            return self.template.render(messages, tools, generation).text
+        except DataError as error:  # the template minds: it reads what was changed
+            return str(error)
+
+    def _emptied(self, message: Message) -> Message:
+        """The message with another content, if it has one, and without the rest."""
+        bare = {key: value for key, value in message.items() if key not in PAYLOAD}
+        return with_content(bare, PROBE) if _filled(message, "content") else bare
+
+
+def _filled(message: Message, key: str) -> bool:
+    if key == "content":
+        return bool(content_text(message).strip())
+    return message.get(key) not in (None, "", [], {})
+
+
+def _without(messages: Sequence[Message], indices: Sequence[int], key: str) -> dict[int, Message]:
+    dropped = REASONING if key in REASONING else (key,)
+    return {
+        index: {k: value for k, value in messages[index].items() if k not in dropped}
+        for index in indices
+    }
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """The texts and numbers in a value, as a template would print them."""
+    if isinstance(value, Mapping):
+        for item in value.values():
+            yield from _leaves(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, str) and value.strip():
+        yield value.strip()
+
+
+def _names(functions: Any) -> Iterator[str]:
+    """The names of OpenAI's ``{"type": "function", "function": {"name": ...}}``."""
+    for entry in functions if isinstance(functions, list | tuple) else ():
+        function = entry.get("function", entry) if isinstance(entry, Mapping) else {}
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if isinstance(name, str):
+            yield name
+
+
+def _titles(keys: Sequence[str]) -> list[str]:
+    return [key.replace("_", " ") if key == "tool_calls" else key for key in keys]

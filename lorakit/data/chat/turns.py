@@ -1,0 +1,191 @@
+"""One turn of the assistant's as text: the prompt that generation gets, and what follows it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lorakit.data.chat.template import PROBE, ChatTemplate, Message, Rendered, Span, Tools
+from lorakit.errors import DataError
+
+#: Special tokens are shorter, in characters.
+_LONGEST_TOKEN = 100
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Message ``index``. ``answer`` follows ``prompt`` up to the end-of-turn token; ``trained`` are
+    the stretches of ``answer`` that the loss is taken on, of which the template may mark a part.
+    ``tail`` is what the template writes behind it where no other message follows.
+
+    ``differs``: the template renders the finished chat so that it does not begin with ``prompt``.
+    ``marked_early``: a mark began within the prompt, and is taken from the prompt's end on.
+    """
+
+    index: int
+    prompt: str
+    answer: str
+    trained: tuple[Span, ...]
+    tail: str = ""
+    differs: bool = False
+    marked_early: bool = False
+
+    @property
+    def text(self) -> str:
+        return self.prompt + self.answer
+
+
+@dataclass
+class TurnReader:
+    """Renders a turn both ways, as the prompt and as the finished chat, and compares them."""
+
+    template: ChatTemplate
+    _tails: dict[str, str] = field(default_factory=dict)
+
+    def read(self, messages: Sequence[Message], tools: Tools, index: int) -> Turn:
+        """Turn ``index`` of the chat.
+
+        Raises DataError if the template refuses the messages, or renders nothing of the turn.
+        """
+        finished = self.template.render(messages[: index + 1], tools)
+        prompt = self._prompt(messages, tools, index)
+        differs = not finished.text.startswith(prompt)
+        begin = self._aligned(prompt, finished, messages, tools, index) if differs else len(prompt)
+        end = self.end(finished.text, messages, tools, index)
+        if end <= begin:
+            raise DataError(
+                f"message {index + 1}: the chat template renders nothing of the assistant's turn"
+            )
+        if not self.template.marks(tools):
+            answer, tail = finished.text[begin:end], finished.text[end:]
+            return Turn(index, prompt, answer, ((0, end - begin),), tail, differs)
+        return marked_turn(index, prompt, finished, begin, end, differs)
+
+    def _prompt(self, messages: Sequence[Message], tools: Tools, index: int) -> str:
+        if index:
+            return self.template.render(messages[:index], tools, generation_prompt=True).text
+        # Nothing can be generated from no message: what precedes the first one is its prompt.
+        probe = [_probe(messages[0])]
+        return self.template.render(probe, tools).text.partition(PROBE)[0]
+
+    def _aligned(
+        self,
+        prompt: str,
+        finished: Rendered,
+        messages: Sequence[Message],
+        tools: Tools,
+        index: int,
+    ) -> int:
+        """Where the answer begins in a text that does not begin with ``prompt``: behind the longest
+        stretch that both end with, between the message before and what the turn's payload
+        changes."""
+        other = self.template.render([*messages[:index], _probe(messages[index])], tools).text
+        place = common_prefix(finished.text, other)
+        before = content_text(messages[index - 1]).strip() if index else ""
+        found = finished.text.rfind(before, 0, place)
+        first = found + len(before) if found >= 0 else 0
+        return max(
+            range(first, place + 1),
+            key=lambda end: (_common_suffix(prompt, finished.text, end), end),
+        )
+
+    def end(self, text: str, messages: Sequence[Message], tools: Tools, index: int) -> int:
+        """Where the answer of the last turn of ``text`` ends: with the first special token that
+        the template writes behind it, or the last visible character where there is none."""
+        source = self.template.source(tools)
+        tail = self._tails.get(source)
+        if tail is None or not self._fits(tail, text):
+            tail = self._tail(messages, tools, index)
+            if tail is None or not text.endswith(tail):
+                return self._last_end(text)
+            self._tails.setdefault(source, tail)
+        begin = len(text) - len(tail)
+        found = self.template.special.search(tail) or self.template.added.search(tail)
+        return begin + (found.end() if found else len(tail.rstrip()))
+
+    def _fits(self, tail: str, text: str) -> bool:
+        """Whether a tail that ended another turn ends this one: one without a special token would
+        also be found behind such a token."""
+        special = self.template.special.search(tail)
+        return text.endswith(tail) and bool(special or not _last_special(self.template, text))
+
+    def _tail(self, messages: Sequence[Message], tools: Tools, index: int) -> str | None:
+        """What the template writes behind a plain answer; None where it takes none here."""
+        try:
+            text = self.template.render([*messages[:index], _probe(messages[index])], tools).text
+        except DataError:
+            return None
+        _, found, tail = text.rpartition(PROBE)
+        return tail if found else None
+
+    def _last_end(self, text: str) -> int:
+        """The end of the first of the special tokens that stand at the end of ``text``."""
+        end = len(text.rstrip())
+        first = end
+        while token := _last_special(self.template, text[:end]):
+            first = end
+            end = len(text[: end - len(token)].rstrip())
+        return first
+
+
+def marked_turn(
+    index: int, prompt: str, text: Rendered, begin: int, end: int, differs: bool = False
+) -> Turn:
+    """The turn whose answer is ``text`` from ``begin``: to the end of its last mark, or to ``end``
+    where it has none and nothing of it is trained."""
+    marked = [(start, stop) for start, stop in text.marked if stop > begin]
+    stop = max((stop for _, stop in marked), default=end)
+    spans = tuple((max(a, begin) - begin, b - begin) for a, b in marked)
+    early = any(start < begin for start, _ in marked)
+    return Turn(index, prompt, text.text[begin:stop], spans, text.text[stop:], differs, early)
+
+
+def content_text(message: Message) -> str:
+    """The message's content, of parts their texts joined; empty where it has none."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    texts = (part.get("text") for part in parts if isinstance(part, dict))
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def with_content(message: Message, text: str) -> dict[str, object]:
+    """The message with another content, in the form that its own has."""
+    if isinstance(message.get("content"), list):
+        return {**message, "content": [{"type": "text", "text": text}]}
+    return {**message, "content": text}
+
+
+def _probe(message: Message) -> dict[str, object]:
+    """A plain answer in place of ``message``."""
+    plain = {"role": message["role"], "content": message.get("content")}
+    return with_content(plain, PROBE)
+
+
+def common_prefix(text: str, other: str) -> int:
+    """How many characters both begin with."""
+    most = min(len(text), len(other))
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        if text[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _common_suffix(text: str, other: str, end: int) -> int:
+    """How many characters ``text`` and ``other[:end]`` both end with."""
+    count, most = 0, min(len(text), end)
+    while count < most and text[-1 - count] == other[end - 1 - count]:
+        count += 1
+    return count
+
+
+def _last_special(template: ChatTemplate, text: str) -> str:
+    """The special token that ``text`` ends with, white space behind it aside; empty if none."""
+    end = len(text.rstrip())
+    tokens = template.special.finditer(text, max(0, end - _LONGEST_TOKEN), end)
+    return next((found.group() for found in tokens if found.end() == end), "")
