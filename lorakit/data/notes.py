@@ -33,8 +33,9 @@ def chat_notes(counts: Counts, name: str) -> list[str]:
             "prompt before it; they are trained behind the prompt, as generation renders it"
         ),
         chat.SPLIT: (
-            f"{{:,}} of {chats} became one row per trained turn, {found[chat.SPLIT_ROWS]:,} rows: "
-            "their earlier turns render or tokenise differently once a later one follows"
+            f"{{:,}} of {chats} became {found[chat.SPLIT_ROWS]:,} training rows, each trained turn "
+            "in one of them: an earlier turn renders or tokenises differently once a later one "
+            "follows"
         ),
         chat.STRADDLES: (
             f"in {{:,}} of {turns} the tokenizer cannot separate prompt and answer; the token "

@@ -25,8 +25,9 @@ CHATS, TURNS, IGNORED = "chats", "turns", "ignored:"
 
 @dataclass(frozen=True)
 class EncodedChat:
-    """``rows`` is one row, or one for each trained turn where a later turn changes how the template
-    renders, or how the tokenizer splits, an earlier one. ``counts`` are of the names above."""
+    """``rows`` is one row, or several where a later turn changes how the template renders, or how
+    the tokenizer splits, an earlier one: up to one for each trained turn. ``counts`` are of the
+    names above."""
 
     rows: list[IdRow]
     counts: Counter[str] = field(default_factory=Counter)

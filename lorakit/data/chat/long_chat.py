@@ -9,7 +9,7 @@ rendered by itself once more.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorakit.data.chat.marking import place_contents
 from lorakit.data.chat.template import (
@@ -109,10 +109,10 @@ class LongChat:
             return None
         prompt = text[:begin]
         if not self.template.marks(self.tools):
-            return Turn(index, prompt, text[begin:end], ((0, end - begin),))
+            return Turn(index, prompt, text[begin:end], ((0, end - begin),), first.tail)
         stretches = tuple(span for span in self._whole.marked if span[0] < end)
         turn = marked_turn(index, prompt, Rendered(text, stretches), begin, end)
-        return turn if len(turn.text) == end else None
+        return replace(turn, tail=first.tail) if len(turn.text) == end else None
 
     def _end_before(self, index: int) -> int:
         """Where the content of the last message before ``index`` that has one ends."""

@@ -33,15 +33,31 @@ class IdRow:
 
 
 def turn_rows(turns: Sequence[Turn], joiner: Joiner) -> list[IdRow]:
-    """One row for all turns where each prompt's ids begin with the ids of the turn before it; else
-    a row a turn."""
+    """As few rows as there can be, each turn trained in one of them: a row holds those turns whose
+    ids, prompt and answer, its last turn's begin with."""
     texts = [text for turn in turns for text in _prefixes(turn)]
     found = iter(joiner.ids(texts))
-    rows = [_turn_row(turn, [next(found) for _ in _prefixes(turn)], joiner) for turn in turns]
-    whole = rows[-1].ids
-    if all(whole[: len(row.ids)] == row.ids for row in rows):
-        return [_with_tail(_joined(rows), turns[-1], joiner)]
-    return [_with_tail(row, turn, joiner) for row, turn in zip(rows, turns, strict=True)]
+    left = [
+        (turn, _turn_row(turn, [next(found) for _ in _prefixes(turn)], joiner)) for turn in turns
+    ]
+    rows = []
+    while left:
+        last, whole = left[-1]
+        within = [row for _, row in left if whole.ids[: len(row.ids)] == row.ids]
+        rows.append(_with_tail(_joined(within), last, joiner))
+        taken = {turn for row in within for turn in row.turns}
+        left = [(turn, row) for turn, row in left if turn.index not in taken]
+    return rows[::-1]
+
+
+def _joined(rows: Sequence[IdRow]) -> IdRow:
+    """The last of the rows, which begins with all others, trained where any of them is."""
+    trained = [False] * len(rows[-1].ids)
+    for row in rows:
+        begin = row.prompt
+        trained[begin : len(row.ids)] = row.trained[begin:]
+    turns = tuple(turn for row in rows for turn in row.turns)
+    return IdRow(rows[-1].ids, trained, turns, sum(row.straddles for row in rows))
 
 
 def _with_tail(row: IdRow, turn: Turn, joiner: Joiner) -> IdRow:

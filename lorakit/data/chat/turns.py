@@ -77,15 +77,15 @@ class TurnReader:
         index: int,
     ) -> int:
         """Where the answer begins in a text that does not begin with ``prompt``: behind the longest
-        stretch that both end with, between the message before and what the turn's payload
-        changes."""
+        stretch that both end with, between the message before, or what both begin with, and what
+        the turn's payload changes."""
         other = self.template.render([*messages[:index], _probe(messages[index])], tools).text
         place = common_prefix(finished.text, other)
         before = content_text(messages[index - 1]).strip() if index else ""
         found = finished.text.rfind(before, 0, place)
-        first = found + len(before) if found >= 0 else 0
+        first = max(found + len(before) if found >= 0 else 0, common_prefix(prompt, finished.text))
         return max(
-            range(first, place + 1),
+            range(min(first, place), place + 1),
             key=lambda end: (_common_suffix(prompt, finished.text, end), end),
         )
 
