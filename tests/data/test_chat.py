@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lorakit.data.chat import encode_chat, encode_chat_prompt
-from lorakit.data.encode import encode_split
+from lorakit.data.encode import encode_split, split_notes
 from lorakit.data.examples import ChatExample
 from lorakit.data.sources import Split
 from lorakit.errors import DataError
@@ -24,10 +24,9 @@ SPACED = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %} {{ m['content'] }} </s>"
     "{% else %}[{{ m['content'] | trim }}]{% endif %}{% endfor %}"
 )
-WITHOUT_END = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-FORGETS = (
-    "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}{{ m['content'] }}</s>"
-    "{% endif %}{% endfor %}"
+WITHOUT_END = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 ALTERNATES = (
     "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
@@ -40,9 +39,14 @@ def tokenizer(tiny_llama: Path) -> Any:
     return AutoTokenizer.from_pretrained(tiny_llama)
 
 
-def trained_parts(messages: tuple[dict[str, str], ...], tokenizer: Any) -> list[str]:
+def one_row(example: ChatExample, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    (row,) = encode_chat(example, tokenizer).rows
+    return row.ids, row.trained
+
+
+def trained_parts(messages: tuple[dict[str, Any], ...], tokenizer: Any, **fields: Any) -> list[str]:
     """The trained stretches of the chat, each decoded by itself."""
-    ids, trained = encode_chat(ChatExample(messages), tokenizer)
+    ids, trained = one_row(ChatExample(messages, **fields), tokenizer)
     parts: list[list[int]] = []
     for index, (token, on) in enumerate(zip(ids, trained, strict=True)):
         if on and (index == 0 or not trained[index - 1]):
@@ -54,18 +58,23 @@ def trained_parts(messages: tuple[dict[str, str], ...], tokenizer: Any) -> list[
 
 def test_assistant_turns_and_their_ends_are_trained(tokenizer: Any) -> None:
     assert trained_parts(CHAT, tokenizer) == ["4</s>", "Yes, 4 é</s>"]
-    ids, _ = encode_chat(ChatExample(CHAT), tokenizer)
+    ids, _ = one_row(ChatExample(CHAT), tokenizer)
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(list(CHAT), tokenize=False)
 
 
 def test_eos_behind_white_space_is_trained(tokenizer: Any) -> None:
     tokenizer.chat_template = SPACED
-    assert trained_parts(CHAT, tokenizer) == ["4 </s>", "Yes, 4 é </s>"]
+    assert trained_parts(CHAT, tokenizer) == [" 4 </s>", " Yes, 4 é </s>"]
 
 
 def test_template_without_an_end_trains_the_words_alone(tokenizer: Any) -> None:
     tokenizer.chat_template = WITHOUT_END
     assert trained_parts(CHAT, tokenizer) == ["4", "Yes, 4 é"]
+
+
+def test_a_template_without_a_generation_prompt_trains_the_header_too(tokenizer: Any) -> None:
+    tokenizer.chat_template = WITHOUT_END.partition("{% if add")[0]
+    assert trained_parts(CHAT, tokenizer) == ["assistant: 4", "assistant: Yes, 4 é"]
 
 
 def test_turn_that_another_repeats_is_told_apart(tokenizer: Any) -> None:
@@ -76,26 +85,184 @@ def test_turn_that_another_repeats_is_told_apart(tokenizer: Any) -> None:
         {"role": "assistant", "content": "a"},
     )
     assert trained_parts(chat, tokenizer) == ["a</s>", "a</s>"]
-    ids, trained = encode_chat(ChatExample(chat), tokenizer)
+    ids, trained = one_row(ChatExample(chat), tokenizer)
     text = tokenizer.decode([i for i, on in zip(ids, trained, strict=True) if not on])
     assert text == "<user><assistant>a</s></s><assistant><user>a</s><assistant>"
 
 
 def test_prompt_is_what_stands_before_the_turn_in_training(tokenizer: Any) -> None:
-    ids, trained = encode_chat(ChatExample(CHAT), tokenizer)
+    ids, trained = one_row(ChatExample(CHAT), tokenizer)
     before = ids[: trained.index(True)]
     assert encode_chat_prompt(list(CHAT[:2]), tokenizer) == before
 
 
-def test_template_that_rewrites_the_rest_is_refused(tokenizer: Any) -> None:
+def test_what_precedes_the_content_is_trained_where_no_prompt_has_it(tokenizer: Any) -> None:
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['content'] | length }}{{ m['content'] }}{% endfor %}"
+        "{% for m in messages %}{{ m.content | length }}{{ m.content }}</s>{% endfor %}"
     )
-    with pytest.raises(DataError, match="message 3: the chat template renders the rest"):
-        encode_chat(ChatExample(CHAT), tokenizer)
-    tokenizer.chat_template = FORGETS
-    with pytest.raises(DataError, match="message 3"):
-        encode_chat(ChatExample(CHAT), tokenizer)
+    assert trained_parts(CHAT, tokenizer) == ["14</s>", "8Yes, 4 é</s>"]
+
+
+LEAVES_OUT_SYSTEM = (
+    "{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("content", ["Be brief.", "2+2?", "s", "4"])
+def test_a_message_without_a_trace_is_refused(content: str, tokenizer: Any) -> None:
+    """Also one whose text stands elsewhere in the chat."""
+    tokenizer.chat_template = LEAVES_OUT_SYSTEM
+    chat = ({"role": "system", "content": content}, *CHAT[1:])
+    message = "message 1: the chat template renders nothing of this system message"
+    with pytest.raises(DataError, match=message):
+        encode_chat(ChatExample(chat), tokenizer)
+    assert trained_parts(CHAT[1:], tokenizer) == ["4</s>", "Yes, 4 é</s>"]
+
+
+def test_a_message_without_a_trace_in_a_long_chat(tokenizer: Any) -> None:
+    tokenizer.chat_template = LEAVES_OUT_SYSTEM
+    long = CHAT[1:3] * 30
+    with pytest.raises(DataError, match="message 31: "):
+        encode_chat(ChatExample((*long[:30], CHAT[0], *long[30:])), tokenizer)
+
+
+def test_changed_contents_leave_a_trace(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content | trim | upper | e }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    chat = (
+        {"role": "user", "content": " a<b? \n"},
+        {"role": "assistant", "content": "\nyes & no "},
+    )
+    assert trained_parts(chat, tokenizer) == ["YES &amp; NO</s>"]
+
+
+CALL = {"type": "function", "function": {"name": "tide", "arguments": {"port": "Leith"}}}
+ASKS = {"role": "user", "content": "When?"}
+CALLS = {"role": "assistant", "tool_calls": [CALL]}
+TOLD = {"role": "tool", "tool_call_id": "c1", "name": "tide", "content": "14:05"}
+ANSWERS = {"role": "assistant", "content": "At 14:05."}
+
+
+def test_a_message_of_which_only_ignored_keys_are_left_is_refused(smollm2: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    message = r"message 2: .* nothing of this assistant message \(its tool calls\)"
+    with pytest.raises(DataError, match=message):
+        encode_chat(ChatExample((ASKS, CALLS, TOLD, ANSWERS)), tokenizer)
+    reasons = {"role": "assistant", "content": "", "reasoning_content": "Tides."}
+    with pytest.raises(DataError, match=r"message 2: .* \(its reasoning_content\)"):
+        encode_chat(ChatExample((ASKS, reasons, ASKS, ANSWERS)), tokenizer)
+
+
+def test_ignored_keys_are_counted(tokenizer: Any) -> None:
+    thinks = {**ANSWERS, "reasoning_content": "Tides.", "tool_calls": [CALL]}
+    chat = (ASKS, thinks, TOLD, {**ANSWERS, "thinking": "Again."})
+    found = encode_chat(ChatExample(chat, None, (CALL,)), tokenizer).counts
+    assert {key: count for key, count in found.items() if key.startswith("ignored:")} == {
+        "ignored:tools": 1, "ignored:reasoning_content": 1, "ignored:thinking": 1,
+        "ignored:tool_calls": 1, "ignored:tool_call_id": 1, "ignored:name": 1,
+    }  # fmt: skip
+    tokenizer.chat_template = (
+        "{{ tools | tojson }}{% for m in messages %}{{ m | tojson }}</s>{% endfor %}"
+    )
+    found = encode_chat(ChatExample(chat, None, (CALL,)), tokenizer).counts
+    assert not [key for key in found if key.startswith("ignored:")]
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.reasoning_content }}{{ m.content }}</s>"
+        "{% endfor %}"
+    )
+    found = encode_chat(ChatExample(chat, None, (CALL,)), tokenizer).counts
+    assert not {"ignored:reasoning_content", "ignored:thinking"} & set(found)
+
+
+def test_untrained_turns_are_part_of_the_prompt(tokenizer: Any) -> None:
+    flags = (False, False, False, False, True)
+    assert trained_parts(CHAT, tokenizer, trained=flags) == ["Yes, 4 é</s>"]
+    flags = (False, False, True, False, False)
+    ids, trained = one_row(ChatExample(CHAT, flags), tokenizer)
+    assert tokenizer.decode(ids) == "<system>Be brief.</s><user>2+2?</s><assistant>4</s>"
+    with pytest.raises(DataError, match="no turn that is trained"):
+        encode_chat(ChatExample(CHAT, (False,) * 5), tokenizer)
+
+
+MARKED = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}MARKED"
+    "{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("marked", "parts", "count"),
+    [
+        ("{% generation %}So: {{ m.content }}</s>{% endgeneration %}",
+         ["So: 4</s>", "So: Yes, 4 é</s>"], None),
+        ("So: {%- generation -%}{{ m.content }}</s>{%- endgeneration -%}",
+         ["4</s>", "Yes, 4 é</s>"], "late_marks"),
+        ("{% generation %}So{% endgeneration %}: {% generation %}{{ m.content }}{% endgeneration %}"
+         "</s>", ["So", "4", "So", "Yes, 4 é"], None),
+        ("{% if loop.last %}{% generation %}{{ m.content }}</s>{% endgeneration %}{% else %}"
+         "{{ m.content }}</s>{% endif %}", ["4</s>", "Yes, 4 é</s>"], None),
+    ],
+)  # fmt: skip
+def test_marks_say_what_is_trained(
+    marked: str, parts: list[str], count: str | None, tokenizer: Any
+) -> None:
+    tokenizer.chat_template = MARKED.replace("MARKED", marked)
+    assert trained_parts(CHAT, tokenizer) == parts
+    counts = encode_chat(ChatExample(CHAT), tokenizer).counts
+    assert {key: value for key, value in counts.items() if "mark" in key} == (
+        {count: 2} if count else {}
+    )
+    flags = (False, False, False, False, True)
+    assert trained_parts(CHAT, tokenizer, trained=flags) == parts[len(parts) // 2 :]
+
+
+def test_marks_that_begin_in_the_prompt_or_are_not_there(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}<assistant>"
+        "{{ m.content }}</s>{% endgeneration %}{% else %}<{{ m.role }}>{{ m.content }}</s>"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    assert trained_parts(CHAT, tokenizer) == ["4</s>", "Yes, 4 é</s>"]
+    assert encode_chat(ChatExample(CHAT), tokenizer).counts["early_marks"] == 2
+    tokenizer.chat_template = MARKED.replace(
+        "MARKED", "{% if m.content == '4' %}4</s>{% else %}{% generation %}{{ m.content }}</s>"
+        "{% endgeneration %}{% endif %}"
+    )  # fmt: skip
+    assert trained_parts(CHAT, tokenizer) == ["Yes, 4 é</s>"]
+    assert encode_chat(ChatExample(CHAT), tokenizer).counts["unmarked_turns"] == 1
+
+
+def test_what_was_counted_is_said_once(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and loop.last %}"
+        "<think></think>{% endif %}{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    rows = [{"chat": CHAT}, {"chat": CHAT[1:3]}, {"chat": ({**ASKS, "name": "x"}, ANSWERS)}]
+    split = Split("train", rows, "chats.jsonl", "0")
+    found = encode_split(split, lambda row: ChatExample(row["chat"]), tokenizer, 100)
+    texts = [tokenizer.decode(found[i].input_ids[found[i].trained]) for i in range(len(found))]
+    assert texts == [f"<think></think>{text}</s>" for text in ("4", "Yes, 4 é", "4", "At 14:05.")]
+    assert found.trained_tokens == sum(int(found[i].trained.sum()) for i in range(len(found)))
+    assert split_notes(found, "train", 100) == [
+        "train: 1 of 3 chats became 2 training rows, each trained turn in one of them: an earlier "
+        "turn renders or tokenises differently once a later one follows",
+        "train: the chat template ignores these keys of messages: 'name' (1)",
+    ]
+
+
+def test_rows_of_a_split_chat_lose_the_beginning_of_their_prompts(tokenizer: Any) -> None:
+    tokenizer.chat_template = SPACED.replace(" {{ m['content'] }} </s>",
+                                             "{{ '!' if loop.last }}{{ m['content'] }}</s>")  # fmt: skip
+    split = Split("train", [{}], "chats.jsonl", "0")
+    found = encode_split(split, lambda _: ChatExample(CHAT), tokenizer, 12)
+    texts = [tokenizer.decode(found[i].input_ids) for i in range(len(found))]
+    assert texts == ["f.][2+2?]!4</s>", "]!Yes, 4 é</s>"]
+    assert (found.truncated_rows, found.cut_completions) == (2, 0)
 
 
 def test_refusals_name_the_row(tokenizer: Any) -> None:
@@ -113,7 +280,7 @@ def test_refusals_name_the_row(tokenizer: Any) -> None:
 def test_long_chats_lose_their_end(tokenizer: Any) -> None:
     split = Split("train", [{}, {}], "chats.jsonl", "0")
     short = encode_split(split, lambda _: ChatExample(CHAT), tokenizer, 60)
-    whole, _ = encode_chat(ChatExample(CHAT), tokenizer)
+    whole, _ = one_row(ChatExample(CHAT), tokenizer)
     assert short[0].input_ids.tolist() == whole[:60]
     assert (short.truncated_rows, short.cut_completions) == (2, 2)
     with pytest.raises(DataError, match=r"row 1: no token to train on within task.max_length = 20"):

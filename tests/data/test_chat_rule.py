@@ -90,7 +90,9 @@ def sentencepiece(prepend: bool) -> PreTrainedTokenizerFast:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
          decoders.Strip(" ", 1, 0)]
     )  # fmt: skip
-    alphabet = sorted({character for text in _texts() for character in text if ord(character) < 128})
+    alphabet = sorted(
+        {character for text in _texts() for character in text if ord(character) < 128}
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=700,
         show_progress=False,
