@@ -177,6 +177,13 @@ def test_ignored_keys_are_counted(tokenizer: Any) -> None:
     assert not {"ignored:reasoning_content", "ignored:thinking"} & set(found)
 
 
+@pytest.mark.parametrize("turns", [1, 30])
+def test_an_end_that_the_content_holds_is_not_trained_twice(turns: int, tokenizer: Any) -> None:
+    chat = (ASKS, ANSWERS, ASKS, {"role": "assistant", "content": "Now.</s>"}, ASKS, ANSWERS)
+    wanted = ["At 14:05.</s>", "Now.</s>", "At 14:05.</s>"]
+    assert trained_parts(chat * turns, tokenizer) == wanted * turns
+
+
 def test_untrained_turns_are_part_of_the_prompt(tokenizer: Any) -> None:
     flags = (False, False, False, False, True)
     assert trained_parts(CHAT, tokenizer, trained=flags) == ["Yes, 4 é</s>"]

@@ -80,6 +80,18 @@ def test_bos_stands_before_the_prompt_and_eos_once_behind(with_bos: Any) -> None
     assert encode_prompt(prompt, with_bos, 100) == split[0].input_ids[:4].tolist()
 
 
+def test_a_text_that_holds_bos_or_eos_gets_no_second_one(with_bos: Any) -> None:
+    chat = TextExample((Segment("<s>ab</s>\n", trained=True),))
+    split = encoded([pair("<s>abc", "de</s>"), pair("abc", "d</s>e"), chat], with_bos)
+    assert read(split, 0, with_bos) == ("<s>abcde</s>", "de</s>")
+    assert read(split, 1, with_bos) == ("<s>abcd</s>e</s>", "d</s>e</s>")
+    assert read(split, 2, with_bos) == ("<s>ab</s>\n", "<s>ab</s>\n")
+    prompt = TextExample((Segment("<s>abc", trained=False),), eos=False)
+    assert encode_prompt(prompt, with_bos, 100) == split[0].input_ids[:4].tolist()
+    short = encoded([pair("<s>abcd", "ef</s>")], with_bos, max_length=6)
+    assert read(short, 0, with_bos) == ("<s>cdef</s>", "ef</s>")
+
+
 def test_no_prefix_without_bos(tokenizer: Any, bert: Any) -> None:
     assert special_prefix(tokenizer) == []
     assert special_prefix(bert) == [2]

@@ -107,6 +107,7 @@ class LongChat:
         end = self._start_after(index) - len(between)
         if end <= begin or text[end : end + len(between)] != between:
             return None
+        end = self.reader.single_end(text, end)
         prompt = text[:begin]
         if not self.template.marks(self.tools):
             return Turn(index, prompt, text[begin:end], ((0, end - begin),), first.tail)

@@ -101,7 +101,14 @@ class TurnReader:
             self._tails.setdefault(source, tail)
         begin = len(text) - len(tail)
         found = self.template.special.search(tail) or self.template.added.search(tail)
-        return begin + (found.end() if found else len(tail.rstrip()))
+        return self.single_end(text, begin + (found.end() if found else len(tail.rstrip())))
+
+    def single_end(self, text: str, end: int) -> int:
+        """``end``, or where the same end-of-turn token ends that the content already held."""
+        token = _last_special(self.template, text[:end])
+        while token and (before := text[: end - len(token)].rstrip()).endswith(token):
+            end = len(before)
+        return end
 
     def _fits(self, tail: str, text: str) -> bool:
         """Whether a tail that ended another turn ends this one: one without a special token would
