@@ -78,6 +78,13 @@ def check_same_data(data: dict[str, Any], checkpoint: Path) -> None:
         if then != now:
             source = (data.get(split) or before[split])["source"]
             raise UserError(f"--resume: {source}: the {split} data is not what the run began with")
+        tokens = [(of.get(split) or {}).get("tokens") for of in (before, data)]
+        if None not in tokens and tokens[0] != tokens[1]:
+            raise UserError(
+                f"--resume: {data[split]['source']}: the {split} data gives {tokens[1]:,} tokens, "
+                f"and the run began with {tokens[0]:,}: the tokenizer, its chat template or lorakit "
+                "itself has changed; start a new run"
+            )
 
 
 @contextmanager

@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 
 from lorakit.data import arrays, cache, shards
 from lorakit.data.cache import CACHED_ROWS, EncodedCache, encoding_key
-from lorakit.data.encode import EncodedSplit, encode_split
-from lorakit.data.examples import ClassificationExample, Segment, TextExample
+from lorakit.data.encode import EncodedSplit, encode_split, split_notes
+from lorakit.data.examples import ChatExample, ClassificationExample, Segment, TextExample
 from lorakit.data.sources import Split, load_split
 from lorakit.errors import DataError
 
@@ -90,7 +90,7 @@ def assert_equal(a: EncodedSplit, b: EncodedSplit) -> None:
         assert (first is None) or first.dtype == second.dtype
     assert a.labels == b.labels
     assert [type(label) for label in a.labels or ()] == [type(label) for label in b.labels or ()]
-    assert (a.truncated_rows, a.cut_completions) == (b.truncated_rows, b.cut_completions)
+    assert a.counts == b.counts
 
 
 def test_what_is_read_is_what_was_made(cached: Cached, tokenizer: Any) -> None:
@@ -115,6 +115,27 @@ def test_labels_and_types(tmp_path: Path, tiny_bert: Path, to_example: Any) -> N
     for _ in range(2):
         assert_equal(cached.encode(to_example=to_example), plain)
     assert "read" in cached.said[-1]
+
+
+def test_chats_that_become_several_rows(cached: Cached, tokenizer: Any) -> None:
+    """The entry is of as many rows of the split, and what was counted of them is said again."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '!' if loop.last and m.role == 'assistant' }}{{ m.content }}</s>"
+        "{% endfor %}"
+    )
+
+    def chat(row: Any) -> ChatExample:
+        texts = ("ab", row["completion"][:3] or "c", "d", "e")
+        roles = ("user", "assistant") * 2
+        messages = ({"role": r, "content": t} for r, t in zip(roles, texts, strict=True))
+        return ChatExample(tuple(messages))
+
+    plain = encode_split(split_of(), chat, tokenizer, 30)
+    assert len(plain) == 2 * plain.counts.rows == 2 * len(split_of())
+    for _ in range(2):
+        assert_equal(cached.encode(to_example=chat, max_length=30), plain)
+    assert "read from the cache" in cached.said[-1]
+    assert len(split_notes(plain, "train", 30)) == 1
 
 
 def test_each_thing_that_tokens_follow_from_misses(

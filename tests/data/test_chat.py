@@ -188,7 +188,7 @@ def test_untrained_turns_are_part_of_the_prompt(tokenizer: Any) -> None:
     flags = (False, False, False, False, True)
     assert trained_parts(CHAT, tokenizer, trained=flags) == ["Yes, 4 é</s>"]
     flags = (False, False, True, False, False)
-    ids, trained = one_row(ChatExample(CHAT, flags), tokenizer)
+    ids, _ = one_row(ChatExample(CHAT, flags), tokenizer)
     assert tokenizer.decode(ids) == "<system>Be brief.</s><user>2+2?</s><assistant>4</s>"
     with pytest.raises(DataError, match="no turn that is trained"):
         encode_chat(ChatExample(CHAT, (False,) * 5), tokenizer)

@@ -228,7 +228,8 @@ def test_long_chats_give_what_their_turns_give_one_by_one(
     tokenizer.chat_template = style.template
     rendered = Counting(tokenizer, monkeypatch)
     for case, messages in LONG.items():
-        if case == "system" and not style.system or "agent" in case and not style.tools:
+        takes = style.system if case == "system" else style.tools if "agent" in case else True
+        if not takes:
             continue
         example = ChatExample(messages, None, (TOOL,) if "agent" in case else None)
         rendered.messages = 0

@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lorakit.data.encode import EncodedRow, encode_split
-from lorakit.data.examples import ClassificationExample, Segment, TextExample
+from lorakit.data.examples import ChatExample, ClassificationExample, Segment, TextExample
 from lorakit.data.sources import load_split
 from lorakit.data.stream import HEAD_ROWS, Stream, open_stream
 from lorakit.data.stream_steps import StreamEncoder, StreamSteps, shuffled
@@ -247,3 +247,34 @@ def test_labels_of_an_encoder(tmp_path: Path, tiny_bert: Path) -> None:
     step = steps.step(0)
     assert all(row.label in (0, 1, 2) and row.token_type_ids is not None for row in step.rows)
     assert step.trained == 4
+
+
+def test_chats_that_become_several_rows(tmp_path: Path, tiny_llama: Path) -> None:
+    """A jump goes to the same steps that reading one by one does, and each turn is trained once."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '!' if loop.last and m.role == 'assistant' }}{{ m.content }}</s>"
+        "{% endfor %}"
+    )
+
+    def chat(row: Any) -> ChatExample:
+        turns = int(row["id"]) % 3 + 1
+        return ChatExample(tuple(
+            {"role": role, "content": f"{row['id']}{turn}"}
+            for turn in range(turns) for role in ("user", "assistant")
+        ))  # fmt: skip
+
+    stream = stream_of(str(write(tmp_path / "a.jsonl", ROWS[:60])))
+    made = {"to_example": chat, "group_by_length": False, "buffer_rows": 10}
+    steps = steps_of(stream, tokenizer, **made)
+    texts = [
+        tokenizer.decode(row.input_ids[row.trained])
+        for number in range(30)
+        for row in steps.step(number).rows
+    ]
+    wanted = [f"!{n:04}{turn}</s>" for n in range(60) for turn in range(n % 3 + 1)]
+    assert sorted(texts) == sorted(wanted)
+    jumped = steps_of(stream, tokenizer, **made)
+    found = [tokenizer.decode(row.input_ids[row.trained]) for row in jumped.step(17).rows]
+    assert found == texts[17 * 4 : 18 * 4]
+    assert steps.rows == 2 * steps.counts.rows == 400  # of the window that was read

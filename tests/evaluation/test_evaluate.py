@@ -87,6 +87,39 @@ def test_loss_is_the_mean_over_the_trained_tokens(tiny_llama: Path) -> None:
         assert set(metrics) == {"loss", "perplexity"}
 
 
+def test_a_chat_of_several_rows_counts_each_trained_token_once(tiny_llama: Path) -> None:
+    section = ModelSection(name_or_path=str(tiny_llama), dtype="float32")
+    loaded = load_pretrained(section, "causal")
+    loaded.tokenizer.chat_template = (
+        "{% for m in messages %}{{ '!' if loop.last and m.role == 'assistant' }}{{ m.content }}</s>"
+        "{% endfor %}"
+    )
+    texts = [["a", "bc"], ["a", "bc", "d", "e"], ["one", "two", "three", "four", "5", "6"]]
+    roles = ("user", "assistant")
+    rows = [
+        {"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]}
+        for turns in texts
+    ]
+    keys: dict[str, Any] = {"eval_generate": "end", "max_new_tokens": 2}
+    case = Case(loaded, "chat", split_of(rows), **keys)
+    assert len(case.encoded) == 6
+    total, count = 0.0, 0
+    for turns in texts:
+        for turn in range(1, len(turns), 2):
+            prompt = "".join(f"{text}</s>" for text in turns[:turn])
+            before = case.tokenizer(prompt).input_ids
+            ids = torch.tensor([case.tokenizer(f"{prompt}!{turns[turn]}</s>").input_ids])
+            with torch.no_grad():
+                logits = case.model(input_ids=ids).logits[0, len(before) - 1 : -1].double()
+            answer = ids[0, len(before) :]
+            total += float(F.cross_entropy(logits, answer, reduction="sum"))
+            count += len(answer)
+    assert case.encoded.trained_tokens == count
+    found = case.evaluate()
+    assert found.metrics["loss"] == pytest.approx(total / count, rel=1e-6)
+    assert len(found.predictions) == len(rows)
+
+
 def test_neither_randomness_nor_mode_nor_gradients_are_touched(tiny_llama: Path) -> None:
     case = causal(tiny_llama)
     inject(case.model, LoraConfig(r=2, lora_dropout=0.5))

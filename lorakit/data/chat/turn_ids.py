@@ -66,15 +66,6 @@ def _with_tail(row: IdRow, turn: Turn, joiner: Joiner) -> IdRow:
     return IdRow([*row.ids, *tail], trained, row.turns, row.straddles)
 
 
-def _joined(rows: Sequence[IdRow]) -> IdRow:
-    trained = [False] * len(rows[-1].ids)
-    for row in rows:
-        for index, flag in enumerate(row.trained):
-            trained[index] |= flag
-    turns = tuple(turn for row in rows for turn in row.turns)
-    return IdRow(rows[-1].ids, trained, turns, sum(row.straddles for row in rows))
-
-
 def _cuts(turn: Turn) -> list[tuple[int, bool]]:
     """Where the pieces of the answer end, and whether each is trained."""
     cuts, last = [], 0
