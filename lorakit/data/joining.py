@@ -9,6 +9,8 @@ from typing import Any
 
 #: Texts behind which a tokenizer continues, rather than begins, a text.
 _ANCHORS = ("\n", "a", ".")
+#: Headers and ends of turns come again and again: the ids of texts of so few characters are kept.
+_SHORT, _MOST_KEPT = 80, 10_000
 
 
 @dataclass
@@ -17,13 +19,19 @@ class Joiner:
 
     tokenizer: Any
     _anchors: list[tuple[str, list[int]]] = field(default_factory=list)
+    _short: dict[str, list[int]] = field(default_factory=dict)
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text by itself."""
-        if not texts:
-            return []
-        found = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)
-        return [list(ids) for ids in found.input_ids]
+        known = self._short
+        asked = [text for text in texts if text not in known]
+        if not asked:
+            return [list(known[text]) for text in texts]
+        found = self.tokenizer(asked, add_special_tokens=False, verbose=False).input_ids
+        made = dict(zip(asked, found, strict=True))
+        if len(known) < _MOST_KEPT:
+            known.update((text, ids) for text, ids in made.items() if len(text) <= _SHORT)
+        return [list(made[text] if text in made else known[text]) for text in texts]
 
     def continued(self, before: Sequence[int], text: str, joint: Sequence[int]) -> list[int] | None:
         """Ids of ``text`` that stand behind the ids ``before`` and read as ``joint`` reads, the

@@ -82,8 +82,8 @@ def check_same_data(data: dict[str, Any], checkpoint: Path) -> None:
         if None not in tokens and tokens[0] != tokens[1]:
             raise UserError(
                 f"--resume: {data[split]['source']}: the {split} data gives {tokens[1]:,} tokens, "
-                f"and the run began with {tokens[0]:,}: the tokenizer, its chat template or lorakit "
-                "itself has changed; start a new run"
+                f"and the run began with {tokens[0]:,}: tokenizer, chat template or lorakit itself "
+                "has changed; start a new run"
             )
 
 

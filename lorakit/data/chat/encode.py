@@ -10,7 +10,7 @@ from typing import Any
 from lorakit.data.chat.long_chat import LongChat, is_long
 from lorakit.data.chat.template import ChatTemplate, Message, Tools
 from lorakit.data.chat.traces import Traces
-from lorakit.data.chat.turn_ids import IdRow, long_row, turn_rows
+from lorakit.data.chat.turn_ids import IdRow, joint_row, turn_rows
 from lorakit.data.chat.turns import Turn, TurnReader
 from lorakit.data.examples import ChatExample
 from lorakit.data.joining import Joiner
@@ -64,13 +64,17 @@ class ChatEncoder:
     def _turns_and_rows(
         self, messages: Sequence[Message], tools: Tools, indices: list[int]
     ) -> tuple[list[Turn], list[IdRow]]:
+        turns = None
         if is_long(indices):
             long = LongChat(messages, tools, indices, self.template, self._reader)
-            if turns := long.turns():
-                row = long_row(turns, self.template, self.joiner)
-                return turns, [row] if row else turn_rows(turns, self.joiner)
-        turns = [self._reader.read(messages, tools, index) for index in indices]
-        return turns, turn_rows(turns, self.joiner)
+            turns = long.turns()
+        if turns is None:
+            turns = [self._reader.read(messages, tools, index) for index in indices]
+        whole = turns[-1].text
+        row = None
+        if all(whole.startswith(turn.text) for turn in turns):
+            row = joint_row(turns, self.template, self.joiner)
+        return turns, [row] if row else turn_rows(turns, self.joiner)
 
 
 def _counts(turns: Sequence[Turn], rows: Sequence[IdRow], marks: bool) -> Counter[str]:

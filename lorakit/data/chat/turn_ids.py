@@ -12,7 +12,8 @@ from lorakit.data.joining import Joiner
 
 #: Characters before a border that decide how the text at it is tokenised, where no token that is
 #: split off first stands nearer.
-_WINDOW = 400
+_WINDOW, _FAR = 400, 4000
+#: Tokens that have to agree there.
 _COMPARED = 8
 
 
@@ -107,63 +108,75 @@ def _turn_row(turn: Turn, prefixes: list[list[int]], joiner: Joiner) -> IdRow:
     return IdRow(ids, trained, (turn.index,), straddles)
 
 
-def long_row(turns: Sequence[Turn], template: ChatTemplate, joiner: Joiner) -> IdRow | None:
+def joint_row(turns: Sequence[Turn], template: ChatTemplate, joiner: Joiner) -> IdRow | None:
     """``turn_rows`` of turns whose texts begin one with another, as one row, or None where that
-    cannot be: each border is looked at from the last token before it that is split off first,
-    rather than from the beginning."""
+    cannot be. The text is tokenised once, and each border looked at from the last token before it
+    that is split off first, rather than from the beginning."""
     text = turns[-1].text
     encoded = joiner.tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
     ids: list[int] = list(encoded.input_ids)
-    ends = [end for _, end in encoded.offset_mapping]
-    anchors = _anchors(text, template, encoded.offset_mapping)
+    borders = _Borders(text, ids, encoded.offset_mapping, template, joiner)
     trained = [False] * len(ids)
-    borders, starts = [], []
     for turn in turns:
-        place, index = _before(anchors, len(turn.prompt))
-        if len(turn.prompt) - place > 10 * _WINDOW:
-            place = text.rfind("\n", 0, len(turn.prompt) - _WINDOW) + 1
-            index = -1 if place else 0
-        cuts = [len(turn.prompt) + cut for cut in (0, *(cut for cut, _ in _cuts(turn)))]
-        borders.append((index, cuts))
-        starts.append(place)
-    pieces = [text[place:cut] for place, (_, cuts) in zip(starts, borders, strict=True)
-              for cut in cuts]  # fmt: skip
-    found = iter(joiner.ids(pieces))
-    for turn, (index, cuts) in zip(turns, borders, strict=True):
-        counts = [_agreed(next(found), ids, index, ends, cut) for cut in cuts]
-        if None in counts:
+        begin = len(turn.prompt)
+        cuts = _cuts(turn)
+        counts = borders.counts(begin, [begin, *(begin + cut for cut, _ in cuts)])
+        if counts is None:
             return None
-        for (_, flag), begin, end in zip(_cuts(turn), counts, counts[1:], strict=False):
-            assert begin is not None and end is not None
-            trained[begin:end] = [flag] * (end - begin)
+        for (_, flag), first, last in zip(cuts, counts, counts[1:], strict=False):
+            trained[first:last] = [flag] * (last - first)
     row = IdRow(ids, trained, tuple(turn.index for turn in turns))
     return _with_tail(row, turns[-1], joiner)
 
 
-def _agreed(piece: list[int], ids: list[int], index: int, ends: list[int], cut: int) -> int | None:
-    """How many of ``ids`` stand before character ``cut``, if they end as ``piece`` does, which
-    begins with token ``index`` (-1: somewhere). None if a token crosses the border."""
-    if index >= 0:
-        count = index + len(piece)
-        return count if ids[index:count] == piece else None
-    count = bisect_right(ends, cut)
-    tail = piece[-_COMPARED:]
-    return count if ids[max(0, count - len(tail)) : count] == tail else None
+class _Borders:
+    """Which tokens of a text stand before a character."""
 
+    def __init__(
+        self,
+        text: str,
+        ids: list[int],
+        places: Sequence[tuple[int, int]],
+        template: ChatTemplate,
+        joiner: Joiner,
+    ) -> None:
+        self._text, self._ids, self._joiner = text, ids, joiner
+        self._ends = [end for _, end in places]
+        starts = {start: i for i, (start, end) in enumerate(places) if end > start}
+        found = [match.span() for match in template.added.finditer(text) if match.start() in starts]
+        #: Where each token that is split off first begins, its number, and where it ends.
+        self._firsts = [(begin, starts[begin]) for begin, _ in found]
+        self._stops = {end: starts[begin] + 1 for begin, end in found}
 
-def _anchors(
-    text: str, template: ChatTemplate, places: Sequence[tuple[int, int]]
-) -> list[tuple[int, int]]:
-    """The character and the token at which each token begins that is split off first."""
-    starts = {
-        start: index for index, (start, end) in reversed(list(enumerate(places))) if end > start
-    }
-    found = (match.start() for match in template.added.finditer(text))
-    return [(0, 0), *((place, starts[place]) for place in found if place and place in starts)]
+    def counts(self, begin: int, cuts: Sequence[int]) -> list[int] | None:
+        """How many tokens stand before each of ``cuts``, of which ``begin`` is the first. None if a
+        token crosses one of them."""
+        place, index = self._before(begin)
+        open_cuts = [cut for cut in cuts if cut not in self._stops]
+        pieces = self._joiner.ids([self._text[place:cut] for cut in open_cuts])
+        agreed = {
+            cut: self._agreed(piece, index, cut)
+            for cut, piece in zip(open_cuts, pieces, strict=True)
+        }
+        counts = [self._stops.get(cut) or agreed[cut] for cut in cuts]
+        return None if None in counts else [count for count in counts if count is not None]
 
+    def _before(self, begin: int) -> tuple[int, int]:
+        """Where to look from: a character and its token, or -1 where that is not known."""
+        number = bisect_right(self._firsts, (begin - 1, len(self._ids)))
+        place, index = self._firsts[number - 1] if number else (0, 0)
+        if begin - place <= _FAR:
+            return place, index
+        place = self._text.rfind("\n", 0, begin - _WINDOW) + 1
+        return place, -1 if place else 0
 
-def _before(anchors: list[tuple[int, int]], place: int) -> tuple[int, int]:
-    """The last of ``anchors`` before character ``place``."""
-    return anchors[max(0, bisect_right(anchors, (place - 1, 1 << 60)) - 1)]
+    def _agreed(self, piece: list[int], index: int, cut: int) -> int | None:
+        """How many tokens stand before ``cut``, if they end as ``piece`` does."""
+        if index >= 0:
+            count = index + len(piece)
+            return count if self._ids[index:count] == piece else None
+        count = bisect_right(self._ends, cut)
+        tail = piece[-_COMPARED:]
+        return count if self._ids[max(0, count - len(tail)) : count] == tail else None
