@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,15 +115,19 @@ def _texts() -> list[str]:
 
 
 @pytest.fixture(scope="module", params=["bytes", "first", "always"])
-def make_tokenizer(request: pytest.FixtureRequest, smollm2: Path) -> Any:
+def base(request: pytest.FixtureRequest, smollm2: Path) -> Any:
     if request.param == "bytes":
-        return lambda: AutoTokenizer.from_pretrained(smollm2)
-    made = sentencepiece(prepend=request.param == "always")
-    text = made.backend_tokenizer.to_str()
-    return lambda: PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(text), bos_token="<s>", eos_token="<|im_end|>",
-        unk_token="<unk>", additional_special_tokens=["<|im_start|>"],
-    )  # fmt: skip
+        return AutoTokenizer.from_pretrained(smollm2)
+    return sentencepiece(prepend=request.param == "always")
+
+
+def with_template(tokenizer: Any, style: Style) -> Any:
+    if style.special:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.add_special_tokens({"additional_special_tokens": list(style.special)},
+                                     replace_extra_special_tokens=False)  # fmt: skip
+    tokenizer.chat_template = style.template
+    return tokenizer
 
 
 def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -138,12 +143,9 @@ def stretches(trained: Sequence[bool]) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("name", STYLES)
-def test_trained_is_what_generation_must_continue_with(name: str, make_tokenizer: Any) -> None:
-    style, tokenizer = STYLES[name], make_tokenizer()
-    if style.special:
-        tokenizer.add_special_tokens({"additional_special_tokens": list(style.special)},
-                                     replace_extra_special_tokens=False)  # fmt: skip
-    tokenizer.chat_template = style.template
+def test_trained_is_what_generation_must_continue_with(name: str, base: Any) -> None:
+    style = STYLES[name]
+    tokenizer = with_template(base, style)
     lossy = decoded(tokenizer, tokenizer("<|im_end|>a").input_ids) != "<|im_end|>a"
     for case, messages, tools in cases(style):
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
@@ -190,12 +192,12 @@ def agent_chat(turns: int) -> Messages:
 
 
 LONG: dict[str, Messages] = {
-    "plain": long_chat(40),
-    "system": (SYSTEM, *long_chat(40)),
-    "reasoning": long_chat(30, reasoning_content="So be it."),
-    "one with reasoning": (*long_chat(20), *WITH_REASONING, *long_chat(10)),
-    "agent": agent_chat(40),
-    "agent, asked again": (*agent_chat(30), *agent_chat(20)),
+    "plain": long_chat(25),
+    "system": (SYSTEM, *long_chat(25)),
+    "reasoning": long_chat(20, reasoning_content="So be it."),
+    "one with reasoning": (*long_chat(14), *WITH_REASONING, *long_chat(8)),
+    "agent": agent_chat(25),
+    "agent, asked again": (*agent_chat(15), *agent_chat(15)),
 }  # fmt: skip
 
 
@@ -217,15 +219,17 @@ class Counting:
         monkeypatch.setattr(module, counted)
 
 
+@pytest.fixture(scope="module")
+def bytes_tokenizer(smollm2: Path) -> Any:
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
 @pytest.mark.parametrize("name", STYLES)
 def test_long_chats_give_what_their_turns_give_one_by_one(
-    name: str, smollm2: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, bytes_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    style, tokenizer = STYLES[name], AutoTokenizer.from_pretrained(smollm2)
-    if style.special:
-        tokenizer.add_special_tokens({"additional_special_tokens": list(style.special)},
-                                     replace_extra_special_tokens=False)  # fmt: skip
-    tokenizer.chat_template = style.template
+    style = STYLES[name]
+    tokenizer = with_template(bytes_tokenizer, style)
     rendered = Counting(tokenizer, monkeypatch)
     for case, messages in LONG.items():
         takes = style.system if case == "system" else style.tools if "agent" in case else True
@@ -240,5 +244,23 @@ def test_long_chats_give_what_their_turns_give_one_by_one(
             patch.setattr("lorakit.data.chat.long_chat.EXACT_COST", 10**6)
             rendered.messages = 0
             wanted = encode_chat(example, tokenizer)
-            assert rendered.messages > 20 * len(messages), case
+            assert rendered.messages > 18 * len(messages), case
         assert found == wanted, case
+        for row in found.rows[-5:]:
+            spans = stretches(row.trained)
+            for turn, (begin, _) in list(zip(row.turns, spans, strict=True))[::6]:
+                prompt = chat_request(messages[:turn], tokenizer, example.tools)
+                assert row.ids[:begin] == prompt.ids, (case, turn)
+
+
+def test_a_chat_of_300_messages_costs_few_renderings(
+    bytes_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = with_template(bytes_tokenizer, STYLES["chatml"])
+    rendered = Counting(tokenizer, monkeypatch)
+    messages = long_chat(150)
+    (row,) = encode_chat(
+        ChatExample(tuple({**m, "content": m["content"].strip()} for m in messages)), tokenizer
+    ).rows
+    assert len(stretches(row.trained)) == 150
+    assert rendered.messages < 8 * len(messages)
