@@ -164,6 +164,13 @@ def test_ignored_keys_are_counted(tokenizer: Any) -> None:
         "ignored:tools": 1, "ignored:reasoning_content": 1, "ignored:thinking": 1,
         "ignored:tool_calls": 1, "ignored:tool_call_id": 1, "ignored:name": 1,
     }  # fmt: skip
+    tokenizer.chat_template = (  # the name of a call, not that of a tool's message
+        "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.name }}{% endfor %}</s>{% endfor %}"
+    )
+    found = encode_chat(ChatExample((ASKS, CALLS, TOLD, ANSWERS)), tokenizer).counts
+    ignored = {key for key in found if key.startswith("ignored:")}
+    assert ignored == {"ignored:name", "ignored:tool_call_id"}
     tokenizer.chat_template = (
         "{{ tools | tojson }}{% for m in messages %}{{ m | tojson }}</s>{% endfor %}"
     )

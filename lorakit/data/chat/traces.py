@@ -13,6 +13,10 @@ from lorakit.data.chat.template import PAYLOAD, PROBE, REASONING, ChatTemplate, 
 from lorakit.data.chat.turns import Turn, content_text, with_content
 from lorakit.errors import DataError
 
+#: In so many chats a key is looked for that the template names and that had no effect so far.
+_MOST_LOOKS = 20
+_READ = -1
+
 
 @dataclass
 class Traces:
@@ -21,7 +25,7 @@ class Traces:
 
     template: ChatTemplate
     _known: set[tuple[object, ...]] = field(default_factory=set)
-    _unmentioned: dict[str, bool] = field(default_factory=dict)
+    _without_effect: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def check(self, messages: Sequence[Message], tools: Tools, turns: Sequence[Turn]) -> None:
         """Raise DataError for a message before the end of the last of ``turns`` of which neither
@@ -47,19 +51,34 @@ class Traces:
         """The keys of messages, beside role and content, that have no effect on the text, each
         with the number of messages that have it; and ``tools``."""
         found: Counter[str] = Counter()
-        if tools and not self._shows_tools(tools, turns):
-            found["tools"] = int(self._is_ignored("tools", messages, tools, turns, {}))
-        counted = range(turns[-1].index + 1)
-        for key in dict.fromkeys(key for index in counted for key in messages[index]):
-            if key in ("role", "content"):
-                continue
-            having = [index for index in counted if _filled(messages[index], key)]
-            silent = [i for i in having if not self._shows(messages[i], i, key, turns)]
-            if silent:
-                without = _without(messages, silent, key)
-                ignored = self._is_ignored(key, messages, tools, turns, without)
-                found[key] = len(silent) if ignored else 0
+        if tools and self._is_ignored("tools", "", messages, tools, turns, {}):
+            found["tools"] = 1
+        having: dict[tuple[str, str], list[int]] = {}
+        for index, message in enumerate(messages[: turns[-1].index + 1]):
+            for key in message.keys() - {"role", "content"}:
+                if _filled(message, key):
+                    having.setdefault((key, message["role"]), []).append(index)
+        for (key, role), indices in sorted(having.items()):
+            without = _without(messages, indices, key)
+            if self._is_ignored(key, role, messages, tools, turns, without):
+                found[key] += len(indices)
+            else:
+                found[key] += self._silent(key, indices, messages, tools, turns)
         return +found
+
+    def _silent(
+        self,
+        key: str,
+        indices: Sequence[int],
+        messages: Sequence[Message],
+        tools: Tools,
+        turns: Sequence[Turn],
+    ) -> int:
+        """In how many of the messages ``indices`` a key that the template reads has no effect."""
+        silent = [index for index in indices if not self._shows(messages[index], index, key, turns)]
+        if not silent or self._changes(messages, tools, turns, _without(messages, silent, key)):
+            return 0
+        return len(silent)
 
     def _present(
         self, messages: Sequence[Message], tools: Tools, turns: Sequence[Turn]
@@ -111,27 +130,30 @@ class Traces:
         own = next((turn.text for turn in turns if turn.index == index), "")
         return any(value in own or value in turns[-1].text for value in values)
 
-    def _shows_tools(self, tools: Tools, turns: Sequence[Turn]) -> bool:
-        names = list(_names(tools))
-        mentioned = self.template.mentions("tools", tools)
-        return mentioned and bool(names) and all(name in turns[-1].text for name in names)
-
     def _is_ignored(
         self,
         key: str,
+        role: str,
         messages: Sequence[Message],
         tools: Tools,
         turns: Sequence[Turn],
         changed: Mapping[int, Message],
     ) -> bool:
-        """Whether the text is the same without the key."""
-        if self._mentions(key, tools):
-            return not self._changes(messages, tools, turns, changed, without_tools=key == "tools")
-        if key not in self._unmentioned:
-            self._unmentioned[key] = not self._changes(
-                messages, tools, turns, changed, without_tools=key == "tools"
-            )
-        return self._unmentioned[key]
+        """Whether the text is the same without the key in all messages of ``role``, ``changed``.
+
+        Once the key has an effect it counts as read; without one it is looked for in some more
+        chats, if the template has the name at all.
+        """
+        seen_before = self._without_effect[key, role]
+        if seen_before == _READ:
+            return False
+        most = _MOST_LOOKS if self._mentions(key, tools) else 1
+        if seen_before < most:
+            if self._changes(messages, tools, turns, changed, without_tools=key == "tools"):
+                self._without_effect[key, role] = _READ
+                return False
+            self._without_effect[key, role] += 1
+        return True
 
     def _mentions(self, key: str, tools: Tools) -> bool:
         names = REASONING if key in REASONING else (key,)
