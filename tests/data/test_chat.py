@@ -250,6 +250,23 @@ def test_marks_that_begin_in_the_prompt_or_are_not_there(tokenizer: Any) -> None
     assert encode_chat(ChatExample(CHAT), tokenizer).counts["unmarked_turns"] == 1
 
 
+def test_marks_of_which_none_is_there_are_an_error(tokenizer: Any) -> None:
+    never = "{% if false %}{% generation %}{% endgeneration %}{% endif %}{{ m.content }}</s>"
+    tokenizer.chat_template = MARKED.replace("MARKED", never)
+    with pytest.raises(DataError, match="marks nothing of the trained turns"):
+        encode_chat(ChatExample(CHAT), tokenizer)
+
+
+def test_another_template_for_chats_with_tools(tokenizer: Any) -> None:
+    plain = tokenizer.chat_template
+    with_tools = "{{ tools | tojson }}</s>" + plain
+    tokenizer.chat_template = {"default": plain, "tool_use": with_tools}
+    ids, trained = one_row(ChatExample(CHAT, None, (CALL,)), tokenizer)
+    assert tokenizer.decode(ids).startswith('[{"type": "function"')
+    assert ids[: trained.index(True)] == encode_chat_prompt(CHAT[:2], tokenizer, (CALL,))
+    assert tokenizer.decode(one_row(ChatExample(CHAT), tokenizer)[0]).startswith("<system>")
+
+
 def test_what_was_counted_is_said_once(tokenizer: Any) -> None:
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and loop.last %}"

@@ -57,7 +57,7 @@ def base(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random model with a real tokenizer."""
     folder = tmp_path_factory.mktemp("base")
     config = LlamaConfig(
-        vocab_size=49152, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+        vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=512, bos_token_id=1, eos_token_id=2,
         pad_token_id=2, tie_word_embeddings=True,
     )  # fmt: skip
@@ -203,7 +203,7 @@ def test_one_word_answers_behind_a_space_are_learnt(
     Path(recipe).write_text(text)
     settings = {
         "task.eval_generate": "end", "task.max_new_tokens": 8, "train.max_steps": 40,
-        "train.per_device_batch_size": 4, "train.learning_rate": 0.005,
+        "train.per_device_batch_size": 4, "train.learning_rate": 0.006,
         "train.lr_scheduler": "constant", "train.eval_every_steps": 40, "train.save_every_steps": 40,
     }  # fmt: skip
     chosen = [f"--set={key}={value}" for key, value in settings.items()]

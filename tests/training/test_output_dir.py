@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lorakit.errors import UserError
 from lorakit.recipe.load import load_recipe
 from lorakit.recipe.sections import Recipe
-from lorakit.training.output_dir import Start, find_start, sole_run
+from lorakit.training.output_dir import Start, check_same_data, find_start, sole_run
 
 
 @pytest.fixture
@@ -55,3 +57,18 @@ def test_a_directory_that_cannot_be_made(recipe: Recipe, tmp_path: Path) -> None
     recipe = recipe.model_copy(update={"train": train})
     with pytest.raises(UserError, match=r"train\.output_dir"), sole_run(recipe, None, Start()):
         pass
+
+
+def test_other_tokens_of_the_same_data_are_refused(tmp_path: Path) -> None:
+    """As another chat template makes them."""
+
+    def data(tokens: int | None) -> dict[str, Any]:
+        return {"train": {"source": "chats.jsonl", "fingerprint": "0", "tokens": tokens}}
+
+    (tmp_path / "run.json").write_text(json.dumps({"data": data(1200)}))
+    checkpoint = tmp_path / "checkpoints" / "step-3"
+    check_same_data(data(1200), checkpoint)
+    check_same_data(data(None), checkpoint)
+    message = r"--resume: chats\.jsonl: .* gives 1,201 tokens, and the run began with 1,200"
+    with pytest.raises(UserError, match=message):
+        check_same_data(data(1201), checkpoint)

@@ -48,13 +48,18 @@ class ChatEncoder:
         self._traces = Traces(self.template)
 
     def encode(self, example: ChatExample) -> EncodedChat:
-        """Raises DataError if the template refuses the messages or leaves out one of them, or no
-        turn is trained."""
+        """Raises DataError if the template refuses the messages or leaves out one of them, or
+        nothing is trained."""
         messages, tools = example.messages, example.tools
         indices = [index for index in range(len(messages)) if example.is_trained(index)]
         if not indices:
             raise DataError("the chat has no turn that is trained")
         turns, rows = self._turns_and_rows(messages, tools, indices)
+        if not any(turn.trained for turn in turns):
+            raise DataError(
+                "the chat template marks nothing of the trained turns with {% generation %}: no "
+                "token to train on"
+            )
         self._traces.check(messages, tools, turns)
         counts = _counts(turns, rows, self.template.marks(tools))
         ignored = self._traces.ignored(messages, tools, turns)

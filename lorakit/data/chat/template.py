@@ -56,9 +56,11 @@ class ChatTemplate:
         """Whether the template says with ``{% generation %}`` what is trained."""
         return bool(_GENERATION.search(self.source(tools)))
 
-    def mentions(self, key: str, tools: Tools = None) -> bool:
-        """Whether the template's source has the name ``key``."""
-        return _has_word(self.source(tools), key)
+    def mentions(self, *keys: str) -> bool:
+        """Whether the template's source, or that of any of several, has one of the names."""
+        known = self.tokenizer.chat_template
+        sources = known.values() if isinstance(known, dict) else [known]
+        return any(_has_word(source, key) for source in sources for key in keys)
 
     def render(
         self, messages: Sequence[Message], tools: Tools = None, generation_prompt: bool = False

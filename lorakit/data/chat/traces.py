@@ -124,7 +124,7 @@ class Traces:
     def _shows(self, message: Message, index: int, key: str, turns: Sequence[Turn]) -> bool:
         """Whether the value of ``key`` stands in the text of its own turn, or of the last one, in
         a template that speaks of the key."""
-        if not self._mentions(key, None):
+        if not self._mentions(key):
             return False
         values = [*(_names(message[key]) if key == "tool_calls" else _leaves(message[key]))]
         own = next((turn.text for turn in turns if turn.index == index), "")
@@ -147,7 +147,7 @@ class Traces:
         seen_before = self._without_effect[key, role]
         if seen_before == _READ:
             return False
-        most = _MOST_LOOKS if self._mentions(key, tools) else 1
+        most = _MOST_LOOKS if self._mentions(key) else 1
         if seen_before < most:
             if self._changes(messages, tools, turns, changed, without_tools=key == "tools"):
                 self._without_effect[key, role] = _READ
@@ -155,9 +155,8 @@ class Traces:
             self._without_effect[key, role] += 1
         return True
 
-    def _mentions(self, key: str, tools: Tools) -> bool:
-        names = REASONING if key in REASONING else (key,)
-        return any(self.template.mentions(name, tools) for name in names)
+    def _mentions(self, key: str) -> bool:
+        return self.template.mentions(*(REASONING if key in REASONING else (key,)))
 
     def _changes(
         self,
