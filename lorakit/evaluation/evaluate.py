@@ -19,6 +19,7 @@ from lorakit.data.batches import collate_causal, collate_encoder, eval_batches, 
 from lorakit.data.encode import EncodedSplit
 from lorakit.data.sources import Split
 from lorakit.errors import EvaluationError
+from lorakit.evaluation.answers import contents
 from lorakit.evaluation.decoding import task_decoding
 from lorakit.evaluation.generation import generate_text
 from lorakit.evaluation.prepare import pad_id
@@ -181,7 +182,7 @@ def _generate(
     seed: int,
     watch: Watch,
 ) -> list[Prediction]:
-    return generate_text(
+    texts = generate_text(
         model,
         tokenizer,
         encode_prompts(task, config, split, tokenizer, window(model), own),
@@ -190,6 +191,7 @@ def _generate(
         batch_size=config.generation_batch_size,
         watch=watch,
     )
+    return contents(task, config, split, tokenizer, own, texts)
 
 
 def _classify(

@@ -202,7 +202,7 @@ def test_one_word_answers_behind_a_space_are_learnt(
     text = Path(recipe).read_text().replace("{r: 2, target_modules: [q, v]}", "{method: full}")
     Path(recipe).write_text(text)
     settings = {
-        "task.eval_generate": "end", "task.max_new_tokens": 8, "train.max_steps": 40,
+        "task.eval_generate": "end", "task.max_new_tokens": 16, "train.max_steps": 40,
         "train.per_device_batch_size": 4, "train.learning_rate": 0.006,
         "train.lr_scheduler": "constant", "train.eval_every_steps": 40, "train.save_every_steps": 40,
     }  # fmt: skip

@@ -7,6 +7,7 @@ gives the model at that point.
 from lorakit.data.chat.encode import (
     ChatEncoder,
     EncodedChat,
+    around_answer,
     chat_prompt_text,
     encode_chat,
     encode_chat_prompt,
@@ -15,6 +16,7 @@ from lorakit.data.chat.encode import (
 __all__ = [
     "ChatEncoder",
     "EncodedChat",
+    "around_answer",
     "chat_prompt_text",
     "encode_chat",
     "encode_chat_prompt",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorakit.data.chat.long_chat import LongChat, is_long
-from lorakit.data.chat.template import ChatTemplate, Message, Tools
+from lorakit.data.chat.template import PROBE, ChatTemplate, Message, Tools
 from lorakit.data.chat.traces import Traces
 from lorakit.data.chat.turn_ids import IdRow, joint_row, turn_rows
 from lorakit.data.chat.turns import Turn, TurnReader
@@ -118,3 +118,21 @@ def encode_chat_prompt(
     """The ids of ``chat_prompt_text``: those that precede the turn in training."""
     text = chat_prompt_text(messages, tokenizer, tools)
     return Joiner(tokenizer).ids([text])[0]
+
+
+def around_answer(
+    messages: Sequence[Message], tokenizer: Any, tools: Tools = None
+) -> tuple[str, str]:
+    """What the template writes of a plain answer to ``messages`` before and behind its content, up
+    to the first special token; both empty where it cannot be told."""
+    template = ChatTemplate(tokenizer)
+    prompt = template.render(messages, tools, generation_prompt=True).text
+    try:
+        answered = [*messages, {"role": "assistant", "content": PROBE}]
+        whole = template.render(answered, tools).text
+    except DataError:  # the template wants more than a plain answer here
+        return "", ""
+    before, found, behind = whole.removeprefix(prompt).partition(PROBE)
+    if not found or not whole.startswith(prompt):
+        return "", ""
+    return template.special.sub("", before), template.special.split(behind)[0]

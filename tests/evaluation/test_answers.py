@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from lorakit import registry
+from lorakit.data.sources import Split
+from lorakit.evaluation.answers import contents
+
+HEADER = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}ANSWER{% else %}"
+    "{{ m.content }}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("answer", "written", "content"),
+    [
+        ("{{ m.content }}</s>", "So: Blue", "So: Blue"),
+        (" {{ m.content }} </s>", " Blue ", " Blue "),
+        ("So: {{ m.content }}</s>", "So: Blue", "Blue"),
+        ("So: {{ m.content }}</s>", " Blue", " Blue"),
+        ("<think>\n\n</think>\n\n{{ m.content }}</s>", "<think>\n\n</think>\n\nBlue", "Blue"),
+        ("<think>\n\n</think>\n\n{{ m.content }}</s>", "<think>\nHm.\n</think>\n\nBlue",
+         "<think>\nHm.\n</think>\n\nBlue"),
+        ("<s>So: {{ m.content }} (end)</s>", "So: Blue (end)", "Blue"),
+        ("<s>So: {{ m.content }} (end)</s>", "So: Blue (en", "Blue (en"),
+    ],
+)  # fmt: skip
+def test_what_the_template_writes_is_no_part_of_an_answer(
+    answer: str, written: str, content: str, tiny_llama: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.chat_template = HEADER.replace("ANSWER", answer)
+    task: Any = registry.task("chat")
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Blue"}]
+    split = Split("validation", [{"messages": messages}] * 2, "rows", "0")
+    assert contents(task, task.Config(), split, tokenizer, [1], [written]) == [content]
