@@ -191,6 +191,39 @@ def test_an_end_that_the_content_holds_is_not_trained_twice(turns: int, tokenize
     assert trained_parts(chat * turns, tokenizer) == wanted * turns
 
 
+def test_a_content_that_gives_way_to_tool_calls_is_counted(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}"
+        "{% else %}{{ m.content }}{% endif %}</s>{% endfor %}"
+    )
+    chat = (ASKS, {**CALLS, "content": "Let me look."}, {"role": "tool", "content": "5"}, ANSWERS)
+    counts = encode_chat(ChatExample(chat), tokenizer).counts
+    assert {key for key in counts if key.startswith("ignored:")} == {"ignored:content"}
+    assert trained_parts(chat, tokenizer) == ["tide</s>", "At 14:05.</s>"]
+
+
+def test_contents_in_parts(tokenizer: Any) -> None:
+    """As templates of models for images and text have them."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{% for part in m.content %}"
+        "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    assert trained_parts(CHAT, tokenizer) == ["4</s>", "Yes, 4 é</s>"]
+    ids, trained = one_row(ChatExample(CHAT), tokenizer)
+    assert ids[: trained.index(True)] == encode_chat_prompt(CHAT[:2], tokenizer)
+
+
+def test_tokens_behind_the_end_of_turn(tokenizer: Any) -> None:
+    """Two in succession end the turn, unless the first is EOS; one on the next line does not."""
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>", "<over>"]})
+    template = "{% for m in messages %}{{ m.content }}END{% endfor %}"
+    for end, trained in (("<end><over>", "<end><over>"), ("<end>\n<over>", "<end>"),
+                         ("</s><over>", "</s>"), ("\n<end>\n</s>", "\n<end>")):  # fmt: skip
+        tokenizer.chat_template = template.replace("END", end)
+        assert trained_parts(CHAT[1:3], tokenizer) == [f"4{trained}"]
+
+
 def test_untrained_turns_are_part_of_the_prompt(tokenizer: Any) -> None:
     flags = (False, False, False, False, True)
     assert trained_parts(CHAT, tokenizer, trained=flags) == ["Yes, 4 é</s>"]

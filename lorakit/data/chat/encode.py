@@ -60,8 +60,9 @@ class ChatEncoder:
                 "the chat template marks nothing of the trained turns with {% generation %}: no "
                 "token to train on"
             )
-        self._traces.check(messages, tools, turns)
         counts = _counts(turns, rows, self.template.marks(tools))
+        if without_content := self._traces.check(messages, tools, turns):
+            counts[IGNORED + "content"] = without_content
         ignored = self._traces.ignored(messages, tools, turns)
         counts.update({IGNORED + key: count for key, count in ignored.items()})
         return EncodedChat(rows, counts)

@@ -21,5 +21,5 @@ def ignored_in_prompt(messages: Sequence[Message], tools: Tools, tokenizer: Any)
     answer = Turn(len(messages), prompt, "", ())
     traces = Traces(template)
     asked = [*messages, {"role": "assistant"}]
-    traces.check(asked, tools, [answer])
-    return traces.ignored(asked, tools, [answer])
+    without_content = traces.check(asked, tools, [answer])
+    return traces.ignored(asked, tools, [answer]) + Counter(content=without_content)

@@ -23,6 +23,8 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 #: What a turn may consist of beside its content.
 PAYLOAD = ("tool_calls", *REASONING)
 
+#: Templates by their source, and whether they read contents only as lists of parts.
+_PARTS: dict[str, bool] = {}
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -71,21 +73,44 @@ class ChatTemplate:
         Keys that are null count as absent. Raises DataError with the template's own words.
         """
         plain = [_plain(message) for message in messages]
+        if self._wants_parts(tools):
+            plain = [_in_parts(message) for message in plain]
         try:
             return self._render(plain, tools, generation_prompt)
         except Exception as error:  # jinja raises its own types, templates raise through it
-            filled = [{"content": "", **message} for message in plain]
-            if filled != plain:  # a template that expects a content beside the tool calls
+            failure = error
+        if any("content" not in message for message in plain):
+            for empty in (None, ""):  # what templates expect beside tool calls
+                filled = [{"content": empty, **message} for message in plain]
                 try:
                     return self._render(filled, tools, generation_prompt)
-                except Exception:
-                    pass
-            raise DataError(f"the chat template refuses the messages: {error}") from error
+                except Exception as error:
+                    failure = error
+        raise DataError(f"the chat template refuses the messages: {failure}") from failure
+
+    def _wants_parts(self, tools: Tools) -> bool:
+        """Whether the template reads contents only as lists of parts, as for texts with images."""
+        source = self.source(tools)
+        if not _has_word(source, "type"):
+            return False
+        if source not in _PARTS:
+            text, parts = ([{"role": "user", "content": content}]
+                           for content in (PROBE, [{"type": "text", "text": PROBE}]))  # fmt: skip
+            _PARTS[source] = not self._shows_probe(text) and self._shows_probe(parts)
+        return _PARTS[source]
+
+    def _shows_probe(self, messages: list[dict[str, Any]]) -> bool:
+        try:
+            return PROBE in self._render(messages, None, False).text
+        except Exception:  # as above
+            return False
 
     def _render(
         self, messages: list[dict[str, Any]], tools: Tools, generation_prompt: bool
     ) -> Rendered:
-        if messages and not self.marks(tools):
+        # transformers would drop the null, and takes no empty chat.
+        plain = all(message.get("content", "") is not None for message in messages)
+        if messages and plain and not self.marks(tools):
             text = self.tokenizer.apply_chat_template(
                 messages,
                 tools=_listed(tools),
@@ -119,6 +144,13 @@ class ChatTemplate:
         """The special tokens and all others that are split off before a text is tokenised."""
         added = {entry.content for entry in self.tokenizer.added_tokens_decoder.values()}
         return _any_of(added | set(self.tokenizer.all_special_tokens))
+
+
+def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    if not isinstance(content, str):
+        return message
+    return {**message, "content": [{"type": "text", "text": content}]}
 
 
 def _any_of(names: set[str]) -> re.Pattern[str]:

@@ -27,10 +27,13 @@ class Traces:
     _known: set[tuple[object, ...]] = field(default_factory=set)
     _without_effect: Counter[tuple[str, str]] = field(default_factory=Counter)
 
-    def check(self, messages: Sequence[Message], tools: Tools, turns: Sequence[Turn]) -> None:
-        """Raise DataError for a message before the end of the last of ``turns`` of which neither
-        content nor tool calls nor reasoning has any part in a text that is trained on."""
-        last = turns[-1]
+    def check(self, messages: Sequence[Message], tools: Tools, turns: Sequence[Turn]) -> int:
+        """How many messages, up to the last of ``turns``, have a content of which no text that is
+        trained on has anything, but tool calls or reasoning that are there.
+
+        Raises DataError for a message of which nothing is there.
+        """
+        last, without_content = turns[-1], 0
         there = self._present(messages, tools, turns)
         for index in range(last.index + 1):
             message = messages[index]
@@ -44,6 +47,10 @@ class Traces:
                     f"message {index + 1}: the chat template renders nothing of this "
                     f"{message['role']} message (its {names})"
                 )
+            if "content" in parts and len(parts) > 1:
+                other = {index: with_content(message, PROBE)}
+                without_content += not self._changes(messages, tools, turns, other)
+        return without_content
 
     def ignored(
         self, messages: Sequence[Message], tools: Tools, turns: Sequence[Turn]

@@ -99,9 +99,17 @@ class TurnReader:
             if tail is None or not text.endswith(tail):
                 return self._last_end(text)
             self._tails.setdefault(source, tail)
-        begin = len(text) - len(tail)
+        return self.single_end(text, len(text) - len(tail) + self._end_in(tail))
+
+    def _end_in(self, tail: str) -> int:
+        """With the special tokens right behind the first, unless that one is EOS."""
         found = self.template.special.search(tail) or self.template.added.search(tail)
-        return self.single_end(text, begin + (found.end() if found else len(tail.rstrip())))
+        if not found:
+            return len(tail.rstrip())
+        eos = self.template.tokenizer.eos_token
+        while found.group() != eos and (more := self.template.special.match(tail, found.end())):
+            found = more
+        return found.end()
 
     def single_end(self, text: str, end: int) -> int:
         """``end``, or where the same end-of-turn token ends that the content already held."""
