@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from lorakit.errors import Interrupted
 from lorakit.evaluation.watch import EvaluationStopped
+from lorakit.openmp import yield_cores
 from lorakit.recipe.check import check_recipe
 from lorakit.recipe.sections import Recipe
 from lorakit.recipe.write import write_recipe
@@ -46,6 +47,7 @@ class RunResult:
     steps: int
 
 
+@yield_cores()
 def train(recipe: Recipe, resume: str | None = None, say: Say = lambda text: None) -> RunResult:
     """Run a recipe to its end.
 
