@@ -95,7 +95,7 @@ class FormattedTask(Task):
         if self.own_columns(config):
             return
         try:
-            self.format_of(split.columns, config)
+            found = self.format_of(split.columns, config)
         except DataError as error:
             if fitting(tuple(split.columns), self.formats):
                 raise DataError(f"{split.source}: {error}") from error
@@ -105,6 +105,7 @@ class FormattedTask(Task):
                 f"{split.locate(0)}: {error}; the row is {shown(row, 200)}; allowed: {allowed}, "
                 f"or columns of your own by {self.column_keys}"
             ) from error
+        split.require(found.required)
 
     def notes(self, config: Any, split: Split) -> list[str]:
         if self.own_columns(config) or config.format != "auto":

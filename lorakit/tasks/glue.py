@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorakit.data.sources import split_files
+from lorakit.data.paths import split_files
 from lorakit.recipe.sections import TaskSection
 from lorakit.tasks.labelled import LabelledTask, Labelling
 

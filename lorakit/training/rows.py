@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit import registry
 from lorakit.data.encode import EncodedSplit, check_token_ids, encode_split, truncation_note
+from lorakit.data.paths import no_split
 from lorakit.data.sources import Split
 from lorakit.data.stream import Stream, open_stream
 from lorakit.data.stream_steps import StreamEncoder
@@ -55,7 +56,7 @@ def load_rows(recipe: Recipe, say: Say) -> Rows:
     stream = _open_stream(task, config) if config.streaming else None
     train = stream.head if stream else task.load(config, "train")
     if train is None:
-        raise DataError(f"task.path: no training split in {config.path}")
+        raise _no_train_split(task, config)
     task, config = settle(task, config, train, say)
     if stream:
         task.check_columns(train, config)
@@ -100,6 +101,13 @@ def encode_rows(
         encoder = StreamEncoder(to_example, tokenizer, config.max_length, largest)
         train = Streamed(rows.stream, encoder)
     return train, encoded(rows.validation) if rows.validation is not None else None
+
+
+def _no_train_split(task: Task, config: Any) -> DataError:
+    if config.path is not None:
+        return no_split(config.path, "train")
+    source = "/".join(part for part in task.hub_source(config) or () if part)
+    return DataError(f"{source}: no split 'train'")
 
 
 def _open_stream(task: Task, config: Any) -> Stream | None:
