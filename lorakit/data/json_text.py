@@ -20,6 +20,8 @@ Piece = tuple[bytes, dict[str, Any] | None]
 
 _CHUNK = 1 << 20
 _HEAD = 1 << 12
+#: Characters of a row: a larger value is a whole file in a form that is not read.
+_LARGEST = 256 << 20
 _SPACE = re.compile(r"[ \t\n\r]*")
 #: A literal or an escape may begin so far before the end of what has been read.
 _LONGEST_LITERAL = 16
@@ -129,7 +131,9 @@ class _Text:
             except json.JSONDecodeError as error:
                 # The place is counted from the beginning of the value.
                 told = f"{error.msg} at its character {error.pos - self._at + 1}"
-                if self._may_go_on(error) and self._more():
+                if len(self._held) > _LARGEST:
+                    told = f"no end within {_LARGEST >> 20} MiB; {_FORMS}"
+                elif self._may_go_on(error) and self._more():
                     continue
                 raise DataError(f"{where}: not JSON: {told}") from error
             return value, self._taken(end)

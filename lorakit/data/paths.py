@@ -42,14 +42,17 @@ def find_files(path: PathOption, split: str) -> SplitFiles:
     """The files of a split; a file, glob or list is the split ``train``.
 
     Raises DataError for a file that does not exist, a glob that matches no data file, an unknown
-    format, a shard that is missing, a file that is listed twice, and for files that may or may not
-    belong to the split.
+    format, a shard that is missing, a file that is listed twice, files that may or may not belong
+    to the split, and a directory that cannot be read.
     """
-    if isinstance(path, dict):
-        return _mapped(path, split)
-    if isinstance(path, str) and Path(path).is_dir():
-        return in_directory(Path(path), split)
-    found = _listed(path or [])
+    try:
+        if isinstance(path, dict):
+            return _mapped(path, split)
+        if isinstance(path, str) and Path(path).is_dir():
+            return in_directory(Path(path), split)
+        found = _listed(path or [])
+    except OSError as error:
+        raise DataError(f"task.path: cannot be read: {error}") from error
     return found if split == "train" else SplitFiles([])
 
 

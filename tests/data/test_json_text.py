@@ -263,6 +263,15 @@ def test_a_large_array_is_not_held_as_objects(
     assert (len(split), split.rows[9_999]) == (10_000, rows[-1])
 
 
+def test_a_value_without_end_is_not_read_into_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_text, "_LARGEST", 3 << 20)
+    file = write(tmp_path / "a.json", json.dumps({"data": [{"text": "x" * 99}] * 100_000}))
+    expected = f"{file}, row 1: not JSON: no end within 3 MiB; allowed: an array of objects"
+    assert refusal(file).startswith(expected)
+
+
 def test_an_error_does_not_make_the_rest_of_the_file_be_read(tmp_path: Path) -> None:
     class Counted(io.BytesIO):
         taken = 0

@@ -141,6 +141,10 @@ def test_directories_in_a_list() -> None:
         assert refusal(path) == expected
 
 
+def test_a_name_that_no_file_can_have() -> None:
+    assert refusal("x" * 5000).startswith("task.path: ")
+
+
 # Sets of shards
 
 
