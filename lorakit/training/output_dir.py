@@ -78,12 +78,13 @@ def check_same_data(data: dict[str, Any], checkpoint: Path, say: Callable[[str],
     before = run.get("data") or {}
     for split in before.keys() | data.keys() if before else ():
         then, now = ((of.get(split) or {}).get("fingerprint") for of in (before, data))
-        if then == now:
-            continue
-        source = (data.get(split) or before[split])["source"]
-        if not (run.get("bad_row") and same_beginning(then, now)):
-            raise UserError(f"--resume: {source}: the {split} data is not what the run began with")
-        say(f"{source}: changed since a bad row ended the run; its earlier rows are not compared")
+        if then != now:
+            source = (data.get(split) or before[split])["source"]
+            if not (run.get("bad_row") and same_beginning(then, now)):
+                raise UserError(
+                    f"--resume: {source}: the {split} data is not what the run began with"
+                )
+            say(f"{source}: changed since a bad row ended the run; earlier rows are not compared")
 
 
 @contextmanager

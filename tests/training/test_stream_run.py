@@ -122,9 +122,7 @@ def test_a_bad_row_saves_a_checkpoint_to_go_on_from(
     put_line(file, 300, GOOD)
     said: list[str] = []
     train(recipe, resume="auto", say=said.append)
-    assert (
-        f"{file}: changed since a bad row ended the run; its earlier rows are not compared" in said
-    )
+    assert f"{file}: changed since a bad row ended the run; earlier rows are not compared" in said
     whole = bad_row_run(tmp_path / "whole", tiny_llama, 300, GOOD)
     train(whole)
     assert adapter_bytes(run) == adapter_bytes(Path(whole.train.output_dir))
