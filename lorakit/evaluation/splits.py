@@ -10,6 +10,7 @@ from lorakit.data.paths import no_split
 from lorakit.data.sources import Split
 from lorakit.errors import DataError
 from lorakit.tasks.base import GenerationSection, Task
+from lorakit.tasks.unused import unused_note
 
 
 def load_eval_split(task: Task, config: Any, name: str | None, limit: int | None) -> Split:
@@ -37,14 +38,19 @@ def with_labels(task: Task, config: Any, trained: Sequence[str] | None) -> Any:
     return task.resolve(config, task.load(config, "train"))
 
 
-def settle(task: Task, config: Any, split: Split, say: Callable[[str], None]) -> tuple[Task, Any]:
+def settle(
+    task: Task, config: Any, split: Split, say: Callable[[str], None], streamed: bool = False
+) -> tuple[Task, Any]:
     """The task that reads ``split``, and its config; says which files and columns the split has
-    where that was not plain, and what was chosen and recognised."""
+    where that was not plain, what was chosen and recognised, and what of the rows is not used.
+    ``streamed`` says that ``split`` is the beginning of a stream."""
     chosen, own = task.chosen(config, split)
     for note in split.notes:
         say(note)
     for note in chosen.notes(own, split):
         say(note if chosen is task else f"{note}: task {own.name}")
+    if unused := unused_note(chosen, own, split, streamed):
+        say(unused)
     return chosen, own
 
 

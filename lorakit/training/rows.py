@@ -20,6 +20,7 @@ from lorakit.evaluation.splits import encoding_cache, settle
 from lorakit.models.window import embedding_rows
 from lorakit.recipe.sections import Recipe
 from lorakit.tasks.base import Task
+from lorakit.tasks.unused import UnusedWatch
 
 Say = Callable[[str], None]
 
@@ -57,7 +58,7 @@ def load_rows(recipe: Recipe, say: Say) -> Rows:
     train = stream.head if stream else task.load(config, "train")
     if train is None:
         raise _no_train_split(task, config)
-    task, config = settle(task, config, train, say)
+    task, config = settle(task, config, train, say, streamed=stream is not None)
     if stream:
         task.check_columns(train, config)
     validation = task.load(config, task.eval_split(config))
@@ -98,7 +99,13 @@ def encode_rows(
     train: EncodedSplit | Streamed = encoded(rows.train)
     if rows.stream:
         largest = embedding_rows(model) if has_table else 2**31
-        encoder = StreamEncoder(to_example, tokenizer, config.max_length, largest)
+        watch = UnusedWatch(task, config, rows.train, say)
+
+        def streamed_example(row: Any) -> Any:
+            watch.see(row)
+            return to_example(row)
+
+        encoder = StreamEncoder(streamed_example, tokenizer, config.max_length, largest)
         train = Streamed(rows.stream, encoder)
     return train, encoded(rows.validation) if rows.validation is not None else None
 
