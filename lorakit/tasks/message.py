@@ -16,7 +16,7 @@ from lorakit.tasks.tool_calls import (
 
 Message = dict[str, Any]
 
-ROLES = ("system", "user", "assistant", "tool")
+_ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
 #: ShareGPT's names for the roles, and those of data made in its shape.
 _FROM = {
     "system": "system",
@@ -58,21 +58,27 @@ def read_message(turn: Any, where: str, columnar: bool = False) -> Turn:
     """
     if not isinstance(turn, dict):
         raise DataError(f'{where}: {shown(turn)}; allowed: {{"role": ..., "content": ...}}')
+    message = _content(turn, where, columnar)
+    trained = message["role"] == "assistant"
+    if not _KNOWN.isdisjoint(turn):
+        message.update(_texts(turn, where))
+        trained = _is_trained(turn, message["role"], where)
+    if trained and not _says_something(message):
+        raise DataError(f"{where}: the assistant's content is empty: nothing to train on")
+    return Turn(message, trained)
+
+
+def _texts(turn: dict[str, Any], where: str) -> Iterator[tuple[str, str]]:
     if turn.get("function_call"):
         raise DataError(
             f"{where}: function_call = {shown(turn['function_call'])}; allowed: tool_calls = "
             f"{CALLS_ALLOWED}"
         )
-    message = _content(turn, where, columnar)
     for key in _TEXTS:
         if (value := turn.get(key)) is not None:
             if not isinstance(value, str):
                 raise DataError(f"{where}: {key} = {shown(value)}; allowed: text")
-            message[key] = value
-    trained = _is_trained(turn, message["role"], where)
-    if trained and not _says_something(message):
-        raise DataError(f"{where}: the assistant's content is empty: nothing to train on")
-    return Turn(message, trained)
+            yield key, value
 
 
 def unread_keys(turn: Any) -> Iterator[str]:
@@ -114,11 +120,11 @@ def _content(turn: dict[str, Any], where: str, columnar: bool) -> Message:
     """Role, content and the calls of tools."""
     sharegpt = _is_sharegpt(turn)
     role_key, text_key = ("from", "value") if sharegpt else ("role", "content")
-    names = _FROM if sharegpt else {role: role for role in ROLES}
+    names = _FROM if sharegpt else _ROLES
     role, content = turn.get(role_key), turn.get(text_key)
     if not isinstance(role, str) or role not in names:
         raise DataError(f"{where}: {role_key} = {shown(role)}; allowed: {', '.join(names)}")
-    calls = read_calls(turn.get("tool_calls"), where, columnar)
+    calls = read_calls(turn["tool_calls"], where, columnar) if turn.get("tool_calls") else []
     if sharegpt and role == "function_call":
         calls, content = [*read_call_text(content, where), *calls], None
     if calls and names[role] != "assistant":
@@ -180,5 +186,6 @@ def _flag(key: str, value: Any, where: str) -> bool:
 
 
 def _says_something(message: Message) -> bool:
-    texts = (message.get(key, "") for key in ("content", *REASONING))
-    return "tool_calls" in message or any(text.strip() for text in texts)
+    if "tool_calls" in message or message["content"].strip():
+        return True
+    return any(message.get(key, "").strip() for key in REASONING)

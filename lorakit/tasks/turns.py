@@ -15,7 +15,8 @@ def read_turns(value: Any, column: str) -> list[Turn]:
     """A column's list of ``{"role", "content"}`` or ``{"from", "value"}``. Raises DataError."""
     if not isinstance(value, list) or not value:
         raise DataError(f"column {column!r} holds {shown(value)}; allowed: a list of messages")
-    columnar = is_columnar(value)
+    calls = any(isinstance(turn, dict) and turn.get("tool_calls") for turn in value)
+    columnar = calls and is_columnar(value)
     return [
         read_message(turn, f"column {column!r}, message {number}", columnar)
         for number, turn in enumerate(value, 1)
