@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lorakit.data.call_arguments import with_fitting_arguments
 from lorakit.data.examples import ChatExample
 from lorakit.errors import DataError
 
@@ -46,12 +47,16 @@ def render(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False
 ) -> str:
     """The chat as text. Raises DataError with the template's own complaint."""
-    try:
+
+    def rendered(given: Sequence[Mapping[str, Any]]) -> str:
         return str(
             tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                given, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         )
+
+    try:
+        return with_fitting_arguments(rendered, messages, text_of=str)
     except Exception as error:  # jinja raises its own types, templates raise through it
         raise DataError(f"the chat template refuses the messages: {error}") from error
 

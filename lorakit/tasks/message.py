@@ -1,4 +1,4 @@
-"""One message of a chat: the keys that lorakit knows, and whether its turn is trained."""
+"""One message of a chat: what the chat template receives, and whether the turn is trained."""
 
 from __future__ import annotations
 
@@ -36,12 +36,11 @@ _FROM = {
 }
 #: Booleans that say whether a turn is trained; ``weight`` says it with 0 or 1.
 _FLAGS = ("train", "training", "loss")
-#: Texts that the chat template receives as they are.
 REASONING = ("reasoning_content", "thinking", "reasoning")
-_TEXTS = ("name", "tool_call_id", *REASONING)
-_KNOWN = frozenset({*_FLAGS, "weight", *_TEXTS, "tool_calls", "function_call"})
-_OPENAI = _KNOWN | {"role", "content"}
-_SHAREGPT = _KNOWN | {"from", "value"}
+_TEXTS = frozenset({"name", "tool_call_id", *REASONING})
+#: Keys whose values do not go to the chat template as they are.
+_READ = frozenset({*_FLAGS, "weight", "tool_calls", "function_call", "role", "content"})
+_PLAIN = {"role", "content"}
 
 
 class Turn(NamedTuple):
@@ -52,42 +51,46 @@ class Turn(NamedTuple):
 
 
 def read_message(turn: Any, where: str, columnar: bool = False) -> Turn:
-    """``{"role", "content"}`` or ``{"from", "value"}`` with the keys that may stand beside them.
+    """``{"role", "content"}`` or ``{"from", "value"}``, and the keys that stand beside them.
 
-    A key that holds null is absent. Raises DataError that begins with ``where``.
+    A key that lorakit does not know goes to the chat template, which may read it. One that holds
+    null is absent. Raises DataError that begins with ``where``.
     """
     if not isinstance(turn, dict):
         raise DataError(f'{where}: {shown(turn)}; allowed: {{"role": ..., "content": ...}}')
     message = _content(turn, where, columnar)
     trained = message["role"] == "assistant"
-    if not _KNOWN.isdisjoint(turn):
-        message.update(_texts(turn, where))
+    if turn.keys() != _PLAIN:
+        message.update(_others(turn, where))
         trained = _is_trained(turn, message["role"], where)
     if trained and not _says_something(message):
         raise DataError(f"{where}: the assistant's content is empty: nothing to train on")
     return Turn(message, trained)
 
 
-def _texts(turn: dict[str, Any], where: str) -> Iterator[tuple[str, str]]:
+def _others(turn: dict[str, Any], where: str) -> Iterator[tuple[str, Any]]:
+    """What the chat template receives as it is."""
     if turn.get("function_call"):
         raise DataError(
             f"{where}: function_call = {shown(turn['function_call'])}; allowed: tool_calls = "
             f"{CALLS_ALLOWED}"
         )
-    for key in _TEXTS:
-        if (value := turn.get(key)) is not None:
-            if not isinstance(value, str):
-                raise DataError(f"{where}: {key} = {shown(value)}; allowed: text")
-            yield key, value
+    read = _READ | {"from", "value"} if _is_sharegpt(turn) else _READ
+    for key, value in turn.items():
+        if key in read or value is None:
+            continue
+        if key in _TEXTS and not isinstance(value, str):
+            raise DataError(f"{where}: {key} = {shown(value)}; allowed: text")
+        yield key, value
 
 
 def unread_keys(turn: Any) -> Iterator[str]:
-    """The keys of a message, and of the objects in it, that ``read_message`` does not read."""
+    """The keys of a message, and of the objects in it, that reach neither ``read_message`` nor the
+    chat template."""
     if not isinstance(turn, dict):
         return
-    known = _SHAREGPT if _is_sharegpt(turn) else _OPENAI
-    if not turn.keys() <= known:
-        yield from _unknown(turn, known)
+    if _is_sharegpt(turn):
+        yield from (key for key in ("role", "content") if holds_something(turn.get(key)))
     if isinstance(content := turn.get("content"), list):
         for part in content:
             yield from (f"content[].{key}" for key in _unknown(part, {"type", "text"}))

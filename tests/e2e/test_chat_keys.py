@@ -125,6 +125,29 @@ def test_tools_and_their_calls(
     )
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        "{{ c.function.arguments | tojson }}",
+        "{{ c.function.arguments }}",
+        "{{ c.function.name[:0] + c.function.arguments }}",
+        "{% if c.function.arguments is string %}{{ c.function.arguments }}{% else %}"
+        "{{ c.function.arguments | tojson }}{% endif %}",
+    ],
+)
+@pytest.mark.parametrize("arguments", ['{"port": "B"}', {"port": "B"}])
+def test_arguments_are_json_in_every_style_of_template(
+    form: str, arguments: Any, model: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template = TEMPLATE.replace("{{ c.function.arguments | tojson }}", form)
+    assert form in template
+    (model / "chat_template.jinja").write_text(template)
+    call = {"type": "function", "function": {"name": "tide", "arguments": arguments}}
+    turns = [ASK, {"role": "assistant", "tool_calls": [call], "train": False}, AGAIN, RIGHT]
+    (text,) = previewed(capsys, prepared(model, {"messages": turns}))
+    assert '<assistant>tide{"port": "B"}</s>' in text
+
+
 def test_reasoning(model: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
     row = {"messages": [ASK, {**RIGHT, "reasoning_content": "3+3+3"}]}
     recipe = prepared(model, row)
@@ -142,11 +165,16 @@ def test_reasoning(model: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
     assert said in err
 
 
+ODD_CALL = {**CALL, "index": 0}
 ODD = [
-    {"messages": [ASK, {**RIGHT, "mood": "sure"}], "id": 7},
+    {"messages": [ASK, {**WRONG, "tool_calls": [ODD_CALL], "train": False}, AGAIN, RIGHT], "id": 7},
     {"messages": [ASK, RIGHT], "id": 8, "chosen": None},
 ]
-LISTED = "2 of 2 rows have keys that are not used: column id (2), messages[].mood (1)"
+LISTED = "column id (2), messages[].tool_calls[].index (1)"
+
+
+def unused(err: str) -> list[str]:
+    return [line for line in err.splitlines() if "not used" in line]
 
 
 def test_what_is_not_used_is_named_once(
@@ -161,9 +189,32 @@ def test_what_is_not_used_is_named_once(
     ]:
         out, err = command(capsys, *arguments)
         assert "not used" not in out
-        assert [line for line in err.splitlines() if "not used" in line] == [
-            f"{split}: {LISTED}" for split in splits
+        assert unused(err) == [
+            f"{split}: 2 of 2 rows have keys that are not used: {LISTED}" for split in splits
         ]
+
+
+def test_a_key_of_messages_that_the_template_does_not_read(
+    model: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = prepared(model, {"messages": [ASK, {**RIGHT, "mood": "sure"}]})
+    for arguments, splits in [
+        (["preview", recipe], ["train"]),
+        (["train", recipe], ["train", "validation"]),
+        (["eval", recipe], ["validation"]),
+    ]:
+        _, err = command(capsys, *arguments)
+        said = [line for line in err.splitlines() if "mood" in line]
+        assert [line.partition(": ")[0] for line in said] == splits
+        assert all("ignores" in line for line in said)
+    (model / "chat_template.jinja").write_text(
+        TEMPLATE.replace("{{ m.role }}", "{{ m.role }}{% if m.mood %} {{ m.mood }}{% endif %}")
+    )
+    _, err = command(capsys, "preview", recipe)
+    assert "mood" not in err
+    (text,) = previewed(capsys, recipe)
+    assert text.endswith("It is 9.</s>]")
+    assert "<assistant sure>" in text.replace("[", "").replace("]", "")
 
 
 def test_what_a_stream_does_not_use(
@@ -174,10 +225,9 @@ def test_what_a_stream_does_not_use(
     Path("data/validation.jsonl").unlink()
     streaming = ("--set", "task.streaming=true", "--set", "task.shuffle_buffer_rows=300")
     _, err = command(capsys, "train", recipe, *streaming, "--set", "train.max_steps=160")
-    said = [line for line in err.splitlines() if "not used" in line]
-    assert said == [
+    assert unused(err) == [
         "train: 200 of the first 200 rows have keys that are not used: column id (200)",
-        "train: further rows have keys that are not used: messages[].mood",
+        "train: further rows have keys that are not used: messages[].tool_calls[].index",
     ]
 
 

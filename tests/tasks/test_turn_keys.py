@@ -189,6 +189,13 @@ def test_reasoning_reaches_the_template(key: str) -> None:
     assert "content = null" in refusal({"messages": [ASK, {**thought, "content": None}]})
 
 
+def test_a_key_of_the_templates_own_reaches_it() -> None:
+    turn = {**RIGHT, "tool_plan": "count", "channel": None, "value": "5"}
+    assert chat(ASK, turn).messages[1] == {**RIGHT, "tool_plan": "count", "value": "5"}
+    turns = [{"from": "human", "value": "3*3?", "lang": "en"}, {"from": "gpt", "value": "It is 9."}]
+    assert example({"conversations": turns}).messages == ({**ASK, "lang": "en"}, RIGHT)
+
+
 def test_function_calls_of_sharegpt() -> None:
     human, gpt = {"from": "human", "value": "3*3?"}, {"from": "gpt", "value": "It is 9."}
     called = {"from": "function_call", "value": json.dumps(FUNCTION)}

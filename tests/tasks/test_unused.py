@@ -22,6 +22,11 @@ PAIR = {"prompt": "2+2?", "completion": "4"}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 
 
+def calling(**keys: Any) -> Row:
+    """The assistant's message with a tool call that has more keys."""
+    return {**REPLY, "tool_calls": [{**CALL, **keys}]}
+
+
 def split_of(*rows: Row) -> Split:
     names = list(dict.fromkeys(name for row in rows for name in row))
     return Split("train", [{name: row.get(name) for name in names} for row in rows], "rows", "0")
@@ -41,21 +46,21 @@ def loaded(path: Path, name: str = "chat") -> tuple[Any, Any, Split]:
 
 
 def test_columns_and_keys_are_counted_by_row() -> None:
-    odd = {**REPLY, "foo": 1}
     rows = [
-        {"messages": [USER, odd, USER, odd], "bar": 0},
+        {"messages": [USER, calling(foo=1), USER, calling(foo=2)], "bar": 0},
         {"messages": [USER, REPLY], "bar": False},
-        {"messages": [USER, {**REPLY, "foo": None}], "bar": None},
-        {"messages": [{**USER, "foo": "x"}, REPLY], "bar": "x"},
+        {"messages": [USER, calling(foo=None)], "bar": None},
+        {"messages": [USER, REPLY, USER, calling(foo="x")], "bar": "x"},
         {"messages": [USER, REPLY]},
     ]
-    said = "train: 3 of 5 rows have keys that are not used: column bar (3), messages[].foo (2)"
+    said = "column bar (3), messages[].tool_calls[].foo (2)"
+    said = f"train: 3 of 5 rows have keys that are not used: {said}"
     assert note("chat", *rows) == said
 
 
 @pytest.mark.parametrize("empty", [None, "", " ", [], {}])
 def test_what_holds_nothing_is_not_named(empty: Any) -> None:
-    row = {"messages": [USER, {**REPLY, "foo": empty}], "bar": empty}
+    row = {"messages": [USER, calling(foo=empty)], "bar": empty}
     assert note("chat", row) is None
 
 
@@ -94,14 +99,13 @@ def test_what_is_read_is_not_named() -> None:
         ("e2e_nlg", {"meaning_representation": "a", "human_reference": "b", "n": 1}, {}, "column n"),
         ("chat", {"messages": [USER, REPLY], "history": [["a", "b"]]}, {}, "column history"),
         ("chat", {"messages": [USER, REPLY], "functions": [{}]}, {}, "column functions"),
-        ("chat", {"turns": [USER, {**REPLY, "x": 1}], "messages": [{"y": 1}]}, {"messages_column": "turns"}, "turns[].x, column messages"),
-        ("chat", {"conversations": [HUMAN, {**GPT, "markdown": True}]}, {}, "conversations[].markdown"),
-        ("chat", {"messages": [USER, {**REPLY, "value": "5"}]}, {}, "messages[].value"),
-        ("chat", {"messages": [USER, {**REPLY, "tool_calls": [{**CALL, "index": 0}]}]}, {}, "messages[].tool_calls[].index"),
+        ("chat", {"turns": [USER, calling(x=1)], "messages": [{"y": 1}]}, {"messages_column": "turns"}, "turns[].tool_calls[].x, column messages"),
+        ("chat", {"conversations": [HUMAN, {**GPT, "content": "5"}]}, {}, "conversations[].content"),
+        ("chat", {"messages": [USER, calling(index=0)]}, {}, "messages[].tool_calls[].index"),
         ("chat", {"messages": [{**USER, "content": [{"type": "text", "text": "a", "cache": 1}]}, REPLY]}, {}, "messages[].content[].cache"),
-        ("auto", {"messages": [USER, {**REPLY, "x": 1}], "id": 1}, {}, "messages[].x, column id"),
+        ("auto", {"messages": [USER, calling(x=1)], "id": 1}, {}, "messages[].tool_calls[].x, column id"),
         ("auto", PAIR | {"id": 1}, {}, "column id"),
-        ("chat", {"messages": [USER, {**REPLY, "a b": 1}], "\x1b[2J": 1}, {}, r'"messages[].a b", column "\u001b[2J"'),
+        ("chat", {"messages": [USER, calling(**{"a b": 1})], "\x1b[2J": 1}, {}, r'"messages[].tool_calls[].a b", column "\u001b[2J"'),
     ],
 )  # fmt: skip
 def test_each_task_names_what_it_does_not_read(
@@ -145,16 +149,16 @@ def test_nulls_of_parquet_are_not_counted(tmp_path: Path) -> None:
 
     rows = [
         {"messages": [USER, {**REPLY, "weight": 1}], "note": None},
-        {"messages": [{**USER, "foo": "x"}, REPLY], "note": "x"},
-        {"messages": [USER, REPLY], "note": None},
+        {"messages": [USER, calling(foo="x")], "note": "x"},
+        {"messages": [USER, calling(foo=None)], "note": None},
     ]
-    keys = dict.fromkeys(("role", "content", "weight", "foo"))
+    keys = dict.fromkeys(("role", "content", "weight", "tool_calls"))
     padded = [{**row, "messages": [keys | turn for turn in row["messages"]]} for row in rows]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(padded), tmp_path / "train.parquet")
     said = unused_note(*loaded(tmp_path))
     assert said is not None
     assert said.startswith("train: 1 of 3 rows have keys that are not used: ")
-    assert "messages[].foo (1)" in said
+    assert "messages[].tool_calls[].foo (1)" in said
     assert "column note (1)" in said
     assert "weight" not in said
 
@@ -172,7 +176,7 @@ def test_a_large_split_is_counted_at_its_beginning(
 
 
 def test_many_keys_stay_one_line() -> None:
-    said = note("chat", {"messages": [USER, {**REPLY, **{f"k{i}": 1 for i in range(50)}}]})
+    said = note("chat", {"messages": [USER, calling(**{f"k{i}": 1 for i in range(50)})]})
     assert said is not None
     assert said.endswith(" and 30 more")
     assert said.count("messages[]") == 20
@@ -190,10 +194,9 @@ def test_a_stream_names_later_keys_once() -> None:
     watch.see({"messages": [USER, REPLY], "id": 2})
     assert said[-1] == line
     for _ in range(2):
-        watch.see({"messages": [USER, {**REPLY, "foo": 1}], "id": 2, "bar": 1})
-    assert said[-1] == (
-        "train: further rows have keys that are not used: column bar, messages[].foo"
-    )
+        watch.see({"messages": [USER, calling(foo=1)], "id": 2, "bar": 1})
+    listed = "column bar, messages[].tool_calls[].foo"
+    assert said[-1] == f"train: further rows have keys that are not used: {listed}"
     assert said.count(said[-1]) == 1
 
 
