@@ -113,7 +113,7 @@ def test_history(model: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]) 
 def test_tools_and_their_calls(
     model: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    calling = {"role": "assistant", "content": None, "tool_calls": [CALL], "train": False}
+    calling = {"role": "assistant", "content": None, "tool_calls": [CALL]}
     result = {"role": "tool", "tool_call_id": "c", "name": "tide", "content": "low"}
     row = {"tools": [TOOL], "messages": [ASK, calling, result, RIGHT]}
     texts = previewed(capsys, prepared(model, row, {**row, "tools": json.dumps([TOOL])}))
@@ -121,7 +121,7 @@ def test_tools_and_their_calls(
     tools, _, rest = texts[0].partition("</s>")
     assert json.loads(tools.removeprefix("<tools>")) == [TOOL]
     assert rest == (
-        '<user>3*3?</s><assistant>tide{"port": "B"}</s><tool>low</s><assistant>[It is 9.</s>]'
+        '<user>3*3?</s><assistant>[tide{"port": "B"}</s>]<tool>low</s><assistant>[It is 9.</s>]'
     )
 
 
