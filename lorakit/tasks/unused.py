@@ -17,6 +17,7 @@ from lorakit.tasks.message import holds_something
 COUNTED_ROWS = 100_000
 _BATCH_ROWS = 1000
 _NAMED = 20
+_LONGEST_NAME = 60
 
 
 def unused_note(task: Task, config: Any, split: Split, more: bool = False) -> str | None:
@@ -93,8 +94,9 @@ def _column(name: str) -> str:
 
 
 def _name(key: str) -> str:
-    """As it stands, or quoted where it would not read as a name."""
-    return key if key.isprintable() and " " not in key and "," not in key else shown(key)
+    """As it stands, or quoted (and cut) where it would not read as a name."""
+    reads = key.isprintable() and " " not in key and "," not in key and len(key) <= _LONGEST_NAME
+    return key if reads else shown(key)
 
 
 def _listed(found: Counter[str]) -> str:

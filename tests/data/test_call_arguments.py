@@ -33,15 +33,23 @@ def rendered(form: str, *messages: Any) -> str:
         "{% if c.function.arguments is mapping %}" + TEXT + "{% else %}wrong{% endif %}",
     ],
 )
-def test_the_form_that_the_template_expects(form: str) -> None:
-    call = {"type": "function", "function": {"name": "f", "arguments": ARGUMENTS}}
+@pytest.mark.parametrize("arguments", [ARGUMENTS, TEXT])
+def test_the_form_that_the_template_expects(form: str, arguments: Any) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
     assert rendered(form, PLAIN, {"role": "assistant", "tool_calls": [call]}, PLAIN) == TEXT
-    assert call["function"] == {"name": "f", "arguments": ARGUMENTS}
+    assert call["function"] == {"name": "f", "arguments": arguments}
 
 
 def test_calls_without_function() -> None:
     message = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": ARGUMENTS}]}
     assert rendered("{{ c.arguments }}", message) == TEXT
+
+
+@pytest.mark.parametrize("arguments", ["{", "[1]", "", None, 3])
+def test_what_is_no_object_stays(arguments: Any) -> None:
+    message = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": arguments}]}
+    assert rendered("{{ c.arguments }}", message) == str(arguments)
+    assert rendered("{{ c.name }}", {"role": "assistant", "tool_calls": [{"name": "f"}]}) == "f"
 
 
 def test_a_mapping_that_is_walked_stays_one() -> None:
