@@ -197,7 +197,7 @@ def test_what_is_not_used_is_named_once(
 def test_a_key_of_messages_that_the_template_does_not_read(
     model: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = prepared(model, {"messages": [ASK, {**RIGHT, "mood": "sure"}]})
+    recipe = prepared(model, {"messages": [{**ASK, "mood": "sure"}, RIGHT]})
     for arguments, splits in [
         (["preview", recipe], ["train"]),
         (["train", recipe], ["train", "validation"]),
@@ -213,8 +213,7 @@ def test_a_key_of_messages_that_the_template_does_not_read(
     _, err = command(capsys, "preview", recipe)
     assert "mood" not in err
     (text,) = previewed(capsys, recipe)
-    assert text.endswith("It is 9.</s>]")
-    assert "<assistant sure>" in text.replace("[", "").replace("]", "")
+    assert text == "<user sure>3*3?</s><assistant>[It is 9.</s>]"
 
 
 def test_what_a_stream_does_not_use(
