@@ -24,6 +24,7 @@ from lorakit.models.device import default_device
 from lorakit.models.load import Kind, Pretrained, load_config, load_pretrained
 from lorakit.models.tokenizer import load_tokenizer
 from lorakit.models.window import check_length, embedding_rows, window
+from lorakit.openmp import yield_cores
 from lorakit.recipe.sections import ModelSection, Recipe
 from lorakit.tasks.base import Prediction, Task
 
@@ -64,6 +65,7 @@ def evaluate(
     ).metrics
 
 
+@yield_cores()
 def evaluate_split(
     recipe: Recipe,
     adapter: str | Path | None = None,

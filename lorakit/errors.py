@@ -31,6 +31,11 @@ class DataError(UserError):
     """A file, split, column or row does not fit the task."""
 
 
+class BadRow(DataError):
+    """A row of a stream cannot be read or trained on. The message names the checkpoint from which
+    the run goes on once the row is mended."""
+
+
 class AdapterError(UserError):
     """An adapter directory is missing, incomplete, or belongs to another model."""
 

@@ -16,12 +16,6 @@ from lorakit.evaluation.sharing import is_main, together
 if TYPE_CHECKING:
     from lorakit.recipe.sections import Recipe
 
-#: What a directory's data files are named by.
-_SPLITS = {
-    "train", "validation", "valid", "dev", "val", "test", "validation_matched",
-    "validation_mismatched", "test_matched", "test_mismatched",
-}  # fmt: skip
-
 
 def eval_(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe file.")],
@@ -92,19 +86,12 @@ def _check_options(
 
 def _inputs(recipe: Recipe, file: Path, predictions: Path | None) -> dict[Path, str]:
     """The files that are read, and what each is."""
+    from lorakit.data.paths import data_files
+
     found = {file: "the recipe"}
     if predictions is not None:
         found[predictions] = "the file of --predictions"
-    return found | dict.fromkeys(_data_files(recipe), "a file of the task")
-
-
-def _data_files(recipe: Recipe) -> list[Path]:
-    """The files that ``task.path`` names, and a directory's that are named by a split."""
-    found = recipe.task.path
-    named = found.values() if isinstance(found, dict) else found
-    paths = [Path(named)] if isinstance(named, str) else [Path(name) for name in named or ()]
-    inside = [file for path in paths if path.is_dir() for file in path.iterdir()]
-    return paths + [file for file in inside if file.name.partition(".")[0] in _SPLITS]
+    return found | dict.fromkeys(data_files(recipe.task.path), "a file of the task")
 
 
 def _score(recipe: Recipe, file: Path, split: str | None, limit: int | None) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from lorakit.cli.tasks import tasks
 from lorakit.cli.train import train
 from lorakit.cli.validate import validate
 from lorakit.errors import LorakitError, RecipeError
+from lorakit.openmp import yield_cores
 
 _INTERRUPTED = 128 + signal.SIGINT
 _TERMINATED = 128 + signal.SIGTERM
@@ -72,7 +73,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     0 done, 2 wrong input, 1 it failed all the same, 130 and 143 stopped by a signal.
     """
     try:
-        with _terminable():
+        with _terminable(), yield_cores():
             app(args=None if arguments is None else list(arguments), prog_name="lorakit")
     except SystemExit as end:
         if end.code in (_INTERRUPTED, _TERMINATED):  # typer makes the first of a Ctrl-C

@@ -7,26 +7,31 @@ is checked, and none is held as an object: what is large stays on disk.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import hashlib
+import io
 import json
 import sys
 import zlib
 from array import array
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
-from lorakit.data import spool
-from lorakit.data.parquet import read_parquet
+from lorakit.data import json_text, spool
+from lorakit.data.parquet import parquet_rows, read_parquet
 from lorakit.data.rows import JsonRows, Rows
-from lorakit.data.spool import FileSource, Spool
+from lorakit.data.spool import FileSource, Room, Spool
 from lorakit.errors import DataError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet")
+#: So many rows are copied sooner than a large file is kept open for them.
+_FEW_ROWS = 1000
+_LFS_POINTER = b"version https://git-lfs"
+#: What reading a file raises, and unpacking it.
+_UNREADABLE = (OSError, EOFError, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -37,19 +42,20 @@ class FileRows:
     digest: str
 
 
-def read_rows(file: Path, limit: int | None = None) -> FileRows:
-    """The rows of a jsonl, jsonl.gz, csv, tsv or parquet file, or the first ``limit`` of them, of
-    which alone it is then known that they are valid.
+def read_rows(file: Path, limit: int | None = None, room: Room | None = None) -> FileRows:
+    """The rows of a file in one of ``SUFFIXES``, or the first ``limit`` of them, of which alone it
+    is then known that they are valid; in memory only as far as there is ``room``.
 
     Raises DataError, with the row where that is known, if the file cannot be read as what its name
     says it is, and if it is empty.
     """
     check_not_empty(file)
-    if file.suffix == ".parquet":
-        return FileRows(*read_parquet(file, limit))
-    if file.suffix in (".csv", ".tsv"):
-        return _read_delimited(file, limit)
-    return _read_json_lines(file, limit)
+    room = room or Room()
+    if _format(file) == ".parquet":
+        return FileRows(*read_parquet(file, limit, room))
+    if _format(file) in (".csv", ".tsv"):
+        return _read_delimited(file, limit, room)
+    return _read_json(file, limit, room)
 
 
 def check_not_empty(file: Path) -> None:
@@ -57,22 +63,28 @@ def check_not_empty(file: Path) -> None:
         raise DataError(f"{file}: the file is empty")
 
 
-def json_rows(file: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """The lines of a jsonl or jsonl.gz file, each with the row that it is; None for a blank one.
+def stream_rows(file: Path) -> Iterator[Mapping[str, Any]]:
+    """The rows one after another, never all at once. Raises DataError as ``read_rows`` does."""
+    if _format(file) == ".parquet":
+        yield from parquet_rows(file)
+    elif _format(file) in (".csv", ".tsv"):
+        yield from _delimited_rows(file)
+    else:
+        with _opened(file) as handle:
+            yield from (row for _, row in _json_pieces(file, handle) if row is not None)
 
-    Raises DataError, with the row, for what is not UTF-8, not a JSON object, or no text.
-    """
-    with _open_lines(file) as handle:
-        yield from _checked_lines(file, handle)
+
+def _format(file: Path) -> str:
+    return Path(file.name.removesuffix(".gz")).suffix
 
 
-def delimited_rows(file: Path) -> Iterator[dict[str, str]]:
+def _delimited_rows(file: Path) -> Iterator[dict[str, str]]:
     """Rows of text. tsv is read as GLUE writes it: a quote is a character like any other."""
     number = 0
     limit = csv.field_size_limit(sys.maxsize)
     try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            if file.suffix == ".tsv":
+        with _opened(file) as handle, _as_text(file, handle) as lines:
+            if _format(file) == ".tsv":
                 cells = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
             else:
                 cells = csv.reader(lines, strict=True)
@@ -87,7 +99,7 @@ def delimited_rows(file: Path) -> Iterator[dict[str, str]]:
         raise DataError(f"{file}, row {number + 1}: {error}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8: {error}") from error
-    except OSError as error:
+    except _UNREADABLE as error:
         raise DataError(f"{file}: cannot be read: {error}") from error
     finally:
         csv.field_size_limit(limit)
@@ -117,17 +129,18 @@ class _Index:
         return FileRows(rows, self._digest.hexdigest())
 
 
-def _read_json_lines(file: Path, limit: int | None) -> FileRows:
+def _read_json(file: Path, limit: int | None, room: Room) -> FileRows:
     index = _Index()
-    packed = file.suffix == ".gz"
-    kept = Spool() if packed or file.stat().st_size <= spool.IN_MEMORY_BYTES else None
+    few = limit is not None and limit <= _FEW_ROWS
+    kept = None
+    if few or file.suffix == ".gz" or room.has(file.stat().st_size):
+        kept = Spool(room)
     handle = _opened(file)
     source: spool.Source | None = None if kept else FileSource(handle, str(file))
-    lines: Any = gzip.GzipFile(fileobj=handle) if packed else handle
-    for line, row in _checked_lines(file, lines):
+    for piece, row in _json_pieces(file, handle):
         if kept is not None:
-            _keep(kept, line, file)
-        if index.add(line, row) == limit:
+            _keep(kept, piece, file)
+        if index.add(piece, row) == limit:
             break
     if index.starts and not index.names:
         raise DataError(f"{file}: every row is an empty object, {{}}: there are no columns")
@@ -138,9 +151,9 @@ def _read_json_lines(file: Path, limit: int | None) -> FileRows:
     return index.finished(source)
 
 
-def _read_delimited(file: Path, limit: int | None) -> FileRows:
-    index, kept = _Index(), Spool()
-    for row in delimited_rows(file):
+def _read_delimited(file: Path, limit: int | None, room: Room) -> FileRows:
+    index, kept = _Index(), Spool(room)
+    for row in _delimited_rows(file):
         line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
         _keep(kept, line, file)
         if index.add(line, row) == limit:
@@ -153,12 +166,6 @@ def _keep(kept: Spool, line: bytes, file: Path) -> None:
         kept.write(line)
 
 
-@contextmanager
-def _open_lines(file: Path) -> Iterator[Any]:
-    with _opened(file) as handle:
-        yield gzip.GzipFile(fileobj=handle) if file.suffix == ".gz" else handle
-
-
 def _opened(file: Path) -> BinaryIO:
     try:
         return file.open("rb")
@@ -166,39 +173,35 @@ def _opened(file: Path) -> BinaryIO:
         raise DataError(f"{file}: cannot be read: {error}") from error
 
 
-def _checked_lines(file: Path, lines: Any) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    number = 0
+def _unpacked(file: Path, handle: BinaryIO) -> BinaryIO:
+    """The file's bytes, out of their compression. Raises DataError for what is no UTF-8 text."""
+    lines: Any = gzip.GzipFile(fileobj=handle) if file.suffix == ".gz" else handle
+    head = lines.read(len(_LFS_POINTER))
+    lines.seek(0)
+    if head.startswith(_LFS_POINTER):
+        raise DataError(f"{file}: a Git LFS pointer, not the data itself; run git lfs pull")
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in head[:4]:
+        raise DataError(f"{file}: the text is UTF-16 or UTF-32; allowed: UTF-8")
+    return cast(BinaryIO, lines)
+
+
+def _as_text(file: Path, handle: BinaryIO) -> io.TextIOWrapper:
+    return io.TextIOWrapper(_unpacked(file, handle), encoding="utf-8-sig", newline="")
+
+
+def _json_pieces(file: Path, handle: BinaryIO) -> Iterator[json_text.Piece]:
+    """The bytes of a JSON file piece by piece, with the rows that they hold. A file's content says
+    whether it is an array, and only else its name whether a row has a line of its own."""
     try:
-        for line in lines:
-            if not line.strip():
-                yield line, None
-                continue
-            number += 1
-            yield line, _json_object(f"{file}, row {number}", line)
-    except (OSError, EOFError, zlib.error) as error:
+        unpacked = _unpacked(file, handle)
+        if json_text.starts_with(unpacked) == "[":
+            yield from json_text.array(file, unpacked)
+        elif _format(file) == ".json":
+            yield from json_text.objects(file, unpacked)
+        else:
+            yield from json_text.lines(file, unpacked)
+    except _UNREADABLE as error:
         raise DataError(f"{file}: cannot be read: {error}") from error
-
-
-def _json_object(where: str, line: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: not a JSON object")
-    if b"\\ud" in line.lower() and _has_lone_surrogate(value):
-        raise DataError(f"{where}: half a surrogate pair, which is no text")
-    return value
-
-
-def _has_lone_surrogate(value: dict[str, Any]) -> bool:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def _checked_header(file: Path, header: list[str]) -> list[str]:

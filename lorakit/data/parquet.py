@@ -6,7 +6,7 @@ import hashlib
 import io
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from lorakit.errors import DataError
 _BATCH_ROWS = 1000
 
 
-def read_parquet(file: Path, limit: int | None = None) -> tuple[Rows, str]:
-    """The rows, or the first ``limit``, and a digest of them.
+def read_parquet(file: Path, limit: int | None, room: spool.Room) -> tuple[Rows, str]:
+    """The rows, or the first ``limit``, and a digest of them; in memory if there is ``room``.
 
     Raises DataError if the file cannot be read, or is too large for the disk of the cache.
     """
@@ -29,7 +29,8 @@ def read_parquet(file: Path, limit: int | None = None) -> tuple[Rows, str]:
         with file.open("rb") as handle:
             parquet = pyarrow.parquet.ParquetFile(handle)
             batches = _batches(parquet, limit)
-            if _bytes(parquet) <= spool.IN_MEMORY_BYTES:
+            if room.has(size := _bytes(parquet)):
+                room.take(size)
                 whole = pyarrow.Table.from_batches(batches, parquet.schema_arrow)
                 table = datasets.table.InMemoryTable(whole)
             else:
@@ -51,6 +52,42 @@ def parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
                 yield from batch.to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{file}: cannot be read: {_first_line(error)}") from error
+
+
+def join_tables(parts: Mapping[Path, Any]) -> Rows | None:
+    """The rows of the files' tables one after another as one ``datasets.Dataset``, with the columns
+    that any of them has; None if types differ in ways that do not show in a row (the width of a
+    number, the order of a struct's fields).
+
+    Raises DataError for a column that is of another kind, or has other class names, in two files.
+    """
+    import datasets
+    import pyarrow
+
+    schema = pyarrow.schema([])
+    class_names: dict[str, tuple[Path, Any]] = {}
+    for file, table in parts.items():
+        for column, feature in table.features.items():
+            names = getattr(feature, "names", None)
+            first, others = class_names.setdefault(column, (file, names))
+            if names != others:
+                raise DataError(
+                    f"task.path: column {column!r} has the class names {others} in {first} and "
+                    f"{names} in {file}; allowed: the same in all files"
+                )
+        try:
+            schemas = [schema, table.features.arrow_schema]
+            schema = pyarrow.unify_schemas(schemas, promote_options="permissive")
+        except pyarrow.ArrowException as error:
+            reason = f"{file}: {_first_line(error)}"
+            raise DataError(
+                f"task.path: a column's type differs between files: {reason}"
+            ) from error
+    try:
+        found: Rows = datasets.concatenate_datasets(list(parts.values()))
+    except ValueError:
+        return None
+    return found
 
 
 def _batches(parquet: Any, limit: int | None) -> Iterator[Any]:

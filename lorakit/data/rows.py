@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from array import array
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, overload
 
@@ -13,6 +13,8 @@ from lorakit.data.spool import Source
 
 #: A list, a ``datasets.Dataset``, or one of the classes here.
 Rows = Sequence[Mapping[str, Any]]
+
+_DECODER = json.JSONDecoder()
 
 
 class _LazyRows(Sequence[Mapping[str, Any]]):
@@ -23,6 +25,9 @@ class _LazyRows(Sequence[Mapping[str, Any]]):
     def _row(self, index: int) -> dict[str, Any]:
         raise NotImplementedError
 
+    def _rows(self, start: int, stop: int) -> list[dict[str, Any]]:
+        return [self._row(index) for index in range(start, stop)]
+
     @overload
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
@@ -31,17 +36,21 @@ class _LazyRows(Sequence[Mapping[str, Any]]):
 
     def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
         if isinstance(index, slice):
-            return [self._row(i) for i in range(*index.indices(len(self)))]
+            start, stop, step = index.indices(len(self))
+            if step == 1:
+                return self._rows(start, stop)
+            return [self._row(i) for i in range(start, stop, step)]
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         return self._row(index % len(self))
 
 
 class JsonRows(_LazyRows):
-    """One JSON object a line, parsed when it is asked for, with every name in ``column_names``.
+    """JSON objects, parsed when they are asked for, with every name in ``column_names``.
 
-    ``starts`` holds where each row's line begins, and at last where the lines end; blank lines may
-    stand between. The lines are known to be valid.
+    ``starts`` holds where each object begins, or white space before it, and at last where the text
+    ends; what stands between an object and the next one is not read. The objects are known to be
+    valid.
     """
 
     def __init__(self, source: Source, starts: array[int], column_names: list[str]) -> None:
@@ -54,12 +63,13 @@ class JsonRows(_LazyRows):
 
     def _row(self, index: int) -> dict[str, Any]:
         data = self._source.read(self._starts[index], self._starts[index + 1])
-        row = json.loads(data.partition(b"\n")[0].decode("utf-8-sig"))
+        row, _ = _DECODER.raw_decode(data.decode("utf-8-sig").lstrip(" \t\r\n"))
         return {name: row.get(name) for name in self.column_names}
 
 
 class JoinedRows(_LazyRows):
-    """The rows of several files one after another, with the columns ``column_names``."""
+    """The rows of several files one after another, with the columns ``column_names``: None for
+    one that a row does not have."""
 
     def __init__(self, parts: Sequence[Rows], column_names: list[str]) -> None:
         self._parts = parts
@@ -72,13 +82,29 @@ class JoinedRows(_LazyRows):
     def _row(self, index: int) -> dict[str, Any]:
         number = bisect_right(self._ends, index)
         start = self._ends[number - 1] if number else 0
-        row = self._parts[number][index - start]
-        return {name: row[name] for name in self.column_names}
+        return self._filled(self._parts[number][index - start])
+
+    def _rows(self, start: int, stop: int) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        for part, end in zip(self._parts, self._ends, strict=True):
+            first = end - len(part)
+            begin, until = max(start - first, 0), min(stop - first, len(part))
+            if begin < until:
+                found += map(self._filled, row_range(part, begin, until))
+        return found
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for part in self._parts:
+            yield from map(self._filled, part)
+
+    def _filled(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: row.get(name) for name in self.column_names}
 
 
 def column_names(rows: Rows) -> list[str]:
+    """Every name that some row has, in the order in which they first stand."""
     names = getattr(rows, "column_names", None)
-    return list(rows[0] if names is None else names)
+    return list(names if names is not None else dict.fromkeys(key for row in rows for key in row))
 
 
 def row_range(rows: Rows, start: int, stop: int) -> Sequence[Mapping[str, Any]]:

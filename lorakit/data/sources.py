@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorakit.data.files import SUFFIXES, FileRows, read_rows
-from lorakit.data.parquet import file_digest
+from lorakit.data.directories import SplitFiles
+from lorakit.data.file_names import listed, split_names
+from lorakit.data.files import FileRows, read_rows
+from lorakit.data.parquet import file_digest, join_tables
+from lorakit.data.paths import PathOption, find_files
+from lorakit.data.paths import split_files as split_files
 from lorakit.data.rows import JoinedRows, Rows, column_names
+from lorakit.data.spool import Room, allow_open_files
 from lorakit.errors import DataError
 
-_VALIDATION = ("validation", "valid", "dev", "val")
-#: What a split may be called in a directory or a mapping; the first name is its own.
-ALIASES = {
-    "train": ("train",),
-    "validation": _VALIDATION,
-    "test": ("test",),
-    "validation_matched": ("validation_matched",),
-    "validation_mismatched": ("validation_mismatched",),
-}
-
-PathOption = str | list[str] | dict[str, str] | None
 FileReader = Callable[[Path], Rows | None]
 
 
@@ -33,7 +27,8 @@ class Split:
 
     ``rows`` is a ``datasets.Dataset`` or a sequence of mappings; ``files`` are the files it came
     from, in order, with their row counts (empty for the Hub); ``fingerprint`` is a hash of the
-    contents.
+    contents. ``lacking`` has the columns of each file that does not have all: None stands for the
+    others in its rows. ``notes`` say what was chosen among the files, or found in them.
     """
 
     name: str
@@ -41,6 +36,8 @@ class Split:
     source: str
     fingerprint: str
     files: tuple[tuple[Path, int], ...] = field(default=())
+    lacking: Mapping[Path, tuple[str, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = field(default=())
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -61,17 +58,22 @@ class Split:
         """The values of one column."""
         if hasattr(self.rows, "features"):
             return list(self.rows[name])  # type: ignore[call-overload]
-        return [row[name] for row in self.rows]
+        return [row.get(name) for row in self.rows]
 
     def require(self, columns: Sequence[str]) -> None:
-        """Raise DataError if a column is missing."""
-        missing = [name for name in columns if name not in self.columns]
-        if missing:
-            raise DataError(
-                f"{self.source}: no column{'s' if len(missing) > 1 else ''} "
-                f"{', '.join(map(repr, missing))}; "
-                f"the columns are {', '.join(map(repr, self.columns))}"
-            )
+        """Raise DataError if a column is missing, in all of the files or in one."""
+        _require(columns, self.source, self.columns)
+        for file, found in self.lacking.items():
+            _require(columns, f"{file}, row 1", found)
+
+
+def _require(columns: Sequence[str], where: str, found: Sequence[str]) -> None:
+    missing = [name for name in columns if name not in found]
+    if missing:
+        raise DataError(
+            f"{where}: no column{'s' if len(missing) > 1 else ''} "
+            f"{', '.join(map(repr, missing))}; the columns are {', '.join(map(repr, found))}"
+        )
 
 
 def load_split(
@@ -89,8 +91,8 @@ def load_split(
     if path is None:
         found = _load_hub(hub, split, limit)
     else:
-        files = split_files(path, split)
-        found = _load_files(files, split, read_file, limit) if files else None
+        there = find_files(path, split)
+        found = _load_files(there, split, read_file, limit) if there.files else None
     if found is None:
         return None
     if not len(found):
@@ -98,111 +100,78 @@ def load_split(
     return found
 
 
-def split_files(path: PathOption, split: str) -> list[Path]:
-    """The files of a split: by name in a directory, as mapped, or ``train`` for a file or list.
-
-    Raises DataError if one does not exist or has another format, or if two names in a directory or
-    mapping mean the same split.
-    """
-    if isinstance(path, dict):
-        named = _mapped(path, split)
-    elif isinstance(path, list):
-        named = [Path(name) for name in path] if split == "train" else []
-    elif path is not None and Path(path).is_dir():
-        return _in_directory(Path(path), split)
-    else:
-        named = [Path(str(path))] if split == "train" or not Path(str(path)).exists() else []
-    for file in named:
-        if file.is_dir():
-            raise DataError(f"task.path: {file} is a directory; allowed here: a file")
-        if not file.is_file():
-            raise DataError(f"task.path: no such file or directory: {file}")
-        if not file.name.endswith(SUFFIXES):
-            raise DataError(f"task.path: {file}: unknown format; allowed: {', '.join(SUFFIXES)}")
-    return named
-
-
-def split_names(split: str) -> tuple[str, ...]:
-    """What the split may be called, whichever of its names it is asked for by."""
-    return next((names for names in ALIASES.values() if split in names), (split,))
-
-
-def _mapped(path: dict[str, str], split: str) -> list[Path]:
-    known = [name for names in ALIASES.values() for name in names]
-    for key in path:
-        if key not in known:
-            raise DataError(f"task.path: unknown split {key!r}; allowed: {', '.join(known)}")
-    keys = [name for name in split_names(split) if name in path]
-    if len(keys) > 1:
-        raise DataError(
-            f"task.path: {' and '.join(keys)} both name the split {split_names(split)[0]!r}"
-        )
-    return [Path(path[key]) for key in keys]
-
-
-def _in_directory(folder: Path, split: str) -> list[Path]:
-    candidates = [folder / f"{name}{suffix}" for name in split_names(split) for suffix in SUFFIXES]
-    files = [file for file in candidates if file.is_file()]
-    if len(files) > 1:
-        names = " and ".join(file.name for file in files)
-        raise DataError(
-            f"{folder}: {names} both name the split {split_names(split)[0]!r}; keep one"
-        )
-    return files
-
-
-def _load_files(files: list[Path], split: str, read_file: FileReader, limit: int | None) -> Split:
-    parts: list[FileRows] = []
-    left = limit
-    for file in files:
+def _load_files(there: SplitFiles, split: str, read_file: FileReader, limit: int | None) -> Split:
+    parts: list[tuple[Path, FileRows]] = []
+    left, room = limit, Room()
+    allow_open_files(len(there.files))
+    for file in there.files:
         if left == 0:
             break
-        parts.append(_load_file(file, read_file, left))
+        parts.append((file, _load_file(file, read_file, left, room)))
         if left is not None:
-            left -= len(parts[-1].rows)
-    digest = hashlib.sha256("\n".join(part.digest for part in parts).encode())
-    return Split(
-        name=split,
-        rows=_joined([part.rows for part in parts if len(part.rows)]),
-        source=", ".join(map(str, files)),
-        fingerprint=digest.hexdigest(),
-        files=tuple((file, len(part.rows)) for file, part in zip(files, parts, strict=False)),
-    )
+            left -= len(parts[-1][1].rows)
+    digest = hashlib.sha256("\n".join(part.digest for _, part in parts).encode())
+    return joined_split(split, parts, there, digest.hexdigest())
 
 
-def _load_file(file: Path, read_file: FileReader, limit: int | None) -> FileRows:
+def _load_file(file: Path, read_file: FileReader, limit: int | None, room: Room) -> FileRows:
     own = read_file(file)
     if own is None:
-        return read_rows(file, limit)
+        return read_rows(file, limit, room)
     rows = own if limit is None else own[:limit]
     return FileRows(rows, f"{file_digest(file)}:{len(rows)}")
 
 
-def _joined(parts: list[Rows]) -> Rows:
-    """The rows of all files one after another, with the columns that all of them have."""
-    if len(parts) < 2:
-        return parts[0] if parts else []
-    names = [column_names(part) for part in parts]
-    common = shared_columns(names)
-    if not all(hasattr(part, "features") for part in parts):
-        return JoinedRows(parts, common)
-    import datasets
+def joined_split(
+    split: str,
+    parts: Sequence[tuple[Path, FileRows]],
+    there: SplitFiles,
+    fingerprint: str,
+    begun: bool = False,
+) -> Split:
+    """The rows of all files one after another, with the columns that any of them has; empty if no
+    file has rows. ``begun`` says that they are only the first ones of each file. Raises DataError
+    for columns whose types do not go together."""
+    filled = {file: part.rows for file, part in parts if len(part.rows)}
+    names = {file: tuple(column_names(rows)) for file, rows in filled.items()}
+    every = list(dict.fromkeys(name for found in names.values() for name in found))
+    lacking = {file: found for file, found in names.items() if set(found) != set(every)}
+    return Split(
+        name=split,
+        rows=_joined(filled, every),
+        source=listed(there.files),
+        fingerprint=fingerprint,
+        files=tuple((file, len(part.rows)) for file, part in parts),
+        lacking=lacking,
+        notes=(*there.notes, *_notes(parts, every, lacking, begun)),
+    )
 
-    try:
-        return datasets.concatenate_datasets(  # type: ignore[no-any-return]
-            [part.select_columns(common) for part in parts]  # type: ignore[attr-defined]
-        )
-    except ValueError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(f"task.path: a column's type differs between files: {reason}") from error
+
+def _notes(
+    parts: Sequence[tuple[Path, FileRows]],
+    every: list[str],
+    lacking: dict[Path, tuple[str, ...]],
+    begun: bool,
+) -> Iterator[str]:
+    empty = [file for file, part in parts if not len(part.rows)]
+    if empty and every:
+        yield f"files without rows: {listed(empty)}"
+    if lacking:
+        absent = {name: [f for f, found in lacking.items() if name not in found] for name in every}
+        named = listed(f"{name!r} ({listed(files, 2)})" for name, files in absent.items() if files)
+        if begun:
+            yield f"columns that the first rows of some files lack: {named}"
+        else:
+            yield f"columns that some files lack, empty in their rows: {named}"
 
 
-def shared_columns(names: Sequence[Sequence[str]]) -> list[str]:
-    """Those that all files have, in the order of the first. Raises DataError if there is none."""
-    common = [name for name in names[0] if all(name in others for others in names)]
-    if not common:
-        raise DataError("task.path: the files have no column in common")
-    return common
+def _joined(parts: Mapping[Path, Rows], every: list[str]) -> Rows:
+    rows = list(parts.values())
+    if len(rows) < 2:
+        return rows[0] if rows else []
+    if not all(hasattr(part, "features") for part in rows):
+        return JoinedRows(rows, every)
+    return join_tables(parts) or JoinedRows(rows, every)
 
 
 def _load_hub(hub: tuple[str, str | None] | None, split: str, limit: int | None) -> Split | None:

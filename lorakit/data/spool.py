@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from lorakit.errors import DataError
 
-#: What is held in memory; more goes to a file.
+#: What is held in memory of a split's rows; more goes to files.
 IN_MEMORY_BYTES = 64 << 20
+_OTHER_OPEN_FILES = 512
 
 
 def cache_dir() -> Path:
@@ -52,6 +54,30 @@ def needs_room(what: str) -> Iterator[None]:
         ) from error
 
 
+class Room:
+    """What may still be held in memory: ``IN_MEMORY_BYTES`` for the files of a split together."""
+
+    def __init__(self) -> None:
+        self.left = IN_MEMORY_BYTES
+
+    def has(self, size: int) -> bool:
+        return size <= self.left
+
+    def take(self, size: int) -> None:
+        self.left -= size
+
+
+def allow_open_files(count: int) -> None:
+    """Let the process hold so many files open, as far as the system allows it: each file of a
+    split that is not held in memory stays open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + _OTHER_OPEN_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 class Source(Protocol):
     """Bytes that can be read anywhere, also by forked processes at the same time."""
 
@@ -87,16 +113,18 @@ class FileSource:
 
 
 class Spool:
-    """Bytes on their way: in memory, and from 64 MiB on in a scratch file."""
+    """Bytes on their way: in memory while ``room`` has space for them, and then in a scratch
+    file."""
 
-    def __init__(self) -> None:
+    def __init__(self, room: Room) -> None:
         self._file: BinaryIO = io.BytesIO()
         self._size = 0
+        self._room = room
 
     def write(self, data: bytes) -> None:
         """Append. Raises OSError if the disk is full."""
         self._size += len(data)
-        if isinstance(self._file, io.BytesIO) and self._size > IN_MEMORY_BYTES:
+        if isinstance(self._file, io.BytesIO) and not self._room.has(self._size):
             file = scratch_file()
             file.write(self._file.getbuffer())
             self._file = file
@@ -104,6 +132,7 @@ class Spool:
 
     def finished(self, name: str) -> Source:
         if isinstance(self._file, io.BytesIO):
+            self._room.take(self._size)
             return MemorySource(self._file.getvalue())
         self._file.flush()
         return FileSource(self._file, name)

@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lorakit.data.files import delimited_rows, json_rows, read_rows
-from lorakit.data.parquet import parquet_rows
-from lorakit.data.rows import JoinedRows, column_names
-from lorakit.data.sources import (
-    PathOption,
-    Split,
-    hub_failure,
-    shared_columns,
-    split_files,
-    split_names,
-)
+from lorakit.data.directories import SplitFiles
+from lorakit.data.file_names import listed, split_names
+from lorakit.data.files import read_rows, stream_rows
+from lorakit.data.paths import PathOption, find_files
+from lorakit.data.sources import Split, hub_failure, joined_split
 from lorakit.errors import DataError
 
 #: Size and time of change of a file.
 Stamp = tuple[int, int]
 
-#: As many rows of each file stand for all where a task looks at its rows before it reads them.
+#: As many rows of each file stand for all where a task looks at its rows before it reads them;
+#: fewer, but some, of each of many files.
 HEAD_ROWS = 200
+_HEAD_ROWS_IN_ALL = 4000
+_FEWEST_HEAD_ROWS = 20
 
 Row = Mapping[str, Any]
+
+
+class FileChanged(DataError):
+    """A file is not what it was when the stream was opened."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,10 @@ class Located:
 
 @dataclass(frozen=True)
 class Stream:
-    """``head`` is a split of the first rows of each file; its fingerprint is of them and of the
-    files' sizes. ``read`` begins anew at the first row each time it is called; each of its rows
-    has the columns of ``head``, and a key that first stands further on is not read. A file that
-    changes from then on is a DataError, between two passes over it."""
+    """``head`` is a split of the first rows of each file; its fingerprint is of them and, behind a
+    colon, of the files' sizes. ``read`` begins anew at the first row each time it is called; each
+    of its rows has the columns of ``head``, None for one that is not there, and all of its own. A
+    file that changes from then on is FileChanged, between two passes over it."""
 
     head: Split
     read: Callable[[], Iterator[Located]]
@@ -70,39 +71,44 @@ def open_stream(
     if path is None:
         stream = _open_hub(hub, split, head_rows)
     else:
-        files = split_files(path, split)
-        stream = _open_files(files, split, head_rows) if files else None
+        there = find_files(path, split)
+        share = max(_HEAD_ROWS_IN_ALL // max(len(there.files), 1), _FEWEST_HEAD_ROWS)
+        stream = _open_files(there, split, min(head_rows, share)) if there.files else None
     if stream is None or limit is None:
         return stream
     unlimited = stream.read
     return Stream(stream.head, lambda: islice(unlimited(), limit))
 
 
-def _open_files(files: list[Path], split: str, head_rows: int) -> Stream:
-    stamps = [_stamp(file) for file in files]
-    parts = [read_rows(file, head_rows) for file in files]
-    digest = hashlib.sha256()
-    for file, part in zip(files, parts, strict=True):
-        if not len(part.rows):
-            raise DataError(f"{file}: the file has no rows")
-        digest.update(f"{part.digest}:{file.stat().st_size}\n".encode())
-    names = [column_names(part.rows) for part in parts]
-    common = shared_columns(names)
-    head = Split(
-        name=split,
-        rows=JoinedRows([part.rows for part in parts], common),
-        source=", ".join(map(str, files)),
-        fingerprint=f"stream:{digest.hexdigest()}",
-        files=tuple((file, len(part.rows)) for file, part in zip(files, parts, strict=True)),
-    )
-    return Stream(head, partial(_read_files, files, stamps, common))
+def _open_files(there: SplitFiles, split: str, head_rows: int) -> Stream:
+    stamps = [_stamp(file) for file in there.files]
+    parts = [(file, read_rows(file, head_rows)) for file in there.files]
+    if not any(len(part.rows) for _, part in parts):
+        raise DataError(f"{listed(there.files)}: the split {split!r} is empty")
+    begun = hashlib.sha256()
+    for _, part in parts:
+        begun.update(json.dumps(list(part.rows), sort_keys=True, default=str).encode())
+    sizes = hashlib.sha256(json.dumps([size for size, _ in stamps]).encode())
+    fingerprint = f"stream:{begun.hexdigest()}:{sizes.hexdigest()}"
+    head = joined_split(split, parts, there, fingerprint, begun=True)
+    return Stream(head, partial(_read_files, there.files, stamps, head.columns))
 
 
-def _read_files(files: list[Path], stamps: list[Stamp], columns: list[str]) -> Iterator[Located]:
+def same_beginning(fingerprint: object, other: object) -> bool:
+    """Whether two fingerprints are of streams that begin alike, whatever the sizes of their
+    files."""
+    begun, _, sizes = str(fingerprint).rpartition(":")
+    return begun.startswith("stream:") and bool(sizes) and str(other).startswith(f"{begun}:")
+
+
+def _read_files(
+    files: list[Path], stamps: list[Stamp], columns: Sequence[str]
+) -> Iterator[Located]:
+    blank = dict.fromkeys(columns)
     for file, stamp in zip(files, stamps, strict=True):
         _check_unchanged(file, stamp)
-        for number, row in enumerate(_rows_of(file), 1):
-            yield Located(str(file), number, {name: row.get(name) for name in columns})
+        for number, row in enumerate(stream_rows(file), 1):
+            yield Located(str(file), number, {**blank, **row})
         _check_unchanged(file, stamp)
 
 
@@ -116,15 +122,7 @@ def _stamp(file: Path) -> Stamp:
 
 def _check_unchanged(file: Path, stamp: Stamp) -> None:
     if _stamp(file) != stamp:
-        raise DataError(f"{file}: the file has changed since it was first read")
-
-
-def _rows_of(file: Path) -> Iterator[Row]:
-    if file.suffix == ".parquet":
-        return parquet_rows(file)
-    if file.suffix in (".csv", ".tsv"):
-        return delimited_rows(file)
-    return (row for _, row in json_rows(file) if row is not None)
+        raise FileChanged(f"{file}: the file has changed since it was first read")
 
 
 def _open_hub(hub: tuple[str, str | None] | None, split: str, head_rows: int) -> Stream | None:

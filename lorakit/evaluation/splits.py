@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lorakit.data.cache import CACHED_ROWS, EncodedCache, encoding_key
-from lorakit.data.sources import ALIASES, Split, split_files
+from lorakit.data.paths import no_split
+from lorakit.data.sources import Split
 from lorakit.errors import DataError
 from lorakit.tasks.base import GenerationSection, Task
+from lorakit.tasks.unused import unused_note
 
 
 def load_eval_split(task: Task, config: Any, name: str | None, limit: int | None) -> Split:
@@ -19,10 +21,10 @@ def load_eval_split(task: Task, config: Any, name: str | None, limit: int | None
         config = config.model_copy(update={"limit_train": limit, "limit_eval": limit})
     found = task.load(config, name)
     if found is None:
-        source = config.path or "/".join(part for part in task.hub_source(config) or () if part)
-        there = [split for split in ALIASES if config.path and split_files(config.path, split)]
-        allowed = f"; allowed: {', '.join(there)}" if there else ""
-        raise DataError(f"{source}: no split {name!r}{allowed}")
+        if config.path is None:
+            source = "/".join(part for part in task.hub_source(config) or () if part)
+            raise DataError(f"{source}: no split {name!r}")
+        raise no_split(config.path, name)
     return found
 
 
@@ -36,11 +38,19 @@ def with_labels(task: Task, config: Any, trained: Sequence[str] | None) -> Any:
     return task.resolve(config, task.load(config, "train"))
 
 
-def settle(task: Task, config: Any, split: Split, say: Callable[[str], None]) -> tuple[Task, Any]:
-    """The task that reads ``split``, and its config; says what was chosen and recognised."""
+def settle(
+    task: Task, config: Any, split: Split, say: Callable[[str], None], streamed: bool = False
+) -> tuple[Task, Any]:
+    """The task that reads ``split``, and its config; says which files and columns the split has
+    where that was not plain, what was chosen and recognised, and what of the rows is not used.
+    ``streamed`` says that ``split`` is the beginning of a stream."""
     chosen, own = task.chosen(config, split)
+    for note in split.notes:
+        say(note)
     for note in chosen.notes(own, split):
         say(note if chosen is task else f"{note}: task {own.name}")
+    if unused := unused_note(chosen, own, split, streamed):
+        say(unused)
     return chosen, own
 
 

@@ -44,6 +44,25 @@ TextList = Annotated[
 ]
 
 
+#: A file, a glob, or a list of these.
+Files = Text | Annotated[list[Text], Field(min_length=1)]
+_DataPath = Files | Annotated[dict[str, Files], Field(min_length=1)] | None
+
+
+def _without_weights(value: Any) -> Any:
+    """Raises ValueError for a mixture, ``{path: FILE, weight: N}``, which is not supported."""
+    parts = value if isinstance(value, list) else [value]
+    inner = [v for part in parts if isinstance(part, dict) for v in part.values()]
+    lists = [item for v in inner if isinstance(v, list) for item in v]
+    if any(isinstance(part, dict) and "weight" in part for part in [*parts, *inner, *lists]):
+        raise ValueError("weights are not supported: allowed are files and globs without them")
+    return value
+
+
+#: A directory, files (the train split), or files by split.
+DataPath = Annotated[_DataPath, BeforeValidator(_without_weights, json_schema_input_type=_DataPath)]
+
+
 class Section(BaseModel):
     """A part of the recipe: strict types, unknown keys refused, values never change."""
 
@@ -73,13 +92,15 @@ class AdapterSection(Section):
 class TaskSection(Section):
     """``task``: what every task has; a task's own keys stand in its file.
 
+    ``path`` is a directory whose files are named by split, or a file, a glob or a list of these
+    (the train split), or a mapping of splits to these; null reads the Hub's data set.
     ``max_length`` is in tokens; ``limit_train`` and ``limit_eval`` keep the first N rows. With
     ``streaming`` the train split is read while it is trained on, neither held nor written, and
     shuffled in a buffer of ``shuffle_buffer_rows``.
     """
 
     name: Text
-    path: Text | Annotated[list[Text], Field(min_length=1)] | dict[str, Text] | None = None
+    path: DataPath = None
     max_length: PositiveInt = 512
     limit_train: PositiveInt | None = None
     limit_eval: PositiveInt | None = None

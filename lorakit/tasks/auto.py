@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Literal
 
 from lorakit.data.examples import Example
@@ -63,6 +63,14 @@ class Auto(FormattedTask):
                     "no such key; allowed: without it, or other rows"
                 )
         return task, own
+
+    def read_columns(self, config: Any, columns: Sequence[str]) -> Collection[str] | None:
+        task, own = self._delegate(columns, config)
+        return task.read_columns(own, columns)
+
+    def unread_keys(self, row: Row, config: Any) -> Iterable[str]:
+        task, own = self._delegate(tuple(row), config)
+        return task.unread_keys(row, own)
 
     def generates(self, config: Any, final: bool = True) -> bool:
         """Whether the task that the rows choose may."""

@@ -7,7 +7,7 @@ inside its functions only.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -113,6 +113,17 @@ class Task(ABC):
     def notes(self, config: Any, split: Split) -> list[str]:
         """What was recognised in the rows of ``split``, to be said once."""
         return []
+
+    def read_columns(self, config: Any, columns: Sequence[str]) -> Collection[str] | None:
+        """Those that the task reads of rows with ``columns``, or that its data is known to have
+        beside them. The others are named where data is loaded, so that no column is dropped
+        without a word; None, for a task whose code alone knows, names nothing."""
+        return None
+
+    def unread_keys(self, row: Row, config: Any) -> Iterable[str]:
+        """Keys inside the columns of ``row`` that the task does not read, as ``COLUMN[].KEY``; must
+        not raise, whatever the row holds."""
+        return ()
 
     def resolve(self, config: Any, train: Split | None) -> Any:
         """``config`` with what is learnt from the train split written out (class names); called

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Literal
 
 from pydantic import model_validator
@@ -14,20 +14,26 @@ from lorakit.recipe.sections import Text
 from lorakit.tasks.base import GenerationSection, Prediction, Row
 from lorakit.tasks.formats import FormattedTask
 from lorakit.tasks.matches import exact_matches
+from lorakit.tasks.message import REASONING, Turn
+from lorakit.tasks.tool_calls import read_tools
 from lorakit.tasks.turns import (
-    Message,
+    history_turns,
     instruction_turns,
     pair,
     read_turns,
     required_text,
-    system_turn,
+    unread_message_keys,
+    with_system,
 )
+
+_MESSAGES = {"messages": "messages", "sharegpt": "conversations"}
 
 
 class ChatConfig(GenerationSection):
     """``format`` is the rows' shape, ``auto`` from their columns: ``messages`` (``role``,
-    ``content``), ``sharegpt`` (``conversations`` of ``from``, ``value``; ``system``), ``alpaca``
-    (``instruction``, ``input``, ``output``, ``system``), ``prompt_completion``.
+    ``content``), ``sharegpt`` (``conversations`` of ``from``, ``value``), ``alpaca``
+    (``instruction``, ``input``, ``output``), ``prompt_completion``; each with the columns
+    ``system`` and ``tools``, the last two also with ``history``, if there are any.
     ``messages_column`` names a column of messages instead. ``stop`` are texts before which a
     generation ends. ``dataset_name`` and ``dataset_config_name`` are a Hub data set, read when
     ``path`` is null.
@@ -54,9 +60,12 @@ class ChatConfig(GenerationSection):
 
 
 class Chat(FormattedTask):
-    """Every assistant turn is trained. Turns after the last one of the assistant's teach nothing
-    and are left out, so that a chat may end with the user's word. What is generated is the last
-    turn of the assistant's."""
+    """Each assistant turn is trained, those of ``history`` too, unless its ``train``, ``training``,
+    ``loss`` or ``weight`` says otherwise.
+
+    Turns after the last trained one teach nothing and are left out, so that a chat may end with
+    the user's. What is generated is the last trained turn.
+    """
 
     names = ("chat",)
     summary = "messages through the model's chat template, loss on the assistant's turns"
@@ -68,19 +77,47 @@ class Chat(FormattedTask):
     def own_columns(self, config: Any) -> tuple[str, ...]:
         return (config.messages_column,) if config.messages_column else ()
 
+    def read_columns(self, config: Any, columns: Sequence[str]) -> Collection[str] | None:
+        read = super().read_columns(config, columns) or ()
+        return (*read, "system", "tools")
+
+    def unread_keys(self, row: Row, config: Any) -> Iterable[str]:
+        if column := self._messages_column(tuple(row), config):
+            return unread_message_keys(row.get(column), column)
+        return ()
+
+    def notes(self, config: Any, split: Split) -> list[str]:
+        said = super().notes(config, split)
+        if "history" in (self.read_columns(config, split.columns) or ()) and (
+            "history" in split.columns
+        ):
+            said.append(f"{split.source}: the answers in column history are trained too")
+        return said
+
     def example(self, row: Row, config: Any) -> ChatExample:
-        messages = self._messages(row, config)
-        while messages and messages[-1]["role"] != "assistant":
-            messages.pop()
-        if not messages:
+        turns = self._turns(row, config)
+        trained = [turn.trained for turn in turns]
+        if not any(trained):
+            if any(turn.message["role"] == "assistant" for turn in turns):
+                raise DataError(
+                    "no turn of the assistant is trained (by train, training, loss or weight): "
+                    "nothing to train on"
+                )
             raise DataError("the chat has no turn of the assistant: nothing to train on")
-        return ChatExample(tuple(messages))
+        last = max(index for index, flag in enumerate(trained) if flag)
+        return ChatExample(
+            tuple(turn.message for turn in turns[: last + 1]),
+            tuple(trained[: last + 1]),
+            read_tools(row.get("tools"), "tools"),
+        )
 
     def prompt(self, row: Row, config: Any) -> ChatExample:
-        before = self.example(row, config).messages[:-1]
+        example = self.example(row, config)
+        before = example.messages[:-1]
         if not before:
             raise DataError("nothing stands before the assistant's only turn: nothing to answer")
-        return ChatExample(before)
+        _text_of(example)
+        return ChatExample(before, (False,) * len(before), example.tools)
 
     def stop_texts(self, config: Any) -> tuple[str, ...]:
         return tuple(config.stop)
@@ -91,29 +128,40 @@ class Chat(FormattedTask):
     def metrics(
         self, predictions: Sequence[Prediction], split: Split, config: Any
     ) -> dict[str, float]:
-        """``exact_match`` with the assistant's last turn."""
-        return exact_matches(
-            predictions, split, lambda row: self.example(row, config).messages[-1]["content"]
-        )
+        """``exact_match`` with the text of the last trained turn."""
+        return exact_matches(predictions, split, lambda row: _text_of(self.example(row, config)))
 
-    def _messages(self, row: Row, config: Any) -> list[Message]:
+    def _messages_column(self, columns: tuple[str, ...], config: Any) -> str | None:
+        """The column that holds messages; None for the formats of one question and one answer."""
         if config.messages_column:
-            return read_turns(row[config.messages_column], config.messages_column)
-        shape = self.format_of(tuple(row), config).name
-        if shape == "messages":
-            return read_turns(row["messages"], "messages")
-        if shape == "sharegpt":
-            return [*system_turn(row), *read_turns(row["conversations"], "conversations")]
-        if shape == "alpaca":
-            return _answered(instruction_turns(row), "output")
-        turns = pair(required_text(row, "prompt"), required_text(row, "completion"))
-        return _answered(turns, "completion")
+            return str(config.messages_column)
+        return _MESSAGES.get(self.format_of(columns, config).name)
+
+    def _turns(self, row: Row, config: Any) -> list[Turn]:
+        columns = tuple(row)
+        if column := self._messages_column(columns, config):
+            return with_system(row, read_turns(row[column], column))
+        if self.format_of(columns, config).name == "alpaca":
+            turns, answer = instruction_turns(row), "output"
+        else:
+            turns = pair(required_text(row, "prompt"), required_text(row, "completion"))
+            answer = "completion"
+        if not row[answer].strip():
+            raise DataError(f"column {answer!r} is empty: nothing to train on")
+        return with_system(row, [*history_turns(row), *turns])
 
 
-def _answered(messages: list[Message], column: str) -> list[Message]:
-    if not messages[-1]["content"].strip():
-        raise DataError(f"column {column!r} is empty: nothing to train on")
-    return messages
+def _text_of(example: ChatExample) -> str:
+    """What a generated text is compared with. Raises DataError for a turn that is more than text:
+    the model writes its calls and its reasoning too, as the chat template has them."""
+    message = example.messages[-1]
+    for key in ("tool_calls", *REASONING):
+        if message.get(key):
+            raise DataError(
+                f"message {len(example.messages)}: the last trained turn has {key}, and exact "
+                "match compares plain text; allowed: task.eval_generate = never, or rows without"
+            )
+    return str(message["content"])
 
 
 TASK = Chat()

@@ -9,11 +9,12 @@ from pydantic import model_validator
 
 from lorakit.data.examples import Segment, TextExample
 from lorakit.data.sources import Split
-from lorakit.errors import DataError
+from lorakit.errors import DataError, shown
 from lorakit.recipe.sections import Text
 from lorakit.tasks.base import GenerationSection, Prediction, Row
 from lorakit.tasks.formats import FormattedTask
 from lorakit.tasks.matches import exact_matches
+from lorakit.tasks.message import holds_something
 from lorakit.tasks.template import TemplateText, check_columns, fill, template_columns
 from lorakit.tasks.turns import optional_text, required_text
 
@@ -30,8 +31,9 @@ _WITHOUT_INPUT = (
 
 class CompletionConfig(GenerationSection):
     """``format`` is the rows' shape, ``auto`` from their columns: ``prompt_completion``, or
-    ``alpaca`` (``instruction``, ``input``, ``output``) in the original Alpaca prompt, where a
-    row's own ``system`` stands in place of the first sentences.
+    ``alpaca`` (``instruction``, ``input``, ``output``) in the original Alpaca prompt. A row's own
+    ``system`` stands in place of the first sentences there, and before the prompt, with an empty
+    line between, in ``prompt_completion``. ``history`` and ``tools`` need ``task.name: chat``.
 
     Columns of your own: ``prompt_column`` and ``completion_column`` name them, or ``template`` and
     ``completion_template`` make the texts of them: ``"Question: {question}\\nAnswer:"`` and
@@ -74,6 +76,7 @@ class Completion(FormattedTask):
     kind = "causal"
     formats = ("prompt_completion", "alpaca")
     column_keys = "task.prompt_column and task.completion_column, or task.template"
+    refused = ("history", "tools")
 
     def own_columns(self, config: Any) -> tuple[str, ...]:
         if not any((config.prompt_column, config.template, config.completion_column,
@@ -122,9 +125,21 @@ class Completion(FormattedTask):
     def _prompt(self, row: Row, config: Any) -> str:
         if config.template:
             return fill(config.template, row)
+        if self.own_columns(config):
+            return required_text(row, config.prompt_column or "prompt")
+        self._check_single_turn(row)
         if self._is_alpaca(row, config):
             return _alpaca_prompt(row)
-        return required_text(row, config.prompt_column or "prompt")
+        prompt, system = required_text(row, "prompt"), optional_text(row, "system")
+        return f"{system}\n\n{prompt}" if system else prompt
+
+    def _check_single_turn(self, row: Row) -> None:
+        for column in self.refused:
+            if holds_something(row.get(column)) and row[column] != "[]":
+                raise DataError(
+                    f"column {column!r} holds {shown(row[column])}; allowed: an empty one, or "
+                    f"task.name: chat, which reads {column}"
+                )
 
     def completion(self, row: Row, config: Any) -> str:
         """What the row's prompt is to be continued with. Raises DataError if it is no text."""

@@ -11,7 +11,7 @@ computes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from lorakit.data.examples import Segment, TextExample
@@ -46,6 +46,9 @@ class E2eNlg(Task):
 
     def columns(self, config: Any) -> tuple[str, ...]:
         return (_SOURCE, _TARGET)
+
+    def read_columns(self, config: Any, columns: Sequence[str]) -> Collection[str] | None:
+        return self.columns(config)
 
     def example(self, row: Row, config: Any) -> TextExample:
         reference = _text(row, _TARGET)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -23,18 +23,25 @@ class Format:
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
 
+    def without(self, columns: Sequence[str]) -> Format:
+        """The same, but for the optional ``columns``."""
+        return replace(self, optional=tuple(c for c in self.optional if c not in columns))
+
     def __str__(self) -> str:
         more = f"; may have {', '.join(self.optional)}" if self.optional else ""
         return f"{self.name} ({_named(self.required)}{more})"
 
 
+#: What may stand around a question and its answer.
+_AROUND = ("system", "history", "tools")
+
 FORMATS = {
     found.name: found
     for found in (
-        Format("messages", "OpenAI messages", ("messages",)),
-        Format("sharegpt", "ShareGPT", ("conversations",), ("system",)),
-        Format("alpaca", "Alpaca", ("instruction", "output"), ("input", "system")),
-        Format("prompt_completion", "prompt and completion", ("prompt", "completion")),
+        Format("messages", "OpenAI messages", ("messages",), ("system", "tools")),
+        Format("sharegpt", "ShareGPT", ("conversations",), ("system", "tools")),
+        Format("alpaca", "Alpaca", ("instruction", "output"), ("input", *_AROUND)),
+        Format("prompt_completion", "prompt and completion", ("prompt", "completion"), _AROUND),
         Format("text", "plain text", ("text",)),
     )
 }
@@ -71,6 +78,8 @@ class FormattedTask(Task):
     formats: ClassVar[tuple[str, ...]]
     #: The keys by which a recipe names columns of its own.
     column_keys: ClassVar[str]
+    #: Optional columns of the formats that the task refuses unless they are empty.
+    refused: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def own_columns(self, config: Any) -> tuple[str, ...]:
@@ -90,26 +99,33 @@ class FormattedTask(Task):
             return FORMATS[config.format]
         return recognise(tuple(columns), self.formats)
 
+    def read_columns(self, config: Any, columns: Sequence[str]) -> Collection[str] | None:
+        if own := self.own_columns(config):
+            return own
+        found = self.format_of(columns, config)
+        return (*found.required, *found.optional)
+
     def check_columns(self, split: Split, config: Any) -> None:
         super().check_columns(split, config)
         if self.own_columns(config):
             return
         try:
-            self.format_of(split.columns, config)
+            found = self.format_of(split.columns, config)
         except DataError as error:
             if fitting(tuple(split.columns), self.formats):
                 raise DataError(f"{split.source}: {error}") from error
             row = dict(next(iter(split.rows)))
-            allowed = ", ".join(str(FORMATS[name]) for name in self.formats)
+            allowed = ", ".join(str(FORMATS[name].without(self.refused)) for name in self.formats)
             raise DataError(
                 f"{split.locate(0)}: {error}; the row is {shown(row, 200)}; allowed: {allowed}, "
                 f"or columns of your own by {self.column_keys}"
             ) from error
+        split.require(found.required)
 
     def notes(self, config: Any, split: Split) -> list[str]:
         if self.own_columns(config) or config.format != "auto":
             return []
-        found = self.format_of(split.columns, config)
+        found = self.format_of(split.columns, config).without(self.refused)
         there = [name for name in found.optional if name in split.columns]
         columns = _named((*found.required, *there))
         return [f"{split.source}: recognised as {found.title} ({columns})"]

@@ -7,9 +7,10 @@ Columns and label ids are those of the Hub's ``nyu-mll/glue``. ``glue/mnli`` eva
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from lorakit.data.sources import split_files
+from lorakit.data.paths import split_files
 from lorakit.recipe.sections import TaskSection
 from lorakit.tasks.labelled import LabelledTask, Labelling
 
@@ -51,6 +52,9 @@ class Glue(LabelledTask):
 
     def labelling(self, config: Any) -> Labelling:
         return _LABELLINGS[_short(config)]
+
+    def read_columns(self, config: Any, columns: Sequence[str]) -> Collection[str] | None:
+        return (*self.columns(config), "idx")
 
     def hub_source(self, config: Any) -> tuple[str, str | None] | None:
         return (HUB_DATASET, _short(config))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,9 @@ class LabelledTask(Task):
     def columns(self, config: Any) -> tuple[str, ...]:
         found = self.labelling(config)
         return tuple(name for name in (found.text, found.pair, found.label) if name is not None)
+
+    def read_columns(self, config: Any, columns: Sequence[str]) -> Collection[str] | None:
+        return self.columns(config)
 
     def labels(self, config: Any, train: Split | None) -> list[str] | None:
         found = self.labelling(config).labels

@@ -21,13 +21,20 @@ def exact_matches(
 def paired(
     predictions: Sequence[Prediction], split: Split, reference: Callable[[Row], str]
 ) -> tuple[list[str], list[str]]:
-    """Predictions and references. Raises DataError for a wrong count and for what is no text."""
+    """Predictions and references. Raises DataError for a wrong count, for what is no text, and with
+    file and row for a row that has no reference."""
     if len(predictions) != len(split):
         raise DataError(f"{split.source}: {len(predictions)} predictions for {len(split)} rows")
     for number, prediction in enumerate(predictions, 1):
         if not isinstance(prediction, str):
             raise DataError(f"prediction {number}: {shown(prediction)}; allowed: text")
-    return list(predictions), [reference(row) for row in split.rows]
+    references: list[str] = []
+    try:
+        for row in split.rows:
+            references.append(reference(row))  # noqa: PERF401 (an error needs the row)
+    except DataError as error:
+        raise DataError(f"{split.locate(len(references))}: {error}") from error
+    return list(predictions), references
 
 
 def text_scores(

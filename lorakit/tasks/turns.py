@@ -1,56 +1,82 @@
-"""Rows of chats -> messages ``{"role", "content"}``, whichever names the data has for them."""
+"""Rows of chats -> turns, from whichever columns the data has."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from lorakit.errors import DataError, shown
 from lorakit.tasks.base import Row
-
-ROLES = ("system", "user", "assistant", "tool")
-#: ShareGPT's words for the roles, and those of data made in its shape.
-_FROM = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-}
-
-Message = dict[str, str]
+from lorakit.tasks.message import Turn, read_message, unread_keys
+from lorakit.tasks.tool_calls import is_columnar, read_list
 
 
-def read_turns(value: Any, column: str) -> list[Message]:
+def read_turns(value: Any, column: str) -> list[Turn]:
     """A column's list of ``{"role", "content"}`` or ``{"from", "value"}``. Raises DataError."""
     if not isinstance(value, list) or not value:
         raise DataError(f"column {column!r} holds {shown(value)}; allowed: a list of messages")
-    return [_message(turn, number, column) for number, turn in enumerate(value, 1)]
+    calls = any(isinstance(turn, dict) and turn.get("tool_calls") for turn in value)
+    columnar = calls and is_columnar(value)
+    return [
+        read_message(turn, f"column {column!r}, message {number}", columnar)
+        for number, turn in enumerate(value, 1)
+    ]
 
 
-def system_turn(row: Row) -> list[Message]:
-    """The text of the column ``system``, if there is one, as a first message."""
+def unread_message_keys(value: Any, column: str) -> Iterator[str]:
+    """``COLUMN[].KEY`` for each key of the messages that ``read_turns`` does not read."""
+    for turn in value if isinstance(value, list) else ():
+        for key in unread_keys(turn):
+            yield f"{column}[].{key}"
+
+
+def with_system(row: Row, turns: list[Turn]) -> list[Turn]:
+    """``turns`` behind the text of the column ``system``, if the row has one. Raises DataError if
+    they begin with another system message."""
     text = optional_text(row, "system")
-    return [{"role": "system", "content": text}] if text else []
+    if not text:
+        return turns
+    first = turns[0].message
+    if first["role"] != "system":
+        return [Turn({"role": "system", "content": text}, trained=False), *turns]
+    if first["content"] != text:
+        raise DataError(
+            f"column 'system' holds {shown(text)} and message 1 is the system message "
+            f"{shown(first['content'])}; allowed: one of them, or the same text in both"
+        )
+    return turns
 
 
-def instruction_turns(row: Row) -> list[Message]:
+def history_turns(row: Row) -> list[Turn]:
+    """Alpaca's column ``history``: the earlier turns, as pairs of a question and its answer.
+    Raises DataError."""
+    allowed = "[[QUESTION, ANSWER], ...]"
+    turns: list[Turn] = []
+    pairs = read_list(row.get("history"), "column 'history' holds", allowed)
+    for number, found in enumerate(pairs, 1):
+        where = f"column 'history', pair {number}"
+        texts = list(found) if isinstance(found, (list, tuple)) else []
+        if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
+            raise DataError(f"{where}: {shown(found)}; allowed: two texts, as in {allowed}")
+        if not texts[1].strip():
+            raise DataError(f"{where}: the answer is empty: nothing to train on")
+        turns += pair(*texts)
+    return turns
+
+
+def instruction_turns(row: Row) -> list[Turn]:
     """Alpaca's row: the instruction, and the input behind an empty line, ask for the output."""
     instruction, given = required_text(row, "instruction"), optional_text(row, "input")
     asked = f"{instruction}\n\n{given}" if given else instruction
-    return [*system_turn(row), *pair(asked, required_text(row, "output"))]
+    return pair(asked, required_text(row, "output"))
 
 
-def pair(asked: str, answer: str) -> list[Message]:
+def pair(asked: str, answer: str) -> list[Turn]:
     """A question and its answer."""
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    return [
+        Turn({"role": "user", "content": asked}, trained=False),
+        Turn({"role": "assistant", "content": answer}, trained=True),
+    ]
 
 
 def required_text(row: Row, column: str) -> str:
@@ -67,49 +93,3 @@ def optional_text(row: Row, column: str) -> str:
     if value is None:
         return ""
     return value if required_text(row, column).strip() else ""
-
-
-def _message(turn: Any, number: int, column: str) -> Message:
-    where = f"column {column!r}, message {number}"
-    if not isinstance(turn, dict):
-        raise DataError(f'{where}: {shown(turn)}; allowed: {{"role": ..., "content": ...}}')
-    for key in ("tool_calls", "function_call"):
-        if turn.get(key):
-            raise DataError(f"{where}: {key} = {shown(turn[key])}; allowed: text only")
-    role, content = _role(turn, where)
-    if role == "assistant" and turn.get("weight") not in (None, 1):
-        raise DataError(
-            f"{where}: weight = {shown(turn['weight'])}; allowed: 1, as each of the assistant's "
-            "turns is trained"
-        )
-    if role == "assistant" and not content.strip():
-        raise DataError(f"{where}: the assistant's content is empty: nothing to train on")
-    return {"role": role, "content": content}
-
-
-def _role(turn: dict[str, Any], where: str) -> tuple[str, str]:
-    """Role and content. Rows from parquet have every key that any turn has, null in the others."""
-    if turn.get("role") is None and turn.get("from") is not None:
-        names, role_key, text_key = _FROM, "from", "value"
-    else:
-        names, role_key, text_key = {role: role for role in ROLES}, "role", "content"
-    role, content = turn.get(role_key), turn.get(text_key)
-    if not isinstance(role, str) or role not in names:
-        raise DataError(f"{where}: {role_key} = {shown(role)}; allowed: {', '.join(names)}")
-    text = _joined(content)
-    if text is None:
-        raise DataError(f"{where}: {text_key} = {shown(content)}; allowed: text")
-    return names[role], text
-
-
-def _joined(content: Any) -> str | None:
-    """Text, or OpenAI's list of parts ``{"type": "text", "text": ...}`` as one; None for others."""
-    if not isinstance(content, list):
-        return content if isinstance(content, str) else None
-    texts: list[str] = []
-    for part in content:
-        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-        if not isinstance(text, str):
-            return None
-        texts.append(text)
-    return "".join(texts) if texts else None

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +54,9 @@ class WikiSql(Task):
 
     def columns(self, config: Any) -> tuple[str, ...]:
         return ("question", "table_id", "header", "types", "sql")
+
+    def read_columns(self, config: Any, columns: Sequence[str]) -> Collection[str] | None:
+        return (*self.columns(config), "phase")
 
     def example(self, row: Row, config: Any) -> TextExample:
         try:

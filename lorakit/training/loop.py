@@ -17,7 +17,15 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lorakit.data.batches import Batch, to_device
 from lorakit.data.plan import Bin, StepSource
-from lorakit.errors import EvaluationError, Interrupted, TrainingError, UserError
+from lorakit.data.stream import FileChanged
+from lorakit.errors import (
+    BadRow,
+    DataError,
+    EvaluationError,
+    Interrupted,
+    TrainingError,
+    UserError,
+)
 from lorakit.evaluation.watch import EvaluationStopped
 from lorakit.methods.base import RunHooks
 from lorakit.training.best import Best
@@ -85,15 +93,19 @@ class Loop:
         restore_random_states(snapshot.random)
 
     def run(self) -> None:
-        """Train to the end. Raises TrainingError if the loss is no longer finite, Interrupted
-        after a signal, with a checkpoint saved."""
+        """Train to the end. Raises TrainingError if the loss is no longer finite; with a checkpoint
+        saved, Interrupted after a signal, and DataError, BadRow among them, for a stream that
+        cannot be read on."""
         self.objective.train()
         self._window_start = time.monotonic()
         if self.progress.step and self._evaluation_due():
             self._evaluate()
         while self.progress.step < self.schedule.total_steps and not self.progress.stopped_early:
             began = time.monotonic()
-            self._train_step()
+            try:
+                self._train_step()
+            except DataError as error:  # of a stream's rows, before anything of the step
+                self._stop_for_data(error)
             self.progress.seconds += time.monotonic() - began
             self._log()
             if self.stop:
@@ -264,6 +276,15 @@ class Loop:
         if stopping:
             self.recorder.display.say(stopping)
         self._window_start += time.monotonic() - began
+
+    def _stop_for_data(self, error: DataError) -> NoReturn:
+        saved = self.save()
+        changed = isinstance(error, FileChanged)
+        raise (DataError if changed else BadRow)(
+            f"{error}; stopped at step {self.progress.step} of {self.schedule.total_steps}; saved "
+            f"{saved}; {'put the file back' if changed else 'correct or remove the row'}, then go "
+            "on with --resume auto"
+        ) from error
 
     def _interrupt(self) -> NoReturn:
         saved = self.save()

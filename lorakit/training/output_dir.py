@@ -5,12 +5,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorakit.data.stream import same_beginning
 from lorakit.errors import UserError
 from lorakit.recipe.load import load_recipe
 from lorakit.recipe.sections import Recipe
@@ -70,16 +71,22 @@ def find_start(recipe: Recipe, resume: str | None) -> Start:
     return Start(found[-1], load_checkpoint(found[-1])) if found else Start()
 
 
-def check_same_data(data: dict[str, Any], checkpoint: Path) -> None:
-    """Raise UserError if the rows are not those of the run that wrote ``checkpoint``."""
-    before = _read_run(checkpoint.parent.parent).get("data") or {}
+def check_same_data(data: dict[str, Any], checkpoint: Path, say: Callable[[str], None]) -> None:
+    """Raise UserError if the rows are not those of the run that wrote ``checkpoint``. A run that a
+    stream's row ended may go on with files that begin alike and are of other sizes."""
+    run = _read_run(checkpoint.parent.parent)
+    before = run.get("data") or {}
     for split in before.keys() | data.keys() if before else ():
         then, now = ((of.get(split) or {}).get("fingerprint") for of in (before, data))
         if then != now:
             source = (data.get(split) or before[split])["source"]
-            raise UserError(f"--resume: {source}: the {split} data is not what the run began with")
+            if not (run.get("bad_row") and same_beginning(then, now)):
+                raise UserError(
+                    f"--resume: {source}: the {split} data is not what the run began with"
+                )
+            say(f"{source}: changed since a bad row ended the run; earlier rows are not compared")
         tokens = [(of.get(split) or {}).get("tokens") for of in (before, data)]
-        if None not in tokens and tokens[0] != tokens[1]:
+        if then == now and None not in tokens and tokens[0] != tokens[1]:
             raise UserError(
                 f"--resume: {data[split]['source']}: the {split} data gives {tokens[1]:,} tokens, "
                 f"and the run began with {tokens[0]:,}: tokenizer, chat template or lorakit itself "

@@ -18,7 +18,8 @@ _PACKAGES = ("lorakit", "torch", "transformers", "accelerate", "datasets", "safe
 @dataclass
 class RunRecord:
     """``seconds`` are those of training and its evaluations, over all resumes; ``exit_reason`` is
-    null while the run goes on."""
+    null while the run goes on. ``bad_row`` says that a row of a stream ended the run, which may be
+    resumed once the row is mended."""
 
     adapted_modules: list[dict[str, Any]]
     trainable_parameters: int
@@ -37,6 +38,7 @@ class RunRecord:
     ranks: list[dict[str, Any]] | None = None
     exit_reason: str | None = None
     message: str | None = None
+    bad_row: bool = False
 
     def write(self, path: Path) -> None:
         """Written beside and renamed."""

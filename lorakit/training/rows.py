@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit import registry
 from lorakit.data.encode import EncodedSplit, check_token_ids, encode_split, split_notes
+from lorakit.data.paths import no_split
 from lorakit.data.sources import Split
 from lorakit.data.stream import Stream, open_stream
 from lorakit.data.stream_steps import StreamEncoder
@@ -20,6 +21,7 @@ from lorakit.evaluation.splits import encoding_cache, settle
 from lorakit.models.window import embedding_rows
 from lorakit.recipe.sections import Recipe
 from lorakit.tasks.base import Task
+from lorakit.tasks.unused import UnusedWatch
 
 Say = Callable[[str], None]
 
@@ -56,8 +58,8 @@ def load_rows(recipe: Recipe, say: Say) -> Rows:
     stream = _open_stream(task, config) if config.streaming else None
     train = stream.head if stream else task.load(config, "train")
     if train is None:
-        raise DataError(f"task.path: no training split in {config.path}")
-    task, config = settle(task, config, train, say)
+        raise _no_train_split(task, config)
+    task, config = settle(task, config, train, say, streamed=stream is not None)
     if stream:
         task.check_columns(train, config)
     validation = task.load(config, task.eval_split(config))
@@ -100,7 +102,13 @@ def encode_rows(
     train: EncodedSplit | Streamed = encoded(rows.train)
     if rows.stream:
         largest = embedding_rows(model) if has_table else 2**31
-        encoder = StreamEncoder(to_example, tokenizer, config.max_length, largest)
+        watch = UnusedWatch(task, config, rows.train, say)
+
+        def streamed_example(row: Any) -> Any:
+            watch.see(row)
+            return to_example(row)
+
+        encoder = StreamEncoder(streamed_example, tokenizer, config.max_length, largest)
         train = Streamed(rows.stream, encoder)
     return train, encoded(rows.validation) if rows.validation is not None else None
 
@@ -115,6 +123,13 @@ def _say_endless(
             f"warning: {name}: {endless:,} of {len(encoded):,} rows do not end in a trained EOS: "
             "nothing there teaches the model to stop"
         )
+
+
+def _no_train_split(task: Task, config: Any) -> DataError:
+    if config.path is not None:
+        return no_split(config.path, "train")
+    source = "/".join(part for part in task.hub_source(config) or () if part)
+    return DataError(f"{source}: no split 'train'")
 
 
 def _open_stream(task: Task, config: Any) -> Stream | None:

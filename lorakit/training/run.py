@@ -9,8 +9,9 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from lorakit.errors import Interrupted
+from lorakit.errors import BadRow, Interrupted
 from lorakit.evaluation.watch import EvaluationStopped
+from lorakit.openmp import yield_cores
 from lorakit.recipe.check import check_recipe
 from lorakit.recipe.sections import Recipe
 from lorakit.recipe.write import write_recipe
@@ -46,12 +47,14 @@ class RunResult:
     steps: int
 
 
+@yield_cores()
 def train(recipe: Recipe, resume: str | None = None, say: Say = lambda text: None) -> RunResult:
     """Run a recipe to its end.
 
     ``resume`` is None for a fresh run, ``auto`` for the newest checkpoint in the output directory
     (or a fresh run where there is none), or a checkpoint directory. Raises UserError before
-    anything is written, TrainingError and Interrupted after.
+    anything is written, TrainingError and Interrupted after; DataError also for a stream that
+    cannot be read on, with a checkpoint saved.
     """
     check_recipe(recipe)
     start = find_start(recipe, resume)
@@ -62,7 +65,7 @@ def train(recipe: Recipe, resume: str | None = None, say: Say = lambda text: Non
     accelerator = build_accelerator(recipe)
     prepared = prepare(recipe, say)
     if start.checkpoint is not None:
-        check_same_data(prepared.data, start.checkpoint)
+        check_same_data(prepared.data, start.checkpoint, say)
     batching = build_batching(prepared, accelerator.device)
     say(plan_line(prepared, batching))
     with sole_run(prepared.recipe, resume, start) as output_dir:
@@ -163,6 +166,7 @@ def _run(
         stopped = isinstance(error, Interrupted | KeyboardInterrupt)
         record.exit_reason = "interrupted" if stopped else "failed"
         record.message = str(error) or type(error).__name__
+        record.bad_row = isinstance(error, BadRow)
         if loop is not None:
             _fill(record, loop)
         raise

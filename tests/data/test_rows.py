@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from lorakit.data import spool
 from lorakit.data.rows import JsonRows, row_range
 from lorakit.data.sources import Split, load_split
-from lorakit.data.spool import FileSource
+from lorakit.data.spool import FileSource, Room, allow_open_files
 from lorakit.errors import DataError
 
 ROWS: list[dict[str, Any]] = [
@@ -192,3 +193,31 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.Monke
     expected = r"a\.csv: cannot be written on the disk of .*No space left.*LORAKIT_CACHE"
     with pytest.raises(DataError, match=expected):
         loaded(str(file))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.jsonl.gz", "a.parquet"])
+def test_many_files_share_what_may_be_in_memory(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is small enough by itself, and there may be thousands."""
+    monkeypatch.setattr(spool, "IN_MEMORY_BYTES", 10_000)
+    rooms = [Room()]
+    monkeypatch.setattr("lorakit.data.sources.Room", lambda: rooms[0])
+    paths = [str(write(tmp_path / f"{n}{name}", TEXTS)) for n in range(8)]
+    split = loaded(paths)
+    assert [row["text"] for row in split.rows] == [row["text"] for row in TEXTS] * 8
+    assert 0 <= rooms[0].left < 5_000, "some are in memory, and not all"
+
+
+def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (600, hard))
+        allow_open_files(10)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (600, hard)
+        allow_open_files(700)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= min(700, hard)
+        allow_open_files(10**9)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

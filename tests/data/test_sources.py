@@ -72,7 +72,6 @@ def test_other_splits_go_by_their_own_name(tmp_path: Path, name: str) -> None:
 def test_other_files_of_a_directory_are_not_read(tmp_path: Path) -> None:
     for name in (
         "train.tables.jsonl",
-        "train.json",
         "train.txt",
         "train.db",
         "README.md",
@@ -118,8 +117,9 @@ def test_missing_files(tmp_path: Path) -> None:
 
 
 def test_unknown_format(tmp_path: Path) -> None:
-    message = refusal(write(tmp_path / "a.json"))
-    assert "unknown format; allowed: .jsonl, .jsonl.gz, .csv, .tsv, .parquet" in message
+    message = refusal(write(tmp_path / "a.txt"))
+    allowed = ".jsonl, .jsonl.gz, .json, .json.gz, .csv, .csv.gz, .tsv, .tsv.gz, .parquet"
+    assert message.endswith(f"unknown format; allowed: {allowed}")
 
 
 # Formats
@@ -330,7 +330,8 @@ def test_several_files_and_where_a_row_stands(tmp_path: Path) -> None:
         f"{files[2]}, row 1",
     ]
     assert [found.locate(index) for index in range(4)] == places
-    assert found.columns == ("text", "label")
+    assert found.columns == ("text", "label", "more")
+    assert found.column("more") == [None, None, 1, None, None]
     assert found.column("label") == [0, 1, 2, 0, 1]
 
 
@@ -342,26 +343,37 @@ def test_files_of_different_formats(tmp_path: Path) -> None:
     assert found.locate(2) == f"{files[1]}, row 2"
 
 
-def test_files_without_a_column_in_common(tmp_path: Path) -> None:
+def test_required_columns(tmp_path: Path) -> None:
     files = [
         write(tmp_path / "a.jsonl"),
         write(tmp_path / "b.jsonl", '{"body": "x", "label": 1}\n'),
     ]
     found = load_split(files, "train")
     assert found is not None
-    with pytest.raises(DataError, match="no column 'text'; the columns are 'label'"):
+    found.require(["label"])
+    with pytest.raises(DataError) as caught:
         found.require(["text", "label"])
-    with pytest.raises(DataError, match="no columns 'text', 'body'; the columns are 'label'"):
-        found.require(["text", "body"])
+    expected = f"{files[1]}, row 1: no column 'text'; the columns are 'body', 'label'"
+    assert str(caught.value) == expected
+    with pytest.raises(DataError) as caught:
+        found.require(["words", "kind"])
+    expected = "no columns 'words', 'kind'; the columns are 'text', 'label', 'body'"
+    assert str(caught.value) == f"{', '.join(files)}: {expected}"
 
 
-@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "csv", "both"])
 def test_files_that_share_no_column(tmp_path: Path, form: str) -> None:
-    put = write_parquet if form == "parquet" else lambda file, rows: write(file, lines(rows))
-    files = [
-        put(tmp_path / f"{name}.{form}", [{name: "x"}, {name: "y"}]) for name in ("text", "body")
-    ]
-    assert refusal(files) == "task.path: the files have no column in common"
+    def put(name: str, form: str) -> str:
+        file = tmp_path / f"{name}.{form}"
+        rows = [{name: "x"}, {name: "y"}]
+        if form == "parquet":
+            return write_parquet(file, rows)
+        return write(file, f"{name}\nx\ny\n" if form == "csv" else lines(rows))
+
+    forms = ("parquet", "jsonl") if form == "both" else (form, form)
+    files = [put("text", forms[0]), put("body", forms[1])]
+    x, y = ({"text": t, "body": None} for t in "xy")
+    assert rows_of(files) == [x, y, {"text": None, "body": "x"}, {"text": None, "body": "y"}]
 
 
 def test_files_whose_types_differ(tmp_path: Path) -> None:

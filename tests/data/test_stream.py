@@ -92,18 +92,32 @@ def test_rows_are_those_of_the_split(tmp_path: Path, name: str) -> None:
     assert len(list(stream_of(files, limit=11).read())) == 11
 
 
-def test_columns_are_those_of_the_head(tmp_path: Path) -> None:
-    rows = [{"id": "0"}, *ROWS, {"id": "1", "text": "", "late": 1}]
-    read = list(stream_of(str(write(tmp_path / "a.jsonl", rows))).read())
-    assert read[0].row == {"id": "0", "text": None}
-    assert read[-1].row == {"id": "1", "text": ""}
+def test_a_column_that_begins_late_is_read(tmp_path: Path) -> None:
+    rows = [{"id": "0"}, *ROWS, {"id": "1", "late": 1}, {"id": "2", "text": ""}]
+    files = [str(write(tmp_path / "a.jsonl", rows)), str(write(tmp_path / "b.jsonl", [{"x": 1}]))]
+    stream = stream_of(files)
+    assert stream.head.columns == ("id", "text", "x")
+    read = [located.row for located in stream.read()]
+    assert read[0] == {"id": "0", "text": None, "x": None}
+    assert read[-3:] == [
+        {"id": "1", "text": None, "x": None, "late": 1},
+        {"id": "2", "text": "", "x": None},
+        {"id": None, "text": None, "x": 1},
+    ]
+
+
+def test_of_many_files_fewer_first_rows_are_looked_at(tmp_path: Path) -> None:
+    files = [str(write(tmp_path / f"{n}.jsonl", ROWS[:50])) for n in range(150)]
+    stream = stream_of(files)
+    assert len(stream.head) == 150 * 26
+    assert sum(1 for _ in stream.read()) == 150 * 50
 
 
 def test_what_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"task\.path: no such file"):
         stream_of(str(tmp_path / "none.jsonl"))
     (tmp_path / "b.csv").write_text("id,text\n")
-    with pytest.raises(DataError, match=r"b\.csv: the file has no rows"):
+    with pytest.raises(DataError, match=r"b\.csv: the split 'train' is empty"):
         stream_of(str(tmp_path / "b.csv"))
     file = write(tmp_path / "a.jsonl")
     with file.open("a") as out:

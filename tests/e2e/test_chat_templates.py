@@ -139,6 +139,24 @@ def test_a_prompt_that_training_renders_otherwise(
     assert "train: 1 of 2 chats became 2 training rows" in err
 
 
+def test_reasoning_is_trained_where_the_template_writes_it(
+    prepared: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = chat("Is 51 prime?", "No, it is 3 times 17.")
+    row["messages"][-1]["reasoning_content"] = "51 = 3 * 17"
+    rows, err = trained(capsys, prepared(THINKS, row))
+    assert rows == [["<think>\n51 = 3 * 17\n</think>\n\nNo, it is 3 times 17.<|im_end|>"]]
+    assert "ignores" not in err
+    Path("model/chat_template.jinja").write_text(MARKED)
+    said = "train: the chat template ignores these keys of messages: 'reasoning_content' (1)"
+    for arguments in (
+        ("preview", "recipe.yaml"),
+        ("train", "recipe.yaml", "--dry-run"),
+        ("eval", "recipe.yaml", "--base", "--split", "train"),
+    ):
+        assert lorakit(capsys, *arguments)[1].count(said) == 1
+
+
 def test_a_message_that_only_the_prompt_has(
     prepared: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

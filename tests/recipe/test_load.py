@@ -144,7 +144,7 @@ def test_every_problem_is_listed_at_once_in_the_files_order(write: Write) -> Non
             "path: data.jsonl",
             "path: 3",
             "r:10: task.path = 3: wrong type (an integer); allowed: non-empty text or a non-empty "
-            "list of text or a mapping of names to text or null",
+            "list of text or a mapping of names to text or a non-empty list of text or null",
         ),
         (
             "learning_rate: 2e-4",
@@ -175,7 +175,14 @@ def test_every_problem_is_listed_at_once_in_the_files_order(write: Write) -> Non
             "path: data.jsonl",
             "path: {train: 3}",
             'r:10: task.path = {"train": 3}: holds something that is not allowed; allowed: '
-            "non-empty text or a non-empty list of text or a mapping of names to text or null",
+            "non-empty text or a non-empty list of text or a mapping of names to text or a "
+            "non-empty list of text or null",
+        ),
+        (
+            "path: data.jsonl",
+            "path: {}",
+            "r:10: task.path = {}: is empty; allowed: non-empty text or a non-empty list of text "
+            "or a mapping of names to text or a non-empty list of text or null",
         ),
     ],
 )

@@ -17,7 +17,6 @@ from lorakit.evaluation.splits import settle
 Row = dict[str, Any]
 
 USER, REPLY = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
-CALL = {"role": "assistant", "content": None}
 SYSTEM = {"role": "system", "content": "Be brief."}
 HUMAN, GPT = {"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}
 ALPACA = {"instruction": "Add.", "input": "2 and 2", "output": "4"}
@@ -213,10 +212,6 @@ def test_an_unknown_shape_shows_the_row(tmp_path: Path) -> None:
         ("chat", {"conversations": [{"from": "cat", "value": "x"}]}, 'message 1: from = "cat"'),
         ("chat", {"conversations": [HUMAN, {"from": "gpt", "value": None}]}, "2: value = null"),
         ("chat", {"conversations": [HUMAN]}, "no turn of the assistant"),
-        ("chat", {"messages": [USER, {**REPLY, "tool_calls": [{"id": 1}]}]}, "tool_calls = "),
-        ("chat", {"messages": [USER, {**CALL, "tool_calls": [{"id": 1}]}]}, "2: tool_calls = "),
-        ("chat", {"messages": [USER, {**REPLY, "function_call": {"name": "f"}}]}, "function_call"),
-        ("chat", {"messages": [USER, {**REPLY, "weight": 0}]}, "weight = 0; allowed: 1"),
         ("chat", {"messages": [{**USER, "content": [{"type": "image_url"}]}]}, "content = [{"),
         ("chat", {"messages": [{**USER, "content": []}]}, "content = []; allowed: text"),
         ("chat", ALPACA | {"output": " "}, "column 'output' is empty"),

@@ -67,8 +67,8 @@ def test_other_tokens_of_the_same_data_are_refused(tmp_path: Path) -> None:
 
     (tmp_path / "run.json").write_text(json.dumps({"data": data(1200)}))
     checkpoint = tmp_path / "checkpoints" / "step-3"
-    check_same_data(data(1200), checkpoint)
-    check_same_data(data(None), checkpoint)
+    check_same_data(data(1200), checkpoint, print)
+    check_same_data(data(None), checkpoint, print)
     message = r"--resume: chats\.jsonl: .* gives 1,201 tokens, and the run began with 1,200"
     with pytest.raises(UserError, match=message):
-        check_same_data(data(1201), checkpoint)
+        check_same_data(data(1201), checkpoint, print)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import lorakit
-from lorakit.errors import DataError, RecipeError, UserError
+from lorakit.errors import BadRow, DataError, RecipeError, UserError
 from lorakit.recipe.sections import Recipe
 from lorakit.training.run import dry_run, train
 from tests.training.runs import (
@@ -74,15 +76,119 @@ def test_what_was_cut_is_said_at_the_end(tiny_llama: Path, tmp_path: Path) -> No
     assert "rows cut to 48 tokens" in line
 
 
-def test_a_bad_row_further_on_fails_with_file_and_row(tiny_llama: Path, tmp_path: Path) -> None:
-    rows: list[Any] = completion_rows(1000)
-    rows[700] = {"prompt": "red", "completion": 3}
-    write_rows(tmp_path / "data" / "train.jsonl", rows)
-    write_rows(tmp_path / "data" / "validation.jsonl", rows[:8])
-    recipe = streamed(tmp_path, tiny_llama, train__max_steps=200, task__shuffle_buffer_rows=300)
-    with pytest.raises(DataError, match=r"train\.jsonl, row 701: column 'completion' holds 3"):
+def bad_row_run(folder: Path, model: Path, index: int, text: str, **changes: Any) -> Recipe:
+    """A stream of 1,000 rows, of which the one at ``index`` is ``text``, in windows of 200 rows."""
+    write_rows(folder / "data" / "train.jsonl", list(completion_rows(1000)))
+    write_rows(folder / "data" / "validation.jsonl", list(completion_rows(8)))
+    put_line(folder / "data" / "train.jsonl", index, text)
+    settings = {"train__max_steps": 60, "train__per_device_batch_size": 4,
+                "task__shuffle_buffer_rows": 10, "train__save_every_steps": None,
+                "train__eval_every_steps": 60, "train__log_every_steps": 50} | changes  # fmt: skip
+    return streamed(folder, model, **settings)
+
+
+def put_line(file: Path, index: int, *texts: str) -> None:
+    lines = file.read_text().splitlines()
+    file.write_text("".join(f"{line}\n" for line in [*lines[:index], *texts, *lines[index + 1 :]]))
+
+
+REFUSED = '{"prompt": "red", "completion": 3}'
+UNREADABLE = '{"prompt": "red", "completion": "blue'
+GOOD = '{"prompt": "red green", "completion": " blue one two"}'
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [(REFUSED, "column 'completion' holds 3"), (UNREADABLE, "not JSON: Invalid control character")],
+)
+def test_a_bad_row_saves_a_checkpoint_to_go_on_from(
+    tiny_llama: Path, tmp_path: Path, text: str, what: str
+) -> None:
+    """The run that goes on ends as the one whose row was never bad."""
+    recipe = bad_row_run(tmp_path / "bad", tiny_llama, 300, text)
+    run, file = Path(recipe.train.output_dir), tmp_path / "bad" / "data" / "train.jsonl"
+    for resume in (None, "auto"):  # nothing is mended yet the second time
+        with pytest.raises(BadRow) as caught:
+            train(recipe, resume=resume)
+        message = str(caught.value)
+        assert message.startswith(f"{file}, row 301: {what}")
+        saved = run / "checkpoints" / "step-50"
+        assert f"; stopped at step 50 of 60; saved {saved}; correct or remove the row" in message
+        assert message.endswith("then go on with --resume auto")
+        record = run_json(run)
+        assert (record["exit_reason"], record["steps"]) == ("failed", 50)
+        assert not (run / "adapter").exists()
+
+    put_line(file, 300, GOOD)
+    said: list[str] = []
+    train(recipe, resume="auto", say=said.append)
+    assert f"{file}: changed since a bad row ended the run; earlier rows are not compared" in said
+    whole = bad_row_run(tmp_path / "whole", tiny_llama, 300, GOOD)
+    train(whole)
+    assert adapter_bytes(run) == adapter_bytes(Path(whole.train.output_dir))
+    assert run_json(run)["bad_row"] is False
+
+
+def test_a_bad_row_before_the_first_step(tiny_llama: Path, tmp_path: Path) -> None:
+    """It is behind the first rows, which are looked at before anything is written, and still in
+    the first window."""
+    recipe = bad_row_run(tmp_path, tiny_llama, 205, UNREADABLE, task__shuffle_buffer_rows=300)
+    with pytest.raises(BadRow, match=r"row 206: not JSON.*; stopped at step 0 of 60; saved .*-0;"):
         train(recipe)
-    assert run_json(Path(recipe.train.output_dir))["exit_reason"] == "failed"
+    put_line(tmp_path / "data" / "train.jsonl", 205)  # the line is gone
+    result = train(recipe, resume="auto")
+    assert result.steps == 60
+    bad = bad_row_run(tmp_path / "head", tiny_llama, 100, REFUSED)
+    with pytest.raises(DataError, match=r"row 101: column 'completion' holds 3; allowed: text$"):
+        train(bad)
+    assert not Path(bad.train.output_dir).exists()
+
+
+def test_what_else_has_changed_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = bad_row_run(tmp_path, tiny_llama, 300, REFUSED)
+    file = tmp_path / "data" / "train.jsonl"
+    with pytest.raises(BadRow):
+        train(recipe)
+    put_line(file, 0, GOOD)
+    with pytest.raises(UserError, match="the train data is not what the run began with"):
+        train(recipe, resume="auto")
+
+
+def test_a_file_that_changes_during_the_run(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = bad_row_run(tmp_path, tiny_llama, 0, GOOD, train__max_steps=1000)
+    file = tmp_path / "data" / "train.jsonl"
+    before = file.read_bytes()
+
+    def say(text: str) -> None:
+        if "steps" in text:  # the plan, after the first rows were read
+            file.write_bytes(before + before)
+
+    with pytest.raises(DataError) as caught:
+        train(recipe, say=say)
+    assert not isinstance(caught.value, BadRow)
+    assert "has changed since it was first read; stopped at step " in str(caught.value)
+    assert "; put the file back, then go on with --resume auto" in str(caught.value)
+    with pytest.raises(UserError, match="the train data is not what the run began with"):
+        train(recipe, resume="auto")
+
+
+def test_shards_and_arrays_are_streamed(tiny_llama: Path, tmp_path: Path) -> None:
+    """As the same rows in one file."""
+    rows = completion_rows(60)
+    plain = streamed(tmp_path / "plain", tiny_llama)
+    write_rows(tmp_path / "plain" / "data" / "train.jsonl", rows)
+    train(plain)
+    recipe = streamed(tmp_path / "shards", tiny_llama)
+    folder = tmp_path / "shards" / "data"
+    (folder / "train.jsonl").unlink()
+    (folder / "train-00000-of-00003.json").write_text(json.dumps(rows[:20], indent=1))
+    write_rows(folder / "train-00001-of-00003.jsonl", rows[20:40])
+    (folder / "train-00002-of-00003.json.gz").write_bytes(
+        gzip.compress(json.dumps(rows[40:]).encode())
+    )
+    train(recipe)
+    runs = [Path(r.train.output_dir) for r in (plain, recipe)]
+    assert adapter_bytes(runs[0]) == adapter_bytes(runs[1])
 
 
 def test_what_a_stream_cannot_do_is_refused(tiny_llama: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
 
+from lorakit.data.call_arguments import with_fitting_arguments
 from lorakit.errors import DataError
 
 Message = Mapping[str, Any]
@@ -106,6 +107,14 @@ class ChatTemplate:
             return False
 
     def _render(
+        self, messages: list[dict[str, Any]], tools: Tools, generation_prompt: bool
+    ) -> Rendered:
+        def rendered(given: Sequence[Message]) -> Rendered:
+            return self._render_as_given([dict(m) for m in given], tools, generation_prompt)
+
+        return with_fitting_arguments(rendered, messages, text_of=lambda found: found.text)
+
+    def _render_as_given(
         self, messages: list[dict[str, Any]], tools: Tools, generation_prompt: bool
     ) -> Rendered:
         # transformers would drop the null, and takes no empty chat.

@@ -17,7 +17,7 @@ _ROW_SUFFIXES = (".jsonl.gz", ".jsonl")
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
     """Rows ``{question, table_id, header, types, sql}``, each with its table's header and types
-    (null where the tables file has none).
+    (null where the tables file has none) and with what else its line holds.
 
     Raises DataError, with file and row, for a missing or unknown table, a line that is not JSON,
     and a missing or malformed key.
@@ -29,7 +29,8 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
             rows.append(_joined(record, tables))  # noqa: PERF401 (an error needs the number)
     except QueryError as error:
         raise DataError(f"{file}, row {len(rows) + 1}: {error}") from error
-    return rows
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name) for name in columns} for row in rows]
 
 
 def tables_file(file: Path) -> Path:
@@ -78,12 +79,13 @@ def _joined(record: dict[str, Any], tables: dict[str, dict[str, Any]]) -> dict[s
     if table is None:
         raise QueryError(f"table_id = {record['table_id']!r}: no such table in the tables file")
     query = Query.from_json(record["sql"])
-    return {
+    read = {
         "question": record["question"],
         "table_id": record["table_id"],
         **table,
         "sql": query.to_json(),
     }
+    return {**read, **{key: value for key, value in record.items() if key not in read}}
 
 
 def _records(file: Path) -> Iterator[dict[str, Any]]:

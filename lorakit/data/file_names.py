@@ -1,0 +1,185 @@
+"""What the names of data files say: format, split, order, and which shards belong together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from lorakit.errors import DataError
+
+_VALIDATION = ("validation", "valid", "dev", "val")
+#: What a split may be called in a directory or a mapping; the first name is its own.
+ALIASES = {
+    "train": ("train",),
+    "validation": _VALIDATION,
+    "test": ("test",),
+    "validation_matched": ("validation_matched",),
+    "validation_mismatched": ("validation_mismatched",),
+}
+#: All names that a data file may begin with, the longest first.
+_NAMES = sorted(
+    [*(name for names in ALIASES.values() for name in names), "test_matched", "test_mismatched"],
+    key=len,
+    reverse=True,
+)
+#: What follows a split's name in that of a shard.
+_NUMBERED = re.compile(
+    r"[-_. ]?(part|shard|chunk)?[-_. ]?\d+([-_.]of[-_.]\d+)?([-_.][0-9a-f]{8,})?"
+)
+
+#: The formats that are read.
+SUFFIXES = (
+    ".jsonl",
+    ".jsonl.gz",
+    ".json",
+    ".json.gz",
+    ".csv",
+    ".csv.gz",
+    ".tsv",
+    ".tsv.gz",
+    ".parquet",
+)
+#: Files that stand beside data and hold no rows.
+_BESIDE = re.compile(
+    r"""(dataset_infos?|dataset_dict|state)\.json
+    | .*\.tables\.jsonl(\.gz)?
+    | _SUCCESS | _metadata | _common_metadata
+    | (readme|license|licence|copying|citation|changelog|notice)(\.\w+)?
+    | (checksums?|(md5|sha\d+)(sums?)?)(\.txt)?
+    | .*\.(md|rst|md5|sha1|sha256|sha512|crc|sum|lock|py|ya?ml|toml|cff|ipynb|html?|pdf|db)
+    | .*\.(png|jpe?g|gif|svg|log)
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+_SHARD = re.compile(r"(?P<before>.*?)(?P<index>\d+)(?P<of>[-_.]of[-_.])(?P<count>\d+)(?P<after>.*)")
+_NAMED = 5
+#: A larger number behind ``-of-`` is no number of shards.
+_MOST_SHARDS = 100_000
+
+
+def is_file(path: Path) -> bool:
+    """Whether it is a file. Raises DataError for a link to nothing, which would be passed over."""
+    if path.is_symlink() and not path.exists():
+        raise DataError(f"task.path: {path}: a link to a file that does not exist")
+    return path.is_file()
+
+
+def is_data(file: Path) -> bool:
+    """Whether the name is that of a data file; hidden files and files about data are not."""
+    return not is_beside(file) and suffix_of(file) is not None
+
+
+def is_beside(file: Path) -> bool:
+    """Whether the file is hidden, or one that describes data (README, checksums)."""
+    return file.name.startswith(".") or _BESIDE.fullmatch(file.name) is not None
+
+
+def suffix_of(file: Path) -> str | None:
+    """The longest of ``SUFFIXES`` that the name ends with."""
+    return max((s for s in SUFFIXES if file.name.endswith(s)), key=len, default=None)
+
+
+def stem_of(file: Path) -> str:
+    """The name without its format."""
+    return file.name.removesuffix(suffix_of(file) or "")
+
+
+def split_names(split: str) -> tuple[str, ...]:
+    """What the split may be called, whichever of its names it is asked for by."""
+    return next((names for names in ALIASES.values() if split in names), (split,))
+
+
+def named_after(stem: str) -> tuple[str, str] | None:
+    """The split's name that a file name begins with, and what stands behind it."""
+    folded = stem.replace("-", "_")
+    for name in _NAMES:
+        behind = stem[len(name) :]
+        if folded.startswith(name) and re.match(r"[-_. 0-9]|$", behind):
+            return name, behind
+    return None
+
+
+def is_number(behind: str) -> bool:
+    """Whether what stands behind a split's name is the number of a shard."""
+    return _NUMBERED.fullmatch(behind) is not None
+
+
+def check_format(file: Path) -> None:
+    """Raise DataError if the name ends with none of ``SUFFIXES``."""
+    if suffix_of(file) is None:
+        raise DataError(f"task.path: {file}: unknown format; allowed: {', '.join(SUFFIXES)}")
+
+
+def in_order(files: Iterable[Path]) -> list[Path]:
+    """Sorted by path, with numbers in names compared by value: ``a-2`` before ``a-10``."""
+    return sorted(files, key=lambda file: ([_natural(part) for part in file.parts], str(file)))
+
+
+def _natural(text: str) -> list[str | int]:
+    pieces = re.split(r"([0-9]+)", text)
+    return [int(piece) if index % 2 else piece for index, piece in enumerate(pieces)]
+
+
+def listed(names: Iterable[object], most: int = _NAMED) -> str:
+    """The first names, and how many more there are."""
+    texts = [str(name) for name in names]
+    more = f" and {len(texts) - most:,} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
+
+
+def check_no_twins(files: Sequence[Path], key: Callable[[Path], object]) -> None:
+    """Raise DataError if two files have the same ``key``, so that one is likely to be a copy of
+    the other in another format."""
+    seen: dict[object, Path] = {}
+    for file in files:
+        twin = seen.setdefault(key(file), file)
+        if twin is not file:
+            raise DataError(
+                f"task.path: {twin} and {file.name} differ in format alone; keep one, or list the "
+                "files that are to be read"
+            )
+
+
+def missing_shards(files: Sequence[Path]) -> list[Path]:
+    """The files that sets of shards (``train-00000-of-00002``) lack.
+
+    Shards are numbered from 0 or from 1. Raises DataError for shards of sets of different sizes
+    under one name, for a number beyond its set, and for one that occurs twice.
+    """
+    sets: dict[tuple[Path, str], list[tuple[Path, re.Match[str]]]] = {}
+    for file in files:
+        match = _SHARD.fullmatch(file.name)
+        if match and int(match["count"]) <= _MOST_SHARDS:
+            sets.setdefault((file.parent, match["before"]), []).append((file, match))
+    return [missing for shards in sets.values() for missing in _missing(shards)]
+
+
+def _missing(shards: list[tuple[Path, re.Match[str]]]) -> list[Path]:
+    first, count = shards[0][0], int(shards[0][1]["count"])
+    present: dict[int, Path] = {}
+    for file, match in shards:
+        if int(match["count"]) != count:
+            raise DataError(
+                f"task.path: {first} and {file.name} are shards of two sets; keep one set, or list "
+                "the files that are to be read"
+            )
+        twin = present.setdefault(int(match["index"]), file)
+        if twin is not file:
+            raise DataError(f"task.path: {twin} and {file.name} are the same shard; keep one")
+    start = 1 if count in present and 0 not in present else 0
+    if beyond := [file for index, file in present.items() if index >= start + count]:
+        raise DataError(f"task.path: {beyond[0]}: its number is beyond the {count} shards")
+    lacking = [index for index in range(start, start + count) if index not in present]
+    return [_sibling(*shards[0], index) for index in lacking]
+
+
+def _sibling(file: Path, match: re.Match[str], index: int) -> Path:
+    number = f"{index:0{len(match['index'])}d}"
+    return file.with_name(f"{match['before']}{number}{match['of']}{match['count']}{match['after']}")
+
+
+def refuse_missing(missing: Sequence[Path]) -> None:
+    """Raise DataError if there are any."""
+    if missing:
+        raise DataError(f"task.path: a shard is missing: {listed(missing)}")

@@ -1,0 +1,219 @@
+"""JSON text -> its objects one after another, read a piece at a time and never held as a whole.
+
+Three forms are told apart by what the file holds: an object a line, one array of objects, and
+objects one behind another. All bytes come back in pieces, each with the row that begins it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lorakit.errors import DataError
+
+#: Bytes of the file, and the object at their beginning; None for what stands between rows.
+Piece = tuple[bytes, dict[str, Any] | None]
+
+_CHUNK = 1 << 20
+_HEAD = 1 << 12
+#: Characters of a row: a larger value is a whole file in a form that is not read.
+_LARGEST = 256 << 20
+_SPACE = re.compile(r"[ \t\n\r]*")
+#: A literal or an escape may begin so far before the end of what has been read.
+_LONGEST_LITERAL = 16
+_DECODER = json.JSONDecoder()
+_FORMS = "allowed: an array of objects, [{...}, ...], or an object a line"
+
+
+def lines(file: Path, handle: BinaryIO) -> Iterator[Piece]:
+    """An object a line; blank lines may stand between. Raises DataError with the row."""
+    number = 0
+    for line in handle:
+        if not line.strip():
+            yield line, None
+            continue
+        number += 1
+        where = f"{file}, row {number}"
+        try:
+            value = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: not UTF-8: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: not JSON: {error}") from error
+        yield line, _checked(where, line, value)
+
+
+def array(file: Path, handle: BinaryIO) -> Iterator[Piece]:
+    """The elements of one array. Raises DataError with the row, counted from 1."""
+    text = _Text(file, handle)
+    yield (text.space(bom=True) + text.take(1) + text.space()).encode(), None
+    if text.ahead() == "]":
+        yield (text.take(1) + text.space()).encode(), None
+    else:
+        yield from _elements(file, text)
+    if text.ahead():
+        raise DataError(f"{file}: text behind the end of the array; {_FORMS}")
+
+
+def _elements(file: Path, text: _Text) -> Iterator[Piece]:
+    number, separator = 0, ","
+    while separator == ",":
+        number += 1
+        where = f"{file}, row {number}"
+        value, raw = text.value(where)
+        raw += text.space()
+        separator = text.ahead()
+        if separator not in (",", "]"):
+            found = repr(separator) if separator else "the end of the file"
+            raise DataError(f"{where}: not JSON: {found} behind it; allowed: ',' or ']'")
+        data = (raw + text.take(1) + text.space()).encode()
+        yield data, _checked(where, data, value)
+
+
+def objects(file: Path, handle: BinaryIO) -> Iterator[Piece]:
+    """Objects one behind another, on lines of their own or not. Raises DataError with the row, and
+    for a single object that holds the rows as a list."""
+    text = _Text(file, handle)
+    yield text.space(bom=True).encode(), None
+    number, first = 0, None
+    while text.ahead():
+        number += 1
+        where = f"{file}, row {number}"
+        value, raw = text.value(where)
+        data = (raw + text.space()).encode()
+        row = _checked(where, data, value)
+        if number == 1:
+            first = data, row
+            continue
+        if first is not None:
+            yield first
+            first = None
+        yield data, row
+    if first is not None:
+        _refuse_wrapped(file, first[1])
+        yield first
+
+
+def starts_with(handle: BinaryIO) -> str:
+    """The first character that is no white space, empty if there is none; the handle is then at
+    its beginning again."""
+    found = b""
+    while not found and (chunk := handle.read(_HEAD)):
+        found = chunk.removeprefix(codecs.BOM_UTF8).lstrip()
+    handle.seek(0)
+    return found[:1].decode("latin-1")
+
+
+class _Text:
+    """A file's text, of which no more is held than the value that is being read."""
+
+    def __init__(self, file: Path, handle: BinaryIO) -> None:
+        self._handle = handle
+        self._decode = codecs.getincrementaldecoder("utf-8")().decode
+        self._held = ""
+        self._at = 0
+        self._ended = False
+        self._where = str(file)
+        self._broken: UnicodeDecodeError | None = None
+
+    def value(self, where: str) -> tuple[Any, str]:
+        """The value that begins here, and its text; errors from here on are said of ``where``."""
+        self._where = where
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self._held, self._at)
+            except RecursionError as error:
+                raise DataError(f"{where}: not JSON: {error}") from error
+            except json.JSONDecodeError as error:
+                # The place is counted from the beginning of the value.
+                told = f"{error.msg} at its character {error.pos - self._at + 1}"
+                if len(self._held) > _LARGEST:
+                    told = f"no end within {_LARGEST >> 20} MiB; {_FORMS}"
+                elif self._may_go_on(error) and self._more():
+                    continue
+                raise DataError(f"{where}: not JSON: {told}") from error
+            return value, self._taken(end)
+
+    def space(self, bom: bool = False) -> str:
+        """White space up to the next character, behind a byte order mark if that may be here."""
+        found = self.take(1) if bom and self.ahead() == "\ufeff" else ""
+        while True:
+            match = _SPACE.match(self._held, self._at)
+            assert match is not None, "no white space matches too"
+            found += self._taken(match.end())
+            if self._at < len(self._held) or not self._more():
+                return found
+
+    def ahead(self) -> str:
+        """The next character, empty at the end of the file."""
+        if self._at == len(self._held) and not self._more():
+            return ""
+        return self._held[self._at]
+
+    def take(self, count: int) -> str:
+        return self._taken(self._at + count)
+
+    def _taken(self, end: int) -> str:
+        begin, self._at = self._at, end
+        return self._held[begin:end]
+
+    def _may_go_on(self, error: json.JSONDecodeError) -> bool:
+        """Whether the value may only be cut off by the end of what has been read so far."""
+        if error.msg.startswith("Unterminated string"):
+            return True
+        left = self._held[error.pos : error.pos + _CHUNK]
+        return len(left) <= _LONGEST_LITERAL or not left.strip()
+
+    def _more(self) -> bool:
+        """Read on; the more the longer the value is, so that a long one is not begun too often."""
+        self._held, self._at = self._held[self._at :], 0
+        more = ""
+        while not more and not self._ended and self._broken is None:
+            chunk = self._handle.read(max(_CHUNK, len(self._held)))
+            self._ended = not chunk
+            try:
+                more = self._decode(chunk, self._ended)
+            except UnicodeDecodeError as error:  # told of the row that it stands in
+                more, self._broken = error.object[: error.start].decode(), error
+        if not more and self._broken is not None:
+            raise DataError(f"{self._where}: not UTF-8: {self._broken}") from self._broken
+        self._held += more
+        return bool(more)
+
+
+def _checked(where: str, data: bytes, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: not a JSON object")
+    if b"\\ud" in data.lower() and _has_lone_surrogate(value):
+        raise DataError(f"{where}: half a surrogate pair, which is no text")
+    return value
+
+
+def _has_lone_surrogate(value: dict[str, Any]) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _refuse_wrapped(file: Path, row: dict[str, Any] | None) -> None:
+    """A file's only object is a row, unless it holds rows or whole columns."""
+    values = row or {}
+    objects = {key: value for key, value in values.items() if _is_list_of_objects(value)}
+    if any("role" in item or "from" in item for items in objects.values() for item in items):
+        return  # a chat
+    if objects:
+        key = next(iter(objects))
+        raise DataError(f"{file}: one object, whose {key!r} holds a list of rows; {_FORMS}")
+    lengths = {len(v) if isinstance(v, list | dict) else 0 for v in values.values()}
+    if len(values) > 1 and len(lengths) == 1 and lengths != {0}:
+        raise DataError(f"{file}: one object that holds whole columns; {_FORMS}")
+
+
+def _is_list_of_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, dict) for v in value)

@@ -1,0 +1,146 @@
+"""Keep idle OpenMP threads from spinning while other processes need the cores.
+
+A thread of libgomp (the OpenMP runtime of torch's Linux wheels) that waits for the rest of its
+team spins for 300,000 iterations before it sleeps. On a quiet machine that saves wake-ups and is
+worth keeping. Beside other processes the spinning threads hold the cores that the working ones
+need, and training on the CPU becomes several times slower.
+
+The spin count can only be set before torch loads, when nobody knows what else will run. But
+libgomp spins for no more than 100 iterations while a process has more OpenMP threads than cores.
+So a watcher measures how long the runnable threads of this process wait for a core, and as long
+as they do it holds a second team of threads, which sleeps.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+#: What a user sets to decide how threads wait; then nothing is changed.
+_DECIDED_BY = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+_TASKS, _STAT = Path("/proc/self/task"), Path("/proc/stat")
+_INTERVAL_SECONDS = 0.5
+#: Contended: the threads of this process, taken together, wait for a core for more than this share
+#: of the time, and other processes use more than this share of the cores. Threads of our own that
+#: are more than the cores do not count.
+_WAITING_SHARE, _OTHERS_SHARE = 0.2, 0.1
+#: How long neither may hold before the threads spin again.
+_QUIET_SECONDS = 3.0
+
+_active = threading.Lock()
+
+
+@contextmanager
+def yield_cores() -> Iterator[None]:
+    """Watch for competing processes while the block runs (Linux; elsewhere nothing is done).
+
+    Where the user has set OMP_WAIT_POLICY, GOMP_SPINCOUNT or KMP_BLOCKTIME, that setting decides.
+    Nested blocks share one watcher.
+    """
+    decided = any(name in os.environ for name in _DECIDED_BY)
+    if decided or not (_TASKS.is_dir() and _STAT.is_file()) or not _active.acquire(blocking=False):
+        yield
+        return
+    stop = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(stop,), name="lorakit-openmp", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        watcher.join()
+        _active.release()
+
+
+def _watch(stop: threading.Event) -> None:
+    team: _SleepingTeam | None = None
+    quiet_seconds = 0.0
+    before = _Sample.take()
+    while not stop.wait(_INTERVAL_SECONDS):
+        now = _Sample.take()
+        contended = now.contended_since(before)
+        quiet_seconds = 0.0 if contended else quiet_seconds + now.at - before.at
+        before = now
+        if team is None and contended and "torch" in sys.modules:
+            team = _SleepingTeam()
+        elif team is not None and quiet_seconds > _QUIET_SECONDS:
+            team.end()
+            team = None
+    if team is not None:
+        team.end()
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Seconds, all but ``at`` (the monotonic clock) counted from an arbitrary start.
+
+    ``waited`` is how long each thread has been runnable without a core, ``used`` the processor time
+    of this process, ``busy`` how long the cores it may use have been busy with any process.
+    """
+
+    at: float
+    waited: Mapping[str, float]
+    used: float
+    busy: float
+    cores: int
+
+    @classmethod
+    def take(cls) -> _Sample:
+        allowed = os.sched_getaffinity(0)
+        return cls(
+            time.monotonic(), _waited_seconds(), time.process_time(), _busy_seconds(allowed),
+            len(allowed),
+        )  # fmt: skip
+
+    def contended_since(self, before: _Sample) -> bool:
+        seconds = self.at - before.at
+        waited = sum(value - before.waited.get(task, value) for task, value in self.waited.items())
+        others = self.busy - before.busy - (self.used - before.used)
+        return waited > _WAITING_SHARE * seconds and others > _OTHERS_SHARE * seconds * self.cores
+
+
+def _waited_seconds() -> dict[str, float]:
+    found = {}
+    for task in _TASKS.iterdir():
+        try:
+            found[task.name] = int((task / "schedstat").read_text().split()[1]) * 1e-9
+        except (OSError, IndexError, ValueError):  # the thread has ended, or no such statistics
+            continue
+    return found
+
+
+def _busy_seconds(cores: set[int]) -> float:
+    """The time that ``cores`` were not idle, time stolen from a virtual machine included."""
+    ticks = 0
+    for line in _STAT.read_text().splitlines():
+        name, *fields = line.split()
+        if name.startswith("cpu") and name[3:].isdigit() and int(name[3:]) in cores:
+            user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields[:8])
+            ticks += user + nice + system + irq + softirq + steal
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+class _SleepingTeam:
+    """A thread with an OpenMP team of its own, which sleeps until ``end``."""
+
+    def __init__(self) -> None:
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="lorakit-openmp-team", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        import torch  # waits, where another thread is importing it
+
+        # One parallel region starts the team: more elements than a thread takes on alone.
+        torch.zeros(torch.get_num_threads() << 16).sin_()
+        self._end.wait()
+
+    def end(self) -> None:
+        self._end.set()
+        self._thread.join()

@@ -1,0 +1,194 @@
+"""One message of a chat: what the chat template receives, and whether the turn is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from lorakit.errors import DataError, shown
+from lorakit.tasks.tool_calls import (
+    CALL_KEYS,
+    CALLS_ALLOWED,
+    FUNCTION_KEYS,
+    read_call_text,
+    read_calls,
+)
+
+Message = dict[str, Any]
+
+_ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
+#: ShareGPT's names for the roles, and those of data made in its shape.
+_FROM = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+#: Booleans that say whether a turn is trained; ``weight`` says it with 0 or 1.
+_FLAGS = ("train", "training", "loss")
+REASONING = ("reasoning_content", "thinking", "reasoning")
+_TEXTS = frozenset({"name", "tool_call_id", *REASONING})
+#: Keys whose values do not go to the chat template as they are.
+_READ = frozenset({*_FLAGS, "weight", "tool_calls", "function_call", "role", "content"})
+_PLAIN = {"role", "content"}
+
+
+class Turn(NamedTuple):
+    """A message as the chat template receives it, and whether the loss is taken on it."""
+
+    message: Message
+    trained: bool
+
+
+def read_message(turn: Any, where: str, columnar: bool = False) -> Turn:
+    """``{"role", "content"}`` or ``{"from", "value"}``, and the keys that stand beside them.
+
+    A key that lorakit does not know goes to the chat template, which may read it. One that holds
+    null is absent. Raises DataError that begins with ``where``.
+    """
+    if not isinstance(turn, dict):
+        raise DataError(f'{where}: {shown(turn)}; allowed: {{"role": ..., "content": ...}}')
+    message = _content(turn, where, columnar)
+    trained = message["role"] == "assistant"
+    if turn.keys() != _PLAIN:
+        message.update(_others(turn, where))
+        trained = _is_trained(turn, message["role"], where)
+    if trained and not _says_something(message):
+        raise DataError(f"{where}: the assistant's content is empty: nothing to train on")
+    return Turn(message, trained)
+
+
+def _others(turn: dict[str, Any], where: str) -> Iterator[tuple[str, Any]]:
+    """What the chat template receives as it is."""
+    if turn.get("function_call"):
+        raise DataError(
+            f"{where}: function_call = {shown(turn['function_call'])}; allowed: tool_calls = "
+            f"{CALLS_ALLOWED}"
+        )
+    read = _READ | {"from", "value"} if _is_sharegpt(turn) else _READ
+    for key, value in turn.items():
+        if key in read or value is None:
+            continue
+        if key in _TEXTS and not isinstance(value, str):
+            raise DataError(f"{where}: {key} = {shown(value)}; allowed: text")
+        yield key, value
+
+
+def unread_keys(turn: Any) -> Iterator[str]:
+    """The keys of a message, and of the objects in it, that reach neither ``read_message`` nor the
+    chat template."""
+    if not isinstance(turn, dict):
+        return
+    if _is_sharegpt(turn):
+        yield from (key for key in ("role", "content") if holds_something(turn.get(key)))
+    if isinstance(content := turn.get("content"), list):
+        for part in content:
+            yield from (f"content[].{key}" for key in _unknown(part, {"type", "text"}))
+    if isinstance(calls := turn.get("tool_calls"), list):
+        for call in calls:
+            yield from (f"tool_calls[].{key}" for key in _unknown(call, CALL_KEYS))
+            function = call.get("function") if isinstance(call, dict) else None
+            keys = _unknown(function, FUNCTION_KEYS)
+            yield from (f"tool_calls[].function.{key}" for key in keys)
+
+
+def _unknown(found: Any, known: frozenset[str] | set[str]) -> Iterator[str]:
+    if isinstance(found, dict):
+        yield from (key for key in found if key not in known and holds_something(found[key]))
+
+
+def holds_something(value: Any) -> bool:
+    """False for null, blank text and an empty container: leaving those out loses nothing."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    return value is not None and not (isinstance(value, (list, dict)) and not value)
+
+
+def _is_sharegpt(turn: dict[str, Any]) -> bool:
+    """Rows of a table have every key that any message has, null in the others."""
+    return turn.get("role") is None and turn.get("from") is not None
+
+
+def _content(turn: dict[str, Any], where: str, columnar: bool) -> Message:
+    """Role, content and the calls of tools."""
+    sharegpt = _is_sharegpt(turn)
+    role_key, text_key = ("from", "value") if sharegpt else ("role", "content")
+    names = _FROM if sharegpt else _ROLES
+    role, content = turn.get(role_key), turn.get(text_key)
+    if not isinstance(role, str) or role not in names:
+        raise DataError(f"{where}: {role_key} = {shown(role)}; allowed: {', '.join(names)}")
+    calls = read_calls(turn["tool_calls"], where, columnar) if turn.get("tool_calls") else []
+    if sharegpt and role == "function_call":
+        calls, content = [*read_call_text(content, where), *calls], None
+    if calls and names[role] != "assistant":
+        raise DataError(
+            f"{where}: tool_calls = {shown(turn['tool_calls'])}; allowed: only in the assistant's "
+            "messages"
+        )
+    text = _joined(content)
+    if text is None and not (content is None and calls):
+        raise DataError(f"{where}: {text_key} = {shown(content)}; allowed: text")
+    message: Message = {"role": names[role]}
+    if text is not None:  # a template would print null as a word
+        message["content"] = text
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def _joined(content: Any) -> str | None:
+    """Text, or OpenAI's list of parts ``{"type": "text", "text": ...}`` as one; None for others."""
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else None
+    texts: list[str] = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        if not isinstance(text, str):
+            return None
+        texts.append(text)
+    return "".join(texts) if texts else None
+
+
+def _is_trained(turn: dict[str, Any], role: str, where: str) -> bool:
+    """What ``train``, ``training``, ``loss`` and ``weight`` say; without them each turn of the
+    assistant is trained. Raises DataError, also for a turn of another role that they train."""
+    given: dict[str, bool] = {}
+    for key in (*_FLAGS, "weight"):
+        if (value := turn.get(key)) is not None:
+            given[key] = _flag(key, value, where)
+    said = [f"{key} = {shown(turn[key])}" for key in given]
+    if len(set(given.values())) > 1:
+        raise DataError(f"{where}: {' and '.join(said)} contradict each other; give one")
+    if role != "assistant":
+        if any(given.values()):
+            allowed = "0" if "weight" in given else "false"
+            raise DataError(
+                f"{where}: {said[0]} with role {role}: only the assistant's turns are trained; "
+                f"allowed: {allowed}, or no such key"
+            )
+        return False
+    return all(given.values())
+
+
+def _flag(key: str, value: Any, where: str) -> bool:
+    if key != "weight":
+        if isinstance(value, bool):
+            return value
+        raise DataError(f"{where}: {key} = {shown(value)}; allowed: true or false")
+    if isinstance(value, bool) or value not in (0, 1):
+        raise DataError(f"{where}: weight = {shown(value)}; allowed: 0 or 1")
+    return bool(value)
+
+
+def _says_something(message: Message) -> bool:
+    if "tool_calls" in message or message["content"].strip():
+        return True
+    return any(message.get(key, "").strip() for key in REASONING)

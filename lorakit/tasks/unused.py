@@ -1,0 +1,106 @@
+"""Columns and keys of the data that a task does not read, named with the rows that have them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection
+from itertools import islice
+from typing import Any
+
+from lorakit.data.rows import row_range
+from lorakit.data.sources import Split
+from lorakit.errors import shown
+from lorakit.tasks.base import Row, Task
+from lorakit.tasks.message import holds_something
+
+#: At most so many rows are read for the count; of larger splits the line says so.
+COUNTED_ROWS = 100_000
+_BATCH_ROWS = 1000
+_NAMED = 20
+_LONGEST_NAME = 60
+
+
+def unused_note(task: Task, config: Any, split: Split, more: bool = False) -> str | None:
+    """One line that names the columns and keys of ``split`` that the task does not read, each with
+    the number of rows in which it holds something; None if there are none.
+
+    ``more`` says that the split is only the beginning of a stream.
+    """
+    read = task.read_columns(config, split.columns)
+    if read is None:
+        return None
+    others = [column for column in split.columns if column not in read]
+    nested = type(task).unread_keys is not Task.unread_keys
+    if not others and not nested:
+        return None
+    rows = min(len(split), COUNTED_ROWS)
+    found, affected = _count(task, config, split, rows, others)
+    if rows < len(split):  # these may begin to hold something further on
+        found.update({_column(column): 0 for column in others})
+    if not found:
+        return None
+    whole = rows == len(split) and not more
+    of = f"{affected:,} of {rows:,} rows" if whole else f"{affected:,} of the first {rows:,} rows"
+    return f"{split.name}: {of} have keys that are not used: {_listed(found)}"
+
+
+class UnusedWatch:
+    """Names the keys of a stream that appear first behind its first rows, ``head``, each once."""
+
+    def __init__(self, task: Task, config: Any, head: Split, say: Callable[[str], None]) -> None:
+        self._task, self._config, self._say, self._name = task, config, say, head.name
+        self._read = task.read_columns(config, head.columns)
+        self._known: set[str] = set()
+        for row in head.rows:
+            self._known.update(self._keys(row))
+
+    def see(self, row: Row) -> None:
+        """Look at a row that is about to be trained on."""
+        new = self._keys(row) - self._known
+        if new:
+            self._known |= new
+            named = ", ".join(sorted(new))
+            self._say(f"{self._name}: further rows have keys that are not used: {named}")
+
+    def _keys(self, row: Row) -> set[str]:
+        if self._read is None:
+            return set()
+        return _unused(self._task, self._config, row, self._read)
+
+
+def _count(
+    task: Task, config: Any, split: Split, rows: int, others: list[str]
+) -> tuple[Counter[str], int]:
+    """In how many of the first ``rows`` rows each stands, and how many have any."""
+    found: Counter[str] = Counter()
+    affected = 0
+    read = set(split.columns) - set(others)
+    for start in range(0, rows, _BATCH_ROWS):
+        for row in row_range(split.rows, start, min(start + _BATCH_ROWS, rows)):
+            keys = _unused(task, config, row, read)
+            found.update(keys)
+            affected += bool(keys)
+    return found, affected
+
+
+def _unused(task: Task, config: Any, row: Row, read: Collection[str]) -> set[str]:
+    keys = set(map(_name, task.unread_keys(row, config)))
+    keys.update(_column(key) for key in row if key not in read and holds_something(row[key]))
+    return keys
+
+
+def _column(name: str) -> str:
+    return f"column {_name(name)}"
+
+
+def _name(key: str) -> str:
+    """As it stands, or quoted (and cut) where it would not read as a name."""
+    reads = key.isprintable() and " " not in key and "," not in key and len(key) <= _LONGEST_NAME
+    return key if reads else shown(key)
+
+
+def _listed(found: Counter[str]) -> str:
+    """The most frequent first."""
+    named = [f"{key} ({count:,})" for key, count in islice(found.most_common(), _NAMED)]
+    left = len(found) - len(named)
+    return ", ".join(named) + (f" and {left:,} more" if left else "")

@@ -1,0 +1,244 @@
+"""Files, globs, lists and mappings: which files are read, in which order, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakit.data.paths import data_files, find_files, no_split, split_files
+from lorakit.errors import DataError
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp(in_tmp: Path) -> None:
+    """Relative paths, as recipes have them."""
+
+
+def touch(*names: str) -> None:
+    for name in names:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text('{"text": "x"}\n')
+
+
+def names(path: Any, split: str = "train") -> list[str]:
+    return [str(file) for file in split_files(path, split)]
+
+
+def notes(path: Any, split: str = "train") -> str:
+    return "\n".join(find_files(path, split).notes)
+
+
+def refusal(path: Any, split: str = "train") -> str:
+    with pytest.raises(DataError) as caught:
+        find_files(path, split)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# Globs
+
+
+def test_a_glob_is_in_the_order_of_its_numbers() -> None:
+    shards = [f"train-{n}.jsonl" for n in (0, 1, 2, 9, 10, 11, 100)]
+    touch(*reversed(shards))
+    assert names("train-*.jsonl") == names(["train-*.jsonl"]) == shards
+    assert names({"train": "train-*.jsonl"}) == names({"train": ["train-*.jsonl"]}) == shards
+    assert names("train-?.jsonl") == shards[:4]
+    assert names("train-[01].jsonl") == shards[:2]
+    assert names("train-*.jsonl", "validation") == []
+    assert notes("train-1*.jsonl") == (
+        "task.path: train-1*.jsonl: 4 files: train-1.jsonl, train-10.jsonl, train-11.jsonl, "
+        "train-100.jsonl"
+    )
+
+
+def test_a_glob_across_directories_and_formats() -> None:
+    touch("data/en/x.jsonl", "data/de/2/x.jsonl", "data/de/10/x.jsonl", "data/x.jsonl")
+    expected = ["data/de/2/x.jsonl", "data/de/10/x.jsonl", "data/en/x.jsonl", "data/x.jsonl"]
+    assert names("data/**/x.jsonl") == expected
+    touch("data/en/y.csv", "data/en/z.parquet", "data/en/.hidden.jsonl", "data/.git/x.jsonl")
+    assert names("data/en/*") == ["data/en/x.jsonl", "data/en/y.csv", "data/en/z.parquet"]
+    assert len(names("data/**")) == 6
+
+
+def test_a_list_keeps_its_order() -> None:
+    touch("b.jsonl", "a.csv", "s-1.jsonl", "s-0.jsonl")
+    path = ["b.jsonl", "s-*.jsonl", "a.csv"]
+    assert names(path) == ["b.jsonl", "s-0.jsonl", "s-1.jsonl", "a.csv"]
+
+
+def test_a_glob_reads_no_file_that_only_describes_data() -> None:
+    beside = [
+        "README.md", "LICENSE", "dataset_infos.json", "dataset_info.json", "state.json",
+        "a.jsonl.md5", "SHA256SUMS", "checksums.txt", "dataset.py", "dataset.yaml", "_SUCCESS",
+        ".a.jsonl.swp",
+    ]  # fmt: skip
+    touch("d/a.jsonl", *(f"d/{name}" for name in beside))
+    assert names("d/*") == ["d/a.jsonl"]
+    assert names("d/*.json*", "test") == []
+    Path("d/a.jsonl").unlink()
+    assert "d/*.json': the glob matches no data file but d/dataset_info.json" in refusal("d/*.json")
+
+
+def test_a_glob_passes_over_no_data_in_another_format() -> None:
+    touch("d/a.jsonl", "d/b.jsonl.zst")
+    assert refusal("d/*").startswith("task.path: d/b.jsonl.zst: unknown format; allowed: .jsonl")
+    assert names("d/*.jsonl") == ["d/a.jsonl"]
+
+
+def test_a_glob_without_a_match_is_named() -> None:
+    touch("train.jsonl", "d/x/y.jsonl")
+    for path in ("train-*.jsonl", ["train.jsonl", "train-*.jsonl"], {"train": "train-*.jsonl"}):
+        assert refusal(path) == "task.path: 'train-*.jsonl': the glob matches no data file"
+    assert refusal("d/*") == "task.path: 'd/*': the glob matches no data file"
+
+
+def test_a_file_is_no_pattern() -> None:
+    touch("a[1].jsonl", "a1.jsonl", "a*.jsonl", "ab.jsonl")
+    assert names("a[1].jsonl") == ["a[1].jsonl"]
+    assert names("a*.jsonl") == ["a*.jsonl"]
+    assert names("a?.jsonl") == ["a1.jsonl", "a*.jsonl", "ab.jsonl"]
+    assert refusal("a{1,b}.jsonl") == "task.path: no such file or directory: a{1,b}.jsonl"
+
+
+def test_the_same_file_twice() -> None:
+    touch("a.jsonl", "b.jsonl")
+    for path in (
+        ["a.jsonl", "a.jsonl"],
+        ["a.jsonl", "b.jsonl", "./a.jsonl"],
+        ["*.jsonl", "a.jsonl"],
+        ["a*.jsonl", "*a.jsonl"],
+        ["a.jsonl", str(Path("a.jsonl").resolve())],
+    ):
+        assert refusal(path).endswith("a.jsonl is listed twice")
+    touch("a.jsonl.gz")
+    assert "a.jsonl and a.jsonl.gz differ in format alone" in refusal("a.*")
+    assert names(["a.jsonl", "a.jsonl.gz"]) == ["a.jsonl", "a.jsonl.gz"]
+
+
+def test_equal_files_of_a_cache_are_two_files() -> None:
+    """The Hub's cache links files of the same content to one blob."""
+    touch("blob")
+    for name in ("a.jsonl", "b.jsonl"):
+        Path(name).symlink_to("blob")
+    assert names("*.jsonl") == ["a.jsonl", "b.jsonl"]
+
+
+def test_a_broken_link_is_not_passed_over() -> None:
+    touch("d/train-0.jsonl")
+    Path("d/train-1.jsonl").symlink_to("nowhere")
+    for path in ("d/*.jsonl", "d"):
+        assert refusal(path) == "task.path: d/train-1.jsonl: a link to a file that does not exist"
+
+
+def test_directories_in_a_list() -> None:
+    touch("d/a.jsonl")
+    expected = "task.path: d is a directory; allowed here: a file, or a glob (d/*)"
+    for path in (["d"], {"train": "d"}, {"train": ["d"]}):
+        assert refusal(path) == expected
+
+
+def test_a_name_that_no_file_can_have() -> None:
+    assert refusal("x" * 5000).startswith("task.path: ")
+
+
+# Sets of shards
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_a_whole_set(start: int) -> None:
+    shards = [f"train-{n:05}-of-00012.jsonl" for n in range(start, start + 12)]
+    touch(*shards)
+    assert names("train-*.jsonl") == names(".") == shards
+
+
+@pytest.mark.parametrize("path", ["d/train-*.jsonl", "d/*", "./d/train-*", "**/*.jsonl", "d"])
+def test_a_missing_shard_is_named(path: str) -> None:
+    touch("d/train-00000-of-00004.jsonl", "d/train-00003-of-00004.jsonl")
+    assert refusal(path) == (
+        "task.path: a shard is missing: d/train-00001-of-00004.jsonl, d/train-00002-of-00004.jsonl"
+    )
+
+
+def test_a_glob_for_some_shards() -> None:
+    touch(*(f"train-{n:05}-of-00100.jsonl" for n in range(100) if n != 57))
+    assert len(names("train-0001?-of-*.jsonl")) == 10
+    assert refusal("train-0005?-*").endswith("a shard is missing: train-00057-of-00100.jsonl")
+
+
+def test_listed_shards_may_be_a_part_and_this_is_said() -> None:
+    shards = [f"train-{n:05}-of-00003.jsonl" for n in range(3)]
+    touch(*shards)
+    assert names(shards[1]) == shards[1:2]
+    expected = f"task.path: shards that are not listed: {shards[0]}, {shards[2]}"
+    assert notes(shards[1]) == expected
+    assert notes(shards) == ""
+    assert names(shards[::-1]) == shards[::-1]
+
+
+def test_sets_that_are_mixed_up() -> None:
+    touch("a-00000-of-00001.jsonl", "a-00000-of-00002.jsonl", "a-00001-of-00002.jsonl")
+    assert "a-00000-of-00002.jsonl are shards of two sets" in refusal("*.jsonl")
+    assert len(names("a-*-of-00002.jsonl")) == 2
+    touch("b-0-of-2.jsonl", "b-1-of-2.csv", "b-1-of-2.jsonl")
+    assert "b-1-of-2.csv and b-1-of-2.jsonl are the same shard" in refusal("b-*")
+    assert names("b-*.jsonl") == ["b-0-of-2.jsonl", "b-1-of-2.jsonl"]
+    touch("c-0-of-2.jsonl", "c-7-of-2.jsonl")
+    assert "c-7-of-2.jsonl: its number is beyond the 2 shards" in refusal("c-*")
+
+
+def test_several_sets_and_formats() -> None:
+    shards = ["x-0-of-2.jsonl", "x-1-of-2.csv", "y-0-of-1.parquet"]
+    touch(*shards)
+    assert names("*-of-*") == shards
+
+
+# Mappings
+
+
+def test_several_files_of_a_split() -> None:
+    touch("a.jsonl", "b.csv", "dev.jsonl")
+    path = {"train": ["a.jsonl", "b.csv"], "dev": "dev.jsonl"}
+    assert names(path) == ["a.jsonl", "b.csv"]
+    assert names(path, "validation") == names(path, "dev") == ["dev.jsonl"]
+    assert names(path, "test") == []
+    assert notes(path) == notes(path, "validation") == ""
+
+
+def test_a_file_of_two_splits_is_said() -> None:
+    touch("a.jsonl", "b.jsonl")
+    path = {"train": "*.jsonl", "validation": ["b.jsonl"]}
+    assert notes(path).endswith("task.path: in both train and validation: b.jsonl")
+    # What is wrong with another split is told when that one is read.
+    assert names({"train": "a.jsonl", "validation": "none.jsonl"}) == ["a.jsonl"]
+
+
+# What is said where there is no such split
+
+
+def test_no_split() -> None:
+    touch("d/b.jsonl", "d/a.csv", "d/sub/x.jsonl", "d/.hidden", "e/test.jsonl", "f/g/h.jsonl")
+    message = str(no_split("d", "train"))
+    assert message.startswith("d: no split 'train'; the directory holds a.csv, b.jsonl, sub/. ")
+    assert "give a file, a glob or a mapping: task.path: {train: FILE}" in message
+    assert "e: no split 'train'; allowed: test; the directory holds test.jsonl" in str(
+        no_split("e", "train")
+    )
+    Path("empty").mkdir()
+    assert "empty: no split 'train'; the directory is empty" in str(no_split("empty", "train"))
+    message = str(no_split({"validation": "x", "test": "y"}, "train"))
+    assert message == "task.path: no split 'train'; allowed: validation, test"
+    message = str(no_split(["a.jsonl"], "test"))
+    assert message.startswith("a.jsonl: no split 'test'; allowed: train, or a mapping")
+
+
+def test_all_files_that_data_is_in() -> None:
+    touch("d/train.jsonl", "d/dev-0.jsonl", "d/other.jsonl", "d/train.db", "d/data/test.jsonl")
+    inside = {"d/train.jsonl", "d/dev-0.jsonl", "d/train.db", "d/data/test.jsonl"}
+    assert set(map(str, data_files("d"))) == inside
+    path = {"train": ["d/train*.jsonl", "gone.jsonl"], "test": "d/data/test.jsonl"}
+    assert {"gone.jsonl", "d/data/test.jsonl"} < set(map(str, data_files(path)))
+    assert data_files(None) == []

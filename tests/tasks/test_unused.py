@@ -1,0 +1,226 @@
+"""Columns and keys that a task does not read are named once, with their rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakit import registry
+from lorakit.data.sources import Split
+from lorakit.evaluation.splits import settle
+from lorakit.tasks import unused
+from lorakit.tasks.unused import UnusedWatch, unused_note
+
+Row = dict[str, Any]
+
+USER, REPLY = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
+HUMAN, GPT = {"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}
+PAIR = {"prompt": "2+2?", "completion": "4"}
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+
+
+def calling(**keys: Any) -> Row:
+    """The assistant's message with a tool call that has more keys."""
+    return {**REPLY, "tool_calls": [{**CALL, **keys}]}
+
+
+def split_of(*rows: Row) -> Split:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return Split("train", [{name: row.get(name) for name in names} for row in rows], "rows", "0")
+
+
+def note(name: str, *rows: Row, **keys: Any) -> str | None:
+    task = registry.task(name)
+    return unused_note(task, task.Config(name=name, **keys), split_of(*rows))
+
+
+def loaded(path: Path, name: str = "chat") -> tuple[Any, Any, Split]:
+    task = registry.task(name)
+    config = task.Config(path=str(path))
+    found = task.load(config, "train")
+    assert found is not None
+    return task, config, found
+
+
+def test_columns_and_keys_are_counted_by_row() -> None:
+    rows = [
+        {"messages": [USER, calling(foo=1), USER, calling(foo=2)], "bar": 0},
+        {"messages": [USER, REPLY], "bar": False},
+        {"messages": [USER, calling(foo=None)], "bar": None},
+        {"messages": [USER, REPLY, USER, calling(foo="x")], "bar": "x"},
+        {"messages": [USER, REPLY]},
+    ]
+    said = "column bar (3), messages[].tool_calls[].foo (2)"
+    said = f"train: 3 of 5 rows have keys that are not used: {said}"
+    assert note("chat", *rows) == said
+
+
+@pytest.mark.parametrize("empty", [None, "", " ", [], {}])
+def test_what_holds_nothing_is_not_named(empty: Any) -> None:
+    row = {"messages": [USER, calling(foo=empty)], "bar": empty}
+    assert note("chat", row) is None
+
+
+def test_what_is_read_is_not_named() -> None:
+    called = {"role": "assistant", "tool_calls": [{"id": "1", **CALL}]}
+    turns = [USER, called, {"role": "tool", "content": "x", "tool_call_id": "1", "name": "f"}]
+    reply = {**REPLY, "train": True, "weight": 1, "reasoning_content": "r", "thinking": "r"}
+    assert note("chat", {"messages": [*turns, reply], "system": "s", "tools": [{"a": 1}]}) is None
+    assert note("chat", {"conversations": [HUMAN, GPT], "system": "s", "tools": "[]"}) is None
+    alpaca = {
+        "instruction": "a",
+        "input": "b",
+        "output": "c",
+        "system": "s",
+        "history": [["a", "b"]],
+    }
+    assert note("chat", alpaca) is None
+    assert note("completion", alpaca) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "keys", "listed"),
+    [
+        # Data of other trainers, for preferences and with weights or labels.
+        ("chat", PAIR | {"chosen": "4", "rejected": "5"}, {}, "column chosen, column rejected"),
+        ("completion", PAIR | {"label": True}, {}, "column label"),
+        ("completion", PAIR | {"text": "x", "id": 3}, {}, "column text, column id"),
+        ("completion", {"q": "a", "a": "b", "tools": [1]}, {"prompt_column": "q", "completion_column": "a"}, "column tools"),
+        ("completion", {"q": "a", "system": "s"}, {"template": "{q}", "completion_template": "x"}, "column system"),
+        ("text", {"text": "a", "meta": {"url": "x"}}, {}, "column meta"),
+        ("text", {"text": "a", "body": "b"}, {"text_column": "body"}, "column text"),
+        ("classification", {"text": "a", "label": "b", "idx": 0}, {}, "column idx"),
+        ("classification", {"text": "a", "pair": "b", "label": "b"}, {}, "column pair"),
+        ("glue/sst2", {"sentence": "a", "label": 1, "idx": 3, "split": "x"}, {}, "column split"),
+        ("glue/sst2", {"sentence": "a", "label": 1, "idx": 3}, {}, None),
+        ("e2e_nlg", {"meaning_representation": "a", "human_reference": "b", "n": 1}, {}, "column n"),
+        ("chat", {"messages": [USER, REPLY], "history": [["a", "b"]]}, {}, "column history"),
+        ("chat", {"messages": [USER, REPLY], "functions": [{}]}, {}, "column functions"),
+        ("chat", {"turns": [USER, calling(x=1)], "messages": [{"y": 1}]}, {"messages_column": "turns"}, "turns[].tool_calls[].x, column messages"),
+        ("chat", {"conversations": [HUMAN, {**GPT, "content": "5"}]}, {}, "conversations[].content"),
+        ("chat", {"messages": [USER, calling(index=0)]}, {}, "messages[].tool_calls[].index"),
+        ("chat", {"messages": [{**USER, "content": [{"type": "text", "text": "a", "cache": 1}]}, REPLY]}, {}, "messages[].content[].cache"),
+        ("auto", {"messages": [USER, calling(x=1)], "id": 1}, {}, "messages[].tool_calls[].x, column id"),
+        ("auto", PAIR | {"id": 1}, {}, "column id"),
+        ("chat", {"messages": [USER, calling(**{"a b": 1})], "\x1b[2J": 1}, {}, r'"messages[].tool_calls[].a b", column "\u001b[2J"'),
+    ],
+)  # fmt: skip
+def test_each_task_names_what_it_does_not_read(
+    name: str, row: Row, keys: Row, listed: str | None
+) -> None:
+    said = note(name, row, **keys)
+    if listed is None:
+        assert said is None
+        return
+    assert said is not None
+    assert said.isprintable()
+    start, _, found = said.partition(" not used: ")
+    assert start == "train: 1 of 1 rows have keys that are"
+    assert sorted(found.split(", ")) == sorted(f"{key} (1)" for key in listed.split(", "))
+
+
+def test_rows_that_cannot_be_read_break_no_count() -> None:
+    rows = [{"messages": value, "x": 1} for value in (None, 3, "a", [], [3], [{"role": 1}])]
+    rows.append(
+        {"messages": [{**USER, "content": [3], "tool_calls": [3, {"function": 3}]}], "x": 1}
+    )
+    assert note("chat", *rows) == "train: 7 of 7 rows have keys that are not used: column x (7)"
+
+
+def test_wikisql_rows(tmp_path: Path) -> None:
+    table = {"id": "t", "header": ["a"], "types": ["text"]}
+    row = {"phase": 1, "table_id": "t", "question": "q", "sql": {"sel": 0, "agg": 0, "conds": []}}
+    (tmp_path / "train.tables.jsonl").write_text(json.dumps(table))
+    (tmp_path / "train.jsonl").write_text(
+        f"{json.dumps(row)}\n{json.dumps({**row, 'note': 'x'})}\n"
+    )
+    said = unused_note(*loaded(tmp_path, "wikisql"))
+    assert said == "train: 1 of 2 rows have keys that are not used: column note (1)"
+    (tmp_path / "train.jsonl").write_text(f"{json.dumps(row)}\n")
+    assert unused_note(*loaded(tmp_path, "wikisql")) is None
+
+
+def test_nulls_of_parquet_are_not_counted(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [
+        {"messages": [USER, {**REPLY, "weight": 1}], "note": None},
+        {"messages": [USER, calling(foo="x")], "note": "x"},
+        {"messages": [USER, calling(foo=None)], "note": None},
+    ]
+    keys = dict.fromkeys(("role", "content", "weight", "tool_calls"))
+    padded = [{**row, "messages": [keys | turn for turn in row["messages"]]} for row in rows]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(padded), tmp_path / "train.parquet")
+    said = unused_note(*loaded(tmp_path))
+    assert said is not None
+    assert said.startswith("train: 1 of 3 rows have keys that are not used: ")
+    assert "messages[].tool_calls[].foo (1)" in said
+    assert "column note (1)" in said
+    assert "weight" not in said
+
+
+def test_a_large_split_is_counted_at_its_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unused, "COUNTED_ROWS", 3)
+    rows: list[Row] = [{**PAIR, "id": 1}] * 5 + [{**PAIR, "late": 1}]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert unused_note(*loaded(path, "completion")) == (
+        "train: 3 of the first 3 rows have keys that are not used: column id (3), column late (0)"
+    )
+
+
+def test_many_keys_stay_one_line() -> None:
+    said = note("chat", {"messages": [USER, calling(**{f"k{i}": 1 for i in range(50)})]})
+    assert said is not None
+    assert said.endswith(" and 30 more")
+    assert said.count("messages[]") == 20
+
+
+def test_a_stream_names_later_keys_once() -> None:
+    task = registry.task("chat")
+    head = split_of({"messages": [USER, REPLY], "id": 1})
+    config = task.Config()
+    said: list[str] = []
+    settle(task, config, head, said.append, streamed=True)
+    line = "train: 1 of the first 1 rows have keys that are not used: column id (1)"
+    assert said[-1] == line
+    watch = UnusedWatch(task, config, head, said.append)
+    watch.see({"messages": [USER, REPLY], "id": 2})
+    assert said[-1] == line
+    for _ in range(2):
+        watch.see({"messages": [USER, calling(foo=1)], "id": 2, "bar": 1})
+    listed = "column bar, messages[].tool_calls[].foo"
+    assert said[-1] == f"train: further rows have keys that are not used: {listed}"
+    assert said.count(said[-1]) == 1
+
+
+OWN = """\
+from lorakit.tasks.completion import Completion
+
+
+class Mine(Completion):
+    def example(self, row, config):
+        row = dict(row, prompt=row["prompt"] + row["extra"])
+        return super().example(row, config)
+{more}
+"""
+SAYS = """
+    def read_columns(self, config, columns):
+        return ("prompt", "completion", "extra")
+"""
+
+
+@pytest.mark.parametrize(("more", "expected"), [("", None), (SAYS, "column other (1)")])
+def test_a_task_of_ones_own_says_what_it_reads(
+    more: str, expected: str | None, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(OWN.format(more=more))
+    said = note(f"{file}:Mine", PAIR | {"extra": "x", "other": "y"})
+    assert (said and said.partition(" not used: ")[2]) == expected
