@@ -111,15 +111,14 @@ def _encode_examples(
 def _encode_chats(
     chats: Sequence[ChatExample], tokenizer: Any, max_length: int, counted: Counter[str]
 ) -> Iterator[list[Tokens]]:
-    """A chat of one row loses its end; one of several, whose rows are a turn each, loses the
-    beginning of their prompts."""
+    """A row with one trained turn loses the beginning of its prompt, as prompts of generation do;
+    one with several loses its end."""
     encoder = ChatEncoder(tokenizer)
     for chat in chats:
         encoded = encoder.encode(chat)
         counted.update(encoded.counts)
-        several = len(encoded.rows) > 1
         yield [
-            _cut(Tokens(row.ids, row.trained), max_length, row.prompt if several else 0)
+            _cut(Tokens(row.ids, row.trained), max_length, row.prompt * (len(row.turns) == 1))
             for row in encoded.rows
         ]
 

@@ -319,6 +319,13 @@ def test_what_was_counted_is_said_once(tokenizer: Any) -> None:
     ]
 
 
+def test_a_single_turn_loses_the_beginning_of_its_prompt(tokenizer: Any) -> None:
+    split = Split("train", [{}], "chats.jsonl", "0")
+    found = encode_split(split, lambda _: ChatExample(CHAT[:3]), tokenizer, 12)
+    assert tokenizer.decode(found[0].input_ids) == "assistant>4</s>"
+    assert (found.truncated_rows, found.cut_completions) == (1, 0)
+
+
 def test_rows_of_a_split_chat_lose_the_beginning_of_their_prompts(tokenizer: Any) -> None:
     tokenizer.chat_template = SPACED.replace(" {{ m['content'] }} </s>",
                                              "{{ '!' if loop.last }}{{ m['content'] }}</s>")  # fmt: skip
