@@ -67,6 +67,14 @@ FUSED = {
 }
 
 
+#: What attention has besides q, k, v and o.
+MORE = {
+    "deberta_v2": [
+        f"deberta.encoder.layer.{{}}.attention.self.pos_{n}_proj" for n in ("key", "query")
+    ]
+}
+
+
 def _both_layers(name: str) -> set[str]:
     return {name.format(layer) for layer in (0, 1)}
 
@@ -98,7 +106,7 @@ def test_a_role_inside_a_fused_matrix_is_its_rows(family: str) -> None:
 
 @pytest.mark.parametrize("family", ALL)
 def test_attention_is_all_of_it_and_nothing_else(family: str) -> None:
-    names = ROLES[family].values() if family in ROLES else FUSED[family]
+    names = [*(ROLES[family].values() if family in ROLES else FUSED[family]), *MORE.get(family, [])]
     want = set().union(*map(_both_layers, names))
     assert set(find_targets(tiny(family), ["attention"])) == want
 
@@ -166,7 +174,7 @@ def test_layers_keep_only_those(layers: list[int] | str) -> None:
 
 
 def test_a_layer_that_is_not_there_is_an_error() -> None:
-    with pytest.raises(TargetError, match="no layer 2, 7 among the targets; allowed: 0 to 1"):
+    with pytest.raises(TargetError, match="no layer 2, 7 among the targets; allowed: 0-1"):
         find_targets(tiny("llama"), ["q"], [1, 2, 7])
 
 

@@ -47,7 +47,8 @@ def train(
 
     if dry_run:
         plan = run.dry_run(resolved, tell)
-        lines = [f"{key:22} {value}" for key, value in plan.items()]
+        # The coverage has been said, in words.
+        lines = [f"{key:22} {value}" for key, value in plan.items() if key != "coverage"]
         typer.echo(json.dumps(plan) if as_json else "\n".join(lines))
         return
     result = run.train(resolved, resume, tell)

@@ -23,13 +23,14 @@ from lorakit.training.batching import build_collate, padding_multiple
 from lorakit.training.best import Best
 from lorakit.training.evaluator import Evaluator
 from lorakit.training.finite import divergence
+from lorakit.training.first_step import FirstStep
 from lorakit.training.loop import Loop
 from lorakit.training.objective import CausalObjective, EncoderObjective
 from lorakit.training.optim import build_optimizer, build_scheduler
 from lorakit.training.schedule import Schedule
-from lorakit.training.setup import Prepared, main_metric
+from lorakit.training.setup import Prepared, Say, main_metric
 from lorakit.training.signals import StopRequest
-from lorakit.training.tracking import Recorder
+from lorakit.training.tracking import Recorder, tell
 
 
 def build_loop(
@@ -39,6 +40,7 @@ def build_loop(
     schedule: Schedule,
     recorder: Recorder,
     stop: StopRequest,
+    say: Say = tell,
 ) -> Loop:
     section, model = prepared.recipe.train, prepared.model
     set_seed(section.seed)
@@ -82,10 +84,18 @@ def build_loop(
         max_grad_norm=section.max_grad_norm,
         hooks=hooks,
         cause=divergence(section.learning_rate, method.advice(prepared.recipe.adapter)),
+        first_step=FirstStep(model, say, _asked_whole(prepared), section.compile is not True),
     )
     if prepared.evaluation is not None and recorder is not None:
         loop.evaluate = build_evaluator(prepared, loop, final=False)
     return loop
+
+
+def _asked_whole(prepared: Prepared) -> list[str]:
+    """The modules that train whole because the recipe names them."""
+    asked = prepared.recipe.adapter.modules_to_save
+    whole = prepared.report.modules_to_save
+    return [n for n in whole if any(n == end or n.endswith(f".{end}") for end in asked)]
 
 
 def build_evaluator(prepared: Prepared, loop: Loop, final: bool) -> Evaluator:

@@ -37,6 +37,7 @@ from lorakit.training.checkpoint import (
     save_checkpoint,
 )
 from lorakit.training.finite import broken_step, broken_weight, grown_loss
+from lorakit.training.first_step import FirstStep
 from lorakit.training.hardware import peak_memory_bytes
 from lorakit.training.late import LateReader, LateValues
 from lorakit.training.schedule import Schedule
@@ -65,6 +66,7 @@ class Loop:
     max_grad_norm: float | None
     hooks: RunHooks
     cause: str
+    first_step: FirstStep | None = None
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
@@ -162,9 +164,13 @@ class Loop:
             last = index == len(step.micro_batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.objective):
                 loss = self.objective(batch) * factor
-                self.accelerator.backward(loss)
+                if loss.requires_grad:  # not where all that trains are experts without tokens
+                    self.accelerator.backward(loss)
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
+        if self.first_step is not None:
+            self.first_step.check()
+            self.first_step = None
         values = self.hooks.before_step(self._scaled)
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
         norm = self.accelerator.clip_grad_norm_(list(self.trainable.values()), limit)

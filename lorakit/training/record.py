@@ -18,8 +18,8 @@ _PACKAGES = ("lorakit", "torch", "transformers", "accelerate", "datasets", "safe
 @dataclass
 class RunRecord:
     """``seconds`` are those of training and its evaluations, over all resumes; ``exit_reason`` is
-    null while the run goes on. ``bad_row`` says that a row of a stream ended the run, which may be
-    resumed once the row is mended."""
+    null while the run goes on. ``coverage`` is the InjectionReport's. ``bad_row`` says that a row of
+    a stream ended the run, which may be resumed once the row is corrected."""
 
     adapted_modules: list[dict[str, Any]]
     trainable_parameters: int
@@ -27,6 +27,7 @@ class RunRecord:
     hardware: dict[str, Any]
     seed: int
     data: dict[str, Any]
+    coverage: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=lambda: versions())
     git_commit: str | None = field(default_factory=lambda: git_commit())
     steps: int = 0
@@ -57,6 +58,7 @@ def new_record(
         hardware=hardware,
         seed=seed,
         data=data,
+        coverage=asdict(report.coverage) if report.coverage else None,
     )
 
 

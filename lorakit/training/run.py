@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +89,13 @@ def dry_run(recipe: Recipe, say: Say) -> dict[str, Any]:
     steps = build_batching(prepared, accelerator.device).steps
     schedule = build_schedule(prepared.recipe, steps)
     recorder: Any = None
-    loop = build_loop(prepared, accelerator, steps, schedule, recorder, StopRequest())
+    loop = build_loop(prepared, accelerator, steps, schedule, recorder, StopRequest(), say)
     loss = loop.step_once()
     return {
         "adapted_modules": len(prepared.report.adapted_modules),
         "trainable_parameters": prepared.report.trainable_parameters,
         "total_parameters": prepared.report.total_parameters,
+        "coverage": asdict(coverage) if (coverage := prepared.report.coverage) else None,
         "train_rows": prepared.data["train"]["rows"],
         "eval_rows": len(prepared.evaluation.encoded) if prepared.evaluation else 0,
         "steps": schedule.total_steps,
@@ -140,7 +141,7 @@ def _run(
     recorder = Recorder(metrics_file, Display(schedule.total_steps, start.step), accelerator)
     loop: Loop | None = None
     try:
-        loop = build_loop(prepared, accelerator, batching.steps, schedule, recorder, stop)
+        loop = build_loop(prepared, accelerator, batching.steps, schedule, recorder, stop, say)
         if start.checkpoint and start.snapshot:
             drop_after(loop.checkpoint_dir, start.step)
             loop.resume(start.checkpoint, start.snapshot)

@@ -68,7 +68,8 @@ def prepare(recipe: Recipe, say: Say, write_cache: bool = True) -> Prepared:
     torch.manual_seed(recipe.train.seed)
     heads = dict.fromkeys([*find_heads(model), *loaded.new_modules])
     report = inject(model, recipe.adapter, _outermost(list(heads)))
-    say(str(report))
+    for line in str(report).splitlines():
+        say(line)
     data = {rows.train.name: _described(rows.train, train)}
     if evaluation is not None:
         data[evaluation.split.name] = _described(evaluation.split, evaluation.encoded)
