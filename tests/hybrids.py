@@ -117,7 +117,7 @@ def saved_hybrid(name: str, tokenizer: Path, folder: Path) -> Path:
     """The model as a directory, with the tokenizer of another."""
     from transformers import AutoTokenizer
 
-    model = hybrid(name, len(AutoTokenizer.from_pretrained(tokenizer)))
+    model = hybrid(name, len(AutoTokenizer.from_pretrained(tokenizer)) + 6)  # room for a pad token
     model.save_pretrained(folder)
     for file in tokenizer.iterdir():
         if "token" in file.name or file.suffix == ".jinja":

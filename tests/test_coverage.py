@@ -80,7 +80,7 @@ def test_attention_on_latent_attention() -> None:
     want = {f"model.layers.{layer}.self_attn.{end}" for layer in (0, 1) for end in ends}
     assert set(find_targets(model, ["attention"])) == want
     with pytest.raises(
-        TargetError, match="the attention has kv_a_proj_with_mqa, .*'attention' takes"
+        TargetError, match=r"the attention has kv_a_proj_with_mqa, .*'attention' takes"
     ):
         find_targets(model, ["q", "v"])
     coverage = covered(model, "attention")

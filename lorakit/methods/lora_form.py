@@ -182,10 +182,16 @@ def peft_rank(settings: Mapping[str, Any], name: str) -> int:
     return int(_by_pattern(settings.get("rank_pattern"), name, settings.get("r", 8)))
 
 
+def peft_alpha(settings: Mapping[str, Any], name: str) -> float:
+    """The lora_alpha that ``adapter_config.json`` gives the module."""
+    alpha = _by_pattern(settings.get("alpha_pattern"), name, settings.get("lora_alpha", 8))
+    return float(alpha)
+
+
 def peft_scaling(settings: Mapping[str, Any], name: str, r: int) -> float:
     """What PEFT multiplies B A by. Raises AdapterError if that is not finite."""
-    alpha = _by_pattern(settings.get("alpha_pattern"), name, settings.get("lora_alpha", 8))
-    scaling = float(alpha) / (math.sqrt(r) if settings.get("use_rslora") else r)
+    alpha = peft_alpha(settings, name)
+    scaling = alpha / (math.sqrt(r) if settings.get("use_rslora") else r)
     if not math.isfinite(scaling):
         raise AdapterError(f"{name}: lora_alpha = {alpha}: allowed: a finite number")
     return scaling
