@@ -87,6 +87,8 @@ def outside_language_model(model: nn.Module) -> tuple[str, ...]:
         return ()
     output = model.get_output_embeddings()
     kept = [*parts, *(name for name, module in model.named_modules() if module is output)]
+    if "Classification" in type(model).__name__:  # the head
+        kept += [n for n, child in model.named_children() if isinstance(child, nn.Linear)]
     above = {name[:at] for name in kept for at, letter in enumerate(name) if letter == "."}
     found: list[str] = []
     for name, module in model.named_modules():

@@ -216,6 +216,20 @@ def test_what_text_does_not_pass_through(family: str, outside: tuple[str, ...]) 
     assert outside_language_model(hybrid(family)) == outside
 
 
+def test_the_head_of_a_multimodal_classifier_is_inside() -> None:
+    from transformers import Qwen3_5ForSequenceClassification
+
+    config = hybrid("qwen3_5").config
+    config.text_config.pad_token_id = 0
+    model = Qwen3_5ForSequenceClassification(config)
+    assert outside_language_model(model) == ("model.visual",)
+    report = inject(model, LoraConfig(target_modules=["q", "v"]))
+    assert report.modules_to_save == ("score",)
+    assert {m.name for m in report.adapted_modules} == {
+        f"model.language_model.layers.3.self_attn.{role}_proj" for role in "qv"
+    }
+
+
 @pytest.mark.parametrize(
     ("family", "parts"),
     [

@@ -103,4 +103,6 @@ def _facts(settings: Mapping[str, Any], sidecar: Mapping[str, Any]) -> CardFacts
         task=sidecar.get("task"),
         task_type=settings.get("task_type") or "CAUSAL_LM",
         num_labels=len(sidecar.get("id2label") or ()) or None,
+        base_class=sidecar.get("base_class"),
+        misread=sidecar.get("misread_by_peft") or (),
     )

@@ -104,6 +104,14 @@ def misread_by_peft(model: nn.Module, adapted: Iterable[str]) -> list[str]:
     return sorted(taken & {name.rpartition(".")[2] for name in adapted})
 
 
+def misread_note(misread: Iterable[str]) -> str:
+    """What ``misread_by_peft`` found, as it is said."""
+    return (
+        f"PEFT 0.19 to 0.21 with transformers 5 takes {', '.join(misread)} for experts and "
+        "misreads the adapter; lorakit does not"
+    )
+
+
 def check_supported(config: Mapping[str, Any], where: str) -> None:
     """Raise AdapterError for a key that would change the output and is not understood here."""
     for key, allowed in _ALLOWED.items():

@@ -95,6 +95,10 @@ def save_adapter(
         _write_json(folder / CONFIG, settings)
         save_file(_stored(tensors), folder / WEIGHTS, metadata={"format": "pt"})
         info = _sidecar(model, method, adapted, renamed) | {"task_type": task_type}
+        if own is not None:
+            info["base_class"] = type(own).__name__
+        if method.peft_loads and (misread := misread_by_peft(own or model, layers)):
+            info["misread_by_peft"] = misread
         _write_json(folder / SIDECAR, info | dict(lorakit_info or {}))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -102,8 +106,8 @@ def save_adapter(
         facts = _completed(facts, settings, whole, info, method.peft_loads)
         facts = dataclasses.replace(
             facts,
-            base_class=type(own).__name__ if own else None,
-            misread=misread_by_peft(own or model, layers) if method.peft_type == "LORA" else (),
+            base_class=info.get("base_class"),
+            misread=info.get("misread_by_peft", ()) if method.peft_type == "LORA" else (),
         )
         (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
     return directory

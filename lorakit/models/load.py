@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 from transformers.utils import logging as transformers_logging
@@ -32,6 +33,7 @@ from lorakit.models.tokenizer import load_tokenizer
 from lorakit.recipe.sections import ModelSection
 
 Kind = Literal["causal", "encoder"]
+_SEES = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,14 @@ def _check_kind(config: PreTrainedConfig, kind: Kind, name: str) -> None:
             "the task needs an encoder alone; allowed: a model such as BERT, RoBERTa or ModernBERT"
         )
     encoder = masked and not getattr(config, "is_decoder", False)
-    if kind == "causal" and (encoder or not causal) and not hasattr(config, "auto_map"):
+    brings_code = hasattr(config, "auto_map")
+    if kind == "causal" and config.model_type in _SEES and not causal and not brings_code:
+        raise ModelError(
+            f"model.name_or_path: {name}: {config.model_type} is multimodal, and transformers has "
+            "no class for training it on text alone: not supported yet; allowed: a decoder such as "
+            "Llama, Qwen or GPT-2, or a multimodal Gemma 3, Qwen3.5 or Llama 4"
+        )
+    if kind == "causal" and (encoder or not causal) and not brings_code:
         raise ModelError(
             f"model.name_or_path: {name}: {config.model_type} is not a causal language model, and "
             "the task needs one; allowed: a decoder such as Llama, Qwen, Gemma or GPT-2"

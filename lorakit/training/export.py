@@ -8,7 +8,7 @@ from pathlib import Path
 from lorakit import registry
 from lorakit.adapters.model_card import CardFacts
 from lorakit.adapters.names import BaseNames, names_in_base
-from lorakit.adapters.peft_config import misread_by_peft
+from lorakit.adapters.peft_config import misread_by_peft, misread_note
 from lorakit.adapters.peft_format import save_adapter
 from lorakit.errors import AdapterError
 from lorakit.methods.base import Method
@@ -56,10 +56,7 @@ def export_adapter(prepared: Prepared, directory: Path, record: RunRecord, say: 
     elif method.peft_type == "LORA" and (
         wrong := misread_by_peft(prepared.model, _adapted(record))
     ):
-        say(
-            f"{directory}: PEFT 0.19 to 0.21 with transformers 5 takes {', '.join(wrong)} for "
-            f"experts and misreads the adapter; lorakit does not, and {merging}"
-        )
+        say(f"{directory}: {misread_note(wrong)}, and {merging}")
 
 
 def _adapted(record: RunRecord) -> list[str]:

@@ -230,6 +230,22 @@ def test_what_peft_misreads_is_known(
     assert ("PEFT 0.19 to 0.21" in (adapter / "README.md").read_text()) == bool(wrong)
 
 
+def test_a_converted_adapter_keeps_what_is_known_of_peft(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    for family, said in (("qwen3_next", "takes down_proj"), ("qwen3_5", "Qwen3_5ForConditional")):
+        hybrid(family).save_pretrained(base / family)
+        config = AdaLoraConfig(init_r=3, target_r=2, target_modules=["down_proj"])
+        model = adapted(base / family, config)
+        adapter = save(model, config, base / family, tmp_path / family / "adapter")
+        out, notes = tmp_path / family / "lora", []
+        lorakit.convert(adapter, out, "lora", say=notes.append)
+        assert said in (out / "README.md").read_text()
+        assert any(said in note for note in notes) == (family == "qwen3_next")
+        torch.testing.assert_close(
+            logits(lorakit.load(base / family, out)), logits(model), atol=1e-5, rtol=0
+        )
+
+
 def test_dense_models_are_not_misread() -> None:
     assert misread_by_peft(tiny("llama"), ["model.layers.0.mlp.down_proj"]) == []
     assert misread_by_peft(nn.Linear(2, 2), ["gate"]) == []
