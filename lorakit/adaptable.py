@@ -76,7 +76,7 @@ def outside_language_model(model: nn.Module) -> tuple[str, ...]:
     if not isinstance(model, PreTrainedModel):
         return ()
     text = model.config.get_text_config()
-    if text is model.config:
+    if text is model.config:  # text alone
         return ()
     parts = [
         name

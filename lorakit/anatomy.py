@@ -13,6 +13,7 @@ Part = Literal["attention", "MLP", "expert", "state-space", "router", "other"]
 
 _ROUTER = re.compile(r"router|shared_expert_gate|indexer|gating|wg")
 _ROUTER_CLASS = re.compile(r"Router|TopKGate|M[oO][eE]Gate|Indexer")
+_EXPERT = re.compile(r"(?!shared).*experts?(_?\d+)?")
 _EXPERT_CLASS = re.compile(r"(?<!Shared)Experts?(GLU)?$")
 #: For one module on the way to a weight, the first that fits: pattern of its name, of its class.
 _PARTS: tuple[tuple[Part, re.Pattern[str], re.Pattern[str]], ...] = (
@@ -84,7 +85,7 @@ def part_of(module: str, classes: dict[str, str]) -> Part:
         return "router"
     if ends and ends[0] == "gate" and f"{module.rpartition('.')[0]}.experts" in classes:
         return "router"
-    if "experts" in ends or any(_EXPERT_CLASS.search(classes[name]) for name in path):
+    if is_routed_expert(module) or any(_EXPERT_CLASS.search(classes[name]) for name in path):
         return "expert"
     # The weight's own module says least: "output" is a projection of attention or an MLP.
     around = [*zip(path, ends, strict=True)]
@@ -93,6 +94,11 @@ def part_of(module: str, classes: dict[str, str]) -> Part:
             if of_name.fullmatch(end) or of_class.search(classes[name]):
                 return part
     return "other"
+
+
+def is_routed_expert(module: str) -> bool:
+    """Whether the module of that name is one of several experts, which may get no token."""
+    return any(_EXPERT.fullmatch(part) for part in module.split("."))
 
 
 def layer_of(name: str) -> int | None:

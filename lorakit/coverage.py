@@ -95,7 +95,7 @@ def measure_coverage(
     }
     everything = sum(parameter.numel() for parameter in model.parameters())
     missed = _missed(model, found, targets, target_modules, layers)
-    return Coverage(parts, (*_grouped(missed, everything), *_outside(model, outside, everything)))
+    return Coverage(parts, (*_grouped(missed, everything), *missed_outside(model)))
 
 
 def _covered(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, int]:
@@ -185,20 +185,22 @@ def _reason(asked: Sequence[str], group: Sequence[Weight]) -> str:
     return "not linear layers"
 
 
-def _outside(model: nn.Module, outside: Sequence[str], everything: int) -> list[Missed]:
+def missed_outside(model: nn.Module) -> tuple[Missed, ...]:
+    """What of a multimodal model no target reaches."""
+    outside = outside_language_model(model)
     if not outside:
-        return []
-    size = sum(p.numel() for n, p in model.named_parameters() if is_within(n, tuple(outside)))
-    return [
+        return ()
+    size = sum(p.numel() for n, p in model.named_parameters() if is_within(n, outside))
+    return (
         Missed(
             targets=(),
             what="modules outside the language model",
             modules=", ".join(outside),
             parameters=size,
-            share=size / everything,
+            share=size / sum(parameter.numel() for parameter in model.parameters()),
             reason="text does not pass through them",
-        )
-    ]
+        ),
+    )
 
 
 def _percent(count: int, share: float) -> str:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorakit import registry
-from lorakit.coverage import Coverage, measure_coverage
+from lorakit.adaptable import is_within, outside_language_model
+from lorakit.coverage import Coverage, measure_coverage, missed_outside
 from lorakit.errors import TargetError
 from lorakit.layers import (
     AdapterLayer,
@@ -39,8 +40,8 @@ class AdaptedModule:
 class InjectionReport:
     """What was adapted, what is trained whole beside it, and how many parameters that is.
 
-    ``coverage`` is what the targets hold of attention, MLPs and experts; None where there were no
-    targets: for an adapter that is loaded, or a method that trains the base's own parameters.
+    ``coverage`` is what the targets hold of attention, MLPs and experts, and what they miss; None
+    for an adapter that is loaded. A method that trains the base's own parameters has no shares.
     """
 
     method: str
@@ -104,7 +105,8 @@ def _coverage(
     whole: Sequence[str],
 ) -> Coverage | None:
     if not targets:
-        return None
+        outside = missed_outside(model)
+        return Coverage({}, outside) if outside else None
     names = config.target_modules or ()
     return measure_coverage(model, targets, names, config.layers, {*whole, *_output(model)})
 
@@ -127,13 +129,13 @@ def _base_parameters(
     model: nn.Module, config: AdapterSection, method: Method, whole: Sequence[str]
 ) -> list[str]:
     """The base's own parameters that train, those of the modules ``whole`` aside; a method that
-    wraps nothing trains them where the targets are."""
+    wraps nothing trains them where the targets are. Of a multimodal model the language model's."""
     names = method.trained_parameters(model, config)
     if not method.kinds:
         exclude = {*whole, *_output(model)}
         names = parameters_within(model, names, config.target_modules, config.layers, exclude)
-    inside = tuple(f"{name}." for name in whole) or ("\0",)
-    found = [name for name in names if not name.startswith(inside)]
+    untrained = (*whole, *outside_language_model(model))
+    found = [name for name in names if not is_within(name, untrained)]
     if not method.kinds and not found:
         raise TargetError(
             f"adapter: {method.name} finds nothing to train in {type(model).__name__}; allowed: "

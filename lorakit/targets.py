@@ -249,6 +249,7 @@ def _in_layers(names: set[str], layers: Sequence[int] | str) -> set[str]:
     missing = wanted - set(index.values())
     if missing:
         have = format_layers(index.values())
+        have = have if "," in have else have.replace("-", " to ")
         raise TargetError(
             f"adapter.layers: no layer {', '.join(map(str, sorted(missing)))} among the targets; "
             f"allowed: {have or 'none, the targets have no layers'}"

@@ -11,6 +11,7 @@ from lorakit.coverage import Coverage
 from lorakit.errors import TargetError
 from lorakit.injection import inject
 from lorakit.layers import adapter_layers
+from lorakit.methods.full import FullConfig
 from lorakit.methods.lora import LoraConfig
 from lorakit.targets import describe_modules, find_targets
 from tests.families import ALL, tiny, token_ids
@@ -214,6 +215,19 @@ def test_only_the_language_model_is_adapted(targets: list[str]) -> None:
 )
 def test_what_text_does_not_pass_through(family: str, outside: tuple[str, ...]) -> None:
     assert outside_language_model(hybrid(family)) == outside
+
+
+@pytest.mark.parametrize("keys", [{}, {"target_modules": ["q_proj"]}])
+def test_training_everything_stays_inside_the_language_model(keys: dict[str, list[str]]) -> None:
+    model = hybrid("gemma3")
+    report = inject(model, FullConfig(**keys))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(name.startswith("model.language_model.") for name in trained)
+    assert "not adapted: modules outside the language model model.vision_tower" in str(report)
+    biases = inject(hybrid("gemma3"), LoraConfig(target_modules=["q"], bias="all"))
+    plain = inject(hybrid("gemma3"), LoraConfig(target_modules=["q"]))
+    assert biases.trainable_parameters == plain.trainable_parameters
 
 
 def test_the_head_of_a_multimodal_classifier_is_inside() -> None:

@@ -174,7 +174,7 @@ def test_layers_keep_only_those(layers: list[int] | str) -> None:
 
 
 def test_a_layer_that_is_not_there_is_an_error() -> None:
-    with pytest.raises(TargetError, match="no layer 2, 7 among the targets; allowed: 0-1"):
+    with pytest.raises(TargetError, match="no layer 2, 7 among the targets; allowed: 0 to 1"):
         find_targets(tiny("llama"), ["q"], [1, 2, 7])
 
 

@@ -17,6 +17,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from lorakit.adaptable import is_within, outside_language_model
 from lorakit.adapters.files import AdapterFiles
 from lorakit.adapters.peft_config import base_names, is_targeted
 from lorakit.errors import AdapterError
@@ -76,7 +77,13 @@ def fitted(files: AdapterFiles, model: nn.Module) -> AdapterFiles:
     config = dict(files.config)
     theirs = _reversed(moved, roots)
     if (names := config.get("target_modules")) and names != "all-linear":
-        config["target_modules"] = [n for n in base_names(model) if is_targeted(config, theirs(n))]
+        # The text part, in which the file's names were given, has nothing else of such a name.
+        outside = outside_language_model(model)
+        config["target_modules"] = [
+            name
+            for name in base_names(model)
+            if is_targeted(config, theirs(name)) and not is_within(name, outside)
+        ]
         config.pop("exclude_modules", None)
         config.pop("layers_to_transform", None)
     if config["peft_type"] == "LORA":

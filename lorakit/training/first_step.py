@@ -7,9 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lorakit.anatomy import is_routed_expert
 from lorakit.errors import TargetError
 from lorakit.layers import AdapterLayer, FusedLayer, adapted_modules, adapter_layers
 from lorakit.targets import describe_modules
+
+_LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
 class FirstStep:
@@ -36,7 +39,7 @@ class FirstStep:
         self._hooks = [m.register_forward_hook(self._counter(n, m)) for n, m in modules.items()]
         # Layers that are skipped at random may miss a step.
         config = getattr(model, "config", None)
-        self._skips = bool(getattr(config, "layerdrop", 0.0))
+        self._skips = any(getattr(config, key, 0.0) for key in _LAYER_DROPS)
 
     def check(self) -> None:
         """Raise TargetError for what would never train: modules that have no gradient, of which
@@ -67,7 +70,7 @@ class FirstStep:
             )
 
     def _is_dead(self, name: str, layer: AdapterLayer) -> bool:
-        expert = "experts" in name.split(".")
+        expert = is_routed_expert(name)
         if self._rows is not None and not self._rows[name]:
             return not (expert or self._skips)
         own = [p for n, p in layer.named_parameters() if not n.startswith("base_layer.")]

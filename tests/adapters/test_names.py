@@ -17,6 +17,7 @@ import lorakit
 from lorakit.adapters.names import names_in_base
 from lorakit.adapters.peft_config import misread_by_peft
 from lorakit.adapters.peft_format import save_adapter
+from lorakit.adapters.place import load_adapter
 from lorakit.cli.main import run
 from lorakit.errors import AdapterError
 from lorakit.injection import inject
@@ -123,6 +124,9 @@ def test_adapters_with_the_text_parts_names_still_load(family: str, tmp_path: Pa
     model = adapted(base, config)
     adapter = save(model, config, base, tmp_path / "adapter", named=False)
     torch.testing.assert_close(logits(lorakit.load(base, adapter)), logits(model))
+    own = type(hybrid(family)).from_pretrained(base, dtype=torch.float32).eval()
+    load_adapter(own, adapter)
+    torch.testing.assert_close(language_logits(own), logits(model), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(

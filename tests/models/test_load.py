@@ -125,7 +125,7 @@ def test_a_multimodal_model_without_a_text_class_is_refused(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
     model = edited(tmp_path, tiny_llama, model_type="mistral3")
-    with pytest.raises(ModelError, match="mistral3 is multimodal, .* not supported yet"):
+    with pytest.raises(ModelError, match=r"mistral3 is multimodal, .* not supported yet"):
         load_pretrained(section(model), "causal")
 
 
