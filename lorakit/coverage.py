@@ -133,13 +133,21 @@ def _missed(
             own = free
         elif target == "attention":
             own = [w for w in free if w.part == "attention"]
-        elif target in ROLES:
-            own = _beside_role(target, free, targets)
         else:
             own = unreachable(target, free, linear)
+            if (role := _role_of(target)) is not None:
+                own += _beside_role(role, free, targets)
         for weight in own:
             missed.setdefault(weight.name, (weight, []))[1].append(target)
     return missed
+
+
+def _role_of(target: str) -> str | None:
+    """The role that the target is, or names the projection of (``q_proj``); not one that chooses
+    among those projections itself."""
+    if "." in target:
+        return None
+    return next((r for r in ROLES if target == r or re.search(ROLES[r], target)), None)
 
 
 def _beside_role(role: str, free: Sequence[Weight], targets: Mapping[str, Target]) -> list[Weight]:
@@ -180,7 +188,7 @@ def _label(weight: Weight) -> str:
 def _reason(asked: Sequence[str], group: Sequence[Weight]) -> str:
     if all(weight.stacked and weight.part == "expert" for weight in group):
         return "these need PEFT's target_parameters, which lorakit does not support yet"
-    if all(target in ROLES for target in asked):
+    if not {"attention", "all-linear"} & set(asked) and all(w.part == "attention" for w in group):
         return "'attention' takes every kind of attention"
     return "not linear layers"
 

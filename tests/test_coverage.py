@@ -65,13 +65,16 @@ def test_attention_on_gated_linear_attention() -> None:
     assert convolution.modules == "model.layers.{0-2}.linear_attn.conv1d"
 
 
-def test_roles_that_only_some_layers_have() -> None:
-    coverage = covered(hybrid("qwen3_next"), "q", "v")
+@pytest.mark.parametrize("targets", [("q", "v"), ("q_proj", "v_proj")])
+def test_roles_that_only_some_layers_have(targets: tuple[str, ...]) -> None:
+    coverage = covered(hybrid("qwen3_next"), *targets)
     (missed,) = coverage.missed
-    assert missed.targets == ("q", "v")
+    assert missed.targets == targets
     assert "model.layers.{0-2}.linear_attn.in_proj_qkvz" in missed.modules
     assert "'attention' takes every kind of attention" in str(missed)
     assert not covered(hybrid("qwen3_next"), "q", "v", layers=[3]).missed
+    assert not covered(hybrid("qwen3_next"), "3.self_attn.q_proj").missed
+    assert not covered(hybrid("qwen3_next"), r"re:.*\.3\..*\.q_proj").missed
     assert not covered(tiny("llama"), "q", "v").missed
 
 
