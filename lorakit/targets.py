@@ -233,7 +233,8 @@ def _no_match(target: str, linear: dict[str, nn.Module], model: nn.Module) -> st
             f"language model alone: {allowed}"
         )
     ends = {name.rpartition(".")[2] for name in linear}
-    others = sorted({*ends, *ROLES, "attention", "all-linear"} - {target})
+    roles = {role for role, fits in ROLES.items() if any(re.search(fits, n) for n in linear)}
+    others = sorted({*ends, *roles, "attention", "all-linear"} - {target})
     near = difflib.get_close_matches(target, others, 1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     if target in ROLES and (

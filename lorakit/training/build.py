@@ -30,7 +30,7 @@ from lorakit.training.optim import build_optimizer, build_scheduler
 from lorakit.training.schedule import Schedule
 from lorakit.training.setup import Prepared, Say, main_metric
 from lorakit.training.signals import StopRequest
-from lorakit.training.tracking import Recorder, tell
+from lorakit.training.tracking import Recorder
 
 
 def build_loop(
@@ -40,7 +40,7 @@ def build_loop(
     schedule: Schedule,
     recorder: Recorder,
     stop: StopRequest,
-    say: Say = tell,
+    say: Say = lambda text: None,
 ) -> Loop:
     section, model = prepared.recipe.train, prepared.model
     set_seed(section.seed)
@@ -84,8 +84,13 @@ def build_loop(
         max_grad_norm=section.max_grad_norm,
         hooks=hooks,
         cause=divergence(section.learning_rate, method.advice(prepared.recipe.adapter)),
-        first_step=FirstStep(model, say, _asked_whole(prepared), section.compile is not True),
     )
+    loop.check_first_step = FirstStep(
+        model,
+        say,
+        whole=_asked_whole(prepared),
+        counts=section.compile is not True,
+    ).check
     if prepared.evaluation is not None and recorder is not None:
         loop.evaluate = build_evaluator(prepared, loop, final=False)
     return loop

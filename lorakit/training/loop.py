@@ -37,7 +37,6 @@ from lorakit.training.checkpoint import (
     save_checkpoint,
 )
 from lorakit.training.finite import broken_step, broken_weight, grown_loss
-from lorakit.training.first_step import FirstStep
 from lorakit.training.hardware import peak_memory_bytes
 from lorakit.training.late import LateReader, LateValues
 from lorakit.training.schedule import Schedule
@@ -48,7 +47,8 @@ from lorakit.training.tracking import Recorder
 @dataclass
 class Loop:
     """``objective`` maps a batch to the sum of its losses; ``evaluate`` gives the metrics of the
-    model as it is; ``cause`` says why weights are likely to diverge."""
+    model as it is; ``cause`` says why weights are likely to diverge. ``check_first_step`` is called
+    once, when the first gradients are there."""
 
     accelerator: Accelerator
     objective: nn.Module
@@ -66,7 +66,7 @@ class Loop:
     max_grad_norm: float | None
     hooks: RunHooks
     cause: str
-    first_step: FirstStep | None = None
+    check_first_step: Callable[[], None] | None = None
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
@@ -168,9 +168,9 @@ class Loop:
                     self.accelerator.backward(loss)
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
-        if self.first_step is not None:
-            self.first_step.check()
-            self.first_step = None
+        if self.check_first_step is not None:
+            self.check_first_step()
+            self.check_first_step = None
         values = self.hooks.before_step(self._scaled)
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
         norm = self.accelerator.clip_grad_norm_(list(self.trainable.values()), limit)

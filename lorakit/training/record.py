@@ -18,8 +18,8 @@ _PACKAGES = ("lorakit", "torch", "transformers", "accelerate", "datasets", "safe
 @dataclass
 class RunRecord:
     """``seconds`` are those of training and its evaluations, over all resumes; ``exit_reason`` is
-    null while the run goes on. ``coverage`` is the InjectionReport's. ``bad_row`` says that a row of
-    a stream ended the run, which may be resumed once the row is corrected."""
+    null while the run goes on. ``bad_row`` says that a row of a stream ended the run, which may be
+    resumed once the row is corrected."""
 
     adapted_modules: list[dict[str, Any]]
     trainable_parameters: int
