@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from transformers import conversion_mapping
 
 from lorakit.errors import AdapterError, shown
 from lorakit.layers import ADAPTABLE, AdapterLayer, FusedLayer
@@ -97,6 +96,8 @@ def misread_by_peft(model: nn.Module, adapted: Iterable[str]) -> list[str]:
     converts as Mixtral or Qwen2-MoE: an adapter of dense layers or shared experts of that name is
     put on the experts, or refused.
     """
+    from transformers import conversion_mapping
+
     conversions: Mapping[str, str] = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
     model_type = getattr(getattr(model, "config", None), "model_type", "")
     kind = "mixtral" if model_type == "mixtral" else conversions.get(model_type, "")
