@@ -18,6 +18,7 @@ from lorakit.evaluation.beams import search
 from lorakit.evaluation.choosing import Draw, processors, uniform_numbers
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.ending import Reader, eos_ids
+from lorakit.evaluation.kv_cache import cache_argument, cache_of, select_rows
 from lorakit.evaluation.prepare import check_prompts, generating, generation_config, left_padded
 from lorakit.evaluation.room import Room, room_for
 from lorakit.evaluation.watch import Watch
@@ -103,7 +104,7 @@ class _Rounds:
             alive = [alive[i] for i in kept]
             if alive and len(kept) < len(read):
                 index = torch.tensor(kept, device=ids.device)
-                ids, mask, cache = ids[index], mask[index], _select(cache, index)
+                ids, mask, cache = ids[index], mask[index], select_rows(cache, index)
                 if draw is not None:
                     draw.keep(index)
         return texts
@@ -121,21 +122,12 @@ class _Rounds:
         out = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
-            past_key_values=cache,
             generation_config=self.config,
             logits_processor=chosen_by,
+            **cache_argument(cache),
         )
         new = mask.new_ones(mask.shape[0], out.sequences.shape[1] - mask.shape[1])
-        return out.sequences, torch.cat([mask, new], dim=1), out.past_key_values
-
-
-def _select(cache: Any, index: Tensor) -> Any:
-    """The cache of some rows; None, from which it is made anew, where it cannot be taken apart."""
-    layers = getattr(cache, "layers", ())
-    if not layers or not all(hasattr(layer, "batch_select_indices") for layer in layers):
-        return None
-    cache.batch_select_indices(index)
-    return cache
+        return out.sequences, torch.cat([mask, new], dim=1), cache_of(self.model, out)
 
 
 def _same_prompts(prompts: Sequence[Sequence[int]], distinct: bool) -> list[list[int]]:

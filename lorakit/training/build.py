@@ -45,7 +45,7 @@ def build_loop(
     section, model = prepared.recipe.train, prepared.model
     set_seed(section.seed)
     if section.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        _checkpoint_activations(model, encoder=prepared.task.kind == "encoder")
     model.to(accelerator.device)
     varlen = prepared.recipe.task.packing and use_varlen(model)
     objective: Any
@@ -101,6 +101,15 @@ def _asked_whole(prepared: Prepared) -> list[str]:
     asked = prepared.recipe.adapter.modules_to_save
     whole = prepared.report.modules_to_save
     return [n for n in whole if any(n == end or n.endswith(f".{end}") for end in asked)]
+
+
+def _checkpoint_activations(model: Any, encoder: bool) -> None:
+    """Later releases of transformers 5 deprecate ``gradient_checkpointing_enable``."""
+    if encoder:  # else transformers warns that it turns the cache off
+        model.config.use_cache = False
+    name = "activation_checkpointing_enable"
+    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def build_evaluator(prepared: Prepared, loop: Loop, final: bool) -> Evaluator:
