@@ -17,13 +17,13 @@ from lorakit.data.encode import check_token_ids, encode_split, truncation_note
 from lorakit.errors import AdapterError, UserError
 from lorakit.evaluation import sharing
 from lorakit.evaluation.evaluate import evaluate_model
-from lorakit.evaluation.prompts import check_all_prompts
+from lorakit.evaluation.prompts import check_all_prompts, fit_max_new_tokens
 from lorakit.evaluation.splits import encoding_cache, load_eval_split, settle, with_labels
 from lorakit.evaluation.watch import OnPhase
 from lorakit.models.device import default_device
 from lorakit.models.load import Kind, Pretrained, load_config, load_pretrained
 from lorakit.models.tokenizer import load_tokenizer
-from lorakit.models.window import check_length, embedding_rows, window
+from lorakit.models.window import embedding_rows, fit_max_length, window
 from lorakit.openmp import yield_cores
 from lorakit.recipe.sections import ModelSection, Recipe
 from lorakit.tasks.base import Prediction, Task
@@ -91,7 +91,9 @@ def evaluate_split(
         _check_labels(files, labels)
     seed = recipe.train.seed
     model, tokenizer = _load_with(recipe.model, task.kind, labels, files, seed, say)
-    check_length(model, config.max_length)
+    config = fit_max_length(model, config, say)
+    if task.generates(config):
+        config = fit_max_new_tokens(config, window(model), say)
     cache = encoding_cache(task, config, tokenizer, len(found), say, write=sharing.is_main())
     encoded = encode_split(
         found, lambda row: task.example(row, config), tokenizer, config.max_length, cache=cache

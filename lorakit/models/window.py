@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -16,15 +19,20 @@ def window(model: PreTrainedModel) -> int | None:
     return found - reserved_positions(model)
 
 
-def check_length(model: PreTrainedModel, max_length: int) -> None:
-    """Raise UserError if rows of ``max_length`` tokens have no position in the model. Rotary
-    positions go on past what a model was trained on, learnt ones do not."""
-    room = window(model)
+def fit_max_length(model: PreTrainedModel, config: Any, say: Callable[[str], None]) -> Any:
+    """The task's ``config``, with a default ``max_length`` shortened to the model's positions,
+    which is said. Raises UserError if the recipe itself asks for more. Rotary positions go on past
+    what a model was trained on, learnt ones do not."""
+    room, wanted = window(model), config.max_length
     rotary = getattr(model.config.get_text_config(), "rope_parameters", None) is not None
-    if room is not None and max_length > room and not rotary:
+    if room is None or wanted <= room or rotary:
+        return config
+    if "max_length" in config.model_fields_set:
         raise UserError(
-            f"task.max_length = {max_length}: the model has {room} positions; allowed: 1 to {room}"
+            f"task.max_length = {wanted}: the model has {room} positions; allowed: 1 to {room}"
         )
+    say(f"task.max_length: {room} in place of the default {wanted}, the positions of the model")
+    return config.model_copy(update={"max_length": room})
 
 
 def embedding_rows(model: PreTrainedModel) -> int:

@@ -4,7 +4,7 @@ before a file is written."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,11 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorakit.data.encode import EncodedSplit
 from lorakit.data.sources import Split
 from lorakit.errors import UserError
-from lorakit.evaluation.prompts import check_all_prompts
+from lorakit.evaluation.prompts import check_all_prompts, fit_max_new_tokens
 from lorakit.injection import InjectionReport, find_heads, inject
 from lorakit.models.load import load_pretrained
 from lorakit.models.packed import check_packable
-from lorakit.models.window import check_length, window
+from lorakit.models.window import fit_max_length, window
 from lorakit.recipe.sections import Recipe
 from lorakit.tasks.base import Task
 from lorakit.training.rows import Streamed, encode_rows, load_rows
@@ -49,13 +49,15 @@ def prepare(recipe: Recipe, say: Say, write_cache: bool = True) -> Prepared:
     """Load, tokenise and inject. Raises the UserError of whatever does not fit."""
     rows = load_rows(recipe, say)
     task, config, validation = rows.task, rows.config, rows.validation
-    recipe = recipe.model_copy(update={"task": config})
 
     loaded = load_pretrained(recipe.model, task.kind, rows.labels, seed=recipe.train.seed)
     for note in loaded.notes:
         say(note)
     model, tokenizer = loaded.model, loaded.tokenizer
-    check_length(model, config.max_length)
+    config = fit_max_length(model, config, say)
+    if validation is not None and task.generates(config):
+        config = fit_max_new_tokens(config, window(model), say)
+    rows, recipe = replace(rows, config=config), recipe.model_copy(update={"task": config})
     if config.packing:
         check_packable(model)
     train, encoded = encode_rows(rows, model, tokenizer, say, write_cache)
