@@ -21,6 +21,7 @@ from lorakit.evaluation.prompts import check_all_prompts, fit_max_new_tokens
 from lorakit.evaluation.splits import encoding_cache, load_eval_split, settle, with_labels
 from lorakit.evaluation.watch import OnPhase
 from lorakit.models.device import default_device
+from lorakit.models.heads import declares_head, find_labels, head_labels
 from lorakit.models.load import Kind, Pretrained, load_config, load_pretrained
 from lorakit.models.tokenizer import load_tokenizer
 from lorakit.models.window import embedding_rows, fit_max_length, window
@@ -134,9 +135,15 @@ def _read(recipe: Recipe, adapter: str | Path | None, task: Task) -> AdapterFile
 
 
 def _trained_labels(files: AdapterFiles | None) -> list[str] | None:
-    """The class names by index that lorakit wrote beside the adapter."""
+    """The class names that the adapter was trained with, in the order of the task."""
+    labels = (files.sidecar or {}).get("labels") if files else None
+    return list(labels) if labels else _head_names(files)
+
+
+def _head_names(files: AdapterFiles | None) -> list[str] | None:
+    """The class names that lorakit wrote beside the adapter, in the order of its head."""
     names = (files.sidecar or {}).get("id2label") if files else None
-    return [names[key] for key in sorted(names, key=int)] if names else None
+    return [str(names[key]) for key in sorted(names, key=int)] if names else None
 
 
 def _check_labels(files: AdapterFiles, labels: Sequence[str] | None) -> None:
@@ -157,7 +164,10 @@ def _load_with(
     say: Say,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base, with the adapter of ``files`` in place and its tokenizer where it has one."""
-    loaded = load_pretrained(section, kind, labels, seed=seed)
+    given = files is not None and files.brings_head
+    if files is not None and given and labels is not None:
+        labels = _head_names(files) or _base_names(section, files, labels)
+    loaded = load_pretrained(section, kind, labels, seed=seed, head_given=given)
     tokenizer, notes = loaded.tokenizer, loaded.notes
     if files is not None and (files.directory / "tokenizer.json").is_file():
         tokenizer, own = load_tokenizer(str(files.directory), {})
@@ -175,6 +185,16 @@ def _load_with(
         )
     model: PreTrainedModel = loaded.model.to(default_device())  # type: ignore[arg-type]
     return model.eval(), tokenizer
+
+
+def _base_names(section: ModelSection, files: AdapterFiles, labels: Sequence[str]) -> Sequence[str]:
+    """The labels of an adapter's head that names none: those that the base was saved with, if they
+    are as many and include the task's, else the task's."""
+    config = load_config(section)
+    own = head_labels(config)
+    rows = {value.shape[0] for name, value in files.tensors.items() if ".lora_" not in name}
+    fits = declares_head(config) and len(own) in rows
+    return own if fits and find_labels(labels, own) is not None else labels
 
 
 def _check_head(loaded: Pretrained, files: AdapterFiles) -> None:

@@ -21,7 +21,7 @@ from lorakit.adapters.json_types import (
     SIDECAR_TYPES,
     check_types,
 )
-from lorakit.adapters.peft_config import check_supported
+from lorakit.adapters.peft_config import SEQ_CLS_HEADS, check_supported
 from lorakit.errors import AdapterError, shown
 from lorakit.layers import Rows
 from lorakit.methods.base import Method
@@ -74,6 +74,15 @@ class AdapterFiles:
                 "v -> start, stop, period, r: integers, 0 <= start < stop <= period, r from 1, of "
                 "one period and with no row twice"
             ) from error
+
+    @property
+    def brings_head(self) -> bool:
+        """Whether a classification head is among the tensors."""
+        if not self.classifies:
+            return False
+        return self.sidecar is not None or any(
+            name.partition(".")[0] in SEQ_CLS_HEADS for name in self.tensors
+        )
 
     @property
     def classifies(self) -> bool:

@@ -100,6 +100,7 @@ SIDECAR_TYPES = {
     "base_class": "text",
     "base_dtype": "text",
     "id2label": "names by class number",
+    "labels": "a list of texts",
     "method": "text",
     "misread_by_peft": "a list of texts",
     "pad_token_id": "an integer",

@@ -10,27 +10,31 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lorakit import registry
 from lorakit.data.describe import DescribedRow, Summary, describe_row, summarise
-from lorakit.data.encode import encode_split
+from lorakit.data.encode import EncodedSplit, encode_split
 from lorakit.data.sources import Split
 from lorakit.errors import UserError
 from lorakit.evaluation.splits import load_eval_split, settle, with_labels
 from lorakit.evaluation.watch import OnProgress
+from lorakit.models.heads import declares_head, plan_head
 from lorakit.models.load import explained, hub_options, load_config, quiet
 from lorakit.models.tokenizer import load_tokenizer
 from lorakit.recipe.sections import ModelSection, Recipe
 from lorakit.tasks.base import Task
+from lorakit.tasks.label_counts import label_counts, look_alikes
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Preview:
-    """``labels`` are a classifier's class names by id; ``limit`` is the most tokens of a row."""
+    """``labels`` are a classifier's class names by id, ``label_counts`` the split's rows of each;
+    ``limit`` is the most tokens of a row."""
 
     task: str
     split: str
     limit: int
     labels: list[str] | None
+    label_counts: dict[str, int] | None
     examples: list[DescribedRow]
     summary: Summary
 
@@ -60,32 +64,46 @@ def preview(
     task, config = settle(task, recipe.task, found, say)
     config = with_labels(task, config, None)
     tokenizer, stops = _load_tokenizer(recipe.model, say)
-    summary = _summary(task, config, found, tokenizer, stops, on_progress)
+    encoded = _encoded(task, config, found, tokenizer, on_progress)
+    summary = summarise(encoded, stops, config.max_length if config.packing else None)
     rows = range(start - 1, min(start - 1 + count, len(found)))
     examples = [
         describe_row(found, i, lambda r: task.example(r, config), tokenizer, config.max_length)
         for i in rows
     ]
     labels = task.labels(config, None) if task.kind == "encoder" else None
-    return Preview(config.name, found.name, config.max_length, labels, examples, summary)
+    if task.kind == "encoder":
+        _say_head(recipe.model, labels, say)
+    counts = label_counts(labels, encoded.labels) if labels and encoded.labels else None
+    for line in look_alikes(counts or {}):
+        say(line)
+    return Preview(config.name, found.name, config.max_length, labels, counts, examples, summary)
 
 
-def _summary(
+def _say_head(section: ModelSection, labels: list[str] | None, say: Say) -> None:
+    """Say how the task's labels stand in the base's head, if it was saved with one. Raises
+    ModelError, as training does, for a head that does not fit."""
+    config = load_config(section)
+    if declares_head(config):
+        note = plan_head(labels, config, section.new_head, section.name_or_path).note
+        if note:
+            say(note)
+
+
+def _encoded(
     task: Task,
     config: Any,
     split: Split,
     tokenizer: PreTrainedTokenizerBase,
-    stops: set[int],
     on_progress: OnProgress,
-) -> Summary:
-    encoded = encode_split(
+) -> EncodedSplit:
+    return encode_split(
         split,
         lambda row: task.example(row, config),
         tokenizer,
         config.max_length,
         on_progress=lambda done: on_progress(done, len(split)),
     )
-    return summarise(encoded, stops, config.max_length if config.packing else None)
 
 
 def _load_tokenizer(section: ModelSection, say: Say) -> tuple[PreTrainedTokenizerBase, set[int]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from lorakit.errors import ModelError
+from lorakit.models.heads import declares_head, in_head, plan_head, renew_head, stores_head
 from lorakit.models.tokenizer import load_tokenizer
 from lorakit.recipe.sections import ModelSection
 
@@ -52,12 +54,16 @@ def load_pretrained(
     kind: Kind,
     labels: Sequence[str] | None = None,
     seed: int = 0,
+    *,
+    head_given: bool = False,
 ) -> Pretrained:
     """The model in evaluation mode, in ``section.dtype``, and its tokenizer with a pad token.
 
-    For an encoder ``labels`` are the class names, None for regression; a head that the checkpoint
-    lacks is drawn from ``seed``. Raises ModelError if the model is missing, gated, unreachable, of
-    the other kind, not in safetensors, or if weights other than a head's are missing.
+    For an encoder ``labels`` are the class names, None for regression. A head that the checkpoint
+    holds is used as ``plan_head`` says, with its own labels; one that it lacks is drawn from
+    ``seed``. ``head_given``: an adapter brings the head, with ``labels``, whatever the base's is.
+    Raises ModelError if the model is missing, gated, unreachable, of the other kind, not in
+    safetensors, if its head does not fit, or if weights other than a head's are missing.
     """
     name = section.name_or_path
     hub = hub_options(section)
@@ -66,20 +72,76 @@ def load_pretrained(
     options: dict[str, Any] = {**hub, "dtype": getattr(torch, section.dtype)}
     if section.attn_implementation != "auto":
         options["attn_implementation"] = section.attn_implementation
-    if kind == "encoder":
-        options |= label_options(labels)
     tokenizer, notes = load_tokenizer(name, hub)
-    torch.manual_seed(seed)
-    loader: Any = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
-    with explained(name), quiet():
-        model, info = loader.from_pretrained(
-            name, config=_with_labels(config, options), output_loading_info=True,
-            use_safetensors=True, ignore_mismatched_sizes=True, **options,
-        )  # fmt: skip
-    check_shapes(info["mismatched_keys"], name)
+    if kind == "causal":
+        model, info = _from_pretrained(AutoModelForCausalLM, name, config, options, seed)
+        check_shapes(info["mismatched_keys"], name)
+    elif head_given:
+        model, info = _classifier(name, config, labels, options, seed)
+    else:
+        model, info, note = _with_head(section, config, labels, options, seed)
+        notes += [note] if note else []
     model.config.pad_token_id = tokenizer.pad_token_id
     new = _new_modules(model, info, kind, name)
     return Pretrained(model.eval(), tokenizer, new, tuple(notes))
+
+
+def _with_head(
+    section: ModelSection,
+    config: PreTrainedConfig,
+    labels: Sequence[str] | None,
+    options: Mapping[str, Any],
+    seed: int,
+) -> tuple[PreTrainedModel, dict[str, Any], str | None]:
+    """The classifier with the checkpoint's head, or a new one, and what is to say of it."""
+    name = section.name_or_path
+    plan, misfit = None, None
+    try:
+        plan = plan_head(labels, config, section.new_head, name)
+    except ModelError as error:  # of no account if the checkpoint turns out to have no head
+        misfit = error
+    expected = plan.labels if plan is not None and declares_head(config) else labels
+    model, info = _classifier(name, config, expected, options, seed)
+    if not stores_head(model, info):
+        if expected != labels:
+            model, info = _classifier(name, config, labels, options, seed)
+        return model, info, None
+    if misfit is not None:
+        raise misfit
+    assert plan is not None, "there is a plan or a misfit"
+    if expected != plan.labels:
+        model, info = _classifier(name, config, plan.labels, options, seed)
+    if plan.fresh:
+        info["missing_keys"] |= {f"{module}." for module in renew_head(model, seed)}
+    return model, info, plan.note
+
+
+def _classifier(
+    name: str,
+    config: PreTrainedConfig,
+    labels: Sequence[str] | None,
+    options: Mapping[str, Any],
+    seed: int,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The base with a head for ``labels``; the head's tensors of another size are drawn anew."""
+    config = copy.deepcopy(config)
+    for key, value in label_options(labels).items():
+        setattr(config, key, value)
+    model, info = _from_pretrained(AutoModelForSequenceClassification, name, config, options, seed)
+    check_shapes([key for key in info["mismatched_keys"] if not in_head(model, key[0])], name)
+    return model, info
+
+
+def _from_pretrained(
+    loader: Any, name: str, config: PreTrainedConfig, options: Mapping[str, Any], seed: int
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    torch.manual_seed(seed)
+    with explained(name), quiet():
+        model, info = loader.from_pretrained(
+            name, config=config, output_loading_info=True,
+            use_safetensors=True, ignore_mismatched_sizes=True, **options,
+        )  # fmt: skip
+    return model, {**info, "missing_keys": {*info["missing_keys"]}}
 
 
 def load_config(section: ModelSection) -> PreTrainedConfig:
@@ -115,13 +177,6 @@ def label_options(labels: Sequence[str] | None) -> dict[str, Any]:
         "label2id": {label: index for index, label in names.items()},
         "problem_type": "single_label_classification",
     }
-
-
-def _with_labels(config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedConfig:
-    for key in ("num_labels", "id2label", "label2id", "problem_type"):
-        if key in options:
-            setattr(config, key, options.pop(key))
-    return config
 
 
 def _check_kind(config: PreTrainedConfig, kind: Kind, name: str) -> None:

@@ -73,7 +73,7 @@ def check_sections(
     """
     faults: list[Fault] = []
     if model is not None:
-        faults += _dtype(model)
+        faults += [*_dtype(model), *_new_head(model, task_kind)]
     if adapter is not None:
         faults += [*_layers(adapter), *_targets(adapter)]
     if task is not None:
@@ -126,6 +126,12 @@ def _dtype(model: ModelSection) -> Iterator[Fault]:
             True,
             "bfloat16, float32",
         )
+
+
+def _new_head(model: ModelSection, kind: str | None) -> Iterator[Fault]:
+    if model.new_head and kind == "causal":
+        message = "the task has no classification head"
+        yield Fault(("model", "new_head"), message, True, True, "false")
 
 
 def _layers(adapter: AdapterSection) -> Iterator[Fault]:

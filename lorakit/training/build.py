@@ -17,6 +17,7 @@ from lorakit.evaluation.sharing import launched
 from lorakit.injection import trainable_state
 from lorakit.layers import adapter_layers
 from lorakit.methods.base import Method
+from lorakit.models.heads import label_columns
 from lorakit.models.packed import use_varlen
 from lorakit.recipe.sections import Recipe
 from lorakit.training.batching import build_collate, padding_multiple
@@ -55,7 +56,9 @@ def build_loop(
         longest = max(prepared.recipe.task.max_length, padding)
         objective = CausalObjective(model, section.label_smoothing, longest)
     else:
-        objective = EncoderObjective(model, section.label_smoothing)
+        labels = prepared.task.labels(prepared.recipe.task, None)
+        columns = label_columns(model, labels)
+        objective = EncoderObjective(model, section.label_smoothing, columns)
     if section.compile is True:
         (objective.parts.decoder if objective.parts else model).compile(dynamic=True)
     trainable: Any = trainable_state(model)

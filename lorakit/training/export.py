@@ -22,6 +22,7 @@ def export_adapter(prepared: Prepared, directory: Path, record: RunRecord, say: 
     line if PEFT cannot read it."""
     recipe = prepared.recipe
     hardware = record.hardware
+    labels = prepared.task.labels(recipe.task, None)
     for leftover in directory.parent.glob(f".{directory.name}.*"):  # of a run that was killed here
         shutil.rmtree(leftover)
     save_adapter(
@@ -44,7 +45,7 @@ def export_adapter(prepared: Prepared, directory: Path, record: RunRecord, say: 
             seconds=record.seconds,
             hardware=hardware.get("gpu") or hardware["cpu"],
         ),
-        lorakit_info={"task": recipe.task.name},
+        lorakit_info={"task": recipe.task.name} | ({"labels": labels} if labels else {}),
     )
     method: Method = registry.methods()[recipe.adapter.method]
     merging = f"lorakit merge {recipe.model.name_or_path} {directory} OUT makes a plain model of it"

@@ -20,6 +20,7 @@ from lorakit.models.packed import check_packable
 from lorakit.models.window import fit_max_length, window
 from lorakit.recipe.sections import Recipe
 from lorakit.tasks.base import Task
+from lorakit.tasks.label_counts import counts_line, label_counts, look_alikes
 from lorakit.training.rows import Streamed, encode_rows, load_rows
 
 Say = Callable[[str], None]
@@ -61,6 +62,8 @@ def prepare(recipe: Recipe, say: Say, write_cache: bool = True) -> Prepared:
     if config.packing:
         check_packable(model)
     train, encoded = encode_rows(rows, model, tokenizer, say, write_cache)
+    for line in _label_lines(task, config, train):
+        say(line)
     evaluation = EvalData(validation, encoded) if validation is not None and encoded else None
     check_best_metric(recipe, task, evaluation)
     if validation is not None and task.generates(config):
@@ -76,6 +79,15 @@ def prepare(recipe: Recipe, say: Say, write_cache: bool = True) -> Prepared:
     if evaluation is not None:
         data[evaluation.split.name] = _described(evaluation.split, evaluation.encoded)
     return Prepared(recipe, task, model, tokenizer, report, train, evaluation, data)
+
+
+def _label_lines(task: Task, config: Any, train: EncodedSplit | Streamed) -> list[str]:
+    """How often the training data has each label; nothing for a stream, whose rows are unread."""
+    labels = task.labels(config, None)
+    if labels is None or not isinstance(train, EncodedSplit) or train.labels is None:
+        return []
+    counts = label_counts(labels, train.labels)
+    return [f"labels: {counts_line(counts)}", *look_alikes(counts)]
 
 
 def _described(split: Split, encoded: EncodedSplit | Streamed) -> dict[str, Any]:

@@ -160,6 +160,7 @@ def test_classification(tiny_bert: Path, in_tmp: Path, capsys: pytest.CaptureFix
     assert err == ""
     found = as_json(capsys, "recipe.yaml")
     assert found["labels"] == ["bitter", "sour", "sweet"]
+    assert found["label_counts"] == {"bitter": 1, "sour": 1, "sweet": 1}
     assert [row["label"] for row in found["examples"]] == ["sour", "bitter", "sweet"]
     assert found["summary"]["trained_tokens"] is None
 
