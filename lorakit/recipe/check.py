@@ -84,7 +84,7 @@ def check_sections(
         faults += _one_of(train, "epochs", "max_steps")
         if task is None or not registry.is_own_task(str(getattr(task, "name", ""))):
             faults += _metric(train)  # an own task's metrics have the names that its file gives
-        faults += _one_of(train, "warmup_ratio", "warmup_steps")
+        faults += [*_one_of(train, "warmup_ratio", "warmup_steps"), *_warmup(train)]
     return faults
 
 
@@ -188,6 +188,13 @@ def _one_of(train: TrainSection, first: str, second: str) -> Iterator[Fault]:
         message = f"train.{first} is set too, and they contradict each other"
         allowed = f"one of {first} and {second}; the other null or left out"
         yield Fault(("train", second), message, getattr(train, second), True, allowed)
+
+
+def _warmup(train: TrainSection) -> Iterator[Fault]:
+    steps, total = train.warmup_steps, train.max_steps
+    if steps is not None and total is not None and steps > total:
+        message = f"longer than the run: train.max_steps = {total}"
+        yield Fault(("train", "warmup_steps"), message, steps, True, f"0 to {total}")
 
 
 def _metric(train: TrainSection) -> Iterator[Fault]:

@@ -27,11 +27,11 @@ from lorakit.training.finite import divergence
 from lorakit.training.first_step import FirstStep
 from lorakit.training.loop import Loop
 from lorakit.training.objective import CausalObjective, EncoderObjective
-from lorakit.training.optim import build_optimizer, build_scheduler
+from lorakit.training.optim import build_optimizer, build_scheduler, check_warmup
 from lorakit.training.schedule import Schedule
 from lorakit.training.setup import Prepared, Say, main_metric
 from lorakit.training.signals import StopRequest
-from lorakit.training.tracking import Recorder
+from lorakit.training.tracking import Recorder, trackers
 
 
 def build_loop(
@@ -133,6 +133,7 @@ def build_schedule(recipe: Recipe, steps: StepSource) -> Schedule:
     total = section.max_steps or max(1, round((section.epochs or 1) * (epoch or 1)))
     method: Method = registry.methods()[recipe.adapter.method]
     method.check_steps(recipe.adapter, total)
+    check_warmup(section, total)
     return Schedule(
         total_steps=total,
         steps_per_epoch=epoch,
@@ -153,7 +154,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     AcceleratorState._reset_state()  # a second run in one process may need another precision
     accelerator = Accelerator(
         mixed_precision="fp16" if half else "no",
-        log_with=list(recipe.train.trackers) or None,
+        log_with=trackers(recipe.train.trackers) or None,
         project_config=ProjectConfiguration(recipe.train.output_dir),
     )
     if half and accelerator.device.type == "cpu":

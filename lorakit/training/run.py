@@ -32,7 +32,7 @@ from lorakit.training.ranks import rank_list, rank_table
 from lorakit.training.record import RunRecord, new_record
 from lorakit.training.setup import Prepared, prepare
 from lorakit.training.signals import StopRequest, stop_request
-from lorakit.training.tracking import Display, MetricsFile, Recorder, check_trackers
+from lorakit.training.tracking import PROJECT, Display, MetricsFile, Recorder, check_trackers
 
 Say = Callable[[str], None]
 
@@ -135,7 +135,7 @@ def _run(
     recipe, output_dir = prepared.recipe, Path(prepared.recipe.train.output_dir)
     schedule = build_schedule(recipe, batching.steps)
     if recipe.train.trackers:
-        accelerator.init_trackers("lorakit", _tracked(recipe))
+        accelerator.init_trackers(PROJECT, _tracked(recipe))
     kept_lines = start.snapshot.progress.metrics_lines if start.snapshot else 0
     metrics_file = MetricsFile(output_dir / "metrics.jsonl", kept_lines)
     recorder = Recorder(metrics_file, Display(schedule.total_steps, start.step), accelerator)
