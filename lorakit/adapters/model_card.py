@@ -29,6 +29,7 @@ class CardFacts:
     steps: int | None = None
     seconds: float | None = None
     hardware: str | None = None
+    diverged: bool = False
     peft_loads: bool = True
     base_class: str | None = None
     misread: Sequence[str] = ()
@@ -37,7 +38,13 @@ class CardFacts:
 def model_card(facts: CardFacts) -> str:
     """``README.md``: the Hub's front matter, then a table of facts and the ways to load it."""
     title = f"# {facts.method} adapter of {facts.base_model}"
-    sections = [_front_matter(facts), title, _table(facts)]
+    sections = [_front_matter(facts), title]
+    if facts.diverged:
+        sections.append(
+            "**The training diverged**: its loss ended far above where it began. Check the metrics "
+            "before using this adapter; a lower learning rate is likely to help."
+        )
+    sections.append(_table(facts))
     if facts.metrics:
         rows = [f"| {name} | {value:.4g} |" for name, value in facts.metrics.items()]
         sections.append("\n".join(["## Metrics", "", "| metric | value |", "|---|---|", *rows]))

@@ -56,6 +56,7 @@ def train(
         "adapter": str(result.adapter_dir),
         "steps": result.steps,
         "metrics": result.metrics,
+        "diverged": result.diverged,
     }
     if as_json:
         typer.echo(json.dumps(facts))

@@ -43,6 +43,7 @@ def export_adapter(prepared: Prepared, directory: Path, record: RunRecord, say: 
             metrics=record.metrics,
             steps=record.steps,
             seconds=record.seconds,
+            diverged=record.diverged,
             hardware=hardware.get("gpu") or hardware["cpu"],
         ),
         lorakit_info={"task": recipe.task.name} | ({"labels": labels} if labels else {}),

@@ -18,8 +18,9 @@ _PACKAGES = ("lorakit", "torch", "transformers", "accelerate", "datasets", "safe
 @dataclass
 class RunRecord:
     """``seconds`` are those of training and its evaluations, over all resumes; ``exit_reason`` is
-    null while the run goes on. ``bad_row`` says that a row of a stream ended the run, which may be
-    resumed once the row is corrected."""
+    null while the run goes on. ``diverged`` says that the loss ended above where it began, or was no
+    longer finite; ``bad_row`` that a row of a stream ended the run, which may be resumed once the
+    row is corrected."""
 
     adapted_modules: list[dict[str, Any]]
     trainable_parameters: int
@@ -37,6 +38,7 @@ class RunRecord:
     metrics: dict[str, float] = field(default_factory=dict)
     best_step: int | None = None
     ranks: list[dict[str, Any]] | None = None
+    diverged: bool = False
     exit_reason: str | None = None
     message: str | None = None
     bad_row: bool = False

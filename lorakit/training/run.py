@@ -39,12 +39,14 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class RunResult:
-    """``metrics`` are those of the final evaluation of what ``adapter_dir`` holds."""
+    """``metrics`` are those of the final evaluation of what ``adapter_dir`` holds; ``diverged``
+    says that the loss ended above where it began."""
 
     metrics: dict[str, float]
     adapter_dir: Path
     output_dir: Path
     steps: int
+    diverged: bool = False
 
 
 @yield_cores()
@@ -149,6 +151,9 @@ def _run(
             if recipe.task.streaming:
                 say("the rows that were trained on are read once more and passed over")
         loop.run()
+        # Of the last weights; the best ones may be older.
+        diverged = loop.divergence()
+        record.diverged = diverged is not None
         if cut := batching.truncation_note(recipe):
             say(cut)
         if loop.progress.best_step not in (0, loop.progress.step):
@@ -163,18 +168,22 @@ def _run(
             say(rank_table(ranks))
         export_adapter(prepared, output_dir / "adapter", record, say)
         record.exit_reason = "completed"
+        if diverged:
+            say(f"warning: {diverged}")
     except (Exception, KeyboardInterrupt) as error:
         stopped = isinstance(error, Interrupted | KeyboardInterrupt)
         record.exit_reason = "interrupted" if stopped else "failed"
         record.message = str(error) or type(error).__name__
         record.bad_row = isinstance(error, BadRow)
         if loop is not None:
+            record.diverged = record.diverged or loop.broken
             _fill(record, loop)
         raise
     finally:
         recorder.close()
         record.write(output_dir / "run.json")
-    return RunResult(record.metrics, output_dir / "adapter", output_dir, record.steps)
+    adapter = output_dir / "adapter"
+    return RunResult(record.metrics, adapter, output_dir, record.steps, record.diverged)
 
 
 def _final_metrics(prepared: Prepared, loop: Loop, recorder: Recorder) -> dict[str, float]:
@@ -213,5 +222,9 @@ def _tracked(recipe: Recipe) -> dict[str, Any]:
 
 def _finished(output_dir: Path, run: dict[str, Any]) -> RunResult:
     return RunResult(
-        run.get("metrics", {}), output_dir / "adapter", output_dir, run.get("steps", 0)
+        run.get("metrics", {}),
+        output_dir / "adapter",
+        output_dir,
+        run.get("steps", 0),
+        run.get("diverged", False),
     )
