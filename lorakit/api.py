@@ -83,7 +83,7 @@ def evaluate_split(
     sharing.start()
     task: Task = registry.task(recipe.task.name)
     task.check_requirements(recipe.task)
-    files = None if base else _read(recipe, adapter, task)
+    files = None if base else _read(recipe, adapter, task, say)
     found = load_eval_split(task, recipe.task, split, limit)
     task, config = settle(task, recipe.task, found, say)
     config = with_labels(task, config, _trained_labels(files))
@@ -118,14 +118,14 @@ def evaluate_split(
     return SplitEvaluation(config.name, found.name, len(found), result.metrics, result.predictions)
 
 
-def _read(recipe: Recipe, adapter: str | Path | None, task: Task) -> AdapterFiles:
+def _read(recipe: Recipe, adapter: str | Path | None, task: Task, say: Say) -> AdapterFiles:
     directory = Path(adapter) if adapter is not None else Path(recipe.train.output_dir) / "adapter"
     if adapter is None and not directory.exists():
         raise AdapterError(
             f"{directory}: no such adapter directory, and the recipe's train.output_dir has no "
             "other; train it first, name one with --adapter, or take the bare model with --base"
         )
-    files = read_adapter(directory)
+    files = read_adapter(directory, say)
     if files.classifies != (task.kind == "encoder"):
         made_for = "classification" if files.classifies else "causal language models"
         raise AdapterError(
@@ -225,7 +225,7 @@ def load_for_generation(
 
     Raises ModelError and AdapterError.
     """
-    files = read_adapter(adapter) if adapter is not None else None
+    files = read_adapter(adapter, say) if adapter is not None else None
     if files is not None and files.classifies:
         raise AdapterError(f"{files.directory}: the adapter classifies; it generates no text")
     section = ModelSection(

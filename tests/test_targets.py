@@ -154,6 +154,15 @@ def test_a_near_name_is_proposed() -> None:
         find_targets(tiny("llama"), ["q_prj"])
 
 
+def test_what_was_asked_for_is_not_proposed() -> None:
+    """A role that the model does not have, and that lies near to nothing but itself."""
+    model = nn.ModuleDict({"in_proj": nn.Linear(2, 2), "dt": nn.Linear(2, 2)})
+    for role in ("q", "k", "o", "attention"):
+        with pytest.raises(TargetError) as error:
+            find_targets(model, [role])
+        assert "did you mean" not in str(error.value)
+
+
 def test_suffixes_and_patterns() -> None:
     model = tiny("llama")
     assert set(find_targets(model, ["mlp.down_proj"])) == _both_layers(

@@ -79,10 +79,14 @@ def read_layer(
 
 def check_names(name: str, tensors: Collection[str], wanted: set[str]) -> None:
     """Raise AdapterError if the file's tensors of the module ``name`` are not those ``wanted``."""
-    if unlike := set(tensors) ^ wanted:
-        verb = "unknown" if unlike <= set(tensors) else "missing"
-        listed = ", ".join(f"{name}.{key}" for key in sorted(unlike))
-        raise AdapterError(f"{verb} tensors: {listed}")
+    extra, lacking = set(tensors) - wanted, wanted - set(tensors)
+    kinds = (("unknown", extra), ("missing", lacking))
+    if found := [
+        f"{kind} tensors: {', '.join(f'{name}.{key}' for key in sorted(keys))}"
+        for kind, keys in kinds
+        if keys
+    ]:
+        raise AdapterError("; ".join(found))
 
 
 def checked_value(

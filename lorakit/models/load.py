@@ -146,22 +146,57 @@ def _from_pretrained(
 
 def load_config(section: ModelSection) -> PreTrainedConfig:
     """The model's configuration alone. Raises ModelError as ``load_pretrained`` does."""
-    name, folder = section.name_or_path, Path(section.name_or_path)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        adapter = (folder / "adapter_config.json").is_file()
+    name, path = section.name_or_path, Path(section.name_or_path)
+    if path.is_dir() and not (path / "config.json").is_file():
+        what = other_content(path)
         raise ModelError(
             f"model.name_or_path: {name}: no config.json in the directory"
-            + (" (it holds an adapter, not a base model)" if adapter else "")
+            + (f" ({what})" if what else "")
         )
+    if path.is_file():
+        what = other_content(path) or "a file"
+        raise ModelError(
+            f"model.name_or_path: {name}: {what}; allowed: a model directory in the format of "
+            "transformers, or a Hub id"
+        )
+    if is_missing_path(name):
+        raise ModelError(f"model.name_or_path: {name}: no such directory")
     with explained(name), quiet():
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, **hub_options(section))
     return config
 
 
+def other_content(path: Path) -> str | None:
+    """What a file, or a directory that is no model, is; None where that is not known."""
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return "a GGUF file, which lorakit does not read"
+        if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+            return "a pickle, and lorakit loads none"
+        return "a file of weights, not a directory" if path.suffix == ".safetensors" else None
+    if (path / "adapter_config.json").is_file():
+        return "it holds an adapter, not a base model"
+    if (path / "adapter" / "adapter_config.json").is_file():
+        return f"it is the directory of a run, whose adapter is {path / 'adapter'}"
+    if (path / "state.json").is_file() and (path / "weights.safetensors").is_file():
+        return "it is a checkpoint of a run, to go on from with train --resume"
+    if any(path.glob("*.gguf")):
+        return "it holds GGUF files, which lorakit does not read"
+    return None
+
+
+def is_missing_path(name: str) -> bool:
+    """Whether ``name`` can only mean a directory, and there is none: no Hub id begins so, or has
+    more than one slash."""
+    path = Path(name)
+    local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name
+    return local and not path.exists()
+
+
 def hub_options(section: ModelSection) -> dict[str, Any]:
     """What every ``from_pretrained`` gets; without a network only the local cache is asked."""
     options = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
-    if not Path(section.name_or_path).is_dir() and not _hub_resolves():
+    if not Path(section.name_or_path).is_dir() and not hub_resolves():
         options["local_files_only"] = True
     return {key: value for key, value in options.items() if value is not None}
 
@@ -228,7 +263,8 @@ def _is_backbone(model: PreTrainedModel, key: str) -> bool:
     return key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key
 
 
-def _hub_resolves() -> bool:
+def hub_resolves() -> bool:
+    """Whether there is a network to ask the Hub over."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
