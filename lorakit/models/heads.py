@@ -160,7 +160,8 @@ def _no_fit(labels: Labels, own: Sequence[str], name: str) -> ModelError:
     elif len(absent) < len(labels):
         wants = f"but not the task's {_described(absent)}"
     else:
-        wants = f"and the task has {len(labels)} ({_described(labels)})"
+        noun = "" if len(own) > 1 else " labels"
+        wants = f"and the task has {len(labels)}{noun} ({_described(labels)})"
     return ModelError(
         f"model.name_or_path: {name}: its classification head {has}, {wants}; allowed: labels that "
         "the head has, or model.new_head: true, which replaces the head by a new one"

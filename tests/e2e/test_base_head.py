@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import lorakit
 from lorakit.cli.main import run
+from tests.e2e.test_eval import write_adapter
 from tests.families import tiny
 from tests.tasks.wikisql_files import write_lines
 from tests.training.runs import tree
@@ -223,6 +224,45 @@ def test_another_head_is_replaced_only_where_the_recipe_says_so(
     assert scores(capsys, recipe, *new) == scores(capsys, recipe)
     assert scores(capsys, trained / "recipe.yaml") == scores(capsys, recipe)
     assert lorakit.load(base, trained / "adapter").config.id2label == {0: "negative", 1: "positive"}
+
+
+def test_an_adapter_of_peft_has_the_order_of_its_base(
+    tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = classifier(tmp_path / "base", tiny_bert, ["c", "a", "b"])
+    rows = [{"text": chr(97 + n) * (n % 5 + 1), "label": "abc"[n % 3]} for n in range(12)]
+    recipe = recipe_for(tmp_path / "work", base, rows, "classification")
+    model = AutoModelForSequenceClassification.from_pretrained(base)
+    config = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    get_peft_model(model, config).save_pretrained(tmp_path / "peft")
+    found = scores(capsys, recipe, "--adapter", tmp_path / "peft")
+    assert found == pytest.approx(scores(capsys, recipe, "--base"))
+
+
+def test_an_adapter_with_a_head_in_another_order_keeps_that(
+    tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As lorakit wrote it before it kept the order of a base's head."""
+    base = classifier(tmp_path / "base", tiny_bert, ["c", "a", "b"])
+    bare = AutoModelForSequenceClassification.from_pretrained(base).bert
+    bare.save_pretrained(tmp_path / "bare")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_bert / name, tmp_path / "bare")
+    write_adapter(tmp_path / "bare", tmp_path / "adapter", "encoder", ["a", "b", "c"])
+    rows = [{"text": chr(97 + n) * (n % 5 + 1), "label": "abc"[n % 3]} for n in range(12)]
+    recipe = recipe_for(tmp_path / "work", base, rows, "classification")
+    model = lorakit.load(base, tmp_path / "adapter")
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    right = 0
+    for row in rows:
+        with torch.no_grad():
+            best = model(**tokenizer(row["text"], return_tensors="pt")).logits.argmax()
+        right += model.config.id2label[int(best)] == row["label"]
+    found = scores(capsys, recipe, "--adapter", tmp_path / "adapter")
+    assert found["accuracy"] == pytest.approx(right / len(rows))
 
 
 def test_a_head_is_a_classifiers(tiny_llama: Path, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_a_head_without_names_takes_the_tasks_in_order() -> None:
         (["x", "y"], ["a", "b"], "has 2 labels (a, b), and the task has 2 (x, y)"),
         (["x", "y"], ["LABEL_0", "LABEL_1", "LABEL_2"], "and the task has 2 (x, y)"),
         (["a", "A"], ["a", "b"], "of which the task's a, A are not one each"),
-        (["a", "b"], ["score"], "has one output, and the task has 2 (a, b)"),
+        (["a", "b"], ["score"], "has one output, and the task has 2 labels (a, b)"),
         (None, ["a", "b"], "and the task is a regression, which has one output"),
     ],
 )
