@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from lorakit import registry
 from lorakit.data.describe import DescribedRow, Summary, describe_row, summarise
@@ -18,6 +18,7 @@ from lorakit.evaluation.watch import OnProgress
 from lorakit.models.heads import declares_head, plan_head
 from lorakit.models.load import explained, hub_options, load_config, quiet
 from lorakit.models.tokenizer import load_tokenizer
+from lorakit.models.window import fit_unloaded
 from lorakit.recipe.sections import ModelSection, Recipe
 from lorakit.tasks.base import Task
 from lorakit.tasks.label_counts import label_counts, look_alikes
@@ -63,7 +64,9 @@ def preview(
         )
     task, config = settle(task, recipe.task, found, say)
     config = with_labels(task, config, None)
-    tokenizer, stops = _load_tokenizer(recipe.model, say)
+    model_config = load_config(recipe.model)
+    config = fit_unloaded(model_config, config, say, recipe.model.trust_remote_code)
+    tokenizer, stops = _load_tokenizer(recipe.model, model_config, say)
     encoded = _encoded(task, config, found, tokenizer, on_progress)
     summary = summarise(encoded, stops, config.max_length if config.packing else None)
     rows = range(start - 1, min(start - 1 + count, len(found)))
@@ -73,17 +76,18 @@ def preview(
     ]
     labels = task.labels(config, None) if task.kind == "encoder" else None
     if task.kind == "encoder":
-        _say_head(recipe.model, labels, say)
+        _say_head(recipe.model, model_config, labels, say)
     counts = label_counts(labels, encoded.labels) if labels and encoded.labels else None
     for line in look_alikes(counts or {}):
         say(line)
     return Preview(config.name, found.name, config.max_length, labels, counts, examples, summary)
 
 
-def _say_head(section: ModelSection, labels: list[str] | None, say: Say) -> None:
+def _say_head(
+    section: ModelSection, config: PreTrainedConfig, labels: list[str] | None, say: Say
+) -> None:
     """Say how the task's labels stand in the base's head, if it was saved with one. Raises
     ModelError, as training does, for a head that does not fit."""
-    config = load_config(section)
     if declares_head(config):
         note = plan_head(labels, config, section.new_head, section.name_or_path).note
         if note:
@@ -106,9 +110,10 @@ def _encoded(
     )
 
 
-def _load_tokenizer(section: ModelSection, say: Say) -> tuple[PreTrainedTokenizerBase, set[int]]:
+def _load_tokenizer(
+    section: ModelSection, config: PreTrainedConfig, say: Say
+) -> tuple[PreTrainedTokenizerBase, set[int]]:
     """The tokenizer, and the ids at which the model ends a generation."""
-    config = load_config(section)
     tokenizer, notes = load_tokenizer(section.name_or_path, hub_options(section))
     for note in notes:
         say(note)

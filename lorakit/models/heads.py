@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lorakit.errors import ModelError
+from lorakit.errors import ModelError, shown
 
 Labels = Sequence[str] | None  # None: a regression, with one output
 #: What transformers calls a class without a name.
@@ -169,7 +169,8 @@ def _no_fit(labels: Labels, own: Sequence[str], name: str) -> ModelError:
 
 
 def _described(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    listed = [n if n.isprintable() and n == n.strip() else shown(n) for n in names[:10]]
+    return ", ".join(listed) + (", ..." if len(names) > 10 else "")
 
 
 def _folded(name: str) -> str:
