@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from lorakit.errors import AdapterError
-from lorakit.models.load import explained, hub_resolves, other_content
+from lorakit.models.load import explained, hub_resolves, is_missing_path, other_content
 
 CONFIG = "adapter_config.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -28,10 +28,10 @@ def adapter_directory(given: str | Path) -> Path:
     if path.exists():
         what = other_content(path) or "a file"
         raise AdapterError(f"{path}: {what}; allowed: an adapter directory, which holds {CONFIG}")
-    if not _HUB_ID.fullmatch(str(given)) or str(given).startswith("."):
-        raise AdapterError(
-            f"{path}: no such adapter directory, and no Hub id, which is namespace/name"
-        )
+    if is_missing_path(str(given)) or not _HUB_ID.fullmatch(str(given)):
+        slash = "/" in str(given)
+        hint = "" if slash else "; an adapter on the Hub is named namespace/name"
+        raise AdapterError(f"{path}: no such adapter directory{hint}")
     from huggingface_hub import snapshot_download
 
     with explained(str(given), "adapter"):

@@ -27,7 +27,13 @@ from lorakit.training.export import export_adapter
 from lorakit.training.hardware import describe_hardware, peak_memory_bytes
 from lorakit.training.loop import Loop
 from lorakit.training.optim import check_optimizer
-from lorakit.training.output_dir import Start, check_same_data, find_start, sole_run
+from lorakit.training.output_dir import (
+    Start,
+    check_same_data,
+    check_same_recipe,
+    find_start,
+    sole_run,
+)
 from lorakit.training.ranks import rank_list, rank_table
 from lorakit.training.record import RunRecord, new_record
 from lorakit.training.setup import Prepared, prepare
@@ -67,6 +73,7 @@ def train(recipe: Recipe, resume: str | None = None, say: Say = lambda text: Non
     accelerator = build_accelerator(recipe)
     prepared = prepare(recipe, say)
     if start.checkpoint is not None:
+        check_same_recipe(prepared.recipe, start.checkpoint.parent.parent, prepared=True)
         check_same_data(prepared.data, start.checkpoint, say)
     batching = build_batching(prepared, accelerator.device)
     say(plan_line(prepared, batching))

@@ -61,6 +61,11 @@ def prepare(recipe: Recipe, say: Say, write_cache: bool = True) -> Prepared:
     rows, recipe = replace(rows, config=config), recipe.model_copy(update={"task": config})
     if config.packing:
         check_packable(model)
+    if recipe.train.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"train.gradient_checkpointing = true: {type(model).__name__} does not support it; "
+            "allowed: false"
+        )
     train, encoded = encode_rows(rows, model, tokenizer, say, write_cache)
     for line in _label_lines(task, config, train):
         say(line)

@@ -10,6 +10,8 @@ from lorakit.errors import UserError
 from lorakit.recipe.load import load_recipe
 from lorakit.recipe.sections import Recipe
 from lorakit.training.output_dir import Start, find_start, sole_run
+from lorakit.training.run import train
+from tests.training.runs import adapter_bytes, recipe_for
 
 
 @pytest.fixture
@@ -55,3 +57,25 @@ def test_a_directory_that_cannot_be_made(recipe: Recipe, tmp_path: Path) -> None
     recipe = recipe.model_copy(update={"train": train})
     with pytest.raises(UserError, match=r"train\.output_dir"), sole_run(recipe, None, Start()):
         pass
+
+
+def test_a_default_that_was_fitted_to_the_model_is_the_same_recipe(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
+    """The recipe says nothing of the length, the run took the model's 256 positions."""
+    recipe = recipe_for(tmp_path, tiny_bert, "glue/sst2", train__save_every_steps=4)
+    task = type(recipe.task)(name="glue/sst2", path=recipe.task.path)
+    recipe = recipe.model_copy(update={"task": task})
+    train(recipe)
+    assert "max_length: 256" in (tmp_path / "run" / "recipe.yaml").read_text()
+    whole = adapter_bytes(tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-4"
+    train(recipe, str(checkpoint))
+    assert adapter_bytes(tmp_path / "run") == whole
+    other = recipe.model_copy(update={"task": task.model_copy(update={"max_length": 200})})
+    with pytest.raises(UserError, match=r"task\.max_length: 256 then, 200 now"):
+        train(other, str(checkpoint))
+    written = tmp_path / "run" / "recipe.yaml"
+    written.write_text(written.read_text().replace("max_length: 256", "max_length: 200"))
+    with pytest.raises(UserError, match=r"task\.max_length: 200 then, 256 now"):
+        train(recipe, str(checkpoint))
