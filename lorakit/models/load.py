@@ -160,7 +160,10 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
             "transformers, or a Hub id"
         )
     if is_missing_path(name):
-        raise ModelError(f"model.name_or_path: {name}: no such directory")
+        hint = (
+            "; a Hub id is namespace/name" if name.count("/") > 1 and name[0] not in "/.~" else ""
+        )
+        raise ModelError(f"model.name_or_path: {name}: no such directory{hint}")
     with explained(name), quiet():
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, **hub_options(section))
     return config

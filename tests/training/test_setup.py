@@ -22,6 +22,8 @@ def test_a_model_without_gradient_checkpointing(tiny_bert: Path, tmp_path: Path)
     recipe = recipe_for(
         tmp_path, tmp_path / "albert", "glue/sst2", train__gradient_checkpointing=True
     )
-    with pytest.raises(UserError, match="gradient_checkpointing = true: AlbertFor.*allowed: false"):
+    with pytest.raises(
+        UserError, match=r"gradient_checkpointing = true: AlbertFor.*allowed: false"
+    ):
         train(recipe)
     assert not (tmp_path / "run").exists()
