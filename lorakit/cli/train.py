@@ -56,8 +56,7 @@ def train(
         "adapter": str(result.adapter_dir),
         "steps": result.steps,
         "metrics": result.metrics,
-        "diverged": result.diverged,
-    }
+    } | ({"diverged": True} if result.diverged else {})
     if as_json:
         typer.echo(json.dumps(facts))
     else:

@@ -44,7 +44,8 @@ def plan_head(labels: Labels, config: PreTrainedConfig, new_head: bool, name: st
         if labels is None and len(own) == 1:
             return HeadPlan(None)
         raise _no_fit(labels, own, name)
-    found, generic = find_labels(labels, own), all(map(_GENERIC.fullmatch, own))
+    found = find_labels(labels, own)
+    generic = all(map(_GENERIC.fullmatch, own)) or own == [str(i) for i in range(len(own))]
     in_order = found in (None, [*range(len(own))]) and len(labels) == len(own)
     if generic and in_order:
         pairs = ", ".join(f"{a} = {b}" for a, b in zip(own[:8], labels[:8], strict=True))

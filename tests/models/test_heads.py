@@ -53,6 +53,8 @@ def test_a_head_without_names_takes_the_tasks_in_order() -> None:
     assert plan.note is not None
     assert "names no classes; taken in order: LABEL_0 = no, LABEL_1 = yes" in plan.note
     assert plan_head(["0", "1"], config(["LABEL_0", "LABEL_1"]), False, "base").labels == ["0", "1"]
+    assert plan_head(["no", "yes"], config(["0", "1"]), False, "base").labels == ["no", "yes"]
+    assert plan_head(["1", "0"], config(["0", "1"]), False, "base").labels == ["0", "1"]
     three = config(["LABEL_0", "LABEL_1", "LABEL_2"])
     assert plan_head(["0", "2"], three, False, "base").labels == head_labels(three)
 
