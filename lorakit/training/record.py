@@ -18,9 +18,9 @@ _PACKAGES = ("lorakit", "torch", "transformers", "accelerate", "datasets", "safe
 @dataclass
 class RunRecord:
     """``seconds`` are those of training and its evaluations, over all resumes; ``exit_reason`` is
-    null while the run goes on. ``diverged`` says that the loss ended above where it began, or was no
-    longer finite; ``bad_row`` that a row of a stream ended the run, which may be resumed once the
-    row is corrected."""
+    null while the run goes on. ``diverged`` says that the loss ended above its start, or was not
+    finite; ``bad_row`` that a row of a stream ended the run, which may be resumed once the row is
+    corrected."""
 
     adapted_modules: list[dict[str, Any]]
     trainable_parameters: int
