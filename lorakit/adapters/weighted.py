@@ -7,12 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.files import AdapterFiles, read_adapter
-from lorakit.adapters.place import find_places, load_adapter
 from lorakit.errors import AdapterError
-from lorakit.layers import AdapterLayer, FusedLayer, adapted_modules
+from lorakit.layers import AdapterLayer, FusedLayer
+from lorakit.methods.base import Method
+from lorakit.methods.lora import Lora
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,25 @@ class Update:
 
     layer: AdapterLayer | FusedLayer
     weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """weight * scaling * left @ right, in the layout of W: left (rows, r), right (r, columns)."""
+
+    left: Tensor
+    right: Tensor
+    scaling: float
+    weight: float
+
+    def add_rows(self, W: Tensor, start: int, delta: Tensor) -> None:
+        """Add the rows from ``start`` on to ``W`` (n, columns) in place; ``delta``, of the same
+        shape, is overwritten."""
+        torch.mm(self.left[start : start + len(W)], self.right, out=delta)
+        delta.mul_(self.scaling)
+        if self.weight != 1:
+            delta.mul_(self.weight)
+        W.add_(delta)
 
 
 def read_weighted(
@@ -52,6 +73,10 @@ def find_updates(model: nn.Module, adapters: Sequence[Weighted]) -> dict[str, li
 
     Raises AdapterError if one does not fit the model, or has trained other values whole.
     """
+    # Imports transformers' model classes, which a merge without a model does not need.
+    from lorakit.adapters.place import find_places, load_adapter
+    from lorakit.layers import adapted_modules
+
     first, *added = adapters
     places = find_places(model, first.files)
     if places.base and first.weight != 1:
@@ -72,6 +97,37 @@ def find_updates(model: nn.Module, adapters: Sequence[Weighted]) -> dict[str, li
     return updates
 
 
+def low_rank(updates: Sequence[Update]) -> list[LowRank] | None:
+    """The updates as low-rank products, from which any rows are computed alone; None if one of
+    them is of a method that does not merely add such a product."""
+    found = []
+    for update in updates:
+        layer = update.layer
+        if isinstance(layer, FusedLayer):
+            if not all(_adds_product(part.method) for part in layer.parts.values()):
+                return None
+            # Rows outside of the parts get + 0.0.
+            layer = next(iter(layer.parts.values())).method.compose(layer)
+        if not _adds_product(layer.method):
+            return None
+        method = layer.method
+        assert isinstance(method, Lora)
+        A, B = (factor.detach().float() for factor in method.factors(layer))
+        if layer.kind != "linear":  # which hold W^T
+            A, B = B.t().contiguous(), A.t().contiguous()
+        found.append(LowRank(B.contiguous(), A.contiguous(), layer.scaling, update.weight))
+    return found
+
+
+def merged_rows(updates: Sequence[Update], weight: Tensor, start: int) -> Tensor | None:
+    """``merged_sum`` of the rows ``weight`` of W, from ``start`` on; None if it needs all of W."""
+    if len(updates) != 1 or updates[0].weight != 1 or isinstance(updates[0].layer, FusedLayer):
+        return None
+    layer = updates[0].layer
+    return layer.method.merged_rows(layer, weight, start)
+
+
+@torch.no_grad()
 def merged_sum(updates: Sequence[Update], weight: Tensor) -> Tensor:
     """W + sum of w_i * delta_i, float32, where delta_i is the merged W less W: of a method that
     does more than add (DoRA), that is its whole change of W."""
@@ -80,8 +136,19 @@ def merged_sum(updates: Sequence[Update], weight: Tensor) -> Tensor:
     W = weight.float()
     merged = W.clone()
     for update in updates:
-        merged += update.weight * (update.layer.merged_weight(weight) - W)
+        own = update.layer.merged_weight(weight)
+        merged += update.weight * (own - W)
     return merged
+
+
+def _adds_product(method: Method) -> bool:
+    """Whether ``method`` merges as LoRA does; a subclass may compute something else."""
+    own = type(method)
+    return (
+        isinstance(method, Lora)
+        and own.delta_weight is Lora.delta_weight
+        and own.merged_weight is Method.merged_weight
+    )
 
 
 def _check_same(
