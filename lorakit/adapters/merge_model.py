@@ -153,10 +153,11 @@ def _text_config(config: PreTrainedConfig) -> str | None:
 
 def _labels(config: PreTrainedConfig, base: PreTrainedConfig) -> dict[str, Any]:
     """The keys of ``config.json`` that a classifier's adapter changes."""
-    changed = {}
+    changed: dict[str, Any] = {}
     for key in _LABELS:
         value = getattr(config, key, None)
         if value != getattr(base, key, None):
-            is_map = isinstance(value, Mapping)
-            changed[key] = {str(k): v for k, v in value.items()} if is_map else value
+            changed[key] = value
+    if changed.get("id2label"):
+        changed["id2label"] = {str(k): label for k, label in changed["id2label"].items()}
     return changed

@@ -7,7 +7,6 @@ a few chunks for each, or one whole matrix of a method that needs it.
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,11 +17,11 @@ import torch
 from torch import Tensor
 
 from lorakit.adapters.checkpoint import DTYPES, Checkpoint, StoredTensor, memory_of, read_into
+from lorakit.adapters.files import is_finite
 from lorakit.adapters.merge_plan import (
     GroupTask,
     MergePlan,
     Task,
-    check_finite,
     group_values,
     not_finite,
 )
@@ -280,13 +279,8 @@ def _store(task: Task, merged: Tensor, first: int, output: _Output, buffers: Buf
     if merged.dtype != dtype:
         rounded = buffers.get("rounded", merged.numel(), dtype).view(merged.shape)
         rounded.copy_(merged)
-    # A sum is finite if all its terms are, and costs a fortieth of asking each; only one that is
-    # not, which large values give as well, needs a closer look.
-    if dtype.is_floating_point and not math.isfinite(rounded.sum(dtype=torch.float32).item()):
-        if task.updates or task.given is not None:
-            check_finite(task.name, rounded)
-        elif not bool(rounded.isfinite().all()) and bool(merged.isfinite().all()):
-            raise not_finite(task.name, dtype)
+    if not is_finite(rounded) and (task.updates or task.given is not None or is_finite(merged)):
+        raise not_finite(task.name, dtype)
     return output.write(task.name, rounded, first * merged.shape[1])
 
 
