@@ -28,8 +28,8 @@ from lorakit.adapters.merge_plan import (
 from lorakit.adapters.shards import OutputTensor, Place
 from lorakit.adapters.weighted import LowRank, low_rank, merged_rows, merged_sum
 
-#: Elements of a chunk: its float32 copies, 4 MiB each, stay in the processor's cache.
-CHUNK_ELEMENTS = 2**20
+#: Elements of a chunk: its float32 copies, 1 MiB each, stay in the processor's cache.
+CHUNK_ELEMENTS = 2**18
 _COPY_BYTES = 2**26
 _MOST_WORKERS = 16
 #: How much is written before the disk is asked to begin, while the next is computed.

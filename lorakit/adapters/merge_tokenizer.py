@@ -125,13 +125,15 @@ def _templates(files: Mapping[str, bytes]) -> dict[str, str]:
 
 
 def _with_class(content: bytes, base: bytes | None) -> bytes:
-    """``tokenizer_config.json`` with the base's ``tokenizer_class``: what transformers 5 calls it
-    is unknown to older versions."""
+    """``tokenizer_config.json`` with the base's ``tokenizer_class``, and with the older name of the
+    further special tokens: what transformers 5 writes is an error in version 4."""
     settings, own = dict(_parsed(content)), _parsed(base)
-    wanted = own.get("tokenizer_class")
-    if wanted is None or settings.get("tokenizer_class") == wanted:
+    if "tokenizer_class" in own:
+        settings["tokenizer_class"] = own["tokenizer_class"]
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    if settings == _parsed(content):
         return content
-    settings["tokenizer_class"] = wanted
     return (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
 
 

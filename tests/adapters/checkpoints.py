@@ -90,7 +90,7 @@ def write_model(folder: Path, name: str) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:
-                parameter.normal_(0, 0.2)
+                parameter.normal_(0, 0.1)
     model.save_pretrained(folder)
     torch.random.set_rng_state(state)
     add_tensors(folder, {
