@@ -25,7 +25,7 @@ from lorakit.adapters.json_types import (
 )
 from lorakit.adapters.peft_config import check_supported
 from lorakit.errors import AdapterError, shown
-from lorakit.layers import Rows
+from lorakit.kernels.rows import Rows
 from lorakit.methods.base import Method
 
 CONFIG = "adapter_config.json"

@@ -15,7 +15,7 @@ from torch import Tensor
 from lorakit.adapters.checkpoint import CODES, DTYPES, Checkpoint, StoredTensor
 from lorakit.adapters.files import is_finite
 from lorakit.adapters.shards import OutputTensor
-from lorakit.adapters.weighted import Update, merged_sum
+from lorakit.adapters.weighted import LowRank, Update, merged_sum
 from lorakit.errors import AdapterError
 
 Ties = Sequence[Sequence[str]]
@@ -53,7 +53,7 @@ class Held:
 
     plain: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
-    updates: Mapping[str, Sequence[Update]]
+    updates: Mapping[str, Sequence[Update | LowRank]]
     groups: Sequence[Group] = ()
     ties: Ties = ()
     base: Mapping[str, Tensor] = field(default_factory=dict)
@@ -80,7 +80,7 @@ class Task:
     stored: str | None = None
     source: StoredTensor | None = None
     given: Tensor | None = None
-    updates: Sequence[Update] = ()
+    updates: Sequence[Update | LowRank] = ()
 
     @property
     def is_copy(self) -> bool:
@@ -95,7 +95,7 @@ class GroupTask:
 
     group: Group
     outputs: Mapping[str, OutputTensor]
-    updates: Mapping[str, Sequence[Update]]
+    updates: Mapping[str, Sequence[Update | LowRank]]
     given: Mapping[str, Tensor]
 
 

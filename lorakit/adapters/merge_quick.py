@@ -13,17 +13,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorakit.adapters.checkpoint import Checkpoint
 from lorakit.adapters.files import AdapterFiles
 from lorakit.adapters.merge_plan import Held
-from lorakit.adapters.peft_config import matched_modules
-from lorakit.adapters.weighted import Update, Weighted
+from lorakit.adapters.peft_config import is_targeted
+from lorakit.adapters.weighted import LowRank, Weighted, adds_product
 from lorakit.errors import AdapterError
-from lorakit.layers import AdapterLayer, FusedLayer
 from lorakit.methods.base import Method
 from lorakit.methods.lora import Lora
+from lorakit.methods.lora_form import peft_rank, peft_scaling
 
 #: model_type -> the class, and whether its embeddings are tied where config.json does not say so.
 #: Of these transformers converts nothing, and every matrix but the embedding is an nn.Linear.
@@ -54,28 +54,25 @@ _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 _LEGACY = re.compile(r"LayerNorm\.(?:gamma|beta)|weight_[gv]$|parametrizations")
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
 
-_Layers = dict[str, AdapterLayer | FusedLayer]
-
 
 def held_by_name(
     settings: Mapping[str, Any], checkpoint: Checkpoint, adapters: Sequence[Weighted]
 ) -> Held | None:
-    """``settings`` is the base's ``config.json``. None where only the class can tell.
-
-    Raises AdapterError for factors that do not fit the base's matrices."""
+    """``settings`` is the base's ``config.json``. None where only the class can tell, or say what
+    does not fit."""
     own = PLAIN.get(str(settings.get("model_type")))
     if own is None or settings.get("architectures") != [own[0]] or "auto_map" in settings:
         return None
-    model = _skeleton(settings, checkpoint)
-    if model is None:
+    matrices = _matrices(settings, checkpoint)
+    if matrices is None:
         return None
-    updates: dict[str, list[Update]] = {}
+    updates: dict[str, list[LowRank]] = {}
     for adapter in adapters:
-        layers = _layers(model, adapter.files)
-        if layers is None:
+        products = _products(matrices, adapter)
+        if products is None:
             return None
-        for name, layer in layers.items():
-            updates.setdefault(f"{name}.weight", []).append(Update(layer, adapter.weight))
+        for name, product in products.items():
+            updates.setdefault(f"{name}.weight", []).append(product)
     names = [f"{_HEAD}.weight", f"{_EMBEDDING}.weight"]
     tied = bool(settings.get("tie_word_embeddings", own[1]))
     shapes = {name: stored.shape for name, stored in checkpoint.tensors.items()}
@@ -88,11 +85,13 @@ def held_by_name(
     )
 
 
-def _skeleton(settings: Mapping[str, Any], checkpoint: Checkpoint) -> nn.Module | None:
-    """Modules without values by the names of the checkpoint. None if that is not a plain decoder's:
-    all its layers, each with the same tensors, an embedding, and the head if it is stored."""
+def _matrices(
+    settings: Mapping[str, Any], checkpoint: Checkpoint
+) -> dict[str, tuple[int, ...]] | None:
+    """Module -> the shape of its matrix. None if the checkpoint is not a plain decoder's: all its
+    layers, each with the same tensors, an embedding, and the head if it is stored."""
     layers: dict[int, set[str]] = {}
-    root = nn.Module()
+    matrices: dict[str, tuple[int, ...]] = {}
     for name, stored in checkpoint.tensors.items():
         module, _, end = name.rpartition(".")
         layer = _LAYER.match(name)
@@ -102,67 +101,72 @@ def _skeleton(settings: Mapping[str, Any], checkpoint: Checkpoint) -> nn.Module 
             return None
         if _LEGACY.search(name) or end not in ("weight", "bias") or len(stored.shape) > 2:
             return None
-        if end == "weight" and len(stored.shape) == 2 and module != _HEAD:
-            _put(root, module, stored.shape)
+        if end == "weight" and len(stored.shape) == 2:
+            matrices[module] = stored.shape
     count = settings.get("num_hidden_layers")
     alike = len({frozenset(ends) for ends in layers.values()}) == 1
-    embedding = checkpoint.tensors.get(f"{_EMBEDDING}.weight")
-    if not alike or set(layers) != set(range(count if isinstance(count, int) else 0)):
+    whole = set(layers) == set(range(count if isinstance(count, int) else 0))
+    if not alike or not whole or _EMBEDDING not in matrices:
         return None
-    if embedding is None:
+    return {_HEAD: matrices[_EMBEDDING]} | matrices
+
+
+def _products(
+    matrices: Mapping[str, tuple[int, ...]], adapter: Weighted
+) -> dict[str, LowRank] | None:
+    """Module -> its update. None unless the adapter has LoRA factors for linear layers inside of
+    the decoder alone, and for every one that its configuration names."""
+    files = adapter.files
+    if not _is_plain_lora(files):
         return None
-    _put(root, _HEAD, embedding.shape)
-    return root
-
-
-def _put(root: nn.Module, name: str, shape: Sequence[int]) -> None:
-    parent = root
-    *above, last = name.split(".")
-    for part in above:
-        if not hasattr(parent, part):
-            parent.add_module(part, nn.Module())
-        parent = getattr(parent, part)
-    rows, columns = shape
-    if name == _EMBEDDING:
-        module: nn.Module = nn.Embedding(rows, columns, device="meta", _weight=_empty(shape))
-    else:
-        module = nn.Linear(columns, rows, bias=False, device="meta")
-    parent.add_module(last, module)
-
-
-def _empty(shape: Sequence[int]) -> Tensor:
-    return torch.empty(tuple(shape), device="meta")
-
-
-def _layers(model: nn.Module, files: AdapterFiles) -> _Layers | None:
-    """Module -> its layer. None unless the adapter has factors for linear layers inside of the
-    decoder alone, and for every one that its configuration names."""
-    config = files.config
-    if files.classifies or config.get("modules_to_save"):
-        return None
-    if not isinstance(files.method, Lora) or type(files.method).link is not Method.link:
-        return None
-    if config.get("bias") not in (None, "none"):
-        return None
-    modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)}
-    tensors: dict[str, dict[str, Tensor]] = {}
+    factors: dict[str, dict[str, Tensor]] = {}
     for key, value in files.tensors.items():
-        name, end = _split(key, modules)
-        if not isinstance(modules.get(name), nn.Linear) or name == _HEAD or "base_layer" in end:
+        name, end = _split(key, matrices)
+        if name in ("", _EMBEDDING, _HEAD) or end not in ("lora_A.weight", "lora_B.weight"):
             return None
-        tensors.setdefault(name, {})[end] = value
-    matched = matched_modules(config, model) & set(modules)
-    if matched - set(tensors):
+        factors.setdefault(name, {})[end] = value
+    if {name for name in matrices if is_targeted(files.config, name)} - set(factors):
         return None
-    method, parts = files.method, files.parts
-    layers: _Layers = {}
-    for name, own in tensors.items():
-        try:
-            layer = method.from_peft(modules[name], name, config, own)
-            layers[name] = method.split(layer, parts[name]) if name in parts else layer
-        except AdapterError as error:
-            raise AdapterError(f"{files.directory}: {error}") from error
-    return layers
+    products = {}
+    for name, own in factors.items():
+        product = _product(name, own, matrices[name], adapter)
+        if product is None:
+            return None
+        products[name] = product
+    return products
+
+
+def _is_plain_lora(files: AdapterFiles) -> bool:
+    method, config = files.method, files.config
+    return (
+        not files.classifies
+        and adds_product(method)
+        and type(method).from_peft is Lora.from_peft
+        and type(method).link is Method.link
+        and not config.get("modules_to_save")
+        and config.get("bias") in (None, "none")
+        and config.get("target_modules") != "all-linear"
+    )
+
+
+def _product(
+    name: str, factors: Mapping[str, Tensor], shape: Sequence[int], adapter: Weighted
+) -> LowRank | None:
+    config = adapter.files.config
+    A, B = factors.get("lora_A.weight"), factors.get("lora_B.weight")
+    if A is None or B is None or name in adapter.files.parts:
+        return None
+    r = peft_rank(config, name)
+    if (tuple(A.shape), tuple(B.shape)) != ((r, shape[1]), (shape[0], r)):
+        return None
+    try:
+        scaling = peft_scaling(config, name, r)
+    except AdapterError:
+        return None
+    # In memory of its own: inside a file's it may lie at any address, on which the last bits of a
+    # product depend.
+    A, B = (value.to(torch.float32, copy=True) for value in (A, B))
+    return LowRank(B, A, scaling, adapter.weight)
 
 
 def _split(key: str, modules: Iterable[str]) -> tuple[str, str]:

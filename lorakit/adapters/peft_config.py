@@ -12,7 +12,6 @@ from typing import Any
 from torch import nn
 
 from lorakit.errors import AdapterError, shown
-from lorakit.layers import ADAPTABLE, AdapterLayer, FusedLayer
 
 #: The keys that PEFT writes for LoRA besides those that a method and the caller set.
 DEFAULTS: dict[str, Any] = {
@@ -86,6 +85,8 @@ def check_supported(config: Mapping[str, Any], where: str) -> None:
 
 def base_names(model: nn.Module) -> dict[str, nn.Module]:
     """The modules as they were before adaption: adapter layers count as what they wrap."""
+    from lorakit.layers import AdapterLayer, FusedLayer  # imports transformers
+
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -98,12 +99,14 @@ def base_names(model: nn.Module) -> dict[str, nn.Module]:
 
 def matched_modules(config: Mapping[str, Any], model: nn.Module) -> set[str]:
     """The modules that PEFT would adapt with this configuration."""
+    from lorakit.layers import ADAPTABLE
+
     names = base_names(model)
     targets = config.get("target_modules")
     if isinstance(targets, str) and targets.lower() == "all-linear":
         linear = [n for n, m in names.items() if isinstance(m, ADAPTABLE[:2])]
         return {n for n in linear if not _excluded(config, n) and not n.endswith("lm_head")}
-    return {name for name in names if _targeted(config, name)}
+    return {name for name in names if is_targeted(config, name)}
 
 
 def target_modules(
@@ -154,7 +157,8 @@ def _excluded(config: Mapping[str, Any], name: str) -> bool:
     return any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in saved)
 
 
-def _targeted(config: Mapping[str, Any], name: str) -> bool:
+def is_targeted(config: Mapping[str, Any], name: str) -> bool:
+    """Whether PEFT would adapt the module of that name, were it of a kind that it adapts."""
     targets = config.get("target_modules") or []
     if _excluded(config, name):
         return False

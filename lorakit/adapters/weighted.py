@@ -6,15 +6,18 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.files import AdapterFiles, read_adapter
 from lorakit.errors import AdapterError
-from lorakit.layers import AdapterLayer, FusedLayer
 from lorakit.methods.base import Method
 from lorakit.methods.lora import Lora
+
+if TYPE_CHECKING:  # imports transformers, which a merge without a model does not need
+    from lorakit.layers import AdapterLayer, FusedLayer
 
 
 @dataclass(frozen=True)
@@ -97,51 +100,63 @@ def find_updates(model: nn.Module, adapters: Sequence[Weighted]) -> dict[str, li
     return updates
 
 
-def low_rank(updates: Sequence[Update]) -> list[LowRank] | None:
+def low_rank(updates: Sequence[Update | LowRank]) -> list[LowRank] | None:
     """The updates as low-rank products, from which any rows are computed alone; None if one of
     them is of a method that does not merely add such a product."""
-    found = []
-    for update in updates:
-        layer = update.layer
-        if isinstance(layer, FusedLayer):
-            if not all(_adds_product(part.method) for part in layer.parts.values()):
-                return None
-            # Rows outside of the parts get + 0.0.
-            layer = next(iter(layer.parts.values())).method.compose(layer)
-        if not _adds_product(layer.method):
+    products = [u if isinstance(u, LowRank) else _product(u) for u in updates]
+    found = [product for product in products if product is not None]
+    return found if len(found) == len(products) else None
+
+
+def _product(update: Update) -> LowRank | None:
+    from lorakit.layers import FusedLayer
+
+    layer = update.layer
+    if isinstance(layer, FusedLayer):
+        parts = list(layer.parts.values())
+        if not all(adds_product(part.method) for part in parts):
             return None
-        method = layer.method
-        assert isinstance(method, Lora)
-        A, B = (factor.detach().float() for factor in method.factors(layer))
-        if layer.kind != "linear":  # which hold W^T
-            A, B = B.t().contiguous(), A.t().contiguous()
-        found.append(LowRank(B.contiguous(), A.contiguous(), layer.scaling, update.weight))
-    return found
-
-
-def merged_rows(updates: Sequence[Update], weight: Tensor, start: int) -> Tensor | None:
-    """``merged_sum`` of the rows ``weight`` of W, from ``start`` on; None if it needs all of W."""
-    if len(updates) != 1 or updates[0].weight != 1 or isinstance(updates[0].layer, FusedLayer):
+        layer = parts[0].method.compose(layer)  # rows outside of the parts get + 0.0
+    if not adds_product(layer.method):
         return None
-    layer = updates[0].layer
-    return layer.method.merged_rows(layer, weight, start)
+    method = layer.method
+    assert isinstance(method, Lora)
+    A, B = (factor.detach().float() for factor in method.factors(layer))
+    if layer.kind != "linear":  # which hold W^T
+        A, B = B.t(), A.t()
+    return LowRank(B.contiguous(), A.contiguous(), layer.scaling, update.weight)
+
+
+def merged_rows(updates: Sequence[Update | LowRank], weight: Tensor, start: int) -> Tensor | None:
+    """``merged_sum`` of the rows ``weight`` of W, from ``start`` on; None if it needs all of W."""
+    from lorakit.layers import FusedLayer
+
+    [first, *more] = updates
+    if more or isinstance(first, LowRank) or first.weight != 1:
+        return None
+    layer = first.layer
+    return None if isinstance(layer, FusedLayer) else layer.method.merged_rows(layer, weight, start)
 
 
 @torch.no_grad()
-def merged_sum(updates: Sequence[Update], weight: Tensor) -> Tensor:
+def merged_sum(updates: Sequence[Update | LowRank], weight: Tensor) -> Tensor:
     """W + sum of w_i * delta_i, float32, where delta_i is the merged W less W: of a method that
     does more than add (DoRA), that is its whole change of W."""
-    if len(updates) == 1 and updates[0].weight == 1:
-        return updates[0].layer.merged_weight(weight)
+    [first, *more] = updates
+    if isinstance(first, Update) and first.weight == 1 and not more:
+        return first.layer.merged_weight(weight)
     W = weight.float()
     merged = W.clone()
     for update in updates:
+        if isinstance(update, LowRank):
+            update.add_rows(merged, 0, torch.empty_like(merged))
+            continue
         own = update.layer.merged_weight(weight)
         merged += update.weight * (own - W)
     return merged
 
 
-def _adds_product(method: Method) -> bool:
+def adds_product(method: Method) -> bool:
     """Whether ``method`` merges as LoRA does; a subclass may compute something else."""
     own = type(method)
     return (

@@ -164,7 +164,7 @@ watcher.start()
 merge(*sys.argv[1:])
 done.set()
 watcher.join()
-print(peak - before, "transformers.modeling_utils" in sys.modules)
+print(peak - before, "transformers" in sys.modules)
 """
 
 
