@@ -174,7 +174,8 @@ def _check_out(out: Path, base: str, adapters: Sequence[Weighted], overwrite: bo
 
 
 def _check_not_quantised(settings: Mapping[str, Any], base: str) -> None:
-    if settings.get("quantization_config"):
+    parts = [settings, *(part for part in settings.values() if isinstance(part, Mapping))]
+    if any(part.get("quantization_config") for part in parts):
         raise AdapterError(
             f"base {base}: its weights are quantised, and merging would round the adapter away; "
             "merge into the original weights"

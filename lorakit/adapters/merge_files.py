@@ -99,6 +99,8 @@ def _reason(path: Path, name: str, components: tuple[str, ...]) -> str | None:
         return "state of a training"
     if lower.endswith((*_WEIGHTS, *(f"{end}.index.json" for end in _WEIGHTS))):
         return "weights that would still be the base's"
+    if re.search(r"(?:^|/)adapter_config\.json$", lower):
+        return "an adapter's, which transformers would load"
     if path.stat().st_size > _LARGEST:
         return f"larger than {_LARGEST / 1e6:.0f} MB"
     return None

@@ -142,6 +142,8 @@ def plan_merge(held: Held, checkpoint: Checkpoint, dtype: str | None) -> MergePl
         found = held.plain.get(stored)
         task = _stored_task(stored, tensor, found if by_name.get(found or "") == stored else None,
                             held, given, dtype)  # fmt: skip
+        if task.name in outputs:
+            raise AdapterError(f"base: {checkpoint.directory}: two tensors become {task.name}")
         if stored not in own_task:
             tasks.append(task)
         outputs[task.name] = task.output

@@ -42,7 +42,8 @@ _LEFT = (
     "pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json",
     "consolidated.safetensors", "consolidated.00.pth", "model-q4.gguf", "onnx/", "original/",
     "tf_model.h5", "flax_model.msgpack", "optimizer.pt", "training_args.bin", "rng_state_0.pth",
-    "extra/model.safetensors", "gone.json", INDEX,
+    "extra/model.safetensors", "gone.json", "adapter_config.json", "adapter_model.safetensors",
+    INDEX,
 )  # fmt: skip
 
 
