@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 from lorakit.adapters.base_name import base_section, dtype_name
 from lorakit.adapters.beside import written_beside
 from lorakit.adapters.checkpoint import SINGLE, Checkpoint, local_directory, read_config
+from lorakit.adapters.held import Held
 from lorakit.adapters.merge_files import LeftOut, copy_files
-from lorakit.adapters.merge_plan import Held, plan_merge
+from lorakit.adapters.merge_plan import plan_merge
 from lorakit.adapters.merge_quick import held_by_name
-from lorakit.adapters.merge_stream import OnProgress, write_tensors
+from lorakit.adapters.merge_stream import write_tensors
+from lorakit.adapters.merge_workers import OnProgress
 from lorakit.adapters.merged_config import write_config
 from lorakit.adapters.shards import create_files, parse_size, plan_files
 from lorakit.adapters.weighted import Weighted, read_weighted

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lorakit.adapters.base_model import check_supplied, empty_model, full_config, set_pad_token
 from lorakit.adapters.checkpoint import Checkpoint
 from lorakit.adapters.files import AdapterFiles
-from lorakit.adapters.merge_plan import Held, Ties
+from lorakit.adapters.held import Held, Ties
 from lorakit.adapters.place import find_places
 from lorakit.adapters.stored_names import StoredNames
 from lorakit.adapters.weighted import Weighted, find_updates

@@ -3,71 +3,21 @@ tensor that the base stores is written again, under its own name."""
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from lorakit.adapters.checkpoint import CODES, DTYPES, Checkpoint, StoredTensor
 from lorakit.adapters.files import is_finite
+from lorakit.adapters.held import Group, Held
 from lorakit.adapters.shards import OutputTensor
+from lorakit.adapters.shared_weights import all_given, find_shared, is_parted, new_names
 from lorakit.adapters.weighted import LowRank, Update, merged_sum
 from lorakit.errors import AdapterError
-
-Ties = Sequence[Sequence[str]]
-
-
-class Group(Protocol):
-    """Stored tensors (``sources``) that transformers converts together into those of the class
-    (``targets``, name -> shape): experts into one matrix, a fused projection into its parts."""
-
-    @property
-    def sources(self) -> Sequence[str]: ...
-
-    @property
-    def targets(self) -> Mapping[str, tuple[int, ...]]: ...
-
-    def converted(
-        self, values: Mapping[str, Tensor], finish: Callable[[str, Tensor], Tensor]
-    ) -> dict[str, Tensor]:
-        """Stored values -> those to store, with ``finish(name, W)`` in place of each of the
-        class's tensors."""
-        ...
-
-
-@dataclass(frozen=True)
-class Held:
-    """What the loaded class holds of the stored tensors, and what the adapters do to it.
-
-    ``plain``: stored name -> the class's, where a tensor is read as it is; ``groups``: the others
-    that it reads. ``shapes`` and ``ties`` (names of one parameter) are the class's; ``updates``,
-    ``base`` and ``whole`` are by its names. ``architecture`` is its own name where the merged model
-    is of another class than the base; then ``stored_name`` is also asked for names that are
-    stored. ``text_config``: the key of the text model's part of ``config.json``. ``settings``:
-    other keys of ``config.json`` that change.
-    """
-
-    plain: Mapping[str, str]
-    shapes: Mapping[str, tuple[int, ...]]
-    updates: Mapping[str, Sequence[Update | LowRank]]
-    groups: Sequence[Group] = ()
-    ties: Ties = ()
-    base: Mapping[str, Tensor] = field(default_factory=dict)
-    whole: Mapping[str, Tensor] = field(default_factory=dict)
-    class_name: str = ""
-    architecture: str | None = None
-    stored_name: Callable[[str], str] = str
-    can_part: Callable[[Sequence[str]], bool] = lambda _names: True
-    text_config: str | None = None
-    settings: Mapping[str, object] = field(default_factory=dict)
-
-    @property
-    def given(self) -> dict[str, Tensor]:
-        return {**self.base, **self.whole}
 
 
 @dataclass(frozen=True)
@@ -126,11 +76,13 @@ def plan_merge(held: Held, checkpoint: Checkpoint, dtype: str | None) -> MergePl
     by_name: dict[str, str] = {}
     for stored, name in held.plain.items():
         by_name.setdefault(name, stored)
-    shared = _shared(held, checkpoint, by_name)
-    given = _given(held, shared)
-    parted = [names for names in shared.together if _is_parted(names, held.whole, held.updates)]
+    shared = find_shared(held, checkpoint, by_name)
+    given = all_given(held, shared)
+    parted = [names for names in shared.together if is_parted(names, held.whole, held.updates)]
     if impossible := [names for names in parted if not held.can_part(names)]:
-        raise AdapterError(f"{impossible[0][0]}: {held.class_name} cannot part these weights")
+        raise AdapterError(
+            f"{impossible[0][0]}: {held.class_name} cannot hold these shared weights apart"
+        )
     changed = {*held.updates, *given}
     converted = [group for group in held.groups if changed & set(group.targets)]
     own_task = {source for group in converted for source in group.sources}
@@ -148,7 +100,7 @@ def plan_merge(held: Held, checkpoint: Checkpoint, dtype: str | None) -> MergePl
             tasks.append(task)
         outputs[task.name] = task.output
         stands_for[task.name] = stored
-    for name, source in _new(held, shared, parted, by_name, given).items():
+    for name, source in new_names(held, shared, parted, by_name, given).items():
         origin = checkpoint.tensors[source] if source is not None else None
         code = dtype_code(dtype) if dtype else (origin.code if origin else dtype_code(main))
         task = _new_task(name, source, origin, code, held, given)
@@ -184,73 +136,6 @@ def not_finite(name: str, dtype: torch.dtype) -> AdapterError:
         f"{name}: NaN or infinite in the merged {text}: either the base's own values are, or "
         "the sum is too large for the dtype (dtype float32 holds more)"
     )
-
-
-@dataclass(frozen=True)
-class _Shared:
-    """``together``: names of one parameter that are one in the checkpoint, too;
-    ``stored_apart``: others are stored with different values, which transformers then keeps."""
-
-    together: Ties
-    stored_apart: bool
-
-
-def _shared(held: Held, checkpoint: Checkpoint, by_name: Mapping[str, str]) -> _Shared:
-    together: list[Sequence[str]] = []
-    apart = False
-    for names in held.ties:
-        stored = [by_name[name] for name in names if name in by_name]
-        if len(stored) > 1 and not all(_equal(checkpoint, stored[0], s) for s in stored[1:]):
-            apart = True
-        else:
-            together.append(names)
-    return _Shared(together, apart)
-
-
-def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
-    """Whether two stored tensors hold the same values; bytes are compared piece by piece."""
-    a, b = checkpoint.tensors[one], checkpoint.tensors[other]
-    if (a.shape, a.code) != (b.shape, b.code):
-        return False
-    step = 2**22
-    for at in range(0, a.size_bytes, step):
-        count = min(step, a.size_bytes - at)
-        pieces = [os.pread(checkpoint.descriptor(t.file), count, t.start + at) for t in (a, b)]
-        if pieces[0] != pieces[1]:
-            return False
-    return True
-
-
-def _given(held: Held, shared: _Shared) -> dict[str, Tensor]:
-    """What the adapter has whole; PEFT's copy of a base weight stands for all that share it."""
-    given = held.given
-    for names in shared.together:
-        for name in names if (found := set(names) & set(held.base)) else ():
-            given.setdefault(name, given[min(found)])
-    return given
-
-
-def _new(
-    held: Held,
-    shared: _Shared,
-    parted: Ties,
-    by_name: Mapping[str, str],
-    given: Mapping[str, Tensor],
-) -> dict[str, str | None]:
-    """The class's names that are written and not stored -> the stored tensor they shared."""
-    new: dict[str, str | None] = {}
-    one: set[str] = set()
-    for names in shared.together:
-        source = next((by_name[name] for name in names if name in by_name), None)
-        if names in parted:
-            new |= {name: source for name in names if name not in by_name}
-            continue
-        one |= set(names)
-        if source is None and names[0] in given:
-            new[names[0]] = None
-    in_groups = {name for group in held.groups for name in group.targets}
-    absent = [name for name in given if name not in by_name and name not in one | in_groups]
-    return dict.fromkeys(absent) | new
 
 
 def _stored_task(
@@ -313,19 +198,6 @@ def _check_float(name: str, source: StoredTensor | None, changes: bool) -> None:
         )
 
 
-def _is_parted(
-    names: Sequence[str],
-    whole: Mapping[str, Tensor],
-    adapted: Collection[str],
-) -> bool:
-    """Whether weights that the base shares differ after the merge."""
-    given = [name for name in names if name in whole]
-    if any(name in adapted for name in names):
-        return True
-    same = len(given) == len(names) and all(whole[n].equal(whole[given[0]]) for n in given)
-    return bool(given) and not same
-
-
 def _output(stored: StoredTensor, dtype: str | None) -> OutputTensor:
     if dtype is None or not stored.is_float:
         return OutputTensor.like(stored)
@@ -348,16 +220,20 @@ def _main_dtype(checkpoint: Checkpoint) -> str:
 
 def group_values(task: GroupTask, checkpoint: Checkpoint) -> dict[str, Tensor]:
     """What is written for the stored tensors of a group: merged in float32, rounded once."""
-    [code] = {output.code for output in task.outputs.values()}
+    values = {source: checkpoint.read(source) for source in task.outputs}
+    stored = reduce(torch.promote_types, (value.dtype for value in values.values()))
+    own = {name: DTYPES[output.code] for name, output in task.outputs.items()}
+    dtype = reduce(torch.promote_types, own.values())
 
     def finish(name: str, W: Tensor) -> Tensor:
         if name in task.given:
             W = task.given[name]
         elif name in task.updates:
             W = merged_sum(task.updates[name], W)
-        W = W.to(DTYPES[code])
+        W = W.to(dtype)
         check_finite(name, W)
         return W
 
-    values = {source: checkpoint.read(source) for source in task.outputs}
-    return task.group.converted(values, finish)
+    values = {name: value.to(stored) for name, value in values.items()}
+    made = task.group.converted(values, finish)
+    return {name: value.to(own[name]) for name, value in made.items()}

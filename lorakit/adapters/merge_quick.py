@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorakit.adapters.checkpoint import Checkpoint
 from lorakit.adapters.files import AdapterFiles
-from lorakit.adapters.merge_plan import Held
+from lorakit.adapters.held import Held
 from lorakit.adapters.peft_config import is_targeted
 from lorakit.adapters.weighted import LowRank, Weighted, adds_product
 from lorakit.errors import AdapterError

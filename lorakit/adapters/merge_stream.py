@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -25,20 +25,13 @@ from lorakit.adapters.merge_plan import (
     group_values,
     not_finite,
 )
+from lorakit.adapters.merge_workers import Buffers, Job, OnProgress, run_jobs
 from lorakit.adapters.shards import OutputTensor, Place
 from lorakit.adapters.weighted import LowRank, low_rank, merged_rows, merged_sum
 
 #: Elements of a chunk: its float32 copies, 1 MiB each, stay in the processor's cache.
 CHUNK_ELEMENTS = 2**18
 _COPY_BYTES = 2**26
-_MOST_WORKERS = 16
-#: How much is written before the disk is asked to begin, while the next is computed.
-_FLUSH_BYTES = 2**28
-#: Below this a second thread costs more than it brings.
-_SMALL = 2**23
-
-OnProgress = Callable[[int, int], None]
-Job = Callable[["Buffers"], int]
 
 
 def write_tensors(
@@ -60,22 +53,7 @@ def write_tensors(
         for file_ in checkpoint.files:
             checkpoint.descriptor(file_)  # opened here: the workers only read the table
         jobs = _jobs(plan, checkpoint, output)
-        _run(jobs, output, 1 if total < _SMALL else _workers(), total, on_progress)
-
-
-class Buffers:
-    """Memory of one worker, used again for every chunk: fresh pages cost more than the sums."""
-
-    def __init__(self) -> None:
-        self._memory: dict[str, Tensor] = {}
-
-    def get(self, use: str, count: int, dtype: torch.dtype) -> Tensor:
-        """``count`` elements with any values; the memory belongs to ``use``."""
-        size = count * dtype.itemsize
-        memory = self._memory.get(use)
-        if memory is None or len(memory) < size:
-            memory = self._memory[use] = torch.empty(size, dtype=torch.uint8)
-        return memory[:size].view(dtype)
+        run_jobs(jobs, list(files.values()), total, on_progress)
 
 
 class _Output:
@@ -282,81 +260,3 @@ def _store(task: Task, merged: Tensor, first: int, output: _Output, buffers: Buf
     if not is_finite(rounded) and (task.updates or task.given is not None or is_finite(merged)):
         raise not_finite(task.name, dtype)
     return output.write(task.name, rounded, first * merged.shape[1])
-
-
-def _workers() -> int:
-    try:
-        count = len(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        count = os.cpu_count() or 1
-    return max(1, min(count, _MOST_WORKERS))
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """torch's own threads would only wait for each other beside ours."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _run(
-    jobs: Iterator[Job], output: _Output, workers: int, total: int, on_progress: OnProgress
-) -> None:
-    """All jobs, on ``workers`` threads. The first error ends the others, and is raised."""
-    lock = threading.Lock()
-    failed: list[BaseException] = []
-    done = 0
-    stop = threading.Event()
-    finished = threading.Semaphore(0)
-
-    def work() -> None:
-        nonlocal done
-        buffers = Buffers()
-        try:
-            with torch.no_grad():
-                while not stop.is_set():
-                    with lock:
-                        job = next(jobs, None)
-                    if job is None:
-                        return
-                    size = job(buffers)
-                    with lock:
-                        done += size
-        except BaseException as error:
-            failed.append(error)
-            stop.set()
-        finally:
-            finished.release()
-
-    threads = [threading.Thread(target=work, name="merge", daemon=True) for _ in range(workers)]
-    flush = threading.Thread(target=_flush, args=(output, lambda: done, stop), daemon=True)
-    with _one_thread_each():
-        try:
-            for thread in (*threads, flush):
-                thread.start()
-            for _ in threads:
-                while not finished.acquire(timeout=0.25):
-                    on_progress(done, total)
-        finally:
-            stop.set()
-            for thread in (*threads, flush):
-                if thread.ident is not None:
-                    thread.join()
-    if failed:
-        raise failed[0]
-    on_progress(total, total)
-
-
-def _flush(output: _Output, done: Callable[[], int], stop: threading.Event) -> None:
-    """Let the disk write what is there while the rest is computed; the last part is the caller's
-    to bring to the disk."""
-    flushed = 0
-    while not stop.wait(0.05):
-        if done() - flushed >= _FLUSH_BYTES:
-            flushed = done()
-            for handle in output.files.values():
-                getattr(os, "fdatasync", os.fsync)(handle)

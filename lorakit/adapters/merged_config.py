@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.adapters.checkpoint import INDEX
-from lorakit.adapters.merge_plan import Held, MergePlan
+from lorakit.adapters.held import Held
+from lorakit.adapters.merge_plan import MergePlan
 
 CONFIG = "config.json"
 _DTYPE_KEYS = ("dtype", "torch_dtype")

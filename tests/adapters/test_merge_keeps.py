@@ -80,6 +80,19 @@ def test_experts_and_routers_trained_whole(name: str, whole: str, tmp_path: Path
     assert {key for key in changed if f".{whole}." in key}
 
 
+def test_experts_of_several_dtypes_keep_them(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", "qwen3_moe")
+    name = "model.layers.0.mlp.experts.1.up_proj.weight"
+    add_tensors(base, {name: tensors(base)[name].bfloat16()})
+    write_random_adapter(
+        base, tmp_path / "adapter", target_modules=["o_proj"], modules_to_save=["experts"]
+    )
+    merge(base, tmp_path / "adapter", tmp_path / "out")
+    before, after = tensors(base), tensors(tmp_path / "out")
+    assert {k: v.dtype for k, v in before.items()} == {k: v.dtype for k, v in after.items()}
+    assert not torch.equal(before[name], after[name])
+
+
 def test_what_the_class_does_not_hold_is_named(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", "qwen3_5")
     write_random_adapter(base, tmp_path / "adapter", target_modules=["q"])

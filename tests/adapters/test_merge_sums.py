@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorakit.adapters import merge as merge_module
-from lorakit.adapters import merge_quick, merge_stream
+from lorakit.adapters import merge_quick, merge_stream, merge_workers
 from lorakit.adapters.load import load
 from lorakit.adapters.merge import merge
 from lorakit.layers import adapted_modules
@@ -46,8 +46,8 @@ def test_the_bits_of_the_formula(
     base = write_base(tmp_path / "base", family, dtype)
     adapter = write_adapter(base, tmp_path / "adapter", **keys)
     monkeypatch.setattr(merge_stream, "CHUNK_ELEMENTS", 256)
-    monkeypatch.setattr(merge_stream, "_SMALL", 0)
-    monkeypatch.setattr(merge_stream, "_workers", lambda: 3)
+    monkeypatch.setattr(merge_workers, "SMALL_BYTES", 0)
+    monkeypatch.setattr(merge_workers, "_workers", lambda: 3)
     threads = torch.get_num_threads()
     merge(base, adapter, tmp_path / "out")
     assert torch.get_num_threads() == threads
