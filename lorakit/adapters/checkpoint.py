@@ -184,10 +184,14 @@ def _stored(file: Path, name: str, entry: Mapping[str, Any], base: int) -> Store
 
 def local_directory(section: ModelSection) -> Path:
     """The model's directory, downloaded from the Hub if it is none: all but weights in formats
-    that are not read."""
+    that are not read. Raises ModelError if there is neither."""
     name = section.name_or_path
     if Path(name).is_dir():
         return Path(name)
+    if Path(name).is_file():
+        raise ModelError(f"base: {name}: a file; allowed: a model's directory, or a Hub id")
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # no Hub id
+        raise ModelError(f"base: {name}: no such directory")
     from huggingface_hub import snapshot_download
 
     from lorakit.models.load import explained, hub_options

@@ -197,6 +197,22 @@ def test_weights_that_cannot_be_read(make_pair: MakePair, tmp_path: Path) -> Non
         merge(base, adapter, tmp_path / "out")
 
 
+@pytest.mark.parametrize(("base", "message"), [
+    ("/moved/base", "base: /moved/base: no such directory"),
+    ("./moved/base", "no such directory"),
+    ("moved/to/base", "no such directory"),
+    ("owner/name", "not in the local cache, and the Hub cannot be reached"),
+])  # fmt: skip
+def test_a_base_that_is_not_there(
+    base: str, message: str, make_pair: MakePair, tmp_path: Path
+) -> None:
+    own, adapter, _ = make_pair()
+    with pytest.raises(ModelError, match=message):
+        merge(base, adapter, tmp_path / "out")
+    with pytest.raises(ModelError, match="a file; allowed: a model's directory"):
+        merge(own / "model.safetensors", adapter, tmp_path / "out")
+
+
 def test_headers_are_read_as_the_library_reads_them(tmp_path: Path) -> None:
     from safetensors import safe_open
 
