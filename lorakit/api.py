@@ -10,8 +10,8 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit import registry
-from lorakit.adapters.base_name import dtype_name
 from lorakit.adapters.files import AdapterFiles, read_adapter
+from lorakit.adapters.load import dtype_name
 from lorakit.adapters.place import load_adapter
 from lorakit.data.encode import check_token_ids, encode_split, truncation_note
 from lorakit.errors import AdapterError, UserError

@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lorakit.adapters.base_model import base_model, full_config, set_pad_token
-from lorakit.adapters.base_name import DTYPES, base_section, dtype_name
+from lorakit.adapters.base_name import DTYPES, base_section
+from lorakit.adapters.base_name import dtype_name as dtype_name
 from lorakit.adapters.files import AdapterFiles, read_adapter
 from lorakit.adapters.place import load_adapter
 from lorakit.adapters.several import hold
