@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lorakit.adapters.checkpoint import Checkpoint
@@ -163,9 +162,6 @@ def _product(
         scaling = peft_scaling(config, name, r)
     except AdapterError:
         return None
-    # In memory of its own: inside a file's it may lie at any address, on which the last bits of a
-    # product depend.
-    A, B = (value.to(torch.float32, copy=True) for value in (A, B))
     return LowRank(B, A, scaling, adapter.weight)
 
 

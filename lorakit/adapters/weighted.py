@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,12 +38,20 @@ class Update:
 
 @dataclass(frozen=True)
 class LowRank:
-    """weight * scaling * left @ right, in the layout of W: left (rows, r), right (r, columns)."""
+    """weight * scaling * left @ right, in the layout of W: left (rows, r), right (r, columns).
+
+    The factors may still be a file's: ``in_memory`` before their use."""
 
     left: Tensor
     right: Tensor
     scaling: float
     weight: float
+
+    def in_memory(self) -> LowRank:
+        """With float32 factors in memory of their own: inside a file's they may begin at any
+        address, on which the last bits of a product depend."""
+        left, right = (f.to(torch.float32, copy=True) for f in (self.left, self.right))
+        return replace(self, left=left, right=right)
 
     def add_rows(self, W: Tensor, start: int, delta: Tensor) -> None:
         """Add the rows from ``start`` on to ``W`` (n, columns) in place; ``delta``, of the same
@@ -103,7 +111,7 @@ def find_updates(model: nn.Module, adapters: Sequence[Weighted]) -> dict[str, li
 def low_rank(updates: Sequence[Update | LowRank]) -> list[LowRank] | None:
     """The updates as low-rank products, from which any rows are computed alone; None if one of
     them is of a method that does not merely add such a product."""
-    products = [u if isinstance(u, LowRank) else _product(u) for u in updates]
+    products = [u.in_memory() if isinstance(u, LowRank) else _product(u) for u in updates]
     found = [product for product in products if product is not None]
     return found if len(found) == len(products) else None
 
@@ -149,7 +157,7 @@ def merged_sum(updates: Sequence[Update | LowRank], weight: Tensor) -> Tensor:
     merged = W.clone()
     for update in updates:
         if isinstance(update, LowRank):
-            update.add_rows(merged, 0, torch.empty_like(merged))
+            update.in_memory().add_rows(merged, 0, torch.empty_like(merged))
             continue
         own = update.layer.merged_weight(weight)
         merged += update.weight * (own - W)
