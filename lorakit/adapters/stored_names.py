@@ -90,7 +90,7 @@ class StoredNames:
                 found.setdefault(target, {})[name] = pattern
             elif target in self._state:
                 self.plain[name] = target
-        self._used = [renaming for renaming in reversed(self._renamings) if renaming.was_used()]
+        self._back = self._reversed()
         for target, pattern_of in found.items():
             if (group := self._group(target, pattern_of, stored)) is not None:
                 self.groups.append(group)
@@ -98,10 +98,22 @@ class StoredNames:
     def stored_name(self, name: str) -> str:
         """The name under which a checkpoint of this kind stores the class's tensor ``name``."""
         back = name
-        for renaming in self._used:
-            back, _ = renaming.reverse_transform().rename_source_key(back)
+        for renaming in self._back:
+            back, _ = renaming.rename_source_key(back)
         candidates = (back, f"{self._model.base_model_prefix}.{back}", name)
         return next((own for own in candidates if self._loaded(own) == (name, None)), name)
+
+    def _reversed(self) -> list[Any]:
+        """The way back: the renamings that this checkpoint needs; and, unless it has names that an
+        unneeded one leads to, all, since what would need it (an output layer) may not be stored."""
+        own = len(get_model_conversion_mapping(self._model, add_legacy=False))
+        used = [t for t in self._renamings if t.was_used()]
+        # Not the changes of a prefix, which lead to any name.
+        unused = [t for t in self._mapping[:own] if type(t) is WeightRenaming and t not in used]
+        back = [t.reverse_transform() for t in unused]
+        if not any(t.rename_source_key(name)[0] != name for t in back for name in self.plain):
+            used = [t for t in self._renamings if t in used or t in unused]
+        return [t.reverse_transform() for t in reversed(used)]
 
     def _loaded(self, name: str) -> tuple[str, str | None]:
         """As ``from_pretrained`` does: the class's name, and the pattern of a converter if one

@@ -117,6 +117,9 @@ def test_tied_embeddings_that_are_stored_under_other_names(
     )
     merge(base, adapter, tmp_path / "out")
     torch.testing.assert_close(_logits(_plain(tmp_path / "out")), _logits(model), atol=1e-5, rtol=0)
+    names = set(_tensors(tmp_path / "out"))
+    parted = targets != ["attention"]
+    assert names - set(_tensors(base)) == ({"embed_out.weight"} if parted else set())
 
 
 def test_old_names_of_weights(make_pair: MakePair, tmp_path: Path) -> None:

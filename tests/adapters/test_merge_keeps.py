@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -146,6 +148,39 @@ def test_a_tied_output_layer_that_is_stored_twice(targets: list[str], tmp_path: 
     assert settings(tmp_path / "out")["tie_word_embeddings"] is (targets == ["q"])
 
 
+@pytest.mark.parametrize("new_names", [False, True])
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_5"])
+def test_tied_embeddings_of_a_multimodal_base(name: str, new_names: bool, tmp_path: Path) -> None:
+    """The adapter parts them: every part of the configuration says so, and the new output layer
+    has the name that a checkpoint of this kind gives it."""
+    base = write_model(tmp_path / "base", name)
+    own = settings(base)
+    own["tie_word_embeddings"] = own["text_config"]["tie_word_embeddings"] = True
+    (base / "config.json").write_text(json.dumps(own))
+    state = {key: value for key, value in tensors(base).items() if key != "lm_head.weight"}
+    if new_names:  # Gemma 3 is saved under its first names, and read under later ones as well
+        state = {re.sub(r"^language_model\.model\.", "model.language_model.", key): value
+                 for key, value in state.items()}  # fmt: skip
+        state = {re.sub(r"^(vision_tower|multi_modal_projector)", r"model.\1", key): value
+                 for key, value in state.items()}  # fmt: skip
+    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    targets = [r"re:lm_head", "re:.*language_model.*q_proj" if name == "gemma3" else "q"]
+    write_random_adapter(base, tmp_path / "adapter", target_modules=targets)
+    merge(base, tmp_path / "adapter", tmp_path / "out")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    want = _logits(load(base, tmp_path / "adapter"))
+    torch.testing.assert_close(_logits(merged), want, atol=1e-5, rtol=0)
+    [new] = set(tensors(tmp_path / "out")) - set(state)
+    assert set(state) < set(tensors(tmp_path / "out"))
+    first = any(key.startswith("language_model.model.") for key in state)
+    assert first == (name == "gemma3" and not new_names)
+    assert new == ("language_model.lm_head.weight" if first else "lm_head.weight")
+    edited = settings(tmp_path / "out")
+    assert edited["tie_word_embeddings"] is False
+    assert edited["text_config"]["tie_word_embeddings"] is False
+    assert {k for k in own if own[k] != edited[k]} == {"tie_word_embeddings", "text_config"}
+
+
 _OLD_CONFIG = """{
   "_name_or_path": "somewhere/else",
   "architectures": [
@@ -213,8 +248,6 @@ def test_a_masked_language_head_stays_beside_a_classifier(
 
 
 def test_file_metadata_and_order_are_the_bases(make_pair: MakePair, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     base, adapter, _ = make_pair()
     state = dict(reversed(load_file(base / "model.safetensors").items()))
     save_file(state, base / "model.safetensors", metadata={"format": "pt", "note": "kept"})
