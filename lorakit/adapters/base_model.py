@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,29 +21,11 @@ from lorakit.models.load import (
     check_shapes,
     explained,
     hub_options,
-    is_missing_path,
     load_config,
     quiet,
 )
 from lorakit.models.window import reserved_positions
 from lorakit.recipe.sections import ModelSection
-
-
-def base_section(
-    base: str | Path | None, files: AdapterFiles, trust_remote_code: bool = False
-) -> ModelSection:
-    """Which base, as a recipe would say it; the adapter's revision holds for its own base."""
-    named = files.config.get("base_model_name_or_path")
-    name = str(base if base is not None else named or "")
-    if not name:
-        raise AdapterError(f"{files.directory}: names no base model; give one")
-    if base is None and is_missing_path(name):
-        raise AdapterError(
-            f"{files.directory}: names the base model {name}, and there is no such directory; give "
-            "the base explicitly, its directory or Hub id"
-        )
-    revision = files.config.get("revision") if name == named else None
-    return ModelSection(name_or_path=name, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def full_config(section: ModelSection, files: AdapterFiles) -> PreTrainedConfig:

@@ -11,7 +11,7 @@ from lorakit.errors import AdapterError, shown
 
 #: Those of PEFT that are read elsewhere, or that say nothing of what an adapter computes.
 _READ = {
-    "beta1", "beta2", "deltaT", "kasa_config", "lora_ga_config", "monteclora_config",
+    "beta1", "beta2", "deltaT", "inference_mode", "kasa_config", "lora_ga_config", "monteclora_config",
     "orth_reg_weight", "peft_type", "peft_version", "runtime_config", "target_r", "tfinal",
     "tinit", "total_step", "use_bdlora", "velora_config",
 }  # fmt: skip

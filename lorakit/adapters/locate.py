@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from lorakit.errors import AdapterError
-from lorakit.models.load import explained, hub_resolves, is_missing_path, other_content
+from lorakit.models.located import hub_resolves, is_missing_path, other_content
 
 CONFIG = "adapter_config.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -33,6 +33,8 @@ def adapter_directory(given: str | Path) -> Path:
         hint = "" if slash else "; an adapter on the Hub is named namespace/name"
         raise AdapterError(f"{path}: no such adapter directory{hint}")
     from huggingface_hub import snapshot_download
+
+    from lorakit.models.load import explained
 
     with explained(str(given), "adapter"):
         found = snapshot_download(

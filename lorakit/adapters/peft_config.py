@@ -12,7 +12,6 @@ from typing import Any
 from torch import nn
 
 from lorakit.errors import AdapterError, shown
-from lorakit.layers import ADAPTABLE, AdapterLayer, FusedLayer
 
 #: What PEFT takes for a key that is absent. A key that an older version does not know is an error
 #: there, so none is written at its default.
@@ -131,6 +130,8 @@ def check_supported(config: Mapping[str, Any], where: str) -> None:
 
 def base_names(model: nn.Module) -> dict[str, nn.Module]:
     """The modules as they were before adaption: adapter layers count as what they wrap."""
+    from lorakit.layers import AdapterLayer, FusedLayer  # imports transformers
+
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -143,6 +144,8 @@ def base_names(model: nn.Module) -> dict[str, nn.Module]:
 
 def matched_modules(config: Mapping[str, Any], model: nn.Module) -> set[str]:
     """The modules that PEFT would adapt with this configuration."""
+    from lorakit.layers import ADAPTABLE
+
     names = base_names(model)
     targets = config.get("target_modules")
     if isinstance(targets, str) and targets.lower() == "all-linear":

@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 import re
-import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlparse
 
 import torch
 from transformers import (
@@ -31,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from lorakit.errors import ModelError
 from lorakit.models.heads import declares_head, in_head, plan_head, renew_head, stores_head
+from lorakit.models.located import hub_resolves, is_missing_path, other_content
 from lorakit.models.tokenizer import load_tokenizer
 from lorakit.recipe.sections import ModelSection
 
@@ -169,33 +168,6 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
     return config
 
 
-def other_content(path: Path) -> str | None:
-    """What a file, or a directory that is no model, is; None where that is not known."""
-    if path.is_file():
-        if path.suffix == ".gguf":
-            return "a GGUF file, which lorakit does not read"
-        if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
-            return "a pickle, and lorakit loads none"
-        return "a file of weights, not a directory" if path.suffix == ".safetensors" else None
-    if (path / "adapter_config.json").is_file():
-        return "it holds an adapter, not a base model"
-    if (path / "adapter" / "adapter_config.json").is_file():
-        return f"it is the directory of a run, whose adapter is {path / 'adapter'}"
-    if (path / "state.json").is_file() and (path / "weights.safetensors").is_file():
-        return "it is a checkpoint of a run, to go on from with train --resume"
-    if any(path.glob("*.gguf")):
-        return "it holds GGUF files, which lorakit does not read"
-    return None
-
-
-def is_missing_path(name: str) -> bool:
-    """Whether ``name`` can only mean a directory, and there is none: no Hub id begins so, or has
-    more than one slash."""
-    path = Path(name)
-    local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name
-    return local and not path.exists()
-
-
 def hub_options(section: ModelSection) -> dict[str, Any]:
     """What every ``from_pretrained`` gets; without a network only the local cache is asked."""
     options = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
@@ -264,19 +236,6 @@ def _new_modules(model: PreTrainedModel, info: Any, kind: Kind, name: str) -> tu
 def _is_backbone(model: PreTrainedModel, key: str) -> bool:
     """Whether a weight belongs to the pretrained part; a pooler may be new, as a head is."""
     return key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key
-
-
-def hub_resolves() -> bool:
-    """Whether there is a network to ask the Hub over."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
-    except OSError:
-        return False
-    return True
 
 
 @contextmanager
