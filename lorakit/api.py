@@ -17,13 +17,14 @@ from lorakit.data.encode import check_token_ids, encode_split, split_notes
 from lorakit.errors import AdapterError, UserError
 from lorakit.evaluation import sharing
 from lorakit.evaluation.evaluate import evaluate_model
-from lorakit.evaluation.prompts import check_all_prompts
+from lorakit.evaluation.prompts import check_all_prompts, fit_max_new_tokens
 from lorakit.evaluation.splits import encoding_cache, load_eval_split, settle, with_labels
 from lorakit.evaluation.watch import OnPhase
 from lorakit.models.device import default_device
+from lorakit.models.heads import declares_head, find_labels, head_labels
 from lorakit.models.load import Kind, Pretrained, load_config, load_pretrained
 from lorakit.models.tokenizer import load_tokenizer
-from lorakit.models.window import check_length, embedding_rows, window
+from lorakit.models.window import embedding_rows, fit_max_length, window
 from lorakit.openmp import yield_cores
 from lorakit.recipe.sections import ModelSection, Recipe
 from lorakit.tasks.base import Prediction, Task
@@ -82,7 +83,7 @@ def evaluate_split(
     sharing.start()
     task: Task = registry.task(recipe.task.name)
     task.check_requirements(recipe.task)
-    files = None if base else _read(recipe, adapter, task)
+    files = None if base else _read(recipe, adapter, task, say)
     found = load_eval_split(task, recipe.task, split, limit)
     task, config = settle(task, recipe.task, found, say)
     config = with_labels(task, config, _trained_labels(files))
@@ -91,7 +92,9 @@ def evaluate_split(
         _check_labels(files, labels)
     seed = recipe.train.seed
     model, tokenizer = _load_with(recipe.model, task.kind, labels, files, seed, say)
-    check_length(model, config.max_length)
+    config = fit_max_length(model, config, say)
+    if task.generates(config):
+        config = fit_max_new_tokens(config, window(model), say)
     cache = encoding_cache(task, config, tokenizer, len(found), say, write=sharing.is_main())
     encoded = encode_split(
         found, lambda row: task.example(row, config), tokenizer, config.max_length, cache=cache
@@ -115,14 +118,14 @@ def evaluate_split(
     return SplitEvaluation(config.name, found.name, len(found), result.metrics, result.predictions)
 
 
-def _read(recipe: Recipe, adapter: str | Path | None, task: Task) -> AdapterFiles:
+def _read(recipe: Recipe, adapter: str | Path | None, task: Task, say: Say) -> AdapterFiles:
     directory = Path(adapter) if adapter is not None else Path(recipe.train.output_dir) / "adapter"
     if adapter is None and not directory.exists():
         raise AdapterError(
             f"{directory}: no such adapter directory, and the recipe's train.output_dir has no "
             "other; train it first, name one with --adapter, or take the bare model with --base"
         )
-    files = read_adapter(directory)
+    files = read_adapter(directory, say)
     if files.classifies != (task.kind == "encoder"):
         made_for = "classification" if files.classifies else "causal language models"
         raise AdapterError(
@@ -132,9 +135,15 @@ def _read(recipe: Recipe, adapter: str | Path | None, task: Task) -> AdapterFile
 
 
 def _trained_labels(files: AdapterFiles | None) -> list[str] | None:
-    """The class names by index that lorakit wrote beside the adapter."""
+    """The class names that the adapter was trained with, in the order of the task."""
+    labels = (files.sidecar or {}).get("labels") if files else None
+    return list(labels) if labels else _head_names(files)
+
+
+def _head_names(files: AdapterFiles | None) -> list[str] | None:
+    """The class names that lorakit wrote beside the adapter, in the order of its head."""
     names = (files.sidecar or {}).get("id2label") if files else None
-    return [names[key] for key in sorted(names, key=int)] if names else None
+    return [str(names[key]) for key in sorted(names, key=int)] if names else None
 
 
 def _check_labels(files: AdapterFiles, labels: Sequence[str] | None) -> None:
@@ -155,7 +164,10 @@ def _load_with(
     say: Say,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base, with the adapter of ``files`` in place and its tokenizer where it has one."""
-    loaded = load_pretrained(section, kind, labels, seed=seed)
+    given = files is not None and files.brings_head
+    if files is not None and given and labels is not None:
+        labels = _head_names(files) or _base_names(section, files, labels)
+    loaded = load_pretrained(section, kind, labels, seed=seed, head_given=given)
     tokenizer, notes = loaded.tokenizer, loaded.notes
     if files is not None and (files.directory / "tokenizer.json").is_file():
         tokenizer, own = load_tokenizer(str(files.directory), {})
@@ -173,6 +185,16 @@ def _load_with(
         )
     model: PreTrainedModel = loaded.model.to(default_device())  # type: ignore[arg-type]
     return model.eval(), tokenizer
+
+
+def _base_names(section: ModelSection, files: AdapterFiles, labels: Sequence[str]) -> Sequence[str]:
+    """The labels of an adapter's head that names none: those that the base was saved with, if they
+    are as many and include the task's, else the task's."""
+    config = load_config(section)
+    own = head_labels(config)
+    rows = {value.shape[0] for name, value in files.tensors.items() if ".lora_" not in name}
+    fits = declares_head(config) and len(own) in rows
+    return own if fits and find_labels(labels, own) is not None else labels
 
 
 def _check_head(loaded: Pretrained, files: AdapterFiles) -> None:
@@ -203,7 +225,7 @@ def load_for_generation(
 
     Raises ModelError and AdapterError.
     """
-    files = read_adapter(adapter) if adapter is not None else None
+    files = read_adapter(adapter, say) if adapter is not None else None
     if files is not None and files.classifies:
         raise AdapterError(f"{files.directory}: the adapter classifies; it generates no text")
     section = ModelSection(

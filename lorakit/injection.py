@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorakit import registry
+from lorakit.adaptable import is_within, outside_language_model
+from lorakit.coverage import Coverage, measure_coverage, missed_outside
 from lorakit.errors import TargetError
 from lorakit.layers import (
     AdapterLayer,
@@ -35,13 +38,18 @@ class AdaptedModule:
 
 @dataclass(frozen=True)
 class InjectionReport:
-    """What was adapted, what is trained whole beside it, and how many parameters that is."""
+    """What was adapted, what is trained whole beside it, and how many parameters that is.
+
+    ``coverage`` is what the targets hold of attention, MLPs and experts, and what they miss; None
+    for an adapter that is loaded. A method that trains the base's own parameters has no shares.
+    """
 
     method: str
     adapted_modules: tuple[AdaptedModule, ...]
     modules_to_save: tuple[str, ...]
     trainable_parameters: int
     total_parameters: int
+    coverage: Coverage | None = None
 
     def __str__(self) -> str:
         names = describe_modules([module.name for module in self.adapted_modules])
@@ -50,10 +58,11 @@ class InjectionReport:
         text = f"{self.method} on {count} modules: {names}" if count else self.method
         if self.modules_to_save:
             text += f"; trained whole: {', '.join(self.modules_to_save)}"
-        return (
+        line = (
             f"{text}; {self.trainable_parameters:,} of {self.total_parameters:,} parameters "
             f"train ({share:.3%})"
         )
+        return f"{line}\n{self.coverage}".rstrip() if self.coverage else line
 
 
 def inject(
@@ -76,6 +85,7 @@ def inject(
     if clash:
         raise TargetError(f"adapter: {describe_modules(clash)}: both a target and trained whole")
     method.check(config, tuple(targets))
+    coverage = _coverage(model, config, targets, whole)
     layers = {name: _wrap(method, target, config, name) for name, target in targets.items()}
     put_in_place(model, layers)
     method.link(layers)
@@ -85,7 +95,20 @@ def inject(
         train_whole(model, name, keep_dtype=name in heads)
     for name in base:
         keep_master(model, name)
-    return report(model, config.method, whole)
+    return dataclasses.replace(report(model, config.method, whole), coverage=coverage)
+
+
+def _coverage(
+    model: nn.Module,
+    config: AdapterSection,
+    targets: Mapping[str, Target],
+    whole: Sequence[str],
+) -> Coverage | None:
+    if not targets:
+        outside = missed_outside(model)
+        return Coverage({}, outside) if outside else None
+    names = config.target_modules or ()
+    return measure_coverage(model, targets, names, config.layers, {*whole, *_output(model)})
 
 
 def _targets(
@@ -106,13 +129,13 @@ def _base_parameters(
     model: nn.Module, config: AdapterSection, method: Method, whole: Sequence[str]
 ) -> list[str]:
     """The base's own parameters that train, those of the modules ``whole`` aside; a method that
-    wraps nothing trains them where the targets are."""
+    wraps nothing trains them where the targets are. Of a multimodal model the language model's."""
     names = method.trained_parameters(model, config)
     if not method.kinds:
         exclude = {*whole, *_output(model)}
         names = parameters_within(model, names, config.target_modules, config.layers, exclude)
-    inside = tuple(f"{name}." for name in whole) or ("\0",)
-    found = [name for name in names if not name.startswith(inside)]
+    untrained = (*whole, *outside_language_model(model))
+    found = [name for name in names if not is_within(name, untrained)]
     if not method.kinds and not found:
         raise TargetError(
             f"adapter: {method.name} finds nothing to train in {type(model).__name__}; allowed: "

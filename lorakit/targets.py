@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from torch import nn
 
+from lorakit.adaptable import adaptable_modules, is_within, outside_language_model
+from lorakit.anatomy import Weight, layer_of, part_of, weights
 from lorakit.errors import TargetError
 from lorakit.fused import FUSED, fused_rows
-from lorakit.layers import ADAPTABLE, Rows
-from lorakit.recipe.layers import parse_layers
+from lorakit.layers import Rows
+from lorakit.recipe.layers import format_layers, parse_layers
 
 _ATTENTION = r"(?:^|\.)(?:\w*attn|\w*attention|SelfAttention|EncDecAttention|attention\.output)\."
 #: Role -> how the families name it (Llama, Qwen, Mistral, Gemma, Phi, OPT: q_proj; BERT, RoBERTa,
@@ -42,16 +45,16 @@ def find_targets(
     """Name -> target, in the model's order, for all that ``target_modules`` name.
 
     ``layers`` keeps the modules of those layer indices; ``exclude`` names modules (heads, the
-    output layer) that ``all-linear`` leaves alone. A role inside a fused projection is named
-    behind it (``h.0.attn.c_attn.q``). Raises TargetError if a target, or the choice of layers,
-    matches nothing, or if both a projection and a part of it are named.
+    output layer) that ``all-linear`` and ``attention`` leave alone. A role inside a fused
+    projection is named behind it (``h.0.attn.c_attn.q``). Raises TargetError if a target, or the
+    choice of layers, matches nothing, or if both a projection and a part of it are named.
     """
-    linear = _adaptable(model)
+    linear = adaptable_modules(model)
     chosen: dict[str, Target] = {}
     for target in target_modules:
         found = _match(target, linear, exclude, model)
         if not found:
-            raise TargetError(_no_match(target, linear))
+            raise TargetError(_no_match(target, linear, model))
         chosen |= found
     if layers is not None:
         kept = _in_layers(set(chosen), layers)
@@ -94,28 +97,32 @@ def _place(target: Target, order: dict[int, int]) -> tuple[int, int]:
 
 
 def describe_modules(names: Sequence[str]) -> str:
-    """The names in short: ``model.layers.{0-29}.self_attn.q_proj``."""
-    groups: dict[str, list[int]] = {}
+    """The names in short, each layer index shown: ``model.layers.{0-2,7}.self_attn.q_proj``."""
+    groups: dict[str, list[tuple[int, ...]]] = {}
     for name in names:
-        number = re.search(r"(?<=\.)\d+(?=\.|$)", name)
-        stem = f"{name[: number.start()]}{{}}{name[number.end() :]}" if number else name
-        groups.setdefault(stem, []).extend([int(number.group())] if number else [])
-    return ", ".join(
-        stem.replace("{}", f"{{{min(found)}-{max(found)}}}") if found else stem
-        for stem, found in groups.items()
-    )
+        stem = re.sub(r"(?<=\.)\d+(?=\.|$)", "{}", name)
+        numbers = tuple(int(part) for part in name.split(".")[1:] if part.isdigit())
+        groups.setdefault(stem, []).append(numbers)
+    return ", ".join(text for stem, found in groups.items() for text in _compressed(stem, found))
 
 
-def _adaptable(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules a target may name. What nn.MultiheadAttention holds is read past ``forward``."""
-    inside = tuple(
-        f"{n}." for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)
-    )
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, ADAPTABLE) and not name.startswith(inside or ("\0",))
-    }
+def _compressed(stem: str, found: Sequence[tuple[int, ...]]) -> list[str]:
+    """``stem`` with its places filled by ranges, if those name exactly the tuples ``found``."""
+    columns = [sorted(set(column)) for column in zip(*found, strict=True)]
+    if set(found) == set(product(*columns)):
+        spans = (format_layers(c) if len(c) == 1 else f"{{{format_layers(c)}}}" for c in columns)
+        return [stem.format(*spans)]
+    rest: dict[tuple[int, ...], list[int]] = {}
+    for numbers in found:
+        rest.setdefault(numbers[1:], []).append(numbers[0])
+    merged: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    for tail, heads in rest.items():
+        merged.setdefault(tuple(sorted(heads)), []).append(tail)
+    return [
+        text
+        for firsts, tails in merged.items()
+        for text in _compressed(stem, [(first, *tail) for first in firsts for tail in tails])
+    ]
 
 
 def _match(
@@ -125,19 +132,33 @@ def _match(
         fits = re.compile(ROLES[target])
         found = {n: Target(m) for n, m in _no_embeddings(linear).items() if fits.search(n)}
         return found | (_slices(target, linear, model) if target != "o" else {})
-    return {name: Target(linear[name]) for name in _match_whole(target, linear, exclude)}
-
-
-def _match_whole(target: str, linear: dict[str, nn.Module], exclude: Collection[str]) -> list[str]:
-    if target == "all-linear":
-        heads = tuple(f"{name}." for name in exclude)
-        return [n for n in _no_embeddings(linear) if not f"{n}.".startswith(heads or ("\0",))]
     if target == "attention":
-        fits = (*ROLES.values(), FUSED)
-        return [n for n in _no_embeddings(linear) if any(re.search(p, n) for p in fits)]
+        return {name: Target(linear[name]) for name in _attention(linear, exclude, model)}
+    if target == "all-linear":
+        kept = _no_embeddings(linear)
+        return {n: Target(m) for n, m in kept.items() if not is_within(n, tuple(exclude))}
+    return {name: Target(module) for name, module in linear.items() if names_it(target, name)}
+
+
+def names_it(target: str, name: str) -> bool:
+    """Whether ``target``, a suffix or a pattern after ``re:``, names the module ``name``."""
     if target.startswith("re:"):
-        return [name for name in linear if re.fullmatch(target[3:], name)]
-    return [name for name in linear if name == target or name.endswith(f".{target}")]
+        return re.fullmatch(target[3:], name) is not None
+    return name == target or name.endswith(f".{target}")
+
+
+def _attention(
+    linear: dict[str, nn.Module], exclude: Collection[str], model: nn.Module
+) -> list[str]:
+    """Projections of every kind of attention: with heads, latent (MLA), linear and gated."""
+    classes = {name: type(module).__name__ for name, module in model.named_modules()}
+    fits = (*ROLES.values(), FUSED)
+    return [
+        name
+        for name in _no_embeddings(linear)
+        if not is_within(name, tuple(exclude))
+        and (any(re.search(p, name) for p in fits) or part_of(name, classes) == "attention")
+    ]
 
 
 def _slices(role: str, linear: dict[str, nn.Module], model: nn.Module) -> dict[str, Target]:
@@ -160,24 +181,78 @@ def _no_embeddings(linear: dict[str, nn.Module]) -> dict[str, nn.Module]:
     return {n: m for n, m in linear.items() if not isinstance(m, nn.Embedding)}
 
 
-def _no_match(target: str, linear: dict[str, nn.Module]) -> str:
-    ends = sorted({name.rpartition(".")[2] for name in linear})
-    near = difflib.get_close_matches(target, [*ends, *ROLES, "attention", "all-linear"], 1)
+def unreachable(
+    target: str, found: Sequence[Weight], linear: Mapping[str, nn.Module]
+) -> list[Weight]:
+    """Those of the weights ``found`` that ``target``, a suffix or a pattern, names although no
+    module of ``linear`` holds them: routers, or experts in one 3-D parameter."""
+    return [
+        weight
+        for weight in found
+        if weight.owner not in linear and any(names_it(target, name) for name in _aliases(weight))
+    ]
+
+
+def _aliases(weight: Weight) -> list[str]:
+    """The names that people give a weight: its own, its module's, and for stacked experts those
+    that the projections have where each expert is a module."""
+    names = [weight.name, weight.owner]
+    if weight.part == "expert" and weight.stacked:
+        leaf = weight.name.removeprefix(f"{weight.owner}.")
+        second = leaf == "weight" and "output" in weight.owner
+        down = second or any(part in leaf for part in ("down", "w2", "output"))
+        kinds = (
+            ("down_proj", "w2") if down else ("gate_up_proj", "gate_proj", "up_proj", "w1", "w3")
+        )
+        names += [f"{weight.owner}.{kind}" for kind in kinds]
+        names += [f"{weight.owner}.0.{kind}" for kind in kinds]
+    return names
+
+
+def _no_match(target: str, linear: dict[str, nn.Module], model: nn.Module) -> str:
+    start = f"adapter.target_modules: {target!r}"
+    outside = outside_language_model(model)
+    found = weights(model)
+    allowed = f"the model has {describe_modules(list(linear)) or 'none'}"
+    if missed := unreachable(target, [w for w in found if not is_within(w.name, outside)], linear):
+        names = describe_modules([w.name.removesuffix(".weight") for w in missed])
+        if all(w.part == "expert" and w.stacked for w in missed):
+            return (
+                f"{start} names experts, which this model holds as 3-D parameters and not as "
+                f"linear layers ({names}): adapting those needs PEFT's target_parameters, which "
+                f"lorakit does not support yet; {allowed}"
+            )
+        classes = sorted({type(model.get_submodule(w.owner)).__name__ for w in missed})
+        return (
+            f"{start} names {names}, of class {', '.join(classes)}, which is no plain linear "
+            f"layer and cannot be adapted; {allowed}"
+        )
+    if [n for n, _ in model.named_modules() if is_within(n, outside) and names_it(target, n)]:
+        return (
+            f"{start} matches modules of {', '.join(outside)} only; text passes through the "
+            f"language model alone: {allowed}"
+        )
+    ends = {name.rpartition(".")[2] for name in linear}
+    roles = {role for role, fits in ROLES.items() if any(re.search(fits, n) for n in linear)}
+    others = sorted({*ends, *roles, "attention", "all-linear"} - {target})
+    near = difflib.get_close_matches(target, others, 1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return (
-        f"adapter.target_modules: {target!r} matches no linear or embedding module{hint}; "
-        f"the model has {describe_modules(list(linear)) or 'none'}"
-    )
+    if target in ROLES and (
+        own := sorted({n.rpartition(".")[2] for n in _attention(linear, (), model)})
+    ):
+        hint = f" (the attention has {', '.join(own)}; 'attention' takes all of it)"
+    return f"{start} matches no linear or embedding module{hint}; {allowed}"
 
 
 def _in_layers(names: set[str], layers: Sequence[int] | str) -> set[str]:
     wanted = set(parse_layers(layers) if isinstance(layers, str) else layers)
-    index = {n: int(m.group(1)) for n in names if (m := re.search(r"\.(\d+)\.", f".{n}"))}
+    index = {name: layer for name in names if (layer := layer_of(name)) is not None}
     missing = wanted - set(index.values())
     if missing:
-        have = sorted(set(index.values()))
+        have = format_layers(index.values())
+        have = have if "," in have else have.replace("-", " to ")
         raise TargetError(
             f"adapter.layers: no layer {', '.join(map(str, sorted(missing)))} among the targets; "
-            f"allowed: {f'{have[0]} to {have[-1]}' if have else 'none, the targets have no layers'}"
+            f"allowed: {have or 'none, the targets have no layers'}"
         )
     return {name for name, number in index.items() if number in wanted}

@@ -67,6 +67,14 @@ FUSED = {
 }
 
 
+#: What attention has besides q, k, v and o.
+MORE = {
+    "deberta_v2": [
+        f"deberta.encoder.layer.{{}}.attention.self.pos_{n}_proj" for n in ("key", "query")
+    ]
+}
+
+
 def _both_layers(name: str) -> set[str]:
     return {name.format(layer) for layer in (0, 1)}
 
@@ -98,7 +106,7 @@ def test_a_role_inside_a_fused_matrix_is_its_rows(family: str) -> None:
 
 @pytest.mark.parametrize("family", ALL)
 def test_attention_is_all_of_it_and_nothing_else(family: str) -> None:
-    names = ROLES[family].values() if family in ROLES else FUSED[family]
+    names = [*(ROLES[family].values() if family in ROLES else FUSED[family]), *MORE.get(family, [])]
     want = set().union(*map(_both_layers, names))
     assert set(find_targets(tiny(family), ["attention"])) == want
 
@@ -144,6 +152,15 @@ def test_what_matches_nothing_is_an_error_that_lists_the_modules(targets: list[s
 def test_a_near_name_is_proposed() -> None:
     with pytest.raises(TargetError, match="did you mean 'q_proj'"):
         find_targets(tiny("llama"), ["q_prj"])
+
+
+def test_what_was_asked_for_is_not_proposed() -> None:
+    """A role that the model does not have, and that lies near to nothing but itself."""
+    model = nn.ModuleDict({"in_proj": nn.Linear(2, 2), "dt": nn.Linear(2, 2)})
+    for role in ("q", "k", "o", "attention"):
+        with pytest.raises(TargetError) as error:
+            find_targets(model, [role])
+        assert "did you mean" not in str(error.value)
 
 
 def test_suffixes_and_patterns() -> None:

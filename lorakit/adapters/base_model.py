@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,27 +16,28 @@ from transformers import (
 
 from lorakit.adapters.files import AdapterFiles
 from lorakit.adapters.place import find_places
-from lorakit.errors import AdapterError
-from lorakit.models.load import check_shapes, explained, hub_options, load_config, quiet
+from lorakit.errors import AdapterError, ModelError
+from lorakit.models.load import (
+    check_shapes,
+    explained,
+    hub_options,
+    load_config,
+    quiet,
+)
 from lorakit.models.window import reserved_positions
 from lorakit.recipe.sections import ModelSection
 
 
-def base_section(
-    base: str | Path | None, files: AdapterFiles, trust_remote_code: bool = False
-) -> ModelSection:
-    """Which base, as a recipe would say it; the adapter's revision holds for its own base."""
-    named = files.config.get("base_model_name_or_path")
-    name = str(base if base is not None else named or "")
-    if not name:
-        raise AdapterError(f"{files.directory}: names no base model; give one")
-    revision = files.config.get("revision") if name == named else None
-    return ModelSection(name_or_path=name, revision=revision, trust_remote_code=trust_remote_code)
-
-
 def full_config(section: ModelSection, files: AdapterFiles) -> PreTrainedConfig:
     """The base's configuration; for a classifier with the adapter's labels."""
-    config = load_config(section)
+    try:
+        config = load_config(section)
+    except ModelError as error:
+        if section.name_or_path != files.config.get("base_model_name_or_path"):
+            raise
+        raise ModelError(
+            f"{error}; {files.directory} names this base: if it has moved, give the base explicitly"
+        ) from error
     if not files.classifies:
         return config
     sidecar = files.sidecar or {}

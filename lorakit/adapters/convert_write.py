@@ -18,6 +18,7 @@ from lorakit.adapters.checkpoint import TEMPLATES, TOKENIZER_FILES
 from lorakit.adapters.files import CONFIG, PREFIX, SIDECAR, WEIGHTS
 from lorakit.adapters.loralib import metadata
 from lorakit.adapters.model_card import CardFacts, model_card
+from lorakit.adapters.peft_config import without_defaults
 
 _CARD = "README.md"
 
@@ -33,7 +34,7 @@ def write_peft(
 ) -> None:
     """A PEFT directory with the tokenizer of ``source``, and a card if the base is named."""
     with written_beside(out, replace=overwrite) as folder:
-        for name, value in ((CONFIG, settings), (SIDECAR, sidecar)):
+        for name, value in ((CONFIG, without_defaults(settings)), (SIDECAR, sidecar)):
             text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
             (folder / name).write_text(f"{text}\n", encoding="utf-8")
         stored = {PREFIX + name: value for name, value in tensors.items()}
@@ -102,4 +103,6 @@ def _facts(settings: Mapping[str, Any], sidecar: Mapping[str, Any]) -> CardFacts
         task=sidecar.get("task"),
         task_type=settings.get("task_type") or "CAUSAL_LM",
         num_labels=len(sidecar.get("id2label") or ()) or None,
+        base_class=sidecar.get("base_class"),
+        misread=sidecar.get("misread_by_peft") or (),
     )

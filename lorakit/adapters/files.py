@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lorakit import registry
+from lorakit.adapters.foreign_keys import check_tied, unknown_keys_note
 from lorakit.adapters.json_types import (
     ADALORA_TYPES,
     CONFIG_TYPES,
@@ -21,15 +25,17 @@ from lorakit.adapters.json_types import (
     SIDECAR_TYPES,
     check_types,
 )
-from lorakit.adapters.peft_config import check_supported
+from lorakit.adapters.locate import CONFIG, adapter_directory
+from lorakit.adapters.peft_config import SEQ_CLS_HEADS, check_supported
 from lorakit.errors import AdapterError, shown
-from lorakit.layers import Rows
+from lorakit.kernels.rows import Rows
 from lorakit.methods.base import Method
 
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 SIDECAR = "lorakit.json"
 PREFIX = "base_model.model."
+__all__ = ["CONFIG", "SIDECAR", "WEIGHTS", "AdapterFiles", "is_finite", "read_adapter"]
+
 #: With ``bias: all`` PEFT writes the biases of modules that train whole a second time, under the
 #: names that they have inside of it, and beside them the biases that these stand in place of.
 _SECOND = re.compile(r"\.(?:modules_to_save|original_module)\.")
@@ -76,6 +82,15 @@ class AdapterFiles:
             ) from error
 
     @property
+    def brings_head(self) -> bool:
+        """Whether a classification head is among the tensors."""
+        if not self.classifies:
+            return False
+        return self.sidecar is not None or any(
+            name.partition(".")[0] in SEQ_CLS_HEADS for name in self.tensors
+        )
+
+    @property
     def classifies(self) -> bool:
         """Whether the base is loaded with a classification head."""
         task = self.config.get("task_type")
@@ -89,19 +104,17 @@ class AdapterFiles:
         )
 
 
-def read_adapter(directory: str | Path) -> AdapterFiles:
-    """Read an adapter directory that lorakit or PEFT wrote.
+def read_adapter(directory: str | Path, say: Callable[[str], None] | None = None) -> AdapterFiles:
+    """Read an adapter that lorakit or PEFT wrote: a directory, or a Hub id.
 
-    Raises AdapterError for what is missing, incomplete or corrupt, for pickled weights, and for
-    settings of PEFT that are not understood here.
+    ``say`` (default: stderr) gets a line for keys that are not known here. Raises AdapterError for
+    what is missing, incomplete or corrupt, for pickled weights, and for settings of PEFT that are
+    not understood here.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise AdapterError(f"{directory}: no such adapter directory")
+    directory = adapter_directory(directory)
     config = _read_json(directory / CONFIG)
     if config is None:
-        kind = "a model, not an adapter" if (directory / "config.json").is_file() else "no adapter"
-        raise AdapterError(f"{directory}: {kind}: {CONFIG} is missing")
+        raise AdapterError(f"{directory}: no adapter: {CONFIG} is missing")
     where = str(directory / CONFIG)
     known = sorted({method.peft_type for method in registry.methods().values()})
     if config.get("peft_type") not in known:
@@ -115,7 +128,11 @@ def read_adapter(directory: str | Path) -> AdapterFiles:
     tensors = _tensors(directory, config["peft_type"])
     if config.get("bias") == "all":
         tensors = {name: value for name, value in tensors.items() if not _SECOND.search(name)}
-    if own is not None:
+    if own is None:
+        check_tied(config, tensors, where)
+        if note := unknown_keys_note(config, where):
+            say(note) if say is not None else print(note, file=sys.stderr)
+    else:
         try:
             tensors = own.unpack(config, tensors)
         except AdapterError as error:
@@ -130,6 +147,10 @@ def is_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point():
         return True
     values = tensor.float() if tensor.itemsize == 1 else tensor  # float8 has no isfinite
+    # A sum is finite only if all its terms are, and takes a fortieth of the time of asking each;
+    # one that is not may still be a sum of large values.
+    if math.isfinite(values.sum(dtype=torch.float32).item()):
+        return True
     return bool(values.isfinite().all())
 
 

@@ -97,9 +97,12 @@ LORA_TYPES = {"r": "an integer above 0", "rank_pattern": "integers above 0 by na
 ADALORA_TYPES = {"rank_pattern": "lists of true and false by name"}
 #: ``lorakit.json``.
 SIDECAR_TYPES = {
+    "base_class": "text",
     "base_dtype": "text",
     "id2label": "names by class number",
+    "labels": "a list of texts",
     "method": "text",
+    "misread_by_peft": "a list of texts",
     "pad_token_id": "an integer",
     "problem_type": "text",
     "task": "text",

@@ -9,7 +9,9 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lorakit.adapters.base_model import base_model, base_section, full_config, set_pad_token
+from lorakit.adapters.base_model import base_model, full_config, set_pad_token
+from lorakit.adapters.base_name import DTYPES, base_section
+from lorakit.adapters.base_name import dtype_name as dtype_name
 from lorakit.adapters.files import AdapterFiles, read_adapter
 from lorakit.adapters.place import load_adapter
 from lorakit.adapters.several import hold
@@ -17,7 +19,6 @@ from lorakit.errors import AdapterError
 from lorakit.models.load import load_config
 from lorakit.recipe.sections import ModelSection
 
-_DTYPES = ("float32", "bfloat16", "float16")
 #: What an adapter of a classifier says of the model's configuration.
 _LABEL_KEYS = ("id2label", "label2id", "problem_type", "pad_token_id")
 _T = TypeVar("_T")
@@ -121,15 +122,7 @@ def _common(what: str, values: Mapping[str, _T | None]) -> _T | None:
     return next(iter(given.values()), None)
 
 
-def dtype_name(dtype: str | torch.dtype | None, key: str) -> str | None:
-    """``float32``, ``bfloat16`` or ``float16``. Raises AdapterError for any other."""
-    name = None if dtype is None else str(dtype).removeprefix("torch.")
-    if name is not None and name not in _DTYPES:
-        raise AdapterError(f"{key} = {name}: allowed: {', '.join(_DTYPES)}")
-    return name
-
-
 def _trained_dtype(files: AdapterFiles) -> str | None:
     """The dtype of the base in the training, if the files say one."""
     dtype = (files.sidecar or {}).get("base_dtype")
-    return dtype if dtype in _DTYPES else None
+    return dtype if dtype in DTYPES else None

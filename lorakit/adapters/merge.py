@@ -1,7 +1,7 @@
-"""W + delta, folded into the base shard by shard: ``lorakit.merge``.
+"""W + delta, folded into the base: ``lorakit.merge``.
 
-The sum is taken in float32 and rounded once, to the output's dtype. At most one output file and one
-matrix are in memory.
+The sum is taken in float32 and rounded once, to the output's dtype. What else the base has, the
+merged model has too: tensors, settings and files.
 """
 
 from __future__ import annotations
@@ -9,30 +9,30 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError
-from transformers import PreTrainedConfig
-
-from lorakit.adapters.base_model import base_section, empty_model, full_config, set_pad_token
+from lorakit.adapters.base_name import base_section, dtype_name
 from lorakit.adapters.beside import written_beside
-from lorakit.adapters.checkpoint import (
-    TEMPLATES,
-    TOKENIZER_FILES,
-    Checkpoint,
-    local_directory,
-)
-from lorakit.adapters.load import dtype_name
-from lorakit.adapters.merge_loaded import merge_loaded
-from lorakit.adapters.merge_plan import MergePlan, NotByName, part_embeddings, plan_merge
-from lorakit.adapters.shards import parse_size, write_shards
+from lorakit.adapters.checkpoint import SINGLE, Checkpoint, local_directory, read_config
+from lorakit.adapters.held import Held
+from lorakit.adapters.merge_files import LeftOut, copy_files
+from lorakit.adapters.merge_plan import plan_merge
+from lorakit.adapters.merge_quick import held_by_name
+from lorakit.adapters.merge_stream import write_tensors
+from lorakit.adapters.merge_workers import OnProgress
+from lorakit.adapters.merged_config import write_config
+from lorakit.adapters.shards import create_files, parse_size, plan_files
 from lorakit.adapters.weighted import Weighted, read_weighted
 from lorakit.errors import AdapterError
+
+if TYPE_CHECKING:
+    import torch
+
+    from lorakit.recipe.sections import ModelSection
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,11 @@ class Added:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """``weight`` is the factor of the adapter's own update; ``dtype`` is that of most weights;
-    ``unused`` are the base's tensors that the model has no place for; ``notes`` say what was done
-    otherwise than the user may expect."""
+    """``weight`` is the factor of the adapter's own update; ``dtype`` is that of most weights.
+
+    ``kept`` are the base's tensors that the class lorakit trains does not hold (a vision tower):
+    they are written as they are. ``left_out`` are the base's files that are not written. ``notes``
+    say what was done otherwise than the user may expect."""
 
     directory: Path
     files: tuple[str, ...]
@@ -57,7 +59,8 @@ class MergeReport:
     size_bytes: int
     weight: float = 1.0
     added: tuple[Added, ...] = ()
-    unused: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -72,13 +75,15 @@ def merge(
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
     add: Sequence[tuple[str | Path, float]] = (),
     weight: float = 1.0,
+    on_progress: OnProgress = lambda _done, _total: None,
 ) -> MergeReport:
     """Fold ``adapter`` into ``base``; ``out`` becomes a directory that plain transformers loads.
 
     ``dtype`` of the output is by default each tensor's own in the base. ``out`` must not exist,
-    unless ``overwrite``. ``say`` gets a line for what the user should know. ``add`` are further
-    adapters with their weights: W + ``weight`` * delta + sum of w_i * delta_i. What ``adapter``
-    trained whole, a head say, is taken as it is, and the added ones must have none of their own.
+    unless ``overwrite``. ``say`` gets a line for what the user should know, ``on_progress`` the
+    bytes written and the bytes in all. ``add`` are further adapters with their weights:
+    W + ``weight`` * delta + sum of w_i * delta_i. What ``adapter`` trained whole, a head say, is
+    taken as it is, and the added ones must have none of their own.
     Raises ModelError and AdapterError; then, and if the process is killed, ``out`` is as it was.
     """
     adapters = read_weighted(adapter, weight, add)
@@ -89,24 +94,53 @@ def merge(
         _check_out(out, section.name_or_path, adapters, overwrite)
     max_shard_bytes = parse_size(max_shard_size)
     wanted = dtype_name(dtype, "dtype")
-    config = full_config(section, files)
-    _check_not_quantised(config, section.name_or_path)
     directory = local_directory(section)
-    try:
-        model = empty_model(config, files, trust_remote_code)
-        set_pad_token(config, model, files)
-        plan = plan_merge(model, Checkpoint(directory), adapters, wanted)
-    except NotByName as reason:
-        note = f"{reason}: the whole model is loaded and merged in memory"
-        say(note)
-        _check_disk(out, sum(file.stat().st_size for file in directory.glob("*.safetensors")))
+    settings = read_config(directory)
+    _check_not_quantised(settings, section.name_or_path)
+    with Checkpoint(directory) as checkpoint:
+        held = _held(section, settings, checkpoint, adapters)
+        plan = plan_merge(held, checkpoint, wanted)
+        shards = plan_files(plan.outputs, checkpoint, plan.stored, max_shard_bytes)
+        size_bytes = sum(output.size_bytes for output in plan.outputs.values())
+        _check_disk(out, size_bytes)
+        metadata = {file.name: own for file, own in checkpoint.metadata.items()}
         with _explained(out), written_beside(out, replace=overwrite) as folder:
-            fields = merge_loaded(section, config, adapters, folder, wanted, max_shard_bytes)
-            _copy_rest(folder, directory, files.directory)
-        return MergeReport(out, **fields, **_weights(adapters), notes=(note,))
-    sources = (directory, files.directory)
-    fields = _write(plan, config, out, max_shard_bytes, overwrite, sources)
-    return MergeReport(out, **fields, **_weights(adapters))
+            places = create_files(folder, shards, plan.outputs, metadata)
+            write_tensors(folder, plan, checkpoint, places, on_progress)
+            write_config(folder, directory, held, plan, wanted, list(shards) != [SINGLE])
+            weights = {file.relative_to(directory).as_posix() for file in checkpoint.files}
+            left_out, notes = copy_files(
+                folder, directory, files.directory, weights, needs_pad=files.classifies
+            )
+    for note in notes:
+        say(note)
+    return MergeReport(
+        directory=out,
+        files=tuple(shards),
+        merged_modules=plan.merged_modules,
+        replaced_tensors=plan.replaced_tensors,
+        dtype=plan.dtype,
+        size_bytes=size_bytes,
+        kept=plan.kept,
+        left_out=tuple(left_out),
+        notes=tuple(notes),
+        **_weights(adapters),
+    )
+
+
+def _held(
+    section: ModelSection,
+    settings: Mapping[str, Any],
+    checkpoint: Checkpoint,
+    adapters: Sequence[Weighted],
+) -> Held:
+    held = held_by_name(settings, checkpoint, adapters)
+    if held is None:
+        # Seconds of imports, which most merges do without.
+        from lorakit.adapters.merge_model import held_by_class
+
+        held = held_by_class(section, settings, checkpoint, adapters)
+    return held
 
 
 @contextmanager
@@ -114,7 +148,7 @@ def _explained(out: Path) -> Iterator[None]:
     """A full disk, a name that is too long, a file among the parents: AdapterError."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise AdapterError(f"OUT = {out}: not written: {error}") from error
 
 
@@ -122,35 +156,6 @@ def _weights(adapters: Sequence[Weighted]) -> dict[str, Any]:
     first, *others = adapters
     added = tuple(Added(other.files.directory, other.weight) for other in others)
     return {"weight": first.weight, "added": added}
-
-
-def _write(
-    plan: MergePlan,
-    config: PreTrainedConfig,
-    out: Path,
-    max_shard_bytes: int,
-    overwrite: bool,
-    sources: tuple[Path, Path],
-) -> dict[str, Any]:
-    """Returns the fields of a MergeReport."""
-    size_bytes = sum(output.size_bytes for output in plan.outputs.values())
-    _check_disk(out, size_bytes)
-    with _explained(out), written_beside(out, replace=overwrite) as folder:
-        names = write_shards(folder, plan.outputs, max_shard_bytes, plan.value)
-        config.architectures = [plan.architecture]
-        config.dtype = plan.dtype
-        if plan.untied:
-            part_embeddings(config)
-        config.save_pretrained(folder)
-        _copy_rest(folder, *sources)
-    return {
-        "files": tuple(names),
-        "merged_modules": len(plan.adapted),
-        "replaced_tensors": len(plan.given),
-        "dtype": plan.dtype,
-        "size_bytes": size_bytes,
-        "unused": plan.unused,
-    }
 
 
 def _check_out(out: Path, base: str, adapters: Sequence[Weighted], overwrite: bool) -> None:
@@ -170,8 +175,9 @@ def _check_out(out: Path, base: str, adapters: Sequence[Weighted], overwrite: bo
         raise AdapterError(f"OUT = {out}: holds something other than a model; it is not replaced")
 
 
-def _check_not_quantised(config: PreTrainedConfig, base: str) -> None:
-    if getattr(config, "quantization_config", None):
+def _check_not_quantised(settings: Mapping[str, Any], base: str) -> None:
+    parts = [settings, *(part for part in settings.values() if isinstance(part, Mapping))]
+    if any(part.get("quantization_config") for part in parts):
         raise AdapterError(
             f"base {base}: its weights are quantised, and merging would round the adapter away; "
             "merge into the original weights"
@@ -189,20 +195,3 @@ def _check_disk(out: Path, size_bytes: int) -> None:
         raise AdapterError(
             f"OUT = {out}: {size_bytes / 1e9:.1f} GB are needed, and {free / 1e9:.1f} GB are free"
         )
-
-
-def _copy_rest(folder: Path, base: Path, adapter: Path) -> None:
-    """Tokenizer and chat template of the adapter if it has them, generation defaults, and the
-    code of a base that brings its own."""
-    has_own = any(
-        (adapter / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")
-    )
-    source = adapter if has_own else base
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    if (source / TEMPLATES).is_dir():
-        shutil.copytree(source / TEMPLATES, folder / TEMPLATES)
-    for file in (base / "generation_config.json", *base.glob("*.py")):
-        if file.is_file():
-            shutil.copyfile(file, folder / file.name)

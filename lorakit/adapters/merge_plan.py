@@ -1,220 +1,239 @@
-"""Which tensors the merged model has, and where each comes from."""
+"""Which tensors the merged model has, and where each comes from. What is on disk decides: every
+tensor that the base stores is written again, under its own name."""
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import reduce
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 
-from lorakit.adapters.base_model import check_supplied
-from lorakit.adapters.checkpoint import Checkpoint
-from lorakit.adapters.files import AdapterFiles, is_finite
-from lorakit.adapters.place import Placement, find_places
+from lorakit.adapters.checkpoint import CODES, DTYPES, Checkpoint, StoredTensor
+from lorakit.adapters.files import is_finite
+from lorakit.adapters.held import Group, Held
 from lorakit.adapters.shards import OutputTensor
-from lorakit.adapters.weighted import Update, Weighted, find_updates, merged_sum
+from lorakit.adapters.shared_weights import all_given, find_shared, is_parted, new_names
+from lorakit.adapters.weighted import LowRank, Update, merged_sum
 from lorakit.errors import AdapterError
 
-Ties = Sequence[Sequence[str]]
+
+@dataclass(frozen=True)
+class Task:
+    """One tensor of the output: the adapter's ``given`` one, or the base's ``source`` with
+    ``updates`` folded in. ``stored`` is the base's tensor in whose file it goes."""
+
+    name: str
+    output: OutputTensor
+    stored: str | None = None
+    source: StoredTensor | None = None
+    given: Tensor | None = None
+    updates: Sequence[Update | LowRank] = ()
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the base's bytes are written as they are."""
+        same = self.source is not None and self.source.code == self.output.code
+        return same and self.given is None and not self.updates
 
 
-class NotByName(Exception):
-    """The checkpoint's tensors are not the model's under their own names."""
+@dataclass(frozen=True)
+class GroupTask:
+    """A group some of whose tensors change; ``outputs``: stored name -> what is written for it."""
+
+    group: Group
+    outputs: Mapping[str, OutputTensor]
+    updates: Mapping[str, Sequence[Update | LowRank]]
+    given: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """``outputs`` are what is written, by the model's names, of which ``dtype`` is the main one.
+    """``outputs`` in the order of the base's files; each is made by one of ``tasks`` or ``groups``.
+    ``stored`` is the base's tensor that each stands for, if any. ``kept`` are the base's tensors
+    that the loaded class does not hold; ``untied``: tied embeddings are two matrices; ``dtype`` is
+    that of most values."""
 
-    A tensor is the adapter file's ``given`` one, or the base's (``sources``: name -> checkpoint's
-    name), with the updates in ``adapted`` folded in. ``untied``: tied embeddings are no longer one.
-    """
-
-    architecture: str
-    checkpoint: Checkpoint
     outputs: Mapping[str, OutputTensor]
-    sources: Mapping[str, str]
-    given: Mapping[str, Tensor]
-    adapted: Mapping[str, Sequence[Update]]
+    tasks: Sequence[Task]
+    groups: Sequence[GroupTask]
+    stored: Mapping[str, str]
+    kept: tuple[str, ...]
     untied: bool
     dtype: str
+    merged_modules: int
+    replaced_tensors: int
 
-    def value(self, name: str) -> Tensor:
-        """The tensor as it is written: float32 arithmetic, rounded once."""
-        given = self.given.get(name)
-        weight = self.checkpoint.read(self.sources[name]) if given is None else given
-        if name in self.adapted:
-            weight = merged_sum(self.adapted[name], weight)
-        merged = weight.to(self.outputs[name].dtype).contiguous()
-        check_finite(name, merged)
-        return merged
 
-    @property
-    def unused(self) -> tuple[str, ...]:
-        """The base's tensors that the model has no place for."""
-        return tuple(sorted(set(self.checkpoint.tensors) - set(self.sources.values())))
+def plan_merge(held: Held, checkpoint: Checkpoint, dtype: str | None) -> MergePlan:
+    """Plan the output, in ``dtype`` (default: each tensor's own).
+
+    Raises AdapterError for a quantised weight that the adapter changes, and for shared weights that
+    it makes different where the class cannot hold them apart.
+    """
+    by_name: dict[str, str] = {}
+    for stored, name in held.plain.items():
+        by_name.setdefault(name, stored)
+    shared = find_shared(held, checkpoint, by_name)
+    given = all_given(held, shared)
+    parted = [names for names in shared.together if is_parted(names, held.whole, held.updates)]
+    if impossible := [names for names in parted if not held.can_part(names)]:
+        raise AdapterError(
+            f"{impossible[0][0]}: {held.class_name} cannot hold these shared weights apart"
+        )
+    changed = {*held.updates, *given}
+    converted = [group for group in held.groups if changed & set(group.targets)]
+    own_task = {source for group in converted for source in group.sources}
+    main = dtype or _main_dtype(checkpoint)
+    tasks: list[Task] = []
+    outputs: dict[str, OutputTensor] = {}
+    stands_for: dict[str, str] = {}
+    for stored, tensor in checkpoint.tensors.items():
+        found = held.plain.get(stored)
+        task = _stored_task(stored, tensor, found if by_name.get(found or "") == stored else None,
+                            held, given, dtype)  # fmt: skip
+        if task.name in outputs:
+            raise AdapterError(f"base: {checkpoint.directory}: two tensors become {task.name}")
+        if stored not in own_task:
+            tasks.append(task)
+        outputs[task.name] = task.output
+        stands_for[task.name] = stored
+    for name, source in new_names(held, shared, parted, by_name, given).items():
+        origin = checkpoint.tensors[source] if source is not None else None
+        code = dtype_code(dtype) if dtype else (origin.code if origin else dtype_code(main))
+        task = _new_task(name, source, origin, code, held, given)
+        tasks.append(task)
+        outputs[task.name] = task.output
+        if source is not None:
+            stands_for[task.name] = source
+    for task in tasks:
+        _check_float(task.name, task.source, bool(task.updates))
+    used = {*held.plain, *(source for group in held.groups for source in group.sources)}
+    return MergePlan(
+        outputs=outputs,
+        tasks=tasks,
+        groups=[_group_task(group, checkpoint, held, given, dtype) for group in converted],
+        stored=stands_for,
+        kept=tuple(sorted(set(checkpoint.tensors) - used)),
+        untied=bool(parted) or shared.stored_apart,
+        dtype=main,
+        merged_modules=len(held.updates),
+        replaced_tensors=len(given),
+    )
 
 
 def check_finite(name: str, merged: Tensor) -> None:
     """Raise AdapterError for a tensor that no model should be written with."""
     if not is_finite(merged):
-        dtype = str(merged.dtype).removeprefix("torch.")
-        raise AdapterError(
-            f"{name}: NaN or infinite in the merged {dtype}: either the base's own values are, or "
-            "the sum is too large for the dtype (dtype float32 holds more)"
-        )
+        raise not_finite(name, merged.dtype)
 
 
-def plan_merge(
-    model: PreTrainedModel, checkpoint: Checkpoint, adapters: Sequence[Weighted], dtype: str | None
-) -> MergePlan:
-    """Plan the merge of ``adapters`` into ``checkpoint``, whose empty model is ``model``. What is
-    trained whole is the first one's.
-
-    Raises NotByName where transformers converts the checkpoint on loading, AdapterError if base
-    and adapter do not fit, or together lack a weight.
-    """
-    if get_model_conversion_mapping(model, add_legacy=False):
-        raise NotByName(f"transformers converts the weights of {type(model).__name__} on loading")
-    state = dict(model.state_dict(keep_vars=True))
-    shapes = {name: tuple(value.shape) for name, value in state.items()}
-    ties = _ties(state)
-    files = adapters[0].files
-    places = find_places(model, files)
-    adapted = {f"{name}.weight": found for name, found in find_updates(model, adapters).items()}
-    sources = _sources(shapes, ties, checkpoint, model.base_model_prefix)
-    _check_present(shapes, sources, places, checkpoint, files)
-    given = {**places.base, **places.whole}
-    for names in ties:  # PEFT's copy of a base weight stands for all that share it
-        for name in names if (found := set(names) & set(places.base)) else ():
-            given.setdefault(name, given[min(found)])
-    parted = [names for names in ties if _is_parted(names, places.whole, adapted)]
-    if parted and not _can_part(model, parted):
-        raise AdapterError(f"{parted[0]}: {type(model).__name__} cannot part these shared weights")
-    main = dtype or _main_dtype(checkpoint)
-    left_out = {n for names in ties if names not in parted for n in _copies(names, checkpoint)}
-    outputs = {
-        name: OutputTensor(shape, _dtype(checkpoint, sources.get(name), dtype, main))
-        for name, shape in shapes.items()
-        if name not in left_out
-    }
-    return MergePlan(
-        architecture=type(model).__name__,
-        checkpoint=checkpoint,
-        outputs=outputs,
-        sources=sources,
-        given=given,
-        adapted=adapted,
-        untied=bool(parted),
-        dtype=main,
+def not_finite(name: str, dtype: torch.dtype) -> AdapterError:
+    text = str(dtype).removeprefix("torch.")
+    return AdapterError(
+        f"{name}: NaN or infinite in the merged {text}: either the base's own values are, or "
+        "the sum is too large for the dtype (dtype float32 holds more)"
     )
 
 
-def _ties(state: Mapping[str, Tensor]) -> list[list[str]]:
-    shared: dict[int, list[str]] = {}
-    for name, value in state.items():
-        shared.setdefault(id(value), []).append(name)
-    return [names for names in shared.values() if len(names) > 1]
+def _stored_task(
+    stored: str,
+    tensor: StoredTensor,
+    name: str | None,
+    held: Held,
+    given: Mapping[str, Tensor],
+    dtype: str | None,
+) -> Task:
+    """``name`` is the class's, None for what it does not read."""
+    output = _output(tensor, dtype)
+    if name is None:
+        return Task(stored, output, stored, tensor)
+    value = given.get(name)
+    if value is not None and tuple(value.shape) != tensor.shape:
+        # A head for another number of labels.
+        output = OutputTensor.of(value.shape, DTYPES[output.code])
+    written = stored if held.architecture is None else held.stored_name(name)
+    return Task(written, output, stored, tensor, value, held.updates.get(name, ()))
 
 
-def _sources(
-    names: Collection[str], ties: Ties, checkpoint: Checkpoint, prefix: str
-) -> dict[str, str]:
-    """Model's name -> checkpoint's: the same, or without the base model's prefix (the checkpoint
-    of a bare encoder)."""
-    sources = {}
-    for name in names:
-        for candidate in (name, name.removeprefix(f"{prefix}.")):
-            if candidate in checkpoint.tensors:
-                sources[name] = candidate
-                break
-    for tied in ties:
-        found = next((sources[name] for name in tied if name in sources), None)
-        for name in tied if found is not None else ():
-            sources.setdefault(name, str(found))
-    return sources
+def _new_task(
+    name: str,
+    stored: str | None,
+    source: StoredTensor | None,
+    code: str,
+    held: Held,
+    given: Mapping[str, Tensor],
+) -> Task:
+    value = given.get(name)
+    shape = tuple(value.shape) if value is not None else held.shapes[name]
+    output = OutputTensor.of(shape, DTYPES[code])
+    written = held.stored_name(name)
+    return Task(written, output, stored, source, value, held.updates.get(name, ()))
 
 
-def _check_present(
-    shapes: Mapping[str, tuple[int, ...]],
-    sources: dict[str, str],
-    places: Placement,
+def _group_task(
+    group: Group,
     checkpoint: Checkpoint,
-    files: AdapterFiles,
-) -> None:
-    lacking = set(shapes) - set(sources)
-    supplied = {**places.base, **places.whole}
-    if absent := lacking - set(supplied):
-        if unused := sorted(set(checkpoint.tensors) - set(sources.values())):
-            raise NotByName(f"the base has {unused[0]}, and no {min(absent)}")
-        check_supplied(lacking, supplied, str(checkpoint.directory), files)
-    for name, source in list(sources.items()):
-        have = checkpoint.tensors[source].shape
-        if name in places.whole and have != shapes[name]:
-            del sources[name]  # a head for another number of labels
-        elif have != shapes[name]:
-            raise AdapterError(
-                f"{checkpoint.directory}: {source} is {have}, and the configuration says "
-                f"{shapes[name]}"
-            )
+    held: Held,
+    given: Mapping[str, Tensor],
+    dtype: str | None,
+) -> GroupTask:
+    for source in group.sources:
+        _check_float(source, checkpoint.tensors[source], True)
+    return GroupTask(
+        group,
+        {source: _output(checkpoint.tensors[source], dtype) for source in group.sources},
+        {name: held.updates[name] for name in group.targets if name in held.updates},
+        {name: given[name] for name in group.targets if name in given},
+    )
 
 
-def _is_parted(
-    names: Sequence[str],
-    whole: Mapping[str, Tensor],
-    adapted: Collection[str],
-) -> bool:
-    """Whether weights that the base shares differ after the merge."""
-    given = [name for name in names if name in whole]
-    if any(name in adapted for name in names):
-        return True
-    same = len(given) == len(names) and all(whole[n].equal(whole[given[0]]) for n in given)
-    return bool(given) and not same
+def _check_float(name: str, source: StoredTensor | None, changes: bool) -> None:
+    if changes and source is not None and not source.is_float:
+        raise AdapterError(
+            f"base: {source.file}: {name} is {source.code}: a quantised base cannot be merged "
+            "into; merge into the original weights"
+        )
 
 
-def _copies(names: Sequence[str], checkpoint: Checkpoint) -> list[str]:
-    """All but the one of shared weights that is written: the base's own choice."""
-    kept = next((name for name in names if name in checkpoint.tensors), names[0])
-    return [name for name in names if name != kept]
+def _output(stored: StoredTensor, dtype: str | None) -> OutputTensor:
+    if dtype is None or not stored.is_float:
+        return OutputTensor.like(stored)
+    return OutputTensor.of(stored.shape, DTYPES[dtype_code(dtype)])
 
 
-def _can_part(model: PreTrainedModel, parted: Ties) -> bool:
-    config = copy.deepcopy(model.config)
-    part_embeddings(config)
-    with torch.device("meta"):
-        state = type(model)(config).state_dict(keep_vars=True)
-    return all(len({id(state[name]) for name in names}) == len(names) for names in parted)
-
-
-def part_embeddings(config: PreTrainedConfig) -> None:
-    """Say in the configuration that input and output embeddings are two matrices."""
-    parts: tuple[Any, ...] = (config, config.get_text_config())
-    for part in parts:
-        part.tie_word_embeddings = False
+def dtype_code(dtype: str) -> str:
+    """safetensors' name of ``bfloat16`` and the like."""
+    return CODES[getattr(torch, dtype)]
 
 
 def _main_dtype(checkpoint: Checkpoint) -> str:
     """The dtype of most of the base's values."""
     count: Counter[torch.dtype] = Counter()
     for stored in checkpoint.tensors.values():
-        if stored.dtype.is_floating_point:
-            count[stored.dtype] += OutputTensor(stored.shape, stored.dtype).parameters
-    return str(count.most_common(1)[0][0]).removeprefix("torch.")
+        if stored.is_float and stored.dtype is not None:
+            count[stored.dtype] += stored.parameters
+    return str(count.most_common(1)[0][0]).removeprefix("torch.") if count else "float32"
 
 
-def _dtype(
-    checkpoint: Checkpoint, source: str | None, wanted: str | None, main: str
-) -> torch.dtype:
-    stored = checkpoint.tensors[source].dtype if source is not None else getattr(torch, main)
-    assert isinstance(stored, torch.dtype)
-    if wanted is not None and stored.is_floating_point:
-        chosen = getattr(torch, wanted)
-        assert isinstance(chosen, torch.dtype)
-        return chosen
-    return stored
+def group_values(task: GroupTask, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """What is written for the stored tensors of a group: merged in float32, rounded once."""
+    values = {source: checkpoint.read(source) for source in task.outputs}
+    stored = reduce(torch.promote_types, (value.dtype for value in values.values()))
+    own = {name: DTYPES[output.code] for name, output in task.outputs.items()}
+    dtype = reduce(torch.promote_types, own.values())
+
+    def finish(name: str, W: Tensor) -> Tensor:
+        if name in task.given:
+            W = task.given[name]
+        elif name in task.updates:
+            W = merged_sum(task.updates[name], W)
+        W = W.to(dtype)
+        check_finite(name, W)
+        return W
+
+    values = {name: value.to(stored) for name, value in values.items()}
+    made = task.group.converted(values, finish)
+    return {name: value.to(own[name]) for name, value in made.items()}

@@ -12,7 +12,8 @@ from lorakit import __version__
 @dataclass(frozen=True)
 class CardFacts:
     """What the card says; None or nothing leaves a line out. ``seconds`` is the training's time,
-    ``peft_loads`` whether PEFT has a place for the method's form."""
+    ``peft_loads`` whether PEFT has a place for the method's form, ``base_class`` the class to load
+    the base as where that is not the one of AutoModelForCausalLM."""
 
     base_model: str
     method: str
@@ -28,13 +29,22 @@ class CardFacts:
     steps: int | None = None
     seconds: float | None = None
     hardware: str | None = None
+    diverged: bool = False
     peft_loads: bool = True
+    base_class: str | None = None
+    misread: Sequence[str] = ()
 
 
 def model_card(facts: CardFacts) -> str:
     """``README.md``: the Hub's front matter, then a table of facts and the ways to load it."""
     title = f"# {facts.method} adapter of {facts.base_model}"
-    sections = [_front_matter(facts), title, _table(facts)]
+    sections = [_front_matter(facts), title]
+    if facts.diverged:
+        sections.append(
+            "**The training diverged**: its loss ended far above where it began. Check the metrics "
+            "before using this adapter; a lower learning rate is likely to help."
+        )
+    sections.append(_table(facts))
     if facts.metrics:
         rows = [f"| {name} | {value:.4g} |" for name, value in facts.metrics.items()]
         sections.append("\n".join(["## Metrics", "", "| metric | value |", "|---|---|", *rows]))
@@ -79,6 +89,8 @@ def _table(facts: CardFacts) -> str:
 def _usage(facts: CardFacts) -> str:
     base = json.dumps(facts.base_model, ensure_ascii=False)
     other = _with_peft(facts, base) if facts.peft_loads else _by_merging(base)
+    if facts.peft_loads and facts.misread:
+        other = _misread(facts, base)
     return f"""## Use
 
 {other}
@@ -93,7 +105,18 @@ model = lorakit.load({base}, "path/to/this/directory")
 
 
 def _by_merging(base: str) -> str:
-    return f"""PEFT does not load this form. Merged, it is a model that plain transformers loads:
+    return f"PEFT does not load this form. {_merged(base)}"
+
+
+def _misread(facts: CardFacts, base: str) -> str:
+    return (
+        f"PEFT 0.19 to 0.21 with transformers 5 takes {', '.join(facts.misread)} for experts, and "
+        f"puts this adapter in the wrong place. {_merged(base)}"
+    )
+
+
+def _merged(base: str) -> str:
+    return f"""Merged, it is a model that plain transformers loads:
 
 ```bash
 lorakit merge {base} path/to/this/directory merged
@@ -101,7 +124,7 @@ lorakit merge {base} path/to/this/directory merged
 
 
 def _with_peft(facts: CardFacts, base: str) -> str:
-    auto = "AutoModelForCausalLM"
+    auto = facts.base_class or "AutoModelForCausalLM"
     options = ""
     if facts.task_type == "SEQ_CLS":
         auto = "AutoModelForSequenceClassification"

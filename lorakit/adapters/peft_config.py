@@ -12,10 +12,11 @@ from typing import Any
 from torch import nn
 
 from lorakit.errors import AdapterError, shown
-from lorakit.layers import ADAPTABLE, AdapterLayer, FusedLayer
 
-#: The keys that PEFT writes for LoRA besides those that a method and the caller set.
+#: What PEFT takes for a key that is absent. A key that an older version does not know is an error
+#: there, so none is written at its default.
 DEFAULTS: dict[str, Any] = {
+    "alpha_pattern": {},
     "alora_invocation_tokens": None,
     "arrow_config": None,
     "auto_mapping": None,
@@ -24,16 +25,20 @@ DEFAULTS: dict[str, Any] = {
     "ensure_weight_tying": False,
     "eva_config": None,
     "exclude_modules": None,
-    "inference_mode": True,
+    "fan_in_fan_out": False,
     "init_lora_weights": True,
     "layer_replication": None,
     "layers_pattern": None,
     "layers_to_transform": None,
     "loftq_config": {},
     "lora_bias": False,
+    "lora_dropout": 0.0,
     "megatron_config": None,
     "megatron_core": "megatron.core",
+    "modules_to_save": None,
     "qalora_group_size": 16,
+    "rank_pattern": {},
+    "revision": None,
     "target_parameters": None,
     "trainable_token_indices": None,
     "use_dora": False,
@@ -64,8 +69,47 @@ _REGULAR = (
     "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "modules_to_save",
     "layers_pattern",
 )  # fmt: skip
+#: Conversion of transformers -> the names that PEFT takes for those of experts.
+_EXPERT_NAMES = {
+    "mixtral": frozenset({"gate", "w1", "w2", "w3"}),
+    "qwen2_moe": frozenset({"gate", "gate_proj", "up_proj", "down_proj"}),
+}
 #: PEFT takes these for the head of a classifier, whatever the file says.
 SEQ_CLS_HEADS = ("classifier", "score")
+
+
+def without_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of ``adapter_config.json`` that say something: PEFT from 0.13 on knows them all."""
+    return {
+        key: value
+        for key, value in settings.items()
+        if key not in DEFAULTS or (value != DEFAULTS[key] and not (value is None or value == {}))
+    }
+
+
+def misread_by_peft(model: nn.Module, adapted: Iterable[str]) -> list[str]:
+    """The ends of the names ``adapted`` that PEFT takes for experts, although they are none.
+
+    PEFT 0.19 to 0.21 with transformers 5 turns targets named as the experts of transformers 4 were
+    into ``target_parameters`` of the stacked experts, for the model types that transformers
+    converts as Mixtral or Qwen2-MoE: an adapter of dense layers or shared experts of that name is
+    put on the experts, or refused.
+    """
+    from transformers import conversion_mapping
+
+    conversions: Mapping[str, str] = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    kind = "mixtral" if model_type == "mixtral" else conversions.get(model_type, "")
+    taken = _EXPERT_NAMES.get(kind, frozenset())
+    return sorted(taken & {name.rpartition(".")[2] for name in adapted})
+
+
+def misread_note(misread: Iterable[str]) -> str:
+    """What ``misread_by_peft`` found, as it is said."""
+    return (
+        f"PEFT 0.19 to 0.21 with transformers 5 takes {', '.join(misread)} for experts and "
+        "misreads the adapter; lorakit does not"
+    )
 
 
 def check_supported(config: Mapping[str, Any], where: str) -> None:
@@ -86,6 +130,8 @@ def check_supported(config: Mapping[str, Any], where: str) -> None:
 
 def base_names(model: nn.Module) -> dict[str, nn.Module]:
     """The modules as they were before adaption: adapter layers count as what they wrap."""
+    from lorakit.layers import AdapterLayer, FusedLayer  # imports transformers
+
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -98,12 +144,14 @@ def base_names(model: nn.Module) -> dict[str, nn.Module]:
 
 def matched_modules(config: Mapping[str, Any], model: nn.Module) -> set[str]:
     """The modules that PEFT would adapt with this configuration."""
+    from lorakit.layers import ADAPTABLE
+
     names = base_names(model)
     targets = config.get("target_modules")
     if isinstance(targets, str) and targets.lower() == "all-linear":
         linear = [n for n, m in names.items() if isinstance(m, ADAPTABLE[:2])]
         return {n for n in linear if not _excluded(config, n) and not n.endswith("lm_head")}
-    return {name for name in names if _targeted(config, name)}
+    return {name for name in names if is_targeted(config, name)}
 
 
 def target_modules(
@@ -154,7 +202,8 @@ def _excluded(config: Mapping[str, Any], name: str) -> bool:
     return any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in saved)
 
 
-def _targeted(config: Mapping[str, Any], name: str) -> bool:
+def is_targeted(config: Mapping[str, Any], name: str) -> bool:
+    """Whether PEFT would adapt the module of that name, were it of a kind that it adapts."""
     targets = config.get("target_modules") or []
     if _excluded(config, name):
         return False

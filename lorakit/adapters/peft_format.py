@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,14 @@ from lorakit import __version__, registry
 from lorakit.adapters.beside import written_beside
 from lorakit.adapters.files import CONFIG, PREFIX, SIDECAR, WEIGHTS, AdapterFiles, read_adapter
 from lorakit.adapters.model_card import CardFacts, model_card
-from lorakit.adapters.peft_config import DEFAULTS, base_names, exact_patterns, target_modules
+from lorakit.adapters.names import BaseNames
+from lorakit.adapters.peft_config import (
+    base_names,
+    exact_patterns,
+    misread_by_peft,
+    target_modules,
+    without_defaults,
+)
 from lorakit.adapters.place import load_adapter
 from lorakit.errors import AdapterError
 from lorakit.injection import trained_base, trained_whole
@@ -38,6 +45,7 @@ def save_adapter(
     base_model_name_or_path: str,
     task_type: TaskType,
     revision: str | None = None,
+    names: BaseNames | None = None,
     modules_to_save: Sequence[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     card: CardFacts | None = None,
@@ -46,6 +54,7 @@ def save_adapter(
     """Write the adapter of ``model`` in PEFT's format, or where that has no place for the method in
     lorakit's own; an adapter directory there is replaced.
 
+    ``names`` are those of the base's own class, where ``model`` is only its text part.
     ``modules_to_save`` are the modules trained whole; by default those outside the adapter layers
     that require gradients, or, if the method trains the base's own parameters, those that
     ``inject`` trains whole. ``lorakit_info`` is added to ``lorakit.json``. Returns the directory.
@@ -63,30 +72,43 @@ def save_adapter(
     if not adapted and not whole and not base_parameters:
         raise AdapterError(f"{directory}: the model holds no adapter to save")
     _check_replaceable(directory)
+    own = names.own if names else None
+    renamed: Callable[[str], str] = names or str
     layers = {
-        name: method.compose(layer) if isinstance(layer, FusedLayer) else layer
+        renamed(name): method.compose(layer) if isinstance(layer, FusedLayer) else layer
         for name, layer in adapted.items()
     }
     settings, tensors = method.to_peft(layers, config)
+    base_parameters = {renamed(name): value for name, value in base_parameters.items()}
     tensors |= base_parameters
     if not method.kinds:
         settings["trained_parameters"] = sorted(base_parameters)
     for name in whole:
         state = model.get_submodule(name).state_dict()
-        tensors |= {f"{name}.{key}": value for key, value in state.items()}
+        tensors |= {f"{renamed(name)}.{key}": value for key, value in state.items()}
+    whole = [renamed(name) for name in whole]
     base = {"base_model_name_or_path": base_model_name_or_path, "revision": revision}
     settings |= {**base, "task_type": task_type, "modules_to_save": whole or None}
     if method.peft_loads:
-        settings = _peft_settings(settings, layers, model)
+        settings = _peft_settings(settings, layers, own or model)
     with written_beside(directory, replace=True) as folder:
         _write_json(folder / CONFIG, settings)
         save_file(_stored(tensors), folder / WEIGHTS, metadata={"format": "pt"})
-        info = _sidecar(model, method, adapted) | {"task_type": task_type}
+        info = _sidecar(model, method, adapted, renamed) | {"task_type": task_type}
+        if own is not None:
+            info["base_class"] = type(own).__name__
+        if method.peft_loads and (misread := misread_by_peft(own or model, layers)):
+            info["misread_by_peft"] = misread
         _write_json(folder / SIDECAR, info | dict(lorakit_info or {}))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         facts = card or CardFacts(base_model_name_or_path, method.name)
         facts = _completed(facts, settings, whole, info, method.peft_loads)
+        facts = dataclasses.replace(
+            facts,
+            base_class=info.get("base_class"),
+            misread=info.get("misread_by_peft", ()) if method.peft_type == "LORA" else (),
+        )
         (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
     return directory
 
@@ -94,14 +116,13 @@ def save_adapter(
 def _peft_settings(
     settings: dict[str, Any], layers: Mapping[str, AdapterLayer], model: nn.Module
 ) -> dict[str, Any]:
-    if settings["peft_type"] in ("LORA", "ADALORA"):
-        settings = DEFAULTS | settings
+    settings["inference_mode"] = True
     settings["fan_in_fan_out"] = any(layer.kind == "conv1d" for layer in layers.values())
     settings["target_modules"] = target_modules(list(layers), base_names(model), settings)
     if settings["peft_type"] == "LORA":
         for key in ("rank_pattern", "alpha_pattern"):
             settings[key] = exact_patterns(settings[key], layers)
-    return settings
+    return without_defaults(settings)
 
 
 def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -143,13 +164,18 @@ def _sharing(model: nn.Module, whole: Sequence[str]) -> list[str]:
 
 
 def _sidecar(
-    model: nn.Module, method: Method, layers: Mapping[str, AdapterLayer | FusedLayer]
+    model: nn.Module,
+    method: Method,
+    layers: Mapping[str, AdapterLayer | FusedLayer],
+    renamed: Callable[[str], str],
 ) -> dict[str, Any]:
     info: dict[str, Any] = {"lorakit_version": __version__, "method": method.name}
     weight = next((layer.weight for layer in layers.values()), None)
     dtype = base_dtype(model) if weight is None else weight.dtype
     info["base_dtype"] = str(dtype).removeprefix("torch.")
-    fused = {name: layer for name, layer in layers.items() if isinstance(layer, FusedLayer)}
+    fused = {
+        renamed(name): layer for name, layer in layers.items() if isinstance(layer, FusedLayer)
+    }
     if fused:
         info["parts"] = {name: _parts(layer) for name, layer in fused.items()}
     if isinstance(model, PreTrainedModel):

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lorakit.adapters.files import AdapterFiles, read_adapter
+from lorakit.adapters.names import fitted
 from lorakit.adapters.peft_config import SEQ_CLS_HEADS, matched_modules
 from lorakit.errors import AdapterError
 from lorakit.injection import InjectionReport, find_heads, report
@@ -41,6 +42,7 @@ def load_adapter(
     files = adapter if isinstance(adapter, AdapterFiles) else read_adapter(adapter)
     if adapted_modules(model):
         raise AdapterError("the model holds an adapter already; load the base again")
+    files = fitted(files, model)
     places = find_places(model, files)
     whole = whole_modules(model, files, places)
     _check_complete(model, files, places, whole)
@@ -65,7 +67,9 @@ def load_adapter(
 
 
 def find_places(model: nn.Module, files: AdapterFiles) -> Placement:
-    """Sort the tensors by the module of the base that their names begin with."""
+    """Sort the tensors by the module of the base that their names begin with. The names in the
+    placement are ``model``'s."""
+    files = fitted(files, model)
     modules = dict(model.named_modules())
     places = Placement()
     for key, value in files.tensors.items():
@@ -86,6 +90,7 @@ def find_places(model: nn.Module, files: AdapterFiles) -> Placement:
 
 def whole_modules(model: nn.Module, files: AdapterFiles, places: Placement) -> list[str]:
     """The topmost modules that are replaced whole: PEFT takes every one whose name ends so."""
+    files = fitted(files, model)
     ends = tuple(files.config.get("modules_to_save") or ())
     if files.config.get("task_type") == "SEQ_CLS":
         ends += SEQ_CLS_HEADS

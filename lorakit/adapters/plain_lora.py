@@ -73,7 +73,8 @@ def lora_files(
         "alpha_pattern": exact_patterns({n: v for n, v in alphas.items() if v != alpha}, alphas),
     }
     settings = DEFAULTS | {key: updates.config[key] for key in _KEPT if key in updates.config}
-    settings |= {"peft_type": "LORA", "r": r, "lora_alpha": alpha, **patterns}
+    settings |= {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "inference_mode": True}
+    settings |= patterns
     settings["target_modules"] = settings.get("target_modules") or sorted(ranks)
     tensors = dict(updates.beside)
     for name, matrix in updates.matrices.items():

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.files import AdapterFiles, read_adapter
-from lorakit.adapters.place import find_places, load_adapter
 from lorakit.errors import AdapterError
-from lorakit.layers import AdapterLayer, FusedLayer, adapted_modules
+from lorakit.methods.base import Method
+from lorakit.methods.lora import Lora
+
+if TYPE_CHECKING:  # imports transformers, which a merge without a model does not need
+    from lorakit.layers import AdapterLayer, FusedLayer
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,33 @@ class Update:
 
     layer: AdapterLayer | FusedLayer
     weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """weight * scaling * left @ right, in the layout of W: left (rows, r), right (r, columns).
+
+    The factors may still be a file's: ``in_memory`` before their use."""
+
+    left: Tensor
+    right: Tensor
+    scaling: float
+    weight: float
+
+    def in_memory(self) -> LowRank:
+        """With float32 factors in memory of their own: inside a file's they may begin at any
+        address, on which the last bits of a product depend."""
+        left, right = (f.to(torch.float32, copy=True) for f in (self.left, self.right))
+        return replace(self, left=left, right=right)
+
+    def add_rows(self, W: Tensor, start: int, delta: Tensor) -> None:
+        """Add the rows from ``start`` on to ``W`` (n, columns) in place; ``delta``, of the same
+        shape, is overwritten."""
+        torch.mm(self.left[start : start + len(W)], self.right, out=delta)
+        delta.mul_(self.scaling)
+        if self.weight != 1:
+            delta.mul_(self.weight)
+        W.add_(delta)
 
 
 def read_weighted(
@@ -52,6 +84,10 @@ def find_updates(model: nn.Module, adapters: Sequence[Weighted]) -> dict[str, li
 
     Raises AdapterError if one does not fit the model, or has trained other values whole.
     """
+    # Imports transformers' model classes, which a merge without a model does not need.
+    from lorakit.adapters.place import find_places, load_adapter
+    from lorakit.layers import adapted_modules
+
     first, *added = adapters
     places = find_places(model, first.files)
     if places.base and first.weight != 1:
@@ -72,16 +108,70 @@ def find_updates(model: nn.Module, adapters: Sequence[Weighted]) -> dict[str, li
     return updates
 
 
-def merged_sum(updates: Sequence[Update], weight: Tensor) -> Tensor:
+def low_rank(updates: Sequence[Update | LowRank]) -> list[LowRank] | None:
+    """The updates as low-rank products, from which any rows are computed alone; None if one of
+    them is of a method that does not merely add such a product."""
+    products = [u.in_memory() if isinstance(u, LowRank) else _product(u) for u in updates]
+    found = [product for product in products if product is not None]
+    return found if len(found) == len(products) else None
+
+
+def _product(update: Update) -> LowRank | None:
+    from lorakit.layers import FusedLayer
+
+    layer = update.layer
+    if isinstance(layer, FusedLayer):
+        parts = list(layer.parts.values())
+        if not all(adds_product(part.method) for part in parts):
+            return None
+        layer = parts[0].method.compose(layer)  # rows outside of the parts get + 0.0
+    if not adds_product(layer.method):
+        return None
+    method = layer.method
+    assert isinstance(method, Lora)
+    A, B = (factor.detach().float() for factor in method.factors(layer))
+    if layer.kind != "linear":  # which hold W^T
+        A, B = B.t(), A.t()
+    return LowRank(B.contiguous(), A.contiguous(), layer.scaling, update.weight)
+
+
+def merged_rows(updates: Sequence[Update | LowRank], weight: Tensor, start: int) -> Tensor | None:
+    """``merged_sum`` of the rows ``weight`` of W, from ``start`` on; None if it needs all of W."""
+    from lorakit.layers import FusedLayer
+
+    [first, *more] = updates
+    if more or isinstance(first, LowRank) or first.weight != 1:
+        return None
+    layer = first.layer
+    return None if isinstance(layer, FusedLayer) else layer.method.merged_rows(layer, weight, start)
+
+
+@torch.no_grad()
+def merged_sum(updates: Sequence[Update | LowRank], weight: Tensor) -> Tensor:
     """W + sum of w_i * delta_i, float32, where delta_i is the merged W less W: of a method that
     does more than add (DoRA), that is its whole change of W."""
-    if len(updates) == 1 and updates[0].weight == 1:
-        return updates[0].layer.merged_weight(weight)
+    [first, *more] = updates
+    if isinstance(first, Update) and first.weight == 1 and not more:
+        return first.layer.merged_weight(weight)
     W = weight.float()
     merged = W.clone()
     for update in updates:
-        merged += update.weight * (update.layer.merged_weight(weight) - W)
+        if isinstance(update, LowRank):
+            update.in_memory().add_rows(merged, 0, torch.empty_like(merged))
+            continue
+        own = update.layer.merged_weight(weight)
+        merged += update.weight * (own - W)
     return merged
+
+
+def adds_product(method: Method) -> bool:
+    """Whether ``method`` merges as LoRA does; a subclass may compute something else."""
+    own = type(method)
+    return (
+        isinstance(method, Lora)
+        and own.delta_weight is Lora.delta_weight
+        and own.merged_weight is Method.merged_weight
+    )
 
 
 def _check_same(

@@ -21,7 +21,7 @@ def hold_chat(
 ) -> None:
     """Answer line after line until EOF or ``/exit``; ``/clear`` forgets what was said. Each answer
     draws numbers of its own."""
-    from lorakit.cli.generate import write_out
+    from lorakit.cli.generate import say_limits, write_out
     from lorakit.evaluation.requests import chat_request
     from lorakit.evaluation.streaming import stream_text
 
@@ -35,7 +35,9 @@ def hold_chat(
             messages = []
         elif line.strip():
             messages.append({"role": "user", "content": line})
-            ids = _fitting(messages, model, tokenizer, decoding.max_new_tokens)
+            ids = _fitting(messages, model, tokenizer, decoding)
+            if not answers:
+                say_limits(model, tokenizer, [ids], decoding)
             answer = stream_text(model, tokenizer, ids, write_out, decoding, row=answers)
             answers += 1
             write_out("\n")
@@ -59,16 +61,20 @@ def _fitting(
     messages: Messages,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    max_new_tokens: int,
+    decoding: Decoding,
 ) -> list[int]:
-    """The chat in tokens; its oldest turns are forgotten where it outgrows the model's window."""
+    """The chat in tokens; its oldest turns are forgotten where it outgrows the model's window. An
+    answer whose length nobody asked for keeps at least a quarter of the window."""
     from lorakit.evaluation.requests import chat_request
     from lorakit.models.window import window
 
     room = window(model)
+    answer = decoding.max_new_tokens
+    if decoding.fit_window and room is not None:
+        answer = min(answer, max(1, room // 4))
     ids = chat_request(messages, tokenizer).ids
     before = len(messages)
-    while room is not None and len(ids) + max_new_tokens > room and len(messages) > 1:
+    while room is not None and len(ids) + answer > room and len(messages) > 1:
         del messages[:2]
         ids = chat_request(messages, tokenizer).ids
     if len(messages) < before:

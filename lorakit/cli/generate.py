@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from lorakit.evaluation.decoding import Decoding
 
 
+#: Shortened where the model's window leaves less; what the user asks for is not.
+_MAX_NEW_TOKENS = 256
+
+
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory or Hub id.")],
     adapter: Annotated[
@@ -34,7 +38,10 @@ def generate(
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where --input's answers go [stdout].")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1)] = 256,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="[default: 256, or what fits the model's window]"),
+    ] = None,
     temperature: Annotated[
         float, typer.Option(metavar="T", help="0 takes the likeliest token.")
     ] = 0.0,
@@ -89,7 +96,7 @@ def generate(
     from lorakit.evaluation.decoding import Decoding
 
     decoding = Decoding(
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max_new_tokens or _MAX_NEW_TOKENS,
         num_beams=num_beams,
         length_penalty=1.0 if length_penalty is None else length_penalty,
         no_repeat_ngram_size=no_repeat_ngram_size,
@@ -97,6 +104,7 @@ def generate(
         top_p=1.0 if top_p is None else top_p,
         stop=tuple(stop or ()),
         seed=seed,
+        fit_window=max_new_tokens is None,
     )
     if num_beams > 1 and input_file is None:
         say(f"--num-beams {num_beams}: an answer is printed when its search has ended")
@@ -169,6 +177,7 @@ def _stream(
     from lorakit.evaluation.streaming import stream_text
 
     request = text_request(prompt, tokenizer)
+    say_limits(model, tokenizer, [request.ids], decoding)
     stream_text(model, tokenizer, request.ids, write_out, decoding)
     write_out("\n")
 
@@ -185,6 +194,7 @@ def _answer(
     from lorakit.evaluation.watch import Watch
 
     requests = read_requests(input_file, tokenizer, say)
+    say_limits(model, tokenizer, [request.ids for request in requests], decoding)
     with progress("generated") as report:
         texts = generate_text(
             model,
@@ -203,6 +213,30 @@ def _answer(
         say(f"{output}: {len(rows)} answers")
     else:
         write_out(lines)
+
+
+def say_limits(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    decoding: Decoding,
+) -> None:
+    """Say which answers the model's window limits to less than the default."""
+    from lorakit.evaluation.prepare import prompt_limits
+    from lorakit.models.window import window
+
+    limits = prompt_limits(model, tokenizer, prompts, decoding)
+    short = [limit for limit in limits if limit < decoding.max_new_tokens]
+    if not short:
+        return
+    room, least = window(model), min(short)
+    if len(prompts) == 1:
+        say(f"at most {least} new tokens in place of {decoding.max_new_tokens}: the prompt leaves "
+            f"no more of the model's window of {room} tokens")  # fmt: skip
+    else:
+        say(f"{len(short):,} of {len(prompts):,} prompts leave fewer than "
+            f"{decoding.max_new_tokens} new tokens in the model's window of {room} tokens; the "
+            f"longest leaves {least}")  # fmt: skip
 
 
 def write_out(text: str) -> Any:

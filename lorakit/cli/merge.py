@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from lorakit.adapters.merge_files import LeftOut
 
 
 def merge(
@@ -36,10 +40,12 @@ def merge(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Fold an adapter into its base, file by file; plain transformers loads the result.
+    """Fold an adapter into its base; plain transformers loads the result.
 
-    The sum is taken in float32 and rounded once. Modules trained whole, such as a head, have no
-    weight: they are ADAPTER's, and OTHER must have none, or the same.
+    The sum is taken in float32 and rounded once. Tensors, settings and files of the base that the
+    adapter does not change are kept; weights in other formats are left out, and listed. Modules
+    trained whole, such as a head, have no weight: they are ADAPTER's, and OTHER must have none, or
+    the same.
 
     Example: lorakit merge models/smollm2-135m-instruct runs/quickstart/adapter merged
 
@@ -49,11 +55,14 @@ def merge(
     import json
 
     from lorakit.adapters.merge import merge as merge_adapter
+    from lorakit.cli.progress import progress, say
 
-    report = merge_adapter(
-        base, adapter, out, dtype, max_shard_size, overwrite, trust_remote_code,
-        add=[_weighted(text) for text in add or []], weight=weight,
-    )  # fmt: skip
+    with progress("merging, MB") as report_progress:
+        report = merge_adapter(
+            base, adapter, out, dtype, max_shard_size, overwrite, trust_remote_code, say=say,
+            add=[_weighted(text) for text in add or []], weight=weight,
+            on_progress=lambda done, total: report_progress(done // 10**6, total // 10**6),
+        )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(report), indent=2, default=str))
         return
@@ -65,6 +74,22 @@ def merge(
         + (f"; weight {weight:g}" if weight != 1 else "")
         + "".join(f"; added {other.weight:g} x {other.adapter}" for other in report.added)
     )
+    if report.kept:
+        typer.echo(f"kept unchanged: {_listed(report.kept)}: no part of the model that was trained")
+    for reason, names in _by_reason(report.left_out).items():
+        typer.echo(f"left out: {_listed(names, most=8)}: {reason}")
+
+
+def _by_reason(left_out: Iterable[LeftOut]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for item in left_out:
+        found.setdefault(item.reason, []).append(item.name)
+    return found
+
+
+def _listed(names: Sequence[str], most: int = 1) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _weighted(text: str) -> tuple[str, float]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorakit.cli.progress import progress, say
+from lorakit.tasks.label_counts import counts_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,6 +75,7 @@ def _print_json(found: Preview) -> None:
         "task": found.task,
         "split": found.split,
         "labels": found.labels,
+        "label_counts": found.label_counts,
         "examples": [_example(row, found.labels) for row in found.examples],
         "summary": summary,
         "training_rows": found.training_rows,
@@ -192,6 +194,7 @@ def _figures(found: Preview) -> list[tuple[str, str]]:
     figures = [
         ("rows", f"{summary.rows:,}"),
         *split_rows,
+        *([("labels", _escaped(counts_line(found.label_counts)))] if found.label_counts else []),
         ("tokens", f"{summary.tokens:,}"),
         ("tokens a row", f"{span}, {summary.mean_length:,.1f} on average"),
     ]

@@ -47,7 +47,8 @@ def train(
 
     if dry_run:
         plan = run.dry_run(resolved, tell)
-        lines = [f"{key:22} {value}" for key, value in plan.items()]
+        # The coverage has been said, in words.
+        lines = [f"{key:22} {value}" for key, value in plan.items() if key != "coverage"]
         typer.echo(json.dumps(plan) if as_json else "\n".join(lines))
         return
     result = run.train(resolved, resume, tell)
@@ -55,7 +56,7 @@ def train(
         "adapter": str(result.adapter_dir),
         "steps": result.steps,
         "metrics": result.metrics,
-    }
+    } | ({"diverged": True} if result.diverged else {})
     if as_json:
         typer.echo(json.dumps(facts))
     else:

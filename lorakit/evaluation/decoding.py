@@ -17,7 +17,8 @@ class Decoding:
     More beams search, and the continuation of the greatest sum of log probabilities / length **
     ``length_penalty`` is taken; ``lorakit.evaluation.beams`` says how. No ``no_repeat_ngram_size``
     tokens occur twice in a continuation (0: they may). It ends before the first text of ``stop``
-    behind its first visible character.
+    behind its first visible character. With ``fit_window`` a prompt that leaves fewer than
+    ``max_new_tokens`` of the model's window gets as many as it leaves; else it is an error.
     """
 
     max_new_tokens: int
@@ -28,6 +29,7 @@ class Decoding:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int = 0
+    fit_window: bool = False
 
     def __post_init__(self) -> None:
         assert self.max_new_tokens > 0

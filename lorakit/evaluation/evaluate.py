@@ -27,6 +27,7 @@ from lorakit.evaluation.prompts import encode_prompts
 from lorakit.evaluation.sharing import check_peers, gather, in_order, on_main, own_rows
 from lorakit.evaluation.watch import EvaluationStopped, OnPhase, ShouldStop, Watch
 from lorakit.models.causal import CausalParts, split_model, token_losses
+from lorakit.models.heads import head_labels, label_columns
 from lorakit.models.host_masks import host_masks
 from lorakit.models.window import window
 from lorakit.tasks.base import Prediction, Task
@@ -89,8 +90,9 @@ def evaluate_model(
     with _evaluation_mode(model):
         if task.kind == "encoder":
             with host_masks(model.device):
+                columns = label_columns(model, task.labels(config, None))
                 share = _classify(
-                    model, tokenizer, encoded, own, batch_size, watch("evaluated", own)
+                    model, tokenizer, encoded, own, batch_size, columns, watch("evaluated", own)
                 )
         else:
             parts = parts or split_model(model)
@@ -200,10 +202,16 @@ def _classify(
     encoded: EncodedSplit,
     own: range,
     batch_size: int,
+    columns: list[int] | None,
     watch: Watch,
 ) -> _Share:
-    """The sum of the losses, and a class index (or a regression's float) for each row."""
+    """The sum of the losses, and a class index (or a regression's float) for each row.
+
+    ``columns`` are the logits of the task's classes by index, None where they are all, in order. A
+    row for which another logit is the largest gets ``{"error": ...}``, which names its class.
+    """
     predicted: dict[int, Prediction] = {}
+    place = None if columns is None else torch.tensor(columns, device=model.device)
     outputs: list[tuple[NDArray[np.int64], Tensor]] = []
     sums: list[Tensor] = []
     for rows in _own_batches(encoded, own, batch_size):
@@ -216,11 +224,18 @@ def _classify(
             outputs.append((rows, logits.squeeze(-1)))
             sums.append((outputs[-1][1] - labels.float()).square().sum())
         else:
+            labels = labels if place is None else place[labels]
             outputs.append((rows, logits.argmax(dim=-1)))
             sums.append(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
         watch.advance(len(rows))
+    classes: dict[Any, Prediction] = {}
+    if columns is not None:
+        names = enumerate(head_labels(model.config))
+        classes = {at: {"error": f"the class {name}"} for at, name in names}
+        classes |= {at: index for index, at in enumerate(columns)}
     for rows, values in outputs:
-        predicted |= zip(rows.tolist(), values.tolist(), strict=True)
+        found = [classes.get(value, value) for value in values.tolist()]
+        predicted |= zip(rows.tolist(), found, strict=True)
     return _Share(_total(sums), len(predicted), [predicted[row] for row in own])
 
 

@@ -8,6 +8,7 @@ the prompts: a row sees no padding, and what is drawn for it is drawn from its o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from lorakit.evaluation.beams import search
 from lorakit.evaluation.choosing import Draw, processors, uniform_numbers
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.ending import Reader, eos_ids
-from lorakit.evaluation.prepare import check_prompts, generating, generation_config, left_padded
+from lorakit.evaluation.kv_cache import cache_argument, cache_of, select_rows
+from lorakit.evaluation.prepare import generating, generation_config, left_padded, prompt_limits
 from lorakit.evaluation.room import Room, room_for
 from lorakit.evaluation.watch import Watch
 
@@ -40,27 +42,28 @@ def generate_text(
 
     A continuation ends at an EOS token of the tokenizer or of the model's generation
     configuration, of which nothing else is taken; before a text of ``decoding.stop``; or after
-    ``decoding.max_new_tokens``. ``rows`` are the prompts' numbers (by default 0, 1, ...), from
-    which, with the seed, their random numbers come. ``batch_size`` is in prompts; None takes as
-    many as ``room_for`` says, a beam counting as a sequence.
+    ``decoding.max_new_tokens`` (with ``decoding.fit_window`` at the end of the window at the
+    latest). ``rows`` are the prompts' numbers (by default 0, 1, ...), from which, with the seed,
+    their random numbers come. ``batch_size`` is in prompts; None takes as many as ``room_for``
+    says, a beam counting as a sequence.
 
     Raises DataError for a prompt that is empty or leaves no room in the model's window,
     EvaluationStopped if ``watch`` is told to stop.
     """
-    check_prompts(model, tokenizer, prompts, decoding.max_new_tokens)
+    limits = prompt_limits(model, tokenizer, prompts, decoding)
     numbers = range(len(prompts)) if rows is None else rows
     watch = watch or Watch(len(prompts))
     reader = Reader(tokenizer, frozenset(eos_ids(model, tokenizer)), decoding.stop)
     groups = _same_prompts(prompts, distinct=decoding.draws)
     texts = [""] * len(prompts)
     with generating(model):
-        for batch in _batches(groups, prompts, decoding, batch_size, room_for(model)):
+        for batch, how in _batches(groups, prompts, limits, decoding, batch_size, room_for(model)):
             first = [group[0] for group in batch]
             chosen = [prompts[index] for index in first]
-            if decoding.num_beams > 1:
-                found = search(model, chosen, decoding, reader, watch)
+            if how.num_beams > 1:
+                found = search(model, chosen, how, reader, watch)
             else:
-                rounds = _Rounds(model, decoding, reader, watch)
+                rounds = _Rounds(model, how, reader, watch)
                 found = rounds.run(chosen, [numbers[index] for index in first])
             for group, text in zip(batch, found, strict=True):
                 for index in group:
@@ -103,7 +106,7 @@ class _Rounds:
             alive = [alive[i] for i in kept]
             if alive and len(kept) < len(read):
                 index = torch.tensor(kept, device=ids.device)
-                ids, mask, cache = ids[index], mask[index], _select(cache, index)
+                ids, mask, cache = ids[index], mask[index], select_rows(cache, index)
                 if draw is not None:
                     draw.keep(index)
         return texts
@@ -121,21 +124,12 @@ class _Rounds:
         out = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
-            past_key_values=cache,
             generation_config=self.config,
             logits_processor=chosen_by,
+            **cache_argument(cache),
         )
         new = mask.new_ones(mask.shape[0], out.sequences.shape[1] - mask.shape[1])
-        return out.sequences, torch.cat([mask, new], dim=1), out.past_key_values
-
-
-def _select(cache: Any, index: Tensor) -> Any:
-    """The cache of some rows; None, from which it is made anew, where it cannot be taken apart."""
-    layers = getattr(cache, "layers", ())
-    if not layers or not all(hasattr(layer, "batch_select_indices") for layer in layers):
-        return None
-    cache.batch_select_indices(index)
-    return cache
+        return out.sequences, torch.cat([mask, new], dim=1), cache_of(self.model, out)
 
 
 def _same_prompts(prompts: Sequence[Sequence[int]], distinct: bool) -> list[list[int]]:
@@ -151,15 +145,19 @@ def _same_prompts(prompts: Sequence[Sequence[int]], distinct: bool) -> list[list
 def _batches(
     groups: list[list[int]],
     prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
     decoding: Decoding,
     batch_size: int | None,
     room: Room,
-) -> Iterator[list[list[int]]]:
-    """Prompts of like length together, the longest first."""
-    ordered = sorted(groups, key=lambda group: -len(prompts[group[0]]))
-    start = 0
-    while start < len(ordered):
-        width = len(prompts[ordered[start][0]]) + decoding.max_new_tokens
-        size = batch_size or max(1, room.sequences(width) // decoding.num_beams)
-        yield ordered[start : start + size]
-        start += size
+) -> Iterator[tuple[list[list[int]], Decoding]]:
+    """Prompts of like length and of one limit together, the longest first."""
+    for limit in sorted({limits[group[0]] for group in groups}):
+        how = replace(decoding, max_new_tokens=limit)
+        ordered = [group for group in groups if limits[group[0]] == limit]
+        ordered.sort(key=lambda group: -len(prompts[group[0]]))
+        start = 0
+        while start < len(ordered):
+            width = len(prompts[ordered[start][0]]) + limit
+            size = batch_size or max(1, room.sequences(width) // how.num_beams)
+            yield ordered[start : start + size], how
+            start += size

@@ -61,7 +61,8 @@ def read_predictions(file: Path, rows: int, counts: Sequence[int]) -> list[Predi
 
 def prediction_lines(predictions: Sequence[Prediction]) -> str:
     """The text that ``read_predictions`` reads; a float keeps every digit."""
-    lines = [json.dumps({"prediction": value}, ensure_ascii=False) for value in predictions]
+    objects = [v if isinstance(v, dict) else {"prediction": v} for v in predictions]
+    lines = [json.dumps(value, ensure_ascii=False) for value in objects]
     return "".join(f"{line}\n" for line in lines)
 
 

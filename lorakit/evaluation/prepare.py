@@ -11,33 +11,55 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.errors import DataError
+from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.ending import Reader
 from lorakit.models.window import embedding_rows, window
 
 
-def check_prompts(
+def prompt_limits(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-) -> None:
-    """Raise DataError for a prompt that is empty, too long or in another model's tokens, and for a
-    pad token that the model has no embedding for."""
+    decoding: Decoding,
+) -> list[int]:
+    """How many tokens may follow each prompt: ``max_new_tokens``, or with ``fit_window`` what the
+    prompt leaves of the model's window, if that is less.
+
+    Raises DataError for a prompt that is empty, too long or in another model's tokens, and for a
+    pad token that the model has no embedding for.
+    """
     room, rows = window(model), embedding_rows(model)
     if (pad := pad_id(tokenizer)) >= rows:
         raise DataError("the tokenizer does not belong to the model: "
                         f"its pad token has id {pad}, and {rows} embeddings")  # fmt: skip
+    limits = []
     for number, prompt in enumerate(prompts, 1):
         if not len(prompt):
             raise DataError(f"prompt {number}: no token to continue")
         if (last := max(prompt)) >= rows:
             raise DataError(f"prompt {number}: the tokenizer does not belong to the model: "
                             f"id {last}, and {rows} embeddings")  # fmt: skip
-        if room is not None and len(prompt) + max_new_tokens > room:
-            raise DataError(
-                f"prompt {number}: its {len(prompt)} tokens and max_new_tokens = {max_new_tokens} "
-                f"exceed the model's window of {room} tokens"
-            )
+        limit = decoding.max_new_tokens
+        if room is not None and len(prompt) + limit > room:
+            _check_room(number, len(prompt), room, decoding)
+            limit = room - len(prompt)
+        limits.append(limit)
+    return limits
+
+
+def _check_room(number: int, tokens: int, room: int, decoding: Decoding) -> None:
+    """Raise DataError unless the answer to a prompt of so many tokens may be shortened."""
+    if tokens >= room:
+        raise DataError(
+            f"prompt {number}: its {tokens} tokens fill the model's window of {room} tokens, with "
+            f"no room for an answer; allowed: at most {room - 1}"
+        )
+    if not decoding.fit_window:
+        raise DataError(
+            f"prompt {number}: its {tokens} tokens and max_new_tokens = "
+            f"{decoding.max_new_tokens} exceed the model's window of {room} tokens; allowed: "
+            f"max_new_tokens of at most {room - tokens}"
+        )
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

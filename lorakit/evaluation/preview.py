@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from lorakit import registry
 from lorakit.data.describe import DescribedRow, Summary, describe_row, summarise
@@ -14,23 +14,28 @@ from lorakit.data.notes import chat_notes
 from lorakit.errors import UserError
 from lorakit.evaluation.splits import load_eval_split, settle, with_labels
 from lorakit.evaluation.watch import OnProgress
+from lorakit.models.heads import declares_head, plan_head
 from lorakit.models.load import explained, hub_options, load_config, quiet
 from lorakit.models.tokenizer import load_tokenizer
+from lorakit.models.window import fit_unloaded
 from lorakit.recipe.sections import ModelSection, Recipe
 from lorakit.tasks.base import Task
+from lorakit.tasks.label_counts import label_counts, look_alikes
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Preview:
-    """``labels`` are a classifier's class names by id; ``limit`` is the most tokens of a row.
-    ``training_rows`` are the rows of tokens that the split becomes."""
+    """``labels`` are a classifier's class names by id, ``label_counts`` the split's rows of each;
+    ``limit`` is the most tokens of a row; ``training_rows`` are the rows of tokens that the split
+    becomes."""
 
     task: str
     split: str
     limit: int
     labels: list[str] | None
+    label_counts: dict[str, int] | None
     examples: list[DescribedRow]
     summary: Summary
     training_rows: int
@@ -60,7 +65,9 @@ def preview(
         )
     task, config = settle(task, recipe.task, found, say)
     config = with_labels(task, config, None)
-    tokenizer, stops = _load_tokenizer(recipe.model, say)
+    model_config = load_config(recipe.model)
+    config = fit_unloaded(model_config, config, say, recipe.model.trust_remote_code)
+    tokenizer, stops = _load_tokenizer(recipe.model, model_config, say)
     encoded = encode_split(
         found,
         lambda row: task.example(row, config),
@@ -80,14 +87,38 @@ def preview(
         )
     ]
     labels = task.labels(config, None) if task.kind == "encoder" else None
+    if task.kind == "encoder":
+        _say_head(recipe.model, model_config, labels, say)
+    counts = label_counts(labels, encoded.labels) if labels and encoded.labels else None
+    for line in look_alikes(counts or {}):
+        say(line)
     return Preview(
-        config.name, found.name, config.max_length, labels, examples, summary, len(encoded)
+        task=config.name,
+        split=found.name,
+        limit=config.max_length,
+        labels=labels,
+        label_counts=counts,
+        examples=examples,
+        summary=summary,
+        training_rows=len(encoded),
     )
 
 
-def _load_tokenizer(section: ModelSection, say: Say) -> tuple[PreTrainedTokenizerBase, set[int]]:
+def _say_head(
+    section: ModelSection, config: PreTrainedConfig, labels: list[str] | None, say: Say
+) -> None:
+    """Say how the task's labels stand in the base's head, if it was saved with one. Raises
+    ModelError, as training does, for a head that does not fit."""
+    if declares_head(config):
+        note = plan_head(labels, config, section.new_head, section.name_or_path).note
+        if note:
+            say(note)
+
+
+def _load_tokenizer(
+    section: ModelSection, config: PreTrainedConfig, say: Say
+) -> tuple[PreTrainedTokenizerBase, set[int]]:
     """The tokenizer, and the ids at which the model ends a generation."""
-    config = load_config(section)
     tokenizer, notes = load_tokenizer(section.name_or_path, hub_options(section))
     for note in notes:
         say(note)

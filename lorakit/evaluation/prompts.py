@@ -39,6 +39,18 @@ def encode_prompts(
     return prompts
 
 
+def fit_max_new_tokens(config: Any, window: int | None, say: Callable[[str], None]) -> Any:
+    """``config`` with a default of ``task.max_new_tokens`` that takes at most half of the model's
+    ``window``, which is said; a value that the recipe gives stays as it is."""
+    most = config.max_new_tokens
+    if "max_new_tokens" in config.model_fields_set or window is None or 2 * most <= window:
+        return config
+    fits = max(1, window // 2)
+    say(f"task.max_new_tokens: {fits} in place of the default {most}, half of the model's window "
+        f"of {window} tokens")  # fmt: skip
+    return config.model_copy(update={"max_new_tokens": fits})
+
+
 def check_all_prompts(
     task: Task,
     config: Any,
@@ -68,7 +80,7 @@ def _room(config: Any, window: int | None) -> int:
     if room < 1:
         raise DataError(
             f"task.max_new_tokens = {config.max_new_tokens}: no room for a prompt in the model's "
-            f"window of {window} tokens"
+            f"window of {window} tokens; allowed: at most {max((window or 0) - 1, 0)}"
         )
     return room
 

@@ -13,7 +13,7 @@ from lorakit.evaluation.choosing import Draw, processors, uniform_numbers
 from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.ending import Ended, Reader, eos_ids
 from lorakit.evaluation.generation import generate_text
-from lorakit.evaluation.prepare import check_prompts, generating, generation_config, left_padded
+from lorakit.evaluation.prepare import generating, generation_config, left_padded, prompt_limits
 
 #: What bytes that are no whole character decode to.
 _HALF_A_CHARACTER = "\ufffd"
@@ -35,12 +35,11 @@ def stream_text(
         text = generate_text(model, tokenizer, [prompt], decoding)[0]
         write(text)
         return text
-    check_prompts(model, tokenizer, [prompt], decoding.max_new_tokens)
+    (most,) = prompt_limits(model, tokenizer, [prompt], decoding)
     reader = Reader(tokenizer, frozenset(eos_ids(model, tokenizer)), decoding.stop)
     ids, mask = left_padded([prompt], tokenizer, model.device)
     draw = None
     if decoding.draws:
-        most = decoding.max_new_tokens
         numbers = uniform_numbers(decoding.seed, [row], most, model.device)
         draw = Draw(decoding.temperature, decoding.top_p, numbers, len(prompt))
     streamer = _Pieces(reader, write)
@@ -49,7 +48,7 @@ def stream_text(
         generate(
             input_ids=ids,
             attention_mask=mask,
-            generation_config=generation_config(reader, max_new_tokens=decoding.max_new_tokens),
+            generation_config=generation_config(reader, max_new_tokens=most),
             logits_processor=processors(decoding, len(prompt), draw),
             stopping_criteria=StoppingCriteriaList([Ended(reader, len(prompt))]),
             streamer=streamer,

@@ -116,6 +116,11 @@ class Method:
         layer's own base may be without values."""
         return weight.float() + self.delta_weight(layer)
 
+    def merged_rows(self, layer: AdapterLayer, weight: Tensor, start: int) -> Tensor | None:
+        """``merged_weight`` of some rows of W in its own layout, ``weight`` being those from
+        ``start`` on; None if the method computes the whole matrix or nothing."""
+        return None
+
     def param_groups(
         self,
         parameters: Mapping[str, nn.Parameter],

@@ -83,6 +83,18 @@ class Dora(Lora):
         factor = layer.lora_magnitude_vector.detach().float() / norm
         return merged.mul_(factor[:, None] if layer.kind == "linear" else factor)
 
+    def merged_rows(self, layer: AdapterLayer, weight: Tensor, start: int) -> Tensor | None:
+        import torch
+
+        if layer.kind != "linear" or type(self).merged_weight is not Dora.merged_weight:
+            return None
+        A, B = self.factors(layer)
+        own = slice(start, start + len(weight))
+        merged = (B[own].detach().float() @ A.detach().float()).mul_(layer.scaling).add_(weight)
+        norm = torch.linalg.vector_norm(merged, dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+        factor = layer.lora_magnitude_vector.detach()[own].float() / norm
+        return merged.mul_(factor[:, None])
+
     def delta_weight(self, layer: AdapterLayer) -> Tensor:
         return self.merged_weight(layer, layer.weight) - layer.weight.float()
 

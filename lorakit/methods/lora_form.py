@@ -79,10 +79,14 @@ def read_layer(
 
 def check_names(name: str, tensors: Collection[str], wanted: set[str]) -> None:
     """Raise AdapterError if the file's tensors of the module ``name`` are not those ``wanted``."""
-    if unlike := set(tensors) ^ wanted:
-        verb = "unknown" if unlike <= set(tensors) else "missing"
-        listed = ", ".join(f"{name}.{key}" for key in sorted(unlike))
-        raise AdapterError(f"{verb} tensors: {listed}")
+    extra, lacking = set(tensors) - wanted, wanted - set(tensors)
+    kinds = (("unknown", extra), ("missing", lacking))
+    if found := [
+        f"{kind} tensors: {', '.join(f'{name}.{key}' for key in sorted(keys))}"
+        for kind, keys in kinds
+        if keys
+    ]:
+        raise AdapterError("; ".join(found))
 
 
 def checked_value(
@@ -182,10 +186,16 @@ def peft_rank(settings: Mapping[str, Any], name: str) -> int:
     return int(_by_pattern(settings.get("rank_pattern"), name, settings.get("r", 8)))
 
 
+def peft_alpha(settings: Mapping[str, Any], name: str) -> float:
+    """The lora_alpha that ``adapter_config.json`` gives the module."""
+    alpha = _by_pattern(settings.get("alpha_pattern"), name, settings.get("lora_alpha", 8))
+    return float(alpha)
+
+
 def peft_scaling(settings: Mapping[str, Any], name: str, r: int) -> float:
     """What PEFT multiplies B A by. Raises AdapterError if that is not finite."""
-    alpha = _by_pattern(settings.get("alpha_pattern"), name, settings.get("lora_alpha", 8))
-    scaling = float(alpha) / (math.sqrt(r) if settings.get("use_rslora") else r)
+    alpha = peft_alpha(settings, name)
+    scaling = alpha / (math.sqrt(r) if settings.get("use_rslora") else r)
     if not math.isfinite(scaling):
         raise AdapterError(f"{name}: lora_alpha = {alpha}: allowed: a finite number")
     return scaling

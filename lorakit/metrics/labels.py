@@ -51,9 +51,8 @@ def _f1(gold: Numbers, predicted: Numbers, classes: int) -> float:
     classes (macro) where there are more; a class without any of the three counts 0."""
     from sklearn.metrics import f1_score
 
-    average = "binary" if classes == 2 else "macro"
-    every = list(range(classes)) if classes > 2 else None
-    return float(f1_score(gold, predicted, labels=every, average=average, zero_division=0))
+    scored = [1] if classes == 2 else list(range(classes))  # a prediction may be none of them
+    return float(f1_score(gold, predicted, labels=scored, average="macro", zero_division=0))
 
 
 def _matthews_correlation(gold: Numbers, predicted: Numbers, classes: int) -> float:

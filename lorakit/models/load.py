@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
-import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlparse
 
 import torch
 from transformers import (
@@ -23,15 +22,19 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 from transformers.utils import logging as transformers_logging
 
 from lorakit.errors import ModelError
+from lorakit.models.heads import declares_head, in_head, plan_head, renew_head, stores_head
+from lorakit.models.located import hub_resolves, is_missing_path, other_content
 from lorakit.models.tokenizer import load_tokenizer
 from lorakit.recipe.sections import ModelSection
 
 Kind = Literal["causal", "encoder"]
+_SEES = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,16 @@ def load_pretrained(
     kind: Kind,
     labels: Sequence[str] | None = None,
     seed: int = 0,
+    *,
+    head_given: bool = False,
 ) -> Pretrained:
     """The model in evaluation mode, in ``section.dtype``, and its tokenizer with a pad token.
 
-    For an encoder ``labels`` are the class names, None for regression; a head that the checkpoint
-    lacks is drawn from ``seed``. Raises ModelError if the model is missing, gated, unreachable, of
-    the other kind, not in safetensors, or if weights other than a head's are missing.
+    For an encoder ``labels`` are the class names, None for regression. A head that the checkpoint
+    holds is used as ``plan_head`` says, with its own labels; one that it lacks is drawn from
+    ``seed``. ``head_given``: an adapter brings the head, with ``labels``, whatever the base's is.
+    Raises ModelError if the model is missing, gated, unreachable, of the other kind, not in
+    safetensors, if its head does not fit, or if weights other than a head's are missing.
     """
     name = section.name_or_path
     hub = hub_options(section)
@@ -64,31 +71,98 @@ def load_pretrained(
     options: dict[str, Any] = {**hub, "dtype": getattr(torch, section.dtype)}
     if section.attn_implementation != "auto":
         options["attn_implementation"] = section.attn_implementation
-    if kind == "encoder":
-        options |= label_options(labels)
     tokenizer, notes = load_tokenizer(name, hub)
-    torch.manual_seed(seed)
-    loader: Any = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
-    with explained(name), quiet():
-        model, info = loader.from_pretrained(
-            name, config=_with_labels(config, options), output_loading_info=True,
-            use_safetensors=True, ignore_mismatched_sizes=True, **options,
-        )  # fmt: skip
-    check_shapes(info["mismatched_keys"], name)
+    if kind == "causal":
+        model, info = _from_pretrained(AutoModelForCausalLM, name, config, options, seed)
+        check_shapes(info["mismatched_keys"], name)
+    elif head_given:
+        model, info = _classifier(name, config, labels, options, seed)
+    else:
+        model, info, note = _with_head(section, config, labels, options, seed)
+        notes += [note] if note else []
     model.config.pad_token_id = tokenizer.pad_token_id
     new = _new_modules(model, info, kind, name)
     return Pretrained(model.eval(), tokenizer, new, tuple(notes))
 
 
+def _with_head(
+    section: ModelSection,
+    config: PreTrainedConfig,
+    labels: Sequence[str] | None,
+    options: Mapping[str, Any],
+    seed: int,
+) -> tuple[PreTrainedModel, dict[str, Any], str | None]:
+    """The classifier with the checkpoint's head, or a new one, and what is to say of it."""
+    name = section.name_or_path
+    plan, misfit = None, None
+    try:
+        plan = plan_head(labels, config, section.new_head, name)
+    except ModelError as error:  # of no account if the checkpoint turns out to have no head
+        misfit = error
+    expected = plan.labels if plan is not None and declares_head(config) else labels
+    model, info = _classifier(name, config, expected, options, seed)
+    if not stores_head(model, info):
+        if expected != labels:
+            model, info = _classifier(name, config, labels, options, seed)
+        return model, info, None
+    if misfit is not None:
+        raise misfit
+    assert plan is not None, "there is a plan or a misfit"
+    if expected != plan.labels:
+        model, info = _classifier(name, config, plan.labels, options, seed)
+    if plan.fresh:
+        info["missing_keys"] |= {f"{module}." for module in renew_head(model, seed)}
+    return model, info, plan.note
+
+
+def _classifier(
+    name: str,
+    config: PreTrainedConfig,
+    labels: Sequence[str] | None,
+    options: Mapping[str, Any],
+    seed: int,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The base with a head for ``labels``; the head's tensors of another size are drawn anew."""
+    config = copy.deepcopy(config)
+    for key, value in label_options(labels).items():
+        setattr(config, key, value)
+    model, info = _from_pretrained(AutoModelForSequenceClassification, name, config, options, seed)
+    check_shapes([key for key in info["mismatched_keys"] if not in_head(model, key[0])], name)
+    return model, info
+
+
+def _from_pretrained(
+    loader: Any, name: str, config: PreTrainedConfig, options: Mapping[str, Any], seed: int
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    torch.manual_seed(seed)
+    with explained(name), quiet():
+        model, info = loader.from_pretrained(
+            name, config=config, output_loading_info=True,
+            use_safetensors=True, ignore_mismatched_sizes=True, **options,
+        )  # fmt: skip
+    return model, {**info, "missing_keys": {*info["missing_keys"]}}
+
+
 def load_config(section: ModelSection) -> PreTrainedConfig:
     """The model's configuration alone. Raises ModelError as ``load_pretrained`` does."""
-    name, folder = section.name_or_path, Path(section.name_or_path)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        adapter = (folder / "adapter_config.json").is_file()
+    name, path = section.name_or_path, Path(section.name_or_path)
+    if path.is_dir() and not (path / "config.json").is_file():
+        what = other_content(path)
         raise ModelError(
             f"model.name_or_path: {name}: no config.json in the directory"
-            + (" (it holds an adapter, not a base model)" if adapter else "")
+            + (f" ({what})" if what else "")
         )
+    if path.is_file():
+        what = other_content(path) or "a file"
+        raise ModelError(
+            f"model.name_or_path: {name}: {what}; allowed: a model directory in the format of "
+            "transformers, or a Hub id"
+        )
+    if is_missing_path(name):
+        hint = (
+            "; a Hub id is namespace/name" if name.count("/") > 1 and name[0] not in "/.~" else ""
+        )
+        raise ModelError(f"model.name_or_path: {name}: no such directory{hint}")
     with explained(name), quiet():
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, **hub_options(section))
     return config
@@ -97,7 +171,7 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
 def hub_options(section: ModelSection) -> dict[str, Any]:
     """What every ``from_pretrained`` gets; without a network only the local cache is asked."""
     options = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
-    if not Path(section.name_or_path).is_dir() and not _hub_resolves():
+    if not Path(section.name_or_path).is_dir() and not hub_resolves():
         options["local_files_only"] = True
     return {key: value for key, value in options.items() if value is not None}
 
@@ -115,13 +189,6 @@ def label_options(labels: Sequence[str] | None) -> dict[str, Any]:
     }
 
 
-def _with_labels(config: PreTrainedConfig, options: dict[str, Any]) -> PreTrainedConfig:
-    for key in ("num_labels", "id2label", "label2id", "problem_type"):
-        if key in options:
-            setattr(config, key, options.pop(key))
-    return config
-
-
 def _check_kind(config: PreTrainedConfig, kind: Kind, name: str) -> None:
     causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -131,7 +198,14 @@ def _check_kind(config: PreTrainedConfig, kind: Kind, name: str) -> None:
             "the task needs an encoder alone; allowed: a model such as BERT, RoBERTa or ModernBERT"
         )
     encoder = masked and not getattr(config, "is_decoder", False)
-    if kind == "causal" and (encoder or not causal) and not hasattr(config, "auto_map"):
+    brings_code = hasattr(config, "auto_map")
+    if kind == "causal" and config.model_type in _SEES and not causal and not brings_code:
+        raise ModelError(
+            f"model.name_or_path: {name}: {config.model_type} is multimodal, and transformers has "
+            "no class for training it on text alone: not supported yet; allowed: a decoder such as "
+            "Llama, Qwen or GPT-2, or a multimodal Gemma 3, Qwen3.5 or Llama 4"
+        )
+    if kind == "causal" and (encoder or not causal) and not brings_code:
         raise ModelError(
             f"model.name_or_path: {name}: {config.model_type} is not a causal language model, and "
             "the task needs one; allowed: a decoder such as Llama, Qwen, Gemma or GPT-2"
@@ -162,18 +236,6 @@ def _new_modules(model: PreTrainedModel, info: Any, kind: Kind, name: str) -> tu
 def _is_backbone(model: PreTrainedModel, key: str) -> bool:
     """Whether a weight belongs to the pretrained part; a pooler may be new, as a head is."""
     return key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key
-
-
-def _hub_resolves() -> bool:
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
-    except OSError:
-        return False
-    return True
 
 
 @contextmanager

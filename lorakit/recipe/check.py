@@ -73,7 +73,7 @@ def check_sections(
     """
     faults: list[Fault] = []
     if model is not None:
-        faults += _dtype(model)
+        faults += [*_dtype(model), *_new_head(model, task_kind)]
     if adapter is not None:
         faults += [*_layers(adapter), *_targets(adapter)]
     if task is not None:
@@ -84,7 +84,7 @@ def check_sections(
         faults += _one_of(train, "epochs", "max_steps")
         if task is None or not registry.is_own_task(str(getattr(task, "name", ""))):
             faults += _metric(train)  # an own task's metrics have the names that its file gives
-        faults += _one_of(train, "warmup_ratio", "warmup_steps")
+        faults += [*_one_of(train, "warmup_ratio", "warmup_steps"), *_warmup(train)]
     return faults
 
 
@@ -126,6 +126,12 @@ def _dtype(model: ModelSection) -> Iterator[Fault]:
             True,
             "bfloat16, float32",
         )
+
+
+def _new_head(model: ModelSection, kind: str | None) -> Iterator[Fault]:
+    if model.new_head and kind == "causal":
+        message = "the task has no classification head"
+        yield Fault(("model", "new_head"), message, True, True, "false")
 
 
 def _layers(adapter: AdapterSection) -> Iterator[Fault]:
@@ -182,6 +188,13 @@ def _one_of(train: TrainSection, first: str, second: str) -> Iterator[Fault]:
         message = f"train.{first} is set too, and they contradict each other"
         allowed = f"one of {first} and {second}; the other null or left out"
         yield Fault(("train", second), message, getattr(train, second), True, allowed)
+
+
+def _warmup(train: TrainSection) -> Iterator[Fault]:
+    steps, total = train.warmup_steps, train.max_steps
+    if steps is not None and total is not None and steps > total:
+        message = f"longer than the run: train.max_steps = {total}"
+        yield Fault(("train", "warmup_steps"), message, steps, True, f"0 to {total}")
 
 
 def _metric(train: TrainSection) -> Iterator[Fault]:

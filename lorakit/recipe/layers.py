@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 _RANGE = re.compile(r"\s*([0-9]{1,6})\s*(?:-\s*([0-9]{1,6})\s*)?")
 MAX_LAYER = 9_999
@@ -25,3 +26,14 @@ def parse_layers(text: str) -> tuple[int, ...]:
             raise ValueError(f"layer {last} is beyond any model; at most {MAX_LAYER}")
         found.update(range(first, last + 1))
     return tuple(sorted(found))
+
+
+def format_layers(layers: Iterable[int]) -> str:
+    """(0, 1, 2, 7) -> ``"0-2,7"``, which ``parse_layers`` reads."""
+    found: list[list[int]] = []
+    for layer in sorted(set(layers)):
+        if found and layer == found[-1][-1] + 1:
+            found[-1] = [found[-1][0], layer]
+        else:
+            found.append([layer])
+    return ",".join("-".join(map(str, span)) for span in found)

@@ -70,7 +70,10 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """``model``: which pretrained weights, and how they are held."""
+    """``model``: which pretrained weights, and how they are held.
+
+    ``new_head`` replaces the classification head that the base brings by a new one.
+    """
 
     name_or_path: Text
     revision: str | None = None
@@ -78,6 +81,7 @@ class ModelSection(Section):
     base_precision: None = None
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     trust_remote_code: bool = False
+    new_head: bool = False
 
 
 class AdapterSection(Section):

@@ -97,7 +97,7 @@ class Auto(FormattedTask):
         own = type(task).Config
         given = {
             key: value
-            for key, value in config.model_dump().items()
+            for key, value in config.model_dump(exclude_unset=True).items()
             if key in own.model_fields and (key, value) != ("eval_generate", None)
         }
         return task, own.model_validate({**given, "name": task.names[0]})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,10 @@ from lorakit.data.sources import Split
 from lorakit.errors import DataError, shown
 from lorakit.metrics.labels import label_score, require_metrics
 from lorakit.tasks.base import Prediction, Row, Task
+from lorakit.tasks.label_counts import folded_label
 
+#: In place of the id of a class that the base's head has and the task does not: {"error": ...}.
+NO_CLASS = -1
 _INTEGER = re.compile(r"[-+]?[0-9]{1,18}")
 _DECIMAL = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
@@ -74,8 +77,9 @@ class LabelledTask(Task):
         """The metrics of ``labelling``. F1 is that of class 1 where there are two classes, and the
         mean over the classes (macro) where there are more.
 
-        What a constant prediction or constant gold leaves undefined (a correlation's 0 / 0)
-        counts 0. Raises DataError for a prediction that is no label id, or no finite number.
+        ``{"error": ...}`` as a prediction is wrong in any row. What a constant prediction or
+        constant gold leaves undefined (a correlation's 0 / 0) counts 0. Raises DataError for a
+        prediction that is no label id, or no finite number.
         """
         where = self.labelling(config)
         if len(predictions) != len(split):
@@ -116,7 +120,9 @@ def read_label(value: Any, where: Labelling) -> int | float:
         return index
     if index == -1:
         raise DataError(f"{said}: the labels here are hidden, as in a benchmark's test split")
-    raise DataError(f"{said}: unknown label; allowed: {_allowed(where.labels)}")
+    alike = [n for n in where.labels if folded_label(n) == folded_label(str(value))]
+    hint = f"; did you mean {shown(alike[0])}, as it is written there?" if alike else ""
+    raise DataError(f"{said}: unknown label{hint}; allowed: {_allowed(where.labels)}")
 
 
 def label_name(value: Any) -> str | None:
@@ -173,6 +179,11 @@ def _text(row: Row, column: str) -> str:
     return value
 
 
+def class_id(value: Prediction) -> Prediction:
+    """A prediction as metrics take it: its class index, or NO_CLASS."""
+    return NO_CLASS if isinstance(value, Mapping) else value
+
+
 def _prediction(value: Prediction, where: Labelling, number: int) -> int | float:
     plain = isinstance(value, (int, float)) and not isinstance(value, bool)
     if where.labels is None:
@@ -181,6 +192,8 @@ def _prediction(value: Prediction, where: Labelling, number: int) -> int | float
             return target
         raise DataError(f"prediction {number}: {shown(value)}; allowed: a finite number")
     index = as_integer(value) if plain else None
+    if isinstance(value, Mapping) and value.keys() == {"error"}:
+        return NO_CLASS
     if index is None or not 0 <= index < len(where.labels):
         allowed = f"a label id, 0 to {len(where.labels) - 1}"
         raise DataError(f"prediction {number}: {shown(value)}; allowed: {allowed}")

@@ -24,7 +24,7 @@ from lorakit.recipe.yaml_source import read_yaml
 from lorakit.tasks.base import LOWER_IS_BETTER, Prediction, Task
 from lorakit.tasks.classification import Classification
 from lorakit.tasks.completion import Completion
-from lorakit.tasks.labelled import Labelling, read_label
+from lorakit.tasks.labelled import Labelling, class_id, read_label
 from lorakit.tasks.matches import paired, text_scores
 from lorakit.tasks.own_code import is_code
 from lorakit.tasks.own_metric import metric_digest, metric_name, own_scores
@@ -76,7 +76,7 @@ class OwnClassification(Classification):
         gold = [read_label(value, where) for value in split.column(where.label)]
         for name in self.scored_by:
             if is_code(name):
-                scores |= own_scores(name, predictions, gold)
+                scores |= own_scores(name, [class_id(value) for value in predictions], gold)
         return scores
 
 

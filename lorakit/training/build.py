@@ -17,19 +17,21 @@ from lorakit.evaluation.sharing import launched
 from lorakit.injection import trainable_state
 from lorakit.layers import adapter_layers
 from lorakit.methods.base import Method
+from lorakit.models.heads import label_columns
 from lorakit.models.packed import use_varlen
 from lorakit.recipe.sections import Recipe
 from lorakit.training.batching import build_collate, padding_multiple
 from lorakit.training.best import Best
 from lorakit.training.evaluator import Evaluator
 from lorakit.training.finite import divergence
+from lorakit.training.first_step import FirstStep
 from lorakit.training.loop import Loop
 from lorakit.training.objective import CausalObjective, EncoderObjective
-from lorakit.training.optim import build_optimizer, build_scheduler
+from lorakit.training.optim import build_optimizer, build_scheduler, check_warmup
 from lorakit.training.schedule import Schedule
-from lorakit.training.setup import Prepared, main_metric
+from lorakit.training.setup import Prepared, Say, main_metric
 from lorakit.training.signals import StopRequest
-from lorakit.training.tracking import Recorder
+from lorakit.training.tracking import Recorder, trackers
 
 
 def build_loop(
@@ -39,11 +41,12 @@ def build_loop(
     schedule: Schedule,
     recorder: Recorder,
     stop: StopRequest,
+    say: Say = lambda text: None,
 ) -> Loop:
     section, model = prepared.recipe.train, prepared.model
     set_seed(section.seed)
     if section.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        _checkpoint_activations(model, encoder=prepared.task.kind == "encoder")
     model.to(accelerator.device)
     varlen = prepared.recipe.task.packing and use_varlen(model)
     objective: Any
@@ -53,7 +56,9 @@ def build_loop(
         longest = max(prepared.recipe.task.max_length, padding)
         objective = CausalObjective(model, section.label_smoothing, longest)
     else:
-        objective = EncoderObjective(model, section.label_smoothing)
+        labels = prepared.task.labels(prepared.recipe.task, None)
+        columns = label_columns(model, labels)
+        objective = EncoderObjective(model, section.label_smoothing, columns)
     if section.compile is True:
         (objective.parts.decoder if objective.parts else model).compile(dynamic=True)
     trainable: Any = trainable_state(model)
@@ -83,9 +88,31 @@ def build_loop(
         hooks=hooks,
         cause=divergence(section.learning_rate, method.advice(prepared.recipe.adapter)),
     )
+    loop.check_first_step = FirstStep(
+        model,
+        say,
+        whole=_asked_whole(prepared),
+        counts=section.compile is not True,
+    ).check
     if prepared.evaluation is not None and recorder is not None:
         loop.evaluate = build_evaluator(prepared, loop, final=False)
     return loop
+
+
+def _asked_whole(prepared: Prepared) -> list[str]:
+    """The modules that train whole because the recipe names them."""
+    asked = prepared.recipe.adapter.modules_to_save
+    whole = prepared.report.modules_to_save
+    return [n for n in whole if any(n == end or n.endswith(f".{end}") for end in asked)]
+
+
+def _checkpoint_activations(model: Any, encoder: bool) -> None:
+    """Later releases of transformers 5 deprecate ``gradient_checkpointing_enable``."""
+    if encoder:  # else transformers warns that it turns the cache off
+        model.config.use_cache = False
+    name = "activation_checkpointing_enable"
+    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def build_evaluator(prepared: Prepared, loop: Loop, final: bool) -> Evaluator:
@@ -106,6 +133,7 @@ def build_schedule(recipe: Recipe, steps: StepSource) -> Schedule:
     total = section.max_steps or max(1, round((section.epochs or 1) * (epoch or 1)))
     method: Method = registry.methods()[recipe.adapter.method]
     method.check_steps(recipe.adapter, total)
+    check_warmup(section, total)
     return Schedule(
         total_steps=total,
         steps_per_epoch=epoch,
@@ -126,7 +154,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     AcceleratorState._reset_state()  # a second run in one process may need another precision
     accelerator = Accelerator(
         mixed_precision="fp16" if half else "no",
-        log_with=list(recipe.train.trackers) or None,
+        log_with=trackers(recipe.train.trackers) or None,
         project_config=ProjectConfiguration(recipe.train.output_dir),
     )
     if half and accelerator.device.type == "cpu":

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lorakit.adapters.beside import written_beside
 from lorakit.errors import UserError
+from lorakit.training.finite import LossHistory
 
 _NAME = re.compile(r"step-(\d+)")
 
@@ -36,7 +37,7 @@ class Progress:
     """Where a run stands. ``step`` counts finished optimizer steps; ``window`` holds the loss, the
     gradient norm and the method's values of each step since the last log line; ``metrics_lines``
     are those that metrics.jsonl had; ``first_loss`` is the first line's, and ``said_grown`` whether
-    the user knows that it grew far above that."""
+    the user knows that it grew far above that. ``history`` is what the end is judged by."""
 
     step: int = 0
     trained_tokens: int = 0
@@ -50,6 +51,7 @@ class Progress:
     metrics_lines: int = 0
     first_loss: float | None = None
     said_grown: bool = False
+    history: LossHistory = field(default_factory=LossHistory)
 
 
 @dataclass
@@ -121,7 +123,7 @@ def load_checkpoint(checkpoint: Path) -> Snapshot:
         tensors = load_file(checkpoint / "optimizer.safetensors")
         best = checkpoint / "best.safetensors"
         return Snapshot(
-            progress=Progress(**state["progress"]),
+            progress=_progress(state["progress"]),
             weights=load_file(checkpoint / "weights.safetensors"),
             method=load_file(checkpoint / "method.safetensors"),
             optimizer=_join_tensors(tensors, state["optimizer"]),
@@ -132,6 +134,10 @@ def load_checkpoint(checkpoint: Path) -> Snapshot:
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"--resume: {checkpoint}: not a whole checkpoint: {error}") from error
+
+
+def _progress(stored: dict[str, Any]) -> Progress:
+    return Progress(**{**stored, "history": LossHistory(**stored.get("history", {}))})
 
 
 def checkpoints(folder: Path) -> list[Path]:

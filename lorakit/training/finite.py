@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lorakit.training.late import LateValues
+
+#: So many steps at the end of a run are averaged.
+_LAST_STEPS = 10
 
 
 def divergence(learning_rate: float, advice: str | None) -> str:
@@ -51,6 +55,54 @@ def grown_loss(values: LateValues, first: float, cause: str) -> str | None:
         f"step {values.known['step']}: the loss is {values.loss:.4g}, at the start it was "
         f"{first:.4g}; likely cause: {cause}"
     )
+
+
+@dataclass
+class LossHistory:
+    """``start`` is the loss of the first step, whose weights are the untrained ones; ``peak`` the
+    highest of a step; ``last`` those of the last steps, oldest first."""
+
+    start: float | None = None
+    peak: float = -math.inf
+    last: list[float] = field(default_factory=list)
+
+    def add(self, losses: Sequence[float]) -> None:
+        """The losses of the next steps."""
+        if self.start is None and losses:
+            self.start = losses[0]
+        self.peak = max(self.peak, *losses)
+        self.last = [*self.last, *losses][-_LAST_STEPS:]
+
+
+def diverged(history: LossHistory, again: float | None) -> bool:
+    """Whether a run with finite losses left the model worse than it was.
+
+    ``again`` is the loss that the first step's rows have after the training (None: not known); it
+    is compared with ``history.start``, the loss of the same rows before, so that no difference
+    between rows counts. The run diverged if ``again`` and the mean of the last steps are both more
+    than 1.5 times the start and more than 1 above it; or if a step's loss was more than 10 times
+    the start and more than 10 above it, and both ended above 0.9 of the start.
+    """
+    if history.start is None:
+        return False
+    start, mean = history.start, sum(history.last) / len(history.last)
+    end = mean if again is None else min(again, mean)
+    if not math.isfinite(end):
+        return True
+    if end > max(1.5 * start, start + 1):
+        return True
+    return history.peak > max(10 * start, start + 10) and end > 0.9 * start
+
+
+def divergence_note(history: LossHistory, again: float | None, cause: str) -> str:
+    """What a run that ``diverged`` says at its end."""
+    assert history.start is not None
+    before = f"{history.start:.4g} at the start, {history.peak:.4g} at its highest"
+    if again is not None:
+        now = f"and {again:.4g} at the end, on the rows of the first step"
+    else:
+        now = f"and {sum(history.last) / len(history.last):.4g} at the end"
+    return f"the run diverged: the loss was {before} {now}; likely cause: {cause}"
 
 
 def _likely_cause(values: LateValues, index: int, scaled: bool, cause: str) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from lorakit.data.batches import Batch, to_device
-from lorakit.data.plan import Bin, StepSource
+from lorakit.data.plan import Bin, Step, StepSource
 from lorakit.data.stream import FileChanged
 from lorakit.errors import (
     BadRow,
@@ -36,7 +36,13 @@ from lorakit.training.checkpoint import (
     restore_random_states,
     save_checkpoint,
 )
-from lorakit.training.finite import broken_step, broken_weight, grown_loss
+from lorakit.training.finite import (
+    broken_step,
+    broken_weight,
+    diverged,
+    divergence_note,
+    grown_loss,
+)
 from lorakit.training.hardware import peak_memory_bytes
 from lorakit.training.late import LateReader, LateValues
 from lorakit.training.schedule import Schedule
@@ -47,7 +53,8 @@ from lorakit.training.tracking import Recorder
 @dataclass
 class Loop:
     """``objective`` maps a batch to the sum of its losses; ``evaluate`` gives the metrics of the
-    model as it is; ``cause`` says why weights are likely to diverge."""
+    model as it is; ``cause`` says why weights are likely to diverge. ``check_first_step`` is called
+    once, when the first gradients are there."""
 
     accelerator: Accelerator
     objective: nn.Module
@@ -65,6 +72,7 @@ class Loop:
     max_grad_norm: float | None
     hooks: RunHooks
     cause: str
+    check_first_step: Callable[[], None] | None = None
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
@@ -72,6 +80,8 @@ class Loop:
         self._window_start = time.monotonic()
         self._window_tokens = 0
         self._last_checkpoint: Path | None = None
+        self._first: Step | None = None
+        self.broken = False
 
     def resume(self, checkpoint: Path, snapshot: Snapshot) -> None:
         """Put everything back as it was when ``checkpoint`` was written.
@@ -149,10 +159,32 @@ class Loop:
         self._stage()
         return self._late.arrived(wait=True)[0].losses[0]
 
+    def divergence(self) -> str | None:
+        """What to say of a run that is over and left the model worse than it was. Measures the
+        first step's rows once more; those of a resumed stream have gone by."""
+        step, history = self._first, self.progress.history
+        if step is None and self.steps.steps_per_epoch is not None:
+            step = self.steps.step(0)
+        again = self._measure(step) if step is not None else None
+        return divergence_note(history, again, self.cause) if diverged(history, again) else None
+
+    @torch.no_grad()
+    def _measure(self, step: Step) -> float:
+        """The step's loss with the weights as they are, without dropout."""
+        self.objective.eval()
+        total = 0.0
+        for bins in step.micro_batches:
+            batch = to_device(self.collate(bins), self.accelerator.device)
+            total += float(self.objective(batch))
+        self.objective.train()
+        return total / step.trained
+
     def _train_step(self) -> None:
         """Forward and backward over the step's micro-batches, normalised over all of its trained
         tokens, and one optimizer step. Nothing here waits for the device."""
         step = self.steps.step(self.progress.step)
+        if self.progress.step == 0:
+            self._first = step
         count = step.trained
         factor = 1 / count
         total: Tensor | None = None
@@ -162,9 +194,13 @@ class Loop:
             last = index == len(step.micro_batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.objective):
                 loss = self.objective(batch) * factor
-                self.accelerator.backward(loss)
+                if loss.requires_grad:  # not where all that trains are experts without tokens
+                    self.accelerator.backward(loss)
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
+        if self.check_first_step is not None:
+            self.check_first_step()
+            self.check_first_step = None
         values = self.hooks.before_step(self._scaled)
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
         norm = self.accelerator.clip_grad_norm_(list(self.trainable.values()), limit)
@@ -209,6 +245,7 @@ class Loop:
     def _emit(self, wait: bool) -> None:
         for values in self._late.arrived(wait):
             self._check_finite(values)
+            self.progress.history.add(values.losses)
             self.recorder.log(values.line())
             self._warn_if_grown(values)
 
@@ -245,6 +282,7 @@ class Loop:
             progress.said_grown = True
 
     def _fail(self, what: str) -> NoReturn:
+        self.broken = True
         good = self._last_checkpoint or "none was written yet"
         raise TrainingError(f"{what}; last good checkpoint: {good}")
 

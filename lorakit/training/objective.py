@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -44,13 +46,22 @@ class CausalObjective(nn.Module):
 
 
 class EncoderObjective(nn.Module):
-    """The sum over rows of the cross entropy, or of the squared error for one output."""
+    """The sum over rows of the cross entropy, or of the squared error for one output. ``columns``
+    are the logits of the task's classes by index; None: they are all, in order."""
 
     parts = None
+    columns: Tensor | None
 
-    def __init__(self, model: PreTrainedModel, label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        label_smoothing: float = 0.0,
+        columns: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
+        place = None if columns is None else torch.tensor(columns)
+        self.register_buffer("columns", place, persistent=False)
         self.label_smoothing = label_smoothing
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
@@ -60,6 +71,8 @@ class EncoderObjective(nn.Module):
         labels = batch["labels"]
         if logits.shape[-1] == 1:
             return F.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum")
+        if self.columns is not None:
+            labels = self.columns[labels]
         return F.cross_entropy(
             logits, labels, reduction="sum", label_smoothing=self.label_smoothing
         )

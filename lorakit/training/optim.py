@@ -59,6 +59,15 @@ def build_scheduler(
     return scheduler
 
 
+def check_warmup(section: TrainSection, total_steps: int) -> None:
+    """Raise UserError for a warmup that the run ends before."""
+    if section.warmup_steps is not None and section.warmup_steps > total_steps:
+        raise UserError(
+            f"train.warmup_steps = {section.warmup_steps}: longer than the run, which has "
+            f"{total_steps} steps; allowed: 0 to {total_steps}"
+        )
+
+
 def resolve_warmup_steps(section: TrainSection, total_steps: int) -> int:
     """``warmup_steps``, or the ratio of all steps rounded up; it leaves a step to train in."""
     if section.warmup_steps is not None:

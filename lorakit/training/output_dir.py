@@ -25,6 +25,8 @@ _FREE = {
     "train.save_total_limit",
     "train.trackers",
 }
+#: Keys of the task whose defaults are shortened to what the model takes.
+_FITTED = {"max_length", "max_new_tokens"}
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,10 @@ def find_start(recipe: Recipe, resume: str | None) -> Start:
             + "name another directory"
         )
     if named is not None:
-        _same_recipe(recipe, named.parent.parent)
+        check_same_recipe(recipe, named.parent.parent)
         return Start(named, load_checkpoint(named))
     if complete or found:
-        _same_recipe(recipe, output_dir)
+        check_same_recipe(recipe, output_dir)
     if complete:
         return Start(finished=run)
     return Start(found[-1], load_checkpoint(found[-1])) if found else Start()
@@ -139,15 +141,17 @@ def _read_run(output_dir: Path) -> dict[str, Any]:
     return run if isinstance(run, dict) else {}
 
 
-def _same_recipe(recipe: Recipe, output_dir: Path) -> None:
-    """A resumed run must be the run that was begun. Class names that the data gave may differ."""
+def check_same_recipe(recipe: Recipe, output_dir: Path, prepared: bool = False) -> None:
+    """Raise UserError unless a resumed run is the run that was begun. Class names that the data
+    gave may differ, and before the recipe is ``prepared`` a default that is fitted to the model."""
     path = output_dir / "recipe.yaml"
     if not path.is_file():
         return
     before, now = _flat(load_recipe(path).resolved()), _flat(recipe.resolved())
+    later = set() if prepared else {f"task.{k}" for k in _FITTED - recipe.task.model_fields_set}
     changed = [
         key
-        for key in sorted({*before, *now} - _FREE)
+        for key in sorted({*before, *now} - _FREE - later)
         if before.get(key) != now.get(key) and not (key == "task.labels" and now.get(key) is None)
     ]
     if changed:

@@ -18,8 +18,9 @@ _PACKAGES = ("lorakit", "torch", "transformers", "accelerate", "datasets", "safe
 @dataclass
 class RunRecord:
     """``seconds`` are those of training and its evaluations, over all resumes; ``exit_reason`` is
-    null while the run goes on. ``bad_row`` says that a row of a stream ended the run, which may be
-    resumed once the row is mended."""
+    null while the run goes on. ``diverged`` says that the loss ended above its start, or was not
+    finite; ``bad_row`` that a row of a stream ended the run, which may be resumed once the row is
+    corrected."""
 
     adapted_modules: list[dict[str, Any]]
     trainable_parameters: int
@@ -27,6 +28,7 @@ class RunRecord:
     hardware: dict[str, Any]
     seed: int
     data: dict[str, Any]
+    coverage: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=lambda: versions())
     git_commit: str | None = field(default_factory=lambda: git_commit())
     steps: int = 0
@@ -36,6 +38,7 @@ class RunRecord:
     metrics: dict[str, float] = field(default_factory=dict)
     best_step: int | None = None
     ranks: list[dict[str, Any]] | None = None
+    diverged: bool = False
     exit_reason: str | None = None
     message: str | None = None
     bad_row: bool = False
@@ -57,6 +60,7 @@ def new_record(
         hardware=hardware,
         seed=seed,
         data=data,
+        coverage=asdict(report.coverage) if report.coverage else None,
     )
 
 

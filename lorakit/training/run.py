@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +27,32 @@ from lorakit.training.export import export_adapter
 from lorakit.training.hardware import describe_hardware, peak_memory_bytes
 from lorakit.training.loop import Loop
 from lorakit.training.optim import check_optimizer
-from lorakit.training.output_dir import Start, check_same_data, find_start, sole_run
+from lorakit.training.output_dir import (
+    Start,
+    check_same_data,
+    check_same_recipe,
+    find_start,
+    sole_run,
+)
 from lorakit.training.ranks import rank_list, rank_table
 from lorakit.training.record import RunRecord, new_record
 from lorakit.training.setup import Prepared, prepare
 from lorakit.training.signals import StopRequest, stop_request
-from lorakit.training.tracking import Display, MetricsFile, Recorder, check_trackers
+from lorakit.training.tracking import PROJECT, Display, MetricsFile, Recorder, check_trackers
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """``metrics`` are those of the final evaluation of what ``adapter_dir`` holds."""
+    """``metrics`` are those of the final evaluation of what ``adapter_dir`` holds; ``diverged``
+    says that the loss ended above where it began."""
 
     metrics: dict[str, float]
     adapter_dir: Path
     output_dir: Path
     steps: int
+    diverged: bool = False
 
 
 @yield_cores()
@@ -65,6 +73,7 @@ def train(recipe: Recipe, resume: str | None = None, say: Say = lambda text: Non
     accelerator = build_accelerator(recipe)
     prepared = prepare(recipe, say)
     if start.checkpoint is not None:
+        check_same_recipe(prepared.recipe, start.checkpoint.parent.parent, prepared=True)
         check_same_data(prepared.data, start.checkpoint, say)
     batching = build_batching(prepared, accelerator.device)
     say(plan_line(prepared, batching))
@@ -89,12 +98,13 @@ def dry_run(recipe: Recipe, say: Say) -> dict[str, Any]:
     steps = build_batching(prepared, accelerator.device).steps
     schedule = build_schedule(prepared.recipe, steps)
     recorder: Any = None
-    loop = build_loop(prepared, accelerator, steps, schedule, recorder, StopRequest())
+    loop = build_loop(prepared, accelerator, steps, schedule, recorder, StopRequest(), say)
     loss = loop.step_once()
     return {
         "adapted_modules": len(prepared.report.adapted_modules),
         "trainable_parameters": prepared.report.trainable_parameters,
         "total_parameters": prepared.report.total_parameters,
+        "coverage": asdict(coverage) if (coverage := prepared.report.coverage) else None,
         "train_rows": prepared.data["train"]["rows"],
         "eval_rows": len(prepared.evaluation.split) if prepared.evaluation else 0,
         "steps": schedule.total_steps,
@@ -134,13 +144,13 @@ def _run(
     recipe, output_dir = prepared.recipe, Path(prepared.recipe.train.output_dir)
     schedule = build_schedule(recipe, batching.steps)
     if recipe.train.trackers:
-        accelerator.init_trackers("lorakit", _tracked(recipe))
+        accelerator.init_trackers(PROJECT, _tracked(recipe))
     kept_lines = start.snapshot.progress.metrics_lines if start.snapshot else 0
     metrics_file = MetricsFile(output_dir / "metrics.jsonl", kept_lines)
     recorder = Recorder(metrics_file, Display(schedule.total_steps, start.step), accelerator)
     loop: Loop | None = None
     try:
-        loop = build_loop(prepared, accelerator, batching.steps, schedule, recorder, stop)
+        loop = build_loop(prepared, accelerator, batching.steps, schedule, recorder, stop, say)
         if start.checkpoint and start.snapshot:
             drop_after(loop.checkpoint_dir, start.step)
             loop.resume(start.checkpoint, start.snapshot)
@@ -148,6 +158,9 @@ def _run(
             if recipe.task.streaming:
                 say("the rows that were trained on are read once more and passed over")
         loop.run()
+        # Of the last weights; the best ones may be older.
+        diverged = loop.divergence()
+        record.diverged = diverged is not None
         for note in batching.notes(recipe):
             say(note)
         if loop.progress.best_step not in (0, loop.progress.step):
@@ -162,18 +175,22 @@ def _run(
             say(rank_table(ranks))
         export_adapter(prepared, output_dir / "adapter", record, say)
         record.exit_reason = "completed"
+        if diverged:
+            say(f"warning: {diverged}")
     except (Exception, KeyboardInterrupt) as error:
         stopped = isinstance(error, Interrupted | KeyboardInterrupt)
         record.exit_reason = "interrupted" if stopped else "failed"
         record.message = str(error) or type(error).__name__
         record.bad_row = isinstance(error, BadRow)
         if loop is not None:
+            record.diverged = record.diverged or loop.broken
             _fill(record, loop)
         raise
     finally:
         recorder.close()
         record.write(output_dir / "run.json")
-    return RunResult(record.metrics, output_dir / "adapter", output_dir, record.steps)
+    adapter = output_dir / "adapter"
+    return RunResult(record.metrics, adapter, output_dir, record.steps, record.diverged)
 
 
 def _final_metrics(prepared: Prepared, loop: Loop, recorder: Recorder) -> dict[str, float]:
@@ -212,5 +229,9 @@ def _tracked(recipe: Recipe) -> dict[str, Any]:
 
 def _finished(output_dir: Path, run: dict[str, Any]) -> RunResult:
     return RunResult(
-        run.get("metrics", {}), output_dir / "adapter", output_dir, run.get("steps", 0)
+        run.get("metrics", {}),
+        output_dir / "adapter",
+        output_dir,
+        run.get("steps", 0),
+        run.get("diverged", False),
     )

@@ -4,7 +4,7 @@ before a file is written."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,13 +13,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorakit.data.encode import EncodedSplit
 from lorakit.data.sources import Split
 from lorakit.errors import UserError
-from lorakit.evaluation.prompts import check_all_prompts
+from lorakit.evaluation.prompts import check_all_prompts, fit_max_new_tokens
 from lorakit.injection import InjectionReport, find_heads, inject
 from lorakit.models.load import load_pretrained
 from lorakit.models.packed import check_packable
-from lorakit.models.window import check_length, window
+from lorakit.models.window import fit_max_length, window
 from lorakit.recipe.sections import Recipe
 from lorakit.tasks.base import Task
+from lorakit.tasks.label_counts import counts_line, label_counts, look_alikes
 from lorakit.training.rows import Streamed, encode_rows, load_rows
 
 Say = Callable[[str], None]
@@ -49,16 +50,25 @@ def prepare(recipe: Recipe, say: Say, write_cache: bool = True) -> Prepared:
     """Load, tokenise and inject. Raises the UserError of whatever does not fit."""
     rows = load_rows(recipe, say)
     task, config, validation = rows.task, rows.config, rows.validation
-    recipe = recipe.model_copy(update={"task": config})
 
     loaded = load_pretrained(recipe.model, task.kind, rows.labels, seed=recipe.train.seed)
     for note in loaded.notes:
         say(note)
     model, tokenizer = loaded.model, loaded.tokenizer
-    check_length(model, config.max_length)
+    config = fit_max_length(model, config, say)
+    if validation is not None and task.generates(config):
+        config = fit_max_new_tokens(config, window(model), say)
+    rows, recipe = replace(rows, config=config), recipe.model_copy(update={"task": config})
     if config.packing:
         check_packable(model)
+    if recipe.train.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"train.gradient_checkpointing = true: {type(model).__name__} does not support it; "
+            "allowed: false"
+        )
     train, encoded = encode_rows(rows, model, tokenizer, say, write_cache)
+    for line in _label_lines(task, config, train):
+        say(line)
     evaluation = EvalData(validation, encoded) if validation is not None and encoded else None
     check_best_metric(recipe, task, evaluation)
     if validation is not None and task.generates(config):
@@ -68,11 +78,21 @@ def prepare(recipe: Recipe, say: Say, write_cache: bool = True) -> Prepared:
     torch.manual_seed(recipe.train.seed)
     heads = dict.fromkeys([*find_heads(model), *loaded.new_modules])
     report = inject(model, recipe.adapter, _outermost(list(heads)))
-    say(str(report))
+    for line in str(report).splitlines():
+        say(line)
     data = {rows.train.name: _described(rows.train, train)}
     if evaluation is not None:
         data[evaluation.split.name] = _described(evaluation.split, evaluation.encoded)
     return Prepared(recipe, task, model, tokenizer, report, train, evaluation, data)
+
+
+def _label_lines(task: Task, config: Any, train: EncodedSplit | Streamed) -> list[str]:
+    """How often the training data has each label; nothing for a stream, whose rows are unread."""
+    labels = task.labels(config, None)
+    if labels is None or not isinstance(train, EncodedSplit) or train.labels is None:
+        return []
+    counts = label_counts(labels, train.labels)
+    return [f"labels: {counts_line(counts)}", *look_alikes(counts)]
 
 
 def _described(split: Split, encoded: EncodedSplit | Streamed) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from lorakit.errors import UserError
+
+#: The name under which trackers file a run.
+PROJECT = "lorakit"
 
 
 class MetricsFile:
@@ -135,6 +139,15 @@ def check_trackers(names: Sequence[str]) -> None:
             raise UserError(
                 f"train.trackers: {name!r} is not installed (pip install 'lorakit[trackers]')"
             )
+
+
+def trackers(names: Sequence[str]) -> list[Any]:
+    """What Accelerate logs with. W&B reads its environment variables itself, but for the project,
+    which Accelerate gives it: WANDB_PROJECT goes before ours there too."""
+    from accelerate.tracking import WandBTracker
+
+    project = os.environ.get("WANDB_PROJECT") or PROJECT
+    return [WandBTracker(project) if name == "wandb" else name for name in names]
 
 
 def format_metrics(metrics: dict[str, float]) -> str:

@@ -32,13 +32,13 @@ def deltas(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
 def test_the_sum_by_hand(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """GPT-NeoX is merged in memory, the others file by file; ranks and targets differ."""
+    """Ranks and targets differ; GPT-NeoX has other names in the checkpoint than in the class."""
     base = write_base(tmp_path / "base", family, dtype)
     a = write_adapter(base, tmp_path / "a", seed=1, r=2, target_modules=["q", "v"])
     b = write_adapter(base, tmp_path / "b", seed=2, r=5, target_modules=["all-linear"])
     c = write_adapter(base, tmp_path / "c", seed=3, r=3, target_modules=["o"])
     report = merge(base, a, tmp_path / "out", add=[(b, 0.5), (str(c), -1)], weight=2.0, say=quiet)
-    assert bool(report.notes) == (family == "gpt_neox")
+    assert not report.notes
     assert report.weight == 2.0
     assert [(added.adapter, added.weight) for added in report.added] == [(b, 0.5), (c, -1.0)]
     plain, merged = fresh(base).state_dict(), fresh(tmp_path / "out").state_dict()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -428,3 +429,38 @@ def test_python_refuses_base_and_adapter_together(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="base=True and adapter='a'"):
         lorakit.evaluate(lorakit.load_recipe(file), "a", base=True)
+
+
+def test_a_default_length_is_shortened_to_the_window_and_one_asked_for_is_not(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = shutil.copytree(tiny_llama, tmp_path / "small")
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100}))
+    data = tmp_path / "data"
+    data.mkdir()
+    write_lines(data / "validation.jsonl", [{"prompt": "one two", "completion": " three"}])
+    for name in ("completion", "auto"):
+        file = recipe_file(tmp_path, small, name, data)
+        assert run(["eval", str(file), "--base"]) == 0
+        assert (
+            "task.max_new_tokens: 50 in place of the default 128, half of the model's window of "
+            "100 tokens"
+        ) in capsys.readouterr().err
+    said = refused(capsys, file, "--base", "--set", "task.max_new_tokens=128")
+    assert "task.max_new_tokens = 128: no room for a prompt" in said
+    assert "allowed: at most 99" in said
+
+
+def test_a_default_max_length_is_shortened_to_the_positions(
+    tiny_bert: Path, sst2: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = json.loads(sst2.read_text())
+    del recipe["task"]["max_length"]
+    sst2.write_text(json.dumps(recipe))
+    assert run(["eval", str(sst2), "--base"]) == 0
+    said = "task.max_length: 256 in place of the default 512, the positions of the model"
+    assert said in capsys.readouterr().err
+    assert "task.max_length = 512: the model has 256 positions" in refused(
+        capsys, sst2, "--base", "--set", "task.max_length=512"
+    )

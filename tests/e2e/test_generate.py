@@ -160,6 +160,41 @@ def test_long_chat_forgets_its_beginning_and_says_so(
     assert "window of 256 tokens" in refused(capsys, tiny_llama, "--chat")
 
 
+def test_the_default_length_is_shortened_to_the_window_of_256(
+    tiny_llama: Path,
+    reference: tuple[Any, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prompts = ["to be", "x" * 250]
+    lengths = [len(reference[1](text, add_special_tokens=False).input_ids) for text in prompts]
+    assert lengths == [5, 250]
+    for text, length in zip(prompts, lengths, strict=True):
+        assert run(["generate", str(tiny_llama), "--prompt", text]) == 0
+        out, err = capsys.readouterr()
+        assert out == wanted(*reference, text, 256 - length) + "\n"
+        assert f"at most {256 - length} new tokens in place of 256" in err
+    write_lines(tmp_path / "in.jsonl", [{"prompt": text} for text in prompts])
+    assert run(["generate", str(tiny_llama), "--input", str(tmp_path / "in.jsonl")]) == 0
+    out, err = capsys.readouterr()
+    rows = [json.loads(line)["generated"] for line in out.splitlines()]
+    assert rows == [wanted(*reference, t, 256 - n) for t, n in zip(prompts, lengths, strict=True)]
+    assert "2 of 2 prompts leave fewer than 256 new tokens" in err
+    piped(monkeypatch, f"{'x' * 100}\n{'y' * 150}\n")
+    assert run(["generate", str(tiny_llama), "--chat"]) == 0
+    assert "its first 2 messages are forgotten" in capsys.readouterr().err
+
+
+def test_a_length_that_is_asked_for_is_not_shortened(
+    tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(capsys, tiny_llama, "--prompt", "to be", "--max-new-tokens", 256)
+    assert "max_new_tokens = 256 exceed the model's window of 256 tokens" in said
+    assert "allowed: max_new_tokens of at most 251" in said
+    assert generated(capsys, tiny_llama, "--prompt", "to be", "--max-new-tokens", 251)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -160,8 +160,22 @@ def test_classification(tiny_bert: Path, in_tmp: Path, capsys: pytest.CaptureFix
     assert err == ""
     found = as_json(capsys, "recipe.yaml")
     assert found["labels"] == ["bitter", "sour", "sweet"]
+    assert found["label_counts"] == {"bitter": 1, "sour": 1, "sweet": 1}
     assert [row["label"] for row in found["examples"]] == ["sour", "bitter", "sweet"]
     assert found["summary"]["trained_tokens"] is None
+
+
+def test_a_default_length_is_that_of_the_training(
+    tiny_bert: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("data").mkdir()
+    rows = [{"text": "x" * 300, "label": name} for name in ("sour", "sweet")]
+    write_lines(in_tmp / "data" / "train.jsonl", rows)
+    file = Path(recipe(tiny_bert, "classification", 512))
+    file.write_text(file.read_text().replace(", max_length: 512", ""))
+    out, err = shown(capsys, file)
+    assert "truncated rows         2 (to 256 tokens)" in out
+    assert "task.max_length: 256 in place of the default 512" in err
 
 
 def test_chat_of_a_real_model(

@@ -480,6 +480,8 @@ def test_a_metric_that_generation_would_give(
         ("completion", {"train__optimizer": "adamw_8bit"}, ("adamw_8bit", "bitsandbytes")),
         ("completion", {"train__trackers": ["wandb"]}, ("'wandb' is not installed",)),
         ("completion", {"adapter__target_modules": ["nothing"]}, ("nothing", "q_proj")),
+        ("completion", {"train__warmup_steps": 9},
+         ("train.warmup_steps = 9: longer than the run, which has 8 steps", "allowed: 0 to 8")),
     ],
     ids=lambda value: "",
 )  # fmt: skip

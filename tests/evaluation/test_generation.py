@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,21 @@ def test_prompts_that_leave_no_room_are_refused(
     with pytest.raises(DataError, match="prompt 1: no token"):
         generate_text(model, tokenizer, [[]], Decoding(5))
     assert len(generate_text(model, tokenizer, [[5] * 60], Decoding(4))) == 1
+
+
+@pytest.mark.parametrize(
+    "how", [Decoding(20), Decoding(20, num_beams=2), Decoding(20, temperature=1.0)]
+)
+def test_an_answer_is_shortened_to_the_window_prompt_by_prompt(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, how: Decoding
+) -> None:
+    prompts = [[5] * 60, [6, 7], [8] * 50, [9] * 60]
+    texts = generate_text(model, tokenizer, prompts, replace(how, fit_window=True))
+    for row, (limit, prompt) in enumerate(zip([4, 20, 14, 4], prompts, strict=True)):
+        alone = replace(how, max_new_tokens=limit)
+        assert texts[row] == generate_text(model, tokenizer, [prompt], alone, rows=[row])[0]
+    with pytest.raises(DataError, match=r"prompt 1: its 64 tokens fill .* allowed: at most 63"):
+        generate_text(model, tokenizer, [[5] * 64], replace(how, fit_window=True))
 
 
 def test_a_pad_token_of_another_model_is_refused(model: PreTrainedModel, tiny_llama: Path) -> None:

@@ -121,6 +121,14 @@ def test_directory_that_holds_no_model(in_tmp: Path) -> None:
         load_pretrained(section("empty"), "causal")
 
 
+def test_a_multimodal_model_without_a_text_class_is_refused(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    model = edited(tmp_path, tiny_llama, model_type="mistral3")
+    with pytest.raises(ModelError, match=r"mistral3 is multimodal, .* not supported yet"):
+        load_pretrained(section(model), "causal")
+
+
 def test_encoder_is_no_causal_model(tiny_bert: Path) -> None:
     with pytest.raises(ModelError, match="bert is not a causal language model"):
         load_pretrained(section(tiny_bert), "causal")

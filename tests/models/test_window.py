@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lorakit.errors import UserError
-from lorakit.models.window import check_length, window
+from lorakit.models.window import fit_max_length, window
+from lorakit.recipe.sections import TaskSection
 from tests.families import tiny, token_ids
 
 
@@ -25,12 +26,24 @@ def test_learnt_positions_end(family: str) -> None:
     model = tiny(family)
     room = window(model)
     assert room is not None
-    check_length(model, room)
+    said: list[str] = []
+    assert fit_max_length(model, task(max_length=room), said.append).max_length == room
     with pytest.raises(UserError, match=rf"task\.max_length = {room + 1}: .* allowed: 1 to {room}"):
-        check_length(model, room + 1)
+        fit_max_length(model, task(max_length=room + 1), said.append)
     with pytest.raises((IndexError, RuntimeError)), torch.no_grad():
         model(input_ids=token_ids(1, room + 1))
+    assert said == []
+
+
+def test_a_default_is_shortened_to_the_positions() -> None:
+    said: list[str] = []
+    assert fit_max_length(tiny("gpt2"), task(), said.append).max_length == 64
+    assert said == ["task.max_length: 64 in place of the default 512, the positions of the model"]
 
 
 def test_rotary_positions_go_on() -> None:
-    check_length(tiny("llama"), 10_000)
+    assert fit_max_length(tiny("llama"), task(), print).max_length == 512
+
+
+def task(**keys: int) -> TaskSection:
+    return TaskSection(name="text", **keys)

@@ -92,6 +92,16 @@ def test_metric_names() -> None:
     assert "did you mean 'accuracy'?" in problem.message
 
 
+def test_a_warmup_is_no_longer_than_the_run() -> None:
+    check_recipe(recipe(train={"max_steps": 10, "warmup_steps": 10}))
+    problem = only(recipe(train={"max_steps": 10, "warmup_steps": 11}))
+    assert (problem.key, problem.value) == ("train.warmup_steps", 11)
+    assert (problem.message, problem.allowed) == (
+        "longer than the run: train.max_steps = 10",
+        "0 to 10",
+    )
+
+
 def test_method_and_task_must_fit_their_config() -> None:
     bad = Recipe(
         model=ModelSection(name_or_path="m"),

@@ -138,6 +138,21 @@ def test_binary_scores() -> None:
     assert scores == pytest.approx({"matthews_correlation": matthews})
 
 
+def test_a_class_of_the_head_alone_is_wrong_in_any_row() -> None:
+    other = {"error": "the class neutral"}
+    scores = GLUE.metrics([1, other, 0, other], labels_as_split([1, 1, 0, 0]), glue("mrpc"))
+    assert scores == pytest.approx({"accuracy": 2 / 4, "f1": 2 * 1 / (2 * 1 + 1)})
+    config = CLASSIFICATION.Config(labels=["a", "b", "c"])
+    scores = CLASSIFICATION.metrics([0, other, 1], labels_as_split([0, 0, 1]), config)
+    assert scores == pytest.approx({"accuracy": 2 / 3, "f1": (2 / 3 + 1 + 0) / 3})
+
+
+def test_a_label_that_is_there_in_another_form_is_named() -> None:
+    config = CLASSIFICATION.Config(labels=["Positive", "negative"])
+    with pytest.raises(DataError, match='unknown label; did you mean "Positive", as it is written'):
+        CLASSIFICATION.example({"text": "a", "label": "positive "}, config)
+
+
 def test_macro_f1_counts_every_class() -> None:
     config = CLASSIFICATION.Config(labels=["a", "b", "c"])
     scores = CLASSIFICATION.metrics([0, 0, 0, 1], labels_as_split([0, 0, 1, 1]), config)

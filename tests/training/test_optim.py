@@ -12,6 +12,7 @@ from lorakit.training.optim import (
     build_optimizer,
     build_scheduler,
     check_optimizer,
+    check_warmup,
     resolve_warmup_steps,
 )
 
@@ -33,6 +34,15 @@ SHAPES: dict[str, Callable[[int], float]] = {
     "polynomial": lambda step: (1e-7 + (PEAK - 1e-7) * (1 - done(step))) / PEAK,
     "inverse_sqrt": lambda step: 1 / math.sqrt(step / WARMUP),
 }
+
+
+def test_a_warmup_longer_than_the_run_is_refused() -> None:
+    check_warmup(TrainSection(output_dir="x", warmup_steps=30), 30)
+    check_warmup(TrainSection(output_dir="x"), 1)  # the default ratio fits any run
+    with pytest.raises(UserError) as raised:
+        check_warmup(TrainSection(output_dir="x", warmup_steps=31), 30)
+    message = "train.warmup_steps = 31: longer than the run, which has 30 steps; allowed: 0 to 30"
+    assert str(raised.value) == message
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -12,6 +12,8 @@ from lorakit.errors import UserError
 from lorakit.recipe.load import load_recipe
 from lorakit.recipe.sections import Recipe
 from lorakit.training.output_dir import Start, check_same_data, find_start, sole_run
+from lorakit.training.run import train
+from tests.training.runs import adapter_bytes, recipe_for
 
 
 @pytest.fixture
@@ -72,3 +74,25 @@ def test_other_tokens_of_the_same_data_are_refused(tmp_path: Path) -> None:
     message = r"--resume: chats\.jsonl: .* gives 1,201 tokens, and the run began with 1,200"
     with pytest.raises(UserError, match=message):
         check_same_data(data(1201), checkpoint, print)
+
+
+def test_a_default_that_was_fitted_to_the_model_is_the_same_recipe(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
+    """The recipe says nothing of the length, the run took the model's 256 positions."""
+    recipe = recipe_for(tmp_path, tiny_bert, "glue/sst2", train__save_every_steps=4)
+    task = type(recipe.task)(name="glue/sst2", path=recipe.task.path)
+    recipe = recipe.model_copy(update={"task": task})
+    train(recipe)
+    assert "max_length: 256" in (tmp_path / "run" / "recipe.yaml").read_text()
+    whole = adapter_bytes(tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-4"
+    train(recipe, str(checkpoint))
+    assert adapter_bytes(tmp_path / "run") == whole
+    other = recipe.model_copy(update={"task": task.model_copy(update={"max_length": 200})})
+    with pytest.raises(UserError, match=r"task\.max_length: 256 then, 200 now"):
+        train(other, str(checkpoint))
+    written = tmp_path / "run" / "recipe.yaml"
+    written.write_text(written.read_text().replace("max_length: 256", "max_length: 200"))
+    with pytest.raises(UserError, match=r"task\.max_length: 200 then, 256 now"):
+        train(recipe, str(checkpoint))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 
 from lorakit.errors import UserError
 from lorakit.training.late import LateReader
+from lorakit.training.run import train
 from lorakit.training.tracking import Display, MetricsFile, check_trackers, throttled
+from tests.training.runs import recipe_for
 
 
 def test_metrics_stand_in_the_file_at_once(tmp_path: Path) -> None:
@@ -90,3 +93,52 @@ def test_late_values_come_by_the_line() -> None:
     again = LateReader()
     again.restore_window(late.window(), torch.device("cpu"))
     assert again.window() == late.window()
+
+
+#: What W&B is called with; its own settings come from the environment, as the real one's do.
+_WANDB = """
+import json, os, pathlib
+
+class Run:
+    def __init__(self, **given):
+        names = {"project": "WANDB_PROJECT", "name": "WANDB_NAME", "entity": "WANDB_ENTITY",
+                 "group": "WANDB_RUN_GROUP", "dir": "WANDB_DIR", "mode": "WANDB_MODE"}
+        settings = {key: given.get(key) or os.environ.get(name) for key, name in names.items()}
+        pathlib.Path(__file__).with_name("settings.json").write_text(json.dumps(settings))
+
+    def log(self, values, step=None):
+        pass
+
+    def finish(self):
+        pass
+
+class config:
+    update = staticmethod(lambda values, allow_val_change: None)
+
+def init(**given):
+    return Run(**given)
+"""
+
+
+@pytest.mark.parametrize("project", [None, "mine"])
+def test_the_environment_of_wandb_goes_before_our_defaults(
+    project: str | None, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "wandb.py").write_text(_WANDB, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    theirs = {"name": "n", "entity": "e", "group": "g", "dir": "d", "mode": "offline"}
+    names = {"group": "RUN_GROUP"}
+    for key, value in theirs.items():
+        monkeypatch.setenv(f"WANDB_{names.get(key, key.upper())}", value)
+    if project is None:
+        monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    else:
+        monkeypatch.setenv("WANDB_PROJECT", project)
+    keys = {"train__trackers": ["wandb", "tensorboard"], "train__epochs": None}
+    train(recipe_for(tmp_path, tiny_llama, train__max_steps=1, **keys))
+    sys.modules.pop("wandb", None)
+    settings = json.loads((tmp_path / "site" / "settings.json").read_text())
+    assert settings == {"project": project or "lorakit", **theirs}
+    assert (tmp_path / "run" / "lorakit").is_dir()  # TensorBoard's

@@ -1,0 +1,115 @@
+"""The files beside the weights: all of the base's go along, but for weights in other formats."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit.adapters.checkpoint import INDEX
+from lorakit.adapters.merge_tokenizer import Tokenizer, choose_tokenizer
+from lorakit.adapters.merged_config import CONFIG
+
+#: Larger files are no settings, and would fill the disk.
+_LARGEST = 500_000_000
+_WEIGHTS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5",
+    ".msgpack", ".ot", ".tflite", ".mlmodel", ".mlpackage", ".npz", ".engine", ".nemo", ".distcp",
+)  # fmt: skip
+_WEIGHT_FOLDERS = ("original", "onnx", "openvino", "coreml")
+_PASSED_OVER = (".git", ".cache", "__pycache__", ".ipynb_checkpoints", ".DS_Store")
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A file of the base that the merged model does not have, relative to its directory; a folder
+    ends with a slash."""
+
+    name: str
+    reason: str
+
+
+def copy_files(
+    folder: Path, base: Path, adapter: Path, weights: set[str], *, needs_pad: bool
+) -> tuple[list[LeftOut], list[str]]:
+    """Copy into ``folder`` what the base has besides its ``weights`` and ``config.json``, and the
+    tokenizer of the adapter if it is a complete one of its own.
+
+    Returns what was left out of the base, and what the user should know."""
+    tokenizer = choose_tokenizer(base, adapter, needs_pad=needs_pad)
+    left_out: list[LeftOut] = []
+    components = _components(base)
+    for name in _walk(base, left_out):
+        if name in weights or name == CONFIG or name in tokenizer.written:
+            continue
+        if name == INDEX and (folder / INDEX).is_file():
+            continue
+        reason = _reason(base / name, name, components) or tokenizer.replaced.get(name)
+        if reason is not None:
+            left_out.append(LeftOut(name, reason))
+            continue
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(base / name, folder / name)
+    _write_tokenizer(folder, tokenizer)
+    return left_out, list(tokenizer.notes)
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    for name, content in tokenizer.written.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def _walk(base: Path, left_out: list[LeftOut]) -> Iterator[str]:
+    """Every file by its name relative to ``base``; links are followed, as in the Hub's cache."""
+    seen: set[str] = set()
+    pending = [""]
+    while pending:
+        inside = pending.pop()
+        real = os.path.realpath(base / inside)
+        if real in seen:  # a link to a folder above
+            continue
+        seen.add(real)
+        for path in sorted((base / inside).iterdir()):
+            name = path.relative_to(base).as_posix()
+            if path.name in _PASSED_OVER:
+                continue
+            if path.is_dir() and path.name in _WEIGHT_FOLDERS:
+                left_out.append(LeftOut(f"{name}/", "weights that would still be the base's"))
+            elif path.is_dir():
+                pending.append(name)
+            elif path.is_file():
+                yield name
+            else:
+                what = "a link to nothing" if path.is_symlink() else "not a regular file"
+                left_out.append(LeftOut(name, what))
+
+
+def _reason(path: Path, name: str, components: tuple[str, ...]) -> str | None:
+    """Why a file is left out; None for one that is copied."""
+    if name.startswith(components or ("\0",)):
+        return None
+    lower = name.lower()
+    if re.search(r"(?:^|/)(?:optimizer|scheduler|scaler|rng_state\w*|training_args)\.\w+$", lower):
+        return "state of a training"
+    if lower.endswith((*_WEIGHTS, *(f"{end}.index.json" for end in _WEIGHTS))):
+        return "weights that would still be the base's"
+    if re.search(r"(?:^|/)adapter_config\.json$", lower):
+        return "an adapter's, which transformers would load"
+    if path.stat().st_size > _LARGEST:
+        return f"larger than {_LARGEST / 1e6:.0f} MB"
+    return None
+
+
+def _components(base: Path) -> tuple[str, ...]:
+    """The folders of sentence-transformers' further layers, which have weights of their own."""
+    try:
+        modules: Any = json.loads((base / "modules.json").read_text(encoding="utf-8"))
+        return tuple(f"{module['path']}/" for module in modules if module["path"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return ()

@@ -1,0 +1,158 @@
+"""Whose tokenizer the merged model gets: the base's, or the adapter's as a whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lorakit.adapters.checkpoint import TEMPLATES, TOKENIZER_FILES
+
+_FAST, _SETTINGS, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+_MAP, _ADDED = "special_tokens_map.json", "added_tokens.json"
+#: Files that hold a vocabulary alone, from which slow tokenizers and other programs read it.
+_VOCABULARIES = (
+    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "spm.model",
+    "sentencepiece.bpe.model", "source.spm", "target.spm", "bpe.codes", "tekken.json",
+)  # fmt: skip
+_SPECIAL = (
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """``written`` are the adapter's files; ``replaced`` the base's in whose place they stand, with
+    the reason. Both are empty where the base's tokenizer stays."""
+
+    written: Mapping[str, bytes] = field(default_factory=dict)
+    replaced: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def choose_tokenizer(base: Path, adapter: Path, *, needs_pad: bool = False) -> Tokenizer:
+    """The adapter's tokenizer replaces the base's if it is complete (``tokenizer_config.json`` and
+    a vocabulary) and another: in tokens, special tokens or chat template. ``tokenizer_class`` stays
+    the base's. A pad token that only the adapter has counts if the model ``needs_pad``."""
+    files = _files(adapter)
+    if not files:
+        return Tokenizer()
+    vocabulary = [name for name in files if name == _FAST or name in _VOCABULARIES]
+    if _SETTINGS not in files or not vocabulary:
+        listed = ", ".join(sorted(files))
+        return Tokenizer(notes=(f"{adapter}: {listed}: no complete tokenizer; the base's is kept",))
+    own = _files(base)
+    if not own:
+        return Tokenizer(written=files)
+    if _is_same(files, own, needs_pad):
+        return Tokenizer()
+    same = files.get(_FAST) == own.get(_FAST) or _tokens(files.get(_FAST)) == _tokens(
+        own.get(_FAST)
+    )
+    reason = "replaced by the adapter's tokenizer"
+    replaced = {}
+    for name in own:
+        is_vocabulary = name in _VOCABULARIES
+        # The vocabulary is the same, or there is nothing to compare: the file stays true.
+        if name not in files and not (is_vocabulary and (same or _FAST not in own)):
+            replaced[name] = reason
+    written = files | {_SETTINGS: _with_class(files[_SETTINGS], own.get(_SETTINGS))}
+    note = (
+        f"the tokenizer is the adapter's, which differs from the base's: {', '.join(sorted(files))}"
+    )
+    return Tokenizer(written, replaced, (note,))
+
+
+def _files(directory: Path) -> dict[str, bytes]:
+    names = {*TOKENIZER_FILES, *_VOCABULARIES}
+    found = {n: (directory / n).read_bytes() for n in names if (directory / n).is_file()}
+    if (directory / TEMPLATES).is_dir():
+        for path in (directory / TEMPLATES).glob("*.jinja"):
+            found[f"{TEMPLATES}/{path.name}"] = path.read_bytes()
+    return found
+
+
+def _is_same(files: Mapping[str, bytes], own: Mapping[str, bytes], needs_pad: bool) -> bool:
+    """Whether two tokenizers do the same, whichever version of transformers wrote them."""
+    special, before = _special(files), _special(own)
+    if before["pad_token"] is None and not needs_pad:
+        del special["pad_token"], before["pad_token"]
+    if special != before or _templates(files) != _templates(own):
+        return False
+    if _FAST not in files or _FAST not in own:
+        slow = [name for name in {*files, *own} if name in _VOCABULARIES or name == _FAST]
+        return all(files.get(name) == own.get(name) for name in slow)
+    if files[_FAST] == own[_FAST]:
+        return True
+    one, other = _parsed(files[_FAST]), _parsed(own[_FAST])
+    steps = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+    same_steps = all(_plain(one.get(step)) == _plain(other.get(step)) for step in steps)
+    return same_steps and _tokens(files[_FAST]) == _tokens(own[_FAST])
+
+
+def _special(files: Mapping[str, bytes]) -> dict[str, Any]:
+    told = _parsed(files.get(_MAP)) | _parsed(files.get(_SETTINGS))
+    return {key: _content(told.get(key)) for key in _SPECIAL}
+
+
+def _tokens(content: bytes | None) -> Any:
+    """Token -> id of ``tokenizer.json``, the added ones included, and the merges."""
+    fast = _parsed(content)
+    model = fast.get("model") or {}
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m)
+              for m in model.get("merges") or ()]  # fmt: skip
+    added = {token["content"]: token["id"] for token in fast.get("added_tokens") or ()}
+    return model.get("vocab"), merges, added
+
+
+def _templates(files: Mapping[str, bytes]) -> dict[str, str]:
+    """Name -> chat template, wherever it stands."""
+    inline = _parsed(files.get(_SETTINGS)).get("chat_template")
+    found = {"default": inline} if isinstance(inline, str) else {}
+    if isinstance(inline, list):
+        found = {item["name"]: item["template"] for item in inline}
+    stored = _parsed(files.get("chat_template.json")).get("chat_template")
+    if isinstance(stored, str):
+        found["default"] = stored
+    for name, content in files.items():
+        if name == _TEMPLATE or name.startswith(TEMPLATES):
+            own = "default" if name == _TEMPLATE else Path(name).stem
+            found[own] = content.decode("utf-8", "replace")
+    return found
+
+
+def _with_class(content: bytes, base: bytes | None) -> bytes:
+    """``tokenizer_config.json`` with the base's ``tokenizer_class``, and with the older name of the
+    further special tokens: what transformers 5 writes is an error in version 4."""
+    settings, own = dict(_parsed(content)), _parsed(base)
+    if "tokenizer_class" in own:
+        settings["tokenizer_class"] = own["tokenizer_class"]
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    if settings == _parsed(content):
+        return content
+    return (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, Mapping) else token
+
+
+def _plain(part: Any) -> Any:
+    """Without what is null or false, which one version writes and another does not."""
+    if isinstance(part, Mapping):
+        return {k: _plain(v) for k, v in part.items() if v is not None and v is not False}
+    return [_plain(item) for item in part] if isinstance(part, list) else part
+
+
+@lru_cache(maxsize=8)
+def _parsed(content: bytes | None) -> Any:
+    """A JSON object; empty for what is none. Not to be changed."""
+    try:
+        value = json.loads(content or b"{}")
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}

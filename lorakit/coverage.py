@@ -1,0 +1,220 @@
+"""How much of a model's attention, MLPs and experts the targets cover, and what they missed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lorakit.adaptable import adaptable_modules, is_within, outside_language_model
+from lorakit.anatomy import Weight, layer_of, weights
+from lorakit.layers import as_matrix
+from lorakit.recipe.layers import parse_layers
+from lorakit.targets import ROLES, Target, describe_modules, unreachable
+
+#: Parts whose share is reported even where nothing of them is covered.
+_MAIN = ("attention", "MLP", "expert")
+_PARTS = (*_MAIN, "state-space")
+_LABELS = {
+    "expert": "experts",
+    "router": "routers",
+    "state-space": "state-space weights",
+    "other": "other weights",
+}
+
+
+@dataclass(frozen=True)
+class PartCoverage:
+    """Parameters of the weights of one part of the model, and how many of them the targets hold."""
+
+    covered: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Missed:
+    """Weights that ``targets`` ask for and that cannot be adapted, or that they do not reach; with
+    no ``targets``, what none can reach.
+
+    ``modules`` names them in short; ``parameters`` is their size, ``share`` that of all
+    parameters of the model.
+    """
+
+    targets: tuple[str, ...]
+    what: str
+    modules: str
+    parameters: int
+    share: float
+    reason: str = ""
+
+    def __str__(self) -> str:
+        by = f" by {', '.join(self.targets)}" if self.targets else ""
+        reason = f": {self.reason}" if self.reason else ""
+        share = _percent(self.parameters, self.share)
+        return f"not adapted{by}: {self.what} {self.modules} ({share} of all parameters){reason}"
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """``parts``: attention, MLP, expert or state-space -> what the targets cover of it."""
+
+    parts: Mapping[str, PartCoverage]
+    missed: tuple[Missed, ...] = ()
+
+    def __str__(self) -> str:
+        shares = [
+            f"{_percent(part.covered, part.covered / part.total)} of {name}"
+            for name, part in self.parts.items()
+        ]
+        lines = [f"targets cover {', '.join(shares)} parameters"] if shares else []
+        return "\n".join([*lines, *map(str, self.missed)])
+
+
+def measure_coverage(
+    model: nn.Module,
+    targets: Mapping[str, Target],
+    target_modules: Sequence[str],
+    layers: Sequence[int] | str | None = None,
+    exclude: Collection[str] = (),
+) -> Coverage:
+    """What ``targets``, found for ``target_modules`` and ``layers``, cover of the bare ``model``.
+
+    Of a multimodal model the language model counts; ``exclude`` (heads, the output layer) does
+    not. What a target asks for is missed where it is in one of ``layers``.
+    """
+    outside = outside_language_model(model)
+    found = weights(model, (*exclude, *outside))
+    covered = _covered(model, targets)
+    parts = {
+        part: PartCoverage(sum(covered.get(w.owner, 0) for w in own), total)
+        for part in _PARTS
+        if (own := [w for w in found if w.part == part])
+        and (total := sum(w.parameters for w in own))
+    }
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    missed = _missed(model, found, targets, target_modules, layers)
+    return Coverage(parts, (*_grouped(missed, everything), *missed_outside(model)))
+
+
+def _covered(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, int]:
+    """Module -> parameters of its weight that are a target; a fused one's parts add up."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found: dict[str, int] = {}
+    for target in targets.values():
+        weight = target.module.weight
+        assert isinstance(weight, Tensor)
+        size = weight.numel()
+        if target.rows is not None:
+            size = target.rows.of(as_matrix(target.module, weight)).numel()
+        owner = names[id(target.module)]
+        found[owner] = found.get(owner, 0) + size
+    return found
+
+
+def _missed(
+    model: nn.Module,
+    found: Sequence[Weight],
+    targets: Mapping[str, Target],
+    target_modules: Sequence[str],
+    layers: Sequence[int] | str | None,
+) -> dict[str, tuple[Weight, list[str]]]:
+    """Name -> weight that is no target, and those of ``target_modules`` that ask for it."""
+    linear = adaptable_modules(model)
+    held = {id(target.module) for target in targets.values()}
+    free = [w for w in found if id(model.get_submodule(w.owner)) not in held]
+    if layers is not None:
+        wanted = set(parse_layers(layers) if isinstance(layers, str) else layers)
+        free = [w for w in free if layer_of(w.owner) in wanted]
+    missed: dict[str, tuple[Weight, list[str]]] = {}
+    for target in target_modules:
+        if target == "all-linear":
+            own = free
+        elif target == "attention":
+            own = [w for w in free if w.part == "attention"]
+        else:
+            own = unreachable(target, free, linear)
+            if (role := _role_of(target)) is not None:
+                own += _beside_role(role, free, targets)
+        for weight in own:
+            missed.setdefault(weight.name, (weight, []))[1].append(target)
+    return missed
+
+
+def _role_of(target: str) -> str | None:
+    """The role that the target is, or names the projection of (``q_proj``); not one that chooses
+    among those projections itself."""
+    if "." in target:
+        return None
+    return next((r for r in ROLES if target == r or re.search(ROLES[r], target)), None)
+
+
+def _beside_role(role: str, free: Sequence[Weight], targets: Mapping[str, Target]) -> list[Weight]:
+    """The attention of the layers in which the role is nowhere."""
+    has = {
+        layer_of(name)
+        for name, target in targets.items()
+        if re.search(ROLES[role], name) or (target.rows is not None and name.endswith(f".{role}"))
+    }
+    return [w for w in free if w.part == "attention" and layer_of(w.owner) not in has]
+
+
+def _grouped(missed: Mapping[str, tuple[Weight, list[str]]], everything: int) -> list[Missed]:
+    groups: dict[tuple[tuple[str, ...], str], list[Weight]] = {}
+    for weight, asked in missed.values():
+        groups.setdefault((tuple(asked), _label(weight)), []).append(weight)
+    return [
+        Missed(
+            targets=asked,
+            what=what,
+            modules=describe_modules([w.name.removesuffix(".weight") for w in group]),
+            parameters=sum(w.parameters for w in group),
+            share=sum(w.parameters for w in group) / everything,
+            reason=_reason(asked, group),
+        )
+        for (asked, what), group in groups.items()
+    ]
+
+
+def _label(weight: Weight) -> str:
+    if weight.stacked and weight.part == "expert":
+        return "3-D expert parameters"
+    if weight.linear_attention:
+        return "linear attention"
+    return _LABELS.get(weight.part, weight.part)
+
+
+def _reason(asked: Sequence[str], group: Sequence[Weight]) -> str:
+    if all(weight.stacked and weight.part == "expert" for weight in group):
+        return "these need PEFT's target_parameters, which lorakit does not support yet"
+    if not {"attention", "all-linear"} & set(asked) and all(w.part == "attention" for w in group):
+        return "'attention' takes every kind of attention"
+    return "not linear layers"
+
+
+def missed_outside(model: nn.Module) -> tuple[Missed, ...]:
+    """What of a multimodal model no target reaches."""
+    outside = outside_language_model(model)
+    if not outside:
+        return ()
+    size = sum(p.numel() for n, p in model.named_parameters() if is_within(n, outside))
+    return (
+        Missed(
+            targets=(),
+            what="modules outside the language model",
+            modules=", ".join(outside),
+            parameters=size,
+            share=size / sum(parameter.numel() for parameter in model.parameters()),
+            reason="text does not pass through them",
+        ),
+    )
+
+
+def _percent(count: int, share: float) -> str:
+    """Never 0% of something, nor 100% of less than all."""
+    if share in (0, 1):
+        return f"{share:.0%}"
+    if share < 0.001:
+        return "<0.1%" if count else "0%"
+    return f"{min(share, 0.999):.1%}"

@@ -1,0 +1,178 @@
+"""A base's classification head: its labels, and where the task's labels stand among them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from lorakit.errors import ModelError, shown
+
+Labels = Sequence[str] | None  # None: a regression, with one output
+#: What transformers calls a class without a name.
+_GENERIC = re.compile(r"label_\d+", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """``labels`` are those of the head by index; ``fresh`` says that its weights are drawn anew;
+    ``note`` is what the user should know of it."""
+
+    labels: Labels
+    fresh: bool = False
+    note: str | None = None
+
+
+def plan_head(labels: Labels, config: PreTrainedConfig, new_head: bool, name: str) -> HeadPlan:
+    """Which labels the stored head of the base ``name``, described by ``config``, has for a task
+    with ``labels``.
+
+    The head keeps its own labels in its own order if it knows all of the task's (``find_labels``).
+    A head whose classes have no names takes the task's, in the task's order. Raises ModelError for
+    any other head unless ``new_head`` replaces it.
+    """
+    own = head_labels(config)
+    if new_head:
+        text = f"model.new_head: the base's head ({_described(own)}) is replaced by a new one"
+        return HeadPlan(labels, fresh=True, note=text)
+    if labels is None or len(own) == 1:
+        if labels is None and len(own) == 1:
+            return HeadPlan(None)
+        raise _no_fit(labels, own, name)
+    found = find_labels(labels, own)
+    generic = all(map(_GENERIC.fullmatch, own)) or own == [str(i) for i in range(len(own))]
+    in_order = found in (None, [*range(len(own))]) and len(labels) == len(own)
+    if generic and in_order:
+        pairs = ", ".join(f"{a} = {b}" for a, b in zip(own[:8], labels[:8], strict=True))
+        more = ", ..." if len(own) > 8 else ""
+        said = f"the base's classification head names no classes; taken in order: {pairs}{more}"
+        return HeadPlan(labels, note=None if [*labels] == own else said)
+    if found is None:
+        raise _no_fit(labels, own, name)
+    note = _mapping_note(labels, own, found)
+    if config.problem_type == "multi_label_classification":
+        several = "the base's head was trained to give several labels at once; here one a row"
+        note = f"{note}; {several}" if note else several
+    return HeadPlan(own, note=note)
+
+
+def find_labels(labels: Sequence[str], names: Sequence[str]) -> list[int] | None:
+    """The index among the head's ``names`` of each of the task's ``labels``, or None if one has
+    none.
+
+    A label is a name as it stands; else all are names but for case, surrounding white space, and
+    ``_`` and ``-`` for a space; else, where all are whole numbers and no name is, they are indices.
+    """
+    for form in (str, _folded):
+        known, wanted = [form(name) for name in names], [form(label) for label in labels]
+        if len({*wanted}) == len(wanted) and all(known.count(label) == 1 for label in wanted):
+            return [known.index(label) for label in wanted]
+    if all(label.isdecimal() for label in labels) and not any(n.isdecimal() for n in names):
+        ids = [int(label) for label in labels]
+        if len({*ids}) == len(ids) and max(ids) < len(names):
+            return ids
+    return None
+
+
+def label_columns(model: PreTrainedModel, labels: Labels) -> list[int] | None:
+    """The index in the model's logits of each of the task's labels; None where they are the
+    logits', in order, and for a regression."""
+    if labels is None:
+        return None
+    names = head_labels(model.config)
+    found = find_labels(labels, names)
+    assert found is not None, f"{labels} are not the labels of the model: {names}"
+    return None if found == [*range(len(names))] else found
+
+
+def head_labels(config: PreTrainedConfig) -> list[str]:
+    """The names of the head's classes by index."""
+    named: Any = config.id2label or {}
+    return [str(named.get(index, f"LABEL_{index}")) for index in range(config.num_labels or 0)]
+
+
+def declares_head(config: PreTrainedConfig) -> bool:
+    """Whether the base was saved as a classifier."""
+    return any("ForSequenceClassification" in name for name in config.architectures or ())
+
+
+def stores_head(model: PreTrainedModel, info: Mapping[str, Any]) -> bool:
+    """Whether the checkpoint has weights for the layer whose rows are the labels; ``info`` is what
+    ``from_pretrained`` says of the loading."""
+    count = model.config.num_labels
+    state = {key: value.shape for key, value in model.state_dict().items() if in_head(model, key)}
+    last = {key for key, shape in state.items() if shape[:1] == (count,)}
+    return bool(last - set(info["missing_keys"]))
+
+
+def in_head(model: PreTrainedModel, key: str) -> bool:
+    """Whether the parameter lies outside of the base model, which the head stands on."""
+    return not key.startswith(f"{model.base_model_prefix}.")
+
+
+def renew_head(model: PreTrainedModel, seed: int) -> tuple[str, ...]:
+    """Draw the head's weights anew, as the model's class does it; the modules that hold them."""
+    torch.manual_seed(seed)
+    modules = {name: module for name, module in model.named_modules() if in_head(model, f"{name}.")}
+    holding = [name for name in modules if _own_parameters(modules, name)]
+    for name in holding:
+        for parameter in _own_parameters(modules, name):
+            # transformers leaves a parameter with this mark, which all others keep, as it is.
+            if hasattr(parameter, "_is_hf_initialized"):
+                del parameter._is_hf_initialized
+    with torch.no_grad():
+        for module in reversed(modules.values()):  # some classes draw for what they hold
+            model._init_weights(module)
+    return tuple(holding)
+
+
+def _own_parameters(modules: Mapping[str, nn.Module], name: str) -> list[nn.Parameter]:
+    return [*modules[name].parameters(recurse=False)] if name else []
+
+
+def _mapping_note(labels: Sequence[str], own: Sequence[str], found: Sequence[int]) -> str | None:
+    names = [own[index] for index in found]
+    unused = [name for index, name in enumerate(own) if index not in found]
+    note = None
+    if names != [*labels]:
+        pairs = [f"{a} = {b}" for a, b in zip(labels[:8], names[:8], strict=True)]
+        note = f"labels of the data = those of the base's head: {', '.join(pairs)}"
+        note += ", ..." if len(labels) > 8 else ""
+    elif [*found] != [*range(len(own))]:
+        note = f"the base's classification head keeps the order of its labels: {_described(own)}"
+    if unused:
+        extra = f"the task has no {_described(unused)}; predicting one counts as wrong"
+        note = f"{note}; {extra}" if note else f"the base's classification head: {extra}"
+    return note
+
+
+def _no_fit(labels: Labels, own: Sequence[str], name: str) -> ModelError:
+    has = f"has {len(own)} labels ({_described(own)})" if len(own) > 1 else "has one output"
+    absent = [label for label in labels or () if find_labels([label], own) is None]
+    if labels is None:
+        wants = "and the task is a regression, which has one output"
+    elif not absent:
+        wants = f"of which the task's {_described(labels)} are not one each"
+    elif len(absent) < len(labels):
+        wants = f"but not the task's {_described(absent)}"
+    else:
+        noun = "" if len(own) > 1 else " labels"
+        wants = f"and the task has {len(labels)}{noun} ({_described(labels)})"
+    return ModelError(
+        f"model.name_or_path: {name}: its classification head {has}, {wants}; allowed: labels that "
+        "the head has, or model.new_head: true, which replaces the head by a new one"
+    )
+
+
+def _described(names: Sequence[str]) -> str:
+    listed = [n if n.isprintable() and n == n.strip() else shown(n) for n in names[:10]]
+    return ", ".join(listed) + (", ..." if len(names) > 10 else "")
+
+
+def _folded(name: str) -> str:
+    return " ".join(re.sub(r"[_\-]", " ", name).casefold().split())

@@ -1,0 +1,111 @@
+"""After the first step: does every adapted module take part in the training?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.anatomy import is_routed_expert
+from lorakit.errors import TargetError
+from lorakit.layers import AdapterLayer, FusedLayer, adapted_modules, adapter_layers
+from lorakit.targets import describe_modules
+
+_LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+
+
+class FirstStep:
+    """Watches the adapted modules of ``model`` until ``check``, called once, when the gradients of
+    the first step are there.
+
+    ``whole`` are modules that train whole and must get gradients too. With ``counts`` hooks count
+    the rows that each module is called with; a compiled model goes without. ``say`` gets what is
+    odd and no error.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        say: Callable[[str], None],
+        whole: Sequence[str] = (),
+        counts: bool = True,
+    ) -> None:
+        self._say = say
+        self._layers = adapter_layers(model)
+        self._whole = {name: model.get_submodule(name) for name in whole}
+        self._rows: dict[str, int] | None = dict.fromkeys(self._layers, 0) if counts else None
+        modules = adapted_modules(model) if counts else {}
+        self._hooks = [m.register_forward_hook(self._counter(n, m)) for n, m in modules.items()]
+        # Layers that are skipped at random may miss a step.
+        config = getattr(model, "config", None)
+        self._skips = any(getattr(config, key, 0.0) for key in _LAYER_DROPS)
+
+    def check(self) -> None:
+        """Raise TargetError for what would never train: modules that have no gradient, of which
+        the model reads the weight without calling them, or drops the output. An expert without a
+        token in this step is none of them.
+
+        Modules whose gradient is there and exactly zero are named: a gate that starts at zero
+        makes it so, or rows of a single token. Waits for the device once.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        if dead := [name for name, layer in self._layers.items() if self._is_dead(name, layer)]:
+            ends = sorted({name.rpartition(".")[2] for name in dead})
+            raise TargetError(
+                f"adapter.target_modules: no gradient reaches {describe_modules(dead)}: "
+                f"{self._cause(dead)}, so the adapter there would never train; name targets "
+                f"without {', '.join(ends)}"
+            )
+        if dead := [name for name, module in self._whole.items() if not _gradients(module)]:
+            raise TargetError(
+                f"adapter.modules_to_save: no gradient reaches {describe_modules(dead)}: the model "
+                "does not use it in this task; leave it out"
+            )
+        if zero := _zero_gradients(self._layers):
+            self._say(
+                f"the gradient of {describe_modules(zero)} is exactly zero in the first step; if "
+                "it stays so, the adapter there does not train"
+            )
+
+    def _is_dead(self, name: str, layer: AdapterLayer) -> bool:
+        expert = is_routed_expert(name)
+        if self._rows is not None and not self._rows[name]:
+            return not (expert or self._skips)
+        own = [p for n, p in layer.named_parameters() if not n.startswith("base_layer.")]
+        trained = [parameter for parameter in own if parameter.requires_grad]
+        lacks = bool(trained) and all(parameter.grad is None for parameter in trained)
+        return lacks and not (expert and self._rows is None)
+
+    def _cause(self, dead: Sequence[str]) -> str:
+        if self._rows is not None and not any(self._rows[name] for name in dead):
+            return "the model never calls these modules (it reads their weights, or skips them)"
+        return "the model reads their weights without calling them, or does not use their output"
+
+    def _counter(
+        self, name: str, module: AdapterLayer | FusedLayer
+    ) -> Callable[[nn.Module, tuple[object, ...], object], None]:
+        parts = module.parts if isinstance(module, FusedLayer) else ()
+        names = [f"{name}.{role}" for role in parts] or [name]
+
+        def count(_module: nn.Module, inputs: tuple[object, ...], _output: object) -> None:
+            assert self._rows is not None
+            for each in names:
+                self._rows[each] += sum(x.numel() for x in inputs if isinstance(x, Tensor))
+
+        return count
+
+
+def _gradients(module: nn.Module) -> list[Tensor]:
+    return [p.grad for p in module.parameters() if p.grad is not None]
+
+
+def _zero_gradients(layers: Mapping[str, AdapterLayer]) -> list[str]:
+    largest = {
+        name: torch.stack([gradient.abs().max().float() for gradient in gradients]).max()
+        for name, layer in layers.items()
+        if (gradients := _gradients(layer))
+    }
+    values = torch.stack(list(largest.values())).tolist() if largest else []
+    return [name for name, value in zip(largest, values, strict=True) if value == 0]

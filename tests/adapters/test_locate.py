@@ -1,0 +1,173 @@
+"""What may be given as an adapter or a base, and what is said of anything else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lorakit.adapters.files import read_adapter
+from lorakit.adapters.load import load
+from lorakit.adapters.locate import adapter_directory
+from lorakit.errors import AdapterError, ModelError, UserError
+from lorakit.models.load import load_config
+from lorakit.recipe.sections import ModelSection
+from tests.adapters.directories import logits, write_adapter, write_base
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("pair")
+    base = write_base(folder / "base")
+    return base, write_adapter(base, folder / "adapter")
+
+
+@pytest.fixture
+def adapter(pair: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A copy that PEFT might have written."""
+    copy = shutil.copytree(pair[1], tmp_path / "adapter")
+    (copy / "lorakit.json").unlink()
+    return copy
+
+
+def edit(adapter: Path, **keys: Any) -> Path:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+    return adapter
+
+
+def cached(cache: Path, adapter: Path, name: str) -> None:
+    """The adapter as a repository in the Hub's cache."""
+    folder = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(adapter, folder / "snapshots" / ("0" * 40))
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0" * 40)
+
+
+def test_a_hub_id_is_read_from_the_cache(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = pair
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    cached(tmp_path / "cache", adapter, "some-one/their.adapter")
+    found = load(base, "some-one/their.adapter")
+    assert torch.equal(logits(found), logits(load(base, adapter)))
+    with pytest.raises(UserError, match="adapter: some-one/other: no such directory, not in the"):
+        read_adapter("some-one/other")
+
+
+@pytest.mark.parametrize("name", ["none", "a/b/c", "/none/at/all", "./none/here", "a b/c"])
+def test_what_is_neither_directory_nor_hub_id(name: str) -> None:
+    with pytest.raises(AdapterError, match="no such adapter directory") as raised:
+        adapter_directory(name)
+    assert ("namespace/name" in str(raised.value)) == ("/" not in name)
+
+
+def test_what_is_there_instead_is_named(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = pair
+    shutil.copytree(adapter, tmp_path / "run" / "adapter")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-3"
+    checkpoint.mkdir(parents=True)
+    for name in ("state.json", "weights.safetensors"):
+        (checkpoint / name).touch()
+    (tmp_path / "quantised").mkdir()
+    (tmp_path / "quantised" / "model.gguf").write_bytes(b"GGUF")
+    for path, said in (
+        (tmp_path / "run", f"holds some ({tmp_path / 'run' / 'adapter'}); name one of them"),
+        (checkpoint, "a checkpoint of a run, to go on from with train --resume"),
+        (base, "a model, not an adapter"),
+        (tmp_path / "quantised", "no adapter (it holds GGUF files, which lorakit does not read)"),
+        (tmp_path / "quantised" / "model.gguf", "a GGUF file, which lorakit does not read"),
+        (adapter / "adapter_model.safetensors", "a file of weights, not a directory; allowed"),
+    ):
+        with pytest.raises(AdapterError) as raised:
+            adapter_directory(path)
+        assert said in str(raised.value)
+
+
+def test_a_base_that_is_none_is_named(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    shutil.copytree(pair[1], tmp_path / "run" / "adapter")
+    for name, said in (
+        (str(tmp_path / "model.gguf"), "a GGUF file, which lorakit does not read; allowed"),
+        (str(tmp_path / "run"), f"the directory of a run, whose adapter is {tmp_path / 'run'}"),
+        (str(pair[1]), "it holds an adapter, not a base model"),
+        (str(tmp_path / "gone"), f"{tmp_path / 'gone'}: no such directory"),
+        ("./gone", "./gone: no such directory"),
+        ("models/some/folder", "models/some/folder: no such directory"),
+    ):
+        with pytest.raises(ModelError) as raised:
+            load_config(ModelSection(name_or_path=name))
+        assert said in str(raised.value)
+        assert "repo" not in str(raised.value).lower()
+
+
+def test_a_base_that_has_moved(pair: tuple[Path, Path], adapter: Path) -> None:
+    base, _ = pair
+    edit(adapter, base_model_name_or_path="/once/here")
+    with pytest.raises(AdapterError, match="base model /once/here, and there is no such directory"):
+        load(None, adapter)
+    edit(adapter, base_model_name_or_path="once/here")
+    with pytest.raises(ModelError, match="names this base: if it has moved, give the base"):
+        load(None, adapter)
+    assert logits(load(base, adapter)).isfinite().all()
+
+
+def test_unknown_keys_are_named_once(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    neutral = {"use_new_thing": False, "new_config": None, "new_list": [], "new_map": {}}
+    edit(adapter, **neutral)
+    read_adapter(adapter)
+    assert capsys.readouterr().err == ""
+    edit(adapter, **neutral, use_other_thing=True, mode="turbo")
+    read_adapter(adapter)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith('unknown keys, which are ignored: mode = "turbo", use_other_thing = true')
+    assert str(adapter / "adapter_config.json") in line
+    said: list[str] = []
+    read_adapter(adapter, said.append)
+    assert said == [line]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"lora_bias": True}, {"use_qalora": True}, {"alora_invocation_tokens": [1]},
+        {"layer_replication": [[0, 2]]}, {"target_parameters": ["experts.w1"]},
+        {"trainable_token_indices": [3]}, {"megatron_config": {"a": 1}},
+        {"init_lora_weights": "pissa"}, {"kasa_config": {"r": 2}},
+    ],
+    ids=lambda keys: next(iter(keys)),
+)  # fmt: skip
+def test_what_changes_the_sum_is_refused(keys: dict[str, Any], adapter: Path) -> None:
+    with pytest.raises(AdapterError, match=rf"{next(iter(keys))} = .*: not supported; allowed: "):
+        read_adapter(edit(adapter, **keys))
+
+
+def test_tied_weights_are_refused_where_they_would_be_adapted(adapter: Path) -> None:
+    edit(adapter, ensure_weight_tying=True)
+    read_adapter(adapter)
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.model.embed_tokens.lora_embedding_A"] = torch.ones(2, 3)
+    save_file(tensors, file)
+    with pytest.raises(AdapterError, match="ensure_weight_tying = true: not supported"):
+        read_adapter(adapter)
+
+
+def test_unknown_and_missing_tensors_are_told_apart(pair: tuple[Path, Path], adapter: Path) -> None:
+    """As ``model.state_dict()`` names them, with the adapter's name in them."""
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(key for key in tensors if key.endswith("lora_A.weight"))
+    tensors[name.replace("lora_A.", "lora_A.default.")] = tensors.pop(name)
+    save_file(tensors, file)
+    with pytest.raises(AdapterError) as raised:
+        load(pair[0], adapter)
+    stem = name.removeprefix("base_model.model.").removesuffix("weight")
+    said = f"unknown tensors: {stem}default.weight; missing tensors: {stem}weight"
+    assert said in str(raised.value)

@@ -1,0 +1,208 @@
+"""The streamed sum: the bits of the plain formula, in little memory, on any number of threads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lorakit.adapters import merge as merge_module
+from lorakit.adapters import merge_quick, merge_stream, merge_workers
+from lorakit.adapters.load import load
+from lorakit.adapters.merge import merge
+from lorakit.layers import adapted_modules
+from tests.adapters.directories import write_adapter, write_base
+
+_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("llama", {"target_modules": ["all-linear"], "r": 5}),
+    "parts of a fused matrix": ("phi3", {"target_modules": ["q", "v", "o"]}),
+    "parts of each head": ("gpt_neox", {"target_modules": ["q", "v"]}),
+    "transposed": ("gpt2", {"target_modules": ["c_fc", "c_proj", "k"]}),
+    "embedding": ("llama", {"target_modules": ["embed_tokens", "q"]}),
+    "no power of two": ("qwen3", {"target_modules": ["q", "o"], "lora_alpha": 7}),
+    "adalora": ("llama", {"method": "adalora", "target_modules": ["q", "v"]}),
+    "dora": ("llama", {"method": "dora", "target_modules": ["q", "down_proj"]}),
+    "dora, transposed": ("gpt2", {"method": "dora", "target_modules": ["c_fc"]}),
+    "intrinsic": ("llama", {"method": "intrinsic", "target_modules": ["q", "v"]}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", _CASES)
+def test_the_bits_of_the_formula(
+    case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """W + scaling * B A in float32, rounded once, in many chunks on several threads."""
+    family, keys = _CASES[case]
+    if keys.get("method") == "intrinsic":
+        keys = {key: value for key, value in keys.items() if key != "r"}
+    base = write_base(tmp_path / "base", family, dtype)
+    adapter = write_adapter(base, tmp_path / "adapter", **keys)
+    monkeypatch.setattr(merge_stream, "CHUNK_ELEMENTS", 256)
+    monkeypatch.setattr(merge_workers, "SMALL_BYTES", 0)
+    monkeypatch.setattr(merge_workers, "_workers", lambda: 3)
+    threads = torch.get_num_threads()
+    merge(base, adapter, tmp_path / "out")
+    assert torch.get_num_threads() == threads
+    stored, merged = (load_file(tmp_path / f / "model.safetensors") for f in ("base", "out"))
+    layers = adapted_modules(load(base, adapter, dtype=str(dtype).removeprefix("torch.")))
+    exact = 0
+    for name, layer in layers.items():
+        key = f"{name}.weight"
+        key = key if key in stored else key.replace("lm_head", "embed_out")
+        want = layer.merged_weight(stored[key]).detach().to(dtype)
+        assert not torch.equal(want, stored[key])
+        if "dora" in case:  # the norm of a row is summed in another order
+            torch.testing.assert_close(merged[key], want)
+        else:
+            assert torch.equal(merged[key], want), key
+        exact += 1
+    assert exact == len(layers) > 0
+    untouched = set(stored) - {f"{name}.weight" for name in layers}
+    assert all(torch.equal(stored[name], merged[name]) for name in untouched if name in merged)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_names_alone_give_what_the_class_gives(
+    family: str, tied: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A merge that makes no model writes the same bytes as one that does."""
+    base = write_base(tmp_path / "base", family, torch.bfloat16, tie_word_embeddings=tied)
+    a = write_adapter(base, tmp_path / "a", target_modules=["all-linear"])
+    b = write_adapter(base, tmp_path / "b", seed=1, target_modules=["q"])
+    found = []
+    monkeypatch.setattr(
+        merge_module, "held_by_name",
+        lambda *args: found.append(merge_quick.held_by_name(*args)) or found[-1],
+    )  # fmt: skip
+    merge(base, a, tmp_path / "quick", add=[(b, 0.5)])
+    assert found[0] is not None
+    monkeypatch.setattr(merge_module, "held_by_name", lambda *_: None)
+    merge(base, a, tmp_path / "class", add=[(b, 0.5)])
+    files = {f: sorted((tmp_path / f).iterdir()) for f in ("quick", "class")}
+    assert [p.name for p in files["quick"]] == [p.name for p in files["class"]]
+    for one, other in zip(*files.values(), strict=True):
+        assert one.read_bytes() == other.read_bytes(), one.name
+
+
+@pytest.mark.parametrize("keys", [
+    {"target_modules": ["lm_head"]}, {"target_modules": ["embed_tokens"]}, {"bias": "all"},
+    {"modules_to_save": ["norm"]}, {"method": "intrinsic", "r": None},
+], ids=str)  # fmt: skip
+def test_what_names_do_not_tell_is_left_to_the_class(keys: dict[str, Any], tmp_path: Path) -> None:
+    if keys.get("r", 0) is None:
+        keys = {key: value for key, value in keys.items() if key != "r"}
+    base = write_base(tmp_path / "base", "qwen2", attention_bias=True)
+    adapter = write_adapter(base, tmp_path / "adapter", **keys)
+    own = merge_module.read_weighted(adapter, 1, [])
+    settings = json.loads((base / "config.json").read_text())
+    with merge_module.Checkpoint(base) as checkpoint:
+        assert merge_quick.held_by_name(settings, checkpoint, own) is None
+        plain = merge_module.read_weighted(write_adapter(base, tmp_path / "plain"), 1, [])
+        assert merge_quick.held_by_name(settings, checkpoint, plain) is not None
+        changes: list[dict[str, Any]] = [
+            {"num_hidden_layers": 3}, {"model_type": "bert"}, {"architectures": None},
+            {"architectures": ["Qwen2ForSequenceClassification"]}, {"auto_map": {}},
+        ]  # fmt: skip
+        for change in changes:
+            assert merge_quick.held_by_name(settings | change, checkpoint, plain) is None
+
+
+@pytest.mark.parametrize("model_type", merge_quick.PLAIN)
+def test_families_whose_names_tell_all(model_type: str) -> None:
+    """Of each, transformers converts nothing, and every matrix but one is an nn.Linear."""
+    import transformers as tf
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    small = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 128}  # fmt: skip
+    config = tf.CONFIG_MAPPING[model_type](**small)
+    name, tied = merge_quick.PLAIN[model_type]
+    with torch.device("meta"):
+        model = getattr(tf, name)(config)
+    assert config.tie_word_embeddings == tied
+    assert not config.sub_configs
+    assert not get_model_conversion_mapping(model, add_legacy=False)
+    ends: dict[str, set[str]] = {}
+    for key, value in model.state_dict().items():
+        module, _, end = key.rpartition(".")
+        if value.ndim == 2:
+            exact = type(model.get_submodule(module)) is torch.nn.Linear
+            assert exact != (module == "model.embed_tokens"), key
+        assert (end in ("weight", "bias"), value.ndim <= 2) == (True, True)
+        if module.startswith("model.layers."):
+            ends.setdefault(module.split(".")[2], set()).add(key.split(".", 3)[3])
+        else:
+            assert module in ("model.embed_tokens", "model.norm", "lm_head")
+    assert ends["0"] == ends["1"]
+
+
+_WATCHED = """
+import sys, threading, time
+def anonymous():
+    text = open("/proc/self/status").read()
+    return int(text.split("RssAnon:")[1].split()[0]) / 1024
+import torch
+from lorakit.adapters.merge import merge
+merge(*sys.argv[1:3], sys.argv[3] + "-warm", max_shard_size="1MB")
+before = peak = anonymous()
+done = threading.Event()
+def watch():
+    global peak
+    while not done.wait(0.002):
+        peak = max(peak, anonymous())
+watcher = threading.Thread(target=watch)
+watcher.start()
+merge(*sys.argv[1:])
+done.set()
+watcher.join()
+print(peak - before, "transformers" in sys.modules)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_is_a_few_chunks(tmp_path: Path) -> None:
+    """One file of 150 MB, tensors of 50 MB, which in float32 are 100, and an adapter of 88 MB:
+    neither file is ever held, and no model is made."""
+    base = tmp_path / "base"
+    sizes = {"vocab_size": 64, "hidden_size": 2048, "intermediate_size": 12288,
+             "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+             "head_dim": 16}  # fmt: skip
+    base.mkdir()
+    stem = "model.layers.0"
+    shapes = {"mlp.gate_proj": (12288, 2048), "mlp.up_proj": (12288, 2048),
+              "mlp.down_proj": (2048, 12288), "self_attn.q_proj": (32, 2048)}  # fmt: skip
+    state = {f"{stem}.{name}.weight": torch.zeros(s, dtype=torch.bfloat16)
+             for name, s in shapes.items()}  # fmt: skip
+    state["model.embed_tokens.weight"] = torch.zeros(64, 2048, dtype=torch.bfloat16)
+    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **sizes}
+    (base / "config.json").write_text(json.dumps(config))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    factors, r = {}, 512
+    for name, (rows, columns) in shapes.items():
+        factors[f"base_model.model.{stem}.{name}.lora_A.weight"] = torch.ones(r, columns)
+        factors[f"base_model.model.{stem}.{name}.lora_B.weight"] = torch.ones(rows, r)
+    save_file(factors, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps({
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": 1,
+        "target_modules": [name.rpartition(".")[2] for name in shapes],
+    }))  # fmt: skip
+    out = subprocess.run(
+        [sys.executable, "-c", _WATCHED, base, adapter, tmp_path / "out"],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        capture_output=True, text=True, check=True,
+    ).stdout.split()  # fmt: skip
+    assert float(out[0]) < 130, f"{out[0]} MB"
+    assert out[1] == "False"
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert (merged[f"{stem}.mlp.up_proj.weight"] == 1).all()

@@ -1,0 +1,115 @@
+"""A run whose loss exploded says so at its end, though every number is finite."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakit.cli.main import run
+from lorakit.training.finite import LossHistory, diverged
+from lorakit.training.run import train
+from tests.training.runs import log_lines, recipe_for, run_json, write_recipe_file, write_rows
+
+
+def history(*losses: float) -> LossHistory:
+    made = LossHistory()
+    for loss in losses:
+        made.add([loss])
+    return made
+
+
+@pytest.mark.parametrize(
+    ("losses", "again", "expected"),
+    [
+        ([3.0, 322.0, *[21.0] * 10], 20.0, True),
+        ([3.0, 322.0, *[21.0] * 10], None, True),
+        ([3.0, *[8.0] * 10], 7.5, True),  # never a peak, but destroyed
+        ([0.69, 322.0, *[0.7] * 10], 0.69, True),  # a classifier that says one thing only
+        ([3.0, 322.0, *[0.5] * 10], 0.4, False),  # it recovered
+        ([3.0, *[2.5] * 10], 2.4, False),
+        ([3.0, *[3.4] * 10], 3.3, False),  # a little worse is no explosion
+        # The first rows were easy, the last are not; what was easy still is.
+        ([0.2, 4.0, *[2.5] * 10], 0.2, False),
+        ([1e-4, *[0.3] * 10], 0.2, False),  # starts near zero
+        # The first rows are unlucky in the end, all others fine.
+        ([0.2, *[0.3] * 10], 1.9, False),
+        ([2.0, *[1.0] * 5, 11.9, *[0.9] * 10], 0.9, False),  # one bad batch
+        ([2.0, *[1.0] * 10], float("inf"), False),
+    ],
+)
+def test_the_rule(losses: list[float], again: float | None, expected: bool) -> None:
+    assert diverged(history(*losses), again) == expected
+
+
+def test_the_history_is_of_steps_and_not_of_lines() -> None:
+    made = LossHistory()
+    made.add([1.0, 9.0, *[2.0] * 9])
+    made.add([4.0])
+    assert (made.start, made.peak, made.last) == (1.0, 9.0, [*[2.0] * 9, 4.0])
+    assert not diverged(LossHistory(), 5.0)
+
+
+def trained(folder: Path, model: Path, **changes: Any) -> tuple[int, Path]:
+    file = write_recipe_file(folder, model, "glue/sst2", **changes)
+    return run(["train", str(file), "--json"]), folder / "run"
+
+
+def test_a_rate_of_50_diverges_and_all_say_so(
+    tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, output = trained(tmp_path, tiny_bert, train__learning_rate=50.0)
+    out, err = capsys.readouterr()
+    assert code == 0
+    last = err.splitlines()[-1]
+    assert last.startswith("warning: the run diverged: the loss was 0.69")
+    assert last.endswith("likely cause: train.learning_rate (50) too high")
+    assert json.loads(out)["diverged"] is True
+    record = run_json(output)
+    assert (record["diverged"], record["exit_reason"]) == (True, "completed")
+    assert "**The training diverged**" in (output / "adapter" / "README.md").read_text()
+    # The finished run still knows.
+    assert run(["train", str(tmp_path / "recipe.yaml"), "--resume", "auto", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["diverged"] is True
+
+
+def test_what_happened_before_a_checkpoint_is_remembered(tiny_bert: Path, tmp_path: Path) -> None:
+    changes = {"train__learning_rate": 50.0, "train__save_every_steps": 6, "train__epochs": 2}
+    recipe = recipe_for(tmp_path, tiny_bert, "glue/sst2", **changes)
+    whole: list[str] = []
+    train(recipe, say=whole.append)
+    peak = max(line["loss"] for line in log_lines(tmp_path / "run"))
+    said: list[str] = []
+    result = train(recipe, str(tmp_path / "run" / "checkpoints" / "step-6"), said.append)
+    assert result.diverged
+    assert said[-1] == whole[-1]
+    assert f"{peak:.4g} at its highest" in said[-1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train__learning_rate": 1e-3},
+        # One row a step, and labels that cannot be learnt.
+        {"train__learning_rate": 1e-2, "train__per_device_batch_size": 1, "train__epochs": 3},
+        {"train__learning_rate": 1e-2, "train__lr_scheduler": "cosine_with_restarts"},
+        {"adapter__method": "adalora", "adapter__target_r": 2, "train__learning_rate": 1e-2},
+    ],
+    ids=["usual", "noisy", "restarts", "adalora"],
+)
+def test_an_ordinary_run_did_not_diverge(
+    changes: dict[str, Any], tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_recipe_file(tmp_path, tiny_bert, "glue/sst2", **changes)
+    if "adapter__method" in changes:  # AdaLoRA has no r
+        values = json.loads(file.read_text())
+        del values["adapter"]["r"]
+        file.write_text(json.dumps(values))
+    rows = [{"sentence": "one two"[: n % 7 + 1], "label": (n * n // 3) % 2} for n in range(30)]
+    write_rows(tmp_path / "data" / "train.jsonl", rows)
+    assert run(["train", str(file)]) == 0
+    assert "diverged" not in capsys.readouterr().err
+    assert run_json(tmp_path / "run")["diverged"] is False
+    assert "diverged" not in (tmp_path / "run" / "adapter" / "README.md").read_text()

@@ -1,0 +1,207 @@
+"""After the first step every adapted module has a gradient, or the run ends and names it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorakit import registry
+from lorakit.cli.main import run
+from lorakit.errors import TargetError
+from lorakit.injection import inject
+from lorakit.methods.lora import LoraConfig
+from lorakit.training.first_step import FirstStep
+from tests.families import tiny, token_ids
+from tests.hybrids import hybrid, saved_hybrid
+from tests.training.runs import run_json, write_recipe_file
+
+FEW: dict[str, Any] = {"train__epochs": None, "train__max_steps": 2, "task__limit_eval": 2}
+
+
+class Mixture(nn.Module):
+    """Experts in a list; ``used`` are those that get tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+        self.used: tuple[int, ...] = (0,)
+        self.detached = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for index in self.used:
+            out = self.experts[index](x)
+            y = y + (out.detach() if self.detached else out)
+        return y
+
+
+class Block(nn.Module):
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.inner, self.proj, self.way = nn.Linear(4, 4), nn.Linear(4, 4), way
+        self.gate = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.inner(x)
+        if self.way == "read past forward":
+            return x + nn.functional.linear(x, self.proj.weight, self.proj.bias)
+        if self.way == "never used":
+            return x
+        if self.way == "without gradient":
+            with torch.no_grad():
+                y = self.proj(x)
+            return x + y
+        if self.way == "closed gate":
+            return x + self.gate * self.proj(x)
+        return x + self.proj(x)
+
+
+def step(model: nn.Module, targets: list[str], counts: bool = True, **inputs: Any) -> list[str]:
+    """One backward pass over an adapted ``model``, and the notes of the check."""
+    notes: list[str] = []
+    inject(model, LoraConfig(r=2, target_modules=targets))
+    first = FirstStep(model.train(), notes.append, counts=counts)
+    model(torch.randn(3, 4)).square().sum().backward()
+    first.check()
+    assert not [m for m in model.modules() if m._forward_hooks]
+    return notes
+
+
+@pytest.mark.parametrize("counts", [True, False])
+@pytest.mark.parametrize("way", ["read past forward", "never used", "without gradient"])
+def test_a_module_without_a_gradient_is_named(way: str, counts: bool) -> None:
+    with pytest.raises(TargetError, match=r"no gradient reaches proj: .*name targets without proj"):
+        step(Block(way), ["all-linear"], counts)
+
+
+def test_what_trains_passes() -> None:
+    assert step(Block("used"), ["all-linear"]) == []
+
+
+def test_a_gradient_of_zero_is_said() -> None:
+    (note,) = step(Block("closed gate"), ["all-linear"])
+    assert "gradient of proj is exactly zero" in note
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_an_expert_without_tokens_is_fine(counts: bool) -> None:
+    assert step(Mixture(), ["all-linear"], counts) == []
+
+
+def test_an_expert_with_tokens_needs_a_gradient() -> None:
+    model = Mixture()
+    model.detached = True
+    with pytest.raises(TargetError, match=r"no gradient reaches 1\.experts\.0"):
+        step(nn.Sequential(nn.Linear(4, 4), model, nn.Linear(4, 4)), ["re:1.experts.*", "2"])
+
+
+def test_layers_that_are_skipped_at_random_are_fine() -> None:
+    model = tiny("opt", layerdrop=1.0).train()
+    inject(model, LoraConfig(r=2, target_modules=["q", "v"]))
+    first = FirstStep(model, print)
+    with pytest.raises(RuntimeError):
+        model(token_ids()).logits.sum().backward()
+    first.check()
+
+
+METHODS = sorted(set(registry.methods()) - {"full", "bitfit"})
+INITS = ("b_gaussian", "pissa", "orthogonal")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_every_method_passes(method: str, family: str) -> None:
+    config = registry.methods()[method].Config(target_modules=["attention"])
+    _check(tiny(family), config)
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_every_start_passes(init: str) -> None:
+    _check(tiny("llama"), LoraConfig(init=init, target_modules=["q", "v", "embed_tokens"]))
+
+
+@pytest.mark.parametrize("targets", ["attention", "all-linear"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_next", "deepseek_v3", "llama4_text", "falcon_h1", "gpt_oss"]
+)
+def test_every_attention_passes(family: str, targets: str) -> None:
+    _check(hybrid(family), LoraConfig(target_modules=[targets]))
+
+
+def _check(model: nn.Module, config: Any) -> None:
+    inject(model, config)
+    first = FirstStep(model.train(), lambda note: pytest.fail(note))
+    logits = model(input_ids=token_ids(), use_cache=False).logits
+    logits.float().log_softmax(-1)[..., 7].mean().backward()
+    first.check()
+
+
+# Whole runs
+
+
+def _hybrid_recipe(
+    name: str, tiny_llama: Path, folder: Path, targets: list[str], **more: Any
+) -> Path:
+    model = saved_hybrid(name, tiny_llama, folder / name)
+    return write_recipe_file(
+        folder, model, "completion", adapter__target_modules=targets, **FEW, **more
+    )
+
+
+def test_mamba_reads_a_weight_past_forward(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = _hybrid_recipe("mamba", tiny_llama, tmp_path, ["all-linear"])
+    for options in (["--dry-run"], []):
+        capsys.readouterr()
+        assert run(["train", str(recipe), *options]) == 2
+        (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+        assert "no gradient reaches backbone.layers.{0-1}.mixer.dt_proj" in line
+        assert "name targets without dt_proj" in line
+    record = run_json(tmp_path / "run")
+    assert (record["exit_reason"], record["steps"]) == ("failed", 0)
+    assert not (tmp_path / "run" / "adapter").exists()
+    alone = "adapter.target_modules=[dt_proj]"
+    assert run(["train", str(recipe), "--set", alone]) == 2
+    assert "no gradient reaches" in capsys.readouterr().err
+    others = 'adapter.target_modules=["in_proj", "x_proj", "out_proj"]'
+    assert run(["train", str(recipe), "--set", others]) == 0
+
+
+def test_a_module_to_save_that_is_not_used(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = _hybrid_recipe(
+        "gemma3",
+        tiny_llama,
+        tmp_path,
+        ["q", "v"],
+        adapter__modules_to_save=["multi_modal_projector"],
+    )
+    assert run(["train", str(recipe)]) == 2
+    assert "no gradient reaches model.multi_modal_projector" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "llama4_text", "gemma3"])
+def test_the_coverage_is_said_and_recorded(
+    name: str, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = _hybrid_recipe(name, tiny_llama, tmp_path, ["all-linear"])
+    capsys.readouterr()
+    assert run(["train", str(recipe), "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert run(["train", str(recipe)]) == 0
+    said = capsys.readouterr().err
+    coverage = run_json(tmp_path / "run")["coverage"]
+    assert plan["coverage"] == coverage
+    (line,) = [x for x in said.splitlines() if "targets cover" in x]
+    assert "of attention" in line
+    wanted = {"qwen3_next": "experts", "llama4_text": "router", "gemma3": "vision_tower"}[name]
+    assert [m for m in coverage["missed"] if wanted in m["modules"] and m["share"] > 0]
+    assert any("not adapted" in x and wanted in x and "%" in x for x in said.splitlines())
+    assert coverage["parts"]["MLP"]["covered"] == coverage["parts"]["MLP"]["total"]
