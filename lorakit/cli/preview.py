@@ -136,7 +136,7 @@ def _header(found: Preview, plain: bool) -> list[tuple[str, str]]:
     if found.summary.trained_tokens is None:
         return [(title + "the loss is on the label", "")]
     if plain:
-        return [(f"{title}the loss is on what stands between {_OPEN} and {_CLOSE}", "")]
+        return [(f"{title}the loss is taken on what is inside {_OPEN} {_CLOSE}", "")]
     return [(title, ""), ("trained", "green"), (", ", ""), ("masked", "dim"), (", ", ""),
             ("special token", "bold")]  # fmt: skip
 

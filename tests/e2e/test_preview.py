@@ -55,7 +55,7 @@ def test_rows_and_figures(completion: str, capsys: pytest.CaptureFixture[str]) -
     assert (
         out
         == """\
-completion, train: 3 of 3 rows; ⏎ is a line break; the loss is on what stands between ⟦ and ⟧
+completion, train: 3 of 3 rows; ⏎ is a line break; the loss is taken on what is inside ⟦ ⟧
 
 --- data/train.jsonl, row 1: 19 tokens, 8 trained
 line⏎
