@@ -14,7 +14,7 @@ from lorakit.adapters.files import CONFIG, AdapterFiles, read_adapter
 from lorakit.adapters.loralib import loralib_tensors
 from lorakit.adapters.loralib_read import LoralibOptions, read_loralib
 from lorakit.adapters.low_rank import Updates, read_updates
-from lorakit.adapters.peft_config import misread_note
+from lorakit.adapters.peft_config import misread_note, refused_note
 from lorakit.adapters.plain_lora import lora_files, number, padded
 from lorakit.errors import AdapterError, shown
 
@@ -114,6 +114,8 @@ def _written(
     settings, tensors, sidecar = lora_files(updates)
     if misread := sidecar.get("misread_by_peft"):
         notes = [*notes, misread_note(misread)]
+    if refused := sidecar.get("refused_by_peft"):
+        notes = [*notes, refused_note(refused)]
     write_peft(out, settings, tensors, sidecar, source, overwrite=overwrite)
     ranks = {name: matrix.r for name, matrix in updates.matrices.items()}
     alphas = {name: number(m.scaling * m.r) for name, m in updates.matrices.items()}

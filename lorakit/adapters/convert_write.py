@@ -105,4 +105,5 @@ def _facts(settings: Mapping[str, Any], sidecar: Mapping[str, Any]) -> CardFacts
         num_labels=len(sidecar.get("id2label") or ()) or None,
         base_class=sidecar.get("base_class"),
         misread=sidecar.get("misread_by_peft") or (),
+        refused=sidecar.get("refused_by_peft") or (),
     )

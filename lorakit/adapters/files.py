@@ -99,6 +99,9 @@ class AdapterFiles:
             return True
         if task == "CAUSAL_LM" or (task is None and "LM" in base):
             return False
+        # PEFT's default is null; without a task's class the tensors tell.
+        if task is None and not re.search(r"For(?!ConditionalGeneration)", base):
+            return any(name.partition(".")[0] in SEQ_CLS_HEADS for name in self.tensors)
         raise AdapterError(
             f"{self.directory / CONFIG}: task_type = {shown(task)}: allowed: CAUSAL_LM, SEQ_CLS"
         )

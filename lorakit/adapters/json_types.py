@@ -105,5 +105,6 @@ SIDECAR_TYPES = {
     "misread_by_peft": "a list of texts",
     "pad_token_id": "an integer",
     "problem_type": "text",
+    "refused_by_peft": "a list of texts",
     "task": "text",
 }

@@ -33,6 +33,7 @@ class CardFacts:
     peft_loads: bool = True
     base_class: str | None = None
     misread: Sequence[str] = ()
+    refused: Sequence[str] = ()
 
 
 def model_card(facts: CardFacts) -> str:
@@ -91,6 +92,8 @@ def _usage(facts: CardFacts) -> str:
     other = _with_peft(facts, base) if facts.peft_loads else _by_merging(base)
     if facts.peft_loads and facts.misread:
         other = _misread(facts, base)
+    if facts.peft_loads and facts.refused:
+        other = _refused(facts, base)
     return f"""## Use
 
 {other}
@@ -112,6 +115,13 @@ def _misread(facts: CardFacts, base: str) -> str:
     return (
         f"PEFT 0.19 to 0.21 with transformers 5 takes {', '.join(facts.misread)} for experts, and "
         f"puts this adapter in the wrong place. {_merged(base)}"
+    )
+
+
+def _refused(facts: CardFacts, base: str) -> str:
+    return (
+        f"PEFT from 0.16 on does not load an adapter of {' and '.join(facts.refused)} for models "
+        f"with Mamba layers. {_merged(base)}"
     )
 
 

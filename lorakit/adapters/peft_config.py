@@ -74,6 +74,9 @@ _EXPERT_NAMES = {
     "mixtral": frozenset({"gate", "w1", "w2", "w3"}),
     "qwen2_moe": frozenset({"gate", "gate_proj", "up_proj", "down_proj"}),
 }
+#: Model types with a state space, and the modules that PEFT refuses to adapt in them.
+_STATE_SPACE = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+_REFUSED = frozenset({"out_proj", "conv1d"})
 #: PEFT takes these for the head of a classifier, whatever the file says.
 SEQ_CLS_HEADS = ("classifier", "score")
 
@@ -109,6 +112,21 @@ def misread_note(misread: Iterable[str]) -> str:
     return (
         f"PEFT 0.19 to 0.21 with transformers 5 takes {', '.join(misread)} for experts and "
         "misreads the adapter; lorakit does not"
+    )
+
+
+def refused_by_peft(model: nn.Module, adapted: Iterable[str]) -> list[str]:
+    """The ends of the names ``adapted`` that PEFT from 0.16 on refuses to adapt in the model."""
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    taken = _REFUSED if model_type in _STATE_SPACE else frozenset()
+    return sorted(taken & {name.rpartition(".")[2] for name in adapted})
+
+
+def refused_note(refused: Iterable[str]) -> str:
+    """What ``refused_by_peft`` found, as it is said."""
+    return (
+        f"PEFT from 0.16 on does not load an adapter of {' and '.join(refused)} for models with "
+        "Mamba layers; lorakit does"
     )
 
 

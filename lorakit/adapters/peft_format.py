@@ -21,6 +21,7 @@ from lorakit.adapters.peft_config import (
     base_names,
     exact_patterns,
     misread_by_peft,
+    refused_by_peft,
     target_modules,
     without_defaults,
 )
@@ -99,6 +100,8 @@ def save_adapter(
             info["base_class"] = type(own).__name__
         if method.peft_loads and (misread := misread_by_peft(own or model, layers)):
             info["misread_by_peft"] = misread
+        if method.peft_loads and (refused := refused_by_peft(own or model, layers)):
+            info["refused_by_peft"] = refused
         _write_json(folder / SIDECAR, info | dict(lorakit_info or {}))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -108,6 +111,7 @@ def save_adapter(
             facts,
             base_class=info.get("base_class"),
             misread=info.get("misread_by_peft", ()) if method.peft_type == "LORA" else (),
+            refused=info.get("refused_by_peft", ()),
         )
         (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
     return directory

@@ -8,7 +8,12 @@ from pathlib import Path
 from lorakit import registry
 from lorakit.adapters.model_card import CardFacts
 from lorakit.adapters.names import BaseNames, names_in_base
-from lorakit.adapters.peft_config import misread_by_peft, misread_note
+from lorakit.adapters.peft_config import (
+    misread_by_peft,
+    misread_note,
+    refused_by_peft,
+    refused_note,
+)
 from lorakit.adapters.peft_format import save_adapter
 from lorakit.errors import AdapterError
 from lorakit.methods.base import Method
@@ -55,6 +60,8 @@ def export_adapter(prepared: Prepared, directory: Path, record: RunRecord, say: 
             f"{directory}: PEFT does not load what {method.name} trains; lorakit does, and "
             f"{merging}"
         )
+    elif refused := refused_by_peft(prepared.model, _adapted(record)):
+        say(f"{directory}: {refused_note(refused)}, and {merging}")
     elif method.peft_type == "LORA" and (
         wrong := misread_by_peft(prepared.model, _adapted(record))
     ):

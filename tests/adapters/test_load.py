@@ -90,11 +90,45 @@ def test_errors_name_the_argument(make_pair: MakePair, tmp_path: Path) -> None:
     settings = json.loads((adapter / "adapter_config.json").read_text())
     for changes, message in (
         ({"task_type": "TOKEN_CLS"}, 'task_type = "TOKEN_CLS": allowed: CAUSAL_LM, SEQ_CLS'),
+        (
+            {
+                "task_type": None,
+                "auto_mapping": {"base_model_class": "LlamaForTokenClassification"},
+            },
+            "task_type = null: allowed: CAUSAL_LM, SEQ_CLS",
+        ),
         ({"base_model_name_or_path": None}, "names no base model"),
     ):
         (adapter / "adapter_config.json").write_text(json.dumps(settings | changes))
         with pytest.raises(AdapterError, match=message):
             load(base if "task_type" in changes else None, adapter)
+
+
+@pytest.mark.parametrize(
+    ("family", "base_class"),
+    [
+        ("llama", None),
+        ("llama", "LlamaForCausalLM"),
+        ("llama", "LlamaModel"),
+        ("llama", "LlavaForConditionalGeneration"),
+        ("bert", None),
+        ("bert", "BertForSequenceClassification"),
+    ],
+)
+def test_a_task_type_that_peft_left_out(
+    family: str, base_class: str | None, make_pair: MakePair
+) -> None:
+    """PEFT's default is null; the tensors say whether a classifier's head is among them."""
+    base, adapter, model = make_pair(family)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    mapping = {"auto_mapping": {"base_model_class": base_class}} if base_class else {}
+    changes = {"task_type": None, **mapping}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | changes))
+    (adapter / "lorakit.json").unlink()
+    loaded = load(base, adapter, dtype="float32")
+    assert type(loaded) is type(model)
+    inputs = {"input_ids": token_ids()}
+    torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
 
 
 def test_roberta_counts_positions_from_its_own_pad_token(

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import lorakit
 from lorakit.adapters.names import names_in_base
-from lorakit.adapters.peft_config import misread_by_peft
+from lorakit.adapters.peft_config import misread_by_peft, refused_by_peft
 from lorakit.adapters.peft_format import save_adapter
 from lorakit.adapters.place import load_adapter
 from lorakit.cli.main import run
@@ -250,6 +250,32 @@ def test_a_converted_adapter_keeps_what_is_known_of_peft(tmp_path: Path) -> None
         )
 
 
+@pytest.mark.parametrize("family", ["mamba", "falcon_h1"])
+@pytest.mark.parametrize("targets", [["out_proj"], ["in_proj"]])
+def test_what_peft_refuses_is_known(family: str, targets: list[str], tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    hybrid(family).save_pretrained(base)
+    config = LoraConfig(r=2, target_modules=targets)
+    model = adapted(base, config)
+    adapter = save(model, config, base, tmp_path / "adapter")
+    wrong = [name for name in targets if name == "out_proj"]
+    assert refused_by_peft(model, adapter_layers(model)) == wrong
+    info = json.loads((adapter / "lorakit.json").read_text())
+    assert info.get("refused_by_peft", []) == wrong
+    assert ("does not load an adapter of out_proj" in (adapter / "README.md").read_text()) == bool(
+        wrong
+    )
+    bare = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    if wrong:
+        with pytest.raises(ValueError, match="incompatible with Mamba"):
+            PeftModel.from_pretrained(bare, str(adapter))
+    else:
+        PeftModel.from_pretrained(bare, str(adapter))
+    torch.testing.assert_close(
+        logits(lorakit.load(base, adapter)), logits(model), atol=1e-5, rtol=0
+    )
+
+
 def test_dense_models_are_not_misread() -> None:
     assert misread_by_peft(tiny("llama"), ["model.layers.0.mlp.down_proj"]) == []
     assert misread_by_peft(nn.Linear(2, 2), ["gate"]) == []
@@ -307,6 +333,7 @@ def test_what_was_misread_or_renamed_is_said(
     for family, said in (
         ("qwen3_5", "the names are those of the base's own class, Qwen3_5ForConditionalGeneration"),
         ("qwen3_next", "takes down_proj, gate_proj, up_proj for experts"),
+        ("falcon_h1", "PEFT from 0.16 on does not load an adapter of out_proj"),
     ):
         model = saved_hybrid(family, tiny_llama, tmp_path / family)
         recipe = write_recipe_file(
