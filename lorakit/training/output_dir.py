@@ -5,7 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from lorakit.errors import UserError
 from lorakit.recipe.load import load_recipe
 from lorakit.recipe.sections import Recipe
 from lorakit.training.checkpoint import Snapshot, checkpoints, load_checkpoint
+from lorakit.training.tracking import PROJECT
 
 #: Keys that may differ between a run and its resumption: they change no number of the result.
 _FREE = {
@@ -101,9 +103,11 @@ def sole_run(recipe: Recipe, resume: str | None, start: Start) -> Iterator[Path]
     """The output directory, made and held against other runs while the block runs.
 
     Raises UserError if it cannot be made, another run holds it, or one has written there since
-    ``start`` was found.
+    ``start`` was found. If the block raises UserError before a fresh run has a checkpoint, the
+    directory is left as it was.
     """
     output_dir = Path(recipe.train.output_dir)
+    made = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         handle = os.open(output_dir, os.O_RDONLY)
@@ -114,11 +118,39 @@ def sole_run(recipe: Recipe, resume: str | None, start: Start) -> Iterator[Path]
         now = find_start(recipe, resume)
         if (now.checkpoint, now.finished) != (start.checkpoint, start.finished):
             raise UserError(f"train.output_dir: {output_dir}: another run has just written there")
-        yield output_dir
+        before, logged = _records(output_dir), (output_dir / PROJECT).exists()
+        try:
+            yield output_dir
+        except UserError:
+            if start.checkpoint is None and not checkpoints(output_dir / "checkpoints"):
+                if not logged:  # of TensorBoard
+                    shutil.rmtree(output_dir / PROJECT, ignore_errors=True)
+                _withdraw(output_dir, before, made)
+            raise
     except BlockingIOError as error:
         raise UserError(f"train.output_dir: {output_dir}: another run is writing there") from error
     finally:
         os.close(handle)
+
+
+def _records(output_dir: Path) -> dict[Path, bytes]:
+    """The files that a run writes from its start on, and what they hold."""
+    files = [output_dir / name for name in ("recipe.yaml", "run.json", "metrics.jsonl")]
+    return {file: file.read_bytes() for file in files if file.is_file()}
+
+
+def _withdraw(output_dir: Path, before: Mapping[Path, bytes], made: Sequence[Path]) -> None:
+    """Undo what a run without a checkpoint wrote; ``made`` are the directories that it created,
+    the innermost first."""
+    for file in _records(output_dir):
+        if file in before:
+            file.write_bytes(before[file])
+        else:
+            file.unlink()
+    for folder in made:
+        if any(folder.iterdir()):
+            break
+        folder.rmdir()
 
 
 def _named(directory: str) -> Path:
