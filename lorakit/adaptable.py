@@ -101,6 +101,12 @@ def outside_language_model(model: nn.Module) -> tuple[str, ...]:
     return tuple(found)
 
 
+def is_text_part(model: nn.Module) -> bool:
+    """Whether ``model`` is the language model of a multimodal base, loaded alone."""
+    config = getattr(model, "config", None)
+    return getattr(config, "base_config_key", "") == "text_config"
+
+
 def is_within(name: str, modules: tuple[str, ...] | list[str]) -> bool:
     """Whether ``name`` is one of ``modules`` or lies in one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)

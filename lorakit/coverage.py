@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from lorakit.adaptable import adaptable_modules, is_within, outside_language_model
 from lorakit.anatomy import Weight, layer_of, weights
 from lorakit.layers import as_matrix
+from lorakit.module_names import describe_modules
 from lorakit.recipe.layers import parse_layers
-from lorakit.targets import ROLES, Target, describe_modules, unreachable
+from lorakit.targets import ROLES, Target, unreachable
 
 #: Parts whose share is reported even where nothing of them is covered.
 _MAIN = ("attention", "MLP", "expert")
@@ -186,10 +187,12 @@ def _label(weight: Weight) -> str:
 
 
 def _reason(asked: Sequence[str], group: Sequence[Weight]) -> str:
-    if all(weight.stacked and weight.part == "expert" for weight in group):
+    if all(weight.stacked for weight in group):
         return "these need PEFT's target_parameters, which lorakit does not support yet"
     if not {"attention", "all-linear"} & set(asked) and all(w.part == "attention" for w in group):
         return "'attention' takes every kind of attention"
+    if all(weight.read_past_forward for weight in group):
+        return "the model reads their weights without calling them"
     return "not linear layers"
 
 

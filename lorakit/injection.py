@@ -23,8 +23,9 @@ from lorakit.layers import (
 )
 from lorakit.methods.base import Method
 from lorakit.models.masters import keep_master, plain_name, train_whole
+from lorakit.module_names import describe_modules
 from lorakit.recipe.sections import AdapterSection
-from lorakit.targets import Target, describe_modules, find_targets, parameters_within
+from lorakit.targets import Target, find_targets, parameters_within
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,13 @@ def inject(
     method: Method = registry.methods()[config.method]
     heads = tuple(find_heads(model) if heads is None else heads)
     whole = trained_whole(model, config, heads)
+    if unused := [
+        n for n in whole if n not in heads and is_within(n, outside_language_model(model))
+    ]:
+        raise TargetError(
+            f"adapter.modules_to_save: {describe_modules(unused)}: outside the language model, and "
+            "text does not pass through it; allowed: modules of the language model"
+        )
     targets = _targets(model, config, method, whole)
     trained = {id(p) for name in whole for p in model.get_submodule(name).parameters()}
     clash = [n for n, t in targets.items() if any(id(p) in trained for p in t.module.parameters())]

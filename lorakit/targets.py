@@ -6,18 +6,26 @@ import difflib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 
 from torch import nn
 
-from lorakit.adaptable import adaptable_modules, is_within, outside_language_model
-from lorakit.anatomy import Weight, layer_of, part_of, weights
+from lorakit.adaptable import (
+    adaptable_modules,
+    is_text_part,
+    is_within,
+    outside_language_model,
+)
+from lorakit.anatomy import Weight, layer_of, part_of, reads_past_forward, weights
 from lorakit.errors import TargetError
 from lorakit.fused import FUSED, fused_rows
-from lorakit.layers import Rows
+from lorakit.layers import ADAPTABLE, Rows
+from lorakit.module_names import base_names, describe_modules, names_it
 from lorakit.recipe.layers import format_layers, parse_layers
 
 _ATTENTION = r"(?:^|\.)(?:\w*attn|\w*attention|SelfAttention|EncDecAttention|attention\.output)\."
+#: Parts in which ``key`` and ``value`` are no attention (RWKV's feed_forward.key).
+_NO_ATTENTION = ("MLP", "expert", "router")
+_NOT_TEXT = re.compile(r"(?i)visual|vision|image|video|audio|speech|projector|merger|tower|mtp")
 #: Role -> how the families name it (Llama, Qwen, Mistral, Gemma, Phi, OPT: q_proj; BERT, RoBERTa,
 #: ELECTRA, ALBERT: query; DeBERTa-v2: query_proj; DistilBERT: q_lin; T5: q).
 ROLES = {
@@ -49,6 +57,11 @@ def find_targets(
     projection is named behind it (``h.0.attn.c_attn.q``). Raises TargetError if a target, or the
     choice of layers, matches nothing, or if both a projection and a part of it are named.
     """
+    if isinstance(model, ADAPTABLE):
+        raise TargetError(
+            f"adapter.target_modules: the model is itself a {type(model).__name__}, and an adapter "
+            "replaces modules inside a model; wrap it, as in nn.Sequential(model)"
+        )
     linear = adaptable_modules(model)
     chosen: dict[str, Target] = {}
     for target in target_modules:
@@ -96,68 +109,63 @@ def _place(target: Target, order: dict[int, int]) -> tuple[int, int]:
     return order[id(target.module)], target.rows.start if target.rows else 0
 
 
-def describe_modules(names: Sequence[str]) -> str:
-    """The names in short, each layer index shown: ``model.layers.{0-2,7}.self_attn.q_proj``."""
-    groups: dict[str, list[tuple[int, ...]]] = {}
-    for name in names:
-        stem = re.sub(r"(?<=\.)\d+(?=\.|$)", "{}", name)
-        numbers = tuple(int(part) for part in name.split(".")[1:] if part.isdigit())
-        groups.setdefault(stem, []).append(numbers)
-    return ", ".join(text for stem, found in groups.items() for text in _compressed(stem, found))
-
-
-def _compressed(stem: str, found: Sequence[tuple[int, ...]]) -> list[str]:
-    """``stem`` with its places filled by ranges, if those name exactly the tuples ``found``."""
-    columns = [sorted(set(column)) for column in zip(*found, strict=True)]
-    if set(found) == set(product(*columns)):
-        spans = (format_layers(c) if len(c) == 1 else f"{{{format_layers(c)}}}" for c in columns)
-        return [stem.format(*spans)]
-    rest: dict[tuple[int, ...], list[int]] = {}
-    for numbers in found:
-        rest.setdefault(numbers[1:], []).append(numbers[0])
-    merged: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
-    for tail, heads in rest.items():
-        merged.setdefault(tuple(sorted(heads)), []).append(tail)
-    return [
-        text
-        for firsts, tails in merged.items()
-        for text in _compressed(stem, [(first, *tail) for first in firsts for tail in tails])
-    ]
-
-
 def _match(
     target: str, linear: dict[str, nn.Module], exclude: Collection[str], model: nn.Module
 ) -> dict[str, Target]:
     if target in ROLES:
-        fits = re.compile(ROLES[target])
-        found = {n: Target(m) for n, m in _no_embeddings(linear).items() if fits.search(n)}
+        found = {n: Target(linear[n]) for n in _projections(ROLES[target], linear, model)}
         return found | (_slices(target, linear, model) if target != "o" else {})
     if target == "attention":
         return {name: Target(linear[name]) for name in _attention(linear, exclude, model)}
     if target == "all-linear":
+        classes = _classes(model)
         kept = _no_embeddings(linear)
-        return {n: Target(m) for n, m in kept.items() if not is_within(n, tuple(exclude))}
-    return {name: Target(module) for name, module in linear.items() if names_it(target, name)}
+        return {
+            name: Target(module)
+            for name, module in kept.items()
+            if not is_within(name, tuple(exclude)) and not _is_dead_router(name, model, classes)
+        }
+    own = {name: Target(module) for name, module in linear.items() if names_it(target, name)}
+    if own or not is_text_part(model):
+        return own
+    return {
+        name: Target(module)
+        for name, module in linear.items()
+        if any(names_it(target, alias) for alias in base_names(name))
+    }
 
 
-def names_it(target: str, name: str) -> bool:
-    """Whether ``target``, a suffix or a pattern after ``re:``, names the module ``name``."""
-    if target.startswith("re:"):
-        return re.fullmatch(target[3:], name) is not None
-    return name == target or name.endswith(f".{target}")
+def _is_dead_router(name: str, model: nn.Module, classes: dict[str, str]) -> bool:
+    """Whether the module is a router whose weight the model reads without calling it, as that of
+    LongCat-Flash: an adapter there would never train."""
+    return part_of(name, classes) == "router" and reads_past_forward(model, name)
+
+
+def _projections(role: str, linear: dict[str, nn.Module], model: nn.Module) -> list[str]:
+    """The modules that the pattern ``role`` names and that are no part of an MLP."""
+    classes = _classes(model)
+    return [
+        name
+        for name in _no_embeddings(linear)
+        if re.search(role, name) and part_of(name, classes) not in _NO_ATTENTION
+    ]
+
+
+def _classes(model: nn.Module) -> dict[str, str]:
+    return {name: type(module).__name__ for name, module in model.named_modules()}
 
 
 def _attention(
     linear: dict[str, nn.Module], exclude: Collection[str], model: nn.Module
 ) -> list[str]:
     """Projections of every kind of attention: with heads, latent (MLA), linear and gated."""
-    classes = {name: type(module).__name__ for name, module in model.named_modules()}
-    fits = (*ROLES.values(), FUSED)
+    classes = _classes(model)
+    named = {n for fits in (*ROLES.values(), FUSED) for n in _projections(fits, linear, model)}
     return [
         name
         for name in _no_embeddings(linear)
         if not is_within(name, tuple(exclude))
-        and (any(re.search(p, name) for p in fits) or part_of(name, classes) == "attention")
+        and (name in named or part_of(name, classes) == "attention")
     ]
 
 
@@ -216,12 +224,14 @@ def _no_match(target: str, linear: dict[str, nn.Module], model: nn.Module) -> st
     allowed = f"the model has {describe_modules(list(linear)) or 'none'}"
     if missed := unreachable(target, [w for w in found if not is_within(w.name, outside)], linear):
         names = describe_modules([w.name.removesuffix(".weight") for w in missed])
-        if all(w.part == "expert" and w.stacked for w in missed):
+        if all(w.stacked for w in missed):
             return (
                 f"{start} names experts, which this model holds as 3-D parameters and not as "
                 f"linear layers ({names}): adapting those needs PEFT's target_parameters, which "
                 f"lorakit does not support yet; {allowed}"
             )
+        if any(names_it(target, w.name) for w in missed):
+            return _names_parameters(start, [w.name for w in missed], model, allowed)
         classes = sorted({type(model.get_submodule(w.owner)).__name__ for w in missed})
         return (
             f"{start} names {names}, of class {', '.join(classes)}, which is no plain linear "
@@ -232,16 +242,34 @@ def _no_match(target: str, linear: dict[str, nn.Module], model: nn.Module) -> st
             f"{start} matches modules of {', '.join(outside)} only; text passes through the "
             f"language model alone: {allowed}"
         )
+    if own := [n for n, _ in model.named_parameters() if names_it(target, n)]:
+        return _names_parameters(start, own, model, allowed)
+    if is_text_part(model) and _NOT_TEXT.search(target):
+        return (
+            f"{start}: only the language model of this multimodal base is loaded for text, without "
+            f"its vision or audio tower and its other parts; {allowed}"
+        )
     ends = {name.rpartition(".")[2] for name in linear}
     roles = {role for role, fits in ROLES.items() if any(re.search(fits, n) for n in linear)}
     others = sorted({*ends, *roles, "attention", "all-linear"} - {target})
-    near = difflib.get_close_matches(target, others, 1)
+    near = [n for n in others if n.lower() == target.lower()]
+    near = near or difflib.get_close_matches(target, others, 1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     if target in ROLES and (
         own := sorted({n.rpartition(".")[2] for n in _attention(linear, (), model)})
     ):
         hint = f" (the attention has {', '.join(own)}; 'attention' takes all of it)"
     return f"{start} matches no linear or embedding module{hint}; {allowed}"
+
+
+def _names_parameters(start: str, names: Sequence[str], model: nn.Module, allowed: str) -> str:
+    holders = [model.get_submodule(name.rpartition(".")[0]) for name in names]
+    classes = ", ".join(sorted({type(holder).__name__ for holder in holders}))
+    what = "is a parameter" if len(names) == 1 else "are parameters"
+    return (
+        f"{start}: {describe_modules(names)} {what} of {classes}, and not a linear layer: only "
+        f"linear layers and embeddings are adapted; {allowed}"
+    )
 
 
 def _in_layers(names: set[str], layers: Sequence[int] | str) -> set[str]:

@@ -42,6 +42,17 @@ _QWEN_VISION = {
 _LLAMA4 = {"intermediate_size_mlp": 24, "num_local_experts": 4, "num_experts_per_tok": 1}
 _MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
 
+_LONGCAT = {
+    "ffn_hidden_size": 24, "expert_ffn_hidden_size": 12, "q_lora_rank": 8, "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "head_dim": 8,
+    "n_routed_experts": 4, "zero_expert_num": 2,
+}  # fmt: skip
+_ZAMBA = {
+    "layers_block_type": ["mamba", "hybrid"] * 3, "num_mem_blocks": 2, "adapter_rank": 4,
+    "use_shared_attention_adapter": True, "mamba_d_state": 8, "n_mamba_heads": 4,
+    "mamba_headdim": 8, "mamba_ngroups": 1,
+}  # fmt: skip
+
 _CONFIGS: dict[str, Callable[[int], Any]] = {
     "qwen3_moe": lambda v: tf.Qwen3MoeConfig(vocab_size=v, **_SMALL, **_HEADS, **_EXPERTS),
     "mixtral": lambda v: tf.MixtralConfig(vocab_size=v, **_SMALL, **_HEADS, num_local_experts=4),
@@ -50,6 +61,26 @@ _CONFIGS: dict[str, Callable[[int], Any]] = {
     "llama4_text": lambda v: tf.Llama4TextConfig(vocab_size=v, **_SMALL, **_HEADS, **_LLAMA4),
     "gpt_oss": lambda v: tf.GptOssConfig(
         vocab_size=v, **_SMALL, **_HEADS, num_local_experts=4, num_experts_per_tok=2
+    ),
+    "qwen3_5_moe_text": lambda v: tf.Qwen3_5MoeTextConfig(
+        vocab_size=v, **_SMALL | _HEADS | _LINEAR | _SHARED
+    ),
+    "qwen3_5_text": lambda v: tf.Qwen3_5TextConfig(vocab_size=v, **_SMALL | _HEADS | _LINEAR),
+    "longcat_flash": lambda v: tf.LongcatFlashConfig(
+        vocab_size=v, **_LONGCAT, hidden_size=16, num_layers=2, num_attention_heads=4, moe_topk=2
+    ),
+    "rwkv": lambda v: tf.RwkvConfig(
+        vocab_size=v, hidden_size=16, num_hidden_layers=2, attention_hidden_size=16,
+        intermediate_size=24,
+    ),
+    "jetmoe": lambda v: tf.JetMoeConfig(
+        vocab_size=v, hidden_size=16, num_hidden_layers=2, num_key_value_heads=2, kv_channels=8,
+        intermediate_size=24, num_local_experts=4, num_experts_per_tok=2,
+    ),
+    "xlm": lambda v: tf.XLMConfig(vocab_size=v, emb_dim=16, n_layers=2, n_heads=4),
+    "zamba2": lambda v: tf.Zamba2Config(
+        vocab_size=v, **_ZAMBA, hidden_size=16, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=4, intermediate_size=24,
     ),
     "mamba": lambda v: tf.MambaConfig(vocab_size=v, hidden_size=16, num_hidden_layers=2, state_size=8),
     "jamba": lambda v: tf.JambaConfig(
@@ -93,6 +124,9 @@ _CLASSES = {
     "deepseek_v3": "DeepseekV3ForCausalLM", "qwen3_next": "Qwen3NextForCausalLM",
     "llama4_text": "Llama4ForCausalLM", "gpt_oss": "GptOssForCausalLM", "mamba": "MambaForCausalLM",
     "jamba": "JambaForCausalLM", "falcon_h1": "FalconH1ForCausalLM", "falcon": "FalconForCausalLM",
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM", "qwen3_5_text": "Qwen3_5ForCausalLM",
+    "longcat_flash": "LongcatFlashForCausalLM", "rwkv": "RwkvForCausalLM",
+    "jetmoe": "JetMoeForCausalLM", "xlm": "XLMWithLMHeadModel", "zamba2": "Zamba2ForCausalLM",
     "qwen3_5": "Qwen3_5ForConditionalGeneration", "gemma3": "Gemma3ForConditionalGeneration",
     "llama4": "Llama4ForConditionalGeneration", "mllama": "MllamaForConditionalGeneration",
 }  # fmt: skip

@@ -7,13 +7,15 @@ import torch
 from torch import nn
 
 from lorakit.adaptable import adaptable_modules, behaves_as_its_class, outside_language_model
+from lorakit.anatomy import weights
 from lorakit.coverage import Coverage
 from lorakit.errors import TargetError
 from lorakit.injection import inject
 from lorakit.layers import adapter_layers
 from lorakit.methods.full import FullConfig
 from lorakit.methods.lora import LoraConfig
-from lorakit.targets import describe_modules, find_targets
+from lorakit.module_names import describe_modules
+from lorakit.targets import find_targets
 from tests.families import ALL, tiny, token_ids
 from tests.hybrids import hybrid
 
@@ -308,3 +310,59 @@ def test_layers_are_listed_exactly() -> None:
     assert describe_modules([*experts, "layers.5.experts.2.up"]) == (
         "layers.{0-1}.experts.{0-1,3}.up, layers.{0-1,5}.experts.2.up"
     )
+
+
+def test_gated_linear_attention_is_the_same_beside_experts() -> None:
+    """Qwen3.5's class with experts is Qwen3_5MoeGatedDeltaNet, and no gate of a mixture."""
+    dense, mixture = hybrid("qwen3_5_text"), hybrid("qwen3_5_moe_text")
+    names = set(find_targets(dense, ["attention"]))
+    assert names == set(find_targets(mixture, ["attention"]))
+    assert "model.layers.0.linear_attn.in_proj_qkv" in names
+    found = [covered(model, "attention") for model in (dense, mixture)]
+    assert found[0].parts["attention"] == found[1].parts["attention"]
+    assert found[0].missed[0].modules == found[1].missed[0].modules
+
+
+#: Classes of transformers and of models' own code -> whether they are routers.
+ROUTERS = {
+    "Qwen3_5MoeGatedDeltaNet": False, "DeepseekV3TopkRouter": True, "MoEGate": True,
+    "DeepseekV2MoEGate": True, "HunYuanMoEV1Gate": True, "JetMoeTopKGating": True,
+    "DeepseekV32Indexer": True, "KimiLinearForgetGate": False, "GraniteMoeAttention": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "routes"), ROUTERS.items())
+def test_what_is_a_router_by_its_class(name: str, routes: bool) -> None:
+    kind = type(name, (nn.Module,), {})
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"block": kind()})])})
+    model["layers"][0]["block"].inner = nn.Linear(4, 4)  # type: ignore[index]
+    (weight,) = weights(model)
+    assert (weight.part == "router") == routes
+
+
+def test_experts_of_attention_are_attention() -> None:
+    coverage = covered(hybrid("jetmoe"), "attention")
+    assert shares(coverage)["attention"] < 0.5
+    (missed,) = coverage.missed
+    assert "self_attention.experts.input_linear" in missed.modules
+    assert "target_parameters" in missed.reason
+
+
+@pytest.mark.parametrize("family", ["xlm", "rwkv"])
+def test_attention_and_mlps_in_lists_of_their_own(family: str) -> None:
+    assert shares(covered(hybrid(family), "attention")) == {"attention": 1, "MLP": 0}
+    assert shares(covered(hybrid(family), "all-linear")) == {"attention": 1, "MLP": 1}
+
+
+def test_cross_attention_in_a_list_is_attention() -> None:
+    attention = type("BltCrossAttention", (nn.Module,), {})()
+    attention.q_proj = attention.mix = nn.Linear(4, 4)
+    model = nn.ModuleDict({"cross_attn_layers": nn.ModuleList([attention])})
+    assert [weight.part for weight in weights(model)] == ["attention"]
+
+
+def test_a_router_read_past_forward_is_said() -> None:
+    coverage = covered(hybrid("longcat_flash"), "all-linear")
+    (router,) = [missed for missed in coverage.missed if missed.what == "routers"]
+    assert router.modules == "model.layers.{0-1}.mlp.router.classifier"
+    assert router.reason == "the model reads their weights without calling them"

@@ -9,8 +9,10 @@ from lorakit.errors import TargetError
 from lorakit.injection import find_heads, inject
 from lorakit.layers import ADAPTABLE, adapter_layers
 from lorakit.methods.lora import LoraConfig
-from lorakit.targets import describe_modules, find_targets
+from lorakit.module_names import describe_modules
+from lorakit.targets import find_targets
 from tests.families import ALL, ENCODERS, tiny
+from tests.hybrids import hybrid
 
 _LLAMA = {role: "model.layers.{}.self_attn." + f"{role}_proj" for role in "qkvo"}
 _OPT = {role: "model.decoder.layers.{}.self_attn." + f"{role}_proj" for role in "qkv"} | {
@@ -195,3 +197,55 @@ def test_what_multihead_attention_reads_past_forward_is_not_adapted() -> None:
 def test_names_are_described_in_short() -> None:
     names = [f"layers.{i}.q" for i in range(3)] + ["head"]
     assert describe_modules(names) == "layers.{0-2}.q, head"
+
+
+def test_keys_and_values_of_an_mlp_are_no_attention() -> None:
+    model = hybrid("rwkv")
+    for role, name in (("k", "key"), ("v", "value")):
+        assert set(find_targets(model, [role])) == _both_layers(
+            f"rwkv.blocks.{{}}.attention.{name}"
+        )
+    assert not [name for name in find_targets(model, ["attention"]) if "feed_forward" in name]
+    assert len(find_targets(model, ["key"])) == 4
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "model.language_model.layers.3.self_attn.q_proj",
+        "language_model.model.layers.3.self_attn.q_proj",
+        r"re:model\.language_model\..*\.q_proj",
+    ],
+)
+def test_names_of_the_base_s_own_class_fit_its_text_part(target: str) -> None:
+    found = find_targets(hybrid("qwen3_5_text"), [target])
+    assert set(found) == {"model.layers.3.self_attn.q_proj"}
+    with pytest.raises(TargetError, match="matches no"):
+        find_targets(tiny("llama"), [target.replace("3", "1")])
+
+
+@pytest.mark.parametrize("target", ["visual", "re:.*visual.*", "vision_tower"])
+def test_a_vision_tower_that_is_not_loaded(target: str) -> None:
+    with pytest.raises(TargetError, match="only the language model of this multimodal base is"):
+        find_targets(hybrid("qwen3_5_text"), [target])
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Embedding])
+@pytest.mark.parametrize("target", ["all-linear", "q", "proj"])
+def test_a_model_that_is_one_layer(kind: type[nn.Module], target: str) -> None:
+    with pytest.raises(TargetError, match=f"the model is itself a {kind.__name__}"):
+        inject(kind(8, 8), LoraConfig(target_modules=[target]))
+
+
+@pytest.mark.parametrize("target", ["A_log", "D", "re:.*A_log"])
+def test_a_parameter_is_said_to_be_one(target: str) -> None:
+    with pytest.raises(TargetError, match=r"are parameters of MambaMixer, and not a linear layer"):
+        find_targets(hybrid("mamba"), [target])
+
+
+@pytest.mark.parametrize(
+    ("target", "meant"), [("Q_proj", "q_proj"), ("V_PROJ", "v_proj"), ("All-Linear", "all-linear")]
+)
+def test_a_name_in_other_case_is_proposed(target: str, meant: str) -> None:
+    with pytest.raises(TargetError, match=f"did you mean '{meant}'"):
+        find_targets(tiny("llama"), [target])

@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lorakit.anatomy import is_routed_expert
+from lorakit.adaptable import adaptable_modules, is_within
+from lorakit.anatomy import is_routed_expert, layer_of
 from lorakit.errors import TargetError
 from lorakit.layers import AdapterLayer, FusedLayer, adapted_modules, adapter_layers
-from lorakit.targets import describe_modules
+from lorakit.module_names import as_yaml_list, covering_targets, describe_modules
 
 _LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
@@ -33,6 +34,7 @@ class FirstStep:
     ) -> None:
         self._say = say
         self._layers = adapter_layers(model)
+        self._model = model
         self._whole = {name: model.get_submodule(name) for name in whole}
         self._rows: dict[str, int] | None = dict.fromkeys(self._layers, 0) if counts else None
         modules = adapted_modules(model) if counts else {}
@@ -52,11 +54,10 @@ class FirstStep:
         for hook in self._hooks:
             hook.remove()
         if dead := [name for name, layer in self._layers.items() if self._is_dead(name, layer)]:
-            ends = sorted({name.rpartition(".")[2] for name in dead})
             raise TargetError(
                 f"adapter.target_modules: no gradient reaches {describe_modules(dead)}: "
-                f"{self._cause(dead)}, so the adapter there would never train; name targets "
-                f"without {', '.join(ends)}"
+                f"{self._cause(dead)}, so the adapter there would never train; "
+                f"{self._advice(dead)}"
             )
         if dead := [name for name, module in self._whole.items() if not _gradients(module)]:
             raise TargetError(
@@ -82,6 +83,17 @@ class FirstStep:
         if self._rows is not None and not any(self._rows[name] for name in dead):
             return "the model never calls these modules (it reads their weights, or skips them)"
         return "the model reads their weights without calling them, or does not use their output"
+
+    def _advice(self, dead: Sequence[str]) -> str:
+        """What to write in place of the targets that took ``dead`` along."""
+        rest = [name for name in self._layers if name not in set(dead)]
+        if not rest:
+            return "name other targets"
+        linear = adaptable_modules(self._model)
+        others = [n for n in linear if not is_within(n, tuple(self._layers))]
+        layers = {None, *map(layer_of, rest)}  # the recipe may choose some
+        targets = covering_targets(rest, [*dead, *(n for n in others if layer_of(n) in layers)])
+        return f"to adapt the rest: target_modules: {as_yaml_list(targets)}"
 
     def _counter(
         self, name: str, module: AdapterLayer | FusedLayer

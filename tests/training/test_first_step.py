@@ -8,17 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
 from lorakit import registry
 from lorakit.cli.main import run
 from lorakit.errors import TargetError
 from lorakit.injection import inject
+from lorakit.layers import adapter_layers
 from lorakit.methods.lora import LoraConfig
+from lorakit.targets import find_targets
 from lorakit.training.first_step import FirstStep
 from tests.families import tiny, token_ids
 from tests.hybrids import hybrid, saved_hybrid
-from tests.training.runs import run_json, write_recipe_file
+from tests.training.runs import run_json, tree, write_recipe_file
 
 FEW: dict[str, Any] = {"train__epochs": None, "train__max_steps": 2, "task__limit_eval": 2}
 
@@ -75,7 +78,9 @@ def step(model: nn.Module, targets: list[str], counts: bool = True, **inputs: An
 @pytest.mark.parametrize("counts", [True, False])
 @pytest.mark.parametrize("way", ["read past forward", "never used", "without gradient"])
 def test_a_module_without_a_gradient_is_named(way: str, counts: bool) -> None:
-    with pytest.raises(TargetError, match=r"no gradient reaches proj: .*name targets without proj"):
+    with pytest.raises(
+        TargetError, match=r"no gradient reaches proj: .*target_modules: \[inner\]$"
+    ):
         step(Block(way), ["all-linear"], counts)
 
 
@@ -133,6 +138,30 @@ def test_every_attention_passes(family: str, targets: str) -> None:
     _check(hybrid(family), LoraConfig(target_modules=[targets]))
 
 
+def test_a_router_read_past_forward_is_left_out() -> None:
+    model = hybrid("longcat_flash")
+    _check(model, LoraConfig(target_modules=["all-linear"]))
+    assert not [name for name in adapter_layers(model) if "router" in name]
+    with pytest.raises(TargetError, match=r"mlp\.router\.classifier.*target_modules: \[o_proj\]"):
+        _check(hybrid("longcat_flash"), LoraConfig(target_modules=["classifier", "o_proj"]))
+
+
+@pytest.mark.parametrize("layers", [None, [1, 3]])
+def test_the_advice_covers_the_rest_exactly(layers: list[int] | None) -> None:
+    """Zamba2 shares blocks whose adapter lists are used by one layer each."""
+    model = hybrid("zamba2")
+    with pytest.raises(TargetError) as error:
+        _check(model, LoraConfig(target_modules=["all-linear"], layers=layers))
+    advice = yaml.safe_load(str(error.value).rpartition("target_modules: ")[2])
+    assert "q_proj" in advice
+    bare = hybrid("zamba2")
+    live = set(find_targets(bare, advice, layers))
+    everything = set(find_targets(bare, ["all-linear"], layers, ["lm_head"]))
+    assert live < everything
+    assert all("adapter_list" in name for name in everything - live)
+    _check(bare, LoraConfig(target_modules=advice, layers=layers))
+
+
 def _check(model: nn.Module, config: Any) -> None:
     inject(model, config)
     first = FirstStep(model.train(), lambda note: pytest.fail(note))
@@ -162,10 +191,8 @@ def test_mamba_reads_a_weight_past_forward(
         assert run(["train", str(recipe), *options]) == 2
         (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
         assert "no gradient reaches backbone.layers.{0-1}.mixer.dt_proj" in line
-        assert "name targets without dt_proj" in line
-    record = run_json(tmp_path / "run")
-    assert (record["exit_reason"], record["steps"]) == ("failed", 0)
-    assert not (tmp_path / "run" / "adapter").exists()
+        assert line.endswith("target_modules: [in_proj, x_proj, out_proj]")
+        assert not (tmp_path / "run").exists()
     alone = "adapter.target_modules=[dt_proj]"
     assert run(["train", str(recipe), "--set", alone]) == 2
     assert "no gradient reaches" in capsys.readouterr().err
@@ -173,7 +200,23 @@ def test_mamba_reads_a_weight_past_forward(
     assert run(["train", str(recipe), "--set", others]) == 0
 
 
-def test_a_module_to_save_that_is_not_used(
+def test_a_refused_run_leaves_the_directory_as_it_was(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = _hybrid_recipe(
+        "mamba", tiny_llama, tmp_path, ["all-linear"], train__trackers=["tensorboard"]
+    )
+    nested = tmp_path / "new" / "run"
+    assert run(["train", str(recipe), "--output-dir", str(nested)]) == 2
+    assert not (tmp_path / "new").exists()
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    (folder / "run.json").write_text("{}")
+    before = tree(folder)
+    assert run(["train", str(recipe)]) == 2
+    assert tree(folder) == before
+
+
+def test_a_module_to_save_outside_the_language_model(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = _hybrid_recipe(
@@ -184,7 +227,9 @@ def test_a_module_to_save_that_is_not_used(
         adapter__modules_to_save=["multi_modal_projector"],
     )
     assert run(["train", str(recipe)]) == 2
-    assert "no gradient reaches model.multi_modal_projector" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "modules_to_save: model.multi_modal_projector: outside the language model" in said
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["qwen3_next", "llama4_text", "gemma3"])
