@@ -100,7 +100,7 @@ def evaluate_split(
         found, lambda row: task.example(row, config), tokenizer, config.max_length, cache=cache
     )
     check_token_ids(encoded, tokenizer, embedding_rows(model))
-    for note in split_notes(encoded, found.name, config.max_length):
+    for note in split_notes(encoded, found, config.max_length):
         say(note)
     if task.generates(config):
         check_all_prompts(task, config, found, tokenizer, window(model), say)

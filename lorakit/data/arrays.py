@@ -49,6 +49,9 @@ class Shard:
     def append(self, encoded: EncodedRows, token_dtype: str) -> None:
         """Raises DataError if the disk is full."""
         rows, labels = encoded.rows, encoded.labels
+        self.counts.add(encoded.counts)
+        if not rows:
+            return
         self._write("tokens", token_dtype, [row.ids for row in rows])
         self._write("trained", "|b1", [row.trained for row in rows])
         self._write("lengths", "<i4", [[len(row.ids) for row in rows]])
@@ -57,7 +60,6 @@ class Shard:
             self._write("token_type_ids", "|i1", types)
         if labels:
             self._write("labels", "<f8" if isinstance(labels[0], float) else "<i8", [labels])
-        self.counts.add(encoded.counts)
 
     def _write(self, name: str, dtype: str, parts: Iterable[Sequence[Any]]) -> None:
         values = np.concatenate([np.asarray(part, dtype=dtype) for part in parts])
@@ -73,7 +75,7 @@ class Shard:
 
 def write_arrays(shards: Sequence[Shard], out: BinaryIO) -> None:
     """The shards one behind another. Raises OSError if the disk is full."""
-    names = [name for name in _NAMES if name in shards[0].dtypes]
+    names = [name for name in _NAMES if name in _dtypes(shards)]
     ends, end = {}, 0
     for name in names:
         sizes = [shard.files[name].seek(0, io.SEEK_END) for shard in shards]
@@ -93,13 +95,18 @@ def write_arrays(shards: Sequence[Shard], out: BinaryIO) -> None:
     out.flush()
 
 
+def _dtypes(shards: Sequence[Shard]) -> dict[str, str]:
+    """Those of all: a shard whose rows were all skipped has none."""
+    return {name: dtype for shard in shards for name, dtype in shard.dtypes.items()}
+
+
 def _header(shards: Sequence[Shard], ends: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
-    counts = Counts()
+    counts, dtypes = Counts(), _dtypes(shards)
     for shard in shards:
         counts.add(shard.counts)
     header: dict[str, Any] = {"__metadata__": {"counts": json.dumps(vars(counts))}}
     for name, (start, end) in ends.items():
-        dtype = shards[0].dtypes[name]
+        dtype = dtypes[name]
         header[name] = {
             "dtype": _CODES[dtype],
             "shape": [(end - start) // np.dtype(dtype).itemsize],
@@ -147,7 +154,8 @@ def read_arrays(file: BinaryIO) -> tuple[Arrays, Counts]:
 
 def _counts(text: str) -> Counts:
     values = json.loads(text)
-    return Counts(**values | {"notes": Counter(values["notes"])})
+    skipped = [(index, reason) for index, reason in values["skipped"]]
+    return Counts(**values | {"notes": Counter(values["notes"]), "skipped": skipped})
 
 
 def _array(raw: Any, start: int, place: Mapping[str, Any]) -> NDArray[Any]:

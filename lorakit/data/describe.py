@@ -72,12 +72,20 @@ class Summary:
 
 
 def describe_row(
-    split: Split, index: int, to_example: ToExample, tokenizer: Any, max_length: int
+    split: Split,
+    index: int,
+    to_example: ToExample,
+    tokenizer: Any,
+    max_length: int,
+    skip_bad: bool = False,
 ) -> list[DescribedRow]:
     """The row at ``index`` as ``encode_split`` makes it: one row of tokens, or of a chat as many as
-    it becomes. Raises its DataError."""
+    it becomes. Raises its DataError; with ``skip_bad`` a bad row gives none."""
     alone = [split.rows[index]]
-    found = encode_rows(alone, lambda _: split.locate(index), to_example, tokenizer, max_length)
+    skip = (lambda index, reason: None) if skip_bad else None
+    found = encode_rows(
+        alone, lambda _: split.locate(index), to_example, tokenizer, max_length, skip
+    )
     labels: list[Any] = found.labels or [None] * len(found.rows)
     return [
         _described(split.locate(index), row, label, tokenizer, (part, len(found.rows)))

@@ -17,7 +17,7 @@ from lorakit.data.arrays import Arrays, Shard, read_arrays, write_arrays
 from lorakit.data.cache import CACHED_ROWS, EncodedCache
 from lorakit.data.counts import Counts
 from lorakit.data.examples import Example
-from lorakit.data.notes import encoding_notes
+from lorakit.data.notes import encoding_notes, skipped_note
 from lorakit.data.shards import MANY_ROWS, Job, encode_shards
 from lorakit.data.sources import Split
 from lorakit.data.spool import needs_room, scratch_file
@@ -97,29 +97,43 @@ def encode_split(
     max_length: int,
     on_progress: Callable[[int], None] = lambda rows: None,
     cache: EncodedCache | None = None,
+    skip_bad: bool = False,
 ) -> EncodedSplit:
     """Tokenise a split, or read what an earlier run made of the same one.
 
     A prompt that is too long loses its beginning, so that the completion and its EOS stay; a
     completion that is too long by itself loses its end, and is counted. Raises DataError with file
-    and row for a row that the task refuses or that leaves nothing to train on, and for a
-    ``max_length`` that has no room beside an encoder's special tokens.
+    and row for a row that the task refuses or that leaves nothing to train on, which ``skip_bad``
+    leaves out and counts unless all rows are such, and for a ``max_length`` that has no room beside
+    an encoder's special tokens.
     """
     if cache is None or len(split) < CACHED_ROWS:
         cache = None
     elif found := cache.read(split):
         return _from_arrays(*found)
     began = time.monotonic()
-    shards = encode_shards(Job(split, to_example, tokenizer, max_length), on_progress)
+    shards = encode_shards(Job(split, to_example, tokenizer, max_length, skip_bad), on_progress)
+    _check_any_left(split, shards)
     if cache is not None:
         spent = time.monotonic() - began
         cache.say(f"{split.name}: {len(split):,} rows tokenised in {spent:.1f} s")
     return _from_arrays(*_read_back(split, shards, cache))
 
 
-def split_notes(encoded: EncodedSplit, name: str, max_length: int) -> list[str]:
-    """What is to be said of how the split ``name`` was tokenised."""
-    return encoding_notes(encoded.counts, name, len(encoded), max_length)
+def split_notes(encoded: EncodedSplit, split: Split, max_length: int) -> list[str]:
+    """What is to be said of how ``split`` was tokenised."""
+    skipped = skipped_note(encoded.counts, split.name, split.locate)
+    notes = encoding_notes(encoded.counts, split.name, len(encoded), max_length)
+    return [*([skipped] if skipped else []), *notes]
+
+
+def _check_any_left(split: Split, shards: Sequence[Shard]) -> None:
+    if sum(shard.counts.skipped_rows for shard in shards) == len(split):
+        index, reason = next(first for shard in shards for first in shard.counts.skipped)
+        raise DataError(
+            f"{split.source}: each of {len(split):,} rows is bad, and task.on_bad_row: skip leaves "
+            f"nothing to train on; the first is {split.locate(index)}: {reason}"
+        )
 
 
 def check_token_ids(encoded: EncodedSplit, tokenizer: Any, embedding_rows: int) -> None:

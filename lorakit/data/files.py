@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, cast
 
 from lorakit.data import json_text, spool
 from lorakit.data.parquet import parquet_rows, read_parquet
-from lorakit.data.rows import JsonRows, Rows
+from lorakit.data.rows import JsonRows, Rows, UnreadRow
 from lorakit.data.spool import FileSource, Room, Spool
 from lorakit.errors import DataError
 
@@ -34,6 +34,10 @@ _LFS_POINTER = b"version https://git-lfs"
 _UNREADABLE = (OSError, EOFError, zlib.error)
 
 
+class UnreadableFile(DataError):
+    """A file, rather than one of its rows, cannot be read or unpacked to its end."""
+
+
 @dataclass(frozen=True)
 class FileRows:
     """``digest`` is of what was read."""
@@ -42,20 +46,23 @@ class FileRows:
     digest: str
 
 
-def read_rows(file: Path, limit: int | None = None, room: Room | None = None) -> FileRows:
+def read_rows(
+    file: Path, limit: int | None = None, room: Room | None = None, skip_bad: bool = False
+) -> FileRows:
     """The rows of a file in one of ``SUFFIXES``, or the first ``limit`` of them, of which alone it
-    is then known that they are valid; in memory only as far as there is ``room``.
+    is then known that they are valid; in memory only as far as there is ``room``. With ``skip_bad``
+    an UnreadRow stands for a row that cannot be read where the next one can.
 
     Raises DataError, with the row where that is known, if the file cannot be read as what its name
-    says it is, and if it is empty.
+    says it is, and if it is empty, or has no row that can be read.
     """
     check_not_empty(file)
     room = room or Room()
     if _format(file) == ".parquet":
         return FileRows(*read_parquet(file, limit, room))
     if _format(file) in (".csv", ".tsv"):
-        return _read_delimited(file, limit, room)
-    return _read_json(file, limit, room)
+        return _read_delimited(file, limit, room, skip_bad)
+    return _read_json(file, limit, room, skip_bad)
 
 
 def check_not_empty(file: Path) -> None:
@@ -63,23 +70,24 @@ def check_not_empty(file: Path) -> None:
         raise DataError(f"{file}: the file is empty")
 
 
-def stream_rows(file: Path) -> Iterator[Mapping[str, Any]]:
+def stream_rows(file: Path, skip_bad: bool = False) -> Iterator[Mapping[str, Any]]:
     """The rows one after another, never all at once. Raises DataError as ``read_rows`` does."""
     if _format(file) == ".parquet":
         yield from parquet_rows(file)
     elif _format(file) in (".csv", ".tsv"):
-        yield from _delimited_rows(file)
+        yield from (row for _, row in _delimited_rows(file, skip_bad))
     else:
         with _opened(file) as handle:
-            yield from (row for _, row in _json_pieces(file, handle) if row is not None)
+            yield from (r for _, r in _json_pieces(file, handle, skip_bad) if r is not None)
 
 
 def _format(file: Path) -> str:
     return Path(file.name.removesuffix(".gz")).suffix
 
 
-def _delimited_rows(file: Path) -> Iterator[dict[str, str]]:
-    """Rows of text. tsv is read as GLUE writes it: a quote is a character like any other."""
+def _delimited_rows(file: Path, skip_bad: bool) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """What a row holds, and the row of text. tsv is read as GLUE writes it: a quote is a character
+    like any other."""
     number = 0
     limit = csv.field_size_limit(sys.maxsize)
     try:
@@ -91,16 +99,20 @@ def _delimited_rows(file: Path) -> Iterator[dict[str, str]]:
             header = _checked_header(file, next(cells, []))
             for values in filter(None, cells):
                 number += 1
-                if len(values) != len(header):
-                    found = f"{len(values)} cells; the header has {len(header)}"
-                    raise DataError(f"{file}, row {number}: {found}")
-                yield dict(zip(header, values, strict=True))
+                if len(values) == len(header):
+                    row = dict(zip(header, values, strict=True))
+                    yield row, row
+                    continue
+                reason = f"{len(values)} cells; the header has {len(header)}"
+                if not skip_bad:
+                    raise DataError(f"{file}, row {number}: {reason}")
+                yield values, UnreadRow(reason)
     except csv.Error as error:
         raise DataError(f"{file}, row {number + 1}: {error}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8: {error}") from error
     except _UNREADABLE as error:
-        raise DataError(f"{file}: cannot be read: {error}") from error
+        raise UnreadableFile(f"{file}: cannot be read: {error}") from error
     finally:
         csv.field_size_limit(limit)
 
@@ -111,11 +123,14 @@ class _Index:
     def __init__(self) -> None:
         self.starts = array("q")
         self.names: dict[str, None] = {}
+        self._unread: dict[int, str] = {}
         self._end = 0
         self._digest = hashlib.sha256()
 
     def add(self, line: bytes, row: dict[str, Any] | None) -> int:
         """How many rows there are with this line's."""
+        if isinstance(row, UnreadRow):
+            self._unread[len(self.starts)] = row.reason
         if row is not None:
             self.starts.append(self._end)
             self.names.update(dict.fromkeys(row))
@@ -123,13 +138,24 @@ class _Index:
         self._digest.update(line)
         return len(self.starts)
 
+    def check(self, file: Path) -> None:
+        """Raise DataError if no row has a column."""
+        if not self.starts or self.names:
+            return
+        if self._unread:
+            raise DataError(
+                f"{file}: none of {len(self.starts):,} rows can be read; row "
+                f"{min(self._unread) + 1}: {self._unread[min(self._unread)]}"
+            )
+        raise DataError(f"{file}: every row is an empty object, {{}}: there are no columns")
+
     def finished(self, source: spool.Source) -> FileRows:
         self.starts.append(self._end)
-        rows = JsonRows(source, self.starts, list(self.names))
+        rows = JsonRows(source, self.starts, list(self.names), self._unread)
         return FileRows(rows, self._digest.hexdigest())
 
 
-def _read_json(file: Path, limit: int | None, room: Room) -> FileRows:
+def _read_json(file: Path, limit: int | None, room: Room, skip_bad: bool) -> FileRows:
     index = _Index()
     few = limit is not None and limit <= _FEW_ROWS
     kept = None
@@ -137,13 +163,12 @@ def _read_json(file: Path, limit: int | None, room: Room) -> FileRows:
         kept = Spool(room)
     handle = _opened(file)
     source: spool.Source | None = None if kept else FileSource(handle, str(file))
-    for piece, row in _json_pieces(file, handle):
+    for piece, row in _json_pieces(file, handle, skip_bad):
         if kept is not None:
             _keep(kept, piece, file)
         if index.add(piece, row) == limit:
             break
-    if index.starts and not index.names:
-        raise DataError(f"{file}: every row is an empty object, {{}}: there are no columns")
+    index.check(file)
     if kept is not None:
         handle.close()
         source = kept.finished(str(file))
@@ -151,13 +176,14 @@ def _read_json(file: Path, limit: int | None, room: Room) -> FileRows:
     return index.finished(source)
 
 
-def _read_delimited(file: Path, limit: int | None, room: Room) -> FileRows:
+def _read_delimited(file: Path, limit: int | None, room: Room, skip_bad: bool) -> FileRows:
     index, kept = _Index(), Spool(room)
-    for row in _delimited_rows(file):
-        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    for values, row in _delimited_rows(file, skip_bad):
+        line = json.dumps(values, ensure_ascii=False).encode() + b"\n"
         _keep(kept, line, file)
         if index.add(line, row) == limit:
             break
+    index.check(file)
     return index.finished(kept.finished(str(file)))
 
 
@@ -189,19 +215,19 @@ def _as_text(file: Path, handle: BinaryIO) -> io.TextIOWrapper:
     return io.TextIOWrapper(_unpacked(file, handle), encoding="utf-8-sig", newline="")
 
 
-def _json_pieces(file: Path, handle: BinaryIO) -> Iterator[json_text.Piece]:
+def _json_pieces(file: Path, handle: BinaryIO, skip_bad: bool) -> Iterator[json_text.Piece]:
     """The bytes of a JSON file piece by piece, with the rows that they hold. A file's content says
     whether it is an array, and only else its name whether a row has a line of its own."""
     try:
         unpacked = _unpacked(file, handle)
         if json_text.starts_with(unpacked) == "[":
-            yield from json_text.array(file, unpacked)
+            yield from json_text.array(file, unpacked, skip_bad)
         elif _format(file) == ".json":
-            yield from json_text.objects(file, unpacked)
+            yield from json_text.objects(file, unpacked, skip_bad)
         else:
-            yield from json_text.lines(file, unpacked)
+            yield from json_text.lines(file, unpacked, skip_bad)
     except _UNREADABLE as error:
-        raise DataError(f"{file}: cannot be read: {error}") from error
+        raise UnreadableFile(f"{file}: cannot be read: {error}") from error
 
 
 def _checked_header(file: Path, header: list[str]) -> list[str]:

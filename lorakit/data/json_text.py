@@ -9,10 +9,12 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lorakit.data.rows import UnreadRow
 from lorakit.errors import DataError
 
 #: Bytes of the file, and the object at their beginning; None for what stands between rows.
@@ -29,37 +31,42 @@ _DECODER = json.JSONDecoder()
 _FORMS = "allowed: an array of objects, [{...}, ...], or an object a line"
 
 
-def lines(file: Path, handle: BinaryIO) -> Iterator[Piece]:
-    """An object a line; blank lines may stand between. Raises DataError with the row."""
+def lines(file: Path, handle: BinaryIO, skip_bad: bool = False) -> Iterator[Piece]:
+    """An object a line; blank lines may stand between. Raises DataError with the row; with
+    ``skip_bad`` an UnreadRow stands for it."""
     number = 0
     for line in handle:
         if not line.strip():
             yield line, None
             continue
         number += 1
-        where = f"{file}, row {number}"
-        try:
-            value = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where}: not UTF-8: {error}") from error
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not JSON: {error}") from error
-        yield line, _checked(where, line, value)
+        yield line, _row_or_reason(f"{file}, row {number}", partial(_line_row, line), skip_bad)
 
 
-def array(file: Path, handle: BinaryIO) -> Iterator[Piece]:
-    """The elements of one array. Raises DataError with the row, counted from 1."""
+def _line_row(line: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not JSON: {error}") from error
+    return _checked(line, value)
+
+
+def array(file: Path, handle: BinaryIO, skip_bad: bool = False) -> Iterator[Piece]:
+    """The elements of one array. Raises DataError with the row, counted from 1; with ``skip_bad``
+    an UnreadRow stands for what is JSON and no row."""
     text = _Text(file, handle)
     yield (text.space(bom=True) + text.take(1) + text.space()).encode(), None
     if text.ahead() == "]":
         yield (text.take(1) + text.space()).encode(), None
     else:
-        yield from _elements(file, text)
+        yield from _elements(file, text, skip_bad)
     if text.ahead():
         raise DataError(f"{file}: text behind the end of the array; {_FORMS}")
 
 
-def _elements(file: Path, text: _Text) -> Iterator[Piece]:
+def _elements(file: Path, text: _Text, skip_bad: bool) -> Iterator[Piece]:
     number, separator = 0, ","
     while separator == ",":
         number += 1
@@ -71,12 +78,12 @@ def _elements(file: Path, text: _Text) -> Iterator[Piece]:
             found = repr(separator) if separator else "the end of the file"
             raise DataError(f"{where}: not JSON: {found} behind it; allowed: ',' or ']'")
         data = (raw + text.take(1) + text.space()).encode()
-        yield data, _checked(where, data, value)
+        yield data, _checked_row(where, data, value, skip_bad)
 
 
-def objects(file: Path, handle: BinaryIO) -> Iterator[Piece]:
+def objects(file: Path, handle: BinaryIO, skip_bad: bool = False) -> Iterator[Piece]:
     """Objects one behind another, on lines of their own or not. Raises DataError with the row, and
-    for a single object that holds the rows as a list."""
+    for a single object that holds the rows as a list; ``skip_bad`` as for ``array``."""
     text = _Text(file, handle)
     yield text.space(bom=True).encode(), None
     number, first = 0, None
@@ -85,7 +92,7 @@ def objects(file: Path, handle: BinaryIO) -> Iterator[Piece]:
         where = f"{file}, row {number}"
         value, raw = text.value(where)
         data = (raw + text.space()).encode()
-        row = _checked(where, data, value)
+        row = _checked_row(where, data, value, skip_bad)
         if number == 1:
             first = data, row
             continue
@@ -185,11 +192,26 @@ class _Text:
         return bool(more)
 
 
-def _checked(where: str, data: bytes, value: Any) -> dict[str, Any]:
+def _checked_row(where: str, data: bytes, value: Any, skip_bad: bool) -> dict[str, Any]:
+    return _row_or_reason(where, partial(_checked, data, value), skip_bad)
+
+
+def _row_or_reason(
+    where: str, read: Callable[[], dict[str, Any]], skip_bad: bool
+) -> dict[str, Any]:
+    try:
+        return read()
+    except DataError as error:
+        if skip_bad:
+            return UnreadRow(str(error))
+        raise DataError(f"{where}: {error}") from error
+
+
+def _checked(data: bytes, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(f"{where}: not a JSON object")
+        raise DataError("not a JSON object")
     if b"\\ud" in data.lower() and _has_lone_surrogate(value):
-        raise DataError(f"{where}: half a surrogate pair, which is no text")
+        raise DataError("half a surrogate pair, which is no text")
     return value
 
 

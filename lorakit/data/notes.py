@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from lorakit.data.chat import encode as chat
 from lorakit.data.counts import Counts
 
@@ -11,6 +13,18 @@ def encoding_notes(counts: Counts, name: str, rows: int, max_length: int) -> lis
     where a chat template or tokenizer made training differ from what a reader would expect."""
     cut = truncation_words(counts, rows, name, max_length)
     return [*([cut] if cut else []), *chat_notes(counts, name)]
+
+
+def skipped_note(counts: Counts, name: str, locate: Callable[[int], str]) -> str | None:
+    """Which rows were left out as bad, the first by name; None for none."""
+    if not counts.skipped_rows:
+        return None
+    named = "; ".join(f"{locate(index)}: {reason}" for index, reason in counts.skipped)
+    left = counts.skipped_rows - len(counts.skipped)
+    return (
+        f"{name}: {counts.skipped_rows:,} of {counts.rows:,} rows skipped (task.on_bad_row: skip): "
+        f"{named}{f'; and {left:,} more' if left else ''}"
+    )
 
 
 def truncation_words(counts: Counts, rows: int, name: str, max_length: int) -> str | None:

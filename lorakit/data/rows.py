@@ -7,6 +7,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any, overload
 
 from lorakit.data.spool import Source
@@ -15,6 +16,14 @@ from lorakit.data.spool import Source
 Rows = Sequence[Mapping[str, Any]]
 
 _DECODER = json.JSONDecoder()
+
+
+class UnreadRow(dict[str, Any]):
+    """Stands for a row that could not be read, with None in every column."""
+
+    def __init__(self, reason: str, columns: Sequence[str] = ()) -> None:
+        super().__init__(dict.fromkeys(columns))
+        self.reason = reason
 
 
 class _LazyRows(Sequence[Mapping[str, Any]]):
@@ -50,18 +59,27 @@ class JsonRows(_LazyRows):
 
     ``starts`` holds where each object begins, or white space before it, and at last where the text
     ends; what stands between an object and the next one is not read. The objects are known to be
-    valid.
+    valid, but for the rows in ``unread``, by index with the reason.
     """
 
-    def __init__(self, source: Source, starts: array[int], column_names: list[str]) -> None:
+    def __init__(
+        self,
+        source: Source,
+        starts: array[int],
+        column_names: list[str],
+        unread: Mapping[int, str] = MappingProxyType({}),
+    ) -> None:
         self._source = source
         self._starts = starts
+        self._unread = unread
         self.column_names = column_names
 
     def __len__(self) -> int:
         return len(self._starts) - 1
 
     def _row(self, index: int) -> dict[str, Any]:
+        if index in self._unread:
+            return UnreadRow(self._unread[index], self.column_names)
         data = self._source.read(self._starts[index], self._starts[index + 1])
         row, _ = _DECODER.raw_decode(data.decode("utf-8-sig").lstrip(" \t\r\n"))
         return {name: row.get(name) for name in self.column_names}
@@ -98,6 +116,8 @@ class JoinedRows(_LazyRows):
             yield from map(self._filled, part)
 
     def _filled(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        if isinstance(row, UnreadRow):
+            return UnreadRow(row.reason, self.column_names)
         return {name: row.get(name) for name in self.column_names}
 
 

@@ -39,6 +39,7 @@ class Job:
     to_example: Callable[[Mapping[str, Any]], Example]
     tokenizer: Any
     max_length: int
+    skip_bad: bool = False
 
     def encode(self, shard: Shard, start: int, stop: int, on_rows: OnRows) -> None:
         """Rows ``start`` to ``stop`` into ``shard``; ``on_rows`` gets how many more are done.
@@ -51,7 +52,18 @@ class Job:
             end = min(begin + _BATCH_ROWS, stop)
             rows = row_range(self.split.rows, begin, end)
             locate = partial(self._locate, begin)
-            found = encode_rows(rows, locate, self.to_example, self.tokenizer, self.max_length)
+
+            def skip(index: int, reason: str, begin: int = begin) -> None:
+                shard.counts.skip(begin + index, reason)
+
+            found = encode_rows(
+                rows,
+                locate,
+                self.to_example,
+                self.tokenizer,
+                self.max_length,
+                skip if self.skip_bad else None,
+            )
             shard.append(found, dtype)
             on_rows(end - begin)
 

@@ -82,8 +82,10 @@ def load_split(
     hub: tuple[str, str | None] | None = None,
     read_file: FileReader = lambda file: None,
     limit: int | None = None,
+    skip_bad: bool = False,
 ) -> Split | None:
-    """The split's rows, or None if the source has no such split.
+    """The split's rows, or None if the source has no such split. With ``skip_bad`` an UnreadRow
+    stands for each row of text that cannot be read.
 
     Raises DataError if ``path`` does not exist, a file cannot be read, the split is empty, or
     neither ``path`` nor ``hub`` is given.
@@ -92,7 +94,9 @@ def load_split(
         found = _load_hub(hub, split, limit)
     else:
         there = find_files(path, split)
-        found = _load_files(there, split, read_file, limit) if there.files else None
+        found = None
+        if there.files:
+            found = _load_files(there, split, read_file, limit, skip_bad)
     if found is None:
         return None
     if not len(found):
@@ -100,24 +104,28 @@ def load_split(
     return found
 
 
-def _load_files(there: SplitFiles, split: str, read_file: FileReader, limit: int | None) -> Split:
+def _load_files(
+    there: SplitFiles, split: str, read_file: FileReader, limit: int | None, skip_bad: bool
+) -> Split:
     parts: list[tuple[Path, FileRows]] = []
     left, room = limit, Room()
     allow_open_files(len(there.files))
     for file in there.files:
         if left == 0:
             break
-        parts.append((file, _load_file(file, read_file, left, room)))
+        parts.append((file, _load_file(file, read_file, left, room, skip_bad)))
         if left is not None:
             left -= len(parts[-1][1].rows)
     digest = hashlib.sha256("\n".join(part.digest for _, part in parts).encode())
     return joined_split(split, parts, there, digest.hexdigest())
 
 
-def _load_file(file: Path, read_file: FileReader, limit: int | None, room: Room) -> FileRows:
+def _load_file(
+    file: Path, read_file: FileReader, limit: int | None, room: Room, skip_bad: bool
+) -> FileRows:
     own = read_file(file)
     if own is None:
-        return read_rows(file, limit, room)
+        return read_rows(file, limit, room, skip_bad)
     rows = own if limit is None else own[:limit]
     return FileRows(rows, f"{file_digest(file)}:{len(rows)}")
 

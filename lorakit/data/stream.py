@@ -15,6 +15,7 @@ from lorakit.data.directories import SplitFiles
 from lorakit.data.file_names import listed, split_names
 from lorakit.data.files import read_rows, stream_rows
 from lorakit.data.paths import PathOption, find_files
+from lorakit.data.rows import UnreadRow
 from lorakit.data.sources import Split, hub_failure, joined_split
 from lorakit.errors import DataError
 
@@ -62,6 +63,7 @@ def open_stream(
     split: str,
     hub: tuple[str, str | None] | None = None,
     limit: int | None = None,
+    skip_bad: bool = False,
 ) -> Stream | None:
     """The split's rows, or the first ``limit`` of them, or None if the source has no such split.
 
@@ -73,16 +75,17 @@ def open_stream(
     else:
         there = find_files(path, split)
         share = max(_HEAD_ROWS_IN_ALL // max(len(there.files), 1), _FEWEST_HEAD_ROWS)
-        stream = _open_files(there, split, min(head_rows, share)) if there.files else None
+        most = min(head_rows, share)
+        stream = _open_files(there, split, most, skip_bad) if there.files else None
     if stream is None or limit is None:
         return stream
     unlimited = stream.read
     return Stream(stream.head, lambda: islice(unlimited(), limit))
 
 
-def _open_files(there: SplitFiles, split: str, head_rows: int) -> Stream:
+def _open_files(there: SplitFiles, split: str, head_rows: int, skip_bad: bool) -> Stream:
     stamps = [_stamp(file) for file in there.files]
-    parts = [(file, read_rows(file, head_rows)) for file in there.files]
+    parts = [(file, read_rows(file, head_rows, skip_bad=skip_bad)) for file in there.files]
     if not any(len(part.rows) for _, part in parts):
         raise DataError(f"{listed(there.files)}: the split {split!r} is empty")
     begun = hashlib.sha256()
@@ -91,7 +94,7 @@ def _open_files(there: SplitFiles, split: str, head_rows: int) -> Stream:
     sizes = hashlib.sha256(json.dumps([size for size, _ in stamps]).encode())
     fingerprint = f"stream:{begun.hexdigest()}:{sizes.hexdigest()}"
     head = joined_split(split, parts, there, fingerprint, begun=True)
-    return Stream(head, partial(_read_files, there.files, stamps, head.columns))
+    return Stream(head, partial(_read_files, there.files, stamps, head.columns, skip_bad))
 
 
 def same_beginning(fingerprint: object, other: object) -> bool:
@@ -102,13 +105,14 @@ def same_beginning(fingerprint: object, other: object) -> bool:
 
 
 def _read_files(
-    files: list[Path], stamps: list[Stamp], columns: Sequence[str]
+    files: list[Path], stamps: list[Stamp], columns: Sequence[str], skip_bad: bool
 ) -> Iterator[Located]:
     blank = dict.fromkeys(columns)
     for file, stamp in zip(files, stamps, strict=True):
         _check_unchanged(file, stamp)
-        for number, row in enumerate(stream_rows(file), 1):
-            yield Located(str(file), number, {**blank, **row})
+        for number, row in enumerate(stream_rows(file, skip_bad), 1):
+            whole = row if isinstance(row, UnreadRow) else {**blank, **row}
+            yield Located(str(file), number, whole)
         _check_unchanged(file, stamp)
 
 

@@ -15,8 +15,9 @@ from lorakit.data.counts import Counts
 from lorakit.data.encode import EncodedRow, check_largest_id
 from lorakit.data.examples import ChatExample, Example
 from lorakit.data.plan import Bin, Step
+from lorakit.data.skipped import SkippedRows
 from lorakit.data.stream import Located, Stream
-from lorakit.data.tokens import Tokens, encode_rows
+from lorakit.data.tokens import OnBadRow, Tokens, encode_rows
 from lorakit.errors import DataError
 
 #: So many steps' worth of rows are tokenised at once, and sorted by length among themselves.
@@ -34,16 +35,20 @@ class StreamEncoder:
     max_length: int
     embedding_rows: int
 
-    def encode(self, rows: Sequence[Located]) -> tuple[list[EncodedRow], Counts]:
-        """Raises DataError with file and row as ``encode_split`` does."""
+    def encode(
+        self, rows: Sequence[Located], skip: OnBadRow | None = None
+    ) -> tuple[list[EncodedRow], Counts]:
+        """Raises DataError with file and row as ``encode_split`` does; with ``skip``, which gets
+        the index and the reason, a bad row is left out."""
         found = encode_rows(
             [located.row for located in rows],
             lambda index: str(rows[index]),
             self.to_example,
             self.tokenizer,
             self.max_length,
+            skip,
         )
-        largest = max(max(row.ids, default=0) for row in found.rows)
+        largest = max((max(row.ids, default=0) for row in found.rows), default=0)
         check_largest_id(largest, self.tokenizer, self.embedding_rows)
         labels: list[Any] = found.labels or [None] * len(found.rows)
         encoded = [_row(row, label) for row, label in zip(found.rows, labels, strict=True)]
@@ -67,7 +72,8 @@ class StreamSteps:
     The order is a function of the rows, ``seed`` and the sizes alone. ``bins`` packs the rows of a
     window; without it each row is a unit of its own, ``group_by_length`` puts rows of like length
     into a step, and rows that a jump passes over are read and not tokenised, unless a row may
-    become several. ``rows`` (of tokens) and ``counts`` are of the windows begun.
+    become several or, with ``skipped``, none: there bad rows are left out. ``rows`` (of tokens) and
+    ``counts`` are of the windows begun.
     """
 
     stream: Stream
@@ -78,8 +84,10 @@ class StreamSteps:
     buffer_rows: int
     group_by_length: bool
     bins: Callable[[list[EncodedRow]], list[Bin]] | None = None
+    skipped: SkippedRows | None = None
     steps_per_epoch: None = field(default=None, init=False)
     rows: int = field(default=0, init=False)
+    _passed: int = field(default=0, init=False)
     counts: Counts = field(default_factory=Counts, init=False)
 
     def __post_init__(self) -> None:
@@ -94,6 +102,20 @@ class StreamSteps:
     @property
     def units_per_step(self) -> int:
         return self.per_device_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def rows_read(self) -> int:
+        """The stream's rows in the windows begun, those passed over among them."""
+        return self._passed + self.counts.rows
+
+    def check_holds(self, rows: int) -> None:
+        """Raise DataError if one pass over the stream has fewer rows."""
+        found = sum(1 for _ in islice(self.stream.read(), rows))
+        if found < rows:
+            raise DataError(
+                f"--resume: {self.stream.head.source}: holds {found:,} rows, and the run has "
+                f"trained on its first {rows:,}; put the rows back, or start a new run"
+            )
 
     def step(self, number: int) -> Step:
         """The step ``number``, which may not be before one that was handed out.
@@ -111,10 +133,13 @@ class StreamSteps:
 
     def _skip(self, number: int) -> int:
         """Pass over the whole windows before step ``number``: how many there were."""
-        if self.bins is not None or self._encoder.may_split(self.stream.head.rows[0]):
+        if self.bins is not None or self.skipped is not None:
+            return 0
+        if self._encoder.may_split(self.stream.head.rows[0]):
             return 0
         windows = number // _STEPS_PER_WINDOW
         rows = windows * _STEPS_PER_WINDOW * self.units_per_step
+        self._passed = rows
         next(islice(self._source, rows, rows), None)
         self._next = windows * _STEPS_PER_WINDOW
         return windows
@@ -124,21 +149,31 @@ class StreamSteps:
         ahead = self._reader.submit(self._read)
         left: list[Bin] = []
         for number in count(first):
-            rows, counts = ahead.result()
+            rows, counts, bad = ahead.result()
+            for located, reason in bad:
+                assert self.skipped is not None
+                self.skipped.add(located, reason)
             ahead = self._reader.submit(self._read)
             self.rows += len(rows)
             self.counts.add(counts)
-            units = left + (self.bins(rows) if self.bins else [[row] for row in rows])
+            units = left + (self.bins(rows) if self.bins and rows else [[row] for row in rows])
             size = self.units_per_step
             whole = len(units) // size * size
             left = units[whole:]
             yield from self._ordered(units[:whole], number)
 
-    def _read(self) -> tuple[list[EncodedRow], Counts]:
+    def _read(self) -> tuple[list[EncodedRow], Counts, list[tuple[Located, str]]]:
         rows = _STEPS_PER_WINDOW * self.units_per_step
         if self.bins is not None:
             rows = max(rows, _PACKED_ROWS)
-        return self._encoder.encode(list(islice(self._source, rows)))
+        window = list(islice(self._source, rows))
+        bad: list[tuple[Located, str]] = []
+
+        def skip(index: int, reason: str) -> None:
+            bad.append((window[index], reason))
+
+        encoded, counts = self._encoder.encode(window, skip if self.skipped is not None else None)
+        return encoded, counts, bad
 
     def _ordered(self, units: list[Bin], window: int) -> list[list[Bin]]:
         """The steps of a window; with ``group_by_length`` each of like lengths, in random order."""

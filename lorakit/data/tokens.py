@@ -12,7 +12,11 @@ from lorakit.data.chat import ChatEncoder
 from lorakit.data.counts import Counts
 from lorakit.data.examples import ChatExample, ClassificationExample, Example, TextExample
 from lorakit.data.joining import Joiner
+from lorakit.data.rows import UnreadRow
 from lorakit.errors import DataError
+
+#: Gets the index of a row that is left out, and the reason.
+OnBadRow = Callable[[int, str], None]
 
 
 @dataclass
@@ -43,38 +47,47 @@ def encode_rows(
     to_example: Callable[[Mapping[str, Any]], Example],
     tokenizer: Any,
     max_length: int,
+    skip: OnBadRow | None = None,
 ) -> EncodedRows:
     """The tokens of each row. ``locate`` names a row by its index.
 
-    Raises DataError, with the row, for one that the task refuses or that leaves nothing to train
-    on.
+    Raises DataError, with the row, for one that cannot be read, that the task refuses or that
+    leaves nothing to train on; with ``skip``, which gets its index and the reason, such a row is
+    left out.
     """
-    examples = []
+    given: list[tuple[int, Example]] = []
     for index, row in enumerate(rows):
-        with _at_row(locate, index):
-            examples.append(to_example(row))
+        with _at_row(locate, index, skip):
+            if isinstance(row, UnreadRow):
+                raise DataError(row.reason)
+            given.append((index, to_example(row)))
+    examples = [example for _, example in given]
     counted: Counter[str] = Counter()
     encoded = iter(_encode_examples(examples, tokenizer, max_length, counted))
     found: list[Tokens] = []
-    for index, example in enumerate(examples):
-        with _at_row(locate, index):
+    labels: list[int | float] = []
+    for index, example in given:
+        with _at_row(locate, index, skip):
             found += _trainable(next(encoded), example, max_length)
+            if isinstance(example, ClassificationExample):
+                labels.append(example.label)
     counts = Counts(
         rows=len(rows),
         truncated_rows=sum(row.truncated for row in found),
         cut_completions=sum(row.cut for row in found),
         notes=counted,
     )
-    labels = [e.label for e in examples if isinstance(e, ClassificationExample)]
     return EncodedRows(found, labels, counts)
 
 
 @contextmanager
-def _at_row(locate: Callable[[int], str], index: int) -> Iterator[None]:
+def _at_row(locate: Callable[[int], str], index: int, skip: OnBadRow | None) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        raise DataError(f"{locate(index)}: {error}") from error
+        if skip is None:
+            raise DataError(f"{locate(index)}: {error}") from error
+        skip(index, str(error))
 
 
 def _trainable(rows: list[Tokens], example: Example, max_length: int) -> list[Tokens]:
@@ -97,6 +110,8 @@ def _encode_examples(
     completion that is too long by itself loses its end. Raises DataError, also while the rows are
     taken, for the one whose turn it is.
     """
+    if not examples:
+        return []
     first = examples[0]
     if isinstance(first, ClassificationExample):
         pairs = _encode_pairs(examples, tokenizer, max_length)  # type: ignore[arg-type]
@@ -112,15 +127,18 @@ def _encode_chats(
     chats: Sequence[ChatExample], tokenizer: Any, max_length: int, counted: Counter[str]
 ) -> Iterator[list[Tokens]]:
     """A row with one trained turn loses the beginning of its prompt, as prompts of generation do;
-    one with several loses its end."""
+    one with several loses its end. A chat that is refused does not end the iterator."""
     encoder = ChatEncoder(tokenizer)
-    for chat in chats:
+
+    def encode(chat: ChatExample) -> list[Tokens]:
         encoded = encoder.encode(chat)
         counted.update(encoded.counts)
-        yield [
+        return [
             _cut(Tokens(row.ids, row.trained), max_length, row.prompt * (len(row.turns) == 1))
             for row in encoded.rows
         ]
+
+    return map(encode, chats)
 
 
 def encode_prompt(example: TextExample, tokenizer: Any, max_length: int) -> list[int]:

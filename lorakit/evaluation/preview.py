@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 from lorakit import registry
 from lorakit.data.describe import DescribedRow, Summary, describe_row, summarise
 from lorakit.data.encode import encode_split
-from lorakit.data.notes import chat_notes
+from lorakit.data.notes import chat_notes, skipped_note
 from lorakit.errors import UserError
 from lorakit.evaluation.splits import load_eval_split, settle, with_labels
 from lorakit.evaluation.watch import OnProgress
@@ -56,7 +56,7 @@ def preview(
     tokenizer, and for a ``start`` behind the last row.
     """
     task: Task = registry.task(recipe.task.name)
-    found = load_eval_split(task, recipe.task, split, limit)
+    found = load_eval_split(task, recipe.task, split, limit, skip_bad=True)
     if start > len(found):
         raise UserError(
             f"--start {start}: {found.source} has {len(found):,} rows"
@@ -65,6 +65,7 @@ def preview(
         )
     task, config = settle(task, recipe.task, found, say)
     config = with_labels(task, config, None)
+    skip_bad = split == "train" and config.on_bad_row == "skip"
     model_config = load_config(recipe.model)
     config = fit_unloaded(model_config, config, say, recipe.model.trust_remote_code)
     tokenizer, stops = _load_tokenizer(recipe.model, model_config, say)
@@ -74,8 +75,10 @@ def preview(
         tokenizer,
         config.max_length,
         on_progress=lambda done: on_progress(done, len(found)),
+        skip_bad=skip_bad,
     )
-    for note in chat_notes(encoded.counts, found.name):
+    skipped = skipped_note(encoded.counts, found.name, found.locate)
+    for note in [*([skipped] if skipped else []), *chat_notes(encoded.counts, found.name)]:
         say(note)
     summary = summarise(encoded, stops, config.max_length if config.packing else None)
     rows = range(start - 1, min(start - 1 + count, len(found)))
@@ -83,7 +86,7 @@ def preview(
         described
         for i in rows
         for described in describe_row(
-            found, i, lambda r: task.example(r, config), tokenizer, config.max_length
+            found, i, lambda r: task.example(r, config), tokenizer, config.max_length, skip_bad
         )
     ]
     labels = task.labels(config, None) if task.kind == "encoder" else None

@@ -13,12 +13,17 @@ from lorakit.tasks.base import GenerationSection, Task
 from lorakit.tasks.unused import unused_note
 
 
-def load_eval_split(task: Task, config: Any, name: str | None, limit: int | None) -> Split:
+def load_eval_split(
+    task: Task, config: Any, name: str | None, limit: int | None, skip_bad: bool = False
+) -> Split:
     """The split ``name`` (None: the task's own choice), or its first ``limit`` rows; ``limit``
-    goes before the recipe's. Raises DataError if the source has no such split."""
+    goes before the recipe's. Raises DataError if the source has no such split, and for a bad row,
+    but for ``skip_bad`` where the recipe skips those: scores are of all rows."""
     name = name or task.eval_split(config)
     if limit is not None:
         config = config.model_copy(update={"limit_train": limit, "limit_eval": limit})
+    if not skip_bad:
+        config = config.model_copy(update={"on_bad_row": "error"})
     found = task.load(config, name)
     if found is None:
         if config.path is None:
@@ -64,7 +69,7 @@ def encoding_cache(
     """
     if rows < CACHED_ROWS:
         return None
-    unread = {*GenerationSection.model_fields} - {"name", "max_length"}
+    unread = {*GenerationSection.model_fields} - {"name", "max_length", "on_bad_row"}
     values = config.model_dump(mode="json", exclude=unread)
     values["task"] = f"{type(task).__module__}.{type(task).__qualname__}"
     key = encoding_key(tokenizer, values, task.digest)

@@ -101,6 +101,10 @@ class TaskSection(Section):
     ``max_length`` is in tokens; ``limit_train`` and ``limit_eval`` keep the first N rows. With
     ``streaming`` the train split is read while it is trained on, neither held nor written, and
     shuffled in a buffer of ``shuffle_buffer_rows``.
+
+    ``on_bad_row`` is for the train split: ``error`` ends the run at a row that cannot be read or
+    trained on, ``skip`` leaves it out, named and counted. Rows that a model is measured on are
+    never left out.
     """
 
     name: Text
@@ -111,6 +115,7 @@ class TaskSection(Section):
     packing: bool = False
     streaming: bool = False
     shuffle_buffer_rows: PositiveInt = 10_000
+    on_bad_row: Literal["error", "skip"] = "error"
 
 
 class TrainSection(Section):

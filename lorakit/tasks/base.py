@@ -93,7 +93,12 @@ class Task(ABC):
         """
         limit = config.limit_train if split == "train" else config.limit_eval
         found = load_split(
-            config.path, split, hub=self.hub_source(config), read_file=self.read_file, limit=limit
+            config.path,
+            split,
+            hub=self.hub_source(config),
+            read_file=self.read_file,
+            limit=limit,
+            skip_bad=split == "train" and config.on_bad_row == "skip",
         )
         if found is not None:
             self.check_columns(found, config)

@@ -64,7 +64,9 @@ class Classification(LabelledTask):
                 "task.labels: null, and there is no train split to take them from; "
                 "allowed: a list of names"
             )
-        return _declared(train, config.label_column) or _found(train, config.label_column)
+        return _declared(train, config.label_column) or _found(
+            train, config.label_column, config.on_bad_row == "skip"
+        )
 
     def resolve(self, config: Any, train: Split | None) -> Any:
         return config.model_copy(update={"labels": self.labels(config, train)})
@@ -77,11 +79,13 @@ def _declared(train: Split, column: str) -> list[str] | None:
     return list(names) if names else None
 
 
-def _found(train: Split, column: str) -> list[str]:
+def _found(train: Split, column: str, skip_bad: bool) -> list[str]:
     names = set()
     numbers = False
     for index, value in enumerate(train.column(column)):
         name = label_name(value)
+        if not name and skip_bad:
+            continue
         if not name:
             raise DataError(
                 f"{train.locate(index)}: {column} = {value!r}: allowed: a name or a whole number; "
@@ -90,7 +94,8 @@ def _found(train: Split, column: str) -> list[str]:
         names.add(name)
         numbers = numbers or not isinstance(value, str)
     if len(names) < 2:
-        raise DataError(f"{train.source}: column {column!r} holds one label only: {min(names)}")
+        held = f"one label only: {min(names)}" if names else "no label"
+        raise DataError(f"{train.source}: column {column!r} holds {held}")
     if numbers and any(as_integer(name) is None for name in names):
         raise DataError(f"{train.source}: column {column!r} holds both names and numbers")
     return sorted(names, key=_in_order)

@@ -37,7 +37,18 @@ class Batching:
         if not isinstance(self.steps, StreamSteps):
             return []
         seen = self.steps
-        return encoding_notes(seen.counts, "train", seen.rows, recipe.task.max_length)
+        skipped = seen.skipped.note() if seen.skipped else None
+        notes = encoding_notes(seen.counts, "train", seen.rows, recipe.task.max_length)
+        return [*([skipped] if skipped else []), *notes]
+
+    def rows_read(self) -> dict[str, int]:
+        """What ``run.json`` says of a stream's rows once they have been read."""
+        if not isinstance(self.steps, StreamSteps):
+            return {}
+        found = {"rows_read": self.steps.rows_read}
+        if self.steps.skipped is not None:
+            found["skipped_rows"] = len(self.steps.skipped)
+        return found
 
 
 def build_batching(prepared: Prepared, device: torch.device) -> Batching:
@@ -85,6 +96,7 @@ def _streaming(recipe: Recipe, rows: Streamed) -> Batching:
         buffer_rows=recipe.task.shuffle_buffer_rows,
         group_by_length=section.group_by_length,
         bins=partial(pack_rows, capacity=capacity) if recipe.task.packing else None,
+        skipped=rows.skipped,
     )
     units = f"bins of {capacity:,} tokens" if recipe.task.packing else "rows"
     return Batching(steps, f"a stream of rows, {steps.units_per_step} {units} a step")

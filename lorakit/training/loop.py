@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from lorakit.data.batches import Batch, to_device
+from lorakit.data.files import UnreadableFile
 from lorakit.data.plan import Bin, Step, StepSource
 from lorakit.data.stream import FileChanged
 from lorakit.errors import (
@@ -318,10 +319,12 @@ class Loop:
     def _stop_for_data(self, error: DataError) -> NoReturn:
         saved = self.save()
         changed = isinstance(error, FileChanged)
+        advice = "put the file back" if changed else "correct or remove the row"
+        if isinstance(error, UnreadableFile):
+            advice = "replace the file by a whole one"
         raise (DataError if changed else BadRow)(
             f"{error}; stopped at step {self.progress.step} of {self.schedule.total_steps}; saved "
-            f"{saved}; {'put the file back' if changed else 'correct or remove the row'}, then go "
-            "on with --resume auto"
+            f"{saved}; {advice}, then go on with --resume auto"
         ) from error
 
     def _interrupt(self) -> NoReturn:

@@ -75,11 +75,12 @@ def find_start(recipe: Recipe, resume: str | None) -> Start:
     return Start(found[-1], load_checkpoint(found[-1])) if found else Start()
 
 
-def check_same_data(data: dict[str, Any], checkpoint: Path, say: Callable[[str], None]) -> None:
+def check_same_data(data: dict[str, Any], checkpoint: Path, say: Callable[[str], None]) -> int:
     """Raise UserError if the rows are not those of the run that wrote ``checkpoint``. A run that a
-    stream's row ended may go on with files that begin alike and are of other sizes."""
+    stream's row ended may go on with files that begin alike and are of other sizes: how many rows
+    these must have, 0 where nothing has changed."""
     run = _read_run(checkpoint.parent.parent)
-    before = run.get("data") or {}
+    before, rows = run.get("data") or {}, 0
     for split in before.keys() | data.keys() if before else ():
         then, now = ((of.get(split) or {}).get("fingerprint") for of in (before, data))
         if then != now:
@@ -89,6 +90,7 @@ def check_same_data(data: dict[str, Any], checkpoint: Path, say: Callable[[str],
                     f"--resume: {source}: the {split} data is not what the run began with"
                 )
             say(f"{source}: changed since a bad row ended the run; earlier rows are not compared")
+            rows = int((before.get(split) or {}).get("rows_read") or 0)
         tokens = [(of.get(split) or {}).get("tokens") for of in (before, data)]
         if then == now and None not in tokens and tokens[0] != tokens[1]:
             raise UserError(
@@ -96,6 +98,7 @@ def check_same_data(data: dict[str, Any], checkpoint: Path, say: Callable[[str],
                 f"and the run began with {tokens[0]:,}: tokenizer, chat template or lorakit itself "
                 "has changed; start a new run"
             )
+    return rows
 
 
 @contextmanager

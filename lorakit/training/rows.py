@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorakit import registry
 from lorakit.data.encode import EncodedSplit, check_token_ids, encode_split, split_notes
 from lorakit.data.paths import no_split
+from lorakit.data.skipped import SkippedRows
 from lorakit.data.sources import Split
 from lorakit.data.stream import Stream, open_stream
 from lorakit.data.stream_steps import StreamEncoder
@@ -28,10 +29,11 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Streamed:
-    """A train split that is read while it is trained on."""
+    """A train split that is read while it is trained on; ``skipped`` where bad rows are skipped."""
 
     stream: Stream
     encoder: StreamEncoder
+    skipped: SkippedRows | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def encode_rows(
     """The tokens of the train and the validation split. Of a stream the first rows are tokenised
     only to see whether they can be."""
     task, config = rows.task, rows.config
+    skip_bad = config.on_bad_row == "skip"
     splits = [split for split in (rows.train, rows.validation) if split is not None]
     most = max(map(len, splits))
     cache = encoding_cache(task, config, tokenizer, most, say, write_cache)
@@ -88,11 +91,18 @@ def encode_rows(
         return task.example(row, config)
 
     def encoded(split: Split) -> EncodedSplit:
-        found = encode_split(split, to_example, tokenizer, config.max_length, cache=cache)
+        found = encode_split(
+            split,
+            to_example,
+            tokenizer,
+            config.max_length,
+            cache=cache,
+            skip_bad=skip_bad and split is rows.train,
+        )
         if has_table:
             check_token_ids(found, tokenizer, embedding_rows(model))
         if not (rows.stream and split is rows.train):
-            for note in split_notes(found, split.name, config.max_length):
+            for note in split_notes(found, split, config.max_length):
                 say(note)
         if split is rows.train and task.kind == "causal":
             stops = set(eos_ids(model, tokenizer))
@@ -109,7 +119,7 @@ def encode_rows(
             return to_example(row)
 
         encoder = StreamEncoder(streamed_example, tokenizer, config.max_length, largest)
-        train = Streamed(rows.stream, encoder)
+        train = Streamed(rows.stream, encoder, SkippedRows("train", say) if skip_bad else None)
     return train, encoded(rows.validation) if rows.validation is not None else None
 
 
@@ -138,4 +148,5 @@ def _open_stream(task: Task, config: Any) -> Stream | None:
             f"task.streaming = true: {config.name} reads files of its own format whole; "
             "allowed: false"
         )
-    return open_stream(config.path, "train", task.hub_source(config), config.limit_train)
+    skip_bad = config.on_bad_row == "skip"
+    return open_stream(config.path, "train", task.hub_source(config), config.limit_train, skip_bad)

@@ -9,6 +9,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from lorakit.data.stream_steps import StreamSteps
 from lorakit.errors import BadRow, Interrupted
 from lorakit.evaluation.watch import EvaluationStopped
 from lorakit.openmp import yield_cores
@@ -65,7 +66,7 @@ def train(recipe: Recipe, resume: str | None = None, say: Say = lambda text: Non
     cannot be read on, with a checkpoint saved.
     """
     check_recipe(recipe)
-    start = find_start(recipe, resume)
+    start, rows_before = find_start(recipe, resume), 0
     if start.finished is not None:
         say(f"{recipe.train.output_dir}: the run is complete; nothing to do")
         return _finished(Path(recipe.train.output_dir), start.finished)
@@ -74,8 +75,10 @@ def train(recipe: Recipe, resume: str | None = None, say: Say = lambda text: Non
     prepared = prepare(recipe, say)
     if start.checkpoint is not None:
         check_same_recipe(prepared.recipe, start.checkpoint.parent.parent, prepared=True)
-        check_same_data(prepared.data, start.checkpoint, say)
+        rows_before = check_same_data(prepared.data, start.checkpoint, say)
     batching = build_batching(prepared, accelerator.device)
+    if rows_before and isinstance(batching.steps, StreamSteps):
+        batching.steps.check_holds(rows_before)
     say(plan_line(prepared, batching))
     with sole_run(prepared.recipe, resume, start) as output_dir:
         write_recipe(prepared.recipe, output_dir / "recipe.yaml")
@@ -105,7 +108,7 @@ def dry_run(recipe: Recipe, say: Say) -> dict[str, Any]:
         "trainable_parameters": prepared.report.trainable_parameters,
         "total_parameters": prepared.report.total_parameters,
         "coverage": asdict(coverage) if (coverage := prepared.report.coverage) else None,
-        "train_rows": prepared.data["train"]["rows"],
+        "train_rows": _trained_rows(prepared.data["train"]),
         "eval_rows": len(prepared.evaluation.split) if prepared.evaluation else 0,
         "steps": schedule.total_steps,
         "steps_per_epoch": schedule.steps_per_epoch,
@@ -115,6 +118,10 @@ def dry_run(recipe: Recipe, say: Say) -> dict[str, Any]:
         "first_loss": loss,
         "peak_memory_bytes": peak_memory_bytes(accelerator.device),
     }
+
+
+def _trained_rows(data: dict[str, Any]) -> int | None:
+    return None if data["rows"] is None else data["rows"] - data["skipped_rows"]
 
 
 def _check_installed(recipe: Recipe) -> None:
@@ -188,6 +195,7 @@ def _run(
         raise
     finally:
         recorder.close()
+        record.data["train"] = record.data["train"] | batching.rows_read()
         record.write(output_dir / "run.json")
     adapter = output_dir / "adapter"
     return RunResult(record.metrics, adapter, output_dir, record.steps, record.diverged)

@@ -99,7 +99,8 @@ def _described(split: Split, encoded: EncodedSplit | Streamed) -> dict[str, Any]
     """For ``run.json``; of a stream nobody knows how many rows and tokens it has."""
     known: dict[str, Any] = {"rows": None, "tokens": None}
     if isinstance(encoded, EncodedSplit):
-        known = {"rows": len(split), "tokens": int(encoded.offsets[-1])}
+        skipped = encoded.counts.skipped_rows
+        known = {"rows": len(split), "tokens": int(encoded.offsets[-1]), "skipped_rows": skipped}
     return {"source": split.source, "fingerprint": split.fingerprint} | known
 
 

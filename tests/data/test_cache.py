@@ -93,6 +93,29 @@ def assert_equal(a: EncodedSplit, b: EncodedSplit) -> None:
     assert a.counts == b.counts
 
 
+def test_skipped_rows_are_kept(tmp_path: Path, tokenizer: Any) -> None:
+    """Named as the split that is read has them, wherever the file is by then."""
+
+    def refuse(row: Any) -> TextExample:
+        if row["prompt"] in ("3 is", "9 is"):
+            raise DataError("refused")
+        return example(row)
+
+    said: list[str] = []
+    found = []
+    for source in ("rows.jsonl", "moved.jsonl"):
+        kept = EncodedCache("key", said.append, True, tmp_path)
+        split = Split("train", ROWS, source, "0")
+        found.append(encode_split(split, refuse, tokenizer, 15, cache=kept, skip_bad=True))
+        assert split_notes(found[-1], split, 99)[0] == (
+            f"train: 2 of {len(ROWS):,} rows skipped (task.on_bad_row: skip): {source}, row 4: "
+            f"refused; {source}, row 10: refused"
+        )
+    assert "read from the cache" in said[-1]
+    assert_equal(*found)
+    assert len(found[0]) == len(ROWS) - 2
+
+
 def test_what_is_read_is_what_was_made(cached: Cached, tokenizer: Any) -> None:
     plain = encode_split(split_of(), example, tokenizer, 15)
     assert plain.truncated_rows > plain.cut_completions > 0
@@ -135,7 +158,7 @@ def test_chats_that_become_several_rows(cached: Cached, tokenizer: Any) -> None:
     for _ in range(2):
         assert_equal(cached.encode(to_example=chat, max_length=30), plain)
     assert "read from the cache" in cached.said[-1]
-    assert len(split_notes(plain, "train", 30)) == 1
+    assert len(split_notes(plain, split_of(), 30)) == 1
 
 
 def test_each_thing_that_tokens_follow_from_misses(

@@ -82,6 +82,27 @@ def test_labels_and_types_of_several_processes(
     np.testing.assert_array_equal(found.token_type_ids, plain.token_type_ids)
 
 
+def test_bad_rows_of_several_processes_are_skipped(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first process has none that is good."""
+
+    def refuse(row: Any) -> TextExample:
+        if row["n"] < 1200 or row["n"] == 3000:
+            raise DataError("refused")
+        return example(row)
+
+    plain = encode_split(SPLIT, refuse, tokenizer, 20, skip_bad=True)
+    processes(3, monkeypatch)
+    found = encode_split(SPLIT, refuse, tokenizer, 20, skip_bad=True)
+    for name in ("tokens", "trained", "offsets"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(plain, name))
+    assert found.counts == plain.counts
+    assert found.counts.skipped_rows == 1201
+    assert found.counts.skipped == [(n, "refused") for n in range(5)]
+    assert len(found) == 3500 - 1201
+
+
 @pytest.mark.parametrize("bad", [{3499, 1300, 2400}, {5, 3499}, {3499}])
 def test_the_earliest_bad_row_is_named(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch, bad: set[int]
