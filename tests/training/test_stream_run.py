@@ -19,6 +19,7 @@ from tests.training.runs import (
     log_lines,
     recipe_for,
     run_json,
+    tree,
     write_rows,
 )
 
@@ -152,6 +153,46 @@ def test_what_else_has_changed_is_refused(tiny_llama: Path, tmp_path: Path) -> N
     put_line(file, 0, GOOD)
     with pytest.raises(UserError, match="the train data is not what the run began with"):
         train(recipe, resume="auto")
+
+
+def test_fewer_rows_than_were_trained_on_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = bad_row_run(tmp_path, tiny_llama, 500, REFUSED)
+    settings = recipe.train.model_copy(update={"max_steps": 150})
+    recipe = recipe.model_copy(update={"train": settings})
+    file, run = tmp_path / "data" / "train.jsonl", Path(recipe.train.output_dir)
+    with pytest.raises(BadRow, match="stopped at step 100 of 150"):
+        train(recipe)
+    assert run_json(run)["data"]["train"]["rows_read"] == 400
+    lines = file.read_text().splitlines(keepends=True)
+    before = tree(run)
+    for kept in (lines[:399], lines[:250]):
+        file.write_text("".join(kept))
+        with pytest.raises(UserError) as caught:
+            train(recipe, resume="auto")
+        assert str(caught.value) == (
+            f"--resume: {file}: holds {len(kept):,} rows, and the run has trained on its first 400; "
+            "put the rows back, or start a new run"
+        )
+        assert tree(run) == before
+    file.write_text("".join(lines[:400]))
+    assert train(recipe, resume="auto").steps == 150
+
+
+def test_a_truncated_file(tiny_llama: Path, tmp_path: Path) -> None:
+    """It is the file that is to be mended, no row."""
+    recipe = bad_row_run(tmp_path, tiny_llama, 0, GOOD)
+    plain, packed = (tmp_path / "data" / f"train.jsonl{suffix}" for suffix in ("", ".gz"))
+    whole = gzip.compress("".join(f'{GOOD[:-2]} {n * 7919}"}}\n' for n in range(800)).encode())
+    plain.unlink()
+    packed.write_bytes(whole[: len(whole) * 2 // 3])
+    settings = recipe.train.model_copy(update={"max_steps": 2000})
+    recipe = recipe.model_copy(update={"train": settings})
+    with pytest.raises(BadRow) as caught:
+        train(recipe)
+    message = str(caught.value)
+    assert message.startswith(f"{packed}: cannot be read: Compressed file ended before")
+    assert "; replace the file by a whole one, then go on with --resume auto" in message
+    assert "row" not in message.removeprefix(str(packed))
 
 
 def test_a_file_that_changes_during_the_run(tiny_llama: Path, tmp_path: Path) -> None:
