@@ -28,7 +28,8 @@ class Split:
     ``rows`` is a ``datasets.Dataset`` or a sequence of mappings; ``files`` are the files it came
     from, in order, with their row counts (empty for the Hub); ``fingerprint`` is a hash of the
     contents. ``lacking`` has the columns of each file that does not have all: None stands for the
-    others in its rows. ``notes`` say what was chosen among the files, or found in them.
+    others in its rows. ``notes`` say what was chosen among the files, or found in them. ``begun``
+    says that the rows are only the first ones of a stream.
     """
 
     name: str
@@ -38,9 +39,15 @@ class Split:
     files: tuple[tuple[Path, int], ...] = field(default=())
     lacking: Mapping[Path, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = field(default=())
+    begun: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def source_read(self) -> str:
+        """``source``, or of a stream the part of it whose columns are known."""
+        return f"{self.source}, the first {len(self):,} rows" if self.begun else self.source
 
     def locate(self, index: int) -> str:
         """``FILE, row N`` (from 1) for the row at ``index``."""
@@ -62,7 +69,7 @@ class Split:
 
     def require(self, columns: Sequence[str]) -> None:
         """Raise DataError if a column is missing, in all of the files or in one."""
-        _require(columns, self.source, self.columns)
+        _require(columns, self.source_read, self.columns)
         for file, found in self.lacking.items():
             _require(columns, f"{file}, row 1", found)
 
@@ -152,6 +159,7 @@ def joined_split(
         files=tuple((file, len(part.rows)) for file, part in parts),
         lacking=lacking,
         notes=(*there.notes, *_notes(parts, every, lacking, begun)),
+        begun=begun,
     )
 
 

@@ -147,7 +147,7 @@ def _open_hub(hub: tuple[str, str | None] | None, split: str, head_rows: int) ->
         raise DataError(f"{name}: the split {split!r} is empty")
     digest = hashlib.sha256(json.dumps([name, found, rows], default=str).encode())
     source = f"{name} ({split})"
-    head = Split(split, rows, source, f"stream:{digest.hexdigest()}")
+    head = Split(split, rows, source, f"stream:{digest.hexdigest()}", begun=True)
 
     def read() -> Iterator[Located]:
         try:

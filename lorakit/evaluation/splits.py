@@ -9,6 +9,7 @@ from lorakit.data.cache import CACHED_ROWS, EncodedCache, encoding_key
 from lorakit.data.paths import no_split
 from lorakit.data.sources import Split
 from lorakit.errors import DataError
+from lorakit.tasks.absent import absent_notes
 from lorakit.tasks.base import GenerationSection, Task
 from lorakit.tasks.unused import unused_note
 
@@ -54,6 +55,8 @@ def settle(
         say(note)
     for note in chosen.notes(own, split):
         say(note if chosen is task else f"{note}: task {own.name}")
+    for note in absent_notes(chosen, own, split):
+        say(note)
     if unused := unused_note(chosen, own, split, streamed):
         say(unused)
     return chosen, own

@@ -125,6 +125,10 @@ class Task(ABC):
         without a word; None, for a task whose code alone knows, names nothing."""
         return None
 
+    def template_columns(self, config: Any) -> tuple[str, ...]:
+        """Columns that stand in a template, where a row that lacks one has an empty text."""
+        return ()
+
     def unread_keys(self, row: Row, config: Any) -> Iterable[str]:
         """Keys inside the columns of ``row`` that the task does not read, as ``COLUMN[].KEY``; must
         not raise, whatever the row holds."""

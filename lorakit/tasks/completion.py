@@ -37,8 +37,9 @@ class CompletionConfig(GenerationSection):
 
     Columns of your own: ``prompt_column`` and ``completion_column`` name them, or ``template`` and
     ``completion_template`` make the texts of them: ``"Question: {question}\\nAnswer:"`` and
-    ``" {answer}"``. ``stop`` are texts before which a generation ends. ``dataset_name`` and
-    ``dataset_config_name`` are a Hub data set, read when ``path`` is null.
+    ``" {answer}"``, empty where a row lacks the column. ``stop`` are texts before which a
+    generation ends. ``dataset_name`` and ``dataset_config_name`` are a Hub data set, read when
+    ``path`` is null.
     """
 
     name: Text = "completion"
@@ -82,13 +83,23 @@ class Completion(FormattedTask):
         if not any((config.prompt_column, config.template, config.completion_column,
                     config.completion_template)):  # fmt: skip
             return ()
-        prompt = () if config.template else (config.prompt_column or "prompt",)
-        completion = (
-            () if config.completion_template else (config.completion_column or "completion",)
-        )
+        named = (*self._named_columns(config), *self.template_columns(config))
+        return tuple(dict.fromkeys(named))
+
+    def columns(self, config: Any) -> tuple[str, ...]:
+        if self.own_columns(config):
+            return self._named_columns(config)
+        return super().columns(config)
+
+    def template_columns(self, config: Any) -> tuple[str, ...]:
         texts = [text for text in (config.template, config.completion_template) if text]
-        named = [column for text in texts for column in template_columns(text)]
-        return tuple(dict.fromkeys((*prompt, *completion, *named)))
+        return tuple(dict.fromkeys(name for text in texts for name in template_columns(text)))
+
+    def _named_columns(self, config: Any) -> tuple[str, ...]:
+        prompt = () if config.template else (config.prompt_column or "prompt",)
+        if config.completion_template:
+            return prompt
+        return (*prompt, config.completion_column or "completion")
 
     def check_columns(self, split: Split, config: Any) -> None:
         for key in ("template", "completion_template"):
@@ -96,13 +107,15 @@ class Completion(FormattedTask):
                 try:
                     check_columns(text, f"task.{key}", split.columns)
                 except DataError as error:
-                    raise DataError(f"{split.source}: {error}") from error
+                    raise DataError(f"{split.source_read}: {error}") from error
         super().check_columns(split, config)
 
     def example(self, row: Row, config: Any) -> TextExample:
         completion = self.completion(row, config)
         if not completion.strip():
-            raise DataError(f"{self._completion_name(row, config)} is empty: nothing to train on")
+            alpaca = self._is_alpaca(row, config)
+            column = "output" if alpaca else config.completion_column or "completion"
+            raise DataError(f"column {column!r} is empty: nothing to train on")
         return TextExample(
             (Segment(self._prompt(row, config), trained=False), Segment(completion, trained=True))
         )
@@ -124,7 +137,7 @@ class Completion(FormattedTask):
 
     def _prompt(self, row: Row, config: Any) -> str:
         if config.template:
-            return fill(config.template, row)
+            return _filled("template", config, row)
         if self.own_columns(config):
             return required_text(row, config.prompt_column or "prompt")
         self._check_single_turn(row)
@@ -144,20 +157,22 @@ class Completion(FormattedTask):
     def completion(self, row: Row, config: Any) -> str:
         """What the row's prompt is to be continued with. Raises DataError if it is no text."""
         if config.completion_template:
-            return fill(config.completion_template, row)
+            return _filled("completion_template", config, row)
         if self._is_alpaca(row, config):
             return required_text(row, "output")
         return required_text(row, config.completion_column or "completion")
 
-    def _completion_name(self, row: Row, config: Any) -> str:
-        if config.completion_template:
-            return "the text of task.completion_template"
-        alpaca = self._is_alpaca(row, config)
-        return f"column {'output' if alpaca else config.completion_column or 'completion'!r}"
-
     def _is_alpaca(self, row: Row, config: Any) -> bool:
         own = self.own_columns(config)
         return not own and self.format_of(tuple(row), config).name == "alpaca"
+
+
+def _filled(key: str, config: Any, row: Row) -> str:
+    text = fill(getattr(config, key), row)
+    if not text.strip():
+        what = "" if key == "template" else ": nothing to train on"
+        raise DataError(f"the text of task.{key} is empty{what}")
+    return text
 
 
 def _alpaca_prompt(row: Row) -> str:

@@ -173,7 +173,9 @@ def _as_float(value: Any) -> float | None:
 
 
 def _text(row: Row, column: str) -> str:
-    value = row[column]
+    value = row.get(column)
+    if value is None:
+        raise DataError(f"column {column!r} is missing or null; allowed: text")
     if not isinstance(value, str):
         raise DataError(f"{column} = {shown(value)}: allowed: text")
     return value

@@ -63,14 +63,16 @@ def check_columns(template: str, key: str, columns: Sequence[str]) -> None:
 
 
 def fill(template: str, row: Mapping[str, Any]) -> str:
-    """The text with the row's values; a number is written as Python writes it. Raises DataError
-    for a value that is neither text nor number."""
+    """The text with the row's values; a number is written as Python writes it, and a missing or
+    null one is empty. Raises DataError for a value that is neither text nor number."""
     return "".join(
-        _text(text, row[text]) if is_column else text for text, is_column in _pieces(template)
+        _text(text, row.get(text)) if is_column else text for text, is_column in _pieces(template)
     )
 
 
 def _text(column: str, value: Any) -> str:
+    if value is None:
+        return ""
     if isinstance(value, str):
         return value
     if isinstance(value, (int, float)) and not isinstance(value, bool):

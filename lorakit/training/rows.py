@@ -21,6 +21,7 @@ from lorakit.evaluation.ending import eos_ids
 from lorakit.evaluation.splits import encoding_cache, settle
 from lorakit.models.window import embedding_rows
 from lorakit.recipe.sections import Recipe
+from lorakit.tasks.absent import AbsentWatch
 from lorakit.tasks.base import Task
 from lorakit.tasks.unused import UnusedWatch
 
@@ -112,10 +113,11 @@ def encode_rows(
     train: EncodedSplit | Streamed = encoded(rows.train)
     if rows.stream:
         largest = embedding_rows(model) if has_table else 2**31
-        watch = UnusedWatch(task, config, rows.train, say)
+        watches = [watch(task, config, rows.train, say) for watch in (UnusedWatch, AbsentWatch)]
 
         def streamed_example(row: Any) -> Any:
-            watch.see(row)
+            for watch in watches:
+                watch.see(row)
             return to_example(row)
 
         encoder = StreamEncoder(streamed_example, tokenizer, config.max_length, largest)

@@ -202,6 +202,81 @@ def test_an_output_is_no_shard(tiny_llama: Path, capsys: pytest.CaptureFixture[s
         assert "--output d/validation-0.jsonl: is a file of the task" in err
 
 
+# Columns in a template
+
+
+TEMPLATE = {"template": "{q} {ctx}", "completion_template": " {a}"}
+
+
+def test_a_column_of_a_template_that_rows_lack(
+    tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether it is null, begins late or stands in another file."""
+    with_it, null = {"q": "one", "ctx": "here", "a": "x"}, {"q": "two", "ctx": None, "a": "y"}
+    without = {"q": "three", "a": "z"}
+    layouts = {
+        "a.jsonl": {"a.jsonl": [without, null, with_it]},
+        ("b.jsonl", "c.jsonl"): {"b.jsonl": [without, null], "c.jsonl": [with_it]},
+    }
+    for path, files in layouts.items():
+        for name, rows in files.items():
+            write_rows(Path(name), rows)
+        where = path if isinstance(path, str) else list(path)
+        recipe = recipe_file(tiny_llama, where, **TEMPLATE)
+        found, err = previewed(capsys, recipe)
+        assert [text.partition(" ")[0] for text in texts(found)] == ["three", "two", "one"]
+        assert "train: 2 of 3 rows have no 'ctx': empty in the template" in err
+        recipe = recipe_file(tiny_llama, where, **TEMPLATE, streaming=True)
+        code, _, err = command(capsys, "train", recipe, "--set", f"train.output_dir=s-{len(path)}")
+        assert code == 0, err
+        assert "train: 2 of the first 3 rows have no 'ctx': empty in the template" in err
+
+
+def test_a_column_of_a_template_that_a_stream_begins_or_ends_without(
+    tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"q": f"q{n}", "ctx": "here", "a": "x"} for n in range(200)]
+    later = [{"q": f"q{n}", "a": "x"} for n in range(8)]
+    write_rows(Path("ends.jsonl"), rows + later)
+    write_rows(Path("begins.jsonl"), later * 25 + rows)
+    keys = {**TEMPLATE, "streaming": True, "shuffle_buffer_rows": 1}
+    recipe = recipe_file(tiny_llama, "ends.jsonl", **keys)
+    code, _, err = command(capsys, "train", recipe, "--set", "train.per_device_batch_size=5")
+    assert code == 0, err
+    assert err.count("train: further rows have no 'ctx': empty in the template") == 1
+    recipe = recipe_file(tiny_llama, "begins.jsonl", "b.yaml", **keys)
+    code, _, err = command(capsys, "train", recipe)
+    assert code == 2
+    assert (
+        "error: begins.jsonl, the first 200 rows: task.template: no column 'ctx'; the columns are "
+        "'q', 'a'"
+    ) in err
+
+
+def test_an_empty_text_of_a_template(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"q": "one", "ctx": "here", "a": "x"}, {"a": "y"}]
+    write_rows(Path("a.jsonl"), rows)
+    code, _, err = command(capsys, "preview", recipe_file(tiny_llama, "a.jsonl", **TEMPLATE))
+    assert code == 2
+    assert "error: a.jsonl, row 2: the text of task.template is empty" in err
+    write_rows(Path("a.jsonl"), [rows[0], {"q": "two"}])
+    code, _, err = command(capsys, "preview", recipe_file(tiny_llama, "a.jsonl", **TEMPLATE))
+    assert code == 2
+    assert "error: a.jsonl, row 2: the text of task.completion_template is empty" in err
+
+
+def test_a_missing_text_of_a_pair(tiny_bert: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"text": "a", "pair": "b", "label": "x"}, {"text": "c", "label": "y"}]
+    write_rows(Path("a.jsonl"), rows)
+    recipe = recipe_file(tiny_bert, "a.jsonl")
+    values = json.loads(Path(recipe).read_text())
+    values["task"] = {"name": "classification", "path": "a.jsonl", "text_pair_column": "pair"}
+    Path(recipe).write_text(json.dumps(values))
+    code, _, err = command(capsys, "train", recipe)
+    assert code == 2
+    assert "error: a.jsonl, row 2: column 'pair' is missing or null; allowed: text" in err
+
+
 # A bad row
 
 

@@ -35,10 +35,14 @@ def test_columns_are_listed_once() -> None:
     assert template_columns("{b}{a}{{c}}{b}") == ("b", "a")
 
 
-@pytest.mark.parametrize("value", [None, True, ["a"], {"a": 1}])
+@pytest.mark.parametrize("value", [True, ["a"], {"a": 1}])
 def test_values_that_are_no_text(value: Any) -> None:
     with pytest.raises(DataError, match="column 'a' holds"):
         fill("{a}", {"a": value})
+
+
+def test_what_a_row_lacks_is_empty() -> None:
+    assert fill("{a}{b} {c}", {"a": None, "c": "x"}) == " x"
 
 
 @pytest.mark.parametrize("template", ["{", "a}", "{}", "{ }", "{{a}", "{a}}", "{a{b}}", ""])
