@@ -29,7 +29,7 @@ class Split:
     from, in order, with their row counts (empty for the Hub); ``fingerprint`` is a hash of the
     contents. ``lacking`` has the columns of each file that does not have all: None stands for the
     others in its rows. ``notes`` say what was chosen among the files, or found in them. ``begun``
-    says that the rows are only the first ones of a stream.
+    says that there may be more rows: these are the first ones of a stream.
     """
 
     name: str
@@ -159,7 +159,6 @@ def joined_split(
         files=tuple((file, len(part.rows)) for file, part in parts),
         lacking=lacking,
         notes=(*there.notes, *_notes(parts, every, lacking, begun)),
-        begun=begun,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -94,6 +94,7 @@ def _open_files(there: SplitFiles, split: str, head_rows: int, skip_bad: bool) -
     sizes = hashlib.sha256(json.dumps([size for size, _ in stamps]).encode())
     fingerprint = f"stream:{begun.hexdigest()}:{sizes.hexdigest()}"
     head = joined_split(split, parts, there, fingerprint, begun=True)
+    head = replace(head, begun=any(len(part.rows) >= head_rows for _, part in parts))
     return Stream(head, partial(_read_files, there.files, stamps, head.columns, skip_bad))
 
 
@@ -147,7 +148,8 @@ def _open_hub(hub: tuple[str, str | None] | None, split: str, head_rows: int) ->
         raise DataError(f"{name}: the split {split!r} is empty")
     digest = hashlib.sha256(json.dumps([name, found, rows], default=str).encode())
     source = f"{name} ({split})"
-    head = Split(split, rows, source, f"stream:{digest.hexdigest()}", begun=True)
+    head = Split(split, rows, source, f"stream:{digest.hexdigest()}")
+    head = replace(head, begun=len(rows) >= head_rows)
 
     def read() -> Iterator[Located]:
         try:

@@ -229,7 +229,7 @@ def test_a_column_of_a_template_that_rows_lack(
         recipe = recipe_file(tiny_llama, where, **TEMPLATE, streaming=True)
         code, _, err = command(capsys, "train", recipe, "--set", f"train.output_dir=s-{len(path)}")
         assert code == 0, err
-        assert "train: 2 of the first 3 rows have no 'ctx': empty in the template" in err
+        assert "train: 2 of 3 rows have no 'ctx': empty in the template" in err
 
 
 def test_a_column_of_a_template_that_a_stream_begins_or_ends_without(
