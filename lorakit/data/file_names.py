@@ -7,19 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from lorakit.errors import DataError
+from lorakit.recipe.split_names import ALIASES, KNOWN
 
-_VALIDATION = ("validation", "valid", "dev", "val")
-#: What a split may be called in a directory or a mapping; the first name is its own.
-ALIASES = {
-    "train": ("train",),
-    "validation": _VALIDATION,
-    "test": ("test",),
-    "validation_matched": ("validation_matched",),
-    "validation_mismatched": ("validation_mismatched",),
-}
 #: All names that a data file may begin with, the longest first.
 _NAMES = sorted(
-    [*(name for names in ALIASES.values() for name in names), "test_matched", "test_mismatched"],
+    [*KNOWN, "test_matched", "test_mismatched"],
     key=len,
     reverse=True,
 )

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from lorakit.data.directories import SplitFiles, in_directory
 from lorakit.data.file_names import (
-    ALIASES,
     check_format,
     check_no_twins,
     in_order,
@@ -29,6 +28,7 @@ from lorakit.data.file_names import (
     split_names,
 )
 from lorakit.errors import DataError
+from lorakit.recipe.split_names import ALIASES, KNOWN
 
 PathOption = str | list[str] | dict[str, str | list[str]] | None
 
@@ -180,10 +180,9 @@ def _matching(pattern: str) -> list[Path]:
 
 
 def _mapped(path: dict[str, str | list[str]], split: str) -> SplitFiles:
-    known = [name for names in ALIASES.values() for name in names]
     for key in path:
-        if key not in known:
-            raise DataError(f"task.path: unknown split {key!r}; allowed: {', '.join(known)}")
+        if key not in KNOWN:
+            raise DataError(f"task.path: unknown split {key!r}; allowed: {', '.join(KNOWN)}")
     keys = [name for name in split_names(split) if name in path]
     if len(keys) > 1:
         raise DataError(

@@ -19,6 +19,7 @@ from lorakit.recipe.sections import (
     TaskSection,
     TrainSection,
 )
+from lorakit.recipe.split_names import KNOWN, named_twice
 from lorakit.recipe.yaml_source import Source
 
 METRIC_NAMES = (
@@ -77,7 +78,7 @@ def check_sections(
     if adapter is not None:
         faults += [*_layers(adapter), *_targets(adapter)]
     if task is not None:
-        faults += _packing(task, task_kind)
+        faults += [*_packing(task, task_kind), *_splits(task)]
     if task is not None and train is not None:
         faults += [*_token_budget(task, train), *_streaming(task, train)]
     if train is not None:
@@ -160,6 +161,18 @@ def _targets(adapter: AdapterSection) -> Iterator[Fault]:
 def _packing(task: TaskSection, kind: str | None) -> Iterator[Fault]:
     if task.packing and kind == "encoder":
         yield Fault(("task", "packing"), "an encoder cannot pack", True, True, "false")
+
+
+def _splits(task: TaskSection) -> Iterator[Fault]:
+    if not isinstance(task.path, dict):
+        return
+    for name in task.path:
+        if name not in KNOWN:
+            message = did_you_mean("unknown split", name, KNOWN)
+            yield Fault(("task", "path"), message, name, True, ", ".join(KNOWN))
+    for split, names in named_twice(task.path):
+        message = f"{' and '.join(names)} both name the split {split!r}"
+        yield Fault(("task", "path"), message, allowed="one of them")
 
 
 def _token_budget(task: TaskSection, train: TrainSection) -> Iterator[Fault]:

@@ -73,6 +73,24 @@ def test_other_values_are_refused(tmp_path: Path, path: Any) -> None:
     assert problem.key.startswith("task.path")
 
 
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ({"training": "a.jsonl"}, "unknown split; did you mean 'train'?; allowed: train, valid"),
+        ({"train": "a.jsonl", "Test": "b.jsonl"}, "unknown split"),
+        ({"validation": "a.jsonl", "dev": "b.jsonl"}, "validation and dev both name the split 'v"),
+    ],
+)
+def test_names_of_splits(tmp_path: Path, path: Any, message: str) -> None:
+    """As training refuses them; a recipe that is only evaluated needs no train split."""
+    with pytest.raises(RecipeError) as caught:
+        lorakit.load_recipe(recipe_file(tmp_path, path))
+    (problem,) = caught.value.problems
+    assert problem.key == "task.path"
+    assert message in str(problem)
+    assert lorakit.load_recipe(recipe_file(tmp_path, {"test": "a.jsonl"})).task.name == "completion"
+
+
 def test_the_schema_has_the_forms() -> None:
     tasks = recipe_schema()["properties"]["task"]["anyOf"]
     (found,) = [t for t in tasks if "completion" in t["properties"]["name"].get("enum", ())]
