@@ -9,13 +9,13 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from lorakit.data.rows import UnreadRow
-from lorakit.errors import DataError
+from lorakit.errors import DataError, shown
 
 #: Bytes of the file, and the object at their beginning; None for what stands between rows.
 Piece = tuple[bytes, dict[str, Any] | None]
@@ -210,9 +210,40 @@ def _row_or_reason(
 def _checked(data: bytes, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError("not a JSON object")
-    if b"\\ud" in data.lower() and _has_lone_surrogate(value):
+    if b"\\u" in data and b"\\ud" in data.lower() and _has_lone_surrogate(value):
         raise DataError("half a surrogate pair, which is no text")
+    # A key that stands there twice shows as more colons behind a quote than the value has keys; so
+    # does such a colon in a text, for which the row is parsed once more.
+    seen = data.count(b'":') + data.count(b'" :')
+    if seen != len(value) and seen != _count_keys(value):
+        _refuse_duplicates(data)
     return value
+
+
+def _count_keys(value: dict[str, Any]) -> int:
+    left: list[Any] = [value]
+    count = 0
+    while left:
+        found = left.pop()
+        inner: Iterable[Any] = found
+        if isinstance(found, dict):
+            count += len(found)
+            inner = found.values()
+        left += [item for item in inner if item.__class__ is dict or item.__class__ is list]
+    return count
+
+
+def _refuse_duplicates(data: bytes) -> None:
+    def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise DataError(f"the key {shown(twice)} stands there twice; allowed: once")
+        return found
+
+    text = data.decode("utf-8-sig").lstrip(" \t\r\n")
+    json.JSONDecoder(object_pairs_hook=checked).raw_decode(text)
 
 
 def _has_lone_surrogate(value: dict[str, Any]) -> bool:

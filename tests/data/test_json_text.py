@@ -286,3 +286,38 @@ def test_an_error_does_not_make_the_rest_of_the_file_be_read(tmp_path: Path) -> 
     with pytest.raises(DataError, match=r"rows\.json, row 1001: not JSON: Expecting ':'"):
         list(json_text.array(FILE, handle))
     assert handle.taken <= 2 << 20
+
+
+TWICE = [
+    '{"prompt": "a", "prompt": "b"}',
+    '{"prompt":"a","completion":"c","prompt":"a"}',
+    '{"prompt" : "a", "prompt": "b"}',
+    '{"messages": [{"role": "user", "content": "a", "content": "\\"x\\": 1"}]}',
+    '{"a": {"b": 1, "b": 2}, "c": [1, {"d": []}]}',
+]
+ONCE = [
+    '{"prompt": "{\\"a\\": 1, \\"a\\": 2}", "completion": "\\" :"}',
+    '{"a"   :  1, "b": [[{"a": 1}, {"a": {}}], []]}',
+    '{"a": "\\"a\\": "}',
+]
+
+
+@pytest.mark.parametrize("form", ["lines", "objects", "array"])
+def test_a_key_that_stands_twice_in_an_object(tmp_path: Path, form: str) -> None:
+    """The first value would be lost."""
+    file = tmp_path / ("a.jsonl" if form == "lines" else "a.json")
+
+    def write(*objects: str) -> None:
+        whole = f"[{', '.join(objects)}]" if form == "array" else "\n".join(objects)
+        file.write_text(whole, encoding="utf-8-sig")
+
+    for text in TWICE:
+        write(*ONCE, text)
+        with pytest.raises(DataError) as caught:
+            load_split(str(file), "train")
+        assert str(caught.value).startswith(f"{file}, row {len(ONCE) + 1}: the key ")
+        assert str(caught.value).endswith(" stands there twice; allowed: once")
+    write(*ONCE)
+    found = load_split(str(file), "train")
+    assert found is not None
+    assert [row["a"] for row in found.rows] == [None, 1, '"a": ']
