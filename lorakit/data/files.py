@@ -17,6 +17,7 @@ import sys
 import zlib
 from array import array
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -108,7 +109,8 @@ def _delimited_rows(file: Path, skip_bad: bool) -> Iterator[tuple[Any, dict[str,
                     raise DataError(f"{file}, row {number}: {reason}")
                 yield values, UnreadRow(reason)
     except csv.Error as error:
-        raise DataError(f"{file}, row {number + 1}: {error}") from error
+        with _end_of_rows(skip_bad):
+            raise DataError(f"{file}, row {number + 1}: {error}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8: {error}") from error
     except _UNREADABLE as error:
@@ -220,14 +222,28 @@ def _json_pieces(file: Path, handle: BinaryIO, skip_bad: bool) -> Iterator[json_
     whether it is an array, and only else its name whether a row has a line of its own."""
     try:
         unpacked = _unpacked(file, handle)
-        if json_text.starts_with(unpacked) == "[":
-            yield from json_text.array(file, unpacked, skip_bad)
-        elif _format(file) == ".json":
-            yield from json_text.objects(file, unpacked, skip_bad)
-        else:
+        is_array = json_text.starts_with(unpacked) == "["
+        if not is_array and _format(file) != ".json":
             yield from json_text.lines(file, unpacked, skip_bad)
+        else:
+            read = json_text.array if is_array else json_text.objects
+            with _end_of_rows(skip_bad):
+                yield from read(file, unpacked, skip_bad)
     except _UNREADABLE as error:
         raise UnreadableFile(f"{file}: cannot be read: {error}") from error
+
+
+@contextmanager
+def _end_of_rows(skip_bad: bool) -> Iterator[None]:
+    """For a break behind which the next row cannot be found."""
+    try:
+        yield
+    except DataError as error:
+        if not skip_bad:
+            raise
+        raise DataError(
+            f"{error}; task.on_bad_row: skip cannot tell where the next row begins"
+        ) from error
 
 
 def _checked_header(file: Path, header: list[str]) -> list[str]:

@@ -129,6 +129,12 @@ def test_what_cannot_be_skipped(tiny_llama: Path, capsys: pytest.CaptureFixture[
     code, _, err = command(capsys, "train", recipe_file(tiny_llama, "a.json", on_bad_row="skip"))
     assert code == 2
     assert "error: a.json, row 3: not JSON: " in err
+    assert err.endswith("; task.on_bad_row: skip cannot tell where the next row begins\n")
+    Path("a.csv").write_text('prompt,completion\na, b\n"c"d, e\n')
+    code, _, err = command(capsys, "train", recipe_file(tiny_llama, "a.csv", on_bad_row="skip"))
+    assert code == 2
+    assert "error: a.csv, row 2: " in err
+    assert err.endswith("; task.on_bad_row: skip cannot tell where the next row begins\n")
 
 
 def test_rows_that_are_measured_are_never_skipped(
