@@ -39,3 +39,26 @@ def test_what_the_template_writes_is_no_part_of_an_answer(
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Blue"}]
     split = Split("validation", [{"messages": messages}] * 2, "rows", "0")
     assert contents(task, task.Config(), split, tokenizer, [1], [written]) == [content]
+
+
+@pytest.mark.parametrize(
+    ("answer", "content", "written", "compared"),
+    [
+        ("{{ m.content | upper }}</s>", "Blue", "BLUE", "Blue"),
+        ("{{ m.content | upper }}</s>", "Blue", "BLUES", "BLUES"),
+        ("So: {{ m.content | title }}</s>", "dark blue", "So: Dark Blue", "dark blue"),
+        ("So: {{ m.content | title }}</s>", "dark blue", "So: Dark", "Dark"),
+        ("<s> {{ m.content | e }} (end)</s>", "a < b", "a &lt; b (end)", "a < b"),
+        ("{{ m.content | replace('lue', '') }}</s>", "Blue", " B", "Blue"),
+        ("{% generation %}{{ m.content | lower }}</s>{% endgeneration %}", "Blue", "blue", "Blue"),
+    ],
+)
+def test_a_turn_as_the_template_renders_it_is_its_content(
+    answer: str, content: str, written: str, compared: str, tiny_llama: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.chat_template = HEADER.replace("ANSWER", answer)
+    task: Any = registry.task("chat")
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]
+    split = Split("validation", [{"messages": messages}], "rows", "0")
+    assert contents(task, task.Config(), split, tokenizer, [0], [written]) == [compared]
