@@ -58,6 +58,11 @@ def read_message(turn: Any, where: str, columnar: bool = False) -> Turn:
     """
     if not isinstance(turn, dict):
         raise DataError(f'{where}: {shown(turn)}; allowed: {{"role": ..., "content": ...}}')
+    if turn.get("function_call"):
+        raise DataError(
+            f"{where}: function_call = {shown(turn['function_call'])}; allowed: tool_calls = "
+            f"{CALLS_ALLOWED}"
+        )
     message = _content(turn, where, columnar)
     trained = message["role"] == "assistant"
     if turn.keys() != _PLAIN:
@@ -70,11 +75,6 @@ def read_message(turn: Any, where: str, columnar: bool = False) -> Turn:
 
 def _others(turn: dict[str, Any], where: str) -> Iterator[tuple[str, Any]]:
     """What the chat template receives as it is."""
-    if turn.get("function_call"):
-        raise DataError(
-            f"{where}: function_call = {shown(turn['function_call'])}; allowed: tool_calls = "
-            f"{CALLS_ALLOWED}"
-        )
     read = _READ | {"from", "value"} if _is_sharegpt(turn) else _READ
     for key, value in turn.items():
         if key in read or value is None:

@@ -99,6 +99,7 @@ def test_an_untrained_turn_may_be_empty() -> None:
         ({"name": 3}, "name = 3; allowed: text"),
         ({"reasoning_content": ["a"]}, 'reasoning_content = ["a"]; allowed: text'),
         ({"function_call": {"name": "f"}}, 'function_call = {"name": "f"}; allowed: tool_calls = '),
+        ({"content": None, "function_call": {"name": "f"}}, "allowed: tool_calls = "),
         ({"content": None}, "content = null; allowed: text"),
         ({"content": None, "tool_calls": []}, "content = null; allowed: text"),
         ({"tool_calls": "f()"}, 'tool_calls = "f()"; allowed: [{"type": "function"'),
