@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection
-from itertools import islice
 from typing import Any
 
 from lorakit.data.rows import row_range
@@ -100,7 +99,8 @@ def _name(key: str) -> str:
 
 
 def _listed(found: Counter[str]) -> str:
-    """The most frequent first."""
-    named = [f"{key} ({count:,})" for key, count in islice(found.most_common(), _NAMED)]
+    """The most frequent first, those of one count by name."""
+    ordered = sorted(found.items(), key=lambda item: (-item[1], item[0]))
+    named = [f"{key} ({count:,})" for key, count in ordered[:_NAMED]]
     left = len(found) - len(named)
     return ", ".join(named) + (f" and {left:,} more" if left else "")

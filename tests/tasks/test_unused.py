@@ -182,6 +182,13 @@ def test_many_keys_stay_one_line() -> None:
     assert said.count("messages[]") == 20
 
 
+def test_keys_of_one_count_are_named_in_order() -> None:
+    said = note("chat", {"messages": [USER, calling(c=1, a=1, d=1, b=1)], "z": 1, "y": 1})
+    assert said is not None
+    listed = "".join(f", messages[].tool_calls[].{key} (1)" for key in "abcd")
+    assert said.endswith(f"not used: column y (1), column z (1){listed}")
+
+
 def test_a_stream_names_later_keys_once() -> None:
     task = registry.task("chat")
     head = split_of({"messages": [USER, REPLY], "id": 1})
