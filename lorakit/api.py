@@ -93,8 +93,6 @@ def evaluate_split(
     seed = recipe.train.seed
     model, tokenizer = _load_with(recipe.model, task.kind, labels, files, seed, say)
     config = fit_max_length(model, config, say)
-    if task.generates(config):
-        config = fit_max_new_tokens(config, window(model), say)
     cache = encoding_cache(task, config, tokenizer, len(found), say, write=sharing.is_main())
     encoded = encode_split(
         found, lambda row: task.example(row, config), tokenizer, config.max_length, cache=cache
@@ -103,6 +101,7 @@ def evaluate_split(
     for note in split_notes(encoded, found, config.max_length):
         say(note)
     if task.generates(config):
+        config = fit_max_new_tokens(task, config, found, tokenizer, window(model), say)
         check_all_prompts(task, config, found, tokenizer, window(model), say)
     result = evaluate_model(
         model,

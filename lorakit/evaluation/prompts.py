@@ -14,6 +14,9 @@ from lorakit.data.tokens import encode_prompt
 from lorakit.errors import DataError
 from lorakit.tasks.base import Task
 
+#: A default of ``task.max_new_tokens`` gives way to the prompts down to so many.
+_FEWEST_NEW_TOKENS = 16
+
 
 def encode_prompts(
     task: Task,
@@ -39,16 +42,35 @@ def encode_prompts(
     return prompts
 
 
-def fit_max_new_tokens(config: Any, window: int | None, say: Callable[[str], None]) -> Any:
-    """``config`` with a default of ``task.max_new_tokens`` that takes at most half of the model's
-    ``window``, which is said; a value that the recipe gives stays as it is."""
+def fit_max_new_tokens(
+    task: Task,
+    config: Any,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    window: int | None,
+    say: Callable[[str], None],
+) -> Any:
+    """``config`` with a default of ``task.max_new_tokens`` that leaves the longest prompt of
+    ``split`` whole in the model's ``window``, which is said; a value that the recipe gives stays.
+
+    Where fewer than 16 tokens (half of a smaller window) would be left, it is that many, and
+    prompts lose their beginning. Raises DataError as ``encode_prompts`` does.
+    """
     most = config.max_new_tokens
-    if "max_new_tokens" in config.model_fields_set or window is None or 2 * most <= window:
+    if "max_new_tokens" in config.model_fields_set or window is None:
         return config
-    fits = max(1, window // 2)
-    say(f"task.max_new_tokens: {fits} in place of the default {most}, half of the model's window "
-        f"of {window} tokens")  # fmt: skip
-    return config.model_copy(update={"max_new_tokens": fits})
+    if config.max_length + most <= window:
+        return config
+    longest = max(map(len, encode_prompts(task, config, split, tokenizer, window=None)))
+    least = min(_FEWEST_NEW_TOKENS, max(1, window // 2))
+    fits = min(most, max(window - longest, least))
+    if fits < most:
+        say(
+            f"task.max_new_tokens: {fits} in place of the default {most}; {split.name} has prompts "
+            f"of up to {longest:,} tokens, and the model's window is {window:,} tokens"
+        )
+        return config.model_copy(update={"max_new_tokens": fits})
+    return config
 
 
 def check_all_prompts(
@@ -61,14 +83,13 @@ def check_all_prompts(
 ) -> None:
     """Raise the DataErrors of ``encode_prompts`` before anything is measured; say how many prompts
     the window shortens more than training does."""
-    prompts = encode_prompts(task, config, split, tokenizer, window)
     room = _room(config, window)
-    full = sum(len(prompt) == room for prompt in prompts)
-    if room < config.max_length and full:
+    prompts = encode_prompts(task, config, split, tokenizer, window=None)
+    if cut := sum(len(prompt) > room for prompt in prompts):
         say(
-            f"{split.name}: {full:,} of {len(prompts):,} prompts fill the {room} tokens that "
-            f"task.max_new_tokens = {config.max_new_tokens} leaves of the model's {window}; longer "
-            "ones lose their beginning"
+            f"{split.name}: {cut:,} of {len(prompts):,} prompts lose their beginning: they have "
+            f"more than the {room:,} tokens that task.max_new_tokens = {config.max_new_tokens:,} "
+            f"leaves of the model's window of {window:,}"
         )
 
 

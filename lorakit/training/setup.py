@@ -56,8 +56,6 @@ def prepare(recipe: Recipe, say: Say, write_cache: bool = True) -> Prepared:
         say(note)
     model, tokenizer = loaded.model, loaded.tokenizer
     config = fit_max_length(model, config, say)
-    if validation is not None and task.generates(config):
-        config = fit_max_new_tokens(config, window(model), say)
     rows, recipe = replace(rows, config=config), recipe.model_copy(update={"task": config})
     if config.packing:
         check_packable(model)
@@ -73,6 +71,8 @@ def prepare(recipe: Recipe, say: Say, write_cache: bool = True) -> Prepared:
     check_best_metric(recipe, task, evaluation)
     if validation is not None and task.generates(config):
         # What the final evaluation would refuse is refused before the training.
+        config = fit_max_new_tokens(task, config, validation, tokenizer, window(model), say)
+        recipe = recipe.model_copy(update={"task": config})
         check_all_prompts(task, config, validation, tokenizer, window(model), say)
 
     torch.manual_seed(recipe.train.seed)

@@ -260,8 +260,12 @@ def test_prompts_that_the_window_shortens_are_told(wikisql: Case) -> None:
     check_all_prompts(*parts, 25, said.append)
     (line,) = said
     rows = len(wikisql.split)
-    assert f"{rows} of {rows} prompts fill the 20 tokens that task.max_new_tokens = 5" in line
+    assert f"{rows} of {rows} prompts lose their beginning" in line
+    assert "more than the 20 tokens that task.max_new_tokens = 5 leaves" in line
     said.clear()
+    longest = max(map(len, encode_prompts(*parts, window=None)))
+    check_all_prompts(*parts, longest + 5, said.append)
+    assert said == []
     check_all_prompts(*parts, 100_000, said.append)
     assert said == []
 
