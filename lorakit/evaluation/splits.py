@@ -11,7 +11,7 @@ from lorakit.data.sources import Split
 from lorakit.errors import DataError
 from lorakit.tasks.absent import absent_notes
 from lorakit.tasks.base import GenerationSection, Task
-from lorakit.tasks.unused import unused_note
+from lorakit.tasks.unused import unused_notes
 
 
 def load_eval_split(
@@ -57,8 +57,8 @@ def settle(
         say(note if chosen is task else f"{note}: task {own.name}")
     for note in absent_notes(chosen, own, split):
         say(note)
-    if unused := unused_note(chosen, own, split, streamed):
-        say(unused)
+    for note in unused_notes(chosen, own, split, streamed):
+        say(note)
     return chosen, own
 
 

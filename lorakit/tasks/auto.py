@@ -72,6 +72,10 @@ class Auto(FormattedTask):
         task, own = self._delegate(tuple(row), config)
         return task.unread_keys(row, own)
 
+    def has_left_turns(self, row: Row, config: Any) -> bool:
+        task, own = self._delegate(tuple(row), config)
+        return task.has_left_turns(row, own)
+
     def generates(self, config: Any, final: bool = True) -> bool:
         """Whether the task that the rows choose may."""
         if config.eval_generate is None:

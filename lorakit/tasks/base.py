@@ -134,6 +134,11 @@ class Task(ABC):
         not raise, whatever the row holds."""
         return ()
 
+    def has_left_turns(self, row: Row, config: Any) -> bool:
+        """Whether turns of a chat are left out because nothing trained follows them; must not
+        raise, whatever the row holds."""
+        return False
+
     def resolve(self, config: Any, train: Split | None) -> Any:
         """``config`` with what is learnt from the train split written out (class names); called
         once, before ``example``. Raises DataError if it cannot be learnt."""

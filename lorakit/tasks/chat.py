@@ -14,7 +14,7 @@ from lorakit.recipe.sections import Text
 from lorakit.tasks.base import GenerationSection, Prediction, Row
 from lorakit.tasks.formats import FormattedTask
 from lorakit.tasks.matches import exact_matches
-from lorakit.tasks.message import REASONING, Turn
+from lorakit.tasks.message import REASONING, Turn, left_turns
 from lorakit.tasks.tool_calls import read_tools
 from lorakit.tasks.turns import (
     history_turns,
@@ -85,6 +85,10 @@ class Chat(FormattedTask):
         if column := self._messages_column(tuple(row), config):
             return unread_message_keys(row.get(column), column)
         return ()
+
+    def has_left_turns(self, row: Row, config: Any) -> bool:
+        column = self._messages_column(tuple(row), config)
+        return column is not None and bool(left_turns(row.get(column)))
 
     def notes(self, config: Any, split: Split) -> list[str]:
         said = super().notes(config, split)

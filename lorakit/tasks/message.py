@@ -107,6 +107,32 @@ def _unknown(found: Any, known: frozenset[str] | set[str]) -> Iterator[str]:
         yield from (key for key in found if key not in known and holds_something(found[key]))
 
 
+def left_turns(value: Any) -> list[dict[str, Any]]:
+    """Those of a column's messages that stand behind the last trained one; empty if none is
+    trained, or one of these cannot be read."""
+    turns = value if isinstance(value, list) else []
+    for place in range(len(turns) - 1, -1, -1):
+        turn = turns[place]
+        role = _role(turn) if isinstance(turn, dict) else None
+        try:
+            if role is None or _is_trained(turn, role, ""):
+                return turns[place + 1 :] if role else []
+        except DataError:
+            return []
+    return []
+
+
+def keys_beside_text(turn: dict[str, Any]) -> Iterator[str]:
+    """The keys of a message beside its role, its text and whether it is trained."""
+    known = {"role", "content", "from", "value", "weight", *_FLAGS}
+    return (key for key in turn if key not in known and holds_something(turn[key]))
+
+
+def _role(turn: dict[str, Any]) -> str | None:
+    name, names = (turn["from"], _FROM) if _is_sharegpt(turn) else (turn.get("role"), _ROLES)
+    return names.get(name) if isinstance(name, str) else None
+
+
 def holds_something(value: Any) -> bool:
     """False for null, blank text and an empty container: leaving those out loses nothing."""
     if isinstance(value, str):

@@ -7,7 +7,13 @@ from typing import Any
 
 from lorakit.errors import DataError, shown
 from lorakit.tasks.base import Row
-from lorakit.tasks.message import Turn, read_message, unread_keys
+from lorakit.tasks.message import (
+    Turn,
+    keys_beside_text,
+    left_turns,
+    read_message,
+    unread_keys,
+)
 from lorakit.tasks.tool_calls import is_columnar, read_list
 
 
@@ -24,9 +30,13 @@ def read_turns(value: Any, column: str) -> list[Turn]:
 
 
 def unread_message_keys(value: Any, column: str) -> Iterator[str]:
-    """``COLUMN[].KEY`` for each key of the messages that ``read_turns`` does not read."""
+    """``COLUMN[].KEY`` for each key of the messages that ``read_turns`` does not read, and of those
+    that are left out because nothing trained follows them."""
     for turn in value if isinstance(value, list) else ():
         for key in unread_keys(turn):
+            yield f"{column}[].{key}"
+    for turn in left_turns(value):
+        for key in keys_beside_text(turn):
             yield f"{column}[].{key}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from typing import Any
 
 from lorakit.data.rows import row_range
@@ -17,41 +18,60 @@ COUNTED_ROWS = 100_000
 _BATCH_ROWS = 1000
 _NAMED = 20
 _LONGEST_NAME = 60
+_LEFT = "have turns behind the last trained one; these are left out"
 
 
-def unused_note(task: Task, config: Any, split: Split, more: bool = False) -> str | None:
-    """One line that names the columns and keys of ``split`` that the task does not read, each with
-    the number of rows in which it holds something; None if there are none.
+@dataclass
+class _Counted:
+    """``keys`` and the rows that hold each; the rows that have any, and those with turns left
+    out."""
+
+    keys: Counter[str] = field(default_factory=Counter)
+    having_keys: int = 0
+    left: int = 0
+
+
+def unused_notes(task: Task, config: Any, split: Split, more: bool = False) -> list[str]:
+    """What of ``split`` the task does not use: a line that names the columns and keys, each with
+    the number of rows in which it holds something, and one that counts the chats of which the last
+    turns are left out.
 
     ``more`` says that the split is only the beginning of a stream.
     """
     read = task.read_columns(config, split.columns)
     if read is None:
-        return None
+        return []
     others = [column for column in split.columns if column not in read]
     nested = type(task).unread_keys is not Task.unread_keys
     if not others and not nested:
-        return None
+        return []
     rows = min(len(split), COUNTED_ROWS)
-    found, affected = _count(task, config, split, rows, others)
+    counted = _count(task, config, split, rows, others)
     if rows < len(split):  # these may begin to hold something further on
-        found.update({_column(column): 0 for column in others})
-    if not found:
-        return None
+        counted.keys.update({_column(column): 0 for column in others})
     whole = rows == len(split) and not more
-    of = f"{affected:,} of {rows:,} rows" if whole else f"{affected:,} of the first {rows:,} rows"
-    return f"{split.name}: {of} have keys that are not used: {_listed(found)}"
+    of = f"of {rows:,}" if whole else f"of the first {rows:,}"
+    notes = []
+    if counted.keys:
+        named = _listed(counted.keys)
+        notes.append(f"{counted.having_keys:,} {of} rows have keys that are not used: {named}")
+    if counted.left:
+        notes.append(f"{counted.left:,} {of} chats {_LEFT}")
+    return [f"{split.name}: {note}" for note in notes]
 
 
 class UnusedWatch:
-    """Names the keys of a stream that appear first behind its first rows, ``head``, each once."""
+    """Names the keys of a stream that appear first behind its first rows, ``head``, each once, and
+    says once that turns are left out."""
 
     def __init__(self, task: Task, config: Any, head: Split, say: Callable[[str], None]) -> None:
         self._task, self._config, self._say, self._name = task, config, say, head.name
         self._read = task.read_columns(config, head.columns)
         self._known: set[str] = set()
+        self._said_left = False
         for row in head.rows:
             self._known.update(self._keys(row))
+            self._said_left = self._said_left or self._has_left(row)
 
     def see(self, row: Row) -> None:
         """Look at a row that is about to be trained on."""
@@ -60,6 +80,12 @@ class UnusedWatch:
             self._known |= new
             named = ", ".join(sorted(new))
             self._say(f"{self._name}: further rows have keys that are not used: {named}")
+        if not self._said_left and self._has_left(row):
+            self._said_left = True
+            self._say(f"{self._name}: further chats {_LEFT}")
+
+    def _has_left(self, row: Row) -> bool:
+        return self._read is not None and self._task.has_left_turns(row, self._config)
 
     def _keys(self, row: Row) -> set[str]:
         if self._read is None:
@@ -67,19 +93,17 @@ class UnusedWatch:
         return _unused(self._task, self._config, row, self._read)
 
 
-def _count(
-    task: Task, config: Any, split: Split, rows: int, others: list[str]
-) -> tuple[Counter[str], int]:
-    """In how many of the first ``rows`` rows each stands, and how many have any."""
-    found: Counter[str] = Counter()
-    affected = 0
+def _count(task: Task, config: Any, split: Split, rows: int, others: list[str]) -> _Counted:
+    """In the first ``rows`` rows."""
+    counted = _Counted()
     read = set(split.columns) - set(others)
     for start in range(0, rows, _BATCH_ROWS):
         for row in row_range(split.rows, start, min(start + _BATCH_ROWS, rows)):
             keys = _unused(task, config, row, read)
-            found.update(keys)
-            affected += bool(keys)
-    return found, affected
+            counted.keys.update(keys)
+            counted.having_keys += bool(keys)
+            counted.left += task.has_left_turns(row, config)
+    return counted
 
 
 def _unused(task: Task, config: Any, row: Row, read: Collection[str]) -> set[str]:

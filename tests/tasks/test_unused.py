@@ -12,7 +12,7 @@ from lorakit import registry
 from lorakit.data.sources import Split
 from lorakit.evaluation.splits import settle
 from lorakit.tasks import unused
-from lorakit.tasks.unused import UnusedWatch, unused_note
+from lorakit.tasks.unused import UnusedWatch, unused_notes
 
 Row = dict[str, Any]
 
@@ -30,6 +30,13 @@ def calling(**keys: Any) -> Row:
 def split_of(*rows: Row) -> Split:
     names = list(dict.fromkeys(name for row in rows for name in row))
     return Split("train", [{name: row.get(name) for name in names} for row in rows], "rows", "0")
+
+
+def unused_note(task: Any, config: Any, split: Split) -> str | None:
+    """The only line, if there is one."""
+    said = unused_notes(task, config, split)
+    assert len(said) < 2
+    return said[0] if said else None
 
 
 def note(name: str, *rows: Row, **keys: Any) -> str | None:
@@ -187,6 +194,40 @@ def test_keys_of_one_count_are_named_in_order() -> None:
     assert said is not None
     listed = "".join(f", messages[].tool_calls[].{key} (1)" for key in "abcd")
     assert said.endswith(f"not used: column y (1), column z (1){listed}")
+
+
+LEFT = "have turns behind the last trained one; these are left out"
+OFF = {**REPLY, "train": False}
+
+
+@pytest.mark.parametrize("name", ["chat", "auto"])
+def test_turns_behind_the_last_trained_one_are_counted(name: str) -> None:
+    task = registry.task(name)
+    rows = [
+        {"messages": [USER, REPLY]},
+        {"messages": [USER, REPLY, {**USER, "secret": 1, "name": "n", "weight": 0}]},
+        {"messages": [USER, {**OFF, "mood": 1}, USER, REPLY, USER, {**OFF, "mood": 1}]},
+        {"messages": [USER, {**REPLY, "mood": 1}]},
+        {"messages": [USER]},
+    ]
+    listed = "messages[].mood (1), messages[].name (1), messages[].secret (1)"
+    keys = f"train: 2 of 5 rows have keys that are not used: {listed}"
+    assert unused_notes(task, task.Config(), split_of(*rows)) == [
+        keys,
+        f"train: 2 of 5 chats {LEFT}",
+    ]
+    turns = {"conversations": [HUMAN, GPT, {**HUMAN, "x": 1}]}
+    assert unused_notes(task, task.Config(), split_of(turns))[1] == f"train: 1 of 1 chats {LEFT}"
+
+
+def test_a_stream_says_once_that_turns_are_left_out() -> None:
+    task = registry.task("chat")
+    for head, later in [([USER, REPLY], 1), ([USER, REPLY, USER], 0)]:
+        said: list[str] = []
+        watch = UnusedWatch(task, task.Config(), split_of({"messages": head}), said.append)
+        for _ in range(2):
+            watch.see({"messages": [USER, REPLY, USER]})
+        assert said == [f"train: further chats {LEFT}"] * later
 
 
 def test_a_stream_names_later_keys_once() -> None:
