@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +22,7 @@ from lorakit.evaluation.prompts import check_all_prompts, fit_max_new_tokens
 from lorakit.evaluation.splits import encoding_cache, load_eval_split, settle, with_labels
 from lorakit.evaluation.watch import OnPhase
 from lorakit.models.device import default_device
+from lorakit.models.head_names import names_of_head
 from lorakit.models.heads import declares_head, find_labels, head_labels
 from lorakit.models.load import Kind, Pretrained, load_config, load_pretrained
 from lorakit.models.tokenizer import load_tokenizer
@@ -86,7 +88,8 @@ def evaluate_split(
     files = None if base else _read(recipe, adapter, task, say)
     found = load_eval_split(task, recipe.task, split, limit)
     task, config = settle(task, recipe.task, found, say)
-    config = with_labels(task, config, _trained_labels(files))
+    by_head = partial(names_of_head, recipe.model)
+    config = with_labels(task, config, _trained_labels(files), found, by_head, say)
     labels = task.labels(config, None)
     if files is not None:
         _check_labels(files, labels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -103,8 +104,15 @@ def _score(recipe: Recipe, file: Path, split: str | None, limit: int | None) -> 
     task = registry.task(recipe.task.name)
     task.check_requirements(recipe.task)
     found = load_eval_split(task, recipe.task, split, limit)
-    task, config = settle(task, recipe.task, found, say if is_main() else _silent)
-    config = with_labels(task, config, None)
+    told = say if is_main() else _silent
+    task, config = settle(task, recipe.task, found, told)
+
+    def by_head(labels: Sequence[str]) -> list[str] | None:
+        from lorakit.models.head_names import names_of_head
+
+        return names_of_head(recipe.model, labels)
+
+    config = with_labels(task, config, None, found, by_head, told)
     metrics = score_predictions(task, config, found, file)
     return _result(config.name, found.name, len(found), metrics)
 

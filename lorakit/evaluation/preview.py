@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -14,6 +15,7 @@ from lorakit.data.notes import chat_notes, skipped_note
 from lorakit.errors import UserError
 from lorakit.evaluation.splits import load_eval_split, settle, with_labels
 from lorakit.evaluation.watch import OnProgress
+from lorakit.models.head_names import names_of_head
 from lorakit.models.heads import declares_head, plan_head
 from lorakit.models.load import explained, hub_options, load_config, quiet
 from lorakit.models.tokenizer import load_tokenizer
@@ -64,7 +66,8 @@ def preview(
             + f"; allowed: 1 to {len(found)}"
         )
     task, config = settle(task, recipe.task, found, say)
-    config = with_labels(task, config, None)
+    by_head = partial(names_of_head, recipe.model)
+    config = with_labels(task, config, None, found, by_head, say)
     skip_bad = split == "train" and config.on_bad_row == "skip"
     model_config = load_config(recipe.model)
     config = fit_unloaded(model_config, config, say, recipe.model.trust_remote_code)

@@ -11,7 +11,11 @@ from lorakit.data.sources import Split
 from lorakit.errors import DataError
 from lorakit.tasks.absent import absent_notes
 from lorakit.tasks.base import GenerationSection, Task
+from lorakit.tasks.classification import label_order
 from lorakit.tasks.unused import unused_notes
+
+#: Labels of the data -> the class names of the base's own head, None where it lacks one of them.
+ByHead = Callable[[Sequence[str]], list[str] | None]
 
 
 def load_eval_split(
@@ -34,14 +38,61 @@ def load_eval_split(
     return found
 
 
-def with_labels(task: Task, config: Any, trained: Sequence[str] | None) -> Any:
+def with_labels(
+    task: Task,
+    config: Any,
+    trained: Sequence[str] | None,
+    split: Split,
+    by_head: ByHead,
+    say: Callable[[str], None],
+) -> Any:
     """``config`` with the class names that it leaves to the data: those that the adapter was
-    ``trained`` with, else those of the train split."""
-    if getattr(config, "labels", ()) is not None or getattr(config, "regression", False):
+    ``trained`` with, else those that ``resolve_labels`` finds for ``split``."""
+    if _has_labels(config):
         return config
     if trained:
         return config.model_copy(update={"labels": list(trained)})
-    return task.resolve(config, task.load(config, "train"))
+    train = task.load(config, "train")
+    other = task.load(config, task.eval_split(config)) if split.name == "train" else train
+    splits = [found for found in (split, other) if found is not None]
+    return resolve_labels(task, config, train, splits, by_head, say)
+
+
+def resolve_labels(
+    task: Task,
+    config: Any,
+    train: Split | None,
+    splits: Sequence[Split],
+    by_head: ByHead,
+    say: Callable[[str], None],
+) -> Any:
+    """``task.resolve``; where the train split does not give the labels of all ``splits``, the names
+    of the base's own head if they cover them, which is said. ``by_head`` gives these for the
+    labels of the data. Raises DataError as ``resolve`` does."""
+    if _has_labels(config):
+        return task.resolve(config, train)
+    resolved, problem = None, None
+    try:
+        resolved = task.resolve(config, train)
+        if all(task.reads_labels(resolved, split) for split in splits):
+            return resolved
+    except DataError as error:
+        problem = error
+    found = task.label_names(config, splits)
+    names = by_head(found) if found else None
+    if found and names:
+        if set(found) <= set(names):  # names, which stand in the order of the train split's
+            names.sort(key=label_order)
+        say(f"task.labels: taken from the base's classification head: {', '.join(names)}")
+        return config.model_copy(update={"labels": names})
+    if problem is not None:
+        raise problem
+    return resolved
+
+
+def _has_labels(config: Any) -> bool:
+    """Whether nothing is left to the data."""
+    return getattr(config, "labels", ()) is not None or getattr(config, "regression", False)
 
 
 def settle(

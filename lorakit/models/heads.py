@@ -45,9 +45,8 @@ def plan_head(labels: Labels, config: PreTrainedConfig, new_head: bool, name: st
             return HeadPlan(None)
         raise _no_fit(labels, own, name)
     found = find_labels(labels, own)
-    generic = all(map(_GENERIC.fullmatch, own)) or own == [str(i) for i in range(len(own))]
     in_order = found in (None, [*range(len(own))]) and len(labels) == len(own)
-    if generic and in_order:
+    if not names_classes(own) and in_order:
         pairs = ", ".join(f"{a} = {b}" for a, b in zip(own[:8], labels[:8], strict=True))
         more = ", ..." if len(own) > 8 else ""
         said = f"the base's classification head names no classes; taken in order: {pairs}{more}"
@@ -94,6 +93,12 @@ def head_labels(config: PreTrainedConfig) -> list[str]:
     """The names of the head's classes by index."""
     named: Any = config.id2label or {}
     return [str(named.get(index, f"LABEL_{index}")) for index in range(config.num_labels or 0)]
+
+
+def names_classes(names: Sequence[str]) -> bool:
+    """Whether the names of a head's classes say more than their indices."""
+    generic = all(map(_GENERIC.fullmatch, names))
+    return not generic and [*names] != [str(index) for index in range(len(names))]
 
 
 def declares_head(config: PreTrainedConfig) -> bool:
@@ -157,7 +162,7 @@ def _no_fit(labels: Labels, own: Sequence[str], name: str) -> ModelError:
     if labels is None:
         wants = "and the task is a regression, which has one output"
     elif not absent:
-        wants = f"of which the task's {_described(labels)} are not one each"
+        wants = _ambiguous(labels)
     elif len(absent) < len(labels):
         wants = f"but not the task's {_described(absent)}"
     else:
@@ -167,6 +172,20 @@ def _no_fit(labels: Labels, own: Sequence[str], name: str) -> ModelError:
         f"model.name_or_path: {name}: its classification head {has}, {wants}; allowed: labels that "
         "the head has, or model.new_head: true, which replaces the head by a new one"
     )
+
+
+def _ambiguous(labels: Sequence[str]) -> str:
+    """What is wrong with labels each of which the head has, but not all together."""
+    groups: dict[str, list[str]] = {}
+    for label in labels:
+        groups.setdefault(_folded(label), []).append(label)
+    alike = [label for group in groups.values() if len(group) > 1 for label in group]
+    if alike:
+        return (
+            f"of which one would stand for several labels of the task: {_described(alike)} (labels "
+            "that differ only by case or white space are separate classes)"
+        )
+    return f"and the task's labels are names and indices of these: {_described(labels)}"
 
 
 def _described(names: Sequence[str]) -> str:

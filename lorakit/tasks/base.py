@@ -144,6 +144,15 @@ class Task(ABC):
         once, before ``example``. Raises DataError if it cannot be learnt."""
         return config
 
+    def reads_labels(self, config: Any, split: Split) -> bool:
+        """Whether each label of ``split`` is one of those that ``resolve`` found."""
+        return True
+
+    def label_names(self, config: Any, splits: Sequence[Split]) -> list[str] | None:
+        """The class names that the rows of ``splits`` have; None for a task that does not take its
+        class names from its rows, and for rows with other values."""
+        return None
+
     def labels(self, config: Any, train: Split | None) -> list[str] | None:
         """Class names by index for classification; None for regression and causal tasks."""
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
@@ -9,7 +10,7 @@ from pydantic import Field, model_validator
 from lorakit.data.sources import Split
 from lorakit.errors import DataError
 from lorakit.recipe.sections import TaskSection, Text
-from lorakit.tasks.labelled import LabelledTask, Labelling, as_integer, label_name
+from lorakit.tasks.labelled import LabelledTask, Labelling, as_integer, label_name, read_label
 
 
 class ClassificationConfig(TaskSection):
@@ -68,6 +69,25 @@ class Classification(LabelledTask):
             train, config.label_column, config.on_bad_row == "skip"
         )
 
+    def reads_labels(self, config: Any, split: Split) -> bool:
+        where = self.labelling(config)
+        try:
+            for value in split.column(where.label):
+                read_label(value, where)
+        except DataError:
+            return False
+        return True
+
+    def label_names(self, config: Any, splits: Sequence[Split]) -> list[str] | None:
+        values = (value for split in splits for value in split.column(config.label_column))
+        found: dict[str, None] = {}
+        for value in values:
+            name = label_name(value)
+            if not name:
+                return None
+            found[name] = None
+        return list(found)
+
     def resolve(self, config: Any, train: Split | None) -> Any:
         return config.model_copy(update={"labels": self.labels(config, train)})
 
@@ -98,11 +118,11 @@ def _found(train: Split, column: str, skip_bad: bool) -> list[str]:
         raise DataError(f"{train.source}: column {column!r} holds {held}")
     if numbers and any(as_integer(name) is None for name in names):
         raise DataError(f"{train.source}: column {column!r} holds both names and numbers")
-    return sorted(names, key=_in_order)
+    return sorted(names, key=label_order)
 
 
-def _in_order(name: str) -> tuple[bool, int, str]:
-    """Numbers first, by value; then names by the alphabet."""
+def label_order(name: str) -> tuple[bool, int, str]:
+    """Sorts class names: numbers first, by value; then the others by the alphabet."""
     number = as_integer(name)
     return (number is None, number or 0, name)
 

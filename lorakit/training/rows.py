@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -18,7 +19,8 @@ from lorakit.data.stream import Stream, open_stream
 from lorakit.data.stream_steps import StreamEncoder
 from lorakit.errors import DataError, UserError
 from lorakit.evaluation.ending import eos_ids
-from lorakit.evaluation.splits import encoding_cache, settle
+from lorakit.evaluation.splits import encoding_cache, resolve_labels, settle
+from lorakit.models.head_names import names_of_head
 from lorakit.models.window import embedding_rows
 from lorakit.recipe.sections import Recipe
 from lorakit.tasks.absent import AbsentWatch
@@ -68,7 +70,9 @@ def load_rows(recipe: Recipe, say: Say) -> Rows:
     validation = task.load(config, task.eval_split(config))
     if validation is not None:
         settle(task, config, validation, say)
-    config = task.resolve(config, None if stream else train)
+    splits = [split for split in (train, validation) if split is not None]
+    by_head = partial(names_of_head, recipe.model)
+    config = resolve_labels(task, config, None if stream else train, splits, by_head, say)
     return Rows(task, config, train, stream, validation)
 
 

@@ -118,6 +118,66 @@ def test_a_head_that_always_says_positive(
     assert said_by_transformers(tmp_path / "merged", texts) == ["positive"] * 4
 
 
+@pytest.mark.parametrize(
+    ("train", "validation"),
+    [
+        (None, ["positive", "positive"]),  # no train split
+        (["positive"] * 2, ["positive", "negative", "positive"]),  # one label in it
+        (["positive", "negative"], ["neutral", "positive", "negative"]),  # one less
+        (["Positive"] * 2, ["Positive", "NEGATIVE"]),
+        (None, [0, 2, 0]),  # indices
+    ],
+)
+def test_a_named_head_gives_the_labels_that_the_train_split_lacks(
+    train: list[str] | None, validation: list[Any], tiny_bert: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    names = ["positive", "negative", "neutral"]
+    base = classifier(tmp_path / "base", tiny_bert, names)
+    rows = [{"text": "a" * (3 * n + 1), "label": label} for n, label in enumerate(validation)]
+    recipe = recipe_for(tmp_path / "work", base, rows, "classification")
+    path = {"validation": str(tmp_path / "work" / "rows.jsonl")}
+    if train is not None:
+        given = [{"text": "ab", "label": label} for label in train]
+        path["train"] = str(write_lines(tmp_path / "work" / "train.jsonl", given))
+    written = json.loads(recipe.read_text())
+    written["task"]["path"] = path
+    recipe.write_text(json.dumps(written))
+    said = said_by_transformers(base, [(row["text"],) for row in rows])
+    gold = [names[label] if isinstance(label, int) else label.lower() for label in validation]
+    right = [name == label for name, label in zip(said, gold, strict=True)]
+
+    saved = tmp_path / "saved.jsonl"
+    found = scores(capsys, recipe, "--base", "--save-predictions", saved)
+    assert found["accuracy"] == pytest.approx(sum(right) / len(right))
+    again = scores(capsys, recipe, "--predictions", saved)
+    assert again == {key: pytest.approx(found[key]) for key in again}
+    assert run(["eval", str(recipe), "--base", "--set", "model.new_head=true"]) == 2
+    assert run(["preview", str(recipe), "--split", "validation"]) == 0
+    line = "task.labels: taken from the base's classification head: "
+    assert line in capsys.readouterr().err
+    if train is not None:
+        assert run(["train", str(recipe), "--set", "train.learning_rate=1e-9"]) == 0
+        assert line in capsys.readouterr().err
+        assert scores(capsys, recipe) == pytest.approx(found, abs=1e-4)
+
+
+def test_a_head_that_lacks_a_label_changes_no_error(
+    tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": "a", "label": "other"}, {"text": "b", "label": "other"}]
+    for names in (["positive", "negative", "neutral"], ["LABEL_0", "LABEL_1", "LABEL_2"]):
+        base = classifier(tmp_path / names[0], tiny_bert, names)
+        recipe = recipe_for(tmp_path / "work", base, rows, "classification")
+        assert run(["train", str(recipe)]) == 2
+        assert "holds one label only: other" in capsys.readouterr().err
+    rows = [{"text": "a", "label": label} for label in ("Positive", "positive ", "negative")]
+    recipe = recipe_for(tmp_path / "work", tmp_path / "positive", rows, "classification")
+    assert run(["train", str(recipe)]) == 2
+    err = capsys.readouterr().err
+    assert 'one would stand for several labels of the task: Positive, "positive " (labels' in err
+
+
 def test_glue_ids_and_scores_stay_those_of_glue(
     tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
