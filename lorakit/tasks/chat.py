@@ -132,7 +132,8 @@ class Chat(FormattedTask):
     def metrics(
         self, predictions: Sequence[Prediction], split: Split, config: Any
     ) -> dict[str, float]:
-        """``exact_match`` with the text of the last trained turn."""
+        """``exact_match`` with the text of the last trained turn; an evaluation gives a prediction
+        that is the turn as the chat template renders it as that text."""
         return exact_matches(predictions, split, lambda row: _text_of(self.example(row, config)))
 
     def _messages_column(self, columns: tuple[str, ...], config: Any) -> str | None:
