@@ -196,6 +196,29 @@ _OPENS_THINKING = """\
 {{- '<|im_start|>' ~ m.role ~ '\n' ~ m.content ~ '<|im_end|>\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"""
+#: An empty block, in prompt and chat, where the question asks for it.
+_NO_THINK = """\
+{%- for m in messages %}
+{{- '<|im_start|>' ~ m.role ~ '\n' }}
+{%- if m.role == 'assistant' and '/no_think' in messages[loop.index0 - 1].content %}
+{{- '<think>\n\n</think>\n\n' }}
+{%- endif %}
+{{- m.content ~ '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\n' }}
+{%- if '/no_think' in messages[-1].content %}{{ '<think>\n\n</think>\n\n' }}{% endif %}
+{%- endif %}"""
+#: Reasoning that stands in the content is left out of every turn, the last one too.
+_R1 = """\
+{{- bos_token }}
+{%- for m in messages %}
+{%- if m.role == 'system' %}{{ m.content }}
+{%- elif m.role == 'user' %}{{ '<|User|>' ~ m.content }}
+{%- else %}{{ '<|Assistant|>' ~ m.content.split('</think>')[-1] ~ eos_token }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|Assistant|>' }}{% endif %}"""
 
 STYLES = {
     "chatml": Style(_CHATML, lambda m: _content(m) + "<|im_end|>"),
@@ -225,6 +248,9 @@ STYLES = {
     "shouting": Style(_SHOUTING, lambda m: _shouted(_content(m)) + "\n<|im_end|>"),
     "forgetful": Style(_FORGETFUL, lambda m: _content(m) + "<|im_end|>"),
     "opens_thinking": Style(_OPENS_THINKING, lambda m: _content(m) + "<|im_end|>", splits=True),
+    "no_think": Style(_NO_THINK, lambda m: _content(m) + "<|im_end|>"),
+    "r1": Style(_R1, lambda m: _content(m).split("</think>")[-1] + "<|im_end|>",
+                ("<|User|>", "<|Assistant|>")),
 }  # fmt: skip
 
 

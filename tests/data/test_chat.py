@@ -362,3 +362,40 @@ def test_smollm2s_own_template(smollm2: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     assert trained_parts(CHAT, tokenizer) == ["4<|im_end|>", "Yes, 4 é<|im_end|>"]
     assert trained_parts(CHAT[1:], tokenizer) == ["4<|im_end|>", "Yes, 4 é<|im_end|>"]
+
+
+#: Each asks in another way for an empty block, which the chat with the answer in it has as well.
+ASKING = (
+    "'/q' in messages[i].content",
+    "messages[i]['content'].endswith('/q')",
+    "messages[i].content == '/q'",
+    "messages[i].content | length < 3",
+    "messages[i].quick",
+    "messages[i].mode == 'quick'",
+)
+
+
+@pytest.mark.parametrize("both", [True, False])
+@pytest.mark.parametrize("asking", ASKING)
+def test_a_question_that_steers_the_prompt_does_so_in_long_chats(
+    asking: str, both: bool, tokenizer: Any
+) -> None:
+    here = asking.replace("[i]", "[loop.index0 - 1]") if both else "false"
+    last = asking.replace("[i]", "[-1]")
+    tokenizer.chat_template = (
+        (
+            "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and HERE %}(){% endif %}"
+            "{{ m.content }}</s>{% endfor %}"
+            "{% if add_generation_prompt %}<assistant>{% if LAST %}(){% endif %}{% endif %}"
+        )
+        .replace("HERE", here)
+        .replace("LAST", last)
+    )
+    plain = {"mode": "long", "quick": False}
+    asks = [{"role": "user", "content": f"What of {i}?", **plain} for i in range(40)]
+    asks[3] = {"role": "user", "content": "/q", "mode": "quick", "quick": True}
+    chat = tuple(m for ask in asks for m in (ask, ANSWERS))
+    for row in encode_chat(ChatExample(chat), tokenizer).rows:
+        starts = [i for i, on in enumerate(row.trained) if on and not row.trained[i - 1]]
+        for turn, start in zip(row.turns, starts, strict=True):
+            assert row.ids[:start] == encode_chat_prompt(chat[:turn], tokenizer), turn

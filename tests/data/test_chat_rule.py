@@ -49,6 +49,11 @@ CHATS: dict[str, Messages] = {
     "digits and marks": (user("7*6?"), reply("42."), user("9"), reply("...\n")),
     "names the end": (user("What ends a turn?"), reply("assistant: <user> [/INST] ### Response:")),
 }  # fmt: skip
+#: Not among the texts that the tokenizers below are trained on.
+STEERING: dict[str, Messages] = {
+    "no_think": (user("Colour? /no_think"), reply("blue"), user("Another"), reply("red")),
+    "think in content": (user("91?"), reply("<think>7*13</think>No."), user("7?"), reply("Yes.")),
+}
 WITH_SYSTEM: dict[str, Messages] = {
     "system": (SYSTEM, user("Name a colour"), reply("blue")),
     "system, several turns": (SYSTEM, user("Name a colour"), reply("blue"), user("Another"),
@@ -68,7 +73,7 @@ WITH_REASONING: Messages = (
 
 
 def cases(style: Style) -> Iterator[tuple[str, Messages, tuple[Any, ...] | None]]:
-    yield from ((name, chat, None) for name, chat in CHATS.items())
+    yield from ((name, chat, None) for name, chat in (CHATS | STEERING).items())
     if style.system:
         yield from ((name, chat, None) for name, chat in WITH_SYSTEM.items())
     if style.tools:
@@ -196,6 +201,12 @@ LONG: dict[str, Messages] = {
     "system": (SYSTEM, *long_chat(25)),
     "reasoning": long_chat(20, reasoning_content="So be it."),
     "one with reasoning": (*long_chat(14), *WITH_REASONING, *long_chat(8)),
+    "asks for something once": (*long_chat(2), user("A colour? /no_think"), reply("blue"),
+                                *long_chat(25)),
+    "asks for something at times": (*long_chat(8), user("A colour? /no_think"), reply("blue"),
+                                    *long_chat(8), user("/no_think Red?"), reply("No.")) * 2,
+    "think in content": (*long_chat(9), user("91?"), reply("<think>7*13</think>No."),
+                         *long_chat(14)),
     "agent": agent_chat(25),
     "agent, asked again": (*agent_chat(15), *agent_chat(15)),
 }  # fmt: skip

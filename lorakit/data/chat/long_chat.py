@@ -1,9 +1,11 @@
 """The turns of a long chat, placed in one rendering of the whole and checked at a few.
 
 Rendering each turn's prompt costs half as many renderings of the chat as it has turns. Here the
-text between a message and the answer to it is learnt from the first turn of each kind (the roles
-around it, and what it consists of) and looked for at the others; the last turn of each kind is
-rendered by itself once more.
+text between a message and the answer to it is learnt from the first turn of each kind and looked for
+at the others; the last turn of each kind is rendered by itself once more. Turns are of one kind if
+nothing differs between them that the template's source names: the roles around them, the keys that
+they have, which of the template's string literals stand in their texts, and the text that the
+template writes around them. A chat of many kinds is rendered turn by turn.
 """
 
 from __future__ import annotations
@@ -11,16 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from lorakit.data.chat.kinds import Kind, TurnKinds
 from lorakit.data.chat.marking import place_contents
-from lorakit.data.chat.template import (
-    PAYLOAD,
-    ChatTemplate,
-    Message,
-    Rendered,
-    Span,
-    Tools,
-)
-from lorakit.data.chat.turns import Turn, TurnReader, content_text, marked_turn
+from lorakit.data.chat.template import ChatTemplate, Message, Rendered, Span, Tools
+from lorakit.data.chat.turns import Turn, TurnReader, marked_turn
 
 #: Chats whose turns cost no more than so many renderings of the chat are rendered turn by turn.
 EXACT_COST = 6
@@ -28,9 +24,8 @@ EXACT_COST = 6
 _FREE = 40
 #: Renderings of the whole that the checks of a long chat may cost.
 _CHECKS_COST = 6
-
-#: The roles around a turn, and what it consists of.
-_Kind = tuple[str | None, str | None, frozenset[str]]
+#: Renderings of the whole that the first turns of the kinds may cost.
+_KINDS_COST = 9
 
 
 def is_long(indices: Sequence[int]) -> bool:
@@ -63,10 +58,16 @@ class LongChat:
         if places is None:
             return None
         self._places = places
-        firsts: dict[_Kind, Turn] = {}
+        kinds = TurnKinds(self.messages[: last + 1], self._whole.text, places, self.template)
+        if not kinds.tell(self.tools):
+            return None
+        self._kinds = {index: kinds.kind(index) for index in self.indices}
+        if self._firsts_cost() > _KINDS_COST * (last + 1):
+            return None
+        firsts: dict[Kind, Turn] = {}
         found = []
         for index in self.indices:
-            kind = self._kind(index)
+            kind = self._kinds[index]
             if kind not in firsts:
                 turn = self.reader.read(self.messages, self.tools, index)
                 if not self._stands(turn):
@@ -79,17 +80,11 @@ class LongChat:
         rendered = {turn.index for turn in firsts.values()}
         return found if self._checked(found, rendered) else None
 
-    def _kind(self, index: int) -> _Kind:
-        message = self.messages[index]
-        parts = {key for key in PAYLOAD if message.get(key)}
-        text = content_text(message)
-        if text.strip():
-            parts.add("content")
-        if "</think>" in text:
-            parts.add("think")
-        before = self.messages[index - 1]["role"] if index else None
-        after = self.messages[index + 1]["role"] if index < self.indices[-1] else None
-        return before, after, frozenset(parts)
+    def _firsts_cost(self) -> int:
+        firsts: dict[Kind, int] = {}
+        for index in self.indices:
+            firsts.setdefault(self._kinds[index], index)
+        return sum(2 * index + 1 for index in firsts.values())
 
     def _stands(self, turn: Turn) -> bool:
         return self._whole.text.startswith(turn.text)
@@ -128,7 +123,7 @@ class LongChat:
         """Whether the last turn of each kind, one before the last question and one in the middle
         have the prompts that the template renders for them, where they are not ``known`` to, and
         ``turns`` stand one in another."""
-        lasts = {self._kind(turn.index): turn for turn in turns}
+        lasts = {self._kinds[turn.index]: turn for turn in turns}
         asked = [i for i in range(turns[-1].index) if self.messages[i]["role"] == "user"]
         before = [turn for turn in turns if asked and turn.index < asked[-1]][-1:]
         chosen = {turn.index: turn for turn in (*before, *lasts.values(), turns[len(turns) // 2])}
