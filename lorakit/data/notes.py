@@ -56,8 +56,8 @@ def chat_notes(counts: Counts, name: str) -> list[str]:
             "across the border belongs to the answer"
         ),
         chat.UNMARKED: (
-            f"{{:,}} of {turns} are not trained: the chat template does not mark them with "
-            "{{% generation %}}"
+            f"{{:,}} of {found[chat.TURNS]:,} assistant turns are not trained: the chat template "
+            "does not mark them with {{% generation %}}"
         ),
         chat.MARKED_LATE: (
             f"in {{:,}} of {turns} the chat template's {{{{% generation %}}}} begins after the "

@@ -251,7 +251,7 @@ MARKED = (
         ("{% generation %}So{% endgeneration %}: {% generation %}{{ m.content }}{% endgeneration %}"
          "</s>", ["So", "4", "So", "Yes, 4 é"], None),
         ("{% if loop.last %}{% generation %}{{ m.content }}</s>{% endgeneration %}{% else %}"
-         "{{ m.content }}</s>{% endif %}", ["4</s>", "Yes, 4 é</s>"], None),
+         "{{ m.content }}</s>{% endif %}", ["Yes, 4 é</s>"], None),
     ],
 )  # fmt: skip
 def test_marks_say_what_is_trained(
@@ -260,11 +260,52 @@ def test_marks_say_what_is_trained(
     tokenizer.chat_template = MARKED.replace("MARKED", marked)
     assert trained_parts(CHAT, tokenizer) == parts
     counts = encode_chat(ChatExample(CHAT), tokenizer).counts
+    unmarked = {"unmarked_turns": 1} if len(parts) == 1 else {}
     assert {key: value for key, value in counts.items() if "mark" in key} == (
-        {count: 2} if count else {}
+        {count: 2} if count else unmarked
     )
     flags = (False, False, False, False, True)
     assert trained_parts(CHAT, tokenizer, trained=flags) == parts[len(parts) // 2 :]
+
+
+@pytest.mark.parametrize("turns", [2, 4, 30])
+@pytest.mark.parametrize("which", ["loop.last", "m.quality != 'low'", "loop.index0 > 1"])
+def test_the_whole_chats_marks_say_what_is_trained(turns: int, which: str, tokenizer: Any) -> None:
+    tokenizer.chat_template = MARKED.replace(
+        "MARKED", "{% if WHICH %}{% generation %}{{ m.content }}</s>{% endgeneration %}{% else %}"
+        "{{ m.content }}</s>{% endif %}".replace("WHICH", which)
+    )  # fmt: skip
+    chat: list[dict[str, Any]] = []
+    for i in range(turns):
+        quality = "low" if i % 2 == 0 else "high"
+        chat += [ASKS, {"role": "assistant", "content": f"At {i}.", "quality": quality}]
+    wanted = {
+        "loop.last": [turns - 1],
+        "m.quality != 'low'": list(range(1, turns, 2)),
+        "loop.index0 > 1": list(range(1, turns)),
+    }[which]
+    assert trained_parts(tuple(chat), tokenizer) == [f"At {i}.</s>" for i in wanted]
+    counts = encode_chat(ChatExample(tuple(chat)), tokenizer).counts
+    assert counts["unmarked_turns"] == turns - len(wanted)
+    assert ("ignored:quality" in counts) == ("quality" not in which)
+
+
+def test_a_key_of_the_question_may_steer_the_marks(tokenizer: Any) -> None:
+    tokenizer.chat_template = MARKED.replace(
+        "MARKED", "{% if messages[loop.index0 - 1].good %}{% generation %}{{ m.content }}</s>"
+        "{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}"
+    )  # fmt: skip
+    chat = (ASKS, ANSWERS, {**ASKS, "good": True}, {**ANSWERS, "content": "Now."})
+    assert trained_parts(chat, tokenizer) == ["Now.</s>"]
+    assert "ignored:good" not in encode_chat(ChatExample(chat), tokenizer).counts
+
+
+@pytest.mark.parametrize(
+    "comment", ["{# {% generation %} #}", "{% raw %}{% generation %}{% endraw %}"]
+)
+def test_a_mark_in_a_comment_is_none(comment: str, tokenizer: Any) -> None:
+    tokenizer.chat_template = comment + WITHOUT_END
+    assert trained_parts(CHAT, tokenizer) == ["4", "Yes, 4 é"]
 
 
 def test_marks_that_begin_in_the_prompt_or_are_not_there(tokenizer: Any) -> None:

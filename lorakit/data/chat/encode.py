@@ -76,6 +76,9 @@ class ChatEncoder:
             turns = long.turns()
         if turns is None:
             turns = [self._reader.read(messages, tools, index) for index in indices]
+        if len(turns) > 1 and self.template.marks(tools):
+            finished = self.template.render(messages[: indices[-1] + 1], tools)
+            turns = [turn.marked_in(finished) for turn in turns]
         whole = turns[-1].text
         row = None
         if all(whole.startswith(turn.text) for turn in turns):

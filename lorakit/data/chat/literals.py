@@ -43,12 +43,9 @@ def template_tests(source: str) -> TemplateTests:
 
 
 @cache
-def has_block(source: str, name: str) -> bool | None:
-    """Whether the template has a block ``{% name %}`` outside comments and raw text; None if its
-    source cannot be read."""
-    tokens = _tokens(source)
-    if tokens is None:
-        return None
+def has_block(source: str, name: str) -> bool:
+    """Whether the template has a block ``{% name %}`` outside comments and raw text."""
+    tokens = _tokens(source) or ()
     return any(
         kind == "block_begin" and value == name for (kind, _), (_, value) in pairwise(tokens)
     )

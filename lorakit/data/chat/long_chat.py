@@ -1,11 +1,11 @@
 """The turns of a long chat, placed in one rendering of the whole and checked at a few.
 
 Rendering each turn's prompt costs half as many renderings of the chat as it has turns. Here the
-text between a message and the answer to it is learnt from the first turn of each kind and looked for
-at the others; the last turn of each kind is rendered by itself once more. Turns are of one kind if
-nothing differs between them that the template's source names: the roles around them, the keys that
-they have, which of the template's string literals stand in their texts, and the text that the
-template writes around them. A chat of many kinds is rendered turn by turn.
+text between a message and the answer to it is learnt from the first turn of each kind and looked
+for at the others; the last turn of each kind is rendered by itself once more. Turns are of one kind
+if nothing differs between them that the template's source names: the roles around them, the keys
+that they have, which of the template's string literals stand in their texts, and the text that the
+template writes before them. A chat of many kinds is rendered turn by turn.
 """
 
 from __future__ import annotations

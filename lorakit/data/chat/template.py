@@ -9,6 +9,7 @@ from functools import cache, cached_property
 from typing import Any
 
 from lorakit.data.call_arguments import with_fitting_arguments
+from lorakit.data.chat.literals import has_block
 from lorakit.errors import DataError
 
 Message = Mapping[str, Any]
@@ -26,7 +27,6 @@ PAYLOAD = ("tool_calls", *REASONING)
 
 #: Templates by their source, and whether they read contents only as lists of parts.
 _PARTS: dict[str, bool] = {}
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class ChatTemplate:
 
     def marks(self, tools: Tools = None) -> bool:
         """Whether the template says with ``{% generation %}`` what is trained."""
-        return bool(_GENERATION.search(self.source(tools)))
+        return has_block(self.source(tools), "generation")
 
     def mentions(self, *keys: str) -> bool:
         """Whether the template's source, or that of any of several, has one of the names."""

@@ -69,7 +69,7 @@ class Traces:
             without = _without(messages, indices, key)
             if self._is_ignored(key, role, messages, tools, turns, without):
                 found[key] += len(indices)
-            else:
+            elif key in PAYLOAD:
                 found[key] += self._silent(key, indices, messages, tools, turns)
         return +found
 
@@ -184,9 +184,9 @@ class Traces:
             before = end > 0 and (without_tools or first < end)
             if before and self._text(others[:end], given, True) != turn.prompt:
                 return True
-            if end in changed:
-                finished = self._text(messages[: end + 1], tools, False)
-                if self._text(others[: end + 1], given, False) != finished:
+            if end in changed or self.template.marks(tools):
+                finished = self._finished(messages[: end + 1], tools)
+                if self._finished(others[: end + 1], given) != finished:
                     return True
         return False
 
@@ -194,6 +194,13 @@ class Traces:
         try:
             return self.template.render(messages, tools, generation).text
         except DataError as error:  # the template minds: it reads what was changed
+            return str(error)
+
+    def _finished(self, messages: Sequence[Message], tools: Tools) -> object:
+        """The chat as text, and what of it is marked."""
+        try:
+            return self.template.render(messages, tools)
+        except DataError as error:
             return str(error)
 
     def _emptied(self, message: Message) -> Message:

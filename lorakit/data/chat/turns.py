@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lorakit.data.chat.template import PROBE, ChatTemplate, Message, Rendered, Span, Tools
 from lorakit.errors import DataError
@@ -33,6 +33,19 @@ class Turn:
     @property
     def text(self) -> str:
         return self.prompt + self.answer
+
+    def marked_in(self, chat: Rendered) -> Turn:
+        """The turn, trained only where the whole chat's rendering marks it too, if that begins with
+        the turn's text."""
+        if not chat.text.startswith(self.text):
+            return self
+        start = len(self.prompt)
+        common = (
+            (max(a, begin - start), min(b, end - start))
+            for a, b in self.trained
+            for begin, end in chat.marked
+        )
+        return replace(self, trained=tuple((a, b) for a, b in common if a < b))
 
 
 @dataclass
