@@ -440,3 +440,35 @@ def test_a_question_that_steers_the_prompt_does_so_in_long_chats(
         starts = [i for i, on in enumerate(row.trained) if on and not row.trained[i - 1]]
         for turn, start in zip(row.turns, starts, strict=True):
             assert row.ids[:start] == encode_chat_prompt(chat[:turn], tokenizer), turn
+
+
+THINKS = {"role": "assistant", "content": "<think>7*13</think>No."}
+
+
+@pytest.mark.parametrize("turns", [1, 30])
+@pytest.mark.parametrize(
+    ("content", "left_out"),
+    [
+        ("m.content.split('</think>')[-1]", 1),
+        ("m.content[:3]", 2),
+        ("m.content[8:]", 2),
+        ("m.content.split('.')[0]", 2),
+        ("m.content | trim | upper | e", 0),
+        ("m.content | tojson", 0),
+        ("'<think>\n' ~ m.content.split('</think>')[0].split('<think>')[-1] ~ '\n</think>\n'"
+         " ~ m.content.split('</think>')[-1]", 0),
+    ],
+)  # fmt: skip
+def test_a_content_of_which_a_part_is_left_out_is_counted(
+    content: str, left_out: int, turns: int, tokenizer: Any
+) -> None:
+    tokenizer.chat_template = MARKED.replace("MARKED", "{{ " + content + " }}</s>")
+    chat = (ASKS, THINKS, ASKS, ANSWERS) * turns
+    counts = encode_chat(ChatExample(chat), tokenizer).counts
+    assert counts["shortened_turns"] == left_out * turns
+    split = Split("train", [{}], "chats.jsonl", "0")
+    notes = split_notes(
+        encode_split(split, lambda _: ChatExample(chat), tokenizer, 9999), "train", 9
+    )
+    said = f"leaves out part of the content of {left_out * turns} of {2 * turns} trained turns"
+    assert any(said in note for note in notes) == (left_out > 0)

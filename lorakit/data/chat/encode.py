@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorakit.data.chat.long_chat import LongChat, is_long
+from lorakit.data.chat.shortened import shortened_turns
 from lorakit.data.chat.template import PROBE, ChatTemplate, Message, Tools
 from lorakit.data.chat.traces import Traces
 from lorakit.data.chat.turn_ids import IdRow, joint_row, turn_rows
@@ -20,6 +21,7 @@ from lorakit.errors import DataError
 DIFFERS, SPLIT, SPLIT_ROWS = "chats_differ", "chats_split", "rows_of_split_chats"
 STRADDLES, UNMARKED = "straddling_answers", "unmarked_turns"
 MARKED_LATE, MARKED_EARLY = "late_marks", "early_marks"
+SHORTENED = "shortened_turns"
 CHATS, TURNS, IGNORED = "chats", "turns", "ignored:"
 
 
@@ -63,6 +65,8 @@ class ChatEncoder:
         counts = _counts(turns, rows, self.template.marks(tools))
         if without_content := self._traces.check(messages, tools, turns):
             counts[IGNORED + "content"] = without_content
+        if shortened := shortened_turns(messages, tools, turns, self.template):
+            counts[SHORTENED] = shortened
         ignored = self._traces.ignored(messages, tools, turns)
         counts.update({IGNORED + key: count for key, count in ignored.items()})
         return EncodedChat(rows, counts)

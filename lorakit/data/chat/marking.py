@@ -25,7 +25,13 @@ def marked(messages: Sequence[Message], strip: bool = False) -> list[Message]:
 
 def seen(text: str) -> set[int]:
     """The messages of which ``text``, rendered from ``marked`` ones, has anything."""
-    return {int(found.group(1)) // 2 for found in _MARK.finditer(text)}
+    return {number // 2 for number in ends_seen(text)}
+
+
+def ends_seen(text: str) -> set[int]:
+    """The marks in ``text``: ``2 * i`` and ``2 * i + 1`` open and close the content of message
+    ``i``."""
+    return {int(found.group(1)) for found in _MARK.finditer(text)}
 
 
 def place_contents(
