@@ -55,6 +55,9 @@ def chat_notes(counts: Counts, name: str) -> list[str]:
             f"in {{:,}} of {turns} the tokenizer cannot separate prompt and answer; the token "
             "across the border belongs to the answer"
         ),
+        chat.WITHOUT_REASONING: (
+            f"the reasoning of {{:,}} of {turns} is left out: the generation prompt already ends it"
+        ),
         chat.SHORTENED: f"the chat template leaves out part of the content of {{:,}} of {turns}",
         chat.UNMARKED: (
             f"{{:,}} of {found[chat.TURNS]:,} assistant turns are not trained: the chat template "

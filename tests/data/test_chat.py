@@ -472,3 +472,52 @@ def test_a_content_of_which_a_part_is_left_out_is_counted(
     )
     said = f"leaves out part of the content of {left_out * turns} of {2 * turns} trained turns"
     assert any(said in note for note in notes) == (left_out > 0)
+
+
+#: The prompt of a model that does not reason: an empty block, which is closed.
+CLOSED = """\
+{%- for m in messages %}
+{{- '<' ~ m.role ~ '>' }}
+{%- set text = m.content or '' %}
+{%- if m.role == 'assistant' and loop.last %}
+{%- set reasoning = m.reasoning_content or '' %}
+{%- if '</think>' in text %}
+{%- set reasoning = text.split('</think>')[0].split('<think>')[-1].strip() %}
+{%- set text = text.split('</think>')[-1].lstrip() %}
+{%- endif %}
+{{- '<think>\n' ~ reasoning ~ '\n</think>\n\n' }}
+{%- endif %}
+{{- text }}
+{%- for call in m.tool_calls or [] %}{{ '[' ~ call.function.name ~ ']' }}{% endfor %}
+{{- '</s>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<assistant><think>\n\n</think>\n\n' }}{% endif %}"""
+
+
+@pytest.mark.parametrize("turns", [1, 25])
+@pytest.mark.parametrize(
+    ("answer", "trained"),
+    [
+        ({"content": "No.", "reasoning_content": "7*13"}, "No.</s>"),
+        ({"content": "<think>\n7*13\n</think>\n\nNo."}, "No.</s>"),
+        ({"content": "", "reasoning_content": "7*13", "tool_calls": [CALL]}, "[tide]</s>"),
+        ({"content": "No."}, "No.</s>"),
+    ],
+)
+def test_reasoning_behind_a_prompt_that_ends_it_is_left_out_and_counted(
+    answer: dict[str, Any], trained: str, turns: int, tokenizer: Any
+) -> None:
+    tokenizer.chat_template = CLOSED
+    chat = (ASKS, {"role": "assistant", **answer}) * turns
+    found = encode_chat(ChatExample(chat), tokenizer)
+    texts = []
+    for row in found.rows:
+        (index,), start = row.turns, row.trained.index(True)
+        assert row.ids[:start] == encode_chat_prompt(chat[:index], tokenizer)
+        texts.append(
+            tokenizer.decode([i for i, on in zip(row.ids, row.trained, strict=True) if on])
+        )
+    assert texts == [trained] * turns
+    reasons = len(answer) > 1 or "think" in answer["content"]
+    assert found.counts["turns_without_reasoning"] == turns * reasons
+    assert not found.counts["shortened_turns"]

@@ -21,7 +21,7 @@ from lorakit.errors import DataError
 DIFFERS, SPLIT, SPLIT_ROWS = "chats_differ", "chats_split", "rows_of_split_chats"
 STRADDLES, UNMARKED = "straddling_answers", "unmarked_turns"
 MARKED_LATE, MARKED_EARLY = "late_marks", "early_marks"
-SHORTENED = "shortened_turns"
+SHORTENED, WITHOUT_REASONING = "shortened_turns", "turns_without_reasoning"
 CHATS, TURNS, IGNORED = "chats", "turns", "ignored:"
 
 
@@ -99,6 +99,7 @@ def _counts(turns: Sequence[Turn], rows: Sequence[IdRow], marks: bool) -> Counte
             DIFFERS: int(any(turn.differs for turn in turns)),
             SPLIT: int(split),
             SPLIT_ROWS: len(rows) if split else 0,
+            WITHOUT_REASONING: sum(turn.without_reasoning for turn in turns),
             STRADDLES: sum(row.straddles for row in rows),
         }
     )

@@ -19,7 +19,12 @@ def shortened_turns(
 ) -> int:
     """How many of the turns have a content that begins or ends otherwise in the text than in the
     message. The chat is rendered again only where a content does not stand in its turn."""
-    left = [turn for turn in turns if not _whole(content_text(messages[turn.index]), turn.answer)]
+    left = [
+        turn
+        for turn in turns
+        if not turn.without_reasoning
+        and not _whole(content_text(messages[turn.index]), turn.answer)
+    ]
     count = 0
     while left:
         last = left[-1]

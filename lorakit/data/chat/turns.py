@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from lorakit.data.chat.template import PROBE, ChatTemplate, Message, Rendered, Span, Tools
+from lorakit.data.chat.template import (
+    PROBE,
+    REASONING,
+    ChatTemplate,
+    Message,
+    Rendered,
+    Span,
+    Tools,
+)
 from lorakit.errors import DataError
 
+_END_OF_REASONING = "</think>"
 #: Special tokens are shorter, in characters.
 _LONGEST_TOKEN = 100
 
@@ -19,6 +28,7 @@ class Turn:
     ``tail`` is what the template writes behind it where no other message follows.
 
     ``differs``: the template renders the finished chat so that it does not begin with ``prompt``.
+    ``without_reasoning``: the prompt already ends the reasoning, so that the turn's is left out.
     ``marked_early``: a mark began within the prompt, and is taken from the prompt's end on.
     """
 
@@ -29,6 +39,7 @@ class Turn:
     tail: str = ""
     differs: bool = False
     marked_early: bool = False
+    without_reasoning: bool = False
 
     @property
     def text(self) -> str:
@@ -63,7 +74,9 @@ class TurnReader:
         finished = self.template.render(messages[: index + 1], tools)
         prompt = self._prompt(messages, tools, index)
         differs = not finished.text.startswith(prompt)
-        begin = self._aligned(prompt, finished, messages, tools, index) if differs else len(prompt)
+        begin, without_reasoning = len(prompt), False
+        if differs:
+            begin, without_reasoning = self._aligned(prompt, finished, messages, tools, index)
         end = self.end(finished.text, messages, tools, index)
         if end <= begin:
             raise DataError(
@@ -71,8 +84,10 @@ class TurnReader:
             )
         if not self.template.marks(tools):
             answer, tail = finished.text[begin:end], finished.text[end:]
-            return Turn(index, prompt, answer, ((0, end - begin),), tail, differs)
-        return marked_turn(index, prompt, finished, begin, end, differs)
+            turn = Turn(index, prompt, answer, ((0, end - begin),), tail, differs)
+        else:
+            turn = marked_turn(index, prompt, finished, begin, end, differs)
+        return replace(turn, without_reasoning=without_reasoning)
 
     def _prompt(self, messages: Sequence[Message], tools: Tools, index: int) -> str:
         if index:
@@ -88,19 +103,21 @@ class TurnReader:
         messages: Sequence[Message],
         tools: Tools,
         index: int,
-    ) -> int:
+    ) -> tuple[int, bool]:
         """Where the answer begins in a text that does not begin with ``prompt``: behind the longest
         stretch that both end with, between the message before, or what both begin with, and what
-        the turn's payload changes."""
+        the turn's payload changes, or behind its reasoning; and whether that is left out so."""
         other = self.template.render([*messages[:index], _probe(messages[index])], tools).text
         place = common_prefix(finished.text, other)
         before = content_text(messages[index - 1]).strip() if index else ""
         found = finished.text.rfind(before, 0, place)
         first = max(found + len(before) if found >= 0 else 0, common_prefix(prompt, finished.text))
-        return max(
-            range(min(first, place), place + 1),
+        last = max(place, _behind_reasoning(finished.text, messages[index]))
+        begin = max(
+            range(min(first, place), last + 1),
             key=lambda end: (_common_suffix(prompt, finished.text, end), end),
         )
+        return begin, begin > place
 
     def end(self, text: str, messages: Sequence[Message], tools: Tools, index: int) -> int:
         """Where the answer of the last turn of ``text`` ends: with the first special token that
@@ -183,6 +200,19 @@ def with_content(message: Message, text: str) -> dict[str, object]:
     if isinstance(message.get("content"), list):
         return {**message, "content": [{"type": "text", "text": text}]}
     return {**message, "content": text}
+
+
+def _behind_reasoning(text: str, message: Message) -> int:
+    """Where the content begins of a message that has reasoning, beside or in it; 0 if none is
+    found at the end of ``text``."""
+    content = content_text(message)
+    _, closed, answer = content.rpartition(_END_OF_REASONING)
+    if not closed and not any(message.get(key) for key in REASONING):
+        return 0
+    if answer := answer.strip():
+        return max(text.rfind(answer), 0)
+    _, closed, calls = text.rpartition(_END_OF_REASONING)
+    return len(text) - len(calls.lstrip()) if closed else 0
 
 
 def _probe(message: Message) -> dict[str, object]:
