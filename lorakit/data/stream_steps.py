@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import chain, count, islice
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,14 @@ from lorakit.errors import DataError
 _STEPS_PER_WINDOW = 50
 #: Fewer do not fill bins well.
 _PACKED_ROWS = 1000
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A row of the pass ``number``, from 0."""
+
+    located: Located
+    number: int
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,25 @@ class StreamEncoder:
         encoded = [_row(row, label) for row, label in zip(found.rows, labels, strict=True)]
         return encoded, found.counts
 
+    def encode_pass(
+        self, rows: Sequence[Passed], skip: Callable[[Located, str], None] | None = None
+    ) -> tuple[list[EncodedRow], int, Counts]:
+        """The tokens of all rows, how many of them are of the first pass, and the counts of those.
+
+        Raises DataError as ``encode`` does; with ``skip`` a bad row is left out and given to it.
+        """
+
+        def encode(some: list[Located]) -> tuple[list[EncodedRow], Counts]:
+            if skip is None:
+                return self.encode(some)
+            return self.encode(some, lambda index, reason: skip(some[index], reason))
+
+        first = [row.located for row in rows if not row.number]
+        again = [row.located for row in rows if row.number]
+        encoded, counts = encode(first) if first else ([], Counts())
+        repeated = encode(again)[0] if again else []
+        return [*encoded, *repeated], len(encoded), counts
+
     def may_split(self, row: Mapping[str, Any]) -> bool:
         """Whether a row like this one may become several rows of tokens."""
         return isinstance(self.to_example(row), ChatExample)
@@ -73,7 +100,8 @@ class StreamSteps:
     window; without it each row is a unit of its own, ``group_by_length`` puts rows of like length
     into a step, and rows that a jump passes over are read and not tokenised, unless a row may
     become several or, with ``skipped``, none: there bad rows are left out. ``rows`` (of tokens) and
-    ``counts`` are of the windows begun.
+    ``counts`` are of the windows begun, without the rows of later passes, which were counted in the
+    first.
     """
 
     stream: Stream
@@ -149,12 +177,12 @@ class StreamSteps:
         ahead = self._reader.submit(self._read)
         left: list[Bin] = []
         for number in count(first):
-            rows, counts, bad = ahead.result()
+            rows, new, counts, bad = ahead.result()
             for located, reason in bad:
                 assert self.skipped is not None
                 self.skipped.add(located, reason)
             ahead = self._reader.submit(self._read)
-            self.rows += len(rows)
+            self.rows += new
             self.counts.add(counts)
             units = left + (self.bins(rows) if self.bins and rows else [[row] for row in rows])
             size = self.units_per_step
@@ -162,18 +190,18 @@ class StreamSteps:
             left = units[whole:]
             yield from self._ordered(units[:whole], number)
 
-    def _read(self) -> tuple[list[EncodedRow], Counts, list[tuple[Located, str]]]:
+    def _read(self) -> tuple[list[EncodedRow], int, Counts, list[tuple[Located, str]]]:
         rows = _STEPS_PER_WINDOW * self.units_per_step
         if self.bins is not None:
             rows = max(rows, _PACKED_ROWS)
-        window = list(islice(self._source, rows))
         bad: list[tuple[Located, str]] = []
 
-        def skip(index: int, reason: str) -> None:
-            bad.append((window[index], reason))
+        def skip(located: Located, reason: str) -> None:
+            bad.append((located, reason))
 
-        encoded, counts = self._encoder.encode(window, skip if self.skipped is not None else None)
-        return encoded, counts, bad
+        window = list(islice(self._source, rows))
+        found = self._encoder.encode_pass(window, skip if self.skipped is not None else None)
+        return *found, bad
 
     def _ordered(self, units: list[Bin], window: int) -> list[list[Bin]]:
         """The steps of a window; with ``group_by_length`` each of like lengths, in random order."""
@@ -188,15 +216,16 @@ class StreamSteps:
         return steps
 
 
-def shuffled(stream: Stream, seed: int, buffer_rows: int) -> Iterator[Located]:
+def shuffled(stream: Stream, seed: int, buffer_rows: int) -> Iterator[Passed]:
     """The rows without end. Of ``buffer_rows`` rows a random one is next, and the row read next
     takes its place; each pass over the stream is shuffled anew.
 
     Raises DataError if a pass has no rows.
     """
-    return chain.from_iterable(
-        _one_pass(stream, np.random.default_rng((seed, number)), buffer_rows) for number in count()
-    )
+    for number in count():
+        generator = np.random.default_rng((seed, number))
+        for located in _one_pass(stream, generator, buffer_rows):
+            yield Passed(located, number)
 
 
 def _one_pass(
