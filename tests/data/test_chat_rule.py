@@ -249,8 +249,7 @@ def test_long_chats_give_what_their_turns_give_one_by_one(
         example = ChatExample(messages, None, (TOOL,) if "agent" in case else None)
         rendered.messages = 0
         found = encode_chat(example, tokenizer)
-        if len(found.rows) == 1:
-            assert rendered.messages < 15 * len(messages), case
+        assert rendered.messages < (15 if len(found.rows) == 1 else 25) * len(messages), case
         with monkeypatch.context() as patch:
             patch.setattr("lorakit.data.chat.long_chat.EXACT_COST", 10**6)
             rendered.messages = 0
@@ -275,3 +274,18 @@ def test_a_chat_of_300_messages_costs_few_renderings(
     ).rows
     assert len(stretches(row.trained)) == 150
     assert rendered.messages < 8 * len(messages)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mistral3", "opens_thinking"])
+def test_a_split_chat_of_300_messages_costs_fewer_than_20_renderings(
+    name: str, bytes_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = with_template(bytes_tokenizer, STYLES[name])
+    rendered = Counting(tokenizer, monkeypatch)
+    messages = (SYSTEM, *long_chat(150))
+    rows = encode_chat(ChatExample(messages), tokenizer).rows
+    assert rendered.messages < 20 * len(messages)
+    assert len(rows) == 150
+    for row in (rows[0], rows[70], rows[-1]):
+        prompt = chat_request(messages[: row.turns[0]], tokenizer, None)
+        assert row.ids[: row.trained.index(True)] == prompt.ids

@@ -9,6 +9,7 @@ from typing import Any
 
 from lorakit.data.chat.long_chat import LongChat, is_long
 from lorakit.data.chat.shortened import shortened_turns
+from lorakit.data.chat.split_chat import SplitChat
 from lorakit.data.chat.template import PROBE, ChatTemplate, Message, Tools
 from lorakit.data.chat.traces import Traces
 from lorakit.data.chat.turn_ids import IdRow, joint_row, turn_rows
@@ -76,8 +77,8 @@ class ChatEncoder:
     ) -> tuple[list[Turn], list[IdRow]]:
         turns = None
         if is_long(indices):
-            long = LongChat(messages, tools, indices, self.template, self._reader)
-            turns = long.turns()
+            given = (messages, tools, indices, self.template, self._reader)
+            turns = LongChat(*given).turns() or SplitChat(*given).turns()
         if turns is None:
             turns = [self._reader.read(messages, tools, index) for index in indices]
         if len(turns) > 1 and self.template.marks(tools):

@@ -35,12 +35,16 @@ def ends_seen(text: str) -> set[int]:
 
 
 def place_contents(
-    text: str, messages: Sequence[Message], tools: Tools, template: ChatTemplate
+    text: str,
+    messages: Sequence[Message],
+    tools: Tools,
+    template: ChatTemplate,
+    generation_prompt: bool = False,
 ) -> list[Span | None] | None:
     """Where the content of each message stands in ``text``, which ``template`` made of them; None
     for a message whose content does not stand there whole. None for all if it cannot be told."""
     for strip in (False, True):
-        rendered = template.render(marked(messages, strip), tools).text
+        rendered = template.render(marked(messages, strip), tools, generation_prompt).text
         if _MARK.sub("", rendered) == text:
             return _places(rendered, len(messages))
     return _in_order(text, messages)

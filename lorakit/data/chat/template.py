@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import re
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -25,6 +27,9 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 #: What a turn may consist of beside its content.
 PAYLOAD = ("tool_calls", *REASONING)
 
+#: So many renderings are kept, of chats of at least so many messages.
+_KEPT, _WORTH_KEEPING = 8, 20
+
 #: Templates by their source, and whether they read contents only as lists of parts.
 _PARTS: dict[str, bool] = {}
 
@@ -37,6 +42,24 @@ class Rendered:
     marked: tuple[Span, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Request:
+    source: str
+    generation_prompt: bool
+    tools: Tools
+    messages: list[Message]
+
+    def same(self, other: _Request) -> bool:
+        """Whether both are of the very same objects: ``1 == True``, which templates tell apart."""
+        return (
+            self.source == other.source
+            and self.generation_prompt == other.generation_prompt
+            and self.tools is other.tools
+            and len(self.messages) == len(other.messages)
+            and all(map(operator.is_, self.messages, other.messages))
+        )
+
+
 class ChatTemplate:
     """The one way from messages to text, in training and in generation.
 
@@ -47,6 +70,7 @@ class ChatTemplate:
         if not tokenizer.chat_template:
             raise DataError("the tokenizer has no chat template, which a chat needs")
         self.tokenizer = tokenizer
+        self._recent: deque[tuple[_Request, Rendered]] = deque(maxlen=_KEPT)
 
     def source(self, tools: Tools = None) -> str:
         """The template itself: a tokenizer may have another one for chats with tools."""
@@ -73,6 +97,18 @@ class ChatTemplate:
 
         Keys that are null count as absent. Raises DataError with the template's own words.
         """
+        if len(messages) < _WORTH_KEEPING:
+            return self._rendered(messages, tools, generation_prompt)
+        request = _Request(self.source(tools), generation_prompt, tools, list(messages))
+        found = next((known for asked, known in self._recent if asked.same(request)), None)
+        if found is None:
+            found = self._rendered(messages, tools, generation_prompt)
+            self._recent.append((request, found))
+        return found
+
+    def _rendered(
+        self, messages: Sequence[Message], tools: Tools, generation_prompt: bool
+    ) -> Rendered:
         plain = [_plain(message) for message in messages]
         if self._wants_parts(tools):
             plain = [_in_parts(message) for message in plain]
