@@ -219,6 +219,12 @@ _R1 = """\
 {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|Assistant|>' }}{% endif %}"""
+#: Each message has a number.
+_NUMBERED = """\
+{%- for m in messages %}
+{{- '[' ~ loop.index ~ '] ' ~ m.role ~ ':\n' ~ m.content ~ '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '[' ~ (messages | length + 1) ~ '] assistant:\n' }}{% endif %}"""
 
 STYLES = {
     "chatml": Style(_CHATML, lambda m: _content(m) + "<|im_end|>"),
@@ -249,6 +255,7 @@ STYLES = {
     "forgetful": Style(_FORGETFUL, lambda m: _content(m) + "<|im_end|>"),
     "opens_thinking": Style(_OPENS_THINKING, lambda m: _content(m) + "<|im_end|>", splits=True),
     "no_think": Style(_NO_THINK, lambda m: _content(m) + "<|im_end|>"),
+    "numbered": Style(_NUMBERED, lambda m: _content(m) + "<|im_end|>"),
     "r1": Style(_R1, lambda m: _content(m).split("</think>")[-1] + "<|im_end|>",
                 ("<|User|>", "<|Assistant|>")),
 }  # fmt: skip

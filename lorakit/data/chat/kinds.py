@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lorakit.data.chat.literals import TemplateTests, template_tests
 from lorakit.data.chat.template import PAYLOAD, REASONING, ChatTemplate, Message, Span, Tools
 from lorakit.data.chat.turns import content_text
+
+_NUMBER = re.compile("[0-9]+")
 
 #: Equal for turns of one kind.
 Kind = tuple[Hashable, ...]
@@ -84,7 +87,7 @@ class TurnKinds:
 
     def _lead(self, index: int) -> str | None:
         """What the template writes between the content of the message before a turn and the turn's
-        own, its reasoning aside; None where one of the two does not stand in the text whole."""
+        own, its reasoning and its numbers aside; None where one of the two is not there whole."""
         place, before = self.places[index], self.places[index - 1] if index else (0, 0)
         if place is None or before is None:
             return None
@@ -93,7 +96,7 @@ class TurnKinds:
         for key in REASONING:
             if reasoning := _text_of(message, key).strip():
                 lead = lead.replace(reasoning, "")
-        return lead
+        return _NUMBER.sub("0", lead)
 
 
 def _text_of(message: Message, key: str) -> str:

@@ -10,6 +10,7 @@ template writes before them. A chat of many kinds is rendered turn by turn.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,8 @@ from lorakit.data.chat.kinds import Kind, TurnKinds
 from lorakit.data.chat.marking import place_contents
 from lorakit.data.chat.template import ChatTemplate, Message, Rendered, Span, Tools
 from lorakit.data.chat.turns import Turn, TurnReader, marked_turn
+
+_DIGITS = re.compile("[0-9]+")
 
 #: Chats whose turns cost no more than so many renderings of the chat are rendered turn by turn.
 EXACT_COST = 6
@@ -95,13 +98,18 @@ class LongChat:
             return first
         text = self._whole.text
         header = text[self._end_before(first.index) : len(first.prompt)]
-        begin = self._end_before(index) + len(header)
-        if text[begin - len(header) : begin] != header:
-            return None
         between = text[len(first.text) : self._start_after(first.index)]
-        end = self._start_after(index) - len(between)
-        if end <= begin or text[end : end + len(between)] != between:
+        if header[-1:].isdigit() or between[:1].isdigit():  # a number might end anywhere
             return None
+        start, stop = self._end_before(index), self._start_after(index)
+        behind_header = _numbered(header).match(text, start, stop)
+        if not behind_header:
+            return None
+        begin = behind_header.end()
+        before_next = _numbered(between, at_end=True).search(text, begin, stop)
+        if not before_next or before_next.start() <= begin:
+            return None
+        end = before_next.start()
         end = self.reader.single_end(text, end)
         prompt = text[:begin]
         if not self.template.marks(self.tools):
@@ -138,3 +146,9 @@ class LongChat:
                 return False
         ends = [0, *(len(turn.text) for turn in turns)]
         return all(end <= len(turn.prompt) for end, turn in zip(ends, turns, strict=False))
+
+
+def _numbered(text: str, at_end: bool = False) -> re.Pattern[str]:
+    """What reads as ``text``, but that its numbers may be others, as those of turns are."""
+    pattern = "[0-9]+".join(re.escape(part) for part in _DIGITS.split(text))
+    return re.compile(pattern + r"\Z" if at_end else pattern)
