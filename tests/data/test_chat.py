@@ -521,3 +521,38 @@ def test_reasoning_behind_a_prompt_that_ends_it_is_left_out_and_counted(
     reasons = len(answer) > 1 or "think" in answer["content"]
     assert found.counts["turns_without_reasoning"] == turns * reasons
     assert not found.counts["shortened_turns"]
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        "messages | selectattr('content', 'equalto', '/q') | list | length > 0",
+        "seen.quick",
+        "messages[-1].content[0] == '/'",
+        "messages[-1].content == messages[0].content",
+        "messages | length == 51",
+        "messages | length % 6 == 1",
+        "messages.index(messages[-1]) < messages | length - 1",
+        "messages[-1].content | int(-1) >= 0",
+        "messages[-1].content < 'B'",
+    ],
+)
+def test_a_prompt_that_depends_on_the_chat_is_the_same_in_long_chats(
+    condition: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer.chat_template = (
+        "{% set seen = namespace(quick=false) %}{% set on, off = '/q', '/p' %}"
+        "{% for m in messages %}{% if m.role == 'user' and on in m.content %}"
+        "{% set seen.quick = true %}{% elif off in m.content %}{% set seen.quick = false %}{% endif %}"
+        "<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% if CONDITION %}(){% endif %}{% endif %}"
+    ).replace("CONDITION", condition)
+    other = {7: "/q", 20: "So /p", 33: "/q", 35: "What of 0?", 38: "12"}
+    chat = tuple(
+        message
+        for i in range(40)
+        for message in ({"role": "user", "content": other.get(i, f"What of {i}?")}, ANSWERS)
+    )
+    found = encode_chat(ChatExample(chat), tokenizer).rows
+    monkeypatch.setattr("lorakit.data.chat.long_chat.EXACT_COST", 10**6)
+    assert found == encode_chat(ChatExample(chat), tokenizer).rows

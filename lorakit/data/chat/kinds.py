@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorakit.data.chat.literals import TemplateTests, template_tests
 from lorakit.data.chat.template import PAYLOAD, REASONING, ChatTemplate, Message, Span, Tools
@@ -32,11 +32,12 @@ class TurnKinds:
     def tell(self, tools: Tools) -> bool:
         """Learn the kinds. False where the template may tell turns apart in a way not seen here."""
         tests = template_tests(self.template.source(tools))
-        if tests.by_length:
+        if tests.by_size:
             return False
         roles = {message["role"] for message in self.messages}
         literals = [text for text in tests.literals if text not in roles]
-        tests = TemplateTests(tuple(literals))
+        tests = replace(tests, literals=tuple(literals))
+        self._tests = tests
         self._features = [self._of_message(message, tests) for message in self.messages]
         self._before = list(self._earlier(literals))
         return True
@@ -55,7 +56,14 @@ class TurnKinds:
             features[asked] if asked is not None else None,
             self._before[index],
             self._lead(index),
+            tuple(index % number for number in self._tests.moduli),
+            self._tests.by_equality and self._repeats(index - 1),
+            self._tests.by_equality and self._repeats(asked),
         )
+
+    def _repeats(self, index: int | None) -> bool:
+        """Whether an earlier message is the same as message ``index``."""
+        return bool(index and index > 0 and self.messages[index] in self.messages[:index])
 
     def _of_message(self, message: Message, tests: TemplateTests) -> _Features:
         return frozenset(self._seen(message, tests))

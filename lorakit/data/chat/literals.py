@@ -10,18 +10,21 @@ from itertools import pairwise
 #: Shorter literals count only where they stand beside a comparison or open a call's arguments.
 _LONG_ENOUGH = 3
 _TRIMS = {"strip", "lstrip", "rstrip", "trim", "replace"}
-_MEASURES = {"length", "count", "wordcount"}
+_MEASURES = {"length", "count", "wordcount", "int", "float"}
 #: Names whose length says nothing of a content.
 _COUNTED = ("messages", "calls", "tools", "documents")
 
 
 @dataclass(frozen=True)
 class TemplateTests:
-    """``literals`` are the strings that a message's text may be searched for. ``by_length``: the
-    template measures something other than a list of messages, calls or tools."""
+    """``literals`` are the strings that a message's text may be searched for; ``moduli`` those that
+    positions may be divided by. ``by_equality``: the template looks for a message among others.
+    ``by_size``: it measures a text or compares its order or a number of two digits."""
 
     literals: tuple[str, ...] = ()
-    by_length: bool = False
+    moduli: tuple[int, ...] = ()
+    by_equality: bool = False
+    by_size: bool = False
 
 
 @cache
@@ -37,8 +40,13 @@ def template_tests(source: str) -> TemplateTests:
         for i in range(1, len(values) - 1)
         if values[i] == "|" and values[i + 1] in _MEASURES
     )
+    by_size = any(not name.endswith(_COUNTED) for name in measured) or _ordered(tokens)
+    moduli = (int(b) for a, b in pairwise(values) if a == "%" and b.isdecimal() and int(b))
     return TemplateTests(
-        tuple(sorted(found)), any(not name.endswith(_COUNTED) for name in measured)
+        tuple(sorted(found)),
+        tuple(sorted(set(moduli))),
+        any(pair == (".", "index") for pair in pairwise(values)),
+        by_size,
     )
 
 
@@ -62,6 +70,18 @@ def _tokens(source: str) -> list[tuple[str, str]] | None:
     return [(kind, value) for _, kind, value in found if kind not in left_out]
 
 
+def _ordered(tokens: list[tuple[str, str]]) -> bool:
+    """Whether a number of two digits is compared, or a string by its order."""
+    for (kind, value), (other_kind, other) in pairwise(tokens):
+        for a_kind, a, operator in ((kind, value, other), (other_kind, other, value)):
+            order = operator in {"<", ">", "<=", ">="}
+            if a_kind == "string" and order:
+                return True
+            if a_kind == "integer" and len(a) > 1 and (order or operator in {"==", "!="}):
+                return True
+    return False
+
+
 def _literals(tokens: list[tuple[str, str]]) -> Iterator[str]:
     padded = [("", "")] * 4 + tokens + [("", "")] * 4
     for i, (kind, value) in enumerate(padded):
@@ -75,7 +95,7 @@ def _literals(tokens: list[tuple[str, str]]) -> Iterator[str]:
         if compared and any("role" in padded[j][1] for j in (i - 2, i - 3, i + 2)):
             continue
         called = before == "(" and padded[i - 2][1] not in _TRIMS
-        tested = compared or called or before == "in" or after in {"in", "not"}
+        tested = compared or called or before in {"in", "="} or after in {"in", "not"}
         if tested or len(text.strip()) >= _LONG_ENOUGH:
             yield text
 
