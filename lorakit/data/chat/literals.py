@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 
-#: Shorter literals count only where they stand beside a comparison or open a call's arguments.
+#: Shorter literals count only beside a comparison, or as values of a list, a call or a variable.
 _LONG_ENOUGH = 3
 _TRIMS = {"strip", "lstrip", "rstrip", "trim", "replace"}
 _MEASURES = {"length", "count", "wordcount", "int", "float"}
@@ -95,7 +95,7 @@ def _literals(tokens: list[tuple[str, str]]) -> Iterator[str]:
         if compared and any("role" in padded[j][1] for j in (i - 2, i - 3, i + 2)):
             continue
         called = before == "(" and padded[i - 2][1] not in _TRIMS
-        tested = compared or called or before in {"in", "="} or after in {"in", "not"}
+        tested = compared or called or before in {"in", "=", ",", "["} or after in {"in", "not"}
         if tested or len(text.strip()) >= _LONG_ENOUGH:
             yield text
 
