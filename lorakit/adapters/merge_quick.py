@@ -8,7 +8,6 @@ a model need to be made: seconds of every merge. Whatever is not certain is left
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,40 +17,12 @@ from lorakit.adapters.checkpoint import Checkpoint
 from lorakit.adapters.files import AdapterFiles
 from lorakit.adapters.held import Held
 from lorakit.adapters.peft_config import is_targeted
+from lorakit.adapters.plain_decoders import EMBEDDING, HEAD, PLAIN, PlainDecoder
 from lorakit.adapters.weighted import LowRank, Weighted, adds_product
 from lorakit.errors import AdapterError
 from lorakit.methods.base import Method
 from lorakit.methods.lora import Lora
 from lorakit.methods.lora_form import peft_rank, peft_scaling
-
-#: model_type -> the class, and whether its embeddings are tied where config.json does not say so.
-#: Of these transformers converts nothing, and every matrix but the embedding is an nn.Linear.
-PLAIN = {
-    "arcee": ("ArceeForCausalLM", False),
-    "cohere": ("CohereForCausalLM", True),
-    "cohere2": ("Cohere2ForCausalLM", True),
-    "ernie4_5": ("Ernie4_5ForCausalLM", True),
-    "gemma": ("GemmaForCausalLM", True),
-    "gemma2": ("Gemma2ForCausalLM", True),
-    "gemma3_text": ("Gemma3ForCausalLM", True),
-    "granite": ("GraniteForCausalLM", False),
-    "llama": ("LlamaForCausalLM", False),
-    "ministral3": ("Ministral3ForCausalLM", False),
-    "mistral": ("MistralForCausalLM", False),
-    "nemotron": ("NemotronForCausalLM", False),
-    "olmo": ("OlmoForCausalLM", False),
-    "olmo2": ("Olmo2ForCausalLM", False),
-    "olmo3": ("Olmo3ForCausalLM", False),
-    "qwen2": ("Qwen2ForCausalLM", False),
-    "qwen3": ("Qwen3ForCausalLM", False),
-    "seed_oss": ("SeedOssForCausalLM", False),
-    "stablelm": ("StableLmForCausalLM", False),
-    "starcoder2": ("Starcoder2ForCausalLM", True),
-}
-_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
-#: What transformers renames in the checkpoints of any model.
-_LEGACY = re.compile(r"LayerNorm\.(?:gamma|beta)|weight_[gv]$|parametrizations")
-_LAYER = re.compile(r"^model\.layers\.(\d+)\.(.+)$")
 
 
 def held_by_name(
@@ -59,10 +30,12 @@ def held_by_name(
 ) -> Held | None:
     """``settings`` is the base's ``config.json``. None where only the class can tell, or say what
     does not fit."""
-    own = PLAIN.get(str(settings.get("model_type")))
-    if own is None or settings.get("architectures") != [own[0]] or "auto_map" in settings:
+    decoder = PLAIN.get(str(settings.get("model_type")))
+    if decoder is None or settings.get("architectures") != [decoder.class_name]:
         return None
-    matrices = _matrices(settings, checkpoint)
+    if "auto_map" in settings:
+        return None
+    matrices = _matrices(decoder, settings, checkpoint)
     if matrices is None:
         return None
     updates: dict[str, list[LowRank]] = {}
@@ -72,42 +45,32 @@ def held_by_name(
             return None
         for name, product in products.items():
             updates.setdefault(f"{name}.weight", []).append(product)
-    names = [f"{_HEAD}.weight", f"{_EMBEDDING}.weight"]
-    tied = bool(settings.get("tie_word_embeddings", own[1]))
+    names = [f"{HEAD}.weight", f"{EMBEDDING}.weight"]
     shapes = {name: stored.shape for name, stored in checkpoint.tensors.items()}
     return Held(
         plain={name: name for name in checkpoint.tensors},
         shapes=shapes,
-        ties=[names] if tied else [],
+        ties=[names] if decoder.is_tied(settings) else [],
         updates=updates,
-        class_name=own[0],
+        class_name=decoder.class_name,
     )
 
 
 def _matrices(
-    settings: Mapping[str, Any], checkpoint: Checkpoint
+    decoder: PlainDecoder, settings: Mapping[str, Any], checkpoint: Checkpoint
 ) -> dict[str, tuple[int, ...]] | None:
-    """Module -> the shape of its matrix. None if the checkpoint is not a plain decoder's: all its
-    layers, each with the same tensors, an embedding, and the head if it is stored."""
-    layers: dict[int, set[str]] = {}
-    matrices: dict[str, tuple[int, ...]] = {}
-    for name, stored in checkpoint.tensors.items():
-        module, _, end = name.rpartition(".")
-        layer = _LAYER.match(name)
-        if layer is not None:
-            layers.setdefault(int(layer[1]), set()).add(layer[2])
-        elif module not in (_EMBEDDING, _HEAD, "model.norm"):
-            return None
-        if _LEGACY.search(name) or end not in ("weight", "bias") or len(stored.shape) > 2:
-            return None
-        if end == "weight" and len(stored.shape) == 2:
-            matrices[module] = stored.shape
-    count = settings.get("num_hidden_layers")
-    alike = len({frozenset(ends) for ends in layers.values()}) == 1
-    whole = set(layers) == set(range(count if isinstance(count, int) else 0))
-    if not alike or not whole or _EMBEDDING not in matrices:
+    """Module -> the shape of its matrix. None unless the checkpoint holds what the class does,
+    tensor by tensor; an output layer that is tied may be stored or not."""
+    shapes = decoder.shapes(settings)
+    if shapes is None:
         return None
-    return {_HEAD: matrices[_EMBEDDING]} | matrices
+    stored = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    head = f"{HEAD}.weight"
+    if decoder.is_tied(settings):
+        stored.setdefault(head, shapes[head])
+    if stored != shapes:
+        return None
+    return {n.removesuffix(".weight"): shape for n, shape in shapes.items() if len(shape) == 2}
 
 
 def _products(
@@ -121,7 +84,7 @@ def _products(
     factors: dict[str, dict[str, Tensor]] = {}
     for key, value in files.tensors.items():
         name, end = _split(key, matrices)
-        if name in ("", _EMBEDDING, _HEAD) or end not in ("lora_A.weight", "lora_B.weight"):
+        if name in ("", EMBEDDING, HEAD) or end not in ("lora_A.weight", "lora_B.weight"):
             return None
         factors.setdefault(name, {})[end] = value
     if {name for name in matrices if is_targeted(files.config, name)} - set(factors):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from lorakit.adapters import merge as merge_module
 from lorakit.adapters import merge_quick, merge_stream, merge_workers
 from lorakit.adapters.load import load
 from lorakit.adapters.merge import merge
+from lorakit.errors import AdapterError, ModelError
 from lorakit.layers import adapted_modules
 from tests.adapters.directories import write_adapter, write_base
 
@@ -116,33 +118,73 @@ def test_what_names_do_not_tell_is_left_to_the_class(keys: dict[str, Any], tmp_p
             assert merge_quick.held_by_name(settings | change, checkpoint, plain) is None
 
 
+@pytest.mark.parametrize("biased", [None, True, False])
 @pytest.mark.parametrize("model_type", merge_quick.PLAIN)
-def test_families_whose_names_tell_all(model_type: str) -> None:
-    """Of each, transformers converts nothing, and every matrix but one is an nn.Linear."""
+def test_families_whose_configuration_tells_all(model_type: str, biased: bool | None) -> None:
+    """Of each, transformers converts nothing, every matrix but one is an nn.Linear, and names and
+    shapes are those of the class."""
     import transformers as tf
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     small = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4,
              "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 128}  # fmt: skip
-    config = tf.CONFIG_MAPPING[model_type](**small)
-    name, tied = merge_quick.PLAIN[model_type]
+    if model_type not in ("olmo", "cohere2", "stablelm", "starcoder2"):  # always hidden / heads
+        small["head_dim"] = 32
+    keys = ("attention_bias", "mlp_bias", "use_bias", "use_qkv_bias", "attention_out_bias")
+    known = tf.CONFIG_MAPPING[model_type]().to_dict()
+    biases = {} if biased is None else {key: biased for key in keys if key in known}
+    config = tf.CONFIG_MAPPING[model_type](**small, **biases, pad_token_id=0)
+    decoder = merge_quick.PLAIN[model_type]
     with torch.device("meta"):
-        model = getattr(tf, name)(config)
-    assert config.tie_word_embeddings == tied
+        model = getattr(tf, decoder.class_name)(config)
+    assert config.tie_word_embeddings == decoder.tied
     assert not config.sub_configs
     assert not get_model_conversion_mapping(model, add_legacy=False)
-    ends: dict[str, set[str]] = {}
-    for key, value in model.state_dict().items():
-        module, _, end = key.rpartition(".")
+    state = model.state_dict()
+    want = {name: tuple(value.shape) for name, value in state.items()}
+    assert decoder.shapes({**small, **biases}) == want
+    assert decoder.shapes(config.to_dict()) == want
+    for key, value in state.items():
+        module = key.rpartition(".")[0]
         if value.ndim == 2:
             exact = type(model.get_submodule(module)) is torch.nn.Linear
             assert exact != (module == "model.embed_tokens"), key
-        assert (end in ("weight", "bias"), value.ndim <= 2) == (True, True)
-        if module.startswith("model.layers."):
-            ends.setdefault(module.split(".")[2], set()).add(key.split(".", 3)[3])
-        else:
-            assert module in ("model.embed_tokens", "model.norm", "lm_head")
-    assert ends["0"] == ends["1"]
+    for key in decoder.unless:
+        assert decoder.shapes({**small, key: True}) is None
+
+
+@pytest.mark.parametrize(
+    ("lost", "shape", "settings", "said"),
+    [
+        (r"lm_head\.weight", None, {}, r"neither in the base .*, lm_head\.weight among them"),
+        (r"model\.norm\.weight", None, {}, r"model\.norm\.weight among them"),
+        (r".*mlp\.up_proj\.weight", None, {}, r"2 weights .*layers\.0\.mlp\.up_proj\.weight"),
+        (r".*input_layernorm\.weight", None, {}, r"layers\.0\.input_layernorm\.weight"),
+        (r".*q_proj\.bias", None, {}, r"layers\.0\.self_attn\.q_proj\.bias"),
+        (r".*up_proj\.weight", (20, 16), {}, r"is \(20, 16\), and the configuration says \(24, 16\)"),
+        (r"lm_head\.weight", (70, 16), {}, r"lm_head\.weight is \(70, 16\)"),
+        (r".*k_proj\.weight", (16, 16), {}, r"k_proj\.weight is \(16, 16\)"),
+        (None, None, {"vocab_size": 80}, r"is \(64, 16\), and the configuration says \(80, 16\)"),
+        (None, None, {"num_key_value_heads": 4}, r"the configuration says \(16, 16\)"),
+    ],
+)  # fmt: skip
+def test_a_base_that_is_not_what_its_configuration_says(
+    lost: str | None, shape: tuple[int, ...] | None, settings: dict[str, int], said: str,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    base = write_base(tmp_path / "base", "qwen2")
+    adapter = write_adapter(base, tmp_path / "adapter", target_modules=["q"])
+    state = load_file(base / "model.safetensors")
+    for name in [name for name in state if lost and re.fullmatch(lost, name)]:
+        state.pop(name)
+        if shape is not None:
+            state[name] = torch.zeros(shape)
+    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    own = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(own | settings))
+    with pytest.raises((AdapterError, ModelError), match=said):
+        merge(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 _WATCHED = """
@@ -180,9 +222,9 @@ def test_memory_is_a_few_chunks(tmp_path: Path) -> None:
     stem = "model.layers.0"
     shapes = {"mlp.gate_proj": (12288, 2048), "mlp.up_proj": (12288, 2048),
               "mlp.down_proj": (2048, 12288), "self_attn.q_proj": (32, 2048)}  # fmt: skip
-    state = {f"{stem}.{name}.weight": torch.zeros(s, dtype=torch.bfloat16)
-             for name, s in shapes.items()}  # fmt: skip
-    state["model.embed_tokens.weight"] = torch.zeros(64, 2048, dtype=torch.bfloat16)
+    own = merge_quick.PLAIN["llama"].shapes(sizes)
+    assert own is not None
+    state = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in own.items()}
     save_file(state, base / "model.safetensors", metadata={"format": "pt"})
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **sizes}
     (base / "config.json").write_text(json.dumps(config))

@@ -1,0 +1,147 @@
+"""The tensors of the common decoders, by ``config.json`` alone: names and shapes.
+
+Of these transformers converts nothing, and every matrix but the embedding is an nn.Linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+_TWO_NORMS = ("input_layernorm", "post_attention_layernorm")
+_FOUR_NORMS = (*_TWO_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+_POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
+_GATED, _UNGATED = ("gate_proj", "up_proj", "down_proj"), ("up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Bias:
+    """Whether linear layers have a bias: the value of ``key``, ``default`` where it is not set."""
+
+    key: str = ""
+    default: bool = False
+
+    def holds(self, settings: Mapping[str, Any]) -> bool:
+        return bool(settings.get(self.key, self.default))
+
+
+_NO_BIAS, _ALWAYS = Bias(), Bias(default=True)
+_ATTENTION, _MLP, _ANY = Bias("attention_bias"), Bias("mlp_bias"), Bias("use_bias")
+
+
+@dataclass(frozen=True)
+class PlainDecoder:
+    """``tied``: whether the embeddings are where ``config.json`` does not say so. The last of
+    ``mlp`` leads back to the hidden size. ``qk_norms`` are ``head`` (one for all heads) or ``all``
+    (over the heads' concatenation). ``own_head_dim``: the class has a default of its own.
+    ``unless`` are keys that add tensors, or take some away."""
+
+    class_name: str
+    tied: bool = False
+    norms: tuple[str, ...] = _TWO_NORMS
+    norm_bias: bool = False
+    final_norm: bool = True
+    qk_norms: str = ""
+    mlp: tuple[str, ...] = _GATED
+    qkv_bias: Bias = _NO_BIAS
+    o_bias: Bias = _NO_BIAS
+    mlp_bias: Bias = _NO_BIAS
+    own_head_dim: bool = False
+    unless: tuple[str, ...] = ()
+
+    def is_tied(self, settings: Mapping[str, Any]) -> bool:
+        return bool(settings.get("tie_word_embeddings", self.tied))
+
+    def shapes(self, settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
+        """Tensor -> shape, the output layer included. None where ``config.json`` leaves a size to
+        the class."""
+        if any(settings.get(key) for key in self.unless):
+            return None
+        keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                "num_attention_heads", "num_key_value_heads")  # fmt: skip
+        sizes = [settings.get(key) for key in keys]
+        if any(type(size) is not int or size < 1 for size in sizes):
+            return None
+        vocabulary, hidden, inner, layers, heads, pairs = (int(size or 0) for size in sizes)
+        head_dim = settings.get("head_dim") or (not self.own_head_dim and hidden // heads)
+        if type(head_dim) is not int:
+            return None
+        q, kv = heads * head_dim, pairs * head_dim
+        layer = self._layer(settings, hidden, inner, q, kv, head_dim)
+        found = {
+            f"{EMBEDDING}.weight": (vocabulary, hidden),
+            f"{HEAD}.weight": (vocabulary, hidden),
+        }
+        named = {
+            f"model.layers.{i}.{end}": shape for i in range(layers) for end, shape in layer.items()
+        }
+        final = self._norm("model.norm", hidden) if self.final_norm else {}
+        return {**found, **named, **final}
+
+    def _layer(
+        self, settings: Mapping[str, Any], hidden: int, inner: int, q: int, kv: int, head_dim: int
+    ) -> dict[str, tuple[int, ...]]:
+        qkv_bias, o_bias = self.qkv_bias.holds(settings), self.o_bias.holds(settings)
+        mlp_bias = self.mlp_bias.holds(settings)
+        found: dict[str, tuple[int, ...]] = {}
+        for role, rows in (("q", q), ("k", kv), ("v", kv)):
+            found |= _linear(f"self_attn.{role}_proj", rows, hidden, qkv_bias)
+        found |= _linear("self_attn.o_proj", hidden, q, o_bias)
+        for name in self.mlp[:-1]:
+            found |= _linear(f"mlp.{name}", inner, hidden, mlp_bias)
+        found |= _linear(f"mlp.{self.mlp[-1]}", hidden, inner, mlp_bias)
+        for name in self.norms:
+            found |= self._norm(name, hidden)
+        if self.qk_norms:
+            per_head = self.qk_norms == "head"
+            found["self_attn.q_norm.weight"] = (head_dim if per_head else q,)
+            found["self_attn.k_norm.weight"] = (head_dim if per_head else kv,)
+        return found
+
+    def _norm(self, name: str, size: int) -> dict[str, tuple[int, ...]]:
+        ends = ("weight", "bias") if self.norm_bias else ("weight",)
+        return {f"{name}.{end}": (size,) for end in ends}
+
+
+def _linear(name: str, rows: int, columns: int, bias: bool) -> dict[str, tuple[int, ...]]:
+    own: dict[str, tuple[int, ...]] = {f"{name}.weight": (rows, columns)}
+    return own | ({f"{name}.bias": (rows,)} if bias else {})
+
+
+def _decoder(class_name: str, bias: Bias = _NO_BIAS, **keys: Any) -> PlainDecoder:
+    """One whose attention has ``bias`` in all its layers."""
+    return PlainDecoder(class_name, **{"qkv_bias": bias, "o_bias": bias, **keys})
+
+
+#: By model_type.
+PLAIN = {
+    "arcee": _decoder("ArceeForCausalLM", _ATTENTION, mlp=_UNGATED, mlp_bias=_MLP),
+    "cohere": _decoder("CohereForCausalLM", _ATTENTION, tied=True, norms=("input_layernorm",),
+                       unless=("use_qk_norm",)),
+    "cohere2": _decoder("Cohere2ForCausalLM", _ATTENTION, tied=True, norms=("input_layernorm",)),
+    "ernie4_5": _decoder("Ernie4_5ForCausalLM", _ANY, tied=True, mlp_bias=_ANY, own_head_dim=True),
+    "gemma": _decoder("GemmaForCausalLM", _ATTENTION, tied=True, own_head_dim=True),
+    "gemma2": _decoder("Gemma2ForCausalLM", _ATTENTION, tied=True, norms=_FOUR_NORMS,
+                       own_head_dim=True),
+    "gemma3_text": _decoder("Gemma3ForCausalLM", _ATTENTION, tied=True, norms=_FOUR_NORMS,
+                            qk_norms="head", own_head_dim=True),
+    "granite": _decoder("GraniteForCausalLM", _ATTENTION, mlp_bias=_MLP),
+    "llama": _decoder("LlamaForCausalLM", _ATTENTION, mlp_bias=_MLP),
+    "ministral3": _decoder("Ministral3ForCausalLM", own_head_dim=True),
+    "mistral": _decoder("MistralForCausalLM"),
+    "nemotron": _decoder("NemotronForCausalLM", _ATTENTION, mlp=_UNGATED, mlp_bias=_MLP,
+                         norm_bias=True),
+    "olmo": _decoder("OlmoForCausalLM", _ATTENTION, norms=(), final_norm=False),
+    "olmo2": _decoder("Olmo2ForCausalLM", _ATTENTION, norms=_POST_NORMS, qk_norms="all"),
+    "olmo3": _decoder("Olmo3ForCausalLM", _ATTENTION, norms=_POST_NORMS, qk_norms="all"),
+    "qwen2": _decoder("Qwen2ForCausalLM", qkv_bias=_ALWAYS),
+    "qwen3": _decoder("Qwen3ForCausalLM", _ATTENTION, qk_norms="head", own_head_dim=True),
+    "seed_oss": _decoder("SeedOssForCausalLM", qkv_bias=Bias("attention_bias", True),
+                         o_bias=Bias("attention_out_bias"), mlp_bias=_MLP, own_head_dim=True),
+    "stablelm": _decoder("StableLmForCausalLM", qkv_bias=Bias("use_qkv_bias"), norm_bias=True,
+                         unless=("qk_layernorm", "use_parallel_residual")),
+    "starcoder2": _decoder("Starcoder2ForCausalLM", Bias("use_bias", True), tied=True,
+                           mlp=("c_fc", "c_proj"), mlp_bias=Bias("use_bias", True), norm_bias=True),
+}  # fmt: skip
