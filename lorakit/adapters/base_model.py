@@ -112,7 +112,8 @@ def check_supplied(
     if absent := sorted(lacking - set(supplied)):
         raise AdapterError(
             f"{files.directory}: {len(absent)} weights are neither in the base {base} nor in the "
-            f"adapter, {absent[0]} among them: the adapter belongs to another base model"
+            f"adapter, {absent[0]} among them: the adapter belongs to another base model, or "
+            "the base is incomplete"
         )
 
 

@@ -23,6 +23,7 @@ from lorakit.adapters.merge_files import LeftOut, copy_files
 from lorakit.adapters.merge_plan import plan_merge
 from lorakit.adapters.merge_quick import held_by_name
 from lorakit.adapters.merge_stream import write_tensors
+from lorakit.adapters.merge_tokenizer import choose_tokenizer
 from lorakit.adapters.merge_workers import OnProgress
 from lorakit.adapters.merged_config import write_config
 from lorakit.adapters.shards import create_files, parse_size, plan_files
@@ -97,6 +98,7 @@ def merge(
     directory = local_directory(section)
     settings = read_config(directory)
     _check_not_quantised(settings, section.name_or_path)
+    tokenizer = choose_tokenizer(directory, files.directory, needs_pad=files.classifies)
     with Checkpoint(directory) as checkpoint:
         held = _held(section, settings, checkpoint, adapters)
         plan = plan_merge(held, checkpoint, wanted)
@@ -109,9 +111,8 @@ def merge(
             write_tensors(folder, plan, checkpoint, places, on_progress)
             write_config(folder, directory, held, plan, wanted, list(shards) != [SINGLE])
             weights = {file.relative_to(directory).as_posix() for file in checkpoint.files}
-            left_out, notes = copy_files(
-                folder, directory, files.directory, weights, needs_pad=files.classifies
-            )
+            left_out = copy_files(folder, directory, weights, tokenizer)
+    notes = list(tokenizer.notes)
     for note in notes:
         say(note)
     return MergeReport(

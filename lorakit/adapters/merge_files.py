@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.adapters.checkpoint import INDEX
-from lorakit.adapters.merge_tokenizer import Tokenizer, choose_tokenizer
+from lorakit.adapters.merge_tokenizer import Tokenizer
 from lorakit.adapters.merged_config import CONFIG
 
 #: Larger files are no settings, and would fill the disk.
@@ -34,14 +34,9 @@ class LeftOut:
     reason: str
 
 
-def copy_files(
-    folder: Path, base: Path, adapter: Path, weights: set[str], *, needs_pad: bool
-) -> tuple[list[LeftOut], list[str]]:
+def copy_files(folder: Path, base: Path, weights: set[str], tokenizer: Tokenizer) -> list[LeftOut]:
     """Copy into ``folder`` what the base has besides its ``weights`` and ``config.json``, and the
-    tokenizer of the adapter if it is a complete one of its own.
-
-    Returns what was left out of the base, and what the user should know."""
-    tokenizer = choose_tokenizer(base, adapter, needs_pad=needs_pad)
+    adapter's ``tokenizer`` if that is the one to take. Returns what was left out of the base."""
     left_out: list[LeftOut] = []
     components = _components(base)
     for name in _walk(base, left_out):
@@ -56,7 +51,7 @@ def copy_files(
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(base / name, folder / name)
     _write_tokenizer(folder, tokenizer)
-    return left_out, list(tokenizer.notes)
+    return left_out
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.adapters.checkpoint import TEMPLATES, TOKENIZER_FILES
+from lorakit.errors import AdapterError, shown
 
 _FAST, _SETTINGS, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 _MAP, _ADDED = "special_tokens_map.json", "added_tokens.json"
@@ -36,19 +37,23 @@ class Tokenizer:
 def choose_tokenizer(base: Path, adapter: Path, *, needs_pad: bool = False) -> Tokenizer:
     """The adapter's tokenizer replaces the base's if it is complete (``tokenizer_config.json`` and
     a vocabulary) and another: in tokens, special tokens or chat template. ``tokenizer_class`` stays
-    the base's. A pad token that only the adapter has counts if the model ``needs_pad``."""
+    the base's. A pad token that only the adapter has counts if the model ``needs_pad``.
+
+    Raises AdapterError if one of the adapter's files is corrupt."""
     files = _files(adapter)
     if not files:
         return Tokenizer()
+    _check_json(adapter, files)
     vocabulary = [name for name in files if name == _FAST or name in _VOCABULARIES]
     if _SETTINGS not in files or not vocabulary:
         listed = ", ".join(sorted(files))
         return Tokenizer(notes=(f"{adapter}: {listed}: no complete tokenizer; the base's is kept",))
     own = _files(base)
+    if own and _is_same(files, own, needs_pad):
+        return Tokenizer()
+    _check_fast(adapter, files)
     if not own:
         return Tokenizer(written=files)
-    if _is_same(files, own, needs_pad):
-        return Tokenizer()
     same = files.get(_FAST) == own.get(_FAST) or _tokens(files.get(_FAST)) == _tokens(
         own.get(_FAST)
     )
@@ -73,6 +78,32 @@ def _files(directory: Path) -> dict[str, bytes]:
         for path in (directory / TEMPLATES).glob("*.jinja"):
             found[f"{TEMPLATES}/{path.name}"] = path.read_bytes()
     return found
+
+
+def _check_json(directory: Path, files: Mapping[str, bytes]) -> None:
+    for name, content in files.items():
+        if not name.endswith(".json"):
+            continue
+        try:
+            value = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise AdapterError(f"{directory / name}: not readable as JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise AdapterError(
+                f"{directory / name}: a JSON object is expected, found {shown(value)}"
+            )
+
+
+def _check_fast(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Raise AdapterError for a ``tokenizer.json`` that the tokenizers library does not read."""
+    if _FAST not in files:
+        return
+    from tokenizers import Tokenizer as Fast
+
+    try:
+        Fast.from_str(files[_FAST].decode("utf-8"))
+    except Exception as error:  # the library raises nothing more special
+        raise AdapterError(f"{directory / _FAST}: no usable tokenizer: {error}") from error
 
 
 def _is_same(files: Mapping[str, bytes], own: Mapping[str, bytes], needs_pad: bool) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorakit.adapters.checkpoint import Checkpoint
 from lorakit.adapters.merge import merge
-from lorakit.errors import ModelError
+from lorakit.errors import AdapterError, ModelError
 from tests.adapters.checkpoints import add_tensors, tensors
 from tests.adapters.conftest import MakePair
 from tests.families import token_ids
@@ -244,8 +245,6 @@ def test_a_dtype_that_is_only_copied(make_pair: MakePair, tmp_path: Path) -> Non
     name = next(key for key in quantised if key.endswith("q_proj.weight"))
     quantised[name] = quantised[name].to(torch.float8_e4m3fn)
     save_file(quantised, base / "model.safetensors", metadata={"format": "pt"})
-    from lorakit.errors import AdapterError
-
     with pytest.raises(AdapterError, match=r"q_proj\.weight is F8_E4M3: a quantised base"):
         merge(base, adapter, tmp_path / "no")
 
@@ -344,6 +343,30 @@ def test_half_a_tokenizer_is_none(
     for file in base.iterdir():
         if file.name != "model.safetensors":
             assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [("tokenizer.json", None, "not readable as JSON"), ("tokenizer.json", b"[]", "a JSON object"),
+     ("tokenizer.json", b"{}", "no usable tokenizer"),
+     ("tokenizer.json", b'{"model": {"type": "BPE"}}', "no usable tokenizer"),
+     ("tokenizer_config.json", b'{"a', "not readable as JSON"),
+     ("vocab.json", b"\xff", "not readable as JSON")],
+)  # fmt: skip
+def test_a_corrupt_tokenizer_is_an_error(
+    with_tokenizers: tuple[Path, Path], name: str, content: bytes | None, said: str, tmp_path: Path
+) -> None:
+    base, adapter = with_tokenizers
+    file = adapter / name
+    file.write_bytes(file.read_bytes()[:500] if content is None else content)
+    with pytest.raises(AdapterError, match=f"adapter/{re.escape(name)}: {said}"):
+        merge(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    if content == b"{}":
+        for own in ("tokenizer.json", "tokenizer_config.json"):
+            (base / own).unlink()
+        with pytest.raises(AdapterError, match=said):
+            merge(base, adapter, tmp_path / "out")
 
 
 def test_a_base_without_a_tokenizer_gets_the_adapters(
