@@ -18,6 +18,7 @@ from lorakit.adapters.files import AdapterFiles
 from lorakit.adapters.place import find_places
 from lorakit.errors import AdapterError, ModelError
 from lorakit.models.load import (
+    check_kind,
     check_shapes,
     explained,
     hub_options,
@@ -29,7 +30,8 @@ from lorakit.recipe.sections import ModelSection
 
 
 def full_config(section: ModelSection, files: AdapterFiles) -> PreTrainedConfig:
-    """The base's configuration; for a classifier with the adapter's labels."""
+    """The base's configuration; for a classifier with the adapter's labels. Raises ModelError for
+    a base that is missing, or of a kind that cannot be trained."""
     try:
         config = load_config(section)
     except ModelError as error:
@@ -39,6 +41,7 @@ def full_config(section: ModelSection, files: AdapterFiles) -> PreTrainedConfig:
             f"{error}; {files.directory} names this base: if it has moved, give the base explicitly"
         ) from error
     if not files.classifies:
+        check_kind(config, "causal", section.name_or_path)
         return config
     sidecar = files.sidecar or {}
     labels = sidecar.get("id2label")
@@ -64,8 +67,9 @@ def set_pad_token(config: PreTrainedConfig, model: PreTrainedModel, files: Adapt
 def empty_model(
     config: PreTrainedConfig, files: AdapterFiles, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The base with its head, on the device ``meta``: names and shapes without values."""
-    with torch.device("meta"), quiet():
+    """The base with its head, on the device ``meta``: names and shapes without values. Raises
+    ModelError if transformers has no such class."""
+    with explained(str(config.name_or_path), "base"), torch.device("meta"), quiet():
         model: PreTrainedModel = _auto(files).from_config(
             config, trust_remote_code=trust_remote_code
         )

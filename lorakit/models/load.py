@@ -67,7 +67,7 @@ def load_pretrained(
     name = section.name_or_path
     hub = hub_options(section)
     config = load_config(section)
-    _check_kind(config, kind, name)
+    check_kind(config, kind, name)
     options: dict[str, Any] = {**hub, "dtype": getattr(torch, section.dtype)}
     if section.attn_implementation != "auto":
         options["attn_implementation"] = section.attn_implementation
@@ -189,7 +189,8 @@ def label_options(labels: Sequence[str] | None) -> dict[str, Any]:
     }
 
 
-def _check_kind(config: PreTrainedConfig, kind: Kind, name: str) -> None:
+def check_kind(config: PreTrainedConfig, kind: Kind, name: str) -> None:
+    """Raise ModelError for a model that lorakit has no class for, or that is of the other kind."""
     causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if kind == "encoder" and getattr(config, "is_encoder_decoder", False):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -282,6 +283,19 @@ def test_bases_that_cannot_be_merged_into(make_pair: MakePair, tmp_path: Path) -
     weights.rename(base / "pytorch_model.bin")
     with pytest.raises(ModelError, match="safetensors only"):
         merge(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["Qwen2VL", "Qwen3VL", "Llava", "Bert"])
+def test_bases_without_a_class_for_text(name: str, make_pair: MakePair, tmp_path: Path) -> None:
+    base, adapter, _ = make_pair()
+    config = getattr(transformers, f"{name}Config")()
+    config.architectures = [f"{name}ForConditionalGeneration"]
+    config.save_pretrained(base)
+    reason = "not a causal language model" if name == "Bert" else "multimodal, and transformers has"
+    for read in (load, lambda *given: merge(*given, tmp_path / "out")):
+        with pytest.raises(ModelError, match=f"{config.model_type} is {reason}"):
+            read(base, adapter)
     assert not (tmp_path / "out").exists()
 
 
