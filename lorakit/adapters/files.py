@@ -36,8 +36,9 @@ SIDECAR = "lorakit.json"
 PREFIX = "base_model.model."
 __all__ = ["CONFIG", "SIDECAR", "WEIGHTS", "AdapterFiles", "is_finite", "read_adapter"]
 
-#: With ``bias: all`` PEFT writes the biases of modules that train whole a second time, under the
-#: names that they have inside of it, and beside them the biases that these stand in place of.
+#: With ``bias: all`` and with ``save_embedding_layers`` PEFT writes tensors of modules that train
+#: whole a second time, under the names that they have inside of it, and beside them those that
+#: these stand in place of.
 _SECOND = re.compile(r"\.(?:modules_to_save|original_module)\.")
 
 
@@ -129,8 +130,7 @@ def read_adapter(directory: str | Path, say: Callable[[str], None] | None = None
     if own is None:
         check_supported(config, where)
     tensors = _tensors(directory, config["peft_type"])
-    if config.get("bias") == "all":
-        tensors = {name: value for name, value in tensors.items() if not _SECOND.search(name)}
+    tensors = _without_second(tensors, config)
     if own is None:
         check_tied(config, tensors, where)
         if note := unknown_keys_note(config, where):
@@ -173,6 +173,15 @@ def _parts(stored: Mapping[str, Mapping[str, int]]) -> dict[str, tuple[Rows, int
     if len({rows.period for rows, _ in found.values()}) > 1:
         raise ValueError("period")
     return found
+
+
+def _without_second(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    biases = config.get("bias") == "all"
+    return {
+        name: value
+        for name, value in tensors.items()
+        if not (_SECOND.search(name) and (biases or _SECOND.sub(".", name) in tensors))
+    }
 
 
 def _is_own_form(method: Method, config: Mapping[str, Any]) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lorakit.adapters.files import AdapterFiles, read_adapter
 from lorakit.adapters.names import fitted
@@ -45,6 +47,7 @@ def load_adapter(
     files = fitted(files, model)
     places = find_places(model, files)
     whole = whole_modules(model, files, places)
+    _check_vocabulary(model, files, places)
     _check_complete(model, files, places, whole)
     layers = _layers(model, files, places)
     _check_shapes(model, files, {**places.base, **places.whole})
@@ -137,6 +140,39 @@ def _layers(
         except AdapterError as error:
             raise AdapterError(f"{files.directory}: {error}") from error
     return layers
+
+
+def _check_vocabulary(model: nn.Module, files: AdapterFiles, places: Placement) -> None:
+    """Raise AdapterError where the adapter was trained with another number of tokens."""
+    if not isinstance(model, PreTrainedModel):
+        return
+    ends = [model.get_output_embeddings()]
+    with suppress(NotImplementedError):
+        ends.append(model.get_input_embeddings())
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if weight is None or not any(module is end for end in ends):
+            continue
+        own = tuple(weight.shape)
+        for shape in _matrices(places, name):
+            if shape != own and shape[1:] == own[1:]:
+                raise AdapterError(
+                    f"{files.directory}: {name} has {shape[0]} rows, the base's {own[0]}: the "
+                    "vocabulary was resized for the training (tokens were added); give the base "
+                    "with as many rows (resize_token_embeddings, then save_pretrained)"
+                )
+
+
+def _matrices(places: Placement, name: str) -> list[tuple[int, ...]]:
+    """The shapes of a module's matrix that the adapter's tensors tell."""
+    given = {**places.base, **places.whole}.get(f"{name}.weight")
+    own = places.adapters.get(name, {})
+    found = [tuple(given.shape)] if given is not None else []
+    if "lora_A.weight" in own and "lora_B.weight" in own:
+        found.append((len(own["lora_B.weight"]), own["lora_A.weight"].shape[-1]))
+    if "lora_embedding_A" in own and "lora_embedding_B" in own:
+        found.append((own["lora_embedding_A"].shape[-1], len(own["lora_embedding_B"])))
+    return found
 
 
 def _check_shapes(model: nn.Module, files: AdapterFiles, values: Mapping[str, Tensor]) -> None:

@@ -12,6 +12,7 @@ from peft import get_peft_model
 from torch import nn
 
 from lorakit.adapters.peft_format import load_adapter
+from lorakit.errors import AdapterError
 from tests.families import tiny, token_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -94,6 +95,37 @@ def test_equal_logits(case: str, tmp_path: Path) -> None:
     want = logits(theirs)
     torch.testing.assert_close(logits(ours), want, atol=1e-5, rtol=0)
     assert (want - before).abs().max() > 1e-3, "the adapter does something"
+
+
+_WHOLE = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("rows", [64, 66])
+@pytest.mark.parametrize(
+    "adapter",
+    [_WHOLE, {"target_modules": ["q_proj"]}, {"target_modules": ["embed_tokens", "lm_head"]}],
+    ids=["whole", "beside", "factors"],
+)
+def test_saved_embeddings(adapter: dict[str, Any], rows: int, tied: bool, tmp_path: Path) -> None:
+    """PEFT saves them with every adapter of a base whose vocabulary was resized; those that are
+    trained whole, under three names."""
+    base = tiny("llama", tie_word_embeddings=tied)
+    base.resize_token_embeddings(rows)
+    theirs = get_peft_model(base, PeftLora(r=4, task_type="CAUSAL_LM", **adapter))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    ours = tiny("llama", tie_word_embeddings=tied)
+    if rows == 64:
+        load_adapter(ours, tmp_path)
+        ids = token_ids()
+        torch.testing.assert_close(ours(ids).logits, theirs.eval()(ids).logits)
+    else:
+        with pytest.raises(AdapterError, match=r"66 rows, the base's 64: the vocabulary was"):
+            load_adapter(ours, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
