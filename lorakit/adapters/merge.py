@@ -96,6 +96,7 @@ def merge(
     max_shard_bytes = parse_size(max_shard_size)
     wanted = dtype_name(dtype, "dtype")
     directory = local_directory(section)
+    _check_outside(out, "base", directory)  # a Hub id's, in the cache
     settings = read_config(directory)
     _check_not_quantised(settings, section.name_or_path)
     tokenizer = choose_tokenizer(directory, files.directory, needs_pad=files.classifies)
@@ -160,20 +161,26 @@ def _weights(adapters: Sequence[Weighted]) -> dict[str, Any]:
 
 
 def _check_out(out: Path, base: str, adapters: Sequence[Weighted], overwrite: bool) -> None:
-    target = out.resolve()
-    inputs = [("base", Path(base)), *(("adapter", given.files.directory) for given in adapters)]
-    for what, path in inputs:
-        if not path.is_dir():
-            continue
-        other = path.resolve()
-        if target == other or other in target.parents or target in other.parents:
-            raise AdapterError(f"OUT = {out}: must lie outside the {what}'s directory {path}")
+    _check_outside(out, "base", Path(base))
+    for given in adapters:
+        _check_outside(out, "adapter", given.files.directory)
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise AdapterError(f"OUT = {out}: exists and is not a directory")
     if out.exists() and not overwrite:
         raise AdapterError(f"OUT = {out}: exists already; give another, or --overwrite it")
     if out.exists() and any(out.iterdir()) and not (out / "config.json").is_file():
         raise AdapterError(f"OUT = {out}: holds something other than a model; it is not replaced")
+
+
+def _check_outside(out: Path, what: str, path: Path) -> None:
+    """Raise AdapterError if ``out`` is the directory ``path``, lies in it or holds it."""
+    if not path.is_dir():
+        return
+    target, other = out.resolve(), path.resolve()
+    if target == other or other in target.parents:
+        raise AdapterError(f"OUT = {out}: must lie outside the {what}'s directory {path}")
+    if target in other.parents:
+        raise AdapterError(f"OUT = {out}: holds the {what}'s directory {path}; give another")
 
 
 def _check_not_quantised(settings: Mapping[str, Any], base: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -250,7 +251,7 @@ def test_places_that_out_may_not_be(make_pair: MakePair, tmp_path: Path) -> None
         base / "merged": "outside the base's directory",
         adapter: "outside the adapter's directory",
         adapter / "merged": "outside the adapter's directory",
-        tmp_path: "outside the base's directory",
+        tmp_path: "holds the base's directory",
         tmp_path / "file": "not a directory",
         tmp_path / "photos": "something other than a model",
     }
@@ -262,6 +263,25 @@ def test_places_that_out_may_not_be(make_pair: MakePair, tmp_path: Path) -> None
     with pytest.raises(AdapterError, match="exists already"):
         merge(base, adapter, tmp_path / "there")
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "there"])
+
+
+def test_out_may_not_be_in_the_hubs_cache_of_the_base(
+    make_pair: MakePair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter, _ = make_pair()
+    repository = tmp_path / "cache" / "models--some--base"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    snapshot = repository / "snapshots" / "abc"
+    shutil.copytree(base, snapshot)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    before = sorted(tmp_path.rglob("*"))
+    for out in (snapshot, snapshot / "merged", snapshot / "deeper" / "merged"):
+        with pytest.raises(AdapterError, match="outside the base's directory"):
+            merge("some/base", adapter, out, overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
+    merge("some/base", adapter, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_bases_that_cannot_be_merged_into(make_pair: MakePair, tmp_path: Path) -> None:
