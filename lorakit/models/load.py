@@ -165,6 +165,10 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
         raise ModelError(f"model.name_or_path: {name}: no such directory{hint}")
     with explained(name), quiet():
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, **hub_options(section))
+    text = config.get_text_config()
+    if getattr(config, "tie_word_embeddings", False) and text is not config:
+        # The whole's class reads its own flag alone; an output layer that is stored apart stays so.
+        text.tie_word_embeddings = True
     return config
 
 

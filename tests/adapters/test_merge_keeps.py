@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3_5ForConditionalGeneration
 
 from lorakit.adapters.load import load
 from lorakit.adapters.merge import merge
@@ -179,6 +179,31 @@ def test_tied_embeddings_of_a_multimodal_base(name: str, new_names: bool, tmp_pa
     assert edited["tie_word_embeddings"] is False
     assert edited["text_config"]["tie_word_embeddings"] is False
     assert {k for k in own if own[k] != edited[k]} == {"tie_word_embeddings", "text_config"}
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_multimodal_base_that_is_tied_as_a_whole(stored: bool, tmp_path: Path) -> None:
+    """Its own class reads the flag of the whole alone; a stored output layer stays its own."""
+    base = write_model(tmp_path / "base", "qwen3_5")
+    own = settings(base) | {"tie_word_embeddings": True}
+    assert own["text_config"]["tie_word_embeddings"] is False
+    (base / "config.json").write_text(json.dumps(own))
+    state = tensors(base)
+    head = state["lm_head.weight"]
+    if not stored:
+        head = state["model.language_model.embed_tokens.weight"]
+        state.pop("lm_head.weight")
+        save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    write_random_adapter(base, tmp_path / "adapter", target_modules=["q"])
+    model = load(base, tmp_path / "adapter")
+    assert torch.equal(model.get_output_embeddings().weight, head)
+    merge(base, tmp_path / "adapter", tmp_path / "out")
+    assert set(tensors(base)) == set(tensors(tmp_path / "out"))
+    merged, info = Qwen3_5ForConditionalGeneration.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    torch.testing.assert_close(_logits(merged.eval()), _logits(model), atol=1e-5, rtol=0)
 
 
 _OLD_CONFIG = """{
