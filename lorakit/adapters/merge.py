@@ -99,7 +99,9 @@ def merge(
     _check_outside(out, "base", directory)  # a Hub id's, in the cache
     settings = read_config(directory)
     _check_not_quantised(settings, section.name_or_path)
-    tokenizer = choose_tokenizer(directory, files.directory, needs_pad=files.classifies)
+    tokenizer = choose_tokenizer(
+        directory, files.directory, needs_pad=files.classifies, rows=_vocabulary_size(settings)
+    )
     with Checkpoint(directory) as checkpoint:
         held = _held(section, settings, checkpoint, adapters)
         plan = plan_merge(held, checkpoint, wanted)
@@ -181,6 +183,12 @@ def _check_outside(out: Path, what: str, path: Path) -> None:
         raise AdapterError(f"OUT = {out}: must lie outside the {what}'s directory {path}")
     if target in other.parents:
         raise AdapterError(f"OUT = {out}: holds the {what}'s directory {path}; give another")
+
+
+def _vocabulary_size(settings: Mapping[str, Any]) -> int | None:
+    parts = (settings, settings.get("text_config"))
+    sizes = [part.get("vocab_size") for part in parts if isinstance(part, Mapping)]
+    return next((size for size in sizes if isinstance(size, int)), None)
 
 
 def _check_not_quantised(settings: Mapping[str, Any], base: str) -> None:

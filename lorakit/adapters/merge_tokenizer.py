@@ -13,6 +13,7 @@ from lorakit.adapters.checkpoint import TEMPLATES, TOKENIZER_FILES
 from lorakit.errors import AdapterError, shown
 
 _FAST, _SETTINGS, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+_OLD_TEMPLATE = "chat_template.json"
 _MAP, _ADDED = "special_tokens_map.json", "added_tokens.json"
 #: Files that hold a vocabulary alone, from which slow tokenizers and other programs read it.
 _VOCABULARIES = (
@@ -34,10 +35,13 @@ class Tokenizer:
     notes: tuple[str, ...] = ()
 
 
-def choose_tokenizer(base: Path, adapter: Path, *, needs_pad: bool = False) -> Tokenizer:
+def choose_tokenizer(
+    base: Path, adapter: Path, *, needs_pad: bool = False, rows: int | None = None
+) -> Tokenizer:
     """The adapter's tokenizer replaces the base's if it is complete (``tokenizer_config.json`` and
     a vocabulary) and another: in tokens, special tokens or chat template. ``tokenizer_class`` stays
-    the base's. A pad token that only the adapter has counts if the model ``needs_pad``.
+    the base's, and so does its chat template where the adapter has none. A pad token that only the
+    adapter has counts if the model ``needs_pad``. ``rows`` are those of the embedding.
 
     Raises AdapterError if one of the adapter's files is corrupt."""
     files = _files(adapter)
@@ -52,23 +56,41 @@ def choose_tokenizer(base: Path, adapter: Path, *, needs_pad: bool = False) -> T
     if own and _is_same(files, own, needs_pad):
         return Tokenizer()
     _check_fast(adapter, files)
+    notes = _beyond(files.get(_FAST), rows)
     if not own:
-        return Tokenizer(written=files)
+        return Tokenizer(written=files, notes=notes)
     same = files.get(_FAST) == own.get(_FAST) or _tokens(files.get(_FAST)) == _tokens(
         own.get(_FAST)
     )
     reason = "replaced by the adapter's tokenizer"
     replaced = {}
+    keeps_template = not _templates(files) and bool(_templates(own))
     for name in own:
         is_vocabulary = name in _VOCABULARIES
+        if name in files or (keeps_template and _is_template(name)):
+            continue
         # The vocabulary is the same, or there is nothing to compare: the file stays true.
-        if name not in files and not (is_vocabulary and (same or _FAST not in own)):
+        if not (is_vocabulary and (same or _FAST not in own)):
             replaced[name] = reason
-    written = files | {_SETTINGS: _with_class(files[_SETTINGS], own.get(_SETTINGS))}
+    settings = _edited(files[_SETTINGS], own.get(_SETTINGS), keeps_template)
     note = (
         f"the tokenizer is the adapter's, which differs from the base's: {', '.join(sorted(files))}"
+        + ("; the chat template is the base's" if keeps_template else "")
     )
-    return Tokenizer(written, replaced, (note,))
+    return Tokenizer(files | {_SETTINGS: settings}, replaced, (note, *notes))
+
+
+def _beyond(fast: bytes | None, rows: int | None) -> tuple[str, ...]:
+    """A note where tokens have no row in the embedding."""
+    vocabulary, _, added = _tokens(fast)
+    ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary or ()))
+    count = max((*ids, *added.values()), default=-1) + 1
+    if rows is None or count <= rows:
+        return ()
+    return (
+        f"the adapter's tokenizer has {count:,} tokens, and the model's embedding {rows:,} rows: "
+        f"a text with a token from id {rows} on cannot be encoded for this model",
+    )
 
 
 def _files(directory: Path) -> dict[str, bytes]:
@@ -111,7 +133,8 @@ def _is_same(files: Mapping[str, bytes], own: Mapping[str, bytes], needs_pad: bo
     special, before = _special(files), _special(own)
     if before["pad_token"] is None and not needs_pad:
         del special["pad_token"], before["pad_token"]
-    if special != before or _templates(files) != _templates(own):
+    templates = _templates(files)
+    if special != before or (templates and templates != _templates(own)):
         return False
     if _FAST not in files or _FAST not in own:
         slow = [name for name in {*files, *own} if name in _VOCABULARIES or name == _FAST]
@@ -145,22 +168,29 @@ def _templates(files: Mapping[str, bytes]) -> dict[str, str]:
     found = {"default": inline} if isinstance(inline, str) else {}
     if isinstance(inline, list):
         found = {item["name"]: item["template"] for item in inline}
-    stored = _parsed(files.get("chat_template.json")).get("chat_template")
+    stored = _parsed(files.get(_OLD_TEMPLATE)).get("chat_template")
     if isinstance(stored, str):
         found["default"] = stored
     for name, content in files.items():
-        if name == _TEMPLATE or name.startswith(TEMPLATES):
+        if name == _TEMPLATE or name.startswith(f"{TEMPLATES}/"):
             own = "default" if name == _TEMPLATE else Path(name).stem
             found[own] = content.decode("utf-8", "replace")
     return found
 
 
-def _with_class(content: bytes, base: bytes | None) -> bytes:
-    """``tokenizer_config.json`` with the base's ``tokenizer_class``, and with the older name of the
-    further special tokens: what transformers 5 writes is an error in version 4."""
+def _is_template(name: str) -> bool:
+    return name in (_TEMPLATE, _OLD_TEMPLATE) or name.startswith(f"{TEMPLATES}/")
+
+
+def _edited(content: bytes, base: bytes | None, keeps_template: bool) -> bytes:
+    """``tokenizer_config.json`` with the base's ``tokenizer_class`` and, if it is kept, chat
+    template; and with the older name of the further special tokens: what transformers 5 writes is
+    an error in version 4."""
     settings, own = dict(_parsed(content)), _parsed(base)
     if "tokenizer_class" in own:
         settings["tokenizer_class"] = own["tokenizer_class"]
+    if keeps_template and "chat_template" in own:
+        settings["chat_template"] = own["chat_template"]
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
     if settings == _parsed(content):

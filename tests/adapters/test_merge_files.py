@@ -319,7 +319,7 @@ def test_another_vocabulary_takes_the_bases_files_away(
     tokenizer.add_special_tokens({"extra_special_tokens": ["<new>"]})
     tokenizer.save_pretrained(adapter)
     said, left_out = _said(base, adapter, tmp_path / "out")
-    assert len(said) == 1
+    assert "the tokenizer is the adapter's" in said[0]
     assert {"spm.model", "tekken.json", "vocab.json", "merges.txt"} < set(left_out)
     assert set(left_out.values()) == {"replaced by the adapter's tokenizer"}
     settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
@@ -328,6 +328,48 @@ def test_another_vocabulary_takes_the_bases_files_away(
     merged = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert "<new>" in merged.all_special_tokens
     assert merged.convert_tokens_to_ids("<new>") == tokenizer.convert_tokens_to_ids("<new>")
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "chat_template.json", "inline"])
+@pytest.mark.parametrize("others", [False, True])
+def test_a_chat_template_that_the_adapter_lacks_is_kept(
+    with_tokenizers: tuple[Path, Path], others: bool, place: str, tmp_path: Path
+) -> None:
+    base, adapter = with_tokenizers
+    for folder in (base, adapter):
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+    template = "{{ messages[0]['content'] }}"
+    if place == "inline":
+        settings = json.loads((base / "tokenizer_config.json").read_text())
+        settings["chat_template"] = template
+        (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    else:
+        text = template if place.endswith("jinja") else json.dumps({"chat_template": template})
+        (base / place).write_text(text)
+    if others:
+        tokenizer = AutoTokenizer.from_pretrained(adapter)
+        tokenizer.add_special_tokens({"extra_special_tokens": ["<new>"]})
+        tokenizer.save_pretrained(adapter)
+    said, left_out = _said(base, adapter, tmp_path / "out")
+    assert place not in left_out
+    assert [("the chat template is the base's" in line) for line in said][:1] == [True] * others
+    merged = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert ("<new>" in merged.all_special_tokens) == others
+    if place != "chat_template.json":  # a processor's, which the tokenizer does not read
+        assert merged.chat_template == template
+    else:
+        assert (tmp_path / "out" / place).read_bytes() == (base / place).read_bytes()
+
+
+def test_more_tokens_than_the_embedding_has_rows(
+    with_tokenizers: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, adapter = with_tokenizers
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    tokenizer.add_tokens([f"<{i}>" for i in range(300)])
+    tokenizer.save_pretrained(adapter)
+    said, _ = _said(base, adapter, tmp_path / "out")
+    assert f"has {len(tokenizer)} tokens, and the model's embedding 64 rows" in said[1]
 
 
 @pytest.mark.parametrize("missing", ["tokenizer.json", "tokenizer_config.json"])
