@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -50,6 +51,8 @@ def load_adapter(
     _check_vocabulary(model, files, places)
     _check_complete(model, files, places, whole)
     layers = _layers(model, files, places)
+    if note := _bypassed_note(model, files, layers):
+        print(note, file=sys.stderr)
     _check_shapes(model, files, {**places.base, **places.whole})
     model.requires_grad_(False)
     for key in [name for name in model.state_dict() if name in places.base]:
@@ -173,6 +176,22 @@ def _matrices(places: Placement, name: str) -> list[tuple[int, ...]]:
     if "lora_embedding_A" in own and "lora_embedding_B" in own:
         found.append((own["lora_embedding_A"].shape[-1], len(own["lora_embedding_B"])))
     return found
+
+
+def _bypassed_note(model: nn.Module, files: AdapterFiles, names: Iterable[str]) -> str | None:
+    """A line where Mamba's ``dt_proj`` is adapted, whose weight and bias its mixer reads itself."""
+    bypassed = [
+        name
+        for name in names
+        if name.endswith(".dt_proj")
+        and "Mamba" in type(model.get_submodule(name.rpartition(".")[0])).__name__
+    ]
+    if not bypassed:
+        return None
+    return (
+        f"{files.directory}: {_listed(bypassed, most=2)}: the mixer reads this layer's parameters "
+        "without calling it: an adapter of it may do nothing until it is merged"
+    )
 
 
 def _check_shapes(model: nn.Module, files: AdapterFiles, values: Mapping[str, Tensor]) -> None:

@@ -82,6 +82,19 @@ def test_experts_and_routers_trained_whole(name: str, whole: str, tmp_path: Path
     assert {key for key in changed if f".{whole}." in key}
 
 
+@pytest.mark.parametrize("targets", [["in_proj"], ["in_proj", "dt_proj"]], ids=str)
+def test_a_layer_that_is_not_called_is_named(
+    targets: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = write_model(tmp_path / "base", "mamba")
+    write_random_adapter(base, tmp_path / "adapter", target_modules=targets)
+    capsys.readouterr()
+    for act in (load, lambda *given: merge(*given, tmp_path / "out")):
+        act(base, tmp_path / "adapter")
+        said = capsys.readouterr().err
+        assert ("backbone.layers.0.mixer.dt_proj" in said) == ("dt_proj" in targets)
+
+
 def test_experts_of_several_dtypes_keep_them(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", "qwen3_moe")
     name = "model.layers.0.mlp.experts.1.up_proj.weight"
