@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,9 +34,10 @@ def full_config(section: ModelSection, files: AdapterFiles) -> PreTrainedConfig:
     """The base's configuration; for a classifier with the adapter's labels. Raises ModelError for
     a base that is missing, or of a kind that cannot be trained."""
     try:
-        config = load_config(section)
+        config = load_config(section, "base")
     except ModelError as error:
-        if section.name_or_path != files.config.get("base_model_name_or_path"):
+        name = section.name_or_path
+        if name != files.config.get("base_model_name_or_path") or Path(name).is_dir():
             raise
         raise ModelError(
             f"{error}; {files.directory} names this base: if it has moved, give the base explicitly"

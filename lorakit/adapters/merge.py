@@ -209,5 +209,9 @@ def _check_disk(out: Path, size_bytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < size_bytes:
         raise AdapterError(
-            f"OUT = {out}: {size_bytes / 1e9:.1f} GB are needed, and {free / 1e9:.1f} GB are free"
+            f"OUT = {out}: {_size(size_bytes)} are needed, and {_size(free)} are free"
         )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -22,6 +22,7 @@ _WEIGHTS = (
     ".msgpack", ".ot", ".tflite", ".mlmodel", ".mlpackage", ".npz", ".engine", ".nemo", ".distcp",
 )  # fmt: skip
 _WEIGHT_FOLDERS = ("original", "onnx", "openvino", "coreml")
+_OTHER_FORMAT = "weights in another format, without the adapter"
 _PASSED_OVER = (".git", ".cache", "__pycache__", ".ipynb_checkpoints", ".DS_Store")
 
 
@@ -75,7 +76,7 @@ def _walk(base: Path, left_out: list[LeftOut]) -> Iterator[str]:
             if path.name in _PASSED_OVER:
                 continue
             if path.is_dir() and path.name in _WEIGHT_FOLDERS:
-                left_out.append(LeftOut(f"{name}/", "weights that would still be the base's"))
+                left_out.append(LeftOut(f"{name}/", _OTHER_FORMAT))
             elif path.is_dir():
                 pending.append(name)
             elif path.is_file():
@@ -93,12 +94,21 @@ def _reason(path: Path, name: str, components: tuple[str, ...]) -> str | None:
     if re.search(r"(?:^|/)(?:optimizer|scheduler|scaler|rng_state\w*|training_args)\.\w+$", lower):
         return "state of a training"
     if lower.endswith((*_WEIGHTS, *(f"{end}.index.json" for end in _WEIGHTS))):
-        return "weights that would still be the base's"
+        return _weights_reason(name, lower)
     if re.search(r"(?:^|/)adapter_config\.json$", lower):
         return "an adapter's, which transformers would load"
     if path.stat().st_size > _LARGEST:
         return f"larger than {_LARGEST / 1e6:.0f} MB"
     return None
+
+
+def _weights_reason(name: str, lower: str) -> str:
+    if name == INDEX:
+        return "the index of files that are not written"
+    if lower.endswith((".safetensors", ".safetensors.index.json")):
+        inside = "/" in name
+        return f"weights {'in a folder' if inside else 'beside the model'}, without the adapter"
+    return _OTHER_FORMAT
 
 
 def _components(base: Path) -> tuple[str, ...]:

@@ -130,11 +130,16 @@ def check_finite(name: str, merged: Tensor) -> None:
         raise not_finite(name, merged.dtype)
 
 
-def not_finite(name: str, dtype: torch.dtype) -> AdapterError:
+def not_finite(name: str, dtype: torch.dtype, changed: bool = True) -> AdapterError:
+    """``changed``: whether the adapter does something to the tensor."""
     text = str(dtype).removeprefix("torch.")
+    reason = (
+        "either the base's own values are, or the sum is too large for the dtype"
+        if changed
+        else "the base's own values are too large for the dtype"
+    )
     return AdapterError(
-        f"{name}: NaN or infinite in the merged {text}: either the base's own values are, or "
-        "the sum is too large for the dtype (dtype float32 holds more)"
+        f"{name}: NaN or infinite in the merged {text}: {reason} (dtype float32 holds more)"
     )
 
 

@@ -257,6 +257,7 @@ def _store(task: Task, merged: Tensor, first: int, output: _Output, buffers: Buf
     if merged.dtype != dtype:
         rounded = buffers.get("rounded", merged.numel(), dtype).view(merged.shape)
         rounded.copy_(merged)
-    if not is_finite(rounded) and (task.updates or task.given is not None or is_finite(merged)):
-        raise not_finite(task.name, dtype)
+    changed = bool(task.updates) or task.given is not None
+    if not is_finite(rounded) and (changed or is_finite(merged)):
+        raise not_finite(task.name, dtype, changed)
     return output.write(task.name, rounded, first * merged.shape[1])

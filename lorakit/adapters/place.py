@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -20,6 +21,7 @@ from lorakit.layers import ADAPTABLE, AdapterLayer, FusedLayer, adapted_modules,
 from lorakit.models.masters import keep_master, set_value, train_whole
 
 _BASE = "base_layer."
+_SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass
@@ -124,7 +126,9 @@ def _check_complete(
     ]
     problems = []
     if places.unknown:
-        problems.append(f"the model has no module for {_listed(places.unknown)}")
+        stacked = any(_SINGLE_EXPERT.search(name) for name in places.unknown)
+        reason = " (its experts are stacked, and single ones cannot be adapted)" if stacked else ""
+        problems.append(f"the model has no module for {_listed(places.unknown)}{reason}")
     if missing:
         problems.append(f"the adapter lacks {_listed(missing)}")
     if problems:

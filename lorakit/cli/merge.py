@@ -75,7 +75,9 @@ def merge(
         + "".join(f"; added {other.weight:g} x {other.adapter}" for other in report.added)
     )
     if report.kept:
-        typer.echo(f"kept unchanged: {_listed(report.kept)}: no part of the model that was trained")
+        typer.echo(
+            f"kept unchanged: {_listed(report.kept)}: not read by the class that was trained"
+        )
     for reason, names in _by_reason(report.left_out).items():
         typer.echo(f"left out: {_listed(names, most=8)}: {reason}")
 

@@ -143,27 +143,27 @@ def _from_pretrained(
     return model, {**info, "missing_keys": {*info["missing_keys"]}}
 
 
-def load_config(section: ModelSection) -> PreTrainedConfig:
-    """The model's configuration alone. Raises ModelError as ``load_pretrained`` does."""
+def load_config(section: ModelSection, key: str = "model.name_or_path") -> PreTrainedConfig:
+    """The model's configuration alone. Raises ModelError as ``load_pretrained`` does; ``key`` is
+    what the message says that the name was given as."""
     name, path = section.name_or_path, Path(section.name_or_path)
     if path.is_dir() and not (path / "config.json").is_file():
         what = other_content(path)
         raise ModelError(
-            f"model.name_or_path: {name}: no config.json in the directory"
-            + (f" ({what})" if what else "")
+            f"{key}: {name}: no config.json in the directory" + (f" ({what})" if what else "")
         )
     if path.is_file():
         what = other_content(path) or "a file"
         raise ModelError(
-            f"model.name_or_path: {name}: {what}; allowed: a model directory in the format of "
+            f"{key}: {name}: {what}; allowed: a model directory in the format of "
             "transformers, or a Hub id"
         )
     if is_missing_path(name):
         hint = (
             "; a Hub id is namespace/name" if name.count("/") > 1 and name[0] not in "/.~" else ""
         )
-        raise ModelError(f"model.name_or_path: {name}: no such directory{hint}")
-    with explained(name), quiet():
+        raise ModelError(f"{key}: {name}: no such directory{hint}")
+    with explained(name, key), quiet():
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, **hub_options(section))
     text = config.get_text_config()
     if getattr(config, "tie_word_embeddings", False) and text is not config:
@@ -280,7 +280,12 @@ def explained(name: str, key: str = "model.name_or_path") -> Iterator[None]:
                 "no safetensors weights; lorakit loads no pickles: convert the checkpoint first"
             )
         elif "trust_remote_code" in str(error):
-            reason = "the model brings its own code; set model.trust_remote_code: true to run it"
+            run = (
+                "set model.trust_remote_code: true"
+                if key.startswith("model.")
+                else ("give --trust-remote-code (in Python trust_remote_code=True)")
+            )
+            reason = f"the model brings its own code; {run} to run it"
         raise ModelError(f"{key}: {name}: {reason}") from error
 
 

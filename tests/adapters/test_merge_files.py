@@ -70,7 +70,11 @@ def test_every_file_but_other_weights(make_pair: MakePair, tmp_path: Path) -> No
     reasons = {item.name: item.reason for item in report.left_out}
     assert reasons["gone.json"] == "a link to nothing"
     assert reasons["optimizer.pt"] == "state of a training"
-    assert "base's" in reasons["consolidated.safetensors"]
+    assert reasons["consolidated.safetensors"] == "weights beside the model, without the adapter"
+    assert reasons["extra/model.safetensors"] == "weights in a folder, without the adapter"
+    assert reasons[INDEX] == "the index of files that are not written"
+    for name in ("model-q4.gguf", "onnx/", "pytorch_model.bin"):
+        assert reasons[name] == "weights in another format, without the adapter"
 
 
 def test_the_report_and_the_command_name_what_is_left_out(
@@ -88,7 +92,7 @@ def test_the_report_and_the_command_name_what_is_left_out(
     assert result["kept"] == ["mtp.weight"]
     assert run([*arguments, "--overwrite"]) == 0
     out = capsys.readouterr().out
-    assert "left out: pytorch_model.bin: weights that would still be the base's" in out
+    assert "left out: pytorch_model.bin: weights in another format, without the adapter" in out
     assert "kept unchanged: mtp.weight" in out
 
 
