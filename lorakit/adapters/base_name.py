@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,27 @@ def base_section(
         )
     revision = files.config.get("revision") if name == named else None
     return ModelSection(name_or_path=name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def other_base_note(section: ModelSection, files: AdapterFiles) -> str | None:
+    """A line where the adapter names a base that is called otherwise than the given one."""
+    named, given = files.config.get("base_model_name_or_path"), section.name_or_path
+    if not named or _names(str(named)) & (_names(given) | _names(str(Path(given).resolve()))):
+        return None
+    with suppress(OSError):
+        if Path(named).samefile(given):
+            return None
+    return (
+        f"{files.directory}: trained on {named}, and now used with {given}: that the shapes agree "
+        "does not tell whether it is the same model"
+    )
+
+
+def _names(path: str) -> set[str]:
+    """What a model is called by a path or Hub id; of the Hub's cache, the repository's name."""
+    parts = [part.casefold() for part in Path(path).parts]
+    cached = [part.rpartition("--")[2] for part in parts if part.startswith("models--")]
+    return set(cached or parts[-1:])
 
 
 def dtype_name(dtype: str | torch.dtype | None, key: str) -> str | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorakit.adapters.base_name import base_section, dtype_name
+from lorakit.adapters.base_name import base_section, dtype_name, other_base_note
 from lorakit.adapters.beside import written_beside
 from lorakit.adapters.checkpoint import SINGLE, Checkpoint, local_directory, read_config
 from lorakit.adapters.held import Held
@@ -115,7 +115,8 @@ def merge(
             write_config(folder, directory, held, plan, wanted, list(shards) != [SINGLE])
             weights = {file.relative_to(directory).as_posix() for file in checkpoint.files}
             left_out = copy_files(folder, directory, weights, tokenizer)
-    notes = list(tokenizer.notes)
+    others = (other_base_note(section, given.files) for given in adapters)
+    notes = [*tokenizer.notes, *(note for note in others if note is not None)]
     for note in notes:
         say(note)
     return MergeReport(

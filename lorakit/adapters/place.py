@@ -126,7 +126,9 @@ def _check_complete(
     ]
     problems = []
     if places.unknown:
-        stacked = any(_SINGLE_EXPERT.search(name) for name in places.unknown)
+        stacked = any(_SINGLE_EXPERT.search(name) for name in places.unknown) and any(
+            name.endswith(".experts") for name in modules
+        )
         reason = " (its experts are stacked, and single ones cannot be adapted)" if stacked else ""
         problems.append(f"the model has no module for {_listed(places.unknown)}{reason}")
     if missing:

@@ -495,6 +495,48 @@ def test_a_sum_that_is_not_finite(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
 
 
+def test_a_base_value_that_the_dtype_does_not_hold(make_pair: MakePair, tmp_path: Path) -> None:
+    base, adapter, _ = make_pair()
+    _changed(base / "model.safetensors", "down_proj.weight", 1e6)
+    with pytest.raises(AdapterError, match=r"float16: the base's own values are too large"):
+        merge(base, adapter, tmp_path / "out", dtype="float16")
+    merge(base, adapter, tmp_path / "out", dtype="bfloat16")
+
+
+def test_a_base_of_its_own_code(make_pair: MakePair, tmp_path: Path) -> None:
+    base, adapter, _ = make_pair()
+    settings = json.loads((base / "config.json").read_text())
+    settings |= {"model_type": "homemade", "auto_map": {"AutoConfig": "home.Config"}}
+    (base / "config.json").write_text(json.dumps(settings))
+    (base / "home.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(ModelError, match=r"^base: \S+: .* give --trust-remote-code .* to run it$"):
+        merge(base, adapter, tmp_path / "out")
+
+
+def test_a_base_of_another_name_is_said(make_pair: MakePair, tmp_path: Path) -> None:
+    _, adapter, _ = make_pair()
+    file = adapter / "adapter_config.json"
+    places = ("base", "cache/models--org--base/snapshots/0123", "base-instruct", "other")
+    for place in places[1:]:
+        shutil.copytree(tmp_path / "base", tmp_path / place)
+    (tmp_path / "link").symlink_to(tmp_path / "other")
+    cases = [
+        ("org/Base", ["base", places[1]]), (str(tmp_path / places[1]), ["base", places[1]]),
+        (str(tmp_path / "link"), ["other", "link"]), ("org/base-instruct/", ["base-instruct"]),
+        (None, list(places)), ("", list(places)),
+    ]  # fmt: skip
+    for named, same in cases:
+        settings = json.loads(file.read_text()) | {"base_model_name_or_path": named}
+        file.write_text(json.dumps(settings))
+        for place in places:
+            said: list[str] = []
+            report = merge(tmp_path / place, adapter, tmp_path / "out", overwrite=True,
+                           say=said.append)  # fmt: skip
+            assert tuple(said) == report.notes
+            assert len(said) == (place not in same), (named, place)
+            assert all(f"trained on {named}, and now used with" in line for line in said)
+
+
 _SLOW_COMMAND = f"""
 from lorakit.cli.main import run
 {_SLOW.rpartition("merge(")[0]}

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, Qwen3_5ForConditionalGeneration
 
 from lorakit.adapters.load import load
 from lorakit.adapters.merge import merge
+from lorakit.errors import AdapterError
 from tests.adapters.checkpoints import (
     MODELS,
     add_tensors,
@@ -93,6 +94,19 @@ def test_a_layer_that_is_not_called_is_named(
         act(base, tmp_path / "adapter")
         said = capsys.readouterr().err
         assert ("backbone.layers.0.mixer.dt_proj" in said) == ("dt_proj" in targets)
+
+
+def test_single_experts_of_a_class_that_stacks_them(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base", "mixtral")
+    adapter = tmp_path / "adapter"
+    write_random_adapter(base, adapter, target_modules=["q_proj"])
+    stem = "base_model.model.model.layers.0.block_sparse_moe.experts.0.w1.lora"
+    more = {f"{stem}_A.weight": torch.ones(4, 16), f"{stem}_B.weight": torch.ones(24, 4)}
+    file = adapter / "adapter_model.safetensors"
+    save_file(load_file(file) | more, file)
+    for act in (load, lambda *given: merge(*given, tmp_path / "out")):
+        with pytest.raises(AdapterError, match=r"experts\.0\.w1.*its experts are stacked"):
+            act(base, adapter)
 
 
 def test_experts_of_several_dtypes_keep_them(tmp_path: Path) -> None:
