@@ -12,7 +12,14 @@ from torch import Tensor
 
 from lorakit.adapters.loralib import check_no_convolution, merged_linear
 from lorakit.adapters.loralib_file import read_state
-from lorakit.adapters.low_rank import BASE_BIAS, LowRank, Updates, check_factors, check_matrices
+from lorakit.adapters.low_rank import (
+    BASE_BIAS,
+    BASE_WEIGHT,
+    LowRank,
+    Updates,
+    check_factors,
+    check_matrices,
+)
 from lorakit.adapters.peft_config import SEQ_CLS_HEADS
 from lorakit.errors import AdapterError
 
@@ -51,7 +58,7 @@ def read_loralib(file: Path, options: LoralibOptions) -> tuple[Updates, list[str
     stored, told = read_state(file)
     notes: list[str] = []
     try:
-        factors, beside = _sorted(_without_prefix(stored, notes))
+        factors, beside = _sorted(_without_prefix(stored, notes), own=bool(told))
         alpha = _alpha(options, told, notes)
         embeddings = _embeddings(factors, options, told, notes)
         enabled = _enabled(factors, embeddings, options, told)
@@ -77,9 +84,10 @@ def _without_prefix(stored: dict[str, Tensor], notes: list[str]) -> dict[str, Te
 
 
 def _sorted(
-    stored: Mapping[str, Tensor],
+    stored: Mapping[str, Tensor], *, own: bool
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """A and B by module, and the rest."""
+    """A and B by module, and the rest. In ``own`` files that may be the base's weight of an adapted
+    embedding or output layer, which PEFT saves with it."""
     As = {n.removesuffix(".lora_A"): v for n, v in stored.items() if n.endswith(".lora_A")}
     Bs = {n.removesuffix(".lora_B"): v for n, v in stored.items() if n.endswith(".lora_B")}
     rest = {n: v for n, v in stored.items() if not n.endswith((".lora_A", ".lora_B"))}
@@ -92,7 +100,7 @@ def _sorted(
         raise AdapterError(f"missing tensor: {lonely[0]}.lora_{'B' if lonely[0] in As else 'A'}")
     if not As:
         raise AdapterError("no loralib checkpoint: it holds no MODULE.lora_A")
-    if whole := [name for name in As if f"{name}.weight" in rest]:
+    if not own and (whole := [name for name in As if f"{name}.weight" in rest]):
         raise AdapterError(
             f"{whole[0]}.weight: a whole model, whose weights loralib may have merged; save "
             "lora_state_dict(model) alone"
@@ -190,10 +198,14 @@ def _config(
     notes: list[str],
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """``adapter_config.json`` as far as it is known, and the tensors beside by PEFT's names."""
-    whole = sorted({_head(n.rpartition(".")[0]) for n in stored if not n.endswith(".bias")})
+    modules = {n: n.rpartition(".")[0] for n in stored if not n.endswith(".bias")}
+    whole = sorted({_head(module) for module in modules.values() if module not in matrices})
     beside, bias = {}, "none"
     for key, value in stored.items():
         module = key.rpartition(".")[0]
+        if key in modules and module in matrices:
+            beside[f"{module}{BASE_WEIGHT}"] = value
+            continue
         if module in matrices:
             beside[f"{module}{BASE_BIAS}"] = value
             bias = "lora_only" if bias == "none" else bias

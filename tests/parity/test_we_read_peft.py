@@ -9,8 +9,11 @@ import pytest
 import torch
 from peft import LoraConfig as PeftLora
 from peft import get_peft_model
+from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
+import lorakit
 from lorakit.adapters.peft_format import load_adapter
 from lorakit.errors import AdapterError
 from tests.families import tiny, token_ids
@@ -126,6 +129,29 @@ def test_saved_embeddings(adapter: dict[str, Any], rows: int, tied: bool, tmp_pa
     else:
         with pytest.raises(AdapterError, match=r"66 rows, the base's 64: the vocabulary was"):
             load_adapter(ours, tmp_path)
+
+
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_a_base_weight_that_peft_saved_goes_through_loralib_and_back(
+    module: str, tmp_path: Path
+) -> None:
+    tiny("llama").save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = PeftLora(r=4, task_type="CAUSAL_LM", target_modules=[module, "q_proj"])
+    theirs = get_peft_model(base, config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    theirs.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    there = lorakit.convert(tmp_path / "a", tmp_path / "there", "loralib").path
+    back = lorakit.convert(there, tmp_path / "back", "peft").path
+    names = [set(load_file(d / "adapter_model.safetensors")) for d in (tmp_path / "a", back)]
+    assert names[0] == names[1]
+    assert any("base_layer.weight" in name for name in names[1])
+    ids = token_ids()
+    ours = lorakit.load(tmp_path / "base", back)
+    torch.testing.assert_close(ours(ids).logits, theirs.eval()(ids).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
