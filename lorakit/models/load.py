@@ -6,7 +6,7 @@ import copy
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -165,10 +165,11 @@ def load_config(section: ModelSection, key: str = "model.name_or_path") -> PreTr
         raise ModelError(f"{key}: {name}: no such directory{hint}")
     with explained(name, key), quiet():
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, **hub_options(section))
-    text = config.get_text_config()
-    if getattr(config, "tie_word_embeddings", False) and text is not config:
-        # The whole's class reads its own flag alone; an output layer that is stored apart stays so.
-        text.tie_word_embeddings = True
+    with suppress(ValueError):  # several text parts: of no kind that is trained here
+        text = config.get_text_config()
+        if getattr(config, "tie_word_embeddings", False) and text is not config:
+            # The whole's class reads its own flag; an output layer that is stored apart stays so.
+            text.tie_word_embeddings = True
     return config
 
 
