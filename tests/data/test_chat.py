@@ -467,9 +467,7 @@ def test_a_content_of_which_a_part_is_left_out_is_counted(
     counts = encode_chat(ChatExample(chat), tokenizer).counts
     assert counts["shortened_turns"] == left_out * turns
     split = Split("train", [{}], "chats.jsonl", "0")
-    notes = split_notes(
-        encode_split(split, lambda _: ChatExample(chat), tokenizer, 9999), split, 9
-    )
+    notes = split_notes(encode_split(split, lambda _: ChatExample(chat), tokenizer, 9999), split, 9)
     said = f"leaves out part of the content of {left_out * turns} of {2 * turns} trained turns"
     assert any(said in note for note in notes) == (left_out > 0)
 
