@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+from lorakit.data.chat.turns import common_prefix
 from lorakit.data.encode import EncodedSplit
 from lorakit.data.examples import Example
 from lorakit.data.packing import Packing
@@ -140,16 +141,10 @@ def _pieces(ids: Sequence[int], trained: Sequence[bool], tokenizer: Any) -> Iter
     kinds = [(flag, token in special) for token, flag in zip(ids, trained, strict=True)]
     for (is_trained, is_special), group in groupby(kinds):
         tokens += len(list(group))
-        begin, end = end, max(end, _agreeing(_decode(ids[:tokens], tokenizer), text))
+        begin, end = end, max(end, common_prefix(_decode(ids[:tokens], tokenizer), text))
         if begin < end:
             yield Piece(text[begin:end], is_trained, is_special)
     assert end == len(text)
-
-
-def _agreeing(text: str, other: str) -> int:
-    """How many characters both begin with."""
-    pairs = enumerate(zip(text, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(text), len(other)))
 
 
 def _special_ids(tokenizer: Any) -> set[int]:

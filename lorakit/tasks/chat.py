@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
+from lorakit.data.chat.template import PAYLOAD
 from lorakit.data.examples import ChatExample
 from lorakit.data.sources import Split
 from lorakit.errors import DataError
@@ -14,7 +15,7 @@ from lorakit.recipe.sections import Text
 from lorakit.tasks.base import GenerationSection, Prediction, Row
 from lorakit.tasks.formats import FormattedTask
 from lorakit.tasks.matches import exact_matches
-from lorakit.tasks.message import REASONING, Turn, left_turns
+from lorakit.tasks.message import Turn, left_turns
 from lorakit.tasks.tool_calls import read_tools
 from lorakit.tasks.turns import (
     history_turns,
@@ -160,7 +161,7 @@ def _text_of(example: ChatExample) -> str:
     """What a generated text is compared with. Raises DataError for a turn that is more than text:
     the model writes its calls and its reasoning too, as the chat template has them."""
     message = example.messages[-1]
-    for key in ("tool_calls", *REASONING):
+    for key in PAYLOAD:
         if message.get(key):
             raise DataError(
                 f"message {len(example.messages)}: the last trained turn has {key}, and exact "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from lorakit.data.chat.template import REASONING
 from lorakit.errors import DataError, shown
 from lorakit.tasks.tool_calls import (
     CALL_KEYS,
@@ -36,7 +37,6 @@ _FROM = {
 }
 #: Booleans that say whether a turn is trained; ``weight`` says it with 0 or 1.
 _FLAGS = ("train", "training", "loss")
-REASONING = ("reasoning_content", "thinking", "reasoning")
 _TEXTS = frozenset({"name", "tool_call_id", *REASONING})
 #: Keys whose values do not go to the chat template as they are.
 _READ = frozenset({*_FLAGS, "weight", "tool_calls", "function_call", "role", "content"})

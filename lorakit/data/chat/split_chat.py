@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from lorakit.data.chat.kinds import Kind, TurnKinds
 from lorakit.data.chat.marking import place_contents
-from lorakit.data.chat.template import PAYLOAD, PROBE, ChatTemplate, Message, Tools
+from lorakit.data.chat.template import PROBE, ChatTemplate, Message, Tools
 from lorakit.data.chat.turns import Turn, TurnReader
 from lorakit.errors import DataError
 
@@ -80,7 +80,7 @@ class SplitChat:
         if begin <= first:
             return None
         answer = self.messages[begin - 1]
-        plain = answer["role"] == "assistant" and not any(answer.get(key) for key in PAYLOAD[:1])
+        plain = answer["role"] == "assistant" and not answer.get("tool_calls")
         if not plain or self._places[begin - 1] is None:
             return None
         head = self.messages[: first + 1]
