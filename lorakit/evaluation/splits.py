@@ -95,12 +95,9 @@ def _has_labels(config: Any) -> bool:
     return getattr(config, "labels", ()) is not None or getattr(config, "regression", False)
 
 
-def settle(
-    task: Task, config: Any, split: Split, say: Callable[[str], None], streamed: bool = False
-) -> tuple[Task, Any]:
+def settle(task: Task, config: Any, split: Split, say: Callable[[str], None]) -> tuple[Task, Any]:
     """The task that reads ``split``, and its config; says which files and columns the split has
-    where that was not plain, what was chosen and recognised, and what of the rows is not used.
-    ``streamed`` says that ``split`` is the beginning of a stream."""
+    where that was not plain, what was chosen and recognised, and what of the rows is not used."""
     chosen, own = task.chosen(config, split)
     for note in split.notes:
         say(note)
@@ -108,7 +105,7 @@ def settle(
         say(note if chosen is task else f"{note}: task {own.name}")
     for note in absent_notes(chosen, own, split):
         say(note)
-    for note in unused_notes(chosen, own, split, streamed):
+    for note in unused_notes(chosen, own, split):
         say(note)
     return chosen, own
 

@@ -31,13 +31,10 @@ class _Counted:
     left: int = 0
 
 
-def unused_notes(task: Task, config: Any, split: Split, more: bool = False) -> list[str]:
+def unused_notes(task: Task, config: Any, split: Split) -> list[str]:
     """What of ``split`` the task does not use: a line that names the columns and keys, each with
     the number of rows in which it holds something, and one that counts the chats of which the last
-    turns are left out.
-
-    ``more`` says that the split is only the beginning of a stream.
-    """
+    turns are left out."""
     read = task.read_columns(config, split.columns)
     if read is None:
         return []
@@ -49,7 +46,7 @@ def unused_notes(task: Task, config: Any, split: Split, more: bool = False) -> l
     counted = _count(task, config, split, rows, others)
     if rows < len(split):  # these may begin to hold something further on
         counted.keys.update({_column(column): 0 for column in others})
-    whole = rows == len(split) and not more
+    whole = rows == len(split) and not split.begun
     of = f"of {rows:,}" if whole else f"of the first {rows:,}"
     notes = []
     if counted.keys:

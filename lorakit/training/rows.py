@@ -64,7 +64,7 @@ def load_rows(recipe: Recipe, say: Say) -> Rows:
     train = stream.head if stream else task.load(config, "train")
     if train is None:
         raise _no_train_split(task, config)
-    task, config = settle(task, config, train, say, streamed=stream is not None)
+    task, config = settle(task, config, train, say)
     if stream:
         task.check_columns(train, config)
     validation = task.load(config, task.eval_split(config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +236,9 @@ def test_a_stream_names_later_keys_once() -> None:
     head = split_of({"messages": [USER, REPLY], "id": 1})
     config = task.Config()
     said: list[str] = []
-    settle(task, config, head, said.append, streamed=True)
+    settle(task, config, head, said.append)
+    assert said[-1].startswith("train: 1 of 1 rows have keys")
+    settle(task, config, replace(head, begun=True), said.append)
     line = "train: 1 of the first 1 rows have keys that are not used: column id (1)"
     assert said[-1] == line
     watch = UnusedWatch(task, config, head, said.append)
