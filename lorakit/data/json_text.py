@@ -28,7 +28,7 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 #: A literal or an escape may begin so far before the end of what has been read.
 _LONGEST_LITERAL = 16
 _DECODER = json.JSONDecoder()
-_FORMS = "allowed: an array of objects, [{...}, ...], or an object a line"
+_FORMS = "allowed: an array of objects, [{...}, ...], or one object per line"
 
 
 def lines(file: Path, handle: BinaryIO, skip_bad: bool = False) -> Iterator[Piece]:
@@ -63,7 +63,7 @@ def array(file: Path, handle: BinaryIO, skip_bad: bool = False) -> Iterator[Piec
     else:
         yield from _elements(file, text, skip_bad)
     if text.ahead():
-        raise DataError(f"{file}: text behind the end of the array; {_FORMS}")
+        raise DataError(f"{file}: text after the end of the array; {_FORMS}")
 
 
 def _elements(file: Path, text: _Text, skip_bad: bool) -> Iterator[Piece]:
@@ -76,7 +76,7 @@ def _elements(file: Path, text: _Text, skip_bad: bool) -> Iterator[Piece]:
         separator = text.ahead()
         if separator not in (",", "]"):
             found = repr(separator) if separator else "the end of the file"
-            raise DataError(f"{where}: not JSON: {found} behind it; allowed: ',' or ']'")
+            raise DataError(f"{where}: not JSON: {found} after the value; allowed: ',' or ']'")
         data = (raw + text.take(1) + text.space()).encode()
         yield data, _checked_row(where, data, value, skip_bad)
 
@@ -212,7 +212,7 @@ def _checked(data: bytes, value: Any) -> dict[str, Any]:
         raise DataError("not a JSON object")
     if b"\\u" in data and b"\\ud" in data.lower() and _has_lone_surrogate(value):
         raise DataError("half a surrogate pair, which is no text")
-    # A key that stands there twice shows as more colons behind a quote than the value has keys; so
+    # A duplicate key shows as more colons behind a quote than the value has keys; so
     # does such a colon in a text, for which the row is parsed once more.
     seen = data.count(b'":') + data.count(b'" :')
     if seen != len(value) and seen != _count_keys(value):
@@ -239,7 +239,7 @@ def _refuse_duplicates(data: bytes) -> None:
         if len(found) < len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise DataError(f"the key {shown(twice)} stands there twice; allowed: once")
+            raise DataError(f"duplicate key {shown(twice)}; allowed: each key once")
         return found
 
     text = data.decode("utf-8-sig").lstrip(" \t\r\n")

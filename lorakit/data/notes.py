@@ -44,7 +44,7 @@ def chat_notes(counts: Counts, name: str) -> list[str]:
     texts = {
         chat.DIFFERS: (
             f"the chat template renders {{:,}} of {chats} differently with the answer than as the "
-            "prompt before it; they are trained behind the prompt, as generation renders it"
+            "prompt before it; they are trained after the prompt as generation renders it"
         ),
         chat.SPLIT: (
             f"{{:,}} of {chats} became {found[chat.SPLIT_ROWS]:,} training rows, each trained turn "

@@ -12,9 +12,10 @@ from lorakit.data.sources import Split
 from lorakit.errors import DataError, shown
 from lorakit.tasks.base import Prediction, Task
 
-_ALLOWED = '{"prediction": ...}, and for wikisql also {"query": {...}} or {"error": ...}'
-#: WikiSQL's own format, which the task reads as it stands.
-_OFFICIAL = frozenset({"query", "error"})
+_ALLOWED = '{"prediction": ...} or {"error": ...}, and for wikisql also {"query": {...}}'
+#: WikiSQL's own format, and ``error`` also for a class that the task does not have: the task gets
+#: the whole object.
+_WHOLE = frozenset({"query", "error"})
 
 
 def score_predictions(task: Task, config: Any, split: Split, file: Path) -> dict[str, float]:
@@ -39,7 +40,7 @@ def score_predictions(task: Task, config: Any, split: Split, file: Path) -> dict
 
 
 def read_predictions(file: Path, rows: int, counts: Sequence[int]) -> list[Prediction]:
-    """What stands behind ``prediction`` on each line, or the whole object of WikiSQL's format.
+    """What stands behind ``prediction`` on each line, or the object with ``query`` or ``error``.
 
     Raises DataError for a line that is no prediction, and for a number of lines not in ``counts``.
     """
@@ -73,7 +74,7 @@ def _read_line(line: str, where: str) -> Prediction:
         raise DataError(f"{where}: not JSON: {error}; allowed: {_ALLOWED}") from error
     if isinstance(value, dict) and "prediction" in value:
         return value["prediction"]
-    if isinstance(value, dict) and value.keys() & _OFFICIAL:
+    if isinstance(value, dict) and value.keys() & _WHOLE:
         return value
     raise DataError(f"{where}: {shown(value)}: no key 'prediction'; allowed: {_ALLOWED}")
 

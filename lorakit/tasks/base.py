@@ -56,7 +56,7 @@ class GenerationSection(TaskSection):
         return self
 
     def _given(self, key: str) -> bool:
-        """Whether the value changes a search: 1 does not, and the default is nobody's wish."""
+        """Whether the key has a value that changes a search: not 1 and not the default."""
         return getattr(self, key) not in (1.0, type(self).model_fields[key].default)
 
 

@@ -37,7 +37,7 @@ class ClassificationConfig(TaskSection):
         if self.labels is not None and self.regression:
             raise ValueError("labels and regression: true contradict each other; give one")
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
-            raise ValueError("labels: a name stands there twice")
+            raise ValueError("labels: duplicate name")
         return self
 
 

@@ -121,7 +121,7 @@ def read_label(value: Any, where: Labelling) -> int | float:
     if index == -1:
         raise DataError(f"{said}: the labels here are hidden, as in a benchmark's test split")
     alike = [n for n in where.labels if folded_label(n) == folded_label(str(value))]
-    hint = f"; did you mean {shown(alike[0])}, as it is written there?" if alike else ""
+    hint = f"; did you mean {shown(alike[0])}?" if alike else ""
     raise DataError(f"{said}: unknown label{hint}; allowed: {_allowed(where.labels)}")
 
 

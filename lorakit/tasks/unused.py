@@ -18,7 +18,7 @@ COUNTED_ROWS = 100_000
 _BATCH_ROWS = 1000
 _NAMED = 20
 _LONGEST_NAME = 60
-_LEFT = "have turns behind the last trained one; these are left out"
+_LEFT = "have turns after the last trained one; these are left out"
 
 
 @dataclass

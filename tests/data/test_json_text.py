@@ -111,13 +111,13 @@ def test_arrays_and_lines_together(tmp_path: Path) -> None:
         ('[{"a": 1}, {"a": }]', ", row 2: not JSON: Expecting value at its character 7"),
         ('[{"a": 1}, {"a": 1]', ", row 2: not JSON: Expecting ',' delimiter at its character 8"),
         ('[{"a": 1},]', ", row 2: not JSON: Expecting value at its character 1"),
-        ('[{"a": 1} {"a": 2}]', ", row 1: not JSON: '{' behind it; allowed: ',' or ']'"),
-        ('[{"a": 1}, {"a": 2}', ", row 2: not JSON: the end of the file behind it"),
+        ('[{"a": 1} {"a": 2}]', ", row 1: not JSON: '{' after the value; allowed: ',' or ']'"),
+        ('[{"a": 1}, {"a": 2}', ", row 2: not JSON: the end of the file after the value"),
         ('[{"a": 1}, {"a": "x', ", row 2: not JSON: Unterminated string"),
         ('[{"a": 1},', ", row 2: not JSON: Expecting value"),
         ("[", ", row 1: not JSON: Expecting value"),
-        ('[{"a": 1}] x', ": text behind the end of the array; allowed: an array of objects"),
-        ('[{"a": 1}]\n[{"a": 2}]', ": text behind the end of the array"),
+        ('[{"a": 1}] x', ": text after the end of the array; allowed: an array of objects"),
+        ('[{"a": 1}]\n[{"a": 2}]', ": text after the end of the array"),
         ('[{"a": "\\ud83d"}]', ", row 1: half a surrogate pair"),
         (b'[{"a": 1}, {"a": "caf\xe9"}]', ", row 2: not UTF-8"),
         ("[]", ": the split 'train' is empty"),
@@ -315,8 +315,8 @@ def test_a_key_that_stands_twice_in_an_object(tmp_path: Path, form: str) -> None
         write(*ONCE, text)
         with pytest.raises(DataError) as caught:
             load_split(str(file), "train")
-        assert str(caught.value).startswith(f"{file}, row {len(ONCE) + 1}: the key ")
-        assert str(caught.value).endswith(" stands there twice; allowed: once")
+        assert str(caught.value).startswith(f"{file}, row {len(ONCE) + 1}: duplicate key ")
+        assert str(caught.value).endswith("; allowed: each key once")
     write(*ONCE)
     found = load_split(str(file), "train")
     assert found is not None

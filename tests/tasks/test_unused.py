@@ -197,7 +197,7 @@ def test_keys_of_one_count_are_named_in_order() -> None:
     assert said.endswith(f"not used: column y (1), column z (1){listed}")
 
 
-LEFT = "have turns behind the last trained one; these are left out"
+LEFT = "have turns after the last trained one; these are left out"
 OFF = {**REPLY, "train": False}
 
 

@@ -39,7 +39,7 @@ def is_long(indices: Sequence[int]) -> bool:
 
 @dataclass
 class LongChat:
-    """``text`` is the chat up to the last of the turns ``indices``."""
+    """The chat up to the last of the turns ``indices``."""
 
     messages: Sequence[Message]
     tools: Tools

@@ -224,7 +224,7 @@ def _without(messages: Sequence[Message], indices: Sequence[int], key: str) -> d
 
 
 def _leaves(value: Any) -> Iterator[str]:
-    """The texts and numbers in a value, as a template would print them."""
+    """The non-blank texts in a value, at any depth, without white space at their ends."""
     if isinstance(value, Mapping):
         for item in value.values():
             yield from _leaves(item)
