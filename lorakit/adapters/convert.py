@@ -78,7 +78,7 @@ def convert(
         if checkpoint:
             updates, notes = read_loralib(checkpoint, options)
         else:
-            files = read_adapter(source)
+            files = read_adapter(source, say)
             if to == "peft":
                 report = _copied(files, out, overwrite)
                 say(report.notes[0])

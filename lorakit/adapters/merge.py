@@ -87,7 +87,7 @@ def merge(
     taken as it is, and the added ones must have none of their own.
     Raises ModelError and AdapterError; then, and if the process is killed, ``out`` is as it was.
     """
-    adapters = read_weighted(adapter, weight, add)
+    adapters = read_weighted(adapter, weight, add, say)
     files = adapters[0].files
     section = base_section(base, files, trust_remote_code)
     out = Path(out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,17 +64,21 @@ class LowRank:
 
 
 def read_weighted(
-    adapter: str | Path, weight: float, add: Iterable[tuple[str | Path, float]]
+    adapter: str | Path,
+    weight: float,
+    add: Iterable[tuple[str | Path, float]],
+    say: Callable[[str], None] | None = None,
 ) -> list[Weighted]:
-    """The adapter that is merged and those that are added. Raises AdapterError for one that is
-    missing or corrupt, and for a weight that is not a finite number."""
+    """The adapter that is merged and those that are added; ``say`` is that of ``read_adapter``.
+    Raises AdapterError for one that is missing or corrupt, and for a weight that is not a finite
+    number."""
     read = []
     for directory, factor in ((adapter, weight), *add):
         if not math.isfinite(factor):
             raise AdapterError(f"{directory}: weight = {factor}: allowed: a finite number")
         if not str(directory):
             raise AdapterError(f'"": weight = {factor:g} of no adapter: a directory is missing')
-        read.append(Weighted(read_adapter(directory), float(factor)))
+        read.append(Weighted(read_adapter(directory, say), float(factor)))
     return read
 
 

@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lorakit.adapters.convert import convert
 from lorakit.adapters.files import read_adapter
 from lorakit.adapters.load import load
 from lorakit.adapters.locate import adapter_directory
+from lorakit.adapters.merge import merge
 from lorakit.errors import AdapterError, ModelError, UserError
 from lorakit.models.load import load_config
 from lorakit.recipe.sections import ModelSection
@@ -131,6 +133,19 @@ def test_unknown_keys_are_named_once(adapter: Path, capsys: pytest.CaptureFixtur
     said: list[str] = []
     read_adapter(adapter, said.append)
     assert said == [line]
+
+
+def test_merge_and_convert_say_unknown_keys_through_their_callback(
+    pair: tuple[Path, Path], adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(adapter, mode="turbo")
+    merged: list[str] = []
+    merge(pair[0], adapter, tmp_path / "merged", say=merged.append)
+    converted: list[str] = []
+    convert(adapter, tmp_path / "converted", "lora", say=converted.append)
+    for said in (merged, converted):
+        assert sum('ignored: mode = "turbo"' in line for line in said) == 1
+    assert "unknown keys" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
