@@ -56,10 +56,15 @@ def names_it(target: str, name: str) -> bool:
 
 def base_names(name: str) -> list[str]:
     """The names that the classes of multimodal bases give the module ``name`` of a text part."""
+    bare = ".".join(without_wrappers(name))
+    return [prefix + bare for prefix in _BASE_PREFIXES] if bare != name else []
+
+
+def without_wrappers(name: str) -> list[str]:
+    """The parts of ``name`` after the wrappers that it begins with (``model.language_model``)."""
     parts = name.split(".")
     first = next((at for at, part in enumerate(parts) if part not in _WRAPPERS), len(parts))
-    bare = ".".join(parts[first:])
-    return [prefix + bare for prefix in _BASE_PREFIXES] if first else []
+    return parts[first:]
 
 
 def covering_targets(wanted: Sequence[str], others: Sequence[str]) -> list[str]:

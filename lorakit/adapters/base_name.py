@@ -43,8 +43,8 @@ def other_base_note(section: ModelSection, files: AdapterFiles) -> str | None:
         if Path(named).samefile(given):
             return None
     return (
-        f"{files.directory}: trained on {named}, and now used with {given}: that the shapes agree "
-        "does not tell whether it is the same model"
+        f"{files.directory}: trained on {named}, but used with {given}: matching shapes do not "
+        "prove that it is the same model"
     )
 
 

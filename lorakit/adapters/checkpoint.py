@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import ModelError, shown
+from lorakit.models.located import is_missing_path, other_content
 
 if TYPE_CHECKING:
     from lorakit.recipe.sections import ModelSection
@@ -137,14 +138,14 @@ def read_into(handle: int, into: memoryview, start: int) -> None:
             count = len(part)
             into[done : done + count] = part
         if not count:
-            raise OSError("a file of the base has become shorter while it was read")
+            raise OSError("a file of the base was truncated while it was read")
         done += count
 
 
 def read_header(file: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
     """The metadata and the tensors of a safetensors file, in the order of their bytes.
 
-    Raises ModelError for a file that is no whole one."""
+    Raises ModelError for a file that is incomplete or corrupt."""
     try:
         size = file.stat().st_size
         with file.open("rb") as opened:
@@ -153,7 +154,7 @@ def read_header(file: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
                 raise ValueError("a Git LFS pointer, not the weights (git lfs pull fetches them)")
             length = int.from_bytes(first, "little")
             if len(first) < 8 or length > min(size - 8, _MAX_HEADER):
-                raise ValueError(f"{size} bytes are too few for its header")
+                raise ValueError(f"{size} bytes, which ends inside its header")
             header = json.loads(opened.read(length))
         metadata = header.pop("__metadata__", None) or {}
         tensors = {name: _stored(file, name, entry, 8 + length) for name, entry in header.items()}
@@ -163,10 +164,12 @@ def read_header(file: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
     end = 8 + length
     for name, stored in ordered.items():
         if stored.start != end:
-            raise ModelError(f"base: {file}: corrupt: {name} does not begin where another ends")
+            raise ModelError(
+                f"base: {file}: corrupt: {name} does not start where the tensor before it ends"
+            )
         end += stored.size_bytes
     if end != size:
-        raise ModelError(f"base: {file}: corrupt or cut short: {size} bytes, and not {end}")
+        raise ModelError(f"base: {file}: corrupt or cut short: {size} bytes, expected {end}")
     return metadata, ordered
 
 
@@ -189,8 +192,9 @@ def local_directory(section: ModelSection) -> Path:
     if Path(name).is_dir():
         return Path(name)
     if Path(name).is_file():
-        raise ModelError(f"base: {name}: a file; allowed: a model's directory, or a Hub id")
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1:  # no Hub id
+        what = other_content(Path(name)) or "a file"
+        raise ModelError(f"base: {name}: {what}; allowed: a model directory, or a Hub id")
+    if is_missing_path(name):
         raise ModelError(f"base: {name}: no such directory")
     from huggingface_hub import snapshot_download
 
@@ -207,8 +211,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        adapter = (directory / "adapter_config.json").is_file()
-        hint = " (it holds an adapter, not a base model)" if adapter else ""
+        what = other_content(directory)
+        hint = f" ({what})" if what else ""
         raise ModelError(f"base: {directory}: no config.json in the directory{hint}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"base: {file}: not readable as JSON: {error}") from error

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from lorakit.methods.base import Method
 WEIGHTS = "adapter_model.safetensors"
 SIDECAR = "lorakit.json"
 PREFIX = "base_model.model."
-__all__ = ["CONFIG", "SIDECAR", "WEIGHTS", "AdapterFiles", "is_finite", "read_adapter"]
+__all__ = ["CONFIG", "SIDECAR", "WEIGHTS", "AdapterFiles", "is_finite", "read_adapter", "split_key"]
 
 #: With ``bias: all`` and with ``save_embedding_layers`` PEFT writes tensors of modules that train
 #: whole a second time, under the names that they have inside of it, and beside them those that
@@ -155,6 +155,16 @@ def is_finite(tensor: Tensor) -> bool:
     if math.isfinite(values.sum(dtype=torch.float32).item()):
         return True
     return bool(values.isfinite().all())
+
+
+def split_key(key: str, modules: Collection[str]) -> tuple[str, str]:
+    """The longest beginning of ``key`` that is one of ``modules``, and the rest; ``""`` and ``key``
+    where none is."""
+    parts = key.split(".")
+    for depth in range(len(parts) - 1, 0, -1):
+        if (name := ".".join(parts[:depth])) in modules:
+            return name, ".".join(parts[depth:])
+    return "", key
 
 
 def _parts(stored: Mapping[str, Mapping[str, int]]) -> dict[str, tuple[Rows, int]]:

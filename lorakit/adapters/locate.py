@@ -47,12 +47,10 @@ def adapter_directory(given: str | Path) -> Path:
 
 def _instead(path: Path) -> str:
     """What a directory without an adapter is."""
-    if (path / "state.json").is_file() and (path / "weights.safetensors").is_file():
-        return "a checkpoint of a run, to go on from with train --resume, not an adapter"
     inside = sorted(file.parent for file in path.glob(f"*/{CONFIG}"))
     if inside:
         names = ", ".join(map(str, inside[:5])) + (", ..." if len(inside) > 5 else "")
-        return f"no adapter itself, but a directory that holds some ({names}); name one of them"
+        return f"not an adapter, but it holds some ({names}); name one of them"
     if (path / "config.json").is_file():
         return "a model, not an adapter"
     what = other_content(path)

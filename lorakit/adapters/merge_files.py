@@ -82,7 +82,7 @@ def _walk(base: Path, left_out: list[LeftOut]) -> Iterator[str]:
             elif path.is_file():
                 yield name
             else:
-                what = "a link to nothing" if path.is_symlink() else "not a regular file"
+                what = "a broken symlink" if path.is_symlink() else "not a regular file"
                 left_out.append(LeftOut(name, what))
 
 
@@ -92,11 +92,11 @@ def _reason(path: Path, name: str, components: tuple[str, ...]) -> str | None:
         return None
     lower = name.lower()
     if re.search(r"(?:^|/)(?:optimizer|scheduler|scaler|rng_state\w*|training_args)\.\w+$", lower):
-        return "state of a training"
+        return "training state"
     if lower.endswith((*_WEIGHTS, *(f"{end}.index.json" for end in _WEIGHTS))):
         return _weights_reason(name, lower)
     if re.search(r"(?:^|/)adapter_config\.json$", lower):
-        return "an adapter's, which transformers would load"
+        return "an adapter configuration, which transformers would load"
     if path.stat().st_size > _LARGEST:
         return f"larger than {_LARGEST / 1e6:.0f} MB"
     return None

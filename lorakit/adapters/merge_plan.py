@@ -81,7 +81,8 @@ def plan_merge(held: Held, checkpoint: Checkpoint, dtype: str | None) -> MergePl
     parted = [names for names in shared.together if is_parted(names, held.whole, held.updates)]
     if impossible := [names for names in parted if not held.can_part(names)]:
         raise AdapterError(
-            f"{impossible[0][0]}: {held.class_name} cannot hold these shared weights apart"
+            f"{impossible[0][0]}: {held.class_name} cannot store these shared weights as separate "
+            "tensors"
         )
     changed = {*held.updates, *given}
     converted = [group for group in held.groups if changed & set(group.targets)]

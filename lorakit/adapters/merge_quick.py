@@ -8,13 +8,13 @@ a model need to be made: seconds of every merge. Whatever is not certain is left
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from lorakit.adapters.checkpoint import Checkpoint
-from lorakit.adapters.files import AdapterFiles
+from lorakit.adapters.files import AdapterFiles, split_key
 from lorakit.adapters.held import Held
 from lorakit.adapters.peft_config import is_targeted
 from lorakit.adapters.plain_decoders import EMBEDDING, HEAD, PLAIN, PlainDecoder
@@ -83,7 +83,7 @@ def _products(
         return None
     factors: dict[str, dict[str, Tensor]] = {}
     for key, value in files.tensors.items():
-        name, end = _split(key, matrices)
+        name, end = split_key(key, matrices)
         if name in ("", EMBEDDING, HEAD) or end not in ("lora_A.weight", "lora_B.weight"):
             return None
         factors.setdefault(name, {})[end] = value
@@ -126,12 +126,3 @@ def _product(
     except AdapterError:
         return None
     return LowRank(B, A, scaling, adapter.weight)
-
-
-def _split(key: str, modules: Iterable[str]) -> tuple[str, str]:
-    """The module that a tensor's name begins with, and the rest."""
-    parts = key.split(".")
-    for depth in range(len(parts) - 1, 0, -1):
-        if (name := ".".join(parts[:depth])) in modules:
-            return name, ".".join(parts[depth:])
-    return "", key

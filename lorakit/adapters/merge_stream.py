@@ -129,7 +129,7 @@ def _copy(source: int, start: int, target: int, to: int, count: int) -> None:
         while done < count:
             copied = os.copy_file_range(source, target, count - done, start + done, to + done)
             if not copied:
-                raise OSError("a file of the base has become shorter while it was read")
+                raise OSError("a file of the base was truncated while it was read")
             done += copied
     except (AttributeError, OSError):  # another file system, or not Linux
         buffer = memoryview(bytearray(min(count - done, 2**22)))

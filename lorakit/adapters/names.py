@@ -23,8 +23,7 @@ from lorakit.adapters.peft_config import base_names, is_targeted
 from lorakit.errors import AdapterError
 from lorakit.methods.lora_form import peft_alpha, peft_rank
 from lorakit.models.load import quiet
-
-_WRAPPERS = ("model", "language_model", "text_model")
+from lorakit.module_names import without_wrappers
 
 
 def names_in_base(model: nn.Module, config: PreTrainedConfig) -> BaseNames | None:
@@ -87,7 +86,7 @@ def fitted(files: AdapterFiles, model: nn.Module) -> AdapterFiles:
         config.pop("exclude_modules", None)
         config.pop("layers_to_transform", None)
     if config["peft_type"] == "LORA":
-        config |= _patterns(files.config, moved, roots)
+        config |= _patterns(files.config, moved)
     elif isinstance(config.get("rank_pattern"), dict):
         config["rank_pattern"] = {_moved(k, roots): v for k, v in config["rank_pattern"].items()}
     for key in ("modules_to_save", "trained_parameters", "matrices"):
@@ -101,9 +100,7 @@ def fitted(files: AdapterFiles, model: nn.Module) -> AdapterFiles:
     return dataclasses.replace(files, config=config, tensors=tensors, sidecar=sidecar)
 
 
-def _patterns(
-    config: Mapping[str, Any], moved: Mapping[str, str], roots: Mapping[str, str]
-) -> dict[str, Any]:
+def _patterns(config: Mapping[str, Any], moved: Mapping[str, str]) -> dict[str, Any]:
     """Rank and alpha of every adapted module, under its new name."""
     ends = re.compile(r"\.lora_(?:embedding_)?A(?:\.weight)?$")
     names = {ends.sub("", key): ends.sub("", new) for key, new in moved.items() if ends.search(key)}
@@ -117,20 +114,14 @@ def _roots(model: nn.Module) -> dict[str, str]:
     """First part of a name behind its wrappers -> where it is in ``model``; not if in two."""
     found: dict[str, set[str]] = {}
     for name in base_names(model):
-        parts = _bare(name)
+        parts = without_wrappers(name)
         if len(parts) == 1:
             found.setdefault(parts[0], set()).add(name)
     return {root: names.pop() for root, names in found.items() if len(names) == 1}
 
 
-def _bare(name: str) -> list[str]:
-    parts = name.split(".")
-    first = next((at for at, part in enumerate(parts) if part not in _WRAPPERS), len(parts))
-    return parts[first:]
-
-
 def _moved(name: str, roots: Mapping[str, str]) -> str:
-    parts = _bare(name)
+    parts = without_wrappers(name)
     if not parts or parts[0] not in roots:
         return name
     return ".".join([roots[parts[0]], *parts[1:]])
@@ -140,12 +131,12 @@ def _reversed(moved: Mapping[str, str], roots: Mapping[str, str]) -> Any:
     """A module's name in the model -> in the file."""
     before = {}
     for key in moved:
-        bare = _bare(key)
+        bare = without_wrappers(key)
         before[bare[0]] = key[: len(key) - len(".".join(bare))]
     default = max(before.values(), key=len)
 
     def name_in_file(name: str) -> str:
-        bare = _bare(name)
+        bare = without_wrappers(name)
         if not bare or bare[0] not in roots:
             return name
         return before.get(bare[0], default) + ".".join(bare)

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lorakit.adapters.files import AdapterFiles, read_adapter
+from lorakit.adapters.files import AdapterFiles, read_adapter, split_key
 from lorakit.adapters.names import fitted
 from lorakit.adapters.peft_config import SEQ_CLS_HEADS, matched_modules
 from lorakit.errors import AdapterError
@@ -81,7 +81,7 @@ def find_places(model: nn.Module, files: AdapterFiles) -> Placement:
     modules = dict(model.named_modules())
     places = Placement()
     for key, value in files.tensors.items():
-        name, end = _split(key, modules)
+        name, end = split_key(key, modules)
         own = set(modules[name].state_dict(keep_vars=True)) if name else set()
         if end in own:
             (places.base if files.trains_base and not _is_whole(files, name) else places.whole)[
@@ -246,15 +246,6 @@ def _is_whole(files: AdapterFiles, name: str) -> bool:
     parts = name.split(".")
     above = (".".join(parts[: depth + 1]) for depth in range(len(parts)))
     return any(module.endswith(ends or ("\0",)) for module in above)
-
-
-def _split(key: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
-    """The longest beginning of ``key`` that is a module, and the rest."""
-    parts = key.split(".")
-    for depth in range(len(parts) - 1, 0, -1):
-        if (name := ".".join(parts[:depth])) in modules:
-            return name, ".".join(parts[depth:])
-    return "", key
 
 
 def _at(model: nn.Module, key: str) -> Tensor:

@@ -534,7 +534,7 @@ def test_a_base_of_another_name_is_said(make_pair: MakePair, tmp_path: Path) -> 
                            say=said.append)  # fmt: skip
             assert tuple(said) == report.notes
             assert len(said) == (place not in same), (named, place)
-            assert all(f"trained on {named}, and now used with" in line for line in said)
+            assert all(f"trained on {named}, but used with" in line for line in said)
 
 
 _SLOW_COMMAND = f"""

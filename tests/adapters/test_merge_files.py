@@ -68,8 +68,8 @@ def test_every_file_but_other_weights(make_pair: MakePair, tmp_path: Path) -> No
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
     assert {item.name for item in report.left_out} == set(_LEFT)
     reasons = {item.name: item.reason for item in report.left_out}
-    assert reasons["gone.json"] == "a link to nothing"
-    assert reasons["optimizer.pt"] == "state of a training"
+    assert reasons["gone.json"] == "a broken symlink"
+    assert reasons["optimizer.pt"] == "training state"
     assert reasons["consolidated.safetensors"] == "weights beside the model, without the adapter"
     assert reasons["extra/model.safetensors"] == "weights in a folder, without the adapter"
     assert reasons[INDEX] == "the index of files that are not written"
@@ -214,7 +214,9 @@ def test_a_base_that_is_not_there(
     own, adapter, _ = make_pair()
     with pytest.raises(ModelError, match=message):
         merge(base, adapter, tmp_path / "out")
-    with pytest.raises(ModelError, match="a file; allowed: a model's directory"):
+    with pytest.raises(
+        ModelError, match="a file of weights, not a directory; allowed: a model directory"
+    ):
         merge(own / "model.safetensors", adapter, tmp_path / "out")
 
 
