@@ -217,7 +217,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"base: {file}: not readable as JSON: {error}") from error
     if not isinstance(config, dict):
-        raise ModelError(f"base: {file}: a JSON object is expected, found {shown(config)}")
+        raise ModelError(f"base: {file}: expected a JSON object, found {shown(config)}")
     named = config.get("transformers_weights")
     if named not in (None, SINGLE, INDEX):
         raise ModelError(

@@ -207,7 +207,7 @@ def _read_json(file: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"{file}: not readable as JSON: {error}") from error
     if not isinstance(value, dict):
-        raise AdapterError(f"{file}: a JSON object is expected, found {shown(value)}")
+        raise AdapterError(f"{file}: expected a JSON object, found {shown(value)}")
     return value
 
 

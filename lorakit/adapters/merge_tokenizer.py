@@ -51,7 +51,7 @@ def choose_tokenizer(
     vocabulary = [name for name in files if name == _FAST or name in _VOCABULARIES]
     if _SETTINGS not in files or not vocabulary:
         listed = ", ".join(sorted(files))
-        return Tokenizer(notes=(f"{adapter}: {listed}: no complete tokenizer; the base's is kept",))
+        return Tokenizer(notes=(f"{adapter}: incomplete tokenizer ({listed}); the base's is kept",))
     own = _files(base)
     if own and _is_same(files, own, needs_pad):
         return Tokenizer()
@@ -111,9 +111,7 @@ def _check_json(directory: Path, files: Mapping[str, bytes]) -> None:
         except (ValueError, RecursionError) as error:
             raise AdapterError(f"{directory / name}: not readable as JSON: {error}") from error
         if not isinstance(value, dict):
-            raise AdapterError(
-                f"{directory / name}: a JSON object is expected, found {shown(value)}"
-            )
+            raise AdapterError(f"{directory / name}: expected a JSON object, found {shown(value)}")
 
 
 def _check_fast(directory: Path, files: Mapping[str, bytes]) -> None:
@@ -124,7 +122,7 @@ def _check_fast(directory: Path, files: Mapping[str, bytes]) -> None:
 
     try:
         Fast.from_str(files[_FAST].decode("utf-8"))
-    except Exception as error:  # the library raises nothing more special
+    except Exception as error:  # the library raises nothing more specific
         raise AdapterError(f"{directory / _FAST}: no usable tokenizer: {error}") from error
 
 

@@ -55,7 +55,10 @@ def plan_head(labels: Labels, config: PreTrainedConfig, new_head: bool, name: st
         raise _no_fit(labels, own, name)
     note = _mapping_note(labels, own, found)
     if config.problem_type == "multi_label_classification":
-        several = "the base's head was trained to give several labels at once; here one a row"
+        several = (
+            "the base's head was trained to give several labels at once; this task has one label a "
+            "row"
+        )
         note = f"{note}; {several}" if note else several
     return HeadPlan(own, note=note)
 
@@ -116,12 +119,13 @@ def stores_head(model: PreTrainedModel, info: Mapping[str, Any]) -> bool:
 
 
 def in_head(model: PreTrainedModel, key: str) -> bool:
-    """Whether the parameter lies outside of the base model, which the head stands on."""
+    """Whether the parameter belongs to the head: it lies outside of the base model."""
     return not key.startswith(f"{model.base_model_prefix}.")
 
 
 def renew_head(model: PreTrainedModel, seed: int) -> tuple[str, ...]:
-    """Draw the head's weights anew, as the model's class does it; the modules that hold them."""
+    """Draw the head's weights anew, as the model's class initialises them. Returns the names of the
+    modules that hold them."""
     torch.manual_seed(seed)
     modules = {name: module for name, module in model.named_modules() if in_head(model, f"{name}.")}
     holding = [name for name in modules if _own_parameters(modules, name)]
@@ -170,7 +174,7 @@ def _no_fit(labels: Labels, own: Sequence[str], name: str) -> ModelError:
         wants = f"and the task has {len(labels)}{noun} ({_described(labels)})"
     return ModelError(
         f"model.name_or_path: {name}: its classification head {has}, {wants}; allowed: labels that "
-        "the head has, or model.new_head: true, which replaces the head by a new one"
+        "the head has, or model.new_head: true, which replaces the head with a new one"
     )
 
 

@@ -97,7 +97,7 @@ def _with_head(
     plan, misfit = None, None
     try:
         plan = plan_head(labels, config, section.new_head, name)
-    except ModelError as error:  # of no account if the checkpoint turns out to have no head
+    except ModelError as error:  # raised below, if the checkpoint has a head at all
         misfit = error
     expected = plan.labels if plan is not None and declares_head(config) else labels
     model, info = _classifier(name, config, expected, options, seed)

@@ -34,7 +34,7 @@ def fit_max_length(model: PreTrainedModel, config: Any, say: Callable[[str], Non
         raise UserError(
             f"task.max_length = {wanted}: the model has {room} positions; allowed: 1 to {room}"
         )
-    say(f"task.max_length: {room} in place of the default {wanted}, the positions of the model")
+    say(f"task.max_length: {room} in place of the default {wanted}: the model has {room} positions")
     return config.model_copy(update={"max_length": room})
 
 

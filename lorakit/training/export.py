@@ -80,7 +80,7 @@ def _names(prepared: Prepared, directory: Path, say: Say) -> BaseNames | None:
     try:
         names = names_in_base(prepared.model, load_config(prepared.recipe.model))
     except AdapterError as error:
-        say(f"{directory}: the names are those of {own}, which PEFT needs too: {error}")
+        say(f"{directory}: the names are those of {own}: with PEFT load the base as that ({error})")
         return None
     if names is not None:
         say(

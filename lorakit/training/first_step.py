@@ -1,4 +1,4 @@
-"""After the first step: does every adapted module take part in the training?"""
+"""Check in the first step that every adapted module trains."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class FirstStep:
     the first step are there.
 
     ``whole`` are modules that train whole and must get gradients too. With ``counts`` hooks count
-    the rows that each module is called with; a compiled model goes without. ``say`` gets what is
-    odd and no error.
+    the rows that each module is called with; a compiled model goes without. ``say`` gets
+    warnings.
     """
 
     def __init__(
@@ -44,12 +44,12 @@ class FirstStep:
         self._skips = any(getattr(config, key, 0.0) for key in _LAYER_DROPS)
 
     def check(self) -> None:
-        """Raise TargetError for what would never train: modules that have no gradient, of which
-        the model reads the weight without calling them, or drops the output. An expert without a
-        token in this step is none of them.
+        """Raise TargetError for modules that would never train: no gradient reaches them, as the
+        model reads their weight without calling them, or does not use their output. Experts that
+        got no token in this step are passed over.
 
-        Modules whose gradient is there and exactly zero are named: a gate that starts at zero
-        makes it so, or rows of a single token. Waits for the device once.
+        ``say`` gets a line for modules whose gradient is exactly zero, which a gate that starts at
+        zero or rows of a single token cause. Waits for the device once.
         """
         for hook in self._hooks:
             hook.remove()

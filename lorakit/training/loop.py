@@ -321,7 +321,7 @@ class Loop:
         changed = isinstance(error, FileChanged)
         advice = "put the file back" if changed else "correct or remove the row"
         if isinstance(error, UnreadableFile):
-            advice = "replace the file by a whole one"
+            advice = "replace the file with a complete one"
         raise (DataError if changed else BadRow)(
             f"{error}; stopped at step {self.progress.step} of {self.schedule.total_steps}; saved "
             f"{saved}; {advice}, then go on with --resume auto"

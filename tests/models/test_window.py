@@ -38,7 +38,7 @@ def test_learnt_positions_end(family: str) -> None:
 def test_a_default_is_shortened_to_the_positions() -> None:
     said: list[str] = []
     assert fit_max_length(tiny("gpt2"), task(), said.append).max_length == 64
-    assert said == ["task.max_length: 64 in place of the default 512, the positions of the model"]
+    assert said == ["task.max_length: 64 in place of the default 512: the model has 64 positions"]
 
 
 def test_rotary_positions_go_on() -> None:

@@ -191,7 +191,7 @@ def test_a_truncated_file(tiny_llama: Path, tmp_path: Path) -> None:
         train(recipe)
     message = str(caught.value)
     assert message.startswith(f"{packed}: cannot be read: Compressed file ended before")
-    assert "; replace the file by a whole one, then go on with --resume auto" in message
+    assert "; replace the file with a complete one, then go on with --resume auto" in message
     assert "row" not in message.removeprefix(str(packed))
 
 
