@@ -43,7 +43,7 @@ def full_config(section: ModelSection, files: AdapterFiles) -> PreTrainedConfig:
             f"{error}; {files.directory} names this base: if it has moved, give the base explicitly"
         ) from error
     if not files.classifies:
-        check_kind(config, "causal", section.name_or_path)
+        check_kind(config, "causal", section.name_or_path, "base")
         return config
     sidecar = files.sidecar or {}
     labels = sidecar.get("id2label")

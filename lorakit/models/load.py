@@ -194,26 +194,29 @@ def label_options(labels: Sequence[str] | None) -> dict[str, Any]:
     }
 
 
-def check_kind(config: PreTrainedConfig, kind: Kind, name: str) -> None:
-    """Raise ModelError for a model that lorakit has no class for, or that is of the other kind."""
+def check_kind(
+    config: PreTrainedConfig, kind: Kind, name: str, key: str = "model.name_or_path"
+) -> None:
+    """Raise ModelError for a model that lorakit has no class for, or that is of the other kind;
+    ``key`` is that of ``load_config``."""
     causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if kind == "encoder" and getattr(config, "is_encoder_decoder", False):
         raise ModelError(
-            f"model.name_or_path: {name}: {config.model_type} is an encoder with a decoder, and "
+            f"{key}: {name}: {config.model_type} is an encoder with a decoder, and "
             "the task needs an encoder alone; allowed: a model such as BERT, RoBERTa or ModernBERT"
         )
     encoder = masked and not getattr(config, "is_decoder", False)
     brings_code = hasattr(config, "auto_map")
     if kind == "causal" and config.model_type in _SEES and not causal and not brings_code:
         raise ModelError(
-            f"model.name_or_path: {name}: {config.model_type} is multimodal, and transformers has "
+            f"{key}: {name}: {config.model_type} is multimodal, and transformers has "
             "no class for training it on text alone: not supported yet; allowed: a decoder such as "
             "Llama, Qwen or GPT-2, or a multimodal Gemma 3, Qwen3.5 or Llama 4"
         )
     if kind == "causal" and (encoder or not causal) and not brings_code:
         raise ModelError(
-            f"model.name_or_path: {name}: {config.model_type} is not a causal language model, and "
+            f"{key}: {name}: {config.model_type} is not a causal language model, and "
             "the task needs one; allowed: a decoder such as Llama, Qwen, Gemma or GPT-2"
         )
 

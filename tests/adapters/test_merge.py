@@ -289,6 +289,9 @@ def test_bases_that_cannot_be_merged_into(make_pair: MakePair, tmp_path: Path) -
     tiny("llama", hidden_size=32).save_pretrained(tmp_path / "wider")
     with pytest.raises(AdapterError, match="belongs to another base model"):
         merge(tmp_path / "wider", adapter, tmp_path / "out")
+    tiny("bert").save_pretrained(tmp_path / "encoder")
+    with pytest.raises(ModelError, match=r"^base: .*encoder: bert is not a causal language model"):
+        merge(tmp_path / "encoder", adapter, tmp_path / "out")
     settings = json.loads((base / "config.json").read_text())
     quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (base / "config.json").write_text(json.dumps(settings | {"quantization_config": quantised}))
