@@ -48,7 +48,8 @@ _LINEAR_ATTENTION = re.compile(r"DeltaNet|DeltaAttention|LinearAttention|Lightni
 class Weight:
     """A matrix or a stack of them: the parameter ``name`` of the module ``owner``.
 
-    ``read_past_forward`` is of routers only: an adapter in place of the module would do nothing.
+    ``read_past_forward``, which is found for routers only: an adapter in place of the module would
+    do nothing.
     """
 
     name: str
@@ -92,7 +93,7 @@ def weights(model: nn.Module, exclude: Collection[str] = ()) -> list[Weight]:
 
 
 def part_of(module: str, classes: dict[str, str]) -> Part:
-    """What the module of that name is a part of; ``classes``: name -> class of all modules."""
+    """The part that the module of that name belongs to; ``classes``: name -> class of all."""
     path = _path(module)
     ends = [name.rpartition(".")[2] for name in path]
     routes = any(_ROUTER.fullmatch(end) for end in ends)

@@ -39,7 +39,8 @@ class Held:
     that it reads. ``shapes`` and ``ties`` (names of one parameter) are the class's; ``updates``,
     ``base`` and ``whole`` are by its names. ``architecture`` is its own name where the merged model
     is of another class than the base; then ``stored_name`` is also asked for names that are
-    stored. ``text_config``: the key of the text model's part of ``config.json``. ``settings``:
+    stored. ``can_part``: whether the class can hold tied names as separate weights.
+    ``text_config``: the key of the text model's part of ``config.json``. ``settings``:
     other keys of ``config.json`` that change.
     """
 

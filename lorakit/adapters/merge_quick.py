@@ -1,4 +1,4 @@
-"""What a base holds, told from its files alone, where that is certain.
+"""What a base holds, read from its files alone, where that is certain.
 
 For the common decoders transformers reads every tensor under its own name into plain linear
 layers, so an adapter's modules are found in the checkpoint, and neither transformers' classes nor

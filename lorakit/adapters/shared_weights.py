@@ -23,6 +23,7 @@ class Shared:
 
 
 def find_shared(held: Held, checkpoint: Checkpoint, by_name: Mapping[str, str]) -> Shared:
+    """Which of the class's ties the checkpoint has too; ``by_name``: the class's name -> stored."""
     together: list[Sequence[str]] = []
     apart = False
     for names in held.ties:

@@ -1,4 +1,4 @@
-"""What a name of a model or an adapter refers to, told without loading a model library."""
+"""What the name of a model or an adapter refers to; imports no model library."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Batching:
     described: str
 
     def notes(self, recipe: Recipe) -> list[str]:
-        """What is to be said of a stream's rows, which only shows when they have been read."""
+        """The notes on a stream's rows, which are known only once they have been read."""
         if not isinstance(self.steps, StreamSteps):
             return []
         seen = self.steps
