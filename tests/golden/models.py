@@ -57,8 +57,10 @@ def fill(model: torch.nn.Module) -> None:
             parameter.copy_(torch.from_numpy(values).view_as(parameter))
 
 
-def _byte_tokenizer(special: list[str]) -> Tokenizer:
-    names = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+def _ascii_tokenizer(special: list[str]) -> Tokenizer:
+    """One token a printable ASCII character: whatever a model generates is a text that shows it."""
+    printable = {"\u010a", "\u0120", *map(chr, range(33, 127))}  # byte-level for "\n" and " "
+    names = special + sorted(printable)
     tokenizer = Tokenizer(BPE({name: index for index, name in enumerate(names)}, merges=[]))
     tokenizer.add_special_tokens(special)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -68,7 +70,7 @@ def _byte_tokenizer(special: list[str]) -> Tokenizer:
 
 def _causal_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_byte_tokenizer(["<s>", "</s>"]), bos_token="<s>", eos_token="</s>"
+        tokenizer_object=_ascii_tokenizer(["<s>", "</s>"]), bos_token="<s>", eos_token="</s>"
     )
     tokenizer.chat_template = _CHAT_TEMPLATE
     return tokenizer
@@ -81,7 +83,7 @@ def _encoder_tokenizer() -> PreTrainedTokenizerFast:
         "cls_token": "[CLS]",
         "sep_token": "[SEP]",
     }
-    backend = _byte_tokenizer(list(special.values()))
+    backend = _ascii_tokenizer(list(special.values()))
     backend.post_processor = TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
