@@ -18,31 +18,26 @@ from lorakit.cli.main import run as run_command
 from tests.golden.data import write_lines
 from tests.golden.results import Results
 
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "model": {"dtype": "float32"},
-    "adapter": {"method": "lora"},
-    "task": {"max_length": 256},
-    "train": {
-        "max_steps": 4,
-        "per_device_batch_size": 4,
-        "learning_rate": 3e-2,
-        # About the size of a gradient: with a small epsilon Adam makes a full step of a gradient
-        # that is little but rounding, and does not see the gradient's scale.
-        "adam_epsilon": 3e-2,
-        "log_every_steps": 1,
-        "eval_every_steps": 2,
-        "warmup_steps": 1,
-        "seed": 7,
-    },
+#: Of an adapter that names no method.
+_LORA = {"method": "lora", "r": 4, "lora_alpha": 8, "target_modules": ["q", "v"]}
+_TRAIN = {
+    "max_steps": 4,
+    "per_device_batch_size": 4,
+    "learning_rate": 3e-2,
+    # About the size of a gradient: with a small epsilon Adam makes a full step of a gradient that
+    # is little but rounding, and does not see the gradient's scale.
+    "adam_epsilon": 3e-2,
+    "log_every_steps": 1,
+    "eval_every_steps": 2,
+    "warmup_steps": 1,
+    "seed": 7,
 }
-_ADAPTER = {"r": 4, "lora_alpha": 8, "target_modules": ["q", "v"]}
 #: Of metrics.jsonl: what depends on the machine.
 _MACHINE_KEYS = {"tokens_per_second", "peak_memory_bytes"}
 _RECORD_KEYS = (
     "adapted_modules", "trainable_parameters", "total_parameters", "steps", "trained_tokens",
     "metrics", "ranks", "exit_reason",
 )  # fmt: skip
-_VERSION_KEYS = ("version", "lorakit_version", "peft_version", "transformers_version")
 
 
 class Session:
@@ -83,8 +78,7 @@ class Session:
 
     def keep_adapter(self, name: str, folder: Path) -> None:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        kept = {key: value for key, value in config.items() if key not in _VERSION_KEYS}
-        self.results.add(f"{name}/adapter_config", kept)
+        self.results.add(f"{name}/adapter_config", config)
         self.results.add_tensors(name, folder / "adapter_model.safetensors")
 
 
@@ -110,9 +104,9 @@ class GoldenRun:
     def recipe(self, base: Path, output: Path) -> dict[str, Any]:
         return {
             "model": {"name_or_path": str(base), "dtype": self.dtype},
-            "adapter": {**({} if "method" in self.adapter else _ADAPTER), **self.adapter},
-            "task": {"path": f"data/{self.data}", **_DEFAULTS["task"], "name": self.data, **self.task},
-            "train": {"output_dir": str(output), **_DEFAULTS["train"], **self.train},
+            "adapter": self.adapter if "method" in self.adapter else {**_LORA, **self.adapter},
+            "task": {"name": self.data, "path": f"data/{self.data}", "max_length": 256, **self.task},
+            "train": {"output_dir": str(output), **_TRAIN, **self.train},
         }  # fmt: skip
 
 
@@ -132,9 +126,8 @@ def resume(session: Session) -> None:
     checkpoints = (session.output / "checkpoints").iterdir()
     first = min(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]))
     session.output = session.folder / "resumed"
-    session.lorakit(
-        "train", session.recipe, "--output-dir", session.output, "--resume", first
-    )  # fmt: skip
+    output = ["--output-dir", session.output]
+    session.lorakit("train", session.recipe, *output, "--resume", first)
     session.keep_run("resume")
 
 

@@ -21,7 +21,10 @@ def main() -> None:
     parser.add_argument("--full", type=Path, metavar="DIR", help="whole results, to the bit")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "LORAKIT_CACHE": folder}
+        os.environ |= {
+            "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+            "LORAKIT_CACHE": folder,
+        }  # fmt: skip
         record(Path(folder), arguments.names, arguments.full)
 
 
