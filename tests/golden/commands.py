@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+import lorakit
 from lorakit.cli.main import run as run_command
 from tests.golden.data import write_lines
 from tests.golden.results import Results
@@ -149,6 +150,17 @@ def _merge(session: Session, name: str, *options: str) -> None:
             session.results.add(f"{name}/{key}", "as in the base")
         else:
             session.results.tensors[f"{name}/{key}"] = tensor
+
+
+def switch(session: Session) -> None:
+    """The logits in Python, with the adapter beside the base and folded into it: the merge of
+    files computes the sum in another way."""
+    ids = torch.arange(5, 29).reshape(2, 12)
+    model = lorakit.load(session.base, {"golden": session.adapter}).eval()
+    for name, merged in (("beside", False), ("folded", True)):
+        lorakit.switch(model, "golden", merged=merged)
+        with torch.no_grad():
+            session.results.tensors[f"switch/{name}/logits"] = model(ids).logits
 
 
 def convert(to: str) -> Step:

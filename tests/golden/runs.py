@@ -12,6 +12,7 @@ from tests.golden.commands import (
     merge_twice,
     resume,
     score,
+    switch,
 )
 
 _FACTORS = {"r": 4, "lora_alpha": 8, "target_modules": ["q", "v"]}
@@ -20,7 +21,7 @@ _GENERATED = {"eval_generate": "end", "max_new_tokens": 10}
 _METHODS = (
     GoldenRun(
         "lora",
-        steps=(merge, merge_twice, convert("lora"), convert("loralib"), generate(),
+        steps=(merge, merge_twice, switch, convert("lora"), convert("loralib"), generate(),
                generate("--num-beams", "3")),
     ),
     GoldenRun("lora-plus", adapter={**_FACTORS, "method": "lora_plus", "loraplus_lr_ratio": "auto"}),
@@ -30,9 +31,9 @@ _METHODS = (
                  "deltaT": 1, "target_modules": ["v", "up_proj"]},
         train={"max_steps": 6, "save_every_steps": 3, "save_total_limit": None,
                "adam_epsilon": 3e-3},
-        steps=(merge, convert("lora"), resume),
+        steps=(merge, switch, convert("lora"), resume),
     ),
-    GoldenRun("dora", adapter={**_FACTORS, "method": "dora"}, steps=(merge,)),
+    GoldenRun("dora", adapter={**_FACTORS, "method": "dora"}, steps=(merge, switch)),
     GoldenRun("moslora", adapter={**_FACTORS, "method": "moslora"}, steps=(merge,)),
     GoldenRun("intrinsic", adapter={"method": "intrinsic", "d": 24}, steps=(merge, generate())),
     GoldenRun(
@@ -67,7 +68,7 @@ _LORA_VARIANTS = (
         "lora-modules-to-save",
         adapter={"modules_to_save": ["lm_head"], "target_modules": ["embed_tokens", "o"]},
         train={"learning_rate": 3e-3},
-        steps=(merge,),
+        steps=(merge, switch),
     ),
     GoldenRun(
         "lora-patterns",
@@ -83,7 +84,7 @@ _LORA_VARIANTS = (
         "lora-fused",
         model="gpt2",
         adapter={"target_modules": ["q", "v"]},
-        steps=(merge, convert("lora"), convert("loralib"), generate()),
+        steps=(merge, switch, convert("lora"), convert("loralib"), generate()),
     ),
     GoldenRun(
         "adalora-fused",
