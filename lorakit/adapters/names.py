@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lorakit.adaptable import is_within, outside_language_model
 from lorakit.adapters.files import AdapterFiles
-from lorakit.adapters.peft_config import base_names, is_targeted
+from lorakit.adapters.peft_config import is_targeted, unadapted_modules
 from lorakit.errors import AdapterError
 from lorakit.methods.lora_form import peft_alpha, peft_rank
 from lorakit.models.load import quiet
@@ -54,7 +54,7 @@ class BaseNames:
         self.own = own
         self._roots = _roots(own)
         state = {name: value.shape for name, value in own.state_dict(keep_vars=True).items()}
-        for name, module in base_names(model).items():
+        for name, module in unadapted_modules(model).items():
             for key, value in module.named_parameters(recurse=False):
                 if state.get(f"{self(name)}.{key}") != value.shape:
                     raise AdapterError(
@@ -80,7 +80,7 @@ def fitted(files: AdapterFiles, model: nn.Module) -> AdapterFiles:
         outside = outside_language_model(model)
         config["target_modules"] = [
             name
-            for name in base_names(model)
+            for name in unadapted_modules(model)
             if is_targeted(config, theirs(name)) and not is_within(name, outside)
         ]
         config.pop("exclude_modules", None)
@@ -113,7 +113,7 @@ def _patterns(config: Mapping[str, Any], moved: Mapping[str, str]) -> dict[str, 
 def _roots(model: nn.Module) -> dict[str, str]:
     """First part of a name behind its wrappers -> where it is in ``model``; not if in two."""
     found: dict[str, set[str]] = {}
-    for name in base_names(model):
+    for name in unadapted_modules(model):
         parts = without_wrappers(name)
         if len(parts) == 1:
             found.setdefault(parts[0], set()).add(name)

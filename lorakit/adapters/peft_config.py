@@ -146,7 +146,7 @@ def check_supported(config: Mapping[str, Any], where: str) -> None:
                 raise AdapterError(f"{where}: {key}: {shown(pattern)}: {error}") from error
 
 
-def base_names(model: nn.Module) -> dict[str, nn.Module]:
+def unadapted_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules as they were before adaption: adapter layers count as what they wrap."""
     from lorakit.layers import AdapterLayer, FusedLayer  # imports transformers
 
@@ -164,7 +164,7 @@ def matched_modules(config: Mapping[str, Any], model: nn.Module) -> set[str]:
     """The modules that PEFT would adapt with this configuration."""
     from lorakit.layers import ADAPTABLE
 
-    names = base_names(model)
+    names = unadapted_modules(model)
     targets = config.get("target_modules")
     if isinstance(targets, str) and targets.lower() == "all-linear":
         linear = [n for n, m in names.items() if isinstance(m, ADAPTABLE[:2])]

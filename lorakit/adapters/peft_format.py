@@ -18,11 +18,11 @@ from lorakit.adapters.files import CONFIG, PREFIX, SIDECAR, WEIGHTS, AdapterFile
 from lorakit.adapters.model_card import CardFacts, model_card
 from lorakit.adapters.names import BaseNames
 from lorakit.adapters.peft_config import (
-    base_names,
     exact_patterns,
     misread_by_peft,
     refused_by_peft,
     target_modules,
+    unadapted_modules,
     without_defaults,
 )
 from lorakit.adapters.place import load_adapter
@@ -62,71 +62,97 @@ def save_adapter(
     Raises AdapterError if the model holds no adapter, or ``directory`` is something else.
     """
     directory = Path(directory)
-    adapted = adapted_modules(model)
     method: Method = registry.methods()[config.method]
-    if modules_to_save is not None:
-        whole = list(modules_to_save)
-    else:
-        whole = _trained_whole(model) if method.kinds else list(trained_whole(model, config))
-    whole += _sharing(model, whole)
-    base_parameters = trained_base(model, whole)
-    if not adapted and not whole and not base_parameters:
+    whole = _whole_modules(model, config, method, modules_to_save)
+    if not adapted_modules(model) and not whole and not trained_base(model, whole):
         raise AdapterError(f"{directory}: the model holds no adapter to save")
     _check_replaceable(directory)
-    own = names.own if names else None
+    saved = _gathered(model, config, method, whole, names)
+    base = {"base_model_name_or_path": base_model_name_or_path, "revision": revision}
+    settings = saved.settings | base | {"task_type": task_type}
+    if method.peft_loads:
+        settings = without_defaults(settings)
+    info = saved.info | {"task_type": task_type}
+    facts = card or CardFacts(base_model_name_or_path, method.name)
+    with written_beside(directory, replace=True) as folder:
+        _write_json(folder / CONFIG, settings)
+        save_file(_stored(saved.tensors), folder / WEIGHTS, metadata={"format": "pt"})
+        _write_json(folder / SIDECAR, info | dict(lorakit_info or {}))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        text = model_card(_completed(facts, settings, info, method))
+        (folder / "README.md").write_text(text, encoding="utf-8")
+    return directory
+
+
+@dataclasses.dataclass(frozen=True)
+class _Saved:
+    """What of a model is saved: the configuration's keys, the tensors and lorakit's own facts."""
+
+    settings: dict[str, Any]
+    tensors: dict[str, Tensor]
+    info: dict[str, Any]
+
+
+def _gathered(
+    model: nn.Module,
+    config: AdapterSection,
+    method: Method,
+    whole: Sequence[str],
+    names: BaseNames | None,
+) -> _Saved:
+    adapted = adapted_modules(model)
     renamed: Callable[[str], str] = names or str
     layers = {
         renamed(name): method.compose(layer) if isinstance(layer, FusedLayer) else layer
         for name, layer in adapted.items()
     }
     settings, tensors = method.to_peft(layers, config)
-    base_parameters = {renamed(name): value for name, value in base_parameters.items()}
+    base_parameters = {renamed(n): value for n, value in trained_base(model, whole).items()}
     tensors |= base_parameters
     if not method.kinds:
         settings["trained_parameters"] = sorted(base_parameters)
     for name in whole:
         state = model.get_submodule(name).state_dict()
         tensors |= {f"{renamed(name)}.{key}": value for key, value in state.items()}
-    whole = [renamed(name) for name in whole]
-    base = {"base_model_name_or_path": base_model_name_or_path, "revision": revision}
-    settings |= {**base, "task_type": task_type, "modules_to_save": whole or None}
+    settings["modules_to_save"] = [renamed(name) for name in whole] or None
+    info = _sidecar(model, method, adapted, renamed)
+    if names is not None:
+        info["base_class"] = type(names.own).__name__
     if method.peft_loads:
-        settings = _peft_settings(settings, layers, own or model)
-    with written_beside(directory, replace=True) as folder:
-        _write_json(folder / CONFIG, settings)
-        save_file(_stored(tensors), folder / WEIGHTS, metadata={"format": "pt"})
-        info = _sidecar(model, method, adapted, renamed) | {"task_type": task_type}
-        if own is not None:
-            info["base_class"] = type(own).__name__
-        if method.peft_loads and (misread := misread_by_peft(own or model, layers)):
+        own = names.own if names else model
+        _complete_for_peft(settings, layers, own)
+        if misread := misread_by_peft(own, layers):
             info["misread_by_peft"] = misread
-        if method.peft_loads and (refused := refused_by_peft(own or model, layers)):
+        if refused := refused_by_peft(own, layers):
             info["refused_by_peft"] = refused
-        _write_json(folder / SIDECAR, info | dict(lorakit_info or {}))
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        facts = card or CardFacts(base_model_name_or_path, method.name)
-        facts = _completed(facts, settings, whole, info, method.peft_loads)
-        facts = dataclasses.replace(
-            facts,
-            base_class=info.get("base_class"),
-            misread=info.get("misread_by_peft", ()) if method.peft_type == "LORA" else (),
-            refused=info.get("refused_by_peft", ()),
-        )
-        (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
-    return directory
+    return _Saved(settings, tensors, info)
 
 
-def _peft_settings(
+def _whole_modules(
+    model: nn.Module,
+    config: AdapterSection,
+    method: Method,
+    modules_to_save: Sequence[str] | None,
+) -> list[str]:
+    if modules_to_save is not None:
+        whole = list(modules_to_save)
+    elif method.kinds:
+        whole = _trained_whole(model)
+    else:
+        whole = list(trained_whole(model, config))
+    return whole + _sharing(model, whole)
+
+
+def _complete_for_peft(
     settings: dict[str, Any], layers: Mapping[str, AdapterLayer], model: nn.Module
-) -> dict[str, Any]:
+) -> None:
     settings["inference_mode"] = True
     settings["fan_in_fan_out"] = any(layer.kind == "conv1d" for layer in layers.values())
-    settings["target_modules"] = target_modules(list(layers), base_names(model), settings)
+    settings["target_modules"] = target_modules(list(layers), unadapted_modules(model), settings)
     if settings["peft_type"] == "LORA":
         for key in ("rank_pattern", "alpha_pattern"):
             settings[key] = exact_patterns(settings[key], layers)
-    return without_defaults(settings)
 
 
 def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -200,11 +226,7 @@ def _parts(layer: FusedLayer) -> dict[str, Any]:
 
 
 def _completed(
-    facts: CardFacts,
-    settings: Mapping[str, Any],
-    whole: list[str],
-    info: Mapping[str, Any],
-    peft_loads: bool,
+    facts: CardFacts, settings: Mapping[str, Any], info: Mapping[str, Any], method: Method
 ) -> CardFacts:
     """What the files say already need not be given again."""
     targets = settings.get("target_modules", ())
@@ -214,10 +236,13 @@ def _completed(
         r=facts.r or settings.get("r") or settings.get("target_r"),
         lora_alpha=facts.lora_alpha or settings.get("lora_alpha"),
         target_modules=facts.target_modules or ([targets] if isinstance(targets, str) else targets),
-        modules_to_save=facts.modules_to_save or whole,
+        modules_to_save=facts.modules_to_save or settings.get("modules_to_save") or [],
         task_type=settings["task_type"],
         num_labels=facts.num_labels or (len(labels) if labels else None),
-        peft_loads=peft_loads,
+        peft_loads=method.peft_loads,
+        base_class=info.get("base_class"),
+        misread=info.get("misread_by_peft", ()) if method.peft_type == "LORA" else (),
+        refused=info.get("refused_by_peft", ()),
     )
 
 
