@@ -18,7 +18,7 @@ from lorakit.data.encode import check_token_ids, encode_split, split_notes
 from lorakit.errors import AdapterError, UserError
 from lorakit.evaluation import sharing
 from lorakit.evaluation.evaluate import evaluate_model
-from lorakit.evaluation.prompts import check_all_prompts, fit_max_new_tokens
+from lorakit.evaluation.prompts import check_all_prompts
 from lorakit.evaluation.splits import encoding_cache, load_eval_split, settle, with_labels
 from lorakit.evaluation.watch import OnPhase
 from lorakit.models.device import default_device
@@ -104,8 +104,7 @@ def evaluate_split(
     for note in split_notes(encoded, found, config.max_length):
         say(note)
     if task.generates(config):
-        config = fit_max_new_tokens(task, config, found, tokenizer, window(model), say)
-        check_all_prompts(task, config, found, tokenizer, window(model), say)
+        config = check_all_prompts(task, config, found, tokenizer, window(model), say)
     result = evaluate_model(
         model,
         tokenizer,

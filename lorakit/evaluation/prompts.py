@@ -42,37 +42,6 @@ def encode_prompts(
     return prompts
 
 
-def fit_max_new_tokens(
-    task: Task,
-    config: Any,
-    split: Split,
-    tokenizer: PreTrainedTokenizerBase,
-    window: int | None,
-    say: Callable[[str], None],
-) -> Any:
-    """``config`` with a default of ``task.max_new_tokens`` that leaves the longest prompt of
-    ``split`` whole in the model's ``window``, which is said; a value that the recipe gives stays.
-
-    Where fewer than 16 tokens (half of a smaller window) would be left, it is that many, and
-    prompts lose their beginning. Raises DataError as ``encode_prompts`` does.
-    """
-    most = config.max_new_tokens
-    if "max_new_tokens" in config.model_fields_set or window is None:
-        return config
-    if config.max_length + most <= window:
-        return config
-    longest = max(map(len, encode_prompts(task, config, split, tokenizer, window=None)))
-    least = min(_FEWEST_NEW_TOKENS, max(1, window // 2))
-    fits = min(most, max(window - longest, least))
-    if fits < most:
-        say(
-            f"task.max_new_tokens: {fits} in place of the default {most}; {split.name} has prompts "
-            f"of up to {longest:,} tokens, and the model's window is {window:,} tokens"
-        )
-        return config.model_copy(update={"max_new_tokens": fits})
-    return config
-
-
 def check_all_prompts(
     task: Task,
     config: Any,
@@ -80,17 +49,43 @@ def check_all_prompts(
     tokenizer: PreTrainedTokenizerBase,
     window: int | None,
     say: Callable[[str], None],
-) -> None:
-    """Raise the DataErrors of ``encode_prompts`` before anything is measured; say how many prompts
-    the window shortens more than training does."""
-    room = _room(config, window)
+) -> Any:
+    """``config`` with ``task.max_new_tokens`` as the prompts of ``split`` leave room for.
+
+    A default that does not fit into the model's ``window`` behind the longest prompt is shortened,
+    down to 16 tokens (half of a smaller window); a value that the recipe gives stays. ``say`` gets
+    what was shortened, and how many prompts then lose their beginning to the window. Raises the
+    DataErrors of ``encode_prompts`` before anything is measured.
+    """
+    _room(config, window if _is_given(config) else None)
     prompts = encode_prompts(task, config, split, tokenizer, window=None)
+    if window is not None and not _is_given(config):
+        config = _fitted(config, max(map(len, prompts), default=0), window, split.name, say)
+    room = _room(config, window)
     if cut := sum(len(prompt) > room for prompt in prompts):
         say(
             f"{split.name}: {cut:,} of {len(prompts):,} prompts lose their beginning: they have "
             f"more than the {room:,} tokens that task.max_new_tokens = {config.max_new_tokens:,} "
             f"leaves of the model's window of {window:,}"
         )
+    return config
+
+
+def _is_given(config: Any) -> bool:
+    return "max_new_tokens" in config.model_fields_set
+
+
+def _fitted(config: Any, longest: int, window: int, split: str, say: Callable[[str], None]) -> Any:
+    default = config.max_new_tokens
+    least = min(_FEWEST_NEW_TOKENS, max(1, window // 2))
+    fits = min(default, max(window - longest, least))
+    if fits == default:
+        return config
+    say(
+        f"task.max_new_tokens: {fits} in place of the default {default}; {split} has prompts "
+        f"of up to {longest:,} tokens, and the model's window is {window:,} tokens"
+    )
+    return config.model_copy(update={"max_new_tokens": fits})
 
 
 def _room(config: Any, window: int | None) -> int:

@@ -161,9 +161,14 @@ class Loop:
         return self._late.arrived(wait=True)[0].losses[0]
 
     def divergence(self) -> str | None:
-        """What to say of a run that is over and left the model worse than it was. Measures the
-        first step's rows once more; those of a resumed stream have gone by."""
+        """What to say of a run that is over and left the model worse than it was.
+
+        Where the losses of the steps suggest it, the first step's rows are measured once more;
+        those of a resumed stream have gone by.
+        """
         step, history = self._first, self.progress.history
+        if not diverged(history, None):
+            return None
         if step is None and self.steps.steps_per_epoch is not None:
             step = self.steps.step(0)
         again = self._measure(step) if step is not None else None

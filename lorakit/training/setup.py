@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorakit.data.encode import EncodedSplit
 from lorakit.data.sources import Split
 from lorakit.errors import UserError
-from lorakit.evaluation.prompts import check_all_prompts, fit_max_new_tokens
+from lorakit.evaluation.prompts import check_all_prompts
 from lorakit.injection import InjectionReport, find_heads, inject
 from lorakit.models.load import load_pretrained
 from lorakit.models.packed import check_packable
@@ -71,9 +71,8 @@ def prepare(recipe: Recipe, say: Say, write_cache: bool = True) -> Prepared:
     check_best_metric(recipe, task, evaluation)
     if validation is not None and task.generates(config):
         # What the final evaluation would refuse is refused before the training.
-        config = fit_max_new_tokens(task, config, validation, tokenizer, window(model), say)
+        config = check_all_prompts(task, config, validation, tokenizer, window(model), say)
         recipe = recipe.model_copy(update={"task": config})
-        check_all_prompts(task, config, validation, tokenizer, window(model), say)
 
     torch.manual_seed(recipe.train.seed)
     heads = dict.fromkeys([*find_heads(model), *loaded.new_modules])
