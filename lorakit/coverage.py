@@ -12,7 +12,7 @@ from lorakit.adaptable import adaptable_modules, is_within, outside_language_mod
 from lorakit.anatomy import Weight, layer_of, weights
 from lorakit.layers import as_matrix
 from lorakit.module_names import describe_modules
-from lorakit.recipe.layers import parse_layers
+from lorakit.recipe.layers import layer_indices
 from lorakit.targets import ROLES, Target, unreachable
 
 #: Parts whose share is reported even where nothing of them is covered.
@@ -126,7 +126,7 @@ def _missed(
     held = {id(target.module) for target in targets.values()}
     free = [w for w in found if id(model.get_submodule(w.owner)) not in held]
     if layers is not None:
-        wanted = set(parse_layers(layers) if isinstance(layers, str) else layers)
+        wanted = layer_indices(layers)
         free = [w for w in free if layer_of(w.owner) in wanted]
     missed: dict[str, tuple[Weight, list[str]]] = {}
     for target in target_modules:

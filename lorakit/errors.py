@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -65,6 +65,13 @@ def shown(value: object, max_characters: int = 80) -> str:
     text = json.dumps(value, ensure_ascii=False, default=repr)
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return text if len(text) <= max_characters else f"{text[: max_characters - 3]}..."
+
+
+def listed(names: Iterable[object], most: int = 5) -> str:
+    """The first ``most`` names, and how many more there are."""
+    texts = [str(name) for name in names]
+    more = f" and {len(texts) - most:,} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
 
 
 @dataclass(frozen=True)

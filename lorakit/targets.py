@@ -20,7 +20,7 @@ from lorakit.errors import TargetError
 from lorakit.fused import FUSED, fused_rows
 from lorakit.layers import ADAPTABLE, Rows
 from lorakit.module_names import base_names, describe_modules, names_it
-from lorakit.recipe.layers import format_layers, parse_layers
+from lorakit.recipe.layers import format_layers, layer_indices
 
 _ATTENTION = r"(?:^|\.)(?:\w*attn|\w*attention|SelfAttention|EncDecAttention|attention\.output)\."
 #: Parts in which ``key`` and ``value`` are no attention (RWKV's feed_forward.key).
@@ -273,7 +273,7 @@ def _names_parameters(start: str, names: Sequence[str], model: nn.Module, allowe
 
 
 def _in_layers(names: set[str], layers: Sequence[int] | str) -> set[str]:
-    wanted = set(parse_layers(layers) if isinstance(layers, str) else layers)
+    wanted = layer_indices(layers)
     index = {name: layer for name in names if (layer := layer_of(name)) is not None}
     missing = wanted - set(index.values())
     if missing:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from lorakit.adapters.files import AdapterFiles, read_adapter, split_key
 from lorakit.adapters.names import fitted
 from lorakit.adapters.peft_config import SEQ_CLS_HEADS, matched_modules
-from lorakit.errors import AdapterError
+from lorakit.errors import AdapterError, listed
 from lorakit.injection import InjectionReport, find_heads, report
 from lorakit.layers import ADAPTABLE, AdapterLayer, FusedLayer, adapted_modules, adapter_layers
 from lorakit.models.masters import keep_master, set_value, train_whole
@@ -130,9 +130,9 @@ def _check_complete(
             name.endswith(".experts") for name in modules
         )
         reason = " (its experts are stacked, and single ones cannot be adapted)" if stacked else ""
-        problems.append(f"the model has no module for {_listed(places.unknown)}{reason}")
+        problems.append(f"the model has no module for {listed(places.unknown, most=8)}{reason}")
     if missing:
-        problems.append(f"the adapter lacks {_listed(missing)}")
+        problems.append(f"the adapter lacks {listed(missing, most=8)}")
     if problems:
         raise AdapterError(f"{files.directory}: does not fit the model: {'; '.join(problems)}")
 
@@ -195,7 +195,7 @@ def _bypassed_note(model: nn.Module, files: AdapterFiles, names: Iterable[str]) 
     if not bypassed:
         return None
     return (
-        f"{files.directory}: {_listed(bypassed, most=2)}: the mixer reads this layer's parameters "
+        f"{files.directory}: {listed(bypassed, most=2)}: the mixer reads this layer's parameters "
         "without calling it: an adapter of it may do nothing until it is merged"
     )
 
@@ -257,8 +257,3 @@ def _at(model: nn.Module, key: str) -> Tensor:
 
 def _holds(whole: Mapping[str, Tensor], name: str) -> bool:
     return any(key.startswith(f"{name}.") for key in whole)
-
-
-def _listed(names: list[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorakit.errors import listed
+
 if TYPE_CHECKING:
+    from lorakit.adapters.merge import MergeReport
     from lorakit.adapters.merge_files import LeftOut
 
 
@@ -65,21 +68,25 @@ def merge(
         )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(report), indent=2, default=str))
-        return
+    else:
+        _print_report(report)
+
+
+def _print_report(report: MergeReport) -> None:
     count = len(report.files)
     typer.echo(
         f"{report.directory}: {report.merged_modules} modules merged, {report.replaced_tensors} "
         f"tensors replaced; {report.dtype}, {report.size_bytes / 1e6:,.1f} MB in {count} "
         f"{'file' if count == 1 else 'files'}"
-        + (f"; weight {weight:g}" if weight != 1 else "")
+        + (f"; weight {report.weight:g}" if report.weight != 1 else "")
         + "".join(f"; added {other.weight:g} x {other.adapter}" for other in report.added)
     )
     if report.kept:
         typer.echo(
-            f"kept unchanged: {_listed(report.kept)}: not read by the class that was trained"
+            f"kept unchanged: {listed(report.kept, most=1)}: not read by the class that was trained"
         )
     for reason, names in _by_reason(report.left_out).items():
-        typer.echo(f"left out: {_listed(names, most=8)}: {reason}")
+        typer.echo(f"left out: {listed(names, most=8)}: {reason}")
 
 
 def _by_reason(left_out: Iterable[LeftOut]) -> dict[str, list[str]]:
@@ -87,11 +94,6 @@ def _by_reason(left_out: Iterable[LeftOut]) -> dict[str, list[str]]:
     for item in left_out:
         found.setdefault(item.reason, []).append(item.name)
     return found
-
-
-def _listed(names: Sequence[str], most: int = 1) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _weighted(text: str) -> tuple[str, float]:

@@ -15,14 +15,13 @@ from lorakit.data.file_names import (
     is_data,
     is_file,
     is_number,
-    listed,
     missing_shards,
     named_after,
     refuse_missing,
     split_names,
     stem_of,
 )
-from lorakit.errors import DataError
+from lorakit.errors import DataError, listed
 
 
 @dataclass(frozen=True)

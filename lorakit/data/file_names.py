@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from lorakit.errors import DataError
+from lorakit.errors import DataError, listed
 from lorakit.recipe.split_names import ALIASES, KNOWN
 
 #: All names that a data file may begin with, the longest first.
@@ -45,7 +45,6 @@ _BESIDE = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 _SHARD = re.compile(r"(?P<before>.*?)(?P<index>\d+)(?P<of>[-_.]of[-_.])(?P<count>\d+)(?P<after>.*)")
-_NAMED = 5
 #: A larger number behind ``-of-`` is no number of shards.
 _MOST_SHARDS = 100_000
 
@@ -111,13 +110,6 @@ def in_order(files: Iterable[Path]) -> list[Path]:
 def _natural(text: str) -> list[str | int]:
     pieces = re.split(r"([0-9]+)", text)
     return [int(piece) if index % 2 else piece for index, piece in enumerate(pieces)]
-
-
-def listed(names: Iterable[object], most: int = _NAMED) -> str:
-    """The first names, and how many more there are."""
-    texts = [str(name) for name in names]
-    more = f" and {len(texts) - most:,} more" if len(texts) > most else ""
-    return ", ".join(texts[:most]) + more
 
 
 def check_no_twins(files: Sequence[Path], key: Callable[[Path], object]) -> None:

@@ -21,13 +21,12 @@ from lorakit.data.file_names import (
     in_order,
     is_beside,
     is_file,
-    listed,
     missing_shards,
     named_after,
     refuse_missing,
     split_names,
 )
-from lorakit.errors import DataError
+from lorakit.errors import DataError, listed
 from lorakit.recipe.split_names import ALIASES, KNOWN
 
 PathOption = str | list[str] | dict[str, str | list[str]] | None

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.data.directories import SplitFiles
-from lorakit.data.file_names import listed, split_names
+from lorakit.data.file_names import split_names
 from lorakit.data.files import read_rows, stream_rows
 from lorakit.data.paths import PathOption, find_files
 from lorakit.data.rows import UnreadRow
 from lorakit.data.sources import Split, hub_failure, joined_split
-from lorakit.errors import DataError
+from lorakit.errors import DataError, listed
 
 #: Size and time of change of a file.
 Stamp = tuple[int, int]

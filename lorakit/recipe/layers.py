@@ -28,6 +28,11 @@ def parse_layers(text: str) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
+def layer_indices(layers: Iterable[int] | str) -> set[int]:
+    """The layers that a recipe's ``layers`` chooses, a list or a text for ``parse_layers``."""
+    return set(parse_layers(layers) if isinstance(layers, str) else layers)
+
+
 def format_layers(layers: Iterable[int]) -> str:
     """(0, 1, 2, 7) -> ``"0-2,7"``, which ``parse_layers`` reads."""
     found: list[list[int]] = []
