@@ -9,11 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lorakit import nn
     from lorakit.adapters.convert import convert
     from lorakit.adapters.load import load
-    from lorakit.adapters.merge import merge
-    from lorakit.adapters.several import switch
+    from lorakit.adapters.merge.run import merge
+    from lorakit.adapters.switching import switch
     from lorakit.api import evaluate
     from lorakit.injection import inject
     from lorakit.methods.lora import LoraConfig
@@ -62,8 +61,8 @@ _HOMES = {
     "load_recipe": "lorakit.recipe.load",
     "lora_state_dict": "lorakit.nn",
     "mark_only_lora_as_trainable": "lorakit.nn",
-    "merge": "lorakit.adapters.merge",
-    "switch": "lorakit.adapters.several",
+    "merge": "lorakit.adapters.merge.run",
+    "switch": "lorakit.adapters.switching",
     "train": "lorakit.training.run",
 }
 

@@ -1,4 +1,9 @@
-"""What each weight of a model is for: attention, MLP, experts, routers, state space."""
+"""What each weight of a model is for: attention, MLP, experts, routers, state space.
+
+Which modules of a model can be adapted: those that compute what their class says.
+
+Where q, k and v lie in a projection that holds all three.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lorakit.layers import ADAPTABLE, RowSlice, as_matrix
 
 Part = Literal["attention", "MLP", "expert", "state-space", "router", "other"]
 
@@ -157,3 +168,157 @@ def _path(module: str) -> list[str]:
     parts = module.split(".")
     layer = next((at for at, part in enumerate(parts) if part.isdigit()), -1)
     return [".".join(parts[: depth + 1]) for depth in range(len(parts) - 1, layer, -1)]
+
+
+#: Packages whose linear layers hold quantised weights: their ``forward`` is their own, and linear.
+_QUANTISED = ("bitsandbytes.", "torchao.", "transformers.integrations.", "compressed_tensors.")
+
+
+def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module for all that a target may name, in the model's order.
+
+    Linear layers, Conv1D and embeddings of the language model. Left out are subclasses that
+    compute something else (Llama 4's router, position embeddings with an offset) and what
+    nn.MultiheadAttention reads past ``forward``.
+    """
+    multihead = tuple(
+        f"{name}." for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)
+    )
+    outside = outside_language_model(model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, ADAPTABLE)
+        and not name.startswith(multihead or ("\0",))
+        and not is_within(name, outside)
+        and behaves_as_its_class(module)
+    }
+
+
+def behaves_as_its_class(module: nn.Module) -> bool:
+    """Whether ``module(x)`` is W x + b, or for an embedding the rows of W that x names."""
+    forward = type(module).forward
+    if isinstance(module, nn.Embedding):
+        # Scaled embeddings (Gemma) multiply by ``embed_scale``, which the adapter does too.
+        return forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+    if isinstance(module, Conv1D):
+        return forward is Conv1D.forward
+    if forward is nn.Linear.forward or type(module).__module__.startswith(_QUANTISED):
+        return True
+    return _is_linear_map(module)
+
+
+@torch.no_grad()
+def _is_linear_map(module: Any) -> bool:
+    """Try a subclass of nn.Linear that has a ``forward`` of its own."""
+    weight: Tensor = module.weight
+    if weight.is_meta or weight.ndim != 2 or not weight.is_floating_point():
+        return False
+    x = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device, dtype=weight.dtype)
+    x = x.view(1, 2, -1)
+    try:
+        y = module(x)
+    except Exception:
+        return False
+    want = F.linear(x, weight, module.bias)
+    return (
+        isinstance(y, Tensor)
+        and y.shape == want.shape
+        and torch.allclose(y.to(want.dtype), want, rtol=1e-2, atol=1e-3)
+    )
+
+
+def outside_language_model(model: nn.Module) -> tuple[str, ...]:
+    """The outermost modules of a multimodal model that text does not pass through: vision and
+    audio towers, projectors. Empty for a model of text alone."""
+    if not isinstance(model, PreTrainedModel):
+        return ()
+    text = model.config.get_text_config()
+    if text is model.config:  # text alone
+        return ()
+    parts = [
+        name
+        for name, module in model.named_modules()
+        if name and isinstance(module, PreTrainedModel) and type(module.config) is type(text)
+    ]
+    if not parts:
+        return ()
+    output = model.get_output_embeddings()
+    kept = [*parts, *(name for name, module in model.named_modules() if module is output)]
+    if "Classification" in type(model).__name__:  # the head
+        kept += [n for n, child in model.named_children() if isinstance(child, nn.Linear)]
+    above = {name[:at] for name in kept for at, letter in enumerate(name) if letter == "."}
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if not name or name in above or is_within(name, (*kept, *found)):
+            continue
+        if name.count(".") and name.rpartition(".")[0] not in above:
+            continue
+        if any(True for _ in module.parameters()):
+            found.append(name)
+    return tuple(found)
+
+
+def is_text_part(model: nn.Module) -> bool:
+    """Whether ``model`` is the language model of a multimodal base, loaded alone."""
+    config = getattr(model, "config", None)
+    return getattr(config, "base_config_key", "") == "text_config"
+
+
+def is_within(name: str, modules: tuple[str, ...] | list[str]) -> bool:
+    """Whether ``name`` is one of ``modules`` or lies in one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+#: Projections that hold q, k and v in one matrix (GPT-2, GPT-NeoX and BLOOM, Phi-3, ModernBERT).
+FUSED = r"(?:^|\.)(?:c_attn|query_key_value|qkv_proj|Wqkv)$"
+
+
+def fused_rows(module: nn.Module, model: nn.Module) -> dict[str, RowSlice]:
+    """Role -> its rows in ``module``, a fused projection of ``model``; empty if the model's
+    layout is not known, or the matrix is not of the size that it should have."""
+    config: Any = getattr(model, "config", None)
+    get_text_config = getattr(config, "get_text_config", None)
+    config = get_text_config() if get_text_config else config
+    sizes = _LAYOUTS.get(getattr(config, "model_type", ""), _unknown)(config)
+    out_features = as_matrix(module, module.weight).shape[0]  # type: ignore[arg-type]
+    period = sum(sizes)
+    if not sizes or out_features % period or (out_features != period and len(set(sizes)) > 1):
+        return {}
+    starts = (0, sizes[0], sizes[0] + sizes[1])
+    return {
+        role: RowSlice(start, start + size, period)
+        for role, start, size in zip("qkv", starts, sizes, strict=True)
+    }
+
+
+def _thirds(config: Any) -> tuple[int, ...]:
+    """All of q, then all of k, then all of v."""
+    return (config.hidden_size,) * 3
+
+
+def _by_head(config: Any) -> tuple[int, ...]:
+    """A head's q, k and v, then the next head's."""
+    return (config.hidden_size // config.num_attention_heads,) * 3
+
+
+def _grouped_queries(config: Any) -> tuple[int, ...]:
+    """All of q, then of k and v, which have fewer heads."""
+    head_dim = getattr(config, "head_dim", None)
+    head_dim = head_dim or config.hidden_size // config.num_attention_heads
+    key_heads = config.num_key_value_heads
+    return (config.num_attention_heads * head_dim, key_heads * head_dim, key_heads * head_dim)
+
+
+def _unknown(_config: Any) -> tuple[int, ...]:
+    return ()
+
+
+#: The sizes of q, k and v in a period, by ``model_type``.
+_LAYOUTS = {
+    "gpt2": _thirds,
+    "modernbert": _thirds,
+    "gpt_neox": _by_head,
+    "bloom": _by_head,
+    "phi3": _grouped_queries,
+}

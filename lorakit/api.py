@@ -11,20 +11,19 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit import registry
-from lorakit.adapters.files import AdapterFiles, read_adapter
 from lorakit.adapters.load import dtype_name
-from lorakit.adapters.place import load_adapter
+from lorakit.adapters.peft.place import load_adapter
+from lorakit.adapters.peft.read import AdapterFiles, read_adapter
 from lorakit.data.encode import check_token_ids, encode_split, split_notes
+from lorakit.distributed import processes as sharing
 from lorakit.errors import AdapterError, UserError
-from lorakit.evaluation import sharing
 from lorakit.evaluation.evaluate import evaluate_model
+from lorakit.evaluation.predictions import encoding_cache, load_eval_split, settle, with_labels
+from lorakit.evaluation.progress import OnPhase
 from lorakit.evaluation.prompts import check_all_prompts
-from lorakit.evaluation.splits import encoding_cache, load_eval_split, settle, with_labels
-from lorakit.evaluation.watch import OnPhase
-from lorakit.models.device import default_device
 from lorakit.models.head_names import names_of_head
 from lorakit.models.heads import declares_head, find_labels, head_labels
-from lorakit.models.load import Kind, Pretrained, load_config, load_pretrained
+from lorakit.models.load import Kind, Pretrained, default_device, load_config, load_pretrained
 from lorakit.models.tokenizer import load_tokenizer
 from lorakit.models.window import embedding_rows, fit_max_length, window
 from lorakit.openmp import yield_cores

@@ -8,11 +8,17 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lorakit.adaptable import adaptable_modules, is_within, outside_language_model
-from lorakit.anatomy import Weight, layer_of, weights
+from lorakit.anatomy import (
+    Weight,
+    adaptable_modules,
+    is_within,
+    layer_of,
+    outside_language_model,
+    weights,
+)
 from lorakit.layers import as_matrix
 from lorakit.module_names import describe_modules
-from lorakit.recipe.layers import layer_indices
+from lorakit.recipe.sections import layer_indices
 from lorakit.targets import ROLES, Target, unreachable
 
 #: Parts whose share is reported even where nothing of them is covered.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorakit import registry
-from lorakit.adaptable import is_within, outside_language_model
+from lorakit.anatomy import is_within, outside_language_model
 from lorakit.coverage import Coverage, measure_coverage, missed_outside
 from lorakit.errors import TargetError
 from lorakit.layers import (
@@ -22,7 +22,7 @@ from lorakit.layers import (
     kind_of,
 )
 from lorakit.methods.base import Method
-from lorakit.models.masters import keep_master, plain_name, train_whole
+from lorakit.models.master_weights import keep_master, plain_name, train_whole
 from lorakit.module_names import describe_modules
 from lorakit.recipe.sections import AdapterSection
 from lorakit.targets import Target, find_targets, parameters_within

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.kernels.rows import Rows as Rows
+from lorakit.kernels.low_rank import RowSlice as RowSlice
 
 if TYPE_CHECKING:
     from lorakit.methods.base import Method
@@ -20,9 +20,9 @@ ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding)
 
 
 class RowsOf(nn.Module):
-    """Rows of a fused projection, looked at as a linear layer of their own; it owns nothing."""
+    """RowSlice of a fused projection, looked at as a linear layer of their own; it owns nothing."""
 
-    def __init__(self, whole: nn.Module, rows: Rows) -> None:
+    def __init__(self, whole: nn.Module, rows: RowSlice) -> None:
         super().__init__()
         self._whole = (whole,)  # in a tuple: its parameters are not listed twice
         self.rows = rows
@@ -114,10 +114,10 @@ class FusedLayer(_InPlace):
         found = {n: m for n, m in self.named_children() if isinstance(m, AdapterLayer)}
         return dict(sorted(found.items(), key=lambda item: self.rows(item[0]).start))
 
-    def rows(self, role: str) -> Rows:
+    def rows(self, role: str) -> RowSlice:
         part = getattr(self, role)
         rows = part.base_layer.rows
-        assert isinstance(rows, Rows)
+        assert isinstance(rows, RowSlice)
         return rows
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,18 +9,23 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lorakit.adaptable import (
+from lorakit.anatomy import (
+    FUSED,
+    Weight,
     adaptable_modules,
+    fused_rows,
     is_text_part,
     is_within,
+    layer_of,
     outside_language_model,
+    part_of,
+    reads_past_forward,
+    weights,
 )
-from lorakit.anatomy import Weight, layer_of, part_of, reads_past_forward, weights
 from lorakit.errors import TargetError
-from lorakit.fused import FUSED, fused_rows
-from lorakit.layers import ADAPTABLE, Rows
+from lorakit.layers import ADAPTABLE, RowSlice
 from lorakit.module_names import base_names, describe_modules, names_it
-from lorakit.recipe.layers import format_layers, layer_indices
+from lorakit.recipe.sections import format_layers, layer_indices
 
 _ATTENTION = r"(?:^|\.)(?:\w*attn|\w*attention|SelfAttention|EncDecAttention|attention\.output)\."
 #: Parts in which ``key`` and ``value`` are no attention (RWKV's feed_forward.key).
@@ -41,7 +46,7 @@ class Target:
     """``module`` of the model, or of a fused projection only ``rows``, those of a role."""
 
     module: nn.Module
-    rows: Rows | None = None
+    rows: RowSlice | None = None
 
 
 def find_targets(

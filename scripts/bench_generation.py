@@ -24,12 +24,10 @@ import torch
 from transformers import StoppingCriteriaList
 
 from lorakit import registry
-from lorakit.evaluation.decoding import task_decoding
-from lorakit.evaluation.ending import Ended, Reader, eos_ids
 from lorakit.evaluation.generation import generate_text
 from lorakit.evaluation.prompts import encode_prompts
-from lorakit.models.device import default_device
-from lorakit.models.load import load_pretrained
+from lorakit.evaluation.sampling import Ended, Reader, eos_ids, task_decoding
+from lorakit.models.load import default_device, load_pretrained
 from lorakit.models.window import window
 from lorakit.recipe.sections import ModelSection
 

@@ -26,8 +26,7 @@ import torch
 from torch import nn
 
 import lorakit
-from lorakit.adapters.load import load
-from lorakit.adapters.merge_loaded import fold
+from lorakit.adapters.load import fold, load
 from lorakit.layers import adapted_modules, adapter_layers
 from lorakit.models.load import load_config, quiet
 from lorakit.recipe.sections import ModelSection

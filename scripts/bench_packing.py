@@ -21,12 +21,12 @@ import torch
 
 import lorakit
 from lorakit.data.plan import Bin
-from lorakit.models import packed
+from lorakit.models import causal as packed
 from lorakit.recipe.sections import Recipe
 from lorakit.training import build
 from lorakit.training.batching import build_batching
+from lorakit.training.control import StopRequest
 from lorakit.training.setup import Prepared, prepare
-from lorakit.training.signals import StopRequest
 
 WARM_STEPS = 5
 LOSS_ROWS = 512

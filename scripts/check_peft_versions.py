@@ -102,7 +102,7 @@ def write(folder: Path, case: str) -> None:
 
     import lorakit
     from lorakit import registry
-    from lorakit.adapters.peft_format import save_adapter
+    from lorakit.adapters.peft.write import save_adapter
     from lorakit.injection import inject
 
     kind, config, method, keys = CASES[case]

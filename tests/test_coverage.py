@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorakit.adaptable import adaptable_modules, behaves_as_its_class, outside_language_model
-from lorakit.anatomy import weights
+from lorakit.anatomy import adaptable_modules, behaves_as_its_class, outside_language_model, weights
 from lorakit.coverage import Coverage
 from lorakit.errors import TargetError
 from lorakit.injection import inject

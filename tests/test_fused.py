@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lorakit
-from lorakit.adapters.peft_format import load_adapter, save_adapter
+from lorakit.adapters.peft.write import load_adapter, save_adapter
+from lorakit.anatomy import fused_rows
 from lorakit.errors import AdapterError, TargetError
-from lorakit.fused import fused_rows
 from lorakit.injection import inject, trainable_state
 from lorakit.layers import FusedLayer, adapted_modules, adapter_layers, as_matrix
 from lorakit.methods.lora import LoraConfig

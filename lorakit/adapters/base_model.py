@@ -15,8 +15,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lorakit.adapters.files import AdapterFiles
-from lorakit.adapters.place import find_places
+from lorakit.adapters.peft.place import find_places
+from lorakit.adapters.peft.read import AdapterFiles
 from lorakit.errors import AdapterError, ModelError
 from lorakit.models.load import (
     check_kind,

@@ -1,21 +1,26 @@
-"""A base model with one adapter in place, or with several to switch between: ``lorakit.load``."""
+"""A base model with one adapter in place, or with several to switch between: ``lorakit.load``.
+
+An adapter folded into a model in memory.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lorakit.adapters.base_model import base_model, full_config, set_pad_token
-from lorakit.adapters.base_name import DTYPES, base_section
-from lorakit.adapters.base_name import dtype_name as dtype_name
-from lorakit.adapters.files import AdapterFiles, read_adapter
-from lorakit.adapters.place import load_adapter
-from lorakit.adapters.several import hold
+from lorakit.adapters.merge.updates import Update, merged_sum
+from lorakit.adapters.peft.place import load_adapter
+from lorakit.adapters.peft.read import DTYPES, AdapterFiles, base_section, read_adapter
+from lorakit.adapters.peft.read import dtype_name as dtype_name
+from lorakit.adapters.switching import hold
 from lorakit.errors import AdapterError
+from lorakit.layers import adapted_modules
 from lorakit.models.load import load_config
 from lorakit.recipe.sections import ModelSection
 
@@ -126,3 +131,18 @@ def _trained_dtype(files: AdapterFiles) -> str | None:
     """The dtype of the base in the training, if the files say one."""
     dtype = (files.sidecar or {}).get("base_dtype")
     return dtype if dtype in DTYPES else None
+
+
+@torch.no_grad()
+def fold(model: nn.Module, dtype: torch.dtype | None = None) -> int:
+    """Fold every adapter layer into its base, in place, in ``dtype`` (default: the base's own).
+
+    A weight that is shared gets its own memory. Returns the number of modules.
+    """
+    layers = adapted_modules(model)
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.base_layer)
+        module: Any = layer.base_layer
+        weight = merged_sum([Update(layer)], module.weight)
+        module.weight = nn.Parameter(weight.to(dtype or module.weight.dtype), requires_grad=False)
+    return len(layers)

@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lorakit.adapters.loralib import check_no_convolution, merged_linear
-from lorakit.adapters.loralib_file import read_state
+from lorakit.adapters.loralib import check_no_convolution, merged_linear, read_state
 from lorakit.adapters.low_rank import (
     BASE_BIAS,
     BASE_WEIGHT,
@@ -20,7 +19,7 @@ from lorakit.adapters.low_rank import (
     check_factors,
     check_matrices,
 )
-from lorakit.adapters.peft_config import SEQ_CLS_HEADS
+from lorakit.adapters.peft.targets import SEQ_CLS_HEADS
 from lorakit.errors import AdapterError
 
 #: The last part of the name by which a module is taken for an embedding.

@@ -1,4 +1,7 @@
-"""``lorakit generate``: text from a model, with or without an adapter."""
+"""``lorakit generate``: text from a model, with or without an adapter.
+
+A chat on the terminal, or from piped lines: one line a turn.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorakit.cli.output import check_distinct, check_writable, write_text
-from lorakit.cli.progress import progress, say
+from lorakit.cli.output import check_distinct, check_writable, progress, say, write_text
 from lorakit.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from lorakit.evaluation.decoding import Decoding
+    from lorakit.evaluation.sampling import Decoding
 
 
 #: Shortened where the model's window leaves less; what the user asks for is not.
@@ -93,7 +95,7 @@ def generate(
         model, adapter, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code,
         say=say,
     )  # fmt: skip
-    from lorakit.evaluation.decoding import Decoding
+    from lorakit.evaluation.sampling import Decoding
 
     decoding = Decoding(
         max_new_tokens=max_new_tokens or _MAX_NEW_TOKENS,
@@ -109,8 +111,6 @@ def generate(
     if num_beams > 1 and input_file is None:
         say(f"--num-beams {num_beams}: an answer is printed when its search has ended")
     if chat:
-        from lorakit.cli.chat import hold_chat
-
         hold_chat(*loaded, decoding)
     elif input_file is not None:
         _answer(*loaded, input_file, output, decoding)
@@ -173,8 +173,8 @@ def _stdin_prompt() -> str:
 def _stream(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, decoding: Decoding
 ) -> None:
-    from lorakit.evaluation.requests import text_request
-    from lorakit.evaluation.streaming import stream_text
+    from lorakit.evaluation.generation import stream_text
+    from lorakit.evaluation.prompts import text_request
 
     request = text_request(prompt, tokenizer)
     say_limits(model, tokenizer, [request.ids], decoding)
@@ -190,8 +190,8 @@ def _answer(
     decoding: Decoding,
 ) -> None:
     from lorakit.evaluation.generation import generate_text
-    from lorakit.evaluation.requests import read_requests
-    from lorakit.evaluation.watch import Watch
+    from lorakit.evaluation.progress import Watch
+    from lorakit.evaluation.prompts import read_requests
 
     requests = read_requests(input_file, tokenizer, say)
     say_limits(model, tokenizer, [request.ids for request in requests], decoding)
@@ -222,7 +222,7 @@ def say_limits(
     decoding: Decoding,
 ) -> None:
     """Say which answers the model's window limits to less than the default."""
-    from lorakit.evaluation.prepare import prompt_limits
+    from lorakit.evaluation.hf_generate import prompt_limits
     from lorakit.models.window import window
 
     limits = prompt_limits(model, tokenizer, prompts, decoding)
@@ -243,3 +243,72 @@ def write_out(text: str) -> Any:
     """To stdout, at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+Messages = list[dict[str, str]]
+
+
+def hold_chat(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding
+) -> None:
+    """Answer line after line until EOF or ``/exit``; ``/clear`` forgets what was said. Each answer
+    draws numbers of its own."""
+    from lorakit.evaluation.generation import stream_text
+    from lorakit.evaluation.prompts import chat_request
+
+    chat_request([{"role": "user", "content": "?"}], tokenizer)
+    if sys.stdin is not None and sys.stdin.isatty():
+        say("/exit or Ctrl-D ends the chat, /clear begins another")
+    messages: Messages = []
+    answers = 0
+    while (line := _read_line()) is not None and line.strip() != "/exit":
+        if line.strip() == "/clear":
+            messages = []
+        elif line.strip():
+            messages.append({"role": "user", "content": line})
+            ids = _fitting(messages, model, tokenizer, decoding)
+            if not answers:
+                say_limits(model, tokenizer, [ids], decoding)
+            answer = stream_text(model, tokenizer, ids, write_out, decoding, row=answers)
+            answers += 1
+            write_out("\n")
+            messages.append({"role": "assistant", "content": answer})
+
+
+def _read_line() -> str | None:
+    """The next line without its end; None at the end of the input."""
+    if sys.stdin is None:  # closed by the caller
+        return None
+    try:
+        line = input("> ") + "\n" if sys.stdin.isatty() else sys.stdin.readline()
+    except EOFError:
+        return None
+    except UnicodeDecodeError as error:
+        raise UserError(f"stdin: not UTF-8 text: {error}") from error
+    return line.rstrip("\n") if line else None
+
+
+def _fitting(
+    messages: Messages,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    decoding: Decoding,
+) -> list[int]:
+    """The chat in tokens; its oldest turns are forgotten where it outgrows the model's window. An
+    answer whose length nobody asked for keeps at least a quarter of the window."""
+    from lorakit.evaluation.prompts import chat_request
+    from lorakit.models.window import window
+
+    room = window(model)
+    answer = decoding.max_new_tokens
+    if decoding.fit_window and room is not None:
+        answer = min(answer, max(1, room // 4))
+    ids = chat_request(messages, tokenizer).ids
+    before = len(messages)
+    while room is not None and len(ids) + answer > room and len(messages) > 1:
+        del messages[:2]
+        ids = chat_request(messages, tokenizer).ids
+    if len(messages) < before:
+        say(f"the chat outgrew the model's {room} tokens: its first {before - len(messages)} "
+            "messages are forgotten")  # fmt: skip
+    return ids

@@ -17,16 +17,11 @@ from typing import Annotated
 import typer
 
 from lorakit import __version__
-from lorakit.cli.convert import convert
-from lorakit.cli.eval import eval_
+from lorakit.cli.adapters import convert, merge
 from lorakit.cli.generate import generate
-from lorakit.cli.merge import merge
-from lorakit.cli.methods import methods
 from lorakit.cli.preview import preview
-from lorakit.cli.schema import schema
-from lorakit.cli.tasks import tasks
-from lorakit.cli.train import train
-from lorakit.cli.validate import validate
+from lorakit.cli.recipes import methods, schema, tasks, validate
+from lorakit.cli.run import eval_, train
 from lorakit.errors import LorakitError, RecipeError
 from lorakit.openmp import yield_cores
 

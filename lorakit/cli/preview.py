@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorakit.cli.progress import progress, say
-from lorakit.tasks.label_counts import counts_line
+from lorakit.cli.output import progress, say
+from lorakit.tasks.checks import counts_line
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lorakit.data.describe import DescribedRow, Piece
-    from lorakit.evaluation.preview import Preview
+    from lorakit.evaluation.preview import DescribedRow, Piece, Preview
 
 _OPEN, _CLOSE, _BREAK = "⟦", "⟧", "⏎"
 #: Joiners shape the letters of some scripts, and emoji: they are text, not commands.

@@ -15,9 +15,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.data.counts import Counts
 from lorakit.data.spool import needs_room, scratch_file
-from lorakit.data.tokens import EncodedRows
+from lorakit.data.tokens import Counts, EncodedRows
 
 Arrays = dict[str, NDArray[Any]]
 

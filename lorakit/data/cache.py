@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lorakit.data.arrays import Arrays, BrokenFile, Shard, read_arrays, write_arrays
-from lorakit.data.counts import Counts
 from lorakit.data.sources import Split
 from lorakit.data.spool import cache_dir
+from lorakit.data.tokens import Counts
 
 #: Fewer rows are tokenised sooner than looked up.
 CACHED_ROWS = 2000

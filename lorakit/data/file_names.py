@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from lorakit.errors import DataError, listed
-from lorakit.recipe.split_names import ALIASES, KNOWN
+from lorakit.recipe.sections import ALIASES, KNOWN
 
 #: All names that a data file may begin with, the longest first.
 _NAMES = sorted(

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorakit.data.directories import SplitFiles
 from lorakit.data.file_names import split_names
 from lorakit.data.files import FileRows, read_rows
 from lorakit.data.parquet import file_digest, join_tables
-from lorakit.data.paths import PathOption, find_files
+from lorakit.data.paths import PathOption, SplitFiles, find_files
 from lorakit.data.paths import split_files as split_files
 from lorakit.data.rows import JoinedRows, Rows, column_names
 from lorakit.data.spool import Room, allow_open_files

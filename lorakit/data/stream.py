@@ -1,4 +1,7 @@
-"""A train split that is read while it is trained on, and neither held nor written."""
+"""A train split that is read while it is trained on, and neither held nor written.
+
+The bad rows of a stream, which are left out while it is read.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lorakit.data.directories import SplitFiles
 from lorakit.data.file_names import split_names
 from lorakit.data.files import read_rows, stream_rows
-from lorakit.data.paths import PathOption, find_files
+from lorakit.data.paths import PathOption, SplitFiles, find_files
 from lorakit.data.rows import UnreadRow
 from lorakit.data.sources import Split, hub_failure, joined_split
+from lorakit.data.tokens import NAMED_ROWS
 from lorakit.errors import DataError, listed
 
 #: Size and time of change of a file.
@@ -159,3 +162,30 @@ def _open_hub(hub: tuple[str, str | None] | None, split: str, head_rows: int) ->
             raise hub_failure(name, error) from error
 
     return Stream(head, read)
+
+
+class SkippedRows:
+    """Counts each row once, however often the stream begins anew; ``say`` gets the first ones."""
+
+    def __init__(self, name: str, say: Callable[[str], None]) -> None:
+        self._name = name
+        self._say = say
+        self._seen: set[tuple[str, int]] = set()
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def add(self, row: Located, reason: str) -> None:
+        place = (row.source, row.number)
+        if place in self._seen:
+            return
+        self._seen.add(place)
+        if len(self) <= NAMED_ROWS:
+            self._say(f"{self._name}: row skipped (task.on_bad_row: skip): {row}: {reason}")
+
+    def note(self) -> str | None:
+        """How many there were; None for none."""
+        if not self._seen:
+            return None
+        rows = f"{len(self):,} row{'s' * (len(self) > 1)}"
+        return f"{self._name}: {rows} skipped in all (task.on_bad_row: skip)"

@@ -11,13 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from lorakit.data.counts import Counts
 from lorakit.data.encode import EncodedRow, check_largest_id
 from lorakit.data.examples import ChatExample, Example
 from lorakit.data.plan import Bin, Step
-from lorakit.data.skipped import SkippedRows
-from lorakit.data.stream import Located, Stream
-from lorakit.data.tokens import OnBadRow, Tokens, encode_rows
+from lorakit.data.stream import Located, SkippedRows, Stream
+from lorakit.data.tokens import Counts, OnBadRow, Tokens, encode_rows
 from lorakit.errors import DataError
 
 #: So many steps' worth of rows are tokenised at once, and sorted by length among themselves.

@@ -1,28 +1,89 @@
-"""Prompts in tokens -> continuations in text, many at a time.
+"""Beam search, a batch at a time, through transformers' ``generate``.
+
+A continuation's score is the sum of its log probabilities / length ** length_penalty; the length
+is in generated tokens and counts the EOS, or the tokens of the stop text, that end it. A
+hypothesis that ends with a stop text is finished and ranked there, as one that ends with an EOS.
+The search of a row ends when ``num_beams`` hypotheses are finished and the best running one, at
+its present length, scores below the worst of them (transformers' ``early_stopping=False``), or at
+``max_new_tokens``, where the running ones are ranked too.
+
+The LoRA authors' ``examples/NLG/src/gpt2_beam.py`` has the same score, length and n-gram rule. It
+differs in two things. It searches to ``eval_len`` tokens in any case, so a longer hypothesis may
+still win there. And it looks at the best ``num_beams`` candidates of a step, of which those that
+finish leave no place to others; transformers looks at twice as many or more, so that ``num_beams``
+always run.
+
+Prompts in tokens -> continuations in text, many at a time.
 
 Prompts of like length make a batch, padded on the left. Equal prompts are continued once where
 nothing is drawn. In float32 a text depends neither on the batch it is made in nor on the order of
 the prompts: a row sees no padding, and what is drawn for it is drawn from its own number.
+
+One continuation, handed out as it comes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
-from lorakit.evaluation.beams import search
-from lorakit.evaluation.choosing import Draw, processors, uniform_numbers
-from lorakit.evaluation.decoding import Decoding
-from lorakit.evaluation.ending import Reader, eos_ids
-from lorakit.evaluation.kv_cache import cache_argument, cache_of, select_rows
-from lorakit.evaluation.prepare import generating, generation_config, left_padded, prompt_limits
-from lorakit.evaluation.room import Room, room_for
-from lorakit.evaluation.watch import Watch
+from lorakit.evaluation.hf_generate import (
+    Room,
+    cache_argument,
+    cache_of,
+    generating,
+    generation_config,
+    left_padded,
+    prompt_limits,
+    room_for,
+    select_rows,
+)
+from lorakit.evaluation.progress import Watch
+from lorakit.evaluation.sampling import (
+    Decoding,
+    Draw,
+    Ended,
+    Reader,
+    eos_ids,
+    processors,
+    uniform_numbers,
+)
+
+
+def search(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    reader: Reader,
+    watch: Watch,
+) -> list[str]:
+    """The best continuation of each prompt. Raises EvaluationStopped between two tokens."""
+    ids, mask = left_padded(prompts, reader.tokenizer, model.device)
+    width = ids.shape[1]
+    generate: Any = model.generate
+    found = generate(
+        input_ids=ids,
+        attention_mask=mask,
+        generation_config=generation_config(
+            reader,
+            max_new_tokens=decoding.max_new_tokens,
+            num_beams=decoding.num_beams,
+            length_penalty=decoding.length_penalty,
+            early_stopping=False,
+        ),
+        logits_processor=processors(decoding, width),
+        stopping_criteria=StoppingCriteriaList([Ended(reader, width, watch.check)]),
+    )
+    # Behind its end a row is filled up, for a model without EOS with -1.
+    rows = found[:, width:].tolist()
+    return [reader.read([token for token in row if token >= 0])[0] for row in rows]
+
 
 #: After so many tokens the rows that have ended leave the batch.
 _TOKENS_PER_ROUND = 8
@@ -161,3 +222,80 @@ def _batches(
             size = batch_size or max(1, room.sequences(width) // how.num_beams)
             yield ordered[start : start + size], how
             start += size
+
+
+#: What bytes that are no whole character decode to.
+_HALF_A_CHARACTER = "\ufffd"
+
+
+def stream_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[int],
+    write: Callable[[str], None],
+    decoding: Decoding,
+    *,
+    row: int = 0,
+) -> str:
+    """Continue ``prompt`` as ``generate_text`` does; ``write`` gets the text piece by piece, and
+    what a search with beams finds in one piece at its end. ``row`` is the prompt's number. Returns
+    the whole. Raises DataError for a prompt that is empty or too long."""
+    if decoding.num_beams > 1:
+        text = generate_text(model, tokenizer, [prompt], decoding)[0]
+        write(text)
+        return text
+    (most,) = prompt_limits(model, tokenizer, [prompt], decoding)
+    reader = Reader(tokenizer, frozenset(eos_ids(model, tokenizer)), decoding.stop)
+    ids, mask = left_padded([prompt], tokenizer, model.device)
+    draw = None
+    if decoding.draws:
+        numbers = uniform_numbers(decoding.seed, [row], most, model.device)
+        draw = Draw(decoding.temperature, decoding.top_p, numbers, len(prompt))
+    streamer = _Pieces(reader, write)
+    generate: Any = model.generate
+    with generating(model):
+        generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=generation_config(reader, max_new_tokens=most),
+            logits_processor=processors(decoding, len(prompt), draw),
+            stopping_criteria=StoppingCriteriaList([Ended(reader, len(prompt))]),
+            streamer=streamer,
+        )
+    return streamer.written
+
+
+class _Pieces(BaseStreamer):
+    """What may still change with the next token waits for it: the bytes of half a character, and
+    what may be the beginning of a stop text."""
+
+    def __init__(self, reader: Reader, write: Callable[[str], None]) -> None:
+        self.written = ""
+        self._reader = reader
+        self._write = write
+        self._ids: list[int] | None = None
+
+    def put(self, value: Tensor) -> None:
+        if self._ids is None:  # the prompt comes first
+            self._ids = []
+            return
+        self._ids += value.flatten().tolist()
+        text, ended = self._reader.read(self._ids)
+        if not ended:
+            text = text.rstrip(_HALF_A_CHARACTER)
+            text = text[: len(text) - _begun(text, self._reader.stop)]
+        self._hand_out(text)
+
+    def end(self) -> None:
+        self._hand_out(self._reader.read(self._ids or [])[0])
+
+    def _hand_out(self, text: str) -> None:
+        if piece := text[len(self.written) :]:
+            self._write(piece)
+            self.written += piece
+
+
+def _begun(text: str, stop: tuple[str, ...]) -> int:
+    """How many characters at the text's end may be the beginning of a stop text."""
+    begun = [k for mark in stop for k in range(1, len(mark)) if text.endswith(mark[:k])]
+    return max(begun, default=0)

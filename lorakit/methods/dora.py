@@ -45,7 +45,7 @@ class Dora(Lora):
 
     def norms(self, layer: AdapterLayer) -> Tensor:
         """||W_i + s (B A)_i|| (out,), without a gradient."""
-        from lorakit.kernels.dora import row_norms
+        from lorakit.kernels.low_rank import row_norms
         from lorakit.layers import as_matrix
 
         W = as_matrix(layer.base_layer, layer.weight)
@@ -54,7 +54,7 @@ class Dora(Lora):
     def update(self, layer: AdapterLayer, x: Tensor, y: Tensor) -> Tensor:
         import torch.nn.functional as F
 
-        from lorakit.kernels.dora import dora_add
+        from lorakit.kernels.low_rank import dora_add
         from lorakit.layers import as_matrix
 
         factor = layer.lora_magnitude_vector / self.norms(layer)
@@ -166,7 +166,7 @@ def _base_squares(layer: AdapterLayer, W: Tensor) -> Tensor:
     """||W_i||^2 (out,), kept until W moves, or its values change."""
     import torch
 
-    from lorakit.kernels.dora import row_squares
+    from lorakit.kernels.low_rank import row_squares
     from lorakit.layers import RowsOf
 
     if torch.compiler.is_compiling():  # which cannot trace where a tensor lies

@@ -106,7 +106,7 @@ class Lora(Method):
         return A, B
 
     def update(self, layer: AdapterLayer, x: Tensor, y: Tensor) -> Tensor:
-        from lorakit.kernels.lora import lora_add_
+        from lorakit.kernels.low_rank import lora_add_
 
         return lora_add_(y, layer.lora_dropout(x), *self.factors(layer), layer.scaling)
 

@@ -12,7 +12,7 @@ from lorakit.errors import AdapterError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lorakit.layers import AdapterLayer, FusedLayer, Rows
+    from lorakit.layers import AdapterLayer, FusedLayer, RowSlice
     from lorakit.methods.lora import Lora
 
 
@@ -135,7 +135,9 @@ def compose(method: Lora, fused: FusedLayer) -> AdapterLayer:
     return layer
 
 
-def split(method: Lora, layer: AdapterLayer, parts: Mapping[str, tuple[Rows, int]]) -> FusedLayer:
+def split(
+    method: Lora, layer: AdapterLayer, parts: Mapping[str, tuple[RowSlice, int]]
+) -> FusedLayer:
     """The parts, role -> (rows, r), of what ``compose`` made. Raises AdapterError if they do not
     fit, or if it has values outside of them."""
     import torch

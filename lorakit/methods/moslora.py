@@ -49,7 +49,7 @@ class MosLora(Lora):
         would be one rounding more, and the metrics not those of the saved adapter."""
         import torch.nn.functional as F
 
-        from lorakit.kernels.lora import lora_add_
+        from lorakit.kernels.low_rank import lora_add_
 
         if not layer.training:
             return super().update(layer, x, y)

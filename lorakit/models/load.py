@@ -1,4 +1,7 @@
-"""Hub or directory -> model and tokenizer, of the right kind, from safetensors only."""
+"""Hub or directory -> model and tokenizer, of the right kind, from safetensors only.
+
+Where a model runs that no launcher places.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +32,9 @@ from transformers.utils import logging as transformers_logging
 
 from lorakit.errors import ModelError
 from lorakit.models.heads import declares_head, in_head, plan_head, renew_head, stores_head
-from lorakit.models.located import hub_resolves, is_missing_path, other_content
+from lorakit.models.hub import hub_resolves, is_missing_path, other_content
 from lorakit.models.tokenizer import load_tokenizer
+from lorakit.recipe.check import has_accelerator
 from lorakit.recipe.sections import ModelSection
 
 Kind = Literal["causal", "encoder"]
@@ -310,3 +314,14 @@ def quiet() -> Iterator[None]:
         hub_logger.setLevel(hub_level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def default_device() -> torch.device:
+    """The machine's accelerator (CUDA, ROCm, Apple), or the CPU. ``ACCELERATE_USE_CPU`` and an
+    empty ``CUDA_VISIBLE_DEVICES`` hide it, as they do in training."""
+    if has_accelerator():
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        if torch.backends.mps.is_available():
+            return torch.device("mps")
+    return torch.device("cpu")

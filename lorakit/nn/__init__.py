@@ -4,11 +4,8 @@ They take loralib's arguments, hold its parameters under its names and shapes, a
 its checkpoints. To adapt a model that exists already, see ``lorakit.inject``.
 """
 
-from lorakit.nn.conv import Conv2d
-from lorakit.nn.embedding import Embedding
-from lorakit.nn.linear import Linear
-from lorakit.nn.marking import lora_state_dict, mark_only_lora_as_trainable
-from lorakit.nn.merged_linear import MergedLinear
+from lorakit.nn.base import lora_state_dict, mark_only_lora_as_trainable
+from lorakit.nn.layers import Conv2d, Embedding, Linear, MergedLinear
 
 __all__ = [
     "Conv2d",

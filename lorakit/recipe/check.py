@@ -1,26 +1,50 @@
-"""What no single key shows: contradictions between keys, and values with a form of their own."""
+"""Whether this machine has an accelerator, asked of the system and not of torch.
+
+What no single key shows: contradictions between keys, and values with a form of their own.
+"""
 
 from __future__ import annotations
 
+import os
+import platform
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from lorakit import registry
 from lorakit.errors import Problem, RecipeError, UserError
-from lorakit.recipe.faults import Fault, did_you_mean
-from lorakit.recipe.hardware import has_accelerator
-from lorakit.recipe.layers import parse_layers
+from lorakit.recipe.diagnostics import Fault, did_you_mean
 from lorakit.recipe.sections import (
+    KNOWN,
     AdapterSection,
     ModelSection,
     Recipe,
     TaskSection,
     TrainSection,
+    named_twice,
+    parse_layers,
 )
-from lorakit.recipe.split_names import KNOWN, named_twice
 from lorakit.recipe.yaml_source import Source
+
+_DEVICES = ("nvidiactl", "nvidia0", "kfd", "dxg")
+_TRUE = frozenset({"1", "true", "yes", "y", "on", "t"})
+
+
+def has_accelerator() -> bool:
+    """True with a CUDA, ROCm or Apple device that the environment does not hide.
+
+    ``CUDA_VISIBLE_DEVICES`` empty or -1, and ``ACCELERATE_USE_CPU``, hide what there is.
+    """
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in _TRUE:
+        return False
+    if platform.system() == "Darwin":
+        return platform.machine() == "arm64"
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
+        return False
+    return any(Path("/dev", name).exists() for name in _DEVICES)
+
 
 METRIC_NAMES = (
     "accuracy",

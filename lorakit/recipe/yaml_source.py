@@ -1,10 +1,13 @@
-"""YAML -> plain data and the line of each key. Nothing is ever constructed: tags are refused.
+"""Plain scalars as YAML 1.2's core schema reads them: ``2e-4`` is a number, ``no`` is a text.
+
+YAML -> plain data and the line of each key. Nothing is ever constructed: tags are refused.
 
 PyYAML gives the events; this module makes lists, texts and mappings with text keys of them.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +17,41 @@ import yaml
 from yaml.reader import ReaderError
 
 from lorakit.errors import Problem, RecipeError
-from lorakit.recipe.scalars import Scalar, read_scalar
+
+Scalar = str | int | float | bool | None
+
+_NULLS = frozenset({"", "~", "null", "Null", "NULL"})
+_BOOLEANS = {
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+}
+#: Longer ones cannot be meant, and Python refuses to convert them.
+_MAX_DIGITS = 400
+_INTEGER = re.compile(rf"[-+]?[0-9]{{1,{_MAX_DIGITS}}}")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_INFINITY = re.compile(r"[-+]?\.(inf|Inf|INF)")
+_NANS = frozenset({".nan", ".NaN", ".NAN"})
+
+
+def read_scalar(text: str) -> Scalar:
+    """The value of an unquoted scalar.
+
+    Integers are decimal only (``0x1F`` stays a text); of the booleans only ``true`` and ``false``
+    count (``yes``, ``no``, ``on``, ``off`` stay texts).
+    Source: YAML 1.2.2, section 10.3, the core schema without octal and hexadecimal integers.
+    """
+    if text in _NULLS:
+        return None
+    if text in _BOOLEANS:
+        return _BOOLEANS[text]
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    if _FLOAT.fullmatch(text) and len(text) <= _MAX_DIGITS:
+        return float(text)
+    if _INFINITY.fullmatch(text) or text in _NANS:
+        return float(text.replace(".", ""))
+    return text
+
 
 KeyPath = tuple[str | int, ...]
 

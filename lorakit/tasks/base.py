@@ -2,12 +2,17 @@
 
 A task file subclasses ``Task`` and exports one instance as ``TASK``. It imports heavy libraries
 inside its functions only.
+
+``exact_match``: the share of predictions that are the reference.
+
+Generated texts against the texts of the rows.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -15,7 +20,7 @@ from pydantic import Field, model_validator
 
 from lorakit.data.examples import Example
 from lorakit.data.sources import Split, load_split
-from lorakit.errors import DataError
+from lorakit.errors import DataError, shown
 from lorakit.recipe.sections import NonNegativeFloat, NonNegativeInt, PositiveInt, TaskSection
 
 Row = Mapping[str, Any]
@@ -201,3 +206,50 @@ class Task(ABC):
     ) -> dict[str, float]:
         """Scores by the contract's names, 0-1, of predictions in the split's order."""
         return {}
+
+
+def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Share of the pairs that are equal text once white space at both ends is stripped; 0-1.
+
+    ``references`` holds one text a prediction, and there is at least one.
+    """
+    assert len(predictions) == len(references) > 0
+    pairs = zip(predictions, references, strict=True)
+    return sum(a.strip() == b.strip() for a, b in pairs) / len(predictions)
+
+
+def exact_matches(
+    predictions: Sequence[Prediction], split: Split, reference: Callable[[Row], str]
+) -> dict[str, float]:
+    """``exact_match`` with ``reference`` of each row. Raises DataError as ``paired`` does."""
+    return {"exact_match": exact_match(*paired(predictions, split, reference))}
+
+
+def paired(
+    predictions: Sequence[Prediction], split: Split, reference: Callable[[Row], str]
+) -> tuple[list[str], list[str]]:
+    """Predictions and references. Raises DataError for a wrong count, for what is no text, and with
+    file and row for a row that has no reference."""
+    if len(predictions) != len(split):
+        raise DataError(f"{split.source}: {len(predictions)} predictions for {len(split)} rows")
+    for number, prediction in enumerate(predictions, 1):
+        if not isinstance(prediction, str):
+            raise DataError(f"prediction {number}: {shown(prediction)}; allowed: text")
+    references: list[str] = []
+    try:
+        for row in split.rows:
+            references.append(reference(row))  # noqa: PERF401 (an error needs the row)
+    except DataError as error:
+        raise DataError(f"{split.locate(len(references))}: {error}") from error
+    return list(predictions), references
+
+
+def text_scores(
+    name: str, predictions: Sequence[str], references: Sequence[str]
+) -> dict[str, float]:
+    """The metric ``name`` of ``lorakit/metrics``, with one reference a prediction."""
+    if name == "exact_match":
+        return {name: exact_match(predictions, references)}
+    package = "mteval" if name in ("bleu", "nist") else "coco_caption"
+    score = getattr(import_module(f"lorakit.metrics.{package}"), name)
+    return {name: float(score(predictions, [[text] for text in references]))}

@@ -12,11 +12,9 @@ from lorakit.data.examples import ChatExample
 from lorakit.data.sources import Split
 from lorakit.errors import DataError
 from lorakit.recipe.sections import Text
-from lorakit.tasks.base import GenerationSection, Prediction, Row
+from lorakit.tasks.base import GenerationSection, Prediction, Row, exact_matches
 from lorakit.tasks.formats import FormattedTask
-from lorakit.tasks.matches import exact_matches
-from lorakit.tasks.message import Turn, left_turns
-from lorakit.tasks.tool_calls import read_tools
+from lorakit.tasks.messages import Turn, left_turns, read_tools
 from lorakit.tasks.turns import (
     history_turns,
     instruction_turns,

@@ -1,16 +1,211 @@
-"""``classification``: a text or a pair of texts, and a class or a number, in your own columns."""
+"""What ``glue`` and ``classification`` share: texts with a label or a number, and their scores.
+
+``classification``: a text or a pair of texts, and a class or a number, in your own columns.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import re
+from abc import abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from lorakit.data.examples import ClassificationExample
 from lorakit.data.sources import Split
-from lorakit.errors import DataError
+from lorakit.errors import DataError, shown
+from lorakit.metrics.labels import label_score, require_metrics
 from lorakit.recipe.sections import TaskSection, Text
-from lorakit.tasks.labelled import LabelledTask, Labelling, as_integer, label_name, read_label
+from lorakit.tasks.base import Prediction, Row, Task
+from lorakit.tasks.checks import folded_label
+
+#: In place of the id of a class that the base's head has and the task does not: {"error": ...}.
+NO_CLASS = -1
+_INTEGER = re.compile(r"[-+]?[0-9]{1,18}")
+_DECIMAL = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """Where a row's texts and label stand. ``labels`` are the class names by index, None for
+    regression; ``minimum`` and ``maximum`` bound a regression's target. The first of ``metrics``
+    is the main one."""
+
+    text: str
+    pair: str | None
+    label: str
+    labels: tuple[str, ...] | None
+    metrics: tuple[str, ...]
+    minimum: float = -math.inf
+    maximum: float = math.inf
+
+
+class LabelledTask(Task):
+    """A task of an encoder: one text or a pair of texts, and a class or a number."""
+
+    kind = "encoder"
+
+    @abstractmethod
+    def labelling(self, config: Any) -> Labelling:
+        """The columns, labels and metrics of ``config``."""
+
+    def columns(self, config: Any) -> tuple[str, ...]:
+        found = self.labelling(config)
+        return tuple(name for name in (found.text, found.pair, found.label) if name is not None)
+
+    def read_columns(self, config: Any, columns: Sequence[str]) -> Collection[str] | None:
+        return self.columns(config)
+
+    def labels(self, config: Any, train: Split | None) -> list[str] | None:
+        found = self.labelling(config).labels
+        return None if found is None else list(found)
+
+    def example(self, row: Row, config: Any) -> ClassificationExample:
+        where = self.labelling(config)
+        return ClassificationExample(
+            text=_text(row, where.text),
+            text_pair=None if where.pair is None else _text(row, where.pair),
+            label=read_label(row[where.label], where),
+        )
+
+    def main_metric(self, config: Any) -> str:
+        return self.labelling(config).metrics[0]
+
+    def check_requirements(self, config: Any) -> None:
+        require_metrics(self.labelling(config).metrics)
+
+    def metrics(
+        self, predictions: Sequence[Prediction], split: Split, config: Any
+    ) -> dict[str, float]:
+        """The metrics of ``labelling``. F1 is that of class 1 where there are two classes, and the
+        mean over the classes (macro) where there are more.
+
+        ``{"error": ...}`` as a prediction is wrong in any row. What a constant prediction or
+        constant gold leaves undefined (a correlation's 0 / 0) counts 0. Raises DataError for a
+        prediction that is no label id, or no finite number.
+        """
+        where = self.labelling(config)
+        if len(predictions) != len(split):
+            raise DataError(f"{split.source}: {len(predictions)} predictions for {len(split)} rows")
+        gold = _gold(split, where)
+        read = [_prediction(value, where, number) for number, value in enumerate(predictions, 1)]
+        classes = len(where.labels or ())
+        return {name: label_score(name, gold, read, classes) for name in where.metrics}
+
+
+def _gold(split: Split, where: Labelling) -> list[int | float]:
+    gold: list[int | float] = []
+    try:
+        for value in split.column(where.label):
+            gold.append(read_label(value, where))  # noqa: PERF401 (an error needs the row)
+    except DataError as error:
+        raise DataError(f"{split.locate(len(gold))}: {error}") from error
+    return gold
+
+
+def read_label(value: Any, where: Labelling) -> int | float:
+    """The class index, or the regression's target. A class is given by its name or its id (which
+    may stand there as text), but only by its name where a name is itself a whole number.
+
+    Raises DataError if the value is missing, hidden (-1), unknown, out of range or not finite.
+    """
+    said = f"{where.label} = {shown(value)}"
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        raise DataError(f"{said}: the label is missing")
+    if where.labels is None:
+        return _target(value, where, said)
+    by_name = _named_by_numbers(where.labels)
+    for name in (value, label_name(value) if by_name else None):
+        if isinstance(name, str) and name in where.labels:
+            return where.labels.index(name)
+    index = as_integer(value)
+    if index is not None and not by_name and 0 <= index < len(where.labels):
+        return index
+    if index == -1:
+        raise DataError(f"{said}: the labels here are hidden, as in a benchmark's test split")
+    alike = [n for n in where.labels if folded_label(n) == folded_label(str(value))]
+    hint = f"; did you mean {shown(alike[0])}?" if alike else ""
+    raise DataError(f"{said}: unknown label{hint}; allowed: {_allowed(where.labels)}")
+
+
+def label_name(value: Any) -> str | None:
+    """The class name that a label stands for: text as it stands; a whole number by its digits, so
+    that 1, 1.0, True and the text ``1.0`` are all ``1``. None for what is neither."""
+    if isinstance(value, str) and not _DECIMAL.fullmatch(value):
+        return value
+    number = as_integer(value)
+    return None if number is None else str(number)
+
+
+def as_integer(value: Any) -> int | None:
+    """A whole number, also as a bool, text or (beside missing values) a float; None for others."""
+    if isinstance(value, int) or (isinstance(value, str) and _INTEGER.fullmatch(value)):
+        return int(value)
+    if isinstance(value, str) and _DECIMAL.fullmatch(value):
+        value = float(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else None
+
+
+def _named_by_numbers(labels: Sequence[str]) -> bool:
+    return any(_INTEGER.fullmatch(name) for name in labels)
+
+
+def _allowed(labels: Sequence[str]) -> str:
+    names = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
+    return names if _named_by_numbers(labels) else f"0 to {len(labels) - 1} or {names}"
+
+
+def _target(value: Any, where: Labelling, said: str) -> float:
+    bounded = math.isfinite(where.minimum)
+    allowed = f"{where.minimum:g} to {where.maximum:g}" if bounded else "a finite number"
+    target = _as_float(value)
+    if bounded and target == -1:
+        raise DataError(f"{said}: the labels here are hidden, as in a benchmark's test split")
+    if target is None or not (math.isfinite(target) and where.minimum <= target <= where.maximum):
+        raise DataError(f"{said}: allowed: {allowed}")
+    return target
+
+
+def _as_float(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
+
+
+def _text(row: Row, column: str) -> str:
+    value = row.get(column)
+    if value is None:
+        raise DataError(f"column {column!r} is missing or null; allowed: text")
+    if not isinstance(value, str):
+        raise DataError(f"{column} = {shown(value)}: allowed: text")
+    return value
+
+
+def class_id(value: Prediction) -> Prediction:
+    """A prediction as metrics take it: its class index, or NO_CLASS."""
+    return NO_CLASS if isinstance(value, Mapping) else value
+
+
+def _prediction(value: Prediction, where: Labelling, number: int) -> int | float:
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if where.labels is None:
+        target = _as_float(value) if plain else None
+        if target is not None and math.isfinite(target):
+            return target
+        raise DataError(f"prediction {number}: {shown(value)}; allowed: a finite number")
+    index = as_integer(value) if plain else None
+    if isinstance(value, Mapping) and value.keys() == {"error"}:
+        return NO_CLASS
+    if index is None or not 0 <= index < len(where.labels):
+        allowed = f"a label id, 0 to {len(where.labels) - 1}"
+        raise DataError(f"prediction {number}: {shown(value)}; allowed: {allowed}")
+    return index
 
 
 class ClassificationConfig(TaskSection):

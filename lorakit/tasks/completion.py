@@ -11,11 +11,10 @@ from lorakit.data.examples import Segment, TextExample
 from lorakit.data.sources import Split
 from lorakit.errors import DataError, shown
 from lorakit.recipe.sections import Text
-from lorakit.tasks.base import GenerationSection, Prediction, Row
-from lorakit.tasks.formats import FormattedTask
-from lorakit.tasks.matches import exact_matches
-from lorakit.tasks.message import holds_something
-from lorakit.tasks.template import TemplateText, check_columns, fill, template_columns
+from lorakit.tasks.base import GenerationSection, Prediction, Row, exact_matches
+from lorakit.tasks.formats import FormattedTask, TemplateText, fill, template_columns
+from lorakit.tasks.formats import check_template as check_columns
+from lorakit.tasks.messages import holds_something
 from lorakit.tasks.turns import optional_text, required_text
 
 # The words of Stanford Alpaca (Taori et al. 2023, train.py, PROMPT_DICT).

@@ -17,10 +17,8 @@ from typing import Any
 from lorakit.data.examples import Segment, TextExample
 from lorakit.data.sources import Split
 from lorakit.errors import DataError, shown
-from lorakit.metrics.bleu import bleu
-from lorakit.metrics.cider import cider
-from lorakit.metrics.nist import nist
-from lorakit.metrics.rouge_l import rouge_l
+from lorakit.metrics.coco_caption import cider, rouge_l
+from lorakit.metrics.mteval import bleu, nist
 from lorakit.recipe.sections import NonNegativeInt, PositiveInt, Text
 from lorakit.tasks.base import GenerationSection, Prediction, Row, Task
 

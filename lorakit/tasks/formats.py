@@ -1,15 +1,26 @@
-"""The shapes that rows of texts and chats come in, recognised by their columns."""
+"""The shapes that rows of texts and chats come in, recognised by their columns.
+
+Text with ``{column}`` in it: a row's columns by name, and nothing that runs.
+
+``{{`` and ``}}`` are braces. What stands between braces is the whole name of a column: attributes,
+indices and formats, as ``str.format`` has them, are not read.
+"""
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator
 
 from lorakit.data.sources import Split
 from lorakit.errors import DataError, shown
+from lorakit.recipe.diagnostics import did_you_mean
+from lorakit.recipe.sections import Text
 from lorakit.tasks.base import Task
 
 
@@ -133,3 +144,69 @@ class FormattedTask(Task):
 
 def _named(columns: Sequence[str]) -> str:
     return f"column{'s' * (len(columns) > 1)} {', '.join(columns)}"
+
+
+_PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]|[^{}]+")
+
+
+@lru_cache(maxsize=64)
+def _pieces(template: str) -> tuple[tuple[str, bool], ...]:
+    """Text or column, and whether it is a column. Raises ValueError for a brace without its mate
+    and for empty braces."""
+    pieces = []
+    for match in _PIECE.finditer(template):
+        text, column = match.group(), match.group(1)
+        if column is not None:
+            if not column.strip():
+                raise ValueError("a column's name is missing in {}; {{}} are plain braces")
+            pieces.append((column, True))
+        elif text in ("{", "}"):
+            raise ValueError(f"a single {text!r}; {text * 2!r} is a plain brace")
+        else:
+            pieces.append((text[:1] if text in ("{{", "}}") else text, False))
+    return tuple(pieces)
+
+
+def _checked(template: str) -> str:
+    _pieces(template)
+    return template
+
+
+#: A template as a recipe's value.
+TemplateText = Annotated[Text, AfterValidator(_checked)]
+
+
+def template_columns(template: str) -> tuple[str, ...]:
+    """The columns that stand in it, each once."""
+    return tuple(dict.fromkeys(text for text, is_column in _pieces(template) if is_column))
+
+
+def check_template(template: str, key: str, columns: Sequence[str]) -> None:
+    """Raise DataError, with the nearest there is, for a name that no column has."""
+    for name in template_columns(template):
+        if name not in columns:
+            message = did_you_mean(f"{key}: no column {name!r}", name, columns)
+            if re.search(r"[.\[!:]", name):
+                message += "; braces hold a column's whole name, no attribute, index or format"
+            raise DataError(f"{message}; the columns are {', '.join(map(repr, columns))}")
+
+
+def fill(template: str, row: Mapping[str, Any]) -> str:
+    """The text with the row's values; a number is written as Python writes it, and a missing or
+    null one is empty. Raises DataError for a value that is neither text nor number."""
+    return "".join(
+        _column_text(text, row.get(text)) if is_column else text
+        for text, is_column in _pieces(template)
+    )
+
+
+def _column_text(column: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    raise DataError(
+        f"column {column!r} holds {shown(value)}; allowed in a template: text or a number"
+    )

@@ -12,7 +12,7 @@ from typing import Any
 
 from lorakit.data.paths import split_files
 from lorakit.recipe.sections import TaskSection
-from lorakit.tasks.labelled import LabelledTask, Labelling
+from lorakit.tasks.classification import LabelledTask, Labelling
 
 HUB_DATASET = "nyu-mll/glue"
 

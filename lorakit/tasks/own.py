@@ -13,8 +13,7 @@ from lorakit.errors import DataError, shown
 from lorakit.recipe.sections import TaskSection
 from lorakit.tasks.base import Task
 from lorakit.tasks.own_code import guarded, is_code, load_attribute
-from lorakit.tasks.own_metric import checked_scores
-from lorakit.tasks.own_yaml import load_yaml_task
+from lorakit.tasks.own_yaml import checked_scores, load_yaml_task
 
 _ALLOWED = "a subclass of lorakit.tasks.base.Task, or an instance of one"
 #: All that a task does, in which its file may fail; its scores are looked at besides.

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from lorakit.errors import DataError, LorakitError
-from lorakit.recipe.faults import did_you_mean
+from lorakit.recipe.diagnostics import did_you_mean
 
 _SUFFIX = ".py"
 

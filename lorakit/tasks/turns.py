@@ -7,14 +7,15 @@ from typing import Any
 
 from lorakit.errors import DataError, shown
 from lorakit.tasks.base import Row
-from lorakit.tasks.message import (
+from lorakit.tasks.messages import (
     Turn,
+    is_columnar,
     keys_beside_text,
     left_turns,
+    read_list,
     read_message,
     unread_keys,
 )
-from lorakit.tasks.tool_calls import is_columnar, read_list
 
 
 def read_turns(value: Any, column: str) -> list[Turn]:

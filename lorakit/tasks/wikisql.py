@@ -27,8 +27,7 @@ from lorakit.recipe.sections import PositiveInt, Text
 from lorakit.tasks.base import GenerationSection, Prediction, Row, Task
 from lorakit.tasks.sql.execution import Database
 from lorakit.tasks.sql.files import database_file, read_rows, tables_file
-from lorakit.tasks.sql.query import Query, QueryError
-from lorakit.tasks.sql.text import SPARE_COLUMNS, column_names, parse, render
+from lorakit.tasks.sql.query import SPARE_COLUMNS, Query, QueryError, column_names, parse, render
 
 
 class WikiSqlConfig(GenerationSection):

@@ -9,16 +9,24 @@ from typing import Any
 
 import torch
 
-from lorakit.data.batches import (
+from lorakit.data.collate import (
     Batch,
     collate_causal,
     collate_documents,
     collate_encoder,
     collate_packed,
 )
-from lorakit.data.notes import encoding_notes
-from lorakit.data.packing import Packing
-from lorakit.data.plan import Bin, IndexedSteps, Plan, RowPlan, StepSource, TokenPlan, pack_rows
+from lorakit.data.encode import encoding_notes
+from lorakit.data.plan import (
+    Bin,
+    IndexedSteps,
+    Packing,
+    Plan,
+    RowPlan,
+    StepSource,
+    TokenPlan,
+    pack_rows,
+)
 from lorakit.data.stream_steps import StreamSteps
 from lorakit.recipe.sections import Recipe
 from lorakit.training.rows import Streamed

@@ -1,8 +1,13 @@
-"""Recipe and prepared model -> the loop's parts."""
+"""Recipe and prepared model -> the loop's parts.
+
+The model's metrics as it stands, on the recipe's evaluation split.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +17,23 @@ from accelerate.utils import ProjectConfiguration, set_seed
 
 from lorakit import registry
 from lorakit.data.plan import StepSource
+from lorakit.distributed.processes import launched
 from lorakit.errors import UserError
-from lorakit.evaluation.sharing import launched
+from lorakit.evaluation.evaluate import evaluate_model
 from lorakit.injection import trainable_state
 from lorakit.layers import adapter_layers
 from lorakit.methods.base import Method
+from lorakit.models.causal import CausalParts, use_varlen
 from lorakit.models.heads import label_columns
-from lorakit.models.packed import use_varlen
 from lorakit.recipe.sections import Recipe
 from lorakit.training.batching import build_collate, padding_multiple
-from lorakit.training.best import Best
-from lorakit.training.evaluator import Evaluator
-from lorakit.training.finite import divergence
-from lorakit.training.first_step import FirstStep
+from lorakit.training.checks import FirstStep, divergence
+from lorakit.training.control import Best, Schedule, StopRequest
+from lorakit.training.engine.eager import build_optimizer, build_scheduler, check_warmup
+from lorakit.training.engine.objective import CausalObjective, EncoderObjective
 from lorakit.training.loop import Loop
-from lorakit.training.objective import CausalObjective, EncoderObjective
-from lorakit.training.optim import build_optimizer, build_scheduler, check_warmup
-from lorakit.training.schedule import Schedule
 from lorakit.training.setup import Prepared, Say, main_metric
-from lorakit.training.signals import StopRequest
-from lorakit.training.tracking import Recorder, trackers
+from lorakit.training.tracking import Recorder, throttled, trackers
 
 
 def build_loop(
@@ -162,3 +164,33 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
             "model.dtype = 'float16': needs a GPU; allowed on the CPU: bfloat16, float32"
         )
     return accelerator
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """``generates``: whether to write text and score it, or to take the loss alone."""
+
+    prepared: Prepared
+    parts: CausalParts | None
+    generates: bool
+    stop: StopRequest
+    say: Callable[[str], None]
+
+    def __call__(self) -> dict[str, float]:
+        """Raises EvaluationStopped if a signal arrives in between."""
+        data, recipe = self.prepared.evaluation, self.prepared.recipe
+        assert data is not None
+        return evaluate_model(
+            self.prepared.model,
+            self.prepared.tokenizer,
+            self.prepared.task,
+            recipe.task,
+            data.split,
+            data.encoded,
+            batch_size=recipe.eval_batch_size,
+            parts=self.parts,
+            generate=self.generates,
+            seed=recipe.train.seed,
+            on_progress=throttled(self.say),
+            should_stop=lambda: bool(self.stop),
+        ).metrics

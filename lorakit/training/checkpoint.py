@@ -22,9 +22,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorakit.adapters.beside import written_beside
 from lorakit.errors import UserError
-from lorakit.training.finite import LossHistory
+from lorakit.io.atomic import written_beside
+from lorakit.training.checks import LossHistory
 
 _NAME = re.compile(r"step-(\d+)")
 

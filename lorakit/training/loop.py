@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from lorakit.data.batches import Batch, to_device
+from lorakit.data.collate import Batch, to_device
 from lorakit.data.files import UnreadableFile
 from lorakit.data.plan import Bin, Step, StepSource
 from lorakit.data.stream import FileChanged
@@ -27,9 +27,8 @@ from lorakit.errors import (
     TrainingError,
     UserError,
 )
-from lorakit.evaluation.watch import EvaluationStopped
+from lorakit.evaluation.progress import EvaluationStopped
 from lorakit.methods.base import RunHooks
-from lorakit.training.best import Best
 from lorakit.training.checkpoint import (
     Progress,
     Snapshot,
@@ -37,18 +36,16 @@ from lorakit.training.checkpoint import (
     restore_random_states,
     save_checkpoint,
 )
-from lorakit.training.finite import (
+from lorakit.training.checks import (
     broken_step,
     broken_weight,
     diverged,
     divergence_note,
     grown_loss,
 )
-from lorakit.training.hardware import peak_memory_bytes
-from lorakit.training.late import LateReader, LateValues
-from lorakit.training.schedule import Schedule
-from lorakit.training.signals import StopRequest
-from lorakit.training.tracking import Recorder
+from lorakit.training.control import Best, Schedule, StopRequest
+from lorakit.training.record import peak_memory_bytes
+from lorakit.training.tracking import LateReader, LateValues, Recorder
 
 
 @dataclass

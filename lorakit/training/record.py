@@ -1,14 +1,26 @@
-"""``run.json``: what was run, on what, and what came of it."""
+"""``run.json``: what was run, on what, and what came of it.
+
+What the run runs on, and how much memory it took.
+
+The ranks that a run chose, for ``run.json`` and for the eye.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
+import re
+import resource
 import subprocess
+import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lorakit.injection import InjectionReport
 
@@ -84,3 +96,70 @@ def git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory held so far: the GPU's allocator, or on the CPU the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def describe_hardware(device: torch.device) -> dict[str, Any]:
+    """Device name and count, CPU and its cores."""
+    facts: dict[str, Any] = {
+        "device": device.type,
+        "cpu": _cpu_name(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+        facts["gpu_memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
+    return facts
+
+
+def _cpu_name() -> str:
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
+            names = (line.partition(":")[2].strip() for line in lines if "model name" in line)
+            return next(names, platform.processor())
+    except OSError:
+        return platform.processor()
+
+
+def rank_list(ranks: Mapping[str, int]) -> list[dict[str, Any]]:
+    """For each matrix its ``module``, ``layer`` (null outside of the layers) and ``rank``."""
+    return [{"module": name, "layer": _layer(name), "rank": rank} for name, rank in ranks.items()]
+
+
+def rank_table(ranks: Mapping[str, int]) -> str:
+    """A row a layer, a column a matrix of it, ``.`` where there is none; totals below."""
+    rows = sorted({_layer(name) for name in ranks}, key=lambda layer: (layer is None, layer or 0))
+    columns = list(dict.fromkeys(map(_matrix, ranks)))
+    cells = {(_layer(name), _matrix(name)): rank for name, rank in ranks.items()}
+    total = {column: sum(r for (_, c), r in cells.items() if c == column) for column in columns}
+    lines = [["layer", *columns, "total"]]
+    for row in rows:
+        values = [cells.get((row, column)) for column in columns]
+        shown = ["." if value is None else str(value) for value in values]
+        label = "-" if row is None else str(row)
+        lines.append([label, *shown, str(sum(value or 0 for value in values))])
+    lines.append(["total", *(str(total[c]) for c in columns), str(sum(ranks.values()))])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    )
+
+
+def _layer(name: str) -> int | None:
+    number = re.search(r"(?:^|\.)(\d+)\.", name)
+    return int(number.group(1)) if number else None
+
+
+def _matrix(name: str) -> str:
+    """The name behind the layer's number, its last two parts at most."""
+    inside = re.split(r"(?:^|\.)\d+\.", name, maxsplit=1)[-1]
+    return ".".join(inside.split(".")[-2:])

@@ -13,19 +13,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorakit import registry
 from lorakit.data.encode import EncodedSplit, check_token_ids, encode_split, split_notes
 from lorakit.data.paths import no_split
-from lorakit.data.skipped import SkippedRows
 from lorakit.data.sources import Split
-from lorakit.data.stream import Stream, open_stream
+from lorakit.data.stream import SkippedRows, Stream, open_stream
 from lorakit.data.stream_steps import StreamEncoder
 from lorakit.errors import DataError, UserError
-from lorakit.evaluation.ending import eos_ids
-from lorakit.evaluation.splits import encoding_cache, resolve_labels, settle
+from lorakit.evaluation.predictions import encoding_cache, resolve_labels, settle
+from lorakit.evaluation.sampling import eos_ids
 from lorakit.models.head_names import names_of_head
 from lorakit.models.window import embedding_rows
 from lorakit.recipe.sections import Recipe
-from lorakit.tasks.absent import AbsentWatch
 from lorakit.tasks.base import Task
-from lorakit.tasks.unused import UnusedWatch
+from lorakit.tasks.checks import AbsentWatch, UnusedWatch
 
 Say = Callable[[str], None]
 

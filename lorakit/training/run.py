@@ -11,11 +11,11 @@ from accelerate import Accelerator
 
 from lorakit.data.stream_steps import StreamSteps
 from lorakit.errors import BadRow, Interrupted
-from lorakit.evaluation.watch import EvaluationStopped
+from lorakit.evaluation.progress import EvaluationStopped
 from lorakit.openmp import yield_cores
 from lorakit.recipe.check import check_recipe
+from lorakit.recipe.export import write_recipe
 from lorakit.recipe.sections import Recipe
-from lorakit.recipe.write import write_recipe
 from lorakit.training.batching import Batching, build_batching
 from lorakit.training.build import (
     build_accelerator,
@@ -24,21 +24,26 @@ from lorakit.training.build import (
     build_schedule,
 )
 from lorakit.training.checkpoint import drop_after
-from lorakit.training.export import export_adapter
-from lorakit.training.hardware import describe_hardware, peak_memory_bytes
+from lorakit.training.control import StopRequest, stop_request
+from lorakit.training.engine.eager import check_optimizer
 from lorakit.training.loop import Loop
-from lorakit.training.optim import check_optimizer
 from lorakit.training.output_dir import (
     Start,
     check_same_data,
     check_same_recipe,
+    export_adapter,
     find_start,
     sole_run,
 )
-from lorakit.training.ranks import rank_list, rank_table
-from lorakit.training.record import RunRecord, new_record
+from lorakit.training.record import (
+    RunRecord,
+    describe_hardware,
+    new_record,
+    peak_memory_bytes,
+    rank_list,
+    rank_table,
+)
 from lorakit.training.setup import Prepared, prepare
-from lorakit.training.signals import StopRequest, stop_request
 from lorakit.training.tracking import PROJECT, Display, MetricsFile, Recorder, check_trackers
 
 Say = Callable[[str], None]

@@ -15,12 +15,12 @@ from lorakit.data.sources import Split
 from lorakit.errors import UserError
 from lorakit.evaluation.prompts import check_all_prompts
 from lorakit.injection import InjectionReport, find_heads, inject
+from lorakit.models.causal import check_packable
 from lorakit.models.load import load_pretrained
-from lorakit.models.packed import check_packable
 from lorakit.models.window import fit_max_length, window
 from lorakit.recipe.sections import Recipe
 from lorakit.tasks.base import Task
-from lorakit.tasks.label_counts import counts_line, label_counts, look_alikes
+from lorakit.tasks.checks import counts_line, label_counts, look_alikes
 from lorakit.training.rows import Streamed, encode_rows, load_rows
 
 Say = Callable[[str], None]

@@ -12,7 +12,7 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from lorakit.adapters.peft_format import save_adapter
+from lorakit.adapters.peft.write import save_adapter
 from lorakit.injection import inject
 from lorakit.methods.lora import LoraConfig
 

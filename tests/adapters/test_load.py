@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from lorakit.adapters.load import load
-from lorakit.adapters.merge import merge
+from lorakit.adapters.merge.run import merge
 from lorakit.errors import AdapterError, ModelError
 from tests.adapters.conftest import MakePair
 from tests.families import tiny, token_ids

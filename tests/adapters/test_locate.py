@@ -12,10 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorakit.adapters.convert import convert
-from lorakit.adapters.files import read_adapter
 from lorakit.adapters.load import load
-from lorakit.adapters.locate import adapter_directory
-from lorakit.adapters.merge import merge
+from lorakit.adapters.merge.run import merge
+from lorakit.adapters.peft.read import adapter_directory, read_adapter
 from lorakit.errors import AdapterError, ModelError, UserError
 from lorakit.models.load import load_config
 from lorakit.recipe.sections import ModelSection

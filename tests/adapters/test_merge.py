@@ -23,11 +23,11 @@ from transformers import (
     AutoTokenizer,
 )
 
-from lorakit.adapters.beside import written_beside
 from lorakit.adapters.load import load
-from lorakit.adapters.merge import merge
-from lorakit.adapters.shards import OutputTensor, parse_size, plan_shards
+from lorakit.adapters.merge.run import merge
+from lorakit.adapters.merge.shards import OutputTensor, parse_size, plan_shards
 from lorakit.errors import AdapterError, ModelError
+from lorakit.io.atomic import written_beside
 from lorakit.layers import adapter_layers
 from tests.adapters.conftest import MakePair
 from tests.families import ALL, ENCODERS, tiny, token_ids
@@ -327,7 +327,7 @@ def test_a_full_disk_is_said_before_anything_is_written(
 ) -> None:
     base, adapter, _ = make_pair()
     usage = type("usage", (), {"free": 10})
-    monkeypatch.setattr("lorakit.adapters.merge.shutil.disk_usage", lambda _path: usage)
+    monkeypatch.setattr("lorakit.adapters.merge.run.shutil.disk_usage", lambda _path: usage)
     with pytest.raises(AdapterError, match=r"MB are needed, and \S+ MB are free"):
         merge(base, adapter, tmp_path / "out")
     assert {p.name for p in tmp_path.iterdir()} == {"base", "adapter"}
@@ -336,7 +336,7 @@ def test_a_full_disk_is_said_before_anything_is_written(
 _SLOW = """
 import sys, time
 from lorakit.adapters import merge_stream
-from lorakit.adapters.merge import merge
+from lorakit.adapters.merge.run import merge
 write = merge_stream.write_at
 def slow(*args):
     write(*args)
@@ -411,7 +411,7 @@ def test_an_index_that_says_nothing(text: str, tmp_path: Path, make_pair: MakePa
 
 def test_real_models(minilm: Path, smollm2: Path, tmp_path: Path) -> None:
     """all-MiniLM's checkpoint is a bare BertModel; SmolLM2's is bfloat16 with tied embeddings."""
-    from lorakit.adapters.peft_format import save_adapter
+    from lorakit.adapters.peft.write import save_adapter
     from lorakit.injection import inject
     from lorakit.methods.lora import LoraConfig
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorakit.adapters.load import load
-from lorakit.adapters.merge import merge
+from lorakit.adapters.merge.run import merge
 from lorakit.errors import AdapterError
 from lorakit.layers import adapted_modules
 from tests.adapters.directories import fresh, logits, write_adapter, write_base

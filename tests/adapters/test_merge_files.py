@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorakit.adapters.checkpoint import Checkpoint
-from lorakit.adapters.merge import merge
+from lorakit.adapters.merge.checkpoint import Checkpoint
+from lorakit.adapters.merge.run import merge
 from lorakit.errors import AdapterError, ModelError
 from tests.adapters.checkpoints import add_tensors, tensors
 from tests.adapters.conftest import MakePair

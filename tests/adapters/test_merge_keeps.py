@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3_5ForConditionalGeneration
 
 from lorakit.adapters.load import load
-from lorakit.adapters.merge import merge
+from lorakit.adapters.merge.run import merge
 from lorakit.errors import AdapterError
 from tests.adapters.checkpoints import (
     MODELS,

@@ -14,10 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorakit.adapters import merge as merge_module
-from lorakit.adapters import merge_quick, merge_stream, merge_workers
 from lorakit.adapters.load import load
-from lorakit.adapters.merge import merge
+from lorakit.adapters.merge import quick as merge_quick
+from lorakit.adapters.merge import run as merge_module
+from lorakit.adapters.merge import stream as merge_stream
+from lorakit.adapters.merge import workers as merge_workers
+from lorakit.adapters.merge.run import merge
 from lorakit.errors import AdapterError, ModelError
 from lorakit.layers import adapted_modules
 from tests.adapters.directories import write_adapter, write_base
@@ -193,7 +195,7 @@ def anonymous():
     text = open("/proc/self/status").read()
     return int(text.split("RssAnon:")[1].split()[0]) / 1024
 import torch
-from lorakit.adapters.merge import merge
+from lorakit.adapters.merge.run import merge
 merge(*sys.argv[1:3], sys.argv[3] + "-warm", max_shard_size="1MB")
 before = peak = anonymous()
 done = threading.Event()

@@ -14,10 +14,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lorakit
-from lorakit.adapters.names import names_in_base
-from lorakit.adapters.peft_config import misread_by_peft, refused_by_peft
-from lorakit.adapters.peft_format import save_adapter
-from lorakit.adapters.place import load_adapter
+from lorakit.adapters.peft.names import names_in_base
+from lorakit.adapters.peft.place import load_adapter
+from lorakit.adapters.peft.targets import misread_by_peft, refused_by_peft
+from lorakit.adapters.peft.write import save_adapter
 from lorakit.cli.main import run
 from lorakit.errors import AdapterError
 from lorakit.injection import inject

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 
 from lorakit.adapters.load import load
 from lorakit.adapters.model_card import CardFacts
-from lorakit.adapters.peft_config import exact_patterns, target_modules
-from lorakit.adapters.peft_format import load_adapter, read_adapter, save_adapter
+from lorakit.adapters.peft.targets import exact_patterns, target_modules
+from lorakit.adapters.peft.write import load_adapter, read_adapter, save_adapter
 from lorakit.errors import AdapterError
 from lorakit.injection import inject, trainable_state
 from lorakit.layers import adapter_layers
@@ -140,7 +140,7 @@ def test_a_failed_save_leaves_the_old_adapter(
     def full(*_args: object, **_kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lorakit.adapters.peft_format.save_file", full)
+    monkeypatch.setattr("lorakit.adapters.peft.write.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         save_adapter(
             adapter, model, LoraConfig(), base_model_name_or_path="b", task_type="CAUSAL_LM"

@@ -15,8 +15,8 @@ from torch import nn
 import lorakit
 from lorakit import registry
 from lorakit.adapters.load import load
-from lorakit.adapters.merge import merge
-from lorakit.adapters.several import switch
+from lorakit.adapters.merge.run import merge
+from lorakit.adapters.switching import switch
 from lorakit.errors import AdapterError
 from lorakit.layers import adapter_layers
 from tests.adapters.directories import fresh, logits, write_adapter, write_base

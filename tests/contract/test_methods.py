@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from lorakit import registry
-from lorakit.adapters.merge_loaded import fold
-from lorakit.adapters.peft_format import load_adapter, save_adapter
+from lorakit.adapters.load import fold
+from lorakit.adapters.peft.write import load_adapter, save_adapter
 from lorakit.injection import trainable_state
 from lorakit.layers import FusedLayer, adapted_modules, adapter_layers, as_matrix
-from lorakit.models.masters import plain_name
+from lorakit.models.master_weights import plain_name
 from lorakit.recipe.sections import AdapterSection
 from tests.contract.cases import (
     IDS,

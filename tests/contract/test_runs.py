@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 import lorakit
 from lorakit import registry
-from lorakit.adapters.peft_format import save_adapter
+from lorakit.adapters.peft.write import save_adapter
 from lorakit.injection import inject, trainable_state
 from lorakit.layers import adapter_layers
 from lorakit.methods.base import Method, RunHooks

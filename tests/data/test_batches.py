@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from lorakit.data.batches import (
+from lorakit.data.collate import (
     collate_causal,
     collate_documents,
     collate_encoder,

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from lorakit.data.call_arguments import with_fitting_arguments
+from lorakit.data.examples import with_fitting_arguments
 
 ARGUMENTS = {"city": "Zürich", "days": [1, 2], "metric": True, "zone": None}
 TEXT = '{"city": "Zürich", "days": [1, 2], "metric": true, "zone": null}'

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lorakit.data.chat import encode_chat
 from lorakit.data.examples import ChatExample
-from lorakit.evaluation.requests import chat_request
+from lorakit.evaluation.prompts import chat_request
 from tests.data.chat_templates import STYLES, Style
 
 Messages = tuple[dict[str, Any], ...]

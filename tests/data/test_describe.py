@@ -9,10 +9,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lorakit.data.describe import DescribedRow, describe_row, summarise
 from lorakit.data.encode import encode_split
 from lorakit.data.examples import ChatExample, Example, Segment, TextExample
 from lorakit.data.sources import Split
+from lorakit.evaluation.preview import DescribedRow, describe_row, summarise
 from lorakit.tasks.base import Row
 
 MIXED = "日本語 🚀 👩‍👩‍👧 ಠ_ಠ naïve\n\tend "

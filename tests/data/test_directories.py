@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.data.directories import in_directory
 from lorakit.data.file_names import in_order
+from lorakit.data.paths import in_directory
 from lorakit.errors import DataError
 
 

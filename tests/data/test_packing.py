@@ -10,7 +10,7 @@ import pytest
 
 from lorakit import registry
 from lorakit.data.encode import encode_split
-from lorakit.data.packing import Packing, first_fit_decreasing
+from lorakit.data.plan import Packing, first_fit_decreasing
 from lorakit.models.tokenizer import load_tokenizer
 
 

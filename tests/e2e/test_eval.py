@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import lorakit
-from lorakit.adapters.peft_format import save_adapter
+from lorakit.adapters.peft.write import save_adapter
 from lorakit.cli.main import run
 from lorakit.cli.output import check_writable, write_text
 from lorakit.injection import inject, trainable_state

@@ -105,7 +105,7 @@ POINTS = [
     ("lorakit.training.tracking:Recorder.evaluation", 5),  # measured, not told
     ("lorakit.training.run:_final_metrics", 1),
     ("lorakit.training.run:export_adapter", 1),
-    ("lorakit.adapters.peft_format:save_file", 1),  # in the middle of the adapter
+    ("lorakit.adapters.peft.write:save_file", 1),  # in the middle of the adapter
     ("lorakit.training.record:RunRecord.write", 2),  # all but run.json
 ]
 
@@ -149,7 +149,7 @@ def test_a_signal_during_an_evaluation(
     call: int, recipe: Path, whole: Path, launcher: Launcher, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    point = ("lorakit.training.evaluator:evaluate_model", call)
+    point = ("lorakit.training.build:evaluate_model", call)
     ended = train(launcher, recipe, run, number=signal.SIGINT, at_call=point)
     assert ended.code == 130
     assert f"stopped at step {4 * call} of 32" in ended.err
@@ -163,7 +163,7 @@ def test_signal_then_kill_during_the_same_evaluation(
 ) -> None:
     """The checkpoint of a stopped evaluation is resumed twice; its line is there once."""
     run = tmp_path / "run"
-    point = ("lorakit.training.evaluator:evaluate_model", 2)
+    point = ("lorakit.training.build:evaluate_model", 2)
     train(launcher, recipe, run, number=signal.SIGINT, at_call=point)
     step = ("lorakit.training.loop:Loop._train_step", 1)
     assert train(launcher, recipe, run, "--resume", "auto", at_call=step).code == -9

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from lorakit import registry
 from lorakit.data.sources import Split
-from lorakit.evaluation.answers import contents
+from lorakit.evaluation.evaluate import contents
 
 HEADER = (
     "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}ANSWER{% else %}"

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.generation import generate_text
+from lorakit.evaluation.sampling import Decoding
 from lorakit.models.load import load_pretrained
 from lorakit.recipe.sections import ModelSection
 

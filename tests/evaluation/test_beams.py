@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lorakit.evaluation.decoding import Decoding
 from lorakit.evaluation.generation import generate_text
-from lorakit.evaluation.watch import EvaluationStopped, Watch
+from lorakit.evaluation.progress import EvaluationStopped, Watch
+from lorakit.evaluation.sampling import Decoding
 from tests.families import tiny
 
 PROMPTS = [[70, 71, 72], [80, 81], [90, 70, 80, 60, 50], [71]]
@@ -107,7 +107,7 @@ def test_stops_between_two_tokens(
 def test_memory_is_bounded_over_rows_and_beams(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorakit.evaluation.room.MOST_TOKENS", 60)
+    monkeypatch.setattr("lorakit.evaluation.hf_generate.MOST_TOKENS", 60)
     rows: list[int] = []
     handle = model.register_forward_pre_hook(
         lambda _model, _args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lorakit.evaluation.choosing import Draw, NoRepeatedNgrams, uniform_numbers
+from lorakit.evaluation.sampling import Draw, NoRepeatedNgrams, uniform_numbers
 
 CPU = torch.device("cpu")
 

@@ -14,11 +14,9 @@ from transformers import (
 )
 
 from lorakit.errors import DataError
-from lorakit.evaluation.decoding import Decoding
-from lorakit.evaluation.ending import before_stop
-from lorakit.evaluation.generation import generate_text
-from lorakit.evaluation.streaming import stream_text
-from lorakit.evaluation.watch import EvaluationStopped, Watch
+from lorakit.evaluation.generation import generate_text, stream_text
+from lorakit.evaluation.progress import EvaluationStopped, Watch
+from lorakit.evaluation.sampling import Decoding, before_stop
 from lorakit.models.load import load_pretrained
 from lorakit.recipe.sections import ModelSection
 from tests.families import CAUSAL, tiny

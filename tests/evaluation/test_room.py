@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorakit.evaluation.room import MOST_SEQUENCES, MOST_TOKENS, Room, room_for
+from lorakit.evaluation.hf_generate import MOST_SEQUENCES, MOST_TOKENS, Room, room_for
 from tests.families import tiny
 
 

@@ -7,9 +7,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.errors import DataError
-from lorakit.evaluation.decoding import Decoding
-from lorakit.evaluation.generation import generate_text
-from lorakit.evaluation.streaming import stream_text
+from lorakit.evaluation.generation import generate_text, stream_text
+from lorakit.evaluation.sampling import Decoding
 from lorakit.models.load import load_pretrained
 from lorakit.recipe.sections import ModelSection
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from lorakit.data.batches import collate_causal, collate_documents, collate_packed
-from lorakit.models.packed import VARLEN, use_varlen
-from lorakit.training.objective import CausalObjective
+from lorakit.data.collate import collate_causal, collate_documents, collate_packed
+from lorakit.models.causal import VARLEN, use_varlen
+from lorakit.training.engine.objective import CausalObjective
 from tests.families import tiny
 from tests.models.test_packed import rows
 

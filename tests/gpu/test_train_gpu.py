@@ -12,8 +12,8 @@ import torch
 import lorakit
 from lorakit.training import build
 from lorakit.training.batching import build_batching
+from lorakit.training.control import StopRequest
 from lorakit.training.setup import prepare
-from lorakit.training.signals import StopRequest
 
 pytestmark = pytest.mark.gpu
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorakit.kernels.lora import lora_add_, lora_add_reference
+from lorakit.kernels.low_rank import lora_add_, lora_add_reference
 
 
 @pytest.mark.parametrize(

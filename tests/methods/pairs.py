@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lorakit import registry
-from lorakit.adapters.peft_format import save_adapter
+from lorakit.adapters.peft.write import save_adapter
 from lorakit.injection import inject, trainable_state
 from lorakit.recipe.sections import AdapterSection
 from tests.families import tiny, token_ids

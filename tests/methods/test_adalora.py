@@ -13,8 +13,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.adapters.merge_loaded import fold
-from lorakit.adapters.peft_format import load_adapter, save_adapter
+from lorakit.adapters.load import fold
+from lorakit.adapters.peft.write import load_adapter, save_adapter
 from lorakit.errors import RecipeError, UserError
 from lorakit.injection import inject, trainable_state
 from lorakit.layers import AdapterLayer, adapter_layers

@@ -13,7 +13,7 @@ import lorakit
 from lorakit.errors import AdapterError, TargetError
 from lorakit.injection import inject, trainable_state
 from lorakit.models.causal import split_model, token_losses
-from lorakit.models.masters import plain_name
+from lorakit.models.master_weights import plain_name
 from tests.families import tiny, token_ids
 from tests.methods.pairs import config, injected, logits, loss, pair
 

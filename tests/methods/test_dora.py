@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import AdapterError
 from lorakit.injection import inject, trainable_state
-from lorakit.kernels import dora as kernel
+from lorakit.kernels import low_rank as kernel
 from lorakit.layers import AdapterLayer, FusedLayer, as_matrix
 from lorakit.methods.dora import METHOD, DoraConfig
 from tests.families import tiny, token_ids

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import lorakit
 from lorakit.errors import AdapterError, TargetError
 from lorakit.injection import inject, trainable_state
-from lorakit.models.masters import base_dtype, plain_name
+from lorakit.models.master_weights import base_dtype, plain_name
 from tests.families import ALL, CAUSAL, tiny
 from tests.methods.pairs import config, injected, logits, loss, pair, save
 

@@ -11,10 +11,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 import lorakit
-from lorakit.adapters.peft_format import load_adapter, save_adapter
+from lorakit.adapters.peft.write import load_adapter, save_adapter
 from lorakit.injection import inject, trainable_state
 from lorakit.methods.lora import LoraConfig
-from lorakit.models.masters import plain_name
+from lorakit.models.master_weights import plain_name
 from tests.families import tiny, token_ids
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.adapters.peft_format import load_adapter, save_adapter
+from lorakit.adapters.peft.write import load_adapter, save_adapter
 from lorakit.injection import inject, trainable_state
 from lorakit.layers import AdapterLayer, as_matrix
 from lorakit.methods.lora import METHOD as LORA

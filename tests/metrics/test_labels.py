@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from lorakit.errors import UserError
 from lorakit.metrics import labels
-from lorakit.metrics.exact_match import exact_match
 from lorakit.metrics.labels import LABEL_METRICS, label_score, require_metrics
+from lorakit.tasks.base import exact_match
 
 COUNT = 600
 Array = NDArray[np.float64]

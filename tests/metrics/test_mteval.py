@@ -13,9 +13,7 @@ import pytest
 import sacrebleu
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
-from lorakit.metrics.bleu import bleu
-from lorakit.metrics.mteval import tokenize
-from lorakit.metrics.nist import nist
+from lorakit.metrics.mteval import bleu, nist, tokenize
 from tests.metrics.constructed import COUNT, blocks, instances
 
 Group = list[str]

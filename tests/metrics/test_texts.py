@@ -12,12 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lorakit.metrics import ptb
-from lorakit.metrics.bleu import bleu
-from lorakit.metrics.cider import cider
-from lorakit.metrics.mteval import tokenize
-from lorakit.metrics.nist import nist
-from lorakit.metrics.rouge_l import rouge_l
+from lorakit.metrics import coco_caption as ptb
+from lorakit.metrics.coco_caption import cider, rouge_l
+from lorakit.metrics.mteval import bleu, nist, tokenize
 from tests.metrics.constructed import COUNT, blocks, five_words, instances
 from tests.metrics.hashing import tokens_hash
 

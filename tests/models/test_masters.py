@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from lorakit.models.masters import base_dtype, keep_master, plain_name, set_value, train_whole
+from lorakit.models.master_weights import (
+    base_dtype,
+    keep_master,
+    plain_name,
+    set_value,
+    train_whole,
+)
 from tests.families import tiny, token_ids
 
 

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 
-from lorakit.adapters.peft_format import save_adapter
+from lorakit.adapters.peft.write import save_adapter
 from lorakit.injection import inject, trainable_state
 from lorakit.layers import adapter_layers
 from lorakit.methods.lora_plus import METHOD, LoraPlusConfig

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from lorakit.adapters.peft_format import save_adapter
+from lorakit.adapters.peft.write import save_adapter
 from lorakit.injection import inject
 from lorakit.layers import adapted_modules
 from lorakit.methods.lora import LoraConfig
@@ -132,7 +132,7 @@ def test_peft_would_write_the_same_configuration(tmp_path: Path) -> None:
     from peft import LoraConfig as PeftLora
     from peft import get_peft_model
 
-    from lorakit.adapters.peft_config import DEFAULTS
+    from lorakit.adapters.peft.targets import DEFAULTS
 
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["q", "v"])
     model = tiny("llama")

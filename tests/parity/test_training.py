@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from lorakit.adapters.peft_format import save_adapter
+from lorakit.adapters.peft.write import save_adapter
 from lorakit.injection import inject, trainable_state
 from lorakit.methods.lora import LoraConfig
 from tests.families import tiny, token_ids

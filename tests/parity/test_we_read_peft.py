@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import lorakit
-from lorakit.adapters.peft_format import load_adapter
+from lorakit.adapters.peft.write import load_adapter
 from lorakit.errors import AdapterError
 from tests.families import tiny, token_ids
 

@@ -10,8 +10,7 @@ import pytest
 
 import lorakit
 from lorakit.errors import RecipeError
-from lorakit.recipe.schema import recipe_schema
-from lorakit.recipe.write import write_recipe
+from lorakit.recipe.export import recipe_schema, write_recipe
 
 FORMS: list[Any] = [
     "data",

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorakit.recipe.environment import escape, expand_environment
+from lorakit.recipe.load import escape, expand_environment
 from lorakit.recipe.yaml_source import Source
 
 ENVIRON = {"R": "4", "EMPTY": "", "NAME": "a b", "FLAG": "true", "LIST": "[q, k]"}

@@ -4,7 +4,7 @@ import platform
 
 import pytest
 
-from lorakit.recipe import hardware
+from lorakit.recipe import check as hardware
 
 
 @pytest.fixture

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from lorakit.errors import Problem, RecipeError, UserError
-from lorakit.recipe.load import load_recipe
-from lorakit.recipe.overrides import Overrides
+from lorakit.recipe.load import Overrides, load_recipe
 
 Write = Callable[[str], Path]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lorakit.recipe.overrides import Overrides, apply_overrides
+from lorakit.recipe.load import Overrides, apply_overrides
 from lorakit.recipe.yaml_source import Source
 
 

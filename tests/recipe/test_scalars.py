@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lorakit.recipe.scalars import read_scalar
+from lorakit.recipe.yaml_source import read_scalar
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from lorakit import registry
-from lorakit.recipe.schema import recipe_schema
+from lorakit.recipe.export import recipe_schema
 from lorakit.recipe.sections import ModelSection, TrainSection
 
 

@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from lorakit.methods.lora import LoraConfig
+from lorakit.recipe.export import recipe_text, write_recipe
 from lorakit.recipe.load import load_recipe
 from lorakit.recipe.sections import ModelSection, Recipe, TrainSection
-from lorakit.recipe.write import recipe_text, write_recipe
 from lorakit.tasks.completion import CompletionConfig
 
 AWKWARD = [

@@ -11,11 +11,8 @@ from lorakit import registry
 from lorakit.data.sources import Split
 from lorakit.errors import DataError
 from lorakit.evaluation.predictions import score_predictions
-from lorakit.metrics.bleu import bleu
-from lorakit.metrics.cider import cider
-from lorakit.metrics.mteval import tokenize
-from lorakit.metrics.nist import nist
-from lorakit.metrics.rouge_l import rouge_l
+from lorakit.metrics.coco_caption import cider, rouge_l
+from lorakit.metrics.mteval import bleu, nist, tokenize
 from tests.tasks.wikisql_files import write_lines
 
 TASK = registry.tasks()["e2e_nlg"]

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from lorakit.tasks.label_counts import counts_line, label_counts, look_alikes
+from lorakit.tasks.checks import counts_line, label_counts, look_alikes
 
 
 def test_counts_are_in_the_order_of_the_labels() -> None:

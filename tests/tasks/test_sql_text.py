@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from lorakit.tasks.sql.files import read_rows
-from lorakit.tasks.sql.query import Query, QueryError
-from lorakit.tasks.sql.text import SPARE_COLUMNS, column_names, parse, render
+from lorakit.tasks.sql.query import SPARE_COLUMNS, Query, QueryError, column_names, parse, render
 
 HEADER = ["Player", "No.", 'The "big" one', "Score", "Score", "score", ""]
 

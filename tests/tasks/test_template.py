@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from lorakit import registry
 from lorakit.errors import DataError
-from lorakit.tasks.template import fill, template_columns
+from lorakit.tasks.formats import fill, template_columns
 
 COMPLETION = registry.task("completion")
 

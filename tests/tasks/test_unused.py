@@ -11,9 +11,9 @@ import pytest
 
 from lorakit import registry
 from lorakit.data.sources import Split
-from lorakit.evaluation.splits import settle
-from lorakit.tasks import unused
-from lorakit.tasks.unused import UnusedWatch, unused_notes
+from lorakit.evaluation.predictions import settle
+from lorakit.tasks import checks as unused
+from lorakit.tasks.checks import UnusedWatch, unused_notes
 
 Row = dict[str, Any]
 

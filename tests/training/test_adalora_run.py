@@ -19,18 +19,18 @@ from transformers import AutoModelForCausalLM
 
 import lorakit
 from lorakit.cli.main import run as command
-from lorakit.data.batches import to_device
+from lorakit.data.collate import to_device
 from lorakit.errors import UserError
 from lorakit.layers import AdapterLayer, adapter_layers
 from lorakit.recipe.sections import Recipe
 from lorakit.training.batching import build_batching
 from lorakit.training.build import build_accelerator, build_loop, build_schedule
 from lorakit.training.checkpoint import load_checkpoint
+from lorakit.training.control import StopRequest
 from lorakit.training.loop import Loop
-from lorakit.training.ranks import rank_list, rank_table
+from lorakit.training.record import rank_list, rank_table
 from lorakit.training.run import train
 from lorakit.training.setup import prepare
-from lorakit.training.signals import StopRequest
 from lorakit.training.tracking import Display, MetricsFile, Recorder
 from tests.training.runs import (
     adapter_bytes,

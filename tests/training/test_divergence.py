@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lorakit.cli.main import run
-from lorakit.training.finite import LossHistory, diverged
+from lorakit.training.checks import LossHistory, diverged
 from lorakit.training.run import train
 from tests.training.runs import log_lines, recipe_for, run_json, write_recipe_file, write_rows
 

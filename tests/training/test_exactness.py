@@ -17,9 +17,9 @@ from lorakit.models.load import load_pretrained
 from lorakit.recipe.sections import Recipe
 from lorakit.training.batching import build_batching
 from lorakit.training.build import build_accelerator, build_loop, build_schedule
+from lorakit.training.control import StopRequest
 from lorakit.training.loop import Loop
 from lorakit.training.setup import Prepared, prepare
-from lorakit.training.signals import StopRequest
 from tests.training.runs import (
     adapter_bytes,
     changed,

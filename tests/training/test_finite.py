@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from lorakit.training.finite import broken_step, broken_weight, divergence, grown_loss
-from lorakit.training.late import LateValues
+from lorakit.training.checks import broken_step, broken_weight, divergence, grown_loss
+from lorakit.training.tracking import LateValues
 
 CAUSE = divergence(0.25, None)
 

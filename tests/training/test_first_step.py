@@ -18,7 +18,7 @@ from lorakit.injection import inject
 from lorakit.layers import adapter_layers
 from lorakit.methods.lora import LoraConfig
 from lorakit.targets import find_targets
-from lorakit.training.first_step import FirstStep
+from lorakit.training.checks import FirstStep
 from tests.families import tiny, token_ids
 from tests.hybrids import hybrid, saved_hybrid
 from tests.training.runs import run_json, tree, write_recipe_file

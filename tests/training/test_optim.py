@@ -8,7 +8,7 @@ import torch
 
 from lorakit.errors import UserError
 from lorakit.recipe.sections import TrainSection
-from lorakit.training.optim import (
+from lorakit.training.engine.eager import (
     build_optimizer,
     build_scheduler,
     check_optimizer,

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from lorakit.errors import Interrupted
-from lorakit.training.signals import stop_request
+from lorakit.training.control import stop_request
 
 
 def test_an_ignored_signal_stays_ignored() -> None:

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from lorakit.errors import UserError
-from lorakit.training.late import LateReader
 from lorakit.training.run import train
-from lorakit.training.tracking import Display, MetricsFile, check_trackers, throttled
+from lorakit.training.tracking import Display, LateReader, MetricsFile, check_trackers, throttled
 from tests.training.runs import recipe_for
 
 

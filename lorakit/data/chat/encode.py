@@ -7,15 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorakit.data.chat.long_chat import LongChat, is_long
-from lorakit.data.chat.shortened import shortened_turns
-from lorakit.data.chat.split_chat import SplitChat
+from lorakit.data.chat.ids import IdRow, Joiner, joint_row, turn_rows
+from lorakit.data.chat.long_chat import LongChat, SplitChat, is_long
 from lorakit.data.chat.template import PROBE, ChatTemplate, Message, Tools
-from lorakit.data.chat.traces import Traces
-from lorakit.data.chat.turn_ids import IdRow, joint_row, turn_rows
+from lorakit.data.chat.traces import Traces, shortened_turns
 from lorakit.data.chat.turns import Turn, TurnReader
 from lorakit.data.examples import ChatExample
-from lorakit.data.joining import Joiner
 from lorakit.errors import DataError
 
 #: What is counted of chats beside their ignored keys, which are named ``ignored:KEY``.

@@ -1,16 +1,21 @@
-"""What of a chat's messages, of their keys and of its tools the template leaves out."""
+"""What of a chat's messages, of their keys and of its tools the template leaves out.
+
+Trained turns of whose content the chat template leaves out a part.
+
+What of a prompt's messages the chat template leaves out.
+"""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from lorakit.data.chat.marking import marked, seen
 from lorakit.data.chat.template import PAYLOAD, PROBE, REASONING, ChatTemplate, Message, Tools
-from lorakit.data.chat.turns import Turn, content_text, with_content
+from lorakit.data.chat.turns import Turn, content_text, ends_seen, marked, seen, with_content
 from lorakit.errors import DataError
 
 #: In so many chats a key is looked for that the template names and that had no effect so far.
@@ -246,3 +251,65 @@ def _names(functions: Any) -> Iterator[str]:
 
 def _titles(keys: Sequence[str]) -> list[str]:
     return [key.replace("_", " ") if key == "tool_calls" else key for key in keys]
+
+
+#: What templates write anew around reasoning that they find in a content.
+_TAGS = re.compile(r"</?think(?:ing)?>")
+
+
+def shortened_turns(
+    messages: Sequence[Message], tools: Tools, turns: Sequence[Turn], template: ChatTemplate
+) -> int:
+    """How many of the turns have a content that begins or ends otherwise in the text than in the
+    message. The chat is rendered again only where a content does not stand in its turn."""
+    left = [
+        turn
+        for turn in turns
+        if not turn.without_reasoning
+        and not _whole(content_text(messages[turn.index]), turn.answer)
+    ]
+    count = 0
+    while left:
+        last = left[-1]
+        kept = _ends_kept(messages[: last.index + 1], tools, template)
+        within = [turn for turn in left if last.text.startswith(turn.text)]
+        for turn in within:
+            ends = {2 * turn.index, 2 * turn.index + 1} & kept
+            # A content that gives way to calls or reasoning as a whole is counted elsewhere.
+            replaced = not ends and any(messages[turn.index].get(key) for key in PAYLOAD)
+            count += len(ends) < 2 and not replaced
+        done = {turn.index for turn in within}
+        left = [turn for turn in left if turn.index not in done]
+    return count
+
+
+def _whole(content: str, answer: str) -> bool:
+    """Whether the content stands in the answer, white space and tags around reasoning aside."""
+    text, place = _TAGS.sub("", "".join(answer.split())), 0
+    for piece in _TAGS.split("".join(content.split())):
+        place = text.find(piece, place)
+        if place < 0:
+            return False
+        place += len(piece)
+    return True
+
+
+def _ends_kept(messages: Sequence[Message], tools: Tools, template: ChatTemplate) -> set[int]:
+    try:
+        return ends_seen(template.render(marked(messages), tools).text)
+    except DataError:  # the template refuses a mark: nothing can be said
+        return set(range(2 * len(messages)))
+
+
+def ignored_in_prompt(messages: Sequence[Message], tools: Tools, tokenizer: Any) -> Counter[str]:
+    """The keys, and ``tools``, that have no effect on the prompt, each with its count.
+
+    Raises DataError for a message of which the prompt has nothing.
+    """
+    template = ChatTemplate(tokenizer)
+    prompt = template.render(messages, tools, generation_prompt=True).text
+    answer = Turn(len(messages), prompt, "", ())
+    traces = Traces(template)
+    asked = [*messages, {"role": "assistant"}]
+    without_content = traces.check(asked, tools, [answer])
+    return traces.ignored(asked, tools, [answer]) + Counter(content=without_content)

@@ -1,8 +1,17 @@
-"""WikiSQL's logical form: one column selected from one table, under conditions joined by AND."""
+"""WikiSQL's logical form: one column selected from one table, under conditions joined by AND.
+
+Queries as SQL text, and back: ``SELECT COUNT("No.") FROM t WHERE "Player" = 'x'``.
+
+What ``render`` writes, ``parse`` reads back as the equal query. ``parse`` also takes a language
+model's small deviations (case, spacing, a missing FROM, unquoted plain names), and nothing that
+would have to be guessed.
+"""
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,3 +112,174 @@ def _condition(data: Any) -> Condition:
         _index(operator, "a condition's operator"),
         value,
     )
+
+
+#: Columns past the header's end that a query may still name: some released headers lack a
+#: repeated name.
+SPARE_COLUMNS = 4
+
+_TOKEN = re.compile(
+    r"""\s*(?: (?P<name>"(?:[^"]|"")*")
+             | (?P<string>'(?:[^']|'')*')
+             | (?P<number>[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?(?!\w))
+             | (?P<word>[^\W\d]\w*)
+             | (?P<symbol>[=<>()]) )""",
+    re.VERBOSE,
+)
+_END = re.compile(r"[ \t]*(?:[\n;]|$)")
+
+
+def column_names(header: Sequence[str]) -> list[str]:
+    """One distinct name a column, ``SPARE_COLUMNS`` more than the header has: white space
+    collapsed, an empty name numbered, a repeated one counted (``Score``, ``Score (2)``)."""
+    names: list[str] = []
+    taken: set[str] = set()
+    for index, raw in enumerate([*header, *[""] * SPARE_COLUMNS]):
+        base = " ".join(raw.split()) or f"column {index + 1}"
+        name, count = base, 1
+        while name in taken:
+            count += 1
+            name = f"{base} ({count})"
+        names.append(name)
+        taken.add(name)
+    return names
+
+
+def render(query: Query, header: Sequence[str]) -> str:
+    """The query as SQL over a table ``t``. Raises QueryError for an index out of range."""
+    names = column_names(header)
+    selected = _quoted(_name(names, query.sel))
+    if not 0 <= query.agg < len(AGGREGATIONS):
+        raise QueryError(f"agg = {query.agg}: allowed: 0 to {len(AGGREGATIONS) - 1}")
+    aggregation = AGGREGATIONS[query.agg]
+    text = f"SELECT {aggregation}({selected})" if aggregation else f"SELECT {selected}"
+    conditions = [_render_condition(cond, names) for cond in query.conds]
+    return f"{text} FROM t" + (f" WHERE {' AND '.join(conditions)}" if conditions else "")
+
+
+def _render_condition(condition: Condition, names: list[str]) -> str:
+    column, operator, value = condition
+    if not 0 <= operator < len(OPERATORS):
+        raise QueryError(f"operator = {operator}: allowed: 0 to {len(OPERATORS) - 1}")
+    if isinstance(value, str):
+        literal = "'" + value.replace("'", "''") + "'"
+    elif math.isfinite(value):
+        literal = repr(value)
+    else:
+        raise QueryError(f"a condition's value is {value}: not a number that SQL can write")
+    return f"{_quoted(_name(names, column))} {OPERATORS[operator]} {literal}"
+
+
+def _name(names: list[str], index: int) -> str:
+    if not 0 <= index < len(names):
+        raise QueryError(f"column {index}: the table has {len(names) - SPARE_COLUMNS} columns")
+    return names[index]
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def parse(text: str, header: Sequence[str]) -> Query:
+    """The query that ``text`` begins with; what follows a line end or ``;`` is not read.
+
+    Raises QueryError, and nothing else, if there is no such query or a column is unknown.
+    """
+    return _Parser(text, column_names(header)).query()
+
+
+class _Parser:
+    """Recursive descent over ``_TOKEN``; ``position`` is the index of the next character."""
+
+    def __init__(self, text: str, names: list[str]) -> None:
+        self.text = text
+        self.position = 0
+        self.exact = {name: index for index, name in enumerate(names)}
+        self.folded: dict[str, int | None] = {}
+        for index, name in enumerate(names):
+            key = name.casefold()
+            self.folded[key] = None if key in self.folded else index  # None: ambiguous
+
+    def query(self) -> Query:
+        self.expect("select")
+        sel, agg = self.selection()
+        if self.accept("from") and self.take("word", "name") is None:
+            raise self.error("a table")
+        conds: list[Condition] = []
+        if self.accept("where"):
+            conds.append(self.condition())
+            while self.accept("and"):
+                conds.append(self.condition())
+        if not _END.match(self.text, self.position):
+            raise self.error("the end")
+        return Query(sel, agg, tuple(conds))
+
+    def selection(self) -> tuple[int, int]:
+        start = self.position
+        word = self.take("word")
+        if word and word.upper() in AGGREGATIONS[1:] and self.accept("("):
+            sel = self.column()
+            self.expect(")")
+            return sel, AGGREGATIONS.index(word.upper())
+        self.position = start
+        return self.column(), 0
+
+    def condition(self) -> Condition:
+        column = self.column()
+        symbol = self.take("symbol", "word") or ""
+        if symbol.upper() not in OPERATORS:
+            raise self.error("one of = > <")
+        return column, OPERATORS.index(symbol.upper()), self.value()
+
+    def column(self) -> int:
+        name = self.take("name", "word")
+        if name is None:
+            raise self.error("a column")
+        if name.startswith('"'):
+            name = name[1:-1].replace('""', '"')
+        index = self.exact.get(name)
+        if index is None:
+            index = self.folded.get(" ".join(name.split()).casefold())
+        if index is None:
+            raise QueryError(f"no column {name!r}")
+        return index
+
+    def value(self) -> Value:
+        if (number := self.take("number")) is not None:
+            return _number(number)
+        quoted = self.take("string", "name")
+        if quoted is None:
+            raise self.error("a value")
+        return quoted[1:-1].replace(quoted[0] * 2, quoted[0])
+
+    def take(self, *kinds: str) -> str | None:
+        """The next token if it is of one of ``kinds``."""
+        match = _TOKEN.match(self.text, self.position)
+        if match is None or match.lastgroup not in kinds:
+            return None
+        self.position = match.end()
+        return match.group(match.lastgroup)
+
+    def accept(self, expected: str) -> bool:
+        start = self.position
+        token = self.take("symbol", "word")
+        if token is not None and token.lower() == expected:
+            return True
+        self.position = start
+        return False
+
+    def expect(self, expected: str) -> None:
+        if not self.accept(expected):
+            raise self.error(expected.upper())
+
+    def error(self, expected: str) -> QueryError:
+        return QueryError(
+            f"expected {expected} at {self.text[self.position : self.position + 20]!r}"
+        )
+
+
+def _number(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:  # a fraction, an exponent, or more digits than int() takes
+        return float(text)

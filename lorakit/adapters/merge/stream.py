@@ -1,0 +1,262 @@
+"""A merge plan carried out: tensors stream from the base's files into the output's.
+
+Each changed tensor is read, summed in float32, rounded, checked and written in chunks of its rows;
+the others are copied from file to file. All cores work at once; what is in memory at any time are
+a few chunks for each, or one whole matrix of a method that needs it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorakit.adapters.merge.checkpoint import DTYPES, Checkpoint, StoredTensor, memory_of, read_into
+from lorakit.adapters.merge.plan import (
+    GroupTask,
+    MergePlan,
+    Task,
+    group_values,
+    not_finite,
+)
+from lorakit.adapters.merge.shards import OutputTensor, Place
+from lorakit.adapters.merge.updates import LowRank, low_rank, merged_rows, merged_sum
+from lorakit.adapters.merge.workers import Buffers, Job, OnProgress, run_jobs
+from lorakit.adapters.peft.read import is_finite
+
+#: Elements of a chunk: its float32 copies, 1 MiB each, stay in the processor's cache.
+CHUNK_ELEMENTS = 2**18
+_COPY_BYTES = 2**26
+
+
+def write_tensors(
+    folder: Path,
+    plan: MergePlan,
+    checkpoint: Checkpoint,
+    places: Mapping[str, Place],
+    on_progress: OnProgress = lambda _done, _total: None,
+) -> None:
+    """Fill the files in ``folder``, whose headers are written. ``on_progress`` gets the bytes done
+    and the bytes in all. Raises AdapterError for a value that is not finite."""
+    total = sum(output.size_bytes for output in plan.outputs.values())
+    with ExitStack() as stack:
+        files = {}
+        for file in sorted({place.file for place in places.values()}):
+            files[file] = os.open(folder / file, os.O_WRONLY)
+            stack.callback(os.close, files[file])
+        output = _Output(files, places, plan.outputs)
+        for file_ in checkpoint.files:
+            checkpoint.descriptor(file_)  # opened here: the workers only read the table
+        jobs = _jobs(plan, checkpoint, output)
+        run_jobs(jobs, list(files.values()), total, on_progress)
+
+
+class _Output:
+    """The open files, and how far they are."""
+
+    def __init__(
+        self,
+        files: Mapping[str, int],
+        places: Mapping[str, Place],
+        outputs: Mapping[str, OutputTensor],
+    ) -> None:
+        self.files = files
+        self.places = places
+        self.outputs = outputs
+
+    def at(self, name: str) -> tuple[int, int]:
+        """The file's descriptor, and where the tensor begins."""
+        place = self.places[name]
+        return self.files[place.file], place.start
+
+    def write(self, name: str, values: Tensor, first: int = 0) -> int:
+        """Write ``values`` from element ``first`` of the tensor on. Returns the bytes."""
+        if values.numel() == 0:
+            return 0
+        handle, start = self.at(name)
+        flat = memory_of(values.contiguous().view(-1))
+        write_at(handle, flat, start + first * values.dtype.itemsize)
+        return len(flat)
+
+
+def write_at(handle: int, content: memoryview, start: int) -> None:
+    """Write all of ``content`` into a file from ``start`` on."""
+    done = 0
+    while done < len(content):
+        done += os.pwrite(handle, content[done:], start + done)
+
+
+def _jobs(plan: MergePlan, checkpoint: Checkpoint, output: _Output) -> Iterator[Job]:
+    """In the order of the files, so that reading and writing are sequential."""
+    whole = threading.Lock()
+    for group in plan.groups:
+        yield _group_job(group, checkpoint, output, whole)
+    for task in plan.tasks:
+        if task.is_copy:
+            assert task.source is not None
+            yield from _copy_jobs(task.name, task.source, checkpoint, output)
+        elif task.updates and (products := low_rank(task.updates)) is not None:
+            yield from _row_jobs(task, products, checkpoint, output)
+        elif task.updates:
+            yield from _method_jobs(task, checkpoint, output, whole)
+        else:
+            yield from _cast_jobs(task, checkpoint, output)
+
+
+def _copy_jobs(
+    name: str, source: StoredTensor, checkpoint: Checkpoint, output: _Output
+) -> Iterator[Job]:
+    for at in range(0, source.size_bytes, _COPY_BYTES):
+        count = min(_COPY_BYTES, source.size_bytes - at)
+
+        def job(_buffers: Buffers, at: int = at, count: int = count) -> int:
+            handle, start = output.at(name)
+            _copy(checkpoint.descriptor(source.file), source.start + at, handle, start + at, count)
+            return count
+
+        yield job
+
+
+def _copy(source: int, start: int, target: int, to: int, count: int) -> None:
+    """``count`` bytes from file to file, inside the kernel where it can."""
+    done = 0
+    try:
+        while done < count:
+            copied = os.copy_file_range(source, target, count - done, start + done, to + done)
+            if not copied:
+                raise OSError("a file of the base was truncated while it was read")
+            done += copied
+    except (AttributeError, OSError):  # another file system, or not Linux
+        buffer = memoryview(bytearray(min(count - done, 2**22)))
+        while done < count:
+            part = buffer[: min(len(buffer), count - done)]
+            read_into(source, part, start + done)
+            write_at(target, part, to + done)
+            done += len(part)
+
+
+def _row_jobs(
+    task: Task, products: Sequence[LowRank], checkpoint: Checkpoint, output: _Output
+) -> Iterator[Job]:
+    """W + products in chunks of rows."""
+    rows, columns = task.output.shape
+    for first, count in _chunks(rows, columns):
+
+        def job(buffers: Buffers, first: int = first, count: int = count) -> int:
+            W = _read_rows(task, first, count, checkpoint, buffers)
+            wide = buffers.get("wide", count * columns, torch.float32).view(count, columns)
+            wide.copy_(W)
+            delta = buffers.get("delta", count * columns, torch.float32).view(count, columns)
+            for product in products:
+                product.add_rows(wide, first, delta)
+            return _store(task, wide, first, output, buffers)
+
+        yield job
+
+
+def _method_jobs(
+    task: Task, checkpoint: Checkpoint, output: _Output, whole: threading.Lock
+) -> Iterator[Job]:
+    """A method that does more than add: in chunks of rows if it can, else the whole matrix."""
+    rows, columns = task.output.shape
+    probe = merged_rows(task.updates, torch.zeros(1, columns), 0)
+    if probe is None:
+        yield lambda buffers: _whole_job(task, checkpoint, output, buffers, whole)
+        return
+    for first, count in _chunks(rows, columns):
+
+        def job(buffers: Buffers, first: int = first, count: int = count) -> int:
+            W = _read_rows(task, first, count, checkpoint, buffers)
+            merged = merged_rows(task.updates, W, first)
+            assert merged is not None
+            return _store(task, merged, first, output, buffers)
+
+        yield job
+
+
+def _whole_job(
+    task: Task, checkpoint: Checkpoint, output: _Output, buffers: Buffers, whole: threading.Lock
+) -> int:
+    with whole:
+        if task.given is not None:
+            W = task.given
+        else:
+            assert task.stored is not None
+            W = checkpoint.read(task.stored)
+        merged = merged_sum(task.updates, W)
+        del W
+        size = 0
+        for first, count in _chunks(*task.output.shape):
+            size += _store(task, merged[first : first + count], first, output, buffers)
+        return size
+
+
+def _cast_jobs(task: Task, checkpoint: Checkpoint, output: _Output) -> Iterator[Job]:
+    """The adapter's own values, or the base's, in the output's dtype."""
+    for first, count in _chunks(task.output.parameters, 1):
+
+        def job(buffers: Buffers, first: int = first, count: int = count) -> int:
+            if task.given is not None:
+                values = task.given.reshape(-1)[first : first + count]
+            else:
+                values = _read(task.source, first, count, checkpoint, buffers)
+            return _store(task, values.view(-1, 1), first, output, buffers)
+
+        yield job
+
+
+def _group_job(
+    task: GroupTask, checkpoint: Checkpoint, output: _Output, whole: threading.Lock
+) -> Job:
+    def job(_buffers: Buffers) -> int:
+        with whole:
+            values = group_values(task, checkpoint)
+            return sum(output.write(name, value) for name, value in values.items())
+
+    return job
+
+
+def _chunks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    """(first row, number of rows): sixteen or a multiple, so that every chunk of a factor begins
+    where its memory is aligned, on which the last bits of a product may depend."""
+    step = max(1, CHUNK_ELEMENTS // max(1, columns))
+    step = step // 16 * 16 if step > 16 else 16
+    for first in range(0, rows, step):
+        yield first, min(step, rows - first)
+
+
+def _read_rows(
+    task: Task, first: int, count: int, checkpoint: Checkpoint, buffers: Buffers
+) -> Tensor:
+    columns = task.output.shape[1]
+    if task.given is not None:
+        return task.given[first : first + count]
+    flat = _read(task.source, first * columns, count * columns, checkpoint, buffers)
+    return flat.view(count, columns)
+
+
+def _read(
+    source: StoredTensor | None, first: int, count: int, checkpoint: Checkpoint, buffers: Buffers
+) -> Tensor:
+    assert source is not None and source.dtype is not None
+    values = buffers.get("stored", count, source.dtype)
+    start = source.start + first * source.dtype.itemsize
+    read_into(checkpoint.descriptor(source.file), memory_of(values), start)
+    return values
+
+
+def _store(task: Task, merged: Tensor, first: int, output: _Output, buffers: Buffers) -> int:
+    """Round, check and write rows of the tensor, ``first`` being the first of them."""
+    dtype = DTYPES[task.output.code]
+    rounded = merged
+    if merged.dtype != dtype:
+        rounded = buffers.get("rounded", merged.numel(), dtype).view(merged.shape)
+        rounded.copy_(merged)
+    changed = bool(task.updates) or task.given is not None
+    if not is_finite(rounded) and (changed or is_finite(merged)):
+        raise not_finite(task.name, dtype, changed)
+    return output.write(task.name, rounded, first * merged.shape[1])

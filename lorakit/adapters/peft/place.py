@@ -1,0 +1,259 @@
+"""The tensors of an adapter, put where they belong in a loaded base model."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lorakit.adapters.peft.names import fitted
+from lorakit.adapters.peft.read import AdapterFiles, read_adapter, split_key
+from lorakit.adapters.peft.targets import SEQ_CLS_HEADS, matched_modules
+from lorakit.errors import AdapterError, listed
+from lorakit.injection import InjectionReport, find_heads, report
+from lorakit.layers import ADAPTABLE, AdapterLayer, FusedLayer, adapted_modules, adapter_layers
+from lorakit.models.master_weights import keep_master, set_value, train_whole
+
+_BASE = "base_layer."
+_SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
+@dataclass
+class Placement:
+    """Where each tensor goes: ``adapters`` by module and PEFT's end of the name, ``base`` and
+    ``whole`` by the base model's own names."""
+
+    adapters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    base: dict[str, Tensor] = field(default_factory=dict)
+    whole: dict[str, Tensor] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+
+
+def load_adapter(
+    model: nn.Module, adapter: str | Path | AdapterFiles, *, trainable: bool = False
+) -> InjectionReport:
+    """Put an adapter into a loaded base model, in place; the values are those of the file.
+
+    Every tensor is used, and every module that the configuration names gets its tensors; else
+    AdapterError lists what does not fit, and the model is as it was. On a base without values
+    (device ``meta``) only the adapter layers get theirs.
+    """
+    files = adapter if isinstance(adapter, AdapterFiles) else read_adapter(adapter)
+    if adapted_modules(model):
+        raise AdapterError("the model holds an adapter already; load the base again")
+    files = fitted(files, model)
+    places = find_places(model, files)
+    whole = whole_modules(model, files, places)
+    _check_vocabulary(model, files, places)
+    _check_complete(model, files, places, whole)
+    layers = _layers(model, files, places)
+    if note := _bypassed_note(model, files, layers):
+        print(note, file=sys.stderr)
+    _check_shapes(model, files, {**places.base, **places.whole})
+    model.requires_grad_(False)
+    for key in [name for name in model.state_dict() if name in places.base]:
+        if trainable:
+            keep_master(model, key)
+        set_value(model, key, places.base[key])
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    files.method.link(adapter_layers(model))
+    _untie(model, places.whole)
+    heads = tuple(f"{head}." for head in find_heads(model))
+    for name in whole:
+        train_whole(model, name, keep_dtype=f"{name}.".startswith(heads or ("\0",)))
+    for key, value in places.whole.items():
+        set_value(model, key, value)
+    _set_trainable(model, layers, whole, trainable)
+    return report(model, files.method.name, whole)
+
+
+def find_places(model: nn.Module, files: AdapterFiles) -> Placement:
+    """Sort the tensors by the module of the base that their names begin with. The names in the
+    placement are ``model``'s."""
+    files = fitted(files, model)
+    modules = dict(model.named_modules())
+    places = Placement()
+    for key, value in files.tensors.items():
+        name, end = split_key(key, modules)
+        own = set(modules[name].state_dict(keep_vars=True)) if name else set()
+        if end in own:
+            (places.base if files.trains_base and not _is_whole(files, name) else places.whole)[
+                key
+            ] = value
+        elif not files.method.kinds or not isinstance(modules.get(name), ADAPTABLE):
+            places.unknown.append(key)
+        elif end.startswith(_BASE) and end.removeprefix(_BASE) in own:
+            places.base[f"{name}.{end.removeprefix(_BASE)}"] = value
+        else:
+            places.adapters.setdefault(name, {})[end] = value
+    return places
+
+
+def whole_modules(model: nn.Module, files: AdapterFiles, places: Placement) -> list[str]:
+    """The topmost modules that are replaced whole: PEFT takes every one whose name ends so."""
+    files = fitted(files, model)
+    ends = tuple(files.config.get("modules_to_save") or ())
+    if files.config.get("task_type") == "SEQ_CLS":
+        ends += SEQ_CLS_HEADS
+    names = [n for n, m in model.named_modules() if n.endswith(ends or ("\0",)) and m.state_dict()]
+    covered = tuple(f"{name}." for name in names) or ("\0",)
+    names += [key.rpartition(".")[0] for key in places.whole if not key.startswith(covered)]
+    names = list(dict.fromkeys(names))
+    topmost = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
+    # A head of which the file holds nothing stays the base's.
+    implied = set(files.config.get("modules_to_save") or ())
+    return [n for n in topmost if n.endswith(tuple(implied) or ("\0",)) or _holds(places.whole, n)]
+
+
+def _check_complete(
+    model: nn.Module, files: AdapterFiles, places: Placement, whole: Iterable[str]
+) -> None:
+    modules = dict(model.named_modules())
+    matched = {n for n in matched_modules(files.config, model) if isinstance(modules[n], ADAPTABLE)}
+    missing = [f"{name} (adapter)" for name in sorted(matched - set(places.adapters))]
+    missing += [
+        f"{name}.{key}"
+        for name in whole
+        for key in modules[name].state_dict()
+        if f"{name}.{key}" not in places.whole
+    ]
+    problems = []
+    if places.unknown:
+        stacked = any(_SINGLE_EXPERT.search(name) for name in places.unknown) and any(
+            name.endswith(".experts") for name in modules
+        )
+        reason = " (its experts are stacked, and single ones cannot be adapted)" if stacked else ""
+        problems.append(f"the model has no module for {listed(places.unknown, most=8)}{reason}")
+    if missing:
+        problems.append(f"the adapter lacks {listed(missing, most=8)}")
+    if problems:
+        raise AdapterError(f"{files.directory}: does not fit the model: {'; '.join(problems)}")
+
+
+def _layers(
+    model: nn.Module, files: AdapterFiles, places: Placement
+) -> dict[str, AdapterLayer | FusedLayer]:
+    layers: dict[str, AdapterLayer | FusedLayer] = {}
+    method, parts = files.method, files.parts
+    for name, tensors in places.adapters.items():
+        try:
+            layer = method.from_peft(model.get_submodule(name), name, files.config, tensors)
+            layers[name] = method.split(layer, parts[name]) if name in parts else layer
+        except AdapterError as error:
+            raise AdapterError(f"{files.directory}: {error}") from error
+    return layers
+
+
+def _check_vocabulary(model: nn.Module, files: AdapterFiles, places: Placement) -> None:
+    """Raise AdapterError where the adapter was trained with another number of tokens."""
+    if not isinstance(model, PreTrainedModel):
+        return
+    ends = [model.get_output_embeddings()]
+    with suppress(NotImplementedError):
+        ends.append(model.get_input_embeddings())
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if weight is None or not any(module is end for end in ends):
+            continue
+        own = tuple(weight.shape)
+        for shape in _matrices(places, name):
+            if shape != own and shape[1:] == own[1:]:
+                raise AdapterError(
+                    f"{files.directory}: {name} has {shape[0]} rows, the base's {own[0]}: the "
+                    "vocabulary was resized for the training (tokens were added); give the base "
+                    "with as many rows (resize_token_embeddings, then save_pretrained)"
+                )
+
+
+def _matrices(places: Placement, name: str) -> list[tuple[int, ...]]:
+    """The shapes of a module's matrix that the adapter's tensors tell."""
+    given = {**places.base, **places.whole}.get(f"{name}.weight")
+    own = places.adapters.get(name, {})
+    found = [tuple(given.shape)] if given is not None else []
+    if "lora_A.weight" in own and "lora_B.weight" in own:
+        found.append((len(own["lora_B.weight"]), own["lora_A.weight"].shape[-1]))
+    if "lora_embedding_A" in own and "lora_embedding_B" in own:
+        found.append((own["lora_embedding_A"].shape[-1], len(own["lora_embedding_B"])))
+    return found
+
+
+def _bypassed_note(model: nn.Module, files: AdapterFiles, names: Iterable[str]) -> str | None:
+    """A line where Mamba's ``dt_proj`` is adapted, whose weight and bias its mixer reads itself."""
+    bypassed = [
+        name
+        for name in names
+        if name.endswith(".dt_proj")
+        and "Mamba" in type(model.get_submodule(name.rpartition(".")[0])).__name__
+    ]
+    if not bypassed:
+        return None
+    return (
+        f"{files.directory}: {listed(bypassed, most=2)}: the mixer reads this layer's parameters "
+        "without calling it: an adapter of it may do nothing until it is merged"
+    )
+
+
+def _check_shapes(model: nn.Module, files: AdapterFiles, values: Mapping[str, Tensor]) -> None:
+    for key, value in values.items():
+        have = _at(model, key).shape
+        if have != value.shape:
+            raise AdapterError(
+                f"{files.directory}: {key} is {tuple(value.shape)}, the model's {tuple(have)}: the "
+                "adapter belongs to another base model, or to another number of labels"
+            )
+
+
+def _untie(model: nn.Module, whole: Mapping[str, Tensor]) -> None:
+    """Give a parameter its own memory where not all that share it get the same values."""
+    shared: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shared.setdefault(id(parameter), []).append(name.replace(f".{_BASE}", "."))
+    for names in shared.values():
+        given = [name for name in names if name in whole]
+        if len(given) < len(names) or any(not whole[n].equal(whole[given[0]]) for n in given):
+            for key in given if len(names) > 1 else ():
+                name, _, end = key.rpartition(".")
+                own = _at(model, key).detach().clone()
+                setattr(model.get_submodule(name), end, nn.Parameter(own, requires_grad=False))
+
+
+def _set_trainable(
+    model: nn.Module,
+    layers: Mapping[str, AdapterLayer | FusedLayer],
+    whole: Iterable[str],
+    trainable: bool,
+) -> None:
+    for layer in layers.values():
+        for name, parameter in layer.named_parameters():
+            if not name.startswith(_BASE):
+                parameter.requires_grad_(trainable)
+    for name in whole:
+        model.get_submodule(name).requires_grad_(trainable)
+
+
+def _is_whole(files: AdapterFiles, name: str) -> bool:
+    """Whether the module is, or lies in, one that the file replaces whole."""
+    ends = tuple(files.config.get("modules_to_save") or ())
+    if files.config.get("task_type") == "SEQ_CLS":
+        ends += SEQ_CLS_HEADS
+    parts = name.split(".")
+    above = (".".join(parts[: depth + 1]) for depth in range(len(parts)))
+    return any(module.endswith(ends or ("\0",)) for module in above)
+
+
+def _at(model: nn.Module, key: str) -> Tensor:
+    name, _, end = key.rpartition(".")
+    value = getattr(model.get_submodule(name), end)
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _holds(whole: Mapping[str, Tensor], name: str) -> bool:
+    return any(key.startswith(f"{name}.") for key in whole)

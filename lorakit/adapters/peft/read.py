@@ -1,0 +1,351 @@
+"""Where an adapter is: a directory, or a repository of the Hub; and what is there instead.
+
+An adapter directory in PEFT's layout, read and checked without a model.
+
+Which base an adapter belongs to, and in which dtype it is wanted; needs no model library.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lorakit import registry
+from lorakit.adapters.peft.schema import (
+    ADALORA_TYPES,
+    CONFIG_TYPES,
+    LORA_TYPES,
+    SIDECAR_TYPES,
+    check_tied,
+    check_types,
+    unknown_keys_note,
+)
+from lorakit.adapters.peft.targets import SEQ_CLS_HEADS, check_supported
+from lorakit.errors import AdapterError, shown
+from lorakit.kernels.low_rank import RowSlice
+from lorakit.methods.base import Method
+from lorakit.models.hub import hub_resolves, is_missing_path, other_content
+from lorakit.recipe.sections import ModelSection
+
+if TYPE_CHECKING:
+    import torch
+
+
+CONFIG = "adapter_config.json"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+#: All that an adapter may consist of; a repository may hold a whole training beside it.
+_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "adapter_model.safetensors", "README.md"]
+
+
+def adapter_directory(given: str | Path) -> Path:
+    """The directory of an adapter; of a Hub id, ``namespace/name``, that of its snapshot in the
+    cache, downloaded where it is not there yet.
+
+    Raises AdapterError that says what is there instead, ModelError for an id that cannot be had.
+    """
+    path = Path(given)
+    if path.is_dir():
+        if not (path / CONFIG).is_file():
+            raise AdapterError(f"{path}: {_instead(path)}: {CONFIG} is missing")
+        return path
+    if path.exists():
+        what = other_content(path) or "a file"
+        raise AdapterError(f"{path}: {what}; allowed: an adapter directory, which holds {CONFIG}")
+    if is_missing_path(str(given)) or not _HUB_ID.fullmatch(str(given)):
+        slash = "/" in str(given)
+        hint = "" if slash else "; an adapter on the Hub is named namespace/name"
+        raise AdapterError(f"{path}: no such adapter directory{hint}")
+    from huggingface_hub import snapshot_download
+
+    from lorakit.models.load import explained
+
+    with explained(str(given), "adapter"):
+        found = snapshot_download(
+            str(given), allow_patterns=_FILES, local_files_only=not hub_resolves()
+        )
+    if not (Path(found) / CONFIG).is_file():
+        raise AdapterError(f"{given}: no adapter in the Hub's repository: {CONFIG} is missing")
+    return Path(found)
+
+
+def _instead(path: Path) -> str:
+    """What a directory without an adapter is."""
+    inside = sorted(file.parent for file in path.glob(f"*/{CONFIG}"))
+    if inside:
+        names = ", ".join(map(str, inside[:5])) + (", ..." if len(inside) > 5 else "")
+        return f"not an adapter, but it holds some ({names}); name one of them"
+    if (path / "config.json").is_file():
+        return "a model, not an adapter"
+    what = other_content(path)
+    return f"no adapter ({what})" if what else "no adapter"
+
+
+WEIGHTS = "adapter_model.safetensors"
+SIDECAR = "lorakit.json"
+PREFIX = "base_model.model."
+__all__ = ["CONFIG", "SIDECAR", "WEIGHTS", "AdapterFiles", "is_finite", "read_adapter", "split_key"]
+
+#: With ``bias: all`` and with ``save_embedding_layers`` PEFT writes tensors of modules that train
+#: whole a second time, under the names that they have inside of it, and beside them those that
+#: these stand in place of.
+_SECOND = re.compile(r"\.(?:modules_to_save|original_module)\.")
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """``config`` is ``adapter_config.json``; ``tensors`` have the base model's names, without
+    ``base_model.model.``; ``sidecar`` is ``lorakit.json``, None where lorakit did not write it."""
+
+    directory: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    sidecar: dict[str, Any] | None
+
+    @property
+    def method(self) -> Method:
+        """The method that reads the tensors: the one that wrote them, else PEFT's namesake."""
+        found = registry.methods()
+        own = found.get((self.sidecar or {}).get("method") or "")
+        if own is not None and own.peft_type == self.config["peft_type"] and not own.folds:
+            method: Method = own
+            return method
+        reader: Method = next(m for m in found.values() if m.reads(self.config))
+        return reader
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether single parameters of the base are among the tensors."""
+        return not self.method.kinds or self.config.get("bias") in ("lora_only", "all")
+
+    @property
+    def parts(self) -> dict[str, dict[str, tuple[RowSlice, int]]]:
+        """Fused projection -> role -> (its rows, its rank), where only parts were adapted; in the
+        order of their rows, which is that of the tensors."""
+        stored = (self.sidecar or {}).get("parts") or {}
+        try:
+            return {name: _parts(parts) for name, parts in stored.items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise AdapterError(
+                f"{self.directory / SIDECAR}: parts = {shown(stored)}: allowed: module -> q, k or "
+                "v -> start, stop, period, r: integers, 0 <= start < stop <= period, r from 1, of "
+                "one period and with no row twice"
+            ) from error
+
+    @property
+    def brings_head(self) -> bool:
+        """Whether a classification head is among the tensors."""
+        if not self.classifies:
+            return False
+        return self.sidecar is not None or any(
+            name.partition(".")[0] in SEQ_CLS_HEADS for name in self.tensors
+        )
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the base is loaded with a classification head."""
+        task = self.config.get("task_type")
+        base = str((self.config.get("auto_mapping") or {}).get("base_model_class"))
+        if task == "SEQ_CLS" or (task is None and "SequenceClassification" in base):
+            return True
+        if task == "CAUSAL_LM" or (task is None and "LM" in base):
+            return False
+        # PEFT's default is null; without a task's class the tensors tell.
+        if task is None and not re.search(r"For(?!ConditionalGeneration)", base):
+            return any(name.partition(".")[0] in SEQ_CLS_HEADS for name in self.tensors)
+        raise AdapterError(
+            f"{self.directory / CONFIG}: task_type = {shown(task)}: allowed: CAUSAL_LM, SEQ_CLS"
+        )
+
+
+def read_adapter(directory: str | Path, say: Callable[[str], None] | None = None) -> AdapterFiles:
+    """Read an adapter that lorakit or PEFT wrote: a directory, or a Hub id.
+
+    ``say`` (default: stderr) gets a line for keys that are not known here. Raises AdapterError for
+    what is missing, incomplete or corrupt, for pickled weights, and for settings of PEFT that are
+    not understood here.
+    """
+    directory = adapter_directory(directory)
+    config = _read_json(directory / CONFIG)
+    if config is None:
+        raise AdapterError(f"{directory}: no adapter: {CONFIG} is missing")
+    where = str(directory / CONFIG)
+    known = sorted({method.peft_type for method in registry.methods().values()})
+    if config.get("peft_type") not in known:
+        value = shown(config.get("peft_type"))
+        raise AdapterError(f"{where}: peft_type = {value}: allowed: {', '.join(known)}")
+    patterns = ADALORA_TYPES if config["peft_type"] == "ADALORA" else LORA_TYPES
+    check_types(config, CONFIG_TYPES | patterns, where)
+    own = next((m for m in registry.methods().values() if _is_own_form(m, config)), None)
+    if own is None:
+        check_supported(config, where)
+    tensors = _tensors(directory, config["peft_type"])
+    tensors = _without_second(tensors, config)
+    if own is None:
+        check_tied(config, tensors, where)
+        if note := unknown_keys_note(config, where):
+            say(note) if say is not None else print(note, file=sys.stderr)
+    else:
+        try:
+            tensors = own.unpack(config, tensors)
+        except AdapterError as error:
+            raise AdapterError(f"{directory}: {error}") from error
+    sidecar = _read_json(directory / SIDECAR)
+    check_types(sidecar or {}, SIDECAR_TYPES, str(directory / SIDECAR))
+    return AdapterFiles(directory, config, tensors, sidecar)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    if not tensor.is_floating_point():
+        return True
+    values = tensor.float() if tensor.itemsize == 1 else tensor  # float8 has no isfinite
+    # A sum is finite only if all its terms are, and takes a fortieth of the time of asking each;
+    # one that is not may still be a sum of large values.
+    if math.isfinite(values.sum(dtype=torch.float32).item()):
+        return True
+    return bool(values.isfinite().all())
+
+
+def split_key(key: str, modules: Collection[str]) -> tuple[str, str]:
+    """The longest beginning of ``key`` that is one of ``modules``, and the rest; ``""`` and ``key``
+    where none is."""
+    parts = key.split(".")
+    for depth in range(len(parts) - 1, 0, -1):
+        if (name := ".".join(parts[:depth])) in modules:
+            return name, ".".join(parts[depth:])
+    return "", key
+
+
+def _parts(stored: Mapping[str, Mapping[str, int]]) -> dict[str, tuple[RowSlice, int]]:
+    """In the order of their rows. Raises ValueError and the like for what is no such thing."""
+    found: dict[str, tuple[RowSlice, int]] = {}
+    at = 0
+    for role, part in sorted(stored.items(), key=lambda item: item[1]["start"]):
+        numbers = [part[key] for key in ("start", "stop", "period", "r")]
+        start, stop, period, r = numbers
+        if role not in ("q", "k", "v") or any(type(number) is not int for number in numbers):
+            raise TypeError(role)
+        if not at <= start < stop <= period or r < 1:
+            raise ValueError(role)
+        found[role] = RowSlice(start, stop, period), r
+        at = stop
+    if len({rows.period for rows, _ in found.values()}) > 1:
+        raise ValueError("period")
+    return found
+
+
+def _without_second(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    biases = config.get("bias") == "all"
+    return {
+        name: value
+        for name, value in tensors.items()
+        if not (_SECOND.search(name) and (biases or _SECOND.sub(".", name) in tensors))
+    }
+
+
+def _is_own_form(method: Method, config: Mapping[str, Any]) -> bool:
+    """Whether ``config`` is of ``method``, and of a form that PEFT does not know."""
+    return not method.peft_loads and method.reads(config)
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{file}: not readable as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise AdapterError(f"{file}: expected a JSON object, found {shown(value)}")
+    return value
+
+
+def _tensors(directory: Path, peft_type: str) -> dict[str, Tensor]:
+    file = directory / WEIGHTS
+    if not file.is_file():
+        pickled = directory / "adapter_model.bin"
+        if pickled.exists():
+            raise AdapterError(
+                f"{pickled}: lorakit unpickles nothing; save the adapter as safetensors with PEFT"
+            )
+        raise AdapterError(f"{directory}: incomplete adapter: {WEIGHTS} is missing")
+    try:
+        stored: Mapping[str, Tensor] = load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise AdapterError(f"{file}: corrupt or cut short: {error}") from error
+    if not stored:
+        raise AdapterError(f"{file}: holds no tensors")
+    tensors = {}
+    for name, tensor in stored.items():
+        # PEFT writes a matrix whose rank AdaLoRA brought to 0 as tensors without values.
+        empty = not tensor.numel() and peft_type != "ADALORA"
+        if not name.startswith(PREFIX) or empty:
+            problem = "an empty tensor" if name.startswith(PREFIX) else "not a name that PEFT gives"
+            raise AdapterError(f"{file}: {name}: {problem}")
+        if not is_finite(tensor):
+            raise AdapterError(f"{file}: {name}: holds NaN or infinite values")
+        # Few operations of torch take float8.
+        wide = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+        tensors[name.removeprefix(PREFIX)] = wide
+    return tensors
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def base_section(
+    base: str | Path | None, files: AdapterFiles, trust_remote_code: bool = False
+) -> ModelSection:
+    """Which base, as a recipe would say it; the adapter's revision holds for its own base."""
+    named = files.config.get("base_model_name_or_path")
+    name = str(base if base is not None else named or "")
+    if not name:
+        raise AdapterError(f"{files.directory}: names no base model; give one")
+    if base is None and is_missing_path(name):
+        raise AdapterError(
+            f"{files.directory}: names the base model {name}, and there is no such directory; give "
+            "the base explicitly, its directory or Hub id"
+        )
+    revision = files.config.get("revision") if name == named else None
+    return ModelSection(name_or_path=name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def other_base_note(section: ModelSection, files: AdapterFiles) -> str | None:
+    """A line where the adapter names a base that is called otherwise than the given one."""
+    named, given = files.config.get("base_model_name_or_path"), section.name_or_path
+    if not named or _names(str(named)) & (_names(given) | _names(str(Path(given).resolve()))):
+        return None
+    with suppress(OSError):
+        if Path(named).samefile(given):
+            return None
+    return (
+        f"{files.directory}: trained on {named}, but used with {given}: matching shapes do not "
+        "prove that it is the same model"
+    )
+
+
+def _names(path: str) -> set[str]:
+    """What a model is called by a path or Hub id; of the Hub's cache, the repository's name."""
+    parts = [part.casefold() for part in Path(path).parts]
+    cached = [part.rpartition("--")[2] for part in parts if part.startswith("models--")]
+    return set(cached or parts[-1:])
+
+
+def dtype_name(dtype: str | torch.dtype | None, key: str) -> str | None:
+    """``float32``, ``bfloat16`` or ``float16``. Raises AdapterError for any other."""
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    if name is not None and name not in DTYPES:
+        raise AdapterError(f"{key} = {name}: allowed: {', '.join(DTYPES)}")
+    return name

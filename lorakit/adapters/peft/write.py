@@ -1,0 +1,259 @@
+"""A model's adapter -> a directory that PEFT loads with equal logits, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lorakit import __version__, registry
+from lorakit.adapters.model_card import CardFacts, model_card
+from lorakit.adapters.peft.names import BaseNames
+from lorakit.adapters.peft.place import load_adapter
+from lorakit.adapters.peft.read import CONFIG, PREFIX, SIDECAR, WEIGHTS, AdapterFiles, read_adapter
+from lorakit.adapters.peft.targets import (
+    exact_patterns,
+    misread_by_peft,
+    refused_by_peft,
+    target_modules,
+    unadapted_modules,
+    without_defaults,
+)
+from lorakit.errors import AdapterError
+from lorakit.injection import trained_base, trained_whole
+from lorakit.io.atomic import written_beside
+from lorakit.layers import AdapterLayer, FusedLayer, adapted_modules
+from lorakit.methods.base import Method
+from lorakit.models.master_weights import base_dtype, plain_name
+from lorakit.recipe.sections import AdapterSection
+
+__all__ = ["AdapterFiles", "CardFacts", "load_adapter", "read_adapter", "save_adapter"]
+
+TaskType = Literal["CAUSAL_LM", "SEQ_CLS"]
+
+
+def save_adapter(
+    directory: str | Path,
+    model: nn.Module,
+    config: AdapterSection,
+    *,
+    base_model_name_or_path: str,
+    task_type: TaskType,
+    revision: str | None = None,
+    names: BaseNames | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    card: CardFacts | None = None,
+    lorakit_info: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the adapter of ``model`` in PEFT's format, or where that has no place for the method in
+    lorakit's own; an adapter directory there is replaced.
+
+    ``names`` are those of the base's own class, where ``model`` is only its text part.
+    ``modules_to_save`` are the modules trained whole; by default those outside the adapter layers
+    that require gradients, or, if the method trains the base's own parameters, those that
+    ``inject`` trains whole. ``lorakit_info`` is added to ``lorakit.json``. Returns the directory.
+    Raises AdapterError if the model holds no adapter, or ``directory`` is something else.
+    """
+    directory = Path(directory)
+    method: Method = registry.methods()[config.method]
+    whole = _whole_modules(model, config, method, modules_to_save)
+    if not adapted_modules(model) and not whole and not trained_base(model, whole):
+        raise AdapterError(f"{directory}: the model holds no adapter to save")
+    _check_replaceable(directory)
+    saved = _gathered(model, config, method, whole, names)
+    base = {"base_model_name_or_path": base_model_name_or_path, "revision": revision}
+    settings = saved.settings | base | {"task_type": task_type}
+    if method.peft_loads:
+        settings = without_defaults(settings)
+    info = saved.info | {"task_type": task_type}
+    facts = card or CardFacts(base_model_name_or_path, method.name)
+    with written_beside(directory, replace=True) as folder:
+        _write_json(folder / CONFIG, settings)
+        save_file(_stored(saved.tensors), folder / WEIGHTS, metadata={"format": "pt"})
+        _write_json(folder / SIDECAR, info | dict(lorakit_info or {}))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        text = model_card(_completed(facts, settings, info, method))
+        (folder / "README.md").write_text(text, encoding="utf-8")
+    return directory
+
+
+@dataclasses.dataclass(frozen=True)
+class _Saved:
+    """What of a model is saved: the configuration's keys, the tensors and lorakit's own facts."""
+
+    settings: dict[str, Any]
+    tensors: dict[str, Tensor]
+    info: dict[str, Any]
+
+
+def _gathered(
+    model: nn.Module,
+    config: AdapterSection,
+    method: Method,
+    whole: Sequence[str],
+    names: BaseNames | None,
+) -> _Saved:
+    adapted = adapted_modules(model)
+    renamed: Callable[[str], str] = names or str
+    layers = {
+        renamed(name): method.compose(layer) if isinstance(layer, FusedLayer) else layer
+        for name, layer in adapted.items()
+    }
+    settings, tensors = method.to_peft(layers, config)
+    base_parameters = {renamed(n): value for n, value in trained_base(model, whole).items()}
+    tensors |= base_parameters
+    if not method.kinds:
+        settings["trained_parameters"] = sorted(base_parameters)
+    for name in whole:
+        state = model.get_submodule(name).state_dict()
+        tensors |= {f"{renamed(name)}.{key}": value for key, value in state.items()}
+    settings["modules_to_save"] = [renamed(name) for name in whole] or None
+    info = _sidecar(model, method, adapted, renamed)
+    if names is not None:
+        info["base_class"] = type(names.own).__name__
+    if method.peft_loads:
+        own = names.own if names else model
+        _complete_for_peft(settings, layers, own)
+        if misread := misread_by_peft(own, layers):
+            info["misread_by_peft"] = misread
+        if refused := refused_by_peft(own, layers):
+            info["refused_by_peft"] = refused
+    return _Saved(settings, tensors, info)
+
+
+def _whole_modules(
+    model: nn.Module,
+    config: AdapterSection,
+    method: Method,
+    modules_to_save: Sequence[str] | None,
+) -> list[str]:
+    if modules_to_save is not None:
+        whole = list(modules_to_save)
+    elif method.kinds:
+        whole = _trained_whole(model)
+    else:
+        whole = list(trained_whole(model, config))
+    return whole + _sharing(model, whole)
+
+
+def _complete_for_peft(
+    settings: dict[str, Any], layers: Mapping[str, AdapterLayer], model: nn.Module
+) -> None:
+    settings["inference_mode"] = True
+    settings["fan_in_fan_out"] = any(layer.kind == "conv1d" for layer in layers.values())
+    settings["target_modules"] = target_modules(list(layers), unadapted_modules(model), settings)
+    if settings["peft_type"] == "LORA":
+        for key in ("rank_pattern", "alpha_pattern"):
+            settings[key] = exact_patterns(settings[key], layers)
+
+
+def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Sorted, float32, contiguous, each with its own memory (tied modules share theirs)."""
+    out = {}
+    for name in sorted(tensors):
+        value = tensors[name].detach().to("cpu", copy=True).contiguous()
+        assert value.numel(), f"{name} is empty: a shard was not gathered"
+        out[PREFIX + name] = value.float() if value.is_floating_point() else value
+    return out
+
+
+def _trained_whole(model: nn.Module) -> list[str]:
+    """The topmost modules all of whose parameters train, adapter layers aside. A parameter that
+    trains alone beside frozen ones is none, and neither is one with a float32 master."""
+    adapted = tuple(f"{name}." for name in adapted_modules(model))
+    trains: dict[str, bool] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        inside = name.startswith(adapted or ("\0",)) or plain_name(name) != name
+        parts = name.split(".")[:-1]
+        for depth in range(1, len(parts) + 1):
+            module = ".".join(parts[:depth])
+            trains[module] = trains.get(module, True) and parameter.requires_grad and not inside
+    whole = [name for name, all_train in trains.items() if all_train]
+    return [n for n in whole if not any(n.startswith(f"{other}.") for other in whole)]
+
+
+def _sharing(model: nn.Module, whole: Sequence[str]) -> list[str]:
+    """Modules outside ``whole`` that share its parameters (tied embeddings): a reader that does
+    not know the tie needs both."""
+    values = {id(p) for name in whole for p in model.get_submodule(name).parameters()}
+    inside = tuple(f"{name}." for name in whole)
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(id(p) in values for p in module.parameters(recurse=False))
+        and not f"{name}.".startswith(inside or ("\0",))
+    ]
+
+
+def _sidecar(
+    model: nn.Module,
+    method: Method,
+    layers: Mapping[str, AdapterLayer | FusedLayer],
+    renamed: Callable[[str], str],
+) -> dict[str, Any]:
+    info: dict[str, Any] = {"lorakit_version": __version__, "method": method.name}
+    weight = next((layer.weight for layer in layers.values()), None)
+    dtype = base_dtype(model) if weight is None else weight.dtype
+    info["base_dtype"] = str(dtype).removeprefix("torch.")
+    fused = {
+        renamed(name): layer for name, layer in layers.items() if isinstance(layer, FusedLayer)
+    }
+    if fused:
+        info["parts"] = {name: _parts(layer) for name, layer in fused.items()}
+    if isinstance(model, PreTrainedModel):
+        info["pad_token_id"] = getattr(model.config, "pad_token_id", None)
+        if "Classification" in type(model).__name__:
+            labels = model.config.id2label or {}
+            info["id2label"] = {str(index): label for index, label in labels.items()}
+            info["problem_type"] = model.config.problem_type
+    return info
+
+
+def _parts(layer: FusedLayer) -> dict[str, Any]:
+    """Role -> its rows and the rank that its part of the saved tensors has."""
+    return {
+        role: dataclasses.asdict(layer.rows(role)) | {"r": part.method.saved_rank(part)}
+        for role, part in layer.parts.items()
+    }
+
+
+def _completed(
+    facts: CardFacts, settings: Mapping[str, Any], info: Mapping[str, Any], method: Method
+) -> CardFacts:
+    """What the files say already need not be given again."""
+    targets = settings.get("target_modules", ())
+    labels = info.get("id2label")
+    return dataclasses.replace(
+        facts,
+        r=facts.r or settings.get("r") or settings.get("target_r"),
+        lora_alpha=facts.lora_alpha or settings.get("lora_alpha"),
+        target_modules=facts.target_modules or ([targets] if isinstance(targets, str) else targets),
+        modules_to_save=facts.modules_to_save or settings.get("modules_to_save") or [],
+        task_type=settings["task_type"],
+        num_labels=facts.num_labels or (len(labels) if labels else None),
+        peft_loads=method.peft_loads,
+        base_class=info.get("base_class"),
+        misread=info.get("misread_by_peft", ()) if method.peft_type == "LORA" else (),
+        refused=info.get("refused_by_peft", ()),
+    )
+
+
+def _check_replaceable(directory: Path) -> None:
+    if directory.is_dir():
+        if any(directory.iterdir()) and not (directory / CONFIG).is_file():
+            raise AdapterError(f"{directory}: holds something other than an adapter")
+    elif directory.exists():
+        raise AdapterError(f"{directory}: is a file, and an adapter is a directory")
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
+    file.write_text(f"{text}\n", encoding="utf-8")

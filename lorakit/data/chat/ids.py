@@ -1,0 +1,268 @@
+"""Texts one behind another -> tokens of which none crosses a border between two texts.
+
+Turns as text -> rows of ids: the prompt's are those of the prompt by itself.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from lorakit.data.chat.template import ChatTemplate
+from lorakit.data.chat.turns import Turn
+
+#: Texts behind which a tokenizer continues, rather than begins, a text.
+_ANCHORS = ("\n", "a", ".")
+#: Headers and ends of turns come again and again: the ids of texts of so few characters are kept.
+_SHORT, _MOST_KEPT = 80, 10_000
+
+
+@dataclass
+class Joiner:
+    """Tokenises without special tokens of its own, which the texts hold where they are wanted."""
+
+    tokenizer: Any
+    _anchors: list[tuple[str, list[int]]] = field(default_factory=list)
+    _short: dict[str, list[int]] = field(default_factory=dict)
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text by itself."""
+        known = self._short
+        asked = [text for text in texts if text not in known]
+        if not asked:
+            return [list(known[text]) for text in texts]
+        found = self.tokenizer(asked, add_special_tokens=False, verbose=False).input_ids
+        made = dict(zip(asked, found, strict=True))
+        if len(known) < _MOST_KEPT:
+            known.update((text, ids) for text, ids in made.items() if len(text) <= _SHORT)
+        return [list(made[text] if text in made else known[text]) for text in texts]
+
+    def continued(self, before: Sequence[int], text: str, joint: Sequence[int]) -> list[int] | None:
+        """Ids of ``text`` that stand behind the ids ``before`` and read as ``joint`` reads, the
+        ids of both texts in one. None if the tokenizer has none: it would write a space there."""
+        (plain,) = self.ids([text])
+        wanted = self._decoded(joint)
+        for candidate in (plain, *self._anchored(text)):
+            if self._decoded([*before, *candidate]) == wanted:
+                return candidate
+        return None
+
+    def inside(self, text: str) -> list[int]:
+        """The ids of a text that others precede, without the space with which a tokenizer may
+        begin a text."""
+        (plain,) = self.ids([text])
+        if self.adds_space:
+            for anchor, anchor_ids in self._known_anchors():
+                (both,) = self.ids([anchor + text])
+                wanted = self._decoded(anchor_ids) + text
+                if self._behind(anchor_ids, both) and self._decoded(both) == wanted:
+                    return both[len(anchor_ids) :]
+        return plain
+
+    @cached_property
+    def adds_space(self) -> bool:
+        """Whether the tokenizer puts a space before a text that begins without one."""
+        (alone, anchor, both) = self.ids(["a", "\n", "\na"])
+        return both != [*anchor, *alone]
+
+    def _anchored(self, text: str) -> list[list[int]]:
+        anchors = self._known_anchors()
+        found = self.ids([anchor + text for anchor, _ in anchors])
+        return [
+            both[len(ids) :]
+            for (_, ids), both in zip(anchors, found, strict=True)
+            if self._behind(ids, both)
+        ]
+
+    def _known_anchors(self) -> list[tuple[str, list[int]]]:
+        if not self._anchors:
+            special = [token for token in (self.tokenizer.eos_token,) if token]
+            names = [*special, *_ANCHORS]
+            self._anchors = list(zip(names, self.ids(names), strict=True))
+        return self._anchors
+
+    @staticmethod
+    def _behind(anchor: Sequence[int], both: Sequence[int]) -> bool:
+        return list(both[: len(anchor)]) == list(anchor)
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        return str(
+            self.tokenizer.decode(
+                list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )
+
+
+#: Characters before a border that decide how the text at it is tokenised, where no token that is
+#: split off first stands nearer.
+_WINDOW, _FAR = 400, 4000
+#: Tokens that have to agree there.
+_COMPARED = 8
+
+
+@dataclass(frozen=True)
+class IdRow:
+    """``trained`` marks the ids that the loss is taken on. ``turns`` are the messages that they
+    are of. ``straddles``: how many answers begin within the prompt's last token."""
+
+    ids: list[int]
+    trained: list[bool]
+    turns: tuple[int, ...]
+    straddles: int = 0
+
+    @property
+    def prompt(self) -> int:
+        """How many ids precede the first that is trained."""
+        return self.trained.index(True) if True in self.trained else len(self.ids)
+
+
+def turn_rows(turns: Sequence[Turn], joiner: Joiner) -> list[IdRow]:
+    """As few rows as there can be, each turn trained in one of them: a row holds those turns whose
+    ids, prompt and answer, its last turn's begin with."""
+    texts = [text for turn in turns for text in _prefixes(turn)]
+    found = iter(joiner.ids(texts))
+    left = [
+        (turn, _turn_row(turn, [next(found) for _ in _prefixes(turn)], joiner)) for turn in turns
+    ]
+    rows = []
+    while left:
+        last, whole = left[-1]
+        within = [row for _, row in left if whole.ids[: len(row.ids)] == row.ids]
+        rows.append(_with_tail(_joined(within), last, joiner))
+        taken = {turn for row in within for turn in row.turns}
+        left = [(turn, row) for turn, row in left if turn.index not in taken]
+    return rows[::-1]
+
+
+def _joined(rows: Sequence[IdRow]) -> IdRow:
+    """The last of the rows, which begins with all others, trained where any of them is."""
+    trained = [False] * len(rows[-1].ids)
+    for row in rows:
+        begin = row.prompt
+        trained[begin : len(row.ids)] = row.trained[begin:]
+    turns = tuple(turn for row in rows for turn in row.turns)
+    return IdRow(rows[-1].ids, trained, turns, sum(row.straddles for row in rows))
+
+
+def _with_tail(row: IdRow, turn: Turn, joiner: Joiner) -> IdRow:
+    tail = joiner.inside(turn.tail) if turn.tail else []
+    trained = [*row.trained, *(False for _ in tail)]
+    return IdRow([*row.ids, *tail], trained, row.turns, row.straddles)
+
+
+def _cuts(turn: Turn) -> list[tuple[int, bool]]:
+    """Where the pieces of the answer end, and whether each is trained."""
+    cuts, last = [], 0
+    for begin, end in turn.trained:
+        if begin > last:
+            cuts.append((begin, False))
+        cuts.append((end, True))
+        last = end
+    if last < len(turn.answer):
+        cuts.append((len(turn.answer), False))
+    return cuts
+
+
+def _prefixes(turn: Turn) -> list[str]:
+    """The prompt, and the prompt with each piece of the answer in turn."""
+    return [turn.prompt, *(turn.prompt + turn.answer[:cut] for cut, _ in _cuts(turn))]
+
+
+def _turn_row(turn: Turn, prefixes: list[list[int]], joiner: Joiner) -> IdRow:
+    """``prefixes`` are the ids of ``_prefixes``."""
+    ids = list(prefixes[0])
+    trained = [False] * len(ids)
+    straddles = start = 0
+    for (cut, flag), joint in zip(_cuts(turn), prefixes[1:], strict=True):
+        if joint[: len(ids)] == ids:
+            piece = joint[len(ids) :]
+        elif (own := joiner.continued(ids, turn.answer[start:cut], joint)) is not None:
+            piece = own
+        else:
+            shared = next(
+                (i for i, (a, b) in enumerate(zip(ids, joint, strict=False)) if a != b),
+                min(len(ids), len(joint)),
+            )
+            ids, trained, piece = ids[:shared], trained[:shared], joint[shared:]
+            straddles += 1
+        ids += piece
+        trained += [flag] * len(piece)
+        start = cut
+    return IdRow(ids, trained, (turn.index,), straddles)
+
+
+def joint_row(turns: Sequence[Turn], template: ChatTemplate, joiner: Joiner) -> IdRow | None:
+    """``turn_rows`` of turns whose texts begin one with another, as one row, or None where that
+    cannot be. The text is tokenised once, and each border looked at from the last token before it
+    that is split off first, rather than from the beginning."""
+    text = turns[-1].text
+    encoded = joiner.tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+    )
+    ids: list[int] = list(encoded.input_ids)
+    borders = _Borders(text, ids, encoded.offset_mapping, template, joiner)
+    trained = [False] * len(ids)
+    for turn in turns:
+        begin = len(turn.prompt)
+        cuts = _cuts(turn)
+        counts = borders.counts(begin, [begin, *(begin + cut for cut, _ in cuts)])
+        if counts is None:
+            return None
+        for (_, flag), first, last in zip(cuts, counts, counts[1:], strict=False):
+            trained[first:last] = [flag] * (last - first)
+    row = IdRow(ids, trained, tuple(turn.index for turn in turns))
+    return _with_tail(row, turns[-1], joiner)
+
+
+class _Borders:
+    """Which tokens of a text stand before a character."""
+
+    def __init__(
+        self,
+        text: str,
+        ids: list[int],
+        places: Sequence[tuple[int, int]],
+        template: ChatTemplate,
+        joiner: Joiner,
+    ) -> None:
+        self._text, self._ids, self._joiner = text, ids, joiner
+        self._ends = [end for _, end in places]
+        starts = {start: i for i, (start, end) in enumerate(places) if end > start}
+        found = [match.span() for match in template.added.finditer(text) if match.start() in starts]
+        #: Where each token that is split off first begins, its number, and where it ends.
+        self._firsts = [(begin, starts[begin]) for begin, _ in found]
+        self._stops = {end: starts[begin] + 1 for begin, end in found}
+
+    def counts(self, begin: int, cuts: Sequence[int]) -> list[int] | None:
+        """How many tokens stand before each of ``cuts``, of which ``begin`` is the first. None if a
+        token crosses one of them."""
+        place, index = self._before(begin)
+        open_cuts = [cut for cut in cuts if cut not in self._stops]
+        pieces = self._joiner.ids([self._text[place:cut] for cut in open_cuts])
+        agreed = {
+            cut: self._agreed(piece, index, cut)
+            for cut, piece in zip(open_cuts, pieces, strict=True)
+        }
+        counts = [self._stops.get(cut) or agreed[cut] for cut in cuts]
+        return None if None in counts else [count for count in counts if count is not None]
+
+    def _before(self, begin: int) -> tuple[int, int]:
+        """Where to look from: a character and its token, or -1 where that is not known."""
+        number = bisect_right(self._firsts, (begin - 1, len(self._ids)))
+        place, index = self._firsts[number - 1] if number else (0, 0)
+        if begin - place <= _FAR:
+            return place, index
+        place = self._text.rfind("\n", 0, begin - _WINDOW) + 1
+        return place, -1 if place else 0
+
+    def _agreed(self, piece: list[int], index: int, cut: int) -> int | None:
+        """How many tokens stand before ``cut``, if they end as ``piece`` does."""
+        if index >= 0:
+            count = index + len(piece)
+            return count if self._ids[index:count] == piece else None
+        count = bisect_right(self._ends, cut)
+        tail = piece[-_COMPARED:]
+        return count if self._ids[max(0, count - len(tail)) : count] == tail else None

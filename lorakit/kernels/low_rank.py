@@ -1,0 +1,126 @@
+"""RowSlice of a matrix that recur with a period: those of q, k or v in a fused projection.
+
+y + scaling * (x A^T) B^T, added into y in place.
+
+PEFT makes four tensors of the size of y for this; here the product goes straight into the output
+of the frozen layer, and what is kept for the backward pass is x, x A^T and the two factors.
+
+m / ||W + s B A|| * (W + s B A) x + b without W + s B A, and the norms of its rows.
+
+PEFT makes B A (out, in) for each forward pass, as a product with an identity matrix of (in, in).
+Here the norm comes from W A^T (out, r) and A A^T (r, r), and the factor m / norm goes into B's
+rows, so that no tensor of W's size is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RowSlice:
+    """Some rows of a W (out_features, in_features): of each ``period`` rows those from ``start``
+    to ``stop``. One period for q, k, v one after the other, one a head where they interleave."""
+
+    start: int
+    stop: int
+    period: int
+
+    def fit(self, rows: int) -> bool:
+        """Whether a matrix of ``rows`` rows has them."""
+        return 0 <= self.start < self.stop <= self.period and rows % self.period == 0
+
+    def of(self, value: Tensor, dim: int = 0) -> Tensor:
+        """The rows of ``value``, in order, along ``dim``."""
+        return self._grouped(value, dim).flatten(dim, dim + 1)
+
+    def put(self, value: Tensor, rows: Tensor) -> None:
+        """Write ``rows`` into their places in dimension 0 of ``value``."""
+        into = self._grouped(value, 0)
+        into.copy_(rows.reshape(into.shape))
+
+    def _grouped(self, value: Tensor, dim: int) -> Tensor:
+        groups = value.shape[dim] // self.period
+        shape = (*value.shape[:dim], groups, self.period, *value.shape[dim + 1 :])
+        return value.view(shape).narrow(dim + 1, self.start, self.stop - self.start)
+
+
+def lora_add_(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Add the update to ``y`` (n, out_features) for ``x`` (n, in_features).
+
+    lora_A is (r, in_features), lora_B (out_features, r). The arithmetic is in ``y``'s dtype, also
+    where the factors are held in float32.
+    """
+    h = F.linear(x, lora_A.to(x.dtype))
+    return y.addmm_(h.to(y.dtype), lora_B.to(y.dtype).t(), alpha=scaling)
+
+
+def lora_add_reference(
+    y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> Tensor:
+    """The same in the paper's words: y + scaling * B A x (LoRA, section 4.1)."""
+    return y + scaling * torch.einsum("or,ri,ni->no", lora_B, lora_A, x)
+
+
+#: Elements of a half-precision W that are held in float32 at a time: 16 MiB.
+CHUNK_ELEMENTS = 2**22
+_FLOAT32 = torch.finfo(torch.float32)
+
+
+def row_squares(W: Tensor) -> Tensor:
+    """||W_i||^2 (out,) of W (out, in), float32."""
+    dtype = torch.promote_types(W.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(W, dim=1, dtype=dtype)
+    return norms.float().square()
+
+
+@torch.no_grad()
+def row_norms(W: Tensor, squares: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """||W_i + s (B A)_i|| (out,), float32, without a gradient; ``squares`` are W's own.
+
+    ||W_i||^2 + 2 s (W A^T)_i . B_i + s^2 B_i A A^T B_i^T. A row that the update cancels has the
+    norm of the sum's rounding, so that nothing is divided by zero.
+    """
+    A, B = A.float(), B.float() * scaling
+    # Autocast would round the products to half precision.
+    with torch.autocast("cpu" if W.is_meta else W.device.type, enabled=False):
+        update = ((B @ (A @ A.t())) * B).sum(1)
+        total = squares + 2 * (_product(W, A) * B).sum(1) + update
+    noise = (squares + update) * _FLOAT32.eps
+    return torch.maximum(total, noise).clamp_min(_FLOAT32.tiny).sqrt()
+
+
+def _product(W: Tensor, A: Tensor) -> Tensor:
+    """W A^T (out, r) in float32."""
+    if W.dtype == torch.float32:
+        return F.linear(W, A)
+    rows = max(1, CHUNK_ELEMENTS // W.shape[1])
+    return torch.cat([F.linear(part.float(), A) for part in W.split(rows)])
+
+
+def dora_add(
+    y: Tensor, plain: Tensor, x: Tensor, A: Tensor, B: Tensor, scaling: float, factor: Tensor
+) -> Tensor:
+    """y + (factor - 1) plain + factor * s B A x, in ``y``'s dtype.
+
+    ``y`` = W x + b and ``plain`` = W x are (n, out), x (n, in), ``factor`` (out,) float32. What
+    is added to ``y`` is exactly zero where factor is 1 and B A zero. In half precision factor - 1
+    keeps what factor itself, near 1, would lose.
+    """
+    h = F.linear(x, A.to(x.dtype)).to(y.dtype)
+    scaled_B = (factor * scaling)[:, None] * B
+    out = torch.addcmul(y, plain.to(y.dtype), (factor - 1).to(y.dtype))
+    return out.addmm_(h, scaled_B.to(y.dtype).t())
+
+
+def dora_reference(
+    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scaling: float, m: Tensor
+) -> Tensor:
+    """The same in the paper's words (DoRA, sections 4.1 and 4.3), the norm a constant."""
+    adapted = W + scaling * B @ A
+    norm = torch.linalg.vector_norm(adapted.detach(), dim=1, keepdim=True)
+    return F.linear(x, m[:, None] * adapted / norm, b)

@@ -1,0 +1,223 @@
+"""Penn-Treebank tokens without punctuation, as coco-caption's PTBTokenizer gives them.
+
+coco-caption runs Stanford's PTBTokenizer (CoreNLP 3.4.1, ``-preserveLines -lowerCase``) and drops
+the tokens of ``_DROPPED``. This states its rules for English prose; not covered are emoticons and
+the telephone numbers that it keeps together.
+
+``cider``: CIDEr-D of a corpus (Vedantam et al. 2015), as coco-caption computes it.
+
+``rouge_l``: ROUGE-L with several references (Lin 2004), as coco-caption computes it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_DROPPED = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", ";"])
+
+#: What becomes another text; brackets are not dropped, since lower-casing has changed their names.
+_RENAMED = {
+    "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
+    "£": "#", "€": "$", "¢": "cents", "½": "1/2", "¼": "1/4", "¾": "3/4",
+    **dict.fromkeys('"«»\u2018\u2019\u201c\u201d\u2013\u2014\u2015\u2025\u2026', "'"),
+}  # fmt: skip
+
+_ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&apos;": "'", "&nbsp;": " "}
+_ENTITY = re.compile("|".join(_ENTITIES), re.IGNORECASE)
+
+#: Abbreviations that keep their full stop: in any case, only capitalised, only before a number.
+_ANY_CASE = """
+    adm al ala alex apr ariz assn asst atty aug ave bhd bldg blvd brig bros calif capt cf cmdr
+    co col colo comdr conn corp cos cpl ct dak dec dept det dr drs elec esq est etc ext feb fla
+    fri ft ga gen gov hon inc ind insp intl jan jr jul jun kan kans ky lieut lt ltd maj mar md
+    messrs mfg mich minn mlle mme mo mon mont mr mrs ms msgr mt natl neb nev nov oct okla penn
+    plc pres prof pvt rd rep rev rt sen sep sept sgt sq sr st supt sys tel tenn thu thurs treas
+    tue tues univ va vs vt wed wis wyo
+"""
+_CAPITALISED = "Ark Del Ill La Mass Miss Mo Ore Pa Tex Wash"
+_BEFORE_NUMBER = "ca no nos art fig figs pp"
+#: Words that begin a sentence, so that the full stop after a single letter ends one.
+_STARTS = """
+    The This That There It In At A An But He She They We You If However What When While Then These
+    Their Our Her As So Some Many One Now Here Other Such After Since Yet Last
+"""
+
+
+def _words(text: str) -> str:
+    return "|".join(text.split())
+
+
+_QUOTE = "['\u2019]"
+_LETTER = r"[^\W\d_²³¹º¼½¾]"
+_ALNUM = r"[^\W_²³¹º¼½¾]"
+_BEFORE_PAUSE = r"\.(?=[,;:])"  # then a full stop is taken for an abbreviation's
+_TOKEN = re.compile(
+    rf"""
+    </?[A-Za-z!][^<>]*>  |  [0-9]+[ ][0-9]+/[0-9]+
+  | https?://[^\s"<>]*[^\s"<>.,;:!?()']
+  | [A-Za-z0-9][\w.-]*@[A-Za-z][\w-]*(?:\.\w+)*  |  [@#][A-Za-z][A-Za-z_]*
+  | '[tT](?=is\b|was\b)  |  (?i:{_QUOTE}(?:n{_QUOTE}|(?:em|til|cause|n|[0-9]0s)\b))
+  | (?i:ol|dunkin|somethin|nothin){_QUOTE}(?!\w)  |  [Yy]{_QUOTE}(?=[a-z])  |  [Mm]a{_QUOTE}am\b
+  | (?i:can(?=not\b)|gon(?=na\b)|wan(?=na\b)|got(?=ta\b)|gim(?=me\b)|lem(?=me\b))
+  | (?P<contraction> (?i:{_QUOTE}(?:[sdm]|ll|re|ve)(?!{_LETTER})  |  n{_QUOTE}t{_LETTER}*) )
+  | {_LETTER}+?(?=[nN]{_QUOTE}[tT])
+  | [CcDdLlOo]{_QUOTE}{_LETTER}{_ALNUM}*(?:-{_ALNUM}+)*
+  | [A-Za-z0-9]+(?:-[A-Za-z0-9]+)*(?:/[A-Za-z0-9]+(?:-[A-Za-z0-9]+)*){{1,2}}
+  | {_ALNUM}(?:{_ALNUM}|[.,])*(?:-{_ALNUM}+)+(?:{_BEFORE_PAUSE})?
+  | [A-Z]+(?:&[A-Z]+)+
+  | [A-Za-z](?=\.\s+(?:{_words(_STARTS)})(?!\S))
+  | Ph\.D\.  |  (?:[A-Za-z]\.)+(?!\w*{_LETTER})
+  | (?:(?i:{_words(_ANY_CASE)})|{_words(_CAPITALISED + " " + _CAPITALISED.upper())})\.(?!{_LETTER})
+  | (?i:{_words(_BEFORE_NUMBER)})\.(?=\s?[0-9])
+  | {_LETTER}{_ALNUM}*(?:[.!?]{_LETTER}{_ALNUM}*)*(?:_{_ALNUM}+)*(?:{_BEFORE_PAUSE})?
+  | [0-9]+{_LETTER}{_ALNUM}*(?:{_BEFORE_PAUSE})?
+  | [-+]?[0-9]*(?:[.,:]?[0-9]+)+(?:{_BEFORE_PAUSE})?
+  | (?P<run> -{{2,}} | \.{{2,}} | ``|'' )  |  [!?]{{2,}}  |  \*+  |  _+
+  | \S
+    """,
+    re.VERBOSE,
+)
+
+
+def tokenize(text: str) -> list[str]:
+    """Lower-cased tokens of ``text``: clitics apart (``it 's``, ``do n't``), words with hyphens
+    whole, currency signs as ``#`` and ``$``, and no punctuation. A space within a token (``1 3/5``)
+    is U+00A0."""
+    text = _ENTITY.sub(lambda found: _ENTITIES[found[0].lower()], text).replace("\u00ad", "")
+    tokens: list[str] = []
+    for match in _TOKEN.finditer(text):
+        token = match[0]
+        if match["contraction"]:
+            token = token.replace("\u2019", "'")
+        token = _RENAMED.get(token, token).lower()
+        if token not in _DROPPED and not match["run"] and not _is_unreadable(token):
+            tokens.append(token.replace(" ", "\u00a0"))
+    return tokens
+
+
+def _is_unreadable(token: str) -> bool:
+    """Beyond the 16 bits of a Java character, which the tokeniser leaves out."""
+    return len(token) == 1 and ord(token) > 0xFFFF
+
+
+_ORDER = 4
+_SIGMA = 6.0  # in tokens
+
+Ngram = tuple[str, ...]
+
+
+def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """10 * mean over predictions, their references and n = 1..4 of
+    exp(-(l_c - l_r)^2 / (2 sigma^2)) * sum_g min(c_g, r_g) r_g / (|c| |r|); 0-10.
+
+    c and r are the vectors of n-grams of a prediction and of a reference: count * (log N -
+    log df), N predictions, df the number of those of which a reference holds the n-gram (at least
+    1). Tokens are Penn Treebank's, without stemming. ``references[i]`` are those of
+    ``predictions[i]``, at least one; one prediction alone scores 0, since log N = 0.
+
+    Source: pycocoevalcap/cider of tuetschek/e2e-metrics. As there, the lengths l_c and l_r are
+    counted in bigrams.
+    """
+    assert len(predictions) == len(references) > 0
+    candidates = [_counts(prediction) for prediction in predictions]
+    groups = [[_counts(text) for text in texts] for texts in references]
+    frequency: Counter[Ngram] = Counter()
+    for group in groups:
+        frequency.update(set().union(*group))
+    idf = _Idf(math.log(len(predictions)), frequency)
+    total = 0.0
+    for candidate, group in zip(candidates, groups, strict=True):
+        vector = idf.vector(candidate)
+        scores = [_similarity(vector, idf.vector(reference)) for reference in group]
+        total += sum(scores) / len(scores)
+    return 10 * total / len(predictions)
+
+
+def _counts(text: str) -> Counter[Ngram]:
+    tokens = " ".join(tokenize(text)).split()  # which also parts at U+00A0
+    return Counter(
+        tuple(tokens[i : i + n]) for n in range(1, _ORDER + 1) for i in range(len(tokens) - n + 1)
+    )
+
+
+@dataclass(frozen=True)
+class _Vector:
+    weights: dict[Ngram, float]
+    norms: list[float]  # by n
+    length: int  # in bigrams
+
+
+@dataclass(frozen=True)
+class _Idf:
+    log_count: float
+    frequency: Counter[Ngram]
+
+    def vector(self, counts: Counter[Ngram]) -> _Vector:
+        weights = {
+            ngram: count * (self.log_count - math.log(max(1, self.frequency[ngram])))
+            for ngram, count in counts.items()
+        }
+        squares = [0.0] * _ORDER
+        for ngram, weight in weights.items():
+            squares[len(ngram) - 1] += weight**2
+        length = sum(count for ngram, count in counts.items() if len(ngram) == 2)
+        return _Vector(weights, [math.sqrt(square) for square in squares], length)
+
+
+def _similarity(candidate: _Vector, reference: _Vector) -> float:
+    products = [0.0] * _ORDER
+    for ngram, weight in candidate.weights.items():
+        other = reference.weights.get(ngram, 0.0)
+        products[len(ngram) - 1] += min(weight, other) * other
+    cosines = [
+        product / (a * b) if a and b else 0.0
+        for product, a, b in zip(products, candidate.norms, reference.norms, strict=True)
+    ]
+    penalty = math.exp(-((candidate.length - reference.length) ** 2) / (2 * _SIGMA**2))
+    return penalty * sum(cosines) / _ORDER
+
+
+#: Recall weighs beta^2 times what precision does.
+_BETA = 1.2
+
+
+def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Mean over predictions of (1 + beta^2) P R / (R + beta^2 P), 0-1.
+
+    With L the length of the longest common subsequence of the Penn-Treebank tokens: P is the
+    largest L / len(prediction) and R the largest L / len(reference) over the references, which
+    need not be of the same one. ``references[i]`` are those of ``predictions[i]``, at least one.
+
+    Source: pycocoevalcap/rouge of tuetschek/e2e-metrics. As there, a text without tokens has one,
+    which is empty.
+    """
+    assert len(predictions) == len(references) > 0
+    pairs = zip(predictions, references, strict=True)
+    return sum(_score(prediction, texts) for prediction, texts in pairs) / len(predictions)
+
+
+def _score(prediction: str, references: Sequence[str]) -> float:
+    tokens = tokenize(prediction) or [""]
+    others = [tokenize(text) or [""] for text in references]
+    lengths = [_common_subsequence(tokens, other) for other in others]
+    precision = max(lengths) / len(tokens)
+    recall = max(length / len(other) for length, other in zip(lengths, others, strict=True))
+    if not precision:
+        return 0.0
+    return (1 + _BETA**2) * precision * recall / (recall + _BETA**2 * precision)
+
+
+def _common_subsequence(left: Sequence[str], right: Sequence[str]) -> int:
+    """Length of the longest common subsequence."""
+    row = [0] * (len(right) + 1)
+    for word in left:
+        diagonal = 0
+        for j, other in enumerate(right, 1):
+            above = row[j]
+            row[j] = diagonal + 1 if word == other else max(above, row[j - 1])
+            diagonal = above
+    return row[-1]

@@ -1,0 +1,169 @@
+"""``Recipe`` -> YAML that reads back as an equal ``Recipe``.
+
+The recipe's JSON schema, from which editors complete keys and check values.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic.json_schema import models_json_schema
+
+from lorakit import registry
+from lorakit.recipe.load import escape
+from lorakit.recipe.sections import ModelSection, Recipe, Section, TrainSection
+from lorakit.recipe.yaml_source import read_scalar
+
+#: The keys that stand first, in the order in which the documentation shows them.
+_FIRST = (
+    "method",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "layers",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "bias",
+    "use_rslora",
+    "init",
+)
+
+
+def write_recipe(recipe: Recipe, path: str | Path) -> None:
+    """Write every resolved value as UTF-8 YAML, beside ``path`` and then renamed."""
+    path = Path(path)
+    handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(recipe_text(recipe))
+        Path(beside).chmod(0o666 & ~_umask())
+        Path(beside).replace(path)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The YAML that ``write_recipe`` writes."""
+    sections = _escaped(recipe.resolved())
+    adapter = sections["adapter"]
+    first = {key: adapter.pop(key) for key in _FIRST if key in adapter}
+    sections["adapter"] = {**first, **adapter}
+    return yaml.dump(
+        sections,
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=None,
+        width=2**20,
+    )
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return escape(value) if isinstance(value, str) else value
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what ``read_scalar`` would not read as text; writes no aliases, which it counts."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    plain = isinstance(read_scalar(text), str) and text.isprintable()
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def recipe_schema() -> dict[str, Any]:
+    """One schema for every method and task: ``adapter`` and ``task`` are any of theirs, told
+    apart by ``method`` and ``name``."""
+    methods, tasks = registry.methods(), _distinct(registry.tasks())
+    classes: list[type[Section]] = [ModelSection, TrainSection]
+    classes += [method.Config for method in methods.values()]
+    classes += [task.Config for task in tasks]
+    references, top = models_json_schema(
+        [(section, "validation") for section in dict.fromkeys(classes)],
+        ref_template="#/$defs/{model}",
+    )
+    definitions: dict[str, Any] = top["$defs"]
+
+    def of(section: type[Section]) -> dict[str, Any]:
+        reference = references[section, "validation"]["$ref"]
+        found: dict[str, Any] = definitions[reference.rsplit("/", 1)[1]]
+        return found
+
+    adapters = [_named(of(m.Config), "method", (name,), m.summary) for name, m in methods.items()]
+    named_tasks = [_named(of(task.Config), "name", task.names, task.summary) for task in tasks]
+    return {
+        "$schema": DIALECT,
+        "title": "lorakit recipe",
+        "type": "object",
+        "additionalProperties": False,
+        "required": list(Recipe.model_fields),
+        "properties": {
+            "model": of(ModelSection),
+            "adapter": {"anyOf": adapters},
+            "task": {"anyOf": [*named_tasks, _own_task()]},
+            "train": of(TrainSection),
+        },
+        "$defs": definitions,
+    }
+
+
+def _own_task() -> dict[str, Any]:
+    """A task in a file of the user's, whose keys only the file knows."""
+    name: dict[str, Any] = {
+        "type": "string",
+        "pattern": r"\.py:|\.ya?ml$",
+        "description": "your own: ./FILE.py:CLASS or ./FILE.yaml",
+    }
+    return {
+        "type": "object",
+        "properties": {"name": name},
+        "additionalProperties": True,
+        "required": ["name"],
+    }
+
+
+def _distinct(tasks: dict[str, Any]) -> list[Any]:
+    """Each task once, whatever the number of its names."""
+    return list({id(task): task for task in tasks.values()}.values())
+
+
+def _named(
+    schema: dict[str, Any], key: str, names: tuple[str, ...], summary: str
+) -> dict[str, Any]:
+    """The section's schema for these names alone."""
+    default = schema["properties"][key].get("default")
+    name: dict[str, Any] = {"enum": list(names), "description": summary}
+    required = set(schema.get("required", ()))
+    # Only the general default may be left out, so that exactly one method matches without it.
+    if key == "method" and names == ("lora",):
+        name["default"] = default
+    else:
+        required.add(key)
+    properties = {**schema["properties"], key: name}
+    return {**schema, "properties": properties, "required": sorted(required)}

@@ -1,0 +1,76 @@
+"""A model as a function from a batch to the sum of its losses: what the loop trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lorakit.models.causal import CausalParts, host_masks, split_model, token_losses, varlen_options
+
+
+class CausalObjective(nn.Module):
+    """The sum of -log p over the trained tokens of a batch. ``longest_row`` bounds the tokens of a
+    packed row."""
+
+    def __init__(
+        self, model: PreTrainedModel, label_smoothing: float = 0.0, longest_row: int = 0
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.parts: CausalParts = split_model(model)
+        self.label_smoothing = label_smoothing
+        self.longest_row = longest_row
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        inputs: dict[str, Any] = {k: v for k, v in batch.items() if k == "position_ids"}
+        if "cu_seq_lens" in batch:
+            inputs |= varlen_options(batch["cu_seq_lens"], self.longest_row)
+        block_mask = "position_ids" in batch and "cu_seq_lens" not in batch
+        with host_masks(batch["input_ids"].device, packed=block_mask):
+            return token_losses(
+                self.model,
+                self.parts,
+                batch["input_ids"],
+                batch["positions"],
+                batch["targets"],
+                self.label_smoothing,
+                **inputs,
+            )
+
+
+class EncoderObjective(nn.Module):
+    """The sum over rows of the cross entropy, or of the squared error for one output. ``columns``
+    are the logits of the task's classes by index; None: they are all, in order."""
+
+    parts = None
+    columns: Tensor | None
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        label_smoothing: float = 0.0,
+        columns: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        place = None if columns is None else torch.tensor(columns)
+        self.register_buffer("columns", place, persistent=False)
+        self.label_smoothing = label_smoothing
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        with host_masks(batch["input_ids"].device):
+            logits = self.model(**inputs).logits.float()
+        labels = batch["labels"]
+        if logits.shape[-1] == 1:
+            return F.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum")
+        if self.columns is not None:
+            labels = self.columns[labels]
+        return F.cross_entropy(
+            logits, labels, reduction="sum", label_smoothing=self.label_smoothing
+        )
