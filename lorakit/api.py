@@ -15,7 +15,7 @@ from lorakit.adapters.load import dtype_name
 from lorakit.adapters.peft.place import load_adapter
 from lorakit.adapters.peft.read import AdapterFiles, read_adapter
 from lorakit.data.encode import check_token_ids, encode_split, split_notes
-from lorakit.distributed import processes as sharing
+from lorakit.distributed import processes
 from lorakit.errors import AdapterError, UserError
 from lorakit.evaluation.evaluate import evaluate_model
 from lorakit.evaluation.predictions import encoding_cache, load_eval_split, settle, with_labels
@@ -81,7 +81,7 @@ def evaluate_split(
     """``evaluate`` with the predictions; ``say`` gets the notes."""
     if base and adapter is not None:
         raise UserError(f"evaluate: base=True and adapter={str(adapter)!r}; allowed: one of them")
-    sharing.start()
+    processes.init_process_group()
     task: Task = registry.task(recipe.task.name)
     task.check_requirements(recipe.task)
     files = None if base else _read(recipe, adapter, task, say)
@@ -95,7 +95,7 @@ def evaluate_split(
     seed = recipe.train.seed
     model, tokenizer = _load_with(recipe.model, task.kind, labels, files, seed, say)
     config = fit_max_length(model, config, say)
-    cache = encoding_cache(task, config, tokenizer, len(found), say, write=sharing.is_main())
+    cache = encoding_cache(task, config, tokenizer, len(found), say, write=processes.is_main())
     encoded = encode_split(
         found, lambda row: task.example(row, config), tokenizer, config.max_length, cache=cache
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorakit.cli.output import check_distinct, check_writable, phases, say, write_text
-from lorakit.distributed.processes import is_main, together
+from lorakit.distributed.processes import is_main, process_group
 from lorakit.errors import UserError
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def eval_(
     """
     from lorakit.recipe.load import load_recipe
 
-    with together():
+    with process_group():
         _check_options(adapter, base, predictions, save_predictions)
         check_writable("--output", output)
         check_writable("--save-predictions", save_predictions)

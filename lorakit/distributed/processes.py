@@ -1,11 +1,13 @@
-"""Several processes, one evaluation: who does which rows, and how all hear of all.
+"""The process group of a launcher, rows split over its processes, and results gathered from them.
 
-``torchrun`` and ``accelerate launch`` start the same command several times. Each process loads the
-model on its own device (``cuda:LOCAL_RANK``) and takes every n-th row; ``gather`` brings the
-results together. Without a launcher all of this is one process, and no group is made.
+``torchrun`` and ``accelerate launch`` start one command several times. Each process loads the model
+on its own device (``cuda:LOCAL_RANK``) and takes every n-th row. Without a launcher there is one
+process, and no group is created.
 
-A process that fails says so in the group's store, which the others read between batches, and in
-the next exchange; so none waits for one that is gone, and one of them tells the user."""
+Failures propagate: a process that fails sets a flag in the group's store, which the others check
+between batches, and reports its exit code in the next exchange. So none of them waits for one that
+is gone, and only one prints the error.
+"""
 
 from __future__ import annotations
 
@@ -21,32 +23,40 @@ _FAILED = "lorakit/failed"
 
 
 class PeerFailed(Exception):
-    """Another process failed, and this one has heard of it between two batches."""
+    """Another process failed while this one was between two batches."""
 
 
-class _Ending(Exception):
-    """Some process failed, and all know: ``process`` is the first of them."""
+class _Abort(Exception):
+    """A process failed and every process knows; ``rank`` is the lowest that did."""
 
-    def __init__(self, process: int, exit_code: int) -> None:
-        self.process, self.exit_code = process, exit_code
+    def __init__(self, rank: int, exit_code: int) -> None:
+        self.rank, self.exit_code = rank, exit_code
 
 
-def launched() -> bool:
+def is_launched() -> bool:
     """Whether a launcher started several processes."""
     return int(os.environ.get("WORLD_SIZE") or 1) > 1
 
 
 def is_main() -> bool:
-    """Whether this process is the one that prints and writes files."""
-    return not launched() or os.environ.get("RANK", "0") == "0"
+    """Whether this process prints and writes files."""
+    return not is_launched() or os.environ.get("RANK", "0") == "0"
 
 
-def start() -> None:
-    """Join the launcher's other processes, if there are any, and take a device of one's own.
+def rank_and_world_size() -> tuple[int, int]:
+    if not _has_group():
+        return 0, 1
+    import torch.distributed as dist
+
+    return dist.get_rank(), dist.get_world_size()
+
+
+def init_process_group() -> None:
+    """Join the launcher's other processes, if there are any, and select this process's device.
 
     Raises UserError if there are more processes than devices.
     """
-    if not launched():
+    if not is_launched():
         return
     import torch
     from accelerate import PartialState
@@ -58,82 +68,83 @@ def start() -> None:
     if on_cuda and local > torch.cuda.device_count():
         raise UserError(
             f"launched as {local} processes on a machine with {torch.cuda.device_count()} GPUs; "
-            "allowed: at most one process a GPU"
+            "allowed: at most one process per GPU"
         )
     PartialState(cpu=not on_cuda)
 
 
-def own_rows(total: int) -> range:
-    """The rows that this process does: each row falls to one process, also where they do not
-    divide or are fewer than the processes."""
-    process, count = _place()
-    return range(process, total, count)
+def shard(total: int) -> range:
+    """This process's rows out of ``total``: every world_size-th, starting at its rank. Every row
+    belongs to exactly one process, whether or not ``total`` is divisible."""
+    rank, world_size = rank_and_world_size()
+    return range(rank, total, world_size)
 
 
-def in_order(shares: Sequence[Sequence[T]]) -> list[T]:
-    """The processes' shares of ``own_rows`` -> all rows, none twice and none lost."""
-    total, count = sum(map(len, shares)), len(shares)
+def unshard(shards: Sequence[Sequence[T]]) -> list[T]:
+    """Results for all rows in their original order, from one sequence for each ``shard``."""
+    total, world_size = sum(map(len, shards)), len(shards)
     rows: list[Any] = [None] * total
-    for process, share in enumerate(shares):
-        rows[process::count] = share  # refused by Python where the lengths differ
+    for rank, results in enumerate(shards):
+        rows[rank::world_size] = results  # Python raises ValueError if the lengths differ
     return rows
 
 
 def gather(value: T) -> list[T]:
-    """Every process's ``value``, in the processes' order, on each of them."""
+    """The ``value`` of every process, by rank, on all of them."""
     return _exchange(value, None)
 
 
-def on_main(work: Callable[[], T]) -> T:
-    """What ``work`` gives in the main process, on each of them."""
-    return gather(work() if _place()[0] == 0 else None)[0]  # type: ignore[return-value]
+def run_on_main(work: Callable[[], T]) -> T:
+    """Call ``work`` in the main process and return its result in all of them."""
+    is_first = rank_and_world_size()[0] == 0
+    return gather(work() if is_first else None)[0]  # type: ignore[return-value]
 
 
 def check_peers() -> None:
     """Raise PeerFailed if another process has failed."""
-    if _place()[1] > 1 and _store().check([_FAILED]):
+    if rank_and_world_size()[1] > 1 and _store().check([_FAILED]):
         raise PeerFailed
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """Run a command's body in all processes; if it fails in any, it ends in all.
+def process_group() -> Iterator[None]:
+    """Run a command's body in all processes; if one fails, all of them exit.
 
-    The first process that failed raises its error, the others end with the same exit code and
-    without a word. With one process, the body runs as it is.
+    The first process that failed raises its error, the others exit silently with the same code.
+    With one process, the body runs as is.
     """
-    if not launched():
+    if not is_launched():
         yield
         return
     try:
         try:
-            start()
+            init_process_group()
             yield
             gather(None)
         except PeerFailed:
-            gather(None)  # of which another one's failure comes
-        except _Ending:
+            gather(None)  # raises _Abort with the exit code of the process that failed
+        except _Abort:
             raise
         except Exception as error:
-            _tell_of(error)
+            _report(error)
             raise
-    except _Ending as end:
-        raise SystemExit(end.exit_code) from None
+    except _Abort as abort:
+        raise SystemExit(abort.exit_code) from None
     finally:
-        _leave()
+        _destroy_process_group()
 
 
-def _tell_of(error: Exception) -> None:
-    """Return in the one process that is to raise its error; raise _Ending in the others."""
-    if not _grouped():  # no group was made, and the same will have happened to all
+def _report(error: Exception) -> None:
+    """Return in the one process that has to raise ``error``; raise _Abort in the others."""
+    if not _has_group():  # creating the group failed, and will have failed in all processes
         if not is_main():
-            raise _Ending(0, _exit_code(error))
+            raise _Abort(0, _exit_code(error))
         return
     _store().set(_FAILED, "1")
     try:
         _exchange(None, _exit_code(error))
-    except _Ending as end:
-        if end.process != _place()[0]:
+    except _Abort as abort:
+        if abort.rank != rank_and_world_size()[0]:
             raise
 
 
@@ -142,34 +153,25 @@ def _exit_code(error: Exception) -> int:
 
 
 def _exchange(value: T, exit_code: int | None) -> list[T]:
-    """The one thing that processes say to each other: what they have, or that they failed."""
-    if (count := _place()[1]) == 1:
+    """The only message between processes: a value, or the exit code of a failure."""
+    if (world_size := rank_and_world_size()[1]) == 1:
         return [value]
     import torch.distributed as dist
 
-    found: list[Any] = [None] * count
-    dist.all_gather_object(found, (value, exit_code))
-    for number, (_, code) in enumerate(found):
+    messages: list[Any] = [None] * world_size
+    dist.all_gather_object(messages, (value, exit_code))
+    for rank, (_, code) in enumerate(messages):
         if code is not None:
-            raise _Ending(number, code)
-    return [each for each, _ in found]
+            raise _Abort(rank, code)
+    return [each for each, _ in messages]
 
 
-def _grouped() -> bool:
-    if not launched():
+def _has_group() -> bool:
+    if not is_launched():
         return False
     import torch.distributed as dist
 
     return dist.is_available() and dist.is_initialized()
-
-
-def _place() -> tuple[int, int]:
-    """This process's number, and how many there are."""
-    if not _grouped():
-        return 0, 1
-    import torch.distributed as dist
-
-    return dist.get_rank(), dist.get_world_size()
 
 
 def _store() -> Any:
@@ -178,8 +180,8 @@ def _store() -> Any:
     return distributed_c10d._get_default_store()
 
 
-def _leave() -> None:
-    if _grouped():
+def _destroy_process_group() -> None:
+    if _has_group():
         from accelerate import PartialState
 
         PartialState().destroy_process_group()

@@ -25,7 +25,7 @@ from lorakit.data.collate import collate_causal, collate_encoder, eval_batches, 
 from lorakit.data.encode import EncodedSplit
 from lorakit.data.examples import ChatExample
 from lorakit.data.sources import Split
-from lorakit.distributed.processes import check_peers, gather, in_order, on_main, own_rows
+from lorakit.distributed.processes import check_peers, gather, run_on_main, shard, unshard
 from lorakit.errors import EvaluationError
 from lorakit.evaluation.generation import generate_text
 from lorakit.evaluation.hf_generate import pad_id
@@ -90,7 +90,7 @@ def evaluate_model(
     returns true.
     """
     assert encoded.counts.rows == len(split), "the encoded rows are the split's"
-    own = own_rows(len(encoded))  # of a causal model's, some may be of one row of the split
+    own = shard(len(encoded))  # of a causal model's, some may be of one row of the split
     watch = _watches(on_progress, should_stop)
     with _evaluation_mode(model):
         if task.kind == "encoder":
@@ -106,7 +106,7 @@ def evaluate_model(
                 loss = _token_loss(model, tokenizer, parts, encoded, own, batch_size, losses)
             texts: list[Prediction] = []
             if generate and task.generates(config):
-                prompts = own_rows(len(split))
+                prompts = shard(len(split))
                 generated = watch("generated", prompts)
                 texts = _generate(model, tokenizer, task, config, split, prompts, seed, generated)
             share = _Share(loss, len(own), texts)
@@ -123,9 +123,9 @@ def _together(
     metrics = {"loss": loss}
     if not encoder:
         metrics["perplexity"] = math.exp(loss) if loss < 700 else math.inf
-    predictions = in_order([share.predictions for share in shares])
+    predictions = unshard([share.predictions for share in shares])
     if predictions:
-        metrics |= on_main(lambda: task.metrics(predictions, split, config))
+        metrics |= run_on_main(lambda: task.metrics(predictions, split, config))
     return Evaluation(_finite(metrics, split), predictions)
 
 

@@ -17,7 +17,7 @@ from accelerate.utils import ProjectConfiguration, set_seed
 
 from lorakit import registry
 from lorakit.data.plan import StepSource
-from lorakit.distributed.processes import launched
+from lorakit.distributed.processes import is_launched
 from lorakit.errors import UserError
 from lorakit.evaluation.evaluate import evaluate_model
 from lorakit.injection import trainable_state
@@ -147,7 +147,7 @@ def build_schedule(recipe: Recipe, steps: StepSource) -> Schedule:
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
-    if launched():
+    if is_launched():
         raise UserError(
             f"launched as {os.environ['WORLD_SIZE']} processes: this version trains in one; "
             "allowed: one process, with or without accelerate launch"
