@@ -24,8 +24,9 @@ from lorakit.adapters.loralib_read import LoralibOptions, read_loralib
 from lorakit.adapters.low_rank import Updates, lora_files, number, padded, read_updates
 from lorakit.adapters.merge.checkpoint import TEMPLATES, TOKENIZER_FILES
 from lorakit.adapters.model_card import CardFacts, model_card
-from lorakit.adapters.peft.read import CONFIG, PREFIX, SIDECAR, WEIGHTS, AdapterFiles, read_adapter
-from lorakit.adapters.peft.targets import misread_note, refused_note, without_defaults
+from lorakit.adapters.peft.read import AdapterFiles, read_adapter
+from lorakit.adapters.peft.schema import CONFIG, PREFIX, SIDECAR, WEIGHTS, without_defaults
+from lorakit.adapters.peft.targets import misread_note, refused_note
 from lorakit.errors import AdapterError, shown
 from lorakit.io.atomic import written_beside
 

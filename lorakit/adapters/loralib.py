@@ -32,11 +32,11 @@ from lorakit.layers import RowSlice
 PICKLED = (".pt", ".pth", ".bin")
 #: What the metadata say, besides what loralib's layers need to be built.
 _TOLD = {
-    "base_model": "text",
-    "embedding": "a list of texts",
+    "base_model": "a string",
+    "embedding": "a list of strings",
     "enable_lora": "lists of true and false by name",
     "lora_alpha": "a finite number",
-    "task_type": "text",
+    "task_type": "a string",
 }
 #: What holds the state dict in a checkpoint that holds more, as those of loralib's examples do.
 _WRAPPERS = ("model_state_dict", "state_dict")

@@ -19,7 +19,7 @@ from lorakit.adapters.low_rank import (
     check_factors,
     check_matrices,
 )
-from lorakit.adapters.peft.targets import SEQ_CLS_HEADS
+from lorakit.adapters.peft.schema import SEQ_CLS_HEADS
 from lorakit.errors import AdapterError
 
 #: The last part of the name by which a module is taken for an embedding.

@@ -16,22 +16,35 @@ from torch import Tensor
 
 from lorakit import __version__
 from lorakit.adapters.peft.read import AdapterFiles, is_finite
-from lorakit.adapters.peft.targets import DEFAULTS, SEQ_CLS_HEADS, exact_patterns
+from lorakit.adapters.peft.schema import (
+    ADALORA_FACTORS,
+    BASE_LAYER,
+    DEFAULTS,
+    EMBEDDING_FACTORS,
+    LINEAR_FACTORS,
+    is_fully_trained,
+    peft_rank,
+    peft_scaling,
+)
+from lorakit.adapters.peft.targets import exact_patterns
 from lorakit.errors import AdapterError
 from lorakit.layers import RowSlice
 from lorakit.methods.adalora import scaling_of
-from lorakit.methods.lora_form import peft_rank, peft_scaling
 
-#: What follows a module's name in the file -> the factor, and whether the module is an embedding.
+#: Suffix of the tensor name -> the factor, and whether the module is an embedding.
 _LORA = {
-    "lora_A.weight": ("A", False),
-    "lora_B.weight": ("B", False),
-    "lora_embedding_A": ("A", True),
-    "lora_embedding_B": ("B", True),
+    LINEAR_FACTORS.A: ("A", False),
+    LINEAR_FACTORS.B: ("B", False),
+    EMBEDDING_FACTORS.A: ("A", True),
+    EMBEDDING_FACTORS.B: ("B", True),
 }
-_ADALORA = {"lora_A": ("A", False), "lora_B": ("B", False), "lora_E": ("E", False)}
+_ADALORA = {
+    ADALORA_FACTORS.A: ("A", False),
+    ADALORA_FACTORS.B: ("B", False),
+    ADALORA_FACTORS.E: ("E", False),
+}
 #: The base's weight of an adapted embedding, and an adapted module's bias.
-BASE_WEIGHT, BASE_BIAS = ".base_layer.weight", ".base_layer.bias"
+BASE_WEIGHT, BASE_BIAS = f".{BASE_LAYER}weight", f".{BASE_LAYER}bias"
 
 
 @dataclass(frozen=True)
@@ -69,17 +82,12 @@ class Updates:
             name
             for name in self.beside
             if name.endswith(BASE_BIAS)
-            or (trained and name.endswith(".bias") and not self._is_whole(name))
+            or (
+                trained
+                and name.endswith(".bias")
+                and not is_fully_trained(self.config, name.rpartition(".")[0])
+            )
         ]
-
-    def _is_whole(self, name: str) -> bool:
-        """Whether the tensor is of a module that was trained whole."""
-        ends = tuple(self.config.get("modules_to_save") or ())
-        if self.config.get("task_type") == "SEQ_CLS":
-            ends += SEQ_CLS_HEADS
-        parts = name.split(".")[:-1]
-        above = (".".join(parts[: depth + 1]) for depth in range(len(parts)))
-        return any(module.endswith(ends or ("\0",)) for module in above)
 
 
 def read_updates(files: AdapterFiles) -> Updates:
@@ -249,9 +257,9 @@ def lora_files(
     settings["target_modules"] = settings.get("target_modules") or sorted(ranks)
     tensors = dict(updates.beside)
     for name, matrix in updates.matrices.items():
-        stem = "lora_embedding_{}" if matrix.embedding else "lora_{}.weight"
-        tensors[f"{name}.{stem.format('A')}"] = matrix.A
-        tensors[f"{name}.{stem.format('B')}"] = matrix.B
+        own = EMBEDDING_FACTORS if matrix.embedding else LINEAR_FACTORS
+        tensors[f"{name}.{own.A}"] = matrix.A
+        tensors[f"{name}.{own.B}"] = matrix.B
     return settings, tensors, _sidecar(updates)
 
 

@@ -132,23 +132,6 @@ class AdaLora(Lora):
     def reads(self, settings: Mapping[str, Any]) -> bool:
         return bool(settings["peft_type"] == "ADALORA")
 
-    def to_peft(
-        self, layers: dict[str, AdapterLayer], config: Any
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """``ADALORA``, or where slices of fused projections are adapted, which it has no place for,
-        plain ``LORA`` with Lambda folded into A."""
-        from lorakit.methods.adalora_form import as_adalora, as_lora
-
-        own = all(layer.method is self for layer in layers.values())
-        return as_adalora(layers, config) if own else as_lora(layers, config)
-
-    def from_peft(
-        self, module: nn.Module, name: str, settings: Mapping[str, Any], tensors: dict[str, Tensor]
-    ) -> AdapterLayer:
-        from lorakit.methods.adalora_form import read_adalora
-
-        return read_adalora(self, module, name, settings, tensors)
-
     def saved_rank(self, layer: AdapterLayer) -> int:
         return len(kept_rows(layer))
 

@@ -101,28 +101,6 @@ class Dora(Lora):
     def reads(self, settings: Mapping[str, Any]) -> bool:
         return settings["peft_type"] == "LORA" and bool(settings.get("use_dora"))
 
-    def to_peft(
-        self, layers: dict[str, AdapterLayer], config: Any
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        settings, tensors = super().to_peft(layers, config)
-        tensors |= {
-            f"{name}.lora_magnitude_vector": layer.lora_magnitude_vector.detach()
-            for name, layer in layers.items()
-        }
-        return settings | {"use_dora": True}, tensors
-
-    def from_peft(
-        self, module: nn.Module, name: str, settings: Mapping[str, Any], tensors: dict[str, Tensor]
-    ) -> AdapterLayer:
-        from lorakit.layers import as_matrix
-        from lorakit.methods.lora_form import read_layer
-
-        out_features = as_matrix(module, module.weight).shape[0]  # type: ignore[arg-type]
-        key = "lora_magnitude_vector"
-        return read_layer(
-            self, module, name, settings, tensors, lora_magnitude_vector=(key, (out_features,))
-        )
-
     def compose(self, fused: FusedLayer) -> AdapterLayer:
         """Rows outside of the parts have their own norm for m, by the operation with which PEFT
         takes it again: m / norm is 1."""

@@ -125,21 +125,6 @@ class Lora(Method):
     def reads(self, settings: Mapping[str, Any]) -> bool:
         return settings["peft_type"] == "LORA" and not settings.get("use_dora")
 
-    def to_peft(
-        self, layers: dict[str, AdapterLayer], config: Any
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """``LORA`` with exact ranks and alphas for the modules that differ from r, lora_alpha."""
-        from lorakit.methods.lora_form import lora_settings, lora_tensors
-
-        return lora_settings(layers, config), lora_tensors(layers)
-
-    def from_peft(
-        self, module: nn.Module, name: str, settings: Mapping[str, Any], tensors: dict[str, Tensor]
-    ) -> AdapterLayer:
-        from lorakit.methods.lora_form import read_layer
-
-        return read_layer(self, module, name, settings, tensors)
-
     def saved_rank(self, layer: AdapterLayer) -> int:
         from lorakit.methods.lora_form import rank_of
 

@@ -127,7 +127,7 @@ def test_unknown_keys_are_named_once(adapter: Path, capsys: pytest.CaptureFixtur
     edit(adapter, **neutral, use_other_thing=True, mode="turbo")
     read_adapter(adapter)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith('unknown keys, which are ignored: mode = "turbo", use_other_thing = true')
+    assert line.endswith('unknown keys are ignored: mode = "turbo", use_other_thing = true')
     assert str(adapter / "adapter_config.json") in line
     said: list[str] = []
     read_adapter(adapter, said.append)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lorakit.adapters.peft.lora import from_peft
 from lorakit.errors import AdapterError
 from lorakit.layers import AdapterLayer
 from lorakit.methods.lora import METHOD, LoraConfig
@@ -145,4 +146,4 @@ def test_tensors_that_do_not_fit_are_refused(
 ) -> None:
     values = {name: torch.zeros(shape) for name, shape in tensors.items()}
     with pytest.raises(AdapterError, match=message):
-        METHOD.from_peft(nn.Linear(6, 10), "layer", {"r": 3}, values)
+        from_peft(METHOD, nn.Linear(6, 10), "layer", {"r": 3}, values)

@@ -21,11 +21,10 @@ from torch import Tensor
 from lorakit.adapters.merge.checkpoint import Checkpoint
 from lorakit.adapters.merge.updates import Held, LowRank, Weighted, adds_product
 from lorakit.adapters.peft.read import AdapterFiles, split_key
+from lorakit.adapters.peft.schema import LINEAR_FACTORS, peft_rank, peft_scaling
 from lorakit.adapters.peft.targets import is_targeted
 from lorakit.errors import AdapterError
 from lorakit.methods.base import Method
-from lorakit.methods.lora import Lora
-from lorakit.methods.lora_form import peft_rank, peft_scaling
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 _TWO_NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -224,7 +223,7 @@ def _products(
     factors: dict[str, dict[str, Tensor]] = {}
     for key, value in files.tensors.items():
         name, end = split_key(key, matrices)
-        if name in ("", EMBEDDING, HEAD) or end not in ("lora_A.weight", "lora_B.weight"):
+        if name in ("", EMBEDDING, HEAD) or end not in LINEAR_FACTORS:
             return None
         factors.setdefault(name, {})[end] = value
     if {name for name in matrices if is_targeted(files.config, name)} - set(factors):
@@ -243,7 +242,8 @@ def _is_plain_lora(files: AdapterFiles) -> bool:
     return (
         not files.classifies
         and adds_product(method)
-        and type(method).from_peft is Lora.from_peft
+        and config["peft_type"] == "LORA"
+        and type(method).from_peft is Method.from_peft
         and type(method).link is Method.link
         and not config.get("modules_to_save")
         and config.get("bias") in (None, "none")
@@ -255,7 +255,7 @@ def _product(
     name: str, factors: Mapping[str, Tensor], shape: Sequence[int], adapter: Weighted
 ) -> LowRank | None:
     config = adapter.files.config
-    A, B = factors.get("lora_A.weight"), factors.get("lora_B.weight")
+    A, B = factors.get(LINEAR_FACTORS.A), factors.get(LINEAR_FACTORS.B)
     if A is None or B is None or name in adapter.files.parts:
         return None
     r = peft_rank(config, name)

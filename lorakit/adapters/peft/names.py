@@ -17,10 +17,15 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lorakit.adapters.peft.read import AdapterFiles
+from lorakit.adapters.peft.schema import (
+    EMBEDDING_FACTORS,
+    LINEAR_FACTORS,
+    peft_alpha,
+    peft_rank,
+)
 from lorakit.adapters.peft.targets import is_targeted, unadapted_modules
 from lorakit.anatomy import is_within, outside_language_model
 from lorakit.errors import AdapterError
-from lorakit.methods.lora_form import peft_alpha, peft_rank
 from lorakit.models.load import quiet
 from lorakit.module_names import without_wrappers
 
@@ -101,8 +106,13 @@ def fitted(files: AdapterFiles, model: nn.Module) -> AdapterFiles:
 
 def _patterns(config: Mapping[str, Any], moved: Mapping[str, str]) -> dict[str, Any]:
     """Rank and alpha of every adapted module, under its new name."""
-    ends = re.compile(r"\.lora_(?:embedding_)?A(?:\.weight)?$")
-    names = {ends.sub("", key): ends.sub("", new) for key, new in moved.items() if ends.search(key)}
+    ends = (f".{LINEAR_FACTORS.A}", f".{EMBEDDING_FACTORS.A}")
+    names = {
+        key.removesuffix(end): new.removesuffix(end)
+        for key, new in moved.items()
+        for end in ends
+        if key.endswith(end)
+    }
     return {
         "rank_pattern": {f"^{re.escape(n)}": peft_rank(config, old) for old, n in names.items()},
         "alpha_pattern": {f"^{re.escape(n)}": peft_alpha(config, old) for old, n in names.items()},

@@ -12,15 +12,22 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lorakit.adapters.peft.lora import from_peft
 from lorakit.adapters.peft.names import fitted
 from lorakit.adapters.peft.read import AdapterFiles, read_adapter, split_key
-from lorakit.adapters.peft.targets import SEQ_CLS_HEADS, matched_modules
+from lorakit.adapters.peft.schema import (
+    BASE_LAYER,
+    EMBEDDING_FACTORS,
+    LINEAR_FACTORS,
+    is_fully_trained,
+    modules_to_save,
+)
+from lorakit.adapters.peft.targets import matched_modules
 from lorakit.errors import AdapterError, listed
 from lorakit.injection import InjectionReport, find_heads, report
 from lorakit.layers import ADAPTABLE, AdapterLayer, FusedLayer, adapted_modules, adapter_layers
 from lorakit.models.master_weights import keep_master, set_value, train_whole
 
-_BASE = "base_layer."
 _SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -84,13 +91,12 @@ def find_places(model: nn.Module, files: AdapterFiles) -> Placement:
         name, end = split_key(key, modules)
         own = set(modules[name].state_dict(keep_vars=True)) if name else set()
         if end in own:
-            (places.base if files.trains_base and not _is_whole(files, name) else places.whole)[
-                key
-            ] = value
+            in_base = files.trains_base and not is_fully_trained(files.config, name)
+            (places.base if in_base else places.whole)[key] = value
         elif not files.method.kinds or not isinstance(modules.get(name), ADAPTABLE):
             places.unknown.append(key)
-        elif end.startswith(_BASE) and end.removeprefix(_BASE) in own:
-            places.base[f"{name}.{end.removeprefix(_BASE)}"] = value
+        elif end.startswith(BASE_LAYER) and end.removeprefix(BASE_LAYER) in own:
+            places.base[f"{name}.{end.removeprefix(BASE_LAYER)}"] = value
         else:
             places.adapters.setdefault(name, {})[end] = value
     return places
@@ -99,9 +105,7 @@ def find_places(model: nn.Module, files: AdapterFiles) -> Placement:
 def whole_modules(model: nn.Module, files: AdapterFiles, places: Placement) -> list[str]:
     """The topmost modules that are replaced whole: PEFT takes every one whose name ends so."""
     files = fitted(files, model)
-    ends = tuple(files.config.get("modules_to_save") or ())
-    if files.config.get("task_type") == "SEQ_CLS":
-        ends += SEQ_CLS_HEADS
+    ends = modules_to_save(files.config)
     names = [n for n, m in model.named_modules() if n.endswith(ends or ("\0",)) and m.state_dict()]
     covered = tuple(f"{name}." for name in names) or ("\0",)
     names += [key.rpartition(".")[0] for key in places.whole if not key.startswith(covered)]
@@ -144,7 +148,7 @@ def _layers(
     method, parts = files.method, files.parts
     for name, tensors in places.adapters.items():
         try:
-            layer = method.from_peft(model.get_submodule(name), name, files.config, tensors)
+            layer = from_peft(method, model.get_submodule(name), name, files.config, tensors)
             layers[name] = method.split(layer, parts[name]) if name in parts else layer
         except AdapterError as error:
             raise AdapterError(f"{files.directory}: {error}") from error
@@ -177,10 +181,10 @@ def _matrices(places: Placement, name: str) -> list[tuple[int, ...]]:
     given = {**places.base, **places.whole}.get(f"{name}.weight")
     own = places.adapters.get(name, {})
     found = [tuple(given.shape)] if given is not None else []
-    if "lora_A.weight" in own and "lora_B.weight" in own:
-        found.append((len(own["lora_B.weight"]), own["lora_A.weight"].shape[-1]))
-    if "lora_embedding_A" in own and "lora_embedding_B" in own:
-        found.append((own["lora_embedding_A"].shape[-1], len(own["lora_embedding_B"])))
+    if own.keys() >= set(LINEAR_FACTORS):
+        found.append((len(own[LINEAR_FACTORS.B]), own[LINEAR_FACTORS.A].shape[-1]))
+    if own.keys() >= set(EMBEDDING_FACTORS):
+        found.append((own[EMBEDDING_FACTORS.A].shape[-1], len(own[EMBEDDING_FACTORS.B])))
     return found
 
 
@@ -214,7 +218,7 @@ def _untie(model: nn.Module, whole: Mapping[str, Tensor]) -> None:
     """Give a parameter its own memory where not all that share it get the same values."""
     shared: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        shared.setdefault(id(parameter), []).append(name.replace(f".{_BASE}", "."))
+        shared.setdefault(id(parameter), []).append(name.replace(f".{BASE_LAYER}", "."))
     for names in shared.values():
         given = [name for name in names if name in whole]
         if len(given) < len(names) or any(not whole[n].equal(whole[given[0]]) for n in given):
@@ -232,20 +236,10 @@ def _set_trainable(
 ) -> None:
     for layer in layers.values():
         for name, parameter in layer.named_parameters():
-            if not name.startswith(_BASE):
+            if not name.startswith(BASE_LAYER):
                 parameter.requires_grad_(trainable)
     for name in whole:
         model.get_submodule(name).requires_grad_(trainable)
-
-
-def _is_whole(files: AdapterFiles, name: str) -> bool:
-    """Whether the module is, or lies in, one that the file replaces whole."""
-    ends = tuple(files.config.get("modules_to_save") or ())
-    if files.config.get("task_type") == "SEQ_CLS":
-        ends += SEQ_CLS_HEADS
-    parts = name.split(".")
-    above = (".".join(parts[: depth + 1]) for depth in range(len(parts)))
-    return any(module.endswith(ends or ("\0",)) for module in above)
 
 
 def _at(model: nn.Module, key: str) -> Tensor:

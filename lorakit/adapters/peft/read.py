@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,28 +25,28 @@ from torch import Tensor
 from lorakit import registry
 from lorakit.adapters.peft.schema import (
     ADALORA_TYPES,
+    CONFIG,
     CONFIG_TYPES,
     LORA_TYPES,
+    PREFIX,
+    SEQ_CLS_HEADS,
+    SIDECAR,
     SIDECAR_TYPES,
+    WEIGHTS,
+    check_supported,
     check_tied,
     check_types,
     unknown_keys_note,
 )
-from lorakit.adapters.peft.targets import SEQ_CLS_HEADS, check_supported
 from lorakit.errors import AdapterError, shown
 from lorakit.kernels.low_rank import RowSlice
 from lorakit.methods.base import Method
 from lorakit.models.hub import hub_resolves, is_missing_path, other_content
 from lorakit.recipe.sections import ModelSection
 
-if TYPE_CHECKING:
-    import torch
-
-
-CONFIG = "adapter_config.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 #: All that an adapter may consist of; a repository may hold a whole training beside it.
-_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "adapter_model.safetensors", "README.md"]
+_FILES = ["*.json", "*.jinja", "*.model", "*.txt", WEIGHTS, "README.md"]
 
 
 def adapter_directory(given: str | Path) -> Path:
@@ -91,11 +91,6 @@ def _instead(path: Path) -> str:
     what = other_content(path)
     return f"no adapter ({what})" if what else "no adapter"
 
-
-WEIGHTS = "adapter_model.safetensors"
-SIDECAR = "lorakit.json"
-PREFIX = "base_model.model."
-__all__ = ["CONFIG", "SIDECAR", "WEIGHTS", "AdapterFiles", "is_finite", "read_adapter", "split_key"]
 
 #: With ``bias: all`` and with ``save_embedding_layers`` PEFT writes tensors of modules that train
 #: whole a second time, under the names that they have inside of it, and beside them those that

@@ -1,27 +1,262 @@
-"""Of what type the values in an adapter's two JSON files must be to be read.
+"""PEFT's adapter directory (PEFT 0.21): file names, keys, their types and defaults, tensor names.
 
-Keys of ``adapter_config.json`` that a newer PEFT, or another tool, wrote.
+Nothing here imports PEFT, torch or transformers. A new PEFT version changes this module first.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from lorakit.adapters.peft.targets import DEFAULTS
 from lorakit.errors import AdapterError, shown
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+SIDECAR = "lorakit.json"
+#: The prefix of every tensor name in ``adapter_model.safetensors``.
+PREFIX = "base_model.model."
+
+#: PEFT's defaults. Older versions reject keys that they do not know, so a key at its default is not
+#: written.
+DEFAULTS: dict[str, Any] = {
+    "alpha_pattern": {},
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "auto_mapping": None,
+    "bias": "none",
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "exclude_modules": None,
+    "fan_in_fan_out": False,
+    "init_lora_weights": True,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_bias": False,
+    "lora_dropout": 0.0,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "modules_to_save": None,
+    "qalora_group_size": 16,
+    "rank_pattern": {},
+    "revision": None,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "use_rslora": False,
+}
+#: Keys that change what an adapter computes, with the values that lorakit supports.
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "bias": ("none", "lora_only", "all", None),
+    "kasa_config": (None,),
+    "layer_replication": (None,),
+    "lora_bias": (False, None),
+    "megatron_config": (None,),
+    "monteclora_config": (None,),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, []),
+    "use_bdlora": (None, False),
+    "use_dora": (False, True, None),
+    "use_qalora": (False, None),
+    "velora_config": (None,),
+    # Every other initialisation changes the base weights.
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+}
+#: Keys whose values PEFT may interpret as regular expressions.
+_PATTERN_KEYS = (
+    "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "modules_to_save",
+    "layers_pattern",
+)  # fmt: skip
+#: Types of the values in ``adapter_config.json``.
+CONFIG_TYPES = {
+    "alpha_pattern": "finite numbers by name",
+    "auto_mapping": "an object",
+    "base_model_name_or_path": "a string",
+    "exclude_modules": "a string, or a list of strings",
+    "fan_in_fan_out": "true, false",
+    "init_r": "an integer above 0",
+    "layers_pattern": "a string, or a list of strings",
+    "layers_to_transform": "an integer, or a list of integers",
+    "lora_alpha": "a finite number",
+    "lora_dropout": "a probability",
+    "modules_to_save": "a list of strings",
+    "revision": "a string",
+    "target_modules": "a string, or a list of strings",
+    "task_type": "a string",
+    "use_rslora": "true, false",
+}
+#: Keys with another type in AdaLoRA, where ``rank_pattern`` holds a list for each name.
+LORA_TYPES = {"r": "an integer above 0", "rank_pattern": "integers above 0 by name"}
+ADALORA_TYPES = {"rank_pattern": "lists of true and false by name"}
+#: Types of the values in ``lorakit.json``.
+SIDECAR_TYPES = {
+    "base_class": "a string",
+    "base_dtype": "a string",
+    "id2label": "names by class number",
+    "labels": "a list of strings",
+    "method": "a string",
+    "misread_by_peft": "a list of strings",
+    "pad_token_id": "an integer",
+    "problem_type": "a string",
+    "refused_by_peft": "a list of strings",
+    "task": "a string",
+}
+#: Further keys of PEFT that lorakit reads elsewhere, or that do not affect the output.
+_OTHER_KEYS = {
+    "beta1", "beta2", "deltaT", "inference_mode", "kasa_config", "lora_ga_config",
+    "monteclora_config", "orth_reg_weight", "peft_type", "peft_version", "runtime_config",
+    "target_r", "tfinal", "tinit", "total_step", "use_bdlora", "velora_config",
+}  # fmt: skip
+_KNOWN_KEYS = {*DEFAULTS, *CONFIG_TYPES, *LORA_TYPES, *ADALORA_TYPES, *_OTHER_KEYS}
+#: For these keys PEFT does not read null as the default.
+_NOT_NULLABLE = ("init_r", "lora_alpha", "lora_dropout", "r")
+#: Heads that PEFT saves for ``SEQ_CLS``, whatever ``modules_to_save`` lists.
+SEQ_CLS_HEADS = ("classifier", "score")
+#: Parts of tensor names that only occur for layers whose weights may be tied.
+_TIED = ("lora_embedding_", "lm_head.", "embed_tokens.", "wte.")
+
+
+class FactorNames(NamedTuple):
+    """What follows the module's name in the tensor names of A and B."""
+
+    A: str
+    B: str
+
+
+class AdaLoraNames(NamedTuple):
+    """The same for Q (as ``A``), P (as ``B``) and Lambda (as ``E``) of AdaLoRA."""
+
+    A: str
+    B: str
+    E: str
+
+
+LINEAR_FACTORS = FactorNames("lora_A.weight", "lora_B.weight")
+EMBEDDING_FACTORS = FactorNames("lora_embedding_A", "lora_embedding_B")
+ADALORA_FACTORS = AdaLoraNames("lora_A", "lora_B", "lora_E")
+#: DoRA's magnitudes.
+MAGNITUDE = "lora_magnitude_vector"
+#: The base's own weight or bias of an adapted module, as opposed to a factor.
+BASE_LAYER = "base_layer."
+
+
+def factor_names(kind: str) -> FactorNames:
+    """The names of A and B for an adapted module of ``kind`` (``layers.kind_of``)."""
+    return EMBEDDING_FACTORS if kind == "embedding" else LINEAR_FACTORS
+
+
+def peft_rank(settings: Mapping[str, Any], name: str) -> int:
+    """The rank that ``adapter_config.json`` gives the module ``name``."""
+    return int(_by_pattern(settings.get("rank_pattern"), name, settings.get("r", 8)))
+
+
+def peft_alpha(settings: Mapping[str, Any], name: str) -> float:
+    """The lora_alpha that ``adapter_config.json`` gives the module ``name``."""
+    alpha = _by_pattern(settings.get("alpha_pattern"), name, settings.get("lora_alpha", 8))
+    return float(alpha)
+
+
+def peft_scaling(settings: Mapping[str, Any], name: str, r: int) -> float:
+    """The factor of B A: lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora``.
+
+    Raises AdapterError if it is not finite.
+    """
+    alpha = peft_alpha(settings, name)
+    scaling = alpha / (math.sqrt(r) if settings.get("use_rslora") else r)
+    if not math.isfinite(scaling):
+        raise AdapterError(f"{name}: lora_alpha = {alpha}: allowed: a finite number")
+    return scaling
+
+
+def peft_alpha_of(scaling: float, r: int, use_rslora: bool) -> float:
+    """The lora_alpha for ``scaling``, rounded to ten digits to drop floating-point noise."""
+    return round(scaling * (math.sqrt(r) if use_rslora else r), 10)
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """As PEFT: the first key, a regular expression, that matches a dotted suffix of ``name``."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def modules_to_save(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The suffixes of the modules that PEFT replaces as a whole."""
+    heads = SEQ_CLS_HEADS if config.get("task_type") == "SEQ_CLS" else ()
+    return (*(config.get("modules_to_save") or ()), *heads)
+
+
+def is_fully_trained(config: Mapping[str, Any], name: str) -> bool:
+    """Whether the module ``name`` is, or lies in, one that PEFT replaces as a whole."""
+    suffixes = modules_to_save(config) or ("\0",)
+    parts = name.split(".")
+    return any(".".join(parts[: i + 1]).endswith(suffixes) for i in range(len(parts)))
 
 
 def check_types(stored: Mapping[str, Any], types: Mapping[str, str], where: str) -> None:
-    """Raise AdapterError for the first key whose value is not of its type. Null stands for the
-    default, but for numbers that PEFT does not take it for."""
+    """Raise AdapterError for the first key whose value is not of its type. Null is the default,
+    except for numbers where PEFT rejects it."""
     for key, allowed in types.items():
         value = stored.get(key)
-        if key not in stored or (value is None and key not in _NEVER_NULL):
+        if key not in stored or (value is None and key not in _NOT_NULLABLE):
             continue
         if not _CHECKS[allowed](value):
             raise AdapterError(f"{where}: {key} = {shown(value)}: allowed: {allowed}")
+
+
+def check_supported(config: Mapping[str, Any], where: str) -> None:
+    """Raise AdapterError for a key that changes the output in a way that lorakit does not support,
+    and for an invalid regular expression."""
+    for key, allowed in _SUPPORTED.items():
+        value = config.get(key, DEFAULTS.get(key))
+        if not any(value is choice or value == choice for choice in allowed):
+            names = ", ".join(shown(choice) for choice in allowed)
+            raise AdapterError(f"{where}: {key} = {shown(value)}: not supported; allowed: {names}")
+    for key in _PATTERN_KEYS:
+        value = config.get(key) or []
+        for pattern in [value] if isinstance(value, str) else value:
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise AdapterError(f"{where}: {key}: {shown(pattern)}: {error}") from error
+
+
+def unknown_keys_note(config: Mapping[str, Any], where: str) -> str | None:
+    """A note that lists keys of a newer PEFT or of another tool, or None if there are none. Null,
+    false and empty values are skipped, since they turn nothing on."""
+    unknown = {key: value for key, value in config.items() if key not in _KNOWN_KEYS and value}
+    if not unknown:
+        return None
+    listed = ", ".join(f"{key} = {shown(value, 40)}" for key, value in sorted(unknown.items())[:8])
+    more = ", ..." if len(unknown) > 8 else ""
+    return f"{where}: unknown keys are ignored: {listed}{more}"
+
+
+def check_tied(config: Mapping[str, Any], names: Mapping[str, Any], where: str) -> None:
+    """Raise AdapterError for ``ensure_weight_tying`` where it has an effect: PEFT then adapts tied
+    layers that the file does not name."""
+    if config.get("ensure_weight_tying") and any(mark in name for name in names for mark in _TIED):
+        raise AdapterError(
+            f"{where}: ensure_weight_tying = true: not supported for an adapter of the embeddings "
+            "or the output layer; allowed: false"
+        )
+
+
+def without_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``settings`` without keys at their default; PEFT 0.13 and later know all that remain."""
+    return {
+        key: value
+        for key, value in settings.items()
+        if key not in DEFAULTS or (value != DEFAULTS[key] and not (value is None or value == {}))
+    }
 
 
 def _is_integer(value: Any) -> bool:
@@ -33,7 +268,7 @@ def _is_number(value: Any) -> bool:
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # an integer that no float holds
+    except OverflowError:  # an integer beyond the range of a float
         return False
 
 
@@ -41,7 +276,7 @@ def _is_rank(value: Any) -> bool:
     return _is_integer(value) and _is_number(value) and bool(value > 0)
 
 
-def _is_texts(value: Any) -> bool:
+def _is_strings(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
@@ -51,10 +286,18 @@ def _is_labels(value: Any) -> bool:
     )
 
 
+def _by_name(value: Any, is_valid: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(map(is_valid, value.values()))
+
+
+def _is_mask(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, bool) for item in value)
+
+
 _CHECKS: dict[str, Callable[[Any], bool]] = {
-    "text": lambda value: isinstance(value, str),
-    "a list of texts": _is_texts,
-    "text, or a list of texts": lambda value: isinstance(value, str) or _is_texts(value),
+    "a string": lambda value: isinstance(value, str),
+    "a list of strings": _is_strings,
+    "a string, or a list of strings": lambda value: isinstance(value, str) or _is_strings(value),
     "true, false": lambda value: isinstance(value, bool),
     "an integer": _is_integer,
     "an integer above 0": _is_rank,
@@ -64,82 +307,8 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "a probability": lambda value: _is_number(value) and 0 <= value <= 1,
     "a finite number": _is_number,
     "an object": lambda value: isinstance(value, dict),
-    "integers above 0 by name": lambda value: (
-        isinstance(value, dict) and all(map(_is_rank, value.values()))
-    ),
-    "finite numbers by name": lambda value: (
-        isinstance(value, dict) and all(map(_is_number, value.values()))
-    ),
-    "lists of true and false by name": lambda value: (
-        isinstance(value, dict)
-        and all(isinstance(v, list) and all(isinstance(k, bool) for k in v) for v in value.values())
-    ),
+    "integers above 0 by name": lambda value: _by_name(value, _is_rank),
+    "finite numbers by name": lambda value: _by_name(value, _is_number),
+    "lists of true and false by name": lambda value: _by_name(value, _is_mask),
     "names by class number": _is_labels,
 }
-_NEVER_NULL = ("init_r", "lora_alpha", "lora_dropout", "r")
-_NAMES = "text, or a list of texts"
-#: ``adapter_config.json``.
-CONFIG_TYPES = {
-    "alpha_pattern": "finite numbers by name",
-    "auto_mapping": "an object",
-    "base_model_name_or_path": "text",
-    "exclude_modules": _NAMES,
-    "fan_in_fan_out": "true, false",
-    "init_r": "an integer above 0",
-    "layers_pattern": _NAMES,
-    "layers_to_transform": "an integer, or a list of integers",
-    "lora_alpha": "a finite number",
-    "lora_dropout": "a probability",
-    "modules_to_save": "a list of texts",
-    "revision": "text",
-    "target_modules": _NAMES,
-    "task_type": "text",
-    "use_rslora": "true, false",
-}
-#: Keys that mean another thing to AdaLoRA: there the pattern has a list for each name.
-LORA_TYPES = {"r": "an integer above 0", "rank_pattern": "integers above 0 by name"}
-ADALORA_TYPES = {"rank_pattern": "lists of true and false by name"}
-#: ``lorakit.json``.
-SIDECAR_TYPES = {
-    "base_class": "text",
-    "base_dtype": "text",
-    "id2label": "names by class number",
-    "labels": "a list of texts",
-    "method": "text",
-    "misread_by_peft": "a list of texts",
-    "pad_token_id": "an integer",
-    "problem_type": "text",
-    "refused_by_peft": "a list of texts",
-    "task": "text",
-}
-
-
-#: Those of PEFT that are read elsewhere, or that say nothing of what an adapter computes.
-_READ = {
-    "beta1", "beta2", "deltaT", "inference_mode", "kasa_config", "lora_ga_config",
-    "monteclora_config", "orth_reg_weight", "peft_type", "peft_version", "runtime_config",
-    "target_r", "tfinal", "tinit", "total_step", "use_bdlora", "velora_config",
-}  # fmt: skip
-_KNOWN = {*DEFAULTS, *CONFIG_TYPES, *LORA_TYPES, *ADALORA_TYPES, *_READ}
-_TIED = ("lora_embedding_", "lm_head.", "embed_tokens.", "wte.")
-
-
-def unknown_keys_note(config: Mapping[str, Any], where: str) -> str | None:
-    """A line that names the keys of no known meaning; one whose value is null, false or empty
-    turns nothing on and is left out. None where there is nothing to say."""
-    unknown = {key: value for key, value in config.items() if key not in _KNOWN and value}
-    if not unknown:
-        return None
-    listed = ", ".join(f"{key} = {shown(value, 40)}" for key, value in sorted(unknown.items())[:8])
-    more = ", ..." if len(unknown) > 8 else ""
-    return f"{where}: unknown keys, which are ignored: {listed}{more}"
-
-
-def check_tied(config: Mapping[str, Any], names: Mapping[str, Any], where: str) -> None:
-    """Raise AdapterError for ``ensure_weight_tying`` where it does something: PEFT then adapts
-    tied layers that the file does not name."""
-    if config.get("ensure_weight_tying") and any(mark in name for name in names for mark in _TIED):
-        raise AdapterError(
-            f"{where}: ensure_weight_tying = true: not supported for an adapter of embeddings or "
-            "of the output layer; allowed: false"
-        )

@@ -1,6 +1,4 @@
-"""What the keys of ``adapter_config.json`` mean to PEFT (0.21), written and read.
-
-PEFT itself is not needed for either."""
+"""Which modules an ``adapter_config.json`` adapts, according to PEFT's rules (0.21)."""
 
 from __future__ import annotations
 
@@ -10,64 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from lorakit.errors import AdapterError, shown
+from lorakit.adapters.peft.schema import modules_to_save
 
-#: What PEFT takes for a key that is absent. A key that an older version does not know is an error
-#: there, so none is written at its default.
-DEFAULTS: dict[str, Any] = {
-    "alpha_pattern": {},
-    "alora_invocation_tokens": None,
-    "arrow_config": None,
-    "auto_mapping": None,
-    "bias": "none",
-    "corda_config": None,
-    "ensure_weight_tying": False,
-    "eva_config": None,
-    "exclude_modules": None,
-    "fan_in_fan_out": False,
-    "init_lora_weights": True,
-    "layer_replication": None,
-    "layers_pattern": None,
-    "layers_to_transform": None,
-    "loftq_config": {},
-    "lora_bias": False,
-    "lora_dropout": 0.0,
-    "megatron_config": None,
-    "megatron_core": "megatron.core",
-    "modules_to_save": None,
-    "qalora_group_size": 16,
-    "rank_pattern": {},
-    "revision": None,
-    "target_parameters": None,
-    "trainable_token_indices": None,
-    "use_dora": False,
-    "use_qalora": False,
-    "use_rslora": False,
-}
-#: Keys that change the mathematics; what is not among the allowed values is refused.
-_ALLOWED: dict[str, tuple[Any, ...]] = {
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "bias": ("none", "lora_only", "all", None),
-    "kasa_config": (None,),
-    "layer_replication": (None,),
-    "lora_bias": (False, None),
-    "megatron_config": (None,),
-    "monteclora_config": (None,),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, []),
-    "use_bdlora": (None, False),
-    "use_dora": (False, True, None),
-    "use_qalora": (False, None),
-    "velora_config": (None,),
-    # The others start from a base whose weights they have changed.
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
-}
-#: Keys of which PEFT takes names for regular expressions, some of them.
-_REGULAR = (
-    "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "modules_to_save",
-    "layers_pattern",
-)  # fmt: skip
 #: Conversion of transformers -> the names that PEFT takes for those of experts.
 _EXPERT_NAMES = {
     "mixtral": frozenset({"gate", "w1", "w2", "w3"}),
@@ -76,17 +18,6 @@ _EXPERT_NAMES = {
 #: Model types with a state space, and the modules that PEFT refuses to adapt in them.
 _STATE_SPACE = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
 _REFUSED = frozenset({"out_proj", "conv1d"})
-#: PEFT takes these for the head of a classifier, whatever the file says.
-SEQ_CLS_HEADS = ("classifier", "score")
-
-
-def without_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of ``adapter_config.json`` that say something: PEFT from 0.13 on knows them all."""
-    return {
-        key: value
-        for key, value in settings.items()
-        if key not in DEFAULTS or (value != DEFAULTS[key] and not (value is None or value == {}))
-    }
 
 
 def misread_by_peft(model: nn.Module, adapted: Iterable[str]) -> list[str]:
@@ -127,22 +58,6 @@ def refused_note(refused: Iterable[str]) -> str:
         f"PEFT from 0.16 on does not load an adapter of {' and '.join(refused)} for models with "
         "Mamba layers; lorakit does"
     )
-
-
-def check_supported(config: Mapping[str, Any], where: str) -> None:
-    """Raise AdapterError for a key that would change the output and is not understood here."""
-    for key, allowed in _ALLOWED.items():
-        value = config.get(key, DEFAULTS.get(key))
-        if not any(value is choice or value == choice for choice in allowed):
-            names = ", ".join(shown(choice) for choice in allowed)
-            raise AdapterError(f"{where}: {key} = {shown(value)}: not supported; allowed: {names}")
-    for key in _REGULAR:
-        value = config.get(key) or []
-        for pattern in [value] if isinstance(value, str) else value:
-            try:
-                re.compile(pattern)
-            except (re.error, TypeError) as error:
-                raise AdapterError(f"{where}: {key}: {shown(pattern)}: {error}") from error
 
 
 def unadapted_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -213,9 +128,7 @@ def _excluded(config: Mapping[str, Any], name: str) -> bool:
             return True
     elif any(name == end or name.endswith(f".{end}") for end in excluded):
         return True
-    saved = list(config.get("modules_to_save") or [])
-    if config.get("task_type") == "SEQ_CLS":
-        saved += SEQ_CLS_HEADS
+    saved = modules_to_save(config)
     return any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in saved)
 
 

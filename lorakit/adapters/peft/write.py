@@ -14,16 +14,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit import __version__, registry
 from lorakit.adapters.model_card import CardFacts, model_card
+from lorakit.adapters.peft.lora import to_peft
 from lorakit.adapters.peft.names import BaseNames
 from lorakit.adapters.peft.place import load_adapter
-from lorakit.adapters.peft.read import CONFIG, PREFIX, SIDECAR, WEIGHTS, AdapterFiles, read_adapter
+from lorakit.adapters.peft.read import AdapterFiles, read_adapter
+from lorakit.adapters.peft.schema import CONFIG, PREFIX, SIDECAR, WEIGHTS, without_defaults
 from lorakit.adapters.peft.targets import (
     exact_patterns,
     misread_by_peft,
     refused_by_peft,
     target_modules,
     unadapted_modules,
-    without_defaults,
 )
 from lorakit.errors import AdapterError
 from lorakit.injection import trained_base, trained_whole
@@ -107,7 +108,7 @@ def _gathered(
         renamed(name): method.compose(layer) if isinstance(layer, FusedLayer) else layer
         for name, layer in adapted.items()
     }
-    settings, tensors = method.to_peft(layers, config)
+    settings, tensors = to_peft(method, layers, config)
     base_parameters = {renamed(n): value for n, value in trained_base(model, whole).items()}
     tensors |= base_parameters
     if not method.kinds:

@@ -1,0 +1,244 @@
+"""Adapter layers in PEFT's LoRA and AdaLoRA formats, written and read.
+
+LoRA, DoRA and every method that folds into a plain LoRA share the first; AdaLoRA has its own. A
+method with another format overrides ``Method.to_peft`` and ``Method.from_peft``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.adapters.peft.schema import (
+    ADALORA_FACTORS,
+    MAGNITUDE,
+    factor_names,
+    peft_alpha_of,
+    peft_rank,
+    peft_scaling,
+)
+from lorakit.errors import AdapterError
+from lorakit.layers import AdapterLayer, as_matrix
+from lorakit.methods.adalora import AdaLora, kept_rows, scaling_of
+from lorakit.methods.adalora_form import fold
+from lorakit.methods.base import Method
+from lorakit.methods.lora import Lora, LoraConfig
+
+#: The keys that ``adapter_config.json`` takes from AdaLoRA's configuration unchanged.
+_ADALORA_KEYS = {
+    "init_r", "target_r", "lora_alpha", "lora_dropout", "bias", "deltaT", "beta1", "beta2",
+    "orth_reg_weight",
+}  # fmt: skip
+
+
+def to_peft(
+    method: Method, layers: dict[str, AdapterLayer], config: Any
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the method's keys of ``adapter_config.json``, and the tensors of ``layers`` under
+    PEFT's names, without the prefix ``base_model.model.``."""
+    if not _has_lora_format(method):
+        return method.to_peft(layers, config)
+    if isinstance(method, AdaLora):
+        if all(layer.method is method for layer in layers.values()):
+            return _adalora_settings(layers, config), _adalora_tensors(layers)
+        # PEFT's AdaLoRA cannot adapt slices of a fused projection: Lambda is folded into A.
+        return _folded_adalora(layers, config)
+    return _lora_settings(layers, config), _lora_tensors(layers)
+
+
+def from_peft(
+    method: Method,
+    module: nn.Module,
+    name: str,
+    settings: Mapping[str, Any],
+    tensors: dict[str, Tensor],
+) -> AdapterLayer:
+    """Return the layer of the module ``name`` with the values of ``tensors``, which are keyed by
+    what follows its name (``lora_A.weight``). ``settings`` is ``adapter_config.json``.
+
+    Raises AdapterError for a tensor that is missing, unknown or misshapen.
+    """
+    if not _has_lora_format(method):
+        return method.from_peft(module, name, settings, tensors)
+    if isinstance(method, AdaLora):
+        return _read_adalora(method, module, name, settings, tensors)
+    return _read_lora(method, module, name, settings, tensors)
+
+
+def _has_lora_format(method: Method) -> bool:
+    return isinstance(method, Lora) and type(method).to_peft is Method.to_peft
+
+
+def _lora_settings(layers: Mapping[str, AdapterLayer], config: Any) -> dict[str, Any]:
+    """r and lora_alpha of the configuration, and patterns for the modules that differ."""
+    ranks = {name: layer.method.saved_rank(layer) for name, layer in layers.items()}
+    alphas = {
+        name: peft_alpha_of(layer.scaling, ranks[name], config.use_rslora)
+        for name, layer in layers.items()
+    }
+    return {
+        "peft_type": "LORA",
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "rank_pattern": {n: r for n, r in ranks.items() if r != config.r},
+        "alpha_pattern": {n: alpha for n, alpha in alphas.items() if alpha != config.lora_alpha},
+        "bias": config.bias,
+        "use_rslora": config.use_rslora,
+        "use_dora": any(hasattr(layer, MAGNITUDE) for layer in layers.values()),
+        "init_lora_weights": True,
+    }
+
+
+def _lora_tensors(layers: Mapping[str, AdapterLayer]) -> dict[str, Tensor]:
+    tensors = {}
+    for name, layer in layers.items():
+        method: Any = layer.method
+        for stored, factor in zip(factor_names(layer.kind), method.factors(layer), strict=True):
+            tensors[f"{name}.{stored}"] = factor.detach()
+        if hasattr(layer, MAGNITUDE):
+            tensors[f"{name}.{MAGNITUDE}"] = getattr(layer, MAGNITUDE).detach()
+    return tensors
+
+
+def _read_lora(
+    method: Method,
+    module: nn.Module,
+    name: str,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+) -> AdapterLayer:
+    """The rank is what ``settings`` say, and the tensors must have it."""
+    layer = AdapterLayer(module, method, r=peft_rank(settings, name), scaling=1.0)
+    layer.scaling = peft_scaling(settings, name, layer.r)
+    stored_A, stored_B = factor_names(layer.kind)
+    wanted: dict[str, tuple[str, tuple[int, ...]]] = {
+        "lora_A": (stored_A, (layer.r, layer.in_features)),
+        "lora_B": (stored_B, (layer.out_features, layer.r)),
+    }
+    if settings.get("use_dora"):
+        out_features = as_matrix(module, layer.weight).shape[0]
+        wanted[MAGNITUDE] = (MAGNITUDE, (out_features,))
+    _check_names(name, tensors, {stored for stored, _ in wanted.values()})
+    for parameter, (stored, shape) in wanted.items():
+        value = _checked_value(layer, name, stored, tensors[stored], shape)
+        layer.register_parameter(parameter, nn.Parameter(value, requires_grad=False))
+    layer.lora_dropout = nn.Dropout(settings.get("lora_dropout", 0.0))
+    return layer
+
+
+def _adalora_settings(layers: Mapping[str, AdapterLayer], config: Any) -> dict[str, Any]:
+    """PEFT builds each layer with init_r triplets, removes those that ``rank_pattern`` does not
+    keep, and still divides lora_alpha by init_r. It requires a schedule: that of the run."""
+    tinit, tfinal, total_steps = next(
+        (layer.schedule for layer in layers.values() if hasattr(layer, "schedule")), (0, 0, 1)
+    )
+    kept = {name: kept_rows(layer) for name, layer in layers.items()}
+    pruned = any(len(kept[name]) < layer.r for name, layer in layers.items())
+    pattern = {
+        f"{name}.{ADALORA_FACTORS.E}": [i in rows for i in range(layers[name].r)]
+        for name, rows in kept.items()
+    }
+    return {
+        "peft_type": "ADALORA",
+        **config.model_dump(include=_ADALORA_KEYS),
+        "tinit": tinit,
+        "tfinal": tfinal,
+        "total_step": total_steps,
+        "rank_pattern": pattern if pruned else None,
+        "init_lora_weights": True,
+    }
+
+
+def _adalora_tensors(layers: Mapping[str, AdapterLayer]) -> dict[str, Tensor]:
+    """The kept triplets."""
+    tensors = {}
+    for name, layer in layers.items():
+        rows = kept_rows(layer)
+        tensors[f"{name}.{ADALORA_FACTORS.A}"] = layer.lora_A.detach()[rows]
+        tensors[f"{name}.{ADALORA_FACTORS.E}"] = layer.lora_E.detach()[rows]
+        tensors[f"{name}.{ADALORA_FACTORS.B}"] = layer.lora_B.detach()[:, rows]
+    return tensors
+
+
+def _read_adalora(
+    method: AdaLora,
+    module: nn.Module,
+    name: str,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+) -> AdapterLayer:
+    """A layer with as many triplets as the file has; without any, one that adds nothing."""
+    stored_A, stored_B, stored_E = ADALORA_FACTORS
+    _check_names(name, tensors, set(ADALORA_FACTORS))
+    init_r = settings.get("init_r", 12)
+    pattern = (settings.get("rank_pattern") or {}).get(f"{name}.{stored_E}")
+    r = init_r if pattern is None else sum(pattern)
+    scaling = scaling_of(settings.get("lora_alpha", 8), init_r)
+    if r == 0 and not any(value.numel() for value in tensors.values()):
+        shapes_of_one = {stored_A: (1, -1), stored_E: (1, 1), stored_B: (-1, 1)}
+        r, tensors = 1, {end: _zeros(tensors[end], shape) for end, shape in shapes_of_one.items()}
+    layer = AdapterLayer(module, method, r=r, scaling=scaling)
+    wanted = {
+        "lora_A": (stored_A, (r, layer.in_features)),
+        "lora_B": (stored_B, (layer.out_features, r)),
+        "lora_E": (stored_E, (r, 1)),
+    }
+    for parameter, (stored, shape) in wanted.items():
+        value = _checked_value(layer, name, stored, tensors[stored], shape)
+        layer.register_parameter(parameter, nn.Parameter(value, requires_grad=False))
+    kept = torch.ones(r, dtype=torch.bool, device=layer.lora_E.device)
+    layer.register_buffer("kept", kept, persistent=False)
+    layer.lora_dropout = nn.Dropout(settings.get("lora_dropout", 0.0))
+    return layer
+
+
+def _zeros(empty: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Zeros of ``shape``, where -1 stands for the size that ``empty`` has."""
+    sizes = [have if want < 0 else want for have, want in zip(empty.shape, shape, strict=True)]
+    return empty.new_zeros(sizes)
+
+
+def _folded_adalora(
+    layers: Mapping[str, AdapterLayer], config: Any
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Plain LoRA with the commonest rank as r, and a lora_alpha for each matrix that keeps its
+    scaling."""
+    folded = {n: fold(x) if isinstance(x.method, AdaLora) else x for n, x in layers.items()}
+    r = Counter(layer.r for layer in folded.values()).most_common(1)[0][0]
+    alpha = scaling_of(config.lora_alpha, config.init_r) * r
+    plain = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=config.lora_dropout, bias=config.bias)
+    return _lora_settings(folded, plain), _lora_tensors(folded)
+
+
+def _check_names(name: str, tensors: Collection[str], wanted: set[str]) -> None:
+    """Raise AdapterError unless the file's tensors of the module ``name`` are those ``wanted``."""
+    extra, lacking = set(tensors) - wanted, wanted - set(tensors)
+    kinds = (("unknown", extra), ("missing", lacking))
+    if found := [
+        f"{kind} tensors: {', '.join(f'{name}.{key}' for key in sorted(keys))}"
+        for kind, keys in kinds
+        if keys
+    ]:
+        raise AdapterError("; ".join(found))
+
+
+def _checked_value(
+    layer: AdapterLayer, name: str, stored: str, value: Tensor, shape: tuple[int, ...]
+) -> Tensor:
+    """``value`` as a float32 copy on the layer's device. A tensor that maps a file may start at any
+    address, and the last bits of a product depend on the alignment.
+
+    Raises AdapterError for another shape.
+    """
+    if tuple(value.shape) != shape:
+        raise AdapterError(
+            f"{name}.{stored} is {tuple(value.shape)}, and the model with r = {layer.r} needs "
+            f"{shape}: the adapter belongs to another base model"
+        )
+    device = value.device if layer.weight.is_meta else layer.weight.device
+    return value.to(device, torch.float32, copy=True)
