@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -72,6 +73,24 @@ def listed(names: Iterable[object], most: int = 5) -> str:
     texts = [str(name) for name in names]
     more = f" and {len(texts) - most:,} more" if len(texts) > most else ""
     return ", ".join(texts[:most]) + more
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The known name most similar to ``name``, ignoring case and ``-`` against ``_``; None if none
+    is similar enough."""
+    folded = {_fold(candidate): candidate for candidate in known}
+    found = difflib.get_close_matches(_fold(name), folded, n=1, cutoff=cutoff)
+    return folded[found[0]] if found else None
+
+
+def did_you_mean(message: str, name: object, known: Iterable[str]) -> str:
+    """``message``, followed by the nearest known name if there is one."""
+    found = nearest(name, known) if isinstance(name, str) else None
+    return f"{message}; did you mean {found!r}?" if found else message
+
+
+def _fold(name: str) -> str:
+    return name.lower().replace("-", "_")
 
 
 @dataclass(frozen=True)

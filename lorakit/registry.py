@@ -1,7 +1,7 @@
-"""The folder is the registry: what stands in ``methods/`` and ``tasks/`` is found by looking.
+"""Find methods and tasks: every module of ``lorakit/methods`` and ``lorakit/tasks`` is imported.
 
-A method file exports ``METHOD``, a task file ``TASK``. None of them imports torch at the top, so
-that a recipe is checked, and the names are listed, without loading it.
+A method module exports ``METHOD``, a task module ``TASK``. None of them imports torch at module
+level, so that checking a recipe and listing names stay fast.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import importlib
 import pkgutil
 from functools import cache
 from typing import Any
+
+from lorakit.user_code import is_code
 
 METHODS = "lorakit.methods"
 TASKS = "lorakit.tasks"
@@ -34,15 +36,16 @@ def tasks() -> dict[str, Any]:
     return {name: task for task in _exports(TASKS, "TASK") for name in task.names}
 
 
-def is_own_task(name: str) -> bool:
-    """Whether ``task.name`` is a file of the user's: ``./task.py:Task`` or ``./task.yaml``."""
-    return name.endswith((".py", ".yaml", ".yml")) or ".py:" in name
+def is_user_task(name: str) -> bool:
+    """Whether ``task.name`` is a user's file: ``./task.py:Task`` or ``./task.yaml``."""
+    return is_code(name) or name.endswith((".yaml", ".yml"))
 
 
 def task(name: str) -> Any:
-    """The ``lorakit.tasks.base.Task`` of ``task.name``, which may be a file of the user's: only
-    here is such a file read or run. Raises KeyError for an unknown name, UserError for a file that
-    holds no task."""
-    if is_own_task(name):
-        return importlib.import_module(f"{TASKS}.own").load_task(name)
+    """The ``lorakit.tasks.base.Task`` that ``task.name`` names; a user's file is read and run here.
+
+    Raises KeyError for an unknown name, UserError for a file that does not define a task.
+    """
+    if is_user_task(name):
+        return importlib.import_module(f"{TASKS}.user_task").load_task(name)
     return tasks()[name]

@@ -123,7 +123,7 @@ def tasks(
 ) -> None:
     """List the tasks that task.name may name.
 
-    It may also name a file of your own, ./FILE.py:CLASS or ./FILE.yaml: see docs/own-task.md.
+    It may also name your own file, ./FILE.py:CLASS or ./FILE.yaml: see docs/user-task.md.
 
     Example: lorakit tasks --json
     """
@@ -131,4 +131,4 @@ def tasks(
 
     print_names({name: task.summary for name, task in registry.tasks().items()}, as_json)
     if not as_json:
-        typer.echo("or a file of your own: ./FILE.py:CLASS, ./FILE.yaml", err=True)
+        typer.echo("or your own file: ./FILE.py:CLASS, ./FILE.yaml", err=True)

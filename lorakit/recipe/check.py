@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import registry
-from lorakit.errors import Problem, RecipeError, UserError
-from lorakit.recipe.diagnostics import Fault, did_you_mean
+from lorakit.errors import Problem, RecipeError, UserError, did_you_mean
+from lorakit.recipe.diagnostics import Fault
 from lorakit.recipe.sections import (
     KNOWN,
     AdapterSection,
@@ -107,8 +107,8 @@ def check_sections(
         faults += [*_token_budget(task, train), *_streaming(task, train)]
     if train is not None:
         faults += _one_of(train, "epochs", "max_steps")
-        if task is None or not registry.is_own_task(str(getattr(task, "name", ""))):
-            faults += _metric(train)  # an own task's metrics have the names that its file gives
+        if task is None or not registry.is_user_task(str(getattr(task, "name", ""))):
+            faults += _metric(train)  # a user task names its own metrics
         faults += [*_one_of(train, "warmup_ratio", "warmup_steps"), *_warmup(train)]
     return faults
 
@@ -126,7 +126,7 @@ def find_task(name: str) -> tuple[Any, tuple[Problem, ...], list[Fault]]:
     except KeyError:
         known = tuple(registry.tasks())
         (fault,) = _unknown_name(path, "task", name, known)
-        own = f"{fault.allowed}, or a file of your own: ./FILE.py:CLASS, ./FILE.yaml"
+        own = f"{fault.allowed}, or your own file: ./FILE.py:CLASS, ./FILE.yaml"
         return None, (), [replace(fault, allowed=own)]
     except RecipeError as error:
         return None, error.problems, []

@@ -10,9 +10,8 @@ Unknown keys: where the user probably meant to go.
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from lorakit import registry
-from lorakit.errors import Problem
+from lorakit.errors import Problem, did_you_mean, nearest
 from lorakit.recipe.sections import ModelSection, Recipe, TrainSection
 from lorakit.recipe.yaml_source import KeyPath, Source, dotted, read_scalar
 
@@ -57,23 +56,6 @@ def _where(source: Source, path: KeyPath) -> tuple[str, int | None]:
         if path[:length] in source.lines:
             return source.file, source.lines[path[:length]]
     return source.file, None
-
-
-def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known name that ``name`` was probably meant to be."""
-    folded = {_fold(candidate): candidate for candidate in known}
-    found = difflib.get_close_matches(_fold(name), folded, n=1, cutoff=cutoff)
-    return folded[found[0]] if found else None
-
-
-def did_you_mean(message: str, name: object, known: Iterable[str]) -> str:
-    """``message`` with the nearest known name, if one is near."""
-    found = nearest(name, known) if isinstance(name, str) else None
-    return f"{message}; did you mean {found!r}?" if found else message
-
-
-def _fold(name: str) -> str:
-    return name.lower().replace("-", "_")
 
 
 _KINDS = {

@@ -16,13 +16,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from lorakit import registry
-from lorakit.errors import Problem, RecipeError
+from lorakit.errors import Problem, RecipeError, nearest
 from lorakit.recipe.check import check_sections, find_task, unknown_method
 from lorakit.recipe.diagnostics import (
     OVERRIDE,
     Fault,
     explain,
-    nearest,
     unknown_key,
     unknown_sections,
 )

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -242,14 +241,3 @@ def paired(
     except DataError as error:
         raise DataError(f"{split.locate(len(references))}: {error}") from error
     return list(predictions), references
-
-
-def text_scores(
-    name: str, predictions: Sequence[str], references: Sequence[str]
-) -> dict[str, float]:
-    """The metric ``name`` of ``lorakit/metrics``, with one reference a prediction."""
-    if name == "exact_match":
-        return {name: exact_match(predictions, references)}
-    package = "mteval" if name in ("bleu", "nist") else "coco_caption"
-    score = getattr(import_module(f"lorakit.metrics.{package}"), name)
-    return {name: float(score(predictions, [[text] for text in references]))}

@@ -18,8 +18,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator
 
 from lorakit.data.sources import Split
-from lorakit.errors import DataError, shown
-from lorakit.recipe.diagnostics import did_you_mean
+from lorakit.errors import DataError, did_you_mean, shown
 from lorakit.recipe.sections import Text
 from lorakit.tasks.base import Task
 

@@ -1,4 +1,4 @@
-"""``docs/own-task.md``: its files, written out as they stand there, train and evaluate."""
+"""``docs/user-task.md``: its files, written out as they stand there, train and evaluate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from lorakit.cli.main import run
 
-DOC = Path(__file__).resolve().parents[2] / "docs" / "own-task.md"
+DOC = Path(__file__).resolve().parents[2] / "docs" / "user-task.md"
 #: Recipe, model, metrics of an evaluation, main metric's name in them.
 RUNS = {
     "qa-recipe.yaml": ("tiny_llama", {"loss", "perplexity", "exact_match", "close"}),
@@ -75,7 +75,7 @@ def test_it_trains_and_evaluates(
     }
 
 
-def test_a_run_with_an_own_task_goes_on(
+def test_a_run_with_a_user_task_resumes(
     written: list[str], tiny_llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--set", f"model.name_or_path={tiny_llama}", "--set", "model.dtype=float32",

@@ -1,4 +1,4 @@
-"""Tasks and metrics in files of the user's: what is loaded, and what is refused."""
+"""User tasks and user metrics: what is loaded and what is refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from lorakit import registry
 from lorakit.data.sources import Split
-from lorakit.errors import DataError, Problem, RecipeError
+from lorakit.errors import DataError, Problem, RecipeError, UserError
 from lorakit.recipe.check import check_recipe
 from lorakit.recipe.load import load_recipe
 
@@ -95,14 +95,14 @@ def test_a_class_or_an_instance(my: Path, name: str) -> None:
     assert task.metrics([1, 2], split_of({}, {}), loaded.task) == {"own": 2.0}
 
 
-def test_the_path_stands_from_the_working_directory(
+def test_a_relative_path_is_relative_to_the_working_directory(
     my: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (my.parent / "sub").mkdir()
     assert registry.task(str(my) + ":My")
     monkeypatch.chdir(my.parent / "sub")
     assert registry.task("../my.py:My")
-    with pytest.raises(DataError, match=r"my\.py: no such file \(a relative path stands from "):
+    with pytest.raises(UserError, match=r"my\.py: no such file \(the path is relative to "):
         registry.task("./my.py:My")
 
 
@@ -139,16 +139,19 @@ def test_keys_are_checked_as_those_of_a_built_in_task(my: Path) -> None:
         ("./my.py", "./my.py: names no class or function; allowed: my.py:MyConfig, my.py:My"),
         ("./my.py:number", "is of type int; allowed: a subclass of lorakit.tasks.base.Task"),
         ("./my.py:MyConfig", "allowed: a subclass of lorakit.tasks.base.Task"),
-        ("./my.py:Half", "lacks columns, example; allowed: a task that has these methods"),
+        ("./my.py:Half", "missing methods: columns, example; allowed: a class that defines them"),
         ("./my.py:Kindless", "kind = 'both'; allowed: 'causal', 'encoder'"),
-        ("./my.py:Unconfigured", "Config = <class 'dict'>; allowed: a subclass of TaskSection"),
+        (
+            "./my.py:Unconfigured",
+            "Config = <class 'dict'>; allowed: a subclass of lorakit.recipe.sections.TaskSection",
+        ),
         ("./syntax.py:My", "syntax.py:2: SyntaxError: "),
         ("./raises.py:My", "raises.py:3: ZeroDivisionError: division by zero"),
         ("./imports.py:My", "imports.py:1: ModuleNotFoundError: No module named 'no_such_thing'"),
         ("./leaves.py:My", "leaves.py:2: SystemExit: 3"),
     ],
 )
-def test_what_is_no_task(my: Path, name: str, said: str) -> None:
+def test_an_invalid_task_is_refused(my: Path, name: str, said: str) -> None:
     for file, text in (
         ("syntax.py", "x = 1\ny = = 2\n"),
         ("raises.py", "def f():\n\n    return 1 / 0\nf()\n"),
@@ -174,12 +177,12 @@ def test_a_failure_in_the_file_names_its_line(my: Path) -> None:
     [
         ("float('nan')", r"my\.py:My\.metrics: own = NaN; allowed: a finite number"),
         ("None", r"own = null"),
-        ("1, 'other': 2}, **{", r"gave"),
+        ("1, 'other': 2}, **{", r"returned"),
         ("10**400", r"own = 1000.*allowed: a finite number"),
-        ("1.0, 'loss': 2.0", r"loss is the model's own; allowed: another name"),
+        ("1.0, 'loss': 2.0", r"loss is reserved; allowed: another name"),
     ],
 )
-def test_scores_that_are_none(my: Path, returned: str, said: str) -> None:
+def test_invalid_scores_are_refused(my: Path, returned: str, said: str) -> None:
     text = TASK.replace("float(len(predictions))", returned)
     if "other" in returned:
         text = TASK.replace('{"own": float(len(predictions))}', "[1]")
@@ -192,17 +195,26 @@ def test_scores_that_are_none(my: Path, returned: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ("def example(self, row, config): return 5", r"\.example: gave 5; allowed: a TextExample"),
-        ("def prompt(self, row, config): return 'a'", r"\.prompt: gave \"a\"; allowed: a Text"),
-        ("def stop_texts(self, config): return 'ab'", r"\.stop_texts: gave \"ab\"; allowed: a tup"),
-        ("def stop_texts(self, config): return ('',)", r"gave \[\"\"\]; allowed: a tuple of texts"),
+        (
+            "def example(self, row, config): return 5",
+            r"\.example: returned 5; allowed: a TextExample",
+        ),
+        ("def prompt(self, row, config): return 'a'", r"\.prompt: returned \"a\"; allowed: a Text"),
+        (
+            "def stop_texts(self, config): return 'ab'",
+            r"\.stop_texts: returned \"ab\"; allowed: a tup",
+        ),
+        (
+            "def stop_texts(self, config): return ('',)",
+            r"returned \[\"\"\]; allowed: a tuple of non-empty",
+        ),
         ("def stop_texts(self, config): return 1 / 0", r"my\.py:\d+: ZeroDivisionError"),
         ("def main_metric(self, config): return 1 / 0", r"my\.py:\d+: ZeroDivisionError"),
         ("def prediction_counts(self, split, config): 1 / 0", r"my\.py:\d+: ZeroDivisionError"),
         ("def metrics(self, p, s, c): raise SystemExit(0)", r"my\.py:\d+: SystemExit: 0"),
     ],
 )
-def test_a_method_that_gives_what_it_may_not(my: Path, body: str, said: str) -> None:
+def test_an_invalid_return_value_is_refused(my: Path, body: str, said: str) -> None:
     my.write_text(f"{TASK}\nclass Odd(My):\n    {body}\n")
     task = registry.task("my.py:Odd")
     config = task.Config(name="x")
@@ -228,7 +240,7 @@ def test_a_terminated_process_is_no_fault_of_the_file(my: Path) -> None:
 def test_the_main_metric_must_be_there(my: Path) -> None:
     my.write_text(TASK.replace('{"own":', '{"other":'))
     task = registry.task("my.py:My")
-    with pytest.raises(DataError, match="main_metric is 'own', and metrics gives other"):
+    with pytest.raises(DataError, match="main_metric = 'own'; allowed: one of other"):
         task.metrics([1], split_of({}), task.Config(name="x"))
 
 
@@ -299,9 +311,9 @@ def test_every_problem_of_a_yaml_at_once(in_tmp: Path) -> None:
         ("kind: completion\nmetric: acuracy\n", "unknown metric"),
         ("kind: classification\nmetric: acuracy\n", "did you mean 'accuracy'?"),
         ("kind: classification\nregression: true\nmetric: f1\n", "allowed: pearson, spearmanr"),
-        ("kind: classification\nmetric: 3\n", "not a metric's name"),
-        ("kind: classification\nmetric: []\n", "not a metric's name"),
-        ("kind: completion\nmetric: [bleu, bleu]\n", "two of one name"),
+        ("kind: classification\nmetric: 3\n", "not the name of a metric"),
+        ("kind: classification\nmetric: []\n", "not the name of a metric"),
+        ("kind: completion\nmetric: [bleu, bleu]\n", "duplicate name"),
         ("", "the file is empty; allowed: a mapping of keys to values"),
         ("kind: classification\nmetric: ./no.py:f\n", "no.py: no such file"),
         ("kind: completion\ntemplate: a\nprompt_column: b\n", "contradict each other"),
@@ -329,7 +341,7 @@ def test_a_metric_must_be_a_function(in_tmp: Path) -> None:
         ("def f(predictions): return 1\n", "f", "cannot be called as function(predictions, ref"),
         ("class f: pass\n", "f", "cannot be called as function(predictions, references)"),
         ("from statistics import mean as f\n", "f", "cannot be called as function("),
-        ("def loss(p, r): return 1\n", "loss", "loss is the model's own; allowed: another name"),
+        ("def loss(p, r): return 1\n", "loss", "loss is reserved; allowed: another name"),
     ],
 )
 def test_a_metric_that_cannot_score_is_told_before_anything_runs(
@@ -359,7 +371,7 @@ def test_metric_names_are_the_files_own(in_tmp: Path) -> None:
     assert problem.key == "train.metric_for_best_model"
 
 
-def test_an_unknown_name_tells_of_own_files(in_tmp: Path) -> None:
+def test_an_unknown_name_mentions_user_files(in_tmp: Path) -> None:
     (problem,) = problems(recipe(in_tmp, "compleshun"))
     assert problem.allowed is not None
-    assert problem.allowed.endswith("or a file of your own: ./FILE.py:CLASS, ./FILE.yaml")
+    assert problem.allowed.endswith("or your own file: ./FILE.py:CLASS, ./FILE.yaml")

@@ -1,0 +1,150 @@
+"""Load a class or function from a user's Python file, named ``FILE.py:NAME``.
+
+A file runs only when it is asked for by name. Its failures become one-line errors that name the
+file and the line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import lru_cache, wraps
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple, TypeVar
+
+from lorakit.errors import LorakitError, UserError, did_you_mean
+
+_SUFFIX = ".py"
+_Base = TypeVar("_Base")
+
+
+class Loaded(NamedTuple):
+    """An attribute of a user's file; ``digest`` is the SHA-256 of the file's contents."""
+
+    value: Any
+    file: Path
+    digest: bytes
+
+
+def is_code(spec: str) -> bool:
+    """Whether ``spec`` names a Python file, with or without an attribute."""
+    return spec.endswith(_SUFFIX) or f"{_SUFFIX}:" in spec
+
+
+def load_attribute(spec: str) -> Loaded:
+    """Run the file of ``FILE.py:NAME`` and return the attribute ``NAME``.
+
+    A relative path is relative to the working directory. A file is run once for each version of
+    its contents; what it prints goes to stderr. Raises UserError if the file is missing, fails, or
+    has no such attribute.
+    """
+    stem, separator, attribute = spec.partition(f"{_SUFFIX}:")
+    file = Path(f"{stem}{_SUFFIX}" if separator else spec)
+    source = _read(file)
+    digest = hashlib.sha256(source).digest()
+    module = _module(file.resolve(), digest, source, str(file))
+    defined = [key for key, value in vars(module).items() if _is_defined_in(module, value)]
+    allowed = ", ".join(f"{file}:{name}" for name in defined) or f"{file}:NAME"
+    if not attribute:
+        raise UserError(f"{spec}: names no class or function; allowed: {allowed}")
+    if not hasattr(module, attribute):
+        message = did_you_mean(f"{file}: has no {attribute!r}", attribute, defined)
+        raise UserError(f"{message}; allowed: {allowed}")
+    return Loaded(getattr(module, attribute), file, digest)
+
+
+def load_class(spec: str, base: type[_Base]) -> type[_Base]:
+    """The class that ``FILE.py:NAME`` names. Raises UserError as ``load_attribute`` does, and for
+    anything but a concrete subclass of ``base``."""
+    found = load_attribute(spec).value
+    if not (isinstance(found, type) and issubclass(found, base)):
+        allowed = f"a subclass of {base.__module__}.{base.__qualname__}"
+        raise UserError(f"{spec}: is {_kind(found)}; allowed: {allowed}")
+    check_concrete(spec, found)
+    return found
+
+
+def check_concrete(spec: str, found: type) -> None:
+    """Raise UserError if the class lacks methods that its base declares abstract."""
+    if inspect.isabstract(found):
+        missing = ", ".join(sorted(getattr(found, "__abstractmethods__")))  # noqa: B009
+        raise UserError(f"{spec}: missing methods: {missing}; allowed: a class that defines them")
+
+
+def guarded(
+    function: Callable[..., Any], file: Path, error_type: type[UserError] = UserError
+) -> Callable[..., Any]:
+    """Wrap ``function`` so that an exception raised in ``file`` becomes an ``error_type`` that
+    names the file and line."""
+
+    @wraps(function)
+    def call(*arguments: Any, **keys: Any) -> Any:
+        try:
+            return function(*arguments, **keys)
+        except LorakitError:
+            raise
+        except (Exception, SystemExit) as error:
+            line = _line(error, file.resolve())
+            terminated = isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM
+            if line is None or terminated:
+                raise
+            raise error_type(f"{file}:{line}: {_summary(error)}") from error
+
+    return call
+
+
+def _kind(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
+def _is_defined_in(module: ModuleType, value: Any) -> bool:
+    return getattr(value, "__module__", None) == module.__name__ and hasattr(value, "__name__")
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        hint = "" if file.is_absolute() else f" (the path is relative to {Path.cwd()})"
+        raise UserError(f"{file}: no such file{hint}") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(f"{file}: cannot be read: {reason}") from None
+
+
+@lru_cache(maxsize=32)
+def _module(path: Path, digest: bytes, source: bytes, shown: str) -> ModuleType:
+    """Compiled rather than imported, so that no bytecode is written and none is ever stale."""
+    name = f"lorakit_user_{hashlib.sha256(bytes(path) + digest).hexdigest()[:16]}"
+    module = ModuleType(name)
+    module.__file__ = str(path)
+    sys.modules[name] = module  # pydantic resolves the annotations of a class through it
+    try:
+        with redirect_stdout(sys.stderr):
+            exec(compile(source, str(path), "exec"), module.__dict__)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        line = _line(error, path)
+        where = shown if line is None else f"{shown}:{line}"
+        raise UserError(f"{where}: {_summary(error)}") from error
+    return module
+
+
+def _line(error: BaseException, path: Path) -> int | None:
+    """The innermost line of the file in the traceback; None if the file is not in it."""
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return error.lineno
+    frames = traceback.extract_tb(error.__traceback__)
+    return next((frame.lineno for frame in reversed(frames) if frame.filename == str(path)), None)
+
+
+def _summary(error: BaseException) -> str:
+    text = str(error.msg if isinstance(error, SyntaxError) else error).strip()
+    first = text.splitlines()[0] if text else ""
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
