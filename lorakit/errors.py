@@ -95,9 +95,9 @@ def _fold(name: str) -> str:
 
 @dataclass(frozen=True)
 class Problem:
-    """One fault of a recipe: where it stands, what was found, what is allowed.
+    """One problem of a recipe: where it is, what was found, and what is allowed.
 
-    ``key`` is dotted, and empty for a fault of the whole file.
+    ``key`` is dotted, and empty for a problem of the whole file.
     """
 
     key: str
@@ -109,7 +109,7 @@ class Problem:
     file: str | None = None
 
     def __str__(self) -> str:
-        where = f"{self.file or 'recipe'}:{self.line}" if self.line else (self.file or "recipe")
+        where = (self.file or "recipe") + (f", line {self.line}" if self.line else "")
         key = f"{self.key} = {shown(self.value)}" if self.has_value else self.key
         text = ": ".join(part for part in (where, key, self.message) if part)
         return f"{text}; allowed: {self.allowed}" if self.allowed else text

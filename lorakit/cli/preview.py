@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorakit.cli.output import progress, say
-from lorakit.tasks.checks import counts_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -186,6 +185,8 @@ def _shown(character: str) -> str:
 
 def _figures(found: Preview) -> list[tuple[str, str]]:
     """Names and values, a line each."""
+    from lorakit.tasks.checks import counts_line
+
     summary = found.summary
     span = f"{summary.min_length:,} to {summary.max_length:,}"
     more = found.training_rows != summary.rows

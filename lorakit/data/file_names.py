@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from lorakit.errors import DataError, listed
-from lorakit.recipe.sections import ALIASES, KNOWN
+from lorakit.recipe.sections import SPLIT_ALIASES, SPLIT_NAMES
 
 #: All names that a data file may begin with, the longest first.
 _NAMES = sorted(
-    [*KNOWN, "test_matched", "test_mismatched"],
+    [*SPLIT_NAMES, "test_matched", "test_mismatched"],
     key=len,
     reverse=True,
 )
@@ -78,7 +78,7 @@ def stem_of(file: Path) -> str:
 
 def split_names(split: str) -> tuple[str, ...]:
     """What the split may be called, whichever of its names it is asked for by."""
-    return next((names for names in ALIASES.values() if split in names), (split,))
+    return next((names for names in SPLIT_ALIASES.values() if split in names), (split,))
 
 
 def named_after(stem: str) -> tuple[str, str] | None:

@@ -33,7 +33,7 @@ from lorakit.data.file_names import (
     stem_of,
 )
 from lorakit.errors import DataError, listed
-from lorakit.recipe.sections import ALIASES, KNOWN
+from lorakit.recipe.sections import SPLIT_ALIASES, SPLIT_NAMES
 
 PathOption = str | list[str] | dict[str, str | list[str]] | None
 
@@ -70,7 +70,7 @@ def no_split(path: PathOption, split: str) -> DataError:
             f"{_shown(path)}: no split {split!r}; allowed: train, or a mapping: "
             f"task.path: {{{split}: FILE}}"
         )
-    there = [name for name in ALIASES if _seen(path, name)]
+    there = [name for name in SPLIT_ALIASES if _seen(path, name)]
     allowed = f"; allowed: {', '.join(there)}" if there else ""
     inside = sorted(
         f"{entry.name}/" if entry.is_dir() else entry.name
@@ -92,7 +92,7 @@ def data_files(path: PathOption) -> list[Path]:
         e for value in named.values() for e in ([value] if isinstance(value, str) else value)
     )
     found = dict.fromkeys(file for file in map(Path, entries) if not file.is_dir())
-    for split in ALIASES:
+    for split in SPLIT_ALIASES:
         try:
             found |= dict.fromkeys(split_files(path, split))
         except DataError:  # told when the split is loaded
@@ -186,8 +186,8 @@ def _matching(pattern: str) -> list[Path]:
 
 def _mapped(path: dict[str, str | list[str]], split: str) -> SplitFiles:
     for key in path:
-        if key not in KNOWN:
-            raise DataError(f"task.path: unknown split {key!r}; allowed: {', '.join(KNOWN)}")
+        if key not in SPLIT_NAMES:
+            raise DataError(f"task.path: unknown split {key!r}; allowed: {', '.join(SPLIT_NAMES)}")
     keys = [name for name in split_names(split) if name in path]
     if len(keys) > 1:
         raise DataError(

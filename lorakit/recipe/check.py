@@ -1,7 +1,4 @@
-"""Whether this machine has an accelerator, asked of the system and not of torch.
-
-What no single key shows: contradictions between keys, and values with a form of their own.
-"""
+"""Rules that involve several keys, and values with a syntax of their own."""
 
 from __future__ import annotations
 
@@ -17,34 +14,16 @@ from lorakit import registry
 from lorakit.errors import Problem, RecipeError, UserError, did_you_mean
 from lorakit.recipe.diagnostics import Fault
 from lorakit.recipe.sections import (
-    KNOWN,
+    SPLIT_NAMES,
     AdapterSection,
     ModelSection,
     Recipe,
     TaskSection,
     TrainSection,
-    named_twice,
+    ambiguous_splits,
     parse_layers,
 )
-from lorakit.recipe.yaml_source import Source
-
-_DEVICES = ("nvidiactl", "nvidia0", "kfd", "dxg")
-_TRUE = frozenset({"1", "true", "yes", "y", "on", "t"})
-
-
-def has_accelerator() -> bool:
-    """True with a CUDA, ROCm or Apple device that the environment does not hide.
-
-    ``CUDA_VISIBLE_DEVICES`` empty or -1, and ``ACCELERATE_USE_CPU``, hide what there is.
-    """
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in _TRUE:
-        return False
-    if platform.system() == "Darwin":
-        return platform.machine() == "arm64"
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
-        return False
-    return any(Path("/dev", name).exists() for name in _DEVICES)
-
+from lorakit.recipe.yaml_source import YamlFile
 
 METRIC_NAMES = (
     "accuracy",
@@ -63,9 +42,13 @@ METRIC_NAMES = (
     "perplexity",
 )
 
+#: Device files of the NVIDIA, ROCm and WSL drivers.
+_DEVICES = ("nvidiactl", "nvidia0", "kfd", "dxg")
+_TRUE = frozenset({"1", "true", "yes", "y", "on", "t"})
+
 
 def check_recipe(recipe: Recipe) -> None:
-    """The checks for a recipe built in Python. Raises RecipeError with every problem."""
+    """Check a recipe that was built in Python. Raises RecipeError with all problems."""
     methods = registry.methods()
     task, problems, task_faults = find_task(recipe.task.name)
     faults = [*unknown_method(recipe.adapter.method), *task_faults]
@@ -74,7 +57,7 @@ def check_recipe(recipe: Recipe) -> None:
     faults += [*_wrong_config("task", recipe.task, task)]
     faults += check_sections(recipe.model, recipe.adapter, recipe.task, recipe.train, kind)
     if faults or problems:
-        located = [fault.locate(Source("recipe", {})) for fault in faults]
+        located = [fault.locate(YamlFile("recipe", {})) for fault in faults]
         raise RecipeError([*problems, *located])
 
 
@@ -82,7 +65,7 @@ def _wrong_config(section: str, config: object, owner: object) -> Iterator[Fault
     expected = getattr(owner, "Config", object)
     if not isinstance(config, expected):
         found = type(config).__name__
-        yield Fault((section,), f"is a {found}", allowed=f"a {expected.__name__}")
+        yield Fault((section,), f"has type {found}", allowed=expected.__name__)
 
 
 def check_sections(
@@ -92,9 +75,9 @@ def check_sections(
     train: TrainSection | None,
     task_kind: str | None,
 ) -> list[Fault]:
-    """The faults between keys that are valid each for itself; None leaves a section out.
+    """Return the faults between keys that are valid on their own; None skips a section.
 
-    Keys that are invalid hold their defaults here, so that they do not hide the rest.
+    Invalid keys have their defaults here, so that one error does not hide others.
     """
     faults: list[Fault] = []
     if model is not None:
@@ -118,16 +101,16 @@ def unknown_method(name: str) -> Iterator[Fault]:
 
 
 def find_task(name: str) -> tuple[Any, tuple[Problem, ...], list[Fault]]:
-    """The task of ``task.name``, or None with what is wrong: the problems of a YAML file of the
-    user's, and the faults of the name. A Python file that the name names is run here."""
+    """Return the task called ``name``, or None with the problems of its YAML file and the faults of
+    ``task.name``. A user task's Python file is executed here."""
     path = ("task", "name")
     try:
         return registry.task(name), (), []
     except KeyError:
         known = tuple(registry.tasks())
         (fault,) = _unknown_name(path, "task", name, known)
-        own = f"{fault.allowed}, or your own file: ./FILE.py:CLASS, ./FILE.yaml"
-        return None, (), [replace(fault, allowed=own)]
+        files = f"{fault.allowed}, or a task file: ./FILE.py:CLASS, ./FILE.yaml"
+        return None, (), [replace(fault, allowed=files)]
     except RecipeError as error:
         return None, error.problems, []
     except UserError as error:
@@ -146,7 +129,7 @@ def _dtype(model: ModelSection) -> Iterator[Fault]:
     if model.dtype == "float16" and not has_accelerator():
         yield Fault(
             ("model", "dtype"),
-            "this machine has no accelerator, and float16 does not train on a CPU",
+            "float16 training requires an accelerator, and this machine has none",
             model.dtype,
             True,
             "bfloat16, float32",
@@ -164,7 +147,7 @@ def _layers(adapter: AdapterSection) -> Iterator[Fault]:
         try:
             parse_layers(adapter.layers)
         except ValueError as error:
-            allowed = 'null, a list of layers from 0, or text like "0-5,11"'
+            allowed = 'null, a list of layer indices, or ranges such as "0-5,11"'
             yield Fault(("adapter", "layers"), str(error), adapter.layers, True, allowed)
 
 
@@ -174,38 +157,39 @@ def _targets(adapter: AdapterSection) -> Iterator[Fault]:
             continue
         try:
             if not target[3:].strip():
-                raise re.error("it is empty")
+                raise re.error("empty pattern")
             re.compile(target[3:])
         except (re.error, RecursionError, OverflowError) as error:
             path = ("adapter", "target_modules", index)
-            message = f"not a regular expression: {error}"
-            yield Fault(path, message, target, True, "re: and a regular expression of Python")
+            message = f"invalid regular expression: {error}"
+            yield Fault(path, message, target, True, "re: followed by a Python regular expression")
 
 
 def _packing(task: TaskSection, kind: str | None) -> Iterator[Fault]:
     if task.packing and kind == "encoder":
-        yield Fault(("task", "packing"), "an encoder cannot pack", True, True, "false")
+        message = "an encoder task cannot pack rows"
+        yield Fault(("task", "packing"), message, True, True, "false")
 
 
 def _splits(task: TaskSection) -> Iterator[Fault]:
     if not isinstance(task.path, dict):
         return
     for name in task.path:
-        if name not in KNOWN:
-            message = did_you_mean("unknown split", name, KNOWN)
-            yield Fault(("task", "path"), message, name, True, ", ".join(KNOWN))
-    for split, names in named_twice(task.path):
-        message = f"{' and '.join(names)} both name the split {split!r}"
+        if name not in SPLIT_NAMES:
+            message = did_you_mean("unknown split", name, SPLIT_NAMES)
+            yield Fault(("task", "path"), message, name, True, ", ".join(SPLIT_NAMES))
+    for split, names in ambiguous_splits(task.path):
+        message = f"{' and '.join(names)} both name split {split!r}"
         yield Fault(("task", "path"), message, allowed="one of them")
 
 
 def _token_budget(task: TaskSection, train: TrainSection) -> Iterator[Fault]:
     budget, path = train.max_tokens_per_batch, ("train", "max_tokens_per_batch")
     if budget is not None and budget < task.max_length:
-        message = f"a row may have task.max_length = {task.max_length} tokens"
-        yield Fault(path, message, budget, True, f"null, or {task.max_length} and more")
+        message = f"less than task.max_length = {task.max_length}, the tokens of the longest row"
+        yield Fault(path, message, budget, True, f"null, or at least {task.max_length}")
     elif budget is not None and not train.group_by_length and not task.packing:
-        message = "train.max_tokens_per_batch makes batches of like lengths"
+        message = "train.max_tokens_per_batch requires batches grouped by length"
         yield Fault(("train", "group_by_length"), message, False, True, "true")
 
 
@@ -213,24 +197,27 @@ def _streaming(task: TaskSection, train: TrainSection) -> Iterator[Fault]:
     if not task.streaming:
         return
     if train.max_steps is None:
-        message = "task.streaming reads rows whose number nobody knows: how long, in steps"
-        yield Fault(("train", "max_steps"), message, None, True, "a number, in place of epochs")
+        message = "required with task.streaming, because the number of rows is unknown"
+        yield Fault(
+            ("train", "max_steps"), message, None, True, "a number of steps, instead of epochs"
+        )
     if train.max_tokens_per_batch is not None and not task.packing:
-        path, message = ("train", "max_tokens_per_batch"), "task.streaming makes batches of rows"
+        path = ("train", "max_tokens_per_batch")
+        message = "not supported with task.streaming, unless task.packing is true"
         yield Fault(path, message, train.max_tokens_per_batch, True, "null")
 
 
 def _one_of(train: TrainSection, first: str, second: str) -> Iterator[Fault]:
     if getattr(train, first) is not None and getattr(train, second) is not None:
-        message = f"train.{first} is set too, and they contradict each other"
-        allowed = f"one of {first} and {second}; the other null or left out"
+        message = f"conflicts with train.{first}"
+        allowed = f"{first} or {second}; remove the other, or set it to null"
         yield Fault(("train", second), message, getattr(train, second), True, allowed)
 
 
 def _warmup(train: TrainSection) -> Iterator[Fault]:
     steps, total = train.warmup_steps, train.max_steps
     if steps is not None and total is not None and steps > total:
-        message = f"longer than the run: train.max_steps = {total}"
+        message = f"more than train.max_steps = {total}"
         yield Fault(("train", "warmup_steps"), message, steps, True, f"0 to {total}")
 
 
@@ -240,3 +227,17 @@ def _metric(train: TrainSection) -> Iterator[Fault]:
         message = did_you_mean("unknown metric", name, METRIC_NAMES)
         path = ("train", "metric_for_best_model")
         yield Fault(path, message, name, True, f"null, {', '.join(METRIC_NAMES)}")
+
+
+def has_accelerator() -> bool:
+    """Whether a CUDA, ROCm or Apple device is visible, determined without importing torch.
+
+    An empty ``CUDA_VISIBLE_DEVICES`` or -1, and ``ACCELERATE_USE_CPU``, hide all devices.
+    """
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in _TRUE:
+        return False
+    if platform.system() == "Darwin":
+        return platform.machine() == "arm64"
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
+        return False
+    return any(Path("/dev", name).exists() for name in _DEVICES)

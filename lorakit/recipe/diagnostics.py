@@ -1,11 +1,8 @@
-"""A fault of a recipe before it is known where in which file its key stands.
+"""Describe what is wrong with a recipe: the key, the value found, and what is allowed.
 
-Pydantic's errors -> one fault a key, in words: what was found and what is allowed.
-
-What is allowed is read from the section's JSON schema, so that a union gives one description and
-not an error for each of its branches.
-
-Unknown keys: where the user probably meant to go.
+Validation errors of pydantic become one fault per key. What is allowed is read from the section's
+JSON schema, so that a union has one description instead of an error per branch. Unknown keys get
+the nearest known key as a suggestion.
 """
 
 from __future__ import annotations
@@ -21,192 +18,12 @@ from pydantic import BaseModel, ValidationError
 from lorakit import registry
 from lorakit.errors import Problem, did_you_mean, nearest
 from lorakit.recipe.sections import ModelSection, Recipe, TrainSection
-from lorakit.recipe.yaml_source import KeyPath, Source, dotted, read_scalar
+from lorakit.recipe.yaml_source import KeyPath, YamlFile, dotted, read_scalar
 
-#: In place of the file's name, for what was given on the command line or as ``overrides``.
+#: The source that messages name for values from the command line or from ``overrides``.
 OVERRIDE = "--set"
 
-
-@dataclass(frozen=True)
-class Fault:
-    """What is wrong with the value at ``path``; ``file`` if it is not known from the path."""
-
-    path: KeyPath
-    message: str
-    value: object = None
-    has_value: bool = False
-    allowed: str | None = None
-    file: str | None = None
-
-    def locate(self, source: Source) -> Problem:
-        """The problem with file and line: those of the nearest key that stands in the file."""
-        file, line = (self.file, None) if self.file else _where(source, self.path)
-        return Problem(
-            dotted(self.path), self.message, self.value, self.has_value, self.allowed, line, file
-        )
-
-
-def _where(source: Source, path: KeyPath) -> tuple[str, int | None]:
-    for length in range(len(path), -1, -1):
-        if path[:length] in source.overridden:
-            return OVERRIDE, None
-    if path not in source.lines and any(key[: len(path)] == path for key in source.overridden):
-        return OVERRIDE, None
-    for length in range(len(path), 0, -1):
-        if path[:length] in source.lines:
-            return source.file, source.lines[path[:length]]
-    return source.file, None
-
-
-_KINDS = {
-    type(None): ("null", "null"),
-    bool: ("boolean", "true or false"),
-    int: ("integer", "an integer"),
-    float: ("number", "a float"),
-    str: ("string", "text"),
-    list: ("array", "a list"),
-    dict: ("object", "a mapping"),
-}
-_BOUNDS = {
-    "exclusiveMinimum": ">",
-    "minimum": ">=",
-    "exclusiveMaximum": "<",
-    "maximum": "<=",
-}
-
-
-def explain(
-    section: type[BaseModel], data: Mapping[str, Any], error: ValidationError
-) -> list[Fault]:
-    """The faults of ``data``, by paths inside the section; unknown keys are left to the caller."""
-    faults: dict[KeyPath, Fault] = {}
-    for detail in error.errors(include_url=False):
-        path, value = _walk(data, detail["loc"])
-        if detail["type"] == "extra_forbidden" and len(path) == 1:
-            continue
-        schema = schema_at(section, path)
-        if detail["type"] == "missing" and path == detail["loc"][:-1]:
-            path = (*path, detail["loc"][-1])
-            fault = Fault(path, "is required", allowed=describe(schema_at(section, path)))
-        elif detail["type"] == "extra_forbidden":
-            fault = Fault(path, "unknown key", value, True)
-        elif detail["type"] in ("value_error", "assertion_error"):
-            fault = Fault(path, str(detail["ctx"]["error"]), value, bool(path))
-        else:
-            allowed = describe(schema)
-            fault = Fault(path, _mismatch(value, schema), value, True, allowed)
-        faults.setdefault(path, fault)
-    return list(faults.values())
-
-
-def _walk(data: Any, loc: tuple[int | str, ...]) -> tuple[KeyPath, Any]:
-    """As far as ``loc`` leads through ``data``: beyond stand the names of a union's branches."""
-    path: KeyPath = ()
-    for part in loc:
-        inside = (isinstance(data, dict) and part in data) or (
-            isinstance(data, list) and isinstance(part, int) and part < len(data)
-        )
-        if not inside:
-            break
-        data, path = data[part], (*path, part)
-    return path, data
-
-
-@cache
-def _schema(section: type[BaseModel]) -> dict[str, Any]:
-    return section.model_json_schema()
-
-
-def schema_at(section: type[BaseModel], path: KeyPath) -> dict[str, Any]:
-    """The JSON schema of the value at ``path``, references resolved; {} if there is none."""
-    root = _schema(section)
-    schema = root
-    for part in path:
-        options = [_resolve(option, root) for option in schema.get("anyOf", [schema])]
-        schema = next(filter(None, (_child(option, part) for option in options)), {})
-        schema = _resolve(schema, root)
-    return (
-        {**schema, "anyOf": [_resolve(option, root) for option in schema["anyOf"]]}
-        if ("anyOf" in schema)
-        else schema
-    )
-
-
-def _resolve(schema: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
-    reference = schema.get("$ref")
-    return root["$defs"][reference.rsplit("/", 1)[1]] if reference else schema
-
-
-def _child(schema: dict[str, Any], part: int | str) -> dict[str, Any] | None:
-    if isinstance(part, int):
-        child = schema.get("items")
-    else:
-        child = schema.get("properties", {}).get(part, schema.get("additionalProperties"))
-    return child if isinstance(child, dict) else None
-
-
-def describe(schema: dict[str, Any]) -> str | None:
-    """What a JSON schema allows, in words: ``a number > 0, or null``."""
-    if "anyOf" in schema:
-        parts = [part for option in schema["anyOf"] if (part := describe(option))]
-        return " or ".join(dict.fromkeys(parts)) or None
-    if "enum" in schema:
-        return ", ".join(map(str, schema["enum"]))
-    if "const" in schema:
-        return str(schema["const"])
-    kind = schema.get("type")
-    if kind in ("integer", "number"):
-        bounds = [f"{sign} {schema[name]}" for name, sign in _BOUNDS.items() if name in schema]
-        noun = "an integer" if kind == "integer" else "a number"
-        return f"{noun} {' and '.join(bounds)}".strip()
-    if kind == "string":
-        return "non-empty text" if schema.get("minLength") else "text"
-    if kind == "array":
-        noun = "a non-empty list" if schema.get("minItems") else "a list"
-        return noun + _each("of", schema.get("items"))
-    if kind == "object":
-        if "properties" in schema:
-            return f"a mapping with {', '.join(schema['properties'])}"
-        return "a mapping" + _each("of names to", schema.get("additionalProperties"))
-    return {"boolean": "true or false", "null": "null"}.get(str(kind))
-
-
-def _each(link: str, schema: Any) -> str:
-    text = describe(schema) if isinstance(schema, dict) else None
-    if not text:
-        return ""
-    plural = text.replace("an integer", "integers").replace("a number", "numbers")
-    return f" {link} {plural.removeprefix('non-empty ')}"
-
-
-def _mismatch(value: Any, schema: dict[str, Any]) -> str:
-    options = schema.get("anyOf", [schema])
-    kinds = {option.get("type") for option in options}
-    names = [name for o in options for name in o.get("enum", [o["const"]] if "const" in o else [])]
-    kind, word = _KINDS.get(type(value), ("", type(value).__name__))
-    if isinstance(value, float) and not math.isfinite(value):
-        return "not a finite number"
-    if kind == "string":
-        return _mismatched_text(value, kinds, names)
-    if kind in ("array", "object") and kind in kinds:
-        return "holds something that is not allowed" if value else "is empty"
-    if kind in kinds or (kind == "integer" and "number" in kinds):
-        return "out of range"
-    return f"wrong type ({word})"
-
-
-def _mismatched_text(value: str, kinds: set[Any], names: list[str]) -> str:
-    plain = _KINDS[type(read_scalar(value))][0]
-    if plain != "string" and (plain in kinds or (plain == "integer" and "number" in kinds)):
-        return "text, because it stands in quotes; write it without them"
-    if names:
-        return did_you_mean("unknown value", value, names)
-    if "string" in kinds:
-        return "is empty" if not value else "not allowed"
-    return "wrong type (text)"
-
-
-#: Names of other tools, and short ones, that are too far from ours to be found by likeness.
+#: Common short names and those of other tools, which string similarity does not find.
 SYNONYMS = {
     "rank": "r",
     "lora_r": "r",
@@ -227,9 +44,197 @@ SYNONYMS = {
     "layers_to_transform": "layers",
 }
 
+_KINDS = {
+    type(None): ("null", "null"),
+    bool: ("boolean", "true or false"),
+    int: ("integer", "an integer"),
+    float: ("number", "a float"),
+    str: ("string", "a string"),
+    list: ("array", "a list"),
+    dict: ("object", "a mapping"),
+}
+_BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+_PLURALS = {
+    "an integer": "integers",
+    "a number": "numbers",
+    "a non-empty string": "strings",
+    "a string": "strings",
+    "a non-empty list": "lists",
+    "a list": "lists",
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A problem with the value at ``path``, not yet located in a file.
+
+    ``file`` overrides the file to which the path leads.
+    """
+
+    path: KeyPath
+    message: str
+    value: object = None
+    has_value: bool = False
+    allowed: str | None = None
+    file: str | None = None
+
+    def locate(self, source: YamlFile) -> Problem:
+        """Return the problem with file and line: those of the nearest enclosing key in the file."""
+        file, line = (self.file, None) if self.file else locate(source, self.path)
+        return Problem(
+            dotted(self.path), self.message, self.value, self.has_value, self.allowed, line, file
+        )
+
+
+def locate(source: YamlFile, path: KeyPath) -> tuple[str, int | None]:
+    """Return the file and line that set ``path``, or the nearest enclosing key that is set."""
+    for length in range(len(path), -1, -1):
+        if path[:length] in source.overridden:
+            return OVERRIDE, None
+    if path not in source.lines and any(key[: len(path)] == path for key in source.overridden):
+        return OVERRIDE, None
+    for length in range(len(path), 0, -1):
+        if path[:length] in source.lines:
+            return source.file, source.lines[path[:length]]
+    return source.file, None
+
+
+def explain(
+    section: type[BaseModel], data: Mapping[str, Any], error: ValidationError
+) -> list[Fault]:
+    """Return the faults of ``data``, with paths relative to the section.
+
+    Unknown keys of the section itself are left to the caller.
+    """
+    faults: dict[KeyPath, Fault] = {}
+    for detail in error.errors(include_url=False):
+        path, value = _walk(data, detail["loc"])
+        if detail["type"] == "extra_forbidden" and len(path) == 1:
+            continue
+        schema = schema_at(section, path)
+        if detail["type"] == "missing" and path == detail["loc"][:-1]:
+            path = (*path, detail["loc"][-1])
+            allowed = describe(schema_at(section, path))
+            fault = Fault(path, "required key is missing", allowed=allowed)
+        elif detail["type"] == "extra_forbidden":
+            fault = Fault(path, "unknown key", value, True)
+        elif detail["type"] in ("value_error", "assertion_error"):
+            fault = Fault(path, str(detail["ctx"]["error"]), value, bool(path))
+        else:
+            allowed = describe(schema)
+            fault = Fault(path, _mismatch(value, schema), value, True, allowed)
+        faults.setdefault(path, fault)
+    return list(faults.values())
+
+
+def _walk(data: Any, loc: tuple[int | str, ...]) -> tuple[KeyPath, Any]:
+    """Follow ``loc`` through ``data``; its remaining parts name the branches of a union."""
+    path: KeyPath = ()
+    for part in loc:
+        inside = (isinstance(data, dict) and part in data) or (
+            isinstance(data, list) and isinstance(part, int) and part < len(data)
+        )
+        if not inside:
+            break
+        data, path = data[part], (*path, part)
+    return path, data
+
+
+@cache
+def _schema(section: type[BaseModel]) -> dict[str, Any]:
+    return section.model_json_schema()
+
+
+def schema_at(section: type[BaseModel], path: KeyPath) -> dict[str, Any]:
+    """Return the JSON schema of the value at ``path`` with references resolved, {} if none."""
+    root = _schema(section)
+    schema = root
+    for part in path:
+        options = [_resolve(option, root) for option in schema.get("anyOf", [schema])]
+        schema = next(filter(None, (_child(option, part) for option in options)), {})
+        schema = _resolve(schema, root)
+    if "anyOf" not in schema:
+        return schema
+    return {**schema, "anyOf": [_resolve(option, root) for option in schema["anyOf"]]}
+
+
+def _resolve(schema: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
+    reference = schema.get("$ref")
+    return root["$defs"][reference.rsplit("/", 1)[1]] if reference else schema
+
+
+def _child(schema: dict[str, Any], part: int | str) -> dict[str, Any] | None:
+    if isinstance(part, int):
+        child = schema.get("items")
+    else:
+        child = schema.get("properties", {}).get(part, schema.get("additionalProperties"))
+    return child if isinstance(child, dict) else None
+
+
+def describe(schema: dict[str, Any]) -> str | None:
+    """Describe what a JSON schema allows: ``a number > 0 or null``."""
+    if "anyOf" in schema:
+        parts = [part for option in schema["anyOf"] if (part := describe(option))]
+        return " or ".join(dict.fromkeys(parts)) or None
+    if "enum" in schema:
+        return ", ".join(map(str, schema["enum"]))
+    if "const" in schema:
+        return str(schema["const"])
+    kind = schema.get("type")
+    if kind in ("integer", "number"):
+        bounds = [f"{sign} {schema[name]}" for name, sign in _BOUNDS.items() if name in schema]
+        noun = "an integer" if kind == "integer" else "a number"
+        return f"{noun} {' and '.join(bounds)}".strip()
+    if kind == "string":
+        return "a non-empty string" if schema.get("minLength") else "a string"
+    if kind == "array":
+        noun = "a non-empty list" if schema.get("minItems") else "a list"
+        return noun + _each("of", schema.get("items"))
+    if kind == "object":
+        if "properties" in schema:
+            return f"a mapping with {', '.join(schema['properties'])}"
+        return "a mapping" + _each("of names to", schema.get("additionalProperties"))
+    return {"boolean": "true or false", "null": "null"}.get(str(kind))
+
+
+def _each(link: str, schema: Any) -> str:
+    text = describe(schema) if isinstance(schema, dict) else None
+    if not text:
+        return ""
+    for singular, plural in _PLURALS.items():
+        text = text.replace(singular, plural)
+    return f" {link} {text}"
+
+
+def _mismatch(value: Any, schema: dict[str, Any]) -> str:
+    options = schema.get("anyOf", [schema])
+    kinds = {option.get("type") for option in options}
+    names = [name for o in options for name in o.get("enum", [o["const"]] if "const" in o else [])]
+    kind, word = _KINDS.get(type(value), ("", type(value).__name__))
+    if isinstance(value, float) and not math.isfinite(value):
+        return "not a finite number"
+    if kind == "string":
+        return _mismatched_string(value, kinds, names)
+    if kind in ("array", "object") and kind in kinds:
+        return "contains an invalid value" if value else "must not be empty"
+    if kind in kinds or (kind == "integer" and "number" in kinds):
+        return "out of range"
+    return f"wrong type ({word})"
+
+
+def _mismatched_string(value: str, kinds: set[Any], names: list[str]) -> str:
+    plain = _KINDS[type(read_scalar(value))][0]
+    if plain != "string" and (plain in kinds or (plain == "integer" and "number" in kinds)):
+        return "a quoted value is a string; remove the quotes"
+    if names:
+        return did_you_mean("unknown value", value, names)
+    if "string" in kinds:
+        return "invalid value" if value else "must not be empty"
+    return "wrong type (a string)"
+
 
 def unknown_sections(data: Mapping[str, object]) -> list[Fault]:
-    """A fault for each top-level key that is no section."""
+    """Return a fault for each top-level key that is not a section."""
     known = tuple(Recipe.model_fields)
     faults = []
     for key in data:
@@ -243,7 +248,7 @@ def unknown_sections(data: Mapping[str, object]) -> list[Fault]:
 
 
 def unknown_key(section: str, key: str, value: object, known: Collection[str]) -> Fault:
-    """The fault of a key that ``section`` does not have, with the nearest that there is."""
+    """Return the fault of a key that ``section`` does not have, with the nearest known key."""
     hint = _hint(section, key, known)
     message = f"unknown key; {hint}" if hint else "unknown key"
     return Fault((section, key), message, value, True, ", ".join(known))
@@ -261,7 +266,7 @@ def _hint(section: str, key: str, known: Collection[str]) -> str | None:
 
 
 def _elsewhere(key: str, section: str) -> str | None:
-    """Where ``key`` is known outside of ``section`` as it stands."""
+    """Say where else than in ``section``, as it is used here, ``key`` is known."""
     for name, part in (("model", ModelSection), ("train", TrainSection)):
         if name != section and key in part.model_fields:
             return f"it belongs under {name}"

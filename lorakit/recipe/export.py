@@ -1,7 +1,4 @@
-"""``Recipe`` -> YAML that reads back as an equal ``Recipe``.
-
-The recipe's JSON schema, from which editors complete keys and check values.
-"""
+"""Write recipes as YAML, and the JSON schema from which editors complete them."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from lorakit.recipe.load import escape
 from lorakit.recipe.sections import ModelSection, Recipe, Section, TrainSection
 from lorakit.recipe.yaml_source import read_scalar
 
-#: The keys that stand first, in the order in which the documentation shows them.
+#: The adapter keys to write first, in the order of the documentation.
 _FIRST = (
     "method",
     "r",
@@ -36,7 +33,8 @@ _FIRST = (
 
 
 def write_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Write every resolved value as UTF-8 YAML, beside ``path`` and then renamed."""
+    """Write the resolved recipe as UTF-8 YAML that loads as an equal recipe; the file appears
+    atomically."""
     path = Path(path)
     handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
@@ -50,7 +48,7 @@ def write_recipe(recipe: Recipe, path: str | Path) -> None:
 
 
 def recipe_text(recipe: Recipe) -> str:
-    """The YAML that ``write_recipe`` writes."""
+    """Return the YAML text that ``write_recipe`` writes."""
     sections = _escaped(recipe.resolved())
     adapter = sections["adapter"]
     first = {key: adapter.pop(key) for key in _FIRST if key in adapter}
@@ -74,7 +72,7 @@ def _escaped(value: Any) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what ``read_scalar`` would not read as text; writes no aliases, which it counts."""
+    """Writes no aliases; strings that ``read_scalar`` would convert are quoted."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -98,8 +96,10 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def recipe_schema() -> dict[str, Any]:
-    """One schema for every method and task: ``adapter`` and ``task`` are any of theirs, told
-    apart by ``method`` and ``name``."""
+    """Return the JSON schema of recipes with any built-in or user method and task.
+
+    ``adapter`` and ``task`` are unions, discriminated by ``method`` and ``name``.
+    """
     methods, tasks = registry.methods(), _distinct(registry.tasks())
     classes: list[type[Section]] = [ModelSection, TrainSection]
     classes += [method.Config for method in methods.values()]
@@ -126,19 +126,19 @@ def recipe_schema() -> dict[str, Any]:
         "properties": {
             "model": of(ModelSection),
             "adapter": {"anyOf": adapters},
-            "task": {"anyOf": [*named_tasks, _own_task()]},
+            "task": {"anyOf": [*named_tasks, _user_task()]},
             "train": of(TrainSection),
         },
         "$defs": definitions,
     }
 
 
-def _own_task() -> dict[str, Any]:
-    """A task in a file of the user's, whose keys only the file knows."""
+def _user_task() -> dict[str, Any]:
+    """The schema of a user task, whose keys only its file knows."""
     name: dict[str, Any] = {
         "type": "string",
         "pattern": r"\.py:|\.ya?ml$",
-        "description": "your own: ./FILE.py:CLASS or ./FILE.yaml",
+        "description": "a task file: ./FILE.py:CLASS or ./FILE.yaml",
     }
     return {
         "type": "object",
@@ -149,18 +149,18 @@ def _own_task() -> dict[str, Any]:
 
 
 def _distinct(tasks: dict[str, Any]) -> list[Any]:
-    """Each task once, whatever the number of its names."""
+    """Each task once, also if it has several names."""
     return list({id(task): task for task in tasks.values()}.values())
 
 
 def _named(
     schema: dict[str, Any], key: str, names: tuple[str, ...], summary: str
 ) -> dict[str, Any]:
-    """The section's schema for these names alone."""
+    """Return the section's schema with ``key`` restricted to ``names``."""
     default = schema["properties"][key].get("default")
     name: dict[str, Any] = {"enum": list(names), "description": summary}
     required = set(schema.get("required", ()))
-    # Only the general default may be left out, so that exactly one method matches without it.
+    # Without `method`, exactly one branch must match: that of the default.
     if key == "method" and names == ("lora",):
         name["default"] = default
     else:

@@ -1,9 +1,4 @@
-"""A recipe file -> ``Recipe``, or every one of its problems at once.
-
-``${NAME}`` and ``${NAME:-default}`` in the texts of a recipe.
-
-``--set section.key=value`` and ``overrides={"section.key": value}``.
-"""
+"""Load a recipe: read the file, expand ``${NAME}``, apply overrides, check every section."""
 
 from __future__ import annotations
 
@@ -33,10 +28,19 @@ from lorakit.recipe.sections import (
     TaskSection,
     TrainSection,
 )
-from lorakit.recipe.yaml_source import KeyPath, Source, dotted, read_scalar, read_value, read_yaml
+from lorakit.recipe.yaml_source import (
+    KeyPath,
+    YamlFile,
+    dotted,
+    read_scalar,
+    read_value,
+    read_yaml,
+)
 
-#: What every adapter and task have, and the other two sections.
-_GENERAL: dict[str, type[Section]] = {
+Overrides = Mapping[str, object] | Sequence[str]
+
+#: The class of each section; methods and tasks have subclasses.
+_SECTIONS: dict[str, type[Section]] = {
     "model": ModelSection,
     "adapter": AdapterSection,
     "task": TaskSection,
@@ -45,10 +49,11 @@ _GENERAL: dict[str, type[Section]] = {
 
 
 def load_recipe(path: str | Path, overrides: Overrides | None = None) -> Recipe:
-    """Read ``path``, expand ``${ENV_VAR}``, apply ``overrides``, check everything.
+    """Load and check a recipe file.
 
-    ``overrides`` is a mapping ``{"train.seed": 1}`` or texts as after ``--set``:
-    ``["train.seed=1"]``. Raises RecipeError with all problems.
+    ``${NAME}`` and ``${NAME:-default}`` are expanded in its strings. ``overrides`` is a mapping
+    (``{"train.seed": 1}``) or a list as after ``--set`` (``["train.seed=1"]``). Raises RecipeError
+    with all problems at once.
     """
     source = read_yaml(Path(path))
     faults = expand_environment(source)
@@ -69,11 +74,11 @@ def load_recipe(path: str | Path, overrides: Overrides | None = None) -> Recipe:
 
 
 class _Checked:
-    """One section: its valid ``value`` or its ``faults``.
+    """A section's ``value``, or its ``faults`` if it is not valid.
 
-    ``partial`` has what is valid, and defaults for the rest; None if there is nothing to look at.
-    ``task_kind`` is that of the task which the section names; ``problems`` are those of the YAML
-    file that holds it.
+    ``partial`` has the valid keys and defaults for the others; None if the section cannot be
+    checked. ``task_kind`` is the kind of the task that the section names, ``problems`` are those
+    of the task's YAML file.
     """
 
     def __init__(self, name: str, data: dict[str, Any]) -> None:
@@ -84,24 +89,26 @@ class _Checked:
         self.problems: tuple[Problem, ...] = ()
         self.task_kind: str | None = None
         given = data.get(name)
-        # `adapter:` with nothing behind it is a section in which all is left at its default.
+        # `adapter:` without a value is a section with all keys left at their defaults.
         given = {} if name in data and given is None else given
         if isinstance(given, dict):
             self._check(given)
         elif name in data:
-            self.faults.append(Fault((name,), "not a section", given, True, "a mapping of keys"))
+            self.faults.append(
+                Fault((name,), "expected a section", given, True, "a mapping of keys")
+            )
         elif not any(nearest(key, [name]) for key in data if key not in Recipe.model_fields):
-            self.faults.append(Fault((name,), "the section is missing", allowed=f"{name}:"))
+            self.faults.append(Fault((name,), "required section is missing"))
 
     def _check(self, given: dict[str, Any]) -> None:
         section = self._class(given)
-        known = tuple((section or _GENERAL[self.name]).model_fields)
+        known = tuple((section or _SECTIONS[self.name]).model_fields)
         unknown = [key for key in given if key not in known]
-        if section is not None:  # else the keys may be those of the one meant
+        if section is not None:  # else they may be keys of the intended one
             self.faults += [unknown_key(self.name, key, given[key], known) for key in unknown]
         rest = {key: value for key, value in given.items() if key in known}
         wrong: set[object] = set()
-        section = section or _GENERAL[self.name]
+        section = section or _SECTIONS[self.name]
         try:
             self.value = self.partial = section.model_validate(rest)
         except ValidationError as error:
@@ -113,7 +120,7 @@ class _Checked:
             self.partial = section.model_construct(**valid)
 
     def _class(self, given: dict[str, Any]) -> type[Section] | None:
-        """The class that checks the section; None if its method or task is not known."""
+        """Return the class of the section, or None if its method or task is unknown."""
         if self.name == "adapter":
             method = given.get("method", AdapterSection.model_fields["method"].default)
             if not isinstance(method, str):
@@ -129,16 +136,15 @@ class _Checked:
             self.faults += faults
             self.task_kind = task and task.kind
             return task.Config if task else None
-        return _GENERAL[self.name]
+        return _SECTIONS[self.name]
 
 
 def _after_path(fault: Fault) -> tuple[str, object, bool, str | None]:
     return fault.message, fault.value, fault.has_value, fault.allowed
 
 
-def _located(faults: list[Fault], source: Source) -> Iterator[Problem]:
-    """The first problem of each key, and none of a line that could not be read: what follows
-    would only repeat it."""
+def _located(faults: list[Fault], source: YamlFile) -> Iterator[Problem]:
+    """Yield the first problem of each key, skipping lines that already have a syntax problem."""
     seen: set[object] = set()
     unread = {problem.line for problem in source.problems}
     for fault in faults:
@@ -153,21 +159,21 @@ def _by_line(problem: Problem) -> tuple[bool, int]:
     return problem.line is None, problem.line or 0
 
 
-#: ``$${`` is a literal ``${``; a name is as in POSIX; a default ends at the first ``}``.
+#: ``$${`` is a literal ``${``. Names are as in POSIX; a default ends at the first ``}``.
 _REFERENCE = re.compile(r"\$\$\{|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}|\$\{")
 
 
 def escape(text: str) -> str:
-    """The text which ``expand_environment`` turns into ``text``."""
+    """Return the string that ``expand_environment`` expands to ``text``."""
     return text.replace("${", "$${")
 
 
-def expand_environment(source: Source, environ: Mapping[str, str] = os.environ) -> list[Fault]:
-    """Expand the references in all texts of ``source.data``, in place; keys stay as they are.
+def expand_environment(source: YamlFile, environ: Mapping[str, str] = os.environ) -> list[Fault]:
+    """Expand variable references in the strings of ``source.data``, in place; keys are left as is.
 
-    As in a shell, ``:-`` gives its default for a variable that is unset or empty. A value without
-    quotes that is one reference and nothing else is read again as a YAML scalar, so that
-    ``r: ${R}`` is a number; in quotes it stays a text. Returns what could not be expanded.
+    As in a shell, the default after ``:-`` applies to a variable that is unset or empty. An
+    unquoted value that is a single reference is parsed as a YAML scalar after expansion, so that
+    ``r: ${R}`` is a number; a quoted one stays a string. Returns the faults of invalid references.
     """
     faults: list[Fault] = []
 
@@ -194,12 +200,12 @@ def _faults(text: str, environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
         name, default = match.groups()
         if match.group() == "${":
             yield (
-                "not a reference to a variable",
-                "${NAME}, ${NAME:-default}, or $${ for a plain ${",
+                "invalid variable reference",
+                "${NAME}, ${NAME:-default}, or $${ for a literal ${",
             )
         elif name is not None and default is None and name not in environ:
             yield (
-                f"the environment variable {name} is not set",
+                f"environment variable {name} is not set",
                 f"set {name}, or give a default: ${{{name}:-...}}",
             )
 
@@ -216,23 +222,21 @@ def _expand(text: str, environ: Mapping[str, str], quoted: bool) -> Any:
     return read_scalar(expanded) if whole and whole.group(1) and not quoted else expanded
 
 
-Overrides = Mapping[str, object] | Sequence[str]
-
-_FORM = "section.key=value, as in train.seed=1"
+_FORM = "SECTION.KEY=VALUE, such as train.seed=1"
 
 
-def apply_overrides(source: Source, overrides: Overrides | None) -> list[Fault]:
-    """Put the values into ``source.data``, in place; returns what could not be read or placed.
+def apply_overrides(source: YamlFile, overrides: Overrides | None) -> list[Fault]:
+    """Set the overridden values in ``source.data``, in place; return the faults of invalid ones.
 
-    On the command line the value is YAML; a mapping's values are taken as they are. What stands
-    behind the second dot is one key of a mapping: ``adapter.rank_pattern.layers.0.q_proj=4``.
-    Environment variables are not expanded here: a shell has done so already.
+    Values from the command line are parsed as YAML, those of a mapping are used as they are.
+    Everything after the second dot is one key of a mapping:
+    ``adapter.rank_pattern.layers.0.q_proj=4``. Variables are not expanded: the shell has done so.
     """
     faults: list[Fault] = []
     for name, value in _pairs(overrides, faults):
         path: KeyPath = tuple(name.split(".", 2))
         if not all(path):
-            faults.append(Fault((name,), "an empty key", value, True, _FORM, OVERRIDE))
+            faults.append(Fault((name,), "empty key", value, True, _FORM, OVERRIDE))
         else:
             faults.extend(_place(source, path, value))
     return faults
@@ -260,7 +264,7 @@ def _pairs(overrides: Overrides | None, faults: list[Fault]) -> Iterator[tuple[s
 
 
 def _plain(value: object) -> Any:
-    """What YAML would have given: lists for tuples, texts for paths."""
+    """Convert to what YAML has: lists for tuples, strings for paths."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, Mapping):
@@ -270,15 +274,16 @@ def _plain(value: object) -> Any:
     return value
 
 
-def _place(source: Source, path: KeyPath, value: Any) -> Iterator[Fault]:
+def _place(source: YamlFile, path: KeyPath, value: Any) -> Iterator[Fault]:
     holder: Any = source.data
     for length, part in enumerate(path[:-1], 1):
         if holder.get(part) is None:
             holder[part] = {}
         holder = holder[part]
         if not isinstance(holder, dict):
-            message = f"{dotted(path[:length])} holds no keys"
-            yield Fault(path, message, value, True, "the value itself", OVERRIDE)
+            parent = dotted(path[:length])
+            message = f"{parent} has no keys"
+            yield Fault(path, message, value, True, f"{parent}=VALUE", OVERRIDE)
             return
     holder[path[-1]] = value
     source.overridden.add(path)

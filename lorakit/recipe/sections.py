@@ -1,10 +1,8 @@
-"""The recipe's types: one section a class, every key of the contract, nothing that loads torch.
+"""The sections of a recipe and their keys, as pydantic models.
 
-Methods and tasks extend ``AdapterSection`` and ``TaskSection`` in their own files.
-
-``layers``: which of the model's layers are adapted.
-
-What a split may be called in a directory or a mapping.
+Methods and tasks extend ``AdapterSection`` and ``TaskSection`` with their own keys. Two kinds of
+values are parsed here for the whole package: the layer ranges of ``adapter.layers`` and the names
+of splits.
 """
 
 from __future__ import annotations
@@ -28,11 +26,11 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
-#: Above any matrix's rank that a model has, and small enough for sizes to be computed.
+#: Above the rank of any weight matrix in practice, and small enough that sizes do not overflow.
 MAX_RANK = 2**16
 Rank = Annotated[int, Field(gt=0, le=MAX_RANK)]
 LoraAlpha = Annotated[float, Field(gt=0, le=1e9)] | Annotated[int, Field(gt=0, le=10**9)]
-#: What numpy takes as a seed.
+#: The range of numpy seeds.
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
@@ -40,7 +38,7 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-#: A list, or one text in place of a list of one.
+#: A list of strings; a single string stands for a list of one.
 TextList = Annotated[
     list[Text],
     Field(min_length=1),
@@ -50,35 +48,45 @@ TextList = Annotated[
 ]
 
 
-#: A file, a glob, or a list of these.
+#: A file, a glob pattern, or a list of these.
 Files = Text | Annotated[list[Text], Field(min_length=1)]
 _DataPath = Files | Annotated[dict[str, Files], Field(min_length=1)] | None
 
 
 def _without_weights(value: Any) -> Any:
-    """Raises ValueError for a mixture, ``{path: FILE, weight: N}``, which is not supported."""
+    """Raise ValueError for a weighted mixture, ``{path: FILE, weight: N}``."""
     parts = value if isinstance(value, list) else [value]
     inner = [v for part in parts if isinstance(part, dict) for v in part.values()]
     lists = [item for v in inner if isinstance(v, list) for item in v]
     if any(isinstance(part, dict) and "weight" in part for part in [*parts, *inner, *lists]):
-        raise ValueError("weights are not supported: allowed are files and globs without them")
+        raise ValueError("weights are not supported; allowed: files and globs without weights")
     return value
 
 
-#: A directory, files (the train split), or files by split.
+#: A directory, files of the train split, or a mapping from splits to files.
 DataPath = Annotated[_DataPath, BeforeValidator(_without_weights, json_schema_input_type=_DataPath)]
 
 
+#: ``auto`` leaves the choice to lorakit, which does not compile unless asked to.
+Compile = Annotated[
+    bool,
+    BeforeValidator(
+        lambda value: False if value == "auto" else value,
+        json_schema_input_type=Literal["auto"] | bool,
+    ),
+]
+
+
 class Section(BaseModel):
-    """A part of the recipe: strict types, unknown keys refused, values never change."""
+    """Base class of sections: immutable, with strict types and no unknown keys."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
-    """``model``: which pretrained weights, and how they are held.
+    """``model``: the pretrained model and how it is loaded.
 
-    ``new_head`` replaces the classification head that the base brings by a new one.
+    ``new_head`` replaces the classification head of the checkpoint with a newly initialized one.
     """
 
     name_or_path: Text
@@ -91,7 +99,12 @@ class ModelSection(Section):
 
 
 class AdapterSection(Section):
-    """``adapter``: what every method has; a method's own keys stand in its file."""
+    """``adapter``: the keys that all methods share.
+
+    ``method`` is the name of a built-in method or a user's ``./FILE.py:CLASS``. ``layers`` are the
+    indices of the adapted layers, as a list or as ranges (``"0-5,11"``); null means all.
+    ``modules_to_save`` are fully trained and saved with the adapter.
+    """
 
     method: Text = "lora"
     target_modules: TextList = ["q", "v"]
@@ -100,17 +113,18 @@ class AdapterSection(Section):
 
 
 class TaskSection(Section):
-    """``task``: what every task has; a task's own keys stand in its file.
+    """``task``: the keys that all tasks share.
 
-    ``path`` is a directory whose files are named by split, or a file, a glob or a list of these
-    (the train split), or a mapping of splits to these; null reads the Hub's data set.
-    ``max_length`` is in tokens; ``limit_train`` and ``limit_eval`` keep the first N rows. With
-    ``streaming`` the train split is read while it is trained on, neither held nor written, and
-    shuffled in a buffer of ``shuffle_buffer_rows``.
+    ``name`` is a built-in task or a user's ``./FILE.py:CLASS`` or ``./FILE.yaml``. ``path`` is a
+    directory with files named after splits; a file, a glob or a list of these (the train split); or
+    a mapping from splits to files. Null reads the task's data set on the Hub. ``max_length`` is in
+    tokens. ``limit_train`` and ``limit_eval`` keep the first N rows.
 
-    ``on_bad_row`` is for the train split: ``error`` ends the run at a row that cannot be read or
-    trained on, ``skip`` leaves it out, named and counted. Rows that a model is measured on are
-    never left out.
+    With ``streaming``, the train split is read during training, without being loaded or cached as a
+    whole, and shuffled in a buffer of ``shuffle_buffer_rows`` rows.
+
+    ``on_bad_row`` applies to train rows that cannot be read or trained on: ``error`` stops the run,
+    ``skip`` drops, reports and counts them. Evaluation rows are never dropped.
     """
 
     name: Text
@@ -125,12 +139,16 @@ class TaskSection(Section):
 
 
 class TrainSection(Section):
-    """``train``: the run. Steps are optimizer steps; ``learning_rate`` is the peak.
+    """``train``: the training run.
 
-    Without ``epochs`` and ``max_steps`` there are 3 epochs; without ``warmup_ratio`` and
-    ``warmup_steps`` the ratio is 0.06; without ``per_device_batch_size`` (rows, or bins where rows
-    are packed) and ``max_tokens_per_batch`` (tokens, padding included) the first is 8. Both
-    together bound a batch each.
+    Steps are optimizer steps. ``learning_rate`` is the peak of the schedule. Defaults that depend
+    on another key: 3 epochs unless ``epochs`` or ``max_steps`` is set; a warmup ratio of 0.06
+    unless ``warmup_ratio`` or ``warmup_steps`` is set; a ``per_device_batch_size`` (rows, or bins
+    of packed rows) of 8 unless it or ``max_tokens_per_batch`` (tokens, including padding) is set. A
+    batch respects both of these limits if both are set.
+
+    ``compile`` runs the model through ``torch.compile``. ``auto`` is accepted and currently means
+    ``false``.
     """
 
     output_dir: Text
@@ -154,7 +172,7 @@ class TrainSection(Section):
     adam_beta2: Probability = 0.999
     adam_epsilon: PositiveFloat = 1e-8
     gradient_checkpointing: bool = False
-    compile: Literal["auto"] | bool = "auto"
+    compile: Compile = False
     group_by_length: bool = True
     seed: Seed = 42
     log_every_steps: PositiveInt = 10
@@ -168,7 +186,7 @@ class TrainSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, data: Any) -> Any:
-        """Here and not as defaults: a default would contradict the other key of its pair."""
+        """Set defaults here, because a field default would conflict with the pair's other key."""
         if isinstance(data, dict):
             data = dict(data)
             for key, other, default in (
@@ -182,7 +200,7 @@ class TrainSection(Section):
 
 
 class Recipe(Section):
-    """A whole run. ``adapter`` and ``task`` are of the class that their method and task declare."""
+    """A whole recipe; ``adapter`` and ``task`` have the classes of their method and task."""
 
     model: ModelSection
     adapter: SerializeAsAny[AdapterSection]
@@ -191,13 +209,13 @@ class Recipe(Section):
 
     @property
     def eval_batch_size(self) -> int:
-        """Rows of a batch in an evaluation."""
+        """Rows per evaluation batch."""
         train, tokens = self.train, self.train.max_tokens_per_batch or 0
         rows = train.per_device_eval_batch_size or train.per_device_batch_size
         return rows or max(1, tokens // self.task.max_length)
 
     def resolved(self) -> dict[str, Any]:
-        """The recipe with every default written out: what ``recipe.yaml`` holds."""
+        """The recipe with all defaults filled in, as ``recipe.yaml`` records it."""
         return self.model_dump(mode="json")
 
 
@@ -206,31 +224,31 @@ MAX_LAYER = 9_999
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
-    """``"0-5,11"`` -> (0, 1, 2, 3, 4, 5, 11): indices from 0, a range includes both its ends.
+    """Parse layer ranges: ``"0-2,11"`` gives (0, 1, 2, 11). Indices start at 0, ends are included.
 
-    Sorted, each once. Raises ValueError for anything else, a range that runs backwards included.
+    The result is sorted and unique. Raises ValueError for anything else, reversed ranges included.
     """
     found: set[int] = set()
     for part in text.split(","):
         match = _RANGE.fullmatch(part)
         if match is None:
-            raise ValueError(f"{part!r} is neither a layer nor a range of layers")
+            raise ValueError(f"{part!r} is neither a layer index nor a range")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise ValueError(f"the range {part.strip()!r} runs backwards")
+            raise ValueError(f"range {part.strip()!r} is reversed")
         if last > MAX_LAYER:
-            raise ValueError(f"layer {last} is beyond any model; at most {MAX_LAYER}")
+            raise ValueError(f"layer index {last} is too large; at most {MAX_LAYER}")
         found.update(range(first, last + 1))
     return tuple(sorted(found))
 
 
 def layer_indices(layers: Iterable[int] | str) -> set[int]:
-    """The layers that a recipe's ``layers`` chooses, a list or a text for ``parse_layers``."""
+    """Return the layer indices that a value of ``adapter.layers`` selects."""
     return set(parse_layers(layers) if isinstance(layers, str) else layers)
 
 
 def format_layers(layers: Iterable[int]) -> str:
-    """(0, 1, 2, 7) -> ``"0-2,7"``, which ``parse_layers`` reads."""
+    """Format layer indices as ranges for ``parse_layers``: ``"0-2,7"``."""
     found: list[list[int]] = []
     for layer in sorted(set(layers)):
         if found and layer == found[-1][-1] + 1:
@@ -240,22 +258,21 @@ def format_layers(layers: Iterable[int]) -> str:
     return ",".join("-".join(map(str, span)) for span in found)
 
 
-_VALIDATION = ("validation", "valid", "dev", "val")
-#: By its own name, which is the first.
-ALIASES = {
+#: Split -> the names it may have in a directory or a mapping, its own name first.
+SPLIT_ALIASES = {
     "train": ("train",),
-    "validation": _VALIDATION,
+    "validation": ("validation", "valid", "dev", "val"),
     "test": ("test",),
     "validation_matched": ("validation_matched",),
     "validation_mismatched": ("validation_mismatched",),
 }
-KNOWN = tuple(name for names in ALIASES.values() for name in names)
+SPLIT_NAMES = tuple(name for names in SPLIT_ALIASES.values() for name in names)
 
 
-def named_twice(given: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
-    """Each split that several of the names ``given`` stand for, and these."""
+def ambiguous_splits(given: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield each split to which several of the ``given`` names refer, with those names."""
     given = list(given)
-    for split, names in ALIASES.items():
+    for split, names in SPLIT_ALIASES.items():
         found = [name for name in given if name in names]
         if len(found) > 1:
             yield split, found

@@ -26,7 +26,7 @@ from lorakit.metrics.coco_caption import cider, rouge_l
 from lorakit.metrics.mteval import bleu, nist
 from lorakit.recipe.diagnostics import Fault, explain
 from lorakit.recipe.sections import TaskSection
-from lorakit.recipe.yaml_source import Source, read_yaml
+from lorakit.recipe.yaml_source import YamlFile, read_yaml
 from lorakit.tasks.base import LOWER_IS_BETTER, Prediction, Task, exact_match, paired
 from lorakit.tasks.classification import Classification, Labelling, class_id, read_label
 from lorakit.tasks.completion import Completion
@@ -133,7 +133,7 @@ def _with_defaults(section: type[TaskSection], defaults: Mapping[str, Any]) -> t
 
 
 def _faults(
-    kind: type[UserCompletion] | type[UserClassification] | None, source: Source
+    kind: type[UserCompletion] | type[UserClassification] | None, source: YamlFile
 ) -> Iterator[Fault]:
     if kind is None:
         yield _unknown_kind(source.data)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -79,7 +80,11 @@ def test_validate_shows_the_problems_of_all_files(
     shown = capsys.readouterr()
     assert shown.out == "good.yaml: valid (some/model, lora, completion)\n"
     lines = shown.err.splitlines()
-    assert [line.split(":")[1].strip() for line in lines] == ["one.yaml", "two.yaml", "two.yaml"]
+    assert [re.split("[:,]", line)[1].strip() for line in lines] == [
+        "one.yaml",
+        "two.yaml",
+        "two.yaml",
+    ]
     assert all(line.startswith("error: ") for line in lines)
 
 

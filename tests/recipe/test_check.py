@@ -82,7 +82,7 @@ def test_packing() -> None:
     packed = recipe(task={"packing": True})
     check_recipe(packed)
     (fault,) = check_sections(None, None, packed.task, None, "encoder")
-    assert fault.message == "an encoder cannot pack"
+    assert fault.message == "an encoder task cannot pack rows"
 
 
 def test_metric_names() -> None:
@@ -97,7 +97,7 @@ def test_a_warmup_is_no_longer_than_the_run() -> None:
     problem = only(recipe(train={"max_steps": 10, "warmup_steps": 11}))
     assert (problem.key, problem.value) == ("train.warmup_steps", 11)
     assert (problem.message, problem.allowed) == (
-        "longer than the run: train.max_steps = 10",
+        "more than train.max_steps = 10",
         "0 to 10",
     )
 
@@ -126,7 +126,7 @@ def test_streaming_is_counted_in_steps_and_rows() -> None:
         problem = only(recipe(task=streaming, train=dict(train)))
         assert (problem.key, problem.allowed) == (
             "train.max_steps",
-            "a number, in place of epochs",
+            "a number of steps, instead of epochs",
         )
     budget = {"max_steps": 10, "max_tokens_per_batch": 4096}
     assert only(recipe(task=streaming, train=dict(budget))).key == "train.max_tokens_per_batch"

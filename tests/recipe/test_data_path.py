@@ -77,7 +77,7 @@ def test_other_values_are_refused(tmp_path: Path, path: Any) -> None:
     [
         ({"training": "a.jsonl"}, "unknown split; did you mean 'train'?; allowed: train, valid"),
         ({"train": "a.jsonl", "Test": "b.jsonl"}, "unknown split"),
-        ({"validation": "a.jsonl", "dev": "b.jsonl"}, "validation and dev both name the split 'v"),
+        ({"validation": "a.jsonl", "dev": "b.jsonl"}, "validation and dev both name split 'v"),
     ],
 )
 def test_names_of_splits(tmp_path: Path, path: Any, message: str) -> None:

@@ -3,13 +3,13 @@ from __future__ import annotations
 import pytest
 
 from lorakit.recipe.load import escape, expand_environment
-from lorakit.recipe.yaml_source import Source
+from lorakit.recipe.yaml_source import YamlFile
 
 ENVIRON = {"R": "4", "EMPTY": "", "NAME": "a b", "FLAG": "true", "LIST": "[q, k]"}
 
 
 def expanded(value: object, quoted: bool = False) -> object:
-    source = Source("r.yaml", {"k": value}, quoted=frozenset({("k",)} if quoted else ()))
+    source = YamlFile("r.yaml", {"k": value}, quoted=frozenset({("k",)} if quoted else ()))
     assert expand_environment(source, ENVIRON) == []
     return source.data["k"]
 
@@ -53,15 +53,15 @@ def test_escape(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("${NONE}", "the environment variable NONE is not set"),
-        ("x ${NONE} y", "the environment variable NONE is not set"),
-        ("${1X}", "not a reference"),
-        ("${R", "not a reference"),
-        ("${R-3}", "not a reference"),
+        ("${NONE}", "environment variable NONE is not set"),
+        ("x ${NONE} y", "environment variable NONE is not set"),
+        ("${1X}", "invalid variable reference"),
+        ("${R", "invalid variable reference"),
+        ("${R-3}", "invalid variable reference"),
     ],
 )
 def test_faults(text: str, message: str) -> None:
-    source = Source("r.yaml", {"s": {"k": text}}, {("s", "k"): 7})
+    source = YamlFile("r.yaml", {"s": {"k": text}}, {("s", "k"): 7})
     (fault,) = expand_environment(source, ENVIRON)
     problem = fault.locate(source)
     assert message in problem.message

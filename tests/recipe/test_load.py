@@ -81,7 +81,7 @@ def test_overrides_come_before_the_checks(write: Write) -> None:
     problem = only(write(GOOD), ["adapter.r=four"])
     assert (
         str(problem)
-        == '--set: adapter.r = "four": wrong type (text); allowed: an integer > 0 and <= 65536'
+        == '--set: adapter.r = "four": wrong type (a string); allowed: an integer > 0 and <= 65536'
     )
 
 
@@ -103,91 +103,95 @@ def test_every_problem_is_listed_at_once_in_the_files_order(write: Write) -> Non
         (
             "dtype: float32",
             "dtype: float23",
-            "r:3: model.dtype = \"float23\": unknown value; did you mean 'float32'?; "
+            "r, line 3: model.dtype = \"float23\": unknown value; did you mean 'float32'?; "
             "allowed: float32, bfloat16, float16",
         ),
-        ("r: 4", "r: 0", "r:6: adapter.r = 0: out of range; allowed: an integer > 0 and <= 65536"),
+        (
+            "r: 4",
+            "r: 0",
+            "r, line 6: adapter.r = 0: out of range; allowed: an integer > 0 and <= 65536",
+        ),
         (
             "r: 4",
             "r: 4.5",
-            "r:6: adapter.r = 4.5: wrong type (a float); allowed: an integer > 0 and <= 65536",
+            "r, line 6: adapter.r = 4.5: wrong type (a float); allowed: an integer > 0 and <= 65536",
         ),
         (
             "r: 4",
             "r: true",
-            "r:6: adapter.r = true: wrong type (true or false); allowed: an integer > 0 and <= 65536",
+            "r, line 6: adapter.r = true: wrong type (true or false); allowed: an integer > 0 and <= 65536",
         ),
         (
             "r: 4",
             "r:",
-            "r:6: adapter.r = null: wrong type (null); allowed: an integer > 0 and <= 65536",
+            "r, line 6: adapter.r = null: wrong type (null); allowed: an integer > 0 and <= 65536",
         ),
         (
             "r: 4",
             "r: '4'",
-            'r:6: adapter.r = "4": text, because it stands in quotes; write it without them; '
+            'r, line 6: adapter.r = "4": a quoted value is a string; remove the quotes; '
             "allowed: an integer > 0 and <= 65536",
         ),
         (
             "[q, k]",
             "[q, 3]",
-            "r:7: adapter.target_modules[1] = 3: wrong type (an integer); allowed: non-empty text",
+            "r, line 7: adapter.target_modules[1] = 3: wrong type (an integer); allowed: a non-empty string",
         ),
         (
             "[q, k]",
             "[]",
-            "r:7: adapter.target_modules = []: is empty; "
-            "allowed: a non-empty list of text or non-empty text",
+            "r, line 7: adapter.target_modules = []: must not be empty; "
+            "allowed: a non-empty list of strings or a non-empty string",
         ),
         (
             "path: data.jsonl",
             "path: 3",
-            "r:10: task.path = 3: wrong type (an integer); allowed: non-empty text or a non-empty "
-            "list of text or a mapping of names to text or a non-empty list of text or null",
+            "r, line 10: task.path = 3: wrong type (an integer); allowed: a non-empty string or a "
+            "non-empty list of strings or a mapping of names to strings or lists of strings or null",
         ),
         (
             "learning_rate: 2e-4",
             "learning_rate: .nan",
-            "r:13: train.learning_rate = NaN: not a finite number; allowed: a number > 0",
+            "r, line 13: train.learning_rate = NaN: not a finite number; allowed: a number > 0",
         ),
         (
             "learning_rate: 2e-4",
             "learning_rate: 1e999",
-            "r:13: train.learning_rate = Infinity: not a finite number; allowed: a number > 0",
+            "r, line 13: train.learning_rate = Infinity: not a finite number; allowed: a number > 0",
         ),
         (
             "learning_rate: 2e-4",
             "compile: yes",
-            'r:13: train.compile = "yes": unknown value; allowed: auto or true or false',
+            'r, line 13: train.compile = "yes": unknown value; allowed: auto or true or false',
         ),
         (
             "learning_rate: 2e-4",
             "warmup_ratio: 1",
-            "r:13: train.warmup_ratio = 1: out of range; allowed: a number >= 0 and < 1 or null",
+            "r, line 13: train.warmup_ratio = 1: out of range; allowed: a number >= 0 and < 1 or null",
         ),
         (
             "  output_dir: runs/x\n",
             "",
-            "r:11: train.output_dir: is required; allowed: non-empty text",
+            "r, line 11: train.output_dir: required key is missing; allowed: a non-empty string",
         ),
         (
             "path: data.jsonl",
             "path: {train: 3}",
-            'r:10: task.path = {"train": 3}: holds something that is not allowed; allowed: '
-            "non-empty text or a non-empty list of text or a mapping of names to text or a "
-            "non-empty list of text or null",
+            'r, line 10: task.path = {"train": 3}: contains an invalid value; allowed: '
+            "a non-empty string or a non-empty list of strings or a mapping of names to strings or "
+            "lists of strings or null",
         ),
         (
             "path: data.jsonl",
             "path: {}",
-            "r:10: task.path = {}: is empty; allowed: non-empty text or a non-empty list of text "
-            "or a mapping of names to text or a non-empty list of text or null",
+            "r, line 10: task.path = {}: must not be empty; allowed: a non-empty string or a non-empty list of "
+            "strings or a mapping of names to strings or lists of strings or null",
         ),
     ],
 )
 def test_messages(write: Write, old: str, new: str, expected: str) -> None:
     path = write(GOOD.replace(old, new))
-    assert str(only(path)) == expected.replace("r:", f"{path}:", 1)
+    assert str(only(path)) == expected.replace("r,", f"{path},", 1)
 
 
 @pytest.mark.parametrize(

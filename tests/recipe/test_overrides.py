@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 
 from lorakit.recipe.load import Overrides, apply_overrides
-from lorakit.recipe.yaml_source import Source
+from lorakit.recipe.yaml_source import YamlFile
 
 
-def source() -> Source:
+def source() -> YamlFile:
     data: dict[str, Any] = {"train": {"seed": 1, "epochs": 3}, "task": {"path": "x"}}
     lines = {("train",): 1, ("train", "seed"): 2, ("train", "epochs"): 3, ("task", "path"): 4}
-    return Source("r.yaml", data, dict(lines))
+    return YamlFile("r.yaml", data, dict(lines))
 
 
 @pytest.mark.parametrize(
@@ -57,12 +57,12 @@ def test_a_whole_section() -> None:
     ("override", "key", "message"),
     [
         ("train.seed", "", "'train.seed' has no '='"),
-        ("=1", "", "an empty key"),
-        ("train.=1", "train.", "an empty key"),
-        ("train.seed=[1", "train.seed", "not YAML"),
-        ("train.seed=!!int 1", "train.seed", "the tag"),
-        ("train.seed={a: 1, a: 2}", "train.seed", "stands twice"),
-        ("task.path.train=x", "task.path.train", "task.path holds no keys"),
+        ("=1", "", "empty key"),
+        ("train.=1", "train.", "empty key"),
+        ("train.seed=[1", "train.seed", "not valid YAML"),
+        ("train.seed=!!int 1", "train.seed", "tag"),
+        ("train.seed={a: 1, a: 2}", "train.seed", "duplicate key 'a'"),
+        ("task.path.train=x", "task.path.train", "task.path has no keys"),
     ],
 )
 def test_faults(override: str, key: str, message: str) -> None:

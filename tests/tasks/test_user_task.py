@@ -318,7 +318,7 @@ def test_every_problem_of_a_yaml_at_once(in_tmp: Path) -> None:
         ("kind: classification\nmetric: ./no.py:f\n", "no.py: no such file"),
         ("kind: completion\ntemplate: a\nprompt_column: b\n", "contradict each other"),
         ("- a\n", "the file is not a mapping"),
-        ("kind: [\n", "not YAML"),
+        ("kind: [\n", "not valid YAML"),
     ],
 )
 def test_a_yaml_that_is_refused(in_tmp: Path, text: str, said: str) -> None:
@@ -358,7 +358,7 @@ def test_a_key_that_stands_twice_is_told_also_when_the_file_was_read_before(in_t
     registry.task("./my.yaml")
     (in_tmp / "my.yaml").write_text(f"{YAML}kind: completion\n")
     (problem,) = problems(recipe(in_tmp, "./my.yaml"))
-    assert "the key 'kind' stands twice" in str(problem)
+    assert "duplicate key 'kind'" in str(problem)
 
 
 def test_metric_names_are_the_files_own(in_tmp: Path) -> None:
@@ -374,4 +374,4 @@ def test_metric_names_are_the_files_own(in_tmp: Path) -> None:
 def test_an_unknown_name_mentions_user_files(in_tmp: Path) -> None:
     (problem,) = problems(recipe(in_tmp, "compleshun"))
     assert problem.allowed is not None
-    assert problem.allowed.endswith("or your own file: ./FILE.py:CLASS, ./FILE.yaml")
+    assert problem.allowed.endswith("or a task file: ./FILE.py:CLASS, ./FILE.yaml")

@@ -89,4 +89,4 @@ def test_what_contradicts_itself_is_refused(tiny_llama: Path, tmp_path: Path) ->
     assert "group_by_length" in refused(
         train__max_tokens_per_batch=256, train__group_by_length=False
     )
-    assert "an encoder cannot pack" in refused(task="glue/sst2", task__packing=True)
+    assert "an encoder task cannot pack rows" in refused(task="glue/sst2", task__packing=True)
