@@ -97,7 +97,7 @@ def measure(arguments: argparse.Namespace, name: str, changes: dict[str, Any]) -
     for step in range(WARM_STEPS, WARM_STEPS + arguments.steps):
         taken = loop.steps.step(step)
         tokens += taken.tokens
-        padded += sum(loop.collate(batch)["input_ids"].numel() for batch in taken.micro_batches)
+        padded += sum(loop.collate(batch).input_ids.numel() for batch in taken.micro_batches)
     return {
         "tokens_per_second": tokens / seconds,
         "step_ms": 1e3 * seconds / arguments.steps,
@@ -138,7 +138,7 @@ def loss_of_rows(prepared: Prepared, loop: Any, packing: bool) -> float:
         batch = loop.collate(bins[start : start + 16])
         on_device = {key: value.to(loop.accelerator.device) for key, value in batch.items()}
         total += float(loop.objective(on_device))
-    return total / sum(int(row.trained[1:].sum()) for row in rows)
+    return total / sum(int(row.loss_mask[1:].sum()) for row in rows)
 
 
 def synchronise() -> None:

@@ -21,7 +21,7 @@ from lorakit.data.tokens import Counts, EncodedRows
 Arrays = dict[str, NDArray[Any]]
 
 #: The widest first, so that each array is aligned.
-_NAMES = ("labels", "lengths", "tokens", "trained", "token_type_ids")
+_NAMES = ("labels", "lengths", "input_ids", "loss_mask", "token_type_ids")
 _DTYPES = {"U16": "<u2", "I32": "<i4", "I64": "<i8", "F64": "<f8", "BOOL": "|b1", "I8": "|i1"}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _CHUNK = 4 << 20
@@ -51,10 +51,10 @@ class Shard:
         self.counts.add(encoded.counts)
         if not rows:
             return
-        self._write("tokens", token_dtype, [row.ids for row in rows])
-        self._write("trained", "|b1", [row.trained for row in rows])
-        self._write("lengths", "<i4", [[len(row.ids) for row in rows]])
-        types = [row.types for row in rows if row.types is not None]
+        self._write("input_ids", token_dtype, [row.input_ids for row in rows])
+        self._write("loss_mask", "|b1", [row.loss_mask for row in rows])
+        self._write("lengths", "<i4", [[len(row.input_ids) for row in rows]])
+        types = [row.token_type_ids for row in rows if row.token_type_ids is not None]
         if types:
             self._write("token_type_ids", "|i1", types)
         if labels:

@@ -24,7 +24,7 @@ from lorakit.data.tokens import Counts
 
 #: Fewer rows are tokenised sooner than looked up.
 CACHED_ROWS = 2000
-_FORMAT = 2
+_FORMAT = 3
 
 
 def encoding_key(tokenizer: Any, config: Mapping[str, Any], extra: bytes = b"") -> str | None:

@@ -1,9 +1,10 @@
-"""The tensors of a batch."""
+"""Collate encoded rows into the tensors of a batch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,116 +13,169 @@ from torch import Tensor
 
 from lorakit.data.encode import EncodedRow
 
-Batch = dict[str, Tensor]
+AnyBatch = TypeVar("AnyBatch", bound="Batch")
 
 
-def collate_causal(rows: Sequence[EncodedRow], pad_id: int, multiple_of: int = 1) -> Batch:
-    """``input_ids`` (batch, length) padded on the right; ``positions`` (n,) and ``targets`` (n,)
-    as ``lorakit.models.causal.token_losses`` takes them."""
+@dataclass(frozen=True)
+class Batch:
+    """The tensors of one micro-batch. ``input_ids`` (batch, length) is padded on the right."""
+
+    input_ids: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are set, by name."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def to(self: AnyBatch, device: torch.device) -> AnyBatch:
+        """Copy to ``device`` without blocking, which CUDA can only do from pinned memory."""
+        tensors = self.tensors()
+        if device.type == "cuda":
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        moved: dict[str, Any] = {
+            name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class CausalBatch(Batch):
+    """Sequences for a causal model.
+
+    ``loss_indices`` (n,) are the positions in the flattened (batch * length) sequence whose next
+    token counts in the loss, ``targets`` (n,) are those tokens. Packed sequences also have
+    ``position_ids`` (batch, length), which restart at 0 with every row; ``cu_seq_lens`` (rows + 1,)
+    are the row boundaries if all rows are in one sequence for variable-length attention.
+    """
+
+    loss_indices: Tensor
+    targets: Tensor
+    position_ids: Tensor | None = None
+    cu_seq_lens: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class EncoderBatch(Batch):
+    """Sequences for an encoder with their ``labels`` (batch,). ``attention_mask`` is None where
+    nothing is padded, ``token_type_ids`` where the tokenizer has none."""
+
+    labels: Tensor
+    attention_mask: Tensor | None = None
+    token_type_ids: Tensor | None = None
+
+    def model_inputs(self) -> dict[str, Tensor]:
+        """The keyword arguments of the model's forward pass."""
+        return {name: tensor for name, tensor in self.tensors().items() if name != "labels"}
+
+
+def collate_causal(rows: Sequence[EncodedRow], pad_id: int, multiple_of: int = 1) -> CausalBatch:
+    """One row per sequence."""
     input_ids = _pad([row.input_ids for row in rows], pad_id, multiple_of)
     length = input_ids.shape[1]
-    positions = [np.flatnonzero(row.trained[1:]) + i * length for i, row in enumerate(rows)]
-    targets = [row.input_ids[1:][row.trained[1:]] for row in rows]
-    return {
-        "input_ids": torch.from_numpy(input_ids),
-        "positions": torch.from_numpy(np.concatenate(positions)),
-        "targets": torch.from_numpy(np.concatenate(targets).astype(np.int64)),
-    }
+    indices = [_loss_indices(row) + i * length for i, row in enumerate(rows)]
+    return CausalBatch(
+        input_ids=torch.from_numpy(input_ids),
+        loss_indices=torch.from_numpy(np.concatenate(indices)),
+        targets=torch.from_numpy(_targets(rows)),
+    )
 
 
 def collate_packed(
     bins: Sequence[Sequence[EncodedRow]], pad_id: int, multiple_of: int = 1
-) -> Batch:
-    """One sequence a bin: ``input_ids`` and ``position_ids`` (bins, length), in which positions
-    restart with each row and once more with the padding; ``positions`` and ``targets`` (n,)."""
+) -> CausalBatch:
+    """One bin per sequence, with ``position_ids`` that restart at 0 with each row and with the
+    padding."""
     widths = [sum(len(row.input_ids) for row in rows) for rows in bins]
-    width = -(-max(widths) // multiple_of) * multiple_of
-    batch = [_document_batch(rows, pad_id, width) for rows in bins]
-    for index, part in enumerate(batch):
-        part["positions"] += index * width
-    joined = {
-        name: np.concatenate([part[name] for part in batch]) for name in ("positions", "targets")
-    }
-    stacked = {
-        name: np.stack([part[name] for part in batch]) for name in ("input_ids", "position_ids")
-    }
-    return {name: torch.from_numpy(array) for name, array in (stacked | joined).items()}
+    width = _round_up(max(widths), multiple_of)
+    sequences = [_pack(rows, pad_id, width) for rows in bins]
+    indices = [sequence.loss_indices + i * width for i, sequence in enumerate(sequences)]
+    return CausalBatch(
+        input_ids=torch.from_numpy(np.stack([s.input_ids for s in sequences])),
+        position_ids=torch.from_numpy(np.stack([s.position_ids for s in sequences])),
+        loss_indices=torch.from_numpy(np.concatenate(indices)),
+        targets=torch.from_numpy(_targets([row for rows in bins for row in rows])),
+    )
 
 
 def collate_documents(
     bins: Sequence[Sequence[EncodedRow]], pad_id: int, multiple_of: int = 1
-) -> Batch:
-    """All rows in one sequence: the tensors of ``collate_packed`` with a batch of 1, and
-    ``cu_seq_lens`` (rows + 1,), where each begins and the last one ends; padding counts as one."""
+) -> CausalBatch:
+    """All rows in a single sequence: a batch of 1 with ``position_ids`` and ``cu_seq_lens``, in
+    which the padding counts as one more row."""
     rows = [row for rows in bins for row in rows]
-    length = sum(len(row.input_ids) for row in rows)
-    width = -(-length // multiple_of) * multiple_of
-    part = _document_batch(rows, pad_id, width)
-    lengths = [len(row.input_ids) for row in rows] + [width - length] * (width > length)
-    batch = {name: torch.from_numpy(array) for name, array in part.items()}
-    return batch | {
-        "input_ids": batch["input_ids"].unsqueeze(0),
-        "position_ids": batch["position_ids"].unsqueeze(0),
-        "cu_seq_lens": torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
-    }
+    lengths = [len(row.input_ids) for row in rows]
+    width = _round_up(sum(lengths), multiple_of)
+    sequence = _pack(rows, pad_id, width)
+    padding = width - sum(lengths)
+    boundaries = np.cumsum([*lengths, padding] if padding else lengths)
+    return CausalBatch(
+        input_ids=torch.from_numpy(sequence.input_ids).unsqueeze(0),
+        position_ids=torch.from_numpy(sequence.position_ids).unsqueeze(0),
+        loss_indices=torch.from_numpy(sequence.loss_indices),
+        targets=torch.from_numpy(_targets(rows)),
+        cu_seq_lens=torch.tensor([0, *boundaries], dtype=torch.int32),
+    )
 
 
-def _document_batch(rows: Sequence[EncodedRow], pad_id: int, width: int) -> dict[str, Any]:
-    """Rows one behind another, then padding."""
-    input_ids = np.full(width, pad_id, dtype=np.int64)
-    position_ids = np.zeros(width, dtype=np.int64)
-    positions, targets, start = [], [], 0
-    for row in rows:
-        end = start + len(row.input_ids)
-        input_ids[start:end] = row.input_ids
-        position_ids[start:end] = np.arange(end - start)
-        positions.append(np.flatnonzero(row.trained[1:]) + start)
-        targets.append(row.input_ids[1:][row.trained[1:]])
-        start = end
-    position_ids[start:] = np.arange(width - start)
-    return {
-        "input_ids": input_ids,
-        "position_ids": position_ids,
-        "positions": np.concatenate(positions),
-        "targets": np.concatenate(targets).astype(np.int64),
-    }
-
-
-def collate_encoder(rows: Sequence[EncodedRow], pad_id: int, multiple_of: int = 1) -> Batch:
-    """``input_ids``, ``labels``, ``token_type_ids`` if there are any, and ``attention_mask`` if
-    anything is padded."""
+def collate_encoder(rows: Sequence[EncodedRow], pad_id: int, multiple_of: int = 1) -> EncoderBatch:
+    """One row per sequence."""
     ids = [row.input_ids for row in rows]
     mask = _pad([np.ones_like(i) for i in ids], 0, multiple_of)
-    batch = {
-        "input_ids": torch.from_numpy(_pad(ids, pad_id, multiple_of)),
-        "labels": torch.tensor([row.label for row in rows]),
-    }
-    if not mask.all():
-        batch["attention_mask"] = torch.from_numpy(mask)
-    if rows[0].token_type_ids is not None:
-        types = [row.token_type_ids for row in rows if row.token_type_ids is not None]
-        batch["token_type_ids"] = torch.from_numpy(_pad(types, 0, multiple_of))
-    return batch
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Copy without waiting, from pinned memory, without which CUDA would wait."""
-    if device.type == "cuda":
-        batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    types = [row.token_type_ids for row in rows if row.token_type_ids is not None]
+    return EncoderBatch(
+        input_ids=torch.from_numpy(_pad(ids, pad_id, multiple_of)),
+        labels=torch.tensor([row.label for row in rows]),
+        attention_mask=None if mask.all() else torch.from_numpy(mask),
+        token_type_ids=torch.from_numpy(_pad(types, 0, multiple_of)) if types else None,
+    )
 
 
 def eval_batches(lengths: NDArray[np.int64], batch_size: int) -> Iterator[NDArray[np.int64]]:
-    """All rows once, longest first, so that little is padded."""
+    """Yield the indices of every row once, in batches, longest first to keep padding small."""
     order = np.argsort(-lengths, kind="stable")
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
 
 
-def _pad(arrays: Sequence[NDArray[np.generic]], value: int, multiple_of: int) -> NDArray[np.int64]:
-    longest = max(len(array) for array in arrays)
-    width = -(-longest // multiple_of) * multiple_of
+@dataclass(frozen=True)
+class _Sequence:
+    """Packed rows followed by padding, as one flat sequence."""
+
+    input_ids: NDArray[np.int64]
+    position_ids: NDArray[np.int64]
+    loss_indices: NDArray[np.int64]
+
+
+def _pack(rows: Sequence[EncodedRow], pad_id: int, width: int) -> _Sequence:
+    input_ids = np.full(width, pad_id, dtype=np.int64)
+    position_ids = np.zeros(width, dtype=np.int64)
+    loss_indices, start = [], 0
+    for row in rows:
+        end = start + len(row.input_ids)
+        input_ids[start:end] = row.input_ids
+        position_ids[start:end] = np.arange(end - start)
+        loss_indices.append(_loss_indices(row) + start)
+        start = end
+    position_ids[start:] = np.arange(width - start)
+    return _Sequence(input_ids, position_ids, np.concatenate(loss_indices))
+
+
+def _loss_indices(row: EncodedRow) -> NDArray[np.int64]:
+    """Positions whose next token counts in the loss. The first token is never predicted."""
+    return np.flatnonzero(row.loss_mask[1:])
+
+
+def _targets(rows: Sequence[EncodedRow]) -> NDArray[np.int64]:
+    return np.concatenate([row.input_ids[1:][row.loss_mask[1:]] for row in rows]).astype(np.int64)
+
+
+def _pad(arrays: Sequence[NDArray[Any]], value: int, multiple_of: int) -> NDArray[np.int64]:
+    width = _round_up(max(len(array) for array in arrays), multiple_of)
     out = np.full((len(arrays), width), value, dtype=np.int64)
     for index, array in enumerate(arrays):
         out[index, : len(array)] = array
     return out
+
+
+def _round_up(length: int, multiple_of: int) -> int:
+    return -(-length // multiple_of) * multiple_of

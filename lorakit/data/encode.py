@@ -31,21 +31,22 @@ TokenIds = NDArray[np.int32] | NDArray[np.uint16]
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """``trained`` marks the tokens that the loss is taken on; ``label`` is an encoder's."""
+    """``loss_mask`` marks the tokens that count in the loss; ``label`` is an encoder's."""
 
     input_ids: TokenIds
-    trained: NDArray[np.bool_]
+    loss_mask: NDArray[np.bool_]
     token_type_ids: NDArray[np.int8] | None = None
     label: int | float | None = None
 
 
 @dataclass(frozen=True)
 class EncodedSplit:
-    """All rows, flat; row i is tokens ``offsets[i]`` to ``offsets[i + 1]``. A chat may have become
-    several rows: ``counts.rows`` are the split's own. An encoder has a row and a label for each."""
+    """All rows of a split, concatenated: row i is tokens ``offsets[i]`` to ``offsets[i + 1]``. A
+    chat may become several rows; ``counts.rows`` counts the split's own. For an encoder each row
+    has a label."""
 
-    tokens: TokenIds
-    trained: NDArray[np.bool_]
+    input_ids: TokenIds
+    loss_mask: NDArray[np.bool_]
     offsets: NDArray[np.int64]
     token_type_ids: NDArray[np.int8] | None
     labels: tuple[int | float, ...] | None
@@ -58,7 +59,7 @@ class EncodedSplit:
         part = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
         types = None if self.token_type_ids is None else self.token_type_ids[part]
         label = None if self.labels is None else self.labels[index]
-        return EncodedRow(self.tokens[part], self.trained[part], types, label)
+        return EncodedRow(self.input_ids[part], self.loss_mask[part], types, label)
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
@@ -68,8 +69,8 @@ class EncodedSplit:
     def trained_counts(self) -> NDArray[np.int64]:
         """How many tokens of each row the loss is taken on: the first has none before it."""
         firsts = self.offsets[:-1]
-        counts = np.add.reduceat(self.trained, firsts, dtype=np.int64)
-        return counts - self.trained[firsts]
+        counts = np.add.reduceat(self.loss_mask, firsts, dtype=np.int64)
+        return counts - self.loss_mask[firsts]
 
     @property
     def truncated_rows(self) -> int:
@@ -83,8 +84,10 @@ class EncodedSplit:
         """How many rows end in a trained stretch without any of the ids ``stops``, at which a
         generation ends; rows that were cut in it, being ``cut_to`` tokens long, aside."""
         lasts = self.offsets[1:] - 1
-        stopping = np.isin(self.tokens[lasts], list(stops)) & self.trained[lasts]
-        cut = self.trained[lasts] & (self.lengths == cut_to) if cut_to else np.zeros_like(stopping)
+        stopping = np.isin(self.input_ids[lasts], list(stops)) & self.loss_mask[lasts]
+        cut = np.zeros_like(stopping)
+        if cut_to:
+            cut = self.loss_mask[lasts] & (self.lengths == cut_to)
         open_ended = np.flatnonzero(~(stopping | cut))
         return sum(stops.isdisjoint(_last_trained(self[int(i)])) for i in open_ended)
 
@@ -142,7 +145,7 @@ def _check_any_left(split: Split, shards: Sequence[Shard]) -> None:
 def check_token_ids(encoded: EncodedSplit, tokenizer: Any, embedding_rows: int) -> None:
     """Raise DataError if a token or the padding has an id for which the model, of
     ``embedding_rows`` embeddings, has none."""
-    check_largest_id(int(encoded.tokens.max()), tokenizer, embedding_rows)
+    check_largest_id(int(encoded.input_ids.max()), tokenizer, embedding_rows)
 
 
 def check_largest_id(largest: int, tokenizer: Any, embedding_rows: int) -> None:
@@ -173,8 +176,8 @@ def _from_arrays(arrays: Arrays, counts: Counts) -> EncodedSplit:
     np.cumsum(lengths, out=offsets[1:])
     labels = arrays.get("labels")
     return EncodedSplit(
-        tokens=arrays["tokens"],
-        trained=arrays["trained"],
+        input_ids=arrays["input_ids"],
+        loss_mask=arrays["loss_mask"],
         offsets=offsets,
         token_type_ids=arrays.get("token_type_ids"),
         labels=None if labels is None else tuple(labels.tolist()),
@@ -184,7 +187,7 @@ def _from_arrays(arrays: Arrays, counts: Counts) -> EncodedSplit:
 
 def _last_trained(row: EncodedRow) -> list[int]:
     """The ids of the row's last trained stretch."""
-    trained = np.flatnonzero(row.trained)
+    trained = np.flatnonzero(row.loss_mask)
     if not len(trained):
         return []
     gaps = np.flatnonzero(np.diff(trained) > 1)

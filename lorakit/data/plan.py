@@ -109,14 +109,16 @@ Bin = list[EncodedRow]
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step. ``trained`` is what its loss is divided by: its trained tokens, or for an
-    encoder its rows; ``tokens`` are those without padding."""
+    """One optimizer step. ``tokens`` counts without padding."""
 
     micro_batches: list[list[Bin]]
 
     @property
-    def trained(self) -> int:
-        return sum(1 if row.label is not None else int(row.trained[1:].sum()) for row in self.rows)
+    def loss_count(self) -> int:
+        """The divisor of the step's loss: its trained tokens, or its rows for an encoder."""
+        return sum(
+            1 if row.label is not None else int(row.loss_mask[1:].sum()) for row in self.rows
+        )
 
     @property
     def tokens(self) -> int:

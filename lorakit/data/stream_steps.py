@@ -15,7 +15,7 @@ from lorakit.data.encode import EncodedRow, check_largest_id
 from lorakit.data.examples import ChatExample, Example
 from lorakit.data.plan import Bin, Step
 from lorakit.data.stream import Located, SkippedRows, Stream
-from lorakit.data.tokens import Counts, OnBadRow, Tokens, encode_rows
+from lorakit.data.tokens import Counts, OnBadRow, TokenRow, encode_rows
 from lorakit.errors import DataError
 
 #: So many steps' worth of rows are tokenised at once, and sorted by length among themselves.
@@ -54,7 +54,7 @@ class StreamEncoder:
             self.max_length,
             skip,
         )
-        largest = max((max(row.ids, default=0) for row in found.rows), default=0)
+        largest = max((max(row.input_ids, default=0) for row in found.rows), default=0)
         check_largest_id(largest, self.tokenizer, self.embedding_rows)
         labels: list[Any] = found.labels or [None] * len(found.rows)
         encoded = [_row(row, label) for row, label in zip(found.rows, labels, strict=True)]
@@ -84,10 +84,10 @@ class StreamEncoder:
         return isinstance(self.to_example(row), ChatExample)
 
 
-def _row(row: Tokens, label: int | float | None) -> EncodedRow:
-    types = None if row.types is None else np.asarray(row.types, np.int8)
-    ids, trained = np.asarray(row.ids, np.int32), np.asarray(row.trained, np.bool_)
-    return EncodedRow(ids, trained, types, label)
+def _row(row: TokenRow, label: int | float | None) -> EncodedRow:
+    types = None if row.token_type_ids is None else np.asarray(row.token_type_ids, np.int8)
+    input_ids = np.asarray(row.input_ids, np.int32)
+    return EncodedRow(input_ids, np.asarray(row.loss_mask, np.bool_), types, label)
 
 
 @dataclass

@@ -55,13 +55,13 @@ OnBadRow = Callable[[int, str], None]
 
 
 @dataclass
-class Tokens:
-    """One row. ``trained`` marks the tokens that the loss is taken on; ``truncated`` rows lost
-    tokens, ``cut`` ones the end of what is trained, EOS included."""
+class TokenRow:
+    """One row. ``loss_mask`` marks the tokens that count in the loss. ``truncated`` rows lost
+    tokens; ``cut`` rows lost the end of their last trained segment, EOS included."""
 
-    ids: list[int]
-    trained: list[bool]
-    types: list[int] | None = None
+    input_ids: list[int]
+    loss_mask: list[bool]
+    token_type_ids: list[int] | None = None
     truncated: bool = False
     cut: bool = False
 
@@ -71,7 +71,7 @@ class EncodedRows:
     """``rows`` in order, one a source row or, of a chat, several. ``labels`` are an encoder's, one
     a row."""
 
-    rows: list[Tokens]
+    rows: list[TokenRow]
     labels: list[int | float]
     counts: Counts
 
@@ -99,7 +99,7 @@ def encode_rows(
     examples = [example for _, example in given]
     counted: Counter[str] = Counter()
     encoded = iter(_encode_examples(examples, tokenizer, max_length, counted))
-    found: list[Tokens] = []
+    found: list[TokenRow] = []
     labels: list[int | float] = []
     for index, example in given:
         with _at_row(locate, index, skip):
@@ -125,11 +125,11 @@ def _at_row(locate: Callable[[int], str], index: int, skip: OnBadRow | None) -> 
         skip(index, str(error))
 
 
-def _trainable(rows: list[Tokens], example: Example, max_length: int) -> list[Tokens]:
+def _trainable(rows: list[TokenRow], example: Example, max_length: int) -> list[TokenRow]:
     """Those of an example's rows on which the loss is taken. Raises DataError for none."""
     if isinstance(example, ClassificationExample):
         return rows
-    trained = [row for row in rows if any(row.trained[1:])]
+    trained = [row for row in rows if any(row.loss_mask[1:])]
     if not trained:
         within = f" within task.max_length = {max_length}" if rows[0].truncated else ""
         raise DataError(f"no token to train on{within}")
@@ -138,7 +138,7 @@ def _trainable(rows: list[Tokens], example: Example, max_length: int) -> list[To
 
 def _encode_examples(
     examples: Sequence[Example], tokenizer: Any, max_length: int, counted: Counter[str]
-) -> Iterable[list[Tokens]]:
+) -> Iterable[list[TokenRow]]:
     """The rows of each example, all examples of one kind; ``counted`` gets what is to be said.
 
     A prompt that is too long loses its beginning, so that the completion and its EOS stay; a
@@ -160,16 +160,20 @@ def _encode_examples(
 
 def _encode_chats(
     chats: Sequence[ChatExample], tokenizer: Any, max_length: int, counted: Counter[str]
-) -> Iterator[list[Tokens]]:
+) -> Iterator[list[TokenRow]]:
     """A row with one trained turn loses the beginning of its prompt, as prompts of generation do;
     one with several loses its end. A chat that is refused does not end the iterator."""
     encoder = ChatEncoder(tokenizer)
 
-    def encode(chat: ChatExample) -> list[Tokens]:
+    def encode(chat: ChatExample) -> list[TokenRow]:
         encoded = encoder.encode(chat)
         counted.update(encoded.counts)
         return [
-            _cut(Tokens(row.ids, row.trained), max_length, row.prompt * (len(row.turns) == 1))
+            _cut(
+                TokenRow(row.input_ids, row.loss_mask),
+                max_length,
+                row.prompt * (len(row.turns) == 1),
+            )
             for row in encoded.rows
         ]
 
@@ -178,7 +182,7 @@ def _encode_chats(
 
 def encode_prompt(example: TextExample, tokenizer: Any, max_length: int) -> list[int]:
     """The ids of a prompt, as they stand before the completion in training."""
-    return _encode_texts([example], tokenizer, max_length)[0].ids
+    return _encode_texts([example], tokenizer, max_length)[0].input_ids
 
 
 def special_prefix(tokenizer: Any) -> list[int]:
@@ -191,23 +195,25 @@ def special_prefix(tokenizer: Any) -> list[int]:
     return []
 
 
-def _encode_texts(examples: Sequence[TextExample], tokenizer: Any, max_length: int) -> list[Tokens]:
+def _encode_texts(
+    examples: Sequence[TextExample], tokenizer: Any, max_length: int
+) -> list[TokenRow]:
     """Segments are tokenised one by one. A text that begins with what the tokenizer would put
     before it, or ends with EOS, gets no second one."""
     prefix = special_prefix(tokenizer)
     pieces = iter(_segment_ids(examples, tokenizer))
     encoded = []
     for example in examples:
-        row = Tokens(list(prefix), [False] * len(prefix))
+        row = TokenRow(list(prefix), [False] * len(prefix))
         prompt_tokens = 0
         for number, segment in enumerate(example.segments):
             piece = next(pieces)
             if prefix and number == 0 and piece[: len(prefix)] == prefix:
-                row = Tokens([], [])
-            row.ids += piece
-            row.trained += [segment.trained] * len(piece)
-            if not any(row.trained):
-                prompt_tokens = max(0, len(row.ids) - len(prefix))
+                row = TokenRow([], [])
+            row.input_ids += piece
+            row.loss_mask += [segment.trained] * len(piece)
+            if not any(row.loss_mask):
+                prompt_tokens = max(0, len(row.input_ids) - len(prefix))
         if example.eos:
             _end(row, example, tokenizer)
         encoded.append(_cut(row, max_length, prompt_tokens, len(prefix)))
@@ -223,24 +229,24 @@ def _segment_ids(examples: Sequence[TextExample], tokenizer: Any) -> list[list[i
     return [joiner.inside(text) if i else joiner.ids([text])[0] for i, text in segments]
 
 
-def _end(row: Tokens, example: TextExample, tokenizer: Any) -> None:
+def _end(row: TokenRow, example: TextExample, tokenizer: Any) -> None:
     eos = tokenizer.eos_token_id
     if eos is None:
         raise DataError("the tokenizer has no EOS token to end an example with")
     last = example.segments[-1]
-    if last.text.rstrip().endswith(tokenizer.eos_token) and eos in row.ids:
+    if last.text.rstrip().endswith(tokenizer.eos_token) and eos in row.input_ids:
         return
-    row.ids.append(eos)
-    row.trained.append(last.trained)
+    row.input_ids.append(eos)
+    row.loss_mask.append(last.trained)
 
 
-def _cut(row: Tokens, max_length: int, prompt_tokens: int, prefix: int = 0) -> Tokens:
+def _cut(row: TokenRow, max_length: int, prompt_tokens: int, prefix: int = 0) -> TokenRow:
     """Fit a row into ``max_length``: from the prompt's beginning first, then from the end."""
-    over = len(row.ids) - max_length
+    over = len(row.input_ids) - max_length
     if over <= 0:
         return row
     from_prompt = min(over, prompt_tokens)
-    for values in (row.ids, row.trained):
+    for values in (row.input_ids, row.loss_mask):
         del values[prefix : prefix + from_prompt]
         del values[max_length:]
     row.truncated, row.cut = True, over > from_prompt
@@ -249,7 +255,7 @@ def _cut(row: Tokens, max_length: int, prompt_tokens: int, prefix: int = 0) -> T
 
 def _encode_pairs(
     examples: Sequence[ClassificationExample], tokenizer: Any, max_length: int
-) -> list[Tokens]:
+) -> list[TokenRow]:
     paired = examples[0].text_pair is not None
     special = tokenizer.num_special_tokens_to_add(pair=paired)
     if max_length <= special:  # the tokenizer would then cut nothing
@@ -258,7 +264,7 @@ def _encode_pairs(
             f"row; allowed: {special + 1} or more"
         )
     rows = _pair_tokens(examples, tokenizer, paired, truncation=False)
-    long = [index for index, row in enumerate(rows) if len(row.ids) > max_length]
+    long = [index for index, row in enumerate(rows) if len(row.input_ids) > max_length]
     if long:
         chosen = [examples[index] for index in long]
         cut = _pair_tokens(chosen, tokenizer, paired, truncation=True, max_length=max_length)
@@ -270,12 +276,12 @@ def _encode_pairs(
 
 def _pair_tokens(
     examples: Sequence[ClassificationExample], tokenizer: Any, paired: bool, **truncation: Any
-) -> list[Tokens]:
+) -> list[TokenRow]:
     first = [example.text for example in examples]
     second = [example.text_pair for example in examples] if paired else None
     found = tokenizer(first, second, verbose=False, **truncation)
     types: Iterable[Any] = found.get("token_type_ids") or [None] * len(examples)
     return [
-        Tokens(ids, [False] * len(ids), kinds)
+        TokenRow(ids, [False] * len(ids), kinds)
         for ids, kinds in zip(found.input_ids, types, strict=True)
     ]

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorakit.data.chat import around_answer
 from lorakit.data.chat.template import PAYLOAD, ChatTemplate
 from lorakit.data.chat.turns import TurnReader, content_text
-from lorakit.data.collate import collate_causal, collate_encoder, eval_batches, to_device
+from lorakit.data.collate import collate_causal, collate_encoder, eval_batches
 from lorakit.data.encode import EncodedSplit
 from lorakit.data.examples import ChatExample
 from lorakit.data.sources import Split
@@ -170,11 +170,8 @@ def _token_loss(
     sums = []
     for rows in _own_batches(encoded, own, batch_size):
         watch.check()
-        batch = collate_causal([encoded[int(i)] for i in rows], pad_id(tokenizer))
-        batch = to_device(batch, model.device)
-        sums.append(
-            token_losses(model, parts, batch["input_ids"], batch["positions"], batch["targets"])
-        )
+        batch = collate_causal([encoded[int(i)] for i in rows], pad_id(tokenizer)).to(model.device)
+        sums.append(token_losses(model, parts, batch.input_ids, batch.loss_indices, batch.targets))
         watch.advance(len(rows))
     return _total(sums)
 
@@ -222,9 +219,9 @@ def _classify(
     for rows in _own_batches(encoded, own, batch_size):
         watch.check()
         batch = collate_encoder([encoded[int(i)] for i in rows], pad_id(tokenizer))
-        batch = to_device(batch, model.device)
-        labels = batch.pop("labels")
-        logits = model(**batch).logits.float()
+        batch = batch.to(model.device)
+        labels = batch.labels
+        logits = model(**batch.model_inputs()).logits.float()
         if model.config.num_labels == 1:
             outputs.append((rows, logits.squeeze(-1)))
             sums.append((outputs[-1][1] - labels.float()).square().sum())

@@ -19,7 +19,7 @@ from lorakit.data.encode import EncodedSplit, chat_notes, encode_split, skipped_
 from lorakit.data.examples import Example
 from lorakit.data.plan import Packing
 from lorakit.data.sources import Split
-from lorakit.data.tokens import Tokens, encode_rows
+from lorakit.data.tokens import TokenRow, encode_rows
 from lorakit.errors import UserError
 from lorakit.evaluation.predictions import load_eval_split, settle, with_labels
 from lorakit.evaluation.progress import OnProgress
@@ -113,15 +113,15 @@ def describe_row(
 
 
 def _described(
-    where: str, row: Tokens, label: int | float | None, tokenizer: Any, part: tuple[int, int]
+    where: str, row: TokenRow, label: int | float | None, tokenizer: Any, part: tuple[int, int]
 ) -> DescribedRow:
-    trained = [False, *row.trained[1:]]
+    trained = [False, *row.loss_mask[1:]]
     return DescribedRow(
         where=where,
-        ids=tuple(row.ids),
-        tokens=tuple(tokenizer.convert_ids_to_tokens(row.ids)),
+        ids=tuple(row.input_ids),
+        tokens=tuple(tokenizer.convert_ids_to_tokens(row.input_ids)),
         trained=tuple(trained),
-        pieces=tuple(_pieces(row.ids, trained, tokenizer)),
+        pieces=tuple(_pieces(row.input_ids, trained, tokenizer)),
         truncated=row.truncated,
         cut=row.cut,
         label=label,

@@ -98,27 +98,27 @@ def token_losses(
     model: PreTrainedModel,
     parts: CausalParts,
     input_ids: Tensor,
-    positions: Tensor,
+    loss_indices: Tensor,
     targets: Tensor,
     label_smoothing: float = 0.0,
     **inputs: Any,
 ) -> Tensor:
-    """The sum of the losses of the trained tokens, a float32 scalar.
+    """Return the sum of the losses of the trained tokens, a float32 scalar.
 
-    input_ids (batch, length) padded on the right; positions (n,) index the flattened (batch *
-    length) rows whose next token is trained, targets (n,) are those tokens. There is no attention
-    mask: under causal attention no token sees the padding behind it, and without a mask attention
-    takes its fastest path and never waits for the device. ``inputs`` are what else the decoder
-    gets: where packed rows begin.
+    ``input_ids`` (batch, length) is padded on the right; ``loss_indices`` (n,) are positions in the
+    flattened (batch * length) sequence, ``targets`` (n,) the tokens that follow them. No attention
+    mask is passed: under causal attention no token sees the padding behind it, and without a mask
+    attention takes its fastest path and never waits for the device. ``inputs`` are further
+    arguments of the decoder, such as the ``position_ids`` of packed rows.
     """
     if parts.head is None or parts.decoder is None:
         logits = model(input_ids=input_ids, use_cache=False, **inputs).logits
-        rows = logits.reshape(-1, logits.shape[-1]).index_select(0, positions).float()
+        rows = logits.reshape(-1, logits.shape[-1]).index_select(0, loss_indices).float()
         return nn.functional.cross_entropy(
             rows, targets, reduction="sum", label_smoothing=label_smoothing
         )
     hidden = parts.decoder(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
-    hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
+    hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, loss_indices)
     head = parts.head
     trains = any(parameter.requires_grad for parameter in head.parameters())
     if type(head) is nn.Linear and not trains and not head._forward_pre_hooks:

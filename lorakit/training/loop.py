@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from lorakit.data.collate import Batch, to_device
+from lorakit.data.collate import Batch
 from lorakit.data.files import UnreadableFile
 from lorakit.data.plan import Bin, Step, StepSource
 from lorakit.data.stream import FileChanged
@@ -177,10 +177,10 @@ class Loop:
         self.objective.eval()
         total = 0.0
         for bins in step.micro_batches:
-            batch = to_device(self.collate(bins), self.accelerator.device)
+            batch = self.collate(bins).to(self.accelerator.device)
             total += float(self.objective(batch))
         self.objective.train()
-        return total / step.trained
+        return total / step.loss_count
 
     def _train_step(self) -> None:
         """Forward and backward over the step's micro-batches, normalised over all of its trained
@@ -188,12 +188,11 @@ class Loop:
         step = self.steps.step(self.progress.step)
         if self.progress.step == 0:
             self._first = step
-        count = step.trained
+        count = step.loss_count
         factor = 1 / count
         total: Tensor | None = None
         for index, bins in enumerate(step.micro_batches):
-            batch = self.collate(bins)
-            batch = to_device(batch, self.accelerator.device)
+            batch = self.collate(bins).to(self.accelerator.device)
             last = index == len(step.micro_batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.objective):
                 loss = self.objective(batch) * factor

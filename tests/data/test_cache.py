@@ -84,7 +84,7 @@ def cached(tmp_path: Path, tokenizer: Any) -> Cached:
 
 
 def assert_equal(a: EncodedSplit, b: EncodedSplit) -> None:
-    for name in ("tokens", "trained", "offsets", "token_type_ids"):
+    for name in ("input_ids", "loss_mask", "offsets", "token_type_ids"):
         first, second = getattr(a, name), getattr(b, name)
         np.testing.assert_array_equal(first, second)
         assert (first is None) or first.dtype == second.dtype
@@ -123,7 +123,7 @@ def test_what_is_read_is_what_was_made(cached: Cached, tokenizer: Any) -> None:
     assert cached.said[0].startswith("train: 2,000 rows tokenised in ")
     assert_equal(cached.encode(), plain)
     assert cached.said[1:] == [f"train: 2,000 rows read from the cache {cached.folder}"]
-    assert plain.trained_counts.tolist() == [int(row.trained[1:].sum()) for row in rows_of(plain)]
+    assert plain.trained_counts.tolist() == [int(row.loss_mask[1:].sum()) for row in rows_of(plain)]
 
 
 def rows_of(split: EncodedSplit) -> list[Any]:
@@ -233,7 +233,7 @@ def test_without_write_entries_are_only_read(cached: Cached) -> None:
         lambda data: b"\xff" * 8 + data[8:],
         lambda data: data[:8] + b"[" + data[9:],
         lambda data: re.sub(
-            rb'("tokens": {"dtype": "U16", "shape": \[)2', rb"\g<1>1", data, count=1
+            rb'("input_ids": {"dtype": "U16", "shape": \[)2', rb"\g<1>1", data, count=1
         ),
         lambda data: re.sub(rb'("truncated_rows\\": )\d', rb"\g<1>9", data, count=1),
     ],
@@ -319,5 +319,5 @@ def test_an_entry_is_a_safetensors_file(cached: Cached) -> None:
 
     encoded = cached.encode()
     found = load_file(cached.entries[0])
-    assert sorted(found) == ["lengths", "tokens", "trained"]
-    np.testing.assert_array_equal(found["tokens"], encoded.tokens)
+    assert sorted(found) == ["input_ids", "lengths", "loss_mask"]
+    np.testing.assert_array_equal(found["input_ids"], encoded.input_ids)

@@ -41,7 +41,7 @@ def tokenizer(tiny_llama: Path) -> Any:
 
 def one_row(example: ChatExample, tokenizer: Any) -> tuple[list[int], list[bool]]:
     (row,) = encode_chat(example, tokenizer).rows
-    return row.ids, row.trained
+    return row.input_ids, row.loss_mask
 
 
 def trained_parts(messages: tuple[dict[str, Any], ...], tokenizer: Any, **fields: Any) -> list[str]:
@@ -350,9 +350,9 @@ def test_what_was_counted_is_said_once(tokenizer: Any) -> None:
     rows = [{"chat": CHAT}, {"chat": CHAT[1:3]}, {"chat": ({**ASKS, "name": "x"}, ANSWERS)}]
     split = Split("train", rows, "chats.jsonl", "0")
     found = encode_split(split, lambda row: ChatExample(row["chat"]), tokenizer, 100)
-    texts = [tokenizer.decode(found[i].input_ids[found[i].trained]) for i in range(len(found))]
+    texts = [tokenizer.decode(found[i].input_ids[found[i].loss_mask]) for i in range(len(found))]
     assert texts == [f"<think></think>{text}</s>" for text in ("4", "Yes, 4 é", "4", "At 14:05.")]
-    assert found.trained_tokens == sum(int(found[i].trained.sum()) for i in range(len(found)))
+    assert found.trained_tokens == sum(int(found[i].loss_mask.sum()) for i in range(len(found)))
     assert split_notes(found, split, 100) == [
         "train: 1 of 3 chats became 2 training rows, each trained turn in one of them: an earlier "
         "turn renders or tokenises differently once a later one follows",
@@ -437,9 +437,9 @@ def test_a_question_that_steers_the_prompt_does_so_in_long_chats(
     asks[3] = {"role": "user", "content": "/q", "mode": "quick", "quick": True}
     chat = tuple(m for ask in asks for m in (ask, ANSWERS))
     for row in encode_chat(ChatExample(chat), tokenizer).rows:
-        starts = [i for i, on in enumerate(row.trained) if on and not row.trained[i - 1]]
+        starts = [i for i, on in enumerate(row.loss_mask) if on and not row.loss_mask[i - 1]]
         for turn, start in zip(row.turns, starts, strict=True):
-            assert row.ids[:start] == encode_chat_prompt(chat[:turn], tokenizer), turn
+            assert row.input_ids[:start] == encode_chat_prompt(chat[:turn], tokenizer), turn
 
 
 THINKS = {"role": "assistant", "content": "<think>7*13</think>No."}
@@ -510,10 +510,10 @@ def test_reasoning_behind_a_prompt_that_ends_it_is_left_out_and_counted(
     found = encode_chat(ChatExample(chat), tokenizer)
     texts = []
     for row in found.rows:
-        (index,), start = row.turns, row.trained.index(True)
-        assert row.ids[:start] == encode_chat_prompt(chat[:index], tokenizer)
+        (index,), start = row.turns, row.loss_mask.index(True)
+        assert row.input_ids[:start] == encode_chat_prompt(chat[:index], tokenizer)
         texts.append(
-            tokenizer.decode([i for i, on in zip(row.ids, row.trained, strict=True) if on])
+            tokenizer.decode([i for i, on in zip(row.input_ids, row.loss_mask, strict=True) if on])
         )
     assert texts == [trained] * turns
     reasons = len(answer) > 1 or "think" in answer["content"]

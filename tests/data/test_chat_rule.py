@@ -156,13 +156,13 @@ def test_trained_is_what_generation_must_continue_with(name: str, base: Any) -> 
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         encoded = encode_chat(ChatExample(messages, None, tools), tokenizer)
         assert not encoded.counts["straddling_answers"], case
-        found = [(row, span) for row in encoded.rows for span in stretches(row.trained)]
+        found = [(row, span) for row in encoded.rows for span in stretches(row.loss_mask)]
         trained = [turn for row in encoded.rows for turn in row.turns]
         assert sorted(trained) == turns, case
         for (row, (begin, end)), turn in zip(found, trained, strict=True):
             prompt = chat_request(messages[:turn], tokenizer, tools)
-            assert row.ids[:begin] == prompt.ids, (case, turn)
-            whole, before = decoded(tokenizer, row.ids[:end]), decoded(tokenizer, prompt.ids)
+            assert row.input_ids[:begin] == prompt.ids, (case, turn)
+            whole, before = decoded(tokenizer, row.input_ids[:end]), decoded(tokenizer, prompt.ids)
             assert whole.startswith(before), (case, turn)
             answer = style.answer(messages[turn])
             if lossy:  # it writes spaces of its own wherever a special token ends
@@ -259,10 +259,10 @@ def test_long_chats_give_what_their_turns_give_one_by_one(
             assert rendered.messages > 18 * len(messages), case
         assert found == wanted, case
         for row in found.rows[-5:]:
-            spans = stretches(row.trained)
+            spans = stretches(row.loss_mask)
             for turn, (begin, _) in list(zip(row.turns, spans, strict=True))[::6]:
                 prompt = chat_request(messages[:turn], tokenizer, example.tools)
-                assert row.ids[:begin] == prompt.ids, (case, turn)
+                assert row.input_ids[:begin] == prompt.ids, (case, turn)
 
 
 def test_a_chat_of_300_messages_costs_few_renderings(
@@ -274,7 +274,7 @@ def test_a_chat_of_300_messages_costs_few_renderings(
     (row,) = encode_chat(
         ChatExample(tuple({**m, "content": m["content"].strip()} for m in messages)), tokenizer
     ).rows
-    assert len(stretches(row.trained)) == 150
+    assert len(stretches(row.loss_mask)) == 150
     assert rendered.messages < 8 * len(messages)
 
 
@@ -290,4 +290,4 @@ def test_a_split_chat_of_300_messages_costs_fewer_than_20_renderings(
     assert len(rows) == 150
     for row in (rows[0], rows[70], rows[-1]):
         prompt = chat_request(messages[: row.turns[0]], tokenizer, None)
-        assert row.ids[: row.trained.index(True)] == prompt.ids
+        assert row.input_ids[: row.loss_mask.index(True)] == prompt.ids

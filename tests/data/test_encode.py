@@ -48,7 +48,7 @@ def encoded(examples: list[Any], tokenizer: Any, max_length: int = 100) -> Encod
 def read(split: EncodedSplit, index: int, tokenizer: Any) -> tuple[str, str]:
     """The whole row, and what is trained of it."""
     row = split[index]
-    return tokenizer.decode(row.input_ids), tokenizer.decode(row.input_ids[row.trained])
+    return tokenizer.decode(row.input_ids), tokenizer.decode(row.input_ids[row.loss_mask])
 
 
 def test_completion_and_eos_are_trained(tokenizer: Any) -> None:
@@ -68,7 +68,7 @@ def test_completion_and_eos_are_trained(tokenizer: Any) -> None:
 def test_eos_is_trained_also_where_it_pads(tokenizer: Any) -> None:
     tokenizer.pad_token = tokenizer.eos_token
     split = encoded([pair("a", "b")], tokenizer)
-    assert split[0].trained.tolist() == [False, True, True]
+    assert split[0].loss_mask.tolist() == [False, True, True]
     assert split[0].input_ids[-1] == tokenizer.pad_token_id
 
 
@@ -157,8 +157,8 @@ def test_more_rows_than_are_tokenised_at_once(tokenizer: Any) -> None:
     assert done == [1000, 2000, 2500]
     for index in (0, 999, 1000, 2499):
         assert read(split, index, tokenizer) == (f"{index}x</s>", "x</s>")
-    assert split.tokens.dtype == np.uint16
-    assert split.trained.nbytes == len(split.tokens)
+    assert split.input_ids.dtype == np.uint16
+    assert split.loss_mask.nbytes == len(split.input_ids)
 
 
 def test_pairs_have_types_and_labels(bert: Any) -> None:
@@ -191,7 +191,7 @@ def test_an_encoder_needs_room_beside_its_special_tokens(
 def test_ids_outside_of_the_embedding(tiny_llama: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     split = encoded([pair("a", "b")], tokenizer)
-    largest = max(int(split.tokens.max()), tokenizer.pad_token_id or 0)
+    largest = max(int(split.input_ids.max()), tokenizer.pad_token_id or 0)
     check_token_ids(split, tokenizer, largest + 1)
     with pytest.raises(DataError, match=f"gives id {largest}, and the model has {largest} embed"):
         check_token_ids(split, tokenizer, largest)

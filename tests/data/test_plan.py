@@ -117,10 +117,12 @@ def test_steps_are_read_across_epochs_and_from_anywhere(packed: bool) -> None:
     late = IndexedSteps(split(), plan, packing)
     assert [int(row.input_ids[0]) for row in late.step(count - 1).rows] == rows[-1]
     assert seen[0].tokens == LENGTHS[rows[0]].sum()
-    assert seen[0].trained == (LENGTHS[rows[0]] - 1).sum(), "a row's first token is not predicted"
+    assert seen[0].loss_count == (LENGTHS[rows[0]] - 1).sum(), (
+        "a row's first token is not predicted"
+    )
 
 
 def test_an_encoders_loss_is_divided_by_its_rows() -> None:
     tokens = np.zeros(5, np.int32)
     encoder = EncodedSplit(tokens, tokens > 0, np.asarray([0, 3, 5]), None, (0, 1), Counts())
-    assert IndexedSteps(encoder, RowPlan(encoder.lengths, 2, 1, 0, True)).step(0).trained == 2
+    assert IndexedSteps(encoder, RowPlan(encoder.lengths, 2, 1, 0, True)).step(0).loss_count == 2

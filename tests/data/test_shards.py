@@ -55,7 +55,7 @@ def test_tokens_do_not_depend_on_the_number_of_processes(
     processes(number, monkeypatch)
     done: list[int] = []
     found = encode(tokenizer, progress=done.append)
-    for name in ("tokens", "trained", "offsets"):
+    for name in ("input_ids", "loss_mask", "offsets"):
         np.testing.assert_array_equal(getattr(found, name), getattr(plain, name))
     assert (found.truncated_rows, found.cut_completions) == (
         plain.truncated_rows, plain.cut_completions,
@@ -95,7 +95,7 @@ def test_bad_rows_of_several_processes_are_skipped(
     plain = encode_split(SPLIT, refuse, tokenizer, 20, skip_bad=True)
     processes(3, monkeypatch)
     found = encode_split(SPLIT, refuse, tokenizer, 20, skip_bad=True)
-    for name in ("tokens", "trained", "offsets"):
+    for name in ("input_ids", "loss_mask", "offsets"):
         np.testing.assert_array_equal(getattr(found, name), getattr(plain, name))
     assert found.counts == plain.counts
     assert found.counts.skipped_rows == 1201

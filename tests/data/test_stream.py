@@ -70,7 +70,7 @@ def steps_of(stream: Stream, tokenizer: Any, **changes: Any) -> StreamSteps:
 
 
 def ids(row: EncodedRow, tokenizer: Any) -> str:
-    return str(tokenizer.decode(row.input_ids[row.trained]))[:4]
+    return str(tokenizer.decode(row.input_ids[row.loss_mask]))[:4]
 
 
 def numbers(steps: StreamSteps, tokenizer: Any, which: range) -> list[list[str]]:
@@ -208,7 +208,7 @@ def test_rows_are_encoded_as_in_a_split(tmp_path: Path, tokenizer: Any) -> None:
     for row in rows:
         wanted = encoded[int(ids(row, tokenizer))]
         assert row.input_ids.tolist() == wanted.input_ids.tolist()
-        assert row.trained.tolist() == wanted.trained.tolist()
+        assert row.loss_mask.tolist() == wanted.loss_mask.tolist()
     assert steps.rows == steps.counts.rows == len(split)  # of the first pass
     assert steps.counts.truncated_rows > steps.counts.cut_completions == 0
 
@@ -260,7 +260,7 @@ def test_labels_of_an_encoder(tmp_path: Path, tiny_bert: Path) -> None:
     steps = steps_of(stream, AutoTokenizer.from_pretrained(tiny_bert), to_example=labelled)
     step = steps.step(0)
     assert all(row.label in (0, 1, 2) and row.token_type_ids is not None for row in step.rows)
-    assert step.trained == 4
+    assert step.loss_count == 4
 
 
 def test_chats_that_become_several_rows(tmp_path: Path, tiny_llama: Path) -> None:
@@ -282,14 +282,14 @@ def test_chats_that_become_several_rows(tmp_path: Path, tiny_llama: Path) -> Non
     made = {"to_example": chat, "group_by_length": False, "buffer_rows": 10}
     steps = steps_of(stream, tokenizer, **made)
     texts = [
-        tokenizer.decode(row.input_ids[row.trained])
+        tokenizer.decode(row.input_ids[row.loss_mask])
         for number in range(30)
         for row in steps.step(number).rows
     ]
     wanted = [f"!{n:04}{turn}</s>" for n in range(60) for turn in range(n % 3 + 1)]
     assert sorted(texts) == sorted(wanted)
     jumped = steps_of(stream, tokenizer, **made)
-    found = [tokenizer.decode(row.input_ids[row.trained]) for row in jumped.step(17).rows]
+    found = [tokenizer.decode(row.input_ids[row.loss_mask]) for row in jumped.step(17).rows]
     assert found == texts[17 * 4 : 18 * 4]
     assert (steps.rows, steps.counts.rows) == (120, 60)
     assert steps.counts.notes["chats"] == 60

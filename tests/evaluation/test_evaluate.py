@@ -77,7 +77,7 @@ def test_loss_is_the_mean_over_the_trained_tokens(tiny_llama: Path) -> None:
         ids = torch.from_numpy(row.input_ids.copy()).long()
         with torch.no_grad():
             logits = case.model(input_ids=ids.unsqueeze(0)).logits[0].double()
-        kept = torch.from_numpy(row.trained[1:].copy())
+        kept = torch.from_numpy(row.loss_mask[1:].copy())
         losses.append(F.cross_entropy(logits[:-1][kept], ids[1:][kept], reduction="none"))
     wanted = float(torch.cat(losses).mean())
     for batch_size in (1, 2, 5):
@@ -276,7 +276,7 @@ def test_prompt_is_what_stands_before_the_completion_in_training(wikisql: Case) 
     )
     for index, prompt in enumerate(prompts):
         row = wikisql.encoded[index]
-        assert prompt == row.input_ids[~row.trained].tolist()
-        completion = wikisql.tokenizer.decode(row.input_ids[row.trained])
+        assert prompt == row.input_ids[~row.loss_mask].tolist()
+        completion = wikisql.tokenizer.decode(row.input_ids[row.loss_mask])
         assert completion.startswith(" SELECT ")
         assert json.dumps(ROWS[index]["question"])[1:-1] in wikisql.tokenizer.decode(prompt)

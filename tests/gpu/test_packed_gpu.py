@@ -33,7 +33,7 @@ def loss_and_gradients(model: PreTrainedModel, layout: str) -> tuple[float, list
         "varlen": lambda: collate_documents(bins, 0, 8),
     }[layout]()
     model.zero_grad()
-    loss = CausalObjective(model, longest_row=20)({k: v.cuda() for k, v in batch.items()})
+    loss = CausalObjective(model, longest_row=20)(batch.to(torch.device("cuda")))
     loss.backward()
     gradients = [p.grad.float() for p in model.parameters() if p.grad is not None]
     return loss.item(), gradients

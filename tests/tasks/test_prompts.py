@@ -63,7 +63,7 @@ def check(task: Any, config: Any, split: Split, tokenizer: Any) -> None:
     prompts = encode_prompts(task, config, split, tokenizer, None)
     for row, prompt in zip(encoded, prompts, strict=True):
         assert list(row.input_ids[: len(prompt)]) == prompt
-        rest = row.trained[len(prompt) :]
+        rest = row.loss_mask[len(prompt) :]
         # All that follows is learnt, but for what a chat template puts behind the turn's end.
         assert rest[0]
         assert rest.sum() >= len(rest) - 1

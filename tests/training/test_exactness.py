@@ -195,10 +195,10 @@ def test_label_smoothing_is_torch_s(tiny_llama: Path, tmp_path: Path) -> None:
     recipe = recipe_for(tmp_path, tiny_llama, train__label_smoothing=0.2)
     prepared, loop = built(recipe)
     batch = loop.collate([[prepared.train[i]] for i in range(5)])
-    logits = loop.objective.model(input_ids=batch["input_ids"]).logits
-    rows = logits.reshape(-1, logits.shape[-1])[batch["positions"]]
+    logits = loop.objective.model(input_ids=batch.input_ids).logits
+    rows = logits.reshape(-1, logits.shape[-1])[batch.loss_indices]
     want = torch.nn.functional.cross_entropy(
-        rows, batch["targets"], reduction="sum", label_smoothing=0.2
+        rows, batch.targets, reduction="sum", label_smoothing=0.2
     )
     torch.testing.assert_close(loop.objective(batch), want)
 

@@ -105,18 +105,19 @@ _COMPARED = 8
 
 @dataclass(frozen=True)
 class IdRow:
-    """``trained`` marks the ids that the loss is taken on. ``turns`` are the messages that they
-    are of. ``straddles``: how many answers begin within the prompt's last token."""
+    """One row of token ids. ``loss_mask`` marks those that count in the loss, ``turns`` are the
+    indices of the messages that they come from, ``straddles`` is the number of answers that begin
+    within the last token of the prompt."""
 
-    ids: list[int]
-    trained: list[bool]
+    input_ids: list[int]
+    loss_mask: list[bool]
     turns: tuple[int, ...]
     straddles: int = 0
 
     @property
     def prompt(self) -> int:
         """How many ids precede the first that is trained."""
-        return self.trained.index(True) if True in self.trained else len(self.ids)
+        return self.loss_mask.index(True) if True in self.loss_mask else len(self.input_ids)
 
 
 def turn_rows(turns: Sequence[Turn], joiner: Joiner) -> list[IdRow]:
@@ -130,7 +131,7 @@ def turn_rows(turns: Sequence[Turn], joiner: Joiner) -> list[IdRow]:
     rows = []
     while left:
         last, whole = left[-1]
-        within = [row for _, row in left if whole.ids[: len(row.ids)] == row.ids]
+        within = [row for _, row in left if whole.input_ids[: len(row.input_ids)] == row.input_ids]
         rows.append(_with_tail(_joined(within), last, joiner))
         taken = {turn for row in within for turn in row.turns}
         left = [(turn, row) for turn, row in left if turn.index not in taken]
@@ -139,18 +140,18 @@ def turn_rows(turns: Sequence[Turn], joiner: Joiner) -> list[IdRow]:
 
 def _joined(rows: Sequence[IdRow]) -> IdRow:
     """The last of the rows, which begins with all others, trained where any of them is."""
-    trained = [False] * len(rows[-1].ids)
+    trained = [False] * len(rows[-1].input_ids)
     for row in rows:
         begin = row.prompt
-        trained[begin : len(row.ids)] = row.trained[begin:]
+        trained[begin : len(row.input_ids)] = row.loss_mask[begin:]
     turns = tuple(turn for row in rows for turn in row.turns)
-    return IdRow(rows[-1].ids, trained, turns, sum(row.straddles for row in rows))
+    return IdRow(rows[-1].input_ids, trained, turns, sum(row.straddles for row in rows))
 
 
 def _with_tail(row: IdRow, turn: Turn, joiner: Joiner) -> IdRow:
     tail = joiner.inside(turn.tail) if turn.tail else []
-    trained = [*row.trained, *(False for _ in tail)]
-    return IdRow([*row.ids, *tail], trained, row.turns, row.straddles)
+    trained = [*row.loss_mask, *(False for _ in tail)]
+    return IdRow([*row.input_ids, *tail], trained, row.turns, row.straddles)
 
 
 def _cuts(turn: Turn) -> list[tuple[int, bool]]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lorakit.data.collate import CausalBatch, EncoderBatch
 from lorakit.models.causal import CausalParts, host_masks, split_model, token_losses, varlen_options
 
 
@@ -26,18 +27,20 @@ class CausalObjective(nn.Module):
         self.label_smoothing = label_smoothing
         self.longest_row = longest_row
 
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        inputs: dict[str, Any] = {k: v for k, v in batch.items() if k == "position_ids"}
-        if "cu_seq_lens" in batch:
-            inputs |= varlen_options(batch["cu_seq_lens"], self.longest_row)
-        block_mask = "position_ids" in batch and "cu_seq_lens" not in batch
-        with host_masks(batch["input_ids"].device, packed=block_mask):
+    def forward(self, batch: CausalBatch) -> Tensor:
+        inputs: dict[str, Any] = {}
+        if batch.position_ids is not None:
+            inputs["position_ids"] = batch.position_ids
+        if batch.cu_seq_lens is not None:
+            inputs |= varlen_options(batch.cu_seq_lens, self.longest_row)
+        block_mask = batch.position_ids is not None and batch.cu_seq_lens is None
+        with host_masks(batch.input_ids.device, packed=block_mask):
             return token_losses(
                 self.model,
                 self.parts,
-                batch["input_ids"],
-                batch["positions"],
-                batch["targets"],
+                batch.input_ids,
+                batch.loss_indices,
+                batch.targets,
                 self.label_smoothing,
                 **inputs,
             )
@@ -62,11 +65,10 @@ class EncoderObjective(nn.Module):
         self.register_buffer("columns", place, persistent=False)
         self.label_smoothing = label_smoothing
 
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        with host_masks(batch["input_ids"].device):
-            logits = self.model(**inputs).logits.float()
-        labels = batch["labels"]
+    def forward(self, batch: EncoderBatch) -> Tensor:
+        with host_masks(batch.input_ids.device):
+            logits = self.model(**batch.model_inputs()).logits.float()
+        labels = batch.labels
         if logits.shape[-1] == 1:
             return F.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum")
         if self.columns is not None:
