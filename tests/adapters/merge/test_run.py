@@ -359,7 +359,7 @@ def test_killed_half_way_leaves_out_as_it_was(
     process = subprocess.Popen(
         [sys.executable, "-c", _SLOW, base, adapter, out],
         stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])},
     )
     assert process.stdout is not None
     assert process.stdout.readline() == b"written\n"
@@ -558,7 +558,7 @@ def test_a_signal_leaves_nothing(
         [sys.executable, "-c", _SLOW_COMMAND,
          base, adapter, tmp_path / "out"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])},
     )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == b"written\n"

@@ -243,7 +243,7 @@ def test_memory_is_a_few_chunks(tmp_path: Path) -> None:
     }))  # fmt: skip
     out = subprocess.run(
         [sys.executable, "-c", _WATCHED, base, adapter, tmp_path / "out"],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3])},
         capture_output=True, text=True, check=True,
     ).stdout.split()  # fmt: skip
     assert float(out[0]) < 130, f"{out[0]} MB"
