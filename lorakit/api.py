@@ -21,11 +21,17 @@ from lorakit.evaluation.evaluate import evaluate_model
 from lorakit.evaluation.predictions import encoding_cache, load_eval_split, settle, with_labels
 from lorakit.evaluation.progress import OnPhase
 from lorakit.evaluation.prompts import check_all_prompts
-from lorakit.models.head_names import names_of_head
-from lorakit.models.heads import declares_head, find_labels, head_labels
-from lorakit.models.load import Kind, Pretrained, default_device, load_config, load_pretrained
-from lorakit.models.tokenizer import load_tokenizer
-from lorakit.models.window import embedding_rows, fit_max_length, window
+from lorakit.models.heads import declares_head, find_labels, head_labels, names_of_head
+from lorakit.models.hub import load_config, load_tokenizer
+from lorakit.models.load import (
+    Kind,
+    Pretrained,
+    default_device,
+    embedding_rows,
+    fit_max_length,
+    load_pretrained,
+    window,
+)
 from lorakit.openmp import yield_cores
 from lorakit.recipe.sections import ModelSection, Recipe
 from lorakit.tasks.base import Prediction, Task

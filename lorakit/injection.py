@@ -22,7 +22,7 @@ from lorakit.layers import (
     kind_of,
 )
 from lorakit.methods.base import Method
-from lorakit.models.master_weights import keep_master, plain_name, train_whole
+from lorakit.models.master_weights import plain_name, train_module, train_parameter
 from lorakit.module_names import describe_modules
 from lorakit.recipe.sections import AdapterSection
 from lorakit.targets import Target, find_targets, parameters_within
@@ -100,9 +100,9 @@ def inject(
     base = _base_parameters(model, config, method, whole)
     _freeze_all_but(model, layers)
     for name in whole:
-        train_whole(model, name, keep_dtype=name in heads)
+        train_module(model, name, float32_output=name in heads)
     for name in base:
-        keep_master(model, name)
+        train_parameter(model, name)
     return dataclasses.replace(report(model, config.method, whole), coverage=coverage)
 
 

@@ -28,7 +28,7 @@ from torch import nn
 import lorakit
 from lorakit.adapters.load import fold, load
 from lorakit.layers import adapted_modules, adapter_layers
-from lorakit.models.load import load_config, quiet
+from lorakit.models.hub import load_config, quiet
 from lorakit.recipe.sections import ModelSection
 
 WARMUP = 3

@@ -18,15 +18,8 @@ from transformers import (
 from lorakit.adapters.peft.place import find_places
 from lorakit.adapters.peft.read import AdapterFiles
 from lorakit.errors import AdapterError, ModelError
-from lorakit.models.load import (
-    check_kind,
-    check_shapes,
-    explained,
-    hub_options,
-    load_config,
-    quiet,
-)
-from lorakit.models.window import reserved_positions
+from lorakit.models.hub import explained, hub_options, load_config, quiet
+from lorakit.models.load import check_kind, check_shapes, reserved_positions
 from lorakit.recipe.sections import ModelSection
 
 

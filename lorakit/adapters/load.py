@@ -21,7 +21,7 @@ from lorakit.adapters.peft.read import dtype_name as dtype_name
 from lorakit.adapters.switching import hold
 from lorakit.errors import AdapterError
 from lorakit.layers import adapted_modules
-from lorakit.models.load import load_config
+from lorakit.models.hub import load_config
 from lorakit.recipe.sections import ModelSection
 
 #: What an adapter of a classifier says of the model's configuration.

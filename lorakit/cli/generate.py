@@ -223,7 +223,7 @@ def say_limits(
 ) -> None:
     """Say which answers the model's window limits to less than the default."""
     from lorakit.evaluation.hf_generate import prompt_limits
-    from lorakit.models.window import window
+    from lorakit.models.load import window
 
     limits = prompt_limits(model, tokenizer, prompts, decoding)
     short = [limit for limit in limits if limit < decoding.max_new_tokens]
@@ -297,7 +297,7 @@ def _fitting(
     """The chat in tokens; its oldest turns are forgotten where it outgrows the model's window. An
     answer whose length nobody asked for keeps at least a quarter of the window."""
     from lorakit.evaluation.prompts import chat_request
-    from lorakit.models.window import window
+    from lorakit.models.load import window
 
     room = window(model)
     answer = decoding.max_new_tokens

@@ -170,7 +170,7 @@ def _score(recipe: Recipe, file: Path, split: str | None, limit: int | None) -> 
     task, config = settle(task, recipe.task, found, told)
 
     def by_head(labels: Sequence[str]) -> list[str] | None:
-        from lorakit.models.head_names import names_of_head
+        from lorakit.models.heads import names_of_head
 
         return names_of_head(recipe.model, labels)
 

@@ -34,7 +34,7 @@ from lorakit.evaluation.prompts import encode_prompts
 from lorakit.evaluation.sampling import task_decoding
 from lorakit.models.causal import CausalParts, host_masks, split_model, token_losses
 from lorakit.models.heads import head_labels, label_columns
-from lorakit.models.window import window
+from lorakit.models.load import window
 from lorakit.tasks.base import Prediction, Task
 
 __all__ = ["Evaluation", "EvaluationStopped", "evaluate_model"]

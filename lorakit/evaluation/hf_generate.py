@@ -24,7 +24,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from lorakit.errors import DataError
 from lorakit.evaluation.sampling import Decoding, Reader
-from lorakit.models.window import embedding_rows, window
+from lorakit.models.load import embedding_rows, window
 
 
 def prompt_limits(

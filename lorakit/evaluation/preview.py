@@ -23,11 +23,9 @@ from lorakit.data.tokens import TokenRow, encode_rows
 from lorakit.errors import UserError
 from lorakit.evaluation.predictions import load_eval_split, settle, with_labels
 from lorakit.evaluation.progress import OnProgress
-from lorakit.models.head_names import names_of_head
-from lorakit.models.heads import declares_head, plan_head
-from lorakit.models.load import explained, hub_options, load_config, quiet
-from lorakit.models.tokenizer import load_tokenizer
-from lorakit.models.window import fit_unloaded
+from lorakit.models.heads import declares_head, names_of_head, plan_head
+from lorakit.models.hub import explained, hub_options, load_config, load_tokenizer, quiet
+from lorakit.models.load import fit_unloaded
 from lorakit.recipe.sections import ModelSection, Recipe
 from lorakit.tasks.base import Task
 from lorakit.tasks.checks import label_counts, look_alikes

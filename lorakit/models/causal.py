@@ -1,16 +1,8 @@
-"""Two answers about attention masks that transformers asks the device for, given from the host.
+"""The forward pass of a causal model: losses of trained tokens, and packed documents.
 
-To choose the fastest attention, transformers looks whether a mask hides anything and whether
-positions restart within a row. Both read a tensor's value, so that every forward pass waits for
-the device. Here both are known beforehand: a caller says whether its rows are packed, and an
-encoder's mask is only passed where something is padded.
-
-A causal model in two parts, so that logits are made only where a label is trained.
-
-Several documents in one sequence that do not see each other.
-
-Two ways. With ``varlen_attn`` of torch (a GPU, half precision) no pair of tokens of two documents
-is ever computed. Elsewhere transformers makes a block mask from positions that restart.
+Logits are computed only at positions whose loss is needed. Documents packed into one sequence do
+not attend to each other: torch's ``varlen_attn`` (a GPU, half precision) never computes a pair of
+tokens of two documents; elsewhere transformers builds a block mask from positions that restart.
 """
 
 from __future__ import annotations
@@ -36,48 +28,20 @@ from lorakit.kernels.linear_cross_entropy import (
 )
 from lorakit.models.master_weights import base_dtype
 
-_PACKED = "find_packed_sequence_indices"
-_HIDES_NOTHING = "_ignore_bidirectional_mask_sdpa"
-
-
-@contextmanager
-def host_masks(device: torch.device, packed: bool = False) -> Iterator[None]:
-    """Run a forward pass without those two waits; on the CPU, where nothing waits, as it is.
-    ``packed``: positions restart within a row, and transformers shall make the mask for that.
-
-    A version of transformers without these functions runs as it is too: slower, not wrong.
-    """
-    own: dict[str, Any] = {_HIDES_NOTHING: _only_without_mask}
-    if not packed:
-        own[_PACKED] = _never_packed
-    before = {name: getattr(masking_utils, name, None) for name in own}
-    if device.type == "cpu" or None in before.values():
-        yield
-        return
-    try:
-        for name, answer in own.items():
-            setattr(masking_utils, name, answer)
-        yield
-    finally:
-        for name, original in before.items():
-            setattr(masking_utils, name, original)
-
-
-def _never_packed(position_ids: Any) -> None:
-    return None
-
-
-def _only_without_mask(
-    padding_mask: Any, kv_length: int, local_attention_size: int | None = None
-) -> bool:
-    local = local_attention_size is not None and kv_length >= local_attention_size
-    return padding_mask is None and not local
+VARLEN = "lorakit_varlen"
+#: Attention options that ``varlen_attn`` does not support.
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias", "alibi_slopes")
+#: Configuration keys for attention dropout, which ``varlen_attn`` lacks.
+_DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attn_dropout_prob")
+#: Functions of transformers that read a tensor on the host.
+_FIND_PACKED = "find_packed_sequence_indices"
+_IGNORE_MASK = "_ignore_bidirectional_mask_sdpa"
 
 
 @dataclass(frozen=True)
 class CausalParts:
-    """``decoder`` gives hidden states, ``head`` raw logits, ``transform`` what the model does
-    to those. ``head`` is None where the split does not give the model's own logits."""
+    """``decoder`` gives hidden states, ``head`` raw logits, which ``transform`` scales and caps.
+    Both are None for a model that cannot be split."""
 
     decoder: nn.Module | None
     head: nn.Module | None
@@ -85,7 +49,7 @@ class CausalParts:
 
 
 def split_model(model: PreTrainedModel) -> CausalParts:
-    """The decoder and the output layer, checked on a few tokens against the model's own logits."""
+    """Split off the output layer, checked on a few tokens against the model's own logits."""
     head = model.get_output_embeddings()
     decoder = model.get_decoder()
     parts = CausalParts(decoder, head, _transform(model))
@@ -103,13 +67,14 @@ def token_losses(
     label_smoothing: float = 0.0,
     **inputs: Any,
 ) -> Tensor:
-    """Return the sum of the losses of the trained tokens, a float32 scalar.
+    """The summed cross-entropy of the trained tokens, a float32 scalar.
 
     ``input_ids`` (batch, length) is padded on the right; ``loss_indices`` (n,) are positions in the
-    flattened (batch * length) sequence, ``targets`` (n,) the tokens that follow them. No attention
-    mask is passed: under causal attention no token sees the padding behind it, and without a mask
-    attention takes its fastest path and never waits for the device. ``inputs`` are further
-    arguments of the decoder, such as the ``position_ids`` of packed rows.
+    flattened (batch * length) tokens whose next token is trained, ``targets`` (n,) those tokens.
+    ``inputs`` are further arguments of the decoder: where packed documents begin.
+
+    There is no attention mask: under causal attention no token sees the padding after it, and
+    without a mask attention takes its fastest path and never waits for the device.
     """
     if parts.head is None or parts.decoder is None:
         logits = model(input_ids=input_ids, use_cache=False, **inputs).logits
@@ -150,24 +115,57 @@ def _agrees(model: PreTrainedModel, parts: CausalParts) -> bool:
     was_training = model.training
     model.eval()
     try:
-        want = model(input_ids=ids, use_cache=False).logits.float()
+        expected = model(input_ids=ids, use_cache=False).logits.float()
         hidden = parts.decoder(input_ids=ids, use_cache=False).last_hidden_state
-        got = parts.transform(parts.head(hidden).float())
+        logits = parts.transform(parts.head(hidden).float())
     finally:
         model.train(was_training)
     exact = base_dtype(model) == torch.float32
-    return torch.allclose(want, got, rtol=1e-4 if exact else 2e-2, atol=1e-4 if exact else 5e-2)
+    rtol, atol = (1e-4, 1e-4) if exact else (2e-2, 5e-2)
+    return torch.allclose(expected, logits, rtol=rtol, atol=atol)
 
 
-VARLEN = "lorakit_varlen"
-#: Attention of which nothing is said to ``varlen_attn``.
-_UNKNOWN = ("softcap", "s_aux", "position_bias", "alibi_slopes")
-#: How configurations name the dropout of attention, which ``varlen_attn`` has not.
-_DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attn_dropout_prob")
+@contextmanager
+def host_masks(device: torch.device, packed: bool = False) -> Iterator[None]:
+    """Run forward passes without waiting for the device to inspect attention masks.
+
+    To choose the fastest attention, transformers checks whether a mask hides anything and whether
+    positions restart within a row; both read a tensor on the host. Here both are known: callers
+    pass a mask only where something is padded, and ``packed`` says that positions restart, for
+    which transformers then builds its mask.
+
+    Does nothing on the CPU, which never waits, or if transformers lacks these functions.
+    """
+    replacements: dict[str, Any] = {_IGNORE_MASK: _ignores_mask}
+    if not packed:
+        replacements[_FIND_PACKED] = _never_packed
+    before = {name: getattr(masking_utils, name, None) for name in replacements}
+    if device.type == "cpu" or None in before.values():
+        yield
+        return
+    try:
+        for name, replacement in replacements.items():
+            setattr(masking_utils, name, replacement)
+        yield
+    finally:
+        for name, original in before.items():
+            setattr(masking_utils, name, original)
+
+
+def _never_packed(position_ids: Any) -> None:
+    return None
+
+
+def _ignores_mask(
+    padding_mask: Any, kv_length: int, local_attention_size: int | None = None
+) -> bool:
+    local = local_attention_size is not None and kv_length >= local_attention_size
+    return padding_mask is None and not local
 
 
 def varlen_options(cu_seq_lens: Tensor, longest: int) -> dict[str, Any]:
-    """What a model hands on to its attention: the names are those of transformers."""
+    """Model inputs for ``varlen_attention``, under transformers' names. ``cu_seq_lens`` (documents
+    + 1,) are int32 offsets of the documents, ``longest`` the tokens of the longest one."""
     return {
         "cu_seq_lens_q": cu_seq_lens,
         "cu_seq_lens_k": cu_seq_lens,
@@ -186,20 +184,20 @@ def varlen_attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of documents in one sequence, query (1, heads, tokens, head_dim); without
-    ``cu_seq_lens_q``, as in an evaluation, plain ``sdpa``."""
-    starts = options.get("cu_seq_lens_q")
-    if starts is None:
+    """Attention within each document of one sequence; ``query`` is (1, heads, tokens, head_dim).
+    Without ``cu_seq_lens_q``, as in an evaluation, plain ``sdpa``."""
+    offsets = options.get("cu_seq_lens_q")
+    if offsets is None:
         out, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
         return out, None
     from torch.nn.attention.varlen import varlen_attn
 
-    unknown = [name for name in _UNKNOWN if options.get(name) is not None]
-    if unknown:
-        raise NotImplementedError(f"varlen_attn has no {', '.join(unknown)}")
-    assert not dropout, "use_varlen looks for it"
+    unsupported = [name for name in _UNSUPPORTED if options.get(name) is not None]
+    if unsupported:
+        raise NotImplementedError(f"varlen_attn does not support {', '.join(unsupported)}")
+    assert not dropout, "use_varlen refuses models with attention dropout"
     repeats = query.shape[1] // key.shape[1]
     q, k, v = (part.squeeze(0).transpose(0, 1) for part in (query, key, value))
     if repeats > 1:
@@ -208,7 +206,7 @@ def varlen_attention(
     longest = options["max_length_q"]
     attention: Any = varlen_attn
     out = attention(
-        *(q, k, v, starts, starts, longest, longest),
+        *(q, k, v, offsets, offsets, longest, longest),
         scale=scaling,
         window_size=(window - 1 if window else -1, 0),
     )
@@ -216,12 +214,12 @@ def varlen_attention(
 
 
 def use_varlen(model: PreTrainedModel) -> bool:
-    """Let the model attend through ``varlen_attn``, if device, precision, torch and the model's
-    attention allow it and the model then keeps documents apart."""
+    """Switch the model to ``varlen_attn`` if the device, the dtype, torch and the model's attention
+    support it and it then keeps documents apart; return whether it was switched."""
     device = next(model.parameters()).device
     half = model.dtype in (torch.bfloat16, torch.float16)
-    own: str | None = model.config._attn_implementation
-    if device.type != "cuda" or not half or own != "sdpa" or not _has_varlen():
+    original: str | None = model.config._attn_implementation
+    if device.type != "cuda" or not half or original != "sdpa" or not _has_varlen():
         return False
     text_config = model.config.get_text_config()
     if any(getattr(text_config, name, 0.0) for name in _DROPOUTS):
@@ -230,24 +228,24 @@ def use_varlen(model: PreTrainedModel) -> bool:
     ALL_MASK_ATTENTION_FUNCTIONS.register(VARLEN, sdpa_mask)
     try:
         model.set_attn_implementation(VARLEN)
-        if model.config._attn_implementation == VARLEN and _keeps_apart(model, varlen=True):
+        if model.config._attn_implementation == VARLEN and _isolates(model, varlen=True):
             return True
-    except Exception:  # a model may refuse in any way, and the block mask is the other way
+    except Exception:  # whatever the model raises, the block mask still works
         pass
-    model.set_attn_implementation(own)
+    model.set_attn_implementation(original)
     return False
 
 
 def check_packable(model: PreTrainedModel) -> None:
-    """Raise UserError if documents in one sequence see each other, or positions do not restart:
-    models with a state that runs through the sequence, and those that take no positions."""
+    """Raise UserError if packed documents see each other or positions do not restart: models with
+    a recurrent state, and those without position ids."""
     try:
-        apart = _keeps_apart(model, varlen=False)
+        isolated = _isolates(model, varlen=False)
     except TypeError:
-        apart = False
-    if not apart:
+        isolated = False
+    if not isolated:
         raise UserError(
-            "task.packing = true: this model's attention does not keep packed rows apart; "
+            "task.packing = true: this model's attention does not isolate packed documents; "
             "allowed: false"
         )
 
@@ -261,9 +259,9 @@ def _has_varlen() -> bool:
 
 
 @torch.no_grad()
-def _keeps_apart(model: PreTrainedModel, varlen: bool) -> bool:
-    """Whether of two documents the second one's hidden states are to the bit the same with another
-    first one, and nearly those that it has alone."""
+def _isolates(model: PreTrainedModel, varlen: bool) -> bool:
+    """Whether the hidden states of a second document are equal to the bit after different first
+    documents, and close to those that it has alone."""
     device = next(model.parameters()).device
     vocabulary = int(model.config.get_text_config().vocab_size)
     first, other = (torch.arange(8) * step % vocabulary for step in (3, 5))
@@ -272,25 +270,27 @@ def _keeps_apart(model: PreTrainedModel, varlen: bool) -> bool:
     model.eval()
     try:
         with host_masks(device, packed=not varlen):
-            one, two = (
+            after_first, after_other = (
                 _hidden(model, torch.cat([before, second]), 8, varlen) for before in (first, other)
             )
             alone = _hidden(model, second, 0, False)
     finally:
         model.train(was_training)
     tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
-    near = torch.allclose(one[8:], alone, rtol=tolerance, atol=tolerance * float(alone.abs().max()))
-    return torch.equal(one[8:], two[8:]) and near
+    limit = tolerance * float(alone.abs().max())
+    close = torch.allclose(after_first[8:], alone, rtol=tolerance, atol=limit)
+    return torch.equal(after_first[8:], after_other[8:]) and close
 
 
 def _hidden(model: PreTrainedModel, ids: Tensor, boundary: int, varlen: bool) -> Tensor:
-    """The last hidden states (tokens, hidden), in float32, of documents 0 to boundary and on."""
+    """The last hidden states (tokens, hidden), in float32, of two documents split at
+    ``boundary``."""
     device = next(model.parameters()).device
     length = len(ids)
     positions = torch.cat([torch.arange(boundary), torch.arange(length - boundary)])
-    starts = torch.tensor([0, boundary, length], dtype=torch.int32, device=device)
+    offsets = torch.tensor([0, boundary, length], dtype=torch.int32, device=device)
     inputs = {"input_ids": ids[None].to(device), "position_ids": positions[None].to(device)}
-    options = varlen_options(starts, length) if varlen else {}
+    options = varlen_options(offsets, length) if varlen else {}
     decoder: Any = model.get_decoder()
     out = decoder(**inputs, **options, use_cache=False)
     hidden: Tensor = out.last_hidden_state[0].float()

@@ -1,4 +1,4 @@
-"""A base's classification head: its labels, and where the task's labels stand among them."""
+"""Classification heads: the labels of a base's head, matched to the labels of a task."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lorakit.errors import ModelError, shown
+from lorakit.models.hub import load_config
+from lorakit.recipe.sections import ModelSection
 
 Labels = Sequence[str] | None  # None: a regression, with one output
-#: What transformers calls a class without a name.
-_GENERIC = re.compile(r"label_\d+", re.IGNORECASE)
+#: The name that transformers gives to an unnamed class.
+_UNNAMED = re.compile(r"label_\d+", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """``labels`` are those of the head by index; ``fresh`` says that its weights are drawn anew;
-    ``note`` is what the user should know of it."""
+    """``labels`` are the head's, by index; ``fresh`` means that its weights are initialised anew;
+    ``note`` is a message for the user."""
 
     labels: Labels
     fresh: bool = False
@@ -29,46 +31,39 @@ class HeadPlan:
 
 
 def plan_head(labels: Labels, config: PreTrainedConfig, new_head: bool, name: str) -> HeadPlan:
-    """Which labels the stored head of the base ``name``, described by ``config``, has for a task
-    with ``labels``.
+    """Decide which labels the stored head of the base ``name`` gets for a task with ``labels``.
 
-    The head keeps its own labels in its own order if it knows all of the task's (``find_labels``).
-    A head whose classes have no names takes the task's, in the task's order. Raises ModelError for
-    any other head unless ``new_head`` replaces it.
+    A head that knows all of the task's labels (``find_labels``) keeps its own labels, in its own
+    order. A head with unnamed classes takes the task's labels, in the task's order. Raises
+    ModelError for any other head unless ``new_head`` replaces it.
     """
     own = head_labels(config)
     if new_head:
-        text = f"model.new_head: the base's head ({_described(own)}) is replaced by a new one"
-        return HeadPlan(labels, fresh=True, note=text)
+        replaced = f"model.new_head: replacing the base's head ({_described(own)}) with a new one"
+        return HeadPlan(labels, fresh=True, note=replaced)
     if labels is None or len(own) == 1:
         if labels is None and len(own) == 1:
             return HeadPlan(None)
-        raise _no_fit(labels, own, name)
+        raise _mismatch(labels, own, name)
     found = find_labels(labels, own)
     in_order = found in (None, [*range(len(own))]) and len(labels) == len(own)
     if not names_classes(own) and in_order:
-        pairs = ", ".join(f"{a} = {b}" for a, b in zip(own[:8], labels[:8], strict=True))
-        more = ", ..." if len(own) > 8 else ""
-        said = f"the base's classification head names no classes; taken in order: {pairs}{more}"
-        return HeadPlan(labels, note=None if [*labels] == own else said)
+        return HeadPlan(labels, note=None if [*labels] == own else _order_note(labels, own))
     if found is None:
-        raise _no_fit(labels, own, name)
+        raise _mismatch(labels, own, name)
     note = _mapping_note(labels, own, found)
     if config.problem_type == "multi_label_classification":
-        several = (
-            "the base's head was trained to give several labels at once; this task has one label a "
-            "row"
-        )
+        several = "the base's head was trained on multi-label rows; this task has one label per row"
         note = f"{note}; {several}" if note else several
     return HeadPlan(own, note=note)
 
 
 def find_labels(labels: Sequence[str], names: Sequence[str]) -> list[int] | None:
-    """The index among the head's ``names`` of each of the task's ``labels``, or None if one has
-    none.
+    """The index among the head's ``names`` of each of the task's ``labels``; None unless all are
+    found.
 
-    A label is a name as it stands; else all are names but for case, surrounding white space, and
-    ``_`` and ``-`` for a space; else, where all are whole numbers and no name is, they are indices.
+    Labels match exactly; failing that, ignoring case, surrounding white space, and ``_`` and ``-``
+    against spaces; failing that, whole numbers are indices unless a name is a number itself.
     """
     for form in (str, _folded):
         known, wanted = [form(name) for name in names], [form(label) for label in labels]
@@ -81,27 +76,52 @@ def find_labels(labels: Sequence[str], names: Sequence[str]) -> list[int] | None
     return None
 
 
+def names_of_head(section: ModelSection, labels: Sequence[str]) -> list[str] | None:
+    """Class names for a task without its own, from the base's head: in the head's order, spelled
+    as in ``labels`` where these contain them.
+
+    None if the base has no head with class names, ``model.new_head`` replaces it, or it lacks one
+    of ``labels``.
+    """
+    if section.new_head:
+        return None
+    try:
+        config = load_config(section)
+    except ModelError:  # the data's error comes first; loading the model raises this one again
+        return None
+    names = head_labels(config)
+    if not (declares_head(config) and len(names) > 1 and names_classes(names)):
+        return None
+    found = find_labels(labels, names)
+    if found is None:
+        return None
+    if all(label.isdecimal() for label in labels):  # indices
+        return names
+    spelled = dict(zip(found, labels, strict=True))
+    return [spelled.get(index, name) for index, name in enumerate(names)]
+
+
 def label_columns(model: PreTrainedModel, labels: Labels) -> list[int] | None:
-    """The index in the model's logits of each of the task's labels; None where they are the
-    logits', in order, and for a regression."""
+    """The column of the model's logits for each of the task's labels; None if the logits are in
+    the same order, and for a regression."""
     if labels is None:
         return None
     names = head_labels(model.config)
     found = find_labels(labels, names)
-    assert found is not None, f"{labels} are not the labels of the model: {names}"
+    assert found is not None, f"{labels} are not labels of the model: {names}"
     return None if found == [*range(len(names))] else found
 
 
 def head_labels(config: PreTrainedConfig) -> list[str]:
-    """The names of the head's classes by index."""
+    """The names of the head's classes, by index."""
     named: Any = config.id2label or {}
     return [str(named.get(index, f"LABEL_{index}")) for index in range(config.num_labels or 0)]
 
 
 def names_classes(names: Sequence[str]) -> bool:
-    """Whether the names of a head's classes say more than their indices."""
-    generic = all(map(_GENERIC.fullmatch, names))
-    return not generic and [*names] != [str(index) for index in range(len(names))]
+    """Whether the head's classes have names, rather than only indices."""
+    unnamed = all(map(_UNNAMED.fullmatch, names))
+    return not unnamed and [*names] != [str(index) for index in range(len(names))]
 
 
 def declares_head(config: PreTrainedConfig) -> bool:
@@ -110,8 +130,8 @@ def declares_head(config: PreTrainedConfig) -> bool:
 
 
 def stores_head(model: PreTrainedModel, info: Mapping[str, Any]) -> bool:
-    """Whether the checkpoint has weights for the layer whose rows are the labels; ``info`` is what
-    ``from_pretrained`` says of the loading."""
+    """Whether the checkpoint has weights for the layer that outputs the labels; ``info`` is the
+    loading info of ``from_pretrained``."""
     count = model.config.num_labels
     state = {key: value.shape for key, value in model.state_dict().items() if in_head(model, key)}
     last = {key for key, shape in state.items() if shape[:1] == (count,)}
@@ -119,29 +139,35 @@ def stores_head(model: PreTrainedModel, info: Mapping[str, Any]) -> bool:
 
 
 def in_head(model: PreTrainedModel, key: str) -> bool:
-    """Whether the parameter belongs to the head: it lies outside of the base model."""
+    """Whether a parameter belongs to the head, that is, lies outside the base model."""
     return not key.startswith(f"{model.base_model_prefix}.")
 
 
 def renew_head(model: PreTrainedModel, seed: int) -> tuple[str, ...]:
-    """Draw the head's weights anew, as the model's class initialises them. Returns the names of the
-    modules that hold them."""
+    """Reinitialise the head as the model's class does; return the names of its modules with
+    parameters."""
     torch.manual_seed(seed)
     modules = {name: module for name, module in model.named_modules() if in_head(model, f"{name}.")}
-    holding = [name for name in modules if _own_parameters(modules, name)]
-    for name in holding:
+    with_parameters = [name for name in modules if _own_parameters(modules, name)]
+    for name in with_parameters:
         for parameter in _own_parameters(modules, name):
-            # transformers leaves a parameter with this mark, which all others keep, as it is.
+            # transformers does not reinitialise a parameter that has this mark.
             if hasattr(parameter, "_is_hf_initialized"):
                 del parameter._is_hf_initialized
     with torch.no_grad():
-        for module in reversed(modules.values()):  # some classes draw for what they hold
+        for module in reversed(modules.values()):  # some classes initialise their submodules
             model._init_weights(module)
-    return tuple(holding)
+    return tuple(with_parameters)
 
 
 def _own_parameters(modules: Mapping[str, nn.Module], name: str) -> list[nn.Parameter]:
     return [*modules[name].parameters(recurse=False)] if name else []
+
+
+def _order_note(labels: Sequence[str], own: Sequence[str]) -> str:
+    pairs = ", ".join(f"{a} = {b}" for a, b in zip(own[:8], labels[:8], strict=True))
+    more = ", ..." if len(own) > 8 else ""
+    return f"the base's classification head has unnamed classes; matched in order: {pairs}{more}"
 
 
 def _mapping_note(labels: Sequence[str], own: Sequence[str], found: Sequence[int]) -> str | None:
@@ -150,17 +176,17 @@ def _mapping_note(labels: Sequence[str], own: Sequence[str], found: Sequence[int
     note = None
     if names != [*labels]:
         pairs = [f"{a} = {b}" for a, b in zip(labels[:8], names[:8], strict=True)]
-        note = f"labels of the data = those of the base's head: {', '.join(pairs)}"
+        note = f"labels of the data = labels of the base's head: {', '.join(pairs)}"
         note += ", ..." if len(labels) > 8 else ""
     elif [*found] != [*range(len(own))]:
         note = f"the base's classification head keeps the order of its labels: {_described(own)}"
     if unused:
-        extra = f"the task has no {_described(unused)}; predicting one counts as wrong"
+        extra = f"the task has no label {_described(unused)}; predicting one counts as wrong"
         note = f"{note}; {extra}" if note else f"the base's classification head: {extra}"
     return note
 
 
-def _no_fit(labels: Labels, own: Sequence[str], name: str) -> ModelError:
+def _mismatch(labels: Labels, own: Sequence[str], name: str) -> ModelError:
     has = f"has {len(own)} labels ({_described(own)})" if len(own) > 1 else "has one output"
     absent = [label for label in labels or () if find_labels([label], own) is None]
     if labels is None:
@@ -179,17 +205,17 @@ def _no_fit(labels: Labels, own: Sequence[str], name: str) -> ModelError:
 
 
 def _ambiguous(labels: Sequence[str]) -> str:
-    """What is wrong with labels each of which the head has, but not all together."""
+    """Why labels that the head has one by one do not match together."""
     groups: dict[str, list[str]] = {}
     for label in labels:
         groups.setdefault(_folded(label), []).append(label)
     alike = [label for group in groups.values() if len(group) > 1 for label in group]
     if alike:
         return (
-            f"of which one would stand for several labels of the task: {_described(alike)} (labels "
-            "that differ only by case or white space are separate classes)"
+            f"one of which matches several labels of the task: {_described(alike)} (labels that "
+            "differ only by case or white space are separate classes)"
         )
-    return f"and the task's labels are names and indices of these: {_described(labels)}"
+    return f"and the task's labels mix names and indices of these: {_described(labels)}"
 
 
 def _described(names: Sequence[str]) -> str:

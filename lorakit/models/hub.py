@@ -1,41 +1,57 @@
-"""What the name of a model or an adapter refers to; imports no model library."""
+"""Resolve the name of a model: what it refers to, its configuration and its tokenizer.
+
+Importing this module loads no model library.
+"""
 
 from __future__ import annotations
 
+import logging
+import re
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
+
+from lorakit.errors import ModelError
+from lorakit.recipe.sections import ModelSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+#: Tokens that model families reserve for padding, in the order in which they are tried.
+_PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|endoftext|>")
 
 
 def other_content(path: Path) -> str | None:
-    """What a file, or a directory that is no model, is; None where that is not known."""
+    """Describe a file, or a directory that is not a model; None if the contents are unknown."""
     if path.is_file():
         if path.suffix == ".gguf":
             return "a GGUF file, which lorakit does not read"
         if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
-            return "a pickle, and lorakit loads none"
-        return "a file of weights, not a directory" if path.suffix == ".safetensors" else None
+            return "a pickle file, which lorakit does not load"
+        return "a weights file, not a directory" if path.suffix == ".safetensors" else None
     if (path / "adapter_config.json").is_file():
-        return "it holds an adapter, not a base model"
+        return "it contains an adapter, not a base model"
     if (path / "adapter" / "adapter_config.json").is_file():
-        return f"it is the directory of a run, whose adapter is {path / 'adapter'}"
+        return f"it is a run's output directory; its adapter is {path / 'adapter'}"
     if (path / "state.json").is_file() and (path / "weights.safetensors").is_file():
-        return "it is a checkpoint of a run, to go on from with train --resume"
+        return "it is a training checkpoint; resume from it with train --resume"
     if any(path.glob("*.gguf")):
-        return "it holds GGUF files, which lorakit does not read"
+        return "it contains GGUF files, which lorakit does not read"
     return None
 
 
 def is_missing_path(name: str) -> bool:
-    """Whether ``name`` can only mean a directory, and there is none: no Hub id begins so, or has
-    more than one slash."""
+    """Whether ``name`` can only be a path, because no Hub id looks like it, and does not exist."""
     path = Path(name)
     local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name
     return local and not path.exists()
 
 
 def hub_resolves() -> bool:
-    """Whether there is a network to ask the Hub over."""
+    """Whether the Hub's host name resolves and offline mode is off."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -45,3 +61,164 @@ def hub_resolves() -> bool:
     except OSError:
         return False
     return True
+
+
+def hub_options(section: ModelSection) -> dict[str, Any]:
+    """Keyword arguments for every ``from_pretrained``; offline, only the local cache is used."""
+    options = {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
+    if not Path(section.name_or_path).is_dir() and not hub_resolves():
+        options["local_files_only"] = True
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def load_config(section: ModelSection, key: str = "model.name_or_path") -> PreTrainedConfig:
+    """Load the model's configuration. Raises ModelError if there is none; its message begins with
+    ``key``, the setting that gave the name."""
+    from transformers import AutoConfig
+
+    name = section.name_or_path
+    _check_location(name, key)
+    with explained(name, key), quiet():
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, **hub_options(section))
+    with suppress(ValueError):  # several text parts: check_kind refuses such a model
+        text = config.get_text_config()
+        if getattr(config, "tie_word_embeddings", False) and text is not config:
+            # The composite model reads its own flag; an output layer stored separately stays so.
+            text.tie_word_embeddings = True
+    return config
+
+
+def _check_location(name: str, key: str) -> None:
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        content = other_content(path)
+        raise ModelError(
+            f"{key}: {name}: no config.json in the directory" + (f" ({content})" if content else "")
+        )
+    if path.is_file():
+        content = other_content(path) or "a file"
+        raise ModelError(
+            f"{key}: {name}: {content}; allowed: a model directory in transformers format, or a "
+            "Hub id"
+        )
+    if is_missing_path(name):
+        nested = name.count("/") > 1 and name[0] not in "/.~"
+        hint = "; a Hub id is namespace/name" if nested else ""
+        raise ModelError(f"{key}: {name}: no such directory{hint}")
+
+
+def load_tokenizer(name: str, options: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, list[str]]:
+    """Load the tokenizer; return it with notes on what was changed.
+
+    A missing pad token is set. Labels are never masked by the pad token's id, so EOS is learned
+    even where it also pads. Raises ModelError if there is no fast tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except Exception as error:  # a missing file, a corrupt one and a network failure look alike
+        reason = _first_lines(error)
+        raise ModelError(f"model.name_or_path: {name}: no usable tokenizer: {reason}") from error
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"model.name_or_path: {name}: {type(tokenizer).__name__} has no fast implementation "
+            "(tokenizer.json), which lorakit requires"
+        )
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id is not None:
+        return tokenizer, []
+    pad = _pad_token(tokenizer)
+    if pad is None:
+        raise ModelError(
+            f"model.name_or_path: {name}: the tokenizer has no pad, unknown or EOS token"
+        )
+    tokenizer.pad_token = pad
+    return tokenizer, [f"the tokenizer has no pad token; using {pad!r} (EOS is unchanged)"]
+
+
+def _pad_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    vocabulary = tokenizer.get_vocab()
+    eos = tokenizer.eos_token
+    for token in _PAD_TOKENS:
+        if token in vocabulary and token != eos:
+            return token
+    fallback: str | None = tokenizer.unk_token or eos
+    return fallback
+
+
+@contextmanager
+def explained(name: str, key: str = "model.name_or_path") -> Iterator[None]:
+    """Turn errors of transformers and the Hub into a one-line ModelError, ``key: name: reason``."""
+    try:
+        yield
+    except (ModelError, MemoryError):
+        raise
+    except Exception as error:
+        reason = _reason(error, key)
+        if reason is None:
+            raise
+        raise ModelError(f"{key}: {name}: {reason}") from error
+
+
+def _reason(error: Exception, key: str) -> str | None:
+    """Why a model could not be loaded; None for a device that ran out of memory."""
+    import torch
+    from huggingface_hub import errors as hub
+
+    causes = [*_causes(error)]
+    text = str(error)
+    if any(isinstance(cause, hub.GatedRepoError) for cause in causes):
+        return "the repository is gated; accept its terms on the Hub and log in (hf auth login)"
+    offline = "offline" in text or "couldn't connect" in text
+    if offline or any(isinstance(cause, hub.LocalEntryNotFoundError) for cause in causes):
+        return (
+            "no such directory, not in the local cache, and the Hub cannot be reached "
+            "(no network, or HF_HUB_OFFLINE is set)"
+        )
+    if any(isinstance(cause, hub.RepositoryNotFoundError) for cause in causes):
+        return "no such directory, and no such repository on the Hub (or it is private)"
+    if isinstance(error, torch.OutOfMemoryError):
+        return None
+    if re.search(r"file named \S*safetensors", text):
+        return "no safetensors weights; lorakit does not load pickles: convert the checkpoint first"
+    if "trust_remote_code" in text:
+        setting = "set model.trust_remote_code: true"
+        if not key.startswith("model."):
+            setting = "pass --trust-remote-code (in Python, trust_remote_code=True)"
+        return f"the model contains custom code; {setting} to run it"
+    return _first_lines(error)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__ or found.__context__
+
+
+def _first_lines(error: Exception) -> str:
+    """Two lines: where the first only names a field, the second says what is wrong with it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) or type(error).__name__
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the progress bars and reports of transformers and the Hub."""
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    hub_logger = logging.getLogger("huggingface_hub")
+    hub_level = hub_logger.level
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    hub_logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        hub_logger.setLevel(hub_level)
+        if bars:
+            transformers_logging.enable_progress_bar()

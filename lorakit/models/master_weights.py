@@ -1,4 +1,8 @@
-"""What trains of the base in float32 while the model computes in half precision."""
+"""Train base parameters in float32 while the model computes in half precision.
+
+A half-precision parameter rounds small updates away. Mixed-precision training keeps an fp32 master
+weight and casts it for each forward pass (Micikevicius et al. 2018, section 3.1).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-_INSIDE = re.compile(r"parametrizations\.(\w+)\.original$")
+_MASTER = re.compile(r"parametrizations\.(\w+)\.original$")
 
 
 class _Cast(nn.Module):
@@ -20,17 +24,17 @@ class _Cast(nn.Module):
         return master.to(self.dtype)
 
 
-def keep_master(model: nn.Module, name: str) -> None:
-    """Let the parameter ``name`` train, with its values held in float32.
+def train_parameter(model: nn.Module, name: str) -> None:
+    """Make the parameter ``name`` trainable, with an fp32 master weight.
 
-    A half-precision parameter loses small updates. Its module goes on seeing it in its own dtype,
-    cast anew in each forward pass; modules that share it go on sharing it.
+    Its module still sees it in the model's dtype, cast in each forward pass; modules that share the
+    parameter share its master weight.
     """
-    owner, _, end = name.rpartition(".")
+    owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
-    if parametrize.is_parametrized(module, end):
-        return  # a name of one that is shared
-    parameter = getattr(module, end)
+    if parametrize.is_parametrized(module, attribute):
+        return  # another name of a shared parameter
+    parameter = getattr(module, attribute)
     if parameter.dtype == torch.float32:
         parameter.requires_grad_(True)
         return
@@ -46,12 +50,11 @@ def keep_master(model: nn.Module, name: str) -> None:
         parametrize.register_parametrization(other, key, _Cast(parameter.dtype), unsafe=True)
 
 
-def train_whole(model: nn.Module, name: str, keep_dtype: bool) -> None:
-    """Train a module in float32; its input is cast on the way in.
+def train_module(model: nn.Module, name: str, float32_output: bool) -> None:
+    """Make the module ``name`` fully trainable, in float32; its inputs are cast.
 
-    The output stays float32 for a head (``keep_dtype``) and is cast back elsewhere, so that the
-    layers after it see what they saw before. Modules that share the parameter (tied embeddings)
-    get the same casts.
+    Its output is cast back to the model's dtype, so that later layers are unaffected, unless
+    ``float32_output`` (a head). Modules that share its parameters (tied embeddings) are cast alike.
     """
     module = model.get_submodule(name)
     before = next(module.parameters()).dtype
@@ -63,30 +66,32 @@ def train_whole(model: nn.Module, name: str, keep_dtype: bool) -> None:
         tied = any(id(p) in shared for p in other.parameters(recurse=False))
         if other is module or (tied and other not in set(module.modules())):
             other.register_forward_pre_hook(_cast_inputs)
-            if not keep_dtype:
+            if not float32_output:
                 other.register_forward_hook(lambda _m, _a, out: _cast(out, before))
 
 
 def base_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype that the base computes in, whatever its masters are held in."""
+    """The dtype that the base computes in, whatever the dtype of its master weights."""
     cast = next((m.dtype for m in model.modules() if isinstance(m, _Cast)), None)
     return next(model.parameters()).dtype if cast is None else cast
 
 
 @torch.no_grad()
 def set_value(model: nn.Module, name: str, value: Tensor) -> None:
-    """Write ``value`` into the parameter ``name``, or into its master if it has one."""
-    owner, _, end = name.rpartition(".")
+    """Copy ``value`` into the parameter ``name``, or into its master weight if it has one."""
+    owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
-    moved = parametrize.is_parametrized(module, end)
-    target = module.parametrizations[end].original if moved else getattr(module, end)  # type: ignore[index, union-attr]
+    if parametrize.is_parametrized(module, attribute):
+        target = module.parametrizations[attribute].original  # type: ignore[index, union-attr]
+    else:
+        target = getattr(module, attribute)
     if not target.is_meta:
         target.copy_(value)
 
 
 def plain_name(name: str) -> str:
-    """The base model's own name of a parameter that ``keep_master`` may have moved."""
-    return _INSIDE.sub(r"\1", name)
+    """The base model's name of a parameter: a master weight's without the parametrization."""
+    return _MASTER.sub(r"\1", name)
 
 
 def _cast(value: object, dtype: torch.dtype) -> object:

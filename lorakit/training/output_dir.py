@@ -28,7 +28,7 @@ from lorakit.adapters.peft.write import save_adapter
 from lorakit.data.stream import same_beginning
 from lorakit.errors import AdapterError, UserError
 from lorakit.methods.base import Method
-from lorakit.models.load import load_config
+from lorakit.models.hub import load_config
 from lorakit.recipe.load import load_recipe
 from lorakit.recipe.sections import Recipe
 from lorakit.training.checkpoint import Snapshot, checkpoints, load_checkpoint

@@ -19,8 +19,8 @@ from lorakit.data.stream_steps import StreamEncoder
 from lorakit.errors import DataError, UserError
 from lorakit.evaluation.predictions import encoding_cache, resolve_labels, settle
 from lorakit.evaluation.sampling import eos_ids
-from lorakit.models.head_names import names_of_head
-from lorakit.models.window import embedding_rows
+from lorakit.models.heads import names_of_head
+from lorakit.models.load import embedding_rows
 from lorakit.recipe.sections import Recipe
 from lorakit.tasks.base import Task
 from lorakit.tasks.checks import AbsentWatch, UnusedWatch

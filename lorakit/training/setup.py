@@ -16,8 +16,7 @@ from lorakit.errors import UserError
 from lorakit.evaluation.prompts import check_all_prompts
 from lorakit.injection import InjectionReport, find_heads, inject
 from lorakit.models.causal import check_packable
-from lorakit.models.load import load_pretrained
-from lorakit.models.window import fit_max_length, window
+from lorakit.models.load import fit_max_length, load_pretrained, window
 from lorakit.recipe.sections import Recipe
 from lorakit.tasks.base import Task
 from lorakit.tasks.checks import counts_line, label_counts, look_alikes

@@ -11,7 +11,7 @@ import pytest
 from lorakit import registry
 from lorakit.data.encode import encode_split
 from lorakit.data.plan import Packing, first_fit_decreasing
-from lorakit.models.tokenizer import load_tokenizer
+from lorakit.models.hub import load_tokenizer
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -175,7 +175,7 @@ def test_a_head_that_lacks_a_label_changes_no_error(
     recipe = recipe_for(tmp_path / "work", tmp_path / "positive", rows, "classification")
     assert run(["train", str(recipe)]) == 2
     err = capsys.readouterr().err
-    assert 'one would stand for several labels of the task: Positive, "positive " (labels' in err
+    assert 'one of which matches several labels of the task: Positive, "positive " (labels' in err
 
 
 def test_glue_ids_and_scores_stay_those_of_glue(
@@ -279,7 +279,7 @@ def test_another_head_is_replaced_only_where_the_recipe_says_so(
 
     new = ["--set", "model.new_head=true"]
     assert run(["train", str(recipe), *new]) == 0
-    assert "the base's head (a, b, c) is replaced by a new one" in capsys.readouterr().err
+    assert "replacing the base's head (a, b, c) with a new one" in capsys.readouterr().err
     trained = tmp_path / "work" / "run"
     assert scores(capsys, recipe, *new) == scores(capsys, recipe)
     assert scores(capsys, trained / "recipe.yaml") == scores(capsys, recipe)

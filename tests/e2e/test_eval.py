@@ -465,7 +465,7 @@ def test_a_default_max_length_is_shortened_to_the_positions(
     del recipe["task"]["max_length"]
     sst2.write_text(json.dumps(recipe))
     assert run(["eval", str(sst2), "--base"]) == 0
-    said = "task.max_length: 256 in place of the default 512: the model has 256 positions"
+    said = "task.max_length: 256 instead of the default 512: the model has 256 positions"
     assert said in capsys.readouterr().err
     assert "task.max_length = 512: the model has 256 positions" in refused(
         capsys, sst2, "--base", "--set", "task.max_length=512"

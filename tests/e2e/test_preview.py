@@ -76,7 +76,7 @@ lost their end and EOS 1
 """
     )
     assert "data/train.jsonl: recognised as prompt and completion" in err
-    assert "'</s>' pads; EOS stays as it is" in err
+    assert "using '</s>' (EOS is unchanged)" in err
     assert "warning: 1 of 3 rows do not end in a trained EOS" in err
 
 
@@ -175,7 +175,7 @@ def test_a_default_length_is_that_of_the_training(
     file.write_text(file.read_text().replace(", max_length: 512", ""))
     out, err = shown(capsys, file)
     assert "truncated rows         2 (to 256 tokens)" in out
-    assert "task.max_length: 256 in place of the default 512" in err
+    assert "task.max_length: 256 instead of the default 512" in err
 
 
 def test_chat_of_a_real_model(

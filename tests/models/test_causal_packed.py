@@ -76,5 +76,5 @@ def test_a_state_that_runs_on_is_found() -> None:
     model = MambaForCausalLM(
         MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4)
     )
-    with pytest.raises(UserError, match="does not keep packed rows apart"):
+    with pytest.raises(UserError, match="does not isolate packed documents"):
         check_packable(model)

@@ -51,7 +51,7 @@ def test_a_head_without_names_takes_the_tasks_in_order() -> None:
     plan = plan_head(["no", "yes"], config(["LABEL_0", "LABEL_1"]), False, "base")
     assert plan.labels == ["no", "yes"]
     assert plan.note is not None
-    assert "names no classes; taken in order: LABEL_0 = no, LABEL_1 = yes" in plan.note
+    assert "has unnamed classes; matched in order: LABEL_0 = no, LABEL_1 = yes" in plan.note
     assert plan_head(["0", "1"], config(["LABEL_0", "LABEL_1"]), False, "base").labels == ["0", "1"]
     assert plan_head(["no", "yes"], config(["0", "1"]), False, "base").labels == ["no", "yes"]
     assert plan_head(["1", "0"], config(["0", "1"]), False, "base").labels == ["0", "1"]
@@ -65,8 +65,8 @@ def test_a_head_without_names_takes_the_tasks_in_order() -> None:
         (["a", "b", "d"], ["a", "b"], "has 2 labels (a, b), but not the task's d"),
         (["x", "y"], ["a", "b"], "has 2 labels (a, b), and the task has 2 (x, y)"),
         (["x", "y"], ["LABEL_0", "LABEL_1", "LABEL_2"], "and the task has 2 (x, y)"),
-        (["a", "A"], ["a", "b"], "of which one would stand for several labels of the task: a, A"),
-        (["a", "1"], ["a", "b"], "the task's labels are names and indices of these: a, 1"),
+        (["a", "A"], ["a", "b"], "one of which matches several labels of the task: a, A"),
+        (["a", "1"], ["a", "b"], "the task's labels mix names and indices of these: a, 1"),
         (["a", "b"], ["score"], "has one output, and the task has 2 labels (a, b)"),
         (None, ["a", "b"], "and the task is a regression, which has one output"),
     ],
@@ -82,11 +82,11 @@ def test_a_head_that_does_not_fit_is_refused_or_replaced(
     assert (plan.labels, plan.fresh) == (labels, True)
 
 
-def test_a_head_for_several_labels_at_once_is_told_of() -> None:
+def test_a_multi_label_head_is_noted() -> None:
     both = config(["a", "b"], problem_type="multi_label_classification")
     note = plan_head(["a", "b"], both, False, "base").note
     assert note is not None
-    assert "several labels at once" in note
+    assert "multi-label rows" in note
 
 
 @pytest.fixture

@@ -117,7 +117,7 @@ def test_directory_that_holds_no_model(in_tmp: Path) -> None:
     with pytest.raises(ModelError, match=r"no config\.json in the directory$"):
         load_pretrained(section("empty"), "causal")
     (in_tmp / "empty" / "adapter_config.json").write_text("{}")
-    with pytest.raises(ModelError, match="it holds an adapter, not a base model"):
+    with pytest.raises(ModelError, match="it contains an adapter, not a base model"):
         load_pretrained(section("empty"), "causal")
 
 
@@ -139,7 +139,7 @@ def test_pickled_weights_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
     (copy / "model.safetensors").unlink()
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     torch.save(model.state_dict(), copy / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="no safetensors weights; lorakit loads no pickles"):
+    with pytest.raises(ModelError, match="no safetensors weights; lorakit does not load pickles"):
         load_pretrained(section(copy), "causal")
 
 
@@ -165,7 +165,7 @@ def test_corrupt_weights_are_one_line(tiny_llama: Path, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_own_code_needs_to_be_asked_for(tiny_llama: Path, tmp_path: Path) -> None:
+def test_custom_code_needs_to_be_allowed(tiny_llama: Path, tmp_path: Path) -> None:
     copy = edited(
         tmp_path, tiny_llama, model_type="homemade",
         auto_map={"AutoConfig": "home.Config", "AutoModelForCausalLM": "home.Model"},
@@ -192,7 +192,9 @@ def test_a_shape_that_differs_is_named(tiny_llama: Path, tmp_path: Path) -> None
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError) as caught:
         load_pretrained(section(copy), "causal")
-    assert f"{name} is ({rows - 1}, {width}), and the configuration says" in str(caught.value)
+    assert f"{name} has shape ({rows - 1}, {width}), but the configuration says" in str(
+        caught.value
+    )
 
 
 def test_a_missing_shard_is_named(tiny_llama: Path, tmp_path: Path) -> None:
@@ -215,5 +217,5 @@ def test_a_wrong_value_of_the_configuration_is_said(tiny_llama: Path, tmp_path: 
 
 def test_an_encoder_with_a_decoder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
-    with pytest.raises(ModelError, match="t5 is an encoder with a decoder"):
+    with pytest.raises(ModelError, match="t5 is an encoder-decoder"):
         load_pretrained(section(tmp_path), "encoder", ["a", "b"])

@@ -10,10 +10,10 @@ from torch import nn
 
 from lorakit.models.master_weights import (
     base_dtype,
-    keep_master,
     plain_name,
     set_value,
-    train_whole,
+    train_module,
+    train_parameter,
 )
 from tests.families import tiny, token_ids
 
@@ -30,7 +30,7 @@ def trains(model: nn.Module) -> dict[str, nn.Parameter]:
 def test_a_float32_parameter_is_its_own_master() -> None:
     model = net(torch.float32)
     before = model[0].bias
-    keep_master(model, "0.bias")
+    train_parameter(model, "0.bias")
     assert list(trains(model)) == ["0.bias"]
     assert model[0].bias is before
     assert type(model[0]) is nn.Linear
@@ -39,7 +39,7 @@ def test_a_float32_parameter_is_its_own_master() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_master_is_float32_and_its_module_sees_the_models_dtype(dtype: torch.dtype) -> None:
     model, plain = net(dtype), net(dtype)
-    keep_master(model, "1.weight")
+    train_parameter(model, "1.weight")
     ((name, master),) = trains(model).items()
     assert plain_name(name) == "1.weight"
     assert master.dtype == torch.float32
@@ -53,7 +53,7 @@ def test_a_master_is_float32_and_its_module_sees_the_models_dtype(dtype: torch.d
 
 def test_steps_that_half_precision_would_lose_add_up() -> None:
     model = net()
-    keep_master(model, "0.bias")
+    train_parameter(model, "0.bias")
     (master,) = trains(model).values()
     with torch.no_grad():
         master.fill_(1.0)
@@ -67,7 +67,7 @@ def test_steps_that_half_precision_would_lose_add_up() -> None:
 def test_modules_that_share_a_parameter_share_its_master(dtype: torch.dtype) -> None:
     model = tiny("llama", tie_word_embeddings=True).to(dtype).requires_grad_(False)
     before = model(token_ids()).logits
-    keep_master(model, "model.embed_tokens.weight")
+    train_parameter(model, "model.embed_tokens.weight")
     assert len(trains(model)) == 1
     (master,) = trains(model).values()
     assert torch.equal(model(token_ids()).logits, before)
@@ -81,7 +81,7 @@ def test_modules_that_share_a_parameter_share_its_master(dtype: torch.dtype) -> 
 
 def test_values_are_written_through_to_the_master() -> None:
     model = net()
-    keep_master(model, "0.bias")
+    train_parameter(model, "0.bias")
     value = torch.full((4,), 1 + 2**-20)
     set_value(model, "0.bias", value)
     set_value(model, "1.bias", value)
@@ -98,9 +98,9 @@ def test_a_model_without_values_takes_none() -> None:
     assert model[0].bias.is_meta
 
 
-def test_a_model_with_masters_can_be_copied() -> None:
+def test_a_model_with_master_weights_can_be_copied() -> None:
     model = net()
-    keep_master(model, "0.bias")
+    train_parameter(model, "0.bias")
     again = copy.deepcopy(model)
     with torch.no_grad():
         next(iter(trains(again).values())).fill_(3)
@@ -108,16 +108,16 @@ def test_a_model_with_masters_can_be_copied() -> None:
     assert not (model[0].bias == 3).any()
 
 
-@pytest.mark.parametrize("keep_dtype", [True, False])
-def test_a_module_that_trains_whole_takes_and_gives_the_models_dtype(keep_dtype: bool) -> None:
+@pytest.mark.parametrize("float32_output", [True, False])
+def test_a_fully_trained_module_keeps_the_models_dtype_outside(float32_output: bool) -> None:
     model = net()
-    train_whole(model, "1", keep_dtype=keep_dtype)
+    train_module(model, "1", float32_output=float32_output)
     assert {name: p.dtype for name, p in trains(model).items()} == {
         "1.weight": torch.float32,
         "1.bias": torch.float32,
     }
     out = model(torch.randn(2, 4, dtype=torch.bfloat16))
-    assert out.dtype == (torch.float32 if keep_dtype else torch.bfloat16)
+    assert out.dtype == (torch.float32 if float32_output else torch.bfloat16)
 
 
 def test_the_name_of_a_parameter_without_a_master_stays() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lorakit.errors import UserError
-from lorakit.models.window import fit_max_length, window
+from lorakit.models.load import fit_max_length, window
 from lorakit.recipe.sections import TaskSection
 from tests.families import tiny, token_ids
 
@@ -38,7 +38,7 @@ def test_learnt_positions_end(family: str) -> None:
 def test_a_default_is_shortened_to_the_positions() -> None:
     said: list[str] = []
     assert fit_max_length(tiny("gpt2"), task(), said.append).max_length == 64
-    assert said == ["task.max_length: 64 in place of the default 512: the model has 64 positions"]
+    assert said == ["task.max_length: 64 instead of the default 512: the model has 64 positions"]
 
 
 def test_rotary_positions_go_on() -> None:

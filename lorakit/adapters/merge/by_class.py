@@ -33,7 +33,7 @@ from lorakit.adapters.merge.updates import Held, Ties, Weighted, find_updates
 from lorakit.adapters.peft.place import find_places
 from lorakit.adapters.peft.read import AdapterFiles
 from lorakit.errors import AdapterError
-from lorakit.models.load import load_config
+from lorakit.models.hub import load_config
 from lorakit.recipe.sections import ModelSection
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import ModelError, shown
-from lorakit.models.hub import is_missing_path, other_content
+from lorakit.models.hub import explained, hub_options, is_missing_path, other_content
 
 if TYPE_CHECKING:
     from lorakit.recipe.sections import ModelSection
@@ -197,8 +197,6 @@ def local_directory(section: ModelSection) -> Path:
     if is_missing_path(name):
         raise ModelError(f"base: {name}: no such directory")
     from huggingface_hub import snapshot_download
-
-    from lorakit.models.load import explained, hub_options
 
     options = {k: v for k, v in hub_options(section).items() if k != "trust_remote_code"}
     with explained(name, "base"):

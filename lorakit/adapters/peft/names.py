@@ -26,7 +26,7 @@ from lorakit.adapters.peft.schema import (
 from lorakit.adapters.peft.targets import is_targeted, unadapted_modules
 from lorakit.anatomy import is_within, outside_language_model
 from lorakit.errors import AdapterError
-from lorakit.models.load import quiet
+from lorakit.models.hub import quiet
 from lorakit.module_names import without_wrappers
 
 

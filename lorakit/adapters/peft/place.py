@@ -26,7 +26,7 @@ from lorakit.adapters.peft.targets import matched_modules
 from lorakit.errors import AdapterError, listed
 from lorakit.injection import InjectionReport, find_heads, report
 from lorakit.layers import ADAPTABLE, AdapterLayer, FusedLayer, adapted_modules, adapter_layers
-from lorakit.models.master_weights import keep_master, set_value, train_whole
+from lorakit.models.master_weights import set_value, train_module, train_parameter
 
 _SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
@@ -66,7 +66,7 @@ def load_adapter(
     model.requires_grad_(False)
     for key in [name for name in model.state_dict() if name in places.base]:
         if trainable:
-            keep_master(model, key)
+            train_parameter(model, key)
         set_value(model, key, places.base[key])
     for name, layer in layers.items():
         model.set_submodule(name, layer)
@@ -74,7 +74,7 @@ def load_adapter(
     _untie(model, places.whole)
     heads = tuple(f"{head}." for head in find_heads(model))
     for name in whole:
-        train_whole(model, name, keep_dtype=f"{name}.".startswith(heads or ("\0",)))
+        train_module(model, name, float32_output=f"{name}.".startswith(heads or ("\0",)))
     for key, value in places.whole.items():
         set_value(model, key, value)
     _set_trainable(model, layers, whole, trainable)

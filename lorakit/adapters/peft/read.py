@@ -41,7 +41,7 @@ from lorakit.adapters.peft.schema import (
 from lorakit.errors import AdapterError, shown
 from lorakit.kernels.low_rank import RowSlice
 from lorakit.methods.base import Method
-from lorakit.models.hub import hub_resolves, is_missing_path, other_content
+from lorakit.models.hub import explained, hub_resolves, is_missing_path, other_content
 from lorakit.recipe.sections import ModelSection
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -68,8 +68,6 @@ def adapter_directory(given: str | Path) -> Path:
         hint = "" if slash else "; an adapter on the Hub is named namespace/name"
         raise AdapterError(f"{path}: no such adapter directory{hint}")
     from huggingface_hub import snapshot_download
-
-    from lorakit.models.load import explained
 
     with explained(str(given), "adapter"):
         found = snapshot_download(

@@ -215,7 +215,7 @@ def test_a_base_that_is_not_there(
     with pytest.raises(ModelError, match=message):
         merge(base, adapter, tmp_path / "out")
     with pytest.raises(
-        ModelError, match="a file of weights, not a directory; allowed: a model directory"
+        ModelError, match="a weights file, not a directory; allowed: a model directory"
     ):
         merge(own / "model.safetensors", adapter, tmp_path / "out")
 

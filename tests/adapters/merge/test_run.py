@@ -512,7 +512,7 @@ def test_a_base_of_its_own_code(make_pair: MakePair, tmp_path: Path) -> None:
     settings |= {"model_type": "homemade", "auto_map": {"AutoConfig": "home.Config"}}
     (base / "config.json").write_text(json.dumps(settings))
     (base / "home.py").write_text("raise SystemExit('ran')")
-    with pytest.raises(ModelError, match=r"^base: \S+: .* give --trust-remote-code .* to run it$"):
+    with pytest.raises(ModelError, match=r"^base: \S+: .* pass --trust-remote-code .* to run it$"):
         merge(base, adapter, tmp_path / "out")
 
 

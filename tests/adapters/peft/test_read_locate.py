@@ -16,7 +16,7 @@ from lorakit.adapters.load import load
 from lorakit.adapters.merge.run import merge
 from lorakit.adapters.peft.read import adapter_directory, read_adapter
 from lorakit.errors import AdapterError, ModelError, UserError
-from lorakit.models.load import load_config
+from lorakit.models.hub import load_config
 from lorakit.recipe.sections import ModelSection
 from tests.adapters.directories import logits, write_adapter, write_base
 
@@ -80,11 +80,14 @@ def test_what_is_there_instead_is_named(pair: tuple[Path, Path], tmp_path: Path)
     (tmp_path / "quantised" / "model.gguf").write_bytes(b"GGUF")
     for path, said in (
         (tmp_path / "run", f"holds some ({tmp_path / 'run' / 'adapter'}); name one of them"),
-        (checkpoint, "a checkpoint of a run, to go on from with train --resume"),
+        (checkpoint, "a training checkpoint; resume from it with train --resume"),
         (base, "a model, not an adapter"),
-        (tmp_path / "quantised", "no adapter (it holds GGUF files, which lorakit does not read)"),
+        (
+            tmp_path / "quantised",
+            "no adapter (it contains GGUF files, which lorakit does not read)",
+        ),
         (tmp_path / "quantised" / "model.gguf", "a GGUF file, which lorakit does not read"),
-        (adapter / "adapter_model.safetensors", "a file of weights, not a directory; allowed"),
+        (adapter / "adapter_model.safetensors", "a weights file, not a directory; allowed"),
     ):
         with pytest.raises(AdapterError) as raised:
             adapter_directory(path)
@@ -96,8 +99,8 @@ def test_a_base_that_is_none_is_named(pair: tuple[Path, Path], tmp_path: Path) -
     shutil.copytree(pair[1], tmp_path / "run" / "adapter")
     for name, said in (
         (str(tmp_path / "model.gguf"), "a GGUF file, which lorakit does not read; allowed"),
-        (str(tmp_path / "run"), f"the directory of a run, whose adapter is {tmp_path / 'run'}"),
-        (str(pair[1]), "it holds an adapter, not a base model"),
+        (str(tmp_path / "run"), f"a run's output directory; its adapter is {tmp_path / 'run'}"),
+        (str(pair[1]), "it contains an adapter, not a base model"),
         (str(tmp_path / "gone"), f"{tmp_path / 'gone'}: no such directory"),
         ("./gone", "./gone: no such directory"),
         ("models/some/folder", "models/some/folder: no such directory"),
