@@ -1,6 +1,6 @@
-"""lorakit: low-rank adapters from one recipe.
+"""Low-rank adapters (LoRA and related methods) trained from one recipe.
 
-The public names are loaded when they are first asked for, so that ``import lorakit`` is quick.
+Public names are imported on first use, so ``import lorakit`` loads no tensor library.
 """
 
 from __future__ import annotations
@@ -9,12 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lorakit.adapters.convert import convert
-    from lorakit.adapters.load import load
-    from lorakit.adapters.merge.run import merge
-    from lorakit.adapters.switching import switch
-    from lorakit.api import evaluate
-    from lorakit.injection import inject
+    from lorakit.api import convert, evaluate, inject, load, merge, switch, train
     from lorakit.methods.lora import LoraConfig
     from lorakit.nn import (
         Conv2d,
@@ -25,7 +20,6 @@ if TYPE_CHECKING:
         mark_only_lora_as_trainable,
     )
     from lorakit.recipe.load import load_recipe
-    from lorakit.training.run import train
 
 __version__ = "0.1.0"
 
@@ -48,31 +42,29 @@ __all__ = [
     "train",
 ]
 
-_HOMES = {
-    "Conv2d": "lorakit.nn",
-    "Embedding": "lorakit.nn",
-    "Linear": "lorakit.nn",
+_OTHER_HOMES = {
     "LoraConfig": "lorakit.methods.lora",
-    "MergedLinear": "lorakit.nn",
-    "convert": "lorakit.adapters.convert",
-    "evaluate": "lorakit.api",
-    "inject": "lorakit.injection",
-    "load": "lorakit.adapters.load",
     "load_recipe": "lorakit.recipe.load",
-    "lora_state_dict": "lorakit.nn",
-    "mark_only_lora_as_trainable": "lorakit.nn",
-    "merge": "lorakit.adapters.merge.run",
-    "switch": "lorakit.adapters.switching",
-    "train": "lorakit.training.run",
+    **dict.fromkeys(
+        (
+            "Conv2d",
+            "Embedding",
+            "Linear",
+            "MergedLinear",
+            "lora_state_dict",
+            "mark_only_lora_as_trainable",
+        ),
+        "lorakit.nn",
+    ),
 }
 
 
 def __getattr__(name: str) -> Any:
     if name == "nn":
         return import_module("lorakit.nn")
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_OTHER_HOMES.get(name, "lorakit.api")), name)
 
 
 def __dir__() -> list[str]:

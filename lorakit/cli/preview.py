@@ -14,7 +14,7 @@ from lorakit.cli.output import progress, say
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lorakit.evaluation.preview import DescribedRow, Piece, Preview
+    from lorakit.api import DescribedRow, Piece, Preview
 
 _OPEN, _CLOSE, _BREAK = "⟦", "⟧", "⏎"
 #: Joiners shape the letters of some scripts, and emoji: they are text, not commands.
@@ -50,7 +50,7 @@ def preview(
 
     resolved = load_recipe(recipe, overrides)
 
-    from lorakit.evaluation.preview import preview as make_preview
+    from lorakit.api import preview as make_preview
 
     with progress("tokenised") as report:
         found = make_preview(

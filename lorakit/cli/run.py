@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -154,29 +153,12 @@ def _inputs(recipe: Recipe, file: Path, predictions: Path | None) -> dict[Path, 
 
 
 def _score(recipe: Recipe, file: Path, split: str | None, limit: int | None) -> dict[str, Any]:
-    """Without a model, and without the library that runs one."""
-    from lorakit import registry
-    from lorakit.evaluation.predictions import (
-        load_eval_split,
-        score_predictions,
-        settle,
-        with_labels,
-    )
+    """Score ready predictions, without loading a model library."""
+    from lorakit.api import score_predictions
 
-    task = registry.task(recipe.task.name)
-    task.check_requirements(recipe.task)
-    found = load_eval_split(task, recipe.task, split, limit)
     told = say if is_main() else _silent
-    task, config = settle(task, recipe.task, found, told)
-
-    def by_head(labels: Sequence[str]) -> list[str] | None:
-        from lorakit.models.heads import names_of_head
-
-        return names_of_head(recipe.model, labels)
-
-    config = with_labels(task, config, None, found, by_head, told)
-    metrics = score_predictions(task, config, found, file)
-    return _result(config.name, found.name, len(found), metrics)
+    found = score_predictions(recipe, file, split=split, limit=limit, say=told)
+    return _result(found.task, found.split, found.examples, found.metrics)
 
 
 def _measure(
@@ -193,8 +175,7 @@ def _measure(
     if save_predictions is not None and not (task.kind == "encoder" or task.generates(recipe.task)):
         raise _without_predictions(recipe.task.name)
 
-    from lorakit.api import evaluate_split
-    from lorakit.evaluation.predictions import prediction_lines
+    from lorakit.api import evaluate_split, prediction_lines
 
     with phases() as report:
         found = evaluate_split(

@@ -1,12 +1,12 @@
-"""A model and an encoded split -> losses, predictions and the task's metrics.
+"""Evaluate a model on a tokenised split: its loss, its predictions and the task's metrics.
 
-Generated turns of chats -> their contents, as the chat template writes those.
+In a group of processes each one measures its share of the rows, and all return the same result.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -29,43 +29,52 @@ from lorakit.distributed.processes import check_peers, gather, run_on_main, shar
 from lorakit.errors import EvaluationError
 from lorakit.evaluation.generation import generate_text
 from lorakit.evaluation.hf_generate import pad_id
-from lorakit.evaluation.progress import EvaluationStopped, OnPhase, ShouldStop, Watch
-from lorakit.evaluation.prompts import encode_prompts
+from lorakit.evaluation.progress import OnPhase, ShouldStop, Watch
 from lorakit.evaluation.sampling import task_decoding
 from lorakit.models.causal import CausalParts, host_masks, split_model, token_losses
 from lorakit.models.heads import head_labels, label_columns
-from lorakit.models.load import window
 from lorakit.tasks.base import Prediction, Task
 
-__all__ = ["Evaluation", "EvaluationStopped", "evaluate_model"]
+
+@dataclass(frozen=True)
+class EvalData:
+    """A split to evaluate on.
+
+    ``encoded`` is the split in tokens. ``prompts`` are the token ids to generate from, one prompt
+    per row of the split; None where the task generates no text.
+    """
+
+    task: Task
+    config: Any
+    split: Split
+    encoded: EncodedSplit
+    prompts: Sequence[Sequence[int]] | None = None
+
+    def measured_metrics(self, generate: bool) -> set[str]:
+        """Return the names of the metrics that ``evaluate_model`` gives."""
+        task, split, config = self.task, self.split, self.config
+        if task.kind == "encoder":
+            assert self.encoded.labels is not None
+            return {"loss", *task.metrics(list(self.encoded.labels), split, config)}
+        names = {"loss", "perplexity"}
+        if generate and self.prompts is not None:
+            names |= set(task.metrics([""] * len(split), split, config))
+        return names
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``predictions`` in the split's order: class indices, floats or generated texts; empty where
-    a causal model generated nothing."""
+    """``predictions`` are in the split's order: class indices, floats or generated texts; empty
+    where a causal model generated nothing."""
 
     metrics: dict[str, float]
-    predictions: list[Prediction]
-
-
-@dataclass(frozen=True)
-class _Share:
-    """What one process measured: the sum of the losses of its ``rows`` of tokens, and its
-    predictions."""
-
-    loss: float
-    rows: int
     predictions: list[Prediction]
 
 
 def evaluate_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    config: Any,
-    split: Split,
-    encoded: EncodedSplit,
+    data: EvalData,
     *,
     batch_size: int,
     seed: int,
@@ -74,65 +83,148 @@ def evaluate_model(
     on_progress: OnPhase | None = None,
     should_stop: ShouldStop | None = None,
 ) -> Evaluation:
-    """Measure the model on ``encoded``, which is ``split`` in tokens.
+    """Measure the model on ``data``.
 
     A causal model gives ``loss``, the mean over the split's trained tokens, and ``perplexity`` =
-    exp(loss); if ``generate`` and the task generates, also the task's scores of the continued
-    prompts, in which only ``task.temperature`` above 0 draws, from ``seed``. An encoder gives
-    ``loss``, the mean over rows (cross entropy, or the squared error of a regression), and the
-    task's scores. ``parts`` are ``split_model(model)``, for a caller that has them.
-    ``on_progress`` gets the phase, rows done and rows in all. No generator's state is touched, and
-    the model's training mode is left as it was.
+    exp(loss). If ``generate`` and ``data`` has prompts, it also gives the task's scores of the
+    texts generated from them; only ``task.temperature`` above 0 draws at random, from ``seed``. An
+    encoder gives ``loss``, the mean over the rows (cross entropy, or the squared error of a
+    regression), and the task's scores.
 
-    In a group of processes each measures its share of the rows, and all return the same.
+    ``parts`` is ``split_model(model)``, for a caller that has it. ``on_progress`` receives the
+    phase, the rows done and the total. No random generator's state is touched, and the model's
+    training mode is restored.
 
-    Raises EvaluationError for a metric that is not finite, EvaluationStopped if ``should_stop``
-    returns true.
+    Raises EvaluationError for a metric that is not finite, and EvaluationStopped if
+    ``should_stop`` returns true.
     """
-    assert encoded.counts.rows == len(split), "the encoded rows are the split's"
-    own = shard(len(encoded))  # of a causal model's, some may be of one row of the split
+    assert data.encoded.counts.rows == len(data.split), "the encoded rows are the split's"
     watch = _watches(on_progress, should_stop)
+    measure = _Measure(model, tokenizer, data, batch_size, seed, watch)
     with _evaluation_mode(model):
-        if task.kind == "encoder":
-            with host_masks(model.device):
-                columns = label_columns(model, task.labels(config, None))
-                share = _classify(
-                    model, tokenizer, encoded, own, batch_size, columns, watch("evaluated", own)
-                )
+        if data.task.kind == "encoder":
+            share = measure.classify()
         else:
-            parts = parts or split_model(model)
-            with host_masks(model.device):
-                losses = watch("loss", own)
-                loss = _token_loss(model, tokenizer, parts, encoded, own, batch_size, losses)
-            texts: list[Prediction] = []
-            if generate and task.generates(config):
-                prompts = shard(len(split))
-                generated = watch("generated", prompts)
-                texts = _generate(model, tokenizer, task, config, split, prompts, seed, generated)
-            share = _Share(loss, len(own), texts)
-    return _together(gather(share), task, config, split, encoded)
+            share = measure.language_model(parts or split_model(model), generate)
+    return _combined(gather(share), data)
 
 
-def _together(
-    shares: list[_Share], task: Task, config: Any, split: Split, encoded: EncodedSplit
-) -> Evaluation:
-    assert sum(share.rows for share in shares) == len(encoded), "each row is measured once"
-    encoder = task.kind == "encoder"
-    loss = sum(share.loss for share in shares)
-    loss /= len(encoded) if encoder else encoded.trained_tokens
-    metrics = {"loss": loss}
-    if not encoder:
-        metrics["perplexity"] = math.exp(loss) if loss < 700 else math.inf
-    predictions = unshard([share.predictions for share in shares])
-    if predictions:
-        metrics |= run_on_main(lambda: task.metrics(predictions, split, config))
-    return Evaluation(_finite(metrics, split), predictions)
+@dataclass(frozen=True)
+class _Share:
+    """What one process measured: the sum of the losses of its ``rows`` encoded rows, and its
+    predictions."""
+
+    loss: float
+    rows: int
+    predictions: list[Prediction]
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """Measures this process's share of the rows; ``watch`` gives each phase its progress."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    data: EvalData
+    batch_size: int
+    seed: int
+    watch: Callable[[str, range], Watch]
+
+    def language_model(self, parts: CausalParts, generate: bool) -> _Share:
+        own = shard(len(self.data.encoded))  # a chat may be several of these rows
+        with host_masks(self.model.device):
+            loss = self._token_loss(parts, own)
+        texts = []
+        if generate and self.data.prompts is not None:
+            texts = self._generate(self.data.prompts, shard(len(self.data.split)))
+        return _Share(loss, len(own), texts)
+
+    def classify(self) -> _Share:
+        """Sum the losses, and predict a class index (for a regression, a float) for each row.
+
+        A row whose largest logit belongs to a class that the task does not have is predicted as
+        ``{"error": ...}``, which names the class.
+        """
+        own = shard(len(self.data.encoded))
+        columns = label_columns(self.model, self.data.task.labels(self.data.config, None))
+        with host_masks(self.model.device):
+            outputs, losses = self._class_outputs(own, columns)
+        classes = self._classes(columns)
+        predicted: dict[int, Prediction] = {}
+        for rows, values in outputs:
+            found = [classes.get(value, value) for value in values.tolist()]
+            predicted |= zip(rows.tolist(), found, strict=True)
+        return _Share(_total(losses), len(predicted), [predicted[row] for row in own])
+
+    def _token_loss(self, parts: CausalParts, own: range) -> float:
+        """Sum the losses of the trained tokens of ``own`` rows."""
+        watch, sums = self.watch("loss", own), []
+        for rows in self._batches(own):
+            watch.check()
+            chosen = [self.data.encoded[int(i)] for i in rows]
+            batch = collate_causal(chosen, pad_id(self.tokenizer)).to(self.model.device)
+            ids, indices = batch.input_ids, batch.loss_indices
+            sums.append(token_losses(self.model, parts, ids, indices, batch.targets))
+            watch.advance(len(rows))
+        return _total(sums)
+
+    def _generate(self, prompts: Sequence[Sequence[int]], own: range) -> list[Prediction]:
+        task, config = self.data.task, self.data.config
+        texts = generate_text(
+            self.model,
+            self.tokenizer,
+            [prompts[row] for row in own],
+            task_decoding(config, task.stop_texts(config), self.seed),
+            rows=own,
+            batch_size=config.generation_batch_size,
+            watch=self.watch("generated", own),
+        )
+        return answer_contents(task, config, self.data.split, self.tokenizer, own, texts)
+
+    def _class_outputs(
+        self, own: range, columns: list[int] | None
+    ) -> tuple[list[tuple[NDArray[np.int64], Tensor]], list[Tensor]]:
+        """Return rows and outputs of each batch, and the batches' losses. ``columns`` are the
+        logits of the task's classes by index; None if they are all of them, in order."""
+        device = self.model.device
+        place = None if columns is None else torch.tensor(columns, device=device)
+        watch = self.watch("evaluated", own)
+        outputs: list[tuple[NDArray[np.int64], Tensor]] = []
+        losses: list[Tensor] = []
+        for rows in self._batches(own):
+            watch.check()
+            chosen = [self.data.encoded[int(i)] for i in rows]
+            batch = collate_encoder(chosen, pad_id(self.tokenizer)).to(device)
+            labels = batch.labels
+            logits = self.model(**batch.model_inputs()).logits.float()
+            if self.model.config.num_labels == 1:
+                outputs.append((rows, logits.squeeze(-1)))
+                losses.append((outputs[-1][1] - labels.float()).square().sum())
+            else:
+                labels = labels if place is None else place[labels]
+                outputs.append((rows, logits.argmax(dim=-1)))
+                losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            watch.advance(len(rows))
+        return outputs, losses
+
+    def _classes(self, columns: list[int] | None) -> dict[Any, Prediction]:
+        """Map a logit's index to the task's class; empty where they are the same."""
+        if columns is None:
+            return {}
+        names = enumerate(head_labels(self.model.config))
+        classes: dict[Any, Prediction] = {at: {"error": f"the class {name}"} for at, name in names}
+        return classes | {at: index for index, at in enumerate(columns)}
+
+    def _batches(self, own: range) -> Iterator[NDArray[np.int64]]:
+        rows = np.array(own, dtype=np.int64)
+        for places in eval_batches(self.data.encoded.lengths[rows], self.batch_size):
+            yield rows[places]
 
 
 def _watches(
     on_progress: OnPhase | None, should_stop: ShouldStop | None
 ) -> Callable[[str, range], Watch]:
-    """Phase and its rows -> its watch."""
+    """Return what makes the watch of a phase over some rows."""
 
     def stops() -> bool:
         check_peers()
@@ -143,10 +235,10 @@ def _watches(
 
 @contextmanager
 def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Without dropout and gradients.
+    """Disable dropout and gradients.
 
-    Not ``inference_mode``: a buffer that a model first makes in here would be unusable in the
-    training that goes on afterwards.
+    Not ``inference_mode``: a buffer that a model first creates here would be unusable in the
+    training that continues afterwards.
     """
     was_training = model.training
     model.eval()
@@ -157,113 +249,34 @@ def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
-def _token_loss(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    parts: CausalParts,
-    encoded: EncodedSplit,
-    own: range,
-    batch_size: int,
-    watch: Watch,
-) -> float:
-    """The sum over the trained tokens of ``own`` rows."""
-    sums = []
-    for rows in _own_batches(encoded, own, batch_size):
-        watch.check()
-        batch = collate_causal([encoded[int(i)] for i in rows], pad_id(tokenizer)).to(model.device)
-        sums.append(token_losses(model, parts, batch.input_ids, batch.loss_indices, batch.targets))
-        watch.advance(len(rows))
-    return _total(sums)
-
-
-def _generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    config: Any,
-    split: Split,
-    own: range,
-    seed: int,
-    watch: Watch,
-) -> list[Prediction]:
-    texts = generate_text(
-        model,
-        tokenizer,
-        encode_prompts(task, config, split, tokenizer, window(model), own),
-        task_decoding(config, task.stop_texts(config), seed),
-        rows=own,
-        batch_size=config.generation_batch_size,
-        watch=watch,
-    )
-    return contents(task, config, split, tokenizer, own, texts)
-
-
-def _classify(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    encoded: EncodedSplit,
-    own: range,
-    batch_size: int,
-    columns: list[int] | None,
-    watch: Watch,
-) -> _Share:
-    """The sum of the losses, and a class index (or a regression's float) for each row.
-
-    ``columns`` are the logits of the task's classes by index, None where they are all, in order. A
-    row for which another logit is the largest gets ``{"error": ...}``, which names its class.
-    """
-    predicted: dict[int, Prediction] = {}
-    place = None if columns is None else torch.tensor(columns, device=model.device)
-    outputs: list[tuple[NDArray[np.int64], Tensor]] = []
-    sums: list[Tensor] = []
-    for rows in _own_batches(encoded, own, batch_size):
-        watch.check()
-        batch = collate_encoder([encoded[int(i)] for i in rows], pad_id(tokenizer))
-        batch = batch.to(model.device)
-        labels = batch.labels
-        logits = model(**batch.model_inputs()).logits.float()
-        if model.config.num_labels == 1:
-            outputs.append((rows, logits.squeeze(-1)))
-            sums.append((outputs[-1][1] - labels.float()).square().sum())
-        else:
-            labels = labels if place is None else place[labels]
-            outputs.append((rows, logits.argmax(dim=-1)))
-            sums.append(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
-        watch.advance(len(rows))
-    classes: dict[Any, Prediction] = {}
-    if columns is not None:
-        names = enumerate(head_labels(model.config))
-        classes = {at: {"error": f"the class {name}"} for at, name in names}
-        classes |= {at: index for index, at in enumerate(columns)}
-    for rows, values in outputs:
-        found = [classes.get(value, value) for value in values.tolist()]
-        predicted |= zip(rows.tolist(), found, strict=True)
-    return _Share(_total(sums), len(predicted), [predicted[row] for row in own])
-
-
-def _own_batches(encoded: EncodedSplit, own: range, batch_size: int) -> Iterator[NDArray[np.int64]]:
-    rows = np.array(own, dtype=np.int64)
-    for places in eval_batches(encoded.lengths[rows], batch_size):
-        yield rows[places]
-
-
 def _total(sums: list[Tensor]) -> float:
-    """The batches' float32 sums, added in float64; the device is waited for here, once."""
+    """Add the batches' float32 sums in float64; the only wait for the device."""
     return float(torch.stack(sums).cpu().double().sum()) if sums else 0.0
 
 
-def _finite(metrics: dict[str, float], split: Split) -> dict[str, float]:
-    wrong = {name: value for name, value in metrics.items() if not math.isfinite(value)}
-    if wrong:
+def _combined(shares: list[_Share], data: EvalData) -> Evaluation:
+    """Combine the processes' shares into metrics. Raises EvaluationError for one not finite."""
+    encoded = data.encoded
+    assert sum(share.rows for share in shares) == len(encoded), "each row is measured once"
+    encoder = data.task.kind == "encoder"
+    loss = sum(share.loss for share in shares)
+    loss /= len(encoded) if encoder else encoded.trained_tokens
+    metrics = {"loss": loss}
+    if not encoder:
+        metrics["perplexity"] = math.exp(loss) if loss < 700 else math.inf
+    predictions = unshard([share.predictions for share in shares])
+    if predictions:
+        metrics |= run_on_main(lambda: data.task.metrics(predictions, data.split, data.config))
+    if wrong := {name: value for name, value in metrics.items() if not math.isfinite(value)}:
         names = ", ".join(f"{name} = {value}" for name, value in wrong.items())
         raise EvaluationError(
-            f"{split.source}: {names}: the model's outputs are not finite or not usable; "
+            f"{data.split.source}: {names}: the model's outputs are not finite or not usable; "
             "likely causes: diverged weights, or a float16 model that overflows (try bfloat16)"
         )
-    return metrics
+    return Evaluation(metrics, predictions)
 
 
-def contents(
+def answer_contents(
     task: Task,
     config: Any,
     split: Split,
@@ -271,37 +284,38 @@ def contents(
     rows: Iterable[int],
     texts: list[Prediction],
 ) -> list[Prediction]:
-    """The generated ``texts`` of ``rows`` as they compare with a row's text.
+    """Return the generated ``texts`` of ``rows`` in the form that the rows' own texts have.
 
-    A text that is what the row's turn is trained as is the content of that turn, whatever the
-    template makes of it (upper case, escaped characters). Of other texts only the fixed text goes
-    that the template writes before or behind each answer, such as an empty ``<think>`` block.
+    A chat template may change a turn's content (upper case, escaped characters). A generated text
+    that equals the turn as it is trained becomes the content of that turn. From any other text only
+    the fixed text is removed that the template writes before or after each answer, such as an empty
+    ``<think>`` block.
     """
     found = []
-    trained = _TrainedTexts(tokenizer)
+    trained = _TrainedTurns(tokenizer)
     for row, text in zip(rows, texts, strict=True):
         prompt = task.prompt(split.rows[row], config)
         if isinstance(prompt, ChatExample):
             content = trained.content(prompt, task.example(split.rows[row], config), text)
             if content is None:
-                before, behind = around_answer(prompt.messages, tokenizer, prompt.tools)
-                content = _without(text, before, behind)
+                before, after = around_answer(prompt.messages, tokenizer, prompt.tools)
+                content = _without(text, before, after)
             text = content
         found.append(text)
     return found
 
 
-class _TrainedTexts:
-    """Recognises what a turn is trained as."""
+class _TrainedTurns:
+    """Recognises a text that equals a turn as it is trained."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._reader: TurnReader | None = None
 
     def content(self, prompt: ChatExample, example: Any, text: str) -> str | None:
-        """The content of the turn that answers ``prompt`` in ``example``, if ``text`` is that turn
-        as the template renders it, white space at both ends and special tokens aside. None also
-        where the template renders the content as it stands."""
+        """Return the content of the turn that answers ``prompt`` in ``example``, if ``text`` is
+        that turn as the template renders it, apart from surrounding white space and special tokens.
+        None also if the template renders the content unchanged."""
         index = len(prompt.messages)
         if not isinstance(example, ChatExample) or len(example.messages) != index + 1:
             return None
@@ -315,8 +329,8 @@ class _TrainedTexts:
         return content if text.strip() == answer != content.strip() else None
 
 
-def _without(text: str, before: str, behind: str) -> str:
-    head, tail = before.strip(), behind.strip()
+def _without(text: str, before: str, after: str) -> str:
+    head, tail = before.strip(), after.strip()
     if head and text.lstrip().startswith(head):
         text = text.lstrip()[len(head) :].lstrip()
     if tail and text.rstrip().endswith(tail):

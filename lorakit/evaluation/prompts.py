@@ -50,37 +50,37 @@ def encode_prompts(
     return prompts
 
 
-def check_all_prompts(
+def fit_prompts(
     task: Task,
     config: Any,
     split: Split,
     tokenizer: PreTrainedTokenizerBase,
     window: int | None,
     say: Callable[[str], None],
-) -> Any:
-    """``config`` with ``task.max_new_tokens`` as the prompts of ``split`` leave room for.
+) -> tuple[Any, list[list[int]]]:
+    """Encode the prompts of ``split``, and fit ``task.max_new_tokens`` to them.
 
-    A default that does not fit into the model's ``window`` behind the longest prompt is shortened,
-    down to 16 tokens (half of a smaller window); a value that the recipe gives stays. ``say`` gets
-    what was shortened, and how many prompts then lose their beginning to the window. Raises the
-    DataErrors of ``encode_prompts`` before anything is measured.
+    A default that does not fit into the model's ``window`` after the longest prompt is lowered, to
+    no less than 16 tokens (half of a smaller window); a value from the recipe is kept. Says what
+    was lowered, and how many prompts are truncated to the window. Returns the configuration and one
+    prompt per row. Raises DataError as ``encode_prompts`` does.
     """
-    _room(config, window if _is_given(config) else None)
+    given = "max_new_tokens" in config.model_fields_set
+    _room(config, window if given else None)
     prompts = encode_prompts(task, config, split, tokenizer, window=None)
-    if window is not None and not _is_given(config):
+    if window is not None and not given:
         config = _fitted(config, max(map(len, prompts), default=0), window, split.name, say)
     room = _room(config, window)
-    if cut := sum(len(prompt) > room for prompt in prompts):
+    if cut := [row for row, prompt in enumerate(prompts) if len(prompt) > room]:
         say(
-            f"{split.name}: {cut:,} of {len(prompts):,} prompts lose their beginning: they have "
-            f"more than the {room:,} tokens that task.max_new_tokens = {config.max_new_tokens:,} "
-            f"leaves of the model's window of {window:,}"
+            f"{split.name}: {len(cut):,} of {len(prompts):,} prompts lose their beginning: they "
+            f"have more than the {room:,} tokens that task.max_new_tokens = "
+            f"{config.max_new_tokens:,} leaves of the model's window of {window:,}"
         )
-    return config
-
-
-def _is_given(config: Any) -> bool:
-    return "max_new_tokens" in config.model_fields_set
+        shorter = encode_prompts(task, config, split, tokenizer, window, cut)
+        for row, prompt in zip(cut, shorter, strict=True):
+            prompts[row] = prompt
+    return config, prompts
 
 
 def _fitted(config: Any, longest: int, window: int, split: str, say: Callable[[str], None]) -> Any:

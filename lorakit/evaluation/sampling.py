@@ -83,9 +83,13 @@ def task_decoding(config: GenerationSection, stop: tuple[str, ...], seed: int) -
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a text, for the tokenizer or for the checkpoint."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    ids = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    """Return the ids that end a text for the tokenizer or the model's generation config."""
+    return stop_ids(tokenizer, getattr(model.generation_config, "eos_token_id", None))
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase, configured: int | list[int] | None) -> list[int]:
+    """Return the tokenizer's EOS id and the ``configured`` ones of a checkpoint."""
+    ids = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
     return sorted({int(i) for i in ids if i is not None})
 
 

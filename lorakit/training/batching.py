@@ -28,8 +28,8 @@ from lorakit.data.plan import (
     pack_rows,
 )
 from lorakit.data.stream_steps import StreamSteps
+from lorakit.pipeline.encoding import StreamedRows
 from lorakit.recipe.sections import Recipe
-from lorakit.training.rows import Streamed
 from lorakit.training.setup import Prepared
 
 
@@ -61,7 +61,7 @@ class Batching:
 
 def build_batching(prepared: Prepared, device: torch.device) -> Batching:
     recipe, rows = prepared.recipe, prepared.train
-    if isinstance(rows, Streamed):
+    if isinstance(rows, StreamedRows):
         return _streaming(recipe, rows)
     section, lengths = recipe.train, rows.lengths
     packing, described = None, f"{len(rows):,} rows"
@@ -93,7 +93,7 @@ def build_batching(prepared: Prepared, device: torch.device) -> Batching:
     return Batching(IndexedSteps(rows, plan, packing), described)
 
 
-def _streaming(recipe: Recipe, rows: Streamed) -> Batching:
+def _streaming(recipe: Recipe, rows: StreamedRows) -> Batching:
     section, capacity = recipe.train, recipe.task.max_length
     steps = StreamSteps(
         rows.stream,

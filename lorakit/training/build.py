@@ -183,10 +183,7 @@ class Evaluator:
         return evaluate_model(
             self.prepared.model,
             self.prepared.tokenizer,
-            self.prepared.task,
-            recipe.task,
-            data.split,
-            data.encoded,
+            data,
             batch_size=recipe.eval_batch_size,
             parts=self.parts,
             generate=self.generates,

@@ -13,22 +13,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorakit.data.encode import EncodedSplit
 from lorakit.data.sources import Split
 from lorakit.errors import UserError
-from lorakit.evaluation.prompts import check_all_prompts
+from lorakit.evaluation.evaluate import EvalData
 from lorakit.injection import InjectionReport, find_heads, inject
 from lorakit.models.causal import check_packable
-from lorakit.models.load import fit_max_length, load_pretrained, window
+from lorakit.models.load import fit_max_length, load_pretrained
+from lorakit.pipeline.encoding import StreamedRows, encode_training_data
+from lorakit.pipeline.task_data import load_training_data
 from lorakit.recipe.sections import Recipe
 from lorakit.tasks.base import Task
-from lorakit.tasks.checks import counts_line, label_counts, look_alikes
-from lorakit.training.rows import Streamed, encode_rows, load_rows
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class EvalData:
-    split: Split
-    encoded: EncodedSplit
 
 
 @dataclass(frozen=True)
@@ -40,61 +34,52 @@ class Prepared:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     report: InjectionReport
-    train: EncodedSplit | Streamed
+    train: EncodedSplit | StreamedRows
     evaluation: EvalData | None
     data: dict[str, Any]
 
 
 def prepare(recipe: Recipe, say: Say, write_cache: bool = True) -> Prepared:
     """Load, tokenise and inject. Raises the UserError of whatever does not fit."""
-    rows = load_rows(recipe, say)
-    task, config, validation = rows.task, rows.config, rows.validation
-
-    loaded = load_pretrained(recipe.model, task.kind, rows.labels, seed=recipe.train.seed)
+    data = load_training_data(recipe, say)
+    loaded = load_pretrained(recipe.model, data.task.kind, data.labels, seed=recipe.train.seed)
     for note in loaded.notes:
         say(note)
     model, tokenizer = loaded.model, loaded.tokenizer
-    config = fit_max_length(model, config, say)
-    rows, recipe = replace(rows, config=config), recipe.model_copy(update={"task": config})
-    if config.packing:
+    data = replace(data, config=fit_max_length(model, data.config, say))
+    if data.config.packing:
         check_packable(model)
     if recipe.train.gradient_checkpointing and not model.supports_gradient_checkpointing:
         raise UserError(
             f"train.gradient_checkpointing = true: {type(model).__name__} does not support it; "
             "allowed: false"
         )
-    train, encoded = encode_rows(rows, model, tokenizer, say, write_cache)
-    for line in _label_lines(task, config, train):
-        say(line)
-    evaluation = EvalData(validation, encoded) if validation is not None and encoded else None
-    check_best_metric(recipe, task, evaluation)
-    if validation is not None and task.generates(config):
-        # What the final evaluation would refuse is refused before the training.
-        config = check_all_prompts(task, config, validation, tokenizer, window(model), say)
-        recipe = recipe.model_copy(update={"task": config})
+    encoded = encode_training_data(data, model, tokenizer, say, write_cache=write_cache)
+    check_best_metric(recipe, encoded.evaluation)
+    recipe = recipe.model_copy(update={"task": encoded.config})
 
     torch.manual_seed(recipe.train.seed)
     heads = dict.fromkeys([*find_heads(model), *loaded.new_modules])
     report = inject(model, recipe.adapter, _outermost(list(heads)))
     for line in str(report).splitlines():
         say(line)
-    data = {rows.train.name: _described(rows.train, train)}
-    if evaluation is not None:
-        data[evaluation.split.name] = _described(evaluation.split, evaluation.encoded)
-    return Prepared(recipe, task, model, tokenizer, report, train, evaluation, data)
+    described = {data.split.name: _described(data.split, encoded.train)}
+    if (evaluation := encoded.evaluation) is not None:
+        described[evaluation.split.name] = _described(evaluation.split, evaluation.encoded)
+    return Prepared(
+        recipe=recipe,
+        task=data.task,
+        model=model,
+        tokenizer=tokenizer,
+        report=report,
+        train=encoded.train,
+        evaluation=evaluation,
+        data=described,
+    )
 
 
-def _label_lines(task: Task, config: Any, train: EncodedSplit | Streamed) -> list[str]:
-    """How often the training data has each label; nothing for a stream, whose rows are unread."""
-    labels = task.labels(config, None)
-    if labels is None or not isinstance(train, EncodedSplit) or train.labels is None:
-        return []
-    counts = label_counts(labels, train.labels)
-    return [f"labels: {counts_line(counts)}", *look_alikes(counts)]
-
-
-def _described(split: Split, encoded: EncodedSplit | Streamed) -> dict[str, Any]:
-    """For ``run.json``; of a stream nobody knows how many rows and tokens it has."""
+def _described(split: Split, encoded: EncodedSplit | StreamedRows) -> dict[str, Any]:
+    """Describe a split for ``run.json``; a stream's rows and tokens are not known in advance."""
     known: dict[str, Any] = {"rows": None, "tokens": None}
     if isinstance(encoded, EncodedSplit):
         skipped = encoded.counts.skipped_rows
@@ -108,8 +93,8 @@ def main_metric(recipe: Recipe, task: Task) -> str:
     return recipe.train.metric_for_best_model or task.best_metric(recipe.task)
 
 
-def check_best_metric(recipe: Recipe, task: Task, evaluation: EvalData | None) -> None:
-    """Raise UserError if evaluations during training will not compute what the recipe needs."""
+def check_best_metric(recipe: Recipe, evaluation: EvalData | None) -> None:
+    """Raise UserError if evaluations during training will not measure what the recipe needs."""
     train = recipe.train
     if evaluation is None:
         for key in ("metric_for_best_model", "early_stopping_patience", "eval_every_steps"):
@@ -119,27 +104,16 @@ def check_best_metric(recipe: Recipe, task: Task, evaluation: EvalData | None) -
                     "allowed: null"
                 )
         return
-    name = train.metric_for_best_model
-    known = _measured(task, recipe.task, evaluation) if name else set()
+    task, config = evaluation.task, evaluation.config
+    name, generates = train.metric_for_best_model, task.generates(config, final=False)
+    known = evaluation.measured_metrics(generates) if name else set()
     if name and name not in known:
-        hint = "; with task.eval_generate: always also the scores of generated text"
-        only_at_end = task.generates(recipe.task) and not task.generates(recipe.task, final=False)
+        hint = "; with task.eval_generate: always, also the scores of generated text"
+        only_at_end = task.generates(config) and not generates
         raise UserError(
             f"train.metric_for_best_model = {name!r}: evaluations during training do not measure "
             f"it; allowed: null, {', '.join(sorted(known))}{hint if only_at_end else ''}"
         )
-
-
-def _measured(task: Task, config: Any, evaluation: EvalData) -> set[str]:
-    """The names of the metrics that evaluations during training give."""
-    if task.kind == "encoder":
-        labels = evaluation.encoded.labels
-        assert labels is not None
-        return {"loss", *task.metrics(list(labels), evaluation.split, config)}
-    names = {"loss", "perplexity"}
-    if task.generates(config, final=False):
-        names |= set(task.metrics([""] * len(evaluation.split), evaluation.split, config))
-    return names
 
 
 def _outermost(names: list[str]) -> list[str]:

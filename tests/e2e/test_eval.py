@@ -230,7 +230,7 @@ def test_official_wikisql_predictions(
             'p.jsonl:2: "1"',
         ),
         (['{"prediction": NaN}', *['{"prediction": 1}'] * 7], "p.jsonl:1: not JSON: NaN"),
-        ([*['{"prediction": 1}'] * 7, "1"], "p.jsonl:8: 1: no key 'prediction'"),
+        ([*['{"prediction": 1}'] * 7, "1"], "p.jsonl:8: 1: missing key 'prediction'"),
         (['{"predictions": 1}'] * 8, "p.jsonl:1: "),
         (["", *['{"prediction": 1}'] * 8], "p.jsonl:1: not JSON"),
         (['{"prediction": 1'] * 8, "p.jsonl:1: not JSON"),

@@ -263,7 +263,7 @@ def test_encoder_and_adapter_of_a_classifier_are_refused(
     assert "not a causal language model" in refused(capsys, tiny_bert, "--prompt", "a")
     write_adapter(tiny_bert, tmp_path / "adapter", "encoder", ["a", "b"])
     options = ["--adapter", tmp_path / "adapter", "--prompt", "a"]
-    assert "generates no text" in refused(capsys, tiny_llama, *options)
+    assert "cannot generate text" in refused(capsys, tiny_llama, *options)
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_line(

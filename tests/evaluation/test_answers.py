@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from lorakit import registry
 from lorakit.data.sources import Split
-from lorakit.evaluation.evaluate import contents
+from lorakit.evaluation.evaluate import answer_contents
 
 HEADER = (
     "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}ANSWER{% else %}"
@@ -38,7 +38,7 @@ def test_what_the_template_writes_is_no_part_of_an_answer(
     task: Any = registry.task("chat")
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Blue"}]
     split = Split("validation", [{"messages": messages}] * 2, "rows", "0")
-    assert contents(task, task.Config(), split, tokenizer, [1], [written]) == [content]
+    assert answer_contents(task, task.Config(), split, tokenizer, [1], [written]) == [content]
 
 
 @pytest.mark.parametrize(
@@ -61,4 +61,4 @@ def test_a_turn_as_the_template_renders_it_is_its_content(
     task: Any = registry.task("chat")
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": content}]
     split = Split("validation", [{"messages": messages}], "rows", "0")
-    assert contents(task, task.Config(), split, tokenizer, [0], [written]) == [compared]
+    assert answer_contents(task, task.Config(), split, tokenizer, [0], [written]) == [compared]

@@ -13,8 +13,9 @@ from lorakit import registry
 from lorakit.data.encode import EncodedSplit, encode_split
 from lorakit.data.sources import Split
 from lorakit.errors import DataError, EvaluationError
-from lorakit.evaluation.evaluate import Evaluation, EvaluationStopped, evaluate_model
-from lorakit.evaluation.prompts import check_all_prompts, encode_prompts
+from lorakit.evaluation.evaluate import EvalData, Evaluation, evaluate_model
+from lorakit.evaluation.progress import EvaluationStopped
+from lorakit.evaluation.prompts import encode_prompts, fit_prompts
 from lorakit.injection import inject
 from lorakit.methods.lora import LoraConfig
 from lorakit.models.load import Pretrained, load_pretrained
@@ -43,10 +44,12 @@ class Case:
         )
 
     def evaluate(self, **options: Any) -> Evaluation:
-        return evaluate_model(
-            self.model, self.tokenizer, self.task, self.config, self.split, self.encoded,
-            **{"batch_size": 2, "seed": 0, **options},
-        )  # fmt: skip
+        prompts = None
+        if self.task.generates(self.config):
+            prompts = encode_prompts(self.task, self.config, self.split, self.tokenizer, None)
+        data = EvalData(self.task, self.config, self.split, self.encoded, prompts)
+        options = {"batch_size": 2, "seed": 0, **options}
+        return evaluate_model(self.model, self.tokenizer, data, **options)
 
 
 def split_of(rows: list[dict[str, Any]]) -> Split:
@@ -257,16 +260,18 @@ def test_prompts_are_cut_at_their_beginning(wikisql: Case) -> None:
 def test_prompts_that_the_window_shortens_are_told(wikisql: Case) -> None:
     said: list[str] = []
     parts = (wikisql.task, wikisql.config, wikisql.split, wikisql.tokenizer)
-    check_all_prompts(*parts, 25, said.append)
+    config, prompts = fit_prompts(*parts, 25, said.append)
     (line,) = said
+    assert config == wikisql.config
+    assert prompts == encode_prompts(*parts, window=25)
     rows = len(wikisql.split)
     assert f"{rows} of {rows} prompts lose their beginning" in line
     assert "more than the 20 tokens that task.max_new_tokens = 5 leaves" in line
     said.clear()
     longest = max(map(len, encode_prompts(*parts, window=None)))
-    check_all_prompts(*parts, longest + 5, said.append)
+    assert fit_prompts(*parts, longest + 5, said.append)[1] == encode_prompts(*parts, window=None)
     assert said == []
-    check_all_prompts(*parts, 100_000, said.append)
+    fit_prompts(*parts, 100_000, said.append)
     assert said == []
 
 

@@ -10,9 +10,9 @@ import pytest
 from lorakit import registry
 from lorakit.data.sources import Split
 from lorakit.errors import DataError
-from lorakit.evaluation.predictions import score_predictions
 from lorakit.metrics.coco_caption import cider, rouge_l
 from lorakit.metrics.mteval import bleu, nist, tokenize
+from lorakit.pipeline.predictions import score_file
 from tests.tasks.wikisql_files import write_lines
 
 TASK = registry.tasks()["e2e_nlg"]
@@ -60,11 +60,11 @@ def test_both_counts_are_read(tmp_path: Path) -> None:
     scores = []
     for count in (5, 3):
         file = write_lines(tmp_path / f"{count}.jsonl", [{"prediction": "Kettle"}] * count)
-        scores.append(score_predictions(TASK, CONFIG, split, file))
+        scores.append(score_file(TASK, CONFIG, split, file))
     assert scores[0] == scores[1]
     file = write_lines(tmp_path / "4.jsonl", [{"prediction": "Kettle"}] * 4)
     with pytest.raises(DataError, match=r"4\.jsonl: 4 predictions; the split has 5 rows; 3 also"):
-        score_predictions(TASK, CONFIG, split, file)
+        score_file(TASK, CONFIG, split, file)
     with pytest.raises(DataError, match="4 predictions for 5 rows with 3 distinct inputs"):
         TASK.metrics(["Kettle"] * 4, split, CONFIG)
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from lorakit import registry
 from lorakit.data.sources import Split
 from lorakit.errors import DataError
-from lorakit.evaluation.predictions import settle
+from lorakit.pipeline.task_data import settle
 
 Row = dict[str, Any]
 

@@ -11,7 +11,7 @@ import pytest
 
 from lorakit import registry
 from lorakit.data.sources import Split
-from lorakit.evaluation.predictions import settle
+from lorakit.pipeline.task_data import settle
 from lorakit.tasks import checks as unused
 from lorakit.tasks.checks import UnusedWatch, unused_notes
 

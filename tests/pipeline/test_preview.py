@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from lorakit.data.encode import encode_split
 from lorakit.data.examples import ChatExample, Example, Segment, TextExample
 from lorakit.data.sources import Split
-from lorakit.evaluation.preview import DescribedRow, describe_row, summarise
+from lorakit.pipeline.preview import DescribedRow, describe_row, summarise
 from lorakit.tasks.base import Row
 
 MIXED = "日本語 🚀 👩‍👩‍👧 ಠ_ಠ naïve\n\tend "

@@ -1,0 +1,199 @@
+"""Tokenise a recipe's rows for training and for evaluation, and say what that did to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lorakit.data.cache import CACHED_ROWS, EncodedCache, encoding_key
+from lorakit.data.encode import EncodedSplit, check_token_ids, encode_split, split_notes
+from lorakit.data.examples import Example
+from lorakit.data.sources import Split
+from lorakit.data.stream import SkippedRows, Stream
+from lorakit.data.stream_steps import StreamEncoder
+from lorakit.evaluation.evaluate import EvalData
+from lorakit.evaluation.prompts import fit_prompts
+from lorakit.evaluation.sampling import eos_ids
+from lorakit.models.load import embedding_rows, window
+from lorakit.pipeline.task_data import Say, TaskData
+from lorakit.tasks.base import GenerationSection
+from lorakit.tasks.checks import (
+    AbsentWatch,
+    UnusedWatch,
+    counts_line,
+    label_counts,
+    look_alikes,
+)
+
+
+@dataclass(frozen=True)
+class StreamedRows:
+    """A train split that is read and tokenised during training.
+
+    ``skipped`` counts the bad rows, None where a bad row is an error.
+    """
+
+    stream: Stream
+    encoder: StreamEncoder
+    skipped: SkippedRows | None = None
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a training run reads: the tokens to train on, and the split to evaluate on.
+
+    ``config`` is the task's configuration with everything filled in that rows and model decide.
+    """
+
+    config: Any
+    train: EncodedSplit | StreamedRows
+    evaluation: EvalData | None
+
+
+def encode_training_data(
+    data: TaskData,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    say: Say,
+    *,
+    write_cache: bool = True,
+) -> TrainingData:
+    """Tokenise the train and the validation split, and the prompts to generate from.
+
+    The first rows of a stream are tokenised only to find out whether they can be. Raises DataError
+    for a row or a prompt that cannot be used.
+    """
+    encoder = _Encoder(data, model, tokenizer, say, write_cache)
+    encoded = encoder.encode(data.split)
+    if data.task.kind == "causal":
+        encoder.warn_unfinished(encoded)
+    train = encoded if data.stream is None else encoder.streamed(data.stream)
+    validation = encoder.encode(data.validation) if data.validation is not None else None
+    if data.stream is None:
+        for line in _label_lines(data, encoded):
+            say(line)
+    if data.validation is None or validation is None:
+        return TrainingData(data.config, train, None)
+    evaluation = encoder.with_prompts(data.validation, validation)
+    return TrainingData(evaluation.config, train, evaluation)
+
+
+def encode_eval_data(
+    data: TaskData,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    say: Say,
+    *,
+    write_cache: bool = True,
+) -> EvalData:
+    """Tokenise the split to evaluate on, and the prompts to generate from.
+
+    Raises DataError for a row or a prompt that cannot be used.
+    """
+    encoder = _Encoder(data, model, tokenizer, say, write_cache)
+    return encoder.with_prompts(data.split, encoder.encode(data.split))
+
+
+class _Encoder:
+    """Tokenises the splits of one ``TaskData`` for one model."""
+
+    def __init__(
+        self,
+        data: TaskData,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        say: Say,
+        write_cache: bool,
+    ) -> None:
+        self._data, self._model, self._tokenizer, self._say = data, model, tokenizer, say
+        largest = max(len(split) for split in (data.split, data.validation) if split is not None)
+        self._cache = _token_cache(data, tokenizer, largest, say, write_cache)
+        # A model that hashes characters has no table, and takes any id.
+        has_table = isinstance(model.get_input_embeddings(), nn.Embedding)
+        self._embedding_rows = embedding_rows(model) if has_table else 2**31
+
+    def encode(self, split: Split) -> EncodedSplit:
+        """Tokenise a split, or read its tokens from the cache, and say what was cut or skipped."""
+        data, max_length = self._data, self._data.config.max_length
+        first = split is data.split
+        encoded = encode_split(
+            split,
+            data.example,
+            self._tokenizer,
+            max_length,
+            cache=self._cache,
+            skip_bad=first and data.skip_bad_rows,
+        )
+        check_token_ids(encoded, self._tokenizer, self._embedding_rows)
+        if not (first and data.stream):
+            for note in split_notes(encoded, split, max_length):
+                self._say(note)
+        return encoded
+
+    def warn_unfinished(self, encoded: EncodedSplit) -> None:
+        """Warn of training rows whose answer does not end in a token that ends a generation; those
+        that were cut are reported elsewhere."""
+        data, stops = self._data, set(eos_ids(self._model, self._tokenizer))
+        if endless := encoded.endless_rows(stops, cut_to=data.config.max_length):
+            self._say(
+                f"warning: {data.split.name}: {endless:,} of {len(encoded):,} rows do not end in "
+                "a trained EOS: nothing there teaches the model to stop"
+            )
+
+    def streamed(self, stream: Stream) -> StreamedRows:
+        """Return what tokenises the rows of ``stream`` while they are trained on."""
+        data = self._data
+        watches = [
+            watch(data.task, data.config, data.split, self._say)
+            for watch in (UnusedWatch, AbsentWatch)
+        ]
+
+        def to_example(row: Mapping[str, Any]) -> Example:
+            for watch in watches:
+                watch.see(row)
+            return data.example(row)
+
+        encoder = StreamEncoder(
+            to_example, self._tokenizer, data.config.max_length, self._embedding_rows
+        )
+        skipped = SkippedRows(data.split.name, self._say) if data.skip_bad_rows else None
+        return StreamedRows(stream, encoder, skipped)
+
+    def with_prompts(self, split: Split, encoded: EncodedSplit) -> EvalData:
+        """Add the prompts to generate from, if the task generates text."""
+        task, config = self._data.task, self._data.config
+        if not task.generates(config):
+            return EvalData(task, config, split, encoded)
+        limit = window(self._model)
+        config, prompts = fit_prompts(task, config, split, self._tokenizer, limit, self._say)
+        return EvalData(task, config, split, encoded, prompts)
+
+
+def _token_cache(
+    data: TaskData, tokenizer: PreTrainedTokenizerBase, rows: int, say: Say, write: bool
+) -> EncodedCache | None:
+    """Return the cache for this task's tokens; None for few rows, and for a slow tokenizer."""
+    if rows < CACHED_ROWS:
+        return None
+    # Keys that only say where the data is or how text is generated change no token.
+    unread = {*GenerationSection.model_fields} - {"name", "max_length", "on_bad_row"}
+    values = data.config.model_dump(mode="json", exclude=unread)
+    values["task"] = f"{type(data.task).__module__}.{type(data.task).__qualname__}"
+    key = encoding_key(tokenizer, values, data.task.digest)
+    if key is None:
+        say("the tokenizer is a slow one: its tokens are not cached")
+        return None
+    return EncodedCache(key, say, write)
+
+
+def _label_lines(data: TaskData, train: EncodedSplit) -> list[str]:
+    """Return how many training rows have each label."""
+    labels = data.task.labels(data.config, None)
+    if labels is None or train.labels is None:
+        return []
+    counts = label_counts(labels, train.labels)
+    return [f"labels: {counts_line(counts)}", *look_alikes(counts)]

@@ -1,0 +1,125 @@
+"""Predictions as a file, one JSON object per line in the split's order, and their scores.
+
+Imports no tensor library: ready predictions are scored without a model.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit import registry
+from lorakit.data.sources import Split
+from lorakit.errors import DataError, shown
+from lorakit.pipeline.task_data import Say, load_task_data
+from lorakit.recipe.sections import Recipe
+from lorakit.tasks.base import Prediction, Task
+
+_ALLOWED = '{"prediction": ...} or {"error": ...}, and for wikisql also {"query": {...}}'
+#: An object with one of these keys goes to the task as it is: WikiSQL's own format, and an answer
+#: that is not one of the task's classes.
+_OBJECT_KEYS = frozenset({"query", "error"})
+
+
+@dataclass(frozen=True)
+class SplitEvaluation:
+    """The scores of one split.
+
+    ``predictions`` are in the split's order; empty for a task that is measured by its loss alone.
+    """
+
+    task: str
+    split: str
+    examples: int
+    metrics: dict[str, float]
+    predictions: list[Prediction]
+
+
+def score_predictions(
+    recipe: Recipe,
+    file: Path,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    say: Say = lambda text: print(text, file=sys.stderr),
+) -> SplitEvaluation:
+    """Score the predictions in ``file`` by the metrics of the recipe's task.
+
+    ``split`` and ``limit`` are those of ``evaluate``; notes go to ``say``. Raises DataError, with
+    the line, for a prediction the task cannot read, and for a wrong number of them.
+    """
+    task: Task = registry.task(recipe.task.name)
+    task.check_requirements(recipe.task)
+    data = load_task_data(recipe, split, limit=limit, say=say)
+    scores = score_file(data.task, data.config, data.split, file)
+    return SplitEvaluation(data.config.name, data.split.name, len(data.split), scores, [])
+
+
+def score_file(task: Task, config: Any, split: Split, file: Path) -> dict[str, float]:
+    """Return the task's metrics of the predictions in ``file``.
+
+    Raises DataError, with the line, for a prediction the task cannot read, and for a wrong number
+    of them.
+    """
+    predictions = read_predictions(file, len(split), task.prediction_counts(split, config))
+    try:
+        scores = task.metrics(predictions, split, config)
+    except DataError as error:
+        numbered = re.match(r"prediction (\d+): ", str(error))
+        if numbered is None:
+            raise
+        rest = str(error)[numbered.end() :]
+        raise DataError(f"{file}:{numbered[1]}: {rest}") from error
+    if not scores:
+        raise DataError(f"task.name = {config.name!r}: the task has no metric to score predictions")
+    return scores
+
+
+def read_predictions(file: Path, rows: int, counts: Sequence[int]) -> list[Prediction]:
+    """Return what each line gives as ``prediction``, or the object with ``query`` or ``error``.
+
+    Raises DataError for a line that is no prediction, and for a number of lines not in ``counts``.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise DataError(f"--predictions {file}: {reason}") from error
+    while lines and not lines[-1].strip():
+        lines.pop()
+    predictions = [_read_line(line, f"{file}:{number}") for number, line in enumerate(lines, 1)]
+    if len(predictions) not in counts:
+        other = "".join(f" or {count:,}" for count in dict.fromkeys(counts) if count != rows)
+        raise DataError(
+            f"{file}: {len(predictions)} predictions; the split has {rows} rows; "
+            f"allowed: {rows}{other}"
+        )
+    return predictions
+
+
+def prediction_lines(predictions: Sequence[Prediction]) -> str:
+    """Return the text that ``read_predictions`` reads; floats keep every digit."""
+    objects = [v if isinstance(v, dict) else {"prediction": v} for v in predictions]
+    lines = [json.dumps(value, ensure_ascii=False) for value in objects]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _read_line(line: str, where: str) -> Prediction:
+    try:
+        value = json.loads(line, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON: {error}; allowed: {_ALLOWED}") from error
+    if isinstance(value, dict) and "prediction" in value:
+        return value["prediction"]
+    if isinstance(value, dict) and value.keys() & _OBJECT_KEYS:
+        return value
+    raise DataError(f"{where}: {shown(value)}: missing key 'prediction'; allowed: {_ALLOWED}")
+
+
+def _refuse_constant(constant: str) -> Any:
+    raise ValueError(f"{constant} is not a JSON number")

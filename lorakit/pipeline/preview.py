@@ -1,0 +1,310 @@
+"""Show a recipe's rows as the model will see them: ``lorakit preview``.
+
+The tokenizer is loaded, the model's weights are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from lorakit.data.chat.turns import common_prefix
+from lorakit.data.encode import EncodedSplit, chat_notes, encode_split, skipped_note
+from lorakit.data.examples import Example
+from lorakit.data.plan import Packing
+from lorakit.data.sources import Split
+from lorakit.data.tokens import TokenRow, encode_rows
+from lorakit.errors import UserError
+from lorakit.evaluation.progress import OnProgress
+from lorakit.evaluation.sampling import stop_ids
+from lorakit.models.heads import declares_head, plan_head
+from lorakit.models.hub import explained, hub_options, load_config, load_tokenizer, quiet
+from lorakit.models.load import fit_unloaded
+from lorakit.pipeline.task_data import Say, TaskData, load_task_data
+from lorakit.recipe.sections import ModelSection, Recipe
+from lorakit.tasks.checks import label_counts, look_alikes
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Adjacent tokens of one kind, as text; ``special`` marks the tokenizer's special tokens."""
+
+    text: str
+    trained: bool
+    special: bool
+
+
+@dataclass(frozen=True)
+class DescribedRow:
+    """A row of tokens. ``where`` is its file and row, ``tokens`` the ids' names in the vocabulary.
+
+    ``trained`` marks the tokens the loss is taken on, so never the first, which nothing precedes.
+    ``truncated`` rows lost tokens; ``cut`` rows lost the end of what is trained, EOS included.
+    ``label`` is a classifier's. ``part`` is (number of this row from 1, number of rows) among the
+    rows of tokens that the split's row becomes.
+    """
+
+    where: str
+    ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    trained: tuple[bool, ...]
+    pieces: tuple[Piece, ...]
+    truncated: bool
+    cut: bool
+    label: int | float | None
+    part: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Figures of a split.
+
+    ``rows`` counts the split's rows; every other count is of rows of tokens, of which a chat may be
+    several. ``endless_rows`` have no token in their last trained stretch that ends a generation; it
+    and ``trained_tokens`` are None for an encoder, whose loss is on the label. ``bins`` is the
+    number of packed bins and ``bin_fill`` the share of them that is used; None without packing.
+    """
+
+    rows: int
+    tokens: int
+    min_length: int
+    mean_length: float
+    max_length: int
+    truncated_rows: int
+    trained_tokens: int | None
+    cut_completions: int | None
+    endless_rows: int | None
+    bins: int | None
+    bin_fill: float | None
+
+    @property
+    def trained_share(self) -> float | None:
+        return None if self.trained_tokens is None else self.trained_tokens / self.tokens
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Some rows of a split, and figures of all of it.
+
+    ``limit`` is the maximum number of tokens in a row. ``labels`` are a classifier's class names by
+    index, and ``label_counts`` how many rows have each. ``training_rows`` is the number of rows of
+    tokens that the split becomes.
+    """
+
+    task: str
+    split: str
+    limit: int
+    labels: list[str] | None
+    label_counts: dict[str, int] | None
+    examples: list[DescribedRow]
+    summary: Summary
+    training_rows: int
+
+
+def preview(
+    recipe: Recipe,
+    *,
+    split: str = "train",
+    start: int = 1,
+    count: int = 3,
+    limit: int | None = None,
+    on_progress: OnProgress = lambda done, total: None,
+    say: Say,
+) -> Preview:
+    """Return ``count`` rows from row ``start`` (counted from 1), and figures of the split.
+
+    ``limit`` previews only the first N rows. Notes go to ``say``. Raises UserError like training
+    for data or a tokenizer that cannot be used, and for a ``start`` after the last row.
+    """
+    data = load_task_data(recipe, split, limit=limit, skip_bad_rows=True, say=say)
+    _check_start(start, data, limit)
+    section = recipe.model
+    model_config = load_config(section)
+    config = fit_unloaded(model_config, data.config, say, section.trust_remote_code)
+    data = replace(data, config=config)
+    tokenizer, stops = _load_tokenizer(section, model_config, say)
+    encoded = _encode(data, tokenizer, on_progress, say)
+    summary = summarise(encoded, stops, config.max_length if config.packing else None)
+    examples = _described(data, tokenizer, start - 1, count)
+    labels = data.labels if data.task.kind == "encoder" else None
+    if data.task.kind == "encoder":
+        _say_head(section, model_config, labels, say)
+    counts = label_counts(labels, encoded.labels) if labels and encoded.labels else None
+    for line in look_alikes(counts or {}):
+        say(line)
+    return Preview(
+        task=config.name,
+        split=data.split.name,
+        limit=config.max_length,
+        labels=labels,
+        label_counts=counts,
+        examples=examples,
+        summary=summary,
+        training_rows=len(encoded),
+    )
+
+
+def _check_start(start: int, data: TaskData, limit: int | None) -> None:
+    rows = len(data.split)
+    if start > rows:
+        limited = f" with --limit {limit}" if limit is not None else ""
+        raise UserError(
+            f"--start {start}: {data.split.source} has {rows:,} rows{limited}; allowed: 1 to {rows}"
+        )
+
+
+def _encode(
+    data: TaskData,
+    tokenizer: PreTrainedTokenizerBase,
+    on_progress: OnProgress,
+    say: Say,
+) -> EncodedSplit:
+    split = data.split
+    encoded = encode_split(
+        split,
+        data.example,
+        tokenizer,
+        data.config.max_length,
+        on_progress=lambda done: on_progress(done, len(split)),
+        skip_bad=data.skip_bad_rows,
+    )
+    skipped = skipped_note(encoded.counts, split.name, split.locate)
+    for note in [*([skipped] if skipped else []), *chat_notes(encoded.counts, split.name)]:
+        say(note)
+    return encoded
+
+
+def _described(
+    data: TaskData, tokenizer: PreTrainedTokenizerBase, first: int, count: int
+) -> list[DescribedRow]:
+    return [
+        described
+        for index in range(first, min(first + count, len(data.split)))
+        for described in describe_row(
+            data.split, index, data.example, tokenizer, data.config.max_length, data.skip_bad_rows
+        )
+    ]
+
+
+def _say_head(
+    section: ModelSection, config: PreTrainedConfig, labels: list[str] | None, say: Say
+) -> None:
+    """Say how the task's labels map to the base's classification head, if it has one.
+
+    Raises ModelError, as training does, for a head that does not fit.
+    """
+    if declares_head(config):
+        note = plan_head(labels, config, section.new_head, section.name_or_path).note
+        if note:
+            say(note)
+
+
+def _load_tokenizer(
+    section: ModelSection, config: PreTrainedConfig, say: Say
+) -> tuple[PreTrainedTokenizerBase, set[int]]:
+    """Return the tokenizer, and the ids that end a generation."""
+    tokenizer, notes = load_tokenizer(section.name_or_path, hub_options(section))
+    for note in notes:
+        say(note)
+    with explained(section.name_or_path), quiet():
+        try:
+            own = GenerationConfig.from_pretrained(
+                section.name_or_path, **hub_options(section)
+            ).eos_token_id
+        except OSError:  # no generation config: the model uses its own configuration's
+            own = getattr(config.get_text_config(), "eos_token_id", None)
+    return tokenizer, set(stop_ids(tokenizer, own))
+
+
+def describe_row(
+    split: Split,
+    index: int,
+    to_example: Callable[[Mapping[str, Any]], Example],
+    tokenizer: Any,
+    max_length: int,
+    skip_bad: bool = False,
+) -> list[DescribedRow]:
+    """Tokenise the row at ``index`` as ``encode_split`` does; a chat may become several rows.
+
+    Raises DataError for a bad row, or returns nothing if ``skip_bad``.
+    """
+    skip = (lambda index, reason: None) if skip_bad else None
+    found = encode_rows(
+        [split.rows[index]], lambda _: split.locate(index), to_example, tokenizer, max_length, skip
+    )
+    labels: list[Any] = found.labels or [None] * len(found.rows)
+    return [
+        _describe_tokens(split.locate(index), row, label, tokenizer, (part, len(found.rows)))
+        for part, (row, label) in enumerate(zip(found.rows, labels, strict=True), 1)
+    ]
+
+
+def summarise(encoded: EncodedSplit, stops: Set[int], packed_to: int | None = None) -> Summary:
+    """Return the figures of all rows. ``stops`` are the ids that end a generation, ``packed_to``
+    the capacity of a bin in tokens, if rows are packed."""
+    lengths = encoded.lengths
+    packing = Packing(lengths, packed_to, seed=0) if packed_to else None
+    causal = encoded.labels is None
+    return Summary(
+        rows=encoded.counts.rows,
+        tokens=int(lengths.sum()),
+        min_length=int(lengths.min()),
+        mean_length=float(lengths.mean()),
+        max_length=int(lengths.max()),
+        truncated_rows=encoded.counts.truncated_rows,
+        trained_tokens=encoded.trained_tokens if causal else None,
+        cut_completions=encoded.counts.cut_completions if causal else None,
+        endless_rows=encoded.endless_rows(stops) if causal else None,
+        bins=len(packing) if packing else None,
+        bin_fill=packing.fill if packing else None,
+    )
+
+
+def _describe_tokens(
+    where: str, row: TokenRow, label: int | float | None, tokenizer: Any, part: tuple[int, int]
+) -> DescribedRow:
+    trained = [False, *row.loss_mask[1:]]
+    return DescribedRow(
+        where=where,
+        ids=tuple(row.input_ids),
+        tokens=tuple(tokenizer.convert_ids_to_tokens(row.input_ids)),
+        trained=tuple(trained),
+        pieces=tuple(_pieces(row.input_ids, trained, tokenizer)),
+        truncated=row.truncated,
+        cut=row.cut,
+        label=label,
+        part=part,
+    )
+
+
+def _pieces(ids: Sequence[int], trained: Sequence[bool], tokenizer: Any) -> Iterator[Piece]:
+    """Split the text into pieces, in order.
+
+    A token by itself may decode to half a character or lose its space, so a piece ends only where
+    the tokens up to its last one decode to a prefix of the whole text.
+    """
+    special = _special_ids(tokenizer)
+    text = _decode(ids, tokenizer)
+    begin = end = tokens = 0
+    kinds = [(flag, token in special) for token, flag in zip(ids, trained, strict=True)]
+    for (is_trained, is_special), group in groupby(kinds):
+        tokens += len(list(group))
+        begin, end = end, max(end, common_prefix(_decode(ids[:tokens], tokenizer), text))
+        if begin < end:
+            yield Piece(text[begin:end], is_trained, is_special)
+    assert end == len(text)
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    added = tokenizer.added_tokens_decoder.items()
+    return {*tokenizer.all_special_ids, *(token for token, entry in added if entry.special)}
+
+
+def _decode(ids: Sequence[int], tokenizer: Any) -> str:
+    return str(
+        tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    )

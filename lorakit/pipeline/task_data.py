@@ -1,0 +1,238 @@
+"""Load the rows a recipe names, and resolve the task's configuration from them.
+
+Imports no tensor library: ``lorakit eval --predictions`` scores a file without one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorakit import registry
+from lorakit.data.examples import Example
+from lorakit.data.paths import no_split
+from lorakit.data.sources import Split
+from lorakit.data.stream import Stream, open_stream
+from lorakit.errors import DataError, UserError
+from lorakit.recipe.sections import ModelSection, Recipe
+from lorakit.tasks.base import Task
+from lorakit.tasks.checks import absent_notes, unused_notes
+from lorakit.tasks.classification import label_order
+
+Say = Callable[[str], None]
+#: Maps labels of the data to the class names of the base's classification head, in the head's
+#: order; None if the head lacks one of them.
+HeadNames = Callable[[Sequence[str]], "list[str] | None"]
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A task and the rows it reads, before they are tokenised.
+
+    ``config`` is the task's section of the recipe with everything filled in that the rows decide:
+    class names, and the task that ``auto`` chose. ``split`` is the split to evaluate or to train
+    on, and holds only the first rows of a ``stream``. ``labels`` are the class names by index,
+    None for regression and causal tasks. ``skip_bad_rows`` tells whether bad rows of ``split`` are
+    skipped rather than an error.
+    """
+
+    task: Task
+    config: Any
+    split: Split
+    labels: list[str] | None
+    skip_bad_rows: bool = False
+    validation: Split | None = None
+    stream: Stream | None = None
+
+    def example(self, row: Mapping[str, Any]) -> Example:
+        """Return the task's example of one row."""
+        return self.task.example(row, self.config)
+
+
+def load_task_data(
+    recipe: Recipe,
+    split: str | None = None,
+    *,
+    limit: int | None = None,
+    trained_labels: Sequence[str] | None = None,
+    skip_bad_rows: bool = False,
+    say: Say,
+) -> TaskData:
+    """Load one split, by default the one the task evaluates on.
+
+    ``limit`` (the first N rows) overrides the recipe's limits. Class names that the recipe does not
+    list are ``trained_labels``, those an adapter was trained with, or else found in the data.
+    ``skip_bad_rows`` applies ``task.on_bad_row`` as training does; without it a bad row is an
+    error, since a score covers every row. Notes go to ``say``.
+
+    Raises DataError if the source has no such split or a row cannot be read.
+    """
+    task: Task = registry.task(recipe.task.name)
+    config = recipe.task
+    changes: dict[str, Any] = {}
+    if limit is not None:
+        changes = {"limit_train": limit, "limit_eval": limit}
+    if not skip_bad_rows:
+        changes["on_bad_row"] = "error"
+    found = _load_split(task, config.model_copy(update=changes), split or task.eval_split(config))
+    task, config = settle(task, config, found, say)
+    head_names = _head_names_of(recipe.model)
+    config = _with_labels(task, config, trained_labels, found, head_names, say)
+    return TaskData(
+        task=task,
+        config=config,
+        split=found,
+        labels=task.labels(config, None),
+        skip_bad_rows=skip_bad_rows and _skips(found, config),
+    )
+
+
+def load_training_data(recipe: Recipe, say: Say) -> TaskData:
+    """Load the train split, or open it as a stream, and the validation split if there is one.
+
+    Raises DataError for data that cannot be read or does not fit the task.
+    """
+    task: Task = registry.task(recipe.task.name)
+    config = recipe.task
+    task.check_requirements(config)
+    stream = _open_stream(task, config) if config.streaming else None
+    train = stream.head if stream else _load_split(task, config, "train")
+    task, config = settle(task, config, train, say)
+    if stream:
+        task.check_columns(train, config)
+    validation = task.load(config, task.eval_split(config))
+    if validation is not None:
+        settle(task, config, validation, say)
+    splits = [split for split in (train, validation) if split is not None]
+    labelled = None if stream else train
+    head_names = _head_names_of(recipe.model)
+    config = resolve_labels(task, config, labelled, splits, head_names, say)
+    return TaskData(
+        task=task,
+        config=config,
+        split=train,
+        labels=task.labels(config, labelled),
+        skip_bad_rows=_skips(train, config),
+        validation=validation,
+        stream=stream,
+    )
+
+
+def settle(task: Task, config: Any, split: Split, say: Say) -> tuple[Task, Any]:
+    """Return the task that reads ``split`` and its configuration.
+
+    Says which files and columns were chosen, what was recognised in the rows, and what of them is
+    not used.
+    """
+    chosen, own = task.chosen(config, split)
+    for note in split.notes:
+        say(note)
+    for note in chosen.notes(own, split):
+        say(note if chosen is task else f"{note}: task {own.name}")
+    for note in absent_notes(chosen, own, split):
+        say(note)
+    for note in unused_notes(chosen, own, split):
+        say(note)
+    return chosen, own
+
+
+def resolve_labels(
+    task: Task,
+    config: Any,
+    train: Split | None,
+    splits: Sequence[Split],
+    head_names: HeadNames,
+    say: Say,
+) -> Any:
+    """Return ``config`` with the class names resolved.
+
+    They come from ``train`` through ``task.resolve``. If those do not cover every label of
+    ``splits``, the names of the base's classification head are used instead, provided they do.
+    Raises DataError if neither does.
+    """
+    if _has_labels(config):
+        return task.resolve(config, train)
+    resolved, problem = None, None
+    try:
+        resolved = task.resolve(config, train)
+        if all(task.reads_labels(resolved, split) for split in splits):
+            return resolved
+    except DataError as error:
+        problem = error
+    found = task.label_names(config, splits)
+    names = head_names(found) if found else None
+    if found and names:
+        if set(found) <= set(names):  # names, not indices: sort them as the train split's are
+            names.sort(key=label_order)
+        say(f"task.labels: taken from the base's classification head: {', '.join(names)}")
+        return config.model_copy(update={"labels": names})
+    if problem is not None:
+        raise problem
+    return resolved
+
+
+def _with_labels(
+    task: Task,
+    config: Any,
+    trained: Sequence[str] | None,
+    split: Split,
+    head_names: HeadNames,
+    say: Say,
+) -> Any:
+    """Return ``config`` with the class names that it leaves to the data."""
+    if _has_labels(config):
+        return config
+    if trained:
+        return config.model_copy(update={"labels": list(trained)})
+    train = task.load(config, "train")
+    other = task.load(config, task.eval_split(config)) if split.name == "train" else train
+    splits = [found for found in (split, other) if found is not None]
+    return resolve_labels(task, config, train, splits, head_names, say)
+
+
+def _has_labels(config: Any) -> bool:
+    """Whether the class names do not depend on the data."""
+    return getattr(config, "labels", ()) is not None or getattr(config, "regression", False)
+
+
+def _head_names_of(section: ModelSection) -> HeadNames:
+    def head_names(labels: Sequence[str]) -> list[str] | None:
+        from lorakit.models.heads import names_of_head  # loads transformers
+
+        return names_of_head(section, labels)
+
+    return head_names
+
+
+def _skips(split: Split, config: Any) -> bool:
+    return split.name == "train" and config.on_bad_row == "skip"
+
+
+def _load_split(task: Task, config: Any, name: str) -> Split:
+    found = task.load(config, name)
+    if found is None:
+        raise _no_split(task, config, name)
+    return found
+
+
+def _open_stream(task: Task, config: Any) -> Stream:
+    if type(task).read_file is not Task.read_file:
+        raise UserError(
+            f"task.streaming = true: {config.name} reads whole files in a format of its own; "
+            "allowed: false"
+        )
+    skip_bad = config.on_bad_row == "skip"
+    stream = open_stream(
+        config.path, "train", task.hub_source(config), config.limit_train, skip_bad
+    )
+    if stream is None:
+        raise _no_split(task, config, "train")
+    return stream
+
+
+def _no_split(task: Task, config: Any, name: str) -> DataError:
+    if config.path is not None:
+        return no_split(config.path, name)
+    source = "/".join(part for part in task.hub_source(config) or () if part)
+    return DataError(f"{source}: no split {name!r}")
