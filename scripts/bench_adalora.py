@@ -1,10 +1,10 @@
-"""One training step of AdaLoRA against one of LoRA on the same matrices, and PEFT's of both.
+"""Compare a training step of AdaLoRA with one of LoRA on the same matrices, and with PEFT's.
 
     python scripts/bench_adalora.py [--layers 16] [--batch 4] [--length 1024] [--repeats 8] [--peft]
 
 Random weights of the shape of Llama-3.2-1B, every linear layer adapted, r = 16 (AdaLoRA init_r =
-16, target_r = 8, ranks chosen anew every step), the whole step: forward, backward, the method's own
-work, clipping, AdamW. The contestants take turns, so that all of them meet the same machine; the
+16, target_r = 8, ranks reallocated every step), the full step: forward, backward, the method's own
+work, clipping, AdamW. The variants are interleaved, so that all see the same machine load; the
 ratio is that of the medians.
 """
 
@@ -42,7 +42,7 @@ def main() -> None:
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     for name, median in medians.items():
         low, high = min(seconds[name]), max(seconds[name])
-        print(f"{name:>13}: {median * 1e3:9.1f} ms a step ({low * 1e3:.1f} to {high * 1e3:.1f})")
+        print(f"{name:>13}: {median * 1e3:9.1f} ms per step ({low * 1e3:.1f} to {high * 1e3:.1f})")
     for name in ("lora", "adalora") if arguments.parts else ():
         for part, times in steps[name].spent.items():
             print(f"{name:>13}: {part}: {statistics.median(times[2:]) * 1e3:.2f} ms")
@@ -60,7 +60,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--parts", action="store_true", help="wait for the device between them")
+    parser.add_argument("--parts", action="store_true", help="time the parts of a step")
     parser.add_argument("--peft", action="store_true")
     return parser.parse_args()
 

@@ -1,12 +1,12 @@
-"""CPU training throughput beside other work, under different OpenMP settings.
+"""Measure CPU training throughput alongside other work, under different OpenMP settings.
 
     python scripts/bench_busy_cpu.py MODEL [--busy 0 2] [--cores 2] [--steps 20] [--repeats 3]
 
-Each run is `lorakit train` (float32, LoRA r=8 on q and v) in a process of its own, pinned to
-`--cores` cores from `--first-core` on, together with `--busy` endless loops. `lorakit` is what a
-user gets; the other settings are environment variables, which lorakit respects. A run's figure is
-the median tokens/s of its steps after the first quarter; the table has the median and the range
-over the repeats, which are interleaved so that all settings meet the same machine.
+Each run is `lorakit train` (float32, LoRA r=8 on q and v) in a separate process, pinned to
+`--cores` cores starting at `--first-core`, together with `--busy` busy loops. `lorakit` is the
+default behaviour; the other settings are environment variables, which lorakit respects. The result
+of a run is the median tokens/s of its steps after the first quarter; the table shows the median and
+the range over the repeats, which are interleaved so that all settings see the same machine load.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-#: Setting -> environment. `unset` is libgomp's own default, which lorakit does not change once
-#: one of these variables is given: 300,000 is the spin count that libgomp documents for it.
+#: Environment variables of each setting. lorakit keeps libgomp's default if one of these variables
+#: is set; 300,000 is the default spin count that libgomp documents.
 SETTINGS: dict[str, dict[str, str]] = {
     "lorakit": {},
     "libgomp default": {"GOMP_SPINCOUNT": "300000"},
@@ -40,7 +40,7 @@ OPENMP = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--busy", type=int, nargs="+", default=[0, 2], help="endless loops beside")
+    parser.add_argument("--busy", type=int, nargs="+", default=[0, 2], help="numbers of busy loops")
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--first-core", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20)

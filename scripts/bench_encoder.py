@@ -1,11 +1,11 @@
-"""The same small run in lorakit and in PEFT with transformers' Trainer: accuracy and examples/s.
+"""Compare accuracy and examples/s of a small run in lorakit and in PEFT with transformers' Trainer.
 
     python scripts/bench_encoder.py MODEL SST2_DIR [--rows 2000] [--seeds 0 1 2]
 
 Both train LoRA r=8 on query and value and the classification head, one epoch, batch 32, linear
 schedule, in float32 on the CPU. Trainer pads each batch to its longest row (its default collator
-when it is given the tokenizer). Each run has a process of its own, in turn, so that both meet the
-same machine; the time is that of the training steps, without loading and evaluation.
+when it is given a tokenizer). The runs are separate processes, interleaved so that both see the
+same machine load; the time is that of the training steps, without loading and evaluation.
 """
 
 from __future__ import annotations

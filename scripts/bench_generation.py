@@ -1,14 +1,14 @@
-"""Rows a second of greedy generation: batches against a loop of single ``model.generate`` calls.
+"""Compare rows/s of greedy generation in batches and in a loop of single ``model.generate`` calls.
 
     python scripts/bench_generation.py --model DIR --data DIR [--split validation] [--rows 1000]
         [--single 50] [--batches auto,64,128,256,512] [--dtypes bfloat16,float32] [--json]
 
-``--data`` is a WikiSQL directory, or what scripts/make_wikisql_sample.py writes. All that is timed
-runs in one process on the same prompts: the loop on the first ``--single`` rows, the batches on
-all of them. Both end at the EOS and at the task's stop text, a line's end behind the first visible
-character. A short generation of each kind goes before, untimed. ``ratio`` is rows/s over the
-loop's. ``equal`` is the share of the loop's rows that the batches give the same text for; in
-bfloat16 rounding depends on the batch.
+``--data`` is a WikiSQL directory, or what scripts/make_wikisql_sample.py writes. Everything runs in
+one process on the same prompts: the loop on the first ``--single`` rows, the batches on all of
+them. Both stop at the EOS token and at the task's stop sequence, the end of the first line that is
+not blank. A short generation of each kind warms up. ``ratio`` is rows/s relative to the loop.
+``equal`` is the share of the loop's rows for which the batches give the same text; in bfloat16
+rounding depends on the batch.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def measure(arguments: argparse.Namespace, dtype: str) -> list[dict[str, Any]]:
 
 
 def single(model: Any, reader: Reader, prompt: list[int], max_new_tokens: int) -> str:
-    """As one would write it: one prompt, greedy, all else as the library has it."""
+    """One prompt, greedy, with the library's defaults."""
     ids = torch.tensor([prompt], device=model.device)
     out = model.generate(
         ids,

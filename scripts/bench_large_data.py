@@ -1,8 +1,8 @@
-"""How long many rows take to load and tokenise, and how much memory they need above the model's.
+"""Measure the time to load and tokenize many rows, and the memory that they need.
 
-Writes a jsonl file of random words, trains a few steps on its first 1,000 rows and on all of them,
-the second of these from the cache, each in a process of its own, and prints a table. Without
---model it makes a tiny Llama and trains a BPE tokenizer on the words: no network.
+Writes a jsonl file of random words, trains a few steps on its first 1,000 rows, on all rows, and
+again on all rows from the cache, each in a separate process, and prints a table. Without --model it
+creates a tiny Llama and trains a BPE tokenizer on the words, which needs no network.
 
     python scripts/bench_large_data.py /tmp/bench --rows 1000000 --tokens 200
 """
@@ -29,8 +29,8 @@ _SAMPLE_SECONDS = 0.2
 
 @dataclass
 class Measured:
-    """Of one run. ``own`` is the peak of the process by itself;
-    ``tree`` is the peak of the process and its children together, what they share counted once."""
+    """Figures of one run. ``own`` is the peak of the process alone;
+    ``tree`` that of the process and its children, with shared pages counted once."""
 
     seconds: float
     until_tokens: float
@@ -70,18 +70,19 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", 1)[0])
-    parser.add_argument("directory", type=Path, help="for the rows, the model and the runs")
+    parser.add_argument("directory", type=Path, help="directory for rows, model and runs")
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--tokens", type=int, default=200, help="about so many a row")
-    parser.add_argument("--model", type=Path, help="a causal model's directory")
+    parser.add_argument("--tokens", type=int, default=200, help="approximate number per row")
+    parser.add_argument("--model", type=Path, help="directory of a causal model")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--streaming", action="store_true", help="with task.streaming")
+    parser.add_argument("--streaming", action="store_true", help="set task.streaming")
     return parser.parse_args()
 
 
 def _write_rows(file: Path, rows: int, tokens: int) -> None:
-    """Words that a tokenizer trained on them knows whole, some more often than others."""
+    """Write words that are single tokens once a tokenizer is trained on them, some of them
+    often."""
     generator = random.Random(0)
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = ["".join(generator.choices(letters, k=generator.randint(2, 9))) for _ in range(4000)]
@@ -152,7 +153,7 @@ def _recipe(
 
 
 def _measure(recipe: Path, cache: Path) -> Measured:
-    """Train in a process of its own, and look at its memory meanwhile."""
+    """Train in a separate process and sample its memory."""
     environment = {**os.environ, "LORAKIT_CACHE": str(cache)}
     log = recipe.with_suffix(".log")
     began = time.monotonic()
@@ -186,7 +187,7 @@ def _status(pid: int, key: str) -> int:
 
 
 def _shared_once(pid: int) -> int:
-    """The proportional set size: a page that n processes share counts 1/n in each."""
+    """Return the proportional set size: a page that n processes share counts 1/n for each."""
     return _kilobytes(Path(f"/proc/{pid}/smaps_rollup"), "Pss")
 
 

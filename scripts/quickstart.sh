@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A small language model learns to write SQL: install, models, data, train, evaluate, merge, table.
-# What an earlier run finished is used again; a run that was interrupted goes on where it stopped.
+# Teach a small language model to write SQL: install, fetch models, generate data, train, evaluate, merge.
+# Completed steps of an earlier run are reused; an interrupted training run is resumed.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
@@ -12,8 +12,8 @@ run=runs/quickstart
 step() { printf '\n== %s\n' "$*"; }
 show() { printf '$'; printf ' %q' "$@"; echo; "$@"; }
 
-# The answer of a command, written when the command succeeded.
-answer() {
+# Write a command's output to a file once the command has succeeded.
+save_output() {
   local file="$1"
   shift
   printf '$ %s > %s\n' "$*" "$file"
@@ -25,7 +25,7 @@ source scripts/venv.sh
 prefix="$(python -c 'import sys; print(sys.prefix)')"
 stamp="$prefix/.lorakit-quickstart"
 if [[ "$(cat "$stamp" 2>/dev/null)" == "$root" && "$stamp" -nt pyproject.toml ]]; then
-  step "lorakit is installed in $prefix"
+  step "lorakit is already installed in $prefix"
 else
   step "installing lorakit into $prefix"
   show python -m pip install --quiet --disable-pip-version-check --editable '.[eval]' 'gguf>=0.17,<1'
@@ -42,7 +42,7 @@ for file in {train,dev}.{jsonl,tables.jsonl,db}; do
   [[ -f "$sample/$file" ]] || complete=no
 done
 if [[ "$complete" == yes ]]; then
-  echo "$sample: already there"
+  echo "$sample: already exists"
 else
   show python scripts/make_wikisql_sample.py "$sample"
 fi
@@ -51,26 +51,26 @@ step "training"
 show lorakit train "$recipe" --resume auto || {
   code=$?
   if [[ $code == 2 && -e "$run" ]]; then
-    echo "If $run is left from another recipe, remove it and run this again: rm -r $run" >&2
+    echo "hint: if $run is from another recipe, remove it and run this again: rm -r $run" >&2
   fi
   exit "$code"
 }
 
-step "evaluation: the base, then the adapter, on tables that training never saw"
+step "evaluation: base model and adapter, on tables that do not occur in training"
 for which in base adapter; do
   file="$run/eval-$which.json"
   if [[ "$file" -nt "$run/run.json" ]]; then
-    echo "$file: already there"
+    echo "$file: already exists"
   elif [[ "$which" == base ]]; then
-    answer "$file" lorakit eval "$recipe" --base --json
+    save_output "$file" lorakit eval "$recipe" --base --json
   else
-    answer "$file" lorakit eval "$recipe" --json
+    save_output "$file" lorakit eval "$recipe" --json
   fi
 done
 
 step "merging the adapter into the base"
 if [[ "$run/merged" -nt "$run/run.json" ]]; then
-  echo "$run/merged: already there"
+  echo "$run/merged: already exists"
 elif [[ -e "$run/merged" ]]; then
   show lorakit merge "$model" "$run/adapter" "$run/merged" --overwrite
 else

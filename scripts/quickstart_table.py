@@ -1,4 +1,4 @@
-"""The quickstart's last word: what the adapter changed, what it cost, and where the files are."""
+"""Print the quickstart's summary: accuracies, cost and files."""
 
 from __future__ import annotations
 

