@@ -6,8 +6,6 @@ One adapter in another form, without the base model: ``lorakit.convert``.
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +26,7 @@ from lorakit.adapters.peft.read import AdapterFiles, read_adapter
 from lorakit.adapters.peft.schema import CONFIG, PREFIX, SIDECAR, WEIGHTS, without_defaults
 from lorakit.adapters.peft.targets import misread_note, refused_note
 from lorakit.errors import AdapterError, shown
-from lorakit.io.atomic import written_beside
+from lorakit.io.atomic import atomic_directory, atomic_file
 
 _CARD = "README.md"
 
@@ -43,7 +41,7 @@ def write_peft(
     overwrite: bool,
 ) -> None:
     """A PEFT directory with the tokenizer of ``source``, and a card if the base is named."""
-    with written_beside(out, replace=overwrite) as folder:
+    with atomic_directory(out, replace=overwrite) as folder:
         for name, value in ((CONFIG, without_defaults(settings)), (SIDECAR, sidecar)):
             text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
             (folder / name).write_text(f"{text}\n", encoding="utf-8")
@@ -57,7 +55,7 @@ def write_peft(
 
 def copy_peft(out: Path, source: Path, *, overwrite: bool) -> None:
     """The adapter's own files, and nothing else that ``source`` may hold."""
-    with written_beside(out, replace=overwrite) as folder:
+    with atomic_directory(out, replace=overwrite) as folder:
         for name in (CONFIG, WEIGHTS, SIDECAR, _CARD):
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
@@ -74,18 +72,12 @@ def write_loralib(
 ) -> None:
     """``target``, which is ``out`` or lies in it, with ``told`` in its metadata."""
     if target != out:
-        with written_beside(out, replace=overwrite) as folder:
+        with atomic_directory(out, replace=overwrite) as folder:
             save_file(_own(tensors), folder / target.name, metadata=metadata(told))
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    new = target.parent / f".{target.name}.{secrets.token_hex(4)}.new"
-    try:
-        save_file(_own(tensors), new, metadata=metadata(told))
-        with new.open("rb") as written:
-            os.fsync(written.fileno())
-        new.replace(target)
-    finally:
-        new.unlink(missing_ok=True)
+    with atomic_file(target) as file:
+        save_file(_own(tensors), file, metadata=metadata(told))
 
 
 def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

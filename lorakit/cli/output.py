@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from pathlib import Path
 import typer
 
 from lorakit.errors import UserError
+from lorakit.io import atomic
 
 OnProgress = Callable[[int, int], None]
 OnPhase = Callable[[str, int, int], None]
@@ -107,20 +107,9 @@ def _is_stream(path: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 beside ``path``, then rename: the file is whole or as it was. A link stays one,
-    and what is no regular file is written into."""
+    """Write UTF-8 text atomically. A symbolic link is kept and its target replaced; devices and
+    pipes are written to directly."""
     if _is_stream(path):
         path.write_text(text, encoding="utf-8", newline="\n")
         return
-    path = path.resolve() if path.is_symlink() else path
-    handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(beside).chmod(0o666 & ~mask)
-        Path(beside).replace(path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
+    atomic.write_text(path.resolve() if path.is_symlink() else path, text)

@@ -1,18 +1,14 @@
 """Tokens that an earlier run made of the same data, kept in the cache directory.
 
-An entry is one file, named by a hash of all that the tokens follow from, written beside its place
-and renamed. Deleting it, or all of the directory, is always safe, also while it is in use.
+An entry is one file, named by a hash of all that the tokens follow from and written atomically.
+Deleting it, or the whole directory, is always safe, also while it is in use.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +17,7 @@ from lorakit.data.arrays import Arrays, BrokenFile, Shard, read_arrays, write_ar
 from lorakit.data.sources import Split
 from lorakit.data.spool import cache_dir
 from lorakit.data.tokens import Counts
+from lorakit.io.atomic import atomic_file, remove_leftovers
 
 #: Fewer rows are tokenised sooner than looked up.
 CACHED_ROWS = 2000
@@ -101,7 +98,8 @@ class EncodedCache:
         path = self.path(split)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            with _written_beside(path) as file:
+            remove_leftovers(self.directory)
+            with atomic_file(path) as new, new.open("wb") as file:
                 write_arrays(shards, file)
             return path.open("rb")
         except OSError as error:
@@ -111,24 +109,3 @@ class EncodedCache:
             )
             self.write = False
             return None
-
-
-@contextmanager
-def _written_beside(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of ``path`` when the block ends well. What a killed process left
-    is deleted: a living one holds the lock."""
-    for left in path.parent.glob(".*.new"):
-        with suppress(OSError), left.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            left.unlink()
-    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
-    try:
-        with new.open("xb") as file:
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)

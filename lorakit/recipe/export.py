@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import yaml
 from pydantic.json_schema import models_json_schema
 
 from lorakit import registry
+from lorakit.io.atomic import write_text
 from lorakit.recipe.load import escape
 from lorakit.recipe.sections import ModelSection, Recipe, Section, TrainSection
 from lorakit.recipe.yaml_source import read_scalar
@@ -35,16 +34,7 @@ _FIRST = (
 def write_recipe(recipe: Recipe, path: str | Path) -> None:
     """Write the resolved recipe as UTF-8 YAML that loads as an equal recipe; the file appears
     atomically."""
-    path = Path(path)
-    handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(recipe_text(recipe))
-        Path(beside).chmod(0o666 & ~_umask())
-        Path(beside).replace(path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
+    write_text(Path(path), recipe_text(recipe))
 
 
 def recipe_text(recipe: Recipe) -> str:
@@ -84,12 +74,6 @@ def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
 
 
 _Dumper.add_representer(str, _represent_text)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorakit.errors import UserError
-from lorakit.io.atomic import written_beside
+from lorakit.io.atomic import atomic_directory, remove_directory, remove_leftovers
 from lorakit.training.checks import LossHistory
 
 _NAME = re.compile(r"step-(\d+)")
@@ -87,13 +86,12 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int | None) -> Path:
     """Write ``folder/step-N`` and drop all but the newest ``keep``, and what a kill left behind."""
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{snapshot.progress.step}"
-    for leftover in folder.glob(".step-*"):
-        shutil.rmtree(leftover)
+    remove_leftovers(folder)
     if not final.exists():
-        with written_beside(final, replace=False) as beside:
+        with atomic_directory(final, replace=False) as beside:
             _write(beside, snapshot)
     for old in checkpoints(folder)[: -keep if keep else 0]:
-        _drop(old)
+        remove_directory(old)
     return final
 
 
@@ -154,7 +152,7 @@ def drop_after(folder: Path, step: int) -> None:
     """A run that goes back to ``step`` forgets its later checkpoints."""
     for later in checkpoints(folder):
         if _step(later) > step:
-            _drop(later)
+            remove_directory(later)
 
 
 def random_states() -> RandomStates:
@@ -204,9 +202,3 @@ def _join_tensors(tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict[str
         index, _, key = name.partition(".")
         state[int(index)][key] = tensor
     return {"state": state, "param_groups": plain["param_groups"]}
-
-
-def _drop(checkpoint: Path) -> None:
-    trash = checkpoint.with_name(f".{checkpoint.name}.old")
-    checkpoint.rename(trash)
-    shutil.rmtree(trash)

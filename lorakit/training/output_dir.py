@@ -221,8 +221,6 @@ def export_adapter(prepared: Prepared, directory: Path, record: RunRecord, say: 
     recipe = prepared.recipe
     hardware = record.hardware
     labels = prepared.task.labels(recipe.task, None)
-    for leftover in directory.parent.glob(f".{directory.name}.*"):  # of a run that was killed here
-        shutil.rmtree(leftover)
     save_adapter(
         directory,
         prepared.model,

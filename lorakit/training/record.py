@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from lorakit.injection import InjectionReport
+from lorakit.io.atomic import write_text
 
 _PACKAGES = ("lorakit", "torch", "transformers", "accelerate", "datasets", "safetensors")
 
@@ -56,10 +57,7 @@ class RunRecord:
     bad_row: bool = False
 
     def write(self, path: Path) -> None:
-        """Written beside and renamed."""
-        beside = path.with_name(f".{path.name}.tmp")
-        beside.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        beside.replace(path)
+        write_text(path, json.dumps(asdict(self), indent=2) + "\n")
 
 
 def new_record(

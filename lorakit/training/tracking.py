@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from torch import Tensor
 
 from lorakit.errors import UserError
+from lorakit.io.atomic import write_text
 
 #: The name under which trackers file a run.
 PROJECT = "lorakit"
@@ -37,9 +38,7 @@ class MetricsFile:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         kept = lines[:keep]
         self.lines = len(kept)
-        beside = path.with_name(f".{path.name}.tmp")
-        beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        beside.replace(path)
+        write_text(path, "".join(f"{line}\n" for line in kept))
         self._handle = path.open("a", encoding="utf-8")
 
     def write(self, line: dict[str, Any]) -> None:

@@ -100,7 +100,7 @@ POINTS = [
     ("lorakit.training.checkpoint:save_file", 10),  # in the middle of a checkpoint's files
     ("lorakit.training.checkpoint:json.dumps", 3),  # before its last file
     ("lorakit.training.checkpoint:checkpoints", 6),  # renamed, the old ones still there
-    ("lorakit.training.checkpoint:shutil.rmtree", 2),  # an old one set aside, not deleted
+    ("lorakit.io.atomic:shutil.rmtree", 10),  # an old one renamed, not deleted
     ("lorakit.training.loop:Loop._evaluate", 3),
     ("lorakit.training.tracking:Recorder.evaluation", 5),  # measured, not told
     ("lorakit.training.run:_final_metrics", 1),

@@ -109,7 +109,7 @@ def test_the_newest_are_kept(keep: int | None, left: list[int], tmp_path: Path) 
 
 
 def test_leftovers_are_ignored_and_cleared(tmp_path: Path) -> None:
-    for name in (".step-9.tmp", ".step-8.old", "step-7.bak", "step-x"):
+    for name in (".step-9.0123abcd.new", ".step-8.0123abcd.removed", "step-7.bak", "step-x"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "weights.safetensors").write_bytes(b"half")
     assert checkpoints(tmp_path) == []

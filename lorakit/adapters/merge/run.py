@@ -25,7 +25,7 @@ from lorakit.adapters.merge.updates import Held, Weighted, read_weighted
 from lorakit.adapters.merge.workers import OnProgress
 from lorakit.adapters.peft.read import base_section, dtype_name, other_base_note
 from lorakit.errors import AdapterError
-from lorakit.io.atomic import written_beside
+from lorakit.io.atomic import atomic_directory
 
 if TYPE_CHECKING:
     import torch
@@ -106,7 +106,7 @@ def merge(
         size_bytes = sum(output.size_bytes for output in plan.outputs.values())
         _check_disk(out, size_bytes)
         metadata = {file.name: own for file, own in checkpoint.metadata.items()}
-        with _explained(out), written_beside(out, replace=overwrite) as folder:
+        with _explained(out), atomic_directory(out, replace=overwrite) as folder:
             places = create_files(folder, shards, plan.outputs, metadata)
             write_tensors(folder, plan, checkpoint, places, on_progress)
             write_config(folder, directory, held, plan, wanted, list(shards) != [SINGLE])

@@ -28,7 +28,7 @@ from lorakit.adapters.peft.targets import (
 )
 from lorakit.errors import AdapterError
 from lorakit.injection import trained_base, trained_whole
-from lorakit.io.atomic import written_beside
+from lorakit.io.atomic import atomic_directory
 from lorakit.layers import AdapterLayer, FusedLayer, adapted_modules
 from lorakit.methods.base import Method
 from lorakit.models.master_weights import base_dtype, plain_name
@@ -75,7 +75,7 @@ def save_adapter(
         settings = without_defaults(settings)
     info = saved.info | {"task_type": task_type}
     facts = card or CardFacts(base_model_name_or_path, method.name)
-    with written_beside(directory, replace=True) as folder:
+    with atomic_directory(directory, replace=True) as folder:
         _write_json(folder / CONFIG, settings)
         save_file(_stored(saved.tensors), folder / WEIGHTS, metadata={"format": "pt"})
         _write_json(folder / SIDECAR, info | dict(lorakit_info or {}))

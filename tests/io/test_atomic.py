@@ -1,0 +1,138 @@
+"""Files and directories that are complete or as they were before."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from lorakit.io.atomic import (
+    atomic_directory,
+    atomic_file,
+    remove_directory,
+    remove_leftovers,
+    write_text,
+)
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Relative name -> text of every file below ``folder``."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in files}
+
+
+def _write_and_wait(folder: Path, kind: str, ready: Connection) -> None:
+    if kind == "file":
+        with atomic_file(folder / "out") as new:
+            new.write_text("half")
+            ready.send(True)
+            signal.pause()
+    else:
+        with atomic_directory(folder / "out", replace=True) as new:
+            (new / "a").write_text("half")
+            ready.send(True)
+            signal.pause()
+
+
+def test_text_replaces_the_file(tmp_path: Path) -> None:
+    for text in ("first\n", "second\nÄ\n"):
+        write_text(tmp_path / "out", text)
+        assert (tmp_path / "out").read_bytes() == text.encode()
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    write_text(tmp_path / "out", "text")
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_an_error_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    write_text(tmp_path / "out", "before")
+    with pytest.raises(IsADirectoryError), atomic_file(tmp_path / "out") as new:
+        new.write_text("half" + tmp_path.read_text())
+    assert content(tmp_path) == {"out": "before"}
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_a_directory_appears_complete(replace: bool, tmp_path: Path) -> None:
+    with atomic_directory(tmp_path / "deep" / "out", replace=replace) as new:
+        (new / "sub").mkdir()
+        (new / "sub" / "a").write_text("new")
+        assert not (tmp_path / "deep" / "out").exists()
+    assert content(tmp_path) == {"deep/out/sub/a": "new"}
+
+
+def test_an_existing_directory_is_replaced_only_on_request(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a").write_text("before")
+    with pytest.raises(FileExistsError), atomic_directory(out, replace=False) as new:
+        (new / "b").write_text("after")
+    assert content(tmp_path) == {"out/a": "before"}
+    with atomic_directory(out, replace=True) as new:
+        (new / "b").write_text("after")
+    assert content(tmp_path) == {"out/b": "after"}
+
+
+def test_an_error_leaves_the_directory_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").write_text("before")
+    with pytest.raises(IsADirectoryError), atomic_directory(tmp_path / "out", replace=True) as new:
+        (new / "a").write_text("half" + tmp_path.read_text())
+    assert content(tmp_path) == {"out/a": "before"}
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_leftovers_of_a_killed_writer_are_deleted(kind: str, tmp_path: Path) -> None:
+    ours, theirs = multiprocessing.Pipe()
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=_write_and_wait, args=(tmp_path, kind, theirs))
+    process.start()
+    assert ours.poll(30)
+    remove_leftovers(tmp_path)
+    assert len(os.listdir(tmp_path)) == 1, "its writer lives"
+    process.kill()
+    process.join()
+    remove_leftovers(tmp_path, "other")
+    assert len(os.listdir(tmp_path)) == 1, "another target's"
+    write_text(tmp_path / "out", "whole")
+    assert content(tmp_path) == {"out": "whole"}
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_kill_between_the_renames(replaced: bool, tmp_path: Path) -> None:
+    """What was moved aside comes back, unless its replacement is in place."""
+    out, old = tmp_path / "out", tmp_path / ".out.0123abcd.old"
+    old.mkdir()
+    (old / "a").write_text("before")
+    if replaced:
+        out.mkdir()
+        (out / "a").write_text("after")
+    else:
+        (tmp_path / ".out.0123abcd.new").mkdir()
+    remove_leftovers(tmp_path)
+    assert content(tmp_path) == {"out/a": "after" if replaced else "before"}
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_other_hidden_files_are_left_alone(tmp_path: Path) -> None:
+    names = [".out.new", ".out.0123abcd.txt", ".out.0123ABCD.new", "out.0123abcd.new"]
+    for name in names:
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted(names)
+
+
+def test_a_directory_is_removed_in_one_step(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").touch()
+    remove_directory(tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+    (tmp_path / ".out.0123abcd.removed").mkdir()
+    remove_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == []
