@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lorakit.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from lorakit.api import convert, evaluate, inject, load, merge, switch, train
     from lorakit.methods.lora import LoraConfig
@@ -20,8 +22,6 @@ if TYPE_CHECKING:
         mark_only_lora_as_trainable,
     )
     from lorakit.recipe.load import load_recipe
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Conv2d",

@@ -21,12 +21,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lorakit import __version__
 from lorakit.adapters.low_rank import BASE_BIAS, BASE_WEIGHT, LowRank, Updates, number
 from lorakit.adapters.peft.read import is_finite
 from lorakit.adapters.peft.schema import check_types
 from lorakit.errors import AdapterError, shown
 from lorakit.layers import RowSlice
+from lorakit.version import __version__
 
 #: Read by ``torch.load(weights_only=True)``, which makes tensors and plain containers only.
 PICKLED = (".pt", ".pth", ".bin")

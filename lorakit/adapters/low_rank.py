@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit import __version__
 from lorakit.adapters.peft.read import AdapterFiles, is_finite
 from lorakit.adapters.peft.schema import (
     ADALORA_FACTORS,
@@ -30,6 +29,7 @@ from lorakit.adapters.peft.targets import exact_patterns
 from lorakit.errors import AdapterError
 from lorakit.layers import RowSlice
 from lorakit.methods.adalora import scaling_of
+from lorakit.version import __version__
 
 #: Suffix of the tensor name -> the factor, and whether the module is an embedding.
 _LORA = {

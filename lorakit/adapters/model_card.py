@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lorakit import __version__
+from lorakit.version import __version__
 
 
 @dataclass(frozen=True)

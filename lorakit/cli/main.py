@@ -16,7 +16,6 @@ from typing import Annotated
 
 import typer
 
-from lorakit import __version__
 from lorakit.cli.adapters import convert, merge
 from lorakit.cli.generate import generate
 from lorakit.cli.preview import preview
@@ -24,6 +23,7 @@ from lorakit.cli.recipes import methods, schema, tasks, validate
 from lorakit.cli.run import eval_, train
 from lorakit.errors import LorakitError, RecipeError
 from lorakit.openmp import yield_cores
+from lorakit.version import __version__
 
 _INTERRUPTED = 128 + signal.SIGINT
 _TERMINATED = 128 + signal.SIGTERM

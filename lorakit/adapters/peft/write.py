@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorakit import __version__, registry
+from lorakit import registry
 from lorakit.adapters.model_card import CardFacts, model_card
 from lorakit.adapters.peft.lora import to_peft
 from lorakit.adapters.peft.names import BaseNames
@@ -33,6 +33,7 @@ from lorakit.layers import AdapterLayer, FusedLayer, adapted_modules
 from lorakit.methods.base import Method
 from lorakit.models.master_weights import base_dtype, plain_name
 from lorakit.recipe.sections import AdapterSection
+from lorakit.version import __version__
 
 __all__ = ["AdapterFiles", "CardFacts", "load_adapter", "read_adapter", "save_adapter"]
 
