@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.layers import ADAPTABLE, RowSlice, as_matrix
+from lorakit.kernels.low_rank import RowSlice
+from lorakit.layers import ADAPTABLE, dense_weight
 
 Part = Literal["attention", "MLP", "expert", "state-space", "router", "other"]
 
@@ -281,7 +282,7 @@ def fused_rows(module: nn.Module, model: nn.Module) -> dict[str, RowSlice]:
     get_text_config = getattr(config, "get_text_config", None)
     config = get_text_config() if get_text_config else config
     sizes = _LAYOUTS.get(getattr(config, "model_type", ""), _unknown)(config)
-    out_features = as_matrix(module, module.weight).shape[0]  # type: ignore[arg-type]
+    out_features = dense_weight(module).shape[0]
     period = sum(sizes)
     if not sizes or out_features % period or (out_features != period and len(set(sizes)) > 1):
         return {}

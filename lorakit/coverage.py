@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from lorakit.anatomy import (
     Weight,
@@ -16,7 +16,7 @@ from lorakit.anatomy import (
     outside_language_model,
     weights,
 )
-from lorakit.layers import as_matrix
+from lorakit.layers import dense_weight
 from lorakit.module_names import describe_modules
 from lorakit.recipe.sections import layer_indices
 from lorakit.targets import ROLES, Target, unreachable
@@ -110,11 +110,8 @@ def _covered(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, int]:
     names = {id(module): name for name, module in model.named_modules()}
     found: dict[str, int] = {}
     for target in targets.values():
-        weight = target.module.weight
-        assert isinstance(weight, Tensor)
-        size = weight.numel()
-        if target.rows is not None:
-            size = target.rows.of(as_matrix(target.module, weight)).numel()
+        weight = dense_weight(target.module)
+        size = (weight if target.rows is None else target.rows.of(weight)).numel()
         owner = names[id(target.module)]
         found[owner] = found.get(owner, 0) + size
     return found

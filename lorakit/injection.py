@@ -15,8 +15,8 @@ from lorakit.coverage import Coverage, measure_coverage, missed_outside
 from lorakit.errors import TargetError
 from lorakit.layers import (
     AdapterLayer,
-    FusedLayer,
-    RowsOf,
+    CompositeLayer,
+    RowView,
     adapted_modules,
     adapter_layers,
     kind_of,
@@ -153,12 +153,7 @@ def _base_parameters(
 
 
 def _freeze_all_but(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:
-    own = {
-        id(parameter)
-        for layer in layers.values()
-        for name, parameter in layer.named_parameters()
-        if not name.startswith("base_layer.")
-    }
+    own = {id(p) for layer in layers.values() for p in layer.own_parameters().values()}
     for parameter in model.parameters():
         if id(parameter) not in own:
             parameter.requires_grad_(False)
@@ -169,7 +164,7 @@ def _kind(target: Target) -> str:
 
 
 def _wrap(method: Method, target: Target, config: AdapterSection, name: str) -> AdapterLayer:
-    module = target.module if target.rows is None else RowsOf(target.module, target.rows)
+    module = target.module if target.rows is None else RowView(target.module, target.rows)
     return method.wrap(module, config, name)
 
 
@@ -177,19 +172,19 @@ def put_in_place(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:
     """Let each layer stand where its base does; the parts of a fused projection go together."""
     fused: dict[str, dict[str, AdapterLayer]] = {}
     for name, layer in layers.items():
-        if isinstance(layer.base_layer, RowsOf):
+        if isinstance(layer.base_layer, RowView):
             whole, _, role = name.rpartition(".")
             fused.setdefault(whole, {})[role] = layer
         else:
             model.set_submodule(name, layer)
     for name, parts in fused.items():
-        model.set_submodule(name, FusedLayer(model.get_submodule(name), parts))
+        model.set_submodule(name, CompositeLayer(model.get_submodule(name), parts))
 
 
 def report(model: nn.Module, method: str, whole: Sequence[str]) -> InjectionReport:
     """Count what is in place; shared parameters count once."""
     modules = tuple(
-        AdaptedModule(name, (layer.out_features, layer.in_features), layer.r)
+        AdaptedModule(name, layer.base_shape, layer.r)
         for name, layer in adapter_layers(model).items()
     )
     parameters = list(model.parameters())

@@ -1,26 +1,31 @@
-"""The module that stands in place of an adapted one; the method gives it its mathematics."""
+"""The modules that replace adapted ones. Each method derives a layer class from ``AdapterLayer``.
+
+A layer reaches the frozen weight of its base through ``base_shape``, ``base_forward`` and
+``dense_weight`` only, so that a base may store W in another form (quantised, for example): this
+file is where that form is read and written.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping
+from itertools import pairwise
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.kernels.low_rank import RowSlice as RowSlice
-
-if TYPE_CHECKING:
-    from lorakit.methods.base import Method
+from lorakit.kernels.low_rank import LowRankDelta, RowSlice
 
 Kind = Literal["linear", "conv1d", "embedding"]
 #: What can be adapted. Conv1D is GPT-2's linear layer with a weight of (in_features, out_features).
 ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding)
 
 
-class RowsOf(nn.Module):
-    """RowSlice of a fused projection, looked at as a linear layer of their own; it owns nothing."""
+class RowView(nn.Module):
+    """A slice of the rows of ``whole``, seen as a linear layer; it owns no parameters."""
 
     def __init__(self, whole: nn.Module, rows: RowSlice) -> None:
         super().__init__()
@@ -28,147 +33,302 @@ class RowsOf(nn.Module):
         self.rows = rows
 
     @property
-    def weight(self) -> Tensor:
-        """(rows, in_features)"""
-        weight = self._whole[0].weight
-        assert isinstance(weight, Tensor)
-        return self.rows.of(as_matrix(self._whole[0], weight))
+    def whole(self) -> nn.Module:
+        return self._whole[0]
 
     @property
     def bias(self) -> Tensor | None:
-        bias = self._whole[0].bias
-        return self.rows.of(bias) if isinstance(bias, Tensor) else None
+        bias = base_bias(self.whole)
+        return None if bias is None else self.rows.of(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, dense_weight(self), self.bias)
 
 
-class _InPlace(nn.Module):
-    """What stands in place of ``base_layer``, a frozen y = W x + b.
+class BaseWrapper(nn.Module, ABC):
+    """Replaces ``base_layer``, a frozen y = W x + b with W (out_features, in_features).
 
-    ``in_features`` and ``out_features`` are W's; for an embedding they are the number of rows and
-    the dimension.
+    An embedding is y = W[:, ids] with W (embedding_dim, num_embeddings).
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        shape = as_matrix(base_layer, self.weight).shape
-        self.out_features, self.in_features = int(shape[0]), int(shape[1])
+        self.out_features, self.in_features = dense_weight(base_layer).shape
+        self.kind = kind_of(base_layer)
+
+    @property
+    def base_shape(self) -> tuple[int, int]:
+        """(out_features, in_features)"""
+        return self.out_features, self.in_features
+
+    def base_forward(self, x: Tensor) -> Tensor:
+        """The base's own output for ``x`` (..., in_features), or for token ids."""
+        y: Tensor = self.base_layer(x)
+        return y
+
+    def dense_weight(self) -> Tensor:
+        """W (out_features, in_features) in the dtype in which the base computes; not to be written
+        to."""
+        return dense_weight(self.base_layer)
+
+    @property
+    def base_state(self) -> Hashable:
+        """A value that changes when W is replaced, moved or written to: the key of a cache."""
+        weight = _stored(self.base_layer)
+        if not isinstance(weight, nn.Parameter):  # computed on each access
+            return object()
+        return weight.data_ptr(), weight._version, weight.device, weight.dtype
 
     @property
     def weight(self) -> Tensor:
-        """The frozen W: some models look at its dtype or device."""
-        weight = self.base_layer.weight
-        assert isinstance(weight, Tensor)
-        return weight
+        """W as the base stores it: the code of some models asks for its dtype or device."""
+        return _stored(self.base_layer)
 
     @property
     def bias(self) -> Tensor | None:
-        bias = getattr(self.base_layer, "bias", None)
-        assert bias is None or isinstance(bias, Tensor)
-        return bias
+        return base_bias(self.base_layer)
+
+    @property
+    def device(self) -> torch.device:
+        return _stored(self.base_layer).device
+
+    @abstractmethod
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        """W with the adapter folded in, float32 (out_features, in_features). ``weight`` is W: the
+        base itself may be on the device ``meta``."""
+
+    def merged_rows(self, weight: Tensor, start: int) -> Tensor | None:
+        """``merged_weight`` of the rows ``weight`` of W from ``start`` on; None if the method needs
+        the whole matrix."""
+        return None
+
+    def low_rank(self) -> LowRankDelta | None:
+        """The update as a product of two factors, if that is all that is added to W."""
+        return None
+
+    @abstractmethod
+    def joined(self) -> AdapterLayer:
+        """The same adapter as a single layer over the whole base."""
+
+    @torch.no_grad()
+    def fold(self, stored: Tensor) -> Tensor:
+        """``merged_weight`` for W in the layout in which the base stores it, and in that layout."""
+        merged = self.merged_weight(as_matrix(self.base_layer, stored))
+        return as_matrix(self.base_layer, merged)
+
+    def merge(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """Fold the adapter into the base, whose weight gets memory of its own, in ``dtype``
+        (default: the base's). Returns the base."""
+        stored = self.weight
+        merged = self.fold(stored).to(dtype or stored.dtype)
+        self.base_layer.weight = nn.Parameter(merged, requires_grad=False)
+        return self.base_layer
 
 
-class AdapterLayer(_InPlace):
-    """Beside the base the parameters that a method registers. ``r`` is the rank and ``scaling`` the
-    factor of the update."""
+class AdapterLayer(BaseWrapper, ABC):
+    """y = (W + delta) x + b. A subclass owns the parameters that delta is made of.
 
-    def __init__(self, base_layer: nn.Module, method: Method, *, r: int, scaling: float) -> None:
-        assert isinstance(base_layer, (*ADAPTABLE, RowsOf)), type(base_layer)
+    ``delta_weight`` is all that a subclass must define; ``update`` and ``embed`` are worth
+    overriding where the output is cheaper than delta, ``merged_weight`` where the update is not a
+    sum. ``r`` is the rank (0 if there is none), ``scaling`` a factor of the update.
+    """
+
+    def __init__(self, base_layer: nn.Module, *, r: int = 0, scaling: float = 1.0) -> None:
         super().__init__(base_layer)
-        self.method = method
         self.r = r
         self.scaling = scaling
-        self.kind = kind_of(base_layer)
+
+    @abstractmethod
+    def delta_weight(self) -> Tensor:
+        """The update of W, float32 (out_features, in_features), differentiable."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.method.forward(self, x)
+        """The adapted output for ``x`` (..., in_features), or token ids for an embedding."""
+        if self.kind == "embedding":
+            return self.embed(x)
+        flat = x.reshape(-1, self.in_features)
+        y = self.update(flat, self.base_forward(flat))
+        return y.view(*x.shape[:-1], self.out_features)
 
+    def update(self, x: Tensor, y: Tensor) -> Tensor:
+        """The adapted output for ``x`` (n, in_features) and the base's output ``y``
+        (n, out_features), which may be overwritten."""
+        return y + F.linear(x.to(y.dtype), self.delta_weight().to(y.dtype))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """The adapted rows for token ``ids``: (..., out_features)."""
+        y = self.base_forward(ids)
+        update = F.embedding(ids, self.delta_weight().t()).to(y.dtype)
+        return y + update * self.embed_scale
+
+    @property
+    def embed_scale(self) -> float:
+        """What the base multiplies its rows by (Gemma's embeddings do), and so the update's."""
+        return float(getattr(self.base_layer, "embed_scale", 1.0))
+
+    @torch.no_grad()
     def merged_weight(self, weight: Tensor) -> Tensor:
-        """W with the adapter folded in, float32; ``weight`` is W, in its own layout."""
-        return self.method.merged_weight(self, weight)
+        return weight.float() + self.delta_weight()
 
-    if TYPE_CHECKING:  # what the method registers: lora_A, lora_B, ...
+    @property
+    def saved_rank(self) -> int:
+        """The rank of the update as it is saved."""
+        return self.r
 
-        def __getattr__(self, name: str) -> Any: ...
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter of the layer, those of the base aside."""
+        named = self.named_parameters()
+        return {name: p for name, p in named if not name.startswith("base_layer.")}
 
-        def __setattr__(self, name: str, value: Any) -> None: ...
+    def new_parameter(self, *shape: int) -> nn.Parameter:
+        """A float32 parameter on the base's device, without values yet."""
+        return nn.Parameter(torch.empty(shape, dtype=torch.float32, device=self.device))
+
+    def joined(self) -> AdapterLayer:
+        return self
+
+    @classmethod
+    def join(cls, composite: CompositeLayer) -> AdapterLayer:
+        """The parts of ``composite``, of this class, as one layer over the whole base, for a format
+        that knows no parts."""
+        raise NotImplementedError
+
+    def split(self, parts: Mapping[str, tuple[RowSlice, int]]) -> CompositeLayer:
+        """The reverse of ``join``; ``parts``: name -> (rows, rank). Raises AdapterError if the
+        layer's update is not made of them."""
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
-        return f"{self.method.name}, r={self.r}, scaling={self.scaling:g}"
+        return f"r={self.r}, scaling={self.scaling:g}"
 
 
-class FusedLayer(_InPlace):
-    """A projection that holds q, k and v in one matrix, some of them adapted.
+class CompositeLayer(BaseWrapper):
+    """Several adapter layers over one base, each on a slice of its rows.
 
-    Each part, a child under its role's name, is an AdapterLayer on its own rows; what the other
-    rows give is the base's, bit for bit.
+    The parts, children by name, are layers on a ``RowView`` of the base, which runs once for all
+    of them. Slices that do not overlap adapt q, k and v of a fused projection separately, and rows
+    outside of them keep the base's output bit for bit. Where slices overlap the changes add up:
+    parts over all rows are several adapters of one module. The base may be any module that
+    ``dense_weight`` reads, also one that stacks the matrices of several modules.
     """
 
     def __init__(self, base_layer: nn.Module, parts: Mapping[str, AdapterLayer]) -> None:
         super().__init__(base_layer)
-        for role, part in parts.items():
-            self.add_module(role, part)
+        for name, part in parts.items():
+            self.add_module(name, part)
+        slices = [self.rows(name) for name in self.parts]
+        following = pairwise(slices)
+        # Slices of different periods may have rows in common.
+        self._overlap = any(a.stop > b.start or a.period != b.period for a, b in following)
 
     @property
     def parts(self) -> dict[str, AdapterLayer]:
-        """Role -> part, in the order of their rows."""
+        """Name -> part, in the order of their rows."""
         found = {n: m for n, m in self.named_children() if isinstance(m, AdapterLayer)}
         return dict(sorted(found.items(), key=lambda item: self.rows(item[0]).start))
 
-    def rows(self, role: str) -> RowSlice:
-        part = getattr(self, role)
-        rows = part.base_layer.rows
-        assert isinstance(rows, RowSlice)
-        return rows
+    def rows(self, name: str) -> RowSlice:
+        """The rows of the part ``name``."""
+        view = getattr(self, name).base_layer
+        assert isinstance(view, RowView), type(view)
+        return view.rows
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features)
+        y = self.base_forward(flat)
+        y = self._added(flat, y) if self._overlap else self._joined(flat, y)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _joined(self, x: Tensor, y: Tensor) -> Tensor:
+        """The output where no row has two parts: the pieces one after the other."""
         parts = self.parts
         period = self.rows(next(iter(parts))).period
-        y = self.base_layer(flat).view(len(flat), self.out_features // period, period)
+        y = y.view(len(x), self.out_features // period, period)
         pieces, at = [], 0
-        for role, part in parts.items():
-            rows = self.rows(role)
+        for name, part in parts.items():
+            rows = self.rows(name)
             own = y[..., rows.start : rows.stop]
-            updated = part.method.update(part, flat, own.flatten(1).contiguous())
+            updated = part.update(x, own.flatten(1).contiguous())
             pieces += [y[..., at : rows.start], updated.view(own.shape)]
             at = rows.stop
-        whole = torch.cat([*pieces, y[..., at:]], dim=-1)
-        return whole.view(*x.shape[:-1], self.out_features)
+        return torch.cat([*pieces, y[..., at:]], dim=-1).flatten(1)
 
+    def _added(self, x: Tensor, y: Tensor) -> Tensor:
+        """The output where parts overlap: y plus what each part changes in its rows of y."""
+        total = y
+        for name, part in self.parts.items():
+            rows = self.rows(name)
+            own = rows.of(y, dim=1)
+            change = part.update(x, own.clone()) - own
+            index = rows.of(torch.arange(self.out_features, device=y.device))
+            total = total.index_add(1, index, change)
+        return total
+
+    @torch.no_grad()
     def merged_weight(self, weight: Tensor) -> Tensor:
-        """W with every part folded into its rows, float32, in W's own layout."""
+        """W plus what each part changes in its rows, float32 (out_features, in_features)."""
         merged = weight.float().clone()
-        matrix = as_matrix(self.base_layer, merged)
-        for role, part in self.parts.items():
-            rows = self.rows(role)
-            own = part.merged_weight(rows.of(as_matrix(self.base_layer, weight)))
-            rows.put(matrix, own)
+        for name, part in self.parts.items():
+            rows = self.rows(name)
+            own = rows.of(weight)
+            new = part.merged_weight(own)
+            rows.put(merged, rows.of(merged) + (new - own.float()) if self._overlap else new)
         return merged
+
+    def joined(self) -> AdapterLayer:
+        return type(next(iter(self.parts.values()))).join(self)
+
+    def low_rank(self) -> LowRankDelta | None:
+        """The update as one product, which is zero outside of the parts' rows."""
+        if any(part.low_rank() is None for part in self.parts.values()):
+            return None
+        return self.joined().low_rank()
 
 
 def kind_of(module: nn.Module) -> Kind:
-    """How ``module`` holds its W; rows of a fused projection are linear, however that holds it."""
+    """How ``module`` stores its W; a ``RowView`` is linear, however the whole stores it."""
     if isinstance(module, nn.Embedding):
         return "embedding"
     return "conv1d" if isinstance(module, Conv1D) else "linear"
 
 
 def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
-    """``weight``, laid out as ``module``'s, as (out_features, in_features)."""
+    """``weight``, in the layout in which ``module`` stores it, as (out_features, in_features); also
+    the reverse."""
     return weight.t() if isinstance(module, Conv1D | nn.Embedding) else weight
 
 
+def dense_weight(module: nn.Module) -> Tensor:
+    """W (out_features, in_features) of an adaptable module or of a ``RowView``."""
+    if isinstance(module, RowView):
+        return module.rows.of(dense_weight(module.whole))
+    return as_matrix(module, _stored(module))
+
+
+def base_bias(module: nn.Module) -> Tensor | None:
+    bias = getattr(module, "bias", None)
+    assert bias is None or isinstance(bias, Tensor)
+    return bias
+
+
+def _stored(module: nn.Module) -> Tensor:
+    weight = module.whole.weight if isinstance(module, RowView) else module.weight
+    assert isinstance(weight, Tensor), type(module)
+    return weight
+
+
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
-    """Name -> layer for every adapted matrix of the model, in the model's order; a part of a fused
-    projection is named after its role (``h.0.attn.c_attn.q``)."""
+    """Name -> layer for every adapted matrix of the model, in the model's order; a part of a
+    composite layer is named after it (``h.0.attn.c_attn.q``)."""
     return {n: m for n, m in model.named_modules() if isinstance(m, AdapterLayer)}
 
 
-def adapted_modules(model: nn.Module) -> dict[str, AdapterLayer | FusedLayer]:
-    """Name -> what stands in place of a module of the base, in the model's order."""
-    found = {n: m for n, m in model.named_modules() if isinstance(m, AdapterLayer | FusedLayer)}
+def adapted_modules(model: nn.Module) -> dict[str, BaseWrapper]:
+    """Name -> layer for every module of the base that is replaced, in the model's order."""
+    found = {n: m for n, m in model.named_modules() if isinstance(m, BaseWrapper)}
     return {
         name: layer
         for name, layer in found.items()
-        if not isinstance(found.get(name.rpartition(".")[0]), FusedLayer)
+        if not isinstance(found.get(name.rpartition(".")[0]), CompositeLayer)
     }

@@ -20,6 +20,7 @@ TASKS = "lorakit.tasks"
 def _exports(package: str, attribute: str) -> list[Any]:
     folder = importlib.import_module(package)
     names = sorted(info.name for info in pkgutil.iter_modules(folder.__path__))
+    names = [name for name in names if not name.endswith("_layer")]  # which import torch
     modules = [importlib.import_module(f"{package}.{name}") for name in names]
     return [getattr(module, attribute) for module in modules if hasattr(module, attribute)]
 

@@ -23,7 +23,8 @@ from lorakit.anatomy import (
     weights,
 )
 from lorakit.errors import TargetError
-from lorakit.layers import ADAPTABLE, RowSlice
+from lorakit.kernels.low_rank import RowSlice
+from lorakit.layers import ADAPTABLE
 from lorakit.module_names import base_names, describe_modules, names_it
 from lorakit.recipe.sections import format_layers, layer_indices
 

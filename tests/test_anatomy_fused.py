@@ -20,7 +20,7 @@ from lorakit.adapters.peft.write import load_adapter, save_adapter
 from lorakit.anatomy import fused_rows
 from lorakit.errors import AdapterError, TargetError
 from lorakit.injection import inject, trainable_state
-from lorakit.layers import FusedLayer, adapted_modules, adapter_layers, as_matrix
+from lorakit.layers import CompositeLayer, adapted_modules, adapter_layers, as_matrix
 from lorakit.methods.lora import LoraConfig
 from tests.families import tiny, token_ids
 
@@ -108,7 +108,7 @@ def test_the_rows_of_a_role_are_its_own_linear_layer(family: str) -> None:
     model = tiny(family)
     adapt(model, ["q", "v"])
     name, layer = next(iter(adapted_modules(model).items()))
-    assert isinstance(layer, FusedLayer)
+    assert isinstance(layer, CompositeLayer)
     rows = fused_rows(tiny(family).get_submodule(name), model)
     x = torch.randn(3, 5, layer.in_features)
     y, plain = layer(x), layer.base_layer(x)
@@ -186,7 +186,7 @@ def test_from_disk_the_parts_train_again_and_a_merge_changes_only_their_rows(
         rows = fused_rows(module, base)
         assert torch.equal(rows["v"].of(new), rows["v"].of(old)), "bit for bit"
         layer = layers[name]
-        assert isinstance(layer, FusedLayer)
+        assert isinstance(layer, CompositeLayer)
         for role, part in layer.parts.items():
             update = part.scaling * part.lora_B @ part.lora_A
             torch.testing.assert_close(rows[role].of(new), rows[role].of(old) + update)
@@ -198,7 +198,7 @@ def test_pissa_of_a_part_is_the_svd_of_its_rows(tmp_path: Path) -> None:
     inject(model, config := LoraConfig(r=2, target_modules=["v"], init="pissa"))
     torch.testing.assert_close(logits(model), logits(base), atol=1e-6, rtol=1e-6)
     part = next(iter(adapter_layers(model).values()))
-    U, S, Vt = torch.linalg.svd(part.weight.detach())
+    U, S, Vt = torch.linalg.svd(part.dense_weight().detach())
     torch.testing.assert_close(
         part.scaling * part.lora_B @ part.lora_A, U[:, :2] * S[:2] @ Vt[:2], atol=1e-5, rtol=1e-4
     )

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lorakit.adapters.base_model import base_model, full_config, set_pad_token
-from lorakit.adapters.merge.updates import Update, merged_sum
 from lorakit.adapters.peft.place import load_adapter
 from lorakit.adapters.peft.read import DTYPES, AdapterFiles, base_section, read_adapter
 from lorakit.adapters.peft.read import dtype_name as dtype_name
@@ -141,8 +140,5 @@ def fold(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     """
     layers = adapted_modules(model)
     for name, layer in layers.items():
-        model.set_submodule(name, layer.base_layer)
-        module: Any = layer.base_layer
-        weight = merged_sum([Update(layer)], module.weight)
-        module.weight = nn.Parameter(weight.to(dtype or module.weight.dtype), requires_grad=False)
+        model.set_submodule(name, layer.merge(dtype))
     return len(layers)

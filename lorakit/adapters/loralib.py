@@ -25,7 +25,7 @@ from lorakit.adapters.low_rank import BASE_BIAS, BASE_WEIGHT, LowRank, Updates, 
 from lorakit.adapters.peft.read import is_finite
 from lorakit.adapters.peft.schema import check_types
 from lorakit.errors import AdapterError, shown
-from lorakit.layers import RowSlice
+from lorakit.kernels.low_rank import RowSlice
 from lorakit.version import __version__
 
 #: Read by ``torch.load(weights_only=True)``, which makes tensors and plain containers only.

@@ -27,7 +27,7 @@ from lorakit.adapters.peft.schema import (
 )
 from lorakit.adapters.peft.targets import exact_patterns
 from lorakit.errors import AdapterError
-from lorakit.layers import RowSlice
+from lorakit.kernels.low_rank import RowSlice
 from lorakit.methods.adalora import scaling_of
 from lorakit.version import __version__
 

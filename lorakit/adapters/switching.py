@@ -20,7 +20,7 @@ from lorakit.adapters.merge.plan import check_finite
 from lorakit.adapters.peft.place import find_places, load_adapter, whole_modules
 from lorakit.adapters.peft.read import AdapterFiles
 from lorakit.errors import AdapterError
-from lorakit.layers import AdapterLayer, FusedLayer, adapted_modules
+from lorakit.layers import BaseWrapper, adapted_modules
 
 _ATTRIBUTE = "_lorakit_adapters"
 
@@ -36,7 +36,7 @@ class _Own:
     settings: dict[str, Any]
     parameters: dict[str, Tensor]
     modules: dict[str, nn.Module]
-    layers: dict[str, AdapterLayer | FusedLayer] = field(default_factory=dict)
+    layers: dict[str, BaseWrapper] = field(default_factory=dict)
 
 
 @dataclass
@@ -180,7 +180,7 @@ def _fold(model: nn.Module, held: _Held, own: _Own) -> None:
         module = layer.base_layer
         weight = _weight(module)
         _following(layer, module)
-        merged = layer.merged_weight(weight).to(weight.dtype)
+        merged = layer.fold(weight).to(weight.dtype)
         check_finite(f"{name}.weight", merged)
         if sharing[id(weight)] > 1 or f"{name}.weight" in own.parameters:
             held.parted[name] = weight

@@ -1,15 +1,8 @@
-"""RowSlice of a matrix that recur with a period: those of q, k or v in a fused projection.
+"""Low-rank updates of a weight: LoRA's and DoRA's arithmetic, and slices of a weight's rows.
 
-y + scaling * (x A^T) B^T, added into y in place.
-
-PEFT makes four tensors of the size of y for this; here the product goes straight into the output
-of the frozen layer, and what is kept for the backward pass is x, x A^T and the two factors.
-
-m / ||W + s B A|| * (W + s B A) x + b without W + s B A, and the norms of its rows.
-
-PEFT makes B A (out, in) for each forward pass, as a product with an identity matrix of (in, in).
-Here the norm comes from W A^T (out, r) and A A^T (r, r), and the factor m / norm goes into B's
-rows, so that no tensor of W's size is made.
+No tensor of the size of the weight W (out, in) or of a second output is made: the product
+scaling * B A x is added into the output of the frozen layer, and DoRA's norms come from W A^T
+(out, r) and A A^T (r, r). What is kept for the backward pass is x, x A^T and the factors.
 """
 
 from __future__ import annotations
@@ -23,15 +16,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RowSlice:
-    """Some rows of a W (out_features, in_features): of each ``period`` rows those from ``start``
-    to ``stop``. One period for q, k, v one after the other, one a head where they interleave."""
+    """Rows of a W (out_features, in_features): of each ``period`` rows those from ``start`` to
+    ``stop``. A projection that stacks q, k and v is one period; where the heads interleave, each
+    head is one."""
 
     start: int
     stop: int
     period: int
 
     def fit(self, rows: int) -> bool:
-        """Whether a matrix of ``rows`` rows has them."""
+        """Whether the slice fits a matrix of ``rows`` rows."""
         return 0 <= self.start < self.stop <= self.period and rows % self.period == 0
 
     def of(self, value: Tensor, dim: int = 0) -> Tensor:
@@ -47,6 +41,19 @@ class RowSlice:
         groups = value.shape[dim] // self.period
         shape = (*value.shape[:dim], groups, self.period, *value.shape[dim + 1 :])
         return value.view(shape).narrow(dim + 1, self.start, self.stop - self.start)
+
+
+@dataclass(frozen=True)
+class LowRankDelta:
+    """scaling * B A: ``A`` (r, in_features) and ``B`` (out_features, r)."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+    def dense(self) -> Tensor:
+        """The product in float32, (out_features, in_features)."""
+        return (self.B.float() @ self.A.float()) * self.scaling
 
 
 def lora_add_(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

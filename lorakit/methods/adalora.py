@@ -30,9 +30,10 @@ from lorakit.recipe.sections import (
 
 if TYPE_CHECKING:
     from pydantic import ValidationInfo
-    from torch import Tensor, nn
+    from torch import nn
 
-    from lorakit.layers import AdapterLayer, FusedLayer
+    from lorakit.layers import AdapterLayer
+    from lorakit.methods.lora_layer import LoraLayer
 
 #: Steps, or a fraction of the run.
 Steps = NonNegativeInt | Annotated[float, Field(gt=0, lt=1)]
@@ -92,25 +93,21 @@ class AdaLora(Lora):
     def check(self, config: Any, targets: Collection[str]) -> None:
         """Nothing in the configuration names a module."""
 
+    def layer_class(self) -> type[LoraLayer]:
+        from lorakit.methods.adalora_layer import AdaLoraLayer
+
+        return AdaLoraLayer
+
     def wrap(self, module: nn.Module, config: Any, name: str) -> AdapterLayer:
-        import torch
-
-        from lorakit.layers import AdapterLayer
-
         r = config.init_r
-        layer = AdapterLayer(module, self, r=r, scaling=scaling_of(config.lora_alpha, r))
-        device = layer.weight.device
-        A, B = torch.empty(r, layer.in_features), torch.empty(layer.out_features, r)
-        for factor, value in (("lora_A", A), ("lora_B", B)):
-            torch.nn.init.normal_(value, std=0.02)
-            layer.register_parameter(factor, torch.nn.Parameter(value.to(device)))
-        layer.lora_E = torch.nn.Parameter(torch.zeros(r, 1, device=device))
-        layer.register_buffer("kept", torch.ones(r, dtype=torch.bool, device=device), False)
-        layer.lora_dropout = torch.nn.Dropout(config.lora_dropout)
+        layer = self.layer_class()(
+            module,
+            r=r,
+            scaling=scaling_of(config.lora_alpha, r),
+            dropout=config.lora_dropout,
+        )
+        layer.reset_parameters("default", name)
         return layer
-
-    def factors(self, layer: AdapterLayer) -> tuple[Tensor, Tensor]:
-        return layer.lora_A * layer.lora_E, layer.lora_B
 
     def check_steps(self, config: Any, total_steps: int) -> None:
         tinit, tfinal = (resolve_steps(s, total_steps) for s in (config.tinit, config.tfinal))
@@ -122,36 +119,26 @@ class AdaLora(Lora):
             )
 
     def hooks(self, layers: Mapping[str, AdapterLayer], config: Any, total_steps: int) -> RunHooks:
-        from lorakit.methods.adalora_run import Allocation, Budget
+        from lorakit.methods.adalora_layer import AdaLoraLayer, Allocation, Budget
 
         tinit, tfinal = (resolve_steps(s, total_steps) for s in (config.tinit, config.tfinal))
         start, end = config.init_r * len(layers), config.target_r * len(layers)
-        budget = Budget(start, end, tinit, tfinal, total_steps, config.deltaT)
-        return Allocation(layers, config, budget)
+        return Allocation(
+            {name: layer for name, layer in layers.items() if isinstance(layer, AdaLoraLayer)},
+            Budget(start, end, tinit, tfinal, total_steps, config.deltaT),
+            beta1=config.beta1,
+            beta2=config.beta2,
+            orth_reg_weight=config.orth_reg_weight,
+            orth_reg_form=config.orth_reg_form,
+        )
 
     def reads(self, settings: Mapping[str, Any]) -> bool:
         return bool(settings["peft_type"] == "ADALORA")
-
-    def saved_rank(self, layer: AdapterLayer) -> int:
-        return len(kept_rows(layer))
-
-    def compose(self, fused: FusedLayer) -> AdapterLayer:
-        """As LoRA, of which the parts are the kept triplets: PEFT's AdaLoRA has no parts."""
-        from lorakit.methods.adalora_form import compose_as_lora
-
-        return compose_as_lora(fused)
 
 
 def scaling_of(lora_alpha: float, init_r: int) -> float:
     """As both public codes have it: not of the rank that is left, and never a division by 0."""
     return lora_alpha / (init_r + 1e-5)
-
-
-def kept_rows(layer: AdapterLayer) -> list[int]:
-    """The triplets that are saved: those kept, or one, whose lambda is zero, if none is (PEFT
-    loads no rank of 0)."""
-    rows: list[int] = layer.kept.nonzero().flatten().tolist()
-    return rows or [0]
 
 
 def resolve_steps(steps: float, total_steps: int) -> int:

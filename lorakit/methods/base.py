@@ -14,7 +14,7 @@ from lorakit.recipe.sections import AdapterSection, TrainSection
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lorakit.layers import AdapterLayer, FusedLayer
+    from lorakit.layers import AdapterLayer
 
 
 class RunHooks:
@@ -69,6 +69,8 @@ class Method:
     name: ClassVar[str]
     summary: ClassVar[str]
     Config: ClassVar[type[AdapterSection]]
+    if TYPE_CHECKING:
+        Layer: ClassVar[type[AdapterLayer]]
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "embedding", "slice"})
     peft_type: ClassVar[str] = "LORA"
     folds: ClassVar[bool] = False
@@ -78,48 +80,23 @@ class Method:
         """Raise TargetError if ``config`` says something of modules that are none of
         ``targets``, the names of those that are about to be wrapped."""
 
-    def wrap(self, module: nn.Module, config: Any, name: str) -> AdapterLayer:
-        """Wrap ``module``, found in the model under ``name``, in a layer that holds the
-        parameters; the output is unchanged until they are trained."""
-        raise NotImplementedError
+    def layer_class(self) -> type[AdapterLayer]:
+        """The class of the layers. Built-in methods import theirs here, since it imports torch."""
+        return self.Layer
 
-    def link(self, layers: Mapping[str, AdapterLayer]) -> None:
+    def wrap(self, module: nn.Module, config: Any, name: str) -> AdapterLayer:
+        """The layer that replaces ``module``, which the model has under ``name``; its output is the
+        module's until it is trained. By default ``Layer(module, config, name)``."""
+        build: Any = self.layer_class()
+        layer: AdapterLayer = build(module, config, name)
+        return layer
+
+    def link(self, layers: Mapping[str, Any]) -> None:
         """All layers of the model are there: share among them what they have in common."""
 
     def trained_parameters(self, model: nn.Module, config: Any) -> list[str]:
         """The names of the base's own parameters that train; called when all is wrapped."""
         return []
-
-    def forward(self, layer: AdapterLayer, x: Tensor) -> Tensor:
-        """The adapted output for input ``x`` (..., in_features), or token ids for an embedding."""
-        if layer.kind == "embedding":
-            return self.embed(layer, x)
-        flat = x.reshape(-1, layer.in_features)
-        y = self.update(layer, flat, layer.base_layer(flat))
-        return y.view(*x.shape[:-1], layer.out_features)
-
-    def update(self, layer: AdapterLayer, x: Tensor, y: Tensor) -> Tensor:
-        """The adapted output for ``x`` (n, in_features) and the base's own output ``y``
-        (n, out_features), which may be overwritten."""
-        raise NotImplementedError
-
-    def embed(self, layer: AdapterLayer, ids: Tensor) -> Tensor:
-        """The adapted rows for token ids, for methods that adapt embeddings."""
-        raise NotImplementedError
-
-    def delta_weight(self, layer: AdapterLayer) -> Tensor:
-        """What a merge adds to W, in W's own layout, float32."""
-        raise NotImplementedError
-
-    def merged_weight(self, layer: AdapterLayer, weight: Tensor) -> Tensor:
-        """W with the adapter folded in, float32, in W's own layout; ``weight`` is W, since the
-        layer's own base may be without values."""
-        return weight.float() + self.delta_weight(layer)
-
-    def merged_rows(self, layer: AdapterLayer, weight: Tensor, start: int) -> Tensor | None:
-        """``merged_weight`` of some rows of W in its own layout, ``weight`` being those from
-        ``start`` on; None if the method computes the whole matrix or nothing."""
-        return None
 
     def param_groups(
         self,
@@ -144,7 +121,7 @@ class Method:
     def check_steps(self, config: Any, total_steps: int) -> None:
         """Raise UserError if ``config`` does not fit a run of ``total_steps``."""
 
-    def hooks(self, layers: Mapping[str, AdapterLayer], config: Any, total_steps: int) -> RunHooks:
+    def hooks(self, layers: Mapping[str, Any], config: Any, total_steps: int) -> RunHooks:
         """What the method does in a run of ``total_steps`` optimizer steps."""
         return RunHooks()
 
@@ -157,7 +134,7 @@ class Method:
         return False
 
     def to_peft(
-        self, layers: dict[str, AdapterLayer], config: Any
+        self, layers: Mapping[str, Any], config: Any
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """PEFT's form: the method's keys of ``adapter_config.json``, and tensors by PEFT's names
         (without the prefix ``base_model.model.``)."""
@@ -179,17 +156,4 @@ class Method:
         ``settings`` is ``adapter_config.json``; ``tensors`` are the module's own, by what follows
         its name (``lora_A.weight``). Raises AdapterError if one is missing, unknown or misshapen.
         """
-        raise NotImplementedError
-
-    def saved_rank(self, layer: AdapterLayer) -> int:
-        """The rank of the layer as ``to_peft`` writes it."""
-        return layer.r
-
-    def compose(self, fused: FusedLayer) -> AdapterLayer:
-        """The parts of a fused projection as one layer on the whole of it, for a reader that knows
-        no parts: its form is ``to_peft``'s."""
-        raise NotImplementedError
-
-    def split(self, layer: AdapterLayer, parts: Mapping[str, Any]) -> FusedLayer:
-        """The reverse of ``compose``: ``parts`` is role -> (rows, r)."""
         raise NotImplementedError

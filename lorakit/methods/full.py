@@ -48,7 +48,7 @@ class Full(Method):
         return bool(settings["peft_type"] == self.peft_type)
 
     def to_peft(
-        self, layers: dict[str, AdapterLayer], config: Any
+        self, layers: Mapping[str, AdapterLayer], config: Any
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return {"peft_type": self.peft_type}, {}
 

@@ -8,7 +8,6 @@ vector for the whole model; P (D, d) is random, fixed, and made anew from its se
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -18,10 +17,10 @@ from lorakit.methods.base import Method
 from lorakit.recipe.sections import AdapterSection, Seed, TextList
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     from lorakit.layers import AdapterLayer
+    from lorakit.methods.intrinsic_layer import IntrinsicLayer
 
 
 class IntrinsicConfig(AdapterSection):
@@ -58,36 +57,29 @@ class Intrinsic(Method):
     peft_type = "INTRINSIC"
     peft_loads = False
 
+    def layer_class(self) -> type[IntrinsicLayer]:
+        from lorakit.methods.intrinsic_layer import IntrinsicLayer
+
+        return IntrinsicLayer
+
     def wrap(self, module: nn.Module, config: Any, name: str) -> AdapterLayer:
         import torch
 
-        layer = _layer(self, module, torch.zeros(config.d), config.projection_seed)
-        layer.theta.requires_grad_(True)
-        return layer
+        return self.layer_class()(module, torch.zeros(config.d), config.projection_seed)
 
-    def link(self, layers: Mapping[str, AdapterLayer]) -> None:
+    def link(self, layers: Mapping[str, IntrinsicLayer]) -> None:
         """One theta for all, and the number of each matrix where it has none yet."""
         first = next(iter(layers.values()))
         for index, layer in enumerate(layers.values()):
-            layer.theta, layer.training_passes = first.theta, first.training_passes
-            layer.stream = index if layer.stream is None else layer.stream
-
-    def update(self, layer: AdapterLayer, x: Tensor, y: Tensor) -> Tensor:
-        """y + x (P theta)^T in ``y``'s dtype, P theta itself in float32."""
-        return y.addmm_(x.to(y.dtype), _cast_delta(layer, y.dtype).t())
-
-    def delta_weight(self, layer: AdapterLayer) -> Tensor:
-        """(out, in); transposed for Conv1D, which holds W^T."""
-        delta = _delta(layer).detach()
-        return delta if layer.kind == "linear" else delta.t()
+            layer.share(first, index)
 
     def reads(self, settings: Mapping[str, Any]) -> bool:
         return bool(settings["peft_type"] == self.peft_type)
 
     def to_peft(
-        self, layers: dict[str, AdapterLayer], config: Any
+        self, layers: Mapping[str, IntrinsicLayer], config: Any
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        ordered = sorted(layers, key=lambda name: layers[name].stream)
+        ordered = sorted(layers, key=lambda name: layers[name].stream or 0)
         first = layers[ordered[0]]
         settings = {
             "peft_type": self.peft_type,
@@ -127,60 +119,8 @@ class Intrinsic(Method):
         if kind_of(module) not in self.kinds:
             allowed = ", ".join(sorted(self.kinds))
             raise AdapterError(f"{name} is an {kind_of(module)}: allowed: {allowed}")
-        layer = _layer(self, module, tensors["theta"], settings["projection_seed"])
-        layer.stream = settings["matrices"].index(name)
-        return layer
-
-
-@dataclass
-class _Count:
-    value: int = 0
-
-
-def _layer(method: Intrinsic, module: nn.Module, theta: Tensor, seed: int) -> AdapterLayer:
-    import torch
-
-    from lorakit.layers import AdapterLayer
-
-    layer = AdapterLayer(module, method, r=0, scaling=1.0)
-    device = theta.device if layer.weight.is_meta else layer.weight.device
-    value = theta.to(device, torch.float32, copy=True)
-    layer.theta = torch.nn.Parameter(value, requires_grad=False)
-    layer.projection_seed = seed
-    layer.stream = None
-    layer.kept = None
-    layer.training_passes = _Count()
-    return layer
-
-
-def _delta(layer: AdapterLayer) -> Tensor:
-    """reshape(P_i theta) (out, in), float32."""
-    from lorakit.kernels.fastfood import project
-
-    size = layer.out_features * layer.in_features
-    flat: Tensor = project(layer.theta, size, layer.projection_seed, layer.stream)
-    return flat.view(layer.out_features, layer.in_features)
-
-
-def _cast_delta(layer: AdapterLayer, dtype: torch.dtype) -> Tensor:
-    """The update in ``dtype``. Where theta gets no gradient it is kept until theta may have
-    changed: text is generated a token at a time, and P theta costs more than a token."""
-    import torch
-
-    theta = layer.theta
-    trains = torch.is_grad_enabled() and theta.requires_grad
-    if trains or torch.compiler.is_compiling():
-        # Fused optimizers change theta and not its version, after such a pass of any layer.
-        layer.training_passes.value += 1
-        layer.kept = None
-        return _delta(layer).to(dtype)
-    passes = layer.training_passes.value
-    state = (theta.data_ptr(), theta._version, theta.device, dtype, passes)
-    if layer.kept is None or layer.kept[0] != state:
-        with torch.inference_mode(False), torch.no_grad():
-            layer.kept = (state, _delta(layer).to(dtype))
-    kept: Tensor = layer.kept[1]
-    return kept
+        stream = settings["matrices"].index(name)
+        return self.layer_class()(module, tensors["theta"], settings["projection_seed"], stream)
 
 
 def _matrices(settings: Mapping[str, Any]) -> list[str]:

@@ -18,7 +18,8 @@ from lorakit.recipe.sections import AdapterSection, LoraAlpha, Probability, Rank
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lorakit.layers import AdapterLayer, FusedLayer
+    from lorakit.layers import AdapterLayer
+    from lorakit.methods.lora_layer import LoraLayer
 
 
 class LoraConfig(AdapterSection):
@@ -68,20 +69,19 @@ class Lora(Method):
                         f"{', '.join(ends)}, or longer ends of their names"
                     )
 
+    def layer_class(self) -> type[LoraLayer]:
+        from lorakit.methods.lora_layer import LoraLayer
+
+        return LoraLayer
+
     def wrap(self, module: nn.Module, config: Any, name: str) -> AdapterLayer:
-        import torch
-
-        from lorakit.layers import AdapterLayer
-        from lorakit.methods.lora_init import initialise
-
-        r = config.rank_of(name)
-        layer = AdapterLayer(module, self, r=r, scaling=config.scaling_of(name))
-        factors = {"lora_A": (r, layer.in_features), "lora_B": (layer.out_features, r)}
-        for factor, shape in factors.items():
-            empty = torch.empty(shape, dtype=torch.float32, device=layer.weight.device)
-            layer.register_parameter(factor, torch.nn.Parameter(empty))
-        layer.lora_dropout = torch.nn.Dropout(config.lora_dropout)
-        initialise(layer, config.init, name)
+        layer = self.layer_class()(
+            module,
+            r=config.rank_of(name),
+            scaling=config.scaling_of(name),
+            dropout=config.lora_dropout,
+        )
+        layer.reset_parameters(config.init, name)
         return layer
 
     def trained_parameters(self, model: nn.Module, config: Any) -> list[str]:
@@ -95,61 +95,11 @@ class Lora(Method):
         layers = adapted_modules(model).items()
         return [f"{name}.base_layer.bias" for name, layer in layers if layer.bias is not None]
 
-    def factors(self, layer: AdapterLayer) -> tuple[Tensor, Tensor]:
-        """A and B of the update; with ``init: pissa`` those of the start are taken off again, so
-        that the frozen W counts as W - scaling * B_0 A_0."""
-        import torch
-
-        A, B = layer.lora_A, layer.lora_B
-        if hasattr(layer, "initial_A"):
-            A, B = torch.cat([A, layer.initial_A]), torch.cat([B, -layer.initial_B], dim=1)
-        return A, B
-
-    def update(self, layer: AdapterLayer, x: Tensor, y: Tensor) -> Tensor:
-        from lorakit.kernels.low_rank import lora_add_
-
-        return lora_add_(y, layer.lora_dropout(x), *self.factors(layer), layer.scaling)
-
-    def embed(self, layer: AdapterLayer, ids: Tensor) -> Tensor:
-        return embedding_add(layer.base_layer(ids), layer, ids, *self.factors(layer))
-
-    def delta_weight(self, layer: AdapterLayer) -> Tensor:
-        """scaling * B A, (out, in); transposed for Conv1D and embeddings, which hold W^T."""
-        A, B = self.factors(layer)
-        delta: Tensor = (B.detach().float() @ A.detach().float()) * layer.scaling
-        return delta if layer.kind == "linear" else delta.t()
-
     def hooks(self, layers: Mapping[str, AdapterLayer], config: Any, total_steps: int) -> RunHooks:
         return _InitialFactors(layers) if config.init == "pissa" else RunHooks()
 
     def reads(self, settings: Mapping[str, Any]) -> bool:
         return settings["peft_type"] == "LORA" and not settings.get("use_dora")
-
-    def saved_rank(self, layer: AdapterLayer) -> int:
-        from lorakit.methods.lora_form import rank_of
-
-        return rank_of(layer)
-
-    def compose(self, fused: FusedLayer) -> AdapterLayer:
-        from lorakit.methods.lora_form import compose
-
-        return compose(self, fused)
-
-    def split(self, layer: AdapterLayer, parts: Mapping[str, Any]) -> FusedLayer:
-        from lorakit.methods.lora_form import split
-
-        return split(self, layer, parts)
-
-
-def embedding_add(y: Tensor, layer: AdapterLayer, ids: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """``y`` and the rows of scaling * (B A)^T for the ids."""
-    import torch.nn.functional as F
-
-    update: Tensor = F.linear(F.embedding(ids, A.t()).to(y.dtype), B.to(y.dtype))
-    # Gemma's embeddings scale what they look up, so the update to W is scaled too.
-    factor = layer.scaling * getattr(layer.base_layer, "embed_scale", 1.0)
-    out: Tensor = y + update * factor
-    return out
 
 
 class _InitialFactors(RunHooks):
@@ -157,9 +107,10 @@ class _InitialFactors(RunHooks):
 
     def __init__(self, layers: Mapping[str, AdapterLayer]) -> None:
         self._buffers: dict[str, Tensor] = {
-            f"{name}.{factor}": getattr(layer, factor)
+            f"{name}.{end}": value
             for name, layer in layers.items()
-            for factor in ("initial_A", "initial_B")
+            for end, value in layer.named_buffers()
+            if end in ("initial_A", "initial_B")
         }
 
     def state(self) -> dict[str, Tensor]:

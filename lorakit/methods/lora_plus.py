@@ -8,7 +8,7 @@ n = in_features and m = out_features (Su 2024, kexue.fm/archives/10001).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import model_validator
@@ -18,7 +18,7 @@ from lorakit.methods.lora import Lora, LoraConfig
 from lorakit.recipe.sections import AdapterSection, PositiveFloat, TrainSection
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from lorakit.layers import AdapterLayer
 
@@ -92,14 +92,34 @@ class LoraPlus(Lora):
 
 
 class _WithRates(RunHooks):
-    """LoRA's own hooks, and B's learning rate in the log: with ``auto`` the largest."""
+    """The hooks of ``inner``, and B's learning rate in the log: with ``auto`` the largest."""
 
     def __init__(self, inner: RunHooks) -> None:
-        self.state, self.load_state = inner.state, inner.load_state  # type: ignore[method-assign]
+        self._inner = inner
+        self.device_values = inner.device_values
+
+    def before_step(self, scale: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        return self._inner.before_step(scale)
+
+    def after_step(self, step: int, scaled: bool = False) -> None:
+        self._inner.after_step(step, scaled)
+
+    def is_final_form(self, step: int) -> bool:
+        return self._inner.is_final_form(step)
 
     def logged(self, step: int, optimizer: Any) -> dict[str, float]:
         rates = [group["lr"] for group in optimizer.param_groups if group["is_lora_B"]]
-        return {"learning_rate_B": float(max(rates))} if rates else {}
+        own = {"learning_rate_B": float(max(rates))} if rates else {}
+        return {**self._inner.logged(step, optimizer), **own}
+
+    def state(self) -> dict[str, Tensor]:
+        return self._inner.state()
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self._inner.load_state(state)
+
+    def ranks(self) -> dict[str, int] | None:
+        return self._inner.ranks()
 
 
 METHOD = LoraPlus()

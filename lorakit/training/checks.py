@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from lorakit.anatomy import adaptable_modules, is_routed_expert, is_within, layer_of
 from lorakit.errors import TargetError
-from lorakit.layers import AdapterLayer, FusedLayer, adapted_modules, adapter_layers
+from lorakit.layers import (
+    AdapterLayer,
+    BaseWrapper,
+    CompositeLayer,
+    adapted_modules,
+    adapter_layers,
+)
 from lorakit.module_names import as_yaml_list, covering_targets, describe_modules
 from lorakit.training.tracking import LateValues
 
@@ -181,8 +187,7 @@ class FirstStep:
         expert = is_routed_expert(name)
         if self._rows is not None and not self._rows[name]:
             return not (expert or self._skips)
-        own = [p for n, p in layer.named_parameters() if not n.startswith("base_layer.")]
-        trained = [parameter for parameter in own if parameter.requires_grad]
+        trained = [p for p in layer.own_parameters().values() if p.requires_grad]
         lacks = bool(trained) and all(parameter.grad is None for parameter in trained)
         return lacks and not (expert and self._rows is None)
 
@@ -203,9 +208,9 @@ class FirstStep:
         return f"to adapt the rest: target_modules: {as_yaml_list(targets)}"
 
     def _counter(
-        self, name: str, module: AdapterLayer | FusedLayer
+        self, name: str, module: BaseWrapper
     ) -> Callable[[nn.Module, tuple[object, ...], object], None]:
-        parts = module.parts if isinstance(module, FusedLayer) else ()
+        parts = module.parts if isinstance(module, CompositeLayer) else ()
         names = [f"{name}.{role}" for role in parts] or [name]
 
         def count(_module: nn.Module, inputs: tuple[object, ...], _output: object) -> None:

@@ -128,4 +128,4 @@ def loss(model: nn.Module) -> torch.Tensor:
 def merged_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Name -> W with the adapter folded in, of every module that is adapted."""
     with torch.no_grad():
-        return {n: x.merged_weight(x.weight) for n, x in adapted_modules(model).items()}
+        return {n: x.fold(x.weight) for n, x in adapted_modules(model).items()}

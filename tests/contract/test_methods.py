@@ -15,7 +15,7 @@ from lorakit import registry
 from lorakit.adapters.load import fold
 from lorakit.adapters.peft.write import load_adapter, save_adapter
 from lorakit.injection import trainable_state
-from lorakit.layers import FusedLayer, adapted_modules, adapter_layers, as_matrix
+from lorakit.layers import CompositeLayer, adapted_modules, adapter_layers
 from lorakit.models.master_weights import plain_name
 from lorakit.recipe.sections import AdapterSection
 from tests.contract.cases import (
@@ -159,7 +159,7 @@ def test_a_base_without_values_is_enough_for_the_merge(
     load_adapter(empty, tmp_path / "a")
     ((at, layer),) = adapted_modules(empty).items()
     weight = adapted_modules(model)[at].weight
-    got = layer.merged_weight(weight)
+    got = layer.fold(weight)
     assert (got.dtype, got.shape) == (torch.float32, weight.shape)
     torch.testing.assert_close(got, merged_weights(model)[at])
 
@@ -169,12 +169,12 @@ def test_rows_that_are_not_chosen_stay_bit_for_bit(
     name: str, kind: str, dtype: torch.dtype
 ) -> None:
     layer = adapted(name, kind, dtype).layer_in_place
-    assert isinstance(layer, FusedLayer)
+    assert isinstance(layer, CompositeLayer)
     x = torch.randn(3, 5, layer.in_features, dtype=dtype)
     others = OTHER_ROWS[kind]
     chosen = [row for row in range(layer.out_features) if row not in others]
-    merged = as_matrix(layer.base_layer, layer.merged_weight(layer.weight)).detach()
-    weight = as_matrix(layer.base_layer, layer.weight).float()
+    merged = layer.merged_weight(layer.dense_weight()).detach()
+    weight = layer.dense_weight().float()
     with torch.no_grad():
         output, plain = layer(x), layer.base_layer(x)
     for old, new in ((weight, merged), (plain.flatten(0, 1).t(), output.flatten(0, 1).t())):
@@ -188,17 +188,17 @@ def test_a_part_is_what_the_method_is_on_a_linear_layer(
 ) -> None:
     """A part's parameters on a linear layer that has the chosen rows alone: the same W."""
     layer = adapted(name, kind, torch.float32).layer_in_place
-    assert isinstance(layer, FusedLayer)
+    assert isinstance(layer, CompositeLayer)
     for role, part in layer.parts.items():
         rows = layer.rows(role)
         alone = nn.Linear(layer.in_features, part.out_features, bias=False)
-        whole = as_matrix(layer.base_layer, layer.weight.detach())
+        whole = layer.dense_weight().detach()
         alone.weight.data.copy_(rows.of(whole))
         method = registry.methods()[name]
         own = method.wrap(alone, config(name, kind), role)
         own.load_state_dict(part.state_dict(), strict=False)
-        merged = as_matrix(layer.base_layer, layer.merged_weight(layer.weight))
-        torch.testing.assert_close(rows.of(merged), own.merged_weight(alone.weight))
+        merged = layer.merged_weight(layer.dense_weight())
+        torch.testing.assert_close(rows.of(merged), own.fold(alone.weight))
 
 
 @cases()

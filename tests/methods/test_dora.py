@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from lorakit.errors import AdapterError
 from lorakit.injection import inject, trainable_state
 from lorakit.kernels import low_rank as kernel
-from lorakit.layers import AdapterLayer, FusedLayer, as_matrix
+from lorakit.layers import AdapterLayer, CompositeLayer, as_matrix
 from lorakit.methods.dora import METHOD, DoraConfig
 from tests.families import tiny, token_ids
 
@@ -53,7 +53,7 @@ def inputs(layer: AdapterLayer) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def reference(layer: AdapterLayer, x: torch.Tensor) -> torch.Tensor:
-    W = as_matrix(layer.base_layer, layer.weight)
+    W = layer.dense_weight()
     A, B, m = layer.lora_A, layer.lora_B, layer.lora_magnitude_vector
     return kernel.dora_reference(x, W, layer.bias, A, B, layer.scaling, m)
 
@@ -62,7 +62,7 @@ def reference(layer: AdapterLayer, x: torch.Tensor) -> torch.Tensor:
 def test_the_layer_is_the_formula(kind: str) -> None:
     layer = filled(kind, r=3, lora_alpha=5)
     given, x = inputs(layer)
-    W = as_matrix(layer.base_layer, layer.weight)
+    W = layer.dense_weight()
     W_, A, B, m, x_ = (
         t.detach().double().numpy()
         for t in (W, layer.lora_A, layer.lora_B, layer.lora_magnitude_vector, x)
@@ -138,17 +138,19 @@ def test_rows_without_a_norm_divide_nothing_by_zero() -> None:
     out.square().sum().backward()
     assert out.isfinite().all()
     assert all(p.grad.isfinite().all() for p in layer.parameters() if p.requires_grad)
-    assert METHOD.merged_weight(layer, layer.weight).isfinite().all()
+    assert layer.fold(layer.weight).isfinite().all()
     assert not out[:, 0].any()
 
 
-def test_the_norms_of_w_are_taken_once_and_again_when_w_changes() -> None:
+def test_the_norms_of_w_are_taken_once_and_again_when_w_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     layer = filled("linear", r=2)
     x, _ = inputs(layer)
     layer(x)
-    kept = layer.base_squares[1]
-    layer(x)
-    assert layer.base_squares[1] is kept
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "vector_norm", lambda *_: pytest.fail("taken again"))
+        layer(x)
     with torch.no_grad():
         layer.weight.mul_(3)
     torch.testing.assert_close(layer(x), reference(layer, x), atol=1e-5, rtol=1e-5)
@@ -159,7 +161,7 @@ def test_the_norms_of_w_are_taken_once_and_again_when_w_changes() -> None:
     layer.float().base_layer.weight = nn.Parameter(torch.randn(10, 6), requires_grad=False)
     torch.testing.assert_close(layer(x), reference(layer, x), atol=1e-5, rtol=1e-5)
     assert not any("squares" in name for name in layer.state_dict())
-    assert METHOD.norms(layer.to("meta")).is_meta
+    assert layer.to("meta").norms().is_meta
 
 
 def test_a_change_of_m_between_bfloat16s_own_steps_is_not_lost() -> None:
@@ -182,13 +184,13 @@ def test_it_compiles_into_one_graph() -> None:
     torch.testing.assert_close(compiled(x), layer(x), atol=1e-5, rtol=1e-5)
 
 
-def _fused(family: str) -> tuple[nn.Module, dict[str, FusedLayer]]:
+def _fused(family: str) -> tuple[nn.Module, dict[str, CompositeLayer]]:
     model = tiny(family)
     inject(model, DoraConfig(r=2, target_modules=["q", "v"]))
     with torch.no_grad():
         for parameter in trainable_state(model).values():
             parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model, {n: m for n, m in model.named_modules() if isinstance(m, FusedLayer)}
+    return model, {n: m for n, m in model.named_modules() if isinstance(m, CompositeLayer)}
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "phi3"])
@@ -197,27 +199,27 @@ def test_parts_of_a_fused_projection_are_one_layer_on_all_of_it_and_back(family:
     _, layers = _fused(family)
     assert layers
     for fused in layers.values():
-        whole = METHOD.compose(fused)
+        whole = fused.joined()
         x = torch.randn(3, fused.in_features)
         torch.testing.assert_close(whole(x), fused(x), atol=1e-5, rtol=1e-5)
         parts = {role: (fused.rows(role), part.r) for role, part in fused.parts.items()}
-        again = METHOD.split(whole, parts)
+        again = whole.split(parts)
         for role, part in again.parts.items():
             for name in ("lora_A", "lora_B", "lora_magnitude_vector"):
                 assert torch.equal(getattr(part, name), getattr(fused.parts[role], name))
-        merged = fused.merged_weight(fused.weight)
-        torch.testing.assert_close(whole.merged_weight(whole.weight), merged, atol=1e-6, rtol=0)
+        merged = fused.fold(fused.weight)
+        torch.testing.assert_close(whole.fold(whole.weight), merged, atol=1e-6, rtol=0)
 
 
 def test_a_magnitude_outside_of_the_parts_is_refused() -> None:
     _, layers = _fused("gpt2")
     fused = next(iter(layers.values()))
-    whole = METHOD.compose(fused)
+    whole = fused.joined()
     parts = {role: (fused.rows(role), part.r) for role, part in fused.parts.items()}
     with torch.no_grad():
         whole.lora_magnitude_vector[16] *= 1.1  # the first row of k
     with pytest.raises(AdapterError, match="q, v are not all that lora_magnitude_vector changes"):
-        METHOD.split(whole, parts)
+        whole.split(parts)
 
 
 def test_rank_pattern_bias_and_a_bfloat16_base() -> None:

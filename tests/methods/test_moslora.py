@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters.peft.write import load_adapter, save_adapter
 from lorakit.injection import inject, trainable_state
-from lorakit.layers import AdapterLayer, as_matrix
-from lorakit.methods.lora import METHOD as LORA
+from lorakit.layers import AdapterLayer
+from lorakit.methods.lora_layer import LoraLayer
 from lorakit.methods.moslora import METHOD, MosLoraConfig
 from tests.families import tiny, token_ids
 
@@ -45,7 +45,7 @@ def inputs(layer: AdapterLayer) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def reference(layer: AdapterLayer, x: torch.Tensor) -> torch.Tensor:
-    W = as_matrix(layer.base_layer, layer.weight)
+    W = layer.dense_weight()
     y = x @ W.t() + (0 if layer.bias is None else layer.bias)
     A, M, B = layer.lora_A, layer.lora_mixer, layer.lora_B
     return y + layer.scaling * torch.einsum("or,rs,si,...i->...o", B, M, A, x)
@@ -59,7 +59,7 @@ def test_the_layer_is_the_formula(kind: str, training: bool) -> None:
     W, A, M, B, x_ = (
         t.detach().double().numpy()
         for t in (
-            as_matrix(layer.base_layer, layer.weight),
+            layer.dense_weight(),
             layer.lora_A, layer.lora_mixer, layer.lora_B, x,
         )
     )  # fmt: skip
@@ -117,9 +117,8 @@ def test_dropout_is_on_the_adapter_path_only() -> None:
 def test_in_evaluation_it_is_the_saved_lora_bit_for_bit_over_bfloat16(kind: str) -> None:
     layer = filled(kind, r=3).eval()
     layer.base_layer.to(torch.bfloat16)
-    plain = AdapterLayer(layer.base_layer, LORA, r=3, scaling=layer.scaling)
-    plain.lora_A, plain.lora_B = layer.lora_mixer @ layer.lora_A, layer.lora_B
-    plain.lora_dropout = nn.Identity()
+    plain = LoraLayer(layer.base_layer, r=3, scaling=layer.scaling)
+    plain.set_factors((layer.lora_mixer @ layer.lora_A).detach(), layer.lora_B.detach())
     given, _ = inputs(layer)
     given = given if kind == "embedding" else given.bfloat16()
     with torch.no_grad():

@@ -19,12 +19,13 @@ from typing import Any
 from torch import Tensor
 
 from lorakit.adapters.merge.checkpoint import Checkpoint
-from lorakit.adapters.merge.updates import Held, LowRank, Weighted, adds_product
+from lorakit.adapters.merge.updates import Held, LowRank, Weighted
 from lorakit.adapters.peft.read import AdapterFiles, split_key
 from lorakit.adapters.peft.schema import LINEAR_FACTORS, peft_rank, peft_scaling
 from lorakit.adapters.peft.targets import is_targeted
 from lorakit.errors import AdapterError
 from lorakit.methods.base import Method
+from lorakit.methods.lora import Lora
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 _TWO_NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -241,7 +242,8 @@ def _is_plain_lora(files: AdapterFiles) -> bool:
     method, config = files.method, files.config
     return (
         not files.classifies
-        and adds_product(method)
+        and isinstance(method, Lora)
+        and type(method).layer_class is Lora.layer_class
         and config["peft_type"] == "LORA"
         and type(method).from_peft is Method.from_peft
         and type(method).link is Method.link

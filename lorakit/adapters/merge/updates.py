@@ -16,11 +16,9 @@ from torch import Tensor, nn
 
 from lorakit.adapters.peft.read import AdapterFiles, read_adapter
 from lorakit.errors import AdapterError
-from lorakit.methods.base import Method
-from lorakit.methods.lora import Lora
 
 if TYPE_CHECKING:
-    from lorakit.layers import AdapterLayer, FusedLayer
+    from lorakit.layers import BaseWrapper
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Weighted:
 class Update:
     """An adapter's layer on one matrix, and the factor of its update."""
 
-    layer: AdapterLayer | FusedLayer
+    layer: BaseWrapper
     weight: float = 1.0
 
 
@@ -124,33 +122,22 @@ def low_rank(updates: Sequence[Update | LowRank]) -> list[LowRank] | None:
 
 
 def _product(update: Update) -> LowRank | None:
-    from lorakit.layers import FusedLayer
-
-    layer = update.layer
-    if isinstance(layer, FusedLayer):
-        parts = list(layer.parts.values())
-        if not all(adds_product(part.method) for part in parts):
-            return None
-        layer = parts[0].method.compose(layer)  # rows outside of the parts get + 0.0
-    if not adds_product(layer.method):
+    delta = update.layer.low_rank()
+    if delta is None:
         return None
-    method = layer.method
-    assert isinstance(method, Lora)
-    A, B = (factor.detach().float() for factor in method.factors(layer))
-    if layer.kind != "linear":  # which hold W^T
-        A, B = B.t(), A.t()
-    return LowRank(B.contiguous(), A.contiguous(), layer.scaling, update.weight)
+    left, right = delta.B.float(), delta.A.float()
+    if update.layer.kind != "linear":  # which stores W^T
+        left, right = right.t(), left.t()
+    return LowRank(left.contiguous(), right.contiguous(), delta.scaling, update.weight)
 
 
 def merged_rows(updates: Sequence[Update | LowRank], weight: Tensor, start: int) -> Tensor | None:
     """``merged_sum`` of the rows ``weight`` of W, from ``start`` on; None if it needs all of W."""
-    from lorakit.layers import FusedLayer
-
     [first, *more] = updates
     if more or isinstance(first, LowRank) or first.weight != 1:
         return None
     layer = first.layer
-    return None if isinstance(layer, FusedLayer) else layer.method.merged_rows(layer, weight, start)
+    return layer.merged_rows(weight, start) if layer.kind == "linear" else None
 
 
 @torch.no_grad()
@@ -159,26 +146,16 @@ def merged_sum(updates: Sequence[Update | LowRank], weight: Tensor) -> Tensor:
     does more than add (DoRA), that is its whole change of W."""
     [first, *more] = updates
     if isinstance(first, Update) and first.weight == 1 and not more:
-        return first.layer.merged_weight(weight)
+        return first.layer.fold(weight)
     W = weight.float()
     merged = W.clone()
     for update in updates:
         if isinstance(update, LowRank):
             update.in_memory().add_rows(merged, 0, torch.empty_like(merged))
             continue
-        own = update.layer.merged_weight(weight)
+        own = update.layer.fold(weight)
         merged += update.weight * (own - W)
     return merged
-
-
-def adds_product(method: Method) -> bool:
-    """Whether ``method`` merges as LoRA does; a subclass may compute something else."""
-    own = type(method)
-    return (
-        isinstance(method, Lora)
-        and own.delta_weight is Lora.delta_weight
-        and own.merged_weight is Method.merged_weight
-    )
 
 
 def _check_same(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,13 @@ from lorakit.adapters.peft.schema import (
     peft_scaling,
 )
 from lorakit.errors import AdapterError
-from lorakit.layers import AdapterLayer, as_matrix
-from lorakit.methods.adalora import AdaLora, kept_rows, scaling_of
-from lorakit.methods.adalora_form import fold
+from lorakit.layers import AdapterLayer
+from lorakit.methods.adalora import AdaLora, scaling_of
+from lorakit.methods.adalora_layer import AdaLoraLayer
 from lorakit.methods.base import Method
+from lorakit.methods.dora_layer import DoraLayer
 from lorakit.methods.lora import Lora, LoraConfig
+from lorakit.methods.lora_layer import LoraLayer
 
 #: The keys that ``adapter_config.json`` takes from AdaLoRA's configuration unchanged.
 _ADALORA_KEYS = {
@@ -42,12 +44,14 @@ def to_peft(
     PEFT's names, without the prefix ``base_model.model.``."""
     if not _has_lora_format(method):
         return method.to_peft(layers, config)
+    low_rank = {name: layer for name, layer in layers.items() if isinstance(layer, LoraLayer)}
     if isinstance(method, AdaLora):
-        if all(layer.method is method for layer in layers.values()):
-            return _adalora_settings(layers, config), _adalora_tensors(layers)
+        triplets = {n: layer for n, layer in layers.items() if isinstance(layer, AdaLoraLayer)}
+        if len(triplets) == len(layers):
+            return _adalora_settings(triplets, config), _adalora_tensors(triplets)
         # PEFT's AdaLoRA cannot adapt slices of a fused projection: Lambda is folded into A.
-        return _folded_adalora(layers, config)
-    return _lora_settings(layers, config), _lora_tensors(layers)
+        return _folded_adalora(low_rank, config)
+    return _lora_settings(low_rank, config), _lora_tensors(low_rank)
 
 
 def from_peft(
@@ -65,17 +69,17 @@ def from_peft(
     if not _has_lora_format(method):
         return method.from_peft(module, name, settings, tensors)
     if isinstance(method, AdaLora):
-        return _read_adalora(method, module, name, settings, tensors)
+        return _read_adalora(module, name, settings, tensors)
     return _read_lora(method, module, name, settings, tensors)
 
 
-def _has_lora_format(method: Method) -> bool:
+def _has_lora_format(method: Method) -> TypeGuard[Lora]:
     return isinstance(method, Lora) and type(method).to_peft is Method.to_peft
 
 
-def _lora_settings(layers: Mapping[str, AdapterLayer], config: Any) -> dict[str, Any]:
+def _lora_settings(layers: Mapping[str, LoraLayer], config: Any) -> dict[str, Any]:
     """r and lora_alpha of the configuration, and patterns for the modules that differ."""
-    ranks = {name: layer.method.saved_rank(layer) for name, layer in layers.items()}
+    ranks = {name: layer.saved_rank for name, layer in layers.items()}
     alphas = {
         name: peft_alpha_of(layer.scaling, ranks[name], config.use_rslora)
         for name, layer in layers.items()
@@ -89,55 +93,53 @@ def _lora_settings(layers: Mapping[str, AdapterLayer], config: Any) -> dict[str,
         "alpha_pattern": {n: alpha for n, alpha in alphas.items() if alpha != config.lora_alpha},
         "bias": config.bias,
         "use_rslora": config.use_rslora,
-        "use_dora": any(hasattr(layer, MAGNITUDE) for layer in layers.values()),
+        "use_dora": any(isinstance(layer, DoraLayer) for layer in layers.values()),
         "init_lora_weights": True,
     }
 
 
-def _lora_tensors(layers: Mapping[str, AdapterLayer]) -> dict[str, Tensor]:
+def _lora_tensors(layers: Mapping[str, LoraLayer]) -> dict[str, Tensor]:
     tensors = {}
     for name, layer in layers.items():
-        method: Any = layer.method
-        for stored, factor in zip(factor_names(layer.kind), method.factors(layer), strict=True):
+        for stored, factor in zip(factor_names(layer.kind), layer.factors(), strict=True):
             tensors[f"{name}.{stored}"] = factor.detach()
-        if hasattr(layer, MAGNITUDE):
-            tensors[f"{name}.{MAGNITUDE}"] = getattr(layer, MAGNITUDE).detach()
+        if isinstance(layer, DoraLayer):
+            tensors[f"{name}.{MAGNITUDE}"] = layer.lora_magnitude_vector.detach()
     return tensors
 
 
 def _read_lora(
-    method: Method,
+    method: Lora,
     module: nn.Module,
     name: str,
     settings: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
 ) -> AdapterLayer:
     """The rank is what ``settings`` say, and the tensors must have it."""
-    layer = AdapterLayer(module, method, r=peft_rank(settings, name), scaling=1.0)
-    layer.scaling = peft_scaling(settings, name, layer.r)
+    r, dropout = peft_rank(settings, name), settings.get("lora_dropout", 0.0)
+    scaling = peft_scaling(settings, name, r)
+    layer = method.layer_class()(module, r=r, scaling=scaling, dropout=dropout)
     stored_A, stored_B = factor_names(layer.kind)
     wanted: dict[str, tuple[str, tuple[int, ...]]] = {
         "lora_A": (stored_A, (layer.r, layer.in_features)),
         "lora_B": (stored_B, (layer.out_features, layer.r)),
     }
-    if settings.get("use_dora"):
-        out_features = as_matrix(module, layer.weight).shape[0]
-        wanted[MAGNITUDE] = (MAGNITUDE, (out_features,))
+    if isinstance(layer, DoraLayer):
+        wanted[MAGNITUDE] = (MAGNITUDE, (layer.out_features,))
     _check_names(name, tensors, {stored for stored, _ in wanted.values()})
     for parameter, (stored, shape) in wanted.items():
         value = _checked_value(layer, name, stored, tensors[stored], shape)
         layer.register_parameter(parameter, nn.Parameter(value, requires_grad=False))
-    layer.lora_dropout = nn.Dropout(settings.get("lora_dropout", 0.0))
     return layer
 
 
-def _adalora_settings(layers: Mapping[str, AdapterLayer], config: Any) -> dict[str, Any]:
+def _adalora_settings(layers: Mapping[str, AdaLoraLayer], config: Any) -> dict[str, Any]:
     """PEFT builds each layer with init_r triplets, removes those that ``rank_pattern`` does not
     keep, and still divides lora_alpha by init_r. It requires a schedule: that of the run."""
     tinit, tfinal, total_steps = next(
-        (layer.schedule for layer in layers.values() if hasattr(layer, "schedule")), (0, 0, 1)
+        (layer.schedule for layer in layers.values() if layer.schedule), (0, 0, 1)
     )
-    kept = {name: kept_rows(layer) for name, layer in layers.items()}
+    kept = {name: layer.kept_rows() for name, layer in layers.items()}
     pruned = any(len(kept[name]) < layer.r for name, layer in layers.items())
     pattern = {
         f"{name}.{ADALORA_FACTORS.E}": [i in rows for i in range(layers[name].r)]
@@ -154,11 +156,11 @@ def _adalora_settings(layers: Mapping[str, AdapterLayer], config: Any) -> dict[s
     }
 
 
-def _adalora_tensors(layers: Mapping[str, AdapterLayer]) -> dict[str, Tensor]:
+def _adalora_tensors(layers: Mapping[str, AdaLoraLayer]) -> dict[str, Tensor]:
     """The kept triplets."""
     tensors = {}
     for name, layer in layers.items():
-        rows = kept_rows(layer)
+        rows = layer.kept_rows()
         tensors[f"{name}.{ADALORA_FACTORS.A}"] = layer.lora_A.detach()[rows]
         tensors[f"{name}.{ADALORA_FACTORS.E}"] = layer.lora_E.detach()[rows]
         tensors[f"{name}.{ADALORA_FACTORS.B}"] = layer.lora_B.detach()[:, rows]
@@ -166,7 +168,6 @@ def _adalora_tensors(layers: Mapping[str, AdapterLayer]) -> dict[str, Tensor]:
 
 
 def _read_adalora(
-    method: AdaLora,
     module: nn.Module,
     name: str,
     settings: Mapping[str, Any],
@@ -182,7 +183,8 @@ def _read_adalora(
     if r == 0 and not any(value.numel() for value in tensors.values()):
         shapes_of_one = {stored_A: (1, -1), stored_E: (1, 1), stored_B: (-1, 1)}
         r, tensors = 1, {end: _zeros(tensors[end], shape) for end, shape in shapes_of_one.items()}
-    layer = AdapterLayer(module, method, r=r, scaling=scaling)
+    dropout = settings.get("lora_dropout", 0.0)
+    layer = AdaLoraLayer(module, r=r, scaling=scaling, dropout=dropout)
     wanted = {
         "lora_A": (stored_A, (r, layer.in_features)),
         "lora_B": (stored_B, (layer.out_features, r)),
@@ -191,9 +193,7 @@ def _read_adalora(
     for parameter, (stored, shape) in wanted.items():
         value = _checked_value(layer, name, stored, tensors[stored], shape)
         layer.register_parameter(parameter, nn.Parameter(value, requires_grad=False))
-    kept = torch.ones(r, dtype=torch.bool, device=layer.lora_E.device)
-    layer.register_buffer("kept", kept, persistent=False)
-    layer.lora_dropout = nn.Dropout(settings.get("lora_dropout", 0.0))
+    layer.kept = torch.ones(r, dtype=torch.bool, device=layer.lora_E.device)
     return layer
 
 
@@ -204,11 +204,11 @@ def _zeros(empty: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def _folded_adalora(
-    layers: Mapping[str, AdapterLayer], config: Any
+    layers: Mapping[str, LoraLayer], config: Any
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Plain LoRA with the commonest rank as r, and a lora_alpha for each matrix that keeps its
     scaling."""
-    folded = {n: fold(x) if isinstance(x.method, AdaLora) else x for n, x in layers.items()}
+    folded = {n: x.as_lora() if isinstance(x, AdaLoraLayer) else x for n, x in layers.items()}
     r = Counter(layer.r for layer in folded.values()).most_common(1)[0][0]
     alpha = scaling_of(config.lora_alpha, config.init_r) * r
     plain = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=config.lora_dropout, bias=config.bias)
@@ -240,5 +240,5 @@ def _checked_value(
             f"{name}.{stored} is {tuple(value.shape)}, and the model with r = {layer.r} needs "
             f"{shape}: the adapter belongs to another base model"
         )
-    device = value.device if layer.weight.is_meta else layer.weight.device
+    device = value.device if layer.device.type == "meta" else layer.device
     return value.to(device, torch.float32, copy=True)

@@ -25,7 +25,7 @@ from lorakit.adapters.peft.schema import (
 from lorakit.adapters.peft.targets import matched_modules
 from lorakit.errors import AdapterError, listed
 from lorakit.injection import InjectionReport, find_heads, report
-from lorakit.layers import ADAPTABLE, AdapterLayer, FusedLayer, adapted_modules, adapter_layers
+from lorakit.layers import ADAPTABLE, BaseWrapper, adapted_modules, adapter_layers
 from lorakit.models.master_weights import set_value, train_module, train_parameter
 
 _SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -141,15 +141,13 @@ def _check_complete(
         raise AdapterError(f"{files.directory}: does not fit the model: {'; '.join(problems)}")
 
 
-def _layers(
-    model: nn.Module, files: AdapterFiles, places: Placement
-) -> dict[str, AdapterLayer | FusedLayer]:
-    layers: dict[str, AdapterLayer | FusedLayer] = {}
+def _layers(model: nn.Module, files: AdapterFiles, places: Placement) -> dict[str, BaseWrapper]:
+    layers: dict[str, BaseWrapper] = {}
     method, parts = files.method, files.parts
     for name, tensors in places.adapters.items():
         try:
             layer = from_peft(method, model.get_submodule(name), name, files.config, tensors)
-            layers[name] = method.split(layer, parts[name]) if name in parts else layer
+            layers[name] = layer.split(parts[name]) if name in parts else layer
         except AdapterError as error:
             raise AdapterError(f"{files.directory}: {error}") from error
     return layers
@@ -230,7 +228,7 @@ def _untie(model: nn.Module, whole: Mapping[str, Tensor]) -> None:
 
 def _set_trainable(
     model: nn.Module,
-    layers: Mapping[str, AdapterLayer | FusedLayer],
+    layers: Mapping[str, BaseWrapper],
     whole: Iterable[str],
     trainable: bool,
 ) -> None:

@@ -62,13 +62,13 @@ def refused_note(refused: Iterable[str]) -> str:
 
 def unadapted_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules as they were before adaption: adapter layers count as what they wrap."""
-    from lorakit.layers import AdapterLayer, FusedLayer  # imports transformers
+    from lorakit.layers import BaseWrapper  # imports transformers
 
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name and not name.startswith(inside or ("\0",)):
-            adapted = isinstance(module, AdapterLayer | FusedLayer)
+            adapted = isinstance(module, BaseWrapper)
             found[name] = module.base_layer if adapted else module
             inside += (f"{name}.",) if adapted else ()
     return found

@@ -29,7 +29,7 @@ from lorakit.adapters.peft.targets import (
 from lorakit.errors import AdapterError
 from lorakit.injection import trained_base, trained_whole
 from lorakit.io.atomic import atomic_directory
-from lorakit.layers import AdapterLayer, FusedLayer, adapted_modules
+from lorakit.layers import AdapterLayer, BaseWrapper, CompositeLayer, adapted_modules
 from lorakit.methods.base import Method
 from lorakit.models.master_weights import base_dtype, plain_name
 from lorakit.recipe.sections import AdapterSection
@@ -105,10 +105,7 @@ def _gathered(
 ) -> _Saved:
     adapted = adapted_modules(model)
     renamed: Callable[[str], str] = names or str
-    layers = {
-        renamed(name): method.compose(layer) if isinstance(layer, FusedLayer) else layer
-        for name, layer in adapted.items()
-    }
+    layers = {renamed(name): layer.joined() for name, layer in adapted.items()}
     settings, tensors = to_peft(method, layers, config)
     base_parameters = {renamed(n): value for n, value in trained_base(model, whole).items()}
     tensors |= base_parameters
@@ -198,7 +195,7 @@ def _sharing(model: nn.Module, whole: Sequence[str]) -> list[str]:
 def _sidecar(
     model: nn.Module,
     method: Method,
-    layers: Mapping[str, AdapterLayer | FusedLayer],
+    layers: Mapping[str, BaseWrapper],
     renamed: Callable[[str], str],
 ) -> dict[str, Any]:
     info: dict[str, Any] = {"lorakit_version": __version__, "method": method.name}
@@ -206,7 +203,7 @@ def _sidecar(
     dtype = base_dtype(model) if weight is None else weight.dtype
     info["base_dtype"] = str(dtype).removeprefix("torch.")
     fused = {
-        renamed(name): layer for name, layer in layers.items() if isinstance(layer, FusedLayer)
+        renamed(name): layer for name, layer in layers.items() if isinstance(layer, CompositeLayer)
     }
     if fused:
         info["parts"] = {name: _parts(layer) for name, layer in fused.items()}
@@ -219,10 +216,10 @@ def _sidecar(
     return info
 
 
-def _parts(layer: FusedLayer) -> dict[str, Any]:
+def _parts(layer: CompositeLayer) -> dict[str, Any]:
     """Role -> its rows and the rank that its part of the saved tensors has."""
     return {
-        role: dataclasses.asdict(layer.rows(role)) | {"r": part.method.saved_rank(part)}
+        role: dataclasses.asdict(layer.rows(role)) | {"r": part.saved_rank}
         for role, part in layer.parts.items()
     }
 

@@ -24,7 +24,7 @@ def deltas(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
     """Name -> what the adapter alone does to a matrix, in float64, from float32 sums."""
     found = {}
     for name, layer in adapted_modules(load(base, adapter, dtype="float32")).items():
-        merged = layer.merged_weight(layer.weight)
+        merged = layer.fold(layer.weight)
         found[f"{name}.weight"] = (merged.double() - layer.weight.double()).detach()
     return found
 

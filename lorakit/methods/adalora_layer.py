@@ -1,20 +1,81 @@
-"""AdaLoRA's part in a run: the penalty before a step, importance and ranks after it."""
+"""AdaLoRA's layer, and its part in a run: the penalty before a step, the ranks after it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
+import torch
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors
+
+from lorakit.kernels.rank_allocation import (
+    keep_top,
+    orthogonality,
+    triplet_scores,
+    update_importance,
+)
+from lorakit.layers import CompositeLayer
 from lorakit.methods.base import RunHooks
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from lorakit.layers import AdapterLayer
+from lorakit.methods.lora_layer import LoraLayer
 
 #: Factor -> along which dimension its importance is averaged for a triplet.
 _ACROSS = {"lora_A": 1, "lora_E": 1, "lora_B": 0}
+
+
+class AdaLoraLayer(LoraLayer):
+    """y = W x + b + scaling * P Lambda Q dropout(x).
+
+    P (out, r) is ``lora_B``, Lambda (r, 1) ``lora_E``, Q (r, in) ``lora_A``. ``kept`` (r,) says
+    which triplets have not been pruned; ``schedule`` is (tinit, tfinal, total_steps) of the run.
+    """
+
+    kept: Tensor
+
+    def __init__(
+        self, base_layer: nn.Module, *, r: int, scaling: float, dropout: float = 0.0
+    ) -> None:
+        super().__init__(base_layer, r=r, scaling=scaling, dropout=dropout)
+        self.lora_E = self.new_parameter(r, 1)
+        kept = torch.ones(r, dtype=torch.bool, device=self.device)
+        self.register_buffer("kept", kept, persistent=False)
+        self.schedule: tuple[int, int, int] | None = None
+
+    @torch.no_grad()
+    def reset_parameters(self, init: str, name: str) -> None:
+        """P and Q Gaussian with a standard deviation of 0.02, Lambda zero."""
+        for factor in (self.lora_A, self.lora_B):
+            factor.copy_(nn.init.normal_(torch.empty(factor.shape), std=0.02))
+        nn.init.zeros_(self.lora_E)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.lora_A * self.lora_E, self.lora_B
+
+    def kept_rows(self) -> list[int]:
+        """The triplets that are saved: those kept, or one, whose lambda is zero, if none is (PEFT
+        loads no rank of 0)."""
+        rows: list[int] = self.kept.nonzero().flatten().tolist()
+        return rows or [0]
+
+    @property
+    def saved_rank(self) -> int:
+        return len(self.kept_rows())
+
+    def as_lora(self) -> LoraLayer:
+        """A LoRA of the kept triplets: A' = Lambda Q, B' = P, the same scaling."""
+        rows = self.kept_rows()
+        folded = LoraLayer(self.base_layer, r=len(rows), scaling=self.scaling)
+        A = (self.lora_A * self.lora_E).detach()[rows]
+        folded.set_factors(A, self.lora_B.detach()[:, rows])
+        folded.lora_dropout = self.lora_dropout
+        return folded
+
+    @classmethod
+    def join(cls, composite: CompositeLayer) -> LoraLayer:
+        """As LoRA, of which the parts are the kept triplets: PEFT's AdaLoRA has no parts."""
+        parts = {n: p.as_lora() for n, p in composite.parts.items() if isinstance(p, AdaLoraLayer)}
+        return LoraLayer.join(CompositeLayer(composite.base_layer, parts))
 
 
 @dataclass(frozen=True)
@@ -61,11 +122,21 @@ class Allocation(RunHooks):
 
     device_values = ("orthogonality_loss",)
 
-    def __init__(self, layers: Mapping[str, AdapterLayer], config: Any, budget: Budget) -> None:
-        import torch
-
+    def __init__(
+        self,
+        layers: Mapping[str, AdaLoraLayer],
+        budget: Budget,
+        *,
+        beta1: float,
+        beta2: float,
+        orth_reg_weight: float,
+        orth_reg_form: Literal["squared", "mean_norm"],
+    ) -> None:
         self._names = list(layers)
-        self._config, self.budget = config, budget
+        self.budget = budget
+        self._betas = beta1, beta2
+        self._mean_norm = orth_reg_form == "mean_norm"
+        self._gamma = orth_reg_weight / (2 * len(layers) if self._mean_norm else 1)
         self._factors = {f: [getattr(x, f) for x in layers.values()] for f in _ACROSS}
         weights: list[Any] = [w for factors in self._factors.values() for w in factors]
         self._weights = weights
@@ -79,27 +150,23 @@ class Allocation(RunHooks):
         self._kept = torch.stack([layer.kept for layer in layers.values()])
         for layer, kept in zip(layers.values(), self._kept.unbind(0), strict=True):
             layer.kept = kept
-            layer.__dict__["schedule"] = (budget.tinit, budget.tfinal, budget.total_steps)
+            layer.schedule = (budget.tinit, budget.tfinal, budget.total_steps)
 
     def before_step(self, scale: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """Add the gradient of gamma * sum_k R(P_k, Q_k) (equation 4); its value is what is logged,
         and no loss contains it."""
-        from lorakit.kernels.rank_allocation import orthogonality
-
         total = None
-        mean_norm = self._config.orth_reg_form == "mean_norm"
-        weight = self._config.orth_reg_weight / (2 * len(self._names) if mean_norm else 1)
         for factor in ("lora_A", "lora_B"):
             factors = self._factors[factor]
-            value, gradients = orthogonality(factors, factor == "lora_B", mean_norm, weight)
+            value, gradients = orthogonality(
+                factors, factor == "lora_B", self._mean_norm, self._gamma
+            )
             total = value if total is None else total + value
             _add_gradients(factors, [scale(gradient) for gradient in gradients])
         assert total is not None
         return [total]
 
     def after_step(self, step: int, scaled: bool = False) -> None:
-        import torch
-
         if step < self.budget.final_step:
             self._update(scaled)
         if self.budget.allocates(step):
@@ -110,29 +177,20 @@ class Allocation(RunHooks):
                 torch._foreach_mul_(self._factors["lora_E"], list(mask))
 
     def _update(self, scaled: bool) -> None:
-        import torch
-
-        from lorakit.kernels.rank_allocation import update_importance
-
         with torch.no_grad():
             gradients = _in_a_row([_gradient(w) for w in self._weights])
             if scaled:  # what is not finite would stay in the averages for ever
                 gradients = torch.nan_to_num(gradients, 0.0, 0.0, 0.0)
             weights = _in_a_row(self._weights)
             average, uncertainty = self._rows
-            beta1, beta2 = self._config.beta1, self._config.beta2
-            update_importance([average], [uncertainty], [weights], [gradients], beta1, beta2)
+            update_importance([average], [uncertainty], [weights], [gradients], *self._betas)
 
     def _allocate(self, budget: int) -> None:
-        from lorakit.kernels.rank_allocation import keep_top
-
         self._kept.copy_(keep_top(self.scores(), budget))
 
     def scores(self) -> Tensor:
         """S = s(lambda) + mean s(column of P) + mean s(row of Q), with s the smoothed sensitivity
         times its uncertainty (equations 7, 11): (matrices, init_r)."""
-        from lorakit.kernels.rank_allocation import triplet_scores
-
         sizes = [weight.numel() for weight in self._weights]
         rows = (self._rows[0] * self._rows[1]).split(sizes)
         importance = [row.view_as(w) for row, w in zip(rows, self._weights, strict=True)]
@@ -170,8 +228,6 @@ class Allocation(RunHooks):
 
 def _add_gradients(weights: list[Any], gradients: list[Tensor]) -> None:
     """To what the loss gave; a matrix that the loss does not reach gets these alone."""
-    import torch
-
     there = [i for i, weight in enumerate(weights) if weight.grad is not None]
     if there:
         torch._foreach_add_([weights[i].grad for i in there], [gradients[i] for i in there])
@@ -180,13 +236,9 @@ def _add_gradients(weights: list[Any], gradients: list[Tensor]) -> None:
 
 
 def _in_a_row(tensors: list[Tensor]) -> Tensor:
-    from torch._utils import _flatten_dense_tensors
-
     row: Tensor = _flatten_dense_tensors(tensors)
     return row
 
 
 def _gradient(weight: Tensor) -> Tensor:
-    import torch
-
     return torch.zeros_like(weight) if weight.grad is None else weight.grad

@@ -1,0 +1,124 @@
+"""DoRA's layer."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorakit.errors import AdapterError
+from lorakit.kernels.low_rank import LowRankDelta, RowSlice, dora_add, row_norms, row_squares
+from lorakit.layers import CompositeLayer
+from lorakit.methods.lora_layer import LoraLayer
+
+#: How far the norm of a row may move, relative to it, when W is rounded to bfloat16.
+_ROUNDING = 2**-8
+
+
+class DoraLayer(LoraLayer):
+    """y = m * (W + scaling * B A) x / ||W + scaling * B A|| + b.
+
+    The norm is that of each row, ``lora_magnitude_vector`` m (out,) is trained.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, *, r: int, scaling: float, dropout: float = 0.0
+    ) -> None:
+        super().__init__(base_layer, r=r, scaling=scaling, dropout=dropout)
+        self.lora_magnitude_vector = self.new_parameter(self.out_features)
+        self._squares: tuple[Hashable, Tensor] | None = None
+
+    def reset_parameters(self, init: str, name: str) -> None:
+        """m starts as the norm that the forward pass divides by: the same bits, for every init."""
+        super().reset_parameters(init, name)
+        self.lora_magnitude_vector = nn.Parameter(self.norms())
+
+    def norms(self) -> Tensor:
+        """||W_i + scaling * (B A)_i|| (out,), without a gradient."""
+        return row_norms(self.dense_weight(), self._base_squares(), *self.factors(), self.scaling)
+
+    def update(self, x: Tensor, y: Tensor) -> Tensor:
+        factor = self.lora_magnitude_vector / self.norms()
+        if self.training and self.lora_dropout.p > 0:
+            x = self.lora_dropout(x)
+            plain = F.linear(x, self.dense_weight())
+        else:
+            plain = y if self.bias is None else y - self.bias
+        return dora_add(y, plain, x, *self.factors(), self.scaling, factor)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        y = self.base_forward(ids)
+        factor = self.lora_magnitude_vector / self.norms()
+        A, B = self.factors()
+        y = y.addcmul(y, (factor - 1).to(y.dtype))
+        return self.add_embedding(y, ids, A, factor[:, None] * B)
+
+    def delta_weight(self) -> Tensor:
+        """The whole change of W: the merged W less W."""
+        W = self.dense_weight()
+        return self.merged_weight(W) - W.float()
+
+    @torch.no_grad()
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        A, B = self.factors()
+        return self._normalised(
+            weight.float() + LowRankDelta(A, B, self.scaling).dense(), slice(None)
+        )
+
+    @torch.no_grad()
+    def merged_rows(self, weight: Tensor, start: int) -> Tensor | None:
+        if type(self).merged_weight is not DoraLayer.merged_weight:
+            return None
+        A, B = self.factors()
+        own = slice(start, start + len(weight))
+        delta = LowRankDelta(A, B[own], self.scaling).dense()
+        return self._normalised(delta.add_(weight), own)
+
+    def _normalised(self, merged: Tensor, rows: slice) -> Tensor:
+        """m * merged / ||merged|| for the ``rows`` of W, in place."""
+        norm = torch.linalg.vector_norm(merged, dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+        factor = self.lora_magnitude_vector.detach()[rows].float() / norm
+        return merged.mul_(factor[:, None])
+
+    @classmethod
+    def join(cls, composite: CompositeLayer) -> LoraLayer:
+        """Rows outside of the parts have their own norm for m, by the operation with which PEFT
+        takes it again: m / norm is 1."""
+        layer = super().join(composite)
+        assert isinstance(layer, DoraLayer)
+        m = layer._norms_of_base()
+        for name, part in composite.parts.items():
+            assert isinstance(part, DoraLayer)
+            composite.rows(name).put(m, part.lora_magnitude_vector.detach())
+        layer.lora_magnitude_vector = nn.Parameter(m, requires_grad=False)
+        return layer
+
+    def split(self, parts: Mapping[str, tuple[RowSlice, int]]) -> CompositeLayer:
+        composite = super().split(parts)
+        m = self.lora_magnitude_vector.detach()
+        expected = m.clone() if self.device.type == "meta" else self._norms_of_base()
+        for name, part in composite.parts.items():
+            own = composite.rows(name).of(m).clone()
+            part.lora_magnitude_vector = nn.Parameter(own, requires_grad=False)
+            composite.rows(name).put(expected, own)
+        if ((m - expected).abs() > expected.abs() * _ROUNDING).any():
+            raise AdapterError(
+                f"the parts {', '.join(parts)} are not all that lora_magnitude_vector changes"
+            )
+        return composite
+
+    def _norms_of_base(self) -> Tensor:
+        """||W_i|| (out,)"""
+        norms: Tensor = torch.linalg.vector_norm(self.dense_weight().detach().float(), dim=1)
+        return norms
+
+    def _base_squares(self) -> Tensor:
+        """||W_i||^2 (out,), computed anew when W has changed."""
+        W = self.dense_weight().detach()
+        if torch.compiler.is_compiling():  # which cannot trace where a tensor lies
+            return row_squares(W)
+        if self._squares is None or self._squares[0] != self.base_state:
+            self._squares = self.base_state, row_squares(W)
+        return self._squares[1]

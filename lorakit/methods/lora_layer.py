@@ -1,0 +1,223 @@
+"""The layers of LoRA and MoSLoRA, and how the factors of a low-rank update are initialised."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorakit.errors import AdapterError, TargetError
+from lorakit.kernels.low_rank import LowRankDelta, RowSlice, lora_add_
+from lorakit.layers import AdapterLayer, CompositeLayer, RowView
+
+#: Matrices no larger than this in one dimension are decomposed exactly.
+_EXACT_SVD = 1024
+
+
+class LoraLayer(AdapterLayer):
+    """y = W x + b + scaling * B A dropout(x): ``lora_A`` (r, in) and ``lora_B`` (out, r).
+
+    With ``init: pissa`` the product of the initial factors, ``initial_A`` and ``initial_B``, is
+    subtracted again, so that W itself stays as it is and the output starts unchanged.
+    """
+
+    initial_A: Tensor | None
+    initial_B: Tensor | None
+
+    def __init__(
+        self, base_layer: nn.Module, *, r: int, scaling: float, dropout: float = 0.0
+    ) -> None:
+        super().__init__(base_layer, r=r, scaling=scaling)
+        self.lora_A = self.new_parameter(r, self.in_features)
+        self.lora_B = self.new_parameter(self.out_features, r)
+        self.lora_dropout = nn.Dropout(dropout)
+        self.register_buffer("initial_A", None, persistent=False)
+        self.register_buffer("initial_B", None, persistent=False)
+
+    def reset_parameters(self, init: str, name: str) -> None:
+        """Initialise as ``adapter.init`` says; ``name``, the module's, is for errors.
+
+        - ``default``: A Kaiming-uniform as in loralib, B zero; an embedding has A zero and B
+          standard Gaussian, as in loralib.
+        - ``b_gaussian``: A zero, B Gaussian of variance 1 / r, which keeps B h of the size of h.
+        - ``pissa`` (Meng et al. 2024, arXiv 2404.02948, section 3): with W = U S V^T,
+          A = (S_r / scaling)^(1/2) V_r^T and B = U_r (S_r / scaling)^(1/2), as in PEFT.
+        - ``orthogonal``: of a random orthogonal Q (r, r) A gets half of the rows and B the other
+          half, mixed with Gaussians of standard deviation 0.1, so that B A = 0 with neither zero.
+
+        Random values come from torch's default generator. Raises TargetError for an odd r with
+        ``orthogonal``, and for an r above the rank of W with ``pissa``.
+        """
+        if init == "pissa":
+            self._start_from_principal(name)
+        elif init == "orthogonal":
+            self._start_orthogonal(name)
+        else:
+            self._start_at_zero(b_random=init == "b_gaussian" or self.kind == "embedding")
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B of the update; of ``pissa`` those of training and of the start, side by side."""
+        if self.initial_A is None or self.initial_B is None:
+            return self.lora_A, self.lora_B
+        A = torch.cat([self.lora_A, self.initial_A])
+        return A, torch.cat([self.lora_B, -self.initial_B], dim=1)
+
+    def update(self, x: Tensor, y: Tensor) -> Tensor:
+        return lora_add_(y, self.lora_dropout(x), *self.factors(), self.scaling)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.add_embedding(self.base_forward(ids), ids, *self.factors())
+
+    def add_embedding(self, y: Tensor, ids: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """``y`` plus the columns of scaling * B A for the ids."""
+        update = F.linear(F.embedding(ids, A.t()).to(y.dtype), B.to(y.dtype))
+        return y + update * (self.scaling * self.embed_scale)
+
+    def delta_weight(self) -> Tensor:
+        """scaling * B A, float32 (out, in)."""
+        A, B = self.factors()
+        return LowRankDelta(A, B, self.scaling).dense()
+
+    def low_rank(self) -> LowRankDelta | None:
+        own = type(self)
+        if own.delta_weight is not LoraLayer.delta_weight:
+            return None
+        if own.merged_weight is not AdapterLayer.merged_weight:
+            return None
+        A, B = self.factors()
+        return LowRankDelta(A.detach(), B.detach(), self.scaling)
+
+    @property
+    def saved_rank(self) -> int:
+        return self.r if self.initial_A is None else 2 * self.r
+
+    @classmethod
+    def join(cls, composite: CompositeLayer) -> LoraLayer:
+        """The A of the parts one below the other, each B in its own rows and columns, zero
+        elsewhere: the same update to the bit, whose rank is the sum of the parts'."""
+        parts = {
+            name: part for name, part in composite.parts.items() if isinstance(part, LoraLayer)
+        }
+        factors = {name: part.factors() for name, part in parts.items()}
+        A = torch.cat([A.detach() for A, _ in factors.values()])
+        first = next(iter(parts.values()))
+        layer = cls(composite.base_layer, r=len(A), scaling=first.scaling)
+        B = A.new_zeros(layer.out_features, layer.r)
+        at = 0
+        for name, (_, own) in factors.items():
+            columns = B[:, at : at + own.shape[1]]
+            scale = parts[name].scaling / first.scaling
+            composite.rows(name).put(columns, own.detach() * scale)
+            at += own.shape[1]
+        layer.set_factors(A, B)
+        layer.lora_dropout = first.lora_dropout
+        return layer
+
+    def split(self, parts: Mapping[str, tuple[RowSlice, int]]) -> CompositeLayer:
+        found, at = {}, 0
+        rest = self.lora_B.detach().clone()
+        for name, (rows, r) in parts.items():
+            if not rows.fit(self.out_features):
+                raise AdapterError(
+                    f"the part {name}, {rows}, does not fit {self.out_features} rows"
+                )
+            columns = slice(at, at + r)
+            part = type(self)(RowView(self.base_layer, rows), r=r, scaling=self.scaling)
+            B = rows.of(self.lora_B[:, columns])
+            part.set_factors(self.lora_A[columns].detach().clone(), B.detach().clone())
+            part.lora_dropout = self.lora_dropout
+            rows.put(rest[:, columns], torch.zeros_like(part.lora_B))
+            found[name] = part
+            at += r
+        if at != self.r or rest.any():
+            raise AdapterError(f"the parts {', '.join(parts)} are not all that the tensors hold")
+        return CompositeLayer(self.base_layer, found)
+
+    def set_factors(self, A: Tensor, B: Tensor) -> None:
+        """Replace A and B by frozen parameters with these values."""
+        self.lora_A = nn.Parameter(A, requires_grad=False)
+        self.lora_B = nn.Parameter(B, requires_grad=False)
+
+    def _start_at_zero(self, b_random: bool) -> None:
+        nn.init.zeros_(self.lora_A if b_random else self.lora_B)
+        if self.kind == "embedding":
+            nn.init.normal_(self.lora_B)
+        elif b_random:
+            nn.init.normal_(self.lora_B, std=1 / math.sqrt(self.r))
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    @torch.no_grad()
+    def _start_from_principal(self, name: str) -> None:
+        if self.r > (most := min(self.base_shape)):
+            raise TargetError(f"adapter.r = {self.r}: init: pissa on {name}; allowed: up to {most}")
+        left, values, right = _principal(self.dense_weight().float(), self.r)
+        root = (values / self.scaling).sqrt()
+        self.lora_A.copy_(root[:, None] * right.t())
+        self.lora_B.copy_(left * root)
+        self.initial_A, self.initial_B = self.lora_A.clone(), self.lora_B.clone()
+
+    @torch.no_grad()
+    def _start_orthogonal(self, name: str) -> None:
+        if self.r % 2:
+            raise TargetError(
+                f"adapter.r = {self.r}: init: orthogonal on {name}; allowed: even ranks"
+            )
+        half = self.r // 2
+        q, _ = torch.linalg.qr(torch.randn(self.r, self.r))
+        mix_A = torch.randn(self.in_features, half) * 0.1
+        mix_B = torch.randn(self.out_features, half) * 0.1
+        self.lora_A.copy_((mix_A @ q[:half]).t())
+        self.lora_B.copy_(mix_B @ q[half:])
+
+
+class MosLoraLayer(LoraLayer):
+    """y = W x + b + scaling * B M A dropout(x), with a trained ``lora_mixer`` M (r, r)."""
+
+    def __init__(
+        self, base_layer: nn.Module, *, r: int, scaling: float, dropout: float = 0.0
+    ) -> None:
+        super().__init__(base_layer, r=r, scaling=scaling, dropout=dropout)
+        self.lora_mixer = self.new_parameter(r, r)
+
+    def reset_parameters(self, init: str, name: str) -> None:
+        super().reset_parameters(init, name)
+        nn.init.orthogonal_(self.lora_mixer)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """LoRA's A and B of the same update: M A and B."""
+        return self.lora_mixer @ self.lora_A, self.lora_B
+
+    def update(self, x: Tensor, y: Tensor) -> Tensor:
+        """In evaluation as the plain LoRA that is saved: in half precision the mixer by itself
+        would be one rounding more, and the metrics not those of the saved adapter."""
+        if not self.training:
+            return super().update(x, y)
+        x = self.lora_dropout(x)
+        h = F.linear(x, self.lora_A.to(x.dtype))
+        return lora_add_(y, h, self.lora_mixer, self.lora_B, self.scaling)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """In training with B M for B: M A is as large as the vocabulary."""
+        if not self.training:
+            return super().embed(ids)
+        B = self.lora_B @ self.lora_mixer
+        return self.add_embedding(self.base_forward(ids), ids, self.lora_A, B)
+
+    @classmethod
+    def join(cls, composite: CompositeLayer) -> LoraLayer:
+        """A layer of LoRA: the mixers are folded in."""
+        return LoraLayer.join(composite)
+
+
+def _principal(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U (out, r), S (r,), V (in, r): exact for small matrices, else by subspace iteration."""
+    if min(weight.shape) <= _EXACT_SVD:
+        left, values, right_t = torch.linalg.svd(weight, full_matrices=False)
+        right = right_t.t()
+    else:
+        left, values, right = torch.svd_lowrank(weight, q=r + 8, niter=8)
+    return left[:, :r], values[:r], right[:, :r]

@@ -1,0 +1,119 @@
+"""The layers' own arithmetic: what a new layer class gets, and several parts over one base."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lorakit.kernels.low_rank import RowSlice
+from lorakit.layers import AdapterLayer, CompositeLayer, RowView
+from lorakit.methods.dora_layer import DoraLayer
+from lorakit.methods.lora_layer import LoraLayer
+
+
+class Offset(AdapterLayer):
+    """A layer that defines no more than it must."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.offset = self.new_parameter(*self.base_shape)
+        nn.init.normal_(self.offset)
+
+    def delta_weight(self) -> Tensor:
+        return self.offset
+
+
+class Stacked(nn.Module):
+    """Several linear layers of one input as a single one."""
+
+    def __init__(self, *layers: nn.Linear) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    @property
+    def weight(self) -> Tensor:
+        return torch.cat([layer.weight for layer in self.layers])
+
+    @property
+    def bias(self) -> Tensor:
+        return torch.cat([layer.bias for layer in self.layers])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([layer(x) for layer in self.layers], dim=-1)
+
+
+def lora(base: nn.Module, r: int = 2, layer_class: type[LoraLayer] = LoraLayer) -> LoraLayer:
+    layer = layer_class(base, r=r, scaling=0.5)
+    nn.init.normal_(layer.lora_A)
+    nn.init.normal_(layer.lora_B)
+    if isinstance(layer, DoraLayer):
+        nn.init.uniform_(layer.lora_magnitude_vector, 1, 2)
+    return layer
+
+
+@pytest.mark.parametrize("base", [nn.Linear(4, 6), Conv1D(6, 4), nn.Embedding(4, 6)], ids=type)
+def test_delta_weight_alone_makes_a_layer(base: nn.Module) -> None:
+    layer = Offset(base)
+    assert layer.base_shape == (6, 4)
+    assert list(layer.own_parameters()) == ["offset"]
+    ids = torch.tensor([[3, 0], [1, 1]])
+    one_hot = F.one_hot(ids, 4).float()
+    out = layer(ids if isinstance(base, nn.Embedding) else one_hot)
+    with torch.no_grad():
+        merged = layer.merged_weight(layer.dense_weight())
+        bias = 0 if layer.bias is None else layer.bias
+        torch.testing.assert_close(out, one_hot @ merged.t() + bias)
+        assert torch.equal(
+            layer.fold(layer.weight),
+            (layer.dense_weight() + layer.offset).t()
+            if layer.kind != "linear"
+            else layer.weight + layer.offset,
+        )
+    out.sum().backward()
+    assert layer.offset.grad is not None
+
+
+@pytest.mark.parametrize("layer_class", [LoraLayer, DoraLayer])
+def test_parts_that_overlap_are_several_adapters_of_one_module(
+    layer_class: type[LoraLayer],
+) -> None:
+    """The changes of all parts are added, whatever their rows and periods."""
+    base = nn.Linear(4, 12).requires_grad_(False)
+    slices = {"all": RowSlice(0, 12, 12), "first": RowSlice(0, 6, 12), "heads": RowSlice(1, 2, 3)}
+    parts = {n: lora(RowView(base, rows), 2, layer_class) for n, rows in slices.items()}
+    layer = CompositeLayer(base, parts)
+    x = torch.randn(3, 5, 4)
+    want, W = base(x).clone(), base.weight.clone()
+    for name, part in parts.items():
+        own = slices[name].of(torch.arange(12))
+        delta = part.delta_weight().detach()
+        want[..., own] += x @ delta.t()
+        W[own] += delta
+    torch.testing.assert_close(layer(x), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(layer.merged_weight(base.weight), W, atol=1e-5, rtol=1e-5)
+
+
+def test_one_layer_spans_several_modules() -> None:
+    """q, k and v of a model that has them apart, stacked: adapted together, or each by itself."""
+    torch.manual_seed(0)
+    q, k, v = (nn.Linear(4, size).requires_grad_(False) for size in (8, 4, 4))
+    base, x = Stacked(q, k, v), torch.randn(3, 4)
+    together = lora(base)
+    assert together.base_shape == (16, 4)
+    torch.testing.assert_close(
+        together(x), base(x) + x @ together.delta_weight().t(), atol=1e-5, rtol=1e-5
+    )
+    rows = {"q": RowSlice(0, 8, 16), "v": RowSlice(12, 16, 16)}
+    apart = CompositeLayer(base, {name: lora(RowView(base, own)) for name, own in rows.items()})
+    out = apart(x)
+    assert torch.equal(out[:, 8:12], k(x))
+    for name, module in (("q", q), ("v", v)):
+        delta = apart.parts[name].delta_weight()
+        torch.testing.assert_close(
+            rows[name].of(out, dim=1), module(x) + x @ delta.t(), atol=1e-5, rtol=1e-5
+        )
+    merged = apart.merged_weight(apart.dense_weight())
+    torch.testing.assert_close(F.linear(x, merged, base.bias), out, atol=1e-5, rtol=1e-5)
