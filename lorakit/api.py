@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from lorakit.evaluation.prompts import chat_request, read_requests, text_request
     from lorakit.evaluation.sampling import Decoding
     from lorakit.injection import inject
+    from lorakit.io.atomic import write_text
     from lorakit.models.load import window
+    from lorakit.openmp import yield_cores
     from lorakit.pipeline.adapted_model import load_for_generation
     from lorakit.pipeline.evaluation import evaluate, evaluate_split
     from lorakit.pipeline.predictions import SplitEvaluation, prediction_lines, score_predictions
@@ -47,7 +49,9 @@ _MODULES = {
     "lorakit.evaluation.prompts": ("chat_request", "read_requests", "text_request"),
     "lorakit.evaluation.sampling": ("Decoding",),
     "lorakit.injection": ("inject",),
+    "lorakit.io.atomic": ("write_text",),
     "lorakit.models.load": ("window",),
+    "lorakit.openmp": ("yield_cores",),
     "lorakit.pipeline.adapted_model": ("load_for_generation",),
     "lorakit.pipeline.evaluation": ("evaluate", "evaluate_split"),
     "lorakit.pipeline.predictions": ("SplitEvaluation", "prediction_lines", "score_predictions"),
@@ -93,6 +97,8 @@ __all__ = [
     "text_request",
     "train",
     "window",
+    "write_text",
+    "yield_cores",
 ]
 
 

@@ -93,6 +93,11 @@ def _fold(name: str) -> str:
     return name.lower().replace("-", "_")
 
 
+def at_line(file: str, line: int | None) -> str:
+    """Name a place in a file, or the file if the line is not known."""
+    return f"{file}, line {line}" if line else file
+
+
 @dataclass(frozen=True)
 class Problem:
     """One problem of a recipe: where it is, what was found, and what is allowed.
@@ -109,8 +114,8 @@ class Problem:
     file: str | None = None
 
     def __str__(self) -> str:
-        where = (self.file or "recipe") + (f", line {self.line}" if self.line else "")
         key = f"{self.key} = {shown(self.value)}" if self.has_value else self.key
+        where = at_line(self.file or "recipe", self.line)
         text = ": ".join(part for part in (where, key, self.message) if part)
         return f"{text}; allowed: {self.allowed}" if self.allowed else text
 

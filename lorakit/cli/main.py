@@ -1,4 +1,4 @@
-"""The command line: which commands there are, and how their failures end."""
+"""The command line: the list of commands, and how errors become exit codes."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
 import typer
 
+from lorakit.api import yield_cores
 from lorakit.cli.adapters import convert, merge
 from lorakit.cli.generate import generate
 from lorakit.cli.preview import preview
 from lorakit.cli.recipes import methods, schema, tasks, validate
 from lorakit.cli.run import eval_, train
 from lorakit.errors import LorakitError, RecipeError
-from lorakit.openmp import yield_cores
 from lorakit.version import __version__
 
 _INTERRUPTED = 128 + signal.SIGINT
@@ -30,7 +29,7 @@ _TERMINATED = 128 + signal.SIGTERM
 
 app = typer.Typer(
     name="lorakit",
-    help="Train, merge and evaluate low-rank adapters from one recipe.",
+    help="Train, evaluate and merge low-rank adapters from one recipe.",
     epilog="Example: lorakit validate recipes/quickstart.yaml",
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -38,8 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 
-# A command is one file beside this one. It imports at its top only what is light, and what it
-# calls inside the function, so that `--help` loads nothing of it.
+# A command imports lorakit.api inside its function, so that `--help` loads no library.
 for command in (train, merge, eval_, generate, convert, preview, validate, schema, methods, tasks):
     app.command(command.__name__.rstrip("_"))(command)
 
@@ -55,7 +53,7 @@ def _options(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version."
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
 ) -> None:
@@ -63,15 +61,15 @@ def _options(
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line (default: the process's own) and return its exit code.
+    """Run a command line (default: that of the process) and return its exit code.
 
-    0 done, 2 wrong input, 1 it failed all the same, 130 and 143 stopped by a signal.
+    0: done; 2: invalid input; 1: failure; 130 and 143: stopped by SIGINT or SIGTERM.
     """
     try:
-        with _terminable(), yield_cores():
+        with _unwind_on_sigterm(), yield_cores():
             app(args=None if arguments is None else list(arguments), prog_name="lorakit")
     except SystemExit as end:
-        if end.code in (_INTERRUPTED, _TERMINATED):  # typer makes the first of a Ctrl-C
+        if end.code in (_INTERRUPTED, _TERMINATED):  # typer converts Ctrl-C to the first
             typer.echo("stopped", err=True)
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except LorakitError as error:
@@ -81,18 +79,20 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         typer.echo("stopped", err=True)
         return _INTERRUPTED
-    except Exception as error:  # ours: the user gets one line, and the file that tells us the rest
+    except Exception as error:  # a bug: print one line, and keep the traceback in a file
         if os.environ.get("LORAKIT_TRACEBACK"):
             raise
-        typer.echo(f"error: {_unexpected(error)}", err=True)
+        typer.echo(f"error: {_log_traceback(error)}", err=True)
         return 1
     return 0
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM unwinds the stack, so that what is half written is deleted. Training, which catches
-    it to save a checkpoint, does so inside."""
+def _unwind_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that temporary files are deleted.
+
+    Training installs its own handler, which saves a checkpoint.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -107,14 +107,14 @@ def _terminate(_number: int, _frame: FrameType | None) -> None:
     raise SystemExit(_TERMINATED)
 
 
-def _unexpected(error: Exception) -> str:
+def _log_traceback(error: Exception) -> str:
     reason = (str(error).strip().splitlines() or [""])[0]
     handle, name = tempfile.mkstemp(prefix="lorakit-", suffix=".log")
     with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as log:
         log.write("".join(traceback.format_exception(error)))
-    return f"{type(error).__name__}: {reason}; the traceback is in {Path(name)}"
+    return f"{type(error).__name__}: {reason}; the traceback is in {name}"
 
 
 def main() -> None:
-    """The console script."""
+    """Entry point of the console script."""
     sys.exit(run())

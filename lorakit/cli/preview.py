@@ -1,15 +1,15 @@
-"""``lorakit preview``: what the model will see, and what of it is trained."""
+"""``preview``: the tokens that the model will see, and which of them are trained."""
 
 from __future__ import annotations
 
+import json
 import sys
 import unicodedata
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorakit.cli.output import progress, say
+from lorakit.cli.console import AsJson, Overrides, RecipeFile, progress, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,42 +17,42 @@ if TYPE_CHECKING:
     from lorakit.api import DescribedRow, Piece, Preview
 
 _OPEN, _CLOSE, _BREAK = "⟦", "⟧", "⏎"
-#: Joiners shape the letters of some scripts, and emoji: they are text, not commands.
+#: Zero-width joiners shape the letters of some scripts and emoji, so they are not escaped.
 _JOINERS = "\u200c\u200d"
+
+_Split = Annotated[str, typer.Option(metavar="S", help="Split.")]
+_Count = Annotated[int, typer.Option(metavar="N", min=0, help="Number of rows to show.")]
+_Start = Annotated[int, typer.Option(metavar="K", min=1, help="First row to show.")]
+_Limit = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="Read only the first N rows [default: all]."),
+]
+_Plain = Annotated[
+    bool, typer.Option("--plain", help="Mark trained text with brackets instead of colors.")
+]
 
 
 def preview(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe file.")],
-    split: Annotated[str, typer.Option(metavar="S", help="Split.")] = "train",
-    count: Annotated[int, typer.Option(metavar="N", min=0, help="Rows to show.")] = 3,
-    start: Annotated[int, typer.Option(metavar="K", min=1, help="The first of them.")] = 1,
-    limit: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Take the split's first N rows [default: all]."),
-    ] = None,
-    plain: Annotated[
-        bool, typer.Option("--plain", help="No colours: trained text stands in marks.")
-    ] = False,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a value, read as YAML."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    recipe: RecipeFile,
+    split: _Split = "train",
+    count: _Count = 3,
+    start: _Start = 1,
+    limit: _Limit = None,
+    plain: _Plain = False,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Show rows as the model will see them, tokens by trained or masked, and a split's figures.
+    """Show rows as the model will see them, with trained and masked tokens, and split statistics.
 
-    No weights are loaded. Colours need a terminal; elsewhere, and where NO_COLOR is set, trained
-    text stands between ⟦ and ⟧. Control characters of the data are escaped.
+    No model is loaded. Without a terminal, or if NO_COLOR is set, trained text is enclosed in ⟦ and
+    ⟧. Control characters in the data are escaped.
 
     Example: lorakit preview recipes/quickstart.yaml --split validation --count 5
     """
-    from lorakit.recipe.load import load_recipe
-
-    resolved = load_recipe(recipe, overrides)
-
     from lorakit.api import preview as make_preview
+    from lorakit.recipe.load import open_recipe
 
-    with progress("tokenised") as report:
+    with open_recipe(recipe, overrides) as resolved, progress("tokenized") as report:
         found = make_preview(
             resolved, split=split, start=start, count=count, limit=limit, on_progress=report,
             say=say,
@@ -60,14 +60,12 @@ def preview(
     _print_json(found) if as_json else _print(found, plain)
     if endless := found.summary.endless_rows:
         say(
-            f"warning: {endless:,} of {found.training_rows:,} rows do not end in a trained "
-            "EOS: nothing there teaches the model to stop"
+            f"warning: {endless:,} of {found.training_rows:,} rows do not end in a trained EOS: "
+            "they do not teach the model to stop"
         )
 
 
 def _print_json(found: Preview) -> None:
-    import json
-
     summary = {**vars(found.summary), "trained_share": found.summary.trained_share}
     result = {
         "task": found.task,
@@ -100,7 +98,7 @@ def _label(row: DescribedRow, labels: list[str] | None) -> str | float | None:
 
 
 def _print(found: Preview, plain: bool) -> None:
-    """Text on stdout; a character that its encoding lacks is escaped."""
+    """Print text on stdout; characters that its encoding lacks are escaped."""
     from rich.console import Console
 
     if hasattr(sys.stdout, "reconfigure"):
@@ -132,9 +130,9 @@ def _header(found: Preview, plain: bool) -> list[tuple[str, str]]:
     title = f"{_escaped(found.task)}, {_escaped(found.split)}: {shown:,} of "
     title += f"{found.summary.rows:,} rows; {_BREAK} is a line break; "
     if found.summary.trained_tokens is None:
-        return [(title + "the loss is on the label", "")]
+        return [(title + "the loss is computed on the label", "")]
     if plain:
-        return [(f"{title}the loss is taken on what is inside {_OPEN} {_CLOSE}", "")]
+        return [(f"{title}the loss is computed on text in {_OPEN} {_CLOSE}", "")]
     return [(title, ""), ("trained", "green"), (", ", ""), ("masked", "dim"), (", ", ""),
             ("special token", "bold")]  # fmt: skip
 
@@ -146,7 +144,7 @@ def _about(row: DescribedRow) -> str:
     if row.label is None:
         text += f", {sum(row.trained):,} trained"
     if row.truncated:
-        text += "; truncated" + (", the end and its EOS are lost" if row.cut else "")
+        text += "; truncated" + (", without its end and EOS" if row.cut else "")
     return text
 
 
@@ -162,17 +160,16 @@ def _body(row: DescribedRow, plain: bool) -> list[tuple[str, str]]:
 
 
 def _style(piece: Piece, row: DescribedRow) -> str:
-    colour = "" if row.label is not None else "green" if piece.trained else "dim"
-    return f"bold {colour}".strip() if piece.special else colour
+    style = "" if row.label is not None else "green" if piece.trained else "dim"
+    return f"bold {style}".strip() if piece.special else style
 
 
 def _escaped(text: str) -> str:
-    """One line break a line feed, each with its mark; what steers a terminal, is invisible, or is
-    one of the marks in hexadecimal."""
-    return "".join(map(_shown, text))
+    """Mark line breaks; escape control characters, invisible characters and the marks."""
+    return "".join(map(_escaped_character, text))
 
 
-def _shown(character: str) -> str:
+def _escaped_character(character: str) -> str:
     if character == "\n":
         return f"{_BREAK}\n"
     if character == "\t":
@@ -184,8 +181,7 @@ def _shown(character: str) -> str:
 
 
 def _figures(found: Preview) -> list[tuple[str, str]]:
-    """Names and values, a line each."""
-    from lorakit.tasks.checks import counts_line
+    from lorakit.api import counts_line
 
     summary = found.summary
     span = f"{summary.min_length:,} to {summary.max_length:,}"
@@ -196,15 +192,15 @@ def _figures(found: Preview) -> list[tuple[str, str]]:
         *split_rows,
         *([("labels", _escaped(counts_line(found.label_counts)))] if found.label_counts else []),
         ("tokens", f"{summary.tokens:,}"),
-        ("tokens a row", f"{span}, {summary.mean_length:,.1f} on average"),
+        ("tokens per row", f"{span}, {summary.mean_length:,.1f} on average"),
     ]
     if summary.trained_tokens is not None:
         share = f"{summary.trained_tokens:,} ({summary.trained_share:.1%})"
         figures.append(("trained tokens", share))
     figures.append(("truncated rows", f"{summary.truncated_rows:,} (to {found.limit:,} tokens)"))
     if summary.cut_completions is not None:
-        figures.append(("lost their end and EOS", f"{summary.cut_completions:,}"))
+        figures.append(("rows without their EOS", f"{summary.cut_completions:,}"))
     if summary.bins is not None:
         bins = f"{summary.bins:,} of {found.limit:,} tokens, {summary.bin_fill:.1%} full"
-        figures.append(("bins of packed rows", bins))
+        figures.append(("packed bins", bins))
     return figures

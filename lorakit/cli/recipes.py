@@ -1,49 +1,34 @@
-"""``lorakit validate``: check recipes without loading weights.
-
-``lorakit schema``: the recipe's JSON schema.
-
-Names and their summaries on stdout.
-
-``lorakit methods``: what ``adapter.method`` may be.
-
-``lorakit tasks``: what ``task.name`` may be.
-"""
+"""``validate``, ``schema``, ``methods`` and ``tasks``: what recipes may contain."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lorakit import registry
+from lorakit.cli.console import AsJson, Overrides
+from lorakit.errors import RecipeError
+
 if TYPE_CHECKING:
     from lorakit.errors import Problem
     from lorakit.recipe.sections import Recipe
 
+_RecipeFiles = Annotated[list[Path], typer.Argument(metavar="RECIPE", help="Recipe files.")]
 
-def validate(
-    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE", help="Recipe files.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a value, read as YAML."),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON list, an object a recipe.")
-    ] = False,
-) -> None:
-    """Check recipes and report every problem at once; no weights are loaded.
 
-    Prints a line for each good recipe. Exits with 2 if any is bad.
+def validate(recipes: _RecipeFiles, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Check recipes and report all problems at once, without loading a model.
+
+    Prints a line for each valid recipe. The exit code is 2 if any recipe is invalid.
 
     Example: lorakit validate recipes/*.yaml --set train.seed=1
     """
-    from lorakit.errors import RecipeError
-
     checked = {path: _check(path, overrides) for path in recipes}
     if as_json:
-        import json
-
         results = [_result(path, problems) for path, (_, problems) in checked.items()]
         typer.echo(json.dumps(results, indent=2, default=repr))
     else:
@@ -56,7 +41,6 @@ def validate(
 
 
 def _check(path: Path, overrides: list[str] | None) -> tuple[Recipe | None, tuple[Problem, ...]]:
-    from lorakit.errors import RecipeError
     from lorakit.recipe.load import load_recipe
 
     try:
@@ -81,54 +65,41 @@ def _result(path: Path, problems: tuple[Problem, ...]) -> dict[str, Any]:
 
 
 def schema() -> None:
-    """Print the JSON schema of recipes, for editors to complete from.
+    """Print the JSON schema of recipes, from which editors complete keys and values.
 
-    Example: lorakit schema > recipe.schema.json; then begin a recipe with
+    Example: lorakit schema > recipe.schema.json; then put this line at the top of a recipe:
     "# yaml-language-server: $schema=recipe.schema.json".
     """
-    import json
-
     from lorakit.recipe.export import recipe_schema
 
     typer.echo(json.dumps(recipe_schema(), indent=2))
 
 
-def print_names(summaries: Mapping[str, str], as_json: bool) -> None:
-    """A line a name, the summaries aligned; or a JSON list of ``{"name", "summary"}``."""
-    if as_json:
-        import json
+def methods(as_json: AsJson = False) -> None:
+    """List the methods for adapter.method.
 
+    Example: lorakit methods --json
+    """
+    _list({name: method.summary for name, method in registry.methods().items()}, as_json)
+
+
+def tasks(as_json: AsJson = False) -> None:
+    """List the tasks for task.name, which may also be a file: ./FILE.py:CLASS or ./FILE.yaml.
+
+    See docs/user-task.md for tasks in files.
+
+    Example: lorakit tasks --json
+    """
+    _list({name: task.summary for name, task in registry.tasks().items()}, as_json)
+    if not as_json:
+        typer.echo("or a file: ./FILE.py:CLASS, ./FILE.yaml", err=True)
+
+
+def _list(summaries: Mapping[str, str], as_json: bool) -> None:
+    if as_json:
         listed = [{"name": name, "summary": summary} for name, summary in summaries.items()]
         typer.echo(json.dumps(listed, indent=2))
         return
     width = max(map(len, summaries), default=0)
     for name, summary in summaries.items():
         typer.echo(f"{name:<{width}}  {summary}")
-
-
-def methods(
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list of objects.")] = False,
-) -> None:
-    """List the methods that adapter.method may name.
-
-    Example: lorakit methods --json
-    """
-    from lorakit import registry
-
-    print_names({name: method.summary for name, method in registry.methods().items()}, as_json)
-
-
-def tasks(
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list of objects.")] = False,
-) -> None:
-    """List the tasks that task.name may name.
-
-    It may also name your own file, ./FILE.py:CLASS or ./FILE.yaml: see docs/user-task.md.
-
-    Example: lorakit tasks --json
-    """
-    from lorakit import registry
-
-    print_names({name: task.summary for name, task in registry.tasks().items()}, as_json)
-    if not as_json:
-        typer.echo("or your own file: ./FILE.py:CLASS, ./FILE.yaml", err=True)

@@ -1,212 +1,237 @@
-"""``lorakit train``: the main job.
-
-``lorakit eval``: the recipe's task on an adapter, on the base, or on ready predictions.
-"""
+"""``train`` and ``eval``: commands that run a recipe."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorakit.cli.output import check_distinct, check_writable, phases, say, write_text
-from lorakit.distributed.processes import is_main, process_group
+from lorakit import registry
+from lorakit.cli.console import (
+    AsJson,
+    Overrides,
+    RecipeFile,
+    check_distinct,
+    check_exclusive,
+    check_writable,
+    phases,
+    say,
+    write_output,
+)
 from lorakit.errors import UserError
 
 if TYPE_CHECKING:
+    from lorakit.api import SplitEvaluation
     from lorakit.recipe.sections import Recipe
+
+_OutputDir = Annotated[
+    str | None, typer.Option("--output-dir", metavar="DIR", help="Override train.output_dir.")
+]
+_Resume = Annotated[
+    str | None,
+    typer.Option(
+        "--resume",
+        metavar="auto|DIR",
+        help="Resume from the latest checkpoint, if there is one, or from checkpoint DIR.",
+    ),
+]
+_DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Load everything, run one step, print the plan; write nothing."),
+]
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe file.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a value, read as YAML."),
-    ] = None,
-    output_dir: Annotated[
-        str | None, typer.Option("--output-dir", metavar="DIR", help="For train.output_dir.")
-    ] = None,
-    resume: Annotated[
-        str | None,
-        typer.Option("--resume", metavar="auto|DIR", help="Go on from a checkpoint."),
-    ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Load, inject, run one step, print the plan."),
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as one JSON object.")
-    ] = False,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    output_dir: _OutputDir = None,
+    resume: _Resume = None,
+    dry_run: _DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Train an adapter as RECIPE says, and write it to train.output_dir.
+    """Train an adapter and write it to train.output_dir/adapter.
 
     Example: lorakit train recipes/quickstart.yaml --set train.seed=1 --resume auto
     """
-    import json
-
-    from lorakit.recipe.load import load_recipe
+    from lorakit import api
+    from lorakit.recipe.load import open_recipe
 
     changes = list(overrides or [])
     if output_dir is not None:
         changes.append(f"train.output_dir={json.dumps(output_dir)}")
-    resolved = load_recipe(recipe, changes)
-
-    from lorakit.training import run
-    from lorakit.training.tracking import tell
-
-    if dry_run:
-        plan = run.dry_run(resolved, tell)
-        # The coverage has been said, in words.
-        lines = [f"{key:22} {value}" for key, value in plan.items() if key != "coverage"]
-        typer.echo(json.dumps(plan) if as_json else "\n".join(lines))
-        return
-    result = run.train(resolved, resume, tell)
-    facts = {
-        "adapter": str(result.adapter_dir),
-        "steps": result.steps,
-        "metrics": result.metrics,
-    } | ({"diverged": True} if result.diverged else {})
+    with open_recipe(recipe, changes) as resolved:
+        if dry_run:
+            _print_plan(api.dry_run(resolved, api.tell), as_json)
+            return
+        result = api.train(resolved, resume, api.tell)
     if as_json:
-        typer.echo(json.dumps(facts))
+        found = {
+            "adapter": str(result.adapter_dir), "steps": result.steps, "metrics": result.metrics
+        }  # fmt: skip
+        typer.echo(json.dumps(found | ({"diverged": True} if result.diverged else {})))
     else:
         scores = "".join(f", {name} {value:.4f}" for name, value in result.metrics.items())
         typer.echo(f"{result.adapter_dir}: {result.steps} steps{scores}")
 
 
-def eval_(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe file.")],
-    adapter: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Adapter [default: train.output_dir/adapter]."),
-    ] = None,
-    base: Annotated[bool, typer.Option("--base", help="The base without an adapter.")] = False,
-    split: Annotated[
-        str | None, typer.Option(metavar="S", help="Split [default: the task's own].")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help="First N rows.")] = None,
-    output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the JSON object there too.")
-    ] = None,
-    save_predictions: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write what --predictions reads.")
-    ] = None,
-    predictions: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help='Score these, one {"prediction": ...} a line.'),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a value, read as YAML."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Measure an adapter, or the base, on the recipe's task.
+def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
+    # The coverage is printed on stderr as text.
+    lines = [f"{key:22} {value}" for key, value in plan.items() if key != "coverage"]
+    typer.echo(json.dumps(plan) if as_json else "\n".join(lines))
 
-    Under torchrun or accelerate launch the processes share the rows.
+
+_Adapter = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Adapter directory [default: train.output_dir/adapter]."),
+]
+_Base = Annotated[bool, typer.Option("--base", help="Evaluate the base model without an adapter.")]
+_Split = Annotated[
+    str | None, typer.Option(metavar="S", help="Split [default: the task's evaluation split].")
+]
+_Limit = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Evaluate only the first N rows.")
+]
+_Output = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Also write the result to FILE, as JSON.")
+]
+_SavePredictions = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write the predictions, for --predictions.")
+]
+_Predictions = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help='Score predictions: {"prediction": ...}, one per line.'),
+]
+
+
+def eval_(
+    recipe: RecipeFile,
+    adapter: _Adapter = None,
+    base: _Base = False,
+    split: _Split = None,
+    limit: _Limit = None,
+    output: _Output = None,
+    save_predictions: _SavePredictions = None,
+    predictions: _Predictions = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate an adapter, the base model or ready predictions on the recipe's task.
+
+    Under torchrun or accelerate launch, the processes share the rows.
 
     Example: lorakit eval recipes/quickstart.yaml --limit 200 --json
     """
-    from lorakit.recipe.load import load_recipe
+    from lorakit.api import is_main, process_group
+    from lorakit.recipe.load import open_recipe
 
+    outputs = {"--output": output, "--save-predictions": save_predictions}
     with process_group():
-        _check_options(adapter, base, predictions, save_predictions)
-        check_writable("--output", output)
-        check_writable("--save-predictions", save_predictions)
-        resolved = load_recipe(recipe, overrides)
-        outputs = {"--output": output, "--save-predictions": save_predictions}
-        check_distinct(outputs, _inputs(resolved, recipe, predictions))
-        if predictions is not None:
-            result = _score(resolved, predictions, split, limit)
-        else:
-            result = _measure(resolved, adapter, base, split, limit, save_predictions)
+        _check_options(adapter, base, predictions, outputs)
+        with open_recipe(recipe, overrides) as resolved:
+            check_distinct(outputs, _inputs(resolved, recipe, predictions))
+            if predictions is not None:
+                found = _score(resolved, predictions, split, limit)
+            else:
+                if save_predictions is not None:
+                    _check_predicts(resolved)
+                found = _measure(resolved, adapter, base, split, limit)
         if is_main():
-            text = json.dumps(result, allow_nan=False)
-            if output is not None:
-                write_text(output, f"{text}\n")
-            typer.echo(text if as_json else _table(result))
+            _write_files(found, output, save_predictions)
+            typer.echo(_json(found) if as_json else _table(found))
 
 
 def _check_options(
-    adapter: Path | None, base: bool, predictions: Path | None, save_predictions: Path | None
+    adapter: Path | None, base: bool, predictions: Path | None, outputs: dict[str, Path | None]
 ) -> None:
-    given = {
-        "--adapter": adapter is not None,
-        "--base": base,
-        "--save-predictions": save_predictions is not None and predictions is not None,
-        "--predictions": predictions is not None,
-    }
-    names = [name for name, there in given.items() if there]
-    if len(names) > 1:
-        raise UserError(f"{' and '.join(names)} exclude each other; allowed: one of them")
+    saves = outputs["--save-predictions"] is not None and predictions is not None
+    check_exclusive(
+        {
+            "--adapter": adapter is not None,
+            "--base": base,
+            "--save-predictions": saves,
+            "--predictions": predictions is not None,
+        }
+    )
+    for option, path in outputs.items():
+        check_writable(option, path)
 
 
 def _inputs(recipe: Recipe, file: Path, predictions: Path | None) -> dict[Path, str]:
-    """The files that are read, and what each is."""
-    from lorakit.data.paths import data_files
+    """Return the files that are read, with descriptions."""
+    from lorakit.api import data_files
 
     found = {file: "the recipe"}
     if predictions is not None:
         found[predictions] = "the file of --predictions"
-    return found | dict.fromkeys(data_files(recipe.task.path), "a file of the task")
+    return found | dict.fromkeys(data_files(recipe.task.path), "a data file of the task")
 
 
-def _score(recipe: Recipe, file: Path, split: str | None, limit: int | None) -> dict[str, Any]:
-    """Score ready predictions, without loading a model library."""
+def _score(recipe: Recipe, file: Path, split: str | None, limit: int | None) -> SplitEvaluation:
     from lorakit.api import score_predictions
 
-    told = say if is_main() else _silent
-    found = score_predictions(recipe, file, split=split, limit=limit, say=told)
-    return _result(found.task, found.split, found.examples, found.metrics)
+    return score_predictions(recipe, file, split=split, limit=limit, say=_say())
 
 
 def _measure(
-    recipe: Recipe,
-    adapter: Path | None,
-    base: bool,
-    split: str | None,
-    limit: int | None,
-    save_predictions: Path | None,
-) -> dict[str, Any]:
-    from lorakit import registry
-
-    task = registry.task(recipe.task.name)
-    if save_predictions is not None and not (task.kind == "encoder" or task.generates(recipe.task)):
-        raise _without_predictions(recipe.task.name)
-
-    from lorakit.api import evaluate_split, prediction_lines
+    recipe: Recipe, adapter: Path | None, base: bool, split: str | None, limit: int | None
+) -> SplitEvaluation:
+    from lorakit.api import evaluate_split, is_main
 
     with phases() as report:
-        found = evaluate_split(
+        return evaluate_split(
             recipe, adapter, base=base, split=split, limit=limit,
-            on_progress=report if is_main() else None, say=say if is_main() else _silent,
+            on_progress=report if is_main() else None, say=_say(),
         )  # fmt: skip
-    if save_predictions is not None and is_main():
-        if not found.predictions:  # what "auto" chose generates nothing
-            raise _without_predictions(found.task)
-        write_text(save_predictions, prediction_lines(found.predictions))
-    return _result(found.task, found.split, found.examples, found.metrics)
+
+
+def _check_predicts(recipe: Recipe) -> None:
+    task = registry.task(recipe.task.name)
+    if task.kind != "encoder" and not task.generates(recipe.task):
+        raise _without_predictions(recipe.task.name)
 
 
 def _without_predictions(name: str) -> UserError:
     return UserError(
-        f"--save-predictions: task.name = {name!r} is measured by its loss, without predictions; "
-        "a task that generates makes some with --set task.eval_generate=end"
+        f"--save-predictions: task.name = {name!r} is evaluated by its loss and has no "
+        "predictions; hint: --set task.eval_generate=end if the task can generate"
     )
 
 
-def _silent(_text: str) -> None:
-    """Of several processes one tells."""
+def _say() -> Callable[[str], None]:
+    """Return ``say`` in the main process, a function without effect in the others."""
+    from lorakit.api import is_main
+
+    return say if is_main() else lambda text: None
 
 
-def _result(task: str, split: str, examples: int, metrics: dict[str, float]) -> dict[str, Any]:
-    return {"task": task, "split": split, "examples": examples, "metrics": metrics}
+def _write_files(
+    found: SplitEvaluation, output: Path | None, save_predictions: Path | None
+) -> None:
+    from lorakit.api import prediction_lines
+
+    if save_predictions is not None:
+        if not found.predictions:  # the format that `task.name: auto` detected has none
+            raise _without_predictions(found.task)
+        write_output(save_predictions, prediction_lines(found.predictions))
+    if output is not None:
+        write_output(output, f"{_json(found)}\n")
 
 
-def _table(result: dict[str, Any]) -> str:
-    metrics = result["metrics"]
-    width = max(map(len, metrics))
-    lines = [f"{result['task']}, {result['split']}: {result['examples']:,} examples"]
-    lines += [f"  {name:<{width}}  {value:.4f}" for name, value in metrics.items()]
+def _json(found: SplitEvaluation) -> str:
+    result = {
+        "task": found.task,
+        "split": found.split,
+        "examples": found.examples,
+        "metrics": found.metrics,
+    }
+    return json.dumps(result, allow_nan=False)
+
+
+def _table(found: SplitEvaluation) -> str:
+    width = max(map(len, found.metrics))
+    lines = [f"{found.task}, {found.split}: {found.examples:,} examples"]
+    lines += [f"  {name:<{width}}  {value:.4f}" for name, value in found.metrics.items()]
     return "\n".join(lines)

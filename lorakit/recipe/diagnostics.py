@@ -8,6 +8,7 @@ the nearest known key as a suggestion.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -97,6 +98,15 @@ def locate(source: YamlFile, path: KeyPath) -> tuple[str, int | None]:
         if path[:length] in source.lines:
             return source.file, source.lines[path[:length]]
     return source.file, None
+
+
+def leading_key(message: str, recipe: Recipe) -> KeyPath | None:
+    """Return the path of the recipe key that ``message`` starts with, None if it is none."""
+    match = re.match(r"(\w+)\.(\w+)", message)
+    if match is None or match[1] not in Recipe.model_fields:
+        return None
+    section: BaseModel = getattr(recipe, match[1])
+    return match.groups() if match[2] in type(section).model_fields else None
 
 
 def explain(

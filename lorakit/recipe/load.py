@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from lorakit import registry
-from lorakit.errors import Problem, RecipeError, nearest
+from lorakit.errors import Problem, RecipeError, UserError, at_line, nearest
 from lorakit.recipe.check import check_sections, find_task, unknown_method
 from lorakit.recipe.diagnostics import (
     OVERRIDE,
     Fault,
     explain,
+    leading_key,
+    locate,
     unknown_key,
     unknown_sections,
 )
@@ -55,6 +58,26 @@ def load_recipe(path: str | Path, overrides: Overrides | None = None) -> Recipe:
     (``{"train.seed": 1}``) or a list as after ``--set`` (``["train.seed=1"]``). Raises RecipeError
     with all problems at once.
     """
+    return _load(path, overrides)[0]
+
+
+@contextmanager
+def open_recipe(path: str | Path, overrides: Overrides | None = None) -> Iterator[Recipe]:
+    """Load a recipe for a block whose errors name the file and line of the key that caused them.
+
+    By convention the message of a UserError about a key starts with it:
+    ``task.max_length = 4096: ...``.
+    """
+    recipe, source = _load(path, overrides)
+    try:
+        yield recipe
+    except UserError as error:
+        if (key := leading_key(str(error), recipe)) is not None:
+            error.args = (f"{at_line(*locate(source, key))}: {error}",)
+        raise
+
+
+def _load(path: str | Path, overrides: Overrides | None) -> tuple[Recipe, YamlFile]:
     source = read_yaml(Path(path))
     faults = expand_environment(source)
     faults += apply_overrides(source, overrides)
@@ -70,7 +93,7 @@ def load_recipe(path: str | Path, overrides: Overrides | None = None) -> Recipe:
     problems += task.problems
     if problems:
         raise RecipeError(problems)
-    return Recipe(**{section.name: section.value for section in sections})
+    return Recipe(**{section.name: section.value for section in sections}), source
 
 
 class _Checked:

@@ -199,7 +199,7 @@ def test_an_output_is_no_shard(tiny_llama: Path, capsys: pytest.CaptureFixture[s
         arguments = ("eval", recipe, "--base", "--output", "d/validation-0.jsonl")
         code, _, err = command(capsys, *arguments)
         assert code == 2
-        assert "--output d/validation-0.jsonl: is a file of the task" in err
+        assert "--output d/validation-0.jsonl: is a data file of the task" in err
 
 
 # Columns in a template

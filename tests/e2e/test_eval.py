@@ -13,8 +13,8 @@ import torch
 
 import lorakit
 from lorakit.adapters.peft.write import save_adapter
+from lorakit.cli.console import check_writable, write_output
 from lorakit.cli.main import run
-from lorakit.cli.output import check_writable, write_text
 from lorakit.injection import inject, trainable_state
 from lorakit.methods.lora import LoraConfig
 from lorakit.models.load import load_pretrained
@@ -328,9 +328,9 @@ def test_class_names_come_from_the_adapter(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--base", "--adapter", "a"], "--adapter and --base exclude each other"),
-        (["--base", "--predictions", "p"], "--base and --predictions exclude each other"),
-        (["--predictions", "p", "--save-predictions", "q"], "exclude each other"),
+        (["--base", "--adapter", "a"], "--adapter and --base are mutually exclusive"),
+        (["--base", "--predictions", "p"], "--base and --predictions are mutually exclusive"),
+        (["--predictions", "p", "--save-predictions", "q"], "are mutually exclusive"),
         (["--base", "--output", "no/such/file"], "the directory no/such does not exist"),
         (["--base", "--save-predictions", "."], "is a directory"),
     ],
@@ -352,7 +352,7 @@ def test_a_task_of_losses_has_no_predictions(
     recipe = recipe_file(tmp_path, tiny_llama, "text", data)
     assert set(evaluated(capsys, recipe, "--base")["metrics"]) == {"loss", "perplexity"}
     saved = tmp_path / "p.jsonl"
-    assert "measured by its loss" in refused(capsys, recipe, "--base", "--save-predictions", saved)
+    assert "evaluated by its loss" in refused(capsys, recipe, "--base", "--save-predictions", saved)
     write_lines(saved, [{"prediction": "a"}] * 2)
     assert "no metric" in refused(capsys, recipe, "--predictions", saved)
 
@@ -373,7 +373,7 @@ def test_outputs_that_are_inputs_are_refused(
     data = tmp_path / "data" / "validation.jsonl"
     same = tmp_path / "same"
     assert "is the recipe" in refused(capsys, sst2, "--base", "--output", sst2)
-    assert "a file of the task" in refused(capsys, sst2, "--base", "--save-predictions", data)
+    assert "a data file of the task" in refused(capsys, sst2, "--base", "--save-predictions", data)
     assert "the file of --output" in refused(
         capsys, sst2, "--base", "--output", same, "--save-predictions", same
     )
@@ -405,14 +405,14 @@ def test_ids_beyond_the_embeddings_are_refused(
 def test_links_and_pipes_stay_what_they_are(tmp_path: Path) -> None:
     (tmp_path / "real").write_text("old")
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    write_text(tmp_path / "link", "new")
+    write_output(tmp_path / "link", "new")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real").read_text() == "new"
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     check_writable("--output", pipe)
-    write_text(pipe, "through")
+    write_output(pipe, "through")
     assert os.read(reader, 100) == b"through"
     os.close(reader)
     assert pipe.is_fifo()

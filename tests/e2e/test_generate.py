@@ -102,7 +102,7 @@ def test_beams_are_printed_at_their_end(
     command = ["generate", tiny_llama, "--prompt", "to be", *options]
     assert run([str(part) for part in command]) == 0
     out, err = capsys.readouterr()
-    assert "printed when its search has ended" in err
+    assert "answers are printed when the search is complete" in err
     file = write_lines(tmp_path / "in.jsonl", [{"prompt": "to be"}, {"prompt": "or not to be"}])
     lines = generated(capsys, tiny_llama, "--input", file, *options).splitlines()
     assert json.loads(lines[0])["generated"] + "\n" == out
@@ -155,7 +155,7 @@ def test_long_chat_forgets_its_beginning_and_says_so(
 ) -> None:
     piped(monkeypatch, f"{'x' * 100}\n{'y' * 100}\nlast\n")
     assert run(["generate", str(tiny_llama), "--chat", "--max-new-tokens", "40"]) == 0
-    assert "its first 2 messages are forgotten" in capsys.readouterr().err
+    assert "dropped its first 2 messages" in capsys.readouterr().err
     piped(monkeypatch, f"{'x' * 300}\n")
     assert "window of 256 tokens" in refused(capsys, tiny_llama, "--chat")
 
@@ -174,16 +174,16 @@ def test_the_default_length_is_shortened_to_the_window_of_256(
         assert run(["generate", str(tiny_llama), "--prompt", text]) == 0
         out, err = capsys.readouterr()
         assert out == wanted(*reference, text, 256 - length) + "\n"
-        assert f"at most {256 - length} new tokens in place of 256" in err
+        assert f"max_new_tokens reduced from 256 to {256 - length}" in err
     write_lines(tmp_path / "in.jsonl", [{"prompt": text} for text in prompts])
     assert run(["generate", str(tiny_llama), "--input", str(tmp_path / "in.jsonl")]) == 0
     out, err = capsys.readouterr()
     rows = [json.loads(line)["generated"] for line in out.splitlines()]
     assert rows == [wanted(*reference, t, 256 - n) for t, n in zip(prompts, lengths, strict=True)]
-    assert "2 of 2 prompts leave fewer than 256 new tokens" in err
+    assert "max_new_tokens reduced from 256 for 2 of 2 prompts" in err
     piped(monkeypatch, f"{'x' * 100}\n{'y' * 150}\n")
     assert run(["generate", str(tiny_llama), "--chat"]) == 0
-    assert "its first 2 messages are forgotten" in capsys.readouterr().err
+    assert "dropped its first 2 messages" in capsys.readouterr().err
 
 
 def test_a_length_that_is_asked_for_is_not_shortened(
@@ -198,22 +198,25 @@ def test_a_length_that_is_asked_for_is_not_shortened(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt", "a", "--chat"], "--prompt and --chat exclude each other"),
-        (["--chat", "--input", "f"], "--chat and --input exclude each other"),
-        (["--prompt", "a", "--output", "f"], "only with --input"),
+        (["--prompt", "a", "--chat"], "--prompt and --chat are mutually exclusive"),
+        (["--chat", "--input", "f"], "--chat and --input are mutually exclusive"),
+        (["--prompt", "a", "--output", "f"], "requires --input"),
         (["--prompt", " "], "the prompt is empty"),
         (["--prompt", "a\udc80"], "not valid UTF-8 text at character 2"),
         (["--prompt", "a", "--seed", str(2**32)], "--seed"),
         (["--prompt", "x" * 300], "window of 256 tokens"),
-        (["--prompt", "a", "--top-p", "0"], "--top-p 0.0: allowed"),
-        (["--prompt", "a", "--top-p", "0.5"], "--top-p 0.5: only with --temperature above 0"),
+        (["--prompt", "a", "--top-p", "0"], "--top-p 0.0: out of range; allowed"),
+        (["--prompt", "a", "--top-p", "0.5"], "--top-p 0.5: requires --temperature above 0"),
         (["--prompt", "a", "--num-beams", "0"], "--num-beams"),
-        (["--prompt", "a", "--num-beams", "2", "--temperature", "1"], "exclude each other"),
-        (["--prompt", "a", "--length-penalty", "2"], "only with --num-beams above 1"),
+        (["--prompt", "a", "--num-beams", "2", "--temperature", "1"], "are mutually exclusive"),
+        (["--prompt", "a", "--length-penalty", "2"], "requires --num-beams above 1"),
         (["--num-beams", "2", "--length-penalty", "inf"], "allowed: -10 to 10"),
-        (["--prompt", "a", "--stop", ""], "--stop '': allowed"),
+        (["--prompt", "a", "--stop", ""], "--stop '': empty; allowed"),
         (["--prompt", "a", "--temperature", "nan"], "--temperature nan"),
-        (["--prompt", "a", "--temperature", "-1"], "--temperature -1.0: allowed: 0"),
+        (
+            ["--prompt", "a", "--temperature", "-1"],
+            "--temperature -1.0: out of range; allowed: >= 0",
+        ),
         (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens"),
         (["--prompt", "a", "--dtype", "int8"], "--dtype = int8: allowed: float32"),
         (["--prompt", "a", "--adapter", "none"], "none: no such adapter directory"),

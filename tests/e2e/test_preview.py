@@ -55,7 +55,7 @@ def test_rows_and_figures(completion: str, capsys: pytest.CaptureFixture[str]) -
     assert (
         out
         == """\
-completion, train: 3 of 3 rows; ⏎ is a line break; the loss is taken on what is inside ⟦ ⟧
+completion, train: 3 of 3 rows; ⏎ is a line break; the loss is computed on text in ⟦ ⟧
 
 --- data/train.jsonl, row 1: 19 tokens, 8 trained
 line⏎
@@ -64,15 +64,15 @@ line⏎
 --- data/train.jsonl, row 2: 24 tokens, 5 trained; truncated
 1234567890123456789⟦kept</s>⟧
 
---- data/train.jsonl, row 3: 24 tokens, 23 trained; truncated, the end and its EOS are lost
+--- data/train.jsonl, row 3: 24 tokens, 23 trained; truncated, without its end and EOS
 0⟦12345678901234567890123⟧
 
 rows                   3
 tokens                 67
-tokens a row           19 to 24, 22.3 on average
+tokens per row         19 to 24, 22.3 on average
 trained tokens         36 (53.7%)
 truncated rows         2 (to 24 tokens)
-lost their end and EOS 1
+rows without their EOS 1
 """
     )
     assert "data/train.jsonl: recognised as prompt and completion" in err
@@ -153,7 +153,7 @@ def test_classification(tiny_bert: Path, in_tmp: Path, capsys: pytest.CaptureFix
     write_lines(in_tmp / "data" / "validation.jsonl", held_out)
     out, err = shown(capsys, recipe(tiny_bert, "classification", 10), "--split", "validation")
     assert "classification, validation: 1 of 1 rows; " in out
-    assert "the loss is on the label\n" in out
+    assert "the loss is computed on the label\n" in out
     assert "10 tokens; truncated\n[CLS]far too [SEP]\nlabel: sweet\n" in out
     assert "truncated rows         1 (to 10 tokens)" in out
     assert "trained tokens" not in out
@@ -223,7 +223,7 @@ def test_weights_are_not_needed(
         (["--start", "3", "--limit", "2"], "has 2 rows with --limit 2; allowed: 1 to 2"),
         (["--split", "test"], "error: data: no split 'test'"),
         (["--set", "task.max_length=1"], "row 1: no token to train on within task.max_length = 1"),
-        (["--set", "model.name_or_path=./gone"], "error: model.name_or_path: ./gone: "),
+        (["--set", "model.name_or_path=./gone"], "error: --set: model.name_or_path: ./gone: "),
         (["--set", "task.name=text"], "error: data/train.jsonl, row 1: no known format"),
         (["--set", "task.nmae=text"], "task.nmae"),
         (["--count", "-1"], "--count"),

@@ -92,8 +92,8 @@ def test_the_report_and_the_command_name_what_is_left_out(
     assert result["kept"] == ["mtp.weight"]
     assert run([*arguments, "--overwrite"]) == 0
     out = capsys.readouterr().out
-    assert "left out: pytorch_model.bin: weights in another format, without the adapter" in out
-    assert "kept unchanged: mtp.weight" in out
+    assert "skipped: pytorch_model.bin: weights in another format, without the adapter" in out
+    assert "copied unchanged: mtp.weight" in out
 
 
 def test_a_snapshot_of_the_hubs_cache(make_pair: MakePair, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""How far a command is, on stderr: a bar on a terminal, a plain line now and then elsewhere.
+"""What the commands share: common options, notes and progress on stderr, output files.
 
-Files that a command writes for the user.
+Results go to stdout, everything else to stderr.
 """
 
 from __future__ import annotations
@@ -12,11 +12,22 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from lorakit.errors import UserError
-from lorakit.io import atomic
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key. Can be repeated."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code from the model's repository.")
+]
 
 OnProgress = Callable[[int, int], None]
 OnPhase = Callable[[str, int, int], None]
@@ -25,20 +36,20 @@ _SECONDS_PER_LINE = 10.0
 
 
 def say(text: str) -> None:
-    """A line on stderr."""
+    """Print a line on stderr."""
     typer.echo(text, err=True)
 
 
 @contextmanager
 def progress(what: str) -> Iterator[OnProgress]:
-    """A callback that takes rows done and rows in all."""
+    """Yield a callback ``(done, total)`` that reports the progress of one phase."""
     with phases() as report:
         yield partial(report, what)
 
 
 @contextmanager
 def phases() -> Iterator[OnPhase]:
-    """A callback that takes what is being done, rows done and rows in all."""
+    """Yield a callback ``(phase, done, total)``: a bar on a terminal, else occasional lines."""
     if sys.stderr.isatty():
         with _bar() as report:
             yield report
@@ -50,9 +61,9 @@ def phases() -> Iterator[OnPhase]:
 def _bar() -> Iterator[OnPhase]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Left
+    from rich.progress import TimeRemainingColumn as Remaining
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Left())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None)
         yield lambda what, done, total: bar.update(
@@ -72,26 +83,33 @@ def _lines() -> OnPhase:
     return report
 
 
+def check_exclusive(given: Mapping[str, bool]) -> None:
+    """Raise UserError if more than one of the options is given."""
+    names = [name for name, is_given in given.items() if is_given]
+    if len(names) > 1:
+        raise UserError(f"{' and '.join(names)} are mutually exclusive; allowed: one of them")
+
+
 def check_writable(option: str, path: Path | None) -> None:
-    """Raise UserError, before any work is done, if ``path`` cannot become a file."""
+    """Raise UserError, before any work is done, if a file cannot be written to ``path``."""
     if path is None:
         return
     if path.is_dir():
         raise UserError(f"{option} {path}: is a directory; allowed: a file")
     if _is_stream(path):
         if not os.access(path, os.W_OK):
-            raise UserError(f"{option} {path}: no permission to write")
+            raise UserError(f"{option} {path}: no write permission")
         return
     path = path.resolve() if path.is_symlink() else path
     if not path.parent.is_dir():
-        raise UserError(f"{option} {path}: the directory {path.parent} does not exist")
+        raise UserError(f"{option} {path}: directory {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK):
-        raise UserError(f"{option} {path}: no permission to write in {path.parent}")
+        raise UserError(f"{option} {path}: no write permission in {path.parent}")
 
 
 def check_distinct(outputs: Mapping[str, Path | None], inputs: Mapping[Path, str]) -> None:
-    """Raise UserError if an output is a file of ``inputs`` (path -> what it is) or another
-    output; devices and pipes may be named twice."""
+    """Raise UserError if an output is one of the ``inputs`` (path -> description) or another
+    output. Devices and pipes may be named more than once."""
     taken = {path.resolve(): what for path, what in inputs.items()}
     for option, path in outputs.items():
         if path is None or _is_stream(path):
@@ -102,14 +120,15 @@ def check_distinct(outputs: Mapping[str, Path | None], inputs: Mapping[Path, str
 
 
 def _is_stream(path: Path) -> bool:
-    """A device, a pipe or a socket: written into, never replaced."""
+    """Whether ``path`` is a device, a pipe or a socket."""
     return path.exists() and not path.is_file()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically. A symbolic link is kept and its target replaced; devices and
-    pipes are written to directly."""
+def write_output(path: Path, text: str) -> None:
+    """Write a file atomically, through symbolic links; write directly to a device or a pipe."""
+    from lorakit.api import write_text
+
     if _is_stream(path):
         path.write_text(text, encoding="utf-8", newline="\n")
-        return
-    atomic.write_text(path.resolve() if path.is_symlink() else path, text)
+    else:
+        write_text(path.resolve() if path.is_symlink() else path, text)
