@@ -1,0 +1,96 @@
+"""Errors that a recipe key causes after loading name the recipe's file and line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lorakit.cli.main import run
+from tests.tasks.wikisql_files import write_lines
+
+RECIPE = """\
+model:
+  name_or_path: MODEL
+  dtype: float32
+adapter:
+  method: lora
+  target_modules: [q, v]
+task:
+  name: completion
+  path: data
+  max_length: 24
+train:
+  output_dir: run
+  max_steps: 2
+"""
+
+
+@pytest.fixture
+def recipe(tiny_llama: Path, in_tmp: Path) -> str:
+    Path("data").mkdir()
+    rows = [{"prompt": "a" * n, "completion": "b"} for n in range(1, 5)]
+    for split in ("train", "validation"):
+        write_lines(in_tmp / "data" / f"{split}.jsonl", rows)
+    Path("recipe.yaml").write_text(RECIPE.replace("MODEL", str(tiny_llama)))
+    return "recipe.yaml"
+
+
+def error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert run(arguments) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def edit(recipe: str, old: str, new: str) -> None:
+    text = Path(recipe).read_text()
+    assert old in text
+    Path(recipe).write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "place"),
+    [
+        ("[q, v]", "[q, no_such_module]", "recipe.yaml, line 6: adapter.target_modules: "),
+        ("max_steps: 2", "warmup_steps: 99", "recipe.yaml, line 13: train.warmup_steps = 99: "),
+        ("path: data", "path: gone", "recipe.yaml, line 9: task.path: "),
+        ("lora\n", "lora\n  layers: [77]\n", "recipe.yaml, line 6: adapter.layers: "),
+        ("lora\n", "lora\n  modules_to_save: [x]\n", "recipe.yaml, line 6: adapter.modules_to_save"),
+    ],
+)
+def test_train(
+    recipe: str, capsys: pytest.CaptureFixture[str], old: str, new: str, place: str
+) -> None:
+    edit(recipe, old, new)
+    assert error(capsys, "train", recipe).startswith(f"error: {place}")
+    assert error(capsys, "train", recipe, "--dry-run").startswith(f"error: {place}")
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("arguments", [["train"], ["eval", "--base"], ["preview"]])
+def test_model(recipe: str, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    command, *options = arguments
+    place = "model.name_or_path: ./gone: no such directory"
+    override = ["--set", "model.name_or_path=./gone"]
+    assert error(capsys, command, recipe, *options, *override).startswith(f"error: --set: {place}")
+    edit(recipe, Path(recipe).read_text().splitlines()[1].strip(), "name_or_path: ./gone")
+    said = error(capsys, command, recipe, *options)
+    assert said.startswith(f"error: recipe.yaml, line 2: {place}")
+
+
+@pytest.mark.parametrize("arguments", [["train"], ["eval", "--base"], ["preview"]])
+def test_a_default_is_placed_at_its_section(
+    recipe: str, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    edit(recipe, "  path: data\n", "")
+    command, *options = arguments
+    said = error(capsys, command, recipe, *options)
+    assert said.startswith("error: recipe.yaml, line 7: task.path: ")
+
+
+def test_an_error_about_a_data_file_names_that_file(
+    recipe: str, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (in_tmp / "data" / "train.jsonl").write_text("{\n")
+    edit(recipe, "path: data", "path: data/train.jsonl")
+    assert error(capsys, "train", recipe).startswith("error: data/train.jsonl")
