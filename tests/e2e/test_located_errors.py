@@ -55,7 +55,11 @@ def edit(recipe: str, old: str, new: str) -> None:
         ("max_steps: 2", "warmup_steps: 99", "recipe.yaml, line 13: train.warmup_steps = 99: "),
         ("path: data", "path: gone", "recipe.yaml, line 9: task.path: "),
         ("lora\n", "lora\n  layers: [77]\n", "recipe.yaml, line 6: adapter.layers: "),
-        ("lora\n", "lora\n  modules_to_save: [x]\n", "recipe.yaml, line 6: adapter.modules_to_save"),
+        (
+            "lora\n",
+            "lora\n  modules_to_save: [x]\n",
+            "recipe.yaml, line 6: adapter.modules_to_save",
+        ),
     ],
 )
 def test_train(
