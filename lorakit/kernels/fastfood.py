@@ -125,7 +125,7 @@ class Fastfood:
         """
         order = torch.argsort(self._words(_ORDER, blocks), dim=1, stable=True)
         words = self._words(_VALUES, blocks)
-        gaussian = _gaussian_table(blocks.device)[words & (2**_GAUSSIAN_BITS - 1)]
+        gaussian = gaussian_table(blocks.device)[words & (2**_GAUSSIAN_BITS - 1)]
         signs = (1 - 2 * (words >> _GAUSSIAN_BITS & 1)).to(gaussian.dtype)
         return signs, order, gaussian
 
@@ -176,7 +176,7 @@ def _mix(x: _Integer) -> _Integer:
 
 
 @lru_cache(maxsize=8)
-def _gaussian_table(device: torch.device) -> Tensor:
+def gaussian_table(device: torch.device) -> Tensor:
     """2^16 equally likely values of mean 0 and variance 1, made on the CPU for every device."""
     count = 2**_GAUSSIAN_BITS
     midpoints = (torch.arange(count, dtype=torch.float64, device="cpu") + 0.5) / count

@@ -160,7 +160,7 @@ def test_a_query_that_runs_too_long_is_stopped(wikisql_folder: WikiSqlWriter) ->
     with Database(folder / "dev.db") as database:
         endless = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT x FROM n WHERE x < 0"
         with pytest.raises(Exception, match="interrupted"):
-            database._run(endless, {})
+            database.run_sql(endless, {})
         assert database.execute("1-10-2", Query.from_json(ROWS[0]["sql"])) == ["ann lee"]
 
 

@@ -62,9 +62,10 @@ class Database:
             clauses.append(f"{name} {OPERATORS[operator]} :{name}")
             values[name] = bound_value(value, types[name])
         where = f" WHERE {' AND '.join(clauses)}" if clauses else ""
-        return self._run(f"SELECT {column} AS result FROM {table}{where}", values)
+        return self.run_sql(f"SELECT {column} AS result FROM {table}{where}", values)
 
-    def _run(self, sql: str, values: dict[str, Any]) -> list[Any]:
+    def run_sql(self, sql: str, values: dict[str, Any]) -> list[Any]:
+        """Return the first column. Raises sqlite3.OperationalError after MAX_INSTRUCTIONS."""
         calls = 0
 
         def too_long() -> bool:
