@@ -20,11 +20,11 @@ import torch
 
 import lorakit
 from lorakit.data.plan import Bin
-from lorakit.models import causal as packed
+from lorakit.distributed.strategy import build_strategy
 from lorakit.recipe.sections import Recipe
 from lorakit.training import build
-from lorakit.training.batching import build_batching
-from lorakit.training.control import StopRequest
+from lorakit.training.batching import StepLoader, build_batching
+from lorakit.training.engine.eager import EagerEngine
 from lorakit.training.setup import Prepared, prepare
 
 WARM_STEPS = 5
@@ -77,26 +77,23 @@ def measure(arguments: argparse.Namespace, name: str, changes: dict[str, Any]) -
         changes = changes | {"train.per_device_batch_size": max(1, bins)}
     texts = [*arguments.overrides, *(f"{key}={json.dumps(v)}" for key, v in changes.items())]
     recipe = lorakit.load_recipe(arguments.recipe, texts)
-    own = build.use_varlen
-    build.use_varlen = packed.use_varlen if name == "varlen_attn" else lambda model: False
-    try:
-        prepared, loop = built(recipe)
-    finally:
-        build.use_varlen = own
-    loss = loss_of_rows(prepared, loop, recipe.task.packing)
-    loop.objective.train()
+    prepared, engine, loader = built(recipe, varlen=name == "varlen_attn")
+    loss = loss_of_rows(prepared, engine, loader, recipe.task.packing)
     padded = tokens = 0
     for step in range(WARM_STEPS + arguments.steps):
         if step == WARM_STEPS:
             synchronise()
             began = time.perf_counter()
-        loop._train_step()
+        loaded = loader.take(step)
+        engine.step(loaded.micro_batches)
+        loader.prefetch(step + 1)
     synchronise()
     seconds = time.perf_counter() - began
     for step in range(WARM_STEPS, WARM_STEPS + arguments.steps):
-        taken = loop.steps.step(step)
-        tokens += taken.tokens
-        padded += sum(loop.collate(batch).input_ids.numel() for batch in taken.micro_batches)
+        loader.prefetch(step)
+        loaded = loader.take(step)
+        tokens += loaded.token_count
+        padded += sum(batch.input_ids.numel() for batch in loaded.micro_batches)
     return {
         "tokens_per_second": tokens / seconds,
         "step_ms": 1e3 * seconds / arguments.steps,
@@ -106,22 +103,26 @@ def measure(arguments: argparse.Namespace, name: str, changes: dict[str, Any]) -
     }
 
 
-def built(recipe: Recipe) -> tuple[Prepared, Any]:
+def built(recipe: Recipe, varlen: bool) -> tuple[Prepared, EagerEngine, StepLoader]:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     prepared = prepare(recipe, lambda text: None)
-    accelerator = build.build_accelerator(recipe)
-    steps = build_batching(prepared, accelerator.device).steps
-    schedule = build.build_schedule(recipe, steps)
-    recorder: Any = None
-    return prepared, build.build_loop(
-        prepared, accelerator, steps, schedule, recorder, StopRequest()
-    )
+    strategy = build_strategy(recipe.model.dtype)
+    steps = build_batching(prepared, strategy.device).steps
+    total_steps = build.build_schedule(recipe, steps).total_steps
+    attention = prepared.model.config._attn_implementation
+    objective = build.build_objective(prepared, strategy.device)
+    if not varlen:
+        prepared.model.set_attn_implementation(attention)
+        objective.varlen = False
+    engine = build.build_engine(prepared, objective, strategy, total_steps, lambda text: None)
+    return prepared, engine, build.build_loader(prepared, objective, steps, strategy.device)
 
 
-@torch.no_grad()
-def loss_of_rows(prepared: Prepared, loop: Any, packing: bool) -> float:
+def loss_of_rows(
+    prepared: Prepared, engine: EagerEngine, loader: StepLoader, packing: bool
+) -> float:
     """Return the mean loss over the trained tokens of the first rows."""
     rows = [prepared.train[i] for i in range(min(LOSS_ROWS, len(prepared.train)))]
     bins: list[Bin] = []
@@ -131,13 +132,8 @@ def loss_of_rows(prepared: Prepared, loop: Any, packing: bool) -> float:
             bins[-1].append(row)
         else:
             bins.append([row])
-    loop.objective.eval()
-    total = 0.0
-    for start in range(0, len(bins), 16):
-        batch = loop.collate(bins[start : start + 16])
-        on_device = {key: value.to(loop.accelerator.device) for key, value in batch.items()}
-        total += float(loop.objective(on_device))
-    return total / sum(int(row.loss_mask[1:].sum()) for row in rows)
+    batches = [loader.collate(bins[start : start + 16]) for start in range(0, len(bins), 16)]
+    return engine.loss([batch.to(loader.device) for batch in batches])
 
 
 def synchronise() -> None:

@@ -22,6 +22,11 @@ class Batch:
 
     input_ids: Tensor
 
+    @property
+    def loss_count(self) -> int:
+        """The number of losses that the batch's sum has."""
+        raise NotImplementedError
+
     def tensors(self) -> dict[str, Tensor]:
         """The fields that are set, by name."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -53,6 +58,11 @@ class CausalBatch(Batch):
     position_ids: Tensor | None = None
     cu_seq_lens: Tensor | None = None
 
+    @property
+    def loss_count(self) -> int:
+        """The number of losses: trained tokens."""
+        return len(self.targets)
+
 
 @dataclass(frozen=True)
 class EncoderBatch(Batch):
@@ -62,6 +72,11 @@ class EncoderBatch(Batch):
     labels: Tensor
     attention_mask: Tensor | None = None
     token_type_ids: Tensor | None = None
+
+    @property
+    def loss_count(self) -> int:
+        """The number of losses: rows."""
+        return len(self.labels)
 
     def model_inputs(self) -> dict[str, Tensor]:
         """The keyword arguments of the model's forward pass."""

@@ -1,4 +1,4 @@
-"""Recipe and encoded rows -> the steps, and what makes tensors of their batches."""
+"""From encoded rows to the steps of a run, and to batches on the device."""
 
 from __future__ import annotations
 
@@ -23,40 +23,105 @@ from lorakit.data.plan import (
     Packing,
     Plan,
     RowPlan,
+    Step,
     StepSource,
     TokenPlan,
     pack_rows,
 )
 from lorakit.data.stream_steps import StreamSteps
+from lorakit.errors import DataError
 from lorakit.pipeline.encoding import StreamedRows
 from lorakit.recipe.sections import Recipe
 from lorakit.training.setup import Prepared
 
+Collate = Callable[[list[Bin]], Batch]
+
 
 @dataclass(frozen=True)
 class Batching:
-    """``described`` says what a step holds, for people."""
+    """``description`` tells the user what a step consists of."""
 
     steps: StepSource
-    described: str
+    description: str
 
     def notes(self, recipe: Recipe) -> list[str]:
-        """The notes on a stream's rows, which are known only once they have been read."""
+        """Notes on a stream's rows, which are known only once the rows have been read."""
         if not isinstance(self.steps, StreamSteps):
             return []
-        seen = self.steps
-        skipped = seen.skipped.note() if seen.skipped else None
-        notes = encoding_notes(seen.counts, "train", seen.rows, recipe.task.max_length)
+        stream = self.steps
+        skipped = stream.skipped.note() if stream.skipped else None
+        notes = encoding_notes(stream.counts, "train", stream.rows, recipe.task.max_length)
         return [*([skipped] if skipped else []), *notes]
 
+
+@dataclass(frozen=True)
+class LoadedStep:
+    """A step's batches on the device; ``token_count`` leaves out padding."""
+
+    number: int
+    micro_batches: list[Batch]
+    token_count: int
+
+
+class StepLoader:
+    """Collates the batches of each step and copies them to ``device``.
+
+    ``prefetch`` prepares the next step while the device computes the current one. It neither waits
+    for the device nor draws random numbers, and an error in the rows is raised by the ``take`` of
+    the step that needs them.
+    """
+
+    def __init__(self, steps: StepSource, collate: Collate, device: torch.device) -> None:
+        self._steps = steps
+        self.collate = collate
+        self.device = device
+        self._ahead: LoadedStep | DataError | None = None
+        self._first: Step | None = None
+        self._rows_read = _rows_read(steps)
+
+    def take(self, number: int) -> LoadedStep:
+        """The step ``number``; raises DataError if a stream's row cannot be read or trained on."""
+        ahead, self._ahead = self._ahead, None
+        loaded = ahead if ahead is not None else self._load(number)
+        self._rows_read = _rows_read(self._steps)
+        if isinstance(loaded, DataError):
+            raise loaded
+        assert loaded.number == number, "steps are taken in order"
+        return loaded
+
+    def prefetch(self, number: int) -> None:
+        try:
+            self._ahead = self._load(number)
+        except DataError as error:
+            self._ahead = error
+
+    def first_step(self) -> list[Batch] | None:
+        """The batches of the run's first step; None if they came from a stream that was resumed
+        after them."""
+        step = self._first
+        if step is None and self._steps.steps_per_epoch is not None:
+            step = self._steps.step(0)
+        return None if step is None else self._batches(step)
+
     def rows_read(self) -> dict[str, int]:
-        """What ``run.json`` says of a stream's rows once they have been read."""
-        if not isinstance(self.steps, StreamSteps):
-            return {}
-        found = {"rows_read": self.steps.rows_read}
-        if self.steps.skipped is not None:
-            found["skipped_rows"] = len(self.steps.skipped)
-        return found
+        """What ``run.json`` records about a stream up to the step taken last."""
+        return self._rows_read
+
+    def _load(self, number: int) -> LoadedStep:
+        step = self._steps.step(number)
+        if number == 0:
+            self._first = step
+        return LoadedStep(number, self._batches(step), step.tokens)
+
+    def _batches(self, step: Step) -> list[Batch]:
+        return [self.collate(bins).to(self.device) for bins in step.micro_batches]
+
+
+def _rows_read(steps: StepSource) -> dict[str, int]:
+    if not isinstance(steps, StreamSteps):
+        return {}
+    skipped = {} if steps.skipped is None else {"skipped_rows": len(steps.skipped)}
+    return {"rows_read": steps.rows_read} | skipped
 
 
 def build_batching(prepared: Prepared, device: torch.device) -> Batching:
@@ -64,11 +129,11 @@ def build_batching(prepared: Prepared, device: torch.device) -> Batching:
     if isinstance(rows, StreamedRows):
         return _streaming(recipe, rows)
     section, lengths = recipe.train, rows.lengths
-    packing, described = None, f"{len(rows):,} rows"
+    packing, description = None, f"{len(rows):,} rows"
     if recipe.task.packing:
         packing = Packing(lengths, recipe.task.max_length, section.seed)
         lengths = packing.bin_lengths
-        described += f" in {len(packing):,} bins, {packing.fill:.1%} full"
+        description += f" in {len(packing):,} bins, {packing.fill:.1%} full"
     plan: Plan
     if section.max_tokens_per_batch is None or packing:
         plan = RowPlan(
@@ -78,7 +143,7 @@ def build_batching(prepared: Prepared, device: torch.device) -> Batching:
             seed=section.seed,
             group_by_length=section.group_by_length and packing is None,
         )
-        described += f", {plan.units_per_step} a step"
+        description += f", {plan.units_per_step} a step"
     else:
         plan = TokenPlan(
             lengths=lengths,
@@ -89,8 +154,8 @@ def build_batching(prepared: Prepared, device: torch.device) -> Batching:
             multiple_of=padding_multiple(prepared, device),
         )
         tokens = section.max_tokens_per_batch * section.gradient_accumulation_steps
-        described += f", up to {tokens:,} tokens a step"
-    return Batching(IndexedSteps(rows, plan, packing), described)
+        description += f", up to {tokens:,} tokens a step"
+    return Batching(IndexedSteps(rows, plan, packing), description)
 
 
 def _streaming(recipe: Recipe, rows: StreamedRows) -> Batching:
@@ -111,19 +176,18 @@ def _streaming(recipe: Recipe, rows: StreamedRows) -> Batching:
 
 
 def _units_per_batch(recipe: Recipe) -> int:
-    """Rows, or bins where rows are packed."""
+    """Rows per micro-batch, or bins if rows are packed."""
     units, tokens = recipe.train.per_device_batch_size, recipe.train.max_tokens_per_batch
     if recipe.task.packing and tokens:
         bins = tokens // recipe.task.max_length
         return min(units or bins, bins)
-    assert units, "without a token budget there is a number of rows"
+    assert units, "the recipe has a batch size if it has no token budget"
     return units
 
 
-def build_collate(
-    prepared: Prepared, device: torch.device, varlen: bool
-) -> Callable[[list[Bin]], Batch]:
-    """From the rows of a micro-batch to its tensors. ``varlen``: packed rows go in one sequence."""
+def build_collate(prepared: Prepared, device: torch.device, varlen: bool) -> Collate:
+    """The function that makes tensors of a micro-batch's rows; with ``varlen``, packed rows become
+    one sequence."""
     settings: Any = {
         "pad_id": prepared.tokenizer.pad_token_id,
         "multiple_of": padding_multiple(prepared, device),
@@ -135,7 +199,7 @@ def build_collate(
 
 
 def padding_multiple(prepared: Prepared, device: torch.device) -> int:
-    """8 for tensor cores, and for half precision on the CPU, whose kernels are compiled and kept
-    for each length that occurs; float32 on the CPU pads no more than it must."""
+    """What lengths are padded to: 8 suits tensor cores, and half precision on the CPU, where a
+    kernel is compiled and cached for each length. float32 on the CPU needs no extra padding."""
     plain = device.type == "cpu" and prepared.model.dtype == torch.float32
     return 1 if plain else 8

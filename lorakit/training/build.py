@@ -1,140 +1,126 @@
-"""Recipe and prepared model -> the loop's parts.
-
-The model's metrics as it stands, on the recipe's evaluation split.
-"""
+"""Assemble the parts of a training: objective, optimizer, engine, loader, schedule and loop."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
+import importlib.util
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration, set_seed
+import torch
+from accelerate.utils import set_seed
+from torch.optim.lr_scheduler import LRScheduler
 
 from lorakit import registry
 from lorakit.data.plan import StepSource
-from lorakit.distributed.processes import is_launched
+from lorakit.distributed.strategy import Strategy
 from lorakit.errors import UserError
-from lorakit.evaluation.evaluate import evaluate_model
 from lorakit.injection import trainable_state
 from lorakit.layers import adapter_layers
 from lorakit.methods.base import Method
-from lorakit.models.causal import CausalParts, use_varlen
 from lorakit.models.heads import label_columns
-from lorakit.recipe.sections import Recipe
-from lorakit.training.batching import build_collate, padding_multiple
-from lorakit.training.checks import FirstStep, divergence
-from lorakit.training.control import Best, Schedule, StopRequest
-from lorakit.training.engine.eager import build_optimizer, build_scheduler, check_warmup
+from lorakit.recipe.sections import Recipe, TrainSection
+from lorakit.training.batching import StepLoader, build_collate, padding_multiple
+from lorakit.training.checkpoint import Progress
+from lorakit.training.control import Best, Evaluator, Schedule, StopRequest
+from lorakit.training.divergence import divergence_cause
+from lorakit.training.engine.eager import EagerEngine
 from lorakit.training.engine.objective import CausalObjective, EncoderObjective
+from lorakit.training.engine.probe import GradientProbe
 from lorakit.training.loop import Loop
 from lorakit.training.setup import Prepared, Say, main_metric
-from lorakit.training.tracking import Recorder, throttled, trackers
+from lorakit.training.tracking import Recorder
+
+Objective = CausalObjective | EncoderObjective
+
+
+def build_objective(prepared: Prepared, device: torch.device) -> Objective:
+    """Seed the run, move the model to ``device`` and put its loss on top."""
+    section = prepared.recipe.train
+    model: Any = prepared.model
+    set_seed(section.seed)
+    if section.gradient_checkpointing:
+        _checkpoint_activations(model, encoder=prepared.task.kind == "encoder")
+    model.to(device)
+    if prepared.task.kind == "encoder":
+        columns = label_columns(model, prepared.task.labels(prepared.recipe.task, None))
+        return EncoderObjective(model, section.label_smoothing, columns)
+    task = prepared.recipe.task
+    # The padding behind packed rows counts as one of them.
+    longest_row = max(task.max_length, padding_multiple(prepared, device))
+    return CausalObjective(model, section.label_smoothing, task.packing, longest_row)
+
+
+def build_engine(
+    prepared: Prepared, objective: Objective, strategy: Strategy, total_steps: int, say: Say
+) -> EagerEngine:
+    """Wrap the objective, then build all that holds on to its parameters."""
+    section, model = prepared.recipe.train, prepared.model
+    if section.compile is True:
+        decoder = objective.parts.decoder if objective.parts else None
+        (decoder or model).compile(dynamic=True)
+    wrapped = strategy.wrap(objective)
+    parameters: Any = trainable_state(model)
+    method, config = _method(prepared.recipe), prepared.recipe.adapter
+    layers = adapter_layers(model)
+    optimizer = build_optimizer(method.param_groups(parameters, layers, config, section), section)
+    return EagerEngine(
+        strategy=strategy,
+        objective=wrapped,
+        parameters=parameters,
+        optimizer=strategy.wrap_optimizer(optimizer),
+        scheduler=build_scheduler(optimizer, section, total_steps),
+        hooks=method.hooks(layers, config, total_steps),
+        max_grad_norm=section.max_grad_norm,
+        probe=GradientProbe(
+            model,
+            say,
+            fully_trained=_requested_modules(prepared),
+            count_calls=section.compile is not True,
+        ),
+    )
+
+
+def build_loader(
+    prepared: Prepared, objective: Objective, steps: StepSource, device: torch.device
+) -> StepLoader:
+    return StepLoader(steps, build_collate(prepared, device, objective.varlen), device)
 
 
 def build_loop(
     prepared: Prepared,
-    accelerator: Accelerator,
+    strategy: Strategy,
     steps: StepSource,
     schedule: Schedule,
     recorder: Recorder,
     stop: StopRequest,
-    say: Say = lambda text: None,
+    say: Say,
 ) -> Loop:
-    section, model = prepared.recipe.train, prepared.model
-    set_seed(section.seed)
-    if section.gradient_checkpointing:
-        _checkpoint_activations(model, encoder=prepared.task.kind == "encoder")
-    model.to(accelerator.device)
-    varlen = prepared.recipe.task.packing and use_varlen(model)
-    objective: Any
-    if prepared.task.kind == "causal":
-        # The padding behind packed rows counts as one of them.
-        padding = padding_multiple(prepared, accelerator.device)
-        longest = max(prepared.recipe.task.max_length, padding)
-        objective = CausalObjective(model, section.label_smoothing, longest)
-    else:
-        labels = prepared.task.labels(prepared.recipe.task, None)
-        columns = label_columns(model, labels)
-        objective = EncoderObjective(model, section.label_smoothing, columns)
-    if section.compile is True:
-        (objective.parts.decoder if objective.parts else model).compile(dynamic=True)
-    trainable: Any = trainable_state(model)
-    method: Method = registry.methods()[prepared.recipe.adapter.method]
-    layers = adapter_layers(model)
-    groups = method.param_groups(trainable, layers, prepared.recipe.adapter, section)
-    optimizer = build_optimizer(groups, section)
-    hooks = method.hooks(layers, prepared.recipe.adapter, schedule.total_steps)
-    scheduler = build_scheduler(optimizer, section, schedule.total_steps)
-    wrapped, prepared_optimizer = accelerator.prepare(objective, optimizer)
-    metric = main_metric(prepared.recipe, prepared.task)
-    loop = Loop(
-        accelerator=accelerator,
-        objective=wrapped,
-        trainable=trainable,
-        optimizer=prepared_optimizer,
-        scheduler=scheduler,
-        steps=steps,
-        collate=build_collate(prepared, accelerator.device, varlen),
+    section = prepared.recipe.train
+    objective = build_objective(prepared, strategy.device)
+    evaluator = Evaluator(prepared, objective.parts, stop, recorder.display.say)
+    advice = _method(prepared.recipe).advice(prepared.recipe.adapter)
+    return Loop(
+        engine=build_engine(prepared, objective, strategy, schedule.total_steps, say),
+        loader=build_loader(prepared, objective, steps, strategy.device),
         schedule=schedule,
         recorder=recorder,
         stop=stop,
+        evaluate=evaluator if prepared.evaluation is not None else None,
+        best=Best(main_metric(prepared.recipe, prepared.task), section.early_stopping_patience),
         checkpoint_dir=Path(section.output_dir) / "checkpoints",
-        evaluate=None,
-        best=Best(metric, section.early_stopping_patience),
-        max_grad_norm=section.max_grad_norm,
-        hooks=hooks,
-        cause=divergence(section.learning_rate, method.advice(prepared.recipe.adapter)),
-    )
-    loop.check_first_step = FirstStep(
-        model,
-        say,
-        whole=_asked_whole(prepared),
-        counts=section.compile is not True,
-    ).check
-    if prepared.evaluation is not None and recorder is not None:
-        loop.evaluate = build_evaluator(prepared, loop, final=False)
-    return loop
-
-
-def _asked_whole(prepared: Prepared) -> list[str]:
-    """The modules that train whole because the recipe names them."""
-    asked = prepared.recipe.adapter.modules_to_save
-    whole = prepared.report.modules_to_save
-    return [n for n in whole if any(n == end or n.endswith(f".{end}") for end in asked)]
-
-
-def _checkpoint_activations(model: Any, encoder: bool) -> None:
-    """Later releases of transformers 5 deprecate ``gradient_checkpointing_enable``."""
-    if encoder:  # else transformers warns that it turns the cache off
-        model.config.use_cache = False
-    name = "activation_checkpointing_enable"
-    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
-def build_evaluator(prepared: Prepared, loop: Loop, final: bool) -> Evaluator:
-    assert prepared.evaluation is not None
-    objective: Any = loop.accelerator.unwrap_model(loop.objective)
-    return Evaluator(
-        prepared,
-        parts=objective.parts,
-        generates=prepared.task.generates(prepared.recipe.task, final),
-        stop=loop.stop,
-        say=loop.recorder.display.say,
+        cause=divergence_cause(section.learning_rate, advice),
+        progress=Progress(),
     )
 
 
 def build_schedule(recipe: Recipe, steps: StepSource) -> Schedule:
+    """Raises UserError for a warmup or a method's phases that do not fit into the run."""
     section, epoch = recipe.train, steps.steps_per_epoch
     assert section.max_steps or epoch, "a stream has max_steps"
     total = section.max_steps or max(1, round((section.epochs or 1) * (epoch or 1)))
-    method: Method = registry.methods()[recipe.adapter.method]
-    method.check_steps(recipe.adapter, total)
+    _method(recipe).check_steps(recipe.adapter, total)
     check_warmup(section, total)
     return Schedule(
         total_steps=total,
@@ -146,48 +132,84 @@ def build_schedule(recipe: Recipe, steps: StepSource) -> Schedule:
     )
 
 
-def build_accelerator(recipe: Recipe) -> Accelerator:
-    if is_launched():
+def check_optimizer(name: str) -> None:
+    """Raise UserError for an optimizer whose package is not installed."""
+    if name == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(
-            f"launched as {os.environ['WORLD_SIZE']} processes: this version trains in one; "
-            "allowed: one process, with or without accelerate launch"
+            "train.optimizer = 'adamw_8bit': needs bitsandbytes (pip install 'lorakit[gpu]'); "
+            "allowed without it: adamw, sgd"
         )
-    half = recipe.model.dtype == "float16"
-    AcceleratorState._reset_state()  # a second run in one process may need another precision
-    accelerator = Accelerator(
-        mixed_precision="fp16" if half else "no",
-        log_with=trackers(recipe.train.trackers) or None,
-        project_config=ProjectConfiguration(recipe.train.output_dir),
+
+
+def build_optimizer(
+    groups: Iterable[dict[str, Any]], section: TrainSection
+) -> torch.optim.Optimizer:
+    """The optimizer ``section.optimizer``; torch's own in their fused implementation."""
+    groups = list(groups)
+    adam = {
+        "lr": section.learning_rate,
+        "betas": (section.adam_beta1, section.adam_beta2),
+        "eps": section.adam_epsilon,
+    }
+    if section.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=section.learning_rate, fused=True)
+    if section.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **adam, fused=True)  # type: ignore[arg-type]
+    from bitsandbytes.optim import AdamW8bit
+
+    optimizer: torch.optim.Optimizer = AdamW8bit(groups, **adam)
+    return optimizer
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, section: TrainSection, total_steps: int
+) -> LRScheduler:
+    """Linear warmup from 0 to the peak, then ``section.lr_scheduler`` for the remaining steps."""
+    from transformers import get_scheduler
+
+    warmup_steps = resolve_warmup_steps(section, total_steps)
+    name: str = section.lr_scheduler
+    if name == "constant" and warmup_steps:
+        name = "constant_with_warmup"
+    scheduler: LRScheduler = get_scheduler(
+        name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps
     )
-    if half and accelerator.device.type == "cpu":
+    return scheduler
+
+
+def check_warmup(section: TrainSection, total_steps: int) -> None:
+    """Raise UserError for a warmup that is longer than the run."""
+    if section.warmup_steps is not None and section.warmup_steps > total_steps:
         raise UserError(
-            "model.dtype = 'float16': needs a GPU; allowed on the CPU: bfloat16, float32"
+            f"train.warmup_steps = {section.warmup_steps}: longer than the run of {total_steps} "
+            f"steps; allowed: 0 to {total_steps}"
         )
-    return accelerator
 
 
-@dataclass(frozen=True)
-class Evaluator:
-    """``generates``: whether to write text and score it, or to take the loss alone."""
+def resolve_warmup_steps(section: TrainSection, total_steps: int) -> int:
+    """``warmup_steps``, or ``warmup_ratio`` of all steps, rounded up but at least one step short of
+    the run."""
+    if section.warmup_steps is not None:
+        return section.warmup_steps
+    return min(math.ceil((section.warmup_ratio or 0.0) * total_steps), total_steps - 1)
 
-    prepared: Prepared
-    parts: CausalParts | None
-    generates: bool
-    stop: StopRequest
-    say: Callable[[str], None]
 
-    def __call__(self) -> dict[str, float]:
-        """Raises EvaluationStopped if a signal arrives in between."""
-        data, recipe = self.prepared.evaluation, self.prepared.recipe
-        assert data is not None
-        return evaluate_model(
-            self.prepared.model,
-            self.prepared.tokenizer,
-            data,
-            batch_size=recipe.eval_batch_size,
-            parts=self.parts,
-            generate=self.generates,
-            seed=recipe.train.seed,
-            on_progress=throttled(self.say),
-            should_stop=lambda: bool(self.stop),
-        ).metrics
+def _method(recipe: Recipe) -> Method:
+    method: Method = registry.methods()[recipe.adapter.method]
+    return method
+
+
+def _requested_modules(prepared: Prepared) -> list[str]:
+    """The fully trained modules that the recipe names."""
+    requested = prepared.recipe.adapter.modules_to_save
+    trained = prepared.report.modules_to_save
+    return [n for n in trained if any(n == end or n.endswith(f".{end}") for end in requested)]
+
+
+def _checkpoint_activations(model: Any, encoder: bool) -> None:
+    """Later releases of transformers 5 deprecate ``gradient_checkpointing_enable``."""
+    if encoder:  # otherwise transformers warns that it turns the cache off
+        model.config.use_cache = False
+    name = "activation_checkpointing_enable"
+    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

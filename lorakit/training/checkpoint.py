@@ -1,8 +1,8 @@
-"""Checkpoints: all that an exact resume needs, whole or absent.
+"""Checkpoints: everything that an exact resume needs, complete or absent.
 
-A checkpoint is written beside and renamed. It holds what trains, the optimizer's tensors, the
-random states and the best model's weights as safetensors, the rest as JSON: there is no pickle in
-it.
+A checkpoint directory is written under a temporary name, then renamed atomically. It has the
+engine's state, the random states and the best model's weights: tensors as safetensors, the rest as
+JSON. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,20 +22,25 @@ from torch import Tensor
 
 from lorakit.errors import UserError
 from lorakit.io.atomic import atomic_directory, remove_directory, remove_leftovers
-from lorakit.training.checks import LossHistory
+from lorakit.training.divergence import LossHistory
+from lorakit.training.engine import EngineState
 
 _NAME = re.compile(r"step-(\d+)")
 
-#: Torch's generators as tensors; Python's and NumPy's as JSON.
+#: torch's generators as tensors; Python's and NumPy's as JSON.
 RandomStates = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 @dataclass
 class Progress:
-    """Where a run stands. ``step`` counts finished optimizer steps; ``window`` holds the loss, the
-    gradient norm and the method's values of each step since the last log line; ``metrics_lines``
-    are those that metrics.jsonl had; ``first_loss`` is the first line's, and ``said_grown`` whether
-    the user knows that it grew far above that. ``history`` is what the end is judged by."""
+    """How far a run is.
+
+    ``step`` counts finished optimizer steps, ``seconds`` is the time spent in steps and
+    evaluations. ``window`` has the loss, gradient norm and method values of each step since the
+    last log line, ``metrics_lines`` is the length of metrics.jsonl. ``first_loss`` is the loss of
+    the first log line, and ``said_grown`` says that a warning about its growth was printed.
+    ``history`` decides at the end whether the run has diverged.
+    """
 
     step: int = 0
     trained_tokens: int = 0
@@ -55,83 +59,73 @@ class Progress:
 
 @dataclass
 class Snapshot:
-    """A checkpoint in memory. ``method`` is what the method keeps besides its weights, ``best`` the
-    best model's weights, if there is one."""
+    """A checkpoint in memory; ``best`` are the best model's weights, None before an evaluation."""
 
     progress: Progress
-    weights: dict[str, Tensor]
-    method: dict[str, Tensor]
-    optimizer: dict[str, Any]
-    scheduler: dict[str, Any]
-    scaler: dict[str, Any] | None
+    engine: EngineState
     best: dict[str, Tensor] | None
     random: RandomStates
 
-    def fits(self, weights: Mapping[str, Tensor], method: Mapping[str, Tensor]) -> bool:
-        """Whether it is of a run that trains ``weights``, with a method that keeps ``method``."""
-        stored = [self.weights, *([self.best] if self.best is not None else [])]
-        known = set(range(len(weights)))
-        return (
-            all(_shapes(tensors) == _shapes(weights) for tensors in stored)
-            and _shapes(self.method) == _shapes(method)
-            and set(self.optimizer["state"]) <= known  # what got no gradient has none
-        )
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in tensors.items()}
-
 
 def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int | None) -> Path:
-    """Write ``folder/step-N`` and drop all but the newest ``keep``, and what a kill left behind."""
+    """Write ``folder/step-N``, delete all but the newest ``keep`` checkpoints and whatever a killed
+    process left behind."""
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{snapshot.progress.step}"
     remove_leftovers(folder)
     if not final.exists():
-        with atomic_directory(final, replace=False) as beside:
-            _write(beside, snapshot)
+        with atomic_directory(final, replace=False) as temporary:
+            _write(temporary, snapshot)
     for old in checkpoints(folder)[: -keep if keep else 0]:
         remove_directory(old)
     return final
 
 
-def _write(beside: Path, snapshot: Snapshot) -> None:
-    tensors, plain = _split_tensors(snapshot.optimizer)
-    save_file(_cpu(snapshot.weights), beside / "weights.safetensors", {"format": "pt"})
-    save_file(_cpu(snapshot.method), beside / "method.safetensors", {"format": "pt"})
-    save_file(tensors, beside / "optimizer.safetensors", {"format": "pt"})
+def _write(directory: Path, snapshot: Snapshot) -> None:
+    engine = snapshot.engine
+    random_tensors, random_json = snapshot.random
+    optimizer_tensors, optimizer_json = _split_tensors(engine.optimizer)
+    files = {
+        "weights": _on_host(engine.weights),
+        "method": _on_host(engine.method),
+        "optimizer": optimizer_tensors,
+        "random": random_tensors,
+    }
     if snapshot.best is not None:
-        save_file(_cpu(snapshot.best), beside / "best.safetensors", {"format": "pt"})
-    random_tensors, random_plain = snapshot.random
-    save_file(random_tensors, beside / "random.safetensors", {"format": "pt"})
+        files["best"] = _on_host(snapshot.best)
+    for name, tensors in files.items():
+        save_file(tensors, directory / f"{name}.safetensors", {"format": "pt"})
     state = {
         "progress": asdict(snapshot.progress),
-        "optimizer": plain,
-        "scheduler": snapshot.scheduler,
-        "scaler": snapshot.scaler,
-        "random": random_plain,
+        "optimizer": optimizer_json,
+        "scheduler": engine.scheduler,
+        "scaler": engine.scaler,
+        "random": random_json,
     }
-    (beside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+    (directory / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
 
 
 def load_checkpoint(checkpoint: Path) -> Snapshot:
-    """Raises UserError if the directory is no checkpoint."""
+    """Raises UserError for a directory that is not a complete checkpoint."""
+
+    def load(name: str) -> dict[str, Tensor]:
+        return load_file(checkpoint / f"{name}.safetensors")
+
     try:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        tensors = load_file(checkpoint / "optimizer.safetensors")
-        best = checkpoint / "best.safetensors"
-        return Snapshot(
-            progress=_progress(state["progress"]),
-            weights=load_file(checkpoint / "weights.safetensors"),
-            method=load_file(checkpoint / "method.safetensors"),
-            optimizer=_join_tensors(tensors, state["optimizer"]),
+        progress = _progress(state["progress"])
+        engine = EngineState(
+            step=progress.step,
+            weights=load("weights"),
+            method=load("method"),
+            optimizer=_join_tensors(load("optimizer"), state["optimizer"]),
             scheduler=state["scheduler"],
             scaler=state["scaler"],
-            best=load_file(best) if best.is_file() else None,
-            random=(load_file(checkpoint / "random.safetensors"), state["random"]),
         )
+        best = load("best") if (checkpoint / "best.safetensors").is_file() else None
+        return Snapshot(progress, engine, best, random=(load("random"), state["random"]))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"--resume: {checkpoint}: not a whole checkpoint: {error}") from error
+        raise UserError(f"--resume: {checkpoint}: incomplete checkpoint: {error}") from error
 
 
 def _progress(stored: dict[str, Any]) -> Progress:
@@ -139,7 +133,7 @@ def _progress(stored: dict[str, Any]) -> Progress:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
+    """The complete checkpoints of a run, oldest first."""
     found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=_step)
 
@@ -148,14 +142,15 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-def drop_after(folder: Path, step: int) -> None:
-    """A run that goes back to ``step`` forgets its later checkpoints."""
+def delete_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints of later steps: a run resumes from ``step``."""
     for later in checkpoints(folder):
         if _step(later) > step:
             remove_directory(later)
 
 
 def random_states() -> RandomStates:
+    """The states of the process's generators: torch's, Python's and NumPy's."""
     tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
@@ -177,12 +172,12 @@ def restore_random_states(states: RandomStates) -> None:
     np.random.set_state(numpy_state)
 
 
-def _cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _split_tensors(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state dict as tensors named ``INDEX.KEY`` and the rest."""
+    """An optimizer's state dict as tensors named ``INDEX.KEY``, and the rest of it."""
     tensors = {
         f"{index}.{key}": value.detach().cpu().contiguous()
         for index, values in state["state"].items()

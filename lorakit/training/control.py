@@ -1,31 +1,29 @@
-"""When a step logs, evaluates and saves.
-
-SIGINT, SIGTERM and SIGHUP ask the loop to stop at the next step; a second one stops at once.
-
-The best model of a run so far, by its evaluations, and when there is no use in going on.
-"""
+"""What the loop consults between steps: schedule, evaluation, early stopping and signals."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-import torch
 from torch import Tensor
 
 from lorakit.errors import Interrupted
+from lorakit.evaluation.evaluate import evaluate_model
+from lorakit.models.causal import CausalParts
 from lorakit.tasks.base import LOWER_IS_BETTER
 from lorakit.training.checkpoint import Progress
+from lorakit.training.setup import Prepared
+from lorakit.training.tracking import throttled
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The last step logs, evaluates and saves whatever its number. ``steps_per_epoch`` is None
-    for a stream."""
+    """When to log, evaluate and save: every so many steps, and after the last one.
+    ``steps_per_epoch`` is None for a stream."""
 
     total_steps: int
     steps_per_epoch: int | None
@@ -38,12 +36,12 @@ class Schedule:
         return step % every == 0 or step == self.total_steps
 
     def epoch(self, step: int) -> float | None:
-        """How many times the rows have been seen; None where nobody knows."""
+        """The number of passes over the rows; None if their number is unknown."""
         return round(step / self.steps_per_epoch, 4) if self.steps_per_epoch else None
 
 
 class StopRequest:
-    """``signal_number`` is 0 until a signal arrives."""
+    """Set by a signal; the loop stops after the current step. ``signal_number`` is 0 until then."""
 
     def __init__(self) -> None:
         self.signal_number = 0
@@ -51,69 +49,100 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.signal_number != 0
 
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+    def handle(self, number: int, _frame: FrameType | None) -> None:
+        """The signal handler: a second signal raises Interrupted at once."""
         if self.signal_number:
-            raise Interrupted("stopped at once by a second signal", number)
+            raise Interrupted("stopped immediately by a second signal", number)
         self.signal_number = number
 
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Catch them while the block runs (in the main thread; elsewhere nothing is caught).
+    """Handle SIGINT, SIGTERM and SIGHUP during the block, if this is the main thread.
 
-    A signal that is ignored, as SIGHUP under nohup, stays so.
+    A signal that is ignored, such as SIGHUP under nohup, stays ignored.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    every = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    numbers = [number for number in every if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, request._on_signal) for number in numbers}
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handled = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, request.handle) for number in handled}
     try:
         yield request
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Measures the model, with its current weights, on the recipe's evaluation split."""
+
+    prepared: Prepared
+    parts: CausalParts | None
+    stop: StopRequest
+    say: Callable[[str], None]
+
+    @property
+    def measures_more_at_the_end(self) -> bool:
+        """Whether text is generated and scored in the final evaluation only."""
+        task, config = self.prepared.task, self.prepared.recipe.task
+        return task.generates(config, final=True) != task.generates(config, final=False)
+
+    def __call__(self, final: bool = False) -> dict[str, float]:
+        """Raises EvaluationStopped if a signal arrives meanwhile."""
+        data, recipe, task = self.prepared.evaluation, self.prepared.recipe, self.prepared.task
+        assert data is not None
+        return evaluate_model(
+            self.prepared.model,
+            self.prepared.tokenizer,
+            data,
+            batch_size=recipe.eval_batch_size,
+            parts=self.parts,
+            generate=task.generates(recipe.task, final),
+            seed=recipe.train.seed,
+            on_progress=throttled(self.say),
+            should_stop=lambda: bool(self.stop),
+        ).metrics
 
 
 @dataclass
 class Best:
-    """``weights`` are those of the best evaluation by ``metric``, in the host's memory; None
-    before the first. After ``patience`` evaluations without a better one the run stops."""
+    """The best model so far by ``metric``, and early stopping.
+
+    ``weights`` are those of the best evaluation, in host memory; None before the first one. The run
+    stops after ``patience`` evaluations in a row without an improvement.
+    """
 
     metric: str
     patience: int | None
     weights: dict[str, Tensor] | None = None
 
-    def compare(
-        self, metrics: dict[str, float], trainable: Mapping[str, Tensor], progress: Progress
+    def update(
+        self, metrics: dict[str, float], weights: Mapping[str, Tensor], progress: Progress
     ) -> str | None:
-        """Keep the weights if ``metrics`` are the best so far; what to say if the run stops."""
-        if self.is_gain(metrics, progress.best_metrics):
+        """Copy ``weights`` if ``metrics`` are the best so far; return a message if the run is to
+        stop."""
+        if self.is_improvement(metrics, progress.best_metrics):
             progress.best_metrics, progress.best_step = metrics, progress.step
             progress.evaluations_without_gain = 0
-            self.weights = {n: p.detach().cpu().clone() for n, p in trainable.items()}
+            self.weights = {name: weight.cpu().clone() for name, weight in weights.items()}
             return None
         progress.evaluations_without_gain += 1
         if not self.patience or progress.evaluations_without_gain < self.patience:
             return None
         progress.stopped_early = True
         return (
-            f"step {progress.step}: {self.metric} has not improved for {self.patience} "
-            f"evaluations; stopping early, the best was at step {progress.best_step}"
+            f"step {progress.step}: early stopping: {self.metric} has not improved in "
+            f"{self.patience} evaluations; the best was at step {progress.best_step}"
         )
 
-    def is_gain(self, metrics: Mapping[str, float], best: Mapping[str, float]) -> bool:
-        """Whether ``metrics`` beat ``best`` (empty at first); of equals the one of lower loss."""
+    def is_improvement(self, metrics: Mapping[str, float], best: Mapping[str, float]) -> bool:
+        """Whether ``metrics`` beat ``best`` (empty at first); a lower loss breaks a tie."""
         if not best:
             return True
         if metrics[self.metric] != best[self.metric]:
             return (metrics[self.metric] < best[self.metric]) == (self.metric in LOWER_IS_BETTER)
         return metrics["loss"] < best["loss"]
-
-    @torch.no_grad()
-    def restore(self, trainable: Mapping[str, Tensor]) -> None:
-        """Put the weights back, if there are any."""
-        for name, value in (self.weights or {}).items():
-            trainable[name].copy_(value)

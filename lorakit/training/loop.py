@@ -1,23 +1,13 @@
-"""The steps, nothing else: it knows neither the method nor the task."""
+"""When to take a step, log, evaluate, save and stop; the engine knows how a step is taken."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
-
-from lorakit.data.collate import Batch
 from lorakit.data.files import UnreadableFile
-from lorakit.data.plan import Bin, Step, StepSource
 from lorakit.data.stream import FileChanged
 from lorakit.errors import (
     BadRow,
@@ -28,7 +18,7 @@ from lorakit.errors import (
     UserError,
 )
 from lorakit.evaluation.progress import EvaluationStopped
-from lorakit.methods.base import RunHooks
+from lorakit.training.batching import StepLoader
 from lorakit.training.checkpoint import (
     Progress,
     Snapshot,
@@ -36,85 +26,76 @@ from lorakit.training.checkpoint import (
     restore_random_states,
     save_checkpoint,
 )
-from lorakit.training.checks import (
-    broken_step,
-    broken_weight,
-    diverged,
+from lorakit.training.control import Best, Evaluator, Schedule, StopRequest
+from lorakit.training.divergence import (
+    AsyncScalars,
+    StepScalars,
     divergence_note,
-    grown_loss,
+    has_diverged,
+    loss_growth,
+    nonfinite_step,
+    nonfinite_weight,
 )
-from lorakit.training.control import Best, Schedule, StopRequest
+from lorakit.training.engine import Engine, same_shapes
 from lorakit.training.record import peak_memory_bytes
-from lorakit.training.tracking import LateReader, LateValues, Recorder
+from lorakit.training.tracking import Recorder
 
 
 @dataclass
 class Loop:
-    """``objective`` maps a batch to the sum of its losses; ``evaluate`` gives the metrics of the
-    model as it is; ``cause`` says why weights are likely to diverge. ``check_first_step`` is called
-    once, when the first gradients are there."""
+    """``evaluate`` is None without a validation split; ``cause`` is the likely cause of a
+    divergence."""
 
-    accelerator: Accelerator
-    objective: nn.Module
-    trainable: dict[str, nn.Parameter]
-    optimizer: Any
-    scheduler: LRScheduler
-    steps: StepSource
-    collate: Callable[[list[Bin]], Batch]
+    engine: Engine
+    loader: StepLoader
     schedule: Schedule
     recorder: Recorder
     stop: StopRequest
-    checkpoint_dir: Path
-    evaluate: Callable[[], dict[str, float]] | None
+    evaluate: Evaluator | None
     best: Best
-    max_grad_norm: float | None
-    hooks: RunHooks
+    checkpoint_dir: Path
     cause: str
-    check_first_step: Callable[[], None] | None = None
     progress: Progress = field(default_factory=Progress)
+    broken: bool = False
 
     def __post_init__(self) -> None:
-        self._late = LateReader(self.hooks.device_values)
+        self._scalars = AsyncScalars(self.engine.value_names)
         self._window_start = time.monotonic()
         self._window_tokens = 0
         self._last_checkpoint: Path | None = None
-        self._first: Step | None = None
-        self.broken = False
 
     def resume(self, checkpoint: Path, snapshot: Snapshot) -> None:
-        """Put everything back as it was when ``checkpoint`` was written.
+        """Restore everything as it was when ``checkpoint`` was written.
 
         Raises UserError if the checkpoint is of another model or run.
         """
-        self._check_fits(checkpoint, snapshot)
-        with torch.no_grad():
-            for name, parameter in self.trainable.items():
-                parameter.copy_(snapshot.weights[name])
-        self.hooks.load_state(snapshot.method)
-        self.optimizer.load_state_dict(snapshot.optimizer)
-        self.scheduler.load_state_dict(snapshot.scheduler)
-        if snapshot.scaler is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(snapshot.scaler)
-        self.progress, self.best.weights = snapshot.progress, snapshot.best
-        self._late.restore_window(self.progress.window, self.accelerator.device)
+        progress, best = snapshot.progress, snapshot.best
+        try:
+            if progress.step > self.schedule.total_steps:
+                raise ValueError("the run ends before this step")
+            if best is not None and not same_shapes(best, self.engine.weights):
+                raise ValueError("the best weights are of another model")
+            self.engine.load_state_dict(snapshot.engine)
+        except ValueError as error:
+            raise UserError(
+                f"--resume: {checkpoint}: does not match this model and recipe: {error}"
+            ) from error
+        self.progress, self.best.weights = progress, best
+        self._scalars.restore_window(progress.window, self.loader.device)
         self._last_checkpoint = checkpoint
         restore_random_states(snapshot.random)
 
     def run(self) -> None:
-        """Train to the end. Raises TrainingError if the loss is no longer finite; with a checkpoint
-        saved, Interrupted after a signal, and DataError, BadRow among them, for a stream that
-        cannot be read on."""
-        self.objective.train()
+        """Train to the end.
+
+        Raises TrainingError if the loss or a weight is not finite. With a checkpoint saved, raises
+        Interrupted after a signal, and DataError (BadRow for a row) if a stream cannot be read.
+        """
         self._window_start = time.monotonic()
         if self.progress.step and self._evaluation_due():
             self._evaluate()
         while self.progress.step < self.schedule.total_steps and not self.progress.stopped_early:
-            began = time.monotonic()
-            try:
-                self._train_step()
-            except DataError as error:  # of a stream's rows, before anything of the step
-                self._stop_for_data(error)
-            self.progress.seconds += time.monotonic() - began
+            self._take_step()
             self._log()
             if self.stop:
                 self._interrupt()
@@ -122,171 +103,125 @@ class Loop:
                 self._evaluate()
             if self.schedule.due(self.progress.step, self.schedule.save_every_steps):
                 self.save()
-        self._stage()  # an early stop may stand between two log lines
+        self._end_window()  # early stopping may come between two log lines
         self.save()
 
-    def _check_fits(self, checkpoint: Path, snapshot: Snapshot) -> None:
-        fits = snapshot.fits(self.trainable, self.hooks.state())
-        if not (fits and 0 <= snapshot.progress.step <= self.schedule.total_steps):
-            raise UserError(f"--resume: {checkpoint}: does not belong to this model and run")
-
     def save(self) -> Path:
-        """Write a checkpoint of this step; never of one whose losses were not finite."""
+        """Write a checkpoint of this step; raises TrainingError if its numbers are not finite."""
         self._settle()
         self.progress.metrics_lines = self.recorder.metrics_lines
-        scaler = self.accelerator.scaler
-        snapshot = Snapshot(
-            progress=self.progress,
-            weights={name: p.detach() for name, p in self.trainable.items()},
-            method=self.hooks.state(),
-            optimizer=self.optimizer.state_dict(),
-            scheduler=self.scheduler.state_dict(),
-            scaler=scaler.state_dict() if scaler is not None else None,
-            best=self.best.weights,
-            random=random_states(),
-        )
+        state = self.engine.state_dict()
+        snapshot = Snapshot(self.progress, state, self.best.weights, random_states())
         self._last_checkpoint = save_checkpoint(
             self.checkpoint_dir, snapshot, self.schedule.save_total_limit
         )
         return self._last_checkpoint
 
-    def step_once(self) -> float:
-        """One step for a dry run: its loss."""
-        self.objective.train()
-        self._train_step()
-        self._stage()
-        return self._late.arrived(wait=True)[0].losses[0]
+    def finish(self) -> dict[str, float]:
+        """Load the best weights and return their metrics; raises Interrupted after a signal."""
+        if self.best.weights is not None:
+            self.engine.load_weights(self.best.weights)
+        if self.evaluate is None or not self.evaluate.measures_more_at_the_end:
+            return self.progress.best_metrics
+        try:
+            metrics = self.evaluate(final=True)
+        except EvaluationStopped as error:
+            raise Interrupted(
+                "stopped in the final evaluation; continue with --resume auto",
+                self.stop.signal_number,
+            ) from error
+        self.recorder.evaluation(self.progress.best_step, metrics)
+        return metrics
 
     def divergence(self) -> str | None:
-        """What to say of a run that is over and left the model worse than it was.
+        """A warning if the finished run left the model worse than before.
 
-        Where the losses of the steps suggest it, the first step's rows are measured once more;
-        those of a resumed stream have gone by.
+        If the losses of the steps suggest it, the loss on the first step's rows is measured again,
+        unless they came from a stream and the run was resumed.
         """
-        step, history = self._first, self.progress.history
-        if not diverged(history, None):
+        history = self.progress.history
+        if not has_diverged(history, None):
             return None
-        if step is None and self.steps.steps_per_epoch is not None:
-            step = self.steps.step(0)
-        again = self._measure(step) if step is not None else None
-        return divergence_note(history, again, self.cause) if diverged(history, again) else None
+        batches = self.loader.first_step()
+        again = self.engine.loss(batches) if batches is not None else None
+        return divergence_note(history, again, self.cause) if has_diverged(history, again) else None
 
-    @torch.no_grad()
-    def _measure(self, step: Step) -> float:
-        """The step's loss with the weights as they are, without dropout."""
-        self.objective.eval()
-        total = 0.0
-        for bins in step.micro_batches:
-            batch = self.collate(bins).to(self.accelerator.device)
-            total += float(self.objective(batch))
-        self.objective.train()
-        return total / step.loss_count
-
-    def _train_step(self) -> None:
-        """Forward and backward over the step's micro-batches, normalised over all of its trained
-        tokens, and one optimizer step. Nothing here waits for the device."""
-        step = self.steps.step(self.progress.step)
-        if self.progress.step == 0:
-            self._first = step
-        count = step.loss_count
-        factor = 1 / count
-        total: Tensor | None = None
-        for index, bins in enumerate(step.micro_batches):
-            batch = self.collate(bins).to(self.accelerator.device)
-            last = index == len(step.micro_batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.objective):
-                loss = self.objective(batch) * factor
-                if loss.requires_grad:  # not where all that trains are experts without tokens
-                    self.accelerator.backward(loss)
-            total = loss.detach() if total is None else total + loss.detach()
-        assert total is not None
-        if self.check_first_step is not None:
-            self.check_first_step()
-            self.check_first_step = None
-        values = self.hooks.before_step(self._scaled)
-        limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
-        norm = self.accelerator.clip_grad_norm_(list(self.trainable.values()), limit)
-        self.optimizer.step()
-        self.hooks.after_step(self.progress.step + 1, self.accelerator.scaler is not None)
-        if not self.accelerator.optimizer_step_was_skipped:
-            self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._late.add(total, norm, values)
-        self._window_tokens += step.tokens
-        self.progress.step += 1
-        self.progress.trained_tokens += count
-
-    def _scaled(self, gradient: Tensor) -> Tensor:
-        """As float16's gradients are until they are clipped."""
-        scaler = self.accelerator.scaler
-        scaled: Tensor = gradient if scaler is None else scaler.scale(gradient)
-        return scaled
+    def _take_step(self) -> None:
+        began, progress = time.monotonic(), self.progress
+        try:
+            loaded = self.loader.take(progress.step)
+        except DataError as error:
+            self._stop_for_data(error)
+        result = self.engine.step(loaded.micro_batches)
+        progress.step += 1
+        if progress.step < self.schedule.total_steps:
+            self.loader.prefetch(progress.step)  # while the device computes
+        self._scalars.add(result)
+        self._window_tokens += loaded.token_count
+        progress.trained_tokens += result.loss_count
+        progress.seconds += time.monotonic() - began
 
     def _log(self) -> None:
         step = self.progress.step
         self.recorder.display.advance(step)
         if self.schedule.due(step, self.schedule.log_every_steps):
-            self._stage()
-        self._emit(wait=False)
+            self._end_window()
+        self._record(wait=False)
 
-    def _stage(self) -> None:
+    def _end_window(self) -> None:
+        """End the window of steps that one log line covers."""
         now = time.monotonic()
         spent = max(now - self._window_start, 1e-9)
-        self._late.stage(
+        self._scalars.stage(
             {
                 "step": self.progress.step,
                 "epoch": self.schedule.epoch(self.progress.step),
-                "learning_rate": self.scheduler.get_last_lr()[0],
                 "tokens_per_second": round(self._window_tokens / spent, 1),
-                "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
-                **self.hooks.logged(self.progress.step, self.optimizer),
+                "peak_memory_bytes": peak_memory_bytes(self.loader.device),
+                **self.engine.log_values(),
             }
         )
         self._window_start, self._window_tokens = now, 0
 
-    def _emit(self, wait: bool) -> None:
-        for values in self._late.arrived(wait):
-            self._check_finite(values)
-            self.progress.history.add(values.losses)
-            self.recorder.log(values.line())
-            self._warn_if_grown(values)
+    def _record(self, wait: bool) -> None:
+        """Write the log lines whose numbers have arrived; with ``wait``, all that have ended."""
+        for scalars in self._scalars.arrived(wait):
+            self._check_finite(scalars)
+            self.progress.history.add(scalars.losses)
+            self.recorder.log(scalars.line())
+            self._warn_of_growth(scalars)
 
     def _settle(self) -> None:
-        """Wait for every loss so far, and make sure that none is broken, nor a weight."""
-        self._emit(wait=True)
-        self.progress.window = window = self._late.window()
+        """Wait for the steps so far, and check that their losses and the weights are finite."""
+        self._record(wait=True)
+        self.progress.window = window = self._scalars.window()
         if window:
             losses, norms, *_ = (list(column) for column in zip(*window, strict=True))
-            known = {
-                "step": self.progress.step,
-                "learning_rate": self.scheduler.get_last_lr()[0],
-            }
-            self._check_finite(LateValues(known, losses, norms))
-        if name := broken_weight(self.trainable):
+            self._check_finite(StepScalars({"step": self.progress.step}, losses, norms))
+        if name := nonfinite_weight(self.engine.weights):
             self._fail(
                 f"step {self.progress.step}: {name} is not finite after it; likely cause: "
                 f"{self.cause}"
             )
 
-    def _check_finite(self, values: LateValues) -> None:
-        scaled = self.accelerator.scaler is not None
-        if what := broken_step(values, scaled, self.cause):
-            self._fail(what)
+    def _check_finite(self, scalars: StepScalars) -> None:
+        if message := nonfinite_step(scalars, self.engine.scales_loss, self.cause):
+            self._fail(message)
 
-    def _warn_if_grown(self, values: LateValues) -> None:
-        """Once a run: it diverges, without a loss that is not finite."""
+    def _warn_of_growth(self, scalars: StepScalars) -> None:
+        """Warn once per run of a loss that grows but stays finite."""
         progress = self.progress
         if progress.first_loss is None:
-            progress.first_loss = values.loss
-        what = grown_loss(values, progress.first_loss, self.cause)
-        if what and not progress.said_grown:
-            self.recorder.display.say(what)
+            progress.first_loss = scalars.loss
+        message = loss_growth(scalars, progress.first_loss, self.cause)
+        if message and not progress.said_grown:
+            self.recorder.display.say(message)
             progress.said_grown = True
 
-    def _fail(self, what: str) -> NoReturn:
+    def _fail(self, message: str) -> NoReturn:
         self.broken = True
         good = self._last_checkpoint or "none was written yet"
-        raise TrainingError(f"{what}; last good checkpoint: {good}")
+        raise TrainingError(f"{message}; last good checkpoint: {good}")
 
     def _evaluation_due(self) -> bool:
         step = self.progress.step
@@ -299,39 +234,37 @@ class Loop:
     def _evaluate(self) -> None:
         assert self.evaluate is not None
         self._settle()
-        began = time.monotonic()
+        began, step = time.monotonic(), self.progress.step
         try:
             metrics = self.evaluate()
         except EvaluationStopped:
             self._interrupt()
         except EvaluationError as error:
-            self._fail(f"step {self.progress.step}: {error}; if the weights diverged: {self.cause}")
-        self.objective.train()
-        step = self.progress.step
+            self._fail(f"step {step}: {error}; if the weights diverged: {self.cause}")
         self.progress.seconds += time.monotonic() - began
         self.progress.last_eval_step = step
         self.recorder.evaluation(step, metrics)
-        final = self.hooks.is_final_form(step)
-        stopping = self.best.compare(metrics, self.trainable, self.progress) if final else None
-        if stopping:
-            self.recorder.display.say(stopping)
+        if self.engine.is_final_form():
+            stopping = self.best.update(metrics, self.engine.weights, self.progress)
+            if stopping:
+                self.recorder.display.say(stopping)
         self._window_start += time.monotonic() - began
 
     def _stop_for_data(self, error: DataError) -> NoReturn:
         saved = self.save()
         changed = isinstance(error, FileChanged)
-        advice = "put the file back" if changed else "correct or remove the row"
+        advice = "restore the file" if changed else "correct or remove the row"
         if isinstance(error, UnreadableFile):
             advice = "replace the file with a complete one"
         raise (DataError if changed else BadRow)(
             f"{error}; stopped at step {self.progress.step} of {self.schedule.total_steps}; saved "
-            f"{saved}; {advice}, then go on with --resume auto"
+            f"{saved}; {advice}, then continue with --resume auto"
         ) from error
 
     def _interrupt(self) -> NoReturn:
         saved = self.save()
         raise Interrupted(
             f"stopped at step {self.progress.step} of {self.schedule.total_steps}; saved {saved}; "
-            "go on with --resume auto",
+            "continue with --resume auto",
             self.stop.signal_number,
         )

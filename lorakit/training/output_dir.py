@@ -119,7 +119,7 @@ def check_same_data(data: dict[str, Any], checkpoint: Path, say: Callable[[str],
 
 
 @contextmanager
-def sole_run(recipe: Recipe, resume: str | None, start: Start) -> Iterator[Path]:
+def exclusive_run(recipe: Recipe, resume: str | None, start: Start) -> Iterator[Path]:
     """The output directory, made and held against other runs while the block runs.
 
     Raises UserError if it cannot be made, another run holds it, or one has written there since

@@ -1,9 +1,4 @@
-"""``run.json``: what was run, on what, and what came of it.
-
-What the run runs on, and how much memory it took.
-
-The ranks that a run chose, for ``run.json`` and for the eye.
-"""
+"""``run.json``: what a run was, the hardware it ran on, and its outcome."""
 
 from __future__ import annotations
 
@@ -15,25 +10,28 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lorakit.errors import BadRow, Interrupted
 from lorakit.injection import InjectionReport
 from lorakit.io.atomic import write_text
+from lorakit.training.checkpoint import Progress
 
 _PACKAGES = ("lorakit", "torch", "transformers", "accelerate", "datasets", "safetensors")
 
 
 @dataclass
 class RunRecord:
-    """``seconds`` are those of training and its evaluations, over all resumes; ``exit_reason`` is
-    null while the run goes on. ``diverged`` says that the loss ended above its start, or was not
-    finite; ``bad_row`` that a row of a stream ended the run, which may be resumed once the row is
-    corrected."""
+    """``seconds`` is the time of training and its evaluations over all resumes. ``exit_reason`` is
+    null during the run, then ``completed``, ``interrupted`` or ``failed``. ``diverged``: the loss
+    ended above its start, or was not finite. ``bad_row``: a row of a stream ended the run, which
+    can be resumed once the row is corrected."""
 
     adapted_modules: list[dict[str, Any]]
     trainable_parameters: int
@@ -59,6 +57,35 @@ class RunRecord:
     def write(self, path: Path) -> None:
         write_text(path, json.dumps(asdict(self), indent=2) + "\n")
 
+    def update(self, progress: Progress, device: torch.device) -> None:
+        """Take over how far the run is."""
+        self.steps, self.trained_tokens = progress.step, progress.trained_tokens
+        self.seconds = round(progress.seconds, 3)
+        self.peak_memory_bytes = peak_memory_bytes(device)
+        self.best_step = progress.best_step or None
+
+    def set_ranks(self, ranks: Mapping[str, int]) -> None:
+        """Record the ranks that the method chose for the adapted matrices, by name."""
+        self.ranks = rank_list(ranks)
+        for module in self.adapted_modules:
+            module["r"] = ranks[module["name"]]
+
+    @contextmanager
+    def kept_at(self, path: Path) -> Iterator[None]:
+        """Write to ``path`` before and after the block, with the reason for which it ended."""
+        self.write(path)
+        try:
+            yield
+            self.exit_reason = "completed"
+        except (Exception, KeyboardInterrupt) as error:
+            stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+            self.exit_reason = "interrupted" if stopped else "failed"
+            self.message = str(error) or type(error).__name__
+            self.bad_row = isinstance(error, BadRow)
+            raise
+        finally:
+            self.write(path)
+
 
 def new_record(
     report: InjectionReport, hardware: dict[str, Any], seed: int, data: dict[str, Any]
@@ -75,7 +102,7 @@ def new_record(
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of what decides the numbers."""
+    """The versions of Python and of the packages that decide the results."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -97,7 +124,7 @@ def git_commit() -> str | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory held so far: the GPU's allocator, or on the CPU the process."""
+    """The peak of the memory allocated on the GPU, or by the process if it runs on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -105,7 +132,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def describe_hardware(device: torch.device) -> dict[str, Any]:
-    """Device name and count, CPU and its cores."""
+    """The device's and the CPU's names, cores and memory."""
     facts: dict[str, Any] = {
         "device": device.type,
         "cpu": _cpu_name(),
@@ -128,12 +155,12 @@ def _cpu_name() -> str:
 
 
 def rank_list(ranks: Mapping[str, int]) -> list[dict[str, Any]]:
-    """For each matrix its ``module``, ``layer`` (null outside of the layers) and ``rank``."""
+    """Each matrix's ``module``, ``layer`` (null outside the numbered layers) and ``rank``."""
     return [{"module": name, "layer": _layer(name), "rank": rank} for name, rank in ranks.items()]
 
 
 def rank_table(ranks: Mapping[str, int]) -> str:
-    """A row a layer, a column a matrix of it, ``.`` where there is none; totals below."""
+    """A table with a row per layer and a column per matrix, ``.`` for none, and totals."""
     rows = sorted({_layer(name) for name in ranks}, key=lambda layer: (layer is None, layer or 0))
     columns = list(dict.fromkeys(map(_matrix, ranks)))
     cells = {(_layer(name), _matrix(name)): rank for name, rank in ranks.items()}
@@ -158,6 +185,6 @@ def _layer(name: str) -> int | None:
 
 
 def _matrix(name: str) -> str:
-    """The name behind the layer's number, its last two parts at most."""
+    """At most the last two parts of the name after the layer's number."""
     inside = re.split(r"(?:^|\.)\d+\.", name, maxsplit=1)[-1]
     return ".".join(inside.split(".")[-2:])

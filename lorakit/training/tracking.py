@@ -1,7 +1,4 @@
-"""What a run tells: metrics.jsonl, a bar or plain lines on stderr, TensorBoard and W&B.
-
-Numbers that the device still works on, read only when they have arrived.
-"""
+"""What a run reports: metrics.jsonl, progress on stderr, TensorBoard and W&B."""
 
 from __future__ import annotations
 
@@ -11,28 +8,24 @@ import json
 import os
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
 from lorakit.errors import UserError
 from lorakit.io.atomic import write_text
 
-#: The name under which trackers file a run.
+#: The trackers' name for the project.
 PROJECT = "lorakit"
 
 
 class MetricsFile:
-    """``metrics.jsonl``, a line at a time; a resumed run keeps the first ``keep`` lines, which
-    are those that were there at its checkpoint."""
+    """Appends lines to ``metrics.jsonl``. A resumed run keeps the first ``keep`` lines: those
+    written before its checkpoint."""
 
     def __init__(self, path: Path, keep: int = 0) -> None:
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -87,7 +80,7 @@ class Display:
         self.say(f"step {step}/{self._total}  {numbers}  left {_clock(left)}")
 
     def say(self, text: str) -> None:
-        """A line that stays, above the bar if there is one."""
+        """Print a line, above the bar if there is one."""
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         else:
@@ -99,16 +92,18 @@ class Display:
 
 
 def tell(text: str) -> None:
-    """A line on stderr; a closed pipe or a full disk there does not end the run."""
+    """Print a line to stderr; a closed pipe or a full disk does not end the run."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 
 
 class Recorder:
-    """All listeners at once."""
+    """Passes each line on to metrics.jsonl, the display and the trackers."""
 
-    def __init__(self, metrics: MetricsFile, display: Display, accelerator: Accelerator) -> None:
-        self._metrics, self.display, self._accelerator = metrics, display, accelerator
+    def __init__(
+        self, metrics: MetricsFile, display: Display, trackers: Sequence[GeneralTracker] = ()
+    ) -> None:
+        self._metrics, self.display, self._trackers = metrics, display, trackers
         self._last_step = 0
 
     @property
@@ -126,16 +121,16 @@ class Recorder:
         self._track({f"eval/{key}": value for key, value in metrics.items()}, step)
 
     def _track(self, values: dict[str, Any], step: int) -> None:
-        """Trackers refuse a step before the last; the best model's final evaluation has one."""
+        """Trackers refuse an earlier step, which the best model's final evaluation may have."""
         self._last_step = max(step, self._last_step)
-        if self._accelerator.log_with:
-            self._accelerator.log(values, step=self._last_step)
+        for tracker in self._trackers:
+            tracker.log(values, step=self._last_step)
 
     def close(self) -> None:
         self.display.close()
         self._metrics.close()
-        if self._accelerator.log_with:
-            self._accelerator.end_training()
+        for tracker in self._trackers:
+            tracker.finish()
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -147,13 +142,23 @@ def check_trackers(names: Sequence[str]) -> None:
             )
 
 
-def trackers(names: Sequence[str]) -> list[Any]:
-    """What Accelerate logs with. W&B reads its environment variables itself, but for the project,
-    which Accelerate gives it: WANDB_PROJECT goes before ours there too."""
-    from accelerate.tracking import WandBTracker
+def start_trackers(
+    names: Sequence[str], output_dir: Path, config: dict[str, Any]
+) -> list[GeneralTracker]:
+    """Start the trackers and give them the run's ``config``.
 
+    W&B reads its environment variables itself, except for WANDB_PROJECT, which an explicit project
+    would override.
+    """
     project = os.environ.get("WANDB_PROJECT") or PROJECT
-    return [WandBTracker(project) if name == "wandb" else name for name in names]
+    trackers: list[GeneralTracker] = [
+        WandBTracker(project) if name == "wandb" else TensorBoardTracker(PROJECT, output_dir)
+        for name in dict.fromkeys(names)
+    ]
+    for tracker in trackers:
+        tracker.start()
+        tracker.store_init_configuration(config)
+    return trackers
 
 
 def format_metrics(metrics: dict[str, float]) -> str:
@@ -161,7 +166,7 @@ def format_metrics(metrics: dict[str, float]) -> str:
 
 
 def throttled(say: Callable[[str], None], seconds: float = 10.0) -> Any:
-    """A callback (what, done, total) that says how far it is, at most once in ``seconds``."""
+    """A progress callback (what, done, total) that says so at most once every ``seconds``."""
     last = time.monotonic()
 
     def report(what: str, done: int, total: int) -> None:
@@ -177,77 +182,3 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
-
-
-@dataclass(frozen=True)
-class LateValues:
-    """A log line's known part, and the losses, gradient norms and other values of its steps."""
-
-    known: dict[str, Any]
-    losses: list[float]
-    grad_norms: list[float]
-    others: dict[str, list[float]] = field(default_factory=dict)
-
-    @property
-    def loss(self) -> float:
-        """The mean over the steps."""
-        return sum(self.losses) / len(self.losses)
-
-    def line(self) -> dict[str, Any]:
-        """A line of metrics.jsonl: the mean loss, and the last step's gradient norm and others."""
-        keys = ("step", "epoch", "loss", "learning_rate", "grad_norm")
-        values = {**self.known, "loss": self.loss, "grad_norm": self.grad_norms[-1]}
-        values |= {name: column[-1] for name, column in self.others.items()}
-        return {key: values.pop(key) for key in keys} | values
-
-
-class LateReader:
-    """Collects scalars of each step: loss, gradient norm and those that ``others`` names.
-    ``stage`` sends a line's worth to the host without waiting."""
-
-    def __init__(self, others: Sequence[str] = ()) -> None:
-        self._others = tuple(others)
-        self._pending: list[Tensor] = []
-        self._staged: deque[tuple[dict[str, Any], Tensor, torch.cuda.Event | None]] = deque()
-
-    def window(self) -> list[list[float]]:
-        """The scalars of the steps since the last line; waits for the device."""
-        values = torch.stack(self._pending).tolist() if self._pending else []
-        return [[float(x) for x in row] for row in values]
-
-    def restore_window(self, window: list[list[float]], device: torch.device) -> None:
-        self._pending = [torch.tensor(row, device=device) for row in window]
-
-    def add(self, loss: Tensor, grad_norm: Tensor, others: Sequence[Tensor] = ()) -> None:
-        assert len(others) == len(self._others)
-        values = (loss, grad_norm, *others)
-        self._pending.append(torch.stack([value.detach().float() for value in values]))
-
-    def stage(self, known: dict[str, Any]) -> None:
-        if not self._pending:
-            return
-        values = torch.stack(self._pending)
-        self._pending = []
-        event = None
-        if values.is_cuda:
-            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            values = host.copy_(values, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self._staged.append((known, values, event))
-
-    def arrived(self, wait: bool = False) -> list[LateValues]:
-        """The staged lines that are there, oldest first; with ``wait`` all of them."""
-        found = []
-        while self._staged:
-            known, values, event = self._staged[0]
-            if event is not None and not wait and not event.query():
-                break
-            if event is not None:
-                event.synchronize()
-            self._staged.popleft()
-            losses, norms, *others = values.t().tolist()
-            found.append(
-                LateValues(known, losses, norms, dict(zip(self._others, others, strict=True)))
-            )
-        return found

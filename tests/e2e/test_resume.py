@@ -101,9 +101,9 @@ POINTS = [
     ("lorakit.training.checkpoint:json.dumps", 3),  # before its last file
     ("lorakit.training.checkpoint:checkpoints", 6),  # renamed, the old ones still there
     ("lorakit.io.atomic:shutil.rmtree", 10),  # an old one renamed, not deleted
-    ("lorakit.training.loop:Loop._evaluate", 3),
+    ("lorakit.training.control:Evaluator.__call__", 3),
     ("lorakit.training.tracking:Recorder.evaluation", 5),  # measured, not told
-    ("lorakit.training.run:_final_metrics", 1),
+    ("lorakit.training.loop:Loop.finish", 1),
     ("lorakit.training.run:export_adapter", 1),
     ("lorakit.adapters.peft.write:save_file", 1),  # in the middle of the adapter
     ("lorakit.training.record:RunRecord.write", 2),  # all but run.json
@@ -128,7 +128,11 @@ def test_a_signal_saves_and_ends(
 ) -> None:
     run = tmp_path / "run"
     ended = train(
-        launcher, recipe, run, number=number, at_call=("lorakit.training.loop:Loop._train_step", 11)
+        launcher,
+        recipe,
+        run,
+        number=number,
+        at_call=("lorakit.training.engine.eager:EagerEngine.step", 11),
     )
     assert ended.code == code
     assert ended.out == ""
@@ -149,7 +153,7 @@ def test_a_signal_during_an_evaluation(
     call: int, recipe: Path, whole: Path, launcher: Launcher, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    point = ("lorakit.training.build:evaluate_model", call)
+    point = ("lorakit.training.control:evaluate_model", call)
     ended = train(launcher, recipe, run, number=signal.SIGINT, at_call=point)
     assert ended.code == 130
     assert f"stopped at step {4 * call} of 32" in ended.err
@@ -163,9 +167,9 @@ def test_signal_then_kill_during_the_same_evaluation(
 ) -> None:
     """The checkpoint of a stopped evaluation is resumed twice; its line is there once."""
     run = tmp_path / "run"
-    point = ("lorakit.training.build:evaluate_model", 2)
+    point = ("lorakit.training.control:evaluate_model", 2)
     train(launcher, recipe, run, number=signal.SIGINT, at_call=point)
-    step = ("lorakit.training.loop:Loop._train_step", 1)
+    step = ("lorakit.training.engine.eager:EagerEngine.step", 1)
     assert train(launcher, recipe, run, "--resume", "auto", at_call=step).code == -9
     assert train(launcher, recipe, run, "--resume", "auto").code == 0
     assert_same(run, whole)
@@ -187,7 +191,7 @@ def test_the_best_weights_survive_a_kill(
     assert train(launcher, recipe, whole).code == 0
     best = run_json(whole)["best_step"]
     assert best < 20
-    point = ("lorakit.training.loop:Loop._train_step", 27)
+    point = ("lorakit.training.engine.eager:EagerEngine.step", 27)
     assert train(launcher, recipe, run, at_call=point).code == -9
     assert train(launcher, recipe, run, "--resume", "auto").code == 0
     assert_same(run, whole)
@@ -199,7 +203,7 @@ def test_an_encoder_and_its_head(tiny_bert: Path, launcher: Launcher, tmp_path: 
     recipe = write_recipe_file(tmp_path, tiny_bert, "glue/sst2", **SETTINGS)
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert train(launcher, recipe, whole).code == 0
-    point = ("lorakit.training.loop:Loop._train_step", 15)
+    point = ("lorakit.training.engine.eager:EagerEngine.step", 15)
     assert train(launcher, recipe, run, at_call=point).code == -9
     assert train(launcher, recipe, run, "--resume", "auto").code == 0
     assert_same(run, whole)
@@ -214,7 +218,7 @@ def test_sgd_and_no_validation(tiny_llama: Path, launcher: Launcher, tmp_path: P
     assert train(launcher, recipe, whole).code == 0
     assert run_json(whole)["metrics"] == {}
     assert run_json(whole)["best_step"] is None
-    point = ("lorakit.training.loop:Loop._train_step", 15)
+    point = ("lorakit.training.engine.eager:EagerEngine.step", 15)
     assert train(launcher, recipe, run, at_call=point).code == -9
     assert train(launcher, recipe, run, "--resume", "auto").code == 0
     assert_same(run, whole)
@@ -235,7 +239,7 @@ def test_from_a_named_checkpoint(
 ) -> None:
     """Back to an older checkpoint of the run, and from another directory's."""
     run = tmp_path / "run"
-    point = ("lorakit.training.loop:Loop._train_step", 14)
+    point = ("lorakit.training.engine.eager:EagerEngine.step", 14)
     train(launcher, recipe, run, at_call=point)
     assert checkpoint_names(run) == ["step-12", "step-9"]
     ended = train(launcher, recipe, tmp_path / "other", "--resume", run / "checkpoints" / "step-9")
@@ -250,7 +254,7 @@ def test_going_back_forgets_what_came_after(
     recipe: Path, whole: Path, launcher: Launcher, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    point = ("lorakit.training.loop:Loop._train_step", 14)
+    point = ("lorakit.training.engine.eager:EagerEngine.step", 14)
     train(launcher, recipe, run, at_call=point)
     old = run / "checkpoints" / "step-9"
     assert (
@@ -260,7 +264,7 @@ def test_going_back_forgets_what_came_after(
             run,
             "--resume",
             old,
-            at_call=("lorakit.training.loop:Loop._train_step", 2),
+            at_call=("lorakit.training.engine.eager:EagerEngine.step", 2),
         ).code
         == -9
     )
@@ -273,7 +277,7 @@ def test_a_run_s_directory_means_its_newest_checkpoint(
     recipe: Path, whole: Path, launcher: Launcher, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    point = ("lorakit.training.loop:Loop._train_step", 14)
+    point = ("lorakit.training.engine.eager:EagerEngine.step", 14)
     train(launcher, recipe, run, at_call=point)
     ended = train(launcher, recipe, run, "--resume", run)
     assert ended.code == 0, ended.err
@@ -286,7 +290,7 @@ def test_another_run_is_not_overwritten_from_a_checkpoint(
     recipe: Path, whole: Path, launcher: Launcher, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    train(launcher, recipe, run, at_call=("lorakit.training.loop:Loop._train_step", 5))
+    train(launcher, recipe, run, at_call=("lorakit.training.engine.eager:EagerEngine.step", 5))
     before = tree(run)
     checkpoint = whole / "checkpoints" / "step-30"
     refused(train(launcher, recipe, run, "--resume", checkpoint), str(run), "a run at step-3")
@@ -355,7 +359,7 @@ def test_what_changes_no_number_may_change(
     recipe: Path, whole: Path, launcher: Launcher, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    point = ("lorakit.training.loop:Loop._train_step", 14)
+    point = ("lorakit.training.engine.eager:EagerEngine.step", 14)
     train(launcher, recipe, run, at_call=point)
     changes = ["--set", "train.log_every_steps=5", "--set", "train.save_total_limit=null"]
     assert train(launcher, recipe, run, "--resume", "auto", *changes).code == 0
@@ -365,7 +369,7 @@ def test_what_changes_no_number_may_change(
 def test_other_data_is_refused(tiny_llama: Path, launcher: Launcher, tmp_path: Path) -> None:
     recipe = write_recipe_file(tmp_path, tiny_llama, "completion", **SETTINGS)
     run, rows = tmp_path / "run", tmp_path / "data" / "train.jsonl"
-    train(launcher, recipe, run, at_call=("lorakit.training.loop:Loop._train_step", 14))
+    train(launcher, recipe, run, at_call=("lorakit.training.engine.eager:EagerEngine.step", 14))
     lines = rows.read_text().splitlines()
     rows.write_text("\n".join([*lines[:-1], lines[0]]) + "\n")
     before = tree(run)
@@ -387,7 +391,7 @@ def test_a_corrupt_checkpoint_is_named(
     else:
         broken.unlink()
     before = tree(run)
-    refused(train(launcher, recipe, run, "--resume", "auto"), "step-32", "not a whole checkpoint")
+    refused(train(launcher, recipe, run, "--resume", "auto"), "step-32", "incomplete checkpoint")
     assert tree(run) == before
 
 

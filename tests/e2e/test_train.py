@@ -219,7 +219,7 @@ def test_stdout_has_the_result_and_stderr_plain_lines(
     assert out.count("\n") == 1
     lines = err.splitlines()
     assert any("896 of 36,000 parameters train" in line for line in lines)
-    assert "30 rows, 8 a step: 8 steps (4 an epoch); evaluation on 8 rows" in lines
+    assert "30 rows, 8 a step: 8 steps (4 per epoch); evaluation on 8 rows" in lines
     assert (
         len([line for line in lines if line.startswith(("step 4/8  loss", "step 8/8  loss"))]) == 2
     )
@@ -406,7 +406,7 @@ def test_early_stopping(trained: Trained, capsys: pytest.CaptureFixture[str]) ->
     record, evaluations = run_json(output), eval_lines(output)
     assert record["steps"] == record["best_step"] + 6 == evaluations[-1]["step"] < 200
     assert record["exit_reason"] == "completed"
-    assert "has not improved for 2 evaluations; stopping early" in capsys.readouterr().err
+    assert "early stopping: loss has not improved in 2 evaluations" in capsys.readouterr().err
     assert [line["step"] for line in log_lines(output)] == [record["steps"]], "none goes unlogged"
 
 
@@ -481,7 +481,7 @@ def test_a_metric_that_generation_would_give(
         ("completion", {"train__trackers": ["wandb"]}, ("'wandb' is not installed",)),
         ("completion", {"adapter__target_modules": ["nothing"]}, ("nothing", "q_proj")),
         ("completion", {"train__warmup_steps": 9},
-         ("train.warmup_steps = 9: longer than the run, which has 8 steps", "allowed: 0 to 8")),
+         ("train.warmup_steps = 9: longer than the run of 8 steps", "allowed: 0 to 8")),
     ],
     ids=lambda value: "",
 )  # fmt: skip

@@ -10,10 +10,8 @@ import pytest
 import torch
 
 import lorakit
-from lorakit.training import build
-from lorakit.training.batching import build_batching
-from lorakit.training.control import StopRequest
-from lorakit.training.setup import prepare
+from lorakit.training.divergence import AsyncScalars
+from tests.training.engines import built
 
 pytestmark = pytest.mark.gpu
 
@@ -79,22 +77,21 @@ def test_a_step_never_waits_for_the_device(
     tiny_llama: Path, tiny_bert: Path, rows: Path, kind: str
 ) -> None:
     wanted = recipe(tiny_llama, rows) if kind == "causal" else encoder_recipe(tiny_bert, rows)
-    prepared = prepare(wanted, print)
-    accelerator = build.build_accelerator(prepared.recipe)
-    steps = build_batching(prepared, accelerator.device).steps
-    schedule = build.build_schedule(prepared.recipe, steps)
-    recorder: Any = None
-    loop = build.build_loop(prepared, accelerator, steps, schedule, recorder, StopRequest())
-    loop.step_once()
+    run = built(wanted)
+    run.take_steps()  # whose gradients are checked, which waits
+    scalars = AsyncScalars(run.engine.value_names)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(3):
-            loop._train_step()
-        loop._stage()
+        for number in range(1, 4):
+            loaded = run.loader.take(number)
+            result = run.engine.step(loaded.micro_batches)
+            run.loader.prefetch(number + 1)
+            scalars.add(result)
+        scalars.stage({"step": 4})
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len(loop._late.arrived(wait=True)[0].losses) == 3
+    assert len(scalars.arrived(wait=True)[0].losses) == 3
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

@@ -16,7 +16,7 @@ from lorakit.layers import adapter_layers
 from lorakit.methods.lora_plus import METHOD, LoraPlusConfig
 from lorakit.recipe.load import load_recipe
 from lorakit.recipe.sections import TrainSection
-from lorakit.training.engine.eager import build_optimizer
+from lorakit.training.build import build_optimizer
 from tests.families import tiny, token_ids
 
 RATE = 1e-3

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -19,18 +18,19 @@ from transformers import AutoModelForCausalLM
 
 import lorakit
 from lorakit.cli.main import run as command
-from lorakit.errors import UserError
 from lorakit.layers import AdapterLayer, adapter_layers
 from lorakit.recipe.sections import Recipe
-from lorakit.training.batching import build_batching
-from lorakit.training.build import build_accelerator, build_loop, build_schedule
-from lorakit.training.checkpoint import load_checkpoint
-from lorakit.training.control import StopRequest
-from lorakit.training.loop import Loop
+from lorakit.training.checkpoint import (
+    Progress,
+    Snapshot,
+    load_checkpoint,
+    random_states,
+    save_checkpoint,
+)
+from lorakit.training.engine.eager import EagerEngine
 from lorakit.training.record import rank_list, rank_table
 from lorakit.training.run import train
-from lorakit.training.setup import prepare
-from lorakit.training.tracking import Display, MetricsFile, Recorder
+from tests.training.engines import Built, built
 from tests.training.runs import (
     adapter_bytes,
     changed,
@@ -66,19 +66,6 @@ def adalora_file(folder: Path, model: Path, task: str = "completion", **changes:
     recipe["adapter"] = ADAPTER | own
     file.write_text(json.dumps(recipe))
     return file
-
-
-def built(recipe: Recipe, recorder: Any = None) -> Loop:
-    prepared = prepare(recipe, lambda text: None)
-    accelerator = build_accelerator(recipe)
-    steps = build_batching(prepared, accelerator.device).steps
-    schedule = build_schedule(recipe, steps)
-    return build_loop(prepared, accelerator, steps, schedule, recorder, StopRequest())
-
-
-def silent(folder: Path) -> Recorder:
-    folder.mkdir(exist_ok=True)
-    return Recorder(MetricsFile(folder / "metrics.jsonl"), Display(32), Accelerator())
 
 
 @pytest.fixture(scope="module")
@@ -180,16 +167,13 @@ def test_the_reported_loss_is_the_tasks(
 ) -> None:
     """Of the rows of each step, before the weights change."""
     model = tiny_llama if task == "completion" else still_bert
-    loop = built(adalora_recipe(tmp_path, model, task, adapter__orth_reg_weight=10.0))
+    run = built(adalora_recipe(tmp_path, model, task, adapter__orth_reg_weight=10.0))
     for step in range(8):
-        taken = loop.steps.step(step)
-        with torch.no_grad():
-            batch = loop.collate(taken.micro_batches[0])
-            total = loop.objective.train()(batch.to(loop.accelerator.device))
-        loop._train_step()
-        loss, _, penalty = loop._late.window()[step]
-        assert loss == pytest.approx(total.item() / taken.loss_count, abs=1e-5)
-        assert penalty > 10
+        batches = run.loader.take(step).micro_batches
+        loss = run.engine.loss(batches)
+        result = run.engine.step(batches)
+        assert result.loss.item() == pytest.approx(loss, abs=1e-5)
+        assert result.values[0].item() > 10
 
 
 # What must not change the result
@@ -202,45 +186,39 @@ def test_eight_rows_at_once_or_in_four_pieces(
     model = tiny_llama if task == "completion" else still_bert
     weights = []
     for pieces in (1, 4):
-        loop = built(
+        run = built(
             adalora_recipe(
                 tmp_path, model, task, train__per_device_batch_size=8 // pieces,
                 train__gradient_accumulation_steps=pieces,
             )
         )  # fmt: skip
-        for _ in range(24):
-            loop._train_step()
-        weights.append((loop.hooks.ranks(), {n: p.detach() for n, p in loop.trainable.items()}))
+        run.take_steps(24)
+        weights.append((run.engine.ranks(), run.engine.weights))
     (ranks, whole), (other_ranks, parts) = weights
     assert ranks == other_ranks
     for name, value in whole.items():
         torch.testing.assert_close(parts[name], value, atol=1e-5, rtol=0)
 
 
-def scale_gradients(loop: Loop, scale: float) -> None:
-    """Let ``loop`` train on as it does in float16 on a GPU: with torch's gradient scaler."""
-    accelerator = loop.accelerator
+def scale_gradients(engine: EagerEngine, scale: float) -> None:
+    """Let ``engine`` train on as it does in float16 on a GPU: with torch's gradient scaler."""
+    accelerator = engine.strategy.accelerator
     accelerator.scaler = torch.amp.GradScaler(accelerator.device.type, init_scale=scale)
     accelerator.native_amp, accelerator.state._mixed_precision = True, "fp16"
-    plain, device_placement = loop.optimizer.optimizer, False
-    loop.optimizer = AcceleratedOptimizer(plain, device_placement, accelerator.scaler)
-    accelerator._optimizers[:] = [loop.optimizer]
+    plain, device_placement = engine.optimizer.optimizer, False
+    engine.optimizer = AcceleratedOptimizer(plain, device_placement, accelerator.scaler)
+    accelerator._optimizers[:] = [engine.optimizer]
 
 
 def test_float16s_scaler_scales_the_penalty(tiny_llama: Path, tmp_path: Path) -> None:
     weights = []
     for scale in (None, 1024.0):
-        loop = built(adalora_recipe(tmp_path, tiny_llama, adapter__orth_reg_weight=1.0))
+        run = built(adalora_recipe(tmp_path, tiny_llama, adapter__orth_reg_weight=1.0))
         if scale:
-            scale_gradients(loop, scale)
-        for _ in range(3):
-            loop._train_step()
-        weights.append(
-            [
-                *map(torch.tensor, loop._late.window()),
-                *(p.detach() for p in loop.trainable.values()),
-            ]
-        )
+            scale_gradients(run.engine, scale)
+        results = run.take_steps(3)
+        scalars = [x for r in results for x in (r.loss, r.grad_norm, *r.values)]
+        weights.append([*scalars, *run.engine.weights.values()])
     for plain, scaled in zip(*weights, strict=True):
         torch.testing.assert_close(scaled, plain, atol=1e-4, rtol=1e-4)
 
@@ -251,17 +229,17 @@ def test_a_step_that_overflows_does_not_cost_the_last_allocation(
     """The scaler leaves out step 22, at which the ranks are fixed; torch's fused optimizers do so
     on the device, and the host does not know.
     """
-    loop = built(adalora_recipe(tmp_path, tiny_llama, adapter__deltaT=14))
-    for _ in range(21):
-        loop._train_step()
-    assert sum(loop.hooks.ranks().values()) > 8
-    scale_gradients(loop, math.inf)
-    before = [p.detach().clone() for p in loop.trainable.values()]
-    loop._train_step()
-    for (name, now), then in zip(loop.trainable.items(), before, strict=True):
-        assert torch.equal(now, then) or "lora_E" in name
-    assert sum(loop.hooks.ranks().values()) == 8
-    assert all(value.isfinite().all() for value in loop.hooks.state().values())
+    run = built(adalora_recipe(tmp_path, tiny_llama, adapter__deltaT=14))
+    engine = run.engine
+    run.take_steps(21)
+    assert sum(engine.ranks().values()) > 8
+    scale_gradients(engine, math.inf)
+    before = {name: weight.clone() for name, weight in engine.weights.items()}
+    run.take_steps()
+    for name, now in engine.weights.items():
+        assert torch.equal(now, before[name]) or "lora_E" in name
+    assert sum(engine.ranks().values()) == 8
+    assert all(value.isfinite().all() for value in engine.state_dict().method.values())
 
 
 @pytest.mark.gpu
@@ -299,19 +277,19 @@ def test_killed_and_resumed_is_never_stopped(
     step: int, stopped: Recipe, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = changed(stopped, train__output_dir=str(tmp_path / "run"))
-    own = Loop._train_step
+    own = EagerEngine.step
 
-    def until(loop: Loop) -> None:
-        if loop.progress.step == step - 1:
+    def until(engine: EagerEngine, micro_batches: Any) -> Any:
+        if engine.steps == step - 1:
             raise Killed
-        own(loop)
+        return own(engine, micro_batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_train_step", until)
+        patch.setattr(EagerEngine, "step", until)
         with pytest.raises(Killed):
             train(recipe)
     run = tmp_path / "run"
-    kept = load_checkpoint(run / "checkpoints" / f"step-{step - 1}").method
+    kept = load_checkpoint(run / "checkpoints" / f"step-{step - 1}").engine.method
     assert int(kept["kept"].sum()) == {4: 16, 11: 12, 28: 8}[step]
     assert any(value.any() for name, value in kept.items() if name.endswith("lora_A.uncertainty"))
     train(recipe, resume="auto")
@@ -324,21 +302,21 @@ def test_killed_and_resumed_is_never_stopped(
 def test_a_checkpoint_of_other_ranks_or_of_another_method_is_refused(
     whole: Path, stopped: Recipe, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    path = whole / "checkpoints" / "step-32"
-    snapshot = load_checkpoint(path)
-    loop = built(stopped)
-    loop.resume(path, snapshot)
-    kept = {k: v[:, :3] if k == "kept" else v for k, v in snapshot.method.items()}
+    state = load_checkpoint(whole / "checkpoints" / "step-32").engine
+    built(stopped).engine.load_state_dict(state)
+    kept = {k: v[:, :3] if k == "kept" else v for k, v in state.method.items()}
     for recipe, given in (
-        (changed(stopped, adapter__init_r=6), snapshot),
-        (changed(stopped, adapter__target_modules=["q"]), snapshot),
-        (recipe_for(tmp_path, tiny_llama), snapshot),
-        (stopped, replace(snapshot, method={})),
-        (stopped, replace(snapshot, method=kept)),
+        (changed(stopped, adapter__init_r=6), state),
+        (changed(stopped, adapter__target_modules=["q"]), state),
+        (recipe_for(tmp_path, tiny_llama), state),
+        (stopped, replace(state, method={})),
+        (stopped, replace(state, method=kept)),
     ):
-        loop = built(recipe)
-        with pytest.raises(UserError, match="step-32: does not belong to this model and run"):
-            loop.resume(path, given)
+        engine = built(recipe).engine
+        before = {name: weight.clone() for name, weight in engine.weights.items()}
+        with pytest.raises(ValueError, match="the state is of another model or method"):
+            engine.load_state_dict(given)
+        assert all(torch.equal(before[name], now) for name, now in engine.weights.items())
 
 
 def test_a_module_that_nothing_uses_trains_saves_and_resumes(
@@ -347,29 +325,25 @@ def test_a_module_that_nothing_uses_trains_saves_and_resumes(
     """Its lambda never has a gradient, so the optimizer knows nothing of it."""
     recipe = adalora_recipe(tmp_path, tiny_llama, adapter__orth_reg_weight=0.0)
 
-    def start(name: str) -> Loop:
-        loop = built(recipe, silent(tmp_path / name))
-        layers = adapter_layers(loop.objective.model)
-        unused = layers["model.layers.1.self_attn.v_proj"]
+    def start() -> Built:
+        run = built(recipe)
+        unused = adapter_layers(run.prepared.model)["model.layers.1.self_attn.v_proj"]
         assert isinstance(unused, AdapterLayer)
         unused.forward = unused.base_layer.forward
-        loop.check_first_step = None  # which would end the run
-        return loop
+        run.engine.probe = None  # which would end the run
+        return run
 
-    whole, first, second = start("whole"), start("first"), start("second")
-    for _ in range(32):
-        whole._train_step()
-    first.checkpoint_dir = tmp_path / "checkpoints"
-    for _ in range(14):
-        first._train_step()
-    saved = first.save()
-    second.resume(saved, load_checkpoint(saved))
-    for _ in range(18):
-        second._train_step()
-    for name, value in whole.trainable.items():
-        assert torch.equal(value, second.trainable[name]), name
-    ranks = whole.hooks.ranks()
-    assert ranks == second.hooks.ranks()
+    whole, first, second = start(), start(), start()
+    whole.take_steps(32)
+    first.take_steps(14)
+    state = first.engine.state_dict()
+    saved = save_checkpoint(tmp_path, Snapshot(Progress(14), state, None, random_states()), None)
+    second.engine.load_state_dict(load_checkpoint(saved).engine)
+    second.take_steps(18)
+    for name, value in whole.engine.weights.items():
+        assert torch.equal(value, second.engine.weights[name]), name
+    ranks = whole.engine.ranks()
+    assert ranks == second.engine.ranks()
     assert sum(ranks.values()) == 8
     assert ranks["model.layers.1.self_attn.v_proj"] == 0, "what does nothing is worth nothing"
 

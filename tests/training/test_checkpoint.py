@@ -13,12 +13,13 @@ from lorakit.training.checkpoint import (
     Progress,
     Snapshot,
     checkpoints,
-    drop_after,
+    delete_after,
     load_checkpoint,
     random_states,
     restore_random_states,
     save_checkpoint,
 )
+from lorakit.training.engine import EngineState
 
 
 def snapshot(step: int = 3) -> Snapshot:
@@ -31,11 +32,14 @@ def snapshot(step: int = 3) -> Snapshot:
     )
     return Snapshot(
         progress=progress,
-        weights={"a.lora_A": weight.detach()},
-        method={"a.mean": weight.detach() + 1},
-        optimizer=optimizer.state_dict(),
-        scheduler={"last_epoch": step, "_last_lr": [1e-3 / 3]},
-        scaler=None,
+        engine=EngineState(
+            step=step,
+            weights={"a.lora_A": weight.detach()},
+            method={"a.mean": weight.detach() + 1},
+            optimizer=optimizer.state_dict(),
+            scheduler={"last_epoch": step, "_last_lr": [1e-3 / 3]},
+            scaler=None,
+        ),
         best={"a.lora_A": weight.detach() + 1},
         random=random_states(),
     )
@@ -51,16 +55,16 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert path == tmp_path / "step-3"
     found = load_checkpoint(path)
     assert found.progress == saved.progress
-    assert found.scheduler == saved.scheduler
-    assert torch.equal(found.weights["a.lora_A"], saved.weights["a.lora_A"])
+    assert found.engine.scheduler == saved.engine.scheduler
+    assert torch.equal(found.engine.weights["a.lora_A"], saved.engine.weights["a.lora_A"])
     assert found.best is not None
     assert saved.best is not None
     assert torch.equal(found.best["a.lora_A"], saved.best["a.lora_A"])
-    ours, theirs = found.optimizer["state"][0], saved.optimizer["state"][0]
+    ours, theirs = found.engine.optimizer["state"][0], saved.engine.optimizer["state"][0]
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    groups = saved.optimizer["param_groups"]
-    assert found.optimizer["param_groups"] == [{**groups[0], "betas": [0.9, 0.999]}]
+    groups = saved.engine.optimizer["param_groups"]
+    assert found.engine.optimizer["param_groups"] == [{**groups[0], "betas": [0.9, 0.999]}]
     assert all(name.endswith((".json", ".safetensors")) for name in names(path))
 
 
@@ -125,7 +129,8 @@ def test_a_checkpoint_is_written_once(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
-    broken = replace(snapshot(), scheduler={"x": object()})
+    broken = snapshot()
+    broken.engine.scheduler = {"x": object()}
     with pytest.raises(TypeError):
         save_checkpoint(tmp_path, broken, keep=None)
     assert names(tmp_path) == []
@@ -134,10 +139,10 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
 def test_going_back_forgets(tmp_path: Path) -> None:
     for step in (1, 2, 10):
         save_checkpoint(tmp_path, snapshot(step), None)
-    drop_after(tmp_path, 2)
+    delete_after(tmp_path, 2)
     assert names(tmp_path) == ["step-1", "step-2"]
 
 
 def test_no_checkpoint_is_a_user_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="not a whole checkpoint"):
+    with pytest.raises(UserError, match="incomplete checkpoint"):
         load_checkpoint(tmp_path)

@@ -1,17 +1,125 @@
-"""A run whose loss exploded says so at its end, though every number is finite."""
+"""Divergence: numbers that are not finite, and losses that explode but stay finite."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lorakit.cli.main import run
-from lorakit.training.checks import LossHistory, diverged
+from lorakit.training.divergence import (
+    AsyncScalars,
+    LossHistory,
+    StepScalars,
+    divergence_cause,
+    has_diverged,
+    loss_growth,
+    nonfinite_step,
+    nonfinite_weight,
+)
+from lorakit.training.engine import StepResult
 from lorakit.training.run import train
 from tests.training.runs import log_lines, recipe_for, run_json, write_recipe_file, write_rows
+
+CAUSE = divergence_cause(0.25, None)
+
+
+def values(losses: list[float], norms: list[float]) -> StepScalars:
+    return StepScalars({"step": 20, "learning_rate": 0.25}, losses, norms)
+
+
+def test_fine_steps() -> None:
+    assert nonfinite_step(values([1.0, 2.0], [3.0, 1e9]), scales_loss=False, cause=CAUSE) is None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_the_first_nonfinite_step_and_the_rate_are_named(bad: float) -> None:
+    message = nonfinite_step(
+        values([1.0, bad, math.nan], [1.0, 1.0, 1.0]), scales_loss=False, cause=CAUSE
+    )
+    assert message is not None
+    assert message.startswith(f"step 19: the loss is {bad}; ")
+    assert "train.learning_rate (0.25)" in message
+
+
+def test_a_gradient_that_grew_is_the_cause() -> None:
+    message = nonfinite_step(
+        values([1.0, math.nan], [5e4, math.nan]), scales_loss=False, cause=CAUSE
+    )
+    assert message is not None
+    assert "the gradient norm had grown to 5e+04" in message
+
+
+def test_a_gradient_that_overflows_is_skipped_in_float16_only() -> None:
+    overflown = values([1.0], [math.inf])
+    assert nonfinite_step(overflown, scales_loss=True, cause=CAUSE) is None
+    message = nonfinite_step(overflown, scales_loss=False, cause=CAUSE)
+    assert message is not None
+    assert "step 20: the gradient is not finite" in message
+    assert nonfinite_step(values([math.nan], [1.0]), scales_loss=True, cause=CAUSE) is not None
+
+
+def test_weights() -> None:
+    weights = {"a": torch.ones(2), "b": torch.tensor([1.0, math.inf]), "c": torch.tensor(math.nan)}
+    assert nonfinite_weight(weights) == "b"
+    assert nonfinite_weight({"a": torch.ones(2)}) is None
+
+
+@pytest.mark.parametrize(
+    ("first", "loss", "grown"),
+    [
+        (2.0, 6.1, True),
+        (2.0, 6.0, False),  # not more than 3 times
+        (0.1, 1.0, False),  # a small loss that swings
+        (0.1, 1.2, True),
+        (2.0, 1.0, False),
+        (0.0, 1.5, True),
+    ],
+)
+def test_a_finite_loss_far_above_the_first(first: float, loss: float, grown: bool) -> None:
+    message = loss_growth(values([loss - 0.5, loss + 0.5], [1.0, 1.0]), first, "too high")
+    assert (message is not None) == grown
+    if message is not None:
+        assert message == (
+            f"step 20: the loss is {loss:.4g}, up from {first:.4g} at the start; likely cause: too high"
+        )
+
+
+def test_the_method_s_advice_stands_beside_the_rate() -> None:
+    cause = divergence_cause(0.25, "adapter.x (3) too high")
+    told = (
+        nonfinite_step(values([math.nan], [1.0]), False, cause),
+        nonfinite_step(values([1.0, math.nan], [5e4, 1.0]), False, cause),
+    )
+    for message in told:
+        assert message is not None
+        assert "too high, or adapter.x (3) too high" in message
+
+
+def test_scalars_arrive_a_log_line_at_a_time() -> None:
+    def add(loss: float, norm: float) -> None:
+        scalars.add(StepResult(torch.tensor(loss), torch.tensor(norm), (), 1))
+
+    scalars = AsyncScalars()
+    scalars.stage({"step": 0})
+    assert scalars.arrived() == [], "no step, no line"
+    for step in range(3):
+        add(float(step), 10.0 + step)
+    assert scalars.window() == [[0.0, 10.0], [1.0, 11.0], [2.0, 12.0]]
+    scalars.stage({"step": 3})
+    assert scalars.window() == []
+    add(0.1, 1.0)
+    (line,) = scalars.arrived()
+    assert line.known == {"step": 3}
+    assert line.losses == [0.0, 1.0, 2.0]
+    assert line.grad_norms == [10.0, 11.0, 12.0]
+    again = AsyncScalars()
+    again.restore_window(scalars.window(), torch.device("cpu"))
+    assert again.window() == scalars.window()
 
 
 def history(*losses: float) -> LossHistory:
@@ -41,7 +149,7 @@ def history(*losses: float) -> LossHistory:
     ],
 )
 def test_the_rule(losses: list[float], again: float | None, expected: bool) -> None:
-    assert diverged(history(*losses), again) == expected
+    assert has_diverged(history(*losses), again) == expected
 
 
 def test_the_history_is_of_steps_and_not_of_lines() -> None:
@@ -49,7 +157,7 @@ def test_the_history_is_of_steps_and_not_of_lines() -> None:
     made.add([1.0, 9.0, *[2.0] * 9])
     made.add([4.0])
     assert (made.start, made.peak, made.last) == (1.0, 9.0, [*[2.0] * 9, 4.0])
-    assert not diverged(LossHistory(), 5.0)
+    assert not has_diverged(LossHistory(), 5.0)
 
 
 def trained(folder: Path, model: Path, **changes: Any) -> tuple[int, Path]:
@@ -85,7 +193,7 @@ def test_what_happened_before_a_checkpoint_is_remembered(tiny_bert: Path, tmp_pa
     result = train(recipe, str(tmp_path / "run" / "checkpoints" / "step-6"), said.append)
     assert result.diverged
     assert said[-1] == whole[-1]
-    assert f"{peak:.4g} at its highest" in said[-1]
+    assert f"{peak:.4g} at its peak" in said[-1]
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,7 @@ import lorakit
 from lorakit.injection import trainable_state
 from lorakit.models.load import load_pretrained
 from lorakit.recipe.sections import Recipe
-from lorakit.training.batching import build_batching
-from lorakit.training.build import build_accelerator, build_loop, build_schedule
-from lorakit.training.control import StopRequest
-from lorakit.training.loop import Loop
-from lorakit.training.setup import Prepared, prepare
+from tests.training.engines import built
 from tests.training.runs import (
     adapter_bytes,
     changed,
@@ -56,16 +52,6 @@ def assert_close(one: Path, other: Path, tolerance: float) -> None:
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=0, atol=tolerance)
-
-
-def built(recipe: Recipe) -> tuple[Prepared, Loop]:
-    """A loop that takes steps and tells nobody."""
-    prepared = prepare(recipe, lambda text: None)
-    accelerator = build_accelerator(recipe)
-    steps = build_batching(prepared, accelerator.device).steps
-    schedule = build_schedule(recipe, steps)
-    recorder: Any = None
-    return prepared, build_loop(prepared, accelerator, steps, schedule, recorder, StopRequest())
 
 
 @pytest.mark.parametrize("task", KINDS)
@@ -109,9 +95,7 @@ def test_gradient_checkpointing_keeps_less(tiny_llama: Path, tmp_path: Path) -> 
     """What autograd keeps for the backward pass, counted in numbers."""
     kept = {}
     for spare in (False, True):
-        prepared, loop = built(
-            recipe_for(tmp_path, tiny_llama, train__gradient_checkpointing=spare)
-        )
+        run = built(recipe_for(tmp_path, tiny_llama, train__gradient_checkpointing=spare))
         total = 0
 
         def count(tensor: Tensor) -> Tensor:
@@ -119,11 +103,11 @@ def test_gradient_checkpointing_keeps_less(tiny_llama: Path, tmp_path: Path) -> 
             total += tensor.numel()
             return tensor
 
-        batch = loop.collate([[prepared.train[i]] for i in range(8)])
+        batch = run.loader.collate([[run.prepared.train[i]] for i in range(8)])
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            loss = loop.objective.train()(batch)
+            loss = run.objective(batch)
         loss.backward()
-        assert all(p.grad is not None for p in loop.trainable.values())
+        assert all(p.grad is not None for p in run.engine.parameters.values())
         kept[spare] = total
     assert kept[True] < kept[False] / 2
 
@@ -181,26 +165,28 @@ def test_an_encoder_s_loss_is_the_mean_over_rows(still_bert: Path, tmp_path: Pat
     settings = {"train__max_steps": 1, "train__epochs": None, "train__per_device_batch_size": 7}
     settings |= {"train__gradient_accumulation_steps": 5}
     recipe = recipe_for(tmp_path, still_bert, "glue/sst2", **settings)
-    prepared, loop = built(recipe)
+    run = built(recipe)
     logits = [
-        loop.objective.model(input_ids=torch.tensor(row.input_ids[None]).long()).logits[0]
-        for row in (prepared.train[i] for i in range(30))
+        run.prepared.model(input_ids=torch.tensor(row.input_ids[None]).long()).logits[0]
+        for row in (run.prepared.train[i] for i in range(30))
     ]
     labels = torch.tensor([i % 2 for i in range(30)])
     want = torch.nn.functional.cross_entropy(torch.stack(logits), labels).item()
-    assert loop.step_once() == pytest.approx(want, abs=1e-5)
+    batches = run.loader.take(0).micro_batches
+    assert run.engine.loss(batches) == pytest.approx(want, abs=1e-5)
+    assert run.engine.step(batches).loss.item() == pytest.approx(want, abs=1e-5)
 
 
 def test_label_smoothing_is_torch_s(tiny_llama: Path, tmp_path: Path) -> None:
     recipe = recipe_for(tmp_path, tiny_llama, train__label_smoothing=0.2)
-    prepared, loop = built(recipe)
-    batch = loop.collate([[prepared.train[i]] for i in range(5)])
-    logits = loop.objective.model(input_ids=batch.input_ids).logits
+    run = built(recipe)
+    batch = run.loader.collate([[run.prepared.train[i]] for i in range(5)])
+    logits = run.prepared.model(input_ids=batch.input_ids).logits
     rows = logits.reshape(-1, logits.shape[-1])[batch.loss_indices]
     want = torch.nn.functional.cross_entropy(
         rows, batch.targets, reduction="sum", label_smoothing=0.2
     )
-    torch.testing.assert_close(loop.objective(batch), want)
+    torch.testing.assert_close(run.objective(batch), want)
 
 
 def test_a_log_line_is_the_mean_of_its_steps(tiny_llama: Path, tmp_path: Path) -> None:
@@ -220,13 +206,13 @@ def test_the_base_stays_bit_equal_and_costs_the_optimizer_nothing(
     model: Path, task: str, tmp_path: Path
 ) -> None:
     recipe = recipe_for(tmp_path, model, task)
-    prepared, loop = built(recipe)
+    run = built(recipe)
+    prepared, engine = run.prepared, run.engine
     trainable = trainable_state(prepared.model)
     labels = prepared.task.labels(recipe.task, None)
     fresh = load_pretrained(recipe.model, prepared.task.kind, labels, seed=7).model
     before = {k: v.clone() for k, v in trainable.items()}
-    for _ in range(3):
-        loop._train_step()
+    run.take_steps(3)
     frozen = {n: p for n, p in prepared.model.named_parameters() if not p.requires_grad}
     base = fresh.state_dict()
     assert {name.replace(".base_layer", "") for name in frozen} == base.keys() - trainable.keys()
@@ -235,21 +221,21 @@ def test_the_base_stays_bit_equal_and_costs_the_optimizer_nothing(
         assert parameter.grad is None
     assert all(not torch.equal(v, before[k]) for k, v in trainable.items())
     known = {id(parameter) for parameter in trainable.values()}
-    assert {id(parameter) for parameter in loop.optimizer.state} == known
-    listed = [id(p) for group in loop.optimizer.param_groups for p in group["params"]]
+    assert {id(parameter) for parameter in engine.optimizer.state} == known
+    listed = [id(p) for group in engine.optimizer.param_groups for p in group["params"]]
     assert sorted(listed) == sorted(known)
 
 
 def test_weight_decay_is_on_matrices_only(tiny_bert: Path, tmp_path: Path) -> None:
-    _, loop = built(recipe_for(tmp_path, tiny_bert, "glue/sst2", train__weight_decay=0.3))
+    engine = built(recipe_for(tmp_path, tiny_bert, "glue/sst2", train__weight_decay=0.3)).engine
     decay = {
         id(parameter): group["weight_decay"]
-        for group in loop.optimizer.param_groups
+        for group in engine.optimizer.param_groups
         for parameter in group["params"]
     }
-    for name, parameter in loop.trainable.items():
+    for name, parameter in engine.parameters.items():
         assert decay[id(parameter)] == (0.3 if parameter.ndim > 1 else 0.0), name
-    assert {parameter.ndim for parameter in loop.trainable.values()} == {1, 2}
+    assert {parameter.ndim for parameter in engine.parameters.values()} == {1, 2}
 
 
 def test_clipping_limits_what_a_step_moves(tiny_llama: Path, tmp_path: Path) -> None:
@@ -259,12 +245,11 @@ def test_clipping_limits_what_a_step_moves(tiny_llama: Path, tmp_path: Path) -> 
         train__lr_scheduler="constant", train__warmup_steps=0,
     )  # fmt: skip
     for limit in (1e-3, None):
-        _, loop = built(changed(recipe, train__max_grad_norm=limit))
-        before = [p.detach().clone() for p in loop.trainable.values()]
-        loop._train_step()
-        moved = torch.cat(
-            [(p - b).flatten() for p, b in zip(loop.trainable.values(), before, strict=True)]
-        ).norm()
-        norm = loop._late.window()[0][1]
+        run = built(changed(recipe, train__max_grad_norm=limit))
+        before = {name: weight.clone() for name, weight in run.engine.weights.items()}
+        (result,) = run.take_steps()
+        after = run.engine.weights
+        moved = torch.cat([(after[name] - before[name]).flatten() for name in before]).norm()
+        norm = result.grad_norm.item()
         assert norm > 0.01
         assert moved.item() == pytest.approx(limit or norm, rel=1e-3)

@@ -13,7 +13,7 @@ import pytest
 import lorakit
 from lorakit.errors import TrainingError
 from lorakit.recipe.sections import Recipe, TrainSection
-from lorakit.training.loop import Loop
+from lorakit.training.engine.eager import EagerEngine
 from lorakit.training.run import train
 from tests.training.runs import (
     adapter_bytes,
@@ -105,15 +105,15 @@ class Killed(BaseException):
 
 
 def kill_after(steps: int, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, **more: Any) -> None:
-    own = Loop._train_step
+    own = EagerEngine.step
 
-    def until(loop: Loop) -> None:
-        if loop.progress.step == steps:
+    def until(engine: EagerEngine, micro_batches: Any) -> Any:
+        if engine.steps == steps:
             raise Killed
-        own(loop)
+        return own(engine, micro_batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_train_step", until)
+        patch.setattr(EagerEngine, "step", until)
         with pytest.raises(Killed):
             train(recipe, **more)
 
@@ -159,7 +159,7 @@ FAST = {
 
 
 def warnings(text: str) -> list[str]:
-    return [line for line in text.splitlines() if "at the start it was" in line]
+    return [line for line in text.splitlines() if "at the start; likely" in line]
 
 
 def test_a_loss_that_grows_far_is_said_once_with_the_ratio(
@@ -172,8 +172,8 @@ def test_a_loss_that_grows_far_is_said_once_with_the_ratio(
     assert len(grown) > 1
     (line,) = warnings(capsys.readouterr().err)
     assert line == (
-        f"step {grown[0]}: the loss is {losses[grown[0]]:.4g}, at the start it was "
-        f"{losses[1]:.4g}; likely cause: train.learning_rate (0.01) too high, or "
+        f"step {grown[0]}: the loss is {losses[grown[0]]:.4g}, up from "
+        f"{losses[1]:.4g} at the start; likely cause: train.learning_rate (0.01) too high, or "
         "adapter.loraplus_lr_ratio (1000) too high"
     )
     assert run_json(run)["exit_reason"] == "completed"

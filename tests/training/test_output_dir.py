@@ -11,7 +11,7 @@ import pytest
 from lorakit.errors import UserError
 from lorakit.recipe.load import load_recipe
 from lorakit.recipe.sections import Recipe
-from lorakit.training.output_dir import Start, check_same_data, find_start, sole_run
+from lorakit.training.output_dir import Start, check_same_data, exclusive_run, find_start
 from lorakit.training.run import train
 from tests.training.runs import adapter_bytes, recipe_for
 
@@ -28,20 +28,20 @@ def recipe(tmp_path: Path) -> Recipe:
 
 def test_a_second_run_is_refused_while_the_first_goes_on(recipe: Recipe) -> None:
     with (
-        sole_run(recipe, None, Start()) as folder,
+        exclusive_run(recipe, None, Start()) as folder,
         pytest.raises(UserError, match="another run is writing there"),
-        sole_run(recipe, None, Start()),
+        exclusive_run(recipe, None, Start()),
     ):
         pass
     assert folder.is_dir()
-    with sole_run(recipe, None, Start()):
+    with exclusive_run(recipe, None, Start()):
         pass
 
 
 def test_a_run_that_came_in_between_is_not_overwritten(recipe: Recipe) -> None:
     folder = Path(recipe.train.output_dir)
     (folder / "checkpoints/step-3").mkdir(parents=True)
-    with pytest.raises(UserError, match="step-3"), sole_run(recipe, None, Start()):
+    with pytest.raises(UserError, match="step-3"), exclusive_run(recipe, None, Start()):
         pass
 
 
@@ -57,7 +57,7 @@ def test_a_directory_that_cannot_be_made(recipe: Recipe, tmp_path: Path) -> None
     (tmp_path / "file").touch()
     train = recipe.train.model_copy(update={"output_dir": str(tmp_path / "file/run")})
     recipe = recipe.model_copy(update={"train": train})
-    with pytest.raises(UserError, match=r"train\.output_dir"), sole_run(recipe, None, Start()):
+    with pytest.raises(UserError, match=r"train\.output_dir"), exclusive_run(recipe, None, Start()):
         pass
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import lorakit
-from lorakit.errors import BadRow, DataError, RecipeError, UserError
+from lorakit.errors import BadRow, DataError, Interrupted, RecipeError, UserError
 from lorakit.recipe.sections import Recipe
+from lorakit.training.engine.eager import EagerEngine
 from lorakit.training.run import dry_run, train
 from tests.training.runs import (
     adapter_bytes,
@@ -54,7 +56,7 @@ def test_a_stream_trains_and_resumes_exactly(
     said.clear()
     train(other, resume=str(run / "checkpoints" / "step-4"), say=said.append)
     assert adapter_bytes(Path(other.train.output_dir)) == adapter_bytes(run)
-    assert any("read once more" in line for line in said)
+    assert any("skipping the rows" in line for line in said)
 
 
 def test_every_row_of_a_pass_is_trained_once(tiny_llama: Path, tmp_path: Path) -> None:
@@ -115,7 +117,7 @@ def test_a_bad_row_saves_a_checkpoint_to_go_on_from(
         assert message.startswith(f"{file}, row 301: {what}")
         saved = run / "checkpoints" / "step-50"
         assert f"; stopped at step 50 of 60; saved {saved}; correct or remove the row" in message
-        assert message.endswith("then go on with --resume auto")
+        assert message.endswith("then continue with --resume auto")
         record = run_json(run)
         assert (record["exit_reason"], record["steps"]) == ("failed", 50)
         assert not (run / "adapter").exists()
@@ -128,6 +130,31 @@ def test_a_bad_row_saves_a_checkpoint_to_go_on_from(
     train(whole)
     assert adapter_bytes(run) == adapter_bytes(Path(whole.train.output_dir))
     assert run_json(run)["bad_row"] is False
+
+
+def test_a_prefetched_step_does_not_count(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after step 50, the last of a window: the next window's rows, which are read by then,
+    are not among those of the run, and the resumed run ends like one that was never stopped."""
+    recipe = bad_row_run(tmp_path / "stopped", tiny_llama, 300, GOOD)
+    run, own = Path(recipe.train.output_dir), EagerEngine.step
+
+    def signalled(engine: EagerEngine, micro_batches: Any) -> Any:
+        if engine.steps == 49:
+            signal.raise_signal(signal.SIGINT)
+        return own(engine, micro_batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EagerEngine, "step", signalled)
+        with pytest.raises(Interrupted, match="stopped at step 50 of 60"):
+            train(recipe)
+    assert run_json(run)["data"]["train"]["rows_read"] == 200
+    train(recipe, resume="auto")
+    assert run_json(run)["data"]["train"]["rows_read"] == 400
+    whole = bad_row_run(tmp_path / "whole", tiny_llama, 300, GOOD)
+    train(whole)
+    assert adapter_bytes(run) == adapter_bytes(Path(whole.train.output_dir))
 
 
 def test_a_bad_row_before_the_first_step(tiny_llama: Path, tmp_path: Path) -> None:
@@ -191,7 +218,7 @@ def test_a_truncated_file(tiny_llama: Path, tmp_path: Path) -> None:
         train(recipe)
     message = str(caught.value)
     assert message.startswith(f"{packed}: cannot be read: Compressed file ended before")
-    assert "; replace the file with a complete one, then go on with --resume auto" in message
+    assert "; replace the file with a complete one, then continue with --resume auto" in message
     assert "row" not in message.removeprefix(str(packed))
 
 
@@ -208,7 +235,7 @@ def test_a_file_that_changes_during_the_run(tiny_llama: Path, tmp_path: Path) ->
         train(recipe, say=say)
     assert not isinstance(caught.value, BadRow)
     assert "has changed since it was first read; stopped at step " in str(caught.value)
-    assert "; put the file back, then go on with --resume auto" in str(caught.value)
+    assert "; restore the file, then continue with --resume auto" in str(caught.value)
     with pytest.raises(UserError, match="the train data is not what the run began with"):
         train(recipe, resume="auto")
 

@@ -5,11 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from lorakit.errors import UserError
 from lorakit.training.run import train
-from lorakit.training.tracking import Display, LateReader, MetricsFile, check_trackers, throttled
+from lorakit.training.tracking import Display, MetricsFile, check_trackers, throttled
 from tests.training.runs import recipe_for
 
 
@@ -73,25 +72,6 @@ def test_a_tracker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"train\.trackers: 'wandb' is not installed"):
         check_trackers(["wandb"])
-
-
-def test_late_values_come_by_the_line() -> None:
-    late = LateReader()
-    late.stage({"step": 0})
-    assert late.arrived() == [], "no step, no line"
-    for step in range(3):
-        late.add(torch.tensor(float(step)), torch.tensor(10.0 + step))
-    assert late.window() == [[0.0, 10.0], [1.0, 11.0], [2.0, 12.0]]
-    late.stage({"step": 3})
-    assert late.window() == []
-    late.add(torch.tensor(0.1, dtype=torch.bfloat16), torch.tensor(1.0))
-    (line,) = late.arrived()
-    assert line.known == {"step": 3}
-    assert line.losses == [0.0, 1.0, 2.0]
-    assert line.grad_norms == [10.0, 11.0, 12.0]
-    again = LateReader()
-    again.restore_window(late.window(), torch.device("cpu"))
-    assert again.window() == late.window()
 
 
 #: What W&B is called with; its own settings come from the environment, as the real one's do.

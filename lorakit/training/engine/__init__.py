@@ -1,0 +1,94 @@
+"""Engines: one optimizer step, from micro-batches to updated weights.
+
+An engine owns all that lies between a batch and an updated weight: forward and backward passes,
+accumulation, clipping, the optimizer and its schedule, float16's loss scaling, and the method's
+hooks. It never waits for the device in a step. The loop decides when to step, log, evaluate, save
+and stop, and knows an engine only as an ``Engine``.
+
+``eager`` is the reference. Another engine implements ``Engine`` in a module of its own, is chosen
+in ``training.build``, and gives the same losses, gradient norms and weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from lorakit.data.collate import Batch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The scalars of one optimizer step, on the device: reading one waits for the step.
+
+    ``loss`` is the mean over the step's trained tokens (an encoder's rows) with the weights from
+    before the update, ``grad_norm`` the norm of the whole gradient before clipping, ``values`` are
+    the method's, in the order of ``Engine.value_names``. ``loss_count`` is the number of losses in
+    the mean, over all processes; the host knows it beforehand.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+    values: tuple[Tensor, ...]
+    loss_count: int
+
+
+@dataclass
+class EngineState:
+    """All that an engine needs to continue exactly; the tensors may be the live ones.
+
+    ``step`` counts finished optimizer steps, ``weights`` are the trained parameters by name,
+    ``method`` is the state of the method's hooks; ``scaler`` is None without loss scaling.
+    """
+
+    step: int
+    weights: dict[str, Tensor]
+    method: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any]
+    scaler: dict[str, Any] | None
+
+
+class Engine(Protocol):
+    @property
+    def value_names(self) -> tuple[str, ...]:
+        """The names that ``StepResult.values`` have in ``metrics.jsonl``."""
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether float16's loss scaler skips steps whose gradient is not finite."""
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """The trained parameters by name, as they are now."""
+
+    def step(self, micro_batches: Sequence[Batch]) -> StepResult:
+        """Take one optimizer step on batches that are on the device."""
+
+    def loss(self, micro_batches: Sequence[Batch]) -> float:
+        """The mean loss without dropout and gradients; waits for the device."""
+
+    def log_values(self) -> dict[str, float]:
+        """What the host knows of the last step: ``learning_rate``, and the method's values."""
+
+    def is_final_form(self) -> bool:
+        """Whether the weights may become the result: the method has reached its final form."""
+
+    def ranks(self) -> dict[str, int] | None:
+        """Each adapted matrix's rank, if the method chose it during training."""
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Replace the values of the trained parameters."""
+
+    def state_dict(self) -> EngineState: ...
+
+    def load_state_dict(self, state: EngineState) -> None:
+        """Raises ValueError, with nothing changed, if ``state`` is of another model or method."""
+
+
+def same_shapes(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether both have the same names, with tensors of the same shapes."""
+    return {n: t.shape for n, t in one.items()} == {n: t.shape for n, t in other.items()}

@@ -1,75 +1,137 @@
-"""Optimizer and schedule."""
+"""The reference engine: PyTorch's eager mode, one micro-batch after another."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from lorakit.errors import UserError
-from lorakit.recipe.sections import TrainSection
+from lorakit.data.collate import Batch
+from lorakit.distributed.strategy import Strategy
+from lorakit.methods.base import RunHooks
+from lorakit.training.engine import EngineState, StepResult, same_shapes
+from lorakit.training.engine.probe import GradientProbe
 
 
-def check_optimizer(name: str) -> None:
-    """Raise UserError for an optimizer whose package is not installed."""
-    if name == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            "train.optimizer = 'adamw_8bit': needs bitsandbytes (pip install 'lorakit[gpu]'); "
-            "allowed without it: adamw, sgd"
+@dataclass
+class EagerEngine:
+    """``objective`` maps a batch to the sum of its losses; it and ``optimizer`` are wrapped by
+    ``strategy``. ``parameters`` are what trains, by name. ``probe`` checks the gradients of the
+    first step taken."""
+
+    strategy: Strategy
+    objective: nn.Module
+    parameters: dict[str, nn.Parameter]
+    optimizer: Any
+    scheduler: LRScheduler
+    hooks: RunHooks
+    max_grad_norm: float | None
+    probe: GradientProbe | None
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.objective.train()
+
+    @property
+    def value_names(self) -> tuple[str, ...]:
+        return self.hooks.device_values
+
+    @property
+    def scales_loss(self) -> bool:
+        return self.strategy.scaler is not None
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    def step(self, micro_batches: Sequence[Batch]) -> StepResult:
+        count = self.strategy.total(sum(batch.loss_count for batch in micro_batches))
+        loss = self._accumulate(micro_batches, 1 / count)
+        if self.probe is not None:
+            self.probe.check()
+            self.probe = None
+        values = self.hooks.before_step(self.strategy.scale)
+        norm = self._update()
+        return StepResult(loss, norm, tuple(values), count)
+
+    def _accumulate(self, micro_batches: Sequence[Batch], factor: float) -> Tensor:
+        """Add each micro-batch's gradient, with its losses times ``factor``; return their sum."""
+        losses = []
+        for index, batch in enumerate(micro_batches, start=1):
+            with self.strategy.accumulate(self.objective, last=index == len(micro_batches)):
+                loss = self.objective(batch) * factor
+                if loss.requires_grad:  # not if only experts train, and none got a token
+                    self.strategy.backward(loss)
+            losses.append(loss.detach())
+        return self.strategy.reduce(sum(losses[1:], start=losses[0]))
+
+    def _update(self) -> Tensor:
+        """Clip, take the optimizer's step and advance the schedule; return the gradient's norm."""
+        max_norm = math.inf if self.max_grad_norm is None else self.max_grad_norm
+        norm = self.strategy.clip_grad_norm(list(self.parameters.values()), max_norm)
+        self.optimizer.step()
+        self.steps += 1
+        self.hooks.after_step(self.steps, self.scales_loss)
+        if not self.strategy.skipped_update:
+            self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    @torch.no_grad()
+    def loss(self, micro_batches: Sequence[Batch]) -> float:
+        self.objective.eval()
+        try:
+            total = sum(float(self.objective(batch)) for batch in micro_batches)
+        finally:
+            self.objective.train()
+        return total / sum(batch.loss_count for batch in micro_batches)
+
+    def log_values(self) -> dict[str, float]:
+        rate = float(self.scheduler.get_last_lr()[0])
+        return {"learning_rate": rate, **self.hooks.logged(self.steps, self.optimizer)}
+
+    def is_final_form(self) -> bool:
+        return self.hooks.is_final_form(self.steps)
+
+    def ranks(self) -> dict[str, int] | None:
+        return self.hooks.ranks()
+
+    @torch.no_grad()
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(weights[name])
+
+    def state_dict(self) -> EngineState:
+        scaler = self.strategy.scaler
+        return EngineState(
+            step=self.steps,
+            weights=dict(self.weights),
+            method=self.hooks.state(),
+            optimizer=self.optimizer.state_dict(),
+            scheduler=self.scheduler.state_dict(),
+            scaler=None if scaler is None else scaler.state_dict(),
         )
 
+    def load_state_dict(self, state: EngineState) -> None:
+        if not self._fits(state):
+            raise ValueError("the state is of another model or method")
+        self.load_weights(state.weights)
+        self.hooks.load_state(state.method)
+        self.optimizer.load_state_dict(state.optimizer)
+        self.scheduler.load_state_dict(state.scheduler)
+        if state.scaler is not None and self.strategy.scaler is not None:
+            self.strategy.scaler.load_state_dict(state.scaler)
+        self.steps = state.step
 
-def build_optimizer(
-    groups: Iterable[dict[str, Any]], section: TrainSection
-) -> torch.optim.Optimizer:
-    """The optimizer of ``section.optimizer``; torch's own take their fused form."""
-    groups = list(groups)
-    adam = {
-        "lr": section.learning_rate,
-        "betas": (section.adam_beta1, section.adam_beta2),
-        "eps": section.adam_epsilon,
-    }
-    if section.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=section.learning_rate, fused=True)
-    if section.optimizer == "adamw":
-        return torch.optim.AdamW(groups, **adam, fused=True)  # type: ignore[arg-type]
-    from bitsandbytes.optim import AdamW8bit
-
-    optimizer: torch.optim.Optimizer = AdamW8bit(groups, **adam)
-    return optimizer
-
-
-def build_scheduler(
-    optimizer: torch.optim.Optimizer, section: TrainSection, total_steps: int
-) -> LRScheduler:
-    """Warmup from 0 to the peak, then ``section.lr_scheduler`` over the rest of the steps."""
-    from transformers import get_scheduler
-
-    warmup_steps = resolve_warmup_steps(section, total_steps)
-    name: str = section.lr_scheduler
-    if name == "constant" and warmup_steps:
-        name = "constant_with_warmup"
-    scheduler: LRScheduler = get_scheduler(
-        name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps
-    )
-    return scheduler
-
-
-def check_warmup(section: TrainSection, total_steps: int) -> None:
-    """Raise UserError for a warmup that the run ends before."""
-    if section.warmup_steps is not None and section.warmup_steps > total_steps:
-        raise UserError(
-            f"train.warmup_steps = {section.warmup_steps}: longer than the run, which has "
-            f"{total_steps} steps; allowed: 0 to {total_steps}"
+    def _fits(self, state: EngineState) -> bool:
+        indices = set(range(len(self.parameters)))
+        return (
+            same_shapes(state.weights, self.parameters)
+            and same_shapes(state.method, self.hooks.state())
+            and set(state.optimizer["state"]) <= indices  # none for what got no gradient
         )
-
-
-def resolve_warmup_steps(section: TrainSection, total_steps: int) -> int:
-    """``warmup_steps``, or the ratio of all steps rounded up; it leaves a step to train in."""
-    if section.warmup_steps is not None:
-        return section.warmup_steps
-    return min(math.ceil((section.warmup_ratio or 0.0) * total_steps), total_steps - 1)

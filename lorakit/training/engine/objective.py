@@ -1,4 +1,4 @@
-"""A model as a function from a batch to the sum of its losses: what the loop trains."""
+"""What is minimised: a module from a batch to the sum of its losses."""
 
 from __future__ import annotations
 
@@ -11,18 +11,33 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorakit.data.collate import CausalBatch, EncoderBatch
-from lorakit.models.causal import CausalParts, host_masks, split_model, token_losses, varlen_options
+from lorakit.models.causal import (
+    CausalParts,
+    host_masks,
+    split_model,
+    token_losses,
+    use_varlen,
+    varlen_options,
+)
 
 
 class CausalObjective(nn.Module):
-    """The sum of -log p over the trained tokens of a batch. ``longest_row`` bounds the tokens of a
-    packed row."""
+    """The sum over a batch's trained tokens of -log p(token | tokens before it).
+
+    With ``packing``, ``longest_row`` bounds the tokens of a packed row, and ``varlen`` says whether
+    the model, which is on its device, attends to packed rows through ``varlen_attn``.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, label_smoothing: float = 0.0, longest_row: int = 0
+        self,
+        model: PreTrainedModel,
+        label_smoothing: float = 0.0,
+        packing: bool = False,
+        longest_row: int = 0,
     ) -> None:
         super().__init__()
         self.model = model
+        self.varlen = packing and use_varlen(model)
         self.parts: CausalParts = split_model(model)
         self.label_smoothing = label_smoothing
         self.longest_row = longest_row
@@ -47,10 +62,11 @@ class CausalObjective(nn.Module):
 
 
 class EncoderObjective(nn.Module):
-    """The sum over rows of the cross entropy, or of the squared error for one output. ``columns``
-    are the logits of the task's classes by index; None: they are all, in order."""
+    """The sum over a batch's rows of the cross entropy, or of the squared error for a model with
+    one output. ``columns`` are the logits of the task's classes, in order; None takes all."""
 
     parts = None
+    varlen = False
     columns: Tensor | None
 
     def __init__(
@@ -61,8 +77,8 @@ class EncoderObjective(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        place = None if columns is None else torch.tensor(columns)
-        self.register_buffer("columns", place, persistent=False)
+        indices = None if columns is None else torch.tensor(columns)
+        self.register_buffer("columns", indices, persistent=False)
         self.label_smoothing = label_smoothing
 
     def forward(self, batch: EncoderBatch) -> Tensor:

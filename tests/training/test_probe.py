@@ -18,7 +18,7 @@ from lorakit.injection import inject
 from lorakit.layers import adapter_layers
 from lorakit.methods.lora import LoraConfig
 from lorakit.targets import find_targets
-from lorakit.training.checks import FirstStep
+from lorakit.training.engine.probe import GradientProbe
 from tests.families import tiny, token_ids
 from tests.hybrids import hybrid, saved_hybrid
 from tests.training.runs import run_json, tree, write_recipe_file
@@ -68,9 +68,9 @@ def step(model: nn.Module, targets: list[str], counts: bool = True, **inputs: An
     """One backward pass over an adapted ``model``, and the notes of the check."""
     notes: list[str] = []
     inject(model, LoraConfig(r=2, target_modules=targets))
-    first = FirstStep(model.train(), notes.append, counts=counts)
+    probe = GradientProbe(model.train(), notes.append, count_calls=counts)
     model(torch.randn(3, 4)).square().sum().backward()
-    first.check()
+    probe.check()
     assert not [m for m in model.modules() if m._forward_hooks]
     return notes
 
@@ -108,10 +108,10 @@ def test_an_expert_with_tokens_needs_a_gradient() -> None:
 def test_layers_that_are_skipped_at_random_are_fine() -> None:
     model = tiny("opt", layerdrop=1.0).train()
     inject(model, LoraConfig(r=2, target_modules=["q", "v"]))
-    first = FirstStep(model, print)
+    probe = GradientProbe(model, print)
     with pytest.raises(RuntimeError):
         model(token_ids()).logits.sum().backward()
-    first.check()
+    probe.check()
 
 
 METHODS = sorted(set(registry.methods()) - {"full", "bitfit"})
@@ -164,10 +164,10 @@ def test_the_advice_covers_the_rest_exactly(layers: list[int] | None) -> None:
 
 def _check(model: nn.Module, config: Any) -> None:
     inject(model, config)
-    first = FirstStep(model.train(), lambda note: pytest.fail(note))
+    probe = GradientProbe(model.train(), lambda note: pytest.fail(note))
     logits = model(input_ids=token_ids(), use_cache=False).logits
     logits.float().log_softmax(-1)[..., 7].mean().backward()
-    first.check()
+    probe.check()
 
 
 # Whole runs

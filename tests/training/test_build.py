@@ -8,7 +8,7 @@ import torch
 
 from lorakit.errors import UserError
 from lorakit.recipe.sections import TrainSection
-from lorakit.training.engine.eager import (
+from lorakit.training.build import (
     build_optimizer,
     build_scheduler,
     check_optimizer,
@@ -41,7 +41,7 @@ def test_a_warmup_longer_than_the_run_is_refused() -> None:
     check_warmup(TrainSection(output_dir="x"), 1)  # the default ratio fits any run
     with pytest.raises(UserError) as raised:
         check_warmup(TrainSection(output_dir="x", warmup_steps=31), 30)
-    message = "train.warmup_steps = 31: longer than the run, which has 30 steps; allowed: 0 to 30"
+    message = "train.warmup_steps = 31: longer than the run of 30 steps; allowed: 0 to 30"
     assert str(raised.value) == message
 
 

@@ -1,0 +1,42 @@
+"""An engine and its batches, without a loop around them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lorakit.distributed.strategy import build_strategy
+from lorakit.recipe.sections import Recipe
+from lorakit.training.batching import StepLoader, build_batching
+from lorakit.training.build import build_engine, build_loader, build_objective, build_schedule
+from lorakit.training.engine import StepResult
+from lorakit.training.engine.eager import EagerEngine
+from lorakit.training.setup import Prepared, prepare
+
+
+@dataclass
+class Built:
+    prepared: Prepared
+    objective: Any
+    engine: EagerEngine
+    loader: StepLoader
+
+    def take_steps(self, count: int = 1) -> list[StepResult]:
+        """The next steps of the run."""
+        first = self.engine.steps
+        return [
+            self.engine.step(self.loader.take(number).micro_batches)
+            for number in range(first, first + count)
+        ]
+
+
+def built(recipe: Recipe) -> Built:
+    prepared = prepare(recipe, lambda text: None)
+    strategy = build_strategy(recipe.model.dtype)
+    steps = build_batching(prepared, strategy.device).steps
+    total_steps = build_schedule(prepared.recipe, steps).total_steps
+    objective = build_objective(prepared, strategy.device)
+    engine = build_engine(prepared, objective, strategy, total_steps, lambda text: None)
+    return Built(
+        prepared, objective, engine, build_loader(prepared, objective, steps, strategy.device)
+    )
