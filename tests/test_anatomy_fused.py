@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lorakit
-from lorakit.adapters.peft.write import load_adapter, save_adapter
+from lorakit.adapters.peft.place import load_adapter
+from lorakit.adapters.peft.write import save_adapter
 from lorakit.anatomy import fused_rows
 from lorakit.errors import AdapterError, TargetError
 from lorakit.injection import inject, trainable_state
@@ -252,9 +253,9 @@ def test_keys_and_values_of_a_cross_attention_are_an_error() -> None:
             lambda parts: [part.update(period=50) for part in parts.values()],
             "the part q, .* does not fit 48 rows",
         ),
-        (lambda parts: parts["v"].update(period=50, stop=50), "parts = .*of one period"),
-        (lambda parts: parts["v"].pop("r"), r"lorakit.json: parts = .*allowed: module -> q, k"),
-        (lambda parts: parts.update(v=3), r"lorakit.json: parts = .*allowed: module -> q, k"),
+        (lambda parts: parts["v"].update(period=50, stop=50), "parts = .*one period"),
+        (lambda parts: parts["v"].pop("r"), r"lorakit.json: parts = .*allowed: for each module, q, k"),
+        (lambda parts: parts.update(v=3), r"lorakit.json: parts = .*allowed: for each module, q, k"),
     ],
 )
 def test_parts_that_do_not_fit_the_tensors_are_an_error(

@@ -59,7 +59,7 @@ def read_state(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, ValueError, EOFError, RuntimeError, KeyError) as error:
-        raise AdapterError(f"{file}: corrupt or cut short: {_first_line(error)}") from error
+        raise AdapterError(f"{file}: corrupt or truncated: {_first_line(error)}") from error
     except pickle.UnpicklingError as error:
         raise AdapterError(
             f"{file}: holds more than tensors, and lorakit runs no code of a file; save "

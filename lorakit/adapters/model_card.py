@@ -120,7 +120,7 @@ def _misread(facts: CardFacts, base: str) -> str:
 
 def _refused(facts: CardFacts, base: str) -> str:
     return (
-        f"PEFT from 0.16 on does not load an adapter of {' and '.join(facts.refused)} for models "
+        f"PEFT 0.16 and later do not load an adapter of {' and '.join(facts.refused)} for models "
         f"with Mamba layers. {_merged(base)}"
     )
 

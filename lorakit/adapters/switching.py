@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.merge.plan import check_finite
-from lorakit.adapters.peft.place import find_places, load_adapter, whole_modules
+from lorakit.adapters.peft.place import find_places, fully_trained_modules, load_adapter
 from lorakit.adapters.peft.read import AdapterFiles
 from lorakit.errors import AdapterError
 from lorakit.layers import BaseWrapper, adapted_modules
@@ -115,7 +115,7 @@ def _prepared(model: nn.Module, files: AdapterFiles, settings: Mapping[str, Any]
     memo: dict[int, Any] = {}  # one for all: modules that share a weight go on sharing it
     modules = {
         name: copy.deepcopy(model.get_submodule(name), memo)
-        for name in whole_modules(model, files, places)
+        for name in fully_trained_modules(model, places)
     }
     own = _Own(dict(settings), _copies(model, places.base), modules)
     _exchange(model, own)

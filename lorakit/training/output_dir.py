@@ -17,10 +17,11 @@ from typing import Any
 
 from lorakit import registry
 from lorakit.adapters.model_card import CardFacts
-from lorakit.adapters.peft.names import BaseNames, names_in_base
 from lorakit.adapters.peft.targets import (
+    BaseNames,
     misread_by_peft,
     misread_note,
+    names_in_base,
     refused_by_peft,
     refused_note,
 )

@@ -209,7 +209,7 @@ def with_tensor(adapter: Path, change: Any) -> None:
         (lambda t, n: t.update({n: t[n][:3].contiguous()}), "lora_A is .3, 16. and lora_B .16, 4."),
         (lambda t, n: t.update({n: t[n][None]}), "allowed: a matrix of floating-point numbers"),
         (lambda t, n: t.update({n: t[n].int()}), "int32: allowed: a matrix of floating-point"),
-        (lambda t, n: t[n].fill_(float("nan")), "holds NaN or infinite"),
+        (lambda t, n: t[n].fill_(float("nan")), "contains NaN or infinite"),
         (lambda t, n: t.update({n.replace("lora_A", "lora_Z"): t[n].clone()}), "unknown tensor: .*lora_Z"),
     ],
 )  # fmt: skip

@@ -160,7 +160,7 @@ MERGED = {"a__lora_A": (4, 6), "a__lora_B": (8, 2)}
         (stored(a__lora_A=(2, 6), a__lora_B=(8, 2)), {"lora_alpha": 0}, "--lora-alpha = 0: allowed"),
         (stored(a__lora_A=(2, 6), a__lora_B=(8, 2)), {"task_type": "X"}, "--task-type = X: allowed"),
         (stored(a__lora_A=(2, 6), a__lora_B=(8, 2)), {"rank": 8}, "--rank = 8: allowed: with --to lora"),
-        ({"a.lora_A": torch.full((2, 6), torch.inf)}, {}, r"a\.lora_A: holds NaN or infinite"),
+        ({"a.lora_A": torch.full((2, 6), torch.inf)}, {}, r"a\.lora_A: contains NaN or infinite"),
         (stored(a__lora_A=(6, 12), a__lora_B=(18, 6), a__bias=(6,)), {}, "a Conv2d cannot be converted"),
         (stored(a__lora_A=(6, 12), a__lora_B=(18, 6), a__conv__bias=(6,)), {}, "a: a convolution by its name"),
         (stored(a__conv1__lora_A=(6, 12), a__conv1__lora_B=(18, 6)), {}, r"a\.conv1: a convolution by its"),
@@ -230,7 +230,7 @@ def test_a_file_cut_short(suffix: str, tmp_path: Path) -> None:
     for length in (0, 5, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:length])
         with pytest.raises(
-            AdapterError, match=r"l\.\w+: (corrupt or cut short|holds more)"
+            AdapterError, match=r"l\.\w+: (corrupt or truncated|holds more)"
         ) as caught:
             lorakit.convert(file, tmp_path / "out", "peft")
         assert "\n" not in str(caught.value)

@@ -13,7 +13,8 @@ from torch import nn
 
 from lorakit import registry
 from lorakit.adapters.load import fold
-from lorakit.adapters.peft.write import load_adapter, save_adapter
+from lorakit.adapters.peft.place import load_adapter
+from lorakit.adapters.peft.write import save_adapter
 from lorakit.injection import trainable_state
 from lorakit.layers import CompositeLayer, adapted_modules, adapter_layers
 from lorakit.models.master_weights import plain_name

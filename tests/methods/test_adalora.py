@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters.load import fold
-from lorakit.adapters.peft.write import load_adapter, save_adapter
+from lorakit.adapters.peft.place import load_adapter
+from lorakit.adapters.peft.write import save_adapter
 from lorakit.errors import RecipeError, UserError
 from lorakit.injection import inject, trainable_state
 from lorakit.layers import AdapterLayer, adapter_layers

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 import lorakit
-from lorakit.adapters.peft.write import load_adapter, save_adapter
+from lorakit.adapters.peft.place import load_adapter
+from lorakit.adapters.peft.write import save_adapter
 from lorakit.injection import inject, trainable_state
 from lorakit.methods.lora import LoraConfig
 from lorakit.models.master_weights import plain_name

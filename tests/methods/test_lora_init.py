@@ -13,7 +13,8 @@ from peft import get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.adapters.peft.write import load_adapter, save_adapter
+from lorakit.adapters.peft.place import load_adapter
+from lorakit.adapters.peft.write import save_adapter
 from lorakit.errors import TargetError
 from lorakit.injection import inject, trainable_state
 from lorakit.layers import AdapterLayer, adapter_layers, as_matrix

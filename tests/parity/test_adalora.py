@@ -11,7 +11,8 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from lorakit.adapters.peft.write import load_adapter, save_adapter
+from lorakit.adapters.peft.place import load_adapter
+from lorakit.adapters.peft.write import save_adapter
 from lorakit.injection import inject, trainable_state
 from lorakit.layers import adapter_layers
 from lorakit.methods.adalora import METHOD, AdaLoraConfig

@@ -12,7 +12,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from lorakit.adapters.peft.write import load_adapter, save_adapter
+from lorakit.adapters.peft.place import load_adapter
+from lorakit.adapters.peft.write import save_adapter
 from lorakit.injection import inject, trainable_state
 from lorakit.methods.dora import DoraConfig
 from tests.families import tiny, token_ids

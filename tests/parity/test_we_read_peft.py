@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import lorakit
-from lorakit.adapters.peft.write import load_adapter
+from lorakit.adapters.peft.place import load_adapter
 from lorakit.errors import AdapterError
 from tests.families import tiny, token_ids
 
@@ -127,7 +127,7 @@ def test_saved_embeddings(adapter: dict[str, Any], rows: int, tied: bool, tmp_pa
         ids = token_ids()
         torch.testing.assert_close(ours(ids).logits, theirs.eval()(ids).logits)
     else:
-        with pytest.raises(AdapterError, match=r"66 rows, the base's 64: the vocabulary was"):
+        with pytest.raises(AdapterError, match=r"66 rows, and 64 in the base: the vocabulary was"):
             load_adapter(ours, tmp_path)
 
 

@@ -159,7 +159,7 @@ def read_header(file: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
         metadata = header.pop("__metadata__", None) or {}
         tensors = {name: _stored(file, name, entry, 8 + length) for name, entry in header.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"base: {file}: corrupt or cut short: {error}") from error
+        raise ModelError(f"base: {file}: corrupt or truncated: {error}") from error
     ordered = dict(sorted(tensors.items(), key=lambda t: (t[1].start, t[1].size_bytes)))
     end = 8 + length
     for name, stored in ordered.items():
@@ -169,7 +169,7 @@ def read_header(file: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
             )
         end += stored.size_bytes
     if end != size:
-        raise ModelError(f"base: {file}: corrupt or cut short: {size} bytes, expected {end}")
+        raise ModelError(f"base: {file}: corrupt or truncated: {size} bytes, expected {end}")
     return metadata, ordered
 
 
@@ -213,7 +213,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         hint = f" ({what})" if what else ""
         raise ModelError(f"base: {directory}: no config.json in the directory{hint}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"base: {file}: not readable as JSON: {error}") from error
+        raise ModelError(f"base: {file}: invalid JSON: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"base: {file}: expected a JSON object, found {shown(config)}")
     named = config.get("transformers_weights")

@@ -109,7 +109,7 @@ def _check_json(directory: Path, files: Mapping[str, bytes]) -> None:
         try:
             value = json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise AdapterError(f"{directory / name}: not readable as JSON: {error}") from error
+            raise AdapterError(f"{directory / name}: invalid JSON: {error}") from error
         if not isinstance(value, dict):
             raise AdapterError(f"{directory / name}: expected a JSON object, found {shown(value)}")
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters.peft.read import AdapterFiles, read_adapter
+from lorakit.adapters.peft.read import AdapterFiles, Say, read_adapter, to_stderr
 from lorakit.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def read_weighted(
     adapter: str | Path,
     weight: float,
     add: Iterable[tuple[str | Path, float]],
-    say: Callable[[str], None] | None = None,
+    say: Say = to_stderr,
 ) -> list[Weighted]:
     """The adapter that is merged and those that are added; ``say`` is that of ``read_adapter``.
     Raises AdapterError for one that is missing or corrupt, and for a weight that is not a finite

@@ -1,9 +1,8 @@
-"""The tensors of an adapter, put where they belong in a loaded base model."""
+"""Applies an adapter's tensors to a loaded base model."""
 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,8 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorakit.adapters.peft.lora import from_peft
-from lorakit.adapters.peft.names import fitted
-from lorakit.adapters.peft.read import AdapterFiles, read_adapter, split_key
+from lorakit.adapters.peft.read import (
+    AdapterFiles,
+    Say,
+    read_adapter,
+    split_key,
+    to_stderr,
+)
 from lorakit.adapters.peft.schema import (
     BASE_LAYER,
     EMBEDDING_FACTORS,
@@ -22,7 +26,7 @@ from lorakit.adapters.peft.schema import (
     is_fully_trained,
     modules_to_save,
 )
-from lorakit.adapters.peft.targets import matched_modules
+from lorakit.adapters.peft.targets import matched_modules, renamed_for
 from lorakit.errors import AdapterError, listed
 from lorakit.injection import InjectionReport, find_heads, report
 from lorakit.layers import ADAPTABLE, BaseWrapper, adapted_modules, adapter_layers
@@ -33,9 +37,13 @@ _SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 @dataclass
 class Placement:
-    """Where each tensor goes: ``adapters`` by module and PEFT's end of the name, ``base`` and
-    ``whole`` by the base model's own names."""
+    """Where each tensor of ``files`` goes. All names are those of the model.
 
+    ``adapters``: module -> PEFT's suffix -> factor; ``base``: trained parameters of the base;
+    ``whole``: parameters of fully trained modules; ``unknown``: tensors without a module.
+    """
+
+    files: AdapterFiles
     adapters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     base: dict[str, Tensor] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
@@ -43,25 +51,29 @@ class Placement:
 
 
 def load_adapter(
-    model: nn.Module, adapter: str | Path | AdapterFiles, *, trainable: bool = False
+    model: nn.Module,
+    adapter: str | Path | AdapterFiles,
+    *,
+    trainable: bool = False,
+    say: Say = to_stderr,
 ) -> InjectionReport:
-    """Put an adapter into a loaded base model, in place; the values are those of the file.
+    """Apply an adapter to a loaded base model, in place. ``say`` receives notes.
 
-    Every tensor is used, and every module that the configuration names gets its tensors; else
-    AdapterError lists what does not fit, and the model is as it was. On a base without values
-    (device ``meta``) only the adapter layers get theirs.
+    On a base on the ``meta`` device only the adapter layers receive values. Raises AdapterError,
+    and leaves the model unchanged, unless every tensor has a place and every module that the
+    configuration names has its tensors.
     """
-    files = adapter if isinstance(adapter, AdapterFiles) else read_adapter(adapter)
+    files = adapter if isinstance(adapter, AdapterFiles) else read_adapter(adapter, say)
     if adapted_modules(model):
-        raise AdapterError("the model holds an adapter already; load the base again")
-    files = fitted(files, model)
+        raise AdapterError("the model already has an adapter; load the base again")
     places = find_places(model, files)
-    whole = whole_modules(model, files, places)
-    _check_vocabulary(model, files, places)
-    _check_complete(model, files, places, whole)
-    layers = _layers(model, files, places)
+    files = places.files
+    whole = fully_trained_modules(model, places)
+    _check_vocabulary(model, places)
+    _check_complete(model, places, whole)
+    layers = _layers(model, places)
     if note := _bypassed_note(model, files, layers):
-        print(note, file=sys.stderr)
+        say(note)
     _check_shapes(model, files, {**places.base, **places.whole})
     model.requires_grad_(False)
     for key in [name for name in model.state_dict() if name in places.base]:
@@ -82,11 +94,10 @@ def load_adapter(
 
 
 def find_places(model: nn.Module, files: AdapterFiles) -> Placement:
-    """Sort the tensors by the module of the base that their names begin with. The names in the
-    placement are ``model``'s."""
-    files = fitted(files, model)
+    """Assign every tensor to the module of ``model`` that its name starts with."""
+    files = renamed_for(model, files)
     modules = dict(model.named_modules())
-    places = Placement()
+    places = Placement(files)
     for key, value in files.tensors.items():
         name, end = split_key(key, modules)
         own = set(modules[name].state_dict(keep_vars=True)) if name else set()
@@ -102,25 +113,25 @@ def find_places(model: nn.Module, files: AdapterFiles) -> Placement:
     return places
 
 
-def whole_modules(model: nn.Module, files: AdapterFiles, places: Placement) -> list[str]:
-    """The topmost modules that are replaced whole: PEFT takes every one whose name ends so."""
-    files = fitted(files, model)
-    ends = modules_to_save(files.config)
-    names = [n for n, m in model.named_modules() if n.endswith(ends or ("\0",)) and m.state_dict()]
+def fully_trained_modules(model: nn.Module, places: Placement) -> list[str]:
+    """Return the topmost modules that the adapter replaces as a whole. Like PEFT, this matches
+    suffixes without regard to dots."""
+    config = places.files.config
+    suffixes = modules_to_save(config) or ("\0",)
+    names = [n for n, m in model.named_modules() if n.endswith(suffixes) and m.state_dict()]
     covered = tuple(f"{name}." for name in names) or ("\0",)
     names += [key.rpartition(".")[0] for key in places.whole if not key.startswith(covered)]
     names = list(dict.fromkeys(names))
     topmost = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
-    # A head of which the file holds nothing stays the base's.
-    implied = set(files.config.get("modules_to_save") or ())
-    return [n for n in topmost if n.endswith(tuple(implied) or ("\0",)) or _holds(places.whole, n)]
+    # A head without tensors in the file remains that of the base.
+    listed_suffixes = tuple(config.get("modules_to_save") or ("\0",))
+    return [n for n in topmost if n.endswith(listed_suffixes) or _has_tensors(places.whole, n)]
 
 
-def _check_complete(
-    model: nn.Module, files: AdapterFiles, places: Placement, whole: Iterable[str]
-) -> None:
+def _check_complete(model: nn.Module, places: Placement, whole: Iterable[str]) -> None:
     modules = dict(model.named_modules())
-    matched = {n for n in matched_modules(files.config, model) if isinstance(modules[n], ADAPTABLE)}
+    matched = matched_modules(places.files.config, model)
+    matched = {name for name in matched if isinstance(modules[name], ADAPTABLE)}
     missing = [f"{name} (adapter)" for name in sorted(matched - set(places.adapters))]
     missing += [
         f"{name}.{key}"
@@ -133,15 +144,17 @@ def _check_complete(
         stacked = any(_SINGLE_EXPERT.search(name) for name in places.unknown) and any(
             name.endswith(".experts") for name in modules
         )
-        reason = " (its experts are stacked, and single ones cannot be adapted)" if stacked else ""
+        reason = " (its experts are stacked; single experts cannot be adapted)" if stacked else ""
         problems.append(f"the model has no module for {listed(places.unknown, most=8)}{reason}")
     if missing:
         problems.append(f"the adapter lacks {listed(missing, most=8)}")
     if problems:
-        raise AdapterError(f"{files.directory}: does not fit the model: {'; '.join(problems)}")
+        directory = places.files.directory
+        raise AdapterError(f"{directory}: does not fit the model: {'; '.join(problems)}")
 
 
-def _layers(model: nn.Module, files: AdapterFiles, places: Placement) -> dict[str, BaseWrapper]:
+def _layers(model: nn.Module, places: Placement) -> dict[str, BaseWrapper]:
+    files = places.files
     layers: dict[str, BaseWrapper] = {}
     method, parts = files.method, files.parts
     for name, tensors in places.adapters.items():
@@ -153,8 +166,8 @@ def _layers(model: nn.Module, files: AdapterFiles, places: Placement) -> dict[st
     return layers
 
 
-def _check_vocabulary(model: nn.Module, files: AdapterFiles, places: Placement) -> None:
-    """Raise AdapterError where the adapter was trained with another number of tokens."""
+def _check_vocabulary(model: nn.Module, places: Placement) -> None:
+    """Raise AdapterError if the adapter was trained with another vocabulary size."""
     if not isinstance(model, PreTrainedModel):
         return
     ends = [model.get_output_embeddings()]
@@ -168,14 +181,14 @@ def _check_vocabulary(model: nn.Module, files: AdapterFiles, places: Placement) 
         for shape in _matrices(places, name):
             if shape != own and shape[1:] == own[1:]:
                 raise AdapterError(
-                    f"{files.directory}: {name} has {shape[0]} rows, the base's {own[0]}: the "
-                    "vocabulary was resized for the training (tokens were added); give the base "
-                    "with as many rows (resize_token_embeddings, then save_pretrained)"
+                    f"{places.files.directory}: {name} has {shape[0]} rows, and {own[0]} in the "
+                    "base: the vocabulary was resized for training (tokens were added); hint: pass "
+                    "a base of that size (resize_token_embeddings, then save_pretrained)"
                 )
 
 
 def _matrices(places: Placement, name: str) -> list[tuple[int, ...]]:
-    """The shapes of a module's matrix that the adapter's tensors tell."""
+    """The shapes of the module's matrix, as far as the adapter's tensors determine it."""
     given = {**places.base, **places.whole}.get(f"{name}.weight")
     own = places.adapters.get(name, {})
     found = [tuple(given.shape)] if given is not None else []
@@ -187,7 +200,7 @@ def _matrices(places: Placement, name: str) -> list[tuple[int, ...]]:
 
 
 def _bypassed_note(model: nn.Module, files: AdapterFiles, names: Iterable[str]) -> str | None:
-    """A line where Mamba's ``dt_proj`` is adapted, whose weight and bias its mixer reads itself."""
+    """A note if Mamba's ``dt_proj`` is adapted, whose mixer reads the weight and bias directly."""
     bypassed = [
         name
         for name in names
@@ -197,8 +210,8 @@ def _bypassed_note(model: nn.Module, files: AdapterFiles, names: Iterable[str]) 
     if not bypassed:
         return None
     return (
-        f"{files.directory}: {listed(bypassed, most=2)}: the mixer reads this layer's parameters "
-        "without calling it: an adapter of it may do nothing until it is merged"
+        f"{files.directory}: {listed(bypassed, most=2)}: the mixer reads the parameters without "
+        "calling the layer, so its adapter may have no effect until it is merged"
     )
 
 
@@ -207,13 +220,13 @@ def _check_shapes(model: nn.Module, files: AdapterFiles, values: Mapping[str, Te
         have = _at(model, key).shape
         if have != value.shape:
             raise AdapterError(
-                f"{files.directory}: {key} is {tuple(value.shape)}, the model's {tuple(have)}: the "
-                "adapter belongs to another base model, or to another number of labels"
+                f"{files.directory}: {key} has shape {tuple(value.shape)}, and {tuple(have)} in "
+                "the model: the adapter belongs to another base model or number of labels"
             )
 
 
 def _untie(model: nn.Module, whole: Mapping[str, Tensor]) -> None:
-    """Give a parameter its own memory where not all that share it get the same values."""
+    """Separate tied parameters that do not all receive the same values."""
     shared: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         shared.setdefault(id(parameter), []).append(name.replace(f".{BASE_LAYER}", "."))
@@ -247,5 +260,5 @@ def _at(model: nn.Module, key: str) -> Tensor:
     return value
 
 
-def _holds(whole: Mapping[str, Tensor], name: str) -> bool:
+def _has_tensors(whole: Mapping[str, Tensor], name: str) -> bool:
     return any(key.startswith(f"{name}.") for key in whole)

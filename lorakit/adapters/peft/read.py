@@ -1,8 +1,6 @@
-"""Where an adapter is: a directory, or a repository of the Hub; and what is there instead.
+"""Reads an adapter directory in PEFT's format, and the base model that it names.
 
-An adapter directory in PEFT's layout, read and checked without a model.
-
-Which base an adapter belongs to, and in which dtype it is wanted; needs no model library.
+No model is built, and transformers is imported only to download from the Hub.
 """
 
 from __future__ import annotations
@@ -44,16 +42,19 @@ from lorakit.methods.base import Method
 from lorakit.models.hub import explained, hub_resolves, is_missing_path, other_content
 from lorakit.recipe.sections import ModelSection
 
+#: Receives one note at a time.
+Say = Callable[[str], None]
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-#: All that an adapter may consist of; a repository may hold a whole training beside it.
+#: Files that an adapter consists of; a repository may contain a whole training run as well.
 _FILES = ["*.json", "*.jinja", "*.model", "*.txt", WEIGHTS, "README.md"]
 
 
 def adapter_directory(given: str | Path) -> Path:
-    """The directory of an adapter; of a Hub id, ``namespace/name``, that of its snapshot in the
-    cache, downloaded where it is not there yet.
+    """Return the adapter's directory, downloading it first if ``given`` is a Hub id
+    (``namespace/name``) that is not in the cache.
 
-    Raises AdapterError that says what is there instead, ModelError for an id that cannot be had.
+    Raises AdapterError, which says what was found instead, or ModelError if a download fails.
     """
     path = Path(given)
     if path.is_dir():
@@ -62,7 +63,7 @@ def adapter_directory(given: str | Path) -> Path:
         return path
     if path.exists():
         what = other_content(path) or "a file"
-        raise AdapterError(f"{path}: {what}; allowed: an adapter directory, which holds {CONFIG}")
+        raise AdapterError(f"{path}: {what}; allowed: an adapter directory, with {CONFIG}")
     if is_missing_path(str(given)) or not _HUB_ID.fullmatch(str(given)):
         slash = "/" in str(given)
         hint = "" if slash else "; an adapter on the Hub is named namespace/name"
@@ -79,27 +80,33 @@ def adapter_directory(given: str | Path) -> Path:
 
 
 def _instead(path: Path) -> str:
-    """What a directory without an adapter is."""
+    """Describe a directory that is not an adapter."""
     inside = sorted(file.parent for file in path.glob(f"*/{CONFIG}"))
     if inside:
         names = ", ".join(map(str, inside[:5])) + (", ..." if len(inside) > 5 else "")
-        return f"not an adapter, but it holds some ({names}); name one of them"
+        return f"not an adapter, but contains adapters ({names}); name one of them"
     if (path / "config.json").is_file():
         return "a model, not an adapter"
     what = other_content(path)
     return f"no adapter ({what})" if what else "no adapter"
 
 
-#: With ``bias: all`` and with ``save_embedding_layers`` PEFT writes tensors of modules that train
-#: whole a second time, under the names that they have inside of it, and beside them those that
-#: these stand in place of.
-_SECOND = re.compile(r"\.(?:modules_to_save|original_module)\.")
+#: With ``bias: all`` and ``save_embedding_layers``, PEFT also writes the tensors of fully trained
+#: modules under the names of its wrapper, and the original values that they replace.
+_DUPLICATE = re.compile(r"\.(?:modules_to_save|original_module)\.")
+
+
+def to_stderr(note: str) -> None:
+    print(note, file=sys.stderr)
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """``config`` is ``adapter_config.json``; ``tensors`` have the base model's names, without
-    ``base_model.model.``; ``sidecar`` is ``lorakit.json``, None where lorakit did not write it."""
+    """The contents of an adapter directory.
+
+    ``config`` is ``adapter_config.json``; ``tensors`` are keyed without ``base_model.model.``;
+    ``sidecar`` is ``lorakit.json``, None if lorakit did not write the adapter.
+    """
 
     directory: Path
     config: dict[str, Any]
@@ -108,7 +115,7 @@ class AdapterFiles:
 
     @property
     def method(self) -> Method:
-        """The method that reads the tensors: the one that wrote them, else PEFT's namesake."""
+        """The method that reads the tensors: the one that wrote them, else the one of PEFT."""
         found = registry.methods()
         own = found.get((self.sidecar or {}).get("method") or "")
         if own is not None and own.peft_type == self.config["peft_type"] and not own.folds:
@@ -119,26 +126,26 @@ class AdapterFiles:
 
     @property
     def trains_base(self) -> bool:
-        """Whether single parameters of the base are among the tensors."""
+        """Whether the tensors include single parameters of the base."""
         return not self.method.kinds or self.config.get("bias") in ("lora_only", "all")
 
     @property
     def parts(self) -> dict[str, dict[str, tuple[RowSlice, int]]]:
-        """Fused projection -> role -> (its rows, its rank), where only parts were adapted; in the
-        order of their rows, which is that of the tensors."""
+        """Fused projection -> role -> (rows, rank), where only parts of it are adapted; in the
+        order of the rows, which is also that of the tensors."""
         stored = (self.sidecar or {}).get("parts") or {}
         try:
             return {name: _parts(parts) for name, parts in stored.items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise AdapterError(
-                f"{self.directory / SIDECAR}: parts = {shown(stored)}: allowed: module -> q, k or "
-                "v -> start, stop, period, r: integers, 0 <= start < stop <= period, r from 1, of "
-                "one period and with no row twice"
+                f"{self.directory / SIDECAR}: parts = {shown(stored)}: allowed: for each module, "
+                "q, k and v with integers start, stop, period, r, where 0 <= start < stop <= "
+                "period and r >= 1; one period, and no overlap"
             ) from error
 
     @property
     def brings_head(self) -> bool:
-        """Whether a classification head is among the tensors."""
+        """Whether the tensors include a classification head."""
         if not self.classifies:
             return False
         return self.sidecar is not None or any(
@@ -154,7 +161,7 @@ class AdapterFiles:
             return True
         if task == "CAUSAL_LM" or (task is None and "LM" in base):
             return False
-        # PEFT's default is null; without a task's class the tensors tell.
+        # PEFT's default is null; without a known class, the tensors decide.
         if task is None and not re.search(r"For(?!ConditionalGeneration)", base):
             return any(name.partition(".")[0] in SEQ_CLS_HEADS for name in self.tensors)
         raise AdapterError(
@@ -162,12 +169,11 @@ class AdapterFiles:
         )
 
 
-def read_adapter(directory: str | Path, say: Callable[[str], None] | None = None) -> AdapterFiles:
-    """Read an adapter that lorakit or PEFT wrote: a directory, or a Hub id.
+def read_adapter(directory: str | Path, say: Say = to_stderr) -> AdapterFiles:
+    """Read an adapter that lorakit or PEFT wrote, from a directory or the Hub.
 
-    ``say`` (default: stderr) gets a line for keys that are not known here. Raises AdapterError for
-    what is missing, incomplete or corrupt, for pickled weights, and for settings of PEFT that are
-    not understood here.
+    ``say`` receives a note about unknown keys. Raises AdapterError for an adapter that is missing,
+    incomplete or corrupt, for pickled weights, and for settings that lorakit does not support.
     """
     directory = adapter_directory(directory)
     config = _read_json(directory / CONFIG)
@@ -184,11 +190,11 @@ def read_adapter(directory: str | Path, say: Callable[[str], None] | None = None
     if own is None:
         check_supported(config, where)
     tensors = _tensors(directory, config["peft_type"])
-    tensors = _without_second(tensors, config)
+    tensors = _without_duplicates(tensors, config)
     if own is None:
         check_tied(config, tensors, where)
         if note := unknown_keys_note(config, where):
-            say(note) if say is not None else print(note, file=sys.stderr)
+            say(note)
     else:
         try:
             tensors = own.unpack(config, tensors)
@@ -200,20 +206,20 @@ def read_adapter(directory: str | Path, say: Callable[[str], None] | None = None
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite."""
+    """Whether the tensor has no NaN or infinite values."""
     if not tensor.is_floating_point():
         return True
     values = tensor.float() if tensor.itemsize == 1 else tensor  # float8 has no isfinite
-    # A sum is finite only if all its terms are, and takes a fortieth of the time of asking each;
-    # one that is not may still be a sum of large values.
+    # A finite sum proves it, in a fortieth of the time of an elementwise check. An infinite sum may
+    # also come from large finite values.
     if math.isfinite(values.sum(dtype=torch.float32).item()):
         return True
     return bool(values.isfinite().all())
 
 
 def split_key(key: str, modules: Collection[str]) -> tuple[str, str]:
-    """The longest beginning of ``key`` that is one of ``modules``, and the rest; ``""`` and ``key``
-    where none is."""
+    """Split ``key`` into the longest prefix that is one of ``modules``, and the rest; return
+    ``("", key)`` if there is none."""
     parts = key.split(".")
     for depth in range(len(parts) - 1, 0, -1):
         if (name := ".".join(parts[:depth])) in modules:
@@ -222,7 +228,7 @@ def split_key(key: str, modules: Collection[str]) -> tuple[str, str]:
 
 
 def _parts(stored: Mapping[str, Mapping[str, int]]) -> dict[str, tuple[RowSlice, int]]:
-    """In the order of their rows. Raises ValueError and the like for what is no such thing."""
+    """Sorted by row. Raises ValueError, TypeError, KeyError or AttributeError if malformed."""
     found: dict[str, tuple[RowSlice, int]] = {}
     at = 0
     for role, part in sorted(stored.items(), key=lambda item: item[1]["start"]):
@@ -239,17 +245,19 @@ def _parts(stored: Mapping[str, Mapping[str, int]]) -> dict[str, tuple[RowSlice,
     return found
 
 
-def _without_second(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+def _without_duplicates(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> dict[str, Tensor]:
     biases = config.get("bias") == "all"
     return {
         name: value
         for name, value in tensors.items()
-        if not (_SECOND.search(name) and (biases or _SECOND.sub(".", name) in tensors))
+        if not (_DUPLICATE.search(name) and (biases or _DUPLICATE.sub(".", name) in tensors))
     }
 
 
 def _is_own_form(method: Method, config: Mapping[str, Any]) -> bool:
-    """Whether ``config`` is of ``method``, and of a form that PEFT does not know."""
+    """Whether ``config`` is of ``method``, in a format that PEFT does not know."""
     return not method.peft_loads and method.reads(config)
 
 
@@ -259,7 +267,7 @@ def _read_json(file: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{file}: not readable as JSON: {error}") from error
+        raise AdapterError(f"{file}: invalid JSON: {error}") from error
     if not isinstance(value, dict):
         raise AdapterError(f"{file}: expected a JSON object, found {shown(value)}")
     return value
@@ -271,25 +279,26 @@ def _tensors(directory: Path, peft_type: str) -> dict[str, Tensor]:
         pickled = directory / "adapter_model.bin"
         if pickled.exists():
             raise AdapterError(
-                f"{pickled}: lorakit unpickles nothing; save the adapter as safetensors with PEFT"
+                f"{pickled}: pickled weights are not supported; hint: save the adapter as "
+                "safetensors with PEFT"
             )
         raise AdapterError(f"{directory}: incomplete adapter: {WEIGHTS} is missing")
     try:
         stored: Mapping[str, Tensor] = load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterError(f"{file}: corrupt or cut short: {error}") from error
+        raise AdapterError(f"{file}: corrupt or truncated: {error}") from error
     if not stored:
-        raise AdapterError(f"{file}: holds no tensors")
+        raise AdapterError(f"{file}: contains no tensors")
     tensors = {}
     for name, tensor in stored.items():
-        # PEFT writes a matrix whose rank AdaLoRA brought to 0 as tensors without values.
+        # PEFT writes empty tensors for a matrix that AdaLoRA pruned to rank 0.
         empty = not tensor.numel() and peft_type != "ADALORA"
         if not name.startswith(PREFIX) or empty:
-            problem = "an empty tensor" if name.startswith(PREFIX) else "not a name that PEFT gives"
+            problem = "empty tensor" if name.startswith(PREFIX) else "not a tensor name of PEFT"
             raise AdapterError(f"{file}: {name}: {problem}")
         if not is_finite(tensor):
-            raise AdapterError(f"{file}: {name}: holds NaN or infinite values")
-        # Few operations of torch take float8.
+            raise AdapterError(f"{file}: {name}: contains NaN or infinite values")
+        # Few torch operations support float8.
         wide = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
         tensors[name.removeprefix(PREFIX)] = wide
     return tensors
@@ -301,22 +310,23 @@ DTYPES = ("float32", "bfloat16", "float16")
 def base_section(
     base: str | Path | None, files: AdapterFiles, trust_remote_code: bool = False
 ) -> ModelSection:
-    """Which base, as a recipe would say it; the adapter's revision holds for its own base."""
+    """Return the base as a recipe's ``model`` section: ``base``, or the one that the adapter names.
+    The adapter's revision applies to the latter only. Raises AdapterError if there is none."""
     named = files.config.get("base_model_name_or_path")
     name = str(base if base is not None else named or "")
     if not name:
-        raise AdapterError(f"{files.directory}: names no base model; give one")
+        raise AdapterError(f"{files.directory}: names no base model; hint: pass one")
     if base is None and is_missing_path(name):
         raise AdapterError(
-            f"{files.directory}: names the base model {name}, and there is no such directory; give "
-            "the base explicitly, its directory or Hub id"
+            f"{files.directory}: names the base model {name}, which does not exist; hint: pass the "
+            "base explicitly, as a directory or Hub id"
         )
     revision = files.config.get("revision") if name == named else None
     return ModelSection(name_or_path=name, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def other_base_note(section: ModelSection, files: AdapterFiles) -> str | None:
-    """A line where the adapter names a base that is called otherwise than the given one."""
+    """A note if the adapter names another base than the given one."""
     named, given = files.config.get("base_model_name_or_path"), section.name_or_path
     if not named or _names(str(named)) & (_names(given) | _names(str(Path(given).resolve()))):
         return None
@@ -325,19 +335,19 @@ def other_base_note(section: ModelSection, files: AdapterFiles) -> str | None:
             return None
     return (
         f"{files.directory}: trained on {named}, but used with {given}: matching shapes do not "
-        "prove that it is the same model"
+        "guarantee that it is the same model"
     )
 
 
 def _names(path: str) -> set[str]:
-    """What a model is called by a path or Hub id; of the Hub's cache, the repository's name."""
+    """The model's names in a path or Hub id; in the Hub's cache, the repository's name."""
     parts = [part.casefold() for part in Path(path).parts]
     cached = [part.rpartition("--")[2] for part in parts if part.startswith("models--")]
     return set(cached or parts[-1:])
 
 
 def dtype_name(dtype: str | torch.dtype | None, key: str) -> str | None:
-    """``float32``, ``bfloat16`` or ``float16``. Raises AdapterError for any other."""
+    """Return ``float32``, ``bfloat16`` or ``float16``. Raises AdapterError for another dtype."""
     name = None if dtype is None else str(dtype).removeprefix("torch.")
     if name is not None and name not in DTYPES:
         raise AdapterError(f"{key} = {name}: allowed: {', '.join(DTYPES)}")

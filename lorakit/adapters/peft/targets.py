@@ -1,68 +1,134 @@
-"""Which modules an ``adapter_config.json`` adapts, according to PEFT's rules (0.21)."""
+"""Which modules an adapter's configuration names, by PEFT's rules (0.21), in a given model.
+
+A multimodal base and its text part name the same modules differently: ``model.layers`` where the
+text part was loaded alone is ``model.language_model.layers`` in the base's own class. Two names
+refer to the same module if they are equal without their leading wrappers.
+
+Importing this module does not import transformers, which a merge can do without.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from lorakit.adapters.peft.schema import modules_to_save
+from lorakit.adapters.peft.read import AdapterFiles
+from lorakit.adapters.peft.schema import (
+    EMBEDDING_FACTORS,
+    LINEAR_FACTORS,
+    modules_to_save,
+    peft_alpha,
+    peft_rank,
+)
+from lorakit.errors import AdapterError
+from lorakit.module_names import without_wrappers
 
-#: Conversion of transformers -> the names that PEFT takes for those of experts.
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+#: Conversion scheme of transformers -> module names that PEFT takes for those of experts.
 _EXPERT_NAMES = {
     "mixtral": frozenset({"gate", "w1", "w2", "w3"}),
     "qwen2_moe": frozenset({"gate", "gate_proj", "up_proj", "down_proj"}),
 }
-#: Model types with a state space, and the modules that PEFT refuses to adapt in them.
+#: State-space model types, and the modules that PEFT refuses to adapt in them.
 _STATE_SPACE = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
 _REFUSED = frozenset({"out_proj", "conv1d"})
 
 
-def misread_by_peft(model: nn.Module, adapted: Iterable[str]) -> list[str]:
-    """The ends of the names ``adapted`` that PEFT takes for experts, although they are none.
+def is_targeted(config: Mapping[str, Any], name: str) -> bool:
+    """Whether PEFT would adapt the module ``name``, given that it can adapt its class."""
+    targets = config.get("target_modules") or []
+    if _is_excluded(config, name):
+        return False
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    if not any(name == suffix or name.endswith(f".{suffix}") for suffix in targets):
+        return False
+    layers = config.get("layers_to_transform")
+    # As in PEFT, a name that is listed in full is adapted in any layer.
+    if layers is None or layers == [] or name in targets:
+        return True
+    index = _layer_index(config, name)
+    return index is not None and index in ([layers] if isinstance(layers, int) else layers)
 
-    PEFT 0.19 to 0.21 with transformers 5 turns targets named as the experts of transformers 4 were
-    into ``target_parameters`` of the stacked experts, for the model types that transformers
-    converts as Mixtral or Qwen2-MoE: an adapter of dense layers or shared experts of that name is
-    put on the experts, or refused.
-    """
-    from transformers import conversion_mapping
 
-    conversions: Mapping[str, str] = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
-    model_type = getattr(getattr(model, "config", None), "model_type", "")
-    kind = "mixtral" if model_type == "mixtral" else conversions.get(model_type, "")
-    taken = _EXPERT_NAMES.get(kind, frozenset())
-    return sorted(taken & {name.rpartition(".")[2] for name in adapted})
+def matched_modules(config: Mapping[str, Any], model: nn.Module) -> set[str]:
+    """Return the names of the modules that PEFT would adapt in ``model``."""
+    from lorakit.layers import ADAPTABLE
+
+    modules = unadapted_modules(model)
+    targets = config.get("target_modules")
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        linear = [n for n, m in modules.items() if isinstance(m, ADAPTABLE[:2])]
+        return {n for n in linear if not _is_excluded(config, n) and not n.endswith("lm_head")}
+    return {name for name in modules if is_targeted(config, name)}
 
 
-def misread_note(misread: Iterable[str]) -> str:
-    """What ``misread_by_peft`` found, as it is said."""
-    return (
-        f"PEFT 0.19 to 0.21 with transformers 5 takes {', '.join(misread)} for experts and "
-        "misreads the adapter; lorakit does not"
+def target_modules(
+    adapted: Sequence[str], names: Iterable[str], config: Mapping[str, Any]
+) -> list[str] | str:
+    """Return the shortest suffixes for which PEFT adapts exactly ``adapted`` among ``names``, or a
+    regular expression where no suffixes do."""
+    wanted = set(adapted)
+    others = [n for n in names if n not in wanted and not _is_excluded(config, n)]
+    taken = {suffix for name in others for suffix in _suffixes(name)}
+    chosen: set[str] = set()
+    for name in adapted:
+        found = next((suffix for suffix in _suffixes(name) if suffix not in taken), None)
+        if found is None:
+            return "|".join(re.escape(name) for name in adapted)
+        chosen.add(found)
+    return sorted(chosen)
+
+
+def exact_patterns(patterns: Mapping[str, Any], adapted: Iterable[str]) -> dict[str, Any]:
+    """Turn names into PEFT's regular expressions: the names themselves, anchored if one of them
+    would also match another module of ``adapted``."""
+    names = set(adapted)
+    ambiguous = any(
+        name not in patterns or patterns[name] != value
+        for pattern, value in patterns.items()
+        for name in names
+        if name != pattern and re.match(rf"(.*\.)?({pattern})$", name)
     )
+    return {f"^{re.escape(n)}": v for n, v in patterns.items()} if ambiguous else dict(patterns)
 
 
-def refused_by_peft(model: nn.Module, adapted: Iterable[str]) -> list[str]:
-    """The ends of the names ``adapted`` that PEFT from 0.16 on refuses to adapt in the model."""
-    model_type = getattr(getattr(model, "config", None), "model_type", "")
-    taken = _REFUSED if model_type in _STATE_SPACE else frozenset()
-    return sorted(taken & {name.rpartition(".")[2] for name in adapted})
+def _suffixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
 
 
-def refused_note(refused: Iterable[str]) -> str:
-    """What ``refused_by_peft`` found, as it is said."""
-    return (
-        f"PEFT from 0.16 on does not load an adapter of {' and '.join(refused)} for models with "
-        "Mamba layers; lorakit does"
-    )
+def _is_excluded(config: Mapping[str, Any], name: str) -> bool:
+    excluded = config.get("exclude_modules") or []
+    if isinstance(excluded, str):
+        if re.fullmatch(excluded, name):
+            return True
+    elif any(name == suffix or name.endswith(f".{suffix}") for suffix in excluded):
+        return True
+    saved = modules_to_save(config)
+    return any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in saved)
+
+
+def _layer_index(config: Mapping[str, Any], name: str) -> int | None:
+    patterns = config.get("layers_pattern") or [r"[^.]*"]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        start = r".*?\." if pattern == r"[^.]*" else r"(?:^|.*?\.)"
+        if match := re.match(rf"{start}{pattern}\.(?P<index>\d+)\.", name):
+            return int(match["index"])
+    return None
 
 
 def unadapted_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules as they were before adaption: adapter layers count as what they wrap."""
-    from lorakit.layers import BaseWrapper  # imports transformers
+    """Return the modules by name as they were before adaption: an adapter layer counts as the
+    module that it wraps."""
+    from lorakit.layers import BaseWrapper
 
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
@@ -74,85 +140,171 @@ def unadapted_modules(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def matched_modules(config: Mapping[str, Any], model: nn.Module) -> set[str]:
-    """The modules that PEFT would adapt with this configuration."""
-    from lorakit.layers import ADAPTABLE
+def misread_by_peft(model: nn.Module, adapted: Iterable[str]) -> list[str]:
+    """Return the last parts of the names ``adapted`` that PEFT mistakes for experts.
 
-    names = unadapted_modules(model)
-    targets = config.get("target_modules")
-    if isinstance(targets, str) and targets.lower() == "all-linear":
-        linear = [n for n, m in names.items() if isinstance(m, ADAPTABLE[:2])]
-        return {n for n in linear if not _excluded(config, n) and not n.endswith("lm_head")}
-    return {name for name in names if is_targeted(config, name)}
+    With transformers 5, PEFT 0.19 to 0.21 turns targets that carry the names of transformers 4's
+    experts into ``target_parameters`` of the stacked experts, for every model type that
+    transformers converts like Mixtral or Qwen2-MoE. An adapter of dense layers or shared experts
+    with such a name is then applied to the experts, or rejected.
+    """
+    from transformers import conversion_mapping
 
-
-def target_modules(
-    adapted: Sequence[str], names: Iterable[str], config: Mapping[str, Any]
-) -> list[str] | str:
-    """The shortest dotted ends with which PEFT adapts exactly ``adapted`` among ``names``, or,
-    where there are none, a regular expression."""
-    wanted = set(adapted)
-    others = [n for n in names if n not in wanted and not _excluded(config, n)]
-    taken = {end for name in others for end in _ends(name)}
-    chosen: set[str] = set()
-    for name in adapted:
-        end = next((end for end in _ends(name) if end not in taken), None)
-        if end is None:
-            return "|".join(re.escape(name) for name in adapted)
-        chosen.add(end)
-    return sorted(chosen)
+    conversions: Mapping[str, str] = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    kind = "mixtral" if model_type == "mixtral" else conversions.get(model_type, "")
+    taken = _EXPERT_NAMES.get(kind, frozenset())
+    return sorted(taken & {name.rpartition(".")[2] for name in adapted})
 
 
-def exact_patterns(patterns: Mapping[str, Any], adapted: Iterable[str]) -> dict[str, Any]:
-    """Name -> value as PEFT's expressions: the names themselves, anchored where one would also
-    fit another module."""
-    names = set(adapted)
-    clash = any(
-        name not in patterns or patterns[name] != value
-        for pattern, value in patterns.items()
-        for name in names
-        if name != pattern and re.match(rf"(.*\.)?({pattern})$", name)
+def misread_note(misread: Iterable[str]) -> str:
+    """The note about ``misread_by_peft``."""
+    return (
+        f"PEFT 0.19 to 0.21 with transformers 5 mistakes {', '.join(misread)} for experts and "
+        "misreads the adapter; lorakit does not"
     )
-    return {f"^{re.escape(n)}": v for n, v in patterns.items()} if clash else dict(patterns)
 
 
-def _ends(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
+def refused_by_peft(model: nn.Module, adapted: Iterable[str]) -> list[str]:
+    """Return the last parts of the names ``adapted`` that PEFT 0.16 and later refuse to adapt."""
+    model_type = getattr(getattr(model, "config", None), "model_type", "")
+    taken = _REFUSED if model_type in _STATE_SPACE else frozenset()
+    return sorted(taken & {name.rpartition(".")[2] for name in adapted})
 
 
-def _excluded(config: Mapping[str, Any], name: str) -> bool:
-    excluded = config.get("exclude_modules") or []
-    if isinstance(excluded, str):
-        if re.fullmatch(excluded, name):
-            return True
-    elif any(name == end or name.endswith(f".{end}") for end in excluded):
-        return True
-    saved = modules_to_save(config)
-    return any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in saved)
+def refused_note(refused: Iterable[str]) -> str:
+    """The note about ``refused_by_peft``."""
+    return (
+        f"PEFT 0.16 and later do not load an adapter of {' and '.join(refused)} for models with "
+        "Mamba layers; lorakit does"
+    )
 
 
-def is_targeted(config: Mapping[str, Any], name: str) -> bool:
-    """Whether PEFT would adapt the module of that name, were it of a kind that it adapts."""
-    targets = config.get("target_modules") or []
-    if _excluded(config, name):
-        return False
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    if not any(name == end or name.endswith(f".{end}") for end in targets):
-        return False
-    layers = config.get("layers_to_transform")
-    # As in PEFT, a name that is listed in full is adapted whatever its layer.
-    if layers is None or layers == [] or name in targets:
-        return True
-    index = _layer_index(config, name)
-    return index is not None and index in ([layers] if isinstance(layers, int) else layers)
+def names_in_base(model: nn.Module, config: PreTrainedConfig) -> BaseNames | None:
+    """Return the names of ``model``'s modules in the class that ``config``, the base's
+    configuration, names; None if they are the same, because ``model`` is not only its text part.
+
+    Raises AdapterError if that class lacks a module of ``model``.
+    """
+    import transformers
+
+    from lorakit.models.hub import quiet
+
+    named = list(config.architectures or ())
+    text = config.get_text_config()
+    part_config: Any = getattr(model, "config", None)
+    if text is config or type(model).__name__ in named or type(part_config) is not type(text):
+        return None
+    own = getattr(transformers, named[0], None) if named else None
+    if not isinstance(own, type) or not issubclass(own, transformers.PreTrainedModel):
+        return None
+    with torch.device("meta"), quiet():
+        return BaseNames(model, own(config))
 
 
-def _layer_index(config: Mapping[str, Any], name: str) -> int | None:
-    patterns = config.get("layers_pattern") or [r"[^.]*"]
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        start = r".*?\." if pattern == r"[^.]*" else r"(?:^|.*?\.)"
-        if match := re.match(rf"{start}{pattern}\.(?P<index>\d+)\.", name):
-            return int(match["index"])
-    return None
+class BaseNames:
+    """Translates names of a text part's modules into those of ``own``, the base's whole model.
+
+    Raises AdapterError if ``own`` lacks a parameter of ``model``, or has it in another shape.
+    """
+
+    def __init__(self, model: nn.Module, own: PreTrainedModel) -> None:
+        self.own = own
+        self._roots = _roots(own)
+        state = {name: value.shape for name, value in own.state_dict(keep_vars=True).items()}
+        for name, module in unadapted_modules(model).items():
+            for key, value in module.named_parameters(recurse=False):
+                if state.get(f"{self(name)}.{key}") != value.shape:
+                    raise AdapterError(
+                        f"{type(own).__name__}, the base's class, has no {self(name)}.{key} of "
+                        f"shape {tuple(value.shape)} for {name} of {type(model).__name__}"
+                    )
+
+    def __call__(self, name: str) -> str:
+        return _renamed(name, self._roots)
+
+
+def renamed_for(model: nn.Module, files: AdapterFiles) -> AdapterFiles:
+    """Return ``files`` with the names that ``model`` gives the modules. A name that ``model`` has
+    no counterpart for is kept."""
+    from lorakit.anatomy import is_within, outside_language_model
+
+    roots = _roots(model)
+    renamed = {key: _renamed(key, roots) for key in files.tensors}
+    unchanged = all(key == name for key, name in renamed.items())
+    if unchanged or len(set(renamed.values())) < len(renamed):
+        return files
+    config = dict(files.config)
+    name_in_file = _reversed(renamed, roots)
+    if (names := config.get("target_modules")) and names != "all-linear":
+        # The names refer to the text part, which does not hold modules outside of it.
+        outside = outside_language_model(model)
+        config["target_modules"] = [
+            name
+            for name in unadapted_modules(model)
+            if is_targeted(config, name_in_file(name)) and not is_within(name, outside)
+        ]
+        config.pop("exclude_modules", None)
+        config.pop("layers_to_transform", None)
+    if config["peft_type"] == "LORA":
+        config |= _patterns(files.config, renamed)
+    elif isinstance(config.get("rank_pattern"), dict):
+        config["rank_pattern"] = {_renamed(k, roots): v for k, v in config["rank_pattern"].items()}
+    for key in ("modules_to_save", "trained_parameters", "matrices"):
+        if isinstance(config.get(key), list):
+            config[key] = [_renamed(name, roots) for name in config[key]]
+    sidecar = files.sidecar
+    if sidecar and isinstance(sidecar.get("parts"), dict):
+        parts = {_renamed(name, roots): part for name, part in sidecar["parts"].items()}
+        sidecar = sidecar | {"parts": parts}
+    tensors = {renamed[key]: value for key, value in files.tensors.items()}
+    return dataclasses.replace(files, config=config, tensors=tensors, sidecar=sidecar)
+
+
+def _patterns(config: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """Rank and alpha of every adapted module, under its new name."""
+    suffixes = (f".{LINEAR_FACTORS.A}", f".{EMBEDDING_FACTORS.A}")
+    names = {
+        key.removesuffix(suffix): new.removesuffix(suffix)
+        for key, new in renamed.items()
+        for suffix in suffixes
+        if key.endswith(suffix)
+    }
+    return {
+        "rank_pattern": {f"^{re.escape(n)}": peft_rank(config, old) for old, n in names.items()},
+        "alpha_pattern": {f"^{re.escape(n)}": peft_alpha(config, old) for old, n in names.items()},
+    }
+
+
+def _roots(model: nn.Module) -> dict[str, str]:
+    """First part of a name without wrappers -> its full name in ``model``, if it is unique."""
+    found: dict[str, set[str]] = {}
+    for name in unadapted_modules(model):
+        parts = without_wrappers(name)
+        if len(parts) == 1:
+            found.setdefault(parts[0], set()).add(name)
+    return {root: names.pop() for root, names in found.items() if len(names) == 1}
+
+
+def _renamed(name: str, roots: Mapping[str, str]) -> str:
+    parts = without_wrappers(name)
+    if not parts or parts[0] not in roots:
+        return name
+    return ".".join([roots[parts[0]], *parts[1:]])
+
+
+def _reversed(renamed: Mapping[str, str], roots: Mapping[str, str]) -> Callable[[str], str]:
+    """The function from a module's name in the model to its name in the file."""
+    prefixes = {}
+    for key in renamed:
+        bare = without_wrappers(key)
+        prefixes[bare[0]] = key[: len(key) - len(".".join(bare))]
+    default = max(prefixes.values(), key=len)
+
+    def name_in_file(name: str) -> str:
+        bare = without_wrappers(name)
+        if not bare or bare[0] not in roots:
+            return name
+        return prefixes.get(bare[0], default) + ".".join(bare)
+
+    return name_in_file

@@ -1,4 +1,4 @@
-"""A model's adapter -> a directory that PEFT loads with equal logits, and back."""
+"""Writes a model's adapter as a directory that PEFT loads with equal logits."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorakit import registry
 from lorakit.adapters.model_card import CardFacts, model_card
 from lorakit.adapters.peft.lora import to_peft
-from lorakit.adapters.peft.names import BaseNames
-from lorakit.adapters.peft.place import load_adapter
-from lorakit.adapters.peft.read import AdapterFiles, read_adapter
 from lorakit.adapters.peft.schema import CONFIG, PREFIX, SIDECAR, WEIGHTS, without_defaults
 from lorakit.adapters.peft.targets import (
+    BaseNames,
     exact_patterns,
     misread_by_peft,
     refused_by_peft,
@@ -34,8 +32,6 @@ from lorakit.methods.base import Method
 from lorakit.models.master_weights import base_dtype, plain_name
 from lorakit.recipe.sections import AdapterSection
 from lorakit.version import __version__
-
-__all__ = ["AdapterFiles", "CardFacts", "load_adapter", "read_adapter", "save_adapter"]
 
 TaskType = Literal["CAUSAL_LM", "SEQ_CLS"]
 
@@ -54,22 +50,22 @@ def save_adapter(
     card: CardFacts | None = None,
     lorakit_info: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the adapter of ``model`` in PEFT's format, or where that has no place for the method in
-    lorakit's own; an adapter directory there is replaced.
+    """Write the adapter of ``model`` in PEFT's format, or in lorakit's own if PEFT does not support
+    the method. An existing adapter directory is replaced. Returns the directory.
 
-    ``names`` are those of the base's own class, where ``model`` is only its text part.
-    ``modules_to_save`` are the modules trained whole; by default those outside the adapter layers
-    that require gradients, or, if the method trains the base's own parameters, those that
-    ``inject`` trains whole. ``lorakit_info`` is added to ``lorakit.json``. Returns the directory.
-    Raises AdapterError if the model holds no adapter, or ``directory`` is something else.
+    ``names`` translates module names if ``model`` is only the text part of the base.
+    ``modules_to_save`` are the fully trained modules. By default they are those outside the adapter
+    layers that require gradients or, if the method trains the base's own parameters, those that
+    ``inject`` trains fully. ``lorakit_info`` is added to ``lorakit.json``.
+    Raises AdapterError if the model has no adapter, or ``directory`` is not an adapter directory.
     """
     directory = Path(directory)
     method: Method = registry.methods()[config.method]
     whole = _whole_modules(model, config, method, modules_to_save)
     if not adapted_modules(model) and not whole and not trained_base(model, whole):
-        raise AdapterError(f"{directory}: the model holds no adapter to save")
+        raise AdapterError(f"{directory}: the model has no adapter to save")
     _check_replaceable(directory)
-    saved = _gathered(model, config, method, whole, names)
+    saved = _collect(model, config, method, whole, names)
     base = {"base_model_name_or_path": base_model_name_or_path, "revision": revision}
     settings = saved.settings | base | {"task_type": task_type}
     if method.peft_loads:
@@ -88,21 +84,21 @@ def save_adapter(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Saved:
-    """What of a model is saved: the configuration's keys, the tensors and lorakit's own facts."""
+class _Contents:
+    """Contents of ``adapter_config.json``, the weights file and ``lorakit.json``."""
 
     settings: dict[str, Any]
     tensors: dict[str, Tensor]
     info: dict[str, Any]
 
 
-def _gathered(
+def _collect(
     model: nn.Module,
     config: AdapterSection,
     method: Method,
     whole: Sequence[str],
     names: BaseNames | None,
-) -> _Saved:
+) -> _Contents:
     adapted = adapted_modules(model)
     renamed: Callable[[str], str] = names or str
     layers = {renamed(name): layer.joined() for name, layer in adapted.items()}
@@ -125,7 +121,7 @@ def _gathered(
             info["misread_by_peft"] = misread
         if refused := refused_by_peft(own, layers):
             info["refused_by_peft"] = refused
-    return _Saved(settings, tensors, info)
+    return _Contents(settings, tensors, info)
 
 
 def _whole_modules(
@@ -155,7 +151,7 @@ def _complete_for_peft(
 
 
 def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sorted, float32, contiguous, each with its own memory (tied modules share theirs)."""
+    """Sorted by name, in float32, contiguous and copied, since tied modules share memory."""
     out = {}
     for name in sorted(tensors):
         value = tensors[name].detach().to("cpu", copy=True).contiguous()
@@ -165,8 +161,8 @@ def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _trained_whole(model: nn.Module) -> list[str]:
-    """The topmost modules all of whose parameters train, adapter layers aside. A parameter that
-    trains alone beside frozen ones is none, and neither is one with a float32 master."""
+    """The topmost modules, adapter layers aside, whose parameters all train. Parameters with an
+    fp32 master weight do not count: they are trained parameters of the base."""
     adapted = tuple(f"{name}." for name in adapted_modules(model))
     trains: dict[str, bool] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -180,8 +176,8 @@ def _trained_whole(model: nn.Module) -> list[str]:
 
 
 def _sharing(model: nn.Module, whole: Sequence[str]) -> list[str]:
-    """Modules outside ``whole`` that share its parameters (tied embeddings): a reader that does
-    not know the tie needs both."""
+    """Modules outside ``whole`` that share its parameters (tied embeddings): readers that do not
+    know the tie need both."""
     values = {id(p) for name in whole for p in model.get_submodule(name).parameters()}
     inside = tuple(f"{name}." for name in whole)
     return [
@@ -217,7 +213,7 @@ def _sidecar(
 
 
 def _parts(layer: CompositeLayer) -> dict[str, Any]:
-    """Role -> its rows and the rank that its part of the saved tensors has."""
+    """Role -> its rows, and its rank in the saved tensors."""
     return {
         role: dataclasses.asdict(layer.rows(role)) | {"r": part.saved_rank}
         for role, part in layer.parts.items()
@@ -227,7 +223,7 @@ def _parts(layer: CompositeLayer) -> dict[str, Any]:
 def _completed(
     facts: CardFacts, settings: Mapping[str, Any], info: Mapping[str, Any], method: Method
 ) -> CardFacts:
-    """What the files say already need not be given again."""
+    """``facts`` completed by what the files contain."""
     targets = settings.get("target_modules", ())
     labels = info.get("id2label")
     return dataclasses.replace(
@@ -248,9 +244,9 @@ def _completed(
 def _check_replaceable(directory: Path) -> None:
     if directory.is_dir():
         if any(directory.iterdir()) and not (directory / CONFIG).is_file():
-            raise AdapterError(f"{directory}: holds something other than an adapter")
+            raise AdapterError(f"{directory}: not empty and not an adapter; not replaced")
     elif directory.exists():
-        raise AdapterError(f"{directory}: is a file, and an adapter is a directory")
+        raise AdapterError(f"{directory}: exists and is not a directory")
 
 
 def _write_json(file: Path, value: Mapping[str, Any]) -> None:

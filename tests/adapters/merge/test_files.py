@@ -395,11 +395,11 @@ def test_half_a_tokenizer_is_none(
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
-    [("tokenizer.json", None, "not readable as JSON"), ("tokenizer.json", b"[]", "expected a JSON"),
+    [("tokenizer.json", None, "invalid JSON"), ("tokenizer.json", b"[]", "expected a JSON"),
      ("tokenizer.json", b"{}", "no usable tokenizer"),
      ("tokenizer.json", b'{"model": {"type": "BPE"}}', "no usable tokenizer"),
-     ("tokenizer_config.json", b'{"a', "not readable as JSON"),
-     ("vocab.json", b"\xff", "not readable as JSON")],
+     ("tokenizer_config.json", b'{"a', "invalid JSON"),
+     ("vocab.json", b"\xff", "invalid JSON")],
 )  # fmt: skip
 def test_a_corrupt_tokenizer_is_an_error(
     with_tokenizers: tuple[Path, Path], name: str, content: bytes | None, said: str, tmp_path: Path

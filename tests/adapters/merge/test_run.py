@@ -301,7 +301,7 @@ def test_bases_that_cannot_be_merged_into(make_pair: MakePair, tmp_path: Path) -
     weights = base / "model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:100])
-    with pytest.raises(ModelError, match="corrupt or cut short"):
+    with pytest.raises(ModelError, match="corrupt or truncated"):
         merge(base, adapter, tmp_path / "out")
     weights.rename(base / "pytorch_model.bin")
     with pytest.raises(ModelError, match="safetensors only"):
@@ -454,7 +454,7 @@ def _changed(file: Path, end: str, value: float) -> str:
 def test_an_adapter_that_is_not_finite(make_pair: MakePair, tmp_path: Path, value: float) -> None:
     base, adapter, _ = make_pair()
     name = _changed(adapter / "adapter_model.safetensors", "lora_B.weight", value)
-    with pytest.raises(AdapterError, match=f"{name}: holds NaN or infinite"):
+    with pytest.raises(AdapterError, match=f"{name}: contains NaN or infinite"):
         merge(base, adapter, tmp_path / "out")
 
 

@@ -100,9 +100,11 @@ def test_malformed_parts(key: str, value: Any, pair: tuple[Path, Path], tmp_path
     if key == "r" and value == 10**30:
         refused(pair[0], adapter, "the parts q, v are not all")
     elif key == "period" and value == 10**30:
-        refused(pair[0], adapter, "of one period")
+        refused(pair[0], adapter, "one period")
     else:
-        refused(pair[0], adapter, r"lorakit\.json: parts = .*: allowed: module -> q, k or v")
+        refused(
+            pair[0], adapter, r"lorakit\.json: parts = .*: allowed: for each module, q, k and v"
+        )
 
 
 @pytest.mark.parametrize("part", [{"stop": 40}, {"period": 16}], ids=str)
@@ -115,7 +117,7 @@ def test_parts_that_contradict_each_other(
         stored["parts"]["transformer.h.0.attn.c_attn"]["q"].update(part)
 
     adapter = edited(pair, tmp_path, "lorakit.json", change)
-    refused(pair[0], adapter, "of one period and with no row twice")
+    refused(pair[0], adapter, "one period, and no overlap")
 
 
 def test_an_unknown_role(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -123,14 +125,14 @@ def test_an_unknown_role(pair: tuple[Path, Path], tmp_path: Path) -> None:
         parts = stored["parts"]["transformer.h.0.attn.c_attn"]
         parts["base_layer"] = parts.pop("q")
 
-    refused(pair[0], edited(pair, tmp_path, "lorakit.json", change), "module -> q, k or v")
+    refused(pair[0], edited(pair, tmp_path, "lorakit.json", change), "for each module, q, k and v")
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "lorakit.json"])
 def test_json_nested_too_deeply(name: str, pair: tuple[Path, Path], tmp_path: Path) -> None:
     adapter = edited(pair, tmp_path, name, lambda stored: None)
     (adapter / name).write_text("[" * 100_000)
-    refused(pair[0], adapter, "not readable as JSON")
+    refused(pair[0], adapter, "invalid JSON")
 
 
 def test_null_is_the_default(pair: tuple[Path, Path], tmp_path: Path) -> None:

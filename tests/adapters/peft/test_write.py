@@ -15,8 +15,10 @@ from transformers import AutoTokenizer
 
 from lorakit.adapters.load import load
 from lorakit.adapters.model_card import CardFacts
+from lorakit.adapters.peft.place import load_adapter
+from lorakit.adapters.peft.read import read_adapter
 from lorakit.adapters.peft.targets import exact_patterns, target_modules
-from lorakit.adapters.peft.write import load_adapter, read_adapter, save_adapter
+from lorakit.adapters.peft.write import save_adapter
 from lorakit.errors import AdapterError
 from lorakit.injection import inject, trainable_state
 from lorakit.layers import adapter_layers
@@ -153,7 +155,7 @@ def test_a_directory_of_something_else_is_not_replaced(make_pair: MakePair, tmp_
     _, _, model = make_pair()
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "1.jpg").write_text("x")
-    with pytest.raises(AdapterError, match="something other than an adapter"):
+    with pytest.raises(AdapterError, match="not empty and not an adapter"):
         save_adapter(
             tmp_path / "photos", model, LoraConfig(), base_model_name_or_path="b",
             task_type="CAUSAL_LM",
@@ -234,16 +236,16 @@ def test_missing_and_broken_files(make_pair: MakePair, tmp_path: Path) -> None:
         read_adapter(base)
     content = weights.read_bytes()
     weights.write_bytes(content[: len(content) // 2])
-    with pytest.raises(AdapterError, match="corrupt or cut short"):
+    with pytest.raises(AdapterError, match="corrupt or truncated"):
         read_adapter(adapter)
     weights.rename(adapter / "adapter_model.bin")
-    with pytest.raises(AdapterError, match="unpickles nothing"):
+    with pytest.raises(AdapterError, match="pickled weights are not supported"):
         read_adapter(adapter)
     (adapter / "adapter_model.bin").unlink()
     with pytest.raises(AdapterError, match=r"adapter_model\.safetensors is missing"):
         read_adapter(adapter)
     (adapter / "adapter_config.json").write_text("{")
-    with pytest.raises(AdapterError, match="not readable as JSON"):
+    with pytest.raises(AdapterError, match="invalid JSON"):
         read_adapter(adapter)
 
 
@@ -278,8 +280,8 @@ _Q = "base_model.model.model.layers.1.self_attn.q_proj"
             lambda t: t.update({f"{_Q}.lora_A.weight": torch.ones(4, 5)}),
             r"is \(4, 5\), and the model",
         ),
-        (lambda t: t.update({"q.lora_A.weight": torch.ones(4, 5)}), "not a name that PEFT gives"),
-        (lambda t: t.update({f"{_Q}.lora_A.weight": torch.ones(0)}), "an empty tensor"),
+        (lambda t: t.update({"q.lora_A.weight": torch.ones(4, 5)}), "not a tensor name of PEFT"),
+        (lambda t: t.update({f"{_Q}.lora_A.weight": torch.ones(0)}), "empty tensor"),
     ],
 )
 def test_tensors_that_do_not_fit_are_listed_and_the_model_is_untouched(
@@ -310,11 +312,11 @@ def test_a_missing_head_is_an_error(make_pair: MakePair) -> None:
 
 def test_a_head_for_other_labels_is_an_error(make_pair: MakePair) -> None:
     _, adapter, _ = make_pair("bert")
-    with pytest.raises(AdapterError, match="another number of labels"):
+    with pytest.raises(AdapterError, match="or number of labels"):
         load_adapter(tiny("bert", num_labels=5), adapter)
 
 
 def test_a_second_adapter_is_refused(make_pair: MakePair) -> None:
     base, adapter, _ = make_pair()
-    with pytest.raises(AdapterError, match="holds an adapter already"):
+    with pytest.raises(AdapterError, match="already has an adapter"):
         load_adapter(load(base, adapter), adapter)

@@ -79,7 +79,7 @@ def test_what_is_there_instead_is_named(pair: tuple[Path, Path], tmp_path: Path)
     (tmp_path / "quantised").mkdir()
     (tmp_path / "quantised" / "model.gguf").write_bytes(b"GGUF")
     for path, said in (
-        (tmp_path / "run", f"holds some ({tmp_path / 'run' / 'adapter'}); name one of them"),
+        (tmp_path / "run", f"contains adapters ({tmp_path / 'run' / 'adapter'}); name one of them"),
         (checkpoint, "a training checkpoint; resume from it with train --resume"),
         (base, "a model, not an adapter"),
         (
@@ -114,7 +114,7 @@ def test_a_base_that_is_none_is_named(pair: tuple[Path, Path], tmp_path: Path) -
 def test_a_base_that_has_moved(pair: tuple[Path, Path], adapter: Path) -> None:
     base, _ = pair
     edit(adapter, base_model_name_or_path="/once/here")
-    with pytest.raises(AdapterError, match="base model /once/here, and there is no such directory"):
+    with pytest.raises(AdapterError, match="base model /once/here, which does not exist"):
         load(None, adapter)
     edit(adapter, base_model_name_or_path="once/here")
     with pytest.raises(ModelError, match="names this base: if it has moved, give the base"):

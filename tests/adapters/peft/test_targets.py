@@ -14,9 +14,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lorakit
-from lorakit.adapters.peft.names import names_in_base
 from lorakit.adapters.peft.place import load_adapter
-from lorakit.adapters.peft.targets import misread_by_peft, refused_by_peft
+from lorakit.adapters.peft.targets import misread_by_peft, names_in_base, refused_by_peft
 from lorakit.adapters.peft.write import save_adapter
 from lorakit.cli.main import run
 from lorakit.errors import AdapterError
@@ -262,7 +261,7 @@ def test_what_peft_refuses_is_known(family: str, targets: list[str], tmp_path: P
     assert refused_by_peft(model, adapter_layers(model)) == wrong
     info = json.loads((adapter / "lorakit.json").read_text())
     assert info.get("refused_by_peft", []) == wrong
-    assert ("does not load an adapter of out_proj" in (adapter / "README.md").read_text()) == bool(
+    assert ("do not load an adapter of out_proj" in (adapter / "README.md").read_text()) == bool(
         wrong
     )
     bare = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
@@ -332,8 +331,8 @@ def test_what_was_misread_or_renamed_is_said(
     few = {"train__epochs": None, "train__max_steps": 1, "task__limit_eval": 2}
     for family, said in (
         ("qwen3_5", "the names are those of the base's own class, Qwen3_5ForConditionalGeneration"),
-        ("qwen3_next", "takes down_proj, gate_proj, up_proj for experts"),
-        ("falcon_h1", "PEFT from 0.16 on does not load an adapter of out_proj"),
+        ("qwen3_next", "mistakes down_proj, gate_proj, up_proj for experts"),
+        ("falcon_h1", "PEFT 0.16 and later do not load an adapter of out_proj"),
     ):
         model = saved_hybrid(family, tiny_llama, tmp_path / family)
         recipe = write_recipe_file(
