@@ -254,8 +254,14 @@ def test_keys_and_values_of_a_cross_attention_are_an_error() -> None:
             "the part q, .* does not fit 48 rows",
         ),
         (lambda parts: parts["v"].update(period=50, stop=50), "parts = .*one period"),
-        (lambda parts: parts["v"].pop("r"), r"lorakit.json: parts = .*allowed: for each module, q, k"),
-        (lambda parts: parts.update(v=3), r"lorakit.json: parts = .*allowed: for each module, q, k"),
+        (
+            lambda parts: parts["v"].pop("r"),
+            r"lorakit.json: parts = .*allowed: for each module, q, k",
+        ),
+        (
+            lambda parts: parts.update(v=3),
+            r"lorakit.json: parts = .*allowed: for each module, q, k",
+        ),
     ],
 )
 def test_parts_that_do_not_fit_the_tensors_are_an_error(
