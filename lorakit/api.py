@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lorakit.distributed.processes import is_main, process_group
     from lorakit.evaluation.generation import generate_text, stream_text
     from lorakit.evaluation.hf_generate import prompt_limits
-    from lorakit.evaluation.progress import Watch
+    from lorakit.evaluation.progress import ProgressMonitor
     from lorakit.evaluation.prompts import chat_request, read_requests, text_request
     from lorakit.evaluation.sampling import Decoding
     from lorakit.injection import inject
@@ -45,7 +45,7 @@ _MODULES = {
     "lorakit.distributed.processes": ("is_main", "process_group"),
     "lorakit.evaluation.generation": ("generate_text", "stream_text"),
     "lorakit.evaluation.hf_generate": ("prompt_limits",),
-    "lorakit.evaluation.progress": ("Watch",),
+    "lorakit.evaluation.progress": ("ProgressMonitor",),
     "lorakit.evaluation.prompts": ("chat_request", "read_requests", "text_request"),
     "lorakit.evaluation.sampling": ("Decoding",),
     "lorakit.injection": ("inject",),
@@ -69,9 +69,9 @@ __all__ = [
     "MergeReport",
     "Piece",
     "Preview",
+    "ProgressMonitor",
     "RunResult",
     "SplitEvaluation",
-    "Watch",
     "chat_request",
     "convert",
     "counts_line",

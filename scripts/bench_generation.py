@@ -26,7 +26,7 @@ from transformers import StoppingCriteriaList
 from lorakit import registry
 from lorakit.evaluation.generation import generate_text
 from lorakit.evaluation.prompts import encode_prompts
-from lorakit.evaluation.sampling import Ended, Reader, eos_ids, task_decoding
+from lorakit.evaluation.sampling import OutputReader, StopAtEnd, eos_ids, task_decoding
 from lorakit.models.load import default_device, load_pretrained, window
 from lorakit.recipe.sections import ModelSection
 
@@ -75,7 +75,7 @@ def measure(arguments: argparse.Namespace, dtype: str) -> list[dict[str, Any]]:
     prompts = encode_prompts(task, config, split, tokenizer, window(model))
     decoding = task_decoding(config, task.stop_texts(config), seed=0)
 
-    reader = Reader(tokenizer, frozenset(eos_ids(model, tokenizer)), decoding.stop)
+    reader = OutputReader(tokenizer, frozenset(eos_ids(model, tokenizer)), decoding.stop)
 
     def loop(rows: int) -> list[str]:
         return [single(model, reader, prompt, decoding.max_new_tokens) for prompt in prompts[:rows]]
@@ -96,7 +96,7 @@ def measure(arguments: argparse.Namespace, dtype: str) -> list[dict[str, Any]]:
     return results
 
 
-def single(model: Any, reader: Reader, prompt: list[int], max_new_tokens: int) -> str:
+def single(model: Any, reader: OutputReader, prompt: list[int], max_new_tokens: int) -> str:
     """One prompt, greedy, with the library's defaults."""
     ids = torch.tensor([prompt], device=model.device)
     out = model.generate(
@@ -105,7 +105,7 @@ def single(model: Any, reader: Reader, prompt: list[int], max_new_tokens: int) -
         do_sample=False,
         max_new_tokens=max_new_tokens,
         pad_token_id=reader.tokenizer.pad_token_id,
-        stopping_criteria=StoppingCriteriaList([Ended(reader, len(prompt))]),
+        stopping_criteria=StoppingCriteriaList([StopAtEnd(reader, len(prompt))]),
     )
     return reader.read(out[0, len(prompt) :].tolist())[0]
 

@@ -204,14 +204,14 @@ def _answer(
     output: Path | None,
     decoding: Decoding,
 ) -> None:
-    from lorakit.api import Watch, generate_text, read_requests
+    from lorakit.api import ProgressMonitor, generate_text, read_requests
 
     requests = read_requests(input_file, tokenizer, say)
     prompts = [request.ids for request in requests]
     _say_limits(model, tokenizer, prompts, decoding)
     with progress("generated") as report:
-        watch = Watch(len(requests), report)
-        texts = generate_text(model, tokenizer, prompts, decoding, watch=watch)
+        monitor = ProgressMonitor(len(requests), report)
+        texts = generate_text(model, tokenizer, prompts, decoding, monitor=monitor)
     rows = [
         {"prompt": request.text, "generated": text}
         for request, text in zip(requests, texts, strict=True)

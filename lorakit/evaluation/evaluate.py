@@ -29,7 +29,7 @@ from lorakit.distributed.processes import check_peers, gather, run_on_main, shar
 from lorakit.errors import EvaluationError
 from lorakit.evaluation.generation import generate_text
 from lorakit.evaluation.hf_generate import pad_id
-from lorakit.evaluation.progress import OnPhase, ShouldStop, Watch
+from lorakit.evaluation.progress import OnPhase, ProgressMonitor, ShouldStop
 from lorakit.evaluation.sampling import task_decoding
 from lorakit.models.causal import CausalParts, host_masks, split_model, token_losses
 from lorakit.models.heads import head_labels, label_columns
@@ -99,8 +99,8 @@ def evaluate_model(
     ``should_stop`` returns true.
     """
     assert data.encoded.counts.rows == len(data.split), "the encoded rows are the split's"
-    watch = _watches(on_progress, should_stop)
-    measure = _Measure(model, tokenizer, data, batch_size, seed, watch)
+    monitor = _monitors(on_progress, should_stop)
+    measure = _Measure(model, tokenizer, data, batch_size, seed, monitor)
     with _evaluation_mode(model):
         if data.task.kind == "encoder":
             share = measure.classify()
@@ -121,14 +121,14 @@ class _Share:
 
 @dataclass(frozen=True)
 class _Measure:
-    """Measures this process's share of the rows; ``watch`` gives each phase its progress."""
+    """Measures this process's share of the rows; ``monitor`` makes the monitor of a phase."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     data: EvalData
     batch_size: int
     seed: int
-    watch: Callable[[str, range], Watch]
+    monitor: Callable[[str, range], ProgressMonitor]
 
     def language_model(self, parts: CausalParts, generate: bool) -> _Share:
         own = shard(len(self.data.encoded))  # a chat may be several of these rows
@@ -158,14 +158,14 @@ class _Measure:
 
     def _token_loss(self, parts: CausalParts, own: range) -> float:
         """Sum the losses of the trained tokens of ``own`` rows."""
-        watch, sums = self.watch("loss", own), []
+        monitor, sums = self.monitor("loss", own), []
         for rows in self._batches(own):
-            watch.check()
+            monitor.check()
             chosen = [self.data.encoded[int(i)] for i in rows]
             batch = collate_causal(chosen, pad_id(self.tokenizer)).to(self.model.device)
             ids, indices = batch.input_ids, batch.loss_indices
             sums.append(token_losses(self.model, parts, ids, indices, batch.targets))
-            watch.advance(len(rows))
+            monitor.advance(len(rows))
         return _total(sums)
 
     def _generate(self, prompts: Sequence[Sequence[int]], own: range) -> list[Prediction]:
@@ -177,7 +177,7 @@ class _Measure:
             task_decoding(config, task.stop_texts(config), self.seed),
             rows=own,
             batch_size=config.generation_batch_size,
-            watch=self.watch("generated", own),
+            monitor=self.monitor("generated", own),
         )
         return answer_contents(task, config, self.data.split, self.tokenizer, own, texts)
 
@@ -188,11 +188,11 @@ class _Measure:
         logits of the task's classes by index; None if they are all of them, in order."""
         device = self.model.device
         place = None if columns is None else torch.tensor(columns, device=device)
-        watch = self.watch("evaluated", own)
+        monitor = self.monitor("evaluated", own)
         outputs: list[tuple[NDArray[np.int64], Tensor]] = []
         losses: list[Tensor] = []
         for rows in self._batches(own):
-            watch.check()
+            monitor.check()
             chosen = [self.data.encoded[int(i)] for i in rows]
             batch = collate_encoder(chosen, pad_id(self.tokenizer)).to(device)
             labels = batch.labels
@@ -204,7 +204,7 @@ class _Measure:
                 labels = labels if place is None else place[labels]
                 outputs.append((rows, logits.argmax(dim=-1)))
                 losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
-            watch.advance(len(rows))
+            monitor.advance(len(rows))
         return outputs, losses
 
     def _classes(self, columns: list[int] | None) -> dict[Any, Prediction]:
@@ -221,16 +221,19 @@ class _Measure:
             yield rows[places]
 
 
-def _watches(
+def _monitors(
     on_progress: OnPhase | None, should_stop: ShouldStop | None
-) -> Callable[[str, range], Watch]:
-    """Return what makes the watch of a phase over some rows."""
+) -> Callable[[str, range], ProgressMonitor]:
+    """Return the function that makes the monitor of a phase over some rows."""
 
     def stops() -> bool:
         check_peers()
         return should_stop is not None and should_stop()
 
-    return lambda phase, rows: Watch(len(rows), on_progress and partial(on_progress, phase), stops)
+    def monitor(phase: str, rows: range) -> ProgressMonitor:
+        return ProgressMonitor(len(rows), on_progress and partial(on_progress, phase), stops)
+
+    return monitor
 
 
 @contextmanager

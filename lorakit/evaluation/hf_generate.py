@@ -1,12 +1,4 @@
-"""What a model is given to continue, and how transformers' ``generate`` is called.
-
-The keys and values of one ``generate`` call, handed on to the next.
-
-How many sequences are generated at once.
-
-A step costs a small model nearly the same for one sequence as for thousands, so a batch is as large
-as the keys and values that it keeps may be.
-"""
+"""How transformers' ``generate`` is called: inputs, limits, configuration, cache and batch size."""
 
 from __future__ import annotations
 
@@ -23,8 +15,19 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from lorakit.errors import DataError
-from lorakit.evaluation.sampling import Decoding, Reader
+from lorakit.evaluation.sampling import Decoding, OutputReader
 from lorakit.models.load import embedding_rows, window
+
+#: Early releases of transformers 5 say ``past_key_values``; later ones deprecate it for ``cache``.
+_FIELDS = {field.name for field in dataclasses.fields(GenerateDecoderOnlyOutput)}
+_CACHE = "cache" if "cache" in _FIELDS else "past_key_values"
+
+#: The number of sequences beyond which throughput no longer grows.
+MAX_SEQUENCES = {"cpu": 64, "cuda": 2048}
+#: The tokens of a batch, prompts and continuations, on a device without memory of its own.
+MAX_TOKENS = 2**16
+#: The share of a device's memory for one batch, which takes no more than half of what is free.
+_MEMORY_SHARE = 1 / 8
 
 
 def prompt_limits(
@@ -33,23 +36,27 @@ def prompt_limits(
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,
 ) -> list[int]:
-    """How many tokens may follow each prompt: ``max_new_tokens``, or with ``fit_window`` what the
-    prompt leaves of the model's window, if that is less.
+    """Return how many tokens may follow each prompt.
 
-    Raises DataError for a prompt that is empty, too long or in another model's tokens, and for a
-    pad token that the model has no embedding for.
+    That is ``max_new_tokens``, or with ``fit_window`` what the prompt leaves of the model's window
+    if that is less. Raises DataError for a prompt that is empty, too long, or tokenised for another
+    model, and for a pad token without an embedding.
     """
     room, rows = window(model), embedding_rows(model)
     if (pad := pad_id(tokenizer)) >= rows:
-        raise DataError("the tokenizer does not belong to the model: "
-                        f"its pad token has id {pad}, and {rows} embeddings")  # fmt: skip
+        raise DataError(
+            "the tokenizer does not belong to the model: "
+            f"its pad token has id {pad}, but the model has {rows} embeddings"
+        )
     limits = []
     for number, prompt in enumerate(prompts, 1):
         if not len(prompt):
             raise DataError(f"prompt {number}: no token to continue")
         if (last := max(prompt)) >= rows:
-            raise DataError(f"prompt {number}: the tokenizer does not belong to the model: "
-                            f"id {last}, and {rows} embeddings")  # fmt: skip
+            raise DataError(
+                f"prompt {number}: the tokenizer does not belong to the model: "
+                f"it gives id {last}, but the model has {rows} embeddings"
+            )
         limit = decoding.max_new_tokens
         if room is not None and len(prompt) + limit > room:
             _check_room(number, len(prompt), room, decoding)
@@ -59,11 +66,11 @@ def prompt_limits(
 
 
 def _check_room(number: int, tokens: int, room: int, decoding: Decoding) -> None:
-    """Raise DataError unless the answer to a prompt of so many tokens may be shortened."""
+    """Raise DataError unless the continuation of a prompt of ``tokens`` may be shortened."""
     if tokens >= room:
         raise DataError(
-            f"prompt {number}: its {tokens} tokens fill the model's window of {room} tokens, with "
-            f"no room for an answer; allowed: at most {room - 1}"
+            f"prompt {number}: its {tokens} tokens fill the model's window of {room} tokens and "
+            f"leave no room for an answer; allowed: at most {room - 1}"
         )
     if not decoding.fit_window:
         raise DataError(
@@ -78,19 +85,22 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.pad_token_id
 
 
-def left_padded(
+def left_pad(
     prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """``input_ids`` and ``attention_mask``, (rows, longest prompt)."""
+    """Return ``input_ids`` and ``attention_mask``, both (prompts, longest prompt)."""
     width, pad = max(map(len, prompts)), pad_id(tokenizer)
     ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def generation_config(reader: Reader, **more: Any) -> GenerationConfig:
-    """Nothing but what is said here and the EOS ids: a checkpoint's own temperature or repetition
-    penalty would change scores unseen. Nothing is drawn by transformers."""
+def generation_config(reader: OutputReader, **more: Any) -> GenerationConfig:
+    """Return a configuration of the EOS ids and ``more`` alone.
+
+    A checkpoint's own temperature or repetition penalty would silently change scores. Sampling is
+    left to ``SampleToken``.
+    """
     return GenerationConfig(
         eos_token_id=sorted(reader.eos) or None,
         pad_token_id=pad_id(reader.tokenizer),
@@ -100,13 +110,13 @@ def generation_config(reader: Reader, **more: Any) -> GenerationConfig:
 
 
 @contextmanager
-def generating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode without gradients and without the checkpoint's generation defaults, which
-    ``generate`` would take for all that is not set."""
+def generation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode without gradients and without the checkpoint's generation config, from which
+    ``generate`` would take everything that is not set."""
     was_training, own = model.training, model.generation_config
     model.eval()
     model.generation_config = GenerationConfig()
-    hook = model.get_output_embeddings().register_forward_pre_hook(_contiguous)
+    hook = model.get_output_embeddings().register_forward_pre_hook(_make_contiguous)
     try:
         with torch.no_grad():
             yield
@@ -116,32 +126,33 @@ def generating(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
-def _contiguous(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The last position's hidden states in one piece: given a slice of three dimensions, torch
+def _make_contiguous(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Make the last position's hidden states contiguous: given a slice of three dimensions, torch
     multiplies by a copy of a frozen weight for each row, gigabytes for a large vocabulary."""
     return (inputs[0].contiguous(), *inputs[1:])
 
 
-_FIELDS = {field.name for field in dataclasses.fields(GenerateDecoderOnlyOutput)}
-#: Early releases of transformers 5 say ``past_key_values``; later ones deprecate it for ``cache``.
-_OUTPUT = "cache" if "cache" in _FIELDS else "past_key_values"
+# The keys and values of one ``generate`` call, passed to the next
 
 
 def cache_argument(cache: Any) -> dict[str, Any]:
-    """The keyword argument with which ``generate`` goes on from ``cache`` (None: none)."""
-    return {} if cache is None else {_OUTPUT: cache}
+    """Return the keyword argument that makes ``generate`` continue from ``cache``."""
+    return {} if cache is None else {_CACHE: cache}
 
 
-def cache_of(model: PreTrainedModel, output: Any) -> Any:
-    """The cache that a ``generate`` call with ``return_dict_in_generate`` returns; None, from which
-    it is made anew, for the Mamba models of early releases: they do not go on from one."""
-    if _OUTPUT != "cache" and "cache_params" in inspect.signature(model.forward).parameters:
+def output_cache(model: PreTrainedModel, output: Any) -> Any:
+    """Return the cache of a ``generate`` call with ``return_dict_in_generate``.
+
+    None, which makes the next call compute it again, for the Mamba models of early releases: they
+    cannot continue from one.
+    """
+    if _CACHE != "cache" and "cache_params" in inspect.signature(model.forward).parameters:
         return None
-    return getattr(output, _OUTPUT, None)
+    return getattr(output, _CACHE, None)
 
 
 def select_rows(cache: Any, index: Tensor) -> Any:
-    """The cache of some rows; None, from which it is made anew, where it cannot be taken apart."""
+    """Return the cache of some rows; None, which computes it again, if it cannot be split."""
     layers = getattr(cache, "layers", ())
     if not layers or not all(hasattr(layer, "batch_select_indices") for layer in layers):
         return None
@@ -149,50 +160,53 @@ def select_rows(cache: Any, index: Tensor) -> Any:
     return cache
 
 
-#: Where throughput no longer grows.
-MOST_SEQUENCES = {"cpu": 64, "cuda": 2048}
-#: Tokens of a batch where there is no memory of a device to go by: prompts and what may follow.
-MOST_TOKENS = 2**16
-#: Of a device's memory for one batch; of what is free of it at most half.
-_SHARE = 1 / 8
+# The batch size
 
 
 @dataclass(frozen=True)
-class Room:
-    """``token_bytes`` are kept for a token of a sequence, ``sequence_bytes`` for its scores;
-    ``most_bytes`` is None where MOST_TOKENS bounds a batch."""
+class BatchCapacity:
+    """How many sequences fit into one batch.
 
-    most_sequences: int
+    A step costs a small model nearly the same for one sequence as for thousands, so a batch is as
+    large as its keys and values may be. ``token_bytes`` is the memory for a token of a sequence,
+    ``sequence_bytes`` that for its scores; without ``max_bytes``, ``MAX_TOKENS`` is the limit.
+    """
+
+    max_sequences: int
     token_bytes: int
     sequence_bytes: int
-    most_bytes: int | None
+    max_bytes: int | None
 
     def sequences(self, tokens: int) -> int:
-        """How many sequences of so many tokens fit. Of memory a power of two, so that a little
-        more or less of it changes no batch, which in half precision would change texts."""
-        if self.most_bytes is None:
-            return max(1, min(MOST_TOKENS // tokens, self.most_sequences))
-        fits = self.most_bytes // (self.token_bytes * tokens + self.sequence_bytes)
-        fits = max(1, min(fits, self.most_sequences))
+        """Return how many sequences of ``tokens`` tokens fit.
+
+        Where memory is the limit this is a power of two, so that a little more or less free memory
+        changes no batch, which in half precision would change texts.
+        """
+        if self.max_bytes is None:
+            return max(1, min(MAX_TOKENS // tokens, self.max_sequences))
+        fits = self.max_bytes // (self.token_bytes * tokens + self.sequence_bytes)
+        fits = max(1, min(fits, self.max_sequences))
         return int(1 << (fits.bit_length() - 1))
 
 
-def room_for(model: PreTrainedModel) -> Room:
+def batch_capacity(model: PreTrainedModel) -> BatchCapacity:
+    """Return the capacity of the model's device for one batch."""
     device = model.device
-    most_sequences = MOST_SEQUENCES.get(device.type, MOST_SEQUENCES["cpu"])
+    max_sequences = MAX_SEQUENCES.get(device.type, MAX_SEQUENCES["cpu"])
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
     if device.type != "cuda" or not heads:
-        return Room(most_sequences, 0, 0, None)
+        return BatchCapacity(max_sequences, 0, 0, None)
     keys = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     layers = config.num_hidden_layers
     free, total = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return Room(
-        most_sequences,
+    return BatchCapacity(
+        max_sequences,
         token_bytes=2 * layers * keys * head_dim * model.dtype.itemsize,
         # Scores in float32, and the copies that choosing a token makes of them.
         sequence_bytes=16 * config.vocab_size,
-        most_bytes=min(int(total * _SHARE), free // 2),
+        max_bytes=min(int(total * _MEMORY_SHARE), free // 2),
     )

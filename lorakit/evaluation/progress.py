@@ -1,21 +1,22 @@
-"""How far an evaluation is, and whether it shall go on."""
+"""Report the progress of an evaluation, and stop it between batches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+#: Receives the rows done and the total.
 OnProgress = Callable[[int, int], None]
-#: What is being done ("loss", "generated"), rows done, rows in all. Each row passes every phase.
+#: Receives the phase ("loss", "generated" or "evaluated"), the rows done and the total.
 OnPhase = Callable[[str, int, int], None]
 ShouldStop = Callable[[], bool]
 
 
 class EvaluationStopped(Exception):
-    """``should_stop`` said so; nothing was measured."""
+    """``should_stop`` returned true; there is no result."""
 
 
-class Watch:
-    """Tells ``on_progress`` (rows done, rows in all) and asks ``should_stop`` between batches."""
+class ProgressMonitor:
+    """Calls ``on_progress`` after each batch, and ``should_stop`` before the next."""
 
     def __init__(
         self,
@@ -29,11 +30,12 @@ class Watch:
         self._should_stop = should_stop
 
     def advance(self, rows: int) -> None:
+        """Report ``rows`` more rows as done."""
         self._done_rows += rows
         if self._on_progress is not None:
             self._on_progress(self._done_rows, self._total_rows)
 
     def check(self) -> None:
-        """Raise EvaluationStopped if the evaluation is to end here."""
+        """Raise EvaluationStopped if the evaluation is to stop here."""
         if self._should_stop is not None and self._should_stop():
             raise EvaluationStopped

@@ -1,11 +1,7 @@
-"""How the tokens of a continuation are chosen. No tensor library is loaded here.
+"""How the tokens of a continuation are chosen, and where it ends: sampling, EOS, stop sequences.
 
-Where a continuation ends: at an EOS token, or before a stop text.
-
-What stands between a model's scores and the token that is taken.
-
-Both processors know where a row's own text begins (``start``): what they do there depends on
-nothing that stands before it, neither on padding nor on the other rows.
+The logits processors here know at which position a row's continuation starts (``start``), so what
+they do depends on nothing before it: neither on padding nor on the other rows of the batch.
 """
 
 from __future__ import annotations
@@ -31,17 +27,19 @@ from lorakit.tasks.base import GenerationSection
 
 @dataclass(frozen=True)
 class Decoding:
-    """One way to continue a prompt, at most ``max_new_tokens`` long.
+    """How to continue a prompt by at most ``max_new_tokens`` tokens.
 
-    ``num_beams`` 1 takes a token at a time: the likeliest, or with ``temperature`` above 0 one
-    that is drawn from softmax(logits / temperature), among the likeliest whose probabilities add
-    up to ``top_p``. What is drawn is a function of ``seed``, the row's number and the position.
-    More beams search, and the continuation of the greatest sum of log probabilities / length **
-    ``length_penalty`` is taken; ``lorakit.evaluation.generation`` says how. No
-    ``no_repeat_ngram_size`` tokens occur twice in a continuation (0: they may). It ends before the
-    first text of ``stop`` behind its first visible character. With ``fit_window`` a prompt
-    that leaves fewer than ``max_new_tokens`` of the model's window
-    gets as many as it leaves; else it is an error.
+    With ``num_beams`` 1 tokens are taken one at a time: the most likely one, or with
+    ``temperature`` above 0 one sampled from softmax(logits / temperature), restricted to the most likely tokens
+    whose probabilities add up to ``top_p``. What is sampled depends only on ``seed``, the row's
+    number and the position. With more beams the continuation with the greatest sum of log
+    probabilities / length ** ``length_penalty`` is searched, as ``lorakit.evaluation.generation``
+    describes.
+
+    No ``no_repeat_ngram_size`` tokens occur twice in a continuation (0: they may). It ends before
+    the first stop sequence of ``stop`` after its first visible character. With ``fit_window`` a
+    prompt that leaves fewer than ``max_new_tokens`` in the model's window gets as many as it
+    leaves; without it such a prompt is an error.
     """
 
     max_new_tokens: int
@@ -60,16 +58,16 @@ class Decoding:
         assert self.no_repeat_ngram_size >= 0
         assert self.temperature >= 0
         assert 0 < self.top_p <= 1
-        assert self.num_beams == 1 or self.temperature == 0, "a search draws nothing"
-        assert all(self.stop), "an empty text stands everywhere"
+        assert self.num_beams == 1 or self.temperature == 0, "beam search does not sample"
+        assert all(self.stop), "an empty stop sequence matches everywhere"
 
     @property
-    def draws(self) -> bool:
+    def samples(self) -> bool:
         return self.temperature > 0
 
 
 def task_decoding(config: GenerationSection, stop: tuple[str, ...], seed: int) -> Decoding:
-    """What a recipe's ``task`` section and the task's own stop texts say."""
+    """Return the decoding that a recipe's ``task`` section describes, with the task's ``stop``."""
     return Decoding(
         max_new_tokens=config.max_new_tokens,
         num_beams=config.num_beams,
@@ -80,6 +78,9 @@ def task_decoding(config: GenerationSection, stop: tuple[str, ...], seed: int) -
         stop=stop,
         seed=seed,
     )
+
+
+# Where a continuation ends
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -94,23 +95,26 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, configured: int | list[int] | N
 
 
 def before_stop(text: str, stop: Iterable[str]) -> tuple[str, bool]:
-    """The text before the one of ``stop`` that is first complete behind the text's first visible
-    character, and whether there is one. A text that grows is cut at the same place at any size."""
+    """Return ``text`` up to its first stop sequence, and whether it has one.
+
+    Stop sequences count after the first visible character, and the first is the one that is
+    complete first, so a growing text is always cut at the same place.
+    """
     start = len(text) - len(text.lstrip())
-    places = [(place + len(mark), place) for mark in stop if (place := text.find(mark, start)) >= 0]
-    return (text[: min(places)[1]], True) if places else (text, False)
+    found = [(at + len(mark), at) for mark in stop if (at := text.find(mark, start)) >= 0]
+    return (text[: min(found)[1]], True) if found else (text, False)
 
 
 @dataclass(frozen=True)
-class Reader:
-    """Generated ids -> text, up to its end."""
+class OutputReader:
+    """Decodes generated ids up to the end of the text."""
 
     tokenizer: PreTrainedTokenizerBase
     eos: frozenset[int]
     stop: tuple[str, ...]
 
     def read(self, ids: list[int]) -> tuple[str, bool]:
-        """The text so far without special tokens, and whether it has come to its end."""
+        """Return the text so far without special tokens, and whether it has ended."""
         end = next((i for i, token in enumerate(ids) if token in self.eos), None)
         text = str(self.tokenizer.decode(
             ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -119,15 +123,15 @@ class Reader:
         return text, end is not None or stopped
 
 
-class Ended(StoppingCriteria):
-    """Row by row whether the text from ``start`` on has ended; ``check`` is called at each token.
+class StopAtEnd(StoppingCriteria):
+    """Stops each row where its text from ``start`` on ends; calls ``check`` at every token.
 
-    transformers' own ``stop_strings`` end a text that begins with one, and one that only overlaps
-    the prompt's end; here a stop text counts behind the first visible character.
+    transformers' own ``stop_strings`` also match at the very beginning of a text, and where they
+    only overlap the end of the prompt.
     """
 
     def __init__(
-        self, reader: Reader, start: int, check: Callable[[], None] = lambda: None
+        self, reader: OutputReader, start: int, check: Callable[[], None] = lambda: None
     ) -> None:
         self.reader = reader
         self.start = start
@@ -136,18 +140,21 @@ class Ended(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         self.check()
         rows = len(input_ids)
-        if not self.reader.stop:  # transformers looks for the EOS itself
+        if not self.reader.stop:  # transformers handles EOS itself
             return torch.zeros(rows, dtype=torch.bool, device=input_ids.device)
         ended = [self.reader.read(row)[1] for row in input_ids[:, self.start :].tolist()]
         return torch.tensor(ended, device=input_ids.device)
 
 
-class NoRepeatedNgrams(LogitsProcessor):
-    """No ``size`` tokens occur twice in the generated text; what is left is normalised anew.
+# Which token comes next
 
-    Unlike transformers' own, and like the LoRA authors' ``gpt2_beam.py``, the prompt's n-grams do
-    not count: a name of four tokens may be taken over from it. As there, a token is barred before
-    the softmax, so that the rest of the distribution adds up to one.
+
+class NoRepeatNgrams(LogitsProcessor):
+    """Keeps any ``size`` tokens from occurring twice in a continuation.
+
+    Unlike in transformers, and as in the LoRA authors' ``gpt2_beam.py``, n-grams of the prompt do
+    not count, so a name of four tokens can be copied from it; and a token is excluded before the
+    softmax, so the remaining probabilities add up to one.
     """
 
     def __init__(self, size: int, start: int) -> None:
@@ -165,13 +172,13 @@ class NoRepeatedNgrams(LogitsProcessor):
         return scores.masked_fill(hits > 0, -math.inf).log_softmax(dim=-1)
 
 
-class Draw(LogitsProcessor):
-    """Leaves one token of each row: the one that the row's own random number falls on.
+class SampleToken(LogitsProcessor):
+    """Leaves one token of each row: the one sampled by the row's own random number.
 
-    ``numbers`` (rows, tokens) are uniform in [0, 1). The token is the first in the vocabulary's
-    order up to which the kept probabilities add up to more than the number's share of them all,
-    so a rounding error of the scores moves a result only where a number lies that close to a
-    border.
+    ``numbers`` (rows, positions) are uniform in [0, 1). The token is the first, in the order of the
+    vocabulary, at which the cumulative probability exceeds number * total (inverse transform
+    sampling). A rounding error of the scores changes a result only if a number is that close to a
+    boundary.
     """
 
     def __init__(self, temperature: float, top_p: float, numbers: Tensor, start: int) -> None:
@@ -180,18 +187,18 @@ class Draw(LogitsProcessor):
         self.numbers = numbers
         self.start = start
 
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows only."""
+    def keep_rows(self, rows: Tensor) -> None:
+        """Continue with these rows only."""
         self.numbers = self.numbers[rows]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         number = self.numbers[:, input_ids.shape[1] - self.start]
-        above = scores.to(self.numbers.dtype)
-        kept = ((above - above.amax(dim=-1, keepdim=True)) / self.temperature).softmax(dim=-1)
+        logits = scores.to(self.numbers.dtype)
+        kept = ((logits - logits.amax(dim=-1, keepdim=True)) / self.temperature).softmax(dim=-1)
         if self.top_p < 1:
-            ordered, places = kept.sort(dim=-1, descending=True, stable=True)
+            ordered, tokens = kept.sort(dim=-1, descending=True, stable=True)
             outside = ordered.cumsum(dim=-1) - ordered >= self.top_p
-            kept = kept.masked_fill(torch.zeros_like(outside).scatter_(1, places, outside), 0)
+            kept = kept.masked_fill(torch.zeros_like(outside).scatter_(1, tokens, outside), 0)
         sums = kept.cumsum(dim=-1)
         token = torch.searchsorted(sums, number.unsqueeze(1) * sums[:, -1:], right=True)
         token = token.clamp_max(scores.shape[1] - 1)
@@ -199,17 +206,30 @@ class Draw(LogitsProcessor):
 
 
 def uniform_numbers(seed: int, rows: Sequence[int], positions: int, device: torch.device) -> Tensor:
-    """(rows, positions) numbers in [0, 1), those of row r from numpy's generator of (seed, r)."""
+    """Return (rows, positions) numbers in [0, 1), row r's from numpy's generator of (seed, r)."""
     drawn = np.stack([np.random.default_rng((seed, row)).random(positions) for row in rows])
     # Apple's devices have no float64.
     dtype = torch.float32 if device.type == "mps" else torch.float64
     return torch.from_numpy(drawn).to(device, dtype)
 
 
-def processors(decoding: Decoding, start: int, draw: Draw | None = None) -> LogitsProcessorList:
+def sampler(
+    decoding: Decoding, rows: Sequence[int], start: int, device: torch.device
+) -> SampleToken | None:
+    """Return what samples the tokens of prompts numbered ``rows``; None for greedy decoding."""
+    if not decoding.samples:
+        return None
+    numbers = uniform_numbers(decoding.seed, rows, decoding.max_new_tokens, device)
+    return SampleToken(decoding.temperature, decoding.top_p, numbers, start)
+
+
+def logits_processors(
+    decoding: Decoding, start: int, sample: SampleToken | None = None
+) -> LogitsProcessorList:
+    """Return the processors in the order in which they apply."""
     found = LogitsProcessorList()
     if decoding.no_repeat_ngram_size:
-        found.append(NoRepeatedNgrams(decoding.no_repeat_ngram_size, start))
-    if draw is not None:
-        found.append(draw)
+        found.append(NoRepeatNgrams(decoding.no_repeat_ngram_size, start))
+    if sample is not None:
+        found.append(sample)
     return found

@@ -15,7 +15,7 @@ from transformers import (
 
 from lorakit.errors import DataError
 from lorakit.evaluation.generation import generate_text, stream_text
-from lorakit.evaluation.progress import EvaluationStopped, Watch
+from lorakit.evaluation.progress import EvaluationStopped, ProgressMonitor
 from lorakit.evaluation.sampling import Decoding, before_stop
 from lorakit.models.load import load_pretrained
 from lorakit.recipe.sections import ModelSection
@@ -178,7 +178,9 @@ def test_an_answer_is_shortened_to_the_window_prompt_by_prompt(
 def test_a_pad_token_of_another_model_is_refused(model: PreTrainedModel, tiny_llama: Path) -> None:
     other = AutoTokenizer.from_pretrained(tiny_llama)
     other.add_special_tokens({"pad_token": "<pad>"})
-    with pytest.raises(DataError, match=r"its pad token has id 258, and 258 embeddings"):
+    with pytest.raises(
+        DataError, match=r"its pad token has id 258, but the model has 258 embeddings"
+    ):
         generate_text(model, other, [[5]], Decoding(2))
 
 
@@ -188,14 +190,14 @@ def test_progress_and_stopping(
     seen: list[tuple[int, int]] = []
     generate_text(
         model, tokenizer, prompts, Decoding(4), batch_size=2,
-        watch=Watch(len(prompts), lambda *done: seen.append(done)),
+        monitor=ProgressMonitor(len(prompts), lambda *done: seen.append(done)),
     )  # fmt: skip
     assert seen[-1] == (6, 6)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     model.train()
-    watch = Watch(len(prompts), should_stop=lambda: True)
+    monitor = ProgressMonitor(len(prompts), should_stop=lambda: True)
     with pytest.raises(EvaluationStopped):
-        generate_text(model, tokenizer, prompts, Decoding(4), watch=watch)
+        generate_text(model, tokenizer, prompts, Decoding(4), monitor=monitor)
     assert model.training
 
 
@@ -211,7 +213,7 @@ def test_progress_and_stopping(
         ("", ("\n",), "", False),
     ],
 )
-def test_stop_texts_count_behind_the_first_visible_character(
+def test_stop_sequences_count_after_the_first_visible_character(
     text: str, stop: tuple[str, ...], cut: str, ended: bool
 ) -> None:
     assert before_stop(text, stop) == (cut, ended)

@@ -81,4 +81,4 @@ def test_batches_and_order_do_not_matter(small: Loaded, way: str) -> None:
 )
 def test_nor_with_a_real_model(real: Loaded, how: Decoding) -> None:
     found = check(real, QUESTIONS, how, sizes=(1, 3))
-    assert how.draws or "Paris" in found[0]
+    assert how.samples or "Paris" in found[0]

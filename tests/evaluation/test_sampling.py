@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lorakit.evaluation.sampling import Draw, NoRepeatedNgrams, uniform_numbers
+from lorakit.evaluation.sampling import NoRepeatNgrams, SampleToken, uniform_numbers
 
 CPU = torch.device("cpu")
 
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 def test_no_ngram_of_the_own_text_comes_twice(size: int) -> None:
     generator = torch.Generator().manual_seed(size)
     start, vocabulary = 3, 5
-    bar = NoRepeatedNgrams(size, start)
+    bar = NoRepeatNgrams(size, start)
     for length in range(12):
         ids = torch.randint(0, vocabulary, (6, start + length), generator=generator)
         scores = torch.randn(6, vocabulary, generator=generator)
@@ -48,7 +48,7 @@ def test_what_is_drawn_follows_the_distribution() -> None:
         mask = torch.zeros(5, dtype=torch.float64)
         mask[kept] = 1
         wanted = wanted * mask / (wanted * mask).sum()
-        draw = Draw(temperature, top_p, numbers, start=2)
+        draw = SampleToken(temperature, top_p, numbers, start=2)
         ids = torch.zeros(draws, 2, dtype=torch.long)
         chosen = draw(ids, scores.expand(draws, 5).contiguous()).argmax(-1)
         share = torch.bincount(chosen, minlength=5) / draws
@@ -57,7 +57,7 @@ def test_what_is_drawn_follows_the_distribution() -> None:
 
 
 def test_a_tiny_temperature_takes_the_likeliest() -> None:
-    draw = Draw(1e-300, 1.0, torch.full((1, 1), 0.999999, dtype=torch.float64), start=1)
+    draw = SampleToken(1e-300, 1.0, torch.full((1, 1), 0.999999, dtype=torch.float64), start=1)
     scores = torch.tensor([[1.0, 3.0, 2.0]])
     assert int(draw(torch.zeros(1, 1, dtype=torch.long), scores).argmax()) == 1
 
@@ -73,7 +73,7 @@ def test_numbers_belong_to_seed_row_and_position() -> None:
 
 
 def test_rows_that_leave_take_their_numbers_along() -> None:
-    draw = Draw(1.0, 1.0, uniform_numbers(0, [0, 1, 2], 2, CPU), start=1)
+    draw = SampleToken(1.0, 1.0, uniform_numbers(0, [0, 1, 2], 2, CPU), start=1)
     wanted = draw.numbers[[0, 2]]
-    draw.keep(torch.tensor([0, 2]))
+    draw.keep_rows(torch.tensor([0, 2]))
     assert torch.equal(draw.numbers, wanted)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.evaluation.generation import generate_text
-from lorakit.evaluation.progress import EvaluationStopped, Watch
+from lorakit.evaluation.progress import EvaluationStopped, ProgressMonitor
 from lorakit.evaluation.sampling import Decoding
 from tests.families import tiny
 
@@ -99,15 +99,15 @@ def test_stops_between_two_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     asked = iter([False, False, True])
-    watch = Watch(4, should_stop=lambda: next(asked))
+    monitor = ProgressMonitor(4, should_stop=lambda: next(asked))
     with pytest.raises(EvaluationStopped):
-        generate_text(model, tokenizer, PROMPTS, Decoding(9, num_beams=2), watch=watch)
+        generate_text(model, tokenizer, PROMPTS, Decoding(9, num_beams=2), monitor=monitor)
 
 
 def test_memory_is_bounded_over_rows_and_beams(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorakit.evaluation.hf_generate.MOST_TOKENS", 60)
+    monkeypatch.setattr("lorakit.evaluation.hf_generate.MAX_TOKENS", 60)
     rows: list[int] = []
     handle = model.register_forward_pre_hook(
         lambda _model, _args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
