@@ -30,9 +30,9 @@ class Decoding:
     """How to continue a prompt by at most ``max_new_tokens`` tokens.
 
     With ``num_beams`` 1 tokens are taken one at a time: the most likely one, or with
-    ``temperature`` above 0 one sampled from softmax(logits / temperature), restricted to the most likely tokens
-    whose probabilities add up to ``top_p``. What is sampled depends only on ``seed``, the row's
-    number and the position. With more beams the continuation with the greatest sum of log
+    ``temperature`` above 0 one sampled from softmax(logits / temperature), restricted to the most
+    likely tokens whose probabilities add up to ``top_p``. What is sampled depends only on ``seed``,
+    the row's number and the position. With more beams the continuation with the greatest sum of log
     probabilities / length ** ``length_penalty`` is searched, as ``lorakit.evaluation.generation``
     describes.
 

@@ -251,15 +251,15 @@ def test_predictions_that_are_none(
     [
         ("stsb", "2.5", '"2.5"', '"2.5"; allowed: a finite number'),
         ("stsb", "2.5", "1e999", "Infinity; allowed: a finite number"),
-        ("stsb", "2.5", "Infinity", "not JSON: Infinity is not a number that JSON has"),
+        ("stsb", "2.5", "Infinity", "not JSON: Infinity is not a JSON number"),
         ("classification", "2", "3", "3; allowed: a label id, 0 to 2"),
         ("classification", "2", "-1", "-1; allowed: a label id, 0 to 2"),
         ("classification", "2", "null", "null; allowed: a label id, 0 to 2"),
         ("wikisql", '"SELECT"', "7", "7; allowed: text, "),
-        ("wikisql", '"SELECT"', "NaN", "not JSON: NaN is not a number that JSON has"),
+        ("wikisql", '"SELECT"', "NaN", "not JSON: NaN is not a JSON number"),
         ("e2e_nlg", '"Kettle"', "7", "7; allowed: text"),
         ("e2e_nlg", '"Kettle"', '["Kettle"]', '["Kettle"]; allowed: text'),
-        ("e2e_nlg", '"Kettle"', "NaN", "not JSON: NaN is not a number that JSON has"),
+        ("e2e_nlg", '"Kettle"', "NaN", "not JSON: NaN is not a JSON number"),
     ],
 )
 def test_a_prediction_of_each_task_that_is_none(
