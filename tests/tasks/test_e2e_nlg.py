@@ -63,7 +63,9 @@ def test_both_counts_are_read(tmp_path: Path) -> None:
         scores.append(score_file(TASK, CONFIG, split, file))
     assert scores[0] == scores[1]
     file = write_lines(tmp_path / "4.jsonl", [{"prediction": "Kettle"}] * 4)
-    with pytest.raises(DataError, match=r"4\.jsonl: 4 predictions; the split has 5 rows; allowed: 5 or 3"):
+    with pytest.raises(
+        DataError, match=r"4\.jsonl: 4 predictions; the split has 5 rows; allowed: 5 or 3"
+    ):
         score_file(TASK, CONFIG, split, file)
     with pytest.raises(DataError, match="4 predictions for 5 rows with 3 distinct inputs"):
         TASK.metrics(["Kettle"] * 4, split, CONFIG)
