@@ -6,6 +6,7 @@ file and the line.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import signal
@@ -21,11 +22,12 @@ from typing import Any, NamedTuple, TypeVar
 from lorakit.errors import LorakitError, UserError, did_you_mean
 
 _SUFFIX = ".py"
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 _Base = TypeVar("_Base")
 
 
 class Loaded(NamedTuple):
-    """An attribute of a user's file; ``digest`` is the SHA-256 of the file's contents."""
+    """An attribute of a user's file; ``digest`` is the ``code_digest`` of the file."""
 
     value: Any
     file: Path
@@ -47,8 +49,7 @@ def load_attribute(spec: str) -> Loaded:
     stem, separator, attribute = spec.partition(f"{_SUFFIX}:")
     file = Path(f"{stem}{_SUFFIX}" if separator else spec)
     source = _read(file)
-    digest = hashlib.sha256(source).digest()
-    module = _module(file.resolve(), digest, source, str(file))
+    module = _module(file.resolve(), hashlib.sha256(source).digest(), source, str(file))
     defined = [key for key, value in vars(module).items() if _is_defined_in(module, value)]
     allowed = ", ".join(f"{file}:{name}" for name in defined) or f"{file}:NAME"
     if not attribute:
@@ -56,7 +57,16 @@ def load_attribute(spec: str) -> Loaded:
     if not hasattr(module, attribute):
         message = did_you_mean(f"{file}: has no {attribute!r}", attribute, defined)
         raise UserError(f"{message}; allowed: {allowed}")
-    return Loaded(getattr(module, attribute), file, digest)
+    return Loaded(getattr(module, attribute), file, code_digest(source))
+
+
+def code_digest(source: bytes) -> bytes:
+    """A hash of Python source that ignores comments, docstrings and formatting."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, _Documented) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
+    return hashlib.sha256(ast.dump(tree).encode()).digest()
 
 
 def load_class(spec: str, base: type[_Base]) -> type[_Base]:

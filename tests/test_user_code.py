@@ -87,3 +87,11 @@ def test_a_failure_names_the_file_and_line(code: Path) -> None:
         guarded(function, file, DataError)(0)
     with pytest.raises(TypeError):  # the caller's mistake, not the file's
         guarded(function, file)()
+
+
+def test_comments_and_docstrings_do_not_change_the_digest(code: Path) -> None:
+    before = load_attribute("code.py:number").digest
+    code.write_text(f'"""A docstring."""\n{CODE}\n# a comment\n')
+    assert load_attribute("code.py:number").digest == before
+    code.write_text(CODE.replace("number = 3", "number = 4"))
+    assert load_attribute("code.py:number").digest != before

@@ -1,71 +1,201 @@
-"""Tokens that an earlier run made of the same data, kept in the cache directory.
+"""Encoded rows as flat arrays in safetensors files, kept in the cache directory between runs.
 
-An entry is one file, named by a hash of all that the tokens follow from and written atomically.
-Deleting it, or the whole directory, is always safe, also while it is in use.
+A cache entry is one file, named by a hash of everything that determines its tokens and written
+atomically. Deleting it, or the whole directory, is always safe, even while it is in use.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+import mmap
+import os
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lorakit.data.arrays import Arrays, BrokenFile, Shard, read_arrays, write_arrays
-from lorakit.data.sources import Split
-from lorakit.data.spool import cache_dir
-from lorakit.data.tokens import Counts
-from lorakit.io.atomic import atomic_file, remove_leftovers
+import numpy as np
+from numpy.typing import NDArray
 
-#: Fewer rows are tokenised sooner than looked up.
+from lorakit.data.rows import cache_dir, disk_errors, scratch_file
+from lorakit.data.sources import Split
+from lorakit.data.tokens import Counts, EncodedRows
+from lorakit.io.atomic import atomic_file, remove_leftovers
+from lorakit.user_code import code_digest
+
+Arrays = dict[str, NDArray[Any]]
+
+#: Tokenising fewer rows is faster than looking them up.
 CACHED_ROWS = 2000
 _FORMAT = 3
+_PACKAGE = Path(__file__).parents[1]
+#: Widest first, so that each array is aligned.
+_NAMES = ("labels", "lengths", "input_ids", "loss_mask", "token_type_ids")
+_DTYPES = {"U16": "<u2", "I32": "<i4", "I64": "<i8", "F64": "<f8", "BOOL": "|b1", "I8": "|i1"}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_CHUNK = 4 << 20
 
 
-def encoding_key(tokenizer: Any, config: Mapping[str, Any], extra: bytes = b"") -> str | None:
-    """A hash of what makes tokens of rows: the tokenizer with its chat template, the task's
-    ``config`` (its ``max_length`` among it), the code, and ``extra`` (of a task's own file).
+# The files
 
-    None for a tokenizer that cannot be written down (a slow one).
+
+class CorruptFile(Exception):
+    """A file of arrays is damaged or incomplete."""
+
+
+@dataclass
+class Shard:
+    """A range of rows as one file per array. ``dtypes`` has the arrays that are not empty."""
+
+    files: dict[str, BinaryIO]
+    dtypes: dict[str, str] = field(default_factory=dict)
+    counts: Counts = field(default_factory=Counts)
+
+    @classmethod
+    def empty(cls, in_memory: bool) -> Shard:
+        make = io.BytesIO if in_memory else scratch_file
+        return cls({name: make() for name in _NAMES})
+
+    def append(self, encoded: EncodedRows, id_dtype: str) -> None:
+        """Raises DataError if the disk is full."""
+        rows, labels = encoded.rows, encoded.labels
+        self.counts.add(encoded.counts)
+        if not rows:
+            return
+        self._write("input_ids", id_dtype, [row.input_ids for row in rows])
+        self._write("loss_mask", "|b1", [row.loss_mask for row in rows])
+        self._write("lengths", "<i4", [[len(row.input_ids) for row in rows]])
+        types = [row.token_type_ids for row in rows if row.token_type_ids is not None]
+        if types:
+            self._write("token_type_ids", "|i1", types)
+        if labels:
+            self._write("labels", "<f8" if isinstance(labels[0], float) else "<i8", [labels])
+
+    def _write(self, name: str, dtype: str, parts: Iterable[Sequence[Any]]) -> None:
+        values = np.concatenate([np.asarray(part, dtype=dtype) for part in parts])
+        self.dtypes[name] = dtype
+        with disk_errors("the tokens"):
+            self.files[name].write(values.tobytes())
+
+    def flush(self) -> None:
+        with disk_errors("the tokens"):
+            for file in self.files.values():
+                file.flush()
+
+
+def write_arrays(shards: Sequence[Shard], out: BinaryIO) -> None:
+    """Concatenate the shards into ``out``. Raises OSError if the disk is full."""
+    names = [name for name in _NAMES if name in _dtypes(shards)]
+    offsets, end = {}, 0
+    for name in names:
+        sizes = [shard.files[name].seek(0, io.SEEK_END) for shard in shards]
+        start, end = end, end + sum(sizes)
+        offsets[name] = (start, end)
+    header = _header(shards, offsets)
+    out.write(_packed(header, crc=0))
+    crc = zlib.crc32(json.dumps(header).encode())
+    for name in names:
+        for shard in shards:
+            shard.files[name].seek(0)
+            while chunk := shard.files[name].read(_CHUNK):
+                crc = zlib.crc32(chunk, crc)
+                out.write(chunk)
+    out.seek(0)
+    out.write(_packed(header, crc))
+    out.flush()
+
+
+def _dtypes(shards: Sequence[Shard]) -> dict[str, str]:
+    """The dtypes of all shards: a shard whose rows were all skipped has none."""
+    return {name: dtype for shard in shards for name, dtype in shard.dtypes.items()}
+
+
+def _header(shards: Sequence[Shard], offsets: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+    counts, dtypes = Counts(), _dtypes(shards)
+    for shard in shards:
+        counts.add(shard.counts)
+    header: dict[str, Any] = {"__metadata__": {"counts": json.dumps(vars(counts))}}
+    for name, (start, end) in offsets.items():
+        dtype = dtypes[name]
+        header[name] = {
+            "dtype": _CODES[dtype],
+            "shape": [(end - start) // np.dtype(dtype).itemsize],
+            "data_offsets": [start, end],
+        }
+    return header
+
+
+def _packed(header: Mapping[str, Any], crc: int) -> bytes:
+    """The encoded header with the checksum, which covers the rest of the header and the data."""
+    metadata = header["__metadata__"] | {"crc32": f"{crc:08x}"}
+    text = json.dumps({**header, "__metadata__": metadata}).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def read_arrays(file: BinaryIO) -> tuple[Arrays, Counts]:
+    """Return the arrays that ``write_arrays`` wrote, mapped, or views of a file in memory.
+
+    Raises CorruptFile if the checksum or the structure is wrong.
     """
-    import tokenizers
-    import transformers
+    raw: Any
+    if isinstance(file, io.BytesIO):
+        raw = file.getbuffer()
+    elif not os.fstat(file.fileno()).st_size:
+        raise CorruptFile("it is empty")
+    else:
+        raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        size = int.from_bytes(raw[:8], "little")
+        header = json.loads(bytes(raw[8 : 8 + size]))
+        metadata = header["__metadata__"]
+        checksum = metadata.pop("crc32")
+        crc = zlib.crc32(json.dumps(header).encode())
+        del header["__metadata__"]
+        arrays = {name: _array(raw, 8 + size, entry) for name, entry in header.items()}
+        counts = _counts(metadata["counts"])
+        intact = _crc(file, 8 + size, crc) == checksum
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptFile(str(error)) from error
+    if not intact:
+        raise CorruptFile("the checksum differs")
+    return arrays, counts
 
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return None
-    state = json.loads(backend.to_str())
-    for key in ("truncation", "padding"):  # left there by the last call
-        state.pop(key, None)
-    parts = {
-        "format": _FORMAT,
-        "versions": [tokenizers.__version__, transformers.__version__],
-        "code": _code_digest(),
-        "tokenizer": state,
-        "special_tokens": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
-        "chat_template": tokenizer.chat_template,
-        "config": config,
-        "extra": hashlib.sha256(extra).hexdigest(),
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+def _counts(text: str) -> Counts:
+    values = json.loads(text)
+    skipped = [(index, reason) for index, reason in values["skipped"]]
+    return Counts(**values | {"notes": Counter(values["notes"]), "skipped": skipped})
 
 
-def _code_digest() -> str:
-    """Of the files that make examples and tokens."""
-    package = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for folder in ("data", "tasks"):
-        for file in sorted((package / folder).rglob("*.py")):
-            digest.update(file.read_bytes())
-    return digest.hexdigest()
+def _array(raw: Any, start: int, entry: Mapping[str, Any]) -> NDArray[Any]:
+    (count,) = entry["shape"]
+    offset = start + entry["data_offsets"][0]
+    values = np.frombuffer(raw, _DTYPES[entry["dtype"]], count, offset)
+    values.flags.writeable = False
+    return values
+
+
+def _crc(file: BinaryIO, start: int, crc: int) -> str:
+    """Reads the file rather than the mapping, all of which would then count as memory."""
+    file.seek(start)
+    while chunk := file.read(_CHUNK):
+        crc = zlib.crc32(chunk, crc)
+    return f"{crc:08x}"
+
+
+# The cache
 
 
 @dataclass
 class EncodedCache:
-    """``key`` is ``encoding_key``; ``say`` gets what was read or could not be written; without
-    ``write`` entries are only read."""
+    """The cache entries of one ``encoding_key``. ``say`` is told what was read and what could not
+    be written; without ``write`` entries are only read."""
 
     key: str
     say: Callable[[str], None]
@@ -82,17 +212,18 @@ class EncodedCache:
             with path.open("rb") as file:
                 arrays, counts = read_arrays(file)
             if counts.rows != len(split):
-                raise BrokenFile("it has another number of rows")
+                raise CorruptFile("it has another number of rows")
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, BrokenFile, KeyError) as error:
-            self.say(f"{path}: the cache entry is broken ({error}): tokenising again")
+        except (OSError, CorruptFile, KeyError) as error:
+            self.say(f"{path}: the cache entry is corrupt ({error}); tokenising again")
             return None
         self.say(f"{split.name}: {len(split):,} rows read from the cache {self.directory}")
         return arrays, counts
 
     def store(self, split: Split, shards: Sequence[Shard]) -> BinaryIO | None:
-        """The entry, open; None if it cannot be written, which is said, the first time."""
+        """Write an entry and open it. If it cannot be written, say so the first time and return
+        None."""
         if not self.write:
             return None
         path = self.path(split)
@@ -104,8 +235,46 @@ class EncodedCache:
             return path.open("rb")
         except OSError as error:
             self.say(
-                f"the cache {self.directory} cannot be written ({error.strerror}): the next run "
-                "tokenises again; LORAKIT_CACHE names another directory"
+                f"cannot write to the cache {self.directory} ({error.strerror}): the next run "
+                "tokenises again; hint: set LORAKIT_CACHE to another directory"
             )
             self.write = False
             return None
+
+
+def encoding_key(tokenizer: Any, config: Mapping[str, Any], extra: bytes = b"") -> str | None:
+    """A hash of what turns rows into tokens: the tokenizer with its chat template, the task's
+    ``config`` (including ``max_length``), the code, and ``extra`` (of a user's task).
+
+    None for a slow tokenizer, which cannot be serialised.
+    """
+    import tokenizers
+    import transformers
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    state = json.loads(backend.to_str())
+    for key in ("truncation", "padding"):  # left over from the last call
+        state.pop(key, None)
+    parts = {
+        "format": _FORMAT,
+        "versions": [tokenizers.__version__, transformers.__version__],
+        "code": source_digest(_PACKAGE / "data", _PACKAGE / "tasks"),
+        "tokenizer": state,
+        "special_tokens": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
+        "chat_template": tokenizer.chat_template,
+        "config": config,
+        "extra": hashlib.sha256(extra).hexdigest(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def source_digest(*folders: Path) -> str:
+    """A hash of the Python modules in the folders, without comments and docstrings."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(code_digest(file.read_bytes()))
+    return digest.hexdigest()

@@ -1,14 +1,13 @@
-"""A split's rows -> token ids and what is trained of them, mapped from a file where they are many:
-three to five bytes a token.
+"""Encode a split: every row as token ids with a loss mask, three to five bytes per token.
 
-What was counted while rows were tokenised, in words: a line each.
+Splits with many rows are mapped from a file. The notes tell the user what tokenising left out.
 """
 
 from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,13 +15,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.data.arrays import Arrays, Shard, read_arrays, write_arrays
-from lorakit.data.cache import CACHED_ROWS, EncodedCache
+from lorakit.data.cache import (
+    CACHED_ROWS,
+    Arrays,
+    EncodedCache,
+    Shard,
+    read_arrays,
+    write_arrays,
+)
 from lorakit.data.chat import encode as chat
 from lorakit.data.examples import Example
+from lorakit.data.rows import Row, disk_errors, scratch_file
 from lorakit.data.shards import MANY_ROWS, Job, encode_shards
 from lorakit.data.sources import Split
-from lorakit.data.spool import needs_room, scratch_file
 from lorakit.data.tokens import Counts
 from lorakit.errors import DataError
 
@@ -67,7 +72,7 @@ class EncodedSplit:
 
     @cached_property
     def trained_counts(self) -> NDArray[np.int64]:
-        """How many tokens of each row the loss is taken on: the first has none before it."""
+        """The trained tokens of each row. The first token is never predicted."""
         firsts = self.offsets[:-1]
         counts = np.add.reduceat(self.loss_mask, firsts, dtype=np.int64)
         return counts - self.loss_mask[firsts]
@@ -81,8 +86,8 @@ class EncodedSplit:
         return self.counts.cut_completions
 
     def endless_rows(self, stops: Set[int], cut_to: int | None = None) -> int:
-        """How many rows end in a trained stretch without any of the ids ``stops``, at which a
-        generation ends; rows that were cut in it, being ``cut_to`` tokens long, aside."""
+        """The number of rows whose last trained segment contains none of the ids ``stops``, which
+        end a generation. Rows that were cut in it, being ``cut_to`` tokens long, do not count."""
         lasts = self.offsets[1:] - 1
         stopping = np.isin(self.input_ids[lasts], list(stops)) & self.loss_mask[lasts]
         cut = np.zeros_like(stopping)
@@ -98,20 +103,20 @@ class EncodedSplit:
 
 def encode_split(
     split: Split,
-    to_example: Callable[[Mapping[str, Any]], Example],
+    to_example: Callable[[Row], Example],
     tokenizer: Any,
     max_length: int,
     on_progress: Callable[[int], None] = lambda rows: None,
     cache: EncodedCache | None = None,
     skip_bad: bool = False,
 ) -> EncodedSplit:
-    """Tokenise a split, or read what an earlier run made of the same one.
+    """Tokenise a split, or read its tokens from the cache.
 
-    A prompt that is too long loses its beginning, so that the completion and its EOS stay; a
-    completion that is too long by itself loses its end, and is counted. Raises DataError with file
-    and row for a row that the task refuses or that leaves nothing to train on, which ``skip_bad``
-    leaves out and counts unless all rows are such, and for a ``max_length`` that has no room beside
-    an encoder's special tokens.
+    A prompt that is too long loses its beginning, so that the completion and its EOS are kept; a
+    completion that is too long by itself loses its end and is counted. Raises DataError with file
+    and row for a row that the task refuses or that has no token to train on, and for a
+    ``max_length`` that an encoder's special tokens fill. ``skip_bad`` leaves out and counts such
+    rows unless all rows are bad.
     """
     if cache is None or len(split) < CACHED_ROWS:
         cache = None
@@ -119,7 +124,7 @@ def encode_split(
         return _from_arrays(*found)
     began = time.monotonic()
     shards = encode_shards(Job(split, to_example, tokenizer, max_length, skip_bad), on_progress)
-    _check_any_left(split, shards)
+    _check_not_all_bad(split, shards)
     if cache is not None:
         spent = time.monotonic() - began
         cache.say(f"{split.name}: {len(split):,} rows tokenised in {spent:.1f} s")
@@ -127,45 +132,44 @@ def encode_split(
 
 
 def split_notes(encoded: EncodedSplit, split: Split, max_length: int) -> list[str]:
-    """What is to be said of how ``split`` was tokenised."""
+    """The notes to the user on how ``split`` was tokenised."""
     skipped = skipped_note(encoded.counts, split.name, split.locate)
     notes = encoding_notes(encoded.counts, split.name, len(encoded), max_length)
     return [*([skipped] if skipped else []), *notes]
 
 
-def _check_any_left(split: Split, shards: Sequence[Shard]) -> None:
+def _check_not_all_bad(split: Split, shards: Sequence[Shard]) -> None:
     if sum(shard.counts.skipped_rows for shard in shards) == len(split):
         index, reason = next(first for shard in shards for first in shard.counts.skipped)
         raise DataError(
-            f"{split.source}: each of {len(split):,} rows is bad, and task.on_bad_row: skip leaves "
+            f"{split.source}: all {len(split):,} rows are bad: task.on_bad_row: skip leaves "
             f"nothing to train on; the first is {split.locate(index)}: {reason}"
         )
 
 
 def check_token_ids(encoded: EncodedSplit, tokenizer: Any, embedding_rows: int) -> None:
-    """Raise DataError if a token or the padding has an id for which the model, of
-    ``embedding_rows`` embeddings, has none."""
+    """Raise DataError if a token or the padding has an id beyond the model's ``embedding_rows``."""
     check_largest_id(int(encoded.input_ids.max()), tokenizer, embedding_rows)
 
 
 def check_largest_id(largest: int, tokenizer: Any, embedding_rows: int) -> None:
-    """The same of rows whose largest id is ``largest``."""
+    """``check_token_ids`` for rows whose largest id is ``largest``."""
     largest = max(largest, tokenizer.pad_token_id or 0)
     if largest >= embedding_rows:
         raise DataError(
-            f"the tokenizer does not belong to the model: the tokenizer gives id {largest}, and "
-            f"the model has {embedding_rows} embeddings (ids 0 to {embedding_rows - 1})"
+            f"the tokenizer does not belong to the model: it produces id {largest}, but the model "
+            f"has {embedding_rows} embeddings (ids 0 to {embedding_rows - 1})"
         )
 
 
 def _read_back(
     split: Split, shards: Sequence[Shard], cache: EncodedCache | None
 ) -> tuple[Arrays, Counts]:
-    """The shards as one, from the cache's entry or, without one, a file without a name."""
+    """Concatenate the shards, in a cache entry or else in a scratch file, and read that."""
     file = None if cache is None else cache.store(split, shards)
     if file is None:
         file = io.BytesIO() if len(split) < MANY_ROWS else scratch_file()
-        with needs_room("the tokens"):
+        with disk_errors("the tokens"):
             write_arrays(shards, file)
     return read_arrays(file)
 
@@ -186,7 +190,7 @@ def _from_arrays(arrays: Arrays, counts: Counts) -> EncodedSplit:
 
 
 def _last_trained(row: EncodedRow) -> list[int]:
-    """The ids of the row's last trained stretch."""
+    """The ids of the row's last trained segment."""
     trained = np.flatnonzero(row.loss_mask)
     if not len(trained):
         return []
@@ -195,15 +199,18 @@ def _last_trained(row: EncodedRow) -> list[int]:
     return [int(token) for token in row.input_ids[first : trained[-1] + 1]]
 
 
+# Notes
+
+
 def encoding_notes(counts: Counts, name: str, rows: int, max_length: int) -> list[str]:
-    """The notes on the split ``name``, of ``rows`` rows of tokens: what ``max_length`` cut, and
-    where a chat template or tokenizer made training differ from what a reader would expect."""
-    cut = truncation_words(counts, rows, name, max_length)
+    """The notes on the split ``name`` with ``rows`` rows of tokens: what ``max_length`` cut, and
+    where a chat template or tokenizer changes training in ways that the data does not show."""
+    cut = _truncation_note(counts, rows, name, max_length)
     return [*([cut] if cut else []), *chat_notes(counts, name)]
 
 
 def skipped_note(counts: Counts, name: str, locate: Callable[[int], str]) -> str | None:
-    """Which rows were left out as bad, the first by name; None for none."""
+    """Which rows were skipped, the first ones by name; None if there were none."""
     if not counts.skipped_rows:
         return None
     named = "; ".join(f"{locate(index)}: {reason}" for index, reason in counts.skipped)
@@ -214,36 +221,36 @@ def skipped_note(counts: Counts, name: str, locate: Callable[[int], str]) -> str
     )
 
 
-def truncation_words(counts: Counts, rows: int, name: str, max_length: int) -> str | None:
-    """What ``max_length`` took from the rows; None for nothing."""
+def _truncation_note(counts: Counts, rows: int, name: str, max_length: int) -> str | None:
     if not counts.truncated_rows:
         return None
     text = f"{name}: {counts.truncated_rows:,} of {rows:,} rows cut to {max_length} tokens"
     if counts.cut_completions:
-        text += f"; {counts.cut_completions:,} lost the end of what is trained, EOS included"
+        text += f"; {counts.cut_completions:,} lost the end of the trained text, EOS included"
     return text
 
 
 def chat_notes(counts: Counts, name: str) -> list[str]:
-    """What the chat template did to the chats of a split."""
+    """What the chat template changed in the chats of a split."""
     found = counts.notes
     chats, turns = f"{found[chat.CHATS]:,} chats", f"{found[chat.TURNS]:,} trained turns"
     texts = {
         chat.DIFFERS: (
-            f"the chat template renders {{:,}} of {chats} differently with the answer than as the "
-            "prompt before it; they are trained after the prompt as generation renders it"
+            f"in {{:,}} of {chats} the chat template renders the messages before an answer "
+            "differently once the answer follows; training uses the prompt as generation renders it"
         ),
         chat.SPLIT: (
-            f"{{:,}} of {chats} became {found[chat.SPLIT_ROWS]:,} training rows, each trained turn "
-            "in one of them: an earlier turn renders or tokenises differently once a later one "
-            "follows"
+            f"{{:,}} of {chats} became {found[chat.SPLIT_ROWS]:,} training rows, with each trained "
+            "turn in one of them: an earlier turn renders or tokenises differently once a later "
+            "one follows"
         ),
         chat.STRADDLES: (
             f"in {{:,}} of {turns} the tokenizer cannot separate prompt and answer; the token "
-            "across the border belongs to the answer"
+            "across the boundary counts as part of the answer"
         ),
         chat.WITHOUT_REASONING: (
-            f"the reasoning of {{:,}} of {turns} is left out: the generation prompt already ends it"
+            f"the reasoning of {{:,}} of {turns} is left out: the generation prompt already closes "
+            "it"
         ),
         chat.SHORTENED: f"the chat template leaves out part of the content of {{:,}} of {turns}",
         chat.UNMARKED: (
@@ -252,7 +259,7 @@ def chat_notes(counts: Counts, name: str) -> list[str]:
         ),
         chat.MARKED_LATE: (
             f"in {{:,}} of {turns} the chat template's {{{{% generation %}}}} begins after the "
-            "generation prompt; what the model has to write before it is not trained"
+            "generation prompt; the text between them is not trained, but must be generated"
         ),
         chat.MARKED_EARLY: (
             f"in {{:,}} of {turns} the chat template's {{{{% generation %}}}} begins inside the "

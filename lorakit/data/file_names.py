@@ -1,4 +1,4 @@
-"""What the names of data files say: format, split, order, and which shards belong together."""
+"""Interpret the names of data files: format, split, order, and sets of shards."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 from lorakit.errors import DataError, listed
 from lorakit.recipe.sections import SPLIT_ALIASES, SPLIT_NAMES
 
-#: All names that a data file may begin with, the longest first.
+#: The split names that a data file may begin with, longest first.
 _NAMES = sorted(
     [*SPLIT_NAMES, "test_matched", "test_mismatched"],
     key=len,
     reverse=True,
 )
-#: What follows a split's name in that of a shard.
+#: What follows the split's name in the name of a shard.
 _NUMBERED = re.compile(
     r"[-_. ]?(part|shard|chunk)?[-_. ]?\d+([-_.]of[-_.]\d+)?([-_.][0-9a-f]{8,})?"
 )
 
-#: The formats that are read.
+#: The supported formats.
 SUFFIXES = (
     ".jsonl",
     ".jsonl.gz",
@@ -32,8 +32,8 @@ SUFFIXES = (
     ".tsv.gz",
     ".parquet",
 )
-#: Files that stand beside data and hold no rows.
-_BESIDE = re.compile(
+#: Files that accompany data and contain no rows.
+_ACCOMPANYING = re.compile(
     r"""(dataset_infos?|dataset_dict|state)\.json
     | .*\.tables\.jsonl(\.gz)?
     | _SUCCESS | _metadata | _common_metadata
@@ -45,25 +45,25 @@ _BESIDE = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 _SHARD = re.compile(r"(?P<before>.*?)(?P<index>\d+)(?P<of>[-_.]of[-_.])(?P<count>\d+)(?P<after>.*)")
-#: A larger number behind ``-of-`` is no number of shards.
+#: A larger number after ``-of-`` is not a number of shards.
 _MOST_SHARDS = 100_000
 
 
 def is_file(path: Path) -> bool:
-    """Whether it is a file. Raises DataError for a link to nothing, which would be passed over."""
+    """Whether it is a file. Raises DataError for a dangling link, rather than ignore it."""
     if path.is_symlink() and not path.exists():
-        raise DataError(f"task.path: {path}: a link to a file that does not exist")
+        raise DataError(f"task.path: {path}: dangling symbolic link")
     return path.is_file()
 
 
 def is_data(file: Path) -> bool:
-    """Whether the name is that of a data file; hidden files and files about data are not."""
-    return not is_beside(file) and suffix_of(file) is not None
+    """Whether the name is that of a data file, neither hidden nor about the data."""
+    return not accompanies_data(file) and suffix_of(file) is not None
 
 
-def is_beside(file: Path) -> bool:
-    """Whether the file is hidden, or one that describes data (README, checksums)."""
-    return file.name.startswith(".") or _BESIDE.fullmatch(file.name) is not None
+def accompanies_data(file: Path) -> bool:
+    """Whether the file is hidden or describes the data (README, checksums)."""
+    return file.name.startswith(".") or _ACCOMPANYING.fullmatch(file.name) is not None
 
 
 def suffix_of(file: Path) -> str | None:
@@ -77,23 +77,23 @@ def stem_of(file: Path) -> str:
 
 
 def split_names(split: str) -> tuple[str, ...]:
-    """What the split may be called, whichever of its names it is asked for by."""
+    """All names of a split, given any of them; its canonical name comes first."""
     return next((names for names in SPLIT_ALIASES.values() if split in names), (split,))
 
 
 def named_after(stem: str) -> tuple[str, str] | None:
-    """The split's name that a file name begins with, and what stands behind it."""
+    """The split's name at the beginning of a file name, and what follows it."""
     folded = stem.replace("-", "_")
     for name in _NAMES:
-        behind = stem[len(name) :]
-        if folded.startswith(name) and re.match(r"[-_. 0-9]|$", behind):
-            return name, behind
+        rest = stem[len(name) :]
+        if folded.startswith(name) and re.match(r"[-_. 0-9]|$", rest):
+            return name, rest
     return None
 
 
-def is_number(behind: str) -> bool:
-    """Whether what stands behind a split's name is the number of a shard."""
-    return _NUMBERED.fullmatch(behind) is not None
+def is_number(rest: str) -> bool:
+    """Whether what follows a split's name is the number of a shard."""
+    return _NUMBERED.fullmatch(rest) is not None
 
 
 def check_format(file: Path) -> None:
@@ -103,7 +103,7 @@ def check_format(file: Path) -> None:
 
 
 def in_order(files: Iterable[Path]) -> list[Path]:
-    """Sorted by path, with numbers in names compared by value: ``a-2`` before ``a-10``."""
+    """Sort by path, comparing numbers in names by value: ``a-2`` before ``a-10``."""
     return sorted(files, key=lambda file: ([_natural(part) for part in file.parts], str(file)))
 
 
@@ -113,23 +113,23 @@ def _natural(text: str) -> list[str | int]:
 
 
 def check_no_twins(files: Sequence[Path], key: Callable[[Path], object]) -> None:
-    """Raise DataError if two files have the same ``key``, so that one is likely to be a copy of
-    the other in another format."""
+    """Raise DataError if two files have the same ``key``: one is likely to be a copy of the other
+    in another format."""
     seen: dict[object, Path] = {}
     for file in files:
         twin = seen.setdefault(key(file), file)
         if twin is not file:
             raise DataError(
-                f"task.path: {twin} and {file.name} differ in format alone; keep one, or list the "
-                "files that are to be read"
+                f"task.path: {twin} and {file.name} differ only in format; hint: keep one of them, "
+                "or list the files to read"
             )
 
 
 def missing_shards(files: Sequence[Path]) -> list[Path]:
-    """The files that sets of shards (``train-00000-of-00002``) lack.
+    """The files missing from sets of shards (``train-00000-of-00002``), numbered from 0 or 1.
 
-    Shards are numbered from 0 or from 1. Raises DataError for shards of sets of different sizes
-    under one name, for a number beyond its set, and for one that occurs twice.
+    Raises DataError if sets of different sizes have the same name, and for a number that is
+    duplicate or out of range.
     """
     sets: dict[tuple[Path, str], list[tuple[Path, re.Match[str]]]] = {}
     for file in files:
@@ -145,15 +145,17 @@ def _missing(shards: list[tuple[Path, re.Match[str]]]) -> list[Path]:
     for file, match in shards:
         if int(match["count"]) != count:
             raise DataError(
-                f"task.path: {first} and {file.name} are shards of two sets; keep one set, or list "
-                "the files that are to be read"
+                f"task.path: {first} and {file.name} are shards of different sets; hint: keep one "
+                "set, or list the files to read"
             )
         twin = present.setdefault(int(match["index"]), file)
         if twin is not file:
-            raise DataError(f"task.path: {twin} and {file.name} are the same shard; keep one")
+            raise DataError(f"task.path: {twin} and {file.name} are the same shard; hint: keep one")
     start = 1 if count in present and 0 not in present else 0
     if beyond := [file for index, file in present.items() if index >= start + count]:
-        raise DataError(f"task.path: {beyond[0]}: its number is beyond the {count} shards")
+        raise DataError(
+            f"task.path: {beyond[0]}: shard number out of range: there are {count} shards"
+        )
     lacking = [index for index in range(start, start + count) if index not in present]
     return [_sibling(*shards[0], index) for index in lacking]
 
@@ -164,6 +166,6 @@ def _sibling(file: Path, match: re.Match[str], index: int) -> Path:
 
 
 def refuse_missing(missing: Sequence[Path]) -> None:
-    """Raise DataError if there are any."""
+    """Raise DataError if any shard is missing."""
     if missing:
-        raise DataError(f"task.path: a shard is missing: {listed(missing)}")
+        raise DataError(f"task.path: missing shard: {listed(missing)}")

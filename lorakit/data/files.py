@@ -1,8 +1,8 @@
-"""A data file -> its rows, without a guess at what its text means.
+"""Read a data file as rows, without guessing at what its text means.
 
-Each file is opened here: a path is never a pattern or a URL, and no cache can be stale. csv and
-tsv cells are text as they stand, so that ``NA``, ``null`` and ``007`` stay what they are. Every row
-is checked, and none is held as an object: what is large stays on disk.
+Each file is opened here, so a path is never a pattern or a URL, and no cache can be stale. Cells of
+csv and tsv files stay the text that they are: ``NA``, ``null`` and ``007``. Every row is checked,
+but none is kept as an object; large files stay on disk.
 """
 
 from __future__ import annotations
@@ -13,57 +13,71 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import sys
+import tempfile
 import zlib
-from array import array
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from lorakit.data import json_text, spool
-from lorakit.data.parquet import parquet_rows, read_parquet
-from lorakit.data.rows import JsonRows, Rows, UnreadRow
-from lorakit.data.spool import FileSource, Room, Spool
+from lorakit.data import json_text
+from lorakit.data.rows import (
+    ByteStore,
+    FileStore,
+    MemoryBudget,
+    Row,
+    RowIndex,
+    RowSequence,
+    Spool,
+    UnreadRow,
+    disk_errors,
+    scratch_dir,
+)
 from lorakit.errors import DataError
 
-#: So many rows are copied sooner than a large file is kept open for them.
+#: Up to this many rows are copied, so that a large file need not stay open for them.
 _FEW_ROWS = 1000
+_BATCH_ROWS = 1000
 _LFS_POINTER = b"version https://git-lfs"
-#: What reading a file raises, and unpacking it.
-_UNREADABLE = (OSError, EOFError, zlib.error)
+#: What reading and decompressing a file raises.
+_READ_ERRORS = (OSError, EOFError, zlib.error)
 
 
 class UnreadableFile(DataError):
-    """A file, rather than one of its rows, cannot be read or unpacked to its end."""
+    """A file, rather than one of its rows, cannot be read or decompressed to its end."""
 
 
 @dataclass(frozen=True)
 class FileRows:
-    """``digest`` is of what was read."""
+    """The rows of a file; ``digest`` is a hash of what was read."""
 
-    rows: Rows
+    rows: RowSequence
     digest: str
 
 
 def read_rows(
-    file: Path, limit: int | None = None, room: Room | None = None, skip_bad: bool = False
+    file: Path,
+    limit: int | None = None,
+    budget: MemoryBudget | None = None,
+    skip_bad: bool = False,
 ) -> FileRows:
-    """The rows of a file in one of ``SUFFIXES``, or the first ``limit`` of them, of which alone it
-    is then known that they are valid; in memory only as far as there is ``room``. With ``skip_bad``
-    an UnreadRow stands for a row that cannot be read where the next one can.
+    """Read the rows of a file in one of ``SUFFIXES``, or its first ``limit`` rows, which are then
+    the only ones known to be valid. They are held in memory as far as ``budget`` allows. With
+    ``skip_bad`` an UnreadRow takes the place of a row that cannot be read, as long as the start of
+    the next row can be found.
 
-    Raises DataError, with the row where that is known, if the file cannot be read as what its name
-    says it is, and if it is empty, or has no row that can be read.
+    Raises DataError, with the row if it is known, if the file does not have the format that its
+    name says, is empty, or has no readable row.
     """
     check_not_empty(file)
-    room = room or Room()
+    budget = budget or MemoryBudget()
     if _format(file) == ".parquet":
-        return FileRows(*read_parquet(file, limit, room))
+        return _read_parquet(file, limit, budget)
     if _format(file) in (".csv", ".tsv"):
-        return _read_delimited(file, limit, room, skip_bad)
-    return _read_json(file, limit, room, skip_bad)
+        return _read_delimited(file, limit, budget, skip_bad)
+    return _read_json(file, limit, budget, skip_bad)
 
 
 def check_not_empty(file: Path) -> None:
@@ -71,28 +85,90 @@ def check_not_empty(file: Path) -> None:
         raise DataError(f"{file}: the file is empty")
 
 
-def stream_rows(file: Path, skip_bad: bool = False) -> Iterator[Mapping[str, Any]]:
-    """The rows one after another, never all at once. Raises DataError as ``read_rows`` does."""
+def stream_rows(file: Path, skip_bad: bool = False) -> Iterator[Row]:
+    """Yield the rows one at a time. Raises DataError as ``read_rows`` does."""
     if _format(file) == ".parquet":
-        yield from parquet_rows(file)
+        yield from _stream_parquet(file)
     elif _format(file) in (".csv", ".tsv"):
         yield from (row for _, row in _delimited_rows(file, skip_bad))
     else:
-        with _opened(file) as handle:
-            yield from (r for _, r in _json_pieces(file, handle, skip_bad) if r is not None)
+        with _open(file) as handle:
+            yield from (row for _, row in _json_pieces(file, handle, skip_bad) if row is not None)
+
+
+def file_digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as handle:
+        while chunk := handle.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _format(file: Path) -> str:
     return Path(file.name.removesuffix(".gz")).suffix
 
 
+# JSON
+
+
+def _read_json(file: Path, limit: int | None, budget: MemoryBudget, skip_bad: bool) -> FileRows:
+    index = RowIndex()
+    few = limit is not None and limit <= _FEW_ROWS
+    copied = None
+    if few or file.suffix == ".gz" or budget.fits(file.stat().st_size):
+        copied = Spool(budget)
+    handle = _open(file)
+    store: ByteStore | None = None if copied else FileStore(handle, str(file))
+    for piece, row in _json_pieces(file, handle, skip_bad):
+        if copied is not None:
+            _copy(copied, piece, file)
+        if index.add(piece, row) == limit:
+            break
+    index.check_columns(file)
+    if copied is not None:
+        handle.close()
+        store = copied.finish(str(file))
+    assert store is not None, "the rows are either copied or read from the file"
+    return FileRows(*index.finish(store))
+
+
+def _json_pieces(file: Path, handle: BinaryIO, skip_bad: bool) -> Iterator[json_text.Piece]:
+    try:
+        unpacked = _decompressed(file, handle)
+        by_line = _format(file) != ".json"
+        yield from json_text.pieces(file, unpacked, by_line, skip_bad)
+    except _READ_ERRORS as error:
+        raise UnreadableFile(f"{file}: cannot be read: {error}") from error
+
+
+def _copy(spool: Spool, data: bytes, file: Path) -> None:
+    with disk_errors(f"the rows of {file}"):
+        spool.write(data)
+
+
+# csv and tsv
+
+
+def _read_delimited(
+    file: Path, limit: int | None, budget: MemoryBudget, skip_bad: bool
+) -> FileRows:
+    index, copied = RowIndex(), Spool(budget)
+    for values, row in _delimited_rows(file, skip_bad):
+        line = json.dumps(values, ensure_ascii=False).encode() + b"\n"
+        _copy(copied, line, file)
+        if index.add(line, row) == limit:
+            break
+    index.check_columns(file)
+    return FileRows(*index.finish(copied.finish(str(file))))
+
+
 def _delimited_rows(file: Path, skip_bad: bool) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """What a row holds, and the row of text. tsv is read as GLUE writes it: a quote is a character
-    like any other."""
+    """Yield the cells of each row, and the row. In tsv a quote is a character like any other, as in
+    GLUE's files."""
     number = 0
     limit = csv.field_size_limit(sys.maxsize)
     try:
-        with _opened(file) as handle, _as_text(file, handle) as lines:
+        with _open(file) as handle, _as_text(file, handle) as lines:
             if _format(file) == ".tsv":
                 cells = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
             else:
@@ -109,141 +185,14 @@ def _delimited_rows(file: Path, skip_bad: bool) -> Iterator[tuple[Any, dict[str,
                     raise DataError(f"{file}, row {number}: {reason}")
                 yield values, UnreadRow(reason)
     except csv.Error as error:
-        with _end_of_rows(skip_bad):
+        with json_text.unrecoverable(skip_bad):
             raise DataError(f"{file}, row {number + 1}: {error}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8: {error}") from error
-    except _UNREADABLE as error:
+    except _READ_ERRORS as error:
         raise UnreadableFile(f"{file}: cannot be read: {error}") from error
     finally:
         csv.field_size_limit(limit)
-
-
-class _Index:
-    """Rows on their way: where each begins, their names, and the digest of them all."""
-
-    def __init__(self) -> None:
-        self.starts = array("q")
-        self.names: dict[str, None] = {}
-        self._unread: dict[int, str] = {}
-        self._end = 0
-        self._digest = hashlib.sha256()
-
-    def add(self, line: bytes, row: dict[str, Any] | None) -> int:
-        """How many rows there are with this line's."""
-        if isinstance(row, UnreadRow):
-            self._unread[len(self.starts)] = row.reason
-        if row is not None:
-            self.starts.append(self._end)
-            self.names.update(dict.fromkeys(row))
-        self._end += len(line)
-        self._digest.update(line)
-        return len(self.starts)
-
-    def check(self, file: Path) -> None:
-        """Raise DataError if no row has a column."""
-        if not self.starts or self.names:
-            return
-        if self._unread:
-            raise DataError(
-                f"{file}: none of {len(self.starts):,} rows can be read; row "
-                f"{min(self._unread) + 1}: {self._unread[min(self._unread)]}"
-            )
-        raise DataError(f"{file}: every row is an empty object, {{}}: there are no columns")
-
-    def finished(self, source: spool.Source) -> FileRows:
-        self.starts.append(self._end)
-        rows = JsonRows(source, self.starts, list(self.names), self._unread)
-        return FileRows(rows, self._digest.hexdigest())
-
-
-def _read_json(file: Path, limit: int | None, room: Room, skip_bad: bool) -> FileRows:
-    index = _Index()
-    few = limit is not None and limit <= _FEW_ROWS
-    kept = None
-    if few or file.suffix == ".gz" or room.has(file.stat().st_size):
-        kept = Spool(room)
-    handle = _opened(file)
-    source: spool.Source | None = None if kept else FileSource(handle, str(file))
-    for piece, row in _json_pieces(file, handle, skip_bad):
-        if kept is not None:
-            _keep(kept, piece, file)
-        if index.add(piece, row) == limit:
-            break
-    index.check(file)
-    if kept is not None:
-        handle.close()
-        source = kept.finished(str(file))
-    assert source is not None, "one of the two holds the rows"
-    return index.finished(source)
-
-
-def _read_delimited(file: Path, limit: int | None, room: Room, skip_bad: bool) -> FileRows:
-    index, kept = _Index(), Spool(room)
-    for values, row in _delimited_rows(file, skip_bad):
-        line = json.dumps(values, ensure_ascii=False).encode() + b"\n"
-        _keep(kept, line, file)
-        if index.add(line, row) == limit:
-            break
-    index.check(file)
-    return index.finished(kept.finished(str(file)))
-
-
-def _keep(kept: Spool, line: bytes, file: Path) -> None:
-    with spool.needs_room(f"the rows of {file}"):
-        kept.write(line)
-
-
-def _opened(file: Path) -> BinaryIO:
-    try:
-        return file.open("rb")
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read: {error}") from error
-
-
-def _unpacked(file: Path, handle: BinaryIO) -> BinaryIO:
-    """The file's bytes, out of their compression. Raises DataError for what is no UTF-8 text."""
-    lines: Any = gzip.GzipFile(fileobj=handle) if file.suffix == ".gz" else handle
-    head = lines.read(len(_LFS_POINTER))
-    lines.seek(0)
-    if head.startswith(_LFS_POINTER):
-        raise DataError(f"{file}: a Git LFS pointer, not the data itself; run git lfs pull")
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in head[:4]:
-        raise DataError(f"{file}: the text is UTF-16 or UTF-32; allowed: UTF-8")
-    return cast(BinaryIO, lines)
-
-
-def _as_text(file: Path, handle: BinaryIO) -> io.TextIOWrapper:
-    return io.TextIOWrapper(_unpacked(file, handle), encoding="utf-8-sig", newline="")
-
-
-def _json_pieces(file: Path, handle: BinaryIO, skip_bad: bool) -> Iterator[json_text.Piece]:
-    """The bytes of a JSON file piece by piece, with the rows that they hold. A file's content says
-    whether it is an array, and only else its name whether a row has a line of its own."""
-    try:
-        unpacked = _unpacked(file, handle)
-        is_array = json_text.starts_with(unpacked) == "["
-        if not is_array and _format(file) != ".json":
-            yield from json_text.lines(file, unpacked, skip_bad)
-        else:
-            read = json_text.array if is_array else json_text.objects
-            with _end_of_rows(skip_bad):
-                yield from read(file, unpacked, skip_bad)
-    except _UNREADABLE as error:
-        raise UnreadableFile(f"{file}: cannot be read: {error}") from error
-
-
-@contextmanager
-def _end_of_rows(skip_bad: bool) -> Iterator[None]:
-    """For a break behind which the next row cannot be found."""
-    try:
-        yield
-    except DataError as error:
-        if not skip_bad:
-            raise
-        raise DataError(
-            f"{error}; task.on_bad_row: skip cannot tell where the next row begins"
-        ) from error
 
 
 def _checked_header(file: Path, header: list[str]) -> list[str]:
@@ -251,5 +200,126 @@ def _checked_header(file: Path, header: list[str]) -> list[str]:
         raise DataError(f"{file}: the first line is empty; it must name the columns")
     for name in header:
         if header.count(name) > 1:
-            raise DataError(f"{file}: the header names the column {name!r} twice")
+            raise DataError(f"{file}: duplicate column {name!r} in the header")
     return header
+
+
+# Text of either kind
+
+
+def _open(file: Path) -> BinaryIO:
+    try:
+        return file.open("rb")
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error}") from error
+
+
+def _decompressed(file: Path, handle: BinaryIO) -> BinaryIO:
+    """The file's bytes, decompressed. Raises DataError if they are not UTF-8 text."""
+    lines: Any = gzip.GzipFile(fileobj=handle) if file.suffix == ".gz" else handle
+    head = lines.read(len(_LFS_POINTER))
+    lines.seek(0)
+    if head.startswith(_LFS_POINTER):
+        raise DataError(f"{file}: a Git LFS pointer, not the data itself; hint: run git lfs pull")
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in head[:4]:
+        raise DataError(f"{file}: the text is UTF-16 or UTF-32; allowed: UTF-8")
+    return cast(BinaryIO, lines)
+
+
+def _as_text(file: Path, handle: BinaryIO) -> io.TextIOWrapper:
+    return io.TextIOWrapper(_decompressed(file, handle), encoding="utf-8-sig", newline="")
+
+
+# parquet
+
+
+def _read_parquet(file: Path, limit: int | None, budget: MemoryBudget) -> FileRows:
+    """The rows as a ``datasets.Dataset``, in memory or, if large, in a mapped file."""
+    import datasets
+    import pyarrow.parquet
+
+    try:
+        with file.open("rb") as handle:
+            parquet = pyarrow.parquet.ParquetFile(handle)
+            batches = _parquet_batches(parquet, limit)
+            if budget.fits(size := _uncompressed_size(parquet)):
+                budget.spend(size)
+                whole = pyarrow.Table.from_batches(batches, parquet.schema_arrow)
+                table = datasets.table.InMemoryTable(whole)
+            else:
+                table = _mapped_table(batches, parquet.schema_arrow)
+        # Without a fingerprint, datasets would hash the whole table to make one.
+        rows = datasets.Dataset(table, fingerprint=file.name)
+        return FileRows(rows, file_digest(file) if limit is None else _table_digest(table.table))
+    except Exception as error:  # Arrow raises whatever its readers raise
+        raise DataError(f"{file}: cannot be read: {first_line(error)}") from error
+
+
+def _stream_parquet(file: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet
+
+    try:
+        with file.open("rb") as handle:
+            for batch in pyarrow.parquet.ParquetFile(handle).iter_batches(_BATCH_ROWS):
+                yield from batch.to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{file}: cannot be read: {first_line(error)}") from error
+
+
+def _parquet_batches(parquet: Any, limit: int | None) -> Iterator[Any]:
+    left = limit
+    for batch in parquet.iter_batches(_BATCH_ROWS):
+        yield batch if left is None else batch.slice(0, left)
+        if left is not None:
+            left -= len(batch)
+            if left <= 0:
+                return
+
+
+def _uncompressed_size(parquet: Any) -> int:
+    groups = range(parquet.metadata.num_row_groups)
+    return sum(parquet.metadata.row_group(index).total_byte_size for index in groups)
+
+
+def _mapped_table(batches: Iterator[Any], schema: Any) -> Any:
+    """A table in a mapped Arrow file, which is unlinked at once."""
+    import datasets
+    import pyarrow
+
+    handle, name = tempfile.mkstemp(dir=scratch_dir(), suffix=".arrow")
+    try:
+        with os.fdopen(handle, "wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+        return datasets.table.MemoryMappedTable.from_file(name)
+    finally:
+        Path(name).unlink()
+
+
+class _HashingFile(io.RawIOBase):
+    """A file that hashes what is written to it."""
+
+    def __init__(self) -> None:
+        self.digest = hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return len(data)
+
+
+def _table_digest(table: Any) -> str:
+    import pyarrow
+
+    file = _HashingFile()
+    with pyarrow.ipc.new_stream(pyarrow.PythonFile(file, "w"), table.schema) as writer:
+        writer.write_table(table)
+    return file.digest.hexdigest()
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the name of its type if it has none."""
+    text = str(error.__cause__ or error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

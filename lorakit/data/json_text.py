@@ -1,7 +1,7 @@
-"""JSON text -> its objects one after another, read a piece at a time and never held as a whole.
+"""Split JSON text into its objects, reading it in chunks and never holding it as a whole.
 
-Three forms are told apart by what the file holds: an object a line, one array of objects, and
-objects one behind another. All bytes come back in pieces, each with the row that begins it.
+Three forms are recognised by the file's content: one object per line, a single array of objects,
+and concatenated objects. All bytes are returned in pieces, each with the row that it begins with.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,18 +23,55 @@ Piece = tuple[bytes, dict[str, Any] | None]
 
 _CHUNK = 1 << 20
 _HEAD = 1 << 12
-#: Characters of a row: a larger value is a whole file in a form that is not read.
+#: Characters of a row. A larger value is a whole file in a form that is not supported.
 _LARGEST = 256 << 20
 _SPACE = re.compile(r"[ \t\n\r]*")
-#: A literal or an escape may begin so far before the end of what has been read.
+#: A literal or an escape that is cut off by the end of a chunk is shorter than this.
 _LONGEST_LITERAL = 16
 _DECODER = json.JSONDecoder()
 _FORMS = "allowed: an array of objects, [{...}, ...], or one object per line"
 
 
-def lines(file: Path, handle: BinaryIO, skip_bad: bool = False) -> Iterator[Piece]:
-    """An object a line; blank lines may stand between. Raises DataError with the row; with
-    ``skip_bad`` an UnreadRow stands for it."""
+def pieces(file: Path, handle: BinaryIO, by_line: bool, skip_bad: bool = False) -> Iterator[Piece]:
+    """Yield the text in pieces. An array is recognised by its first character; ``by_line`` says
+    whether other files have one object per line.
+
+    Raises DataError with the row, counted from 1. With ``skip_bad`` an UnreadRow takes the place of
+    a row as long as the start of the next one can be found.
+    """
+    is_array = _first_character(handle) == "["
+    if by_line and not is_array:
+        yield from _lines(file, handle, skip_bad)
+        return
+    text = _Text(file, handle)
+    with unrecoverable(skip_bad):
+        yield from (_array if is_array else _objects)(file, text, skip_bad)
+
+
+@contextmanager
+def unrecoverable(skip_bad: bool) -> Iterator[None]:
+    """Explain, if bad rows are to be skipped, that the rest of the file is lost after an error."""
+    try:
+        yield
+    except DataError as error:
+        if not skip_bad:
+            raise
+        raise DataError(
+            f"{error}; task.on_bad_row: skip cannot find the start of the next row"
+        ) from error
+
+
+def _first_character(handle: BinaryIO) -> str:
+    """The first character that is not white space, empty if there is none. Rewinds the handle."""
+    found = b""
+    while not found and (chunk := handle.read(_HEAD)):
+        found = chunk.removeprefix(codecs.BOM_UTF8).lstrip()
+    handle.seek(0)
+    return found[:1].decode("latin-1")
+
+
+def _lines(file: Path, handle: BinaryIO, skip_bad: bool) -> Iterator[Piece]:
+    """One object per line; blank lines are ignored."""
     number = 0
     for line in handle:
         if not line.strip():
@@ -53,10 +91,8 @@ def _line_row(line: bytes) -> dict[str, Any]:
     return _checked(line, value)
 
 
-def array(file: Path, handle: BinaryIO, skip_bad: bool = False) -> Iterator[Piece]:
-    """The elements of one array. Raises DataError with the row, counted from 1; with ``skip_bad``
-    an UnreadRow stands for what is JSON and no row."""
-    text = _Text(file, handle)
+def _array(file: Path, text: _Text, skip_bad: bool) -> Iterator[Piece]:
+    """The elements of a single array."""
     yield (text.space(bom=True) + text.take(1) + text.space()).encode(), None
     if text.ahead() == "]":
         yield (text.take(1) + text.space()).encode(), None
@@ -81,10 +117,9 @@ def _elements(file: Path, text: _Text, skip_bad: bool) -> Iterator[Piece]:
         yield data, _checked_row(where, data, value, skip_bad)
 
 
-def objects(file: Path, handle: BinaryIO, skip_bad: bool = False) -> Iterator[Piece]:
-    """Objects one behind another, on lines of their own or not. Raises DataError with the row, and
-    for a single object that holds the rows as a list; ``skip_bad`` as for ``array``."""
-    text = _Text(file, handle)
+def _objects(file: Path, text: _Text, skip_bad: bool) -> Iterator[Piece]:
+    """Concatenated objects, on separate lines or not. A single object that contains the rows as a
+    list is an error."""
     yield text.space(bom=True).encode(), None
     number, first = 0, None
     while text.ahead():
@@ -105,18 +140,8 @@ def objects(file: Path, handle: BinaryIO, skip_bad: bool = False) -> Iterator[Pi
         yield first
 
 
-def starts_with(handle: BinaryIO) -> str:
-    """The first character that is no white space, empty if there is none; the handle is then at
-    its beginning again."""
-    found = b""
-    while not found and (chunk := handle.read(_HEAD)):
-        found = chunk.removeprefix(codecs.BOM_UTF8).lstrip()
-    handle.seek(0)
-    return found[:1].decode("latin-1")
-
-
 class _Text:
-    """A file's text, of which no more is held than the value that is being read."""
+    """A file's text, of which only the value that is being read is held in memory."""
 
     def __init__(self, file: Path, handle: BinaryIO) -> None:
         self._handle = handle
@@ -128,7 +153,8 @@ class _Text:
         self._broken: UnicodeDecodeError | None = None
 
     def value(self, where: str) -> tuple[Any, str]:
-        """The value that begins here, and its text; errors from here on are said of ``where``."""
+        """Parse the value that begins here and return it with its text. ``where`` names the row in
+        errors from here on."""
         self._where = where
         while True:
             try:
@@ -136,28 +162,29 @@ class _Text:
             except RecursionError as error:
                 raise DataError(f"{where}: not JSON: {error}") from error
             except json.JSONDecodeError as error:
-                # The place is counted from the beginning of the value.
-                told = f"{error.msg} at its character {error.pos - self._at + 1}"
+                # Positions are counted from the beginning of the value.
+                reason = f"{error.msg} at character {error.pos - self._at + 1} of the row"
                 if len(self._held) > _LARGEST:
-                    told = f"no end within {_LARGEST >> 20} MiB; {_FORMS}"
-                elif self._may_go_on(error) and self._more():
+                    reason = f"no end within {_LARGEST >> 20} MiB; {_FORMS}"
+                elif self._may_be_cut_off(error) and self._read_more():
                     continue
-                raise DataError(f"{where}: not JSON: {told}") from error
+                raise DataError(f"{where}: not JSON: {reason}") from error
             return value, self._taken(end)
 
     def space(self, bom: bool = False) -> str:
-        """White space up to the next character, behind a byte order mark if that may be here."""
+        """Take white space up to the next character, and with ``bom`` a byte order mark before
+        it."""
         found = self.take(1) if bom and self.ahead() == "\ufeff" else ""
         while True:
             match = _SPACE.match(self._held, self._at)
-            assert match is not None, "no white space matches too"
+            assert match is not None, "the pattern also matches the empty string"
             found += self._taken(match.end())
-            if self._at < len(self._held) or not self._more():
+            if self._at < len(self._held) or not self._read_more():
                 return found
 
     def ahead(self) -> str:
-        """The next character, empty at the end of the file."""
-        if self._at == len(self._held) and not self._more():
+        """The next character, or an empty string at the end of the file."""
+        if self._at == len(self._held) and not self._read_more():
             return ""
         return self._held[self._at]
 
@@ -168,15 +195,15 @@ class _Text:
         begin, self._at = self._at, end
         return self._held[begin:end]
 
-    def _may_go_on(self, error: json.JSONDecodeError) -> bool:
-        """Whether the value may only be cut off by the end of what has been read so far."""
+    def _may_be_cut_off(self, error: json.JSONDecodeError) -> bool:
+        """Whether the error may only mean that the value goes on beyond what has been read."""
         if error.msg.startswith("Unterminated string"):
             return True
         left = self._held[error.pos : error.pos + _CHUNK]
         return len(left) <= _LONGEST_LITERAL or not left.strip()
 
-    def _more(self) -> bool:
-        """Read on; the more the longer the value is, so that a long one is not begun too often."""
+    def _read_more(self) -> bool:
+        """Read another chunk, larger for long values so that they are not parsed anew too often."""
         self._held, self._at = self._held[self._at :], 0
         more = ""
         while not more and not self._ended and self._broken is None:
@@ -184,7 +211,7 @@ class _Text:
             self._ended = not chunk
             try:
                 more = self._decode(chunk, self._ended)
-            except UnicodeDecodeError as error:  # told of the row that it stands in
+            except UnicodeDecodeError as error:  # raised below, for the row it is in
                 more, self._broken = error.object[: error.start].decode(), error
         if not more and self._broken is not None:
             raise DataError(f"{self._where}: not UTF-8: {self._broken}") from self._broken
@@ -211,9 +238,9 @@ def _checked(data: bytes, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError("not a JSON object")
     if b"\\u" in data and b"\\ud" in data.lower() and _has_lone_surrogate(value):
-        raise DataError("half a surrogate pair, which is no text")
-    # A duplicate key shows as more colons behind a quote than the value has keys; so
-    # does such a colon in a text, for which the row is parsed once more.
+        raise DataError("lone surrogate: not valid text")
+    # A duplicate key shows as more colons after a quote than the value has keys. A text may
+    # contain such a colon too, in which case the row is parsed a second time.
     seen = data.count(b'":') + data.count(b'" :')
     if seen != len(value) and seen != _count_keys(value):
         _refuse_duplicates(data)
@@ -255,17 +282,17 @@ def _has_lone_surrogate(value: dict[str, Any]) -> bool:
 
 
 def _refuse_wrapped(file: Path, row: dict[str, Any] | None) -> None:
-    """A file's only object is a row, unless it holds rows or whole columns."""
+    """Raise DataError if the file's only object contains a list of rows, or whole columns."""
     values = row or {}
     objects = {key: value for key, value in values.items() if _is_list_of_objects(value)}
     if any("role" in item or "from" in item for items in objects.values() for item in items):
         return  # a chat
     if objects:
         key = next(iter(objects))
-        raise DataError(f"{file}: one object, whose {key!r} holds a list of rows; {_FORMS}")
+        raise DataError(f"{file}: a single object with the rows in {key!r}; {_FORMS}")
     lengths = {len(v) if isinstance(v, list | dict) else 0 for v in values.values()}
     if len(values) > 1 and len(lengths) == 1 and lengths != {0}:
-        raise DataError(f"{file}: one object that holds whole columns; {_FORMS}")
+        raise DataError(f"{file}: a single object with whole columns; {_FORMS}")
 
 
 def _is_list_of_objects(value: Any) -> bool:

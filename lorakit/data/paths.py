@@ -1,10 +1,8 @@
-"""``task.path`` -> the files of a split.
+"""Find the files of a split in ``task.path``.
 
-A path is a directory whose files are named by split, or a file, a glob or a list of these (the
-train split), or a mapping of splits to files. A path that exists is taken as it stands, whatever
-characters are in it; only what does not exist is read as a glob.
-
-The files of a split in a directory whose files are named by split.
+A path is a directory whose files are named by split; or a file, a glob or a list of these, which is
+the train split; or a mapping of splits to files. A path that exists is used literally, whatever
+characters it contains; only one that does not exist is treated as a glob.
 """
 
 from __future__ import annotations
@@ -19,10 +17,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from lorakit.data.file_names import (
+    accompanies_data,
     check_format,
     check_no_twins,
     in_order,
-    is_beside,
     is_data,
     is_file,
     is_number,
@@ -33,22 +31,31 @@ from lorakit.data.file_names import (
     stem_of,
 )
 from lorakit.errors import DataError, listed
-from lorakit.recipe.sections import SPLIT_ALIASES, SPLIT_NAMES
+from lorakit.recipe.sections import SPLIT_ALIASES, split_name_errors
+
+
+@dataclass(frozen=True)
+class SplitFiles:
+    """The files of a split, in order; ``notes`` tell the user what was chosen and ignored."""
+
+    files: list[Path]
+    notes: tuple[str, ...] = ()
+
 
 PathOption = str | list[str] | dict[str, str | list[str]] | None
 
 
 def split_files(path: PathOption, split: str) -> list[Path]:
-    """The files of a split, as ``find_files`` finds them."""
+    """The files that ``find_files`` finds."""
     return find_files(path, split).files
 
 
 def find_files(path: PathOption, split: str) -> SplitFiles:
-    """The files of a split; a file, glob or list is the split ``train``.
+    """Find the files of a split; a file, a glob or a list is the split ``train``.
 
-    Raises DataError for a file that does not exist, a glob that matches no data file, an unknown
-    format, a shard that is missing, a file that is listed twice, files that may or may not belong
-    to the split, and a directory that cannot be read.
+    Raises DataError for a missing file, a glob that matches no data file, an unknown format, a
+    missing shard, a duplicate file, an unknown split name, files that may or may not belong to the
+    split, and a directory that cannot be read.
     """
     try:
         if isinstance(path, dict):
@@ -62,7 +69,7 @@ def find_files(path: PathOption, split: str) -> SplitFiles:
 
 
 def no_split(path: PathOption, split: str) -> DataError:
-    """The error for a path without this split, which says what was found in its place."""
+    """The error for a path that lacks this split; it says what the path has instead."""
     if isinstance(path, dict):
         return DataError(f"task.path: no split {split!r}; allowed: {', '.join(path)}")
     if not (isinstance(path, str) and Path(path).is_dir()):
@@ -77,16 +84,16 @@ def no_split(path: PathOption, split: str) -> DataError:
         for entry in Path(path).iterdir()
         if not entry.name.startswith(".")
     )
-    holds = f"holds {listed(inside, 10)}" if inside else "is empty"
+    contents = f"contains {listed(inside, 10)}" if inside else "is empty"
     return DataError(
-        f"{path}: no split {split!r}{allowed}; the directory {holds}. A split's files are named "
-        f"after it ({split}.jsonl, {split}-00000-of-00002.parquet); for other names give a file, "
-        f"a glob or a mapping: task.path: {{{split}: FILE}}"
+        f"{path}: no split {split!r}{allowed}; the directory {contents}; hint: name a split's "
+        f"files after it ({split}.jsonl, {split}-00000-of-00002.parquet), or give a file, a glob "
+        f"or a mapping: task.path: {{{split}: FILE}}"
     )
 
 
 def data_files(path: PathOption) -> list[Path]:
-    """Every file that some split is read from, and what is named after a split beside them."""
+    """The files of all splits, and any other files in the directory that are named after one."""
     named = path if isinstance(path, dict) else {"train": path or []}
     entries = (
         e for value in named.values() for e in ([value] if isinstance(value, str) else value)
@@ -95,7 +102,7 @@ def data_files(path: PathOption) -> list[Path]:
     for split in SPLIT_ALIASES:
         try:
             found |= dict.fromkeys(split_files(path, split))
-        except DataError:  # told when the split is loaded
+        except DataError:  # reported when that split is loaded
             continue
     if isinstance(path, str) and Path(path).is_dir():
         inside = (file for file in Path(path).iterdir() if file.is_file())
@@ -118,7 +125,7 @@ def _shown(path: PathOption) -> str:
 
 
 def _listed(entries: str | list[str]) -> SplitFiles:
-    """The files that the entries name, in their order; those of a glob in natural order."""
+    """The files of all entries, in their order; those of a glob in natural order."""
     files: dict[str, Path] = {}
     notes: list[str] = []
     literal: list[Path] = []
@@ -130,22 +137,24 @@ def _listed(entries: str | list[str]) -> SplitFiles:
             found = _matching(entry)
             notes.append(f"task.path: {entry}: {len(found):,} files: {listed(found)}")
         for file in found:
-            twin = files.setdefault(_place(file), file)
+            twin = files.setdefault(_location(file), file)
             if twin is not file:
-                raise DataError(f"task.path: {file} is listed twice")
-    missing = [file for file in _left_out(literal) if _place(file) not in files]
+                raise DataError(f"task.path: duplicate file {file}")
+    missing = [file for file in _left_out(literal) if _location(file) not in files]
     if missing:
-        notes.append(f"task.path: shards that are not listed: {listed(missing)}")
+        notes.append(f"task.path: shards not listed: {listed(missing)}")
     return SplitFiles(list(files.values()), tuple(notes))
 
 
-def _place(file: Path) -> str:
-    """Where a file is, however it was named; links are not followed, as caches link equal files."""
+def _location(file: Path) -> str:
+    """The file's location, however it was written. Links are not resolved, because caches link
+    files with equal contents."""
     return os.path.normpath(file.absolute())
 
 
 def _left_out(files: list[Path]) -> list[Path]:
-    """The other shards of the sets that listed files belong to: a list may be a part on purpose."""
+    """The missing shards of the sets that listed files belong to. No error: a list may be a subset
+    on purpose."""
     try:
         return missing_shards(files)
     except DataError:
@@ -156,7 +165,7 @@ def _existing(entry: str) -> Path:
     file = Path(entry)
     if file.is_dir():
         raise DataError(
-            f"task.path: {file} is a directory; allowed here: a file, or a glob ({file / '*'})"
+            f"task.path: {file} is a directory; allowed: a file, or a glob ({file / '*'})"
         )
     if not file.is_file():
         raise DataError(f"task.path: no such file or directory: {entry}")
@@ -165,17 +174,17 @@ def _existing(entry: str) -> Path:
 
 
 def _matching(pattern: str) -> list[Path]:
-    """The data files that match; what only describes data (README, checksums) is passed over."""
+    """The data files that match, without files about the data (README, checksums)."""
     names = glob.iglob(pattern, recursive=True)  # noqa: PTH207 (Path's takes no absolute pattern)
     matches = in_order(filter(is_file, map(Path, names)))
-    files = [file for file in matches if not is_beside(file)]
+    files = [file for file in matches if not accompanies_data(file)]
     if not files:
-        held = f" but {listed(matches)}" if matches else ""
-        raise DataError(f"task.path: {pattern!r}: the glob matches no data file{held}")
+        matched = f", only {listed(matches)}" if matches else ""
+        raise DataError(f"task.path: {pattern!r}: the glob matches no data file{matched}")
     for file in files:
         check_format(file)
     check_no_twins(files, lambda file: str(file).removesuffix(".gz"))
-    # A glob may pick some shards of a set on purpose; one that it would match is a loss.
+    # A glob may select some shards of a set on purpose, but one that it would match is missing.
     wide = os.path.normpath(pattern).replace("**/", "*")
     refuse_missing([file for file in missing_shards(files) if fnmatch(str(file), wide)])
     return files
@@ -185,49 +194,36 @@ def _matching(pattern: str) -> list[Path]:
 
 
 def _mapped(path: dict[str, str | list[str]], split: str) -> SplitFiles:
-    for key in path:
-        if key not in SPLIT_NAMES:
-            raise DataError(f"task.path: unknown split {key!r}; allowed: {', '.join(SPLIT_NAMES)}")
-    keys = [name for name in split_names(split) if name in path]
-    if len(keys) > 1:
-        raise DataError(
-            f"task.path: {' and '.join(keys)} both name the split {split_names(split)[0]!r}"
-        )
-    if not keys:
+    for message, allowed in split_name_errors(path):
+        raise DataError(f"task.path: {message}; allowed: {allowed}")
+    key = next((name for name in split_names(split) if name in path), None)
+    if key is None:
         return SplitFiles([])
-    found = _listed(path[keys[0]])
-    return SplitFiles(found.files, (*found.notes, *_shared_with(path, keys[0], found.files)))
+    found = _listed(path[key])
+    return SplitFiles(found.files, (*found.notes, *_shared_with(path, key, found.files)))
 
 
 def _shared_with(path: dict[str, str | list[str]], key: str, files: list[Path]) -> Iterator[str]:
-    """A note for each other split that files of the train split are in too."""
-    own = {_place(file) for file in files}
+    """A note for each other split that shares files with the train split."""
+    locations = {_location(file) for file in files}
     for other in path if key == "train" else ():
         try:
             theirs = _listed(path[other]).files if other != key else []
         except DataError:  # told when that split is loaded
             continue
-        if both := [file for file in theirs if _place(file) in own]:
+        if both := [file for file in theirs if _location(file) in locations]:
             yield f"task.path: in both {key} and {other}: {listed(both)}"
 
 
-@dataclass(frozen=True)
-class SplitFiles:
-    """The files of a split in order; ``notes`` say what was chosen or left out for the user."""
-
-    files: list[Path]
-    notes: tuple[str, ...] = ()
-
-
 def in_directory(folder: Path, split: str) -> SplitFiles:
-    """The split's files, in the directory itself, in ``data`` inside it, or in a directory that is
-    named by the split in one of these."""
+    """The split's files: in the directory, in its subdirectory ``data``, or in a directory of
+    either that is named after the split."""
     places: list[SplitFiles] = []
     for place in (folder, folder / "data"):
         if place.is_dir():
             places.append(_by_name(place, split))
             inside = [place / name for name in split_names(split) if (place / name).is_dir()]
-            places += [_whole_directory(found) for found in inside]
+            places += [_all_files(found) for found in inside]
     found = [place for place in places if place.files]
     if len(found) > 1:
         names = " and ".join(str(place.files[0].relative_to(folder)) for place in found)
@@ -236,7 +232,7 @@ def in_directory(folder: Path, split: str) -> SplitFiles:
 
 
 def _by_name(folder: Path, split: str) -> SplitFiles:
-    """``SPLIT.jsonl``, or its shards; without these, whatever begins with ``SPLIT`` and a
+    """``SPLIT.jsonl``, or its shards, or else all files that begin with ``SPLIT`` and a
     delimiter."""
     names = split_names(split)
     inside = in_order(file for file in folder.iterdir() if is_data(file) and is_file(file))
@@ -250,23 +246,25 @@ def _by_name(folder: Path, split: str) -> SplitFiles:
     if len(exact) > 1 or (exact and shards):
         raise _both(folder, f"{exact[0].name} and {[*exact[1:], *shards][0].name}", split)
     chosen = exact or shards or files
-    split_files = SplitFiles(exact)
+    chosen_files = SplitFiles(exact)
     if not exact:
-        split_files = _checked(folder, chosen, f"the split {names[0]!r} is")
-    if left := [file.name for file in files if file not in chosen]:
-        note = f"{folder}: not read beside {chosen[0].name}: {listed(left)}"
-        return replace(split_files, notes=(*split_files.notes, note))
-    return split_files
+        chosen_files = _checked(folder, chosen, f"the split {names[0]!r} is")
+    if ignored := [file.name for file in files if file not in chosen]:
+        note = f"{folder}: ignored in favour of {chosen[0].name}: {listed(ignored)}"
+        return replace(chosen_files, notes=(*chosen_files.notes, note))
+    return chosen_files
 
 
-def _whole_directory(folder: Path) -> SplitFiles:
-    """Every file of a directory that is named by a split, at any depth."""
+def _all_files(folder: Path) -> SplitFiles:
+    """Every file, at any depth, of a directory that is named after a split."""
     pattern = f"{glob.escape(str(folder))}/**/*"
     names = glob.iglob(pattern, recursive=True)  # noqa: PTH207 (it follows links, Path's does not)
-    files = in_order(file for file in map(Path, names) if is_file(file) and not is_beside(file))
+    files = in_order(
+        file for file in map(Path, names) if is_file(file) and not accompanies_data(file)
+    )
     for file in files:
         check_format(file)
-    return _checked(folder, files, "holds")
+    return _checked(folder, files, "contains")
 
 
 def _checked(folder: Path, files: list[Path], what: str) -> SplitFiles:
@@ -279,6 +277,6 @@ def _checked(folder: Path, files: list[Path], what: str) -> SplitFiles:
 
 def _both(folder: Path, names: str, split: str) -> DataError:
     return DataError(
-        f"{folder}: {names} both name the split {split_names(split)[0]!r}; keep one, or map the "
-        "splits to their files in task.path"
+        f"{folder}: {names} both name split {split_names(split)[0]!r}; hint: keep one of them, "
+        "or map splits to files in task.path"
     )

@@ -1,4 +1,4 @@
-"""A split's rows -> shards of tokens, by several processes where there are many."""
+"""Tokenise a split in shards, with several processes if it has many rows."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from lorakit.data.arrays import Shard
+from lorakit.data.cache import Shard
 from lorakit.data.examples import Example
-from lorakit.data.rows import row_range
+from lorakit.data.rows import Row, row_range
 from lorakit.data.sources import Split
 from lorakit.data.tokens import encode_rows
 from lorakit.errors import DataError, LorakitError
 
-#: From here on tokens go to files, and several processes make them.
+#: From this number of rows on, tokens go to files, and several processes are used.
 MANY_ROWS = 20_000
 _ROWS_PER_PROCESS = 10_000
 _MOST_PROCESSES = 8
@@ -33,32 +33,31 @@ OnRows = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Job:
-    """What makes tokens of a row."""
+    """What is needed to tokenise a split."""
 
     split: Split
-    to_example: Callable[[Mapping[str, Any]], Example]
+    to_example: Callable[[Row], Example]
     tokenizer: Any
     max_length: int
     skip_bad: bool = False
 
     def encode(self, shard: Shard, start: int, stop: int, on_rows: OnRows) -> None:
-        """Rows ``start`` to ``stop`` into ``shard``; ``on_rows`` gets how many more are done.
+        """Tokenise rows ``start`` to ``stop`` into ``shard``; ``on_rows`` is called with the number
+        of rows in each batch done.
 
-        Raises DataError, with file and row for one that cannot be trained on.
+        Raises DataError with file and row for a row that cannot be trained on.
         """
         largest = max(self.tokenizer.get_vocab().values(), default=0)
         dtype = "<u2" if largest < 2**16 else "<i4"
         for begin in range(start, stop, _BATCH_ROWS):
             end = min(begin + _BATCH_ROWS, stop)
-            rows = row_range(self.split.rows, begin, end)
-            locate = partial(self._locate, begin)
 
             def skip(index: int, reason: str, begin: int = begin) -> None:
                 shard.counts.skip(begin + index, reason)
 
             found = encode_rows(
-                rows,
-                locate,
+                row_range(self.split.rows, begin, end),
+                partial(self._locate, begin),
                 self.to_example,
                 self.tokenizer,
                 self.max_length,
@@ -72,9 +71,9 @@ class Job:
 
 
 def encode_shards(job: Job, on_progress: OnRows) -> list[Shard]:
-    """All rows of the split, in order; ``on_progress`` gets how many are done.
+    """Tokenise all rows of the split, in order; ``on_progress`` is called with the total done.
 
-    Raises the DataError of the earliest row that has one.
+    Raises the DataError of the first bad row.
     """
     rows, done = len(job.split), 0
 
@@ -95,8 +94,8 @@ def encode_shards(job: Job, on_progress: OnRows) -> list[Shard]:
 
 
 def _processes(rows: int) -> int:
-    """Elsewhere than on Linux a fork is not safe, and the tokenizer's own threads do what they
-    can."""
+    """One except on Linux: elsewhere forking is not safe, and the tokenizer's own threads have to
+    do."""
     if rows < MANY_ROWS or sys.platform != "linux" or multiprocessing.current_process().daemon:
         return 1
     cores = len(os.sched_getaffinity(0))
@@ -105,8 +104,8 @@ def _processes(rows: int) -> int:
 
 @dataclass
 class _Worker:
-    """``messages`` are ("rows", N), and at last ("done", dtypes, counts), ("refused", TEXT) or
-    ("failed", TRACEBACK)."""
+    """``messages`` are ("rows", N), and finally one of ("done", dtypes, counts), ("refused", TEXT)
+    and ("failed", TRACEBACK)."""
 
     process: Any
     messages: Connection
@@ -115,7 +114,7 @@ class _Worker:
     ended: bool = False
 
     def receive(self) -> int:
-        """How many more rows are done."""
+        """Receive a message and return the number of rows that it reports as done."""
         try:
             kind, *values = self.messages.recv()
         except EOFError:
@@ -129,17 +128,17 @@ class _Worker:
         elif kind == "refused":
             self.failure = DataError(values[0])
         else:
-            self.failure = LorakitError(f"a process that tokenises failed: {values[0]}")
+            self.failure = LorakitError(f"a tokenisation process failed: {values[0]}")
         return 0
 
 
 @contextmanager
 def _workers(job: Job, shards: list[Shard]) -> Iterator[list[_Worker]]:
-    """Forked processes, one a shard, of which none is left after the block."""
+    """Fork one process per shard; all of them have ended when the block is left."""
     context = multiprocessing.get_context("fork")
     workers: list[_Worker] = []
     before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not outlive a fork
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
     try:
         for index, shard in enumerate(shards):
             start, stop = (len(job.split) * i // len(shards) for i in (index, index + 1))
@@ -163,7 +162,7 @@ def _workers(job: Job, shards: list[Shard]) -> Iterator[list[_Worker]]:
 
 
 def _collect(workers: list[_Worker], count: OnRows) -> None:
-    """Until all are done, or one has failed and no earlier one can fail any more."""
+    """Wait until all workers are done, or one has failed and none before it can still fail."""
     while running := [worker for worker in workers if not worker.ended]:
         ready = wait([worker.messages for worker in running])
         for worker in running:
@@ -179,10 +178,10 @@ def _collect(workers: list[_Worker], count: OnRows) -> None:
 def _work(
     job: Job, shard: Shard, start: int, stop: int, out: Connection, inherited: list[Connection]
 ) -> None:
-    gc.freeze()  # else collecting would copy the parent's memory, page by page
+    gc.freeze()  # otherwise garbage collection would copy the parent's memory, page by page
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its children
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for connection in inherited:  # so that no one reads once the parent is gone
+    for connection in inherited:  # so that writing fails once the parent is gone
         connection.close()
     try:
         job.encode(shard, start, stop, lambda rows: out.send(("rows", rows)))

@@ -1,4 +1,4 @@
-"""Files or a Hub data set -> the rows of one split, each of which knows its file and row."""
+"""Load the rows of one split from files or from a data set on the Hub."""
 
 from __future__ import annotations
 
@@ -9,44 +9,50 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.data.file_names import split_names
-from lorakit.data.files import FileRows, read_rows
-from lorakit.data.parquet import file_digest, join_tables
+from lorakit.data.files import FileRows, file_digest, first_line, read_rows
 from lorakit.data.paths import PathOption, SplitFiles, find_files
-from lorakit.data.paths import split_files as split_files
-from lorakit.data.rows import JoinedRows, Rows, column_names
-from lorakit.data.spool import Room, allow_open_files
+from lorakit.data.rows import (
+    JoinedRows,
+    MemoryBudget,
+    RowSequence,
+    allow_open_files,
+    column_names,
+)
 from lorakit.errors import DataError, listed
 
-FileReader = Callable[[Path], Rows | None]
+#: A task's own reader of a file, or None for files in one of the common formats.
+FileReader = Callable[[Path], RowSequence | None]
+#: Name and configuration of a data set on the Hub.
+HubName = tuple[str, str | None]
 
 
 @dataclass(frozen=True)
 class Split:
     """The rows of one split.
 
-    ``rows`` is a ``datasets.Dataset`` or a sequence of mappings; ``files`` are the files it came
-    from, in order, with their row counts (empty for the Hub); ``fingerprint`` is a hash of the
-    contents. ``lacking`` has the columns of each file that does not have all: None stands for the
-    others in its rows. ``notes`` say what was chosen among the files, or found in them. ``begun``
-    says that there may be more rows: these are the first ones of a stream.
+    ``rows`` is a ``datasets.Dataset`` or a sequence of mappings. ``files`` are the files it was
+    read from, in order, with their row counts (empty for the Hub). ``fingerprint`` is a hash of the
+    contents. ``incomplete`` maps each file that lacks a column to the columns that it has; in its
+    rows the others are None. ``notes`` tell the user which files were chosen and what was found in
+    them. ``is_head`` is true for the first rows of a stream, which may have more.
     """
 
     name: str
-    rows: Rows
+    rows: RowSequence
     source: str
     fingerprint: str
     files: tuple[tuple[Path, int], ...] = field(default=())
-    lacking: Mapping[Path, tuple[str, ...]] = field(default_factory=dict)
+    incomplete: Mapping[Path, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = field(default=())
-    begun: bool = False
+    is_head: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def source_read(self) -> str:
-        """``source``, or of a stream the part of it whose columns are known."""
-        return f"{self.source}, the first {len(self):,} rows" if self.begun else self.source
+        """``source``, or the part of a stream whose columns are known."""
+        return f"{self.source}, the first {len(self):,} rows" if self.is_head else self.source
 
     def locate(self, index: int) -> str:
         """``FILE, row N`` (from 1) for the row at ``index``."""
@@ -67,9 +73,9 @@ class Split:
         return [row.get(name) for row in self.rows]
 
     def require(self, columns: Sequence[str]) -> None:
-        """Raise DataError if a column is missing, in all of the files or in one."""
+        """Raise DataError if a column is missing, from all files or from one."""
         _require(columns, self.source_read, self.columns)
-        for file, found in self.lacking.items():
+        for file, found in self.incomplete.items():
             _require(columns, f"{file}, row 1", found)
 
 
@@ -85,13 +91,13 @@ def _require(columns: Sequence[str], where: str, found: Sequence[str]) -> None:
 def load_split(
     path: PathOption,
     split: str,
-    hub: tuple[str, str | None] | None = None,
+    hub: HubName | None = None,
     read_file: FileReader = lambda file: None,
     limit: int | None = None,
     skip_bad: bool = False,
 ) -> Split | None:
-    """The split's rows, or None if the source has no such split. With ``skip_bad`` an UnreadRow
-    stands for each row of text that cannot be read.
+    """Load a split, or return None if the source has no such split. With ``skip_bad`` an UnreadRow
+    takes the place of each row of text that cannot be read.
 
     Raises DataError if ``path`` does not exist, a file cannot be read, the split is empty, or
     neither ``path`` nor ``hub`` is given.
@@ -110,16 +116,19 @@ def load_split(
     return found
 
 
+# Files
+
+
 def _load_files(
     there: SplitFiles, split: str, read_file: FileReader, limit: int | None, skip_bad: bool
 ) -> Split:
     parts: list[tuple[Path, FileRows]] = []
-    left, room = limit, Room()
+    left, budget = limit, MemoryBudget()
     allow_open_files(len(there.files))
     for file in there.files:
         if left == 0:
             break
-        parts.append((file, _load_file(file, read_file, left, room, skip_bad)))
+        parts.append((file, _load_file(file, read_file, left, budget, skip_bad)))
         if left is not None:
             left -= len(parts[-1][1].rows)
     digest = hashlib.sha256("\n".join(part.digest for _, part in parts).encode())
@@ -127,12 +136,12 @@ def _load_files(
 
 
 def _load_file(
-    file: Path, read_file: FileReader, limit: int | None, room: Room, skip_bad: bool
+    file: Path, read_file: FileReader, limit: int | None, budget: MemoryBudget, skip_bad: bool
 ) -> FileRows:
-    own = read_file(file)
-    if own is None:
-        return read_rows(file, limit, room, skip_bad)
-    rows = own if limit is None else own[:limit]
+    custom = read_file(file)
+    if custom is None:
+        return read_rows(file, limit, budget, skip_bad)
+    rows = custom if limit is None else custom[:limit]
     return FileRows(rows, f"{file_digest(file)}:{len(rows)}")
 
 
@@ -141,63 +150,103 @@ def joined_split(
     parts: Sequence[tuple[Path, FileRows]],
     there: SplitFiles,
     fingerprint: str,
-    begun: bool = False,
+    is_head: bool = False,
 ) -> Split:
-    """The rows of all files one after another, with the columns that any of them has; empty if no
-    file has rows. ``begun`` says that they are only the first ones of each file. Raises DataError
-    for columns whose types do not go together."""
+    """Concatenate the rows of all files, with the columns that any of them has; the split is empty
+    if no file has rows. ``is_head`` says that they are only the first rows of each file. Raises
+    DataError for columns whose types are incompatible."""
     filled = {file: part.rows for file, part in parts if len(part.rows)}
     names = {file: tuple(column_names(rows)) for file, rows in filled.items()}
-    every = list(dict.fromkeys(name for found in names.values() for name in found))
-    lacking = {file: found for file, found in names.items() if set(found) != set(every)}
+    columns = list(dict.fromkeys(name for found in names.values() for name in found))
+    incomplete = {file: found for file, found in names.items() if set(found) != set(columns)}
     return Split(
         name=split,
-        rows=_joined(filled, every),
+        rows=_concatenate(filled, columns),
         source=listed(there.files),
         fingerprint=fingerprint,
         files=tuple((file, len(part.rows)) for file, part in parts),
-        lacking=lacking,
-        notes=(*there.notes, *_notes(parts, every, lacking, begun)),
+        incomplete=incomplete,
+        notes=(*there.notes, *_notes(parts, columns, incomplete, is_head)),
     )
 
 
 def _notes(
     parts: Sequence[tuple[Path, FileRows]],
-    every: list[str],
-    lacking: dict[Path, tuple[str, ...]],
-    begun: bool,
+    columns: list[str],
+    incomplete: dict[Path, tuple[str, ...]],
+    is_head: bool,
 ) -> Iterator[str]:
     empty = [file for file, part in parts if not len(part.rows)]
-    if empty and every:
+    if empty and columns:
         yield f"files without rows: {listed(empty)}"
-    if lacking:
-        absent = {name: [f for f, found in lacking.items() if name not in found] for name in every}
+    if incomplete:
+        absent = {
+            name: [file for file, found in incomplete.items() if name not in found]
+            for name in columns
+        }
         named = listed(f"{name!r} ({listed(files, 2)})" for name, files in absent.items() if files)
-        if begun:
-            yield f"columns that the first rows of some files lack: {named}"
+        if is_head:
+            yield f"columns missing from the first rows of some files: {named}"
         else:
-            yield f"columns that some files lack, empty in their rows: {named}"
+            yield f"columns missing from some files, empty in their rows: {named}"
 
 
-def _joined(parts: Mapping[Path, Rows], every: list[str]) -> Rows:
+def _concatenate(parts: Mapping[Path, RowSequence], columns: list[str]) -> RowSequence:
     rows = list(parts.values())
     if len(rows) < 2:
         return rows[0] if rows else []
     if not all(hasattr(part, "features") for part in rows):
-        return JoinedRows(rows, every)
-    return join_tables(parts) or JoinedRows(rows, every)
+        return JoinedRows(rows, columns)
+    return _concatenate_tables(parts) or JoinedRows(rows, columns)
 
 
-def _load_hub(hub: tuple[str, str | None] | None, split: str, limit: int | None) -> Split | None:
-    if hub is None:
-        raise DataError("task.path: null, but this task has no data set on the Hub; give a path")
+def _concatenate_tables(parts: Mapping[Path, Any]) -> RowSequence | None:
+    """Concatenate tables into a single ``datasets.Dataset`` with the columns that any of them has.
+
+    Returns None if their types differ in ways that do not show in a row (the width of a number, the
+    order of a struct's fields). Raises DataError for a column that has another kind of type, or
+    other class names, in two files.
+    """
+    import datasets
+    import pyarrow
+
+    schema = pyarrow.schema([])
+    class_names: dict[str, tuple[Path, Any]] = {}
+    for file, table in parts.items():
+        for column, feature in table.features.items():
+            names = getattr(feature, "names", None)
+            first, others = class_names.setdefault(column, (file, names))
+            if names != others:
+                raise DataError(
+                    f"task.path: column {column!r} has the class names {others} in {first} and "
+                    f"{names} in {file}; allowed: the same in all files"
+                )
+        try:
+            schemas = [schema, table.features.arrow_schema]
+            schema = pyarrow.unify_schemas(schemas, promote_options="permissive")
+        except pyarrow.ArrowException as error:
+            reason = f"{file}: {first_line(error)}"
+            raise DataError(
+                f"task.path: a column's type differs between files: {reason}"
+            ) from error
+    try:
+        found: RowSequence = datasets.concatenate_datasets(list(parts.values()))
+    except ValueError:
+        return None
+    return found
+
+
+# The Hub
+
+
+def _load_hub(hub: HubName | None, split: str, limit: int | None) -> Split | None:
     import datasets
 
-    name = "/".join(part for part in hub if part)
+    hub, name = check_hub(hub)
     try:
         # All splits at once: unlike a list of their names, this is served from the cache offline.
         splits = datasets.load_dataset(*hub)
-    except Exception as error:  # offline, gated or missing: each comes as another type
+    except Exception as error:  # offline, gated and missing data sets raise different types
         raise hub_failure(name, error) from error
     found = next((known for known in split_names(split) if known in splits), None)
     if found is None:
@@ -210,9 +259,18 @@ def _load_hub(hub: tuple[str, str | None] | None, split: str, limit: int | None)
     return Split(split, rows, f"{name} ({split})", fingerprint)
 
 
+def check_hub(hub: HubName | None) -> tuple[HubName, str]:
+    """The data set and ``NAME/CONFIG``. Raises DataError if the task has none on the Hub."""
+    if hub is None:
+        raise DataError(
+            "task.path: null, but the task has no data set on the Hub; hint: set task.path"
+        )
+    return hub, "/".join(part for part in hub if part)
+
+
 def hub_failure(name: str, error: Exception) -> DataError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return DataError(
-        f"task: the Hub data set {name!r} cannot be loaded: {reason}; "
-        "give a local copy as task.path, or check the network and HF_HUB_OFFLINE"
+        f"task: cannot load the Hub data set {name!r}: {reason}; "
+        "hint: set task.path to a local copy, or check the network and HF_HUB_OFFLINE"
     )

@@ -1,9 +1,9 @@
-"""A stream's rows -> steps: shuffled in a buffer, and tokenised as they come."""
+"""Turn a stream's rows into steps, shuffled in a buffer and tokenised as they arrive."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import count, islice
@@ -14,38 +14,40 @@ import numpy as np
 from lorakit.data.encode import EncodedRow, check_largest_id
 from lorakit.data.examples import ChatExample, Example
 from lorakit.data.plan import Bin, Step
-from lorakit.data.stream import Located, SkippedRows, Stream
+from lorakit.data.rows import Row
+from lorakit.data.stream import LocatedRow, SkippedRows, Stream
 from lorakit.data.tokens import Counts, OnBadRow, TokenRow, encode_rows
 from lorakit.errors import DataError
 
-#: So many steps' worth of rows are tokenised at once, and sorted by length among themselves.
+#: A window is this many steps' worth of rows, which are tokenised together and sorted by length
+#: among themselves.
 _STEPS_PER_WINDOW = 50
-#: Fewer do not fill bins well.
+#: Fewer rows do not fill bins well.
 _PACKED_ROWS = 1000
 
 
 @dataclass(frozen=True)
-class Passed:
-    """A row of the pass ``number``, from 0."""
+class PassRow:
+    """A row, and the number of the pass over the stream, from 0, in which it was read."""
 
-    located: Located
+    located: LocatedRow
     number: int
 
 
 @dataclass(frozen=True)
 class StreamEncoder:
-    """What makes tokens of a row; ``embedding_rows`` are the model's."""
+    """Tokenises rows of a stream. ``embedding_rows`` is the model's number of embeddings."""
 
-    to_example: Callable[[Mapping[str, Any]], Example]
+    to_example: Callable[[Row], Example]
     tokenizer: Any
     max_length: int
     embedding_rows: int
 
     def encode(
-        self, rows: Sequence[Located], skip: OnBadRow | None = None
+        self, rows: Sequence[LocatedRow], skip: OnBadRow | None = None
     ) -> tuple[list[EncodedRow], Counts]:
-        """Raises DataError with file and row as ``encode_split`` does; with ``skip``, which gets
-        the index and the reason, a bad row is left out."""
+        """Raises DataError with file and row as ``encode_split`` does. With ``skip``, which is
+        called with the index and the reason, a bad row is left out."""
         found = encode_rows(
             [located.row for located in rows],
             lambda index: str(rows[index]),
@@ -57,18 +59,19 @@ class StreamEncoder:
         largest = max((max(row.input_ids, default=0) for row in found.rows), default=0)
         check_largest_id(largest, self.tokenizer, self.embedding_rows)
         labels: list[Any] = found.labels or [None] * len(found.rows)
-        encoded = [_row(row, label) for row, label in zip(found.rows, labels, strict=True)]
+        encoded = [_as_arrays(row, label) for row, label in zip(found.rows, labels, strict=True)]
         return encoded, found.counts
 
     def encode_pass(
-        self, rows: Sequence[Passed], skip: Callable[[Located, str], None] | None = None
+        self, rows: Sequence[PassRow], skip: Callable[[LocatedRow, str], None] | None = None
     ) -> tuple[list[EncodedRow], int, Counts]:
-        """The tokens of all rows, how many of them are of the first pass, and the counts of those.
+        """Return all encoded rows, how many of them are from the first pass, and the counts of
+        those.
 
-        Raises DataError as ``encode`` does; with ``skip`` a bad row is left out and given to it.
+        Raises DataError as ``encode`` does. With ``skip`` a bad row is left out and passed to it.
         """
 
-        def encode(some: list[Located]) -> tuple[list[EncodedRow], Counts]:
+        def encode(some: list[LocatedRow]) -> tuple[list[EncodedRow], Counts]:
             if skip is None:
                 return self.encode(some)
             return self.encode(some, lambda index, reason: skip(some[index], reason))
@@ -79,12 +82,12 @@ class StreamEncoder:
         repeated = encode(again)[0] if again else []
         return [*encoded, *repeated], len(encoded), counts
 
-    def may_split(self, row: Mapping[str, Any]) -> bool:
+    def may_split(self, row: Row) -> bool:
         """Whether a row like this one may become several rows of tokens."""
         return isinstance(self.to_example(row), ChatExample)
 
 
-def _row(row: TokenRow, label: int | float | None) -> EncodedRow:
+def _as_arrays(row: TokenRow, label: int | float | None) -> EncodedRow:
     types = None if row.token_type_ids is None else np.asarray(row.token_type_ids, np.int8)
     input_ids = np.asarray(row.input_ids, np.int32)
     return EncodedRow(input_ids, np.asarray(row.loss_mask, np.bool_), types, label)
@@ -92,14 +95,14 @@ def _row(row: TokenRow, label: int | float | None) -> EncodedRow:
 
 @dataclass
 class StreamSteps:
-    """The steps of a stream without end: after its last row it begins anew, in another order.
+    """The endless steps of a stream: after the last row it starts again, in another order.
 
-    The order is a function of the rows, ``seed`` and the sizes alone. ``bins`` packs the rows of a
-    window; without it each row is a unit of its own, ``group_by_length`` puts rows of like length
-    into a step, and rows that a jump passes over are read and not tokenised, unless a row may
-    become several or, with ``skipped``, none: there bad rows are left out. ``rows`` (of tokens) and
-    ``counts`` are of the windows begun, without the rows of later passes, which were counted in the
-    first.
+    The order is a function of the rows, ``seed`` and the batch sizes alone. ``bins`` packs the rows
+    of a window; without it each row is a unit of its own, and ``group_by_length`` puts rows of
+    similar length into one step. Rows before the step at which a run resumes are read but not
+    tokenised, unless a row may become several rows of tokens or, with ``skipped``, which leaves out
+    bad rows, none. ``rows`` (of tokens) and ``counts`` cover the windows begun, without the rows of
+    later passes, which were counted in the first.
     """
 
     stream: Stream
@@ -113,11 +116,11 @@ class StreamSteps:
     skipped: SkippedRows | None = None
     steps_per_epoch: None = field(default=None, init=False)
     rows: int = field(default=0, init=False)
-    _passed: int = field(default=0, init=False)
     counts: Counts = field(default_factory=Counts, init=False)
+    _passed: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        # The reader's own: a tokenizer that two threads use at once fails.
+        # The reader thread has a copy: a tokenizer must not be used by two threads at once.
         tokenizer = copy.deepcopy(self.encoder.tokenizer)
         self._encoder = replace(self.encoder, tokenizer=tokenizer)
         self._next = 0
@@ -131,34 +134,34 @@ class StreamSteps:
 
     @property
     def rows_read(self) -> int:
-        """The stream's rows in the windows begun, those passed over among them."""
+        """The stream's rows in the windows begun, including those passed over."""
         return self._passed + self.counts.rows
 
     def check_holds(self, rows: int) -> None:
-        """Raise DataError if one pass over the stream has fewer rows."""
+        """Raise DataError if one pass over the stream has fewer than ``rows`` rows."""
         found = sum(1 for _ in islice(self.stream.read(), rows))
         if found < rows:
             raise DataError(
-                f"--resume: {self.stream.head.source}: holds {found:,} rows, and the run has "
-                f"trained on its first {rows:,}; put the rows back, or start a new run"
+                f"--resume: {self.stream.head.source}: has {found:,} rows, but the run has trained "
+                f"on its first {rows:,}; hint: restore the rows, or start a new run"
             )
 
     def step(self, number: int) -> Step:
-        """The step ``number``, which may not be before one that was handed out.
+        """The step ``number``, which must not be before one that was already returned.
 
-        Raises DataError with file and row for one that cannot be read or trained on.
+        Raises DataError with file and row for a row that cannot be read or trained on.
         """
         assert number >= self._next, "a stream is not read backwards"
         if self._steps is None:
-            self._steps = self._windows(self._skip(number))
+            self._steps = self._windows(self._skip_to(number))
         while self._next <= number:
             bins = next(self._steps)
             self._next += 1
         size = self.per_device_batch_size
         return Step([bins[i : i + size] for i in range(0, len(bins), size)])
 
-    def _skip(self, number: int) -> int:
-        """Pass over the whole windows before step ``number``: how many there were."""
+    def _skip_to(self, number: int) -> int:
+        """Pass over the whole windows before step ``number`` and return how many there were."""
         if self.bins is not None or self.skipped is not None:
             return 0
         if self._encoder.may_split(self.stream.head.rows[0]):
@@ -171,7 +174,7 @@ class StreamSteps:
         return windows
 
     def _windows(self, first: int) -> Iterator[list[Bin]]:
-        """The steps one after another. The next window is made while the last one is trained on."""
+        """Yield the steps. The next window is tokenised while the current one is trained on."""
         ahead = self._reader.submit(self._read)
         left: list[Bin] = []
         for number in count(first):
@@ -184,17 +187,17 @@ class StreamSteps:
             self.counts.add(counts)
             units = left + (self.bins(rows) if self.bins and rows else [[row] for row in rows])
             size = self.units_per_step
-            whole = len(units) // size * size
-            left = units[whole:]
-            yield from self._ordered(units[:whole], number)
+            complete = len(units) // size * size
+            left = units[complete:]
+            yield from self._ordered(units[:complete], number)
 
-    def _read(self) -> tuple[list[EncodedRow], int, Counts, list[tuple[Located, str]]]:
+    def _read(self) -> tuple[list[EncodedRow], int, Counts, list[tuple[LocatedRow, str]]]:
         rows = _STEPS_PER_WINDOW * self.units_per_step
         if self.bins is not None:
             rows = max(rows, _PACKED_ROWS)
-        bad: list[tuple[Located, str]] = []
+        bad: list[tuple[LocatedRow, str]] = []
 
-        def skip(located: Located, reason: str) -> None:
+        def skip(located: LocatedRow, reason: str) -> None:
             bad.append((located, reason))
 
         window = list(islice(self._source, rows))
@@ -202,7 +205,7 @@ class StreamSteps:
         return *found, bad
 
     def _ordered(self, units: list[Bin], window: int) -> list[list[Bin]]:
-        """The steps of a window; with ``group_by_length`` each of like lengths, in random order."""
+        """The steps of a window; with ``group_by_length`` of similar lengths, in random order."""
         size = self.units_per_step
         grouped = self.group_by_length and self.bins is None
         if grouped:
@@ -214,21 +217,21 @@ class StreamSteps:
         return steps
 
 
-def shuffled(stream: Stream, seed: int, buffer_rows: int) -> Iterator[Passed]:
-    """The rows without end. Of ``buffer_rows`` rows a random one is next, and the row read next
-    takes its place; each pass over the stream is shuffled anew.
+def shuffled(stream: Stream, seed: int, buffer_rows: int) -> Iterator[PassRow]:
+    """Yield rows without end: each time a random one of the ``buffer_rows`` in the buffer, replaced
+    by the next row read. Each pass over the stream is shuffled differently.
 
     Raises DataError if a pass has no rows.
     """
     for number in count():
         generator = np.random.default_rng((seed, number))
-        for located in _one_pass(stream, generator, buffer_rows):
-            yield Passed(located, number)
+        for located in _shuffled_pass(stream, generator, buffer_rows):
+            yield PassRow(located, number)
 
 
-def _one_pass(
+def _shuffled_pass(
     stream: Stream, generator: np.random.Generator, buffer_rows: int
-) -> Iterator[Located]:
+) -> Iterator[LocatedRow]:
     rows = stream.read()
     buffer = list(islice(rows, buffer_rows))
     if not buffer:

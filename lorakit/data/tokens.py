@@ -1,12 +1,9 @@
-"""What is counted of the rows of a split while they are tokenised.
-
-Examples -> token ids, and which of them the loss is taken on.
-"""
+"""Tokenise examples: token ids, and which of them count in the loss."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,19 +11,19 @@ from typing import Any
 from lorakit.data.chat import ChatEncoder
 from lorakit.data.chat.ids import Joiner
 from lorakit.data.examples import ChatExample, ClassificationExample, Example, TextExample
-from lorakit.data.rows import UnreadRow
+from lorakit.data.rows import Row, RowSequence, UnreadRow
 from lorakit.errors import DataError
 
-#: So many bad rows are named, and all are counted.
+#: The number of bad rows that are named; all are counted.
 NAMED_ROWS = 5
 
 
 @dataclass
 class Counts:
-    """``rows`` are the source's, of which a chat may give several rows of tokens;
-    ``truncated_rows`` and ``cut_completions`` are rows of tokens. ``skipped_rows`` of ``rows`` are
-    left out as bad, the first of them in ``skipped`` by index and reason. ``notes`` are the counts
-    of ``lorakit.data.chat.encode``, by name."""
+    """Counts of a split's rows. ``rows`` are the source's, which for a chat may become several rows
+    of tokens; ``truncated_rows`` and ``cut_completions`` are rows of tokens. ``skipped_rows`` of
+    ``rows`` were left out as bad, of which ``skipped`` has the first ones, as index and reason.
+    ``notes`` are the counts of ``lorakit.data.chat.encode``, by name."""
 
     rows: int = 0
     truncated_rows: int = 0
@@ -50,7 +47,7 @@ class Counts:
             self.skipped.append((index, reason))
 
 
-#: Gets the index of a row that is left out, and the reason.
+#: Called with the index of a row that is left out and the reason.
 OnBadRow = Callable[[int, str], None]
 
 
@@ -68,8 +65,8 @@ class TokenRow:
 
 @dataclass
 class EncodedRows:
-    """``rows`` in order, one a source row or, of a chat, several. ``labels`` are an encoder's, one
-    a row."""
+    """``rows`` in order, one per source row or, for a chat, several. ``labels`` has one label per
+    row for an encoder."""
 
     rows: list[TokenRow]
     labels: list[int | float]
@@ -77,18 +74,18 @@ class EncodedRows:
 
 
 def encode_rows(
-    rows: Sequence[Mapping[str, Any]],
+    rows: RowSequence,
     locate: Callable[[int], str],
-    to_example: Callable[[Mapping[str, Any]], Example],
+    to_example: Callable[[Row], Example],
     tokenizer: Any,
     max_length: int,
     skip: OnBadRow | None = None,
 ) -> EncodedRows:
-    """The tokens of each row. ``locate`` names a row by its index.
+    """Tokenise rows. ``locate`` returns the file and row of an index.
 
-    Raises DataError, with the row, for one that cannot be read, that the task refuses or that
-    leaves nothing to train on; with ``skip``, which gets its index and the reason, such a row is
-    left out.
+    Raises DataError, with file and row, for a row that cannot be read, that the task refuses or
+    that has no token to train on. With ``skip``, which is called with the index and the reason,
+    such a row is left out.
     """
     given: list[tuple[int, Example]] = []
     for index, row in enumerate(rows):
@@ -126,7 +123,7 @@ def _at_row(locate: Callable[[int], str], index: int, skip: OnBadRow | None) -> 
 
 
 def _trainable(rows: list[TokenRow], example: Example, max_length: int) -> list[TokenRow]:
-    """Those of an example's rows on which the loss is taken. Raises DataError for none."""
+    """The rows of an example that have a trained token. Raises DataError if there are none."""
     if isinstance(example, ClassificationExample):
         return rows
     trained = [row for row in rows if any(row.loss_mask[1:])]
@@ -139,11 +136,12 @@ def _trainable(rows: list[TokenRow], example: Example, max_length: int) -> list[
 def _encode_examples(
     examples: Sequence[Example], tokenizer: Any, max_length: int, counted: Counter[str]
 ) -> Iterable[list[TokenRow]]:
-    """The rows of each example, all examples of one kind; ``counted`` gets what is to be said.
+    """Return the rows of each example; all examples are of one kind. ``counted`` is updated with
+    the counts of ``ChatEncoder``.
 
-    A prompt that is too long loses its beginning, so that the completion and its EOS stay; a
-    completion that is too long by itself loses its end. Raises DataError, also while the rows are
-    taken, for the one whose turn it is.
+    A prompt that is too long loses its beginning, so that the completion and its EOS are kept; a
+    completion that is too long by itself loses its end. Raises DataError for an example, either at
+    once or when its rows are taken from the iterator.
     """
     if not examples:
         return []
@@ -161,8 +159,8 @@ def _encode_examples(
 def _encode_chats(
     chats: Sequence[ChatExample], tokenizer: Any, max_length: int, counted: Counter[str]
 ) -> Iterator[list[TokenRow]]:
-    """A row with one trained turn loses the beginning of its prompt, as prompts of generation do;
-    one with several loses its end. A chat that is refused does not end the iterator."""
+    """A row with one trained turn loses the beginning of its prompt, as prompts do in generation; a
+    row with several loses its end. A chat that is refused does not end the iterator."""
     encoder = ChatEncoder(tokenizer)
 
     def encode(chat: ChatExample) -> list[TokenRow]:
@@ -181,12 +179,12 @@ def _encode_chats(
 
 
 def encode_prompt(example: TextExample, tokenizer: Any, max_length: int) -> list[int]:
-    """The ids of a prompt, as they stand before the completion in training."""
+    """The ids of a prompt, as they precede the completion in training."""
     return _encode_texts([example], tokenizer, max_length)[0].input_ids
 
 
 def special_prefix(tokenizer: Any) -> list[int]:
-    """The ids that the tokenizer puts before a text by itself (BOS), without those behind it."""
+    """The ids that the tokenizer adds before a text (BOS), without those that it adds after it."""
     bare = tokenizer("a", add_special_tokens=False).input_ids
     whole = tokenizer("a").input_ids
     for start in range(len(whole) - len(bare) + 1):
@@ -198,8 +196,8 @@ def special_prefix(tokenizer: Any) -> list[int]:
 def _encode_texts(
     examples: Sequence[TextExample], tokenizer: Any, max_length: int
 ) -> list[TokenRow]:
-    """Segments are tokenised one by one. A text that begins with what the tokenizer would put
-    before it, or ends with EOS, gets no second one."""
+    """Segments are tokenised separately. A text that already begins with BOS or ends with EOS does
+    not get a second one."""
     prefix = special_prefix(tokenizer)
     pieces = iter(_segment_ids(examples, tokenizer))
     encoded = []
@@ -215,13 +213,14 @@ def _encode_texts(
             if not any(row.loss_mask):
                 prompt_tokens = max(0, len(row.input_ids) - len(prefix))
         if example.eos:
-            _end(row, example, tokenizer)
+            _append_eos(row, example, tokenizer)
         encoded.append(_cut(row, max_length, prompt_tokens, len(prefix)))
     return encoded
 
 
 def _segment_ids(examples: Sequence[TextExample], tokenizer: Any) -> list[list[int]]:
-    """The ids of all segments in order; one behind another has no space of the tokenizer's own."""
+    """The ids of all segments in order. A segment that follows another does not get the leading
+    space that some tokenizers add."""
     joiner = Joiner(tokenizer)
     segments = [(i, segment.text) for e in examples for i, segment in enumerate(e.segments)]
     if not joiner.adds_space:
@@ -229,10 +228,10 @@ def _segment_ids(examples: Sequence[TextExample], tokenizer: Any) -> list[list[i
     return [joiner.inside(text) if i else joiner.ids([text])[0] for i, text in segments]
 
 
-def _end(row: TokenRow, example: TextExample, tokenizer: Any) -> None:
+def _append_eos(row: TokenRow, example: TextExample, tokenizer: Any) -> None:
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise DataError("the tokenizer has no EOS token to end an example with")
+        raise DataError("the tokenizer has no EOS token, which ends each example")
     last = example.segments[-1]
     if last.text.rstrip().endswith(tokenizer.eos_token) and eos in row.input_ids:
         return
@@ -241,7 +240,7 @@ def _end(row: TokenRow, example: TextExample, tokenizer: Any) -> None:
 
 
 def _cut(row: TokenRow, max_length: int, prompt_tokens: int, prefix: int = 0) -> TokenRow:
-    """Fit a row into ``max_length``: from the prompt's beginning first, then from the end."""
+    """Truncate a row to ``max_length``, first at the beginning of its prompt, then at its end."""
     over = len(row.input_ids) - max_length
     if over <= 0:
         return row
@@ -258,7 +257,7 @@ def _encode_pairs(
 ) -> list[TokenRow]:
     paired = examples[0].text_pair is not None
     special = tokenizer.num_special_tokens_to_add(pair=paired)
-    if max_length <= special:  # the tokenizer would then cut nothing
+    if max_length <= special:  # the tokenizer would then not truncate at all
         raise DataError(
             f"task.max_length = {max_length}: the tokenizer adds {special} special tokens to each "
             f"row; allowed: {special + 1} or more"

@@ -14,14 +14,13 @@ from lorakit import registry
 from lorakit.errors import Problem, RecipeError, UserError, did_you_mean
 from lorakit.recipe.diagnostics import Fault
 from lorakit.recipe.sections import (
-    SPLIT_NAMES,
     AdapterSection,
     ModelSection,
     Recipe,
     TaskSection,
     TrainSection,
-    ambiguous_splits,
     parse_layers,
+    split_name_errors,
 )
 from lorakit.recipe.yaml_source import YamlFile
 
@@ -174,13 +173,8 @@ def _packing(task: TaskSection, kind: str | None) -> Iterator[Fault]:
 def _splits(task: TaskSection) -> Iterator[Fault]:
     if not isinstance(task.path, dict):
         return
-    for name in task.path:
-        if name not in SPLIT_NAMES:
-            message = did_you_mean("unknown split", name, SPLIT_NAMES)
-            yield Fault(("task", "path"), message, name, True, ", ".join(SPLIT_NAMES))
-    for split, names in ambiguous_splits(task.path):
-        message = f"{' and '.join(names)} both name split {split!r}"
-        yield Fault(("task", "path"), message, allowed="one of them")
+    for message, allowed in split_name_errors(task.path):
+        yield Fault(("task", "path"), message, allowed=allowed)
 
 
 def _token_budget(task: TaskSection, train: TrainSection) -> Iterator[Fault]:

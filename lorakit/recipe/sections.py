@@ -20,6 +20,8 @@ from pydantic import (
     model_validator,
 )
 
+from lorakit.errors import did_you_mean
+
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -269,10 +271,15 @@ SPLIT_ALIASES = {
 SPLIT_NAMES = tuple(name for names in SPLIT_ALIASES.values() for name in names)
 
 
-def ambiguous_splits(given: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yield each split to which several of the ``given`` names refer, with those names."""
+def split_name_errors(given: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield an error, as message and what is allowed, for each unknown name and for each split that
+    several of the ``given`` names refer to."""
     given = list(given)
+    for name in given:
+        if name not in SPLIT_NAMES:
+            message = did_you_mean(f"unknown split {name!r}", name, SPLIT_NAMES)
+            yield message, ", ".join(SPLIT_NAMES)
     for split, names in SPLIT_ALIASES.items():
         found = [name for name in given if name in names]
         if len(found) > 1:
-            yield split, found
+            yield f"{' and '.join(found)} both name split {split!r}", "one of them"

@@ -109,7 +109,7 @@ def unused_notes(task: Task, config: Any, split: Split) -> list[str]:
     counted = _count(task, config, split, rows, others)
     if rows < len(split):  # these may begin to hold something further on
         counted.keys.update({_column(column): 0 for column in others})
-    whole = rows == len(split) and not split.begun
+    whole = rows == len(split) and not split.is_head
     of = f"of {rows:,}" if whole else f"of the first {rows:,}"
     notes = []
     if counted.keys:
@@ -203,7 +203,7 @@ def absent_notes(task: Task, config: object, split: Split) -> list[str]:
     for start in range(0, rows, _ABSENT_BATCH_ROWS):
         for row in row_range(split.rows, start, min(start + _ABSENT_BATCH_ROWS, rows)):
             found.update(_absent(row, columns))
-    whole = rows == len(split) and not split.begun
+    whole = rows == len(split) and not split.is_head
     of = f"of {rows:,} rows" if whole else f"of the first {rows:,} rows"
     return [
         f"{split.name}: {found[column]:,} {of} have no {column!r}: empty in the template"

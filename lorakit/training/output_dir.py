@@ -26,7 +26,7 @@ from lorakit.adapters.peft.targets import (
     refused_note,
 )
 from lorakit.adapters.peft.write import save_adapter
-from lorakit.data.stream import same_beginning
+from lorakit.data.stream import have_same_head
 from lorakit.errors import AdapterError, UserError
 from lorakit.methods.base import Method
 from lorakit.models.hub import load_config
@@ -103,7 +103,7 @@ def check_same_data(data: dict[str, Any], checkpoint: Path, say: Callable[[str],
         then, now = ((of.get(split) or {}).get("fingerprint") for of in (before, data))
         if then != now:
             source = (data.get(split) or before[split])["source"]
-            if not (run.get("bad_row") and same_beginning(then, now)):
+            if not (run.get("bad_row") and have_same_head(then, now)):
                 raise UserError(
                     f"--resume: {source}: the {split} data is not what the run began with"
                 )

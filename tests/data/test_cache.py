@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from lorakit.data import arrays, cache, shards
-from lorakit.data.cache import CACHED_ROWS, EncodedCache, encoding_key
+from lorakit.data import cache, shards
+from lorakit.data.cache import CACHED_ROWS, EncodedCache, encoding_key, source_digest, write_arrays
 from lorakit.data.encode import EncodedSplit, encode_split, split_notes
 from lorakit.data.examples import ChatExample, ClassificationExample, Segment, TextExample
 from lorakit.data.sources import Split, load_split
@@ -162,7 +162,7 @@ def test_chats_that_become_several_rows(cached: Cached, tokenizer: Any) -> None:
 
 
 def test_each_thing_that_tokens_follow_from_misses(
-    cached: Cached, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cached: Cached,
 ) -> None:
     assert not cached.hit()
     assert cached.hit()
@@ -170,10 +170,21 @@ def test_each_thing_that_tokens_follow_from_misses(
     assert not cached.hit(max_length=16)
     assert not cached.hit(extra=b"another file")
     assert not cached.hit(template="{x}")
-    monkeypatch.setattr(cache, "_code_digest", lambda: "other code")
-    assert not cached.hit()
-    monkeypatch.undo()
     assert cached.hit()
+
+
+def test_only_changes_of_the_code_change_the_digest(tmp_path: Path) -> None:
+    sources = {
+        "first": "def f(x):\n    return x + 1\n",
+        "commented": '"""A module."""\n\ndef f(x):\n    """Add 1."""\n    # one\n    return x+1\n',
+        "changed": "def f(x):\n    return x + 2\n",
+    }
+    for name, source in sources.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "module.py").write_text(source)
+    first, commented, changed = (source_digest(tmp_path / name) for name in sources)
+    assert first == commented
+    assert first != changed
 
 
 def test_another_tokenizer_or_template_misses(cached: Cached) -> None:
@@ -247,7 +258,7 @@ def test_a_broken_entry_is_made_again(cached: Cached, damage: Callable[[bytes], 
     broken.rename(entry)  # ``plain`` still maps the whole one
     cached.said.clear()
     assert_equal(cached.encode(), plain)
-    assert cached.said[0].startswith(f"{entry}: the cache entry is broken (")
+    assert cached.said[0].startswith(f"{entry}: the cache entry is corrupt (")
     assert cached.hit()
 
 
@@ -266,9 +277,9 @@ def test_a_cache_that_cannot_be_written_is_said_once(tmp_path: Path, tokenizer: 
     plain = encode_split(split_of(), example, tokenizer, 15)
     for _ in range(2):
         assert_equal(encode_split(split_of(), example, tokenizer, 15, cache=kept), plain)
-    assert [text for text in said if "cannot be written" in text] == [
-        f"the cache {tmp_path}/file/tokens cannot be written (Not a directory): the next run "
-        "tokenises again; LORAKIT_CACHE names another directory"
+    assert [text for text in said if "cannot write" in text] == [
+        f"cannot write to the cache {tmp_path}/file/tokens (Not a directory): the next run "
+        "tokenises again; hint: set LORAKIT_CACHE to another directory"
     ]
 
 
@@ -278,10 +289,10 @@ def test_a_full_disk_is_one_clear_line(tokenizer: Any, monkeypatch: pytest.Monke
     def full() -> Any:
         return Path("/dev/full").open("wb", buffering=0)
 
-    monkeypatch.setattr(arrays, "scratch_file", full)
+    monkeypatch.setattr(cache, "scratch_file", full)
     for processes in (1, 2):
         monkeypatch.setattr(shards, "_processes", lambda rows, n=processes: n)
-        expected = r"^the tokens: cannot be written on the disk of .*No space left.*LORAKIT_CACHE"
+        expected = r"^the tokens: cannot write to the disk of .*No space left.*LORAKIT_CACHE"
         with pytest.raises(DataError, match=expected):
             encode_split(split_of(), example, tokenizer, 15)
 
@@ -292,7 +303,7 @@ def test_a_killed_writer_leaves_no_entry(
     """Killed between the first byte and the rename; the next writer sweeps."""
 
     def stuck(parts: Any, file: Any) -> None:
-        arrays.write_arrays(parts, file)
+        write_arrays(parts, file)
         time.sleep(60)
 
     monkeypatch.setattr(cache, "write_arrays", stuck)

@@ -354,8 +354,8 @@ def test_what_was_counted_is_said_once(tokenizer: Any) -> None:
     assert texts == [f"<think></think>{text}</s>" for text in ("4", "Yes, 4 é", "4", "At 14:05.")]
     assert found.trained_tokens == sum(int(found[i].loss_mask.sum()) for i in range(len(found)))
     assert split_notes(found, split, 100) == [
-        "train: 1 of 3 chats became 2 training rows, each trained turn in one of them: an earlier "
-        "turn renders or tokenises differently once a later one follows",
+        "train: 1 of 3 chats became 2 training rows, with each trained turn in one of them: an "
+        "earlier turn renders or tokenises differently once a later one follows",
         "train: the chat template ignores these keys of messages: 'name' (1)",
     ]
 

@@ -62,7 +62,7 @@ def test_a_column_that_one_file_lacks(tmp_path: Path, one: str, other: str) -> N
         assert row_range(split.rows, 1, 2) == expected[1:2]
         assert [dict(split.rows[index]) for index in (0, 1, 2, -1)] == [*expected, expected[-1]]
         assert split.notes == (
-            f"columns that some files lack, empty in their rows: 'input' ({files[1]})",
+            f"columns missing from some files, empty in their rows: 'input' ({files[1]})",
         )
 
 

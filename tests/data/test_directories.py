@@ -82,10 +82,12 @@ def test_longer_names_of_splits_are_others(tmp_path: Path) -> None:
 def test_what_is_named_otherwise_is_said(tmp_path: Path) -> None:
     put(tmp_path, "train.jsonl", "train_old.jsonl", "train-clean.csv", "trainer_state.json")
     assert found(tmp_path) == ["train.jsonl"]
-    assert notes(tmp_path).endswith("not read beside train.jsonl: train-clean.csv, train_old.jsonl")
+    assert notes(tmp_path).endswith(
+        "ignored in favour of train.jsonl: train-clean.csv, train_old.jsonl"
+    )
     (tmp_path / "train.jsonl").rename(tmp_path / "train-0-of-1.jsonl")
     assert found(tmp_path) == ["train-0-of-1.jsonl"]
-    assert "not read beside train-0-of-1.jsonl: train-clean.csv, train_old" in notes(tmp_path)
+    assert "ignored in favour of train-0-of-1.jsonl: train-clean.csv, train_old" in notes(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -102,19 +104,19 @@ def test_what_is_named_otherwise_is_said(tmp_path: Path) -> None:
 def test_a_split_in_two_forms(tmp_path: Path, names: list[str], first: str, second: str) -> None:
     put(tmp_path, *names)
     assert refusal(tmp_path).startswith(f"{tmp_path}: {first} and {second}")
-    assert "both name the split 'train'; keep one, or map" in refusal(tmp_path)
+    assert "both name split 'train'; hint: keep one of them, or map" in refusal(tmp_path)
 
 
 def test_two_names_of_a_split(tmp_path: Path) -> None:
     put(tmp_path, "dev-0.jsonl", "val-0.jsonl")
-    assert "dev-0.jsonl and val-0.jsonl both name the split 'valid" in refusal(tmp_path, "val")
+    assert "dev-0.jsonl and val-0.jsonl both name split 'valid" in refusal(tmp_path, "val")
     put(tmp_path / "b", "valid/0.jsonl", "dev/0.jsonl")
     assert "valid/0.jsonl and dev/0.jsonl both name" in refusal(tmp_path / "b", "validation")
 
 
 def test_shards_that_differ_in_format_alone(tmp_path: Path) -> None:
     put(tmp_path, "train_0.jsonl", "train_0.jsonl.gz", "train_1.jsonl")
-    assert "train_0.jsonl and train_0.jsonl.gz differ in format alone" in refusal(tmp_path)
+    assert "train_0.jsonl and train_0.jsonl.gz differ only in format" in refusal(tmp_path)
 
 
 def test_a_folder_with_files_that_are_not_read(tmp_path: Path) -> None:

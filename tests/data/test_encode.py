@@ -193,8 +193,10 @@ def test_ids_outside_of_the_embedding(tiny_llama: Path) -> None:
     split = encoded([pair("a", "b")], tokenizer)
     largest = max(int(split.input_ids.max()), tokenizer.pad_token_id or 0)
     check_token_ids(split, tokenizer, largest + 1)
-    with pytest.raises(DataError, match=f"gives id {largest}, and the model has {largest} embed"):
+    with pytest.raises(
+        DataError, match=f"produces id {largest}, but the model has {largest} embed"
+    ):
         check_token_ids(split, tokenizer, largest)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)
-    with pytest.raises(DataError, match=f"gives id {tokenizer.pad_token_id}, "):
+    with pytest.raises(DataError, match=f"produces id {tokenizer.pad_token_id}, "):
         check_token_ids(split, tokenizer, largest + 1)

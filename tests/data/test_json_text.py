@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lorakit.data import json_text, spool
+from lorakit.data import json_text
 from lorakit.data.sources import load_split
 from lorakit.data.stream import open_stream
 from lorakit.errors import DataError
@@ -73,7 +73,7 @@ def test_arrays(
     tmp_path: Path, name: str, form: str, in_memory: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not in_memory:
-        monkeypatch.setattr(spool, "IN_MEMORY_BYTES", 16)
+        monkeypatch.setattr("lorakit.data.rows.IN_MEMORY_BYTES", 16)
     assert both_ways(write(tmp_path / name, ARRAYS[form])) == ROWS
 
 
@@ -84,7 +84,7 @@ def test_json_files_without_an_array(
     tmp_path: Path, name: str, form: str, in_memory: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not in_memory:
-        monkeypatch.setattr(spool, "IN_MEMORY_BYTES", 16)
+        monkeypatch.setattr("lorakit.data.rows.IN_MEMORY_BYTES", 16)
     assert both_ways(write(tmp_path / name, OBJECTS[form])) == ROWS
 
 
@@ -108,9 +108,9 @@ def test_arrays_and_lines_together(tmp_path: Path) -> None:
         ('[{"a": 1}, 5]', ", row 2: not a JSON object"),
         ('[{"a": 1}, [2]]', ", row 2: not a JSON object"),
         ("[null]", ", row 1: not a JSON object"),
-        ('[{"a": 1}, {"a": }]', ", row 2: not JSON: Expecting value at its character 7"),
-        ('[{"a": 1}, {"a": 1]', ", row 2: not JSON: Expecting ',' delimiter at its character 8"),
-        ('[{"a": 1},]', ", row 2: not JSON: Expecting value at its character 1"),
+        ('[{"a": 1}, {"a": }]', ", row 2: not JSON: Expecting value at character 7"),
+        ('[{"a": 1}, {"a": 1]', ", row 2: not JSON: Expecting ',' delimiter at character 8"),
+        ('[{"a": 1},]', ", row 2: not JSON: Expecting value at character 1 of the row"),
         ('[{"a": 1} {"a": 2}]', ", row 1: not JSON: '{' after the value; allowed: ',' or ']'"),
         ('[{"a": 1}, {"a": 2}', ", row 2: not JSON: the end of the file after the value"),
         ('[{"a": 1}, {"a": "x', ", row 2: not JSON: Unterminated string"),
@@ -118,7 +118,7 @@ def test_arrays_and_lines_together(tmp_path: Path) -> None:
         ("[", ", row 1: not JSON: Expecting value"),
         ('[{"a": 1}] x', ": text after the end of the array; allowed: an array of objects"),
         ('[{"a": 1}]\n[{"a": 2}]', ": text after the end of the array"),
-        ('[{"a": "\\ud83d"}]', ", row 1: half a surrogate pair"),
+        ('[{"a": "\\ud83d"}]', ", row 1: lone surrogate"),
         (b'[{"a": 1}, {"a": "caf\xe9"}]', ", row 2: not UTF-8"),
         ("[]", ": the split 'train' is empty"),
         (" [\n ]\n", ": the split 'train' is empty"),
@@ -140,10 +140,13 @@ def test_bad_arrays(tmp_path: Path, name: str, content: str | bytes, expected: s
         ('"a"', ", row 1: not a JSON object"),
         ('{"a": 1},\n{"a": 2}', ", row 2: not JSON: Expecting value"),
         ("text", ", row 1: not JSON"),
-        ('{"data": [{"a": 1}, {"a": 2}]}', ": one object, whose 'data' holds a list of rows"),
-        ('{\n "version": 1,\n "rows": [\n  {"a": 1}\n ]\n}', ": one object, whose 'rows' holds"),
-        ('{"a": ["x", "y"], "b": [0, 1]}', ": one object that holds whole columns; allowed: an"),
-        ('{"a": {"0": "x"}, "b": {"0": 1}}', ": one object that holds whole columns; allowed:"),
+        ('{"data": [{"a": 1}, {"a": 2}]}', ": a single object with the rows in 'data'"),
+        (
+            '{\n "version": 1,\n "rows": [\n  {"a": 1}\n ]\n}',
+            ": a single object with the rows in 'rows'",
+        ),
+        ('{"a": ["x", "y"], "b": [0, 1]}', ": a single object with whole columns; allowed: an"),
+        ('{"a": {"0": "x"}, "b": {"0": 1}}', ": a single object with whole columns; allowed:"),
     ],
 )
 def test_bad_objects(tmp_path: Path, content: str, expected: str) -> None:
@@ -169,7 +172,9 @@ def test_other_encodings(tmp_path: Path, name: str, encoding: str) -> None:
 def test_a_pointer_in_place_of_data(tmp_path: Path, name: str) -> None:
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
     file = write(tmp_path / name, pointer)
-    assert refusal(file) == f"{file}: a Git LFS pointer, not the data itself; run git lfs pull"
+    assert (
+        refusal(file) == f"{file}: a Git LFS pointer, not the data itself; hint: run git lfs pull"
+    )
 
 
 def test_packed_tables(tmp_path: Path) -> None:
@@ -198,10 +203,10 @@ def random_value(generator: random.Random, depth: int = 0) -> Any:
     return {str(key): random_value(generator, depth + 1) for key in keys}
 
 
-def outcome(read: Any, data: bytes) -> Any:
-    """The rows that are read of ``data``; in place of a complaint, the place that it names."""
+def outcome(data: bytes) -> Any:
+    """The rows of ``data``, or the place that an error names."""
     try:
-        pieces = list(read(FILE, io.BytesIO(data)))
+        pieces = list(json_text.pieces(FILE, io.BytesIO(data), by_line=False))
     except DataError as error:
         return str(error).split(":")[0]
     assert b"".join(piece for piece, _ in pieces) == data, "every byte is in a piece"
@@ -228,12 +233,12 @@ def test_chunks_do_not_show(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
         found = []
         for size in (1, 7, 1 << 20):
             monkeypatch.setattr(json_text, "_CHUNK", size)
-            found.append(outcome(json_text.array, data))
+            found.append(outcome(data))
         assert found[0] == found[1] == found[2]
         assert found[0] == expected(data) or (isinstance(found[0], str) and expected(data) is None)
     for size in (1, 7, 1 << 20):
         monkeypatch.setattr(json_text, "_CHUNK", size)
-        assert outcome(json_text.objects, each) == [*rows, {"a": 1}, {}]
+        assert outcome(each) == [*rows, {"a": 1}, {}]
 
 
 def expected(data: bytes) -> Any:
@@ -248,7 +253,7 @@ def expected(data: bytes) -> Any:
 def test_a_large_array_is_not_held_as_objects(
     tmp_path: Path, indent: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spool, "IN_MEMORY_BYTES", 1000)
+    monkeypatch.setattr("lorakit.data.rows.IN_MEMORY_BYTES", 1000)
     monkeypatch.setattr(json_text, "_CHUNK", 1 << 16)
     rows = [{"text": f"row {n} {'x' * 200}", "list": [n] * 20} for n in range(10_000)]
     file = write(tmp_path / "a.json", json.dumps(rows, indent=indent))
@@ -284,7 +289,7 @@ def test_an_error_does_not_make_the_rest_of_the_file_be_read(tmp_path: Path) -> 
     row = b'{"text": "' + b"x" * 100 + b'"}, '
     handle = Counted(b"[" + row * 1000 + b'{"text" 1}, ' + row * 200_000 + b"{}]")
     with pytest.raises(DataError, match=r"rows\.json, row 1001: not JSON: Expecting ':'"):
-        list(json_text.array(FILE, handle))
+        list(json_text.pieces(FILE, handle, by_line=False))
     assert handle.taken <= 2 << 20
 
 

@@ -80,7 +80,9 @@ def test_a_glob_reads_no_file_that_only_describes_data() -> None:
     assert names("d/*") == ["d/a.jsonl"]
     assert names("d/*.json*", "test") == []
     Path("d/a.jsonl").unlink()
-    assert "d/*.json': the glob matches no data file but d/dataset_info.json" in refusal("d/*.json")
+    assert "d/*.json': the glob matches no data file, only d/dataset_info.json" in refusal(
+        "d/*.json"
+    )
 
 
 def test_a_glob_passes_over_no_data_in_another_format() -> None:
@@ -113,9 +115,11 @@ def test_the_same_file_twice() -> None:
         ["a*.jsonl", "*a.jsonl"],
         ["a.jsonl", str(Path("a.jsonl").resolve())],
     ):
-        assert refusal(path).endswith("a.jsonl is listed twice")
+        message = refusal(path)
+        assert message.startswith("task.path: duplicate file ")
+        assert message.endswith("a.jsonl")
     touch("a.jsonl.gz")
-    assert "a.jsonl and a.jsonl.gz differ in format alone" in refusal("a.*")
+    assert "a.jsonl and a.jsonl.gz differ only in format" in refusal("a.*")
     assert names(["a.jsonl", "a.jsonl.gz"]) == ["a.jsonl", "a.jsonl.gz"]
 
 
@@ -131,12 +135,12 @@ def test_a_broken_link_is_not_passed_over() -> None:
     touch("d/train-0.jsonl")
     Path("d/train-1.jsonl").symlink_to("nowhere")
     for path in ("d/*.jsonl", "d"):
-        assert refusal(path) == "task.path: d/train-1.jsonl: a link to a file that does not exist"
+        assert refusal(path) == "task.path: d/train-1.jsonl: dangling symbolic link"
 
 
 def test_directories_in_a_list() -> None:
     touch("d/a.jsonl")
-    expected = "task.path: d is a directory; allowed here: a file, or a glob (d/*)"
+    expected = "task.path: d is a directory; allowed: a file, or a glob (d/*)"
     for path in (["d"], {"train": "d"}, {"train": ["d"]}):
         assert refusal(path) == expected
 
@@ -159,21 +163,21 @@ def test_a_whole_set(start: int) -> None:
 def test_a_missing_shard_is_named(path: str) -> None:
     touch("d/train-00000-of-00004.jsonl", "d/train-00003-of-00004.jsonl")
     assert refusal(path) == (
-        "task.path: a shard is missing: d/train-00001-of-00004.jsonl, d/train-00002-of-00004.jsonl"
+        "task.path: missing shard: d/train-00001-of-00004.jsonl, d/train-00002-of-00004.jsonl"
     )
 
 
 def test_a_glob_for_some_shards() -> None:
     touch(*(f"train-{n:05}-of-00100.jsonl" for n in range(100) if n != 57))
     assert len(names("train-0001?-of-*.jsonl")) == 10
-    assert refusal("train-0005?-*").endswith("a shard is missing: train-00057-of-00100.jsonl")
+    assert refusal("train-0005?-*").endswith("missing shard: train-00057-of-00100.jsonl")
 
 
 def test_listed_shards_may_be_a_part_and_this_is_said() -> None:
     shards = [f"train-{n:05}-of-00003.jsonl" for n in range(3)]
     touch(*shards)
     assert names(shards[1]) == shards[1:2]
-    expected = f"task.path: shards that are not listed: {shards[0]}, {shards[2]}"
+    expected = f"task.path: shards not listed: {shards[0]}, {shards[2]}"
     assert notes(shards[1]) == expected
     assert notes(shards) == ""
     assert names(shards[::-1]) == shards[::-1]
@@ -181,13 +185,13 @@ def test_listed_shards_may_be_a_part_and_this_is_said() -> None:
 
 def test_sets_that_are_mixed_up() -> None:
     touch("a-00000-of-00001.jsonl", "a-00000-of-00002.jsonl", "a-00001-of-00002.jsonl")
-    assert "a-00000-of-00002.jsonl are shards of two sets" in refusal("*.jsonl")
+    assert "a-00000-of-00002.jsonl are shards of different sets" in refusal("*.jsonl")
     assert len(names("a-*-of-00002.jsonl")) == 2
     touch("b-0-of-2.jsonl", "b-1-of-2.csv", "b-1-of-2.jsonl")
     assert "b-1-of-2.csv and b-1-of-2.jsonl are the same shard" in refusal("b-*")
     assert names("b-*.jsonl") == ["b-0-of-2.jsonl", "b-1-of-2.jsonl"]
     touch("c-0-of-2.jsonl", "c-7-of-2.jsonl")
-    assert "c-7-of-2.jsonl: its number is beyond the 2 shards" in refusal("c-*")
+    assert "c-7-of-2.jsonl: shard number out of range: there are 2 shards" in refusal("c-*")
 
 
 def test_several_sets_and_formats() -> None:
@@ -222,9 +226,11 @@ def test_a_file_of_two_splits_is_said() -> None:
 def test_no_split() -> None:
     touch("d/b.jsonl", "d/a.csv", "d/sub/x.jsonl", "d/.hidden", "e/test.jsonl", "f/g/h.jsonl")
     message = str(no_split("d", "train"))
-    assert message.startswith("d: no split 'train'; the directory holds a.csv, b.jsonl, sub/. ")
+    assert message.startswith(
+        "d: no split 'train'; the directory contains a.csv, b.jsonl, sub/; hint: "
+    )
     assert "give a file, a glob or a mapping: task.path: {train: FILE}" in message
-    assert "e: no split 'train'; allowed: test; the directory holds test.jsonl" in str(
+    assert "e: no split 'train'; allowed: test; the directory contains test.jsonl" in str(
         no_split("e", "train")
     )
     Path("empty").mkdir()

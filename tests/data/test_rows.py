@@ -11,10 +11,15 @@ from typing import Any
 
 import pytest
 
-from lorakit.data import spool
-from lorakit.data.rows import JsonRows, row_range
+from lorakit.data.rows import (
+    FileStore,
+    JsonRows,
+    MemoryBudget,
+    allow_open_files,
+    cache_dir,
+    row_range,
+)
 from lorakit.data.sources import Split, load_split
-from lorakit.data.spool import FileSource, Room, allow_open_files
 from lorakit.errors import DataError
 
 ROWS: list[dict[str, Any]] = [
@@ -30,7 +35,7 @@ NAMES = ["a.jsonl", "a.jsonl.gz", "a.csv", "a.tsv", "a.parquet"]
 @pytest.fixture(params=[True, False], ids=["in memory", "on disk"])
 def in_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     if not request.param:
-        monkeypatch.setattr(spool, "IN_MEMORY_BYTES", 64)
+        monkeypatch.setattr("lorakit.data.rows.IN_MEMORY_BYTES", 64)
     return bool(request.param)
 
 
@@ -90,7 +95,7 @@ def test_formats_are_exact(tmp_path: Path, name: str, in_memory: bool) -> None:
 
 
 def test_large_parquet_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spool, "IN_MEMORY_BYTES", 64)
+    monkeypatch.setattr("lorakit.data.rows.IN_MEMORY_BYTES", 64)
     import datasets
 
     features = datasets.Features(
@@ -108,7 +113,7 @@ def test_large_parquet_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_nothing_is_left_on_the_disk(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spool, "IN_MEMORY_BYTES", 64)
+    monkeypatch.setattr("lorakit.data.rows.IN_MEMORY_BYTES", 64)
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
     split = loaded(str(write(tmp_path / name, texts(name))))
     assert not list((tmp_path / "cache").glob("*"))
@@ -147,7 +152,7 @@ def test_a_limit_does_not_see_what_is_broken_behind_it(tmp_path: Path) -> None:
 def test_a_file_that_changes_while_it_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spool, "IN_MEMORY_BYTES", 64)
+    monkeypatch.setattr("lorakit.data.rows.IN_MEMORY_BYTES", 64)
     file = write(tmp_path / "a.jsonl", TEXTS)
     split = loaded(str(file))
     assert isinstance(split.rows, JsonRows)
@@ -163,7 +168,7 @@ def test_a_file_that_changes_while_it_is_used(
 
 def test_a_file_read_by_several_processes(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", TEXTS)
-    source = FileSource(file.open("rb"), str(file))
+    source = FileStore(file.open("rb"), str(file))
     before = source.read(0, 10)
     if (child := os.fork()) == 0:
         source.read(20, 60)
@@ -176,21 +181,21 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "own"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert spool.cache_dir() == tmp_path / "own"
+    assert cache_dir() == tmp_path / "own"
     monkeypatch.delenv("LORAKIT_CACHE")
-    assert spool.cache_dir() == tmp_path / "xdg" / "lorakit"
+    assert cache_dir() == tmp_path / "xdg" / "lorakit"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert spool.cache_dir() == tmp_path / "home" / ".cache" / "lorakit"
+    assert cache_dir() == tmp_path / "home" / ".cache" / "lorakit"
 
 
 def test_a_full_disk_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full() -> Any:
         return Path("/dev/full").open("wb", buffering=0)
 
-    monkeypatch.setattr(spool, "IN_MEMORY_BYTES", 64)
-    monkeypatch.setattr(spool, "scratch_file", full)
+    monkeypatch.setattr("lorakit.data.rows.IN_MEMORY_BYTES", 64)
+    monkeypatch.setattr("lorakit.data.rows.scratch_file", full)
     file = write(tmp_path / "a.csv", TEXTS)
-    expected = r"a\.csv: cannot be written on the disk of .*No space left.*LORAKIT_CACHE"
+    expected = r"a\.csv: cannot write to the disk of .*No space left.*LORAKIT_CACHE"
     with pytest.raises(DataError, match=expected):
         loaded(str(file))
 
@@ -200,13 +205,13 @@ def test_many_files_share_what_may_be_in_memory(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each is small enough by itself, and there may be thousands."""
-    monkeypatch.setattr(spool, "IN_MEMORY_BYTES", 10_000)
-    rooms = [Room()]
-    monkeypatch.setattr("lorakit.data.sources.Room", lambda: rooms[0])
+    monkeypatch.setattr("lorakit.data.rows.IN_MEMORY_BYTES", 10_000)
+    budgets = [MemoryBudget()]
+    monkeypatch.setattr("lorakit.data.sources.MemoryBudget", lambda: budgets[0])
     paths = [str(write(tmp_path / f"{n}{name}", TEXTS)) for n in range(8)]
     split = loaded(paths)
     assert [row["text"] for row in split.rows] == [row["text"] for row in TEXTS] * 8
-    assert 0 <= rooms[0].left < 5_000, "some are in memory, and not all"
+    assert 0 <= budgets[0].left < 5_000, "some are in memory, and not all"
 
 
 def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:

@@ -131,9 +131,11 @@ def test_a_fault_of_ours_and_a_kill_are_told(
         raise AssertionError
 
     processes(2, monkeypatch)
-    with pytest.raises(LorakitError, match=r"(?s)tokenises failed: .*broken.*in the task"):
+    with pytest.raises(
+        LorakitError, match=r"(?s)tokenisation process failed: .*broken.*in the task"
+    ):
         encode(tokenizer, broken)
-    with pytest.raises(LorakitError, match="tokenises failed: killed, exit code -9"):
+    with pytest.raises(LorakitError, match="tokenisation process failed: killed, exit code -9"):
         encode(tokenizer, killed)
     assert not children()
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from lorakit.data.sources import Split, load_split, split_files
+from lorakit.data.paths import split_files
+from lorakit.data.sources import Split, load_split
 from lorakit.errors import DataError
 
 ROWS = [{"text": "one", "label": 0}, {"text": "two", "label": 1}]
@@ -86,12 +87,12 @@ def test_other_files_of_a_directory_are_not_read(tmp_path: Path) -> None:
 def test_two_files_of_one_split(tmp_path: Path, names: tuple[str, str]) -> None:
     for name in names:
         write(tmp_path / name)
-    assert f"{names[0]} and {names[1]} both name the split 'train'" in refusal(str(tmp_path))
+    assert f"{names[0]} and {names[1]} both name split 'train'" in refusal(str(tmp_path))
 
 
 def test_two_aliases_of_one_split(tmp_path: Path) -> None:
     files = {name: write(tmp_path / f"{name}.jsonl") for name in ("dev", "val")}
-    expected = "both name the split 'validation'"
+    expected = "both name split 'validation'"
     assert f"dev.jsonl and val.jsonl {expected}" in refusal(str(tmp_path), "validation")
     assert f"dev and val {expected}" in refusal(files, "validation")
 
@@ -105,7 +106,7 @@ def test_a_file_or_a_list_is_train_only(tmp_path: Path) -> None:
 
 def test_an_unknown_split_in_a_mapping(tmp_path: Path) -> None:
     message = refusal({"train": write(tmp_path / "a.jsonl"), "validaton": "b.jsonl"})
-    assert "unknown split 'validaton'; allowed: train, validation" in message
+    assert "unknown split 'validaton'; did you mean 'validation'?; allowed: train, valid" in message
 
 
 def test_missing_files(tmp_path: Path) -> None:
@@ -271,7 +272,7 @@ def test_json_rows_without_a_key(tmp_path: Path) -> None:
 
 def test_half_a_surrogate_pair(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", '{"text": "\\ud83d\\ude00"}\n{"text": "\\uD83D"}\n')
-    assert refusal(file).startswith(f"{file}, row 2: half a surrogate pair")
+    assert refusal(file).startswith(f"{file}, row 2: lone surrogate")
 
 
 @pytest.mark.parametrize(
@@ -303,7 +304,7 @@ def test_a_broken_parquet_is_told_once(tmp_path: Path, capfd: pytest.CaptureFixt
         ("text,label\na,1\nb\n", "row 2: 1 cells; the header has 2"),
         ("text,label\na,1,2\n", "row 1: 3 cells; the header has 2"),
         ('text\na\n"unfinished\n', "row 2: "),
-        ("text,text\na,b\n", "the header names the column 'text' twice"),
+        ("text,text\na,b\n", "duplicate column 'text' in the header"),
         ("\ntext\na\n", "the first line is empty"),
     ],
 )
@@ -444,6 +445,6 @@ def test_an_unreachable_hub_is_one_clear_line() -> None:
     with pytest.raises(DataError) as caught:
         load_split(None, "train", hub=("nyu-mll/glue", "sst2"))
     message = str(caught.value)
-    assert message.startswith("task: the Hub data set 'nyu-mll/glue/sst2' cannot be loaded: ")
+    assert message.startswith("task: cannot load the Hub data set 'nyu-mll/glue/sst2': ")
     assert "HF_HUB_OFFLINE" in message
     assert "\n" not in message

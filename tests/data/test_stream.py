@@ -166,7 +166,7 @@ def test_a_data_set_in_the_hubs_form(tmp_path: Path) -> None:
     assert stream is not None
     assert [row.row for row in stream.read()] == ROWS
     assert open_stream(None, "test", hub=(str(tmp_path), None)) is None
-    with pytest.raises(DataError, match="the Hub data set 'no/where' cannot be loaded"):
+    with pytest.raises(DataError, match="cannot load the Hub data set 'no/where'"):
         open_stream(None, "train", hub=("no/where", None))
 
 
@@ -248,7 +248,7 @@ def test_bad_rows_are_named(tmp_path: Path, tokenizer: Any) -> None:
 
 def test_ids_outside_of_the_embedding(tmp_path: Path, tokenizer: Any) -> None:
     stream = stream_of(str(write(tmp_path / "a.jsonl")))
-    with pytest.raises(DataError, match="and the model has 10 embeddings"):
+    with pytest.raises(DataError, match="but the model has 10 embeddings"):
         steps_of(stream, tokenizer, embedding_rows=10).step(0)
 
 

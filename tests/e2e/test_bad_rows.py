@@ -110,7 +110,7 @@ def test_only_bad_rows(
     code, _, err = command(capsys, "train", recipe_file(tiny_llama, "a.jsonl", **keys))
     assert code == 2
     assert err.splitlines()[-1] == (
-        "error: a.jsonl: each of 7 rows is bad, and task.on_bad_row: skip leaves nothing to train "
+        "error: a.jsonl: all 7 rows are bad: task.on_bad_row: skip leaves nothing to train "
         "on; the first is a.jsonl, row 1: column 'completion' is empty: nothing to train on"
     )
     Path("b.jsonl").write_text("{\n{\n")
@@ -129,12 +129,12 @@ def test_what_cannot_be_skipped(tiny_llama: Path, capsys: pytest.CaptureFixture[
     code, _, err = command(capsys, "train", recipe_file(tiny_llama, "a.json", on_bad_row="skip"))
     assert code == 2
     assert "error: a.json, row 3: not JSON: " in err
-    assert err.endswith("; task.on_bad_row: skip cannot tell where the next row begins\n")
+    assert err.endswith("; task.on_bad_row: skip cannot find the start of the next row\n")
     Path("a.csv").write_text('prompt,completion\na, b\n"c"d, e\n')
     code, _, err = command(capsys, "train", recipe_file(tiny_llama, "a.csv", on_bad_row="skip"))
     assert code == 2
     assert "error: a.csv, row 2: " in err
-    assert err.endswith("; task.on_bad_row: skip cannot tell where the next row begins\n")
+    assert err.endswith("; task.on_bad_row: skip cannot find the start of the next row\n")
 
 
 def test_rows_that_are_measured_are_never_skipped(
@@ -211,7 +211,7 @@ def test_a_stream_skips_each_row_once(
         line.startswith("train: row skipped (task.on_bad_row: skip): s.jsonl, row ")
         for line in named
     )
-    assert counted == "train: 8 rows skipped in all (task.on_bad_row: skip)"
+    assert counted == "train: 8 rows skipped in total (task.on_bad_row: skip)"
     assert run_json(Path("run-recipe.yaml"))["data"]["train"]["skipped_rows"] == 8
 
 

@@ -67,7 +67,7 @@ def test_a_column_of_one_file_is_kept(
         assert len(with_input) == 1
         assert "bonjour" in with_input[0]
         assert len(found["examples"]) == 3
-        assert "columns that some files lack, empty in their rows: 'input' (b.jsonl)" in err
+        assert "columns missing from some files, empty in their rows: 'input' (b.jsonl)" in err
         assert all("None" not in text for text in texts(found))
 
 
@@ -163,12 +163,15 @@ def test_every_command_reads_every_form(
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
-        ("d", "d: no split 'train'; the directory holds a.jsonl, x-0-of-2.jsonl. A split's files"),
+        (
+            "d",
+            "d: no split 'train'; the directory contains a.jsonl, x-0-of-2.jsonl; hint: name",
+        ),
         ("d/y-*.jsonl", "task.path: 'd/y-*.jsonl': the glob matches no data file"),
-        ("d/x-*.jsonl", "task.path: a shard is missing: d/x-1-of-2.jsonl"),
-        (["d/a.jsonl", "d/a.jsonl"], "task.path: d/a.jsonl is listed twice"),
+        ("d/x-*.jsonl", "task.path: missing shard: d/x-1-of-2.jsonl"),
+        (["d/a.jsonl", "d/a.jsonl"], "task.path: duplicate file d/a.jsonl"),
         ({"validation": "d/a.jsonl"}, "task.path: no split 'train'; allowed: validation"),
-        ({"train": "d"}, "task.path: d is a directory; allowed here: a file, or a glob (d/*)"),
+        ({"train": "d"}, "task.path: d is a directory; allowed: a file, or a glob (d/*)"),
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True])

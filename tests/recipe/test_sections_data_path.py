@@ -75,7 +75,10 @@ def test_other_values_are_refused(tmp_path: Path, path: Any) -> None:
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ({"training": "a.jsonl"}, "unknown split; did you mean 'train'?; allowed: train, valid"),
+        (
+            {"training": "a.jsonl"},
+            "unknown split 'training'; did you mean 'train'?; allowed: train, valid",
+        ),
         ({"train": "a.jsonl", "Test": "b.jsonl"}, "unknown split"),
         ({"validation": "a.jsonl", "dev": "b.jsonl"}, "validation and dev both name split 'v"),
     ],

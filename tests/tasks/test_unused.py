@@ -238,7 +238,7 @@ def test_a_stream_names_later_keys_once() -> None:
     said: list[str] = []
     settle(task, config, head, said.append)
     assert said[-1].startswith("train: 1 of 1 rows have keys")
-    settle(task, config, replace(head, begun=True), said.append)
+    settle(task, config, replace(head, is_head=True), said.append)
     line = "train: 1 of the first 1 rows have keys that are not used: column id (1)"
     assert said[-1] == line
     watch = UnusedWatch(task, config, head, said.append)

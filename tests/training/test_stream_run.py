@@ -197,8 +197,8 @@ def test_fewer_rows_than_were_trained_on_are_refused(tiny_llama: Path, tmp_path:
         with pytest.raises(UserError) as caught:
             train(recipe, resume="auto")
         assert str(caught.value) == (
-            f"--resume: {file}: holds {len(kept):,} rows, and the run has trained on its first 400; "
-            "put the rows back, or start a new run"
+            f"--resume: {file}: has {len(kept):,} rows, but the run has trained on its first 400; "
+            "hint: restore the rows, or start a new run"
         )
         assert tree(run) == before
     file.write_text("".join(lines[:400]))
