@@ -27,7 +27,7 @@ def full_config(section: ModelSection, files: AdapterFiles) -> PreTrainedConfig:
     """The base's configuration; for a classifier with the adapter's labels. Raises ModelError for
     a base that is missing, or of a kind that cannot be trained."""
     try:
-        config = load_config(section, "base")
+        config = load_config(section)
     except ModelError as error:
         name = section.name_or_path
         if name != files.config.get("base_model_name_or_path") or Path(name).is_dir():
@@ -36,7 +36,7 @@ def full_config(section: ModelSection, files: AdapterFiles) -> PreTrainedConfig:
             f"{error}; {files.directory} names this base: if it has moved, give the base explicitly"
         ) from error
     if not files.classifies:
-        check_kind(config, "causal", section.name_or_path, "base")
+        check_kind(config, "causal", section.name_or_path)
         return config
     sidecar = files.sidecar or {}
     labels = sidecar.get("id2label")
@@ -64,7 +64,7 @@ def empty_model(
 ) -> PreTrainedModel:
     """The base with its head, on the device ``meta``: names and shapes without values. Raises
     ModelError if transformers has no such class."""
-    with explained(str(config.name_or_path), "base"), torch.device("meta"), quiet():
+    with explained(str(config.name_or_path)), torch.device("meta"), quiet():
         model: PreTrainedModel = _auto(files).from_config(
             config, trust_remote_code=trust_remote_code
         )
@@ -81,7 +81,7 @@ def base_model(
     none of that shape; ``dtype`` None is the checkpoint's own. Raises AdapterError if one of the
     adapters lacks such a weight."""
     name = section.name_or_path
-    with explained(name, "base"), quiet():
+    with explained(name), quiet():
         model, info = _auto(adapters[0]).from_pretrained(
             name,
             config=config,
@@ -94,7 +94,7 @@ def base_model(
     for files in adapters:
         places = find_places(model, files)
         mismatched = [key for key in info["mismatched_keys"] if key[0] not in places.whole]
-        check_shapes(mismatched, name, "base")
+        check_shapes(mismatched, name)
         check_supplied(set(info["missing_keys"]), {**places.base, **places.whole}, name, files)
     assert isinstance(model, PreTrainedModel)
     return model, {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}

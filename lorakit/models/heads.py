@@ -199,7 +199,7 @@ def _mismatch(labels: Labels, own: Sequence[str], name: str) -> ModelError:
         noun = "" if len(own) > 1 else " labels"
         wants = f"and the task has {len(labels)}{noun} ({_described(labels)})"
     return ModelError(
-        f"model.name_or_path: {name}: its classification head {has}, {wants}; allowed: labels that "
+        f"{name}: its classification head {has}, {wants}; allowed: labels that "
         "the head has, or model.new_head: true, which replaces the head with a new one"
     )
 

@@ -71,14 +71,13 @@ def hub_options(section: ModelSection) -> dict[str, Any]:
     return {key: value for key, value in options.items() if value is not None}
 
 
-def load_config(section: ModelSection, key: str = "model.name_or_path") -> PreTrainedConfig:
-    """Load the model's configuration. Raises ModelError if there is none; its message begins with
-    ``key``, the setting that gave the name."""
+def load_config(section: ModelSection) -> PreTrainedConfig:
+    """Load the model's configuration. Raises ModelError if there is none."""
     from transformers import AutoConfig
 
     name = section.name_or_path
-    _check_location(name, key)
-    with explained(name, key), quiet():
+    _check_location(name)
+    with explained(name), quiet():
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, **hub_options(section))
     with suppress(ValueError):  # several text parts: check_kind refuses such a model
         text = config.get_text_config()
@@ -88,23 +87,22 @@ def load_config(section: ModelSection, key: str = "model.name_or_path") -> PreTr
     return config
 
 
-def _check_location(name: str, key: str) -> None:
+def _check_location(name: str) -> None:
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
         content = other_content(path)
         raise ModelError(
-            f"{key}: {name}: no config.json in the directory" + (f" ({content})" if content else "")
+            f"{name}: no config.json in the directory" + (f" ({content})" if content else "")
         )
     if path.is_file():
         content = other_content(path) or "a file"
         raise ModelError(
-            f"{key}: {name}: {content}; allowed: a model directory in transformers format, or a "
-            "Hub id"
+            f"{name}: {content}; allowed: a model directory in transformers format, or a Hub id"
         )
     if is_missing_path(name):
         nested = name.count("/") > 1 and name[0] not in "/.~"
         hint = "; a Hub id is namespace/name" if nested else ""
-        raise ModelError(f"{key}: {name}: no such directory{hint}")
+        raise ModelError(f"{name}: no such directory{hint}")
 
 
 def load_tokenizer(name: str, options: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, list[str]]:
@@ -119,10 +117,10 @@ def load_tokenizer(name: str, options: dict[str, Any]) -> tuple[PreTrainedTokeni
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:  # a missing file, a corrupt one and a network failure look alike
         reason = _first_lines(error)
-        raise ModelError(f"model.name_or_path: {name}: no usable tokenizer: {reason}") from error
+        raise ModelError(f"{name}: no usable tokenizer: {reason}") from error
     if not tokenizer.is_fast:
         raise ModelError(
-            f"model.name_or_path: {name}: {type(tokenizer).__name__} has no fast implementation "
+            f"{name}: {type(tokenizer).__name__} has no fast implementation "
             "(tokenizer.json), which lorakit requires"
         )
     tokenizer.padding_side = "right"
@@ -130,9 +128,7 @@ def load_tokenizer(name: str, options: dict[str, Any]) -> tuple[PreTrainedTokeni
         return tokenizer, []
     pad = _pad_token(tokenizer)
     if pad is None:
-        raise ModelError(
-            f"model.name_or_path: {name}: the tokenizer has no pad, unknown or EOS token"
-        )
+        raise ModelError(f"{name}: the tokenizer has no pad, unknown or EOS token")
     tokenizer.pad_token = pad
     return tokenizer, [f"the tokenizer has no pad token; using {pad!r} (EOS is unchanged)"]
 
@@ -148,20 +144,20 @@ def _pad_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 @contextmanager
-def explained(name: str, key: str = "model.name_or_path") -> Iterator[None]:
-    """Turn errors of transformers and the Hub into a one-line ModelError, ``key: name: reason``."""
+def explained(name: str) -> Iterator[None]:
+    """Turn errors of transformers and the Hub into a one-line ModelError, ``name: reason``."""
     try:
         yield
     except (ModelError, MemoryError):
         raise
     except Exception as error:
-        reason = _reason(error, key)
+        reason = _reason(error)
         if reason is None:
             raise
-        raise ModelError(f"{key}: {name}: {reason}") from error
+        raise ModelError(f"{name}: {reason}") from error
 
 
-def _reason(error: Exception, key: str) -> str | None:
+def _reason(error: Exception) -> str | None:
     """Why a model could not be loaded; None for a device that ran out of memory."""
     import torch
     from huggingface_hub import errors as hub
@@ -183,10 +179,7 @@ def _reason(error: Exception, key: str) -> str | None:
     if re.search(r"file named \S*safetensors", text):
         return "no safetensors weights; lorakit does not load pickles: convert the checkpoint first"
     if "trust_remote_code" in text:
-        setting = "set model.trust_remote_code: true"
-        if not key.startswith("model."):
-            setting = "pass --trust-remote-code (in Python, trust_remote_code=True)"
-        return f"the model contains custom code; {setting} to run it"
+        return "the model contains custom code; enable trust_remote_code to run it"
     return _first_lines(error)
 
 

@@ -159,7 +159,7 @@ def _new_modules(model: PreTrainedModel, info: Any, kind: Kind, name: str) -> tu
     base = [key for key in missing if kind == "causal" or _is_backbone(model, key)]
     if base:
         raise ModelError(
-            f"model.name_or_path: {name}: the checkpoint lacks {len(base)} weights of "
+            f"{name}: the checkpoint lacks {len(base)} weights of "
             f"{type(model).__name__}, including {base[0]}"
         )
     modules = {key.rpartition(".")[0] for key in missing}
@@ -171,38 +171,35 @@ def _is_backbone(model: PreTrainedModel, key: str) -> bool:
     return key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key
 
 
-def check_kind(
-    config: PreTrainedConfig, kind: Kind, name: str, key: str = "model.name_or_path"
-) -> None:
-    """Raise ModelError for a model of the other kind, or one without a class for ``kind``;
-    ``key`` as in ``load_config``."""
+def check_kind(config: PreTrainedConfig, kind: Kind, name: str) -> None:
+    """Raise ModelError for a model of the other kind, or one without a class for ``kind``."""
     causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if kind == "encoder" and getattr(config, "is_encoder_decoder", False):
         raise ModelError(
-            f"{key}: {name}: {config.model_type} is an encoder-decoder, and the task needs an "
+            f"{name}: {config.model_type} is an encoder-decoder, and the task needs an "
             "encoder; allowed: a model such as BERT, RoBERTa or ModernBERT"
         )
     encoder = masked and not getattr(config, "is_decoder", False)
     has_code = hasattr(config, "auto_map")
     if kind == "causal" and config.model_type in _MULTIMODAL and not causal and not has_code:
         raise ModelError(
-            f"{key}: {name}: {config.model_type} is multimodal, and transformers has no class for "
+            f"{name}: {config.model_type} is multimodal, and transformers has no class for "
             "training it on text alone: not supported yet; allowed: a decoder such as Llama, Qwen "
             "or GPT-2, or a multimodal Gemma 3, Qwen3.5 or Llama 4"
         )
     if kind == "causal" and (encoder or not causal) and not has_code:
         raise ModelError(
-            f"{key}: {name}: {config.model_type} is not a causal language model, and the task "
+            f"{name}: {config.model_type} is not a causal language model, and the task "
             "needs one; allowed: a decoder such as Llama, Qwen, Gemma or GPT-2"
         )
 
 
-def check_shapes(mismatched: Iterable[Any], name: str, key: str = "model.name_or_path") -> None:
+def check_shapes(mismatched: Iterable[Any], name: str) -> None:
     """Raise ModelError for the first of transformers' (tensor, stored shape, model's shape)."""
     for tensor, stored, expected in sorted(mismatched, key=lambda entry: str(entry[0])):
         raise ModelError(
-            f"{key}: {name}: {tensor} has shape {tuple(stored)}, but the configuration says "
+            f"{name}: {tensor} has shape {tuple(stored)}, but the configuration says "
             f"{tuple(expected)}"
         )
 

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lorakit import registry
-from lorakit.errors import Problem, RecipeError, UserError, at_line, nearest
+from lorakit.errors import ModelError, Problem, RecipeError, UserError, at_line, nearest
 from lorakit.recipe.check import check_sections, find_task, unknown_method
 from lorakit.recipe.diagnostics import (
     OVERRIDE,
@@ -65,15 +65,18 @@ def load_recipe(path: str | Path, overrides: Overrides | None = None) -> Recipe:
 def open_recipe(path: str | Path, overrides: Overrides | None = None) -> Iterator[Recipe]:
     """Load a recipe for a block whose errors name the file and line of the key that caused them.
 
-    By convention the message of a UserError about a key starts with it:
-    ``task.max_length = 4096: ...``.
+    By convention the message of a UserError about a key starts with it
+    (``task.max_length = 4096: ...``), and that of a ModelError with the name of the model.
     """
     recipe, source = _load(path, overrides)
     try:
         yield recipe
     except UserError as error:
-        if (key := leading_key(str(error), recipe)) is not None:
-            error.args = (f"{at_line(*locate(source, key))}: {error}",)
+        text = str(error)
+        if isinstance(error, ModelError) and text.startswith(f"{recipe.model.name_or_path}: "):
+            text = f"model.name_or_path: {text}"
+        if (key := leading_key(text, recipe)) is not None:
+            error.args = (f"{at_line(*locate(source, key))}: {text}",)
         raise
 
 

@@ -86,7 +86,7 @@ def test_a_checkpoint_of_loralib(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_help_says_what_is_read(capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = converted(capsys, "--help")
     text = " ".join(out.split())
-    assert "tensors alone are read (weights_only): no code in it is run" in text
+    assert "only tensors are loaded (weights_only); no code in it is run" in text
     assert "lorakit convert gpt2_lora.pt out --to peft" in text
 
 

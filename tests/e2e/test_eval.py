@@ -331,7 +331,7 @@ def test_class_names_come_from_the_adapter(
         (["--base", "--adapter", "a"], "--adapter and --base are mutually exclusive"),
         (["--base", "--predictions", "p"], "--base and --predictions are mutually exclusive"),
         (["--predictions", "p", "--save-predictions", "q"], "are mutually exclusive"),
-        (["--base", "--output", "no/such/file"], "the directory no/such does not exist"),
+        (["--base", "--output", "no/such/file"], "directory no/such does not exist"),
         (["--base", "--save-predictions", "."], "is a directory"),
     ],
 )

@@ -98,3 +98,19 @@ def test_an_error_about_a_data_file_names_that_file(
     (in_tmp / "data" / "train.jsonl").write_text("{\n")
     edit(recipe, "path: data", "path: data/train.jsonl")
     assert error(capsys, "train", recipe).startswith("error: data/train.jsonl")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "./gone", "--prompt", "a"],
+        ["generate", "BERT", "--prompt", "a"],
+        ["merge", "./gone", "adapter", "out"],
+    ],
+)
+def test_without_a_recipe_no_key_is_named(
+    tiny_bert: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    said = error(capsys, *(str(tiny_bert) if part == "BERT" else part for part in arguments))
+    assert "name_or_path" not in said
+    assert "recipe" not in said

@@ -199,7 +199,7 @@ def local_directory(section: ModelSection) -> Path:
     from huggingface_hub import snapshot_download
 
     options = {k: v for k, v in hub_options(section).items() if k != "trust_remote_code"}
-    with explained(name, "base"):
+    with explained(name):
         return Path(snapshot_download(name, ignore_patterns=_NOT_DOWNLOADED, **options))
 
 

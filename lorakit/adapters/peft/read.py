@@ -70,7 +70,7 @@ def adapter_directory(given: str | Path) -> Path:
         raise AdapterError(f"{path}: no such adapter directory{hint}")
     from huggingface_hub import snapshot_download
 
-    with explained(str(given), "adapter"):
+    with explained(str(given)):
         found = snapshot_download(
             str(given), allow_patterns=_FILES, local_files_only=not hub_resolves()
         )

@@ -203,7 +203,7 @@ def test_weights_that_cannot_be_read(make_pair: MakePair, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("base", "message"), [
-    ("/moved/base", "base: /moved/base: no such directory"),
+    ("/moved/base", "/moved/base: no such directory"),
     ("./moved/base", "no such directory"),
     ("moved/to/base", "no such directory"),
     ("owner/name", "not in the local cache, and the Hub cannot be reached"),

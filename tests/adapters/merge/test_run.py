@@ -290,7 +290,7 @@ def test_bases_that_cannot_be_merged_into(make_pair: MakePair, tmp_path: Path) -
     with pytest.raises(AdapterError, match="belongs to another base model"):
         merge(tmp_path / "wider", adapter, tmp_path / "out")
     tiny("bert").save_pretrained(tmp_path / "encoder")
-    with pytest.raises(ModelError, match=r"^base: .*encoder: bert is not a causal language model"):
+    with pytest.raises(ModelError, match=r"encoder: bert is not a causal language model"):
         merge(tmp_path / "encoder", adapter, tmp_path / "out")
     settings = json.loads((base / "config.json").read_text())
     quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -497,7 +497,7 @@ def test_a_base_of_its_own_code(make_pair: MakePair, tmp_path: Path) -> None:
     settings |= {"model_type": "homemade", "auto_map": {"AutoConfig": "home.Config"}}
     (base / "config.json").write_text(json.dumps(settings))
     (base / "home.py").write_text("raise SystemExit('ran')")
-    with pytest.raises(ModelError, match=r"^base: \S+: .* pass --trust-remote-code .* to run it$"):
+    with pytest.raises(ModelError, match=r"enable trust_remote_code to run it$"):
         merge(base, adapter, tmp_path / "out")
 
 
