@@ -21,13 +21,7 @@ from lorakit.evaluation.sampling import eos_ids
 from lorakit.models.load import embedding_rows, window
 from lorakit.pipeline.task_data import Say, TaskData
 from lorakit.tasks.base import GenerationSection
-from lorakit.tasks.checks import (
-    AbsentWatch,
-    UnusedWatch,
-    counts_line,
-    label_counts,
-    look_alikes,
-)
+from lorakit.tasks.checks import ColumnWatch, counts_line, label_counts, similar_labels
 
 
 @dataclass(frozen=True)
@@ -147,14 +141,10 @@ class _Encoder:
     def streamed(self, stream: Stream) -> StreamedRows:
         """Return what tokenises the rows of ``stream`` while they are trained on."""
         data = self._data
-        watches = [
-            watch(data.task, data.config, data.split, self._say)
-            for watch in (UnusedWatch, AbsentWatch)
-        ]
+        watch = ColumnWatch(data.task, data.config, data.split, self._say)
 
         def to_example(row: Mapping[str, Any]) -> Example:
-            for watch in watches:
-                watch.see(row)
+            watch.see(row)
             return data.example(row)
 
         encoder = StreamEncoder(
@@ -196,4 +186,4 @@ def _label_lines(data: TaskData, train: EncodedSplit) -> list[str]:
     if labels is None or train.labels is None:
         return []
     counts = label_counts(labels, train.labels)
-    return [f"labels: {counts_line(counts)}", *look_alikes(counts)]
+    return [f"labels: {counts_line(counts)}", *similar_labels(counts)]

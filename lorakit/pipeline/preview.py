@@ -26,7 +26,7 @@ from lorakit.models.hub import explained, hub_options, load_config, load_tokeniz
 from lorakit.models.load import fit_unloaded
 from lorakit.pipeline.task_data import Say, TaskData, load_task_data
 from lorakit.recipe.sections import ModelSection, Recipe
-from lorakit.tasks.checks import label_counts, look_alikes
+from lorakit.tasks.checks import label_counts, similar_labels
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def preview(
     if data.task.kind == "encoder":
         _say_head(section, model_config, labels, say)
     counts = label_counts(labels, encoded.labels) if labels and encoded.labels else None
-    for line in look_alikes(counts or {}):
+    for line in similar_labels(counts or {}):
         say(line)
     return Preview(
         task=config.name,

@@ -17,7 +17,7 @@ from lorakit.data.stream import Stream, open_stream
 from lorakit.errors import DataError, UserError
 from lorakit.recipe.sections import ModelSection, Recipe
 from lorakit.tasks.base import Task
-from lorakit.tasks.checks import absent_notes, unused_notes
+from lorakit.tasks.checks import column_notes
 from lorakit.tasks.classification import label_order
 
 Say = Callable[[str], None]
@@ -130,9 +130,7 @@ def settle(task: Task, config: Any, split: Split, say: Say) -> tuple[Task, Any]:
         say(note)
     for note in chosen.notes(own, split):
         say(note if chosen is task else f"{note}: task {own.name}")
-    for note in absent_notes(chosen, own, split):
-        say(note)
-    for note in unused_notes(chosen, own, split):
+    for note in column_notes(chosen, own, split):
         say(note)
     return chosen, own
 

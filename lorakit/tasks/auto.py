@@ -1,4 +1,4 @@
-"""``auto``: ``chat``, ``completion`` or ``text``, as the columns of the rows have it."""
+"""``auto``: ``chat``, ``completion`` or ``text``, chosen by the columns of the rows."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from lorakit.recipe.sections import Text
 from lorakit.tasks.base import GenerationSection, Prediction, Row, Task
 from lorakit.tasks.chat import TASK as CHAT
 from lorakit.tasks.completion import TASK as COMPLETION
+from lorakit.tasks.formats import TASK as TEXT
 from lorakit.tasks.formats import FormattedTask
-from lorakit.tasks.text import TASK as TEXT
 
 _TASKS: dict[str, FormattedTask] = {
     "messages": CHAT,
@@ -25,9 +25,9 @@ _TASKS: dict[str, FormattedTask] = {
 
 
 class AutoConfig(GenerationSection):
-    """``format`` names the rows' shape where their columns fit more than one. The other keys are
-    those of the task that is chosen; columns of your own are keys of that task, to be named then.
-    ``eval_generate`` null is that task's own choice.
+    """``format`` is the rows' format, if their columns match several. The other keys are those of
+    the chosen task; name that task to set a key that ``auto`` lacks. ``eval_generate`` null is the
+    chosen task's default.
     """
 
     name: Text = "auto"
@@ -39,9 +39,9 @@ class AutoConfig(GenerationSection):
 
 
 class Auto(FormattedTask):
-    """Rows of messages (OpenAI, ShareGPT) are a chat; Alpaca's, and prompt and completion, are
-    completions; a column ``text`` alone is text. A run goes on as the task that ``chosen`` gives,
-    and its recipe is written out with that task's name."""
+    """Messages (OpenAI, ShareGPT) make a chat; Alpaca rows, and prompt and completion, make
+    completions; a column ``text`` makes text. A run continues as the task that ``chosen`` returns,
+    and its resolved recipe names that task."""
 
     names = ("auto",)
     summary = "chat, completion or text, chosen by the columns of the rows"
@@ -50,17 +50,17 @@ class Auto(FormattedTask):
     formats = tuple(_TASKS)
     column_keys = "the keys of task.name: chat, completion or text"
 
-    def own_columns(self, config: Any) -> tuple[str, ...]:
+    def named_columns(self, config: Any) -> tuple[str, ...]:
         return ()
 
     def chosen(self, config: Any, split: Split) -> tuple[Task, Any]:
-        """Raises DataError for a key that the chosen task does not have: it would do nothing."""
+        """Raises DataError for a key that the chosen task lacks, which would have no effect."""
         task, own = self._delegate(split.columns, config)
         for key in sorted(config.model_fields_set - type(own).model_fields.keys()):
             if getattr(config, key) != AutoConfig.model_fields[key].default:
                 raise DataError(
-                    f"task.{key}: the rows of {split.source} choose the task {own.name}, which has "
-                    "no such key; allowed: without it, or other rows"
+                    f"task.{key}: the columns of {split.source} choose the task {own.name}, which "
+                    "has no such key; allowed: no such key, or rows of another task"
                 )
         return task, own
 
@@ -68,16 +68,16 @@ class Auto(FormattedTask):
         task, own = self._delegate(columns, config)
         return task.read_columns(own, columns)
 
-    def unread_keys(self, row: Row, config: Any) -> Iterable[str]:
+    def unused_keys(self, row: Row, config: Any) -> Iterable[str]:
         task, own = self._delegate(tuple(row), config)
-        return task.unread_keys(row, own)
+        return task.unused_keys(row, own)
 
-    def has_left_turns(self, row: Row, config: Any) -> bool:
+    def drops_messages(self, row: Row, config: Any) -> bool:
         task, own = self._delegate(tuple(row), config)
-        return task.has_left_turns(row, own)
+        return task.drops_messages(row, own)
 
     def generates(self, config: Any, final: bool = True) -> bool:
-        """Whether the task that the rows choose may."""
+        """Whether the chosen task may."""
         if config.eval_generate is None:
             return final
         return super().generates(config, final)

@@ -1,11 +1,7 @@
-"""What a task is: rows -> examples -> metrics. It knows nothing of the model.
+"""The interface of a task: it turns rows into examples and predictions into scores.
 
-A task file subclasses ``Task`` and exports one instance as ``TASK``. It imports heavy libraries
-inside its functions only.
-
-``exact_match``: the share of predictions that are the reference.
-
-Generated texts against the texts of the rows.
+A task knows nothing of the model. Its module subclasses ``Task``, exports one instance as ``TASK``
+and imports heavy libraries inside functions only.
 """
 
 from __future__ import annotations
@@ -13,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -24,20 +20,21 @@ from lorakit.recipe.sections import NonNegativeFloat, NonNegativeInt, PositiveIn
 
 Row = Mapping[str, Any]
 Prediction = Any  # a class index, a float, or generated text
+_Value = TypeVar("_Value")
 
-#: The metrics of which less is better; of all others more is.
+#: The metrics that are better the lower they are; all others are better the higher they are.
 LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 
 
 class GenerationSection(TaskSection):
-    """``task`` for what is scored on generated text.
+    """The ``task`` section of a task that is scored on generated text.
 
-    ``max_new_tokens`` ends a generation. ``num_beams`` above 1 searches with beams, ranked by the
-    sum of log probabilities / length ** ``length_penalty``; no ``no_repeat_ngram_size`` tokens
-    occur twice in a row's text (0 = they may). ``temperature`` above 0 draws tokens, among the
-    likeliest whose probabilities add up to ``top_p``. ``generation_batch_size`` is in rows; null
-    chooses it. ``eval_generate``: ``end`` = evaluations during training take the loss only, the
-    final one and ``eval`` generate; ``always`` = each one generates; ``never`` = none.
+    ``max_new_tokens`` limits a generation. ``num_beams`` above 1 enables beam search, ranked by the
+    sum of log probabilities / length ** ``length_penalty``. With ``no_repeat_ngram_size`` above 0,
+    no n-gram of that many tokens occurs twice. ``temperature`` above 0 samples, from the most
+    likely tokens whose probabilities add up to ``top_p``. ``generation_batch_size`` is in rows;
+    null chooses it. ``eval_generate``: with ``end``, evaluations during training compute only the
+    loss, and the final one and ``eval`` generate; ``always``: each one generates; ``never``: none.
     """
 
     max_new_tokens: PositiveInt = 128
@@ -50,48 +47,48 @@ class GenerationSection(TaskSection):
     eval_generate: Literal["never", "end", "always"] = "end"
 
     @model_validator(mode="after")
-    def _one_way_to_choose(self) -> GenerationSection:
+    def _one_strategy(self) -> GenerationSection:
         if self.num_beams > 1 and self.temperature > 0:
-            raise ValueError("num_beams above 1 and temperature above 0 exclude each other")
-        if self._given("length_penalty") and self.num_beams == 1:
-            raise ValueError("length_penalty: only with num_beams above 1, which ranks by it")
-        if self._given("top_p") and self.temperature == 0:
-            raise ValueError("top_p: only with temperature above 0; else nothing is drawn")
+            raise ValueError("num_beams above 1 and temperature above 0 are mutually exclusive")
+        if self._is_set("length_penalty") and self.num_beams == 1:
+            raise ValueError("length_penalty: only allowed with num_beams above 1")
+        if self._is_set("top_p") and self.temperature == 0:
+            raise ValueError("top_p: only allowed with temperature above 0")
         return self
 
-    def _given(self, key: str) -> bool:
-        """Whether the key has a value that changes a search: not 1 and not the default."""
+    def _is_set(self, key: str) -> bool:
+        """Whether the key has an effective value: neither 1 nor the default."""
         return getattr(self, key) not in (1.0, type(self).model_fields[key].default)
 
 
 class Task(ABC):
     """One family of tasks. ``config`` is always an instance of the task's own ``Config``.
 
-    ``names`` and ``summary`` are what ``lorakit tasks`` lists; a task of a user's own file is
-    named by its file and needs neither.
+    ``lorakit tasks`` lists ``names`` and ``summary``; a user task is named by its file and needs
+    neither.
     """
 
     names: ClassVar[tuple[str, ...]] = ()
     summary: ClassVar[str] = ""
     Config: ClassVar[type[TaskSection]]
     kind: ClassVar[Literal["causal", "encoder"]]
-    #: A hash of the file that the task comes from; empty for lorakit's own.
+    #: A hash of the file that defines a user task; empty for built-in tasks.
     digest: bytes = b""
 
     def hub_source(self, config: Any) -> tuple[str, str | None] | None:
-        """Hub data set and its configuration, read when ``config.path`` is null."""
+        """The Hub data set and its configuration to read when ``config.path`` is null."""
         return None
 
     def eval_split(self, config: Any) -> str:
-        """The split that training evaluates on and ``eval`` takes by default."""
+        """The split that training evaluates on, and the default of ``eval``."""
         return "validation"
 
     def read_file(self, file: Path) -> Sequence[Row] | None:
-        """Rows of a file in a format of the task's own; None: in one that all tasks read."""
+        """Read a file in a format of the task's own; None leaves it to the common formats."""
         return None
 
     def load(self, config: Any, split: str) -> Split | None:
-        """The split's rows with ``limit_train`` or ``limit_eval`` applied; None if there is none.
+        """Load the split, limited by ``limit_train`` or ``limit_eval``; None if there is none.
 
         Raises DataError for a missing file, an empty split or a missing column.
         """
@@ -108,44 +105,50 @@ class Task(ABC):
             self.check_columns(found, config)
         return found
 
+    @abstractmethod
+    def columns(self, config: Any) -> tuple[str, ...]:
+        """The columns that a row must have."""
+
     def check_columns(self, split: Split, config: Any) -> None:
-        """Raise DataError if the rows lack what the task reads."""
+        """Raise DataError if a column that the task needs is missing."""
         split.require(self.columns(config))
 
-    def check_requirements(self, config: Any) -> None:  # noqa: B027 (most tasks need nothing)
-        """Raise UserError, before anything is loaded, if the metrics need what is not installed."""
-
-    def chosen(self, config: Any, split: Split) -> tuple[Task, Any]:
-        """The task that reads ``split`` and its config, where this one leaves that to the rows."""
-        return self, config
-
-    def notes(self, config: Any, split: Split) -> list[str]:
-        """What was recognised in the rows of ``split``, to be said once."""
-        return []
-
     def read_columns(self, config: Any, columns: Sequence[str]) -> Collection[str] | None:
-        """Those that the task reads of rows with ``columns``, or that its data is known to have
-        beside them. The others are named where data is loaded, so that no column is dropped
-        without a word; None, for a task whose code alone knows, names nothing."""
+        """Those of ``columns`` that the task reads, or that its data is known to have besides.
+
+        The others are reported when the data is loaded. None, for a task whose code alone knows,
+        reports nothing.
+        """
         return None
 
     def template_columns(self, config: Any) -> tuple[str, ...]:
-        """Columns that stand in a template, where a row that lacks one has an empty text."""
+        """Columns of a template, which are empty in its text where a row lacks them."""
         return ()
 
-    def unread_keys(self, row: Row, config: Any) -> Iterable[str]:
-        """Keys inside the columns of ``row`` that the task does not read, as ``COLUMN[].KEY``; must
-        not raise, whatever the row holds."""
+    def unused_keys(self, row: Row, config: Any) -> Iterable[str]:
+        """Keys inside the columns of ``row`` that the task does not read, as ``COLUMN[].KEY``. Must
+        not raise, whatever the row contains."""
         return ()
 
-    def has_left_turns(self, row: Row, config: Any) -> bool:
-        """Whether turns of a chat are left out because nothing trained follows them; must not
-        raise, whatever the row holds."""
+    def drops_messages(self, row: Row, config: Any) -> bool:
+        """Whether messages of a chat are dropped because no trained one follows them. Must not
+        raise, whatever the row contains."""
         return False
 
+    def notes(self, config: Any, split: Split) -> list[str]:
+        """Messages for the user about what was recognised in the rows of ``split``."""
+        return []
+
+    def chosen(self, config: Any, split: Split) -> tuple[Task, Any]:
+        """The task that reads ``split`` and its config; another one if the rows decide."""
+        return self, config
+
+    def check_requirements(self, config: Any) -> None:  # noqa: B027 (most tasks need nothing)
+        """Raise UserError, before anything is loaded, if a metric needs a missing library."""
+
     def resolve(self, config: Any, train: Split | None) -> Any:
-        """``config`` with what is learnt from the train split written out (class names); called
-        once, before ``example``. Raises DataError if it cannot be learnt."""
+        """``config`` with what the train split determines (class names); called once, before
+        ``example``. Raises DataError if the split does not determine it."""
         return config
 
     def reads_labels(self, config: Any, split: Split) -> bool:
@@ -153,8 +156,8 @@ class Task(ABC):
         return True
 
     def label_names(self, config: Any, splits: Sequence[Split]) -> list[str] | None:
-        """The class names that the rows of ``splits`` have; None for a task that does not take its
-        class names from its rows, and for rows with other values."""
+        """The class names in the rows of ``splits``; None for a task that does not take its class
+        names from its rows, and if a value is not a class name."""
         return None
 
     def labels(self, config: Any, train: Split | None) -> list[str] | None:
@@ -162,82 +165,108 @@ class Task(ABC):
         return None
 
     @abstractmethod
-    def columns(self, config: Any) -> tuple[str, ...]:
-        """The columns a row must have."""
-
-    @abstractmethod
     def example(self, row: Row, config: Any) -> Example:
-        """One row as an example to train on. Raises DataError, without file and row."""
+        """The training example of a row. Raises DataError, without naming file and row."""
 
     def prompt(self, row: Row, config: Any) -> Example:
-        """One row as what the model continues; only for tasks that generate."""
+        """The prompt of a row, which the model continues; only for tasks that generate."""
         raise DataError(f"task {config.name} does not generate")
 
     def stop_texts(self, config: Any) -> tuple[str, ...]:
-        """Texts before which a generation ends, as EOS ends it: what follows is not scored."""
+        """Stop sequences: a generation ends before any of them."""
         return ()
 
-    def main_metric(self, config: Any) -> str:
-        """The metric of which a paper speaks: the first one to report."""
-        return "loss"
-
     def generates(self, config: Any, final: bool = True) -> bool:
-        """Whether an evaluation generates text (else: a label, or the loss alone); ``final`` is
-        false for the evaluations during training."""
+        """Whether an evaluation generates text (else it predicts a label, or computes the loss
+        alone); ``final`` is false for evaluations during training."""
         if not isinstance(config, GenerationSection):
             return False
         return config.eval_generate == "always" or (final and config.eval_generate == "end")
 
+    def main_metric(self, config: Any) -> str:
+        """The metric to report first."""
+        return "loss"
+
     def best_metric(self, config: Any) -> str:
-        """What selects the best model if the recipe names nothing: the main metric, or the loss
-        where evaluations during training do not measure it."""
+        """The metric that selects the best model by default: the main metric, or the loss if
+        evaluations during training do not compute it."""
         if isinstance(config, GenerationSection) and not self.generates(config, final=False):
             return "loss"
         return self.main_metric(config)
 
     def prediction_counts(self, split: Split, config: Any) -> tuple[int, ...]:
-        """How many predictions ``metrics`` takes: one a row, or another number, with its meaning
-        the task's own."""
+        """How many predictions ``metrics`` accepts: one per row, or another number whose meaning
+        the task defines."""
         return (len(split),)
 
     def metrics(
         self, predictions: Sequence[Prediction], split: Split, config: Any
     ) -> dict[str, float]:
-        """Scores by the contract's names, 0-1, of predictions in the split's order."""
+        """Scores of predictions in the split's order, by metric name; 0 to 1 for most metrics."""
         return {}
 
 
-def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Share of the pairs that are equal text once white space at both ends is stripped; 0-1.
+def map_rows(split: Split, values: Iterable[Any], read: Callable[[Any], _Value]) -> list[_Value]:
+    """``read`` applied to ``values``, one per row; a DataError of ``read`` gets file and row."""
+    found: list[_Value] = []
+    try:
+        for value in values:
+            found.append(read(value))  # noqa: PERF401 (an error needs the row's number)
+    except DataError as error:
+        raise DataError(f"{split.locate(len(found))}: {error}") from error
+    return found
 
-    ``references`` holds one text a prediction, and there is at least one.
-    """
-    assert len(predictions) == len(references) > 0
-    pairs = zip(predictions, references, strict=True)
-    return sum(a.strip() == b.strip() for a, b in pairs) / len(predictions)
+
+def check_count(predictions: Sequence[Prediction], split: Split) -> None:
+    """Raise DataError unless there is one prediction per row."""
+    if len(predictions) != len(split):
+        raise DataError(f"{split.source}: {len(predictions)} predictions for {len(split)} rows")
 
 
-def exact_matches(
-    predictions: Sequence[Prediction], split: Split, reference: Callable[[Row], str]
-) -> dict[str, float]:
-    """``exact_match`` with ``reference`` of each row. Raises DataError as ``paired`` does."""
-    return {"exact_match": exact_match(*paired(predictions, split, reference))}
+def check_texts(predictions: Sequence[Prediction]) -> None:
+    """Raise DataError for a prediction that is not text."""
+    for number, prediction in enumerate(predictions, 1):
+        if not isinstance(prediction, str):
+            raise DataError(f"prediction {number}: {shown(prediction)}; allowed: text")
 
 
 def paired(
     predictions: Sequence[Prediction], split: Split, reference: Callable[[Row], str]
 ) -> tuple[list[str], list[str]]:
-    """Predictions and references. Raises DataError for a wrong count, for what is no text, and with
-    file and row for a row that has no reference."""
-    if len(predictions) != len(split):
-        raise DataError(f"{split.source}: {len(predictions)} predictions for {len(split)} rows")
-    for number, prediction in enumerate(predictions, 1):
-        if not isinstance(prediction, str):
-            raise DataError(f"prediction {number}: {shown(prediction)}; allowed: text")
-    references: list[str] = []
-    try:
-        for row in split.rows:
-            references.append(reference(row))  # noqa: PERF401 (an error needs the row)
-    except DataError as error:
-        raise DataError(f"{split.locate(len(references))}: {error}") from error
-    return list(predictions), references
+    """Predictions, and the ``reference`` of each row. Raises DataError for a wrong number of
+    predictions, for one that is not text, and for a row without a reference."""
+    check_count(predictions, split)
+    check_texts(predictions)
+    return list(predictions), map_rows(split, split.rows, reference)
+
+
+def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """The fraction of predictions that equal their reference, ignoring white space at both
+    ends."""
+    assert len(predictions) == len(references) > 0
+    pairs = zip(predictions, references, strict=True)
+    return sum(a.strip() == b.strip() for a, b in pairs) / len(predictions)
+
+
+def required_text(row: Row, column: str) -> str:
+    """The column's text. Raises DataError for anything else."""
+    value = row.get(column)
+    if not isinstance(value, str):
+        raise DataError(f"column {column!r} = {shown(value)}; allowed: text")
+    return value
+
+
+def optional_text(row: Row, column: str) -> str:
+    """The column's text; empty if it is missing, null or blank. Raises DataError for anything
+    else."""
+    if row.get(column) is None:
+        return ""
+    text = required_text(row, column)
+    return text if text.strip() else ""
+
+
+def is_empty(value: Any) -> bool:
+    """Whether nothing is lost without the value: null, blank text, an empty list or mapping."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, (list, dict)) and not value)

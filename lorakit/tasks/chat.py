@@ -1,4 +1,4 @@
-"""``chat``: messages through the model's chat template; the loss is on the assistant's turns."""
+"""``chat``: messages through the model's chat template; the loss is on the assistant's messages."""
 
 from __future__ import annotations
 
@@ -8,20 +8,28 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from lorakit.data.chat.template import PAYLOAD
+from lorakit.data.chat.tool_calls import read_tools
 from lorakit.data.examples import ChatExample
 from lorakit.data.sources import Split
 from lorakit.errors import DataError
 from lorakit.recipe.sections import Text
-from lorakit.tasks.base import GenerationSection, Prediction, Row, exact_matches
-from lorakit.tasks.formats import FormattedTask
-from lorakit.tasks.messages import Turn, left_turns, read_tools
-from lorakit.tasks.turns import (
-    history_turns,
-    instruction_turns,
-    pair,
-    read_turns,
+from lorakit.tasks.base import (
+    GenerationSection,
+    Prediction,
+    Row,
+    exact_match,
+    paired,
     required_text,
-    unread_message_keys,
+)
+from lorakit.tasks.formats import FormattedTask
+from lorakit.tasks.messages import (
+    Message,
+    dropped_messages,
+    exchange,
+    history_messages,
+    instruction_messages,
+    read_messages,
+    unused_message_keys,
     with_system,
 )
 
@@ -29,16 +37,15 @@ _MESSAGES = {"messages": "messages", "sharegpt": "conversations"}
 
 
 class ChatConfig(GenerationSection):
-    """``format`` is the rows' shape, ``auto`` from their columns: ``messages`` (``role``,
-    ``content``), ``sharegpt`` (``conversations`` of ``from``, ``value``), ``alpaca``
-    (``instruction``, ``input``, ``output``), ``prompt_completion``; each with the columns
-    ``system`` and ``tools``, the last two also with ``history``, if there are any.
-    ``messages_column`` names a column of messages instead. ``stop`` are texts before which a
-    generation ends. ``dataset_name`` and ``dataset_config_name`` are a Hub data set, read when
-    ``path`` is null.
+    """``format`` is the rows' format, by default recognised from their columns: ``messages``
+    (``role``, ``content``), ``sharegpt`` (``conversations`` of ``from``, ``value``), ``alpaca``
+    (``instruction``, ``input``, ``output``) or ``prompt_completion``. All may have the columns
+    ``system`` and ``tools``, the last two also ``history``. ``messages_column`` names another
+    column of messages. ``stop`` are stop sequences. ``dataset_name`` and ``dataset_config_name``
+    are a Hub data set, read when ``path`` is null.
 
-    ``eval_generate`` is ``never`` here: a chat's answer is seldom one right text, so its exact
-    match says little for the time that it takes.
+    ``eval_generate`` is ``never`` by default: a chat rarely has a single correct answer, so exact
+    match is not worth the time to generate.
     """
 
     name: Text = "chat"
@@ -50,66 +57,64 @@ class ChatConfig(GenerationSection):
     dataset_config_name: Text | None = None
 
     @model_validator(mode="after")
-    def _one_way_to_read(self) -> ChatConfig:
+    def _one_source(self) -> ChatConfig:
         if self.messages_column and self.format in ("alpaca", "prompt_completion"):
-            raise ValueError(
-                f"messages_column and format: {self.format} contradict each other; give one"
-            )
+            raise ValueError(f"messages_column and format: {self.format} are mutually exclusive")
         return self
 
 
 class Chat(FormattedTask):
-    """Each assistant turn is trained, those of ``history`` too, unless its ``train``, ``training``,
-    ``loss`` or ``weight`` says otherwise.
+    """Every assistant message is trained, including those of ``history``, unless its ``train``,
+    ``training``, ``loss`` or ``weight`` says otherwise.
 
-    Turns after the last trained one teach nothing and are left out, so that a chat may end with
-    the user's. What is generated is the last trained turn.
+    Messages after the last trained one are dropped, so a chat may end with the user's. Generation
+    is evaluated on the last trained message.
     """
 
     names = ("chat",)
-    summary = "messages through the model's chat template, loss on the assistant's turns"
+    summary = "messages through the model's chat template, loss on the assistant's messages"
     Config = ChatConfig
     kind = "causal"
     formats = ("messages", "sharegpt", "alpaca", "prompt_completion")
     column_keys = "task.messages_column"
 
-    def own_columns(self, config: Any) -> tuple[str, ...]:
+    def named_columns(self, config: Any) -> tuple[str, ...]:
         return (config.messages_column,) if config.messages_column else ()
 
     def read_columns(self, config: Any, columns: Sequence[str]) -> Collection[str] | None:
         read = super().read_columns(config, columns) or ()
         return (*read, "system", "tools")
 
-    def unread_keys(self, row: Row, config: Any) -> Iterable[str]:
+    def unused_keys(self, row: Row, config: Any) -> Iterable[str]:
         if column := self._messages_column(tuple(row), config):
-            return unread_message_keys(row.get(column), column)
+            return unused_message_keys(row.get(column), column)
         return ()
 
-    def has_left_turns(self, row: Row, config: Any) -> bool:
+    def drops_messages(self, row: Row, config: Any) -> bool:
         column = self._messages_column(tuple(row), config)
-        return column is not None and bool(left_turns(row.get(column)))
+        return column is not None and bool(dropped_messages(row.get(column)))
 
     def notes(self, config: Any, split: Split) -> list[str]:
-        said = super().notes(config, split)
+        notes = super().notes(config, split)
         if "history" in (self.read_columns(config, split.columns) or ()) and (
             "history" in split.columns
         ):
-            said.append(f"{split.source}: the answers in column history are trained too")
-        return said
+            notes.append(f"{split.source}: the answers in column history are trained too")
+        return notes
 
     def example(self, row: Row, config: Any) -> ChatExample:
-        turns = self._turns(row, config)
-        trained = [turn.trained for turn in turns]
+        messages = self._messages(row, config)
+        trained = [message.trained for message in messages]
         if not any(trained):
-            if any(turn.message["role"] == "assistant" for turn in turns):
+            if any(message.fields["role"] == "assistant" for message in messages):
                 raise DataError(
-                    "no turn of the assistant is trained (by train, training, loss or weight): "
-                    "nothing to train on"
+                    "train, training, loss or weight exclude every assistant message: nothing to "
+                    "train on"
                 )
-            raise DataError("the chat has no turn of the assistant: nothing to train on")
+            raise DataError("the chat has no assistant message: nothing to train on")
         last = max(index for index, flag in enumerate(trained) if flag)
         return ChatExample(
-            tuple(turn.message for turn in turns[: last + 1]),
+            tuple(message.fields for message in messages[: last + 1]),
             tuple(trained[: last + 1]),
             read_tools(row.get("tools"), "tools"),
         )
@@ -118,7 +123,7 @@ class Chat(FormattedTask):
         example = self.example(row, config)
         before = example.messages[:-1]
         if not before:
-            raise DataError("nothing stands before the assistant's only turn: nothing to answer")
+            raise DataError("the only assistant message comes first: nothing to answer")
         _text_of(example)
         return ChatExample(before, (False,) * len(before), example.tools)
 
@@ -131,38 +136,39 @@ class Chat(FormattedTask):
     def metrics(
         self, predictions: Sequence[Prediction], split: Split, config: Any
     ) -> dict[str, float]:
-        """``exact_match`` with the text of the last trained turn; an evaluation gives a prediction
-        that is the turn as the chat template renders it as that text."""
-        return exact_matches(predictions, split, lambda row: _text_of(self.example(row, config)))
+        """``exact_match`` with the text of the last trained message. An evaluation passes a
+        prediction that equals the message as the chat template renders it as that text."""
+        pairs = paired(predictions, split, lambda row: _text_of(self.example(row, config)))
+        return {"exact_match": exact_match(*pairs)}
 
     def _messages_column(self, columns: tuple[str, ...], config: Any) -> str | None:
-        """The column that holds messages; None for the formats of one question and one answer."""
+        """The column of messages; None for the formats with one question and one answer."""
         if config.messages_column:
             return str(config.messages_column)
         return _MESSAGES.get(self.format_of(columns, config).name)
 
-    def _turns(self, row: Row, config: Any) -> list[Turn]:
+    def _messages(self, row: Row, config: Any) -> list[Message]:
         columns = tuple(row)
         if column := self._messages_column(columns, config):
-            return with_system(row, read_turns(row[column], column))
+            return with_system(row, read_messages(row[column], column))
         if self.format_of(columns, config).name == "alpaca":
-            turns, answer = instruction_turns(row), "output"
+            messages, answer = instruction_messages(row), "output"
         else:
-            turns = pair(required_text(row, "prompt"), required_text(row, "completion"))
+            messages = exchange(required_text(row, "prompt"), required_text(row, "completion"))
             answer = "completion"
         if not row[answer].strip():
             raise DataError(f"column {answer!r} is empty: nothing to train on")
-        return with_system(row, [*history_turns(row), *turns])
+        return with_system(row, [*history_messages(row), *messages])
 
 
 def _text_of(example: ChatExample) -> str:
-    """What a generated text is compared with. Raises DataError for a turn that is more than text:
-    the model writes its calls and its reasoning too, as the chat template has them."""
+    """The reference of a generated text. Raises DataError for a message that is more than text: the
+    model also generates its tool calls and its reasoning, as the chat template renders them."""
     message = example.messages[-1]
     for key in PAYLOAD:
         if message.get(key):
             raise DataError(
-                f"message {len(example.messages)}: the last trained turn has {key}, and exact "
+                f"message {len(example.messages)}: the last trained message has {key}, and exact "
                 "match compares plain text; allowed: task.eval_generate = never, or rows without"
             )
     return str(message["content"])

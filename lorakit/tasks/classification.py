@@ -1,6 +1,6 @@
-"""What ``glue`` and ``classification`` share: texts with a label or a number, and their scores.
+"""``classification``: a text or a pair of texts, and a class or a number, in any columns.
 
-``classification``: a text or a pair of texts, and a class or a number, in your own columns.
+``LabelledTask`` is what it shares with ``glue``.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from lorakit.data.sources import Split
 from lorakit.errors import DataError, shown
 from lorakit.metrics.labels import label_score, require_metrics
 from lorakit.recipe.sections import TaskSection, Text
-from lorakit.tasks.base import Prediction, Row, Task
+from lorakit.tasks.base import Prediction, Row, Task, check_count, map_rows, required_text
 from lorakit.tasks.checks import folded_label
 
-#: In place of the id of a class that the base's head has and the task does not: {"error": ...}.
+#: The id of a predicted class that only the base's head has; such a prediction is {"error": ...}.
 NO_CLASS = -1
 _INTEGER = re.compile(r"[-+]?[0-9]{1,18}")
 _DECIMAL = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
+_HIDDEN = "the labels are hidden, as in a benchmark's test split"
 
 
 @dataclass(frozen=True)
 class Labelling:
-    """Where a row's texts and label stand. ``labels`` are the class names by index, None for
+    """The columns of a row's texts and label. ``labels`` are the class names by index, None for
     regression; ``minimum`` and ``maximum`` bound a regression's target. The first of ``metrics``
     is the main one."""
 
@@ -44,7 +45,7 @@ class Labelling:
 
 
 class LabelledTask(Task):
-    """A task of an encoder: one text or a pair of texts, and a class or a number."""
+    """An encoder's task: one text or a pair of texts, and a class or a number."""
 
     kind = "encoder"
 
@@ -66,8 +67,8 @@ class LabelledTask(Task):
     def example(self, row: Row, config: Any) -> ClassificationExample:
         where = self.labelling(config)
         return ClassificationExample(
-            text=_text(row, where.text),
-            text_pair=None if where.pair is None else _text(row, where.pair),
+            text=required_text(row, where.text),
+            text_pair=None if where.pair is None else required_text(row, where.pair),
             label=read_label(row[where.label], where),
         )
 
@@ -80,140 +81,27 @@ class LabelledTask(Task):
     def metrics(
         self, predictions: Sequence[Prediction], split: Split, config: Any
     ) -> dict[str, float]:
-        """The metrics of ``labelling``. F1 is that of class 1 where there are two classes, and the
-        mean over the classes (macro) where there are more.
+        """The metrics of ``labelling``. With two classes F1 is that of class 1, with more the
+        unweighted mean over the classes (macro).
 
-        ``{"error": ...}`` as a prediction is wrong in any row. What a constant prediction or
-        constant gold leaves undefined (a correlation's 0 / 0) counts 0. Raises DataError for a
-        prediction that is no label id, or no finite number.
+        A prediction ``{"error": ...}`` is always wrong. A score that constant predictions or labels
+        leave undefined (a correlation's 0 / 0) is 0. Raises DataError for a prediction that is not
+        a label id, or not a finite number.
         """
         where = self.labelling(config)
-        if len(predictions) != len(split):
-            raise DataError(f"{split.source}: {len(predictions)} predictions for {len(split)} rows")
-        gold = _gold(split, where)
+        check_count(predictions, split)
+        gold = map_rows(split, split.column(where.label), lambda value: read_label(value, where))
         read = [_prediction(value, where, number) for number, value in enumerate(predictions, 1)]
         classes = len(where.labels or ())
         return {name: label_score(name, gold, read, classes) for name in where.metrics}
 
 
-def _gold(split: Split, where: Labelling) -> list[int | float]:
-    gold: list[int | float] = []
-    try:
-        for value in split.column(where.label):
-            gold.append(read_label(value, where))  # noqa: PERF401 (an error needs the row)
-    except DataError as error:
-        raise DataError(f"{split.locate(len(gold))}: {error}") from error
-    return gold
-
-
-def read_label(value: Any, where: Labelling) -> int | float:
-    """The class index, or the regression's target. A class is given by its name or its id (which
-    may stand there as text), but only by its name where a name is itself a whole number.
-
-    Raises DataError if the value is missing, hidden (-1), unknown, out of range or not finite.
-    """
-    said = f"{where.label} = {shown(value)}"
-    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
-        raise DataError(f"{said}: the label is missing")
-    if where.labels is None:
-        return _target(value, where, said)
-    by_name = _named_by_numbers(where.labels)
-    for name in (value, label_name(value) if by_name else None):
-        if isinstance(name, str) and name in where.labels:
-            return where.labels.index(name)
-    index = as_integer(value)
-    if index is not None and not by_name and 0 <= index < len(where.labels):
-        return index
-    if index == -1:
-        raise DataError(f"{said}: the labels here are hidden, as in a benchmark's test split")
-    alike = [n for n in where.labels if folded_label(n) == folded_label(str(value))]
-    hint = f"; did you mean {shown(alike[0])}?" if alike else ""
-    raise DataError(f"{said}: unknown label{hint}; allowed: {_allowed(where.labels)}")
-
-
-def label_name(value: Any) -> str | None:
-    """The class name that a label stands for: text as it stands; a whole number by its digits, so
-    that 1, 1.0, True and the text ``1.0`` are all ``1``. None for what is neither."""
-    if isinstance(value, str) and not _DECIMAL.fullmatch(value):
-        return value
-    number = as_integer(value)
-    return None if number is None else str(number)
-
-
-def as_integer(value: Any) -> int | None:
-    """A whole number, also as a bool, text or (beside missing values) a float; None for others."""
-    if isinstance(value, int) or (isinstance(value, str) and _INTEGER.fullmatch(value)):
-        return int(value)
-    if isinstance(value, str) and _DECIMAL.fullmatch(value):
-        value = float(value)
-    return int(value) if isinstance(value, float) and value.is_integer() else None
-
-
-def _named_by_numbers(labels: Sequence[str]) -> bool:
-    return any(_INTEGER.fullmatch(name) for name in labels)
-
-
-def _allowed(labels: Sequence[str]) -> str:
-    names = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
-    return names if _named_by_numbers(labels) else f"0 to {len(labels) - 1} or {names}"
-
-
-def _target(value: Any, where: Labelling, said: str) -> float:
-    bounded = math.isfinite(where.minimum)
-    allowed = f"{where.minimum:g} to {where.maximum:g}" if bounded else "a finite number"
-    target = _as_float(value)
-    if bounded and target == -1:
-        raise DataError(f"{said}: the labels here are hidden, as in a benchmark's test split")
-    if target is None or not (math.isfinite(target) and where.minimum <= target <= where.maximum):
-        raise DataError(f"{said}: allowed: {allowed}")
-    return target
-
-
-def _as_float(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        return float(value)
-    except (ValueError, OverflowError):
-        return None
-
-
-def _text(row: Row, column: str) -> str:
-    value = row.get(column)
-    if value is None:
-        raise DataError(f"column {column!r} is missing or null; allowed: text")
-    if not isinstance(value, str):
-        raise DataError(f"{column} = {shown(value)}: allowed: text")
-    return value
-
-
-def class_id(value: Prediction) -> Prediction:
-    """A prediction as metrics take it: its class index, or NO_CLASS."""
-    return NO_CLASS if isinstance(value, Mapping) else value
-
-
-def _prediction(value: Prediction, where: Labelling, number: int) -> int | float:
-    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if where.labels is None:
-        target = _as_float(value) if plain else None
-        if target is not None and math.isfinite(target):
-            return target
-        raise DataError(f"prediction {number}: {shown(value)}; allowed: a finite number")
-    index = as_integer(value) if plain else None
-    if isinstance(value, Mapping) and value.keys() == {"error"}:
-        return NO_CLASS
-    if index is None or not 0 <= index < len(where.labels):
-        allowed = f"a label id, 0 to {len(where.labels) - 1}"
-        raise DataError(f"prediction {number}: {shown(value)}; allowed: {allowed}")
-    return index
-
-
 class ClassificationConfig(TaskSection):
     """``text_column``, ``text_pair_column`` (null: one text) and ``label_column`` name the columns.
 
-    ``labels`` are the class names by id; a row holds the name or the id. Null takes the names from
-    the train split, in order; a whole number there is a name too, whether a number or text (1 and
-    2 are the classes ``1`` and ``2``). Where a name is a whole number, a row holds names only.
+    ``labels`` are the class names by id; a row has the name or the id. Null takes the names from
+    the train split, sorted; a whole number there is a name too, whether a number or text (1 and 2
+    are the classes ``1`` and ``2``). If a name is a whole number, rows have names only.
     ``regression: true`` makes the label a number. ``dataset_name`` and ``dataset_config_name`` are
     a Hub data set, read when ``path`` is null.
     """
@@ -230,15 +118,16 @@ class ClassificationConfig(TaskSection):
     @model_validator(mode="after")
     def _labels_fit(self) -> ClassificationConfig:
         if self.labels is not None and self.regression:
-            raise ValueError("labels and regression: true contradict each other; give one")
+            raise ValueError("labels and regression: true are mutually exclusive")
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
-            raise ValueError("labels: duplicate name")
+            duplicate = next(name for name in self.labels if self.labels.count(name) > 1)
+            raise ValueError(f"labels: duplicate name {duplicate!r}")
         return self
 
 
 class Classification(LabelledTask):
     names = ("classification",)
-    summary = "a text or a pair of texts -> a class or a number, columns of your own"
+    summary = "a text or a pair of texts -> a class or a number, from columns that you name"
     Config = ClassificationConfig
 
     def hub_source(self, config: Any) -> tuple[str, str | None] | None:
@@ -257,10 +146,10 @@ class Classification(LabelledTask):
             return list(config.labels)
         if train is None:
             raise DataError(
-                "task.labels: null, and there is no train split to take them from; "
+                "task.labels: null, and there is no train split to take the names from; "
                 "allowed: a list of names"
             )
-        return _declared(train, config.label_column) or _found(
+        return _declared_labels(train, config.label_column) or _found_labels(
             train, config.label_column, config.on_bad_row == "skip"
         )
 
@@ -287,14 +176,14 @@ class Classification(LabelledTask):
         return config.model_copy(update={"labels": self.labels(config, train)})
 
 
-def _declared(train: Split, column: str) -> list[str] | None:
+def _declared_labels(train: Split, column: str) -> list[str] | None:
     """The names that a Hub data set declares for its ids."""
     feature = (getattr(train.rows, "features", None) or {}).get(column)
     names = getattr(feature, "names", None)
     return list(names) if names else None
 
 
-def _found(train: Split, column: str, skip_bad: bool) -> list[str]:
+def _found_labels(train: Split, column: str, skip_bad: bool) -> list[str]:
     names = set()
     numbers = False
     for index, value in enumerate(train.column(column)):
@@ -309,17 +198,111 @@ def _found(train: Split, column: str, skip_bad: bool) -> list[str]:
         names.add(name)
         numbers = numbers or not isinstance(value, str)
     if len(names) < 2:
-        held = f"one label only: {min(names)}" if names else "no label"
-        raise DataError(f"{train.source}: column {column!r} holds {held}")
+        found = f"only one label, {min(names)}" if names else "no labels"
+        raise DataError(f"{train.source}: column {column!r} has {found}")
     if numbers and any(as_integer(name) is None for name in names):
-        raise DataError(f"{train.source}: column {column!r} holds both names and numbers")
+        raise DataError(f"{train.source}: column {column!r} mixes names and numbers")
     return sorted(names, key=label_order)
 
 
 def label_order(name: str) -> tuple[bool, int, str]:
-    """Sorts class names: numbers first, by value; then the others by the alphabet."""
+    """Sort key of class names: numbers first, by value; then the others alphabetically."""
     number = as_integer(name)
     return (number is None, number or 0, name)
+
+
+def read_label(value: Any, where: Labelling) -> int | float:
+    """The class index, or the regression's target. A class is given by its name or its id (a number
+    or its text); by its name only, if a name is itself a whole number.
+
+    Raises DataError if the value is missing, hidden (-1), unknown, out of range or not finite.
+    """
+    said = f"{where.label} = {shown(value)}"
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        raise DataError(f"{said}: the label is missing")
+    if where.labels is None:
+        return _read_target(value, where, said)
+    by_name = _has_numeric_names(where.labels)
+    for name in (value, label_name(value) if by_name else None):
+        if isinstance(name, str) and name in where.labels:
+            return where.labels.index(name)
+    index = as_integer(value)
+    if index is not None and not by_name and 0 <= index < len(where.labels):
+        return index
+    if index == -1:
+        raise DataError(f"{said}: {_HIDDEN}")
+    similar = [name for name in where.labels if folded_label(name) == folded_label(str(value))]
+    hint = f"; did you mean {shown(similar[0])}?" if similar else ""
+    raise DataError(f"{said}: unknown label{hint}; allowed: {_allowed(where.labels)}")
+
+
+def _read_target(value: Any, where: Labelling, said: str) -> float:
+    bounded = math.isfinite(where.minimum)
+    allowed = f"{where.minimum:g} to {where.maximum:g}" if bounded else "a finite number"
+    target = _as_float(value)
+    if bounded and target == -1:
+        raise DataError(f"{said}: {_HIDDEN}")
+    if target is None or not (math.isfinite(target) and where.minimum <= target <= where.maximum):
+        raise DataError(f"{said}: allowed: {allowed}")
+    return target
+
+
+def label_name(value: Any) -> str | None:
+    """The class name of a label: text unchanged; a whole number by its digits, so that 1, 1.0, True
+    and the text ``1.0`` are all ``1``. None for anything else."""
+    if isinstance(value, str) and not _DECIMAL.fullmatch(value):
+        return value
+    number = as_integer(value)
+    return None if number is None else str(number)
+
+
+def as_integer(value: Any) -> int | None:
+    """A whole number, also given as a bool, text or (in columns with missing values) a float; None
+    for anything else."""
+    if isinstance(value, int) or (isinstance(value, str) and _INTEGER.fullmatch(value)):
+        return int(value)
+    if isinstance(value, str) and _DECIMAL.fullmatch(value):
+        value = float(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else None
+
+
+def class_id(value: Prediction) -> Prediction:
+    """A prediction as metrics receive it: the class index, or NO_CLASS."""
+    return NO_CLASS if isinstance(value, Mapping) else value
+
+
+def _prediction(value: Prediction, where: Labelling, number: int) -> int | float:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if where.labels is None:
+        target = _as_float(value) if is_number else None
+        if target is not None and math.isfinite(target):
+            return target
+        raise DataError(f"prediction {number}: {shown(value)}; allowed: a finite number")
+    index = as_integer(value) if is_number else None
+    if isinstance(value, Mapping) and value.keys() == {"error"}:
+        return NO_CLASS
+    if index is None or not 0 <= index < len(where.labels):
+        allowed = f"a label id, 0 to {len(where.labels) - 1}"
+        raise DataError(f"prediction {number}: {shown(value)}; allowed: {allowed}")
+    return index
+
+
+def _as_float(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
+
+
+def _has_numeric_names(labels: Sequence[str]) -> bool:
+    return any(_INTEGER.fullmatch(name) for name in labels)
+
+
+def _allowed(labels: Sequence[str]) -> str:
+    names = ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")
+    return names if _has_numeric_names(labels) else f"0 to {len(labels) - 1} or {names}"
 
 
 TASK = Classification()

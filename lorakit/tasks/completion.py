@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import AfterValidator, model_validator
 
 from lorakit.data.examples import Segment, TextExample
 from lorakit.data.sources import Split
-from lorakit.errors import DataError, shown
+from lorakit.errors import DataError, did_you_mean, shown
 from lorakit.recipe.sections import Text
-from lorakit.tasks.base import GenerationSection, Prediction, Row, exact_matches
-from lorakit.tasks.formats import FormattedTask, TemplateText, fill, template_columns
-from lorakit.tasks.formats import check_template as check_columns
-from lorakit.tasks.messages import holds_something
-from lorakit.tasks.turns import optional_text, required_text
+from lorakit.tasks.base import (
+    GenerationSection,
+    Prediction,
+    Row,
+    exact_match,
+    is_empty,
+    optional_text,
+    paired,
+    required_text,
+)
+from lorakit.tasks.formats import FormattedTask
 
-# The words of Stanford Alpaca (Taori et al. 2023, train.py, PROMPT_DICT).
+# The prompt of Stanford Alpaca (Taori et al. 2023, train.py, PROMPT_DICT).
 _WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
     "context. Write a response that appropriately completes the request."
@@ -26,19 +34,48 @@ _WITHOUT_INPUT = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request."
 )
+_PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]|[^{}]+")
+
+
+@lru_cache(maxsize=64)
+def _pieces(template: str) -> tuple[tuple[str, bool], ...]:
+    """(text, False) and (column, True) pairs. Raises ValueError for an unbalanced brace and for
+    empty braces."""
+    pieces = []
+    for match in _PIECE.finditer(template):
+        text, column = match.group(), match.group(1)
+        if column is not None:
+            if not column.strip():
+                raise ValueError("empty {}; write a column's name, or {{}} for literal braces")
+            pieces.append((column, True))
+        elif text in ("{", "}"):
+            raise ValueError(f"unbalanced {text!r}; write {text * 2!r} for a literal brace")
+        else:
+            pieces.append((text[:1] if text in ("{{", "}}") else text, False))
+    return tuple(pieces)
+
+
+def _valid(template: str) -> str:
+    _pieces(template)
+    return template
+
+
+#: Text with ``{column}`` in it; ``{{`` and ``}}`` are literal braces. Only whole column names are
+#: substituted: the attributes, indices and formats of ``str.format`` are not supported.
+TemplateText = Annotated[Text, AfterValidator(_valid)]
 
 
 class CompletionConfig(GenerationSection):
-    """``format`` is the rows' shape, ``auto`` from their columns: ``prompt_completion``, or
-    ``alpaca`` (``instruction``, ``input``, ``output``) in the original Alpaca prompt. A row's own
-    ``system`` stands in place of the first sentences there, and before the prompt, with an empty
-    line between, in ``prompt_completion``. ``history`` and ``tools`` need ``task.name: chat``.
+    """``format`` is the rows' format, by default recognised from their columns:
+    ``prompt_completion``, or ``alpaca`` (``instruction``, ``input``, ``output``) in the original
+    Alpaca prompt. A row's ``system`` replaces the first sentences of that prompt; in
+    ``prompt_completion`` it precedes the prompt, separated by an empty line. ``history`` and
+    ``tools`` need ``task.name: chat``.
 
-    Columns of your own: ``prompt_column`` and ``completion_column`` name them, or ``template`` and
-    ``completion_template`` make the texts of them: ``"Question: {question}\\nAnswer:"`` and
-    ``" {answer}"``, empty where a row lacks the column. ``stop`` are texts before which a
-    generation ends. ``dataset_name`` and ``dataset_config_name`` are a Hub data set, read when
-    ``path`` is null.
+    Other columns: ``prompt_column`` and ``completion_column`` name them, or ``template`` and
+    ``completion_template`` combine them: ``"Question: {question}\\nAnswer:"`` and ``" {answer}"``,
+    empty where a row lacks the column. ``stop`` are stop sequences. ``dataset_name`` and
+    ``dataset_config_name`` are a Hub data set, read when ``path`` is null.
     """
 
     name: Text = "completion"
@@ -52,20 +89,15 @@ class CompletionConfig(GenerationSection):
     dataset_config_name: Text | None = None
 
     @model_validator(mode="after")
-    def _one_way_to_read(self) -> CompletionConfig:
-        own = {
-            key: getattr(self, key)
-            for key in ("prompt_column", "template", "completion_column", "completion_template")
-        }
-        for column, template in (
-            ("prompt_column", "template"),
-            ("completion_column", "completion_template"),
-        ):
-            if own[column] and own[template]:
-                raise ValueError(f"{column} and {template} contradict each other; give one")
-        given = [key for key, value in own.items() if value]
+    def _one_source(self) -> CompletionConfig:
+        pairs = (("prompt_column", "template"), ("completion_column", "completion_template"))
+        for column, template in pairs:
+            if getattr(self, column) and getattr(self, template):
+                raise ValueError(f"{column} and {template} are mutually exclusive")
+        keys = ("prompt_column", "template", "completion_column", "completion_template")
+        given = [key for key in keys if getattr(self, key)]
         if given and self.format == "alpaca":
-            raise ValueError(f"format: alpaca and {given[0]} contradict each other; give one")
+            raise ValueError(f"format: alpaca and {given[0]} are mutually exclusive")
         return self
 
 
@@ -78,23 +110,23 @@ class Completion(FormattedTask):
     column_keys = "task.prompt_column and task.completion_column, or task.template"
     refused = ("history", "tools")
 
-    def own_columns(self, config: Any) -> tuple[str, ...]:
+    def named_columns(self, config: Any) -> tuple[str, ...]:
         if not any((config.prompt_column, config.template, config.completion_column,
                     config.completion_template)):  # fmt: skip
             return ()
-        named = (*self._named_columns(config), *self.template_columns(config))
-        return tuple(dict.fromkeys(named))
+        return tuple(dict.fromkeys((*self._plain_columns(config), *self.template_columns(config))))
 
     def columns(self, config: Any) -> tuple[str, ...]:
-        if self.own_columns(config):
-            return self._named_columns(config)
+        if self.named_columns(config):
+            return self._plain_columns(config)
         return super().columns(config)
 
     def template_columns(self, config: Any) -> tuple[str, ...]:
-        texts = [text for text in (config.template, config.completion_template) if text]
-        return tuple(dict.fromkeys(name for text in texts for name in template_columns(text)))
+        templates = [text for text in (config.template, config.completion_template) if text]
+        return tuple(dict.fromkeys(name for text in templates for name in template_columns(text)))
 
-    def _named_columns(self, config: Any) -> tuple[str, ...]:
+    def _plain_columns(self, config: Any) -> tuple[str, ...]:
+        """The named columns outside templates, which every row must have."""
         prompt = () if config.template else (config.prompt_column or "prompt",)
         if config.completion_template:
             return prompt
@@ -104,7 +136,7 @@ class Completion(FormattedTask):
         for key in ("template", "completion_template"):
             if text := getattr(config, key):
                 try:
-                    check_columns(text, f"task.{key}", split.columns)
+                    check_template(text, f"task.{key}", split.columns)
                 except DataError as error:
                     raise DataError(f"{split.source_read}: {error}") from error
         super().check_columns(split, config)
@@ -122,6 +154,14 @@ class Completion(FormattedTask):
     def prompt(self, row: Row, config: Any) -> TextExample:
         return TextExample((Segment(self._prompt(row, config), trained=False),), eos=False)
 
+    def completion(self, row: Row, config: Any) -> str:
+        """The reference completion of a row. Raises DataError if it is not text."""
+        if config.completion_template:
+            return _filled("completion_template", config, row)
+        if self._is_alpaca(row, config):
+            return required_text(row, "output")
+        return required_text(row, config.completion_column or "completion")
+
     def stop_texts(self, config: Any) -> tuple[str, ...]:
         return tuple(config.stop)
 
@@ -131,13 +171,14 @@ class Completion(FormattedTask):
     def metrics(
         self, predictions: Sequence[Prediction], split: Split, config: Any
     ) -> dict[str, float]:
-        """``exact_match`` with the row's completion."""
-        return exact_matches(predictions, split, lambda row: self.completion(row, config))
+        """``exact_match`` with each row's completion."""
+        pairs = paired(predictions, split, lambda row: self.completion(row, config))
+        return {"exact_match": exact_match(*pairs)}
 
     def _prompt(self, row: Row, config: Any) -> str:
         if config.template:
             return _filled("template", config, row)
-        if self.own_columns(config):
+        if self.named_columns(config):
             return required_text(row, config.prompt_column or "prompt")
         self._check_single_turn(row)
         if self._is_alpaca(row, config):
@@ -147,30 +188,56 @@ class Completion(FormattedTask):
 
     def _check_single_turn(self, row: Row) -> None:
         for column in self.refused:
-            if holds_something(row.get(column)) and row[column] != "[]":
+            if not is_empty(row.get(column)) and row[column] != "[]":
                 raise DataError(
-                    f"column {column!r} holds {shown(row[column])}; allowed: an empty one, or "
+                    f"column {column!r} = {shown(row[column])}; allowed: empty, or "
                     f"task.name: chat, which reads {column}"
                 )
 
-    def completion(self, row: Row, config: Any) -> str:
-        """What the row's prompt is to be continued with. Raises DataError if it is no text."""
-        if config.completion_template:
-            return _filled("completion_template", config, row)
-        if self._is_alpaca(row, config):
-            return required_text(row, "output")
-        return required_text(row, config.completion_column or "completion")
-
     def _is_alpaca(self, row: Row, config: Any) -> bool:
-        own = self.own_columns(config)
-        return not own and self.format_of(tuple(row), config).name == "alpaca"
+        named = self.named_columns(config)
+        return not named and self.format_of(tuple(row), config).name == "alpaca"
+
+
+def template_columns(template: str) -> tuple[str, ...]:
+    """The columns that a template names, each once."""
+    return tuple(dict.fromkeys(text for text, is_column in _pieces(template) if is_column))
+
+
+def check_template(template: str, key: str, columns: Sequence[str]) -> None:
+    """Raise DataError, with the nearest existing name, for a column that does not exist."""
+    for name in template_columns(template):
+        if name not in columns:
+            message = did_you_mean(f"{key}: no column {name!r}", name, columns)
+            if re.search(r"[.\[!:]", name):
+                message += "; attributes, indices and formats are not supported in a template"
+            raise DataError(f"{message}; the columns are {', '.join(map(repr, columns))}")
+
+
+def fill(template: str, row: Mapping[str, Any]) -> str:
+    """The template's text for a row. A number is written as Python prints it; a missing or null
+    value is empty. Raises DataError for a value that is neither text nor a number."""
+    return "".join(
+        _value(text, row.get(text)) if is_column else text for text, is_column in _pieces(template)
+    )
+
+
+def _value(column: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    allowed = "text or a number, in a template"
+    raise DataError(f"column {column!r} = {shown(value)}; allowed: {allowed}")
 
 
 def _filled(key: str, config: Any, row: Row) -> str:
     text = fill(getattr(config, key), row)
     if not text.strip():
-        what = "" if key == "template" else ": nothing to train on"
-        raise DataError(f"the text of task.{key} is empty{what}")
+        reason = "" if key == "template" else ": nothing to train on"
+        raise DataError(f"the text of task.{key} is empty{reason}")
     return text
 
 

@@ -1,12 +1,12 @@
-"""``e2e_nlg``: a restaurant's meaning representation -> a sentence (Novikova et al. 2017).
+"""``e2e_nlg``: describe a restaurant's meaning representation (Novikova et al. 2017).
 
-A row as text, the loss on what follows ``text:`` and on its EOS::
+A row as text, with the loss on what follows ``text:`` and on its EOS::
 
     name[The Vaults], eatType[pub], near[Café Adriatic]
     text: The Vaults is a pub near Café Adriatic.
 
-Scores: tuetschek/e2e-metrics, but METEOR, which only its Java program with its table of paraphrases
-computes.
+Scores are those of tuetschek/e2e-metrics except METEOR, which needs its Java program and paraphrase
+table.
 """
 
 from __future__ import annotations
@@ -20,13 +20,20 @@ from lorakit.errors import DataError, shown
 from lorakit.metrics.coco_caption import cider, rouge_l
 from lorakit.metrics.mteval import bleu, nist
 from lorakit.recipe.sections import NonNegativeInt, PositiveInt, Text
-from lorakit.tasks.base import GenerationSection, Prediction, Row, Task
+from lorakit.tasks.base import (
+    GenerationSection,
+    Prediction,
+    Row,
+    Task,
+    check_texts,
+    map_rows,
+)
 
 _SOURCE, _TARGET = "meaning_representation", "human_reference"
 
 
 class E2eNlgConfig(GenerationSection):
-    """No keys of its own; the search is the LoRA paper's (section D.3). ``path`` is required; the
+    """No additional keys; beam search as in the LoRA paper (section D.3). ``path`` is required; the
     columns are ``meaning_representation`` and ``human_reference``."""
 
     name: Text = "e2e_nlg"
@@ -58,7 +65,7 @@ class E2eNlg(Task):
         return TextExample((Segment(_prompt(row), trained=False),), eos=False)
 
     def stop_texts(self, config: Any) -> tuple[str, ...]:
-        return ("\n",)  # a reference stands on one line
+        return ("\n",)  # a reference is one line
 
     def main_metric(self, config: Any) -> str:
         return "bleu"
@@ -71,14 +78,12 @@ class E2eNlg(Task):
     ) -> dict[str, float]:
         """``bleu``, ``nist``, ``rouge_l`` and ``cider`` of the corpus.
 
-        The rows of one meaning representation are one instance with as many references; instances
-        stand in the order of their first rows. ``predictions`` holds one text a row, of which each
-        instance's first counts (to the same input a search gives the same text), or one an
-        instance, as the challenge's files do. Raises DataError for a prediction that is no text.
+        The rows of one meaning representation form an instance with several references; instances
+        are in the order of their first rows. ``predictions`` has one text per row, of which each
+        instance's first counts (beam search gives equal inputs equal texts), or one per instance,
+        as in the challenge's files. Raises DataError for a prediction that is not text.
         """
-        for number, prediction in enumerate(predictions, 1):
-            if not isinstance(prediction, str):
-                raise DataError(f"prediction {number}: {shown(prediction)}; allowed: text")
+        check_texts(predictions)
         instances = _instances(split)
         if len(predictions) == len(split):
             predictions = [predictions[rows[0]] for rows in instances]
@@ -94,7 +99,7 @@ class E2eNlg(Task):
 
 
 def _instances(split: Split) -> list[list[int]]:
-    """The rows of each meaning representation."""
+    """The row numbers of each meaning representation."""
     rows: dict[str, list[int]] = {}
     for index, source in enumerate(_column(split, _SOURCE)):
         rows.setdefault(source, []).append(index)
@@ -106,19 +111,13 @@ def _prompt(row: Row) -> str:
 
 
 def _column(split: Split, column: str) -> list[str]:
-    texts: list[str] = []
-    try:
-        for value in split.column(column):
-            texts.append(_text({column: value}, column))  # noqa: PERF401 (an error needs the row)
-    except DataError as error:
-        raise DataError(f"{split.locate(len(texts))}: {error}") from error
-    return texts
+    return map_rows(split, split.column(column), lambda value: _text({column: value}, column))
 
 
 def _text(row: Row, column: str) -> str:
     value = row[column]
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"column {column!r} holds {shown(value)}; allowed: text, not empty")
+        raise DataError(f"column {column!r} = {shown(value)}; allowed: non-empty text")
     return " ".join(value.split())
 
 

@@ -1,31 +1,26 @@
-"""The shapes that rows of texts and chats come in, recognised by their columns.
+"""Row formats of texts and chats, recognised by their columns; and ``text``, the simplest task.
 
-Text with ``{column}`` in it: a row's columns by name, and nothing that runs.
-
-``{{`` and ``}}`` are braces. What stands between braces is the whole name of a column: attributes,
-indices and formats, as ``str.format`` has them, are not read.
+``text`` is plain text: the loss is on every token, and on the EOS that is appended.
 """
 
 from __future__ import annotations
 
-import re
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from pydantic import AfterValidator
-
+from lorakit.data.examples import Segment, TextExample
 from lorakit.data.sources import Split
-from lorakit.errors import DataError, did_you_mean, shown
-from lorakit.recipe.sections import Text
-from lorakit.tasks.base import Task
+from lorakit.errors import DataError, shown
+from lorakit.recipe.sections import TaskSection, Text
+from lorakit.tasks.base import Row, Task, required_text
 
 
 @dataclass(frozen=True)
 class Format:
-    """``name`` is what ``task.format`` names; rows have the columns ``required``, and may have
+    """A value of ``task.format``: rows have the columns ``required``, and may have
     ``optional``."""
 
     name: str
@@ -34,73 +29,73 @@ class Format:
     optional: tuple[str, ...] = ()
 
     def without(self, columns: Sequence[str]) -> Format:
-        """The same, but for the optional ``columns``."""
+        """The same format without the optional ``columns``."""
         return replace(self, optional=tuple(c for c in self.optional if c not in columns))
 
     def __str__(self) -> str:
-        more = f"; may have {', '.join(self.optional)}" if self.optional else ""
-        return f"{self.name} ({_named(self.required)}{more})"
+        optional = f"; optional: {', '.join(self.optional)}" if self.optional else ""
+        return f"{self.name} ({_columns(self.required)}{optional})"
 
 
-#: What may stand around a question and its answer.
-_AROUND = ("system", "history", "tools")
+#: Optional columns of the formats with one question and one answer.
+_CONTEXT = ("system", "history", "tools")
 
 FORMATS = {
     found.name: found
     for found in (
         Format("messages", "OpenAI messages", ("messages",), ("system", "tools")),
         Format("sharegpt", "ShareGPT", ("conversations",), ("system", "tools")),
-        Format("alpaca", "Alpaca", ("instruction", "output"), ("input", *_AROUND)),
-        Format("prompt_completion", "prompt and completion", ("prompt", "completion"), _AROUND),
+        Format("alpaca", "Alpaca", ("instruction", "output"), ("input", *_CONTEXT)),
+        Format("prompt_completion", "prompt and completion", ("prompt", "completion"), _CONTEXT),
         Format("text", "plain text", ("text",)),
     )
 }
 
 
 @lru_cache(maxsize=64)
-def fitting(columns: tuple[str, ...], names: tuple[str, ...]) -> tuple[Format, ...]:
-    """Those of the formats ``names`` whose columns are all there."""
+def matching_formats(columns: tuple[str, ...], names: tuple[str, ...]) -> tuple[Format, ...]:
+    """The formats among ``names`` whose required columns are all present."""
     found = (FORMATS[name] for name in names)
     return tuple(fmt for fmt in found if all(column in columns for column in fmt.required))
 
 
 def recognise(columns: tuple[str, ...], names: tuple[str, ...]) -> Format:
-    """The one format of ``names`` that rows of ``columns`` are in. Raises DataError if there is
-    none, or more than one."""
-    found = fitting(columns, names)
+    """The format among ``names`` that ``columns`` match. Raises DataError unless it is exactly
+    one."""
+    found = matching_formats(columns, names)
     if len(found) == 1:
         return found[0]
     listed = ", ".join(map(repr, columns))
     if found:
         raise DataError(
-            f"the columns {listed} fit more than one format: {', '.join(map(str, found))}; "
-            f"choose with task.format: {' or '.join(fmt.name for fmt in found)}"
+            f"the columns {listed} match several formats: {', '.join(map(str, found))}; "
+            f"choose one with task.format: {' or '.join(fmt.name for fmt in found)}"
         )
-    raise DataError(f"no known format: the columns are {listed}")
+    raise DataError(f"unknown format: the columns are {listed}")
 
 
 class FormattedTask(Task):
-    """A task that takes rows in one of ``formats``, or in columns that its config names.
+    """A task that reads rows in one of ``formats``, or columns that its config names.
 
-    ``config.format`` is the format's name, or ``auto``: recognised from the columns.
+    ``config.format`` is a format's name, or ``auto`` to recognise it from the columns.
     """
 
     formats: ClassVar[tuple[str, ...]]
-    #: The keys by which a recipe names columns of its own.
+    #: The keys by which a recipe names other columns.
     column_keys: ClassVar[str]
     #: Optional columns of the formats that the task refuses unless they are empty.
     refused: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
-    def own_columns(self, config: Any) -> tuple[str, ...]:
+    def named_columns(self, config: Any) -> tuple[str, ...]:
         """The columns that the config names; empty if it leaves them to the format."""
 
     def hub_source(self, config: Any) -> tuple[str, str | None] | None:
         return (config.dataset_name, config.dataset_config_name) if config.dataset_name else None
 
     def columns(self, config: Any) -> tuple[str, ...]:
-        if own := self.own_columns(config):
-            return own
+        if named := self.named_columns(config):
+            return named
         return () if config.format == "auto" else FORMATS[config.format].required
 
     def format_of(self, columns: Sequence[str], config: Any) -> Format:
@@ -110,102 +105,69 @@ class FormattedTask(Task):
         return recognise(tuple(columns), self.formats)
 
     def read_columns(self, config: Any, columns: Sequence[str]) -> Collection[str] | None:
-        if own := self.own_columns(config):
-            return own
+        if named := self.named_columns(config):
+            return named
         found = self.format_of(columns, config)
         return (*found.required, *found.optional)
 
     def check_columns(self, split: Split, config: Any) -> None:
         super().check_columns(split, config)
-        if self.own_columns(config):
+        if self.named_columns(config):
             return
         try:
             found = self.format_of(split.columns, config)
         except DataError as error:
-            if fitting(tuple(split.columns), self.formats):
+            if matching_formats(tuple(split.columns), self.formats):
                 raise DataError(f"{split.source}: {error}") from error
             row = dict(next(iter(split.rows)))
             allowed = ", ".join(str(FORMATS[name].without(self.refused)) for name in self.formats)
             raise DataError(
                 f"{split.locate(0)}: {error}; the row is {shown(row, 200)}; allowed: {allowed}, "
-                f"or columns of your own by {self.column_keys}"
+                f"or other columns named by {self.column_keys}"
             ) from error
         split.require(found.required)
 
     def notes(self, config: Any, split: Split) -> list[str]:
-        if self.own_columns(config) or config.format != "auto":
+        if self.named_columns(config) or config.format != "auto":
             return []
         found = self.format_of(split.columns, config).without(self.refused)
-        there = [name for name in found.optional if name in split.columns]
-        columns = _named((*found.required, *there))
+        present = [name for name in found.optional if name in split.columns]
+        columns = _columns((*found.required, *present))
         return [f"{split.source}: recognised as {found.title} ({columns})"]
 
 
-def _named(columns: Sequence[str]) -> str:
-    return f"column{'s' * (len(columns) > 1)} {', '.join(columns)}"
+class TextConfig(TaskSection):
+    """``text_column`` names the column (default: ``text``); ``dataset_name`` and
+    ``dataset_config_name`` are a Hub data set, read when ``path`` is null."""
+
+    name: Text = "text"
+    format: Literal["auto", "text"] = "auto"
+    text_column: Text | None = None
+    dataset_name: Text | None = None
+    dataset_config_name: Text | None = None
 
 
-_PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]|[^{}]+")
+class PlainText(FormattedTask):
+    names = ("text",)
+    summary = "plain text, loss on every token and the EOS"
+    Config = TextConfig
+    kind = "causal"
+    formats = ("text",)
+    column_keys = "task.text_column"
+
+    def named_columns(self, config: Any) -> tuple[str, ...]:
+        return (config.text_column,) if config.text_column else ()
+
+    def example(self, row: Row, config: Any) -> TextExample:
+        column = config.text_column or "text"
+        text = required_text(row, column)
+        if not text.strip():
+            raise DataError(f"column {column!r} is empty: nothing to train on")
+        return TextExample((Segment(text, trained=True),))
 
 
-@lru_cache(maxsize=64)
-def _pieces(template: str) -> tuple[tuple[str, bool], ...]:
-    """Text or column, and whether it is a column. Raises ValueError for a brace without its mate
-    and for empty braces."""
-    pieces = []
-    for match in _PIECE.finditer(template):
-        text, column = match.group(), match.group(1)
-        if column is not None:
-            if not column.strip():
-                raise ValueError("a column's name is missing in {}; {{}} are plain braces")
-            pieces.append((column, True))
-        elif text in ("{", "}"):
-            raise ValueError(f"a single {text!r}; {text * 2!r} is a plain brace")
-        else:
-            pieces.append((text[:1] if text in ("{{", "}}") else text, False))
-    return tuple(pieces)
+def _columns(names: Sequence[str]) -> str:
+    return f"column{'s' * (len(names) > 1)} {', '.join(names)}"
 
 
-def _checked(template: str) -> str:
-    _pieces(template)
-    return template
-
-
-#: A template as a recipe's value.
-TemplateText = Annotated[Text, AfterValidator(_checked)]
-
-
-def template_columns(template: str) -> tuple[str, ...]:
-    """The columns that stand in it, each once."""
-    return tuple(dict.fromkeys(text for text, is_column in _pieces(template) if is_column))
-
-
-def check_template(template: str, key: str, columns: Sequence[str]) -> None:
-    """Raise DataError, with the nearest there is, for a name that no column has."""
-    for name in template_columns(template):
-        if name not in columns:
-            message = did_you_mean(f"{key}: no column {name!r}", name, columns)
-            if re.search(r"[.\[!:]", name):
-                message += "; braces hold a column's whole name, no attribute, index or format"
-            raise DataError(f"{message}; the columns are {', '.join(map(repr, columns))}")
-
-
-def fill(template: str, row: Mapping[str, Any]) -> str:
-    """The text with the row's values; a number is written as Python writes it, and a missing or
-    null one is empty. Raises DataError for a value that is neither text nor number."""
-    return "".join(
-        _column_text(text, row.get(text)) if is_column else text
-        for text, is_column in _pieces(template)
-    )
-
-
-def _column_text(column: str, value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
-    raise DataError(
-        f"column {column!r} holds {shown(value)}; allowed in a template: text or a number"
-    )
+TASK = PlainText()

@@ -1,8 +1,8 @@
 """``glue/cola`` ... ``glue/wnli``: the nine tasks of GLUE (Wang et al. 2018), for an encoder.
 
 Columns and label ids are those of the Hub's ``nyu-mll/glue``. ``glue/mnli`` evaluates on
-``validation_matched`` (``validation`` where local files have no such split);
-``validation_mismatched`` is another split. Test labels are hidden.
+``validation_matched``, or on ``validation`` if local files lack it; ``validation_mismatched`` is a
+split of its own. Test labels are hidden.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _classes(
     columns: tuple[str, ...], labels: tuple[str, ...], metrics: tuple[str, ...] = ("accuracy",)
 ) -> Labelling:
     text, pair = (*columns, None)[:2]
-    assert text is not None, "a task has a first text"
+    assert text is not None, "there is at least one column"
     return Labelling(text, pair, "label", labels, metrics)
 
 
@@ -42,7 +42,7 @@ _LABELLINGS = {
 
 
 class GlueConfig(TaskSection):
-    """No keys of its own. ``path`` null reads the Hub's ``nyu-mll/glue``."""
+    """No additional keys. ``path`` null reads the Hub's ``nyu-mll/glue``."""
 
 
 class Glue(LabelledTask):

@@ -17,9 +17,9 @@ GOOD = [{"prompt": f"number {n}", "completion": f" {n}"} for n in range(4)]
 BAD = {
     '{"prompt": "a", "completion": "b': "not JSON: ",
     "3": "not a JSON object",
-    '{"prompt": "a", "completion": 3}': "column 'completion' holds 3; allowed: text",
+    '{"prompt": "a", "completion": 3}': "column 'completion' = 3; allowed: text",
     '{"prompt": "a", "completion": ""}': "column 'completion' is empty: nothing to train on",
-    '{"prompt": "a"}': "column 'completion' holds null; allowed: text",
+    '{"prompt": "a"}': "column 'completion' = null; allowed: text",
 }
 
 

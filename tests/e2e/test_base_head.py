@@ -170,7 +170,7 @@ def test_a_head_that_lacks_a_label_changes_no_error(
         base = classifier(tmp_path / names[0], tiny_bert, names)
         recipe = recipe_for(tmp_path / "work", base, rows, "classification")
         assert run(["train", str(recipe)]) == 2
-        assert "holds one label only: other" in capsys.readouterr().err
+        assert "has only one label, other" in capsys.readouterr().err
     rows = [{"text": "a", "label": label} for label in ("Positive", "positive ", "negative")]
     recipe = recipe_for(tmp_path / "work", tmp_path / "positive", rows, "classification")
     assert run(["train", str(recipe)]) == 2

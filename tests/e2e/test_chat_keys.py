@@ -105,7 +105,7 @@ def test_history(model: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]) 
     assert "the answers in column history are trained too" in err
     for name in ("completion", "auto"):
         _, err = command(capsys, "train", recipe, "--set", f"task.name={name}", code=2)
-        assert "error: data/train.jsonl, row 1: column 'history' holds [[" in err
+        assert "error: data/train.jsonl, row 1: column 'history' = [[" in err
         assert "task.name: chat" in err
     assert not Path("run").exists()
 
@@ -157,7 +157,7 @@ def test_reasoning(model: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
     assert "(3+3+3)" in text
     generate = ("--set", "task.eval_generate=end", "--set", "task.max_new_tokens=2")
     _, err = command(capsys, "train", recipe, *generate, code=2)
-    said = "error: data/validation.jsonl, row 1: message 2: the last trained turn has reasoning"
+    said = "error: data/validation.jsonl, row 1: message 2: the last trained message has reasoning"
     assert said in err
     assert not Path("run").exists()
     Path("predictions.jsonl").write_text('{"prediction": "It is 9."}\n')
@@ -174,10 +174,10 @@ LISTED = "column id (2), messages[].tool_calls[].index (1)"
 
 
 def unused(err: str) -> list[str]:
-    return [line for line in err.splitlines() if "not used" in line]
+    return [line for line in err.splitlines() if "unused keys" in line]
 
 
-def test_what_is_not_used_is_named_once(
+def test_unused_keys_are_named_once(
     model: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = prepared(model, *ODD)
@@ -188,9 +188,9 @@ def test_what_is_not_used_is_named_once(
         (["eval", recipe, "--base", "--split", "train"], ["train"]),
     ]:
         out, err = command(capsys, *arguments)
-        assert "not used" not in out
+        assert "unused keys" not in out
         assert unused(err) == [
-            f"{split}: 2 of 2 rows have keys that are not used: {LISTED}" for split in splits
+            f"{split}: 2 of 2 rows have unused keys: {LISTED}" for split in splits
         ]
 
 
@@ -216,7 +216,7 @@ def test_a_key_of_messages_that_the_template_does_not_read(
     assert text == "<user sure>3*3?</s><assistant>[It is 9.</s>]"
 
 
-def test_what_a_stream_does_not_use(
+def test_unused_keys_of_a_stream_are_named(
     model: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = {"messages": [ASK, RIGHT], "id": 1}
@@ -225,8 +225,8 @@ def test_what_a_stream_does_not_use(
     streaming = ("--set", "task.streaming=true", "--set", "task.shuffle_buffer_rows=300")
     _, err = command(capsys, "train", recipe, *streaming, "--set", "train.max_steps=160")
     assert unused(err) == [
-        "train: 200 of the first 200 rows have keys that are not used: column id (200)",
-        "train: further rows have keys that are not used: messages[].tool_calls[].index",
+        "train: 200 of the first 200 rows have unused keys: column id (200)",
+        "train: further rows have unused keys: messages[].tool_calls[].index",
     ]
 
 
@@ -235,11 +235,11 @@ def test_what_a_stream_does_not_use(
     [
         ({"messages": [ASK, {**RIGHT, "weight": 0.5}]}, "message 2: weight = 0.5; allowed: 0 or 1"),
         ({"messages": [{**ASK, "train": True}, RIGHT]}, "message 1: train = true with role user"),
-        ({"messages": [ASK, {**RIGHT, "loss": False}]}, "no turn of the assistant is trained"),
-        ({"messages": [ASK, RIGHT], "tools": "tide"}, "column 'tools' holds \"tide\"; allowed: "),
+        ({"messages": [ASK, {**RIGHT, "loss": False}]}, "exclude every assistant message"),
+        ({"messages": [ASK, RIGHT], "tools": "tide"}, "column 'tools' = \"tide\"; allowed: "),
         (
             {"messages": [ASK, RIGHT], "system": ["a"]},
-            "column 'system' holds [\"a\"]; allowed: text",
+            "column 'system' = [\"a\"]; allowed: text",
         ),
     ],
 )

@@ -277,7 +277,7 @@ def test_a_missing_text_of_a_pair(tiny_bert: Path, capsys: pytest.CaptureFixture
     Path(recipe).write_text(json.dumps(values))
     code, _, err = command(capsys, "train", recipe)
     assert code == 2
-    assert "error: a.jsonl, row 2: column 'pair' is missing or null; allowed: text" in err
+    assert "error: a.jsonl, row 2: column 'pair' = null; allowed: text" in err
 
 
 # A bad row

@@ -32,7 +32,7 @@ def test_chat_leaves_out_what_follows_the_last_answer() -> None:
         ([], "allowed: a list of messages"),
         ("hello", "allowed: a list of messages"),
         (None, "allowed: a list of messages"),
-        ([message("user")], "no turn of the assistant"),
+        ([message("user")], "no assistant message"),
         ([message("user"), "hi"], 'message 2: "hi"'),
         ([message("human"), message("assistant")], 'message 1: role = "human"; allowed: system'),
         ([message(None), message("assistant")], "message 1: role = null"),
@@ -85,7 +85,7 @@ def test_e2e() -> None:
     ("row", "expected"),
     [
         ({"prompt": "a", "completion": " "}, "'completion' is empty"),
-        ({"prompt": None, "completion": "b"}, "'prompt' holds null"),
+        ({"prompt": None, "completion": "b"}, "'prompt' = null"),
     ],
 )
 def test_bad_completions(row: dict[str, Any], expected: str) -> None:
@@ -127,7 +127,7 @@ def test_path_or_hub_is_required(name: str) -> None:
 def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"body": "x"}\n')
     task = TASKS["text"]
-    with pytest.raises(DataError, match="row 1: no known format: the columns are 'body'"):
+    with pytest.raises(DataError, match="row 1: unknown format: the columns are 'body'"):
         task.load(task.Config(path=str(tmp_path)), "train")
     with pytest.raises(DataError, match="no column 'words'; the columns are 'body'"):
         task.load(task.Config(path=str(tmp_path), text_column="words"), "train")

@@ -78,7 +78,7 @@ def test_predictions_that_are_no_text(prediction: Any) -> None:
 
 
 def test_a_row_without_reference_is_named() -> None:
-    with pytest.raises(DataError, match="rows, row 2: column 'human_reference' holds \" \""):
+    with pytest.raises(DataError, match="rows, row 2: column 'human_reference' = \" \""):
         TASK.metrics(["a", "b"], split_of([ROWS[0], (ROWS[1][0], " ")]), CONFIG)
 
 

@@ -182,11 +182,11 @@ def test_columns_that_are_named_go_before_recognition() -> None:
 )
 def test_ambiguous_columns(name: str, row: Row, parts: tuple[str, ...], tmp_path: Path) -> None:
     path = rows_file(tmp_path, row)
-    with pytest.raises(DataError, match="more than one format") as caught:
+    with pytest.raises(DataError, match="several formats") as caught:
         loaded(name, path)
     message = str(caught.value)
     assert message.startswith(f"{path}: the columns ")
-    assert "choose with task.format: " in message
+    assert "choose one with task.format: " in message
     assert all(part in message for part in parts if not part.startswith("or "))
     loaded(name, path, format="prompt_completion")
 
@@ -197,7 +197,7 @@ def test_an_unknown_shape_shows_the_row(tmp_path: Path) -> None:
         with pytest.raises(DataError) as caught:
             loaded(name, path)
         message = str(caught.value)
-        assert message.startswith(f"{path}, row 1: no known format: the columns are 'query', 'repl")
+        assert message.startswith(f"{path}, row 1: unknown format: the columns are 'query', 'repl")
         assert '{"query": "2+2?", "reply": "4444' in message
         assert len(message) < 800
         assert "\n" not in message
@@ -208,17 +208,17 @@ def test_an_unknown_shape_shows_the_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "row", "expected"),
     [
-        ("chat", {"conversations": "hi"}, "column 'conversations' holds \"hi\""),
+        ("chat", {"conversations": "hi"}, "column 'conversations' = \"hi\""),
         ("chat", {"conversations": [{"from": "cat", "value": "x"}]}, 'message 1: from = "cat"'),
         ("chat", {"conversations": [HUMAN, {"from": "gpt", "value": None}]}, "2: value = null"),
-        ("chat", {"conversations": [HUMAN]}, "no turn of the assistant"),
+        ("chat", {"conversations": [HUMAN]}, "no assistant message"),
         ("chat", {"messages": [{**USER, "content": [{"type": "image_url"}]}]}, "content = [{"),
         ("chat", {"messages": [{**USER, "content": []}]}, "content = []; allowed: text"),
         ("chat", ALPACA | {"output": " "}, "column 'output' is empty"),
-        ("chat", PAIR | {"prompt": 3}, "column 'prompt' holds 3"),
+        ("chat", PAIR | {"prompt": 3}, "column 'prompt' = 3"),
         ("completion", ALPACA | {"output": ""}, "column 'output' is empty"),
-        ("completion", ALPACA | {"input": 3}, "column 'input' holds 3"),
-        ("completion", ALPACA | {"instruction": None}, "column 'instruction' holds null"),
+        ("completion", ALPACA | {"input": 3}, "column 'input' = 3"),
+        ("completion", ALPACA | {"instruction": None}, "column 'instruction' = null"),
     ],
 )
 def test_rows_that_are_refused(name: str, row: Row, expected: str) -> None:
@@ -262,17 +262,21 @@ def test_contradicting_keys(keys: Row) -> None:
 
 @pytest.mark.parametrize("shape", ["alpaca", "prompt_completion"])
 def test_a_column_of_messages_is_no_other_format(shape: str) -> None:
-    with pytest.raises(ValidationError, match="contradict each other"):
+    with pytest.raises(ValidationError, match="mutually exclusive"):
         registry.task("chat").Config(messages_column="a", format=shape)
 
 
 @pytest.mark.parametrize(
     ("name", "keys", "said"),
     [
-        ("completion", {"top_p": 0.9}, "top_p: only with temperature above 0"),
-        ("completion", {"length_penalty": 0.8}, "length_penalty: only with num_beams above 1"),
+        ("completion", {"top_p": 0.9}, "top_p: only allowed with temperature above 0"),
+        (
+            "completion",
+            {"length_penalty": 0.8},
+            "length_penalty: only allowed with num_beams above 1",
+        ),
         ("completion", {"num_beams": 2, "length_penalty": 500.0}, "less than or equal to 10"),
-        ("e2e_nlg", {"num_beams": 1, "length_penalty": 0.8}, "length_penalty: only with"),
+        ("e2e_nlg", {"num_beams": 1, "length_penalty": 0.8}, "length_penalty: only allowed with"),
     ],
 )
 def test_a_key_without_effect(name: str, keys: Row, said: str) -> None:

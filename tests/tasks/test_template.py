@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from lorakit import registry
 from lorakit.errors import DataError
-from lorakit.tasks.formats import fill, template_columns
+from lorakit.tasks.completion import fill, template_columns
 
 COMPLETION = registry.task("completion")
 
@@ -37,7 +37,7 @@ def test_columns_are_listed_once() -> None:
 
 @pytest.mark.parametrize("value", [True, ["a"], {"a": 1}])
 def test_values_that_are_no_text(value: Any) -> None:
-    with pytest.raises(DataError, match="column 'a' holds"):
+    with pytest.raises(DataError, match="column 'a' ="):
         fill("{a}", {"a": value})
 
 
@@ -77,10 +77,10 @@ def test_own_columns_by_templates(rows: str) -> None:
     ("template", "expected"),
     [
         ("{qestion}", "no column 'qestion'; did you mean 'question'?; the columns are 'question'"),
-        ("{question.x}", "no attribute, index or format"),
-        ("{question[0]}", "no attribute, index or format"),
-        ("{question!r}", "no attribute, index or format"),
-        ("{answer:>5}", "no attribute, index or format"),
+        ("{question.x}", "attributes, indices and formats are not supported"),
+        ("{question[0]}", "attributes, indices and formats are not supported"),
+        ("{question!r}", "attributes, indices and formats are not supported"),
+        ("{answer:>5}", "attributes, indices and formats are not supported"),
     ],
 )
 def test_a_name_that_no_column_has(rows: str, template: str, expected: str) -> None:
@@ -94,7 +94,7 @@ def test_a_name_that_no_column_has(rows: str, template: str, expected: str) -> N
 def test_a_template_beside_a_column(rows: str) -> None:
     config = COMPLETION.Config(path=rows, template="{question}", completion_column="answer")
     found = COMPLETION.load(config, "train")
-    with pytest.raises(DataError, match="column 'answer' holds 4; allowed: text"):
+    with pytest.raises(DataError, match="column 'answer' = 4; allowed: text"):
         COMPLETION.example(found.rows[0], config)
     config = COMPLETION.Config(path=rows, template="{question}")
     with pytest.raises(DataError, match="no column 'completion'"):

@@ -316,7 +316,7 @@ def test_every_problem_of_a_yaml_at_once(in_tmp: Path) -> None:
         ("kind: completion\nmetric: [bleu, bleu]\n", "duplicate name"),
         ("", "the file is empty; allowed: a mapping of keys to values"),
         ("kind: classification\nmetric: ./no.py:f\n", "no.py: no such file"),
-        ("kind: completion\ntemplate: a\nprompt_column: b\n", "contradict each other"),
+        ("kind: completion\ntemplate: a\nprompt_column: b\n", "mutually exclusive"),
         ("- a\n", "the file is not a mapping"),
         ("kind: [\n", "not valid YAML"),
     ],

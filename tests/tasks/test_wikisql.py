@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import pytest
 from lorakit import registry
 from lorakit.data.sources import Split
 from lorakit.errors import DataError
-from lorakit.tasks.sql.execution import Database, bound_value
-from lorakit.tasks.sql.query import Query, QueryError
+from lorakit.tasks.wikisql import Database
+from lorakit.tasks.wikisql_query import Query, QueryError, bound_value
 from tests.tasks.wikisql_files import ROWS, TABLE, write_database, write_lines
 
 TASK = registry.tasks()["wikisql"]
@@ -103,14 +104,14 @@ def test_two_empty_results_are_equal(wikisql_folder: WikiSqlWriter) -> None:
 
 
 def test_the_last_value_is_bound_to_every_condition_on_a_column(tmp_path: Path) -> None:
-    with Database(write_database(tmp_path / "t.db", TABLE)) as database:
+    with closing(Database(write_database(tmp_path / "t.db", TABLE))) as database:
         twice = Query(0, 0, ((1, 1, 100), (1, 1, 5)))  # No. > 100 and No. > 5, both with 5
         assert database.execute("1-10-2", twice) == ["bo day", "cy ito"]
         assert database.execute("1-10-2", Query(0, 0, ((1, 1, 5), (1, 1, 100)))) == []
 
 
 def test_text_values_are_lower_cased_and_text_equality_is_exact(tmp_path: Path) -> None:
-    with Database(write_database(tmp_path / "t.db", TABLE)) as database:
+    with closing(Database(write_database(tmp_path / "t.db", TABLE))) as database:
         assert database.execute("1-10-2", Query(0, 0, ((4, 0, "Y"),))) == ["bo day", "cy ito"]
         assert database.execute("1-10-2", Query(0, 0, ((4, 0, " y"),))) == []
 
@@ -157,7 +158,7 @@ def test_the_database_is_read_only(wikisql_folder: WikiSqlWriter) -> None:
 
 def test_a_query_that_runs_too_long_is_stopped(wikisql_folder: WikiSqlWriter) -> None:
     folder = wikisql_folder()
-    with Database(folder / "dev.db") as database:
+    with closing(Database(folder / "dev.db")) as database:
         endless = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n) SELECT x FROM n WHERE x < 0"
         with pytest.raises(Exception, match="interrupted"):
             database.run_sql(endless, {})
@@ -168,7 +169,7 @@ def test_released_gold_results(data_dir: Path) -> None:
     file = data_dir / "wikisql" / "mini" / "mini.jsonl"
     records = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(records) == 15
-    with Database(file.with_suffix(".db")) as database:
+    with closing(Database(file.with_suffix(".db"))) as database:
         for record in records:
             result = database.execute(record["table_id"], Query.from_json(record["sql"]))
             assert result == record["gold_result"], record["question"]
@@ -215,11 +216,11 @@ def without(key: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("second_row", "expected"),
     [
-        (without("question"), "question = None"),
-        (without("table_id"), "table_id = None"),
-        (without("sql"), "no key 'sql'"),
-        ({**ROWS[1], "table_id": "9-9-9"}, "table_id = '9-9-9': no such table"),
-        ({**ROWS[1], "sql": {"sel": 0, "agg": 0}}, "no key 'conds'"),
+        (without("question"), "question = null"),
+        (without("table_id"), "table_id = null"),
+        (without("sql"), "missing key 'sql'"),
+        ({**ROWS[1], "table_id": "9-9-9"}, 'table_id = "9-9-9": not in the tables file'),
+        ({**ROWS[1], "sql": {"sel": 0, "agg": 0}}, "missing key 'conds'"),
         ({**ROWS[1], "sql": {"sel": "0", "agg": 0, "conds": []}}, "sel = '0'"),
         ({**ROWS[1], "sql": {"sel": 0, "agg": 0, "conds": [[0, 0]]}}, "[0, 0]"),
         ({**ROWS[1], "sql": {"sel": 0, "agg": 0, "conds": [[0, 0, None]]}}, "None"),
@@ -240,15 +241,15 @@ def test_a_broken_line_is_named(wikisql_folder: WikiSqlWriter) -> None:
     folder = wikisql_folder()
     with (folder / "dev.jsonl").open("a") as lines:
         lines.write('\n{"phase": \n')
-    with pytest.raises(DataError, match=r"dev\.jsonl, row 4: not JSON"):
+    with pytest.raises(DataError, match=r"dev\.jsonl, row 4: invalid JSON"):
         load(folder)
 
 
 @pytest.mark.parametrize(
     ("table", "expected"),
     [
-        ({"header": ["a"]}, "id = None"),
-        ({"id": "1-10-2", "header": "a"}, "header = 'a'"),
+        ({"header": ["a"]}, "id = null"),
+        ({"id": "1-10-2", "header": "a"}, 'header = "a"'),
         ({"id": "1-10-2", "header": ["a"], "types": ["text", "real"]}, "types"),
     ],
 )
@@ -264,7 +265,7 @@ def test_bad_tables_are_named(
 def test_missing_tables_file(wikisql_folder: WikiSqlWriter) -> None:
     folder = wikisql_folder()
     (folder / "dev.tables.jsonl").unlink()
-    with pytest.raises(DataError, match=r"no dev\.tables\.jsonl\.gz or dev\.tables\.jsonl beside"):
+    with pytest.raises(DataError, match=r"no dev\.tables\.jsonl\.gz or dev\.tables\.jsonl in the"):
         load(folder)
 
 
@@ -278,7 +279,7 @@ def test_a_file_that_is_no_database(wikisql_folder: WikiSqlWriter) -> None:
 def test_gold_that_does_not_execute_is_named(wikisql_folder: WikiSqlWriter) -> None:
     folder = wikisql_folder(database=False)
     write_database(folder / "dev.db", {**TABLE, "id": "other"})
-    with pytest.raises(DataError, match=r"dev\.jsonl, row 1: the gold query does not execute"):
+    with pytest.raises(DataError, match=r"dev\.jsonl, row 1: the gold query cannot be executed"):
         scores(folder, GOLD)
 
 

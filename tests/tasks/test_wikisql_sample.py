@@ -6,14 +6,15 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lorakit import registry
-from lorakit.tasks.sql.execution import Database
-from lorakit.tasks.sql.query import Query
+from lorakit.tasks.wikisql import Database
+from lorakit.tasks.wikisql_query import Query
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "make_wikisql_sample.py"
 TASK = registry.tasks()["wikisql"]
@@ -57,7 +58,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("split", ["train", "dev"])
 def test_official_invariants(sample: Path, split: str) -> None:
-    with Database(sample / f"{split}.db") as database:
+    with closing(Database(sample / f"{split}.db")) as database:
         for row in rows_of(sample, split):
             query = Query.from_json(row["sql"])
             assert database.execute(row["table_id"], query), row

@@ -102,7 +102,7 @@ GOOD = '{"prompt": "red green", "completion": " blue one two"}'
 
 @pytest.mark.parametrize(
     ("text", "what"),
-    [(REFUSED, "column 'completion' holds 3"), (UNREADABLE, "not JSON: Invalid control character")],
+    [(REFUSED, "column 'completion' = 3"), (UNREADABLE, "not JSON: Invalid control character")],
 )
 def test_a_bad_row_saves_a_checkpoint_to_go_on_from(
     tiny_llama: Path, tmp_path: Path, text: str, what: str
@@ -167,7 +167,7 @@ def test_a_bad_row_before_the_first_step(tiny_llama: Path, tmp_path: Path) -> No
     result = train(recipe, resume="auto")
     assert result.steps == 60
     bad = bad_row_run(tmp_path / "head", tiny_llama, 100, REFUSED)
-    with pytest.raises(DataError, match=r"row 101: column 'completion' holds 3; allowed: text$"):
+    with pytest.raises(DataError, match=r"row 101: column 'completion' = 3; allowed: text$"):
         train(bad)
     assert not Path(bad.train.output_dir).exists()
 

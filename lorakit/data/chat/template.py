@@ -14,7 +14,7 @@ from functools import cache, cached_property
 from itertools import pairwise
 from typing import Any
 
-from lorakit.data.examples import with_fitting_arguments
+from lorakit.data.chat.tool_calls import render_calls
 from lorakit.errors import DataError
 
 Message = Mapping[str, Any]
@@ -151,7 +151,7 @@ class ChatTemplate:
         def rendered(given: Sequence[Message]) -> Rendered:
             return self._render_as_given([dict(m) for m in given], tools, generation_prompt)
 
-        return with_fitting_arguments(rendered, messages, text_of=lambda found: found.text)
+        return render_calls(rendered, messages, text_of=lambda found: found.text)
 
     def _render_as_given(
         self, messages: list[dict[str, Any]], tools: Tools, generation_prompt: bool

@@ -1,123 +1,28 @@
-"""WikiSQL's logical form: one column selected from one table, under conditions joined by AND.
+"""WikiSQL's queries: their logical form, their SQL text, and the SQL that SQLite executes.
 
-Queries as SQL text, and back: ``SELECT COUNT("No.") FROM t WHERE "Player" = 'x'``.
-
-What ``render`` writes, ``parse`` reads back as the equal query. ``parse`` also takes a language
-model's small deviations (case, spacing, a missing FROM, unquoted plain names), and nothing that
-would have to be guessed.
+A query selects one column of one table, under conditions joined by AND. ``render`` writes
+``SELECT COUNT("No.") FROM t WHERE "Player" = 'x'``, and ``parse`` reads it back as the equal query.
+``parse`` also accepts a language model's small deviations (case, spacing, a missing FROM, unquoted
+plain names), and nothing that it would have to guess.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 AGGREGATIONS = ("", "MAX", "MIN", "COUNT", "SUM", "AVG")
 OPERATORS = ("=", ">", "<", "OP")
-
-_DIGITS = re.compile(r"[0-9]+")
-
-Value = str | int | float
-Condition = tuple[int, int, Value]
-
-
-class QueryError(ValueError):
-    """The text or the JSON is not a query of this form."""
-
-
-@dataclass(frozen=True)
-class Query:
-    """``SELECT agg(column sel) WHERE conds``; each condition is (column, operator, value).
-
-    Columns, aggregations and operators are indices: of the header, of ``AGGREGATIONS`` and of
-    ``OPERATORS`` (WikiSQL, lib/query.py).
-    """
-
-    sel: int
-    agg: int
-    conds: tuple[Condition, ...] = ()
-
-    @classmethod
-    def from_json(cls, data: Any) -> Query:
-        """Read ``{"sel", "agg", "conds"}``. Raises QueryError if it is anything else."""
-        if not isinstance(data, dict):
-            raise QueryError(f"a query is an object, not {data!r}")
-        for key in ("sel", "agg", "conds"):
-            if key not in data:
-                raise QueryError(f"no key {key!r}")
-        conds = data["conds"]
-        if not isinstance(conds, list):
-            raise QueryError(f"conds = {conds!r}: not a list")
-        return cls(
-            _index(data["sel"], "sel"), _index(data["agg"], "agg"), tuple(map(_condition, conds))
-        )
-
-    @classmethod
-    def predicted(cls, data: Any) -> Query:
-        """Read a prediction as leniently as the official evaluator: an index may be anything, as
-        long as the logical form compares (1.0 and true equal 1) and the query executes
-        (column "1" does), and so may a value.
-
-        Raises QueryError for what has not these keys, a condition that is not of three parts, and
-        text that would stand in the SQL without being a column's number.
-        """
-        try:
-            sel, agg, conds = data["sel"], data["agg"], list(data["conds"])
-            triples = tuple((column, operator, value) for column, operator, value in conds)
-        except (KeyError, TypeError, ValueError) as error:
-            raise QueryError(f"not a query: {data!r}") from error
-        for column in (sel, *(column for column, _, _ in triples)):
-            if isinstance(column, str) and not _DIGITS.fullmatch(column):
-                raise QueryError(f"a column is an index, not {column!r}")
-        return cls(sel, agg, triples)
-
-    def to_json(self) -> dict[str, Any]:
-        """The official form, ``{"sel", "agg", "conds": [[column, operator, value], ...]}``."""
-        return {"sel": self.sel, "agg": self.agg, "conds": [list(cond) for cond in self.conds]}
-
-    def matches(self, other: Query) -> bool:
-        """Equality of logical forms: the conditions compare as a set of
-        (column, operator, str(value).lower()), so their order and repeats do not count. What
-        cannot stand in a set is equal to nothing."""
-        try:
-            return (self.sel, self.agg, self._condition_set()) == (
-                other.sel,
-                other.agg,
-                other._condition_set(),
-            )
-        except TypeError:
-            return False
-
-    def _condition_set(self) -> set[tuple[int, int, str]]:
-        return {(column, operator, str(value).lower()) for column, operator, value in self.conds}
-
-
-def _index(value: Any, name: str) -> int:
-    if type(value) is not int:  # bool is an int to isinstance
-        raise QueryError(f"{name} = {value!r}: not an index")
-    return value
-
-
-def _condition(data: Any) -> Condition:
-    if not isinstance(data, list) or len(data) != 3:
-        raise QueryError(f"a condition is [column, operator, value], not {data!r}")
-    column, operator, value = data
-    if type(value) not in (str, int, float):
-        raise QueryError(f"a condition's value is text or a number, not {value!r}")
-    return (
-        _index(column, "a condition's column"),
-        _index(operator, "a condition's operator"),
-        value,
-    )
-
-
-#: Columns past the header's end that a query may still name: some released headers lack a
+#: Columns after the header's last that a query may still name: some released headers lack a
 #: repeated name.
 SPARE_COLUMNS = 4
 
+_DIGITS = re.compile(r"[0-9]+")
+_NUMBER = re.compile(r"[-+]?\d*\.\d+|\d+")
 _TOKEN = re.compile(
     r"""\s*(?: (?P<name>"(?:[^"]|"")*")
              | (?P<string>'(?:[^']|'')*')
@@ -128,10 +33,137 @@ _TOKEN = re.compile(
 )
 _END = re.compile(r"[ \t]*(?:[\n;]|$)")
 
+Value = str | int | float
+Condition = tuple[int, int, Value]
+
+
+class QueryError(ValueError):
+    """A text or a JSON value is not a query."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """``SELECT agg(column sel) WHERE conds``; each condition is (column, operator, value).
+
+    Columns, aggregations and operators are indices into the header, ``AGGREGATIONS`` and
+    ``OPERATORS`` (WikiSQL, lib/query.py).
+    """
+
+    sel: int
+    agg: int
+    conds: tuple[Condition, ...] = ()
+
+    @classmethod
+    def from_json(cls, data: Any) -> Query:
+        """Read ``{"sel", "agg", "conds"}``. Raises QueryError for anything else."""
+        if not isinstance(data, dict):
+            raise QueryError(f"not a query: {data!r}; allowed: an object")
+        for key in ("sel", "agg", "conds"):
+            if key not in data:
+                raise QueryError(f"missing key {key!r}")
+        conds = data["conds"]
+        if not isinstance(conds, list):
+            raise QueryError(f"conds = {conds!r}; allowed: a list")
+        return cls(
+            _index(data["sel"], "sel"), _index(data["agg"], "agg"), tuple(map(_condition, conds))
+        )
+
+    @classmethod
+    def predicted(cls, data: Any) -> Query:
+        """Read a prediction as leniently as the official evaluator: any index for which the logical
+        form compares (1.0 and true equal 1) and the query executes (column "1" does), and any
+        value.
+
+        Raises QueryError for missing keys, a condition without three parts, and text that would
+        end up in the SQL without being a column's number.
+        """
+        try:
+            sel, agg, conds = data["sel"], data["agg"], list(data["conds"])
+            triples = tuple((column, operator, value) for column, operator, value in conds)
+        except (KeyError, TypeError, ValueError) as error:
+            raise QueryError(f"not a query: {data!r}") from error
+        for column in (sel, *(column for column, _, _ in triples)):
+            if isinstance(column, str) and not _DIGITS.fullmatch(column):
+                raise QueryError(f"column {column!r}; allowed: an index")
+        return cls(sel, agg, triples)
+
+    def to_json(self) -> dict[str, Any]:
+        """The official form, ``{"sel", "agg", "conds": [[column, operator, value], ...]}``."""
+        return {"sel": self.sel, "agg": self.agg, "conds": [list(cond) for cond in self.conds]}
+
+    def matches(self, other: Query) -> bool:
+        """Equality of logical forms. Conditions compare as a set of (column, operator,
+        str(value).lower()), whatever their order and repetitions; unhashable ones equal nothing."""
+        try:
+            return self._logical_form() == other._logical_form()
+        except TypeError:
+            return False
+
+    def _logical_form(self) -> tuple[int, int, set[tuple[int, int, str]]]:
+        conditions = {
+            (column, operator, str(value).lower()) for column, operator, value in self.conds
+        }
+        return self.sel, self.agg, conditions
+
+    def statement(self, table: str, types: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+        """The query as the official evaluator executes it in SQLite (lib/dbengine.py), and its
+        parameters; ``types`` are those of the columns ``colN``.
+
+        Of two conditions on one column both get the value of the last, so that scores compare.
+        Raises LookupError or TypeError for an index out of range.
+        """
+        column = f"col{self.sel}"
+        if aggregation := AGGREGATIONS[self.agg]:
+            column = f"{aggregation}({column})"
+        clauses, values = [], {}
+        for index, operator, value in self.conds:
+            name = f"col{index}"
+            clauses.append(f"{name} {OPERATORS[operator]} :{name}")
+            values[name] = bound_value(value, types[name])
+        where = f" WHERE {' AND '.join(clauses)}" if clauses else ""
+        return f"SELECT {column} AS result FROM {table}{where}", values
+
+
+def bound_value(value: Any, kind: str) -> Any:
+    """The value as SQLite compares it with a column of type ``kind``: text lower-cased, as the
+    cells are, and a number if the column is ``real``. Raises for text without a number there."""
+    if isinstance(value, str):
+        value = value.lower()
+    if kind == "real" and not isinstance(value, (int, float)):
+        return _real(value)
+    return value
+
+
+def _real(text: str) -> float:
+    # babel's parse_decimal in the English locale, and the evaluator's fallback after it.
+    try:
+        return float(Decimal(text.replace(",", "")))
+    except InvalidOperation:
+        return float(_NUMBER.findall(text)[0])
+
+
+def _index(value: Any, name: str) -> int:
+    if type(value) is not int:  # bool is an int to isinstance
+        raise QueryError(f"{name} = {value!r}; allowed: an index")
+    return value
+
+
+def _condition(data: Any) -> Condition:
+    if not isinstance(data, list) or len(data) != 3:
+        raise QueryError(f"condition {data!r}; allowed: [column, operator, value]")
+    column, operator, value = data
+    if type(value) not in (str, int, float):
+        raise QueryError(f"value of a condition = {value!r}; allowed: text or a number")
+    return (
+        _index(column, "column of a condition"),
+        _index(operator, "operator of a condition"),
+        value,
+    )
+
 
 def column_names(header: Sequence[str]) -> list[str]:
-    """One distinct name a column, ``SPARE_COLUMNS`` more than the header has: white space
-    collapsed, an empty name numbered, a repeated one counted (``Score``, ``Score (2)``)."""
+    """One distinct name per column, and for ``SPARE_COLUMNS`` more: white space collapsed, an empty
+    name numbered, a repeated one counted (``Score``, ``Score (2)``)."""
     names: list[str] = []
     taken: set[str] = set()
     for index, raw in enumerate([*header, *[""] * SPARE_COLUMNS]):
@@ -150,7 +182,7 @@ def render(query: Query, header: Sequence[str]) -> str:
     names = column_names(header)
     selected = _quoted(_name(names, query.sel))
     if not 0 <= query.agg < len(AGGREGATIONS):
-        raise QueryError(f"agg = {query.agg}: allowed: 0 to {len(AGGREGATIONS) - 1}")
+        raise QueryError(f"agg = {query.agg}; allowed: 0 to {len(AGGREGATIONS) - 1}")
     aggregation = AGGREGATIONS[query.agg]
     text = f"SELECT {aggregation}({selected})" if aggregation else f"SELECT {selected}"
     conditions = [_render_condition(cond, names) for cond in query.conds]
@@ -160,13 +192,13 @@ def render(query: Query, header: Sequence[str]) -> str:
 def _render_condition(condition: Condition, names: list[str]) -> str:
     column, operator, value = condition
     if not 0 <= operator < len(OPERATORS):
-        raise QueryError(f"operator = {operator}: allowed: 0 to {len(OPERATORS) - 1}")
+        raise QueryError(f"operator = {operator}; allowed: 0 to {len(OPERATORS) - 1}")
     if isinstance(value, str):
         literal = "'" + value.replace("'", "''") + "'"
     elif math.isfinite(value):
         literal = repr(value)
     else:
-        raise QueryError(f"a condition's value is {value}: not a number that SQL can write")
+        raise QueryError(f"value of a condition = {value}; allowed: a finite number")
     return f"{_quoted(_name(names, column))} {OPERATORS[operator]} {literal}"
 
 
@@ -181,7 +213,7 @@ def _quoted(name: str) -> str:
 
 
 def parse(text: str, header: Sequence[str]) -> Query:
-    """The query that ``text`` begins with; what follows a line end or ``;`` is not read.
+    """The query that ``text`` begins with; anything after a line end or ``;`` is ignored.
 
     Raises QueryError, and nothing else, if there is no such query or a column is unknown.
     """
@@ -281,5 +313,5 @@ class _Parser:
 def _number(text: str) -> int | float:
     try:
         return int(text)
-    except ValueError:  # a fraction, an exponent, or more digits than int() takes
+    except ValueError:  # a fraction, an exponent, or more digits than int() accepts
         return float(text)

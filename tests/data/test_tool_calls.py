@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from lorakit.data.examples import with_fitting_arguments
+from lorakit.data.chat.tool_calls import render_calls
 
 ARGUMENTS = {"city": "Zürich", "days": [1, 2], "metric": True, "zone": None}
 TEXT = '{"city": "Zürich", "days": [1, 2], "metric": true, "zone": null}'
@@ -21,7 +21,7 @@ def renderer(source: str) -> Callable[[Sequence[Any]], str]:
 def rendered(form: str, *messages: Any) -> str:
     loop = "{% for m in messages %}{% for c in m.tool_calls or [] %}" + form
     render = renderer(loop + "{% endfor %}{% endfor %}")
-    return with_fitting_arguments(render, messages, text_of=str)
+    return render_calls(render, messages, text_of=str)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_what_is_raised_is_of_the_mapping() -> None:
 
     call = {"function": {"name": "f", "arguments": ARGUMENTS}}
     with pytest.raises(ValueError, match="dict"):
-        with_fitting_arguments(render, [{"role": "assistant", "tool_calls": [call]}], str)
+        render_calls(render, [{"role": "assistant", "tool_calls": [call]}], str)
 
 
 def test_a_chat_without_arguments_is_rendered_once() -> None:
@@ -78,7 +78,7 @@ def test_a_chat_without_arguments_is_rendered_once() -> None:
 
     call = {"function": {"name": "f", "arguments": {}}}
     for messages in ([PLAIN], [{"role": "assistant", "tool_calls": []}]):
-        assert with_fitting_arguments(render, messages, str) == "{}"
+        assert render_calls(render, messages, str) == "{}"
     assert len(seen) == 2
-    with_fitting_arguments(render, [{"role": "assistant", "tool_calls": [call]}], str)
+    render_calls(render, [{"role": "assistant", "tool_calls": [call]}], str)
     assert len(seen) == 3

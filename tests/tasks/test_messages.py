@@ -95,7 +95,7 @@ def test_an_untrained_turn_may_be_empty() -> None:
         ({"loss": 0.3}, "loss = 0.3; allowed: true or false"),
         ({"train": True, "weight": 0}, "train = true and weight = 0 contradict each other"),
         ({"train": True, "loss": False}, "train = true and loss = false contradict each other"),
-        ({"train": False}, "no turn of the assistant is trained"),
+        ({"train": False}, "exclude every assistant message"),
         ({"name": 3}, "name = 3; allowed: text"),
         ({"reasoning_content": ["a"]}, 'reasoning_content = ["a"]; allowed: text'),
         ({"function_call": {"name": "f"}}, 'function_call = {"name": "f"}; allowed: tool_calls = '),
@@ -119,7 +119,7 @@ def test_keys_that_are_refused(changes: Row, said: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"train": True}, "message 1: train = true with role user: only the assistant's turns"),
+        ({"train": True}, "message 1: train = true with role user: only the assistant's messages"),
         ({"weight": 1.0}, "weight = 1.0 with role user"),
         ({"role": "system", "loss": True}, "loss = true with role system"),
         ({"tool_calls": [CALL]}, "allowed: only in the assistant's messages"),
@@ -234,7 +234,7 @@ def test_columns_beside_the_turns(shape: Row) -> None:
     assert example({**shape, "tools": json.dumps([TOOL])}).tools == (TOOL,)
     for tools in ("get_tide", 3, json.dumps(TOOL), TOOL, [None], ["get_tide"], [{}]):
         assert "column 'tools'" in refusal({**shape, "tools": tools})
-    assert "column 'system' holds 3; allowed: text" in refusal({**shape, "system": 3})
+    assert "column 'system' = 3; allowed: text" in refusal({**shape, "system": 3})
 
 
 def test_columns_beside_a_named_one() -> None:
@@ -246,7 +246,7 @@ def test_columns_beside_a_named_one() -> None:
 def test_two_system_messages() -> None:
     assert chat(SYSTEM, ASK, RIGHT, system="Be brief.").messages == (SYSTEM, ASK, RIGHT)
     said = refusal({"messages": [SYSTEM, ASK, RIGHT], "system": "Be long."})
-    assert "column 'system' holds \"Be long.\" and message 1 is the system message" in said
+    assert "column 'system' = \"Be long.\" contradicts the system message" in said
 
 
 @pytest.mark.parametrize("shape", SHAPES[2:], ids=lambda shape: next(iter(shape)))
@@ -265,8 +265,8 @@ def test_history_comes_first_and_is_trained(shape: Row) -> None:
 @pytest.mark.parametrize(
     ("history", "said"),
     [
-        ("blue", "column 'history' holds \"blue\"; allowed: [[QUESTION, ANSWER], ...]"),
-        ({"a": "b"}, 'column \'history\' holds {"a": "b"}; allowed: '),
+        ("blue", "column 'history' = \"blue\"; allowed: [[QUESTION, ANSWER], ...]"),
+        ({"a": "b"}, 'column \'history\' = {"a": "b"}; allowed: '),
         (["Name a colour", "blue"], 'pair 1: "Name a colour"; allowed: two texts'),
         ([["a", "b"], ["a"]], "column 'history', pair 2: [\"a\"]; allowed: two texts"),
         ([["a", None]], 'pair 1: ["a", null]; allowed: two texts'),
@@ -283,7 +283,7 @@ def test_a_completion_has_no_earlier_turns(name: str, shape: Row) -> None:
     task = registry.task(name)
     for column, value in (("history", [["a", "b"]]), ("tools", [TOOL])):
         said = refusal({**shape, column: value}, name)
-        assert f"column {column!r} holds " in said
+        assert f"column {column!r} = " in said
         assert f"task.name: chat, which reads {column}" in said
         with pytest.raises(DataError, match=r"task\.name: chat"):
             task.prompt({**shape, column: value}, task.Config())
@@ -323,7 +323,7 @@ def test_exact_match_is_with_the_last_trained_turn() -> None:
 )
 def test_exact_match_needs_plain_text(last: Row, key: str) -> None:
     rows = {"messages": [ASK, RIGHT]}, {"messages": [ASK, last]}
-    said = f"message 2: the last trained turn has {key}"
+    said = f"message 2: the last trained message has {key}"
     with pytest.raises(DataError, match=said):
         TASK.prompt(rows[1], TASK.Config())
     with pytest.raises(DataError, match=f"rows, row 2: {said}"):

@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.tasks.sql.files import read_rows
-from lorakit.tasks.sql.query import SPARE_COLUMNS, Query, QueryError, column_names, parse, render
+from lorakit.tasks.wikisql import read_rows
+from lorakit.tasks.wikisql_query import (
+    SPARE_COLUMNS,
+    Query,
+    QueryError,
+    column_names,
+    parse,
+    render,
+)
 
 HEADER = ["Player", "No.", 'The "big" one', "Score", "Score", "score", ""]
 

@@ -12,8 +12,8 @@ import pytest
 from lorakit import registry
 from lorakit.data.sources import Split
 from lorakit.pipeline.task_data import settle
-from lorakit.tasks import checks as unused
-from lorakit.tasks.checks import UnusedWatch, unused_notes
+from lorakit.tasks import checks
+from lorakit.tasks.checks import ColumnWatch, column_notes
 
 Row = dict[str, Any]
 
@@ -35,7 +35,7 @@ def split_of(*rows: Row) -> Split:
 
 def unused_note(task: Any, config: Any, split: Split) -> str | None:
     """The only line, if there is one."""
-    said = unused_notes(task, config, split)
+    said = column_notes(task, config, split)
     assert len(said) < 2
     return said[0] if said else None
 
@@ -62,7 +62,7 @@ def test_columns_and_keys_are_counted_by_row() -> None:
         {"messages": [USER, REPLY]},
     ]
     said = "column bar (3), messages[].tool_calls[].foo (2)"
-    said = f"train: 3 of 5 rows have keys that are not used: {said}"
+    said = f"train: 3 of 5 rows have unused keys: {said}"
     assert note("chat", *rows) == said
 
 
@@ -125,8 +125,8 @@ def test_each_task_names_what_it_does_not_read(
         return
     assert said is not None
     assert said.isprintable()
-    start, _, found = said.partition(" not used: ")
-    assert start == "train: 1 of 1 rows have keys that are"
+    start, _, found = said.partition(" unused keys: ")
+    assert start == "train: 1 of 1 rows have"
     assert sorted(found.split(", ")) == sorted(f"{key} (1)" for key in listed.split(", "))
 
 
@@ -135,7 +135,7 @@ def test_rows_that_cannot_be_read_break_no_count() -> None:
     rows.append(
         {"messages": [{**USER, "content": [3], "tool_calls": [3, {"function": 3}]}], "x": 1}
     )
-    assert note("chat", *rows) == "train: 7 of 7 rows have keys that are not used: column x (7)"
+    assert note("chat", *rows) == "train: 7 of 7 rows have unused keys: column x (7)"
 
 
 def test_wikisql_rows(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_wikisql_rows(tmp_path: Path) -> None:
         f"{json.dumps(row)}\n{json.dumps({**row, 'note': 'x'})}\n"
     )
     said = unused_note(*loaded(tmp_path, "wikisql"))
-    assert said == "train: 1 of 2 rows have keys that are not used: column note (1)"
+    assert said == "train: 1 of 2 rows have unused keys: column note (1)"
     (tmp_path / "train.jsonl").write_text(f"{json.dumps(row)}\n")
     assert unused_note(*loaded(tmp_path, "wikisql")) is None
 
@@ -165,7 +165,7 @@ def test_nulls_of_parquet_are_not_counted(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(padded), tmp_path / "train.parquet")
     said = unused_note(*loaded(tmp_path))
     assert said is not None
-    assert said.startswith("train: 1 of 3 rows have keys that are not used: ")
+    assert said.startswith("train: 1 of 3 rows have unused keys: ")
     assert "messages[].tool_calls[].foo (1)" in said
     assert "column note (1)" in said
     assert "weight" not in said
@@ -174,12 +174,12 @@ def test_nulls_of_parquet_are_not_counted(tmp_path: Path) -> None:
 def test_a_large_split_is_counted_at_its_beginning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unused, "COUNTED_ROWS", 3)
+    monkeypatch.setattr(checks, "COUNTED_ROWS", 3)
     rows: list[Row] = [{**PAIR, "id": 1}] * 5 + [{**PAIR, "late": 1}]
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert unused_note(*loaded(path, "completion")) == (
-        "train: 3 of the first 3 rows have keys that are not used: column id (3), column late (0)"
+        "train: 3 of the first 3 rows have unused keys: column id (3), column late (0)"
     )
 
 
@@ -194,15 +194,15 @@ def test_keys_of_one_count_are_named_in_order() -> None:
     said = note("chat", {"messages": [USER, calling(c=1, a=1, d=1, b=1)], "z": 1, "y": 1})
     assert said is not None
     listed = "".join(f", messages[].tool_calls[].{key} (1)" for key in "abcd")
-    assert said.endswith(f"not used: column y (1), column z (1){listed}")
+    assert said.endswith(f"unused keys: column y (1), column z (1){listed}")
 
 
-LEFT = "have turns after the last trained one; these are left out"
+DROPPED = "have messages after the last trained one; these are dropped"
 OFF = {**REPLY, "train": False}
 
 
 @pytest.mark.parametrize("name", ["chat", "auto"])
-def test_turns_behind_the_last_trained_one_are_counted(name: str) -> None:
+def test_messages_after_the_last_trained_one_are_counted(name: str) -> None:
     task = registry.task(name)
     rows = [
         {"messages": [USER, REPLY]},
@@ -212,23 +212,23 @@ def test_turns_behind_the_last_trained_one_are_counted(name: str) -> None:
         {"messages": [USER]},
     ]
     listed = "messages[].mood (1), messages[].name (1), messages[].secret (1)"
-    keys = f"train: 2 of 5 rows have keys that are not used: {listed}"
-    assert unused_notes(task, task.Config(), split_of(*rows)) == [
+    keys = f"train: 2 of 5 rows have unused keys: {listed}"
+    assert column_notes(task, task.Config(), split_of(*rows)) == [
         keys,
-        f"train: 2 of 5 chats {LEFT}",
+        f"train: 2 of 5 chats {DROPPED}",
     ]
     turns = {"conversations": [HUMAN, GPT, {**HUMAN, "x": 1}]}
-    assert unused_notes(task, task.Config(), split_of(turns))[1] == f"train: 1 of 1 chats {LEFT}"
+    assert column_notes(task, task.Config(), split_of(turns))[1] == f"train: 1 of 1 chats {DROPPED}"
 
 
-def test_a_stream_says_once_that_turns_are_left_out() -> None:
+def test_a_stream_says_once_that_messages_are_dropped() -> None:
     task = registry.task("chat")
     for head, later in [([USER, REPLY], 1), ([USER, REPLY, USER], 0)]:
         said: list[str] = []
-        watch = UnusedWatch(task, task.Config(), split_of({"messages": head}), said.append)
+        watch = ColumnWatch(task, task.Config(), split_of({"messages": head}), said.append)
         for _ in range(2):
             watch.see({"messages": [USER, REPLY, USER]})
-        assert said == [f"train: further chats {LEFT}"] * later
+        assert said == [f"train: further chats {DROPPED}"] * later
 
 
 def test_a_stream_names_later_keys_once() -> None:
@@ -237,21 +237,21 @@ def test_a_stream_names_later_keys_once() -> None:
     config = task.Config()
     said: list[str] = []
     settle(task, config, head, said.append)
-    assert said[-1].startswith("train: 1 of 1 rows have keys")
+    assert said[-1].startswith("train: 1 of 1 rows have unused keys")
     settle(task, config, replace(head, is_head=True), said.append)
-    line = "train: 1 of the first 1 rows have keys that are not used: column id (1)"
+    line = "train: 1 of the first 1 rows have unused keys: column id (1)"
     assert said[-1] == line
-    watch = UnusedWatch(task, config, head, said.append)
+    watch = ColumnWatch(task, config, head, said.append)
     watch.see({"messages": [USER, REPLY], "id": 2})
     assert said[-1] == line
     for _ in range(2):
         watch.see({"messages": [USER, calling(foo=1)], "id": 2, "bar": 1})
     listed = "column bar, messages[].tool_calls[].foo"
-    assert said[-1] == f"train: further rows have keys that are not used: {listed}"
+    assert said[-1] == f"train: further rows have unused keys: {listed}"
     assert said.count(said[-1]) == 1
 
 
-OWN = """\
+USER_TASK = """\
 from lorakit.tasks.completion import Completion
 
 
@@ -268,10 +268,10 @@ SAYS = """
 
 
 @pytest.mark.parametrize(("more", "expected"), [("", None), (SAYS, "column other (1)")])
-def test_a_task_of_ones_own_says_what_it_reads(
+def test_a_user_task_declares_what_it_reads(
     more: str, expected: str | None, tmp_path: Path
 ) -> None:
     file = tmp_path / "mine.py"
-    file.write_text(OWN.format(more=more))
+    file.write_text(USER_TASK.format(more=more))
     said = note(f"{file}:Mine", PAIR | {"extra": "x", "other": "y"})
-    assert (said and said.partition(" not used: ")[2]) == expected
+    assert (said and said.partition(" unused keys: ")[2]) == expected

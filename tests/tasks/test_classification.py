@@ -124,8 +124,8 @@ def test_targets_are_floats() -> None:
         assert GLUE.example(row, glue("stsb")).label == 4.0
 
 
-def test_text_that_is_no_text() -> None:
-    with pytest.raises(DataError, match="sentence = 7: allowed: text"):
+def test_a_value_that_is_not_text_is_refused() -> None:
+    with pytest.raises(DataError, match="column 'sentence' = 7; allowed: text"):
         GLUE.example({"sentence": 7, "label": 1}, glue("sst2"))
 
 
@@ -241,9 +241,9 @@ def test_labels_from_train(values: list[Any], names: list[str]) -> None:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ([2, "2"], "one label only: 2"),
-        (["a", 1], "both names and numbers"),
-        (["a", "a"], "one label only: a"),
+        ([2, "2"], "only one label, 2"),
+        (["a", 1], "mixes names and numbers"),
+        (["a", "a"], "only one label, a"),
         (["a", None], "row 2: label = None"),
         (["a", ""], "row 2: label = ''"),
         ([0.5, 1.5], "row 1: label = 0.5.*regression: true"),
