@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lorakit.evaluation.generation import generate_text, stream_text
     from lorakit.evaluation.hf_generate import prompt_limits
     from lorakit.evaluation.progress import ProgressMonitor
-    from lorakit.evaluation.prompts import chat_request, read_requests, text_request
+    from lorakit.evaluation.requests import chat_request, read_requests, text_request
     from lorakit.evaluation.sampling import Decoding
     from lorakit.injection import inject
     from lorakit.io.atomic import write_text
@@ -46,7 +46,7 @@ _MODULES = {
     "lorakit.evaluation.generation": ("generate_text", "stream_text"),
     "lorakit.evaluation.hf_generate": ("prompt_limits",),
     "lorakit.evaluation.progress": ("ProgressMonitor",),
-    "lorakit.evaluation.prompts": ("chat_request", "read_requests", "text_request"),
+    "lorakit.evaluation.requests": ("chat_request", "read_requests", "text_request"),
     "lorakit.evaluation.sampling": ("Decoding",),
     "lorakit.injection": ("inject",),
     "lorakit.io.atomic": ("write_text",),

@@ -192,8 +192,8 @@ def _stream(
     from lorakit.api import stream_text, text_request
 
     request = text_request(prompt, tokenizer)
-    _say_limits(model, tokenizer, [request.ids], decoding)
-    stream_text(model, tokenizer, request.ids, _write, decoding)
+    _say_limits(model, tokenizer, [request.input_ids], decoding)
+    stream_text(model, tokenizer, request.input_ids, _write, decoding)
     _write("\n")
 
 
@@ -207,7 +207,7 @@ def _answer(
     from lorakit.api import ProgressMonitor, generate_text, read_requests
 
     requests = read_requests(input_file, tokenizer, say)
-    prompts = [request.ids for request in requests]
+    prompts = [request.input_ids for request in requests]
     _say_limits(model, tokenizer, prompts, decoding)
     with progress("generated") as report:
         monitor = ProgressMonitor(len(requests), report)
@@ -302,11 +302,11 @@ def _fit_window(
     answer = decoding.max_new_tokens
     if decoding.fit_window and room is not None:
         answer = min(answer, max(1, room // 4))
-    ids = chat_request(messages, tokenizer).ids
+    ids = chat_request(messages, tokenizer).input_ids
     before = len(messages)
     while room is not None and len(ids) + answer > room and len(messages) > 1:
         del messages[:2]
-        ids = chat_request(messages, tokenizer).ids
+        ids = chat_request(messages, tokenizer).input_ids
     if len(messages) < before:
         say(f"the chat exceeds the model's window of {room} tokens: dropped its first "
             f"{before - len(messages)} messages")  # fmt: skip

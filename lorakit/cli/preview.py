@@ -83,9 +83,9 @@ def _example(row: DescribedRow, labels: list[str] | None) -> dict[str, Any]:
     return {
         "row": row.where,
         "text": "".join(piece.text for piece in row.pieces),
-        "ids": row.ids,
+        "ids": row.input_ids,
         "tokens": row.tokens,
-        "trained": row.trained,
+        "trained": row.loss_mask,
         "truncated": row.truncated,
         "cut": row.cut,
         "label": _label(row, labels),
@@ -140,9 +140,9 @@ def _header(found: Preview, plain: bool) -> list[tuple[str, str]]:
 def _about(row: DescribedRow) -> str:
     part, parts = row.part
     text = row.where + (f", training row {part} of {parts}" if parts > 1 else "")
-    text += f": {len(row.ids):,} tokens"
+    text += f": {len(row.input_ids):,} tokens"
     if row.label is None:
-        text += f", {sum(row.trained):,} trained"
+        text += f", {sum(row.loss_mask):,} trained"
     if row.truncated:
         text += "; truncated" + (", without its end and EOS" if row.cut else "")
     return text

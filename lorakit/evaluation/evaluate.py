@@ -6,7 +6,7 @@ In a group of processes each one measures its share of the rows, and all return 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,18 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorakit.data.chat import around_answer
-from lorakit.data.chat.template import PAYLOAD, ChatTemplate
-from lorakit.data.chat.turns import TurnReader, content_text
 from lorakit.data.collate import collate_causal, collate_encoder, eval_batches
 from lorakit.data.encode import EncodedSplit
-from lorakit.data.examples import ChatExample
 from lorakit.data.sources import Split
 from lorakit.distributed.processes import check_peers, gather, run_on_main, shard, unshard
 from lorakit.errors import EvaluationError
 from lorakit.evaluation.generation import generate_text
 from lorakit.evaluation.hf_generate import pad_id
 from lorakit.evaluation.progress import OnPhase, ProgressMonitor, ShouldStop
+from lorakit.evaluation.prompts import answer_contents
 from lorakit.evaluation.sampling import task_decoding
 from lorakit.models.causal import CausalParts, host_masks, split_model, token_losses
 from lorakit.models.heads import head_labels, label_columns
@@ -277,65 +274,3 @@ def _combined(shares: list[_Share], data: EvalData) -> Evaluation:
             "likely causes: diverged weights, or a float16 model that overflows (try bfloat16)"
         )
     return Evaluation(metrics, predictions)
-
-
-def answer_contents(
-    task: Task,
-    config: Any,
-    split: Split,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Iterable[int],
-    texts: list[Prediction],
-) -> list[Prediction]:
-    """Return the generated ``texts`` of ``rows`` in the form that the rows' own texts have.
-
-    A chat template may change a turn's content (upper case, escaped characters). A generated text
-    that equals the turn as it is trained becomes the content of that turn. From any other text only
-    the fixed text is removed that the template writes before or after each answer, such as an empty
-    ``<think>`` block.
-    """
-    found = []
-    trained = _TrainedTurns(tokenizer)
-    for row, text in zip(rows, texts, strict=True):
-        prompt = task.prompt(split.rows[row], config)
-        if isinstance(prompt, ChatExample):
-            content = trained.content(prompt, task.example(split.rows[row], config), text)
-            if content is None:
-                before, after = around_answer(prompt.messages, tokenizer, prompt.tools)
-                content = _without(text, before, after)
-            text = content
-        found.append(text)
-    return found
-
-
-class _TrainedTurns:
-    """Recognises a text that equals a turn as it is trained."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        self._reader: TurnReader | None = None
-
-    def content(self, prompt: ChatExample, example: Any, text: str) -> str | None:
-        """Return the content of the turn that answers ``prompt`` in ``example``, if ``text`` is
-        that turn as the template renders it, apart from surrounding white space and special tokens.
-        None also if the template renders the content unchanged."""
-        index = len(prompt.messages)
-        if not isinstance(example, ChatExample) or len(example.messages) != index + 1:
-            return None
-        content = content_text(example.messages[index])
-        if not content.strip() or any(example.messages[index].get(key) for key in PAYLOAD):
-            return None
-        if self._reader is None:
-            self._reader = TurnReader(ChatTemplate(self._tokenizer))
-        turn = self._reader.read(example.messages, example.tools, index)
-        answer = self._reader.template.special.sub("", turn.answer).strip()
-        return content if text.strip() == answer != content.strip() else None
-
-
-def _without(text: str, before: str, after: str) -> str:
-    head, tail = before.strip(), after.strip()
-    if head and text.lstrip().startswith(head):
-        text = text.lstrip()[len(head) :].lstrip()
-    if tail and text.rstrip().endswith(tail):
-        text = text.rstrip()[: -len(tail)].rstrip()
-    return text

@@ -42,16 +42,16 @@ class Piece:
 class DescribedRow:
     """A row of tokens. ``where`` is its file and row, ``tokens`` the ids' names in the vocabulary.
 
-    ``trained`` marks the tokens the loss is taken on, so never the first, which nothing precedes.
+    ``loss_mask`` marks the tokens the loss is taken on, so never the first, which nothing precedes.
     ``truncated`` rows lost tokens; ``cut`` rows lost the end of what is trained, EOS included.
     ``label`` is a classifier's. ``part`` is (number of this row from 1, number of rows) among the
     rows of tokens that the split's row becomes.
     """
 
     where: str
-    ids: tuple[int, ...]
+    input_ids: tuple[int, ...]
     tokens: tuple[str, ...]
-    trained: tuple[bool, ...]
+    loss_mask: tuple[bool, ...]
     pieces: tuple[Piece, ...]
     truncated: bool
     cut: bool
@@ -267,13 +267,13 @@ def summarise(encoded: EncodedSplit, stops: Set[int], packed_to: int | None = No
 def _describe_tokens(
     where: str, row: TokenRow, label: int | float | None, tokenizer: Any, part: tuple[int, int]
 ) -> DescribedRow:
-    trained = [False, *row.loss_mask[1:]]
+    loss_mask = [False, *row.loss_mask[1:]]
     return DescribedRow(
         where=where,
-        ids=tuple(row.input_ids),
+        input_ids=tuple(row.input_ids),
         tokens=tuple(tokenizer.convert_ids_to_tokens(row.input_ids)),
-        trained=tuple(trained),
-        pieces=tuple(_pieces(row.input_ids, trained, tokenizer)),
+        loss_mask=tuple(loss_mask),
+        pieces=tuple(_pieces(row.input_ids, loss_mask, tokenizer)),
         truncated=row.truncated,
         cut=row.cut,
         label=label,
@@ -281,7 +281,7 @@ def _describe_tokens(
     )
 
 
-def _pieces(ids: Sequence[int], trained: Sequence[bool], tokenizer: Any) -> Iterator[Piece]:
+def _pieces(ids: Sequence[int], loss_mask: Sequence[bool], tokenizer: Any) -> Iterator[Piece]:
     """Split the text into pieces, in order.
 
     A token by itself may decode to half a character or lose its space, so a piece ends only where
@@ -290,7 +290,7 @@ def _pieces(ids: Sequence[int], trained: Sequence[bool], tokenizer: Any) -> Iter
     special = _special_ids(tokenizer)
     text = _decode(ids, tokenizer)
     begin = end = tokens = 0
-    kinds = [(flag, token in special) for token, flag in zip(ids, trained, strict=True)]
+    kinds = [(flag, token in special) for token, flag in zip(ids, loss_mask, strict=True)]
     for (is_trained, is_special), group in groupby(kinds):
         tokens += len(list(group))
         begin, end = end, max(end, common_prefix(_decode(ids[:tokens], tokenizer), text))

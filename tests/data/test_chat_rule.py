@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lorakit.data.chat import encode_chat
 from lorakit.data.examples import ChatExample
-from lorakit.evaluation.prompts import chat_request
+from lorakit.evaluation.requests import chat_request
 from tests.data.chat_templates import STYLES, Style
 
 Messages = tuple[dict[str, Any], ...]
@@ -161,8 +161,11 @@ def test_trained_is_what_generation_must_continue_with(name: str, base: Any) -> 
         assert sorted(trained) == turns, case
         for (row, (begin, end)), turn in zip(found, trained, strict=True):
             prompt = chat_request(messages[:turn], tokenizer, tools)
-            assert row.input_ids[:begin] == prompt.ids, (case, turn)
-            whole, before = decoded(tokenizer, row.input_ids[:end]), decoded(tokenizer, prompt.ids)
+            assert row.input_ids[:begin] == prompt.input_ids, (case, turn)
+            whole, before = (
+                decoded(tokenizer, row.input_ids[:end]),
+                decoded(tokenizer, prompt.input_ids),
+            )
             assert whole.startswith(before), (case, turn)
             answer = style.answer(messages[turn])
             if lossy:  # it writes spaces of its own wherever a special token ends
@@ -262,7 +265,7 @@ def test_long_chats_give_what_their_turns_give_one_by_one(
             spans = stretches(row.loss_mask)
             for turn, (begin, _) in list(zip(row.turns, spans, strict=True))[::6]:
                 prompt = chat_request(messages[:turn], tokenizer, example.tools)
-                assert row.input_ids[:begin] == prompt.ids, (case, turn)
+                assert row.input_ids[:begin] == prompt.input_ids, (case, turn)
 
 
 def test_a_chat_of_300_messages_costs_few_renderings(
@@ -290,4 +293,4 @@ def test_a_split_chat_of_300_messages_costs_fewer_than_20_renderings(
     assert len(rows) == 150
     for row in (rows[0], rows[70], rows[-1]):
         prompt = chat_request(messages[: row.turns[0]], tokenizer, None)
-        assert row.input_ids[: row.loss_mask.index(True)] == prompt.ids
+        assert row.input_ids[: row.loss_mask.index(True)] == prompt.input_ids

@@ -240,7 +240,7 @@ def test_generate_takes_the_prompt_of_training(
     out, err = lorakit(capsys, "generate", "model", "--input", "in.jsonl", "--max-new-tokens", 1)
     prompt = json.loads(out)["prompt"]
     assert prompt == tokenizer.decode(row["ids"][: row["trained"].index(True)])
-    assert "--input in.jsonl: these keys are not read: 'id' (1)" in err
+    assert "--input in.jsonl: unused keys: 'id' (1)" in err
 
 
 def test_generate_names_what_the_template_leaves_out(

@@ -444,14 +444,14 @@ def test_a_default_length_is_shortened_to_the_window_and_one_asked_for_is_not(
         file = recipe_file(tmp_path, small, name, data)
         assert run(["eval", str(file), "--base"]) == 0
         said = capsys.readouterr().err
-        assert "task.max_new_tokens: 93 in place of the default 128; validation has prompts" in said
+        assert "task.max_new_tokens: 93 instead of the default 128; validation has prompts" in said
         assert "of up to 7 tokens, and the model's window is 100 tokens" in said
         assert "lose their beginning" not in said
     rows = [{"prompt": "one two" * count, "completion": " three"} for count in (10, 13)]
     write_lines(data / "validation.jsonl", rows)
     assert run(["eval", str(file), "--base"]) == 0
     said = capsys.readouterr().err
-    assert "task.max_new_tokens: 16 in place of the default 128" in said
+    assert "task.max_new_tokens: 16 instead of the default 128" in said
     assert "validation: 1 of 2 prompts lose their beginning: they have more than the 84" in said
     said = refused(capsys, file, "--base", "--set", "task.max_new_tokens=128")
     assert "task.max_new_tokens = 128: no room for a prompt" in said

@@ -202,7 +202,7 @@ def test_a_length_that_is_asked_for_is_not_shortened(
         (["--chat", "--input", "f"], "--chat and --input are mutually exclusive"),
         (["--prompt", "a", "--output", "f"], "requires --input"),
         (["--prompt", " "], "the prompt is empty"),
-        (["--prompt", "a\udc80"], "not valid UTF-8 text at character 2"),
+        (["--prompt", "a\udc80"], "invalid UTF-8 text at character 2"),
         (["--prompt", "a", "--seed", str(2**32)], "--seed"),
         (["--prompt", "x" * 300], "window of 256 tokens"),
         (["--prompt", "a", "--top-p", "0"], "--top-p 0.0: out of range; allowed"),
@@ -245,7 +245,7 @@ def test_wrong_options(
         ('{"messages": [{"role": "user"}]}', "allowed"),
         ("[]", "allowed"),
         ("[" * 100_000, "not JSON"),
-        ('{"prompt": "\\ud800"}', "not valid UTF-8 text"),
+        ('{"prompt": "\\ud800"}', "invalid UTF-8 text"),
     ],
 )
 def test_wrong_lines_are_named(

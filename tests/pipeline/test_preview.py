@@ -55,13 +55,13 @@ def test_pieces_hold_whole_characters(
     assert f"{MIXED}?" in text
     assert trained_text(row) == f"{MIXED}!{end}"
     assert [piece.text for piece in row.pieces if piece.special and piece.trained] == [end]
-    assert len(row.ids) == len(row.tokens) == len(row.trained) > len(row.pieces)
+    assert len(row.input_ids) == len(row.tokens) == len(row.loss_mask) > len(row.pieces)
 
 
 def test_a_character_of_both_kinds_goes_to_the_later(tiny_llama: Path) -> None:
     """Nothing stands before a row's first token, so it is not trained, whatever the task says."""
     row = described(tiny_llama, {"p": "", "c": "日本"}, pair)
-    assert row.trained == (False,) + (True,) * 6
+    assert row.loss_mask == (False,) + (True,) * 6
     assert [(piece.text, piece.trained) for piece in row.pieces] == [("日本", True), ("</s>", True)]
 
 

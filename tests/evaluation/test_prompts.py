@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from lorakit import registry
 from lorakit.data.sources import Split
-from lorakit.evaluation.evaluate import answer_contents
+from lorakit.evaluation.prompts import answer_contents
 
 HEADER = (
     "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}ANSWER{% else %}"
