@@ -1,14 +1,14 @@
 """Keep idle OpenMP threads from spinning while other processes need the cores.
 
 A thread of libgomp (the OpenMP runtime of torch's Linux wheels) that waits for the rest of its
-team spins for 300,000 iterations before it sleeps. On a quiet machine that saves wake-ups and is
-worth keeping. Beside other processes the spinning threads hold the cores that the working ones
-need, and training on the CPU becomes several times slower.
+team spins for 300,000 iterations before it sleeps. On an idle machine that saves wake-ups. On a
+busy one, the spinning threads occupy the cores that working threads need, and training on the CPU
+becomes several times slower.
 
-The spin count can only be set before torch loads, when nobody knows what else will run. But
-libgomp spins for no more than 100 iterations while a process has more OpenMP threads than cores.
-So a watcher measures how long the runnable threads of this process wait for a core, and as long
-as they do it holds a second team of threads, which sleeps.
+The spin count can only be set before torch loads, when it is unknown what else will run. But
+libgomp spins for at most 100 iterations while a process has more OpenMP threads than cores. So a
+watcher measures how long the runnable threads of this process wait for a core, and while they do,
+it keeps a second team of threads asleep.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-#: What a user sets to decide how threads wait; then nothing is changed.
+#: Variables with which a user decides how threads wait; if one is set, nothing is changed.
 _DECIDED_BY = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 _TASKS, _STAT = Path("/proc/self/task"), Path("/proc/stat")
 _INTERVAL_SECONDS = 0.5
-#: Contended: the threads of this process, taken together, wait for a core for more than this share
-#: of the time, and other processes use more than this share of the cores. Threads of our own that
-#: are more than the cores do not count.
+#: Contention: the threads of this process together wait for a core for more than this share of the
+#: time, and other processes use more than this share of the cores. A process with more threads than
+#: cores does not contend with itself.
 _WAITING_SHARE, _OTHERS_SHARE = 0.2, 0.1
-#: How long neither may hold before the threads spin again.
+#: Without contention for this long, the threads may spin again.
 _QUIET_SECONDS = 3.0
 
 _active = threading.Lock()
@@ -38,10 +38,10 @@ _active = threading.Lock()
 
 @contextmanager
 def yield_cores() -> Iterator[None]:
-    """Watch for competing processes while the block runs (Linux; elsewhere nothing is done).
+    """Watch for competing processes during the block; does nothing except on Linux.
 
-    Where the user has set OMP_WAIT_POLICY, GOMP_SPINCOUNT or KMP_BLOCKTIME, that setting decides.
-    Nested blocks share one watcher.
+    If OMP_WAIT_POLICY, GOMP_SPINCOUNT or KMP_BLOCKTIME is set, that setting decides. Nested blocks
+    share one watcher.
     """
     decided = any(name in os.environ for name in _DECIDED_BY)
     if decided or not (_TASKS.is_dir() and _STAT.is_file()) or not _active.acquire(blocking=False):
@@ -78,10 +78,10 @@ def _watch(stop: threading.Event) -> None:
 
 @dataclass(frozen=True)
 class _Sample:
-    """Seconds, all but ``at`` (the monotonic clock) counted from an arbitrary start.
+    """Times in seconds; all but ``at`` (the monotonic clock) count from an arbitrary start.
 
-    ``waited`` is how long each thread has been runnable without a core, ``used`` the processor time
-    of this process, ``busy`` how long the cores it may use have been busy with any process.
+    ``waited`` is how long each thread has been runnable without a core, ``used`` the CPU time of
+    this process, ``busy`` how long its allowed ``cores`` have been busy with any process.
     """
 
     at: float
@@ -116,7 +116,7 @@ def _waited_seconds() -> dict[str, float]:
 
 
 def _busy_seconds(cores: set[int]) -> float:
-    """The time that ``cores`` were not idle, time stolen from a virtual machine included."""
+    """The time that ``cores`` were not idle, including time stolen from a virtual machine."""
     ticks = 0
     for line in _STAT.read_text().splitlines():
         name, *fields = line.split()
@@ -127,7 +127,7 @@ def _busy_seconds(cores: set[int]) -> float:
 
 
 class _SleepingTeam:
-    """A thread with an OpenMP team of its own, which sleeps until ``end``."""
+    """A thread with an OpenMP team of its own that sleeps until ``end``."""
 
     def __init__(self) -> None:
         self._end = threading.Event()
@@ -135,9 +135,9 @@ class _SleepingTeam:
         self._thread.start()
 
     def _run(self) -> None:
-        import torch  # waits, where another thread is importing it
+        import torch  # blocks while another thread imports it
 
-        # One parallel region starts the team: more elements than a thread takes on alone.
+        # One parallel region starts the team; it needs more elements than a single thread handles.
         torch.zeros(torch.get_num_threads() << 16).sin_()
         self._end.wait()
 

@@ -1,6 +1,6 @@
-"""What already stands in the output directory: a run is never overwritten, only resumed.
+"""The output directory: where a run starts or resumes, its lock, and the adapter in it.
 
-A finished run's adapter directory.
+A run is never overwritten, only resumed.
 """
 
 from __future__ import annotations
@@ -37,21 +37,22 @@ from lorakit.training.record import RunRecord
 from lorakit.training.setup import Prepared, Say
 from lorakit.training.tracking import PROJECT
 
-#: Keys that may differ between a run and its resumption: they change no number of the result.
-_FREE = {
+#: Keys that a resumed run may change: they do not affect the result.
+_CHANGEABLE = {
     "train.output_dir",
     "train.log_every_steps",
     "train.save_every_steps",
     "train.save_total_limit",
     "train.trackers",
 }
-#: Keys of the task whose defaults are shortened to what the model takes.
+#: Keys of the task whose defaults are reduced to what the model supports.
 _FITTED = {"max_length", "max_new_tokens"}
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where to begin: at a checkpoint, afresh (None), or not at all (``finished`` is run.json)."""
+    """Where a run starts: from ``checkpoint``, from scratch (None), or not at all, because it is
+    complete (``finished`` is its run.json)."""
 
     checkpoint: Path | None = None
     snapshot: Snapshot | None = None
@@ -63,8 +64,11 @@ class Start:
 
 
 def find_start(recipe: Recipe, resume: str | None) -> Start:
-    """Raises UserError if the directory holds a run and ``resume`` does not say to go on with it,
-    if the recipe is not that run's, or if the checkpoint is corrupt."""
+    """Find the run in the output directory and the checkpoint that ``resume`` names.
+
+    Raises UserError if there is a run that ``resume`` does not continue, if the recipe is not that
+    run's, or if the checkpoint is corrupt.
+    """
     output_dir = Path(recipe.train.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"train.output_dir: {output_dir}: a file of that name exists")
@@ -74,14 +78,14 @@ def find_start(recipe: Recipe, resume: str | None) -> Start:
     complete = run.get("exit_reason") == "completed" and all(
         (adapter / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors")
     )
-    named = None if resume in (None, "auto") else _named(str(resume))
+    named = None if resume in (None, "auto") else _checkpoint_at(str(resume))
     own = named is not None and named.parent.resolve() == (output_dir / "checkpoints").resolve()
     if (found or complete) and resume != "auto" and not own:
         raise UserError(
-            f"train.output_dir: {output_dir} holds "
+            f"train.output_dir: {output_dir} contains "
             + ("a finished run; " if complete else f"a run at {found[-1].name}; ")
-            + ("" if complete else "go on with --resume auto, or ")
-            + "name another directory"
+            + ("" if complete else "continue it with --resume auto, or ")
+            + "choose another directory"
         )
     if named is not None:
         check_same_recipe(recipe, named.parent.parent)
@@ -94,9 +98,11 @@ def find_start(recipe: Recipe, resume: str | None) -> Start:
 
 
 def check_same_data(data: dict[str, Any], checkpoint: Path, say: Callable[[str], None]) -> int:
-    """Raise UserError if the rows are not those of the run that wrote ``checkpoint``. A run that a
-    stream's row ended may go on with files that begin alike and are of other sizes: how many rows
-    these must have, 0 where nothing has changed."""
+    """Raise UserError if the rows are not those of the run that wrote ``checkpoint``.
+
+    A run that a bad row of a stream ended may continue with files that were corrected: they begin
+    alike and have other sizes. Return how many rows these need to have, 0 if nothing has changed.
+    """
     run = _read_run(checkpoint.parent.parent)
     before, rows = run.get("data") or {}, 0
     for split in before.keys() | data.keys() if before else ():
@@ -105,83 +111,83 @@ def check_same_data(data: dict[str, Any], checkpoint: Path, say: Callable[[str],
             source = (data.get(split) or before[split])["source"]
             if not (run.get("bad_row") and have_same_head(then, now)):
                 raise UserError(
-                    f"--resume: {source}: the {split} data is not what the run began with"
+                    f"--resume: {source}: the {split} data has changed since the run started"
                 )
-            say(f"{source}: changed since a bad row ended the run; earlier rows are not compared")
+            say(f"{source}: changed since a bad row ended the run; earlier rows are not checked")
             rows = int((before.get(split) or {}).get("rows_read") or 0)
         tokens = [(of.get(split) or {}).get("tokens") for of in (before, data)]
         if then == now and None not in tokens and tokens[0] != tokens[1]:
             raise UserError(
-                f"--resume: {data[split]['source']}: the {split} data gives {tokens[1]:,} tokens, "
-                f"and the run began with {tokens[0]:,}: tokenizer, chat template or lorakit itself "
-                "has changed; start a new run"
+                f"--resume: {data[split]['source']}: the {split} data has {tokens[1]:,} tokens, "
+                f"but had {tokens[0]:,} when the run started: the tokenizer, the chat template or "
+                "lorakit itself has changed; start a new run"
             )
     return rows
 
 
 @contextmanager
 def exclusive_run(recipe: Recipe, resume: str | None, start: Start) -> Iterator[Path]:
-    """The output directory, made and held against other runs while the block runs.
+    """Create the output directory and lock it against other runs during the block.
 
-    Raises UserError if it cannot be made, another run holds it, or one has written there since
-    ``start`` was found. If the block raises UserError before a fresh run has a checkpoint, the
-    directory is left as it was.
+    Raises UserError if it cannot be created, if another run has locked it, or has written to it
+    since ``start`` was found. If the block raises UserError before a new run has a checkpoint, the
+    directory is restored to what it was.
     """
     output_dir = Path(recipe.train.output_dir)
-    made = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
+    created = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         handle = os.open(output_dir, os.O_RDONLY)
     except (OSError, ValueError) as error:
-        raise UserError(f"train.output_dir: {output_dir}: cannot be made: {error}") from error
+        raise UserError(f"train.output_dir: {output_dir}: cannot be created: {error}") from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         now = find_start(recipe, resume)
         if (now.checkpoint, now.finished) != (start.checkpoint, start.finished):
-            raise UserError(f"train.output_dir: {output_dir}: another run has just written there")
-        before, logged = _records(output_dir), (output_dir / PROJECT).exists()
+            raise UserError(f"train.output_dir: {output_dir}: another run has just written to it")
+        before, had_logs = _run_files(output_dir), (output_dir / PROJECT).exists()
         try:
             yield output_dir
         except UserError:
             if start.checkpoint is None and not checkpoints(output_dir / "checkpoints"):
-                if not logged:  # of TensorBoard
+                if not had_logs:  # TensorBoard's
                     shutil.rmtree(output_dir / PROJECT, ignore_errors=True)
-                _withdraw(output_dir, before, made)
+                _restore(output_dir, before, created)
             raise
     except BlockingIOError as error:
-        raise UserError(f"train.output_dir: {output_dir}: another run is writing there") from error
+        raise UserError(f"train.output_dir: {output_dir}: another run is writing to it") from error
     finally:
         os.close(handle)
 
 
-def _records(output_dir: Path) -> dict[Path, bytes]:
-    """The files that a run writes from its start on, and what they hold."""
+def _run_files(output_dir: Path) -> dict[Path, bytes]:
+    """The files that a run writes when it starts, with their contents."""
     files = [output_dir / name for name in ("recipe.yaml", "run.json", "metrics.jsonl")]
     return {file: file.read_bytes() for file in files if file.is_file()}
 
 
-def _withdraw(output_dir: Path, before: Mapping[Path, bytes], made: Sequence[Path]) -> None:
-    """Undo what a run without a checkpoint wrote; ``made`` are the directories that it created,
-    the innermost first."""
-    for file in _records(output_dir):
+def _restore(output_dir: Path, before: Mapping[Path, bytes], created: Sequence[Path]) -> None:
+    """Undo what a run without a checkpoint wrote; ``created`` are the directories that it created,
+    innermost first."""
+    for file in _run_files(output_dir):
         if file in before:
             file.write_bytes(before[file])
         else:
             file.unlink()
-    for folder in made:
+    for folder in created:
         if any(folder.iterdir()):
             break
         folder.rmdir()
 
 
-def _named(directory: str) -> Path:
-    """A checkpoint, or the newest of a run's directory."""
+def _checkpoint_at(directory: str) -> Path:
+    """``directory`` itself, or the newest checkpoint in a run's directory."""
     found = checkpoints(Path(directory) / "checkpoints")
     checkpoint = found[-1] if found else Path(directory)
     if not directory or not (checkpoint / "state.json").is_file():
         raise UserError(
-            f"--resume: {directory!r}: not a checkpoint; allowed: auto, a step-N directory, or "
-            "the directory of a run"
+            f"--resume: {directory!r}: not a checkpoint; allowed: auto, a step-N directory, a run's "
+            "directory"
         )
     return checkpoint
 
@@ -195,8 +201,9 @@ def _read_run(output_dir: Path) -> dict[str, Any]:
 
 
 def check_same_recipe(recipe: Recipe, output_dir: Path, prepared: bool = False) -> None:
-    """Raise UserError unless a resumed run is the run that was begun. Class names that the data
-    gave may differ, and before the recipe is ``prepared`` a default that is fitted to the model."""
+    """Raise UserError unless ``recipe`` describes the run that started in ``output_dir``. Labels
+    found in the data may differ, and as long as the recipe is not ``prepared``, defaults that
+    depend on the model."""
     path = output_dir / "recipe.yaml"
     if not path.is_file():
         return
@@ -204,12 +211,12 @@ def check_same_recipe(recipe: Recipe, output_dir: Path, prepared: bool = False) 
     later = set() if prepared else {f"task.{k}" for k in _FITTED - recipe.task.model_fields_set}
     changed = [
         key
-        for key in sorted({*before, *now} - _FREE - later)
+        for key in sorted({*before, *now} - _CHANGEABLE - later)
         if before.get(key) != now.get(key) and not (key == "task.labels" and now.get(key) is None)
     ]
     if changed:
-        listed = "; ".join(f"{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in changed)
-        raise UserError(f"--resume: {path} is another recipe: {listed}")
+        listed = "; ".join(f"{k}: was {before.get(k)!r}, now {now.get(k)!r}" for k in changed)
+        raise UserError(f"--resume: the recipe differs from {path}: {listed}")
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
@@ -217,8 +224,8 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def export_adapter(prepared: Prepared, directory: Path, record: RunRecord, say: Say) -> None:
-    """Write what the model holds now, with its tokenizer and a card of the figures; ``say`` gets a
-    line if PEFT cannot read it."""
+    """Save the model's adapter with its tokenizer and a model card; ``say`` gets a line if PEFT
+    cannot load it."""
     recipe = prepared.recipe
     hardware = record.hardware
     labels = prepared.task.labels(recipe.task, None)
@@ -246,12 +253,9 @@ def export_adapter(prepared: Prepared, directory: Path, record: RunRecord, say: 
         lorakit_info={"task": recipe.task.name} | ({"labels": labels} if labels else {}),
     )
     method: Method = registry.methods()[recipe.adapter.method]
-    merging = f"lorakit merge {recipe.model.name_or_path} {directory} OUT makes a plain model of it"
+    merging = f"lorakit merge {recipe.model.name_or_path} {directory} OUT makes it a plain model"
     if not method.peft_loads:
-        say(
-            f"{directory}: PEFT does not load what {method.name} trains; lorakit does, and "
-            f"{merging}"
-        )
+        say(f"{directory}: PEFT cannot load a {method.name} adapter; lorakit can, and {merging}")
     elif refused := refused_by_peft(prepared.model, _adapted(record)):
         say(f"{directory}: {refused_note(refused)}, and {merging}")
     elif method.peft_type == "LORA" and (
@@ -265,18 +269,18 @@ def _adapted(record: RunRecord) -> list[str]:
 
 
 def _names(prepared: Prepared, directory: Path, say: Say) -> BaseNames | None:
-    """Names that fit the base's own class, where another was trained."""
+    """The names that the base's original class uses, if another class was trained."""
     if prepared.task.kind != "causal":
         return None
     own = type(prepared.model).__name__
     try:
         names = names_in_base(prepared.model, load_config(prepared.recipe.model))
     except AdapterError as error:
-        say(f"{directory}: the names are those of {own}: with PEFT load the base as that ({error})")
+        say(f"{directory}: module names are those of {own}: load that class in PEFT ({error})")
         return None
     if names is not None:
         say(
-            f"{directory}: trained as {own}; the names are those of the base's own class, "
-            f"{type(names.own).__name__}: with PEFT load the base as that"
+            f"{directory}: trained as {own}; module names are those of the base's original class, "
+            f"{type(names.own).__name__}: load that class in PEFT"
         )
     return names

@@ -1,5 +1,5 @@
-"""Recipe -> data, model and adapter, ready to train. Everything that can be wrong shows here,
-before a file is written."""
+"""Load data and model and inject the adapter. Whatever does not fit is reported here, before a file
+is written."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Prepared:
-    """``recipe`` is the given one with what the data decided (class names) written in."""
+    """All that a training needs. ``recipe`` has the values that data and model determine, such as
+    labels; ``data`` describes the splits in ``run.json``."""
 
     recipe: Recipe
     task: Task
@@ -40,7 +41,7 @@ class Prepared:
 
 
 def prepare(recipe: Recipe, say: Say, write_cache: bool = True) -> Prepared:
-    """Load, tokenise and inject. Raises the UserError of whatever does not fit."""
+    """Load, tokenise and inject; raises UserError for whatever does not fit."""
     data = load_training_data(recipe, say)
     loaded = load_pretrained(recipe.model, data.task.kind, data.labels, seed=recipe.train.seed)
     for note in loaded.notes:
@@ -88,8 +89,8 @@ def _described(split: Split, encoded: EncodedSplit | StreamedRows) -> dict[str, 
 
 
 def main_metric(recipe: Recipe, task: Task) -> str:
-    """The metric that chooses the best model: as asked, else the task's main one among those that
-    evaluations during training compute."""
+    """The metric that selects the best model: the recipe's, or else the task's main metric among
+    those that evaluations during training compute."""
     return recipe.train.metric_for_best_model or task.best_metric(recipe.task)
 
 

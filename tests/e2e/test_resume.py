@@ -349,7 +349,7 @@ def test_another_recipe_is_named(
     changes = ["--set", "train.learning_rate=0.5", "--set", "adapter.r=2"]
     ended = train(launcher, recipe, run, "--resume", "auto", *changes)
     refused(
-        ended, "recipe.yaml", "train.learning_rate: 0.01 then, 0.5 now", "adapter.r: 4 then, 2 now"
+        ended, "recipe.yaml", "train.learning_rate: was 0.01, now 0.5", "adapter.r: was 4, now 2"
     )
     assert "seed" not in ended.err
     assert tree(run) == before

@@ -29,7 +29,7 @@ def recipe(tmp_path: Path) -> Recipe:
 def test_a_second_run_is_refused_while_the_first_goes_on(recipe: Recipe) -> None:
     with (
         exclusive_run(recipe, None, Start()) as folder,
-        pytest.raises(UserError, match="another run is writing there"),
+        pytest.raises(UserError, match="another run is writing to it"),
         exclusive_run(recipe, None, Start()),
     ):
         pass
@@ -71,7 +71,7 @@ def test_other_tokens_of_the_same_data_are_refused(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoints" / "step-3"
     check_same_data(data(1200), checkpoint, print)
     check_same_data(data(None), checkpoint, print)
-    message = r"--resume: chats\.jsonl: .* gives 1,201 tokens, and the run began with 1,200"
+    message = r"--resume: chats\.jsonl: .* has 1,201 tokens, but had 1,200 when the run started"
     with pytest.raises(UserError, match=message):
         check_same_data(data(1201), checkpoint, print)
 
@@ -90,9 +90,9 @@ def test_a_default_that_was_fitted_to_the_model_is_the_same_recipe(
     train(recipe, str(checkpoint))
     assert adapter_bytes(tmp_path / "run") == whole
     other = recipe.model_copy(update={"task": task.model_copy(update={"max_length": 200})})
-    with pytest.raises(UserError, match=r"task\.max_length: 256 then, 200 now"):
+    with pytest.raises(UserError, match=r"task\.max_length: was 256, now 200"):
         train(other, str(checkpoint))
     written = tmp_path / "run" / "recipe.yaml"
     written.write_text(written.read_text().replace("max_length: 256", "max_length: 200"))
-    with pytest.raises(UserError, match=r"task\.max_length: 200 then, 256 now"):
+    with pytest.raises(UserError, match=r"task\.max_length: was 200, now 256"):
         train(recipe, str(checkpoint))

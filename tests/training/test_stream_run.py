@@ -125,7 +125,7 @@ def test_a_bad_row_saves_a_checkpoint_to_go_on_from(
     put_line(file, 300, GOOD)
     said: list[str] = []
     train(recipe, resume="auto", say=said.append)
-    assert f"{file}: changed since a bad row ended the run; earlier rows are not compared" in said
+    assert f"{file}: changed since a bad row ended the run; earlier rows are not checked" in said
     whole = bad_row_run(tmp_path / "whole", tiny_llama, 300, GOOD)
     train(whole)
     assert adapter_bytes(run) == adapter_bytes(Path(whole.train.output_dir))
@@ -178,7 +178,7 @@ def test_what_else_has_changed_is_refused(tiny_llama: Path, tmp_path: Path) -> N
     with pytest.raises(BadRow):
         train(recipe)
     put_line(file, 0, GOOD)
-    with pytest.raises(UserError, match="the train data is not what the run began with"):
+    with pytest.raises(UserError, match="the train data has changed since the run started"):
         train(recipe, resume="auto")
 
 
@@ -236,7 +236,7 @@ def test_a_file_that_changes_during_the_run(tiny_llama: Path, tmp_path: Path) ->
     assert not isinstance(caught.value, BadRow)
     assert "has changed since it was first read; stopped at step " in str(caught.value)
     assert "; restore the file, then continue with --resume auto" in str(caught.value)
-    with pytest.raises(UserError, match="the train data is not what the run began with"):
+    with pytest.raises(UserError, match="the train data has changed since the run started"):
         train(recipe, resume="auto")
 
 
