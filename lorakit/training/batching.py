@@ -82,8 +82,10 @@ class StepLoader:
     def take(self, number: int) -> LoadedStep:
         """The step ``number``; raises DataError if a stream's row cannot be read or trained on."""
         ahead, self._ahead = self._ahead, None
-        loaded = ahead if ahead is not None else self._load(number)
-        self._rows_read = _rows_read(self._steps)
+        try:
+            loaded = ahead if ahead is not None else self._load(number)
+        finally:
+            self._rows_read = _rows_read(self._steps)
         if isinstance(loaded, DataError):
             raise loaded
         assert loaded.number == number, "steps are taken in order"

@@ -25,8 +25,7 @@ from lorakit.training.batching import StepLoader, build_collate, padding_multipl
 from lorakit.training.checkpoint import Progress
 from lorakit.training.control import Best, Evaluator, Schedule, StopRequest
 from lorakit.training.divergence import divergence_cause
-from lorakit.training.engine.eager import EagerEngine
-from lorakit.training.engine.objective import CausalObjective, EncoderObjective
+from lorakit.training.engine.eager import CausalObjective, EagerEngine, EncoderObjective
 from lorakit.training.engine.probe import GradientProbe
 from lorakit.training.loop import Loop
 from lorakit.training.setup import Prepared, Say, main_metric

@@ -186,8 +186,8 @@ def _checkpoint_at(directory: str) -> Path:
     checkpoint = found[-1] if found else Path(directory)
     if not directory or not (checkpoint / "state.json").is_file():
         raise UserError(
-            f"--resume: {directory!r}: not a checkpoint; allowed: auto, a step-N directory, a run's "
-            "directory"
+            f"--resume: {directory!r}: not a checkpoint; allowed: auto, a step-N directory, or "
+            "a run's directory"
         )
     return checkpoint
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from lorakit.data.collate import collate_causal, collate_documents, collate_packed
 from lorakit.models.causal import VARLEN, use_varlen
-from lorakit.training.engine.objective import CausalObjective
+from lorakit.training.engine.eager import CausalObjective
 from tests.families import tiny
 from tests.models.test_causal_packed import rows
 

@@ -11,7 +11,7 @@ from lorakit.data.collate import collate_causal, collate_packed
 from lorakit.data.encode import EncodedRow
 from lorakit.errors import UserError
 from lorakit.models.causal import check_packable
-from lorakit.training.engine.objective import CausalObjective
+from lorakit.training.engine.eager import CausalObjective
 from tests.families import CAUSAL, tiny
 
 #: Families that take no positions, or make no mask of positions that restart.
