@@ -330,7 +330,10 @@ def test_what_was_misread_or_renamed_is_said(
 ) -> None:
     few = {"train__epochs": None, "train__max_steps": 1, "task__limit_eval": 2}
     for family, said in (
-        ("qwen3_5", "module names are those of the base's original class, Qwen3_5ForConditionalGeneration"),
+        (
+            "qwen3_5",
+            "module names are those of the base's original class, Qwen3_5ForConditionalGeneration",
+        ),
         ("qwen3_next", "mistakes down_proj, gate_proj, up_proj for experts"),
         ("falcon_h1", "PEFT 0.16 and later do not load an adapter of out_proj"),
     ):
