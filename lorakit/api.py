@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lorakit.evaluation.requests import chat_request, read_requests, text_request
     from lorakit.evaluation.sampling import Decoding
     from lorakit.injection import inject
+    from lorakit.method_check import CheckResult, check_method
     from lorakit.io.atomic import write_text
     from lorakit.models.load import window
     from lorakit.openmp import yield_cores
@@ -49,6 +50,7 @@ _MODULES = {
     "lorakit.evaluation.requests": ("chat_request", "read_requests", "text_request"),
     "lorakit.evaluation.sampling": ("Decoding",),
     "lorakit.injection": ("inject",),
+    "lorakit.method_check": ("CheckResult", "check_method"),
     "lorakit.io.atomic": ("write_text",),
     "lorakit.models.load": ("window",),
     "lorakit.openmp": ("yield_cores",),
@@ -63,6 +65,7 @@ _MODULES = {
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
+    "CheckResult",
     "Decoding",
     "DescribedRow",
     "LeftOut",
@@ -73,6 +76,7 @@ __all__ = [
     "RunResult",
     "SplitEvaluation",
     "chat_request",
+    "check_method",
     "convert",
     "counts_line",
     "data_files",

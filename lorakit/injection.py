@@ -77,7 +77,7 @@ def inject(
     """
     if adapted_modules(model):
         raise TargetError("the model holds an adapter already; load the base again")
-    method: Method = registry.methods()[config.method]
+    method: Method = registry.method(config.method)
     heads = tuple(find_heads(model) if heads is None else heads)
     whole = trained_whole(model, config, heads)
     if unused := [

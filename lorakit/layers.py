@@ -8,7 +8,7 @@ file is where that form is read and written.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from itertools import pairwise
 from typing import Literal
 
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lorakit.errors import AdapterError
 from lorakit.kernels.low_rank import LowRankDelta, RowSlice
 
 Kind = Literal["linear", "conv1d", "embedding"]
@@ -180,6 +181,31 @@ class AdapterLayer(BaseWrapper, ABC):
         """Name -> parameter of the layer, those of the base aside."""
         named = self.named_parameters()
         return {name: p for name, p in named if not name.startswith("base_layer.")}
+
+    def load_parameters(
+        self, values: Mapping[str, Tensor], shared: Collection[str], name: str
+    ) -> None:
+        """Replace the parameters by frozen ones with these ``values``, in float32.
+
+        ``shared`` are those that all layers have in common: they keep one memory. ``name``, the
+        module's, is for errors. Raises AdapterError if a value is missing, unknown or misshapen.
+        """
+        own = self.own_parameters()
+        wanted = {*own, *shared}
+        if unlike := sorted(set(values) ^ wanted):
+            kind = "missing" if unlike[0] in wanted else "unknown"
+            raise AdapterError(f"{kind} tensor: {name}.{unlike[0]}")
+        for key, value in values.items():
+            if key not in shared and value.shape != own[key].shape:
+                raise AdapterError(
+                    f"{name}.{key} is {tuple(value.shape)}, and the model needs "
+                    f"{tuple(own[key].shape)}: the adapter belongs to another base model"
+                )
+            device = value.device if self.device.type == "meta" else self.device
+            # A tensor that maps a file may start at any address, and the last bits of a product
+            # depend on the alignment.
+            moved = value.to(device, torch.float32, copy=key not in shared)
+            setattr(self, key, nn.Parameter(moved, requires_grad=False))
 
     def new_parameter(self, *shape: int) -> nn.Parameter:
         """A float32 parameter on the base's device, without values yet."""

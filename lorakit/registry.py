@@ -31,6 +31,28 @@ def methods() -> dict[str, Any]:
     return {method.name: method for method in _exports(METHODS, "METHOD")}
 
 
+#: Class name -> method of a user's file, for every file that was named in this process.
+_user_methods: dict[str, Any] = {}
+
+
+def method(name: str) -> Any:
+    """The ``lorakit.methods.base.Method`` that ``adapter.method`` names; a user's file,
+    ``./FILE.py:CLASS``, is run here, and its method is remembered for ``user_methods``.
+
+    Raises KeyError for an unknown name, UserError for a file that does not define a method.
+    """
+    if not is_code(name):
+        return methods()[name]
+    found = importlib.import_module(f"{METHODS}.base").load_method(name)
+    _user_methods[type(found).__name__] = found
+    return found
+
+
+def user_methods() -> dict[str, Any]:
+    """Class name -> method, for the users' files that ``method`` has run."""
+    return dict(_user_methods)
+
+
 @cache
 def tasks() -> dict[str, Any]:
     """Name -> ``lorakit.tasks.base.Task``, for every file of ``lorakit/tasks``."""

@@ -15,7 +15,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lorakit.adapters.base_model import base_model, full_config, set_pad_token
 from lorakit.adapters.peft.place import load_adapter
-from lorakit.adapters.peft.read import DTYPES, AdapterFiles, base_section, read_adapter
+from lorakit.adapters.peft.read import (
+    DTYPES,
+    AdapterFiles,
+    base_section,
+    read_adapter,
+    run_method_file,
+)
 from lorakit.adapters.peft.read import dtype_name as dtype_name
 from lorakit.adapters.switching import hold
 from lorakit.errors import AdapterError
@@ -36,15 +42,18 @@ def load(
     device: str | torch.device | None = None,
     trainable: bool = False,
     trust_remote_code: bool = False,
+    method: str | None = None,
 ) -> PreTrainedModel:
     """A transformers model, in evaluation mode, with the adapter in place.
 
     ``base`` is a Hub id or directory; None takes the one that the adapter names. ``dtype`` of the
     base is by default that of the training, else the checkpoint's own. ``trainable`` lets the
     adapter and what is trained whole get gradients. Several adapters, name -> directory, are all
-    loaded; the first is in place, and ``lorakit.switch(model, name)`` puts another there. Raises
-    ModelError and AdapterError.
+    loaded; the first is in place, and ``lorakit.switch(model, name)`` puts another there.
+    ``method`` is the ``FILE.py:CLASS`` of the user's method that trained the adapter; its code is
+    run. Raises ModelError and AdapterError.
     """
+    run_method_file(method)
     if isinstance(adapter, Mapping):
         if trainable:
             raise AdapterError("trainable = True: allowed for one adapter, not for several by name")

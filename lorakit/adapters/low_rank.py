@@ -21,6 +21,7 @@ from lorakit.adapters.peft.schema import (
     DEFAULTS,
     EMBEDDING_FACTORS,
     LINEAR_FACTORS,
+    LORA_FORMATS,
     is_fully_trained,
     peft_rank,
     peft_scaling,
@@ -133,7 +134,7 @@ def read_updates(files: AdapterFiles) -> Updates:
 
 def _check_low_rank(files: AdapterFiles) -> None:
     name = "dora" if files.config.get("use_dora") else files.method.name
-    if name == "dora" or not files.method.peft_loads:
+    if name == "dora" or files.config["peft_type"] not in LORA_FORMATS:
         base = files.config.get("base_model_name_or_path") or "BASE"
         raise AdapterError(
             f"{files.directory}: {name} is no product of two factors; lorakit merge {base} "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorakit.cli.console import AsJson, Overwrite, TrustRemoteCode, progress, say
+from lorakit.cli.console import AsJson, MethodFile, Overwrite, TrustRemoteCode, progress, say
 from lorakit.errors import listed
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def merge(
     dtype: _Dtype = None,
     max_shard_size: _ShardSize = "5GB",
     overwrite: Overwrite = False,
+    method: MethodFile = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -65,7 +66,7 @@ def merge(
     with progress("merging, MB") as report_progress:
         report = merge_adapter(
             base, adapter, out, dtype, max_shard_size, overwrite, trust_remote_code, say=say,
-            add=[_weighted(text) for text in add or []], weight=weight,
+            add=[_weighted(text) for text in add or []], weight=weight, method=method,
             on_progress=lambda done, total: report_progress(done // 10**6, total // 10**6),
         )  # fmt: skip
     if as_json:

@@ -28,6 +28,14 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it 
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code from the model's repository.")
 ]
+MethodFile = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        metavar="FILE.py:CLASS",
+        help="Your own method, if the adapter was trained with one; the file is run.",
+    ),
+]
 
 OnProgress = Callable[[int, int], None]
 OnPhase = Callable[[str, int, int], None]

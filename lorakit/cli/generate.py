@@ -97,6 +97,7 @@ def generate(
     seed: _Seed = 0,
     dtype: _Dtype = None,
     revision: _Revision = None,
+    method: MethodFile = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Continue a prompt, chat, or answer the prompts of a file.
@@ -126,7 +127,7 @@ def generate(
     )
     loaded = load_for_generation(
         model, adapter, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code,
-        say=say,
+        method=method, say=say,
     )  # fmt: skip
     if num_beams > 1 and input_file is None:
         say(f"--num-beams {num_beams}: answers are printed when the search is complete")

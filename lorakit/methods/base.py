@@ -1,15 +1,15 @@
-"""What a method is: a config and the few functions that its mathematics needs.
-
-A method file subclasses ``Method`` and exports one instance as ``METHOD``. It imports torch inside
-its functions only, so that recipes are checked without loading it.
-"""
+"""The base classes of methods: ``Method`` and the hooks of a run, ``RunHooks``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pydantic import ValidationError
+
+from lorakit.errors import AdapterError, UserError
 from lorakit.recipe.sections import AdapterSection, TrainSection
+from lorakit.user_code import load_class
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -59,22 +59,32 @@ class RunHooks:
 class Method:
     """One way to adapt weight matrices W (out_features, in_features) of the frozen base.
 
-    ``kinds`` are what it can adapt: the kinds of ``layers.kind_of`` and ``slice``, rows of a fused
-    projection; none for a method that trains the base's own parameters. ``peft_type`` is what its
-    ``adapter_config.json`` says, ``folds`` whether what it saves is another method's form, into
-    which its own is folded. ``peft_loads``: whether PEFT has a place for that form. A function that
-    is not implemented here is left to those methods whose kinds need it.
+    A method is a ``Config``, the keys of ``adapter`` in a recipe, and a ``Layer``, which owns the
+    parameters and the arithmetic; everything else has a default. A built-in method, which is
+    imported to check a recipe, overrides ``layer_class`` instead of setting ``Layer``, so that
+    torch is not loaded for it.
+
+    ``kinds``: the kinds of modules that the method adapts (``layers.Kind``, and ``slice`` for rows
+    of a fused projection); empty for a method that trains the base's own parameters.
+
+    The format of a saved adapter: ``adapter_config.json`` gets the keys of ``Config``,
+    ``adapter_model.safetensors`` the parameters of each layer by their names. Where these are the
+    names that PEFT uses, set ``peft_type`` to its name and ``peft_loads``, and PEFT loads the
+    adapter. ``shared`` names the frozen parameters that all layers have in common, which are saved
+    once, as ``base_model.NAME``. Other formats override ``to_peft`` and ``from_peft``. A method
+    that ``folds`` is saved in the format of another.
     """
 
     name: ClassVar[str]
-    summary: ClassVar[str]
+    summary: ClassVar[str] = ""
     Config: ClassVar[type[AdapterSection]]
     if TYPE_CHECKING:
         Layer: ClassVar[type[AdapterLayer]]
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "embedding", "slice"})
-    peft_type: ClassVar[str] = "LORA"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
+    peft_type: ClassVar[str] = "LORAKIT"
+    peft_loads: ClassVar[bool] = False
+    shared: ClassVar[tuple[str, ...]] = ()
     folds: ClassVar[bool] = False
-    peft_loads: ClassVar[bool] = True
 
     def check(self, config: Any, targets: Collection[str]) -> None:
         """Raise TargetError if ``config`` says something of modules that are none of
@@ -130,30 +140,74 @@ class Method:
         return None
 
     def reads(self, settings: Mapping[str, Any]) -> bool:
-        """Whether an ``adapter_config.json`` that another program wrote is of this method."""
-        return False
+        """Whether the method reads this ``adapter_config.json``, whichever program wrote it."""
+        return bool(self.peft_loads and settings["peft_type"] == self.peft_type)
 
     def to_peft(
         self, layers: Mapping[str, Any], config: Any
     ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """PEFT's form: the method's keys of ``adapter_config.json``, and tensors by PEFT's names
-        (without the prefix ``base_model.model.``)."""
-        raise NotImplementedError
+        """The method's keys of ``adapter_config.json``, and the tensors of the layers by name,
+        without the prefix ``base_model.model.`` and without the ``shared`` ones."""
+        settings = {
+            "peft_type": self.peft_type,
+            **config.model_dump(mode="json", include=self._keys()),
+        }
+        tensors = {
+            f"{name}.{key}": parameter.detach()
+            for name, layer in layers.items()
+            for key, parameter in layer.own_parameters().items()
+            if key not in self.shared
+        }
+        return settings, tensors
 
     def unpack(
         self, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """For a form that PEFT does not load: the file's tensors, each under the name of the
-        module or parameter it is for. Raises AdapterError unless they are what ``settings`` say.
-        """
-        raise NotImplementedError
+        """The tensors of a file, each under the name of the module or parameter that it is for.
+        Raises AdapterError if they do not fit ``settings``."""
+        return dict(tensors)
 
     def from_peft(
         self, module: nn.Module, name: str, settings: Mapping[str, Any], tensors: dict[str, Tensor]
     ) -> AdapterLayer:
-        """The reverse of ``to_peft`` for one module: the layer with these values in place.
+        """The layer that replaces ``module``, with the values of a file.
 
-        ``settings`` is ``adapter_config.json``; ``tensors`` are the module's own, by what follows
-        its name (``lora_A.weight``). Raises AdapterError if one is missing, unknown or misshapen.
+        ``settings`` is ``adapter_config.json``; ``tensors`` are those of the module, keyed by what
+        follows its name, and the ``shared`` ones. Raises AdapterError if one is missing, unknown
+        or misshapen.
         """
-        raise NotImplementedError
+        import torch
+
+        with torch.random.fork_rng(devices=[]):  # loading an adapter draws no random numbers
+            layer = self.wrap(module, self._saved_config(settings), name)
+        layer.load_parameters(tensors, self.shared, name)
+        return layer
+
+    def _keys(self) -> set[str]:
+        return self.Config.model_fields.keys() - AdapterSection.model_fields.keys()
+
+    def _saved_config(self, settings: Mapping[str, Any]) -> AdapterSection:
+        own = {key: settings[key] for key in self._keys() if key in settings}
+        try:
+            return self.Config(method=self.name, **own)
+        except ValidationError as error:
+            [first, *_] = error.errors()
+            key = ".".join(map(str, first["loc"]))
+            raise AdapterError(f"adapter_config.json: {key}: {first['msg']}") from error
+
+
+def load_method(spec: str) -> Method:
+    """The method that ``FILE.py:CLASS`` names; the file is run. Raises UserError if it does not
+    define one."""
+    found = load_class(spec, Method)
+    lacking = [name for name in ("Config", "Layer") if not hasattr(found, name)]
+    if found.layer_class is not Method.layer_class or not found.kinds:
+        lacking = [name for name in lacking if name != "Layer"]
+    if lacking:
+        raise UserError(
+            f"{spec}: does not define {', '.join(lacking)}; allowed: a class with Config, a "
+            "subclass of AdapterSection, and Layer, a subclass of AdapterLayer"
+        )
+    method = found()
+    method.name = spec  # type: ignore[misc]  # recipes and saved adapters name it so
+    return method

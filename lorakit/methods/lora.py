@@ -57,6 +57,9 @@ class Lora(Method):
     name = "lora"
     summary = "y = W x + (lora_alpha / r) B A x, W frozen (Hu et al. 2021)"
     Config: ClassVar[type[AdapterSection]] = LoraConfig
+    kinds = frozenset({"linear", "conv1d", "embedding", "slice"})
+    peft_type = "LORA"
+    peft_loads = True
 
     def check(self, config: Any, targets: Collection[str]) -> None:
         """Every key of ``rank_pattern`` and ``alpha_pattern`` is the end of a target."""

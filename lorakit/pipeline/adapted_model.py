@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.adapters.peft.place import load_adapter
-from lorakit.adapters.peft.read import AdapterFiles, dtype_name, read_adapter
+from lorakit.adapters.peft.read import AdapterFiles, dtype_name, read_adapter, run_method_file
 from lorakit.errors import AdapterError
 from lorakit.models.heads import declares_head, find_labels, head_labels
 from lorakit.models.hub import load_config, load_tokenizer
@@ -27,13 +27,16 @@ def load_for_generation(
     dtype: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    method: str | None = None,
     say: Say = lambda text: print(text, file=sys.stderr),
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal model onto its device, with an adapter if one is named, and the tokenizer.
 
     The adapter's own tokenizer is used if it has one. ``dtype`` defaults to the one the adapter was
-    trained with, or else to the checkpoint's. Raises ModelError and AdapterError.
+    trained with, or else to the checkpoint's. ``method`` is the ``FILE.py:CLASS`` of the user's
+    method that trained the adapter; its code is run. Raises ModelError and AdapterError.
     """
+    run_method_file(method)
     files = read_adapter(adapter, say) if adapter is not None else None
     if files is not None and files.classifies:
         raise AdapterError(

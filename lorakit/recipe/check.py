@@ -48,11 +48,11 @@ _TRUE = frozenset({"1", "true", "yes", "y", "on", "t"})
 
 def check_recipe(recipe: Recipe) -> None:
     """Check a recipe that was built in Python. Raises RecipeError with all problems."""
-    methods = registry.methods()
+    method, method_faults = find_method(recipe.adapter.method)
     task, problems, task_faults = find_task(recipe.task.name)
-    faults = [*unknown_method(recipe.adapter.method), *task_faults]
+    faults = [*method_faults, *task_faults]
     kind = None if task is None else task.kind
-    faults += [*_wrong_config("adapter", recipe.adapter, methods.get(recipe.adapter.method))]
+    faults += [*_wrong_config("adapter", recipe.adapter, method)]
     faults += [*_wrong_config("task", recipe.task, task)]
     faults += check_sections(recipe.model, recipe.adapter, recipe.task, recipe.train, kind)
     if faults or problems:
@@ -95,8 +95,17 @@ def check_sections(
     return faults
 
 
-def unknown_method(name: str) -> Iterator[Fault]:
-    yield from _unknown_name(("adapter", "method"), "method", name, tuple(registry.methods()))
+def find_method(name: str) -> tuple[Any, list[Fault]]:
+    """Return the method called ``name``, or None with the faults of ``adapter.method``. A user's
+    Python file is executed here."""
+    path = ("adapter", "method")
+    try:
+        return registry.method(name), []
+    except KeyError:
+        (fault,) = _unknown_name(path, "method", name, tuple(registry.methods()))
+        return None, [replace(fault, allowed=f"{fault.allowed}, or a method file: ./FILE.py:CLASS")]
+    except UserError as error:
+        return None, [Fault(path, str(error), name, True)]
 
 
 def find_task(name: str) -> tuple[Any, tuple[Problem, ...], list[Fault]]:

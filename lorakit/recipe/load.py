@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from lorakit import registry
 from lorakit.errors import ModelError, Problem, RecipeError, UserError, at_line, nearest
-from lorakit.recipe.check import check_sections, find_task, unknown_method
+from lorakit.recipe.check import check_sections, find_method, find_task
 from lorakit.recipe.diagnostics import (
     OVERRIDE,
     Fault,
@@ -151,8 +151,8 @@ class _Checked:
             method = given.get("method", AdapterSection.model_fields["method"].default)
             if not isinstance(method, str):
                 return None
-            self.faults += unknown_method(method)
-            found = registry.methods().get(method)
+            found, faults = find_method(method)
+            self.faults += faults
             return found.Config if found else None
         if self.name == "task":
             name = given.get("name")

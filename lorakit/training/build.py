@@ -194,7 +194,7 @@ def resolve_warmup_steps(section: TrainSection, total_steps: int) -> int:
 
 
 def _method(recipe: Recipe) -> Method:
-    method: Method = registry.methods()[recipe.adapter.method]
+    method: Method = registry.method(recipe.adapter.method)
     return method
 
 

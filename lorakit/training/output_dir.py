@@ -252,7 +252,7 @@ def export_adapter(prepared: Prepared, directory: Path, record: RunRecord, say: 
         ),
         lorakit_info={"task": recipe.task.name} | ({"labels": labels} if labels else {}),
     )
-    method: Method = registry.methods()[recipe.adapter.method]
+    method: Method = registry.method(recipe.adapter.method)
     merging = f"lorakit merge {recipe.model.name_or_path} {directory} OUT makes it a plain model"
     if not method.peft_loads:
         say(f"{directory}: PEFT cannot load a {method.name} adapter; lorakit can, and {merging}")

@@ -23,7 +23,12 @@ from lorakit.adapters.merge.stream import write_tensors
 from lorakit.adapters.merge.tokenizer import choose_tokenizer
 from lorakit.adapters.merge.updates import Held, Weighted, read_weighted
 from lorakit.adapters.merge.workers import OnProgress
-from lorakit.adapters.peft.read import base_section, dtype_name, other_base_note
+from lorakit.adapters.peft.read import (
+    base_section,
+    dtype_name,
+    other_base_note,
+    run_method_file,
+)
 from lorakit.errors import AdapterError
 from lorakit.io.atomic import atomic_directory
 
@@ -74,6 +79,7 @@ def merge(
     add: Sequence[tuple[str | Path, float]] = (),
     weight: float = 1.0,
     on_progress: OnProgress = lambda _done, _total: None,
+    method: str | None = None,
 ) -> MergeReport:
     """Fold ``adapter`` into ``base``; ``out`` becomes a directory that plain transformers loads.
 
@@ -81,9 +87,11 @@ def merge(
     unless ``overwrite``. ``say`` gets a line for what the user should know, ``on_progress`` the
     bytes written and the bytes in all. ``add`` are further adapters with their weights:
     W + ``weight`` * delta + sum of w_i * delta_i. What ``adapter`` trained whole, a head say, is
-    taken as it is, and the added ones must have none of their own.
+    taken as it is, and the added ones must have none of their own. ``method`` is the
+    ``FILE.py:CLASS`` of the user's method that trained the adapter; its code is run.
     Raises ModelError and AdapterError; then, and if the process is killed, ``out`` is as it was.
     """
+    run_method_file(method)
     adapters = read_weighted(adapter, weight, add, say)
     files = adapters[0].files
     section = base_section(base, files, trust_remote_code)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,7 +89,7 @@ def load_adapter(
         train_module(model, name, float32_output=f"{name}.".startswith(heads or ("\0",)))
     for key, value in places.whole.items():
         set_value(model, key, value)
-    _set_trainable(model, layers, whole, trainable)
+    _set_trainable(model, layers, whole, trainable, files.method.shared)
     return report(model, files.method.name, whole)
 
 
@@ -159,7 +159,8 @@ def _layers(model: nn.Module, places: Placement) -> dict[str, BaseWrapper]:
     method, parts = files.method, files.parts
     for name, tensors in places.adapters.items():
         try:
-            layer = from_peft(method, model.get_submodule(name), name, files.config, tensors)
+            own = {**tensors, **files.shared}
+            layer = from_peft(method, model.get_submodule(name), name, files.config, own)
             layers[name] = layer.split(parts[name]) if name in parts else layer
         except AdapterError as error:
             raise AdapterError(f"{files.directory}: {error}") from error
@@ -244,11 +245,12 @@ def _set_trainable(
     layers: Mapping[str, BaseWrapper],
     whole: Iterable[str],
     trainable: bool,
+    frozen: Collection[str],
 ) -> None:
     for layer in layers.values():
         for name, parameter in layer.named_parameters():
             if not name.startswith(BASE_LAYER):
-                parameter.requires_grad_(trainable)
+                parameter.requires_grad_(trainable and name not in frozen)
     for name in whole:
         model.get_submodule(name).requires_grad_(trainable)
 

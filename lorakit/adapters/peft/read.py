@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,11 @@ from lorakit.adapters.peft.schema import (
     ADALORA_TYPES,
     CONFIG,
     CONFIG_TYPES,
+    LORA_FORMATS,
     LORA_TYPES,
     PREFIX,
     SEQ_CLS_HEADS,
+    SHARED_PREFIX,
     SIDECAR,
     SIDECAR_TYPES,
     WEIGHTS,
@@ -41,6 +43,7 @@ from lorakit.kernels.low_rank import RowSlice
 from lorakit.methods.base import Method
 from lorakit.models.hub import explained, hub_resolves, is_missing_path, other_content
 from lorakit.recipe.sections import ModelSection
+from lorakit.user_code import is_code
 
 #: Receives one note at a time.
 Say = Callable[[str], None]
@@ -105,24 +108,16 @@ class AdapterFiles:
     """The contents of an adapter directory.
 
     ``config`` is ``adapter_config.json``; ``tensors`` are keyed without ``base_model.model.``;
-    ``sidecar`` is ``lorakit.json``, None if lorakit did not write the adapter.
+    ``sidecar`` is ``lorakit.json``, None if lorakit did not write the adapter. ``method`` reads the
+    tensors; ``shared`` are those that all of its layers have in common.
     """
 
     directory: Path
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     sidecar: dict[str, Any] | None
-
-    @property
-    def method(self) -> Method:
-        """The method that reads the tensors: the one that wrote them, else the one of PEFT."""
-        found = registry.methods()
-        own = found.get((self.sidecar or {}).get("method") or "")
-        if own is not None and own.peft_type == self.config["peft_type"] and not own.folds:
-            method: Method = own
-            return method
-        reader: Method = next(m for m in found.values() if m.reads(self.config))
-        return reader
+    method: Method
+    shared: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def trains_base(self) -> bool:
@@ -180,29 +175,60 @@ def read_adapter(directory: str | Path, say: Say = to_stderr) -> AdapterFiles:
     if config is None:
         raise AdapterError(f"{directory}: no adapter: {CONFIG} is missing")
     where = str(directory / CONFIG)
-    known = sorted({method.peft_type for method in registry.methods().values()})
-    if config.get("peft_type") not in known:
-        value = shown(config.get("peft_type"))
-        raise AdapterError(f"{where}: peft_type = {value}: allowed: {', '.join(known)}")
+    sidecar = _read_json(directory / SIDECAR)
+    check_types(sidecar or {}, SIDECAR_TYPES, str(directory / SIDECAR))
+    method = _method(config, sidecar, where)
     patterns = ADALORA_TYPES if config["peft_type"] == "ADALORA" else LORA_TYPES
     check_types(config, CONFIG_TYPES | patterns, where)
-    own = next((m for m in registry.methods().values() if _is_own_form(m, config)), None)
-    if own is None:
+    lora_format = config["peft_type"] in LORA_FORMATS
+    if lora_format:
         check_supported(config, where)
-    tensors = _tensors(directory, config["peft_type"])
+    tensors, shared = _tensors(directory, method)
     tensors = _without_duplicates(tensors, config)
-    if own is None:
+    if lora_format:
         check_tied(config, tensors, where)
         if note := unknown_keys_note(config, where):
             say(note)
     else:
         try:
-            tensors = own.unpack(config, tensors)
+            tensors = method.unpack(config, tensors)
         except AdapterError as error:
             raise AdapterError(f"{directory}: {error}") from error
-    sidecar = _read_json(directory / SIDECAR)
-    check_types(sidecar or {}, SIDECAR_TYPES, str(directory / SIDECAR))
-    return AdapterFiles(directory, config, tensors, sidecar)
+    return AdapterFiles(directory, config, tensors, sidecar, method, shared)
+
+
+def _method(config: Mapping[str, Any], sidecar: Mapping[str, Any] | None, where: str) -> Method:
+    """The method that wrote the adapter, else the one of that ``peft_type``.
+
+    The code of a user's method is not run here: its file must have been named in this process.
+    """
+    wrote, peft_type = str((sidecar or {}).get("method") or ""), config.get("peft_type")
+    known: dict[str, Method] = {**registry.methods(), **registry.user_methods()}
+    own = known.get(wrote.rpartition(":")[2])
+    if own is not None and own.peft_type == peft_type and not own.folds:
+        return own
+    if is_code(wrote) and own is None:
+        raise AdapterError(
+            f"{where}: trained with {wrote}, and the code of a method runs only if it is named; "
+            f"hint: --method {wrote}, or method= in Python"
+        )
+    if "peft_type" in config and (found := [m for m in known.values() if m.reads(config)]):
+        return found[0]
+    allowed = ", ".join(sorted({method.peft_type for method in known.values()} - {"LORAKIT"}))
+    raise AdapterError(
+        f"{where}: peft_type = {shown(peft_type)}: allowed: {allowed}, or that of a method of your "
+        "own, named by --method FILE.py:CLASS or method= in Python"
+    )
+
+
+def run_method_file(spec: str | None) -> None:
+    """Run the file of a user's method, ``FILE.py:CLASS``, so that its adapters can be read; None
+    does nothing. Raises AdapterError for another form, UserError for what the file lacks."""
+    if spec is None:
+        return
+    if not is_code(spec):
+        raise AdapterError(f"method = {shown(spec)}: allowed: FILE.py:CLASS, a method of your own")
+    registry.method(spec)
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -256,11 +282,6 @@ def _without_duplicates(
     }
 
 
-def _is_own_form(method: Method, config: Mapping[str, Any]) -> bool:
-    """Whether ``config`` is of ``method``, in a format that PEFT does not know."""
-    return not method.peft_loads and method.reads(config)
-
-
 def _read_json(file: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
@@ -273,7 +294,8 @@ def _read_json(file: Path) -> dict[str, Any] | None:
     return value
 
 
-def _tensors(directory: Path, peft_type: str) -> dict[str, Tensor]:
+def _tensors(directory: Path, method: Method) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of modules, and those that all layers share."""
     file = directory / WEIGHTS
     if not file.is_file():
         pickled = directory / "adapter_model.bin"
@@ -289,19 +311,24 @@ def _tensors(directory: Path, peft_type: str) -> dict[str, Tensor]:
         raise AdapterError(f"{file}: corrupt or truncated: {error}") from error
     if not stored:
         raise AdapterError(f"{file}: contains no tensors")
-    tensors = {}
+    tensors, shared = {}, {}
+    common = {f"{SHARED_PREFIX}{name}": name for name in method.shared}
     for name, tensor in stored.items():
+        named = name.startswith(PREFIX) or name in common
         # PEFT writes empty tensors for a matrix that AdaLoRA pruned to rank 0.
-        empty = not tensor.numel() and peft_type != "ADALORA"
-        if not name.startswith(PREFIX) or empty:
-            problem = "empty tensor" if name.startswith(PREFIX) else "not a tensor name of PEFT"
+        empty = not tensor.numel() and method.peft_type != "ADALORA"
+        if not named or empty:
+            problem = "empty tensor" if named else "not a tensor name of PEFT"
             raise AdapterError(f"{file}: {name}: {problem}")
         if not is_finite(tensor):
             raise AdapterError(f"{file}: {name}: contains NaN or infinite values")
         # Few torch operations support float8.
         wide = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
-        tensors[name.removeprefix(PREFIX)] = wide
-    return tensors
+        if name in common:
+            shared[common[name]] = wide
+        else:
+            tensors[name.removeprefix(PREFIX)] = wide
+    return tensors, shared
 
 
 DTYPES = ("float32", "bfloat16", "float16")

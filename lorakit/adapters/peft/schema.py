@@ -17,6 +17,10 @@ WEIGHTS = "adapter_model.safetensors"
 SIDECAR = "lorakit.json"
 #: The prefix of every tensor name in ``adapter_model.safetensors``.
 PREFIX = "base_model.model."
+#: The prefix of tensors that belong to no module of the model, as VeRA's ``base_model.vera_A``.
+SHARED_PREFIX = "base_model."
+#: The values of ``peft_type`` whose format ``peft/lora.py`` reads and writes.
+LORA_FORMATS = ("LORA", "ADALORA")
 
 #: PEFT's defaults. Older versions reject keys that they do not know, so a key at its default is not
 #: written.

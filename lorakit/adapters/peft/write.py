@@ -15,7 +15,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorakit import registry
 from lorakit.adapters.model_card import CardFacts, model_card
 from lorakit.adapters.peft.lora import to_peft
-from lorakit.adapters.peft.schema import CONFIG, PREFIX, SIDECAR, WEIGHTS, without_defaults
+from lorakit.adapters.peft.schema import (
+    CONFIG,
+    LORA_FORMATS,
+    PREFIX,
+    SHARED_PREFIX,
+    SIDECAR,
+    WEIGHTS,
+    without_defaults,
+)
 from lorakit.adapters.peft.targets import (
     BaseNames,
     exact_patterns,
@@ -60,7 +68,7 @@ def save_adapter(
     Raises AdapterError if the model has no adapter, or ``directory`` is not an adapter directory.
     """
     directory = Path(directory)
-    method: Method = registry.methods()[config.method]
+    method: Method = registry.method(config.method)
     whole = _whole_modules(model, config, method, modules_to_save)
     if not adapted_modules(model) and not whole and not trained_base(model, whole):
         raise AdapterError(f"{directory}: the model has no adapter to save")
@@ -68,13 +76,13 @@ def save_adapter(
     saved = _collect(model, config, method, whole, names)
     base = {"base_model_name_or_path": base_model_name_or_path, "revision": revision}
     settings = saved.settings | base | {"task_type": task_type}
-    if method.peft_loads:
+    if method.peft_type in LORA_FORMATS:
         settings = without_defaults(settings)
     info = saved.info | {"task_type": task_type}
     facts = card or CardFacts(base_model_name_or_path, method.name)
     with atomic_directory(directory, replace=True) as folder:
         _write_json(folder / CONFIG, settings)
-        save_file(_stored(saved.tensors), folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(_stored(saved.tensors, saved.shared), folder / WEIGHTS, metadata={"format": "pt"})
         _write_json(folder / SIDECAR, info | dict(lorakit_info or {}))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -89,6 +97,7 @@ class _Contents:
 
     settings: dict[str, Any]
     tensors: dict[str, Tensor]
+    shared: Mapping[str, Tensor]
     info: dict[str, Any]
 
 
@@ -121,7 +130,9 @@ def _collect(
             info["misread_by_peft"] = misread
         if refused := refused_by_peft(own, layers):
             info["refused_by_peft"] = refused
-    return _Contents(settings, tensors, info)
+    first = next(iter(layers.values()), None)
+    shared = {name: first.get_parameter(name) for name in method.shared} if first else {}
+    return _Contents(settings, tensors, shared, info)
 
 
 def _whole_modules(
@@ -143,20 +154,24 @@ def _complete_for_peft(
     settings: dict[str, Any], layers: Mapping[str, AdapterLayer], model: nn.Module
 ) -> None:
     settings["inference_mode"] = True
-    settings["fan_in_fan_out"] = any(layer.kind == "conv1d" for layer in layers.values())
+    transposed = any(layer.kind == "conv1d" for layer in layers.values())
+    if transposed or settings["peft_type"] in LORA_FORMATS:
+        settings["fan_in_fan_out"] = transposed
     settings["target_modules"] = target_modules(list(layers), unadapted_modules(model), settings)
     if settings["peft_type"] == "LORA":
         for key in ("rank_pattern", "alpha_pattern"):
             settings[key] = exact_patterns(settings[key], layers)
 
 
-def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _stored(tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Sorted by name, in float32, contiguous and copied, since tied modules share memory."""
+    named = {PREFIX + name: value for name, value in tensors.items()}
+    named |= {SHARED_PREFIX + name: value for name, value in shared.items()}
     out = {}
-    for name in sorted(tensors):
-        value = tensors[name].detach().to("cpu", copy=True).contiguous()
+    for name in sorted(named):
+        value = named[name].detach().to("cpu", copy=True).contiguous()
         assert value.numel(), f"{name} is empty: a shard was not gathered"
-        out[PREFIX + name] = value.float() if value.is_floating_point() else value
+        out[name] = value.float() if value.is_floating_point() else value
     return out
 
 

@@ -1,0 +1,97 @@
+"""The contract as ``lorakit methods --check`` runs it: on built-in methods, and on broken ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorakit import registry
+from lorakit.method_check import check_method
+
+HEAD = """
+import torch
+from torch import nn
+from lorakit.layers import AdapterLayer
+from lorakit.methods.base import Method
+from lorakit.recipe.sections import AdapterSection
+
+class Layer(AdapterLayer):
+    def __init__(self, base_layer, config, name):
+        super().__init__(base_layer)
+        self.scale = self.new_parameter(1)
+        self.direction = self.new_parameter(*self.base_shape)
+        nn.init.zeros_(self.scale)
+        nn.init.normal_(self.direction)
+    def delta_weight(self):
+        return self.scale * self.direction
+"""
+TAIL = """
+class Own(Method):
+    Config = AdapterSection
+    Layer = Layer
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", registry.methods())
+def test_built_in_methods(name: str) -> None:
+    state = torch.random.get_rng_state()
+    results = check_method(name)
+    assert {result.module for result in results} == (registry.methods()[name].kinds or {"base"})
+    assert not [result for result in results if result.problem]
+    assert len({result.check for result in results}) == 5
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_layer_of_one_function(folder: Path) -> None:
+    (folder / "own.py").write_text(HEAD + TAIL)
+    results = check_method("./own.py:Own")
+    assert [r.module for r in results] == ["linear"] * 5 + ["conv1d"] * 5
+    assert not [result for result in results if result.problem]
+
+
+@pytest.mark.parametrize(
+    ("change", "check", "problem"),
+    [
+        (("zeros_(self.scale)", "ones_(self.scale)"), "unchanged", "differ by up to"),
+        (
+            ("self.scale * self.direction", "self.scale * self.direction.detach()"),
+            "gradients",
+            "layer.direction: trained, and no gradient reaches it",
+        ),
+        (
+            (
+                "    def delta_weight",
+                "    def update(self, x, y):\n        return y + self.scale\n    def delta_weight",
+            ),
+            "merged",
+            "differ by up to",
+        ),
+        (("return self.scale *", "return 1 / 0 *"), "unchanged", "ZeroDivisionError: division"),
+    ],
+)
+def test_what_a_broken_method_is_told(
+    change: tuple[str, str], check: str, problem: str, folder: Path
+) -> None:
+    (folder / "own.py").write_text(HEAD.replace(*change) + TAIL)
+    found = [r for r in check_method("./own.py:Own") if r.problem and check in r.check]
+    assert found
+    assert problem in str(found[0].problem)
+
+
+def test_a_frozen_tensor_that_is_drawn_anew(folder: Path) -> None:
+    """It is neither saved nor seeded: a resumed run would go on with another."""
+    broken = HEAD.replace("self.direction = self.new_parameter(*self.base_shape)", "").replace(
+        "nn.init.normal_(self.direction)", "self.direction = torch.randn(self.base_shape)"
+    )
+    (folder / "own.py").write_text(broken + TAIL)
+    problems = {r.check: r.problem for r in check_method("./own.py:Own") if r.problem}
+    assert len(problems) == 2
+    assert "must not depend on torch's default generator" in str([*problems.values()][-1])
