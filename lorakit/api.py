@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from lorakit.evaluation.requests import chat_request, read_requests, text_request
     from lorakit.evaluation.sampling import Decoding
     from lorakit.injection import inject
-    from lorakit.method_check import CheckResult, check_method
     from lorakit.io.atomic import write_text
+    from lorakit.method_check import CheckResult, check_method
     from lorakit.models.load import window
     from lorakit.openmp import yield_cores
     from lorakit.pipeline.adapted_model import load_for_generation

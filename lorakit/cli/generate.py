@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorakit.cli.console import (
+    MethodFile,
     TrustRemoteCode,
     check_distinct,
     check_exclusive,
