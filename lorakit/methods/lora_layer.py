@@ -117,6 +117,9 @@ class LoraLayer(AdapterLayer):
         return layer
 
     def split(self, parts: Mapping[str, tuple[RowSlice, int]]) -> CompositeLayer:
+        unlike = AdapterError(f"the parts {', '.join(parts)} are not all that the tensors hold")
+        if sum(r for _, r in parts.values()) != self.r:
+            raise unlike
         found, at = {}, 0
         rest = self.lora_B.detach().clone()
         for name, (rows, r) in parts.items():
@@ -132,8 +135,8 @@ class LoraLayer(AdapterLayer):
             rows.put(rest[:, columns], torch.zeros_like(part.lora_B))
             found[name] = part
             at += r
-        if at != self.r or rest.any():
-            raise AdapterError(f"the parts {', '.join(parts)} are not all that the tensors hold")
+        if rest.any():
+            raise unlike
         return CompositeLayer(self.base_layer, found)
 
     def set_factors(self, A: Tensor, B: Tensor) -> None:

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any, TypeGuard
 
-import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.peft.schema import (
@@ -22,7 +21,7 @@ from lorakit.adapters.peft.schema import (
     peft_scaling,
 )
 from lorakit.errors import AdapterError
-from lorakit.layers import AdapterLayer
+from lorakit.layers import AdapterLayer, dense_weight, kind_of
 from lorakit.methods.adalora import AdaLora, scaling_of
 from lorakit.methods.adalora_layer import AdaLoraLayer
 from lorakit.methods.base import Method
@@ -30,6 +29,8 @@ from lorakit.methods.dora_layer import DoraLayer
 from lorakit.methods.lora import Lora, LoraConfig
 from lorakit.methods.lora_layer import LoraLayer
 
+#: Parameter -> its name in the file after the module's, and its shape.
+_Wanted = dict[str, tuple[str, tuple[int, ...]]]
 #: The keys that ``adapter_config.json`` takes from AdaLoRA's configuration unchanged.
 _ADALORA_KEYS = {
     "init_r", "target_r", "lora_alpha", "lora_dropout", "bias", "deltaT", "beta1", "beta2",
@@ -118,18 +119,18 @@ def _read_lora(
     """The rank is what ``settings`` say, and the tensors must have it."""
     r, dropout = peft_rank(settings, name), settings.get("lora_dropout", 0.0)
     scaling = peft_scaling(settings, name, r)
-    layer = method.layer_class()(module, r=r, scaling=scaling, dropout=dropout)
-    stored_A, stored_B = factor_names(layer.kind)
-    wanted: dict[str, tuple[str, tuple[int, ...]]] = {
-        "lora_A": (stored_A, (layer.r, layer.in_features)),
-        "lora_B": (stored_B, (layer.out_features, layer.r)),
+    layer_class = method.layer_class()
+    out_features, in_features = dense_weight(module).shape
+    stored_A, stored_B = factor_names(kind_of(module))
+    wanted: _Wanted = {
+        "lora_A": (stored_A, (r, in_features)),
+        "lora_B": (stored_B, (out_features, r)),
     }
-    if isinstance(layer, DoraLayer):
-        wanted[MAGNITUDE] = (MAGNITUDE, (layer.out_features,))
-    _check_names(name, tensors, {stored for stored, _ in wanted.values()})
-    for parameter, (stored, shape) in wanted.items():
-        value = _checked_value(layer, name, stored, tensors[stored], shape)
-        layer.register_parameter(parameter, nn.Parameter(value, requires_grad=False))
+    if issubclass(layer_class, DoraLayer):
+        wanted[MAGNITUDE] = (MAGNITUDE, (out_features,))
+    values = _checked_values(name, r, tensors, wanted)
+    layer = layer_class(module, r=r, scaling=scaling, dropout=dropout)
+    layer.load_parameters(values, (), name)
     return layer
 
 
@@ -183,16 +184,16 @@ def _read_adalora(
     if r == 0 and not any(value.numel() for value in tensors.values()):
         shapes_of_one = {stored_A: (1, -1), stored_E: (1, 1), stored_B: (-1, 1)}
         r, tensors = 1, {end: _zeros(tensors[end], shape) for end, shape in shapes_of_one.items()}
-    dropout = settings.get("lora_dropout", 0.0)
-    layer = AdaLoraLayer(module, r=r, scaling=scaling, dropout=dropout)
-    wanted = {
-        "lora_A": (stored_A, (r, layer.in_features)),
-        "lora_B": (stored_B, (layer.out_features, r)),
+    out_features, in_features = dense_weight(module).shape
+    wanted: _Wanted = {
+        "lora_A": (stored_A, (r, in_features)),
+        "lora_B": (stored_B, (out_features, r)),
         "lora_E": (stored_E, (r, 1)),
     }
-    for parameter, (stored, shape) in wanted.items():
-        value = _checked_value(layer, name, stored, tensors[stored], shape)
-        layer.register_parameter(parameter, nn.Parameter(value, requires_grad=False))
+    values = _checked_values(name, r, tensors, wanted)
+    dropout = settings.get("lora_dropout", 0.0)
+    layer = AdaLoraLayer(module, r=r, scaling=scaling, dropout=dropout)
+    layer.load_parameters(values, (), name)
     layer.kept = torch.ones(r, dtype=torch.bool, device=layer.lora_E.device)
     return layer
 
@@ -227,18 +228,16 @@ def _check_names(name: str, tensors: Collection[str], wanted: set[str]) -> None:
         raise AdapterError("; ".join(found))
 
 
-def _checked_value(
-    layer: AdapterLayer, name: str, stored: str, value: Tensor, shape: tuple[int, ...]
-) -> Tensor:
-    """``value`` as a float32 copy on the layer's device. A tensor that maps a file may start at any
-    address, and the last bits of a product depend on the alignment.
-
-    Raises AdapterError for another shape.
-    """
-    if tuple(value.shape) != shape:
-        raise AdapterError(
-            f"{name}.{stored} is {tuple(value.shape)}, and the model with r = {layer.r} needs "
-            f"{shape}: the adapter belongs to another base model"
-        )
-    device = value.device if layer.device.type == "meta" else layer.device
-    return value.to(device, torch.float32, copy=True)
+def _checked_values(
+    name: str, r: int, tensors: Mapping[str, Tensor], wanted: _Wanted
+) -> dict[str, Tensor]:
+    """The values by parameter. Raises AdapterError for a tensor that is missing, unknown or
+    misshapen, before memory is taken for a layer of that rank."""
+    _check_names(name, tensors, {stored for stored, _ in wanted.values()})
+    for stored, shape in wanted.values():
+        if tuple(tensors[stored].shape) != shape:
+            raise AdapterError(
+                f"{name}.{stored} is {tuple(tensors[stored].shape)}, and the model with r = {r} "
+                f"needs {shape}: the adapter belongs to another base model"
+            )
+    return {parameter: tensors[stored] for parameter, (stored, _) in wanted.items()}
