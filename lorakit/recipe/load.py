@@ -11,7 +11,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lorakit import registry
 from lorakit.errors import ModelError, Problem, RecipeError, UserError, at_line, nearest
 from lorakit.recipe.check import check_sections, find_method, find_task
 from lorakit.recipe.diagnostics import (

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.peft.schema import (
