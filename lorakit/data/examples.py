@@ -1,4 +1,4 @@
-"""Examples: what a task makes of a row, before it is tokenised."""
+"""Examples: what a task builds from a row, before it is tokenised."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of text; the loss is taken on it only if ``trained``."""
+    """A piece of text, which counts in the loss only if it is ``trained``."""
 
     text: str
     trained: bool
@@ -17,8 +17,8 @@ class Segment:
 
 @dataclass(frozen=True)
 class TextExample:
-    """Segments in order, tokenised one by one so that a prompt reads alike in training and in
-    generation; ``eos`` appends the end token, trained like the last segment."""
+    """Segments in order. They are tokenised separately, so that a prompt has the same tokens in
+    training and in generation. ``eos`` appends the EOS token, trained like the last segment."""
 
     segments: tuple[Segment, ...]
     eos: bool = True
@@ -26,11 +26,11 @@ class TextExample:
 
 @dataclass(frozen=True)
 class ChatExample:
-    """A chat that the tokenizer's chat template renders.
+    """A chat for the tokenizer's chat template.
 
-    ``messages`` are what the template receives: ``role``, ``content`` and any further key it may
-    read. ``trained`` has one flag per message, true for the assistant turns that the loss is taken
-    on; None trains all of them. ``tools`` is passed to the template (OpenAI's JSON schemas).
+    ``messages`` are passed to the template: ``role``, ``content`` and any further keys. ``trained``
+    has one flag per message, true for the assistant turns that count in the loss; None trains all
+    of them. ``tools`` (JSON schemas as OpenAI defines them) is passed to the template too.
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -38,7 +38,7 @@ class ChatExample:
     tools: tuple[Mapping[str, Any], ...] | None = None
 
     def is_trained(self, index: int) -> bool:
-        """Whether the loss is taken on message ``index``."""
+        """Whether message ``index`` counts in the loss."""
         if self.trained is not None:
             return self.trained[index]
         return bool(self.messages[index]["role"] == "assistant")

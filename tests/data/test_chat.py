@@ -114,7 +114,7 @@ def test_a_message_without_a_trace_is_refused(content: str, tokenizer: Any) -> N
     """Also one whose text stands elsewhere in the chat."""
     tokenizer.chat_template = LEAVES_OUT_SYSTEM
     chat = ({"role": "system", "content": content}, *CHAT[1:])
-    message = "message 1: the chat template renders nothing of this system message"
+    message = "message 1: the chat template omits this system message"
     with pytest.raises(DataError, match=message):
         encode_chat(ChatExample(chat), tokenizer)
     assert trained_parts(CHAT[1:], tokenizer) == ["4</s>", "Yes, 4 é</s>"]
@@ -148,7 +148,7 @@ ANSWERS = {"role": "assistant", "content": "At 14:05."}
 
 def test_a_message_of_which_only_ignored_keys_are_left_is_refused(smollm2: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    message = r"message 2: .* nothing of this assistant message \(its tool calls\)"
+    message = r"message 2: .* omits this assistant message \(its tool calls\)"
     with pytest.raises(DataError, match=message):
         encode_chat(ChatExample((ASKS, CALLS, TOLD, ANSWERS)), tokenizer)
     reasons = {"role": "assistant", "content": "", "reasoning_content": "Tides."}
@@ -230,7 +230,7 @@ def test_untrained_turns_are_part_of_the_prompt(tokenizer: Any) -> None:
     flags = (False, False, True, False, False)
     ids, _ = one_row(ChatExample(CHAT, flags), tokenizer)
     assert tokenizer.decode(ids) == "<system>Be brief.</s><user>2+2?</s><assistant>4</s>"
-    with pytest.raises(DataError, match="no turn that is trained"):
+    with pytest.raises(DataError, match="no trained turn"):
         encode_chat(ChatExample(CHAT, (False,) * 5), tokenizer)
 
 
@@ -327,7 +327,7 @@ def test_marks_that_begin_in_the_prompt_or_are_not_there(tokenizer: Any) -> None
 def test_marks_of_which_none_is_there_are_an_error(tokenizer: Any) -> None:
     never = "{% if false %}{% generation %}{% endgeneration %}{% endif %}{{ m.content }}</s>"
     tokenizer.chat_template = MARKED.replace("MARKED", never)
-    with pytest.raises(DataError, match="marks nothing of the trained turns"):
+    with pytest.raises(DataError, match="marks no part of the trained turns"):
         encode_chat(ChatExample(CHAT), tokenizer)
 
 

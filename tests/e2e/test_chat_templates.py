@@ -176,7 +176,7 @@ def test_a_message_that_is_nowhere(
     template = THINKS.replace("in messages", "in messages if m.role != 'system'")
     recipe = prepared(template, chat("1?", "One"), chat("2?", "Two", system="Be brief."))
     _, err = lorakit(capsys, command, recipe, code=2)
-    assert "data/train.jsonl, row 2: message 1: the chat template renders nothing of this" in err
+    assert "data/train.jsonl, row 2: message 1: the chat template omits this" in err
     assert not Path("run").exists()
 
 
@@ -254,7 +254,7 @@ def test_generate_names_what_the_template_leaves_out(
     assert "the chat template ignores these keys: 'name' (1), 'tools' (1)" in err
     write_lines(Path("in.jsonl"), [{"messages": [{"role": "system", "content": "x"}, *asked]}])
     _, err = lorakit(capsys, "generate", "model", "--input", "in.jsonl", code=2)
-    assert "in.jsonl:1: message 1: the chat template renders nothing of this system" in err
+    assert "in.jsonl:1: message 1: the chat template omits this system" in err
     write_lines(Path("in.jsonl"), [{"messages": asked, "prompt": "1?"}])
     _, err = lorakit(capsys, "generate", "model", "--input", "in.jsonl", code=2)
     assert "in.jsonl:1: 'prompt' and 'messages' exclude each other" in err

@@ -1,7 +1,8 @@
-"""Chats through the tokenizer's chat template.
+"""Encode chats with the tokenizer's chat template.
 
-The rule: what is trained of a turn is exactly what follows, to the byte, the prompt that generation
-gives the model at that point.
+The rule: the trained part of a turn is, to the byte, what follows the prompt that generation gives
+the model at that point. Every template of the Hub is meant to work unchanged, so nothing here knows
+a template by name: its behaviour is observed by rendering chats, with small changes where needed.
 """
 
 from lorakit.data.chat.encode import (

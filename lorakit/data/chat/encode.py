@@ -1,4 +1,4 @@
-"""A chat -> rows of token ids, of which the assistant's turns are trained."""
+"""Encode a chat as rows of token ids in which the assistant's turns are trained."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorakit.data.chat.ids import IdRow, Joiner, joint_row, turn_rows
-from lorakit.data.chat.long_chat import LongChat, SplitChat, is_long
+from lorakit.data.chat.long_chat import is_long, long_chat_turns
 from lorakit.data.chat.template import PROBE, ChatTemplate, Message, Tools
 from lorakit.data.chat.traces import Traces, shortened_turns
 from lorakit.data.chat.turns import Turn, TurnReader
 from lorakit.data.examples import ChatExample
 from lorakit.errors import DataError
 
-#: What is counted of chats beside their ignored keys, which are named ``ignored:KEY``.
+#: The names of the counts. Those of ignored keys are ``ignored:KEY``.
 DIFFERS, SPLIT, SPLIT_ROWS = "chats_differ", "chats_split", "rows_of_split_chats"
 STRADDLES, UNMARKED = "straddling_answers", "unmarked_turns"
 MARKED_LATE, MARKED_EARLY = "late_marks", "early_marks"
@@ -25,20 +25,20 @@ CHATS, TURNS, IGNORED = "chats", "turns", "ignored:"
 
 @dataclass(frozen=True)
 class EncodedChat:
-    """``rows`` is one row, or several where a later turn changes how the template renders, or how
-    the tokenizer splits, an earlier one: up to one for each trained turn. ``counts`` are of the
-    names above."""
+    """``rows`` is a single row, or several if a later turn changes how the template renders, or how
+    the tokenizer splits, an earlier one: at most one per trained turn. ``counts`` have the names
+    above."""
 
     rows: list[IdRow]
     counts: Counter[str] = field(default_factory=Counter)
 
 
 class ChatEncoder:
-    """What makes ids of chats with one tokenizer.
+    """Encodes chats with one tokenizer.
 
-    For each trained turn the ids before it are those of the prompt that ``encode_chat_prompt``
-    makes of the messages before it, and the trained ids read as what the template then writes up
-    to the end of the turn.
+    The ids before a trained turn are those of the prompt that ``encode_chat_prompt`` produces for
+    the messages before it, and the trained ids decode to what the template then writes up to the
+    end of the turn.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -48,16 +48,16 @@ class ChatEncoder:
         self._traces = Traces(self.template)
 
     def encode(self, example: ChatExample) -> EncodedChat:
-        """Raises DataError if the template refuses the messages or leaves out one of them, or
-        nothing is trained."""
+        """Raises DataError if the template refuses the messages or omits one of them, or if nothing
+        is trained."""
         messages, tools = example.messages, example.tools
         indices = [index for index in range(len(messages)) if example.is_trained(index)]
         if not indices:
-            raise DataError("the chat has no turn that is trained")
+            raise DataError("the chat has no trained turn")
         turns, rows = self._turns_and_rows(messages, tools, indices)
         if not any(turn.trained for turn in turns):
             raise DataError(
-                "the chat template marks nothing of the trained turns with {% generation %}: no "
+                "the chat template marks no part of the trained turns with {% generation %}: no "
                 "token to train on"
             )
         counts = _counts(turns, rows, self.template.marks(tools))
@@ -74,8 +74,7 @@ class ChatEncoder:
     ) -> tuple[list[Turn], list[IdRow]]:
         turns = None
         if is_long(indices):
-            given = (messages, tools, indices, self.template, self._reader)
-            turns = LongChat(*given).turns() or SplitChat(*given).turns()
+            turns = long_chat_turns(messages, tools, indices, self.template, self._reader)
         if turns is None:
             turns = [self._reader.read(messages, tools, index) for index in indices]
         if len(turns) > 1 and self.template.marks(tools):
@@ -114,7 +113,7 @@ def encode_chat(example: ChatExample, tokenizer: Any) -> EncodedChat:
 
 
 def chat_prompt_text(messages: Sequence[Message], tokenizer: Any, tools: Tools = None) -> str:
-    """The text up to where the assistant's next turn begins. Raises DataError if the template
+    """The text up to the beginning of the assistant's next turn. Raises DataError if the template
     refuses the messages."""
     return ChatTemplate(tokenizer).render(messages, tools, generation_prompt=True).text
 
@@ -122,7 +121,7 @@ def chat_prompt_text(messages: Sequence[Message], tokenizer: Any, tools: Tools =
 def encode_chat_prompt(
     messages: Sequence[Message], tokenizer: Any, tools: Tools = None
 ) -> list[int]:
-    """The ids of ``chat_prompt_text``: those that precede the turn in training."""
+    """The ids of ``chat_prompt_text``, which are also those that precede the turn in training."""
     text = chat_prompt_text(messages, tokenizer, tools)
     return Joiner(tokenizer).ids([text])[0]
 
@@ -130,16 +129,16 @@ def encode_chat_prompt(
 def around_answer(
     messages: Sequence[Message], tokenizer: Any, tools: Tools = None
 ) -> tuple[str, str]:
-    """What the template writes of a plain answer to ``messages`` before and behind its content, up
-    to the first special token; both empty where it cannot be told."""
+    """What the template writes before and after the content of a plain answer to ``messages``, up
+    to the first special token; both are empty if that cannot be determined."""
     template = ChatTemplate(tokenizer)
     prompt = template.render(messages, tools, generation_prompt=True).text
     try:
         answered = [*messages, {"role": "assistant", "content": PROBE}]
         whole = template.render(answered, tools).text
-    except DataError:  # the template wants more than a plain answer here
+    except DataError:  # the template does not accept a plain answer here
         return "", ""
-    before, found, behind = whole.removeprefix(prompt).partition(PROBE)
+    before, found, after = whole.removeprefix(prompt).partition(PROBE)
     if not found or not whole.startswith(prompt):
         return "", ""
-    return template.special.sub("", before), template.special.split(behind)[0]
+    return template.special.sub("", before), template.special.split(after)[0]

@@ -1,6 +1,6 @@
-"""Texts one behind another -> tokens of which none crosses a border between two texts.
+"""Tokenise turns into rows of ids in which no token crosses the boundary between two texts.
 
-Turns as text -> rows of ids: the prompt's are those of the prompt by itself.
+The ids of a prompt are those that the prompt has when it is tokenised alone, as for generation.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from typing import Any
 from lorakit.data.chat.template import ChatTemplate
 from lorakit.data.chat.turns import Turn
 
-#: Texts behind which a tokenizer continues, rather than begins, a text.
+#: After these texts a tokenizer continues a text rather than begins one.
 _ANCHORS = ("\n", "a", ".")
-#: Headers and ends of turns come again and again: the ids of texts of so few characters are kept.
+#: Headers and ends of turns recur, so the ids of texts of at most this many characters are kept.
 _SHORT, _MOST_KEPT = 80, 10_000
 
 
 @dataclass
 class Joiner:
-    """Tokenises without special tokens of its own, which the texts hold where they are wanted."""
+    """Tokenises texts without adding special tokens; the texts contain those that are wanted."""
 
     tokenizer: Any
     _anchors: list[tuple[str, list[int]]] = field(default_factory=list)
     _short: dict[str, list[int]] = field(default_factory=dict)
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text by itself."""
+        """The ids of each text alone."""
         known = self._short
         asked = [text for text in texts if text not in known]
         if not asked:
@@ -41,8 +41,9 @@ class Joiner:
         return [list(made[text] if text in made else known[text]) for text in texts]
 
     def continued(self, before: Sequence[int], text: str, joint: Sequence[int]) -> list[int] | None:
-        """Ids of ``text`` that stand behind the ids ``before`` and read as ``joint`` reads, the
-        ids of both texts in one. None if the tokenizer has none: it would write a space there."""
+        """Ids of ``text`` that, appended to the ids ``before``, decode like ``joint``, the ids of
+        both texts tokenised together. None if there are none, because the tokenizer would insert a
+        space."""
         (plain,) = self.ids([text])
         wanted = self._decoded(joint)
         for candidate in (plain, *self._anchored(text)):
@@ -51,20 +52,20 @@ class Joiner:
         return None
 
     def inside(self, text: str) -> list[int]:
-        """The ids of a text that others precede, without the space with which a tokenizer may
-        begin a text."""
+        """The ids of a text that follows another, without the leading space that some tokenizers
+        add to a text."""
         (plain,) = self.ids([text])
         if self.adds_space:
             for anchor, anchor_ids in self._known_anchors():
                 (both,) = self.ids([anchor + text])
                 wanted = self._decoded(anchor_ids) + text
-                if self._behind(anchor_ids, both) and self._decoded(both) == wanted:
+                if self._follows(anchor_ids, both) and self._decoded(both) == wanted:
                     return both[len(anchor_ids) :]
         return plain
 
     @cached_property
     def adds_space(self) -> bool:
-        """Whether the tokenizer puts a space before a text that begins without one."""
+        """Whether the tokenizer adds a leading space to a text."""
         (alone, anchor, both) = self.ids(["a", "\n", "\na"])
         return both != [*anchor, *alone]
 
@@ -74,7 +75,7 @@ class Joiner:
         return [
             both[len(ids) :]
             for (_, ids), both in zip(anchors, found, strict=True)
-            if self._behind(ids, both)
+            if self._follows(ids, both)
         ]
 
     def _known_anchors(self) -> list[tuple[str, list[int]]]:
@@ -85,7 +86,7 @@ class Joiner:
         return self._anchors
 
     @staticmethod
-    def _behind(anchor: Sequence[int], both: Sequence[int]) -> bool:
+    def _follows(anchor: Sequence[int], both: Sequence[int]) -> bool:
         return list(both[: len(anchor)]) == list(anchor)
 
     def _decoded(self, ids: Sequence[int]) -> str:
@@ -96,10 +97,10 @@ class Joiner:
         )
 
 
-#: Characters before a border that decide how the text at it is tokenised, where no token that is
-#: split off first stands nearer.
+#: Characters before a boundary that determine how the text at it is tokenised, if no added token
+#: is within ``_FAR`` characters.
 _WINDOW, _FAR = 400, 4000
-#: Tokens that have to agree there.
+#: The number of tokens that must then agree.
 _COMPARED = 8
 
 
@@ -116,13 +117,13 @@ class IdRow:
 
     @property
     def prompt(self) -> int:
-        """How many ids precede the first that is trained."""
+        """The number of ids before the first trained one."""
         return self.loss_mask.index(True) if True in self.loss_mask else len(self.input_ids)
 
 
 def turn_rows(turns: Sequence[Turn], joiner: Joiner) -> list[IdRow]:
-    """As few rows as there can be, each turn trained in one of them: a row holds those turns whose
-    ids, prompt and answer, its last turn's begin with."""
+    """Return as few rows as possible with each turn trained in one of them. A row contains the
+    turns whose ids, prompt and answer, are a prefix of those of its last turn."""
     texts = [text for turn in turns for text in _prefixes(turn)]
     found = iter(joiner.ids(texts))
     left = [
@@ -139,7 +140,7 @@ def turn_rows(turns: Sequence[Turn], joiner: Joiner) -> list[IdRow]:
 
 
 def _joined(rows: Sequence[IdRow]) -> IdRow:
-    """The last of the rows, which begins with all others, trained where any of them is."""
+    """The last of the rows, which begins with each of the others, trained where any of them is."""
     trained = [False] * len(rows[-1].input_ids)
     for row in rows:
         begin = row.prompt
@@ -155,7 +156,7 @@ def _with_tail(row: IdRow, turn: Turn, joiner: Joiner) -> IdRow:
 
 
 def _cuts(turn: Turn) -> list[tuple[int, bool]]:
-    """Where the pieces of the answer end, and whether each is trained."""
+    """The end of each piece of the answer, and whether the piece is trained."""
     cuts, last = [], 0
     for begin, end in turn.trained:
         if begin > last:
@@ -196,20 +197,20 @@ def _turn_row(turn: Turn, prefixes: list[list[int]], joiner: Joiner) -> IdRow:
 
 
 def joint_row(turns: Sequence[Turn], template: ChatTemplate, joiner: Joiner) -> IdRow | None:
-    """``turn_rows`` of turns whose texts begin one with another, as one row, or None where that
-    cannot be. The text is tokenised once, and each border looked at from the last token before it
-    that is split off first, rather than from the beginning."""
+    """``turn_rows`` as a single row, for turns whose texts are prefixes of each other; None if that
+    is not possible. The text is tokenised once, and each boundary is checked from the last added
+    token before it rather than from the beginning."""
     text = turns[-1].text
     encoded = joiner.tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
     ids: list[int] = list(encoded.input_ids)
-    borders = _Borders(text, ids, encoded.offset_mapping, template, joiner)
+    boundaries = _Boundaries(text, ids, encoded.offset_mapping, template, joiner)
     trained = [False] * len(ids)
     for turn in turns:
         begin = len(turn.prompt)
         cuts = _cuts(turn)
-        counts = borders.counts(begin, [begin, *(begin + cut for cut, _ in cuts)])
+        counts = boundaries.counts(begin, [begin, *(begin + cut for cut, _ in cuts)])
         if counts is None:
             return None
         for (_, flag), first, last in zip(cuts, counts, counts[1:], strict=False):
@@ -218,8 +219,9 @@ def joint_row(turns: Sequence[Turn], template: ChatTemplate, joiner: Joiner) -> 
     return _with_tail(row, turns[-1], joiner)
 
 
-class _Borders:
-    """Which tokens of a text stand before a character."""
+class _Boundaries:
+    """Finds the tokens of a text that precede a character. A tokenizer splits off its added tokens
+    before anything else, so tokenisation is independent on either side of them."""
 
     def __init__(
         self,
@@ -233,12 +235,12 @@ class _Borders:
         self._ends = [end for _, end in places]
         starts = {start: i for i, (start, end) in enumerate(places) if end > start}
         found = [match.span() for match in template.added.finditer(text) if match.start() in starts]
-        #: Where each token that is split off first begins, its number, and where it ends.
+        #: The start of each added token with its number, and the ends of added tokens.
         self._firsts = [(begin, starts[begin]) for begin, _ in found]
         self._stops = {end: starts[begin] + 1 for begin, end in found}
 
     def counts(self, begin: int, cuts: Sequence[int]) -> list[int] | None:
-        """How many tokens stand before each of ``cuts``, of which ``begin`` is the first. None if a
+        """The number of tokens before each of ``cuts``, of which ``begin`` is the first. None if a
         token crosses one of them."""
         place, index = self._before(begin)
         open_cuts = [cut for cut in cuts if cut not in self._stops]
@@ -251,7 +253,7 @@ class _Borders:
         return None if None in counts else [count for count in counts if count is not None]
 
     def _before(self, begin: int) -> tuple[int, int]:
-        """Where to look from: a character and its token, or -1 where that is not known."""
+        """Where to start: a character, and its token or -1 if that is unknown."""
         number = bisect_right(self._firsts, (begin - 1, len(self._ids)))
         place, index = self._firsts[number - 1] if number else (0, 0)
         if begin - place <= _FAR:
@@ -260,7 +262,7 @@ class _Borders:
         return place, -1 if place else 0
 
     def _agreed(self, piece: list[int], index: int, cut: int) -> int | None:
-        """How many tokens stand before ``cut``, if they end as ``piece`` does."""
+        """The number of tokens before ``cut``, if they end as ``piece`` does."""
         if index >= 0:
             count = index + len(piece)
             return count if self._ids[index:count] == piece else None

@@ -1,28 +1,23 @@
-"""Which turns of a chat a template has to render alike.
+"""Render the turns of a long chat without rendering the chat once per turn.
 
-The turns of a long chat, placed in one rendering of the whole and checked at a few.
+Rendering the prompt of each turn costs half as many renderings of the chat as it has turns. Two
+shortcuts, both verified on some turns, avoid that where they apply.
 
-Rendering each turn's prompt costs half as many renderings of the chat as it has turns. Here the
-text between a message and the answer to it is learnt from the first turn of each kind and looked
-for at the others; the last turn of each kind is rendered by itself once more. Turns are of one kind
-if nothing differs between them that the template's source names: the roles around them, the keys
-that they have, which of the template's string literals stand in their texts, and the text that the
-template writes before them. A chat of many kinds is rendered turn by turn.
+- ``SharedRendering``: the template renders the beginning of the chat alike in every prompt. The
+  turns are located in a single rendering of the whole chat.
+- ``WindowedRendering``: the template changes earlier turns once later ones follow, for example by
+  dropping their reasoning, but renders what precedes the last question alike in every prompt. Each
+  turn is rendered after the beginning of the chat and its own question alone.
 
-The turns of a long chat whose earlier turns are rendered differently once later ones follow.
-
-A template that does so, as one that leaves the reasoning out of earlier turns, mostly renders what
-stands before the last question alike in every prompt. So each turn is rendered behind its question
-and the beginning of the chat alone, and its prompt begins with what stands before the question in
-the last turn's prompt. The first and the last turn of each kind, and one in the middle, are
-rendered in full and must be the same; a chat where one is not is rendered turn by turn, which costs
-as many renderings as the chat has turns.
+Turns are of one kind if they agree in all that the template's source mentions: the roles around
+them, their keys, the template's string literals in their texts, and the text that it writes before
+them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lorakit.data.chat.template import (
@@ -40,27 +35,56 @@ from lorakit.data.chat.template import (
 from lorakit.data.chat.turns import Turn, TurnReader, content_text, marked_turn, place_contents
 from lorakit.errors import DataError
 
+#: Chats whose turns cost at most this many renderings of the chat are rendered turn by turn.
+EXACT_COST = 6
+#: Messages of a chat that is too short for its cost to matter.
+_FREE = 40
+#: Limits on renderings of the whole chat: to verify, for the first turns of all kinds, for windows.
+_CHECKS_COST = 6
+_KINDS_COST = 9
+_WINDOWS_COST = 8
+#: Literals that occurred earlier in the chat count only if they are at least this long.
+_LONG_ENOUGH = 3
 _NUMBER = re.compile("[0-9]+")
 
 #: Equal for turns of one kind.
 Kind = tuple[Hashable, ...]
 #: What a template can see of one message.
 _Features = frozenset[tuple[Hashable, ...]]
-#: Of literals that were seen earlier in the chat only longer ones count.
-_LONG_ENOUGH = 3
+
+
+def is_long(indices: Sequence[int]) -> bool:
+    """Whether the turns ``indices`` are too many to render each of them separately, twice."""
+    cost = sum(2 * index + 1 for index in indices)
+    return cost > EXACT_COST * (indices[-1] + 1) + _FREE
+
+
+def long_chat_turns(
+    messages: Sequence[Message],
+    tools: Tools,
+    indices: Sequence[int],
+    template: ChatTemplate,
+    reader: TurnReader,
+) -> list[Turn] | None:
+    """Return the turns ``indices`` by one of the shortcuts; None if neither applies.
+
+    Raises DataError as ``TurnReader.read`` does.
+    """
+    given = (messages, tools, indices, template, reader)
+    return SharedRendering(*given).turns() or WindowedRendering(*given).turns()
 
 
 @dataclass
 class TurnKinds:
-    """``places`` are those of the contents of ``messages`` in ``text``, the whole chat's."""
+    """``places`` are the spans of the contents of ``messages`` in ``text``, the whole chat."""
 
     messages: Sequence[Message]
     text: str
     places: Sequence[Span | None]
     template: ChatTemplate
 
-    def tell(self, tools: Tools) -> bool:
-        """Learn the kinds. False where the template may tell turns apart in a way not seen here."""
+    def learn(self, tools: Tools) -> bool:
+        """Prepare ``kind``. False if the template may distinguish turns in ways not seen here."""
         tests = template_tests(self.template.source(tools))
         if tests.by_size:
             return False
@@ -68,12 +92,12 @@ class TurnKinds:
         literals = [text for text in tests.literals if text not in roles]
         tests = replace(tests, literals=tuple(literals))
         self._tests = tests
-        self._features = [self._of_message(message, tests) for message in self.messages]
+        self._features = [frozenset(self._seen(message, tests)) for message in self.messages]
         self._before = list(self._earlier(literals))
         return True
 
     def kind(self, index: int) -> Kind:
-        """Of message ``index``, a turn of the assistant's."""
+        """The kind of message ``index``, an assistant turn."""
         messages, features = self.messages, self._features
         before = messages[index - 1]["role"] if index else None
         after = messages[index + 1]["role"] if index + 1 < len(messages) else None
@@ -92,11 +116,8 @@ class TurnKinds:
         )
 
     def _repeats(self, index: int | None) -> bool:
-        """Whether an earlier message is the same as message ``index``."""
+        """Whether an earlier message equals message ``index``."""
         return bool(index and index > 0 and self.messages[index] in self.messages[:index])
-
-    def _of_message(self, message: Message, tests: TemplateTests) -> _Features:
-        return frozenset(self._seen(message, tests))
 
     def _seen(self, message: Message, tests: TemplateTests) -> Iterator[tuple[Hashable, ...]]:
         for key, value in message.items():
@@ -114,7 +135,7 @@ class TurnKinds:
                     yield key, literal, text.startswith(literal), text.endswith(literal)
 
     def _earlier(self, literals: Sequence[str]) -> Iterator[tuple[str, ...]]:
-        """Before each message: the literals that an earlier one has, the one seen last first."""
+        """For each message, the literals of earlier messages, most recent first."""
         last: dict[str, int] = {}
         for index, message in enumerate(self.messages):
             yield tuple(sorted(last, key=lambda text: (-last[text], text)))
@@ -124,8 +145,8 @@ class TurnKinds:
                     last[literal] = index
 
     def _lead(self, index: int) -> str | None:
-        """What the template writes between the content of the message before a turn and the turn's
-        own, its reasoning and its numbers aside; None where one of the two is not there whole."""
+        """The text between the content of the previous message and that of the turn, without its
+        reasoning and with numbers normalised; None if the place of either content is unknown."""
         place, before = self.places[index], self.places[index - 1] if index else (0, 0)
         if place is None or before is None:
             return None
@@ -144,26 +165,8 @@ def _text_of(message: Message, key: str) -> str:
     return value if isinstance(value, str) else repr(value) if value else ""
 
 
-_DIGITS = re.compile("[0-9]+")
-
-#: Chats whose turns cost no more than so many renderings of the chat are rendered turn by turn.
-EXACT_COST = 6
-#: Messages of a chat so short that its cost does not matter.
-_FREE = 40
-#: Renderings of the whole that the checks of a long chat may cost.
-_CHECKS_COST = 6
-#: Renderings of the whole that the first turns of the kinds may cost.
-_KINDS_COST = 9
-
-
-def is_long(indices: Sequence[int]) -> bool:
-    """Whether the turns ``indices`` are too many to render each by itself, twice."""
-    cost = sum(2 * index + 1 for index in indices)
-    return cost > EXACT_COST * (indices[-1] + 1) + _FREE
-
-
 @dataclass
-class LongChat:
+class _LongChat:
     """The chat up to the last of the turns ``indices``."""
 
     messages: Sequence[Message]
@@ -172,91 +175,91 @@ class LongChat:
     template: ChatTemplate
     reader: TurnReader
 
-    def turns(self) -> list[Turn] | None:
-        """The turns, each of whose texts the next one's begins with. None where the template
-        renders an earlier turn differently once a later one follows, or that cannot be told.
+    def _learn_kinds(self, text: str, places: Sequence[Span | None]) -> dict[int, Kind] | None:
+        """The kind of each turn, given the places of all contents in ``text``."""
+        kinds = TurnKinds(self.messages[: self.indices[-1] + 1], text, places, self.template)
+        if not kinds.learn(self.tools):
+            return None
+        return {index: kinds.kind(index) for index in self.indices}
 
-        Raises DataError as ``TurnReader.read`` does.
-        """
-        last = self.indices[-1]
-        self._whole = self.template.render(self.messages[: last + 1], self.tools)
-        places = place_contents(
-            self._whole.text, self.messages[: last + 1], self.tools, self.template
-        )
+
+def _first_of_each(kinds: dict[int, Kind]) -> dict[Kind, int]:
+    return {kind: index for index, kind in reversed(kinds.items())}
+
+
+class SharedRendering(_LongChat):
+    """The text around a turn is learnt from the first turn of its kind, which is rendered
+    separately, and looked for around the others."""
+
+    def turns(self) -> list[Turn] | None:
+        """The turns, where the text of each begins with that of the one before it. None if the
+        template renders an earlier turn differently once a later one follows, or may do so."""
+        chat = self.messages[: self.indices[-1] + 1]
+        self._whole = self.template.render(chat, self.tools)
+        places = place_contents(self._whole.text, chat, self.tools, self.template)
         if places is None:
             return None
         self._places = places
-        kinds = TurnKinds(self.messages[: last + 1], self._whole.text, places, self.template)
-        if not kinds.tell(self.tools):
+        kinds = self._learn_kinds(self._whole.text, places)
+        if kinds is None:
             return None
-        self._kinds = {index: kinds.kind(index) for index in self.indices}
-        if self._firsts_cost() > _KINDS_COST * (last + 1):
+        first_indices = _first_of_each(kinds)
+        if sum(2 * index + 1 for index in first_indices.values()) > _KINDS_COST * len(chat):
             return None
         firsts: dict[Kind, Turn] = {}
         found = []
         for index in self.indices:
-            kind = self._kinds[index]
-            if kind not in firsts:
+            kind = kinds[index]
+            if index == first_indices[kind]:
                 turn = self.reader.read(self.messages, self.tools, index)
-                if not self._stands(turn):
+                if not self._whole.text.startswith(turn.text):
                     return None
                 firsts[kind] = turn
-            placed = self._placed(index, firsts[kind])
+            placed = self._place(index, firsts[kind])
             if placed is None:
                 return None
             found.append(placed)
-        rendered = {turn.index for turn in firsts.values()}
-        return found if self._checked(found, rendered) else None
+        return found if self._verify(found, kinds, {*first_indices.values()}) else None
 
-    def _firsts_cost(self) -> int:
-        firsts: dict[Kind, int] = {}
-        for index in self.indices:
-            firsts.setdefault(self._kinds[index], index)
-        return sum(2 * index + 1 for index in firsts.values())
-
-    def _stands(self, turn: Turn) -> bool:
-        return self._whole.text.startswith(turn.text)
-
-    def _placed(self, index: int, first: Turn) -> Turn | None:
-        """Turn ``index``, with what surrounds it as at ``first``, which is of the same kind."""
+    def _place(self, index: int, first: Turn) -> Turn | None:
+        """Locate turn ``index`` by the text around ``first``, a turn of the same kind."""
         if index == first.index:
             return first
         text = self._whole.text
         header = text[self._end_before(first.index) : len(first.prompt)]
         between = text[len(first.text) : self._start_after(first.index)]
-        if header[-1:].isdigit() or between[:1].isdigit():  # a number might end anywhere
+        if header[-1:].isdigit() or between[:1].isdigit():  # where the number ends is ambiguous
             return None
         start, stop = self._end_before(index), self._start_after(index)
-        behind_header = _numbered(header).match(text, start, stop)
-        if not behind_header:
+        header_match = _numbered(header).match(text, start, stop)
+        if not header_match:
             return None
-        begin = behind_header.end()
-        before_next = _numbered(between, at_end=True).search(text, begin, stop)
-        if not before_next or before_next.start() <= begin:
+        begin = header_match.end()
+        between_match = _numbered(between, at_end=True).search(text, begin, stop)
+        if not between_match or between_match.start() <= begin:
             return None
-        end = before_next.start()
-        end = self.reader.single_end(text, end)
+        end = self.reader.single_end(text, between_match.start())
         prompt = text[:begin]
         if not self.template.marks(self.tools):
             return Turn(index, prompt, text[begin:end], ((0, end - begin),), first.tail)
-        stretches = tuple(span for span in self._whole.marked if span[0] < end)
-        turn = marked_turn(index, prompt, Rendered(text, stretches), begin, end)
+        spans = tuple(span for span in self._whole.marked if span[0] < end)
+        turn = marked_turn(index, prompt, Rendered(text, spans), begin, end)
         return replace(turn, tail=first.tail) if len(turn.text) == end else None
 
     def _end_before(self, index: int) -> int:
-        """Where the content of the last message before ``index`` that has one ends."""
+        """The end of the last content before message ``index``."""
         return next((place[1] for place in reversed(self._places[:index]) if place), 0)
 
     def _start_after(self, index: int) -> int:
-        """Where the content of the first message behind ``index`` that has one begins."""
+        """The start of the first content after message ``index``."""
         following: list[Span | None] = self._places[index + 1 :]
         return next((place[0] for place in following if place), len(self._whole.text))
 
-    def _checked(self, turns: Sequence[Turn], known: set[int]) -> bool:
+    def _verify(self, turns: Sequence[Turn], kinds: Mapping[int, Kind], known: set[int]) -> bool:
         """Whether the last turn of each kind, one before the last question and one in the middle
-        have the prompts that the template renders for them, where they are not ``known`` to, and
-        ``turns`` stand one in another."""
-        lasts = {self._kinds[turn.index]: turn for turn in turns}
+        have the prompts that the template renders for them, except those ``known`` to, and the
+        turns do not overlap."""
+        lasts = {kinds[turn.index]: turn for turn in turns}
         asked = [i for i in range(turns[-1].index) if self.messages[i]["role"] == "user"]
         before = [turn for turn in turns if asked and turn.index < asked[-1]][-1:]
         chosen = {turn.index: turn for turn in (*before, *lasts.values(), turns[len(turns) // 2])}
@@ -265,8 +268,7 @@ class LongChat:
             left -= index
             if left < 0:
                 break
-            messages = self.messages[:index]
-            prompt = self.template.render(messages, self.tools, generation_prompt=True)
+            prompt = self.template.render(self.messages[:index], self.tools, generation_prompt=True)
             if prompt.text != chosen[index].prompt:
                 return False
         ends = [0, *(len(turn.text) for turn in turns)]
@@ -274,31 +276,19 @@ class LongChat:
 
 
 def _numbered(text: str, at_end: bool = False) -> re.Pattern[str]:
-    """What reads as ``text``, but that its numbers may be others, as those of turns are."""
-    pattern = "[0-9]+".join(re.escape(part) for part in _DIGITS.split(text))
+    """A pattern for ``text`` with any numbers in place of its own, which may count turns."""
+    pattern = "[0-9]+".join(re.escape(part) for part in _NUMBER.split(text))
     return re.compile(pattern + r"\Z" if at_end else pattern)
 
 
-#: Renderings of the whole that the turns and the checks may cost, each.
-_COST = 8
-
-
-@dataclass
-class SplitChat:
-    """The chat up to the last of the turns ``indices``."""
-
-    messages: Sequence[Message]
-    tools: Tools
-    indices: Sequence[int]
-    template: ChatTemplate
-    reader: TurnReader
+class WindowedRendering(_LongChat):
+    """Each turn is rendered in a window: the beginning of the chat, a placeholder answer, and the
+    messages from the turn's question on. The first and last turn of each kind and one in the middle
+    are also rendered in full and must be equal."""
 
     def turns(self) -> list[Turn] | None:
-        """The turns; None where the template renders one otherwise in full, where that cannot be
-        told, or where it costs more than rendering them one by one.
-
-        Raises DataError as ``TurnReader.read`` does.
-        """
+        """The turns. None if one of them differs when rendered in full, if the kinds cannot be
+        told apart, or if windows cost more than rendering turn by turn."""
         last = self.indices[-1]
         before = self.messages[:last]
         self._front = self.template.render(before, self.tools, generation_prompt=True).text
@@ -306,17 +296,19 @@ class SplitChat:
         if not places:
             return None
         self._places = places
-        kinds = TurnKinds(self.messages[: last + 1], self._front, [*places, None], self.template)
-        if not kinds.tell(self.tools):
+        kinds = self._learn_kinds(self._front, [*places, None])
+        if kinds is None:
             return None
-        checked = self._checked({index: kinds.kind(index) for index in self.indices})
+        lasts = {kind: index for index, kind in kinds.items()}
+        middle = self.indices[len(self.indices) // 2]
+        checked = {*_first_of_each(kinds).values(), *lasts.values(), middle}
         windows = {index: self._window(index) for index in self.indices}
         costs = [len(window) if window else index for index, window in windows.items()]
-        if max(sum(checked), sum(costs)) * 2 > _COST * last:
+        if max(sum(checked), sum(costs)) * 2 > _WINDOWS_COST * last:
             return None
         turns = []
         for index, window in windows.items():
-            turn = self._placed(index, window) if window else None
+            turn = self._place(index, window) if window else None
             if turn is None or index in checked:
                 full = self.reader.read(self.messages, self.tools, index)
                 if turn is not None and full != turn:
@@ -325,16 +317,8 @@ class SplitChat:
             turns.append(turn)
         return turns
 
-    def _checked(self, kinds: dict[int, Kind]) -> set[int]:
-        firsts: dict[Kind, int] = {}
-        for index, kind in kinds.items():
-            firsts.setdefault(kind, index)
-        lasts = {kind: index for index, kind in kinds.items()}
-        return {*firsts.values(), *lasts.values(), self.indices[len(self.indices) // 2]}
-
     def _window(self, index: int) -> list[Message] | None:
-        """The chat's beginning, with an answer of its own, and the messages from the last question
-        before ``index`` on; None where no plain answer stands before that question."""
+        """The window of turn ``index``; None if no plain answer precedes its question."""
         first = next((i for i in range(index) if self.messages[i]["role"] == "user"), index)
         begin = self._question(index)
         if begin <= first:
@@ -351,14 +335,14 @@ class SplitChat:
         asked = (i for i in range(index - 1, -1, -1) if self.messages[i]["role"] == "user")
         return next(asked, 0)
 
-    def _placed(self, index: int, window: list[Message]) -> Turn | None:
-        """The turn as ``window`` has it, behind what stands before its question in the chat."""
+    def _place(self, index: int, window: list[Message]) -> Turn | None:
+        """The turn as ``window`` renders it, after what precedes its question in the chat."""
         place = self._places[self._question(index) - 1]
         try:
             turn = self.reader.read(window, self.tools, len(window) - 1)
-        except DataError:  # as the template does of the turn in full, or of the window alone
+        except DataError:  # the template refuses the turn, or the window alone
             return None
-        _, found, behind = turn.prompt.rpartition(PROBE)
+        _, found, after = turn.prompt.rpartition(PROBE)
         if not found or place is None:
             return None
-        return replace(turn, index=index, prompt=self._front[: place[1]] + behind)
+        return replace(turn, index=index, prompt=self._front[: place[1]] + after)

@@ -1,6 +1,6 @@
-"""A tokenizer's chat template: messages -> text, and which stretches of it the template marks.
+"""Render messages with a tokenizer's chat template, and analyse the template's source.
 
-What a chat template's source compares the messages with, read from its tokens.
+A template may mark the trained parts of the text with ``{% generation %}``.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from lorakit.errors import DataError
 
 Message = Mapping[str, Any]
 Tools = Sequence[Mapping[str, Any]] | None
-#: Characters, from begin to end.
+#: Start and end of a piece of text, in characters.
 Span = tuple[int, int]
 
-#: A content that no chat holds. Without letters or white space, so that a template that trims,
-#: changes case or escapes leaves it as it is.
+#: A content that no chat contains. It has no letters or white space, so that templates that trim,
+#: change case or escape do not change it.
 PROBE = "\u2063\u2064\u2063\u2064\u2063"
-#: The names that reasoning goes by; transformers copies it between the first two.
+#: The keys of a message's reasoning; transformers copies it between the first two.
 REASONING = ("reasoning_content", "thinking", "reasoning")
-#: What a turn may consist of beside its content.
+#: What a turn may consist of besides its content.
 PAYLOAD = ("tool_calls", *REASONING)
 
-#: So many renderings are kept, of chats of at least so many messages.
+#: The number of renderings that are kept, and the minimum number of messages.
 _KEPT, _WORTH_KEEPING = 8, 20
 
-#: Templates by their source, and whether they read contents only as lists of parts.
+#: Whether a template, by its source, reads contents only as lists of parts.
 _PARTS: dict[str, bool] = {}
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """``marked`` are the stretches of ``text`` between ``{% generation %}`` tags, in order."""
+    """``marked`` are the spans of ``text`` inside ``{% generation %}`` blocks, in order."""
 
     text: str
     marked: tuple[Span, ...] = ()
@@ -53,7 +53,7 @@ class _Request:
     messages: list[Message]
 
     def same(self, other: _Request) -> bool:
-        """Whether both are of the very same objects: ``1 == True``, which templates tell apart."""
+        """Whether both have identical objects; ``1 == True``, but templates distinguish them."""
         return (
             self.source == other.source
             and self.generation_prompt == other.generation_prompt
@@ -64,30 +64,30 @@ class _Request:
 
 
 class ChatTemplate:
-    """The one way from messages to text, in training and in generation.
+    """Renders messages as text, for training and for generation.
 
     Raises DataError if the tokenizer has no chat template.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         if not tokenizer.chat_template:
-            raise DataError("the tokenizer has no chat template, which a chat needs")
+            raise DataError("the tokenizer has no chat template")
         self.tokenizer = tokenizer
         self._recent: deque[tuple[_Request, Rendered]] = deque(maxlen=_KEPT)
 
     def source(self, tools: Tools = None) -> str:
-        """The template itself: a tokenizer may have another one for chats with tools."""
+        """The template's source. A tokenizer may have another one for chats with tools."""
         try:
             return str(self.tokenizer.get_chat_template(None, tools=_listed(tools)))
         except ValueError as error:
             raise DataError(f"the tokenizer's chat templates: {error}") from error
 
     def marks(self, tools: Tools = None) -> bool:
-        """Whether the template says with ``{% generation %}`` what is trained."""
+        """Whether the template marks the trained text with ``{% generation %}``."""
         return has_block(self.source(tools), "generation")
 
     def mentions(self, *keys: str) -> bool:
-        """Whether the template's source, or that of any of several, has one of the names."""
+        """Whether the source of the template, or of any of several, contains one of the names."""
         known = self.tokenizer.chat_template
         sources = known.values() if isinstance(known, dict) else [known]
         return any(_has_word(source, key) for source in sources for key in keys)
@@ -95,10 +95,10 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], tools: Tools = None, generation_prompt: bool = False
     ) -> Rendered:
-        """The chat as text. With ``generation_prompt`` the header of the assistant's next turn
-        follows, where the template has one.
+        """Render the chat. With ``generation_prompt`` the header of the assistant's next turn is
+        appended, if the template has one.
 
-        Keys that are null count as absent. Raises DataError with the template's own words.
+        Null keys count as absent. Raises DataError with the template's own message.
         """
         if len(messages) < _WORTH_KEEPING:
             return self._rendered(messages, tools, generation_prompt)
@@ -117,10 +117,10 @@ class ChatTemplate:
             plain = [_in_parts(message) for message in plain]
         try:
             return self._render(plain, tools, generation_prompt)
-        except Exception as error:  # jinja raises its own types, templates raise through it
+        except Exception as error:  # Jinja has its own types, and templates may raise anything
             failure = error
         if any("content" not in message for message in plain):
-            for empty in (None, ""):  # what templates expect beside tool calls
+            for empty in (None, ""):  # what templates expect next to tool calls
                 filled = [{"content": empty, **message} for message in plain]
                 try:
                     return self._render(filled, tools, generation_prompt)
@@ -129,7 +129,7 @@ class ChatTemplate:
         raise DataError(f"the chat template refuses the messages: {failure}") from failure
 
     def _wants_parts(self, tools: Tools) -> bool:
-        """Whether the template reads contents only as lists of parts, as for texts with images."""
+        """Whether the template reads contents only as lists of parts, as multimodal ones do."""
         source = self.source(tools)
         if not _has_word(source, "type"):
             return False
@@ -156,7 +156,7 @@ class ChatTemplate:
     def _render_as_given(
         self, messages: list[dict[str, Any]], tools: Tools, generation_prompt: bool
     ) -> Rendered:
-        # transformers would drop the null, and takes no empty chat.
+        # transformers would drop nulls, and does not accept an empty chat.
         plain = all(message.get("content", "") is not None for message in messages)
         if messages and plain and not self.marks(tools):
             text = self.tokenizer.apply_chat_template(
@@ -182,14 +182,14 @@ class ChatTemplate:
 
     @cached_property
     def special(self) -> re.Pattern[str]:
-        """The tokenizer's special tokens in a text, the longest first."""
+        """A pattern for the tokenizer's special tokens, longest first."""
         added = self.tokenizer.added_tokens_decoder.values()
         names = {entry.content for entry in added if entry.special}
         return _any_of(names | set(self.tokenizer.all_special_tokens))
 
     @cached_property
     def added(self) -> re.Pattern[str]:
-        """The special tokens and all others that are split off before a text is tokenised."""
+        """A pattern for the special tokens and all others that are split off a text first."""
         added = {entry.content for entry in self.tokenizer.added_tokens_decoder.values()}
         return _any_of(added | set(self.tokenizer.all_special_tokens))
 
@@ -216,8 +216,8 @@ def _listed(tools: Tools) -> list[dict[str, Any]] | None:
 
 
 def _plain(message: Message) -> dict[str, Any]:
-    """Without null keys, and reasoning under the names that templates read; transformers does the
-    same from 5.24 on."""
+    """Without null keys, and with reasoning under the names that templates read, as transformers
+    does from 5.24 on."""
     there = {key: value for key, value in message.items() if value is not None}
     found = next((there[key] for key in REASONING if key in there), None)
     if found is None:
@@ -225,19 +225,21 @@ def _plain(message: Message) -> dict[str, Any]:
     return {"thinking": found, **there, "reasoning_content": found}
 
 
-#: Shorter literals count only beside a comparison, or as values of a list, a call or a variable.
+# The template's source
+
+#: Shorter literals count only next to a comparison, or as values of a list, a call or a variable.
 _LONG_LITERAL = 3
 _TRIMS = {"strip", "lstrip", "rstrip", "trim", "replace"}
 _MEASURES = {"length", "count", "wordcount", "int", "float"}
-#: Names whose length says nothing of a content.
+#: Names whose length says nothing about a content.
 _COUNTED = ("messages", "calls", "tools", "documents")
 
 
 @dataclass(frozen=True)
 class TemplateTests:
-    """``literals`` are the strings that a message's text may be searched for; ``moduli`` those that
-    positions may be divided by. ``by_equality``: the template looks for a message among others.
-    ``by_size``: it measures a text or compares its order or a number of two digits."""
+    """What a template may test in a message: ``literals`` that its text may contain, ``moduli`` of
+    its position. ``by_equality``: the template looks for the message among others. ``by_size``: it
+    measures a text, or compares its order or a number of two digits."""
 
     literals: tuple[str, ...] = ()
     moduli: tuple[int, ...] = ()
@@ -247,7 +249,7 @@ class TemplateTests:
 
 @cache
 def template_tests(source: str) -> TemplateTests:
-    """What the template may test in a message. Role names compared with ``role`` are left out."""
+    """Find the tests in a template's source, except comparisons of ``role`` with a name."""
     tokens = _tokens(source)
     if tokens is None:
         return TemplateTests()
@@ -270,7 +272,7 @@ def template_tests(source: str) -> TemplateTests:
 
 @cache
 def has_block(source: str, name: str) -> bool:
-    """Whether the template has a block ``{% name %}`` outside comments and raw text."""
+    """Whether the template has a block ``{% name %}`` outside comments and raw blocks."""
     tokens = _tokens(source) or ()
     return any(
         kind == "block_begin" and value == name for (kind, _), (_, value) in pairwise(tokens)
@@ -289,7 +291,7 @@ def _tokens(source: str) -> list[tuple[str, str]] | None:
 
 
 def _ordered(tokens: list[tuple[str, str]]) -> bool:
-    """Whether a number of two digits is compared, or a string by its order."""
+    """Whether a number of two digits is compared, or a string is compared by order."""
     for (kind, value), (other_kind, other) in pairwise(tokens):
         for a_kind, a, comparison in ((kind, value, other), (other_kind, other, value)):
             order = comparison in {"<", ">", "<=", ">="}
@@ -319,7 +321,7 @@ def _literals(tokens: list[tuple[str, str]]) -> Iterator[str]:
 
 
 def _unescaped(literal: str) -> str:
-    """A string token without its quotes, read as Jinja reads it."""
+    """The value of a string token, as Jinja reads it."""
     body = literal[1:-1]
     try:
         return body.encode("ascii", "backslashreplace").decode("unicode-escape")

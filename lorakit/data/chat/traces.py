@@ -1,9 +1,4 @@
-"""What of a chat's messages, of their keys and of its tools the template leaves out.
-
-Trained turns of whose content the chat template leaves out a part.
-
-What of a prompt's messages the chat template leaves out.
-"""
+"""Find out which messages, keys, tools and parts of contents a chat template ignores."""
 
 from __future__ import annotations
 
@@ -18,25 +13,25 @@ from lorakit.data.chat.template import PAYLOAD, PROBE, REASONING, ChatTemplate, 
 from lorakit.data.chat.turns import Turn, content_text, ends_seen, marked, seen, with_content
 from lorakit.errors import DataError
 
-#: In so many chats a key is looked for that the template names and that had no effect so far.
+#: The number of chats in which to look for the effect of a key that the template mentions.
 _MOST_LOOKS = 20
 _READ = -1
 
 
 @dataclass
 class Traces:
-    """Looks for what each message is made of in the text that it is trained in, and renders the
-    chat once more only for what is not found there."""
+    """Looks for the parts of each message in the text that is trained on, and renders the chat
+    again only for those not found."""
 
     template: ChatTemplate
     _known: set[tuple[object, ...]] = field(default_factory=set)
     _without_effect: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def check(self, messages: Sequence[Message], tools: Tools, turns: Sequence[Turn]) -> int:
-        """How many messages, up to the last of ``turns``, have a content of which no text that is
-        trained on has anything, but tool calls or reasoning that are there.
+        """Count the messages, up to the last of ``turns``, whose content is ignored while their
+        tool calls or reasoning are not.
 
-        Raises DataError for a message of which nothing is there.
+        Raises DataError for a message that is ignored as a whole.
         """
         last, without_content = turns[-1], 0
         there = self._present(messages, tools, turns)
@@ -49,8 +44,8 @@ class Traces:
             if not self._changes(messages, tools, turns, {index: emptied}):
                 names = " and ".join(_titles(parts))
                 raise DataError(
-                    f"message {index + 1}: the chat template renders nothing of this "
-                    f"{message['role']} message (its {names})"
+                    f"message {index + 1}: the chat template omits this {message['role']} message "
+                    f"(its {names})"
                 )
             if "content" in parts and len(parts) > 1:
                 other = {index: with_content(message, PROBE)}
@@ -60,8 +55,8 @@ class Traces:
     def ignored(
         self, messages: Sequence[Message], tools: Tools, turns: Sequence[Turn]
     ) -> Counter[str]:
-        """The keys of messages, beside role and content, that have no effect on the text, each
-        with the number of messages that have it; and ``tools``."""
+        """Count, by key, the messages with a key other than role and content that has no effect on
+        the text; ``tools`` is counted likewise."""
         found: Counter[str] = Counter()
         if tools and self._is_ignored("tools", "", messages, tools, turns, {}):
             found["tools"] = 1
@@ -86,7 +81,8 @@ class Traces:
         tools: Tools,
         turns: Sequence[Turn],
     ) -> int:
-        """In how many of the messages ``indices`` a key that the template reads has no effect."""
+        """The number of messages ``indices`` in which a key that the template reads has no
+        effect."""
         silent = [index for index in indices if not self._shows(messages[index], index, key, turns)]
         if not silent or self._changes(messages, tools, turns, _without(messages, silent, key)):
             return 0
@@ -95,8 +91,8 @@ class Traces:
     def _present(
         self, messages: Sequence[Message], tools: Tools, turns: Sequence[Turn]
     ) -> set[int]:
-        """The messages of which something is found in the text of the last turn: contents in order,
-        and for the first chat of each succession of roles also with a mark in each content."""
+        """The messages of which a part is found in the text of the last turn. Contents are searched
+        for in order; for the first chat with a sequence of roles, they are also marked."""
         last = turns[-1]
         counted = messages[: last.index + 1]
         contents = {index: text for index, message in enumerate(counted)
@@ -118,8 +114,8 @@ class Traces:
         return there | {i for i in silent if self._shows_any(messages[i], i, turns)}
 
     def _marked(self, messages: Sequence[Message], tools: Tools, wanted: set[int]) -> set[int]:
-        """Those of the messages ``wanted`` of whose content a mark is left in the prompt of the
-        last one, or in the chat with it."""
+        """Those of the messages ``wanted`` whose marks are found in the prompt of the last message,
+        or in the chat with it."""
         changed = marked(messages)
         there: set[int] = set()
         if len(changed) > 1:
@@ -134,8 +130,8 @@ class Traces:
         )
 
     def _shows(self, message: Message, index: int, key: str, turns: Sequence[Turn]) -> bool:
-        """Whether the value of ``key`` stands in the text of its own turn, or of the last one, in
-        a template that speaks of the key."""
+        """Whether the template mentions the key, and its value occurs in the text of its own turn
+        or of the last one."""
         if not self._mentions(key):
             return False
         values = [*(_names(message[key]) if key == "tool_calls" else _leaves(message[key]))]
@@ -151,10 +147,11 @@ class Traces:
         turns: Sequence[Turn],
         changed: Mapping[int, Message],
     ) -> bool:
-        """Whether the text is the same without the key in all messages of ``role``, ``changed``.
+        """Whether the text is the same without the key in all messages of ``role``, which
+        ``changed`` has.
 
-        Once the key has an effect it counts as read; without one it is looked for in some more
-        chats, if the template has the name at all.
+        A key that had an effect once counts as read. One that had none is tried in more chats, if
+        the template mentions it.
         """
         seen_before = self._without_effect[key, role]
         if seen_before == _READ:
@@ -178,13 +175,13 @@ class Traces:
         changed: Mapping[int, Message],
         without_tools: bool = False,
     ) -> bool:
-        """Whether a text that is trained on reads otherwise with other messages in place of some:
-        that of the last turn, of the first behind the change, or of the changed turn."""
+        """Whether replacing messages changes a text that is trained on: that of the last turn, of
+        the first turn after the change, or of the changed turn."""
         others = [changed.get(index, message) for index, message in enumerate(messages)]
         given = None if without_tools else tools
         first = min(changed, default=0)
-        behind = [turn for turn in turns if turn.index >= first][:1]
-        for turn in {turn.index: turn for turn in (*behind, turns[-1])}.values():
+        following = [turn for turn in turns if turn.index >= first][:1]
+        for turn in {turn.index: turn for turn in (*following, turns[-1])}.values():
             end = turn.index
             before = end > 0 and (without_tools or first < end)
             if before and self._text(others[:end], given, True) != turn.prompt:
@@ -198,18 +195,18 @@ class Traces:
     def _text(self, messages: Sequence[Message], tools: Tools, generation: bool) -> str:
         try:
             return self.template.render(messages, tools, generation).text
-        except DataError as error:  # the template minds: it reads what was changed
+        except DataError as error:  # the template reads what was changed
             return str(error)
 
     def _finished(self, messages: Sequence[Message], tools: Tools) -> object:
-        """The chat as text, and what of it is marked."""
+        """The rendered chat with its marks, or the template's error."""
         try:
             return self.template.render(messages, tools)
         except DataError as error:
             return str(error)
 
     def _emptied(self, message: Message) -> Message:
-        """The message with another content, if it has one, and without the rest."""
+        """The message with another content, if it has one, and without tool calls and reasoning."""
         bare = {key: value for key, value in message.items() if key not in PAYLOAD}
         return with_content(bare, PROBE) if _filled(message, "content") else bare
 
@@ -229,7 +226,7 @@ def _without(messages: Sequence[Message], indices: Sequence[int], key: str) -> d
 
 
 def _leaves(value: Any) -> Iterator[str]:
-    """The non-blank texts in a value, at any depth, without white space at their ends."""
+    """Yield the non-blank texts in a value, at any depth, stripped."""
     if isinstance(value, Mapping):
         for item in value.values():
             yield from _leaves(item)
@@ -241,7 +238,7 @@ def _leaves(value: Any) -> Iterator[str]:
 
 
 def _names(functions: Any) -> Iterator[str]:
-    """The names of OpenAI's ``{"type": "function", "function": {"name": ...}}``."""
+    """Yield the names of functions: ``{"type": "function", "function": {"name": ...}}``."""
     for entry in functions if isinstance(functions, list | tuple) else ():
         function = entry.get("function", entry) if isinstance(entry, Mapping) else {}
         name = function.get("name") if isinstance(function, Mapping) else None
@@ -253,20 +250,20 @@ def _titles(keys: Sequence[str]) -> list[str]:
     return [key.replace("_", " ") if key == "tool_calls" else key for key in keys]
 
 
-#: What templates write anew around reasoning that they find in a content.
+#: Tags that templates rewrite around the reasoning in a content.
 _TAGS = re.compile(r"</?think(?:ing)?>")
 
 
 def shortened_turns(
     messages: Sequence[Message], tools: Tools, turns: Sequence[Turn], template: ChatTemplate
 ) -> int:
-    """How many of the turns have a content that begins or ends otherwise in the text than in the
-    message. The chat is rendered again only where a content does not stand in its turn."""
+    """Count the turns whose content begins or ends differently in the text than in the message. The
+    chat is rendered again only if a content is not found in its turn."""
     left = [
         turn
         for turn in turns
         if not turn.without_reasoning
-        and not _whole(content_text(messages[turn.index]), turn.answer)
+        and not _contains(content_text(messages[turn.index]), turn.answer)
     ]
     count = 0
     while left:
@@ -275,7 +272,7 @@ def shortened_turns(
         within = [turn for turn in left if last.text.startswith(turn.text)]
         for turn in within:
             ends = {2 * turn.index, 2 * turn.index + 1} & kept
-            # A content that gives way to calls or reasoning as a whole is counted elsewhere.
+            # A content that is replaced by calls or reasoning as a whole is counted elsewhere.
             replaced = not ends and any(messages[turn.index].get(key) for key in PAYLOAD)
             count += len(ends) < 2 and not replaced
         done = {turn.index for turn in within}
@@ -283,8 +280,8 @@ def shortened_turns(
     return count
 
 
-def _whole(content: str, answer: str) -> bool:
-    """Whether the content stands in the answer, white space and tags around reasoning aside."""
+def _contains(content: str, answer: str) -> bool:
+    """Whether the answer contains the content, ignoring white space and reasoning tags."""
     text, place = _TAGS.sub("", "".join(answer.split())), 0
     for piece in _TAGS.split("".join(content.split())):
         place = text.find(piece, place)
@@ -297,14 +294,14 @@ def _whole(content: str, answer: str) -> bool:
 def _ends_kept(messages: Sequence[Message], tools: Tools, template: ChatTemplate) -> set[int]:
     try:
         return ends_seen(template.render(marked(messages), tools).text)
-    except DataError:  # the template refuses a mark: nothing can be said
+    except DataError:  # the template refuses a mark: nothing is known
         return set(range(2 * len(messages)))
 
 
 def ignored_in_prompt(messages: Sequence[Message], tools: Tools, tokenizer: Any) -> Counter[str]:
-    """The keys, and ``tools``, that have no effect on the prompt, each with its count.
+    """Count the keys, and ``tools``, that have no effect on the prompt.
 
-    Raises DataError for a message of which the prompt has nothing.
+    Raises DataError for a message that the template omits.
     """
     template = ChatTemplate(tokenizer)
     prompt = template.render(messages, tools, generation_prompt=True).text

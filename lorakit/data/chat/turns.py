@@ -1,6 +1,6 @@
-"""One turn of the assistant's as text: the prompt that generation gets, and what follows it.
+"""Read an assistant turn from a rendered chat: the prompt that generation gets, and the answer.
 
-Where the contents of a chat's messages stand in its text, found with one more rendering.
+The contents of messages are located in the text by rendering it once more with marks.
 """
 
 from __future__ import annotations
@@ -21,19 +21,21 @@ from lorakit.data.chat.template import (
 from lorakit.errors import DataError
 
 _END_OF_REASONING = "</think>"
-#: Special tokens are shorter, in characters.
+#: In characters; special tokens are shorter.
 _LONGEST_TOKEN = 100
 
 
 @dataclass(frozen=True)
 class Turn:
-    """Message ``index``. ``answer`` follows ``prompt`` up to the end-of-turn token; ``trained`` are
-    the stretches of ``answer`` that the loss is taken on, of which the template may mark a part.
-    ``tail`` is what the template writes behind it where no other message follows.
+    """The assistant turn at message ``index``.
+
+    ``answer`` follows ``prompt`` up to the end-of-turn token. ``trained`` are the spans of
+    ``answer`` that count in the loss; the template may mark a part of it. ``tail`` is what the
+    template writes after it if no other message follows.
 
     ``differs``: the template renders the finished chat so that it does not begin with ``prompt``.
-    ``without_reasoning``: the prompt already ends the reasoning, so that the turn's is left out.
-    ``marked_early``: a mark began within the prompt, and is taken from the prompt's end on.
+    ``without_reasoning``: the prompt already closes the reasoning, so the turn's is left out.
+    ``marked_early``: a mark begins within the prompt, and counts from the end of the prompt on.
     """
 
     index: int
@@ -50,8 +52,8 @@ class Turn:
         return self.prompt + self.answer
 
     def marked_in(self, chat: Rendered) -> Turn:
-        """The turn, trained only where the whole chat's rendering marks it too, if that begins with
-        the turn's text."""
+        """The turn, trained only where the rendering of the whole chat marks it too, if that begins
+        with the turn's text."""
         if not chat.text.startswith(self.text):
             return self
         start = len(self.prompt)
@@ -65,15 +67,15 @@ class Turn:
 
 @dataclass
 class TurnReader:
-    """Renders a turn both ways, as the prompt and as the finished chat, and compares them."""
+    """Renders a turn as the prompt and as the finished chat, and compares the two."""
 
     template: ChatTemplate
     _tails: dict[str, str] = field(default_factory=dict)
 
     def read(self, messages: Sequence[Message], tools: Tools, index: int) -> Turn:
-        """Turn ``index`` of the chat.
+        """Read turn ``index`` of the chat.
 
-        Raises DataError if the template refuses the messages, or renders nothing of the turn.
+        Raises DataError if the template refuses the messages, or omits the turn.
         """
         finished = self.template.render(messages[: index + 1], tools)
         prompt = self._prompt(messages, tools, index)
@@ -83,9 +85,7 @@ class TurnReader:
             begin, without_reasoning = self._aligned(prompt, finished, messages, tools, index)
         end = self.end(finished.text, messages, tools, index)
         if end <= begin:
-            raise DataError(
-                f"message {index + 1}: the chat template renders nothing of the assistant's turn"
-            )
+            raise DataError(f"message {index + 1}: the chat template omits the assistant's turn")
         if not self.template.marks(tools):
             answer, tail = finished.text[begin:end], finished.text[end:]
             turn = Turn(index, prompt, answer, ((0, end - begin),), tail, differs)
@@ -96,7 +96,7 @@ class TurnReader:
     def _prompt(self, messages: Sequence[Message], tools: Tools, index: int) -> str:
         if index:
             return self.template.render(messages[:index], tools, generation_prompt=True).text
-        # Nothing can be generated from no message: what precedes the first one is its prompt.
+        # Generation needs a message: the prompt of the first one is the text before it.
         probe = [_probe(messages[0])]
         return self.template.render(probe, tools).text.partition(PROBE)[0]
 
@@ -108,15 +108,19 @@ class TurnReader:
         tools: Tools,
         index: int,
     ) -> tuple[int, bool]:
-        """Where the answer begins in a text that does not begin with ``prompt``: behind the longest
-        stretch that both end with, between the message before, or what both begin with, and what
-        the turn's payload changes, or behind its reasoning; and whether that is left out so."""
+        """Find where the answer begins in a text that does not begin with ``prompt``, and whether
+        that leaves out the turn's reasoning.
+
+        It is the end of the longest common suffix with the prompt. It is not before the end of the
+        previous message, or of the common prefix, and not after the first character that the turn
+        changes, or the end of its reasoning.
+        """
         other = self.template.render([*messages[:index], _probe(messages[index])], tools).text
         place = common_prefix(finished.text, other)
         before = content_text(messages[index - 1]).strip() if index else ""
         found = finished.text.rfind(before, 0, place)
         first = max(found + len(before) if found >= 0 else 0, common_prefix(prompt, finished.text))
-        last = max(place, _behind_reasoning(finished.text, messages[index]))
+        last = max(place, _after_reasoning(finished.text, messages[index]))
         begin = max(
             range(min(first, place), last + 1),
             key=lambda end: (_common_suffix(prompt, finished.text, end), end),
@@ -124,8 +128,8 @@ class TurnReader:
         return begin, begin > place
 
     def end(self, text: str, messages: Sequence[Message], tools: Tools, index: int) -> int:
-        """Where the answer of the last turn of ``text`` ends: with the first special token that
-        the template writes behind it, or the last visible character where there is none."""
+        """Find the end of the last turn's answer in ``text``: the end of the first special token
+        that the template writes after it, or the last visible character if there is none."""
         source = self.template.source(tools)
         tail = self._tails.get(source)
         if tail is None or not self._fits(tail, text):
@@ -136,7 +140,7 @@ class TurnReader:
         return self.single_end(text, len(text) - len(tail) + self._end_in(tail))
 
     def _end_in(self, tail: str) -> int:
-        """With the special tokens right behind the first, unless that one is EOS."""
+        """Includes the special tokens right after the first, unless that is EOS."""
         found = self.template.special.search(tail) or self.template.added.search(tail)
         if not found:
             return len(tail.rstrip())
@@ -146,20 +150,20 @@ class TurnReader:
         return found.end()
 
     def single_end(self, text: str, end: int) -> int:
-        """``end``, or where the same end-of-turn token ends that the content already held."""
+        """``end``, or the end of the same end-of-turn token in the content, if that repeats it."""
         token = _last_special(self.template, text[:end])
         while token and (before := text[: end - len(token)].rstrip()).endswith(token):
             end = len(before)
         return end
 
     def _fits(self, tail: str, text: str) -> bool:
-        """Whether a tail that ended another turn ends this one: one without a special token would
-        also be found behind such a token."""
+        """Whether a tail that ended another turn ends this one. One without a special token would
+        also be found after such a token."""
         special = self.template.special.search(tail)
         return text.endswith(tail) and bool(special or not _last_special(self.template, text))
 
     def _tail(self, messages: Sequence[Message], tools: Tools, index: int) -> str | None:
-        """What the template writes behind a plain answer; None where it takes none here."""
+        """What the template writes after a plain answer; None if it does not accept one here."""
         try:
             text = self.template.render([*messages[:index], _probe(messages[index])], tools).text
         except DataError:
@@ -168,7 +172,7 @@ class TurnReader:
         return tail if found else None
 
     def _last_end(self, text: str) -> int:
-        """The end of the first of the special tokens that stand at the end of ``text``."""
+        """The end of the first of the special tokens with which ``text`` ends."""
         end = len(text.rstrip())
         first = end
         while token := _last_special(self.template, text[:end]):
@@ -180,8 +184,8 @@ class TurnReader:
 def marked_turn(
     index: int, prompt: str, text: Rendered, begin: int, end: int, differs: bool = False
 ) -> Turn:
-    """The turn whose answer is ``text`` from ``begin``: to the end of its last mark, or to ``end``
-    where it has none and nothing of it is trained."""
+    """The turn whose answer is ``text`` from ``begin`` to the end of the last mark, or to ``end``
+    if it has no mark and is not trained."""
     marked = [(start, stop) for start, stop in text.marked if stop > begin]
     stop = max((stop for _, stop in marked), default=end)
     spans = tuple((max(a, begin) - begin, b - begin) for a, b in marked)
@@ -190,7 +194,7 @@ def marked_turn(
 
 
 def content_text(message: Message) -> str:
-    """The message's content, of parts their texts joined; empty where it has none."""
+    """The message's content, with the texts of parts joined; empty if it has none."""
     content = message.get("content")
     if isinstance(content, str):
         return content
@@ -200,15 +204,15 @@ def content_text(message: Message) -> str:
 
 
 def with_content(message: Message, text: str) -> dict[str, object]:
-    """The message with another content, in the form that its own has."""
+    """The message with another content, as a text or a list of parts like its own."""
     if isinstance(message.get("content"), list):
         return {**message, "content": [{"type": "text", "text": text}]}
     return {**message, "content": text}
 
 
-def _behind_reasoning(text: str, message: Message) -> int:
-    """Where the content begins of a message that has reasoning, beside or in it; 0 if none is
-    found at the end of ``text``."""
+def _after_reasoning(text: str, message: Message) -> int:
+    """Where the content of a message begins that has reasoning, in a key or in the content; 0 if it
+    is not found at the end of ``text``."""
     content = content_text(message)
     _, closed, answer = content.rpartition(_END_OF_REASONING)
     if not closed and not any(message.get(key) for key in REASONING):
@@ -220,13 +224,13 @@ def _behind_reasoning(text: str, message: Message) -> int:
 
 
 def _probe(message: Message) -> dict[str, object]:
-    """A plain answer in place of ``message``."""
+    """A plain answer that replaces ``message``."""
     plain = {"role": message["role"], "content": message.get("content")}
     return with_content(plain, PROBE)
 
 
 def common_prefix(text: str, other: str) -> int:
-    """How many characters both begin with."""
+    """The length of the common prefix."""
     most = min(len(text), len(other))
     low, high = 0, most
     while low < high:
@@ -239,7 +243,7 @@ def common_prefix(text: str, other: str) -> int:
 
 
 def _common_suffix(text: str, other: str, end: int) -> int:
-    """How many characters ``text`` and ``other[:end]`` both end with."""
+    """The length of the common suffix of ``text`` and ``other[:end]``."""
     count, most = 0, min(len(text), end)
     while count < most and text[-1 - count] == other[end - 1 - count]:
         count += 1
@@ -247,18 +251,20 @@ def _common_suffix(text: str, other: str, end: int) -> int:
 
 
 def _last_special(template: ChatTemplate, text: str) -> str:
-    """The special token that ``text`` ends with, white space behind it aside; empty if none."""
+    """The special token with which ``text`` ends, ignoring white space; empty if there is none."""
     end = len(text.rstrip())
     tokens = template.special.finditer(text, max(0, end - _LONGEST_TOKEN), end)
     return next((found.group() for found in tokens if found.end() == end), "")
 
+
+# Locating contents
 
 _OPEN, _CLOSE = "\u2063\u2064", "\u2064\u2063"
 _MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
 
 
 def marked(messages: Sequence[Message], strip: bool = False) -> list[Message]:
-    """The messages, each content that holds text between two marks of its own."""
+    """The messages, with each non-blank content between two marks of its own."""
     return [
         with_content(message, f"{_mark(2 * index)}{text.strip() if strip else text}"
                               f"{_mark(2 * index + 1)}")
@@ -269,13 +275,12 @@ def marked(messages: Sequence[Message], strip: bool = False) -> list[Message]:
 
 
 def seen(text: str) -> set[int]:
-    """The messages of which ``text``, rendered from ``marked`` ones, has anything."""
+    """The messages of which a mark occurs in ``text``, rendered from ``marked`` ones."""
     return {number // 2 for number in ends_seen(text)}
 
 
 def ends_seen(text: str) -> set[int]:
-    """The marks in ``text``: ``2 * i`` and ``2 * i + 1`` open and close the content of message
-    ``i``."""
+    """The marks in ``text``: ``2 * i`` and ``2 * i + 1`` surround the content of message ``i``."""
     return {int(found.group(1)) for found in _MARK.finditer(text)}
 
 
@@ -286,8 +291,8 @@ def place_contents(
     template: ChatTemplate,
     generation_prompt: bool = False,
 ) -> list[Span | None] | None:
-    """Where the content of each message stands in ``text``, which ``template`` made of them; None
-    for a message whose content does not stand there whole. None for all if it cannot be told."""
+    """Find the span of each message's content in ``text``, the rendered chat; None for a content
+    that is not there in full. None in place of all spans if they cannot be determined."""
     for strip in (False, True):
         rendered = template.render(marked(messages, strip), tools, generation_prompt).text
         if _MARK.sub("", rendered) == text:
