@@ -18,13 +18,14 @@ from typing import Any, BinaryIO
 from lorakit.data.rows import UnreadRow
 from lorakit.errors import DataError, shown
 
-#: Bytes of the file, and the object at their beginning; None for what stands between rows.
+#: Bytes of the file, and the object at their beginning; None between rows.
 Piece = tuple[bytes, dict[str, Any] | None]
 
-_CHUNK = 1 << 20
+#: The size of a read, in bytes.
+CHUNK = 1 << 20
 _HEAD = 1 << 12
 #: Characters of a row. A larger value is a whole file in a form that is not supported.
-_LARGEST = 256 << 20
+LARGEST_ROW = 256 << 20
 _SPACE = re.compile(r"[ \t\n\r]*")
 #: A literal or an escape that is cut off by the end of a chunk is shorter than this.
 _LONGEST_LITERAL = 16
@@ -164,8 +165,8 @@ class _Text:
             except json.JSONDecodeError as error:
                 # Positions are counted from the beginning of the value.
                 reason = f"{error.msg} at character {error.pos - self._at + 1} of the row"
-                if len(self._held) > _LARGEST:
-                    reason = f"no end within {_LARGEST >> 20} MiB; {_FORMS}"
+                if len(self._held) > LARGEST_ROW:
+                    reason = f"no end within {LARGEST_ROW >> 20} MiB; {_FORMS}"
                 elif self._may_be_cut_off(error) and self._read_more():
                     continue
                 raise DataError(f"{where}: not JSON: {reason}") from error
@@ -199,7 +200,7 @@ class _Text:
         """Whether the error may only mean that the value goes on beyond what has been read."""
         if error.msg.startswith("Unterminated string"):
             return True
-        left = self._held[error.pos : error.pos + _CHUNK]
+        left = self._held[error.pos : error.pos + CHUNK]
         return len(left) <= _LONGEST_LITERAL or not left.strip()
 
     def _read_more(self) -> bool:
@@ -207,7 +208,7 @@ class _Text:
         self._held, self._at = self._held[self._at :], 0
         more = ""
         while not more and not self._ended and self._broken is None:
-            chunk = self._handle.read(max(_CHUNK, len(self._held)))
+            chunk = self._handle.read(max(CHUNK, len(self._held)))
             self._ended = not chunk
             try:
                 more = self._decode(chunk, self._ended)

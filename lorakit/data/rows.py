@@ -241,7 +241,7 @@ class RowIndex:
         self._digest = hashlib.sha256()
 
     def add(self, data: bytes, row: dict[str, Any] | None) -> int:
-        """Add the next bytes, at whose beginning ``row`` stands, and return the number of rows."""
+        """Add the next bytes, which begin with ``row``, and return the number of rows."""
         if isinstance(row, UnreadRow):
             self._unread[len(self.starts)] = row.reason
         if row is not None:

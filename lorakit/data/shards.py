@@ -26,7 +26,8 @@ from lorakit.errors import DataError, LorakitError
 MANY_ROWS = 20_000
 _ROWS_PER_PROCESS = 10_000
 _MOST_PROCESSES = 8
-_BATCH_ROWS = 1000
+#: Rows are tokenised in batches of this size.
+BATCH_ROWS = 1000
 
 OnRows = Callable[[int], None]
 
@@ -49,8 +50,8 @@ class Job:
         """
         largest = max(self.tokenizer.get_vocab().values(), default=0)
         dtype = "<u2" if largest < 2**16 else "<i4"
-        for begin in range(start, stop, _BATCH_ROWS):
-            end = min(begin + _BATCH_ROWS, stop)
+        for begin in range(start, stop, BATCH_ROWS):
+            end = min(begin + BATCH_ROWS, stop)
 
             def skip(index: int, reason: str, begin: int = begin) -> None:
                 shard.counts.skip(begin + index, reason)
@@ -82,7 +83,7 @@ def encode_shards(job: Job, on_progress: OnRows) -> list[Shard]:
         done += more
         on_progress(done)
 
-    processes = _processes(rows)
+    processes = process_count(rows)
     shards = [Shard.empty(in_memory=rows < MANY_ROWS) for _ in range(processes)]
     if processes == 1:
         job.encode(shards[0], 0, rows, count)
@@ -93,9 +94,9 @@ def encode_shards(job: Job, on_progress: OnRows) -> list[Shard]:
     return shards
 
 
-def _processes(rows: int) -> int:
-    """One except on Linux: elsewhere forking is not safe, and the tokenizer's own threads have to
-    do."""
+def process_count(rows: int) -> int:
+    """The number of processes for ``rows``. It is 1 except on Linux: elsewhere forking is not safe,
+    and the tokenizer's own threads have to do."""
     if rows < MANY_ROWS or sys.platform != "linux" or multiprocessing.current_process().daemon:
         return 1
     cores = len(os.sched_getaffinity(0))

@@ -291,7 +291,7 @@ def test_a_full_disk_is_one_clear_line(tokenizer: Any, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(cache, "scratch_file", full)
     for processes in (1, 2):
-        monkeypatch.setattr(shards, "_processes", lambda rows, n=processes: n)
+        monkeypatch.setattr(shards, "process_count", lambda rows, n=processes: n)
         expected = r"^the tokens: cannot write to the disk of .*No space left.*LORAKIT_CACHE"
         with pytest.raises(DataError, match=expected):
             encode_split(split_of(), example, tokenizer, 15)

@@ -232,12 +232,12 @@ def test_chunks_do_not_show(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for data in (whole, bytes(broken), cut):
         found = []
         for size in (1, 7, 1 << 20):
-            monkeypatch.setattr(json_text, "_CHUNK", size)
+            monkeypatch.setattr(json_text, "CHUNK", size)
             found.append(outcome(data))
         assert found[0] == found[1] == found[2]
         assert found[0] == expected(data) or (isinstance(found[0], str) and expected(data) is None)
     for size in (1, 7, 1 << 20):
-        monkeypatch.setattr(json_text, "_CHUNK", size)
+        monkeypatch.setattr(json_text, "CHUNK", size)
         assert outcome(each) == [*rows, {"a": 1}, {}]
 
 
@@ -254,7 +254,7 @@ def test_a_large_array_is_not_held_as_objects(
     tmp_path: Path, indent: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lorakit.data.rows.IN_MEMORY_BYTES", 1000)
-    monkeypatch.setattr(json_text, "_CHUNK", 1 << 16)
+    monkeypatch.setattr(json_text, "CHUNK", 1 << 16)
     rows = [{"text": f"row {n} {'x' * 200}", "list": [n] * 20} for n in range(10_000)]
     file = write(tmp_path / "a.json", json.dumps(rows, indent=indent))
     size = Path(file).stat().st_size
@@ -271,7 +271,7 @@ def test_a_large_array_is_not_held_as_objects(
 def test_a_value_without_end_is_not_read_into_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(json_text, "_LARGEST", 3 << 20)
+    monkeypatch.setattr(json_text, "LARGEST_ROW", 3 << 20)
     file = write(tmp_path / "a.json", json.dumps({"data": [{"text": "x" * 99}] * 100_000}))
     expected = f"{file}, row 1: not JSON: no end within 3 MiB; allowed: an array of objects"
     assert refusal(file).startswith(expected)

@@ -31,7 +31,7 @@ def tokenizer(tiny_llama: Path) -> Any:
 
 def processes(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "MANY_ROWS", 1000)
-    monkeypatch.setattr(shards, "_processes", lambda rows: number)
+    monkeypatch.setattr(shards, "process_count", lambda rows: number)
 
 
 def example(row: Any) -> TextExample:
@@ -154,9 +154,9 @@ def test_the_environment_is_as_before(tokenizer: Any, monkeypatch: pytest.Monkey
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere one process tokenises")
 def test_how_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
-    assert [shards._processes(n) for n in (10, 19_999, 20_000, 45_000, 10**6)] == [1, 1, 2, 4, 8]
+    assert [shards.process_count(n) for n in (10, 19_999, 20_000, 45_000, 10**6)] == [1, 1, 2, 4, 8]
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
-    assert shards._processes(10**6) == 1
+    assert shards.process_count(10**6) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -169,7 +169,7 @@ def test_a_signal_leaves_no_process_and_no_file(
         return example(row)
 
     processes(2, monkeypatch)
-    monkeypatch.setattr(shards, "_BATCH_ROWS", 10)
+    monkeypatch.setattr(shards, "BATCH_ROWS", 10)
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path))
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
