@@ -24,7 +24,7 @@ class Batch:
 
     @property
     def loss_count(self) -> int:
-        """The number of losses that the batch's sum has."""
+        """The number of terms in the sum of the losses."""
         raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
@@ -60,7 +60,7 @@ class CausalBatch(Batch):
 
     @property
     def loss_count(self) -> int:
-        """The number of losses: trained tokens."""
+        """The number of trained tokens."""
         return len(self.targets)
 
 
@@ -75,7 +75,7 @@ class EncoderBatch(Batch):
 
     @property
     def loss_count(self) -> int:
-        """The number of losses: rows."""
+        """The number of rows."""
         return len(self.labels)
 
     def model_inputs(self) -> dict[str, Tensor]:

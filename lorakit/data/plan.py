@@ -247,8 +247,7 @@ class IndexedSteps:
         self._rows = rows
         self._plan = plan
         self._packing = packing
-        self._epoch = -1
-        self._steps: list[list[Units]] = []
+        self._planned: tuple[int, list[list[Units]], Bins | None] | None = None
         self.steps_per_epoch: int = plan.steps_per_epoch
 
     def step(self, number: int) -> Step:
@@ -262,14 +261,19 @@ class IndexedSteps:
     def row_numbers(self, number: int) -> list[list[Units]]:
         """The row indices of a step: for each micro-batch, for each bin."""
         epoch, index = divmod(number, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._steps, self._epoch = self._plan.epoch(epoch), epoch
-            self._bins = self._packing.epoch(epoch) if self._packing else None
-        bins = self._bins
+        steps, bins = self._epoch(epoch)
         return [
             [bins[int(unit)] if bins else np.asarray([unit]) for unit in units]
-            for units in self._steps[index]
+            for units in steps[index]
         ]
+
+    def _epoch(self, epoch: int) -> tuple[list[list[Units]], Bins | None]:
+        """The steps and bins of an epoch, of which the last one asked for is kept."""
+        planned = self._planned  # read and replaced as one: a thread may prefetch the next step
+        if planned is None or planned[0] != epoch:
+            bins = self._packing.epoch(epoch) if self._packing else None
+            planned = self._planned = (epoch, self._plan.epoch(epoch), bins)
+        return planned[1:]
 
 
 def pack_rows(rows: list[EncodedRow], capacity: int) -> list[Bin]:

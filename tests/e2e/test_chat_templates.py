@@ -164,7 +164,7 @@ def test_a_message_that_only_the_prompt_has(
     out, err = lorakit(capsys, "preview", recipe)
     text = "<|im_start|>system⏎\nBe brief.<|im_end|>⏎\n<|im_start|>user⏎\n1?<|im_end|>⏎\n"
     assert f"{text}<|im_start|>assistant⏎\n⟦One<|im_end|>⟧" in out
-    said = "train: the chat template renders 1 of 2 chats differently"
+    said = "train: in 1 of 2 chats the chat template renders the messages before an answer"
     assert err.count(said) == 1
     assert said in lorakit(capsys, "train", recipe, "--dry-run")[1]
 
