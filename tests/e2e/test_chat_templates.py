@@ -203,7 +203,7 @@ def test_train_warns_of_a_template_without_an_end(
 ) -> None:
     endless = THINKS.replace("{{ m.content }}<|im_end|>", "{{ m.content }}")
     recipe = prepared(endless, chat("1?", "One"), chat("2?", "Two"))
-    warning = "2 of 2 rows do not end in a trained EOS: nothing there teaches the model to stop"
+    warning = "2 of 2 rows do not end in a trained EOS: they do not teach the model to stop"
     for arguments in (("preview", recipe), ("train", recipe, "--dry-run")):
         assert warning in lorakit(capsys, *arguments)[1]
     Path("model/chat_template.jinja").write_text(THINKS)
