@@ -11,17 +11,24 @@ from typing import TYPE_CHECKING, Any
 from lorakit.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from lorakit.api import convert, evaluate, inject, load, merge, switch, train
-    from lorakit.methods.lora import LoraConfig
-    from lorakit.nn import (
+    from lorakit import nn
+    from lorakit.api import (
         Conv2d,
         Embedding,
         Linear,
+        LoraConfig,
         MergedLinear,
+        convert,
+        evaluate,
+        inject,
+        load,
+        load_recipe,
         lora_state_dict,
         mark_only_lora_as_trainable,
+        merge,
+        switch,
+        train,
     )
-    from lorakit.recipe.load import load_recipe
 
 __all__ = [
     "Conv2d",
@@ -42,29 +49,13 @@ __all__ = [
     "train",
 ]
 
-_OTHER_HOMES = {
-    "LoraConfig": "lorakit.methods.lora",
-    "load_recipe": "lorakit.recipe.load",
-    **dict.fromkeys(
-        (
-            "Conv2d",
-            "Embedding",
-            "Linear",
-            "MergedLinear",
-            "lora_state_dict",
-            "mark_only_lora_as_trainable",
-        ),
-        "lorakit.nn",
-    ),
-}
-
 
 def __getattr__(name: str) -> Any:
     if name == "nn":
         return import_module("lorakit.nn")
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_OTHER_HOMES.get(name, "lorakit.api")), name)
+    return getattr(import_module("lorakit.api"), name)
 
 
 def __dir__() -> list[str]:

@@ -26,12 +26,22 @@ if TYPE_CHECKING:
     from lorakit.injection import inject
     from lorakit.io.atomic import write_text
     from lorakit.method_check import CheckResult, check_method
+    from lorakit.methods.lora import LoraConfig
     from lorakit.models.load import window
+    from lorakit.nn import (
+        Conv2d,
+        Embedding,
+        Linear,
+        MergedLinear,
+        lora_state_dict,
+        mark_only_lora_as_trainable,
+    )
     from lorakit.openmp import yield_cores
     from lorakit.pipeline.adapted_model import load_for_generation
     from lorakit.pipeline.evaluation import evaluate, evaluate_split
     from lorakit.pipeline.predictions import SplitEvaluation, prediction_lines, score_predictions
     from lorakit.pipeline.preview import DescribedRow, Piece, Preview, preview
+    from lorakit.recipe.load import load_recipe
     from lorakit.tasks.checks import counts_line
     from lorakit.training.run import RunResult, dry_run, train
     from lorakit.training.tracking import tell
@@ -52,12 +62,22 @@ _MODULES = {
     "lorakit.injection": ("inject",),
     "lorakit.method_check": ("CheckResult", "check_method"),
     "lorakit.io.atomic": ("write_text",),
+    "lorakit.methods.lora": ("LoraConfig",),
     "lorakit.models.load": ("window",),
+    "lorakit.nn": (
+        "Conv2d",
+        "Embedding",
+        "Linear",
+        "MergedLinear",
+        "lora_state_dict",
+        "mark_only_lora_as_trainable",
+    ),
     "lorakit.openmp": ("yield_cores",),
     "lorakit.pipeline.adapted_model": ("load_for_generation",),
     "lorakit.pipeline.evaluation": ("evaluate", "evaluate_split"),
     "lorakit.pipeline.predictions": ("SplitEvaluation", "prediction_lines", "score_predictions"),
     "lorakit.pipeline.preview": ("DescribedRow", "Piece", "Preview", "preview"),
+    "lorakit.recipe.load": ("load_recipe",),
     "lorakit.tasks.checks": ("counts_line",),
     "lorakit.training.run": ("RunResult", "dry_run", "train"),
     "lorakit.training.tracking": ("tell",),
@@ -66,10 +86,15 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "CheckResult",
+    "Conv2d",
     "Decoding",
     "DescribedRow",
+    "Embedding",
     "LeftOut",
+    "Linear",
+    "LoraConfig",
     "MergeReport",
+    "MergedLinear",
     "Piece",
     "Preview",
     "ProgressMonitor",
@@ -88,6 +113,9 @@ __all__ = [
     "is_main",
     "load",
     "load_for_generation",
+    "load_recipe",
+    "lora_state_dict",
+    "mark_only_lora_as_trainable",
     "merge",
     "prediction_lines",
     "preview",
