@@ -1,12 +1,8 @@
-"""Penn-Treebank tokens without punctuation, as coco-caption's PTBTokenizer gives them.
+"""``cider`` and ``rouge_l`` of a corpus with several references, as coco-caption computes them.
 
-coco-caption runs Stanford's PTBTokenizer (CoreNLP 3.4.1, ``-preserveLines -lowerCase``) and drops
-the tokens of ``_DROPPED``. This states its rules for English prose; not covered are emoticons and
-the telephone numbers that it keeps together.
-
-``cider``: CIDEr-D of a corpus (Vedantam et al. 2015), as coco-caption computes it.
-
-``rouge_l``: ROUGE-L with several references (Lin 2004), as coco-caption computes it.
+Their tokens are those of Stanford's PTBTokenizer (CoreNLP 3.4.1, ``-preserveLines -lowerCase``)
+without punctuation. ``tokenize`` implements its rules for English prose, except emoticons and the
+telephone numbers that it keeps together.
 """
 
 from __future__ import annotations
@@ -17,9 +13,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+Ngram = tuple[str, ...]
+
+_CIDER_ORDER = 4
+_SIGMA = 6.0  # in bigrams
+#: ROUGE-L weights recall beta^2 times as much as precision.
+_BETA = 1.2
+
 _DROPPED = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", ";"])
 
-#: What becomes another text; brackets are not dropped, since lower-casing has changed their names.
+#: Replaced tokens; brackets are not dropped, since lower-casing has changed their names.
 _RENAMED = {
     "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
     "£": "#", "€": "$", "¢": "cents", "½": "1/2", "¼": "1/4", "¾": "3/4",
@@ -40,7 +43,7 @@ _ANY_CASE = """
 """
 _CAPITALISED = "Ark Del Ill La Mass Miss Mo Ore Pa Tex Wash"
 _BEFORE_NUMBER = "ca no nos art fig figs pp"
-#: Words that begin a sentence, so that the full stop after a single letter ends one.
+#: Words that begin a sentence, so that a full stop between a single letter and them ends one.
 _STARTS = """
     The This That There It In At A An But He She They We You If However What When While Then These
     Their Our Her As So Some Many One Now Here Other Such After Since Yet Last
@@ -54,7 +57,7 @@ def _words(text: str) -> str:
 _QUOTE = "['\u2019]"
 _LETTER = r"[^\W\d_²³¹º¼½¾]"
 _ALNUM = r"[^\W_²³¹º¼½¾]"
-_BEFORE_PAUSE = r"\.(?=[,;:])"  # then a full stop is taken for an abbreviation's
+_BEFORE_PAUSE = r"\.(?=[,;:])"  # a full stop here ends an abbreviation
 _TOKEN = re.compile(
     rf"""
     </?[A-Za-z!][^<>]*>  |  [0-9]+[ ][0-9]+/[0-9]+
@@ -84,9 +87,9 @@ _TOKEN = re.compile(
 
 
 def tokenize(text: str) -> list[str]:
-    """Lower-cased tokens of ``text``: clitics apart (``it 's``, ``do n't``), words with hyphens
-    whole, currency signs as ``#`` and ``$``, and no punctuation. A space within a token (``1 3/5``)
-    is U+00A0."""
+    """Lower-cased Penn Treebank tokens without punctuation: clitics are separate (``it 's``,
+    ``do n't``), hyphenated words are not, currency signs become ``#`` and ``$``. A space within a
+    token (``1 3/5``) is U+00A0."""
     text = _ENTITY.sub(lambda found: _ENTITIES[found[0].lower()], text).replace("\u00ad", "")
     tokens: list[str] = []
     for match in _TOKEN.finditer(text):
@@ -100,24 +103,18 @@ def tokenize(text: str) -> list[str]:
 
 
 def _is_unreadable(token: str) -> bool:
-    """Beyond the 16 bits of a Java character, which the tokeniser leaves out."""
+    """Outside the 16 bits of a Java character; the tokenizer omits such characters."""
     return len(token) == 1 and ord(token) > 0xFFFF
 
 
-_ORDER = 4
-_SIGMA = 6.0  # in tokens
-
-Ngram = tuple[str, ...]
-
-
 def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """10 * mean over predictions, their references and n = 1..4 of
-    exp(-(l_c - l_r)^2 / (2 sigma^2)) * sum_g min(c_g, r_g) r_g / (|c| |r|); 0-10.
+    """CIDEr-D (Vedantam et al. 2015), 0 to 10: 10 * mean over predictions, their references and
+    n = 1..4 of exp(-(l_c - l_r)^2 / (2 sigma^2)) * sum_g min(c_g, r_g) r_g / (|c| |r|).
 
-    c and r are the vectors of n-grams of a prediction and of a reference: count * (log N -
-    log df), N predictions, df the number of those of which a reference holds the n-gram (at least
-    1). Tokens are Penn Treebank's, without stemming. ``references[i]`` are those of
-    ``predictions[i]``, at least one; one prediction alone scores 0, since log N = 0.
+    c and r are the n-gram vectors of a prediction and a reference: count * (log N - log df), with N
+    the number of predictions and df that of predictions with the n-gram in a reference (at least
+    1). Tokens are not stemmed. ``references[i]`` are those of ``predictions[i]``, at least one; a
+    single prediction scores 0, since log N = 0.
 
     Source: pycocoevalcap/cider of tuetschek/e2e-metrics. As there, the lengths l_c and l_r are
     counted in bigrams.
@@ -138,16 +135,18 @@ def cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> fl
 
 
 def _counts(text: str) -> Counter[Ngram]:
-    tokens = " ".join(tokenize(text)).split()  # which also parts at U+00A0
+    tokens = " ".join(tokenize(text)).split()  # also splits at U+00A0
     return Counter(
-        tuple(tokens[i : i + n]) for n in range(1, _ORDER + 1) for i in range(len(tokens) - n + 1)
+        tuple(tokens[i : i + n])
+        for n in range(1, _CIDER_ORDER + 1)
+        for i in range(len(tokens) - n + 1)
     )
 
 
 @dataclass(frozen=True)
 class _Vector:
     weights: dict[Ngram, float]
-    norms: list[float]  # by n
+    norms: list[float]  # by n - 1
     length: int  # in bigrams
 
 
@@ -161,7 +160,7 @@ class _Idf:
             ngram: count * (self.log_count - math.log(max(1, self.frequency[ngram])))
             for ngram, count in counts.items()
         }
-        squares = [0.0] * _ORDER
+        squares = [0.0] * _CIDER_ORDER
         for ngram, weight in weights.items():
             squares[len(ngram) - 1] += weight**2
         length = sum(count for ngram, count in counts.items() if len(ngram) == 2)
@@ -169,7 +168,7 @@ class _Idf:
 
 
 def _similarity(candidate: _Vector, reference: _Vector) -> float:
-    products = [0.0] * _ORDER
+    products = [0.0] * _CIDER_ORDER
     for ngram, weight in candidate.weights.items():
         other = reference.weights.get(ngram, 0.0)
         products[len(ngram) - 1] += min(weight, other) * other
@@ -178,19 +177,15 @@ def _similarity(candidate: _Vector, reference: _Vector) -> float:
         for product, a, b in zip(products, candidate.norms, reference.norms, strict=True)
     ]
     penalty = math.exp(-((candidate.length - reference.length) ** 2) / (2 * _SIGMA**2))
-    return penalty * sum(cosines) / _ORDER
-
-
-#: Recall weighs beta^2 times what precision does.
-_BETA = 1.2
+    return penalty * sum(cosines) / _CIDER_ORDER
 
 
 def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Mean over predictions of (1 + beta^2) P R / (R + beta^2 P), 0-1.
+    """ROUGE-L (Lin 2004), 0 to 1: mean over predictions of (1 + beta^2) P R / (R + beta^2 P).
 
-    With L the length of the longest common subsequence of the Penn-Treebank tokens: P is the
-    largest L / len(prediction) and R the largest L / len(reference) over the references, which
-    need not be of the same one. ``references[i]`` are those of ``predictions[i]``, at least one.
+    With L the length of the longest common subsequence in tokens, P is the largest
+    L / len(prediction) and R the largest L / len(reference) over the references, possibly of
+    different ones. ``references[i]`` are those of ``predictions[i]``, at least one.
 
     Source: pycocoevalcap/rouge of tuetschek/e2e-metrics. As there, a text without tokens has one,
     which is empty.
@@ -212,7 +207,7 @@ def _score(prediction: str, references: Sequence[str]) -> float:
 
 
 def _common_subsequence(left: Sequence[str], right: Sequence[str]) -> int:
-    """Length of the longest common subsequence."""
+    """The length of the longest common subsequence."""
     row = [0] * (len(right) + 1)
     for word in left:
         diagonal = 0

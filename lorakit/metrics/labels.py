@@ -1,6 +1,6 @@
-"""GLUE's scores of class indices and of numbers, as scikit-learn and SciPy compute them.
+"""GLUE's scores of class indices and numbers, as scikit-learn and SciPy compute them.
 
-What a constant prediction or constant gold leaves undefined (a correlation's 0 / 0) counts 0.
+A score that constant predictions or labels leave undefined (a correlation's 0 / 0) is 0.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LIBRARIES = {
 
 
 def require_metrics(names: Sequence[str]) -> None:
-    """Raise UserError if a library that computes one of the metrics is not installed."""
+    """Raise UserError if a library that a metric needs is not installed."""
     for name in names:
         module, package = _LIBRARIES.get(name, (None, None))
         if module is not None and find_spec(module) is None:
@@ -35,9 +35,10 @@ def require_metrics(names: Sequence[str]) -> None:
 
 
 def label_score(name: str, gold: Numbers, predicted: Numbers, classes: int) -> float:
-    """The metric ``name`` of ``LABEL_METRICS``; ``classes`` is their number, 0 for regression."""
+    """The metric ``name`` of ``LABEL_METRICS``; ``classes`` is the number of classes, 0 for
+    regression."""
     assert len(gold) == len(predicted) > 0
-    with warnings.catch_warnings():  # the libraries' own, of what is defined above
+    with warnings.catch_warnings():  # about the undefined scores above
         warnings.simplefilter("ignore")
         return _SCORES[name](gold, predicted, classes)
 
@@ -47,11 +48,11 @@ def _accuracy(gold: Numbers, predicted: Numbers, classes: int) -> float:
 
 
 def _f1(gold: Numbers, predicted: Numbers, classes: int) -> float:
-    """2 TP / (2 TP + FP + FN): of class 1 where there are two classes, and the mean over the
-    classes (macro) where there are more; a class without any of the three counts 0."""
+    """2 TP / (2 TP + FP + FN): with two classes that of class 1, with more the unweighted mean over
+    the classes (macro); a class without any of the three is 0."""
     from sklearn.metrics import f1_score
 
-    scored = [1] if classes == 2 else list(range(classes))  # a prediction may be none of them
+    scored = [1] if classes == 2 else list(range(classes))  # a prediction may be NO_CLASS
     return float(f1_score(gold, predicted, labels=scored, average="macro", zero_division=0))
 
 

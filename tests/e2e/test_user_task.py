@@ -16,7 +16,7 @@ DOC = Path(__file__).resolve().parents[2] / "docs" / "user-task.md"
 RUNS = {
     "qa-recipe.yaml": ("tiny_llama", {"loss", "perplexity", "exact_match", "close"}),
     "reviews-recipe.yaml": ("tiny_bert", {"loss", "f1", "cost", "gain", "accuracy"}),
-    "sums-recipe.yaml": ("tiny_llama", {"loss", "perplexity", "right"}),
+    "sums-recipe.yaml": ("tiny_llama", {"loss", "perplexity", "correct"}),
 }
 _BLOCK = re.compile(r"^```(?:json|yaml|python) (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lorakit.metrics import coco_caption as ptb
+from lorakit.metrics import coco_caption
 from lorakit.metrics.coco_caption import cider, rouge_l
 from lorakit.metrics.mteval import bleu, nist, tokenize
 from tests.metrics.constructed import COUNT, blocks, five_words, instances
@@ -29,7 +29,7 @@ def test_as_the_official_scripts(index: int) -> None:
     block, golden = blocks()[index], GOLDEN[index]
     ours, theirs = predictions[block], references[block]
     texts = [*ours, *(text for group in theirs for text in group)]
-    assert tokens_hash([ptb.tokenize(text) for text in texts]) == golden["tokens"]
+    assert tokens_hash([coco_caption.tokenize(text) for text in texts]) == golden["tokens"]
     assert [rouge_l(ours, theirs), cider(ours, theirs)] == pytest.approx(golden["coco"], abs=1e-9)
     ours, theirs = five_words(block)
     assert min(len(tokenize(text)) for text in ours) >= 5
@@ -208,4 +208,4 @@ def test_short_predictions() -> None:
     ],
 )
 def test_treebank_tokens(text: str, tokens: str) -> None:
-    assert ptb.tokenize(text) == [word for word in tokens.split(" ") if word]
+    assert coco_caption.tokenize(text) == [word for word in tokens.split(" ") if word]
