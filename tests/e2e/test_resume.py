@@ -94,28 +94,35 @@ def test_sigkill_at_random_moments(
     assert kills >= 3
 
 
-#: Where a kill could leave something half done: the function, and its how-manieth call.
-POINTS = [
-    ("lorakit.training.checkpoint:save_file", 1),  # nothing saved yet
-    ("lorakit.training.checkpoint:save_file", 10),  # in the middle of a checkpoint's files
-    ("lorakit.training.checkpoint:json.dumps", 3),  # before its last file
-    ("lorakit.training.checkpoint:checkpoints", 6),  # renamed, the old ones still there
-    ("lorakit.io.atomic:shutil.rmtree", 10),  # an old one renamed, not deleted
-    ("lorakit.training.control:Evaluator.__call__", 3),
-    ("lorakit.training.tracking:Recorder.evaluation", 5),  # measured, not told
-    ("lorakit.training.loop:Loop.finish", 1),
-    ("lorakit.training.run:export_adapter", 1),
-    ("lorakit.adapters.peft.write:save_file", 1),  # in the middle of the adapter
-    ("lorakit.training.record:RunRecord.write", 2),  # all but run.json
-]
+#: Where a kill could leave something half done: an operation on a path, and which of them.
+EVENTS = {
+    "no checkpoint yet": ("os.mkdir", r"/\.step-3\.", 1),
+    "before a checkpoint's last file": ("open", r"/\.step-6\..*/state\.json", 1),
+    "a checkpoint complete, not renamed": ("os.rename", r"/\.step-9\.\w+\.new", 1),
+    "renamed, the old ones still there": ("os.rename", r"/\.step-3\.\w+\.removed", 1),
+    "an old one renamed, not deleted": ("shutil.rmtree", r"/\.step-3\.\w+\.removed", 1),
+    "the adapter incomplete": ("open", r"/\.adapter\..*/adapter_config\.json", 1),
+    "the adapter complete, not renamed": ("os.rename", r"/\.adapter\.\w+\.new", 1),
+    "all but run.json": ("os.rename", r"/\.run\.json\.\w+\.new", 2),
+}
+CALLS = {
+    "before an evaluation": ("lorakit.training.control:Evaluator.__call__", 3),
+    "measured, not recorded": ("lorakit.training.tracking:Recorder.evaluation", 5),
+    "before the final evaluation": ("lorakit.training.loop:Loop.finish", 1),
+    "before the adapter": ("lorakit.training.output_dir:save_adapter", 1),
+}
+POINTS = {
+    **{name: {"at_event": event} for name, event in EVENTS.items()},
+    **{name: {"at_call": call} for name, call in CALLS.items()},
+}
 
 
-@pytest.mark.parametrize("point", POINTS, ids=lambda point: f"{point[0].split(':')[1]}-{point[1]}")
+@pytest.mark.parametrize("point", POINTS)
 def test_sigkill_at_a_delicate_moment(
-    point: tuple[str, int], recipe: Path, whole: Path, launcher: Launcher, tmp_path: Path
+    point: str, recipe: Path, whole: Path, launcher: Launcher, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    assert train(launcher, recipe, run, at_call=point).code == -signal.SIGKILL
+    assert train(launcher, recipe, run, **POINTS[point]).code == -signal.SIGKILL
     ended = train(launcher, recipe, run, "--resume", "auto")
     assert ended.code == 0, ended.err
     assert_same(run, whole)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -64,12 +65,15 @@ class Launcher:
         delay_seconds: float = 0.0,
         number: int = signal.SIGKILL,
         at_call: tuple[str, int] | None = None,
+        at_event: tuple[str, str, int] | None = None,
         stderr: str | None = None,
     ) -> Ended:
         """Run ``lorakit ARGUMENTS`` to its end.
 
         The signal is sent ``delay_seconds`` after ``signal_when()`` turns true, or by the process
-        to itself at the n-th call of a function (``at_call`` = ("module:name", n)).
+        to itself: at the n-th call of a public function (``at_call`` = ("module:name", n)), or just
+        before the n-th of Python's audit events that concerns a path like ``pattern`` (``at_event``
+        = ("os.rename", pattern, n)).
         """
         out, err = self._folder / "stdout", stderr or str(self._folder / "stderr")
         request = {
@@ -77,6 +81,7 @@ class Launcher:
             "stdout": str(out),
             "stderr": err,
             "at_call": at_call,
+            "at_event": at_event,
             "signal": int(number),
         }
         assert self._server.stdin is not None
@@ -102,7 +107,9 @@ def in_child(request: dict[str, Any]) -> int:
         os.dup2(opened, descriptor)
         os.close(opened)
     if request["at_call"]:
-        _signal_self(*request["at_call"], request["signal"])
+        _signal_at_call(*request["at_call"], request["signal"])
+    if request["at_event"]:
+        _signal_at_event(*request["at_event"], request["signal"])
     from lorakit.cli.main import run
 
     code = run(request["arguments"])
@@ -111,7 +118,7 @@ def in_child(request: dict[str, Any]) -> int:
     return code
 
 
-def _signal_self(target: str, call: int, number: int) -> None:
+def _signal_at_call(target: str, call: int, number: int) -> None:
     module, _, name = target.partition(":")
     owner: Any = __import__(module, fromlist=["_"])
     *path, last = name.split(".")
@@ -127,6 +134,20 @@ def _signal_self(target: str, call: int, number: int) -> None:
         return original(*args, **kwargs)
 
     setattr(owner, last, counted)
+
+
+def _signal_at_event(event: str, pattern: str, count: int, number: int) -> None:
+    left = count
+
+    def hook(name: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        if name != event or not any(re.search(pattern, str(each)) for each in arguments):
+            return
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), number)
+
+    sys.addaudithook(hook)
 
 
 def _alive(pid: int) -> bool:
