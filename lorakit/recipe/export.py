@@ -11,7 +11,14 @@ from pydantic.json_schema import models_json_schema
 from lorakit import registry
 from lorakit.io.atomic import write_text
 from lorakit.recipe.load import escape
-from lorakit.recipe.sections import ModelSection, Recipe, Section, TrainSection
+from lorakit.recipe.sections import (
+    AdapterSection,
+    ModelSection,
+    Recipe,
+    Section,
+    TaskSection,
+    TrainSection,
+)
 from lorakit.recipe.yaml_source import read_scalar
 
 #: The adapter keys to write first, in the order of the documentation.
@@ -85,7 +92,7 @@ def recipe_schema() -> dict[str, Any]:
     ``adapter`` and ``task`` are unions, discriminated by ``method`` and ``name``.
     """
     methods, tasks = registry.methods(), _distinct(registry.tasks())
-    classes: list[type[Section]] = [ModelSection, TrainSection]
+    classes: list[type[Section]] = [ModelSection, AdapterSection, TaskSection, TrainSection]
     classes += [method.Config for method in methods.values()]
     classes += [task.Config for task in tasks]
     references, top = models_json_schema(
@@ -100,7 +107,10 @@ def recipe_schema() -> dict[str, Any]:
         return found
 
     adapters = [_named(of(m.Config), "method", (name,), m.summary) for name, m in methods.items()]
+    user_method = _user_file(of(AdapterSection), "method", r"\.py:", "./FILE.py:CLASS")
     named_tasks = [_named(of(task.Config), "name", task.names, task.summary) for task in tasks]
+    forms = "./FILE.py:CLASS or ./FILE.yaml"
+    user_task = _user_file(of(TaskSection), "name", r"\.py:|\.ya?ml$", forms)
     return {
         "$schema": DIALECT,
         "title": "lorakit recipe",
@@ -109,26 +119,22 @@ def recipe_schema() -> dict[str, Any]:
         "required": list(Recipe.model_fields),
         "properties": {
             "model": of(ModelSection),
-            "adapter": {"anyOf": adapters},
-            "task": {"anyOf": [*named_tasks, _user_task()]},
+            "adapter": {"anyOf": [*adapters, user_method]},
+            "task": {"anyOf": [*named_tasks, user_task]},
             "train": of(TrainSection),
         },
         "$defs": definitions,
     }
 
 
-def _user_task() -> dict[str, Any]:
-    """The schema of a user task, whose keys only its file knows."""
-    name: dict[str, Any] = {
-        "type": "string",
-        "pattern": r"\.py:|\.ya?ml$",
-        "description": "a task file: ./FILE.py:CLASS or ./FILE.yaml",
-    }
+def _user_file(schema: dict[str, Any], key: str, pattern: str, forms: str) -> dict[str, Any]:
+    """Return the section's schema for a user's file, which may define further keys."""
+    name: dict[str, Any] = {"type": "string", "pattern": pattern, "description": forms}
     return {
-        "type": "object",
-        "properties": {"name": name},
+        **schema,
+        "properties": {**schema["properties"], key: name},
+        "required": [key],
         "additionalProperties": True,
-        "required": ["name"],
     }
 
 

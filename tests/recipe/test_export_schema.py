@@ -4,9 +4,11 @@ import json
 import re
 from typing import Any
 
+import pytest
+
 from lorakit import registry
 from lorakit.recipe.export import recipe_schema
-from lorakit.recipe.sections import ModelSection, TrainSection
+from lorakit.recipe.sections import AdapterSection, ModelSection, TaskSection, TrainSection
 
 
 def alternatives(section: str) -> list[dict[str, Any]]:
@@ -14,23 +16,25 @@ def alternatives(section: str) -> list[dict[str, Any]]:
     return found
 
 
-def test_every_method_stands_with_its_own_keys() -> None:
-    listed = {
-        name: s for s in alternatives("adapter") for name in s["properties"]["method"]["enum"]
-    }
+KEYS = {"adapter": "method", "task": "name"}
+
+
+def user_file(section: str) -> dict[str, Any]:
+    (found,) = [s for s in alternatives(section) if "pattern" in s["properties"][KEYS[section]]]
+    return found
+
+
+def test_every_method_has_its_keys() -> None:
+    built_in = [s for s in alternatives("adapter") if s != user_file("adapter")]
+    listed = {name: s for s in built_in for name in s["properties"]["method"]["enum"]}
     assert set(listed) == set(registry.methods())
     for name, method in registry.methods().items():
         assert set(listed[name]["properties"]) == set(method.Config.model_fields)
         assert ("method" in listed[name]["required"]) == (name != "lora")
 
 
-def own_file() -> dict[str, Any]:
-    (found,) = [s for s in alternatives("task") if "pattern" in s["properties"]["name"]]
-    return found
-
-
-def test_every_task_stands_with_its_own_keys() -> None:
-    built_in = [s for s in alternatives("task") if s != own_file()]
+def test_every_task_has_its_keys() -> None:
+    built_in = [s for s in alternatives("task") if s != user_file("task")]
     listed = {name: s for s in built_in for name in s["properties"]["name"]["enum"]}
     assert set(listed) == set(registry.tasks())
     for name, task in registry.tasks().items():
@@ -49,14 +53,23 @@ def test_unknown_keys_are_refused_everywhere() -> None:
     properties = recipe_schema()["properties"]
     sections = [properties["model"], properties["train"]]
     for section in [*sections, *alternatives("adapter"), *alternatives("task")]:
-        assert section["additionalProperties"] is (section == own_file())
+        files = (user_file("adapter"), user_file("task"))
+        assert section["additionalProperties"] is (section in files)
 
 
-def test_a_file_of_the_users_is_a_task_too() -> None:
-    pattern = own_file()["properties"]["name"]["pattern"]
-    for name in ("./my_task.py:MyTask", "a/b.yaml", "b.yml"):
-        assert re.search(pattern, name)
-    assert not any(re.search(pattern, name) for name in registry.tasks())
+@pytest.mark.parametrize(
+    ("section", "files"),
+    [("adapter", ["./my.py:My"]), ("task", ["./my_task.py:MyTask", "a/b.yaml", "b.yml"])],
+)
+def test_user_files(section: str, files: list[str]) -> None:
+    schema, key = user_file(section), KEYS[section]
+    pattern = schema["properties"][key]["pattern"]
+    assert all(re.search(pattern, name) for name in files)
+    known = registry.methods() if section == "adapter" else registry.tasks()
+    assert not any(re.search(pattern, name) for name in known)
+    general = AdapterSection if section == "adapter" else TaskSection
+    assert set(schema["properties"]) == set(general.model_fields)
+    assert schema["required"] == [key]
 
 
 def test_every_reference_leads_somewhere() -> None:
