@@ -1,4 +1,9 @@
-"""The error family: what is the user's to mend exits with 2, what is ours with 1."""
+"""Errors, their exit codes, and how messages are worded.
+
+A UserError is about the user's input and exits with 2; other errors exit with 1. A message about a
+recipe key starts with the key (``task.max_length = 9: ...``), so that the command line can name the
+file and line that set it. It says what is allowed after ``allowed:``.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +14,22 @@ from dataclasses import dataclass
 
 
 class LorakitError(Exception):
-    """Any failure lorakit explains itself; ``exit_code`` is what the command line returns."""
+    """Base class of all errors with a message for the user."""
 
     exit_code = 1
 
 
 class UserError(LorakitError, ValueError):
-    """The input is wrong: one clear message, exit 2, nothing written."""
+    """Invalid input; nothing has been written."""
 
     exit_code = 2
 
 
 class ModelError(UserError):
-    """A model or tokenizer is missing, gated, unreachable, or of the wrong kind."""
+    """A model or tokenizer is missing, gated, unreachable or of the wrong kind.
+
+    The message starts with the name of the model.
+    """
 
 
 class TargetError(UserError):
@@ -33,26 +41,28 @@ class DataError(UserError):
 
 
 class BadRow(DataError):
-    """A row of a stream cannot be read or trained on. The message names the checkpoint from which
-    the run goes on once the row is mended."""
+    """A row of a stream cannot be read or trained on.
+
+    The message names the checkpoint from which the run can resume when the row is fixed.
+    """
 
 
 class AdapterError(UserError):
-    """An adapter directory is missing, incomplete, or belongs to another model."""
+    """An adapter directory is missing, incomplete, or belongs to a different model."""
 
 
 class TrainingError(LorakitError):
-    """The run failed after it began: the message names the step and the last good checkpoint."""
+    """A run failed after it started; the message names the step and the last checkpoint."""
 
 
 class EvaluationError(LorakitError):
-    """A metric is not a finite number: the message names it and the likely cause."""
+    """A metric is not finite; the message names it and the likely cause."""
 
 
 class Interrupted(LorakitError):
-    """SIGINT or SIGTERM arrived; the checkpoint is saved.
+    """A run was stopped by SIGINT or SIGTERM, after saving a checkpoint.
 
-    ``exit_code`` is 128 + the signal's number: 130 or 143.
+    ``exit_code`` is 128 plus the signal number: 130 or 143.
     """
 
     def __init__(self, message: str, signal_number: int) -> None:
@@ -61,30 +71,31 @@ class Interrupted(LorakitError):
 
 
 def shown(value: object, max_characters: int = 80) -> str:
-    """A value as it is quoted in a message: on one line, without what steers a terminal, and not
-    longer than is read."""
+    """Format a value for a message: on one line, shortened, control characters escaped."""
     text = json.dumps(value, ensure_ascii=False, default=repr)
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return text if len(text) <= max_characters else f"{text[: max_characters - 3]}..."
 
 
 def listed(names: Iterable[object], most: int = 5) -> str:
-    """The first ``most`` names, and how many more there are."""
+    """Join the first ``most`` names, followed by the number of further ones."""
     texts = [str(name) for name in names]
     more = f" and {len(texts) - most:,} more" if len(texts) > most else ""
     return ", ".join(texts[:most]) + more
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known name most similar to ``name``, ignoring case and ``-`` against ``_``; None if none
-    is similar enough."""
+    """Return the known name most similar to ``name``, or None if none is similar enough.
+
+    Case is ignored, and ``-`` equals ``_``.
+    """
     folded = {_fold(candidate): candidate for candidate in known}
     found = difflib.get_close_matches(_fold(name), folded, n=1, cutoff=cutoff)
     return folded[found[0]] if found else None
 
 
 def did_you_mean(message: str, name: object, known: Iterable[str]) -> str:
-    """``message``, followed by the nearest known name if there is one."""
+    """Append the nearest known name, if there is one, to ``message``."""
     found = nearest(name, known) if isinstance(name, str) else None
     return f"{message}; did you mean {found!r}?" if found else message
 
@@ -121,7 +132,7 @@ class Problem:
 
 
 class RecipeError(UserError):
-    """Every problem of a recipe at once."""
+    """A recipe has problems; ``problems`` are all of them."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         assert problems, "a RecipeError needs at least one problem"
