@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,14 +11,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorakit import registry
-from lorakit.cli.console import AsJson, Overrides
-from lorakit.errors import RecipeError
+from lorakit.cli.console import AsJson, Overrides, say
+from lorakit.errors import RecipeError, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from lorakit.errors import Problem
     from lorakit.recipe.sections import Recipe
 
 _RecipeFiles = Annotated[list[Path], typer.Argument(metavar="RECIPE", help="Recipe files.")]
+_Check = Annotated[
+    str | None,
+    typer.Option(
+        "--check",
+        metavar="FILE.py:CLASS",
+        help="Check your own method, or a listed one by name. FILE.py is executed.",
+    ),
+]
 
 
 def validate(recipes: _RecipeFiles, overrides: Overrides = None, as_json: AsJson = False) -> None:
@@ -75,12 +84,46 @@ def schema() -> None:
     typer.echo(json.dumps(recipe_schema(), indent=2))
 
 
-def methods(as_json: AsJson = False) -> None:
-    """List the methods for adapter.method.
+def methods(check: _Check = None, as_json: AsJson = False) -> None:
+    """List the methods for adapter.method, or check one.
+
+    --check runs the contract of methods on tiny random models: the output is unchanged at the
+    start, gradients reach the method's parameters only, a saved adapter loads bit for bit, the
+    merged model equals the unmerged one, and a resumed run equals an uninterrupted one. The exit
+    code is 1 if a check fails. See docs/own-method.md for methods in files.
 
     Example: lorakit methods --json
+
+    Example: lorakit methods --check ./my_method.py:MyMethod
     """
+    if check is not None:
+        _check_method(check, as_json)
+        return
     _list({name: method.summary for name, method in registry.methods().items()}, as_json)
+    if not as_json:
+        say("or a file: ./FILE.py:CLASS")
+
+
+def _check_method(name: str, as_json: bool) -> None:
+    from lorakit.api import check_method
+
+    try:
+        results = check_method(name)
+    except KeyError:
+        known = list(registry.methods())
+        message = did_you_mean(f"--check {name}: unknown method", name, known)
+        raise UserError(f"{message}; allowed: {', '.join(known)}, ./FILE.py:CLASS") from None
+    passed = all(result.problem is None for result in results)
+    if as_json:
+        checks = [dataclasses.asdict(result) for result in results]
+        typer.echo(json.dumps({"method": name, "passed": passed, "checks": checks}, indent=2))
+    else:
+        for result in results:
+            mark = "ok    " if result.problem is None else "FAILED"
+            problem = "" if result.problem is None else f": {result.problem}"
+            typer.echo(f"{mark}  {result.module}: {result.check}{problem}")
+    if not passed:
+        raise typer.Exit(1)
 
 
 def tasks(as_json: AsJson = False) -> None:
@@ -92,7 +135,7 @@ def tasks(as_json: AsJson = False) -> None:
     """
     _list({name: task.summary for name, task in registry.tasks().items()}, as_json)
     if not as_json:
-        typer.echo("or a file: ./FILE.py:CLASS, ./FILE.yaml", err=True)
+        say("or a file: ./FILE.py:CLASS, ./FILE.yaml")
 
 
 def _list(summaries: Mapping[str, str], as_json: bool) -> None:
