@@ -50,12 +50,12 @@ def merge(
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Merge an adapter into its base model, for plain transformers.
+    """Merge an adapter into its base model.
 
-    The sum is computed in float32 and rounded once. Tensors, settings and files of the base that
-    the adapter does not change are copied; weights in other formats are skipped and listed. Fully
-    trained modules, such as a classification head, are not weighted: they are taken from ADAPTER,
-    and OTHER must have the same or none.
+    Plain transformers loads the result. The sum is computed in float32 and rounded once. Tensors,
+    settings and files of the base that the adapter does not change are copied; weights in other
+    formats are skipped and listed. Fully trained modules, such as a classification head, are not
+    weighted: they are taken from ADAPTER, and OTHER must have the same or none.
 
     Example: lorakit merge models/smollm2-135m-instruct runs/quickstart/adapter merged
 
@@ -119,7 +119,9 @@ _Target = Annotated[
 _Format = Annotated[str, typer.Option("--to", metavar="FORMAT", help="lora, loralib or peft.")]
 _Rank = Annotated[
     int | None,
-    typer.Option(metavar="R", help="Rank for --to lora [default: the smallest that vLLM serves]."),
+    typer.Option(
+        metavar="R", help="Rank for --to lora [default: the smallest that vLLM supports]."
+    ),
 ]
 _Alpha = Annotated[
     float | None,
@@ -167,7 +169,9 @@ def convert(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Convert an adapter to another format; the base model is not needed.
+    """Convert an adapter to another format.
+
+    The base model is not needed. The formats are:
 
     lora: plain LoRA of one rank, for PEFT and vLLM, from any LoRA, rsLoRA or AdaLoRA adapter.
 

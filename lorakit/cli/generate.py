@@ -47,7 +47,7 @@ _Output = Annotated[
 _MaxNewTokens = Annotated[
     int | None,
     typer.Option(
-        metavar="N", min=1, help="[default: 256, or less if the model's window is smaller]"
+        metavar="N", min=1, help="Maximum length [default: 256, or what fits the model's window]."
     ),
 ]
 _Temperature = Annotated[
@@ -55,14 +55,16 @@ _Temperature = Annotated[
 ]
 _TopP = Annotated[
     float | None,
-    typer.Option(metavar="P", help="Sample from the top tokens with total probability P [1]."),
+    typer.Option(
+        metavar="P", help="Sample from the top tokens with total probability P [default: 1]."
+    ),
 ]
 _NumBeams = Annotated[
     int, typer.Option(metavar="N", min=1, help="Beam search if above 1; output is not streamed.")
 ]
 _LengthPenalty = Annotated[
     float | None,
-    typer.Option(metavar="X", help="Beams are scored by log probability / length^X [1]."),
+    typer.Option(metavar="X", help="Beams are scored by log probability / length^X [default: 1]."),
 ]
 _NoRepeatNgramSize = Annotated[
     int, typer.Option(metavar="N", min=0, help="Never repeat N tokens in an answer; 0: no limit.")
@@ -72,7 +74,7 @@ _Stop = Annotated[
     typer.Option(metavar="TEXT", help="Stop before TEXT is generated. Can be repeated."),
 ]
 _Seed = Annotated[
-    int, typer.Option(metavar="N", min=0, max=2**32 - 1, help="Random seed of sampling.")
+    int, typer.Option(metavar="N", min=0, max=2**32 - 1, help="Random seed for sampling.")
 ]
 _Dtype = Annotated[
     str | None,

@@ -20,7 +20,7 @@ _OPEN, _CLOSE, _BREAK = "⟦", "⟧", "⏎"
 #: Zero-width joiners shape the letters of some scripts and emoji, so they are not escaped.
 _JOINERS = "\u200c\u200d"
 
-_Split = Annotated[str, typer.Option(metavar="S", help="Split.")]
+_Split = Annotated[str, typer.Option(metavar="S", help="Split to show.")]
 _Count = Annotated[int, typer.Option(metavar="N", min=0, help="Number of rows to show.")]
 _Start = Annotated[int, typer.Option(metavar="K", min=1, help="First row to show.")]
 _Limit = Annotated[
@@ -42,10 +42,11 @@ def preview(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show rows as the model will see them, with trained and masked tokens, and split statistics.
+    """Show rows as the model will see them.
 
-    No model is loaded. Without a terminal, or if NO_COLOR is set, trained text is enclosed in ⟦ and
-    ⟧. Control characters in the data are escaped.
+    Prints trained and masked tokens and statistics of the split; no model is loaded. Without a
+    terminal, or if NO_COLOR is set, trained text is enclosed in ⟦ and ⟧. Control characters in the
+    data are escaped.
 
     Example: lorakit preview recipes/quickstart.yaml --split validation --count 5
     """

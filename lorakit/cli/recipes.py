@@ -30,9 +30,10 @@ _Check = Annotated[
 
 
 def validate(recipes: _RecipeFiles, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Check recipes and report all problems at once, without loading a model.
+    """Check recipes without loading a model.
 
-    Prints a line for each valid recipe. The exit code is 2 if any recipe is invalid.
+    Reports all problems at once, and prints a line for each valid recipe. The exit code is 2 if any
+    recipe is invalid.
 
     Example: lorakit validate recipes/*.yaml --set train.seed=1
     """
@@ -74,10 +75,12 @@ def _result(path: Path, problems: tuple[Problem, ...]) -> dict[str, Any]:
 
 
 def schema() -> None:
-    """Print the JSON schema of recipes, from which editors complete keys and values.
+    """Print the JSON schema of recipes.
 
-    Example: lorakit schema > recipe.schema.json; then put this line at the top of a recipe:
+    Editors complete keys and values in recipes that start with the line
     "# yaml-language-server: $schema=recipe.schema.json".
+
+    Example: lorakit schema > recipe.schema.json
     """
     from lorakit.recipe.export import recipe_schema
 
@@ -90,7 +93,9 @@ def methods(check: _Check = None, as_json: AsJson = False) -> None:
     --check runs the contract of methods on tiny random models: the output is unchanged at the
     start, gradients reach the method's parameters only, a saved adapter loads bit for bit, the
     merged model equals the unmerged one, and a resumed run equals an uninterrupted one. The exit
-    code is 1 if a check fails. See docs/own-method.md for methods in files.
+    code is 1 if a check fails.
+
+    A method may also be a file, ./FILE.py:CLASS: see docs/own-method.md.
 
     Example: lorakit methods --json
 
@@ -127,9 +132,9 @@ def _check_method(name: str, as_json: bool) -> None:
 
 
 def tasks(as_json: AsJson = False) -> None:
-    """List the tasks for task.name, which may also be a file: ./FILE.py:CLASS or ./FILE.yaml.
+    """List the tasks for task.name.
 
-    See docs/user-task.md for tasks in files.
+    A task may also be a file, ./FILE.py:CLASS or ./FILE.yaml: see docs/user-task.md.
 
     Example: lorakit tasks --json
     """

@@ -118,9 +118,10 @@ def eval_(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate an adapter, the base model or ready predictions on the recipe's task.
+    """Evaluate an adapter or the base model on a task.
 
-    Under torchrun or accelerate launch, the processes share the rows.
+    Runs the recipe's task with its adapter, with --base without one, or with --predictions on
+    existing predictions. Under torchrun or accelerate launch, the processes share the rows.
 
     Example: lorakit eval recipes/quickstart.yaml --limit 200 --json
     """
