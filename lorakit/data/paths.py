@@ -33,6 +33,9 @@ from lorakit.data.file_names import (
 from lorakit.errors import DataError, listed
 from lorakit.recipe.sections import SPLIT_ALIASES, split_name_errors
 
+#: The values of ``task.path``.
+PathOption = str | list[str] | dict[str, str | list[str]] | None
+
 
 @dataclass(frozen=True)
 class SplitFiles:
@@ -40,9 +43,6 @@ class SplitFiles:
 
     files: list[Path]
     notes: tuple[str, ...] = ()
-
-
-PathOption = str | list[str] | dict[str, str | list[str]] | None
 
 
 def split_files(path: PathOption, split: str) -> list[Path]:
@@ -209,10 +209,13 @@ def _shared_with(path: dict[str, str | list[str]], key: str, files: list[Path]) 
     for other in path if key == "train" else ():
         try:
             theirs = _listed(path[other]).files if other != key else []
-        except DataError:  # told when that split is loaded
+        except DataError:  # reported when that split is loaded
             continue
         if both := [file for file in theirs if _location(file) in locations]:
             yield f"task.path: in both {key} and {other}: {listed(both)}"
+
+
+# A directory
 
 
 def in_directory(folder: Path, split: str) -> SplitFiles:
