@@ -1,4 +1,4 @@
-"""Chat templates of many styles, each with what the model has to write for a turn."""
+"""Chat templates of many styles, each with the text that the model must generate for a turn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens are read again only where nothing that they follow from has changed."""
+"""Cached tokens are used only if nothing that determines them has changed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def scored(row: Any) -> ClassificationExample:
 
 
 class Cached:
-    """``encode_split`` with a cache in ``folder``, and what was said."""
+    """``encode_split`` with a cache in ``folder``, and its messages."""
 
     def __init__(self, folder: Path, tokenizer: Any) -> None:
         self.folder, self.tokenizer = folder, tokenizer
@@ -93,8 +93,8 @@ def assert_equal(a: EncodedSplit, b: EncodedSplit) -> None:
     assert a.counts == b.counts
 
 
-def test_skipped_rows_are_kept(tmp_path: Path, tokenizer: Any) -> None:
-    """Named as the split that is read has them, wherever the file is by then."""
+def test_skipped_rows_are_cached(tmp_path: Path, tokenizer: Any) -> None:
+    """They are named after the split that is read, even if its file has moved."""
 
     def refuse(row: Any) -> TextExample:
         if row["prompt"] in ("3 is", "9 is"):
@@ -116,7 +116,7 @@ def test_skipped_rows_are_kept(tmp_path: Path, tokenizer: Any) -> None:
     assert len(found[0]) == len(ROWS) - 2
 
 
-def test_what_is_read_is_what_was_made(cached: Cached, tokenizer: Any) -> None:
+def test_reading_returns_what_was_stored(cached: Cached, tokenizer: Any) -> None:
     plain = encode_split(split_of(), example, tokenizer, 15)
     assert plain.truncated_rows > plain.cut_completions > 0
     assert_equal(cached.encode(), plain)
@@ -141,7 +141,7 @@ def test_labels_and_types(tmp_path: Path, tiny_bert: Path, to_example: Any) -> N
 
 
 def test_chats_that_become_several_rows(cached: Cached, tokenizer: Any) -> None:
-    """The entry is of as many rows of the split, and what was counted of them is said again."""
+    """The entry has the number of rows of the split, and its counts."""
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '!' if loop.last and m.role == 'assistant' }}{{ m.content }}</s>"
         "{% endfor %}"
@@ -161,7 +161,7 @@ def test_chats_that_become_several_rows(cached: Cached, tokenizer: Any) -> None:
     assert len(split_notes(plain, split_of(), 30)) == 1
 
 
-def test_each_thing_that_tokens_follow_from_misses(
+def test_every_input_of_the_key_causes_a_miss(
     cached: Cached,
 ) -> None:
     assert not cached.hit()
@@ -173,7 +173,7 @@ def test_each_thing_that_tokens_follow_from_misses(
     assert cached.hit()
 
 
-def test_only_changes_of_the_code_change_the_digest(tmp_path: Path) -> None:
+def test_comments_and_docstrings_do_not_change_the_digest(tmp_path: Path) -> None:
     sources = {
         "first": "def f(x):\n    return x + 1\n",
         "commented": '"""A module."""\n\ndef f(x):\n    """Add 1."""\n    # one\n    return x+1\n',
@@ -187,7 +187,7 @@ def test_only_changes_of_the_code_change_the_digest(tmp_path: Path) -> None:
     assert first != changed
 
 
-def test_another_tokenizer_or_template_misses(cached: Cached) -> None:
+def test_another_tokenizer_or_template_causes_a_miss(cached: Cached) -> None:
     assert not cached.hit()
     cached.tokenizer.chat_template = "{{ messages }}"
     assert not cached.hit()
@@ -198,7 +198,7 @@ def test_another_tokenizer_or_template_misses(cached: Cached) -> None:
     assert cached.hit()
 
 
-def test_what_a_tokenizer_was_last_used_for_does_not_miss(cached: Cached) -> None:
+def test_the_last_use_of_a_tokenizer_does_not_cause_a_miss(cached: Cached) -> None:
     assert not cached.hit()
     cached.tokenizer.pad_token = cached.tokenizer.eos_token
     key = encoding_key(cached.tokenizer, {})
@@ -206,7 +206,7 @@ def test_what_a_tokenizer_was_last_used_for_does_not_miss(cached: Cached) -> Non
     assert encoding_key(cached.tokenizer, {}) == key
 
 
-def test_data_and_limit_miss(cached: Cached, tmp_path: Path) -> None:
+def test_other_data_or_another_limit_causes_a_miss(cached: Cached, tmp_path: Path) -> None:
     file = tmp_path / "train.jsonl"
 
     def loaded(rows: list[Any], limit: int | None = None) -> Split:
@@ -222,7 +222,7 @@ def test_data_and_limit_miss(cached: Cached, tmp_path: Path) -> None:
     assert cached.hit(loaded(more))
 
 
-def test_few_rows_are_not_kept(cached: Cached) -> None:
+def test_few_rows_are_not_cached(cached: Cached) -> None:
     cached.encode(split_of(ROWS[:-1]))
     assert cached.said == cached.entries == []
 
@@ -250,7 +250,7 @@ def test_without_write_entries_are_only_read(cached: Cached) -> None:
     ],
     ids=["empty", "short", "cut", "flipped", "header size", "header", "shape", "counts"],
 )
-def test_a_broken_entry_is_made_again(cached: Cached, damage: Callable[[bytes], bytes]) -> None:
+def test_a_corrupt_entry_is_replaced(cached: Cached, damage: Callable[[bytes], bytes]) -> None:
     plain = cached.encode()
     (entry,) = cached.entries
     broken = entry.with_suffix(".broken")
@@ -262,14 +262,14 @@ def test_a_broken_entry_is_made_again(cached: Cached, damage: Callable[[bytes], 
     assert cached.hit()
 
 
-def test_an_entry_may_be_deleted_while_it_is_used(cached: Cached) -> None:
+def test_an_entry_may_be_deleted_while_in_use(cached: Cached) -> None:
     cached.encode()
     found = cached.encode()
     cached.entries[0].unlink()
     assert_equal(found, cached.encode())
 
 
-def test_a_cache_that_cannot_be_written_is_said_once(tmp_path: Path, tokenizer: Any) -> None:
+def test_an_unwritable_cache_is_reported_once(tmp_path: Path, tokenizer: Any) -> None:
     (tmp_path / "file").write_text("")
     said: list[str] = []
     kept = EncodedCache("key", said.append, directory=tmp_path / "file" / "tokens")
@@ -283,7 +283,7 @@ def test_a_cache_that_cannot_be_written_is_said_once(tmp_path: Path, tokenizer: 
     ]
 
 
-def test_a_full_disk_is_one_clear_line(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_a_one_line_error(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "MANY_ROWS", 1000)
 
     def full() -> Any:
@@ -300,7 +300,7 @@ def test_a_full_disk_is_one_clear_line(tokenizer: Any, monkeypatch: pytest.Monke
 def test_a_killed_writer_leaves_no_entry(
     cached: Cached, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed between the first byte and the rename; the next writer sweeps."""
+    """Killed between the first byte and the rename; the next writer cleans up."""
 
     def stuck(parts: Any, file: Any) -> None:
         write_arrays(parts, file)

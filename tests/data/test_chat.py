@@ -45,7 +45,7 @@ def one_row(example: ChatExample, tokenizer: Any) -> tuple[list[int], list[bool]
 
 
 def trained_parts(messages: tuple[dict[str, Any], ...], tokenizer: Any, **fields: Any) -> list[str]:
-    """The trained stretches of the chat, each decoded by itself."""
+    """The trained segments of the chat, decoded separately."""
     ids, trained = one_row(ChatExample(messages, **fields), tokenizer)
     parts: list[list[int]] = []
     for index, (token, on) in enumerate(zip(ids, trained, strict=True)):
@@ -62,12 +62,12 @@ def test_assistant_turns_and_their_ends_are_trained(tokenizer: Any) -> None:
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(list(CHAT), tokenize=False)
 
 
-def test_eos_behind_white_space_is_trained(tokenizer: Any) -> None:
+def test_eos_after_white_space_is_trained(tokenizer: Any) -> None:
     tokenizer.chat_template = SPACED
     assert trained_parts(CHAT, tokenizer) == [" 4 </s>", " Yes, 4 é </s>"]
 
 
-def test_template_without_an_end_trains_the_words_alone(tokenizer: Any) -> None:
+def test_template_without_end_token_trains_the_content_alone(tokenizer: Any) -> None:
     tokenizer.chat_template = WITHOUT_END
     assert trained_parts(CHAT, tokenizer) == ["4", "Yes, 4 é"]
 
@@ -77,7 +77,7 @@ def test_a_template_without_a_generation_prompt_trains_the_header_too(tokenizer:
     assert trained_parts(CHAT, tokenizer) == ["assistant: 4", "assistant: Yes, 4 é"]
 
 
-def test_turn_that_another_repeats_is_told_apart(tokenizer: Any) -> None:
+def test_repeated_turn_is_distinguished(tokenizer: Any) -> None:
     chat = (
         {"role": "user", "content": "<assistant>a</s>"},
         {"role": "assistant", "content": "a"},
@@ -90,13 +90,13 @@ def test_turn_that_another_repeats_is_told_apart(tokenizer: Any) -> None:
     assert text == "<user><assistant>a</s></s><assistant><user>a</s><assistant>"
 
 
-def test_prompt_is_what_stands_before_the_turn_in_training(tokenizer: Any) -> None:
+def test_prompt_is_the_text_before_the_turn_in_training(tokenizer: Any) -> None:
     ids, trained = one_row(ChatExample(CHAT), tokenizer)
     before = ids[: trained.index(True)]
     assert encode_chat_prompt(list(CHAT[:2]), tokenizer) == before
 
 
-def test_what_precedes_the_content_is_trained_where_no_prompt_has_it(tokenizer: Any) -> None:
+def test_text_before_the_content_is_trained_if_it_is_not_in_the_prompt(tokenizer: Any) -> None:
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content | length }}{{ m.content }}</s>{% endfor %}"
     )
@@ -110,8 +110,8 @@ LEAVES_OUT_SYSTEM = (
 
 
 @pytest.mark.parametrize("content", ["Be brief.", "2+2?", "s", "4"])
-def test_a_message_without_a_trace_is_refused(content: str, tokenizer: Any) -> None:
-    """Also one whose text stands elsewhere in the chat."""
+def test_an_omitted_message_is_an_error(content: str, tokenizer: Any) -> None:
+    """Also if its text occurs elsewhere in the chat."""
     tokenizer.chat_template = LEAVES_OUT_SYSTEM
     chat = ({"role": "system", "content": content}, *CHAT[1:])
     message = "message 1: the chat template omits this system message"
@@ -120,14 +120,14 @@ def test_a_message_without_a_trace_is_refused(content: str, tokenizer: Any) -> N
     assert trained_parts(CHAT[1:], tokenizer) == ["4</s>", "Yes, 4 é</s>"]
 
 
-def test_a_message_without_a_trace_in_a_long_chat(tokenizer: Any) -> None:
+def test_an_omitted_message_in_a_long_chat(tokenizer: Any) -> None:
     tokenizer.chat_template = LEAVES_OUT_SYSTEM
     long = CHAT[1:3] * 30
     with pytest.raises(DataError, match="message 31: "):
         encode_chat(ChatExample((*long[:30], CHAT[0], *long[30:])), tokenizer)
 
 
-def test_changed_contents_leave_a_trace(tokenizer: Any) -> None:
+def test_changed_contents_are_found(tokenizer: Any) -> None:
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content | trim | upper | e }}</s>{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -146,7 +146,7 @@ TOLD = {"role": "tool", "tool_call_id": "c1", "name": "tide", "content": "14:05"
 ANSWERS = {"role": "assistant", "content": "At 14:05."}
 
 
-def test_a_message_of_which_only_ignored_keys_are_left_is_refused(smollm2: Path) -> None:
+def test_a_message_with_ignored_keys_only_is_an_error(smollm2: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     message = r"message 2: .* omits this assistant message \(its tool calls\)"
     with pytest.raises(DataError, match=message):
@@ -185,13 +185,13 @@ def test_ignored_keys_are_counted(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("turns", [1, 30])
-def test_an_end_that_the_content_holds_is_not_trained_twice(turns: int, tokenizer: Any) -> None:
+def test_an_end_token_in_the_content_is_not_trained_twice(turns: int, tokenizer: Any) -> None:
     chat = (ASKS, ANSWERS, ASKS, {"role": "assistant", "content": "Now.</s>"}, ASKS, ANSWERS)
     wanted = ["At 14:05.</s>", "Now.</s>", "At 14:05.</s>"]
     assert trained_parts(chat * turns, tokenizer) == wanted * turns
 
 
-def test_a_content_that_gives_way_to_tool_calls_is_counted(tokenizer: Any) -> None:
+def test_a_content_replaced_by_tool_calls_is_counted(tokenizer: Any) -> None:
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}"
         "{% else %}{{ m.content }}{% endif %}</s>{% endfor %}"
@@ -203,7 +203,7 @@ def test_a_content_that_gives_way_to_tool_calls_is_counted(tokenizer: Any) -> No
 
 
 def test_contents_in_parts(tokenizer: Any) -> None:
-    """As templates of models for images and text have them."""
+    """As in templates of multimodal models."""
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{% for part in m.content %}"
         "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}</s>{% endfor %}"
@@ -214,7 +214,7 @@ def test_contents_in_parts(tokenizer: Any) -> None:
     assert ids[: trained.index(True)] == encode_chat_prompt(CHAT[:2], tokenizer)
 
 
-def test_tokens_behind_the_end_of_turn(tokenizer: Any) -> None:
+def test_tokens_after_the_end_of_turn(tokenizer: Any) -> None:
     """Two in succession end the turn, unless the first is EOS; one on the next line does not."""
     tokenizer.add_special_tokens({"additional_special_tokens": ["<end>", "<over>"]})
     template = "{% for m in messages %}{{ m.content }}END{% endfor %}"
@@ -254,7 +254,7 @@ MARKED = (
          "{{ m.content }}</s>{% endif %}", ["Yes, 4 é</s>"], None),
     ],
 )  # fmt: skip
-def test_marks_say_what_is_trained(
+def test_marks_select_the_trained_text(
     marked: str, parts: list[str], count: str | None, tokenizer: Any
 ) -> None:
     tokenizer.chat_template = MARKED.replace("MARKED", marked)
@@ -270,7 +270,9 @@ def test_marks_say_what_is_trained(
 
 @pytest.mark.parametrize("turns", [2, 4, 30])
 @pytest.mark.parametrize("which", ["loop.last", "m.quality != 'low'", "loop.index0 > 1"])
-def test_the_whole_chats_marks_say_what_is_trained(turns: int, which: str, tokenizer: Any) -> None:
+def test_marks_of_the_whole_chat_select_the_trained_text(
+    turns: int, which: str, tokenizer: Any
+) -> None:
     tokenizer.chat_template = MARKED.replace(
         "MARKED", "{% if WHICH %}{% generation %}{{ m.content }}</s>{% endgeneration %}{% else %}"
         "{{ m.content }}</s>{% endif %}".replace("WHICH", which)
@@ -290,7 +292,7 @@ def test_the_whole_chats_marks_say_what_is_trained(turns: int, which: str, token
     assert ("ignored:quality" in counts) == ("quality" not in which)
 
 
-def test_a_key_of_the_question_may_steer_the_marks(tokenizer: Any) -> None:
+def test_marks_may_depend_on_a_key_of_the_question(tokenizer: Any) -> None:
     tokenizer.chat_template = MARKED.replace(
         "MARKED", "{% if messages[loop.index0 - 1].good %}{% generation %}{{ m.content }}</s>"
         "{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}"
@@ -303,12 +305,12 @@ def test_a_key_of_the_question_may_steer_the_marks(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     "comment", ["{# {% generation %} #}", "{% raw %}{% generation %}{% endraw %}"]
 )
-def test_a_mark_in_a_comment_is_none(comment: str, tokenizer: Any) -> None:
+def test_a_mark_in_a_comment_is_ignored(comment: str, tokenizer: Any) -> None:
     tokenizer.chat_template = comment + WITHOUT_END
     assert trained_parts(CHAT, tokenizer) == ["4", "Yes, 4 é"]
 
 
-def test_marks_that_begin_in_the_prompt_or_are_not_there(tokenizer: Any) -> None:
+def test_marks_that_begin_in_the_prompt_or_are_missing(tokenizer: Any) -> None:
     tokenizer.chat_template = (
         "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}<assistant>"
         "{{ m.content }}</s>{% endgeneration %}{% else %}<{{ m.role }}>{{ m.content }}</s>"
@@ -324,7 +326,7 @@ def test_marks_that_begin_in_the_prompt_or_are_not_there(tokenizer: Any) -> None
     assert encode_chat(ChatExample(CHAT), tokenizer).counts["unmarked_turns"] == 1
 
 
-def test_marks_of_which_none_is_there_are_an_error(tokenizer: Any) -> None:
+def test_a_chat_without_marks_is_an_error(tokenizer: Any) -> None:
     never = "{% if false %}{% generation %}{% endgeneration %}{% endif %}{{ m.content }}</s>"
     tokenizer.chat_template = MARKED.replace("MARKED", never)
     with pytest.raises(DataError, match="marks no part of the trained turns"):
@@ -341,7 +343,7 @@ def test_another_template_for_chats_with_tools(tokenizer: Any) -> None:
     assert tokenizer.decode(one_row(ChatExample(CHAT), tokenizer)[0]).startswith("<system>")
 
 
-def test_what_was_counted_is_said_once(tokenizer: Any) -> None:
+def test_counts_are_reported_once(tokenizer: Any) -> None:
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and loop.last %}"
         "<think></think>{% endif %}{{ m.content }}</s>{% endfor %}"
@@ -377,7 +379,7 @@ def test_rows_of_a_split_chat_lose_the_beginning_of_their_prompts(tokenizer: Any
     assert (found.truncated_rows, found.cut_completions) == (2, 0)
 
 
-def test_refusals_name_the_row(tokenizer: Any) -> None:
+def test_errors_name_the_row(tokenizer: Any) -> None:
     tokenizer.chat_template = ALTERNATES
     rows = [{"chat": CHAT[1:3]}, {"chat": CHAT}]
     split = Split("train", rows, "chats.jsonl", "0")
@@ -399,7 +401,7 @@ def test_long_chats_lose_their_end(tokenizer: Any) -> None:
         encode_split(split, lambda _: ChatExample(CHAT), tokenizer, 20)
 
 
-def test_smollm2s_own_template(smollm2: Path) -> None:
+def test_the_template_of_smollm2(smollm2: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     assert trained_parts(CHAT, tokenizer) == ["4<|im_end|>", "Yes, 4 é<|im_end|>"]
     assert trained_parts(CHAT[1:], tokenizer) == ["4<|im_end|>", "Yes, 4 é<|im_end|>"]
@@ -418,7 +420,7 @@ ASKING = (
 
 @pytest.mark.parametrize("both", [True, False])
 @pytest.mark.parametrize("asking", ASKING)
-def test_a_question_that_steers_the_prompt_does_so_in_long_chats(
+def test_a_prompt_that_depends_on_the_question_does_so_in_long_chats(
     asking: str, both: bool, tokenizer: Any
 ) -> None:
     here = asking.replace("[i]", "[loop.index0 - 1]") if both else "false"
@@ -459,7 +461,7 @@ THINKS = {"role": "assistant", "content": "<think>7*13</think>No."}
          " ~ m.content.split('</think>')[-1]", 0),
     ],
 )  # fmt: skip
-def test_a_content_of_which_a_part_is_left_out_is_counted(
+def test_a_truncated_content_is_counted(
     content: str, left_out: int, turns: int, tokenizer: Any
 ) -> None:
     tokenizer.chat_template = MARKED.replace("MARKED", "{{ " + content + " }}</s>")
@@ -502,7 +504,7 @@ CLOSED = """\
         ({"content": "No."}, "No.</s>"),
     ],
 )
-def test_reasoning_behind_a_prompt_that_ends_it_is_left_out_and_counted(
+def test_reasoning_after_a_prompt_that_closes_it_is_left_out_and_counted(
     answer: dict[str, Any], trained: str, turns: int, tokenizer: Any
 ) -> None:
     tokenizer.chat_template = CLOSED

@@ -1,4 +1,4 @@
-"""What is trained of each turn is what follows, to the byte, the prompt that generation gets."""
+"""The trained text of each turn is, to the byte, what follows the prompt of generation."""
 
 from __future__ import annotations
 
@@ -141,14 +141,14 @@ def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def stretches(trained: Sequence[bool]) -> list[tuple[int, int]]:
-    """Where trained tokens begin and end."""
+    """The spans of trained tokens."""
     flags = [False, *trained, False]
     changes = [i for i in range(len(flags) - 1) if flags[i] != flags[i + 1]]
     return list(zip(changes[::2], changes[1::2], strict=True))
 
 
 @pytest.mark.parametrize("name", STYLES)
-def test_trained_is_what_generation_must_continue_with(name: str, base: Any) -> None:
+def test_trained_text_is_what_generation_must_produce(name: str, base: Any) -> None:
     style = STYLES[name]
     tokenizer = with_template(base, style)
     lossy = decoded(tokenizer, tokenizer("<|im_end|>a").input_ids) != "<|im_end|>a"
@@ -216,7 +216,7 @@ LONG: dict[str, Messages] = {
 
 
 class Counting:
-    """How many messages a tokenizer's template was given to render."""
+    """The number of messages that a tokenizer's template rendered."""
 
     def __init__(self, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         from transformers.utils import chat_template_utils
@@ -239,7 +239,7 @@ def bytes_tokenizer(smollm2: Path) -> Any:
 
 
 @pytest.mark.parametrize("name", STYLES)
-def test_long_chats_give_what_their_turns_give_one_by_one(
+def test_long_chats_equal_their_turns_one_by_one(
     name: str, bytes_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     style = STYLES[name]

@@ -15,7 +15,7 @@ from lorakit.data.encode import EncodedRow
 LENGTHS = np.random.default_rng(0).integers(1, 200, 997)
 
 
-def test_evaluation_takes_every_row_once_the_longest_first() -> None:
+def test_evaluation_batches_have_every_row_once_longest_first() -> None:
     parts = list(eval_batches(LENGTHS, 16))
     assert sorted(np.concatenate(parts).tolist()) == list(range(997))
     lengths = LENGTHS[np.concatenate(parts)]

@@ -1,4 +1,4 @@
-"""Files that do not share every column: the rows have all of them, None where there is none."""
+"""Files with different columns: rows have all of them, None where one is missing."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def streamed(path: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.product(FORMS, FORMS)))
-def test_a_column_that_one_file_lacks(tmp_path: Path, one: str, other: str) -> None:
+def test_a_column_missing_from_one_file(tmp_path: Path, one: str, other: str) -> None:
     files = [write(tmp_path / f"a.{one}", [FIRST]), write(tmp_path / f"b.{other}", [SECOND] * 2)]
     blank = {**SECOND, "input": None}
     for order, expected in ((files, [FIRST, blank, blank]), (files[::-1], [blank, blank, FIRST])):
@@ -66,7 +66,7 @@ def test_a_column_that_one_file_lacks(tmp_path: Path, one: str, other: str) -> N
         )
 
 
-def test_files_that_are_alike_need_no_note(tmp_path: Path) -> None:
+def test_files_with_equal_columns_need_no_note(tmp_path: Path) -> None:
     files = [write(tmp_path / "a.jsonl", [FIRST]), write(tmp_path / "b.parquet", [FIRST])]
     assert loaded(files).notes == ()
     assert loaded(files[0]).notes == ()
@@ -102,7 +102,7 @@ def table(file: Path, **columns: Any) -> str:
     return str(file)
 
 
-def test_tables_that_go_together_stay_one(tmp_path: Path) -> None:
+def test_compatible_tables_are_concatenated(tmp_path: Path) -> None:
     features = datasets.Features({"label": datasets.ClassLabel(names=["no", "yes"])})
     for name, label in (("a", 1), ("b", 0)):
         datasets.Dataset.from_dict({"label": [label]}, features).to_parquet(
@@ -125,14 +125,14 @@ def test_tables_that_go_together_stay_one(tmp_path: Path) -> None:
          [{"r": 1, "c": "x", "n": None}, {"c": "y", "r": 2, "n": 3}]),
     ],
 )  # fmt: skip
-def test_types_that_do_not_show_in_a_row(
+def test_types_that_are_equal_in_rows(
     tmp_path: Path, first: Any, second: Any, values: list[Any]
 ) -> None:
     files = [table(tmp_path / "a.parquet", x=first), table(tmp_path / "b.parquet", x=second)]
     assert loaded(files).column("x") == values
 
 
-def test_other_types_are_refused(tmp_path: Path) -> None:
+def test_incompatible_types_are_an_error(tmp_path: Path) -> None:
     files = [
         table(tmp_path / "a.parquet", other=["z"]),
         table(tmp_path / "b.parquet", x=[1]),
@@ -142,8 +142,8 @@ def test_other_types_are_refused(tmp_path: Path) -> None:
         loaded(files)
 
 
-def test_other_class_names_are_refused(tmp_path: Path) -> None:
-    """An id would mean another class in each file."""
+def test_different_class_names_are_an_error(tmp_path: Path) -> None:
+    """An id would mean a different class in each file."""
     for name, names in (("a", ["no", "yes"]), ("b", ["yes", "no"])):
         features = datasets.Features({"label": datasets.ClassLabel(names=names)})
         datasets.Dataset.from_dict({"label": [1]}, features).to_parquet(

@@ -1,4 +1,4 @@
-"""Directories whose files are named by split: shards, folders, and what is not read."""
+"""Directories whose files are named by split: shards, subdirectories, ignored files."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_aliases_of_the_validation_split(tmp_path: Path, name: str, form: str) -
     assert notes(tmp_path) == ""
 
 
-def test_longer_names_of_splits_are_others(tmp_path: Path) -> None:
+def test_longer_names_are_other_splits(tmp_path: Path) -> None:
     matched = "validation_matched-00000-of-00001.parquet"
     put(tmp_path, matched, "validation_mismatched.jsonl", "test_matched.jsonl")
     assert found(tmp_path, "validation") == found(tmp_path, "test") == []
@@ -79,7 +79,7 @@ def test_longer_names_of_splits_are_others(tmp_path: Path) -> None:
     assert found(tmp_path, "validation") == ["validation-0.jsonl"]
 
 
-def test_what_is_named_otherwise_is_said(tmp_path: Path) -> None:
+def test_ignored_files_are_reported(tmp_path: Path) -> None:
     put(tmp_path, "train.jsonl", "train_old.jsonl", "train-clean.csv", "trainer_state.json")
     assert found(tmp_path) == ["train.jsonl"]
     assert notes(tmp_path).endswith(
@@ -101,7 +101,7 @@ def test_what_is_named_otherwise_is_said(tmp_path: Path) -> None:
         (["train-0.jsonl", "data/train-0.jsonl"], "train-0.jsonl", "data/train-0.jsonl"),
     ],
 )
-def test_a_split_in_two_forms(tmp_path: Path, names: list[str], first: str, second: str) -> None:
+def test_a_split_in_two_places(tmp_path: Path, names: list[str], first: str, second: str) -> None:
     put(tmp_path, *names)
     assert refusal(tmp_path).startswith(f"{tmp_path}: {first} and {second}")
     assert "both name split 'train'; hint: keep one of them, or map" in refusal(tmp_path)
@@ -114,7 +114,7 @@ def test_two_names_of_a_split(tmp_path: Path) -> None:
     assert "valid/0.jsonl and dev/0.jsonl both name" in refusal(tmp_path / "b", "validation")
 
 
-def test_shards_that_differ_in_format_alone(tmp_path: Path) -> None:
+def test_shards_that_differ_only_in_format(tmp_path: Path) -> None:
     put(tmp_path, "train_0.jsonl", "train_0.jsonl.gz", "train_1.jsonl")
     assert "train_0.jsonl and train_0.jsonl.gz differ only in format" in refusal(tmp_path)
 

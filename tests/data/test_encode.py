@@ -17,7 +17,7 @@ from lorakit.errors import DataError
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_llama: Path) -> Any:
-    """One token a byte, no BOS."""
+    """One token per byte, no BOS."""
     return AutoTokenizer.from_pretrained(tiny_llama)
 
 
@@ -46,7 +46,7 @@ def encoded(examples: list[Any], tokenizer: Any, max_length: int = 100) -> Encod
 
 
 def read(split: EncodedSplit, index: int, tokenizer: Any) -> tuple[str, str]:
-    """The whole row, and what is trained of it."""
+    """The text of a row, and its trained text."""
     row = split[index]
     return tokenizer.decode(row.input_ids), tokenizer.decode(row.input_ids[row.loss_mask])
 
@@ -65,14 +65,14 @@ def test_completion_and_eos_are_trained(tokenizer: Any) -> None:
     assert split.token_type_ids is None
 
 
-def test_eos_is_trained_also_where_it_pads(tokenizer: Any) -> None:
+def test_eos_is_trained_even_if_it_is_the_padding(tokenizer: Any) -> None:
     tokenizer.pad_token = tokenizer.eos_token
     split = encoded([pair("a", "b")], tokenizer)
     assert split[0].loss_mask.tolist() == [False, True, True]
     assert split[0].input_ids[-1] == tokenizer.pad_token_id
 
 
-def test_bos_stands_before_the_prompt_and_eos_once_behind(with_bos: Any) -> None:
+def test_bos_precedes_the_prompt_and_eos_follows_once(with_bos: Any) -> None:
     assert special_prefix(with_bos) == [0]
     split = encoded([pair("abc", "de")], with_bos)
     assert read(split, 0, with_bos) == ("<s>abcde</s>", "de</s>")
@@ -80,7 +80,7 @@ def test_bos_stands_before_the_prompt_and_eos_once_behind(with_bos: Any) -> None
     assert encode_prompt(prompt, with_bos, 100) == split[0].input_ids[:4].tolist()
 
 
-def test_a_text_that_holds_bos_or_eos_gets_no_second_one(with_bos: Any) -> None:
+def test_a_text_with_bos_or_eos_gets_no_second_one(with_bos: Any) -> None:
     chat = TextExample((Segment("<s>ab</s>\n", trained=True),))
     split = encoded([pair("<s>abc", "de</s>"), pair("abc", "d</s>e"), chat], with_bos)
     assert read(split, 0, with_bos) == ("<s>abcde</s>", "de</s>")
@@ -108,7 +108,7 @@ def test_no_prefix_without_bos(tokenizer: Any, bert: Any) -> None:
         (2, "<s>e", "e", True),
     ],
 )
-def test_long_rows_lose_the_prompts_beginning_first(
+def test_long_rows_lose_the_beginning_of_the_prompt_first(
     with_bos: Any, max_length: int, whole: str, trained: str, cut: bool
 ) -> None:
     split = encoded([pair("abcd", "ef")], with_bos, max_length)
@@ -128,7 +128,7 @@ def test_segments_alternate(tokenizer: Any) -> None:
     assert read(split, 1, tokenizer) == ("abc</s>", "b")
 
 
-def test_nothing_to_train_on_names_the_row(tokenizer: Any) -> None:
+def test_a_row_without_trained_tokens_is_named(tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"^data\.jsonl, row 2: no token to train on$"):
         encoded([pair("a", "b"), pair("a", "", eos=False)], tokenizer)
     # The loss is on the token after the first: a single trained one has none before it.
@@ -138,7 +138,7 @@ def test_nothing_to_train_on_names_the_row(tokenizer: Any) -> None:
         encoded([pair("", "abc")], tokenizer, max_length=1)
 
 
-def test_what_the_task_refuses_names_the_row(tokenizer: Any) -> None:
+def test_a_row_that_the_task_refuses_is_named(tokenizer: Any) -> None:
     def refuse(row: Any) -> Any:
         raise DataError("column 'x' is empty")
 
@@ -178,7 +178,7 @@ def test_pairs_have_types_and_labels(bert: Any) -> None:
 
 
 @pytest.mark.parametrize(("second", "special"), [(None, 2), ("x" * 9, 3)])
-def test_an_encoder_needs_room_beside_its_special_tokens(
+def test_an_encoder_needs_room_besides_its_special_tokens(
     bert: Any, second: str | None, special: int
 ) -> None:
     examples = [ClassificationExample("x" * 9, second, 0)]

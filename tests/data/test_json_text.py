@@ -1,4 +1,4 @@
-"""JSON as people have it: arrays, an object a line, objects one behind another."""
+"""JSON as it occurs in practice: arrays, an object per line, concatenated objects."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def write(file: Path, text: str | bytes) -> str:
 
 
 def both_ways(path: Any) -> list[dict[str, Any]]:
-    """The rows, loaded and streamed, with their places."""
+    """The rows, equal whether loaded or streamed, as are their locations."""
     split, stream = load_split(path, "train"), open_stream(path, "train")
     assert split is not None
     assert stream is not None
@@ -55,7 +55,7 @@ def both_ways(path: Any) -> list[dict[str, Any]]:
 
 
 def refusal(path: Any) -> str:
-    """Loaded and streamed alike."""
+    """The same error whether loaded or streamed."""
     told = []
     for read in (load_split, lambda path, split: list(open_stream(path, split).read())):  # type: ignore[union-attr]
         with pytest.raises(DataError) as caught:
@@ -88,7 +88,7 @@ def test_json_files_without_an_array(
     assert both_ways(write(tmp_path / name, OBJECTS[form])) == ROWS
 
 
-def test_a_key_that_some_elements_lack(tmp_path: Path) -> None:
+def test_a_key_missing_from_some_elements(tmp_path: Path) -> None:
     file = write(tmp_path / "a.json", '[{"a": 1}, {}, {"b": 2}]')
     assert both_ways(file) == [{"a": 1, "b": None}, {"a": None, "b": None}, {"a": None, "b": 2}]
 
@@ -169,7 +169,7 @@ def test_other_encodings(tmp_path: Path, name: str, encoding: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv"])
-def test_a_pointer_in_place_of_data(tmp_path: Path, name: str) -> None:
+def test_a_git_lfs_pointer(tmp_path: Path, name: str) -> None:
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
     file = write(tmp_path / name, pointer)
     assert (
@@ -217,7 +217,9 @@ def outcome(data: bytes) -> Any:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_chunks_do_not_show(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_do_not_depend_on_the_chunk_size(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also of files that are cut short or broken: read byte by byte or whole, the result is the
     same, and it is the one that the json module has of the whole."""
     generator = random.Random(seed)
@@ -250,7 +252,7 @@ def expected(data: bytes) -> Any:
 
 
 @pytest.mark.parametrize("indent", [None, 1])
-def test_a_large_array_is_not_held_as_objects(
+def test_a_large_array_is_not_kept_as_objects(
     tmp_path: Path, indent: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lorakit.data.rows.IN_MEMORY_BYTES", 1000)
@@ -277,7 +279,7 @@ def test_a_value_without_end_is_not_read_into_memory(
     assert refusal(file).startswith(expected)
 
 
-def test_an_error_does_not_make_the_rest_of_the_file_be_read(tmp_path: Path) -> None:
+def test_reading_stops_at_an_error(tmp_path: Path) -> None:
     class Counted(io.BytesIO):
         taken = 0
 
@@ -308,7 +310,7 @@ ONCE = [
 
 
 @pytest.mark.parametrize("form", ["lines", "objects", "array"])
-def test_a_key_that_stands_twice_in_an_object(tmp_path: Path, form: str) -> None:
+def test_a_duplicate_key(tmp_path: Path, form: str) -> None:
     """The first value would be lost."""
     file = tmp_path / ("a.jsonl" if form == "lines" else "a.json")
 

@@ -1,4 +1,4 @@
-"""Bins of rows."""
+"""Packing rows into bins."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorakit.models.hub import load_tokenizer
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_no_worse_than_the_textbooks_first_fit_decreasing(seed: int) -> None:
+def test_no_worse_than_plain_first_fit_decreasing(seed: int) -> None:
     generator = np.random.default_rng(seed)
     capacity = int(generator.integers(20, 600))
     lengths = generator.integers(1, capacity // 2 + 2, size=int(generator.integers(100, 600)))
@@ -27,7 +27,7 @@ def test_no_worse_than_the_textbooks_first_fit_decreasing(seed: int) -> None:
 
 
 def textbook(lengths: list[int], capacity: int) -> int:
-    """How many bins it opens."""
+    """The number of bins that it opens."""
     room: list[int] = []
     for length in sorted(lengths, reverse=True):
         found = next((i for i, left in enumerate(room) if left >= length), len(room))
@@ -42,11 +42,11 @@ def textbook(lengths: list[int], capacity: int) -> int:
     ([5, 4, 3, 3, 3, 2], [0, 1, 0, 1, 1, 0]),
 ])  # fmt: skip
 def test_small_bins_of_ten(lengths: list[int], bins: list[int]) -> None:
-    """Given for the rows from the longest to the shortest."""
+    """For rows in order of decreasing length."""
     assert first_fit_decreasing(np.asarray(lengths), 10).tolist() == bins
 
 
-def test_bins_hold_every_row_once_and_no_more_than_their_capacity() -> None:
+def test_bins_have_every_row_once_and_respect_the_capacity() -> None:
     lengths = np.random.default_rng(1).integers(20, 150, size=5000)
     packing = Packing(lengths, 512, seed=7)
     epochs = []

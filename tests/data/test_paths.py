@@ -1,4 +1,4 @@
-"""Files, globs, lists and mappings: which files are read, in which order, and what is refused."""
+"""Files, globs, lists and mappings: which files are read, in which order, and errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorakit.errors import DataError
 
 @pytest.fixture(autouse=True)
 def _in_tmp(in_tmp: Path) -> None:
-    """Relative paths, as recipes have them."""
+    """Relative paths, as in recipes."""
 
 
 def touch(*names: str) -> None:
@@ -41,7 +41,7 @@ def refusal(path: Any, split: str = "train") -> str:
 # Globs
 
 
-def test_a_glob_is_in_the_order_of_its_numbers() -> None:
+def test_a_glob_is_sorted_by_number() -> None:
     shards = [f"train-{n}.jsonl" for n in (0, 1, 2, 9, 10, 11, 100)]
     touch(*reversed(shards))
     assert names("train-*.jsonl") == names(["train-*.jsonl"]) == shards
@@ -70,7 +70,7 @@ def test_a_list_keeps_its_order() -> None:
     assert names(path) == ["b.jsonl", "s-0.jsonl", "s-1.jsonl", "a.csv"]
 
 
-def test_a_glob_reads_no_file_that_only_describes_data() -> None:
+def test_a_glob_ignores_files_about_the_data() -> None:
     beside = [
         "README.md", "LICENSE", "dataset_infos.json", "dataset_info.json", "state.json",
         "a.jsonl.md5", "SHA256SUMS", "checksums.txt", "dataset.py", "dataset.yaml", "_SUCCESS",
@@ -85,7 +85,7 @@ def test_a_glob_reads_no_file_that_only_describes_data() -> None:
     )
 
 
-def test_a_glob_passes_over_no_data_in_another_format() -> None:
+def test_a_glob_does_not_ignore_data_in_other_formats() -> None:
     touch("d/a.jsonl", "d/b.jsonl.zst")
     assert refusal("d/*").startswith("task.path: d/b.jsonl.zst: unknown format; allowed: .jsonl")
     assert names("d/*.jsonl") == ["d/a.jsonl"]
@@ -98,7 +98,7 @@ def test_a_glob_without_a_match_is_named() -> None:
     assert refusal("d/*") == "task.path: 'd/*': the glob matches no data file"
 
 
-def test_a_file_is_no_pattern() -> None:
+def test_an_existing_file_is_not_a_pattern() -> None:
     touch("a[1].jsonl", "a1.jsonl", "a*.jsonl", "ab.jsonl")
     assert names("a[1].jsonl") == ["a[1].jsonl"]
     assert names("a*.jsonl") == ["a*.jsonl"]
@@ -124,14 +124,14 @@ def test_the_same_file_twice() -> None:
 
 
 def test_equal_files_of_a_cache_are_two_files() -> None:
-    """The Hub's cache links files of the same content to one blob."""
+    """The Hub's cache links files with equal contents to one blob."""
     touch("blob")
     for name in ("a.jsonl", "b.jsonl"):
         Path(name).symlink_to("blob")
     assert names("*.jsonl") == ["a.jsonl", "b.jsonl"]
 
 
-def test_a_broken_link_is_not_passed_over() -> None:
+def test_a_dangling_link_is_an_error() -> None:
     touch("d/train-0.jsonl")
     Path("d/train-1.jsonl").symlink_to("nowhere")
     for path in ("d/*.jsonl", "d"):
@@ -145,7 +145,7 @@ def test_directories_in_a_list() -> None:
         assert refusal(path) == expected
 
 
-def test_a_name_that_no_file_can_have() -> None:
+def test_an_impossible_file_name() -> None:
     assert refusal("x" * 5000).startswith("task.path: ")
 
 
@@ -153,7 +153,7 @@ def test_a_name_that_no_file_can_have() -> None:
 
 
 @pytest.mark.parametrize("start", [0, 1])
-def test_a_whole_set(start: int) -> None:
+def test_a_complete_set_of_shards(start: int) -> None:
     shards = [f"train-{n:05}-of-00012.jsonl" for n in range(start, start + 12)]
     touch(*shards)
     assert names("train-*.jsonl") == names(".") == shards
@@ -173,7 +173,7 @@ def test_a_glob_for_some_shards() -> None:
     assert refusal("train-0005?-*").endswith("missing shard: train-00057-of-00100.jsonl")
 
 
-def test_listed_shards_may_be_a_part_and_this_is_said() -> None:
+def test_a_partial_list_of_shards_is_reported() -> None:
     shards = [f"train-{n:05}-of-00003.jsonl" for n in range(3)]
     touch(*shards)
     assert names(shards[1]) == shards[1:2]
@@ -183,7 +183,7 @@ def test_listed_shards_may_be_a_part_and_this_is_said() -> None:
     assert names(shards[::-1]) == shards[::-1]
 
 
-def test_sets_that_are_mixed_up() -> None:
+def test_inconsistent_sets_of_shards() -> None:
     touch("a-00000-of-00001.jsonl", "a-00000-of-00002.jsonl", "a-00001-of-00002.jsonl")
     assert "a-00000-of-00002.jsonl are shards of different sets" in refusal("*.jsonl")
     assert len(names("a-*-of-00002.jsonl")) == 2
@@ -212,7 +212,7 @@ def test_several_files_of_a_split() -> None:
     assert notes(path) == notes(path, "validation") == ""
 
 
-def test_a_file_of_two_splits_is_said() -> None:
+def test_a_file_in_two_splits_is_reported() -> None:
     touch("a.jsonl", "b.jsonl")
     path = {"train": "*.jsonl", "validation": ["b.jsonl"]}
     assert notes(path).endswith("task.path: in both train and validation: b.jsonl")
@@ -241,7 +241,7 @@ def test_no_split() -> None:
     assert message.startswith("a.jsonl: no split 'test'; allowed: train, or a mapping")
 
 
-def test_all_files_that_data_is_in() -> None:
+def test_all_data_files() -> None:
     touch("d/train.jsonl", "d/dev-0.jsonl", "d/other.jsonl", "d/train.db", "d/data/test.jsonl")
     inside = {"d/train.jsonl", "d/dev-0.jsonl", "d/train.db", "d/data/test.jsonl"}
     assert set(map(str, data_files("d"))) == inside

@@ -1,4 +1,4 @@
-"""Which rows make a step."""
+"""Planning which rows make a step."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_an_epoch_has_each_row_once_and_always_as_many_steps(name: str) -> None:
 
 
 @pytest.mark.parametrize("make", [by_rows, by_tokens])
-def test_the_order_is_of_seed_and_epoch_alone(make: type) -> None:
+def test_the_order_depends_on_seed_and_epoch_alone(make: type) -> None:
     assert flat(make()) == flat(make())
     assert flat(make()) != flat(make(seed=4))
     assert flat(make()) != flat(make(), 1)
@@ -103,7 +103,7 @@ def split() -> EncodedSplit:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_steps_are_read_across_epochs_and_from_anywhere(packed: bool) -> None:
+def test_steps_are_accessible_in_any_order(packed: bool) -> None:
     packing = Packing(LENGTHS, 256, 3) if packed else None
     plan = RowPlan(packing.bin_lengths, 5, 2, 3, False) if packing else by_rows()
     whole = IndexedSteps(split(), plan, packing)

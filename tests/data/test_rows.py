@@ -1,4 +1,4 @@
-"""Rows that stay on disk are the rows that would be held in memory."""
+"""Rows on disk equal rows in memory."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def write(file: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def texts(name: str) -> list[dict[str, Any]]:
-    """tsv knows neither quotes nor line breaks in a cell."""
+    """tsv cells have neither quotes nor line breaks."""
     return [{**r, "text": r["id"]} for r in TEXTS] if name.endswith(".tsv") else TEXTS
 
 
@@ -110,7 +110,7 @@ def test_large_parquet_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_is_left_on_the_disk(
+def test_no_files_are_left_on_disk(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lorakit.data.rows.IN_MEMORY_BYTES", 64)
@@ -138,7 +138,7 @@ def test_a_limit_reads_no_further(tmp_path: Path, name: str) -> None:
     assert len(fingerprints) == 4
 
 
-def test_a_limit_does_not_see_what_is_broken_behind_it(tmp_path: Path) -> None:
+def test_a_limit_ignores_errors_after_it(tmp_path: Path) -> None:
     first = write(tmp_path / "a.jsonl", ROWS)
     with first.open("a") as out:
         out.write("not JSON\n")
@@ -149,9 +149,7 @@ def test_a_limit_does_not_see_what_is_broken_behind_it(tmp_path: Path) -> None:
         loaded([str(first), str(second)], limit=4)
 
 
-def test_a_file_that_changes_while_it_is_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_changes_while_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorakit.data.rows.IN_MEMORY_BYTES", 64)
     file = write(tmp_path / "a.jsonl", TEXTS)
     split = loaded(str(file))
@@ -177,7 +175,7 @@ def test_a_file_read_by_several_processes(tmp_path: Path) -> None:
     assert source.read(0, 10) == before == file.read_bytes()[:10]
 
 
-def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "own"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -188,7 +186,7 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert cache_dir() == tmp_path / "home" / ".cache" / "lorakit"
 
 
-def test_a_full_disk_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full() -> Any:
         return Path("/dev/full").open("wb", buffering=0)
 
@@ -201,10 +199,10 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.jsonl.gz", "a.parquet"])
-def test_many_files_share_what_may_be_in_memory(
+def test_files_share_the_memory_budget(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each is small enough by itself, and there may be thousands."""
+    """Each is small enough, but there may be thousands."""
     monkeypatch.setattr("lorakit.data.rows.IN_MEMORY_BYTES", 10_000)
     budgets = [MemoryBudget()]
     monkeypatch.setattr("lorakit.data.sources.MemoryBudget", lambda: budgets[0])

@@ -1,4 +1,4 @@
-"""Several processes make the tokens that one makes, and fail as one fails."""
+"""Several processes produce the same tokens and errors as one."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_tokens_do_not_depend_on_the_number_of_processes(
     assert not children()
 
 
-def test_labels_and_types_of_several_processes(
+def test_labels_and_types_from_several_processes(
     tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
@@ -82,10 +82,10 @@ def test_labels_and_types_of_several_processes(
     np.testing.assert_array_equal(found.token_type_ids, plain.token_type_ids)
 
 
-def test_bad_rows_of_several_processes_are_skipped(
+def test_bad_rows_in_several_processes_are_skipped(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first process has none that is good."""
+    """The first process has only bad rows."""
 
     def refuse(row: Any) -> TextExample:
         if row["n"] < 1200 or row["n"] == 3000:
@@ -120,7 +120,7 @@ def test_the_earliest_bad_row_is_named(
     assert not children()
 
 
-def test_a_fault_of_ours_and_a_kill_are_told(
+def test_internal_errors_and_killed_processes_are_reported(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(row: Any) -> TextExample:
@@ -140,7 +140,7 @@ def test_a_fault_of_ours_and_a_kill_are_told(
     assert not children()
 
 
-def test_the_environment_is_as_before(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_is_restored(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     processes(2, monkeypatch)
     for value in ("true", None):
         if value is None:
@@ -152,7 +152,7 @@ def test_the_environment_is_as_before(tokenizer: Any, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere one process tokenises")
-def test_how_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
     assert [shards.process_count(n) for n in (10, 19_999, 20_000, 45_000, 10**6)] == [1, 1, 2, 4, 8]
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
@@ -161,7 +161,7 @@ def test_how_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_signal_leaves_no_process_and_no_file(
+def test_a_signal_leaves_no_processes_and_no_files(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     def slow(row: Any) -> TextExample:

@@ -1,4 +1,4 @@
-"""Where rows come from: files by name, their formats, and what is refused in one clear line."""
+"""Loading splits: files by name, formats, and one-line errors."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_aliases_in_a_directory_and_a_mapping(tmp_path: Path, name: str, asked: 
 
 
 @pytest.mark.parametrize("name", ["train", "test", "validation_matched", "validation_mismatched"])
-def test_other_splits_go_by_their_own_name(tmp_path: Path, name: str) -> None:
+def test_other_splits_have_no_aliases(tmp_path: Path, name: str) -> None:
     file = write(tmp_path / f"{name}.jsonl")
     assert split_files(str(tmp_path), name) == [Path(file)]
     assert split_files(str(tmp_path), "validation") == []
@@ -137,7 +137,7 @@ def test_parquet(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dictionary", [True, False])
-def test_parquet_that_others_wrote(tmp_path: Path, dictionary: bool) -> None:
+def test_parquet_from_other_writers(tmp_path: Path, dictionary: bool) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -161,7 +161,7 @@ def test_class_names_of_a_parquet_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet"])
 @pytest.mark.parametrize("stem", ["a[b]", "a*", "a?", "zip::a", "file:a%20"])
-def test_a_path_is_no_pattern_and_no_url(tmp_path: Path, stem: str, suffix: str) -> None:
+def test_a_path_is_neither_a_pattern_nor_a_url(tmp_path: Path, stem: str, suffix: str) -> None:
     folder = tmp_path / "x[y]*"
     folder.mkdir()
     contents = {".csv": "text,label\n{},1\n", ".tsv": "text\tlabel\n{}\t1\n"}
@@ -176,7 +176,7 @@ def test_a_path_is_no_pattern_and_no_url(tmp_path: Path, stem: str, suffix: str)
     assert [row["text"] for row in rows_of(str(folder / f"{stem}{suffix}"))] == [stem]
 
 
-def test_a_key_that_first_stands_late_in_a_large_file(tmp_path: Path) -> None:
+def test_a_key_that_first_occurs_late_in_a_large_file(tmp_path: Path) -> None:
     rows = [{"text": "x" * 100_000}] * 120 + [{"text": "y", "label": 1}]
     read = rows_of(write(tmp_path / "a.jsonl", lines(rows)))
     assert (read[0]["label"], read[-1]) == (None, {"text": "y", "label": 1})
@@ -186,7 +186,7 @@ def test_a_byte_order_mark_before_json(tmp_path: Path) -> None:
     assert rows_of(write(tmp_path / "a.jsonl", "\ufeff" + lines(ROWS))) == ROWS
 
 
-def test_csv_cells_are_text_as_they_stand(tmp_path: Path) -> None:
+def test_csv_cells_stay_text(tmp_path: Path) -> None:
     content = '\ufefftext,label\nNA,1\nnull,02\n,nan\n"a, ""b""\nc",True\n\n1.0,2020-01-01\n'
     assert rows_of(write(tmp_path / "a.csv", content)) == [
         {"text": "NA", "label": "1"},
@@ -223,7 +223,7 @@ def test_dates_within_messages_stay_text(tmp_path: Path) -> None:
     assert rows_of(write(tmp_path / "a.jsonl", lines(rows))) == rows
 
 
-def test_json_text_of_all_sorts_stays_text(tmp_path: Path) -> None:
+def test_any_json_text_stays_text(tmp_path: Path) -> None:
     rows = [{"text": text} for text in ("NA", "null", "", "007", "a\u2028b", "\ufeffx", "é")]
     assert rows_of(write(tmp_path / "a.jsonl", lines(rows))) == rows
 
@@ -270,7 +270,7 @@ def test_json_rows_without_a_key(tmp_path: Path) -> None:
     assert refusal(file) == f"{file}: every row is an empty object, {{}}: there are no columns"
 
 
-def test_half_a_surrogate_pair(tmp_path: Path) -> None:
+def test_a_lone_surrogate(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", '{"text": "\\ud83d\\ude00"}\n{"text": "\\uD83D"}\n')
     assert refusal(file).startswith(f"{file}, row 2: lone surrogate")
 
@@ -279,7 +279,7 @@ def test_half_a_surrogate_pair(tmp_path: Path) -> None:
     ("name", "head", "expected"),
     [("a.jsonl", '{"text": "ok"}\n', ", row 2: not UTF-8"), ("a.csv", "text\n", ": not UTF-8")],
 )
-def test_bytes_that_are_no_text(tmp_path: Path, name: str, head: str, expected: str) -> None:
+def test_bytes_that_are_not_text(tmp_path: Path, name: str, head: str, expected: str) -> None:
     file = write(tmp_path / name, head.encode() + b'{"text": "caf\xe9"}\n')
     assert refusal(file).startswith(f"{file}{expected}")
 
@@ -293,7 +293,9 @@ def test_broken_containers(tmp_path: Path) -> None:
         assert refusal(str(tmp_path / name)).startswith(f"{tmp_path / name}: cannot be read: ")
 
 
-def test_a_broken_parquet_is_told_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_corrupt_parquet_file_is_reported_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     refusal(write(tmp_path / "a.parquet", b"xx"))
     assert capfd.readouterr() == ("", "")
 
@@ -315,7 +317,7 @@ def test_bad_csv(tmp_path: Path, content: str, expected: str) -> None:
 # Several files, limits, columns
 
 
-def test_several_files_and_where_a_row_stands(tmp_path: Path) -> None:
+def test_locating_rows_in_several_files(tmp_path: Path) -> None:
     files = [
         write(tmp_path / "a.jsonl"),
         write(tmp_path / "b.jsonl", lines([{"label": 2, "text": "three", "more": 1}])),
@@ -363,7 +365,7 @@ def test_required_columns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet", "csv", "both"])
-def test_files_that_share_no_column(tmp_path: Path, form: str) -> None:
+def test_files_without_common_columns(tmp_path: Path, form: str) -> None:
     def put(name: str, form: str) -> str:
         file = tmp_path / f"{name}.{form}"
         rows = [{name: "x"}, {name: "y"}]
@@ -385,7 +387,7 @@ def test_files_whose_types_differ(tmp_path: Path) -> None:
     assert "a column's type differs between files" in refusal(files)
 
 
-def test_an_empty_file_among_others_is_refused(tmp_path: Path) -> None:
+def test_an_empty_file_among_others_is_an_error(tmp_path: Path) -> None:
     files = [write(tmp_path / "a.jsonl"), write(tmp_path / "b.jsonl", b"")]
     assert refusal(files) == f"{files[1]}: the file is empty"
 
@@ -401,7 +403,7 @@ def test_limit(tmp_path: Path, name: str) -> None:
     assert first.fingerprint != all_rows.fingerprint
 
 
-def test_the_fingerprint_is_of_the_contents(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_contents(tmp_path: Path) -> None:
     def fingerprint(file: str) -> str:
         found = load_split(file, "train")
         assert found is not None
@@ -426,7 +428,7 @@ def test_a_file_that_changes_is_read_again(tmp_path: Path, name: str) -> None:
         assert [row["text"] for row in rows_of(file)] == [row["text"] for row in rows]
 
 
-def test_own_reader_comes_first(tmp_path: Path) -> None:
+def test_a_tasks_reader_comes_first(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", "anything\n")
     found = load_split(file, "train", read_file=lambda path: [{"name": path.name}])
     assert found == Split(
@@ -441,7 +443,7 @@ def test_no_path_and_no_data_set() -> None:
     assert "task.path: null" in refusal(None)
 
 
-def test_an_unreachable_hub_is_one_clear_line() -> None:
+def test_an_unreachable_hub_is_a_one_line_error() -> None:
     with pytest.raises(DataError) as caught:
         load_split(None, "train", hub=("nyu-mll/glue", "sst2"))
     message = str(caught.value)

@@ -1,4 +1,4 @@
-"""A stream gives the rows of the files, shuffled, as steps that depend on rows and seed alone."""
+"""A stream yields the rows of its files, shuffled, in steps that depend on rows and seed alone."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_rows_are_those_of_the_split(tmp_path: Path, name: str) -> None:
     assert len(list(stream_of(files, limit=11).read())) == 11
 
 
-def test_a_column_that_begins_late_is_read(tmp_path: Path) -> None:
+def test_a_column_that_first_occurs_late_is_read(tmp_path: Path) -> None:
     rows = [{"id": "0"}, *ROWS, {"id": "1", "late": 1}, {"id": "2", "text": ""}]
     files = [str(write(tmp_path / "a.jsonl", rows)), str(write(tmp_path / "b.jsonl", [{"x": 1}]))]
     stream = stream_of(files)
@@ -106,14 +106,14 @@ def test_a_column_that_begins_late_is_read(tmp_path: Path) -> None:
     ]
 
 
-def test_of_many_files_fewer_first_rows_are_looked_at(tmp_path: Path) -> None:
+def test_the_heads_of_many_files_are_shorter(tmp_path: Path) -> None:
     files = [str(write(tmp_path / f"{n}.jsonl", ROWS[:50])) for n in range(150)]
     stream = stream_of(files)
     assert len(stream.head) == 150 * 26
     assert sum(1 for _ in stream.read()) == 150 * 50
 
 
-def test_what_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_streams(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"task\.path: no such file"):
         stream_of(str(tmp_path / "none.jsonl"))
     (tmp_path / "b.csv").write_text("id,text\n")
@@ -129,7 +129,7 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     assert open_stream(str(tmp_path), "train") is None
 
 
-def test_rows_beyond_the_limit_are_not_looked_at(tmp_path: Path) -> None:
+def test_rows_beyond_the_limit_are_not_read(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "x"}\n' * 3 + "not JSON\n")
     stream = stream_of(str(file), limit=3)
@@ -150,7 +150,7 @@ def test_a_file_that_changes_ends_the_stream(tmp_path: Path) -> None:
         list(stream.read())
 
 
-def test_the_fingerprint_is_of_head_and_sizes(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_head_and_sizes(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     prints = [
         stream_of(str(write(file, rows))).head.fingerprint
@@ -160,7 +160,7 @@ def test_the_fingerprint_is_of_head_and_sizes(tmp_path: Path) -> None:
     assert len(set(prints)) == 3
 
 
-def test_a_data_set_in_the_hubs_form(tmp_path: Path) -> None:
+def test_a_data_set_of_the_hub(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl")
     stream = open_stream(None, "train", hub=(str(tmp_path), None))
     assert stream is not None
@@ -170,7 +170,7 @@ def test_a_data_set_in_the_hubs_form(tmp_path: Path) -> None:
         open_stream(None, "train", hub=("no/where", None))
 
 
-def test_each_pass_is_shuffled_anew_in_the_buffer(tmp_path: Path) -> None:
+def test_each_pass_is_shuffled_differently(tmp_path: Path) -> None:
     stream = stream_of(str(write(tmp_path / "a.jsonl")))
 
     def order(seed: int, buffer: int, rows: int = 1400) -> list[int]:
@@ -186,7 +186,7 @@ def test_each_pass_is_shuffled_anew_in_the_buffer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("grouped", [True, False])
-def test_steps_take_every_row_of_a_pass_once(tmp_path: Path, tokenizer: Any, grouped: bool) -> None:
+def test_steps_have_every_row_of_a_pass_once(tmp_path: Path, tokenizer: Any, grouped: bool) -> None:
     stream = stream_of(str(write(tmp_path / "a.jsonl")))
     steps = steps_of(stream, tokenizer, group_by_length=grouped)
     assert steps.steps_per_epoch is None
@@ -215,7 +215,7 @@ def test_rows_are_encoded_as_in_a_split(tmp_path: Path, tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("jump", [1, 50, 77, 260])
-def test_a_jump_ahead_lands_on_the_same_steps(
+def test_skipping_ahead_gives_the_same_steps(
     tmp_path: Path, tokenizer: Any, jump: int, packed: bool
 ) -> None:
     def pairs(rows: list[EncodedRow]) -> list[list[EncodedRow]]:
@@ -264,7 +264,7 @@ def test_labels_of_an_encoder(tmp_path: Path, tiny_bert: Path) -> None:
 
 
 def test_chats_that_become_several_rows(tmp_path: Path, tiny_llama: Path) -> None:
-    """A jump goes to the same steps that reading one by one does, and each turn is trained once."""
+    """Skipping ahead gives the same steps as reading one by one, and each turn is trained once."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '!' if loop.last and m.role == 'assistant' }}{{ m.content }}</s>"
