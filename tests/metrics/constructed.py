@@ -1,4 +1,4 @@
-"""520 constructed predictions with one to eight references each, made anew from a seed.
+"""520 constructed predictions with one to eight references each, generated from a seed.
 
 The sentences are invented; what is done to them is what a model's output and a crowd's references
 differ in: words, order, case, marks, numbers, money, hyphens, quotes, entities, other scripts.

@@ -1,4 +1,4 @@
-"""A short name for the tokens of many texts."""
+"""A hash of the tokens of many texts."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def test_correlations(seed: int, places: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["pearson", "spearmanr", "matthews_correlation"])
-def test_a_constant_counts_zero(name: str) -> None:
+def test_a_constant_scores_zero(name: str) -> None:
     assert label_score(name, [0, 1, 1], [1, 1, 1], 2) == 0.0
     assert label_score(name, [1, 1, 1], [0, 1, 1], 2) == 0.0
 

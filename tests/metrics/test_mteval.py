@@ -31,7 +31,7 @@ def shouts_entity(text: str) -> bool:
 
 
 @pytest.mark.parametrize("index", range(len(blocks())))
-def test_bleu_as_sacrebleu(index: int) -> None:
+def test_bleu_equals_sacrebleu(index: int) -> None:
     predictions, references = (half[blocks()[index]] for half in instances())
     pairs = list(zip(predictions, references, strict=True))
     kept = [pair for pair in pairs if not any(map(shouts_entity, [pair[0], *pair[1]]))]
@@ -44,7 +44,7 @@ def test_bleu_as_sacrebleu(index: int) -> None:
     assert bleu(ours, theirs) == pytest.approx(expected, abs=1e-9)
 
 
-def test_how_many_are_compared() -> None:
+def test_enough_predictions_are_compared() -> None:
     predictions, _ = instances()
     assert blocks()[-1] == slice(0, COUNT)
     lengths = Counter(len(tokenize(text)) for text in predictions)
@@ -85,7 +85,7 @@ def counted_nist(predictions: Group, references: list[Group]) -> float:
 
 
 @pytest.mark.parametrize("index", range(len(blocks())))
-def test_nist_as_counted(index: int) -> None:
+def test_nist_equals_a_plain_count(index: int) -> None:
     ours, theirs = (half[blocks()[index]] for half in instances())
     assert min(len(tokenize(text)) for text in ours) < 4
     assert nist(ours, theirs) == pytest.approx(counted_nist(ours, theirs), abs=1e-9)

@@ -24,7 +24,7 @@ Group = list[str]
 
 
 @pytest.mark.parametrize("index", range(len(blocks())))
-def test_as_the_official_scripts(index: int) -> None:
+def test_scores_equal_the_official_scripts(index: int) -> None:
     predictions, references = instances()
     block, golden = blocks()[index], GOLDEN[index]
     ours, theirs = predictions[block], references[block]
@@ -36,7 +36,7 @@ def test_as_the_official_scripts(index: int) -> None:
     assert [bleu(ours, theirs), nist(ours, theirs)] == pytest.approx(golden["pymteval"], abs=1e-9)
 
 
-def test_what_is_constructed() -> None:
+def test_the_constructed_corpus() -> None:
     predictions, references = instances()
     assert len(predictions) == len(references) == COUNT >= 500
     assert len(GOLDEN) == len(blocks())
@@ -160,7 +160,7 @@ def plain_cider(predictions: Group, references: list[Group]) -> float:
     ("score", "plain"),
     [(bleu, plain_bleu), (nist, plain_nist), (rouge_l, plain_rouge_l), (cider, plain_cider)],
 )
-def test_as_the_formula(
+def test_scores_equal_the_formulas(
     score: Callable[[Group, list[Group]], float], plain: Callable[[Group, list[Group]], float]
 ) -> None:
     predictions, references = plain_corpus()
@@ -171,7 +171,7 @@ def test_as_the_formula(
 
 
 @pytest.mark.parametrize("empty", ["", " \n", "..."])
-def test_nothing_scores_nothing(empty: str) -> None:
+def test_empty_texts_score_zero(empty: str) -> None:
     references = [["a pub near the river"], ["a cheap pub", "a pub"]]
     for score in SCORES:
         assert score([empty] * 2, references) == pytest.approx(0, abs=1e-4)

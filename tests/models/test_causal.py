@@ -27,7 +27,7 @@ def whole_loss(model: PreTrainedModel, ids: Tensor, label_smoothing: float = 0.0
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("family", CAUSAL)
-def test_loss_is_that_of_the_whole_logits(family: str, smoothing: float) -> None:
+def test_loss_equals_that_of_all_logits(family: str, smoothing: float) -> None:
     model, ids = tiny(family), token_ids()
     parts = split_model(model)
     assert parts.head is not None, "every family's output can be taken apart"
@@ -37,7 +37,7 @@ def test_loss_is_that_of_the_whole_logits(family: str, smoothing: float) -> None
     torch.testing.assert_close(found, whole_loss(model, ids, smoothing), rtol=1e-5, atol=1e-5)
 
 
-def test_softcap_and_scale_are_the_models_own() -> None:
+def test_softcap_and_scale_follow_the_model() -> None:
     model = tiny("gemma2", final_logit_softcapping=2.0)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(30)
@@ -48,7 +48,7 @@ def test_softcap_and_scale_are_the_models_own() -> None:
 
 
 @pytest.mark.parametrize("trained_head", [False, True])
-def test_gradients_are_those_of_the_whole_logits(trained_head: bool) -> None:
+def test_gradients_equal_those_of_all_logits(trained_head: bool) -> None:
     model, ids = tiny("llama", tie_word_embeddings=False), token_ids()
     changes = {"modules_to_save": ["lm_head"]} if trained_head else {}
     inject(model, LoraConfig(r=2, target_modules=["q", "v"], **changes))
@@ -77,7 +77,7 @@ def test_only_trained_positions_reach_the_output_layer() -> None:
     assert sum(seen) == len(POSITIONS)
 
 
-def test_model_that_changes_its_logits_is_not_split() -> None:
+def test_a_model_with_other_logits_is_not_split() -> None:
     model = tiny("llama")
     forward = model.forward
 
@@ -94,7 +94,7 @@ def test_model_that_changes_its_logits_is_not_split() -> None:
     torch.testing.assert_close(found, whole_loss(model, token_ids()))
 
 
-def test_splitting_leaves_mode_and_randomness() -> None:
+def test_splitting_keeps_mode_and_random_state() -> None:
     model = tiny("llama", attention_dropout=0.5).train()
     state = torch.get_rng_state()
     assert split_model(model).head is not None

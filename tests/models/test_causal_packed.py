@@ -40,7 +40,7 @@ def loss_and_gradients(model: PreTrainedModel, packed: bool) -> tuple[float, lis
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", PACKABLE)
-def test_losses_and_gradients_are_those_of_single_rows(family: str, attention: str) -> None:
+def test_losses_and_gradients_equal_those_of_single_rows(family: str, attention: str) -> None:
     if (family, attention) == ("gemma2", "sdpa"):
         attention = "eager"  # the only one it has
     model = tiny(family, attn_implementation=attention)
@@ -64,12 +64,12 @@ def test_a_sliding_window_is_kept(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", sorted(REFUSED))
-def test_a_model_that_would_mix_rows_is_refused(family: str) -> None:
+def test_a_model_that_mixes_documents_is_refused(family: str) -> None:
     with pytest.raises(UserError, match=r"task\.packing = true: this model.*allowed: false"):
         check_packable(tiny(family))
 
 
-def test_a_state_that_runs_on_is_found() -> None:
+def test_a_recurrent_state_is_detected() -> None:
     """A recurrent model takes the first row's state into the second."""
     from transformers import MambaConfig, MambaForCausalLM
 

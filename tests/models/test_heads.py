@@ -1,4 +1,4 @@
-"""Where a task's labels stand in the head that a base brings."""
+"""Matching a task's labels to the head of a base."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def config(names: list[str], **keys: Any) -> BertConfig:
     return BertConfig(id2label=dict(enumerate(names)), label2id={}, **keys)
 
 
-def test_a_head_without_names_takes_the_tasks_in_order() -> None:
+def test_an_unnamed_head_takes_the_labels_in_order() -> None:
     plan = plan_head(["no", "yes"], config(["LABEL_0", "LABEL_1"]), False, "base")
     assert plan.labels == ["no", "yes"]
     assert plan.note is not None
@@ -106,7 +106,7 @@ def loaded(base: Path, labels: list[str] | None, **keys: Any) -> Any:
 
 
 @pytest.mark.parametrize("base", ["bert", "roberta", "modernbert", "gpt2"], indirect=True)
-def test_the_stored_head_is_kept_and_a_new_one_is_new(base: Path) -> None:
+def test_the_stored_head_is_kept_or_replaced(base: Path) -> None:
     kept = loaded(base, ["c", "a"])
     assert head_labels(kept.model.config) == ["a", "b", "c"]
     assert kept.new_modules == ()
@@ -129,7 +129,7 @@ def test_the_stored_head_is_kept_and_a_new_one_is_new(base: Path) -> None:
 
 
 @pytest.mark.parametrize("base", ["bert"], indirect=True)
-def test_names_without_weights_are_no_head(base: Path) -> None:
+def test_class_names_without_weights_are_not_a_head(base: Path) -> None:
     """A bare encoder whose configuration names classes, as a classifier's or as its own."""
     full = loaded(base, ["a", "b", "c"]).model
     for classes in (["BertModel"], ["BertForSequenceClassification"]):

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lorakit.errors import ModelError
-from lorakit.models.load import load_pretrained
-from lorakit.recipe.sections import ModelSection
+from lorakit.errors import ModelError, UserError
+from lorakit.models.load import fit_max_length, load_pretrained, window
+from lorakit.recipe.sections import ModelSection, TaskSection
+from tests.families import tiny, token_ids
 
 
 def section(path: Path | str, **keys: Any) -> ModelSection:
@@ -28,7 +29,7 @@ def edited(folder: Path, model: Path, **config: Any) -> Path:
     return copy
 
 
-def test_causal_model_as_it_is_stored(tiny_llama: Path) -> None:
+def test_a_causal_model_equals_its_files(tiny_llama: Path) -> None:
     loaded = load_pretrained(section(tiny_llama), "causal")
     assert not loaded.model.training
     assert loaded.new_modules == ()
@@ -40,7 +41,7 @@ def test_causal_model_as_it_is_stored(tiny_llama: Path) -> None:
     )
 
 
-def test_pad_token_is_chosen_and_eos_stays(tiny_llama: Path) -> None:
+def test_a_pad_token_is_chosen_and_eos_is_unchanged(tiny_llama: Path) -> None:
     loaded = load_pretrained(section(tiny_llama), "causal")
     assert loaded.tokenizer.eos_token == "</s>"
     assert loaded.tokenizer.pad_token_id is not None
@@ -51,7 +52,7 @@ def test_pad_token_is_chosen_and_eos_stays(tiny_llama: Path) -> None:
     assert "no pad token" in loaded.notes[0]
 
 
-def test_reserved_token_pads_before_eos(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_reserved_token_is_preferred_for_padding(tiny_llama: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
@@ -63,7 +64,7 @@ def test_reserved_token_pads_before_eos(tiny_llama: Path, tmp_path: Path) -> Non
     assert loaded.tokenizer.eos_token == "</s>"
 
 
-def test_head_of_an_encoder_is_drawn_from_the_seed(tiny_bert: Path) -> None:
+def test_an_encoders_head_is_initialised_from_the_seed(tiny_bert: Path) -> None:
     def head(seed: int) -> torch.Tensor:
         torch.rand(seed)
         loaded = load_pretrained(section(tiny_bert), "encoder", ["no", "yes", "maybe"], seed)
@@ -104,7 +105,7 @@ def test_trained_head_is_kept(tiny_bert: Path, tmp_path: Path) -> None:
         ("nowhere", "nowhere"),
     ],
 )
-def test_model_that_is_not_there(name: str, message: str, in_tmp: Path) -> None:
+def test_a_missing_model(name: str, message: str, in_tmp: Path) -> None:
     with pytest.raises(ModelError) as caught:
         load_pretrained(section(name), "causal")
     assert message in str(caught.value)
@@ -112,7 +113,7 @@ def test_model_that_is_not_there(name: str, message: str, in_tmp: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_directory_that_holds_no_model(in_tmp: Path) -> None:
+def test_a_directory_without_a_model(in_tmp: Path) -> None:
     (in_tmp / "empty").mkdir()
     with pytest.raises(ModelError, match=r"no config\.json in the directory$"):
         load_pretrained(section("empty"), "causal")
@@ -129,7 +130,7 @@ def test_a_multimodal_model_without_a_text_class_is_refused(
         load_pretrained(section(model), "causal")
 
 
-def test_encoder_is_no_causal_model(tiny_bert: Path) -> None:
+def test_an_encoder_is_not_a_causal_model(tiny_bert: Path) -> None:
     with pytest.raises(ModelError, match="bert is not a causal language model"):
         load_pretrained(section(tiny_bert), "causal")
 
@@ -144,7 +145,7 @@ def test_pickled_weights_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "gone"), [("causal", "q_proj"), ("encoder", "query")])
-def test_checkpoint_that_lacks_weights_is_refused(
+def test_missing_weights_are_refused(
     kind: Any, gone: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     model = request.getfixturevalue("tiny_llama" if kind == "causal" else "tiny_bert")
@@ -156,7 +157,7 @@ def test_checkpoint_that_lacks_weights_is_refused(
         load_pretrained(section(copy), kind, ["a", "b"])
 
 
-def test_corrupt_weights_are_one_line(tiny_llama: Path, tmp_path: Path) -> None:
+def test_corrupt_weights_are_a_one_line_error(tiny_llama: Path, tmp_path: Path) -> None:
     copy = edited(tmp_path, tiny_llama)
     file = copy / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
@@ -208,14 +209,54 @@ def test_a_missing_shard_is_named(tiny_llama: Path, tmp_path: Path) -> None:
         load_pretrained(section(copy), "causal")
 
 
-def test_a_wrong_value_of_the_configuration_is_said(tiny_llama: Path, tmp_path: Path) -> None:
+def test_an_invalid_configuration_value_is_named(tiny_llama: Path, tmp_path: Path) -> None:
     copy = edited(tmp_path, tiny_llama, hidden_size="x")
     with pytest.raises(ModelError, match=r"'hidden_size': .*expected int, got str") as caught:
         load_pretrained(section(copy), "causal")
     assert "\n" not in str(caught.value)
 
 
-def test_an_encoder_with_a_decoder_is_refused(tmp_path: Path) -> None:
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     with pytest.raises(ModelError, match="t5 is an encoder-decoder"):
         load_pretrained(section(tmp_path), "encoder", ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("family", "tokens"),
+    [("bert", 64), ("roberta", 62), ("gpt2", 64), ("opt", 64), ("llama", 64), ("bloom", None)],
+)
+def test_the_window_is_what_the_model_accepts(family: str, tokens: int | None) -> None:
+    model = tiny(family, max_position_embeddings=64) if family != "bloom" else tiny("bloom")
+    assert window(model) == tokens
+    if tokens is not None:
+        with torch.no_grad():
+            model(input_ids=token_ids(1, tokens))
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2"])
+def test_learned_positions_are_limited(family: str) -> None:
+    model = tiny(family)
+    room = window(model)
+    assert room is not None
+    said: list[str] = []
+    assert fit_max_length(model, task(max_length=room), said.append).max_length == room
+    with pytest.raises(UserError, match=rf"task\.max_length = {room + 1}: .* allowed: 1 to {room}"):
+        fit_max_length(model, task(max_length=room + 1), said.append)
+    with pytest.raises((IndexError, RuntimeError)), torch.no_grad():
+        model(input_ids=token_ids(1, room + 1))
+    assert said == []
+
+
+def test_a_default_length_is_reduced_to_the_window() -> None:
+    said: list[str] = []
+    assert fit_max_length(tiny("gpt2"), task(), said.append).max_length == 64
+    assert said == ["task.max_length: 64 instead of the default 512: the model has 64 positions"]
+
+
+def test_rotary_positions_are_not_limited() -> None:
+    assert fit_max_length(tiny("llama"), task(), print).max_length == 512
+
+
+def task(**keys: int) -> TaskSection:
+    return TaskSection(name="text", **keys)

@@ -1,4 +1,4 @@
-"""Base parameters that train in float32 under a half-precision model."""
+"""fp32 master weights under a half-precision model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def trains(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_a_float32_parameter_is_its_own_master() -> None:
+def test_a_float32_parameter_needs_no_master_weight() -> None:
     model = net(torch.float32)
     before = model[0].bias
     train_parameter(model, "0.bias")
@@ -37,7 +37,7 @@ def test_a_float32_parameter_is_its_own_master() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_master_is_float32_and_its_module_sees_the_models_dtype(dtype: torch.dtype) -> None:
+def test_a_module_sees_its_master_weight_in_the_models_dtype(dtype: torch.dtype) -> None:
     model, plain = net(dtype), net(dtype)
     train_parameter(model, "1.weight")
     ((name, master),) = trains(model).items()
@@ -51,7 +51,7 @@ def test_a_master_is_float32_and_its_module_sees_the_models_dtype(dtype: torch.d
     assert master.grad is not None and master.grad.dtype == torch.float32 and master.grad.any()
 
 
-def test_steps_that_half_precision_would_lose_add_up() -> None:
+def test_small_updates_accumulate() -> None:
     model = net()
     train_parameter(model, "0.bias")
     (master,) = trains(model).values()
@@ -64,7 +64,7 @@ def test_steps_that_half_precision_would_lose_add_up() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_modules_that_share_a_parameter_share_its_master(dtype: torch.dtype) -> None:
+def test_modules_that_share_a_parameter_share_its_master_weight(dtype: torch.dtype) -> None:
     model = tiny("llama", tie_word_embeddings=True).to(dtype).requires_grad_(False)
     before = model(token_ids()).logits
     train_parameter(model, "model.embed_tokens.weight")
@@ -79,7 +79,7 @@ def test_modules_that_share_a_parameter_share_its_master(dtype: torch.dtype) -> 
     assert master.grad is not None and master.grad.dtype == torch.float32
 
 
-def test_values_are_written_through_to_the_master() -> None:
+def test_values_are_written_to_the_master_weight() -> None:
     model = net()
     train_parameter(model, "0.bias")
     value = torch.full((4,), 1 + 2**-20)
@@ -91,7 +91,7 @@ def test_values_are_written_through_to_the_master() -> None:
     assert torch.equal(model[1].bias, torch.ones(4, dtype=torch.bfloat16))
 
 
-def test_a_model_without_values_takes_none() -> None:
+def test_meta_parameters_are_skipped() -> None:
     with torch.device("meta"):
         model = net()
     set_value(model, "0.bias", torch.ones(4))
@@ -120,7 +120,7 @@ def test_a_fully_trained_module_keeps_the_models_dtype_outside(float32_output: b
     assert out.dtype == (torch.float32 if float32_output else torch.bfloat16)
 
 
-def test_the_name_of_a_parameter_without_a_master_stays() -> None:
+def test_other_names_are_unchanged() -> None:
     for name in ("layer.bias", "parametrizations.weight", "a.original"):
         assert plain_name(name) == name
     assert plain_name("a.base_layer.parametrizations.bias.original") == "a.base_layer.bias"

@@ -1,4 +1,4 @@
-"""Files that several tests of tasks ask for."""
+"""Fixtures of the tests of tasks."""
 
 from __future__ import annotations
 

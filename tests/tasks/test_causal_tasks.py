@@ -21,7 +21,7 @@ def message(role: Any, content: Any = "hello") -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def test_chat_leaves_out_what_follows_the_last_answer() -> None:
+def test_chat_drops_messages_after_the_last_answer() -> None:
     turns = [message("user"), message("assistant"), message("user"), message("tool")]
     assert len(example("chat", {"messages": turns}).messages) == 2
 
@@ -44,25 +44,25 @@ def test_chat_leaves_out_what_follows_the_last_answer() -> None:
         ([message(["user"]), message("assistant")], "message 1: role = "),
     ],
 )
-def test_bad_chats(value: Any, expected: str) -> None:
+def test_invalid_chats_are_refused(value: Any, expected: str) -> None:
     with pytest.raises(DataError, match=expected):
         example("chat", {"messages": value})
 
 
-def test_own_columns() -> None:
+def test_any_columns() -> None:
     turns = [message("user"), message("assistant")]
     assert len(example("chat", {"turns": turns}, messages_column="turns").messages) == 2
     assert example("text", {"body": "x"}, text_column="body").segments[0].text == "x"
 
 
-def test_text_is_trained_whole() -> None:
+def test_text_is_trained_on_every_token() -> None:
     built = example("text", {"text": " a\n b "})
     assert [(segment.text, segment.trained) for segment in built.segments] == [(" a\n b ", True)]
     assert built.eos
 
 
 @pytest.mark.parametrize("value", [None, 3, "", " \n"])
-def test_bad_text(value: Any) -> None:
+def test_invalid_text_is_refused(value: Any) -> None:
     with pytest.raises(DataError, match="column 'text'"):
         example("text", {"text": value})
 
@@ -88,7 +88,7 @@ def test_e2e() -> None:
         ({"prompt": None, "completion": "b"}, "'prompt' = null"),
     ],
 )
-def test_bad_completions(row: dict[str, Any], expected: str) -> None:
+def test_invalid_completions_are_refused(row: dict[str, Any], expected: str) -> None:
     with pytest.raises(DataError, match=expected):
         example("completion", row)
 
@@ -124,7 +124,7 @@ def test_path_or_hub_is_required(name: str) -> None:
         task.load(task.Config(), "train")
 
 
-def test_a_missing_column_is_named_with_those_there_are(tmp_path: Path) -> None:
+def test_a_missing_column_is_named_with_the_existing_ones(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"body": "x"}\n')
     task = TASKS["text"]
     with pytest.raises(DataError, match="row 1: unknown format: the columns are 'body'"):

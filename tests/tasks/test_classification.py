@@ -64,7 +64,7 @@ def test_released_glue_rows(data_dir: Path, name: str) -> None:
     assert perfect == pytest.approx(dict.fromkeys(perfect, 1.0))
 
 
-def test_mnli_takes_validation_where_that_is_what_there_is(tmp_path: Path) -> None:
+def test_mnli_falls_back_to_validation(tmp_path: Path) -> None:
     row = {"premise": "a", "hypothesis": "b", "label": 0}
     file = write_lines(tmp_path / "validation.jsonl", [row])
     for path in (str(tmp_path), {"validation": str(file)}):
@@ -88,7 +88,7 @@ def test_mnli_takes_validation_where_that_is_what_there_is(tmp_path: Path) -> No
         ([1], "unknown label"),
     ],
 )
-def test_bad_class_labels(label: Any, expected: str) -> None:
+def test_invalid_class_labels_are_refused(label: Any, expected: str) -> None:
     with pytest.raises(DataError, match=expected):
         GLUE.example({"sentence": "fine", "label": label}, glue("sst2"))
 
@@ -112,7 +112,7 @@ def test_labels_by_id_and_name(label: Any, index: int) -> None:
         (True, "allowed: 0 to 5"),
     ],
 )
-def test_bad_targets(label: Any, expected: str) -> None:
+def test_invalid_targets_are_refused(label: Any, expected: str) -> None:
     row = {"sentence1": "a", "sentence2": "b", "label": label}
     with pytest.raises(DataError, match=expected):
         GLUE.example(row, glue("stsb"))
@@ -138,7 +138,7 @@ def test_binary_scores() -> None:
     assert scores == pytest.approx({"matthews_correlation": matthews})
 
 
-def test_a_class_of_the_head_alone_is_wrong_in_any_row() -> None:
+def test_a_class_that_only_the_head_has_is_always_wrong() -> None:
     other = {"error": "the class neutral"}
     scores = GLUE.metrics([1, other, 0, other], labels_as_split([1, 1, 0, 0]), glue("mrpc"))
     assert scores == pytest.approx({"accuracy": 2 / 4, "f1": 2 * 1 / (2 * 1 + 1)})
@@ -147,7 +147,7 @@ def test_a_class_of_the_head_alone_is_wrong_in_any_row() -> None:
     assert scores == pytest.approx({"accuracy": 2 / 3, "f1": (2 / 3 + 1 + 0) / 3})
 
 
-def test_a_label_that_is_there_in_another_form_is_named() -> None:
+def test_a_similar_label_is_suggested() -> None:
     config = CLASSIFICATION.Config(labels=["Positive", "negative"])
     with pytest.raises(DataError, match=r'unknown label; did you mean "Positive"\?;'):
         CLASSIFICATION.example({"text": "a", "label": "positive "}, config)
@@ -175,29 +175,29 @@ def test_constant_predictions_are_never_nan(name: str, constant: float) -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_one_class_alone_warns_of_nothing() -> None:
+def test_a_single_class_causes_no_warning() -> None:
     scores = GLUE.metrics([1, 1], labels_as_split([1, 1]), glue("cola"))
     assert scores == {"matthews_correlation": 0.0}
 
 
 @pytest.mark.parametrize("prediction", [2, -1, 0.5, "1", True, None, math.nan])
-def test_predictions_that_are_no_label(prediction: Any) -> None:
+def test_predictions_that_are_not_labels_are_refused(prediction: Any) -> None:
     with pytest.raises(DataError, match=r"prediction 2: .*allowed: a label id, 0 to 1"):
         GLUE.metrics([0, prediction], labels_as_split([0, 1]), glue("sst2"))
 
 
 @pytest.mark.parametrize("prediction", ["1", None, math.nan, math.inf, True, 10**400])
-def test_predictions_that_are_no_number(prediction: Any) -> None:
+def test_predictions_that_are_not_numbers_are_refused(prediction: Any) -> None:
     with pytest.raises(DataError, match=r"prediction 1: .*allowed: a finite number"):
         GLUE.metrics([prediction, 1], labels_as_split([0, 1]), glue("stsb"))
 
 
-def test_hidden_gold_is_named_by_row() -> None:
+def test_hidden_labels_are_reported_with_their_row() -> None:
     with pytest.raises(DataError, match=r"rows, row 2: label = -1: .*hidden"):
         GLUE.metrics([0, 0], labels_as_split([0, -1]), glue("sst2"))
 
 
-def test_missing_metric_libraries_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_metric_libraries_are_reported_first(monkeypatch: pytest.MonkeyPatch) -> None:
     GLUE.check_requirements(glue("cola"))
     monkeypatch.setattr(label_metrics, "find_spec", lambda name: None)
     GLUE.check_requirements(glue("sst2"))
@@ -206,7 +206,7 @@ def test_missing_metric_libraries_are_told_at_once(monkeypatch: pytest.MonkeyPat
             GLUE.check_requirements(glue(name))
 
 
-def test_own_columns() -> None:
+def test_any_columns() -> None:
     config = CLASSIFICATION.Config(
         text_column="a", text_pair_column="b", label_column="y", labels=["no", "yes"]
     )
@@ -250,13 +250,13 @@ def test_labels_from_train(values: list[Any], names: list[str]) -> None:
         (["1.0", "0.5"], "row 2: label = '0.5'.*regression: true"),
     ],
 )
-def test_labels_that_cannot_be_taken_from_train(values: list[Any], expected: str) -> None:
+def test_invalid_labels_of_the_train_split_are_refused(values: list[Any], expected: str) -> None:
     with pytest.raises(DataError, match=expected):
         CLASSIFICATION.labels(CLASSIFICATION.Config(), labels_as_split(values))
 
 
 @pytest.mark.parametrize("label", [2, "2", 2.0, "2.0"])
-def test_numbers_that_are_names_are_never_ids(label: Any) -> None:
+def test_numeric_names_are_never_ids(label: Any) -> None:
     for values in ([2, 4, 6, 8], ["2", "4", "6", "8"], ["2.0", "4.0", "6.0", "8.0"]):
         config = CLASSIFICATION.resolve(CLASSIFICATION.Config(), labels_as_split(values))
         assert CLASSIFICATION.example({"text": "x", "label": label}, config).label == 0
@@ -294,7 +294,7 @@ def test_regression() -> None:
 @pytest.mark.parametrize(
     "keys", [{"labels": ["a"]}, {"labels": ["a", "a"]}, {"labels": ["a", "b"], "regression": True}]
 )
-def test_contradicting_keys(keys: dict[str, Any]) -> None:
+def test_mutually_exclusive_keys_are_refused(keys: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         CLASSIFICATION.Config(**keys)
 

@@ -1,4 +1,4 @@
-"""``e2e_nlg``: its search, which rows make an instance, and its scores on released data."""
+"""``e2e_nlg``: defaults, instances, and scores on released data."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def split_of(rows: list[tuple[Any, Any]]) -> Split:
     return Split("validation", [dict(zip(names, row, strict=True)) for row in rows], "rows", "")
 
 
-def test_the_papers_search() -> None:
+def test_the_defaults_are_those_of_the_paper() -> None:
     assert (CONFIG.num_beams, CONFIG.length_penalty, CONFIG.no_repeat_ngram_size) == (10, 0.9, 4)
     assert CONFIG.max_new_tokens == 64
     assert TASK.stop_texts(CONFIG) == ("\n",)
@@ -40,7 +40,7 @@ def test_the_papers_search() -> None:
     assert TASK.generates(CONFIG)
 
 
-def test_rows_of_one_input_are_one_instance() -> None:
+def test_rows_with_equal_inputs_form_one_instance() -> None:
     predictions = ["Kettle serves food.", "Zizou eats fish.", "late", "Kettle is fish.", "later"]
     references = [[ROWS[i][1] for i in rows] for rows in ([0, 2], [1, 4], [3])]
     firsts = [predictions[0], predictions[1], predictions[3]]
@@ -55,7 +55,7 @@ def test_rows_of_one_input_are_one_instance() -> None:
     assert min(expected.values()) > 0
 
 
-def test_both_counts_are_read(tmp_path: Path) -> None:
+def test_one_prediction_per_row_or_per_instance(tmp_path: Path) -> None:
     split = split_of(ROWS)
     scores = []
     for count in (5, 3):
@@ -72,7 +72,7 @@ def test_both_counts_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("prediction", [None, 3, ["Kettle"], {"query": {}}])
-def test_predictions_that_are_no_text(prediction: Any) -> None:
+def test_predictions_that_are_not_text_are_refused(prediction: Any) -> None:
     with pytest.raises(DataError, match=r"prediction 2: .*; allowed: text"):
         TASK.metrics(["a", prediction, "b"], split_of(ROWS), CONFIG)
 

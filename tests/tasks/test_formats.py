@@ -1,4 +1,4 @@
-"""Rows in the shapes that data comes in: recognised, said, read, and refused."""
+"""Row formats: recognised, reported, read and refused."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def texts(built: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_auto_chooses_and_says(shape: str, tmp_path: Path) -> None:
+def test_auto_chooses_a_task_and_reports_it(shape: str, tmp_path: Path) -> None:
     row, name, said = SHAPES[shape]
     keys = {} if name == "text" else {"stop": ["\n"], "max_new_tokens": 3}
     task, config, found = loaded("auto", rows_file(tmp_path, row), **keys)
@@ -86,9 +86,7 @@ def test_auto_may_generate_until_it_has_chosen() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_task_says_what_it_recognised_and_not_what_it_was_told(
-    shape: str, tmp_path: Path
-) -> None:
+def test_only_a_recognised_format_is_reported(shape: str, tmp_path: Path) -> None:
     row, name, said = SHAPES[shape]
     path = rows_file(tmp_path, row)
     task, config, found = loaded(name, path)
@@ -126,7 +124,7 @@ def test_a_task_says_what_it_recognised_and_not_what_it_was_told(
         (PAIR, [USER, REPLY]),
     ],
 )
-def test_chat_reads(row: Row, expected: list[Row]) -> None:
+def test_chat_reads_every_format(row: Row, expected: list[Row]) -> None:
     assert example("chat", row).messages == tuple(expected)
     task = registry.task("chat")
     assert task.prompt(row, task.Config()).messages == tuple(expected[:-1])
@@ -164,7 +162,7 @@ def test_alpaca_without_the_column_input() -> None:
     assert texts(example("completion", row)) == [WITHOUT_INPUT, "4"]
 
 
-def test_columns_that_are_named_go_before_recognition() -> None:
+def test_named_columns_take_precedence_over_recognition() -> None:
     row = PAIR | ALPACA | {"q": "3+3?", "turns": [USER, REPLY]}
     assert texts(example("completion", row, prompt_column="q")) == ["3+3?", "4"]
     assert example("chat", row, messages_column="turns").messages == (USER, REPLY)
@@ -191,7 +189,7 @@ def test_ambiguous_columns(name: str, row: Row, parts: tuple[str, ...], tmp_path
     loaded(name, path, format="prompt_completion")
 
 
-def test_an_unknown_shape_shows_the_row(tmp_path: Path) -> None:
+def test_an_unknown_format_shows_the_row(tmp_path: Path) -> None:
     path = rows_file(tmp_path, {"query": "2+2?", "reply": "4" * 500})
     for name in ("chat", "completion", "text", "auto"):
         with pytest.raises(DataError) as caught:
@@ -221,26 +219,26 @@ def test_an_unknown_shape_shows_the_row(tmp_path: Path) -> None:
         ("completion", ALPACA | {"instruction": None}, "column 'instruction' = null"),
     ],
 )
-def test_rows_that_are_refused(name: str, row: Row, expected: str) -> None:
+def test_invalid_rows_are_refused(name: str, row: Row, expected: str) -> None:
     with pytest.raises(DataError) as caught:
         example(name, row)
     assert expected in str(caught.value)
 
 
-def test_text_parts_are_one_text() -> None:
+def test_text_parts_are_joined() -> None:
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
     chat = example("chat", {"messages": [{**USER, "content": parts}, REPLY]})
     assert chat.messages[0] == {"role": "user", "content": "Hello"}
 
 
-def test_a_quoted_value_is_short_and_on_one_line() -> None:
+def test_a_quoted_value_is_shortened_to_one_line() -> None:
     with pytest.raises(DataError) as caught:
         example("chat", {"messages": ["\u2028\x9b" + "x" * 1000]})
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 200
 
 
-def test_a_first_word_of_the_assistants_answers_nothing() -> None:
+def test_a_chat_that_starts_with_the_assistant_has_no_prompt() -> None:
     task = registry.task("chat")
     with pytest.raises(DataError, match="nothing to answer"):
         task.prompt({"messages": [REPLY]}, task.Config())
@@ -255,13 +253,13 @@ def test_a_first_word_of_the_assistants_answers_nothing() -> None:
         {"format": "messages"},
     ],
 )
-def test_contradicting_keys(keys: Row) -> None:
+def test_mutually_exclusive_keys_are_refused(keys: Row) -> None:
     with pytest.raises(ValidationError):
         registry.task("completion").Config(**keys)
 
 
 @pytest.mark.parametrize("shape", ["alpaca", "prompt_completion"])
-def test_a_column_of_messages_is_no_other_format(shape: str) -> None:
+def test_a_messages_column_excludes_other_formats(shape: str) -> None:
     with pytest.raises(ValidationError, match="mutually exclusive"):
         registry.task("chat").Config(messages_column="a", format=shape)
 
@@ -279,7 +277,7 @@ def test_a_column_of_messages_is_no_other_format(shape: str) -> None:
         ("e2e_nlg", {"num_beams": 1, "length_penalty": 0.8}, "length_penalty: only allowed with"),
     ],
 )
-def test_a_key_without_effect(name: str, keys: Row, said: str) -> None:
+def test_a_key_without_effect_is_refused(name: str, keys: Row, said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         registry.task(name).Config(**keys)
 

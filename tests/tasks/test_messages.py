@@ -1,4 +1,4 @@
-"""``chat``: keys of messages and columns beside them that change what is rendered or trained."""
+"""``chat``: message keys and further columns that change what is rendered or trained."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ ON = ({}, {"train": True}, {"training": True, "loss": True}, {"weight": 1}, {"we
 
 @pytest.mark.parametrize("off", OFF)
 @pytest.mark.parametrize("on", ON)
-def test_flags_say_which_turns_are_trained(off: Row, on: Row) -> None:
+def test_flags_select_the_trained_messages(off: Row, on: Row) -> None:
     built = chat({**ASK, **off}, {**WRONG, **off}, {**AGAIN, "train": None}, {**RIGHT, **on})
     assert built.messages == (ASK, WRONG, AGAIN, RIGHT)
     assert built.trained == (False, False, False, True)
@@ -72,12 +72,12 @@ def test_flags_of_sharegpt() -> None:
     assert built.trained == (False, False, False, False, True)
 
 
-def test_turns_behind_the_last_trained_one_are_left_out() -> None:
+def test_messages_after_the_last_trained_one_are_dropped() -> None:
     built = chat(ASK, RIGHT, AGAIN, {**WRONG, "train": False})
     assert (built.messages, built.trained) == ((ASK, RIGHT), (False, True))
 
 
-def test_an_untrained_turn_may_be_empty() -> None:
+def test_an_untrained_message_may_be_empty() -> None:
     empty = {"role": "assistant", "content": ""}
     assert chat(ASK, {**empty, "train": False}, AGAIN, RIGHT).messages[1] == empty
     assert "message 2: the assistant's content is empty" in refusal({"messages": [ASK, empty]})
@@ -112,7 +112,7 @@ def test_an_untrained_turn_may_be_empty() -> None:
         ({"tool_calls": [{**CALL, "type": "custom"}]}, 'type = "custom"; allowed: function'),
     ],
 )
-def test_keys_that_are_refused(changes: Row, said: str) -> None:
+def test_invalid_keys_are_refused(changes: Row, said: str) -> None:
     assert said in refusal({"messages": [ASK, {**RIGHT, **changes}]})
 
 
@@ -126,7 +126,7 @@ def test_keys_that_are_refused(changes: Row, said: str) -> None:
         ({"role": "function"}, 'role = "function"; allowed: system, user, assistant, tool'),
     ],
 )
-def test_keys_that_only_the_assistant_has(changes: Row, said: str) -> None:
+def test_keys_of_the_assistant_are_refused_elsewhere(changes: Row, said: str) -> None:
     assert said in refusal({"messages": [{**ASK, **changes}, RIGHT]})
 
 
@@ -154,7 +154,7 @@ def test_tool_calls_reach_the_template() -> None:
         ({}, {}),
     ],
 )
-def test_arguments_are_a_mapping(arguments: Any, read: Row) -> None:
+def test_arguments_become_a_mapping(arguments: Any, read: Row) -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
     for given in ([call], json.dumps([call])):
         (found,) = chat(ASK, {**RIGHT, "tool_calls": given}).messages[1]["tool_calls"]
@@ -163,7 +163,7 @@ def test_arguments_are_a_mapping(arguments: Any, read: Row) -> None:
     assert flat == {"name": "f", "arguments": read}
 
 
-def test_null_is_absent_in_what_a_table_holds() -> None:
+def test_null_in_a_table_means_absent() -> None:
     """Each struct of a parquet file has the keys of all, at every depth."""
     keys = dict.fromkeys(("role", "content", "tool_calls", "tool_call_id", "weight"))
     padded = {"name": "get_tide", "arguments": {"port": "Brest", "unit": None}}
@@ -190,7 +190,7 @@ def test_reasoning_reaches_the_template(key: str) -> None:
     assert "content = null" in refusal({"messages": [ASK, {**thought, "content": None}]})
 
 
-def test_a_key_of_the_templates_own_reaches_it() -> None:
+def test_an_unknown_key_reaches_the_template() -> None:
     turn = {**RIGHT, "tool_plan": "count", "channel": None, "value": "5"}
     assert chat(ASK, turn).messages[1] == {**RIGHT, "tool_plan": "count", "value": "5"}
     turns = [{"from": "human", "value": "3*3?", "lang": "en"}, {"from": "gpt", "value": "It is 9."}]
@@ -223,7 +223,7 @@ SHAPES: tuple[Row, ...] = (
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: next(iter(shape)))
-def test_columns_beside_the_turns(shape: Row) -> None:
+def test_columns_besides_the_messages(shape: Row) -> None:
     built = example({**shape, "system": "Be brief.", "tools": [TOOL]})
     assert built.messages == (SYSTEM, ASK, RIGHT)
     assert built.tools == (TOOL,)
@@ -237,7 +237,7 @@ def test_columns_beside_the_turns(shape: Row) -> None:
     assert "column 'system' = 3; allowed: text" in refusal({**shape, "system": 3})
 
 
-def test_columns_beside_a_named_one() -> None:
+def test_columns_besides_a_named_one() -> None:
     row = {"turns": [ASK, RIGHT], "system": "Be brief.", "tools": [TOOL]}
     built = example(row, messages_column="turns")
     assert (built.messages, built.tools) == ((SYSTEM, ASK, RIGHT), (TOOL,))
@@ -273,13 +273,13 @@ def test_history_comes_first_and_is_trained(shape: Row) -> None:
         ([["a", " "]], "pair 1: the answer is empty"),
     ],
 )
-def test_history_of_another_shape(history: Any, said: str) -> None:
+def test_invalid_history_is_refused(history: Any, said: str) -> None:
     assert said in refusal({**ALPACA, "history": history})
 
 
 @pytest.mark.parametrize("name", ["completion", "auto"])
 @pytest.mark.parametrize("shape", SHAPES[2:], ids=lambda shape: next(iter(shape)))
-def test_a_completion_has_no_earlier_turns(name: str, shape: Row) -> None:
+def test_a_completion_refuses_history_and_tools(name: str, shape: Row) -> None:
     task = registry.task(name)
     for column, value in (("history", [["a", "b"]]), ("tools", [TOOL])):
         said = refusal({**shape, column: value}, name)
@@ -305,7 +305,7 @@ def split_of(*rows: Row) -> Split:
     return Split("validation", list(rows), "rows", "0")
 
 
-def test_exact_match_is_with_the_last_trained_turn() -> None:
+def test_exact_match_uses_the_last_trained_message() -> None:
     config = TASK.Config()
     row = {"messages": [ASK, RIGHT, AGAIN, {**WRONG, "train": False}]}
     assert TASK.prompt(row, config).messages == (ASK,)
@@ -332,7 +332,7 @@ def test_exact_match_needs_plain_text(last: Row, key: str) -> None:
 
 
 @pytest.mark.parametrize(("history", "notes"), [(None, 1), ([["a", "b"]], 2)])
-def test_what_is_said_of_history(history: Any, notes: int, tmp_path: Path) -> None:
+def test_trained_history_is_reported(history: Any, notes: int, tmp_path: Path) -> None:
     file = tmp_path / "train.jsonl"
     row = ALPACA if history is None else {**ALPACA, "history": history}
     file.write_text(json.dumps(row), encoding="utf-8")

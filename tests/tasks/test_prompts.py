@@ -1,4 +1,4 @@
-"""What a model is asked to continue stands, token for token, at the start of what it learnt."""
+"""A prompt is, token for token, a prefix of the example that the model was trained on."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def check(task: Any, config: Any, split: Split, tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("case", [case for case in CASES if not isinstance(CASES[case][2], str)])
 @pytest.mark.parametrize("model", ["tiny_llama", "smollm2"])
-def test_prompts_begin_what_is_learnt(
+def test_a_prompt_is_a_prefix_of_its_training_example(
     case: str, model: str, request: pytest.FixtureRequest
 ) -> None:
     name, keys, rows = CASES[case]

@@ -229,7 +229,7 @@ def test_an_invalid_return_value_is_refused(my: Path, body: str, said: str) -> N
         }[body.split("(")[0].removeprefix("def ")]()
 
 
-def test_a_terminated_process_is_no_fault_of_the_file(my: Path) -> None:
+def test_sigterm_is_not_blamed_on_the_file(my: Path) -> None:
     body = "def stop_texts(self, config): raise SystemExit(143)"
     my.write_text(f"{TASK}\nclass Odd(My):\n    {body}\n")
     task = registry.task("my.py:Odd")
@@ -237,7 +237,7 @@ def test_a_terminated_process_is_no_fault_of_the_file(my: Path) -> None:
         task.stop_texts(task.Config(name="x"))
 
 
-def test_the_main_metric_must_be_there(my: Path) -> None:
+def test_the_main_metric_must_be_returned(my: Path) -> None:
     my.write_text(TASK.replace('{"own":', '{"other":'))
     task = registry.task("my.py:My")
     with pytest.raises(DataError, match="main_metric = 'own'; allowed: one of other"):
@@ -253,7 +253,7 @@ max_new_tokens: 5
 """
 
 
-def test_yaml_gives_defaults_that_a_recipe_may_set(in_tmp: Path) -> None:
+def test_a_recipe_overrides_the_defaults_of_a_yaml_task(in_tmp: Path) -> None:
     (in_tmp / "my.yaml").write_text(YAML + "metric: [bleu, exact_match]\n")
     loaded: Any = load_recipe(recipe(in_tmp, "./my.yaml", "\n  stop: ['#']")).task
     check_recipe(load_recipe(in_tmp / "recipe.yaml"))
@@ -265,7 +265,7 @@ def test_yaml_gives_defaults_that_a_recipe_may_set(in_tmp: Path) -> None:
     assert task.metrics(["4 5 6 7"], split_of(row), loaded) == {"bleu": 1.0, "exact_match": 1.0}
 
 
-def test_a_yaml_of_classes(in_tmp: Path) -> None:
+def test_a_yaml_classification(in_tmp: Path) -> None:
     (in_tmp / "m.py").write_text("def mean(p, r):\n    return (sum(p) - sum(r)) / len(p)\n")
     (in_tmp / "my.yaml").write_text(
         "kind: classification\ntext_column: t\nlabels: [no, yes]\n"
@@ -286,7 +286,7 @@ def test_a_yaml_of_classes(in_tmp: Path) -> None:
     assert task.digest != digest
 
 
-def test_every_problem_of_a_yaml_at_once(in_tmp: Path) -> None:
+def test_every_problem_of_a_yaml_file_at_once(in_tmp: Path) -> None:
     (in_tmp / "my.yaml").write_text(
         "kind: completion\ntemplat: x\nmax_new_tokens: 0\ntemplate: '{'\nmetric: [exact, ./m.py:f]\n"
     )
@@ -321,7 +321,7 @@ def test_every_problem_of_a_yaml_at_once(in_tmp: Path) -> None:
         ("kind: [\n", "not valid YAML"),
     ],
 )
-def test_a_yaml_that_is_refused(in_tmp: Path, text: str, said: str) -> None:
+def test_an_invalid_yaml_task_is_refused(in_tmp: Path, text: str, said: str) -> None:
     (in_tmp / "my.yaml").write_text(text)
     (problem,) = problems(recipe(in_tmp, "./my.yaml"))
     assert str(problem).startswith("my.yaml")
@@ -344,7 +344,7 @@ def test_a_metric_must_be_a_function(in_tmp: Path) -> None:
         ("def loss(p, r): return 1\n", "loss", "loss is reserved; allowed: another name"),
     ],
 )
-def test_a_metric_that_cannot_score_is_told_before_anything_runs(
+def test_an_invalid_metric_is_refused_before_anything_runs(
     in_tmp: Path, text: str, name: str, said: str
 ) -> None:
     (in_tmp / "m.py").write_text(text)
@@ -353,7 +353,7 @@ def test_a_metric_that_cannot_score_is_told_before_anything_runs(
     assert said in str(problem)
 
 
-def test_a_key_that_stands_twice_is_told_also_when_the_file_was_read_before(in_tmp: Path) -> None:
+def test_a_duplicate_key_is_reported_although_the_file_was_cached(in_tmp: Path) -> None:
     (in_tmp / "my.yaml").write_text(YAML)
     registry.task("./my.yaml")
     (in_tmp / "my.yaml").write_text(f"{YAML}kind: completion\n")
@@ -361,7 +361,7 @@ def test_a_key_that_stands_twice_is_told_also_when_the_file_was_read_before(in_t
     assert "duplicate key 'kind'" in str(problem)
 
 
-def test_metric_names_are_the_files_own(in_tmp: Path) -> None:
+def test_a_user_task_names_its_own_metrics(in_tmp: Path) -> None:
     (in_tmp / "my.yaml").write_text(YAML)
     file = recipe(in_tmp, "./my.yaml")
     file.write_text(file.read_text() + "  metric_for_best_model: closeness\n")

@@ -52,7 +52,7 @@ def test_prompt_and_completion(wikisql_folder: WikiSqlWriter) -> None:
     assert not prompt.eos
 
 
-def test_gold_scores_one_in_every_form(wikisql_folder: WikiSqlWriter) -> None:
+def test_gold_scores_one_in_every_format(wikisql_folder: WikiSqlWriter) -> None:
     folder = wikisql_folder()
     split, config = load(folder)
     texts = [TASK.example(row, config).segments[1].text for row in split.rows]
@@ -65,7 +65,7 @@ def test_wrong_predictions(wikisql_folder: WikiSqlWriter) -> None:
     assert scores(wikisql_folder(), predictions) == {"lf_accuracy": 0.0, "ex_accuracy": 0.0}
 
 
-def test_unreadable_query_objects_are_wrong(wikisql_folder: WikiSqlWriter) -> None:
+def test_invalid_query_objects_are_wrong(wikisql_folder: WikiSqlWriter) -> None:
     unreadable = [
         {"query": None},
         {"query": {"sel": 0}},
@@ -85,7 +85,7 @@ def test_condition_order_case_and_repeats_do_not_count() -> None:
     assert not Query(0, 0, ((1, 0, "3"), (0, 0, " Ann"))).matches(gold)
 
 
-def test_another_query_with_the_same_result_executes_right(wikisql_folder: WikiSqlWriter) -> None:
+def test_a_different_query_with_the_same_result_is_correct(wikisql_folder: WikiSqlWriter) -> None:
     predictions = [query(0, 0, [2, 0, 7]), GOLD[1], query(2, 0, [3, 0, "2.5"])]
     assert scores(wikisql_folder(), predictions) == {"lf_accuracy": 1 / 3, "ex_accuracy": 1.0}
 
@@ -180,7 +180,7 @@ def test_released_gold_results(data_dir: Path) -> None:
     assert TASK.metrics([{"error": "x"}] * 15, split, config)["ex_accuracy"] == 0.0
 
 
-def test_limit_and_several_files_find_their_own_database(tmp_path: Path) -> None:
+def test_each_file_uses_its_own_database(tmp_path: Path) -> None:
     files = []
     for number, table in enumerate([TABLE, {**TABLE, "id": "1-10-3"}]):
         rows = [{**row, "table_id": table["id"]} for row in ROWS]
@@ -227,7 +227,7 @@ def without(key: str) -> dict[str, Any]:
         ({**ROWS[1], "sql": [0, 0]}, "[0, 0]"),
     ],
 )
-def test_bad_rows_are_named(
+def test_invalid_rows_are_located(
     wikisql_folder: WikiSqlWriter, second_row: dict[str, Any], expected: str
 ) -> None:
     folder = wikisql_folder(rows=[ROWS[0], second_row])
@@ -237,7 +237,7 @@ def test_bad_rows_are_named(
     assert expected in str(caught.value)
 
 
-def test_a_broken_line_is_named(wikisql_folder: WikiSqlWriter) -> None:
+def test_a_broken_line_is_located(wikisql_folder: WikiSqlWriter) -> None:
     folder = wikisql_folder()
     with (folder / "dev.jsonl").open("a") as lines:
         lines.write('\n{"phase": \n')
@@ -253,7 +253,7 @@ def test_a_broken_line_is_named(wikisql_folder: WikiSqlWriter) -> None:
         ({"id": "1-10-2", "header": ["a"], "types": ["text", "real"]}, "types"),
     ],
 )
-def test_bad_tables_are_named(
+def test_invalid_tables_are_located(
     wikisql_folder: WikiSqlWriter, table: dict[str, Any], expected: str
 ) -> None:
     folder = wikisql_folder(database=False, table=table)
@@ -269,21 +269,21 @@ def test_missing_tables_file(wikisql_folder: WikiSqlWriter) -> None:
         load(folder)
 
 
-def test_a_file_that_is_no_database(wikisql_folder: WikiSqlWriter) -> None:
+def test_a_file_that_is_not_a_database(wikisql_folder: WikiSqlWriter) -> None:
     folder = wikisql_folder()
     (folder / "dev.db").write_text("this is text, and long enough to be read as a header " * 20)
     with pytest.raises(DataError, match=r"dev\.db: cannot be read as an SQLite database"):
         scores(folder, GOLD)
 
 
-def test_gold_that_does_not_execute_is_named(wikisql_folder: WikiSqlWriter) -> None:
+def test_a_gold_query_that_fails_is_located(wikisql_folder: WikiSqlWriter) -> None:
     folder = wikisql_folder(database=False)
     write_database(folder / "dev.db", {**TABLE, "id": "other"})
     with pytest.raises(DataError, match=r"dev\.jsonl, row 1: the gold query cannot be executed"):
         scores(folder, GOLD)
 
 
-def test_a_query_past_the_table_is_refused(wikisql_folder: WikiSqlWriter) -> None:
+def test_a_column_index_out_of_range_is_refused(wikisql_folder: WikiSqlWriter) -> None:
     row = {**ROWS[0], "sql": {"sel": 50, "agg": 0, "conds": []}}
     split, config = load(wikisql_folder(rows=[row]))
     with pytest.raises(DataError, match="column 50: the table has 5 columns"):
@@ -291,7 +291,9 @@ def test_a_query_past_the_table_is_refused(wikisql_folder: WikiSqlWriter) -> Non
 
 
 @pytest.mark.parametrize("prediction", [3, None, ["x"], {"answer": "x"}])
-def test_predictions_of_another_kind(wikisql_folder: WikiSqlWriter, prediction: Any) -> None:
+def test_predictions_of_another_type_are_refused(
+    wikisql_folder: WikiSqlWriter, prediction: Any
+) -> None:
     with pytest.raises(DataError, match="prediction 2: "):
         scores(wikisql_folder(), [GOLD[0], prediction, GOLD[2]])
 

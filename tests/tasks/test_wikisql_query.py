@@ -1,4 +1,4 @@
-"""SQL text: what is written reads back equal, and no text makes the reader fail otherwise."""
+"""SQL text: queries round-trip, and the parser raises nothing but QueryError."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_names_are_distinct() -> None:
         5.0,
     ],
 )
-def test_values_read_back(value: str | int | float) -> None:
+def test_values_round_trip(value: str | int | float) -> None:
     query = Query(0, 0, ((2, 2, value), (4, 1, value)))
     read = parse(render(query, HEADER), HEADER)
     assert read == query
@@ -61,7 +61,7 @@ def test_values_read_back(value: str | int | float) -> None:
 
 
 @pytest.mark.parametrize("index", range(len(HEADER) + SPARE_COLUMNS))
-def test_every_column_reads_back(index: int) -> None:
+def test_every_column_round_trips(index: int) -> None:
     query = Query(index, 5, ((index, 0, "x"),))
     assert parse(render(query, HEADER), HEADER) == query
 
@@ -83,7 +83,7 @@ def test_index_out_of_range() -> None:
         """SELECT "Player" FROM "some table" WHERE "No." = 4\n- and so on""",
     ],
 )
-def test_small_deviations_are_read(text: str) -> None:
+def test_small_deviations_are_accepted(text: str) -> None:
     assert parse(text, HEADER) == Query(0, 0, ((1, 0, 4),))
 
 
@@ -104,12 +104,12 @@ def test_small_deviations_are_read(text: str) -> None:
         "SELECT MAX(Player FROM t",
     ],
 )
-def test_what_is_no_query_is_an_error(text: str) -> None:
+def test_invalid_text_is_an_error(text: str) -> None:
     with pytest.raises(QueryError):
         parse(text, HEADER)
 
 
-def test_no_text_raises_anything_else() -> None:
+def test_no_text_raises_another_error() -> None:
     rng = random.Random(0)
     pieces = ['SELECT ', '"Player"', "FROM t", " WHERE ", "'", '"', "(", ")", "= ", "5", "5e", " AND ",
               "\n", ";", "MAX", "é", "\x00", "-", "1e999", "9" * 5000, "\ud800", "=", ">", "No."]  # fmt: skip
@@ -124,7 +124,7 @@ def test_no_text_raises_anything_else() -> None:
     assert read > 0  # some of them are queries, so the reader got past the first word
 
 
-def test_long_noise_is_read_in_little_time() -> None:
+def test_long_noise_is_parsed_quickly() -> None:
     for text in (
         '"' * 100_001,
         "SELECT " + "'" * 100_001,
@@ -137,7 +137,7 @@ def test_long_noise_is_read_in_little_time() -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "dev"])
-def test_every_released_query_reads_back(data_dir: Path, split: str) -> None:
+def test_every_released_query_round_trips(data_dir: Path, split: str) -> None:
     rows = read_rows(data_dir / "wikisql" / f"{split}.jsonl.gz")
     assert len(rows) == {"train": 55_733, "dev": 8_421}[split]
     for row in rows:

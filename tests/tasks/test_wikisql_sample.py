@@ -1,4 +1,4 @@
-"""The generator of WikiSQL-format samples: its files, its invariants, its sameness by seed."""
+"""The generator of WikiSQL-format samples: files, invariants and reproducibility."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_files_and_counts(sample: Path) -> None:
     assert (len(rows_of(sample, "train")), len(rows_of(sample, "dev"))) == (2000, 200)
 
 
-def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_equal_seeds_give_equal_bytes(tmp_path: Path) -> None:
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
         assert (
             generate(tmp_path / name, "--seed", seed, "--train", "40", "--dev", "8").returncode == 0
@@ -111,7 +111,7 @@ def test_gold_scores_one(sample: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [("--train", "0"), ("--dev", "-1"), ("--dev", "many")])
-def test_bad_arguments_write_nothing(tmp_path: Path, arguments: tuple[str, str]) -> None:
+def test_invalid_arguments_write_nothing(tmp_path: Path, arguments: tuple[str, str]) -> None:
     done = generate(tmp_path / "out", *arguments)
     assert done.returncode == 2
     assert arguments[0] in done.stderr

@@ -1,4 +1,4 @@
-"""Columns and keys that a task does not read are named once, with their rows."""
+"""Notes on columns, keys and labels of a split."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from lorakit import registry
 from lorakit.data.sources import Split
 from lorakit.pipeline.task_data import settle
 from lorakit.tasks import checks
-from lorakit.tasks.checks import ColumnWatch, column_notes
+from lorakit.tasks.checks import (
+    ColumnWatch,
+    column_notes,
+    counts_line,
+    label_counts,
+    similar_labels,
+)
 
 Row = dict[str, Any]
 
@@ -67,12 +73,12 @@ def test_columns_and_keys_are_counted_by_row() -> None:
 
 
 @pytest.mark.parametrize("empty", [None, "", " ", [], {}])
-def test_what_holds_nothing_is_not_named(empty: Any) -> None:
+def test_empty_values_are_not_reported(empty: Any) -> None:
     row = {"messages": [USER, calling(foo=empty)], "bar": empty}
     assert note("chat", row) is None
 
 
-def test_what_is_read_is_not_named() -> None:
+def test_used_keys_are_not_reported() -> None:
     called = {"role": "assistant", "tool_calls": [{"id": "1", **CALL}]}
     turns = [USER, called, {"role": "tool", "content": "x", "tool_call_id": "1", "name": "f"}]
     reply = {**REPLY, "train": True, "weight": 1, "reasoning_content": "r", "thinking": "r"}
@@ -116,7 +122,7 @@ def test_what_is_read_is_not_named() -> None:
         ("chat", {"messages": [USER, calling(**{"a b": 1})], "\x1b[2J": 1}, {}, r'"messages[].tool_calls[].a b", column "\u001b[2J"'),
     ],
 )  # fmt: skip
-def test_each_task_names_what_it_does_not_read(
+def test_each_task_reports_its_unused_keys(
     name: str, row: Row, keys: Row, listed: str | None
 ) -> None:
     said = note(name, row, **keys)
@@ -130,7 +136,7 @@ def test_each_task_names_what_it_does_not_read(
     assert sorted(found.split(", ")) == sorted(f"{key} (1)" for key in listed.split(", "))
 
 
-def test_rows_that_cannot_be_read_break_no_count() -> None:
+def test_invalid_rows_do_not_break_the_count() -> None:
     rows = [{"messages": value, "x": 1} for value in (None, 3, "a", [], [3], [{"role": 1}])]
     rows.append(
         {"messages": [{**USER, "content": [3], "tool_calls": [3, {"function": 3}]}], "x": 1}
@@ -171,7 +177,7 @@ def test_nulls_of_parquet_are_not_counted(tmp_path: Path) -> None:
     assert "weight" not in said
 
 
-def test_a_large_split_is_counted_at_its_beginning(
+def test_only_the_first_rows_of_a_large_split_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checks, "COUNTED_ROWS", 3)
@@ -183,14 +189,14 @@ def test_a_large_split_is_counted_at_its_beginning(
     )
 
 
-def test_many_keys_stay_one_line() -> None:
+def test_many_keys_are_abbreviated() -> None:
     said = note("chat", {"messages": [USER, calling(**{f"k{i}": 1 for i in range(50)})]})
     assert said is not None
     assert said.endswith(" and 30 more")
     assert said.count("messages[]") == 20
 
 
-def test_keys_of_one_count_are_named_in_order() -> None:
+def test_equally_frequent_keys_are_sorted_by_name() -> None:
     said = note("chat", {"messages": [USER, calling(c=1, a=1, d=1, b=1)], "z": 1, "y": 1})
     assert said is not None
     listed = "".join(f", messages[].tool_calls[].{key} (1)" for key in "abcd")
@@ -221,7 +227,7 @@ def test_messages_after_the_last_trained_one_are_counted(name: str) -> None:
     assert column_notes(task, task.Config(), split_of(turns))[1] == f"train: 1 of 1 chats {DROPPED}"
 
 
-def test_a_stream_says_once_that_messages_are_dropped() -> None:
+def test_a_stream_reports_dropped_messages_once() -> None:
     task = registry.task("chat")
     for head, later in [([USER, REPLY], 1), ([USER, REPLY, USER], 0)]:
         said: list[str] = []
@@ -231,7 +237,7 @@ def test_a_stream_says_once_that_messages_are_dropped() -> None:
         assert said == [f"train: further chats {DROPPED}"] * later
 
 
-def test_a_stream_names_later_keys_once() -> None:
+def test_a_stream_reports_later_keys_once() -> None:
     task = registry.task("chat")
     head = split_of({"messages": [USER, REPLY], "id": 1})
     config = task.Config()
@@ -275,3 +281,32 @@ def test_a_user_task_declares_what_it_reads(
     file.write_text(USER_TASK.format(more=more))
     said = note(f"{file}:Mine", PAIR | {"extra": "x", "other": "y"})
     assert (said and said.partition(" unused keys: ")[2]) == expected
+
+
+def test_counts_are_in_the_order_of_the_labels() -> None:
+    counts = label_counts(["b", "a", "never"], [1, 1, 0, 1])
+    assert counts == {"b": 1, "a": 3, "never": 0}
+    assert counts_line(counts) == "b 1, a 3, never 0"
+
+
+def test_many_labels_are_abbreviated() -> None:
+    counts = {f"intent-{n}": 1000 - n for n in range(150)} | {"rare": 1, "never": 0}
+    line = counts_line(counts)
+    assert line.startswith("152, most frequent intent-0 1,000, intent-1 999, ")
+    assert line.endswith("least frequent intent-148 852, intent-149 851, rare 1; 1 in no row")
+    assert len(line) < 250
+
+
+def test_similar_labels_are_reported_with_their_counts() -> None:
+    counts = {"positive ": 3, "negative": 2, "Positive": 1, "no\u00a0idea": 1, "no idea": 1}
+    assert similar_labels(counts) == [
+        "warning: labels that differ only by case or white space are separate classes: "
+        '"positive " (3 rows), "Positive" (1 row)',
+        "warning: labels that differ only by case or white space are separate classes: "
+        '"no\\xa0idea" (1 row), "no idea" (1 row)',
+    ]
+    assert similar_labels({"positive": 1, "negative": 1, "posi tive": 1}) == []
+    many = {name: 1 for n in range(8) for name in (f"label{n}", f"Label{n}")}
+    assert len(similar_labels(many)) == 6
+    assert similar_labels(many)[-1] == "warning: 3 more such groups of labels"
+    assert '"positive "' in counts_line(counts)

@@ -1,4 +1,4 @@
-"""Templates: columns by name and nothing more."""
+"""``completion``: templates, which substitute whole columns and nothing else."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def test_columns_are_listed_once() -> None:
 
 
 @pytest.mark.parametrize("value", [True, ["a"], {"a": 1}])
-def test_values_that_are_no_text(value: Any) -> None:
+def test_values_that_are_not_text_are_refused(value: Any) -> None:
     with pytest.raises(DataError, match="column 'a' ="):
         fill("{a}", {"a": value})
 
 
-def test_what_a_row_lacks_is_empty() -> None:
+def test_a_missing_value_is_empty() -> None:
     assert fill("{a}{b} {c}", {"a": None, "c": "x"}) == " x"
 
 
 @pytest.mark.parametrize("template", ["{", "a}", "{}", "{ }", "{{a}", "{a}}", "{a{b}}", ""])
-def test_braces_that_do_not_pair(template: str) -> None:
+def test_invalid_braces_are_refused(template: str) -> None:
     with pytest.raises(ValidationError):
         COMPLETION.Config(template=template)
 
@@ -58,7 +58,7 @@ def rows(tmp_path: Path) -> str:
     return str(file)
 
 
-def test_own_columns_by_templates(rows: str) -> None:
+def test_templates_read_any_columns(rows: str) -> None:
     config = COMPLETION.Config(
         path=rows, template="Question: {question}\nAnswer:", completion_template=" {answer}"
     )
@@ -83,7 +83,7 @@ def test_own_columns_by_templates(rows: str) -> None:
         ("{answer:>5}", "attributes, indices and formats are not supported"),
     ],
 )
-def test_a_name_that_no_column_has(rows: str, template: str, expected: str) -> None:
+def test_an_unknown_column_is_refused(rows: str, template: str, expected: str) -> None:
     config = COMPLETION.Config(path=rows, template=template, completion_template="{answer}")
     with pytest.raises(DataError) as caught:
         COMPLETION.load(config, "train")
@@ -91,7 +91,7 @@ def test_a_name_that_no_column_has(rows: str, template: str, expected: str) -> N
     assert expected in str(caught.value)
 
 
-def test_a_template_beside_a_column(rows: str) -> None:
+def test_a_template_and_a_column_combine(rows: str) -> None:
     config = COMPLETION.Config(path=rows, template="{question}", completion_column="answer")
     found = COMPLETION.load(config, "train")
     with pytest.raises(DataError, match="column 'answer' = 4; allowed: text"):
