@@ -37,8 +37,7 @@ if TYPE_CHECKING:
         mark_only_lora_as_trainable,
     )
     from lorakit.openmp import yield_cores
-    from lorakit.pipeline.adapted_model import load_for_generation
-    from lorakit.pipeline.evaluation import evaluate, evaluate_split
+    from lorakit.pipeline.evaluation import evaluate, evaluate_split, load_for_generation
     from lorakit.pipeline.predictions import SplitEvaluation, prediction_lines, score_predictions
     from lorakit.pipeline.preview import DescribedRow, Piece, Preview, preview
     from lorakit.recipe.load import load_recipe
@@ -73,8 +72,7 @@ _MODULES = {
         "mark_only_lora_as_trainable",
     ),
     "lorakit.openmp": ("yield_cores",),
-    "lorakit.pipeline.adapted_model": ("load_for_generation",),
-    "lorakit.pipeline.evaluation": ("evaluate", "evaluate_split"),
+    "lorakit.pipeline.evaluation": ("evaluate", "evaluate_split", "load_for_generation"),
     "lorakit.pipeline.predictions": ("SplitEvaluation", "prediction_lines", "score_predictions"),
     "lorakit.pipeline.preview": ("DescribedRow", "Piece", "Preview", "preview"),
     "lorakit.recipe.load": ("load_recipe",),

@@ -175,7 +175,7 @@ def _token_cache(
     values["task"] = f"{type(data.task).__module__}.{type(data.task).__qualname__}"
     key = encoding_key(tokenizer, values, data.task.digest)
     if key is None:
-        say("the tokenizer is a slow one: its tokens are not cached")
+        say("the tokenizer has no fast (Rust) implementation: its tokens are not cached")
         return None
     return EncodedCache(key, say, write)
 
