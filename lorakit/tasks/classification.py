@@ -192,8 +192,9 @@ def _found_labels(train: Split, column: str, skip_bad: bool) -> list[str]:
             continue
         if not name:
             raise DataError(
-                f"{train.locate(index)}: {column} = {value!r}: allowed: a name or a whole number; "
-                "for other numbers, set task.regression: true, or list them as names in task.labels"
+                f"{train.locate(index)}: {column} = {shown(value)}; allowed: a name or a whole "
+                "number; for other numbers, set task.regression: true, or list them as names in "
+                "task.labels"
             )
         names.add(name)
         numbers = numbers or not isinstance(value, str)
@@ -243,7 +244,7 @@ def _read_target(value: Any, where: Labelling, said: str) -> float:
     if bounded and target == -1:
         raise DataError(f"{said}: {_HIDDEN}")
     if target is None or not (math.isfinite(target) and where.minimum <= target <= where.maximum):
-        raise DataError(f"{said}: allowed: {allowed}")
+        raise DataError(f"{said}; allowed: {allowed}")
     return target
 
 

@@ -244,10 +244,10 @@ def test_labels_from_train(values: list[Any], names: list[str]) -> None:
         ([2, "2"], "only one label, 2"),
         (["a", 1], "mixes names and numbers"),
         (["a", "a"], "only one label, a"),
-        (["a", None], "row 2: label = None"),
-        (["a", ""], "row 2: label = ''"),
+        (["a", None], "row 2: label = null"),
+        (["a", ""], 'row 2: label = ""'),
         ([0.5, 1.5], "row 1: label = 0.5.*regression: true"),
-        (["1.0", "0.5"], "row 2: label = '0.5'.*regression: true"),
+        (["1.0", "0.5"], 'row 2: label = "0.5".*regression: true'),
     ],
 )
 def test_invalid_labels_of_the_train_split_are_refused(values: list[Any], expected: str) -> None:
