@@ -100,9 +100,9 @@ def _results(contract: _Contract) -> Iterator[CheckResult]:
     checks: dict[str, Callable[[], str | None]] = {
         "the output is unchanged at the start": contract.unchanged_at_the_start,
         "only the method's own parameters get gradients": contract.gradients,
-        "a saved adapter is loaded to the bit": contract.saved_and_loaded,
+        "a saved adapter loads bit for bit": contract.saved_and_loaded,
         "the merged model equals the unmerged one": contract.merged,
-        "a resumed run equals one without a stop": contract.resumed,
+        "a resumed run equals an uninterrupted one": contract.resumed,
     }
     for check, run in checks.items():
         try:
