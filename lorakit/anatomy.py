@@ -1,8 +1,5 @@
-"""What each weight of a model is for: attention, MLP, experts, routers, state space.
-
-Which modules of a model can be adapted: those that compute what their class says.
-
-Where q, k and v lie in a projection that holds all three.
+"""The parts of a model: what each weight is for, which modules can be adapted, and where q, k and v
+are in a fused projection.
 """
 
 from __future__ import annotations
@@ -30,7 +27,7 @@ _ROUTER = re.compile(r"router|shared_expert_gate|indexer|gating|wg")
 _ROUTER_CLASS = re.compile(r"Router|Indexer|(TopK|M[oO][eE](V\d+)?)(Gate|Gating)$")
 _EXPERT = re.compile(r"(?!shared).*experts?(_?\d+)?")
 _EXPERT_CLASS = re.compile(r"(?<!Shared)Experts?(GLU)?$")
-#: For one module on the way to a weight, the first that fits: pattern of its name, of its class.
+#: Part, pattern of a module's name, pattern of its class: the first match decides.
 _PARTS: tuple[tuple[Part, re.Pattern[str], re.Pattern[str]], ...] = (
     (
         "attention",
@@ -48,7 +45,7 @@ _PARTS: tuple[tuple[Part, re.Pattern[str], re.Pattern[str]], ...] = (
         re.compile(r"Mamba|SSM|RgLru|Rglru|RecurrentBlock|LSTM|ShortConv|Hyena"),
     ),
 )
-#: Classes of which a model keeps lists beside those of its layers (XLM, BLT).
+#: Classes that some models keep in lists of their own instead of in layers (XLM, BLT).
 _WHOLE_CLASS: tuple[tuple[Part, re.Pattern[str]], ...] = (
     ("attention", re.compile(r"(Attention|Attn)$")),
     ("MLP", re.compile(r"(MLP|FFN|FeedForward)$")),
@@ -58,10 +55,10 @@ _LINEAR_ATTENTION = re.compile(r"DeltaNet|DeltaAttention|LinearAttention|Lightni
 
 @dataclass(frozen=True)
 class Weight:
-    """A matrix or a stack of them: the parameter ``name`` of the module ``owner``.
+    """A matrix or a stack of matrices: the parameter ``name`` of the module ``owner``.
 
-    ``read_past_forward``, which is found for routers only: an adapter in place of the module would
-    do nothing.
+    ``read_past_forward`` is determined for routers only: the model reads the weight without calling
+    the module, so an adapter would have no effect.
     """
 
     name: str
@@ -74,8 +71,8 @@ class Weight:
 
 
 def weights(model: nn.Module, exclude: Collection[str] = ()) -> list[Weight]:
-    """The weights of the model's layers, in its order: no embeddings, no vectors, and nothing of
-    the modules ``exclude``. Shared ones count once."""
+    """The weights of the model's layers, in its order, without embeddings, vectors and the modules
+    ``exclude``. A shared weight is listed once."""
     classes = {name: type(module).__name__ for name, module in model.named_modules()}
     left_out = tuple(f"{name}." for name in exclude) or ("\0",)
     found = []
@@ -87,7 +84,7 @@ def weights(model: nn.Module, exclude: Collection[str] = ()) -> list[Weight]:
         vector = vector or name.endswith("bias")
         if vector or isinstance(module, nn.Embedding) or name.startswith(left_out):
             continue
-        # Three dimensions and no convolution: one matrix for each expert.
+        # Three dimensions and not a convolution: one matrix for each expert.
         stacked = parameter.ndim == 3 and not isinstance(module, nn.Conv1d)
         path, part = _path(owner), part_of(owner, classes)
         found.append(
@@ -105,7 +102,7 @@ def weights(model: nn.Module, exclude: Collection[str] = ()) -> list[Weight]:
 
 
 def part_of(module: str, classes: dict[str, str]) -> Part:
-    """The part that the module of that name belongs to; ``classes``: name -> class of all."""
+    """The part that ``module`` belongs to; ``classes``: the class of each module, by name."""
     path = _path(module)
     ends = [name.rpartition(".")[2] for name in path]
     routes = any(_ROUTER.fullmatch(end) for end in ends)
@@ -118,7 +115,7 @@ def part_of(module: str, classes: dict[str, str]) -> Part:
         # JetMoe's experts are query and output projections.
         inside = any(_fits("attention", name, end, classes) for name, end in around[1:])
         return "attention" if inside else "expert"
-    # The weight's own module says least: "output" is a projection of attention or an MLP.
+    # The weight's own module comes last: "output" may be in attention or in an MLP.
     for name, end in around[1:] + around[:1]:
         for part, _, _ in _PARTS:
             if _fits(part, name, end, classes):
@@ -136,8 +133,8 @@ def _fits(part: Part, name: str, end: str, classes: Mapping[str, str]) -> bool:
 
 
 def reads_past_forward(model: nn.Module, name: str) -> bool:
-    """Whether the code around the module of that name reads its weight and never calls it, as far
-    as the source of the class that holds it says."""
+    """Whether the parent of the module ``name`` reads its weight without ever calling it, according
+    to the source code of the parent's class."""
     holder, _, own = name.rpartition(".")
     kind: Any = type(model.get_submodule(holder))
     return _reads_weight(kind, own)
@@ -154,7 +151,7 @@ def _reads_weight(holder: Any, attribute: str) -> bool:
 
 
 def is_routed_expert(module: str) -> bool:
-    """Whether the module of that name is one of several experts, which may get no token."""
+    """Whether ``module`` is, or is in, one of several experts, which may get no tokens."""
     return any(_EXPERT.fullmatch(part) for part in module.split("."))
 
 
@@ -165,22 +162,22 @@ def layer_of(name: str) -> int | None:
 
 
 def _path(module: str) -> list[str]:
-    """The module and those around it, the innermost first, up to and without its layer."""
+    """The module and its parents, innermost first, up to its layer, which is excluded."""
     parts = module.split(".")
     layer = next((at for at, part in enumerate(parts) if part.isdigit()), -1)
     return [".".join(parts[: depth + 1]) for depth in range(len(parts) - 1, layer, -1)]
 
 
-#: Packages whose linear layers hold quantised weights: their ``forward`` is their own, and linear.
+#: Packages of quantised linear layers, whose ``forward`` is linear although it is not torch's.
 _QUANTISED = ("bitsandbytes.", "torchao.", "transformers.integrations.", "compressed_tensors.")
 
 
 def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> module for all that a target may name, in the model's order.
+    """The modules that can be adapted, by name, in the model's order.
 
-    Linear layers, Conv1D and embeddings of the language model. Left out are subclasses that
-    compute something else (Llama 4's router, position embeddings with an offset) and what
-    nn.MultiheadAttention reads past ``forward``.
+    These are linear layers, Conv1D and embeddings of the language model, except subclasses that
+    compute something else (Llama 4's router, position embeddings with an offset) and the modules
+    inside nn.MultiheadAttention, whose weights are read without calling them.
     """
     multihead = tuple(
         f"{name}." for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)
@@ -197,10 +194,10 @@ def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def behaves_as_its_class(module: nn.Module) -> bool:
-    """Whether ``module(x)`` is W x + b, or for an embedding the rows of W that x names."""
+    """Whether ``module(x)`` is W x + b or, for an embedding, the rows of W for the ids x."""
     forward = type(module).forward
     if isinstance(module, nn.Embedding):
-        # Scaled embeddings (Gemma) multiply by ``embed_scale``, which the adapter does too.
+        # Gemma's embeddings multiply by ``embed_scale``, and so do adapter layers.
         return forward is nn.Embedding.forward or hasattr(module, "embed_scale")
     if isinstance(module, Conv1D):
         return forward is Conv1D.forward
@@ -211,7 +208,7 @@ def behaves_as_its_class(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _is_linear_map(module: Any) -> bool:
-    """Try a subclass of nn.Linear that has a ``forward`` of its own."""
+    """Whether a subclass of nn.Linear that overrides ``forward`` is linear for a test input."""
     weight: Tensor = module.weight
     if weight.is_meta or weight.ndim != 2 or not weight.is_floating_point():
         return False
@@ -230,12 +227,12 @@ def _is_linear_map(module: Any) -> bool:
 
 
 def outside_language_model(model: nn.Module) -> tuple[str, ...]:
-    """The outermost modules of a multimodal model that text does not pass through: vision and
-    audio towers, projectors. Empty for a model of text alone."""
+    """The outermost modules of a multimodal model that text does not pass through, such as vision
+    and audio towers and projectors. Empty for a text model."""
     if not isinstance(model, PreTrainedModel):
         return ()
     text = model.config.get_text_config()
-    if text is model.config:  # text alone
+    if text is model.config:  # a text model
         return ()
     parts = [
         name
@@ -261,23 +258,23 @@ def outside_language_model(model: nn.Module) -> tuple[str, ...]:
 
 
 def is_text_part(model: nn.Module) -> bool:
-    """Whether ``model`` is the language model of a multimodal base, loaded alone."""
+    """Whether ``model`` is the language model of a multimodal base, loaded without the rest."""
     config = getattr(model, "config", None)
     return getattr(config, "base_config_key", "") == "text_config"
 
 
 def is_within(name: str, modules: tuple[str, ...] | list[str]) -> bool:
-    """Whether ``name`` is one of ``modules`` or lies in one."""
+    """Whether ``name`` is one of ``modules`` or inside one of them."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-#: Projections that hold q, k and v in one matrix (GPT-2, GPT-NeoX and BLOOM, Phi-3, ModernBERT).
+#: Fused projections: q, k and v in one matrix (GPT-2, GPT-NeoX and BLOOM, Phi-3, ModernBERT).
 FUSED = r"(?:^|\.)(?:c_attn|query_key_value|qkv_proj|Wqkv)$"
 
 
 def fused_rows(module: nn.Module, model: nn.Module) -> dict[str, RowSlice]:
-    """Role -> its rows in ``module``, a fused projection of ``model``; empty if the model's
-    layout is not known, or the matrix is not of the size that it should have."""
+    """The rows of q, k and v in ``module``, a fused projection of ``model``; empty if the model's
+    layout is unknown or the matrix does not have the size that the layout needs."""
     config: Any = getattr(model, "config", None)
     get_text_config = getattr(config, "get_text_config", None)
     config = get_text_config() if get_text_config else config
@@ -299,12 +296,12 @@ def _thirds(config: Any) -> tuple[int, ...]:
 
 
 def _by_head(config: Any) -> tuple[int, ...]:
-    """A head's q, k and v, then the next head's."""
+    """q, k and v of a head, then those of the next head."""
     return (config.hidden_size // config.num_attention_heads,) * 3
 
 
 def _grouped_queries(config: Any) -> tuple[int, ...]:
-    """All of q, then of k and v, which have fewer heads."""
+    """All of q, then all of k and of v, which have fewer heads."""
     head_dim = getattr(config, "head_dim", None)
     head_dim = head_dim or config.hidden_size // config.num_attention_heads
     key_heads = config.num_key_value_heads

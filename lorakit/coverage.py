@@ -1,4 +1,4 @@
-"""How much of a model's attention, MLPs and experts the targets cover, and what they missed."""
+"""How much of a model's attention, MLPs and experts the targets cover, and what they miss."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _LABELS = {
 
 @dataclass(frozen=True)
 class PartCoverage:
-    """Parameters of the weights of one part of the model, and how many of them the targets hold."""
+    """The number of parameters in the weights of a part of the model, and how many are covered."""
 
     covered: int
     total: int
@@ -42,11 +42,11 @@ class PartCoverage:
 
 @dataclass(frozen=True)
 class Missed:
-    """Weights that ``targets`` ask for and that cannot be adapted, or that they do not reach; with
-    no ``targets``, what none can reach.
+    """Weights that ``targets`` ask for and that are not adapted; without ``targets``, weights that
+    no target can reach.
 
-    ``modules`` names them in short; ``parameters`` is their size, ``share`` that of all
-    parameters of the model.
+    ``modules`` lists their names, abbreviated; ``parameters`` is their size, ``share`` the same as
+    a fraction of the whole model.
     """
 
     targets: tuple[str, ...]
@@ -65,7 +65,7 @@ class Missed:
 
 @dataclass(frozen=True)
 class Coverage:
-    """``parts``: attention, MLP, expert or state-space -> what the targets cover of it."""
+    """What the targets cover of each part (attention, MLP, expert, state-space), and what not."""
 
     parts: Mapping[str, PartCoverage]
     missed: tuple[Missed, ...] = ()
@@ -86,10 +86,11 @@ def measure_coverage(
     layers: Sequence[int] | str | None = None,
     exclude: Collection[str] = (),
 ) -> Coverage:
-    """What ``targets``, found for ``target_modules`` and ``layers``, cover of the bare ``model``.
+    """Measure what ``targets``, found for ``target_modules`` and ``layers``, cover of a ``model``
+    that is not adapted yet.
 
-    Of a multimodal model the language model counts; ``exclude`` (heads, the output layer) does
-    not. What a target asks for is missed where it is in one of ``layers``.
+    The modules ``exclude`` (heads, the output layer) and everything outside the language model of a
+    multimodal model are not counted. Weights outside ``layers`` are not missed.
     """
     outside = outside_language_model(model)
     found = weights(model, (*exclude, *outside))
@@ -106,7 +107,7 @@ def measure_coverage(
 
 
 def _covered(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, int]:
-    """Module -> parameters of its weight that are a target; a fused one's parts add up."""
+    """The number of target parameters in each module's weight, over all parts of a fused one."""
     names = {id(module): name for name, module in model.named_modules()}
     found: dict[str, int] = {}
     for target in targets.values():
@@ -124,7 +125,7 @@ def _missed(
     target_modules: Sequence[str],
     layers: Sequence[int] | str | None,
 ) -> dict[str, tuple[Weight, list[str]]]:
-    """Name -> weight that is no target, and those of ``target_modules`` that ask for it."""
+    """The weights that are not targets, by name, with the ``target_modules`` that ask for them."""
     linear = adaptable_modules(model)
     held = {id(target.module) for target in targets.values()}
     free = [w for w in found if id(model.get_submodule(w.owner)) not in held]
@@ -147,15 +148,15 @@ def _missed(
 
 
 def _role_of(target: str) -> str | None:
-    """The role that the target is, or names the projection of (``q_proj``); not one that chooses
-    among those projections itself."""
+    """The role that ``target`` is or whose projection it names (``q_proj``); None for a longer
+    suffix, which selects among these projections."""
     if "." in target:
         return None
     return next((r for r in ROLES if target == r or re.search(ROLES[r], target)), None)
 
 
 def _beside_role(role: str, free: Sequence[Weight], targets: Mapping[str, Target]) -> list[Weight]:
-    """The attention of the layers in which the role is nowhere."""
+    """The attention weights of the layers that have no module of that role."""
     has = {
         layer_of(name)
         for name, target in targets.items()
@@ -200,7 +201,7 @@ def _reason(asked: Sequence[str], group: Sequence[Weight]) -> str:
 
 
 def missed_outside(model: nn.Module) -> tuple[Missed, ...]:
-    """What of a multimodal model no target reaches."""
+    """The modules of a multimodal model that no target can reach."""
     outside = outside_language_model(model)
     if not outside:
         return ()
@@ -218,7 +219,7 @@ def missed_outside(model: nn.Module) -> tuple[Missed, ...]:
 
 
 def _percent(count: int, share: float) -> str:
-    """Never 0% of something, nor 100% of less than all."""
+    """A percentage that is 0% for nothing only, and 100% for everything only."""
     if share in (0, 1):
         return f"{share:.0%}"
     if share < 0.001:

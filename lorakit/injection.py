@@ -1,4 +1,4 @@
-"""Replace the targets by adapter layers, freeze the rest, and say what was done."""
+"""Replace the targets with adapter layers, freeze the rest, and report what was done."""
 
 from __future__ import annotations
 
@@ -39,10 +39,11 @@ class AdaptedModule:
 
 @dataclass(frozen=True)
 class InjectionReport:
-    """What was adapted, what is trained whole beside it, and how many parameters that is.
+    """The adapted modules, the fully trained ones (``modules_to_save``), and parameter counts.
 
-    ``coverage`` is what the targets hold of attention, MLPs and experts, and what they miss; None
-    for an adapter that is loaded. A method that trains the base's own parameters has no shares.
+    ``coverage`` is the share of attention, MLPs and experts that the targets cover, and what they
+    miss; None for a loaded adapter. It has no shares for a method that trains the base's own
+    parameters.
     """
 
     method: str
@@ -58,7 +59,7 @@ class InjectionReport:
         count = len(self.adapted_modules)
         text = f"{self.method} on {count} modules: {names}" if count else self.method
         if self.modules_to_save:
-            text += f"; trained whole: {', '.join(self.modules_to_save)}"
+            text += f"; fully trained: {', '.join(self.modules_to_save)}"
         line = (
             f"{text}; {self.trainable_parameters:,} of {self.total_parameters:,} parameters "
             f"train ({share:.3%})"
@@ -69,14 +70,14 @@ class InjectionReport:
 def inject(
     model: nn.Module, config: AdapterSection, heads: Iterable[str] | None = None
 ) -> InjectionReport:
-    """Adapt ``model`` in place as ``config`` says; every other parameter is frozen.
+    """Adapt ``model`` in place according to ``config`` and freeze every other parameter.
 
-    ``heads`` are modules trained whole besides ``config.modules_to_save``; by default the
+    ``heads`` are fully trained in addition to ``config.modules_to_save``; the default is the
     classification head, if the model has one. Random values come from torch's default generator.
     Raises TargetError if the model is adapted already, or a target or a pattern does not fit.
     """
     if adapted_modules(model):
-        raise TargetError("the model holds an adapter already; load the base again")
+        raise TargetError("the model already has an adapter; load the base again")
     method: Method = registry.method(config.method)
     heads = tuple(find_heads(model) if heads is None else heads)
     whole = trained_whole(model, config, heads)
@@ -84,14 +85,14 @@ def inject(
         n for n in whole if n not in heads and is_within(n, outside_language_model(model))
     ]:
         raise TargetError(
-            f"adapter.modules_to_save: {describe_modules(unused)}: outside the language model, and "
-            "text does not pass through it; allowed: modules of the language model"
+            f"adapter.modules_to_save: {describe_modules(unused)}: outside the language model, "
+            "where text does not pass; allowed: modules of the language model"
         )
     targets = _targets(model, config, method, whole)
     trained = {id(p) for name in whole for p in model.get_submodule(name).parameters()}
     clash = [n for n, t in targets.items() if any(id(p) in trained for p in t.module.parameters())]
     if clash:
-        raise TargetError(f"adapter: {describe_modules(clash)}: both a target and trained whole")
+        raise TargetError(f"adapter: {describe_modules(clash)}: both a target and fully trained")
     method.check(config, tuple(targets))
     coverage = _coverage(model, config, targets, whole)
     layers = {name: _wrap(method, target, config, name) for name, target in targets.items()}
@@ -136,8 +137,11 @@ def _targets(
 def _base_parameters(
     model: nn.Module, config: AdapterSection, method: Method, whole: Sequence[str]
 ) -> list[str]:
-    """The base's own parameters that train, those of the modules ``whole`` aside; a method that
-    wraps nothing trains them where the targets are. Of a multimodal model the language model's."""
+    """The names of the base's own parameters that are trained, without the modules ``whole``.
+
+    A method that wraps nothing trains parameters of its targets. In a multimodal model only those
+    of the language model are trained.
+    """
     names = method.trained_parameters(model, config)
     if not method.kinds:
         exclude = {*whole, *_output(model)}
@@ -147,7 +151,7 @@ def _base_parameters(
     if not method.kinds and not found:
         raise TargetError(
             f"adapter: {method.name} finds nothing to train in {type(model).__name__}; allowed: "
-            "target_modules and layers that hold what it trains"
+            "target_modules and layers with parameters that it trains"
         )
     return found
 
@@ -169,7 +173,7 @@ def _wrap(method: Method, target: Target, config: AdapterSection, name: str) -> 
 
 
 def put_in_place(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:
-    """Let each layer stand where its base does; the parts of a fused projection go together."""
+    """Replace each base module with its layer, and fused projections with one composite layer."""
     fused: dict[str, dict[str, AdapterLayer]] = {}
     for name, layer in layers.items():
         if isinstance(layer.base_layer, RowView):
@@ -182,7 +186,7 @@ def put_in_place(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:
 
 
 def report(model: nn.Module, method: str, whole: Sequence[str]) -> InjectionReport:
-    """Count what is in place; shared parameters count once."""
+    """Describe the adapter that ``model`` has; a shared parameter is counted once."""
     modules = tuple(
         AdaptedModule(name, layer.base_shape, layer.r)
         for name, layer in adapter_layers(model).items()
@@ -198,7 +202,7 @@ def report(model: nn.Module, method: str, whole: Sequence[str]) -> InjectionRepo
 
 
 def find_heads(model: nn.Module) -> list[str]:
-    """The classification head: what a transformers classifier holds besides its base model."""
+    """The classification head: the children of a transformers classifier except its base model."""
     if not isinstance(model, PreTrainedModel) or "Classification" not in type(model).__name__:
         return []
     return [
@@ -211,15 +215,15 @@ def find_heads(model: nn.Module) -> list[str]:
 def trained_whole(
     model: nn.Module, config: AdapterSection, heads: Iterable[str] | None = None
 ) -> tuple[str, ...]:
-    """The modules that are trained whole: ``heads`` (default: the classification head), then
-    ``config.modules_to_save``. Raises TargetError for one that is not there."""
+    """The fully trained modules: ``heads`` (default: the classification head), then
+    ``config.modules_to_save``. Raises TargetError if one does not exist."""
     heads = find_heads(model) if heads is None else heads
     return tuple(dict.fromkeys([*heads, *_named(model, config.modules_to_save)]))
 
 
 def trained_base(model: nn.Module, whole: Sequence[str]) -> dict[str, Tensor]:
-    """Name -> value of the base's own parameters that train, those of the modules ``whole`` and
-    of the adapter layers aside."""
+    """The base's own parameters that are trained, by name, without those of the modules ``whole``
+    and of adapter layers."""
     layers = {f"{n}.": layer for n, layer in adapter_layers(model).items()}
     inside = tuple(f"{name}." for name in whole) or ("\0",)
     found: dict[str, Tensor] = {}
@@ -235,7 +239,7 @@ def trained_base(model: nn.Module, whole: Sequence[str]) -> dict[str, Tensor]:
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """Name -> parameter for all that trains."""
+    """All trained parameters, by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 

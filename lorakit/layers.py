@@ -39,8 +39,8 @@ class RowView(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        bias = base_bias(self.whole)
-        return None if bias is None else self.rows.of(bias)
+        bias = getattr(self.whole, "bias", None)
+        return self.rows.of(bias) if isinstance(bias, Tensor) else None
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, dense_weight(self), self.bias)
@@ -88,7 +88,8 @@ class BaseWrapper(nn.Module, ABC):
 
     @property
     def bias(self) -> Tensor | None:
-        return base_bias(self.base_layer)
+        bias = getattr(self.base_layer, "bias", None)
+        return bias if isinstance(bias, Tensor) else None
 
     @property
     def device(self) -> torch.device:
@@ -216,17 +217,13 @@ class AdapterLayer(BaseWrapper, ABC):
 
     @classmethod
     def join(cls, composite: CompositeLayer) -> AdapterLayer:
-        """The parts of ``composite``, of this class, as one layer over the whole base, for a format
-        that knows no parts."""
+        """The parts of ``composite``, all of this class, as one layer over the whole base."""
         raise NotImplementedError
 
     def split(self, parts: Mapping[str, tuple[RowSlice, int]]) -> CompositeLayer:
         """The reverse of ``join``; ``parts``: name -> (rows, rank). Raises AdapterError if the
         layer's update is not made of them."""
         raise NotImplementedError
-
-    def extra_repr(self) -> str:
-        return f"r={self.r}, scaling={self.scaling:g}"
 
 
 class CompositeLayer(BaseWrapper):
@@ -313,7 +310,7 @@ class CompositeLayer(BaseWrapper):
 
 
 def kind_of(module: nn.Module) -> Kind:
-    """How ``module`` stores its W; a ``RowView`` is linear, however the whole stores it."""
+    """How ``module`` stores its W; a ``RowView`` is linear."""
     if isinstance(module, nn.Embedding):
         return "embedding"
     return "conv1d" if isinstance(module, Conv1D) else "linear"
@@ -330,12 +327,6 @@ def dense_weight(module: nn.Module) -> Tensor:
     if isinstance(module, RowView):
         return module.rows.of(dense_weight(module.whole))
     return as_matrix(module, _stored(module))
-
-
-def base_bias(module: nn.Module) -> Tensor | None:
-    bias = getattr(module, "bias", None)
-    assert bias is None or isinstance(bias, Tensor)
-    return bias
 
 
 def _stored(module: nn.Module) -> Tensor:

@@ -1,4 +1,4 @@
-"""Roles, suffixes and patterns -> the modules of a model that are adapted."""
+"""Find the modules that roles, suffixes and patterns of ``adapter.target_modules`` name."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ ROLES = {
 
 @dataclass(frozen=True)
 class Target:
-    """``module`` of the model, or of a fused projection only ``rows``, those of a role."""
+    """A module to adapt, or the ``rows`` of a role in a fused projection."""
 
     module: nn.Module
     rows: RowSlice | None = None
@@ -56,12 +56,12 @@ def find_targets(
     layers: Sequence[int] | str | None = None,
     exclude: Collection[str] = (),
 ) -> dict[str, Target]:
-    """Name -> target, in the model's order, for all that ``target_modules`` name.
+    """The targets that ``target_modules`` name, by module name, in the model's order.
 
-    ``layers`` keeps the modules of those layer indices; ``exclude`` names modules (heads, the
-    output layer) that ``all-linear`` and ``attention`` leave alone. A role inside a fused
-    projection is named behind it (``h.0.attn.c_attn.q``). Raises TargetError if a target, or the
-    choice of layers, matches nothing, or if both a projection and a part of it are named.
+    ``layers`` restricts them to layer indices; ``exclude`` are modules (heads, the output layer)
+    that ``all-linear`` and ``attention`` skip. A role in a fused projection has the projection's
+    name as a prefix (``h.0.attn.c_attn.q``). Raises TargetError if a target or ``layers`` matches
+    nothing, or if both a projection and a part of it are named.
     """
     if isinstance(model, ADAPTABLE):
         raise TargetError(
@@ -80,8 +80,8 @@ def find_targets(
         chosen = {name: target for name, target in chosen.items() if name in kept}
     if both := [n for n, t in chosen.items() if t.rows and n.rpartition(".")[0] in chosen]:
         raise TargetError(
-            f"adapter.target_modules: {describe_modules(both)} lie inside modules that are targets "
-            "as a whole; allowed: the whole or its parts"
+            f"adapter.target_modules: {describe_modules(both)} are parts of modules that are "
+            "targets too; allowed: the whole or its parts"
         )
     order = {id(module): at for at, module in enumerate(linear.values())}
     return dict(sorted(chosen.items(), key=lambda item: _place(item[1], order)))
@@ -94,17 +94,17 @@ def parameters_within(
     layers: Sequence[int] | str | None,
     exclude: Collection[str] = (),
 ) -> list[str]:
-    """Those of the parameters ``names`` that belong to what ``target_modules`` (None: the whole
-    model) and ``layers`` choose. Raises TargetError as ``find_targets`` does, and for a target
-    that is only a part of a projection."""
+    """Select from the parameters ``names`` those in ``target_modules`` (None: the whole model) and
+    ``layers``. Raises TargetError as ``find_targets`` does, and for a target that is only a part of
+    a projection."""
     if target_modules is None:
         kept = set(names) if layers is None else _in_layers(set(names), layers)
         return [name for name in names if name in kept]
     targets = find_targets(model, target_modules, layers, exclude)
     if parts := [name for name, target in targets.items() if target.rows is not None]:
         raise TargetError(
-            f"adapter.target_modules: {describe_modules(parts)} lie inside larger matrices, which "
-            "train as a whole or not at all; name the whole, "
+            f"adapter.target_modules: {describe_modules(parts)} are parts of larger matrices, "
+            "which cannot be trained in part; name the whole, "
             f"{parts[0].rpartition('.')[0].rpartition('.')[2]!r}"
         )
     chosen = {id(p) for target in targets.values() for p in target.module.parameters()}
@@ -142,13 +142,13 @@ def _match(
 
 
 def _is_dead_router(name: str, model: nn.Module, classes: dict[str, str]) -> bool:
-    """Whether the module is a router whose weight the model reads without calling it, as that of
-    LongCat-Flash: an adapter there would never train."""
+    """Whether the module is a router that the model never calls but reads the weight of, as in
+    LongCat-Flash: an adapter would never train."""
     return part_of(name, classes) == "router" and reads_past_forward(model, name)
 
 
 def _projections(role: str, linear: dict[str, nn.Module], model: nn.Module) -> list[str]:
-    """The modules that the pattern ``role`` names and that are no part of an MLP."""
+    """The modules outside MLPs whose names match the pattern ``role``."""
     classes = _classes(model)
     return [
         name
@@ -183,8 +183,8 @@ def _slices(role: str, linear: dict[str, nn.Module], model: nn.Module) -> dict[s
             rows = fused_rows(module, model).get(role)
             if rows is None:
                 raise TargetError(
-                    f"adapter.target_modules: {role!r} lies inside {name}, and how "
-                    f"{type(model).__name__} lays q, k and v out in it is not known; name the "
+                    f"adapter.target_modules: {role!r} is a part of {name}, and the "
+                    f"layout of q, k and v in it is unknown for {type(model).__name__}; name the "
                     f"whole, {name.rpartition('.')[2]!r}"
                 )
             found[f"{name}.{role}"] = Target(module, rows)
@@ -198,8 +198,8 @@ def _no_embeddings(linear: dict[str, nn.Module]) -> dict[str, nn.Module]:
 def unreachable(
     target: str, found: Sequence[Weight], linear: Mapping[str, nn.Module]
 ) -> list[Weight]:
-    """Those of the weights ``found`` that ``target``, a suffix or a pattern, names although no
-    module of ``linear`` holds them: routers, or experts in one 3-D parameter."""
+    """The weights in ``found`` that ``target``, a suffix or pattern, names but that no module of
+    ``linear`` has, such as routers or experts in a 3-D parameter."""
     return [
         weight
         for weight in found
@@ -208,8 +208,8 @@ def unreachable(
 
 
 def _aliases(weight: Weight) -> list[str]:
-    """The names that people give a weight: its own, its module's, and for stacked experts those
-    that the projections have where each expert is a module."""
+    """The names by which a weight may be meant: its own, its module's and, for stacked experts, the
+    usual names of the projections of an expert."""
     names = [weight.name, weight.owner]
     if weight.part == "expert" and weight.stacked:
         leaf = weight.name.removeprefix(f"{weight.owner}.")
@@ -232,21 +232,21 @@ def _no_match(target: str, linear: dict[str, nn.Module], model: nn.Module) -> st
         names = describe_modules([w.name.removesuffix(".weight") for w in missed])
         if all(w.stacked for w in missed):
             return (
-                f"{start} names experts, which this model holds as 3-D parameters and not as "
-                f"linear layers ({names}): adapting those needs PEFT's target_parameters, which "
+                f"{start} names experts, which this model stores as 3-D parameters and not as "
+                f"linear layers ({names}): adapting them requires PEFT's target_parameters, which "
                 f"lorakit does not support yet; {allowed}"
             )
         if any(names_it(target, w.name) for w in missed):
             return _names_parameters(start, [w.name for w in missed], model, allowed)
         classes = sorted({type(model.get_submodule(w.owner)).__name__ for w in missed})
         return (
-            f"{start} names {names}, of class {', '.join(classes)}, which is no plain linear "
-            f"layer and cannot be adapted; {allowed}"
+            f"{start} names {names}, of class {', '.join(classes)}, which is not a plain "
+            f"linear layer and cannot be adapted; {allowed}"
         )
     if [n for n, _ in model.named_modules() if is_within(n, outside) and names_it(target, n)]:
         return (
-            f"{start} matches modules of {', '.join(outside)} only; text passes through the "
-            f"language model alone: {allowed}"
+            f"{start} matches only modules of {', '.join(outside)}, and text passes "
+            f"through the language model alone; {allowed}"
         )
     if own := [n for n, _ in model.named_parameters() if names_it(target, n)]:
         return _names_parameters(start, own, model, allowed)
@@ -273,8 +273,8 @@ def _names_parameters(start: str, names: Sequence[str], model: nn.Module, allowe
     classes = ", ".join(sorted({type(holder).__name__ for holder in holders}))
     what = "is a parameter" if len(names) == 1 else "are parameters"
     return (
-        f"{start}: {describe_modules(names)} {what} of {classes}, and not a linear layer: only "
-        f"linear layers and embeddings are adapted; {allowed}"
+        f"{start}: {describe_modules(names)} {what} of {classes}, not a linear layer: only linear "
+        f"layers and embeddings can be adapted; {allowed}"
     )
 
 

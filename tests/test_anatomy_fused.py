@@ -217,7 +217,7 @@ def test_pissa_of_a_part_is_the_svd_of_its_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("targets", [["q", "c_attn"], ["attention", "v"]])
 def test_a_projection_and_a_part_of_it_are_an_error(targets: list[str]) -> None:
     with pytest.raises(
-        TargetError, match=r"h\.\{0-1\}\.attn\.c_attn\.. lie inside .* the whole or"
+        TargetError, match=r"h\.\{0-1\}\.attn\.c_attn\.. are parts of .* the whole or"
     ):
         inject(tiny("gpt2"), LoraConfig(target_modules=targets))
 
@@ -226,7 +226,7 @@ def test_a_projection_of_unknown_layout_is_an_error_that_names_the_whole() -> No
     model = tiny("gpt2")
     model.config.model_type = "gpt_bigcode"
     with pytest.raises(
-        TargetError, match=r"'q' lies inside .*h\.0\.attn\.c_attn.*not known.*'c_attn'"
+        TargetError, match=r"'q' is a part of .*h\.0\.attn\.c_attn.*unknown.*'c_attn'"
     ):
         inject(model, LoraConfig(target_modules=["q"]))
     inject(model, LoraConfig(target_modules=["c_attn"]))
@@ -236,7 +236,7 @@ def test_keys_and_values_of_a_cross_attention_are_an_error() -> None:
     """GPT-2's ``crossattention.c_attn`` holds k and v only."""
     model = tiny("gpt2", add_cross_attention=True)
     with pytest.raises(
-        TargetError, match=r"'k' lies inside .*h\.0\.crossattention\.c_attn.*not known"
+        TargetError, match=r"'k' is a part of .*h\.0\.crossattention\.c_attn.*unknown"
     ):
         inject(model, LoraConfig(target_modules=["k"]))
     assert not adapted_modules(model)

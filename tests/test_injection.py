@@ -35,7 +35,7 @@ def test_a_plain_module() -> None:
     assert report.trainable_parameters == 2 * (4 + 4) + 3 * 4 + 3
     assert report.total_parameters == report.trainable_parameters + 4 * 4 + 4
     assert torch.equal(block(x), before)
-    assert "lora on 1 modules: query; trained whole: out; 31 of 51" in str(report)
+    assert "lora on 1 modules: query; fully trained: out; 31 of 51" in str(report)
 
 
 def _logits(model: nn.Module) -> torch.Tensor:
@@ -125,7 +125,7 @@ def test_tied_embeddings_that_train_whole_stay_one_and_keep_their_output_dtype(
 
 def test_a_target_that_shares_a_trained_weight_is_an_error() -> None:
     config = LoraConfig(target_modules=["lm_head"], modules_to_save=["embed_tokens"])
-    with pytest.raises(TargetError, match="lm_head: both a target and trained whole"):
+    with pytest.raises(TargetError, match="lm_head: both a target and fully trained"):
         inject(tiny("llama", tie_word_embeddings=True), config)
     inject(tiny("llama", tie_word_embeddings=False), config)
 
@@ -140,7 +140,7 @@ def test_shared_parameters_count_once() -> None:
 def test_a_second_injection_is_an_error() -> None:
     model = tiny("llama")
     inject(model, LoraConfig())
-    with pytest.raises(TargetError, match="holds an adapter already"):
+    with pytest.raises(TargetError, match="already has an adapter"):
         inject(model, LoraConfig())
 
 
@@ -194,7 +194,7 @@ def test_the_report_names_and_counts_the_parts_of_a_fused_projection() -> None:
 
 def test_a_part_of_a_projection_that_trains_whole_is_an_error() -> None:
     model = tiny("gpt2")
-    with pytest.raises(TargetError, match=r"c_attn\.q: both a target and trained whole"):
+    with pytest.raises(TargetError, match=r"c_attn\.q: both a target and fully trained"):
         inject(model, LoraConfig(target_modules=["q"], modules_to_save=["c_attn"]))
     assert not adapter_layers(model)
     assert all(p.requires_grad for p in model.parameters())

@@ -56,7 +56,7 @@ class Full(Method):
         self, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """The tensors as they are: all that ``trained_parameters`` lists, and nothing else beside
-        the modules trained whole."""
+        the fully trained modules."""
         listed = settings.get("trained_parameters")
         if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
             raise AdapterError(

@@ -92,7 +92,7 @@ class Intrinsic(Method):
     def unpack(
         self, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """theta under the name of each matrix, and the modules trained whole."""
+        """theta under the name of each matrix, and the fully trained modules."""
         names = _matrices(settings)
         d, seed = settings.get("d"), settings.get("projection_seed")
         for key, value, least in (("d", d, 1), ("projection_seed", seed, 0)):

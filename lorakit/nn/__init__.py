@@ -1,7 +1,8 @@
-"""LoRA as loralib has it: layers to build a model from, by torch's own names plus ``r``.
+"""A drop-in replacement for loralib: torch layers with a low-rank update built in.
 
-They take loralib's arguments, hold its parameters under its names and shapes, and read and write
-its checkpoints. To adapt a model that exists already, see ``lorakit.inject``.
+They have loralib's arguments, parameter names and shapes, and read and write its checkpoints. To
+adapt an existing model, use ``lorakit.inject``. A new layer derives from ``LoraMixin`` and a torch
+class, and defines ``delta_weight``, ``reset_factors`` and ``forward``.
 """
 
 from lorakit.nn.base import lora_state_dict, mark_only_lora_as_trainable

@@ -1,7 +1,4 @@
-"""What the layers share: the two factors, and merging them into the weight and back.
-
-Which parameters train, and which are saved: those named ``lora_*`` and, if asked, biases.
-"""
+"""The mixin of all layers, and functions that select the LoRA parameters of a model."""
 
 from __future__ import annotations
 
@@ -20,22 +17,22 @@ if TYPE_CHECKING:
 
 
 class LoraMixin(nn.Module):
-    """A layer of torch with W + (lora_alpha / r) * delta(lora_B, lora_A) in place of W.
+    """Makes a torch layer compute with W + (lora_alpha / r) * delta(lora_B, lora_A) instead of W.
 
-    Stands before torch's class among the bases. With r = 0 there are no factors, and the layer is
-    torch's own. With r > 0 ``weight`` is frozen; a bias is not (``mark_only_lora_as_trainable``
-    freezes that).
+    List it before the torch class among the bases. With r = 0 there are no factors and the layer is
+    the torch layer. With r > 0 ``weight`` is frozen, but not the bias
+    (``mark_only_lora_as_trainable`` freezes it).
 
-    ``eval()`` merges, if ``merge_weights`` holds: until ``train()``, ``weight`` is another
-    parameter that holds W + delta, computed in float32 and rounded once. W itself is kept, so
-    ``train()`` restores it bit for bit, and a module tied to it never sees the merged values. A
-    merged layer needs the memory of both, and its factors get no gradient.
+    If ``merge_weights`` is set, ``eval()`` merges: until ``train()`` is called, ``weight`` is
+    another parameter with the values W + delta, computed in float32 and rounded once. W itself is
+    kept, so that ``train()`` restores it bit for bit and tied modules never see merged values. A
+    merged layer needs memory for both, and its factors get no gradient.
 
-    A state dict always holds W and the factors, merged or not, and is always read as that: nothing
-    is lost on the way, whatever the mode of the model that saves or loads. (loralib writes the
-    merged weight in eval mode; loaded again, the factors are added twice.) The merged values are
-    those of ``named_parameters()`` in eval mode. What is written by hand to a merged layer takes
-    effect at the next ``eval()`` (factors), or is dropped (``weight``).
+    State dicts contain W and the factors, whether the layer is merged or not, so saving and loading
+    work in either mode. (loralib saves the merged weight in eval mode; after loading, the factors
+    are added twice.) ``named_parameters()`` has the merged values in eval mode. Changes that are
+    made to the factors of a merged layer take effect at the next ``eval()``; changes to its
+    ``weight`` are lost.
     """
 
     weight: Tensor
@@ -45,29 +42,29 @@ class LoraMixin(nn.Module):
     lora_alpha: float
     scaling: float
     merge_weights: bool
-    _kept: tuple[Tensor, ...] = ()  # W while merged; a tuple hides it from nn.Module
+    _kept: tuple[Tensor, ...] = ()  # W while merged, in a tuple to hide it from nn.Module
 
     @property
     def merged(self) -> bool:
         return bool(self._kept)
 
     def delta_weight(self) -> Tensor:
-        """scaling times the product of the factors in the layout of ``weight``, in at least
+        """scaling times the product of the factors, in the layout of ``weight`` and at least
         float32; differentiable."""
         raise NotImplementedError
 
     def reset_factors(self) -> None:
-        """One factor random, the other zero."""
+        """Initialise one factor randomly and the other with zeros."""
         raise NotImplementedError
 
     def merged_weight(self) -> Tensor:
-        """W + delta in W's dtype, for the ``weight`` that stands now."""
+        """W + delta in the dtype of W, for the current ``weight``."""
         return (self.weight + self.delta_weight()).to(self.weight.dtype)
 
     def reset_parameters(self) -> None:
         with self._unmerged():
-            super().reset_parameters()  # type: ignore[misc]  # torch's class, next in line
-            if hasattr(self, "lora_A"):  # torch's constructor calls this before there are factors
+            super().reset_parameters()  # type: ignore[misc]  # the torch class
+            if hasattr(self, "lora_A"):  # the torch constructor calls this before the factors exist
                 self.reset_factors()
 
     def train(self, mode: bool = True) -> Self:
@@ -116,7 +113,7 @@ class LoraMixin(nn.Module):
 
     @contextmanager
     def _unmerged(self) -> Iterator[None]:
-        """W stands in ``weight`` meanwhile; a merged layer is merged anew afterwards."""
+        """A context in which ``weight`` is W; a merged layer is merged again at the end."""
         merged = self.merged
         self._unmerge()
         yield
@@ -139,12 +136,12 @@ class LoraMixin(nn.Module):
 
 
 def wide(value: Tensor) -> Tensor:
-    """In float32, or in float64 if it is that already: products are rounded once, at the end."""
+    """``value`` in float32, or float64 if it has that dtype: products are rounded once."""
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def kaiming_(lora_A: Tensor, lora_B: Tensor) -> None:
-    """A Kaiming-uniform with a = sqrt(5), as torch's linear layer starts; B zero."""
+    """Initialise A Kaiming-uniform with a = sqrt(5), as torch.nn.Linear does, and B with zeros."""
     nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
     nn.init.zeros_(lora_B)
 
@@ -160,11 +157,11 @@ Bias = Literal["none", "all", "lora_only"]
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: Bias = "none") -> None:
-    """Every parameter with ``lora_`` in its name trains; the others are frozen.
+    """Freeze every parameter without ``lora_`` in its name, and unfreeze the others.
 
-    ``bias``: those that train too: ``none``, ``all`` (``bias`` in the name), or ``lora_only`` (the
-    biases of the layers that hold factors). Models adapted by ``lorakit.inject`` fit as well.
-    Raises UserError for another ``bias``.
+    ``bias`` selects biases to unfreeze: ``none``, ``all`` (``bias`` in the name), or ``lora_only``
+    (the biases of layers with factors). This also works on models adapted by ``lorakit.inject``.
+    Raises UserError for any other ``bias``.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     chosen = _chosen(parameters, bias)
@@ -174,8 +171,8 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: Bias = "none") -> None:
 
 
 def lora_state_dict(model: nn.Module, bias: Bias = "none") -> dict[str, Tensor]:
-    """What ``mark_only_lora_as_trainable`` lets train with the same ``bias``, by its name in
-    ``model.state_dict()``; load it with ``strict=False``. Raises UserError for another ``bias``.
+    """The entries of ``model.state_dict()`` that ``mark_only_lora_as_trainable`` unfreezes with the
+    same ``bias``; load them with ``strict=False``. Raises UserError for any other ``bias``.
     """
     state = model.state_dict()
     return {name: state[name] for name in _chosen(state, bias)}
@@ -196,8 +193,8 @@ def _chosen(names: Iterable[str], bias: str) -> list[str]:
 
 
 def _biases_beside(factor: str) -> tuple[str, ...]:
-    """Where the bias of the layer that holds ``factor`` may stand: beside it; in the module that
-    inject wraps; or, for a part of a fused projection, in the one that holds the parts."""
+    """The possible names of the bias that belongs to ``factor``: in the same layer, in the module
+    that ``inject`` wrapped, or in the fused projection of which the layer is a part."""
     layer = factor.rpartition("lora_")[0]
     whole = layer[:-1].rpartition(".")[0]
     return f"{layer}bias", f"{layer}base_layer.bias", f"{whole}.base_layer.bias"

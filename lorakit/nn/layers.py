@@ -1,11 +1,4 @@
-"""A linear layer with a low-rank update.
-
-A linear layer that computes several projections at once, some of them with an update.
-
-An embedding with a low-rank update.
-
-A two-dimensional convolution with a low-rank update.
-"""
+"""Linear, embedding and convolution layers with a low-rank update."""
 
 from __future__ import annotations
 
@@ -17,19 +10,18 @@ from torch import Tensor, nn
 
 from lorakit.errors import UserError, shown
 from lorakit.kernels.low_rank import lora_add_
-from lorakit.nn.base import LoraMixin as LoraLayer
-from lorakit.nn.base import check_arguments, kaiming_, wide
+from lorakit.nn.base import LoraMixin, check_arguments, kaiming_, wide
 
 
-class Linear(LoraLayer, nn.Linear):
+class Linear(LoraMixin, nn.Linear):
     """y = W x + bias + (lora_alpha / r) * B A dropout(x) (LoRA, section 4.1).
 
     W (out_features, in_features), lora_A (r, in_features), lora_B (out_features, r).
-    ``fan_in_fan_out``: ``weight`` holds W^T (in_features, out_features), as GPT-2's Conv1D does.
-    Dropout acts while training, on the input of A only. ``kwargs`` are those of ``nn.Linear``.
-    What reads ``weight`` without calling the layer, as torch's MultiheadAttention does with
-    ``out_proj``, has the update in eval mode only, while it is merged, and never trains it.
-    Raises UserError if r is negative or lora_dropout is no probability.
+    ``fan_in_fan_out``: ``weight`` stores W^T (in_features, out_features), as GPT-2's Conv1D does.
+    Dropout is applied in training, to the input of A only. ``kwargs`` are those of ``nn.Linear``.
+    Code that reads ``weight`` without calling the layer, as torch's MultiheadAttention does with
+    ``out_proj``, uses the update in eval mode only, where it is merged, and never trains it.
+    Raises UserError if r is negative or lora_dropout is not a probability.
     """
 
     def __init__(
@@ -73,18 +65,18 @@ class Linear(LoraLayer, nn.Linear):
         return y.view(*x.shape[:-1], self.out_features)
 
 
-class MergedLinear(LoraLayer, nn.Linear):
-    """len(enable_lora) projections stacked along the output; those enabled have their own B A.
+class MergedLinear(LoraMixin, nn.Linear):
+    """len(enable_lora) projections stacked along the output; each enabled one has its own B A.
 
     With n of them enabled and s = out_features / len(enable_lora) rows each: lora_A
-    (n * r, in_features), lora_B (n * s, r); block i of r rows of A and block i of s rows of B make
-    the update of the i-th enabled projection, y_i = W_i x + (lora_alpha / r) * B_i A_i dropout(x).
-    The rows of the others are the base's bit for bit, merged or not. GPT-2's query and value are
-    ``enable_lora=[True, False, True]``. ``fan_in_fan_out`` as in ``Linear``; ``kwargs`` are those
-    of ``nn.Linear``.
+    (n * r, in_features), lora_B (n * s, r); block i of r rows of A and block i of s rows of B are
+    the factors of the i-th enabled projection, y_i = W_i x + (lora_alpha / r) * B_i A_i dropout(x).
+    The other rows of the output equal those of the base bit for bit, merged or not. GPT-2's query
+    and value are ``enable_lora=[True, False, True]``. ``fan_in_fan_out`` as in ``Linear``;
+    ``kwargs`` are those of ``nn.Linear``.
 
-    Raises UserError if out_features is no multiple of len(enable_lora), r > 0 and none is enabled,
-    r is negative, or lora_dropout is no probability.
+    Raises UserError if out_features is not a multiple of len(enable_lora), r > 0 and none is
+    enabled, r is negative, or lora_dropout is not a probability.
     """
 
     def __init__(
@@ -162,11 +154,11 @@ def _check_enabled(r: int, out_features: int, enable_lora: Sequence[bool]) -> No
         raise UserError(f"{said}: r = {r} needs at least one true")
 
 
-class Embedding(LoraLayer, nn.Embedding):
+class Embedding(LoraMixin, nn.Embedding):
     """y = (W + (lora_alpha / r) * (B A)^T)[ids].
 
     W (num_embeddings, embedding_dim), lora_A (r, num_embeddings), lora_B (embedding_dim, r). A
-    starts at zero and B is drawn from N(0, 1), so that only the rows of tokens seen move.
+    starts at zero and B is drawn from N(0, 1), so that only the rows of tokens in the data change.
     ``kwargs`` are those of ``nn.Embedding``; the row of ``padding_idx`` gets no update.
     Raises UserError if r is negative, or if with r > 0 ``max_norm`` is given (torch then scales
     the rows of W in place, which a frozen W must not have) or ``sparse`` (A^T has no sparse
@@ -218,7 +210,7 @@ class Embedding(LoraLayer, nn.Embedding):
         return y + F.linear(h.to(y.dtype), self.lora_B.to(y.dtype)) * self.scaling
 
 
-class Conv2d(LoraLayer, nn.Conv2d):
+class Conv2d(LoraMixin, nn.Conv2d):
     """y = conv(x, W) + bias + conv(dropout(x), (lora_alpha / r) * reshape(B A)).
 
     W (out_channels, in_channels / groups, k, k) for a square kernel of k; lora_A
@@ -275,7 +267,7 @@ class Conv2d(LoraLayer, nn.Conv2d):
         return y + self._convolve(self.lora_dropout(x), delta, None)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y: Tensor = self._conv_forward(x, weight, bias)  # as torch's class: strides, padding_mode
+        y: Tensor = self._conv_forward(x, weight, bias)  # with padding_mode
         return y
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

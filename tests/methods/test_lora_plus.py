@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from torch import nn
 from lorakit.errors import RecipeError
 from lorakit.injection import inject, trainable_state
 from lorakit.layers import adapter_layers
+from lorakit.methods.base import RunHooks
+from lorakit.methods.lora import Lora
 from lorakit.methods.lora_plus import METHOD, LoraPlusConfig
 from lorakit.recipe.load import load_recipe
 from lorakit.recipe.sections import TrainSection
@@ -178,3 +181,38 @@ def test_what_diverges_is_advised_the_ratio() -> None:
         METHOD.advice(LoraPlusConfig(loraplus_lr_ratio="auto"))
         == "adapter.loraplus_lr_ratio (auto) too high"
     )
+
+
+def test_every_hook_of_the_method_that_it_wraps_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of LoRA, whatever they are: all but what is logged besides goes through unchanged."""
+    calls = []
+
+    class Recorded(RunHooks):
+        device_values = ("own",)
+
+    def recorded(name: str) -> Any:
+        def call(self: RunHooks, *arguments: Any) -> Any:
+            calls.append(name)
+            return {"own": 1.0} if name == "logged" else name
+
+        return call
+
+    names = [
+        name for name in vars(RunHooks) if callable(getattr(RunHooks, name)) and name[0] != "_"
+    ]
+    for name in names:
+        setattr(Recorded, name, recorded(name))
+    monkeypatch.setattr(Lora, "hooks", lambda *_: Recorded())
+    hooks = METHOD.hooks({}, LoraPlusConfig(), 10)
+    assert hooks.device_values == ("own",)
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.5, "is_lora_B": True}])
+    arguments = {"before_step": [None], "after_step": [1], "is_final_form": [1], "load_state": [{}]}
+    for name in names:
+        result = getattr(hooks, name)(
+            *arguments.get(name, [1, optimizer] if name == "logged" else [])
+        )
+        if name == "logged":
+            assert result == {"own": 1.0, "learning_rate_B": 0.5}
+        elif name not in ("after_step", "load_state"):
+            assert result == name
+    assert calls == names
