@@ -69,8 +69,7 @@ class BaseWrapper(nn.Module, ABC):
         return y
 
     def dense_weight(self) -> Tensor:
-        """W (out_features, in_features) in the dtype in which the base computes; not to be written
-        to."""
+        """W (out_features, in_features), in the base's dtype; not to be written to."""
         return dense_weight(self.base_layer)
 
     @property
