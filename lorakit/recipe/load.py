@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +139,7 @@ class _Checked:
             self.value = self.partial = section.model_validate(rest)
         except ValidationError as error:
             for fault in explain(section, rest, error):
-                path = (self.name, *fault.path)
-                self.faults.append(Fault(path, *_after_path(fault)))
+                self.faults.append(replace(fault, path=(self.name, *fault.path)))
                 wrong.update(fault.path[:1])
             valid = {key: value for key, value in rest.items() if key not in wrong}
             self.partial = section.model_construct(**valid)
@@ -162,10 +162,6 @@ class _Checked:
             self.task_kind = task and task.kind
             return task.Config if task else None
         return _SECTIONS[self.name]
-
-
-def _after_path(fault: Fault) -> tuple[str, object, bool, str | None]:
-    return fault.message, fault.value, fault.has_value, fault.allowed
 
 
 def _located(faults: list[Fault], source: YamlFile) -> Iterator[Problem]:

@@ -1,4 +1,4 @@
-"""Malformed recipes: exit 2, a message that names what is wrong, no traceback, nothing written."""
+"""Invalid recipes: exit code 2, an error that names the problem, no traceback, no files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def changed(old: str, new: str) -> str:
 
 @dataclass(frozen=True)
 class Bad:
-    """A recipe and what its message must name, besides the file."""
+    """An invalid recipe, and what its error must contain."""
 
     name: str
     recipe: str | bytes
@@ -192,7 +192,7 @@ def names_in(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir()]
 
 
-def test_the_recipe_itself_is_good(folder: Path) -> None:
+def test_the_unchanged_recipes_are_valid(folder: Path) -> None:
     Path("recipe.yaml").write_text(GOOD)
     Path("encoder.yaml").write_text(ENCODER)
     assert run(["validate", "recipe.yaml", "encoder.yaml"]) == 0
@@ -235,7 +235,7 @@ def test_no_file(name: str, message: str, folder: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("name", ["typo", "python tag", "alias bomb", "latin-1", "set: type"])
-def test_in_a_process_of_its_own(name: str, folder: Path) -> None:
+def test_in_a_separate_process(name: str, folder: Path) -> None:
     (bad,) = (bad for bad in CASES if bad.name == name)
     data = bad.recipe if isinstance(bad.recipe, bytes) else bad.recipe.encode()
     Path("recipe.yaml").write_bytes(data)

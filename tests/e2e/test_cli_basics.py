@@ -132,7 +132,7 @@ def test_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) 
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, BaseException]:
-    """A command ``fail`` that raises what the test puts under ``error``."""
+    """Replace the commands with one that raises the exception under the key ``error``."""
     raised: dict[str, BaseException] = {}
     app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -166,7 +166,7 @@ def test_exit_codes(
     assert capsys.readouterr().err == (f"error: {error}\n" if str(error) else "stopped\n")
 
 
-def test_the_unexpected_leaves_its_traceback_in_a_file(
+def test_unexpected_errors_write_a_traceback_file(
     failing: dict[str, BaseException], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     failing["error"] = ZeroDivisionError("one\ntwo")
@@ -191,7 +191,7 @@ def test_python_m_lorakit(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, f"lorakit {lorakit.__version__}\n")
 
 
-def test_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:
+def test_a_closed_pipe_prints_no_traceback(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     try:
@@ -228,9 +228,8 @@ def test_nothing_heavy_is_imported(
 @pytest.mark.parametrize(
     ("arguments", "limit_seconds"), [(["--help"], 0.3), (["validate", "good.yaml"], 0.6)]
 )
-def test_it_starts_quickly(good: Path, arguments: list[str], limit_seconds: float) -> None:
-    """Processor time, the best of three: the start waits for nothing else on a warm disk, and the
-    time on the clock would count what other processes take."""
+def test_startup_time(good: Path, arguments: list[str], limit_seconds: float) -> None:
+    """The best CPU time of three runs, because wall time depends on other processes."""
 
     def seconds() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -27,7 +27,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return err
 
 
-def test_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_round_trip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = write_base(tmp_path / "base", "gpt2")
     adapter = write_adapter(base, tmp_path / "adapter", r=4, target_modules=["q", "v"])
     capsys.readouterr()
@@ -51,7 +51,7 @@ def test_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         torch.testing.assert_close(have, want, atol=1e-5, rtol=0)
 
 
-def test_a_checkpoint_of_loralib(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_loralib_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The file of the seed's snippet: torch.save(lora_state_dict(model)), the scaling by hand."""
     torch.manual_seed(0)
     layer = lorakit.MergedLinear(
@@ -83,14 +83,14 @@ def test_a_checkpoint_of_loralib(tmp_path: Path, capsys: pytest.CaptureFixture[s
     torch.testing.assert_close(logits(ours), logits(model), atol=1e-5, rtol=0)
 
 
-def test_help_says_what_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = converted(capsys, "--help")
     text = " ".join(out.split())
     assert "only tensors are loaded (weights_only); no code in it is run" in text
     assert "lorakit convert gpt2_lora.pt out --to peft" in text
 
 
-def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no such adapter" in refused(capsys, tmp_path / "x", tmp_path / "o", "--to", "lora")
     assert "--to = gguf: allowed: lora, loralib, peft" in refused(
         capsys, tmp_path, tmp_path / "o", "--to", "gguf"

@@ -44,7 +44,7 @@ def recipe_file(folder: Path, model: Path | str, task: str, path: Path, **keys: 
 def write_adapter(
     model: Path, folder: Path, kind: str, labels: list[str] | None = None, scale: float = 1.0
 ) -> None:
-    """An adapter whose values are not those it starts from."""
+    """Write an adapter with values other than the initial ones."""
     section = ModelSection(name_or_path=str(model), dtype="float32")
     loaded = load_pretrained(section, kind, labels, seed=1)  # type: ignore[arg-type]
     config = LoraConfig(r=2, target_modules=["q", "v"])
@@ -106,7 +106,7 @@ def classification(tiny_bert: Path, tmp_path: Path) -> Path:
 
 
 def evaluated(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
-    """The JSON object on stdout, which is all that stands there."""
+    """Return the JSON object that is the only output on stdout."""
     code = run(["eval", *map(str, arguments), "--json"])
     out, err = capsys.readouterr()
     assert code == 0, err
@@ -145,7 +145,7 @@ def test_base_and_adapter_of_a_causal_model(
     assert first["loss"] != adapted["metrics"]["loss"]
 
 
-def test_head_comes_from_the_adapter_and_a_base_has_none(
+def test_the_head_comes_from_the_adapter(
     sst2: Path, tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["eval", str(sst2), "--base", "--json"]) == 0
@@ -238,7 +238,7 @@ def test_official_wikisql_predictions(
         ([], "0 predictions; the split has 8 rows"),
     ],
 )
-def test_predictions_that_are_none(
+def test_invalid_predictions(
     sst2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], lines: list[str], message: str
 ) -> None:
     file = tmp_path / "p.jsonl"
@@ -262,7 +262,7 @@ def test_predictions_that_are_none(
         ("e2e_nlg", '"Kettle"', "NaN", "not JSON: NaN is not a JSON number"),
     ],
 )
-def test_a_prediction_of_each_task_that_is_none(
+def test_an_invalid_prediction_of_each_task(
     task: str,
     good: str,
     bad: str,
@@ -285,7 +285,7 @@ def test_a_prediction_of_each_task_that_is_none(
     assert f"{file}: 1 predictions; the split has {count} rows" in message
 
 
-def test_what_is_missing_is_named(
+def test_missing_files_are_named(
     sst2: Path, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = refused(capsys, sst2)
@@ -304,7 +304,7 @@ def test_what_is_missing_is_named(
     assert "the adapter is for causal language models" in refused(capsys, sst2)
 
 
-def test_adapter_of_other_labels_is_refused(
+def test_an_adapter_with_other_labels_is_rejected(
     sst2: Path, tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_adapter(tiny_bert, tmp_path / "run" / "adapter", "encoder", ["positive", "negative"])
@@ -335,7 +335,7 @@ def test_class_names_come_from_the_adapter(
         (["--base", "--save-predictions", "."], "is a directory"),
     ],
 )
-def test_options_that_contradict(
+def test_conflicting_options(
     sst2: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str, in_tmp: Path
 ) -> None:
     before = sorted(in_tmp.rglob("*"))
@@ -343,7 +343,7 @@ def test_options_that_contradict(
     assert sorted(in_tmp.rglob("*")) == before
 
 
-def test_a_task_of_losses_has_no_predictions(
+def test_a_task_evaluated_by_its_loss_has_no_predictions(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "data"
@@ -357,7 +357,7 @@ def test_a_task_of_losses_has_no_predictions(
     assert "no metric" in refused(capsys, recipe, "--predictions", saved)
 
 
-def test_weights_that_are_not_numbers_end_with_1(
+def test_nan_weights_exit_with_1(
     wikisql: Path, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_adapter(tiny_llama, tmp_path / "run" / "adapter", "causal", scale=1e37)
@@ -366,7 +366,7 @@ def test_weights_that_are_not_numbers_end_with_1(
     assert not output.exists()
 
 
-def test_outputs_that_are_inputs_are_refused(
+def test_outputs_must_not_be_inputs(
     sst2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
@@ -381,7 +381,7 @@ def test_outputs_that_are_inputs_are_refused(
     assert not same.exists()
 
 
-def test_ids_beyond_the_embeddings_are_refused(
+def test_token_ids_beyond_the_embeddings(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -402,7 +402,7 @@ def test_ids_beyond_the_embeddings_are_refused(
     assert "does not belong to the model" in capsys.readouterr().err
 
 
-def test_links_and_pipes_stay_what_they_are(tmp_path: Path) -> None:
+def test_links_and_pipes_are_kept(tmp_path: Path) -> None:
     (tmp_path / "real").write_text("old")
     (tmp_path / "link").symlink_to(tmp_path / "real")
     write_output(tmp_path / "link", "new")
@@ -418,7 +418,7 @@ def test_links_and_pipes_stay_what_they_are(tmp_path: Path) -> None:
     assert pipe.is_fifo()
 
 
-def test_python_refuses_base_and_adapter_together(tmp_path: Path) -> None:
+def test_base_and_adapter_are_mutually_exclusive_in_python(tmp_path: Path) -> None:
     import lorakit
     from lorakit.errors import UserError
 
@@ -431,7 +431,7 @@ def test_python_refuses_base_and_adapter_together(tmp_path: Path) -> None:
         lorakit.evaluate(lorakit.load_recipe(file), "a", base=True)
 
 
-def test_a_default_length_is_shortened_to_the_window_and_one_asked_for_is_not(
+def test_only_a_default_length_is_fitted_to_the_window(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = shutil.copytree(tiny_llama, tmp_path / "small")
@@ -458,7 +458,7 @@ def test_a_default_length_is_shortened_to_the_window_and_one_asked_for_is_not(
     assert "allowed: at most 99" in said
 
 
-def test_a_default_max_length_is_shortened_to_the_positions(
+def test_the_default_max_length_fits_the_positions(
     tiny_bert: Path, sst2: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = json.loads(sst2.read_text())

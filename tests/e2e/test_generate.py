@@ -61,7 +61,7 @@ def test_prompt_is_continued(
     assert generated(capsys, tiny_llama, *adapted)
 
 
-def test_stdin_is_the_prompt_where_no_terminal_is(
+def test_piped_stdin_is_the_prompt(
     tiny_llama: Path,
     reference: tuple[Any, Any],
     capsys: pytest.CaptureFixture[str],
@@ -85,7 +85,9 @@ def test_adapter_changes_the_text_and_base_dtype_is_its_own(
     assert generated(capsys, tiny_llama, *with_adapter) == adapted
 
 
-def test_seed_decides_what_is_drawn(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_seed_makes_sampling_reproducible(
+    tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def draw(seed: int) -> str:
         options = ["--temperature", "1.5", "--top-p", "0.9", "--max-new-tokens", 16]
         return generated(capsys, tiny_llama, "--prompt", "to be", "--seed", seed, *options)
@@ -94,9 +96,7 @@ def test_seed_decides_what_is_drawn(tiny_llama: Path, capsys: pytest.CaptureFixt
     assert draw(1) != draw(2)
 
 
-def test_beams_are_printed_at_their_end(
-    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_beam_search(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--num-beams", 3, "--length-penalty", 0.8, "--no-repeat-ngram-size", 2]
     options += ["--max-new-tokens", 12, "--stop", "!!", "--stop", "\n"]
     command = ["generate", tiny_llama, "--prompt", "to be", *options]
@@ -108,7 +108,7 @@ def test_beams_are_printed_at_their_end(
     assert json.loads(lines[0])["generated"] + "\n" == out
 
 
-def test_a_stop_text_ends_an_answer(
+def test_stop_sequences(
     tiny_llama: Path, reference: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = wanted(*reference, "to be", 12)
@@ -136,7 +136,7 @@ def test_file_of_prompts_and_chats(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 
-def test_chat_remembers_until_it_is_cleared(
+def test_chat_history_and_clear(
     tiny_llama: Path,
     reference: tuple[Any, Any],
     capsys: pytest.CaptureFixture[str],
@@ -150,7 +150,7 @@ def test_chat_remembers_until_it_is_cleared(
     assert out == f"{first}\n{second}\n{fresh}\n"
 
 
-def test_long_chat_forgets_its_beginning_and_says_so(
+def test_a_long_chat_drops_its_first_messages(
     tiny_llama: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     piped(monkeypatch, f"{'x' * 100}\n{'y' * 100}\nlast\n")
@@ -160,7 +160,7 @@ def test_long_chat_forgets_its_beginning_and_says_so(
     assert "window of 256 tokens" in refused(capsys, tiny_llama, "--chat")
 
 
-def test_the_default_length_is_shortened_to_the_window_of_256(
+def test_the_default_length_fits_the_window(
     tiny_llama: Path,
     reference: tuple[Any, Any],
     tmp_path: Path,
@@ -186,7 +186,7 @@ def test_the_default_length_is_shortened_to_the_window_of_256(
     assert "dropped its first 2 messages" in capsys.readouterr().err
 
 
-def test_a_length_that_is_asked_for_is_not_shortened(
+def test_a_requested_length_is_not_reduced(
     tiny_llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = refused(capsys, tiny_llama, "--prompt", "to be", "--max-new-tokens", 256)
@@ -223,7 +223,7 @@ def test_a_length_that_is_asked_for_is_not_shortened(
         (["--input", "none.jsonl"], "none.jsonl: no such file"),
     ],
 )
-def test_wrong_options(
+def test_invalid_options(
     tiny_llama: Path,
     capsys: pytest.CaptureFixture[str],
     in_tmp: Path,
@@ -248,7 +248,7 @@ def test_wrong_options(
         ('{"prompt": "\\ud800"}', "invalid UTF-8 text"),
     ],
 )
-def test_wrong_lines_are_named(
+def test_invalid_lines(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, message: str
 ) -> None:
     file = tmp_path / "in.jsonl"
@@ -260,7 +260,7 @@ def test_wrong_lines_are_named(
     assert not output.exists()
 
 
-def test_encoder_and_adapter_of_a_classifier_are_refused(
+def test_encoders_and_classifier_adapters_are_rejected(
     tiny_llama: Path, tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "not a causal language model" in refused(capsys, tiny_bert, "--prompt", "a")
@@ -269,7 +269,7 @@ def test_encoder_and_adapter_of_a_classifier_are_refused(
     assert "cannot generate text" in refused(capsys, tiny_llama, *options)
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_line(
+def test_byte_order_mark(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "in.jsonl"
@@ -278,7 +278,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(
     assert json.loads(out)["prompt"] == "a"
 
 
-def test_a_closed_stdin_is_an_empty_one(
+def test_closed_stdin(
     tiny_llama: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", None)
@@ -286,7 +286,7 @@ def test_a_closed_stdin_is_an_empty_one(
     assert generated(capsys, tiny_llama, "--chat") == ""
 
 
-def test_stdin_that_is_not_text(
+def test_stdin_that_is_not_utf8(
     tiny_llama: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="utf-8"))

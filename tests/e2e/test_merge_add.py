@@ -44,7 +44,7 @@ def values(folder: str) -> dict[str, torch.Tensor]:
     return load_file(Path(folder) / "model.safetensors")
 
 
-def test_what_was_added_is_said(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_added_adapters_are_reported(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = merged(capsys, "--add", "b:0.5", "--add", "b:c", "--add", "b:c:-1", "--weight", "2")
     assert "weight 2; added 0.5 x b; added 1 x b:c; added -1 x b:c" in out
     out, _ = merged(capsys, "--add", "b:5e-1", "--json")
@@ -65,7 +65,7 @@ def test_a_directory_whose_name_ends_in_a_weight(
     assert "added 1 x c:2; added 0.5 x c:2" in out
 
 
-def test_weights_count(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     plain = values("base")[name]
     found = {}
@@ -85,7 +85,7 @@ def test_weights_count(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert want.abs().max() > 1e-2
 
 
-def test_wrong_input_is_one_line(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_input_is_one_line(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for options, message in (
         (("--add", "b:nan"), "b: weight = nan: allowed: a finite number"),
         (("--add", "b:inf"), "b: weight = inf: allowed: a finite number"),

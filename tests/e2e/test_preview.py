@@ -50,7 +50,7 @@ def as_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
     return json.loads(shown(capsys, *arguments, "--json")[0])
 
 
-def test_rows_and_figures(completion: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_and_statistics(completion: str, capsys: pytest.CaptureFixture[str]) -> None:
     out, err = shown(capsys, completion)
     assert (
         out
@@ -100,7 +100,7 @@ def test_json(completion: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert (limited["examples"], limited["summary"]["rows"]) == ([], 1)
 
 
-def test_what_steers_a_terminal_is_escaped(
+def test_control_characters_are_escaped(
     tiny_llama: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evil = "\x1b]0;title\x07\x9b31m\r\x08\u202e\u2028[red]x[/red] :smile: \u27e6\t"
@@ -114,7 +114,7 @@ def test_what_steers_a_terminal_is_escaped(
 
 
 def in_terminal(monkeypatch: pytest.MonkeyPatch, *arguments: str, **extra: str) -> str:
-    """What a run writes to a terminal of 40 columns."""
+    """Return the output of a run on a terminal of 40 columns."""
     ours, theirs = pty.openpty()
     with monkeypatch.context() as patch, os.fdopen(theirs, "w", encoding="utf-8") as stdout:
         patch.delenv("NO_COLOR", raising=False)
@@ -129,7 +129,7 @@ def in_terminal(monkeypatch: pytest.MonkeyPatch, *arguments: str, **extra: str) 
     return b"".join(parts).decode().replace("\r\n", "\n")
 
 
-def test_colours_on_a_terminal(completion: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_colors_on_a_terminal(completion: str, monkeypatch: pytest.MonkeyPatch) -> None:
     row = ("--start", "2", "--count", "1")
     out = in_terminal(monkeypatch, completion, *row)
     assert "\x1b[2m1234567890123456789\x1b[0m\x1b[32mkept\x1b[0m\x1b[1;32m</s>\x1b[0m\n" in out
@@ -165,7 +165,7 @@ def test_classification(tiny_bert: Path, in_tmp: Path, capsys: pytest.CaptureFix
     assert found["summary"]["trained_tokens"] is None
 
 
-def test_a_default_length_is_that_of_the_training(
+def test_the_default_length_is_the_same_as_in_training(
     tiny_bert: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("data").mkdir()
@@ -190,7 +190,7 @@ def test_chat_of_a_real_model(
     assert "warning" not in err
 
 
-def test_a_template_without_an_end_is_told(
+def test_a_chat_template_without_eos_is_reported(
     tiny_llama: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = in_tmp / "model"
@@ -229,7 +229,7 @@ def test_weights_are_not_needed(
         (["--count", "-1"], "--count"),
     ],
 )
-def test_bad_input_is_one_line(
+def test_invalid_input_is_one_line(
     arguments: list[str], message: str, completion: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["preview", completion, *arguments]) == 2

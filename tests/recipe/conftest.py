@@ -10,7 +10,7 @@ Write = Callable[[str], Path]
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Writes a text as ``recipe.yaml`` and gives its path."""
+    """Return a function that writes ``recipe.yaml`` and returns its path."""
 
     def _write(text: str) -> Path:
         path = tmp_path / "recipe.yaml"

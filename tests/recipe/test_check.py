@@ -92,7 +92,7 @@ def test_metric_names() -> None:
     assert "did you mean 'accuracy'?" in problem.message
 
 
-def test_a_warmup_is_no_longer_than_the_run() -> None:
+def test_warmup_longer_than_the_run() -> None:
     check_recipe(recipe(train={"max_steps": 10, "warmup_steps": 10}))
     problem = only(recipe(train={"max_steps": 10, "warmup_steps": 11}))
     assert (problem.key, problem.value) == ("train.warmup_steps", 11)
@@ -114,12 +114,12 @@ def test_method_and_task_must_fit_their_config() -> None:
     assert [problem.key for problem in caught.value.problems] == ["task.name", "adapter"]
 
 
-def test_sections_do_not_change() -> None:
+def test_sections_are_immutable() -> None:
     with pytest.raises(ValidationError):
         recipe().train.seed = 3  # type: ignore[misc]
 
 
-def test_streaming_is_counted_in_steps_and_rows() -> None:
+def test_streaming_requires_max_steps() -> None:
     streaming = {"streaming": True}
     check_recipe(recipe(task=streaming, train={"max_steps": 10}))
     for train in ({}, {"epochs": 2.0}):

@@ -9,7 +9,7 @@ from lorakit.recipe import check as hardware
 
 @pytest.fixture
 def linux(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A Linux machine of which ``/dev/null`` is the accelerator."""
+    """Pretend to be on Linux, with ``/dev/null`` as the accelerator."""
     monkeypatch.setattr(platform, "system", lambda: "Linux")
     monkeypatch.setattr(hardware, "_DEVICES", ("null",))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -27,7 +27,9 @@ def test_a_device_is_found(linux: pytest.MonkeyPatch) -> None:
     ("variable", "value"),
     [("CUDA_VISIBLE_DEVICES", ""), ("CUDA_VISIBLE_DEVICES", "-1"), ("ACCELERATE_USE_CPU", "true")],
 )
-def test_the_environment_hides_it(linux: pytest.MonkeyPatch, variable: str, value: str) -> None:
+def test_the_environment_hides_devices(
+    linux: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
     linux.setenv(variable, value)
     assert not hardware.has_accelerator()
 

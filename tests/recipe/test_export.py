@@ -57,7 +57,7 @@ def test_random_recipes(tmp_path: Path) -> None:
         assert_survives(recipe(text, number, chance.choice([None, 7])), tmp_path / "r.yaml")
 
 
-def test_every_value_stands_in_order(tmp_path: Path) -> None:
+def test_keys_are_written_in_order(tmp_path: Path) -> None:
     write_recipe(recipe(), tmp_path / "r.yaml")
     written = yaml.safe_load((tmp_path / "r.yaml").read_text(encoding="utf-8"))
     assert list(written) == ["model", "adapter", "task", "train"]
@@ -74,7 +74,7 @@ def test_writing_twice_is_the_same(tmp_path: Path) -> None:
     assert recipe_text(load_recipe(tmp_path / "a.yaml")) == (tmp_path / "a.yaml").read_text("utf-8")
 
 
-def test_nothing_is_left_beside(tmp_path: Path) -> None:
+def test_no_temporary_file_is_left(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("old")
     write_recipe(recipe(), tmp_path / "r.yaml")
     assert [file.name for file in tmp_path.iterdir()] == ["r.yaml"]

@@ -49,7 +49,7 @@ def test_the_fixed_sections() -> None:
     assert schema["required"] == ["model", "adapter", "task", "train"]
 
 
-def test_unknown_keys_are_refused_everywhere() -> None:
+def test_unknown_keys_are_rejected() -> None:
     properties = recipe_schema()["properties"]
     sections = [properties["model"], properties["train"]]
     for section in [*sections, *alternatives("adapter"), *alternatives("task")]:
@@ -72,7 +72,7 @@ def test_user_files(section: str, files: list[str]) -> None:
     assert schema["required"] == [key]
 
 
-def test_every_reference_leads_somewhere() -> None:
+def test_every_reference_is_defined() -> None:
     schema = recipe_schema()
 
     def references(value: Any) -> list[str]:

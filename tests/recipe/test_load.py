@@ -48,24 +48,24 @@ def test_types_and_defaults(write: Write) -> None:
     assert recipe.train.seed == 42
 
 
-def test_what_is_given_leaves_its_opposite_null(write: Write) -> None:
+def test_the_other_key_of_a_pair_stays_null(write: Write) -> None:
     train = load_recipe(write(GOOD), ["train.max_steps=5", "train.warmup_steps=0"]).train
     assert (train.epochs, train.max_steps) == (None, 5)
     assert (train.warmup_ratio, train.warmup_steps) == (None, 0)
 
 
-def test_one_text_is_a_list_of_one(write: Write) -> None:
+def test_a_string_becomes_a_list(write: Write) -> None:
     recipe = load_recipe(write(GOOD), {"adapter.target_modules": "all-linear"})
     assert recipe.adapter.target_modules == ["all-linear"]
 
 
-def test_an_empty_section_is_all_defaults(write: Write) -> None:
+def test_an_empty_section_has_defaults(write: Write) -> None:
     text = GOOD.replace("  method: lora\n  r: 4\n  target_modules: [q, k]\n", "")
     recipe = load_recipe(write(text))
     assert (recipe.adapter.method, recipe.adapter.target_modules) == ("lora", ["q", "v"])
 
 
-def test_the_environment(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variables(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAKIT_TEST_R", "16")
     monkeypatch.delenv("LORAKIT_TEST_UNSET", raising=False)
     path = write(GOOD.replace("r: 4", "r: ${LORAKIT_TEST_R}"))
@@ -75,7 +75,7 @@ def test_the_environment(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "LORAKIT_TEST_UNSET is not set" in problem.message
 
 
-def test_overrides_come_before_the_checks(write: Write) -> None:
+def test_overrides_apply_before_validation(write: Write) -> None:
     bad = write(GOOD.replace("r: 4", "r: four"))
     assert load_recipe(bad, ["adapter.r=2"]).adapter.model_dump()["r"] == 2
     problem = only(write(GOOD), ["adapter.r=four"])
@@ -85,7 +85,7 @@ def test_overrides_come_before_the_checks(write: Write) -> None:
     )
 
 
-def test_every_problem_is_listed_at_once_in_the_files_order(write: Write) -> None:
+def test_all_problems_are_listed_in_file_order(write: Write) -> None:
     text = (
         GOOD.replace("float32", "float64")
         .replace("r: 4", "r: 0\n  r: 3")
@@ -217,7 +217,7 @@ def test_unknown_keys(write: Write, section: str, key: str, hint: str) -> None:
     assert problem.allowed
 
 
-def test_a_key_like_nothing_lists_what_there_is(write: Write) -> None:
+def test_a_key_without_suggestion_lists_the_known_keys(write: Write) -> None:
     problem = only(write(GOOD), ["model.zzz=1"])
     assert problem.message == "unknown key"
     assert "name_or_path" in (problem.allowed or "")
@@ -235,7 +235,7 @@ def test_unknown_sections(write: Write, key: str, hint: str) -> None:
     assert problem.allowed == "model, adapter, task, train"
 
 
-def test_a_misspelt_section_is_one_problem(write: Write) -> None:
+def test_a_misspelled_section_is_one_problem(write: Write) -> None:
     problem = only(write(GOOD.replace("train:", "trian:")))
     assert "did you mean 'train'?" in problem.message
 
@@ -251,7 +251,7 @@ def test_a_section_is_a_mapping(write: Write, value: str) -> None:
     assert (problem.key, problem.allowed) == ("adapter", "a mapping of keys")
 
 
-def test_an_unknown_method_still_has_its_common_keys_checked(write: Write) -> None:
+def test_common_keys_are_checked_with_an_unknown_method(write: Write) -> None:
     text = GOOD.replace("method: lora", "method: loro\n  own_key: 1\n  layers: [-1]")
     found = problems(write(text))
     assert [problem.key for problem in found] == ["adapter.method", "adapter.layers"]
@@ -259,7 +259,7 @@ def test_an_unknown_method_still_has_its_common_keys_checked(write: Write) -> No
     assert "lora" in (found[0].allowed or "")
 
 
-def test_an_unknown_task_still_has_its_common_keys_checked(write: Write) -> None:
+def test_common_keys_are_checked_with_an_unknown_task(write: Write) -> None:
     text = GOOD.replace("name: completion", "name: wikisqll\n  own_key: 1\n  limit_train: 0")
     found = problems(write(text))
     assert [problem.key for problem in found] == ["task.name", "task.limit_train"]
@@ -272,7 +272,7 @@ def test_a_name_of_the_wrong_type(write: Write, section: str, key: str, value: o
     assert only(write(GOOD), {f"{section}.{key}": value}).key == f"{section}.{key}"
 
 
-def test_contradictions_are_reported_beside_other_problems(write: Write) -> None:
+def test_conflicts_are_reported_with_other_problems(write: Write) -> None:
     text = GOOD.replace(
         "2e-4", "-1\n  epochs: 1\n  max_steps: 2\n  warmup_ratio: 0\n  warmup_steps: 1"
     )
@@ -280,7 +280,7 @@ def test_contradictions_are_reported_beside_other_problems(write: Write) -> None
     assert keys == ["train.learning_rate", "train.max_steps", "train.warmup_steps"]
 
 
-def test_a_recipe_error_is_the_users() -> None:
+def test_a_recipe_error_is_a_user_error() -> None:
     with pytest.raises(UserError) as caught:
         load_recipe("no/such/recipe.yaml")
     assert caught.value.exit_code == 2

@@ -37,11 +37,11 @@ def test_expansion(text: str, value: object) -> None:
     assert expanded(text) == value
 
 
-def test_in_quotes_it_stays_text() -> None:
+def test_a_quoted_reference_stays_a_string() -> None:
     assert expanded("${R}", quoted=True) == "4"
 
 
-def test_lists_and_mappings_inside() -> None:
+def test_nested_values() -> None:
     assert expanded({"x": ["${R}", {"${R}": "${NAME}"}]}) == {"x": [4, {"${R}": "a b"}]}
 
 

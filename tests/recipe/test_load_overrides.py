@@ -40,7 +40,7 @@ def test_values(overrides: Overrides, path: tuple[str, str], value: object) -> N
     assert path not in changed.lines
 
 
-def test_behind_the_second_dot_stands_one_key() -> None:
+def test_everything_after_the_second_dot_is_one_key() -> None:
     changed = source()
     assert apply_overrides(changed, ["adapter.rank_pattern.layers.0.q_proj=4"]) == []
     assert changed.data["adapter"] == {"rank_pattern": {"layers.0.q_proj": 4}}

@@ -1,4 +1,4 @@
-"""The forms that ``task.path`` may have, and that it is written out as it was read."""
+"""The forms of ``task.path``, which are written as they were read."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_forms(tmp_path: Path, path: Any) -> None:
 
 
 @pytest.mark.parametrize("path", WEIGHTED, ids=json.dumps)
-def test_weights_are_refused(tmp_path: Path, path: Any) -> None:
+def test_weights_are_rejected(tmp_path: Path, path: Any) -> None:
     with pytest.raises(RecipeError) as caught:
         lorakit.load_recipe(recipe_file(tmp_path, path))
     (problem,) = caught.value.problems
@@ -65,7 +65,7 @@ def test_weights_are_refused(tmp_path: Path, path: Any) -> None:
 @pytest.mark.parametrize(
     "path", [[], {}, "", [""], {"train": []}, {"train": ""}, {"train": {"a": "b"}}, [["a"]], 3]
 )  # fmt: skip
-def test_other_values_are_refused(tmp_path: Path, path: Any) -> None:
+def test_other_values_are_rejected(tmp_path: Path, path: Any) -> None:
     with pytest.raises(RecipeError) as caught:
         lorakit.load_recipe(recipe_file(tmp_path, path))
     (problem,) = caught.value.problems
@@ -83,8 +83,8 @@ def test_other_values_are_refused(tmp_path: Path, path: Any) -> None:
         ({"validation": "a.jsonl", "dev": "b.jsonl"}, "validation and dev both name split 'v"),
     ],
 )
-def test_names_of_splits(tmp_path: Path, path: Any, message: str) -> None:
-    """As training refuses them; a recipe that is only evaluated needs no train split."""
+def test_split_names(tmp_path: Path, path: Any, message: str) -> None:
+    """The same names are rejected in training; evaluation does not need a train split."""
     with pytest.raises(RecipeError) as caught:
         lorakit.load_recipe(recipe_file(tmp_path, path))
     (problem,) = caught.value.problems
@@ -93,7 +93,7 @@ def test_names_of_splits(tmp_path: Path, path: Any, message: str) -> None:
     assert lorakit.load_recipe(recipe_file(tmp_path, {"test": "a.jsonl"})).task.name == "completion"
 
 
-def test_the_schema_has_the_forms() -> None:
+def test_the_schema_accepts_the_forms() -> None:
     tasks = recipe_schema()["properties"]["task"]["anyOf"]
     (found,) = [t for t in tasks if "completion" in t["properties"]["name"].get("enum", ())]
     text = {"type": "string", "minLength": 1}

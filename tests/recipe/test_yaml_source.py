@@ -29,12 +29,12 @@ def test_data_and_lines(write: Write) -> None:
     assert source.problems == ()
 
 
-def test_keys_are_texts_and_block_scalars_keep_their_lines(write: Write) -> None:
+def test_keys_are_strings_and_block_scalars_keep_line_breaks(write: Write) -> None:
     source = read_yaml(write("no: 1\n2: |\n  3\n  4\nnull: 5\n"))
     assert source.data == {"no": 1, "2": "3\n4\n", "null": 5}
 
 
-def test_a_byte_order_mark_and_windows_lines_are_read(tmp_path: Path) -> None:
+def test_byte_order_mark_and_crlf(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_bytes("\ufeffa: é\r\nb: 2\r\n".encode())
     source = read_yaml(path)
@@ -42,13 +42,13 @@ def test_a_byte_order_mark_and_windows_lines_are_read(tmp_path: Path) -> None:
     assert source.lines[("b",)] == 2
 
 
-def test_aliases_are_written_out_each_time(write: Write) -> None:
+def test_aliases_are_expanded(write: Write) -> None:
     source = read_yaml(write("a: &x [1, 2]\nb: *x\n"))
     assert source.data == {"a": [1, 2], "b": [1, 2]}
     assert source.data["a"] is not source.data["b"]
 
 
-def test_an_alias_bomb_is_refused(write: Write) -> None:
+def test_an_alias_bomb_is_rejected(write: Write) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
     problem = only_problem(write("\n".join(lines)))
@@ -56,12 +56,12 @@ def test_an_alias_bomb_is_refused(write: Write) -> None:
     assert "10000" in (problem.allowed or "")
 
 
-def test_an_alias_of_itself_is_refused(write: Write) -> None:
+def test_a_recursive_alias_is_rejected(write: Write) -> None:
     problem = only_problem(write("a: 1\nb: &x [1, *x]\n"))
     assert (problem.line, problem.message) == (2, "alias *x refers to itself")
 
 
-def test_tags_and_duplicates_are_all_listed_and_the_rest_is_read(write: Write) -> None:
+def test_reading_continues_after_tags_and_duplicate_keys(write: Write) -> None:
     source = read_yaml(write("a: !!python/name:os.system x\nb: 1\nb: 2\nc: !!str 3\nd: ! 4\n"))
     assert [problem.line for problem in source.problems] == [1, 3, 4, 5]
     assert "python/name:os.system" in source.problems[0].message
@@ -86,7 +86,7 @@ def test_tags_and_duplicates_are_all_listed_and_the_rest_is_read(write: Write) -
         ("%YAML 3.0\n---\na: 1\n", "not valid YAML", 1),
     ],
 )
-def test_what_stops_the_reading(write: Write, text: str, message: str, line: int | None) -> None:
+def test_errors_that_stop_parsing(write: Write, text: str, message: str, line: int | None) -> None:
     problem = only_problem(write(text))
     assert message in problem.message
     assert problem.line == line
@@ -114,7 +114,7 @@ def test_missing_and_directory(tmp_path: Path) -> None:
     assert "cannot be read" in only_problem(Path("a\0b")).message
 
 
-def test_a_value_alone() -> None:
+def test_read_value() -> None:
     assert read_value("[q, k]", "--set") == ["q", "k"]
     assert read_value("2e-4", "--set") == 2e-4
     assert read_value("", "--set") is None

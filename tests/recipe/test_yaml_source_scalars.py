@@ -59,6 +59,6 @@ def test_nan() -> None:
     assert math.isnan(float(read_scalar(".nan") or 0))
 
 
-def test_digits_beyond_measure_stay_text() -> None:
+def test_long_numbers_stay_text() -> None:
     assert isinstance(read_scalar("9" * 5000), str)
     assert isinstance(read_scalar("0." + "9" * 5000), str)
