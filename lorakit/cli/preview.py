@@ -59,11 +59,6 @@ def preview(
             say=say,
         )  # fmt: skip
     _print_json(found) if as_json else _print(found, plain)
-    if endless := found.summary.endless_rows:
-        say(
-            f"warning: {endless:,} of {found.training_rows:,} rows do not end in a trained EOS: "
-            "they do not teach the model to stop"
-        )
 
 
 def _print_json(found: Preview) -> None:

@@ -64,7 +64,7 @@ def encode_training_data(
     encoder = _Encoder(data, model, tokenizer, say, write_cache)
     encoded = encoder.encode(data.split)
     if data.task.kind == "causal":
-        encoder.warn_unfinished(encoded)
+        encoder.warn_endless(encoded)
     train = encoded if data.stream is None else encoder.streamed(data.stream)
     validation = encoder.encode(data.validation) if data.validation is not None else None
     if data.stream is None:
@@ -90,6 +90,14 @@ def encode_eval_data(
     """
     encoder = _Encoder(data, model, tokenizer, say, write_cache)
     return encoder.with_prompts(data.split, encoder.encode(data.split))
+
+
+def endless_warning(split: str, endless: int, rows: int) -> str:
+    """Return the warning for rows after whose answer nothing ends a generation."""
+    return (
+        f"warning: {split}: {endless:,} of {rows:,} rows do not end in a trained EOS: they do not "
+        "teach the model to stop"
+    )
 
 
 class _Encoder:
@@ -128,15 +136,12 @@ class _Encoder:
                 self._say(note)
         return encoded
 
-    def warn_unfinished(self, encoded: EncodedSplit) -> None:
+    def warn_endless(self, encoded: EncodedSplit) -> None:
         """Warn of training rows whose answer does not end in a token that ends a generation; those
         that were cut are reported elsewhere."""
         data, stops = self._data, set(eos_ids(self._model, self._tokenizer))
         if endless := encoded.endless_rows(stops, cut_to=data.config.max_length):
-            self._say(
-                f"warning: {data.split.name}: {endless:,} of {len(encoded):,} rows do not end in "
-                "a trained EOS: nothing there teaches the model to stop"
-            )
+            self._say(endless_warning(data.split.name, endless, len(encoded)))
 
     def streamed(self, stream: Stream) -> StreamedRows:
         """Return what tokenises the rows of ``stream`` while they are trained on."""

@@ -24,6 +24,7 @@ from lorakit.evaluation.sampling import stop_ids
 from lorakit.models.heads import declares_head, plan_head
 from lorakit.models.hub import explained, hub_options, load_config, load_tokenizer, quiet
 from lorakit.models.load import fit_unloaded
+from lorakit.pipeline.encoding import endless_warning
 from lorakit.pipeline.task_data import Say, TaskData, load_task_data
 from lorakit.recipe.sections import ModelSection, Recipe
 from lorakit.tasks.checks import label_counts, similar_labels
@@ -136,6 +137,8 @@ def preview(
     counts = label_counts(labels, encoded.labels) if labels and encoded.labels else None
     for line in similar_labels(counts or {}):
         say(line)
+    if summary.endless_rows:
+        say(endless_warning(data.split.name, summary.endless_rows, len(encoded)))
     return Preview(
         task=config.name,
         split=data.split.name,

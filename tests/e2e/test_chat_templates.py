@@ -257,4 +257,4 @@ def test_generate_names_what_the_template_leaves_out(
     assert "in.jsonl:1: message 1: the chat template omits this system" in err
     write_lines(Path("in.jsonl"), [{"messages": asked, "prompt": "1?"}])
     _, err = lorakit(capsys, "generate", "model", "--input", "in.jsonl", code=2)
-    assert "in.jsonl:1: 'prompt' and 'messages' exclude each other" in err
+    assert "in.jsonl:1: 'prompt' and 'messages' are mutually exclusive" in err

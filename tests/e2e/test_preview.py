@@ -77,7 +77,7 @@ rows without their EOS 1
     )
     assert "data/train.jsonl: recognised as prompt and completion" in err
     assert "using '</s>' (EOS is unchanged)" in err
-    assert "warning: 1 of 3 rows do not end in a trained EOS" in err
+    assert "warning: train: 1 of 3 rows do not end in a trained EOS" in err
 
 
 def test_json(completion: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,7 +202,7 @@ def test_a_chat_template_without_eos_is_reported(
     write_lines(in_tmp / "data" / "train.jsonl", [{"messages": messages}] * 2)
     out, err = shown(capsys, recipe(model, "chat", 100))
     assert "<user>a⟦<assistant>b⟧\n" in out
-    assert "warning: 2 of 2 rows do not end in a trained EOS" in err
+    assert "warning: train: 2 of 2 rows do not end in a trained EOS" in err
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, ord("b") - 31]}))
     assert as_json(capsys, "recipe.yaml")["examples"][0]["ids"][-1] == ord("b") - 31
     assert "warning" not in shown(capsys, "recipe.yaml")[1]
@@ -224,7 +224,7 @@ def test_weights_are_not_needed(
         (["--split", "test"], "error: data: no split 'test'"),
         (["--set", "task.max_length=1"], "row 1: no token to train on within task.max_length = 1"),
         (["--set", "model.name_or_path=./gone"], "error: --set: model.name_or_path: ./gone: "),
-        (["--set", "task.name=text"], "error: data/train.jsonl, row 1: no known format"),
+        (["--set", "task.name=text"], "error: data/train.jsonl, row 1: unknown format"),
         (["--set", "task.nmae=text"], "task.nmae"),
         (["--count", "-1"], "--count"),
     ],
