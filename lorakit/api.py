@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lorakit.adapters.convert import convert
     from lorakit.adapters.load import load
-    from lorakit.adapters.merge.files import LeftOut
+    from lorakit.adapters.merge.output import LeftOut
     from lorakit.adapters.merge.run import MergeReport, merge
     from lorakit.adapters.switching import switch
     from lorakit.data.paths import data_files
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "lorakit.adapters.convert": ("convert",),
     "lorakit.adapters.load": ("load",),
-    "lorakit.adapters.merge.files": ("LeftOut",),
+    "lorakit.adapters.merge.output": ("LeftOut",),
     "lorakit.adapters.merge.run": ("MergeReport", "merge"),
     "lorakit.adapters.switching": ("switch",),
     "lorakit.data.paths": ("data_files",),

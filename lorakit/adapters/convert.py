@@ -1,14 +1,9 @@
-"""What ``lorakit.convert`` writes: a PEFT directory, a copy of one, or a loralib file.
-
-One adapter in another form, without the base model: ``lorakit.convert``.
-"""
+"""Converts an adapter to another format, without the base model: ``lorakit.convert``."""
 
 from __future__ import annotations
 
-import json
 import shutil
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,106 +16,24 @@ from lorakit.adapters.loralib import loralib_tensors, metadata
 from lorakit.adapters.loralib_read import LoralibOptions, read_loralib
 from lorakit.adapters.low_rank import Updates, lora_files, number, padded, read_updates
 from lorakit.adapters.merge.checkpoint import TEMPLATES, TOKENIZER_FILES
-from lorakit.adapters.model_card import CardFacts, model_card
-from lorakit.adapters.peft.read import AdapterFiles, read_adapter
-from lorakit.adapters.peft.schema import CONFIG, PREFIX, SIDECAR, WEIGHTS, without_defaults
+from lorakit.adapters.model_card import CardFacts
+from lorakit.adapters.peft.read import AdapterFiles, Say, read_adapter, to_stderr
+from lorakit.adapters.peft.schema import CARD, CONFIG, PREFIX, SIDECAR, WEIGHTS, without_defaults
 from lorakit.adapters.peft.targets import misread_note, refused_note
+from lorakit.adapters.peft.write import write_files
 from lorakit.errors import AdapterError, shown
 from lorakit.io.atomic import atomic_directory, atomic_file
 
-_CARD = "README.md"
-
-
-def write_peft(
-    out: Path,
-    settings: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    sidecar: Mapping[str, Any],
-    source: Path,
-    *,
-    overwrite: bool,
-) -> None:
-    """A PEFT directory with the tokenizer of ``source``, and a card if the base is named."""
-    with atomic_directory(out, replace=overwrite) as folder:
-        for name, value in ((CONFIG, without_defaults(settings)), (SIDECAR, sidecar)):
-            text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
-            (folder / name).write_text(f"{text}\n", encoding="utf-8")
-        stored = {PREFIX + name: value for name, value in tensors.items()}
-        save_file(_own(stored), folder / WEIGHTS, metadata={"format": "pt"})
-        _copy_tokenizer(source, folder)
-        if settings.get("base_model_name_or_path"):
-            card = model_card(_facts(settings, sidecar))
-            (folder / _CARD).write_text(card, encoding="utf-8")
-
-
-def copy_peft(out: Path, source: Path, *, overwrite: bool) -> None:
-    """The adapter's own files, and nothing else that ``source`` may hold."""
-    with atomic_directory(out, replace=overwrite) as folder:
-        for name in (CONFIG, WEIGHTS, SIDECAR, _CARD):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
-        _copy_tokenizer(source, folder)
-
-
-def write_loralib(
-    out: Path,
-    target: Path,
-    tensors: Mapping[str, Tensor],
-    told: Mapping[str, Any],
-    *,
-    overwrite: bool,
-) -> None:
-    """``target``, which is ``out`` or lies in it, with ``told`` in its metadata."""
-    if target != out:
-        with atomic_directory(out, replace=overwrite) as folder:
-            save_file(_own(tensors), folder / target.name, metadata=metadata(told))
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(target) as file:
-        save_file(_own(tensors), file, metadata=metadata(told))
-
-
-def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """In the order of their names, each in memory of its own."""
-    return {name: tensors[name].clone().contiguous() for name in sorted(tensors)}
-
-
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    if (source / TEMPLATES).is_dir():
-        shutil.copytree(source / TEMPLATES, folder / TEMPLATES)
-
-
-def _facts(settings: Mapping[str, Any], sidecar: Mapping[str, Any]) -> CardFacts:
-    targets = settings["target_modules"]
-    return CardFacts(
-        settings["base_model_name_or_path"],
-        "lora",
-        r=settings["r"],
-        lora_alpha=settings["lora_alpha"],
-        target_modules=[targets] if isinstance(targets, str) else targets,
-        modules_to_save=settings.get("modules_to_save") or (),
-        task=sidecar.get("task"),
-        task_type=settings.get("task_type") or "CAUSAL_LM",
-        num_labels=len(sidecar.get("id2label") or ()) or None,
-        base_class=sidecar.get("base_class"),
-        misread=sidecar.get("misread_by_peft") or (),
-        refused=sidecar.get("refused_by_peft") or (),
-    )
-
-
 FORMS = ("lora", "loralib", "peft")
-#: The file in a directory OUT of ``--to loralib``.
+#: The file that ``--to loralib`` writes if OUT is a directory.
 LORALIB_FILE = "lora.safetensors"
 
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """``path`` is what was written: a directory, or the file of ``loralib``. ``r`` and
-    ``lora_alpha`` are those of the form written: a number, or name -> number where they differ;
-    None for what was copied. ``notes`` say what was done that the user may want to know."""
+    """``path`` is the directory or loralib file that was written. ``r`` and ``lora_alpha`` are
+    those of its format: a number, or name -> number if they differ; None for a copy. ``notes`` say
+    what may be unexpected."""
 
     path: Path
     to: str
@@ -144,20 +57,21 @@ def convert(
     task_type: str | None = None,
     fan_in_fan_out: bool = False,
     overwrite: bool = False,
-    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+    say: Say = to_stderr,
 ) -> ConvertReport:
-    """Write ``adapter``, a directory or a loralib checkpoint, to ``out`` in another form.
+    """Convert ``adapter``, a directory or a loralib checkpoint, to the format ``to``, and write
+    ``out``.
 
-    ``to`` ``lora``: a PEFT directory of a plain LoRA with one rank R and one lora_alpha, which vLLM
-    takes too; R is ``rank``, or the least of 1, 8, 16, 32, 64, 128, 256, 320, 512 that holds all.
-    ``peft``: a PEFT directory of the same ranks; a directory that PEFT loads already is copied.
-    ``loralib``: one safetensors file, ``out`` or ``out``/lora.safetensors, that
-    ``load_state_dict(..., strict=False)`` takes; its metadata has the layers' r and lora_alpha.
+    ``lora``: a PEFT directory of a plain LoRA with one rank R and one lora_alpha, which vLLM
+    supports as well; R is ``rank``, or the smallest of 1, 8, 16, 32, 64, 128, 256, 320 and 512 that
+    fits all. ``peft``: a PEFT directory with the same ranks; a directory that PEFT loads already is
+    copied. ``loralib``: one safetensors file, ``out`` or ``out``/lora.safetensors, for
+    ``load_state_dict(..., strict=False)``; its metadata has the layers' r and lora_alpha.
 
-    ``lora_alpha`` to ``fan_in_fan_out`` say what a loralib checkpoint does not: see
-    ``LoralibOptions``. Of a pickled one (.pt, .pth, .bin) only tensors are read, and no code of it
-    is run. ``out`` must not exist, unless ``overwrite``. ``say`` gets the notes.
-    Raises AdapterError; then, and if the process is killed, ``out`` is as it was.
+    ``lora_alpha`` to ``fan_in_fan_out`` supply what a loralib checkpoint lacks: see
+    ``LoralibOptions``. Pickled checkpoints (.pt, .pth, .bin) are read without running their code.
+    ``out`` must not exist, unless ``overwrite``. ``say`` receives notes.
+    Raises AdapterError. ``out`` is then unchanged, also if the process is killed.
     """
     options = LoralibOptions(
         lora_alpha, enable_lora, embedding, base_model, task_type, fan_in_fan_out
@@ -176,7 +90,7 @@ def convert(
                 report = _copied(files, out, overwrite)
                 say(report.notes[0])
                 return report
-            updates, notes = read_updates(files), _folded(files)
+            updates, notes = read_updates(files), _folding_notes(files)
         report = _written(updates, notes, source, out, target, to, rank, overwrite)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"OUT = {out}: not written: {error}") from error
@@ -197,9 +111,9 @@ def _written(
 ) -> ConvertReport:
     count = len(updates.matrices)
     if to == "loralib":
-        state, told, more = loralib_tensors(updates)
-        write_loralib(out, target, state, told, overwrite=overwrite)
-        r, alpha, notes = told["r"], told["lora_alpha"], notes + more
+        state, facts, more = loralib_tensors(updates)
+        _write_loralib(out, target, state, facts, overwrite=overwrite)
+        r, alpha, notes = facts["r"], facts["lora_alpha"], notes + more
         return ConvertReport(target, to, count, r, alpha, _size(target), tuple(notes))
     if to == "lora":
         updates, more = padded(updates, rank)
@@ -209,7 +123,7 @@ def _written(
         notes = [*notes, misread_note(misread)]
     if refused := sidecar.get("refused_by_peft"):
         notes = [*notes, refused_note(refused)]
-    write_peft(out, settings, tensors, sidecar, source, overwrite=overwrite)
+    _write_peft(out, settings, tensors, sidecar, source, overwrite=overwrite)
     ranks = {name: matrix.r for name, matrix in updates.matrices.items()}
     alphas = {name: number(m.scaling * m.r) for name, m in updates.matrices.items()}
     r = ranks if settings["rank_pattern"] else settings["r"]
@@ -218,7 +132,7 @@ def _written(
 
 
 def _checkpoint(source: Path) -> Path | None:
-    """The loralib file that ``source`` is, or, as ``--to loralib`` writes it, holds."""
+    """The loralib file that ``source`` is, or contains as written by ``--to loralib``."""
     if not source.exists():
         raise AdapterError(f"{source}: no such adapter directory or loralib checkpoint")
     if source.is_file():
@@ -244,18 +158,20 @@ def _check_arguments(
             option = f"--{name.replace('_', '-')}"
             raise AdapterError(
                 f"{option} = {shown(value)}: allowed: for a loralib checkpoint only; an adapter "
-                "directory says it itself"
+                "directory already has it"
             )
 
 
 def _check_out(out: Path, source: Path, target: Path, overwrite: bool) -> None:
     inside, mine = out.resolve(), source.resolve()
     if inside == mine or mine in inside.parents or inside in mine.parents:
-        raise AdapterError(f"OUT = {out}: must lie outside of ADAPTER = {source}")
+        raise AdapterError(f"OUT = {out}: must be outside of ADAPTER = {source}")
     if not out.exists() and not out.is_symlink():
         return
     if not overwrite:
-        raise AdapterError(f"OUT = {out}: exists already; give another, or --overwrite it")
+        raise AdapterError(
+            f"OUT = {out}: already exists; hint: choose another, or pass --overwrite"
+        )
     if out == target and target.suffix == ".safetensors" and out.is_file():
         replaceable = _is_loralib(out)
     elif out.is_symlink() or not out.is_dir():
@@ -265,7 +181,7 @@ def _check_out(out: Path, source: Path, target: Path, overwrite: bool) -> None:
         own = {LORALIB_FILE} if target != out else set()
         replaceable = held <= own if target != out else not held or CONFIG in held
     if not replaceable:
-        raise AdapterError(f"OUT = {out}: holds something other than an adapter; not replaced")
+        raise AdapterError(f"OUT = {out}: not empty and not an adapter; not replaced")
 
 
 def _is_loralib(file: Path) -> bool:
@@ -276,7 +192,7 @@ def _is_loralib(file: Path) -> bool:
         return False
 
 
-def _folded(files: AdapterFiles) -> list[str]:
+def _folding_notes(files: AdapterFiles) -> list[str]:
     adalora = files.config["peft_type"] == "ADALORA"
     return ["AdaLoRA's Lambda is folded into A"] if adalora else []
 
@@ -285,11 +201,11 @@ def _copied(files: AdapterFiles, out: Path, overwrite: bool) -> ConvertReport:
     if not files.method.peft_loads:
         base = files.config.get("base_model_name_or_path") or "BASE"
         raise AdapterError(
-            f"{files.directory}: PEFT has no place for {files.method.name}; lorakit merge {base} "
-            f"{files.directory} OUT makes a plain model of it"
+            f"{files.directory}: PEFT does not support {files.method.name}; hint: lorakit merge "
+            f"{base} {files.directory} OUT writes a plain model instead"
         )
-    copy_peft(out, files.directory, overwrite=overwrite)
-    note = f"{files.directory} has PEFT's form already: copied as it is"
+    _copy_peft(out, files.directory, overwrite=overwrite)
+    note = f"{files.directory} already has PEFT's format: copied unchanged"
     matrices = {key.partition(".lora_")[0] for key in files.tensors if ".lora_" in key}
     return ConvertReport(out, "peft", len(matrices), None, None, _size(out), (note,))
 
@@ -297,3 +213,61 @@ def _copied(files: AdapterFiles, out: Path, overwrite: bool) -> ConvertReport:
 def _size(path: Path) -> int:
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _write_peft(
+    out: Path,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    info: Mapping[str, Any],
+    source: Path,
+    *,
+    overwrite: bool,
+) -> None:
+    """Write a PEFT directory with the tokenizer of ``source``, and a card if the base is named."""
+    base = settings.get("base_model_name_or_path")
+    stored = {PREFIX + name: value for name, value in tensors.items()}
+    card = CardFacts(base, "lora", task=info.get("task")) if base else None
+    with atomic_directory(out, replace=overwrite) as folder:
+        write_files(folder, without_defaults(settings), _copied_tensors(stored), info, card)
+        _copy_tokenizer(source, folder)
+
+
+def _copy_peft(out: Path, source: Path, *, overwrite: bool) -> None:
+    """Copy the adapter's own files, and no others that ``source`` may contain."""
+    with atomic_directory(out, replace=overwrite) as folder:
+        for name in (CONFIG, WEIGHTS, SIDECAR, CARD):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        _copy_tokenizer(source, folder)
+
+
+def _write_loralib(
+    out: Path,
+    target: Path,
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    *,
+    overwrite: bool,
+) -> None:
+    """Write ``target``, which is ``out`` or inside it, with ``facts`` in its metadata."""
+    if target != out:
+        with atomic_directory(out, replace=overwrite) as folder:
+            save_file(_copied_tensors(tensors), folder / target.name, metadata=metadata(facts))
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(target) as file:
+        save_file(_copied_tensors(tensors), file, metadata=metadata(facts))
+
+
+def _copied_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in the order of their names, since tensors that share memory cannot be saved."""
+    return {name: tensors[name].clone().contiguous() for name in sorted(tensors)}
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if (source / TEMPLATES).is_dir():
+        shutil.copytree(source / TEMPLATES, folder / TEMPLATES)

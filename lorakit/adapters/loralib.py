@@ -1,10 +1,8 @@
-"""The file of a loralib checkpoint: a state dict, as safetensors or as torch saves it.
+"""loralib's checkpoints: ``MODULE.lora_A``, ``MODULE.lora_B`` and what was trained besides.
 
-loralib's checkpoints: ``MODULE.lora_A``, ``MODULE.lora_B`` and what trained beside them.
-
-They know neither lora_alpha, nor which projections of a MergedLinear are enabled, nor which modules
-are embeddings. What lorakit writes says that in the metadata of the safetensors file: ``r`` and
-``lora_alpha`` for the layers' constructors, ``enable_lora``, ``embedding``, each as JSON.
+They contain neither lora_alpha, nor which projections of a MergedLinear are enabled, nor which
+modules are embeddings. Files written by lorakit have it in their safetensors metadata: ``r`` and
+``lora_alpha`` for the layers' constructors, ``enable_lora`` and ``embedding``, each as JSON.
 """
 
 from __future__ import annotations
@@ -21,49 +19,49 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lorakit.adapters.low_rank import BASE_BIAS, BASE_WEIGHT, LowRank, Updates, number
+from lorakit.adapters.low_rank import BASE_BIAS, BASE_WEIGHT, AdaptedMatrix, Updates, number
 from lorakit.adapters.peft.read import is_finite
 from lorakit.adapters.peft.schema import check_types
 from lorakit.errors import AdapterError, shown
 from lorakit.kernels.low_rank import RowSlice
 from lorakit.version import __version__
 
-#: Read by ``torch.load(weights_only=True)``, which makes tensors and plain containers only.
+#: Read by ``torch.load(weights_only=True)``, which only creates tensors and plain containers.
 PICKLED = (".pt", ".pth", ".bin")
-#: What the metadata say, besides what loralib's layers need to be built.
-_TOLD = {
+#: Types of the metadata, apart from what only the layers' constructors need.
+_METADATA_TYPES = {
     "base_model": "a string",
     "embedding": "a list of strings",
     "enable_lora": "lists of true and false by name",
     "lora_alpha": "a finite number",
     "task_type": "a string",
 }
-#: What holds the state dict in a checkpoint that holds more, as those of loralib's examples do.
+#: Keys of the state dict in checkpoints that contain more, such as those of loralib's examples.
 _WRAPPERS = ("model_state_dict", "state_dict")
 
 
 def read_state(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors by name, and what lorakit wrote in the metadata, if it wrote the file.
+    """Return the tensors by name, and the metadata if lorakit wrote the file.
 
-    No code of the file is run. Raises AdapterError if it is no state dict of finite tensors.
+    No code of the file is run. Raises AdapterError unless it is a state dict of finite tensors.
     """
     if file.suffix not in (".safetensors", *PICKLED):
         allowed = ", ".join((".safetensors", *PICKLED))
-        raise AdapterError(f"{file}: not a checkpoint by its name; allowed: {allowed}")
-    told: dict[str, Any] = {}
+        raise AdapterError(f"{file}: not a checkpoint; allowed suffixes: {allowed}")
+    facts: dict[str, Any] = {}
     try:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt") as opened:
                 state: Any = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-                told = _told(opened.metadata() or {})
+                facts = _facts(opened.metadata() or {})
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, ValueError, EOFError, RuntimeError, KeyError) as error:
         raise AdapterError(f"{file}: corrupt or truncated: {_first_line(error)}") from error
     except pickle.UnpicklingError as error:
         raise AdapterError(
-            f"{file}: holds more than tensors, and lorakit runs no code of a file; save "
-            "lora_state_dict(model) alone, as safetensors at best"
+            f"{file}: contains more than tensors, and lorakit does not run code from files; "
+            "hint: save only lora_state_dict(model), preferably as safetensors"
         ) from error
     for wrapper in _WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
@@ -72,45 +70,45 @@ def read_state(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise AdapterError(f"{file}: not a state dict: found {type(state).__name__}")
     for name, value in state.items():
         if not isinstance(name, str):
-            raise AdapterError(f"{file}: {shown(name)}: not a state dict: a name is text")
+            raise AdapterError(f"{file}: {shown(name)}: not a state dict: a name must be a string")
         if not isinstance(value, Tensor):
             raise AdapterError(f"{file}: {shown(name)}: not a tensor: {type(value).__name__}")
         if value.is_meta or value.layout != torch.strided:
-            raise AdapterError(f"{file}: {name}: a sparse or empty one: allowed: dense tensors")
+            raise AdapterError(f"{file}: {name}: sparse or without values: allowed: dense tensors")
         if not value.numel() or not is_finite(value):
             problem = "NaN or infinite values" if value.numel() else "no values"
-            raise AdapterError(f"{file}: {name}: holds {problem}")
-    return dict(state), told
+            raise AdapterError(f"{file}: {name}: contains {problem}")
+    return dict(state), facts
 
 
-def _told(stored: Mapping[str, str]) -> dict[str, Any]:
-    """The metadata that lorakit wrote."""
+def _facts(stored: Mapping[str, str]) -> dict[str, Any]:
+    """The metadata, if lorakit wrote it."""
     if "lorakit_version" not in stored:
         return {}
-    told = {key: json.loads(value) for key, value in stored.items() if key != "format"}
-    if lacking := [key for key in _TOLD if key not in told]:
-        raise ValueError(f"the metadata lack {lacking[0]}")
-    check_types(told, _TOLD, "metadata")
-    if not told["lora_alpha"] or not all(map(any, told["enable_lora"].values())):
+    facts = {key: json.loads(value) for key, value in stored.items() if key != "format"}
+    if lacking := [key for key in _METADATA_TYPES if key not in facts]:
+        raise ValueError(f"the metadata lacks {lacking[0]}")
+    check_types(facts, _METADATA_TYPES, "metadata")
+    if not facts["lora_alpha"] or not all(map(any, facts["enable_lora"].values())):
         raise ValueError("metadata that lorakit did not write")
-    return told
+    return facts
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-#: The last part of the name by which a module is taken for a convolution.
+#: The last part of the name by which a module is recognised as a convolution.
 _CONVOLUTION = re.compile(r"(?i)conv(?:[123]d)?_?\d*")
 
 
 def loralib_tensors(updates: Updates) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
-    """The state dict, what its metadata says, and what there is to tell.
+    """Return the state dict, its metadata and notes.
 
-    ``model.load_state_dict(tensors, strict=False)`` takes it on a model built of ``lorakit.nn`` or
+    ``model.load_state_dict(tensors, strict=False)`` loads it into a model of ``lorakit.nn`` or
     loralib layers with the metadata's r and lora_alpha. A fused projection becomes the stacked
-    blocks of a MergedLinear where its parts are such; else A and B of a Linear on the whole of it,
-    the same update. Where one lora_alpha cannot say every scaling, B is multiplied.
+    blocks of a MergedLinear if its parts allow that, else the A and B of a Linear over all rows,
+    which is the same update. B is scaled where one lora_alpha does not fit every matrix.
     """
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     enabled: dict[str, list[bool]] = {}
@@ -125,11 +123,13 @@ def loralib_tensors(updates: Updates) -> tuple[dict[str, Tensor], dict[str, Any]
     notes = []
     if whole:
         others = f" and {len(whole) - 1} more" if len(whole) > 1 else ""
-        notes.append(f"{whole[0]}{others}: no blocks of a MergedLinear: a Linear on all rows")
+        notes.append(
+            f"{whole[0]}{others}: not blocks of a MergedLinear: written as a Linear over all rows"
+        )
     ranks = {name: int(B.shape[1]) for name, (_, B) in factors.items()}
     alphas = {name: number(m.scaling * ranks[name]) for name, m in updates.matrices.items()}
     factors, alpha = _of_one_alpha(factors, alphas, notes)
-    told = {
+    facts = {
         "lorakit_version": __version__,
         "r": ranks if len(set(ranks.values())) > 1 else next(iter(ranks.values())),
         "lora_alpha": alpha,
@@ -141,17 +141,17 @@ def loralib_tensors(updates: Updates) -> tuple[dict[str, Tensor], dict[str, Any]
     }
     tensors = {f"{name}.lora_A": A for name, (A, _) in factors.items()}
     tensors |= {f"{name}.lora_B": B for name, (_, B) in factors.items()}
-    return tensors | {_in_module(k): v for k, v in updates.beside.items()}, told, notes
+    return tensors | {_in_module(k): v for k, v in updates.others.items()}, facts, notes
 
 
-def metadata(told: Mapping[str, Any]) -> dict[str, str]:
-    """``told`` as safetensors holds it: text by name."""
-    return {"format": "pt"} | {key: json.dumps(value) for key, value in told.items()}
+def metadata(facts: Mapping[str, Any]) -> dict[str, str]:
+    """The metadata as safetensors stores it: strings by name."""
+    return {"format": "pt"} | {key: json.dumps(value) for key, value in facts.items()}
 
 
-def merged_linear(A: Tensor, B: Tensor, enable: list[bool], scaling: float) -> LowRank:
-    """MergedLinear's A (n r, in_features) and B (n s, r), n projections of s rows enabled, as one
-    update of the whole matrix: B (len(enable) s, n r), zero outside of the blocks."""
+def merged_linear(A: Tensor, B: Tensor, enable: list[bool], scaling: float) -> AdaptedMatrix:
+    """Convert A (n r, in_features) and B (n s, r) of a MergedLinear, with n projections of s rows
+    enabled, to one update of the whole matrix: B (len(enable) s, n r), zero outside the blocks."""
     n, r = sum(enable), B.shape[1]
     size = B.shape[0] // n
     whole = B.new_zeros(len(enable) * size, n * r)
@@ -161,58 +161,57 @@ def merged_linear(A: Tensor, B: Tensor, enable: list[bool], scaling: float) -> L
         columns = slice(block * r, (block + 1) * r)
         rows.put(whole[:, columns], B[block * size : (block + 1) * size])
         parts["qkv"[at] if len(enable) == 3 else str(at)] = (rows, r)
-    return LowRank(A, whole, scaling, parts=parts if len(enable) == 3 else None)
+    return AdaptedMatrix(A, whole, scaling, parts=parts if len(enable) == 3 else None)
 
 
 def check_no_convolution(
-    name: str, matrix: LowRank, stored: Mapping[str, Tensor], *, by_name: bool
+    name: str, matrix: AdaptedMatrix, stored: Mapping[str, Tensor], *, by_name: bool
 ) -> None:
-    """Raise AdapterError for a Conv2d where its name or its bias tells it from a Linear: of kernel
-    k, it has B (k out_channels / groups, k r), and a bias of out_channels."""
+    """Raise AdapterError for a Conv2d if its name or its bias distinguishes it from a Linear. With
+    kernel size k it has B (k out_channels / groups, k r), and a bias of out_channels."""
     bias = stored.get(f"{name}.bias")
     rows = int(matrix.B.shape[0])
     named = by_name and _CONVOLUTION.fullmatch(name.rpartition(".")[2])
     if named or f"{name}.conv.weight" in stored or f"{name}.conv.bias" in stored:
         raise AdapterError(
-            f"{name}: a convolution by its name: PEFT's form has no place for loralib's factors of "
-            "one; in eval mode the model's own weight has them merged"
+            f"{name}: a convolution by its name: PEFT's format does not support loralib's factors "
+            "of one; hint: in eval mode they are merged into the model's own weight"
         )
     if bias is not None and tuple(bias.shape) != (rows,):
         raise AdapterError(
             f"{name}.bias is {tuple(bias.shape)}, and lora_B has {rows} rows: neither a Linear nor "
-            "a MergedLinear as --enable-lora has it, and a Conv2d cannot be converted"
+            "a MergedLinear with --enable-lora; a Conv2d cannot be converted"
         )
 
 
 def _of_one_alpha(
     factors: Mapping[str, tuple[Tensor, Tensor]], alphas: Mapping[str, float], notes: list[str]
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
-    """The commonest lora_alpha, and the factors with B multiplied where it is another."""
-    commonest = Counter(alpha for alpha in alphas.values() if alpha).most_common(1)
-    alpha = commonest[0][0] if commonest else 1
+    """Return the factors with B scaled to the most common lora_alpha, and that value."""
+    most_common = Counter(alpha for alpha in alphas.values() if alpha).most_common(1)
+    alpha = most_common[0][0] if most_common else 1
     scaled = {}
     for name, own in alphas.items():
         A, B = factors[name]
         scaled[name] = A, B if own == alpha else (B.double() * (own / alpha)).float()
         if not is_finite(scaled[name][1]):
-            raise AdapterError(f"{name}: lora_B is too large for float32 when it is scaled")
+            raise AdapterError(f"{name}: lora_B exceeds the range of float32 when scaled")
     if count := sum(own != alpha for own in alphas.values()):
         of = f"{count} of {len(alphas)} matrices"
-        notes.append(f"B is scaled in {of}, so that one lora_alpha = {number(alpha)} fits all")
+        notes.append(f"B is scaled in {of} to fit one lora_alpha = {number(alpha)}")
     return scaled, alpha
 
 
 def _in_module(key: str) -> str:
-    """The name inside of the module that PEFT wraps."""
+    """The name as in the module that PEFT wraps."""
     for end in (BASE_BIAS, BASE_WEIGHT):
         if key.endswith(end):
             return f"{key.removesuffix(end)}.{end.rpartition('.')[2]}"
     return key
 
 
-def _enabled(matrix: LowRank) -> list[bool] | None:
-    """MergedLinear's ``enable_lora``, if the parts are blocks of one size and rank that lie one
-    after the other."""
+def _enabled(matrix: AdaptedMatrix) -> list[bool] | None:
+    """MergedLinear's ``enable_lora``, if the parts are consecutive blocks of one size and rank."""
     if not matrix.parts:
         return None
     sizes = {rows.stop - rows.start for rows, _ in matrix.parts.values()}
@@ -226,8 +225,8 @@ def _enabled(matrix: LowRank) -> list[bool] | None:
     return [i * size in starts for i in range(out_features // size)]
 
 
-def _stacked(matrix: LowRank) -> Tensor:
-    """The parts' own B (s, r) one below the other."""
+def _stacked(matrix: AdaptedMatrix) -> Tensor:
+    """The B (s, r) of each part, stacked."""
     assert matrix.parts
     blocks, at = [], 0
     for rows, r in matrix.parts.values():

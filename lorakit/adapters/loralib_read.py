@@ -1,4 +1,4 @@
-"""A loralib checkpoint read as updates of matrices."""
+"""Reads a loralib checkpoint as low-rank updates of matrices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorakit.adapters.loralib import check_no_convolution, merged_linear, read_s
 from lorakit.adapters.low_rank import (
     BASE_BIAS,
     BASE_WEIGHT,
-    LowRank,
+    AdaptedMatrix,
     Updates,
     check_factors,
     check_matrices,
@@ -22,7 +22,7 @@ from lorakit.adapters.low_rank import (
 from lorakit.adapters.peft.schema import SEQ_CLS_HEADS
 from lorakit.errors import AdapterError
 
-#: The last part of the name by which a module is taken for an embedding.
+#: The last part of the name by which a module is recognised as an embedding.
 EMBEDDINGS = (
     "embed_tokens", "wte", "wpe", "word_embeddings", "position_embeddings",
     "token_type_embeddings", "tok_embeddings", "embed_in", "embed_positions",
@@ -31,11 +31,11 @@ EMBEDDINGS = (
 
 @dataclass(frozen=True)
 class LoralibOptions:
-    """What a checkpoint does not say; None or nothing takes what its metadata says, if lorakit
-    wrote it, else loralib's default.
+    """What a checkpoint lacks. Empty values stand for its metadata, if lorakit wrote it, else for
+    loralib's default.
 
-    ``enable_lora``: ``q,v`` or ``1,0,1``, for those MergedLinear that the shapes tell, or
-    ``MODULE=...`` for one end of their names. ``embedding``: ends of names.
+    ``enable_lora``: ``q,v`` or ``1,0,1`` for every MergedLinear that the shapes reveal, or
+    ``MODULE=...`` for modules whose names end so. ``embedding``: suffixes of names.
     """
 
     lora_alpha: float | None = None
@@ -47,90 +47,92 @@ class LoralibOptions:
 
 
 def read_loralib(file: Path, options: LoralibOptions) -> tuple[Updates, list[str]]:
-    """The updates, and what was taken without the file saying so.
+    """Return the updates, and notes on what the file does not say.
 
-    Linear and MergedLinear are told by the shapes, but for a MergedLinear with one projection
-    enabled, which ``MODULE=`` names; embeddings by their names. Biases, and modules trained whole,
-    are kept. Raises AdapterError for what cannot be read, is misshapen, or needs an option; also
-    for a Conv2d, whose factors look like a Linear's, where its name or its bias gives it away.
+    Shapes distinguish Linear and MergedLinear, except for a MergedLinear with one projection
+    enabled, which ``MODULE=`` names; names identify embeddings. Biases and fully trained modules
+    are kept. Raises AdapterError for a file that is unreadable, misshapen, or needs an option, and
+    for a Conv2d, whose factors look like a Linear's, if its name or bias reveals it.
     """
-    stored, told = read_state(file)
+    stored, facts = read_state(file)
     notes: list[str] = []
     try:
-        factors, beside = _sorted(_without_prefix(stored, notes), own=bool(told))
-        alpha = _alpha(options, told, notes)
-        embeddings = _embeddings(factors, options, told, notes)
-        enabled = _enabled(factors, embeddings, options, told)
+        factors, others = _sorted(_without_prefix(stored, notes), own=bool(facts))
+        alpha = _alpha(options, facts, notes)
+        embeddings = _embeddings(factors, options, facts, notes)
+        enabled = _enabled(factors, embeddings, options, facts)
         matrices = {}
         for name, (A, B) in factors.items():
             if name in enabled:
                 matrices[name] = merged_linear(A, B, enabled[name], alpha / B.shape[1])
             else:
-                matrices[name] = LowRank(A, B, alpha / len(A), name in embeddings)
-            check_no_convolution(name, matrices[name], beside, by_name=not told)
-        config, beside = _config(matrices, beside, options, told, notes)
+                matrices[name] = AdaptedMatrix(A, B, alpha / len(A), name in embeddings)
+            check_no_convolution(name, matrices[name], others, by_name=not facts)
+        config, others = _config(matrices, others, options, facts, notes)
     except AdapterError as error:
         raise AdapterError(f"{file}: {error}") from error
-    return Updates(matrices, beside, config, {}), notes
+    return Updates(matrices, others, config, {}), notes
 
 
 def _without_prefix(stored: dict[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
-    """Without the ``module.`` of a model that was trained in DistributedDataParallel."""
+    """Remove the prefix ``module.`` of DistributedDataParallel."""
     if not all(name.startswith("module.") for name in stored):
         return stored
-    notes.append("module., which starts all names, is left out (DistributedDataParallel's)")
+    notes.append("removed the prefix module. of all names (DistributedDataParallel)")
     return {name.removeprefix("module."): value for name, value in stored.items()}
 
 
 def _sorted(
     stored: Mapping[str, Tensor], *, own: bool
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """A and B by module, and the rest. In ``own`` files that may be the base's weight of an adapted
-    embedding or output layer, which PEFT saves with it."""
+    """Return A and B by module, and the rest. In ``own`` files, the rest may have the base's weight
+    of an adapted embedding or output layer, which PEFT saves with it."""
     As = {n.removesuffix(".lora_A"): v for n, v in stored.items() if n.endswith(".lora_A")}
     Bs = {n.removesuffix(".lora_B"): v for n, v in stored.items() if n.endswith(".lora_B")}
     rest = {n: v for n, v in stored.items() if not n.endswith((".lora_A", ".lora_B"))}
     if unknown := [name for name in rest if "lora_" in name]:
         raise AdapterError(
             f"{unknown[0]}: not a name of loralib; allowed: MODULE.lora_A and MODULE.lora_B, where "
-            "MODULE is its name in the model (a layer saved alone has none)"
+            "MODULE is its name in the model (a layer that was saved alone has none)"
         )
     if lonely := sorted(set(As) ^ set(Bs)):
         raise AdapterError(f"missing tensor: {lonely[0]}.lora_{'B' if lonely[0] in As else 'A'}")
     if not As:
-        raise AdapterError("no loralib checkpoint: it holds no MODULE.lora_A")
+        raise AdapterError("not a loralib checkpoint: it has no MODULE.lora_A")
     if not own and (whole := [name for name in As if f"{name}.weight" in rest]):
         raise AdapterError(
-            f"{whole[0]}.weight: a whole model, whose weights loralib may have merged; save "
-            "lora_state_dict(model) alone"
+            f"{whole[0]}.weight: a whole model, whose weights loralib may have merged; hint: save "
+            "only lora_state_dict(model)"
         )
     return {name: (As[name], Bs[name]) for name in As}, rest
 
 
-def _alpha(options: LoralibOptions, told: Mapping[str, Any], notes: list[str]) -> float:
+def _alpha(options: LoralibOptions, facts: Mapping[str, Any], notes: list[str]) -> float:
     if options.lora_alpha is not None:
         if not (math.isfinite(options.lora_alpha) and options.lora_alpha > 0):
             raise AdapterError(f"--lora-alpha = {options.lora_alpha}: allowed: a number above 0")
         return options.lora_alpha
-    if "lora_alpha" not in told:
-        notes.append("lora_alpha = 1, loralib's default; --lora-alpha gives that of the training")
-    return float(told.get("lora_alpha", 1))
+    if "lora_alpha" not in facts:
+        notes.append(
+            "lora_alpha = 1, loralib's default; pass --lora-alpha if training used another"
+        )
+    return float(facts.get("lora_alpha", 1))
 
 
 def _embeddings(
-    names: Mapping[str, Any], options: LoralibOptions, told: Mapping[str, Any], notes: list[str]
+    names: Mapping[str, Any], options: LoralibOptions, facts: Mapping[str, Any], notes: list[str]
 ) -> set[str]:
     found = set()
     for end in options.embedding:
         fitting = {name for name in names if _is_end(end, name)}
         if not fitting:
-            raise AdapterError(f"--embedding = {end}: no adapted module's name ends so")
+            raise AdapterError(f"--embedding = {end}: no adapted module's name ends with it")
         found |= fitting
-    if told:
-        return found | set(told["embedding"]) & set(names)
+    if facts:
+        return found | set(facts["embedding"]) & set(names)
     by_name = {name for name in names if name.rpartition(".")[2] in EMBEDDINGS} - found
     if by_name:
-        notes.append(f"taken for an embedding by its name: {', '.join(sorted(by_name))}")
+        notes.append(f"treated as an embedding by its name: {', '.join(sorted(by_name))}")
     return found | by_name
 
 
@@ -138,9 +140,9 @@ def _enabled(
     factors: Mapping[str, tuple[Tensor, Tensor]],
     embeddings: set[str],
     options: LoralibOptions,
-    told: Mapping[str, Any],
+    facts: Mapping[str, Any],
 ) -> dict[str, list[bool]]:
-    """``enable_lora`` of each MergedLinear, whose shapes it fits."""
+    """Return ``enable_lora`` of each MergedLinear. Raises AdapterError if the shapes do not fit."""
     given = [_parsed(text) for text in options.enable_lora]
     used = set()
     enabled = {}
@@ -149,22 +151,22 @@ def _enabled(
         r = B.shape[1]
         blocks = 1 if name in embeddings or len(A) % r else len(A) // r
         fitting = [g for g in given if (_is_end(g[0], name) if g[0] else blocks > 1)]
-        # What names the module goes before what does not.
+        # A choice that names the module takes precedence.
         chosen = max(fitting, key=lambda g: len(g[0]), default=None)
-        enable = chosen[1] if chosen else (told.get("enable_lora") or {}).get(name)
+        enable = chosen[1] if chosen else (facts.get("enable_lora") or {}).get(name)
         used.add(id(chosen))
         if enable is None and blocks > 1:
             raise AdapterError(
-                f"{name}: lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} are a MergedLinear's "
-                f"with {blocks} projections enabled: --enable-lora must say which of how many "
-                "(q,v or 1,0,1)"
+                f"{name}: lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} belong to a "
+                f"MergedLinear with {blocks} projections enabled; hint: pass which ones as "
+                "--enable-lora (q,v or 1,0,1)"
             )
         if enable is None:
             check_factors(name, A, B)
             continue
         if sum(enable) * r != len(A) or len(B) % blocks:
             raise AdapterError(
-                f"{name}: lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} are not of "
+                f"{name}: lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} do not fit "
                 f"the {sum(enable)} projections of r = {r} that --enable-lora enables"
             )
         enabled[name] = list(map(bool, enable))
@@ -176,7 +178,7 @@ def _enabled(
 
 
 def _parsed(text: str) -> tuple[str, list[bool]]:
-    """``[MODULE=]q,v`` or ``[MODULE=]1,0,1`` -> the module's end, and enable_lora."""
+    """Parse ``[MODULE=]q,v`` or ``[MODULE=]1,0,1`` into a suffix and enable_lora."""
     module, _, spec = text.rpartition("=")
     items = [item.strip() for item in spec.split(",")]
     if items and all(item in ("q", "k", "v") for item in items):
@@ -184,54 +186,56 @@ def _parsed(text: str) -> tuple[str, list[bool]]:
     if "1" in items and all(item in ("0", "1") for item in items):
         return module, [item == "1" for item in items]
     raise AdapterError(
-        f"--enable-lora = {text}: allowed: of q,k,v those enabled (q,v), or a 1 or 0 for each "
-        "projection (1,0,1); MODULE= before it for one end of the modules' names"
+        f"--enable-lora = {text}: allowed: those of q,k,v that are enabled (q,v), or 1 or 0 for "
+        "each projection (1,0,1), after an optional MODULE= for a suffix of the modules' names"
     )
 
 
 def _config(
-    matrices: Mapping[str, LowRank],
+    matrices: Mapping[str, AdaptedMatrix],
     stored: Mapping[str, Tensor],
     options: LoralibOptions,
-    told: Mapping[str, Any],
+    facts: Mapping[str, Any],
     notes: list[str],
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """``adapter_config.json`` as far as it is known, and the tensors beside by PEFT's names."""
+    """Return what is known of ``adapter_config.json``, and the other tensors by PEFT's names."""
     modules = {n: n.rpartition(".")[0] for n in stored if not n.endswith(".bias")}
     whole = sorted({_head(module) for module in modules.values() if module not in matrices})
-    beside, bias = {}, "none"
+    others, bias = {}, "none"
     for key, value in stored.items():
         module = key.rpartition(".")[0]
         if key in modules and module in matrices:
-            beside[f"{module}{BASE_WEIGHT}"] = value
+            others[f"{module}{BASE_WEIGHT}"] = value
             continue
         if module in matrices:
-            beside[f"{module}{BASE_BIAS}"] = value
+            others[f"{module}{BASE_BIAS}"] = value
             bias = "lora_only" if bias == "none" else bias
             continue
-        beside[key] = value
+        others[key] = value
         if _head(module) not in whole:
             bias = "all"
-    task_type = options.task_type or told.get("task_type")
+    task_type = options.task_type or facts.get("task_type")
     if task_type is None:
         task_type = "SEQ_CLS" if set(SEQ_CLS_HEADS) & {n.split(".")[-1] for n in whole} else None
         task_type = task_type or "CAUSAL_LM"
-        notes.append(f"task_type = {task_type}, by the tensors; --task-type gives another")
+        notes.append(
+            f"task_type = {task_type}, inferred from the tensors; --task-type overrides it"
+        )
     config = {
-        "base_model_name_or_path": options.base_model or told.get("base_model"),
+        "base_model_name_or_path": options.base_model or facts.get("base_model"),
         "revision": None,
         "task_type": task_type,
         "bias": bias,
-        "fan_in_fan_out": options.fan_in_fan_out or bool(told.get("fan_in_fan_out")),
+        "fan_in_fan_out": options.fan_in_fan_out or bool(facts.get("fan_in_fan_out")),
         "lora_dropout": 0.0,
         "modules_to_save": whole or None,
         "target_modules": sorted(matrices),
     }
-    return config, beside
+    return config, others
 
 
 def _head(module: str) -> str:
-    """The head that ``module`` lies in, which PEFT replaces as one; else the module."""
+    """The head that contains ``module``, which PEFT replaces as a whole; else the module."""
     parts = module.split(".")
     for i, part in enumerate(parts):
         if part in SEQ_CLS_HEADS:

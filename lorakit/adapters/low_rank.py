@@ -1,6 +1,7 @@
-"""An adapter as what it adds to each matrix, read from its directory without the base model.
+"""An adapter as low-rank updates of matrices, without the base model.
 
-Updates of matrices as a PEFT LoRA; and as one of a single rank, which vLLM takes too.
+The updates are read from an adapter directory, and written as a plain LoRA of PEFT: with the same
+ranks, or with a single rank, which vLLM supports as well.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from lorakit.adapters.peft.schema import (
 )
 from lorakit.adapters.peft.targets import exact_patterns
 from lorakit.errors import AdapterError
-from lorakit.kernels.low_rank import RowSlice
+from lorakit.kernels.low_rank import LowRankDelta, RowSlice, is_covered_by
 from lorakit.methods.adalora import scaling_of
 from lorakit.version import __version__
 
@@ -49,14 +50,12 @@ BASE_WEIGHT, BASE_BIAS = f".{BASE_LAYER}weight", f".{BASE_LAYER}bias"
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """W + scaling * B A: A (r, in_features), B (out_features, r); for an embedding in_features are
-    the tokens. ``parts``: role -> (rows, r) of a fused projection of which only parts are adapted.
+class AdaptedMatrix(LowRankDelta):
+    """An update W + scaling * B A; for an embedding, in_features are the tokens.
+
+    ``parts``: role -> (rows, r) of a fused projection of which only parts are adapted.
     """
 
-    A: Tensor
-    B: Tensor
-    scaling: float
     embedding: bool = False
     parts: Mapping[str, tuple[RowSlice, int]] | None = None
 
@@ -67,21 +66,21 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Updates:
-    """``matrices`` by the adapted modules' names; ``beside`` are the other tensors (heads, biases)
-    by PEFT's names; ``config`` and ``sidecar`` as the two JSON files say it."""
+    """``matrices``: adapted module -> update; ``others``: tensors that are not factors (heads,
+    biases), by PEFT's names; ``config`` and ``sidecar`` are the contents of the two JSON files."""
 
-    matrices: dict[str, LowRank]
-    beside: dict[str, Tensor]
+    matrices: dict[str, AdaptedMatrix]
+    others: dict[str, Tensor]
     config: dict[str, Any]
     sidecar: dict[str, Any]
 
     @property
     def biases(self) -> list[str]:
-        """The names in ``beside`` of biases of the base that were trained."""
+        """The names in ``others`` of trained biases of the base."""
         trained = self.config.get("bias") in ("lora_only", "all")
         return [
             name
-            for name in self.beside
+            for name in self.others
             if name.endswith(BASE_BIAS)
             or (
                 trained
@@ -92,23 +91,22 @@ class Updates:
 
 
 def read_updates(files: AdapterFiles) -> Updates:
-    """The updates of a LoRA or AdaLoRA adapter: A, B and the scaling of each matrix; AdaLoRA's
-    Lambda is folded into A.
+    """Return the updates of a LoRA or AdaLoRA adapter, with AdaLoRA's Lambda folded into A.
 
-    Raises AdapterError for a method that has no such form, and for tensors that are missing,
-    unknown, misshapen, or not of the rank that the configuration says.
+    Raises AdapterError for a method that is not a low-rank product, and for tensors that are
+    missing, unknown, misshapen, or not of the configured rank.
     """
     _check_low_rank(files)
     names = _ADALORA if files.config["peft_type"] == "ADALORA" else _LORA
     factors: dict[str, dict[str, Tensor]] = {}
     embeddings: dict[str, bool] = {}
-    beside = {}
+    others = {}
     for key, value in files.tensors.items():
         end = next((end for end in names if key.endswith(f".{end}")), None)
         if end is None:
             if "lora_" in key:
                 raise AdapterError(f"{files.directory}: unknown tensor: {key}")
-            beside[key] = value
+            others[key] = value
             continue
         module = key[: -len(end) - 1]
         factor, embedding = names[end]
@@ -116,7 +114,7 @@ def read_updates(files: AdapterFiles) -> Updates:
         if embeddings.setdefault(module, embedding) != embedding:
             raise AdapterError(f"{files.directory}: {module} is adapted twice: {key}")
     if not factors:
-        raise AdapterError(f"{files.directory}: holds no adapted matrix")
+        raise AdapterError(f"{files.directory}: contains no adapted matrix")
     try:
         matrices = {
             module: _low_rank(files.config, module, found, embeddings[module])
@@ -129,7 +127,7 @@ def read_updates(files: AdapterFiles) -> Updates:
         }
     except AdapterError as error:
         raise AdapterError(f"{files.directory}: {error}") from error
-    return Updates(matrices, beside, files.config, files.sidecar or {})
+    return Updates(matrices, others, files.config, files.sidecar or {})
 
 
 def _check_low_rank(files: AdapterFiles) -> None:
@@ -137,14 +135,14 @@ def _check_low_rank(files: AdapterFiles) -> None:
     if name == "dora" or files.config["peft_type"] not in LORA_FORMATS:
         base = files.config.get("base_model_name_or_path") or "BASE"
         raise AdapterError(
-            f"{files.directory}: {name} is no product of two factors; lorakit merge {base} "
-            f"{files.directory} OUT makes a plain model of it"
+            f"{files.directory}: {name} is not a product of two factors; hint: lorakit merge "
+            f"{base} {files.directory} OUT writes a plain model instead"
         )
 
 
 def _low_rank(
     config: Mapping[str, Any], module: str, found: Mapping[str, Tensor], embedding: bool
-) -> LowRank:
+) -> AdaptedMatrix:
     adalora = config["peft_type"] == "ADALORA"
     if lacking := {"A", "B", *(("E",) if adalora else ())} - set(found):
         raise AdapterError(f"missing tensor: {module}: lora_{min(lacking)}")
@@ -155,19 +153,21 @@ def _low_rank(
         if tuple(E.shape) != (r, 1):
             raise AdapterError(f"{module}.lora_E is {tuple(E.shape)}, and lora_A needs ({r}, 1)")
         A = (E.double() * A.double()).float()
-        return LowRank(A, B, scaling_of(config.get("lora_alpha", 8), config.get("init_r", 12)))
+        return AdaptedMatrix(
+            A, B, scaling_of(config.get("lora_alpha", 8), config.get("init_r", 12))
+        )
     if (said := peft_rank(config, module)) != r:
-        raise AdapterError(f"{module} has r = {r}, and adapter_config.json says {said}")
-    return LowRank(A, B, peft_scaling(config, module, r), embedding)
+        raise AdapterError(f"{module} has r = {r}, and {said} in adapter_config.json")
+    return AdaptedMatrix(A, B, peft_scaling(config, module, r), embedding)
 
 
 def check_factors(module: str, A: Tensor, B: Tensor) -> None:
-    """Raise AdapterError unless A (r, in_features) and B (out_features, r) are such."""
+    """Raise AdapterError unless A is (r, in_features) and B (out_features, r)."""
     check_matrices(module, A, B)
     if A.shape[0] != B.shape[1]:
         raise AdapterError(
-            f"{module}: lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)}: the rows of A and "
-            "the columns of B are not as many"
+            f"{module}: lora_A is {tuple(A.shape)} and lora_B {tuple(B.shape)}: A must have as "
+            "many rows as B has columns"
         )
 
 
@@ -178,28 +178,23 @@ def check_matrices(module: str, A: Tensor, B: Tensor) -> None:
             dtype = str(value.dtype).removeprefix("torch.")
             raise AdapterError(
                 f"{module}: lora_{factor} is {tuple(value.shape)}, {dtype}: allowed: a matrix of "
-                "floating-point numbers (linear layers and embeddings are converted)"
+                "floating-point numbers (of a linear layer or an embedding)"
             )
 
 
-def _in_parts(module: str, whole: LowRank, parts: Mapping[str, tuple[RowSlice, int]]) -> LowRank:
-    """With ``parts``, once each has its own columns of B, and nothing outside of its rows."""
-    rest, at = whole.B.clone(), 0
-    for rows, r in parts.values():
-        if whole.B.shape[0] % rows.period or at + r > whole.r:
-            at = -1
-            break
-        columns = rest[:, at : at + r]
-        rows.put(columns, torch.zeros_like(rows.of(columns)))
-        at += r
-    if at != whole.r or rest.any():
-        raise AdapterError(f"{module}: the parts {', '.join(parts)} are not all that it holds")
-    return replace(whole, parts=parts)
+def _in_parts(
+    module: str, matrix: AdaptedMatrix, parts: Mapping[str, tuple[RowSlice, int]]
+) -> AdaptedMatrix:
+    if not is_covered_by(matrix.B, parts.values()):
+        raise AdapterError(
+            f"{module}: the parts {', '.join(parts)} are not all that the tensors hold"
+        )
+    return replace(matrix, parts=parts)
 
 
-#: The ranks that vLLM can be started with (``--max-lora-rank``).
+#: The values of vLLM's ``--max-lora-rank``.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-#: The keys of ``adapter_config.json`` that hold for every form of the same adapter.
+#: Keys of ``adapter_config.json`` that conversion does not change.
 _KEPT = (
     "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out",
     "layers_pattern", "layers_to_transform", "lora_dropout", "modules_to_save", "revision",
@@ -208,31 +203,29 @@ _KEPT = (
 
 
 def padded(updates: Updates, rank: int | None) -> tuple[Updates, list[str]]:
-    """The same updates, all of one rank R and one scaling lora_alpha / R, and what there is to say.
+    """Return the same updates with one rank R and one scaling lora_alpha / R, and notes.
 
-    R is ``rank``, or the least of vLLM's ranks that holds all; A and B get rows and columns of
-    zeros. lora_alpha is the integer nearest to what the commonest scaling asks for, and
-    B' = B * scaling * R / lora_alpha, in float32: B itself where that is 1.
-    Raises AdapterError if trained biases are among them, or R is too small.
+    R is ``rank``, or the smallest of vLLM's ranks that fits all; A and B are padded with zeros.
+    lora_alpha is the integer nearest to the most common scaling times R, and
+    B' = B * scaling * R / lora_alpha in float32, or B itself if the factor is 1.
+    Raises AdapterError if there are trained biases, or if R is too small.
     """
     _check_no_bias(updates)
     R = _rank(updates, rank)
-    scaling = _commonest(m.scaling for m in updates.matrices.values())
+    scaling = _most_common(m.scaling for m in updates.matrices.values())
     alpha = max(1, round(scaling * R))
     notes = []
     ranks = {m.r for m in updates.matrices.values()}
     if ranks != {R}:
-        notes.append(f"padded with zeros to r = {R}: {_span(ranks)}")
+        notes.append(f"padded with zeros to r = {R}: {_range(ranks)}")
     if scaled := sum(_factor(m, R, alpha) != 1 for m in updates.matrices.values()):
         count = len(updates.matrices)
-        notes.append(
-            f"B is scaled in {scaled} of {count} matrices, so that lora_alpha = {alpha} fits all"
-        )
+        notes.append(f"B is scaled in {scaled} of {count} matrices to fit one lora_alpha = {alpha}")
     matrices = {}
     for name, matrix in updates.matrices.items():
         matrices[name] = _padded(matrix, R, alpha)
         if not is_finite(matrices[name].B):
-            raise AdapterError(f"{name}: lora_B is too large for float32 when it is scaled")
+            raise AdapterError(f"{name}: lora_B exceeds the range of float32 when scaled")
     notes += _refused_by_vllm(updates, R)
     config = {**updates.config, "bias": "none"}
     return replace(updates, matrices=matrices, config=config), notes
@@ -241,13 +234,11 @@ def padded(updates: Updates, rank: int | None) -> tuple[Updates, list[str]]:
 def lora_files(
     updates: Updates,
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
-    """``adapter_config.json``, tensors by PEFT's names (without its prefix), ``lorakit.json``.
-
-    r and lora_alpha are the commonest, and patterns hold the others.
-    """
+    """Return ``adapter_config.json``, the tensors by PEFT's names (without its prefix), and
+    ``lorakit.json``. r and lora_alpha are the most common values; patterns have the others."""
     ranks = {name: matrix.r for name, matrix in updates.matrices.items()}
     alphas = {n: number(m.scaling * m.r) for n, m in updates.matrices.items()}
-    r, alpha = _commonest(ranks.values()), _commonest(alphas.values())
+    r, alpha = _most_common(ranks.values()), _most_common(alphas.values())
     patterns = {
         "rank_pattern": exact_patterns({n: v for n, v in ranks.items() if v != r}, ranks),
         "alpha_pattern": exact_patterns({n: v for n, v in alphas.items() if v != alpha}, alphas),
@@ -256,7 +247,7 @@ def lora_files(
     settings |= {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "inference_mode": True}
     settings |= patterns
     settings["target_modules"] = settings.get("target_modules") or sorted(ranks)
-    tensors = dict(updates.beside)
+    tensors = dict(updates.others)
     for name, matrix in updates.matrices.items():
         own = EMBEDDING_FACTORS if matrix.embedding else LINEAR_FACTORS
         tensors[f"{name}.{own.A}"] = matrix.A
@@ -265,7 +256,7 @@ def lora_files(
 
 
 def number(value: float) -> float | int:
-    """Twelve digits of it, without the noise of the last bits; an integer if it is one."""
+    """Round to twelve digits, which drops floating-point noise, and to an int if it is one."""
     rounded = float(f"{value:.12g}")
     return int(rounded) if rounded.is_integer() else rounded
 
@@ -292,24 +283,24 @@ def _rank(updates: Updates, rank: int | None) -> int:
     fitting = [r for r in VLLM_RANKS if r >= needed]
     if not fitting:
         raise AdapterError(
-            f"{name} has r = {needed}, and vLLM takes {VLLM_RANKS[-1]} at most; --rank {needed} "
-            "writes it for PEFT alone"
+            f"{name} has r = {needed}, and vLLM supports at most {VLLM_RANKS[-1]}; hint: --rank "
+            f"{needed} writes it for PEFT only"
         )
     return fitting[0]
 
 
-def _padded(matrix: LowRank, R: int, alpha: int) -> LowRank:
-    """A (R, in_features) and B (out_features, R), float32; rounded once."""
+def _padded(matrix: AdaptedMatrix, R: int, alpha: int) -> AdaptedMatrix:
+    """A (R, in_features) and B (out_features, R) in float32, rounded once."""
     factor = _factor(matrix, R, alpha)
     A = matrix.A.new_zeros(R, matrix.A.shape[1], dtype=torch.float32)
     B = matrix.B.new_zeros(matrix.B.shape[0], R, dtype=torch.float32)
     A[: matrix.r] = matrix.A
     B[:, : matrix.r] = matrix.B if factor == 1 else matrix.B.double() * factor
-    return LowRank(A, B, alpha / R, matrix.embedding)
+    return AdaptedMatrix(A, B, alpha / R, matrix.embedding)
 
 
-def _factor(matrix: LowRank, R: int, alpha: int) -> float:
-    """What B is multiplied by; 1 where only the last bits of the scaling say otherwise."""
+def _factor(matrix: AdaptedMatrix, R: int, alpha: int) -> float:
+    """The factor of B; 1 if it only differs by floating-point noise."""
     return float(number(matrix.scaling * R / alpha))
 
 
@@ -317,30 +308,31 @@ def _check_no_bias(updates: Updates) -> None:
     if biases := updates.biases:
         base = updates.config.get("base_model_name_or_path") or "BASE"
         raise AdapterError(
-            f"{biases[0]}: a plain LoRA has no place for trained biases, {len(biases)} here; "
-            f"lorakit merge {base} ADAPTER OUT makes a plain model of all"
+            f"{biases[0]}: a plain LoRA cannot store trained biases ({len(biases)} here); hint: "
+            f"lorakit merge {base} ADAPTER OUT writes a plain model instead"
         )
 
 
 def _refused_by_vllm(updates: Updates, R: int) -> list[str]:
     notes = []
     read = tuple(f"{name}{BASE_WEIGHT}" for name in ("embed_tokens", "lm_head"))
-    kept = sorted({n.rpartition(".")[0] for n in updates.beside if not n.endswith(read)})
+    kept = sorted({n.rpartition(".")[0] for n in updates.others if not n.endswith(read)})
     if kept:
         whole = updates.config.get("modules_to_save") or kept
         notes.append(
-            f"{', '.join(whole)}: kept whole (modules_to_save): PEFT needs it, and vLLM refuses it"
+            f"{', '.join(whole)}: kept as fully trained (modules_to_save), which PEFT needs and "
+            "vLLM rejects"
         )
     largest = VLLM_RANKS[-1]
     if largest < R:
-        notes.append(f"r = {R}: vLLM takes {largest} at most")
+        notes.append(f"r = {R}: vLLM supports at most {largest}")
     return notes
 
 
-def _commonest(values: Iterable[Any]) -> Any:
+def _most_common(values: Iterable[Any]) -> Any:
     return Counter(values).most_common(1)[0][0]
 
 
-def _span(ranks: set[int]) -> str:
+def _range(ranks: set[int]) -> str:
     low, high = min(ranks), max(ranks)
     return f"r was {low}" if low == high else f"r was {low} to {high}"

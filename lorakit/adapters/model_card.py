@@ -1,4 +1,4 @@
-"""The model card: what the adapter is, how it came to be, how it is loaded."""
+"""The model card of an adapter: what it is, how it was trained and how to load it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lorakit.version import __version__
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the card says; None or nothing leaves a line out. ``seconds`` is the training's time,
-    ``peft_loads`` whether PEFT has a place for the method's form, ``base_class`` the class to load
-    the base as where that is not the one of AutoModelForCausalLM."""
+    """The contents of the card; empty values are omitted. ``seconds`` is the training time,
+    ``peft_loads`` whether PEFT supports the method, ``base_class`` the class to load the base with
+    if it is not that of AutoModelForCausalLM."""
 
     base_model: str
     method: str
@@ -37,13 +37,13 @@ class CardFacts:
 
 
 def model_card(facts: CardFacts) -> str:
-    """``README.md``: the Hub's front matter, then a table of facts and the ways to load it."""
+    """Return the text of ``README.md``, with the Hub's front matter."""
     title = f"# {facts.method} adapter of {facts.base_model}"
     sections = [_front_matter(facts), title]
     if facts.diverged:
         sections.append(
-            "**The training diverged**: its loss ended far above where it began. Check the metrics "
-            "before using this adapter; a lower learning rate is likely to help."
+            "**The training diverged**: the loss ended far above its initial value. Check the "
+            "metrics before using this adapter; a lower learning rate is likely to help."
         )
     sections.append(_table(facts))
     if facts.metrics:
@@ -75,7 +75,7 @@ def _table(facts: CardFacts) -> str:
         "r": facts.r,
         "lora_alpha": facts.lora_alpha,
         "target modules": ", ".join(facts.target_modules),
-        "trained whole": ", ".join(facts.modules_to_save),
+        "fully trained": ", ".join(facts.modules_to_save),
         "task": facts.task,
         "training rows": f"{facts.data_rows:,}" if facts.data_rows is not None else None,
         "optimizer steps": f"{facts.steps:,}" if facts.steps is not None else None,
@@ -108,13 +108,13 @@ model = lorakit.load({base}, "path/to/this/directory")
 
 
 def _by_merging(base: str) -> str:
-    return f"PEFT does not load this form. {_merged(base)}"
+    return f"PEFT does not support this method. {_merged(base)}"
 
 
 def _misread(facts: CardFacts, base: str) -> str:
     return (
-        f"PEFT 0.19 to 0.21 with transformers 5 takes {', '.join(facts.misread)} for experts, and "
-        f"puts this adapter in the wrong place. {_merged(base)}"
+        f"PEFT 0.19 to 0.21 with transformers 5 mistakes {', '.join(facts.misread)} for experts, "
+        f"and applies this adapter to the wrong modules. {_merged(base)}"
     )
 
 
@@ -126,7 +126,7 @@ def _refused(facts: CardFacts, base: str) -> str:
 
 
 def _merged(base: str) -> str:
-    return f"""Merged, it is a model that plain transformers loads:
+    return f"""Merge it into a model that plain transformers loads:
 
 ```bash
 lorakit merge {base} path/to/this/directory merged

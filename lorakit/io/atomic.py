@@ -40,7 +40,7 @@ def atomic_directory(target: Path, *, replace: bool) -> Iterator[Path]:
             if replace and target.is_dir() and not target.is_symlink():
                 target.rename(old)
             elif target.exists() or target.is_symlink():
-                raise FileExistsError(f"{target}: exists already")
+                raise FileExistsError(f"{target}: already exists")
             try:
                 new.rename(target)
             except OSError:

@@ -7,6 +7,7 @@ scaling * B A x is added into the output of the frozen layer, and DoRA's norms c
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,19 @@ class RowSlice:
         return value.view(shape).narrow(dim + 1, self.start, self.stop - self.start)
 
 
+def is_covered_by(B: Tensor, parts: Iterable[tuple[RowSlice, int]]) -> bool:
+    """Whether ``parts``, pairs of rows and rank, account for all of B (out_features, r): each has
+    its own columns, in order, and B is zero outside of the rows of each."""
+    rest, at = B.detach().clone(), 0
+    for rows, r in parts:
+        if not rows.fit(len(B)) or at + r > B.shape[1]:
+            return False
+        columns = rest[:, at : at + r]
+        rows.put(columns, torch.zeros_like(rows.of(columns)))
+        at += r
+    return at == B.shape[1] and not rest.any()
+
+
 @dataclass(frozen=True)
 class LowRankDelta:
     """scaling * B A: ``A`` (r, in_features) and ``B`` (out_features, r)."""
@@ -54,6 +68,11 @@ class LowRankDelta:
     def dense(self) -> Tensor:
         """The product in float32, (out_features, in_features)."""
         return (self.B.float() @ self.A.float()) * self.scaling
+
+    def rows_into(self, out: Tensor, start: int) -> None:
+        """Write the rows of ``dense()`` from ``start`` on into ``out``; the factors are float32."""
+        torch.mm(self.B[start : start + len(out)], self.A, out=out)
+        out.mul_(self.scaling)
 
 
 def lora_add_(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

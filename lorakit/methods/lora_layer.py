@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.errors import AdapterError, TargetError
-from lorakit.kernels.low_rank import LowRankDelta, RowSlice, lora_add_
+from lorakit.kernels.low_rank import LowRankDelta, RowSlice, is_covered_by, lora_add_
 from lorakit.layers import AdapterLayer, CompositeLayer, RowView
 
 #: Matrices no larger than this in one dimension are decomposed exactly.
@@ -117,26 +117,22 @@ class LoraLayer(AdapterLayer):
         return layer
 
     def split(self, parts: Mapping[str, tuple[RowSlice, int]]) -> CompositeLayer:
-        unlike = AdapterError(f"the parts {', '.join(parts)} are not all that the tensors hold")
-        if sum(r for _, r in parts.values()) != self.r:
-            raise unlike
-        found, at = {}, 0
-        rest = self.lora_B.detach().clone()
-        for name, (rows, r) in parts.items():
+        for name, (rows, _) in parts.items():
             if not rows.fit(self.out_features):
                 raise AdapterError(
                     f"the part {name}, {rows}, does not fit {self.out_features} rows"
                 )
+        if not is_covered_by(self.lora_B, parts.values()):
+            raise AdapterError(f"the parts {', '.join(parts)} are not all that the tensors hold")
+        found, at = {}, 0
+        for name, (rows, r) in parts.items():
             columns = slice(at, at + r)
             part = type(self)(RowView(self.base_layer, rows), r=r, scaling=self.scaling)
             B = rows.of(self.lora_B[:, columns])
             part.set_factors(self.lora_A[columns].detach().clone(), B.detach().clone())
             part.lora_dropout = self.lora_dropout
-            rows.put(rest[:, columns], torch.zeros_like(part.lora_B))
             found[name] = part
             at += r
-        if rest.any():
-            raise unlike
         return CompositeLayer(self.base_layer, found)
 
     def set_factors(self, A: Tensor, B: Tensor) -> None:

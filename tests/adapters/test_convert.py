@@ -77,7 +77,7 @@ def test_a_plain_lora_has_one_rank_and_the_same_logits(case: str, tmp_path: Path
         else:
             heads.append(name)
     assert bool(heads) == (case == "classifier")
-    assert any("vLLM refuses" in note for note in notes) == (case == "classifier")
+    assert any("vLLM rejects" in note for note in notes) == (case == "classifier")
     assert report.notes == tuple(notes)
 
 
@@ -123,10 +123,10 @@ def test_a_forced_rank(tmp_path: Path) -> None:
 
 def test_a_rank_beyond_vllms(tmp_path: Path) -> None:
     _, adapter = made(tmp_path, "llama", r=520, target_modules=["q"])
-    with pytest.raises(AdapterError, match=r"vLLM takes 512 at most; --rank 520"):
+    with pytest.raises(AdapterError, match=r"vLLM supports at most 512; hint: --rank 520"):
         lorakit.convert(adapter, tmp_path / "out", "lora")
     report = lorakit.convert(adapter, tmp_path / "out", "lora", rank=520)
-    assert report.notes == ("r = 520: vLLM takes 512 at most",)
+    assert report.notes == ("r = 520: vLLM supports at most 512",)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_a_directory_of_pefts_form_is_copied(tmp_path: Path) -> None:
     _, adapter = made(tmp_path, "llama", method="adalora")
     (adapter / "optimizer.pt").write_bytes(b"not the adapter's")
     report = lorakit.convert(adapter, tmp_path / "out", "peft")
-    assert "copied as it is" in report.notes[0]
+    assert "copied unchanged" in report.notes[0]
     for file in (tmp_path / "out").iterdir():
         assert file.read_bytes() == (adapter / file.name).read_bytes()
     assert {f.name for f in adapter.iterdir()} - {f.name for f in (tmp_path / "out").iterdir()} == {
@@ -178,13 +178,13 @@ def test_a_directory_of_pefts_form_is_copied(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "to", "message"),
     [
-        ({"method": "dora"}, "lora", "dora is no product of two factors; lorakit merge "),
-        ({"method": "dora"}, "loralib", "dora is no product of two factors"),
-        ({"method": "bitfit", "target_modules": None}, "lora", "bitfit is no product of two factors"),
-        ({"method": "full", "target_modules": ["c_attn"]}, "peft", "PEFT has no place for full; lorakit merge"),
-        ({"method": "intrinsic", "d": 50}, "peft", "PEFT has no place for intrinsic"),
-        ({"target_modules": ["c_attn"], "bias": "lora_only"}, "lora", r"c_attn\.base_layer\.bias: a plain LoRA has no place"),
-        ({"target_modules": ["c_attn"], "bias": "all"}, "lora", "lorakit merge .* makes a plain model of all"),
+        ({"method": "dora"}, "lora", "dora is not a product of two factors; hint: lorakit merge "),
+        ({"method": "dora"}, "loralib", "dora is not a product of two factors"),
+        ({"method": "bitfit", "target_modules": None}, "lora", "bitfit is not a product of two factors"),
+        ({"method": "full", "target_modules": ["c_attn"]}, "peft", "PEFT does not support full; hint: lorakit merge"),
+        ({"method": "intrinsic", "d": 50}, "peft", "PEFT does not support intrinsic"),
+        ({"target_modules": ["c_attn"], "bias": "lora_only"}, "lora", r"c_attn\.base_layer\.bias: a plain LoRA cannot store trained biases"),
+        ({"target_modules": ["c_attn"], "bias": "all"}, "lora", "lorakit merge .* writes a plain model instead"),
         ({}, "onnx", "--to = onnx: allowed: lora, loralib, peft"),
     ],
 )  # fmt: skip
@@ -224,7 +224,7 @@ def test_wrong_tensors(change: Any, message: str, tmp_path: Path) -> None:
 def test_a_rank_that_the_configuration_does_not_say(tmp_path: Path) -> None:
     _, adapter = made(tmp_path, "llama", r=4)
     edit(adapter, r=6)
-    with pytest.raises(AdapterError, match=r"has r = 4, and adapter_config\.json says 6"):
+    with pytest.raises(AdapterError, match=r"has r = 4, and 6 in adapter_config\.json"):
         lorakit.convert(adapter, tmp_path / "out", "lora")
 
 
@@ -240,22 +240,24 @@ def test_a_scaling_beyond_float32(tmp_path: Path) -> None:
     _, adapter = made(tmp_path, "llama", r=8)
     edit(adapter, alpha_pattern={"0.self_attn.q_proj": 1e300})
     for to in ("lora", "loralib"):
-        with pytest.raises(AdapterError, match="lora_B is too large for float32 when it is scaled"):
+        with pytest.raises(AdapterError, match="lora_B exceeds the range of float32 when scaled"):
             lorakit.convert(adapter, tmp_path / "out", to)
 
 
 def test_where_out_may_lie(tmp_path: Path) -> None:
     base, adapter = made(tmp_path, "llama", r=4)
     for out in (adapter, adapter / "sub", tmp_path):
-        with pytest.raises(AdapterError, match="must lie outside of ADAPTER"):
+        with pytest.raises(AdapterError, match="must be outside of ADAPTER"):
             lorakit.convert(adapter, out, "lora", overwrite=True)
-    with pytest.raises(AdapterError, match="holds something other than an adapter"):
+    with pytest.raises(AdapterError, match="not empty and not an adapter"):
         lorakit.convert(adapter, base, "lora", overwrite=True)
-    with pytest.raises(AdapterError, match="holds something other than an adapter"):
+    with pytest.raises(AdapterError, match="not empty and not an adapter"):
         lorakit.convert(adapter, base / "model.safetensors", "loralib", overwrite=True)
     for to, out in (("lora", "o"), ("loralib", "l"), ("loralib", "l.safetensors")):
         lorakit.convert(adapter, tmp_path / out, to)
-        with pytest.raises(AdapterError, match="exists already; give another, or --overwrite"):
+        with pytest.raises(
+            AdapterError, match="already exists; hint: choose another, or pass --overwrite"
+        ):
             lorakit.convert(adapter, tmp_path / out, to)
         lorakit.convert(adapter, tmp_path / out, to, overwrite=True)
     assert list(tmp_path.glob(".*")) == []

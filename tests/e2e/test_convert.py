@@ -65,7 +65,7 @@ def test_a_loralib_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     err = refused(capsys, tmp_path / "ckpt.pt", tmp_path / "out", "--to", "peft")
     assert err.startswith(f"error: {tmp_path}/ckpt.pt: transformer.h.1.attn.c_attn: ")
     assert err.count("\n") == 1
-    assert "--enable-lora must say which" in err
+    assert "pass which ones as --enable-lora" in err
     assert not (tmp_path / "out").exists()
     base = write_base(tmp_path / "base", "gpt2")
     capsys.readouterr()

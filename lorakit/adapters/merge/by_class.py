@@ -1,9 +1,7 @@
-"""A checkpoint's names and those of the class that transformers loads it into, both ways.
+"""Resolves a base with the class that transformers would load, on a model without values.
 
-transformers renames tensors as it loads them, and stacks, splits or transposes some. Here its own
-rules are asked, by name and shape; no weight is loaded.
-
-What the class that transformers would load holds of a base, found on a model without values.
+transformers renames tensors when it loads them, and stacks, splits or transposes some. Its own
+rules are applied here in both directions, by name and shape, without loading weights.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from transformers.core_model_loading import (
 
 from lorakit.adapters.base_model import check_supplied, empty_model, full_config, set_pad_token
 from lorakit.adapters.merge.checkpoint import Checkpoint, StoredTensor
-from lorakit.adapters.merge.updates import Held, Ties, Weighted, find_updates
+from lorakit.adapters.merge.updates import ResolvedBase, Ties, Weighted, find_updates
 from lorakit.adapters.peft.place import find_places
 from lorakit.adapters.peft.read import AdapterFiles
 from lorakit.errors import AdapterError
@@ -39,8 +37,8 @@ from lorakit.recipe.sections import ModelSection
 
 @dataclass(frozen=True)
 class ConvertedGroup:
-    """Stored tensors that ``converter`` makes into others of the class; ``inner`` is the stored
-    name by the one that the converter knows, after the renamings."""
+    """Stored tensors that ``converter`` turns into parameters of the class. ``inner``: the name
+    that the converter sees, after renaming -> stored name."""
 
     model: PreTrainedModel
     converter: Any
@@ -56,8 +54,8 @@ class ConvertedGroup:
     def converted(
         self, values: Mapping[str, Tensor], finish: Callable[[str, Tensor], Tensor]
     ) -> dict[str, Tensor]:
-        """Stored values -> those to store, with ``finish(name, W)`` in place of each of the
-        class's tensors. Raises AdapterError if transformers cannot convert them back."""
+        """Convert stored values to the class's, replace each by ``finish(name, W)``, and convert
+        them back. Raises AdapterError if transformers cannot do the latter."""
         loaded = _convert(self.converter, self.first, self.pattern_of, values, self.model)
         changed = {name: finish(name, value) for name, value in loaded.items()}
         reverse = self.converter.reverse_transform()
@@ -71,8 +69,9 @@ class ConvertedGroup:
         fits = set(found) == set(values)
         if not fits or any(found[n].shape != values[n].shape for n in values):
             raise AdapterError(
-                f"{type(self.model).__name__}: {self.first}: transformers has no way back to the "
-                "base's own tensors; train other modules, or save the base with transformers first"
+                f"{type(self.model).__name__}: {self.first}: transformers cannot convert it back "
+                "to the base's tensors; hint: train other modules, or save the base with "
+                "transformers first"
             )
         return found
 
@@ -83,8 +82,8 @@ class ConvertedGroup:
 
 
 class StoredNames:
-    """``plain`` maps a stored tensor to the class's of the same values, ``groups`` are those that
-    are converted together; what is in neither the class does not hold."""
+    """Which parameters the stored tensors become. ``plain``: stored name -> parameter with the same
+    values; ``groups``: tensors that are converted together. The class does not read the others."""
 
     def __init__(self, model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> None:
         self.plain: dict[str, str] = {}
@@ -107,7 +106,7 @@ class StoredNames:
                 self.groups.append(group)
 
     def stored_name(self, name: str) -> str:
-        """The name under which a checkpoint of this kind stores the class's tensor ``name``."""
+        """Return the name under which a checkpoint like this one stores the parameter ``name``."""
         back = name
         for renaming in self._back:
             back, _ = renaming.rename_source_key(back)
@@ -115,11 +114,11 @@ class StoredNames:
         return next((own for own in candidates if self._loaded(own) == (name, None)), name)
 
     def _reversed(self) -> list[Any]:
-        """The way back: the renamings that this checkpoint needs; and, unless it has names that an
-        unneeded one leads to, all, since what would need it (an output layer) may not be stored."""
+        """Reverse the renamings that this checkpoint needs. Unless one of its names contradicts
+        them, reverse the others too: what needs them (an output layer) may not be stored."""
         own = len(get_model_conversion_mapping(self._model, add_legacy=False))
         used = [t for t in self._renamings if t.was_used()]
-        # Not the changes of a prefix, which lead to any name.
+        # Prefix changes would match any name.
         unused = [t for t in self._mapping[:own] if type(t) is WeightRenaming and t not in used]
         back = [t.reverse_transform() for t in unused]
         if not any(t.rename_source_key(name)[0] != name for t in back for name in self.plain):
@@ -127,8 +126,8 @@ class StoredNames:
         return [t.reverse_transform() for t in reversed(used)]
 
     def _loaded(self, name: str) -> tuple[str, str | None]:
-        """As ``from_pretrained`` does: the class's name, and the pattern of a converter if one
-        takes the tensor."""
+        """Return the parameter's name as in ``from_pretrained``, and the pattern of the converter
+        that takes the tensor, if any."""
         prefix = self._model.base_model_prefix
         target, pattern = rename_source_key(
             name, self._renamings, self._converters, prefix, self._state
@@ -140,7 +139,7 @@ class StoredNames:
     def _group(
         self, target: str, pattern_of: Mapping[str, str], stored: Mapping[str, StoredTensor]
     ) -> ConvertedGroup | None:
-        """None if the class holds nothing of what the converter makes."""
+        """None if the class has none of the converter's results."""
         first = next(iter(pattern_of.values()))
         converter = next(c for c in self._converters if first in c.source_patterns)
         empty = {
@@ -153,7 +152,7 @@ class StoredNames:
             if target not in self._state:
                 return None
             raise AdapterError(
-                f"{target}: transformers does not convert the base's tensors into it: {error}"
+                f"{target}: transformers cannot convert the base's tensors: {error}"
             ) from error
         if not set(targets) & set(self._state):
             return None
@@ -176,20 +175,22 @@ def _convert(
     return {n: value[0] if isinstance(value, list) else value for n, value in made.items()}
 
 
-#: What a classifier's configuration says of its labels, and of where a row's last token is.
+#: A classifier's labels, and the pad token by which it finds a row's last token.
 _LABELS = ("id2label", "label2id", "problem_type", "pad_token_id")
 
 
-def held_by_class(
+def resolve_by_class(
     section: ModelSection,
     settings: Mapping[str, Any],
     checkpoint: Checkpoint,
     adapters: Sequence[Weighted],
-) -> Held:
-    """``settings`` is the base's ``config.json``. What is trained whole is the first adapter's.
+) -> ResolvedBase:
+    """Resolve the base with the ``config.json`` ``settings``. Fully trained modules are those of
+    the first adapter.
 
-    Raises ModelError for a base that transformers does not know, AdapterError if base and adapter
-    do not fit, or together lack a weight."""
+    Raises ModelError for a base that transformers does not know, and AdapterError if base and
+    adapters do not fit, or lack a weight even together.
+    """
     files = adapters[0].files
     config = full_config(section, files)
     model = empty_model(config, files, section.trust_remote_code)
@@ -201,9 +202,9 @@ def held_by_class(
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     ties = _ties(state)
     plain = _fitting(names, shapes, places.whole, checkpoint)
-    held = {*plain.values(), *(name for group in names.groups for name in group.targets)}
-    _check_present(model, shapes, held, ties, {**places.base, **places.whole}, checkpoint, files)
-    return Held(
+    read = {*plain.values(), *(name for group in names.groups for name in group.targets)}
+    _check_present(model, shapes, read, ties, {**places.base, **places.whole}, checkpoint, files)
+    return ResolvedBase(
         plain=plain,
         groups=names.groups,
         shapes=shapes,
@@ -214,7 +215,7 @@ def held_by_class(
         class_name=type(model).__name__,
         architecture=_architecture(model, config, settings, files),
         stored_name=names.stored_name,
-        can_part=lambda tied: _can_part(model, tied),
+        can_untie=lambda tied: _can_untie(model, tied),
         text_config=_text_config(config),
         settings=_labels(config, load_config(section)) if files.classifies else {},
     )
@@ -233,21 +234,21 @@ def _fitting(
     whole: Mapping[str, Tensor],
     checkpoint: Checkpoint,
 ) -> dict[str, str]:
-    """The tensors that are read as they are. Raises AdapterError for one of another shape, unless
-    the adapter replaces it: a head for another number of labels."""
+    """Return the tensors that are read unchanged. Raises AdapterError for one of another shape,
+    unless the adapter replaces it (a head for another number of labels)."""
     for stored, name in names.plain.items():
         have = checkpoint.tensors[stored].shape
         if have != shapes[name] and name not in whole:
             raise AdapterError(
-                f"{checkpoint.directory}: {stored} is {have}, and the configuration says "
-                f"{shapes[name]}"
+                f"{checkpoint.directory}: {stored} has shape {have}, and {shapes[name]} by "
+                "the configuration"
             )
     for group in names.groups:
         for name, have in group.targets.items():
             if name in shapes and have != shapes[name] and name not in whole:
                 raise AdapterError(
-                    f"{checkpoint.directory}: {name} becomes {have}, and the configuration says "
-                    f"{shapes[name]}"
+                    f"{checkpoint.directory}: {name} gets shape {have}, and has {shapes[name]} "
+                    "by the configuration"
                 )
     return names.plain
 
@@ -255,17 +256,17 @@ def _fitting(
 def _check_present(
     model: PreTrainedModel,
     shapes: Mapping[str, tuple[int, ...]],
-    held: set[str],
+    read: set[str],
     ties: Ties,
     supplied: Mapping[str, Tensor],
     checkpoint: Checkpoint,
     files: AdapterFiles,
 ) -> None:
-    shared = {name for names in ties if set(names) & held for name in names}
+    shared = {name for names in ties if set(names) & read for name in names}
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     lacking = {
         name
-        for name in set(shapes) - held - shared
+        for name in set(shapes) - read - shared
         if not any(pattern.search(name) for pattern in ignored)
     }
     check_supplied(lacking, supplied, str(checkpoint.directory), files)
@@ -277,17 +278,17 @@ def _architecture(
     settings: Mapping[str, Any],
     files: AdapterFiles,
 ) -> str | None:
-    """The class's name where it is another than the base's: an encoder that became a classifier.
-    None for the text part of a larger model, which stays that model."""
+    """The class's name if it differs from the base's, as for an encoder that became a classifier.
+    None for the text part of a larger model, which remains that model."""
     name = type(model).__name__
     own = settings.get("architectures") or []
     if name in own or (own and type(model.config) is not type(config)):
         return None
-    unknown = own and not hasattr(transformers, str(own[0]))  # the base's own code, or old names
+    unknown = own and not hasattr(transformers, str(own[0]))  # custom code, or an old name
     return None if unknown and not files.classifies else name
 
 
-def _can_part(model: PreTrainedModel, names: Sequence[str]) -> bool:
+def _can_untie(model: PreTrainedModel, names: Sequence[str]) -> bool:
     config = copy.deepcopy(model.config)
     parts: tuple[Any, ...] = (config, config.get_text_config())
     for part in parts:
@@ -305,7 +306,7 @@ def _text_config(config: PreTrainedConfig) -> str | None:
 
 
 def _labels(config: PreTrainedConfig, base: PreTrainedConfig) -> dict[str, Any]:
-    """The keys of ``config.json`` that a classifier's adapter changes."""
+    """The keys of ``config.json`` that the adapter of a classifier changes."""
     changed: dict[str, Any] = {}
     for key in _LABELS:
         value = getattr(config, key, None)

@@ -1,4 +1,4 @@
-"""A base model's safetensors on disk: every tensor's name, shape, dtype and place, read on demand.
+"""A base model's safetensors on disk: each tensor's name, shape, dtype and offset.
 
 Headers are parsed here, so that bytes can be copied from file to file without a tensor library."""
 
@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-#: What a tokenizer may consist of, its chat template included.
+#: Files of a tokenizer, including its chat template.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
     "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 TEMPLATES = "additional_chat_templates"
-#: What is downloaded of no repository: weights that are not read, and what training left.
+#: Not downloaded: weights in formats that are not read, and leftovers of training.
 _NOT_DOWNLOADED = [
     "*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.ot",
     "*.tflite", "*.mlmodel", "*.npz", "consolidated*", "original/*", "onnx/*", "*/*.safetensors",
@@ -44,14 +44,14 @@ DTYPES = {
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-#: A sane bound, as the safetensors library has it.
+#: The same limit as in the safetensors library.
 _MAX_HEADER = 100_000_000
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor's bytes lie, from ``start`` in ``file``; ``code`` is its dtype by
-    safetensors' name, which may be one that lorakit only copies."""
+    """A tensor whose bytes begin at ``start`` in ``file``. ``code`` is its dtype's code in
+    safetensors files, possibly of a dtype that lorakit can only copy."""
 
     file: Path
     shape: tuple[int, ...]
@@ -72,12 +72,33 @@ class StoredTensor:
         return self.dtype is not None and self.dtype.is_floating_point
 
 
-class Checkpoint:
-    """The tensors of a model directory, in the order of the files. ``metadata`` is that of each
-    file's header. Where transformers finds a name in two files, the later one counts, here too.
+@dataclass(frozen=True)
+class OutputTensor:
+    """A tensor to be written; ``code`` is its dtype's code in safetensors files."""
 
-    A context manager: files stay open until it ends. Raises ModelError if the directory holds no
-    complete safetensors.
+    shape: tuple[int, ...]
+    code: str
+    size_bytes: int
+
+    @staticmethod
+    def of(shape: Sequence[int], dtype: torch.dtype) -> OutputTensor:
+        return OutputTensor(tuple(shape), CODES[dtype], math.prod(shape) * dtype.itemsize)
+
+    @staticmethod
+    def like(stored: StoredTensor) -> OutputTensor:
+        return OutputTensor(stored.shape, stored.code, stored.size_bytes)
+
+    @property
+    def parameters(self) -> int:
+        return math.prod(self.shape)
+
+
+class Checkpoint:
+    """The tensors of a model directory, in file order. ``metadata`` is that of each file's header.
+    If two files have the same name, the later one is used, as in transformers.
+
+    A context manager that keeps files open until it exits. Raises ModelError if the safetensors of
+    the directory are missing or incomplete.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -105,7 +126,7 @@ class Checkpoint:
         return tuple(self.metadata)
 
     def descriptor(self, file: Path) -> int:
-        """An open file, for ``os.pread`` and the like."""
+        """Return a descriptor of the file, for ``os.pread`` and the like."""
         if file not in self._open:
             handle = os.open(file, os.O_RDONLY)
             self._stack.callback(os.close, handle)
@@ -113,7 +134,7 @@ class Checkpoint:
         return self._open[file]
 
     def read(self, name: str) -> Tensor:
-        """The values, in memory of their own."""
+        """Read a tensor into new memory."""
         stored = self.tensors[name]
         assert stored.dtype is not None, name
         value = torch.empty(stored.shape, dtype=stored.dtype)
@@ -123,12 +144,12 @@ class Checkpoint:
 
 
 def memory_of(values: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor of one dimension."""
+    """The bytes of a contiguous one-dimensional tensor."""
     return values.view(torch.uint8).numpy().data
 
 
 def read_into(handle: int, into: memoryview, start: int) -> None:
-    """Fill ``into`` with a file's bytes from ``start``. Raises OSError if the file ends before."""
+    """Fill ``into`` with a file's bytes from ``start`` on. Raises OSError if there are too few."""
     done = 0
     while done < len(into):
         if hasattr(os, "preadv"):
@@ -138,23 +159,24 @@ def read_into(handle: int, into: memoryview, start: int) -> None:
             count = len(part)
             into[done : done + count] = part
         if not count:
-            raise OSError("a file of the base was truncated while it was read")
+            raise OSError("a file of the base was truncated while being read")
         done += count
 
 
 def read_header(file: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
-    """The metadata and the tensors of a safetensors file, in the order of their bytes.
+    """Return the metadata and the tensors of a safetensors file, in the order of their offsets.
 
-    Raises ModelError for a file that is incomplete or corrupt."""
+    Raises ModelError for a file that is incomplete or corrupt.
+    """
     try:
         size = file.stat().st_size
         with file.open("rb") as opened:
             first = opened.read(8)
             if first == b"version ":
-                raise ValueError("a Git LFS pointer, not the weights (git lfs pull fetches them)")
+                raise ValueError("a Git LFS pointer instead of weights; hint: run git lfs pull")
             length = int.from_bytes(first, "little")
             if len(first) < 8 or length > min(size - 8, _MAX_HEADER):
-                raise ValueError(f"{size} bytes, which ends inside its header")
+                raise ValueError(f"{size} bytes, which end inside the header")
             header = json.loads(opened.read(length))
         metadata = header.pop("__metadata__", None) or {}
         tensors = {name: _stored(file, name, entry, 8 + length) for name, entry in header.items()}
@@ -165,7 +187,7 @@ def read_header(file: Path) -> tuple[dict[str, str], dict[str, StoredTensor]]:
     for name, stored in ordered.items():
         if stored.start != end:
             raise ModelError(
-                f"base: {file}: corrupt: {name} does not start where the tensor before it ends"
+                f"base: {file}: corrupt: {name} does not start where the previous tensor ends"
             )
         end += stored.size_bytes
     if end != size:
@@ -181,13 +203,13 @@ def _stored(file: Path, name: str, entry: Mapping[str, Any], base: int) -> Store
     if not 0 <= start <= stop or any(type(n) is not int or n < 0 for n in shape):
         raise ValueError(f"{name}: {shown(dict(entry))}")
     if dtype is not None and stored.parameters * dtype.itemsize != stored.size_bytes:
-        raise ValueError(f"{name}: {code} {shape} does not take {stored.size_bytes} bytes")
+        raise ValueError(f"{name}: {code} {shape} does not have {stored.size_bytes} bytes")
     return stored
 
 
 def local_directory(section: ModelSection) -> Path:
-    """The model's directory, downloaded from the Hub if it is none: all but weights in formats
-    that are not read. Raises ModelError if there is neither."""
+    """Return the model's directory, downloading it if the name is a Hub id, without weights in
+    formats that are not read. Raises ModelError if neither exists."""
     name = section.name_or_path
     if Path(name).is_dir():
         return Path(name)
@@ -204,7 +226,7 @@ def local_directory(section: ModelSection) -> Path:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """``config.json`` as it is stored. Raises ModelError for one that is missing or no JSON."""
+    """Return ``config.json`` as stored. Raises ModelError if it is missing or invalid."""
     file = directory / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -225,7 +247,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def _files(directory: Path) -> list[Path]:
-    """The files that transformers reads: the single one, if it is there, comes first."""
+    """The files that transformers reads; a single file takes precedence over an index."""
     index, single = directory / INDEX, directory / SINGLE
     names = sorted(set(_weight_map(index).values())) if index.is_file() else []
     files = [directory / name for name in names]
@@ -235,9 +257,9 @@ def _files(directory: Path) -> list[Path]:
         if not file.is_file():
             source = f" ({INDEX} names it)" if index.is_file() else ""
             pickled = any(directory.glob("pytorch_model*.bin"))
-            hint = "; save the pickled weights as safetensors first" if pickled else ""
+            hint = "; hint: save the pickled weights as safetensors first" if pickled else ""
             raise ModelError(
-                f"base: {directory}: no {file.name}{source}; lorakit merges safetensors only{hint}"
+                f"base: {directory}: no {file.name}{source}; only safetensors can be merged{hint}"
             )
     return files
 
@@ -254,11 +276,11 @@ def _check_index(
 
 
 def _weight_map(index: Path) -> Mapping[str, str]:
-    """Tensor -> file. Raises ModelError if the index does not say it."""
+    """Tensor -> file. Raises ModelError for an invalid index."""
     try:
         found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ModelError(f"base: {index}: no index of weights: {error!r}") from error
+        raise ModelError(f"base: {index}: invalid index: {error!r}") from error
     if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
         raise ModelError(f"base: {index}: weight_map: allowed: file names by tensor")
     return found

@@ -1,8 +1,7 @@
-"""Weights that a class shares (tied embeddings): which the checkpoint shares too, and which a merge
-makes different.
+"""Which tensors the merged model has, and where each comes from.
 
-Which tensors the merged model has, and where each comes from. What is on disk decides: every
-tensor that the base stores is written again, under its own name.
+The files of the base decide: every stored tensor is written again, under its own name. Tied weights
+are written separately only if the merge makes them different.
 """
 
 from __future__ import annotations
@@ -16,27 +15,32 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from lorakit.adapters.merge.checkpoint import CODES, DTYPES, Checkpoint, StoredTensor
-from lorakit.adapters.merge.shards import OutputTensor
-from lorakit.adapters.merge.updates import Group, Held, LowRank, Ties, Update, merged_sum
+from lorakit.adapters.merge.checkpoint import (
+    CODES,
+    DTYPES,
+    Checkpoint,
+    OutputTensor,
+    StoredTensor,
+)
+from lorakit.adapters.merge.updates import Group, ResolvedBase, Ties, Update, merged_sum
 from lorakit.adapters.peft.read import is_finite
 from lorakit.errors import AdapterError
 
 
 @dataclass(frozen=True)
 class Shared:
-    """``together``: names of one parameter that are one in the checkpoint, too;
-    ``stored_apart``: others are stored with different values, which transformers then keeps."""
+    """``together``: ties that the checkpoint has as well. ``stored_apart``: whether others are
+    stored with different values, which transformers then keeps."""
 
     together: Ties
     stored_apart: bool
 
 
-def find_shared(held: Held, checkpoint: Checkpoint, by_name: Mapping[str, str]) -> Shared:
-    """Which of the class's ties the checkpoint has too; ``by_name``: the class's name -> stored."""
+def find_shared(base: ResolvedBase, checkpoint: Checkpoint, by_name: Mapping[str, str]) -> Shared:
+    """Return the ties that the checkpoint has too. ``by_name``: parameter -> stored name."""
     together: list[Sequence[str]] = []
     apart = False
-    for names in held.ties:
+    for names in base.ties:
         stored = [by_name[name] for name in names if name in by_name]
         if len(stored) > 1 and not all(_equal(checkpoint, stored[0], s) for s in stored[1:]):
             apart = True
@@ -45,21 +49,17 @@ def find_shared(held: Held, checkpoint: Checkpoint, by_name: Mapping[str, str]) 
     return Shared(together, apart)
 
 
-def all_given(held: Held, shared: Shared) -> dict[str, Tensor]:
-    """What the adapter has whole; PEFT's copy of a base weight stands for all that share it."""
-    given = held.given
+def all_given(base: ResolvedBase, shared: Shared) -> dict[str, Tensor]:
+    """Return the adapter's own values. PEFT's copy of a base weight applies to all tied names."""
+    given = base.given
     for names in shared.together:
-        for name in names if (found := set(names) & set(held.base)) else ():
+        for name in names if (found := set(names) & set(base.base)) else ():
             given.setdefault(name, given[min(found)])
     return given
 
 
-def is_parted(
-    names: Sequence[str],
-    whole: Mapping[str, Tensor],
-    adapted: Collection[str],
-) -> bool:
-    """Whether weights that the base shares differ after the merge."""
+def is_untied(names: Sequence[str], whole: Mapping[str, Tensor], adapted: Collection[str]) -> bool:
+    """Whether the tied weights ``names`` differ after the merge."""
     given = [name for name in names if name in whole]
     if any(name in adapted for name in names):
         return True
@@ -68,30 +68,30 @@ def is_parted(
 
 
 def new_names(
-    held: Held,
+    base: ResolvedBase,
     shared: Shared,
-    parted: Ties,
+    untied: Ties,
     by_name: Mapping[str, str],
     given: Mapping[str, Tensor],
 ) -> dict[str, str | None]:
-    """The class's names that are written and not stored -> the stored tensor they shared."""
+    """Return the parameters that are written but not stored -> the stored tensor they shared."""
     new: dict[str, str | None] = {}
     one: set[str] = set()
     for names in shared.together:
         source = next((by_name[name] for name in names if name in by_name), None)
-        if names in parted:
+        if names in untied:
             new |= {name: source for name in names if name not in by_name}
             continue
         one |= set(names)
         if source is None and names[0] in given:
             new[names[0]] = None
-    in_groups = {name for group in held.groups for name in group.targets}
+    in_groups = {name for group in base.groups for name in group.targets}
     absent = [name for name in given if name not in by_name and name not in one | in_groups]
     return dict.fromkeys(absent) | new
 
 
 def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
-    """Whether two stored tensors hold the same values; bytes are compared piece by piece."""
+    """Whether two stored tensors are equal, compared in chunks of bytes."""
     a, b = checkpoint.tensors[one], checkpoint.tensors[other]
     if (a.shape, a.code) != (b.shape, b.code):
         return False
@@ -106,39 +106,41 @@ def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
 
 @dataclass(frozen=True)
 class Task:
-    """One tensor of the output: the adapter's ``given`` one, or the base's ``source`` with
-    ``updates`` folded in. ``stored`` is the base's tensor in whose file it goes."""
+    """One tensor of the output: the adapter's ``given`` value, or the base's ``source`` with
+    ``updates`` folded in. It goes to the file of the tensor ``stored``."""
 
     name: str
     output: OutputTensor
     stored: str | None = None
     source: StoredTensor | None = None
     given: Tensor | None = None
-    updates: Sequence[Update | LowRank] = ()
+    updates: Sequence[Update] = ()
 
     @property
     def is_copy(self) -> bool:
-        """Whether the base's bytes are written as they are."""
+        """Whether the base's bytes are copied unchanged."""
         same = self.source is not None and self.source.code == self.output.code
         return same and self.given is None and not self.updates
 
 
 @dataclass(frozen=True)
 class GroupTask:
-    """A group some of whose tensors change; ``outputs``: stored name -> what is written for it."""
+    """A group with changed parameters. ``outputs``: stored name -> the tensor written for it."""
 
     group: Group
     outputs: Mapping[str, OutputTensor]
-    updates: Mapping[str, Sequence[Update | LowRank]]
+    updates: Mapping[str, Sequence[Update]]
     given: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """``outputs`` in the order of the base's files; each is made by one of ``tasks`` or ``groups``.
-    ``stored`` is the base's tensor that each stands for, if any. ``kept`` are the base's tensors
-    that the loaded class does not hold; ``untied``: tied embeddings are two matrices; ``dtype`` is
-    that of most values."""
+    """``outputs`` are in the order of the base's files, and produced by ``tasks`` and ``groups``.
+
+    ``stored``: output -> the stored tensor that it replaces, if any; ``kept``: stored tensors that
+    the class does not read; ``untied``: whether tied embeddings become two matrices; ``dtype``: the
+    one of most values.
+    """
 
     outputs: Mapping[str, OutputTensor]
     tasks: Sequence[Task]
@@ -151,92 +153,99 @@ class MergePlan:
     replaced_tensors: int
 
 
-def plan_merge(held: Held, checkpoint: Checkpoint, dtype: str | None) -> MergePlan:
+def plan_merge(base: ResolvedBase, checkpoint: Checkpoint, dtype: str | None) -> MergePlan:
     """Plan the output, in ``dtype`` (default: each tensor's own).
 
-    Raises AdapterError for a quantised weight that the adapter changes, and for shared weights that
-    it makes different where the class cannot hold them apart.
+    Raises AdapterError for a quantised weight that the adapter changes, and for tied weights that
+    it makes different if the class cannot store them separately.
     """
     by_name: dict[str, str] = {}
-    for stored, name in held.plain.items():
+    for stored, name in base.plain.items():
         by_name.setdefault(name, stored)
-    shared = find_shared(held, checkpoint, by_name)
-    given = all_given(held, shared)
-    parted = [names for names in shared.together if is_parted(names, held.whole, held.updates)]
-    if impossible := [names for names in parted if not held.can_part(names)]:
+    shared = find_shared(base, checkpoint, by_name)
+    given = all_given(base, shared)
+    untied = [names for names in shared.together if is_untied(names, base.whole, base.updates)]
+    if impossible := [names for names in untied if not base.can_untie(names)]:
         raise AdapterError(
-            f"{impossible[0][0]}: {held.class_name} cannot store these shared weights as separate "
+            f"{impossible[0][0]}: {base.class_name} cannot store these tied weights as separate "
             "tensors"
         )
-    changed = {*held.updates, *given}
-    converted = [group for group in held.groups if changed & set(group.targets)]
-    own_task = {source for group in converted for source in group.sources}
+    changed = {*base.updates, *given}
+    groups = [group for group in base.groups if changed & set(group.targets)]
+    converted = {source for group in groups for source in group.sources}
     main = dtype or _main_dtype(checkpoint)
-    tasks: list[Task] = []
-    outputs: dict[str, OutputTensor] = {}
-    stands_for: dict[str, str] = {}
-    for stored, tensor in checkpoint.tensors.items():
-        found = held.plain.get(stored)
-        task = _stored_task(stored, tensor, found if by_name.get(found or "") == stored else None,
-                            held, given, dtype)  # fmt: skip
-        if task.name in outputs:
-            raise AdapterError(f"base: {checkpoint.directory}: two tensors become {task.name}")
-        if stored not in own_task:
-            tasks.append(task)
-        outputs[task.name] = task.output
-        stands_for[task.name] = stored
-    for name, source in new_names(held, shared, parted, by_name, given).items():
-        origin = checkpoint.tensors[source] if source is not None else None
-        code = dtype_code(dtype) if dtype else (origin.code if origin else dtype_code(main))
-        task = _new_task(name, source, origin, code, held, given)
-        tasks.append(task)
-        outputs[task.name] = task.output
-        if source is not None:
-            stands_for[task.name] = source
+    stored_tasks = _stored_tasks(base, checkpoint, by_name, given, dtype)
+    new_tasks = [
+        _new_task(name, source, base, checkpoint, given, dtype, main)
+        for name, source in new_names(base, shared, untied, by_name, given).items()
+    ]
+    tasks = [task for task in stored_tasks if task.stored not in converted] + new_tasks
     for task in tasks:
         _check_float(task.name, task.source, bool(task.updates))
-    used = {*held.plain, *(source for group in held.groups for source in group.sources)}
+    every = (*stored_tasks, *new_tasks)
+    used = {*base.plain, *(source for group in base.groups for source in group.sources)}
     return MergePlan(
-        outputs=outputs,
+        outputs={task.name: task.output for task in every},
         tasks=tasks,
-        groups=[_group_task(group, checkpoint, held, given, dtype) for group in converted],
-        stored=stands_for,
+        groups=[_group_task(group, checkpoint, base, given, dtype) for group in groups],
+        stored={task.name: task.stored for task in every if task.stored is not None},
         kept=tuple(sorted(set(checkpoint.tensors) - used)),
-        untied=bool(parted) or shared.stored_apart,
+        untied=bool(untied) or shared.stored_apart,
         dtype=main,
-        merged_modules=len(held.updates),
+        merged_modules=len(base.updates),
         replaced_tensors=len(given),
     )
 
 
 def check_finite(name: str, merged: Tensor) -> None:
-    """Raise AdapterError for a tensor that no model should be written with."""
+    """Raise AdapterError if ``merged`` has NaN or infinite values."""
     if not is_finite(merged):
         raise not_finite(name, merged.dtype)
 
 
 def not_finite(name: str, dtype: torch.dtype, changed: bool = True) -> AdapterError:
-    """``changed``: whether the adapter does something to the tensor."""
+    """The error for a tensor with such values; ``changed``: whether the adapter changes it."""
     text = str(dtype).removeprefix("torch.")
     reason = (
-        "either the base's own values are, or the sum is too large for the dtype"
+        "either the base has such values, or the sum exceeds the range of the dtype"
         if changed
-        else "the base's own values are too large for the dtype"
+        else "the base's values exceed the range of the dtype"
     )
     return AdapterError(
-        f"{name}: NaN or infinite in the merged {text}: {reason} (dtype float32 holds more)"
+        f"{name}: NaN or infinite values in {text} after the merge: {reason}; hint: dtype float32 "
+        "has a larger range"
     )
+
+
+def _stored_tasks(
+    base: ResolvedBase,
+    checkpoint: Checkpoint,
+    by_name: Mapping[str, str],
+    given: Mapping[str, Tensor],
+    dtype: str | None,
+) -> list[Task]:
+    """One task for each stored tensor, in the order of the base's files."""
+    tasks: dict[str, Task] = {}
+    for stored, tensor in checkpoint.tensors.items():
+        name = base.plain.get(stored)
+        if name is not None and by_name[name] != stored:  # read, then overwritten by another
+            name = None
+        task = _stored_task(stored, tensor, name, base, given, dtype)
+        if task.name in tasks:
+            raise AdapterError(f"base: {checkpoint.directory}: two tensors become {task.name}")
+        tasks[task.name] = task
+    return list(tasks.values())
 
 
 def _stored_task(
     stored: str,
     tensor: StoredTensor,
     name: str | None,
-    held: Held,
+    base: ResolvedBase,
     given: Mapping[str, Tensor],
     dtype: str | None,
 ) -> Task:
-    """``name`` is the class's, None for what it does not read."""
+    """``name`` is the class's name of the tensor, None if it does not read it."""
     output = _output(tensor, dtype)
     if name is None:
         return Task(stored, output, stored, tensor)
@@ -244,29 +253,32 @@ def _stored_task(
     if value is not None and tuple(value.shape) != tensor.shape:
         # A head for another number of labels.
         output = OutputTensor.of(value.shape, DTYPES[output.code])
-    written = stored if held.architecture is None else held.stored_name(name)
-    return Task(written, output, stored, tensor, value, held.updates.get(name, ()))
+    written = stored if base.architecture is None else base.stored_name(name)
+    return Task(written, output, stored, tensor, value, base.updates.get(name, ()))
 
 
 def _new_task(
     name: str,
-    stored: str | None,
-    source: StoredTensor | None,
-    code: str,
-    held: Held,
+    source: str | None,
+    base: ResolvedBase,
+    checkpoint: Checkpoint,
     given: Mapping[str, Tensor],
+    dtype: str | None,
+    main: str,
 ) -> Task:
+    """A parameter that is not stored, but tied to the stored ``source`` or given by the adapter."""
+    tensor = checkpoint.tensors[source] if source is not None else None
+    code = tensor.code if tensor and not dtype else dtype_code(dtype or main)
     value = given.get(name)
-    shape = tuple(value.shape) if value is not None else held.shapes[name]
+    shape = tuple(value.shape) if value is not None else base.shapes[name]
     output = OutputTensor.of(shape, DTYPES[code])
-    written = held.stored_name(name)
-    return Task(written, output, stored, source, value, held.updates.get(name, ()))
+    return Task(base.stored_name(name), output, source, tensor, value, base.updates.get(name, ()))
 
 
 def _group_task(
     group: Group,
     checkpoint: Checkpoint,
-    held: Held,
+    base: ResolvedBase,
     given: Mapping[str, Tensor],
     dtype: str | None,
 ) -> GroupTask:
@@ -275,7 +287,7 @@ def _group_task(
     return GroupTask(
         group,
         {source: _output(checkpoint.tensors[source], dtype) for source in group.sources},
-        {name: held.updates[name] for name in group.targets if name in held.updates},
+        {name: base.updates[name] for name in group.targets if name in base.updates},
         {name: given[name] for name in group.targets if name in given},
     )
 
@@ -283,8 +295,8 @@ def _group_task(
 def _check_float(name: str, source: StoredTensor | None, changes: bool) -> None:
     if changes and source is not None and not source.is_float:
         raise AdapterError(
-            f"base: {source.file}: {name} is {source.code}: a quantised base cannot be merged "
-            "into; merge into the original weights"
+            f"base: {source.file}: {name} is {source.code}: cannot merge into a quantised base; "
+            "hint: merge into the original weights"
         )
 
 
@@ -295,7 +307,7 @@ def _output(stored: StoredTensor, dtype: str | None) -> OutputTensor:
 
 
 def dtype_code(dtype: str) -> str:
-    """safetensors' name of ``bfloat16`` and the like."""
+    """The dtype's code in safetensors files (``BF16``)."""
     return CODES[getattr(torch, dtype)]
 
 
@@ -309,7 +321,7 @@ def _main_dtype(checkpoint: Checkpoint) -> str:
 
 
 def group_values(task: GroupTask, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """What is written for the stored tensors of a group: merged in float32, rounded once."""
+    """Compute the stored tensors of a group: merged in float32, and rounded once."""
     values = {source: checkpoint.read(source) for source in task.outputs}
     stored = reduce(torch.promote_types, (value.dtype for value in values.values()))
     own = {name: DTYPES[output.code] for name, output in task.outputs.items()}

@@ -1,33 +1,42 @@
-"""W + delta, folded into the base: ``lorakit.merge``.
+"""Folds an adapter into its base: ``lorakit.merge``.
 
-The sum is taken in float32 and rounded once, to the output's dtype. What else the base has, the
-merged model has too: tensors, settings and files."""
+The sum is computed in float32 and rounded once, to the output's dtype. The merged model keeps
+everything else that the base has: tensors, settings and files.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorakit.adapters.merge.by_name import resolve_by_name
 from lorakit.adapters.merge.checkpoint import SINGLE, Checkpoint, local_directory, read_config
-from lorakit.adapters.merge.files import LeftOut, copy_files, write_config
-from lorakit.adapters.merge.plan import plan_merge
-from lorakit.adapters.merge.quick import held_by_name
-from lorakit.adapters.merge.shards import create_files, parse_size, plan_files
+from lorakit.adapters.merge.output import (
+    LeftOut,
+    copy_files,
+    create_files,
+    parse_size,
+    plan_files,
+    write_config,
+)
+from lorakit.adapters.merge.plan import MergePlan, plan_merge
 from lorakit.adapters.merge.stream import write_tensors
-from lorakit.adapters.merge.tokenizer import choose_tokenizer
-from lorakit.adapters.merge.updates import Held, Weighted, read_weighted
+from lorakit.adapters.merge.tokenizer import Tokenizer, choose_tokenizer
+from lorakit.adapters.merge.updates import ResolvedBase, Weighted, read_weighted
 from lorakit.adapters.merge.workers import OnProgress
 from lorakit.adapters.peft.read import (
+    AdapterFiles,
+    Say,
     base_section,
     dtype_name,
     other_base_note,
     run_method_file,
+    to_stderr,
 )
 from lorakit.errors import AdapterError
 from lorakit.io.atomic import atomic_directory
@@ -40,7 +49,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Added:
-    """An adapter whose update was added, times ``weight``."""
+    """An adapter whose update was added, multiplied by ``weight``."""
 
     adapter: Path
     weight: float
@@ -50,9 +59,10 @@ class Added:
 class MergeReport:
     """``weight`` is the factor of the adapter's own update; ``dtype`` is that of most weights.
 
-    ``kept`` are the base's tensors that the class lorakit trains does not hold (a vision tower):
-    they are written as they are. ``left_out`` are the base's files that are not written. ``notes``
-    say what was done otherwise than the user may expect."""
+    ``kept`` are tensors of the base that the trained class does not have, such as a vision tower:
+    they are copied unchanged. ``left_out`` are files of the base that are not copied. ``notes`` say
+    what may be unexpected.
+    """
 
     directory: Path
     files: tuple[str, ...]
@@ -75,97 +85,114 @@ def merge(
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
     trust_remote_code: bool = False,
-    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+    say: Say = to_stderr,
     add: Sequence[tuple[str | Path, float]] = (),
     weight: float = 1.0,
     on_progress: OnProgress = lambda _done, _total: None,
     method: str | None = None,
 ) -> MergeReport:
-    """Fold ``adapter`` into ``base``; ``out`` becomes a directory that plain transformers loads.
+    """Fold ``adapter`` into ``base`` and write ``out``, a directory that plain transformers loads.
 
-    ``dtype`` of the output is by default each tensor's own in the base. ``out`` must not exist,
-    unless ``overwrite``. ``say`` gets a line for what the user should know, ``on_progress`` the
-    bytes written and the bytes in all. ``add`` are further adapters with their weights:
-    W + ``weight`` * delta + sum of w_i * delta_i. What ``adapter`` trained whole, a head say, is
-    taken as it is, and the added ones must have none of their own. ``method`` is the
-    ``FILE.py:CLASS`` of the user's method that trained the adapter; its code is run.
-    Raises ModelError and AdapterError; then, and if the process is killed, ``out`` is as it was.
+    ``dtype`` of the output is by default that of each tensor in the base. ``out`` must not exist,
+    unless ``overwrite``. ``say`` receives notes, ``on_progress`` the bytes written and the total.
+    ``add`` are further adapters with their weights: W + ``weight`` * delta + sum of w_i * delta_i.
+    Fully trained modules of ``adapter``, such as a head, replace those of the base; the added
+    adapters must not have others. ``method`` is the ``FILE.py:CLASS`` of the user's method that
+    trained the adapter; its code is run.
+    Raises ModelError and AdapterError. ``out`` is then unchanged, also if the process is killed.
     """
     run_method_file(method)
     adapters = read_weighted(adapter, weight, add, say)
-    files = adapters[0].files
-    section = base_section(base, files, trust_remote_code)
+    section = base_section(base, adapters[0].files, trust_remote_code)
     out = Path(out)
-    with _explained(out):
+    with _write_errors(out):
         _check_out(out, section.name_or_path, adapters, overwrite)
     max_shard_bytes = parse_size(max_shard_size)
-    wanted = dtype_name(dtype, "dtype")
+    output_dtype = dtype_name(dtype, "dtype")
     directory = local_directory(section)
-    _check_outside(out, "base", directory)  # a Hub id's, in the cache
+    _check_outside(out, "base", directory)  # of a Hub id: its snapshot in the cache
     settings = read_config(directory)
     _check_not_quantised(settings, section.name_or_path)
-    tokenizer = choose_tokenizer(
-        directory, files.directory, needs_pad=files.classifies, rows=_vocabulary_size(settings)
-    )
+    tokenizer = _tokenizer(directory, adapters[0].files, settings)
     with Checkpoint(directory) as checkpoint:
-        held = _held(section, settings, checkpoint, adapters)
-        plan = plan_merge(held, checkpoint, wanted)
+        resolved = _resolve(section, settings, checkpoint, adapters)
+        plan = plan_merge(resolved, checkpoint, output_dtype)
         shards = plan_files(plan.outputs, checkpoint, plan.stored, max_shard_bytes)
         size_bytes = sum(output.size_bytes for output in plan.outputs.values())
         _check_disk(out, size_bytes)
-        metadata = {file.name: own for file, own in checkpoint.metadata.items()}
-        with _explained(out), atomic_directory(out, replace=overwrite) as folder:
+        with _write_errors(out), atomic_directory(out, replace=overwrite) as folder:
+            metadata = {file.name: own for file, own in checkpoint.metadata.items()}
             places = create_files(folder, shards, plan.outputs, metadata)
             write_tensors(folder, plan, checkpoint, places, on_progress)
-            write_config(folder, directory, held, plan, wanted, list(shards) != [SINGLE])
+            sharded = list(shards) != [SINGLE]
+            write_config(folder, directory, resolved, plan, output_dtype, sharded)
             weights = {file.relative_to(directory).as_posix() for file in checkpoint.files}
             left_out = copy_files(folder, directory, weights, tokenizer)
-    others = (other_base_note(section, given.files) for given in adapters)
-    notes = [*tokenizer.notes, *(note for note in others if note is not None)]
+    notes = _notes(section, adapters, tokenizer)
     for note in notes:
         say(note)
-    return MergeReport(
-        directory=out,
-        files=tuple(shards),
-        merged_modules=plan.merged_modules,
-        replaced_tensors=plan.replaced_tensors,
-        dtype=plan.dtype,
-        size_bytes=size_bytes,
-        kept=plan.kept,
-        left_out=tuple(left_out),
-        notes=tuple(notes),
-        **_weights(adapters),
-    )
+    return _report(out, plan, adapters, list(shards), size_bytes, left_out, notes)
 
 
-def _held(
+def _tokenizer(directory: Path, files: AdapterFiles, settings: Mapping[str, Any]) -> Tokenizer:
+    rows = _vocabulary_size(settings)
+    return choose_tokenizer(directory, files.directory, needs_pad=files.classifies, rows=rows)
+
+
+def _resolve(
     section: ModelSection,
     settings: Mapping[str, Any],
     checkpoint: Checkpoint,
     adapters: Sequence[Weighted],
-) -> Held:
-    held = held_by_name(settings, checkpoint, adapters)
-    if held is None:
-        # Seconds of imports, which most merges do without.
-        from lorakit.adapters.merge.by_class import held_by_class
+) -> ResolvedBase:
+    resolved = resolve_by_name(settings, checkpoint, adapters)
+    if resolved is None:
+        # Takes seconds to import, which most merges do without.
+        from lorakit.adapters.merge.by_class import resolve_by_class
 
-        held = held_by_class(section, settings, checkpoint, adapters)
-    return held
+        resolved = resolve_by_class(section, settings, checkpoint, adapters)
+    return resolved
+
+
+def _notes(
+    section: ModelSection, adapters: Sequence[Weighted], tokenizer: Tokenizer
+) -> tuple[str, ...]:
+    others = (other_base_note(section, given.files) for given in adapters)
+    return (*tokenizer.notes, *(note for note in others if note is not None))
+
+
+def _report(
+    out: Path,
+    plan: MergePlan,
+    adapters: Sequence[Weighted],
+    files: Sequence[str],
+    size_bytes: int,
+    left_out: Sequence[LeftOut],
+    notes: Sequence[str],
+) -> MergeReport:
+    first, *others = adapters
+    return MergeReport(
+        directory=out,
+        files=tuple(files),
+        merged_modules=plan.merged_modules,
+        replaced_tensors=plan.replaced_tensors,
+        dtype=plan.dtype,
+        size_bytes=size_bytes,
+        weight=first.weight,
+        added=tuple(Added(other.files.directory, other.weight) for other in others),
+        kept=plan.kept,
+        left_out=tuple(left_out),
+        notes=tuple(notes),
+    )
 
 
 @contextmanager
-def _explained(out: Path) -> Iterator[None]:
-    """A full disk, a name that is too long, a file among the parents: AdapterError."""
+def _write_errors(out: Path) -> Iterator[None]:
+    """Turn an OSError (disk full, name too long, a parent that is a file) into an AdapterError."""
     try:
         yield
     except OSError as error:
         raise AdapterError(f"OUT = {out}: not written: {error}") from error
-
-
-def _weights(adapters: Sequence[Weighted]) -> dict[str, Any]:
-    first, *others = adapters
-    added = tuple(Added(other.files.directory, other.weight) for other in others)
-    return {"weight": first.weight, "added": added}
 
 
 def _check_out(out: Path, base: str, adapters: Sequence[Weighted], overwrite: bool) -> None:
@@ -175,20 +202,24 @@ def _check_out(out: Path, base: str, adapters: Sequence[Weighted], overwrite: bo
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise AdapterError(f"OUT = {out}: exists and is not a directory")
     if out.exists() and not overwrite:
-        raise AdapterError(f"OUT = {out}: exists already; give another, or --overwrite it")
+        raise AdapterError(
+            f"OUT = {out}: already exists; hint: choose another, or pass --overwrite"
+        )
     if out.exists() and any(out.iterdir()) and not (out / "config.json").is_file():
-        raise AdapterError(f"OUT = {out}: holds something other than a model; it is not replaced")
+        raise AdapterError(f"OUT = {out}: not empty and not a model; not replaced")
 
 
 def _check_outside(out: Path, what: str, path: Path) -> None:
-    """Raise AdapterError if ``out`` is the directory ``path``, lies in it or holds it."""
+    """Raise AdapterError if ``out`` is the directory ``path``, inside it or a parent of it."""
     if not path.is_dir():
         return
     target, other = out.resolve(), path.resolve()
     if target == other or other in target.parents:
-        raise AdapterError(f"OUT = {out}: must lie outside the {what}'s directory {path}")
+        raise AdapterError(f"OUT = {out}: must be outside the {what}'s directory {path}")
     if target in other.parents:
-        raise AdapterError(f"OUT = {out}: holds the {what}'s directory {path}; give another")
+        raise AdapterError(
+            f"OUT = {out}: contains the {what}'s directory {path}; hint: choose another"
+        )
 
 
 def _vocabulary_size(settings: Mapping[str, Any]) -> int | None:
@@ -201,8 +232,8 @@ def _check_not_quantised(settings: Mapping[str, Any], base: str) -> None:
     parts = [settings, *(part for part in settings.values() if isinstance(part, Mapping))]
     if any(part.get("quantization_config") for part in parts):
         raise AdapterError(
-            f"base {base}: its weights are quantised, and merging would round the adapter away; "
-            "merge into the original weights"
+            f"base {base}: cannot merge into quantised weights, whose rounding would undo the "
+            "adapter; hint: merge into the original weights"
         )
 
 
@@ -215,7 +246,7 @@ def _check_disk(out: Path, size_bytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < size_bytes:
         raise AdapterError(
-            f"OUT = {out}: {_size(size_bytes)} are needed, and {_size(free)} are free"
+            f"OUT = {out}: not enough disk space: {_size(size_bytes)} needed, {_size(free)} free"
         )
 
 

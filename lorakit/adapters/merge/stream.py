@@ -1,8 +1,8 @@
-"""A merge plan carried out: tensors stream from the base's files into the output's.
+"""Carries out a merge plan by streaming tensors from the base's files into the output's.
 
-Each changed tensor is read, summed in float32, rounded, checked and written in chunks of its rows;
-the others are copied from file to file. All cores work at once; what is in memory at any time are
-a few chunks for each, or one whole matrix of a method that needs it."""
+Each changed tensor is read, summed in float32, rounded, checked and written in chunks of rows; the
+others are copied from file to file. All cores work in parallel, with a few chunks each in memory,
+or one whole matrix at a time for a method that needs it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorakit.adapters.merge.checkpoint import DTYPES, Checkpoint, StoredTensor, memory_of, read_into
+from lorakit.adapters.merge.checkpoint import (
+    DTYPES,
+    Checkpoint,
+    OutputTensor,
+    StoredTensor,
+    memory_of,
+    read_into,
+)
+from lorakit.adapters.merge.output import Place
 from lorakit.adapters.merge.plan import (
     GroupTask,
     MergePlan,
@@ -23,12 +31,11 @@ from lorakit.adapters.merge.plan import (
     group_values,
     not_finite,
 )
-from lorakit.adapters.merge.shards import OutputTensor, Place
-from lorakit.adapters.merge.updates import LowRank, low_rank, merged_rows, merged_sum
+from lorakit.adapters.merge.updates import LowRankUpdate, low_rank, merged_rows, merged_sum
 from lorakit.adapters.merge.workers import Buffers, Job, OnProgress, run_jobs
 from lorakit.adapters.peft.read import is_finite
 
-#: Elements of a chunk: its float32 copies, 1 MiB each, stay in the processor's cache.
+#: Elements of a chunk. Its float32 copies, 1 MiB each, fit in the processor's cache.
 CHUNK_ELEMENTS = 2**18
 _COPY_BYTES = 2**26
 
@@ -40,8 +47,8 @@ def write_tensors(
     places: Mapping[str, Place],
     on_progress: OnProgress = lambda _done, _total: None,
 ) -> None:
-    """Fill the files in ``folder``, whose headers are written. ``on_progress`` gets the bytes done
-    and the bytes in all. Raises AdapterError for a value that is not finite."""
+    """Fill the files in ``folder``, which already have their headers. ``on_progress`` receives the
+    bytes done and the total. Raises AdapterError for a value that is not finite."""
     total = sum(output.size_bytes for output in plan.outputs.values())
     with ExitStack() as stack:
         files = {}
@@ -56,7 +63,7 @@ def write_tensors(
 
 
 class _Output:
-    """The open files, and how far they are."""
+    """The open output files."""
 
     def __init__(
         self,
@@ -69,12 +76,12 @@ class _Output:
         self.outputs = outputs
 
     def at(self, name: str) -> tuple[int, int]:
-        """The file's descriptor, and where the tensor begins."""
+        """Return the descriptor of the file, and the tensor's offset in it."""
         place = self.places[name]
         return self.files[place.file], place.start
 
     def write(self, name: str, values: Tensor, first: int = 0) -> int:
-        """Write ``values`` from element ``first`` of the tensor on. Returns the bytes."""
+        """Write ``values`` from element ``first`` of the tensor on. Returns the number of bytes."""
         if values.numel() == 0:
             return 0
         handle, start = self.at(name)
@@ -91,7 +98,7 @@ def write_at(handle: int, content: memoryview, start: int) -> None:
 
 
 def _jobs(plan: MergePlan, checkpoint: Checkpoint, output: _Output) -> Iterator[Job]:
-    """In the order of the files, so that reading and writing are sequential."""
+    """Yield the jobs in file order, so that reads and writes are sequential."""
     whole = threading.Lock()
     for group in plan.groups:
         yield _group_job(group, checkpoint, output, whole)
@@ -122,7 +129,7 @@ def _copy_jobs(
 
 
 def _copy(source: int, start: int, target: int, to: int, count: int) -> None:
-    """``count`` bytes from file to file, inside the kernel where it can."""
+    """Copy ``count`` bytes from file to file, in the kernel where that is supported."""
     done = 0
     try:
         while done < count:
@@ -140,9 +147,9 @@ def _copy(source: int, start: int, target: int, to: int, count: int) -> None:
 
 
 def _row_jobs(
-    task: Task, products: Sequence[LowRank], checkpoint: Checkpoint, output: _Output
+    task: Task, products: Sequence[LowRankUpdate], checkpoint: Checkpoint, output: _Output
 ) -> Iterator[Job]:
-    """W + products in chunks of rows."""
+    """Add low-rank products, in chunks of rows."""
     rows, columns = task.output.shape
     for first, count in _chunks(rows, columns):
 
@@ -152,7 +159,7 @@ def _row_jobs(
             wide.copy_(W)
             delta = buffers.get("delta", count * columns, torch.float32).view(count, columns)
             for product in products:
-                product.add_rows(wide, first, delta)
+                product.add_rows_(wide, first, delta)
             return _store(task, wide, first, output, buffers)
 
         yield job
@@ -161,7 +168,7 @@ def _row_jobs(
 def _method_jobs(
     task: Task, checkpoint: Checkpoint, output: _Output, whole: threading.Lock
 ) -> Iterator[Job]:
-    """A method that does more than add: in chunks of rows if it can, else the whole matrix."""
+    """Merge other methods: in chunks of rows if they can, else as a whole matrix."""
     rows, columns = task.output.shape
     probe = merged_rows(task.updates, torch.zeros(1, columns), 0)
     if probe is None:
@@ -196,7 +203,7 @@ def _whole_job(
 
 
 def _cast_jobs(task: Task, checkpoint: Checkpoint, output: _Output) -> Iterator[Job]:
-    """The adapter's own values, or the base's, in the output's dtype."""
+    """Write the adapter's own values, or the base's, in the output's dtype."""
     for first, count in _chunks(task.output.parameters, 1):
 
         def job(buffers: Buffers, first: int = first, count: int = count) -> int:
@@ -221,8 +228,8 @@ def _group_job(
 
 
 def _chunks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
-    """(first row, number of rows): sixteen or a multiple, so that every chunk of a factor begins
-    where its memory is aligned, on which the last bits of a product may depend."""
+    """Yield (first row, number of rows). Multiples of sixteen keep every chunk of a factor aligned,
+    which may affect the last bits of a product."""
     step = max(1, CHUNK_ELEMENTS // max(1, columns))
     step = step // 16 * 16 if step > 16 else 16
     for first in range(0, rows, step):
@@ -250,7 +257,7 @@ def _read(
 
 
 def _store(task: Task, merged: Tensor, first: int, output: _Output, buffers: Buffers) -> int:
-    """Round, check and write rows of the tensor, ``first`` being the first of them."""
+    """Round, check and write the rows of the tensor from ``first`` on."""
     dtype = DTYPES[task.output.code]
     rounded = merged
     if merged.dtype != dtype:

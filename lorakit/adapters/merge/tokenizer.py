@@ -1,4 +1,4 @@
-"""Whose tokenizer the merged model gets: the base's, or the adapter's as a whole."""
+"""Chooses the merged model's tokenizer: the base's, or the adapter's as a whole."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorakit.errors import AdapterError, shown
 _FAST, _SETTINGS, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 _OLD_TEMPLATE = "chat_template.json"
 _MAP, _ADDED = "special_tokens_map.json", "added_tokens.json"
-#: Files that hold a vocabulary alone, from which slow tokenizers and other programs read it.
+#: Files with only a vocabulary, which slow tokenizers and other programs read.
 _VOCABULARIES = (
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "spm.model",
     "sentencepiece.bpe.model", "source.spm", "target.spm", "bpe.codes", "tekken.json",
@@ -27,8 +27,8 @@ _SPECIAL = (
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """``written`` are the adapter's files; ``replaced`` the base's in whose place they stand, with
-    the reason. Both are empty where the base's tokenizer stays."""
+    """``written``: files of the adapter; ``replaced``: omitted files of the base -> reason. Both
+    are empty if the base's tokenizer is kept."""
 
     written: Mapping[str, bytes] = field(default_factory=dict)
     replaced: Mapping[str, str] = field(default_factory=dict)
@@ -38,12 +38,13 @@ class Tokenizer:
 def choose_tokenizer(
     base: Path, adapter: Path, *, needs_pad: bool = False, rows: int | None = None
 ) -> Tokenizer:
-    """The adapter's tokenizer replaces the base's if it is complete (``tokenizer_config.json`` and
-    a vocabulary) and another: in tokens, special tokens or chat template. ``tokenizer_class`` stays
-    the base's, and so does its chat template where the adapter has none. A pad token that only the
-    adapter has counts if the model ``needs_pad``. ``rows`` are those of the embedding.
+    """Choose the adapter's tokenizer if it is complete (``tokenizer_config.json`` and a vocabulary)
+    and differs from the base's in tokens, special tokens or chat template.
 
-    Raises AdapterError if one of the adapter's files is corrupt."""
+    ``tokenizer_class`` remains the base's, and so does the chat template if the adapter has none. A
+    pad token that only the adapter has counts as a difference if the model ``needs_pad``. ``rows``
+    is the number of rows of the embedding. Raises AdapterError if a file of the adapter is corrupt.
+    """
     files = _files(adapter)
     if not files:
         return Tokenizer()
@@ -51,12 +52,12 @@ def choose_tokenizer(
     vocabulary = [name for name in files if name == _FAST or name in _VOCABULARIES]
     if _SETTINGS not in files or not vocabulary:
         listed = ", ".join(sorted(files))
-        return Tokenizer(notes=(f"{adapter}: incomplete tokenizer ({listed}); the base's is kept",))
+        return Tokenizer(notes=(f"{adapter}: incomplete tokenizer ({listed}); using the base's",))
     own = _files(base)
     if own and _is_same(files, own, needs_pad):
         return Tokenizer()
     _check_fast(adapter, files)
-    notes = _beyond(files.get(_FAST), rows)
+    notes = _vocabulary_note(files.get(_FAST), rows)
     if not own:
         return Tokenizer(written=files, notes=notes)
     same = files.get(_FAST) == own.get(_FAST) or _tokens(files.get(_FAST)) == _tokens(
@@ -69,19 +70,19 @@ def choose_tokenizer(
         is_vocabulary = name in _VOCABULARIES
         if name in files or (keeps_template and _is_template(name)):
             continue
-        # The vocabulary is the same, or there is nothing to compare: the file stays true.
+        # The vocabulary is the same, or cannot be compared: the file remains valid.
         if not (is_vocabulary and (same or _FAST not in own)):
             replaced[name] = reason
     settings = _edited(files[_SETTINGS], own.get(_SETTINGS), keeps_template)
     note = (
-        f"the tokenizer is the adapter's, which differs from the base's: {', '.join(sorted(files))}"
+        f"using the adapter's tokenizer, which differs from the base's: {', '.join(sorted(files))}"
         + ("; the chat template is the base's" if keeps_template else "")
     )
     return Tokenizer(files | {_SETTINGS: settings}, replaced, (note, *notes))
 
 
-def _beyond(fast: bytes | None, rows: int | None) -> tuple[str, ...]:
-    """A note where tokens have no row in the embedding."""
+def _vocabulary_note(fast: bytes | None, rows: int | None) -> tuple[str, ...]:
+    """A note if there are tokens without a row in the embedding."""
     vocabulary, _, added = _tokens(fast)
     ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary or ()))
     count = max((*ids, *added.values()), default=-1) + 1
@@ -89,7 +90,7 @@ def _beyond(fast: bytes | None, rows: int | None) -> tuple[str, ...]:
         return ()
     return (
         f"the adapter's tokenizer has {count:,} tokens, and the model's embedding {rows:,} rows: "
-        f"a text with a token from id {rows} on cannot be encoded for this model",
+        f"texts with token ids from {rows} on cannot be encoded for this model",
     )
 
 
@@ -115,7 +116,7 @@ def _check_json(directory: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _check_fast(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Raise AdapterError for a ``tokenizer.json`` that the tokenizers library does not read."""
+    """Raise AdapterError for a ``tokenizer.json`` that the tokenizers library rejects."""
     if _FAST not in files:
         return
     from tokenizers import Tokenizer as Fast
@@ -123,11 +124,11 @@ def _check_fast(directory: Path, files: Mapping[str, bytes]) -> None:
     try:
         Fast.from_str(files[_FAST].decode("utf-8"))
     except Exception as error:  # the library raises nothing more specific
-        raise AdapterError(f"{directory / _FAST}: no usable tokenizer: {error}") from error
+        raise AdapterError(f"{directory / _FAST}: invalid tokenizer: {error}") from error
 
 
 def _is_same(files: Mapping[str, bytes], own: Mapping[str, bytes], needs_pad: bool) -> bool:
-    """Whether two tokenizers do the same, whichever version of transformers wrote them."""
+    """Whether two tokenizers are equivalent, whichever version of transformers wrote them."""
     special, before = _special(files), _special(own)
     if before["pad_token"] is None and not needs_pad:
         del special["pad_token"], before["pad_token"]
@@ -151,7 +152,7 @@ def _special(files: Mapping[str, bytes]) -> dict[str, Any]:
 
 
 def _tokens(content: bytes | None) -> Any:
-    """Token -> id of ``tokenizer.json``, the added ones included, and the merges."""
+    """Vocabulary, merges and added tokens of ``tokenizer.json``."""
     fast = _parsed(content)
     model = fast.get("model") or {}
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m)
@@ -161,7 +162,7 @@ def _tokens(content: bytes | None) -> Any:
 
 
 def _templates(files: Mapping[str, bytes]) -> dict[str, str]:
-    """Name -> chat template, wherever it stands."""
+    """Name -> chat template, from every place where it may be stored."""
     inline = _parsed(files.get(_SETTINGS)).get("chat_template")
     found = {"default": inline} if isinstance(inline, str) else {}
     if isinstance(inline, list):
@@ -181,9 +182,9 @@ def _is_template(name: str) -> bool:
 
 
 def _edited(content: bytes, base: bytes | None, keeps_template: bool) -> bytes:
-    """``tokenizer_config.json`` with the base's ``tokenizer_class`` and, if it is kept, chat
-    template; and with the older name of the further special tokens: what transformers 5 writes is
-    an error in version 4."""
+    """``tokenizer_config.json`` with the base's ``tokenizer_class`` and, if it is kept, its chat
+    template. Extra special tokens get their older name: transformers 4 rejects that of version 5.
+    """
     settings, own = dict(_parsed(content)), _parsed(base)
     if "tokenizer_class" in own:
         settings["tokenizer_class"] = own["tokenizer_class"]
@@ -201,7 +202,7 @@ def _content(token: Any) -> Any:
 
 
 def _plain(part: Any) -> Any:
-    """Without what is null or false, which one version writes and another does not."""
+    """Without null and false values, which only some versions write."""
     if isinstance(part, Mapping):
         return {k: _plain(v) for k, v in part.items() if v is not None and v is not False}
     return [_plain(item) for item in part] if isinstance(part, list) else part
@@ -209,7 +210,7 @@ def _plain(part: Any) -> Any:
 
 @lru_cache(maxsize=8)
 def _parsed(content: bytes | None) -> Any:
-    """A JSON object; empty for what is none. Not to be changed."""
+    """A JSON object, empty if the content is not one. Cached: do not modify."""
     try:
         value = json.loads(content or b"{}")
     except ValueError:

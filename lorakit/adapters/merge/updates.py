@@ -1,7 +1,4 @@
-"""W + w_1 delta_1 + w_2 delta_2 + ...: the updates of several adapters in one merge.
-
-What the class that lorakit trains reads of a base's checkpoint, and how adapters change it.
-"""
+"""The updates that a merge adds to each matrix: W + w_1 delta_1 + w_2 delta_2 + ..."""
 
 from __future__ import annotations
 
@@ -16,6 +13,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters.peft.read import AdapterFiles, Say, read_adapter, to_stderr
 from lorakit.errors import AdapterError
+from lorakit.kernels.low_rank import LowRankDelta
 
 if TYPE_CHECKING:
     from lorakit.layers import BaseWrapper
@@ -23,14 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Weighted:
-    """An adapter and the factor of its update; modules trained whole have none."""
+    """An adapter and the factor of its update. Fully trained modules are not scaled by it."""
 
     files: AdapterFiles
     weight: float = 1.0
 
 
 @dataclass(frozen=True)
-class Update:
+class LayerUpdate:
     """An adapter's layer on one matrix, and the factor of its update."""
 
     layer: BaseWrapper
@@ -38,30 +36,31 @@ class Update:
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """weight * scaling * left @ right, in the layout of W: left (rows, r), right (r, columns).
+class LowRankUpdate:
+    """``weight`` * ``delta``, in the layout in which the base stores W.
 
-    The factors may still be a file's: ``in_memory`` before their use."""
+    The factors may still map a file: call ``in_memory`` before using them.
+    """
 
-    left: Tensor
-    right: Tensor
-    scaling: float
-    weight: float
+    delta: LowRankDelta
+    weight: float = 1.0
 
-    def in_memory(self) -> LowRank:
-        """With float32 factors in memory of their own: inside a file's they may begin at any
-        address, on which the last bits of a product depend."""
-        left, right = (f.to(torch.float32, copy=True) for f in (self.left, self.right))
-        return replace(self, left=left, right=right)
+    def in_memory(self) -> LowRankUpdate:
+        """Copy the factors to float32. A tensor that maps a file may start at any address, and the
+        last bits of a product depend on the alignment."""
+        A, B = (factor.to(torch.float32, copy=True) for factor in (self.delta.A, self.delta.B))
+        return replace(self, delta=LowRankDelta(A, B, self.delta.scaling))
 
-    def add_rows(self, W: Tensor, start: int, delta: Tensor) -> None:
-        """Add the rows from ``start`` on to ``W`` (n, columns) in place; ``delta``, of the same
+    def add_rows_(self, W: Tensor, start: int, scratch: Tensor) -> None:
+        """Add the rows from ``start`` on to ``W`` (n, columns) in place; ``scratch``, of the same
         shape, is overwritten."""
-        torch.mm(self.left[start : start + len(W)], self.right, out=delta)
-        delta.mul_(self.scaling)
+        self.delta.rows_into(scratch, start)
         if self.weight != 1:
-            delta.mul_(self.weight)
-        W.add_(delta)
+            scratch.mul_(self.weight)
+        W.add_(scratch)
+
+
+Update = LayerUpdate | LowRankUpdate
 
 
 def read_weighted(
@@ -70,26 +69,27 @@ def read_weighted(
     add: Iterable[tuple[str | Path, float]],
     say: Say = to_stderr,
 ) -> list[Weighted]:
-    """The adapter that is merged and those that are added; ``say`` is that of ``read_adapter``.
-    Raises AdapterError for one that is missing or corrupt, and for a weight that is not a finite
-    number."""
+    """Read the adapter to merge and those to ``add``, each with its weight.
+
+    Raises AdapterError for a missing or corrupt adapter, and for a weight that is not finite.
+    """
     read = []
     for directory, factor in ((adapter, weight), *add):
         if not math.isfinite(factor):
             raise AdapterError(f"{directory}: weight = {factor}: allowed: a finite number")
         if not str(directory):
-            raise AdapterError(f'"": weight = {factor:g} of no adapter: a directory is missing')
+            raise AdapterError(f'"": weight = {factor:g} without an adapter directory')
         read.append(Weighted(read_adapter(directory, say), float(factor)))
     return read
 
 
 def find_updates(model: nn.Module, adapters: Sequence[Weighted]) -> dict[str, list[Update]]:
-    """Module -> the updates of its W. Of the adapters themselves only what the first trained whole
-    is left in ``model``, which may be without values (device ``meta``).
+    """Return the updates of each module's W. ``model`` may be on the ``meta`` device; of the
+    adapters, it keeps only the modules that the first one fully trained.
 
-    Raises AdapterError if one does not fit the model, or has trained other values whole.
+    Raises AdapterError if an adapter does not fit the model, or if the fully trained values differ.
     """
-    # Imports transformers' model classes, which a merge without a model does not need.
+    # These import transformers, which ``resolve_by_name`` does without.
     from lorakit.adapters.peft.place import find_places, load_adapter
     from lorakit.layers import adapted_modules
 
@@ -98,7 +98,7 @@ def find_updates(model: nn.Module, adapters: Sequence[Weighted]) -> dict[str, li
     if places.base and first.weight != 1:
         raise AdapterError(
             f"{first.files.directory}: weight = {first.weight:g}: it trains parameters of the base "
-            f"({min(places.base)}), which have no delta to weight; allowed: 1"
+            f"({min(places.base)}), which have no delta to scale; allowed: 1"
         )
     own = {**places.base, **places.whole}
     for other in added:
@@ -108,50 +108,53 @@ def find_updates(model: nn.Module, adapters: Sequence[Weighted]) -> dict[str, li
     for adapter in (*added, first):
         load_adapter(model, adapter.files)
         for name, layer in adapted_modules(model).items():
-            updates.setdefault(name, []).insert(0, Update(layer, adapter.weight))
+            updates.setdefault(name, []).insert(0, LayerUpdate(layer, adapter.weight))
             model.set_submodule(name, layer.base_layer)
     return updates
 
 
-def low_rank(updates: Sequence[Update | LowRank]) -> list[LowRank] | None:
-    """The updates as low-rank products, from which any rows are computed alone; None if one of
-    them is of a method that does not merely add such a product."""
-    products = [u.in_memory() if isinstance(u, LowRank) else _product(u) for u in updates]
-    found = [product for product in products if product is not None]
-    return found if len(found) == len(products) else None
+def low_rank(updates: Sequence[Update]) -> list[LowRankUpdate] | None:
+    """Return the updates as low-rank products, of which single rows can be computed; None if a
+    method does more than add such a product."""
+    found = [_low_rank(update) for update in updates]
+    products = [update for update in found if update is not None]
+    return products if len(products) == len(found) else None
 
 
-def _product(update: Update) -> LowRank | None:
+def _low_rank(update: Update) -> LowRankUpdate | None:
+    if isinstance(update, LowRankUpdate):
+        return update.in_memory()
     delta = update.layer.low_rank()
     if delta is None:
         return None
-    left, right = delta.B.float(), delta.A.float()
-    if update.layer.kind != "linear":  # which stores W^T
-        left, right = right.t(), left.t()
-    return LowRank(left.contiguous(), right.contiguous(), delta.scaling, update.weight)
+    A, B = delta.A.float(), delta.B.float()
+    if update.layer.kind != "linear":  # W^T is stored
+        A, B = B.t(), A.t()
+    return LowRankUpdate(LowRankDelta(A.contiguous(), B.contiguous(), delta.scaling), update.weight)
 
 
-def merged_rows(updates: Sequence[Update | LowRank], weight: Tensor, start: int) -> Tensor | None:
-    """``merged_sum`` of the rows ``weight`` of W, from ``start`` on; None if it needs all of W."""
+def merged_rows(updates: Sequence[Update], weight: Tensor, start: int) -> Tensor | None:
+    """Return the rows of ``merged_sum`` from ``start`` on, where ``weight`` are those rows of W;
+    None if all of W is needed."""
     [first, *more] = updates
-    if more or isinstance(first, LowRank) or first.weight != 1:
+    if more or isinstance(first, LowRankUpdate) or first.weight != 1:
         return None
     layer = first.layer
     return layer.merged_rows(weight, start) if layer.kind == "linear" else None
 
 
 @torch.no_grad()
-def merged_sum(updates: Sequence[Update | LowRank], weight: Tensor) -> Tensor:
-    """W + sum of w_i * delta_i, float32, where delta_i is the merged W less W: of a method that
-    does more than add (DoRA), that is its whole change of W."""
+def merged_sum(updates: Sequence[Update], weight: Tensor) -> Tensor:
+    """Return W + sum of w_i * delta_i in float32. delta_i is the merged W minus W: the whole change
+    of W for methods that do more than add (DoRA)."""
     [first, *more] = updates
-    if isinstance(first, Update) and first.weight == 1 and not more:
+    if isinstance(first, LayerUpdate) and first.weight == 1 and not more:
         return first.layer.fold(weight)
     W = weight.float()
     merged = W.clone()
     for update in updates:
-        if isinstance(update, LowRank):
-            update.in_memory().add_rows(merged, 0, torch.empty_like(merged))
+        if isinstance(update, LowRankUpdate):
+            update.in_memory().add_rows_(merged, 0, torch.empty_like(merged))
             continue
         own = update.layer.fold(weight)
         merged += update.weight * (own - W)
@@ -161,12 +164,13 @@ def merged_sum(updates: Sequence[Update | LowRank], weight: Tensor) -> Tensor:
 def _check_same(
     own: Mapping[str, Tensor], other: Mapping[str, Tensor], first: AdapterFiles, added: AdapterFiles
 ) -> None:
-    """An added adapter may hold whole values only if they are the first one's."""
+    """Added adapters must not bring fully trained values other than the first one's."""
     for name, value in sorted(other.items()):
         if name not in own or not value.equal(own[name]):
             raise AdapterError(
-                f"{added.directory}: {name} is trained whole, and not as in {first.directory}: a "
-                "sum of whole modules has no meaning; add adapters without them, or with the same"
+                f"{added.directory}: {name} is fully trained, with other values than in "
+                f"{first.directory}: fully trained modules cannot be added; hint: add adapters "
+                "without them, or with the same values"
             )
 
 
@@ -174,8 +178,8 @@ Ties = Sequence[Sequence[str]]
 
 
 class Group(Protocol):
-    """Stored tensors (``sources``) that transformers converts together into those of the class
-    (``targets``, name -> shape): experts into one matrix, a fused projection into its parts."""
+    """Stored tensors (``sources``) that transformers converts together into parameters of the class
+    (``targets``: name -> shape), such as experts into a stack."""
 
     @property
     def sources(self) -> Sequence[str]: ...
@@ -186,27 +190,27 @@ class Group(Protocol):
     def converted(
         self, values: Mapping[str, Tensor], finish: Callable[[str, Tensor], Tensor]
     ) -> dict[str, Tensor]:
-        """Stored values -> those to store, with ``finish(name, W)`` in place of each of the
-        class's tensors."""
+        """Convert stored values to the class's, replace each by ``finish(name, W)``, and convert
+        them back."""
         ...
 
 
 @dataclass(frozen=True)
-class Held:
-    """What the loaded class holds of the stored tensors, and what the adapters do to it.
+class ResolvedBase:
+    """How the class that is loaded reads the stored tensors, and how the adapters change them.
 
-    ``plain``: stored name -> the class's, where a tensor is read as it is; ``groups``: the others
-    that it reads. ``shapes`` and ``ties`` (names of one parameter) are the class's; ``updates``,
-    ``base`` and ``whole`` are by its names. ``architecture`` is its own name where the merged model
-    is of another class than the base; then ``stored_name`` is also asked for names that are
-    stored. ``can_part``: whether the class can hold tied names as separate weights.
-    ``text_config``: the key of the text model's part of ``config.json``. ``settings``:
-    other keys of ``config.json`` that change.
+    ``plain``: stored name -> parameter, for tensors that are read unchanged; ``groups``: the others
+    that are read. Everything else is keyed by parameter names. ``ties``: names of one parameter;
+    ``base``: trained parameters of the base; ``whole``: parameters of fully trained modules.
+    ``architecture`` is the class's name if the merged model is of another class than the base;
+    ``stored_name`` then also applies to names that are stored. ``can_untie``: whether the class can
+    hold tied names as separate weights. ``text_config``: the key of the text model's part of
+    ``config.json``; ``settings``: its other keys that change.
     """
 
     plain: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
-    updates: Mapping[str, Sequence[Update | LowRank]]
+    updates: Mapping[str, Sequence[Update]]
     groups: Sequence[Group] = ()
     ties: Ties = ()
     base: Mapping[str, Tensor] = field(default_factory=dict)
@@ -214,10 +218,11 @@ class Held:
     class_name: str = ""
     architecture: str | None = None
     stored_name: Callable[[str], str] = str
-    can_part: Callable[[Sequence[str]], bool] = lambda _names: True
+    can_untie: Callable[[Sequence[str]], bool] = lambda _names: True
     text_config: str | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def given(self) -> dict[str, Tensor]:
+        """The values that replace those of the base."""
         return {**self.base, **self.whole}

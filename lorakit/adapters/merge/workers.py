@@ -1,4 +1,4 @@
-"""The threads of a merge: they read, compute and write while the disk stores what is there."""
+"""The threads of a merge, which read, compute and write while the disk flushes earlier data."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import Tensor
 
-#: Below this a second thread costs more than it brings.
+#: Below this size, a second thread costs more than it saves.
 SMALL_BYTES = 2**23
 _MOST_WORKERS = 16
-#: How much is written before the disk is asked to begin, while the next is computed.
+#: Bytes that are written between two flushes to disk.
 _FLUSH_BYTES = 2**28
 
 OnProgress = Callable[[int, int], None]
-#: Returns the bytes that it wrote.
+#: Returns the number of bytes that it wrote.
 Job = Callable[["Buffers"], int]
 
 
 class Buffers:
-    """Memory of one worker, used again for every chunk: fresh pages cost more than the sums."""
+    """Memory of one worker, reused for every chunk: fresh pages cost more than the arithmetic."""
 
     def __init__(self) -> None:
         self._memory: dict[str, Tensor] = {}
 
     def get(self, use: str, count: int, dtype: torch.dtype) -> Tensor:
-        """``count`` elements with any values; the memory belongs to ``use``."""
+        """Return ``count`` uninitialised elements in the memory that belongs to ``use``."""
         size = count * dtype.itemsize
         memory = self._memory.get(use)
         if memory is None or len(memory) < size:
@@ -46,7 +46,7 @@ def _workers() -> int:
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """torch's own threads would only wait for each other beside ours."""
+    """Torch's own threads would only compete with ours."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -58,8 +58,8 @@ def _one_thread_each() -> Iterator[None]:
 def run_jobs(
     jobs: Iterator[Job], files: Sequence[int], total: int, on_progress: OnProgress
 ) -> None:
-    """Run all jobs, which write ``total`` bytes into ``files`` (descriptors), on a thread for each
-    core. The first error ends the others, and is raised."""
+    """Run all jobs, which write ``total`` bytes to ``files`` (descriptors), with one thread per
+    core. The first error stops the others and is raised."""
     lock = threading.Lock()
     failed: list[BaseException] = []
     done = 0
@@ -106,12 +106,11 @@ def run_jobs(
 
 
 def _flush(files: Sequence[int], done: Callable[[], int], stop: threading.Event) -> None:
-    """Let the disk write what is there while the rest is computed; the last part is the caller's
-    to bring to the disk."""
+    """Flush what is written while the rest is computed. The caller flushes the last part."""
     flushed = 0
     while not stop.wait(0.05):
         if done() - flushed >= _FLUSH_BYTES:
             flushed = done()
             for handle in files:
-                with suppress(OSError):  # the caller's own fsync says it
+                with suppress(OSError):  # the caller's own fsync reports it
                     getattr(os, "fdatasync", os.fsync)(handle)

@@ -15,6 +15,7 @@ from lorakit.errors import AdapterError, shown
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 SIDECAR = "lorakit.json"
+CARD = "README.md"
 #: The prefix of every tensor name in ``adapter_model.safetensors``.
 PREFIX = "base_model.model."
 #: The prefix of tensors that belong to no module of the model, as VeRA's ``base_model.vera_A``.

@@ -16,6 +16,7 @@ from lorakit import registry
 from lorakit.adapters.model_card import CardFacts, model_card
 from lorakit.adapters.peft.lora import to_peft
 from lorakit.adapters.peft.schema import (
+    CARD,
     CONFIG,
     LORA_FORMATS,
     PREFIX,
@@ -78,17 +79,32 @@ def save_adapter(
     settings = saved.settings | base | {"task_type": task_type}
     if method.peft_type in LORA_FORMATS:
         settings = without_defaults(settings)
-    info = saved.info | {"task_type": task_type}
+    info = saved.info | {"task_type": task_type} | dict(lorakit_info or {})
     facts = card or CardFacts(base_model_name_or_path, method.name)
+    facts = dataclasses.replace(facts, peft_loads=method.peft_loads)
     with atomic_directory(directory, replace=True) as folder:
-        _write_json(folder / CONFIG, settings)
-        save_file(_stored(saved.tensors, saved.shared), folder / WEIGHTS, metadata={"format": "pt"})
-        _write_json(folder / SIDECAR, info | dict(lorakit_info or {}))
+        write_files(folder, settings, _stored(saved.tensors, saved.shared), info, facts)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        text = model_card(_completed(facts, settings, info, method))
-        (folder / "README.md").write_text(text, encoding="utf-8")
     return directory
+
+
+def write_files(
+    folder: Path,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    info: Mapping[str, Any],
+    card: CardFacts | None,
+) -> None:
+    """Write ``adapter_config.json``, the weights, ``lorakit.json`` (``info``) and, if there is a
+    ``card``, the model card with what the other files add to it. ``tensors`` have PEFT's full names
+    and do not share memory."""
+    _write_json(folder / CONFIG, settings)
+    save_file(dict(tensors), folder / WEIGHTS, metadata={"format": "pt"})
+    _write_json(folder / SIDECAR, info)
+    if card is not None:
+        text = model_card(_completed(card, settings, info))
+        (folder / CARD).write_text(text, encoding="utf-8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,9 +251,7 @@ def _parts(layer: CompositeLayer) -> dict[str, Any]:
     }
 
 
-def _completed(
-    facts: CardFacts, settings: Mapping[str, Any], info: Mapping[str, Any], method: Method
-) -> CardFacts:
+def _completed(facts: CardFacts, settings: Mapping[str, Any], info: Mapping[str, Any]) -> CardFacts:
     """``facts`` completed by what the files contain."""
     targets = settings.get("target_modules", ())
     labels = info.get("id2label")
@@ -247,11 +261,10 @@ def _completed(
         lora_alpha=facts.lora_alpha or settings.get("lora_alpha"),
         target_modules=facts.target_modules or ([targets] if isinstance(targets, str) else targets),
         modules_to_save=facts.modules_to_save or settings.get("modules_to_save") or [],
-        task_type=settings["task_type"],
+        task_type=settings.get("task_type") or "CAUSAL_LM",
         num_labels=facts.num_labels or (len(labels) if labels else None),
-        peft_loads=method.peft_loads,
         base_class=info.get("base_class"),
-        misread=info.get("misread_by_peft", ()) if method.peft_type == "LORA" else (),
+        misread=info.get("misread_by_peft", ()) if settings["peft_type"] == "LORA" else (),
         refused=info.get("refused_by_peft", ()),
     )
 

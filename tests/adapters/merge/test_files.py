@@ -70,9 +70,9 @@ def test_every_file_but_other_weights(make_pair: MakePair, tmp_path: Path) -> No
     reasons = {item.name: item.reason for item in report.left_out}
     assert reasons["gone.json"] == "a broken symlink"
     assert reasons["optimizer.pt"] == "training state"
-    assert reasons["consolidated.safetensors"] == "weights beside the model, without the adapter"
-    assert reasons["extra/model.safetensors"] == "weights in a folder, without the adapter"
-    assert reasons[INDEX] == "the index of files that are not written"
+    assert reasons["consolidated.safetensors"] == "weights next to the model, without the adapter"
+    assert reasons["extra/model.safetensors"] == "weights in a subfolder, without the adapter"
+    assert reasons[INDEX] == "index of files that are not written"
     for name in ("model-q4.gguf", "onnx/", "pytorch_model.bin"):
         assert reasons[name] == "weights in another format, without the adapter"
 
@@ -198,7 +198,9 @@ def test_weights_that_cannot_be_read(make_pair: MakePair, tmp_path: Path) -> Non
     for file in (*shards, base / INDEX):
         file.unlink()
     (base / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(ModelError, match="safetensors only; save the pickled weights as"):
+    with pytest.raises(
+        ModelError, match="only safetensors can be merged; hint: save the pickled weights as"
+    ):
         merge(base, adapter, tmp_path / "out")
 
 
@@ -306,7 +308,7 @@ def test_another_chat_template_brings_the_whole_set(
     (base / "chat_template.json").write_text('{"chat_template": "old"}')
     (adapter / "chat_template.jinja").write_text("another")
     said, left_out = _said(base, adapter, out)
-    assert "the tokenizer is the adapter's" in said[0]
+    assert "using the adapter's tokenizer" in said[0]
     assert set(left_out) == {
         "special_tokens_map.json", "added_tokens.json", "chat_template.json",
     }  # fmt: skip
@@ -325,7 +327,7 @@ def test_another_vocabulary_takes_the_bases_files_away(
     tokenizer.add_special_tokens({"extra_special_tokens": ["<new>"]})
     tokenizer.save_pretrained(adapter)
     said, left_out = _said(base, adapter, tmp_path / "out")
-    assert "the tokenizer is the adapter's" in said[0]
+    assert "using the adapter's tokenizer" in said[0]
     assert {"spm.model", "tekken.json", "vocab.json", "merges.txt"} < set(left_out)
     assert set(left_out.values()) == {"replaced by the adapter's tokenizer"}
     settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
@@ -386,7 +388,7 @@ def test_half_a_tokenizer_is_none(
     (adapter / missing).unlink()
     (adapter / "chat_template.jinja").write_text("another")
     said, left_out = _said(base, adapter, tmp_path / "out")
-    assert "incomplete tokenizer (" in said[0] and "the base's is kept" in said[0]
+    assert "incomplete tokenizer (" in said[0] and "using the base's" in said[0]
     assert not left_out
     for file in base.iterdir():
         if file.name != "model.safetensors":
@@ -396,8 +398,8 @@ def test_half_a_tokenizer_is_none(
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [("tokenizer.json", None, "invalid JSON"), ("tokenizer.json", b"[]", "expected a JSON"),
-     ("tokenizer.json", b"{}", "no usable tokenizer"),
-     ("tokenizer.json", b'{"model": {"type": "BPE"}}', "no usable tokenizer"),
+     ("tokenizer.json", b"{}", "invalid tokenizer"),
+     ("tokenizer.json", b'{"model": {"type": "BPE"}}', "invalid tokenizer"),
      ("tokenizer_config.json", b'{"a', "invalid JSON"),
      ("vocab.json", b"\xff", "invalid JSON")],
 )  # fmt: skip

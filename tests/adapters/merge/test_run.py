@@ -24,8 +24,9 @@ from transformers import (
 )
 
 from lorakit.adapters.load import load
+from lorakit.adapters.merge.checkpoint import OutputTensor
+from lorakit.adapters.merge.output import parse_size, plan_shards
 from lorakit.adapters.merge.run import merge
-from lorakit.adapters.merge.shards import OutputTensor, parse_size, plan_shards
 from lorakit.errors import AdapterError, ModelError
 from lorakit.io.atomic import atomic_directory
 from lorakit.layers import adapter_layers
@@ -251,7 +252,7 @@ def test_places_that_out_may_not_be(make_pair: MakePair, tmp_path: Path) -> None
         base / "merged": "outside the base's directory",
         adapter: "outside the adapter's directory",
         adapter / "merged": "outside the adapter's directory",
-        tmp_path: "holds the base's directory",
+        tmp_path: "contains the base's directory",
         tmp_path / "file": "not a directory",
         tmp_path / "photos": "something other than a model",
     }
@@ -260,7 +261,7 @@ def test_places_that_out_may_not_be(make_pair: MakePair, tmp_path: Path) -> None
         with pytest.raises(AdapterError, match=message):
             merge(base, adapter, out, overwrite=True)
     (tmp_path / "there").mkdir()
-    with pytest.raises(AdapterError, match="exists already"):
+    with pytest.raises(AdapterError, match="already exists"):
         merge(base, adapter, tmp_path / "there")
     assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "there"])
 
@@ -328,7 +329,7 @@ def test_a_full_disk_is_said_before_anything_is_written(
     base, adapter, _ = make_pair()
     usage = type("usage", (), {"free": 10})
     monkeypatch.setattr("lorakit.adapters.merge.run.shutil.disk_usage", lambda _path: usage)
-    with pytest.raises(AdapterError, match=r"MB are needed, and \S+ MB are free"):
+    with pytest.raises(AdapterError, match=r"MB needed, \S+ MB free"):
         merge(base, adapter, tmp_path / "out")
     assert {p.name for p in tmp_path.iterdir()} == {"base", "adapter"}
 
@@ -432,7 +433,7 @@ def test_the_command(
     assert run(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "exists already" in captured.err
+    assert "already exists" in captured.err
     assert run([*arguments, "--overwrite", "--dtype", "bfloat16", "--max-shard-size", "8KB"]) == 0
     assert "merged 8 modules" in capsys.readouterr().out
     assert run([*arguments, "--overwrite", "--dtype", "int4"]) == 2
@@ -478,7 +479,7 @@ def test_a_sum_that_is_not_finite(
         "dense.weight" if family == "gpt_neox" else "q_proj.weight",
         value,
     )
-    with pytest.raises(AdapterError, match=r"\.weight: NaN or infinite in the merged"):
+    with pytest.raises(AdapterError, match=r"\.weight: NaN or infinite values in"):
         merge(base, adapter, tmp_path / "out", dtype=dtype)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorakit.adapters.load import load
-from lorakit.adapters.merge import quick as merge_quick
+from lorakit.adapters.merge import by_name
 from lorakit.adapters.merge import run as merge_module
 from lorakit.adapters.merge import stream as merge_stream
 from lorakit.adapters.merge import workers as merge_workers
@@ -84,12 +84,12 @@ def test_names_alone_give_what_the_class_gives(
     b = write_adapter(base, tmp_path / "b", seed=1, target_modules=["q"])
     found = []
     monkeypatch.setattr(
-        merge_module, "held_by_name",
-        lambda *args: found.append(merge_quick.held_by_name(*args)) or found[-1],
+        merge_module, "resolve_by_name",
+        lambda *args: found.append(by_name.resolve_by_name(*args)) or found[-1],
     )  # fmt: skip
     merge(base, a, tmp_path / "quick", add=[(b, 0.5)])
     assert found[0] is not None
-    monkeypatch.setattr(merge_module, "held_by_name", lambda *_: None)
+    monkeypatch.setattr(merge_module, "resolve_by_name", lambda *_: None)
     merge(base, a, tmp_path / "class", add=[(b, 0.5)])
     files = {f: sorted((tmp_path / f).iterdir()) for f in ("quick", "class")}
     assert [p.name for p in files["quick"]] == [p.name for p in files["class"]]
@@ -109,19 +109,19 @@ def test_what_names_do_not_tell_is_left_to_the_class(keys: dict[str, Any], tmp_p
     own = merge_module.read_weighted(adapter, 1, [])
     settings = json.loads((base / "config.json").read_text())
     with merge_module.Checkpoint(base) as checkpoint:
-        assert merge_quick.held_by_name(settings, checkpoint, own) is None
+        assert by_name.resolve_by_name(settings, checkpoint, own) is None
         plain = merge_module.read_weighted(write_adapter(base, tmp_path / "plain"), 1, [])
-        assert merge_quick.held_by_name(settings, checkpoint, plain) is not None
+        assert by_name.resolve_by_name(settings, checkpoint, plain) is not None
         changes: list[dict[str, Any]] = [
             {"num_hidden_layers": 3}, {"model_type": "bert"}, {"architectures": None},
             {"architectures": ["Qwen2ForSequenceClassification"]}, {"auto_map": {}},
         ]  # fmt: skip
         for change in changes:
-            assert merge_quick.held_by_name(settings | change, checkpoint, plain) is None
+            assert by_name.resolve_by_name(settings | change, checkpoint, plain) is None
 
 
 @pytest.mark.parametrize("biased", [None, True, False])
-@pytest.mark.parametrize("model_type", merge_quick.PLAIN)
+@pytest.mark.parametrize("model_type", by_name.PLAIN)
 def test_families_whose_configuration_tells_all(model_type: str, biased: bool | None) -> None:
     """Of each, transformers converts nothing, every matrix but one is an nn.Linear, and names and
     shapes are those of the class."""
@@ -136,7 +136,7 @@ def test_families_whose_configuration_tells_all(model_type: str, biased: bool | 
     known = tf.CONFIG_MAPPING[model_type]().to_dict()
     biases = {} if biased is None else {key: biased for key in keys if key in known}
     config = tf.CONFIG_MAPPING[model_type](**small, **biases, pad_token_id=0)
-    decoder = merge_quick.PLAIN[model_type]
+    decoder = by_name.PLAIN[model_type]
     with torch.device("meta"):
         model = getattr(tf, decoder.class_name)(config)
     assert config.tie_word_embeddings == decoder.tied
@@ -163,10 +163,10 @@ def test_families_whose_configuration_tells_all(model_type: str, biased: bool | 
         (r".*mlp\.up_proj\.weight", None, {}, r"2 weights .*layers\.0\.mlp\.up_proj\.weight"),
         (r".*input_layernorm\.weight", None, {}, r"layers\.0\.input_layernorm\.weight"),
         (r".*q_proj\.bias", None, {}, r"layers\.0\.self_attn\.q_proj\.bias"),
-        (r".*up_proj\.weight", (20, 16), {}, r"is \(20, 16\), and the configuration says \(24, 16\)"),
+        (r".*up_proj\.weight", (20, 16), {}, r"has shape \(20, 16\), and \(24, 16\) by the configuration"),
         (r"lm_head\.weight", (70, 16), {}, r"lm_head\.weight is \(70, 16\)"),
         (r".*k_proj\.weight", (16, 16), {}, r"k_proj\.weight is \(16, 16\)"),
-        (None, None, {"vocab_size": 80}, r"is \(64, 16\), and the configuration says \(80, 16\)"),
+        (None, None, {"vocab_size": 80}, r"has shape \(64, 16\), and \(80, 16\) by the configuration"),
         (None, None, {"num_key_value_heads": 4}, r"k_proj.* the configuration says \(16,"),
     ],
 )  # fmt: skip
@@ -224,7 +224,7 @@ def test_memory_is_a_few_chunks(tmp_path: Path) -> None:
     stem = "model.layers.0"
     shapes = {"mlp.gate_proj": (12288, 2048), "mlp.up_proj": (12288, 2048),
               "mlp.down_proj": (2048, 12288), "self_attn.q_proj": (32, 2048)}  # fmt: skip
-    own = merge_quick.PLAIN["llama"].shapes(sizes)
+    own = by_name.PLAIN["llama"].shapes(sizes)
     assert own is not None
     state = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in own.items()}
     save_file(state, base / "model.safetensors", metadata={"format": "pt"})

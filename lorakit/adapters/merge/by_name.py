@@ -1,13 +1,9 @@
-"""The tensors of the common decoders, by ``config.json`` alone: names and shapes.
+"""Resolves a base from its files alone, for common decoders and plain LoRA.
 
-Of these transformers converts nothing, and every matrix but the embedding is an nn.Linear.
-
-What a base holds, read from its files alone, where that is certain.
-
-For the common decoders transformers reads every tensor under its own name into plain linear
-layers, so an adapter's modules are found in the checkpoint, and neither transformers' classes nor
-a model need to be made: seconds of every merge. Whatever is not certain is left to
-``held_by_class``.
+transformers reads every tensor of these decoders under its own name, and every matrix but the
+embedding as an nn.Linear. An adapter's modules are therefore found in the checkpoint itself, which
+saves the seconds that importing transformers and building a model take. Everything else is left to
+``resolve_by_class``.
 """
 
 from __future__ import annotations
@@ -19,11 +15,12 @@ from typing import Any
 from torch import Tensor
 
 from lorakit.adapters.merge.checkpoint import Checkpoint
-from lorakit.adapters.merge.updates import Held, LowRank, Weighted
+from lorakit.adapters.merge.updates import LowRankUpdate, ResolvedBase, Weighted
 from lorakit.adapters.peft.read import AdapterFiles, split_key
 from lorakit.adapters.peft.schema import LINEAR_FACTORS, peft_rank, peft_scaling
 from lorakit.adapters.peft.targets import is_targeted
 from lorakit.errors import AdapterError
+from lorakit.kernels.low_rank import LowRankDelta
 from lorakit.methods.base import Method
 from lorakit.methods.lora import Lora
 
@@ -36,7 +33,7 @@ _GATED, _UNGATED = ("gate_proj", "up_proj", "down_proj"), ("up_proj", "down_proj
 
 @dataclass(frozen=True)
 class Bias:
-    """Whether linear layers have a bias: the value of ``key``, ``default`` where it is not set."""
+    """Whether linear layers have a bias: the value of ``key``, or ``default`` if it is not set."""
 
     key: str = ""
     default: bool = False
@@ -51,10 +48,13 @@ _ATTENTION, _MLP, _ANY = Bias("attention_bias"), Bias("mlp_bias"), Bias("use_bia
 
 @dataclass(frozen=True)
 class PlainDecoder:
-    """``tied``: whether the embeddings are where ``config.json`` does not say so. The last of
-    ``mlp`` leads back to the hidden size. ``qk_norms`` are ``head`` (one for all heads) or ``all``
-    (over the heads' concatenation). ``own_head_dim``: the class has a default of its own.
-    ``unless`` are keys that add tensors, or take some away."""
+    """The tensors of a decoder class, by its configuration.
+
+    ``tied``: whether the embeddings are tied by default. The last module of ``mlp`` projects back
+    to the hidden size. ``qk_norms``: ``head`` (one norm for all heads) or ``all`` (over the
+    concatenated heads). ``own_head_dim``: the class has its own default for it. ``unless``: keys
+    that add or remove tensors.
+    """
 
     class_name: str
     tied: bool = False
@@ -73,7 +73,7 @@ class PlainDecoder:
         return bool(settings.get("tie_word_embeddings", self.tied))
 
     def shapes(self, settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
-        """Tensor -> shape, the output layer included. None where ``config.json`` leaves a size to
+        """Tensor -> shape, including the output layer. None if ``config.json`` leaves a size to
         the class."""
         if any(settings.get(key) for key in self.unless):
             return None
@@ -129,7 +129,7 @@ def _linear(name: str, rows: int, columns: int, bias: bool) -> dict[str, tuple[i
 
 
 def _decoder(class_name: str, bias: Bias = _NO_BIAS, **keys: Any) -> PlainDecoder:
-    """One whose attention has ``bias`` in all its layers."""
+    """A decoder with ``bias`` in all of its attention's projections."""
     return PlainDecoder(class_name, **{"qkv_bias": bias, "o_bias": bias, **keys})
 
 
@@ -165,11 +165,11 @@ PLAIN = {
 }  # fmt: skip
 
 
-def held_by_name(
+def resolve_by_name(
     settings: Mapping[str, Any], checkpoint: Checkpoint, adapters: Sequence[Weighted]
-) -> Held | None:
-    """``settings`` is the base's ``config.json``. None where only the class can tell, or say what
-    does not fit."""
+) -> ResolvedBase | None:
+    """Resolve the base with the ``config.json`` ``settings``; None if the class is needed, be it
+    only to report what does not fit."""
     decoder = PLAIN.get(str(settings.get("model_type")))
     if decoder is None or settings.get("architectures") != [decoder.class_name]:
         return None
@@ -178,7 +178,7 @@ def held_by_name(
     matrices = _matrices(decoder, settings, checkpoint)
     if matrices is None:
         return None
-    updates: dict[str, list[LowRank]] = {}
+    updates: dict[str, list[LowRankUpdate]] = {}
     for adapter in adapters:
         products = _products(matrices, adapter)
         if products is None:
@@ -187,7 +187,7 @@ def held_by_name(
             updates.setdefault(f"{name}.weight", []).append(product)
     names = [f"{HEAD}.weight", f"{EMBEDDING}.weight"]
     shapes = {name: stored.shape for name, stored in checkpoint.tensors.items()}
-    return Held(
+    return ResolvedBase(
         plain={name: name for name in checkpoint.tensors},
         shapes=shapes,
         ties=[names] if decoder.is_tied(settings) else [],
@@ -199,8 +199,8 @@ def held_by_name(
 def _matrices(
     decoder: PlainDecoder, settings: Mapping[str, Any], checkpoint: Checkpoint
 ) -> dict[str, tuple[int, ...]] | None:
-    """Module -> the shape of its matrix. None unless the checkpoint holds what the class does,
-    tensor by tensor; an output layer that is tied may be stored or not."""
+    """Module -> the shape of its matrix. None unless the checkpoint has exactly the tensors of the
+    class; a tied output layer need not be stored."""
     shapes = decoder.shapes(settings)
     if shapes is None:
         return None
@@ -215,9 +215,9 @@ def _matrices(
 
 def _products(
     matrices: Mapping[str, tuple[int, ...]], adapter: Weighted
-) -> dict[str, LowRank] | None:
-    """Module -> its update. None unless the adapter has LoRA factors for linear layers inside of
-    the decoder alone, and for every one that its configuration names."""
+) -> dict[str, LowRankUpdate] | None:
+    """Module -> its update. None unless the adapter consists of LoRA factors for linear layers of
+    the decoder, and has those of every layer that its configuration names."""
     files = adapter.files
     if not _is_plain_lora(files):
         return None
@@ -255,7 +255,7 @@ def _is_plain_lora(files: AdapterFiles) -> bool:
 
 def _product(
     name: str, factors: Mapping[str, Tensor], shape: Sequence[int], adapter: Weighted
-) -> LowRank | None:
+) -> LowRankUpdate | None:
     config = adapter.files.config
     A, B = factors.get(LINEAR_FACTORS.A), factors.get(LINEAR_FACTORS.B)
     if A is None or B is None or name in adapter.files.parts:
@@ -267,4 +267,4 @@ def _product(
         scaling = peft_scaling(config, name, r)
     except AdapterError:
         return None
-    return LowRank(B, A, scaling, adapter.weight)
+    return LowRankUpdate(LowRankDelta(A, B, scaling), adapter.weight)
