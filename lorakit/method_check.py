@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit import registry
-from lorakit.adapters.load import fold
 from lorakit.adapters.peft.place import load_adapter
 from lorakit.adapters.peft.write import save_adapter
 from lorakit.injection import inject, trainable_state
-from lorakit.layers import adapter_layers
+from lorakit.layers import adapted_modules, adapter_layers
 from lorakit.methods.base import Method, RunHooks
 from lorakit.models.master_weights import plain_name
 from lorakit.recipe.sections import AdapterSection, TrainSection
@@ -164,7 +163,8 @@ class _Contract:
             unmerged = model(self.ids)
             if self.method.kinds and torch.equal(unmerged, self.base()(self.ids)):
                 return "the adapter does nothing after its parameters have changed"
-            fold(model)
+            for name, layer in adapted_modules(model).items():
+                model.set_submodule(name, layer.merge())
             return _difference(unmerged, model(self.ids))
 
     def resumed(self) -> str | None:

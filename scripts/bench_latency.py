@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 import lorakit
-from lorakit.adapters.load import fold, load
+from lorakit.adapters.load import load
 from lorakit.layers import adapted_modules, adapter_layers
 from lorakit.models.hub import load_config, quiet
 from lorakit.recipe.sections import ModelSection
@@ -91,7 +91,8 @@ def build(arguments: argparse.Namespace) -> dict[str, nn.Module]:
     base, merged = copy.deepcopy(unmerged), copy.deepcopy(unmerged)
     for name, layer in adapted_modules(base).items():
         base.set_submodule(name, layer.base_layer)
-    fold(merged)
+    for name, layer in adapted_modules(merged).items():
+        merged.set_submodule(name, layer.merge())
     return {"base": base, "again": copy.deepcopy(base), "merged": merged, "unmerged": unmerged}
 
 

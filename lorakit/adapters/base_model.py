@@ -1,31 +1,82 @@
-"""The base model that an adapter belongs to: which it is, its labels, its weights or none."""
+"""The base model of an adapter: its name, configuration, labels and weights.
+
+Importing this module does not import transformers, which a merge can do without.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
 
-from lorakit.adapters.peft.place import find_places
 from lorakit.adapters.peft.read import AdapterFiles
 from lorakit.errors import AdapterError, ModelError
-from lorakit.models.hub import explained, hub_options, load_config, quiet
-from lorakit.models.load import check_kind, check_shapes, reserved_positions
+from lorakit.models.hub import explained, hub_options, is_missing_path, load_config, quiet
 from lorakit.recipe.sections import ModelSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+#: A classifier's labels, and the pad token by which it finds a row's last token.
+LABEL_KEYS = ("id2label", "label2id", "problem_type", "pad_token_id")
+
+
+def base_section(
+    base: str | Path | None, files: AdapterFiles, trust_remote_code: bool = False
+) -> ModelSection:
+    """Return the base as a recipe's ``model`` section: ``base``, or the one that the adapter names.
+    The adapter's revision applies to the latter only. Raises AdapterError if there is none."""
+    named = files.config.get("base_model_name_or_path")
+    name = str(base if base is not None else named or "")
+    if not name:
+        raise AdapterError(f"{files.directory}: names no base model; hint: pass one")
+    if base is None and is_missing_path(name):
+        raise AdapterError(
+            f"{files.directory}: names the base model {name}, which does not exist; hint: pass the "
+            "base explicitly, as a directory or Hub id"
+        )
+    revision = files.config.get("revision") if name == named else None
+    return ModelSection(name_or_path=name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def other_base_note(section: ModelSection, files: AdapterFiles) -> str | None:
+    """A note if the adapter names another base than the given one."""
+    named, given = files.config.get("base_model_name_or_path"), section.name_or_path
+    if not named or _names(str(named)) & (_names(given) | _names(str(Path(given).resolve()))):
+        return None
+    with suppress(OSError):
+        if Path(named).samefile(given):
+            return None
+    return (
+        f"{files.directory}: trained on {named}, but used with {given}: matching shapes do not "
+        "guarantee that it is the same model"
+    )
+
+
+def _names(path: str) -> set[str]:
+    """The model's names in a path or Hub id; in the Hub's cache, the repository's name."""
+    parts = [part.casefold() for part in Path(path).parts]
+    cached = [part.rpartition("--")[2] for part in parts if part.startswith("models--")]
+    return set(cached or parts[-1:])
+
+
+def dtype_name(dtype: str | torch.dtype | None, key: str) -> str | None:
+    """Return ``float32``, ``bfloat16`` or ``float16``. Raises AdapterError for another dtype."""
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    if name is not None and name not in DTYPES:
+        raise AdapterError(f"{key} = {name}: allowed: {', '.join(DTYPES)}")
+    return name
 
 
 def full_config(section: ModelSection, files: AdapterFiles) -> PreTrainedConfig:
-    """The base's configuration; for a classifier with the adapter's labels. Raises ModelError for
-    a base that is missing, or of a kind that cannot be trained."""
+    """Return the base's configuration, with the adapter's labels if it is a classifier. Raises
+    ModelError for a base that is missing, or of an unsupported kind."""
     try:
         config = load_config(section)
     except ModelError as error:
@@ -33,9 +84,12 @@ def full_config(section: ModelSection, files: AdapterFiles) -> PreTrainedConfig:
         if name != files.config.get("base_model_name_or_path") or Path(name).is_dir():
             raise
         raise ModelError(
-            f"{error}; {files.directory} names this base: if it has moved, give the base explicitly"
+            f"{error}; {files.directory} names this base; hint: if it has moved, pass the base "
+            "explicitly"
         ) from error
     if not files.classifies:
+        from lorakit.models.load import check_kind
+
         check_kind(config, "causal", section.name_or_path)
         return config
     sidecar = files.sidecar or {}
@@ -50,10 +104,12 @@ def full_config(section: ModelSection, files: AdapterFiles) -> PreTrainedConfig:
 
 
 def set_pad_token(config: PreTrainedConfig, model: PreTrainedModel, files: AdapterFiles) -> None:
-    """The training's pad token for a classifier, which finds a row's last token by it.
+    """Set a classifier's pad token to that of training: it finds a row's last token by it.
 
-    RoBERTa and its kin count positions from the configuration's: there it stays the base's.
+    In RoBERTa-like models it also offsets the positions, so that there the base's is kept.
     """
+    from lorakit.models.load import reserved_positions
+
     trained = (files.sidecar or {}).get("pad_token_id")
     if files.classifies and trained is not None and not reserved_positions(model):
         config.pad_token_id = trained
@@ -62,8 +118,8 @@ def set_pad_token(config: PreTrainedConfig, model: PreTrainedModel, files: Adapt
 def empty_model(
     config: PreTrainedConfig, files: AdapterFiles, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The base with its head, on the device ``meta``: names and shapes without values. Raises
-    ModelError if transformers has no such class."""
+    """Return the base with its head on the ``meta`` device, without values. Raises ModelError if
+    transformers has no such class."""
     with explained(str(config.name_or_path)), torch.device("meta"), quiet():
         model: PreTrainedModel = _auto(files).from_config(
             config, trust_remote_code=trust_remote_code
@@ -77,10 +133,14 @@ def base_model(
     adapters: Sequence[AdapterFiles],
     dtype: str | None,
 ) -> tuple[PreTrainedModel, set[str]]:
-    """The base with its weights, and the names of those that are random, since the checkpoint has
-    none of that shape; ``dtype`` None is the checkpoint's own. Raises AdapterError if one of the
-    adapters lacks such a weight."""
+    """Return the base, and the names of its randomly initialised weights, which the checkpoint
+    lacks or has in another shape. ``dtype`` None is that of the checkpoint. Raises AdapterError if
+    an adapter does not supply such a weight."""
+    from lorakit.adapters.peft.place import find_places
+    from lorakit.models.load import check_shapes
+
     name = section.name_or_path
+    model: PreTrainedModel
     with explained(name), quiet():
         model, info = _auto(adapters[0]).from_pretrained(
             name,
@@ -96,11 +156,12 @@ def base_model(
         mismatched = [key for key in info["mismatched_keys"] if key[0] not in places.whole]
         check_shapes(mismatched, name)
         check_supplied(set(info["missing_keys"]), {**places.base, **places.whole}, name, files)
-    assert isinstance(model, PreTrainedModel)
     return model, {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
 
 
 def _auto(files: AdapterFiles) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
     return AutoModelForSequenceClassification if files.classifies else AutoModelForCausalLM
 
 
@@ -110,16 +171,16 @@ def check_supplied(
     """Raise AdapterError if a weight is neither in the base nor in the adapter."""
     if absent := sorted(lacking - set(supplied)):
         raise AdapterError(
-            f"{files.directory}: {len(absent)} weights are neither in the base {base} nor in the "
-            f"adapter, {absent[0]} among them: the adapter belongs to another base model, or "
-            "the base is incomplete"
+            f"{files.directory}: {len(absent)} weights are in neither the base {base} nor the "
+            f"adapter, including {absent[0]}: the adapter belongs to another base model, or the "
+            "base is incomplete"
         )
 
 
 def _head_size(
     config: PreTrainedConfig, files: AdapterFiles, trust_remote_code: bool
 ) -> int | None:
-    """The number of labels by the shape of the head's last layer: the one that changes with it."""
+    """The number of labels, by the shape of the layer that depends on it."""
     shapes = []
     for count in (2, 3):
         trial = copy.deepcopy(config)

@@ -1,7 +1,4 @@
-"""A base model with one adapter in place, or with several to switch between: ``lorakit.load``.
-
-An adapter folded into a model in memory.
-"""
+"""Loads a base model with one adapter, or with several to switch between: ``lorakit.load``."""
 
 from __future__ import annotations
 
@@ -10,27 +7,24 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lorakit.adapters.base_model import base_model, full_config, set_pad_token
-from lorakit.adapters.peft.place import load_adapter
-from lorakit.adapters.peft.read import (
+from lorakit.adapters.base_model import (
     DTYPES,
-    AdapterFiles,
+    LABEL_KEYS,
+    base_model,
     base_section,
-    read_adapter,
-    run_method_file,
+    dtype_name,
+    full_config,
+    set_pad_token,
 )
-from lorakit.adapters.peft.read import dtype_name as dtype_name
-from lorakit.adapters.switching import hold
+from lorakit.adapters.peft.place import load_adapter
+from lorakit.adapters.peft.read import AdapterFiles, read_adapter, run_method_file
+from lorakit.adapters.switching import register_adapters
 from lorakit.errors import AdapterError
-from lorakit.layers import adapted_modules
 from lorakit.models.hub import load_config
 from lorakit.recipe.sections import ModelSection
 
-#: What an adapter of a classifier says of the model's configuration.
-_LABEL_KEYS = ("id2label", "label2id", "problem_type", "pad_token_id")
 _T = TypeVar("_T")
 
 
@@ -44,19 +38,19 @@ def load(
     trust_remote_code: bool = False,
     method: str | None = None,
 ) -> PreTrainedModel:
-    """A transformers model, in evaluation mode, with the adapter in place.
+    """Return a transformers model in evaluation mode with the adapter applied.
 
-    ``base`` is a Hub id or directory; None takes the one that the adapter names. ``dtype`` of the
-    base is by default that of the training, else the checkpoint's own. ``trainable`` lets the
-    adapter and what is trained whole get gradients. Several adapters, name -> directory, are all
-    loaded; the first is in place, and ``lorakit.switch(model, name)`` puts another there.
+    ``base`` is a Hub id or directory; the default is the one that the adapter names. ``dtype`` of
+    the base is by default that of training, else that of the checkpoint. With ``trainable`` the
+    adapter and fully trained modules require gradients. If ``adapter`` maps names to directories,
+    all are loaded and the first is active; ``lorakit.switch(model, name)`` activates another.
     ``method`` is the ``FILE.py:CLASS`` of the user's method that trained the adapter; its code is
     run. Raises ModelError and AdapterError.
     """
     run_method_file(method)
     if isinstance(adapter, Mapping):
         if trainable:
-            raise AdapterError("trainable = True: allowed for one adapter, not for several by name")
+            raise AdapterError("trainable = True: allowed for a single adapter only")
         return _load_several(base, adapter, dtype, device, trust_remote_code)
     files = read_adapter(adapter)
     section = base_section(base, files, trust_remote_code)
@@ -79,13 +73,13 @@ def _load_several(
     trust_remote_code: bool,
 ) -> PreTrainedModel:
     if not directories:
-        raise AdapterError("adapter = {}: allowed: a directory, or at least one by name")
+        raise AdapterError("adapter = {}: allowed: a directory, or at least one name -> directory")
     chosen = dtype_name(dtype, "dtype")
     adapters = {name: read_adapter(directory) for name, directory in directories.items()}
     section = _common_section(base, adapters, trust_remote_code)
     if chosen is None:
         trained = {name: _trained_dtype(files) for name, files in adapters.items()}
-        chosen = _common("training dtypes (give one as dtype)", trained)
+        chosen = _common("training dtypes (pass dtype to choose one)", trained)
     kinds = {n: "SEQ_CLS" if f.classifies else "CAUSAL_LM" for n, f in adapters.items()}
     _common("task types", kinds)
     configs = {name: full_config(section, files) for name, files in adapters.items()}
@@ -94,19 +88,19 @@ def _load_several(
     settings = {}
     for name, config in configs.items():
         set_pad_token(config, model, adapters[name])
-        keys = _LABEL_KEYS if adapters[name].classifies else ()
+        keys = LABEL_KEYS if adapters[name].classifies else ()
         settings[name] = {key: getattr(config, key, None) for key in keys}
     if device is not None:
         model.to(torch.device(device))  # type: ignore[arg-type]
     model.eval()
-    hold(model, adapters, settings, absent)
+    register_adapters(model, adapters, settings, absent)
     return model
 
 
 def _common_section(
     base: str | Path | None, adapters: Mapping[str, AdapterFiles], trust_remote_code: bool
 ) -> ModelSection:
-    """The one base of all; those that name no revision take the others'."""
+    """The base of all adapters. Those without a revision use that of the others."""
     sections = {n: base_section(base, files, trust_remote_code) for n, files in adapters.items()}
     name = _common("base models", {n: section.name_or_path for n, section in sections.items()})
     revision = _common("revisions of the base", {n: s.revision for n, s in sections.items()})
@@ -117,7 +111,7 @@ def _common_section(
 def _bare_config(
     section: ModelSection, configs: Mapping[str, PreTrainedConfig]
 ) -> PreTrainedConfig:
-    """The base's own, but for a head of the adapters' size, which must be one."""
+    """The base's configuration with the adapters' number of labels, which must be the same."""
     config = load_config(section)
     count = _common("numbers of labels", {name: own.num_labels for name, own in configs.items()})
     assert count is not None
@@ -127,7 +121,7 @@ def _bare_config(
 
 
 def _common(what: str, values: Mapping[str, _T | None]) -> _T | None:
-    """The value of those adapters that have one. Raises AdapterError if they differ."""
+    """The value of the adapters that have one. Raises AdapterError if they differ."""
     given = {name: value for name, value in values.items() if value is not None}
     if len(set(given.values())) > 1:
         listed = ", ".join(f"{name}: {value}" for name, value in given.items())
@@ -136,18 +130,6 @@ def _common(what: str, values: Mapping[str, _T | None]) -> _T | None:
 
 
 def _trained_dtype(files: AdapterFiles) -> str | None:
-    """The dtype of the base in the training, if the files say one."""
+    """The base's dtype during training, if the files have it."""
     dtype = (files.sidecar or {}).get("base_dtype")
     return dtype if dtype in DTYPES else None
-
-
-@torch.no_grad()
-def fold(model: nn.Module, dtype: torch.dtype | None = None) -> int:
-    """Fold every adapter layer into its base, in place, in ``dtype`` (default: the base's own).
-
-    A weight that is shared gets its own memory. Returns the number of modules.
-    """
-    layers = adapted_modules(model)
-    for name, layer in layers.items():
-        model.set_submodule(name, layer.merge(dtype))
-    return len(layers)

@@ -209,7 +209,7 @@ def test_adapters_that_do_not_go_together(tmp_path: Path) -> None:
     pairs = {"one": one, "two": two}
     with pytest.raises(AdapterError, match=r"different base models: one: .*base, two: .*half"):
         load(None, pairs)
-    message = r"different training dtypes \(give one as dtype\): one: float32, two: bfloat16"
+    message = r"different training dtypes \(pass dtype to choose one\): one: float32, two: bfloat16"
     with pytest.raises(AdapterError, match=message):
         load(base, pairs)
     assert load(base, pairs, dtype="float32").dtype == torch.float32
@@ -218,9 +218,9 @@ def test_adapters_that_do_not_go_together(tmp_path: Path) -> None:
         load(base, {"one": one, "three": three})
     with pytest.raises(AdapterError, match="no such adapter directory"):
         load(base, {"one": one, "four": tmp_path / "four"})
-    with pytest.raises(AdapterError, match="at least one by name"):
+    with pytest.raises(AdapterError, match="at least one name -> directory"):
         load(base, {})
-    with pytest.raises(AdapterError, match="allowed for one adapter"):
+    with pytest.raises(AdapterError, match="allowed for a single adapter"):
         load(base, {"one": one}, trainable=True)
     wider = write_base(tmp_path / "wider", hidden_size=32)
     with pytest.raises(AdapterError, match="another base model"):
@@ -235,7 +235,7 @@ def test_a_wrong_name_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"'sq1': not loaded; allowed: sql, nlg, None"):
         switch(model, "sq1", merged=True)
     assert same(model.state_dict(), before)
-    with pytest.raises(AdapterError, match="holds no adapters by name"):
+    with pytest.raises(AdapterError, match="has no named adapters"):
         switch(load(base, dirs["sql"]), "sql")
 
 

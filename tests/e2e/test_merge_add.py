@@ -92,7 +92,7 @@ def test_invalid_input_is_one_line(files: Path, capsys: pytest.CaptureFixture[st
         (("--weight", "nan"), "a: weight = nan: allowed: a finite number"),
         (("--add", "none:0.5"), "none: no such adapter directory"),
         (("--add", "b:half"), "b:half: no such adapter directory"),
-        (("--add", ":0.5"), "a directory is missing"),
+        (("--add", ":0.5"), "without an adapter directory"),
         (("--add", "base:1"), "base: a model, not an adapter"),
     ):
         assert message in refused(capsys, *options)

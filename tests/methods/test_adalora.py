@@ -13,12 +13,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.adapters.load import fold
 from lorakit.adapters.peft.place import load_adapter
 from lorakit.adapters.peft.write import save_adapter
 from lorakit.errors import RecipeError, UserError
 from lorakit.injection import inject, trainable_state
-from lorakit.layers import AdapterLayer, adapter_layers
+from lorakit.layers import AdapterLayer, adapted_modules, adapter_layers
 from lorakit.methods.adalora import METHOD, AdaLoraConfig, resolve_steps
 from lorakit.methods.adalora_layer import Allocation, Budget
 from lorakit.recipe.load import load_recipe
@@ -518,7 +517,8 @@ def test_ranks_down_to_0_are_saved_for_peft_and_for_us(
     load_adapter(ours, tmp_path / "a")
     torch.testing.assert_close(logits(ours), want, atol=1e-5, rtol=0)
     for unmerged in (model, ours):
-        fold(unmerged)
+        for place, layer in adapted_modules(unmerged).items():
+            unmerged.set_submodule(place, layer.merge())
         assert not adapter_layers(unmerged)
         torch.testing.assert_close(logits(unmerged), want, atol=1e-5, rtol=0)
 

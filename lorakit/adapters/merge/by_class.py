@@ -25,7 +25,13 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from lorakit.adapters.base_model import check_supplied, empty_model, full_config, set_pad_token
+from lorakit.adapters.base_model import (
+    LABEL_KEYS,
+    check_supplied,
+    empty_model,
+    full_config,
+    set_pad_token,
+)
 from lorakit.adapters.merge.checkpoint import Checkpoint, StoredTensor
 from lorakit.adapters.merge.updates import ResolvedBase, Ties, Weighted, find_updates
 from lorakit.adapters.peft.place import find_places
@@ -175,10 +181,6 @@ def _convert(
     return {n: value[0] if isinstance(value, list) else value for n, value in made.items()}
 
 
-#: A classifier's labels, and the pad token by which it finds a row's last token.
-_LABELS = ("id2label", "label2id", "problem_type", "pad_token_id")
-
-
 def resolve_by_class(
     section: ModelSection,
     settings: Mapping[str, Any],
@@ -308,7 +310,7 @@ def _text_config(config: PreTrainedConfig) -> str | None:
 def _labels(config: PreTrainedConfig, base: PreTrainedConfig) -> dict[str, Any]:
     """The keys of ``config.json`` that the adapter of a classifier changes."""
     changed: dict[str, Any] = {}
-    for key in _LABELS:
+    for key in LABEL_KEYS:
         value = getattr(config, key, None)
         if value != getattr(base, key, None):
             changed[key] = value

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.adapters.merge.checkpoint import INDEX, SINGLE, Checkpoint, OutputTensor
+from torch import Tensor
+
+from lorakit.adapters.merge.checkpoint import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    OutputTensor,
+    memory_of,
+)
 from lorakit.adapters.merge.plan import MergePlan
 from lorakit.adapters.merge.tokenizer import Tokenizer
 from lorakit.adapters.merge.updates import ResolvedBase
@@ -121,6 +129,41 @@ def create_files(
     if list(files) != [SINGLE]:
         _write_index(folder / INDEX, files, outputs)
     return places
+
+
+class OutputFiles:
+    """The files of ``create_files``, open for writing by several threads."""
+
+    def __init__(
+        self,
+        files: Mapping[str, int],
+        places: Mapping[str, Place],
+        outputs: Mapping[str, OutputTensor],
+    ) -> None:
+        self.files = files
+        self.places = places
+        self.outputs = outputs
+
+    def at(self, name: str) -> tuple[int, int]:
+        """Return the descriptor of the file, and the tensor's offset in it."""
+        place = self.places[name]
+        return self.files[place.file], place.start
+
+    def write(self, name: str, values: Tensor, first: int = 0) -> int:
+        """Write ``values`` from element ``first`` of the tensor on. Returns the number of bytes."""
+        if values.numel() == 0:
+            return 0
+        handle, start = self.at(name)
+        flat = memory_of(values.contiguous().view(-1))
+        write_at(handle, flat, start + first * values.dtype.itemsize)
+        return len(flat)
+
+
+def write_at(handle: int, content: memoryview, start: int) -> None:
+    """Write all of ``content`` into a file from ``start`` on."""
+    done = 0
+    while done < len(content):
+        done += os.pwrite(handle, content[done:], start + done)
 
 
 def _write_index(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorakit.adapters.base_model import base_section, dtype_name, other_base_note
 from lorakit.adapters.merge.by_name import resolve_by_name
 from lorakit.adapters.merge.checkpoint import SINGLE, Checkpoint, local_directory, read_config
 from lorakit.adapters.merge.output import (
@@ -25,19 +26,10 @@ from lorakit.adapters.merge.output import (
     write_config,
 )
 from lorakit.adapters.merge.plan import MergePlan, plan_merge
-from lorakit.adapters.merge.stream import write_tensors
+from lorakit.adapters.merge.stream import OnProgress, write_tensors
 from lorakit.adapters.merge.tokenizer import Tokenizer, choose_tokenizer
 from lorakit.adapters.merge.updates import ResolvedBase, Weighted, read_weighted
-from lorakit.adapters.merge.workers import OnProgress
-from lorakit.adapters.peft.read import (
-    AdapterFiles,
-    Say,
-    base_section,
-    dtype_name,
-    other_base_note,
-    run_method_file,
-    to_stderr,
-)
+from lorakit.adapters.peft.read import AdapterFiles, Say, run_method_file, to_stderr
 from lorakit.errors import AdapterError
 from lorakit.io.atomic import atomic_directory
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -18,12 +18,11 @@ from torch import Tensor
 from lorakit.adapters.merge.checkpoint import (
     DTYPES,
     Checkpoint,
-    OutputTensor,
     StoredTensor,
     memory_of,
     read_into,
 )
-from lorakit.adapters.merge.output import Place
+from lorakit.adapters.merge.output import OutputFiles, Place, write_at
 from lorakit.adapters.merge.plan import (
     GroupTask,
     MergePlan,
@@ -32,12 +31,20 @@ from lorakit.adapters.merge.plan import (
     not_finite,
 )
 from lorakit.adapters.merge.updates import LowRankUpdate, low_rank, merged_rows, merged_sum
-from lorakit.adapters.merge.workers import Buffers, Job, OnProgress, run_jobs
 from lorakit.adapters.peft.read import is_finite
 
 #: Elements of a chunk. Its float32 copies, 1 MiB each, fit in the processor's cache.
 CHUNK_ELEMENTS = 2**18
 _COPY_BYTES = 2**26
+#: Below this size, a second thread costs more than it saves.
+SMALL_BYTES = 2**23
+_MOST_WORKERS = 16
+#: Bytes that are written between two flushes to disk.
+_FLUSH_BYTES = 2**28
+
+OnProgress = Callable[[int, int], None]
+#: Returns the number of bytes that it wrote.
+Job = Callable[["Buffers"], int]
 
 
 def write_tensors(
@@ -55,49 +62,14 @@ def write_tensors(
         for file in sorted({place.file for place in places.values()}):
             files[file] = os.open(folder / file, os.O_WRONLY)
             stack.callback(os.close, files[file])
-        output = _Output(files, places, plan.outputs)
+        output = OutputFiles(files, places, plan.outputs)
         for file_ in checkpoint.files:
             checkpoint.descriptor(file_)  # opened here: the workers only read the table
         jobs = _jobs(plan, checkpoint, output)
         run_jobs(jobs, list(files.values()), total, on_progress)
 
 
-class _Output:
-    """The open output files."""
-
-    def __init__(
-        self,
-        files: Mapping[str, int],
-        places: Mapping[str, Place],
-        outputs: Mapping[str, OutputTensor],
-    ) -> None:
-        self.files = files
-        self.places = places
-        self.outputs = outputs
-
-    def at(self, name: str) -> tuple[int, int]:
-        """Return the descriptor of the file, and the tensor's offset in it."""
-        place = self.places[name]
-        return self.files[place.file], place.start
-
-    def write(self, name: str, values: Tensor, first: int = 0) -> int:
-        """Write ``values`` from element ``first`` of the tensor on. Returns the number of bytes."""
-        if values.numel() == 0:
-            return 0
-        handle, start = self.at(name)
-        flat = memory_of(values.contiguous().view(-1))
-        write_at(handle, flat, start + first * values.dtype.itemsize)
-        return len(flat)
-
-
-def write_at(handle: int, content: memoryview, start: int) -> None:
-    """Write all of ``content`` into a file from ``start`` on."""
-    done = 0
-    while done < len(content):
-        done += os.pwrite(handle, content[done:], start + done)
-
-
-def _jobs(plan: MergePlan, checkpoint: Checkpoint, output: _Output) -> Iterator[Job]:
+def _jobs(plan: MergePlan, checkpoint: Checkpoint, output: OutputFiles) -> Iterator[Job]:
     """Yield the jobs in file order, so that reads and writes are sequential."""
     whole = threading.Lock()
     for group in plan.groups:
@@ -115,7 +87,7 @@ def _jobs(plan: MergePlan, checkpoint: Checkpoint, output: _Output) -> Iterator[
 
 
 def _copy_jobs(
-    name: str, source: StoredTensor, checkpoint: Checkpoint, output: _Output
+    name: str, source: StoredTensor, checkpoint: Checkpoint, output: OutputFiles
 ) -> Iterator[Job]:
     for at in range(0, source.size_bytes, _COPY_BYTES):
         count = min(_COPY_BYTES, source.size_bytes - at)
@@ -147,7 +119,7 @@ def _copy(source: int, start: int, target: int, to: int, count: int) -> None:
 
 
 def _row_jobs(
-    task: Task, products: Sequence[LowRankUpdate], checkpoint: Checkpoint, output: _Output
+    task: Task, products: Sequence[LowRankUpdate], checkpoint: Checkpoint, output: OutputFiles
 ) -> Iterator[Job]:
     """Add low-rank products, in chunks of rows."""
     rows, columns = task.output.shape
@@ -166,7 +138,7 @@ def _row_jobs(
 
 
 def _method_jobs(
-    task: Task, checkpoint: Checkpoint, output: _Output, whole: threading.Lock
+    task: Task, checkpoint: Checkpoint, output: OutputFiles, whole: threading.Lock
 ) -> Iterator[Job]:
     """Merge other methods: in chunks of rows if they can, else as a whole matrix."""
     rows, columns = task.output.shape
@@ -186,7 +158,7 @@ def _method_jobs(
 
 
 def _whole_job(
-    task: Task, checkpoint: Checkpoint, output: _Output, buffers: Buffers, whole: threading.Lock
+    task: Task, checkpoint: Checkpoint, output: OutputFiles, buffers: Buffers, whole: threading.Lock
 ) -> int:
     with whole:
         if task.given is not None:
@@ -202,7 +174,7 @@ def _whole_job(
         return size
 
 
-def _cast_jobs(task: Task, checkpoint: Checkpoint, output: _Output) -> Iterator[Job]:
+def _cast_jobs(task: Task, checkpoint: Checkpoint, output: OutputFiles) -> Iterator[Job]:
     """Write the adapter's own values, or the base's, in the output's dtype."""
     for first, count in _chunks(task.output.parameters, 1):
 
@@ -217,7 +189,7 @@ def _cast_jobs(task: Task, checkpoint: Checkpoint, output: _Output) -> Iterator[
 
 
 def _group_job(
-    task: GroupTask, checkpoint: Checkpoint, output: _Output, whole: threading.Lock
+    task: GroupTask, checkpoint: Checkpoint, output: OutputFiles, whole: threading.Lock
 ) -> Job:
     def job(_buffers: Buffers) -> int:
         with whole:
@@ -256,7 +228,7 @@ def _read(
     return values
 
 
-def _store(task: Task, merged: Tensor, first: int, output: _Output, buffers: Buffers) -> int:
+def _store(task: Task, merged: Tensor, first: int, output: OutputFiles, buffers: Buffers) -> int:
     """Round, check and write the rows of the tensor from ``first`` on."""
     dtype = DTYPES[task.output.code]
     rounded = merged
@@ -267,3 +239,98 @@ def _store(task: Task, merged: Tensor, first: int, output: _Output, buffers: Buf
     if not is_finite(rounded) and (changed or is_finite(merged)):
         raise not_finite(task.name, dtype, changed)
     return output.write(task.name, rounded, first * merged.shape[1])
+
+
+class Buffers:
+    """Memory of one worker, reused for every chunk: fresh pages cost more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._memory: dict[str, Tensor] = {}
+
+    def get(self, use: str, count: int, dtype: torch.dtype) -> Tensor:
+        """Return ``count`` uninitialised elements in the memory that belongs to ``use``."""
+        size = count * dtype.itemsize
+        memory = self._memory.get(use)
+        if memory is None or len(memory) < size:
+            memory = self._memory[use] = torch.empty(size, dtype=torch.uint8)
+        return memory[:size].view(dtype)
+
+
+def _workers() -> int:
+    try:
+        count = len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        count = os.cpu_count() or 1
+    return max(1, min(count, _MOST_WORKERS))
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Torch's own threads would only compete with ours."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run_jobs(
+    jobs: Iterator[Job], files: Sequence[int], total: int, on_progress: OnProgress
+) -> None:
+    """Run all jobs, which write ``total`` bytes to ``files`` (descriptors), with one thread per
+    core. The first error stops the others and is raised."""
+    lock = threading.Lock()
+    failed: list[BaseException] = []
+    done = 0
+    stop = threading.Event()
+    finished = threading.Semaphore(0)
+
+    def work() -> None:
+        nonlocal done
+        buffers = Buffers()
+        try:
+            with torch.no_grad():
+                while not stop.is_set():
+                    with lock:
+                        job = next(jobs, None)
+                    if job is None:
+                        return
+                    size = job(buffers)
+                    with lock:
+                        done += size
+        except BaseException as error:
+            failed.append(error)
+            stop.set()
+        finally:
+            finished.release()
+
+    workers = 1 if total < SMALL_BYTES else _workers()
+    threads = [threading.Thread(target=work, name="merge", daemon=True) for _ in range(workers)]
+    flush = threading.Thread(target=_flush, args=(files, lambda: done, stop), daemon=True)
+    with _one_thread_each():
+        try:
+            for thread in (*threads, flush):
+                thread.start()
+            for _ in threads:
+                while not finished.acquire(timeout=0.25):
+                    on_progress(done, total)
+        finally:
+            stop.set()
+            for thread in (*threads, flush):
+                if thread.ident is not None:
+                    thread.join()
+    if failed:
+        raise failed[0]
+    on_progress(total, total)
+
+
+def _flush(files: Sequence[int], done: Callable[[], int], stop: threading.Event) -> None:
+    """Flush what is written while the rest is computed. The caller flushes the last part."""
+    flushed = 0
+    while not stop.wait(0.05):
+        if done() - flushed >= _FLUSH_BYTES:
+            flushed = done()
+            for handle in files:
+                with suppress(OSError):  # the caller's own fsync reports it
+                    getattr(os, "fdatasync", os.fsync)(handle)

@@ -10,7 +10,6 @@ import math
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,6 @@ from lorakit.errors import AdapterError, shown
 from lorakit.kernels.low_rank import RowSlice
 from lorakit.methods.base import Method
 from lorakit.models.hub import explained, hub_resolves, is_missing_path, other_content
-from lorakit.recipe.sections import ModelSection
 from lorakit.user_code import is_code
 
 #: Receives one note at a time.
@@ -329,53 +327,3 @@ def _tensors(directory: Path, method: Method) -> tuple[dict[str, Tensor], dict[s
         else:
             tensors[name.removeprefix(PREFIX)] = wide
     return tensors, shared
-
-
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-def base_section(
-    base: str | Path | None, files: AdapterFiles, trust_remote_code: bool = False
-) -> ModelSection:
-    """Return the base as a recipe's ``model`` section: ``base``, or the one that the adapter names.
-    The adapter's revision applies to the latter only. Raises AdapterError if there is none."""
-    named = files.config.get("base_model_name_or_path")
-    name = str(base if base is not None else named or "")
-    if not name:
-        raise AdapterError(f"{files.directory}: names no base model; hint: pass one")
-    if base is None and is_missing_path(name):
-        raise AdapterError(
-            f"{files.directory}: names the base model {name}, which does not exist; hint: pass the "
-            "base explicitly, as a directory or Hub id"
-        )
-    revision = files.config.get("revision") if name == named else None
-    return ModelSection(name_or_path=name, revision=revision, trust_remote_code=trust_remote_code)
-
-
-def other_base_note(section: ModelSection, files: AdapterFiles) -> str | None:
-    """A note if the adapter names another base than the given one."""
-    named, given = files.config.get("base_model_name_or_path"), section.name_or_path
-    if not named or _names(str(named)) & (_names(given) | _names(str(Path(given).resolve()))):
-        return None
-    with suppress(OSError):
-        if Path(named).samefile(given):
-            return None
-    return (
-        f"{files.directory}: trained on {named}, but used with {given}: matching shapes do not "
-        "guarantee that it is the same model"
-    )
-
-
-def _names(path: str) -> set[str]:
-    """The model's names in a path or Hub id; in the Hub's cache, the repository's name."""
-    parts = [part.casefold() for part in Path(path).parts]
-    cached = [part.rpartition("--")[2] for part in parts if part.startswith("models--")]
-    return set(cached or parts[-1:])
-
-
-def dtype_name(dtype: str | torch.dtype | None, key: str) -> str | None:
-    """Return ``float32``, ``bfloat16`` or ``float16``. Raises AdapterError for another dtype."""
-    name = None if dtype is None else str(dtype).removeprefix("torch.")
-    if name is not None and name not in DTYPES:
-        raise AdapterError(f"{key} = {name}: allowed: {', '.join(DTYPES)}")
-    return name

@@ -254,7 +254,7 @@ def test_places_that_out_may_not_be(make_pair: MakePair, tmp_path: Path) -> None
         adapter / "merged": "outside the adapter's directory",
         tmp_path: "contains the base's directory",
         tmp_path / "file": "not a directory",
-        tmp_path / "photos": "something other than a model",
+        tmp_path / "photos": "not empty and not a model",
     }
     before = sorted(tmp_path.rglob("*"))
     for out, message in cases.items():
@@ -305,7 +305,7 @@ def test_bases_that_cannot_be_merged_into(make_pair: MakePair, tmp_path: Path) -
     with pytest.raises(ModelError, match="corrupt or truncated"):
         merge(base, adapter, tmp_path / "out")
     weights.rename(base / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="safetensors only"):
+    with pytest.raises(ModelError, match="only safetensors"):
         merge(base, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -336,14 +336,14 @@ def test_a_full_disk_is_said_before_anything_is_written(
 
 _SLOW = """
 import sys, time
-from lorakit.adapters.merge import stream
+from lorakit.adapters.merge import output
 from lorakit.adapters.merge.run import merge
-write = stream.write_at
+write = output.write_at
 def slow(*args):
     write(*args)
     print("written", flush=True)
     time.sleep(0.5)
-stream.write_at = slow
+output.write_at = slow
 merge(*sys.argv[1:4], max_shard_size=8000, overwrite=True)
 """
 
@@ -487,7 +487,7 @@ def test_a_sum_that_is_not_finite(
 def test_a_base_value_that_the_dtype_does_not_hold(make_pair: MakePair, tmp_path: Path) -> None:
     base, adapter, _ = make_pair()
     _changed(base / "model.safetensors", "down_proj.weight", 1e6)
-    with pytest.raises(AdapterError, match=r"float16: the base's own values are too large"):
+    with pytest.raises(AdapterError, match=r"float16 after the merge: the base's values exceed"):
         merge(base, adapter, tmp_path / "out", dtype="float16")
     merge(base, adapter, tmp_path / "out", dtype="bfloat16")
 

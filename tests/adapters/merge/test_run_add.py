@@ -157,7 +157,7 @@ def test_the_sum_is_refused_as_a_merge_is(tmp_path: Path) -> None:
         ([(a, float("nan"))], "weight = nan: allowed: a finite number"),
         ([(a, float("-inf"))], "weight = -inf: allowed: a finite number"),
         ([(tmp_path / "none", 1.0)], "none: no such adapter directory"),
-        ([("", 1.0)], "a directory is missing"),
+        ([("", 1.0)], "without an adapter directory"),
         ([(base, 1.0)], "a model, not an adapter"),
         ([(other, 1.0)], "belongs to another base model"),
     ]

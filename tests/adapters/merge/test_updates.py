@@ -18,7 +18,6 @@ from lorakit.adapters.load import load
 from lorakit.adapters.merge import by_name
 from lorakit.adapters.merge import run as merge_module
 from lorakit.adapters.merge import stream as merge_stream
-from lorakit.adapters.merge import workers as merge_workers
 from lorakit.adapters.merge.run import merge
 from lorakit.errors import AdapterError, ModelError
 from lorakit.layers import adapted_modules
@@ -50,8 +49,8 @@ def test_the_bits_of_the_formula(
     base = write_base(tmp_path / "base", family, dtype)
     adapter = write_adapter(base, tmp_path / "adapter", **keys)
     monkeypatch.setattr(merge_stream, "CHUNK_ELEMENTS", 256)
-    monkeypatch.setattr(merge_workers, "SMALL_BYTES", 0)
-    monkeypatch.setattr(merge_workers, "_workers", lambda: 3)
+    monkeypatch.setattr(merge_stream, "SMALL_BYTES", 0)
+    monkeypatch.setattr(merge_stream, "_workers", lambda: 3)
     threads = torch.get_num_threads()
     merge(base, adapter, tmp_path / "out")
     assert torch.get_num_threads() == threads
@@ -158,16 +157,16 @@ def test_families_whose_configuration_tells_all(model_type: str, biased: bool | 
 @pytest.mark.parametrize(
     ("lost", "shape", "settings", "said"),
     [
-        (r"lm_head\.weight", None, {}, r"neither in the base .*, lm_head\.weight among them"),
-        (r"model\.norm\.weight", None, {}, r"model\.norm\.weight among them"),
+        (r"lm_head\.weight", None, {}, r"in neither the base .*, including lm_head\.weight"),
+        (r"model\.norm\.weight", None, {}, r"including model\.norm\.weight"),
         (r".*mlp\.up_proj\.weight", None, {}, r"2 weights .*layers\.0\.mlp\.up_proj\.weight"),
         (r".*input_layernorm\.weight", None, {}, r"layers\.0\.input_layernorm\.weight"),
         (r".*q_proj\.bias", None, {}, r"layers\.0\.self_attn\.q_proj\.bias"),
         (r".*up_proj\.weight", (20, 16), {}, r"has shape \(20, 16\), and \(24, 16\) by the configuration"),
-        (r"lm_head\.weight", (70, 16), {}, r"lm_head\.weight is \(70, 16\)"),
-        (r".*k_proj\.weight", (16, 16), {}, r"k_proj\.weight is \(16, 16\)"),
+        (r"lm_head\.weight", (70, 16), {}, r"lm_head\.weight has shape \(70, 16\)"),
+        (r".*k_proj\.weight", (16, 16), {}, r"k_proj\.weight has shape \(16, 16\)"),
         (None, None, {"vocab_size": 80}, r"has shape \(64, 16\), and \(80, 16\) by the configuration"),
-        (None, None, {"num_key_value_heads": 4}, r"k_proj.* the configuration says \(16,"),
+        (None, None, {"num_key_value_heads": 4}, r"k_proj.* and \(16,\) by the configuration"),
     ],
 )  # fmt: skip
 def test_a_base_that_is_not_what_its_configuration_says(

@@ -117,7 +117,7 @@ def test_a_base_that_has_moved(pair: tuple[Path, Path], adapter: Path) -> None:
     with pytest.raises(AdapterError, match="base model /once/here, which does not exist"):
         load(None, adapter)
     edit(adapter, base_model_name_or_path="once/here")
-    with pytest.raises(ModelError, match="names this base: if it has moved, give the base"):
+    with pytest.raises(ModelError, match="names this base; hint: if it has moved, pass the base"):
         load(None, adapter)
     assert logits(load(base, adapter)).isfinite().all()
 
