@@ -153,9 +153,11 @@ def base_model(
         )
     for files in adapters:
         places = find_places(model, files)
-        mismatched = [key for key in info["mismatched_keys"] if key[0] not in places.whole]
+        mismatched = [key for key in info["mismatched_keys"] if key[0] not in places.fully_trained]
         check_shapes(mismatched, name)
-        check_supplied(set(info["missing_keys"]), {**places.base, **places.whole}, name, files)
+        check_supplied(
+            set(info["missing_keys"]), {**places.base, **places.fully_trained}, name, files
+        )
     return model, {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
 
 

@@ -51,7 +51,7 @@ def load(
     if isinstance(adapter, Mapping):
         if trainable:
             raise AdapterError("trainable = True: allowed for a single adapter only")
-        return _load_several(base, adapter, dtype, device, trust_remote_code)
+        return _load_named(base, adapter, dtype, device, trust_remote_code)
     files = read_adapter(adapter)
     section = base_section(base, files, trust_remote_code)
     config = full_config(section, files)
@@ -65,7 +65,7 @@ def load(
     return model
 
 
-def _load_several(
+def _load_named(
     base: str | Path | None,
     directories: Mapping[str, str | Path],
     dtype: str | torch.dtype | None,

@@ -203,9 +203,11 @@ def resolve_by_class(
     names = StoredNames(model, checkpoint.tensors)
     shapes = {name: tuple(value.shape) for name, value in state.items()}
     ties = _ties(state)
-    plain = _fitting(names, shapes, places.whole, checkpoint)
+    plain = _fitting(names, shapes, places.fully_trained, checkpoint)
     read = {*plain.values(), *(name for group in names.groups for name in group.targets)}
-    _check_present(model, shapes, read, ties, {**places.base, **places.whole}, checkpoint, files)
+    _check_present(
+        model, shapes, read, ties, {**places.base, **places.fully_trained}, checkpoint, files
+    )
     return ResolvedBase(
         plain=plain,
         groups=names.groups,
@@ -213,7 +215,7 @@ def resolve_by_class(
         ties=ties,
         updates=updates,
         base=places.base,
-        whole=places.whole,
+        fully_trained=places.fully_trained,
         class_name=type(model).__name__,
         architecture=_architecture(model, config, settings, files),
         stored_name=names.stored_name,
@@ -233,21 +235,21 @@ def _ties(state: Mapping[str, Tensor]) -> list[list[str]]:
 def _fitting(
     names: StoredNames,
     shapes: Mapping[str, tuple[int, ...]],
-    whole: Mapping[str, Tensor],
+    fully_trained: Mapping[str, Tensor],
     checkpoint: Checkpoint,
 ) -> dict[str, str]:
     """Return the tensors that are read unchanged. Raises AdapterError for one of another shape,
     unless the adapter replaces it (a head for another number of labels)."""
     for stored, name in names.plain.items():
         have = checkpoint.tensors[stored].shape
-        if have != shapes[name] and name not in whole:
+        if have != shapes[name] and name not in fully_trained:
             raise AdapterError(
                 f"{checkpoint.directory}: {stored} has shape {have}, and {shapes[name]} by "
                 "the configuration"
             )
     for group in names.groups:
         for name, have in group.targets.items():
-            if name in shapes and have != shapes[name] and name not in whole:
+            if name in shapes and have != shapes[name] and name not in fully_trained:
                 raise AdapterError(
                     f"{checkpoint.directory}: {name} gets shape {have}, and has {shapes[name]} "
                     "by the configuration"

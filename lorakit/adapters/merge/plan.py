@@ -58,12 +58,16 @@ def all_given(base: ResolvedBase, shared: Shared) -> dict[str, Tensor]:
     return given
 
 
-def is_untied(names: Sequence[str], whole: Mapping[str, Tensor], adapted: Collection[str]) -> bool:
+def is_untied(
+    names: Sequence[str], fully_trained: Mapping[str, Tensor], adapted: Collection[str]
+) -> bool:
     """Whether the tied weights ``names`` differ after the merge."""
-    given = [name for name in names if name in whole]
+    given = [name for name in names if name in fully_trained]
     if any(name in adapted for name in names):
         return True
-    same = len(given) == len(names) and all(whole[n].equal(whole[given[0]]) for n in given)
+    same = len(given) == len(names) and all(
+        fully_trained[n].equal(fully_trained[given[0]]) for n in given
+    )
     return bool(given) and not same
 
 
@@ -164,7 +168,9 @@ def plan_merge(base: ResolvedBase, checkpoint: Checkpoint, dtype: str | None) ->
         by_name.setdefault(name, stored)
     shared = find_shared(base, checkpoint, by_name)
     given = all_given(base, shared)
-    untied = [names for names in shared.together if is_untied(names, base.whole, base.updates)]
+    untied = [
+        names for names in shared.together if is_untied(names, base.fully_trained, base.updates)
+    ]
     if impossible := [names for names in untied if not base.can_untie(names)]:
         raise AdapterError(
             f"{impossible[0][0]}: {base.class_name} cannot store these tied weights as separate "

@@ -71,9 +71,9 @@ def write_tensors(
 
 def _jobs(plan: MergePlan, checkpoint: Checkpoint, output: OutputFiles) -> Iterator[Job]:
     """Yield the jobs in file order, so that reads and writes are sequential."""
-    whole = threading.Lock()
+    one_matrix = threading.Lock()
     for group in plan.groups:
-        yield _group_job(group, checkpoint, output, whole)
+        yield _group_job(group, checkpoint, output, one_matrix)
     for task in plan.tasks:
         if task.is_copy:
             assert task.source is not None
@@ -81,7 +81,7 @@ def _jobs(plan: MergePlan, checkpoint: Checkpoint, output: OutputFiles) -> Itera
         elif task.updates and (products := low_rank(task.updates)) is not None:
             yield from _row_jobs(task, products, checkpoint, output)
         elif task.updates:
-            yield from _method_jobs(task, checkpoint, output, whole)
+            yield from _method_jobs(task, checkpoint, output, one_matrix)
         else:
             yield from _cast_jobs(task, checkpoint, output)
 
@@ -138,13 +138,13 @@ def _row_jobs(
 
 
 def _method_jobs(
-    task: Task, checkpoint: Checkpoint, output: OutputFiles, whole: threading.Lock
+    task: Task, checkpoint: Checkpoint, output: OutputFiles, one_matrix: threading.Lock
 ) -> Iterator[Job]:
     """Merge other methods: in chunks of rows if they can, else as a whole matrix."""
     rows, columns = task.output.shape
     probe = merged_rows(task.updates, torch.zeros(1, columns), 0)
     if probe is None:
-        yield lambda buffers: _whole_job(task, checkpoint, output, buffers, whole)
+        yield lambda buffers: _whole_job(task, checkpoint, output, buffers, one_matrix)
         return
     for first, count in _chunks(rows, columns):
 
@@ -158,9 +158,13 @@ def _method_jobs(
 
 
 def _whole_job(
-    task: Task, checkpoint: Checkpoint, output: OutputFiles, buffers: Buffers, whole: threading.Lock
+    task: Task,
+    checkpoint: Checkpoint,
+    output: OutputFiles,
+    buffers: Buffers,
+    one_matrix: threading.Lock,
 ) -> int:
-    with whole:
+    with one_matrix:
         if task.given is not None:
             W = task.given
         else:
@@ -189,10 +193,10 @@ def _cast_jobs(task: Task, checkpoint: Checkpoint, output: OutputFiles) -> Itera
 
 
 def _group_job(
-    task: GroupTask, checkpoint: Checkpoint, output: OutputFiles, whole: threading.Lock
+    task: GroupTask, checkpoint: Checkpoint, output: OutputFiles, one_matrix: threading.Lock
 ) -> Job:
     def job(_buffers: Buffers) -> int:
-        with whole:
+        with one_matrix:
             values = group_values(task, checkpoint)
             return sum(output.write(name, value) for name, value in values.items())
 

@@ -100,10 +100,10 @@ def find_updates(model: nn.Module, adapters: Sequence[Weighted]) -> dict[str, li
             f"{first.files.directory}: weight = {first.weight:g}: it trains parameters of the base "
             f"({min(places.base)}), which have no delta to scale; allowed: 1"
         )
-    own = {**places.base, **places.whole}
+    own = {**places.base, **places.fully_trained}
     for other in added:
         found = find_places(model, other.files)
-        _check_same(own, {**found.base, **found.whole}, first.files, other.files)
+        _check_same(own, {**found.base, **found.fully_trained}, first.files, other.files)
     updates: dict[str, list[Update]] = {}
     for adapter in (*added, first):
         load_adapter(model, adapter.files)
@@ -201,7 +201,7 @@ class ResolvedBase:
 
     ``plain``: stored name -> parameter, for tensors that are read unchanged; ``groups``: the others
     that are read. Everything else is keyed by parameter names. ``ties``: names of one parameter;
-    ``base``: trained parameters of the base; ``whole``: parameters of fully trained modules.
+    ``base``: trained parameters of the base; ``fully_trained``: those of fully trained modules.
     ``architecture`` is the class's name if the merged model is of another class than the base;
     ``stored_name`` then also applies to names that are stored. ``can_untie``: whether the class can
     hold tied names as separate weights. ``text_config``: the key of the text model's part of
@@ -214,7 +214,7 @@ class ResolvedBase:
     groups: Sequence[Group] = ()
     ties: Ties = ()
     base: Mapping[str, Tensor] = field(default_factory=dict)
-    whole: Mapping[str, Tensor] = field(default_factory=dict)
+    fully_trained: Mapping[str, Tensor] = field(default_factory=dict)
     class_name: str = ""
     architecture: str | None = None
     stored_name: Callable[[str], str] = str
@@ -225,4 +225,4 @@ class ResolvedBase:
     @property
     def given(self) -> dict[str, Tensor]:
         """The values that replace those of the base."""
-        return {**self.base, **self.whole}
+        return {**self.base, **self.fully_trained}

@@ -40,13 +40,13 @@ class Placement:
     """Where each tensor of ``files`` goes. All names are those of the model.
 
     ``adapters``: module -> PEFT's suffix -> factor; ``base``: trained parameters of the base;
-    ``whole``: parameters of fully trained modules; ``unknown``: tensors without a module.
+    ``fully_trained``: parameters of fully trained modules; ``unknown``: tensors without a module.
     """
 
     files: AdapterFiles
     adapters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     base: dict[str, Tensor] = field(default_factory=dict)
-    whole: dict[str, Tensor] = field(default_factory=dict)
+    fully_trained: dict[str, Tensor] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
 
 
@@ -68,13 +68,13 @@ def load_adapter(
         raise AdapterError("the model already has an adapter; load the base again")
     places = find_places(model, files)
     files = places.files
-    whole = fully_trained_modules(model, places)
+    fully_trained = fully_trained_modules(model, places)
     _check_vocabulary(model, places)
-    _check_complete(model, places, whole)
+    _check_complete(model, places, fully_trained)
     layers = _layers(model, places)
     if note := _bypassed_note(model, files, layers):
         say(note)
-    _check_shapes(model, files, {**places.base, **places.whole})
+    _check_shapes(model, files, {**places.base, **places.fully_trained})
     model.requires_grad_(False)
     for key in [name for name in model.state_dict() if name in places.base]:
         if trainable:
@@ -83,14 +83,14 @@ def load_adapter(
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     files.method.link(adapter_layers(model))
-    _untie(model, places.whole)
+    _untie(model, places.fully_trained)
     heads = tuple(f"{head}." for head in find_heads(model))
-    for name in whole:
+    for name in fully_trained:
         train_module(model, name, float32_output=f"{name}.".startswith(heads or ("\0",)))
-    for key, value in places.whole.items():
+    for key, value in places.fully_trained.items():
         set_value(model, key, value)
-    _set_trainable(model, layers, whole, trainable, files.method.shared)
-    return report(model, files.method.name, whole)
+    _set_trainable(model, layers, fully_trained, trainable, files.method.shared)
+    return report(model, files.method.name, fully_trained)
 
 
 def find_places(model: nn.Module, files: AdapterFiles) -> Placement:
@@ -103,7 +103,7 @@ def find_places(model: nn.Module, files: AdapterFiles) -> Placement:
         own = set(modules[name].state_dict(keep_vars=True)) if name else set()
         if end in own:
             in_base = files.trains_base and not is_fully_trained(files.config, name)
-            (places.base if in_base else places.whole)[key] = value
+            (places.base if in_base else places.fully_trained)[key] = value
         elif not files.method.kinds or not isinstance(modules.get(name), ADAPTABLE):
             places.unknown.append(key)
         elif end.startswith(BASE_LAYER) and end.removeprefix(BASE_LAYER) in own:
@@ -120,24 +120,26 @@ def fully_trained_modules(model: nn.Module, places: Placement) -> list[str]:
     suffixes = modules_to_save(config) or ("\0",)
     names = [n for n, m in model.named_modules() if n.endswith(suffixes) and m.state_dict()]
     covered = tuple(f"{name}." for name in names) or ("\0",)
-    names += [key.rpartition(".")[0] for key in places.whole if not key.startswith(covered)]
+    names += [key.rpartition(".")[0] for key in places.fully_trained if not key.startswith(covered)]
     names = list(dict.fromkeys(names))
     topmost = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
     # A head without tensors in the file remains that of the base.
     listed_suffixes = tuple(config.get("modules_to_save") or ("\0",))
-    return [n for n in topmost if n.endswith(listed_suffixes) or _has_tensors(places.whole, n)]
+    return [
+        n for n in topmost if n.endswith(listed_suffixes) or _has_tensors(places.fully_trained, n)
+    ]
 
 
-def _check_complete(model: nn.Module, places: Placement, whole: Iterable[str]) -> None:
+def _check_complete(model: nn.Module, places: Placement, fully_trained: Iterable[str]) -> None:
     modules = dict(model.named_modules())
     matched = matched_modules(places.files.config, model)
     matched = {name for name in matched if isinstance(modules[name], ADAPTABLE)}
     missing = [f"{name} (adapter)" for name in sorted(matched - set(places.adapters))]
     missing += [
         f"{name}.{key}"
-        for name in whole
+        for name in fully_trained
         for key in modules[name].state_dict()
-        if f"{name}.{key}" not in places.whole
+        if f"{name}.{key}" not in places.fully_trained
     ]
     problems = []
     if places.unknown:
@@ -190,7 +192,7 @@ def _check_vocabulary(model: nn.Module, places: Placement) -> None:
 
 def _matrices(places: Placement, name: str) -> list[tuple[int, ...]]:
     """The shapes of the module's matrix, as far as the adapter's tensors determine it."""
-    given = {**places.base, **places.whole}.get(f"{name}.weight")
+    given = {**places.base, **places.fully_trained}.get(f"{name}.weight")
     own = places.adapters.get(name, {})
     found = [tuple(given.shape)] if given is not None else []
     if own.keys() >= set(LINEAR_FACTORS):
@@ -226,14 +228,16 @@ def _check_shapes(model: nn.Module, files: AdapterFiles, values: Mapping[str, Te
             )
 
 
-def _untie(model: nn.Module, whole: Mapping[str, Tensor]) -> None:
+def _untie(model: nn.Module, fully_trained: Mapping[str, Tensor]) -> None:
     """Separate tied parameters that do not all receive the same values."""
     shared: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         shared.setdefault(id(parameter), []).append(name.replace(f".{BASE_LAYER}", "."))
     for names in shared.values():
-        given = [name for name in names if name in whole]
-        if len(given) < len(names) or any(not whole[n].equal(whole[given[0]]) for n in given):
+        given = [name for name in names if name in fully_trained]
+        if len(given) < len(names) or any(
+            not fully_trained[n].equal(fully_trained[given[0]]) for n in given
+        ):
             for key in given if len(names) > 1 else ():
                 name, _, end = key.rpartition(".")
                 own = _at(model, key).detach().clone()
@@ -243,7 +247,7 @@ def _untie(model: nn.Module, whole: Mapping[str, Tensor]) -> None:
 def _set_trainable(
     model: nn.Module,
     layers: Mapping[str, BaseWrapper],
-    whole: Iterable[str],
+    fully_trained: Iterable[str],
     trainable: bool,
     frozen: Collection[str],
 ) -> None:
@@ -251,7 +255,7 @@ def _set_trainable(
         for name, parameter in layer.named_parameters():
             if not name.startswith(BASE_LAYER):
                 parameter.requires_grad_(trainable and name not in frozen)
-    for name in whole:
+    for name in fully_trained:
         model.get_submodule(name).requires_grad_(trainable)
 
 
@@ -262,5 +266,5 @@ def _at(model: nn.Module, key: str) -> Tensor:
     return value
 
 
-def _has_tensors(whole: Mapping[str, Tensor], name: str) -> bool:
-    return any(key.startswith(f"{name}.") for key in whole)
+def _has_tensors(values: Mapping[str, Tensor], name: str) -> bool:
+    return any(key.startswith(f"{name}.") for key in values)

@@ -70,11 +70,11 @@ def save_adapter(
     """
     directory = Path(directory)
     method: Method = registry.method(config.method)
-    whole = _whole_modules(model, config, method, modules_to_save)
-    if not adapted_modules(model) and not whole and not trained_base(model, whole):
+    fully_trained = _modules_to_save(model, config, method, modules_to_save)
+    if not adapted_modules(model) and not fully_trained and not trained_base(model, fully_trained):
         raise AdapterError(f"{directory}: the model has no adapter to save")
     _check_replaceable(directory)
-    saved = _collect(model, config, method, whole, names)
+    saved = _collect(model, config, method, fully_trained, names)
     base = {"base_model_name_or_path": base_model_name_or_path, "revision": revision}
     settings = saved.settings | base | {"task_type": task_type}
     if method.peft_type in LORA_FORMATS:
@@ -121,21 +121,21 @@ def _collect(
     model: nn.Module,
     config: AdapterSection,
     method: Method,
-    whole: Sequence[str],
+    fully_trained: Sequence[str],
     names: BaseNames | None,
 ) -> _Contents:
     adapted = adapted_modules(model)
     renamed: Callable[[str], str] = names or str
     layers = {renamed(name): layer.joined() for name, layer in adapted.items()}
     settings, tensors = to_peft(method, layers, config)
-    base_parameters = {renamed(n): value for n, value in trained_base(model, whole).items()}
+    base_parameters = {renamed(n): value for n, value in trained_base(model, fully_trained).items()}
     tensors |= base_parameters
     if not method.kinds:
         settings["trained_parameters"] = sorted(base_parameters)
-    for name in whole:
+    for name in fully_trained:
         state = model.get_submodule(name).state_dict()
         tensors |= {f"{renamed(name)}.{key}": value for key, value in state.items()}
-    settings["modules_to_save"] = [renamed(name) for name in whole] or None
+    settings["modules_to_save"] = [renamed(name) for name in fully_trained] or None
     info = _sidecar(model, method, adapted, renamed)
     if names is not None:
         info["base_class"] = type(names.own).__name__
@@ -151,19 +151,19 @@ def _collect(
     return _Contents(settings, tensors, shared, info)
 
 
-def _whole_modules(
+def _modules_to_save(
     model: nn.Module,
     config: AdapterSection,
     method: Method,
     modules_to_save: Sequence[str] | None,
 ) -> list[str]:
     if modules_to_save is not None:
-        whole = list(modules_to_save)
+        fully_trained = list(modules_to_save)
     elif method.kinds:
-        whole = _trained_whole(model)
+        fully_trained = _fully_trained(model)
     else:
-        whole = list(trained_whole(model, config))
-    return whole + _sharing(model, whole)
+        fully_trained = list(trained_whole(model, config))
+    return fully_trained + _sharing(model, fully_trained)
 
 
 def _complete_for_peft(
@@ -191,7 +191,7 @@ def _stored(tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict
     return out
 
 
-def _trained_whole(model: nn.Module) -> list[str]:
+def _fully_trained(model: nn.Module) -> list[str]:
     """The topmost modules, adapter layers aside, whose parameters all train. Parameters with an
     fp32 master weight do not count: they are trained parameters of the base."""
     adapted = tuple(f"{name}." for name in adapted_modules(model))
@@ -202,15 +202,17 @@ def _trained_whole(model: nn.Module) -> list[str]:
         for depth in range(1, len(parts) + 1):
             module = ".".join(parts[:depth])
             trains[module] = trains.get(module, True) and parameter.requires_grad and not inside
-    whole = [name for name, all_train in trains.items() if all_train]
-    return [n for n in whole if not any(n.startswith(f"{other}.") for other in whole)]
+    fully_trained = [name for name, all_train in trains.items() if all_train]
+    return [
+        n for n in fully_trained if not any(n.startswith(f"{other}.") for other in fully_trained)
+    ]
 
 
-def _sharing(model: nn.Module, whole: Sequence[str]) -> list[str]:
-    """Modules outside ``whole`` that share its parameters (tied embeddings): readers that do not
-    know the tie need both."""
-    values = {id(p) for name in whole for p in model.get_submodule(name).parameters()}
-    inside = tuple(f"{name}." for name in whole)
+def _sharing(model: nn.Module, fully_trained: Sequence[str]) -> list[str]:
+    """Modules outside ``fully_trained`` that share its parameters (tied embeddings): readers that
+    do not know the tie need both."""
+    values = {id(p) for name in fully_trained for p in model.get_submodule(name).parameters()}
+    inside = tuple(f"{name}." for name in fully_trained)
     return [
         name
         for name, module in model.named_modules()
