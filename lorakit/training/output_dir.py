@@ -17,6 +17,7 @@ from typing import Any
 
 from lorakit import registry
 from lorakit.adapters.model_card import CardFacts
+from lorakit.adapters.peft.schema import CONFIG, WEIGHTS
 from lorakit.adapters.peft.targets import (
     BaseNames,
     misread_by_peft,
@@ -76,7 +77,7 @@ def find_start(recipe: Recipe, resume: str | None) -> Start:
     run = _read_run(output_dir)
     adapter = output_dir / "adapter"
     complete = run.get("exit_reason") == "completed" and all(
-        (adapter / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors")
+        (adapter / name).is_file() for name in (CONFIG, WEIGHTS)
     )
     named = None if resume in (None, "auto") else _checkpoint_at(str(resume))
     own = named is not None and named.parent.resolve() == (output_dir / "checkpoints").resolve()
