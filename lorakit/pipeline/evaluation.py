@@ -10,8 +10,8 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit import registry
-from lorakit.adapters.peft.place import load_adapter
 from lorakit.adapters.base_model import dtype_name
+from lorakit.adapters.peft.place import load_adapter
 from lorakit.adapters.peft.read import AdapterFiles, read_adapter, run_method_file
 from lorakit.distributed.processes import init_process_group, is_main
 from lorakit.errors import AdapterError, UserError
