@@ -123,7 +123,7 @@ def test_a_chat_of_several_rows_counts_each_trained_token_once(tiny_llama: Path)
     assert len(found.predictions) == len(rows)
 
 
-def test_neither_randomness_nor_mode_nor_gradients_are_touched(tiny_llama: Path) -> None:
+def test_rng_state_mode_and_gradients_are_unchanged(tiny_llama: Path) -> None:
     case = causal(tiny_llama)
     inject(case.model, LoraConfig(r=2, lora_dropout=0.5))
     case.model.train()
@@ -138,7 +138,7 @@ def test_neither_randomness_nor_mode_nor_gradients_are_touched(tiny_llama: Path)
     assert not case.model.training
 
 
-def test_training_goes_on_after_an_evaluation(tiny_llama: Path) -> None:
+def test_training_continues_after_an_evaluation(tiny_llama: Path) -> None:
     case = causal(tiny_llama)
     inject(case.model, LoraConfig(r=2))
     case.evaluate()
@@ -154,7 +154,7 @@ def test_bfloat16_is_summed_in_float32(tiny_llama: Path) -> None:
     assert rounded == pytest.approx(exact, rel=2e-2)
 
 
-def test_loss_that_is_not_finite_is_an_error(tiny_llama: Path) -> None:
+def test_a_non_finite_loss_is_an_error(tiny_llama: Path) -> None:
     case = causal(tiny_llama)
     with torch.no_grad():
         case.model.get_output_embeddings().weight.fill_(math.nan)
@@ -162,7 +162,7 @@ def test_loss_that_is_not_finite_is_an_error(tiny_llama: Path) -> None:
         case.evaluate()
 
 
-def test_classes_and_loss_of_an_encoder(tiny_bert: Path) -> None:
+def test_classification_predictions_and_loss(tiny_bert: Path) -> None:
     rows = [
         {"sentence1": "a" * n, "sentence2": "b c d"[: n % 5], "label": n % 2} for n in range(1, 12)
     ]
@@ -190,7 +190,7 @@ def test_classes_and_loss_of_an_encoder(tiny_bert: Path) -> None:
         assert set(found.metrics) == {"loss", "accuracy", "f1"}
 
 
-def test_numbers_and_squared_error_of_a_regression(tiny_bert: Path) -> None:
+def test_regression_predictions_and_loss(tiny_bert: Path) -> None:
     rows = [
         {"sentence1": "a" * n, "sentence2": "bc" * (n % 3), "label": n / 3} for n in range(1, 8)
     ]
@@ -225,7 +225,7 @@ def test_generated_text_is_scored(wikisql: Case) -> None:
     assert seen == [("loss", 2, 3), ("loss", 3, 3), ("generated", 3, 3)]
 
 
-def test_without_generation_only_the_loss(wikisql: Case) -> None:
+def test_without_generation_only_the_loss_is_measured(wikisql: Case) -> None:
     found = wikisql.evaluate(generate=False)
     assert set(found.metrics) == {"loss", "perplexity"}
     assert found.predictions == []
@@ -242,7 +242,7 @@ def test_stops_between_batches(wikisql: Case, batches: int) -> None:
     assert wikisql.model.training
 
 
-def test_prompts_are_cut_at_their_beginning(wikisql: Case) -> None:
+def test_prompts_are_truncated_from_the_left(wikisql: Case) -> None:
     whole = encode_prompts(
         wikisql.task, wikisql.config, wikisql.split, wikisql.tokenizer, window=None
     )
@@ -257,7 +257,7 @@ def test_prompts_are_cut_at_their_beginning(wikisql: Case) -> None:
         encode_prompts(wikisql.task, wikisql.config, wikisql.split, wikisql.tokenizer, window=5)
 
 
-def test_prompts_that_the_window_shortens_are_told(wikisql: Case) -> None:
+def test_prompts_truncated_to_the_window_are_reported(wikisql: Case) -> None:
     said: list[str] = []
     parts = (wikisql.task, wikisql.config, wikisql.split, wikisql.tokenizer)
     config, prompts = fit_prompts(*parts, 25, said.append)
@@ -275,7 +275,7 @@ def test_prompts_that_the_window_shortens_are_told(wikisql: Case) -> None:
     assert said == []
 
 
-def test_prompt_is_what_stands_before_the_completion_in_training(wikisql: Case) -> None:
+def test_prompts_equal_what_precedes_the_completion_in_training(wikisql: Case) -> None:
     prompts = encode_prompts(
         wikisql.task, wikisql.config, wikisql.split, wikisql.tokenizer, window=None
     )

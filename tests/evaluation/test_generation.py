@@ -44,7 +44,7 @@ def prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
 def alone(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: list[int], tokens: int
 ) -> list[int]:
-    """The likeliest tokens, by a forward pass over everything for each: no cache, no padding."""
+    """Greedy decoding with a full forward pass per token: no cache, no padding."""
     ids = list(prompt)
     for _ in range(tokens):
         with torch.no_grad():
@@ -56,7 +56,7 @@ def alone(
 
 
 @pytest.mark.parametrize("family", CAUSAL)
-def test_batch_gives_what_each_prompt_gives_alone(
+def test_a_batch_equals_single_prompts(
     family: str, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
 ) -> None:
     model = tiny(family, vocab_size=len(tokenizer))
@@ -74,7 +74,7 @@ def test_batch_gives_what_each_prompt_gives_alone(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", CAUSAL)
-def test_gpu_ends_rows_as_the_cpu_does(
+def test_rows_end_on_the_gpu_as_on_the_cpu(
     family: str, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
 ) -> None:
     model = tiny(family, vocab_size=len(tokenizer)).to("cuda")  # type: ignore[arg-type]
@@ -88,7 +88,7 @@ def test_gpu_ends_rows_as_the_cpu_does(
     assert found == [before_stop(text, stop)[0] for text in full]
 
 
-def test_rows_that_have_ended_leave_the_batch(
+def test_finished_rows_leave_the_batch(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
 ) -> None:
     full = generate_text(model, tokenizer, prompts, Decoding(32))
@@ -105,7 +105,7 @@ def test_rows_that_have_ended_leave_the_batch(
     assert rows[-1] <= len({*TEXTS}) - len(ended)
 
 
-def test_ends_at_an_eos_of_the_generation_configuration(
+def test_ends_at_an_eos_of_the_generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     prompt = tokenizer("to be").input_ids
@@ -118,7 +118,7 @@ def test_ends_at_an_eos_of_the_generation_configuration(
     ]
 
 
-def test_takes_nothing_from_the_checkpoints_sampling(
+def test_ignores_the_checkpoints_sampling_settings(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
 ) -> None:
     wanted = generate_text(model, tokenizer, prompts, Decoding(12))
@@ -138,19 +138,19 @@ def test_takes_nothing_from_the_checkpoints_sampling(
 def test_sampling_follows_the_seed_and_top_p(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
 ) -> None:
-    def draw(seed: int, temperature: float, top_p: float = 1.0) -> list[str]:
+    def sampled(seed: int, temperature: float, top_p: float = 1.0) -> list[str]:
         how = Decoding(12, temperature=temperature, top_p=top_p, seed=seed)
         return generate_text(model, tokenizer, prompts, how)
 
-    likeliest = generate_text(model, tokenizer, prompts, Decoding(12))
-    assert draw(1, 1.0) == draw(1, 1.0)
-    assert draw(1, 1.0) != draw(2, 1.0)
-    drawn = draw(1, 1.0)
-    assert drawn[0] != drawn[3], "equal prompts are drawn for one by one"
-    assert draw(1, 1.0, top_p=1e-6) == likeliest
+    greedy = generate_text(model, tokenizer, prompts, Decoding(12))
+    assert sampled(1, 1.0) == sampled(1, 1.0)
+    assert sampled(1, 1.0) != sampled(2, 1.0)
+    texts = sampled(1, 1.0)
+    assert texts[0] != texts[3], "equal prompts are sampled separately"
+    assert sampled(1, 1.0, top_p=1e-6) == greedy
 
 
-def test_prompts_that_leave_no_room_are_refused(
+def test_prompts_that_leave_no_room_are_rejected(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     with pytest.raises(DataError, match=r"prompt 2: its 60 tokens .* window of 64 tokens"):
@@ -163,7 +163,7 @@ def test_prompts_that_leave_no_room_are_refused(
 @pytest.mark.parametrize(
     "how", [Decoding(20), Decoding(20, num_beams=2), Decoding(20, temperature=1.0)]
 )
-def test_an_answer_is_shortened_to_the_window_prompt_by_prompt(
+def test_each_answer_is_limited_to_the_window(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, how: Decoding
 ) -> None:
     prompts = [[5] * 60, [6, 7], [8] * 50, [9] * 60]
@@ -175,7 +175,7 @@ def test_an_answer_is_shortened_to_the_window_prompt_by_prompt(
         generate_text(model, tokenizer, [[5] * 64], replace(how, fit_window=True))
 
 
-def test_a_pad_token_of_another_model_is_refused(model: PreTrainedModel, tiny_llama: Path) -> None:
+def test_a_pad_token_of_another_model_is_rejected(model: PreTrainedModel, tiny_llama: Path) -> None:
     other = AutoTokenizer.from_pretrained(tiny_llama)
     other.add_special_tokens({"pad_token": "<pad>"})
     with pytest.raises(
@@ -219,7 +219,7 @@ def test_stop_sequences_count_after_the_first_visible_character(
     assert before_stop(text, stop) == (cut, ended)
 
 
-def test_streams_what_a_batch_gives(
+def test_streaming_equals_batch_generation(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
 ) -> None:
     pieces: list[str] = []
@@ -244,7 +244,7 @@ def test_smollm2_does_not_depend_on_the_batch(smollm2: Path) -> None:
     assert one[1].startswith(" 4, 5")
 
 
-def test_the_output_layer_never_gets_a_slice(tiny_llama: Path) -> None:
+def test_the_output_layer_gets_contiguous_states(tiny_llama: Path) -> None:
     """A frozen weight and a slice of three dimensions cost a copy of the weight for each row."""
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)

@@ -1,4 +1,4 @@
-"""A text depends neither on the rows beside it nor on their order."""
+"""A text is independent of the other rows of its batch and of their order."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ QUESTIONS = ["The capital of France is", "1, 2, 3,", "Name three colours: red,"]
 WAYS = {
     "greedy": Decoding(12),
     "no repeats": Decoding(9, no_repeat_ngram_size=2),
-    "drawn": Decoding(12, temperature=1.1, top_p=0.9, seed=3),
-    "drawn to a stop": Decoding(12, temperature=1.0, seed=3, stop=("e", "or", " ")),
+    "sampled": Decoding(12, temperature=1.1, top_p=0.9, seed=3),
+    "sampled with stop sequences": Decoding(12, temperature=1.0, seed=3, stop=("e", "or", " ")),
     "beams": Decoding(12, num_beams=4, length_penalty=0.9, no_repeat_ngram_size=4),
     "beams to a stop": Decoding(12, num_beams=3, length_penalty=0.8, stop=("e", "or", " ")),
 }
@@ -69,7 +69,7 @@ def check(loaded: Loaded, texts: list[str], how: Decoding, sizes: tuple[int, ...
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_batches_and_order_do_not_matter(small: Loaded, way: str) -> None:
+def test_texts_are_independent_of_batches_and_order(small: Loaded, way: str) -> None:
     found = check(small, TEXTS, WAYS[way], sizes=(1, 3, 8))
     assert len(set(found)) > 4
     if WAYS[way].stop:
@@ -79,6 +79,6 @@ def test_batches_and_order_do_not_matter(small: Loaded, way: str) -> None:
 @pytest.mark.parametrize(
     "how", [Decoding(5, temperature=1.0, top_p=0.9, seed=3), Decoding(5, num_beams=2)]
 )
-def test_nor_with_a_real_model(real: Loaded, how: Decoding) -> None:
+def test_texts_of_a_real_model_are_independent_of_batches(real: Loaded, how: Decoding) -> None:
     found = check(real, QUESTIONS, how, sizes=(1, 3))
     assert how.samples or "Paris" in found[0]

@@ -23,8 +23,8 @@ def tokenizer(tiny_llama: Path) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    """Its tokens are one visible character each, few enough to look at all continuations, and it
-    is sure of some of them."""
+    """A model of one visible character per token, few enough to enumerate all continuations,
+    and confident about some of them."""
     model = tiny("llama", vocab_size=96, eos_token_id=1)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(25)
@@ -43,7 +43,7 @@ def best_of_all(
     penalty: float,
     stop: str | None,
 ) -> str:
-    """The best of all continuations of at most two tokens, each looked at."""
+    """The best of all continuations of at most two tokens, by enumeration."""
     first = log_probabilities(model, [prompt])[0]
     second = log_probabilities(model, [[*prompt, token] for token in range(len(first))])
     candidates = []
@@ -60,20 +60,20 @@ def best_of_all(
 
 
 @pytest.mark.parametrize(("penalty", "stops"), [(0.8, False), (0.0, True), (3.0, True)])
-def test_as_many_beams_as_tokens_find_the_best_of_all(
+def test_as_many_beams_as_tokens_find_the_global_best(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, penalty: float, stops: bool
 ) -> None:
-    # The likeliest first token as the stop text: its continuation is empty, and short.
+    # With the most likely first token as stop sequence its continuation is empty, and short.
     likeliest = int(log_probabilities(model, [PROMPTS[0]])[0, 2:].argmax()) + 2
     stop = tokenizer.decode([likeliest]) if stops else None
     how = Decoding(2, num_beams=96, length_penalty=penalty, stop=(stop,) if stop else ())
     wanted = [best_of_all(model, tokenizer, prompt, penalty, stop) for prompt in PROMPTS]
     assert generate_text(model, tokenizer, PROMPTS, how) == wanted
     if stops and penalty == 0:
-        assert wanted[0] == "", "a hypothesis is ranked where it reaches the stop text"
+        assert wanted[0] == "", "a hypothesis is ranked where it reaches the stop sequence"
 
 
-def test_ngrams_of_the_prompt_may_be_taken_over(
+def test_ngrams_of_the_prompt_may_be_repeated(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     prompt = list(range(5, 45))
@@ -82,7 +82,7 @@ def test_ngrams_of_the_prompt_may_be_taken_over(
         [text] = generate_text(model, tokenizer, [prompt], how)
         ids = tokenizer(text, add_special_tokens=False).input_ids
         assert len(ids) == len(set(ids)) > 2
-        assert set(ids) & set(prompt), "what stands in the prompt is allowed"
+        assert set(ids) & set(prompt), "tokens of the prompt are allowed"
 
 
 def test_a_model_without_eos(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -104,7 +104,7 @@ def test_stops_between_two_tokens(
         generate_text(model, tokenizer, PROMPTS, Decoding(9, num_beams=2), monitor=monitor)
 
 
-def test_memory_is_bounded_over_rows_and_beams(
+def test_capacity_counts_rows_and_beams(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lorakit.evaluation.hf_generate.MAX_TOKENS", 60)

@@ -40,7 +40,7 @@ def streamed(
         Decoding(20, num_beams=3),
     ],
 )
-def test_pieces_are_what_a_batch_gives(
+def test_pieces_add_up_to_the_batch_result(
     loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase], how: Decoding
 ) -> None:
     text, pieces = streamed(loaded, how)
@@ -49,7 +49,7 @@ def test_pieces_are_what_a_batch_gives(
     assert (len(pieces) == 1) == (how.num_beams > 1)
 
 
-def test_nothing_of_a_stop_text_is_written(
+def test_no_part_of_a_stop_sequence_is_written(
     loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
 ) -> None:
     whole, _ = streamed(loaded, Decoding(12, no_repeat_ngram_size=1))
@@ -61,7 +61,7 @@ def test_nothing_of_a_stop_text_is_written(
         assert "".join(pieces) == text == whole[: whole.index(mark, 1)]
 
 
-def test_the_row_decides_what_is_drawn(
+def test_sampling_depends_on_the_row(
     loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
 ) -> None:
     how = Decoding(20, temperature=1.5, seed=1)

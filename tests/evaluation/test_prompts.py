@@ -30,7 +30,7 @@ HEADER = (
         ("<s>So: {{ m.content }} (end)</s>", "So: Blue (en", "Blue (en"),
     ],
 )  # fmt: skip
-def test_what_the_template_writes_is_no_part_of_an_answer(
+def test_fixed_text_of_the_template_is_removed_from_answers(
     answer: str, written: str, content: str, tiny_llama: Path
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
@@ -53,7 +53,7 @@ def test_what_the_template_writes_is_no_part_of_an_answer(
         ("{% generation %}{{ m.content | lower }}</s>{% endgeneration %}", "Blue", "blue", "Blue"),
     ],
 )
-def test_a_turn_as_the_template_renders_it_is_its_content(
+def test_a_rendered_turn_becomes_its_content(
     answer: str, content: str, written: str, compared: str, tiny_llama: Path
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)

@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_no_ngram_of_the_own_text_comes_twice(size: int) -> None:
+def test_no_generated_ngram_occurs_twice(size: int) -> None:
     generator = torch.Generator().manual_seed(size)
     start, vocabulary = 3, 5
     bar = NoRepeatNgrams(size, start)
@@ -35,7 +35,7 @@ def test_no_ngram_of_the_own_text_comes_twice(size: int) -> None:
             assert torch.allclose(found[row].double(), wanted, atol=1e-6)
 
 
-def test_what_is_drawn_follows_the_distribution() -> None:
+def test_samples_follow_the_distribution() -> None:
     scores = torch.tensor([2.0, 0.5, 1.0, -1.0, 1.5])
     draws = 20_000
     numbers = torch.from_numpy(np.random.default_rng(0).random((draws, 1)))
@@ -48,21 +48,21 @@ def test_what_is_drawn_follows_the_distribution() -> None:
         mask = torch.zeros(5, dtype=torch.float64)
         mask[kept] = 1
         wanted = wanted * mask / (wanted * mask).sum()
-        draw = SampleToken(temperature, top_p, numbers, start=2)
+        sample = SampleToken(temperature, top_p, numbers, start=2)
         ids = torch.zeros(draws, 2, dtype=torch.long)
-        chosen = draw(ids, scores.expand(draws, 5).contiguous()).argmax(-1)
+        chosen = sample(ids, scores.expand(draws, 5).contiguous()).argmax(-1)
         share = torch.bincount(chosen, minlength=5) / draws
         assert torch.allclose(share.double(), wanted, atol=0.012)
         assert set(chosen.tolist()) == set(kept)
 
 
-def test_a_tiny_temperature_takes_the_likeliest() -> None:
-    draw = SampleToken(1e-300, 1.0, torch.full((1, 1), 0.999999, dtype=torch.float64), start=1)
+def test_a_tiny_temperature_takes_the_most_likely_token() -> None:
+    sample = SampleToken(1e-300, 1.0, torch.full((1, 1), 0.999999, dtype=torch.float64), start=1)
     scores = torch.tensor([[1.0, 3.0, 2.0]])
-    assert int(draw(torch.zeros(1, 1, dtype=torch.long), scores).argmax()) == 1
+    assert int(sample(torch.zeros(1, 1, dtype=torch.long), scores).argmax()) == 1
 
 
-def test_numbers_belong_to_seed_row_and_position() -> None:
+def test_random_numbers_depend_on_seed_row_and_position() -> None:
     three = uniform_numbers(7, [4, 0, 9], 6, CPU)
     assert three.shape == (3, 6)
     assert ((three >= 0) & (three < 1)).all()
@@ -72,8 +72,8 @@ def test_numbers_belong_to_seed_row_and_position() -> None:
     assert len(set(three.flatten().tolist())) == 18
 
 
-def test_rows_that_leave_take_their_numbers_along() -> None:
-    draw = SampleToken(1.0, 1.0, uniform_numbers(0, [0, 1, 2], 2, CPU), start=1)
-    wanted = draw.numbers[[0, 2]]
-    draw.keep_rows(torch.tensor([0, 2]))
-    assert torch.equal(draw.numbers, wanted)
+def test_remaining_rows_keep_their_numbers() -> None:
+    sample = SampleToken(1.0, 1.0, uniform_numbers(0, [0, 1, 2], 2, CPU), start=1)
+    wanted = sample.numbers[[0, 2]]
+    sample.keep_rows(torch.tensor([0, 2]))
+    assert torch.equal(sample.numbers, wanted)

@@ -43,10 +43,10 @@ def trained_text(row: DescribedRow) -> str:
 
 @pytest.mark.parametrize("model", ["smollm2", "tiny_llama"])
 @pytest.mark.parametrize("to_example", [pair, chat])
-def test_pieces_hold_whole_characters(
+def test_pieces_contain_whole_characters(
     model: str, to_example: Any, request: pytest.FixtureRequest
 ) -> None:
-    """Most characters of MIXED are several tokens, none of which decodes alone."""
+    """Most characters of MIXED are several tokens, none of which decodes by itself."""
     path = request.getfixturevalue(model)
     row = described(path, {"p": f"{MIXED}?", "c": f"{MIXED}!"}, to_example)
     text = "".join(piece.text for piece in row.pieces)
@@ -58,19 +58,19 @@ def test_pieces_hold_whole_characters(
     assert len(row.input_ids) == len(row.tokens) == len(row.loss_mask) > len(row.pieces)
 
 
-def test_a_character_of_both_kinds_goes_to_the_later(tiny_llama: Path) -> None:
-    """Nothing stands before a row's first token, so it is not trained, whatever the task says."""
+def test_a_character_of_two_kinds_belongs_to_the_later_piece(tiny_llama: Path) -> None:
+    """Nothing precedes a row's first token, so it is never trained, whatever the task says."""
     row = described(tiny_llama, {"p": "", "c": "日本"}, pair)
     assert row.loss_mask == (False,) + (True,) * 6
     assert [(piece.text, piece.trained) for piece in row.pieces] == [("日本", True), ("</s>", True)]
 
 
-def test_data_that_holds_the_replacement_character(tiny_llama: Path) -> None:
+def test_data_with_the_replacement_character(tiny_llama: Path) -> None:
     row = described(tiny_llama, {"p": "a\ufffd", "c": "\ufffdb"}, pair)
     assert [piece.text for piece in row.pieces] == ["a\ufffd", "\ufffdb", "</s>"]
 
 
-def test_what_truncation_took(tiny_llama: Path) -> None:
+def test_truncated_rows(tiny_llama: Path) -> None:
     long = {"p": "12345", "c": "abc"}
     whole, truncated, cut = (described(tiny_llama, long, pair, n) for n in (9, 6, 3))
     assert [(row.truncated, row.cut) for row in (whole, truncated, cut)] == [
@@ -89,8 +89,8 @@ def test_word_pieces_keep_their_spaces(minilm: Path) -> None:
     assert any(token.startswith("##") for token in row.tokens)
 
 
-def test_bytes_where_a_vocabulary_lacks_a_character(tmp_path: Path) -> None:
-    """As Llama 2's: words begin with a mark, unknown characters are bytes, the first space goes."""
+def test_byte_fallback_tokens(tmp_path: Path) -> None:
+    """A tokenizer like Llama 2's: word marks, byte fallback, and no leading space."""
     names = ["<s>", "</s>", "<unk>", "▁", *"abcdefgh", *(f"<0x{byte:02X}>" for byte in range(256))]
     backend = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, merges=[],
                                    unk_token="<unk>", byte_fallback=True))  # fmt: skip
@@ -109,7 +109,7 @@ def test_bytes_where_a_vocabulary_lacks_a_character(tmp_path: Path) -> None:
         ("日本 abc", False), ("🚀 def ಠ", True), ("</s>", True)]  # fmt: skip
 
 
-def test_where_a_row_stands(tiny_llama: Path, tmp_path: Path) -> None:
+def test_file_and_row_of_a_row(tiny_llama: Path, tmp_path: Path) -> None:
     rows = [{"p": "a", "c": str(i)} for i in range(4)]
     split = Split("train", rows, "both", "0", ((tmp_path / "1", 3), (tmp_path / "2", 1)))
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
@@ -119,7 +119,7 @@ def test_where_a_row_stands(tiny_llama: Path, tmp_path: Path) -> None:
 
 
 def test_summary_counts(tiny_llama: Path) -> None:
-    """Against counts made row by row from the text: a byte is a token."""
+    """Compare with counts made row by row from the text: a byte is a token."""
     texts = [("ab", "xyz"), ("", "q"), ("12345", "6789"), ("p", "123456789")]
     split = split_of(*({"p": p, "c": c} for p, c in texts))
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
