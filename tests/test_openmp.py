@@ -47,14 +47,14 @@ linux = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux o
 
 
 @linux
-def test_beside_another_process_threads_sleep(undecided, busy_core):
+def test_threads_sleep_while_another_process_competes(undecided, busy_core):
     with openmp.yield_cores():
         assert team_appears(within_seconds=20)
     assert TEAM not in {thread.name for thread in threading.enumerate()}
 
 
 @linux
-def test_what_the_user_has_set_decides(undecided, busy_core, monkeypatch):
+def test_a_user_setting_decides(undecided, busy_core, monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     before = threading.active_count()
     with openmp.yield_cores():

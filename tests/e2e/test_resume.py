@@ -118,7 +118,7 @@ POINTS = {
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_sigkill_at_a_delicate_moment(
+def test_sigkill_at_critical_points(
     point: str, recipe: Path, whole: Path, launcher: Launcher, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -257,7 +257,7 @@ def test_from_a_named_checkpoint(
     assert_same(run, whole)
 
 
-def test_going_back_forgets_what_came_after(
+def test_resuming_an_older_checkpoint_deletes_later_ones(
     recipe: Path, whole: Path, launcher: Launcher, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -280,7 +280,7 @@ def test_going_back_forgets_what_came_after(
     assert_same(run, whole)
 
 
-def test_a_run_s_directory_means_its_newest_checkpoint(
+def test_a_run_directory_stands_for_its_newest_checkpoint(
     recipe: Path, whole: Path, launcher: Launcher, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -304,7 +304,7 @@ def test_another_run_is_not_overwritten_from_a_checkpoint(
     assert tree(run) == before
 
 
-def test_auto_on_an_empty_directory_begins(
+def test_auto_on_an_empty_directory_starts_a_run(
     recipe: Path, whole: Path, launcher: Launcher, tmp_path: Path
 ) -> None:
     (tmp_path / "run").mkdir()
@@ -362,7 +362,7 @@ def test_another_recipe_is_named(
     assert tree(run) == before
 
 
-def test_what_changes_no_number_may_change(
+def test_keys_that_do_not_affect_the_result_may_change(
     recipe: Path, whole: Path, launcher: Launcher, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -403,7 +403,7 @@ def test_a_corrupt_checkpoint_is_named(
 
 
 @pytest.mark.parametrize("name", ["nowhere", "data", ""])
-def test_a_directory_that_is_no_checkpoint(
+def test_a_directory_without_a_checkpoint(
     name: str, recipe: Path, launcher: Launcher, tmp_path: Path
 ) -> None:
     named = recipe.parent / name if name else ""

@@ -180,7 +180,7 @@ def test_the_reported_loss_is_the_tasks(
 
 
 @pytest.mark.parametrize("task", ["completion", "glue/sst2"])
-def test_eight_rows_at_once_or_in_four_pieces(
+def test_accumulation_gives_the_same_result(
     task: str, tiny_llama: Path, still_bert: Path, tmp_path: Path
 ) -> None:
     model = tiny_llama if task == "completion" else still_bert
@@ -273,7 +273,7 @@ def whole(stopped: Recipe) -> Path:
 
 
 @pytest.mark.parametrize("step", [4, 11, 28], ids=["before-tinit", "allocating", "final"])
-def test_killed_and_resumed_is_never_stopped(
+def test_a_killed_run_resumes_exactly(
     step: int, stopped: Recipe, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = changed(stopped, train__output_dir=str(tmp_path / "run"))

@@ -49,7 +49,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+def test_round_trip(tmp_path: Path) -> None:
     saved = snapshot()
     path = save_checkpoint(tmp_path, saved, keep=None)
     assert path == tmp_path / "step-3"
@@ -68,7 +68,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     assert all(name.endswith((".json", ".safetensors")) for name in names(path))
 
 
-def test_no_best_model_is_none(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_best_model(tmp_path: Path) -> None:
     assert (
         load_checkpoint(save_checkpoint(tmp_path, replace(snapshot(), best=None), 1)).best is None
     )
@@ -136,7 +136,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_going_back_forgets(tmp_path: Path) -> None:
+def test_later_checkpoints_are_deleted(tmp_path: Path) -> None:
     for step in (1, 2, 10):
         save_checkpoint(tmp_path, snapshot(step), None)
     delete_after(tmp_path, 2)

@@ -20,7 +20,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_the_first_asks_and_the_second_stops(number: signal.Signals) -> None:
+def test_the_first_signal_requests_a_stop_and_the_second_stops(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with stop_request() as stop:
         assert not stop
@@ -33,7 +33,7 @@ def test_the_first_asks_and_the_second_stops(number: signal.Signals) -> None:
     assert signal.getsignal(number) is before
 
 
-def test_the_handlers_come_back_after_an_error() -> None:
+def test_handlers_are_restored_after_an_error() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(ValueError), stop_request():
         raise ValueError

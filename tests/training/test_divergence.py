@@ -32,7 +32,7 @@ def values(losses: list[float], norms: list[float]) -> StepScalars:
     return StepScalars({"step": 20, "learning_rate": 0.25}, losses, norms)
 
 
-def test_fine_steps() -> None:
+def test_finite_steps() -> None:
     assert nonfinite_step(values([1.0, 2.0], [3.0, 1e9]), scales_loss=False, cause=CAUSE) is None
 
 
@@ -63,7 +63,7 @@ def test_a_gradient_that_overflows_is_skipped_in_float16_only() -> None:
     assert nonfinite_step(values([math.nan], [1.0]), scales_loss=True, cause=CAUSE) is not None
 
 
-def test_weights() -> None:
+def test_nonfinite_weights() -> None:
     weights = {"a": torch.ones(2), "b": torch.tensor([1.0, math.inf]), "c": torch.tensor(math.nan)}
     assert nonfinite_weight(weights) == "b"
     assert nonfinite_weight({"a": torch.ones(2)}) is None
@@ -89,7 +89,7 @@ def test_a_finite_loss_far_above_the_first(first: float, loss: float, grown: boo
         )
 
 
-def test_the_method_s_advice_stands_beside_the_rate() -> None:
+def test_the_advice_of_the_method_is_added_to_the_cause() -> None:
     cause = divergence_cause(0.25, "adapter.x (3) too high")
     told = (
         nonfinite_step(values([math.nan], [1.0]), False, cause),
@@ -148,7 +148,7 @@ def history(*losses: float) -> LossHistory:
         ([2.0, *[1.0] * 10], float("inf"), False),
     ],
 )
-def test_the_rule(losses: list[float], again: float | None, expected: bool) -> None:
+def test_divergence_rule(losses: list[float], again: float | None, expected: bool) -> None:
     assert has_diverged(history(*losses), again) == expected
 
 
@@ -165,7 +165,7 @@ def trained(folder: Path, model: Path, **changes: Any) -> tuple[int, Path]:
     return run(["train", str(file), "--json"]), folder / "run"
 
 
-def test_a_rate_of_50_diverges_and_all_say_so(
+def test_a_rate_of_50_is_reported_as_divergence(
     tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, output = trained(tmp_path, tiny_bert, train__learning_rate=50.0)

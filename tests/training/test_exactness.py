@@ -55,7 +55,7 @@ def assert_close(one: Path, other: Path, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("task", KINDS)
-def test_eight_rows_at_once_or_in_four_pieces(model: Path, task: str, tmp_path: Path) -> None:
+def test_accumulation_gives_the_same_result(model: Path, task: str, tmp_path: Path) -> None:
     """30 rows of many lengths: the last step of an epoch has 6."""
     recipe = recipe_for(tmp_path, model, task)
     whole = trained(recipe, "whole")
@@ -91,7 +91,7 @@ def test_gradient_checkpointing_drops_the_same_with_dropout(
     )
 
 
-def test_gradient_checkpointing_keeps_less(tiny_llama: Path, tmp_path: Path) -> None:
+def test_gradient_checkpointing_saves_memory(tiny_llama: Path, tmp_path: Path) -> None:
     """What autograd keeps for the backward pass, counted in numbers."""
     kept = {}
     for spare in (False, True):
@@ -121,7 +121,9 @@ def test_the_same_recipe_gives_the_same_bytes(tiny_llama: Path, tmp_path: Path) 
     assert adapter_bytes(other) != adapter_bytes(first)
 
 
-def test_saving_evaluating_and_logging_change_no_number(tiny_llama: Path, tmp_path: Path) -> None:
+def test_saving_evaluating_and_logging_do_not_affect_the_result(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     recipe = recipe_for(tmp_path, tiny_llama, adapter__lora_dropout=0.1)
     plain = trained(recipe, "plain")
     busy = trained(
@@ -161,7 +163,7 @@ def test_a_logged_loss_is_the_token_mean_of_the_whole_step(
     assert record["trained_tokens"] == len(torch.cat(losses))
 
 
-def test_an_encoder_s_loss_is_the_mean_over_rows(still_bert: Path, tmp_path: Path) -> None:
+def test_encoder_loss_is_the_mean_over_rows(still_bert: Path, tmp_path: Path) -> None:
     settings = {"train__max_steps": 1, "train__epochs": None, "train__per_device_batch_size": 7}
     settings |= {"train__gradient_accumulation_steps": 5}
     recipe = recipe_for(tmp_path, still_bert, "glue/sst2", **settings)
@@ -177,7 +179,7 @@ def test_an_encoder_s_loss_is_the_mean_over_rows(still_bert: Path, tmp_path: Pat
     assert run.engine.step(batches).loss.item() == pytest.approx(want, abs=1e-5)
 
 
-def test_label_smoothing_is_torch_s(tiny_llama: Path, tmp_path: Path) -> None:
+def test_label_smoothing_equals_torch(tiny_llama: Path, tmp_path: Path) -> None:
     recipe = recipe_for(tmp_path, tiny_llama, train__label_smoothing=0.2)
     run = built(recipe)
     batch = run.loader.collate([[run.prepared.train[i]] for i in range(5)])
@@ -202,7 +204,7 @@ def test_a_log_line_is_the_mean_of_its_steps(tiny_llama: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("task", KINDS)
-def test_the_base_stays_bit_equal_and_costs_the_optimizer_nothing(
+def test_the_base_is_unchanged_and_has_no_optimizer_state(
     model: Path, task: str, tmp_path: Path
 ) -> None:
     recipe = recipe_for(tmp_path, model, task)
@@ -238,7 +240,7 @@ def test_weight_decay_is_on_matrices_only(tiny_bert: Path, tmp_path: Path) -> No
     assert {parameter.ndim for parameter in engine.parameters.values()} == {1, 2}
 
 
-def test_clipping_limits_what_a_step_moves(tiny_llama: Path, tmp_path: Path) -> None:
+def test_clipping_bounds_the_update(tiny_llama: Path, tmp_path: Path) -> None:
     """SGD moves by rate x gradient, so the norm of a step's move is rate x the clipped norm."""
     recipe = recipe_for(
         tmp_path, tiny_llama, train__optimizer="sgd", train__learning_rate=1.0,

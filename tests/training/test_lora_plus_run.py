@@ -119,7 +119,7 @@ def kill_after(steps: int, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, **mo
 
 
 @pytest.mark.parametrize("init", ["default", "pissa"])
-def test_killed_and_resumed_is_never_stopped(
+def test_a_killed_run_resumes_exactly(
     init: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = plus(
@@ -162,7 +162,7 @@ def warnings(text: str) -> list[str]:
     return [line for line in text.splitlines() if "at the start; likely" in line]
 
 
-def test_a_loss_that_grows_far_is_said_once_with_the_ratio(
+def test_a_growing_loss_is_reported_once_with_the_ratio(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = plus(tmp_path, tiny_llama, WILD, **FAST)
@@ -179,7 +179,7 @@ def test_a_loss_that_grows_far_is_said_once_with_the_ratio(
     assert run_json(run)["exit_reason"] == "completed"
 
 
-def test_a_resumed_run_neither_forgets_the_start_nor_says_it_again(
+def test_a_resumed_run_reports_a_growing_loss_once(
     tiny_llama: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -199,7 +199,7 @@ def test_a_resumed_run_neither_forgets_the_start_nor_says_it_again(
         assert [line["loss"] for line in log_lines(run)] == losses
 
 
-def test_a_run_that_learns_says_nothing(
+def test_a_decreasing_loss_is_not_reported(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(plus(tmp_path, tiny_llama))
@@ -215,7 +215,7 @@ def test_a_run_that_learns_says_nothing(
         (1e42, 1, "step 1: lm_head.lora_B is not finite after it"),
     ],
 )
-def test_what_is_not_finite_names_the_ratio(
+def test_a_nonfinite_value_names_the_ratio(
     ratio: float, steps: int, what: str, tiny_llama: Path, tmp_path: Path
 ) -> None:
     settings = FAST | {"train__epochs": None, "train__max_steps": steps}

@@ -38,7 +38,7 @@ def test_a_second_run_is_refused_while_the_first_goes_on(recipe: Recipe) -> None
         pass
 
 
-def test_a_run_that_came_in_between_is_not_overwritten(recipe: Recipe) -> None:
+def test_a_run_that_started_meanwhile_is_not_overwritten(recipe: Recipe) -> None:
     folder = Path(recipe.train.output_dir)
     (folder / "checkpoints/step-3").mkdir(parents=True)
     with pytest.raises(UserError, match="step-3"), exclusive_run(recipe, None, Start()):
@@ -46,14 +46,14 @@ def test_a_run_that_came_in_between_is_not_overwritten(recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize("text", ["[]", "1", "null", "{", '{"exit_reason": "completed"}'])
-def test_an_odd_run_json_is_no_finished_run(recipe: Recipe, text: str) -> None:
+def test_an_invalid_run_json_is_not_a_finished_run(recipe: Recipe, text: str) -> None:
     folder = Path(recipe.train.output_dir)
     (folder / "adapter").mkdir(parents=True)
     (folder / "run.json").write_text(text)
     assert find_start(recipe, "auto") == Start()
 
 
-def test_a_directory_that_cannot_be_made(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_created(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     train = recipe.train.model_copy(update={"output_dir": str(tmp_path / "file/run")})
     recipe = recipe.model_copy(update={"train": train})

@@ -79,7 +79,7 @@ def test_a_batch_of_an_evaluation_does_not_bound_the_bins_of_training(
     assert any("bins" in line and ", 4 a step" in line for line in said)
 
 
-def test_what_contradicts_itself_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+def test_contradictory_settings_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
     def refused(**changes: object) -> str:
         with pytest.raises(RecipeError) as error:
             recipe_for(tmp_path, tiny_llama, **changes)

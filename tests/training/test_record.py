@@ -8,7 +8,7 @@ from lorakit.injection import AdaptedModule, InjectionReport
 from lorakit.training.record import git_commit, new_record, versions
 
 
-def test_the_file_is_replaced_whole(tmp_path: Path) -> None:
+def test_run_json_is_replaced_atomically(tmp_path: Path) -> None:
     module = AdaptedModule("layers.0.q", (4, 3), 2)
     report = InjectionReport("lora", (module,), (), 14, 100)
     record = new_record(report, {"device": "cpu"}, 7, {"train": {"rows": 3}})
@@ -22,14 +22,14 @@ def test_the_file_is_replaced_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_versions_are_those_that_decide_numbers() -> None:
+def test_versions_of_the_packages_that_decide_the_results() -> None:
     import torch
 
     assert versions()["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert {"python", "transformers", "safetensors"} <= versions().keys()
 
 
-def test_the_commit_is_the_working_directory_s(in_tmp: Path) -> None:
+def test_git_commit_of_the_working_directory(in_tmp: Path) -> None:
     def git(*arguments: str) -> str:
         command = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -71,7 +71,7 @@ def test_every_row_of_a_pass_is_trained_once(tiny_llama: Path, tmp_path: Path) -
     assert found["trained_tokens"] == want["trained_tokens"]
 
 
-def test_what_was_cut_is_said_at_the_end(tiny_llama: Path, tmp_path: Path) -> None:
+def test_truncated_rows_are_reported_at_the_end(tiny_llama: Path, tmp_path: Path) -> None:
     recipe = streamed(tmp_path, tiny_llama, task__max_length=48)
     said: list[str] = []
     train(recipe, say=said.append)
@@ -104,7 +104,7 @@ GOOD = '{"prompt": "red green", "completion": " blue one two"}'
     ("text", "what"),
     [(REFUSED, "column 'completion' = 3"), (UNREADABLE, "not JSON: Invalid control character")],
 )
-def test_a_bad_row_saves_a_checkpoint_to_go_on_from(
+def test_a_bad_row_saves_a_checkpoint(
     tiny_llama: Path, tmp_path: Path, text: str, what: str
 ) -> None:
     """The run that goes on ends as the one whose row was never bad."""
@@ -172,7 +172,7 @@ def test_a_bad_row_before_the_first_step(tiny_llama: Path, tmp_path: Path) -> No
     assert not Path(bad.train.output_dir).exists()
 
 
-def test_what_else_has_changed_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+def test_other_changes_of_the_data_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
     recipe = bad_row_run(tmp_path, tiny_llama, 300, REFUSED)
     file = tmp_path / "data" / "train.jsonl"
     with pytest.raises(BadRow):
@@ -259,7 +259,7 @@ def test_shards_and_arrays_are_streamed(tiny_llama: Path, tmp_path: Path) -> Non
     assert adapter_bytes(runs[0]) == adapter_bytes(runs[1])
 
 
-def test_what_a_stream_cannot_do_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+def test_unsupported_streams_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"train\.max_steps"):
         streamed(tmp_path, tiny_llama, train__max_steps=None, train__epochs=1)
     recipe = streamed(tmp_path, tiny_llama, task__name="wikisql")

@@ -22,7 +22,7 @@ def recipe_file(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatc
     return write_recipe_file(tmp_path, tiny_llama, "completion", **changes)
 
 
-def test_the_second_run_reads_what_the_first_made(recipe_file: Path, tmp_path: Path) -> None:
+def test_a_second_run_reads_the_cache_of_the_first(recipe_file: Path, tmp_path: Path) -> None:
     said: list[str] = []
 
     def run(name: str, *changes: str) -> dict[str, float]:

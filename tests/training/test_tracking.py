@@ -12,7 +12,7 @@ from lorakit.training.tracking import Display, MetricsFile, check_trackers, thro
 from tests.training.runs import recipe_for
 
 
-def test_metrics_stand_in_the_file_at_once(tmp_path: Path) -> None:
+def test_metrics_are_written_immediately(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     metrics = MetricsFile(file)
     metrics.write({"step": 1, "loss": 0.5})
@@ -22,7 +22,7 @@ def test_metrics_stand_in_the_file_at_once(tmp_path: Path) -> None:
     metrics.close()
 
 
-def test_a_resumed_file_keeps_what_the_checkpoint_knew(tmp_path: Path) -> None:
+def test_a_resumed_file_keeps_the_lines_before_the_checkpoint(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "eval": {}}\n{"st')
     metrics = MetricsFile(file, keep=2)
@@ -34,13 +34,13 @@ def test_a_resumed_file_keeps_what_the_checkpoint_knew(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 2])
-def test_a_file_that_is_not_there(keep: int, tmp_path: Path) -> None:
+def test_a_missing_file(keep: int, tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path / "metrics.jsonl", keep)
     metrics.close()
     assert metrics.lines == 0
 
 
-def test_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     display = Display(total_steps=20, done=10)
     display.advance(11)
     display.log(
@@ -55,7 +55,7 @@ def test_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) ->
     assert "\x1b" not in err
 
 
-def test_what_is_said_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_throttled_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     said: list[str] = []

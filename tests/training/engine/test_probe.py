@@ -84,11 +84,11 @@ def test_a_module_without_a_gradient_is_named(way: str, counts: bool) -> None:
         step(Block(way), ["all-linear"], counts)
 
 
-def test_what_trains_passes() -> None:
+def test_a_trained_module_passes() -> None:
     assert step(Block("used"), ["all-linear"]) == []
 
 
-def test_a_gradient_of_zero_is_said() -> None:
+def test_a_zero_gradient_is_reported() -> None:
     (note,) = step(Block("closed gate"), ["all-linear"])
     assert "gradient of proj is exactly zero" in note
 
@@ -126,7 +126,7 @@ def test_every_method_passes(method: str, family: str) -> None:
 
 
 @pytest.mark.parametrize("init", INITS)
-def test_every_start_passes(init: str) -> None:
+def test_every_init_passes(init: str) -> None:
     _check(tiny("llama"), LoraConfig(init=init, target_modules=["q", "v", "embed_tokens"]))
 
 
@@ -138,7 +138,7 @@ def test_every_attention_passes(family: str, targets: str) -> None:
     _check(hybrid(family), LoraConfig(target_modules=[targets]))
 
 
-def test_a_router_read_past_forward_is_left_out() -> None:
+def test_a_router_that_is_never_called_is_excluded() -> None:
     model = hybrid("longcat_flash")
     _check(model, LoraConfig(target_modules=["all-linear"]))
     assert not [name for name in adapter_layers(model) if "router" in name]
@@ -182,7 +182,7 @@ def _hybrid_recipe(
     )
 
 
-def test_mamba_reads_a_weight_past_forward(
+def test_mamba_reads_a_weight_without_calling_the_module(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = _hybrid_recipe("mamba", tiny_llama, tmp_path, ["all-linear"])
@@ -233,7 +233,7 @@ def test_a_module_to_save_outside_the_language_model(
 
 
 @pytest.mark.parametrize("name", ["qwen3_next", "llama4_text", "gemma3"])
-def test_the_coverage_is_said_and_recorded(
+def test_coverage_is_reported_and_recorded(
     name: str, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = _hybrid_recipe(name, tiny_llama, tmp_path, ["all-linear"])
