@@ -77,14 +77,6 @@ class EncodedSplit:
         counts = np.add.reduceat(self.loss_mask, firsts, dtype=np.int64)
         return counts - self.loss_mask[firsts]
 
-    @property
-    def truncated_rows(self) -> int:
-        return self.counts.truncated_rows
-
-    @property
-    def cut_completions(self) -> int:
-        return self.counts.cut_completions
-
     def endless_rows(self, stops: Set[int], cut_to: int | None = None) -> int:
         """The number of rows whose last trained segment contains none of the ids ``stops``, which
         end a generation. Rows that were cut in it, being ``cut_to`` tokens long, do not count."""
@@ -113,7 +105,7 @@ def encode_split(
     """Tokenise a split, or read its tokens from the cache.
 
     A prompt that is too long loses its beginning, so that the completion and its EOS are kept; a
-    completion that is too long by itself loses its end and is counted. Raises DataError with file
+    completion that alone is too long loses its end and is counted. Raises DataError with file
     and row for a row that the task refuses or that has no token to train on, and for a
     ``max_length`` that an encoder's special tokens fill. ``skip_bad`` leaves out and counts such
     rows unless all rows are bad.

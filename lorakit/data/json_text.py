@@ -204,7 +204,7 @@ class _Text:
         return len(left) <= _LONGEST_LITERAL or not left.strip()
 
     def _read_more(self) -> bool:
-        """Read another chunk, larger for long values so that they are not parsed anew too often."""
+        """Read another chunk, larger for long values, so that they are not reparsed too often."""
         self._held, self._at = self._held[self._at :], 0
         more = ""
         while not more and not self._ended and self._broken is None:

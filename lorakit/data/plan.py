@@ -24,7 +24,7 @@ class Packing:
     Before that would leave a gap, a bin is closed with the two rows that fill it best, which raises
     ``fill``, the share of tokens that is not padding (on WikiSQL with 512 tokens from 97.5% to
     98.9%). Which lengths share a bin depends on the lengths alone, so every epoch has the same
-    number of bins; which rows of those lengths they are is drawn anew for each epoch.
+    number of bins; which rows of those lengths they are is random in each epoch.
     """
 
     def __init__(self, lengths: Numbers, capacity: int, seed: int) -> None:

@@ -1,7 +1,7 @@
 """Rows of data files, parsed when they are asked for rather than held in memory as objects.
 
 The bytes of a split's rows stay in memory up to a limit, then go to unnamed scratch files in the
-cache directory, which is where everything lives that can be recomputed.
+cache directory, whose contents can always be recomputed.
 """
 
 from __future__ import annotations

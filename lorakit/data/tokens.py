@@ -140,7 +140,7 @@ def _encode_examples(
     the counts of ``ChatEncoder``.
 
     A prompt that is too long loses its beginning, so that the completion and its EOS are kept; a
-    completion that is too long by itself loses its end. Raises DataError for an example, either at
+    completion that alone is too long loses its end. Raises DataError for an example, either at
     once or when its rows are taken from the iterator.
     """
     if not examples:

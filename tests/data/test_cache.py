@@ -118,7 +118,7 @@ def test_skipped_rows_are_cached(tmp_path: Path, tokenizer: Any) -> None:
 
 def test_reading_returns_what_was_stored(cached: Cached, tokenizer: Any) -> None:
     plain = encode_split(split_of(), example, tokenizer, 15)
-    assert plain.truncated_rows > plain.cut_completions > 0
+    assert plain.counts.truncated_rows > plain.counts.cut_completions > 0
     assert_equal(cached.encode(), plain)
     assert cached.said[0].startswith("train: 2,000 rows tokenised in ")
     assert_equal(cached.encode(), plain)

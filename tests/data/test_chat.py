@@ -366,7 +366,7 @@ def test_a_single_turn_loses_the_beginning_of_its_prompt(tokenizer: Any) -> None
     split = Split("train", [{}], "chats.jsonl", "0")
     found = encode_split(split, lambda _: ChatExample(CHAT[:3]), tokenizer, 12)
     assert tokenizer.decode(found[0].input_ids) == "assistant>4</s>"
-    assert (found.truncated_rows, found.cut_completions) == (1, 0)
+    assert (found.counts.truncated_rows, found.counts.cut_completions) == (1, 0)
 
 
 def test_rows_of_a_split_chat_lose_the_beginning_of_their_prompts(tokenizer: Any) -> None:
@@ -376,7 +376,7 @@ def test_rows_of_a_split_chat_lose_the_beginning_of_their_prompts(tokenizer: Any
     found = encode_split(split, lambda _: ChatExample(CHAT), tokenizer, 12)
     texts = [tokenizer.decode(found[i].input_ids) for i in range(len(found))]
     assert texts == ["f.][2+2?]!4</s>", "]!Yes, 4 é</s>"]
-    assert (found.truncated_rows, found.cut_completions) == (2, 0)
+    assert (found.counts.truncated_rows, found.counts.cut_completions) == (2, 0)
 
 
 def test_errors_name_the_row(tokenizer: Any) -> None:
@@ -396,7 +396,7 @@ def test_long_chats_lose_their_end(tokenizer: Any) -> None:
     short = encode_split(split, lambda _: ChatExample(CHAT), tokenizer, 60)
     whole, _ = one_row(ChatExample(CHAT), tokenizer)
     assert short[0].input_ids.tolist() == whole[:60]
-    assert (short.truncated_rows, short.cut_completions) == (2, 2)
+    assert (short.counts.truncated_rows, short.counts.cut_completions) == (2, 2)
     with pytest.raises(DataError, match=r"row 1: no token to train on within task.max_length = 20"):
         encode_split(split, lambda _: ChatExample(CHAT), tokenizer, 20)
 

@@ -60,7 +60,7 @@ def test_completion_and_eos_are_trained(tokenizer: Any) -> None:
     assert split.lengths.tolist() == [7, 5, 2]
     # A row's first token is the target of none: "a" of the last row counts for nothing.
     assert split.trained_tokens == 3 + 3 + 1
-    assert (split.truncated_rows, split.cut_completions) == (0, 0)
+    assert (split.counts.truncated_rows, split.counts.cut_completions) == (0, 0)
     assert split.labels is None
     assert split.token_type_ids is None
 
@@ -113,8 +113,8 @@ def test_long_rows_lose_the_beginning_of_the_prompt_first(
 ) -> None:
     split = encoded([pair("abcd", "ef")], with_bos, max_length)
     assert read(split, 0, with_bos) == (whole, trained)
-    assert split.truncated_rows == (max_length < 8)
-    assert split.cut_completions == cut
+    assert split.counts.truncated_rows == (max_length < 8)
+    assert split.counts.cut_completions == cut
     prompt = TextExample((Segment("abcd", trained=False),), eos=False)
     ids = encode_prompt(prompt, with_bos, max_length)
     assert len(ids) <= max_length
@@ -170,7 +170,7 @@ def test_pairs_have_types_and_labels(bert: Any) -> None:
     assert types is not None
     assert types.tolist() == [0, 0, 0, 0, 1, 1]
     assert bert.decode(split[1].input_ids) == f"[CLS]{'x' * 7}[SEP]yz[SEP]"
-    assert (split.truncated_rows, split.cut_completions) == (1, 0)
+    assert (split.counts.truncated_rows, split.counts.cut_completions) == (1, 0)
     assert split[1].label == 0
     single = encoded([ClassificationExample("ab", None, 0.5)], bert)
     assert bert.decode(single[0].input_ids) == "[CLS]ab[SEP]"

@@ -57,10 +57,10 @@ def test_tokens_do_not_depend_on_the_number_of_processes(
     found = encode(tokenizer, progress=done.append)
     for name in ("input_ids", "loss_mask", "offsets"):
         np.testing.assert_array_equal(getattr(found, name), getattr(plain, name))
-    assert (found.truncated_rows, found.cut_completions) == (
-        plain.truncated_rows, plain.cut_completions,
+    assert (found.counts.truncated_rows, found.counts.cut_completions) == (
+        plain.counts.truncated_rows, plain.counts.cut_completions,
     )  # fmt: skip
-    assert plain.cut_completions
+    assert plain.counts.cut_completions
     assert done == sorted(done)
     assert done[-1] == 3500
     assert not children()

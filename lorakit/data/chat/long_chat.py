@@ -287,8 +287,8 @@ class WindowedRendering(_LongChat):
     are also rendered in full and must be equal."""
 
     def turns(self) -> list[Turn] | None:
-        """The turns. None if one of them differs when rendered in full, if the kinds cannot be
-        told apart, or if windows cost more than rendering turn by turn."""
+        """The turns. None if one of them differs when rendered in full, if the kinds are unknown,
+        or if windows cost more than rendering turn by turn."""
         last = self.indices[-1]
         before = self.messages[:last]
         self._front = self.template.render(before, self.tools, generation_prompt=True).text

@@ -162,7 +162,7 @@ def _as_text(arguments: Any) -> Any:
 
 
 def _as_mapping(arguments: Any) -> Any:
-    """The mapping that the text of a JSON object stands for; anything else unchanged."""
+    """Parse the text of a JSON object; return anything else unchanged."""
     found = _parse(arguments) if isinstance(arguments, str) else None
     return found if isinstance(found, dict) else arguments
 
