@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from lorakit.data.chat import encode_chat
 from lorakit.data.examples import ChatExample
 from lorakit.evaluation.requests import chat_request
-from tests.data.chat_templates import STYLES, Style
+from tests.data.chat.templates import STYLES, Style
 
 Messages = tuple[dict[str, Any], ...]
 
