@@ -1,4 +1,7 @@
-"""Load a model and its tokenizer from a directory or the Hub, from safetensors only."""
+"""Load a model and its tokenizer from a directory or the Hub, from safetensors only.
+
+Also the default device, and the context window of a loaded model.
+"""
 
 from __future__ import annotations
 

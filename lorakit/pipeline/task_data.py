@@ -154,11 +154,11 @@ def resolve_labels(
     resolved, problem = None, None
     try:
         resolved = task.resolve(config, train)
-        if all(task.reads_labels(resolved, split) for split in splits):
+        if all(task.accepts_labels(resolved, split) for split in splits):
             return resolved
     except DataError as error:
         problem = error
-    found = task.label_names(config, splits)
+    found = task.labels_of_rows(config, splits)
     names = head_names(found) if found else None
     if found and names:
         if set(found) <= set(names):  # names, not indices: sort them as the train split's are

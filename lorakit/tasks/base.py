@@ -151,11 +151,11 @@ class Task(ABC):
         ``example``. Raises DataError if the split does not determine it."""
         return config
 
-    def reads_labels(self, config: Any, split: Split) -> bool:
+    def accepts_labels(self, config: Any, split: Split) -> bool:
         """Whether each label of ``split`` is one of those that ``resolve`` found."""
         return True
 
-    def label_names(self, config: Any, splits: Sequence[Split]) -> list[str] | None:
+    def labels_of_rows(self, config: Any, splits: Sequence[Split]) -> list[str] | None:
         """The class names in the rows of ``splits``; None for a task that does not take its class
         names from its rows, and if a value is not a class name."""
         return None

@@ -153,7 +153,7 @@ class Classification(LabelledTask):
             train, config.label_column, config.on_bad_row == "skip"
         )
 
-    def reads_labels(self, config: Any, split: Split) -> bool:
+    def accepts_labels(self, config: Any, split: Split) -> bool:
         where = self.labelling(config)
         try:
             for value in split.column(where.label):
@@ -162,7 +162,7 @@ class Classification(LabelledTask):
             return False
         return True
 
-    def label_names(self, config: Any, splits: Sequence[Split]) -> list[str] | None:
+    def labels_of_rows(self, config: Any, splits: Sequence[Split]) -> list[str] | None:
         values = (value for split in splits for value in split.column(config.label_column))
         found: dict[str, None] = {}
         for value in values:
