@@ -2,7 +2,7 @@
 
 Prompts of similar length form a batch, padded on the left. Without sampling, equal prompts are
 continued once. In float32 a text depends neither on the batch it is generated in nor on the order
-of the prompts: a row ignores the padding, and is sampled from the numbers of its own row.
+of the prompts: a row ignores the padding, and is sampled with random numbers of its own.
 
 Beam search is transformers'. A continuation's score is the sum of its log probabilities / length **
 length_penalty; the length is in generated tokens and includes the EOS, or the tokens of the stop
@@ -217,7 +217,7 @@ def stream_text(
     """Continue ``prompt`` like ``generate_text``, and ``write`` the text as it is generated.
 
     Beam search passes its result in one piece at the end. ``row`` is the prompt's number. Returns
-    the whole text. Raises DataError for a prompt that is empty or too long.
+    the full text. Raises DataError for a prompt that is empty or too long.
     """
     if decoding.num_beams > 1:
         text = generate_text(model, tokenizer, [prompt], decoding)[0]

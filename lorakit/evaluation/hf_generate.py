@@ -24,7 +24,7 @@ _CACHE = "cache" if "cache" in _FIELDS else "past_key_values"
 
 #: The number of sequences beyond which throughput no longer grows.
 MAX_SEQUENCES = {"cpu": 64, "cuda": 2048}
-#: The tokens of a batch, prompts and continuations, on a device without memory of its own.
+#: The maximum tokens of a batch, prompts and continuations, on the CPU.
 MAX_TOKENS = 2**16
 #: The share of a device's memory for one batch, which takes no more than half of what is free.
 _MEMORY_SHARE = 1 / 8

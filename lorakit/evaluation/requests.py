@@ -19,7 +19,7 @@ Say = Callable[[str], None]
 
 _ALLOWED = (
     '{"prompt": TEXT} or {"messages": [{"role": ..., "content": ...}, ...]}, optionally with '
-    '"tools": [...] beside the messages'
+    '"tools": [...] next to the messages'
 )
 #: The keys that are read from a line of each kind.
 _KEYS = {"prompt": ("prompt",), "messages": ("messages", "tools")}

@@ -207,10 +207,10 @@ class SampleToken(LogitsProcessor):
 
 def uniform_numbers(seed: int, rows: Sequence[int], positions: int, device: torch.device) -> Tensor:
     """Return (rows, positions) numbers in [0, 1), row r's from numpy's generator of (seed, r)."""
-    drawn = np.stack([np.random.default_rng((seed, row)).random(positions) for row in rows])
+    numbers = np.stack([np.random.default_rng((seed, row)).random(positions) for row in rows])
     # Apple's devices have no float64.
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    return torch.from_numpy(drawn).to(device, dtype)
+    return torch.from_numpy(numbers).to(device, dtype)
 
 
 def sampler(

@@ -144,8 +144,9 @@ def load_adapted(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the base onto its device, with the adapter of ``files`` in place, in evaluation mode.
 
-    The tokenizer is the adapter's if it has one. A classification head that neither has is drawn
-    from ``seed``, which is said. Raises AdapterError if the adapter does not fit the base.
+    The tokenizer is the adapter's if it has one. Without an adapter, a classification head that the
+    base does not have is initialized at random from ``seed``, and ``say`` is told so. Raises
+    AdapterError if the adapter does not fit the base.
     """
     brings_head = files is not None and files.brings_head
     if files is not None and brings_head and labels is not None:
@@ -230,7 +231,7 @@ def _base_head_labels(
 
 
 def _check_new_modules(loaded: Pretrained, files: AdapterFiles) -> None:
-    """Raise AdapterError if the adapter has no weights for a module that the base lacks."""
+    """Raise AdapterError if neither the base nor the adapter has a module's weights."""
     missing = [
         name
         for name in loaded.new_modules

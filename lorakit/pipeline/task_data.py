@@ -22,7 +22,7 @@ from lorakit.tasks.classification import label_order
 
 Say = Callable[[str], None]
 #: Maps labels of the data to the class names of the base's classification head, in the head's
-#: order; None if the head lacks one of them.
+#: order; None if one of them is not in the head.
 HeadNames = Callable[[Sequence[str]], "list[str] | None"]
 
 
@@ -32,7 +32,7 @@ class TaskData:
 
     ``config`` is the task's section of the recipe with everything filled in that the rows decide:
     class names, and the task that ``auto`` chose. ``split`` is the split to evaluate or to train
-    on, and holds only the first rows of a ``stream``. ``labels`` are the class names by index,
+    on; of a ``stream`` it is only the first rows. ``labels`` are the class names by index,
     None for regression and causal tasks. ``skip_bad_rows`` tells whether bad rows of ``split`` are
     skipped rather than an error.
     """
@@ -217,7 +217,7 @@ def _load_split(task: Task, config: Any, name: str) -> Split:
 def _open_stream(task: Task, config: Any) -> Stream:
     if type(task).read_file is not Task.read_file:
         raise UserError(
-            f"task.streaming = true: {config.name} reads whole files in a format of its own; "
+            f"task.streaming = true: {config.name} uses a file format that cannot be streamed; "
             "allowed: false"
         )
     skip_bad = config.on_bad_row == "skip"
