@@ -1,10 +1,11 @@
 """AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): W + s P Lambda Q, ranks chosen while training.
 
-Lambda starts at zero, P (out, init_r) and Q (init_r, in) Gaussian; gamma * (||P^T P - I||_F^2 +
-||Q^T Q - I||_F^2) keeps them near orthonormal (section 3.1). Every ``deltaT`` steps the triplets
-(a column of P, its lambda, a row of Q) of all matrices are ranked by importance, and the lambdas of
-all but the budget's best are set to zero (section 3.2); P and Q go on training, so that a triplet
-can come back. The names are PEFT's: P is ``lora_B``, Lambda ``lora_E``, Q ``lora_A``.
+Lambda is initialised with zeros, P (out, init_r) and Q (init_r, in) with Gaussians; the penalty
+gamma * (||P^T P - I||_F^2 + ||Q Q^T - I||_F^2) keeps them near orthonormal (section 3.1). Every
+``deltaT`` steps the triplets (a column of P, its lambda, a row of Q) of all matrices are ranked by
+importance, and the lambdas of all but the best within the budget are set to zero (section 3.2). P
+and Q continue to train, so a pruned triplet can return. The names are those of PEFT: P is
+``lora_B``, Lambda ``lora_E``, Q ``lora_A``.
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ if TYPE_CHECKING:
     from lorakit.layers import AdapterLayer
     from lorakit.methods.lora_layer import LoraLayer
 
-#: Steps, or a fraction of the run.
+#: A number of steps, or a fraction of the run.
 Steps = NonNegativeInt | Annotated[float, Field(gt=0, lt=1)]
 
 
 class AdaLoraConfig(AdapterSection):
-    """``target_r`` is the average rank at the end, ``init_r`` the rank of each matrix before,
-    1.5 times that (as in most of the paper's tables) if it is not given.
+    """``target_r`` is the average rank at the end, ``init_r`` the rank of each matrix at the start,
+    by default 1.5 times ``target_r`` (as in most of the paper's tables).
 
-    For ``tinit`` steps all triplets train, over the last ``tfinal`` the kept ones only; both may be
-    fractions of the run, and the defaults are about those of the paper's Table 8. ``beta1`` and
-    ``beta2`` smooth the importance; ``orth_reg_weight`` is gamma. ``orth_reg_form``: ``squared`` is
-    the paper's sum of squared norms, ``mean_norm`` the mean of norms that both public codes take,
-    for which the gammas of the paper's tables were chosen.
+    All triplets are trained for the first ``tinit`` steps, and only the kept ones for the last
+    ``tfinal``; both may be fractions of the run, with defaults close to the paper's Table 8.
+    ``beta1`` and ``beta2`` smooth the importance; ``orth_reg_weight`` is gamma. ``orth_reg_form``:
+    ``squared`` is the paper's sum of squared norms, ``mean_norm`` the mean of norms of both public
+    implementations, for which the gammas of the paper's tables were chosen.
     """
 
     method: str = "adalora"
@@ -91,7 +92,7 @@ class AdaLora(Lora):
     peft_type = "ADALORA"
 
     def check(self, config: Any, targets: Collection[str]) -> None:
-        """Nothing in the configuration names a module."""
+        """No setting refers to modules by name."""
 
     def layer_class(self) -> type[LoraLayer]:
         from lorakit.methods.adalora_layer import AdaLoraLayer
@@ -137,12 +138,13 @@ class AdaLora(Lora):
 
 
 def scaling_of(lora_alpha: float, init_r: int) -> float:
-    """As both public codes have it: not of the rank that is left, and never a division by 0."""
+    """lora_alpha / init_r, as in both public implementations: independent of the remaining rank,
+    with a small term that prevents a division by zero."""
     return lora_alpha / (init_r + 1e-5)
 
 
 def resolve_steps(steps: float, total_steps: int) -> int:
-    """A fraction of the run in steps."""
+    """``steps``, or the number of steps that a fraction of the run is."""
     return steps if isinstance(steps, int) else round(steps * total_steps)
 
 

@@ -1,4 +1,4 @@
-"""AdaLoRA's layer, and its part in a run: the penalty before a step, the ranks after it."""
+"""AdaLoRA's layer, and its hooks: the penalty before a step, rank allocation after it."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class AdaLoraLayer(LoraLayer):
         return self.lora_A * self.lora_E, self.lora_B
 
     def kept_rows(self) -> list[int]:
-        """The triplets that are saved: those kept, or one, whose lambda is zero, if none is (PEFT
-        loads no rank of 0)."""
+        """The triplets to save: the kept ones or, since PEFT cannot load a rank of 0, a single one,
+        whose lambda is zero."""
         rows: list[int] = self.kept.nonzero().flatten().tolist()
         return rows or [0]
 
@@ -80,8 +80,8 @@ class AdaLoraLayer(LoraLayer):
 
 @dataclass(frozen=True)
 class Budget:
-    """How many triplets of all matrices train at a step: ``start`` of them up to ``tinit``, ``end``
-    from ``total_steps - tfinal`` on, allocated anew every ``deltaT`` steps between."""
+    """How many triplets of all matrices are trained at a step: ``start`` up to ``tinit``, ``end``
+    from ``total_steps - tfinal`` on; in between they are reallocated every ``deltaT`` steps."""
 
     start: int
     end: int
@@ -92,14 +92,14 @@ class Budget:
 
     @property
     def final_step(self) -> int:
-        """From here on the kept triplets are fixed."""
+        """The step from which the kept triplets are fixed."""
         return self.total_steps - self.tfinal
 
     def at(self, step: int) -> int:
         """b(t) = end + (start - end) * (1 - (t - tinit) / (T - tfinal - tinit))^3.
 
         The paper's equation 12 has t - tinit - tfinal in the numerator, which is not continuous at
-        tinit; both public codes have this, with b(tinit) = start and b(T - tfinal) = end.
+        tinit; both public implementations have this, with b(tinit) = start, b(T - tfinal) = end.
         """
         if step <= self.tinit:
             return self.start
@@ -114,10 +114,10 @@ class Budget:
 
 
 class Allocation(RunHooks):
-    """The importance of every element of A, E and B, and the mask of the triplets kept.
+    """Tracks the importance of every element of A, E and B, and prunes triplets.
 
-    As in both public codes the sensitivity |w * grad| takes the weights after the optimizer's step
-    and the gradients before it, penalty and clipping included.
+    As in both public implementations, the sensitivity |w * grad| is computed from the weights after
+    the optimizer's step and the gradients before it, including penalty and clipping.
     """
 
     device_values = ("orthogonality_loss",)
@@ -140,7 +140,7 @@ class Allocation(RunHooks):
         self._factors = {f: [getattr(x, f) for x in layers.values()] for f in _ACROSS}
         weights: list[Any] = [w for factors in self._factors.values() for w in factors]
         self._weights = weights
-        # One row for all elements: what is done to each of them takes one kernel, not hundreds.
+        # All elements in one row, so that an operation is one kernel instead of hundreds.
         sizes = [w.numel() for w in weights]
         self._rows = torch.zeros(2, sum(sizes), device=weights[0].device)
         self._averages, self._uncertainties = (
@@ -153,8 +153,8 @@ class Allocation(RunHooks):
             layer.schedule = (budget.tinit, budget.tfinal, budget.total_steps)
 
     def before_step(self, scale: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """Add the gradient of gamma * sum_k R(P_k, Q_k) (equation 4); its value is what is logged,
-        and no loss contains it."""
+        """Add the gradient of gamma * sum_k R(P_k, Q_k) (equation 4) and return its value, which is
+        logged separately from the loss."""
         total = None
         for factor in ("lora_A", "lora_B"):
             factors = self._factors[factor]
@@ -179,7 +179,7 @@ class Allocation(RunHooks):
     def _update(self, scaled: bool) -> None:
         with torch.no_grad():
             gradients = _in_a_row([_gradient(w) for w in self._weights])
-            if scaled:  # what is not finite would stay in the averages for ever
+            if scaled:  # values that are not finite would stay in the averages
                 gradients = torch.nan_to_num(gradients, 0.0, 0.0, 0.0)
             weights = _in_a_row(self._weights)
             average, uncertainty = self._rows
@@ -227,7 +227,7 @@ class Allocation(RunHooks):
 
 
 def _add_gradients(weights: list[Any], gradients: list[Tensor]) -> None:
-    """To what the loss gave; a matrix that the loss does not reach gets these alone."""
+    """Add ``gradients`` to those of the loss, which may be missing for a matrix."""
     there = [i for i, weight in enumerate(weights) if weight.grad is not None]
     if there:
         torch._foreach_add_([weights[i].grad for i in there], [gradients[i] for i in there])

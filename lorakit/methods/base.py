@@ -18,41 +18,41 @@ if TYPE_CHECKING:
 
 
 class RunHooks:
-    """What a method does in a run beside the forward pass. As it stands here, it does nothing.
+    """What a method does in a run besides the forward pass; by default nothing.
 
-    ``device_values`` names what ``before_step`` returns: scalars on the device, which are logged
-    when they have arrived there.
+    ``device_values`` names the scalars that ``before_step`` returns. They stay on the device and
+    are logged once they are computed.
     """
 
     device_values: tuple[str, ...] = ()
 
     def before_step(self, scale: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """All gradients of the step are there, and not yet clipped. What is added to them goes
-        through ``scale`` (float16's loss scaling)."""
+        """Called when all gradients of the step are computed and not clipped yet. Whatever is added
+        to them must be passed through ``scale`` (loss scaling of float16)."""
         return []
 
     def after_step(self, step: int, scaled: bool = False) -> None:
-        """Step number ``step``, from 1, is over and its gradients are still there. With ``scaled``
-        they may not be finite: float16's scaler leaves such a step out, and the host does not
-        know."""
+        """Called after step ``step``, counted from 1, while its gradients still exist. With
+        ``scaled`` they may not be finite: float16's scaler skips such a step without the host
+        knowing."""
 
     def is_final_form(self, step: int) -> bool:
-        """Whether what stands after ``step`` may be the run's result."""
+        """Whether the adapter after ``step`` can be the result of the run."""
         return True
 
     def logged(self, step: int, optimizer: Any) -> dict[str, float]:
-        """What a line of metrics.jsonl gets besides the device's values."""
+        """Further values for a line of ``metrics.jsonl``."""
         return {}
 
     def state(self) -> dict[str, Tensor]:
-        """What an exact resume needs; ``load_state`` takes it back."""
+        """Tensors that an exact resume needs, for ``load_state``."""
         return {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Raises KeyError if something is missing."""
+        """Restore ``state``. Raises KeyError if a tensor is missing."""
 
     def ranks(self) -> dict[str, int] | None:
-        """Name -> rank of each adapted matrix at the end, if the run chose them."""
+        """The final rank of each adapted matrix by name, if the run determines them."""
         return None
 
 
@@ -87,8 +87,8 @@ class Method:
     folds: ClassVar[bool] = False
 
     def check(self, config: Any, targets: Collection[str]) -> None:
-        """Raise TargetError if ``config`` says something of modules that are none of
-        ``targets``, the names of those that are about to be wrapped."""
+        """Raise TargetError if ``config`` has settings for modules that are not in ``targets``, the
+        names of the modules to be wrapped."""
 
     def layer_class(self) -> type[AdapterLayer]:
         """The class of the layers. Built-in methods import theirs here, since it imports torch."""
@@ -102,10 +102,10 @@ class Method:
         return layer
 
     def link(self, layers: Mapping[str, Any]) -> None:
-        """All layers of the model are there: share among them what they have in common."""
+        """Called when all layers are in the model, to share what they have in common."""
 
     def trained_parameters(self, model: nn.Module, config: Any) -> list[str]:
-        """The names of the base's own parameters that train; called when all is wrapped."""
+        """The names of the base's own parameters to train; called after wrapping."""
         return []
 
     def param_groups(
@@ -115,10 +115,10 @@ class Method:
         config: Any,
         train: TrainSection,
     ) -> list[dict[str, Any]]:
-        """The optimizer's groups of all that trains, by name, ``layers`` being what was wrapped;
-        the first has the learning rate that the log calls so.
+        """The optimizer's parameter groups for the trained ``parameters``, given by name.
 
-        Weight decay is on matrices only: biases and the weights of norms have one dimension.
+        The learning rate of the first group is the one that is logged. Weight decay is applied to
+        matrices only, not to biases and the weights of norms, which have one dimension.
         """
         matrices = [p for p in parameters.values() if p.ndim > 1]
         vectors = [p for p in parameters.values() if p.ndim <= 1]
@@ -132,11 +132,11 @@ class Method:
         """Raise UserError if ``config`` does not fit a run of ``total_steps``."""
 
     def hooks(self, layers: Mapping[str, Any], config: Any, total_steps: int) -> RunHooks:
-        """What the method does in a run of ``total_steps`` optimizer steps."""
+        """The hooks for a run of ``total_steps`` optimizer steps."""
         return RunHooks()
 
     def advice(self, config: Any) -> str | None:
-        """What else than ``train.learning_rate`` may be too high if a run diverges."""
+        """A setting besides ``train.learning_rate`` that makes a run diverge if it is too high."""
         return None
 
     def reads(self, settings: Mapping[str, Any]) -> bool:
@@ -150,7 +150,7 @@ class Method:
         without the prefix ``base_model.model.`` and without the ``shared`` ones."""
         settings = {
             "peft_type": self.peft_type,
-            **config.model_dump(mode="json", include=self._keys()),
+            **config.model_dump(mode="json", include=self.keys()),
         }
         tensors = {
             f"{name}.{key}": parameter.detach()
@@ -183,11 +183,12 @@ class Method:
         layer.load_parameters(tensors, self.shared, name)
         return layer
 
-    def _keys(self) -> set[str]:
+    def keys(self) -> set[str]:
+        """The method's own keys of ``adapter``."""
         return self.Config.model_fields.keys() - AdapterSection.model_fields.keys()
 
     def _saved_config(self, settings: Mapping[str, Any]) -> AdapterSection:
-        own = {key: settings[key] for key in self._keys() if key in settings}
+        own = {key: settings[key] for key in self.keys() if key in settings}
         try:
             return self.Config(method=self.name, **own)
         except ValidationError as error:

@@ -1,4 +1,4 @@
-"""BitFit (Ben Zaken et al. 2021, arXiv 2106.10199, section 3): the biases of the base train."""
+"""BitFit (Ben Zaken et al. 2021, arXiv 2106.10199, section 3): only biases are trained."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ if TYPE_CHECKING:
 
 
 class BitFitConfig(FullConfig):
-    """``target_modules``: null for the biases of the whole model, those of the norms among them,
-    or the modules whose biases train (the paper's subset is those of q and of the first MLP
-    layer)."""
+    """``target_modules``: null for all biases of the model, including those of norms, or modules
+    whose biases are trained (the paper's subset: q and the first layer of the MLP)."""
 
     method: str = "bitfit"
 
 
 class BitFit(Full):
-    """y = W x + b with b alone trained; held and saved as by ``full``."""
+    """y = W x + b with only b trained; saved in the format of ``full``."""
 
     name = "bitfit"
-    summary = "only the biases of the base train (Ben Zaken et al. 2021)"
+    summary = "only the biases of the base are trained (Ben Zaken et al. 2021)"
     Config: ClassVar[type[AdapterSection]] = BitFitConfig
     peft_type = "BITFIT"
 

@@ -1,8 +1,8 @@
 """DoRA (Liu et al. 2024, arXiv 2402.09353, section 4.1): W' = m * (W + s B A) / ||W + s B A||.
 
-W (out, in) is frozen, A (r, in) and B (out, r) are LoRA's, s its scaling; the norm is that of each
-row, and the magnitudes m (out,) start as it. The norm is a constant in the backward pass (section
-4.3). An embedding's rows count as those of W^T: one magnitude a dimension. As PEFT's.
+W (out, in) is frozen, A (r, in), B (out, r) and the scaling s are those of LoRA. The norm is taken
+of each row; the magnitudes m (out,) are initialised with it. It is a constant in the backward pass
+(section 4.3). An embedding has one magnitude for each dimension. All this is as in PEFT.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 class DoraConfig(LoraConfig):
-    """LoRA's keys. ``lora_dropout`` drops from the input of all that DoRA adds to W x + b, which
-    is (m / norm - 1) W dropout(x) besides the low-rank part: a second product with W a step."""
+    """The keys of LoRA. ``lora_dropout`` applies to the input of everything that is added to W x + b.
+    That includes (m / norm - 1) W dropout(x), which takes a second product with W in each step."""
 
     method: str = "dora"
 

@@ -1,4 +1,4 @@
-"""Full fine-tuning: every parameter of the base trains. What the papers compare with."""
+"""Full fine-tuning: every parameter of the base is trained."""
 
 from __future__ import annotations
 
@@ -16,32 +16,34 @@ if TYPE_CHECKING:
 
 
 class FullConfig(AdapterSection):
-    """``target_modules``: null for all, or the modules whose own parameters train. ``layers``
-    chooses among them: ``layers: "10,11"`` alone trains the last two layers of twelve, as the
-    FT-Top2 of the LoRA paper (section 5.1)."""
+    """``target_modules``: null for all modules, or those whose own parameters are trained.
+
+    ``layers`` restricts them: ``layers: "10,11"`` alone trains the last two of twelve layers, the
+    FT-Top2 of the LoRA paper (section 5.1).
+    """
 
     method: str = "full"
     target_modules: TextList | None = None  # type: ignore[assignment]
 
 
 class Full(Method):
-    """theta = theta_0 + the change of training, for each parameter by itself.
+    """No module is wrapped; the parameters of the base are trained themselves.
 
-    Over a half-precision base the values that train are held in float32, so that small updates
-    are not lost, and the model computes with their rounded copies. Nothing is wrapped, and PEFT
-    has no place for the result: ``adapter_config.json`` lists ``trained_parameters``, and
-    ``adapter_model.safetensors`` holds them whole, in float32, under the base model's names.
+    For a half-precision base, fp32 master weights are trained, so that small updates are not lost,
+    and the model computes with rounded copies. PEFT has no format for the result:
+    ``adapter_config.json`` lists ``trained_parameters``, and ``adapter_model.safetensors`` contains
+    their values in float32 under the base model's names.
     """
 
     name = "full"
-    summary = "every parameter of the base trains"
+    summary = "every parameter of the base is trained"
     Config: ClassVar[type[AdapterSection]] = FullConfig
     kinds: ClassVar[frozenset[str]] = frozenset()
     peft_type = "FULL"
     peft_loads = False
 
     def trained_parameters(self, model: nn.Module, config: Any) -> list[str]:
-        """All; one that several modules share by its first name."""
+        """All parameters; a shared one by its first name."""
         return [name for name, _ in model.named_parameters()]
 
     def reads(self, settings: Mapping[str, Any]) -> bool:
@@ -55,8 +57,8 @@ class Full(Method):
     def unpack(
         self, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The tensors as they are: all that ``trained_parameters`` lists, and nothing else beside
-        the fully trained modules."""
+        """The tensors as they are, after checking that they are those of ``trained_parameters`` and
+        of the fully trained modules."""
         listed = settings.get("trained_parameters")
         if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
             raise AdapterError(

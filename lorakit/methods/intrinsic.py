@@ -1,8 +1,8 @@
 """Training in a random subspace: theta = theta_0 + P theta_d (Li et al. 2018, arXiv 1804.08838,
 section 2; Aghajanyan et al. 2020, arXiv 2012.13255, section 3).
 
-theta_0 are all adapted weights W_1 ... W_n, D values together; theta_d (d,) is all that trains, one
-vector for the whole model; P (D, d) is random, fixed, and made anew from its seed where it is used.
+theta_0 are the adapted weights W_1 ... W_n, D values in total; theta_d (d,) is a single trained
+vector for the whole model; P (D, d) is random and fixed, and generated from its seed when needed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class IntrinsicConfig(AdapterSection):
-    """``d`` is the number of trained values, ``projection_seed`` names P."""
+    """``d`` is the number of trained values, ``projection_seed`` the seed of P."""
 
     method: str = "intrinsic"
     d: Annotated[int, Field(gt=0, lt=2**31)] = 1000
@@ -33,19 +33,18 @@ class IntrinsicConfig(AdapterSection):
 
 
 class Intrinsic(Method):
-    """W_i + reshape(P_i theta_d), with theta_d zero at the start.
+    """W_i + reshape(P_i theta_d), where theta_d is initialised with zeros.
 
-    P_i, the rows of P for W_i (out, in) row by row, is ``kernels.fastfood.project``'s with the
-    matrix's number as its stream. Its rows have norm 1: the weights move by theta_d's root mean
-    square, and a step of Adam moves each by about the learning rate, whatever d and D are. Li et
-    al. give the columns norm 1, which is theta_d times sqrt(d / D): for Adam the same with a
-    learning rate sqrt(D / d) times as large, so one for each size of model. Measured on MiniLM
-    (D = 1.1e7, d = 1000, 16 rows, 12 steps of AdamW, the loss 0.692 at first): learning rates of
-    1e-3 and 1e-2 bring it to 0.574 and 0.039; with columns of norm 1, to 0.691 and 0.684.
+    P_i, the rows of P for W_i (out, in) row by row, comes from ``kernels.fastfood.project`` with
+    the number of the matrix as the stream. Its rows have norm 1, so a step of Adam changes each weight
+    by about the learning rate, whatever d and D are. In Li et al. the columns have norm 1, which
+    scales theta_d by sqrt(d / D) and needs a learning rate for each model size. Measured on MiniLM
+    (D = 1.1e7, d = 1000, 16 rows, 12 steps of AdamW, initial loss 0.692): learning rates of 1e-3
+    and 1e-2 lead to losses of 0.574 and 0.039; with columns of norm 1, to 0.691 and 0.684.
 
-    A layer has no rank: r is 0. PEFT has no place for this form: ``adapter_config.json`` has ``d``,
-    ``projection_seed`` and ``matrices``, the names in the order of their streams, and
-    ``adapter_model.safetensors`` one ``theta``.
+    Layers have no rank (r is 0). PEFT has no format for this method: ``adapter_config.json`` has
+    ``d``, ``projection_seed`` and ``matrices``, the names in the order of their streams, and
+    ``adapter_model.safetensors`` has a single ``theta``.
     """
 
     name = "intrinsic"
@@ -68,7 +67,7 @@ class Intrinsic(Method):
         return self.layer_class()(module, torch.zeros(config.d), config.projection_seed)
 
     def link(self, layers: Mapping[str, IntrinsicLayer]) -> None:
-        """One theta for all, and the number of each matrix where it has none yet."""
+        """Share one theta, and number the matrices that have no number yet."""
         first = next(iter(layers.values()))
         for index, layer in enumerate(layers.values()):
             layer.share(first, index)
@@ -92,7 +91,7 @@ class Intrinsic(Method):
     def unpack(
         self, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """theta under the name of each matrix, and the fully trained modules."""
+        """theta under the name of each matrix, and the tensors of fully trained modules."""
         names = _matrices(settings)
         d, seed = settings.get("d"), settings.get("projection_seed")
         for key, value, least in (("d", d, 1), ("projection_seed", seed, 0)):

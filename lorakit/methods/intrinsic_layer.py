@@ -36,7 +36,7 @@ class IntrinsicLayer(AdapterLayer):
         self._kept: tuple[Hashable, Tensor] | None = None
 
     def share(self, first: IntrinsicLayer, stream: int) -> None:
-        """Train the theta of ``first``; ``stream`` is the matrix's number if it has none yet."""
+        """Use the theta of ``first``, and ``stream`` as the matrix's number if it has none yet."""
         self.theta, self._training_passes = first.theta, first._training_passes
         self.stream = stream if self.stream is None else self.stream
 
@@ -53,12 +53,12 @@ class IntrinsicLayer(AdapterLayer):
         return delta
 
     def _cast_delta(self, dtype: torch.dtype) -> Tensor:
-        """The update in ``dtype``. Where theta gets no gradient it is kept until theta may have
-        changed: text is generated a token at a time, and P theta costs more than a token."""
+        """The update in ``dtype``. If theta gets no gradient, it is cached until theta may have
+        changed: in generation, P theta would cost more than a token."""
         theta = self.theta
         trains = torch.is_grad_enabled() and theta.requires_grad
         if trains or torch.compiler.is_compiling():
-            # Fused optimizers change theta and not its version, after such a pass of any layer.
+            # Fused optimizers change theta without changing its version.
             self._training_passes.value += 1
             self._kept = None
             return self.delta_weight().to(dtype)

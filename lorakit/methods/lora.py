@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 class LoraConfig(AdapterSection):
     """``rank_pattern`` and ``alpha_pattern`` map a module-name suffix to its own r or lora_alpha.
 
-    ``use_rslora`` scales by lora_alpha / sqrt(r) in place of lora_alpha / r. ``bias`` trains the
-    biases of the adapted modules (``lora_only``) or of the whole model (``all``) besides.
+    ``use_rslora`` scales by lora_alpha / sqrt(r) instead of lora_alpha / r. ``bias`` also trains
+    the biases of the adapted modules (``lora_only``) or of the whole model (``all``).
     ``init``: ``default`` (A Kaiming-uniform as in loralib, B zero), ``b_gaussian`` (B random, A
-    zero), ``pissa`` (the principal singular vectors of W) or ``orthogonal``; ``lora_init.py`` has
-    their formulas.
+    zero), ``pissa`` (the principal singular vectors of W) or ``orthogonal``; their formulas are in
+    ``LoraLayer.reset_parameters``.
     """
 
     method: str = "lora"
@@ -62,14 +62,14 @@ class Lora(Method):
     peft_loads = True
 
     def check(self, config: Any, targets: Collection[str]) -> None:
-        """Every key of ``rank_pattern`` and ``alpha_pattern`` is the end of a target."""
+        """Every key of ``rank_pattern`` and ``alpha_pattern`` must be a suffix of a target."""
         for field in ("rank_pattern", "alpha_pattern"):
             for key in getattr(config, field):
                 if not any(_is_end(key, name) for name in targets):
                     ends = sorted({name.rpartition(".")[2] for name in targets})
                     raise TargetError(
                         f"adapter.{field}: {key!r} matches no adapted module; allowed: "
-                        f"{', '.join(ends)}, or longer ends of their names"
+                        f"{', '.join(ends)}, or longer suffixes of their names"
                     )
 
     def layer_class(self) -> type[LoraLayer]:
@@ -88,7 +88,7 @@ class Lora(Method):
         return layer
 
     def trained_parameters(self, model: nn.Module, config: Any) -> list[str]:
-        """The biases that ``bias`` names."""
+        """The biases that ``bias`` selects."""
         from lorakit.layers import adapted_modules
 
         if config.bias == "all":
@@ -106,7 +106,7 @@ class Lora(Method):
 
 
 class _InitialFactors(RunHooks):
-    """What ``pissa`` started from belongs to a checkpoint: a second SVD may differ in its bits."""
+    """Keeps the initial factors of ``pissa`` in checkpoints: another SVD may have other bits."""
 
     def __init__(self, layers: Mapping[str, AdapterLayer]) -> None:
         self._buffers: dict[str, Tensor] = {
@@ -129,7 +129,7 @@ def _is_end(suffix: str, name: str) -> bool:
 
 
 def _by_suffix(pattern: dict[str, Any], name: str, default: float) -> float:
-    """The value of the longest suffix that ``name`` ends with."""
+    """The value for the longest matching suffix of ``name``."""
     fitting = [s for s in pattern if _is_end(s, name)]
     return float(pattern[max(fitting, key=len)]) if fitting else default
 

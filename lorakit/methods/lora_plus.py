@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 
 class LoraPlusConfig(LoraConfig):
-    """LoRA's keys, and the ratio lr_B / lr_A. ``loraplus_lr_embedding`` is the learning rate of
-    both factors of an adapted embedding; null is that of all, which is what ratio 1 makes of it."""
+    """The keys of LoRA, and the ratio lr_B / lr_A. ``loraplus_lr_embedding`` is the learning rate
+    of both factors of adapted embeddings; null means ``train.learning_rate``, and is the default
+    for a ratio of 1."""
 
     method: str = "lora_plus"
     loraplus_lr_ratio: PositiveFloat | Literal["auto"] = 16.0
@@ -57,8 +58,8 @@ class LoraPlus(Lora):
         config: Any,
         train: TrainSection,
     ) -> list[dict[str, Any]]:
-        """One group for each learning rate, that of A and of all else first; B's are marked, as
-        the log shows them. Weight decay is honoured in each."""
+        """One group for each learning rate, that of A and of everything else first. Groups of B are
+        marked, since their rate is logged. Weight decay applies in every group."""
         rates: dict[str, float] = {}
         factor_B = set()
         for name, layer in layers.items():

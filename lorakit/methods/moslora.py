@@ -1,8 +1,8 @@
 """MoSLoRA (Wu et al. 2024, arXiv 2406.11909): y = W x + (lora_alpha / r) B M A dropout(x).
 
-W (out, in), A (r, in) and B (out, r) are LoRA's. The mixer M (r, r), trained too, lets every
-column of B meet every row of A; it starts orthogonal, which keeps the size of A x. An adapter is
-saved as a plain LoRA, with M A for A.
+W (out, in), A (r, in) and B (out, r) are those of LoRA. The mixer M (r, r), which is trained too,
+combines every column of B with every row of A; it is initialised orthogonal, which preserves the
+norm of A x. An adapter is saved as a plain LoRA, with M A as A.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class MosLoraConfig(LoraConfig):
-    """LoRA's keys. ``init`` must have one factor zero: with others B M A changes the output."""
+    """The keys of LoRA. ``init`` must leave one factor zero, or B M A would change the output."""
 
     method: str = "moslora"
     init: Literal["default", "b_gaussian"] = "default"
@@ -36,7 +36,7 @@ class MosLora(Lora):
         return MosLoraLayer
 
     def reads(self, settings: Mapping[str, Any]) -> bool:
-        """What it saves is LoRA's."""
+        """Its adapters are saved and read as LoRA's."""
         return False
 
 

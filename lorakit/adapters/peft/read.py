@@ -183,10 +183,11 @@ def read_adapter(directory: str | Path, say: Say = to_stderr) -> AdapterFiles:
         check_supported(config, where)
     tensors, shared = _tensors(directory, method)
     tensors = _without_duplicates(tensors, config)
+    own = () if lora_format else method.keys()
+    if method.peft_loads and (note := unknown_keys_note(config, where, own)):
+        say(note)
     if lora_format:
         check_tied(config, tensors, where)
-        if note := unknown_keys_note(config, where):
-            say(note)
     else:
         try:
             tensors = method.unpack(config, tensors)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from lorakit.errors import AdapterError, shown
@@ -120,6 +120,12 @@ _OTHER_KEYS = {
     "target_r", "tfinal", "tinit", "total_step", "use_bdlora", "velora_config",
 }  # fmt: skip
 _KNOWN_KEYS = {*DEFAULTS, *CONFIG_TYPES, *LORA_TYPES, *ADALORA_TYPES, *_OTHER_KEYS}
+#: Keys that every method of PEFT may have.
+_KEYS_OF_EVERY_METHOD = {
+    "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "init_weights", "layers_pattern", "layers_to_transform", "modules_to_save",
+    "peft_type", "peft_version", "revision", "target_modules", "task_type",
+}  # fmt: skip
 #: For these keys PEFT does not read null as the default.
 _NOT_NULLABLE = ("init_r", "lora_alpha", "lora_dropout", "r")
 #: Heads that PEFT saves for ``SEQ_CLS``, whatever ``modules_to_save`` lists.
@@ -234,10 +240,18 @@ def check_supported(config: Mapping[str, Any], where: str) -> None:
                 raise AdapterError(f"{where}: {key}: {shown(pattern)}: {error}") from error
 
 
-def unknown_keys_note(config: Mapping[str, Any], where: str) -> str | None:
+def unknown_keys_note(
+    config: Mapping[str, Any], where: str, own: Collection[str] = ()
+) -> str | None:
     """A note that lists keys of a newer PEFT or of another tool, or None if there are none. Null,
-    false and empty values are skipped, since they turn nothing on."""
-    unknown = {key: value for key, value in config.items() if key not in _KNOWN_KEYS and value}
+    false and empty values are skipped, since they turn nothing on.
+
+    ``own`` are the keys of a method whose format is neither LoRA's nor AdaLoRA's.
+    """
+    known = {*_KEYS_OF_EVERY_METHOD, *own} if own else _KNOWN_KEYS
+    unknown = {key: value for key, value in config.items() if key not in known and value}
+    if unknown.get("bias") == "none":
+        del unknown["bias"]
     if not unknown:
         return None
     listed = ", ".join(f"{key} = {shown(value, 40)}" for key, value in sorted(unknown.items())[:8])
