@@ -15,7 +15,7 @@ from torch import Tensor
 from lorakit.adapters.loralib import loralib_tensors, metadata
 from lorakit.adapters.loralib_read import LoralibOptions, read_loralib
 from lorakit.adapters.low_rank import Updates, lora_files, number, padded, read_updates
-from lorakit.adapters.merge.checkpoint import TEMPLATES, TOKENIZER_FILES
+from lorakit.adapters.merge.tokenizer import TEMPLATES, TOKENIZER_FILES
 from lorakit.adapters.model_card import CardFacts
 from lorakit.adapters.peft.read import AdapterFiles, Say, read_adapter, to_stderr
 from lorakit.adapters.peft.schema import CARD, CONFIG, PREFIX, SIDECAR, WEIGHTS, without_defaults

@@ -9,9 +9,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lorakit.adapters.merge.checkpoint import TEMPLATES, TOKENIZER_FILES
 from lorakit.errors import AdapterError, shown
 
+#: Files of a tokenizer, including its chat template.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+    "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+TEMPLATES = "additional_chat_templates"
 _FAST, _SETTINGS, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 _OLD_TEMPLATE = "chat_template.json"
 _MAP, _ADDED = "special_tokens_map.json", "added_tokens.json"
