@@ -50,7 +50,7 @@ def test_the_bits_of_the_formula(
     adapter = write_adapter(base, tmp_path / "adapter", **keys)
     monkeypatch.setattr(merge_stream, "CHUNK_ELEMENTS", 256)
     monkeypatch.setattr(merge_stream, "SMALL_BYTES", 0)
-    monkeypatch.setattr(merge_stream, "_workers", lambda: 3)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1, 2}, raising=False)
     threads = torch.get_num_threads()
     merge(base, adapter, tmp_path / "out")
     assert torch.get_num_threads() == threads
