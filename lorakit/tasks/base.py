@@ -26,6 +26,11 @@ _Value = TypeVar("_Value")
 LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 
 
+def exclusive(first: str, second: str) -> ValueError:
+    """The error of a ``Config`` whose keys exclude each other."""
+    return ValueError(f"{first} and {second} are mutually exclusive; allowed: one of them")
+
+
 class GenerationSection(TaskSection):
     """The ``task`` section of a task that is scored on generated text.
 
@@ -49,7 +54,7 @@ class GenerationSection(TaskSection):
     @model_validator(mode="after")
     def _one_strategy(self) -> GenerationSection:
         if self.num_beams > 1 and self.temperature > 0:
-            raise ValueError("num_beams above 1 and temperature above 0 are mutually exclusive")
+            raise exclusive("num_beams above 1", "temperature above 0")
         if self._is_set("length_penalty") and self.num_beams == 1:
             raise ValueError("length_penalty: only allowed with num_beams above 1")
         if self._is_set("top_p") and self.temperature == 0:

@@ -18,6 +18,7 @@ from lorakit.tasks.base import (
     Prediction,
     Row,
     exact_match,
+    exclusive,
     paired,
     required_text,
 )
@@ -59,7 +60,7 @@ class ChatConfig(GenerationSection):
     @model_validator(mode="after")
     def _one_source(self) -> ChatConfig:
         if self.messages_column and self.format in ("alpaca", "prompt_completion"):
-            raise ValueError(f"messages_column and format: {self.format} are mutually exclusive")
+            raise exclusive("messages_column", f"format: {self.format}")
         return self
 
 

@@ -19,7 +19,15 @@ from lorakit.data.sources import Split
 from lorakit.errors import DataError, shown
 from lorakit.metrics.labels import label_score, require_metrics
 from lorakit.recipe.sections import TaskSection, Text
-from lorakit.tasks.base import Prediction, Row, Task, check_count, map_rows, required_text
+from lorakit.tasks.base import (
+    Prediction,
+    Row,
+    Task,
+    check_count,
+    exclusive,
+    map_rows,
+    required_text,
+)
 from lorakit.tasks.checks import folded_label
 
 #: The id of a predicted class that only the base's head has; such a prediction is {"error": ...}.
@@ -118,7 +126,7 @@ class ClassificationConfig(TaskSection):
     @model_validator(mode="after")
     def _labels_fit(self) -> ClassificationConfig:
         if self.labels is not None and self.regression:
-            raise ValueError("labels and regression: true are mutually exclusive")
+            raise exclusive("labels", "regression: true")
         if self.labels is not None and len(set(self.labels)) < len(self.labels):
             duplicate = next(name for name in self.labels if self.labels.count(name) > 1)
             raise ValueError(f"labels: duplicate name {duplicate!r}")

@@ -18,6 +18,7 @@ from lorakit.tasks.base import (
     Prediction,
     Row,
     exact_match,
+    exclusive,
     is_empty,
     optional_text,
     paired,
@@ -93,11 +94,11 @@ class CompletionConfig(GenerationSection):
         pairs = (("prompt_column", "template"), ("completion_column", "completion_template"))
         for column, template in pairs:
             if getattr(self, column) and getattr(self, template):
-                raise ValueError(f"{column} and {template} are mutually exclusive")
+                raise exclusive(column, template)
         keys = ("prompt_column", "template", "completion_column", "completion_template")
         given = [key for key in keys if getattr(self, key)]
         if given and self.format == "alpaca":
-            raise ValueError(f"format: alpaca and {given[0]} are mutually exclusive")
+            raise exclusive("format: alpaca", given[0])
         return self
 
 
