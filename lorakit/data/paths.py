@@ -74,7 +74,7 @@ def no_split(path: PathOption, split: str) -> DataError:
         return DataError(f"task.path: no split {split!r}; allowed: {', '.join(path)}")
     if not (isinstance(path, str) and Path(path).is_dir()):
         return DataError(
-            f"{_shown(path)}: no split {split!r}; allowed: train, or a mapping: "
+            f"task.path: {_shown(path)}: no split {split!r}; allowed: train, or a mapping: "
             f"task.path: {{{split}: FILE}}"
         )
     there = [name for name in SPLIT_ALIASES if _seen(path, name)]
@@ -86,9 +86,9 @@ def no_split(path: PathOption, split: str) -> DataError:
     )
     contents = f"contains {listed(inside, 10)}" if inside else "is empty"
     return DataError(
-        f"{path}: no split {split!r}{allowed}; the directory {contents}; hint: name a split's "
-        f"files after it ({split}.jsonl, {split}-00000-of-00002.parquet), or give a file, a glob "
-        f"or a mapping: task.path: {{{split}: FILE}}"
+        f"task.path: {path}: no split {split!r}{allowed}; the directory {contents}; hint: name a "
+        f"split's files after it ({split}.jsonl, {split}-00000-of-00002.parquet), or give a file, "
+        f"a glob or a mapping: task.path: {{{split}: FILE}}"
     )
 
 

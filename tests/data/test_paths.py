@@ -227,7 +227,7 @@ def test_no_split() -> None:
     touch("d/b.jsonl", "d/a.csv", "d/sub/x.jsonl", "d/.hidden", "e/test.jsonl", "f/g/h.jsonl")
     message = str(no_split("d", "train"))
     assert message.startswith(
-        "d: no split 'train'; the directory contains a.csv, b.jsonl, sub/; hint: "
+        "task.path: d: no split 'train'; the directory contains a.csv, b.jsonl, sub/; hint: "
     )
     assert "give a file, a glob or a mapping: task.path: {train: FILE}" in message
     assert "e: no split 'train'; allowed: test; the directory contains test.jsonl" in str(
@@ -238,7 +238,7 @@ def test_no_split() -> None:
     message = str(no_split({"validation": "x", "test": "y"}, "train"))
     assert message == "task.path: no split 'train'; allowed: validation, test"
     message = str(no_split(["a.jsonl"], "test"))
-    assert message.startswith("a.jsonl: no split 'test'; allowed: train, or a mapping")
+    assert message.startswith("task.path: a.jsonl: no split 'test'; allowed: train, or a mapping")
 
 
 def test_all_data_files() -> None:

@@ -29,6 +29,7 @@ train:
 @pytest.fixture
 def recipe(tiny_llama: Path, in_tmp: Path) -> str:
     Path("data").mkdir()
+    Path("empty").mkdir()
     rows = [{"prompt": "a" * n, "completion": "b"} for n in range(1, 5)]
     for split in ("train", "validation"):
         write_lines(in_tmp / "data" / f"{split}.jsonl", rows)
@@ -54,6 +55,7 @@ def edit(recipe: str, old: str, new: str) -> None:
         ("[q, v]", "[q, no_such_module]", "recipe.yaml, line 6: adapter.target_modules: "),
         ("max_steps: 2", "warmup_steps: 99", "recipe.yaml, line 13: train.warmup_steps = 99: "),
         ("path: data", "path: gone", "recipe.yaml, line 9: task.path: "),
+        ("path: data", "path: empty", "recipe.yaml, line 9: task.path: empty: no split 'train'"),
         ("lora\n", "lora\n  layers: [77]\n", "recipe.yaml, line 6: adapter.layers: "),
         (
             "lora\n",

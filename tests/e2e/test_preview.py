@@ -221,7 +221,7 @@ def test_weights_are_not_needed(
     [
         (["--start", "4"], "error: --start 4: data/train.jsonl has 3 rows; allowed: 1 to 3"),
         (["--start", "3", "--limit", "2"], "has 2 rows with --limit 2; allowed: 1 to 2"),
-        (["--split", "test"], "error: data: no split 'test'"),
+        (["--split", "test"], "recipe.yaml, line 3: task.path: data: no split 'test'"),
         (["--set", "task.max_length=1"], "row 1: no token to train on within task.max_length = 1"),
         (["--set", "model.name_or_path=./gone"], "error: --set: model.name_or_path: ./gone: "),
         (["--set", "task.name=text"], "error: data/train.jsonl, row 1: unknown format"),
