@@ -132,7 +132,7 @@ def test_peft_would_write_the_same_configuration(tmp_path: Path) -> None:
     from peft import LoraConfig as PeftLora
     from peft import get_peft_model
 
-    from lorakit.adapters.peft.targets import DEFAULTS
+    from lorakit.adapters.peft.schema import DEFAULTS
 
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["q", "v"])
     model = tiny("llama")

@@ -58,7 +58,7 @@ def test_a_hub_id_is_read_from_the_cache(
     cached(tmp_path / "cache", adapter, "some-one/their.adapter")
     found = load(base, "some-one/their.adapter")
     assert torch.equal(logits(found), logits(load(base, adapter)))
-    with pytest.raises(UserError, match="adapter: some-one/other: no such directory, not in the"):
+    with pytest.raises(UserError, match="some-one/other: no such directory, not in the"):
         read_adapter("some-one/other")
 
 
