@@ -64,12 +64,14 @@ def build_engine(
     method, config = _method(prepared.recipe), prepared.recipe.adapter
     layers = adapter_layers(model)
     optimizer = build_optimizer(method.param_groups(parameters, layers, config, section), section)
+    # Before the optimizer is wrapped: with float16, Accelerate restores the `step` that it finds.
+    scheduler = build_scheduler(optimizer, section, total_steps)
     return EagerEngine(
         strategy=strategy,
         objective=wrapped,
         parameters=parameters,
         optimizer=strategy.wrap_optimizer(optimizer),
-        scheduler=build_scheduler(optimizer, section, total_steps),
+        scheduler=scheduler,
         hooks=method.hooks(layers, config, total_steps),
         max_grad_norm=section.max_grad_norm,
         probe=GradientProbe(
