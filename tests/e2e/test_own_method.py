@@ -121,8 +121,14 @@ def test_train_resume_eval_merge_and_load_in_peft(
 
     saved = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter))
     saved.save_pretrained(in_tmp / "theirs")
+    capsys.readouterr()
     theirs = lorakit.load(base, in_tmp / "theirs", dtype="float32", method=spec)
     assert torch.equal(logits(theirs), logits(ours))
+    assert "unknown keys" not in capsys.readouterr().err
+    config = in_tmp / "theirs" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"alpha_pattern": {"q_proj": 1}}))
+    lorakit.load(base, in_tmp / "theirs", method=spec)
+    assert "unknown keys are ignored: alpha_pattern" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["loha"])
