@@ -216,7 +216,7 @@ class EncodedCache:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, CorruptFile, KeyError) as error:
-            self.say(f"{path}: the cache entry is corrupt ({error}); tokenising again")
+            self.say(f"{path}: the cache entry is corrupt ({error}); tokenizing again")
             return None
         self.say(f"{split.name}: {len(split):,} rows read from the cache {self.directory}")
         return arrays, counts
@@ -236,7 +236,7 @@ class EncodedCache:
         except OSError as error:
             self.say(
                 f"cannot write to the cache {self.directory} ({error.strerror}): the next run "
-                "tokenises again; hint: set LORAKIT_CACHE to another directory"
+                "tokenizes again; hint: set LORAKIT_CACHE to another directory"
             )
             self.write = False
             return None

@@ -119,7 +119,7 @@ def encode_split(
     _check_not_all_bad(split, shards)
     if cache is not None:
         spent = time.monotonic() - began
-        cache.say(f"{split.name}: {len(split):,} rows tokenised in {spent:.1f} s")
+        cache.say(f"{split.name}: {len(split):,} rows tokenized in {spent:.1f} s")
     return _from_arrays(*_read_back(split, shards, cache))
 
 
@@ -149,8 +149,8 @@ def check_largest_id(largest: int, tokenizer: Any, embedding_rows: int) -> None:
     largest = max(largest, tokenizer.pad_token_id or 0)
     if largest >= embedding_rows:
         raise DataError(
-            f"the tokenizer does not belong to the model: it produces id {largest}, but the model "
-            f"has {embedding_rows} embeddings (ids 0 to {embedding_rows - 1})"
+            f"the tokenizer does not match the model: it produces id {largest}, but the model has "
+            f"{embedding_rows} embeddings (ids 0 to {embedding_rows - 1})"
         )
 
 
@@ -216,9 +216,9 @@ def skipped_note(counts: Counts, name: str, locate: Callable[[int], str]) -> str
 def _truncation_note(counts: Counts, rows: int, name: str, max_length: int) -> str | None:
     if not counts.truncated_rows:
         return None
-    text = f"{name}: {counts.truncated_rows:,} of {rows:,} rows cut to {max_length} tokens"
+    text = f"{name}: {counts.truncated_rows:,} of {rows:,} rows truncated to {max_length} tokens"
     if counts.cut_completions:
-        text += f"; {counts.cut_completions:,} lost the end of the trained text, EOS included"
+        text += f"; {counts.cut_completions:,} lost the end of the trained text, including EOS"
     return text
 
 
@@ -233,7 +233,7 @@ def chat_notes(counts: Counts, name: str) -> list[str]:
         ),
         chat.SPLIT: (
             f"{{:,}} of {chats} became {found[chat.SPLIT_ROWS]:,} training rows, with each trained "
-            "turn in one of them: an earlier turn renders or tokenises differently once a later "
+            "turn in one of them: an earlier turn renders or tokenizes differently once a later "
             "one follows"
         ),
         chat.STRADDLES: (
@@ -241,10 +241,10 @@ def chat_notes(counts: Counts, name: str) -> list[str]:
             "across the boundary counts as part of the answer"
         ),
         chat.WITHOUT_REASONING: (
-            f"the reasoning of {{:,}} of {turns} is left out: the generation prompt already closes "
+            f"the reasoning of {{:,}} of {turns} is dropped: the generation prompt already closes "
             "it"
         ),
-        chat.SHORTENED: f"the chat template leaves out part of the content of {{:,}} of {turns}",
+        chat.SHORTENED: f"the chat template drops part of the content of {{:,}} of {turns}",
         chat.UNMARKED: (
             f"{{:,}} of {found[chat.TURNS]:,} assistant turns are not trained: the chat template "
             "does not mark them with {{% generation %}}"

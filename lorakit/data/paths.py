@@ -253,7 +253,7 @@ def _by_name(folder: Path, split: str) -> SplitFiles:
     if not exact:
         chosen_files = _checked(folder, chosen, f"the split {names[0]!r} is")
     if ignored := [file.name for file in files if file not in chosen]:
-        note = f"{folder}: ignored in favour of {chosen[0].name}: {listed(ignored)}"
+        note = f"{folder}: ignored in favor of {chosen[0].name}: {listed(ignored)}"
         return replace(chosen_files, notes=(*chosen_files.notes, note))
     return chosen_files
 

@@ -129,7 +129,7 @@ class _Worker:
         elif kind == "refused":
             self.failure = DataError(values[0])
         else:
-            self.failure = LorakitError(f"a tokenisation process failed: {values[0]}")
+            self.failure = LorakitError(f"a tokenization process failed: {values[0]}")
         return 0
 
 

@@ -129,7 +129,7 @@ def _trainable(rows: list[TokenRow], example: Example, max_length: int) -> list[
     trained = [row for row in rows if any(row.loss_mask[1:])]
     if not trained:
         within = f" within task.max_length = {max_length}" if rows[0].truncated else ""
-        raise DataError(f"no token to train on{within}")
+        raise DataError(f"nothing to train on{within}")
     return trained
 
 

@@ -271,6 +271,6 @@ def _combined(shares: list[_Share], data: EvalData) -> Evaluation:
         names = ", ".join(f"{name} = {value}" for name, value in wrong.items())
         raise EvaluationError(
             f"{data.split.source}: {names}: the model's outputs are not finite or not usable; "
-            "likely causes: diverged weights, or a float16 model that overflows (try bfloat16)"
+            "likely causes: diverged weights, or float16 overflow (try bfloat16)"
         )
     return Evaluation(metrics, predictions)

@@ -45,8 +45,8 @@ def prompt_limits(
     room, rows = window(model), embedding_rows(model)
     if (pad := pad_id(tokenizer)) >= rows:
         raise DataError(
-            "the tokenizer does not belong to the model: "
-            f"its pad token has id {pad}, but the model has {rows} embeddings"
+            f"the tokenizer does not match the model: its pad token has id {pad}, but the model "
+            f"has {rows} embeddings"
         )
     limits = []
     for number, prompt in enumerate(prompts, 1):
@@ -54,8 +54,8 @@ def prompt_limits(
             raise DataError(f"prompt {number}: no token to continue")
         if (last := max(prompt)) >= rows:
             raise DataError(
-                f"prompt {number}: the tokenizer does not belong to the model: "
-                f"it gives id {last}, but the model has {rows} embeddings"
+                f"prompt {number}: the tokenizer does not match the model: it gives id {last}, but "
+                f"the model has {rows} embeddings"
             )
         limit = decoding.max_new_tokens
         if room is not None and len(prompt) + limit > room:

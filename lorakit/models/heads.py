@@ -213,7 +213,7 @@ def _ambiguous(labels: Sequence[str]) -> str:
     if alike:
         return (
             f"one of which matches several labels of the task: {_described(alike)} (labels that "
-            "differ only by case or white space are separate classes)"
+            "differ only in case or white space are separate classes)"
         )
     return f"and the task's labels mix names and indices of these: {_described(labels)}"
 

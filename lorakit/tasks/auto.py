@@ -44,7 +44,7 @@ class Auto(FormattedTask):
     and its resolved recipe names that task."""
 
     names = ("auto",)
-    summary = "chat, completion or text, chosen by the columns of the rows"
+    summary = "chat, completion or text, depending on the columns"
     Config = AutoConfig
     kind = "causal"
     formats = tuple(_TASKS)

@@ -100,7 +100,7 @@ class Chat(FormattedTask):
         if "history" in (self.read_columns(config, split.columns) or ()) and (
             "history" in split.columns
         ):
-            notes.append(f"{split.source}: the answers in column history are trained too")
+            notes.append(f"{split.source}: answers in the column history are trained too")
         return notes
 
     def example(self, row: Row, config: Any) -> ChatExample:
@@ -169,8 +169,8 @@ def _text_of(example: ChatExample) -> str:
     for key in PAYLOAD:
         if message.get(key):
             raise DataError(
-                f"message {len(example.messages)}: the last trained message has {key}, and exact "
-                "match compares plain text; allowed: task.eval_generate = never, or rows without"
+                f"message {len(example.messages)}: the last trained message has {key}, but exact "
+                "match compares plain text; allowed: task.eval_generate = never, or rows without it"
             )
     return str(message["content"])
 

@@ -32,7 +32,7 @@ def column_notes(task: Task, config: Any, split: Split) -> list[str]:
     complete = counts.rows == len(split) and not split.is_head
     of = f"of {counts.rows:,}" if complete else f"of the first {counts.rows:,}"
     notes = [
-        f"{counts.missing[column]:,} {of} rows have no {column!r}: empty in the template"
+        f"{counts.missing[column]:,} {of} rows have no {column!r}, which is empty in the template"
         for column in inspector.template_columns
         if counts.missing[column]
     ]
@@ -67,7 +67,7 @@ class ColumnWatch:
         notes = [f"rows have unused keys: {', '.join(new)}"] if new else []
         missing = self._inspector.missing(row)
         found = [f"chats {_DROPPED}"] if self._inspector.drops_messages(row) else []
-        found += [f"rows have no {column!r}: empty in the template" for column in missing]
+        found += [f"rows have no {column!r}, which is empty in the template" for column in missing]
         notes += [note for note in found if note not in self._known]
         self._known |= {*unused, *found}
         return notes
@@ -179,7 +179,7 @@ def similar_labels(counts: Mapping[str, int]) -> list[str]:
         groups[folded_label(label)].append(label)
     similar = [group for group in groups.values() if len(group) > 1]
     lines = [
-        "warning: labels that differ only by case or white space are separate classes: "
+        "warning: labels that differ only in case or white space are separate classes: "
         + ", ".join(f"{shown(label)} ({_rows(counts[label])})" for label in group[:6])
         for group in similar[:_MAX_GROUPS]
     ]

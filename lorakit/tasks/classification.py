@@ -135,7 +135,7 @@ class ClassificationConfig(TaskSection):
 
 class Classification(LabelledTask):
     names = ("classification",)
-    summary = "a text or a pair of texts -> a class or a number, from columns that you name"
+    summary = "classification or regression of texts or pairs of texts, in your own columns"
     Config = ClassificationConfig
 
     def hub_source(self, config: Any) -> tuple[str, str | None] | None:

@@ -45,7 +45,7 @@ class E2eNlgConfig(GenerationSection):
 
 class E2eNlg(Task):
     names = ("e2e_nlg",)
-    summary = "E2E NLG challenge: a meaning representation -> a sentence"
+    summary = "E2E NLG challenge: a sentence from a meaning representation"
     Config = E2eNlgConfig
     kind = "causal"
 

@@ -133,7 +133,7 @@ class FormattedTask(Task):
         found = self.format_of(split.columns, config).without(self.refused)
         present = [name for name in found.optional if name in split.columns]
         columns = _columns((*found.required, *present))
-        return [f"{split.source}: recognised as {found.title} ({columns})"]
+        return [f"{split.source}: recognized as {found.title} ({columns})"]
 
 
 class TextConfig(TaskSection):

@@ -47,7 +47,7 @@ class GlueConfig(TaskSection):
 
 class Glue(LabelledTask):
     names = tuple(f"glue/{name}" for name in _LABELLINGS)
-    summary = "the nine tasks of GLUE: classification of sentences and pairs, stsb as regression"
+    summary = "GLUE: classification of sentences and sentence pairs (stsb: regression)"
     Config = GlueConfig
 
     def labelling(self, config: Any) -> Labelling:

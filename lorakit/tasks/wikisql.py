@@ -57,7 +57,7 @@ class WikiSqlConfig(GenerationSection):
 
 class WikiSql(Task):
     names = ("wikisql",)
-    summary = "question and table header -> SQL; logical-form and execution accuracy"
+    summary = "SQL from a question and a table header; logical-form and execution accuracy"
     Config = WikiSqlConfig
     kind = "causal"
 

@@ -120,7 +120,7 @@ def test_reading_returns_what_was_stored(cached: Cached, tokenizer: Any) -> None
     plain = encode_split(split_of(), example, tokenizer, 15)
     assert plain.counts.truncated_rows > plain.counts.cut_completions > 0
     assert_equal(cached.encode(), plain)
-    assert cached.said[0].startswith("train: 2,000 rows tokenised in ")
+    assert cached.said[0].startswith("train: 2,000 rows tokenized in ")
     assert_equal(cached.encode(), plain)
     assert cached.said[1:] == [f"train: 2,000 rows read from the cache {cached.folder}"]
     assert plain.trained_counts.tolist() == [int(row.loss_mask[1:].sum()) for row in rows_of(plain)]
@@ -279,7 +279,7 @@ def test_an_unwritable_cache_is_reported_once(tmp_path: Path, tokenizer: Any) ->
         assert_equal(encode_split(split_of(), example, tokenizer, 15, cache=kept), plain)
     assert [text for text in said if "cannot write" in text] == [
         f"cannot write to the cache {tmp_path}/file/tokens (Not a directory): the next run "
-        "tokenises again; hint: set LORAKIT_CACHE to another directory"
+        "tokenizes again; hint: set LORAKIT_CACHE to another directory"
     ]
 
 

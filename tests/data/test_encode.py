@@ -129,12 +129,12 @@ def test_segments_alternate(tokenizer: Any) -> None:
 
 
 def test_a_row_without_trained_tokens_is_named(tokenizer: Any) -> None:
-    with pytest.raises(DataError, match=r"^data\.jsonl, row 2: no token to train on$"):
+    with pytest.raises(DataError, match=r"^data\.jsonl, row 2: nothing to train on$"):
         encoded([pair("a", "b"), pair("a", "", eos=False)], tokenizer)
     # The loss is on the token after the first: a single trained one has none before it.
-    with pytest.raises(DataError, match=r"row 1: no token to train on$"):
+    with pytest.raises(DataError, match=r"row 1: nothing to train on$"):
         encoded([pair("", "a", eos=False)], tokenizer)
-    with pytest.raises(DataError, match=r"row 1: no token to train on within task.max_length = 1"):
+    with pytest.raises(DataError, match=r"row 1: nothing to train on within task.max_length = 1"):
         encoded([pair("", "abc")], tokenizer, max_length=1)
 
 

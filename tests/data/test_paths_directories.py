@@ -83,11 +83,11 @@ def test_ignored_files_are_reported(tmp_path: Path) -> None:
     put(tmp_path, "train.jsonl", "train_old.jsonl", "train-clean.csv", "trainer_state.json")
     assert found(tmp_path) == ["train.jsonl"]
     assert notes(tmp_path).endswith(
-        "ignored in favour of train.jsonl: train-clean.csv, train_old.jsonl"
+        "ignored in favor of train.jsonl: train-clean.csv, train_old.jsonl"
     )
     (tmp_path / "train.jsonl").rename(tmp_path / "train-0-of-1.jsonl")
     assert found(tmp_path) == ["train-0-of-1.jsonl"]
-    assert "ignored in favour of train-0-of-1.jsonl: train-clean.csv, train_old" in notes(tmp_path)
+    assert "ignored in favor of train-0-of-1.jsonl: train-clean.csv, train_old" in notes(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -132,10 +132,10 @@ def test_internal_errors_and_killed_processes_are_reported(
 
     processes(2, monkeypatch)
     with pytest.raises(
-        LorakitError, match=r"(?s)tokenisation process failed: .*broken.*in the task"
+        LorakitError, match=r"(?s)tokenization process failed: .*broken.*in the task"
     ):
         encode(tokenizer, broken)
-    with pytest.raises(LorakitError, match="tokenisation process failed: killed, exit code -9"):
+    with pytest.raises(LorakitError, match="tokenization process failed: killed, exit code -9"):
         encode(tokenizer, killed)
     assert not children()
 
@@ -151,7 +151,7 @@ def test_the_environment_is_restored(tokenizer: Any, monkeypatch: pytest.MonkeyP
         assert os.environ.get("TOKENIZERS_PARALLELISM") == value
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere one process tokenises")
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere one process tokenizes")
 def test_process_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
     assert [shards.process_count(n) for n in (10, 19_999, 20_000, 45_000, 10**6)] == [1, 1, 2, 4, 8]

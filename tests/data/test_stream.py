@@ -229,7 +229,7 @@ def test_skipping_ahead_gives_the_same_steps(
     assert numbers(resumed, tokenizer, range(jump, jump + 5)) == expected
     assert {len(step) for step in expected} == {8 if packed else 4}
     if not packed:
-        assert resumed.rows < 800, "what is passed over is not tokenised"
+        assert resumed.rows < 800, "what is passed over is not tokenized"
 
 
 def test_bad_rows_are_named(tmp_path: Path, tokenizer: Any) -> None:

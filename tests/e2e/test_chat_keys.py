@@ -102,7 +102,7 @@ def test_history(model: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]) 
         "<user>A darker one?</s><assistant>[navy</s>]"
     )
     _, err = command(capsys, "preview", recipe)
-    assert "the answers in column history are trained too" in err
+    assert "answers in the column history are trained too" in err
     for name in ("completion", "auto"):
         _, err = command(capsys, "train", recipe, "--set", f"task.name={name}", code=2)
         assert "error: data/train.jsonl, row 1: column 'history' = [[" in err

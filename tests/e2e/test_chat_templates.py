@@ -195,7 +195,7 @@ def test_a_template_that_refuses(prepared: Any, capsys: pytest.CaptureFixture[st
     recipe = prepared(template, chat("1?", "One"), chat("2?", "Two", system="Be brief."))
     for command in ("preview", "train"):
         _, err = lorakit(capsys, command, recipe, code=2)
-        assert "data/train.jsonl, row 2: the chat template refuses the messages: No system" in err
+        assert "data/train.jsonl, row 2: the chat template rejects the messages: No system" in err
 
 
 def test_train_warns_of_a_template_without_an_end(

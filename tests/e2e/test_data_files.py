@@ -228,11 +228,11 @@ def test_a_column_of_a_template_that_rows_lack(
         recipe = recipe_file(tiny_llama, where, **TEMPLATE)
         found, err = previewed(capsys, recipe)
         assert [text.partition(" ")[0] for text in texts(found)] == ["three", "two", "one"]
-        assert "train: 2 of 3 rows have no 'ctx': empty in the template" in err
+        assert "train: 2 of 3 rows have no 'ctx', which is empty in the template" in err
         recipe = recipe_file(tiny_llama, where, **TEMPLATE, streaming=True)
         code, _, err = command(capsys, "train", recipe, "--set", f"train.output_dir=s-{len(path)}")
         assert code == 0, err
-        assert "train: 2 of 3 rows have no 'ctx': empty in the template" in err
+        assert "train: 2 of 3 rows have no 'ctx', which is empty in the template" in err
 
 
 def test_a_column_of_a_template_that_a_stream_begins_or_ends_without(
@@ -246,7 +246,7 @@ def test_a_column_of_a_template_that_a_stream_begins_or_ends_without(
     recipe = recipe_file(tiny_llama, "ends.jsonl", **keys)
     code, _, err = command(capsys, "train", recipe, "--set", "train.per_device_batch_size=5")
     assert code == 0, err
-    assert err.count("train: further rows have no 'ctx': empty in the template") == 1
+    assert err.count("train: further rows have no 'ctx', which is empty in the template") == 1
     recipe = recipe_file(tiny_llama, "begins.jsonl", "b.yaml", **keys)
     code, _, err = command(capsys, "train", recipe)
     assert code == 2

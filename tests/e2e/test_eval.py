@@ -397,9 +397,9 @@ def test_token_ids_beyond_the_embeddings(
     recipe.write_text(
         recipe.read_text().replace(f'"{data}"', json.dumps({"validation": str(data)}))
     )
-    assert "does not belong to the model" in refused(capsys, recipe, "--base")
+    assert "does not match the model" in refused(capsys, recipe, "--base")
     assert run(["generate", str(tmp_path / "small"), "--prompt", "to be"]) == 2
-    assert "does not belong to the model" in capsys.readouterr().err
+    assert "does not match the model" in capsys.readouterr().err
 
 
 def test_links_and_pipes_are_kept(tmp_path: Path) -> None:

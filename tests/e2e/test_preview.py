@@ -75,7 +75,7 @@ truncated rows         2 (to 24 tokens)
 rows without their EOS 1
 """
     )
-    assert "data/train.jsonl: recognised as prompt and completion" in err
+    assert "data/train.jsonl: recognized as prompt and completion" in err
     assert "using '</s>' (EOS is unchanged)" in err
     assert "warning: train: 1 of 3 rows do not end in a trained EOS" in err
 
@@ -222,7 +222,7 @@ def test_weights_are_not_needed(
         (["--start", "4"], "error: --start 4: data/train.jsonl has 3 rows; allowed: 1 to 3"),
         (["--start", "3", "--limit", "2"], "has 2 rows with --limit 2; allowed: 1 to 2"),
         (["--split", "test"], "recipe.yaml, line 3: task.path: data: no split 'test'"),
-        (["--set", "task.max_length=1"], "row 1: no token to train on within task.max_length = 1"),
+        (["--set", "task.max_length=1"], "row 1: nothing to train on within task.max_length = 1"),
         (["--set", "model.name_or_path=./gone"], "error: --set: model.name_or_path: ./gone: "),
         (["--set", "task.name=text"], "error: data/train.jsonl, row 1: unknown format"),
         (["--set", "task.nmae=text"], "task.nmae"),

@@ -64,7 +64,7 @@ def test_auto_chooses_a_task_and_reports_it(shape: str, tmp_path: Path) -> None:
     chosen, own = settle(task, config, found, notes.append)
     assert chosen is registry.task(name)
     assert own.name == name
-    assert notes == [f"{found.source}: recognised as {said}: task {name}"]
+    assert notes == [f"{found.source}: recognized as {said}: task {name}"]
     assert chosen.example(row, own) == task.example(row, config)
     if name != "text":
         assert (own.stop, own.max_new_tokens) == (["\n"], 3)
@@ -90,7 +90,7 @@ def test_only_a_recognised_format_is_reported(shape: str, tmp_path: Path) -> Non
     row, name, said = SHAPES[shape]
     path = rows_file(tmp_path, row)
     task, config, found = loaded(name, path)
-    assert task.notes(config, found) == [f"{found.source}: recognised as {said}"]
+    assert task.notes(config, found) == [f"{found.source}: recognized as {said}"]
     task, config, found = loaded(name, path, format=shape)
     assert task.notes(config, found) == []
 

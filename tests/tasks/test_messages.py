@@ -343,4 +343,4 @@ def test_trained_history_is_reported(history: Any, notes: int, tmp_path: Path) -
     assert len(said) == notes
     if history:
         assert "(columns instruction, output, input, history)" in said[0]
-        assert said[1] == f"{file}: the answers in column history are trained too"
+        assert said[1] == f"{file}: answers in the column history are trained too"

@@ -76,7 +76,7 @@ def test_truncated_rows_are_reported_at_the_end(tiny_llama: Path, tmp_path: Path
     said: list[str] = []
     train(recipe, say=said.append)
     (line,) = [line for line in said if line.startswith("train: ")]
-    assert "rows cut to 48 tokens" in line
+    assert "rows truncated to 48 tokens" in line
 
 
 def bad_row_run(folder: Path, model: Path, index: int, text: str, **changes: Any) -> Recipe:

@@ -36,11 +36,11 @@ def test_a_second_run_reads_the_cache_of_the_first(recipe_file: Path, tmp_path: 
     assert dry_run(load_recipe(recipe_file), said.append)["first_loss"] > 0
     assert not (tmp_path / "cache").exists(), "a dry run writes nothing"
     first = run("first")
-    assert any(text.startswith("train: 2,000 rows tokenised in ") for text in said)
+    assert any(text.startswith("train: 2,000 rows tokenized in ") for text in said)
     assert run("second") == first
     assert read()
     assert run("third", "task.max_length=30") != first
     assert not read()
-    assert any("rows cut to 30 tokens; " in text and "EOS included" in text for text in said)
+    assert any("rows truncated to 30 tokens; " in text and "including EOS" in text for text in said)
     run("fourth", "task.limit_eval=4", "task.max_new_tokens=5")
     assert read()

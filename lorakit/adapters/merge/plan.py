@@ -301,7 +301,7 @@ def _group_task(
 def _check_float(name: str, source: StoredTensor | None, changes: bool) -> None:
     if changes and source is not None and not source.is_float:
         raise AdapterError(
-            f"base: {source.file}: {name} is {source.code}: cannot merge into a quantised base; "
+            f"base: {source.file}: {name} is {source.code}: cannot merge into a quantized base; "
             "hint: merge into the original weights"
         )
 

@@ -224,7 +224,7 @@ def _check_not_quantised(settings: Mapping[str, Any], base: str) -> None:
     parts = [settings, *(part for part in settings.values() if isinstance(part, Mapping))]
     if any(part.get("quantization_config") for part in parts):
         raise AdapterError(
-            f"base {base}: cannot merge into quantised weights, whose rounding would undo the "
+            f"base {base}: cannot merge into quantized weights, whose rounding would undo the "
             "adapter; hint: merge into the original weights"
         )
 

@@ -57,8 +57,8 @@ class ChatEncoder:
         turns, rows = self._turns_and_rows(messages, tools, indices)
         if not any(turn.trained for turn in turns):
             raise DataError(
-                "the chat template marks no part of the trained turns with {% generation %}: no "
-                "token to train on"
+                "the chat template marks no part of the trained turns with {% generation %}: "
+                "nothing to train on"
             )
         counts = _counts(turns, rows, self.template.marks(tools))
         if without_content := self._traces.check(messages, tools, turns):

@@ -80,7 +80,7 @@ class ChatTemplate:
         try:
             return str(self.tokenizer.get_chat_template(None, tools=_listed(tools)))
         except ValueError as error:
-            raise DataError(f"the tokenizer's chat templates: {error}") from error
+            raise DataError(f"cannot load the tokenizer's chat template: {error}") from error
 
     def marks(self, tools: Tools = None) -> bool:
         """Whether the template marks the trained text with ``{% generation %}``."""
@@ -126,7 +126,7 @@ class ChatTemplate:
                     return self._render(filled, tools, generation_prompt)
                 except Exception as error:
                     failure = error
-        raise DataError(f"the chat template refuses the messages: {failure}") from failure
+        raise DataError(f"the chat template rejects the messages: {failure}") from failure
 
     def _wants_parts(self, tools: Tools) -> bool:
         """Whether the template reads contents only as lists of parts, as multimodal ones do."""

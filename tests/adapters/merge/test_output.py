@@ -254,7 +254,7 @@ def test_a_dtype_that_is_only_copied(make_pair: MakePair, tmp_path: Path) -> Non
     quantised[name] = quantised[name].to(torch.float8_e4m3fn)
     save_file(quantised, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
-        AdapterError, match=r"q_proj\.weight is F8_E4M3: cannot merge into a quantised base"
+        AdapterError, match=r"q_proj\.weight is F8_E4M3: cannot merge into a quantized base"
     ):
         merge(base, adapter, tmp_path / "no")
 

@@ -357,7 +357,7 @@ def test_counts_are_reported_once(tokenizer: Any) -> None:
     assert found.trained_tokens == sum(int(found[i].loss_mask.sum()) for i in range(len(found)))
     assert split_notes(found, split, 100) == [
         "train: 1 of 3 chats became 2 training rows, with each trained turn in one of them: an "
-        "earlier turn renders or tokenises differently once a later one follows",
+        "earlier turn renders or tokenizes differently once a later one follows",
         "train: the chat template ignores these keys of messages: 'name' (1)",
     ]
 
@@ -383,7 +383,7 @@ def test_errors_name_the_row(tokenizer: Any) -> None:
     tokenizer.chat_template = ALTERNATES
     rows = [{"chat": CHAT[1:3]}, {"chat": CHAT}]
     split = Split("train", rows, "chats.jsonl", "0")
-    message = r"chats\.jsonl, row 2: the chat template refuses the messages: roles must alternate"
+    message = r"chats\.jsonl, row 2: the chat template rejects the messages: roles must alternate"
     with pytest.raises(DataError, match=message):
         encode_split(split, lambda row: ChatExample(row["chat"]), tokenizer, 100)
     tokenizer.chat_template = None
@@ -397,7 +397,7 @@ def test_long_chats_lose_their_end(tokenizer: Any) -> None:
     whole, _ = one_row(ChatExample(CHAT), tokenizer)
     assert short[0].input_ids.tolist() == whole[:60]
     assert (short.counts.truncated_rows, short.counts.cut_completions) == (2, 2)
-    with pytest.raises(DataError, match=r"row 1: no token to train on within task.max_length = 20"):
+    with pytest.raises(DataError, match=r"row 1: nothing to train on within task.max_length = 20"):
         encode_split(split, lambda _: ChatExample(CHAT), tokenizer, 20)
 
 
@@ -470,7 +470,7 @@ def test_a_truncated_content_is_counted(
     assert counts["shortened_turns"] == left_out * turns
     split = Split("train", [{}], "chats.jsonl", "0")
     notes = split_notes(encode_split(split, lambda _: ChatExample(chat), tokenizer, 9999), split, 9)
-    said = f"leaves out part of the content of {left_out * turns} of {2 * turns} trained turns"
+    said = f"drops part of the content of {left_out * turns} of {2 * turns} trained turns"
     assert any(said in note for note in notes) == (left_out > 0)
 
 
