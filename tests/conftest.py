@@ -1,4 +1,4 @@
-"""What every test may ask for: real data, real models, tiny random models.
+"""Shared fixtures: real data, real models, tiny random models.
 
 The environment is set before anything is imported: no test reaches the network, and the workers of
 a parallel run share the cores.
@@ -47,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class _CountFromWorkers:
-    """Deselection happens in the workers, each of which collects the same tests."""
+    """Count deselected tests, which each worker deselects on its own."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
@@ -91,7 +91,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The directory of real data; a test that asks for it fails without it."""
+    """Return the directory of real data; tests that use it fail without it."""
     value = os.environ.get("LORAKIT_TEST_DATA")
     if not value:
         pytest.fail(
@@ -130,8 +130,8 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama (2 layers, hidden size 32, grouped keys and values) with a byte-level
-    tokenizer that has a chat template and, like many a base model's, no pad token."""
+    """A random Llama (2 layers, hidden size 32, grouped-query attention) with a byte-level
+    tokenizer that has a chat template and, like many base models, no pad token."""
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("tiny-llama")
@@ -195,7 +195,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _byte_tokenizer(special: list[str]) -> Any:
-    """One token a byte after the special ones: every text has a code, and decodes to itself."""
+    """Return a tokenizer with one token per byte, so that every text round-trips."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     names = special + sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -1,4 +1,4 @@
-"""Tiny random models of the families that lorakit knows by role, built from their configurations."""
+"""Tiny random models of the families whose roles lorakit knows."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ ALL = tuple(_CONFIGS)
 def tiny(
     family: str, classifier: bool | None = None, seed: int = 0, **changes: Any
 ) -> PreTrainedModel:
-    """A random model in evaluation mode: a classifier of three labels for encoders (or if asked),
-    else a causal model. ``changes`` go into the configuration."""
+    """Return a random model in evaluation mode: a classifier with three labels for encoders (or on
+    request), else a causal model. ``changes`` update the configuration."""
     name, arguments = _CONFIGS[family]
     if classifier is None:
         classifier = family in ENCODERS
@@ -86,6 +86,6 @@ def tiny(
 
 
 def token_ids(rows: int = 2, length: int = 7, seed: int = 0) -> torch.Tensor:
-    """Random ids that no family pads with."""
+    """Return random ids that no family uses for padding."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(5, 64, (rows, length), generator=generator)

@@ -1,5 +1,6 @@
 """Tiny random models beyond plain decoders: mixtures of experts, latent and linear attention, state
-spaces, and language models that see images."""
+spaces, and vision-language models.
+"""
 
 from __future__ import annotations
 
@@ -134,7 +135,7 @@ MULTIMODAL = ("qwen3_5", "gemma3", "llama4", "mllama")
 
 
 def hybrid(name: str, vocab_size: int = 64) -> PreTrainedModel:
-    """A random model in evaluation mode, of the class that its checkpoints name."""
+    """Return a random model in evaluation mode, of the class that its checkpoints name."""
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
     config = _CONFIGS[name](vocab_size)
@@ -148,7 +149,7 @@ def hybrid(name: str, vocab_size: int = 64) -> PreTrainedModel:
 
 
 def saved_hybrid(name: str, tokenizer: Path, folder: Path) -> Path:
-    """The model as a directory, with the tokenizer of another."""
+    """Write the model to a directory with the tokenizer of another."""
     from transformers import AutoTokenizer
 
     model = hybrid(name, len(AutoTokenizer.from_pretrained(tokenizer)) + 6)  # room for a pad token

@@ -1,5 +1,6 @@
-"""Roles inside a fused projection: the rows are those that the model's own attention takes, no other
-row changes, and PEFT reads the parts as LoRA on the whole."""
+"""Roles in a fused projection: they select the rows that the model's attention uses, no other row
+changes, and PEFT reads the adapter as LoRA on the whole matrix.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 def adapt(model: PreTrainedModel, roles: list[str], **keys: Any) -> LoraConfig:
-    """Inject, and move everything that trains, as training would."""
+    """Inject, and change everything that trains, as training would."""
     config = LoraConfig(**{"r": 4, "target_modules": roles, **keys})
     torch.manual_seed(0)
     inject(model, config)
@@ -61,8 +62,8 @@ def projections(model: nn.Module) -> dict[str, nn.Module]:
 
 @pytest.fixture
 def first_attention(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module], list[torch.Tensor]]:
-    """The q, k and v (batch, heads, length, head_dim) that the first layer's attention gets: what
-    transformers hands to its attention function, or BLOOM to its own products."""
+    """Return the q, k and v (batch, heads, length, head_dim) of the first layer's attention: what
+    transformers passes to its attention function, or BLOOM to its own products."""
     seen: list[list[torch.Tensor]] = []
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
@@ -105,7 +106,7 @@ def test_the_attention_gets_the_chosen_roles_changed_and_no_other(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_rows_of_a_role_are_its_own_linear_layer(family: str) -> None:
-    """Each part gives what LoRA gives on the role's rows of W, cut out."""
+    """Each part computes what LoRA computes on the role's rows of W."""
     model = tiny(family)
     adapt(model, ["q", "v"])
     name, layer = next(iter(adapted_modules(model).items()))
@@ -233,7 +234,7 @@ def test_a_projection_of_unknown_layout_is_an_error_that_names_the_whole() -> No
 
 
 def test_keys_and_values_of_a_cross_attention_are_an_error() -> None:
-    """GPT-2's ``crossattention.c_attn`` holds k and v only."""
+    """GPT-2's ``crossattention.c_attn`` contains only k and v."""
     model = tiny("gpt2", add_cross_attention=True)
     with pytest.raises(
         TargetError, match=r"'k' is a part of .*h\.0\.crossattention\.c_attn.*unknown"

@@ -1,4 +1,4 @@
-"""What targets cover of a model, and what they miss by name: nothing is left out in silence."""
+"""The coverage of targets: which parts of a model they reach, and which they miss by name."""
 
 from __future__ import annotations
 
@@ -312,7 +312,7 @@ def test_layers_are_listed_exactly() -> None:
 
 
 def test_gated_linear_attention_is_the_same_beside_experts() -> None:
-    """Qwen3.5's class with experts is Qwen3_5MoeGatedDeltaNet, and no gate of a mixture."""
+    """Qwen3.5's class with experts is Qwen3_5MoeGatedDeltaNet, which is not a router."""
     dense, mixture = hybrid("qwen3_5_text"), hybrid("qwen3_5_moe_text")
     names = set(find_targets(dense, ["attention"]))
     assert names == set(find_targets(mixture, ["attention"]))

@@ -1,4 +1,4 @@
-"""Injection: what is adapted, what is frozen, what trains whole, and what the report counts."""
+"""Injection: what is adapted, frozen, fully trained, and reported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.families import ALL, ENCODERS, tiny, token_ids
 
 
 class Block(nn.Module):
-    """Any module, not a transformers model."""
+    """A plain module, not a transformers model."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Idle OpenMP threads leave the cores to other processes."""
+"""Idle OpenMP threads yield their cores to other processes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def undecided(monkeypatch):
 
 @pytest.fixture
 def busy_core():
-    """This process and an endless loop, both on one core."""
+    """Pin this process and a busy loop to one core."""
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(allowed)})
     loop = subprocess.Popen([sys.executable, "-c", "while True: pass"])

@@ -1,4 +1,4 @@
-"""Roles, suffixes and patterns pick exactly the matrices that they name, in every family."""
+"""Roles, suffixes and patterns select exactly the matrices that they name, in every family."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_a_near_name_is_proposed() -> None:
 
 
 def test_what_was_asked_for_is_not_proposed() -> None:
-    """A role that the model does not have, and that lies near to nothing but itself."""
+    """A role that the model lacks and that resembles nothing but itself."""
     model = nn.ModuleDict({"in_proj": nn.Linear(2, 2), "dt": nn.Linear(2, 2)})
     for role in ("q", "k", "o", "attention"):
         with pytest.raises(TargetError) as error:

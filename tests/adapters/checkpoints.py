@@ -1,4 +1,4 @@
-"""Tiny bases whose checkpoints are unlike the class that lorakit loads: experts, towers, parts."""
+"""Tiny bases whose checkpoints differ from the class that lorakit loads: experts, towers, parts."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ if hasattr(tf, "HrmTextConfig"):  # its checkpoint holds q, k, v and a gate in o
 
 
 def write_model(folder: Path, name: str) -> Path:
-    """The base with tensors that no class holds: of a prediction head, integers, an odd size."""
+    """Write the base with tensors that no class has: a prediction head, integers, an odd size."""
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
     model = MODELS[name]()
@@ -106,7 +106,7 @@ def add_tensors(folder: Path, more: dict[str, torch.Tensor]) -> None:
 
 
 def write_random_adapter(base: Path, folder: Path, **keys: Any) -> PreTrainedModel:
-    """A random LoRA adapter for the causal model in ``base``. Returns that model, adapted."""
+    """Write a random LoRA adapter for the causal model in ``base``; return the adapted model."""
     model: PreTrainedModel = tf.AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     config = LoraConfig(**{"r": 4, "target_modules": ["attention"], **keys})
     torch.manual_seed(0)

@@ -20,8 +20,8 @@ MakePair = Callable[..., tuple[Path, Path, PreTrainedModel]]
 
 @pytest.fixture
 def make_pair(tmp_path: Path) -> MakePair:
-    """``make_pair(family, adapter={...}, dtype=..., **changes)`` -> the base's directory, the
-    adapter's, and the adapted model in memory."""
+    """Return ``make_pair(family, adapter={...}, dtype=..., **changes)``, which writes a base and an
+    adapter and returns both directories and the adapted model."""
 
     def make(
         family: str = "llama",

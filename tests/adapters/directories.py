@@ -1,4 +1,4 @@
-"""Bases and adapters as directories, and what plain transformers makes of the first."""
+"""Write bases and adapters to directories, and load them with plain transformers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write_base(
 
 
 def write_adapter(base: Path, folder: Path, seed: int = 0, scale: float = 0.1, **keys: Any) -> Path:
-    """An adapter of random values for the model in ``base``; ``keys`` are those of a recipe."""
+    """Write an adapter with random values for the model in ``base``; ``keys`` are recipe keys."""
     settings = json.loads((base / "config.json").read_text())
     classifies = "Classification" in settings["architectures"][0]
     auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM

@@ -1,4 +1,4 @@
-"""Between adapter directories: equal logits, equal bits on the way back, and every refusal."""
+"""Conversion between adapter directories: equal logits, bit-equal round trips, and errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FOLDED: dict[str, tuple[str, dict[str, Any], int]] = {
 
 
 def made(folder: Path, family: str, **keys: Any) -> tuple[Path, Path]:
-    """The base's directory and the adapter's; of AdaLoRA with some triplets pruned."""
+    """Return the directories of base and adapter; AdaLoRA's has pruned triplets."""
     base = write_base(folder / "base", family)
     return base, write_adapter(base, folder / "adapter", **keys)
 
@@ -91,7 +91,7 @@ def test_a_lora_of_vllms_rank_keeps_its_bits(tmp_path: Path) -> None:
 
 
 def test_pruned_triplets_of_peft(tmp_path: Path) -> None:
-    """One matrix lost some, one has none left, which PEFT writes as tensors without values."""
+    """One matrix lost some triplets, one lost all, which PEFT writes as empty tensors."""
     base, adapter = made(
         tmp_path, "llama", method="adalora", target_modules=["q"], init_r=4, target_r=2
     )
@@ -147,7 +147,7 @@ def test_a_rank_beyond_vllms(tmp_path: Path) -> None:
 def test_to_loralib_and_back(
     family: str, keys: dict[str, Any], exact: bool, tmp_path: Path
 ) -> None:
-    """Bit for bit, without an option: the metadata says what the names and shapes do not."""
+    """The round trip is exact without options: the metadata has what names and shapes lack."""
     base, adapter = made(tmp_path, family, **keys)
     notes: list[str] = []
     lorakit.convert(adapter, tmp_path / "lora.safetensors", "loralib", say=notes.append)

@@ -1,4 +1,4 @@
-"""loralib's checkpoints in and out: trained layers, what the options say, and every refusal."""
+"""loralib checkpoints, read and written: trained layers, options, and errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def test_loralib_layers_take_the_file(tmp_path: Path) -> None:
-    """r, lora_alpha and enable_lora of the metadata in the constructors, then load_state_dict."""
+    """Build the layers from the r, lora_alpha and enable_lora in the metadata, then load."""
     base, adapter = made(tmp_path, "gpt2", r=4, lora_alpha=12, target_modules=["q", "v"])
     report = lorakit.convert(adapter, tmp_path / "out", "loralib")
     assert report.path == tmp_path / "out" / "lora.safetensors"
@@ -44,7 +44,7 @@ def test_loralib_layers_take_the_file(tmp_path: Path) -> None:
 
 
 def trained(model: nn.Module, layers: dict[str, nn.Module], bias: Any = "none") -> nn.Module:
-    """``model`` with loralib's layers in place of its own, trained for some steps."""
+    """Return ``model`` with loralib's layers, trained for a few steps."""
     for name, layer in layers.items():
         plain = model.get_submodule(name)
         layer.load_state_dict(plain.state_dict(), strict=False)
@@ -81,7 +81,7 @@ GPT2_OPTIONS: dict[str, Any] = {
 
 @pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
 def test_a_trained_loralib_model(bias: Any, tmp_path: Path) -> None:
-    """Linear, MergedLinear and Embedding: in PEFT the logits that the layers gave."""
+    """PEFT reproduces the logits of Linear, MergedLinear and Embedding."""
     base = write_base(tmp_path / "base", "gpt2")
     model = trained(fresh(base), gpt2_layers(), bias)
     assert (logits(model) - logits(fresh(base))).abs().max() > 1e-2
@@ -127,7 +127,7 @@ def test_a_trained_loralib_classifier(tmp_path: Path) -> None:
 
 
 def test_one_enabled_projection_is_named(tmp_path: Path) -> None:
-    """Its shapes are a Linear's: only the option tells it from one."""
+    """The shapes are those of a Linear: only the option distinguishes them."""
     base = write_base(tmp_path / "base", "gpt2")
     layers = gpt2_layers(enable_lora=[False, False, True])
     model = trained(fresh(base), layers)
@@ -208,7 +208,7 @@ def test_metadata_that_lorakit_did_not_write(key: str, value: str, tmp_path: Pat
 
 
 class Calls:
-    """A pickle that would create a file when it is read."""
+    """A pickle that would create a file if it were unpickled."""
 
     def __init__(self, file: Path) -> None:
         self.file = file

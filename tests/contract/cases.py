@@ -41,15 +41,15 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def kinds_of(method: Method) -> list[str]:
-    """The kinds above that ``method`` trains."""
+    """Return the kinds above that ``method`` trains."""
     if not method.kinds:
         return ["base"]
     return [kind for kind in KINDS if kind.partition(" ")[0] in method.kinds]
 
 
 def cases(*kinds: str, wraps: bool = False) -> pytest.MarkDecorator:
-    """Every method on each of its ``kinds`` (all of them by default), over each dtype of the base;
-    with ``wraps`` without the methods that train the base's own parameters."""
+    """Return every method with each of its ``kinds`` (default: all) and each dtype of the base;
+    with ``wraps``, without the methods that train the base's own parameters."""
     return pytest.mark.parametrize(
         ("name", "kind", "dtype"),
         [
@@ -63,7 +63,7 @@ def cases(*kinds: str, wraps: bool = False) -> pytest.MarkDecorator:
 
 
 class Model(nn.Module):
-    """Inputs are token ids."""
+    """A model that takes token ids."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ def injected(name: str, kind: str, dtype: torch.dtype, seed: int = 1) -> Model:
 
 
 def adapted(name: str, kind: str, dtype: torch.dtype) -> Model:
-    """As after training: everything that trains has moved."""
+    """Change everything that trains, as training would."""
     model = injected(name, kind, dtype)
     with torch.no_grad():
         for parameter in trainable_state(model).values():
@@ -126,6 +126,6 @@ def loss(model: nn.Module) -> torch.Tensor:
 
 
 def merged_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> W with the adapter folded in, of every module that is adapted."""
+    """Return W with the adapter merged, for every adapted module."""
     with torch.no_grad():
         return {n: x.fold(x.weight) for n, x in adapted_modules(model).items()}

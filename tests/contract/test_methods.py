@@ -1,7 +1,5 @@
-"""What every method must do, on every kind of module that it adapts, over every base dtype.
-
-A new file in ``lorakit/methods`` is covered by being there; it declares in ``kinds`` what it
-adapts, in ``folds`` whether it is saved in the form of another.
+"""What every method must do, on every kind of module that it adapts and every dtype of the base. A
+new file in ``lorakit/methods`` is covered automatically.
 """
 
 from __future__ import annotations
@@ -137,7 +135,7 @@ def test_what_is_loaded_trains_only_if_asked(
 
 @cases(wraps=True)
 def test_merged_equals_unmerged(name: str, kind: str, dtype: torch.dtype) -> None:
-    """In float32, so that a half-precision base is compared before its one rounding."""
+    """In float32, to compare a half-precision base before it is rounded."""
     model = adapted(name, kind, dtype).float()
     with torch.no_grad():
         unmerged, plain = model(ids()), base(kind, dtype).float()(ids())
@@ -152,7 +150,7 @@ def test_merged_equals_unmerged(name: str, kind: str, dtype: torch.dtype) -> Non
 def test_a_base_without_values_is_enough_for_the_merge(
     name: str, kind: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """The merge of files reads W elsewhere and has the model on the device ``meta``."""
+    """File-based merging reads W separately; the model is on the ``meta`` device."""
     model = adapted(name, kind, dtype)
     save(tmp_path / "a", model, config(name, kind))
     with torch.device("meta"):
@@ -187,7 +185,7 @@ def test_rows_that_are_not_chosen_stay_bit_for_bit(
 def test_a_part_is_what_the_method_is_on_a_linear_layer(
     name: str, kind: str, dtype: torch.dtype
 ) -> None:
-    """A part's parameters on a linear layer that has the chosen rows alone: the same W."""
+    """The part's parameters give the same W on a linear layer of just the chosen rows."""
     layer = adapted(name, kind, torch.float32).layer_in_place
     assert isinstance(layer, CompositeLayer)
     for role, part in layer.parts.items():
@@ -213,7 +211,7 @@ def test_inputs_of_any_shape(name: str, kind: str, dtype: torch.dtype) -> None:
 
 @cases()
 def test_autocast_to_half_precision(name: str, kind: str, dtype: torch.dtype) -> None:
-    """As float16's loss scaling runs it, and as callers may run a float32 base."""
+    """As with float16 loss scaling, and as callers may run a float32 base."""
     model = adapted(name, kind, dtype)
     with torch.no_grad():
         want = model(ids()).float()

@@ -1,5 +1,6 @@
-"""What every method must do in a run and with its files: a resume equals no stop, and the merged
-checkpoint equals base and adapter."""
+"""What every method must do in a run: an interrupted and resumed run equals an uninterrupted one,
+and the merged checkpoint equals base and adapter.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ TRAIN = TrainSection(output_dir="none", max_steps=STEPS, weight_decay=0.01)
 
 
 class Run:
-    """The steps of a run, as the loop takes them."""
+    """Takes the steps of a run like the training loop."""
 
     def __init__(self, model: Model, method: Method, section: AdapterSection) -> None:
         self.model = model.train()
@@ -104,7 +105,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 def test_the_merged_checkpoint_equals_base_and_adapter(
     name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """Both in float32: a half-precision base is summed exactly and rounded only if asked."""
+    """Both in float32: a half-precision base is summed exactly and rounded only on request."""
     method = registry.methods()[name]
     targets = {"target_modules": ["q", "v", "o"]} if method.kinds else {}
     section = method.Config(method=name, **targets)

@@ -300,7 +300,7 @@ def test_a_full_disk_is_a_one_line_error(tokenizer: Any, monkeypatch: pytest.Mon
 def test_a_killed_writer_leaves_no_entry(
     cached: Cached, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed between the first byte and the rename; the next writer cleans up."""
+    """A writer is killed before the rename; the next one cleans up."""
 
     def stuck(parts: Any, file: Any) -> None:
         write_arrays(parts, file)

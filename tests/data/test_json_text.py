@@ -220,8 +220,8 @@ def outcome(data: bytes) -> Any:
 def test_results_do_not_depend_on_the_chunk_size(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also of files that are cut short or broken: read byte by byte or whole, the result is the
-    same, and it is the one that the json module has of the whole."""
+    """Even for truncated or broken files the result does not depend on the chunk size and equals
+    that of the json module."""
     generator = random.Random(seed)
     rows = [{f"k{n}": random_value(generator) for n in range(generator.randint(1, 3))}
             for _ in range(generator.randint(0, 4))]  # fmt: skip
@@ -311,7 +311,7 @@ ONCE = [
 
 @pytest.mark.parametrize("form", ["lines", "objects", "array"])
 def test_a_duplicate_key(tmp_path: Path, form: str) -> None:
-    """The first value would be lost."""
+    """The first value would be lost silently."""
     file = tmp_path / ("a.jsonl" if form == "lines" else "a.json")
 
     def write(*objects: str) -> None:

@@ -73,7 +73,7 @@ def test_many_rows_are_packed_in_seconds() -> None:
 
 
 def test_the_real_rows_of_wikisql_fill_their_bins(data_dir: Path, smollm2: Path) -> None:
-    """At the default length, which is not even six of their longest rows."""
+    """At the default length, which is less than six times that of the longest rows."""
     task = registry.task("wikisql")
     config = task.Config(name="wikisql", path=str(data_dir / "wikisql"))
     split = task.load(config, "validation")

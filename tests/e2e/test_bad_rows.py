@@ -1,4 +1,4 @@
-"""``task.on_bad_row``: bad rows end the run, or are left out of the train split, named and counted."""
+"""``task.on_bad_row``: bad rows stop the run, or are skipped, reported and counted."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ BAD = {
 
 @pytest.fixture(autouse=True)
 def _in_tmp(in_tmp: Path) -> None:
-    """Relative paths, as recipes have them."""
+    """Relative paths, as in recipes."""
 
 
 def write_mixed(file: Path) -> None:
-    """Good and bad rows in turns, from a good one on."""
+    """Write alternating good and bad rows, a good one first."""
     lines = [json.dumps(row) for row in GOOD]
     for index, text in enumerate(BAD):
         lines.insert(2 * index + 1, text)
@@ -51,7 +51,7 @@ def test_bad_rows_end_the_run(tiny_llama: Path, capsys: pytest.CaptureFixture[st
 def test_skipped_rows_are_named_and_counted(
     tiny_llama: Path, capsys: pytest.CaptureFixture[str], packing: bool
 ) -> None:
-    """The adapter is that of the good rows alone."""
+    """The adapter equals that of the good rows alone."""
     write_mixed(Path("a.jsonl"))
     write_rows(Path("good.jsonl"), GOOD)
     keys = {"on_bad_row": "skip", "packing": packing}
@@ -83,7 +83,7 @@ def test_preview_skips_them_too(tiny_llama: Path, capsys: pytest.CaptureFixture[
 def test_several_files_cells_and_limits(
     tiny_llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Rows keep their numbers, and a limit counts the bad ones."""
+    """Rows keep their numbers, and bad rows count towards a limit."""
     Path("a.csv").write_text("prompt,completion\na, b\nc\nd, e\nf, g, h\n")
     write_rows(Path("b.jsonl"), GOOD)
     path = ["a.csv", "b.jsonl"]
@@ -120,7 +120,8 @@ def test_only_bad_rows(
 
 
 def test_what_cannot_be_skipped(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Behind a break in an array no row can be told; what is no row in a whole array is one."""
+    """After a syntax error in an array no row can be recognised; a non-row in a valid array can be
+    skipped."""
     text = json.dumps(GOOD)
     Path("a.json").write_text(f"{text[:-1]}, 3]")
     _, err = previewed(capsys, recipe_file(tiny_llama, "a.json", on_bad_row="skip"))
@@ -199,7 +200,7 @@ def stream_recipe(model: Path, rows: int, bad: int, **task: Any) -> str:
 def test_a_stream_skips_each_row_once(
     tiny_llama: Path, capsys: pytest.CaptureFixture[str], packing: bool
 ) -> None:
-    """However often it begins anew."""
+    """However often the stream restarts."""
     recipe = stream_recipe(tiny_llama, 20, 8, packing=packing)
     settings = ["--set", "train.max_steps=12", "--set", "train.per_device_batch_size=4"]
     code, _, err = command(capsys, "train", recipe, *settings)

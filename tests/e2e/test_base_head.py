@@ -1,4 +1,4 @@
-"""A base that is a classifier already: its labels stay where they are."""
+"""A base that already is a classifier keeps its labels."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def recipe_for(
 
 
 def classifier(folder: Path, tokenizer: Path, names: list[str]) -> Path:
-    """A tiny encoder with a random head for ``names``."""
+    """Write a tiny encoder with a random head for ``names``."""
     model = tiny(
         "bert", classifier=True, vocab_size=300, id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},
@@ -72,7 +72,7 @@ def scores(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, 
 
 
 def said_by_transformers(base: Path, texts: list[tuple[str, ...]]) -> list[str]:
-    """The names of the classes that plain transformers predicts."""
+    """Return the classes that plain transformers predicts."""
     model = AutoModelForSequenceClassification.from_pretrained(base).eval()
     tokenizer = AutoTokenizer.from_pretrained(base)
     names = []
@@ -86,7 +86,7 @@ def said_by_transformers(base: Path, texts: list[tuple[str, ...]]) -> list[str]:
 def test_a_head_that_always_says_positive(
     minilm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """0 = positive, 1 = negative; the data names negative first in any order of its own."""
+    """The head has 0 = positive, 1 = negative, while the data's own order has negative first."""
     names = {0: "positive", 1: "negative"}
     model = AutoModelForSequenceClassification.from_pretrained(
         minilm, num_labels=2, id2label=names, label2id={name: i for i, name in names.items()}
@@ -181,7 +181,7 @@ def test_a_head_that_lacks_a_label_changes_no_error(
 def test_glue_ids_and_scores_stay_those_of_glue(
     tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """GLUE counts entailment, neutral, contradiction; the head CONTRADICTION first."""
+    """GLUE's order is entailment, neutral, contradiction; the head has CONTRADICTION first."""
     order = ["CONTRADICTION", "ENTAILMENT", "NEUTRAL"]
     glue = ["entailment", "neutral", "contradiction"]
     base = classifier(tmp_path / "base", tiny_bert, order)
@@ -304,7 +304,7 @@ def test_an_adapter_of_peft_has_the_order_of_its_base(
 def test_an_adapter_with_a_head_in_another_order_keeps_that(
     tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As lorakit wrote it before it kept the order of a base's head."""
+    """As written by versions of lorakit that did not keep the order of a base's head."""
     base = classifier(tmp_path / "base", tiny_bert, ["c", "a", "b"])
     bare = AutoModelForSequenceClassification.from_pretrained(base).bert
     bare.save_pretrained(tmp_path / "bare")

@@ -1,4 +1,4 @@
-"""Keys and columns that change what is trained: honoured, refused, or named once."""
+"""Keys and columns that change what is trained: applied, refused, or reported once."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CALL = {"id": "c", "type": "function", "function": {"name": "tide", "arguments":
 
 @pytest.fixture
 def model(tiny_llama: Path, tmp_path: Path) -> Path:
-    """One whose template renders tools, their calls and reasoning, and with room for them."""
+    """A model whose template renders tools, tool calls and reasoning, with a large window."""
     folder = tmp_path / "model"
     shutil.copytree(tiny_llama, folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
@@ -63,7 +63,7 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) 
 
 
 def previewed(capsys: pytest.CaptureFixture[str], recipe: str) -> list[str]:
-    """Each row's text, with what is trained of it between brackets."""
+    """Return each row's text with the trained part in brackets."""
     out, _ = command(capsys, "preview", recipe, "--json")
     texts = []
     for row in json.loads(out)["examples"]:

@@ -1,4 +1,4 @@
-"""Chat templates as they come, from the command line: what is trained, and what is said of it."""
+"""Real chat templates on the command line: what is trained, and what is reported."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def chat(*texts: str, system: str | None = None) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def base(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random model with a real tokenizer."""
+    """Write a tiny random model with a real tokenizer."""
     folder = tmp_path_factory.mktemp("base")
     config = LlamaConfig(
         vocab_size=49152, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
@@ -72,7 +72,7 @@ def base(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def prepared(base: Path, in_tmp: Path) -> Any:
-    """Writes model, data and recipe."""
+    """Write model, data and recipe."""
 
     def write(template: str, *rows: dict[str, Any]) -> str:
         shutil.copytree(base, "model")
@@ -86,7 +86,7 @@ def prepared(base: Path, in_tmp: Path) -> Any:
 
 
 def lorakit(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> Any:
-    """stdout and stderr."""
+    """Run a command and return stdout and stderr."""
     found = run([str(argument) for argument in arguments])
     out, err = capsys.readouterr()
     assert found == code, err
@@ -95,8 +95,8 @@ def lorakit(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 
 
 
 def trained(capsys: pytest.CaptureFixture[str], recipe: str) -> tuple[list[list[str]], str]:
-    """The trained stretches of each training row, and what was said; each row's prompt is that of
-    ``encode_chat_prompt``."""
+    """Return the trained parts of each training row and the messages; assert that each row's prompt
+    is that of ``encode_chat_prompt``."""
     out, err = lorakit(capsys, "preview", recipe, "--json", "--count", 99)
     tokenizer = AutoTokenizer.from_pretrained("model")
     rows = []

@@ -52,7 +52,7 @@ def test_round_trip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_loralib_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The file of the seed's snippet: torch.save(lora_state_dict(model)), the scaling by hand."""
+    """The file of loralib's documentation: torch.save(lora_state_dict(model)), scaled by hand."""
     torch.manual_seed(0)
     layer = lorakit.MergedLinear(
         16, 48, r=2, lora_alpha=5, enable_lora=[True, False, True], fan_in_fan_out=True

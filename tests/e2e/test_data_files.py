@@ -1,4 +1,4 @@
-"""Data as people have it, through the command line: arrays, shards, globs, columns in some files."""
+"""Data files on the command line: arrays, shards, globs, columns missing from some files."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def texts(preview: Any) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _in_tmp(in_tmp: Path) -> None:
-    """Relative paths, as recipes have them."""
+    """Relative paths, as in recipes."""
 
 
 # Columns that not every file has
@@ -74,7 +74,7 @@ def test_a_column_of_one_file_is_kept(
 def test_a_column_that_begins_late_in_a_stream_is_read(
     tiny_llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As if the first rows had it, empty; and not as if no row had it."""
+    """Rows before the column appears have it empty; it is not ignored."""
     rows: list[dict[str, Any]] = [
         {"instruction": f"Name number {n}", "output": str(n)} for n in range(210)
     ]
@@ -214,7 +214,7 @@ TEMPLATE = {"template": "{q} {ctx}", "completion_template": " {a}"}
 def test_a_column_of_a_template_that_rows_lack(
     tiny_llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whether it is null, begins late or stands in another file."""
+    """Whether the column is null, appears late or is in another file."""
     with_it, null = {"q": "one", "ctx": "here", "a": "x"}, {"q": "two", "ctx": None, "a": "y"}
     without = {"q": "three", "a": "z"}
     layouts = {

@@ -1,4 +1,4 @@
-"""What a user sees on stderr: nothing that only we can act on."""
+"""stderr shows nothing that only the developers can act on."""
 
 from __future__ import annotations
 

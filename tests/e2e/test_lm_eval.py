@@ -1,4 +1,4 @@
-"""The commands of docs/lm-evaluation-harness.md, as they stand there, on a random model."""
+"""The commands of docs/lm-evaluation-harness.md, executed on a random model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def newcomer(in_tmp: Path, tiny_llama: Path) -> Iterator[None]:
-    """What the doc speaks of: a base in bfloat16, and the task's files. The harness sets seeds."""
+    """Create what the guide assumes: a base in bfloat16 and the task's files. (The harness sets
+    seeds.)"""
     AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16).save_pretrained(BASE)
     AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(BASE)
     Path("tasks").mkdir()
@@ -45,7 +46,7 @@ def newcomer(in_tmp: Path, tiny_llama: Path) -> Iterator[None]:
 
 
 def adapter(**keys: Any) -> None:
-    """As training leaves it: its tokenizer beside it."""
+    """Write an adapter with its tokenizer, as training does."""
     write_adapter(BASE, ADAPTER, scale=0.3, **keys)
     AutoTokenizer.from_pretrained(BASE).save_pretrained(ADAPTER)
 
@@ -64,7 +65,7 @@ def execute(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def logged(folder: str) -> tuple[dict[str, Any], Samples]:
-    """What ``--output_path`` holds: the scores, and the samples in the order of the rows."""
+    """Return the scores and the samples, in the order of the rows, from ``--output_path``."""
     (scores,) = Path(folder).rglob("results_*.json")
     (samples,) = Path(folder).rglob("samples_capitals_*.jsonl")
     rows = [json.loads(line) for line in samples.read_text().splitlines()]
@@ -79,7 +80,7 @@ def from_python() -> tuple[dict[str, Any], Samples]:
 
 
 def log_likelihoods(samples: Samples) -> torch.Tensor:
-    """(rows, choices)"""
+    """Return log-likelihoods (rows, choices)."""
     ordered = sorted(samples, key=lambda sample: sample["doc_id"])
     return torch.tensor(
         [[float(pair[0]) for pair in sample["filtered_resps"]] for sample in ordered]
@@ -87,7 +88,7 @@ def log_likelihoods(samples: Samples) -> torch.Tensor:
 
 
 def direct(model: PreTrainedModel) -> torch.Tensor:
-    """log p(" choice" | prompt), summed over the choice's tokens, a row at a time."""
+    """Return log p(" choice" | prompt), summed over the tokens, row by row."""
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     rows = [json.loads(line) for line in blocks("json")[0].splitlines()]
     found = []

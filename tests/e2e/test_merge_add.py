@@ -15,7 +15,7 @@ from tests.adapters.directories import write_adapter, write_base
 
 @pytest.fixture
 def files(in_tmp: Path) -> Path:
-    """``base`` and the adapters ``a``, ``b`` and ``b:c``, in the working directory."""
+    """Write ``base`` and the adapters ``a``, ``b`` and ``b:c`` to the working directory."""
     base = write_base(Path("base"))
     for seed, name in enumerate(("a", "b", "b:c")):
         write_adapter(base, Path(name), seed=seed)
@@ -23,7 +23,7 @@ def files(in_tmp: Path) -> Path:
 
 
 def merged(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[str, str]:
-    """stdout, and the directory that was written."""
+    """Return stdout and the output directory."""
     code = run(["merge", "base", "a", "out", "--overwrite", *options])
     out, err = capsys.readouterr()
     assert code == 0, err
@@ -59,7 +59,7 @@ def test_added_adapters_are_reported(files: Path, capsys: pytest.CaptureFixture[
 def test_a_directory_whose_name_ends_in_a_weight(
     files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As long as there is none of the name without it."""
+    """Unless a directory with the name before the colon exists."""
     Path("b:c").rename("c:2")
     out, _ = merged(capsys, "--add", "c:2", "--add", "c:2:0.5")
     assert "added 1 x c:2; added 0.5 x c:2" in out

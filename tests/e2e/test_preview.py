@@ -145,7 +145,7 @@ def test_colors_on_a_terminal(completion: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_classification(tiny_bert: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The labels are the train split's, whichever split is shown."""
+    """The labels are those of the training split, whichever split is shown."""
     Path("data").mkdir()
     train = [{"text": "a", "label": name} for name in ("sour", "bitter", "sweet")]
     write_lines(in_tmp / "data" / "train.jsonl", train)

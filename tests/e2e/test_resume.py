@@ -1,4 +1,4 @@
-"""A run that was stopped, at any moment and in any way, ends as the run that never was."""
+"""A run that was stopped at any moment, in any way, ends like an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
 
 @pytest.fixture(scope="module")
 def recipe(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """32 steps, with dropout and shuffling."""
+    """A recipe with 32 steps, dropout and shuffling."""
     folder = tmp_path_factory.mktemp("resume")
     return write_recipe_file(folder, tiny_llama, "completion", **SETTINGS)
 
 
 @pytest.fixture(scope="module")
 def whole(recipe: Path, launcher: Launcher) -> Path:
-    """The run never stopped."""
+    """The uninterrupted run."""
     folder = recipe.parent / "whole"
     assert train(launcher, recipe, folder).code == 0
     return folder
@@ -172,7 +172,7 @@ def test_a_signal_during_an_evaluation(
 def test_signal_then_kill_during_the_same_evaluation(
     recipe: Path, whole: Path, launcher: Launcher, tmp_path: Path
 ) -> None:
-    """The checkpoint of a stopped evaluation is resumed twice; its line is there once."""
+    """The checkpoint of an interrupted evaluation is resumed twice; its log line occurs once."""
     run = tmp_path / "run"
     point = ("lorakit.training.control:evaluate_model", 2)
     train(launcher, recipe, run, number=signal.SIGINT, at_call=point)
@@ -185,7 +185,7 @@ def test_signal_then_kill_during_the_same_evaluation(
 def test_the_best_weights_survive_a_kill(
     tiny_llama: Path, launcher: Launcher, tmp_path: Path
 ) -> None:
-    """The loss is best early on, and the run is killed long after."""
+    """The loss is lowest early, and the run is killed much later."""
     settings = {
         **SETTINGS,
         "train__learning_rate": 3.0,
@@ -206,7 +206,7 @@ def test_the_best_weights_survive_a_kill(
 
 
 def test_an_encoder_and_its_head(tiny_bert: Path, launcher: Launcher, tmp_path: Path) -> None:
-    """The head is drawn anew at each start, and the base drops out."""
+    """The head is random at each start, and the base has dropout."""
     recipe = write_recipe_file(tmp_path, tiny_bert, "glue/sst2", **SETTINGS)
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert train(launcher, recipe, whole).code == 0
@@ -217,7 +217,7 @@ def test_an_encoder_and_its_head(tiny_bert: Path, launcher: Launcher, tmp_path: 
 
 
 def test_sgd_and_no_validation(tiny_llama: Path, launcher: Launcher, tmp_path: Path) -> None:
-    """An optimizer without state; nothing evaluated, so the last model is the result."""
+    """An optimizer without state; without evaluations the last model is the result."""
     settings = {**SETTINGS, "train__optimizer": "sgd", "train__eval_every_steps": None}
     recipe = write_recipe_file(tmp_path, tiny_llama, "completion", **settings)
     (tmp_path / "data" / "validation.jsonl").unlink()
@@ -244,7 +244,7 @@ def copied(whole: Path, folder: Path, *drop: str) -> Path:
 def test_from_a_named_checkpoint(
     recipe: Path, whole: Path, launcher: Launcher, tmp_path: Path
 ) -> None:
-    """Back to an older checkpoint of the run, and from another directory's."""
+    """Resume from an older checkpoint, and from one in another directory."""
     run = tmp_path / "run"
     point = ("lorakit.training.engine.eager:EagerEngine.step", 14)
     train(launcher, recipe, run, at_call=point)
@@ -413,7 +413,7 @@ def test_a_directory_without_a_checkpoint(
 
 
 def test_a_real_process_of_the_command_line(recipe: Path, whole: Path, tmp_path: Path) -> None:
-    """`python -m lorakit`, killed from outside."""
+    """``python -m lorakit``, killed from outside."""
     run = tmp_path / "run"
     command = [sys.executable, "-m", "lorakit", "train", str(recipe), "--output-dir", str(run)]
     with subprocess.Popen(

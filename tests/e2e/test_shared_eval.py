@@ -1,4 +1,4 @@
-"""``lorakit eval`` in several processes, started as a launcher starts them."""
+"""``lorakit eval`` in several processes, started like a launcher does."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ sys.exit(run(["eval", *arguments]))
 
 
 def launch(processes: int, *arguments: object) -> list[tuple[int, str, str]]:
-    """Exit code, stdout and stderr of each process."""
+    """Return exit code, stdout and stderr of each process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -56,7 +56,7 @@ Trained = Callable[..., Path]
 
 @pytest.fixture
 def trained(tiny_llama: Path, tiny_bert: Path, tmp_path: Path) -> Trained:
-    """Train a recipe with these changes from the command line; the output directory."""
+    """Train a changed recipe on the command line and return the output directory."""
 
     def train(task: str = "completion", *options: str, code: int = 0, **changes: Any) -> Path:
         model = tiny_llama if task in ("completion", "wikisql") else tiny_bert
@@ -68,7 +68,7 @@ def trained(tiny_llama: Path, tiny_bert: Path, tmp_path: Path) -> Trained:
 
 
 def refused(capsys: pytest.CaptureFixture[str], recipe: Path, *options: str) -> str:
-    """Exit 2, one line of error, nothing written. Returns the line."""
+    """Assert exit code 2, one line of error and nothing written; return the line."""
     before = tree(recipe.parent)
     capsys.readouterr()
     code = run(["train", str(recipe), *options])
@@ -297,7 +297,7 @@ def test_a_bar_on_a_terminal(
 
 
 def read_all(descriptor: int, parts: list[bytes]) -> None:
-    """What a terminal shows, until nobody writes to it."""
+    """Read from a terminal until its writers close it."""
     try:
         while part := os.read(descriptor, 1 << 16):
             parts.append(part)
@@ -363,7 +363,7 @@ def test_tensorboard(trained: Trained) -> None:
 
 
 def test_the_adapter_is_the_best_and_not_the_last(trained: Trained, tmp_path: Path) -> None:
-    """The rate is so high that the loss rises again."""
+    """The learning rate is so high that the loss rises again."""
     output = trained(
         train__epochs=6, train__learning_rate=1.0, train__eval_every_steps=2,
         train__lr_scheduler="constant", train__max_grad_norm=None,
@@ -381,7 +381,7 @@ def test_the_adapter_is_the_best_and_not_the_last(trained: Trained, tmp_path: Pa
 
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
 def test_the_metric_that_is_asked_for(metric: str, trained: Trained) -> None:
-    """More accuracy is better, less loss; of equals the one with the lower loss."""
+    """Higher accuracy and lower loss are better; ties go to the lower loss."""
     output = trained(
         "glue/sst2", train__metric_for_best_model=metric, train__epochs=12,
         train__learning_rate=0.1, train__lr_scheduler="constant", train__max_grad_norm=None,
@@ -412,7 +412,7 @@ def test_early_stopping(trained: Trained, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.fixture
 def wikisql(tmp_path: Path) -> Path:
-    """The data of a task that generates; three rows, on which it trains and is evaluated."""
+    """Write data for a generating task: three rows for training and evaluation."""
     data = tmp_path / "data"
     for name in ("train", "dev"):
         write_rows(data / f"{name}.jsonl", ROWS)
@@ -421,7 +421,7 @@ def wikisql(tmp_path: Path) -> Path:
 
 
 def test_generation_at_the_end_only(wikisql: Path, trained: Trained) -> None:
-    """The final evaluation is of the best weights, and is told with their step."""
+    """The final evaluation uses the best weights and is logged with their step."""
     output = trained(
         "wikisql", task__max_new_tokens=3, task__max_length=256, train__learning_rate=2.0,
         train__epochs=8, train__lr_scheduler="constant", train__max_grad_norm=None,
@@ -539,7 +539,7 @@ def test_a_bad_row_is_named(
 def test_a_row_without_anything_to_train_on(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every label of a row is masked: all of a chat's turns are the user's."""
+    """Every label of a row is masked, as all turns are the user's."""
     turn = {"role": "user", "content": "hello"}
     answer = {"role": "assistant", "content": "hi"}
     write_rows(
@@ -589,7 +589,7 @@ def assert_failed(output: Path, capsys: pytest.CaptureFixture[str]) -> str:
 def test_a_loss_that_is_no_longer_finite(
     trained: Trained, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two good steps, then the rate of the third overflows what comes after it."""
+    """Two good steps, then the third step's rate makes everything after it overflow."""
     output = trained(code=1, train__save_every_steps=1, **ABSURD)
     line = assert_failed(output, capsys)
     saved = checkpoint_names(output)
@@ -609,7 +609,7 @@ def test_no_checkpoint_yet(trained: Trained, capsys: pytest.CaptureFixture[str])
 def test_weights_that_overflow_in_the_last_step(
     trained: Trained, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its loss is fine, and what it leaves is not."""
+    """The step's loss is finite, but the weights after it are not."""
     output = trained(code=1, **ABSURD | {"train__learning_rate": 1e39, "train__optimizer": "sgd"},
                      **STEPS | {"train__max_steps": 1})  # fmt: skip
     assert "is not finite after it" in assert_failed(output, capsys)
@@ -629,7 +629,7 @@ def test_an_evaluation_that_is_not_finite(
 def test_a_failed_run_may_be_begun_again(
     trained: Trained, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing of it is worth keeping: there is no checkpoint."""
+    """There is no checkpoint to keep."""
     trained(code=1, train__log_every_steps=100, **ABSURD)
     output = trained()
     assert run_json(output)["exit_reason"] == "completed"

@@ -23,7 +23,7 @@ _BLOCK = re.compile(r"^```(?:json|yaml|python) (\S+)\n(.*?)^```$", re.MULTILINE 
 
 @pytest.fixture
 def written(in_tmp: Path) -> list[str]:
-    """The document's files in the working directory."""
+    """Write the document's files to the working directory."""
     blocks = _BLOCK.findall(DOC.read_text(encoding="utf-8"))
     for name, text in blocks:
         Path(name).parent.mkdir(parents=True, exist_ok=True)

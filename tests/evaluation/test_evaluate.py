@@ -32,7 +32,7 @@ PAIRS = [
 
 
 class Case:
-    """A model, a task and a split, in tokens."""
+    """A model, a task and an encoded split."""
 
     def __init__(self, loaded: Pretrained, task: str, split: Split, **keys: Any) -> None:
         self.model, self.tokenizer = loaded.model, loaded.tokenizer

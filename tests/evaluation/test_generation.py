@@ -245,7 +245,7 @@ def test_smollm2_does_not_depend_on_the_batch(smollm2: Path) -> None:
 
 
 def test_the_output_layer_gets_contiguous_states(tiny_llama: Path) -> None:
-    """A frozen weight and a slice of three dimensions cost a copy of the weight for each row."""
+    """A frozen weight times a 3-D slice would copy the weight for each row."""
     model = AutoModelForCausalLM.from_pretrained(tiny_llama).requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     seen = []

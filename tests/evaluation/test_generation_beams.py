@@ -43,7 +43,7 @@ def best_of_all(
     penalty: float,
     stop: str | None,
 ) -> str:
-    """The best of all continuations of at most two tokens, by enumeration."""
+    """Return the best continuation of at most two tokens, by enumeration."""
     first = log_probabilities(model, [prompt])[0]
     second = log_probabilities(model, [[*prompt, token] for token in range(len(first))])
     candidates = []

@@ -1,4 +1,4 @@
-"""What a golden run does: commands of lorakit in a directory, and what is kept of each."""
+"""The steps of a golden run: commands of lorakit and the results to record."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _RECORD_KEYS = (
 
 class Session:
     """The commands of one run, in ``folder`` below a working directory with ``models/`` and
-    ``data/``. All paths are relative to the latter, so that they are the same on every machine."""
+    ``data/``. All paths are relative, so that they are equal on every machine."""
 
     def __init__(self, golden: GoldenRun) -> None:
         self.folder = Path("runs") / golden.name
@@ -59,7 +59,7 @@ class Session:
         return self.output / "adapter"
 
     def lorakit(self, *arguments: object) -> str:
-        """Run one command and return its stdout. Raises AssertionError if it fails."""
+        """Run a command and return its stdout; raise AssertionError if it fails."""
         out, err = io.StringIO(), io.StringIO()
         with redirect_stdout(out), redirect_stderr(err):
             code = run_command([str(argument) for argument in arguments])
@@ -67,7 +67,7 @@ class Session:
         return out.getvalue()
 
     def keep_run(self, name: str) -> None:
-        """metrics.jsonl, run.json and the adapter."""
+        """Record metrics.jsonl, run.json and the adapter."""
         lines = (self.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         for line in map(json.loads, lines):
             kind = "eval" if "eval" in line else "log"
@@ -88,9 +88,9 @@ Step = Callable[[Session], None]
 
 @dataclass(frozen=True)
 class GoldenRun:
-    """A run on model ``model`` and data ``data``: the recipe's sections, over small defaults, and
-    the steps, by default training alone. ``portable`` is false where the results depend on the
-    processor by more than rounding."""
+    """A run with model ``model`` and data ``data``: recipe sections that override small defaults,
+    and further steps after training. ``portable`` is false if the results depend on the processor
+    by more than rounding."""
 
     name: str
     model: str = "llama"
@@ -112,7 +112,7 @@ class GoldenRun:
 
 
 def execute(golden: GoldenRun, workspace: Path) -> Results:
-    """Train as ``golden`` says, and take its further steps, on one thread of the CPU."""
+    """Train and run the further steps of ``golden`` on one CPU thread."""
     with _inside(workspace), _one_thread():
         session = Session(golden)
         session.lorakit("train", session.recipe)
@@ -123,7 +123,7 @@ def execute(golden: GoldenRun, workspace: Path) -> Results:
 
 
 def resume(session: Session) -> None:
-    """From the first checkpoint into another directory, which is the session's run from then on."""
+    """Resume from the first checkpoint in another directory, which becomes the session's run."""
     checkpoints = (session.output / "checkpoints").iterdir()
     first = min(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]))
     session.output = session.folder / "resumed"
@@ -137,7 +137,7 @@ def merge(session: Session) -> None:
 
 
 def merge_twice(session: Session) -> None:
-    """The adapter with a weight, and once more with another."""
+    """Merge the adapter with one weight, then with another."""
     _merge(session, "merge_twice", "--weight", "0.75", "--add", f"{session.adapter}:-0.25")
 
 
@@ -153,8 +153,8 @@ def _merge(session: Session, name: str, *options: str) -> None:
 
 
 def switch(session: Session) -> None:
-    """The logits in Python, with the adapter beside the base and folded into it: the merge of
-    files computes the sum in another way."""
+    """Record the logits of ``lorakit.load`` with the adapter unmerged and merged, which computes
+    the sum differently from file-based merging."""
     ids = torch.arange(5, 29).reshape(2, 12)
     model = lorakit.load(session.base, {"golden": session.adapter}).eval()
     for name, merged in (("beside", False), ("folded", True)):
@@ -177,7 +177,7 @@ def convert(to: str) -> Step:
 
 
 def evaluate(session: Session) -> None:
-    """The adapter, whose predictions are scored once more from their file, and the base."""
+    """Evaluate the adapter, score its predictions again from their file, and evaluate the base."""
     file = session.folder / "predictions.jsonl"
     options = ["--adapter", session.adapter, "--json"]
     found = session.lorakit("eval", session.recipe, *options, "--save-predictions", file)
@@ -195,7 +195,7 @@ def evaluate_base(session: Session) -> None:
 
 
 def score(*predictions: object) -> Step:
-    """Ready predictions, without a model."""
+    """Score ready predictions without a model."""
 
     def step(session: Session) -> None:
         file = session.folder / "ready.jsonl"
@@ -207,7 +207,7 @@ def score(*predictions: object) -> Step:
 
 
 def generate(*options: str) -> Step:
-    """One prompt as it streams, and three in a batch."""
+    """Generate for a streamed prompt and for a batch of three."""
 
     def step(session: Session) -> None:
         name = "/".join(["generate", *options])

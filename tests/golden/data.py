@@ -1,4 +1,4 @@
-"""The rows that the golden runs train on: directories by name, a few short rows each."""
+"""The data of the golden runs: a few short rows per directory."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ _TRAIN_ROWS, _VALIDATION_ROWS = 18, 5
 
 
 def write_data(folder: Path) -> None:
-    """``folder/NAME`` for each of the data sets, with ``train`` and ``validation``."""
+    """Write ``folder/NAME`` for each data set, with ``train`` and ``validation``."""
     for name, row in _ROWS.items():
         rows = [row(i) for i in range(_TRAIN_ROWS + _VALIDATION_ROWS)]
         write_lines(folder / name / "train.jsonl", rows[:_TRAIN_ROWS])

@@ -1,7 +1,5 @@
-"""Tiny models and tokenizers that are equal to the bit on every machine.
-
-The weights are an integer hash of the parameter's name and the element's index, so they depend on
-no random number generator.
+"""Tiny models and tokenizers that are bit-equal on every machine. The weights are an integer hash
+of the parameter's name and the element's index, so they do not depend on a random number generator.
 """
 
 from __future__ import annotations
@@ -35,7 +33,8 @@ _CHAT_TEMPLATE = (
 
 
 def uniform(count: int, seed: int) -> np.ndarray[Any, Any]:
-    """``count`` float64 values in [-1, 1): SplitMix64 of the counter, exact on every machine."""
+    """Return ``count`` float64 values in [-1, 1): SplitMix64 of the counter, exact on every
+    machine."""
     with np.errstate(over="ignore"):
         z = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         z += np.uint64(seed) * np.uint64(0xD1342543DE82EF95)
@@ -46,7 +45,8 @@ def uniform(count: int, seed: int) -> np.ndarray[Any, Any]:
 
 
 def fill(model: torch.nn.Module) -> None:
-    """Matrices are uniform with variance 1 / columns, vectors of norms near 1, others near 0."""
+    """Fill matrices uniformly with variance 1 / columns, norm weights near 1, other vectors near
+    0."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             values = uniform(parameter.numel(), zlib.crc32(name.encode()))
@@ -58,7 +58,8 @@ def fill(model: torch.nn.Module) -> None:
 
 
 def _ascii_tokenizer(special: list[str]) -> Tokenizer:
-    """One token a printable ASCII character: whatever a model generates is a text that shows it."""
+    """Return a tokenizer with one token per printable ASCII character, so that generated text shows
+    every token."""
     printable = {"\u010a", "\u0120", *map(chr, range(33, 127))}  # byte-level for "\n" and " "
     names = special + sorted(printable)
     tokenizer = Tokenizer(BPE({name: index for index, name in enumerate(names)}, merges=[]))
@@ -130,7 +131,7 @@ _MODELS: dict[str, tuple[Callable[[int], PreTrainedModel], Callable[[], Any]]] =
 
 
 def write_models(folder: Path) -> None:
-    """``folder/NAME`` for each model, as transformers loads it."""
+    """Write each model to ``folder/NAME`` for transformers to load."""
     for name, (build, build_tokenizer) in _MODELS.items():
         tokenizer = build_tokenizer()
         model = build(len(tokenizer)).eval()

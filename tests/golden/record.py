@@ -1,7 +1,6 @@
 """Record the results of the golden runs: ``python -m tests.golden.record [--full DIR] [NAME ...]``.
-
-Without ``--full`` it rewrites ``expected/``; with it, it writes whole results to DIR, for
-comparisons to the bit, and leaves ``expected/`` alone.
+Without ``--full`` it rewrites ``expected/``; with it, it writes complete results to DIR for
+bit-exact comparisons and leaves ``expected/`` alone.
 """
 
 from __future__ import annotations

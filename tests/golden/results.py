@@ -1,4 +1,4 @@
-"""What a golden run produced, how it is kept on disk, and how two of them are compared."""
+"""Results of a golden run: storage and comparison."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _CORRELATIONS = ("pearson", "spearmanr", "matthews_correlation")
 
 @dataclass
 class Results:
-    """``values`` are JSON scalars, ``tensors`` whole tensors; both by a name with the command
+    """``values`` are JSON scalars, ``tensors`` complete tensors; both are named with the command
     first, as in ``merge/model.norm.weight``."""
 
     values: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def add(self, name: str, value: Any) -> None:
-        """A JSON value, each of its scalars under a name of its own."""
+        """Add each scalar of a JSON value under its own name."""
         if isinstance(value, (dict, list)) and value:
             items = value.items() if isinstance(value, dict) else enumerate(value)
             for key, item in items:
@@ -39,12 +39,12 @@ class Results:
             self.values[name] = value
 
     def add_tensors(self, name: str, file: Path) -> None:
-        """All tensors of a safetensors file."""
+        """Add all tensors of a safetensors file."""
         for key, tensor in load_file(file).items():
             self.tensors[f"{name}/{key}"] = tensor
 
     def summary(self) -> dict[str, Any]:
-        """What ``expected/`` keeps: ``values``, and a few numbers of each tensor."""
+        """Return what ``expected/`` stores: ``values``, and a few numbers of each tensor."""
         return {
             "values": dict(sorted(self.values.items())),
             "tensors": {name: _summary(t) for name, t in sorted(self.tensors.items())},
@@ -63,7 +63,7 @@ class Results:
 
 
 def exact_differences(found: Results, expected: Results) -> list[str]:
-    """A line for each value or tensor that is not the same to the bit."""
+    """Return a line for each value or tensor that is not bit-equal."""
     lines = _missing(found.values, expected.values) + _missing(found.tensors, expected.tensors)
     for name in found.values.keys() & expected.values.keys():
         ours, theirs = found.values[name], expected.values[name]
@@ -80,7 +80,7 @@ def exact_differences(found: Results, expected: Results) -> list[str]:
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """A line for each part of two summaries that differs by more than its tolerance."""
+    """Return a line for each difference between two summaries beyond its tolerance."""
     lines = []
     for part, compare in (("values", _value_difference), ("tensors", _tensor_difference)):
         ours, theirs = found[part], expected[part]
@@ -92,8 +92,8 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
 
 
 def _summary(tensor: torch.Tensor) -> dict[str, Any]:
-    """Form, norm, and inner products with fixed vectors of root mean square 1, so that a random
-    error changes each by about its own norm."""
+    """Return shape, norm, and inner products with fixed vectors of root mean square 1, so that a
+    random error changes each by about its own norm."""
     flat = tensor.double().flatten()
     vectors = (torch.from_numpy(uniform(len(flat), seed)) for seed in range(_PROJECTIONS))
     products = [math.sqrt(3) * torch.dot(flat, vector).item() for vector in vectors]

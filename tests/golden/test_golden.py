@@ -1,4 +1,4 @@
-"""Every golden run gives what was recorded (the package's docstring says how to record)."""
+"""Golden runs reproduce the recorded results (see the package's docstring)."""
 
 from __future__ import annotations
 

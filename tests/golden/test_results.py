@@ -1,4 +1,4 @@
-"""The comparison of golden results tells a changed result from one that was only rounded."""
+"""The comparison of golden results distinguishes changed results from rounding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only a GPU shows: no wait for the device in a step, half precision, memory."""
+"""What only a GPU shows: steps that do not wait for the device, half precision, memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The seeded Fastfood projection against a dense P, its formula and its statistics."""
+"""The seeded Fastfood projection compared with a dense P, its formula and its statistics."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PINNED_SIGNS = [[1, -1, 1, 1, -1, -1, -1, 1]]
 
 
 def _dense(d: int, size: int, seed: int = 1, stream: int = 0) -> Tensor:
-    """P (size, d), column by column: P e_j."""
+    """Return P (size, d), column by column: P e_j."""
     basis = torch.eye(d, dtype=torch.float64)
     return torch.stack([project(column, size, seed, stream) for column in basis], dim=1)
 
@@ -44,7 +44,7 @@ def test_hadamard_is_the_sylvester_matrix(L: int) -> None:
 
 @pytest.mark.parametrize(("d", "size"), SHAPES)
 def test_the_matrix_is_the_formula(d: int, size: int) -> None:
-    """P_b = H G Pi H S / sqrt(d L), by dense matrices, the blocks below each other."""
+    """P_b = H G Pi H S / sqrt(d L) from dense matrices, blocks stacked."""
     P = Fastfood(d, size, seed=1, stream=0)
     H, blocks = _sylvester(P.L), []
     for S, order, G in zip(*P.random_parts(torch.arange(-(-size // P.L))), strict=True):
@@ -107,7 +107,7 @@ def test_scale_and_near_orthogonality_of_columns(d: int) -> None:
 
 
 def test_rows_are_near_orthogonal_within_and_between_blocks() -> None:
-    """Cosines of mean square 1/d between blocks, as of independent vectors, and 2/d within."""
+    """Cosines have mean square 1/d between blocks, like independent vectors, and 2/d within."""
     d, blocks = 256, 6
     rows = torch.nn.functional.normalize(_dense(d, d * blocks), dim=1)
     cosines = (rows @ rows.t()).view(blocks, d, blocks, d).transpose(1, 2)
@@ -153,7 +153,8 @@ def test_no_generator_of_torch_is_used_or_moved() -> None:
 
 
 def test_the_generator_is_pinned() -> None:
-    """A saved theta means these matrices: if this fails, every saved one has lost its meaning."""
+    """A saved theta depends on these matrices: if this fails, every saved one has become
+    invalid."""
     theta = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.25])
     values = project(theta, 10, seed=42, stream=7)
     assert values.tolist() == pytest.approx(PINNED, rel=1e-6)

@@ -1,4 +1,4 @@
-"""Chunked linear and cross entropy against torch's own on the whole logits."""
+"""Chunked linear cross entropy compared with torch on the full logits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VOCAB, WIDTH = 50, 12
 
 @pytest.fixture(params=[1, 3, 8, 100], ids=lambda rows: f"{rows}-rows-a-chunk")
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Eight rows in chunks of one, of three (the last is short), in one, and in one too large."""
+    """Eight rows in chunks of one, three (the last is short), all, and more than all."""
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", {"cpu": request.param * VOCAB})
     rows: int = request.param
     return rows

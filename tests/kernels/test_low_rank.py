@@ -1,4 +1,4 @@
-"""The in-place LoRA product against the paper's words."""
+"""The in-place LoRA product compared with the paper's formula."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AdaLoRA's arithmetic against NumPy and autograd."""
+"""AdaLoRA's arithmetic compared with NumPy and autograd."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_importance_and_uncertainty_are_those_of_the_paper() -> None:
 
 @pytest.mark.parametrize("dim", [0, 1])
 def test_a_factor_s_part_of_the_score_is_its_mean(dim: int) -> None:
-    """Rows of A and E are averaged over the columns, columns of B over the rows."""
+    """Rows of A and E are averaged over columns, columns of B over rows."""
     shapes = [s if dim else s[::-1] for s in [(3, 7), (3, 5), (3, 7), (3, 1)]]
     values = tensors(0, shapes)
     want = np.stack([v.mean(axis=dim) for v in arrays(values)])
@@ -75,7 +75,7 @@ def test_exactly_the_budget_is_kept_and_it_is_the_best(budget: int) -> None:
 
 @pytest.mark.parametrize("budget", [1, 3, 7, 11])
 def test_ties_do_not_change_the_count(budget: int) -> None:
-    """A threshold alone would keep all that equal it, or none of them."""
+    """A threshold alone would keep all or none of the tied values."""
     for scores in (torch.zeros(4, 3), torch.full((4, 3), 0.1), torch.tensor([[1.0, 0.0, 1.0]] * 4)):
         kept = keep_top(scores, budget)
         assert int(kept.sum()) == budget

@@ -1,4 +1,4 @@
-"""A small base on disk and an adapter of it, for any method."""
+"""A small base on disk and an adapter for it, for any method."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def pair(
     dtype: torch.dtype = torch.float32,
     **changes: Any,
 ) -> PreTrainedModel:
-    """Write ``folder/base`` and ``folder/adapter``; the model that the adapter was taken from, all
-    that trains in it moved as by a training."""
+    """Write ``folder/base`` and ``folder/adapter``; return the adapted model, everything that
+    trains in it changed as by training."""
     tiny(family, **changes).to(dtype).save_pretrained(folder / "base")
     model = injected(family, section, dtype, **changes)
     torch.manual_seed(1)

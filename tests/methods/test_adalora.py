@@ -1,4 +1,4 @@
-"""AdaLoRA's layer, schedule and part in a run, against the paper's formulas."""
+"""AdaLoRA's layer, schedule and hooks compared with the paper's formulas."""
 
 from __future__ import annotations
 
@@ -199,7 +199,8 @@ def test_the_default_phases_fit_every_run(total_steps: int) -> None:
 
 @pytest.mark.parametrize("form", ["squared", "mean_norm"])
 def test_the_penalty_goes_into_the_gradients(form: str) -> None:
-    """Against autograd: gamma times the sum of the squares, or the mean of norms of both codes."""
+    """Compared with autograd: gamma times the sum of squares, or the mean of norms of the public
+    implementations."""
     layers = several()
     hooks = allocation(layers, orth_reg_weight=0.3, orth_reg_form=form)
     random_gradients(layers, 1)
@@ -246,7 +247,7 @@ def test_what_a_loss_does_not_reach_has_the_penalty_alone() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_gradient_scaler_scales_the_penalty_like_the_loss(device: str) -> None:
-    """With float16's scaler the step is the one without it."""
+    """The step with float16's scaler equals the step without it."""
     weights = []
     for scaled in (False, True):
         layers = several()
@@ -297,7 +298,7 @@ def test_the_score_of_a_triplet() -> None:
 
 
 def run_of(layers: dict[str, AdapterLayer], hooks: Allocation, total_steps: int = 12) -> list[int]:
-    """Steps of SGD on random gradients; how many triplets are kept after each."""
+    """Take SGD steps on random gradients; return the number of triplets kept after each."""
     kept = []
     for step in range(1, total_steps + 1):
         random_gradients(layers, step)
@@ -326,7 +327,7 @@ def test_exactly_the_budget_is_kept_at_every_allocation() -> None:
 
 
 def test_equal_scores_are_no_reason_for_another_count() -> None:
-    """Before any gradient all scores are zero."""
+    """Before the first gradient all scores are zero."""
     layers = several()
     hooks = allocation(layers)
     for step in range(1, 13):
@@ -382,7 +383,7 @@ def test_a_target_that_equals_the_start_prunes_nothing() -> None:
 
 @pytest.mark.parametrize("left_out", [4, 9])
 def test_a_step_that_float16_leaves_out_still_allocates(left_out: int) -> None:
-    """Its gradients are not finite, so they count for nothing; the budget stands all the same."""
+    """Its gradients are not finite and are ignored; the budget still applies."""
     layers = several()
     hooks = allocation(layers)
     for step in range(1, 13):
@@ -441,7 +442,7 @@ def test_nothing_waits_for_the_device() -> None:
 
 
 def test_a_frozen_head_is_no_obstacle() -> None:
-    """A classifier of which the adapter alone trains."""
+    """A classifier whose head is frozen."""
     model = tiny("bert")
     inject(model, config(target_modules=["all-linear"]), heads=[])
     layers = adapter_layers(model)
@@ -463,7 +464,7 @@ def test_a_frozen_head_is_no_obstacle() -> None:
 
 
 def pruned(family: str, targets: list[str], rank_of: Callable[[str], int]) -> nn.Module:
-    """As after training: rank_of(name) of the 4 triplets of each matrix are kept."""
+    """Keep rank_of(name) of the 4 triplets of each matrix, as after training."""
     model = tiny(family)
     torch.manual_seed(0)
     inject(model, config(target_modules=targets))

@@ -1,4 +1,4 @@
-"""BitFit: the biases and nothing else."""
+"""BitFit trains the biases and nothing else."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_without_biases_it_is_an_error(family: str, keys: dict[str, Any], messag
 
 
 def test_a_trained_bias_of_the_output_layer_gets_its_gradient() -> None:
-    """The loss in chunks, for which the output layer's weight alone is not enough to look at."""
+    """The chunked loss must use the bias of the output layer as well as its weight."""
     model = injected("phi", BITFIT)
     assert not model.lm_head.weight.requires_grad
     ids = token_ids()

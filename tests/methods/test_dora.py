@@ -1,4 +1,4 @@
-"""The DoRA layer against the paper's formula, with the norm taken of the whole matrix."""
+"""The DoRA layer compared with the paper's formula, with the norm of the full matrix."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def wrapped(kind: str, **config: Any) -> AdapterLayer:
 
 
 def filled(kind: str, **config: Any) -> AdapterLayer:
-    """As after training: everything has moved."""
+    """Change all parameters, as training would."""
     layer = wrapped(kind, **config)
     with torch.no_grad():
         for parameter in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
@@ -44,7 +44,7 @@ def filled(kind: str, **config: Any) -> AdapterLayer:
 
 
 def inputs(layer: AdapterLayer) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the layer takes, and the same as rows x of y = W x."""
+    """Return an input of the layer, and the same as rows x of y = W x."""
     if layer.kind == "embedding":
         ids = torch.tensor([[1, 5, 3], [0, 1, 1]])
         return ids, F.one_hot(ids, 6).float()
@@ -102,7 +102,7 @@ def test_a_scaled_embedding_scales_the_whole() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("init", ["default", "b_gaussian", "pissa", "orthogonal"])
 def test_the_start_is_the_base(kind: str, dtype: torch.dtype, init: str) -> None:
-    """To the bit where one factor is zero, and m is ||W|| whatever the start."""
+    """Bit-equal if one factor is zero, and m is ||W|| for every init."""
     module = MODULES[kind]().to(dtype)
     layer = METHOD.wrap(module, DoraConfig(r=4, init=init), "layer")
     given, _ = inputs(layer)
@@ -128,7 +128,7 @@ def test_the_norm_of_each_row(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
 
 
 def test_rows_without_a_norm_divide_nothing_by_zero() -> None:
-    """One row of W is zero, one is taken off by the update."""
+    """One row of W is zero, and the update cancels another."""
     layer = wrapped("without bias", r=2)
     with torch.no_grad():
         layer.weight[0] = 0
@@ -165,7 +165,7 @@ def test_the_norms_of_w_are_taken_once_and_again_when_w_changes(
 
 
 def test_a_change_of_m_between_bfloat16s_own_steps_is_not_lost() -> None:
-    """1.003 is none of them: 1 and 1.0078 are."""
+    """1.003 is not representable in bfloat16; its neighbours are 1 and 1.0078."""
     module = nn.Linear(64, 512, bias=False, dtype=torch.bfloat16)
     layer = METHOD.wrap(module, DoraConfig(r=2), "layer")
     x = torch.randn(64, 64, dtype=torch.bfloat16)
@@ -195,7 +195,7 @@ def _fused(family: str) -> tuple[nn.Module, dict[str, CompositeLayer]]:
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "phi3"])
 def test_parts_of_a_fused_projection_are_one_layer_on_all_of_it_and_back(family: str) -> None:
-    """The rows of k keep their own norm; q and v come back bit for bit."""
+    """The rows of k keep their norm; q and v are restored bit for bit."""
     _, layers = _fused(family)
     assert layers
     for fused in layers.values():

@@ -1,4 +1,4 @@
-"""Full fine-tuning against plain torch, over every dtype, and its files."""
+"""Full fine-tuning compared with plain torch for every dtype, and its files."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ def test_every_parameter_trains_in_float32(family: str, dtype: torch.dtype) -> N
 
 
 def test_small_updates_are_not_lost_over_bfloat16() -> None:
-    """Steps of 1e-4 of a weight: a bfloat16 weight does not move by them, its master does."""
+    """Steps of 1e-4 of a weight do not change a bfloat16 weight, but they change its fp32
+    master."""
     model = tiny("llama").to(torch.bfloat16)
     lost = copy.deepcopy(model)
     inject(model, FULL)
@@ -136,7 +137,7 @@ def test_only_what_is_chosen_trains_beside_the_head(choice: str) -> None:
 
 
 def test_layers_alone_choose_all_that_lies_in_them() -> None:
-    """The LoRA paper's FT-Top2, of one layer here."""
+    """The LoRA paper's FT-Top2, with one layer."""
     model = injected("gpt2", config("full", layers="1"))
     assert names(model) == {n for n, _ in tiny("gpt2").named_parameters() if ".h.1." in n}
 
@@ -199,7 +200,7 @@ def test_merged_equals_unmerged(family: str, dtype: torch.dtype, tmp_path: Path)
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_a_merge_in_float32_keeps_every_bit_that_was_trained(family: str, tmp_path: Path) -> None:
-    """Over a bfloat16 base, file by file and in memory."""
+    """Over a bfloat16 base, for files and in memory."""
     model = pair(tmp_path, family, FULL, torch.bfloat16)
     lorakit.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", dtype="float32")
     values = dict(plain(tmp_path / "out", family).named_parameters())
@@ -209,7 +210,7 @@ def test_a_merge_in_float32_keeps_every_bit_that_was_trained(family: str, tmp_pa
 
 
 def plain(folder: Path, family: str) -> PreTrainedModel:
-    """What transformers alone makes of the directory."""
+    """Load the directory with plain transformers."""
     auto = AutoModelForCausalLM if family in CAUSAL else AutoModelForSequenceClassification
     model, info = auto.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info

@@ -1,4 +1,4 @@
-"""The intrinsic method against theta_0 + P theta_d with P written out."""
+"""The intrinsic method compared with theta_0 + P theta_d with an explicit P."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ INTRINSIC = config("intrinsic", d=24, projection_seed=3)
 
 
 def written_out(size: int, d: int, seed: int, stream: int) -> torch.Tensor:
-    """P (size, d), a column at a time."""
+    """Return P (size, d), built column by column."""
     return torch.stack([project(column, size, seed, stream) for column in torch.eye(d)], dim=1)
 
 
@@ -77,7 +77,7 @@ def test_one_theta_of_zeros_is_all_that_trains_and_every_matrix_has_its_own_stre
 
 
 def test_the_gradient_is_that_of_all_weights_projected() -> None:
-    """P^T g over every matrix of the model, g from a model that trains all of its weights."""
+    """The gradient is P^T g over all matrices, with g from a model that trains all its weights."""
     model, plain = injected("llama", INTRINSIC), tiny("llama")
     loss(model).backward()
     loss(plain).backward()
@@ -91,7 +91,7 @@ def test_the_gradient_is_that_of_all_weights_projected() -> None:
 
 @pytest.mark.parametrize("d", [50, 400])
 def test_the_weights_of_each_matrix_move_by_the_root_mean_square_of_theta(d: int) -> None:
-    """The rows of P have norm 1, whatever d and the sizes are."""
+    """The rows of P have norm 1 for every d and size."""
     model = injected("llama", config("intrinsic", d=d), hidden_size=64, intermediate_size=96)
     nn.init.normal_(theta(model), generator=torch.Generator().manual_seed(0))
     want = theta(model).detach().square().mean().sqrt()
@@ -205,7 +205,7 @@ def test_saved_and_loaded(family: str, dtype: torch.dtype, tmp_path: Path) -> No
 
 
 def test_the_files_hold_theta_once_and_the_order_of_the_streams(tmp_path: Path) -> None:
-    """Twelve layers: by name the tenth would come before the second."""
+    """With twelve layers, sorting by name would put the tenth before the second."""
     model = pair(tmp_path, "llama", INTRINSIC, num_hidden_layers=12)
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {name: tuple(t.shape) for name, t in tensors.items()} == {

@@ -1,4 +1,4 @@
-"""The LoRA layer against the paper's formula, in NumPy."""
+"""The LoRA layer compared with the paper's formula in NumPy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lorakit.methods.lora import METHOD, LoraConfig
 
 
 def _filled(module: nn.Module, **config: Any) -> AdapterLayer:
-    """A layer whose two factors are random."""
+    """Return a layer with two random factors."""
     layer = METHOD.wrap(module, LoraConfig(**config), "layer")
     nn.init.normal_(layer.lora_A)
     nn.init.normal_(layer.lora_B)
@@ -65,7 +65,7 @@ def test_embedding_adds_a_row_of_the_product(embed_scale: float | None) -> None:
 
 @pytest.mark.parametrize("module", [nn.Linear(6, 10), Conv1D(10, 6), nn.Embedding(10, 6)])
 def test_the_gradients_are_autograds_own(module: nn.Module) -> None:
-    """The in-place product against the einsum of the reference."""
+    """The in-place product compared with the reference's einsum."""
     layer = _filled(module.requires_grad_(False), r=3)
     embedding = layer.kind == "embedding"
     x = torch.randint(10, (7,)) if embedding else torch.randn(7, 6, requires_grad=True)

@@ -1,4 +1,4 @@
-"""``bias: none | lora_only | all``: which biases train, in which dtype, and what is saved of them."""
+"""``bias: none | lora_only | all``: which biases train, in which dtype, and which are saved."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 def trained_biases(model: nn.Module) -> dict[str, nn.Parameter]:
-    """By the base model's names; the head's are not among them."""
+    """Return the trained biases by the base model's names, without the head's."""
     return {
         plain_name(name).replace(".base_layer", ""): p
         for name, p in trainable_state(model).items()

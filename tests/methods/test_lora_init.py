@@ -1,4 +1,4 @@
-"""Starts of LoRA's factors: their formulas, and that each leaves the output as it was."""
+"""Initialisations of LoRA: their formulas, and that the output is unchanged."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def test_pissa_is_the_principal_part_of_w(kind: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_pissa_starts_where_pefts_does(family: str) -> None:
-    """Up to the sign of each pair of singular vectors; and PEFT's residual is our W less them."""
+    """Equal up to the sign of each pair of singular vectors; PEFT's residual is our W minus the
+    initial product."""
     ends = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"]}[family]
     model = tiny(family)
     inject(model, LoraConfig(r=3, lora_alpha=5, target_modules=ends, init="pissa"))

@@ -32,7 +32,7 @@ def section(**keys: Any) -> TrainSection:
 def groups(
     model: nn.Module, config: LoraPlusConfig, **train: Any
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """Parameter name -> the group it is in, and all groups."""
+    """Return the group of each parameter, and all groups."""
     parameters: Any = trainable_state(model)
     found = METHOD.param_groups(parameters, adapter_layers(model), config, section(**train))
     names = {id(p): n for n, p in parameters.items()}

@@ -1,5 +1,6 @@
-"""Whole runs of LoRA with biases, other starts, and slices: an exact resume, and PEFT reads what
-they leave."""
+"""LoRA runs with biases, other initialisations and slices: they resume exactly, and PEFT reads
+their adapters.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ from tests.training.runs import adapter_bytes, changed, recipe_for, run_json
 
 @pytest.fixture(scope="module")
 def tiny_gpt2(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random GPT-2 with the tokenizer of ``tiny_llama``."""
+    """Write a random GPT-2 with the tokenizer of ``tiny_llama``."""
     folder = tmp_path_factory.mktemp("tiny-gpt2")
     shutil.copytree(tiny_llama, folder, dirs_exist_ok=True)
     (folder / "model.safetensors").unlink()

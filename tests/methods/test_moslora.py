@@ -1,4 +1,4 @@
-"""The MoSLoRA layer against its formula, and as the plain LoRA that it is saved as."""
+"""The MoSLoRA layer compared with its formula and with the plain LoRA that it is saved as."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def filled(kind: str, **config: Any) -> AdapterLayer:
 
 
 def inputs(layer: AdapterLayer) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the layer takes, and the same as rows x of y = W x."""
+    """Return an input of the layer, and the same as rows x of y = W x."""
     if layer.kind == "embedding":
         ids = torch.tensor([[1, 5, 3], [0, 1, 1]])
         return ids, nn.functional.one_hot(ids, 6).float()

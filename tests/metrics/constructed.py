@@ -1,7 +1,6 @@
-"""520 constructed predictions with one to eight references each, generated from a seed.
-
-The sentences are invented; what is done to them is what a model's output and a crowd's references
-differ in: words, order, case, marks, numbers, money, hyphens, quotes, entities, other scripts.
+"""520 constructed predictions with one to eight references each, generated from a seed. The
+sentences are invented; they are altered in the ways in which outputs and references differ: words,
+order, case, punctuation, numbers, money, hyphens, quotes, entities, other scripts.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _FORMS = [
 
 
 def instances() -> tuple[list[str], list[list[str]]]:
-    """``COUNT`` predictions, and the references of each."""
+    """Return ``COUNT`` predictions and the references of each."""
     draw = random.Random(20170706)
     predictions, references = [], []
     for index in range(COUNT):
@@ -53,12 +52,12 @@ def instances() -> tuple[list[str], list[list[str]]]:
 
 
 def blocks() -> list[slice]:
-    """The corpora that are scored: each ``BLOCK`` predictions, and all together."""
+    """Return the corpora to score: blocks of ``BLOCK`` predictions, and all together."""
     return [*(slice(i, i + BLOCK) for i in range(0, COUNT, BLOCK)), slice(0, COUNT)]
 
 
 def five_words(block: slice) -> tuple[list[str], list[list[str]]]:
-    """The instances of a block whose prediction has five words or more."""
+    """Return the instances of a block whose prediction has at least five words."""
     pairs = zip(*(half[block] for half in instances()), strict=True)
     kept = [pair for pair in pairs if len(pair[0].split()) >= 5]
     return [prediction for prediction, _ in kept], [group for _, group in kept]

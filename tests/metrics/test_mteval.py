@@ -1,4 +1,4 @@
-"""BLEU and NIST where predictions are short or empty too: against sacrebleu and a plain formula."""
+"""BLEU and NIST, also of short and empty predictions, compared with sacrebleu and a plain formula."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def by_sacrebleu(predictions: Group, references: list[Group]) -> float:
 
 
 def shouts_entity(text: str) -> bool:
-    """sacrebleu lower-cases before it reads entities, mteval-v13a after: there they differ."""
+    """sacrebleu lower-cases before decoding entities, mteval-v13a after: there they differ."""
     return re.search("&(QUOT|AMP|LT|GT);", text) is not None
 
 
@@ -61,7 +61,7 @@ def windows(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:
 
 
 def counted_nist(predictions: Group, references: list[Group]) -> float:
-    """NIST as mteval-v13a counts it, hit by hit; equal ratios of counts are added as fractions."""
+    """Return NIST as mteval-v13a counts it, match by match; equal ratios are added as fractions."""
     own = [words(text) for text in predictions]
     others = [[words(text) for text in group] for group in references]
     pooled = [tokens for group in others for tokens in group]
@@ -92,7 +92,7 @@ def test_nist_equals_a_plain_count(index: int) -> None:
 
 
 def test_a_short_prediction_adds_no_candidates() -> None:
-    """By hand; k - n + 1 candidates of the one token would be 2 fewer 4-grams."""
+    """Computed by hand; k - n + 1 candidates of the single token would be 2 fewer 4-grams."""
     references = [["a b c d e"], ["x"]]
     assert bleu(["a b c d q", "x"], references) == pytest.approx(
         (5 / 6 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25, abs=1e-12

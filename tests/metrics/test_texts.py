@@ -1,4 +1,4 @@
-"""BLEU, NIST, ROUGE-L and CIDEr: against the challenge's scripts, and against plain formulas."""
+"""BLEU, NIST, ROUGE-L and CIDEr compared with the challenge's scripts and plain formulas."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_constructed_corpus() -> None:
 
 
 def plain_corpus() -> tuple[Group, list[Group]]:
-    """500 lower-case texts, which every tokeniser parts at spaces alone."""
+    """Return 500 lower-case texts that every tokenizer splits at spaces only."""
     draw = random.Random(5)
     words = ["red", "river", "cat", "near", "old", "food", "with", "view", "from", "to", "nine"]
 

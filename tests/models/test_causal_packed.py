@@ -1,4 +1,4 @@
-"""Packed rows give the losses and gradients that they give alone."""
+"""Packed rows have the same losses and gradients as separate rows."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_model_that_mixes_documents_is_refused(family: str) -> None:
 
 
 def test_a_recurrent_state_is_detected() -> None:
-    """A recurrent model takes the first row's state into the second."""
+    """A recurrent model carries the first row's state into the second."""
     from transformers import MambaConfig, MambaForCausalLM
 
     model = MambaForCausalLM(

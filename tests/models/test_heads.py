@@ -91,7 +91,7 @@ def test_a_multi_label_head_is_noted() -> None:
 
 @pytest.fixture
 def base(request: pytest.FixtureRequest, tiny_bert: Path, tmp_path: Path) -> Path:
-    """A classifier with a head for a, b, c; its tokenizer is the byte-level one of the tests."""
+    """A classifier with a head for a, b, c and the byte-level tokenizer of the tests."""
     names = {0: "a", 1: "b", 2: "c"}
     model = tiny(request.param, classifier=True, vocab_size=300, id2label=names)
     model.save_pretrained(tmp_path / "base")
@@ -130,7 +130,7 @@ def test_the_stored_head_is_kept_or_replaced(base: Path) -> None:
 
 @pytest.mark.parametrize("base", ["bert"], indirect=True)
 def test_class_names_without_weights_are_not_a_head(base: Path) -> None:
-    """A bare encoder whose configuration names classes, as a classifier's or as its own."""
+    """A bare encoder whose configuration names classes."""
     full = loaded(base, ["a", "b", "c"]).model
     for classes in (["BertModel"], ["BertForSequenceClassification"]):
         full.bert.config.architectures = classes

@@ -21,7 +21,7 @@ def section(path: Path | str, **keys: Any) -> ModelSection:
 
 
 def edited(folder: Path, model: Path, **config: Any) -> Path:
-    """A copy of the model with another configuration."""
+    """Return a copy of the model with another configuration."""
     copy = folder / "model"
     shutil.copytree(model, copy)
     found = json.loads((copy / "config.json").read_text())

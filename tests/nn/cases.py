@@ -1,4 +1,4 @@
-"""One layer of each sort, torch's own beside it, and an input."""
+"""One layer of each kind with torch's counterpart and an input."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Case:
     x: Callable[[], Tensor]
 
     def build(self, **kwargs: Any) -> nn.Module:
-        """r = 2, lora_alpha = 3, both factors away from zero."""
+        """Build a layer with r = 2, lora_alpha = 3 and nonzero factors."""
         torch.manual_seed(1)
         layer = randomised(self.make(**{"r": 2, "lora_alpha": 3, **kwargs}))
         if (row := getattr(layer, "padding_idx", None)) is not None:

@@ -1,4 +1,4 @@
-"""Random values are the same each time."""
+"""Make random values reproducible."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ def array(value: Tensor) -> Array:
 
 
 def updated_weight(layer: nn.Module, base: Tensor) -> Array:
-    """W + (lora_alpha / r) * delta for the factors of ``layer`` and this W."""
+    """Return W + (lora_alpha / r) * delta for the factors of ``layer``."""
     A, B = array(layer.lora_A), array(layer.lora_B)
     W = array(base)
     scaling = layer.lora_alpha / layer.r
@@ -30,7 +30,7 @@ def updated_weight(layer: nn.Module, base: Tensor) -> Array:
 
 
 def _stacked(layer: nn.Module, A: Array, B: Array) -> Array:
-    """Projection by projection: B_i A_i where it is enabled, zeros where not."""
+    """Return B_i A_i for each enabled projection and zeros for the others."""
     size, r = layer.out_features // len(layer.enable_lora), layer.r
     rows, i = [], 0
     for on in layer.enable_lora:
@@ -43,7 +43,7 @@ def _stacked(layer: nn.Module, A: Array, B: Array) -> Array:
 
 
 def output(layer: nn.Module, W: Array, x: Tensor) -> Array:
-    """What a layer with weight W gives for x."""
+    """Return the output of a layer with weight W for x."""
     if isinstance(layer, lorakit.Embedding):
         return W[x.numpy()]
     bias = 0 if layer.bias is None else array(layer.bias)

@@ -1,4 +1,4 @@
-"""What trains and what is saved, for layers of ours and for models adapted by inject."""
+"""What trains and what is saved, for lorakit's layers and for models adapted by inject."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_tied_bias_trains_if_one_of_its_names_is_chosen() -> None:
 
 
 class Classifier(nn.Module):
-    """Tokens -> one of three labels; ``lora`` is the library whose layers it is built of."""
+    """A classifier with three labels, built from the layers of the library ``lora``."""
 
     def __init__(self, lora: Any, **r: int) -> None:
         super().__init__()
@@ -99,7 +99,8 @@ class Classifier(nn.Module):
 
 
 def test_the_three_snippets(in_tmp: Path) -> None:
-    """The published usage of loralib, with ``import lorakit as lora``: build, train, save, load."""
+    """The documented usage of loralib, with ``import lorakit as lora``: build, train, save,
+    load."""
     import lorakit as lora
 
     in_features, out_features = 4, 6

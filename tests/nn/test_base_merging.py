@@ -1,4 +1,4 @@
-"""Merging and back: what eval(), train(), state dicts, casts and copies do to W."""
+"""Merging and unmerging: effects of eval(), train(), state dicts, casts and copies on W."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_tied_module_never_sees_the_merged_values() -> None:
 
 
 def test_who_reads_the_weight_directly_gets_the_merged_one() -> None:
-    """In eval mode torch's encoder layer takes linear1.weight, and never calls linear1."""
+    """In eval mode torch's encoder layer reads linear1.weight without calling linear1."""
     encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     encoder.linear1 = lorakit.Linear(8, 16, r=2)
     x = torch.randn(2, 3, 8)

@@ -1,4 +1,6 @@
-"""Each layer against its formula: shapes, start, forward, gradients; and wrong arguments."""
+"""Layers compared with their formulas: shapes, initialisation, forward, gradients, and invalid
+arguments.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def assert_same(layer: nn.Module, plain: nn.Module, x: Tensor) -> None:
-    """Equal to the bit; where W^T is stored, torch adds in another order."""
+    """Assert bit-equality; for a stored W^T, torch sums in another order."""
     if getattr(layer, "fan_in_fan_out", False):
         torch.testing.assert_close(layer(x), plain(x), rtol=1e-6, atol=1e-6)
     else:
@@ -90,7 +92,7 @@ def test_forward_is_the_formula(
 def test_gradients_are_those_of_the_summed_weight(
     case: Case, dtype: torch.dtype, tolerance: float
 ) -> None:
-    """Torch's own layer with weight W + delta_weight() has the same gradients, by the chain rule."""
+    """torch's layer with weight W + delta_weight() has the same gradients, by the chain rule."""
     layer = case.build(dtype=dtype)
     x = cast(case.x(), dtype)
     layer(x).float().square().sum().backward()

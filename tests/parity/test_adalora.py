@@ -1,4 +1,4 @@
-"""AdaLoRA in lorakit's run hooks and in PEFT's: 50 steps, the same scores, masks and parameters."""
+"""AdaLoRA in lorakit and PEFT: the same scores, masks and parameters over 50 steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS, TINIT, TFINAL, DELTA = 50, 5, 15, 5
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Threads that wait for each other over tiny matrices took most of the time."""
+    """Tiny matrices are faster on one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -54,7 +54,7 @@ def _loss(model: nn.Module, step: int, **more: Any) -> torch.Tensor:
 
 
 def _their_loss(model: Any, step: int) -> torch.Tensor:
-    """PEFT adds its penalty to the loss that the model returns."""
+    """Return PEFT's loss; PEFT adds the penalty to it."""
     ids = token_ids(4, 9, seed=step)
     labels = (
         torch.zeros(4, dtype=torch.long)

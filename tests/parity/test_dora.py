@@ -1,4 +1,4 @@
-"""DoRA in lorakit and in PEFT: the same training, and each reads what the other wrote."""
+"""DoRA in lorakit and PEFT: the same training, and each reads the other's adapters."""
 
 from __future__ import annotations
 
@@ -134,7 +134,8 @@ def test_we_read_and_write_what_peft_does(case: str, tmp_path: Path) -> None:
 
 
 def pair(family: str, config: DoraConfig, folder: Path) -> tuple[nn.Module, nn.Module]:
-    """A model of one layer of ours and one of PEFT's with the same adapter, both trained on."""
+    """Return a model with lorakit's layer and one with PEFT's, with the same adapter, both further
+    trained."""
     model = tiny(family, num_hidden_layers=1)
     torch.manual_seed(0)
     inject(model, config)

@@ -1,4 +1,4 @@
-"""LoRA+ in lorakit's groups and in PEFT's optimizer: 50 steps from one start."""
+"""LoRA+ in lorakit and with PEFT's optimizer: 50 steps from the same start."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Threads that wait for each other over tiny matrices take most of the time."""
+    """Tiny matrices are faster on one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -31,7 +31,7 @@ def one_thread() -> Iterator[None]:
 
 
 def _ours(name: str) -> str:
-    """PEFT's name of a parameter -> ours."""
+    """Translate PEFT's name of a parameter to lorakit's."""
     name = name.removeprefix("base_model.model.")
     for factor in "AB":
         name = name.replace(f"lora_{factor}.default.weight", f"lora_{factor}")

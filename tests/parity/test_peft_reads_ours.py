@@ -1,4 +1,4 @@
-"""Adapters that lorakit wrote, in PEFT: equal logits."""
+"""PEFT loads lorakit's adapters with equal logits."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    """Move everything that trains, as training would."""
+    """Change everything that trains, as training would."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -88,7 +88,8 @@ def logits(model: nn.Module) -> torch.Tensor:
     [(case, False) for case in CASES] + [(case, True) for case in CASES if "trained" in case],
 )
 def test_equal_logits(case: str, given: bool, tmp_path: Path) -> None:
-    """``given``: the modules trained whole are those of the report, else what requires gradients."""
+    """``given``: the fully trained modules are those of the report, else what requires
+    gradients."""
     family, adapter, changes = CASES[case]
     model, base = tiny(family, **changes), tiny(family, **changes)
     config = LoraConfig(**{"r": 4, "target_modules": ["q", "v"], **adapter})
@@ -128,7 +129,7 @@ def test_a_real_encoder(tmp_path: Path, minilm: Path) -> None:
 
 
 def test_peft_would_write_the_same_configuration(tmp_path: Path) -> None:
-    """Key by key, but for what depends on the version and for the order of a set."""
+    """Equal key by key, except for what depends on the version and for the order of a set."""
     from peft import LoraConfig as PeftLora
     from peft import get_peft_model
 

@@ -1,4 +1,4 @@
-"""The same training in lorakit's layers and in PEFT's: gradients and 50 steps of AdamW."""
+"""The same training in lorakit and PEFT: gradients and 50 steps of AdamW."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def _pair(family: str, keys: dict[str, Any], folder: Path) -> tuple[nn.Module, nn.Module]:
-    """A model of ours and one of PEFT's with the same adapter, both trained on."""
+    """Return a lorakit model and a PEFT model with the same adapter, both further trained."""
     model, config = tiny(family), LoraConfig(r=4, **keys)
     torch.manual_seed(0)
     inject(model, config)
@@ -30,7 +30,7 @@ def _pair(family: str, keys: dict[str, Any], folder: Path) -> tuple[nn.Module, n
 
 
 def _theirs(model: nn.Module) -> dict[str, nn.Parameter]:
-    """PEFT's parameters by our names."""
+    """Return PEFT's parameters by lorakit's names."""
     named = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -1,4 +1,4 @@
-"""Adapters that PEFT wrote, in lorakit: equal logits."""
+"""lorakit loads PEFT's adapters with equal logits."""
 
 from __future__ import annotations
 
@@ -111,8 +111,8 @@ _WHOLE = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_
     ids=["whole", "beside", "factors"],
 )
 def test_saved_embeddings(adapter: dict[str, Any], rows: int, tied: bool, tmp_path: Path) -> None:
-    """PEFT saves them with every adapter of a base whose vocabulary was resized; those that are
-    trained whole, under three names."""
+    """PEFT saves resized embeddings with every adapter; fully trained ones appear under three
+    names."""
     base = tiny("llama", tie_word_embeddings=tied)
     base.resize_token_embeddings(rows)
     theirs = get_peft_model(base, PeftLora(r=4, task_type="CAUSAL_LM", **adapter))

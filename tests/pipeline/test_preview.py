@@ -46,7 +46,7 @@ def trained_text(row: DescribedRow) -> str:
 def test_pieces_contain_whole_characters(
     model: str, to_example: Any, request: pytest.FixtureRequest
 ) -> None:
-    """Most characters of MIXED are several tokens, none of which decodes by itself."""
+    """Most characters of MIXED consist of several tokens, none of which decodes alone."""
     path = request.getfixturevalue(model)
     row = described(path, {"p": f"{MIXED}?", "c": f"{MIXED}!"}, to_example)
     text = "".join(piece.text for piece in row.pieces)

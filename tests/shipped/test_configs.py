@@ -1,4 +1,4 @@
-"""Accelerate reads every file in configs/, and knows every key in it."""
+"""Accelerate reads every file in configs/ and knows every key in it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_accelerate_loads_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_every_nested_key_is_an_option_of_the_launcher(name: str) -> None:
-    """Accelerate refuses unknown keys at the top level only; below, they would do nothing."""
+    """Accelerate refuses unknown keys only at the top level; nested ones would be ignored."""
     options = {action.dest for action in launch_command_parser()._actions}
     data = yaml.safe_load((CONFIGS / name).read_text(encoding="utf-8"))
     nested = {key for part in data.values() if isinstance(part, dict) for key in part}

@@ -37,13 +37,13 @@ def prose(text: str) -> str:
 
 
 def anchors(text: str) -> set[str]:
-    """The anchors that GitHub gives to a document's headings."""
+    """Return the anchors that GitHub gives to a document's headings."""
     titles = re.findall(r"^#+ (.+)$", prose(text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def command_lines(text: str) -> list[str]:
-    """Every ``lorakit ...`` in a code block (except of a language) or an inline code span."""
+    """Return every ``lorakit ...`` line in a shell block or an inline code span."""
     blocks = [body for language, _, body in _FENCE.findall(text) if language in ("", "bash")]
     lines = [line.removeprefix("$ ") for block in blocks for line in block.splitlines()]
     return [line for line in [*lines, *_CODE.findall(prose(text))] if line.startswith("lorakit ")]

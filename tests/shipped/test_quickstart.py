@@ -1,4 +1,4 @@
-"""The quickstart's table shows the figures of the run and the two evaluations."""
+"""The quickstart's table shows the results of the run and the two evaluations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every recipe in recipes/ loads, stands alone, and says what it comes from."""
+"""Every recipe in recipes/ is valid, self-contained, and states its source."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TABLE_9 = {
 
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The recipes must not need a variable set."""
+    """The recipes must be valid without environment variables."""
     for name in ("CHAT_PATH", "E2E_PATH", "WIKISQL_PATH"):
         monkeypatch.delenv(name, raising=False)
 

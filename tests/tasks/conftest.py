@@ -15,7 +15,7 @@ WikiSqlWriter = Callable[..., Path]
 
 @pytest.fixture
 def wikisql_folder(tmp_path: Path) -> WikiSqlWriter:
-    """Writes a WikiSQL directory with one split and returns it."""
+    """Return a function that writes a WikiSQL directory with one split."""
 
     def write(
         split: str = "dev",

@@ -1,4 +1,4 @@
-"""``chat``, ``text``, ``e2e_nlg`` and ``completion``: rows to examples, and refusals."""
+"""``chat``, ``text``, ``e2e_nlg`` and ``completion``: examples from rows, and errors."""
 
 from __future__ import annotations
 

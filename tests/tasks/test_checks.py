@@ -30,7 +30,7 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 
 
 def calling(**keys: Any) -> Row:
-    """The assistant's message with a tool call that has more keys."""
+    """Return an assistant message with a tool call that has extra keys."""
     return {**REPLY, "tool_calls": [{**CALL, **keys}]}
 
 
@@ -40,7 +40,7 @@ def split_of(*rows: Row) -> Split:
 
 
 def unused_note(task: Any, config: Any, split: Split) -> str | None:
-    """The only line, if there is one."""
+    """Return the only line, if any."""
     said = column_notes(task, config, split)
     assert len(said) < 2
     return said[0] if said else None

@@ -1,4 +1,4 @@
-"""``glue`` and ``classification``: columns, labels, refusals and scores."""
+"""``glue`` and ``classification``: columns, labels, errors and scores."""
 
 from __future__ import annotations
 

@@ -90,8 +90,8 @@ def test_a_row_without_reference_is_named() -> None:
     ],
 )
 def test_released_rows(data_dir: Path, shift: int, golden: list[float]) -> None:
-    """Each instance's first reference, or the next instance's, as the prediction; the figures are
-    those of tuetschek/e2e-metrics@1b9c4d87 (see tests/metrics/make_golden.py)."""
+    """Predict each instance's first reference, or the next instance's; the scores are those of
+    tuetschek/e2e-metrics@1b9c4d87 (see tests/metrics/make_golden.py)."""
     split = TASK.load(TASK.Config(path=str(data_dir / "e2e_nlg")), "validation")
     first: dict[str, str] = {}
     for row in split.rows:

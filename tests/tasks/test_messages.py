@@ -59,7 +59,7 @@ def test_flags_select_the_trained_messages(off: Row, on: Row) -> None:
 
 
 def test_flags_of_sharegpt() -> None:
-    """As in data that gives each turn a weight, null for the system's."""
+    """As in data with a weight per turn, null for the system's."""
     turns = [
         {"from": "system", "value": "Be brief.", "weight": None},
         {"from": "human", "value": "3*3?", "weight": 0.0},
@@ -164,7 +164,7 @@ def test_arguments_become_a_mapping(arguments: Any, read: Row) -> None:
 
 
 def test_null_in_a_table_means_absent() -> None:
-    """Each struct of a parquet file has the keys of all, at every depth."""
+    """Each struct of a parquet file has the keys of all rows, at every depth."""
     keys = dict.fromkeys(("role", "content", "tool_calls", "tool_call_id", "weight"))
     padded = {"name": "get_tide", "arguments": {"port": "Brest", "unit": None}}
     call = {**CALL, "function": padded}

@@ -1,4 +1,4 @@
-"""``wikisql``: files, prompt, and the official evaluator's scores with their quirks."""
+"""``wikisql``: files, prompts, and the official evaluator's scores, quirks included."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``wikisql`` against the official evaluator, prediction by prediction."""
+"""``wikisql`` compared with the official evaluator, prediction by prediction."""
 
 from __future__ import annotations
 

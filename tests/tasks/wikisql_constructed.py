@@ -1,4 +1,4 @@
-"""Constructed WikiSQL tables, gold queries and predictions that go wrong in the ways that count."""
+"""Constructed WikiSQL tables, gold queries and predictions with typical errors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TABLES: list[dict[str, Any]] = [
 
 
 def gold_rows() -> list[dict[str, Any]]:
-    """Forty queries, of which some give nothing and some give numbers."""
+    """Return forty queries, some with empty and some with numeric results."""
     draw = random.Random(1709)
     rows = []
     for index in range(40):
@@ -70,7 +70,8 @@ def gold_rows() -> list[dict[str, Any]]:
 
 
 def predictions(rows: list[dict[str, Any]], width: dict[str, int]) -> list[tuple[int, Any]]:
-    """(index of the row, a line of a file of predictions); ``width`` is the columns of a table."""
+    """Return pairs (row index, line of a predictions file); ``width`` is the number of columns of
+    each table."""
     draw = random.Random(42)
     made: list[tuple[int, Any]] = []
     for index, row in enumerate(rows):
@@ -86,7 +87,7 @@ def predictions(rows: list[dict[str, Any]], width: dict[str, int]) -> list[tuple
 
 
 def write_folder(folder: Path, rows: list[dict[str, Any]]) -> Path:
-    """``dev.jsonl``, ``dev.tables.jsonl`` and ``dev.db`` with ``TABLES``."""
+    """Write ``dev.jsonl``, ``dev.tables.jsonl`` and ``dev.db`` with ``TABLES``."""
     folder.mkdir(exist_ok=True)
     write_lines(folder / "dev.jsonl", rows)
     write_lines(folder / "dev.tables.jsonl", TABLES)
@@ -150,7 +151,7 @@ def _like(value: Any, kind: type) -> Any:
 
 
 def _more(query: dict[str, Any], draw: random.Random, width: int) -> None:
-    """One more condition, often on a column that has one."""
+    """Add a condition, often on a column that already has one."""
     taken = [cond[0] for cond in query["conds"]] or [0]
     column = draw.choice([*taken, draw.randrange(width)])
     query["conds"].append([column, draw.randrange(3), draw.choice(["3", 7, "won", 0])])

@@ -1,4 +1,4 @@
-"""A small WikiSQL table, questions on it, and writers of the files they stand in."""
+"""A small WikiSQL table, questions about it, and writers for its files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write_lines(file: Path, records: list[dict[str, Any]]) -> Path:
 
 
 def write_database(file: Path, table: dict[str, Any]) -> Path:
-    """The official layout: cells lower-cased, columns col0, col1, ..."""
+    """Write the official layout: lower-case cells, columns col0, col1, ..."""
     name = f"table_{table['id'].replace('-', '_')}"
     connection = sqlite3.connect(file)
     with connection:

@@ -1,7 +1,6 @@
-"""Command lines as real processes that a test may signal.
-
-``Launcher`` starts one Python that has imported everything, and forks a child for each command:
-a dozen of them cost what one `python -m lorakit` does.
+"""Command lines as real processes that a test can signal. ``Launcher`` starts one Python that has
+imported everything and forks a child for each command, which is as fast as a single `python -m
+lorakit` for a dozen commands.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ for line in sys.stdin:
 
 @dataclass
 class Ended:
-    """``code`` is negative for the signal that killed the process."""
+    """``code`` is the negative signal number if a signal killed the process."""
 
     code: int
     out: str
@@ -100,7 +99,7 @@ class Launcher:
 
 
 def in_child(request: dict[str, Any]) -> int:
-    """What a forked child does: its exit code."""
+    """Run a command in a forked child and return its exit code."""
     for descriptor, name in ((0, os.devnull), (1, request["stdout"]), (2, request["stderr"])):
         flags = os.O_RDONLY if descriptor == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         opened = os.open(name, flags)

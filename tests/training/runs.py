@@ -1,4 +1,4 @@
-"""Small runs to train: rows of many lengths, a recipe, and what a run left behind."""
+"""Small training runs: rows of many lengths, a recipe, and readers for the results."""
 
 from __future__ import annotations
 
@@ -36,10 +36,8 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def write_recipe_file(folder: Path, model: Path, task: str, **changes: Any) -> Path:
-    """``folder/recipe.yaml`` and, if there is none, the data that it trains on.
-
-    The run is exact: float32, no dropout. ``changes`` have ``__`` for the dot of a key.
-    """
+    """Write ``folder/recipe.yaml`` and, unless they exist, the data. The run is exact: float32, no
+    dropout. ``changes`` use ``__`` for the dot of a key."""
     data = folder / "data"
     if not data.exists():
         rows = completion_rows if task == "completion" else class_rows
@@ -73,7 +71,7 @@ def recipe_for(folder: Path, model: Path, task: str = "completion", **changes: A
 
 
 def without_dropout(bert: Path, folder: Path) -> Path:
-    """The same model with a configuration that drops nothing."""
+    """Write the same model with a configuration without dropout."""
     still = folder / "still-bert"
     shutil.copytree(bert, still)
     config = json.loads((still / "config.json").read_text())
@@ -97,7 +95,7 @@ def eval_lines(run: Path) -> list[dict[str, Any]]:
 
 
 def learning(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what depends on the machine."""
+    """Return metrics.jsonl without machine-dependent values."""
     return [{k: v for k, v in x.items() if k not in MACHINE_KEYS} for x in metrics_lines(run)]
 
 
@@ -115,7 +113,7 @@ def checkpoint_names(run: Path) -> list[str]:
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
-    """Every file and its content: equal trees mean that nothing was written."""
+    """Return every file and its contents; equal trees mean that nothing was written."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
@@ -123,7 +121,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 
 def changed(recipe: Recipe, **changes: Any) -> Recipe:
-    """A recipe with other values, as if its file said so."""
+    """Return a recipe with changed values, as if its file contained them."""
     values = copy.deepcopy(recipe.resolved())
     for key, value in changes.items():
         section, _, name = key.partition("__")

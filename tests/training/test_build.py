@@ -20,7 +20,7 @@ STEPS, WARMUP, PEAK = 20, 4, 2.0
 
 
 def done(step: int) -> float:
-    """The share of the steps after warmup that is done."""
+    """Return the completed share of the steps after warmup."""
     return (step - WARMUP) / (STEPS - WARMUP)
 
 
@@ -47,7 +47,7 @@ def test_a_warmup_longer_than_the_run_is_refused() -> None:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_schedules_follow_their_formula(name: str) -> None:
-    """Warmup from 0, then the shape: the rate of step n is that after n - 1 scheduler steps."""
+    """Warmup from 0, then the schedule: the rate of step n is that after n - 1 scheduler steps."""
     section = TrainSection(
         output_dir="x", learning_rate=PEAK, lr_scheduler=name, warmup_steps=WARMUP, optimizer="sgd"
     )

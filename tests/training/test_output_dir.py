@@ -1,4 +1,4 @@
-"""One run at a time in a directory, and odd files in it."""
+"""One run at a time per directory, and unexpected files in it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_directory_that_cannot_be_created(recipe: Recipe, tmp_path: Path) -> N
 
 
 def test_other_tokens_of_the_same_data_are_refused(tmp_path: Path) -> None:
-    """As another chat template makes them."""
+    """As produced by another chat template."""
 
     def data(tokens: int | None) -> dict[str, Any]:
         return {"train": {"source": "chats.jsonl", "fingerprint": "0", "tokens": tokens}}
@@ -79,7 +79,7 @@ def test_other_tokens_of_the_same_data_are_refused(tmp_path: Path) -> None:
 def test_a_default_that_was_fitted_to_the_model_is_the_same_recipe(
     tiny_bert: Path, tmp_path: Path
 ) -> None:
-    """The recipe says nothing of the length, the run took the model's 256 positions."""
+    """The recipe does not set the length; the run took the model's 256 positions."""
     recipe = recipe_for(tmp_path, tiny_bert, "glue/sst2", train__save_every_steps=4)
     task = type(recipe.task)(name="glue/sst2", path=recipe.task.path)
     recipe = recipe.model_copy(update={"task": task})

@@ -1,4 +1,4 @@
-"""What a model cannot do is refused before anything is written."""
+"""What a model does not support is refused before anything is written."""
 
 from __future__ import annotations
 

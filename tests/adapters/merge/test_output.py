@@ -1,4 +1,4 @@
-"""The files of a base: which weights are read, what else goes along, and whose tokenizer."""
+"""The files of a base: which weights are read, which other files are kept, which tokenizer wins."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def _same_model(one: Path, other: Path) -> None:
-    """Both directories load to the same logits."""
+    """Assert that both directories load to the same logits."""
     ids = token_ids()
     with torch.no_grad():
         a, b = (AutoModelForCausalLM.from_pretrained(f).eval()(ids).logits for f in (one, other))
@@ -97,7 +97,7 @@ def test_the_report_and_the_command_name_what_is_left_out(
 
 
 def test_a_snapshot_of_the_hubs_cache(make_pair: MakePair, tmp_path: Path) -> None:
-    """Its files are links to others whose names say nothing."""
+    """The files of a snapshot are symlinks to blobs without an extension."""
     base, adapter, _ = make_pair(max_shard_size="6KB")
     (base / "assets").mkdir()
     (base / "assets" / "x.txt").write_text("x")
@@ -146,7 +146,7 @@ def test_the_bases_own_files_stay_unless_they_are_too_large(
 def test_shards_that_no_index_names_and_a_single_file_beside_them(
     make_pair: MakePair, tmp_path: Path
 ) -> None:
-    """As transformers, which reads model.safetensors first; an extra shard is not read at all."""
+    """Like transformers, which reads model.safetensors first; the extra shard is ignored."""
     base, adapter, _ = make_pair()
     merge(base, adapter, tmp_path / "plain")
     other = {name: value + 1 for name, value in load_file(base / "model.safetensors").items()}
@@ -162,7 +162,7 @@ def test_shards_that_no_index_names_and_a_single_file_beside_them(
 
 
 def test_a_tensor_in_two_shards(make_pair: MakePair, tmp_path: Path) -> None:
-    """The later file counts for transformers; the output has it once."""
+    """transformers uses the later file; the output contains the tensor once."""
     base, adapter, _ = make_pair(max_shard_size="6KB")
     first, *_, last = sorted(base.glob("model-*.safetensors"))
     name = next(iter(load_file(last)))
@@ -240,7 +240,7 @@ def test_headers_are_read_as_the_library_reads_them(tmp_path: Path) -> None:
 
 
 def test_a_dtype_that_is_only_copied(make_pair: MakePair, tmp_path: Path) -> None:
-    """An odd number of one-byte values before wider ones would put these where no reader looks."""
+    """An odd number of one-byte values must not misalign the wider values after it."""
     base, adapter, _ = make_pair(dtype=torch.bfloat16)
     own = {"aa.odd": torch.ones(3, dtype=torch.float8_e4m3fn), "zz.count": torch.arange(3)}
     add_tensors(base, own)
@@ -261,7 +261,8 @@ def test_a_dtype_that_is_only_copied(make_pair: MakePair, tmp_path: Path) -> Non
 
 @pytest.fixture
 def with_tokenizers(make_pair: MakePair, tiny_llama: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """A base and an adapter with the same tokenizer; the base has more of it."""
+    """Return a base and an adapter with the same tokenizer; the base has additional tokenizer
+    files."""
     base, adapter, _ = make_pair()
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     tokenizer.save_pretrained(base)

@@ -1,4 +1,4 @@
-"""What the base has, the merged model has: every tensor and setting, whatever class was trained."""
+"""The merged model keeps every tensor and setting of the base, whatever class was trained."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def _logits(model: nn.Module) -> torch.Tensor:
 
 
 def _check(base: Path, adapter: Path, out: Path) -> set[str]:
-    """The merged model gives what ``lorakit.load`` gives, and has all that the base has. Returns
-    the tensors that changed."""
+    """Assert that the merged model equals ``lorakit.load`` and keeps everything of the base; return
+    the changed tensors."""
     merge(base, adapter, out)
     merged = AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
     want = _logits(load(base, adapter))
@@ -74,7 +74,7 @@ def test_nothing_of_the_base_is_lost(name: str, tmp_path: Path) -> None:
      ("deepseek_v3", "gate"), ("qwen3_moe", "gate")],
 )  # fmt: skip
 def test_experts_and_routers_trained_whole(name: str, whole: str, tmp_path: Path) -> None:
-    """transformers loads the experts as one matrix; they are written as the base stores them."""
+    """transformers loads the experts as one matrix; they are written in the base's own layout."""
     base = write_model(tmp_path / "base", name)
     write_random_adapter(
         base, tmp_path / "adapter", target_modules=["o_proj"], modules_to_save=[whole]
@@ -141,7 +141,7 @@ def test_what_the_class_does_not_hold_is_named(tmp_path: Path) -> None:
 def test_an_output_layer_that_the_configuration_calls_tied(
     dtype: torch.dtype, targets: list[str], tmp_path: Path
 ) -> None:
-    """What is stored decides, and the merged configuration says so to every reader."""
+    """The stored tensors decide, and the merged configuration agrees with them."""
     base = tmp_path / "base"
     tiny("llama", tie_word_embeddings=True).to(dtype).save_pretrained(base)
     head = torch.randn(64, 16, generator=torch.Generator().manual_seed(5)).to(dtype)
@@ -161,7 +161,7 @@ def test_an_output_layer_that_the_configuration_calls_tied(
 
 @pytest.mark.parametrize("targets", [["q"], ["lm_head"], ["embed_tokens"]], ids=str)
 def test_a_tied_output_layer_that_is_stored_twice(targets: list[str], tmp_path: Path) -> None:
-    """The same values under both names, as files made from pickles have them, are one weight."""
+    """Equal values under both names (as in converted pickles) count as one weight."""
     base = tmp_path / "base"
     model = tiny("llama", tie_word_embeddings=True)
     model.save_pretrained(base)
@@ -178,8 +178,8 @@ def test_a_tied_output_layer_that_is_stored_twice(targets: list[str], tmp_path: 
 @pytest.mark.parametrize("new_names", [False, True])
 @pytest.mark.parametrize("name", ["gemma3", "qwen3_5"])
 def test_tied_embeddings_of_a_multimodal_base(name: str, new_names: bool, tmp_path: Path) -> None:
-    """The adapter parts them: every part of the configuration says so, and the new output layer
-    has the name that a checkpoint of this kind gives it."""
+    """The adapter unties them: the whole configuration says so, and the new output layer gets the
+    name that checkpoints of this kind use."""
     base = write_model(tmp_path / "base", name)
     own = settings(base)
     own["tie_word_embeddings"] = own["text_config"]["tie_word_embeddings"] = True
@@ -210,7 +210,7 @@ def test_tied_embeddings_of_a_multimodal_base(name: str, new_names: bool, tmp_pa
 
 @pytest.mark.parametrize("stored", [False, True])
 def test_a_multimodal_base_that_is_tied_as_a_whole(stored: bool, tmp_path: Path) -> None:
-    """Its own class reads the flag of the whole alone; a stored output layer stays its own."""
+    """The class reads only the top-level flag; a stored output layer stays separate."""
     base = write_model(tmp_path / "base", "qwen3_5")
     own = settings(base) | {"tie_word_embeddings": True}
     assert own["text_config"]["tie_word_embeddings"] is False
@@ -251,7 +251,7 @@ _OLD_CONFIG = """{
 
 
 def test_a_configuration_that_an_older_version_wrote(make_pair: MakePair, tmp_path: Path) -> None:
-    """Not a byte changes where nothing has to; with another dtype, only that."""
+    """Not a byte changes unless necessary; another dtype changes only that setting."""
     base, adapter, _ = make_pair()
     (base / "config.json").write_text(_OLD_CONFIG)
     merge(base, adapter, tmp_path / "out")

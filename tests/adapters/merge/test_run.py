@@ -1,4 +1,4 @@
-"""Merging: exact sums, exact names, whole directories or none."""
+"""Merging: exact sums and names, and complete directories or none."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _logits(model: nn.Module) -> torch.Tensor:
 
 
 def _plain(out: Path, **options: Any) -> nn.Module:
-    """What plain transformers makes of the directory; every weight is there, none is left over."""
+    """Load the directory with plain transformers and assert that all weights match."""
     settings = json.loads((out / "config.json").read_text())
     classifies = "Classification" in settings["architectures"][0]
     auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
@@ -126,7 +126,7 @@ def test_tied_embeddings_that_are_stored_under_other_names(
 
 
 def test_old_names_of_weights(make_pair: MakePair, tmp_path: Path) -> None:
-    """Old BERT checkpoints say gamma and beta; transformers renames them as it loads."""
+    """Old BERT checkpoints use gamma and beta, which transformers renames while loading."""
     base, adapter, _ = make_pair("bert", dtype=torch.bfloat16)
     file = base / "model.safetensors"
     renamed = {
@@ -144,7 +144,7 @@ def test_old_names_of_weights(make_pair: MakePair, tmp_path: Path) -> None:
 
 
 def test_one_rounding(make_pair: MakePair, tmp_path: Path) -> None:
-    """bfloat16: W + delta in float32 by hand, rounded once; the rest is the base's bytes."""
+    """In bfloat16, W + delta is computed in float32 and rounded once; the rest keeps its bytes."""
     base, adapter, model = make_pair(dtype=torch.bfloat16)
     merge(base, adapter, tmp_path / "out")
     stored, merged = _tensors(base), _tensors(tmp_path / "out")
@@ -443,7 +443,7 @@ def test_the_command(
 
 
 def _changed(file: Path, end: str, value: float) -> str:
-    """Put ``value`` into the first tensor whose name ends so."""
+    """Put ``value`` into the first tensor whose name has this suffix."""
     tensors = load_file(file)
     name = next(key for key in tensors if key.endswith(end))
     tensors[name].view(-1)[3] = value

@@ -21,7 +21,7 @@ def quiet(_text: str) -> None:
 
 
 def deltas(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
-    """Name -> what the adapter alone does to a matrix, in float64, from float32 sums."""
+    """Return the update of each matrix in float64, from float32 sums."""
     found = {}
     for name, layer in adapted_modules(load(base, adapter, dtype="float32")).items():
         merged = layer.fold(layer.weight)
@@ -32,7 +32,7 @@ def deltas(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
 def test_the_sum_by_hand(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Ranks and targets differ; GPT-NeoX has other names in the checkpoint than in the class."""
+    """Ranks and targets differ; GPT-NeoX names its weights differently in checkpoint and class."""
     base = write_base(tmp_path / "base", family, dtype)
     a = write_adapter(base, tmp_path / "a", seed=1, r=2, target_modules=["q", "v"])
     b = write_adapter(base, tmp_path / "b", seed=2, r=5, target_modules=["all-linear"])
@@ -103,7 +103,7 @@ def test_an_added_adapter_parts_tied_embeddings(family: str, tmp_path: Path) -> 
 
 
 def copy_head(source: Path, target: Path) -> None:
-    """Give one adapter the other's head."""
+    """Copy the head of one adapter to another."""
     file = target / "adapter_model.safetensors"
     head = {k: v for k, v in load_file(source / file.name).items() if ".classifier." in k}
     assert head

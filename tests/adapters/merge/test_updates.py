@@ -1,4 +1,4 @@
-"""The streamed sum: the bits of the plain formula, in little memory, on any number of threads."""
+"""The streamed sum is bit-equal to the plain formula, in little memory, with any number of threads."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_the_bits_of_the_formula(
 def test_names_alone_give_what_the_class_gives(
     family: str, tied: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A merge that makes no model writes the same bytes as one that does."""
+    """A merge without a model object writes the same bytes as one with it."""
     base = write_base(tmp_path / "base", family, torch.bfloat16, tie_word_embeddings=tied)
     a = write_adapter(base, tmp_path / "a", target_modules=["all-linear"])
     b = write_adapter(base, tmp_path / "b", seed=1, target_modules=["q"])
@@ -122,8 +122,8 @@ def test_what_names_do_not_tell_is_left_to_the_class(keys: dict[str, Any], tmp_p
 @pytest.mark.parametrize("biased", [None, True, False])
 @pytest.mark.parametrize("model_type", by_name.PLAIN)
 def test_families_whose_configuration_tells_all(model_type: str, biased: bool | None) -> None:
-    """Of each, transformers converts nothing, every matrix but one is an nn.Linear, and names and
-    shapes are those of the class."""
+    """transformers converts nothing for these families, all matrices but one are nn.Linear, and
+    names and shapes are those of the class."""
     import transformers as tf
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -213,8 +213,8 @@ print(peak - before, "transformers" in sys.modules)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_memory_is_a_few_chunks(tmp_path: Path) -> None:
-    """One file of 150 MB, tensors of 50 MB, which in float32 are 100, and an adapter of 88 MB:
-    neither file is ever held, and no model is made."""
+    """With one file of 150 MB, tensors of 50 MB (100 in float32) and an adapter of 88 MB, neither
+    file is ever fully in memory, and no model is created."""
     base = tmp_path / "base"
     sizes = {"vocab_size": 64, "hidden_size": 2048, "intermediate_size": 12288,
              "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,

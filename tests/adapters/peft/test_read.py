@@ -1,4 +1,4 @@
-"""What may be given as an adapter or a base, and what is said of anything else."""
+"""What is accepted as an adapter or a base, and the errors for everything else."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture
 def adapter(pair: tuple[Path, Path], tmp_path: Path) -> Path:
-    """A copy that PEFT might have written."""
+    """Return a copy as PEFT would write it."""
     copy = shutil.copytree(pair[1], tmp_path / "adapter")
     (copy / "lorakit.json").unlink()
     return copy
@@ -43,7 +43,7 @@ def edit(adapter: Path, **keys: Any) -> Path:
 
 
 def cached(cache: Path, adapter: Path, name: str) -> None:
-    """The adapter as a repository in the Hub's cache."""
+    """Return the adapter as a repository in the Hub cache."""
     folder = cache / f"models--{name.replace('/', '--')}"
     shutil.copytree(adapter, folder / "snapshots" / ("0" * 40))
     (folder / "refs").mkdir()
@@ -177,7 +177,7 @@ def test_tied_weights_are_refused_where_they_would_be_adapted(adapter: Path) -> 
 
 
 def test_unknown_and_missing_tensors_are_told_apart(pair: tuple[Path, Path], adapter: Path) -> None:
-    """As ``model.state_dict()`` names them, with the adapter's name in them."""
+    """Tensor names as in ``model.state_dict()``, which include the adapter's name."""
     file = adapter / "adapter_model.safetensors"
     tensors = load_file(file)
     name = next(key for key in tensors if key.endswith("lora_A.weight"))

@@ -1,4 +1,4 @@
-"""An adapter takes effect where it is loaded: on the base's own class and on its text part."""
+"""An adapter takes effect wherever it is loaded: on the base's own class and on its text part."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 def language_logits(model: Any) -> torch.Tensor:
-    """Of the whole multimodal model; Llama 4's own forward fails without an image."""
+    """Return the logits of the multimodal model (Llama 4's own forward requires an image)."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     return logits(inner.language_model if hasattr(inner, "language_model") else model)
 
 
 def adapted(base: Path, config: Any) -> Any:
-    """The text part with random values in its adapter."""
+    """Return the text part with a random adapter."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     inject(model, config)
     torch.manual_seed(3)
@@ -186,7 +186,7 @@ def test_a_base_whose_class_was_trained_keeps_its_names(tmp_path: Path) -> None:
 
 
 def test_only_the_language_model_is_adapted_in_peft_too(tmp_path: Path) -> None:
-    """Its target_modules must not name the vision tower's projections."""
+    """target_modules must not match the vision tower's projections."""
     base = tmp_path / "base"
     hybrid("gemma3").save_pretrained(base)
     config = LoraConfig(r=2, target_modules=["attention"])

@@ -1,4 +1,4 @@
-"""Saving and loading: what is written, bit-equal reading, and every refusal."""
+"""Saving and loading adapters: what is written, bit-equal reading, and errors."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def test_patterns_that_would_fit_another_module_are_anchored() -> None:
 
 
 def test_nested_names_with_their_own_ranks_survive(tmp_path: Path) -> None:
-    """``q`` is a module and also the end of ``x.q``: neither targets nor ranks may mix them up."""
+    """``q`` is a module and a suffix of ``x.q``: neither targets nor ranks may mix them up."""
 
     def nested() -> nn.Module:
         inner = nn.ModuleDict({"q": nn.Linear(4, 4), "k": nn.Linear(4, 4)})

@@ -12,10 +12,10 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Style:
-    """``answer`` is the text that a generation must give for a message, up to its end, after the
-    generation prompt. ``special`` are tokens that the tokenizer needs. ``system``, ``tools`` and
-    ``reasoning``: whether the template takes such chats. ``splits``: whether a chat of several
-    turns becomes a row for each of them."""
+    """``answer`` returns the text that a generation must produce for a message, up to its end,
+    after the generation prompt. ``special`` are tokens that the tokenizer needs. ``system``,
+    ``tools`` and ``reasoning``: whether the template supports them. ``splits``: whether a chat of
+    several turns becomes one row per turn."""
 
     template: str
     answer: Callable[[Message], str]

@@ -215,7 +215,8 @@ def test_contents_in_parts(tokenizer: Any) -> None:
 
 
 def test_tokens_after_the_end_of_turn(tokenizer: Any) -> None:
-    """Two in succession end the turn, unless the first is EOS; one on the next line does not."""
+    """Two tokens in a row end the turn, unless the first is EOS; a token on the next line does
+    not."""
     tokenizer.add_special_tokens({"additional_special_tokens": ["<end>", "<over>"]})
     template = "{% for m in messages %}{{ m.content }}END{% endfor %}"
     for end, trained in (("<end><over>", "<end><over>"), ("<end>\n<over>", "<end>"),

@@ -83,8 +83,8 @@ def cases(style: Style) -> Iterator[tuple[str, Messages, tuple[Any, ...] | None]
 
 
 def sentencepiece(prepend: bool) -> PreTrainedTokenizerFast:
-    """As Llama 2's: words begin with a mark, which a text's first word gets without a space. With
-    ``prepend`` it is put before every stretch between special tokens, else only at the start."""
+    """A SentencePiece tokenizer like Llama 2's, with a marker for word starts. With ``prepend`` the
+    marker is added before every part between special tokens, else only at the start."""
     backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     if prepend:
         backend.normalizer = normalizers.Sequence(
@@ -187,7 +187,7 @@ def long_chat(turns: int, **keys: Any) -> Messages:
 
 
 def agent_chat(turns: int) -> Messages:
-    """One question, and calls of a tool until the answer."""
+    """Return a question, tool calls and the answer."""
     steps = [
         message
         for i in range(turns)

@@ -1,4 +1,4 @@
-"""After the first step every adapted module has a gradient, or the run ends and names it."""
+"""After the first step every adapted module has a gradient, or the run stops with an error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FEW: dict[str, Any] = {"train__epochs": None, "train__max_steps": 2, "task__limi
 
 
 class Mixture(nn.Module):
-    """Experts in a list; ``used`` are those that get tokens."""
+    """A list of experts, of which ``used`` receive tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Block(nn.Module):
 
 
 def step(model: nn.Module, targets: list[str], counts: bool = True, **inputs: Any) -> list[str]:
-    """One backward pass over an adapted ``model``, and the notes of the check."""
+    """Run a backward pass over an adapted ``model`` and return the notes of the check."""
     notes: list[str] = []
     inject(model, LoraConfig(r=2, target_modules=targets))
     probe = GradientProbe(model.train(), notes.append, count_calls=counts)
@@ -148,7 +148,7 @@ def test_a_router_that_is_never_called_is_excluded() -> None:
 
 @pytest.mark.parametrize("layers", [None, [1, 3]])
 def test_the_advice_covers_the_rest_exactly(layers: list[int] | None) -> None:
-    """Zamba2 shares blocks whose adapter lists are used by one layer each."""
+    """Zamba2 shares blocks in which each adapter of a list is used by one layer."""
     model = hybrid("zamba2")
     with pytest.raises(TargetError) as error:
         _check(model, LoraConfig(target_modules=["all-linear"], layers=layers))

@@ -1,4 +1,4 @@
-"""AdaLoRA through whole runs: it works by itself, and a run that was stopped ends as one that was not."""
+"""AdaLoRA in complete runs: no calls are needed, and interrupted runs end like uninterrupted ones."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def adalora_recipe(folder: Path, model: Path, task: str = "completion", **change
 
 
 def adalora_file(folder: Path, model: Path, task: str = "completion", **changes: Any) -> Path:
-    """``adapter__`` changes go over ADAPTER."""
+    """``adapter__`` changes override ADAPTER."""
     own = {k.removeprefix("adapter__"): v for k, v in changes.items() if k.startswith("adapter__")}
     rest = {k: v for k, v in changes.items() if not k.startswith("adapter__")}
     settings = {k: v for k, v in SETTINGS.items() if k != "adapter"} | rest
@@ -70,7 +70,7 @@ def adalora_file(folder: Path, model: Path, task: str = "completion", **changes:
 
 @pytest.fixture(scope="module")
 def done(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A finished run, and what it said."""
+    """A finished run and its messages."""
     said: list[str] = []
     recipe = adalora_recipe(tmp_path_factory.mktemp("adalora"), tiny_llama)
     train(recipe, say=said.append)
@@ -148,7 +148,7 @@ def test_the_written_recipe_repeats_the_run(done: tuple[Path, list[str]], tmp_pa
 
 
 def test_an_evaluation_has_no_penalty(tiny_llama: Path, tmp_path: Path) -> None:
-    """The run's own, and that of its adapter by itself, with a penalty of hundreds."""
+    """Neither the run's evaluation nor that of its adapter contains the penalty."""
     recipe = adalora_recipe(
         tmp_path, tiny_llama, adapter__orth_reg_weight=50.0, train__learning_rate=1e-3
     )
@@ -165,7 +165,7 @@ def test_an_evaluation_has_no_penalty(tiny_llama: Path, tmp_path: Path) -> None:
 def test_the_reported_loss_is_the_tasks(
     task: str, tiny_llama: Path, still_bert: Path, tmp_path: Path
 ) -> None:
-    """Of the rows of each step, before the weights change."""
+    """The loss of the rows of each step, before the weights change."""
     model = tiny_llama if task == "completion" else still_bert
     run = built(adalora_recipe(tmp_path, model, task, adapter__orth_reg_weight=10.0))
     for step in range(8):
@@ -226,9 +226,8 @@ def test_float16s_scaler_scales_the_penalty(tiny_llama: Path, tmp_path: Path) ->
 def test_a_step_that_overflows_does_not_cost_the_last_allocation(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
-    """The scaler leaves out step 22, at which the ranks are fixed; torch's fused optimizers do so
-    on the device, and the host does not know.
-    """
+    """The scaler skips step 22, at which the ranks become final; torch's fused optimizers do so on
+    the device, without the host knowing."""
     run = built(adalora_recipe(tmp_path, tiny_llama, adapter__deltaT=14))
     engine = run.engine
     run.take_steps(21)
@@ -255,12 +254,12 @@ def test_float16_on_a_gpu(tiny_llama: Path, tmp_path: Path) -> None:
 
 
 class Killed(BaseException):
-    """Ends a process as a signal does that it cannot catch."""
+    """Ends a process like SIGKILL."""
 
 
 @pytest.fixture(scope="module")
 def stopped(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """Two steps a log line: a checkpoint may stand between them."""
+    """Two steps per log line: a checkpoint may fall between them."""
     return adalora_recipe(
         tmp_path_factory.mktemp("resume"), tiny_llama, adapter__lora_dropout=0.1,
         train__log_every_steps=2, train__save_every_steps=1, train__eval_every_steps=4,
@@ -322,7 +321,7 @@ def test_a_checkpoint_of_other_ranks_or_of_another_method_is_refused(
 def test_a_module_that_nothing_uses_trains_saves_and_resumes(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
-    """Its lambda never has a gradient, so the optimizer knows nothing of it."""
+    """Its lambda never has a gradient, so the optimizer has no state for it."""
     recipe = adalora_recipe(tmp_path, tiny_llama, adapter__orth_reg_weight=0.0)
 
     def start() -> Built:
@@ -352,7 +351,7 @@ def test_a_module_that_nothing_uses_trains_saves_and_resumes(
 
 
 def test_the_best_model_is_of_the_final_phase(tiny_llama: Path, tmp_path: Path) -> None:
-    """The loss is best at the first evaluations, of a model that is not yet of its final ranks."""
+    """The loss is lowest at the first evaluations, when the ranks are not yet final."""
     recipe = adalora_recipe(
         tmp_path, tiny_llama, train__learning_rate=3.0, train__lr_scheduler="constant",
         train__max_grad_norm=None, train__eval_every_steps=2, train__early_stopping_patience=2,
@@ -443,7 +442,7 @@ def test_a_target_that_equals_the_start(
 
 
 def test_one_step_is_a_run(tiny_llama: Path, tmp_path: Path) -> None:
-    """The default phases are fractions: 0 and 0 steps."""
+    """The default phases are fractions, here 0 steps each."""
     recipe = adalora_recipe(
         tmp_path, tiny_llama, train__epochs=None, train__max_steps=1, train__eval_every_steps=None,
         adapter__tinit=0.1, adapter__tfinal=0.5,

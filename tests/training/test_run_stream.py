@@ -60,7 +60,7 @@ def test_a_stream_trains_and_resumes_exactly(
 
 
 def test_every_row_of_a_pass_is_trained_once(tiny_llama: Path, tmp_path: Path) -> None:
-    """30 rows in three steps of ten: the trained tokens are those of all rows."""
+    """30 rows in three steps of ten: all tokens are trained."""
     changes = {"train__max_steps": 3, "train__per_device_batch_size": 10,
                "train__group_by_length": False}  # fmt: skip
     recipe = streamed(tmp_path / "stream", tiny_llama, **changes)
@@ -80,7 +80,8 @@ def test_truncated_rows_are_reported_at_the_end(tiny_llama: Path, tmp_path: Path
 
 
 def bad_row_run(folder: Path, model: Path, index: int, text: str, **changes: Any) -> Recipe:
-    """A stream of 1,000 rows, of which the one at ``index`` is ``text``, in windows of 200 rows."""
+    """Train on a stream of 1,000 rows whose row at ``index`` is ``text``, in windows of 200
+    rows."""
     write_rows(folder / "data" / "train.jsonl", list(completion_rows(1000)))
     write_rows(folder / "data" / "validation.jsonl", list(completion_rows(8)))
     put_line(folder / "data" / "train.jsonl", index, text)
@@ -107,7 +108,7 @@ GOOD = '{"prompt": "red green", "completion": " blue one two"}'
 def test_a_bad_row_saves_a_checkpoint(
     tiny_llama: Path, tmp_path: Path, text: str, what: str
 ) -> None:
-    """The run that goes on ends as the one whose row was never bad."""
+    """The resumed run ends like one whose row was never bad."""
     recipe = bad_row_run(tmp_path / "bad", tiny_llama, 300, text)
     run, file = Path(recipe.train.output_dir), tmp_path / "bad" / "data" / "train.jsonl"
     for resume in (None, "auto"):  # nothing is mended yet the second time
@@ -158,7 +159,7 @@ def test_a_prefetched_step_does_not_count(
 
 
 def test_a_bad_row_before_the_first_step(tiny_llama: Path, tmp_path: Path) -> None:
-    """It is behind the first rows, which are looked at before anything is written, and still in
+    """The row comes after the first rows, which are checked before anything is written, and within
     the first window."""
     recipe = bad_row_run(tmp_path, tiny_llama, 205, UNREADABLE, task__shuffle_buffer_rows=300)
     with pytest.raises(BadRow, match=r"row 206: not JSON.*; stopped at step 0 of 60; saved .*-0;"):
@@ -206,7 +207,7 @@ def test_fewer_rows_than_were_trained_on_are_refused(tiny_llama: Path, tmp_path:
 
 
 def test_a_truncated_file(tiny_llama: Path, tmp_path: Path) -> None:
-    """It is the file that is to be mended, no row."""
+    """The file must be repaired, not a row."""
     recipe = bad_row_run(tmp_path, tiny_llama, 0, GOOD)
     plain, packed = (tmp_path / "data" / f"train.jsonl{suffix}" for suffix in ("", ".gz"))
     whole = gzip.compress("".join(f'{GOOD[:-2]} {n * 7919}"}}\n' for n in range(800)).encode())
@@ -241,7 +242,7 @@ def test_a_file_that_changes_during_the_run(tiny_llama: Path, tmp_path: Path) ->
 
 
 def test_shards_and_arrays_are_streamed(tiny_llama: Path, tmp_path: Path) -> None:
-    """As the same rows in one file."""
+    """Like the same rows in one file."""
     rows = completion_rows(60)
     plain = streamed(tmp_path / "plain", tiny_llama)
     write_rows(tmp_path / "plain" / "data" / "train.jsonl", rows)

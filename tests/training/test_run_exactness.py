@@ -1,4 +1,4 @@
-"""The numbers of a training: what each loss is, and what must not change the result."""
+"""Exact training: the value of each loss, and what must not change the result."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def model(request: pytest.FixtureRequest, task: str) -> Path:
 
 
 def trained(recipe: Recipe, name: str, **changes: Any) -> Path:
-    """Train into a directory of this name beside the recipe's own."""
+    """Train into a directory of this name next to the recipe's own."""
     folder = Path(recipe.train.output_dir).with_name(name)
     run = lorakit.train(changed(recipe, train__output_dir=str(folder), **changes))
     return run.output_dir
@@ -56,7 +56,7 @@ def assert_close(one: Path, other: Path, tolerance: float) -> None:
 
 @pytest.mark.parametrize("task", KINDS)
 def test_accumulation_gives_the_same_result(model: Path, task: str, tmp_path: Path) -> None:
-    """30 rows of many lengths: the last step of an epoch has 6."""
+    """30 rows of many lengths; the last step of an epoch has 6."""
     recipe = recipe_for(tmp_path, model, task)
     whole = trained(recipe, "whole")
     parts = trained(
@@ -92,7 +92,7 @@ def test_gradient_checkpointing_drops_the_same_with_dropout(
 
 
 def test_gradient_checkpointing_saves_memory(tiny_llama: Path, tmp_path: Path) -> None:
-    """What autograd keeps for the backward pass, counted in numbers."""
+    """Compare how many values autograd saves for the backward pass."""
     kept = {}
     for spare in (False, True):
         run = built(recipe_for(tmp_path, tiny_llama, train__gradient_checkpointing=spare))
@@ -137,7 +137,7 @@ def test_saving_evaluating_and_logging_do_not_affect_the_result(
 def test_a_logged_loss_is_the_token_mean_of_the_whole_step(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
-    """One step over all rows in 15 pieces, against a forward pass of each row by itself."""
+    """One step over all rows in 15 batches compared with a forward pass of each row."""
     recipe = recipe_for(
         tmp_path, tiny_llama, train__max_steps=1, train__epochs=None,
         train__per_device_batch_size=2, train__gradient_accumulation_steps=15,
@@ -241,7 +241,7 @@ def test_weight_decay_is_on_matrices_only(tiny_bert: Path, tmp_path: Path) -> No
 
 
 def test_clipping_bounds_the_update(tiny_llama: Path, tmp_path: Path) -> None:
-    """SGD moves by rate x gradient, so the norm of a step's move is rate x the clipped norm."""
+    """SGD moves by rate x gradient, so the norm of a step is rate x the clipped norm."""
     recipe = recipe_for(
         tmp_path, tiny_llama, train__optimizer="sgd", train__learning_rate=1.0,
         train__lr_scheduler="constant", train__warmup_steps=0,

@@ -1,4 +1,4 @@
-"""LoRA+ through whole runs, and what a run says when its ratio is too high."""
+"""LoRA+ in complete runs, and the message if its ratio is too high."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def plus(
 def test_ratio_1_is_lora_bit_for_bit(
     task: str, optimizer: str, tiny_llama: Path, still_bert: Path, tmp_path: Path
 ) -> None:
-    """An embedding, a head, weight decay, biases, clipping and dropout included."""
+    """Including an embedding, a head, weight decay, biases, clipping and dropout."""
     model, embedding = (
         (tiny_llama, "embed_tokens") if task == "completion" else (still_bert, "word_embeddings")
     )
@@ -101,7 +101,7 @@ def test_the_written_recipe_repeats_the_run(tiny_llama: Path, tmp_path: Path) ->
 
 
 class Killed(BaseException):
-    """Ends a process as a signal does that it cannot catch."""
+    """Ends a process like SIGKILL."""
 
 
 def kill_after(steps: int, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, **more: Any) -> None:
@@ -137,7 +137,7 @@ def test_a_killed_run_resumes_exactly(
 @pytest.mark.gpu
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 def test_8_bit_on_a_gpu(tiny_llama: Path, tmp_path: Path) -> None:
-    """Ratio 1 is LoRA bit for bit there too; a larger one trains B faster."""
+    """Ratio 1 is bit-equal to LoRA there too; a larger one trains B faster."""
     plain = recipe_for(tmp_path, tiny_llama, train__optimizer="adamw_8bit")
     first = train(changed(plain, train__output_dir=str(tmp_path / "lora"))).output_dir
     recipe = plus(tmp_path, tiny_llama, {"loraplus_lr_ratio": 1}, train__optimizer="adamw_8bit")

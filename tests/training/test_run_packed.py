@@ -14,7 +14,7 @@ from tests.training.runs import log_lines, recipe_for, run_json
 
 
 def test_one_step_over_all_rows_is_the_same_packed(tiny_llama: Path, tmp_path: Path) -> None:
-    """The loss is the mean over the step's trained tokens, however its rows are laid out."""
+    """The loss is the mean over the step's trained tokens, regardless of the layout of rows."""
     runs = {}
     for name, changes in {
         "padded": {}, "packed": {"task__packing": True},

@@ -1,4 +1,4 @@
-"""A run reads the tokens that an earlier one made of the same rows."""
+"""A run reuses the tokens that an earlier run cached for the same rows."""
 
 from __future__ import annotations
 
