@@ -168,8 +168,8 @@ def _path(module: str) -> list[str]:
     return [".".join(parts[: depth + 1]) for depth in range(len(parts) - 1, layer, -1)]
 
 
-#: Packages of quantised linear layers, whose ``forward`` is linear although it is not torch's.
-_QUANTISED = ("bitsandbytes.", "torchao.", "transformers.integrations.", "compressed_tensors.")
+#: Packages of quantized linear layers, whose ``forward`` is linear although it is not torch's.
+_QUANTIZED = ("bitsandbytes.", "torchao.", "transformers.integrations.", "compressed_tensors.")
 
 
 def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -201,7 +201,7 @@ def behaves_as_its_class(module: nn.Module) -> bool:
         return forward is nn.Embedding.forward or hasattr(module, "embed_scale")
     if isinstance(module, Conv1D):
         return forward is Conv1D.forward
-    if forward is nn.Linear.forward or type(module).__module__.startswith(_QUANTISED):
+    if forward is nn.Linear.forward or type(module).__module__.startswith(_QUANTIZED):
         return True
     return _is_linear_map(module)
 

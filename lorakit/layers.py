@@ -1,7 +1,7 @@
 """The modules that replace adapted ones. Each method derives a layer class from ``AdapterLayer``.
 
 A layer reaches the frozen weight of its base through ``base_shape``, ``base_forward`` and
-``dense_weight`` only, so that a base may store W in another form (quantised, for example): this
+``dense_weight`` only, so that a base may store W in another form (quantized, for example): this
 file is where that form is read and written.
 """
 

@@ -4,7 +4,7 @@
 
 Each run is `lorakit train` (float32, LoRA r=8 on q and v) in a separate process, pinned to
 `--cores` cores starting at `--first-core`, together with `--busy` busy loops. `lorakit` is the
-default behaviour; the other settings are environment variables, which lorakit respects. The result
+default behavior; the other settings are environment variables, which lorakit respects. The result
 of a run is the median tokens/s of its steps after the first quarter; the table shows the median and
 the range over the repeats, which are interleaved so that all settings see the same machine load.
 """

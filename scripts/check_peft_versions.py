@@ -4,7 +4,7 @@
 
 Each version of PEFT is installed with the transformers of its time into a separate directory that
 takes precedence over this environment's packages; the environment itself is not changed. For each
-case lorakit adapts a tiny model, randomises the adapter, saves it and loads it with
+case lorakit adapts a tiny model, randomizes the adapter, saves it and loads it with
 ``lorakit.load``; every version loads the same directory on the same base in float32. The table
 shows the largest difference from the logits of ``lorakit.load``. The exit code is 1 if one is above
 1e-5, or if a version refuses an adapter that it should load.

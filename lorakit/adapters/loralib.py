@@ -98,7 +98,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-#: The last part of the name by which a module is recognised as a convolution.
+#: The last part of the name by which a module is recognized as a convolution.
 _CONVOLUTION = re.compile(r"(?i)conv(?:[123]d)?_?\d*")
 
 

@@ -22,7 +22,7 @@ from lorakit.adapters.low_rank import (
 from lorakit.adapters.peft.schema import SEQ_CLS_HEADS
 from lorakit.errors import AdapterError
 
-#: The last part of the name by which a module is recognised as an embedding.
+#: The last part of the name by which a module is recognized as an embedding.
 EMBEDDINGS = (
     "embed_tokens", "wte", "wpe", "word_embeddings", "position_embeddings",
     "token_type_embeddings", "tok_embeddings", "embed_in", "embed_positions",

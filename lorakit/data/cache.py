@@ -30,7 +30,7 @@ from lorakit.user_code import code_digest
 
 Arrays = dict[str, NDArray[Any]]
 
-#: Tokenising fewer rows is faster than looking them up.
+#: Tokenizing fewer rows is faster than looking them up.
 CACHED_ROWS = 2000
 _FORMAT = 3
 _PACKAGE = Path(__file__).parents[1]
@@ -246,7 +246,7 @@ def encoding_key(tokenizer: Any, config: Mapping[str, Any], extra: bytes = b"") 
     """A hash of what turns rows into tokens: the tokenizer with its chat template, the task's
     ``config`` (including ``max_length``), the code, and ``extra`` (of a user's task).
 
-    None for a slow tokenizer, which cannot be serialised.
+    None for a slow tokenizer, which cannot be serialized.
     """
     import tokenizers
     import transformers

@@ -1,6 +1,6 @@
 """Encode a split: every row as token ids with a loss mask, three to five bytes per token.
 
-Splits with many rows are mapped from a file. The notes tell the user what tokenising left out.
+Splits with many rows are mapped from a file. The notes tell the user what tokenizing left out.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def encode_split(
     cache: EncodedCache | None = None,
     skip_bad: bool = False,
 ) -> EncodedSplit:
-    """Tokenise a split, or read its tokens from the cache.
+    """Tokenize a split, or read its tokens from the cache.
 
     A prompt that is too long loses its beginning, so that the completion and its EOS are kept; a
     completion that alone is too long loses its end and is counted. Raises DataError with file
@@ -124,7 +124,7 @@ def encode_split(
 
 
 def split_notes(encoded: EncodedSplit, split: Split, max_length: int) -> list[str]:
-    """The notes to the user on how ``split`` was tokenised."""
+    """The notes to the user on how ``split`` was tokenized."""
     skipped = skipped_note(encoded.counts, split.name, split.locate)
     notes = encoding_notes(encoded.counts, split.name, len(encoded), max_length)
     return [*([skipped] if skipped else []), *notes]

@@ -1,4 +1,4 @@
-"""Examples: what a task builds from a row, before it is tokenised."""
+"""Examples: what a task builds from a row, before it is tokenized."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class TextExample:
-    """Segments in order. They are tokenised separately, so that a prompt has the same tokens in
+    """Segments in order. They are tokenized separately, so that a prompt has the same tokens in
     training and in generation. ``eos`` appends the EOS token, trained like the last segment."""
 
     segments: tuple[Segment, ...]

@@ -1,6 +1,6 @@
 """Split JSON text into its objects, reading it in chunks and never holding it as a whole.
 
-Three forms are recognised by the file's content: one object per line, a single array of objects,
+Three forms are recognized by the file's content: one object per line, a single array of objects,
 and concatenated objects. All bytes are returned in pieces, each with the row that it begins with.
 """
 
@@ -34,7 +34,7 @@ _FORMS = "allowed: an array of objects, [{...}, ...], or one object per line"
 
 
 def pieces(file: Path, handle: BinaryIO, by_line: bool, skip_bad: bool = False) -> Iterator[Piece]:
-    """Yield the text in pieces. An array is recognised by its first character; ``by_line`` says
+    """Yield the text in pieces. An array is recognized by its first character; ``by_line`` says
     whether other files have one object per line.
 
     Raises DataError with the row, counted from 1. With ``skip_bad`` an UnreadRow takes the place of

@@ -1,4 +1,4 @@
-"""Tokenise a split in shards, with several processes if it has many rows."""
+"""Tokenize a split in shards, with several processes if it has many rows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lorakit.errors import DataError, LorakitError
 MANY_ROWS = 20_000
 _ROWS_PER_PROCESS = 10_000
 _MOST_PROCESSES = 8
-#: Rows are tokenised in batches of this size.
+#: Rows are tokenized in batches of this size.
 BATCH_ROWS = 1000
 
 OnRows = Callable[[int], None]
@@ -34,7 +34,7 @@ OnRows = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Job:
-    """What is needed to tokenise a split."""
+    """What is needed to tokenize a split."""
 
     split: Split
     to_example: Callable[[Row], Example]
@@ -43,7 +43,7 @@ class Job:
     skip_bad: bool = False
 
     def encode(self, shard: Shard, start: int, stop: int, on_rows: OnRows) -> None:
-        """Tokenise rows ``start`` to ``stop`` into ``shard``; ``on_rows`` is called with the number
+        """Tokenize rows ``start`` to ``stop`` into ``shard``; ``on_rows`` is called with the number
         of rows in each batch done.
 
         Raises DataError with file and row for a row that cannot be trained on.
@@ -72,7 +72,7 @@ class Job:
 
 
 def encode_shards(job: Job, on_progress: OnRows) -> list[Shard]:
-    """Tokenise all rows of the split, in order; ``on_progress`` is called with the total done.
+    """Tokenize all rows of the split, in order; ``on_progress`` is called with the total done.
 
     Raises the DataError of the first bad row.
     """

@@ -1,4 +1,4 @@
-"""Turn a stream's rows into steps, shuffled in a buffer and tokenised as they arrive."""
+"""Turn a stream's rows into steps, shuffled in a buffer and tokenized as they arrive."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorakit.data.stream import LocatedRow, SkippedRows, Stream
 from lorakit.data.tokens import Counts, OnBadRow, TokenRow, encode_rows
 from lorakit.errors import DataError
 
-#: A window is this many steps' worth of rows, which are tokenised together and sorted by length
+#: A window is this many steps' worth of rows, which are tokenized together and sorted by length
 #: among themselves.
 _STEPS_PER_WINDOW = 50
 #: Fewer rows do not fill bins well.
@@ -36,7 +36,7 @@ class PassRow:
 
 @dataclass(frozen=True)
 class StreamEncoder:
-    """Tokenises rows of a stream. ``embedding_rows`` is the model's number of embeddings."""
+    """Tokenizes rows of a stream. ``embedding_rows`` is the model's number of embeddings."""
 
     to_example: Callable[[Row], Example]
     tokenizer: Any
@@ -100,7 +100,7 @@ class StreamSteps:
     The order is a function of the rows, ``seed`` and the batch sizes alone. ``bins`` packs the rows
     of a window; without it each row is a unit of its own, and ``group_by_length`` puts rows of
     similar length into one step. Rows before the step at which a run resumes are read but not
-    tokenised, unless a row may become several rows of tokens or, with ``skipped``, which leaves out
+    tokenized, unless a row may become several rows of tokens or, with ``skipped``, which leaves out
     bad rows, none. ``rows`` (of tokens) and ``counts`` cover the windows begun, without the rows of
     later passes, which were counted in the first.
     """
@@ -174,7 +174,7 @@ class StreamSteps:
         return windows
 
     def _windows(self, first: int) -> Iterator[list[Bin]]:
-        """Yield the steps. The next window is tokenised while the current one is trained on."""
+        """Yield the steps. The next window is tokenized while the current one is trained on."""
         ahead = self._reader.submit(self._read)
         left: list[Bin] = []
         for number in count(first):

@@ -1,4 +1,4 @@
-"""Tokenise examples: token ids, and which of them count in the loss."""
+"""Tokenize examples: token ids, and which of them count in the loss."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def encode_rows(
     max_length: int,
     skip: OnBadRow | None = None,
 ) -> EncodedRows:
-    """Tokenise rows. ``locate`` returns the file and row of an index.
+    """Tokenize rows. ``locate`` returns the file and row of an index.
 
     Raises DataError, with file and row, for a row that cannot be read, that the task refuses or
     that has no token to train on. With ``skip``, which is called with the index and the reason,
@@ -196,7 +196,7 @@ def special_prefix(tokenizer: Any) -> list[int]:
 def _encode_texts(
     examples: Sequence[TextExample], tokenizer: Any, max_length: int
 ) -> list[TokenRow]:
-    """Segments are tokenised separately. A text that already begins with BOS or ends with EOS does
+    """Segments are tokenized separately. A text that already begins with BOS or ends with EOS does
     not get a second one."""
     prefix = special_prefix(tokenizer)
     pieces = iter(_segment_ids(examples, tokenizer))

@@ -1,4 +1,4 @@
-"""Evaluate a model on a tokenised split, and generate text from it.
+"""Evaluate a model on a tokenized split, and generate text from it.
 
 ``evaluate_model`` gives losses, predictions and the task's metrics; what is measured beyond the
 loss is the task's to say (``Task.metrics``), so a new metric needs no change here. Generation goes

@@ -1,4 +1,4 @@
-"""Evaluate a model on a tokenised split: its loss, its predictions and the task's metrics.
+"""Evaluate a model on a tokenized split: its loss, its predictions and the task's metrics.
 
 In a group of processes each one measures its share of the rows, and all return the same result.
 """

@@ -39,7 +39,7 @@ def prompt_limits(
     """Return how many tokens may follow each prompt.
 
     That is ``max_new_tokens``, or with ``fit_window`` what the prompt leaves of the model's window
-    if that is less. Raises DataError for a prompt that is empty, too long, or tokenised for another
+    if that is less. Raises DataError for a prompt that is empty, too long, or tokenized for another
     model, and for a pad token without an embedding.
     """
     room, rows = window(model), embedding_rows(model)

@@ -152,7 +152,7 @@ def answer_contents(
 
 
 class _TrainedTurns:
-    """Recognises a text that equals a turn as it is trained."""
+    """Recognizes a text that equals a turn as it is trained."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer

@@ -1,6 +1,6 @@
 """AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): W + s P Lambda Q, ranks chosen while training.
 
-Lambda is initialised with zeros, P (out, init_r) and Q (init_r, in) with Gaussians; the penalty
+Lambda is initialized with zeros, P (out, init_r) and Q (init_r, in) with Gaussians; the penalty
 gamma * (||P^T P - I||_F^2 + ||Q Q^T - I||_F^2) keeps them near orthonormal (section 3.1). Every
 ``deltaT`` steps the triplets (a column of P, its lambda, a row of Q) of all matrices are ranked by
 importance, and the lambdas of all but the best within the budget are set to zero (section 3.2). P

@@ -1,7 +1,7 @@
 """DoRA (Liu et al. 2024, arXiv 2402.09353, section 4.1): W' = m * (W + s B A) / ||W + s B A||.
 
 W (out, in) is frozen, A (r, in), B (out, r) and the scaling s are those of LoRA. The norm is taken
-of each row; the magnitudes m (out,) are initialised with it. It is a constant in the backward pass
+of each row; the magnitudes m (out,) are initialized with it. It is a constant in the backward pass
 (section 4.3). An embedding has one magnitude for each dimension. All this is as in PEFT.
 """
 

@@ -63,7 +63,7 @@ class DoraLayer(LoraLayer):
     @torch.no_grad()
     def merged_weight(self, weight: Tensor) -> Tensor:
         A, B = self.factors()
-        return self._normalised(
+        return self._normalized(
             weight.float() + LowRankDelta(A, B, self.scaling).dense(), slice(None)
         )
 
@@ -74,9 +74,9 @@ class DoraLayer(LoraLayer):
         A, B = self.factors()
         own = slice(start, start + len(weight))
         delta = LowRankDelta(A, B[own], self.scaling).dense()
-        return self._normalised(delta.add_(weight), own)
+        return self._normalized(delta.add_(weight), own)
 
-    def _normalised(self, merged: Tensor, rows: slice) -> Tensor:
+    def _normalized(self, merged: Tensor, rows: slice) -> Tensor:
         """m * merged / ||merged|| for the ``rows`` of W, in place."""
         norm = torch.linalg.vector_norm(merged, dim=1).clamp_min(torch.finfo(torch.float32).tiny)
         factor = self.lora_magnitude_vector.detach()[rows].float() / norm

@@ -33,7 +33,7 @@ class IntrinsicConfig(AdapterSection):
 
 
 class Intrinsic(Method):
-    """W_i + reshape(P_i theta_d), where theta_d is initialised with zeros.
+    """W_i + reshape(P_i theta_d), where theta_d is initialized with zeros.
 
     P_i, the rows of P for W_i (out, in) row by row, comes from ``kernels.fastfood.project`` with
     the number of the matrix as the stream. Its rows have norm 1, so a step of Adam changes each

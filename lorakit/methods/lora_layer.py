@@ -1,4 +1,4 @@
-"""The layers of LoRA and MoSLoRA, and how the factors of a low-rank update are initialised."""
+"""The layers of LoRA and MoSLoRA, and how the factors of a low-rank update are initialized."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class LoraLayer(AdapterLayer):
         self.register_buffer("initial_B", None, persistent=False)
 
     def reset_parameters(self, init: str, name: str) -> None:
-        """Initialise as ``adapter.init`` says; ``name``, the module's, is for errors.
+        """Initialize as ``adapter.init`` says; ``name``, the module's, is for errors.
 
         - ``default``: A Kaiming-uniform as in loralib, B zero; an embedding has A zero and B
           standard Gaussian, as in loralib.

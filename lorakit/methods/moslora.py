@@ -1,7 +1,7 @@
 """MoSLoRA (Wu et al. 2024, arXiv 2406.11909): y = W x + (lora_alpha / r) B M A dropout(x).
 
 W (out, in), A (r, in) and B (out, r) are those of LoRA. The mixer M (r, r), which is trained too,
-combines every column of B with every row of A; it is initialised orthogonal, which preserves the
+combines every column of B with every row of A; it is initialized orthogonal, which preserves the
 norm of A x. An adapter is saved as a plain LoRA, with M A as A.
 """
 

@@ -22,7 +22,7 @@ _UNNAMED = re.compile(r"label_\d+", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """``labels`` are the head's, by index; ``fresh`` means that its weights are initialised anew;
+    """``labels`` are the head's, by index; ``fresh`` means that its weights are initialized anew;
     ``note`` is a message for the user."""
 
     labels: Labels
@@ -144,18 +144,18 @@ def in_head(model: PreTrainedModel, key: str) -> bool:
 
 
 def renew_head(model: PreTrainedModel, seed: int) -> tuple[str, ...]:
-    """Reinitialise the head as the model's class does; return the names of its modules with
+    """Reinitialize the head as the model's class does; return the names of its modules with
     parameters."""
     torch.manual_seed(seed)
     modules = {name: module for name, module in model.named_modules() if in_head(model, f"{name}.")}
     with_parameters = [name for name in modules if _own_parameters(modules, name)]
     for name in with_parameters:
         for parameter in _own_parameters(modules, name):
-            # transformers does not reinitialise a parameter that has this mark.
+            # transformers does not reinitialize a parameter that has this mark.
             if hasattr(parameter, "_is_hf_initialized"):
                 del parameter._is_hf_initialized
     with torch.no_grad():
-        for module in reversed(modules.values()):  # some classes initialise their submodules
+        for module in reversed(modules.values()):  # some classes initialize their submodules
             model._init_weights(module)
     return tuple(with_parameters)
 

@@ -60,7 +60,7 @@ def load_pretrained(
     """Load the model, in evaluation mode and ``section.dtype``, and its tokenizer.
 
     ``labels`` are an encoder's class names, None for regression. A head that the checkpoint stores
-    is used as ``plan_head`` decides; a missing one is initialised from ``seed``. With
+    is used as ``plan_head`` decides; a missing one is initialized from ``seed``. With
     ``head_given`` an adapter brings the head, with ``labels``, and the base's is ignored. Raises
     ModelError if the model is missing, gated, unreachable, of the other kind or not in
     safetensors, if its head does not fit, or if weights other than a head's are missing.
@@ -123,7 +123,7 @@ def _classifier(
     options: Mapping[str, Any],
     seed: int,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The base with a head for ``labels``; head tensors of another shape are initialised anew."""
+    """The base with a head for ``labels``; head tensors of another shape are initialized anew."""
     config = copy.deepcopy(config)
     for key, value in _label_options(labels).items():
         setattr(config, key, value)

@@ -54,7 +54,7 @@ class LoraMixin(nn.Module):
         raise NotImplementedError
 
     def reset_factors(self) -> None:
-        """Initialise one factor randomly and the other with zeros."""
+        """Initialize one factor randomly and the other with zeros."""
         raise NotImplementedError
 
     def merged_weight(self) -> Tensor:
@@ -141,7 +141,7 @@ def wide(value: Tensor) -> Tensor:
 
 
 def kaiming_(lora_A: Tensor, lora_B: Tensor) -> None:
-    """Initialise A Kaiming-uniform with a = sqrt(5), as torch.nn.Linear does, and B with zeros."""
+    """Initialize A Kaiming-uniform with a = sqrt(5), as torch.nn.Linear does, and B with zeros."""
     nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
     nn.init.zeros_(lora_B)
 

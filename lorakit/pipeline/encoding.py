@@ -1,4 +1,4 @@
-"""Tokenise a recipe's rows for training and for evaluation, and say what that did to them."""
+"""Tokenize a recipe's rows for training and for evaluation, and say what that did to them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lorakit.tasks.checks import ColumnWatch, counts_line, label_counts, similar
 
 @dataclass(frozen=True)
 class StreamedRows:
-    """A train split that is read and tokenised during training.
+    """A train split that is read and tokenized during training.
 
     ``skipped`` counts the bad rows, None where a bad row is an error.
     """
@@ -56,9 +56,9 @@ def encode_training_data(
     *,
     write_cache: bool = True,
 ) -> TrainingData:
-    """Tokenise the train and the validation split, and the prompts to generate from.
+    """Tokenize the train and the validation split, and the prompts to generate from.
 
-    The first rows of a stream are tokenised only to find out whether they can be. Raises DataError
+    The first rows of a stream are tokenized only to find out whether they can be. Raises DataError
     for a row or a prompt that cannot be used.
     """
     encoder = _Encoder(data, model, tokenizer, say, write_cache)
@@ -84,7 +84,7 @@ def encode_eval_data(
     *,
     write_cache: bool = True,
 ) -> EvalData:
-    """Tokenise the split to evaluate on, and the prompts to generate from.
+    """Tokenize the split to evaluate on, and the prompts to generate from.
 
     Raises DataError for a row or a prompt that cannot be used.
     """
@@ -101,7 +101,7 @@ def endless_warning(split: str, endless: int, rows: int) -> str:
 
 
 class _Encoder:
-    """Tokenises the splits of one ``TaskData`` for one model."""
+    """Tokenizes the splits of one ``TaskData`` for one model."""
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class _Encoder:
         self._embedding_rows = embedding_rows(model) if has_table else 2**31
 
     def encode(self, split: Split) -> EncodedSplit:
-        """Tokenise a split, or read its tokens from the cache, and say what was cut or skipped."""
+        """Tokenize a split, or read its tokens from the cache, and say what was cut or skipped."""
         data, max_length = self._data, self._data.config.max_length
         first = split is data.split
         encoded = encode_split(
@@ -144,7 +144,7 @@ class _Encoder:
             self._say(endless_warning(data.split.name, endless, len(encoded)))
 
     def streamed(self, stream: Stream) -> StreamedRows:
-        """Return what tokenises the rows of ``stream`` while they are trained on."""
+        """Return what tokenizes the rows of ``stream`` while they are trained on."""
         data = self._data
         watch = ColumnWatch(data.task, data.config, data.split, self._say)
 

@@ -129,7 +129,7 @@ def preview(
     data = replace(data, config=config)
     tokenizer, stops = _load_tokenizer(section, model_config, say)
     encoded = _encode(data, tokenizer, on_progress, say)
-    summary = summarise(encoded, stops, config.max_length if config.packing else None)
+    summary = summarize(encoded, stops, config.max_length if config.packing else None)
     examples = _described(data, tokenizer, start - 1, count)
     labels = data.labels if data.task.kind == "encoder" else None
     if data.task.kind == "encoder":
@@ -231,7 +231,7 @@ def describe_row(
     max_length: int,
     skip_bad: bool = False,
 ) -> list[DescribedRow]:
-    """Tokenise the row at ``index`` as ``encode_split`` does; a chat may become several rows.
+    """Tokenize the row at ``index`` as ``encode_split`` does; a chat may become several rows.
 
     Raises DataError for a bad row, or returns nothing if ``skip_bad``.
     """
@@ -246,7 +246,7 @@ def describe_row(
     ]
 
 
-def summarise(encoded: EncodedSplit, stops: Set[int], packed_to: int | None = None) -> Summary:
+def summarize(encoded: EncodedSplit, stops: Set[int], packed_to: int | None = None) -> Summary:
     """Return the figures of all rows. ``stops`` are the ids that end a generation, ``packed_to``
     the capacity of a bin in tokens, if rows are packed."""
     lengths = encoded.lengths

@@ -28,7 +28,7 @@ HeadNames = Callable[[Sequence[str]], "list[str] | None"]
 
 @dataclass(frozen=True)
 class TaskData:
-    """A task and the rows it reads, before they are tokenised.
+    """A task and the rows it reads, before they are tokenized.
 
     ``config`` is the task's section of the recipe with everything filled in that the rows decide:
     class names, and the task that ``auto`` chose. ``split`` is the split to evaluate or to train
@@ -122,7 +122,7 @@ def load_training_data(recipe: Recipe, say: Say) -> TaskData:
 def settle(task: Task, config: Any, split: Split, say: Say) -> tuple[Task, Any]:
     """Return the task that reads ``split`` and its configuration.
 
-    Says which files and columns were chosen, what was recognised in the rows, and what of them is
+    Says which files and columns were chosen, what was recognized in the rows, and what of them is
     not used.
     """
     chosen, own = task.chosen(config, split)

@@ -141,7 +141,7 @@ class Task(ABC):
         return False
 
     def notes(self, config: Any, split: Split) -> list[str]:
-        """Messages for the user about what was recognised in the rows of ``split``."""
+        """Messages for the user about what was recognized in the rows of ``split``."""
         return []
 
     def chosen(self, config: Any, split: Split) -> tuple[Task, Any]:

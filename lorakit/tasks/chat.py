@@ -38,7 +38,7 @@ _MESSAGES = {"messages": "messages", "sharegpt": "conversations"}
 
 
 class ChatConfig(GenerationSection):
-    """``format`` is the rows' format, by default recognised from their columns: ``messages``
+    """``format`` is the rows' format, by default recognized from their columns: ``messages``
     (``role``, ``content``), ``sharegpt`` (``conversations`` of ``from``, ``value``), ``alpaca``
     (``instruction``, ``input``, ``output``) or ``prompt_completion``. All may have the columns
     ``system`` and ``tools``, the last two also ``history``. ``messages_column`` names another

@@ -67,7 +67,7 @@ TemplateText = Annotated[Text, AfterValidator(_valid)]
 
 
 class CompletionConfig(GenerationSection):
-    """``format`` is the rows' format, by default recognised from their columns:
+    """``format`` is the rows' format, by default recognized from their columns:
     ``prompt_completion``, or ``alpaca`` (``instruction``, ``input``, ``output``) in the original
     Alpaca prompt. A row's ``system`` replaces the first sentences of that prompt; in
     ``prompt_completion`` it precedes the prompt, separated by an empty line. ``history`` and

@@ -1,4 +1,4 @@
-"""Row formats of texts and chats, recognised by their columns; and ``text``, the simplest task.
+"""Row formats of texts and chats, recognized by their columns; and ``text``, the simplest task.
 
 ``text`` is plain text: the loss is on every token, and on the EOS that is appended.
 """
@@ -59,7 +59,7 @@ def matching_formats(columns: tuple[str, ...], names: tuple[str, ...]) -> tuple[
     return tuple(fmt for fmt in found if all(column in columns for column in fmt.required))
 
 
-def recognise(columns: tuple[str, ...], names: tuple[str, ...]) -> Format:
+def recognize(columns: tuple[str, ...], names: tuple[str, ...]) -> Format:
     """The format among ``names`` that ``columns`` match. Raises DataError unless it is exactly
     one."""
     found = matching_formats(columns, names)
@@ -77,7 +77,7 @@ def recognise(columns: tuple[str, ...], names: tuple[str, ...]) -> Format:
 class FormattedTask(Task):
     """A task that reads rows in one of ``formats``, or columns that its config names.
 
-    ``config.format`` is a format's name, or ``auto`` to recognise it from the columns.
+    ``config.format`` is a format's name, or ``auto`` to recognize it from the columns.
     """
 
     formats: ClassVar[tuple[str, ...]]
@@ -102,7 +102,7 @@ class FormattedTask(Task):
         """The format of rows whose columns the config does not name. Raises DataError."""
         if config.format != "auto":
             return FORMATS[config.format]
-        return recognise(tuple(columns), self.formats)
+        return recognize(tuple(columns), self.formats)
 
     def read_columns(self, config: Any, columns: Sequence[str]) -> Collection[str] | None:
         if named := self.named_columns(config):

@@ -41,7 +41,7 @@ class Prepared:
 
 
 def prepare(recipe: Recipe, say: Say, write_cache: bool = True) -> Prepared:
-    """Load, tokenise and inject; raises UserError for whatever does not fit."""
+    """Load, tokenize and inject; raises UserError for whatever does not fit."""
     data = load_training_data(recipe, say)
     loaded = load_pretrained(recipe.model, data.task.kind, data.labels, seed=recipe.train.seed)
     for note in loaded.notes:

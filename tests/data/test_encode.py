@@ -147,7 +147,7 @@ def test_a_row_that_the_task_refuses_is_named(tokenizer: Any) -> None:
         encode_split(split, refuse, tokenizer, 10)
 
 
-def test_more_rows_than_are_tokenised_at_once(tokenizer: Any) -> None:
+def test_more_rows_than_are_tokenized_at_once(tokenizer: Any) -> None:
     done: list[int] = []
     rows = [{"n": n} for n in range(2500)]
     split = encode_split(

@@ -120,7 +120,7 @@ def test_only_bad_rows(
 
 
 def test_what_cannot_be_skipped(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """After a syntax error in an array no row can be recognised; a non-row in a valid array can be
+    """After a syntax error in an array no row can be recognized; a non-row in a valid array can be
     skipped."""
     text = json.dumps(GOOD)
     Path("a.json").write_text(f"{text[:-1]}, 3]")

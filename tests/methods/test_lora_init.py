@@ -1,4 +1,4 @@
-"""Initialisations of LoRA: their formulas, and that the output is unchanged."""
+"""Initializations of LoRA: their formulas, and that the output is unchanged."""
 
 from __future__ import annotations
 

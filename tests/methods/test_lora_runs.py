@@ -1,4 +1,4 @@
-"""LoRA runs with biases, other initialisations and slices: they resume exactly, and PEFT reads
+"""LoRA runs with biases, other initializations and slices: they resume exactly, and PEFT reads
 their adapters.
 """
 

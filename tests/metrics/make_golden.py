@@ -30,10 +30,10 @@ from tests.metrics.hashing import tokens_hash
 def main(checkout: Path) -> None:
     sys.path.insert(0, str(checkout))
     predictions, references = instances()
-    tokenised = _tokenised([[text] for text in predictions]), _tokenised(references)
+    tokenized = _tokenized([[text] for text in predictions]), _tokenized(references)
     corpora = []
     for block in blocks():
-        ours, theirs = tokenised[0][block], tokenised[1][block]
+        ours, theirs = tokenized[0][block], tokenized[1][block]
         texts = [text.split(" ") if text else [] for group in [*ours, *theirs] for text in group]
         mteval = _mteval(*five_words(block))
         corpora.append(
@@ -43,7 +43,7 @@ def main(checkout: Path) -> None:
     print()
 
 
-def _tokenised(groups: list[list[str]]) -> list[list[str]]:
+def _tokenized(groups: list[list[str]]) -> list[list[str]]:
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer  # type: ignore[import-not-found]
 
     captions = {i: [{"caption": text} for text in group] for i, group in enumerate(groups)}

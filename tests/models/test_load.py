@@ -64,7 +64,7 @@ def test_a_reserved_token_is_preferred_for_padding(tiny_llama: Path, tmp_path: P
     assert loaded.tokenizer.eos_token == "</s>"
 
 
-def test_an_encoders_head_is_initialised_from_the_seed(tiny_bert: Path) -> None:
+def test_an_encoders_head_is_initialized_from_the_seed(tiny_bert: Path) -> None:
     def head(seed: int) -> torch.Tensor:
         torch.rand(seed)
         loaded = load_pretrained(section(tiny_bert), "encoder", ["no", "yes", "maybe"], seed)

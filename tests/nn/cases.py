@@ -23,13 +23,13 @@ class Case:
     def build(self, **kwargs: Any) -> nn.Module:
         """Build a layer with r = 2, lora_alpha = 3 and nonzero factors."""
         torch.manual_seed(1)
-        layer = randomised(self.make(**{"r": 2, "lora_alpha": 3, **kwargs}))
+        layer = randomized(self.make(**{"r": 2, "lora_alpha": 3, **kwargs}))
         if (row := getattr(layer, "padding_idx", None)) is not None:
             layer.lora_A.data[:, row] = 0  # as training leaves it
         return layer
 
 
-def randomised(model: nn.Module) -> nn.Module:
+def randomized(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lorakit
 from lorakit.errors import UserError
 from tests.families import tiny
-from tests.nn.cases import randomised
+from tests.nn.cases import randomized
 
 
 def network() -> nn.Module:
@@ -135,7 +135,7 @@ def test_the_three_snippets(in_tmp: Path) -> None:
     }
 
     for mode in (True, False):
-        again = randomised(Classifier(lora, r=4)).train(mode)
+        again = randomized(Classifier(lora, r=4)).train(mode)
         # Load the pretrained checkpoint first
         again.load_state_dict(torch.load("ckpt_pretrained.pt"), strict=False)
         # Then load the LoRA checkpoint

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lorakit
-from tests.nn.cases import CASES, Case, randomised
+from tests.nn.cases import CASES, Case, randomized
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -32,7 +32,7 @@ def test_train_restores_w_bit_for_bit(case: Case, dtype: torch.dtype) -> None:
 def test_eval_again_takes_new_factors() -> None:
     layer = CASES["linear"].build().eval()
     before = layer.weight.clone()
-    randomised(layer)
+    randomized(layer)
     layer.eval()
     assert not torch.equal(layer.weight, before)
     unmerged = CASES["linear"].build(merge_weights=False)
@@ -54,7 +54,7 @@ def test_a_state_dict_holds_w_and_the_factors_in_either_mode(case: Case) -> None
 @pytest.mark.parametrize("saved_in", ["train", "eval"])
 @pytest.mark.parametrize("loaded_in", ["train", "eval"])
 def test_saved_in_one_mode_and_loaded_in_another(case: Case, saved_in: str, loaded_in: str) -> None:
-    source, target = case.build(), randomised(case.make(r=2, lora_alpha=3))
+    source, target = case.build(), randomized(case.make(r=2, lora_alpha=3))
     target.train(loaded_in == "train")
     target.load_state_dict(source.train(saved_in == "train").state_dict())
     assert target.merged == (loaded_in == "eval")
@@ -91,7 +91,7 @@ def test_a_tied_module_never_sees_the_merged_values() -> None:
     head.weight = embedding.weight
     twin = lorakit.Linear(6, 10, r=2, bias=False)
     twin.weight = embedding.weight
-    model = randomised(nn.ModuleList([embedding, head, twin]))
+    model = randomized(nn.ModuleList([embedding, head, twin]))
     base = head.weight.clone()
     model.eval()
     assert torch.equal(head.weight, base)
@@ -109,7 +109,7 @@ def test_who_reads_the_weight_directly_gets_the_merged_one() -> None:
     with torch.no_grad():
         before = encoder.eval()(x)
         encoder.train()
-        randomised(encoder).eval()
+        randomized(encoder).eval()
         fast = encoder(x)
     assert (fast - before).abs().max() > 1e-3
     slow = encoder(x)  # with gradients on, torch calls the modules

@@ -1,4 +1,4 @@
-"""Layers compared with their formulas: shapes, initialisation, forward, gradients, and invalid
+"""Layers compared with their formulas: shapes, initialization, forward, gradients, and invalid
 arguments.
 """
 
@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import lorakit
 from lorakit.errors import UserError
 from tests.nn import reference
-from tests.nn.cases import CASES, Case, randomised
+from tests.nn.cases import CASES, Case, randomized
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 each_dtype = pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_conv1d_of_gpt2_is_replaced_by_fan_in_fan_out() -> None:
     assert ours.load_state_dict(theirs.state_dict(), strict=False).unexpected_keys == []
     x = torch.randn(3, 5, 4)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-6, atol=1e-6)
-    randomised(ours)
+    randomized(ours)
     q, k, v = (ours(x) - theirs(x)).split(4, -1)
     assert q.abs().max() > 0.01 and v.abs().max() > 0.01
     assert k.abs().max() < 1e-6
@@ -160,7 +160,7 @@ def test_conv1d_of_gpt2_is_replaced_by_fan_in_fan_out() -> None:
 
 def test_only_the_enabled_rows_change_bit_for_bit() -> None:
     for fan_in, dtype in [(False, torch.float32), (True, torch.bfloat16)]:
-        layer = randomised(
+        layer = randomized(
             lorakit.MergedLinear(
                 8, 12, r=4, enable_lora=[True, False, True], fan_in_fan_out=fan_in, dtype=dtype
             )

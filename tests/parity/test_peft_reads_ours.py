@@ -67,7 +67,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def randomised(model: nn.Module) -> nn.Module:
+def randomized(model: nn.Module) -> nn.Module:
     """Change everything that trains, as training would."""
     torch.manual_seed(1)
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_equal_logits(case: str, given: bool, tmp_path: Path) -> None:
     model, base = tiny(family, **changes), tiny(family, **changes)
     config = LoraConfig(**{"r": 4, "target_modules": ["q", "v"], **adapter})
     report = inject(model, config)
-    ours = logits(randomised(model))
+    ours = logits(randomized(model))
     classifies = "Classification" in type(model).__name__
     save_adapter(
         tmp_path / "adapter",
@@ -120,7 +120,7 @@ def test_a_real_encoder(tmp_path: Path, minilm: Path) -> None:
 
     model, config = base(), LoraConfig(target_modules=["q", "v", "o"])
     inject(model, config)
-    ours = logits(randomised(model))
+    ours = logits(randomized(model))
     save_adapter(
         tmp_path / "a", model, config, base_model_name_or_path=str(minilm), task_type="SEQ_CLS"
     )

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from lorakit.data.encode import encode_split
 from lorakit.data.examples import ChatExample, Example, Segment, TextExample
 from lorakit.data.sources import Split
-from lorakit.pipeline.preview import DescribedRow, describe_row, summarise
+from lorakit.pipeline.preview import DescribedRow, describe_row, summarize
 from lorakit.tasks.base import Row
 
 MIXED = "日本語 🚀 👩‍👩‍👧 ಠ_ಠ naïve\n\tend "
@@ -123,7 +123,7 @@ def test_summary_counts(tiny_llama: Path) -> None:
     texts = [("ab", "xyz"), ("", "q"), ("12345", "6789"), ("p", "123456789")]
     split = split_of(*({"p": p, "c": c} for p, c in texts))
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    summary = summarise(encode_split(split, pair, tokenizer, 8), {tokenizer.eos_token_id})
+    summary = summarize(encode_split(split, pair, tokenizer, 8), {tokenizer.eos_token_id})
     lengths = [min(len(p) + len(c) + 1, 8) for p, c in texts]
     trained = [min(len(c) + 1, 8) for _, c in texts]
     trained = [n - (n == length) for n, length in zip(trained, lengths, strict=True)]
@@ -144,5 +144,5 @@ def test_a_tokenizer_with_two_ends(tiny_llama: Path) -> None:
 
     stop = tokenizer.convert_tokens_to_ids(".")
     encoded = encode_split(bare, text, tokenizer, 8)
-    assert summarise(encoded, {tokenizer.eos_token_id, stop}).endless_rows == 1
-    assert json.dumps(vars(summarise(encoded, set())))
+    assert summarize(encoded, {tokenizer.eos_token_id, stop}).endless_rows == 1
+    assert json.dumps(vars(summarize(encoded, set())))

@@ -1,4 +1,4 @@
-"""Row formats: recognised, reported, read and refused."""
+"""Row formats: recognized, reported, read and refused."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_auto_may_generate_until_it_has_chosen() -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_only_a_recognised_format_is_reported(shape: str, tmp_path: Path) -> None:
+def test_only_a_recognized_format_is_reported(shape: str, tmp_path: Path) -> None:
     row, name, said = SHAPES[shape]
     path = rows_file(tmp_path, row)
     task, config, found = loaded(name, path)

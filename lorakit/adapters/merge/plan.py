@@ -160,7 +160,7 @@ class MergePlan:
 def plan_merge(base: ResolvedBase, checkpoint: Checkpoint, dtype: str | None) -> MergePlan:
     """Plan the output, in ``dtype`` (default: each tensor's own).
 
-    Raises AdapterError for a quantised weight that the adapter changes, and for tied weights that
+    Raises AdapterError for a quantized weight that the adapter changes, and for tied weights that
     it makes different if the class cannot store them separately.
     """
     by_name: dict[str, str] = {}

@@ -104,7 +104,7 @@ def merge(
     directory = local_directory(section)
     _check_outside(out, "base", directory)  # of a Hub id: its snapshot in the cache
     settings = read_config(directory)
-    _check_not_quantised(settings, section.name_or_path)
+    _check_not_quantized(settings, section.name_or_path)
     tokenizer = _tokenizer(directory, adapters[0].files, settings)
     with Checkpoint(directory) as checkpoint:
         resolved = _resolve(section, settings, checkpoint, adapters)
@@ -220,7 +220,7 @@ def _vocabulary_size(settings: Mapping[str, Any]) -> int | None:
     return next((size for size in sizes if isinstance(size, int)), None)
 
 
-def _check_not_quantised(settings: Mapping[str, Any], base: str) -> None:
+def _check_not_quantized(settings: Mapping[str, Any], base: str) -> None:
     parts = [settings, *(part for part in settings.values() if isinstance(part, Mapping))]
     if any(part.get("quantization_config") for part in parts):
         raise AdapterError(

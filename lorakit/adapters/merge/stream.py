@@ -252,7 +252,7 @@ class Buffers:
         self._memory: dict[str, Tensor] = {}
 
     def get(self, use: str, count: int, dtype: torch.dtype) -> Tensor:
-        """Return ``count`` uninitialised elements in the memory that belongs to ``use``."""
+        """Return ``count`` uninitialized elements in the memory that belongs to ``use``."""
         size = count * dtype.itemsize
         memory = self._memory.get(use)
         if memory is None or len(memory) < size:

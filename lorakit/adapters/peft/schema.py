@@ -71,7 +71,7 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, True, None),
     "use_qalora": (False, None),
     "velora_config": (None,),
-    # Every other initialisation changes the base weights.
+    # Every other initialization changes the base weights.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
 #: Keys whose values PEFT may interpret as regular expressions.

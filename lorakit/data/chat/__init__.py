@@ -2,7 +2,7 @@
 
 The rule: the trained part of a turn is, to the byte, what follows the prompt that generation gives
 the model at that point. Every template of the Hub is meant to work unchanged, so nothing here knows
-a template by name: its behaviour is observed by rendering chats, with small changes where needed.
+a template by name: its behavior is observed by rendering chats, with small changes where needed.
 """
 
 from lorakit.data.chat.encode import (

@@ -1,6 +1,6 @@
-"""Tokenise turns into rows of ids in which no token crosses the boundary between two texts.
+"""Tokenize turns into rows of ids in which no token crosses the boundary between two texts.
 
-The ids of a prompt are those that the prompt has when it is tokenised alone, as for generation.
+The ids of a prompt are those that the prompt has when it is tokenized alone, as for generation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SHORT, _MOST_KEPT = 80, 10_000
 
 @dataclass
 class Joiner:
-    """Tokenises texts without adding special tokens; the texts contain those that are wanted."""
+    """Tokenizes texts without adding special tokens; the texts contain those that are wanted."""
 
     tokenizer: Any
     _anchors: list[tuple[str, list[int]]] = field(default_factory=list)
@@ -42,7 +42,7 @@ class Joiner:
 
     def continued(self, before: Sequence[int], text: str, joint: Sequence[int]) -> list[int] | None:
         """Ids of ``text`` that, appended to the ids ``before``, decode like ``joint``, the ids of
-        both texts tokenised together. None if there are none, because the tokenizer would insert a
+        both texts tokenized together. None if there are none, because the tokenizer would insert a
         space."""
         (plain,) = self.ids([text])
         wanted = self._decoded(joint)
@@ -97,7 +97,7 @@ class Joiner:
         )
 
 
-#: Characters before a boundary that determine how the text at it is tokenised, if no added token
+#: Characters before a boundary that determine how the text at it is tokenized, if no added token
 #: is within ``_FAR`` characters.
 _WINDOW, _FAR = 400, 4000
 #: The number of tokens that must then agree.
@@ -198,7 +198,7 @@ def _turn_row(turn: Turn, prefixes: list[list[int]], joiner: Joiner) -> IdRow:
 
 def joint_row(turns: Sequence[Turn], template: ChatTemplate, joiner: Joiner) -> IdRow | None:
     """``turn_rows`` as a single row, for turns whose texts are prefixes of each other; None if that
-    is not possible. The text is tokenised once, and each boundary is checked from the last added
+    is not possible. The text is tokenized once, and each boundary is checked from the last added
     token before it rather than from the beginning."""
     text = turns[-1].text
     encoded = joiner.tokenizer(
@@ -221,7 +221,7 @@ def joint_row(turns: Sequence[Turn], template: ChatTemplate, joiner: Joiner) -> 
 
 class _Boundaries:
     """Finds the tokens of a text that precede a character. A tokenizer splits off its added tokens
-    before anything else, so tokenisation is independent on either side of them."""
+    before anything else, so tokenization is independent on either side of them."""
 
     def __init__(
         self,

@@ -146,7 +146,7 @@ class TurnKinds:
 
     def _lead(self, index: int) -> str | None:
         """The text between the content of the previous message and that of the turn, without its
-        reasoning and with numbers normalised; None if the place of either content is unknown."""
+        reasoning and with numbers normalized; None if the place of either content is unknown."""
         place, before = self.places[index], self.places[index - 1] if index else (0, 0)
         if place is None or before is None:
             return None

@@ -56,7 +56,7 @@ class GradientProbe:
         no token in this step pass.
 
         ``say`` gets a line about modules whose gradient is exactly zero, which a gate that is
-        initialised to zero or rows of a single token cause. Waits for the device once.
+        initialized to zero or rows of a single token cause. Waits for the device once.
         """
         for hook in self._hooks:
             hook.remove()

@@ -249,10 +249,10 @@ def test_a_dtype_that_is_only_copied(make_pair: MakePair, tmp_path: Path) -> Non
     assert torch.equal(merged["aa.odd"].view(torch.uint8), own["aa.odd"].view(torch.uint8))
     assert torch.equal(merged["zz.count"], own["zz.count"])
     assert merged["model.norm.weight"].dtype == torch.float32
-    quantised = load_file(base / "model.safetensors")
-    name = next(key for key in quantised if key.endswith("q_proj.weight"))
-    quantised[name] = quantised[name].to(torch.float8_e4m3fn)
-    save_file(quantised, base / "model.safetensors", metadata={"format": "pt"})
+    quantized = load_file(base / "model.safetensors")
+    name = next(key for key in quantized if key.endswith("q_proj.weight"))
+    quantized[name] = quantized[name].to(torch.float8_e4m3fn)
+    save_file(quantized, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
         AdapterError, match=r"q_proj\.weight is F8_E4M3: cannot merge into a quantized base"
     ):

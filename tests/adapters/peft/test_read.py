@@ -76,17 +76,17 @@ def test_what_is_there_instead_is_named(pair: tuple[Path, Path], tmp_path: Path)
     checkpoint.mkdir(parents=True)
     for name in ("state.json", "weights.safetensors"):
         (checkpoint / name).touch()
-    (tmp_path / "quantised").mkdir()
-    (tmp_path / "quantised" / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "quantized").mkdir()
+    (tmp_path / "quantized" / "model.gguf").write_bytes(b"GGUF")
     for path, said in (
         (tmp_path / "run", f"contains adapters ({tmp_path / 'run' / 'adapter'}); name one of them"),
         (checkpoint, "a training checkpoint; resume from it with train --resume"),
         (base, "a model, not an adapter"),
         (
-            tmp_path / "quantised",
+            tmp_path / "quantized",
             "no adapter (it contains GGUF files, which lorakit does not read)",
         ),
-        (tmp_path / "quantised" / "model.gguf", "a GGUF file, which lorakit does not read"),
+        (tmp_path / "quantized" / "model.gguf", "a GGUF file, which lorakit does not read"),
         (adapter / "adapter_model.safetensors", "a weights file, not a directory; allowed"),
     ):
         with pytest.raises(AdapterError) as raised:
