@@ -156,7 +156,7 @@ def test_the_code_runs_only_if_it_is_named(
     assert run([*generated, "--max-new-tokens", "2", "--method", "own.py:Unnamed"]) == 0
     assert ran.exists()
     assert run(["convert", str(adapter), "converted", "--to", "lora"]) == 2
-    assert "is no product of two factors" in capsys.readouterr().err
+    assert "is not a product of two factors" in capsys.readouterr().err
     assert run(["merge", base, str(adapter), "merged", "--method", "gone.py:LoHa"]) == 2
     assert "gone.py: no such file" in capsys.readouterr().err
     tensors = load_file(adapter / "adapter_model.safetensors")

@@ -264,7 +264,7 @@ def test_unsupported_streams_are_refused(tiny_llama: Path, tmp_path: Path) -> No
     with pytest.raises(RecipeError, match=r"train\.max_steps"):
         streamed(tmp_path, tiny_llama, train__max_steps=None, train__epochs=1)
     recipe = streamed(tmp_path, tiny_llama, task__name="wikisql")
-    with pytest.raises(UserError, match=r"task\.streaming = true: wikisql reads whole files"):
+    with pytest.raises(UserError, match=r"task\.streaming = true: wikisql uses a file format"):
         train(recipe)
     plan = dry_run(streamed(tmp_path, tiny_llama), lambda text: None)
     assert (plan["train_rows"], plan["steps"], plan["steps_per_epoch"]) == (None, 6, None)
