@@ -1,4 +1,4 @@
-"""Write bases and adapters to directories, and load them with plain transformers."""
+"""Write bases and adapters to directories, and load them with plain transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from lorakit import registry
+from lorakit.adapters.peft.schema import WEIGHTS
 from lorakit.adapters.peft.write import save_adapter
 from lorakit.injection import inject
 from tests.families import tiny, token_ids
@@ -54,3 +57,15 @@ def fresh(base: Path, **options: Any) -> PreTrainedModel:
     auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
     model: PreTrainedModel = auto.from_pretrained(base, dtype="auto", **options)
     return model.eval()
+
+
+def write_pair(folder: Path, family: str, **keys: Any) -> tuple[Path, Path]:
+    """Write a base and an adapter for it; return both directories."""
+    base = write_base(folder / "base", family)
+    return base, write_adapter(base, folder / "adapter", **keys)
+
+
+def peft_logits(base: Path, adapter: Path) -> torch.Tensor:
+    """Return the logits of the adapter as PEFT loads it."""
+    labels = {"num_labels": 3} if "score" in str(list(load_file(adapter / WEIGHTS))) else {}
+    return logits(PeftModel.from_pretrained(fresh(base, **labels), str(adapter)).eval())

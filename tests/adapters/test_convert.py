@@ -9,17 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 import lorakit
+from lorakit.adapters.peft.schema import CONFIG, WEIGHTS
 from lorakit.errors import AdapterError
-from tests.adapters.directories import fresh, logits, write_adapter, write_base
+from tests.adapters.directories import fresh, logits, peft_logits, write_pair
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 #: Family, the recipe's keys, and the rank that the plain LoRA has.
 FOLDED: dict[str, tuple[str, dict[str, Any], int]] = {
     "plain": ("llama", {"r": 8}, 8),
@@ -36,17 +34,6 @@ FOLDED: dict[str, tuple[str, dict[str, Any], int]] = {
 }  # fmt: skip
 
 
-def made(folder: Path, family: str, **keys: Any) -> tuple[Path, Path]:
-    """Return the directories of base and adapter; AdaLoRA's has pruned triplets."""
-    base = write_base(folder / "base", family)
-    return base, write_adapter(base, folder / "adapter", **keys)
-
-
-def in_peft(base: Path, adapter: Path) -> Tensor:
-    labels = {"num_labels": 3} if "score" in str(list(load_file(adapter / WEIGHTS))) else {}
-    return logits(PeftModel.from_pretrained(fresh(base, **labels), str(adapter)).eval())
-
-
 def edit(adapter: Path, **changes: Any) -> None:
     settings = json.loads((adapter / CONFIG).read_text())
     (adapter / CONFIG).write_text(json.dumps(settings | changes))
@@ -55,12 +42,12 @@ def edit(adapter: Path, **changes: Any) -> None:
 @pytest.mark.parametrize("case", FOLDED)
 def test_a_plain_lora_has_one_rank_and_the_same_logits(case: str, tmp_path: Path) -> None:
     family, keys, r = FOLDED[case]
-    base, adapter = made(tmp_path, family, **keys)
+    base, adapter = write_pair(tmp_path, family, **keys)
     notes: list[str] = []
     report = lorakit.convert(adapter, tmp_path / "out", "lora", say=notes.append)
     want = logits(lorakit.load(base, adapter))
     assert (want - logits(fresh(base))).abs().max() > 1e-3, "the adapter does something"
-    torch.testing.assert_close(in_peft(base, tmp_path / "out"), want, atol=1e-5, rtol=0)
+    torch.testing.assert_close(peft_logits(base, tmp_path / "out"), want, atol=1e-5, rtol=0)
     ours = logits(lorakit.load(base, tmp_path / "out"))
     torch.testing.assert_close(ours, want, atol=1e-5, rtol=0)
     settings = json.loads((tmp_path / "out" / CONFIG).read_text())
@@ -82,7 +69,7 @@ def test_a_plain_lora_has_one_rank_and_the_same_logits(case: str, tmp_path: Path
 
 
 def test_a_lora_of_vllms_rank_keeps_its_bits(tmp_path: Path) -> None:
-    _, adapter = made(tmp_path, "llama", r=8, lora_alpha=20)
+    _, adapter = write_pair(tmp_path, "llama", r=8, lora_alpha=20)
     report = lorakit.convert(adapter, tmp_path / "out", "lora")
     before, after = (load_file(folder / WEIGHTS) for folder in (adapter, tmp_path / "out"))
     assert before.keys() == after.keys()
@@ -92,7 +79,7 @@ def test_a_lora_of_vllms_rank_keeps_its_bits(tmp_path: Path) -> None:
 
 def test_pruned_triplets_of_peft(tmp_path: Path) -> None:
     """One matrix lost some triplets, one lost all, which PEFT writes as empty tensors."""
-    base, adapter = made(
+    base, adapter = write_pair(
         tmp_path, "llama", method="adalora", target_modules=["q"], init_r=4, target_r=2
     )
     tensors = load_file(adapter / WEIGHTS)
@@ -108,21 +95,21 @@ def test_pruned_triplets_of_peft(tmp_path: Path) -> None:
     edit(adapter, rank_pattern=pattern)
     want = logits(lorakit.load(base, adapter))
     lorakit.convert(adapter, tmp_path / "out", "lora")
-    torch.testing.assert_close(in_peft(base, tmp_path / "out"), want, atol=1e-5, rtol=0)
+    torch.testing.assert_close(peft_logits(base, tmp_path / "out"), want, atol=1e-5, rtol=0)
 
 
 def test_a_forced_rank(tmp_path: Path) -> None:
-    base, adapter = made(tmp_path, "llama", r=4, rank_pattern={"q_proj": 6})
+    base, adapter = write_pair(tmp_path, "llama", r=4, rank_pattern={"q_proj": 6})
     with pytest.raises(AdapterError, match=r"--rank = 5: .*q_proj has r = 6; allowed: from 6"):
         lorakit.convert(adapter, tmp_path / "out", "lora", rank=5)
     assert not (tmp_path / "out").exists()
     assert lorakit.convert(adapter, tmp_path / "out", "lora", rank=6).r == 6
     want = logits(lorakit.load(base, adapter))
-    torch.testing.assert_close(in_peft(base, tmp_path / "out"), want, atol=1e-5, rtol=0)
+    torch.testing.assert_close(peft_logits(base, tmp_path / "out"), want, atol=1e-5, rtol=0)
 
 
 def test_a_rank_beyond_vllms(tmp_path: Path) -> None:
-    _, adapter = made(tmp_path, "llama", r=520, target_modules=["q"])
+    _, adapter = write_pair(tmp_path, "llama", r=520, target_modules=["q"])
     with pytest.raises(AdapterError, match=r"vLLM supports at most 512; hint: --rank 520"):
         lorakit.convert(adapter, tmp_path / "out", "lora")
     report = lorakit.convert(adapter, tmp_path / "out", "lora", rank=520)
@@ -148,7 +135,7 @@ def test_to_loralib_and_back(
     family: str, keys: dict[str, Any], exact: bool, tmp_path: Path
 ) -> None:
     """The round trip is exact without options: the metadata has what names and shapes lack."""
-    base, adapter = made(tmp_path, family, **keys)
+    base, adapter = write_pair(tmp_path, family, **keys)
     notes: list[str] = []
     lorakit.convert(adapter, tmp_path / "lora.safetensors", "loralib", say=notes.append)
     lorakit.convert(tmp_path / "lora.safetensors", tmp_path / "out", "peft", say=notes.append)
@@ -160,11 +147,11 @@ def test_to_loralib_and_back(
     torch.testing.assert_close(
         logits(lorakit.load(base, tmp_path / "out")), want, atol=1e-6, rtol=0
     )
-    torch.testing.assert_close(in_peft(base, tmp_path / "out"), want, atol=1e-5, rtol=0)
+    torch.testing.assert_close(peft_logits(base, tmp_path / "out"), want, atol=1e-5, rtol=0)
 
 
 def test_a_directory_of_pefts_form_is_copied(tmp_path: Path) -> None:
-    _, adapter = made(tmp_path, "llama", method="adalora")
+    _, adapter = write_pair(tmp_path, "llama", method="adalora")
     (adapter / "optimizer.pt").write_bytes(b"not the adapter's")
     report = lorakit.convert(adapter, tmp_path / "out", "peft")
     assert "copied unchanged" in report.notes[0]
@@ -189,7 +176,7 @@ def test_a_directory_of_pefts_form_is_copied(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_has_no_such_form(keys: dict[str, Any], to: str, message: str, tmp_path: Path) -> None:
-    _, adapter = made(tmp_path, "gpt2", **keys)
+    _, adapter = write_pair(tmp_path, "gpt2", **keys)
     with pytest.raises(AdapterError, match=message):
         lorakit.convert(adapter, tmp_path / "out", to)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
@@ -214,7 +201,7 @@ def with_tensor(adapter: Path, change: Any) -> None:
     ],
 )  # fmt: skip
 def test_wrong_tensors(change: Any, message: str, tmp_path: Path) -> None:
-    _, adapter = made(tmp_path, "llama", r=4)
+    _, adapter = write_pair(tmp_path, "llama", r=4)
     with_tensor(adapter, change)
     with pytest.raises(AdapterError, match=message):
         lorakit.convert(adapter, tmp_path / "out", "lora")
@@ -222,7 +209,7 @@ def test_wrong_tensors(change: Any, message: str, tmp_path: Path) -> None:
 
 
 def test_a_rank_that_the_configuration_does_not_say(tmp_path: Path) -> None:
-    _, adapter = made(tmp_path, "llama", r=4)
+    _, adapter = write_pair(tmp_path, "llama", r=4)
     edit(adapter, r=6)
     with pytest.raises(AdapterError, match=r"has r = 4, and 6 in adapter_config\.json"):
         lorakit.convert(adapter, tmp_path / "out", "lora")
@@ -230,14 +217,14 @@ def test_a_rank_that_the_configuration_does_not_say(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("changes", [{"init_r": "x"}, {"init_r": 0}, {"lora_alpha": float("inf")}])
 def test_a_scaling_that_adalora_cannot_have(changes: dict[str, Any], tmp_path: Path) -> None:
-    _, adapter = made(tmp_path, "llama", method="adalora")
+    _, adapter = write_pair(tmp_path, "llama", method="adalora")
     edit(adapter, **changes)
     with pytest.raises(AdapterError, match=r"allowed: (an integer above 0|a finite number)"):
         lorakit.convert(adapter, tmp_path / "out", "lora")
 
 
 def test_a_scaling_beyond_float32(tmp_path: Path) -> None:
-    _, adapter = made(tmp_path, "llama", r=8)
+    _, adapter = write_pair(tmp_path, "llama", r=8)
     edit(adapter, alpha_pattern={"0.self_attn.q_proj": 1e300})
     for to in ("lora", "loralib"):
         with pytest.raises(AdapterError, match="lora_B exceeds the range of float32 when scaled"):
@@ -245,7 +232,7 @@ def test_a_scaling_beyond_float32(tmp_path: Path) -> None:
 
 
 def test_where_out_may_lie(tmp_path: Path) -> None:
-    base, adapter = made(tmp_path, "llama", r=4)
+    base, adapter = write_pair(tmp_path, "llama", r=4)
     for out in (adapter, adapter / "sub", tmp_path):
         with pytest.raises(AdapterError, match="must be outside of ADAPTER"):
             lorakit.convert(adapter, out, "lora", overwrite=True)

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lorakit
+from lorakit.adapters.peft.schema import CONFIG
 from lorakit.errors import AdapterError
-from tests.adapters.directories import fresh, logits, write_base
-from tests.adapters.test_convert import CONFIG, in_peft, made
+from tests.adapters.directories import fresh, logits, peft_logits, write_base, write_pair
 from tests.families import token_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 def test_loralib_layers_take_the_file(tmp_path: Path) -> None:
     """Build the layers from the r, lora_alpha and enable_lora in the metadata, then load."""
-    base, adapter = made(tmp_path, "gpt2", r=4, lora_alpha=12, target_modules=["q", "v"])
+    base, adapter = write_pair(tmp_path, "gpt2", r=4, lora_alpha=12, target_modules=["q", "v"])
     report = lorakit.convert(adapter, tmp_path / "out", "loralib")
     assert report.path == tmp_path / "out" / "lora.safetensors"
     assert (report.r, report.lora_alpha) == (4, 12)
@@ -89,14 +89,16 @@ def test_a_trained_loralib_model(bias: Any, tmp_path: Path) -> None:
     lorakit.convert(
         tmp_path / "l.pt", tmp_path / "out", "peft", base_model=str(base), **GPT2_OPTIONS
     )
-    torch.testing.assert_close(in_peft(base, tmp_path / "out"), logits(model), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        peft_logits(base, tmp_path / "out"), logits(model), atol=1e-5, rtol=0
+    )
     ours = lorakit.load(None, tmp_path / "out")
     torch.testing.assert_close(logits(ours), logits(model), atol=1e-5, rtol=0)
     assert json.loads((tmp_path / "out" / CONFIG).read_text()).get("bias", "none") == bias
     if bias == "none":
         lorakit.convert(tmp_path / "l.pt", tmp_path / "plain", "lora", **GPT2_OPTIONS)
         torch.testing.assert_close(
-            in_peft(base, tmp_path / "plain"), logits(model), atol=1e-5, rtol=0
+            peft_logits(base, tmp_path / "plain"), logits(model), atol=1e-5, rtol=0
         )
 
 
@@ -121,7 +123,9 @@ def test_a_trained_loralib_classifier(tmp_path: Path) -> None:
         "removed the prefix module. of all names (DistributedDataParallel)",
         "task_type = SEQ_CLS",
     ]
-    torch.testing.assert_close(in_peft(base, tmp_path / "out"), logits(model), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        peft_logits(base, tmp_path / "out"), logits(model), atol=1e-5, rtol=0
+    )
     ours = lorakit.load(base, tmp_path / "out")
     torch.testing.assert_close(logits(ours), logits(model), atol=1e-5, rtol=0)
 
@@ -134,7 +138,9 @@ def test_one_enabled_projection_is_named(tmp_path: Path) -> None:
     torch.save(lorakit.lora_state_dict(model), tmp_path / "l.bin")
     options = GPT2_OPTIONS | {"enable_lora": ["c_attn=0,0,1"]}
     lorakit.convert(tmp_path / "l.bin", tmp_path / "out", "peft", **options)
-    torch.testing.assert_close(in_peft(base, tmp_path / "out"), logits(model), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        peft_logits(base, tmp_path / "out"), logits(model), atol=1e-5, rtol=0
+    )
 
 
 def stored(**shapes: tuple[int, ...]) -> dict[str, Tensor]:

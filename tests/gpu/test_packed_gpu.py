@@ -10,7 +10,7 @@ from lorakit.data.collate import collate_causal, collate_documents, collate_pack
 from lorakit.models.causal import VARLEN, use_varlen
 from lorakit.training.engine.eager import CausalObjective
 from tests.families import tiny
-from tests.models.test_causal_packed import rows
+from tests.models.packed_rows import rows
 
 pytestmark = pytest.mark.gpu
 

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from lorakit.data.collate import collate_causal, collate_packed
-from lorakit.data.encode import EncodedRow
 from lorakit.errors import UserError
 from lorakit.models.causal import check_packable
 from lorakit.training.engine.eager import CausalObjective
 from tests.families import CAUSAL, tiny
+from tests.models.packed_rows import rows
 
-#: Families that take no positions, or make no mask of positions that restart.
+#: Families without position ids, or whose mask ignores that the positions restart.
 REFUSED = {"bloom", "opt"}
 PACKABLE = [family for family in CAUSAL if family not in REFUSED]
-
-
-def rows() -> list[EncodedRow]:
-    generator = np.random.default_rng(0)
-    lengths = (9, 1, 14, 5, 2, 20, 7)
-    return [
-        EncodedRow(generator.integers(5, 64, n).astype(np.int32), np.arange(n) >= n // 3)
-        for n in lengths
-    ]
 
 
 def loss_and_gradients(model: PreTrainedModel, packed: bool) -> tuple[float, list[torch.Tensor]]:
@@ -54,13 +44,13 @@ def test_losses_and_gradients_equal_those_of_single_rows(family: str, attention:
 
 
 @pytest.mark.parametrize("family", ["gemma2", "mistral"])
-def test_a_sliding_window_is_kept(family: str) -> None:
+def test_a_sliding_window_applies_within_rows(family: str) -> None:
     model = tiny(family, sliding_window=4)
     alone, _ = loss_and_gradients(model, packed=False)
     packed, _ = loss_and_gradients(model, packed=True)
     wide, _ = loss_and_gradients(tiny(family, sliding_window=64), packed=True)
     assert packed == pytest.approx(alone, rel=1e-6, abs=1e-4)
-    assert abs(packed - wide) > 1e-4, "the window shows"
+    assert abs(packed - wide) > 1e-4, "the window has an effect"
 
 
 @pytest.mark.parametrize("family", sorted(REFUSED))

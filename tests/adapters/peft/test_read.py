@@ -43,7 +43,7 @@ def edit(adapter: Path, **keys: Any) -> Path:
 
 
 def cached(cache: Path, adapter: Path, name: str) -> None:
-    """Return the adapter as a repository in the Hub cache."""
+    """Copy the adapter into the Hub cache, as the repository ``name``."""
     folder = cache / f"models--{name.replace('/', '--')}"
     shutil.copytree(adapter, folder / "snapshots" / ("0" * 40))
     (folder / "refs").mkdir()
