@@ -50,7 +50,7 @@ class CorruptFile(Exception):
 
 @dataclass
 class Shard:
-    """A range of rows as one file per array. ``dtypes`` has the arrays that are not empty."""
+    """A range of rows, with one file per array. ``dtypes`` lists the arrays that are not empty."""
 
     files: dict[str, BinaryIO]
     dtypes: dict[str, str] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class Shard:
         return cls({name: make() for name in _NAMES})
 
     def append(self, encoded: EncodedRows, id_dtype: str) -> None:
-        """Raises DataError if the disk is full."""
+        """Append tokenized rows. Raises DataError if the disk is full."""
         rows, labels = encoded.rows, encoded.labels
         self.counts.add(encoded.counts)
         if not rows:
@@ -111,7 +111,7 @@ def write_arrays(shards: Sequence[Shard], out: BinaryIO) -> None:
 
 
 def _dtypes(shards: Sequence[Shard]) -> dict[str, str]:
-    """The dtypes of all shards: a shard whose rows were all skipped has none."""
+    """Merge the dtypes of all shards. A shard whose rows were all skipped has none."""
     return {name: dtype for shard in shards for name, dtype in shard.dtypes.items()}
 
 
@@ -139,7 +139,8 @@ def _packed(header: Mapping[str, Any], crc: int) -> bytes:
 
 
 def read_arrays(file: BinaryIO) -> tuple[Arrays, Counts]:
-    """Return the arrays that ``write_arrays`` wrote, mapped, or views of a file in memory.
+    """Return the arrays that ``write_arrays`` wrote: memory-mapped, or as views of an in-memory
+    file.
 
     Raises CorruptFile if the checksum or the structure is wrong.
     """
@@ -147,7 +148,7 @@ def read_arrays(file: BinaryIO) -> tuple[Arrays, Counts]:
     if isinstance(file, io.BytesIO):
         raw = file.getbuffer()
     elif not os.fstat(file.fileno()).st_size:
-        raise CorruptFile("it is empty")
+        raise CorruptFile("empty file")
     else:
         raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
@@ -163,7 +164,7 @@ def read_arrays(file: BinaryIO) -> tuple[Arrays, Counts]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptFile(str(error)) from error
     if not intact:
-        raise CorruptFile("the checksum differs")
+        raise CorruptFile("wrong checksum")
     return arrays, counts
 
 
@@ -182,7 +183,7 @@ def _array(raw: Any, start: int, entry: Mapping[str, Any]) -> NDArray[Any]:
 
 
 def _crc(file: BinaryIO, start: int, crc: int) -> str:
-    """Reads the file rather than the mapping, all of which would then count as memory."""
+    """Read the file rather than the mapping, which would then count in full as resident memory."""
     file.seek(start)
     while chunk := file.read(_CHUNK):
         crc = zlib.crc32(chunk, crc)
@@ -194,8 +195,11 @@ def _crc(file: BinaryIO, start: int, crc: int) -> str:
 
 @dataclass
 class EncodedCache:
-    """The cache entries of one ``encoding_key``. ``say`` is told what was read and what could not
-    be written; without ``write`` entries are only read."""
+    """The cache entries of one ``encoding_key``.
+
+    ``say`` is called with a message about each entry that was read or could not be written. If
+    ``write`` is false, entries are only read.
+    """
 
     key: str
     say: Callable[[str], None]
@@ -212,7 +216,7 @@ class EncodedCache:
             with path.open("rb") as file:
                 arrays, counts = read_arrays(file)
             if counts.rows != len(split):
-                raise CorruptFile("it has another number of rows")
+                raise CorruptFile("wrong number of rows")
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, CorruptFile, KeyError) as error:
@@ -222,8 +226,7 @@ class EncodedCache:
         return arrays, counts
 
     def store(self, split: Split, shards: Sequence[Shard]) -> BinaryIO | None:
-        """Write an entry and open it. If it cannot be written, say so the first time and return
-        None."""
+        """Write an entry and open it. If it cannot be written, report that once and return None."""
         if not self.write:
             return None
         path = self.path(split)
@@ -243,10 +246,10 @@ class EncodedCache:
 
 
 def encoding_key(tokenizer: Any, config: Mapping[str, Any], extra: bytes = b"") -> str | None:
-    """A hash of what turns rows into tokens: the tokenizer with its chat template, the task's
-    ``config`` (including ``max_length``), the code, and ``extra`` (of a user's task).
+    """Hash everything that determines the tokens of a row: the tokenizer with its chat template,
+    the task's ``config`` (including ``max_length``), the code, and ``extra`` (from a user task).
 
-    None for a slow tokenizer, which cannot be serialized.
+    Returns None for a slow tokenizer, which cannot be serialized.
     """
     import tokenizers
     import transformers
@@ -272,7 +275,7 @@ def encoding_key(tokenizer: Any, config: Mapping[str, Any], extra: bytes = b"") 
 
 @cache
 def source_digest(*folders: Path) -> str:
-    """A hash of the Python modules in the folders, without comments and docstrings."""
+    """Hash the Python modules in the folders, ignoring comments and docstrings."""
     digest = hashlib.sha256()
     for folder in folders:
         for file in sorted(folder.rglob("*.py")):

@@ -18,7 +18,7 @@ AnyBatch = TypeVar("AnyBatch", bound="Batch")
 
 @dataclass(frozen=True)
 class Batch:
-    """The tensors of one micro-batch. ``input_ids`` (batch, length) is padded on the right."""
+    """The tensors of a micro-batch. ``input_ids`` (batch, length) is padded on the right."""
 
     input_ids: Tensor
 
@@ -66,8 +66,8 @@ class CausalBatch(Batch):
 
 @dataclass(frozen=True)
 class EncoderBatch(Batch):
-    """Sequences for an encoder with their ``labels`` (batch,). ``attention_mask`` is None where
-    nothing is padded, ``token_type_ids`` where the tokenizer has none."""
+    """Sequences for an encoder with their ``labels`` (batch,). ``attention_mask`` is None if
+    nothing is padded, ``token_type_ids`` if the tokenizer produces none."""
 
     labels: Tensor
     attention_mask: Tensor | None = None
@@ -84,7 +84,7 @@ class EncoderBatch(Batch):
 
 
 def collate_causal(rows: Sequence[EncodedRow], pad_id: int, multiple_of: int = 1) -> CausalBatch:
-    """One row per sequence."""
+    """Put each row in its own sequence."""
     input_ids = _pad([row.input_ids for row in rows], pad_id, multiple_of)
     length = input_ids.shape[1]
     indices = [_loss_indices(row) + i * length for i, row in enumerate(rows)]
@@ -98,8 +98,8 @@ def collate_causal(rows: Sequence[EncodedRow], pad_id: int, multiple_of: int = 1
 def collate_packed(
     bins: Sequence[Sequence[EncodedRow]], pad_id: int, multiple_of: int = 1
 ) -> CausalBatch:
-    """One bin per sequence, with ``position_ids`` that restart at 0 with each row and with the
-    padding."""
+    """Put each bin in its own sequence, with ``position_ids`` that restart at 0 for each row and
+    for the padding."""
     widths = [sum(len(row.input_ids) for row in rows) for rows in bins]
     width = _round_up(max(widths), multiple_of)
     sequences = [_pack(rows, pad_id, width) for rows in bins]
@@ -115,7 +115,7 @@ def collate_packed(
 def collate_documents(
     bins: Sequence[Sequence[EncodedRow]], pad_id: int, multiple_of: int = 1
 ) -> CausalBatch:
-    """All rows in a single sequence: a batch of 1 with ``position_ids`` and ``cu_seq_lens``, in
+    """Put all rows in a single sequence: a batch of 1 with ``position_ids`` and ``cu_seq_lens``, in
     which the padding counts as one more row."""
     rows = [row for rows in bins for row in rows]
     lengths = [len(row.input_ids) for row in rows]
@@ -133,7 +133,7 @@ def collate_documents(
 
 
 def collate_encoder(rows: Sequence[EncodedRow], pad_id: int, multiple_of: int = 1) -> EncoderBatch:
-    """One row per sequence."""
+    """Put each row in its own sequence."""
     ids = [row.input_ids for row in rows]
     mask = _pad([np.ones_like(i) for i in ids], 0, multiple_of)
     types = [row.token_type_ids for row in rows if row.token_type_ids is not None]

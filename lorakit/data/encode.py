@@ -1,6 +1,7 @@
-"""Encode a split: every row as token ids with a loss mask, three to five bytes per token.
+"""Encode every row of a split as token ids with a loss mask, at three to five bytes per token.
 
-Splits with many rows are mapped from a file. The notes tell the user what tokenizing left out.
+The tokens of splits with many rows are memory-mapped from a file. The notes tell the user what
+tokenization truncated, skipped or ignored.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ TokenIds = NDArray[np.int32] | NDArray[np.uint16]
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """``loss_mask`` marks the tokens that count in the loss; ``label`` is an encoder's."""
+    """``loss_mask`` marks the tokens that count in the loss; ``label`` is set for encoders only."""
 
     input_ids: TokenIds
     loss_mask: NDArray[np.bool_]
@@ -47,8 +48,8 @@ class EncodedRow:
 @dataclass(frozen=True)
 class EncodedSplit:
     """All rows of a split, concatenated: row i is tokens ``offsets[i]`` to ``offsets[i + 1]``. A
-    chat may become several rows; ``counts.rows`` counts the split's own. For an encoder each row
-    has a label."""
+    chat may become several rows; ``counts.rows`` counts the rows of the source. ``labels`` has one
+    label per row for an encoder."""
 
     input_ids: TokenIds
     loss_mask: NDArray[np.bool_]
@@ -78,8 +79,8 @@ class EncodedSplit:
         return counts - self.loss_mask[firsts]
 
     def endless_rows(self, stops: Set[int], cut_to: int | None = None) -> int:
-        """The number of rows whose last trained segment contains none of the ids ``stops``, which
-        end a generation. Rows that were cut in it, being ``cut_to`` tokens long, do not count."""
+        """Count the rows whose last trained segment contains none of the ids ``stops``, which end a
+        generation. Rows that were truncated within it, to ``cut_to`` tokens, are not counted."""
         lasts = self.offsets[1:] - 1
         stopping = np.isin(self.input_ids[lasts], list(stops)) & self.loss_mask[lasts]
         cut = np.zeros_like(stopping)
@@ -105,10 +106,10 @@ def encode_split(
     """Tokenize a split, or read its tokens from the cache.
 
     A prompt that is too long loses its beginning, so that the completion and its EOS are kept; a
-    completion that alone is too long loses its end and is counted. Raises DataError with file
-    and row for a row that the task refuses or that has no token to train on, and for a
-    ``max_length`` that an encoder's special tokens fill. ``skip_bad`` leaves out and counts such
-    rows unless all rows are bad.
+    completion that is too long by itself loses its end and is counted. Raises DataError with file
+    and row for a row that the task rejects or that has no token to train on, and for a
+    ``max_length`` that leaves no room beside an encoder's special tokens. ``skip_bad`` skips and
+    counts such rows unless all rows are bad.
     """
     if cache is None or len(split) < CACHED_ROWS:
         cache = None
@@ -124,7 +125,7 @@ def encode_split(
 
 
 def split_notes(encoded: EncodedSplit, split: Split, max_length: int) -> list[str]:
-    """The notes to the user on how ``split`` was tokenized."""
+    """Return notes for the user on how ``split`` was tokenized."""
     skipped = skipped_note(encoded.counts, split.name, split.locate)
     notes = encoding_notes(encoded.counts, split.name, len(encoded), max_length)
     return [*([skipped] if skipped else []), *notes]
@@ -140,12 +141,13 @@ def _check_not_all_bad(split: Split, shards: Sequence[Shard]) -> None:
 
 
 def check_token_ids(encoded: EncodedSplit, tokenizer: Any, embedding_rows: int) -> None:
-    """Raise DataError if a token or the padding has an id beyond the model's ``embedding_rows``."""
+    """Raise DataError unless the ids of all tokens and of the padding are below
+    ``embedding_rows``."""
     check_largest_id(int(encoded.input_ids.max()), tokenizer, embedding_rows)
 
 
 def check_largest_id(largest: int, tokenizer: Any, embedding_rows: int) -> None:
-    """``check_token_ids`` for rows whose largest id is ``largest``."""
+    """Like ``check_token_ids``, given the largest id."""
     largest = max(largest, tokenizer.pad_token_id or 0)
     if largest >= embedding_rows:
         raise DataError(
@@ -157,7 +159,7 @@ def check_largest_id(largest: int, tokenizer: Any, embedding_rows: int) -> None:
 def _read_back(
     split: Split, shards: Sequence[Shard], cache: EncodedCache | None
 ) -> tuple[Arrays, Counts]:
-    """Concatenate the shards, in a cache entry or else in a scratch file, and read that."""
+    """Concatenate the shards in a cache entry, or else in a scratch file, and read it back."""
     file = None if cache is None else cache.store(split, shards)
     if file is None:
         file = io.BytesIO() if len(split) < MANY_ROWS else scratch_file()
@@ -195,14 +197,14 @@ def _last_trained(row: EncodedRow) -> list[int]:
 
 
 def encoding_notes(counts: Counts, name: str, rows: int, max_length: int) -> list[str]:
-    """The notes on the split ``name`` with ``rows`` rows of tokens: what ``max_length`` cut, and
-    where a chat template or tokenizer changes training in ways that the data does not show."""
+    """Return notes on the split ``name`` with ``rows`` rows of tokens: what was truncated to
+    ``max_length``, and what the chat template or tokenizer changed."""
     cut = _truncation_note(counts, rows, name, max_length)
     return [*([cut] if cut else []), *chat_notes(counts, name)]
 
 
 def skipped_note(counts: Counts, name: str, locate: Callable[[int], str]) -> str | None:
-    """Which rows were skipped, the first ones by name; None if there were none."""
+    """Describe the skipped rows, naming the first ones; None if there are none."""
     if not counts.skipped_rows:
         return None
     named = "; ".join(f"{locate(index)}: {reason}" for index, reason in counts.skipped)
@@ -223,7 +225,7 @@ def _truncation_note(counts: Counts, rows: int, name: str, max_length: int) -> s
 
 
 def chat_notes(counts: Counts, name: str) -> list[str]:
-    """What the chat template changed in the chats of a split."""
+    """Describe what the chat template changed in the chats of a split."""
     found = counts.notes
     chats, turns = f"{found[chat.CHATS]:,} chats", f"{found[chat.TURNS]:,} trained turns"
     texts = {

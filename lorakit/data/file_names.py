@@ -9,13 +9,13 @@ from pathlib import Path
 from lorakit.errors import DataError, listed
 from lorakit.recipe.sections import SPLIT_ALIASES, SPLIT_NAMES
 
-#: The split names that a data file may begin with, longest first.
+#: The split names that a file name may begin with, longest first.
 _NAMES = sorted(
     [*SPLIT_NAMES, "test_matched", "test_mismatched"],
     key=len,
     reverse=True,
 )
-#: What follows the split's name in the name of a shard.
+#: The part of a shard's name after the name of its split.
 _NUMBERED = re.compile(
     r"[-_. ]?(part|shard|chunk)?[-_. ]?\d+([-_.]of[-_.]\d+)?([-_.][0-9a-f]{8,})?"
 )
@@ -45,19 +45,19 @@ _ACCOMPANYING = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 _SHARD = re.compile(r"(?P<before>.*?)(?P<index>\d+)(?P<of>[-_.]of[-_.])(?P<count>\d+)(?P<after>.*)")
-#: A larger number after ``-of-`` is not a number of shards.
+#: A larger number after ``-of-`` is not taken for a number of shards.
 _MOST_SHARDS = 100_000
 
 
 def is_file(path: Path) -> bool:
-    """Whether it is a file. Raises DataError for a dangling link, rather than ignore it."""
+    """Whether ``path`` is a file. Raises DataError for a dangling link instead of ignoring it."""
     if path.is_symlink() and not path.exists():
         raise DataError(f"task.path: {path}: dangling symbolic link")
     return path.is_file()
 
 
 def is_data(file: Path) -> bool:
-    """Whether the name is that of a data file, neither hidden nor about the data."""
+    """Whether the file has a supported format and is neither hidden nor about the data."""
     return not accompanies_data(file) and suffix_of(file) is not None
 
 
@@ -67,12 +67,12 @@ def accompanies_data(file: Path) -> bool:
 
 
 def suffix_of(file: Path) -> str | None:
-    """The longest of ``SUFFIXES`` that the name ends with."""
+    """The longest of ``SUFFIXES`` that the name ends with, if any."""
     return max((s for s in SUFFIXES if file.name.endswith(s)), key=len, default=None)
 
 
 def stem_of(file: Path) -> str:
-    """The name without its format."""
+    """The name without its suffix."""
     return file.name.removesuffix(suffix_of(file) or "")
 
 
@@ -82,7 +82,7 @@ def split_names(split: str) -> tuple[str, ...]:
 
 
 def named_after(stem: str) -> tuple[str, str] | None:
-    """The split's name at the beginning of a file name, and what follows it."""
+    """The split name that a file name begins with, and the rest; None if there is none."""
     folded = stem.replace("-", "_")
     for name in _NAMES:
         rest = stem[len(name) :]
@@ -92,7 +92,7 @@ def named_after(stem: str) -> tuple[str, str] | None:
 
 
 def is_number(rest: str) -> bool:
-    """Whether what follows a split's name is the number of a shard."""
+    """Whether ``rest``, from ``named_after``, is the number of a shard."""
     return _NUMBERED.fullmatch(rest) is not None
 
 

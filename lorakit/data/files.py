@@ -1,8 +1,8 @@
-"""Read a data file as rows, without guessing at what its text means.
+"""Read the rows of a data file without converting text.
 
 Each file is opened here, so a path is never a pattern or a URL, and no cache can be stale. Cells of
-csv and tsv files stay the text that they are: ``NA``, ``null`` and ``007``. Every row is checked,
-but none is kept as an object; large files stay on disk.
+csv and tsv files remain text: ``NA``, ``null`` and ``007``. Every row is validated, but none is
+kept as an object; large files stay on disk.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from lorakit.data.rows import (
 )
 from lorakit.errors import DataError
 
-#: Up to this many rows are copied, so that a large file need not stay open for them.
+#: Up to this many rows are copied, so that the file they come from can be closed.
 _FEW_ROWS = 1000
 _BATCH_ROWS = 1000
 _LFS_POINTER = b"version https://git-lfs"
-#: What reading and decompressing a file raises.
+#: Raised by reading and decompressing a file.
 _READ_ERRORS = (OSError, EOFError, zlib.error)
 
 
 class UnreadableFile(DataError):
-    """A file, rather than one of its rows, cannot be read or decompressed to its end."""
+    """A file as a whole, rather than one of its rows, cannot be read or decompressed."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,14 @@ def read_rows(
     budget: MemoryBudget | None = None,
     skip_bad: bool = False,
 ) -> FileRows:
-    """Read the rows of a file in one of ``SUFFIXES``, or its first ``limit`` rows, which are then
-    the only ones known to be valid. They are held in memory as far as ``budget`` allows. With
-    ``skip_bad`` an UnreadRow takes the place of a row that cannot be read, as long as the start of
-    the next row can be found.
+    """Read the rows of a file in one of the formats in ``SUFFIXES``.
 
-    Raises DataError, with the row if it is known, if the file does not have the format that its
-    name says, is empty, or has no readable row.
+    With ``limit``, only the first ``limit`` rows are read and validated. Rows are kept in memory if
+    ``budget`` allows, otherwise on disk. With ``skip_bad``, each row that cannot be read becomes an
+    UnreadRow, provided that the start of the next row can be found.
+
+    Raises DataError, with the row if it is known, if the file's contents do not match its suffix,
+    if it is empty, or if it has no readable row.
     """
     check_not_empty(file)
     budget = budget or MemoryBudget()
@@ -86,7 +87,7 @@ def check_not_empty(file: Path) -> None:
 
 
 def stream_rows(file: Path, skip_bad: bool = False) -> Iterator[Row]:
-    """Yield the rows one at a time. Raises DataError as ``read_rows`` does."""
+    """Yield the rows one at a time. Raises the same errors as ``read_rows``."""
     if _format(file) == ".parquet":
         yield from _stream_parquet(file)
     elif _format(file) in (".csv", ".tsv"):
@@ -163,8 +164,8 @@ def _read_delimited(
 
 
 def _delimited_rows(file: Path, skip_bad: bool) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Yield the cells of each row, and the row. In tsv a quote is a character like any other, as in
-    GLUE's files."""
+    """Yield the cells of each row, and the row. In tsv files, as in GLUE's, quotes have no special
+    meaning."""
     number = 0
     limit = csv.field_size_limit(sys.maxsize)
     try:
@@ -204,7 +205,7 @@ def _checked_header(file: Path, header: list[str]) -> list[str]:
     return header
 
 
-# Text of either kind
+# Text files
 
 
 def _open(file: Path) -> BinaryIO:
@@ -215,7 +216,8 @@ def _open(file: Path) -> BinaryIO:
 
 
 def _decompressed(file: Path, handle: BinaryIO) -> BinaryIO:
-    """The file's bytes, decompressed. Raises DataError if they are not UTF-8 text."""
+    """Decompress the file if it is gzipped. Raises DataError for a Git LFS pointer, UTF-16 and
+    UTF-32."""
     lines: Any = gzip.GzipFile(fileobj=handle) if file.suffix == ".gz" else handle
     head = lines.read(len(_LFS_POINTER))
     lines.seek(0)
@@ -234,7 +236,7 @@ def _as_text(file: Path, handle: BinaryIO) -> io.TextIOWrapper:
 
 
 def _read_parquet(file: Path, limit: int | None, budget: MemoryBudget) -> FileRows:
-    """The rows as a ``datasets.Dataset``, in memory or, if large, in a mapped file."""
+    """Read the rows as a ``datasets.Dataset``, in memory or, if large, in a mapped file."""
     import datasets
     import pyarrow.parquet
 
@@ -282,7 +284,7 @@ def _uncompressed_size(parquet: Any) -> int:
 
 
 def _mapped_table(batches: Iterator[Any], schema: Any) -> Any:
-    """A table in a mapped Arrow file, which is unlinked at once."""
+    """Write a table to an Arrow file and map it; the file is unlinked immediately."""
     import datasets
     import pyarrow
 

@@ -1,7 +1,8 @@
-"""Split JSON text into its objects, reading it in chunks and never holding it as a whole.
+"""Split JSON text into objects while reading it in chunks.
 
 Three forms are recognized by the file's content: one object per line, a single array of objects,
-and concatenated objects. All bytes are returned in pieces, each with the row that it begins with.
+and concatenated objects. Together the pieces contain all bytes of the file; each has the row that
+it begins with, if any.
 """
 
 from __future__ import annotations
@@ -18,27 +19,27 @@ from typing import Any, BinaryIO
 from lorakit.data.rows import UnreadRow
 from lorakit.errors import DataError, shown
 
-#: Bytes of the file, and the object at their beginning; None between rows.
+#: Bytes of the file, and the object that they begin with; None between rows.
 Piece = tuple[bytes, dict[str, Any] | None]
 
 #: The size of a read, in bytes.
 CHUNK = 1 << 20
 _HEAD = 1 << 12
-#: Characters of a row. A larger value is a whole file in a form that is not supported.
+#: In characters. A larger value is not a row but a file in an unsupported form.
 LARGEST_ROW = 256 << 20
 _SPACE = re.compile(r"[ \t\n\r]*")
-#: A literal or an escape that is cut off by the end of a chunk is shorter than this.
+#: A literal or an escape cut off by the end of a chunk is no longer than this.
 _LONGEST_LITERAL = 16
 _DECODER = json.JSONDecoder()
 _FORMS = "allowed: an array of objects, [{...}, ...], or one object per line"
 
 
 def pieces(file: Path, handle: BinaryIO, by_line: bool, skip_bad: bool = False) -> Iterator[Piece]:
-    """Yield the text in pieces. An array is recognized by its first character; ``by_line`` says
-    whether other files have one object per line.
+    """Yield the text in pieces. An array is recognized by its first character; any other file has
+    one object per line if ``by_line``, else concatenated objects.
 
-    Raises DataError with the row, counted from 1. With ``skip_bad`` an UnreadRow takes the place of
-    a row as long as the start of the next one can be found.
+    Raises DataError with the row, counted from 1. With ``skip_bad``, each bad row becomes an
+    UnreadRow, provided that the start of the next row can be found.
     """
     is_array = _first_character(handle) == "["
     if by_line and not is_array:
@@ -51,7 +52,7 @@ def pieces(file: Path, handle: BinaryIO, by_line: bool, skip_bad: bool = False) 
 
 @contextmanager
 def unrecoverable(skip_bad: bool) -> Iterator[None]:
-    """Explain, if bad rows are to be skipped, that the rest of the file is lost after an error."""
+    """Explain in errors, if bad rows are to be skipped, why this one cannot be skipped."""
     try:
         yield
     except DataError as error:
@@ -63,7 +64,7 @@ def unrecoverable(skip_bad: bool) -> Iterator[None]:
 
 
 def _first_character(handle: BinaryIO) -> str:
-    """The first character that is not white space, empty if there is none. Rewinds the handle."""
+    """The first character that is not white space, or an empty string. Rewinds the handle."""
     found = b""
     while not found and (chunk := handle.read(_HEAD)):
         found = chunk.removeprefix(codecs.BOM_UTF8).lstrip()
@@ -95,11 +96,11 @@ def _line_row(line: bytes) -> dict[str, Any]:
 def _array(file: Path, text: _Text, skip_bad: bool) -> Iterator[Piece]:
     """The elements of a single array."""
     yield (text.space(bom=True) + text.take(1) + text.space()).encode(), None
-    if text.ahead() == "]":
+    if text.peek() == "]":
         yield (text.take(1) + text.space()).encode(), None
     else:
         yield from _elements(file, text, skip_bad)
-    if text.ahead():
+    if text.peek():
         raise DataError(f"{file}: text after the end of the array; {_FORMS}")
 
 
@@ -110,7 +111,7 @@ def _elements(file: Path, text: _Text, skip_bad: bool) -> Iterator[Piece]:
         where = f"{file}, row {number}"
         value, raw = text.value(where)
         raw += text.space()
-        separator = text.ahead()
+        separator = text.peek()
         if separator not in (",", "]"):
             found = repr(separator) if separator else "the end of the file"
             raise DataError(f"{where}: not JSON: {found} after the value; allowed: ',' or ']'")
@@ -119,11 +120,11 @@ def _elements(file: Path, text: _Text, skip_bad: bool) -> Iterator[Piece]:
 
 
 def _objects(file: Path, text: _Text, skip_bad: bool) -> Iterator[Piece]:
-    """Concatenated objects, on separate lines or not. A single object that contains the rows as a
-    list is an error."""
+    """Concatenated objects, on separate lines or not. A single object that wraps the rows in a list
+    is an error."""
     yield text.space(bom=True).encode(), None
     number, first = 0, None
-    while text.ahead():
+    while text.peek():
         number += 1
         where = f"{file}, row {number}"
         value, raw = text.value(where)
@@ -142,13 +143,13 @@ def _objects(file: Path, text: _Text, skip_bad: bool) -> Iterator[Piece]:
 
 
 class _Text:
-    """A file's text, of which only the value that is being read is held in memory."""
+    """A file's text, buffered up to the end of the value that is being read."""
 
     def __init__(self, file: Path, handle: BinaryIO) -> None:
         self._handle = handle
         self._decode = codecs.getincrementaldecoder("utf-8")().decode
-        self._held = ""
-        self._at = 0
+        self._buffer = ""
+        self._position = 0
         self._ended = False
         self._where = str(file)
         self._broken: UnicodeDecodeError | None = None
@@ -159,13 +160,13 @@ class _Text:
         self._where = where
         while True:
             try:
-                value, end = _DECODER.raw_decode(self._held, self._at)
+                value, end = _DECODER.raw_decode(self._buffer, self._position)
             except RecursionError as error:
                 raise DataError(f"{where}: not JSON: {error}") from error
             except json.JSONDecodeError as error:
                 # Positions are counted from the beginning of the value.
-                reason = f"{error.msg} at character {error.pos - self._at + 1} of the row"
-                if len(self._held) > LARGEST_ROW:
+                reason = f"{error.msg} at character {error.pos - self._position + 1} of the row"
+                if len(self._buffer) > LARGEST_ROW:
                     reason = f"no end within {LARGEST_ROW >> 20} MiB; {_FORMS}"
                 elif self._may_be_cut_off(error) and self._read_more():
                     continue
@@ -173,42 +174,41 @@ class _Text:
             return value, self._taken(end)
 
     def space(self, bom: bool = False) -> str:
-        """Take white space up to the next character, and with ``bom`` a byte order mark before
-        it."""
-        found = self.take(1) if bom and self.ahead() == "\ufeff" else ""
+        """Consume white space, and with ``bom`` a byte order mark before it."""
+        found = self.take(1) if bom and self.peek() == "\ufeff" else ""
         while True:
-            match = _SPACE.match(self._held, self._at)
+            match = _SPACE.match(self._buffer, self._position)
             assert match is not None, "the pattern also matches the empty string"
             found += self._taken(match.end())
-            if self._at < len(self._held) or not self._read_more():
+            if self._position < len(self._buffer) or not self._read_more():
                 return found
 
-    def ahead(self) -> str:
+    def peek(self) -> str:
         """The next character, or an empty string at the end of the file."""
-        if self._at == len(self._held) and not self._read_more():
+        if self._position == len(self._buffer) and not self._read_more():
             return ""
-        return self._held[self._at]
+        return self._buffer[self._position]
 
     def take(self, count: int) -> str:
-        return self._taken(self._at + count)
+        return self._taken(self._position + count)
 
     def _taken(self, end: int) -> str:
-        begin, self._at = self._at, end
-        return self._held[begin:end]
+        begin, self._position = self._position, end
+        return self._buffer[begin:end]
 
     def _may_be_cut_off(self, error: json.JSONDecodeError) -> bool:
-        """Whether the error may only mean that the value goes on beyond what has been read."""
+        """Whether the value may simply continue beyond what has been read."""
         if error.msg.startswith("Unterminated string"):
             return True
-        left = self._held[error.pos : error.pos + CHUNK]
+        left = self._buffer[error.pos : error.pos + CHUNK]
         return len(left) <= _LONGEST_LITERAL or not left.strip()
 
     def _read_more(self) -> bool:
         """Read another chunk, larger for long values, so that they are not reparsed too often."""
-        self._held, self._at = self._held[self._at :], 0
+        self._buffer, self._position = self._buffer[self._position :], 0
         more = ""
         while not more and not self._ended and self._broken is None:
-            chunk = self._handle.read(max(CHUNK, len(self._held)))
+            chunk = self._handle.read(max(CHUNK, len(self._buffer)))
             self._ended = not chunk
             try:
                 more = self._decode(chunk, self._ended)
@@ -216,7 +216,7 @@ class _Text:
                 more, self._broken = error.object[: error.start].decode(), error
         if not more and self._broken is not None:
             raise DataError(f"{self._where}: not UTF-8: {self._broken}") from self._broken
-        self._held += more
+        self._buffer += more
         return bool(more)
 
 
@@ -283,7 +283,7 @@ def _has_lone_surrogate(value: dict[str, Any]) -> bool:
 
 
 def _refuse_wrapped(file: Path, row: dict[str, Any] | None) -> None:
-    """Raise DataError if the file's only object contains a list of rows, or whole columns."""
+    """Raise DataError if the file's only object wraps a list of rows or a list per column."""
     values = row or {}
     objects = {key: value for key, value in values.items() if _is_list_of_objects(value)}
     if any("role" in item or "from" in item for items in objects.values() for item in items):
@@ -293,7 +293,7 @@ def _refuse_wrapped(file: Path, row: dict[str, Any] | None) -> None:
         raise DataError(f"{file}: a single object with the rows in {key!r}; {_FORMS}")
     lengths = {len(v) if isinstance(v, list | dict) else 0 for v in values.values()}
     if len(values) > 1 and len(lengths) == 1 and lengths != {0}:
-        raise DataError(f"{file}: a single object with whole columns; {_FORMS}")
+        raise DataError(f"{file}: a single object with a list per column; {_FORMS}")
 
 
 def _is_list_of_objects(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """Find the files of a split in ``task.path``.
 
-A path is a directory whose files are named by split; or a file, a glob or a list of these, which is
-the train split; or a mapping of splits to files. A path that exists is used literally, whatever
+A path is a directory whose files are named after splits; a file, a glob or a list of these, which
+is the train split; or a mapping of splits to files. A path that exists is used literally, whatever
 characters it contains; only one that does not exist is treated as a glob.
 """
 
@@ -39,7 +39,7 @@ PathOption = str | list[str] | dict[str, str | list[str]] | None
 
 @dataclass(frozen=True)
 class SplitFiles:
-    """The files of a split, in order; ``notes`` tell the user what was chosen and ignored."""
+    """The files of a split, in order; ``notes`` tell the user which were chosen and ignored."""
 
     files: list[Path]
     notes: tuple[str, ...] = ()
@@ -69,7 +69,7 @@ def find_files(path: PathOption, split: str) -> SplitFiles:
 
 
 def no_split(path: PathOption, split: str) -> DataError:
-    """The error for a path that lacks this split; it says what the path has instead."""
+    """Return the error for a path without this split, which lists what the path has instead."""
     if isinstance(path, dict):
         return DataError(f"task.path: no split {split!r}; allowed: {', '.join(path)}")
     if not (isinstance(path, str) and Path(path).is_dir()):
@@ -77,7 +77,7 @@ def no_split(path: PathOption, split: str) -> DataError:
             f"task.path: {_shown(path)}: no split {split!r}; allowed: train, or a mapping: "
             f"task.path: {{{split}: FILE}}"
         )
-    there = [name for name in SPLIT_ALIASES if _seen(path, name)]
+    there = [name for name in SPLIT_ALIASES if _has_split(path, name)]
     allowed = f"; allowed: {', '.join(there)}" if there else ""
     inside = sorted(
         f"{entry.name}/" if entry.is_dir() else entry.name
@@ -110,7 +110,7 @@ def data_files(path: PathOption) -> list[Path]:
     return list(found)
 
 
-def _seen(path: PathOption, split: str) -> bool:
+def _has_split(path: PathOption, split: str) -> bool:
     try:
         return bool(split_files(path, split))
     except DataError:
@@ -153,8 +153,8 @@ def _location(file: Path) -> str:
 
 
 def _left_out(files: list[Path]) -> list[Path]:
-    """The missing shards of the sets that listed files belong to. No error: a list may be a subset
-    on purpose."""
+    """The missing shards of the sets that listed files belong to, which is not an error: the list
+    may be a subset on purpose."""
     try:
         return missing_shards(files)
     except DataError:
@@ -174,7 +174,7 @@ def _existing(entry: str) -> Path:
 
 
 def _matching(pattern: str) -> list[Path]:
-    """The data files that match, without files about the data (README, checksums)."""
+    """The data files that match, except files about the data (README, checksums)."""
     names = glob.iglob(pattern, recursive=True)  # noqa: PTH207 (Path's takes no absolute pattern)
     matches = in_order(filter(is_file, map(Path, names)))
     files = [file for file in matches if not accompanies_data(file)]
@@ -204,7 +204,7 @@ def _mapped(path: dict[str, str | list[str]], split: str) -> SplitFiles:
 
 
 def _shared_with(path: dict[str, str | list[str]], key: str, files: list[Path]) -> Iterator[str]:
-    """A note for each other split that shares files with the train split."""
+    """Yield a note for each other split that shares files with the train split."""
     locations = {_location(file) for file in files}
     for other in path if key == "train" else ():
         try:
@@ -219,7 +219,7 @@ def _shared_with(path: dict[str, str | list[str]], key: str, files: list[Path]) 
 
 
 def in_directory(folder: Path, split: str) -> SplitFiles:
-    """The split's files: in the directory, in its subdirectory ``data``, or in a directory of
+    """The split's files: in the directory, in its subdirectory ``data``, or in a subdirectory of
     either that is named after the split."""
     places: list[SplitFiles] = []
     for place in (folder, folder / "data"):
@@ -230,7 +230,7 @@ def in_directory(folder: Path, split: str) -> SplitFiles:
     found = [place for place in places if place.files]
     if len(found) > 1:
         names = " and ".join(str(place.files[0].relative_to(folder)) for place in found)
-        raise _both(folder, names, split)
+        raise _ambiguous(folder, names, split)
     return found[0] if found else SplitFiles([])
 
 
@@ -245,9 +245,9 @@ def _by_name(folder: Path, split: str) -> SplitFiles:
     shards = [file for file in files if is_number(named[file][1])]
     for first, second in pairwise(files):
         if named[first][0] != named[second][0]:
-            raise _both(folder, f"{first.name} and {second.name}", split)
+            raise _ambiguous(folder, f"{first.name} and {second.name}", split)
     if len(exact) > 1 or (exact and shards):
-        raise _both(folder, f"{exact[0].name} and {[*exact[1:], *shards][0].name}", split)
+        raise _ambiguous(folder, f"{exact[0].name} and {[*exact[1:], *shards][0].name}", split)
     chosen = exact or shards or files
     chosen_files = SplitFiles(exact)
     if not exact:
@@ -259,7 +259,7 @@ def _by_name(folder: Path, split: str) -> SplitFiles:
 
 
 def _all_files(folder: Path) -> SplitFiles:
-    """Every file, at any depth, of a directory that is named after a split."""
+    """All files, at any depth, in a directory that is named after a split."""
     pattern = f"{glob.escape(str(folder))}/**/*"
     names = glob.iglob(pattern, recursive=True)  # noqa: PTH207 (it follows links, Path's does not)
     files = in_order(
@@ -278,7 +278,7 @@ def _checked(folder: Path, files: list[Path], what: str) -> SplitFiles:
     return SplitFiles(files, (note,) if files else ())
 
 
-def _both(folder: Path, names: str, split: str) -> DataError:
+def _ambiguous(folder: Path, names: str, split: str) -> DataError:
     return DataError(
         f"{folder}: {names} both name split {split_names(split)[0]!r}; hint: keep one of them, "
         "or map splits to files in task.path"

@@ -1,7 +1,7 @@
-"""Plan which rows make a step, packed into bins or not.
+"""Decide which rows make up each step, with or without packing.
 
-The order is a function of the seed and the epoch alone, so a resumed run continues where it
-stopped. Batches consist of units: a unit is a row, or a bin of rows that are packed together.
+The order depends only on the seed and the epoch, so a resumed run continues where it stopped.
+Batches consist of units: a unit is a row, or a bin of rows that are packed together.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Numbers = NDArray[np.int64]
 class Packing:
     """Packs the rows of a split into bins of at most ``capacity`` tokens.
 
-    Bins are filled by first-fit decreasing: the longest remaining row that fits, again and again.
-    Before that would leave a gap, a bin is closed with the two rows that fill it best, which raises
-    ``fill``, the share of tokens that is not padding (on WikiSQL with 512 tokens from 97.5% to
-    98.9%). Which lengths share a bin depends on the lengths alone, so every epoch has the same
-    number of bins; which rows of those lengths they are is random in each epoch.
+    Bins are filled by first-fit decreasing: the longest remaining row that fits is added until none
+    fits. When the bin's last rows would leave a gap, the two rows that fill it best are added
+    instead, which raises ``fill``, the fraction of tokens that are not padding (on WikiSQL with 512
+    tokens from 97.5% to 98.9%). Which lengths share a bin depends only on the lengths, so every
+    epoch has the same number of bins; among rows of equal length the choice is random per epoch.
     """
 
     def __init__(self, lengths: Numbers, capacity: int, seed: int) -> None:
@@ -61,7 +61,7 @@ class Bins:
 
 
 def first_fit_decreasing(lengths: Numbers, capacity: int) -> Numbers:
-    """Return the bin of each row, with rows in order of decreasing length. No row may be longer
+    """Return the bin of each row, for rows in order of decreasing length. No row may be longer
     than ``capacity``."""
     counts = np.bincount(lengths, minlength=capacity + 1)
     assert len(counts) == capacity + 1, "rows are truncated to the capacity"
@@ -80,8 +80,8 @@ def first_fit_decreasing(lengths: Numbers, capacity: int) -> Numbers:
 
 
 def _next_size(counts: Numbers, room: int) -> int:
-    """The length of the next row for a bin with ``room`` left; 0 if none fits. ``counts`` are the
-    remaining rows by length."""
+    """The length of the next row for a bin with ``room`` tokens left; 0 if none fits. ``counts``
+    are the numbers of remaining rows by length."""
     there = np.flatnonzero(counts[: room + 1])
     if not len(there):
         return 0
@@ -98,17 +98,17 @@ def _next_size(counts: Numbers, room: int) -> int:
     return int(max(firsts[best], seconds[best]))
 
 
-#: Rows are sorted by length within this many steps' worth of rows, to keep the order random.
+#: Rows are sorted by length only within windows of this many steps, to keep the order random.
 _STEPS_PER_WINDOW = 50
 
 Units = NDArray[np.int64]
-#: Rows that are concatenated in one sequence; a single row if rows are not packed.
+#: Rows that are concatenated into one sequence; a single row if rows are not packed.
 Bin = list[EncodedRow]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step. ``tokens`` counts without padding."""
+    """One optimizer step. ``tokens`` excludes padding."""
 
     micro_batches: list[list[Bin]]
 
@@ -129,7 +129,8 @@ class Step:
 
 
 class StepSource(Protocol):
-    """``steps_per_epoch`` is None for a stream, whose length is unknown."""
+    """Provides the steps of a run. ``steps_per_epoch`` is None for a stream, whose length is
+    unknown."""
 
     @property
     def steps_per_epoch(self) -> int | None: ...
@@ -139,7 +140,7 @@ class StepSource(Protocol):
 
 
 class Plan(Protocol):
-    """Groups units into batches, and batches into steps. All epochs have the same number of
+    """Groups units into micro-batches, and these into steps. All epochs have the same number of
     steps."""
 
     @property
@@ -200,7 +201,7 @@ class TokenPlan:
 
     Rows are sorted by length, with equal lengths in random order, so every epoch has batches of the
     same sizes; only their rows and their order change. Lengths are padded to ``multiple_of``. No
-    row may be longer than the budget.
+    row may be longer than ``max_tokens_per_batch``.
     """
 
     lengths: NDArray[np.int64]
@@ -240,7 +241,7 @@ class TokenPlan:
 
 
 class IndexedSteps:
-    """Steps of rows that are accessible by index. With ``packing`` the plan's units are its
+    """Steps over rows that are accessible by index. With ``packing``, the plan's units are its
     bins."""
 
     def __init__(self, rows: EncodedSplit, plan: Plan, packing: Packing | None = None) -> None:
@@ -268,8 +269,8 @@ class IndexedSteps:
         ]
 
     def _epoch(self, epoch: int) -> tuple[list[list[Units]], Bins | None]:
-        """The steps and bins of an epoch, of which the last one asked for is kept."""
-        planned = self._planned  # read and replaced as one: a thread may prefetch the next step
+        """The steps and bins of an epoch; those of the most recent epoch are cached."""
+        planned = self._planned  # read and replaced atomically: a thread may prefetch the next step
         if planned is None or planned[0] != epoch:
             bins = self._packing.epoch(epoch) if self._packing else None
             planned = self._planned = (epoch, self._plan.epoch(epoch), bins)
@@ -286,5 +287,5 @@ def pack_rows(rows: list[EncodedRow], capacity: int) -> list[Bin]:
 
 
 def _move_to_front(order: Units, index: int) -> None:
-    """Put the longest first, so that running out of memory shows at once."""
+    """Put the longest first, so that a run that needs too much memory fails immediately."""
     order[[0, index]] = order[[index, 0]]

@@ -1,4 +1,4 @@
-"""Rows of data files, parsed when they are asked for rather than held in memory as objects.
+"""Rows of data files, parsed on access rather than kept in memory as objects.
 
 The bytes of a split's rows stay in memory up to a limit, then go to unnamed scratch files in the
 cache directory, whose contents can always be recomputed.
@@ -28,7 +28,7 @@ Row = Mapping[str, Any]
 #: A list, a ``datasets.Dataset``, or one of the classes here.
 RowSequence = Sequence[Row]
 
-#: How much of a split's rows is held in memory; the rest goes to files.
+#: How much of a split's rows is kept in memory; the rest goes to files.
 IN_MEMORY_BYTES = 64 << 20
 _OTHER_OPEN_FILES = 512
 _DECODER = json.JSONDecoder()
@@ -56,7 +56,7 @@ def scratch_dir() -> Path | None:
 
 
 def scratch_file() -> BinaryIO:
-    """An unnamed file, which disappears with the process however that ends."""
+    """An unnamed file, which the system deletes when the process ends, even if it is killed."""
     return tempfile.TemporaryFile(dir=scratch_dir())
 
 
@@ -73,8 +73,8 @@ def disk_errors(what: str) -> Iterator[None]:
 
 
 def allow_open_files(count: int) -> None:
-    """Raise the soft limit on open files, as far as the system allows: each file of a split that is
-    not held in memory stays open."""
+    """Raise the soft limit on open files as far as the system allows, since each file of a split
+    that is not kept in memory stays open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + _OTHER_OPEN_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -87,7 +87,7 @@ def allow_open_files(count: int) -> None:
 
 
 class MemoryBudget:
-    """The memory left for the files of one split, which share ``IN_MEMORY_BYTES``."""
+    """The rest of the ``IN_MEMORY_BYTES`` that the files of a split share."""
 
     def __init__(self) -> None:
         self.left = IN_MEMORY_BYTES
@@ -100,7 +100,7 @@ class MemoryBudget:
 
 
 class ByteStore(Protocol):
-    """Bytes that can be read at any offset, also by several forked processes at once."""
+    """Bytes that can be read at any offset, even by several forked processes at once."""
 
     def read(self, start: int, stop: int) -> bytes: ...
 
@@ -116,8 +116,9 @@ class MemoryStore:
 
 
 class FileStore:
-    """The bytes of an open file. It is not mapped: a mapping would count as memory, and a file that
-    is truncated would crash the process. Raises DataError if it changes after it was opened."""
+    """The bytes of an open file. It is not memory-mapped: the mapping would count as resident
+    memory, and truncating the file would crash the process. Raises DataError if the file changes
+    after it was opened."""
 
     def __init__(self, handle: BinaryIO, name: str) -> None:
         self._handle = handle
@@ -164,7 +165,7 @@ class Spool:
 
 
 class UnreadRow(dict[str, Any]):
-    """Takes the place of a row that could not be read; every column is None."""
+    """Represents a row that could not be read; every column is None."""
 
     def __init__(self, reason: str, columns: Sequence[str] = ()) -> None:
         super().__init__(dict.fromkeys(columns))
@@ -172,7 +173,7 @@ class UnreadRow(dict[str, Any]):
 
 
 class _LazyRows(Sequence[Row]):
-    """``column_names``, and rows that are built on access."""
+    """Rows that are built on access."""
 
     column_names: list[str]
 
@@ -200,7 +201,7 @@ class _LazyRows(Sequence[Row]):
 
 
 class JsonRows(_LazyRows):
-    """JSON objects, parsed on access and filled up to ``column_names``.
+    """JSON objects, parsed on access; columns of ``column_names`` that an object lacks are None.
 
     ``starts`` are the offsets at which the objects begin, perhaps after white space, followed by
     the end of the text; anything between two objects is ignored. The objects are known to be valid
@@ -264,14 +265,15 @@ class RowIndex:
         raise DataError(f"{file}: every row is an empty object, {{}}: there are no columns")
 
     def finish(self, store: ByteStore) -> tuple[JsonRows, str]:
-        """The rows, whose bytes are in ``store``, and the digest."""
+        """Return the rows, whose bytes are in ``store``, and the digest."""
         self.starts.append(self._end)
         rows = JsonRows(store, self.starts, list(self.names), self._unread)
         return rows, self._digest.hexdigest()
 
 
 class JoinedRows(_LazyRows):
-    """The rows of several files, concatenated and filled up to ``column_names``."""
+    """The rows of several files, concatenated; columns of ``column_names`` that a row lacks are
+    None."""
 
     def __init__(self, parts: Sequence[RowSequence], column_names: list[str]) -> None:
         self._parts = parts

@@ -34,7 +34,7 @@ OnRows = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Job:
-    """What is needed to tokenize a split."""
+    """A split to tokenize, and how."""
 
     split: Split
     to_example: Callable[[Row], Example]
@@ -43,8 +43,8 @@ class Job:
     skip_bad: bool = False
 
     def encode(self, shard: Shard, start: int, stop: int, on_rows: OnRows) -> None:
-        """Tokenize rows ``start`` to ``stop`` into ``shard``; ``on_rows`` is called with the number
-        of rows in each batch done.
+        """Tokenize rows ``start`` to ``stop`` into ``shard``; ``on_rows`` is called after each
+        batch with its number of rows.
 
         Raises DataError with file and row for a row that cannot be trained on.
         """
@@ -95,8 +95,8 @@ def encode_shards(job: Job, on_progress: OnRows) -> list[Shard]:
 
 
 def process_count(rows: int) -> int:
-    """The number of processes for ``rows``. It is 1 except on Linux: elsewhere forking is not safe,
-    and the tokenizer's own threads have to do."""
+    """The number of processes for ``rows``. It is 1 except on Linux: elsewhere forking is unsafe,
+    and only the tokenizer's threads run in parallel."""
     if rows < MANY_ROWS or sys.platform != "linux" or multiprocessing.current_process().daemon:
         return 1
     cores = len(os.sched_getaffinity(0))
@@ -135,7 +135,7 @@ class _Worker:
 
 @contextmanager
 def _workers(job: Job, shards: list[Shard]) -> Iterator[list[_Worker]]:
-    """Fork one process per shard; all of them have ended when the block is left."""
+    """Fork one process per shard; none of them outlives the block."""
     context = multiprocessing.get_context("fork")
     workers: list[_Worker] = []
     before = os.environ.get("TOKENIZERS_PARALLELISM")
@@ -163,7 +163,7 @@ def _workers(job: Job, shards: list[Shard]) -> Iterator[list[_Worker]]:
 
 
 def _collect(workers: list[_Worker], count: OnRows) -> None:
-    """Wait until all workers are done, or one has failed and none before it can still fail."""
+    """Wait until all workers are done, or until one has failed and all before it have finished."""
     while running := [worker for worker in workers if not worker.ended]:
         ready = wait([worker.messages for worker in running])
         for worker in running:
@@ -180,7 +180,7 @@ def _work(
     job: Job, shard: Shard, start: int, stop: int, out: Connection, inherited: list[Connection]
 ) -> None:
     gc.freeze()  # otherwise garbage collection would copy the parent's memory, page by page
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its children
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent terminates its children
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for connection in inherited:  # so that writing fails once the parent is gone
         connection.close()

@@ -20,7 +20,7 @@ from lorakit.data.rows import (
 )
 from lorakit.errors import DataError, listed
 
-#: A task's own reader of a file, or None for files in one of the common formats.
+#: Reads a file in a task-specific format; returns None for a file in one of the common formats.
 FileReader = Callable[[Path], RowSequence | None]
 #: Name and configuration of a data set on the Hub.
 HubName = tuple[str, str | None]
@@ -33,8 +33,8 @@ class Split:
     ``rows`` is a ``datasets.Dataset`` or a sequence of mappings. ``files`` are the files it was
     read from, in order, with their row counts (empty for the Hub). ``fingerprint`` is a hash of the
     contents. ``incomplete`` maps each file that lacks a column to the columns that it has; in its
-    rows the others are None. ``notes`` tell the user which files were chosen and what was found in
-    them. ``is_head`` is true for the first rows of a stream, which may have more.
+    rows the others are None. ``notes`` tell the user which files were chosen and what they lack.
+    ``is_head`` is true for the first rows of a stream, which may have more.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Split:
 
     @property
     def source_read(self) -> str:
-        """``source``, or the part of a stream whose columns are known."""
+        """``source``; for a stream, with the number of rows that were read to find its columns."""
         return f"{self.source}, the first {len(self):,} rows" if self.is_head else self.source
 
     def locate(self, index: int) -> str:
@@ -73,7 +73,7 @@ class Split:
         return [row.get(name) for row in self.rows]
 
     def require(self, columns: Sequence[str]) -> None:
-        """Raise DataError if a column is missing, from all files or from one."""
+        """Raise DataError if any file lacks one of ``columns``."""
         _require(columns, self.source_read, self.columns)
         for file, found in self.incomplete.items():
             _require(columns, f"{file}, row 1", found)
@@ -96,8 +96,8 @@ def load_split(
     limit: int | None = None,
     skip_bad: bool = False,
 ) -> Split | None:
-    """Load a split, or return None if the source has no such split. With ``skip_bad`` an UnreadRow
-    takes the place of each row of text that cannot be read.
+    """Load a split, or return None if the source has no such split. With ``skip_bad``, each row of
+    a text file that cannot be read becomes an UnreadRow.
 
     Raises DataError if ``path`` does not exist, a file cannot be read, the split is empty, or
     neither ``path`` nor ``hub`` is given.
@@ -152,8 +152,8 @@ def joined_split(
     fingerprint: str,
     is_head: bool = False,
 ) -> Split:
-    """Concatenate the rows of all files, with the columns that any of them has; the split is empty
-    if no file has rows. ``is_head`` says that they are only the first rows of each file. Raises
+    """Concatenate the rows of all files, with the union of their columns; the split is empty if no
+    file has rows. ``is_head`` says that these are only the first rows of each file. Raises
     DataError for columns whose types are incompatible."""
     filled = {file: part.rows for file, part in parts if len(part.rows)}
     names = {file: tuple(column_names(rows)) for file, rows in filled.items()}
@@ -201,11 +201,11 @@ def _concatenate(parts: Mapping[Path, RowSequence], columns: list[str]) -> RowSe
 
 
 def _concatenate_tables(parts: Mapping[Path, Any]) -> RowSequence | None:
-    """Concatenate tables into a single ``datasets.Dataset`` with the columns that any of them has.
+    """Concatenate tables into a single ``datasets.Dataset`` with the union of their columns.
 
-    Returns None if their types differ in ways that do not show in a row (the width of a number, the
-    order of a struct's fields). Raises DataError for a column that has another kind of type, or
-    other class names, in two files.
+    Returns None if their types differ in ways that do not affect rows (the width of a number, the
+    order of a struct's fields). Raises DataError for a column whose kind of type, or whose class
+    names, differ between files.
     """
     import datasets
     import pyarrow
@@ -260,7 +260,7 @@ def _load_hub(hub: HubName | None, split: str, limit: int | None) -> Split | Non
 
 
 def check_hub(hub: HubName | None) -> tuple[HubName, str]:
-    """The data set and ``NAME/CONFIG``. Raises DataError if the task has none on the Hub."""
+    """Return the data set and ``NAME/CONFIG``. Raises DataError if the task has none on the Hub."""
     if hub is None:
         raise DataError(
             "task.path: null, but the task has no data set on the Hub; hint: set task.path"

@@ -1,4 +1,4 @@
-"""Read a train split while it is being trained on, without loading or copying it as a whole."""
+"""Stream a train split during training, without loading or copying all of it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from lorakit.errors import DataError, listed
 #: Size and modification time of a file.
 Stamp = tuple[int, int]
 
-#: Rows at the beginning of each file that represent it where a task inspects its data in advance;
-#: fewer for many files, but always some.
+#: How many of each file's first rows a task inspects before training; fewer if there are many
+#: files, but never below ``_FEWEST_HEAD_ROWS``.
 HEAD_ROWS = 200
 _HEAD_ROWS_IN_ALL = 4000
 _FEWEST_HEAD_ROWS = 20
@@ -34,7 +34,7 @@ class FileChanged(DataError):
 
 @dataclass(frozen=True)
 class LocatedRow:
-    """A row, and where it was read: ``FILE, row N`` from 1."""
+    """A row and its location, ``FILE, row N``, counted from 1."""
 
     source: str
     number: int
@@ -48,8 +48,8 @@ class LocatedRow:
 class Stream:
     """``head`` is a split of the first rows of each file; its fingerprint covers these rows and,
     after a colon, the sizes of the files. Each call of ``read`` starts again at the first row. A
-    row has the columns of ``head``, None where it lacks one, and any further columns of its own.
-    Raises FileChanged if a file is modified later, before or after it is read."""
+    row has the columns of ``head``, with None where it lacks one, and any additional columns.
+    Reading raises FileChanged for a file that was modified after the stream was opened."""
 
     head: Split
     read: Callable[[], Iterator[LocatedRow]]
@@ -64,7 +64,7 @@ def open_stream(
 ) -> Stream | None:
     """Open a split, or its first ``limit`` rows; None if the source has no such split.
 
-    Raises DataError as ``load_split`` does, and for an invalid row when it is read.
+    Raises the same errors as ``load_split``; for an invalid row, only when it is read.
     """
     head_rows = min(limit or HEAD_ROWS, HEAD_ROWS)
     if path is None:
@@ -81,8 +81,8 @@ def open_stream(
 
 
 def have_same_head(fingerprint: object, other: object) -> bool:
-    """Whether two fingerprints belong to streams with the same first rows, whatever the sizes of
-    their files."""
+    """Whether two fingerprints belong to streams with the same first rows, regardless of the sizes
+    of their files."""
     head, _, sizes = str(fingerprint).rpartition(":")
     return head.startswith("stream:") and bool(sizes) and str(other).startswith(f"{head}:")
 
@@ -166,8 +166,8 @@ def _open_hub(hub: HubName | None, split: str, head_rows: int) -> Stream | None:
 
 
 class SkippedRows:
-    """Counts the bad rows of a stream, each once however often the stream starts again; ``say``
-    gets the first ones."""
+    """Counts the bad rows of a stream, each once even if the stream is read repeatedly; the first
+    ones are reported to ``say``."""
 
     def __init__(self, name: str, say: Callable[[str], None]) -> None:
         self._name = name
@@ -186,7 +186,7 @@ class SkippedRows:
             self._say(f"{self._name}: row skipped (task.on_bad_row: skip): {row}: {reason}")
 
     def note(self) -> str | None:
-        """The number of skipped rows, None if there were none."""
+        """Describe how many rows were skipped; None if there were none."""
         if not self._seen:
             return None
         rows = f"{len(self):,} row{'s' * (len(self) > 1)}"

@@ -1,4 +1,4 @@
-"""Turn a stream's rows into steps, shuffled in a buffer and tokenized as they arrive."""
+"""Turn a stream's rows into steps: shuffle them in a buffer and tokenize them as they arrive."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ from lorakit.data.stream import LocatedRow, SkippedRows, Stream
 from lorakit.data.tokens import Counts, OnBadRow, TokenRow, encode_rows
 from lorakit.errors import DataError
 
-#: A window is this many steps' worth of rows, which are tokenized together and sorted by length
-#: among themselves.
+#: A window is the rows of this many steps, which are tokenized together and sorted by length.
 _STEPS_PER_WINDOW = 50
-#: Fewer rows do not fill bins well.
+#: A window has at least this many rows if they are packed; fewer would not fill bins well.
 _PACKED_ROWS = 1000
 
 
 @dataclass(frozen=True)
 class PassRow:
-    """A row, and the number of the pass over the stream, from 0, in which it was read."""
+    """A row, and the pass over the stream, counted from 0, in which it was read."""
 
     located: LocatedRow
     number: int
@@ -46,8 +45,8 @@ class StreamEncoder:
     def encode(
         self, rows: Sequence[LocatedRow], skip: OnBadRow | None = None
     ) -> tuple[list[EncodedRow], Counts]:
-        """Raises DataError with file and row as ``encode_split`` does. With ``skip``, which is
-        called with the index and the reason, a bad row is left out."""
+        """Raises the same errors as ``encode_split``. With ``skip``, bad rows are skipped, and it
+        is called with the index and the reason."""
         found = encode_rows(
             [located.row for located in rows],
             lambda index: str(rows[index]),
@@ -68,7 +67,7 @@ class StreamEncoder:
         """Return all encoded rows, how many of them are from the first pass, and the counts of
         those.
 
-        Raises DataError as ``encode`` does. With ``skip`` a bad row is left out and passed to it.
+        Raises the same errors as ``encode``. With ``skip``, bad rows are skipped and passed to it.
         """
 
         def encode(some: list[LocatedRow]) -> tuple[list[EncodedRow], Counts]:
@@ -97,12 +96,13 @@ def _as_arrays(row: TokenRow, label: int | float | None) -> EncodedRow:
 class StreamSteps:
     """The endless steps of a stream: after the last row it starts again, in another order.
 
-    The order is a function of the rows, ``seed`` and the batch sizes alone. ``bins`` packs the rows
-    of a window; without it each row is a unit of its own, and ``group_by_length`` puts rows of
-    similar length into one step. Rows before the step at which a run resumes are read but not
-    tokenized, unless a row may become several rows of tokens or, with ``skipped``, which leaves out
-    bad rows, none. ``rows`` (of tokens) and ``counts`` cover the windows begun, without the rows of
-    later passes, which were counted in the first.
+    The order depends only on the rows, ``seed`` and the batch sizes. ``bins`` packs the rows of a
+    window; without it each row is a separate unit, and ``group_by_length`` puts rows of similar
+    length into one step. With ``skipped``, bad rows are skipped.
+
+    When a run resumes, rows of earlier steps are read but not tokenized, unless they are packed or
+    the number of rows of tokens is unknown, since chats may be split and bad rows are skipped.
+    ``rows`` (of tokens) and ``counts`` cover the windows begun, counting only the first pass.
     """
 
     stream: Stream
@@ -117,7 +117,7 @@ class StreamSteps:
     steps_per_epoch: None = field(default=None, init=False)
     rows: int = field(default=0, init=False)
     counts: Counts = field(default_factory=Counts, init=False)
-    _passed: int = field(default=0, init=False)
+    _skipped_rows: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         # The reader thread has a copy: a tokenizer must not be used by two threads at once.
@@ -134,11 +134,11 @@ class StreamSteps:
 
     @property
     def rows_read(self) -> int:
-        """The stream's rows in the windows begun, including those passed over."""
-        return self._passed + self.counts.rows
+        """The number of the stream's rows in the windows begun, tokenized or not."""
+        return self._skipped_rows + self.counts.rows
 
-    def check_holds(self, rows: int) -> None:
-        """Raise DataError if one pass over the stream has fewer than ``rows`` rows."""
+    def check_has_rows(self, rows: int) -> None:
+        """Raise DataError if the stream has fewer than ``rows`` rows."""
         found = sum(1 for _ in islice(self.stream.read(), rows))
         if found < rows:
             raise DataError(
@@ -147,7 +147,7 @@ class StreamSteps:
             )
 
     def step(self, number: int) -> Step:
-        """The step ``number``, which must not be before one that was already returned.
+        """The step ``number``; numbers must not decrease between calls.
 
         Raises DataError with file and row for a row that cannot be read or trained on.
         """
@@ -161,14 +161,14 @@ class StreamSteps:
         return Step([bins[i : i + size] for i in range(0, len(bins), size)])
 
     def _skip_to(self, number: int) -> int:
-        """Pass over the whole windows before step ``number`` and return how many there were."""
+        """Skip the complete windows before step ``number``; return how many were skipped."""
         if self.bins is not None or self.skipped is not None:
             return 0
         if self._encoder.may_split(self.stream.head.rows[0]):
             return 0
         windows = number // _STEPS_PER_WINDOW
         rows = windows * _STEPS_PER_WINDOW * self.units_per_step
-        self._passed = rows
+        self._skipped_rows = rows
         next(islice(self._source, rows, rows), None)
         self._next = windows * _STEPS_PER_WINDOW
         return windows
@@ -205,7 +205,8 @@ class StreamSteps:
         return *found, bad
 
     def _ordered(self, units: list[Bin], window: int) -> list[list[Bin]]:
-        """The steps of a window; with ``group_by_length`` of similar lengths, in random order."""
+        """The steps of a window; with ``group_by_length``, of rows of similar length, in random
+        order."""
         size = self.units_per_step
         grouped = self.group_by_length and self.bins is None
         if grouped:
@@ -218,8 +219,8 @@ class StreamSteps:
 
 
 def shuffled(stream: Stream, seed: int, buffer_rows: int) -> Iterator[PassRow]:
-    """Yield rows without end: each time a random one of the ``buffer_rows`` in the buffer, replaced
-    by the next row read. Each pass over the stream is shuffled differently.
+    """Yield rows endlessly: each time a random one of the ``buffer_rows`` in the buffer, which the
+    next row read replaces. Each pass over the stream is shuffled differently.
 
     Raises DataError if a pass has no rows.
     """

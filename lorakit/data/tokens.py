@@ -1,4 +1,4 @@
-"""Tokenize examples: token ids, and which of them count in the loss."""
+"""Tokenize examples into token ids and the mask of those that count in the loss."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from lorakit.data.examples import ChatExample, ClassificationExample, Example, T
 from lorakit.data.rows import Row, RowSequence, UnreadRow
 from lorakit.errors import DataError
 
-#: The number of bad rows that are named; all are counted.
+#: How many bad rows are named; all are counted.
 NAMED_ROWS = 5
 
 
 @dataclass
 class Counts:
-    """Counts of a split's rows. ``rows`` are the source's, which for a chat may become several rows
-    of tokens; ``truncated_rows`` and ``cut_completions`` are rows of tokens. ``skipped_rows`` of
-    ``rows`` were left out as bad, of which ``skipped`` has the first ones, as index and reason.
-    ``notes`` are the counts of ``lorakit.data.chat.encode``, by name."""
+    """Counts of a split's rows.
+
+    ``rows`` counts rows of the source, each of which may become several rows of tokens if it is a
+    chat; ``truncated_rows`` and ``cut_completions`` count rows of tokens. ``skipped_rows`` were
+    skipped as bad; ``skipped`` has the index and reason of the first ones. ``notes`` are the counts
+    of ``lorakit.data.chat.encode``, by name.
+    """
 
     rows: int = 0
     truncated_rows: int = 0
@@ -47,7 +50,7 @@ class Counts:
             self.skipped.append((index, reason))
 
 
-#: Called with the index of a row that is left out and the reason.
+#: Called with the index of a skipped row and the reason.
 OnBadRow = Callable[[int, str], None]
 
 
@@ -83,9 +86,9 @@ def encode_rows(
 ) -> EncodedRows:
     """Tokenize rows. ``locate`` returns the file and row of an index.
 
-    Raises DataError, with file and row, for a row that cannot be read, that the task refuses or
-    that has no token to train on. With ``skip``, which is called with the index and the reason,
-    such a row is left out.
+    Raises DataError, with file and row, for a row that cannot be read, that the task rejects or
+    that has no token to train on. With ``skip``, such rows are skipped, and it is called with the
+    index and the reason.
     """
     given: list[tuple[int, Example]] = []
     for index, row in enumerate(rows):
@@ -140,8 +143,8 @@ def _encode_examples(
     the counts of ``ChatEncoder``.
 
     A prompt that is too long loses its beginning, so that the completion and its EOS are kept; a
-    completion that alone is too long loses its end. Raises DataError for an example, either at
-    once or when its rows are taken from the iterator.
+    completion that is too long by itself loses its end. Raises DataError for an example, either
+    immediately or when its rows are taken from the iterator.
     """
     if not examples:
         return []
@@ -160,7 +163,7 @@ def _encode_chats(
     chats: Sequence[ChatExample], tokenizer: Any, max_length: int, counted: Counter[str]
 ) -> Iterator[list[TokenRow]]:
     """A row with one trained turn loses the beginning of its prompt, as prompts do in generation; a
-    row with several loses its end. A chat that is refused does not end the iterator."""
+    row with several loses its end. After an error, the iterator continues with the next chat."""
     encoder = ChatEncoder(tokenizer)
 
     def encode(chat: ChatExample) -> list[TokenRow]:
@@ -179,17 +182,17 @@ def _encode_chats(
 
 
 def encode_prompt(example: TextExample, tokenizer: Any, max_length: int) -> list[int]:
-    """The ids of a prompt, as they precede the completion in training."""
+    """The ids of a prompt, the same as those before the completion in training."""
     return _encode_texts([example], tokenizer, max_length)[0].input_ids
 
 
 def special_prefix(tokenizer: Any) -> list[int]:
     """The ids that the tokenizer adds before a text (BOS), without those that it adds after it."""
     bare = tokenizer("a", add_special_tokens=False).input_ids
-    whole = tokenizer("a").input_ids
-    for start in range(len(whole) - len(bare) + 1):
-        if whole[start : start + len(bare)] == bare:
-            return list(whole[:start])
+    full = tokenizer("a").input_ids
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return list(full[:start])
     return []
 
 

@@ -177,7 +177,7 @@ def _check_resumable(prepared: Prepared, batching: Batching, start: Start, say: 
     check_same_recipe(prepared.recipe, start.checkpoint.parent.parent, prepared=True)
     rows = check_same_data(prepared.data, start.checkpoint, say)
     if rows and isinstance(batching.steps, StreamSteps):
-        batching.steps.check_holds(rows)
+        batching.steps.check_has_rows(rows)
 
 
 def _open_recorder(recipe: Recipe, output_dir: Path, schedule: Schedule, start: Start) -> Recorder:

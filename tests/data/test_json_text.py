@@ -145,8 +145,8 @@ def test_bad_arrays(tmp_path: Path, name: str, content: str | bytes, expected: s
             '{\n "version": 1,\n "rows": [\n  {"a": 1}\n ]\n}',
             ": a single object with the rows in 'rows'",
         ),
-        ('{"a": ["x", "y"], "b": [0, 1]}', ": a single object with whole columns; allowed: an"),
-        ('{"a": {"0": "x"}, "b": {"0": 1}}', ": a single object with whole columns; allowed:"),
+        ('{"a": ["x", "y"], "b": [0, 1]}', ": a single object with a list per column; allowed: an"),
+        ('{"a": {"0": "x"}, "b": {"0": 1}}', ": a single object with a list per column; allowed:"),
     ],
 )
 def test_bad_objects(tmp_path: Path, content: str, expected: str) -> None:

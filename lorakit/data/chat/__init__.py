@@ -1,8 +1,11 @@
 """Encode chats with the tokenizer's chat template.
 
-The rule: the trained part of a turn is, to the byte, what follows the prompt that generation gives
-the model at that point. Every template of the Hub is meant to work unchanged, so nothing here knows
-a template by name: its behavior is observed by rendering chats, with small changes where needed.
+The trained part of a turn is exactly the text that follows the prompt that the model receives there
+in generation. To work with any template of the Hub, no code here is specific to a template: its
+behavior is observed by rendering chats, unchanged or slightly modified.
+
+There is nothing to register for a new template. To support a new key of messages, add it to
+``template``; to report something else that a template changes, count it in ``encode``.
 """
 
 from lorakit.data.chat.encode import (
