@@ -1,6 +1,5 @@
-"""The parts of a model: what each weight is for, which modules can be adapted, and where q, k and v
-are in a fused projection.
-"""
+"""The parts of a model: the role of each weight, the modules that can be adapted, and the rows of
+q, k and v in a fused projection."""
 
 from __future__ import annotations
 
@@ -45,8 +44,8 @@ _PARTS: tuple[tuple[Part, re.Pattern[str], re.Pattern[str]], ...] = (
         re.compile(r"Mamba|SSM|RgLru|Rglru|RecurrentBlock|LSTM|ShortConv|Hyena"),
     ),
 )
-#: Classes that some models keep in lists of their own instead of in layers (XLM, BLT).
-_WHOLE_CLASS: tuple[tuple[Part, re.Pattern[str]], ...] = (
+#: Classes that some models keep in separate lists instead of in layers (XLM, BLT).
+_LISTED_CLASSES: tuple[tuple[Part, re.Pattern[str]], ...] = (
     ("attention", re.compile(r"(Attention|Attn)$")),
     ("MLP", re.compile(r"(MLP|FFN|FeedForward)$")),
 )
@@ -74,7 +73,7 @@ def weights(model: nn.Module, exclude: Collection[str] = ()) -> list[Weight]:
     """The weights of the model's layers, in its order, without embeddings, vectors and the modules
     ``exclude``. A shared weight is listed once."""
     classes = {name: type(module).__name__ for name, module in model.named_modules()}
-    left_out = tuple(f"{name}." for name in exclude) or ("\0",)
+    excluded = tuple(f"{name}." for name in exclude) or ("\0",)
     found = []
     for name, parameter in model.named_parameters():
         owner = name.rpartition(".")[0]
@@ -82,7 +81,7 @@ def weights(model: nn.Module, exclude: Collection[str] = ()) -> list[Weight]:
         # RWKV has vectors of shape (1, 1, n).
         vector = parameter.squeeze().ndim < 2 and parameter.ndim != 2
         vector = vector or name.endswith("bias")
-        if vector or isinstance(module, nn.Embedding) or name.startswith(left_out):
+        if vector or isinstance(module, nn.Embedding) or name.startswith(excluded):
             continue
         # Three dimensions and not a convolution: one matrix for each expert.
         stacked = parameter.ndim == 3 and not isinstance(module, nn.Conv1d)
@@ -121,29 +120,29 @@ def part_of(module: str, classes: dict[str, str]) -> Part:
             if _fits(part, name, end, classes):
                 return part
     layer = classes.get(path[-1].rpartition(".")[0] if path else module, "")
-    return next((part for part, of_class in _WHOLE_CLASS if of_class.search(layer)), "other")
+    return next((part for part, of_class in _LISTED_CLASSES if of_class.search(layer)), "other")
 
 
 def _fits(part: Part, name: str, end: str, classes: Mapping[str, str]) -> bool:
     return any(
         of_name.fullmatch(end) or of_class.search(classes[name])
-        for own, of_name, of_class in _PARTS
-        if own == part
+        for candidate, of_name, of_class in _PARTS
+        if candidate == part
     )
 
 
 def reads_past_forward(model: nn.Module, name: str) -> bool:
-    """Whether the parent of the module ``name`` reads its weight without ever calling it, according
-    to the source code of the parent's class."""
-    holder, _, own = name.rpartition(".")
-    kind: Any = type(model.get_submodule(holder))
-    return _reads_weight(kind, own)
+    """Whether the parent of the module ``name`` reads the module's weight but never calls it,
+    according to the source code of the parent's class."""
+    parent, _, attribute = name.rpartition(".")
+    parent_class: Any = type(model.get_submodule(parent))
+    return _reads_weight(parent_class, attribute)
 
 
 @cache
-def _reads_weight(holder: Any, attribute: str) -> bool:
+def _reads_weight(parent_class: Any, attribute: str) -> bool:
     try:
-        source = inspect.getsource(holder)
+        source = inspect.getsource(parent_class)
     except (OSError, TypeError):
         return False
     uses = re.findall(rf"self\.{re.escape(attribute)}\b(?!\s*=[^=])(\.(?:weight|bias)\b)?", source)
@@ -168,7 +167,7 @@ def _path(module: str) -> list[str]:
     return [".".join(parts[: depth + 1]) for depth in range(len(parts) - 1, layer, -1)]
 
 
-#: Packages of quantized linear layers, whose ``forward`` is linear although it is not torch's.
+#: Packages of quantized linear layers, which override ``forward`` and are linear nevertheless.
 _QUANTIZED = ("bitsandbytes.", "torchao.", "transformers.integrations.", "compressed_tensors.")
 
 

@@ -21,7 +21,7 @@ from lorakit.module_names import describe_modules
 from lorakit.recipe.sections import layer_indices
 from lorakit.targets import ROLES, Target, unreachable
 
-#: Parts whose share is reported even where nothing of them is covered.
+#: Parts whose share is reported even if none of it is covered.
 _MAIN = ("attention", "MLP", "expert")
 _PARTS = (*_MAIN, "state-space")
 _LABELS = {
@@ -42,11 +42,11 @@ class PartCoverage:
 
 @dataclass(frozen=True)
 class Missed:
-    """Weights that ``targets`` ask for and that are not adapted; without ``targets``, weights that
+    """Weights that ``targets`` ask for but that are not adapted; without ``targets``, weights that
     no target can reach.
 
-    ``modules`` lists their names, abbreviated; ``parameters`` is their size, ``share`` the same as
-    a fraction of the whole model.
+    ``modules`` lists their names, abbreviated; ``parameters`` is the number of their parameters,
+    ``share`` that number as a fraction of the whole model.
     """
 
     targets: tuple[str, ...]
@@ -65,7 +65,8 @@ class Missed:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What the targets cover of each part (attention, MLP, expert, state-space), and what not."""
+    """How much of each part (attention, MLP, expert, state-space) the targets cover, and what they
+    miss."""
 
     parts: Mapping[str, PartCoverage]
     missed: tuple[Missed, ...] = ()
@@ -86,11 +87,11 @@ def measure_coverage(
     layers: Sequence[int] | str | None = None,
     exclude: Collection[str] = (),
 ) -> Coverage:
-    """Measure what ``targets``, found for ``target_modules`` and ``layers``, cover of a ``model``
-    that is not adapted yet.
+    """Measure how much of a ``model`` that is not adapted yet is covered by ``targets``, which were
+    found for ``target_modules`` and ``layers``.
 
     The modules ``exclude`` (heads, the output layer) and everything outside the language model of a
-    multimodal model are not counted. Weights outside ``layers`` are not missed.
+    multimodal model are not counted. Weights outside ``layers`` do not count as missed.
     """
     outside = outside_language_model(model)
     found = weights(model, (*exclude, *outside))
@@ -127,8 +128,8 @@ def _missed(
 ) -> dict[str, tuple[Weight, list[str]]]:
     """The weights that are not targets, by name, with the ``target_modules`` that ask for them."""
     linear = adaptable_modules(model)
-    held = {id(target.module) for target in targets.values()}
-    free = [w for w in found if id(model.get_submodule(w.owner)) not in held]
+    adapted = {id(target.module) for target in targets.values()}
+    free = [w for w in found if id(model.get_submodule(w.owner)) not in adapted]
     if layers is not None:
         wanted = layer_indices(layers)
         free = [w for w in free if layer_of(w.owner) in wanted]
@@ -194,7 +195,7 @@ def _reason(asked: Sequence[str], group: Sequence[Weight]) -> str:
     if all(weight.stacked for weight in group):
         return "these need PEFT's target_parameters, which lorakit does not support yet"
     if not {"attention", "all-linear"} & set(asked) and all(w.part == "attention" for w in group):
-        return "'attention' takes every kind of attention"
+        return "'attention' selects every kind of attention"
     if all(weight.read_past_forward for weight in group):
         return "the model reads their weights without calling them"
     return "not linear layers"
@@ -219,7 +220,7 @@ def missed_outside(model: nn.Module) -> tuple[Missed, ...]:
 
 
 def _percent(count: int, share: float) -> str:
-    """A percentage that is 0% for nothing only, and 100% for everything only."""
+    """Format ``share`` as a percentage: 0% means none at all, and 100% means all."""
     if share in (0, 1):
         return f"{share:.0%}"
     if share < 0.001:

@@ -41,9 +41,8 @@ class AdaptedModule:
 class InjectionReport:
     """The adapted modules, the fully trained ones (``modules_to_save``), and parameter counts.
 
-    ``coverage`` is the share of attention, MLPs and experts that the targets cover, and what they
-    miss; None for a loaded adapter. It has no shares for a method that trains the base's own
-    parameters.
+    ``coverage`` describes which attention, MLP and expert weights the targets cover, and which they
+    miss; None for a loaded adapter. It has no shares if the method trains base parameters.
     """
 
     method: str
@@ -80,52 +79,54 @@ def inject(
         raise TargetError("the model already has an adapter; load the base again")
     method: Method = registry.method(config.method)
     heads = tuple(find_heads(model) if heads is None else heads)
-    whole = trained_whole(model, config, heads)
+    fully_trained = find_fully_trained(model, config, heads)
     if unused := [
-        n for n in whole if n not in heads and is_within(n, outside_language_model(model))
+        n for n in fully_trained if n not in heads and is_within(n, outside_language_model(model))
     ]:
         raise TargetError(
             f"adapter.modules_to_save: {describe_modules(unused)}: outside the language model, "
-            "where text does not pass; allowed: modules of the language model"
+            "which text does not pass through; allowed: modules of the language model"
         )
-    targets = _targets(model, config, method, whole)
-    trained = {id(p) for name in whole for p in model.get_submodule(name).parameters()}
+    targets = _targets(model, config, method, fully_trained)
+    trained = {id(p) for name in fully_trained for p in model.get_submodule(name).parameters()}
     clash = [n for n, t in targets.items() if any(id(p) in trained for p in t.module.parameters())]
     if clash:
         raise TargetError(f"adapter: {describe_modules(clash)}: both a target and fully trained")
     method.check(config, tuple(targets))
-    coverage = _coverage(model, config, targets, whole)
+    coverage = _coverage(model, config, targets, fully_trained)
     layers = {name: _wrap(method, target, config, name) for name, target in targets.items()}
-    put_in_place(model, layers)
+    replace_modules(model, layers)
     method.link(layers)
-    base = _base_parameters(model, config, method, whole)
+    base = _base_parameters(model, config, method, fully_trained)
     _freeze_all_but(model, layers)
-    for name in whole:
+    for name in fully_trained:
         train_module(model, name, float32_output=name in heads)
     for name in base:
         train_parameter(model, name)
-    return dataclasses.replace(report(model, config.method, whole), coverage=coverage)
+    return dataclasses.replace(report(model, config.method, fully_trained), coverage=coverage)
 
 
 def _coverage(
     model: nn.Module,
     config: AdapterSection,
     targets: Mapping[str, Target],
-    whole: Sequence[str],
+    fully_trained: Sequence[str],
 ) -> Coverage | None:
     if not targets:
         outside = missed_outside(model)
         return Coverage({}, outside) if outside else None
     names = config.target_modules or ()
-    return measure_coverage(model, targets, names, config.layers, {*whole, *_output(model)})
+    return measure_coverage(model, targets, names, config.layers, {*fully_trained, *_output(model)})
 
 
 def _targets(
-    model: nn.Module, config: AdapterSection, method: Method, whole: Sequence[str]
+    model: nn.Module, config: AdapterSection, method: Method, fully_trained: Sequence[str]
 ) -> dict[str, Target]:
     if not method.kinds:
         return {}
-    targets = find_targets(model, config.target_modules, config.layers, {*whole, *_output(model)})
+    targets = find_targets(
+        model, config.target_modules, config.layers, {*fully_trained, *_output(model)}
+    )
     if other := [n for n, t in targets.items() if _kind(t) not in method.kinds]:
         raise TargetError(
             f"adapter.target_modules: {method.name} does not adapt {describe_modules(other)}; "
@@ -135,18 +136,18 @@ def _targets(
 
 
 def _base_parameters(
-    model: nn.Module, config: AdapterSection, method: Method, whole: Sequence[str]
+    model: nn.Module, config: AdapterSection, method: Method, fully_trained: Sequence[str]
 ) -> list[str]:
-    """The names of the base's own parameters that are trained, without the modules ``whole``.
+    """The names of the base's own parameters that are trained, except in fully trained modules.
 
-    A method that wraps nothing trains parameters of its targets. In a multimodal model only those
-    of the language model are trained.
+    A method that wraps nothing trains parameters of its targets. In a multimodal model, only
+    parameters of the language model are trained.
     """
     names = method.trained_parameters(model, config)
     if not method.kinds:
-        exclude = {*whole, *_output(model)}
+        exclude = {*fully_trained, *_output(model)}
         names = parameters_within(model, names, config.target_modules, config.layers, exclude)
-    untrained = (*whole, *outside_language_model(model))
+    untrained = (*fully_trained, *outside_language_model(model))
     found = [name for name in names if not is_within(name, untrained)]
     if not method.kinds and not found:
         raise TargetError(
@@ -157,9 +158,9 @@ def _base_parameters(
 
 
 def _freeze_all_but(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:
-    own = {id(p) for layer in layers.values() for p in layer.own_parameters().values()}
+    trained = {id(p) for layer in layers.values() for p in layer.adapter_parameters().values()}
     for parameter in model.parameters():
-        if id(parameter) not in own:
+        if id(parameter) not in trained:
             parameter.requires_grad_(False)
 
 
@@ -172,20 +173,20 @@ def _wrap(method: Method, target: Target, config: AdapterSection, name: str) -> 
     return method.wrap(module, config, name)
 
 
-def put_in_place(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:
+def replace_modules(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:
     """Replace each base module with its layer, and fused projections with one composite layer."""
     fused: dict[str, dict[str, AdapterLayer]] = {}
     for name, layer in layers.items():
         if isinstance(layer.base_layer, RowView):
-            whole, _, role = name.rpartition(".")
-            fused.setdefault(whole, {})[role] = layer
+            projection, _, role = name.rpartition(".")
+            fused.setdefault(projection, {})[role] = layer
         else:
             model.set_submodule(name, layer)
     for name, parts in fused.items():
         model.set_submodule(name, CompositeLayer(model.get_submodule(name), parts))
 
 
-def report(model: nn.Module, method: str, whole: Sequence[str]) -> InjectionReport:
+def report(model: nn.Module, method: str, fully_trained: Sequence[str]) -> InjectionReport:
     """Describe the adapter that ``model`` has; a shared parameter is counted once."""
     modules = tuple(
         AdaptedModule(name, layer.base_shape, layer.r)
@@ -195,7 +196,7 @@ def report(model: nn.Module, method: str, whole: Sequence[str]) -> InjectionRepo
     return InjectionReport(
         method=method,
         adapted_modules=modules,
-        modules_to_save=tuple(whole),
+        modules_to_save=tuple(fully_trained),
         trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         total_parameters=sum(p.numel() for p in parameters),
     )
@@ -212,7 +213,7 @@ def find_heads(model: nn.Module) -> list[str]:
     ]
 
 
-def trained_whole(
+def find_fully_trained(
     model: nn.Module, config: AdapterSection, heads: Iterable[str] | None = None
 ) -> tuple[str, ...]:
     """The fully trained modules: ``heads`` (default: the classification head), then
@@ -221,19 +222,19 @@ def trained_whole(
     return tuple(dict.fromkeys([*heads, *_named(model, config.modules_to_save)]))
 
 
-def trained_base(model: nn.Module, whole: Sequence[str]) -> dict[str, Tensor]:
-    """The base's own parameters that are trained, by name, without those of the modules ``whole``
-    and of adapter layers."""
-    layers = {f"{n}.": layer for n, layer in adapter_layers(model).items()}
-    inside = tuple(f"{name}." for name in whole) or ("\0",)
+def trained_base_parameters(model: nn.Module, fully_trained: Sequence[str]) -> dict[str, Tensor]:
+    """The base's own parameters that are trained, by name, except those of adapter layers and of
+    the modules ``fully_trained``."""
+    layers = [f"{name}." for name in adapter_layers(model)]
+    inside = tuple(f"{name}." for name in fully_trained) or ("\0",)
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         plain = plain_name(name)
-        own = any(
+        in_adapter = any(
             plain.startswith(prefix) and not plain.startswith(f"{prefix}base_layer.")
             for prefix in layers
         )
-        if parameter.requires_grad and not own and not plain.startswith(inside):
+        if parameter.requires_grad and not in_adapter and not plain.startswith(inside):
             found[plain] = parameter
     return found
 
@@ -246,14 +247,14 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
 def _named(model: nn.Module, names: Sequence[str]) -> list[str]:
     found: list[str] = []
     for wanted in names:
-        fitting = [n for n, _ in model.named_modules() if n == wanted or n.endswith(f".{wanted}")]
-        if not fitting:
-            have = sorted({n.rpartition(".")[2] for n, _ in model.named_modules()} - {""})
-            names_text = ", ".join(n for n in have if not n.isdigit())
+        matching = [n for n, _ in model.named_modules() if n == wanted or n.endswith(f".{wanted}")]
+        if not matching:
+            last_parts = sorted({n.rpartition(".")[2] for n, _ in model.named_modules()} - {""})
+            allowed = ", ".join(part for part in last_parts if not part.isdigit())
             raise TargetError(
-                f"adapter.modules_to_save: {wanted!r} matches no module; allowed: {names_text}"
+                f"adapter.modules_to_save: {wanted!r} matches no module; allowed: {allowed}"
             )
-        found.extend(fitting)
+        found.extend(matching)
     return found
 
 

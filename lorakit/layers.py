@@ -1,8 +1,8 @@
 """The modules that replace adapted ones. Each method derives a layer class from ``AdapterLayer``.
 
-A layer reaches the frozen weight of its base through ``base_shape``, ``base_forward`` and
-``dense_weight`` only, so that a base may store W in another form (quantized, for example): this
-file is where that form is read and written.
+A layer accesses the frozen weight of its base only through ``base_shape``, ``base_forward`` and
+``dense_weight``. A base that stores W in another format (quantized, for example) therefore needs
+changes in this module only.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding)
 
 
 class RowView(nn.Module):
-    """A slice of the rows of ``whole``, seen as a linear layer; it owns no parameters."""
+    """A slice of the rows of ``module``, used as a linear layer. It has no parameters itself."""
 
-    def __init__(self, whole: nn.Module, rows: RowSlice) -> None:
+    def __init__(self, module: nn.Module, rows: RowSlice) -> None:
         super().__init__()
-        self._whole = (whole,)  # in a tuple: its parameters are not listed twice
+        self._module = (module,)  # in a tuple: its parameters are not listed twice
         self.rows = rows
 
     @property
-    def whole(self) -> nn.Module:
-        return self._whole[0]
+    def module(self) -> nn.Module:
+        return self._module[0]
 
     @property
     def bias(self) -> Tensor | None:
-        bias = getattr(self.whole, "bias", None)
+        bias = getattr(self.module, "bias", None)
         return self.rows.of(bias) if isinstance(bias, Tensor) else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class BaseWrapper(nn.Module, ABC):
 
     @property
     def weight(self) -> Tensor:
-        """W as the base stores it: the code of some models asks for its dtype or device."""
+        """W as the base stores it. Some models read its dtype or device."""
         return _stored(self.base_layer)
 
     @property
@@ -96,12 +96,12 @@ class BaseWrapper(nn.Module, ABC):
 
     @abstractmethod
     def merged_weight(self, weight: Tensor) -> Tensor:
-        """W with the adapter folded in, float32 (out_features, in_features). ``weight`` is W: the
-        base itself may be on the device ``meta``."""
+        """W with the adapter folded in, float32 (out_features, in_features). ``weight`` is W, since
+        the base itself may be on the ``meta`` device."""
 
     def merged_rows(self, weight: Tensor, start: int) -> Tensor | None:
-        """``merged_weight`` of the rows ``weight`` of W from ``start`` on; None if the method needs
-        the whole matrix."""
+        """``merged_weight`` of the rows ``weight``, from row ``start`` of W; None if the method
+        needs the whole matrix."""
         return None
 
     def low_rank(self) -> LowRankDelta | None:
@@ -114,13 +114,13 @@ class BaseWrapper(nn.Module, ABC):
 
     @torch.no_grad()
     def fold(self, stored: Tensor) -> Tensor:
-        """``merged_weight`` for W in the layout in which the base stores it, and in that layout."""
+        """``merged_weight`` with argument and result in the layout in which the base stores W."""
         merged = self.merged_weight(as_matrix(self.base_layer, stored))
         return as_matrix(self.base_layer, merged)
 
     def merge(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """Fold the adapter into the base, whose weight gets memory of its own, in ``dtype``
-        (default: the base's). Returns the base."""
+        """Fold the adapter into the base, which gets a new weight in ``dtype`` (default: its own).
+        Returns the base."""
         stored = self.weight
         merged = self.fold(stored).to(dtype or stored.dtype)
         self.base_layer.weight = nn.Parameter(merged, requires_grad=False)
@@ -128,11 +128,11 @@ class BaseWrapper(nn.Module, ABC):
 
 
 class AdapterLayer(BaseWrapper, ABC):
-    """y = (W + delta) x + b. A subclass owns the parameters that delta is made of.
+    """y = (W + delta) x + b, where delta is computed from the parameters of the subclass.
 
-    ``delta_weight`` is all that a subclass must define; ``update`` and ``embed`` are worth
-    overriding where the output is cheaper than delta, ``merged_weight`` where the update is not a
-    sum. ``r`` is the rank (0 if there is none), ``scaling`` a factor of the update.
+    A subclass must define ``delta_weight`` only. Override ``update`` and ``embed`` if the output is
+    cheaper to compute than delta, and ``merged_weight`` if the update is not a sum. ``r`` is the
+    rank (0 if there is none), ``scaling`` a factor of the update.
     """
 
     def __init__(self, base_layer: nn.Module, *, r: int = 0, scaling: float = 1.0) -> None:
@@ -165,7 +165,8 @@ class AdapterLayer(BaseWrapper, ABC):
 
     @property
     def embed_scale(self) -> float:
-        """What the base multiplies its rows by (Gemma's embeddings do), and so the update's."""
+        """The factor by which Gemma's embeddings multiply their rows, and so those of the
+        update."""
         return float(getattr(self.base_layer, "embed_scale", 1.0))
 
     @torch.no_grad()
@@ -177,8 +178,8 @@ class AdapterLayer(BaseWrapper, ABC):
         """The rank of the update as it is saved."""
         return self.r
 
-    def own_parameters(self) -> dict[str, nn.Parameter]:
-        """Name -> parameter of the layer, those of the base aside."""
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of the layer by name, without those of the base."""
         named = self.named_parameters()
         return {name: p for name, p in named if not name.startswith("base_layer.")}
 
@@ -187,14 +188,14 @@ class AdapterLayer(BaseWrapper, ABC):
     ) -> None:
         """Replace the parameters by frozen ones with these ``values``, in float32.
 
-        ``shared`` are those that all layers have in common: they keep one memory. ``name``, the
-        module's, is for errors. Raises AdapterError if a value is missing, unknown or misshapen.
+        ``shared`` are those that all layers have in common, which keep sharing memory. ``name`` is
+        the module's, for errors. Raises AdapterError if a value is missing, unknown or misshapen.
         """
-        own = self.own_parameters()
+        own = self.adapter_parameters()
         wanted = {*own, *shared}
-        if unlike := sorted(set(values) ^ wanted):
-            kind = "missing" if unlike[0] in wanted else "unknown"
-            raise AdapterError(f"{kind} tensor: {name}.{unlike[0]}")
+        if mismatched := sorted(set(values) ^ wanted):
+            kind = "missing" if mismatched[0] in wanted else "unknown"
+            raise AdapterError(f"{kind} tensor: {name}.{mismatched[0]}")
         for key, value in values.items():
             if key not in shared and value.shape != own[key].shape:
                 raise AdapterError(
@@ -221,7 +222,7 @@ class AdapterLayer(BaseWrapper, ABC):
 
     def split(self, parts: Mapping[str, tuple[RowSlice, int]]) -> CompositeLayer:
         """The reverse of ``join``; ``parts``: name -> (rows, rank). Raises AdapterError if the
-        layer's update is not made of them."""
+        parts do not cover the layer's update."""
         raise NotImplementedError
 
 
@@ -230,9 +231,9 @@ class CompositeLayer(BaseWrapper):
 
     The parts, children by name, are layers on a ``RowView`` of the base, which runs once for all
     of them. Slices that do not overlap adapt q, k and v of a fused projection separately, and rows
-    outside of them keep the base's output bit for bit. Where slices overlap the changes add up:
-    parts over all rows are several adapters of one module. The base may be any module that
-    ``dense_weight`` reads, also one that stacks the matrices of several modules.
+    outside the slices keep the base's output bit for bit. Where slices overlap, the updates are
+    added: parts over all rows are several adapters of one module. The base may be any module that
+    ``dense_weight`` can read, including one that stacks the matrices of several modules.
     """
 
     def __init__(self, base_layer: nn.Module, parts: Mapping[str, AdapterLayer]) -> None:
@@ -259,11 +260,11 @@ class CompositeLayer(BaseWrapper):
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features)
         y = self.base_forward(flat)
-        y = self._added(flat, y) if self._overlap else self._joined(flat, y)
+        y = self._forward_overlapping(flat, y) if self._overlap else self._forward_disjoint(flat, y)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _joined(self, x: Tensor, y: Tensor) -> Tensor:
-        """The output where no row has two parts: the pieces one after the other."""
+    def _forward_disjoint(self, x: Tensor, y: Tensor) -> Tensor:
+        """The output if no row belongs to two parts: the concatenated pieces."""
         parts = self.parts
         period = self.rows(next(iter(parts))).period
         y = y.view(len(x), self.out_features // period, period)
@@ -276,8 +277,8 @@ class CompositeLayer(BaseWrapper):
             at = rows.stop
         return torch.cat([*pieces, y[..., at:]], dim=-1).flatten(1)
 
-    def _added(self, x: Tensor, y: Tensor) -> Tensor:
-        """The output where parts overlap: y plus what each part changes in its rows of y."""
+    def _forward_overlapping(self, x: Tensor, y: Tensor) -> Tensor:
+        """The output if parts overlap: y plus the change that each part makes to its rows of y."""
         total = y
         for name, part in self.parts.items():
             rows = self.rows(name)
@@ -289,7 +290,7 @@ class CompositeLayer(BaseWrapper):
 
     @torch.no_grad()
     def merged_weight(self, weight: Tensor) -> Tensor:
-        """W plus what each part changes in its rows, float32 (out_features, in_features)."""
+        """W plus the change that each part makes to its rows, in float32."""
         merged = weight.float().clone()
         for name, part in self.parts.items():
             rows = self.rows(name)
@@ -302,46 +303,45 @@ class CompositeLayer(BaseWrapper):
         return type(next(iter(self.parts.values()))).join(self)
 
     def low_rank(self) -> LowRankDelta | None:
-        """The update as one product, which is zero outside of the parts' rows."""
+        """The update as one product, which is zero outside the parts' rows."""
         if any(part.low_rank() is None for part in self.parts.values()):
             return None
         return self.joined().low_rank()
 
 
 def kind_of(module: nn.Module) -> Kind:
-    """How ``module`` stores its W; a ``RowView`` is linear."""
+    """The layout in which ``module`` stores W; a ``RowView`` is linear."""
     if isinstance(module, nn.Embedding):
         return "embedding"
     return "conv1d" if isinstance(module, Conv1D) else "linear"
 
 
 def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
-    """``weight``, in the layout in which ``module`` stores it, as (out_features, in_features); also
-    the reverse."""
+    """Convert ``weight`` from the layout of ``module`` to (out_features, in_features), or back."""
     return weight.t() if isinstance(module, Conv1D | nn.Embedding) else weight
 
 
 def dense_weight(module: nn.Module) -> Tensor:
     """W (out_features, in_features) of an adaptable module or of a ``RowView``."""
     if isinstance(module, RowView):
-        return module.rows.of(dense_weight(module.whole))
+        return module.rows.of(dense_weight(module.module))
     return as_matrix(module, _stored(module))
 
 
 def _stored(module: nn.Module) -> Tensor:
-    weight = module.whole.weight if isinstance(module, RowView) else module.weight
+    weight = module.module.weight if isinstance(module, RowView) else module.weight
     assert isinstance(weight, Tensor), type(module)
     return weight
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
-    """Name -> layer for every adapted matrix of the model, in the model's order; a part of a
-    composite layer is named after it (``h.0.attn.c_attn.q``)."""
+    """The layer of every adapted matrix by name, in the model's order. A part of a composite layer
+    has the layer's name as a prefix (``h.0.attn.c_attn.q``)."""
     return {n: m for n, m in model.named_modules() if isinstance(m, AdapterLayer)}
 
 
 def adapted_modules(model: nn.Module) -> dict[str, BaseWrapper]:
-    """Name -> layer for every module of the base that is replaced, in the model's order."""
+    """The layer of every replaced module of the base by name, in the model's order."""
     found = {n: m for n, m in model.named_modules() if isinstance(m, BaseWrapper)}
     return {
         name: layer

@@ -32,8 +32,8 @@ _TRAIN = TrainSection(output_dir="none", max_steps=STEPS, weight_decay=0.01)
 
 @dataclass(frozen=True)
 class CheckResult:
-    """``check`` is what must hold, ``module`` the kind of module that was adapted; ``problem`` is
-    None if it holds."""
+    """``check`` states the requirement, ``module`` is the kind of module that was adapted;
+    ``problem`` is None if the requirement is met."""
 
     check: str
     module: str
@@ -85,8 +85,8 @@ class TinyModel(nn.Module):
 def check_method(name: str) -> list[CheckResult]:
     """Run the contract on a built-in method or on a user's ``FILE.py:CLASS``, whose code is run.
 
-    One result for each check and each kind of module that the method adapts. No file and no model
-    is needed; torch's default generator is left as it was. Raises KeyError for an unknown name,
+    Returns one result for each check and each kind of module that the method adapts. Needs no model
+    or data, and does not change torch's default generator. Raises KeyError for an unknown name,
     UserError for a file that does not define a method.
     """
     method: Method = registry.method(name)
@@ -130,10 +130,10 @@ class _Contract:
         self.loss(model).backward()
         found = {name for name, p in model.named_parameters() if p.grad is not None}
         trained = set(trainable_state(model))
-        if extra := found - trained | trained - self.own_names(model):
-            return f"{', '.join(sorted(extra))}: trained, and no parameter of the method"
+        if extra := found - trained | trained - self.trainable_names(model):
+            return f"{', '.join(sorted(extra))}: trained, but not a parameter of the method"
         if idle := trained - found:
-            return f"{', '.join(sorted(idle))}: trained, and no gradient reaches it"
+            return f"{', '.join(sorted(idle))}: trained, but receives no gradient"
         return None if trained else "no parameter is trained"
 
     def saved_and_loaded(self) -> str | None:
@@ -150,10 +150,11 @@ class _Contract:
         if self.method.folds or (self.case.kind == "slice" and not self._same_names(model, loaded)):
             return _difference(model(self.ids), loaded(self.ids))  # in another method's format
         have, want = trainable_state(loaded), trainable_state(model)
-        if unlike := sorted(set(have) ^ set(want)):
-            return f"{unlike[0]}: {'not saved' if unlike[0] in want else 'not trained before'}"
+        if mismatched := sorted(set(have) ^ set(want)):
+            name = mismatched[0]
+            return f"{name}: {'not saved' if name in want else 'not trained before'}"
         if changed := [name for name in want if not torch.equal(have[name], want[name])]:
-            return f"{changed[0]}: has another value"
+            return f"{changed[0]}: has a different value"
         equal = torch.equal(model(self.ids), loaded(self.ids))
         return None if equal else "the output differs, though all trained parameters are equal"
 
@@ -178,8 +179,8 @@ class _Contract:
         for name, value in straight.parameters.items():
             if not torch.equal(value, resumed.parameters[name]):
                 return (
-                    f"{name}: has another value; what a run needs besides its trained parameters "
-                    "and the state of its hooks must not depend on torch's default generator"
+                    f"{name}: has a different value; the state of a run, apart from trained "
+                    "parameters and hooks, must not depend on torch's default generator"
                 )
         return None
 
@@ -194,7 +195,7 @@ class _Contract:
         return model
 
     def trained(self) -> TinyModel:
-        """As after training: every trained parameter has changed."""
+        """A model as after training, with every trained parameter changed."""
         model = self.injected()
         with torch.no_grad():
             for parameter in trainable_state(model).values():
@@ -205,13 +206,13 @@ class _Contract:
         loss: Tensor = model(self.ids).float().square().sum()
         return loss
 
-    def own_names(self, model: nn.Module) -> set[str]:
+    def trainable_names(self, model: nn.Module) -> set[str]:
         """The names of the parameters that may be trained."""
         if not self.method.kinds:
             base = dict(self.base().named_parameters())
             return {name for name, _ in model.named_parameters() if plain_name(name) in base}
         layers = adapter_layers(model)
-        return {f"{at}.{key}" for at, x in layers.items() for key in x.own_parameters()}
+        return {f"{at}.{key}" for at, x in layers.items() for key in x.adapter_parameters()}
 
     @staticmethod
     def _same_names(model: nn.Module, loaded: nn.Module) -> bool:
@@ -253,7 +254,7 @@ class _Run:
 
 
 def _difference(want: Tensor, got: Tensor) -> str | None:
-    """A problem if the outputs differ by more than rounding."""
+    """Return a problem if the outputs differ by more than rounding."""
     if torch.allclose(got, want, atol=_TOLERANCE, rtol=_TOLERANCE):
         return None
     return f"the outputs differ by up to {(got - want).abs().max().item():.2g}"

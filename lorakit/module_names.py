@@ -1,4 +1,4 @@
-"""Names of modules: in short, as targets, and as the class of a multimodal base has them."""
+"""Module names: abbreviated in messages, matched by targets, and as in a multimodal base."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from itertools import product
 
 from lorakit.recipe.sections import format_layers, parse_layers
 
-#: What the base's own class puts before the names of its text part (Qwen3.5, Gemma 3, Llama 4).
+#: Prefixes that a multimodal class adds to the names of its text part (Qwen3.5, Gemma 3, Llama 4).
 _WRAPPERS = ("model", "language_model", "text_model")
 _BASE_PREFIXES = ("model.language_model.", "language_model.model.", "model.text_model.")
 
 
 def describe_modules(names: Sequence[str]) -> str:
-    """The names in short, each layer index shown: ``model.layers.{0-2,7}.self_attn.q_proj``."""
+    """Abbreviate the names to ``model.layers.{0-2,7}.self_attn.q_proj``, with every layer index."""
     return ", ".join(_described(names))
 
 
@@ -29,7 +29,7 @@ def _described(names: Sequence[str]) -> list[str]:
 
 
 def _compressed(stem: str, found: Sequence[tuple[int, ...]]) -> list[str]:
-    """``stem`` with its places filled by ranges, if those name exactly the tuples ``found``."""
+    """Fill the placeholders of ``stem`` with ranges that cover exactly the tuples ``found``."""
     columns = [sorted(set(column)) for column in zip(*found, strict=True)]
     if set(found) == set(product(*columns)):
         spans = (format_layers(c) if len(c) == 1 else f"{{{format_layers(c)}}}" for c in columns)
@@ -47,8 +47,8 @@ def _compressed(stem: str, found: Sequence[tuple[int, ...]]) -> list[str]:
     ]
 
 
-def names_it(target: str, name: str) -> bool:
-    """Whether ``target``, a suffix or a pattern after ``re:``, names the module ``name``."""
+def matches(target: str, name: str) -> bool:
+    """Whether ``target``, a suffix or ``re:`` and a pattern, matches the module ``name``."""
     if target.startswith("re:"):
         return re.fullmatch(target[3:], name) is not None
     return name == target or name.endswith(f".{target}")
@@ -68,8 +68,8 @@ def without_wrappers(name: str) -> list[str]:
 
 
 def covering_targets(wanted: Sequence[str], others: Sequence[str]) -> list[str]:
-    """Suffixes, or patterns where no suffix does, that name all of ``wanted`` and none of
-    ``others``."""
+    """Targets that match all of ``wanted`` and none of ``others``: suffixes where possible, else
+    patterns."""
     taken = {end for name in others for end in _ends(name)}
     chosen: dict[str, None] = {}
     numbered: list[str] = []
@@ -79,7 +79,7 @@ def covering_targets(wanted: Sequence[str], others: Sequence[str]) -> list[str]:
             chosen[end] = None
             continue
         pattern = "re:.*" + r"\.".join(r"\d+" if p.isdigit() else re.escape(p) for p in _last(name))
-        if any(names_it(pattern, other) for other in others):
+        if any(matches(pattern, other) for other in others):
             numbered.append(name)
         else:
             chosen[pattern] = None
@@ -87,7 +87,7 @@ def covering_targets(wanted: Sequence[str], others: Sequence[str]) -> list[str]:
 
 
 def _last(name: str) -> list[str]:
-    """The parts from the last one that is no number."""
+    """The parts of ``name`` from the last one that is not a number."""
     parts = name.split(".")
     at = max((i for i, part in enumerate(parts) if not part.isdigit()), default=0)
     return parts[at:]
@@ -103,7 +103,7 @@ def _as_pattern(described: str) -> str:
 
 
 def as_yaml_list(targets: Sequence[str]) -> str:
-    """``targets`` as they are written in a recipe."""
+    """Format ``targets`` as in a recipe."""
     texts = (t if re.fullmatch(r"[A-Za-z_][\w.]*", t) else json.dumps(t) for t in targets)
     return f"[{', '.join(texts)}]"
 

@@ -1,4 +1,4 @@
-"""Find the modules that roles, suffixes and patterns of ``adapter.target_modules`` name."""
+"""Find the modules selected by the roles, suffixes and patterns of ``adapter.target_modules``."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from lorakit.anatomy import (
 from lorakit.errors import TargetError
 from lorakit.kernels.low_rank import RowSlice
 from lorakit.layers import ADAPTABLE
-from lorakit.module_names import base_names, describe_modules, names_it
+from lorakit.module_names import base_names, describe_modules, matches
 from lorakit.recipe.sections import format_layers, layer_indices
 
 _ATTENTION = r"(?:^|\.)(?:\w*attn|\w*attention|SelfAttention|EncDecAttention|attention\.output)\."
-#: Parts in which ``key`` and ``value`` are no attention (RWKV's feed_forward.key).
+#: Parts in which ``key`` and ``value`` do not belong to attention (RWKV's feed_forward.key).
 _NO_ATTENTION = ("MLP", "expert", "router")
 _NOT_TEXT = re.compile(r"(?i)visual|vision|image|video|audio|speech|projector|merger|tower|mtp")
-#: Role -> how the families name it (Llama, Qwen, Mistral, Gemma, Phi, OPT: q_proj; BERT, RoBERTa,
-#: ELECTRA, ALBERT: query; DeBERTa-v2: query_proj; DistilBERT: q_lin; T5: q).
+#: Role -> pattern of its names in the model families (Llama, Qwen, Mistral, Gemma, Phi, OPT:
+#: q_proj; BERT, RoBERTa, ELECTRA, ALBERT: query; DeBERTa-v2: query_proj; DistilBERT: q_lin; T5: q).
 ROLES = {
     "q": r"(?:^|\.)(?:q_proj|query|query_proj|q_lin|q)$",
     "k": r"(?:^|\.)(?:k_proj|key|key_proj|k_lin|k)$",
@@ -80,11 +80,11 @@ def find_targets(
         chosen = {name: target for name, target in chosen.items() if name in kept}
     if both := [n for n, t in chosen.items() if t.rows and n.rpartition(".")[0] in chosen]:
         raise TargetError(
-            f"adapter.target_modules: {describe_modules(both)} are parts of modules that are "
-            "targets too; allowed: the whole or its parts"
+            f"adapter.target_modules: {describe_modules(both)} are parts of modules that are also "
+            "targets; allowed: either a module or its parts"
         )
     order = {id(module): at for at, module in enumerate(linear.values())}
-    return dict(sorted(chosen.items(), key=lambda item: _place(item[1], order)))
+    return dict(sorted(chosen.items(), key=lambda item: _position(item[1], order)))
 
 
 def parameters_within(
@@ -103,15 +103,15 @@ def parameters_within(
     targets = find_targets(model, target_modules, layers, exclude)
     if parts := [name for name, target in targets.items() if target.rows is not None]:
         raise TargetError(
-            f"adapter.target_modules: {describe_modules(parts)} are parts of larger matrices, "
-            "which cannot be trained in part; name the whole, "
+            f"adapter.target_modules: {describe_modules(parts)} are parts of larger matrices, and "
+            "this method trains whole matrices only; hint: use "
             f"{parts[0].rpartition('.')[0].rpartition('.')[2]!r}"
         )
     chosen = {id(p) for target in targets.values() for p in target.module.parameters()}
     return [name for name in names if id(model.get_parameter(name)) in chosen]
 
 
-def _place(target: Target, order: dict[int, int]) -> tuple[int, int]:
+def _position(target: Target, order: dict[int, int]) -> tuple[int, int]:
     return order[id(target.module)], target.rows.start if target.rows else 0
 
 
@@ -131,19 +131,19 @@ def _match(
             for name, module in kept.items()
             if not is_within(name, tuple(exclude)) and not _is_dead_router(name, model, classes)
         }
-    own = {name: Target(module) for name, module in linear.items() if names_it(target, name)}
+    own = {name: Target(module) for name, module in linear.items() if matches(target, name)}
     if own or not is_text_part(model):
         return own
     return {
         name: Target(module)
         for name, module in linear.items()
-        if any(names_it(target, alias) for alias in base_names(name))
+        if any(matches(target, alias) for alias in base_names(name))
     }
 
 
 def _is_dead_router(name: str, model: nn.Module, classes: dict[str, str]) -> bool:
-    """Whether the module is a router that the model never calls but reads the weight of, as in
-    LongCat-Flash: an adapter would never train."""
+    """Whether the module is a router whose weight the model reads without calling it, as in
+    LongCat-Flash: an adapter would never be trained."""
     return part_of(name, classes) == "router" and reads_past_forward(model, name)
 
 
@@ -184,8 +184,8 @@ def _slices(role: str, linear: dict[str, nn.Module], model: nn.Module) -> dict[s
             if rows is None:
                 raise TargetError(
                     f"adapter.target_modules: {role!r} is a part of {name}, and the "
-                    f"layout of q, k and v in it is unknown for {type(model).__name__}; name the "
-                    f"whole, {name.rpartition('.')[2]!r}"
+                    f"layout of q, k and v in it is unknown for {type(model).__name__}; hint: use "
+                    f"{name.rpartition('.')[2]!r}"
                 )
             found[f"{name}.{role}"] = Target(module, rows)
     return found
@@ -198,18 +198,18 @@ def _no_embeddings(linear: dict[str, nn.Module]) -> dict[str, nn.Module]:
 def unreachable(
     target: str, found: Sequence[Weight], linear: Mapping[str, nn.Module]
 ) -> list[Weight]:
-    """The weights in ``found`` that ``target``, a suffix or pattern, names but that no module of
-    ``linear`` has, such as routers or experts in a 3-D parameter."""
+    """The weights in ``found`` that ``target``, a suffix or pattern, matches but that do not belong
+    to a module of ``linear``, such as routers or experts in a 3-D parameter."""
     return [
         weight
         for weight in found
-        if weight.owner not in linear and any(names_it(target, name) for name in _aliases(weight))
+        if weight.owner not in linear and any(matches(target, name) for name in _aliases(weight))
     ]
 
 
 def _aliases(weight: Weight) -> list[str]:
-    """The names by which a weight may be meant: its own, its module's and, for stacked experts, the
-    usual names of the projections of an expert."""
+    """The names by which a user may refer to a weight: its own, its module's and, for stacked
+    experts, the usual names of an expert's projections."""
     names = [weight.name, weight.owner]
     if weight.part == "expert" and weight.stacked:
         leaf = weight.name.removeprefix(f"{weight.owner}.")
@@ -236,19 +236,19 @@ def _no_match(target: str, linear: dict[str, nn.Module], model: nn.Module) -> st
                 f"linear layers ({names}): adapting them requires PEFT's target_parameters, which "
                 f"lorakit does not support yet; {allowed}"
             )
-        if any(names_it(target, w.name) for w in missed):
+        if any(matches(target, w.name) for w in missed):
             return _names_parameters(start, [w.name for w in missed], model, allowed)
         classes = sorted({type(model.get_submodule(w.owner)).__name__ for w in missed})
         return (
             f"{start} names {names}, of class {', '.join(classes)}, which is not a plain "
             f"linear layer and cannot be adapted; {allowed}"
         )
-    if [n for n, _ in model.named_modules() if is_within(n, outside) and names_it(target, n)]:
+    if [n for n, _ in model.named_modules() if is_within(n, outside) and matches(target, n)]:
         return (
-            f"{start} matches only modules of {', '.join(outside)}, and text passes "
-            f"through the language model alone; {allowed}"
+            f"{start} matches only modules of {', '.join(outside)}, which text does not pass "
+            f"through; {allowed}"
         )
-    if own := [n for n, _ in model.named_parameters() if names_it(target, n)]:
+    if own := [n for n, _ in model.named_parameters() if matches(target, n)]:
         return _names_parameters(start, own, model, allowed)
     if is_text_part(model) and _NOT_TEXT.search(target):
         return (
@@ -264,13 +264,13 @@ def _no_match(target: str, linear: dict[str, nn.Module], model: nn.Module) -> st
     if target in ROLES and (
         own := sorted({n.rpartition(".")[2] for n in _attention(linear, (), model)})
     ):
-        hint = f" (the attention has {', '.join(own)}; 'attention' takes all of it)"
+        hint = f" (the attention modules are {', '.join(own)}; 'attention' selects all of them)"
     return f"{start} matches no linear or embedding module{hint}; {allowed}"
 
 
 def _names_parameters(start: str, names: Sequence[str], model: nn.Module, allowed: str) -> str:
-    holders = [model.get_submodule(name.rpartition(".")[0]) for name in names]
-    classes = ", ".join(sorted({type(holder).__name__ for holder in holders}))
+    owners = [model.get_submodule(name.rpartition(".")[0]) for name in names]
+    classes = ", ".join(sorted({type(owner).__name__ for owner in owners}))
     what = "is a parameter" if len(names) == 1 else "are parameters"
     return (
         f"{start}: {describe_modules(names)} {what} of {classes}, not a linear layer: only linear "

@@ -1,7 +1,6 @@
 """Load a class or function from a user's Python file, named ``FILE.py:NAME``.
 
-A file runs only when it is asked for by name. Its failures become one-line errors that name the
-file and the line.
+A file runs only if the user names it. Its failures become one-line errors with the file and line.
 """
 
 from __future__ import annotations
@@ -130,7 +129,7 @@ def _read(file: Path) -> bytes:
 
 @lru_cache(maxsize=32)
 def _module(path: Path, digest: bytes, source: bytes, shown: str) -> ModuleType:
-    """Compiled rather than imported, so that no bytecode is written and none is ever stale."""
+    """Compile the file instead of importing it, so that no stale bytecode is ever used."""
     name = f"lorakit_user_{hashlib.sha256(bytes(path) + digest).hexdigest()[:16]}"
     module = ModuleType(name)
     module.__file__ = str(path)

@@ -72,7 +72,7 @@ def test_roles_that_only_some_layers_have(targets: tuple[str, ...]) -> None:
     (missed,) = coverage.missed
     assert missed.targets == targets
     assert "model.layers.{0-2}.linear_attn.in_proj_qkvz" in missed.modules
-    assert "'attention' takes every kind of attention" in str(missed)
+    assert "'attention' selects every kind of attention" in str(missed)
     assert not covered(hybrid("qwen3_next"), "q", "v", layers=[3]).missed
     assert not covered(hybrid("qwen3_next"), "3.self_attn.q_proj").missed
     assert not covered(hybrid("qwen3_next"), r"re:.*\.3\..*\.q_proj").missed
@@ -85,7 +85,7 @@ def test_attention_on_latent_attention() -> None:
     want = {f"model.layers.{layer}.self_attn.{end}" for layer in (0, 1) for end in ends}
     assert set(find_targets(model, ["attention"])) == want
     with pytest.raises(
-        TargetError, match=r"the attention has kv_a_proj_with_mqa, .*'attention' takes"
+        TargetError, match=r"the attention modules are kv_a_proj_with_mqa, .*'attention' selects"
     ):
         find_targets(model, ["q", "v"])
     coverage = covered(model, "attention")

@@ -58,7 +58,7 @@ def lora(base: nn.Module, r: int = 2, layer_class: type[LoraLayer] = LoraLayer) 
 def test_delta_weight_alone_makes_a_layer(base: nn.Module) -> None:
     layer = Offset(base)
     assert layer.base_shape == (6, 4)
-    assert list(layer.own_parameters()) == ["offset"]
+    assert list(layer.adapter_parameters()) == ["offset"]
     ids = torch.tensor([[3, 0], [1, 1]])
     one_hot = F.one_hot(ids, 4).float()
     out = layer(ids if isinstance(base, nn.Embedding) else one_hot)

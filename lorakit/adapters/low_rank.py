@@ -186,9 +186,7 @@ def _in_parts(
     module: str, matrix: AdaptedMatrix, parts: Mapping[str, tuple[RowSlice, int]]
 ) -> AdaptedMatrix:
     if not is_covered_by(matrix.B, parts.values()):
-        raise AdapterError(
-            f"{module}: the parts {', '.join(parts)} are not all that the tensors hold"
-        )
+        raise AdapterError(f"{module}: the parts {', '.join(parts)} do not cover all of lora_B")
     return replace(matrix, parts=parts)
 
 

@@ -1,4 +1,4 @@
 """Reading and writing files, independent of what they contain.
 
-Every file or directory that must never be seen half-written is written through ``atomic``.
+Files and directories that readers must never see half-written are written through ``atomic``.
 """

@@ -1,8 +1,8 @@
-"""Atomic writes: a file or directory is complete, or it is as it was before.
+"""Atomic writes: a file or directory is either complete or unchanged.
 
-New content goes to a temporary name next to the target, is flushed to disk (fsync) and renamed.
-The temporary ``.NAME.TOKEN.new`` is locked while its writer lives, so that the next writer can
-tell the leftovers of a killed process and delete them.
+New content is written to a temporary name next to the target, flushed to disk (fsync) and renamed.
+The temporary ``.NAME.TOKEN.new`` is locked while its writer is running, so that the next writer can
+recognize the leftovers of a killed process and delete them.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def remove_directory(target: Path) -> None:
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Delete what killed processes left in ``folder``: of the target ``name``, or of every target.
+    """Delete the leftovers of killed processes in ``folder``: of the target ``name``, or of every
+    target.
 
     A directory that was moved aside and not replaced before the process died is moved back.
     """
@@ -99,13 +100,13 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 
 
 def _target_name(path: Path) -> str | None:
-    """The name of the target that a temporary stands for; None for any other file."""
+    """The name of the target that a temporary file belongs to; None for any other file."""
     found = _TEMPORARY.fullmatch(path.name)
     return found["name"] if found else None
 
 
 def _undo_move(old: Path) -> None:
-    if old.with_suffix(".new").exists():  # its writer lives
+    if old.with_suffix(".new").exists():  # its writer is still running
         return
     target = old.with_name(_target_name(old) or "")
     if target.exists():

@@ -1,17 +1,18 @@
 """P theta for a fixed random P (D, d) that is never stored: the Fastfood transform.
 
-P comes from a seed, in blocks of L rows, L the least power of two >= d. Block b is
+P is generated from a seed, in blocks of L rows, where L is the smallest power of two >= d. Block b
+consists of the first d columns of
 
-    P_b = H G_b Pi_b H S_b / sqrt(d L), its first d columns,
+    P_b = H G_b Pi_b H S_b / sqrt(d L),
 
-H the Walsh-Hadamard matrix (entries +-1), S_b random signs, Pi_b a random permutation, G_b
-Gaussian. A product takes O(D log L) operations and O(D) memory, where a dense P takes O(D d) of
-both. Sources: Le, Sarlos and Smola 2013 (the transform, here without their matrix that makes the
-row lengths chi-distributed); Li et al. 2018 (arXiv 1804.08838) and Aghajanyan et al. 2020 (arXiv
-2012.13255) for theta_0 + P theta_d.
+where H is the Walsh-Hadamard matrix (entries +-1), S_b are random signs, Pi_b is a random
+permutation and G_b Gaussian. A product takes O(D log L) operations and O(D) memory, where a dense P
+takes O(D d) of both. Sources: Le, Sarlos and Smola 2013 (the transform, here without their matrix
+that makes the row lengths chi-distributed); Li et al. 2018 (arXiv 1804.08838) and Aghajanyan et al.
+2020 (arXiv 2012.13255) for theta_0 + P theta_d.
 
-What P holds is part of the meaning of a saved theta. So S, Pi and G come from an integer hash and
-a table, not from torch's generators, and are the same bits on every device and torch version.
+A saved theta is meaningful only with the same P. S, Pi and G therefore come from an integer hash
+and a table instead of torch's generators, and are the same bits on every device and torch version.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Values of P theta made at a time. They bound the scratch memory, about 60 bytes for each.
+#: Values of P theta computed at a time. Each takes about 60 bytes of scratch memory.
 CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**21}
 
-#: Starts of the two independent sequences of random words: one orders, one gives values.
+#: Keys of two independent sequences of random words: for the permutation, and for S and G.
 _ORDER, _VALUES = 0x9E3779B9, 0x3C6EF372
 _WORD = 0xFFFFFFFF
 _GAUSSIAN_BITS = 16
@@ -36,18 +37,19 @@ _GAUSSIAN_BITS = 16
 _Integer = TypeVar("_Integer", int, Tensor)
 
 
-# Traced, the integer arithmetic of each matrix takes torch.compile minutes.
+# torch.compile would take minutes to trace the integer arithmetic of each matrix.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def project(theta: Tensor, size: int, seed: int, stream: int) -> Tensor:
     """P theta (size,) for theta (d,), in float32, or in float64 if theta is.
 
     Each row of P has expected squared norm 1, each entry mean 0 and variance 1/d, whatever
-    ``size`` is: E||P theta||^2 = (size / d) ||theta||^2. Times sqrt(d / D) it is the P of Li et
-    al. for D weights in all, whose columns have norm 1.
+    ``size`` is: E||P theta||^2 = (size / d) ||theta||^2. Multiplied by sqrt(d / D), it is the P of
+    Li et al. for D weights in total, whose columns have norm 1.
 
-    ``seed`` (0 to 2^64 - 1) and ``stream`` (0 to 2^32 - 1) name P: one seed for a model, one
-    stream for each of its matrices. With equal names a smaller ``size`` gives the first rows of a
-    larger. The gradient is P^T g, with P made again: the backward pass keeps no tensor.
+    ``seed`` (0 to 2^64 - 1) and ``stream`` (0 to 2^32 - 1) identify P: one seed for a model, one
+    stream for each of its matrices. With the same seed and stream, a smaller ``size`` gives the
+    first rows of a larger P. The gradient is P^T g, with P generated again, so that no tensor is
+    kept for the backward pass.
     """
     P = Fastfood(theta.numel(), size, seed, stream)
     assert theta.ndim == 1, f"theta has shape {tuple(theta.shape)}"
@@ -74,7 +76,7 @@ class _Product(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Fastfood:
-    """The matrix P (size, d) that ``seed`` and ``stream`` name, as its two products."""
+    """The matrix P (size, d) of ``seed`` and ``stream``, as its two products."""
 
     d: int
     size: int
@@ -135,13 +137,13 @@ class Fastfood:
         for part in (self.seed & _WORD, self.seed >> 32, self.stream):
             key = _mix(key ^ _mix(part))
         keys = _mix(key ^ _mix(blocks)).unsqueeze(1)
-        # Counters are mixed before they meet a key. Else two keys that differ by less than L
-        # would give two blocks of the same words in another order.
+        # Positions are mixed before they are combined with a key. Otherwise, two keys that differ
+        # by less than L would give two blocks of the same words in different orders.
         positions = _mix(torch.arange(self.L, device=blocks.device))
         return _mix(keys ^ positions)
 
     def _chunks(self, device: torch.device) -> Iterator[tuple[Tensor, slice]]:
-        """Block numbers and the rows that they make, the last chunk cut at ``size``."""
+        """Yield block numbers and the rows that they produce; the last chunk ends at ``size``."""
         count = -(-self.size // self.L)
         step = max(1, CHUNK_ELEMENTS.get(device.type, 2**18) // self.L)
         for start in range(0, count, step):
@@ -165,7 +167,7 @@ def hadamard(x: Tensor) -> Tensor:
 
 
 def _mix(x: _Integer) -> _Integer:
-    """A bijection of 32-bit words in which each bit of x moves about half of the bits.
+    """A bijection of 32-bit words in which each bit of x affects about half of the output bits.
 
     Two rounds of xorshift and multiply, with the constants of TheIronBorn (published in
     C. Wellons' hash-prospector). They are below 2^31, so no product passes 2^63 in int64.
@@ -177,7 +179,7 @@ def _mix(x: _Integer) -> _Integer:
 
 @lru_cache(maxsize=8)
 def gaussian_table(device: torch.device) -> Tensor:
-    """2^16 equally likely values of mean 0 and variance 1, made on the CPU for every device."""
+    """2^16 equally likely values of mean 0 and variance 1, computed on the CPU for every device."""
     count = 2**_GAUSSIAN_BITS
     midpoints = (torch.arange(count, dtype=torch.float64, device="cpu") + 0.5) / count
     values: Tensor = torch.special.ndtri(midpoints)

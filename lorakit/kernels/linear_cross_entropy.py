@@ -1,8 +1,8 @@
 """Cross entropy of a linear layer's output, without the logits of the whole batch.
 
-The rows are taken in chunks: a chunk's logits live only until its loss and its gradient with
-respect to the hidden states are known. The weight is frozen, so no gradient of it is formed, and
-nothing is computed a second time in the backward pass.
+The rows are processed in chunks: a chunk's logits are freed once its loss and its gradient with
+respect to the hidden states are computed. The weight is frozen and gets no gradient, and nothing is
+recomputed in the backward pass.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**25}
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does to W h + b before the softmax: a factor, then c * tanh(z / c)."""
+    """How a model transforms W h + b before the softmax: a factor, then c * tanh(z / c)."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -43,7 +43,7 @@ def linear_cross_entropy(
     hidden (n, in_features), weight (vocab, in_features) frozen, targets (n,) class indices. With
     label smoothing e the target is (1 - e) one-hot + e / vocab, as in torch's cross_entropy.
     """
-    assert not weight.requires_grad, "a trained output layer takes checkpointed_cross_entropy"
+    assert not weight.requires_grad, "use checkpointed_cross_entropy for a trained output layer"
     loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, targets, label_smoothing, transform or LogitTransform()
     )
@@ -92,7 +92,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _losses_and_softmax_(
     logits: Tensor, target: Tensor, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """Each row's loss, and softmax(z) written over ``logits``: no second tensor of their size."""
+    """Each row's loss, and softmax(z), which overwrites ``logits``."""
     top = logits.amax(dim=1, keepdim=True)
     hit = logits.gather(1, target).squeeze(1)
     mean = logits.mean(dim=1) if label_smoothing else None
@@ -114,7 +114,7 @@ def _slope(logits: Tensor, transform: LogitTransform) -> Tensor | float:
 def _d_logits_(
     softmax: Tensor, target: Tensor, label_smoothing: float, slope: Tensor | float | None
 ) -> Tensor:
-    """(softmax(z) minus the smoothed target) times the slope, written over ``softmax``."""
+    """(softmax(z) minus the smoothed target) times the slope, which overwrites ``softmax``."""
     if label_smoothing:
         softmax.sub_(label_smoothing / softmax.shape[1])
     softmax.scatter_add_(
@@ -130,9 +130,9 @@ def _d_logits_(
 def checkpointed_cross_entropy(
     head: Any, hidden: Tensor, targets: Tensor, vocab: int, label_smoothing: float = 0.0
 ) -> Tensor:
-    """The same sum for any ``head`` (hidden -> logits), trained or adapted ones too.
+    """The same sum for any ``head`` (hidden -> logits), including trained and adapted ones.
 
-    A chunk's logits are computed again in the backward pass, so that none are kept.
+    A chunk's logits are recomputed in the backward pass instead of being kept.
     """
     from torch.utils.checkpoint import checkpoint
 

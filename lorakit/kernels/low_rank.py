@@ -17,8 +17,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RowSlice:
-    """Rows of a W (out_features, in_features): of each ``period`` rows those from ``start`` to
-    ``stop``. A projection that stacks q, k and v is one period; where the heads interleave, each
+    """Rows of a W (out_features, in_features): those from ``start`` to ``stop`` in each ``period``
+    rows. A projection that stacks q, k and v is one period; if the heads are interleaved, each
     head is one."""
 
     start: int
@@ -34,7 +34,7 @@ class RowSlice:
         return self._grouped(value, dim).flatten(dim, dim + 1)
 
     def put(self, value: Tensor, rows: Tensor) -> None:
-        """Write ``rows`` into their places in dimension 0 of ``value``."""
+        """Write ``rows`` to the slice's rows of ``value``."""
         into = self._grouped(value, 0)
         into.copy_(rows.reshape(into.shape))
 
@@ -45,8 +45,8 @@ class RowSlice:
 
 
 def is_covered_by(B: Tensor, parts: Iterable[tuple[RowSlice, int]]) -> bool:
-    """Whether ``parts``, pairs of rows and rank, account for all of B (out_features, r): each has
-    its own columns, in order, and B is zero outside of the rows of each."""
+    """Whether ``parts``, pairs of rows and rank, cover all of B (out_features, r): each part has
+    its own columns, in order, and is zero outside its rows."""
     rest, at = B.detach().clone(), 0
     for rows, r in parts:
         if not rows.fit(len(B)) or at + r > B.shape[1]:
@@ -78,9 +78,8 @@ class LowRankDelta:
 def lora_add_(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """Add the update to ``y`` (n, out_features) for ``x`` (n, in_features).
 
-    lora_A is (r, in_features), lora_B (out_features, r). The arithmetic is in ``y``'s dtype, also
-    where the factors are held in float32.
-    """
+    lora_A is (r, in_features), lora_B (out_features, r). The arithmetic is in ``y``'s dtype, even
+    if the factors are float32."""
     h = F.linear(x, lora_A.to(x.dtype))
     return y.addmm_(h.to(y.dtype), lora_B.to(y.dtype).t(), alpha=scaling)
 
@@ -88,11 +87,11 @@ def lora_add_(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: flo
 def lora_add_reference(
     y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
 ) -> Tensor:
-    """The same in the paper's words: y + scaling * B A x (LoRA, section 4.1)."""
+    """The same as written in the paper: y + scaling * B A x (LoRA, section 4.1)."""
     return y + scaling * torch.einsum("or,ri,ni->no", lora_B, lora_A, x)
 
 
-#: Elements of a half-precision W that are held in float32 at a time: 16 MiB.
+#: Elements of a half-precision W that are converted to float32 at a time: 16 MiB.
 CHUNK_ELEMENTS = 2**22
 _FLOAT32 = torch.finfo(torch.float32)
 
@@ -108,8 +107,8 @@ def row_squares(W: Tensor) -> Tensor:
 def row_norms(W: Tensor, squares: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """||W_i + s (B A)_i|| (out,), float32, without a gradient; ``squares`` are W's own.
 
-    ||W_i||^2 + 2 s (W A^T)_i . B_i + s^2 B_i A A^T B_i^T. A row that the update cancels has the
-    norm of the sum's rounding, so that nothing is divided by zero.
+    ||W_i||^2 + 2 s (W A^T)_i . B_i + s^2 B_i A A^T B_i^T. If the update cancels a row, the norm is
+    that of the sum's rounding error, so that nothing is divided by zero.
     """
     A, B = A.float(), B.float() * scaling
     # Autocast would round the products to half precision.
@@ -133,9 +132,9 @@ def dora_add(
 ) -> Tensor:
     """y + (factor - 1) plain + factor * s B A x, in ``y``'s dtype.
 
-    ``y`` = W x + b and ``plain`` = W x are (n, out), x (n, in), ``factor`` (out,) float32. What
-    is added to ``y`` is exactly zero where factor is 1 and B A zero. In half precision factor - 1
-    keeps what factor itself, near 1, would lose.
+    ``y`` = W x + b and ``plain`` = W x are (n, out), x (n, in), ``factor`` (out,) float32. The
+    terms added to ``y`` are exactly zero where factor is 1 and B A zero. In half precision,
+    factor - 1 retains digits that factor itself, which is near 1, would lose.
     """
     h = F.linear(x, A.to(x.dtype)).to(y.dtype)
     scaled_B = (factor * scaling)[:, None] * B
@@ -146,7 +145,7 @@ def dora_add(
 def dora_reference(
     x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scaling: float, m: Tensor
 ) -> Tensor:
-    """The same in the paper's words (DoRA, sections 4.1 and 4.3), the norm a constant."""
+    """The same as written in the paper (DoRA, sections 4.1 and 4.3), with a constant norm."""
     adapted = W + scaling * B @ A
     norm = torch.linalg.vector_norm(adapted.detach(), dim=1, keepdim=True)
     return F.linear(x, m[:, None] * adapted / norm, b)

@@ -1,8 +1,8 @@
-"""AdaLoRA's arithmetic over all matrices at once: importance, the triplets kept, orthogonality.
+"""AdaLoRA's arithmetic over all matrices at once: importance, triplet selection, orthogonality.
 
-A model has hundreds of small factors; a loop over them would cost more than the model's own step.
-Element-wise work is done by fused multi-tensor kernels, the rest on stacks of equal shapes, and
-nothing is read back to the host.
+A model has hundreds of small factors, and a loop over them would take longer than the model's own
+step. Fused multi-tensor kernels do the element-wise work, and batched products of factors of equal
+shape the rest. Nothing is read back to the host.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def by_shape(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """The positions of ``tensors``, those of one shape together."""
+    """The indices of ``tensors``, grouped by shape."""
     groups: dict[torch.Size, list[int]] = {}
     for index, tensor in enumerate(tensors):
         groups.setdefault(tensor.shape, []).append(index)
@@ -33,8 +33,8 @@ def update_importance(
     """One step of the smoothed sensitivity and of its uncertainty, in place (AdaLoRA, eq. 8 to 10).
 
     I = |w * grad|; average <- beta1 average + (1 - beta1) I;
-    uncertainty <- beta2 uncertainty + (1 - beta2) |I - average|, with the average just made, as
-    both public codes have it.
+    uncertainty <- beta2 uncertainty + (1 - beta2) |I - average|, with the updated average, as in
+    both public implementations.
     """
     sensitivity = list(torch._foreach_mul(weights, gradients))
     torch._foreach_abs_(sensitivity)
@@ -60,7 +60,7 @@ def triplet_scores(importance: Sequence[Tensor], dim: int) -> Tensor:
 
 @torch.no_grad()
 def keep_top(scores: Tensor, budget: int) -> Tensor:
-    """A mask of exactly ``budget`` of the ``scores``, the highest; of equals the earlier."""
+    """A mask of the ``budget`` highest ``scores``; of equal scores, the earlier ones are kept."""
     order = scores.flatten().sort(descending=True, stable=True).indices
     kept = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
     return kept.index_fill_(0, order[:budget], True).view(scores.shape)
@@ -70,12 +70,12 @@ def keep_top(scores: Tensor, budget: int) -> Tensor:
 def orthogonality(
     factors: Sequence[Tensor], columns: bool, mean_norm: bool, weight: float = 1.0
 ) -> tuple[Tensor, list[Tensor]]:
-    """How far the factors are from orthonormal rows (or ``columns``), and the gradients of that;
-    both times ``weight``.
+    """A measure of how far the factors are from having orthonormal rows (or ``columns``), and its
+    gradients, all multiplied by ``weight``.
 
-    With G = F F^T - I (or F^T F - I): sum ||G||_F^2, whose gradient is 4 G F (or 4 F G). With
-    ``mean_norm`` sum ||G||_F, with gradient 2 G F / ||G||_F: what the public codes take.
-    """
+    With G = F F^T - I (or F^T F - I), it is sum ||G||_F^2, whose gradient is 4 G F (or 4 F G). With
+    ``mean_norm`` it is sum ||G||_F, with gradient 2 G F / ||G||_F, as in the public
+    implementations."""
     total = factors[0].new_zeros(())
     gradients: list[Tensor] = [total] * len(factors)
     for group in by_shape(factors):

@@ -1,4 +1,4 @@
-"""AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): W + s P Lambda Q, ranks chosen while training.
+"""AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): W + s P Lambda Q, ranks chosen during training.
 
 Lambda is initialized with zeros, P (out, init_r) and Q (init_r, in) with Gaussians; the penalty
 gamma * (||P^T P - I||_F^2 + ||Q Q^T - I||_F^2) keeps them near orthonormal (section 3.1). Every
@@ -115,8 +115,8 @@ class AdaLora(Lora):
         if tinit + tfinal >= total_steps:
             raise UserError(
                 f"adapter.tinit = {config.tinit}, adapter.tfinal = {config.tfinal}: {tinit} and "
-                f"{tfinal} of the run's {total_steps} steps leave none to choose ranks in; "
-                f"allowed: less than {total_steps} together"
+                f"{tfinal} of the run's {total_steps} steps leave no steps for rank allocation; "
+                f"allowed: less than {total_steps} in total"
             )
 
     def hooks(self, layers: Mapping[str, AdapterLayer], config: Any, total_steps: int) -> RunHooks:
@@ -144,7 +144,7 @@ def scaling_of(lora_alpha: float, init_r: int) -> float:
 
 
 def resolve_steps(steps: float, total_steps: int) -> int:
-    """``steps``, or the number of steps that a fraction of the run is."""
+    """``steps`` as a number of steps, if it is a fraction of the run."""
     return steps if isinstance(steps, int) else round(steps * total_steps)
 
 

@@ -73,7 +73,7 @@ class AdaLoraLayer(LoraLayer):
 
     @classmethod
     def join(cls, composite: CompositeLayer) -> LoraLayer:
-        """As LoRA, of which the parts are the kept triplets: PEFT's AdaLoRA has no parts."""
+        """Join the kept triplets as a LoRA layer, since PEFT's AdaLoRA does not support parts."""
         parts = {n: p.as_lora() for n, p in composite.parts.items() if isinstance(p, AdaLoraLayer)}
         return LoraLayer.join(CompositeLayer(composite.base_layer, parts))
 
@@ -140,7 +140,7 @@ class Allocation(RunHooks):
         self._factors = {f: [getattr(x, f) for x in layers.values()] for f in _ACROSS}
         weights: list[Any] = [w for factors in self._factors.values() for w in factors]
         self._weights = weights
-        # All elements in one row, so that an operation is one kernel instead of hundreds.
+        # All elements in one flat tensor, so that an operation is one kernel instead of hundreds.
         sizes = [w.numel() for w in weights]
         self._rows = torch.zeros(2, sum(sizes), device=weights[0].device)
         self._averages, self._uncertainties = (
@@ -178,10 +178,10 @@ class Allocation(RunHooks):
 
     def _update(self, scaled: bool) -> None:
         with torch.no_grad():
-            gradients = _in_a_row([_gradient(w) for w in self._weights])
-            if scaled:  # values that are not finite would stay in the averages
+            gradients = _flattened([_gradient(w) for w in self._weights])
+            if scaled:  # non-finite values would remain in the averages
                 gradients = torch.nan_to_num(gradients, 0.0, 0.0, 0.0)
-            weights = _in_a_row(self._weights)
+            weights = _flattened(self._weights)
             average, uncertainty = self._rows
             update_importance([average], [uncertainty], [weights], [gradients], *self._betas)
 
@@ -235,7 +235,7 @@ def _add_gradients(weights: list[Any], gradients: list[Tensor]) -> None:
         weights[i].grad = gradients[i].clone()
 
 
-def _in_a_row(tensors: list[Tensor]) -> Tensor:
+def _flattened(tensors: list[Tensor]) -> Tensor:
     row: Tensor = _flatten_dense_tensors(tensors)
     return row
 

@@ -27,21 +27,21 @@ class RunHooks:
     device_values: tuple[str, ...] = ()
 
     def before_step(self, scale: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """Called when all gradients of the step are computed and not clipped yet. Whatever is added
-        to them must be passed through ``scale`` (loss scaling of float16)."""
+        """Called after all gradients of the step are computed, before they are clipped. Anything
+        that is added to them must be passed through ``scale`` (float16 loss scaling)."""
         return []
 
     def after_step(self, step: int, scaled: bool = False) -> None:
         """Called after step ``step``, counted from 1, while its gradients still exist. With
-        ``scaled`` they may not be finite: float16's scaler skips such a step without the host
-        knowing."""
+        ``scaled`` they may not be finite: the float16 loss scaler skips such a step on the device,
+        which the host does not see."""
 
     def is_final_form(self, step: int) -> bool:
         """Whether the adapter after ``step`` can be the result of the run."""
         return True
 
     def logged(self, step: int, optimizer: Any) -> dict[str, float]:
-        """Further values for a line of ``metrics.jsonl``."""
+        """Additional values for a line of ``metrics.jsonl``."""
         return {}
 
     def state(self) -> dict[str, Tensor]:
@@ -95,14 +95,14 @@ class Method:
         return self.Layer
 
     def wrap(self, module: nn.Module, config: Any, name: str) -> AdapterLayer:
-        """The layer that replaces ``module``, which the model has under ``name``; its output is the
-        module's until it is trained. By default ``Layer(module, config, name)``."""
+        """The layer that replaces ``module``, called ``name`` in the model. Before training, its
+        output equals the module's. The default is ``Layer(module, config, name)``."""
         build: Any = self.layer_class()
         layer: AdapterLayer = build(module, config, name)
         return layer
 
     def link(self, layers: Mapping[str, Any]) -> None:
-        """Called when all layers are in the model, to share what they have in common."""
+        """Called after all layers have been placed in the model, to set up what they share."""
 
     def trained_parameters(self, model: nn.Module, config: Any) -> list[str]:
         """The names of the base's own parameters to train; called after wrapping."""
@@ -155,7 +155,7 @@ class Method:
         tensors = {
             f"{name}.{key}": parameter.detach()
             for name, layer in layers.items()
-            for key, parameter in layer.own_parameters().items()
+            for key, parameter in layer.adapter_parameters().items()
             if key not in self.shared
         }
         return settings, tensors
@@ -201,14 +201,14 @@ def load_method(spec: str) -> Method:
     """The method that ``FILE.py:CLASS`` names; the file is run. Raises UserError if it does not
     define one."""
     found = load_class(spec, Method)
-    lacking = [name for name in ("Config", "Layer") if not hasattr(found, name)]
+    missing = [name for name in ("Config", "Layer") if not hasattr(found, name)]
     if found.layer_class is not Method.layer_class or not found.kinds:
-        lacking = [name for name in lacking if name != "Layer"]
-    if lacking:
+        missing = [name for name in missing if name != "Layer"]
+    if missing:
         raise UserError(
-            f"{spec}: does not define {', '.join(lacking)}; allowed: a class with Config, a "
+            f"{spec}: does not define {', '.join(missing)}; allowed: a class with Config, a "
             "subclass of AdapterSection, and Layer, a subclass of AdapterLayer"
         )
     method = found()
-    method.name = spec  # type: ignore[misc]  # recipes and saved adapters name it so
+    method.name = spec  # type: ignore[misc]  # its name in recipes and saved adapters
     return method

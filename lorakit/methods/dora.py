@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 class DoraConfig(LoraConfig):
-    """The keys of LoRA. ``lora_dropout`` applies to the input of all that is added to W x + b. That
-    includes (m / norm - 1) W dropout(x), which takes a second product with W in each step."""
+    """The keys of LoRA. ``lora_dropout`` applies to the input of every term added to W x + b. This
+    includes (m / norm - 1) W dropout(x), which requires a second product with W in each step."""
 
     method: str = "dora"
 

@@ -13,14 +13,14 @@ from lorakit.kernels.low_rank import LowRankDelta, RowSlice, dora_add, row_norms
 from lorakit.layers import CompositeLayer
 from lorakit.methods.lora_layer import LoraLayer
 
-#: How far the norm of a row may move, relative to it, when W is rounded to bfloat16.
+#: The largest relative change of a row's norm when W is rounded to bfloat16.
 _ROUNDING = 2**-8
 
 
 class DoraLayer(LoraLayer):
     """y = m * (W + scaling * B A) x / ||W + scaling * B A|| + b.
 
-    The norm is that of each row, ``lora_magnitude_vector`` m (out,) is trained.
+    The norm is taken of each row; ``lora_magnitude_vector`` m (out,) is trained.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class DoraLayer(LoraLayer):
         self._squares: tuple[Hashable, Tensor] | None = None
 
     def reset_parameters(self, init: str, name: str) -> None:
-        """m starts as the norm that the forward pass divides by: the same bits, for every init."""
+        """Initialize m with the norm that the forward pass divides by, bit for bit."""
         super().reset_parameters(init, name)
         self.lora_magnitude_vector = nn.Parameter(self.norms())
 
@@ -56,7 +56,7 @@ class DoraLayer(LoraLayer):
         return self.add_embedding(y, ids, A, factor[:, None] * B)
 
     def delta_weight(self) -> Tensor:
-        """The whole change of W: the merged W less W."""
+        """The total change of W: the merged W minus W."""
         W = self.dense_weight()
         return self.merged_weight(W) - W.float()
 
@@ -84,8 +84,8 @@ class DoraLayer(LoraLayer):
 
     @classmethod
     def join(cls, composite: CompositeLayer) -> LoraLayer:
-        """Rows outside of the parts have their own norm for m, by the operation with which PEFT
-        takes it again: m / norm is 1."""
+        """In rows outside the parts, m is the norm of the row, computed by the same operation as in
+        PEFT, so that m / norm is exactly 1."""
         layer = super().join(composite)
         assert isinstance(layer, DoraLayer)
         m = layer._norms_of_base()
@@ -105,7 +105,7 @@ class DoraLayer(LoraLayer):
             composite.rows(name).put(expected, own)
         if ((m - expected).abs() > expected.abs() * _ROUNDING).any():
             raise AdapterError(
-                f"the parts {', '.join(parts)} are not all that lora_magnitude_vector changes"
+                f"the parts {', '.join(parts)} do not cover all changes by lora_magnitude_vector"
             )
         return composite
 
@@ -115,9 +115,9 @@ class DoraLayer(LoraLayer):
         return norms
 
     def _base_squares(self) -> Tensor:
-        """||W_i||^2 (out,), computed anew when W has changed."""
+        """||W_i||^2 (out,), cached until W changes."""
         W = self.dense_weight().detach()
-        if torch.compiler.is_compiling():  # which cannot trace where a tensor lies
+        if torch.compiler.is_compiling():  # data_ptr cannot be traced
             return row_squares(W)
         if self._squares is None or self._squares[0] != self.base_state:
             self._squares = self.base_state, row_squares(W)

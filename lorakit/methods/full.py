@@ -57,20 +57,20 @@ class Full(Method):
     def unpack(
         self, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The tensors as they are, after checking that they are those of ``trained_parameters`` and
-        of the fully trained modules."""
+        """Return the tensors unchanged, after checking that they are those of
+        ``trained_parameters`` and of the fully trained modules."""
         listed = settings.get("trained_parameters")
         if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
             raise AdapterError(
                 f"adapter_config.json: trained_parameters = {shown(listed)}: allowed: a list of "
                 "the names of parameters"
             )
-        whole = tuple(f"{name}." for name in settings.get("modules_to_save") or ())
-        found = {name for name in tensors if not name.startswith(whole or ("\0",))}
-        if unlike := sorted(set(listed) ^ found):
-            kind = "missing" if unlike[0] in listed else "unknown"
-            more = f", and {len(unlike) - 1} other misfits" if len(unlike) > 1 else ""
-            raise AdapterError(f"{kind} tensor: {unlike[0]}{more}")
+        fully_trained = tuple(f"{name}." for name in settings.get("modules_to_save") or ())
+        found = {name for name in tensors if not name.startswith(fully_trained or ("\0",))}
+        if mismatched := sorted(set(listed) ^ found):
+            kind = "missing" if mismatched[0] in listed else "unknown"
+            more = f", and {len(mismatched) - 1} more" if len(mismatched) > 1 else ""
+            raise AdapterError(f"{kind} tensor: {mismatched[0]}{more}")
         return dict(tensors)
 
 

@@ -33,7 +33,7 @@ class IntrinsicLayer(AdapterLayer):
         self.projection_seed = seed
         self.stream = stream
         self._training_passes = _Count()
-        self._kept: tuple[Hashable, Tensor] | None = None
+        self._cached: tuple[Hashable, Tensor] | None = None
 
     def share(self, first: IntrinsicLayer, stream: int) -> None:
         """Use the theta of ``first``, and ``stream`` as the matrix's number if it has none yet."""
@@ -54,17 +54,17 @@ class IntrinsicLayer(AdapterLayer):
 
     def _cast_delta(self, dtype: torch.dtype) -> Tensor:
         """The update in ``dtype``. If theta gets no gradient, it is cached until theta may have
-        changed: in generation, P theta would cost more than a token."""
+        changed: during generation, computing P theta would take longer than a token."""
         theta = self.theta
         trains = torch.is_grad_enabled() and theta.requires_grad
         if trains or torch.compiler.is_compiling():
             # Fused optimizers change theta without changing its version.
             self._training_passes.value += 1
-            self._kept = None
+            self._cached = None
             return self.delta_weight().to(dtype)
         passes = self._training_passes.value
         state = (theta.data_ptr(), theta._version, theta.device, dtype, passes)
-        if self._kept is None or self._kept[0] != state:
+        if self._cached is None or self._cached[0] != state:
             with torch.inference_mode(False), torch.no_grad():
-                self._kept = state, self.delta_weight().to(dtype)
-        return self._kept[1]
+                self._cached = state, self.delta_weight().to(dtype)
+        return self._cached[1]

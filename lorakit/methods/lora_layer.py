@@ -21,7 +21,7 @@ class LoraLayer(AdapterLayer):
     """y = W x + b + scaling * B A dropout(x): ``lora_A`` (r, in) and ``lora_B`` (out, r).
 
     With ``init: pissa`` the product of the initial factors, ``initial_A`` and ``initial_B``, is
-    subtracted again, so that W itself stays as it is and the output starts unchanged.
+    subtracted again, so that W itself is not modified and the initial output is the base's.
     """
 
     initial_A: Tensor | None
@@ -42,11 +42,12 @@ class LoraLayer(AdapterLayer):
 
         - ``default``: A Kaiming-uniform as in loralib, B zero; an embedding has A zero and B
           standard Gaussian, as in loralib.
-        - ``b_gaussian``: A zero, B Gaussian of variance 1 / r, which keeps B h of the size of h.
+        - ``b_gaussian``: A zero, B Gaussian of variance 1 / r, so that B h is about as large as h.
         - ``pissa`` (Meng et al. 2024, arXiv 2404.02948, section 3): with W = U S V^T,
           A = (S_r / scaling)^(1/2) V_r^T and B = U_r (S_r / scaling)^(1/2), as in PEFT.
-        - ``orthogonal``: of a random orthogonal Q (r, r) A gets half of the rows and B the other
-          half, mixed with Gaussians of standard deviation 0.1, so that B A = 0 with neither zero.
+        - ``orthogonal``: A is made from one half of the rows of a random orthogonal Q (r, r) and B
+          from the other, mixed with Gaussians of standard deviation 0.1, so that B A = 0 although
+          neither is zero.
 
         Random values come from torch's default generator. Raises TargetError for an odd r with
         ``orthogonal``, and for an r above the rank of W with ``pissa``.
@@ -59,7 +60,7 @@ class LoraLayer(AdapterLayer):
             self._start_at_zero(b_random=init == "b_gaussian" or self.kind == "embedding")
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B of the update; of ``pissa`` those of training and of the start, side by side."""
+        """A and B of the update; with ``pissa``, the trained and the initial ones concatenated."""
         if self.initial_A is None or self.initial_B is None:
             return self.lora_A, self.lora_B
         A = torch.cat([self.lora_A, self.initial_A])
@@ -96,8 +97,8 @@ class LoraLayer(AdapterLayer):
 
     @classmethod
     def join(cls, composite: CompositeLayer) -> LoraLayer:
-        """The A of the parts one below the other, each B in its own rows and columns, zero
-        elsewhere: the same update to the bit, whose rank is the sum of the parts'."""
+        """Stack the A of the parts, and place each B in its own rows and columns, with zeros
+        elsewhere: the same update bit for bit, whose rank is the sum of the parts' ranks."""
         parts = {
             name: part for name, part in composite.parts.items() if isinstance(part, LoraLayer)
         }
@@ -123,7 +124,7 @@ class LoraLayer(AdapterLayer):
                     f"the part {name}, {rows}, does not fit {self.out_features} rows"
                 )
         if not is_covered_by(self.lora_B, parts.values()):
-            raise AdapterError(f"the parts {', '.join(parts)} are not all that the tensors hold")
+            raise AdapterError(f"the parts {', '.join(parts)} do not cover all of lora_B")
         found, at = {}, 0
         for name, (rows, r) in parts.items():
             columns = slice(at, at + r)
@@ -151,8 +152,10 @@ class LoraLayer(AdapterLayer):
 
     @torch.no_grad()
     def _start_from_principal(self, name: str) -> None:
-        if self.r > (most := min(self.base_shape)):
-            raise TargetError(f"adapter.r = {self.r}: init: pissa on {name}; allowed: up to {most}")
+        if self.r > (limit := min(self.base_shape)):
+            raise TargetError(
+                f"adapter.r = {self.r}: init: pissa on {name}; allowed: up to {limit}"
+            )
         left, values, right = _principal(self.dense_weight().float(), self.r)
         root = (values / self.scaling).sqrt()
         self.lora_A.copy_(root[:, None] * right.t())
@@ -191,8 +194,9 @@ class MosLoraLayer(LoraLayer):
         return self.lora_mixer @ self.lora_A, self.lora_B
 
     def update(self, x: Tensor, y: Tensor) -> Tensor:
-        """In evaluation as the plain LoRA that is saved: in half precision the mixer by itself
-        would be one rounding more, and the metrics not those of the saved adapter."""
+        """In evaluation, compute what the plain LoRA that is saved computes: in half precision, a
+        separate product with the mixer would round once more, and the metrics would differ from
+        those of the saved adapter."""
         if not self.training:
             return super().update(x, y)
         x = self.lora_dropout(x)
@@ -200,7 +204,7 @@ class MosLoraLayer(LoraLayer):
         return lora_add_(y, h, self.lora_mixer, self.lora_B, self.scaling)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """In training with B M for B: M A is as large as the vocabulary."""
+        """In training, use B M and A, since M A would be as large as the vocabulary."""
         if not self.training:
             return super().embed(ids)
         B = self.lora_B @ self.lora_mixer
@@ -208,7 +212,7 @@ class MosLoraLayer(LoraLayer):
 
     @classmethod
     def join(cls, composite: CompositeLayer) -> LoraLayer:
-        """A layer of LoRA: the mixers are folded in."""
+        """Join the parts as a LoRA layer, with the mixers folded in."""
         return LoraLayer.join(composite)
 
 

@@ -1,7 +1,7 @@
 """LoRA+ (Hayou et al. 2024, arXiv 2402.12354): LoRA with B's learning rate above A's.
 
 lr_B = loraplus_lr_ratio * lr_A, whichever of the two starts at zero. ``auto`` is the ratio at which
-both contribute alike to the change of the loss, for each matrix (n / m) * sqrt(n / r), with
+both contribute equally to the change of the loss: (n / m) * sqrt(n / r) for each matrix, with
 n = in_features and m = out_features (Su 2024, kexue.fm/archives/10001).
 """
 
@@ -93,7 +93,7 @@ class LoraPlus(Lora):
 
 
 class _WithRates(RunHooks):
-    """The hooks of ``inner``, and B's learning rate in the log: with ``auto`` the largest."""
+    """Adds B's learning rate to the log of the hooks ``inner``; with ``auto``, the largest one."""
 
     def __init__(self, inner: RunHooks) -> None:
         self._inner = inner

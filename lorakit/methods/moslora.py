@@ -36,7 +36,7 @@ class MosLora(Lora):
         return MosLoraLayer
 
     def reads(self, settings: Mapping[str, Any]) -> bool:
-        """Its adapters are saved and read as LoRA's."""
+        """False, since its adapters are saved as plain LoRA."""
         return False
 
 

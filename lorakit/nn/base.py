@@ -42,11 +42,13 @@ class LoraMixin(nn.Module):
     lora_alpha: float
     scaling: float
     merge_weights: bool
-    _kept: tuple[Tensor, ...] = ()  # W while merged, in a tuple to hide it from nn.Module
+    _unmerged_weight: tuple[
+        Tensor, ...
+    ] = ()  # W while merged, in a tuple to hide it from nn.Module
 
     @property
     def merged(self) -> bool:
-        return bool(self._kept)
+        return bool(self._unmerged_weight)
 
     def delta_weight(self) -> Tensor:
         """scaling times the product of the factors, in the layout of ``weight`` and at least
@@ -104,12 +106,12 @@ class LoraMixin(nn.Module):
         if self.r:
             base = self.weight
             self.weight = nn.Parameter(self.merged_weight(), requires_grad=base.requires_grad)
-            self._kept = (base,)
+            self._unmerged_weight = (base,)
 
     def _unmerge(self) -> None:
-        if self._kept:
-            base = self._kept[0].requires_grad_(self.weight.requires_grad)
-            self.weight, self._kept = base, ()
+        if self._unmerged_weight:
+            base = self._unmerged_weight[0].requires_grad_(self.weight.requires_grad)
+            self.weight, self._unmerged_weight = base, ()
 
     @contextmanager
     def _unmerged(self) -> Iterator[None]:
@@ -131,12 +133,12 @@ class LoraMixin(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for base in self._kept:
+        for base in self._unmerged_weight:
             destination[f"{prefix}weight"] = base if keep_vars else base.detach()
 
 
 def wide(value: Tensor) -> Tensor:
-    """``value`` in float32, or float64 if it has that dtype: products are rounded once."""
+    """``value`` in float32, or float64 if it has that dtype, so that products are rounded once."""
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 

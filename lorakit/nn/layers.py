@@ -20,7 +20,7 @@ class Linear(LoraMixin, nn.Linear):
     ``fan_in_fan_out``: ``weight`` stores W^T (in_features, out_features), as GPT-2's Conv1D does.
     Dropout is applied in training, to the input of A only. ``kwargs`` are those of ``nn.Linear``.
     Code that reads ``weight`` without calling the layer, as torch's MultiheadAttention does with
-    ``out_proj``, uses the update in eval mode only, where it is merged, and never trains it.
+    ``out_proj``, sees the update only in eval mode, where it is merged, and never trains it.
     Raises UserError if r is negative or lora_dropout is not a probability.
     """
 
@@ -142,16 +142,16 @@ class MergedLinear(LoraMixin, nn.Linear):
 
 
 def _check_enabled(r: int, out_features: int, enable_lora: Sequence[bool]) -> None:
-    said = f"MergedLinear: enable_lora = {shown(enable_lora)}"
+    start = f"MergedLinear: enable_lora = {shown(enable_lora)}"
     if not enable_lora or not all(isinstance(on, bool) for on in enable_lora):
-        raise UserError(f"{said}: allowed: a list of true and false, one for each projection")
+        raise UserError(f"{start}: allowed: a list of true and false, one for each projection")
     if out_features % len(enable_lora):
         raise UserError(
-            f"{said}: out_features = {out_features} is no multiple of its length, "
+            f"{start}: out_features = {out_features} is not a multiple of its length, "
             f"{len(enable_lora)}"
         )
     if r > 0 and not any(enable_lora):
-        raise UserError(f"{said}: r = {r} needs at least one true")
+        raise UserError(f"{start}: r = {r} needs at least one true")
 
 
 class Embedding(LoraMixin, nn.Embedding):
@@ -215,13 +215,13 @@ class Conv2d(LoraMixin, nn.Conv2d):
 
     W (out_channels, in_channels / groups, k, k) for a square kernel of k; lora_A
     (k * r, k * in_channels), lora_B (k * out_channels / groups, k * r); their product has as many
-    values as W and is read in W's shape. ``kwargs`` are those of ``nn.Conv2d``. loralib takes
-    ``lora_dropout`` here and never applies it. Its shapes do not fit one- and three-dimensional
+    values as W and is reshaped to W's shape. ``kwargs`` are those of ``nn.Conv2d``. loralib accepts
+    ``lora_dropout`` here but never applies it. Its shapes do not fit one- and three-dimensional
     kernels, so there is no Conv1d and no Conv3d.
 
     Parameters are named as in torch's class; ``conv.weight`` and ``conv.bias``, loralib 0.1.2's
     names, are read as well.
-    Raises UserError if r > 0 and the kernel is not square, r is negative, or lora_dropout is no
+    Raises UserError if r > 0 and the kernel is not square, r is negative, or lora_dropout is not a
     probability.
     """
 

@@ -64,7 +64,7 @@ def test_a_layer_of_one_function(folder: Path) -> None:
         (
             ("self.scale * self.direction", "self.scale * self.direction.detach()"),
             "gradients",
-            "layer.direction: trained, and no gradient reaches it",
+            "layer.direction: trained, but receives no gradient",
         ),
         (
             (

@@ -65,7 +65,7 @@ def test_the_biases_of_chosen_modules(keys: dict[str, Any], expected: set[str]) 
     [
         ("llama", {}, "LlamaForCausalLM has none; allowed: a model with biases"),
         ("qwen2", {"target_modules": ["o"]}, "finds nothing to train in Qwen2ForCausalLM"),
-        ("gpt2", {"target_modules": ["v"]}, "name the whole, 'c_attn'"),
+        ("gpt2", {"target_modules": ["v"]}, "hint: use 'c_attn'"),
     ],
 )
 def test_without_biases_it_is_an_error(family: str, keys: dict[str, Any], message: str) -> None:

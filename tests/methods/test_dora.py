@@ -218,7 +218,9 @@ def test_a_magnitude_outside_of_the_parts_is_refused() -> None:
     parts = {role: (fused.rows(role), part.r) for role, part in fused.parts.items()}
     with torch.no_grad():
         whole.lora_magnitude_vector[16] *= 1.1  # the first row of k
-    with pytest.raises(AdapterError, match="q, v are not all that lora_magnitude_vector changes"):
+    with pytest.raises(
+        AdapterError, match="q, v do not cover all changes by lora_magnitude_vector"
+    ):
         whole.split(parts)
 
 

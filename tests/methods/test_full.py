@@ -152,7 +152,7 @@ def test_the_output_layer_means_the_tied_embeddings_too() -> None:
 @pytest.mark.parametrize(
     ("family", "keys", "message"),
     [
-        ("gpt2", {"target_modules": ["q"]}, r"c_attn\.q are parts of .* name the whole, 'c_attn'"),
+        ("gpt2", {"target_modules": ["q"]}, r"c_attn\.q are parts of .* hint: use 'c_attn'"),
         ("llama", {"target_modules": ["qq"]}, "'qq' matches no linear"),
         ("llama", {"layers": [7]}, "no layer 7 .* allowed: 0 to 1"),
     ],

@@ -145,7 +145,7 @@ def test_a_bias_of_its_own_dtype_in_the_merged_checkpoint_is_rounded_once(tmp_pa
         assert torch.equal(merged.get_parameter(name), value.to(torch.bfloat16)), name
 
 
-def test_modules_trained_whole_keep_their_biases_to_themselves(tmp_path: Path) -> None:
+def test_fully_trained_modules_keep_their_biases_to_themselves(tmp_path: Path) -> None:
     model = tiny("opt")
     whole = [f"model.decoder.layers.{i}.fc1" for i in (0, 1)]
     config = LoraConfig(target_modules=["q"], bias="all", modules_to_save=["fc1"])

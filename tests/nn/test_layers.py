@@ -252,7 +252,7 @@ WRONG = {
     "Embedding: r = -2": lambda: lorakit.Embedding(4, 4, r=-2),
     "Embedding: sparse": lambda: lorakit.Embedding(4, 4, r=2, sparse=True),
     "Embedding: max_norm": lambda: lorakit.Embedding(4, 4, r=2, max_norm=1.0),
-    "out_features = 10 is no multiple of its length, 3": lambda: lorakit.MergedLinear(
+    "out_features = 10 is not a multiple of its length, 3": lambda: lorakit.MergedLinear(
         4, 10, enable_lora=[True] * 3
     ),
     "enable_lora = [false]: r = 2 needs": lambda: lorakit.MergedLinear(4, 12, r=2),

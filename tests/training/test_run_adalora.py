@@ -411,7 +411,7 @@ def test_phases_that_fill_the_run(
     assert "adapter.tinit = " in line
     assert "adapter.tfinal = " in line
     assert "32 steps" in line
-    assert "allowed: less than 32 together" in line
+    assert "allowed: less than 32 in total" in line
     assert "Traceback" not in err
     assert out == ""
     assert tree(tmp_path) == before

@@ -34,7 +34,7 @@ from lorakit.adapters.peft.targets import (
     unadapted_modules,
 )
 from lorakit.errors import AdapterError
-from lorakit.injection import trained_base, trained_whole
+from lorakit.injection import find_fully_trained, trained_base_parameters
 from lorakit.io.atomic import atomic_directory
 from lorakit.layers import AdapterLayer, BaseWrapper, CompositeLayer, adapted_modules
 from lorakit.methods.base import Method
@@ -71,7 +71,11 @@ def save_adapter(
     directory = Path(directory)
     method: Method = registry.method(config.method)
     fully_trained = _modules_to_save(model, config, method, modules_to_save)
-    if not adapted_modules(model) and not fully_trained and not trained_base(model, fully_trained):
+    if (
+        not adapted_modules(model)
+        and not fully_trained
+        and not trained_base_parameters(model, fully_trained)
+    ):
         raise AdapterError(f"{directory}: the model has no adapter to save")
     _check_replaceable(directory)
     saved = _collect(model, config, method, fully_trained, names)
@@ -128,7 +132,9 @@ def _collect(
     renamed: Callable[[str], str] = names or str
     layers = {renamed(name): layer.joined() for name, layer in adapted.items()}
     settings, tensors = to_peft(method, layers, config)
-    base_parameters = {renamed(n): value for n, value in trained_base(model, fully_trained).items()}
+    base_parameters = {
+        renamed(n): value for n, value in trained_base_parameters(model, fully_trained).items()
+    }
     tensors |= base_parameters
     if not method.kinds:
         settings["trained_parameters"] = sorted(base_parameters)
@@ -162,7 +168,7 @@ def _modules_to_save(
     elif method.kinds:
         fully_trained = _fully_trained(model)
     else:
-        fully_trained = list(trained_whole(model, config))
+        fully_trained = list(find_fully_trained(model, config))
     return fully_trained + _sharing(model, fully_trained)
 
 

@@ -81,7 +81,7 @@ class GradientProbe:
         expert = is_routed_expert(name)
         if self._inputs is not None and not self._inputs[name]:
             return not (expert or self._drops_layers)
-        trained = [p for p in layer.own_parameters().values() if p.requires_grad]
+        trained = [p for p in layer.adapter_parameters().values() if p.requires_grad]
         lacks = bool(trained) and all(parameter.grad is None for parameter in trained)
         return lacks and not (expert and self._inputs is None)
 

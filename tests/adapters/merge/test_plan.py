@@ -73,7 +73,7 @@ def test_nothing_of_the_base_is_lost(name: str, tmp_path: Path) -> None:
     [("qwen3_moe", "experts"), ("mixtral", "experts"), ("gpt_oss", "experts"),
      ("deepseek_v3", "gate"), ("qwen3_moe", "gate")],
 )  # fmt: skip
-def test_experts_and_routers_trained_whole(name: str, whole: str, tmp_path: Path) -> None:
+def test_fully_trained_experts_and_routers(name: str, whole: str, tmp_path: Path) -> None:
     """transformers loads the experts as one matrix; they are written in the base's own layout."""
     base = write_model(tmp_path / "base", name)
     write_random_adapter(

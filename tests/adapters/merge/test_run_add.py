@@ -129,7 +129,7 @@ def test_heads_must_be_equal(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keys", [{"bias": "all"}, {"modules_to_save": ["ln_f"]}], ids=str)
 @pytest.mark.parametrize("family", ["gpt2"])
-def test_what_is_trained_whole_has_no_sum(
+def test_fully_trained_modules_have_no_sum(
     family: str, keys: dict[str, Any], tmp_path: Path
 ) -> None:
     base = write_base(tmp_path / "base", family)
