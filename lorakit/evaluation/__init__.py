@@ -1,7 +1,7 @@
 """Evaluate a model on a tokenized split, and generate text from it.
 
-``evaluate_model`` gives losses, predictions and the task's metrics; what is measured beyond the
-loss is the task's to say (``Task.metrics``), so a new metric needs no change here. Generation goes
-through transformers' ``generate``. A new way to choose the next token is a logits processor in
-``sampling`` and a field of ``Decoding``.
+``evaluate_model`` returns losses, predictions and the task's metrics. Metrics other than the loss
+are defined by the task (``Task.metrics``), so a new metric needs no change here. Text is generated
+with transformers' ``generate``. To add a way to choose the next token, write a logits processor in
+``sampling`` and add a field to ``Decoding``.
 """

@@ -37,8 +37,8 @@ from lorakit.tasks.base import Prediction, Task
 class EvalData:
     """A split to evaluate on.
 
-    ``encoded`` is the split in tokens. ``prompts`` are the token ids to generate from, one prompt
-    per row of the split; None where the task generates no text.
+    ``encoded`` is the tokenized split. ``prompts`` are the token ids to generate from, one prompt
+    per row of the split; None if the task generates no text.
     """
 
     task: Task
@@ -48,7 +48,7 @@ class EvalData:
     prompts: Sequence[Sequence[int]] | None = None
 
     def measured_metrics(self, generate: bool) -> set[str]:
-        """Return the names of the metrics that ``evaluate_model`` gives."""
+        """Return the names of the metrics that ``evaluate_model`` computes."""
         task, split, config = self.task, self.split, self.config
         if task.kind == "encoder":
             assert self.encoded.labels is not None
@@ -61,8 +61,8 @@ class EvalData:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``predictions`` are in the split's order: class indices, floats or generated texts; empty
-    where a causal model generated nothing."""
+    """Metrics, and ``predictions`` in the split's order: class indices, floats or generated texts.
+    There are none if a causal model generated no text."""
 
     metrics: dict[str, float]
     predictions: list[Prediction]
@@ -82,15 +82,15 @@ def evaluate_model(
 ) -> Evaluation:
     """Measure the model on ``data``.
 
-    A causal model gives ``loss``, the mean over the split's trained tokens, and ``perplexity`` =
-    exp(loss). If ``generate`` and ``data`` has prompts, it also gives the task's scores of the
-    texts generated from them; only ``task.temperature`` above 0 draws at random, from ``seed``. An
-    encoder gives ``loss``, the mean over the rows (cross entropy, or the squared error of a
-    regression), and the task's scores.
+    The metrics of a causal model are ``loss``, the mean over the split's trained tokens, and
+    ``perplexity`` = exp(loss). If ``generate`` is true and ``data`` has prompts, they include the
+    task's scores of the texts generated from them; text is sampled, with ``seed``, only if
+    ``task.temperature`` is above 0. The metrics of an encoder are ``loss``, the mean over the rows
+    (cross entropy, or squared error for a regression), and the task's scores.
 
-    ``parts`` is ``split_model(model)``, for a caller that has it. ``on_progress`` receives the
-    phase, the rows done and the total. No random generator's state is touched, and the model's
-    training mode is restored.
+    ``parts`` is ``split_model(model)``, if the caller already has it. ``on_progress`` receives the
+    phase, the rows done and the total. The state of random generators is not changed, and the
+    model's training mode is restored.
 
     Raises EvaluationError for a metric that is not finite, and EvaluationStopped if
     ``should_stop`` returns true.
@@ -108,7 +108,7 @@ def evaluate_model(
 
 @dataclass(frozen=True)
 class _Share:
-    """What one process measured: the sum of the losses of its ``rows`` encoded rows, and its
+    """The results of one process: the sum of the losses of its ``rows`` encoded rows, and its
     predictions."""
 
     loss: float
@@ -118,7 +118,7 @@ class _Share:
 
 @dataclass(frozen=True)
 class _Measure:
-    """Measures this process's share of the rows; ``monitor`` makes the monitor of a phase."""
+    """Measures this process's share of the rows; ``monitor`` creates the monitor of a phase."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -182,7 +182,7 @@ class _Measure:
         self, own: range, columns: list[int] | None
     ) -> tuple[list[tuple[NDArray[np.int64], Tensor]], list[Tensor]]:
         """Return rows and outputs of each batch, and the batches' losses. ``columns`` are the
-        logits of the task's classes by index; None if they are all of them, in order."""
+        indices of the logits of the task's classes; None if they are all logits, in order."""
         device = self.model.device
         place = None if columns is None else torch.tensor(columns, device=device)
         monitor = self.monitor("evaluated", own)
@@ -205,7 +205,7 @@ class _Measure:
         return outputs, losses
 
     def _classes(self, columns: list[int] | None) -> dict[Any, Prediction]:
-        """Map a logit's index to the task's class; empty where they are the same."""
+        """Map a logit's index to the task's class; empty if they are the same."""
         if columns is None:
             return {}
         names = enumerate(head_labels(self.model.config))
@@ -221,7 +221,7 @@ class _Measure:
 def _monitors(
     on_progress: OnPhase | None, should_stop: ShouldStop | None
 ) -> Callable[[str, range], ProgressMonitor]:
-    """Return the function that makes the monitor of a phase over some rows."""
+    """Return a function that creates the monitor of a phase over some rows."""
 
     def stops() -> bool:
         check_peers()
@@ -255,7 +255,7 @@ def _total(sums: list[Tensor]) -> float:
 
 
 def _combined(shares: list[_Share], data: EvalData) -> Evaluation:
-    """Combine the processes' shares into metrics. Raises EvaluationError for one not finite."""
+    """Combine the processes' shares. Raises EvaluationError for a metric that is not finite."""
     encoded = data.encoded
     assert sum(share.rows for share in shares) == len(encoded), "each row is measured once"
     encoder = data.task.kind == "encoder"

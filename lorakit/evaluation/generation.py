@@ -1,20 +1,20 @@
-"""Generate text from token prompts: many at a time, or one streamed.
+"""Generate text from token prompts, in batches or streamed from a single prompt.
 
-Prompts of similar length form a batch, padded on the left. Without sampling, equal prompts are
-continued once. In float32 a text depends neither on the batch it is generated in nor on the order
-of the prompts: a row ignores the padding, and is sampled with random numbers of its own.
+Prompts of similar length form a batch, padded on the left. Without sampling, each distinct prompt
+is continued only once. In float32 a text depends neither on its batch nor on the order of the
+prompts: a row ignores the padding, and is sampled with separate random numbers.
 
-Beam search is transformers'. A continuation's score is the sum of its log probabilities / length **
-length_penalty; the length is in generated tokens and includes the EOS, or the tokens of the stop
-sequence, that end it. A hypothesis that ends in a stop sequence is finished and ranked there, as
-one that ends in EOS. A row's search ends when ``num_beams`` hypotheses are finished and the best
-running one, at its current length, scores below the worst of them (``early_stopping=False``), or at
-``max_new_tokens``, where the running ones are ranked too.
+Beam search is that of transformers. A continuation's score is the sum of its log probabilities /
+length ** length_penalty; the length is in generated tokens, including the EOS or the stop sequence.
+A hypothesis that ends in a stop sequence is finished and ranked like one that ends in EOS. A row's
+search ends when ``num_beams`` hypotheses are finished and the best running one, at its current
+length, scores below the worst of them (``early_stopping=False``), or at ``max_new_tokens``, where
+the running ones are ranked too.
 
-The LoRA authors' ``examples/NLG/src/gpt2_beam.py`` uses the same score, length and n-gram rule and
-differs in two ways. It always searches up to ``eval_len`` tokens, so a longer hypothesis may still
-win. And it considers the best ``num_beams`` candidates of a step, of which finished ones leave
-their beam empty; transformers considers at least twice as many, so that ``num_beams`` keep running.
+The LoRA authors' ``examples/NLG/src/gpt2_beam.py`` uses the same score, length and n-gram rule, but
+always searches up to ``eval_len`` tokens, so a longer hypothesis may still win. It also considers
+only the best ``num_beams`` candidates per token, and a finished one leaves its beam empty;
+transformers considers at least twice as many, so that ``num_beams`` hypotheses keep running.
 """
 
 from __future__ import annotations
@@ -67,15 +67,15 @@ def generate_text(
 ) -> list[str]:
     """Return the model's continuation of each prompt, without special tokens.
 
-    A continuation ends at an EOS token of the tokenizer or of the model's generation config, of
-    which nothing else is used; before a stop sequence; or after ``decoding.max_new_tokens`` (with
-    ``decoding.fit_window``, at the end of the model's window at the latest). ``rows`` are the
+    A continuation ends at an EOS token of the tokenizer or of the model's generation config (whose
+    other settings are ignored), before a stop sequence, or after ``decoding.max_new_tokens`` (with
+    ``decoding.fit_window``, at the latest at the end of the model's window). ``rows`` are the
     prompts' numbers, by default 0, 1, ...; they and the seed determine the random numbers.
     ``batch_size`` is in prompts and defaults to what ``batch_capacity`` allows, where each beam
     counts as a sequence.
 
     Raises DataError for a prompt that is empty or leaves no room in the model's window, and
-    EvaluationStopped if ``monitor`` says so.
+    EvaluationStopped if ``monitor`` raises it.
     """
     limits = prompt_limits(model, tokenizer, prompts, decoding)
     numbers = range(len(prompts)) if rows is None else rows
@@ -175,7 +175,7 @@ def _extended(mask: Tensor, width: int) -> Tensor:
 
 
 def _equal_prompts(prompts: Sequence[Sequence[int]], distinct: bool) -> list[list[int]]:
-    """Group the indices of equal prompts, which without sampling have one continuation."""
+    """Group the indices of equal prompts, unless they are to be kept ``distinct`` for sampling."""
     if distinct:
         return [[index] for index in range(len(prompts))]
     rows: dict[tuple[int, ...], list[int]] = {}
@@ -243,8 +243,8 @@ def stream_text(
 
 
 class _TextStreamer(BaseStreamer):
-    """Writes text as soon as no later token can change it: incomplete characters wait, and so does
-    what may be the beginning of a stop sequence."""
+    """Writes text as soon as no later token can change it: not incomplete characters, nor text that
+    may be the beginning of a stop sequence."""
 
     def __init__(self, reader: OutputReader, write: Callable[[str], None]) -> None:
         self.written = ""

@@ -1,4 +1,4 @@
-"""How transformers' ``generate`` is called: inputs, limits, configuration, cache and batch size."""
+"""Prepare calls of transformers' ``generate``: inputs, limits, configuration, cache, batch size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lorakit.errors import DataError
 from lorakit.evaluation.sampling import Decoding, OutputReader
 from lorakit.models.load import embedding_rows, window
 
-#: Early releases of transformers 5 say ``past_key_values``; later ones deprecate it for ``cache``.
+#: transformers 5 renamed ``past_key_values`` to ``cache`` in a later release.
 _FIELDS = {field.name for field in dataclasses.fields(GenerateDecoderOnlyOutput)}
 _CACHE = "cache" if "cache" in _FIELDS else "past_key_values"
 
@@ -26,7 +26,7 @@ _CACHE = "cache" if "cache" in _FIELDS else "past_key_values"
 MAX_SEQUENCES = {"cpu": 64, "cuda": 2048}
 #: The maximum tokens of a batch, prompts and continuations, on the CPU.
 MAX_TOKENS = 2**16
-#: The share of a device's memory for one batch, which takes no more than half of what is free.
+#: The fraction of a device's memory for one batch, which also takes at most half of what is free.
 _MEMORY_SHARE = 1 / 8
 
 
@@ -36,11 +36,11 @@ def prompt_limits(
     prompts: Sequence[Sequence[int]],
     decoding: Decoding,
 ) -> list[int]:
-    """Return how many tokens may follow each prompt.
+    """Return the maximum number of tokens to generate after each prompt.
 
-    That is ``max_new_tokens``, or with ``fit_window`` what the prompt leaves of the model's window
-    if that is less. Raises DataError for a prompt that is empty, too long, or tokenized for another
-    model, and for a pad token without an embedding.
+    That is ``max_new_tokens``, or with ``fit_window`` the rest of the model's window if it is less.
+    Raises DataError for a prompt that is empty, too long, or tokenized for another model, and for a
+    pad token without an embedding.
     """
     room, rows = window(model), embedding_rows(model)
     if (pad := pad_id(tokenizer)) >= rows:
@@ -96,9 +96,9 @@ def left_pad(
 
 
 def generation_config(reader: OutputReader, **more: Any) -> GenerationConfig:
-    """Return a configuration of the EOS ids and ``more`` alone.
+    """Return a configuration with only the EOS and pad ids and ``more``.
 
-    A checkpoint's own temperature or repetition penalty would silently change scores. Sampling is
+    The temperature or repetition penalty of a checkpoint would silently change scores. Sampling is
     left to ``SampleToken``.
     """
     return GenerationConfig(
@@ -111,8 +111,8 @@ def generation_config(reader: OutputReader, **more: Any) -> GenerationConfig:
 
 @contextmanager
 def generation_mode(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode without gradients and without the checkpoint's generation config, from which
-    ``generate`` would take everything that is not set."""
+    """Switch to evaluation mode without gradients, and without the checkpoint's generation config,
+    from which ``generate`` would take all settings that are not given."""
     was_training, own = model.training, model.generation_config
     model.eval()
     model.generation_config = GenerationConfig()
@@ -127,8 +127,8 @@ def generation_mode(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _make_contiguous(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Make the last position's hidden states contiguous: given a slice of three dimensions, torch
-    multiplies by a copy of a frozen weight for each row, gigabytes for a large vocabulary."""
+    """Make the last position's hidden states contiguous: for a non-contiguous 3-D input, torch
+    copies a frozen weight for each row, gigabytes for a large vocabulary."""
     return (inputs[0].contiguous(), *inputs[1:])
 
 
@@ -143,8 +143,8 @@ def cache_argument(cache: Any) -> dict[str, Any]:
 def output_cache(model: PreTrainedModel, output: Any) -> Any:
     """Return the cache of a ``generate`` call with ``return_dict_in_generate``.
 
-    None, which makes the next call compute it again, for the Mamba models of early releases: they
-    cannot continue from one.
+    Returns None, so that the next call recomputes it, for the Mamba models of early releases, which
+    cannot continue from a cache.
     """
     if _CACHE != "cache" and "cache_params" in inspect.signature(model.forward).parameters:
         return None
@@ -152,7 +152,7 @@ def output_cache(model: PreTrainedModel, output: Any) -> Any:
 
 
 def select_rows(cache: Any, index: Tensor) -> Any:
-    """Return the cache of some rows; None, which computes it again, if it cannot be split."""
+    """Return the cache of some rows; None, so that it is recomputed, if it cannot be split."""
     layers = getattr(cache, "layers", ())
     if not layers or not all(hasattr(layer, "batch_select_indices") for layer in layers):
         return None
@@ -167,9 +167,10 @@ def select_rows(cache: Any, index: Tensor) -> Any:
 class BatchCapacity:
     """How many sequences fit into one batch.
 
-    A step costs a small model nearly the same for one sequence as for thousands, so a batch is as
-    large as its keys and values may be. ``token_bytes`` is the memory for a token of a sequence,
-    ``sequence_bytes`` that for its scores; without ``max_bytes``, ``MAX_TOKENS`` is the limit.
+    For a small model, generating a token takes nearly the same time for one sequence as for
+    thousands, so a batch is as large as memory allows. ``token_bytes`` is the size of the keys and
+    values of a token, ``sequence_bytes`` that of a sequence's scores; without ``max_bytes``,
+    ``MAX_TOKENS`` is the limit.
     """
 
     max_sequences: int
@@ -180,8 +181,8 @@ class BatchCapacity:
     def sequences(self, tokens: int) -> int:
         """Return how many sequences of ``tokens`` tokens fit.
 
-        Where memory is the limit this is a power of two, so that a little more or less free memory
-        changes no batch, which in half precision would change texts.
+        If memory is the limit, this is a power of two, so that small differences in free memory do
+        not change batches, which in half precision would change texts.
         """
         if self.max_bytes is None:
             return max(1, min(MAX_TOKENS // tokens, self.max_sequences))
@@ -206,7 +207,7 @@ def batch_capacity(model: PreTrainedModel) -> BatchCapacity:
     return BatchCapacity(
         max_sequences,
         token_bytes=2 * layers * keys * head_dim * model.dtype.itemsize,
-        # Scores in float32, and the copies that choosing a token makes of them.
+        # Scores in float32, and their copies while a token is chosen.
         sequence_bytes=16 * config.vocab_size,
         max_bytes=min(int(total * _MEMORY_SHARE), free // 2),
     )

@@ -1,4 +1,4 @@
-"""The texts of a task that generates: its rows' prompts in tokens, and the answers to them."""
+"""Encode the prompts of a task that generates text, and convert generated texts to answers."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def encode_prompts(
     window: int | None,
     rows: Iterable[int] | None = None,
 ) -> list[list[int]]:
-    """Encode the prompt of each of ``rows`` (None: all), as it precedes the completion in training.
+    """Encode the prompt of each of ``rows`` (None: all), as before the completion in training.
 
-    A prompt of more than ``task.max_length`` tokens, or too long for ``task.max_new_tokens`` to
-    follow it in the model's ``window``, loses its beginning, as in training. Raises DataError, with
-    file and row, for a row that the task rejects and for an empty prompt.
+    A prompt of more than ``task.max_length`` tokens, or one that leaves fewer than
+    ``task.max_new_tokens`` of the model's ``window``, loses its beginning, as in training. Raises
+    DataError, with file and row, for a row that the task rejects and for an empty prompt.
     """
     room = _prompt_room(config, window)
     prompts = []
@@ -54,10 +54,10 @@ def fit_prompts(
 ) -> tuple[Any, list[list[int]]]:
     """Encode the prompts of ``split``, and fit ``task.max_new_tokens`` to them.
 
-    A default that does not fit into the model's ``window`` after the longest prompt is lowered, to
-    no less than 16 tokens (half of a smaller window); a value from the recipe is kept. Says what
-    was lowered, and how many prompts are truncated to the window. Returns the configuration and one
-    prompt per row. Raises DataError as ``encode_prompts`` does.
+    A default that does not fit into the model's ``window`` after the longest prompt is lowered, but
+    not below 16 tokens, or half the window if that is less; a value from the recipe is unchanged.
+    Reports to ``say`` what was lowered, and how many prompts are truncated to the window. Returns
+    the configuration and one prompt per row. Raises the same errors as ``encode_prompts``.
     """
     given = "max_new_tokens" in config.model_fields_set
     _prompt_room(config, window if given else None)
@@ -130,12 +130,12 @@ def answer_contents(
     rows: Iterable[int],
     texts: list[Prediction],
 ) -> list[Prediction]:
-    """Return the generated ``texts`` of ``rows`` in the form that the rows' own texts have.
+    """Return the generated ``texts`` of ``rows``, comparable with the contents of the rows.
 
     A chat template may change a turn's content (upper case, escaped characters). A generated text
-    that equals the turn as it is trained becomes the content of that turn. From any other text only
-    the fixed text is removed that the template writes before or after each answer, such as an empty
-    ``<think>`` block.
+    that equals the turn as it is trained is replaced by the content of that turn. From any other
+    text, only the fixed text that the template writes before or after each answer is removed, such
+    as an empty ``<think>`` block.
     """
     found = []
     trained = _TrainedTurns(tokenizer)
@@ -152,16 +152,16 @@ def answer_contents(
 
 
 class _TrainedTurns:
-    """Recognizes a text that equals a turn as it is trained."""
+    """Recognizes texts that equal a turn as it is trained."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._reader: TurnReader | None = None
 
     def content(self, prompt: ChatExample, example: Any, text: str) -> str | None:
-        """Return the content of the turn that answers ``prompt`` in ``example``, if ``text`` is
-        that turn as the template renders it, apart from surrounding white space and special tokens.
-        None also if the template renders the content unchanged."""
+        """Return the content of the turn that answers ``prompt`` in ``example`` if ``text`` is that
+        turn as the template renders it, apart from surrounding white space and special tokens.
+        Returns None otherwise, or if the template renders the content unchanged."""
         index = len(prompt.messages)
         if not isinstance(example, ChatExample) or len(example.messages) != index + 1:
             return None

@@ -1,4 +1,4 @@
-"""The prompts and chats that ``lorakit generate`` continues, given directly or in a file."""
+"""Read and encode the prompts and chats for ``lorakit generate``, given directly or in a file."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _NO_LIMIT = 2**31
 
 @dataclass(frozen=True)
 class Request:
-    """``text`` is what the model continues; a chat is rendered by its template."""
+    """A text for the model to continue (for a chat, as rendered by the template) and its ids."""
 
     text: str
     input_ids: list[int]
 
 
 def text_request(text: str, tokenizer: Any) -> Request:
-    """Encode a prompt as it precedes a completion in training. Raises DataError if it is empty."""
+    """Encode a prompt as before a completion in training. Raises DataError if it is empty."""
     if not text.strip():
         raise DataError("the prompt is empty")
     _check_text(text)
@@ -63,7 +63,7 @@ def chat_request(
 
 
 def read_requests(file: Path, tokenizer: Any, say: Say = lambda text: None) -> list[Request]:
-    """Read a JSON-lines file of prompts and chats. Keys that are not read are listed to ``say``.
+    """Read a JSON Lines file of prompts and chats. Unused keys are reported to ``say``.
 
     Raises DataError, with the line, for anything else.
     """

@@ -1,7 +1,7 @@
-"""How the tokens of a continuation are chosen, and where it ends: sampling, EOS, stop sequences.
+"""Choose the tokens of a continuation, and find its end: sampling, n-grams, EOS, stop sequences.
 
-The logits processors here know at which position a row's continuation starts (``start``), so what
-they do depends on nothing before it: neither on padding nor on the other rows of the batch.
+The logits processors get the position at which continuations start (``start``) and consider only
+tokens after it, so padding and the other rows of the batch have no effect.
 """
 
 from __future__ import annotations
@@ -29,17 +29,16 @@ from lorakit.tasks.base import GenerationSection
 class Decoding:
     """How to continue a prompt by at most ``max_new_tokens`` tokens.
 
-    With ``num_beams`` 1 tokens are taken one at a time: the most likely one, or with
+    With ``num_beams`` 1, tokens are chosen one at a time: the most likely one, or with
     ``temperature`` above 0 one sampled from softmax(logits / temperature), restricted to the most
-    likely tokens whose probabilities add up to ``top_p``. What is sampled depends only on ``seed``,
-    the row's number and the position. With more beams the continuation with the greatest sum of log
-    probabilities / length ** ``length_penalty`` is searched, as ``lorakit.evaluation.generation``
-    describes.
+    likely tokens whose probabilities add up to ``top_p``. The random numbers depend only on
+    ``seed``, the row's number and the position. With more beams, beam search maximizes the sum of
+    log probabilities / length ** ``length_penalty`` (see ``lorakit.evaluation.generation``).
 
-    No ``no_repeat_ngram_size`` tokens occur twice in a continuation (0: they may). It ends before
-    the first stop sequence of ``stop`` after its first visible character. With ``fit_window`` a
-    prompt that leaves fewer than ``max_new_tokens`` in the model's window gets as many as it
-    leaves; without it such a prompt is an error.
+    No n-gram of ``no_repeat_ngram_size`` tokens occurs twice in a continuation (0: no limit). It
+    ends before the first sequence of ``stop`` after its first visible character. If a prompt leaves
+    fewer than ``max_new_tokens`` of the model's window, the continuation is shortened with
+    ``fit_window``; otherwise that is an error.
     """
 
     max_new_tokens: int
@@ -126,8 +125,8 @@ class OutputReader:
 class StopAtEnd(StoppingCriteria):
     """Stops each row where its text from ``start`` on ends; calls ``check`` at every token.
 
-    transformers' own ``stop_strings`` also match at the very beginning of a text, and where they
-    only overlap the end of the prompt.
+    The ``stop_strings`` of transformers also match at the very beginning of a text, and match
+    strings that begin in the prompt.
     """
 
     def __init__(
@@ -173,7 +172,7 @@ class NoRepeatNgrams(LogitsProcessor):
 
 
 class SampleToken(LogitsProcessor):
-    """Leaves one token of each row: the one sampled by the row's own random number.
+    """Masks all tokens of each row except the one that the row's random number samples.
 
     ``numbers`` (rows, positions) are uniform in [0, 1). The token is the first, in the order of the
     vocabulary, at which the cumulative probability exceeds number * total (inverse transform
@@ -206,7 +205,7 @@ class SampleToken(LogitsProcessor):
 
 
 def uniform_numbers(seed: int, rows: Sequence[int], positions: int, device: torch.device) -> Tensor:
-    """Return (rows, positions) numbers in [0, 1), row r's from numpy's generator of (seed, r)."""
+    """Return (rows, positions) numbers in [0, 1), with numpy's generator seeded by (seed, row)."""
     numbers = np.stack([np.random.default_rng((seed, row)).random(positions) for row in rows])
     # Apple's devices have no float64.
     dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -216,7 +215,7 @@ def uniform_numbers(seed: int, rows: Sequence[int], positions: int, device: torc
 def sampler(
     decoding: Decoding, rows: Sequence[int], start: int, device: torch.device
 ) -> SampleToken | None:
-    """Return what samples the tokens of prompts numbered ``rows``; None for greedy decoding."""
+    """Return the processor that samples tokens for prompts numbered ``rows``; None if greedy."""
     if not decoding.samples:
         return None
     numbers = uniform_numbers(decoding.seed, rows, decoding.max_new_tokens, device)

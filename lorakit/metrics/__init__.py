@@ -1,5 +1,6 @@
-"""Scores of predictions against references: pure functions that know no task, row or file.
+"""Score predictions against references, in pure functions independent of tasks, rows and files.
 
-Metrics of one origin share a module, with its tokenizer. To add one for generated text, write a
-function of predictions and lists of references, and name it where tasks list their metrics.
+Metrics of the same origin share a module and its tokenizer. To add a metric for generated text,
+write a function of predictions and lists of references, and add it to the metrics of a task or to
+``tasks.user_yaml``. To add one for labels, add it to ``labels.label_score``.
 """

@@ -1,8 +1,8 @@
-"""``cider`` and ``rouge_l`` of a corpus with several references, as coco-caption computes them.
+"""``cider`` and ``rouge_l`` of a corpus with several references, as in coco-caption.
 
-Their tokens are those of Stanford's PTBTokenizer (CoreNLP 3.4.1, ``-preserveLines -lowerCase``)
-without punctuation. ``tokenize`` implements its rules for English prose, except emoticons and the
-telephone numbers that it keeps together.
+Text is tokenized as by Stanford's PTBTokenizer (CoreNLP 3.4.1, ``-preserveLines -lowerCase``),
+without punctuation. ``tokenize`` implements its rules for English prose, except for emoticons and
+telephone numbers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BETA = 1.2
 
 _DROPPED = frozenset(["''", "'", "``", "`", ".", "?", "!", ",", ":", "-", ";"])
 
-#: Replaced tokens; brackets are not dropped, since lower-casing has changed their names.
+#: Replacements of tokens. Brackets are not dropped, since their names are lower-cased.
 _RENAMED = {
     "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-",
     "£": "#", "€": "$", "¢": "cents", "½": "1/2", "¼": "1/4", "¾": "3/4",
@@ -32,7 +32,7 @@ _RENAMED = {
 _ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": '"', "&apos;": "'", "&nbsp;": " "}
 _ENTITY = re.compile("|".join(_ENTITIES), re.IGNORECASE)
 
-#: Abbreviations that keep their full stop: in any case, only capitalised, only before a number.
+#: Abbreviations that keep their period: in any case, only capitalized, only before a number.
 _ANY_CASE = """
     adm al ala alex apr ariz assn asst atty aug ave bhd bldg blvd brig bros calif capt cf cmdr
     co col colo comdr conn corp cos cpl ct dak dec dept det dr drs elec esq est etc ext feb fla
@@ -43,7 +43,7 @@ _ANY_CASE = """
 """
 _CAPITALISED = "Ark Del Ill La Mass Miss Mo Ore Pa Tex Wash"
 _BEFORE_NUMBER = "ca no nos art fig figs pp"
-#: Words that begin a sentence, so that a full stop between a single letter and them ends one.
+#: Words that begin a sentence: a period between a single letter and one of them ends a sentence.
 _STARTS = """
     The This That There It In At A An But He She They We You If However What When While Then These
     Their Our Her As So Some Many One Now Here Other Such After Since Yet Last
@@ -57,7 +57,7 @@ def _words(text: str) -> str:
 _QUOTE = "['\u2019]"
 _LETTER = r"[^\W\d_²³¹º¼½¾]"
 _ALNUM = r"[^\W_²³¹º¼½¾]"
-_BEFORE_PAUSE = r"\.(?=[,;:])"  # a full stop here ends an abbreviation
+_BEFORE_PAUSE = r"\.(?=[,;:])"  # a period here belongs to an abbreviation
 _TOKEN = re.compile(
     rf"""
     </?[A-Za-z!][^<>]*>  |  [0-9]+[ ][0-9]+/[0-9]+
@@ -103,7 +103,7 @@ def tokenize(text: str) -> list[str]:
 
 
 def _is_unreadable(token: str) -> bool:
-    """Outside the 16 bits of a Java character; the tokenizer omits such characters."""
+    """Whether the token is a character beyond 16 bits, which the Java tokenizer omits."""
     return len(token) == 1 and ord(token) > 0xFFFF
 
 

@@ -1,6 +1,6 @@
-"""GLUE's scores of class indices and numbers, as scikit-learn and SciPy compute them.
+"""GLUE's metrics for class indices and numbers, computed by scikit-learn and SciPy.
 
-A score that constant predictions or labels leave undefined (a correlation's 0 / 0) is 0.
+A score that is undefined because all predictions or labels are equal (a correlation's 0 / 0) is 0.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def _accuracy(gold: Numbers, predicted: Numbers, classes: int) -> float:
 
 
 def _f1(gold: Numbers, predicted: Numbers, classes: int) -> float:
-    """2 TP / (2 TP + FP + FN): with two classes that of class 1, with more the unweighted mean over
-    the classes (macro); a class without any of the three is 0."""
+    """2 TP / (2 TP + FP + FN): with two classes, that of class 1; with more, the unweighted mean
+    over the classes (macro). A class for which all three are 0 scores 0."""
     from sklearn.metrics import f1_score
 
     scored = [1] if classes == 2 else list(range(classes))  # a prediction may be NO_CLASS

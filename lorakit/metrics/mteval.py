@@ -1,4 +1,4 @@
-"""``bleu`` and ``nist`` of a corpus with several references, as mteval-v13a computes them."""
+"""``bleu`` and ``nist`` of a corpus with several references, as in mteval-v13a."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Ngram = tuple[str, ...]
 
 _BLEU_ORDER = 4
 _NIST_ORDER = 5
-#: Makes NIST's brevity factor 1/2 if the predictions have 2/3 of the references' length.
+#: With this, NIST's brevity factor is 1/2 if predictions are 2/3 as long as the references.
 _NIST_BETA = math.log(2) / math.log(1.5) ** 2
 #: Applied in order: some text is unescaped (an end-of-line hyphen, four entities), then split.
 _RULES = tuple(
@@ -122,8 +122,8 @@ def _ngrams(tokens: Sequence[str], n: int) -> Counter[Ngram]:
 
 
 def _hits(candidate: Sequence[str], references: Sequence[Sequence[str]], n: int) -> Counter[Ngram]:
-    """The candidate's n-grams that a reference has, each at most as often as in the reference with
-    most of them."""
+    """The candidate's n-grams that occur in a reference, each clipped to its largest count in any
+    reference."""
     allowed: Counter[Ngram] = Counter()
     for reference in references:
         allowed |= _ngrams(reference, n)

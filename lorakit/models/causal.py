@@ -1,8 +1,8 @@
 """The forward pass of a causal model: losses of trained tokens, and packed documents.
 
 Logits are computed only at positions whose loss is needed. Documents packed into one sequence do
-not attend to each other: torch's ``varlen_attn`` (a GPU, half precision) never computes a pair of
-tokens of two documents; elsewhere transformers builds a block mask from positions that restart.
+not attend to each other: torch's ``varlen_attn`` (on a GPU in half precision) computes attention
+within each document only; otherwise transformers builds a block mask from positions that restart.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _IGNORE_MASK = "_ignore_bidirectional_mask_sdpa"
 
 @dataclass(frozen=True)
 class CausalParts:
-    """``decoder`` gives hidden states, ``head`` raw logits, which ``transform`` scales and caps.
-    Both are None for a model that cannot be split."""
+    """A model split before its output layer. ``decoder`` returns hidden states, ``head`` raw
+    logits, which ``transform`` scales and caps. Both are None for a model that cannot be split."""
 
     decoder: nn.Module | None
     head: nn.Module | None
@@ -49,7 +49,8 @@ class CausalParts:
 
 
 def split_model(model: PreTrainedModel) -> CausalParts:
-    """Split off the output layer, checked on a few tokens against the model's own logits."""
+    """Split off the output layer, and verify the result against the model's logits of a few
+    tokens."""
     head = model.get_output_embeddings()
     decoder = model.get_decoder()
     parts = CausalParts(decoder, head, _transform(model))
@@ -71,9 +72,9 @@ def token_losses(
 
     ``input_ids`` (batch, length) is padded on the right; ``loss_indices`` (n,) are positions in the
     flattened (batch * length) tokens whose next token is trained, ``targets`` (n,) those tokens.
-    ``inputs`` are further arguments of the decoder: where packed documents begin.
+    ``inputs`` are additional arguments of the decoder: the positions of packed documents.
 
-    There is no attention mask: under causal attention no token sees the padding after it, and
+    There is no attention mask: with causal attention no token sees the padding after it, and
     without a mask attention takes its fastest path and never waits for the device.
     """
     if parts.head is None or parts.decoder is None:
@@ -131,8 +132,8 @@ def host_masks(device: torch.device, packed: bool = False) -> Iterator[None]:
 
     To choose the fastest attention, transformers checks whether a mask hides anything and whether
     positions restart within a row; both read a tensor on the host. Here both are known: callers
-    pass a mask only where something is padded, and ``packed`` says that positions restart, for
-    which transformers then builds its mask.
+    pass a mask only if something is padded, and ``packed`` says that positions restart, in which
+    case transformers builds its mask.
 
     Does nothing on the CPU, which never waits, or if transformers lacks these functions.
     """
@@ -185,7 +186,7 @@ def varlen_attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention within each document of one sequence; ``query`` is (1, heads, tokens, head_dim).
-    Without ``cu_seq_lens_q``, as in an evaluation, plain ``sdpa``."""
+    Without ``cu_seq_lens_q``, as in evaluations, this is plain ``sdpa``."""
     offsets = options.get("cu_seq_lens_q")
     if offsets is None:
         out, _ = sdpa_attention_forward(
@@ -215,7 +216,7 @@ def varlen_attention(
 
 def use_varlen(model: PreTrainedModel) -> bool:
     """Switch the model to ``varlen_attn`` if the device, the dtype, torch and the model's attention
-    support it and it then keeps documents apart; return whether it was switched."""
+    support it and it isolates documents; return whether it was switched."""
     device = next(model.parameters()).device
     half = model.dtype in (torch.bfloat16, torch.float16)
     original: str | None = model.config._attn_implementation
@@ -260,8 +261,8 @@ def _has_varlen() -> bool:
 
 @torch.no_grad()
 def _isolates(model: PreTrainedModel, varlen: bool) -> bool:
-    """Whether the hidden states of a second document are equal to the bit after different first
-    documents, and close to those that it has alone."""
+    """Whether the hidden states of a document are bitwise equal after two different documents, and
+    close to those of the document alone."""
     device = next(model.parameters()).device
     vocabulary = int(model.config.get_text_config().vocab_size)
     first, other = (torch.arange(8) * step % vocabulary for step in (3, 5))

@@ -1,4 +1,4 @@
-"""Classification heads: the labels of a base's head, matched to the labels of a task."""
+"""Match the labels of a base's classification head to those of a task, or initialize a new head."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _UNNAMED = re.compile(r"label_\d+", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """``labels`` are the head's, by index; ``fresh`` means that its weights are initialized anew;
-    ``note`` is a message for the user."""
+    """``labels`` are those of the head, by index; ``fresh`` means that its weights are newly
+    initialized; ``note`` is a message for the user."""
 
     labels: Labels
     fresh: bool = False
@@ -33,9 +33,9 @@ class HeadPlan:
 def plan_head(labels: Labels, config: PreTrainedConfig, new_head: bool, name: str) -> HeadPlan:
     """Decide which labels the stored head of the base ``name`` gets for a task with ``labels``.
 
-    A head that knows all of the task's labels (``find_labels``) keeps its own labels, in its own
-    order. A head with unnamed classes takes the task's labels, in the task's order. Raises
-    ModelError for any other head unless ``new_head`` replaces it.
+    A head that has all of the task's labels (``find_labels``) keeps its labels and their order. A
+    head with unnamed classes takes the task's labels, in the task's order. Raises ModelError for
+    any other head unless ``new_head`` replaces it.
     """
     own = head_labels(config)
     if new_head:
@@ -62,8 +62,8 @@ def find_labels(labels: Sequence[str], names: Sequence[str]) -> list[int] | None
     """The index among the head's ``names`` of each of the task's ``labels``; None unless all are
     found.
 
-    Labels match exactly; failing that, ignoring case, surrounding white space, and ``_`` and ``-``
-    against spaces; failing that, whole numbers are indices unless a name is a number itself.
+    Labels are matched exactly; or else ignoring case and surrounding white space, with ``_`` and
+    ``-`` equal to spaces; or else, unless a name is a number, integers are indices.
     """
     for form in (str, _folded):
         known, wanted = [form(name) for name in names], [form(label) for label in labels]
@@ -77,10 +77,10 @@ def find_labels(labels: Sequence[str], names: Sequence[str]) -> list[int] | None
 
 
 def names_of_head(section: ModelSection, labels: Sequence[str]) -> list[str] | None:
-    """Class names for a task without its own, from the base's head: in the head's order, spelled
-    as in ``labels`` where these contain them.
+    """Class names from the base's head, for a task that does not define its own.
 
-    None if the base has no head with class names, ``model.new_head`` replaces it, or it lacks one
+    They are in the head's order, with the spelling of ``labels`` for those that occur there. None
+    if the base has no head with class names, if ``model.new_head`` replaces it, or if it lacks one
     of ``labels``.
     """
     if section.new_head:
@@ -144,8 +144,8 @@ def in_head(model: PreTrainedModel, key: str) -> bool:
 
 
 def renew_head(model: PreTrainedModel, seed: int) -> tuple[str, ...]:
-    """Reinitialize the head as the model's class does; return the names of its modules with
-    parameters."""
+    """Reinitialize the head with the model's own initialization; return the names of its modules
+    that have parameters."""
     torch.manual_seed(seed)
     modules = {name: module for name, module in model.named_modules() if in_head(model, f"{name}.")}
     with_parameters = [name for name in modules if _own_parameters(modules, name)]
@@ -205,7 +205,7 @@ def _mismatch(labels: Labels, own: Sequence[str], name: str) -> ModelError:
 
 
 def _ambiguous(labels: Sequence[str]) -> str:
-    """Why labels that the head has one by one do not match together."""
+    """Explain why labels that the head has individually do not match together."""
     groups: dict[str, list[str]] = {}
     for label in labels:
         groups.setdefault(_folded(label), []).append(label)

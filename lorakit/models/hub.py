@@ -1,6 +1,6 @@
-"""Resolve the name of a model: what it refers to, its configuration and its tokenizer.
+"""Resolve a model's name or path, and load its configuration and its tokenizer.
 
-Importing this module loads no model library.
+Importing this module does not import transformers.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def explained(name: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str | None:
-    """Why a model could not be loaded; None for a device that ran out of memory."""
+    """Explain why a model could not be loaded; None if the device ran out of memory."""
     import torch
     from huggingface_hub import errors as hub
 
@@ -191,7 +191,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _first_lines(error: Exception) -> str:
-    """Two lines: where the first only names a field, the second says what is wrong with it."""
+    """The first two lines: if the first only names a field, the second says what is wrong with
+    it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2]) or type(error).__name__
 

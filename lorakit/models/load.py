@@ -1,6 +1,6 @@
-"""Load a model and its tokenizer from a directory or the Hub, from safetensors only.
+"""Load a model and its tokenizer from a directory or the Hub, and inspect the loaded model.
 
-Also the default device, and the context window of a loaded model.
+Weights are read from safetensors only.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _MAX_RESERVED = 16
 
 @dataclass(frozen=True)
 class Pretrained:
-    """``new_modules`` have no weights in the checkpoint (a new classification head); ``notes`` are
-    messages for the user."""
+    """A loaded model. ``new_modules`` have no weights in the checkpoint (a new classification
+    head); ``notes`` are messages for the user."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -59,11 +59,11 @@ def load_pretrained(
 ) -> Pretrained:
     """Load the model, in evaluation mode and ``section.dtype``, and its tokenizer.
 
-    ``labels`` are an encoder's class names, None for regression. A head that the checkpoint stores
-    is used as ``plan_head`` decides; a missing one is initialized from ``seed``. With
-    ``head_given`` an adapter brings the head, with ``labels``, and the base's is ignored. Raises
-    ModelError if the model is missing, gated, unreachable, of the other kind or not in
-    safetensors, if its head does not fit, or if weights other than a head's are missing.
+    ``labels`` are an encoder's class names, None for regression. ``plan_head`` decides how a head
+    in the checkpoint is used; a missing one is initialized from ``seed``. With ``head_given``, an
+    adapter provides the head, with ``labels``, and the base's is ignored. Raises ModelError if the
+    model is missing, gated, unreachable, of the other kind or not in safetensors, if its head does
+    not fit, or if weights other than a head's are missing.
     """
     name = section.name_or_path
     hub = hub_options(section)
@@ -93,7 +93,8 @@ def _with_head(
     options: Mapping[str, Any],
     seed: int,
 ) -> tuple[PreTrainedModel, dict[str, Any], str | None]:
-    """The classifier with the checkpoint's head, or a new one; its loading info; a note."""
+    """Return the classifier with the checkpoint's head or a new one, its loading info and a
+    note."""
     name = section.name_or_path
     plan, mismatch = None, None
     try:
@@ -123,7 +124,8 @@ def _classifier(
     options: Mapping[str, Any],
     seed: int,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The base with a head for ``labels``; head tensors of another shape are initialized anew."""
+    """Load the base with a head for ``labels``; head tensors of another shape are newly
+    initialized."""
     config = copy.deepcopy(config)
     for key, value in _label_options(labels).items():
         setattr(config, key, value)
@@ -227,8 +229,8 @@ def window(model: PreTrainedModel) -> int | None:
 
 
 def reserved_positions(model: PreTrainedModel) -> int:
-    """Positions that take no token. RoBERTa and its descendants start after the pad token's id:
-    514 rows, 512 tokens."""
+    """The number of positions that no token can have. RoBERTa and its descendants start after the
+    pad token's id: 514 positions for 512 tokens."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             return 0 if module.padding_idx is None else module.padding_idx + 1
@@ -236,7 +238,7 @@ def reserved_positions(model: PreTrainedModel) -> int:
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
-    """The number of token ids that the model has embeddings for."""
+    """The number of rows of the model's input embeddings."""
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, Tensor)
     return weight.shape[0]

@@ -1,4 +1,4 @@
-"""Tokenize a recipe's rows for training and for evaluation, and say what that did to them."""
+"""Tokenize a recipe's rows for training and evaluation, and report what was cut or skipped."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lorakit.tasks.checks import ColumnWatch, counts_line, label_counts, similar
 class StreamedRows:
     """A train split that is read and tokenized during training.
 
-    ``skipped`` counts the bad rows, None where a bad row is an error.
+    ``skipped`` counts the bad rows; None if a bad row is an error.
     """
 
     stream: Stream
@@ -38,9 +38,9 @@ class StreamedRows:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a training run reads: the tokens to train on, and the split to evaluate on.
+    """The data of a training run: the tokens to train on, and the split to evaluate on.
 
-    ``config`` is the task's configuration with everything filled in that rows and model decide.
+    ``config`` is the task's configuration, completed from the rows and the model.
     """
 
     config: Any
@@ -56,10 +56,10 @@ def encode_training_data(
     *,
     write_cache: bool = True,
 ) -> TrainingData:
-    """Tokenize the train and the validation split, and the prompts to generate from.
+    """Tokenize the train and validation splits, and the prompts to generate from.
 
-    The first rows of a stream are tokenized only to find out whether they can be. Raises DataError
-    for a row or a prompt that cannot be used.
+    Of a stream, the first rows are tokenized only as a check. Raises DataError for a row or a
+    prompt that cannot be used.
     """
     encoder = _Encoder(data, model, tokenizer, say, write_cache)
     encoded = encoder.encode(data.split)
@@ -93,7 +93,7 @@ def encode_eval_data(
 
 
 def endless_warning(split: str, endless: int, rows: int) -> str:
-    """Return the warning for rows after whose answer nothing ends a generation."""
+    """Return the warning about rows whose answer does not end in a token that ends a generation."""
     return (
         f"warning: {split}: {endless:,} of {rows:,} rows do not end in a trained EOS: they do not "
         "teach the model to stop"
@@ -114,12 +114,12 @@ class _Encoder:
         self._data, self._model, self._tokenizer, self._say = data, model, tokenizer, say
         largest = max(len(split) for split in (data.split, data.validation) if split is not None)
         self._cache = _token_cache(data, tokenizer, largest, say, write_cache)
-        # A model that hashes characters has no table, and takes any id.
+        # A model that hashes characters has no embedding table, and accepts any id.
         has_table = isinstance(model.get_input_embeddings(), nn.Embedding)
         self._embedding_rows = embedding_rows(model) if has_table else 2**31
 
     def encode(self, split: Split) -> EncodedSplit:
-        """Tokenize a split, or read its tokens from the cache, and say what was cut or skipped."""
+        """Tokenize a split or read its tokens from the cache; report what was cut or skipped."""
         data, max_length = self._data, self._data.config.max_length
         first = split is data.split
         encoded = encode_split(
@@ -137,14 +137,14 @@ class _Encoder:
         return encoded
 
     def warn_endless(self, encoded: EncodedSplit) -> None:
-        """Warn of training rows whose answer does not end in a token that ends a generation; those
-        that were cut are reported elsewhere."""
+        """Warn about training rows whose answer does not end in a token that ends a generation.
+        Truncated rows are reported separately."""
         data, stops = self._data, set(eos_ids(self._model, self._tokenizer))
         if endless := encoded.endless_rows(stops, cut_to=data.config.max_length):
             self._say(endless_warning(data.split.name, endless, len(encoded)))
 
     def streamed(self, stream: Stream) -> StreamedRows:
-        """Return what tokenizes the rows of ``stream`` while they are trained on."""
+        """Prepare to tokenize the rows of ``stream`` during training."""
         data = self._data
         watch = ColumnWatch(data.task, data.config, data.split, self._say)
 
@@ -174,7 +174,7 @@ def _token_cache(
     """Return the cache for this task's tokens; None for few rows, and for a slow tokenizer."""
     if rows < CACHED_ROWS:
         return None
-    # Keys that only say where the data is or how text is generated change no token.
+    # The location of the data and the generation settings do not affect tokens.
     unread = {*GenerationSection.model_fields} - {"name", "max_length", "on_bad_row"}
     values = data.config.model_dump(mode="json", exclude=unread)
     values["task"] = f"{type(data.task).__module__}.{type(data.task).__qualname__}"
@@ -186,7 +186,7 @@ def _token_cache(
 
 
 def _label_lines(data: TaskData, train: EncodedSplit) -> list[str]:
-    """Return how many training rows have each label."""
+    """Return notes on how many training rows have each label."""
     labels = data.task.labels(data.config, None)
     if labels is None or train.labels is None:
         return []

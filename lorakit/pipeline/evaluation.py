@@ -1,4 +1,4 @@
-"""Evaluate a recipe's task on an adapter or on the base model, and load either to generate from."""
+"""Evaluate an adapter or base model on a recipe's task, or load it to generate text."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def evaluate(
     limit: int | None = None,
     on_progress: OnPhase | None = None,
 ) -> dict[str, float]:
-    """Return the metrics of ``recipe``'s task for an adapter, or with ``base`` for the base model.
+    """Evaluate an adapter, or with ``base`` the base model, on ``recipe``'s task; return metrics.
 
     ``adapter`` is a directory in PEFT's format and defaults to the one that training the recipe
     writes. ``split`` and ``limit`` (the first N rows) override the task and the recipe.
@@ -45,8 +45,8 @@ def evaluate(
     total. Under ``torchrun`` or ``accelerate launch`` the processes share the rows, and each
     returns the same metrics. Notes go to stderr.
 
-    Raises UserError for anything that is missing or does not fit, and EvaluationError for a metric
-    that is not finite.
+    Raises UserError for missing or mismatched inputs, and EvaluationError for a metric that is not
+    finite.
     """
     return evaluate_split(
         recipe, adapter, base=base, split=split, limit=limit, on_progress=on_progress
@@ -106,10 +106,10 @@ def load_for_generation(
     method: str | None = None,
     say: Say = lambda text: print(text, file=sys.stderr),
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal model onto its device, with an adapter if one is named, and the tokenizer.
+    """Load a causal model onto its device, with an adapter if one is given, and the tokenizer.
 
-    The adapter's own tokenizer is used if it has one. ``dtype`` defaults to the one the adapter was
-    trained with, or else to the checkpoint's. ``method`` is the ``FILE.py:CLASS`` of the user's
+    The adapter's tokenizer is used if it has one. ``dtype`` defaults to the one that the adapter
+    was trained with, or else to the checkpoint's. ``method`` is the ``FILE.py:CLASS`` of the user
     method that trained the adapter; its code is run. Raises ModelError and AdapterError.
     """
     run_method_file(method)
@@ -142,10 +142,10 @@ def load_adapted(
     seed: int,
     say: Say,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the base onto its device, with the adapter of ``files`` in place, in evaluation mode.
+    """Load the base onto its device, with the adapter of ``files``, in evaluation mode.
 
     The tokenizer is the adapter's if it has one. Without an adapter, a classification head that the
-    base does not have is initialized at random from ``seed``, and ``say`` is told so. Raises
+    base lacks is randomly initialized from ``seed``, which is reported to ``say``. Raises
     AdapterError if the adapter does not fit the base.
     """
     brings_head = files is not None and files.brings_head
@@ -174,7 +174,7 @@ def load_adapted(
 def _read_task_adapter(
     recipe: Recipe, adapter: str | Path | None, task: Task, say: Say
 ) -> AdapterFiles:
-    """Read the adapter to evaluate: the one named, or the one that training ``recipe`` writes.
+    """Read the adapter to evaluate: the given one, or the one that training ``recipe`` writes.
 
     Raises AdapterError if there is none, or if it was trained for the other kind of task.
     """
@@ -200,7 +200,7 @@ def _trained_labels(files: AdapterFiles | None) -> list[str] | None:
 
 
 def _check_labels(files: AdapterFiles, labels: Sequence[str] | None) -> None:
-    """Raise AdapterError if the adapter was trained with other class names than ``labels``."""
+    """Raise AdapterError if the adapter was trained with class names other than ``labels``."""
     trained = _trained_labels(files)
     if labels and trained and list(labels) != trained:
         raise AdapterError(
@@ -218,10 +218,10 @@ def _saved_head_labels(files: AdapterFiles | None) -> list[str] | None:
 def _base_head_labels(
     section: ModelSection, files: AdapterFiles, labels: Sequence[str]
 ) -> Sequence[str]:
-    """Return the labels of an adapter's head that names none.
+    """Return the labels of an adapter's head that was saved without class names.
 
-    They are the base's own if the base was saved as a classifier with as many outputs and knows all
-    of the task's labels, or else the task's.
+    They are those of the base's head if it has as many outputs and all of the task's labels, or
+    else the task's.
     """
     config = load_config(section)
     own = head_labels(config)

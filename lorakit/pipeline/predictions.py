@@ -1,6 +1,6 @@
-"""Predictions as a file, one JSON object per line in the split's order, and their scores.
+"""Write, read and score predictions: one JSON object per line, in the split's order.
 
-Imports no tensor library: ready predictions are scored without a model.
+No tensor library is imported, since scoring a file needs no model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lorakit.recipe.sections import Recipe
 from lorakit.tasks.base import Prediction, Task
 
 _ALLOWED = '{"prediction": ...} or {"error": ...}, and for wikisql also {"query": {...}}'
-#: An object with one of these keys goes to the task as it is: WikiSQL's own format, and an answer
+#: An object with one of these keys is passed to the task unchanged: WikiSQL's format, and an answer
 #: that is not one of the task's classes.
 _OBJECT_KEYS = frozenset({"query", "error"})
 
@@ -30,7 +30,7 @@ _OBJECT_KEYS = frozenset({"query", "error"})
 class SplitEvaluation:
     """The scores of one split.
 
-    ``predictions`` are in the split's order; empty for a task that is measured by its loss alone.
+    ``predictions`` are in the split's order; empty if only the loss was computed.
     """
 
     task: str
@@ -48,10 +48,10 @@ def score_predictions(
     limit: int | None = None,
     say: Say = lambda text: print(text, file=sys.stderr),
 ) -> SplitEvaluation:
-    """Score the predictions in ``file`` by the metrics of the recipe's task.
+    """Score the predictions in ``file`` with the metrics of the recipe's task.
 
     ``split`` and ``limit`` are those of ``evaluate``; notes go to ``say``. Raises DataError, with
-    the line, for a prediction the task cannot read, and for a wrong number of them.
+    the line, for a prediction that the task cannot read, and for a wrong number of them.
     """
     task: Task = registry.task(recipe.task.name)
     task.check_requirements(recipe.task)
@@ -63,8 +63,8 @@ def score_predictions(
 def score_file(task: Task, config: Any, split: Split, file: Path) -> dict[str, float]:
     """Return the task's metrics of the predictions in ``file``.
 
-    Raises DataError, with the line, for a prediction the task cannot read, and for a wrong number
-    of them.
+    Raises DataError, with the line, for a prediction that the task cannot read, and for a wrong
+    number of them.
     """
     predictions = read_predictions(file, len(split), task.prediction_counts(split, config))
     try:
@@ -81,9 +81,9 @@ def score_file(task: Task, config: Any, split: Split, file: Path) -> dict[str, f
 
 
 def read_predictions(file: Path, rows: int, counts: Sequence[int]) -> list[Prediction]:
-    """Return what each line gives as ``prediction``, or the object with ``query`` or ``error``.
+    """Return each line's ``prediction``, or the whole object if it has ``query`` or ``error``.
 
-    Raises DataError for a line that is no prediction, and for a number of lines not in ``counts``.
+    Raises DataError for an invalid line, and for a number of lines not in ``counts``.
     """
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")

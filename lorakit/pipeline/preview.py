@@ -1,6 +1,6 @@
-"""Show a recipe's rows as the model will see them: ``lorakit preview``.
+"""Show a recipe's rows as the model will see them, for ``lorakit preview``.
 
-The tokenizer is loaded, the model's weights are not.
+Only the tokenizer and the configuration are loaded, not the model's weights.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class Piece:
 class DescribedRow:
     """A row of tokens. ``where`` is its file and row, ``tokens`` the ids' names in the vocabulary.
 
-    ``loss_mask`` marks the tokens the loss is taken on, so never the first, which nothing precedes.
-    ``truncated`` rows lost tokens; ``cut`` rows lost the end of what is trained, EOS included.
-    ``label`` is a classifier's. ``part`` is (number of this row from 1, number of rows) among the
-    rows of tokens that the split's row becomes.
+    ``loss_mask`` marks the tokens that count in the loss, never the first, which is not predicted.
+    ``truncated`` rows lost tokens; ``cut`` rows lost the end of the trained text, including EOS.
+    ``label`` is set for encoders only. ``part`` is (number of this row from 1, number of rows)
+    among the rows of tokens that the split's row becomes.
     """
 
     where: str
@@ -62,12 +62,13 @@ class DescribedRow:
 
 @dataclass(frozen=True)
 class Summary:
-    """Figures of a split.
+    """Statistics of a split.
 
-    ``rows`` counts the split's rows; every other count is of rows of tokens, of which a chat may be
-    several. ``endless_rows`` have no token in their last trained stretch that ends a generation; it
-    and ``trained_tokens`` are None for an encoder, whose loss is on the label. ``bins`` is the
-    number of packed bins and ``bin_fill`` the share of them that is used; None without packing.
+    ``rows`` counts the split's rows; all other counts refer to rows of tokens, of which a chat may
+    have several. ``endless_rows`` have no token in their last trained segment that ends a
+    generation. Counts of trained tokens and completions are None for an encoder, whose loss is on
+    the label. ``bins`` is the number of packed bins, ``bin_fill`` the fraction of their tokens that
+    is used; None without packing.
     """
 
     rows: int
@@ -89,11 +90,11 @@ class Summary:
 
 @dataclass(frozen=True)
 class Preview:
-    """Some rows of a split, and figures of all of it.
+    """Some rows of a split, and statistics of the split.
 
     ``limit`` is the maximum number of tokens in a row. ``labels`` are a classifier's class names by
-    index, and ``label_counts`` how many rows have each. ``training_rows`` is the number of rows of
-    tokens that the split becomes.
+    index, and ``label_counts`` the number of rows with each. ``training_rows`` is the number of
+    rows of tokens that the split becomes.
     """
 
     task: str
@@ -116,10 +117,10 @@ def preview(
     on_progress: OnProgress = lambda done, total: None,
     say: Say,
 ) -> Preview:
-    """Return ``count`` rows from row ``start`` (counted from 1), and figures of the split.
+    """Return ``count`` rows from row ``start`` (counted from 1), and statistics of the split.
 
-    ``limit`` previews only the first N rows. Notes go to ``say``. Raises UserError like training
-    for data or a tokenizer that cannot be used, and for a ``start`` after the last row.
+    ``limit`` previews only the first N rows. Notes go to ``say``. Raises UserError, as training
+    does, for data or a tokenizer that cannot be used, and for a ``start`` after the last row.
     """
     data = load_task_data(recipe, split, limit=limit, skip_bad_rows=True, say=say)
     _check_start(start, data, limit)
@@ -196,7 +197,7 @@ def _described(
 def _say_head(
     section: ModelSection, config: PreTrainedConfig, labels: list[str] | None, say: Say
 ) -> None:
-    """Say how the task's labels map to the base's classification head, if it has one.
+    """Report how the task's labels map to the base's classification head, if it has one.
 
     Raises ModelError, as training does, for a head that does not fit.
     """
@@ -218,7 +219,7 @@ def _load_tokenizer(
             own = GenerationConfig.from_pretrained(
                 section.name_or_path, **hub_options(section)
             ).eos_token_id
-        except OSError:  # no generation config: the model uses its own configuration's
+        except OSError:  # without a generation config, the model's configuration is used
             own = getattr(config.get_text_config(), "eos_token_id", None)
     return tokenizer, set(stop_ids(tokenizer, own))
 
@@ -247,8 +248,8 @@ def describe_row(
 
 
 def summarize(encoded: EncodedSplit, stops: Set[int], packed_to: int | None = None) -> Summary:
-    """Return the figures of all rows. ``stops`` are the ids that end a generation, ``packed_to``
-    the capacity of a bin in tokens, if rows are packed."""
+    """Return statistics of all rows. ``stops`` are the ids that end a generation, ``packed_to`` the
+    capacity of a bin in tokens, if rows are packed."""
     lengths = encoded.lengths
     packing = Packing(lengths, packed_to, seed=0) if packed_to else None
     causal = encoded.labels is None
@@ -287,8 +288,8 @@ def _describe_tokens(
 def _pieces(ids: Sequence[int], loss_mask: Sequence[bool], tokenizer: Any) -> Iterator[Piece]:
     """Split the text into pieces, in order.
 
-    A token by itself may decode to half a character or lose its space, so a piece ends only where
-    the tokens up to its last one decode to a prefix of the whole text.
+    A single token may decode to an incomplete character or lose its space, so a piece ends only
+    where all tokens so far decode to a prefix of the text.
     """
     special = _special_ids(tokenizer)
     text = _decode(ids, tokenizer)

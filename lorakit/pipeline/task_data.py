@@ -1,6 +1,6 @@
-"""Load the rows a recipe names, and resolve the task's configuration from them.
+"""Load a recipe's rows, and resolve the task's configuration from them.
 
-Imports no tensor library: ``lorakit eval --predictions`` scores a file without one.
+No tensor library is imported, since ``lorakit eval --predictions`` does not need one.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from lorakit.tasks.checks import column_notes
 from lorakit.tasks.classification import label_order
 
 Say = Callable[[str], None]
-#: Maps labels of the data to the class names of the base's classification head, in the head's
-#: order; None if one of them is not in the head.
+#: Returns the class names of the base's classification head, in the head's order, given labels of
+#: the data; None if the head lacks one of them.
 HeadNames = Callable[[Sequence[str]], "list[str] | None"]
 
 
@@ -30,11 +30,10 @@ HeadNames = Callable[[Sequence[str]], "list[str] | None"]
 class TaskData:
     """A task and the rows it reads, before they are tokenized.
 
-    ``config`` is the task's section of the recipe with everything filled in that the rows decide:
-    class names, and the task that ``auto`` chose. ``split`` is the split to evaluate or to train
-    on; of a ``stream`` it is only the first rows. ``labels`` are the class names by index,
-    None for regression and causal tasks. ``skip_bad_rows`` tells whether bad rows of ``split`` are
-    skipped rather than an error.
+    ``config`` is the recipe's ``task`` section, completed from the rows: class names, and the task
+    that ``auto`` chose. ``split`` is the split to train or evaluate on; of a ``stream`` it is only
+    the first rows. ``labels`` are the class names by index, None for regression and causal tasks.
+    ``skip_bad_rows`` tells whether bad rows of ``split`` are skipped rather than an error.
     """
 
     task: Task
@@ -59,10 +58,10 @@ def load_task_data(
     skip_bad_rows: bool = False,
     say: Say,
 ) -> TaskData:
-    """Load one split, by default the one the task evaluates on.
+    """Load one split, by default the one that the task evaluates on.
 
-    ``limit`` (the first N rows) overrides the recipe's limits. Class names that the recipe does not
-    list are ``trained_labels``, those an adapter was trained with, or else found in the data.
+    ``limit`` (the first N rows) overrides the recipe's limits. Unless the recipe lists class names,
+    they are ``trained_labels``, with which an adapter was trained, or else found in the data.
     ``skip_bad_rows`` applies ``task.on_bad_row`` as training does; without it a bad row is an
     error, since a score covers every row. Notes go to ``say``.
 
@@ -122,8 +121,8 @@ def load_training_data(recipe: Recipe, say: Say) -> TaskData:
 def settle(task: Task, config: Any, split: Split, say: Say) -> tuple[Task, Any]:
     """Return the task that reads ``split`` and its configuration.
 
-    Says which files and columns were chosen, what was recognized in the rows, and what of them is
-    not used.
+    Reports to ``say`` which files and columns were chosen, which format was recognized, and which
+    columns and keys are not used.
     """
     chosen, own = task.chosen(config, split)
     for note in split.notes:
@@ -145,9 +144,9 @@ def resolve_labels(
 ) -> Any:
     """Return ``config`` with the class names resolved.
 
-    They come from ``train`` through ``task.resolve``. If those do not cover every label of
-    ``splits``, the names of the base's classification head are used instead, provided they do.
-    Raises DataError if neither does.
+    They come from ``train`` through ``task.resolve``. If they do not cover every label of
+    ``splits``, but the names of the base's classification head do, those are used instead. Raises
+    DataError if ``train`` does not determine the names and the head's cannot be used.
     """
     if _has_labels(config):
         return task.resolve(config, train)

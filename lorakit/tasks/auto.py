@@ -25,9 +25,9 @@ _TASKS: dict[str, FormattedTask] = {
 
 
 class AutoConfig(GenerationSection):
-    """``format`` is the rows' format, if their columns match several. The other keys are those of
-    the chosen task; name that task to set a key that ``auto`` lacks. ``eval_generate`` null is the
-    chosen task's default.
+    """``format`` selects one of several formats that the columns match. The other keys are passed
+    to the chosen task; to set any other key of that task, name the task instead of ``auto``. A null
+    ``eval_generate`` means the chosen task's default.
     """
 
     name: Text = "auto"
@@ -39,9 +39,9 @@ class AutoConfig(GenerationSection):
 
 
 class Auto(FormattedTask):
-    """Messages (OpenAI, ShareGPT) make a chat; Alpaca rows, and prompt and completion, make
-    completions; a column ``text`` makes text. A run continues as the task that ``chosen`` returns,
-    and its resolved recipe names that task."""
+    """Chooses ``chat`` for messages (OpenAI, ShareGPT), ``completion`` for Alpaca rows and for
+    prompt and completion, ``text`` for a column ``text``. A run continues as the task that
+    ``chosen`` returns, and its resolved recipe names that task."""
 
     names = ("auto",)
     summary = "chat, completion or text, depending on the columns"
@@ -54,7 +54,8 @@ class Auto(FormattedTask):
         return ()
 
     def chosen(self, config: Any, split: Split) -> tuple[Task, Any]:
-        """Raises DataError for a key that the chosen task lacks, which would have no effect."""
+        """Return the chosen task and its config. Raises DataError for a key that the task does not
+        have, which would have no effect."""
         task, own = self._delegate(split.columns, config)
         for key in sorted(config.model_fields_set - type(own).model_fields.keys()):
             if getattr(config, key) != AutoConfig.model_fields[key].default:
@@ -77,7 +78,7 @@ class Auto(FormattedTask):
         return task.drops_messages(row, own)
 
     def generates(self, config: Any, final: bool = True) -> bool:
-        """Whether the chosen task may."""
+        """Whether the chosen task may generate."""
         if config.eval_generate is None:
             return final
         return super().generates(config, final)

@@ -1,7 +1,7 @@
 """The interface of a task: it turns rows into examples and predictions into scores.
 
-A task knows nothing of the model. Its module subclasses ``Task``, exports one instance as ``TASK``
-and imports heavy libraries inside functions only.
+A task does not depend on the model. Its module subclasses ``Task``, exports one instance as
+``TASK`` and imports heavy libraries only inside functions.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Row = Mapping[str, Any]
 Prediction = Any  # a class index, a float, or generated text
 _Value = TypeVar("_Value")
 
-#: The metrics that are better the lower they are; all others are better the higher they are.
+#: The metrics for which lower is better; for all others, higher is better.
 LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 
 
 def exclusive(first: str, second: str) -> ValueError:
-    """The error of a ``Config`` whose keys exclude each other."""
+    """Return the error for two keys of a ``Config`` that are both set."""
     return ValueError(f"{first} and {second} are mutually exclusive; allowed: one of them")
 
 
@@ -38,8 +38,9 @@ class GenerationSection(TaskSection):
     sum of log probabilities / length ** ``length_penalty``. With ``no_repeat_ngram_size`` above 0,
     no n-gram of that many tokens occurs twice. ``temperature`` above 0 samples, from the most
     likely tokens whose probabilities add up to ``top_p``. ``generation_batch_size`` is in rows;
-    null chooses it. ``eval_generate``: with ``end``, evaluations during training compute only the
-    loss, and the final one and ``eval`` generate; ``always``: each one generates; ``never``: none.
+    null chooses it automatically. ``eval_generate`` determines which evaluations generate text:
+    ``end``, only the final one and ``eval``; ``always``, also those during training; ``never``,
+    none. The others compute only the loss.
     """
 
     max_new_tokens: PositiveInt = 128
@@ -62,12 +63,12 @@ class GenerationSection(TaskSection):
         return self
 
     def _is_set(self, key: str) -> bool:
-        """Whether the key has an effective value: neither 1 nor the default."""
+        """Whether the key has a value that matters: neither 1 nor the default."""
         return getattr(self, key) not in (1.0, type(self).model_fields[key].default)
 
 
 class Task(ABC):
-    """One family of tasks. ``config`` is always an instance of the task's own ``Config``.
+    """A family of tasks. ``config`` is always an instance of the task's ``Config``.
 
     ``lorakit tasks`` lists ``names`` and ``summary``; a user task is named by its file and needs
     neither.
@@ -89,7 +90,7 @@ class Task(ABC):
         return "validation"
 
     def read_file(self, file: Path) -> Sequence[Row] | None:
-        """Read a file in a format of the task's own; None leaves it to the common formats."""
+        """Read a file in a task-specific format; None means one of the common formats."""
         return None
 
     def load(self, config: Any, split: str) -> Split | None:
@@ -119,25 +120,25 @@ class Task(ABC):
         split.require(self.columns(config))
 
     def read_columns(self, config: Any, columns: Sequence[str]) -> Collection[str] | None:
-        """Those of ``columns`` that the task reads, or that its data is known to have besides.
+        """Those of ``columns`` that the task reads, or that are known to be unused in its data.
 
-        The others are reported when the data is loaded. None, for a task whose code alone knows,
-        reports nothing.
+        All others are reported as unused when the data is loaded. None, for a task that cannot tell
+        which columns its code reads, reports nothing.
         """
         return None
 
     def template_columns(self, config: Any) -> tuple[str, ...]:
-        """Columns of a template, which are empty in its text where a row lacks them."""
+        """Columns that a template inserts; they are empty in its text if a row lacks them."""
         return ()
 
     def unused_keys(self, row: Row, config: Any) -> Iterable[str]:
-        """Keys inside the columns of ``row`` that the task does not read, as ``COLUMN[].KEY``. Must
-        not raise, whatever the row contains."""
+        """Keys inside the columns of ``row`` that the task does not read, as ``COLUMN[].KEY``. This
+        method must not raise for any row."""
         return ()
 
     def drops_messages(self, row: Row, config: Any) -> bool:
-        """Whether messages of a chat are dropped because no trained one follows them. Must not
-        raise, whatever the row contains."""
+        """Whether messages of a chat are dropped because no trained one follows them. This method
+        must not raise for any row."""
         return False
 
     def notes(self, config: Any, split: Split) -> list[str]:
@@ -145,15 +146,15 @@ class Task(ABC):
         return []
 
     def chosen(self, config: Any, split: Split) -> tuple[Task, Any]:
-        """The task that reads ``split`` and its config; another one if the rows decide."""
+        """The task that reads ``split``, and its config: this task, unless the rows decide."""
         return self, config
 
     def check_requirements(self, config: Any) -> None:  # noqa: B027 (most tasks need nothing)
         """Raise UserError, before anything is loaded, if a metric needs a missing library."""
 
     def resolve(self, config: Any, train: Split | None) -> Any:
-        """``config`` with what the train split determines (class names); called once, before
-        ``example``. Raises DataError if the split does not determine it."""
+        """``config`` completed from the train split (class names). Called once, before ``example``.
+        Raises DataError if the split does not determine a value."""
         return config
 
     def accepts_labels(self, config: Any, split: Split) -> bool:
@@ -161,8 +162,8 @@ class Task(ABC):
         return True
 
     def labels_of_rows(self, config: Any, splits: Sequence[Split]) -> list[str] | None:
-        """The class names in the rows of ``splits``; None for a task that does not take its class
-        names from its rows, and if a value is not a class name."""
+        """The class names in the rows of ``splits``; None if a value is not a class name, or if the
+        task does not take class names from rows."""
         return None
 
     def labels(self, config: Any, train: Split | None) -> list[str] | None:
@@ -200,19 +201,19 @@ class Task(ABC):
         return self.main_metric(config)
 
     def prediction_counts(self, split: Split, config: Any) -> tuple[int, ...]:
-        """How many predictions ``metrics`` accepts: one per row, or another number whose meaning
-        the task defines."""
+        """The numbers of predictions that ``metrics`` accepts: one per row, and any other number
+        whose meaning the task defines."""
         return (len(split),)
 
     def metrics(
         self, predictions: Sequence[Prediction], split: Split, config: Any
     ) -> dict[str, float]:
-        """Scores of predictions in the split's order, by metric name; 0 to 1 for most metrics."""
+        """Scores, by metric name, of predictions in the split's order; 0 to 1 for most metrics."""
         return {}
 
 
 def map_rows(split: Split, values: Iterable[Any], read: Callable[[Any], _Value]) -> list[_Value]:
-    """``read`` applied to ``values``, one per row; a DataError of ``read`` gets file and row."""
+    """Apply ``read`` to ``values``, one per row; file and row are added to a DataError."""
     found: list[_Value] = []
     try:
         for value in values:
@@ -238,8 +239,8 @@ def check_texts(predictions: Sequence[Prediction]) -> None:
 def paired(
     predictions: Sequence[Prediction], split: Split, reference: Callable[[Row], str]
 ) -> tuple[list[str], list[str]]:
-    """Predictions, and the ``reference`` of each row. Raises DataError for a wrong number of
-    predictions, for one that is not text, and for a row without a reference."""
+    """Return the predictions and the ``reference`` of each row. Raises DataError for a wrong number
+    of predictions, for one that is not text, and for a row without a reference."""
     check_count(predictions, split)
     check_texts(predictions)
     return list(predictions), map_rows(split, split.rows, reference)
@@ -271,7 +272,7 @@ def optional_text(row: Row, column: str) -> str:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether nothing is lost without the value: null, blank text, an empty list or mapping."""
+    """Whether the value has no content: null, blank text, an empty list or mapping."""
     if isinstance(value, str):
         return not value.strip()
     return value is None or (isinstance(value, (list, dict)) and not value)

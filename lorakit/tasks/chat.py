@@ -1,4 +1,4 @@
-"""``chat``: messages through the model's chat template; the loss is on the assistant's messages."""
+"""``chat``: messages rendered by the model's chat template, loss on the assistant's messages."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class ChatConfig(GenerationSection):
     column of messages. ``stop`` are stop sequences. ``dataset_name`` and ``dataset_config_name``
     are a Hub data set, read when ``path`` is null.
 
-    ``eval_generate`` is ``never`` by default: a chat rarely has a single correct answer, so exact
-    match is not worth the time to generate.
+    ``eval_generate`` is ``never`` by default: a chat rarely has a single correct answer, so
+    generating for the sake of exact match is rarely worth the time.
     """
 
     name: Text = "chat"
@@ -137,8 +137,11 @@ class Chat(FormattedTask):
     def metrics(
         self, predictions: Sequence[Prediction], split: Split, config: Any
     ) -> dict[str, float]:
-        """``exact_match`` with the text of the last trained message. An evaluation passes a
-        prediction that equals the message as the chat template renders it as that text."""
+        """``exact_match`` with the text of the last trained message.
+
+        The chat template may render that text differently; an evaluation replaces a prediction that
+        equals the rendered text by the message's text before calling this method.
+        """
         pairs = paired(predictions, split, lambda row: _text_of(self.example(row, config)))
         return {"exact_match": exact_match(*pairs)}
 
@@ -163,8 +166,8 @@ class Chat(FormattedTask):
 
 
 def _text_of(example: ChatExample) -> str:
-    """The reference of a generated text. Raises DataError for a message that is more than text: the
-    model also generates its tool calls and its reasoning, as the chat template renders them."""
+    """The reference for a generated text. Raises DataError for a message with tool calls or
+    reasoning, which the model also generates, as the chat template renders them."""
     message = example.messages[-1]
     for key in PAYLOAD:
         if message.get(key):

@@ -13,18 +13,18 @@ from lorakit.data.sources import Split
 from lorakit.errors import shown
 from lorakit.tasks.base import Row, Task, is_empty
 
-#: The rows that are counted at most; for a larger split the note says so.
+#: At most this many rows are counted; for a larger split the note says so.
 COUNTED_ROWS = 100_000
 _BATCH_ROWS = 1000
-#: The columns and keys, the labels, and the groups of similar labels that are listed at most.
+#: At most this many columns and keys, labels, and groups of similar labels are listed.
 _MAX_KEYS, _MAX_LABELS, _MAX_GROUPS = 20, 12, 5
 _MAX_NAME = 60
 _DROPPED = "have messages after the last trained one; these are dropped"
 
 
 def column_notes(task: Task, config: Any, split: Split) -> list[str]:
-    """One note per template column that rows lack, one on unused columns and keys, and one on chats
-    whose last messages are dropped, each with its number of rows."""
+    """Return one note per template column that rows lack, one on unused columns and keys, and one
+    on chats whose last messages are dropped, each with its number of rows."""
     inspector = _Inspector(task, config, split.columns)
     if not inspector.finds_anything:
         return []
@@ -45,8 +45,8 @@ def column_notes(task: Task, config: Any, split: Split) -> list[str]:
 
 
 class ColumnWatch:
-    """Reports what ``column_notes`` reports in the rows of a stream after ``head``, each column or
-    key once, unless it occurs in ``head`` already."""
+    """Reports the problems of ``column_notes`` in the rows of a stream after ``head``, once per
+    column or key, unless ``head`` has the same problem."""
 
     def __init__(self, task: Task, config: Any, head: Split, say: Callable[[str], None]) -> None:
         self._inspector = _Inspector(task, config, head.columns)
@@ -61,7 +61,7 @@ class ColumnWatch:
             self._say(f"{self._name}: further {note}")
 
     def _new(self, row: Row) -> list[str]:
-        """What the row is the first to show, from now on known."""
+        """Return notes on problems that no earlier row had."""
         unused = self._inspector.unused(row)
         new = sorted(unused - self._known)
         notes = [f"rows have unused keys: {', '.join(new)}"] if new else []
@@ -74,7 +74,7 @@ class ColumnWatch:
 
 
 class _Inspector:
-    """What of a row a task does not use, and what its template lacks."""
+    """Finds the parts of a row that a task does not use, and columns that its template lacks."""
 
     def __init__(self, task: Task, config: Any, columns: Sequence[str]) -> None:
         self._task, self._config = task, config
@@ -107,7 +107,7 @@ class _Inspector:
 
 @dataclass
 class _Counts:
-    """Rows by missing column and by unused key; those with any unused key; those that drop
+    """Numbers of rows: by missing column, by unused key, with any unused key, and with dropped
     messages."""
 
     rows: int
@@ -161,7 +161,7 @@ def label_counts(labels: Sequence[str], ids: Iterable[int | float]) -> dict[str,
 
 
 def counts_line(counts: Mapping[str, int]) -> str:
-    """The counts in one line; of many labels only the most and the least frequent."""
+    """Format the counts in one line; if there are many labels, only the most and least frequent."""
     if len(counts) <= _MAX_LABELS:
         return _listed_labels(counts.items())
     ordered = sorted(counts.items(), key=lambda item: -item[1])
@@ -188,7 +188,7 @@ def similar_labels(counts: Mapping[str, int]) -> list[str]:
 
 
 def folded_label(label: str) -> str:
-    """A form that is equal for similar labels."""
+    """Normalize a label, so that similar labels become equal."""
     return " ".join(unicodedata.normalize("NFKC", label).casefold().split())
 
 

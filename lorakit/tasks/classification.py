@@ -1,6 +1,6 @@
-"""``classification``: a text or a pair of texts, and a class or a number, in any columns.
+"""``classification``: predict a class or a number from a text or a pair of texts, in any columns.
 
-``LabelledTask`` is what it shares with ``glue``.
+``LabelledTask`` is the base class that it shares with ``glue``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lorakit.tasks.base import (
 )
 from lorakit.tasks.checks import folded_label
 
-#: The id of a predicted class that only the base's head has; such a prediction is {"error": ...}.
+#: Stands for a predicted class that only the base's head has, given as {"error": ...}.
 NO_CLASS = -1
 _INTEGER = re.compile(r"[-+]?[0-9]{1,18}")
 _DECIMAL = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
@@ -40,8 +40,8 @@ _HIDDEN = "the labels are hidden, as in a benchmark's test split"
 @dataclass(frozen=True)
 class Labelling:
     """The columns of a row's texts and label. ``labels`` are the class names by index, None for
-    regression; ``minimum`` and ``maximum`` bound a regression's target. The first of ``metrics``
-    is the main one."""
+    regression; ``minimum`` and ``maximum`` bound the target of a regression. The first of
+    ``metrics`` is the main one."""
 
     text: str
     pair: str | None
@@ -53,7 +53,7 @@ class Labelling:
 
 
 class LabelledTask(Task):
-    """An encoder's task: one text or a pair of texts, and a class or a number."""
+    """A task for an encoder: predict a class or a number from one text or a pair of texts."""
 
     kind = "encoder"
 
@@ -89,12 +89,12 @@ class LabelledTask(Task):
     def metrics(
         self, predictions: Sequence[Prediction], split: Split, config: Any
     ) -> dict[str, float]:
-        """The metrics of ``labelling``. With two classes F1 is that of class 1, with more the
+        """The metrics of ``labelling``. With two classes, F1 is that of class 1; with more, the
         unweighted mean over the classes (macro).
 
-        A prediction ``{"error": ...}`` is always wrong. A score that constant predictions or labels
-        leave undefined (a correlation's 0 / 0) is 0. Raises DataError for a prediction that is not
-        a label id, or not a finite number.
+        A prediction ``{"error": ...}`` is always wrong. A score that is undefined because all
+        predictions or labels are equal (a correlation's 0 / 0) is 0. Raises DataError for a
+        prediction that is not a label id, or for a regression not a finite number.
         """
         where = self.labelling(config)
         check_count(predictions, split)
@@ -107,11 +107,11 @@ class LabelledTask(Task):
 class ClassificationConfig(TaskSection):
     """``text_column``, ``text_pair_column`` (null: one text) and ``label_column`` name the columns.
 
-    ``labels`` are the class names by id; a row has the name or the id. Null takes the names from
-    the train split, sorted; a whole number there is a name too, whether a number or text (1 and 2
-    are the classes ``1`` and ``2``). If a name is a whole number, rows have names only.
-    ``regression: true`` makes the label a number. ``dataset_name`` and ``dataset_config_name`` are
-    a Hub data set, read when ``path`` is null.
+    ``labels`` are the class names by id; a row's label is a name or an id. If ``labels`` is null,
+    the names are taken from the train split and sorted; integers, as numbers or text, are names
+    there too (1 and 2 are the classes ``1`` and ``2``). If any name is an integer, labels are
+    always names, never ids. With ``regression: true`` the label is a number. ``dataset_name`` and
+    ``dataset_config_name`` are a Hub data set, read when ``path`` is null.
     """
 
     name: Text = "classification"
@@ -215,14 +215,14 @@ def _found_labels(train: Split, column: str, skip_bad: bool) -> list[str]:
 
 
 def label_order(name: str) -> tuple[bool, int, str]:
-    """Sort key of class names: numbers first, by value; then the others alphabetically."""
+    """Sort key for class names: integers by value, then the others alphabetically."""
     number = as_integer(name)
     return (number is None, number or 0, name)
 
 
 def read_label(value: Any, where: Labelling) -> int | float:
-    """The class index, or the regression's target. A class is given by its name or its id (a number
-    or its text); by its name only, if a name is itself a whole number.
+    """The class index, or the target of a regression. A class is given by its name or its id (a
+    number or its text); only by its name if any name is an integer.
 
     Raises DataError if the value is missing, hidden (-1), unknown, out of range or not finite.
     """
@@ -257,7 +257,7 @@ def _read_target(value: Any, where: Labelling, said: str) -> float:
 
 
 def label_name(value: Any) -> str | None:
-    """The class name of a label: text unchanged; a whole number by its digits, so that 1, 1.0, True
+    """The class name of a label: text unchanged, an integer as its digits, so that 1, 1.0, True
     and the text ``1.0`` are all ``1``. None for anything else."""
     if isinstance(value, str) and not _DECIMAL.fullmatch(value):
         return value
@@ -266,8 +266,8 @@ def label_name(value: Any) -> str | None:
 
 
 def as_integer(value: Any) -> int | None:
-    """A whole number, also given as a bool, text or (in columns with missing values) a float; None
-    for anything else."""
+    """An integer, which may be given as a bool, text or (in columns with missing values) a float;
+    None for anything else."""
     if isinstance(value, int) or (isinstance(value, str) and _INTEGER.fullmatch(value)):
         return int(value)
     if isinstance(value, str) and _DECIMAL.fullmatch(value):
@@ -276,7 +276,7 @@ def as_integer(value: Any) -> int | None:
 
 
 def class_id(value: Prediction) -> Prediction:
-    """A prediction as metrics receive it: the class index, or NO_CLASS."""
+    """Convert a prediction to what metrics receive: the class index, or NO_CLASS."""
     return NO_CLASS if isinstance(value, Mapping) else value
 
 

@@ -1,4 +1,4 @@
-"""``completion``: prompt and completion; the loss is on the completion and its EOS only."""
+"""``completion``: a prompt and its completion, loss only on the completion and its EOS."""
 
 from __future__ import annotations
 
@@ -73,10 +73,10 @@ class CompletionConfig(GenerationSection):
     ``prompt_completion`` it precedes the prompt, separated by an empty line. ``history`` and
     ``tools`` need ``task.name: chat``.
 
-    Other columns: ``prompt_column`` and ``completion_column`` name them, or ``template`` and
-    ``completion_template`` combine them: ``"Question: {question}\\nAnswer:"`` and ``" {answer}"``,
-    empty where a row lacks the column. ``stop`` are stop sequences. ``dataset_name`` and
-    ``dataset_config_name`` are a Hub data set, read when ``path`` is null.
+    For other columns, name them in ``prompt_column`` and ``completion_column``, or combine them in
+    ``template`` and ``completion_template``: ``"Question: {question}\\nAnswer:"`` and
+    ``" {answer}"``. A column that a row lacks is empty there. ``stop`` are stop sequences.
+    ``dataset_name`` and ``dataset_config_name`` are a Hub data set, read when ``path`` is null.
     """
 
     name: Text = "completion"
@@ -201,12 +201,12 @@ class Completion(FormattedTask):
 
 
 def template_columns(template: str) -> tuple[str, ...]:
-    """The columns that a template names, each once."""
+    """The columns that a template names, without duplicates."""
     return tuple(dict.fromkeys(text for text, is_column in _pieces(template) if is_column))
 
 
 def check_template(template: str, key: str, columns: Sequence[str]) -> None:
-    """Raise DataError, with the nearest existing name, for a column that does not exist."""
+    """Raise DataError, suggesting the closest name, for a column that does not exist."""
     for name in template_columns(template):
         if name not in columns:
             message = did_you_mean(f"{key}: no column {name!r}", name, columns)
@@ -216,8 +216,8 @@ def check_template(template: str, key: str, columns: Sequence[str]) -> None:
 
 
 def fill(template: str, row: Mapping[str, Any]) -> str:
-    """The template's text for a row. A number is written as Python prints it; a missing or null
-    value is empty. Raises DataError for a value that is neither text nor a number."""
+    """Fill in a template. Numbers are formatted by Python's ``str``; a missing or null value is
+    empty. Raises DataError for a value that is neither text nor a number."""
     return "".join(
         _value(text, row.get(text)) if is_column else text for text, is_column in _pieces(template)
     )

@@ -79,9 +79,10 @@ class E2eNlg(Task):
         """``bleu``, ``nist``, ``rouge_l`` and ``cider`` of the corpus.
 
         The rows of one meaning representation form an instance with several references; instances
-        are in the order of their first rows. ``predictions`` has one text per row, of which each
-        instance's first counts (beam search gives equal inputs equal texts), or one per instance,
-        as in the challenge's files. Raises DataError for a prediction that is not text.
+        are in the order of their first rows. ``predictions`` has one text per instance, as in the
+        challenge's files, or one per row, of which the first of each instance is scored (with beam
+        search, equal inputs have equal outputs). Raises DataError for a prediction that is not
+        text.
         """
         check_texts(predictions)
         instances = _instances(split)

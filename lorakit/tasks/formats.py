@@ -83,7 +83,7 @@ class FormattedTask(Task):
     formats: ClassVar[tuple[str, ...]]
     #: The keys by which a recipe names other columns.
     column_keys: ClassVar[str]
-    #: Optional columns of the formats that the task refuses unless they are empty.
+    #: Optional columns of the formats that the task rejects unless they are empty.
     refused: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod

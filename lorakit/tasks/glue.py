@@ -1,8 +1,8 @@
-"""``glue/cola`` ... ``glue/wnli``: the nine tasks of GLUE (Wang et al. 2018), for an encoder.
+"""``glue/cola`` to ``glue/wnli``: the nine tasks of GLUE (Wang et al. 2018), for an encoder.
 
 Columns and label ids are those of the Hub's ``nyu-mll/glue``. ``glue/mnli`` evaluates on
 ``validation_matched``, or on ``validation`` if local files lack it; ``validation_mismatched`` is a
-split of its own. Test labels are hidden.
+separate split. Test labels are hidden.
 """
 
 from __future__ import annotations

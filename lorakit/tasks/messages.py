@@ -1,4 +1,4 @@
-"""Messages of a chat, from whichever columns a row has; each knows whether it is trained."""
+"""Read the messages of a chat from a row's columns, and determine which of them are trained."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _SHAREGPT_ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
-#: Booleans that say whether a message is trained; ``weight`` says it with 0 or 1.
+#: Booleans that tell whether a message is trained; ``weight`` does the same with 0 or 1.
 _FLAGS = ("train", "training", "loss")
 _TEXT_KEYS = frozenset({"name", "tool_call_id", *REASONING})
 #: Keys that are not passed to the chat template unchanged.
@@ -46,7 +46,7 @@ _PLAIN = {"role", "content"}
 
 
 class Message(NamedTuple):
-    """``fields`` as the chat template receives them, and whether the loss is taken on them."""
+    """``fields`` are passed to the chat template; ``trained`` includes the message in the loss."""
 
     fields: dict[str, Any]
     trained: bool
@@ -105,7 +105,7 @@ def instruction_messages(row: Row) -> list[Message]:
 
 
 def exchange(question: str, answer: str) -> list[Message]:
-    """One question and its answer, which is trained."""
+    """A question and its answer, which is trained."""
     return [
         Message({"role": "user", "content": question}, trained=False),
         Message({"role": "assistant", "content": answer}, trained=True),
@@ -113,7 +113,7 @@ def exchange(question: str, answer: str) -> list[Message]:
 
 
 def dropped_messages(value: Any) -> list[dict[str, Any]]:
-    """The messages of a column after the last trained one; empty if none is trained, or one of
+    """The messages of a column after the last trained one; empty if none is trained or if one of
     them cannot be read."""
     given = value if isinstance(value, list) else []
     for index in range(len(given) - 1, -1, -1):
@@ -128,8 +128,8 @@ def dropped_messages(value: Any) -> list[dict[str, Any]]:
 
 
 def unused_message_keys(value: Any, column: str) -> Iterator[str]:
-    """``COLUMN[].KEY`` for each key that ``read_messages`` does not read, and for each key of a
-    dropped message beside its text."""
+    """Yield ``COLUMN[].KEY`` for each key that ``read_messages`` does not read, and for each key of
+    a dropped message other than its text."""
     for message in value if isinstance(value, list) else ():
         for key in _unused_keys(message):
             yield f"{column}[].{key}"
@@ -141,8 +141,8 @@ def unused_message_keys(value: Any, column: str) -> Iterator[str]:
 
 
 def _message(given: Any, where: str, columnar: bool) -> Message:
-    """A key that lorakit does not know is passed to the chat template, which may read it. A key
-    that is null is absent."""
+    """Read one message. Unknown keys are passed to the chat template, which may read them; null
+    keys are dropped."""
     if not isinstance(given, dict):
         raise DataError(f'{where}: {shown(given)}; allowed: {{"role": ..., "content": ...}}')
     if given.get("function_call"):
@@ -212,7 +212,7 @@ def _further_fields(given: dict[str, Any], where: str) -> Iterator[tuple[str, An
 
 def _is_trained(given: dict[str, Any], role: str, where: str) -> bool:
     """Evaluate ``train``, ``training``, ``loss`` and ``weight``; by default the assistant's
-    messages are trained. Raises DataError if they contradict each other or train another role."""
+    messages are trained. Raises DataError if they contradict each other or select another role."""
     flags: dict[str, bool] = {}
     for key in (*_FLAGS, "weight"):
         if (value := given.get(key)) is not None:
@@ -256,7 +256,8 @@ def _role(given: dict[str, Any]) -> str | None:
 
 
 def _is_sharegpt(given: dict[str, Any]) -> bool:
-    """Messages from a table have the keys of both formats, null in one of them."""
+    """Whether the message has ShareGPT's keys. In a table, messages may have the keys of both
+    formats, with null in those of one."""
     return given.get("role") is None and given.get("from") is not None
 
 

@@ -16,7 +16,7 @@ from lorakit.tasks.user_yaml import checked_scores, load_yaml_task
 from lorakit.user_code import check_concrete, guarded, is_code, load_attribute
 
 _ALLOWED = f"a subclass of {Task.__module__}.Task, or an instance of one"
-#: The public methods, whose failures are attributed to the file; ``metrics`` is wrapped separately.
+#: Public methods whose errors are reported with the user's file; ``metrics`` is wrapped separately.
 _GUARDED = tuple(
     name
     for name, value in vars(Task).items()
@@ -25,10 +25,10 @@ _GUARDED = tuple(
 
 
 def load_task(spec: str) -> Task:
-    """The task that a file defines. A relative path is relative to the working directory.
+    """Load the task that a file defines. The path is relative to the working directory.
 
-    Raises UserError for Python code that fails or defines no task, RecipeError with every problem
-    of a YAML file.
+    Raises UserError for Python code that fails or defines no task, and RecipeError with every
+    problem of a YAML file.
     """
     if not is_code(spec):
         return load_yaml_task(Path(spec))
@@ -38,7 +38,7 @@ def load_task(spec: str) -> Task:
 
 @lru_cache(maxsize=32)
 def _task(spec: str, path: Path, digest: bytes) -> Task:
-    """One object per version of a file; its failures name file and line."""
+    """Build the task, once per version of a file; errors in its methods name file and line."""
     loaded = load_attribute(spec)
     task = _instance(spec, loaded.value)
     checked: dict[str, Callable[..., Any]] = {
@@ -59,7 +59,7 @@ def _task(spec: str, path: Path, digest: bytes) -> Task:
 
 
 def _instance(spec: str, found: Any) -> Task:
-    """Raises UserError for anything but a usable task."""
+    """Return the task, instantiated if necessary. Raises UserError for anything else."""
     if isinstance(found, type) and issubclass(found, Task):
         check_concrete(spec, found)
         try:
@@ -92,7 +92,7 @@ def _example_types(task: Task) -> tuple[type, ...]:
 def _checked_example(
     method: Callable[..., Any], types: tuple[type, ...], where: str
 ) -> Callable[..., Example]:
-    """``method``, raising DataError unless it returns one of ``types``."""
+    """Wrap ``method`` to raise DataError unless it returns one of ``types``."""
 
     @wraps(method)
     def checked(row: Any, config: Any) -> Example:
@@ -108,8 +108,8 @@ def _checked_example(
 def _checked_stop_texts(
     method: Callable[[Any], Any], where: str
 ) -> Callable[[Any], tuple[str, ...]]:
-    """``stop_texts``, raising DataError for a single string and for an empty one, which would end
-    every generation at once."""
+    """Wrap ``stop_texts`` to raise DataError for a single string, and for an empty one, which would
+    end every generation immediately."""
 
     @wraps(method)
     def checked(config: Any) -> tuple[str, ...]:
@@ -126,7 +126,8 @@ def _checked_stop_texts(
 def _checked_metrics(
     method: Callable[..., Any], main_metric: Callable[[Any], str], spec: str
 ) -> Callable[..., dict[str, float]]:
-    """``metrics``, raising DataError for scores that are not finite or lack the main metric."""
+    """Wrap ``metrics`` to raise DataError for scores that are not finite or lack the main
+    metric."""
 
     @wraps(method)
     def checked(predictions: Any, split: Any, config: Any) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Tasks defined by a user's YAML file: a ``kind``, defaults for its keys, and metrics.
 
 The keys are those of the built-in task of that kind; a recipe that names the file may override
-each of them. A metric is a built-in one or a user's function, ``./my_metric.py:function``.
+any of them. A metric is built in or a user's function, ``./my_metric.py:function``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _FILE_KEYS = ("kind", "metric")
 
 
 class UserCompletion(Completion):
-    """``completion`` scored by ``scored_by``; the first is the main metric."""
+    """``completion`` with the metrics ``scored_by``, the first of which is the main metric."""
 
     scored_by: ClassVar[tuple[str, ...]]
 
@@ -61,8 +61,8 @@ class UserCompletion(Completion):
 
 
 class UserClassification(Classification):
-    """``classification`` scored by ``scored_by``; a user's function gets class indices, or numbers
-    for a regression."""
+    """``classification`` with the metrics ``scored_by``. A user's function gets class indices, or
+    numbers for a regression."""
 
     scored_by: ClassVar[tuple[str, ...]]
 
@@ -92,7 +92,7 @@ _KINDS: dict[str, type[UserCompletion] | type[UserClassification]] = {
 
 
 def load_yaml_task(file: Path) -> Task:
-    """The task that a YAML file defines. Raises RecipeError with every problem of the file."""
+    """Load the task that a YAML file defines. Raises RecipeError with every problem of the file."""
     source = read_yaml(file)
     digest = hashlib.sha256(repr((source.data, source.problems)).encode()).digest()
     task = _task(file.resolve(), digest, str(file))
@@ -104,7 +104,7 @@ def load_yaml_task(file: Path) -> Task:
 
 @lru_cache(maxsize=32)
 def _task(path: Path, digest: bytes, shown: str) -> UserCompletion | UserClassification:
-    """One task, and one class for its config, per version of a file."""
+    """Build the task and the class of its config, once per version of a file."""
     source = read_yaml(Path(shown))
     kind = _KINDS.get(str(source.data.get("kind")))
     faults = [*_faults(kind, source)]
@@ -203,7 +203,7 @@ def metric_name(metric: str) -> str:
 
 
 def _metric_digest(metric: str) -> bytes:
-    """A hash of the function's file. Raises UserError if it cannot be loaded or called."""
+    """Hash the function's file. Raises UserError if the function cannot be loaded or called."""
     function, _, digest = load_attribute(metric)
     if not callable(function):
         raise DataError(f"{metric}: is of type {type(function).__name__}; allowed: a function")
@@ -245,7 +245,7 @@ def user_scores(
 
 
 def checked_scores(scores: Any, where: str) -> dict[str, float]:
-    """``scores`` as floats. Raises DataError for anything but a mapping of names to finite
+    """Return ``scores`` as floats. Raises DataError for anything but a mapping of names to finite
     numbers, and for the reserved names ``loss`` and ``perplexity``."""
     if not isinstance(scores, Mapping):
         raise DataError(f"{where}: returned {shown(scores)}; allowed: a dict of names to numbers")

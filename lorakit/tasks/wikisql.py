@@ -1,4 +1,4 @@
-"""``wikisql``: a question and a table's header -> SQL; logical-form and execution accuracy.
+"""``wikisql``: write SQL for a question about a table; logical-form and execution accuracy.
 
 A row as text, with the loss on what follows ``SQL:`` and on its EOS::
 
@@ -48,8 +48,8 @@ _ROW_SUFFIXES = (".jsonl.gz", ".jsonl")
 
 class WikiSqlConfig(GenerationSection):
     """``path`` is required: a directory with ``SPLIT.jsonl`` and ``SPLIT.tables.jsonl`` (either
-    may be gzipped), and ``SPLIT.db`` for execution accuracy; or the files ``SPLIT.jsonl``
-    themselves."""
+    may be gzipped), and ``SPLIT.db`` for execution accuracy; or the ``SPLIT.jsonl`` files, with
+    the others in the same directory."""
 
     name: Text = "wikisql"
     max_new_tokens: PositiveInt = 96
@@ -199,7 +199,7 @@ class Database:
         self._connection.close()
 
     def execute(self, table_id: str, query: Query) -> list[Any]:
-        """The result column, in the rows' order. Raises whatever goes wrong with the query."""
+        """Return the result column, in the order of the rows. Raises any error of the query."""
         prefixed = table_id.startswith("table")
         table = table_id if prefixed else f"table_{table_id.replace('-', '_')}"
         return self.run_sql(*query.statement(table, self._column_types(table)))
@@ -231,7 +231,7 @@ class Database:
 
 
 def _fingerprint(split: Split) -> str:
-    """A hash of the rows and of the tables whose headers are in the prompts."""
+    """Hash the rows, and the tables whose headers are in the prompts."""
     digest = hashlib.sha256(split.fingerprint.encode())
     for file, _ in split.files:
         digest.update(_tables_file(file).read_bytes())
@@ -312,7 +312,7 @@ def _with_table(record: dict[str, Any], tables: dict[str, dict[str, Any]]) -> di
 
 
 def _records(file: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file; blank lines are not rows."""
+    """Yield the objects of a JSON Lines file, ignoring blank lines."""
     number = 0
     try:
         with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as lines:

@@ -1,9 +1,9 @@
 """WikiSQL's queries: their logical form, their SQL text, and the SQL that SQLite executes.
 
 A query selects one column of one table, under conditions joined by AND. ``render`` writes
-``SELECT COUNT("No.") FROM t WHERE "Player" = 'x'``, and ``parse`` reads it back as the equal query.
-``parse`` also accepts a language model's small deviations (case, spacing, a missing FROM, unquoted
-plain names), and nothing that it would have to guess.
+``SELECT COUNT("No.") FROM t WHERE "Player" = 'x'``, which ``parse`` reads back as an equal query.
+``parse`` also accepts small deviations by a language model (case, spacing, a missing FROM, unquoted
+plain names) if they are unambiguous.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 AGGREGATIONS = ("", "MAX", "MIN", "COUNT", "SUM", "AVG")
 OPERATORS = ("=", ">", "<", "OP")
-#: Columns after the header's last that a query may still name: some released headers lack a
-#: repeated name.
+#: How many columns after the last of the header a query may use: some released headers omit
+#: repeated names.
 SPARE_COLUMNS = 4
 
 _DIGITS = re.compile(r"[0-9]+")
@@ -70,12 +70,11 @@ class Query:
 
     @classmethod
     def predicted(cls, data: Any) -> Query:
-        """Read a prediction as leniently as the official evaluator: any index for which the logical
-        form compares (1.0 and true equal 1) and the query executes (column "1" does), and any
-        value.
+        """Read a prediction as leniently as the official evaluator: it accepts any value, and any
+        index that can be compared (1.0 and true equal 1) and executed (column "1").
 
-        Raises QueryError for missing keys, a condition without three parts, and text that would
-        end up in the SQL without being a column's number.
+        Raises QueryError for missing keys, a condition without three parts, and text other than a
+        column's number that would be inserted into the SQL.
         """
         try:
             sel, agg, conds = data["sel"], data["agg"], list(data["conds"])
@@ -109,8 +108,8 @@ class Query:
         """The query as the official evaluator executes it in SQLite (lib/dbengine.py), and its
         parameters; ``types`` are those of the columns ``colN``.
 
-        Of two conditions on one column both get the value of the last, so that scores compare.
-        Raises LookupError or TypeError for an index out of range.
+        As there, two conditions on one column both get the value of the last. Raises LookupError or
+        TypeError for an index out of range.
         """
         column = f"col{self.sel}"
         if aggregation := AGGREGATIONS[self.agg]:
@@ -125,8 +124,8 @@ class Query:
 
 
 def bound_value(value: Any, kind: str) -> Any:
-    """The value as SQLite compares it with a column of type ``kind``: text lower-cased, as the
-    cells are, and a number if the column is ``real``. Raises for text without a number there."""
+    """The value that SQLite compares with a column of type ``kind``: lower-cased like the cells,
+    and a number if the column is ``real``. Raises IndexError for text without a number there."""
     if isinstance(value, str):
         value = value.lower()
     if kind == "real" and not isinstance(value, (int, float)):
@@ -162,8 +161,8 @@ def _condition(data: Any) -> Condition:
 
 
 def column_names(header: Sequence[str]) -> list[str]:
-    """One distinct name per column, and for ``SPARE_COLUMNS`` more: white space collapsed, an empty
-    name numbered, a repeated one counted (``Score``, ``Score (2)``)."""
+    """A distinct name for each column, and for ``SPARE_COLUMNS`` more: white space is collapsed,
+    empty names are numbered and repeated ones counted (``Score``, ``Score (2)``)."""
     names: list[str] = []
     taken: set[str] = set()
     for index, raw in enumerate([*header, *[""] * SPARE_COLUMNS]):

@@ -25,9 +25,9 @@ CHATS, TURNS, IGNORED = "chats", "turns", "ignored:"
 
 @dataclass(frozen=True)
 class EncodedChat:
-    """``rows`` is a single row, or several if a later turn changes how the template renders, or how
-    the tokenizer splits, an earlier one: at most one per trained turn. ``counts`` have the names
-    above."""
+    """``rows`` is a single row unless a later turn changes how the template renders, or how the
+    tokenizer splits, an earlier one; then there are at most as many rows as trained turns. The keys
+    of ``counts`` are the constants above."""
 
     rows: list[IdRow]
     counts: Counter[str] = field(default_factory=Counter)
@@ -36,9 +36,8 @@ class EncodedChat:
 class ChatEncoder:
     """Encodes chats with one tokenizer.
 
-    The ids before a trained turn are those of the prompt that ``encode_chat_prompt`` produces for
-    the messages before it, and the trained ids decode to what the template then writes up to the
-    end of the turn.
+    The ids before a trained turn are those that ``encode_chat_prompt`` returns for the messages
+    before it, and the trained ids decode to the text that follows, up to the end of the turn.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -48,8 +47,8 @@ class ChatEncoder:
         self._traces = Traces(self.template)
 
     def encode(self, example: ChatExample) -> EncodedChat:
-        """Raises DataError if the template refuses the messages or omits one of them, or if nothing
-        is trained."""
+        """Encode a chat. Raises DataError if the template rejects the messages or omits one of
+        them, or if nothing is trained."""
         messages, tools = example.messages, example.tools
         indices = [index for index in range(len(messages)) if example.is_trained(index)]
         if not indices:
@@ -80,9 +79,9 @@ class ChatEncoder:
         if len(turns) > 1 and self.template.marks(tools):
             finished = self.template.render(messages[: indices[-1] + 1], tools)
             turns = [turn.marked_in(finished) for turn in turns]
-        whole = turns[-1].text
+        longest = turns[-1].text
         row = None
-        if all(whole.startswith(turn.text) for turn in turns):
+        if all(longest.startswith(turn.text) for turn in turns):
             row = joint_row(turns, self.template, self.joiner)
         return turns, [row] if row else turn_rows(turns, self.joiner)
 
@@ -114,14 +113,14 @@ def encode_chat(example: ChatExample, tokenizer: Any) -> EncodedChat:
 
 def chat_prompt_text(messages: Sequence[Message], tokenizer: Any, tools: Tools = None) -> str:
     """The text up to the beginning of the assistant's next turn. Raises DataError if the template
-    refuses the messages."""
+    rejects the messages."""
     return ChatTemplate(tokenizer).render(messages, tools, generation_prompt=True).text
 
 
 def encode_chat_prompt(
     messages: Sequence[Message], tokenizer: Any, tools: Tools = None
 ) -> list[int]:
-    """The ids of ``chat_prompt_text``, which are also those that precede the turn in training."""
+    """The ids of ``chat_prompt_text``, the same as those before the turn in training."""
     text = chat_prompt_text(messages, tokenizer, tools)
     return Joiner(tokenizer).ids([text])[0]
 
@@ -129,8 +128,9 @@ def encode_chat_prompt(
 def around_answer(
     messages: Sequence[Message], tokenizer: Any, tools: Tools = None
 ) -> tuple[str, str]:
-    """What the template writes before and after the content of a plain answer to ``messages``, up
-    to the first special token; both are empty if that cannot be determined."""
+    """Return the text that the template writes before and after a plain answer to ``messages``: up
+    to the first special token, and without special tokens before the answer. Both are empty if that
+    cannot be determined."""
     template = ChatTemplate(tokenizer)
     prompt = template.render(messages, tools, generation_prompt=True).text
     try:

@@ -1,6 +1,6 @@
 """Tokenize turns into rows of ids in which no token crosses the boundary between two texts.
 
-The ids of a prompt are those that the prompt has when it is tokenized alone, as for generation.
+A prompt has the same ids as when it is tokenized alone for generation.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from typing import Any
 from lorakit.data.chat.template import ChatTemplate
 from lorakit.data.chat.turns import Turn
 
-#: After these texts a tokenizer continues a text rather than begins one.
+#: Text that follows one of these is tokenized as a continuation.
 _ANCHORS = ("\n", "a", ".")
-#: Headers and ends of turns recur, so the ids of texts of at most this many characters are kept.
+#: Headers and ends of turns recur, so the ids of texts up to this many characters are cached.
 _SHORT, _MOST_KEPT = 80, 10_000
 
 
 @dataclass
 class Joiner:
-    """Tokenizes texts without adding special tokens; the texts contain those that are wanted."""
+    """Tokenizes texts without adding special tokens, since the texts already contain them."""
 
     tokenizer: Any
     _anchors: list[tuple[str, list[int]]] = field(default_factory=list)
     _short: dict[str, list[int]] = field(default_factory=dict)
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text alone."""
+        """Tokenize each text alone."""
         known = self._short
         asked = [text for text in texts if text not in known]
         if not asked:
@@ -41,9 +41,8 @@ class Joiner:
         return [list(made[text] if text in made else known[text]) for text in texts]
 
     def continued(self, before: Sequence[int], text: str, joint: Sequence[int]) -> list[int] | None:
-        """Ids of ``text`` that, appended to the ids ``before``, decode like ``joint``, the ids of
-        both texts tokenized together. None if there are none, because the tokenizer would insert a
-        space."""
+        """Return ids of ``text`` that, appended to the ids ``before``, decode like ``joint``, the
+        ids of both texts tokenized together. None if the tokenizer would always insert a space."""
         (plain,) = self.ids([text])
         wanted = self._decoded(joint)
         for candidate in (plain, *self._anchored(text)):
@@ -52,8 +51,8 @@ class Joiner:
         return None
 
     def inside(self, text: str) -> list[int]:
-        """The ids of a text that follows another, without the leading space that some tokenizers
-        add to a text."""
+        """Tokenize a text that follows another, without the leading space that some tokenizers add
+        to a text."""
         (plain,) = self.ids([text])
         if self.adds_space:
             for anchor, anchor_ids in self._known_anchors():
@@ -97,18 +96,18 @@ class Joiner:
         )
 
 
-#: Characters before a boundary that determine how the text at it is tokenized, if no added token
-#: is within ``_FAR`` characters.
+#: If no added token is within ``_FAR`` characters before a boundary, this many characters before it
+#: are tokenized again.
 _WINDOW, _FAR = 400, 4000
-#: The number of tokens that must then agree.
+#: How many tokens must then be equal.
 _COMPARED = 8
 
 
 @dataclass(frozen=True)
 class IdRow:
-    """One row of token ids. ``loss_mask`` marks those that count in the loss, ``turns`` are the
-    indices of the messages that they come from, ``straddles`` is the number of answers that begin
-    within the last token of the prompt."""
+    """A row of token ids. ``loss_mask`` marks those that count in the loss, ``turns`` are the
+    indices of the trained messages, ``straddles`` is the number of answers that begin within the
+    last token of the prompt."""
 
     input_ids: list[int]
     loss_mask: list[bool]
@@ -122,8 +121,8 @@ class IdRow:
 
 
 def turn_rows(turns: Sequence[Turn], joiner: Joiner) -> list[IdRow]:
-    """Return as few rows as possible with each turn trained in one of them. A row contains the
-    turns whose ids, prompt and answer, are a prefix of those of its last turn."""
+    """Return as few rows as possible such that each turn is trained in one of them. A row contains
+    the turns whose ids (prompt and answer) are a prefix of those of its last turn."""
     texts = [text for turn in turns for text in _prefixes(turn)]
     found = iter(joiner.ids(texts))
     left = [
@@ -131,8 +130,10 @@ def turn_rows(turns: Sequence[Turn], joiner: Joiner) -> list[IdRow]:
     ]
     rows = []
     while left:
-        last, whole = left[-1]
-        within = [row for _, row in left if whole.input_ids[: len(row.input_ids)] == row.input_ids]
+        last, longest = left[-1]
+        within = [
+            row for _, row in left if longest.input_ids[: len(row.input_ids)] == row.input_ids
+        ]
         rows.append(_with_tail(_joined(within), last, joiner))
         taken = {turn for row in within for turn in row.turns}
         left = [(turn, row) for turn, row in left if turn.index not in taken]
@@ -140,7 +141,7 @@ def turn_rows(turns: Sequence[Turn], joiner: Joiner) -> list[IdRow]:
 
 
 def _joined(rows: Sequence[IdRow]) -> IdRow:
-    """The last of the rows, which begins with each of the others, trained where any of them is."""
+    """Return the last row, of which all others are prefixes, trained wherever any of them is."""
     trained = [False] * len(rows[-1].input_ids)
     for row in rows:
         begin = row.prompt
@@ -174,15 +175,15 @@ def _prefixes(turn: Turn) -> list[str]:
 
 
 def _turn_row(turn: Turn, prefixes: list[list[int]], joiner: Joiner) -> IdRow:
-    """``prefixes`` are the ids of ``_prefixes``."""
+    """Build the row of one turn. ``prefixes`` are the ids of ``_prefixes``."""
     ids = list(prefixes[0])
     trained = [False] * len(ids)
     straddles = start = 0
     for (cut, flag), joint in zip(_cuts(turn), prefixes[1:], strict=True):
         if joint[: len(ids)] == ids:
             piece = joint[len(ids) :]
-        elif (own := joiner.continued(ids, turn.answer[start:cut], joint)) is not None:
-            piece = own
+        elif (rest := joiner.continued(ids, turn.answer[start:cut], joint)) is not None:
+            piece = rest
         else:
             shared = next(
                 (i for i, (a, b) in enumerate(zip(ids, joint, strict=False)) if a != b),
@@ -197,9 +198,9 @@ def _turn_row(turn: Turn, prefixes: list[list[int]], joiner: Joiner) -> IdRow:
 
 
 def joint_row(turns: Sequence[Turn], template: ChatTemplate, joiner: Joiner) -> IdRow | None:
-    """``turn_rows`` as a single row, for turns whose texts are prefixes of each other; None if that
-    is not possible. The text is tokenized once, and each boundary is checked from the last added
-    token before it rather than from the beginning."""
+    """Like ``turn_rows``, but a single row for turns whose texts are prefixes of each other; None
+    if that is impossible. The text is tokenized once, and each boundary is checked from the last
+    added token before it rather than from the beginning."""
     text = turns[-1].text
     encoded = joiner.tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
@@ -220,8 +221,8 @@ def joint_row(turns: Sequence[Turn], template: ChatTemplate, joiner: Joiner) -> 
 
 
 class _Boundaries:
-    """Finds the tokens of a text that precede a character. A tokenizer splits off its added tokens
-    before anything else, so tokenization is independent on either side of them."""
+    """Counts the tokens of a text before a character. A tokenizer splits off its added tokens
+    first, so the text on either side of one is tokenized independently."""
 
     def __init__(
         self,
@@ -240,7 +241,7 @@ class _Boundaries:
         self._stops = {end: starts[begin] + 1 for begin, end in found}
 
     def counts(self, begin: int, cuts: Sequence[int]) -> list[int] | None:
-        """The number of tokens before each of ``cuts``, of which ``begin`` is the first. None if a
+        """The number of tokens before each of ``cuts``, the first of which is ``begin``. None if a
         token crosses one of them."""
         place, index = self._before(begin)
         open_cuts = [cut for cut in cuts if cut not in self._stops]
@@ -253,7 +254,7 @@ class _Boundaries:
         return None if None in counts else [count for count in counts if count is not None]
 
     def _before(self, begin: int) -> tuple[int, int]:
-        """Where to start: a character, and its token or -1 if that is unknown."""
+        """Where to start checking: a character, and the index of its token or -1 if unknown."""
         number = bisect_right(self._firsts, (begin - 1, len(self._ids)))
         place, index = self._firsts[number - 1] if number else (0, 0)
         if begin - place <= _FAR:
@@ -262,7 +263,7 @@ class _Boundaries:
         return place, -1 if place else 0
 
     def _agreed(self, piece: list[int], index: int, cut: int) -> int | None:
-        """The number of tokens before ``cut``, if they end as ``piece`` does."""
+        """The number of tokens before ``cut`` if they end like ``piece``, else None."""
         if index >= 0:
             count = index + len(piece)
             return count if self._ids[index:count] == piece else None

@@ -1,17 +1,17 @@
 """Render the turns of a long chat without rendering the chat once per turn.
 
-Rendering the prompt of each turn costs half as many renderings of the chat as it has turns. Two
+Rendering each turn's prompt costs as much as n / 2 renderings of a chat with n turns. Two
 shortcuts, both verified on some turns, avoid that where they apply.
 
-- ``SharedRendering``: the template renders the beginning of the chat alike in every prompt. The
-  turns are located in a single rendering of the whole chat.
+- ``SharedRendering``: the template renders the beginning of the chat identically in every prompt.
+  The turns are located in a single rendering of the whole chat.
 - ``WindowedRendering``: the template changes earlier turns once later ones follow, for example by
-  dropping their reasoning, but renders what precedes the last question alike in every prompt. Each
-  turn is rendered after the beginning of the chat and its own question alone.
+  dropping their reasoning, but renders everything before the last question identically in every
+  prompt. Each turn is rendered after only the beginning of the chat and its question.
 
-Turns are of one kind if they agree in all that the template's source mentions: the roles around
-them, their keys, the template's string literals in their texts, and the text that it writes before
-them.
+Turns are of the same kind if they agree in everything that the template's source mentions: the
+roles around them, their keys, the template's string literals in their texts, and the text that it
+writes before them.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from lorakit.errors import DataError
 
 #: Chats whose turns cost at most this many renderings of the chat are rendered turn by turn.
 EXACT_COST = 6
-#: Messages of a chat that is too short for its cost to matter.
+#: Added to the allowed cost, in messages: the cost of a short chat does not matter.
 _FREE = 40
-#: Limits on renderings of the whole chat: to verify, for the first turns of all kinds, for windows.
+#: Limits, in renderings of the whole chat: for verification, first turns of all kinds, windows.
 _CHECKS_COST = 6
 _KINDS_COST = 9
 _WINDOWS_COST = 8
-#: Literals that occurred earlier in the chat count only if they are at least this long.
+#: Literals in earlier messages are considered only if they are at least this long.
 _LONG_ENOUGH = 3
 _NUMBER = re.compile("[0-9]+")
 
-#: Equal for turns of one kind.
+#: Equal for turns of the same kind.
 Kind = tuple[Hashable, ...]
-#: What a template can see of one message.
+#: The properties of a message that a template may test.
 _Features = frozenset[tuple[Hashable, ...]]
 
 
@@ -68,7 +68,7 @@ def long_chat_turns(
 ) -> list[Turn] | None:
     """Return the turns ``indices`` by one of the shortcuts; None if neither applies.
 
-    Raises DataError as ``TurnReader.read`` does.
+    Raises the same errors as ``TurnReader.read``.
     """
     given = (messages, tools, indices, template, reader)
     return SharedRendering(*given).turns() or WindowedRendering(*given).turns()
@@ -76,7 +76,8 @@ def long_chat_turns(
 
 @dataclass
 class TurnKinds:
-    """``places`` are the spans of the contents of ``messages`` in ``text``, the whole chat."""
+    """Classifies turns. ``places`` are the spans of the contents of ``messages`` in ``text``, the
+    rendered chat."""
 
     messages: Sequence[Message]
     text: str
@@ -84,7 +85,7 @@ class TurnKinds:
     template: ChatTemplate
 
     def learn(self, tools: Tools) -> bool:
-        """Prepare ``kind``. False if the template may distinguish turns in ways not seen here."""
+        """Prepare ``kind``. Return False if the template may distinguish turns in other ways."""
         tests = template_tests(self.template.source(tools))
         if tests.by_size:
             return False
@@ -188,12 +189,12 @@ def _first_of_each(kinds: dict[int, Kind]) -> dict[Kind, int]:
 
 
 class SharedRendering(_LongChat):
-    """The text around a turn is learnt from the first turn of its kind, which is rendered
-    separately, and looked for around the others."""
+    """Learns the text around turns of a kind from the first of them, which is rendered separately,
+    and searches for the same text around the others."""
 
     def turns(self) -> list[Turn] | None:
-        """The turns, where the text of each begins with that of the one before it. None if the
-        template renders an earlier turn differently once a later one follows, or may do so."""
+        """The turns; the text of each begins with that of the previous one. None if the template
+        may render an earlier turn differently once a later one follows."""
         chat = self.messages[: self.indices[-1] + 1]
         self._whole = self.template.render(chat, self.tools)
         places = place_contents(self._whole.text, chat, self.tools, self.template)
@@ -256,9 +257,9 @@ class SharedRendering(_LongChat):
         return next((place[0] for place in following if place), len(self._whole.text))
 
     def _verify(self, turns: Sequence[Turn], kinds: Mapping[int, Kind], known: set[int]) -> bool:
-        """Whether the last turn of each kind, one before the last question and one in the middle
-        have the prompts that the template renders for them, except those ``known`` to, and the
-        turns do not overlap."""
+        """Whether turns do not overlap, and some have the prompts that the template renders: the
+        last one of each kind, one before the last question and one in the middle, except those
+        ``known`` to be correct."""
         lasts = {kinds[turn.index]: turn for turn in turns}
         asked = [i for i in range(turns[-1].index) if self.messages[i]["role"] == "user"]
         before = [turn for turn in turns if asked and turn.index < asked[-1]][-1:]
@@ -276,15 +277,15 @@ class SharedRendering(_LongChat):
 
 
 def _numbered(text: str, at_end: bool = False) -> re.Pattern[str]:
-    """A pattern for ``text`` with any numbers in place of its own, which may count turns."""
+    """A pattern for ``text`` in which every number, which may count turns, matches any number."""
     pattern = "[0-9]+".join(re.escape(part) for part in _NUMBER.split(text))
     return re.compile(pattern + r"\Z" if at_end else pattern)
 
 
 class WindowedRendering(_LongChat):
-    """Each turn is rendered in a window: the beginning of the chat, a placeholder answer, and the
+    """Renders each turn in a window: the beginning of the chat, a placeholder answer, and the
     messages from the turn's question on. The first and last turn of each kind and one in the middle
-    are also rendered in full and must be equal."""
+    are also rendered in full, and must be equal."""
 
     def turns(self) -> list[Turn] | None:
         """The turns. None if one of them differs when rendered in full, if the kinds are unknown,
@@ -336,11 +337,11 @@ class WindowedRendering(_LongChat):
         return next(asked, 0)
 
     def _place(self, index: int, window: list[Message]) -> Turn | None:
-        """The turn as ``window`` renders it, after what precedes its question in the chat."""
+        """The turn as rendered in ``window``, with the chat's text before its question."""
         place = self._places[self._question(index) - 1]
         try:
             turn = self.reader.read(window, self.tools, len(window) - 1)
-        except DataError:  # the template refuses the turn, or the window alone
+        except DataError:  # the template rejects the turn, or only the window
             return None
         _, found, after = turn.prompt.rpartition(PROBE)
         if not found or place is None:

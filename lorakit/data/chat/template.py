@@ -1,4 +1,4 @@
-"""Render messages with a tokenizer's chat template, and analyse the template's source.
+"""Render messages with a tokenizer's chat template, and analyze the template's source.
 
 A template may mark the trained parts of the text with ``{% generation %}``.
 """
@@ -22,18 +22,18 @@ Tools = Sequence[Mapping[str, Any]] | None
 #: Start and end of a piece of text, in characters.
 Span = tuple[int, int]
 
-#: A content that no chat contains. It has no letters or white space, so that templates that trim,
-#: change case or escape do not change it.
+#: A content that no chat contains. Having no letters or white space, it is not changed by templates
+#: that trim, change case or escape.
 PROBE = "\u2063\u2064\u2063\u2064\u2063"
 #: The keys of a message's reasoning; transformers copies it between the first two.
 REASONING = ("reasoning_content", "thinking", "reasoning")
-#: What a turn may consist of besides its content.
+#: The keys of a turn that are rendered besides its content.
 PAYLOAD = ("tool_calls", *REASONING)
 
-#: The number of renderings that are kept, and the minimum number of messages.
+#: The number of renderings that are cached, and the minimum number of messages to cache one.
 _KEPT, _WORTH_KEEPING = 8, 20
 
-#: Whether a template, by its source, reads contents only as lists of parts.
+#: By source: whether the template reads contents only as lists of parts.
 _PARTS: dict[str, bool] = {}
 
 
@@ -76,7 +76,7 @@ class ChatTemplate:
         self._recent: deque[tuple[_Request, Rendered]] = deque(maxlen=_KEPT)
 
     def source(self, tools: Tools = None) -> str:
-        """The template's source. A tokenizer may have another one for chats with tools."""
+        """The template's source. A tokenizer may have a different one for chats with tools."""
         try:
             return str(self.tokenizer.get_chat_template(None, tools=_listed(tools)))
         except ValueError as error:
@@ -95,10 +95,10 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], tools: Tools = None, generation_prompt: bool = False
     ) -> Rendered:
-        """Render the chat. With ``generation_prompt`` the header of the assistant's next turn is
+        """Render the chat. With ``generation_prompt``, the header of the assistant's next turn is
         appended, if the template has one.
 
-        Null keys count as absent. Raises DataError with the template's own message.
+        Null keys count as absent. Raises DataError with the template's error message.
         """
         if len(messages) < _WORTH_KEEPING:
             return self._rendered(messages, tools, generation_prompt)
@@ -189,7 +189,7 @@ class ChatTemplate:
 
     @cached_property
     def added(self) -> re.Pattern[str]:
-        """A pattern for the special tokens and all others that are split off a text first."""
+        """A pattern for all added tokens, special or not, which are split off a text first."""
         added = {entry.content for entry in self.tokenizer.added_tokens_decoder.values()}
         return _any_of(added | set(self.tokenizer.all_special_tokens))
 
@@ -216,8 +216,8 @@ def _listed(tools: Tools) -> list[dict[str, Any]] | None:
 
 
 def _plain(message: Message) -> dict[str, Any]:
-    """Without null keys, and with reasoning under the names that templates read, as transformers
-    does from 5.24 on."""
+    """Remove null keys, and copy reasoning to the names that templates read, as transformers does
+    from 5.24 on."""
     there = {key: value for key, value in message.items() if value is not None}
     found = next((there[key] for key in REASONING if key in there), None)
     if found is None:
@@ -227,19 +227,19 @@ def _plain(message: Message) -> dict[str, Any]:
 
 # The template's source
 
-#: Shorter literals count only next to a comparison, or as values of a list, a call or a variable.
+#: Shorter literals are considered only in comparisons, lists, calls and assignments.
 _LONG_LITERAL = 3
 _TRIMS = {"strip", "lstrip", "rstrip", "trim", "replace"}
 _MEASURES = {"length", "count", "wordcount", "int", "float"}
-#: Names whose length says nothing about a content.
+#: Names whose length does not depend on a content.
 _COUNTED = ("messages", "calls", "tools", "documents")
 
 
 @dataclass(frozen=True)
 class TemplateTests:
-    """What a template may test in a message: ``literals`` that its text may contain, ``moduli`` of
-    its position. ``by_equality``: the template looks for the message among others. ``by_size``: it
-    measures a text, or compares its order or a number of two digits."""
+    """What a template may test in a message: ``literals`` that its text may contain, and ``moduli``
+    of its position. ``by_equality``: the template searches for the message in a list. ``by_size``:
+    it tests the size of a text, its order, or a number of two or more digits."""
 
     literals: tuple[str, ...] = ()
     moduli: tuple[int, ...] = ()
@@ -291,7 +291,7 @@ def _tokens(source: str) -> list[tuple[str, str]] | None:
 
 
 def _ordered(tokens: list[tuple[str, str]]) -> bool:
-    """Whether a number of two digits is compared, or a string is compared by order."""
+    """Whether a number of two or more digits is compared, or a string is compared by order."""
     for (kind, value), (other_kind, other) in pairwise(tokens):
         for a_kind, a, comparison in ((kind, value, other), (other_kind, other, value)):
             order = comparison in {"<", ">", "<=", ">="}
@@ -321,7 +321,7 @@ def _literals(tokens: list[tuple[str, str]]) -> Iterator[str]:
 
 
 def _unescaped(literal: str) -> str:
-    """The value of a string token, as Jinja reads it."""
+    """The value of a string token, unescaped like in Jinja."""
     body = literal[1:-1]
     try:
         return body.encode("ascii", "backslashreplace").decode("unicode-escape")

@@ -1,7 +1,7 @@
 """Tool calls in OpenAI's format: a row's ``tools``, and a message's ``tool_calls``.
 
-Arguments are read as mappings, whether the data has a mapping or its JSON text, and rendered in
-the form that the chat template expects.
+The data may have arguments as a mapping or as its JSON text; both are read as mappings, and
+rendered in the form that the chat template expects.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Message = Mapping[str, Any]
 _Rendered = TypeVar("_Rendered")
 
 CALLS_ALLOWED = '[{"type": "function", "function": {"name": TEXT, "arguments": {...}}}, ...]'
-#: The keys of a call and of its function; some data omits the level ``function``.
+#: The keys of a call and of its function; some data sets omit the level ``function``.
 CALL_KEYS = frozenset({"id", "type", "function", "name", "arguments"})
 FUNCTION_KEYS = frozenset({"name", "arguments"})
 #: Keys of a JSON schema that may be null; elsewhere in a table (parquet), null is an absent key.
@@ -24,7 +24,7 @@ _NULLABLE = frozenset({"default", "const", "example"})
 
 
 def read_list(value: Any, said: str, allowed: str) -> list[Any]:
-    """A list, or the JSON text of one; empty for null and blank text. Raises DataError."""
+    """Read a list or the JSON text of one; null and blank text are empty. Raises DataError."""
     if _is_blank(value):
         return []
     found = _parse(value) if isinstance(value, str) else value
@@ -34,7 +34,7 @@ def read_list(value: Any, said: str, allowed: str) -> list[Any]:
 
 
 def read_tools(value: Any, column: str) -> tuple[dict[str, Any], ...] | None:
-    """The tools of a row, as the chat template receives them; None if there are none.
+    """Read the tools of a row; None if there are none.
 
     Raises DataError for anything but a list of objects or the JSON text of one.
     """
@@ -50,9 +50,9 @@ def read_tools(value: Any, column: str) -> tuple[dict[str, Any], ...] | None:
 
 
 def read_calls(value: Any, where: str, columnar: bool) -> list[dict[str, Any]]:
-    """A message's ``tool_calls``, with their arguments as mappings.
+    """Read a message's ``tool_calls``, with their arguments as mappings.
 
-    ``columnar`` means that a null argument is an absent one (``is_columnar``). Raises DataError.
+    ``columnar`` means that null arguments are absent (``is_columnar``). Raises DataError.
     """
     calls = read_list(value, f"{where}: tool_calls =", CALLS_ALLOWED)
     return [
@@ -62,8 +62,8 @@ def read_calls(value: Any, where: str, columnar: bool) -> list[dict[str, Any]]:
 
 
 def read_call_text(value: Any, where: str) -> list[dict[str, Any]]:
-    """ShareGPT's ``function_call`` message: the JSON text of ``{"name", "arguments"}``, or of a
-    list of them. Raises DataError."""
+    """Read ShareGPT's ``function_call`` message: the JSON text of ``{"name", "arguments"}``, or of
+    a list of these. Raises DataError."""
     found = _parse(value) if isinstance(value, str) else value
     functions = found if isinstance(found, list) else [found]
     if not functions or not all(
@@ -78,8 +78,8 @@ def read_call_text(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def is_columnar(messages: list[Any]) -> bool:
-    """Whether the messages come from a table, such as parquet: all have the same keys, with null
-    for an absent value, also inside the arguments of a call."""
+    """Whether the messages come from a table, such as parquet: all have the same keys, and absent
+    values are null, also inside the arguments of a call."""
     rows = [message for message in messages if isinstance(message, dict)]
     keys = {frozenset(row) for row in rows}
     return len(keys) == 1 and any(value is None for row in rows for value in row.values())
@@ -90,10 +90,10 @@ def render_calls(
     messages: Sequence[Message],
     text_of: Callable[[_Rendered], str],
 ) -> _Rendered:
-    """``render(messages)`` with the arguments of each call in the form that the template expects.
+    """Return ``render(messages)``, with calls' arguments in the form that the template expects.
 
     Most templates expect a mapping. JSON text is used if the template fails on a mapping, or prints
-    it as Python does. Raises what ``render`` raises for the mapping.
+    it in Python's notation. Raises the error of ``render`` for the mapping.
     """
     if not any(message.get("tool_calls") for message in messages):
         return render(messages)
@@ -136,7 +136,7 @@ def _read_arguments(value: Any, where: str, columnar: bool) -> dict[str, Any]:
 
 
 def _distinct_in_python(messages: Sequence[Message]) -> Iterator[Any]:
-    """The arguments that Python prints differently from JSON."""
+    """Yield the arguments that look different in Python's notation and in JSON."""
     for message in messages:
         for call in message.get("tool_calls") or ():
             arguments = call.get("function", call).get("arguments")
@@ -180,7 +180,7 @@ def _is_blank(value: Any) -> bool:
 
 
 def _without_nulls(value: Any, kept: frozenset[str] = frozenset()) -> Any:
-    """``value`` without keys whose value is null, at any depth, except those in ``kept``."""
+    """Remove keys whose value is null, at any depth, except those in ``kept``."""
     if isinstance(value, list):
         return [_without_nulls(item, kept) for item in value]
     if not isinstance(value, dict):

@@ -20,18 +20,18 @@ _READ = -1
 
 @dataclass
 class Traces:
-    """Looks for the parts of each message in the text that is trained on, and renders the chat
-    again only for those not found."""
+    """Searches the trained text for the parts of each message, and renders the chat again only for
+    those not found."""
 
     template: ChatTemplate
     _known: set[tuple[object, ...]] = field(default_factory=set)
     _without_effect: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def check(self, messages: Sequence[Message], tools: Tools, turns: Sequence[Turn]) -> int:
-        """Count the messages, up to the last of ``turns``, whose content is ignored while their
+        """Count the messages, up to the last of ``turns``, whose content is ignored although their
         tool calls or reasoning are not.
 
-        Raises DataError for a message that is ignored as a whole.
+        Raises DataError for a message that is ignored completely.
         """
         last, without_content = turns[-1], 0
         there = self._present(messages, tools, turns)
@@ -56,7 +56,7 @@ class Traces:
         self, messages: Sequence[Message], tools: Tools, turns: Sequence[Turn]
     ) -> Counter[str]:
         """Count, by key, the messages with a key other than role and content that has no effect on
-        the text; ``tools`` is counted likewise."""
+        the text. ``tools`` counts as 1 if it has no effect."""
         found: Counter[str] = Counter()
         if tools and self._is_ignored("tools", "", messages, tools, turns, {}):
             found["tools"] = 1
@@ -81,8 +81,7 @@ class Traces:
         tools: Tools,
         turns: Sequence[Turn],
     ) -> int:
-        """The number of messages ``indices`` in which a key that the template reads has no
-        effect."""
+        """Count the messages ``indices`` in which a key that the template reads has no effect."""
         silent = [index for index in indices if not self._shows(messages[index], index, key, turns)]
         if not silent or self._changes(messages, tools, turns, _without(messages, silent, key)):
             return 0
@@ -92,7 +91,7 @@ class Traces:
         self, messages: Sequence[Message], tools: Tools, turns: Sequence[Turn]
     ) -> set[int]:
         """The messages of which a part is found in the text of the last turn. Contents are searched
-        for in order; for the first chat with a sequence of roles, they are also marked."""
+        for in order; in the first chat with a given set of pairs of roles, they are also marked."""
         last = turns[-1]
         counted = messages[: last.index + 1]
         contents = {index: text for index, message in enumerate(counted)
@@ -130,8 +129,8 @@ class Traces:
         )
 
     def _shows(self, message: Message, index: int, key: str, turns: Sequence[Turn]) -> bool:
-        """Whether the template mentions the key, and its value occurs in the text of its own turn
-        or of the last one."""
+        """Whether the template mentions the key, and its value occurs in the text of the message's
+        turn or of the last one."""
         if not self._mentions(key):
             return False
         values = [*(_names(message[key]) if key == "tool_calls" else _leaves(message[key]))]
@@ -147,10 +146,9 @@ class Traces:
         turns: Sequence[Turn],
         changed: Mapping[int, Message],
     ) -> bool:
-        """Whether the text is the same without the key in all messages of ``role``, which
-        ``changed`` has.
+        """Whether removing the key from all messages of ``role``, as in ``changed``, has no effect.
 
-        A key that had an effect once counts as read. One that had none is tried in more chats, if
+        A key that had an effect once counts as read. One that had none is tried in more chats if
         the template mentions it.
         """
         seen_before = self._without_effect[key, role]
@@ -206,7 +204,7 @@ class Traces:
             return str(error)
 
     def _emptied(self, message: Message) -> Message:
-        """The message with another content, if it has one, and without tool calls and reasoning."""
+        """The message with its content replaced, if any, and without tool calls and reasoning."""
         bare = {key: value for key, value in message.items() if key not in PAYLOAD}
         return with_content(bare, PROBE) if _filled(message, "content") else bare
 
@@ -257,8 +255,8 @@ _TAGS = re.compile(r"</?think(?:ing)?>")
 def shortened_turns(
     messages: Sequence[Message], tools: Tools, turns: Sequence[Turn], template: ChatTemplate
 ) -> int:
-    """Count the turns whose content begins or ends differently in the text than in the message. The
-    chat is rendered again only if a content is not found in its turn."""
+    """Count the turns of whose content the beginning or end is missing in the text. The chat is
+    rendered again only if a content is not found in its turn."""
     left = [
         turn
         for turn in turns
@@ -272,7 +270,7 @@ def shortened_turns(
         within = [turn for turn in left if last.text.startswith(turn.text)]
         for turn in within:
             ends = {2 * turn.index, 2 * turn.index + 1} & kept
-            # A content that is replaced by calls or reasoning as a whole is counted elsewhere.
+            # A content that calls or reasoning replace completely is counted elsewhere.
             replaced = not ends and any(messages[turn.index].get(key) for key in PAYLOAD)
             count += len(ends) < 2 and not replaced
         done = {turn.index for turn in within}
@@ -294,7 +292,7 @@ def _contains(content: str, answer: str) -> bool:
 def _ends_kept(messages: Sequence[Message], tools: Tools, template: ChatTemplate) -> set[int]:
     try:
         return ends_seen(template.render(marked(messages), tools).text)
-    except DataError:  # the template refuses a mark: nothing is known
+    except DataError:  # the template rejects a mark: assume that nothing is missing
         return set(range(2 * len(messages)))
 
 

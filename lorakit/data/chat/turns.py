@@ -29,13 +29,13 @@ _LONGEST_TOKEN = 100
 class Turn:
     """The assistant turn at message ``index``.
 
-    ``answer`` follows ``prompt`` up to the end-of-turn token. ``trained`` are the spans of
-    ``answer`` that count in the loss; the template may mark a part of it. ``tail`` is what the
-    template writes after it if no other message follows.
+    ``answer`` is the text between ``prompt`` and the end-of-turn token, inclusive. ``trained`` are
+    the spans of ``answer`` that count in the loss; the template may mark a part of it. ``tail`` is
+    the text that the template writes after the answer if no message follows.
 
-    ``differs``: the template renders the finished chat so that it does not begin with ``prompt``.
-    ``without_reasoning``: the prompt already closes the reasoning, so the turn's is left out.
-    ``marked_early``: a mark begins within the prompt, and counts from the end of the prompt on.
+    ``differs``: the rendering of the finished chat does not begin with ``prompt``.
+    ``without_reasoning``: the prompt already closes the reasoning, so the turn's is omitted.
+    ``marked_early``: a mark begins within the prompt; it is trained from the end of the prompt on.
     """
 
     index: int
@@ -52,8 +52,8 @@ class Turn:
         return self.prompt + self.answer
 
     def marked_in(self, chat: Rendered) -> Turn:
-        """The turn, trained only where the rendering of the whole chat marks it too, if that begins
-        with the turn's text."""
+        """The turn, trained only where ``chat``, the rendering of the whole chat, marks it too. If
+        ``chat`` does not begin with the turn's text, the turn is unchanged."""
         if not chat.text.startswith(self.text):
             return self
         start = len(self.prompt)
@@ -75,7 +75,7 @@ class TurnReader:
     def read(self, messages: Sequence[Message], tools: Tools, index: int) -> Turn:
         """Read turn ``index`` of the chat.
 
-        Raises DataError if the template refuses the messages, or omits the turn.
+        Raises DataError if the template rejects the messages or omits the turn.
         """
         finished = self.template.render(messages[: index + 1], tools)
         prompt = self._prompt(messages, tools, index)
@@ -109,11 +109,11 @@ class TurnReader:
         index: int,
     ) -> tuple[int, bool]:
         """Find where the answer begins in a text that does not begin with ``prompt``, and whether
-        that leaves out the turn's reasoning.
+        that omits the turn's reasoning.
 
-        It is the end of the longest common suffix with the prompt. It is not before the end of the
-        previous message, or of the common prefix, and not after the first character that the turn
-        changes, or the end of its reasoning.
+        It begins at the end of the longest common suffix with the prompt: not before the end of the
+        previous message or of the common prefix, and not after the first character that depends on
+        the turn or the end of its reasoning.
         """
         other = self.template.render([*messages[:index], _probe(messages[index])], tools).text
         place = common_prefix(finished.text, other)
@@ -129,7 +129,7 @@ class TurnReader:
 
     def end(self, text: str, messages: Sequence[Message], tools: Tools, index: int) -> int:
         """Find the end of the last turn's answer in ``text``: the end of the first special token
-        that the template writes after it, or the last visible character if there is none."""
+        that the template writes after it, or of the last visible character if there is none."""
         source = self.template.source(tools)
         tail = self._tails.get(source)
         if tail is None or not self._fits(tail, text):
@@ -140,7 +140,8 @@ class TurnReader:
         return self.single_end(text, len(text) - len(tail) + self._end_in(tail))
 
     def _end_in(self, tail: str) -> int:
-        """Includes the special tokens right after the first, unless that is EOS."""
+        """The end of the answer in ``tail``. Special tokens directly after the first are included,
+        up to EOS."""
         found = self.template.special.search(tail) or self.template.added.search(tail)
         if not found:
             return len(tail.rstrip())
@@ -150,20 +151,21 @@ class TurnReader:
         return found.end()
 
     def single_end(self, text: str, end: int) -> int:
-        """``end``, or the end of the same end-of-turn token in the content, if that repeats it."""
+        """Return ``end``, or if the content already ends with the same end-of-turn token, the end
+        of that one."""
         token = _last_special(self.template, text[:end])
         while token and (before := text[: end - len(token)].rstrip()).endswith(token):
             end = len(before)
         return end
 
     def _fits(self, tail: str, text: str) -> bool:
-        """Whether a tail that ended another turn ends this one. One without a special token would
-        also be found after such a token."""
+        """Whether the tail of another turn is also the tail of this one. A tail without a special
+        token does not fit a text that ends with one."""
         special = self.template.special.search(tail)
         return text.endswith(tail) and bool(special or not _last_special(self.template, text))
 
     def _tail(self, messages: Sequence[Message], tools: Tools, index: int) -> str | None:
-        """What the template writes after a plain answer; None if it does not accept one here."""
+        """The text that the template writes after a plain answer; None if it rejects one here."""
         try:
             text = self.template.render([*messages[:index], _probe(messages[index])], tools).text
         except DataError:
@@ -172,7 +174,7 @@ class TurnReader:
         return tail if found else None
 
     def _last_end(self, text: str) -> int:
-        """The end of the first of the special tokens with which ``text`` ends."""
+        """The end of the first special token in the run of them that ends ``text``."""
         end = len(text.rstrip())
         first = end
         while token := _last_special(self.template, text[:end]):
@@ -184,8 +186,8 @@ class TurnReader:
 def marked_turn(
     index: int, prompt: str, text: Rendered, begin: int, end: int, differs: bool = False
 ) -> Turn:
-    """The turn whose answer is ``text`` from ``begin`` to the end of the last mark, or to ``end``
-    if it has no mark and is not trained."""
+    """The turn whose answer is ``text`` from ``begin`` to the end of the last mark. Without a mark
+    it extends to ``end`` and is not trained."""
     marked = [(start, stop) for start, stop in text.marked if stop > begin]
     stop = max((stop for _, stop in marked), default=end)
     spans = tuple((max(a, begin) - begin, b - begin) for a, b in marked)
@@ -204,15 +206,15 @@ def content_text(message: Message) -> str:
 
 
 def with_content(message: Message, text: str) -> dict[str, object]:
-    """The message with another content, as a text or a list of parts like its own."""
+    """Replace the message's content by ``text``, as a list of parts if it was one."""
     if isinstance(message.get("content"), list):
         return {**message, "content": [{"type": "text", "text": text}]}
     return {**message, "content": text}
 
 
 def _after_reasoning(text: str, message: Message) -> int:
-    """Where the content of a message begins that has reasoning, in a key or in the content; 0 if it
-    is not found at the end of ``text``."""
+    """Where the answer begins after the message's reasoning, which is in a key or in the content; 0
+    without reasoning, or if the answer is not found in ``text``."""
     content = content_text(message)
     _, closed, answer = content.rpartition(_END_OF_REASONING)
     if not closed and not any(message.get(key) for key in REASONING):
@@ -224,7 +226,7 @@ def _after_reasoning(text: str, message: Message) -> int:
 
 
 def _probe(message: Message) -> dict[str, object]:
-    """A plain answer that replaces ``message``."""
+    """Replace ``message`` by a plain answer."""
     plain = {"role": message["role"], "content": message.get("content")}
     return with_content(plain, PROBE)
 
@@ -264,7 +266,7 @@ _MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
 
 
 def marked(messages: Sequence[Message], strip: bool = False) -> list[Message]:
-    """The messages, with each non-blank content between two marks of its own."""
+    """The messages, with each non-blank content between two unique marks."""
     return [
         with_content(message, f"{_mark(2 * index)}{text.strip() if strip else text}"
                               f"{_mark(2 * index + 1)}")
@@ -275,7 +277,7 @@ def marked(messages: Sequence[Message], strip: bool = False) -> list[Message]:
 
 
 def seen(text: str) -> set[int]:
-    """The messages of which a mark occurs in ``text``, rendered from ``marked`` ones."""
+    """The indices of messages with a mark in ``text``, the rendering of ``marked`` messages."""
     return {number // 2 for number in ends_seen(text)}
 
 
@@ -292,7 +294,7 @@ def place_contents(
     generation_prompt: bool = False,
 ) -> list[Span | None] | None:
     """Find the span of each message's content in ``text``, the rendered chat; None for a content
-    that is not there in full. None in place of all spans if they cannot be determined."""
+    that is not completely there. Returns None if the spans cannot be determined."""
     for strip in (False, True):
         rendered = template.render(marked(messages, strip), tools, generation_prompt).text
         if _MARK.sub("", rendered) == text:
