@@ -77,8 +77,8 @@ def no_split(path: PathOption, split: str) -> DataError:
             f"task.path: {_shown(path)}: no split {split!r}; allowed: train, or a mapping: "
             f"task.path: {{{split}: FILE}}"
         )
-    there = [name for name in SPLIT_ALIASES if _has_split(path, name)]
-    allowed = f"; allowed: {', '.join(there)}" if there else ""
+    available = [name for name in SPLIT_ALIASES if _has_split(path, name)]
+    allowed = f"; allowed: {', '.join(available)}" if available else ""
     inside = sorted(
         f"{entry.name}/" if entry.is_dir() else entry.name
         for entry in Path(path).iterdir()

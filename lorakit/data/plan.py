@@ -82,15 +82,15 @@ def first_fit_decreasing(lengths: Numbers, capacity: int) -> Numbers:
 def _next_size(counts: Numbers, room: int) -> int:
     """The length of the next row for a bin with ``room`` tokens left; 0 if none fits. ``counts``
     are the numbers of remaining rows by length."""
-    there = np.flatnonzero(counts[: room + 1])
-    if not len(there):
+    available = np.flatnonzero(counts[: room + 1])
+    if not len(available):
         return 0
-    longest = int(there[-1])
+    longest = int(available[-1])
     if longest == room or room > 2 * longest:
         return longest
-    partner = np.searchsorted(there, room - there, side="right") - 1
-    firsts = there[partner >= 0]
-    seconds = there[partner[partner >= 0]]
+    partner = np.searchsorted(available, room - available, side="right") - 1
+    firsts = available[partner >= 0]
+    seconds = available[partner[partner >= 0]]
     sums = np.where((firsts == seconds) & (counts[firsts] < 2), 0, firsts + seconds)
     if not len(sums) or sums.max() <= longest:
         return longest

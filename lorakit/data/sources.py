@@ -105,10 +105,10 @@ def load_split(
     if path is None:
         found = _load_hub(hub, split, limit)
     else:
-        there = find_files(path, split)
+        chosen = find_files(path, split)
         found = None
-        if there.files:
-            found = _load_files(there, split, read_file, limit, skip_bad)
+        if chosen.files:
+            found = _load_files(chosen, split, read_file, limit, skip_bad)
     if found is None:
         return None
     if not len(found):
@@ -120,19 +120,19 @@ def load_split(
 
 
 def _load_files(
-    there: SplitFiles, split: str, read_file: FileReader, limit: int | None, skip_bad: bool
+    chosen: SplitFiles, split: str, read_file: FileReader, limit: int | None, skip_bad: bool
 ) -> Split:
     parts: list[tuple[Path, FileRows]] = []
     left, budget = limit, MemoryBudget()
-    allow_open_files(len(there.files))
-    for file in there.files:
+    allow_open_files(len(chosen.files))
+    for file in chosen.files:
         if left == 0:
             break
         parts.append((file, _load_file(file, read_file, left, budget, skip_bad)))
         if left is not None:
             left -= len(parts[-1][1].rows)
     digest = hashlib.sha256("\n".join(part.digest for _, part in parts).encode())
-    return joined_split(split, parts, there, digest.hexdigest())
+    return joined_split(split, parts, chosen, digest.hexdigest())
 
 
 def _load_file(
@@ -148,7 +148,7 @@ def _load_file(
 def joined_split(
     split: str,
     parts: Sequence[tuple[Path, FileRows]],
-    there: SplitFiles,
+    chosen: SplitFiles,
     fingerprint: str,
     is_head: bool = False,
 ) -> Split:
@@ -162,11 +162,11 @@ def joined_split(
     return Split(
         name=split,
         rows=_concatenate(filled, columns),
-        source=listed(there.files),
+        source=listed(chosen.files),
         fingerprint=fingerprint,
         files=tuple((file, len(part.rows)) for file, part in parts),
         incomplete=incomplete,
-        notes=(*there.notes, *_notes(parts, columns, incomplete, is_head)),
+        notes=(*chosen.notes, *_notes(parts, columns, incomplete, is_head)),
     )
 
 

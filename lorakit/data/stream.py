@@ -70,10 +70,10 @@ def open_stream(
     if path is None:
         stream = _open_hub(hub, split, head_rows)
     else:
-        there = find_files(path, split)
-        share = max(_HEAD_ROWS_IN_ALL // max(len(there.files), 1), _FEWEST_HEAD_ROWS)
+        chosen = find_files(path, split)
+        share = max(_HEAD_ROWS_IN_ALL // max(len(chosen.files), 1), _FEWEST_HEAD_ROWS)
         most = min(head_rows, share)
-        stream = _open_files(there, split, most, skip_bad) if there.files else None
+        stream = _open_files(chosen, split, most, skip_bad) if chosen.files else None
     if stream is None or limit is None:
         return stream
     unlimited = stream.read
@@ -90,19 +90,19 @@ def have_same_head(fingerprint: object, other: object) -> bool:
 # Files
 
 
-def _open_files(there: SplitFiles, split: str, head_rows: int, skip_bad: bool) -> Stream:
-    stamps = [_stamp(file) for file in there.files]
-    parts = [(file, read_rows(file, head_rows, skip_bad=skip_bad)) for file in there.files]
+def _open_files(chosen: SplitFiles, split: str, head_rows: int, skip_bad: bool) -> Stream:
+    stamps = [_stamp(file) for file in chosen.files]
+    parts = [(file, read_rows(file, head_rows, skip_bad=skip_bad)) for file in chosen.files]
     if not any(len(part.rows) for _, part in parts):
-        raise DataError(f"{listed(there.files)}: the split {split!r} is empty")
+        raise DataError(f"{listed(chosen.files)}: the split {split!r} is empty")
     rows = hashlib.sha256()
     for _, part in parts:
         rows.update(json.dumps(list(part.rows), sort_keys=True, default=str).encode())
     sizes = hashlib.sha256(json.dumps([size for size, _ in stamps]).encode())
     fingerprint = f"stream:{rows.hexdigest()}:{sizes.hexdigest()}"
-    head = joined_split(split, parts, there, fingerprint, is_head=True)
+    head = joined_split(split, parts, chosen, fingerprint, is_head=True)
     head = replace(head, is_head=any(len(part.rows) >= head_rows for _, part in parts))
-    return Stream(head, partial(_read_files, there.files, stamps, head.columns, skip_bad))
+    return Stream(head, partial(_read_files, chosen.files, stamps, head.columns, skip_bad))
 
 
 def _read_files(

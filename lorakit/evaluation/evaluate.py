@@ -100,10 +100,10 @@ def evaluate_model(
     measure = _Measure(model, tokenizer, data, batch_size, seed, monitor)
     with _evaluation_mode(model):
         if data.task.kind == "encoder":
-            share = measure.classify()
+            result = measure.classify()
         else:
-            share = measure.language_model(parts or split_model(model), generate)
-    return _combined(gather(share), data)
+            result = measure.language_model(parts or split_model(model), generate)
+    return _combined(gather(result), data)
 
 
 @dataclass(frozen=True)
@@ -128,13 +128,13 @@ class _Measure:
     monitor: Callable[[str, range], ProgressMonitor]
 
     def language_model(self, parts: CausalParts, generate: bool) -> _Share:
-        own = shard(len(self.data.encoded))  # a chat may be several of these rows
+        share = shard(len(self.data.encoded))  # a chat may be several of these rows
         with host_masks(self.model.device):
-            loss = self._token_loss(parts, own)
+            loss = self._token_loss(parts, share)
         texts = []
         if generate and self.data.prompts is not None:
             texts = self._generate(self.data.prompts, shard(len(self.data.split)))
-        return _Share(loss, len(own), texts)
+        return _Share(loss, len(share), texts)
 
     def classify(self) -> _Share:
         """Sum the losses, and predict a class index (for a regression, a float) for each row.
@@ -142,21 +142,21 @@ class _Measure:
         A row whose largest logit belongs to a class that the task does not have is predicted as
         ``{"error": ...}``, which names the class.
         """
-        own = shard(len(self.data.encoded))
+        share = shard(len(self.data.encoded))
         columns = label_columns(self.model, self.data.task.labels(self.data.config, None))
         with host_masks(self.model.device):
-            outputs, losses = self._class_outputs(own, columns)
+            outputs, losses = self._class_outputs(share, columns)
         classes = self._classes(columns)
         predicted: dict[int, Prediction] = {}
         for rows, values in outputs:
             found = [classes.get(value, value) for value in values.tolist()]
             predicted |= zip(rows.tolist(), found, strict=True)
-        return _Share(_total(losses), len(predicted), [predicted[row] for row in own])
+        return _Share(_total(losses), len(predicted), [predicted[row] for row in share])
 
-    def _token_loss(self, parts: CausalParts, own: range) -> float:
-        """Sum the losses of the trained tokens of ``own`` rows."""
-        monitor, sums = self.monitor("loss", own), []
-        for rows in self._batches(own):
+    def _token_loss(self, parts: CausalParts, share: range) -> float:
+        """Sum the losses of the trained tokens of the rows ``share``."""
+        monitor, sums = self.monitor("loss", share), []
+        for rows in self._batches(share):
             monitor.check()
             chosen = [self.data.encoded[int(i)] for i in rows]
             batch = collate_causal(chosen, pad_id(self.tokenizer)).to(self.model.device)
@@ -165,30 +165,30 @@ class _Measure:
             monitor.advance(len(rows))
         return _total(sums)
 
-    def _generate(self, prompts: Sequence[Sequence[int]], own: range) -> list[Prediction]:
+    def _generate(self, prompts: Sequence[Sequence[int]], share: range) -> list[Prediction]:
         task, config = self.data.task, self.data.config
         texts = generate_text(
             self.model,
             self.tokenizer,
-            [prompts[row] for row in own],
+            [prompts[row] for row in share],
             task_decoding(config, task.stop_texts(config), self.seed),
-            rows=own,
+            rows=share,
             batch_size=config.generation_batch_size,
-            monitor=self.monitor("generated", own),
+            monitor=self.monitor("generated", share),
         )
-        return answer_contents(task, config, self.data.split, self.tokenizer, own, texts)
+        return answer_contents(task, config, self.data.split, self.tokenizer, share, texts)
 
     def _class_outputs(
-        self, own: range, columns: list[int] | None
+        self, share: range, columns: list[int] | None
     ) -> tuple[list[tuple[NDArray[np.int64], Tensor]], list[Tensor]]:
         """Return rows and outputs of each batch, and the batches' losses. ``columns`` are the
         indices of the logits of the task's classes; None if they are all logits, in order."""
         device = self.model.device
         place = None if columns is None else torch.tensor(columns, device=device)
-        monitor = self.monitor("evaluated", own)
+        monitor = self.monitor("evaluated", share)
         outputs: list[tuple[NDArray[np.int64], Tensor]] = []
         losses: list[Tensor] = []
-        for rows in self._batches(own):
+        for rows in self._batches(share):
             monitor.check()
             chosen = [self.data.encoded[int(i)] for i in rows]
             batch = collate_encoder(chosen, pad_id(self.tokenizer)).to(device)
@@ -212,8 +212,8 @@ class _Measure:
         classes: dict[Any, Prediction] = {at: {"error": f"the class {name}"} for at, name in names}
         return classes | {at: index for index, at in enumerate(columns)}
 
-    def _batches(self, own: range) -> Iterator[NDArray[np.int64]]:
-        rows = np.array(own, dtype=np.int64)
+    def _batches(self, share: range) -> Iterator[NDArray[np.int64]]:
+        rows = np.array(share, dtype=np.int64)
         for places in eval_batches(self.data.encoded.lengths[rows], self.batch_size):
             yield rows[places]
 

@@ -85,11 +85,11 @@ def generate_text(
     capacity = batch_capacity(model)
     texts = [""] * len(prompts)
     with generation_mode(model):
-        for batch, own in _batches(groups, prompts, limits, decoding, batch_size, capacity):
+        for batch, limited in _batches(groups, prompts, limits, decoding, batch_size, capacity):
             first = [group[0] for group in batch]
             chosen = [prompts[index] for index in first]
-            generator = _BatchGenerator(model, own, reader, monitor)
-            if own.num_beams > 1:
+            generator = _BatchGenerator(model, limited, reader, monitor)
+            if limited.num_beams > 1:
                 found = generator.search(chosen)
             else:
                 found = generator.step_by_step(chosen, [numbers[index] for index in first])
@@ -194,14 +194,14 @@ def _batches(
 ) -> Iterator[tuple[list[list[int]], Decoding]]:
     """Yield batches of prompts of one limit and similar length, the longest first."""
     for limit in sorted({limits[group[0]] for group in groups}):
-        own = replace(decoding, max_new_tokens=limit)
+        limited = replace(decoding, max_new_tokens=limit)
         ordered = [group for group in groups if limits[group[0]] == limit]
         ordered.sort(key=lambda group: -len(prompts[group[0]]))
         start = 0
         while start < len(ordered):
             width = len(prompts[ordered[start][0]]) + limit
-            size = batch_size or max(1, capacity.sequences(width) // own.num_beams)
-            yield ordered[start : start + size], own
+            size = batch_size or max(1, capacity.sequences(width) // limited.num_beams)
+            yield ordered[start : start + size], limited
             start += size
 
 

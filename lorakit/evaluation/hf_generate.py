@@ -113,7 +113,7 @@ def generation_config(reader: OutputReader, **more: Any) -> GenerationConfig:
 def generation_mode(model: PreTrainedModel) -> Iterator[None]:
     """Switch to evaluation mode without gradients, and without the checkpoint's generation config,
     from which ``generate`` would take all settings that are not given."""
-    was_training, own = model.training, model.generation_config
+    was_training, config = model.training, model.generation_config
     model.eval()
     model.generation_config = GenerationConfig()
     hook = model.get_output_embeddings().register_forward_pre_hook(_make_contiguous)
@@ -122,7 +122,7 @@ def generation_mode(model: PreTrainedModel) -> Iterator[None]:
             yield
     finally:
         hook.remove()
-        model.generation_config = own
+        model.generation_config = config
         model.train(was_training)
 
 

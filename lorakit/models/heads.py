@@ -37,25 +37,25 @@ def plan_head(labels: Labels, config: PreTrainedConfig, new_head: bool, name: st
     head with unnamed classes takes the task's labels, in the task's order. Raises ModelError for
     any other head unless ``new_head`` replaces it.
     """
-    own = head_labels(config)
+    head = head_labels(config)
     if new_head:
-        replaced = f"model.new_head: replacing the base's head ({_described(own)}) with a new one"
+        replaced = f"model.new_head: replacing the base's head ({_described(head)}) with a new one"
         return HeadPlan(labels, fresh=True, note=replaced)
-    if labels is None or len(own) == 1:
-        if labels is None and len(own) == 1:
+    if labels is None or len(head) == 1:
+        if labels is None and len(head) == 1:
             return HeadPlan(None)
-        raise _mismatch(labels, own, name)
-    found = find_labels(labels, own)
-    in_order = found in (None, [*range(len(own))]) and len(labels) == len(own)
-    if not names_classes(own) and in_order:
-        return HeadPlan(labels, note=None if [*labels] == own else _order_note(labels, own))
+        raise _mismatch(labels, head, name)
+    found = find_labels(labels, head)
+    in_order = found in (None, [*range(len(head))]) and len(labels) == len(head)
+    if not names_classes(head) and in_order:
+        return HeadPlan(labels, note=None if [*labels] == head else _order_note(labels, head))
     if found is None:
-        raise _mismatch(labels, own, name)
-    note = _mapping_note(labels, own, found)
+        raise _mismatch(labels, head, name)
+    note = _mapping_note(labels, head, found)
     if config.problem_type == "multi_label_classification":
         several = "the base's head was trained on multi-label rows; this task has one label per row"
         note = f"{note}; {several}" if note else several
-    return HeadPlan(own, note=note)
+    return HeadPlan(head, note=note)
 
 
 def find_labels(labels: Sequence[str], names: Sequence[str]) -> list[int] | None:
@@ -164,31 +164,31 @@ def _own_parameters(modules: Mapping[str, nn.Module], name: str) -> list[nn.Para
     return [*modules[name].parameters(recurse=False)] if name else []
 
 
-def _order_note(labels: Sequence[str], own: Sequence[str]) -> str:
-    pairs = ", ".join(f"{a} = {b}" for a, b in zip(own[:8], labels[:8], strict=True))
-    more = ", ..." if len(own) > 8 else ""
+def _order_note(labels: Sequence[str], head: Sequence[str]) -> str:
+    pairs = ", ".join(f"{a} = {b}" for a, b in zip(head[:8], labels[:8], strict=True))
+    more = ", ..." if len(head) > 8 else ""
     return f"the base's classification head has unnamed classes; matched in order: {pairs}{more}"
 
 
-def _mapping_note(labels: Sequence[str], own: Sequence[str], found: Sequence[int]) -> str | None:
-    names = [own[index] for index in found]
-    unused = [name for index, name in enumerate(own) if index not in found]
+def _mapping_note(labels: Sequence[str], head: Sequence[str], found: Sequence[int]) -> str | None:
+    names = [head[index] for index in found]
+    unused = [name for index, name in enumerate(head) if index not in found]
     note = None
     if names != [*labels]:
         pairs = [f"{a} = {b}" for a, b in zip(labels[:8], names[:8], strict=True)]
         note = f"labels of the data = labels of the base's head: {', '.join(pairs)}"
         note += ", ..." if len(labels) > 8 else ""
-    elif [*found] != [*range(len(own))]:
-        note = f"the base's classification head keeps the order of its labels: {_described(own)}"
+    elif [*found] != [*range(len(head))]:
+        note = f"the base's classification head keeps the order of its labels: {_described(head)}"
     if unused:
         extra = f"the task has no label {_described(unused)}; predicting one counts as wrong"
         note = f"{note}; {extra}" if note else f"the base's classification head: {extra}"
     return note
 
 
-def _mismatch(labels: Labels, own: Sequence[str], name: str) -> ModelError:
-    has = f"has {len(own)} labels ({_described(own)})" if len(own) > 1 else "has one output"
-    absent = [label for label in labels or () if find_labels([label], own) is None]
+def _mismatch(labels: Labels, head: Sequence[str], name: str) -> ModelError:
+    has = f"has {len(head)} labels ({_described(head)})" if len(head) > 1 else "has one output"
+    absent = [label for label in labels or () if find_labels([label], head) is None]
     if labels is None:
         wants = "and the task is a regression, which has one output"
     elif not absent:
@@ -196,7 +196,7 @@ def _mismatch(labels: Labels, own: Sequence[str], name: str) -> ModelError:
     elif len(absent) < len(labels):
         wants = f"but not the task's {_described(absent)}"
     else:
-        noun = "" if len(own) > 1 else " labels"
+        noun = "" if len(head) > 1 else " labels"
         wants = f"and the task has {len(labels)}{noun} ({_described(labels)})"
     return ModelError(
         f"{name}: its classification head {has}, {wants}; allowed: labels that "

@@ -154,9 +154,9 @@ def load_adapted(
     loaded = load_pretrained(section, kind, labels, seed=seed, head_given=brings_head)
     tokenizer, notes = loaded.tokenizer, loaded.notes
     if files is not None and (files.directory / "tokenizer.json").is_file():
-        tokenizer, own = load_tokenizer(str(files.directory), {})
+        tokenizer, adapter_notes = load_tokenizer(str(files.directory), {})
         loaded.model.config.pad_token_id = tokenizer.pad_token_id
-        notes = tuple(own)
+        notes = tuple(adapter_notes)
     for note in notes:
         say(note)
     if files is not None:
@@ -224,10 +224,10 @@ def _base_head_labels(
     else the task's.
     """
     config = load_config(section)
-    own = head_labels(config)
+    base_labels = head_labels(config)
     outputs = {value.shape[0] for name, value in files.tensors.items() if ".lora_" not in name}
-    fits = declares_head(config) and len(own) in outputs
-    return own if fits and find_labels(labels, own) is not None else labels
+    fits = declares_head(config) and len(base_labels) in outputs
+    return base_labels if fits and find_labels(labels, base_labels) is not None else labels
 
 
 def _check_new_modules(loaded: Pretrained, files: AdapterFiles) -> None:

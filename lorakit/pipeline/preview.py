@@ -216,12 +216,12 @@ def _load_tokenizer(
         say(note)
     with explained(section.name_or_path), quiet():
         try:
-            own = GenerationConfig.from_pretrained(
+            eos = GenerationConfig.from_pretrained(
                 section.name_or_path, **hub_options(section)
             ).eos_token_id
         except OSError:  # without a generation config, the model's configuration is used
-            own = getattr(config.get_text_config(), "eos_token_id", None)
-    return tokenizer, set(stop_ids(tokenizer, own))
+            eos = getattr(config.get_text_config(), "eos_token_id", None)
+    return tokenizer, set(stop_ids(tokenizer, eos))
 
 
 def describe_row(

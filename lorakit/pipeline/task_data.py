@@ -124,14 +124,14 @@ def settle(task: Task, config: Any, split: Split, say: Say) -> tuple[Task, Any]:
     Reports to ``say`` which files and columns were chosen, which format was recognized, and which
     columns and keys are not used.
     """
-    chosen, own = task.chosen(config, split)
+    chosen, chosen_config = task.chosen(config, split)
     for note in split.notes:
         say(note)
-    for note in chosen.notes(own, split):
-        say(note if chosen is task else f"{note}: task {own.name}")
-    for note in column_notes(chosen, own, split):
+    for note in chosen.notes(chosen_config, split):
+        say(note if chosen is task else f"{note}: task {chosen_config.name}")
+    for note in column_notes(chosen, chosen_config, split):
         say(note)
-    return chosen, own
+    return chosen, chosen_config
 
 
 def resolve_labels(

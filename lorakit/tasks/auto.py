@@ -56,26 +56,27 @@ class Auto(FormattedTask):
     def chosen(self, config: Any, split: Split) -> tuple[Task, Any]:
         """Return the chosen task and its config. Raises DataError for a key that the task does not
         have, which would have no effect."""
-        task, own = self._delegate(split.columns, config)
-        for key in sorted(config.model_fields_set - type(own).model_fields.keys()):
+        task, task_config = self._delegate(split.columns, config)
+        for key in sorted(config.model_fields_set - type(task_config).model_fields.keys()):
             if getattr(config, key) != AutoConfig.model_fields[key].default:
                 raise DataError(
-                    f"task.{key}: the columns of {split.source} choose the task {own.name}, which "
-                    "has no such key; allowed: no such key, or rows of another task"
+                    f"task.{key}: the columns of {split.source} choose the task "
+                    f"{task_config.name}, which has no such key; allowed: no such key, or rows of "
+                    "another task"
                 )
-        return task, own
+        return task, task_config
 
     def read_columns(self, config: Any, columns: Sequence[str]) -> Collection[str] | None:
-        task, own = self._delegate(columns, config)
-        return task.read_columns(own, columns)
+        task, task_config = self._delegate(columns, config)
+        return task.read_columns(task_config, columns)
 
     def unused_keys(self, row: Row, config: Any) -> Iterable[str]:
-        task, own = self._delegate(tuple(row), config)
-        return task.unused_keys(row, own)
+        task, task_config = self._delegate(tuple(row), config)
+        return task.unused_keys(row, task_config)
 
     def drops_messages(self, row: Row, config: Any) -> bool:
-        task, own = self._delegate(tuple(row), config)
-        return task.drops_messages(row, own)
+        task, task_config = self._delegate(tuple(row), config)
+        return task.drops_messages(row, task_config)
 
     def generates(self, config: Any, final: bool = True) -> bool:
         """Whether the chosen task may generate."""
@@ -84,28 +85,28 @@ class Auto(FormattedTask):
         return super().generates(config, final)
 
     def example(self, row: Row, config: Any) -> Example:
-        task, own = self._delegate(tuple(row), config)
-        return task.example(row, own)
+        task, task_config = self._delegate(tuple(row), config)
+        return task.example(row, task_config)
 
     def prompt(self, row: Row, config: Any) -> Example:
-        task, own = self._delegate(tuple(row), config)
-        return task.prompt(row, own)
+        task, task_config = self._delegate(tuple(row), config)
+        return task.prompt(row, task_config)
 
     def metrics(
         self, predictions: Sequence[Prediction], split: Split, config: Any
     ) -> dict[str, float]:
-        task, own = self._delegate(split.columns, config)
-        return task.metrics(predictions, split, own)
+        task, task_config = self._delegate(split.columns, config)
+        return task.metrics(predictions, split, task_config)
 
     def _delegate(self, columns: Sequence[str], config: Any) -> tuple[Task, Any]:
         task = _TASKS[self.format_of(columns, config).name]
-        own = type(task).Config
+        section = type(task).Config
         given = {
             key: value
             for key, value in config.model_dump(exclude_unset=True).items()
-            if key in own.model_fields and (key, value) != ("eval_generate", None)
+            if key in section.model_fields and (key, value) != ("eval_generate", None)
         }
-        return task, own.model_validate({**given, "name": task.names[0]})
+        return task, section.model_validate({**given, "name": task.names[0]})
 
 
 TASK = Auto()

@@ -226,11 +226,11 @@ def read_label(value: Any, where: Labelling) -> int | float:
 
     Raises DataError if the value is missing, hidden (-1), unknown, out of range or not finite.
     """
-    said = f"{where.label} = {shown(value)}"
+    shown_label = f"{where.label} = {shown(value)}"
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
-        raise DataError(f"{said}: the label is missing")
+        raise DataError(f"{shown_label}: the label is missing")
     if where.labels is None:
-        return _read_target(value, where, said)
+        return _read_target(value, where, shown_label)
     by_name = _has_numeric_names(where.labels)
     for name in (value, label_name(value) if by_name else None):
         if isinstance(name, str) and name in where.labels:
@@ -239,20 +239,20 @@ def read_label(value: Any, where: Labelling) -> int | float:
     if index is not None and not by_name and 0 <= index < len(where.labels):
         return index
     if index == -1:
-        raise DataError(f"{said}: {_HIDDEN}")
+        raise DataError(f"{shown_label}: {_HIDDEN}")
     similar = [name for name in where.labels if folded_label(name) == folded_label(str(value))]
     hint = f"; did you mean {shown(similar[0])}?" if similar else ""
-    raise DataError(f"{said}: unknown label{hint}; allowed: {_allowed(where.labels)}")
+    raise DataError(f"{shown_label}: unknown label{hint}; allowed: {_allowed(where.labels)}")
 
 
-def _read_target(value: Any, where: Labelling, said: str) -> float:
+def _read_target(value: Any, where: Labelling, shown_label: str) -> float:
     bounded = math.isfinite(where.minimum)
     allowed = f"{where.minimum:g} to {where.maximum:g}" if bounded else "a finite number"
     target = _as_float(value)
     if bounded and target == -1:
-        raise DataError(f"{said}: {_HIDDEN}")
+        raise DataError(f"{shown_label}: {_HIDDEN}")
     if target is None or not (math.isfinite(target) and where.minimum <= target <= where.maximum):
-        raise DataError(f"{said}; allowed: {allowed}")
+        raise DataError(f"{shown_label}; allowed: {allowed}")
     return target
 
 

@@ -217,14 +217,14 @@ def _is_trained(given: dict[str, Any], role: str, where: str) -> bool:
     for key in (*_FLAGS, "weight"):
         if (value := given.get(key)) is not None:
             flags[key] = _flag(key, value, where)
-    said = [f"{key} = {shown(given[key])}" for key in flags]
+    texts = [f"{key} = {shown(given[key])}" for key in flags]
     if len(set(flags.values())) > 1:
-        raise DataError(f"{where}: {' and '.join(said)} contradict each other; set only one")
+        raise DataError(f"{where}: {' and '.join(texts)} contradict each other; set only one")
     if role != "assistant":
         if any(flags.values()):
             allowed = "0" if "weight" in flags else "false"
             raise DataError(
-                f"{where}: {said[0]} with role {role}: only the assistant's messages are trained; "
+                f"{where}: {texts[0]} with role {role}: only the assistant's messages are trained; "
                 f"allowed: {allowed}, or no such key"
             )
         return False

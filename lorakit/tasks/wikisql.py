@@ -271,9 +271,9 @@ def _database_file(file: Path) -> Path | None:
 
 
 def _sibling(file: Path, suffix: str) -> Path:
-    for own in _ROW_SUFFIXES:
-        if file.name.endswith(own):
-            return file.with_name(file.name.removesuffix(own) + suffix)
+    for row_suffix in _ROW_SUFFIXES:
+        if file.name.endswith(row_suffix):
+            return file.with_name(file.name.removesuffix(row_suffix) + suffix)
     raise DataError(f"{file}: not in WikiSQL's format; allowed: {' or '.join(_ROW_SUFFIXES)}")
 
 

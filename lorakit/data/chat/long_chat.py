@@ -49,8 +49,6 @@ _NUMBER = re.compile("[0-9]+")
 
 #: Equal for turns of the same kind.
 Kind = tuple[Hashable, ...]
-#: The properties of a message that a template may test.
-_Features = frozenset[tuple[Hashable, ...]]
 
 
 def is_long(indices: Sequence[int]) -> bool:

@@ -218,11 +218,11 @@ def _listed(tools: Tools) -> list[dict[str, Any]] | None:
 def _plain(message: Message) -> dict[str, Any]:
     """Remove null keys, and copy reasoning to the names that templates read, as transformers does
     from 5.24 on."""
-    there = {key: value for key, value in message.items() if value is not None}
-    found = next((there[key] for key in REASONING if key in there), None)
+    filled = {key: value for key, value in message.items() if value is not None}
+    found = next((filled[key] for key in REASONING if key in filled), None)
     if found is None:
-        return there
-    return {"thinking": found, **there, "reasoning_content": found}
+        return filled
+    return {"thinking": found, **filled, "reasoning_content": found}
 
 
 # The template's source

@@ -23,13 +23,13 @@ FUNCTION_KEYS = frozenset({"name", "arguments"})
 _NULLABLE = frozenset({"default", "const", "example"})
 
 
-def read_list(value: Any, said: str, allowed: str) -> list[Any]:
+def read_list(value: Any, label: str, allowed: str) -> list[Any]:
     """Read a list or the JSON text of one; null and blank text are empty. Raises DataError."""
     if _is_blank(value):
         return []
     found = _parse(value) if isinstance(value, str) else value
     if not isinstance(found, list):
-        raise DataError(f"{said} {shown(value)}; allowed: {allowed}, or its JSON text")
+        raise DataError(f"{label} {shown(value)}; allowed: {allowed}, or its JSON text")
     return found
 
 

@@ -34,11 +34,11 @@ class Traces:
         Raises DataError for a message that is ignored completely.
         """
         last, without_content = turns[-1], 0
-        there = self._present(messages, tools, turns)
+        found = self._present(messages, tools, turns)
         for index in range(last.index + 1):
             message = messages[index]
             parts = [key for key in ("content", *PAYLOAD) if _filled(message, key)]
-            if index in there or not parts:
+            if index in found or not parts:
                 continue
             emptied = self._emptied(message)
             if not self._changes(messages, tools, turns, {index: emptied}):
@@ -96,32 +96,32 @@ class Traces:
         counted = messages[: last.index + 1]
         contents = {index: text for index, message in enumerate(counted)
                     if (text := content_text(message).strip())}  # fmt: skip
-        there, end = set(), 0
+        found, end = set(), 0
         for index, content in contents.items():
             if (place := last.text.find(content, end)) >= 0:
-                there.add(index)
+                found.add(index)
                 end = place + len(content)
         roles = [message["role"] for message in counted]
         kind = (bool(tools), roles[0], roles[-1], frozenset(pairwise(roles)))
-        if kind not in self._known or there != contents.keys():
+        if kind not in self._known or found != contents.keys():
             wanted = set(contents)
-            there = wanted & {last.index} if contents.get(last.index, "") in last.answer else set()
-            there |= self._marked(counted, tools, wanted - there)
-            if there >= wanted:
+            found = wanted & {last.index} if contents.get(last.index, "") in last.answer else set()
+            found |= self._marked(counted, tools, wanted - found)
+            if found >= wanted:
                 self._known.add(kind)
         silent = (index for index in range(len(counted)) if index not in contents)
-        return there | {i for i in silent if self._shows_any(messages[i], i, turns)}
+        return found | {i for i in silent if self._shows_any(messages[i], i, turns)}
 
     def _marked(self, messages: Sequence[Message], tools: Tools, wanted: set[int]) -> set[int]:
         """Those of the messages ``wanted`` whose marks are found in the prompt of the last message,
         or in the chat with it."""
         changed = marked(messages)
-        there: set[int] = set()
+        found: set[int] = set()
         if len(changed) > 1:
-            there |= seen(self._text(changed[:-1], tools, True))
-        if not there >= wanted:
-            there |= seen(self._text(changed, tools, False))
-        return there & wanted
+            found |= seen(self._text(changed[:-1], tools, True))
+        if not found >= wanted:
+            found |= seen(self._text(changed, tools, False))
+        return found & wanted
 
     def _shows_any(self, message: Message, index: int, turns: Sequence[Turn]) -> bool:
         return any(
@@ -134,8 +134,8 @@ class Traces:
         if not self._mentions(key):
             return False
         values = [*(_names(message[key]) if key == "tool_calls" else _leaves(message[key]))]
-        own = next((turn.text for turn in turns if turn.index == index), "")
-        return any(value in own or value in turns[-1].text for value in values)
+        turn_text = next((turn.text for turn in turns if turn.index == index), "")
+        return any(value in turn_text or value in turns[-1].text for value in values)
 
     def _is_ignored(
         self,
