@@ -1,8 +1,8 @@
 """The calls behind the command line and ``import lorakit``.
 
-Every name is imported from its layer on first use, so importing this module loads no tensor
-library. The command line imports nothing but this module, ``recipe``, ``registry`` and ``errors``;
-a call that a new command needs is added to the table below.
+Every name is imported from its module on first use, so importing this module loads no tensor
+library. The command line imports nothing else but ``recipe``, ``registry`` and ``errors``; to make
+another call available to it, add the name to the tables below.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ _MODULES = {
     "lorakit.evaluation.requests": ("chat_request", "read_requests", "text_request"),
     "lorakit.evaluation.sampling": ("Decoding",),
     "lorakit.injection": ("inject",),
-    "lorakit.method_check": ("CheckResult", "check_method"),
     "lorakit.io.atomic": ("write_text",),
+    "lorakit.method_check": ("CheckResult", "check_method"),
     "lorakit.methods.lora": ("LoraConfig",),
     "lorakit.models.load": ("window",),
     "lorakit.nn": (

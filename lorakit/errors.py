@@ -20,7 +20,7 @@ class LorakitError(Exception):
 
 
 class UserError(LorakitError, ValueError):
-    """Invalid input; nothing has been written."""
+    """Invalid input; nothing has been written, except for the checkpoint that a BadRow names."""
 
     exit_code = 2
 
@@ -60,9 +60,9 @@ class EvaluationError(LorakitError):
 
 
 class Interrupted(LorakitError):
-    """A run was stopped by SIGINT or SIGTERM, after saving a checkpoint.
+    """A run was stopped by SIGINT, SIGTERM or SIGHUP, after saving a checkpoint.
 
-    ``exit_code`` is 128 plus the signal number: 130 or 143.
+    ``exit_code`` is 128 plus the signal number: 130, 143 or 129.
     """
 
     def __init__(self, message: str, signal_number: int) -> None:

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-#: Variables with which a user decides how threads wait; if one is set, nothing is changed.
+#: Environment variables that decide how threads wait; if the user sets one, it is respected.
 _DECIDED_BY = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 _TASKS, _STAT = Path("/proc/self/task"), Path("/proc/stat")
 _INTERVAL_SECONDS = 0.5
@@ -127,7 +127,7 @@ def _busy_seconds(cores: set[int]) -> float:
 
 
 class _SleepingTeam:
-    """A thread with an OpenMP team of its own that sleeps until ``end``."""
+    """A thread that starts a second OpenMP team and then sleeps until ``end``."""
 
     def __init__(self) -> None:
         self._end = threading.Event()

@@ -33,10 +33,10 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(arguments.repeats + 2):
         for name, step in steps.items():
-            synchronise(device)
+            synchronize(device)
             began = time.perf_counter()
             step(repeat + 1)
-            synchronise(device)
+            synchronize(device)
             if repeat >= 2:
                 seconds[name].append(time.perf_counter() - began)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
@@ -127,7 +127,7 @@ def ours(method: str):
 
         def mark(name: str) -> None:
             if arguments.parts:
-                synchronise(device)
+                synchronize(device)
                 spent.setdefault(name, []).append(time.perf_counter() - last[0])
                 last[0] = time.perf_counter()
 
@@ -173,7 +173,7 @@ def theirs(method: str):
     return build
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
 

@@ -82,12 +82,12 @@ def measure(arguments: argparse.Namespace, name: str, changes: dict[str, Any]) -
     padded = tokens = 0
     for step in range(WARM_STEPS + arguments.steps):
         if step == WARM_STEPS:
-            synchronise()
+            synchronize()
             began = time.perf_counter()
         loaded = loader.take(step)
         engine.step(loaded.micro_batches)
         loader.prefetch(step + 1)
-    synchronise()
+    synchronize()
     seconds = time.perf_counter() - began
     for step in range(WARM_STEPS, WARM_STEPS + arguments.steps):
         loader.prefetch(step)
@@ -136,7 +136,7 @@ def loss_of_rows(
     return engine.loss([batch.to(loader.device) for batch in batches])
 
 
-def synchronise() -> None:
+def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

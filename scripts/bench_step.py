@@ -36,8 +36,8 @@ def main() -> None:
         rows[case] = json.loads(done.stdout.splitlines()[-1])
         print(case, json.dumps(rows[case]), flush=True)
     for name in ("lorakit", "peft"):
-        whole, hidden = (rows[n]["peak_memory_bytes"] for n in (name, f"{name}-hidden"))
-        print(f"{name}: the logits take {1 - hidden / whole:.1%} of {whole / 2**20:,.0f} MiB")
+        full, hidden = (rows[n]["peak_memory_bytes"] for n in (name, f"{name}-hidden"))
+        print(f"{name}: the logits take {1 - hidden / full:.1%} of {full / 2**20:,.0f} MiB")
     for key in ("peak_memory_bytes", "step_seconds"):
         print(f"lorakit / PEFT, {key}: {rows['lorakit'][key] / rows['peft'][key]:.3f}")
 

@@ -14,7 +14,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-GREY, BLUE = "#9aa5b1", "#1f6feb"
+GRAY, BLUE = "#9aa5b1", "#1f6feb"
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8), width_ratios=(1, 1.4))
     values = [100 * score["ex_accuracy"] for score in scores]
-    bars = left.bar(["base", "with the adapter"], values, color=[GREY, BLUE], width=0.55)
+    bars = left.bar(["base", "with the adapter"], values, color=[GRAY, BLUE], width=0.55)
     left.bar_label(bars, [f"{value:.1f}%" for value in values], padding=3)
     left.set(title="SQL that gives the right answer", ylim=(0, 115), yticks=[])
     left.spines["left"].set_visible(False)

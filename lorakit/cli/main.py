@@ -79,7 +79,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         typer.echo("stopped", err=True)
         return _INTERRUPTED
-    except Exception as error:  # a bug: print one line, and keep the traceback in a file
+    except Exception as error:  # a bug: print one line, and save the traceback to a file
         if os.environ.get("LORAKIT_TRACEBACK"):
             raise
         typer.echo(f"error: {_log_traceback(error)}", err=True)

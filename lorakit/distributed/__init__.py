@@ -1,8 +1,9 @@
-"""Processes and devices: whatever depends on how many of them share a run.
+"""Everything that depends on how many processes and devices share a run.
 
-``processes`` splits work by rows, as evaluations need it: each process takes a shard of the rows,
-and ``gather`` collects the results. ``strategy`` is for training: it places and wraps what trains,
-and reduces gradients and counts. With one process, both change nothing.
+``processes`` splits evaluations: each process takes a shard of the rows, and ``gather`` collects
+the results. ``strategy`` is for training: it places and wraps the trained modules, and reduces
+gradients and counts. With a single process, neither has any effect.
 
-A new way to distribute training is a subclass of ``Strategy`` that ``build_strategy`` returns.
+To add a way to distribute training, derive a class from ``Strategy`` and return it from
+``build_strategy``.
 """

@@ -6,7 +6,7 @@ process, and no group is created.
 
 Failures propagate: a process that fails sets a flag in the group's store, which the others check
 between batches, and reports its exit code in the next exchange. So none of them waits for one that
-is gone, and only one prints the error.
+has exited, and only one prints the error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class PeerFailed(Exception):
 
 
 class _Abort(Exception):
-    """A process failed and every process knows; ``rank`` is the lowest that did."""
+    """Raised in every process after a failure; ``rank`` is the lowest that failed."""
 
     def __init__(self, rank: int, exit_code: int) -> None:
         self.rank, self.exit_code = rank, exit_code
@@ -111,7 +111,7 @@ def process_group() -> Iterator[None]:
     """Run a command's body in all processes; if one fails, all of them exit.
 
     The first process that failed raises its error, the others exit silently with the same code.
-    With one process, the body runs as is.
+    With one process, this has no effect.
     """
     if not is_launched():
         yield
@@ -136,7 +136,7 @@ def process_group() -> Iterator[None]:
 
 def _report(error: Exception) -> None:
     """Return in the one process that has to raise ``error``; raise _Abort in the others."""
-    if not _has_group():  # creating the group failed, and will have failed in all processes
+    if not _has_group():  # creating the group failed, presumably in all processes
         if not is_main():
             raise _Abort(0, _exit_code(error))
         return

@@ -20,7 +20,7 @@ from lorakit.errors import UserError
 class Strategy:
     """One process on one device (``single``).
 
-    ``wrap`` may replace a module's parameters, so it comes before anything that holds on to them:
+    ``wrap`` may replace a module's parameters, so it must run before anything refers to them:
     parameter groups, hooks, the optimizer. After ``backward`` on the last micro-batch of a step,
     gradients are sums over all processes, and losses are divided by counts that ``total`` has
     summed over all processes. For a single process both are the values themselves.
@@ -42,33 +42,32 @@ class Strategy:
 
     @property
     def skipped_update(self) -> bool:
-        """Whether the scaler left out the last optimizer step because of a gradient that is not
-        finite."""
+        """Whether the scaler skipped the last optimizer step because a gradient was not finite."""
         skipped: bool = self.accelerator.optimizer_step_was_skipped
         return skipped
 
     def wrap(self, module: nn.Module) -> Any:
-        """``module`` on its device, in the precision of the run and ready for ``backward``."""
+        """Return ``module`` on its device, in the run's precision and ready for ``backward``."""
         return self.accelerator.prepare_model(module)
 
     def wrap_optimizer(self, optimizer: torch.optim.Optimizer) -> AcceleratedOptimizer:
-        """``optimizer`` with float16's loss scaling, if the run has it."""
+        """Return ``optimizer`` with float16's loss scaling, if the run uses it."""
         return self.accelerator.prepare_optimizer(optimizer)
 
     def accumulate(self, module: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        """Forward and backward of one micro-batch; only the ``last`` one reduces gradients."""
+        """Return the context for one micro-batch; only the ``last`` one reduces gradients."""
         return nullcontext() if last else self.accelerator.no_sync(module)
 
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
 
     def scale(self, gradient: Tensor) -> Tensor:
-        """``gradient`` scaled as those of ``backward`` are until ``clip_grad_norm``."""
+        """Scale ``gradient`` like those of ``backward``, which ``clip_grad_norm`` undoes."""
         scaled: Tensor = gradient if self.scaler is None else self.scaler.scale(gradient)
         return scaled
 
     def clip_grad_norm(self, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
-        """Undo the loss scaling, clip to ``max_norm`` and return the norm from before."""
+        """Undo the loss scaling, clip to ``max_norm`` and return the norm before clipping."""
         norm: Tensor = self.accelerator.clip_grad_norm_(list(parameters), max_norm)
         return norm
 
@@ -83,7 +82,7 @@ class Strategy:
 
 
 def build_strategy(dtype: str) -> Strategy:
-    """The strategy for a model in precision ``dtype``: ``single``, the only one so far.
+    """Return the strategy for a model in precision ``dtype``: ``single``, the only one so far.
 
     Raises UserError if a launcher started several processes, or for float16 on the CPU.
     """

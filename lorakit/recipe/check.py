@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,7 @@ def check_sections(
 ) -> list[Fault]:
     """Return the faults between keys that are valid on their own; None skips a section.
 
-    Invalid keys have their defaults here, so that one error does not hide others.
+    Invalid keys are replaced by their defaults here, so that one error does not hide others.
     """
     faults: list[Fault] = []
     if model is not None:
@@ -102,8 +101,8 @@ def find_method(name: str) -> tuple[Any, list[Fault]]:
     try:
         return registry.method(name), []
     except KeyError:
-        (fault,) = _unknown_name(path, "method", name, tuple(registry.methods()))
-        return None, [replace(fault, allowed=f"{fault.allowed}, or a method file: ./FILE.py:CLASS")]
+        files = "a method file: ./FILE.py:CLASS"
+        return None, [_unknown_name(path, "method", name, registry.methods(), files)]
     except UserError as error:
         return None, [Fault(path, str(error), name, True)]
 
@@ -115,10 +114,8 @@ def find_task(name: str) -> tuple[Any, tuple[Problem, ...], list[Fault]]:
     try:
         return registry.task(name), (), []
     except KeyError:
-        known = tuple(registry.tasks())
-        (fault,) = _unknown_name(path, "task", name, known)
-        files = f"{fault.allowed}, or a task file: ./FILE.py:CLASS, ./FILE.yaml"
-        return None, (), [replace(fault, allowed=files)]
+        files = "a task file: ./FILE.py:CLASS, ./FILE.yaml"
+        return None, (), [_unknown_name(path, "task", name, registry.tasks(), files)]
     except RecipeError as error:
         return None, error.problems, []
     except UserError as error:
@@ -126,11 +123,10 @@ def find_task(name: str) -> tuple[Any, tuple[Problem, ...], list[Fault]]:
 
 
 def _unknown_name(
-    path: tuple[str, str], kind: str, name: str, known: tuple[str, ...]
-) -> Iterator[Fault]:
-    if name not in known:
-        message = did_you_mean(f"unknown {kind}", name, known)
-        yield Fault(path, message, name, True, ", ".join(known))
+    path: tuple[str, str], kind: str, name: str, known: Iterable[str], files: str
+) -> Fault:
+    message = did_you_mean(f"unknown {kind}", name, known)
+    return Fault(path, message, name, True, f"{', '.join(known)}, or {files}")
 
 
 def _dtype(model: ModelSection) -> Iterator[Fault]:

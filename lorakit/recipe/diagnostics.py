@@ -101,7 +101,7 @@ def locate(source: YamlFile, path: KeyPath) -> tuple[str, int | None]:
 
 
 def leading_key(message: str, recipe: Recipe) -> KeyPath | None:
-    """Return the path of the recipe key that ``message`` starts with, None if it is none."""
+    """Return the path of the recipe key that ``message`` starts with, or None."""
     match = re.match(r"(\w+)\.(\w+)", message)
     if match is None or match[1] not in Recipe.model_fields:
         return None
@@ -276,7 +276,7 @@ def _hint(section: str, key: str, known: Collection[str]) -> str | None:
 
 
 def _elsewhere(key: str, section: str) -> str | None:
-    """Say where else than in ``section``, as it is used here, ``key`` is known."""
+    """Say which other section, method or task has ``key``, if one does."""
     for name, part in (("model", ModelSection), ("train", TrainSection)):
         if name != section and key in part.model_fields:
             return f"it belongs under {name}"

@@ -39,8 +39,10 @@ _FIRST = (
 
 
 def write_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Write the resolved recipe as UTF-8 YAML that loads as an equal recipe; the file appears
-    atomically."""
+    """Write the resolved recipe as UTF-8 YAML that loads as an equal recipe.
+
+    The write is atomic.
+    """
     write_text(Path(path), recipe_text(recipe))
 
 

@@ -190,7 +190,7 @@ def escape(text: str) -> str:
 
 
 def expand_environment(source: YamlFile, environ: Mapping[str, str] = os.environ) -> list[Fault]:
-    """Expand variable references in the strings of ``source.data``, in place; keys are left as is.
+    """Expand variable references in the strings of ``source.data``, in place, but not in keys.
 
     As in a shell, the default after ``:-`` applies to a variable that is unset or empty. An
     unquoted value that is a single reference is parsed as a YAML scalar after expansion, so that
@@ -249,7 +249,7 @@ _FORM = "SECTION.KEY=VALUE, such as train.seed=1"
 def apply_overrides(source: YamlFile, overrides: Overrides | None) -> list[Fault]:
     """Set the overridden values in ``source.data``, in place; return the faults of invalid ones.
 
-    Values from the command line are parsed as YAML, those of a mapping are used as they are.
+    Values from the command line are parsed as YAML, those of a mapping are used unchanged.
     Everything after the second dot is one key of a mapping:
     ``adapter.rank_pattern.layers.0.q_proj=4``. Variables are not expanded: the shell has done so.
     """

@@ -1,8 +1,8 @@
 """Training: from a recipe to an adapter directory.
 
-Read ``run`` (what happens, in order), ``loop`` (when to log, evaluate, save, stop and resume) and
-``engine/eager`` (what happens in one optimizer step).
+Read ``run`` (the stages of a run, in order), ``loop`` (when to log, evaluate, save, stop and
+resume) and ``engine/eager`` (one optimizer step).
 
-Extended by another engine (see ``engine``) or another strategy (see ``lorakit.distributed``). A
-method takes part through its hooks, a task through its metrics; neither is named here.
+To extend it, add an engine (see ``engine``) or a strategy (see ``lorakit.distributed``). Methods
+take part through their hooks and tasks through their metrics; no method or task is named here.
 """

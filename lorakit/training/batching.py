@@ -1,4 +1,4 @@
-"""From encoded rows to the steps of a run, and to batches on the device."""
+"""Plan the steps of a run from its encoded rows, and load their batches onto the device."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Batching:
 
 @dataclass(frozen=True)
 class LoadedStep:
-    """A step's batches on the device; ``token_count`` leaves out padding."""
+    """A step's batches on the device; ``token_count`` excludes padding."""
 
     number: int
     micro_batches: list[Batch]
@@ -80,7 +80,7 @@ class StepLoader:
         self._rows_read = _rows_read(steps)
 
     def take(self, number: int) -> LoadedStep:
-        """The step ``number``; raises DataError if a stream's row cannot be read or trained on."""
+        """Return a step; raises DataError if a row of a stream cannot be read or trained on."""
         ahead, self._ahead = self._ahead, None
         try:
             loaded = ahead if ahead is not None else self._load(number)
@@ -98,15 +98,15 @@ class StepLoader:
             self._ahead = error
 
     def first_step(self) -> list[Batch] | None:
-        """The batches of the run's first step; None if they came from a stream that was resumed
-        after them."""
+        """Return the batches of the run's first step, or None if they came from a stream that was
+        resumed after them."""
         step = self._first
         if step is None and self._steps.steps_per_epoch is not None:
             step = self._steps.step(0)
         return None if step is None else self._batches(step)
 
     def rows_read(self) -> dict[str, int]:
-        """What ``run.json`` records about a stream up to the step taken last."""
+        """Return what ``run.json`` records about a stream up to the last step taken."""
         return self._rows_read
 
     def _load(self, number: int) -> LoadedStep:
@@ -145,7 +145,7 @@ def build_batching(prepared: Prepared, device: torch.device) -> Batching:
             seed=section.seed,
             group_by_length=section.group_by_length and packing is None,
         )
-        description += f", {plan.units_per_step} a step"
+        description += f", {plan.units_per_step} per step"
     else:
         plan = TokenPlan(
             lengths=lengths,
@@ -156,7 +156,7 @@ def build_batching(prepared: Prepared, device: torch.device) -> Batching:
             multiple_of=padding_multiple(prepared, device),
         )
         tokens = section.max_tokens_per_batch * section.gradient_accumulation_steps
-        description += f", up to {tokens:,} tokens a step"
+        description += f", up to {tokens:,} tokens per step"
     return Batching(IndexedSteps(rows, plan, packing), description)
 
 
@@ -174,7 +174,7 @@ def _streaming(recipe: Recipe, rows: StreamedRows) -> Batching:
         skipped=rows.skipped,
     )
     units = f"bins of {capacity:,} tokens" if recipe.task.packing else "rows"
-    return Batching(steps, f"a stream of rows, {steps.units_per_step} {units} a step")
+    return Batching(steps, f"a stream of rows, {steps.units_per_step} {units} per step")
 
 
 def _units_per_batch(recipe: Recipe) -> int:
@@ -188,8 +188,8 @@ def _units_per_batch(recipe: Recipe) -> int:
 
 
 def build_collate(prepared: Prepared, device: torch.device, varlen: bool) -> Collate:
-    """The function that makes tensors of a micro-batch's rows; with ``varlen``, packed rows become
-    one sequence."""
+    """Return the function that collates the rows of a micro-batch into tensors; with ``varlen``,
+    packed rows become one sequence."""
     settings: Any = {
         "pad_id": prepared.tokenizer.pad_token_id,
         "multiple_of": padding_multiple(prepared, device),
@@ -201,7 +201,8 @@ def build_collate(prepared: Prepared, device: torch.device, varlen: bool) -> Col
 
 
 def padding_multiple(prepared: Prepared, device: torch.device) -> int:
-    """What lengths are padded to: 8 suits tensor cores, and half precision on the CPU, where a
-    kernel is compiled and cached for each length. float32 on the CPU needs no extra padding."""
+    """Return the multiple that lengths are padded to: 8 for tensor cores, and for half precision on
+    the CPU, where a kernel is compiled and cached for each length. float32 on the CPU needs no
+    extra padding."""
     plain = device.type == "cpu" and prepared.model.dtype == torch.float32
     return 1 if plain else 8

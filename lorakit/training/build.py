@@ -20,6 +20,7 @@ from lorakit.injection import trainable_state
 from lorakit.layers import adapter_layers
 from lorakit.methods.base import Method
 from lorakit.models.heads import label_columns
+from lorakit.pipeline.task_data import Say
 from lorakit.recipe.sections import Recipe, TrainSection
 from lorakit.training.batching import StepLoader, build_collate, padding_multiple
 from lorakit.training.checkpoint import Progress
@@ -28,14 +29,14 @@ from lorakit.training.divergence import divergence_cause
 from lorakit.training.engine.eager import CausalObjective, EagerEngine, EncoderObjective
 from lorakit.training.engine.probe import GradientProbe
 from lorakit.training.loop import Loop
-from lorakit.training.setup import Prepared, Say, main_metric
+from lorakit.training.setup import Prepared, main_metric
 from lorakit.training.tracking import Recorder
 
 Objective = CausalObjective | EncoderObjective
 
 
 def build_objective(prepared: Prepared, device: torch.device) -> Objective:
-    """Seed the run, move the model to ``device`` and put its loss on top."""
+    """Seed the run, move the model to ``device`` and wrap it in its objective."""
     section = prepared.recipe.train
     model: Any = prepared.model
     set_seed(section.seed)
@@ -46,7 +47,7 @@ def build_objective(prepared: Prepared, device: torch.device) -> Objective:
         columns = label_columns(model, prepared.task.labels(prepared.recipe.task, None))
         return EncoderObjective(model, section.label_smoothing, columns)
     task = prepared.recipe.task
-    # The padding behind packed rows counts as one of them.
+    # The padding after packed rows is treated as one more row.
     longest_row = max(task.max_length, padding_multiple(prepared, device))
     return CausalObjective(model, section.label_smoothing, task.packing, longest_row)
 
@@ -54,7 +55,7 @@ def build_objective(prepared: Prepared, device: torch.device) -> Objective:
 def build_engine(
     prepared: Prepared, objective: Objective, strategy: Strategy, total_steps: int, say: Say
 ) -> EagerEngine:
-    """Wrap the objective, then build all that holds on to its parameters."""
+    """Wrap the objective, then build everything that refers to its parameters."""
     section, model = prepared.recipe.train, prepared.model
     if section.compile is True:
         decoder = objective.parts.decoder if objective.parts else None
@@ -64,7 +65,8 @@ def build_engine(
     method, config = _method(prepared.recipe), prepared.recipe.adapter
     layers = adapter_layers(model)
     optimizer = build_optimizer(method.param_groups(parameters, layers, config, section), section)
-    # Before the optimizer is wrapped: with float16, Accelerate restores the `step` that it finds.
+    # Before the optimizer is wrapped: with float16, Accelerate restores the `step` method that it
+    # finds then, which must be the scheduler's.
     scheduler = build_scheduler(optimizer, section, total_steps)
     return EagerEngine(
         strategy=strategy,
@@ -117,7 +119,7 @@ def build_loop(
 
 
 def build_schedule(recipe: Recipe, steps: StepSource) -> Schedule:
-    """Raises UserError for a warmup or a method's phases that do not fit into the run."""
+    """Return the run's schedule; raises UserError if warmup or a method's phases exceed it."""
     section, epoch = recipe.train, steps.steps_per_epoch
     assert section.max_steps or epoch, "a stream has max_steps"
     total = section.max_steps or max(1, round((section.epochs or 1) * (epoch or 1)))
@@ -145,7 +147,7 @@ def check_optimizer(name: str) -> None:
 def build_optimizer(
     groups: Iterable[dict[str, Any]], section: TrainSection
 ) -> torch.optim.Optimizer:
-    """The optimizer ``section.optimizer``; torch's own in their fused implementation."""
+    """Return the optimizer ``section.optimizer``; those of torch use their fused implementation."""
     groups = list(groups)
     adam = {
         "lr": section.learning_rate,
@@ -188,8 +190,8 @@ def check_warmup(section: TrainSection, total_steps: int) -> None:
 
 
 def resolve_warmup_steps(section: TrainSection, total_steps: int) -> int:
-    """``warmup_steps``, or ``warmup_ratio`` of all steps, rounded up but at least one step short of
-    the run."""
+    """Return ``warmup_steps``, or ``warmup_ratio`` of all steps, rounded up but at least one step
+    less than the run."""
     if section.warmup_steps is not None:
         return section.warmup_steps
     return min(math.ceil((section.warmup_ratio or 0.0) * total_steps), total_steps - 1)
@@ -208,7 +210,8 @@ def _requested_modules(prepared: Prepared) -> list[str]:
 
 
 def _checkpoint_activations(model: Any, encoder: bool) -> None:
-    """Later releases of transformers 5 deprecate ``gradient_checkpointing_enable``."""
+    """Use the newer name if it exists: later releases of transformers 5 deprecate
+    ``gradient_checkpointing_enable``."""
     if encoder:  # otherwise transformers warns that it turns the cache off
         model.config.use_cache = False
     name = "activation_checkpointing_enable"

@@ -1,8 +1,8 @@
-"""Checkpoints: everything that an exact resume needs, complete or absent.
+"""Checkpoints: everything that an exact resume needs.
 
-A checkpoint directory is written under a temporary name, then renamed atomically. It has the
-engine's state, the random states and the best model's weights: tensors as safetensors, the rest as
-JSON. Nothing is pickled.
+A checkpoint directory is written under a temporary name, then renamed atomically, so it is
+complete or absent. It contains the engine's state, the random states and the best model's weights:
+tensors as safetensors, the rest as JSON. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ RandomStates = tuple[dict[str, Tensor], dict[str, Any]]
 
 @dataclass
 class Progress:
-    """How far a run is.
+    """The progress of a run.
 
     ``step`` counts finished optimizer steps, ``seconds`` is the time spent in steps and
     evaluations. ``window`` has the loss, gradient norm and method values of each step since the
     last log line, ``metrics_lines`` is the length of metrics.jsonl. ``first_loss`` is the loss of
-    the first log line, and ``said_grown`` says that a warning about its growth was printed.
-    ``history`` decides at the end whether the run has diverged.
+    the first log line, and ``said_grown`` tells whether a warning about its growth was printed.
+    ``history`` shows at the end whether the run has diverged.
     """
 
     step: int = 0
@@ -106,7 +106,7 @@ def _write(directory: Path, snapshot: Snapshot) -> None:
 
 
 def load_checkpoint(checkpoint: Path) -> Snapshot:
-    """Raises UserError for a directory that is not a complete checkpoint."""
+    """Read a checkpoint; raises UserError if it is not complete."""
 
     def load(name: str) -> dict[str, Tensor]:
         return load_file(checkpoint / f"{name}.safetensors")
@@ -143,14 +143,14 @@ def _step(checkpoint: Path) -> int:
 
 
 def delete_after(folder: Path, step: int) -> None:
-    """Delete the checkpoints of later steps: a run resumes from ``step``."""
+    """Delete the checkpoints after ``step``, from which a run resumes."""
     for later in checkpoints(folder):
         if _step(later) > step:
             remove_directory(later)
 
 
 def random_states() -> RandomStates:
-    """The states of the process's generators: torch's, Python's and NumPy's."""
+    """Return the states of the random number generators of torch, Python and NumPy."""
     tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
@@ -177,7 +177,7 @@ def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _split_tensors(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state dict as tensors named ``INDEX.KEY``, and the rest of it."""
+    """Split an optimizer's state dict into tensors named ``INDEX.KEY``, and the rest."""
     tensors = {
         f"{index}.{key}": value.detach().cpu().contiguous()
         for index, values in state["state"].items()

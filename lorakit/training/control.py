@@ -1,4 +1,4 @@
-"""What the loop consults between steps: schedule, evaluation, early stopping and signals."""
+"""What the loop uses between steps: schedule, evaluation, early stopping and signals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lorakit.training.tracking import throttled
 
 @dataclass(frozen=True)
 class Schedule:
-    """When to log, evaluate and save: every so many steps, and after the last one.
+    """When to log, evaluate and save: at regular intervals of steps, and after the last step.
     ``steps_per_epoch`` is None for a stream."""
 
     total_steps: int
@@ -36,7 +36,7 @@ class Schedule:
         return step % every == 0 or step == self.total_steps
 
     def epoch(self, step: int) -> float | None:
-        """The number of passes over the rows; None if their number is unknown."""
+        """Return the number of passes over the rows; None if the number of rows is unknown."""
         return round(step / self.steps_per_epoch, 4) if self.steps_per_epoch else None
 
 

@@ -1,4 +1,4 @@
-"""Divergence detection, on scalars that are read back without waiting for the device."""
+"""Divergence detection, based on scalars that are copied from the device asynchronously."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _LAST_STEPS = 10
 
 @dataclass(frozen=True)
 class StepScalars:
-    """The losses, gradient norms and method values of the steps of one log line. ``known`` is what
-    the host knew when the last of them was launched."""
+    """The losses, gradient norms and method values of the steps of one log line. ``known`` are
+    the values that the host had when it launched the last of them."""
 
     known: dict[str, Any]
     losses: list[float]
@@ -66,7 +66,7 @@ class AsyncScalars:
         self._pending.append(torch.stack([scalar.detach().float() for scalar in scalars]))
 
     def stage(self, known: dict[str, Any]) -> None:
-        """End the log line of the steps added since the last one."""
+        """Start copying the scalars of the steps added since the last log line."""
         if not self._pending:
             return
         values = torch.stack(self._pending)
@@ -96,14 +96,14 @@ class AsyncScalars:
 
 
 def divergence_cause(learning_rate: float, advice: str | None) -> str:
-    """The likely cause of a divergence; ``advice`` is the method's addition to it."""
+    """Name the likely cause of a divergence; ``advice`` is a further one that the method adds."""
     return f"train.learning_rate ({learning_rate:g}) too high" + (
         f", or {advice}" if advice else ""
     )
 
 
 def nonfinite_step(scalars: StepScalars, scales_loss: bool, cause: str) -> str | None:
-    """A message about the first step whose loss or gradient is not finite.
+    """Return a message about the first step whose loss or gradient is not finite.
 
     ``scales_loss``: float16's loss scaler skips a step whose gradient is not finite.
     """
@@ -119,15 +119,14 @@ def nonfinite_step(scalars: StepScalars, scales_loss: bool, cause: str) -> str |
 
 
 def nonfinite_weight(weights: Mapping[str, Tensor]) -> str | None:
-    """The name of the first weight that is not finite; waits for the device once."""
+    """Return the name of the first weight that is not finite; waits for the device once."""
     finite = torch.stack([weight.detach().isfinite().all() for weight in weights.values()])
-    return next(
-        (name for name, fine in zip(weights, finite.tolist(), strict=True) if not fine), None
-    )
+    flags = zip(weights, finite.tolist(), strict=True)
+    return next((name for name, is_finite in flags if not is_finite), None)
 
 
 def loss_growth(scalars: StepScalars, first: float, cause: str) -> str | None:
-    """A message about a finite loss far above ``first``, the loss of the run's first log line: more
+    """Return a message about a loss far above ``first``, the loss of the run's first log line: more
     than 3 times as high and more than 1 above it, which neither a small loss nor ordinary noise
     reaches."""
     if not (scalars.loss > 3 * first and scalars.loss > first + 1):
@@ -141,7 +140,7 @@ def loss_growth(scalars: StepScalars, first: float, cause: str) -> str | None:
 @dataclass
 class LossHistory:
     """``start`` is the loss of the first step, before any update, ``peak`` the highest of any step,
-    ``last`` holds those of the last steps, oldest first."""
+    ``last`` are those of the last steps, oldest first."""
 
     start: float | None = None
     peak: float = -math.inf
@@ -176,7 +175,7 @@ def has_diverged(history: LossHistory, remeasured: float | None) -> bool:
 
 
 def divergence_note(history: LossHistory, remeasured: float | None, cause: str) -> str:
-    """The warning at the end of a run that ``has_diverged``."""
+    """Return the warning at the end of a run that ``has_diverged``."""
     assert history.start is not None
     before = f"{history.start:.4g} at the start, {history.peak:.4g} at its peak"
     if remeasured is not None:

@@ -1,4 +1,4 @@
-"""When to take a step, log, evaluate, save and stop; the engine knows how a step is taken."""
+"""Decide when to take a step, log, evaluate, save and stop; the engine computes the step."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from lorakit.training.tracking import Recorder
 @dataclass
 class Loop:
     """``evaluate`` is None without a validation split; ``cause`` is the likely cause of a
-    divergence."""
+    divergence. ``broken`` is set once the loss or a weight is not finite."""
 
     engine: Engine
     loader: StepLoader
@@ -184,7 +184,7 @@ class Loop:
         self._window_start, self._window_tokens = now, 0
 
     def _record(self, wait: bool) -> None:
-        """Write the log lines whose numbers have arrived; with ``wait``, all that have ended."""
+        """Write the log lines whose numbers have arrived; with ``wait``, all complete ones."""
         for scalars in self._scalars.arrived(wait):
             self._check_finite(scalars)
             self.progress.history.add(scalars.losses)
@@ -200,7 +200,7 @@ class Loop:
             self._check_finite(StepScalars({"step": self.progress.step}, losses, norms))
         if name := nonfinite_weight(self.engine.weights):
             self._fail(
-                f"step {self.progress.step}: {name} is not finite after it; likely cause: "
+                f"step {self.progress.step}: {name} is not finite after this step; likely cause: "
                 f"{self.cause}"
             )
 

@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +31,12 @@ from lorakit.data.stream import have_same_head
 from lorakit.errors import AdapterError, UserError
 from lorakit.methods.base import Method
 from lorakit.models.hub import load_config
+from lorakit.pipeline.task_data import Say
 from lorakit.recipe.load import load_recipe
 from lorakit.recipe.sections import Recipe
 from lorakit.training.checkpoint import Snapshot, checkpoints, load_checkpoint
 from lorakit.training.record import RunRecord
-from lorakit.training.setup import Prepared, Say
+from lorakit.training.setup import Prepared
 from lorakit.training.tracking import PROJECT
 
 #: Keys that a resumed run may change: they do not affect the result.
@@ -72,7 +73,7 @@ def find_start(recipe: Recipe, resume: str | None) -> Start:
     """
     output_dir = Path(recipe.train.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"train.output_dir: {output_dir}: a file of that name exists")
+        raise UserError(f"train.output_dir: {output_dir}: a file with that name exists")
     found = checkpoints(output_dir / "checkpoints")
     run = _read_run(output_dir)
     adapter = output_dir / "adapter"
@@ -80,8 +81,8 @@ def find_start(recipe: Recipe, resume: str | None) -> Start:
         (adapter / name).is_file() for name in (CONFIG, WEIGHTS)
     )
     named = None if resume in (None, "auto") else _checkpoint_at(str(resume))
-    own = named is not None and named.parent.resolve() == (output_dir / "checkpoints").resolve()
-    if (found or complete) and resume != "auto" and not own:
+    is_own = named is not None and named.parent.resolve() == (output_dir / "checkpoints").resolve()
+    if (found or complete) and resume != "auto" and not is_own:
         raise UserError(
             f"train.output_dir: {output_dir} contains "
             + ("a finished run; " if complete else f"a run at {found[-1].name}; ")
@@ -98,11 +99,12 @@ def find_start(recipe: Recipe, resume: str | None) -> Start:
     return Start(found[-1], load_checkpoint(found[-1])) if found else Start()
 
 
-def check_same_data(data: dict[str, Any], checkpoint: Path, say: Callable[[str], None]) -> int:
+def check_same_data(data: dict[str, Any], checkpoint: Path, say: Say) -> int:
     """Raise UserError if the rows are not those of the run that wrote ``checkpoint``.
 
-    A run that a bad row of a stream ended may continue with files that were corrected: they begin
-    alike and have other sizes. Return how many rows these need to have, 0 if nothing has changed.
+    If a bad row of a stream ended the run, it may continue with corrected files, which begin with
+    the same bytes but differ in size. Return the number of rows that these need to have, or 0 if
+    nothing has changed.
     """
     run = _read_run(checkpoint.parent.parent)
     before, rows = run.get("data") or {}, 0
@@ -208,7 +210,7 @@ def check_same_recipe(recipe: Recipe, output_dir: Path, prepared: bool = False) 
     path = output_dir / "recipe.yaml"
     if not path.is_file():
         return
-    before, now = _flat(load_recipe(path).resolved()), _flat(recipe.resolved())
+    before, now = flat_keys(load_recipe(path).resolved()), flat_keys(recipe.resolved())
     later = set() if prepared else {f"task.{k}" for k in _FITTED - recipe.task.model_fields_set}
     changed = [
         key
@@ -220,7 +222,8 @@ def check_same_recipe(recipe: Recipe, output_dir: Path, prepared: bool = False) 
         raise UserError(f"--resume: the recipe differs from {path}: {listed}")
 
 
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
+def flat_keys(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a resolved recipe as one mapping from ``section.key`` to values."""
     return {f"{part}.{key}": v for part, keys in values.items() for key, v in keys.items()}
 
 
@@ -254,7 +257,7 @@ def export_adapter(prepared: Prepared, directory: Path, record: RunRecord, say: 
         lorakit_info={"task": recipe.task.name} | ({"labels": labels} if labels else {}),
     )
     method: Method = registry.method(recipe.adapter.method)
-    merging = f"lorakit merge {recipe.model.name_or_path} {directory} OUT makes it a plain model"
+    merging = f"lorakit merge {recipe.model.name_or_path} {directory} OUT writes a plain model"
     if not method.peft_loads:
         say(f"{directory}: PEFT cannot load a {method.name} adapter; lorakit can, and {merging}")
     elif refused := refused_by_peft(prepared.model, _adapted(record)):
@@ -270,18 +273,18 @@ def _adapted(record: RunRecord) -> list[str]:
 
 
 def _names(prepared: Prepared, directory: Path, say: Say) -> BaseNames | None:
-    """The names that the base's original class uses, if another class was trained."""
+    """Return the names that the base's original class uses, if another class was trained."""
     if prepared.task.kind != "causal":
         return None
-    own = type(prepared.model).__name__
+    name = type(prepared.model).__name__
     try:
         names = names_in_base(prepared.model, load_config(prepared.recipe.model))
     except AdapterError as error:
-        say(f"{directory}: module names are those of {own}: load that class in PEFT ({error})")
+        say(f"{directory}: module names are those of {name}: load that class in PEFT ({error})")
         return None
     if names is not None:
         say(
-            f"{directory}: trained as {own}; module names are those of the base's original class, "
+            f"{directory}: trained as {name}; module names are those of the base's original class, "
             f"{type(names.own).__name__}: load that class in PEFT"
         )
     return names

@@ -1,4 +1,4 @@
-"""``run.json``: what a run was, the hardware it ran on, and its outcome."""
+"""``run.json``: the model, data, hardware and outcome of a run."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _PACKAGES = ("lorakit", "torch", "transformers", "accelerate", "datasets", "safe
 class RunRecord:
     """``seconds`` is the time of training and its evaluations over all resumes. ``exit_reason`` is
     null during the run, then ``completed``, ``interrupted`` or ``failed``. ``diverged``: the loss
-    ended above its start, or was not finite. ``bad_row``: a row of a stream ended the run, which
-    can be resumed once the row is corrected."""
+    ended above where it started, or was not finite. ``bad_row``: a row of a stream ended the run,
+    which can be resumed once the row is corrected."""
 
     adapted_modules: list[dict[str, Any]]
     trainable_parameters: int
@@ -58,7 +58,7 @@ class RunRecord:
         write_text(path, json.dumps(asdict(self), indent=2) + "\n")
 
     def update(self, progress: Progress, device: torch.device) -> None:
-        """Take over how far the run is."""
+        """Copy the progress of the run."""
         self.steps, self.trained_tokens = progress.step, progress.trained_tokens
         self.seconds = round(progress.seconds, 3)
         self.peak_memory_bytes = peak_memory_bytes(device)
@@ -71,8 +71,8 @@ class RunRecord:
             module["r"] = ranks[module["name"]]
 
     @contextmanager
-    def kept_at(self, path: Path) -> Iterator[None]:
-        """Write to ``path`` before and after the block, with the reason for which it ended."""
+    def saved_to(self, path: Path) -> Iterator[None]:
+        """Write to ``path`` before and after the block, and record why the block ended."""
         self.write(path)
         try:
             yield
@@ -102,7 +102,7 @@ def new_record(
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that decide the results."""
+    """Return the versions of Python and of the packages that affect the results."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -113,7 +113,7 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str | None:
-    """The commit of the working directory, None outside a repository."""
+    """Return the commit of the working directory, or None outside a repository."""
     try:
         done = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
@@ -124,7 +124,7 @@ def git_commit() -> str | None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The peak of the memory allocated on the GPU, or by the process if it runs on the CPU."""
+    """Return the peak memory allocated on the GPU, or by the process if it runs on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -132,7 +132,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def describe_hardware(device: torch.device) -> dict[str, Any]:
-    """The device's and the CPU's names, cores and memory."""
+    """Return the names, cores and memory of the device and the CPU."""
     facts: dict[str, Any] = {
         "device": device.type,
         "cpu": _cpu_name(),
@@ -160,7 +160,7 @@ def rank_list(ranks: Mapping[str, int]) -> list[dict[str, Any]]:
 
 
 def rank_table(ranks: Mapping[str, int]) -> str:
-    """A table with a row per layer and a column per matrix, ``.`` for none, and totals."""
+    """Format a table with a row per layer and a column per matrix, ``.`` for none, and totals."""
     rows = sorted({_layer(name) for name in ranks}, key=lambda layer: (layer is None, layer or 0))
     columns = list(dict.fromkeys(map(_matrix, ranks)))
     cells = {(_layer(name), _matrix(name)): rank for name, rank in ranks.items()}

@@ -1,8 +1,7 @@
-"""``lorakit train``: what happens, in order."""
+"""``lorakit train``: the stages of a run, in order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from lorakit.data.stream_steps import StreamSteps
 from lorakit.distributed.strategy import Strategy, build_strategy
 from lorakit.openmp import yield_cores
+from lorakit.pipeline.task_data import Say
 from lorakit.recipe.check import check_recipe
 from lorakit.recipe.export import write_recipe
 from lorakit.recipe.sections import Recipe
@@ -33,6 +33,7 @@ from lorakit.training.output_dir import (
     exclusive_run,
     export_adapter,
     find_start,
+    flat_keys,
 )
 from lorakit.training.record import (
     describe_hardware,
@@ -49,13 +50,11 @@ from lorakit.training.tracking import (
     start_trackers,
 )
 
-Say = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class RunResult:
     """``metrics`` are those of the final evaluation of the adapter in ``adapter_dir``; ``diverged``
-    says that the loss ended above its start."""
+    tells whether the loss ended above where it started."""
 
     metrics: dict[str, float]
     adapter_dir: Path
@@ -70,8 +69,8 @@ def train(recipe: Recipe, resume: str | None = None, say: Say = lambda text: Non
 
     ``resume`` is None for a new run, ``auto`` for the newest checkpoint in the output directory (a
     new run if there is none), or a checkpoint directory. Raises UserError before anything is
-    written, TrainingError and Interrupted afterwards, and DataError, with a checkpoint saved, for
-    a stream that cannot be read further.
+    written, and TrainingError and Interrupted afterwards. If a stream cannot be read further, saves
+    a checkpoint and raises DataError.
     """
     check_recipe(recipe)
     start = find_start(recipe, resume)
@@ -103,7 +102,7 @@ def _run(
     hardware = describe_hardware(strategy.device)
     record = new_record(prepared.report, hardware, recipe.train.seed, prepared.data)
     with (
-        record.kept_at(output_dir / "run.json"),
+        record.saved_to(output_dir / "run.json"),
         closing(_open_recorder(recipe, output_dir, schedule, start)) as recorder,
     ):
         loop = build_loop(prepared, strategy, batching.steps, schedule, recorder, stop, say)
@@ -203,7 +202,7 @@ def _say_notes(loop: Loop, batching: Batching, recipe: Recipe, say: Say) -> None
     for note in batching.notes(recipe):
         say(note)
     if loop.progress.best_step not in (0, loop.progress.step):
-        say(f"the adapter is that of step {loop.progress.best_step}, the best evaluation")
+        say(f"the adapter is that of step {loop.progress.best_step}, which had the best evaluation")
 
 
 def _train_rows(data: dict[str, Any]) -> int | None:
@@ -213,9 +212,8 @@ def _train_rows(data: dict[str, Any]) -> int | None:
 def _flat_recipe(recipe: Recipe) -> dict[str, Any]:
     """The recipe as ``section.key`` and scalar values, all that trackers accept."""
     return {
-        f"{section}.{key}": value if isinstance(value, int | float | str | bool) else str(value)
-        for section, values in recipe.resolved().items()
-        for key, value in values.items()
+        key: value if isinstance(value, int | float | str | bool) else str(value)
+        for key, value in flat_keys(recipe.resolved()).items()
     }
 
 

@@ -1,9 +1,10 @@
-"""Load data and model and inject the adapter. Whatever does not fit is reported here, before a file
-is written."""
+"""Load data and model, inject the adapter, and report what does not fit.
+
+No file is written before that.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,17 +19,15 @@ from lorakit.injection import InjectionReport, find_heads, inject
 from lorakit.models.causal import check_packable
 from lorakit.models.load import fit_max_length, load_pretrained
 from lorakit.pipeline.encoding import StreamedRows, encode_training_data
-from lorakit.pipeline.task_data import load_training_data
+from lorakit.pipeline.task_data import Say, load_training_data
 from lorakit.recipe.sections import Recipe
 from lorakit.tasks.base import Task
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that a training needs. ``recipe`` has the values that data and model determine, such as
-    labels; ``data`` describes the splits in ``run.json``."""
+    """Everything that training needs. ``recipe`` includes the values that data and model determine,
+    such as labels; ``data`` describes the splits for ``run.json``."""
 
     recipe: Recipe
     task: Task
@@ -41,7 +40,7 @@ class Prepared:
 
 
 def prepare(recipe: Recipe, say: Say, write_cache: bool = True) -> Prepared:
-    """Load, tokenize and inject; raises UserError for whatever does not fit."""
+    """Load, tokenize and inject; raises UserError if recipe, data and model do not fit together."""
     data = load_training_data(recipe, say)
     loaded = load_pretrained(recipe.model, data.task.kind, data.labels, seed=recipe.train.seed)
     for note in loaded.notes:
@@ -64,9 +63,9 @@ def prepare(recipe: Recipe, say: Say, write_cache: bool = True) -> Prepared:
     report = inject(model, recipe.adapter, _outermost(list(heads)))
     for line in str(report).splitlines():
         say(line)
-    described = {data.split.name: _described(data.split, encoded.train)}
+    described = {data.split.name: _describe_split(data.split, encoded.train)}
     if (evaluation := encoded.evaluation) is not None:
-        described[evaluation.split.name] = _described(evaluation.split, evaluation.encoded)
+        described[evaluation.split.name] = _describe_split(evaluation.split, evaluation.encoded)
     return Prepared(
         recipe=recipe,
         task=data.task,
@@ -79,7 +78,7 @@ def prepare(recipe: Recipe, say: Say, write_cache: bool = True) -> Prepared:
     )
 
 
-def _described(split: Split, encoded: EncodedSplit | StreamedRows) -> dict[str, Any]:
+def _describe_split(split: Split, encoded: EncodedSplit | StreamedRows) -> dict[str, Any]:
     """Describe a split for ``run.json``; a stream's rows and tokens are not known in advance."""
     known: dict[str, Any] = {"rows": None, "tokens": None}
     if isinstance(encoded, EncodedSplit):
@@ -89,8 +88,8 @@ def _described(split: Split, encoded: EncodedSplit | StreamedRows) -> dict[str, 
 
 
 def main_metric(recipe: Recipe, task: Task) -> str:
-    """The metric that selects the best model: the recipe's, or else the task's main metric among
-    those that evaluations during training compute."""
+    """Return the metric that selects the best model: the recipe's, or else the task's main metric
+    among those that evaluations during training compute."""
     return recipe.train.metric_for_best_model or task.best_metric(recipe.task)
 
 

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from lorakit.errors import UserError
 from lorakit.io.atomic import write_text
 
-#: The trackers' name for the project.
+#: The project's name in trackers, and the subdirectory that TensorBoard writes to.
 PROJECT = "lorakit"
 
 
@@ -121,7 +121,7 @@ class Recorder:
         self._track({f"eval/{key}": value for key, value in metrics.items()}, step)
 
     def _track(self, values: dict[str, Any], step: int) -> None:
-        """Trackers refuse an earlier step, which the best model's final evaluation may have."""
+        """Trackers reject an earlier step, which the best model's final evaluation may have."""
         self._last_step = max(step, self._last_step)
         for tracker in self._trackers:
             tracker.log(values, step=self._last_step)
@@ -166,7 +166,7 @@ def format_metrics(metrics: dict[str, float]) -> str:
 
 
 def throttled(say: Callable[[str], None], seconds: float = 10.0) -> Any:
-    """A progress callback (what, done, total) that says so at most once every ``seconds``."""
+    """Return a callback ``(what, done, total)`` that prints at most one line per ``seconds``."""
     last = time.monotonic()
 
     def report(what: str, done: int, total: int) -> None:

@@ -219,7 +219,7 @@ def test_stdout_has_the_result_and_stderr_plain_lines(
     assert out.count("\n") == 1
     lines = err.splitlines()
     assert any("896 of 36,000 parameters train" in line for line in lines)
-    assert "30 rows, 8 a step: 8 steps (4 per epoch); evaluation on 8 rows" in lines
+    assert "30 rows, 8 per step: 8 steps (4 per epoch); evaluation on 8 rows" in lines
     assert (
         len([line for line in lines if line.startswith(("step 4/8  loss", "step 8/8  loss"))]) == 2
     )
@@ -565,7 +565,7 @@ def test_an_output_dir_that_is_a_file(
 ) -> None:
     recipe = write_recipe_file(tmp_path, tiny_llama, "completion")
     (tmp_path / "run").write_text("mine")
-    assert "a file of that name exists" in refused(capsys, recipe)
+    assert "a file with that name exists" in refused(capsys, recipe)
 
 
 # What fails on the way
@@ -612,7 +612,7 @@ def test_weights_that_overflow_in_the_last_step(
     """The step's loss is finite, but the weights after it are not."""
     output = trained(code=1, **ABSURD | {"train__learning_rate": 1e39, "train__optimizer": "sgd"},
                      **STEPS | {"train__max_steps": 1})  # fmt: skip
-    assert "is not finite after it" in assert_failed(output, capsys)
+    assert "is not finite after this step" in assert_failed(output, capsys)
 
 
 def test_an_evaluation_that_is_not_finite(

@@ -200,7 +200,7 @@ def test_what_happened_before_a_checkpoint_is_remembered(tiny_bert: Path, tmp_pa
     "changes",
     [
         {"train__learning_rate": 1e-3},
-        # One row a step, and labels that cannot be learnt.
+        # One row per step, and labels that cannot be learned.
         {"train__learning_rate": 1e-2, "train__per_device_batch_size": 1, "train__epochs": 3},
         {"train__learning_rate": 1e-2, "train__lr_scheduler": "cosine_with_restarts"},
         {"adapter__method": "adalora", "adapter__target_r": 2, "train__learning_rate": 1e-2},

@@ -212,7 +212,7 @@ def test_a_decreasing_loss_is_not_reported(
         (1e22, 8, "step 2: the gradient is not finite"),
         (1e39, 8, "step 2: the loss is inf"),
         (3e4, 4, "perplexity = inf"),  # of a loss that is finite
-        (1e42, 1, "step 1: lm_head.lora_B is not finite after it"),
+        (1e42, 1, "step 1: lm_head.lora_B is not finite after this step"),
     ],
 )
 def test_a_nonfinite_value_names_the_ratio(

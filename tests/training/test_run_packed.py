@@ -63,7 +63,7 @@ def test_a_token_budget_bounds_the_batches(
     plan = dry_run(recipe, lambda text: None)
     said: list[str] = []
     train(recipe, say=said.append)
-    assert any("up to 128 tokens a step" in line for line in said)
+    assert any("up to 128 tokens per step" in line for line in said)
     assert run_json(Path(recipe.train.output_dir))["steps"] == plan["steps"] > 2
 
 
@@ -76,7 +76,7 @@ def test_a_batch_of_an_evaluation_does_not_bound_the_bins_of_training(
     )  # fmt: skip
     said: list[str] = []
     train(recipe, say=said.append)
-    assert any("bins" in line and ", 4 a step" in line for line in said)
+    assert any("bins" in line and ", 4 per step" in line for line in said)
 
 
 def test_contradictory_settings_are_refused(tiny_llama: Path, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_a_stream_trains_and_resumes_exactly(
     run = Path(recipe.train.output_dir)
     unit = "bins of 128 tokens" if packing else "rows"
     assert any(
-        f"a stream of rows, {2 if packing else 8} {unit} a step: 6 steps;" in s for s in said
+        f"a stream of rows, {2 if packing else 8} {unit} per step: 6 steps;" in s for s in said
     )
     record = run_json(run)
     assert (record["steps"], record["exit_reason"]) == (6, "completed")

@@ -1,12 +1,12 @@
 """Engines: one optimizer step, from micro-batches to updated weights.
 
-An engine owns all that lies between a batch and an updated weight: forward and backward passes,
+An engine does everything between a batch and the updated weights: forward and backward passes,
 accumulation, clipping, the optimizer and its schedule, float16's loss scaling, and the method's
 hooks. It never waits for the device in a step. The loop decides when to step, log, evaluate, save
-and stop, and knows an engine only as an ``Engine``.
+and stop, and uses an engine only through the ``Engine`` protocol.
 
-``eager`` is the reference. Another engine implements ``Engine`` in a module of its own, is chosen
-in ``training.build``, and gives the same losses, gradient norms and weights.
+To add an engine, implement ``Engine`` in a new module and choose it in ``training.build``. Its
+losses, gradient norms and weights must equal those of ``eager``, the reference.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class StepResult:
     ``loss`` is the mean over the step's trained tokens (an encoder's rows) with the weights from
     before the update, ``grad_norm`` the norm of the whole gradient before clipping, ``values`` are
     the method's, in the order of ``Engine.value_names``. ``loss_count`` is the number of losses in
-    the mean, over all processes; the host knows it beforehand.
+    the mean, over all processes; the host knows it in advance.
     """
 
     loss: Tensor
@@ -38,7 +38,7 @@ class StepResult:
 
 @dataclass
 class EngineState:
-    """All that an engine needs to continue exactly; the tensors may be the live ones.
+    """Everything that an engine needs to continue exactly; its tensors may still be in use.
 
     ``step`` counts finished optimizer steps, ``weights`` are the trained parameters by name,
     ``method`` is the state of the method's hooks; ``scaler`` is None without loss scaling.
@@ -53,6 +53,8 @@ class EngineState:
 
 
 class Engine(Protocol):
+    """What the loop requires of an engine."""
+
     @property
     def value_names(self) -> tuple[str, ...]:
         """The names that ``StepResult.values`` have in ``metrics.jsonl``."""
@@ -72,10 +74,10 @@ class Engine(Protocol):
         """The mean loss without dropout and gradients; waits for the device."""
 
     def log_values(self) -> dict[str, float]:
-        """What the host knows of the last step: ``learning_rate``, and the method's values."""
+        """The last step's values that the host has: ``learning_rate``, and the method's."""
 
     def is_final_form(self) -> bool:
-        """Whether the weights may become the result: the method has reached its final form."""
+        """Whether the method has reached its final form, so that the weights may be the result."""
 
     def ranks(self) -> dict[str, int] | None:
         """Each adapted matrix's rank, if the method chose it during training."""

@@ -1,6 +1,7 @@
 """The reference engine: PyTorch's eager mode, one micro-batch after another.
 
-An objective is a module from a batch to the sum of its losses. The engine divides by their number.
+An objective is a module that maps a batch to the sum of its losses; the engine divides by their
+number.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from lorakit.training.engine.probe import GradientProbe
 @dataclass
 class EagerEngine:
     """``objective`` maps a batch to the sum of its losses; it and ``optimizer`` are wrapped by
-    ``strategy``. ``parameters`` are what trains, by name. ``probe`` checks the gradients of the
+    ``strategy``. ``parameters`` are the trained ones by name. ``probe`` checks the gradients of the
     first step taken."""
 
     strategy: Strategy
@@ -78,7 +79,7 @@ class EagerEngine:
         for index, batch in enumerate(micro_batches, start=1):
             with self.strategy.accumulate(self.objective, last=index == len(micro_batches)):
                 loss = self.objective(batch) * factor
-                if loss.requires_grad:  # not if only experts train, and none got a token
+                if loss.requires_grad:  # false if only experts train and none got a token
                     self.strategy.backward(loss)
             losses.append(loss.detach())
         return self.strategy.reduce(sum(losses[1:], start=losses[0]))
@@ -146,15 +147,15 @@ class EagerEngine:
         return (
             same_shapes(state.weights, self.parameters)
             and same_shapes(state.method, self.hooks.state())
-            and set(state.optimizer["state"]) <= indices  # none for what got no gradient
+            and set(state.optimizer["state"]) <= indices  # no state without a gradient
         )
 
 
 class CausalObjective(nn.Module):
     """The sum over a batch's trained tokens of -log p(token | tokens before it).
 
-    With ``packing``, ``longest_row`` bounds the tokens of a packed row, and ``varlen`` says whether
-    the model, which is on its device, attends to packed rows through ``varlen_attn``.
+    With ``packing``, ``longest_row`` bounds the tokens of a packed row, and ``varlen`` is
+    whether the model, already on its device, attends to packed rows through ``varlen_attn``.
     """
 
     def __init__(
@@ -192,7 +193,7 @@ class CausalObjective(nn.Module):
 
 class EncoderObjective(nn.Module):
     """The sum over a batch's rows of the cross entropy, or of the squared error for a model with
-    one output. ``columns`` are the logits of the task's classes, in order; None takes all."""
+    one output. ``columns`` are the logits of the task's classes, in order; None means all."""
 
     parts = None
     varlen = False

@@ -1,4 +1,4 @@
-"""A check in the first step that every adapted module receives a gradient."""
+"""Check in the first step that every adapted module receives a gradient."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class GradientProbe:
     gradients of the first step have been computed.
 
     ``fully_trained`` names modules that train without an adapter and must get gradients too. With
-    ``count_calls``, forward hooks count the input elements of each module; a compiled model goes
-    without. ``say`` gets warnings.
+    ``count_calls``, forward hooks count the input elements of each module; they are not used with a
+    compiled model. ``say`` receives warnings.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class GradientProbe:
     def check(self) -> None:
         """Raise TargetError for modules that would never train, because no gradient reaches them:
         the model reads their weight without calling them, or ignores their output. Experts that got
-        no token in this step pass.
+        no token in this step are not reported.
 
-        ``say`` gets a line about modules whose gradient is exactly zero, which a gate that is
-        initialized to zero or rows of a single token cause. Waits for the device once.
+        Warns about modules whose gradient is exactly zero, which can be caused by a gate that is
+        initialized to zero or by rows of a single token. Waits for the device once.
         """
         for hook in self._hooks:
             hook.remove()
@@ -74,7 +74,7 @@ class GradientProbe:
         if zero := _zero_gradients(self._layers):
             self._say(
                 f"the gradient of {describe_modules(zero)} is exactly zero in the first step; if "
-                "it stays so, the adapter there does not train"
+                "it stays zero, the adapter there does not train"
             )
 
     def _is_dead(self, name: str, layer: AdapterLayer) -> bool:
@@ -91,7 +91,7 @@ class GradientProbe:
         return "the model reads their weights without calling them, or ignores their output"
 
     def _advice(self, dead: Sequence[str]) -> str:
-        """Targets that leave out ``dead`` and nothing else."""
+        """Suggest targets that exclude ``dead`` and nothing else."""
         rest = [name for name in self._layers if name not in set(dead)]
         if not rest:
             return "name other targets"
