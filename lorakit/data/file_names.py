@@ -46,7 +46,7 @@ _ACCOMPANYING = re.compile(
 )
 _SHARD = re.compile(r"(?P<before>.*?)(?P<index>\d+)(?P<of>[-_.]of[-_.])(?P<count>\d+)(?P<after>.*)")
 #: A larger number after ``-of-`` is not taken for a number of shards.
-_MOST_SHARDS = 100_000
+_MAX_SHARDS = 100_000
 
 
 def is_file(path: Path) -> bool:
@@ -134,7 +134,7 @@ def missing_shards(files: Sequence[Path]) -> list[Path]:
     sets: dict[tuple[Path, str], list[tuple[Path, re.Match[str]]]] = {}
     for file in files:
         match = _SHARD.fullmatch(file.name)
-        if match and int(match["count"]) <= _MOST_SHARDS:
+        if match and int(match["count"]) <= _MAX_SHARDS:
             sets.setdefault((file.parent, match["before"]), []).append((file, match))
     return [missing for shards in sets.values() for missing in _missing(shards)]
 

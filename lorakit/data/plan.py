@@ -15,6 +15,13 @@ from numpy.typing import NDArray
 from lorakit.data.encode import EncodedRow, EncodedSplit
 
 Numbers = NDArray[np.int64]
+#: Indices of units.
+Units = NDArray[np.int64]
+#: Rows that are concatenated into one sequence; a single row if rows are not packed.
+Bin = list[EncodedRow]
+
+#: Rows are sorted by length only within windows of this many steps, to keep the order random.
+_STEPS_PER_WINDOW = 50
 
 
 class Packing:
@@ -96,14 +103,6 @@ def _next_size(counts: Numbers, room: int) -> int:
         return longest
     best = int(np.argmax(sums))
     return int(max(firsts[best], seconds[best]))
-
-
-#: Rows are sorted by length only within windows of this many steps, to keep the order random.
-_STEPS_PER_WINDOW = 50
-
-Units = NDArray[np.int64]
-#: Rows that are concatenated into one sequence; a single row if rows are not packed.
-Bin = list[EncodedRow]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from lorakit.errors import DataError, LorakitError
 #: From this number of rows on, tokens go to files, and several processes are used.
 MANY_ROWS = 20_000
 _ROWS_PER_PROCESS = 10_000
-_MOST_PROCESSES = 8
+_MAX_PROCESSES = 8
 #: Rows are tokenized in batches of this size.
 BATCH_ROWS = 1000
 
@@ -100,7 +100,7 @@ def process_count(rows: int) -> int:
     if rows < MANY_ROWS or sys.platform != "linux" or multiprocessing.current_process().daemon:
         return 1
     cores = len(os.sched_getaffinity(0))
-    return max(1, min(cores, _MOST_PROCESSES, rows // _ROWS_PER_PROCESS))
+    return max(1, min(cores, _MAX_PROCESSES, rows // _ROWS_PER_PROCESS))
 
 
 @dataclass

@@ -22,10 +22,10 @@ from lorakit.errors import DataError, listed
 Stamp = tuple[int, int]
 
 #: How many of each file's first rows a task inspects before training; fewer if there are many
-#: files, but never below ``_FEWEST_HEAD_ROWS``.
+#: files, but never below ``_MIN_HEAD_ROWS``.
 HEAD_ROWS = 200
-_HEAD_ROWS_IN_ALL = 4000
-_FEWEST_HEAD_ROWS = 20
+_MAX_TOTAL_HEAD_ROWS = 4000
+_MIN_HEAD_ROWS = 20
 
 
 class FileChanged(DataError):
@@ -71,7 +71,7 @@ def open_stream(
         stream = _open_hub(hub, split, head_rows)
     else:
         chosen = find_files(path, split)
-        share = max(_HEAD_ROWS_IN_ALL // max(len(chosen.files), 1), _FEWEST_HEAD_ROWS)
+        share = max(_MAX_TOTAL_HEAD_ROWS // max(len(chosen.files), 1), _MIN_HEAD_ROWS)
         most = min(head_rows, share)
         stream = _open_files(chosen, split, most, skip_bad) if chosen.files else None
     if stream is None or limit is None:

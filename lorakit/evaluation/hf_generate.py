@@ -54,8 +54,8 @@ def prompt_limits(
             raise DataError(f"prompt {number}: no token to continue")
         if (last := max(prompt)) >= rows:
             raise DataError(
-                f"prompt {number}: the tokenizer does not match the model: it gives id {last}, but "
-                f"the model has {rows} embeddings"
+                f"prompt {number}: the tokenizer does not match the model: it produces id "
+                f"{last}, but the model has {rows} embeddings"
             )
         limit = decoding.max_new_tokens
         if room is not None and len(prompt) + limit > room:

@@ -61,8 +61,8 @@ class Auto(FormattedTask):
             if getattr(config, key) != AutoConfig.model_fields[key].default:
                 raise DataError(
                     f"task.{key}: the columns of {split.source} choose the task "
-                    f"{task_config.name}, which has no such key; allowed: no such key, or rows of "
-                    "another task"
+                    f"{task_config.name}, which has no such key; hint: remove the key, or set "
+                    "task.name"
                 )
         return task, task_config
 

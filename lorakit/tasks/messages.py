@@ -225,7 +225,7 @@ def _is_trained(given: dict[str, Any], role: str, where: str) -> bool:
             allowed = "0" if "weight" in flags else "false"
             raise DataError(
                 f"{where}: {texts[0]} with role {role}: only the assistant's messages are trained; "
-                f"allowed: {allowed}, or no such key"
+                f"allowed: {allowed}"
             )
         return False
     return all(flags.values())

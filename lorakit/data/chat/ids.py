@@ -17,7 +17,12 @@ from lorakit.data.chat.turns import Turn
 #: Text that follows one of these is tokenized as a continuation.
 _ANCHORS = ("\n", "a", ".")
 #: Headers and ends of turns recur, so the ids of texts up to this many characters are cached.
-_SHORT, _MOST_KEPT = 80, 10_000
+_MAX_CACHED_LENGTH, _MAX_CACHED = 80, 10_000
+#: If no added token is within ``_FAR`` characters before a boundary, this many characters before it
+#: are tokenized again.
+_WINDOW, _FAR = 400, 4000
+#: How many tokens must then be equal.
+_COMPARED = 8
 
 
 @dataclass
@@ -36,8 +41,10 @@ class Joiner:
             return [list(known[text]) for text in texts]
         found = self.tokenizer(asked, add_special_tokens=False, verbose=False).input_ids
         made = dict(zip(asked, found, strict=True))
-        if len(known) < _MOST_KEPT:
-            known.update((text, ids) for text, ids in made.items() if len(text) <= _SHORT)
+        if len(known) < _MAX_CACHED:
+            known.update(
+                (text, ids) for text, ids in made.items() if len(text) <= _MAX_CACHED_LENGTH
+            )
         return [list(made[text] if text in made else known[text]) for text in texts]
 
     def continued(self, before: Sequence[int], text: str, joint: Sequence[int]) -> list[int] | None:
@@ -94,13 +101,6 @@ class Joiner:
                 list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
             )
         )
-
-
-#: If no added token is within ``_FAR`` characters before a boundary, this many characters before it
-#: are tokenized again.
-_WINDOW, _FAR = 400, 4000
-#: How many tokens must then be equal.
-_COMPARED = 8
 
 
 @dataclass(frozen=True)

@@ -38,13 +38,13 @@ from lorakit.errors import DataError
 #: Chats whose turns cost at most this many renderings of the chat are rendered turn by turn.
 EXACT_COST = 6
 #: Added to the allowed cost, in messages: the cost of a short chat does not matter.
-_FREE = 40
+_FREE_COST = 40
 #: Limits, in renderings of the whole chat: for verification, first turns of all kinds, windows.
 _CHECKS_COST = 6
 _KINDS_COST = 9
 _WINDOWS_COST = 8
 #: Literals in earlier messages are considered only if they are at least this long.
-_LONG_ENOUGH = 3
+_MIN_EARLIER_LITERAL = 3
 _NUMBER = re.compile("[0-9]+")
 
 #: Equal for turns of the same kind.
@@ -54,7 +54,7 @@ Kind = tuple[Hashable, ...]
 def is_long(indices: Sequence[int]) -> bool:
     """Whether the turns ``indices`` are too many to render each of them separately, twice."""
     cost = sum(2 * index + 1 for index in indices)
-    return cost > EXACT_COST * (indices[-1] + 1) + _FREE
+    return cost > EXACT_COST * (indices[-1] + 1) + _FREE_COST
 
 
 def long_chat_turns(
@@ -140,7 +140,7 @@ class TurnKinds:
             yield tuple(sorted(last, key=lambda text: (-last[text], text)))
             texts = [_text_of(message, key) for key in message if key != "role"]
             for literal in literals:
-                if len(literal) >= _LONG_ENOUGH and any(literal in text for text in texts):
+                if len(literal) >= _MIN_EARLIER_LITERAL and any(literal in text for text in texts):
                     last[literal] = index
 
     def _lead(self, index: int) -> str | None:

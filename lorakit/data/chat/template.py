@@ -31,7 +31,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 PAYLOAD = ("tool_calls", *REASONING)
 
 #: The number of renderings that are cached, and the minimum number of messages to cache one.
-_KEPT, _WORTH_KEEPING = 8, 20
+_MAX_CACHED, _MIN_CACHED_MESSAGES = 8, 20
 
 #: By source: whether the template reads contents only as lists of parts.
 _PARTS: dict[str, bool] = {}
@@ -73,7 +73,7 @@ class ChatTemplate:
         if not tokenizer.chat_template:
             raise DataError("the tokenizer has no chat template")
         self.tokenizer = tokenizer
-        self._recent: deque[tuple[_Request, Rendered]] = deque(maxlen=_KEPT)
+        self._recent: deque[tuple[_Request, Rendered]] = deque(maxlen=_MAX_CACHED)
 
     def source(self, tools: Tools = None) -> str:
         """The template's source. A tokenizer may have a different one for chats with tools."""
@@ -100,7 +100,7 @@ class ChatTemplate:
 
         Null keys count as absent. Raises DataError with the template's error message.
         """
-        if len(messages) < _WORTH_KEEPING:
+        if len(messages) < _MIN_CACHED_MESSAGES:
             return self._rendered(messages, tools, generation_prompt)
         request = _Request(self.source(tools), generation_prompt, tools, list(messages))
         found = next((known for asked, known in self._recent if asked.same(request)), None)

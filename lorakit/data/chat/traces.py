@@ -14,8 +14,10 @@ from lorakit.data.chat.turns import Turn, content_text, ends_seen, marked, seen,
 from lorakit.errors import DataError
 
 #: The number of chats in which to look for the effect of a key that the template mentions.
-_MOST_LOOKS = 20
+_MAX_CHATS = 20
 _READ = -1
+#: Tags that templates rewrite around the reasoning in a content.
+_TAGS = re.compile(r"</?think(?:ing)?>")
 
 
 @dataclass
@@ -42,7 +44,7 @@ class Traces:
                 continue
             emptied = self._emptied(message)
             if not self._changes(messages, tools, turns, {index: emptied}):
-                names = " and ".join(_titles(parts))
+                names = " and ".join("tool calls" if key == "tool_calls" else key for key in parts)
                 raise DataError(
                     f"message {index + 1}: the chat template omits this {message['role']} message "
                     f"(its {names})"
@@ -154,7 +156,7 @@ class Traces:
         seen_before = self._without_effect[key, role]
         if seen_before == _READ:
             return False
-        most = _MOST_LOOKS if self._mentions(key) else 1
+        most = _MAX_CHATS if self._mentions(key) else 1
         if seen_before < most:
             if self._changes(messages, tools, turns, changed, without_tools=key == "tools"):
                 self._without_effect[key, role] = _READ
@@ -242,14 +244,6 @@ def _names(functions: Any) -> Iterator[str]:
         name = function.get("name") if isinstance(function, Mapping) else None
         if isinstance(name, str):
             yield name
-
-
-def _titles(keys: Sequence[str]) -> list[str]:
-    return [key.replace("_", " ") if key == "tool_calls" else key for key in keys]
-
-
-#: Tags that templates rewrite around the reasoning in a content.
-_TAGS = re.compile(r"</?think(?:ing)?>")
 
 
 def shortened_turns(
