@@ -253,7 +253,7 @@ def _read_parquet(file: Path, limit: int | None, budget: MemoryBudget) -> FileRo
         # Without a fingerprint, datasets would hash the whole table to make one.
         rows = datasets.Dataset(table, fingerprint=file.name)
         return FileRows(rows, file_digest(file) if limit is None else _table_digest(table.table))
-    except Exception as error:  # Arrow raises whatever its readers raise
+    except Exception as error:  # Arrow passes on any error of its readers
         raise DataError(f"{file}: cannot be read: {first_line(error)}") from error
 
 

@@ -41,7 +41,7 @@ _ANY_CASE = """
     plc pres prof pvt rd rep rev rt sen sep sept sgt sq sr st supt sys tel tenn thu thurs treas
     tue tues univ va vs vt wed wis wyo
 """
-_CAPITALISED = "Ark Del Ill La Mass Miss Mo Ore Pa Tex Wash"
+_CAPITALIZED = "Ark Del Ill La Mass Miss Mo Ore Pa Tex Wash"
 _BEFORE_NUMBER = "ca no nos art fig figs pp"
 #: Words that begin a sentence: a period between a single letter and one of them ends a sentence.
 _STARTS = """
@@ -74,7 +74,7 @@ _TOKEN = re.compile(
   | [A-Z]+(?:&[A-Z]+)+
   | [A-Za-z](?=\.\s+(?:{_words(_STARTS)})(?!\S))
   | Ph\.D\.  |  (?:[A-Za-z]\.)+(?!\w*{_LETTER})
-  | (?:(?i:{_words(_ANY_CASE)})|{_words(_CAPITALISED + " " + _CAPITALISED.upper())})\.(?!{_LETTER})
+  | (?:(?i:{_words(_ANY_CASE)})|{_words(_CAPITALIZED + " " + _CAPITALIZED.upper())})\.(?!{_LETTER})
   | (?i:{_words(_BEFORE_NUMBER)})\.(?=\s?[0-9])
   | {_LETTER}{_ALNUM}*(?:[.!?]{_LETTER}{_ALNUM}*)*(?:_{_ALNUM}+)*(?:{_BEFORE_PAUSE})?
   | [0-9]+{_LETTER}{_ALNUM}*(?:{_BEFORE_PAUSE})?

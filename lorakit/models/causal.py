@@ -231,7 +231,7 @@ def use_varlen(model: PreTrainedModel) -> bool:
         model.set_attn_implementation(VARLEN)
         if model.config._attn_implementation == VARLEN and _isolates(model, varlen=True):
             return True
-    except Exception:  # whatever the model raises, the block mask still works
+    except Exception:  # the model may raise anything; the block mask still works
         pass
     model.set_attn_implementation(original)
     return False

@@ -71,7 +71,7 @@ def train_module(model: nn.Module, name: str, float32_output: bool) -> None:
 
 
 def base_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype that the base computes in, whatever the dtype of its master weights."""
+    """The dtype that the base computes in, regardless of the dtype of its master weights."""
     cast = next((m.dtype for m in model.modules() if isinstance(m, _Cast)), None)
     return next(model.parameters()).dtype if cast is None else cast
 

@@ -104,14 +104,14 @@ def load_training_data(recipe: Recipe, say: Say) -> TaskData:
     if validation is not None:
         settle(task, config, validation, say)
     splits = [split for split in (train, validation) if split is not None]
-    labelled = None if stream else train
+    labeled = None if stream else train
     head_names = _head_names_of(recipe.model)
-    config = resolve_labels(task, config, labelled, splits, head_names, say)
+    config = resolve_labels(task, config, labeled, splits, head_names, say)
     return TaskData(
         task=task,
         config=config,
         split=train,
-        labels=task.labels(config, labelled),
+        labels=task.labels(config, labeled),
         skip_bad_rows=_skips(train, config),
         validation=validation,
         stream=stream,

@@ -170,7 +170,7 @@ def _execution_accuracy(
 def _executes_to(gold: list[Any], database: Database, table: str, query: Query) -> bool:
     try:
         return database.execute(table, query) == gold
-    except Exception:  # whatever goes wrong, the prediction is wrong
+    except Exception:  # a query that cannot be executed counts as wrong
         return False
 
 

@@ -92,7 +92,7 @@ class Query:
 
     def matches(self, other: Query) -> bool:
         """Equality of logical forms. Conditions compare as a set of (column, operator,
-        str(value).lower()), whatever their order and repetitions; unhashable ones equal nothing."""
+        str(value).lower()), regardless of order and repetition; unhashable ones equal nothing."""
         try:
             return self._logical_form() == other._logical_form()
         except TypeError:
