@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lorakit.data.tokens import NAMED_ROWS
-from tests.e2e.test_data_files import command, previewed, recipe_file, texts
+from tests.e2e.previews import command, previewed, recipe_file, texts
 from tests.training.runs import adapter_bytes, run_json, write_rows
 
 GOOD = [{"prompt": f"number {n}", "completion": f" {n}"} for n in range(4)]

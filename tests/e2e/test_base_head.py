@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import lorakit
 from lorakit.cli.main import run
-from tests.e2e.test_eval import write_adapter
+from tests.e2e.evaluations import write_adapter
 from tests.families import tiny
 from tests.tasks.wikisql_files import write_lines
 from tests.training.runs import tree

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lorakit.cli.main import run
-from tests.e2e.test_eval import write_adapter
+from tests.e2e.evaluations import write_adapter
 from tests.tasks.wikisql_files import write_lines
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.test_eval import evaluated, recipe_file
+from tests.e2e.evaluations import evaluated, recipe_file
 from tests.tasks.wikisql_files import write_lines
 
 REPO = Path(__file__).resolve().parents[2]
