@@ -73,7 +73,7 @@ def weights(model: nn.Module, exclude: Collection[str] = ()) -> list[Weight]:
     """The weights of the model's layers, in its order, without embeddings, vectors and the modules
     ``exclude``. A shared weight is listed once."""
     classes = {name: type(module).__name__ for name, module in model.named_modules()}
-    excluded = tuple(f"{name}." for name in exclude) or ("\0",)
+    excluded = tuple(f"{name}." for name in exclude)
     found = []
     for name, parameter in model.named_parameters():
         owner = name.rpartition(".")[0]
@@ -186,7 +186,7 @@ def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
         name: module
         for name, module in model.named_modules()
         if isinstance(module, ADAPTABLE)
-        and not name.startswith(multihead or ("\0",))
+        and not name.startswith(multihead)
         and not is_within(name, outside)
         and behaves_as_its_class(module)
     }

@@ -23,7 +23,7 @@ from lorakit.layers import (
 )
 from lorakit.methods.base import Method
 from lorakit.models.master_weights import plain_name, train_module, train_parameter
-from lorakit.module_names import describe_modules
+from lorakit.module_names import describe_modules, is_suffix
 from lorakit.recipe.sections import AdapterSection
 from lorakit.targets import Target, find_targets, parameters_within
 
@@ -226,7 +226,7 @@ def trained_base_parameters(model: nn.Module, fully_trained: Sequence[str]) -> d
     """The base's own parameters that are trained, by name, except those of adapter layers and of
     the modules ``fully_trained``."""
     layers = [f"{name}." for name in adapter_layers(model)]
-    inside = tuple(f"{name}." for name in fully_trained) or ("\0",)
+    inside = tuple(f"{name}." for name in fully_trained)
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         plain = plain_name(name)
@@ -247,7 +247,7 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
 def _named(model: nn.Module, names: Sequence[str]) -> list[str]:
     found: list[str] = []
     for wanted in names:
-        matching = [n for n, _ in model.named_modules() if n == wanted or n.endswith(f".{wanted}")]
+        matching = [n for n, _ in model.named_modules() if is_suffix(wanted, n)]
         if not matching:
             last_parts = sorted({n.rpartition(".")[2] for n, _ in model.named_modules()} - {""})
             allowed = ", ".join(part for part in last_parts if not part.isdigit())

@@ -51,7 +51,12 @@ def matches(target: str, name: str) -> bool:
     """Whether ``target``, a suffix or ``re:`` and a pattern, matches the module ``name``."""
     if target.startswith("re:"):
         return re.fullmatch(target[3:], name) is not None
-    return name == target or name.endswith(f".{target}")
+    return is_suffix(target, name)
+
+
+def is_suffix(suffix: str, name: str) -> bool:
+    """Whether ``suffix`` consists of the last parts of the dotted ``name``."""
+    return name == suffix or name.endswith(f".{suffix}")
 
 
 def base_names(name: str) -> list[str]:

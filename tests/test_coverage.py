@@ -1,4 +1,4 @@
-"""The coverage of targets: which parts of a model they reach, and which they miss by name."""
+"""The coverage of targets: which parts of a model they cover, and which weights they miss."""
 
 from __future__ import annotations
 

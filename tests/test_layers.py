@@ -1,4 +1,4 @@
-"""The layers' own arithmetic: what a new layer class gets, and several parts over one base."""
+"""The base classes of layers: the defaults of a new layer class, and several parts over one base."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorakit.methods.lora_layer import LoraLayer
 
 
 class Offset(AdapterLayer):
-    """A layer that defines no more than it must."""
+    """A layer that defines only the required methods."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
@@ -27,7 +27,7 @@ class Offset(AdapterLayer):
 
 
 class Stacked(nn.Module):
-    """Several linear layers of one input as a single one."""
+    """Several linear layers with the same input as a single one."""
 
     def __init__(self, *layers: nn.Linear) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def test_delta_weight_alone_makes_a_layer(base: nn.Module) -> None:
 def test_parts_that_overlap_are_several_adapters_of_one_module(
     layer_class: type[LoraLayer],
 ) -> None:
-    """The changes of all parts are added, whatever their rows and periods."""
+    """The updates of all parts are added, whatever their rows and periods."""
     base = nn.Linear(4, 12).requires_grad_(False)
     slices = {"all": RowSlice(0, 12, 12), "first": RowSlice(0, 6, 12), "heads": RowSlice(1, 2, 3)}
     parts = {n: lora(RowView(base, rows), 2, layer_class) for n, rows in slices.items()}
@@ -97,7 +97,7 @@ def test_parts_that_overlap_are_several_adapters_of_one_module(
 
 
 def test_one_layer_spans_several_modules() -> None:
-    """q, k and v of a model that has them apart, stacked: adapted together, or each by itself."""
+    """Separate q, k and v, stacked and adapted together, equal the ones adapted individually."""
     torch.manual_seed(0)
     q, k, v = (nn.Linear(4, size).requires_grad_(False) for size in (8, 4, 4))
     base, x = Stacked(q, k, v), torch.randn(3, 4)

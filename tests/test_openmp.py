@@ -21,7 +21,7 @@ def team_appears(within_seconds: float) -> bool:
     while time.monotonic() < until:
         if TEAM in {thread.name for thread in threading.enumerate()}:
             return True
-        sum(range(20_000))  # this thread wants a core, as a training step would
+        sum(range(20_000))  # this thread needs a core, as a training step does
     return False
 
 

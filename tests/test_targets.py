@@ -1,4 +1,4 @@
-"""Roles, suffixes and patterns select exactly the matrices that they name, in every family."""
+"""Roles, suffixes and patterns select exactly the matrices that they name in every model family."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_a_near_name_is_proposed() -> None:
 
 
 def test_what_was_asked_for_is_not_proposed() -> None:
-    """A role that the model lacks and that resembles nothing but itself."""
+    """The model lacks the role, and no other target has a similar name."""
     model = nn.ModuleDict({"in_proj": nn.Linear(2, 2), "dt": nn.Linear(2, 2)})
     for role in ("q", "k", "o", "attention"):
         with pytest.raises(TargetError) as error:
@@ -172,7 +172,7 @@ def test_suffixes_and_patterns() -> None:
     )
     assert set(find_targets(model, ["1.mlp.down_proj"])) == {"model.layers.1.mlp.down_proj"}
     with pytest.raises(TargetError):
-        find_targets(model, ["own_proj"])  # an end of a name is whole parts of it
+        find_targets(model, ["own_proj"])  # a suffix consists of complete parts of the name
     first = find_targets(model, ["all-linear"], [0], ["lm_head"])
     assert set(find_targets(model, [r"re:.*\.0\..*_proj"])) == set(first)
     assert set(find_targets(model, ["embed_tokens"])) == {"model.embed_tokens"}

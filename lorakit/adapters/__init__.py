@@ -1,5 +1,5 @@
-"""Adapters after training: reading and writing, loading, switching, merging, converting.
+"""Adapters after training: read, write, load, switch, merge and convert them.
 
-``peft`` is PEFT's format, ``merge`` folds adapters into a base. Another format that adapters are
-converted from or to is a module like ``loralib``.
-"""
+``peft`` reads and writes PEFT's format, and ``merge`` folds adapters into a base. To support
+another format in ``convert``, add modules like ``loralib`` and ``loralib_read``, which convert a
+file from and to ``low_rank.Updates``."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-#: A classifier's labels, and the pad token by which it finds a row's last token.
+#: A classifier's labels, and the pad token, which locates the last token of a row.
 LABEL_KEYS = ("id2label", "label2id", "problem_type", "pad_token_id")
 
 
@@ -46,7 +46,7 @@ def base_section(
 
 
 def other_base_note(section: ModelSection, files: AdapterFiles) -> str | None:
-    """A note if the adapter names another base than the given one."""
+    """A note if the adapter names a different base than the given one."""
     named, given = files.config.get("base_model_name_or_path"), section.name_or_path
     if not named or _names(str(named)) & (_names(given) | _names(str(Path(given).resolve()))):
         return None
@@ -104,9 +104,9 @@ def full_config(section: ModelSection, files: AdapterFiles) -> PreTrainedConfig:
 
 
 def set_pad_token(config: PreTrainedConfig, model: PreTrainedModel, files: AdapterFiles) -> None:
-    """Set a classifier's pad token to that of training: it finds a row's last token by it.
+    """Set a classifier's pad token, which locates the last token of a row, to that of training.
 
-    In RoBERTa-like models it also offsets the positions, so that there the base's is kept.
+    In RoBERTa-like models it also offsets the positions, so their pad token is not changed.
     """
     from lorakit.models.load import reserved_positions
 
@@ -182,7 +182,7 @@ def check_supplied(
 def _head_size(
     config: PreTrainedConfig, files: AdapterFiles, trust_remote_code: bool
 ) -> int | None:
-    """The number of labels, by the shape of the layer that depends on it."""
+    """The number of labels, inferred from the shape of the layer that depends on it."""
     shapes = []
     for count in (2, 3):
         trial = copy.deepcopy(config)

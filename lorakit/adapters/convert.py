@@ -137,8 +137,8 @@ def _checkpoint(source: Path) -> Path | None:
         raise AdapterError(f"{source}: no such adapter directory or loralib checkpoint")
     if source.is_file():
         return source
-    held = source / LORALIB_FILE
-    return held if held.is_file() and not (source / CONFIG).exists() else None
+    inside = source / LORALIB_FILE
+    return inside if inside.is_file() and not (source / CONFIG).exists() else None
 
 
 def _check_arguments(
@@ -163,8 +163,8 @@ def _check_arguments(
 
 
 def _check_out(out: Path, source: Path, target: Path, overwrite: bool) -> None:
-    inside, mine = out.resolve(), source.resolve()
-    if inside == mine or mine in inside.parents or inside in mine.parents:
+    resolved, adapter = out.resolve(), source.resolve()
+    if resolved == adapter or adapter in resolved.parents or resolved in adapter.parents:
         raise AdapterError(f"OUT = {out}: must be outside of ADAPTER = {source}")
     if not out.exists() and not out.is_symlink():
         return
@@ -177,9 +177,8 @@ def _check_out(out: Path, source: Path, target: Path, overwrite: bool) -> None:
     elif out.is_symlink() or not out.is_dir():
         raise AdapterError(f"OUT = {out}: exists and is not a directory")
     else:
-        held = {path.name for path in out.iterdir()}
-        own = {LORALIB_FILE} if target != out else set()
-        replaceable = held <= own if target != out else not held or CONFIG in held
+        names = {path.name for path in out.iterdir()}
+        replaceable = names <= {LORALIB_FILE} if target != out else not names or CONFIG in names
     if not replaceable:
         raise AdapterError(f"OUT = {out}: not empty and not an adapter; not replaced")
 
@@ -234,7 +233,7 @@ def _write_peft(
 
 
 def _copy_peft(out: Path, source: Path, *, overwrite: bool) -> None:
-    """Copy the adapter's own files, and no others that ``source`` may contain."""
+    """Copy the adapter's own files, but no others that ``source`` may contain."""
     with atomic_directory(out, replace=overwrite) as folder:
         for name in (CONFIG, WEIGHTS, SIDECAR, CARD):
             if (source / name).is_file():
@@ -261,7 +260,7 @@ def _write_loralib(
 
 
 def _copied_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in the order of their names, since tensors that share memory cannot be saved."""
+    """Copy the tensors, since those that share memory cannot be saved, and sort them by name."""
     return {name: tensors[name].clone().contiguous() for name in sorted(tensors)}
 
 

@@ -113,7 +113,7 @@ def _bare_config(
 ) -> PreTrainedConfig:
     """The base's configuration with the adapters' number of labels, which must be the same."""
     config = load_config(section)
-    count = _common("numbers of labels", {name: own.num_labels for name, own in configs.items()})
+    count = _common("numbers of labels", {name: c.num_labels for name, c in configs.items()})
     assert count is not None
     if config.num_labels != count:
         config.num_labels = count

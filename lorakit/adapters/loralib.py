@@ -1,8 +1,8 @@
-"""loralib's checkpoints: ``MODULE.lora_A``, ``MODULE.lora_B`` and what was trained besides.
+"""loralib's checkpoints: ``MODULE.lora_A``, ``MODULE.lora_B`` and other trained tensors.
 
-They contain neither lora_alpha, nor which projections of a MergedLinear are enabled, nor which
-modules are embeddings. Files written by lorakit have it in their safetensors metadata: ``r`` and
-``lora_alpha`` for the layers' constructors, ``enable_lora`` and ``embedding``, each as JSON.
+They record neither lora_alpha, nor which projections of a MergedLinear are enabled, nor which
+modules are embeddings. Files written by lorakit record these in their safetensors metadata: ``r``
+and ``lora_alpha`` for the layers' constructors, ``enable_lora`` and ``embedding``, each as JSON.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lorakit.version import __version__
 
 #: Read by ``torch.load(weights_only=True)``, which only creates tensors and plain containers.
 PICKLED = (".pt", ".pth", ".bin")
-#: Types of the metadata, apart from what only the layers' constructors need.
+#: Types of the metadata, except for keys that only the layers' constructors need.
 _METADATA_TYPES = {
     "base_model": "a string",
     "embedding": "a list of strings",
@@ -112,19 +112,21 @@ def loralib_tensors(updates: Updates) -> tuple[dict[str, Tensor], dict[str, Any]
     """
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     enabled: dict[str, list[bool]] = {}
-    whole = []
+    without_blocks = []
     for name, matrix in updates.matrices.items():
         enable = _enabled(matrix)
         if enable is not None:
             enabled[name] = enable
         elif matrix.parts:
-            whole.append(name)
+            without_blocks.append(name)
         factors[name] = matrix.A, matrix.B if enable is None else _stacked(matrix)
     notes = []
-    if whole:
-        others = f" and {len(whole) - 1} more" if len(whole) > 1 else ""
+    if without_blocks:
+        more = len(without_blocks) - 1
+        others = f" and {more} more" if more else ""
         notes.append(
-            f"{whole[0]}{others}: not blocks of a MergedLinear: written as a Linear over all rows"
+            f"{without_blocks[0]}{others}: not blocks of a MergedLinear: written as a Linear over "
+            "all rows"
         )
     ranks = {name: int(B.shape[1]) for name, (_, B) in factors.items()}
     alphas = {name: number(m.scaling * ranks[name]) for name, m in updates.matrices.items()}
@@ -154,14 +156,14 @@ def merged_linear(A: Tensor, B: Tensor, enable: list[bool], scaling: float) -> A
     enabled, to one update of the whole matrix: B (len(enable) s, n r), zero outside the blocks."""
     n, r = sum(enable), B.shape[1]
     size = B.shape[0] // n
-    whole = B.new_zeros(len(enable) * size, n * r)
+    full_B = B.new_zeros(len(enable) * size, n * r)
     parts = {}
     for block, at in enumerate(i for i, on in enumerate(enable) if on):
-        rows = RowSlice(at * size, (at + 1) * size, len(whole))
+        rows = RowSlice(at * size, (at + 1) * size, len(full_B))
         columns = slice(block * r, (block + 1) * r)
-        rows.put(whole[:, columns], B[block * size : (block + 1) * size])
+        rows.put(full_B[:, columns], B[block * size : (block + 1) * size])
         parts["qkv"[at] if len(enable) == 3 else str(at)] = (rows, r)
-    return AdaptedMatrix(A, whole, scaling, parts=parts if len(enable) == 3 else None)
+    return AdaptedMatrix(A, full_B, scaling, parts=parts if len(enable) == 3 else None)
 
 
 def check_no_convolution(
@@ -174,8 +176,8 @@ def check_no_convolution(
     named = by_name and _CONVOLUTION.fullmatch(name.rpartition(".")[2])
     if named or f"{name}.conv.weight" in stored or f"{name}.conv.bias" in stored:
         raise AdapterError(
-            f"{name}: a convolution by its name: PEFT's format does not support loralib's factors "
-            "of one; hint: in eval mode they are merged into the model's own weight"
+            f"{name}: a convolution, judging by its name: PEFT's format does not support loralib's "
+            "factors of convolutions; hint: eval mode merges them into the model's own weight"
         )
     if bias is not None and tuple(bias.shape) != (rows,):
         raise AdapterError(
@@ -203,7 +205,7 @@ def _of_one_alpha(
 
 
 def _in_module(key: str) -> str:
-    """The name as in the module that PEFT wraps."""
+    """The name of a tensor in the module before PEFT wraps it."""
     for end in (BASE_BIAS, BASE_WEIGHT):
         if key.endswith(end):
             return f"{key.removesuffix(end)}.{end.rpartition('.')[2]}"
@@ -218,9 +220,9 @@ def _enabled(matrix: AdaptedMatrix) -> list[bool] | None:
     size = sizes.pop()
     starts = [rows.start for rows, _ in matrix.parts.values()]
     out_features = matrix.B.shape[0]
-    whole = all(rows.period == out_features for rows, _ in matrix.parts.values())
+    one_period = all(rows.period == out_features for rows, _ in matrix.parts.values())
     ranks = {r for _, r in matrix.parts.values()}
-    if sizes or not whole or len(ranks) > 1 or any(n % size for n in (out_features, *starts)):
+    if sizes or not one_period or len(ranks) > 1 or any(n % size for n in (out_features, *starts)):
         return None
     return [i * size in starts for i in range(out_features // size)]
 

@@ -21,6 +21,7 @@ from lorakit.adapters.low_rank import (
 )
 from lorakit.adapters.peft.schema import SEQ_CLS_HEADS
 from lorakit.errors import AdapterError
+from lorakit.module_names import is_suffix
 
 #: The last part of the name by which a module is recognized as an embedding.
 EMBEDDINGS = (
@@ -31,11 +32,11 @@ EMBEDDINGS = (
 
 @dataclass(frozen=True)
 class LoralibOptions:
-    """What a checkpoint lacks. Empty values stand for its metadata, if lorakit wrote it, else for
-    loralib's default.
+    """Settings that a checkpoint does not record. For empty values, the metadata is used if lorakit
+    wrote the file, else loralib's defaults.
 
     ``enable_lora``: ``q,v`` or ``1,0,1`` for every MergedLinear that the shapes reveal, or
-    ``MODULE=...`` for modules whose names end so. ``embedding``: suffixes of names.
+    ``MODULE=...`` for modules with that suffix. ``embedding``: suffixes of module names.
     """
 
     lora_alpha: float | None = None
@@ -47,17 +48,17 @@ class LoralibOptions:
 
 
 def read_loralib(file: Path, options: LoralibOptions) -> tuple[Updates, list[str]]:
-    """Return the updates, and notes on what the file does not say.
+    """Return the updates, and notes on what had to be assumed.
 
-    Shapes distinguish Linear and MergedLinear, except for a MergedLinear with one projection
-    enabled, which ``MODULE=`` names; names identify embeddings. Biases and fully trained modules
-    are kept. Raises AdapterError for a file that is unreadable, misshapen, or needs an option, and
-    for a Conv2d, whose factors look like a Linear's, if its name or bias reveals it.
-    """
+    Linear and MergedLinear are distinguished by shape, except for a MergedLinear with one
+    projection enabled, which ``MODULE=`` must name; embeddings are recognized by name. Biases and
+    fully trained modules are included. Raises AdapterError for a file that is unreadable,
+    misshapen, or needs an option, and for a Conv2d, whose factors look like a Linear's, if its name
+    or bias reveals it."""
     stored, facts = read_state(file)
     notes: list[str] = []
     try:
-        factors, others = _sorted(_without_prefix(stored, notes), own=bool(facts))
+        factors, others = _split(_without_prefix(stored, notes), by_lorakit=bool(facts))
         alpha = _alpha(options, facts, notes)
         embeddings = _embeddings(factors, options, facts, notes)
         enabled = _enabled(factors, embeddings, options, facts)
@@ -82,11 +83,11 @@ def _without_prefix(stored: dict[str, Tensor], notes: list[str]) -> dict[str, Te
     return {name.removeprefix("module."): value for name, value in stored.items()}
 
 
-def _sorted(
-    stored: Mapping[str, Tensor], *, own: bool
+def _split(
+    stored: Mapping[str, Tensor], *, by_lorakit: bool
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Return A and B by module, and the rest. In ``own`` files, the rest may have the base's weight
-    of an adapted embedding or output layer, which PEFT saves with it."""
+    """Return A and B by module, and the rest. In files written by lorakit, the rest may include the
+    base's weight of an adapted embedding or output layer, which PEFT saves with the factors."""
     As = {n.removesuffix(".lora_A"): v for n, v in stored.items() if n.endswith(".lora_A")}
     Bs = {n.removesuffix(".lora_B"): v for n, v in stored.items() if n.endswith(".lora_B")}
     rest = {n: v for n, v in stored.items() if not n.endswith((".lora_A", ".lora_B"))}
@@ -95,14 +96,15 @@ def _sorted(
             f"{unknown[0]}: not a name of loralib; allowed: MODULE.lora_A and MODULE.lora_B, where "
             "MODULE is its name in the model (a layer that was saved alone has none)"
         )
-    if lonely := sorted(set(As) ^ set(Bs)):
-        raise AdapterError(f"missing tensor: {lonely[0]}.lora_{'B' if lonely[0] in As else 'A'}")
+    if unpaired := sorted(set(As) ^ set(Bs)):
+        missing = "B" if unpaired[0] in As else "A"
+        raise AdapterError(f"missing tensor: {unpaired[0]}.lora_{missing}")
     if not As:
         raise AdapterError("not a loralib checkpoint: it has no MODULE.lora_A")
-    if not own and (whole := [name for name in As if f"{name}.weight" in rest]):
+    if not by_lorakit and (adapted := [name for name in As if f"{name}.weight" in rest]):
         raise AdapterError(
-            f"{whole[0]}.weight: a whole model, whose weights loralib may have merged; hint: save "
-            "only lora_state_dict(model)"
+            f"{adapted[0]}.weight: the file contains a whole model, whose weights loralib may have "
+            "merged; hint: save only lora_state_dict(model)"
         )
     return {name: (As[name], Bs[name]) for name in As}, rest
 
@@ -124,7 +126,7 @@ def _embeddings(
 ) -> set[str]:
     found = set()
     for end in options.embedding:
-        fitting = {name for name in names if _is_end(end, name)}
+        fitting = {name for name in names if is_suffix(end, name)}
         if not fitting:
             raise AdapterError(f"--embedding = {end}: no adapted module's name ends with it")
         found |= fitting
@@ -150,7 +152,7 @@ def _enabled(
         check_matrices(name, A, B)
         r = B.shape[1]
         blocks = 1 if name in embeddings or len(A) % r else len(A) // r
-        fitting = [g for g in given if (_is_end(g[0], name) if g[0] else blocks > 1)]
+        fitting = [g for g in given if (is_suffix(g[0], name) if g[0] else blocks > 1)]
         # A choice that names the module takes precedence.
         chosen = max(fitting, key=lambda g: len(g[0]), default=None)
         enable = chosen[1] if chosen else (facts.get("enable_lora") or {}).get(name)
@@ -198,9 +200,9 @@ def _config(
     facts: Mapping[str, Any],
     notes: list[str],
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return what is known of ``adapter_config.json``, and the other tensors by PEFT's names."""
+    """Return the known keys of ``adapter_config.json``, and the other tensors by PEFT's names."""
     modules = {n: n.rpartition(".")[0] for n in stored if not n.endswith(".bias")}
-    whole = sorted({_head(module) for module in modules.values() if module not in matrices})
+    fully_trained = sorted({_head(module) for module in modules.values() if module not in matrices})
     others, bias = {}, "none"
     for key, value in stored.items():
         module = key.rpartition(".")[0]
@@ -212,12 +214,12 @@ def _config(
             bias = "lora_only" if bias == "none" else bias
             continue
         others[key] = value
-        if _head(module) not in whole:
+        if _head(module) not in fully_trained:
             bias = "all"
     task_type = options.task_type or facts.get("task_type")
     if task_type is None:
-        task_type = "SEQ_CLS" if set(SEQ_CLS_HEADS) & {n.split(".")[-1] for n in whole} else None
-        task_type = task_type or "CAUSAL_LM"
+        last_parts = {name.rpartition(".")[2] for name in fully_trained}
+        task_type = "SEQ_CLS" if set(SEQ_CLS_HEADS) & last_parts else "CAUSAL_LM"
         notes.append(
             f"task_type = {task_type}, inferred from the tensors; --task-type overrides it"
         )
@@ -228,7 +230,7 @@ def _config(
         "bias": bias,
         "fan_in_fan_out": options.fan_in_fan_out or bool(facts.get("fan_in_fan_out")),
         "lora_dropout": 0.0,
-        "modules_to_save": whole or None,
+        "modules_to_save": fully_trained or None,
         "target_modules": sorted(matrices),
     }
     return config, others
@@ -241,7 +243,3 @@ def _head(module: str) -> str:
         if part in SEQ_CLS_HEADS:
             return ".".join(parts[: i + 1])
     return module
-
-
-def _is_end(end: str, name: str) -> bool:
-    return name == end or name.endswith(f".{end}")

@@ -51,7 +51,7 @@ BASE_WEIGHT, BASE_BIAS = f".{BASE_LAYER}weight", f".{BASE_LAYER}bias"
 
 @dataclass(frozen=True)
 class AdaptedMatrix(LowRankDelta):
-    """An update W + scaling * B A; for an embedding, in_features are the tokens.
+    """An update W + scaling * B A; for an embedding, in_features is the number of tokens.
 
     ``parts``: role -> (rows, r) of a fused projection of which only parts are adapted.
     """
@@ -156,8 +156,8 @@ def _low_rank(
         return AdaptedMatrix(
             A, B, scaling_of(config.get("lora_alpha", 8), config.get("init_r", 12))
         )
-    if (said := peft_rank(config, module)) != r:
-        raise AdapterError(f"{module} has r = {r}, and {said} in adapter_config.json")
+    if (configured := peft_rank(config, module)) != r:
+        raise AdapterError(f"{module} has r = {r}, but {configured} in adapter_config.json")
     return AdaptedMatrix(A, B, peft_scaling(config, module, r), embedding)
 
 
@@ -193,7 +193,7 @@ def _in_parts(
 #: The values of vLLM's ``--max-lora-rank``.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 #: Keys of ``adapter_config.json`` that conversion does not change.
-_KEPT = (
+_UNCHANGED_KEYS = (
     "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out",
     "layers_pattern", "layers_to_transform", "lora_dropout", "modules_to_save", "revision",
     "target_modules", "task_type",
@@ -241,7 +241,9 @@ def lora_files(
         "rank_pattern": exact_patterns({n: v for n, v in ranks.items() if v != r}, ranks),
         "alpha_pattern": exact_patterns({n: v for n, v in alphas.items() if v != alpha}, alphas),
     }
-    settings = DEFAULTS | {key: updates.config[key] for key in _KEPT if key in updates.config}
+    settings = DEFAULTS | {
+        key: updates.config[key] for key in _UNCHANGED_KEYS if key in updates.config
+    }
     settings |= {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "inference_mode": True}
     settings |= patterns
     settings["target_modules"] = settings.get("target_modules") or sorted(ranks)
@@ -298,7 +300,7 @@ def _padded(matrix: AdaptedMatrix, R: int, alpha: int) -> AdaptedMatrix:
 
 
 def _factor(matrix: AdaptedMatrix, R: int, alpha: int) -> float:
-    """The factor of B; 1 if it only differs by floating-point noise."""
+    """The factor of B; 1 if it differs from 1 only by floating-point noise."""
     return float(number(matrix.scaling * R / alpha))
 
 
@@ -313,13 +315,13 @@ def _check_no_bias(updates: Updates) -> None:
 
 def _refused_by_vllm(updates: Updates, R: int) -> list[str]:
     notes = []
-    read = tuple(f"{name}{BASE_WEIGHT}" for name in ("embed_tokens", "lm_head"))
-    kept = sorted({n.rpartition(".")[0] for n in updates.others if not n.endswith(read)})
-    if kept:
-        whole = updates.config.get("modules_to_save") or kept
+    supported = tuple(f"{name}{BASE_WEIGHT}" for name in ("embed_tokens", "lm_head"))
+    rejected = sorted({n.rpartition(".")[0] for n in updates.others if not n.endswith(supported)})
+    if rejected:
+        fully_trained = updates.config.get("modules_to_save") or rejected
         notes.append(
-            f"{', '.join(whole)}: kept as fully trained (modules_to_save), which PEFT needs and "
-            "vLLM rejects"
+            f"{', '.join(fully_trained)}: kept as fully trained (modules_to_save), which PEFT "
+            "needs and vLLM rejects"
         )
     largest = VLLM_RANKS[-1]
     if largest < R:

@@ -2,7 +2,8 @@
 
 The layers, modules and parameters of each adapter are prepared when it is loaded, and a switch
 swaps them with those of the base, whose weights are never modified. Only ``merged=True`` writes to
-them, and keeps a copy of the original matrices in host memory."""
+them, and keeps a copy of the original matrices in host memory.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ _ATTRIBUTE = "_lorakit_adapters"
 
 @dataclass
 class _Adapter:
-    """What is swapped for one adapter, by the base model's names.
+    """The objects that one adapter swaps, by the base model's names.
 
     ``settings`` of the model's configuration, trained ``parameters`` of the base and fully trained
     ``modules`` are the adapter's while it is inactive, and the base's while it is active.
@@ -101,8 +102,8 @@ def register_adapters(
 ) -> None:
     """Prepare ``adapters`` for ``switch`` and activate the first; ``model`` is the bare base.
 
-    ``settings``: adapter -> what it sets in the model's configuration. Raises AdapterError like
-    ``load_adapter`` if one does not fit. The model is then unchanged.
+    ``settings``: adapter -> its keys of the model's configuration. Raises AdapterError like
+    ``load_adapter`` if an adapter does not fit. The model is then unchanged.
     """
     state = _State(tuple(sorted(absent)))
     for name, files in adapters.items():
@@ -112,9 +113,9 @@ def register_adapters(
 
 
 def _prepared(model: nn.Module, files: AdapterFiles, settings: Mapping[str, Any]) -> _Adapter:
-    """Load the adapter over copies of what it would modify, then remove it again."""
+    """Load the adapter on copies of the objects that it would modify, then remove it again."""
     places = find_places(model, files)
-    memo: dict[int, Any] = {}  # one for all: modules that share a weight keep sharing it
+    memo: dict[int, Any] = {}  # a common one, so that modules that share a weight still do
     modules = {
         name: copy.deepcopy(model.get_submodule(name), memo)
         for name in fully_trained_modules(model, places)
@@ -224,7 +225,7 @@ def _on_device_of(value: Any, other: Tensor) -> Any:
 
 
 def _version(weight: Tensor) -> object:
-    """Equal as long as nothing writes to the weight; a new object where torch does not track it."""
+    """A value that changes when the weight is written to; always new if torch does not track it."""
     counted = not weight.is_inference()
     return (weight.data_ptr(), weight.dtype, weight._version) if counted else object()
 

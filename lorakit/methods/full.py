@@ -66,7 +66,7 @@ class Full(Method):
                 "the names of parameters"
             )
         fully_trained = tuple(f"{name}." for name in settings.get("modules_to_save") or ())
-        found = {name for name in tensors if not name.startswith(fully_trained or ("\0",))}
+        found = {name for name in tensors if not name.startswith(fully_trained)}
         if mismatched := sorted(set(listed) ^ found):
             kind = "missing" if mismatched[0] in listed else "unknown"
             more = f", and {len(mismatched) - 1} more" if len(mismatched) > 1 else ""

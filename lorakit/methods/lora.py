@@ -13,6 +13,7 @@ from pydantic import Field
 
 from lorakit.errors import TargetError
 from lorakit.methods.base import Method, RunHooks
+from lorakit.module_names import is_suffix
 from lorakit.recipe.sections import AdapterSection, LoraAlpha, Probability, Rank
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Lora(Method):
         """Every key of ``rank_pattern`` and ``alpha_pattern`` must be a suffix of a target."""
         for field in ("rank_pattern", "alpha_pattern"):
             for key in getattr(config, field):
-                if not any(_is_end(key, name) for name in targets):
+                if not any(is_suffix(key, name) for name in targets):
                     ends = sorted({name.rpartition(".")[2] for name in targets})
                     raise TargetError(
                         f"adapter.{field}: {key!r} matches no adapted module; allowed: "
@@ -124,13 +125,9 @@ class _InitialFactors(RunHooks):
             buffer.copy_(state[name])
 
 
-def _is_end(suffix: str, name: str) -> bool:
-    return name == suffix or name.endswith(f".{suffix}")
-
-
 def _by_suffix(pattern: dict[str, Any], name: str, default: float) -> float:
     """The value for the longest matching suffix of ``name``."""
-    fitting = [s for s in pattern if _is_end(s, name)]
+    fitting = [s for s in pattern if is_suffix(s, name)]
     return float(pattern[max(fitting, key=len)]) if fitting else default
 
 

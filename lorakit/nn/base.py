@@ -42,9 +42,8 @@ class LoraMixin(nn.Module):
     lora_alpha: float
     scaling: float
     merge_weights: bool
-    _unmerged_weight: tuple[
-        Tensor, ...
-    ] = ()  # W while merged, in a tuple to hide it from nn.Module
+    #: W while merged, in a tuple to hide it from nn.Module.
+    _unmerged_weight: tuple[Tensor, ...] = ()
 
     @property
     def merged(self) -> bool:

@@ -78,12 +78,12 @@ MODELS: dict[str, Callable[[], Any]] = {
                        num_attention_heads=4, bos_token_id=1, eos_token_id=2),
     "mamba": _experts("Mamba", vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4),
 }  # fmt: skip
-if hasattr(tf, "HrmTextConfig"):  # its checkpoint holds q, k, v and a gate in one matrix
+if hasattr(tf, "HrmTextConfig"):  # its checkpoint has q, k, v and a gate in one matrix
     MODELS["hrm_text"] = _experts("HrmText", **_TEXT)
 
 
 def write_model(folder: Path, name: str) -> Path:
-    """Write the base with tensors that no class has: a prediction head, integers, an odd size."""
+    """Write the base with tensors that its class lacks: a prediction head, integers, an odd size."""
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
     model = MODELS[name]()

@@ -1,4 +1,4 @@
-"""A small base on disk with a random adapter of it."""
+"""A small base on disk with a random adapter."""
 
 from __future__ import annotations
 

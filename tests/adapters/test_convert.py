@@ -78,7 +78,7 @@ def test_a_lora_of_vllms_rank_keeps_its_bits(tmp_path: Path) -> None:
 
 
 def test_pruned_triplets_of_peft(tmp_path: Path) -> None:
-    """One matrix lost some triplets, one lost all, which PEFT writes as empty tensors."""
+    """One matrix lost some triplets and another lost all; PEFT writes the latter as empty tensors."""
     base, adapter = write_pair(
         tmp_path, "llama", method="adalora", target_modules=["q"], init_r=4, target_r=2
     )
@@ -134,7 +134,7 @@ def test_a_rank_beyond_vllms(tmp_path: Path) -> None:
 def test_to_loralib_and_back(
     family: str, keys: dict[str, Any], exact: bool, tmp_path: Path
 ) -> None:
-    """The round trip is exact without options: the metadata has what names and shapes lack."""
+    """The round trip is exact without options, thanks to the metadata."""
     base, adapter = write_pair(tmp_path, family, **keys)
     notes: list[str] = []
     lorakit.convert(adapter, tmp_path / "lora.safetensors", "loralib", say=notes.append)
@@ -211,7 +211,7 @@ def test_wrong_tensors(change: Any, message: str, tmp_path: Path) -> None:
 def test_a_rank_that_the_configuration_does_not_say(tmp_path: Path) -> None:
     _, adapter = write_pair(tmp_path, "llama", r=4)
     edit(adapter, r=6)
-    with pytest.raises(AdapterError, match=r"has r = 4, and 6 in adapter_config\.json"):
+    with pytest.raises(AdapterError, match=r"has r = 4, but 6 in adapter_config\.json"):
         lorakit.convert(adapter, tmp_path / "out", "lora")
 
 

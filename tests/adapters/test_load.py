@@ -118,7 +118,7 @@ def test_errors_name_the_argument(make_pair: MakePair, tmp_path: Path) -> None:
 def test_a_task_type_that_peft_left_out(
     family: str, base_class: str | None, make_pair: MakePair
 ) -> None:
-    """PEFT's default is null; the tensors show whether there is a classification head."""
+    """PEFT's default is null; whether there is a classification head is inferred from the tensors."""
     base, adapter, model = make_pair(family)
     settings = json.loads((adapter / "adapter_config.json").read_text())
     mapping = {"auto_mapping": {"base_model_class": base_class}} if base_class else {}

@@ -131,7 +131,7 @@ def test_a_trained_loralib_classifier(tmp_path: Path) -> None:
 
 
 def test_one_enabled_projection_is_named(tmp_path: Path) -> None:
-    """The shapes are those of a Linear: only the option distinguishes them."""
+    """The shapes equal those of a Linear, so only the option distinguishes the two."""
     base = write_base(tmp_path / "base", "gpt2")
     layers = gpt2_layers(enable_lora=[False, False, True])
     model = trained(fresh(base), layers)
@@ -164,14 +164,14 @@ MERGED = {"a__lora_A": (4, 6), "a__lora_B": (8, 2)}
         (stored(a__lora_A=(2,), a__lora_B=(2,)), {}, "allowed: a matrix"),
         (stored(a__lora_A__weight=(2, 6)), {}, r"a\.lora_A\.weight: not a name of loralib"),
         (stored(a__bias=(2,)), {}, r"it has no MODULE\.lora_A"),
-        (stored(a__lora_A=(2, 6), a__lora_B=(8, 2), a__weight=(8, 6)), {}, r"a\.weight: a whole model"),
+        (stored(a__lora_A=(2, 6), a__lora_B=(8, 2), a__weight=(8, 6)), {}, r"a\.weight: the file contains a whole model"),
         (stored(a__lora_A=(2, 6), a__lora_B=(8, 2)), {"embedding": ["b"]}, "--embedding = b: no adapted"),
         (stored(a__lora_A=(2, 6), a__lora_B=(8, 2)), {"lora_alpha": 0}, "--lora-alpha = 0: allowed"),
         (stored(a__lora_A=(2, 6), a__lora_B=(8, 2)), {"task_type": "X"}, "--task-type = X: allowed"),
         (stored(a__lora_A=(2, 6), a__lora_B=(8, 2)), {"rank": 8}, "--rank = 8: allowed: with --to lora"),
         ({"a.lora_A": torch.full((2, 6), torch.inf)}, {}, r"a\.lora_A: contains NaN or infinite"),
         (stored(a__lora_A=(6, 12), a__lora_B=(18, 6), a__bias=(6,)), {}, "a Conv2d cannot be converted"),
-        (stored(a__lora_A=(6, 12), a__lora_B=(18, 6), a__conv__bias=(6,)), {}, "a: a convolution by its name"),
+        (stored(a__lora_A=(6, 12), a__lora_B=(18, 6), a__conv__bias=(6,)), {}, "a: a convolution, judging by its name"),
         (stored(a__conv1__lora_A=(6, 12), a__conv1__lora_B=(18, 6)), {}, r"a\.conv1: a convolution by its"),
         ({"a.lora_A": torch.ones(2, 6).to_sparse()}, {}, r"a\.lora_A: sparse or without values"),
         ({"a.lora_A": torch.ones(2, 6, device="meta")}, {}, r"a\.lora_A: sparse or without values"),

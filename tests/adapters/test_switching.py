@@ -141,7 +141,7 @@ def test_tied_embeddings_part_and_are_tied_again(family: str, tmp_path: Path) ->
 def test_an_adapter_with_a_base_matrix_of_its_own(
     family: str, embedding: str, tied: bool, tmp_path: Path
 ) -> None:
-    """PEFT saves the base's embeddings with their adapter, and they may differ from the base."""
+    """PEFT saves the embeddings of the base with their adapter, and their values may differ."""
     base = write_base(tmp_path / "base", family, tie_word_embeddings=tied)
     keys: dict[str, Any] = {"target_modules": [embedding.rpartition(".")[2], "q"]}
     dirs = {n: write_adapter(base, tmp_path / n, seed=i, **keys) for i, n in enumerate("ab")}
@@ -261,7 +261,7 @@ def test_a_sum_that_is_too_large_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_only_the_merged_matrices_are_kept(tmp_path: Path) -> None:
-    """Nothing is kept before the first merge."""
+    """No copies are made before the first merge."""
     base = write_base(tmp_path / "base")
     dirs = {
         "q": write_adapter(base, tmp_path / "q", target_modules=["q"]),

@@ -41,7 +41,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def kinds_of(method: Method) -> list[str]:
-    """Return the kinds above that ``method`` trains."""
+    """Return the keys of ``KINDS`` that ``method`` trains."""
     if not method.kinds:
         return ["base"]
     return [kind for kind in KINDS if kind.partition(" ")[0] in method.kinds]
@@ -108,7 +108,7 @@ def injected(name: str, kind: str, dtype: torch.dtype, seed: int = 1) -> Model:
 
 
 def adapted(name: str, kind: str, dtype: torch.dtype) -> Model:
-    """Change everything that trains, as training would."""
+    """Return an injected model whose trained parameters have changed, as after training."""
     model = injected(name, kind, dtype)
     with torch.no_grad():
         for parameter in trainable_state(model).values():

@@ -1,4 +1,4 @@
-"""The contract as ``lorakit methods --check`` runs it: on built-in methods, and on broken ones."""
+"""``lorakit methods --check``, on built-in methods and on broken ones."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_what_a_broken_method_is_told(
 
 
 def test_a_frozen_tensor_that_is_drawn_anew(folder: Path) -> None:
-    """It is neither saved nor seeded: a resumed run would go on with another."""
+    """The tensor is neither saved nor seeded, so a resumed run would continue with a different one."""
     broken = HEAD.replace("self.direction = self.new_parameter(*self.base_shape)", "").replace(
         "nn.init.normal_(self.direction)", "self.direction = torch.randn(self.base_shape)"
     )

@@ -1,5 +1,5 @@
-"""What every method must do, on every kind of module that it adapts and every dtype of the base. A
-new file in ``lorakit/methods`` is covered automatically.
+"""The contract of methods, on every kind of module that a method adapts and every base dtype. A
+new method in ``lorakit/methods`` is covered automatically.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def test_what_is_saved_is_loaded_bit_equal(
     save(tmp_path / "a", model, section)
     again = base(kind, dtype)
     report = load_adapter(again, tmp_path / "a", trainable=True)
-    if report.method != name:  # another's form: equal up to a product's rounding, then in its bits
-        assert method.folds or kind in SLICES, "its own form has a place for all of it"
+    if report.method != name:  # another format: equal up to rounding once, then bit-equal
+        assert method.folds or kind in SLICES, "the method's own format can store everything"
         want = merged_weights(model)
         for at, weight in merged_weights(again).items():
             torch.testing.assert_close(weight, want.pop(at), atol=1e-6, rtol=1e-6)
@@ -185,7 +185,7 @@ def test_rows_that_are_not_chosen_stay_bit_for_bit(
 def test_a_part_is_what_the_method_is_on_a_linear_layer(
     name: str, kind: str, dtype: torch.dtype
 ) -> None:
-    """The part's parameters give the same W on a linear layer of just the chosen rows."""
+    """The part's parameters give the same W on a linear layer that has only the chosen rows."""
     layer = adapted(name, kind, torch.float32).layer_in_place
     assert isinstance(layer, CompositeLayer)
     for role, part in layer.parts.items():
@@ -211,7 +211,7 @@ def test_inputs_of_any_shape(name: str, kind: str, dtype: torch.dtype) -> None:
 
 @cases()
 def test_autocast_to_half_precision(name: str, kind: str, dtype: torch.dtype) -> None:
-    """As with float16 loss scaling, and as callers may run a float32 base."""
+    """Autocast is used with float16 loss scaling, and callers may use it on a float32 base."""
     model = adapted(name, kind, dtype)
     with torch.no_grad():
         want = model(ids()).float()

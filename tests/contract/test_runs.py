@@ -1,4 +1,4 @@
-"""What every method must do in a run: an interrupted and resumed run equals an uninterrupted one,
+"""The contract of methods in a run: an interrupted and resumed run equals an uninterrupted one,
 and the merged checkpoint equals base and adapter.
 """
 
@@ -105,7 +105,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 def test_the_merged_checkpoint_equals_base_and_adapter(
     name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """Both in float32: a half-precision base is summed exactly and rounded only on request."""
+    """Both are in float32, since a half-precision base is merged exactly and rounded only on request."""
     method = registry.methods()[name]
     targets = {"target_modules": ["q", "v", "o"]} if method.kinds else {}
     section = method.Config(method=name, **targets)

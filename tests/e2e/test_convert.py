@@ -95,5 +95,5 @@ def test_invalid_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "--to = gguf: allowed: lora, loralib, peft" in refused(
         capsys, tmp_path, tmp_path / "o", "--to", "gguf"
     )
-    assert "no adapter" in refused(capsys, tmp_path, tmp_path.parent / "o", "--to", "lora")
+    assert "not an adapter" in refused(capsys, tmp_path, tmp_path.parent / "o", "--to", "lora")
     assert not (tmp_path / "o").exists()

@@ -1,4 +1,4 @@
-"""Files and directories that are complete or as they were before."""
+"""Atomic writes: files and directories are either complete or unchanged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lorakit.io.atomic import (
 
 
 def content(folder: Path) -> dict[str, str]:
-    """Relative name -> text of every file below ``folder``."""
+    """Return the text of every file below ``folder`` by relative name."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.read_text() for path in files}
 
@@ -106,7 +106,7 @@ def test_leftovers_of_a_killed_writer_are_deleted(kind: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_kill_between_the_renames(replaced: bool, tmp_path: Path) -> None:
-    """What was moved aside comes back, unless its replacement is in place."""
+    """A directory that was moved aside is restored, unless its replacement exists."""
     out, old = tmp_path / "out", tmp_path / ".out.0123abcd.old"
     old.mkdir()
     (old / "a").write_text("before")

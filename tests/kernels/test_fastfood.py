@@ -122,7 +122,7 @@ def test_the_random_parts_are_uniform_and_normal() -> None:
     n, L = 2000, 64
     S, order, G = Fastfood(L, n * L, seed=3, stream=5).random_parts(torch.arange(n))
     assert abs(S.mean().item()) < 4 / (n * L) ** 0.5
-    # Where each place goes: chi-square of the L x L table, with mean L^2 and deviation sqrt(2) L.
+    # Positions after the permutation: chi-square of the L x L table, mean L^2, deviation sqrt(2) L.
     table = torch.zeros(L, L).index_put_(
         (torch.arange(L).expand(n, L), order), torch.ones(()), accumulate=True
     )

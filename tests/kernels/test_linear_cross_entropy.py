@@ -18,7 +18,7 @@ VOCAB, WIDTH = 50, 12
 
 @pytest.fixture(params=[1, 3, 8, 100], ids=lambda rows: f"{rows}-rows-a-chunk")
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Eight rows in chunks of one, three (the last is short), all, and more than all."""
+    """Eight rows in chunks of one, of three (the last one is shorter), of eight, and of more."""
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", {"cpu": request.param * VOCAB})
     rows: int = request.param
     return rows
@@ -72,7 +72,7 @@ def test_value_and_gradient(
 @pytest.mark.usefixtures("chunk")
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_bfloat16(label_smoothing: float) -> None:
-    """The loss is summed in float32; the gradient is as exact as bfloat16 logits allow."""
+    """The loss is summed in float32; the gradient is as accurate as bfloat16 logits allow."""
     hidden, weight, bias, targets = _case(torch.bfloat16)
     loss = linear_cross_entropy(hidden, weight, bias, targets, label_smoothing)
     (got,) = torch.autograd.grad(loss, hidden)

@@ -50,7 +50,7 @@ Q, K = RowSlice(0, 2, 4), RowSlice(2, 4, 4)
         ([(Q, 1)], False),  # columns are left
         ([(Q, 2), (K, 1)], False),  # values outside of the rows
         ([(Q, 1), (K, 3)], False),  # more columns than there are
-        ([(Q, 1), (RowSlice(2, 4, 5), 2)], False),  # no slice of that matrix
+        ([(Q, 1), (RowSlice(2, 4, 5), 2)], False),  # not a slice of that matrix
     ],
 )
 def test_the_parts_of_a_fused_update(parts: list[tuple[RowSlice, int]], covered: bool) -> None:

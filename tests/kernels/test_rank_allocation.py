@@ -75,7 +75,7 @@ def test_exactly_the_budget_is_kept_and_it_is_the_best(budget: int) -> None:
 
 @pytest.mark.parametrize("budget", [1, 3, 7, 11])
 def test_ties_do_not_change_the_count(budget: int) -> None:
-    """A threshold alone would keep all or none of the tied values."""
+    """A threshold would keep either all or none of the tied values."""
     for scores in (torch.zeros(4, 3), torch.full((4, 3), 0.1), torch.tensor([[1.0, 0.0, 1.0]] * 4)):
         kept = keep_top(scores, budget)
         assert int(kept.sum()) == budget

@@ -36,8 +36,8 @@ def pair(
     dtype: torch.dtype = torch.float32,
     **changes: Any,
 ) -> PreTrainedModel:
-    """Write ``folder/base`` and ``folder/adapter``; return the adapted model, everything that
-    trains in it changed as by training."""
+    """Write ``folder/base`` and ``folder/adapter``; return the adapted model, whose trained parameters
+    have changed as after training."""
     tiny(family, **changes).to(dtype).save_pretrained(folder / "base")
     model = injected(family, section, dtype, **changes)
     torch.manual_seed(1)

@@ -247,7 +247,7 @@ def test_what_a_loss_does_not_reach_has_the_penalty_alone() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_gradient_scaler_scales_the_penalty_like_the_loss(device: str) -> None:
-    """The step with float16's scaler equals the step without it."""
+    """A step with float16 loss scaling equals a step without it."""
     weights = []
     for scaled in (False, True):
         layers = several()
@@ -343,7 +343,9 @@ def test_a_pruned_triplet_can_come_back() -> None:
     masks = []
     for step in range(1, 198):
         random_gradients(layers, step)
-        grown = list(layers.values())[step // 60 % 3]  # whose loss depends most on it changes
+        grown = list(layers.values())[
+            step // 60 % 3
+        ]  # the matrix that affects the loss most changes
         for factor in _factors(grown):
             factor.grad *= 100
         with torch.no_grad():
@@ -383,7 +385,7 @@ def test_a_target_that_equals_the_start_prunes_nothing() -> None:
 
 @pytest.mark.parametrize("left_out", [4, 9])
 def test_a_step_that_float16_leaves_out_still_allocates(left_out: int) -> None:
-    """Its gradients are not finite and are ignored; the budget still applies."""
+    """Non-finite gradients are ignored; the budget still applies."""
     layers = several()
     hooks = allocation(layers)
     for step in range(1, 13):

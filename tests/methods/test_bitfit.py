@@ -40,7 +40,7 @@ def test_a_training_moves_the_biases_and_the_head_alone(family: str, dtype: torc
     after = {plain_name(name): p for name, p in model.named_parameters()}
     moved = {n for n, p in after.items() if not torch.equal(p, before[n].to(p.dtype))}
     assert moved <= expected
-    # Under softmax a bias of the keys adds the same to every score of a row.
+    # A bias of the keys adds the same value to every score of a row, which softmax ignores.
     assert {n for n in expected - moved if "key" not in n and "k_proj" not in n} == set()
 
 

@@ -102,7 +102,7 @@ def test_a_scaled_embedding_scales_the_whole() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("init", ["default", "b_gaussian", "pissa", "orthogonal"])
 def test_the_start_is_the_base(kind: str, dtype: torch.dtype, init: str) -> None:
-    """Bit-equal if one factor is zero, and m is ||W|| for every init."""
+    """The output is bit-equal if one factor is zero; m is ||W|| for every init."""
     module = MODULES[kind]().to(dtype)
     layer = METHOD.wrap(module, DoraConfig(r=4, init=init), "layer")
     given, _ = inputs(layer)
@@ -172,7 +172,7 @@ def test_a_change_of_m_between_bfloat16s_own_steps_is_not_lost() -> None:
     before = layer(x).float()
     with torch.no_grad():
         layer.lora_magnitude_vector.mul_(1.003)
-    # Each value is rounded, their projection on the old ones is right on average.
+    # Each value is rounded, but their projection on the old ones is correct on average.
     ratio = (layer(x).float() * before).sum() / before.square().sum()
     assert ratio.item() == pytest.approx(1.003, abs=5e-4)
 
@@ -195,7 +195,7 @@ def _fused(family: str) -> tuple[nn.Module, dict[str, CompositeLayer]]:
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "phi3"])
 def test_parts_of_a_fused_projection_are_one_layer_on_all_of_it_and_back(family: str) -> None:
-    """The rows of k keep their norm; q and v are restored bit for bit."""
+    """The rows of k keep their norms; q and v are restored bit for bit."""
     _, layers = _fused(family)
     assert layers
     for fused in layers.values():

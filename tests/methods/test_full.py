@@ -200,7 +200,7 @@ def test_merged_equals_unmerged(family: str, dtype: torch.dtype, tmp_path: Path)
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_a_merge_in_float32_keeps_every_bit_that_was_trained(family: str, tmp_path: Path) -> None:
-    """Over a bfloat16 base, for files and in memory."""
+    """Merging on a bfloat16 base, in files and in memory."""
     model = pair(tmp_path, family, FULL, torch.bfloat16)
     lorakit.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", dtype="float32")
     values = dict(plain(tmp_path / "out", family).named_parameters())

@@ -162,7 +162,7 @@ def test_a_kept_update_never_outlives_its_theta(change: str) -> None:
             layer.theta.copy_(layer.theta * 2)
     elif change == "load":
         layer.load_state_dict(layer.state_dict() | {"theta": layer.theta.detach() * 2})
-    else:  # a step in which this layer had no part, as an expert that no token went to
+    else:  # a step without this layer, such as an expert without tokens
         other(x).sum().backward()
         torch.optim.AdamW([layer.theta], 0.1, fused=True).step()
     with torch.no_grad():
@@ -205,7 +205,7 @@ def test_saved_and_loaded(family: str, dtype: torch.dtype, tmp_path: Path) -> No
 
 
 def test_the_files_hold_theta_once_and_the_order_of_the_streams(tmp_path: Path) -> None:
-    """With twelve layers, sorting by name would put the tenth before the second."""
+    """With twelve layers, sorting by name would put layer 10 before layer 2."""
     model = pair(tmp_path, "llama", INTRINSIC, num_hidden_layers=12)
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {name: tuple(t.shape) for name, t in tensors.items()} == {

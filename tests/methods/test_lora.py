@@ -52,7 +52,7 @@ def test_conv1d_is_the_formula_with_the_weight_transposed() -> None:
 @pytest.mark.parametrize("embed_scale", [None, 3.0])
 def test_embedding_adds_a_row_of_the_product(embed_scale: float | None) -> None:
     embedding: nn.Embedding = nn.Embedding(12, 5)
-    if embed_scale is not None:  # as Gemma's, which scales what it looks up
+    if embed_scale is not None:  # as in Gemma, which scales the rows
         from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
         embedding = Gemma3TextScaledWordEmbedding(12, 5, 0, embed_scale=embed_scale)

@@ -69,7 +69,7 @@ def test_which_biases_train(family: str, targets: list[str], dtype: torch.dtype)
         assert set(found) == want
         assert {p.dtype for p in trainable_state(model).values()} == {torch.float32}
         assert {p.dtype for p in model.parameters() if not p.requires_grad} == {dtype}
-        tolerance = 0.0 if family != "bert" else 1e-2  # a head in float32 rounds otherwise
+        tolerance = 0.0 if family != "bert" else 1e-2  # a float32 head rounds differently
         torch.testing.assert_close(logits(model).to(dtype), before, atol=tolerance, rtol=tolerance)
 
 

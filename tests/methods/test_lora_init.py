@@ -45,7 +45,7 @@ def test_the_output_starts_unchanged_and_training_moves_it(kind: str, init: str)
     weight = module_of(kind).weight
     torch.testing.assert_close(layer(x), layer.base_layer(x), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(layer.fold(layer.weight), weight, atol=1e-5, rtol=1e-5)
-    # The first gradient of a factor beside a zero one is zero: two steps move both.
+    # The first gradient is zero if the other factor is zero, so both change after two steps.
     for _ in range(2):
         layer.zero_grad()
         layer(x).square().sum().backward()
@@ -136,7 +136,7 @@ def test_pissas_start_is_resumed_and_not_computed_again() -> None:
     for one in (model, other):
         inject(one, config)
     with torch.no_grad():
-        for layer in adapter_layers(other).values():  # as another machine's SVD may have it
+        for layer in adapter_layers(other).values():  # as on another machine, whose SVD may differ
             for factor in (layer.initial_A, layer.initial_B):
                 factor.neg_().mul_(1 + 1e-6)
     hooks = [METHOD.hooks(adapter_layers(one), config, 10) for one in (model, other)]

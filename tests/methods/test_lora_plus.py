@@ -32,7 +32,7 @@ def section(**keys: Any) -> TrainSection:
 def groups(
     model: nn.Module, config: LoraPlusConfig, **train: Any
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """Return the group of each parameter, and all groups."""
+    """Return each parameter's group, and all groups."""
     parameters: Any = trainable_state(model)
     found = METHOD.param_groups(parameters, adapter_layers(model), config, section(**train))
     names = {id(p): n for n, p in parameters.items()}
@@ -184,7 +184,7 @@ def test_what_diverges_is_advised_the_ratio() -> None:
 
 
 def test_every_hook_of_the_method_that_it_wraps_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of LoRA, whatever they are: all but what is logged besides goes through unchanged."""
+    """The hooks of LoRA are used unchanged, except for the additional log values."""
     calls = []
 
     class Recorded(RunHooks):

@@ -1,4 +1,4 @@
-"""The layers' formulas in NumPy, float64, each product written out."""
+"""The layers' formulas in NumPy and float64, with every product written out."""
 
 from __future__ import annotations
 

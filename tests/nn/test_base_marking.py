@@ -1,4 +1,4 @@
-"""What trains and what is saved, for lorakit's layers and for models adapted by inject."""
+"""Which parameters are trained and saved, for lorakit's layers and for models adapted by inject."""
 
 from __future__ import annotations
 

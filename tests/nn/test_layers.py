@@ -34,7 +34,7 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def assert_same(layer: nn.Module, plain: nn.Module, x: Tensor) -> None:
-    """Assert bit-equality; for a stored W^T, torch sums in another order."""
+    """Assert bit-equality, except for a stored W^T, where torch sums in a different order."""
     if getattr(layer, "fan_in_fan_out", False):
         torch.testing.assert_close(layer(x), plain(x), rtol=1e-6, atol=1e-6)
     else:

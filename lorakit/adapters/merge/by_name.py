@@ -1,9 +1,9 @@
 """Resolves a base from its files alone, for common decoders and plain LoRA.
 
-transformers reads every tensor of these decoders under its own name, and every matrix but the
-embedding as an nn.Linear. An adapter's modules are therefore found in the checkpoint itself, which
-saves the seconds that importing transformers and building a model take. Everything else is left to
-``resolve_by_class``.
+transformers reads every tensor of these decoders under its own name, and every matrix except the
+embedding as an nn.Linear. An adapter's modules can therefore be found in the checkpoint itself,
+which saves the seconds that it takes to import transformers and build a model. Everything else is
+left to ``resolve_by_class``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Bias:
     key: str = ""
     default: bool = False
 
-    def holds(self, settings: Mapping[str, Any]) -> bool:
+    def is_set(self, settings: Mapping[str, Any]) -> bool:
         return bool(settings.get(self.key, self.default))
 
 
@@ -73,8 +73,8 @@ class PlainDecoder:
         return bool(settings.get("tie_word_embeddings", self.tied))
 
     def shapes(self, settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
-        """Tensor -> shape, including the output layer. None if ``config.json`` leaves a size to
-        the class."""
+        """The shapes of all tensors by name, including the output layer. None if ``config.json``
+        lacks a size, whose default depends on the class."""
         if any(settings.get(key) for key in self.unless):
             return None
         keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -101,8 +101,8 @@ class PlainDecoder:
     def _layer(
         self, settings: Mapping[str, Any], hidden: int, inner: int, q: int, kv: int, head_dim: int
     ) -> dict[str, tuple[int, ...]]:
-        qkv_bias, o_bias = self.qkv_bias.holds(settings), self.o_bias.holds(settings)
-        mlp_bias = self.mlp_bias.holds(settings)
+        qkv_bias, o_bias = self.qkv_bias.is_set(settings), self.o_bias.is_set(settings)
+        mlp_bias = self.mlp_bias.is_set(settings)
         found: dict[str, tuple[int, ...]] = {}
         for role, rows in (("q", q), ("k", kv), ("v", kv)):
             found |= _linear(f"self_attn.{role}_proj", rows, hidden, qkv_bias)
@@ -129,7 +129,7 @@ def _linear(name: str, rows: int, columns: int, bias: bool) -> dict[str, tuple[i
 
 
 def _decoder(class_name: str, bias: Bias = _NO_BIAS, **keys: Any) -> PlainDecoder:
-    """A decoder with ``bias`` in all of its attention's projections."""
+    """A decoder with ``bias`` in all attention projections."""
     return PlainDecoder(class_name, **{"qkv_bias": bias, "o_bias": bias, **keys})
 
 
@@ -168,8 +168,8 @@ PLAIN = {
 def resolve_by_name(
     settings: Mapping[str, Any], checkpoint: Checkpoint, adapters: Sequence[Weighted]
 ) -> ResolvedBase | None:
-    """Resolve the base with the ``config.json`` ``settings``; None if the class is needed, be it
-    only to report what does not fit."""
+    """Resolve the base with the ``config.json`` ``settings``; None if the class is needed, even if
+    only to report a mismatch."""
     decoder = PLAIN.get(str(settings.get("model_type")))
     if decoder is None or settings.get("architectures") != [decoder.class_name]:
         return None

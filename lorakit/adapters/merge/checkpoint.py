@@ -1,6 +1,7 @@
 """A base model's safetensors on disk: each tensor's name, shape, dtype and offset.
 
-Headers are parsed here, so that bytes can be copied from file to file without a tensor library."""
+Headers are parsed here, so that bytes can be copied from file to file without a tensor library.
+"""
 
 from __future__ import annotations
 
@@ -119,7 +120,7 @@ class Checkpoint:
         return tuple(self.metadata)
 
     def descriptor(self, file: Path) -> int:
-        """Return a descriptor of the file, for ``os.pread`` and the like."""
+        """Return a file descriptor, for ``os.pread`` and similar functions."""
         if file not in self._open:
             handle = os.open(file, os.O_RDONLY)
             self._stack.callback(os.close, handle)

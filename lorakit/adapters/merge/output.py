@@ -29,7 +29,7 @@ CONFIG = "config.json"
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
           "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}  # fmt: skip
-#: Larger files are not settings, and would fill the disk.
+#: Larger files are unlikely to be settings, and could fill the disk.
 _LARGEST = 500_000_000
 _WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".onnx", ".onnx_data", ".h5",
@@ -37,7 +37,7 @@ _WEIGHTS = (
 )  # fmt: skip
 _WEIGHT_FOLDERS = ("original", "onnx", "openvino", "coreml")
 _OTHER_FORMAT = "weights in another format, without the adapter"
-_PASSED_OVER = (".git", ".cache", "__pycache__", ".ipynb_checkpoints", ".DS_Store")
+_IGNORED = (".git", ".cache", "__pycache__", ".ipynb_checkpoints", ".DS_Store")
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ def plan_files(
     stored: Mapping[str, str],
     max_shard_bytes: int,
 ) -> dict[str, list[str]]:
-    """Return the tensors of each file. The base's own files are kept unless one would exceed
-    ``max_shard_bytes``; otherwise the files are named as in transformers.
+    """Return the tensors of each file. They are divided into files as in the base unless a file
+    would exceed ``max_shard_bytes``; new files are named as in transformers.
 
     ``stored``: output -> the base's tensor that it replaces; an output without one is added to the
     last file.
@@ -280,7 +280,8 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def _walk(base: Path, left_out: list[LeftOut]) -> Iterator[str]:
-    """Yield every file's name relative to ``base``, following links as the Hub's cache has them."""
+    """Yield every file's name relative to ``base``, following links such as those of the Hub
+    cache."""
     seen: set[str] = set()
     pending = [""]
     while pending:
@@ -291,7 +292,7 @@ def _walk(base: Path, left_out: list[LeftOut]) -> Iterator[str]:
         seen.add(real)
         for path in sorted((base / inside).iterdir()):
             name = path.relative_to(base).as_posix()
-            if path.name in _PASSED_OVER:
+            if path.name in _IGNORED:
                 continue
             if path.is_dir() and path.name in _WEIGHT_FOLDERS:
                 left_out.append(LeftOut(f"{name}/", _OTHER_FORMAT))
@@ -306,7 +307,7 @@ def _walk(base: Path, left_out: list[LeftOut]) -> Iterator[str]:
 
 def _reason(path: Path, name: str, components: tuple[str, ...]) -> str | None:
     """Why a file is not copied; None if it is."""
-    if name.startswith(components or ("\0",)):
+    if name.startswith(components):
         return None
     lower = name.lower()
     if re.search(r"(?:^|/)(?:optimizer|scheduler|scaler|rng_state\w*|training_args)\.\w+$", lower):

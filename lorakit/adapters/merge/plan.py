@@ -1,7 +1,7 @@
-"""Which tensors the merged model has, and where each comes from.
+"""Plan the tensors of the merged model and their sources.
 
-The files of the base decide: every stored tensor is written again, under its own name. Tied weights
-are written separately only if the merge makes them different.
+The base's files determine the output: every stored tensor is written again, under the same name.
+Tied weights are written separately only if they differ after the merge.
 """
 
 from __future__ import annotations
@@ -80,17 +80,17 @@ def new_names(
 ) -> dict[str, str | None]:
     """Return the parameters that are written but not stored -> the stored tensor they shared."""
     new: dict[str, str | None] = {}
-    one: set[str] = set()
+    tied: set[str] = set()
     for names in shared.together:
         source = next((by_name[name] for name in names if name in by_name), None)
         if names in untied:
             new |= {name: source for name in names if name not in by_name}
             continue
-        one |= set(names)
+        tied |= set(names)
         if source is None and names[0] in given:
             new[names[0]] = None
     in_groups = {name for group in base.groups for name in group.targets}
-    absent = [name for name in given if name not in by_name and name not in one | in_groups]
+    absent = [name for name in given if name not in by_name and name not in tied | in_groups]
     return dict.fromkeys(absent) | new
 
 

@@ -2,7 +2,8 @@
 
 Each changed tensor is read, summed in float32, rounded, checked and written in chunks of rows; the
 others are copied from file to file. All cores work in parallel, with a few chunks each in memory,
-or one whole matrix at a time for a method that needs it."""
+or one whole matrix at a time for a method that needs it.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +65,7 @@ def write_tensors(
             stack.callback(os.close, files[file])
         output = OutputFiles(files, places, plan.outputs)
         for file_ in checkpoint.files:
-            checkpoint.descriptor(file_)  # opened here: the workers only read the table
+            checkpoint.descriptor(file_)  # opened here, since the workers share the table
         jobs = _jobs(plan, checkpoint, output)
         run_jobs(jobs, list(files.values()), total, on_progress)
 
@@ -246,7 +247,8 @@ def _store(task: Task, merged: Tensor, first: int, output: OutputFiles, buffers:
 
 
 class Buffers:
-    """Memory of one worker, reused for every chunk: fresh pages cost more than the arithmetic."""
+    """Memory of one worker, reused for every chunk, since new pages cost more than the
+    arithmetic."""
 
     def __init__(self) -> None:
         self._memory: dict[str, Tensor] = {}
@@ -270,7 +272,7 @@ def _workers() -> int:
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Torch's own threads would only compete with ours."""
+    """Limit torch to one thread, since more would only compete with the workers."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""Chooses the merged model's tokenizer: the base's, or the adapter's as a whole."""
+"""Chooses the merged model's tokenizer: that of the base or that of the adapter."""
 
 from __future__ import annotations
 
@@ -153,8 +153,8 @@ def _is_same(files: Mapping[str, bytes], own: Mapping[str, bytes], needs_pad: bo
 
 
 def _special(files: Mapping[str, bytes]) -> dict[str, Any]:
-    told = _parsed(files.get(_MAP)) | _parsed(files.get(_SETTINGS))
-    return {key: _content(told.get(key)) for key in _SPECIAL}
+    settings = _parsed(files.get(_MAP)) | _parsed(files.get(_SETTINGS))
+    return {key: _content(settings.get(key)) for key in _SPECIAL}
 
 
 def _tokens(content: bytes | None) -> Any:
@@ -208,7 +208,7 @@ def _content(token: Any) -> Any:
 
 
 def _plain(part: Any) -> Any:
-    """Without null and false values, which only some versions write."""
+    """``part`` without null and false values, which only some versions write."""
     if isinstance(part, Mapping):
         return {k: _plain(v) for k, v in part.items() if v is not None and v is not False}
     return [_plain(item) for item in part] if isinstance(part, list) else part

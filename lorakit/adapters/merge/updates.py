@@ -84,8 +84,8 @@ def read_weighted(
 
 
 def find_updates(model: nn.Module, adapters: Sequence[Weighted]) -> dict[str, list[Update]]:
-    """Return the updates of each module's W. ``model`` may be on the ``meta`` device; of the
-    adapters, it keeps only the modules that the first one fully trained.
+    """Return the updates of each module's W. ``model`` may be on the ``meta`` device. It is left
+    with the fully trained modules of the first adapter, but without adapter layers.
 
     Raises AdapterError if an adapter does not fit the model, or if the fully trained values differ.
     """
@@ -164,7 +164,7 @@ def merged_sum(updates: Sequence[Update], weight: Tensor) -> Tensor:
 def _check_same(
     own: Mapping[str, Tensor], other: Mapping[str, Tensor], first: AdapterFiles, added: AdapterFiles
 ) -> None:
-    """Added adapters must not bring fully trained values other than the first one's."""
+    """Raise AdapterError if an added adapter has fully trained values that the first one lacks."""
     for name, value in sorted(other.items()):
         if name not in own or not value.equal(own[name]):
             raise AdapterError(
@@ -204,8 +204,8 @@ class ResolvedBase:
     ``base``: trained parameters of the base; ``fully_trained``: those of fully trained modules.
     ``architecture`` is the class's name if the merged model is of another class than the base;
     ``stored_name`` then also applies to names that are stored. ``can_untie``: whether the class can
-    hold tied names as separate weights. ``text_config``: the key of the text model's part of
-    ``config.json``; ``settings``: its other keys that change.
+    store tied names as separate weights. ``text_config``: the key of the text model's configuration
+    in ``config.json``; ``settings``: other keys of ``config.json`` that change.
     """
 
     plain: Mapping[str, str]

@@ -1,6 +1,5 @@
-"""PEFT's adapter format: the only package that knows its file names, keys and tensor names.
+"""PEFT's adapter format. Its file names, keys and tensor names are defined in this package only.
 
-``schema`` describes a version of PEFT and is where a new one is added. ``lora`` converts the layers
-of LoRA, DoRA and AdaLoRA; a method with another format brings it with ``Method.to_peft`` and
-``Method.from_peft``.
+To support a new version of PEFT, change ``schema``. ``lora`` converts the layers of LoRA, DoRA and
+AdaLoRA; a method with another format overrides ``Method.to_peft`` and ``Method.from_peft``.
 """

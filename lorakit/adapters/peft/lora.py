@@ -30,9 +30,9 @@ from lorakit.methods.dora_layer import DoraLayer
 from lorakit.methods.lora import Lora, LoraConfig
 from lorakit.methods.lora_layer import LoraLayer
 
-#: Parameter -> its name in the file after the module's, and its shape.
+#: Parameter -> the suffix of its tensor name in the file, and its shape.
 _Wanted = dict[str, tuple[str, tuple[int, ...]]]
-#: The keys that ``adapter_config.json`` takes from AdaLoRA's configuration unchanged.
+#: Keys of AdaLoRA's configuration that are written to ``adapter_config.json`` unchanged.
 _ADALORA_KEYS = {
     "init_r", "target_r", "lora_alpha", "lora_dropout", "bias", "deltaT", "beta1", "beta2",
     "orth_reg_weight",
@@ -117,7 +117,7 @@ def _read_lora(
     settings: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
 ) -> AdapterLayer:
-    """The rank is what ``settings`` say, and the tensors must have it."""
+    """A layer of the rank in ``settings``, which the tensors must match."""
     r, dropout = peft_rank(settings, name), settings.get("lora_dropout", 0.0)
     scaling = peft_scaling(settings, name, r)
     layer_class = method.layer_class()
@@ -175,7 +175,7 @@ def _read_adalora(
     settings: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
 ) -> AdapterLayer:
-    """A layer with as many triplets as the file has; without any, one that adds nothing."""
+    """A layer with the triplets of the file or, if there are none, one without effect."""
     stored_A, stored_B, stored_E = ADALORA_FACTORS
     _check_names(name, tensors, set(ADALORA_FACTORS))
     init_r = settings.get("init_r", 12)
@@ -200,7 +200,7 @@ def _read_adalora(
 
 
 def _zeros(empty: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Zeros of ``shape``, where -1 stands for the size that ``empty`` has."""
+    """Zeros of ``shape``, where -1 is replaced by the size of ``empty``."""
     sizes = [have if want < 0 else want for have, want in zip(empty.shape, shape, strict=True)]
     return empty.new_zeros(sizes)
 
@@ -208,8 +208,8 @@ def _zeros(empty: Tensor, shape: tuple[int, int]) -> Tensor:
 def _folded_adalora(
     layers: Mapping[str, LoraLayer], config: Any
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Plain LoRA with the commonest rank as r, and a lora_alpha for each matrix that keeps its
-    scaling."""
+    """Plain LoRA with the most common rank as r, and a lora_alpha for each matrix that preserves
+    its scaling."""
     folded = {n: x.as_lora() if isinstance(x, AdaLoraLayer) else x for n, x in layers.items()}
     r = Counter(layer.r for layer in folded.values()).most_common(1)[0][0]
     alpha = scaling_of(config.lora_alpha, config.init_r) * r
@@ -233,7 +233,7 @@ def _checked_values(
     name: str, r: int, tensors: Mapping[str, Tensor], wanted: _Wanted
 ) -> dict[str, Tensor]:
     """The values by parameter. Raises AdapterError for a tensor that is missing, unknown or
-    misshapen, before memory is taken for a layer of that rank."""
+    misshapen, before a layer of that rank is allocated."""
     _check_names(name, tensors, {stored for stored, _ in wanted.values()})
     for stored, shape in wanted.values():
         if tuple(tensors[stored].shape) != shape:

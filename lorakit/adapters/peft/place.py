@@ -86,7 +86,7 @@ def load_adapter(
     _untie(model, places.fully_trained)
     heads = tuple(f"{head}." for head in find_heads(model))
     for name in fully_trained:
-        train_module(model, name, float32_output=f"{name}.".startswith(heads or ("\0",)))
+        train_module(model, name, float32_output=f"{name}.".startswith(heads))
     for key, value in places.fully_trained.items():
         set_value(model, key, value)
     _set_trainable(model, layers, fully_trained, trainable, files.method.shared)
@@ -117,14 +117,14 @@ def fully_trained_modules(model: nn.Module, places: Placement) -> list[str]:
     """Return the topmost modules that the adapter replaces as a whole. Like PEFT, this matches
     suffixes without regard to dots."""
     config = places.files.config
-    suffixes = modules_to_save(config) or ("\0",)
+    suffixes = modules_to_save(config)
     names = [n for n, m in model.named_modules() if n.endswith(suffixes) and m.state_dict()]
-    covered = tuple(f"{name}." for name in names) or ("\0",)
+    covered = tuple(f"{name}." for name in names)
     names += [key.rpartition(".")[0] for key in places.fully_trained if not key.startswith(covered)]
     names = list(dict.fromkeys(names))
     topmost = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
     # A head without tensors in the file remains that of the base.
-    listed_suffixes = tuple(config.get("modules_to_save") or ("\0",))
+    listed_suffixes = tuple(config.get("modules_to_save") or ())
     return [
         n for n in topmost if n.endswith(listed_suffixes) or _has_tensors(places.fully_trained, n)
     ]

@@ -89,7 +89,7 @@ def _instead(path: Path) -> str:
     if (path / "config.json").is_file():
         return "a model, not an adapter"
     what = other_content(path)
-    return f"no adapter ({what})" if what else "no adapter"
+    return f"not an adapter ({what})" if what else "not an adapter"
 
 
 #: With ``bias: all`` and ``save_embedding_layers``, PEFT also writes the tensors of fully trained
@@ -171,7 +171,7 @@ def read_adapter(directory: str | Path, say: Say = to_stderr) -> AdapterFiles:
     directory = adapter_directory(directory)
     config = _read_json(directory / CONFIG)
     if config is None:
-        raise AdapterError(f"{directory}: no adapter: {CONFIG} is missing")
+        raise AdapterError(f"{directory}: not an adapter: {CONFIG} is missing")
     where = str(directory / CONFIG)
     sidecar = _read_json(directory / SIDECAR)
     check_types(sidecar or {}, SIDECAR_TYPES, str(directory / SIDECAR))
@@ -199,7 +199,7 @@ def read_adapter(directory: str | Path, say: Say = to_stderr) -> AdapterFiles:
 def _method(config: Mapping[str, Any], sidecar: Mapping[str, Any] | None, where: str) -> Method:
     """The method that wrote the adapter, else the one of that ``peft_type``.
 
-    The code of a user's method is not run here: its file must have been named in this process.
+    This does not run the code of a user's method: ``registry.method`` must have loaded it before.
     """
     wrote, peft_type = str((sidecar or {}).get("method") or ""), config.get("peft_type")
     known: dict[str, Method] = {**registry.methods(), **registry.user_methods()}
@@ -208,8 +208,8 @@ def _method(config: Mapping[str, Any], sidecar: Mapping[str, Any] | None, where:
         return own
     if is_code(wrote) and own is None:
         raise AdapterError(
-            f"{where}: trained with {wrote}, and the code of a method runs only if it is named; "
-            f"hint: --method {wrote}, or method= in Python"
+            f"{where}: trained with {wrote}, whose code runs only if you name it; hint: --method "
+            f"{wrote}, or method= in Python"
         )
     if "peft_type" in config and (found := [m for m in known.values() if m.reads(config)]):
         return found[0]
@@ -235,8 +235,8 @@ def is_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point():
         return True
     values = tensor.float() if tensor.itemsize == 1 else tensor  # float8 has no isfinite
-    # A finite sum proves it, in a fortieth of the time of an elementwise check. An infinite sum may
-    # also come from large finite values.
+    # A finite sum proves it, 40 times faster than an elementwise check. The sum of large finite
+    # values may be infinite, however.
     if math.isfinite(values.sum(dtype=torch.float32).item()):
         return True
     return bool(values.isfinite().all())
@@ -322,9 +322,10 @@ def _tensors(directory: Path, method: Method) -> tuple[dict[str, Tensor], dict[s
         if not is_finite(tensor):
             raise AdapterError(f"{file}: {name}: contains NaN or infinite values")
         # Few torch operations support float8.
-        wide = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+        is_float8 = tensor.is_floating_point() and tensor.itemsize == 1
+        value = tensor.float() if is_float8 else tensor
         if name in common:
-            shared[common[name]] = wide
+            shared[common[name]] = value
         else:
-            tensors[name.removeprefix(PREFIX)] = wide
+            tensors[name.removeprefix(PREFIX)] = value
     return tensors, shared

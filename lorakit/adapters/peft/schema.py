@@ -97,7 +97,7 @@ CONFIG_TYPES = {
     "task_type": "a string",
     "use_rslora": "true, false",
 }
-#: Keys with another type in AdaLoRA, where ``rank_pattern`` holds a list for each name.
+#: Keys whose types differ in AdaLoRA, where ``rank_pattern`` has a list for each name.
 LORA_TYPES = {"r": "an integer above 0", "rank_pattern": "integers above 0 by name"}
 ADALORA_TYPES = {"rank_pattern": "lists of true and false by name"}
 #: Types of the values in ``lorakit.json``.
@@ -126,7 +126,7 @@ _KEYS_OF_EVERY_METHOD = {
     "inference_mode", "init_weights", "layers_pattern", "layers_to_transform", "modules_to_save",
     "peft_type", "peft_version", "revision", "target_modules", "task_type",
 }  # fmt: skip
-#: For these keys PEFT does not read null as the default.
+#: Keys for which PEFT does not treat null as the default.
 _NOT_NULLABLE = ("init_r", "lora_alpha", "lora_dropout", "r")
 #: Heads that PEFT saves for ``SEQ_CLS``, whatever ``modules_to_save`` lists.
 SEQ_CLS_HEADS = ("classifier", "score")
@@ -135,7 +135,7 @@ _TIED = ("lora_embedding_", "lm_head.", "embed_tokens.", "wte.")
 
 
 class FactorNames(NamedTuple):
-    """What follows the module's name in the tensor names of A and B."""
+    """The suffixes that follow the module's name in the tensor names of A and B."""
 
     A: str
     B: str
@@ -192,7 +192,8 @@ def peft_alpha_of(scaling: float, r: int, use_rslora: bool) -> float:
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """As PEFT: the first key, a regular expression, that matches a dotted suffix of ``name``."""
+    """The value of the first key, a regular expression, that matches a dotted suffix of ``name``,
+    as in PEFT."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
@@ -206,8 +207,8 @@ def modules_to_save(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def is_fully_trained(config: Mapping[str, Any], name: str) -> bool:
-    """Whether the module ``name`` is, or lies in, one that PEFT replaces as a whole."""
-    suffixes = modules_to_save(config) or ("\0",)
+    """Whether the module ``name`` is, or is inside, one that PEFT replaces as a whole."""
+    suffixes = modules_to_save(config)
     parts = name.split(".")
     return any(".".join(parts[: i + 1]).endswith(suffixes) for i in range(len(parts)))
 
@@ -244,7 +245,7 @@ def unknown_keys_note(
     config: Mapping[str, Any], where: str, own: Collection[str] = ()
 ) -> str | None:
     """A note that lists keys of a newer PEFT or of another tool, or None if there are none. Null,
-    false and empty values are skipped, since they turn nothing on.
+    false and empty values are skipped, since they enable nothing.
 
     ``own`` are the keys of a method whose format is neither LoRA's nor AdaLoRA's.
     """

@@ -1,4 +1,4 @@
-"""Which modules an adapter's configuration names, by PEFT's rules (0.21), in a given model.
+"""Match an adapter's configuration with the modules of a model, by the rules of PEFT 0.21.
 
 A multimodal base and its text part name the same modules differently: ``model.layers`` where the
 text part was loaded alone is ``model.language_model.layers`` in the base's own class. Two names
@@ -26,7 +26,7 @@ from lorakit.adapters.peft.schema import (
     peft_rank,
 )
 from lorakit.errors import AdapterError
-from lorakit.module_names import without_wrappers
+from lorakit.module_names import is_suffix, without_wrappers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -48,7 +48,7 @@ def is_targeted(config: Mapping[str, Any], name: str) -> bool:
         return False
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
-    if not any(name == suffix or name.endswith(f".{suffix}") for suffix in targets):
+    if not any(is_suffix(suffix, name) for suffix in targets):
         return False
     layers = config.get("layers_to_transform")
     # As in PEFT, a name that is listed in full is adapted in any layer.
@@ -110,7 +110,7 @@ def _is_excluded(config: Mapping[str, Any], name: str) -> bool:
     if isinstance(excluded, str):
         if re.fullmatch(excluded, name):
             return True
-    elif any(name == suffix or name.endswith(f".{suffix}") for suffix in excluded):
+    elif any(is_suffix(suffix, name) for suffix in excluded):
         return True
     saved = modules_to_save(config)
     return any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in saved)
@@ -126,14 +126,14 @@ def _layer_index(config: Mapping[str, Any], name: str) -> int | None:
 
 
 def unadapted_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules by name as they were before adaption: an adapter layer counts as the
-    module that it wraps."""
+    """Return the modules by name as they were before they were adapted: an adapter layer counts as
+    the module that it wraps."""
     from lorakit.layers import BaseWrapper
 
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if name and not name.startswith(inside or ("\0",)):
+        if name and not name.startswith(inside):
             adapted = isinstance(module, BaseWrapper)
             found[name] = module.base_layer if adapted else module
             inside += (f"{name}.",) if adapted else ()
@@ -143,8 +143,8 @@ def unadapted_modules(model: nn.Module) -> dict[str, nn.Module]:
 def misread_by_peft(model: nn.Module, adapted: Iterable[str]) -> list[str]:
     """Return the last parts of the names ``adapted`` that PEFT mistakes for experts.
 
-    With transformers 5, PEFT 0.19 to 0.21 turns targets that carry the names of transformers 4's
-    experts into ``target_parameters`` of the stacked experts, for every model type that
+    With transformers 5, PEFT 0.19 to 0.21 turns targets with the names of transformers 4's experts
+    into ``target_parameters`` of the stacked experts, for every model type that
     transformers converts like Mixtral or Qwen2-MoE. An adapter of dense layers or shared experts
     with such a name is then applied to the experts, or rejected.
     """
@@ -225,8 +225,8 @@ class BaseNames:
 
 
 def renamed_for(model: nn.Module, files: AdapterFiles) -> AdapterFiles:
-    """Return ``files`` with the names that ``model`` gives the modules. A name that ``model`` has
-    no counterpart for is kept."""
+    """Return ``files`` with the module names of ``model``. Names without a counterpart in ``model``
+    are not changed."""
     from lorakit.anatomy import is_within, outside_language_model
 
     roots = _roots(model)
@@ -237,7 +237,7 @@ def renamed_for(model: nn.Module, files: AdapterFiles) -> AdapterFiles:
     config = dict(files.config)
     name_in_file = _reversed(renamed, roots)
     if (names := config.get("target_modules")) and names != "all-linear":
-        # The names refer to the text part, which does not hold modules outside of it.
+        # The names refer to the text part, not to modules outside of it.
         outside = outside_language_model(model)
         config["target_modules"] = [
             name

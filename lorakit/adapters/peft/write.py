@@ -186,7 +186,8 @@ def _complete_for_peft(
 
 
 def _stored(tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Sorted by name, in float32, contiguous and copied, since tied modules share memory."""
+    """The tensors sorted by name, in float32, contiguous, and copied since tied modules share
+    memory."""
     named = {PREFIX + name: value for name, value in tensors.items()}
     named |= {SHARED_PREFIX + name: value for name, value in shared.items()}
     out = {}
@@ -198,12 +199,12 @@ def _stored(tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict
 
 
 def _fully_trained(model: nn.Module) -> list[str]:
-    """The topmost modules, adapter layers aside, whose parameters all train. Parameters with an
-    fp32 master weight do not count: they are trained parameters of the base."""
+    """The topmost modules outside adapter layers whose parameters are all trained. Parameters with
+    an fp32 master weight do not count, since they are trained parameters of the base."""
     adapted = tuple(f"{name}." for name in adapted_modules(model))
     trains: dict[str, bool] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        inside = name.startswith(adapted or ("\0",)) or plain_name(name) != name
+        inside = name.startswith(adapted) or plain_name(name) != name
         parts = name.split(".")[:-1]
         for depth in range(1, len(parts) + 1):
             module = ".".join(parts[:depth])
@@ -215,15 +216,15 @@ def _fully_trained(model: nn.Module) -> list[str]:
 
 
 def _sharing(model: nn.Module, fully_trained: Sequence[str]) -> list[str]:
-    """Modules outside ``fully_trained`` that share its parameters (tied embeddings): readers that
-    do not know the tie need both."""
+    """Modules outside ``fully_trained`` that share its parameters (tied embeddings). Both are
+    saved, since other programs may not tie them."""
     values = {id(p) for name in fully_trained for p in model.get_submodule(name).parameters()}
     inside = tuple(f"{name}." for name in fully_trained)
     return [
         name
         for name, module in model.named_modules()
         if any(id(p) in values for p in module.parameters(recurse=False))
-        and not f"{name}.".startswith(inside or ("\0",))
+        and not f"{name}.".startswith(inside)
     ]
 
 
@@ -260,7 +261,7 @@ def _parts(layer: CompositeLayer) -> dict[str, Any]:
 
 
 def _completed(facts: CardFacts, settings: Mapping[str, Any], info: Mapping[str, Any]) -> CardFacts:
-    """``facts`` completed by what the files contain."""
+    """``facts`` completed from the contents of the files."""
     targets = settings.get("target_modules", ())
     labels = info.get("id2label")
     return dataclasses.replace(

@@ -1,4 +1,4 @@
-"""The files of a base: which weights are read, which other files are kept, which tokenizer wins."""
+"""The files of a base: which weights are read, which files are copied, which tokenizer is used."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_the_bases_own_files_stay_unless_they_are_too_large(
     assert all(p.stat().st_size < 5000 for p in (tmp_path / "one").glob("*.safetensors"))
     assert json.loads((tmp_path / "one" / INDEX).read_text())["metadata"] == written["metadata"]
     _same_model(tmp_path / "out", tmp_path / "one")
-    # Twice as large: the files no longer fit, and are divided anew.
+    # Twice as large: the files exceed the limit and are divided again.
     largest = max(f.stat().st_size for f in base.glob("*.safetensors"))
     wide = merge(base, adapter, tmp_path / "wide", dtype="bfloat16", max_shard_size=largest)
     assert list(wide.files) == sorted(renamed.values())
@@ -146,7 +146,7 @@ def test_the_bases_own_files_stay_unless_they_are_too_large(
 def test_shards_that_no_index_names_and_a_single_file_beside_them(
     make_pair: MakePair, tmp_path: Path
 ) -> None:
-    """Like transformers, which reads model.safetensors first; the extra shard is ignored."""
+    """As in transformers, model.safetensors takes precedence; the extra shard is ignored."""
     base, adapter, _ = make_pair()
     merge(base, adapter, tmp_path / "plain")
     other = {name: value + 1 for name, value in load_file(base / "model.safetensors").items()}
@@ -290,7 +290,7 @@ def test_the_same_tokenizer_is_the_bases(
 ) -> None:
     base, adapter = with_tokenizers
     out = tmp_path / "out"
-    # What a run leaves in it: another class, a length, a pad token, older merges.
+    # Changes that a run makes: another class, a length, a pad token, older merges.
     settings = json.loads((adapter / "tokenizer_config.json").read_text())
     settings |= {"tokenizer_class": "TokenizersBackend", "pad_token": "</s>"}
     (adapter / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -318,7 +318,7 @@ def test_another_chat_template_brings_the_whole_set(
     assert (out / "chat_template.jinja").read_text() == "another"
     settings = json.loads((out / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "LlamaTokenizerFast"
-    # The vocabulary is the same, in whatever file it stands.
+    # The vocabulary is the same, whichever file contains it.
     assert all((out / n).is_file() for n in ("spm.model", "tekken.json", "vocab.json"))
 
 

@@ -141,7 +141,7 @@ def test_what_the_class_does_not_hold_is_named(tmp_path: Path) -> None:
 def test_an_output_layer_that_the_configuration_calls_tied(
     dtype: torch.dtype, targets: list[str], tmp_path: Path
 ) -> None:
-    """The stored tensors decide, and the merged configuration agrees with them."""
+    """The stored tensors decide, and the merged configuration matches them."""
     base = tmp_path / "base"
     tiny("llama", tie_word_embeddings=True).to(dtype).save_pretrained(base)
     head = torch.randn(64, 16, generator=torch.Generator().manual_seed(5)).to(dtype)
@@ -178,7 +178,7 @@ def test_a_tied_output_layer_that_is_stored_twice(targets: list[str], tmp_path: 
 @pytest.mark.parametrize("new_names", [False, True])
 @pytest.mark.parametrize("name", ["gemma3", "qwen3_5"])
 def test_tied_embeddings_of_a_multimodal_base(name: str, new_names: bool, tmp_path: Path) -> None:
-    """The adapter unties them: the whole configuration says so, and the new output layer gets the
+    """The adapter unties them: every configuration section says so, and the new output layer gets the
     name that checkpoints of this kind use."""
     base = write_model(tmp_path / "base", name)
     own = settings(base)
@@ -251,7 +251,7 @@ _OLD_CONFIG = """{
 
 
 def test_a_configuration_that_an_older_version_wrote(make_pair: MakePair, tmp_path: Path) -> None:
-    """Not a byte changes unless necessary; another dtype changes only that setting."""
+    """No byte changes unless necessary; a different dtype changes only that setting."""
     base, adapter, _ = make_pair()
     (base / "config.json").write_text(_OLD_CONFIG)
     merge(base, adapter, tmp_path / "out")

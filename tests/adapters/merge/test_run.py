@@ -189,7 +189,7 @@ def test_shards(make_pair: MakePair, tmp_path: Path) -> None:
     assert count > 2
     assert report.files[0] == f"model-00001-of-{count:05d}.safetensors"
     torch.testing.assert_close(_logits(_plain(tmp_path / "out")), _logits(model), atol=1e-5, rtol=0)
-    # The names and the index are as transformers writes them; its order within is another.
+    # The names and the index are those of transformers; only its order within files differs.
     _plain(tmp_path / "out").save_pretrained(tmp_path / "again", max_shard_size="8KB")
     index = "model.safetensors.index.json"
     ours, theirs = (json.loads((tmp_path / d / index).read_text()) for d in ("out", "again"))
@@ -443,7 +443,7 @@ def test_the_command(
 
 
 def _changed(file: Path, end: str, value: float) -> str:
-    """Put ``value`` into the first tensor whose name has this suffix."""
+    """Write ``value`` to the first tensor whose name has this suffix."""
     tensors = load_file(file)
     name = next(key for key in tensors if key.endswith(end))
     tensors[name].view(-1)[3] = value

@@ -139,7 +139,7 @@ def test_fully_trained_modules_have_no_sum(
         match=r"is fully trained, with other values than in .*a: fully trained modules",
     ):
         merge(base, a, tmp_path / "out", add=[(b, 1)])
-    merge(base, b, tmp_path / "out", add=[(a, 0)])  # the first one's own stays as it is
+    merge(base, b, tmp_path / "out", add=[(a, 0)])  # the first one's is unchanged
     torch.testing.assert_close(
         logits(fresh(tmp_path / "out")), logits(load(base, b)), atol=1e-5, rtol=0
     )

@@ -122,7 +122,7 @@ def test_what_names_do_not_tell_is_left_to_the_class(keys: dict[str, Any], tmp_p
 @pytest.mark.parametrize("biased", [None, True, False])
 @pytest.mark.parametrize("model_type", by_name.PLAIN)
 def test_families_whose_configuration_tells_all(model_type: str, biased: bool | None) -> None:
-    """transformers converts nothing for these families, all matrices but one are nn.Linear, and
+    """transformers converts nothing for these families, all matrices but the embedding are nn.Linear, and
     names and shapes are those of the class."""
     import transformers as tf
     from transformers.conversion_mapping import get_model_conversion_mapping

@@ -1,4 +1,4 @@
-"""What is accepted as an adapter or a base, and the errors for everything else."""
+"""Which directories are accepted as an adapter or a base, and the errors for all others."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_what_is_there_instead_is_named(pair: tuple[Path, Path], tmp_path: Path)
         (base, "a model, not an adapter"),
         (
             tmp_path / "quantized",
-            "no adapter (it contains GGUF files, which lorakit does not read)",
+            "not an adapter (it contains GGUF files, which lorakit does not read)",
         ),
         (tmp_path / "quantized" / "model.gguf", "a GGUF file, which lorakit does not read"),
         (adapter / "adapter_model.safetensors", "a weights file, not a directory; allowed"),

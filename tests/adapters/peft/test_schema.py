@@ -1,4 +1,4 @@
-"""Wrong types in an adapter's JSON files: the error names file, key and value."""
+"""Wrong types in an adapter's JSON files: errors name the file, key and value."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_malformed_parts(key: str, value: Any, pair: tuple[Path, Path], tmp_path
 def test_parts_that_contradict_each_other(
     part: dict[str, int], pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """v is in rows 32 to 48 of 48."""
+    """The rows of v are 32 to 48 of 48."""
 
     def change(stored: Any) -> None:
         stored["parts"]["transformer.h.0.attn.c_attn"]["q"].update(part)

@@ -186,7 +186,7 @@ def test_patterns_that_would_fit_another_module_are_anchored() -> None:
 
 
 def test_nested_names_with_their_own_ranks_survive(tmp_path: Path) -> None:
-    """``q`` is a module and a suffix of ``x.q``: neither targets nor ranks may mix them up."""
+    """``q`` is a module and a suffix of ``x.q``: neither targets nor ranks may confuse the two."""
 
     def nested() -> nn.Module:
         inner = nn.ModuleDict({"q": nn.Linear(4, 4), "k": nn.Linear(4, 4)})
