@@ -105,7 +105,7 @@ def test_the_attention_gets_the_chosen_roles_changed_and_no_other(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_rows_of_a_role_are_its_own_linear_layer(family: str) -> None:
+def test_the_rows_of_a_role_act_as_a_separate_linear_layer(family: str) -> None:
     """Each part computes what LoRA computes on the role's rows of W."""
     model = tiny(family)
     adapt(model, ["q", "v"])
@@ -124,7 +124,7 @@ def test_the_rows_of_a_role_are_its_own_linear_layer(family: str) -> None:
 
 @pytest.mark.parametrize("roles", [["k"], ["v", "q"], ["q", "k", "v"]], ids="".join)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_peft_reads_the_parts_as_lora_on_the_whole(
+def test_peft_reads_the_parts_as_lora_on_the_fused_projection(
     family: str, roles: list[str], tmp_path: Path
 ) -> None:
     model, base = tiny(family), tiny(family)
@@ -223,7 +223,7 @@ def test_a_projection_and_a_part_of_it_are_an_error(targets: list[str]) -> None:
         inject(tiny("gpt2"), LoraConfig(target_modules=targets))
 
 
-def test_a_projection_of_unknown_layout_is_an_error_that_names_the_whole() -> None:
+def test_a_projection_of_unknown_layout_is_an_error_that_suggests_the_fused_one() -> None:
     model = tiny("gpt2")
     model.config.model_type = "gpt_bigcode"
     with pytest.raises(

@@ -126,7 +126,7 @@ def test_mlp_names_on_experts() -> None:
         ("qwen3_moe", "nothing", "matches no linear or embedding module"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_adapted_is_an_error_that_says_why(
+def test_modules_that_cannot_be_adapted_are_errors_with_a_reason(
     family: str, target: str, message: str
 ) -> None:
     with pytest.raises(TargetError, match=message):
@@ -168,7 +168,7 @@ class Plain(nn.Linear):
 @pytest.mark.parametrize(
     ("kind", "adapted"), [(Doubled, False), (Pair, False), (Asks, False), (Plain, True)]
 )
-def test_subclasses_are_judged_by_what_they_compute(kind: type[nn.Linear], adapted: bool) -> None:
+def test_subclasses_are_judged_by_their_computation(kind: type[nn.Linear], adapted: bool) -> None:
     model = nn.ModuleDict(
         {"layers": nn.ModuleList([nn.ModuleDict({"up": kind(4, 6), "down": nn.Linear(6, 4)})])}
     )
@@ -217,7 +217,7 @@ def test_only_the_language_model_is_adapted(targets: list[str]) -> None:
         ("qwen3_next", ()),
     ],
 )
-def test_what_text_does_not_pass_through(family: str, outside: tuple[str, ...]) -> None:
+def test_modules_that_text_does_not_pass_through(family: str, outside: tuple[str, ...]) -> None:
     assert outside_language_model(hybrid(family)) == outside
 
 

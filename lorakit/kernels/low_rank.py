@@ -84,13 +84,6 @@ def lora_add_(y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: flo
     return y.addmm_(h.to(y.dtype), lora_B.to(y.dtype).t(), alpha=scaling)
 
 
-def lora_add_reference(
-    y: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
-) -> Tensor:
-    """The same as written in the paper: y + scaling * B A x (LoRA, section 4.1)."""
-    return y + scaling * torch.einsum("or,ri,ni->no", lora_B, lora_A, x)
-
-
 #: Elements of a half-precision W that are converted to float32 at a time: 16 MiB.
 CHUNK_ELEMENTS = 2**22
 _FLOAT32 = torch.finfo(torch.float32)
@@ -140,12 +133,3 @@ def dora_add(
     scaled_B = (factor * scaling)[:, None] * B
     out = torch.addcmul(y, plain.to(y.dtype), (factor - 1).to(y.dtype))
     return out.addmm_(h, scaled_B.to(y.dtype).t())
-
-
-def dora_reference(
-    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scaling: float, m: Tensor
-) -> Tensor:
-    """The same as written in the paper (DoRA, sections 4.1 and 4.3), with a constant norm."""
-    adapted = W + scaling * B @ A
-    norm = torch.linalg.vector_norm(adapted.detach(), dim=1, keepdim=True)
-    return F.linear(x, m[:, None] * adapted / norm, b)

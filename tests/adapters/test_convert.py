@@ -175,7 +175,9 @@ def test_a_directory_of_pefts_form_is_copied(tmp_path: Path) -> None:
         ({}, "onnx", "--to = onnx: allowed: lora, loralib, peft"),
     ],
 )  # fmt: skip
-def test_what_has_no_such_form(keys: dict[str, Any], to: str, message: str, tmp_path: Path) -> None:
+def test_methods_that_a_format_cannot_express_are_rejected(
+    keys: dict[str, Any], to: str, message: str, tmp_path: Path
+) -> None:
     _, adapter = write_pair(tmp_path, "gpt2", **keys)
     with pytest.raises(AdapterError, match=message):
         lorakit.convert(adapter, tmp_path / "out", to)

@@ -16,7 +16,7 @@ from tests.adapters.conftest import MakePair
 from tests.families import tiny, token_ids
 
 
-def test_the_base_is_the_adapters_own_by_default(make_pair: MakePair) -> None:
+def test_the_base_defaults_to_the_one_that_the_adapter_names(make_pair: MakePair) -> None:
     _, adapter, model = make_pair()
     loaded = load(None, adapter)
     assert not loaded.training
@@ -131,9 +131,7 @@ def test_a_task_type_that_peft_left_out(
     torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
 
 
-def test_roberta_counts_positions_from_its_own_pad_token(
-    make_pair: MakePair, tmp_path: Path
-) -> None:
+def test_roberta_offsets_positions_by_its_pad_token(make_pair: MakePair, tmp_path: Path) -> None:
     base, adapter, model = make_pair("roberta")
     sidecar = json.loads((adapter / "lorakit.json").read_text())
     (adapter / "lorakit.json").write_text(json.dumps(sidecar | {"pad_token_id": 5}))

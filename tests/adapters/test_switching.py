@@ -138,7 +138,7 @@ def test_tied_embeddings_part_and_are_tied_again(family: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("family", "embedding"), [("llama", "model.embed_tokens"), ("gpt_neox", "gpt_neox.embed_in")]
 )
-def test_an_adapter_with_a_base_matrix_of_its_own(
+def test_an_adapter_that_includes_a_base_matrix(
     family: str, embedding: str, tied: bool, tmp_path: Path
 ) -> None:
     """PEFT saves the embeddings of the base with their adapter, and their values may differ."""
@@ -260,7 +260,7 @@ def test_a_sum_that_is_too_large_changes_nothing(tmp_path: Path) -> None:
     assert same(model.state_dict(), fresh(base).state_dict())
 
 
-def test_only_the_merged_matrices_are_kept(tmp_path: Path) -> None:
+def test_only_merged_matrices_are_copied(tmp_path: Path) -> None:
     """No copies are made before the first merge."""
     base = write_base(tmp_path / "base")
     dirs = {
@@ -286,7 +286,7 @@ def fresh_names(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     ]
 
 
-def test_a_copy_of_the_model_switches_on_its_own(tmp_path: Path) -> None:
+def test_a_copy_of_the_model_switches_independently(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", "gpt2")
     dirs = {
         n: write_adapter(base, tmp_path / n, seed=i, bias="lora_only", modules_to_save=["ln_f"])
@@ -330,7 +330,7 @@ def test_the_public_names(tmp_path: Path) -> None:
     assert torch.equal(logits(model), logits(lorakit.load(None, dirs["nlg"])))
 
 
-def test_what_is_written_to_the_bare_base_stays(tmp_path: Path) -> None:
+def test_changes_to_the_bare_base_persist(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base")
     model = load(base, {"a": write_adapter(base, tmp_path / "a")})
     weight = model.get_parameter("model.layers.0.self_attn.q_proj.weight")

@@ -77,7 +77,7 @@ def test_a_layer_of_one_function(folder: Path) -> None:
         (("return self.scale *", "return 1 / 0 *"), "unchanged", "ZeroDivisionError: division"),
     ],
 )
-def test_what_a_broken_method_is_told(
+def test_problems_of_broken_methods(
     change: tuple[str, str], check: str, problem: str, folder: Path
 ) -> None:
     (folder / "own.py").write_text(HEAD.replace(*change) + TAIL)
@@ -86,7 +86,7 @@ def test_what_a_broken_method_is_told(
     assert problem in str(found[0].problem)
 
 
-def test_a_frozen_tensor_that_is_drawn_anew(folder: Path) -> None:
+def test_a_frozen_tensor_that_is_drawn_again(folder: Path) -> None:
     """The tensor is neither saved nor seeded, so a resumed run would continue with a different one."""
     broken = HEAD.replace("self.direction = self.new_parameter(*self.base_shape)", "").replace(
         "nn.init.normal_(self.direction)", "self.direction = torch.randn(self.base_shape)"

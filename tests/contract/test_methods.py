@@ -61,7 +61,9 @@ def test_the_output_is_unchanged_at_the_start(name: str, kind: str, dtype: torch
 
 
 @cases()
-def test_only_its_own_parameters_get_gradients(name: str, kind: str, dtype: torch.dtype) -> None:
+def test_only_the_methods_parameters_get_gradients(
+    name: str, kind: str, dtype: torch.dtype
+) -> None:
     model = adapted(name, kind, dtype)
     own = {
         f"{at}.{n}"
@@ -94,7 +96,7 @@ def test_a_step_changes_nothing_else(name: str, kind: str, dtype: torch.dtype) -
 
 
 @cases()
-def test_what_is_saved_is_loaded_bit_equal(
+def test_a_saved_adapter_loads_bit_equal(
     name: str, kind: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     method = registry.methods()[name]
@@ -118,7 +120,7 @@ def test_what_is_saved_is_loaded_bit_equal(
 
 
 @cases()
-def test_what_is_loaded_trains_only_if_asked(
+def test_a_loaded_adapter_is_trainable_only_on_request(
     name: str, kind: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     model = adapted(name, kind, dtype)
@@ -182,7 +184,7 @@ def test_rows_that_are_not_chosen_stay_bit_for_bit(
 
 
 @cases(*SLICES)
-def test_a_part_is_what_the_method_is_on_a_linear_layer(
+def test_a_part_equals_the_method_on_a_linear_layer(
     name: str, kind: str, dtype: torch.dtype
 ) -> None:
     """The part's parameters give the same W on a linear layer that has only the chosen rows."""

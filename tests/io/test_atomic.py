@@ -51,7 +51,7 @@ def test_a_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_an_error_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+def test_an_error_leaves_the_file_unchanged(tmp_path: Path) -> None:
     write_text(tmp_path / "out", "before")
     with pytest.raises(IsADirectoryError), atomic_file(tmp_path / "out") as new:
         new.write_text("half" + tmp_path.read_text())
@@ -79,7 +79,7 @@ def test_an_existing_directory_is_replaced_only_on_request(tmp_path: Path) -> No
     assert content(tmp_path) == {"out/b": "after"}
 
 
-def test_an_error_leaves_the_directory_as_it_was(tmp_path: Path) -> None:
+def test_an_error_leaves_the_directory_unchanged(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a").write_text("before")
     with pytest.raises(IsADirectoryError), atomic_directory(tmp_path / "out", replace=True) as new:

@@ -216,7 +216,7 @@ def test_trains_after_a_first_call_in_inference_mode() -> None:
         (torch.zeros(2), 3, 0, 2**32),
     ],
 )  # fmt: skip
-def test_what_names_no_matrix_is_refused(theta: Tensor, size: int, seed: int, stream: int) -> None:
+def test_invalid_arguments_are_rejected(theta: Tensor, size: int, seed: int, stream: int) -> None:
     with pytest.raises(AssertionError):
         project(theta, size, seed, stream)
 

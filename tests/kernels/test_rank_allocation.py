@@ -63,7 +63,7 @@ def test_a_factor_s_part_of_the_score_is_its_mean(dim: int) -> None:
 
 
 @pytest.mark.parametrize("budget", range(13))
-def test_exactly_the_budget_is_kept_and_it_is_the_best(budget: int) -> None:
+def test_exactly_the_best_of_the_budget_are_kept(budget: int) -> None:
     (scores,) = tensors(3, [(4, 3)])
     kept = keep_top(scores, budget)
     assert kept.shape == scores.shape

@@ -228,7 +228,7 @@ def _factors(layer: AdapterLayer) -> tuple[Tensor, Tensor, Tensor]:
     return layer.lora_A, layer.lora_B, layer.lora_E
 
 
-def test_what_a_loss_does_not_reach_has_the_penalty_alone() -> None:
+def test_parameters_without_a_gradient_get_only_the_penalty() -> None:
     layers = several()
     hooks = allocation(layers)
     random_gradients(layers, 1)
@@ -357,7 +357,7 @@ def test_a_pruned_triplet_can_come_back() -> None:
     assert any((earlier & masks[-1]).any() for earlier in lost)
 
 
-def test_the_final_phase_keeps_what_was_chosen() -> None:
+def test_the_final_phase_keeps_the_chosen_triplets() -> None:
     layers = several()
     hooks = allocation(layers)
     run_of(layers, hooks, 9)
@@ -526,7 +526,7 @@ def test_ranks_down_to_0_are_saved_for_peft_and_for_us(
         torch.testing.assert_close(logits(unmerged), want, atol=1e-5, rtol=0)
 
 
-def test_slices_of_a_fused_projection_have_ranks_of_their_own() -> None:
+def test_slices_of_a_fused_projection_have_separate_ranks() -> None:
     model = tiny("gpt2")
     inject(model, config(target_modules=["q", "v"]))
     layers = adapter_layers(model)

@@ -127,7 +127,7 @@ CHOICES: dict[str, tuple[dict[str, Any], set[str]]] = {
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_only_what_is_chosen_trains_beside_the_head(choice: str) -> None:
+def test_only_the_selected_parameters_and_the_head_are_trained(choice: str) -> None:
     keys, expected = CHOICES[choice]
     model = injected("bert", config("full", **keys))
     expected = expected | {"classifier.weight", "classifier.bias"}
@@ -157,7 +157,7 @@ def test_the_output_layer_means_the_tied_embeddings_too() -> None:
         ("llama", {"layers": [7]}, "no layer 7 .* allowed: 0 to 1"),
     ],
 )
-def test_a_choice_that_does_not_fit_leaves_the_model_as_it_was(
+def test_an_invalid_selection_leaves_the_model_unchanged(
     family: str, keys: dict[str, Any], message: str
 ) -> None:
     model = tiny(family)
@@ -168,7 +168,7 @@ def test_a_choice_that_does_not_fit_leaves_the_model_as_it_was(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "gpt_neox"])
-def test_what_is_saved_is_loaded(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_saved_adapter_loads(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = pair(tmp_path, family, FULL, dtype)
     again = lorakit.load(tmp_path / "base", tmp_path / "adapter", trainable=True)
     saved, loaded = trainable_state(model), trainable_state(again)
@@ -218,7 +218,7 @@ def plain(folder: Path, family: str) -> PreTrainedModel:
     return model
 
 
-def test_the_files_say_what_is_in_them(tmp_path: Path) -> None:
+def test_the_files_describe_their_contents(tmp_path: Path) -> None:
     pair(tmp_path, "bert", FULL, torch.bfloat16)
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert set(settings) == {

@@ -57,7 +57,7 @@ def test_a_layer_is_the_formula(module: nn.Module) -> None:
     torch.testing.assert_close(own, W + delta)
 
 
-def test_one_theta_of_zeros_is_all_that_trains_and_every_matrix_has_its_own_stream() -> None:
+def test_only_one_theta_of_zeros_is_trained_and_every_matrix_has_a_separate_stream() -> None:
     model = tiny("llama")
     before = logits(model)
     report = inject(model, INTRINSIC)
@@ -153,7 +153,7 @@ def test_the_update_is_projected_once_where_nothing_trains(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("change", ["copy", "optimizer", "load"])
-def test_a_kept_update_never_outlives_its_theta(change: str) -> None:
+def test_a_cached_update_is_never_stale(change: str) -> None:
     layer, other, x = layers_in_place()
     with torch.no_grad():
         before = layer(x)
@@ -172,7 +172,7 @@ def test_a_kept_update_never_outlives_its_theta(change: str) -> None:
     assert not torch.equal(after, before)
 
 
-def test_what_was_kept_in_inference_mode_serves_autograd() -> None:
+def test_an_update_cached_in_inference_mode_works_with_autograd() -> None:
     layer, _, x = layers_in_place()
     layer.requires_grad_(False)
     with torch.inference_mode():

@@ -64,7 +64,7 @@ def test_embedding_adds_a_row_of_the_product(embed_scale: float | None) -> None:
 
 
 @pytest.mark.parametrize("module", [nn.Linear(6, 10), Conv1D(10, 6), nn.Embedding(10, 6)])
-def test_the_gradients_are_autograds_own(module: nn.Module) -> None:
+def test_the_gradients_equal_autograds(module: nn.Module) -> None:
     """The in-place product compared with the reference's einsum."""
     layer = _filled(module.requires_grad_(False), r=3)
     embedding = layer.kind == "embedding"

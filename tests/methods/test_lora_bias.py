@@ -133,7 +133,9 @@ def test_they_are_saved_in_float32_loaded_and_merged(
     torch.testing.assert_close(logits(merged), logits(unmerged), atol=1e-5, rtol=1e-5)
 
 
-def test_a_bias_of_its_own_dtype_in_the_merged_checkpoint_is_rounded_once(tmp_path: Path) -> None:
+def test_a_bias_with_a_different_dtype_in_the_merged_checkpoint_is_rounded_once(
+    tmp_path: Path,
+) -> None:
     model = tiny("gpt2").to(torch.bfloat16)
     model.save_pretrained(tmp_path / "base")
     inject(model, config := LoraConfig(target_modules=["c_attn"], bias="all"))

@@ -99,7 +99,7 @@ def test_a_head_has_as_rate_and_its_bias_no_decay() -> None:
 @pytest.mark.parametrize(
     ("rate", "want_A", "want_B"), [(3e-6, 3e-6, 3e-6), (None, RATE, 16 * RATE)]
 )
-def test_an_embedding_has_its_own_rate(rate: float | None, want_A: float, want_B: float) -> None:
+def test_an_embedding_has_a_separate_rate(rate: float | None, want_A: float, want_B: float) -> None:
     model, config = adapted(target_modules=["q", "embed_tokens"], loraplus_lr_embedding=rate)
     by_name, _ = groups(model, config, weight_decay=0.1)
     assert by_name["model.embed_tokens.lora_A"]["lr"] == pytest.approx(want_A)
@@ -172,7 +172,7 @@ def test_a_step_is_adamw_s_formula_in_every_group(ratio: Any) -> None:
             torch.testing.assert_close(parameters[name].double(), w, atol=1e-5, rtol=1e-4)
 
 
-def test_what_diverges_is_advised_the_ratio() -> None:
+def test_the_advice_names_the_ratio() -> None:
     assert (
         METHOD.advice(LoraPlusConfig(loraplus_lr_ratio=80))
         == "adapter.loraplus_lr_ratio (80) too high"

@@ -70,7 +70,7 @@ def test_the_layer_is_the_formula(kind: str, training: bool) -> None:
 
 
 @every_module
-def test_the_gradients_are_autograds_own(kind: str) -> None:
+def test_the_gradients_equal_autograds(kind: str) -> None:
     layer = filled(kind, r=3)
     given, x = inputs(layer)
     into = [layer.lora_A, layer.lora_mixer, layer.lora_B]

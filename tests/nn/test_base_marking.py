@@ -30,7 +30,7 @@ WANTED = {
 
 
 @pytest.mark.parametrize("bias", WANTED)
-def test_what_trains_is_what_is_saved(bias: Any) -> None:
+def test_exactly_the_trained_parameters_are_saved(bias: Any) -> None:
     model = network()
     model[0].lora_A.requires_grad_(False)
     lorakit.mark_only_lora_as_trainable(model, bias=bias)

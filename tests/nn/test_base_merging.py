@@ -41,7 +41,7 @@ def test_eval_again_takes_new_factors() -> None:
 
 
 @each_case
-def test_a_state_dict_holds_w_and_the_factors_in_either_mode(case: Case) -> None:
+def test_a_state_dict_contains_w_and_the_factors_in_either_mode(case: Case) -> None:
     layer = case.build()
     trained = {k: v.clone() for k, v in layer.state_dict().items()}
     merged = layer.eval().state_dict()
@@ -124,7 +124,7 @@ def test_whether_w_trains_outlives_a_merge() -> None:
     assert not layer.train().weight.requires_grad
 
 
-def test_a_whole_merged_model_survives_a_file(tmp_path: Path) -> None:
+def test_a_merged_model_survives_saving_and_loading(tmp_path: Path) -> None:
     layer = CASES["merged-qv"].build()
     base = layer.weight.clone()
     torch.save(layer.eval(), tmp_path / "model.pt")

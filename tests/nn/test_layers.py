@@ -234,7 +234,7 @@ def test_embedding_from_pretrained() -> None:
     assert torch.equal(layer.weight, rows)
 
 
-def test_reset_parameters_draws_anew() -> None:
+def test_reset_parameters_draws_new_values() -> None:
     layer = CASES["linear"].build().eval()
     before = layer.state_dict()["weight"].clone()
     layer.reset_parameters()

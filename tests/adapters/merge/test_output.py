@@ -77,7 +77,7 @@ def test_every_file_but_other_weights(make_pair: MakePair, tmp_path: Path) -> No
         assert reasons[name] == "weights in another format, without the adapter"
 
 
-def test_the_report_and_the_command_name_what_is_left_out(
+def test_the_report_and_the_command_list_omitted_files(
     make_pair: MakePair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from lorakit.cli.main import run
@@ -118,7 +118,7 @@ def test_a_snapshot_of_the_hubs_cache(make_pair: MakePair, tmp_path: Path) -> No
         assert file.is_dir() or twin.read_bytes() == file.read_bytes()
 
 
-def test_the_bases_own_files_stay_unless_they_are_too_large(
+def test_the_bases_file_layout_is_kept_unless_files_are_too_large(
     make_pair: MakePair, tmp_path: Path
 ) -> None:
     base, adapter, _ = make_pair(max_shard_size="6KB")
@@ -303,7 +303,7 @@ def test_the_same_tokenizer_is_the_bases(
         assert (out / name).read_bytes() == (base / name).read_bytes()
 
 
-def test_another_chat_template_brings_the_whole_set(
+def test_a_different_chat_template_replaces_the_whole_tokenizer(
     with_tokenizers: tuple[Path, Path], tmp_path: Path
 ) -> None:
     base, adapter = with_tokenizers
@@ -343,7 +343,7 @@ def test_another_vocabulary_takes_the_bases_files_away(
 
 @pytest.mark.parametrize("place", ["chat_template.jinja", "chat_template.json", "inline"])
 @pytest.mark.parametrize("others", [False, True])
-def test_a_chat_template_that_the_adapter_lacks_is_kept(
+def test_the_bases_chat_template_is_kept_if_the_adapter_has_none(
     with_tokenizers: tuple[Path, Path], others: bool, place: str, tmp_path: Path
 ) -> None:
     base, adapter = with_tokenizers

@@ -122,7 +122,7 @@ def test_experts_of_several_dtypes_keep_them(tmp_path: Path) -> None:
     assert not torch.equal(before[name], after[name])
 
 
-def test_what_the_class_does_not_hold_is_named(tmp_path: Path) -> None:
+def test_tensors_that_the_class_does_not_read_are_reported(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base", "qwen3_5")
     write_random_adapter(base, tmp_path / "adapter", target_modules=["q"])
     report = merge(base, tmp_path / "adapter", tmp_path / "out", dtype="bfloat16")
@@ -209,7 +209,7 @@ def test_tied_embeddings_of_a_multimodal_base(name: str, new_names: bool, tmp_pa
 
 
 @pytest.mark.parametrize("stored", [False, True])
-def test_a_multimodal_base_that_is_tied_as_a_whole(stored: bool, tmp_path: Path) -> None:
+def test_a_multimodal_base_tied_at_the_top_level(stored: bool, tmp_path: Path) -> None:
     """The class reads only the top-level flag; a stored output layer stays separate."""
     base = write_model(tmp_path / "base", "qwen3_5")
     own = settings(base) | {"tie_word_embeddings": True}

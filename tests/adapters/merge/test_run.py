@@ -82,7 +82,7 @@ def test_a_bare_encoder_becomes_a_classifier(
     assert merged.config.num_labels == 3
 
 
-def test_a_head_replaces_the_bases_own(make_pair: MakePair, tmp_path: Path) -> None:
+def test_a_head_replaces_that_of_the_base(make_pair: MakePair, tmp_path: Path) -> None:
     _, adapter, model = make_pair("roberta")
     tiny("roberta", num_labels=7).save_pretrained(tmp_path / "other")
     merge(tmp_path / "other", adapter, tmp_path / "out")
@@ -349,7 +349,7 @@ merge(*sys.argv[1:4], max_shard_size=8000, overwrite=True)
 
 
 @pytest.mark.parametrize("out_exists", [False, True])
-def test_killed_half_way_leaves_out_as_it_was(
+def test_a_killed_merge_leaves_out_unchanged(
     make_pair: MakePair, out_exists: bool, tmp_path: Path
 ) -> None:
     base, adapter, _ = make_pair()
@@ -492,7 +492,7 @@ def test_a_base_value_that_the_dtype_does_not_hold(make_pair: MakePair, tmp_path
     merge(base, adapter, tmp_path / "out", dtype="bfloat16")
 
 
-def test_a_base_of_its_own_code(make_pair: MakePair, tmp_path: Path) -> None:
+def test_a_base_with_custom_code(make_pair: MakePair, tmp_path: Path) -> None:
     base, adapter, _ = make_pair()
     settings = json.loads((base / "config.json").read_text())
     settings |= {"model_type": "homemade", "auto_map": {"AutoConfig": "home.Config"}}

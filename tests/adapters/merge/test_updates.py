@@ -74,7 +74,7 @@ def test_the_bits_of_the_formula(
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_names_alone_give_what_the_class_gives(
+def test_resolving_by_name_equals_resolving_by_class(
     family: str, tied: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A merge without a model object writes the same bytes as one with it."""
@@ -100,7 +100,9 @@ def test_names_alone_give_what_the_class_gives(
     {"target_modules": ["lm_head"]}, {"target_modules": ["embed_tokens"]}, {"bias": "all"},
     {"modules_to_save": ["norm"]}, {"method": "intrinsic", "r": None},
 ], ids=str)  # fmt: skip
-def test_what_names_do_not_tell_is_left_to_the_class(keys: dict[str, Any], tmp_path: Path) -> None:
+def test_bases_that_names_cannot_resolve_are_resolved_by_class(
+    keys: dict[str, Any], tmp_path: Path
+) -> None:
     if keys.get("r", 0) is None:
         keys = {key: value for key, value in keys.items() if key != "r"}
     base = write_base(tmp_path / "base", "qwen2", attention_bias=True)
@@ -169,7 +171,7 @@ def test_families_whose_configuration_tells_all(model_type: str, biased: bool | 
         (None, None, {"num_key_value_heads": 4}, r"k_proj.* and \(16,\) by the configuration"),
     ],
 )  # fmt: skip
-def test_a_base_that_is_not_what_its_configuration_says(
+def test_a_base_that_does_not_match_its_configuration(
     lost: str | None, shape: tuple[int, ...] | None, settings: dict[str, int], said: str,
     tmp_path: Path,
 ) -> None:  # fmt: skip

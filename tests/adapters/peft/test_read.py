@@ -63,13 +63,15 @@ def test_a_hub_id_is_read_from_the_cache(
 
 
 @pytest.mark.parametrize("name", ["none", "a/b/c", "/none/at/all", "./none/here", "a b/c"])
-def test_what_is_neither_directory_nor_hub_id(name: str) -> None:
+def test_neither_a_directory_nor_a_hub_id(name: str) -> None:
     with pytest.raises(AdapterError, match="no such adapter directory") as raised:
         adapter_directory(name)
     assert ("namespace/name" in str(raised.value)) == ("/" not in name)
 
 
-def test_what_is_there_instead_is_named(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_error_describes_what_was_found_instead(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
     base, adapter = pair
     shutil.copytree(adapter, tmp_path / "run" / "adapter")
     checkpoint = tmp_path / "run" / "checkpoints" / "step-3"
@@ -122,7 +124,7 @@ def test_a_base_that_has_moved(pair: tuple[Path, Path], adapter: Path) -> None:
     assert logits(load(base, adapter)).isfinite().all()
 
 
-def test_unknown_keys_are_named_once(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_keys_are_listed_once(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     neutral = {"use_new_thing": False, "new_config": None, "new_list": [], "new_map": {}}
     edit(adapter, **neutral)
     read_adapter(adapter)
@@ -137,7 +139,7 @@ def test_unknown_keys_are_named_once(adapter: Path, capsys: pytest.CaptureFixtur
     assert said == [line]
 
 
-def test_merge_and_convert_say_unknown_keys_through_their_callback(
+def test_merge_and_convert_report_unknown_keys_through_their_callback(
     pair: tuple[Path, Path], adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     edit(adapter, mode="turbo")
@@ -160,7 +162,7 @@ def test_merge_and_convert_say_unknown_keys_through_their_callback(
     ],
     ids=lambda keys: next(iter(keys)),
 )  # fmt: skip
-def test_what_changes_the_sum_is_refused(keys: dict[str, Any], adapter: Path) -> None:
+def test_settings_that_change_the_sum_are_rejected(keys: dict[str, Any], adapter: Path) -> None:
     with pytest.raises(AdapterError, match=rf"{next(iter(keys))} = .*: not supported; allowed: "):
         read_adapter(edit(adapter, **keys))
 
@@ -176,7 +178,9 @@ def test_tied_weights_are_refused_where_they_would_be_adapted(adapter: Path) -> 
         read_adapter(adapter)
 
 
-def test_unknown_and_missing_tensors_are_told_apart(pair: tuple[Path, Path], adapter: Path) -> None:
+def test_unknown_and_missing_tensors_are_distinguished(
+    pair: tuple[Path, Path], adapter: Path
+) -> None:
     """Tensor names as in ``model.state_dict()``, which include the adapter's name."""
     file = adapter / "adapter_model.safetensors"
     tensors = load_file(file)

@@ -98,7 +98,7 @@ def test_malformed_parts(key: str, value: Any, pair: tuple[Path, Path], tmp_path
 
     adapter = edited(pair, tmp_path, "lorakit.json", change)
     if key == "r" and value == 10**30:
-        refused(pair[0], adapter, "the parts q, v are not all")
+        refused(pair[0], adapter, "the parts q, v do not cover all")
     elif key == "period" and value == 10**30:
         refused(pair[0], adapter, "one period")
     else:

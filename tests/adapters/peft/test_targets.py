@@ -210,7 +210,7 @@ def test_only_the_language_model_is_adapted_in_peft_too(tmp_path: Path) -> None:
         ("llama4_text", ["all-linear"], []),
     ],
 )
-def test_what_peft_misreads_is_known(
+def test_modules_that_peft_misreads_are_detected(
     family: str, targets: list[str], wrong: list[str], tmp_path: Path
 ) -> None:
     base = tmp_path / "base"
@@ -233,7 +233,7 @@ def test_what_peft_misreads_is_known(
     assert ("PEFT 0.19 to 0.21" in (adapter / "README.md").read_text()) == bool(wrong)
 
 
-def test_a_converted_adapter_keeps_what_is_known_of_peft(tmp_path: Path) -> None:
+def test_a_converted_adapter_keeps_the_notes_on_peft(tmp_path: Path) -> None:
     base = tmp_path / "base"
     for family, said in (("qwen3_next", "takes down_proj"), ("qwen3_5", "Qwen3_5ForConditional")):
         hybrid(family).save_pretrained(base / family)
@@ -251,7 +251,9 @@ def test_a_converted_adapter_keeps_what_is_known_of_peft(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("family", ["mamba", "falcon_h1"])
 @pytest.mark.parametrize("targets", [["out_proj"], ["in_proj"]])
-def test_what_peft_refuses_is_known(family: str, targets: list[str], tmp_path: Path) -> None:
+def test_modules_that_peft_refuses_are_detected(
+    family: str, targets: list[str], tmp_path: Path
+) -> None:
     base = tmp_path / "base"
     hybrid(family).save_pretrained(base)
     config = LoraConfig(r=2, target_modules=targets)
@@ -325,7 +327,7 @@ def test_keys_at_their_defaults_are_left_out(
     assert [k for k in settings if k not in always and settings[k] == defaults[k]] == []
 
 
-def test_what_was_misread_or_renamed_is_said(
+def test_misread_and_renamed_modules_are_reported(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few = {"train__epochs": None, "train__max_steps": 1, "task__limit_eval": 2}

@@ -38,7 +38,7 @@ def _edit(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(settings | changes))
 
 
-def test_the_directory_holds_the_adapter_and_nothing_else(
+def test_the_directory_contains_only_the_adapter(
     make_pair: MakePair, tiny_llama: Path, tmp_path: Path
 ) -> None:
     _, adapter, model = make_pair()
@@ -99,7 +99,7 @@ def test_the_card_has_the_facts(make_pair: MakePair, tmp_path: Path) -> None:
         assert part in text, part
 
 
-def test_a_sidecar_says_what_peft_has_no_key_for(make_pair: MakePair) -> None:
+def test_the_sidecar_stores_what_peft_has_no_key_for(make_pair: MakePair) -> None:
     _, adapter, _ = make_pair("bert", id2label={0: "no", 1: "yes", 2: "may"}, dtype=torch.bfloat16)
     sidecar = json.loads((adapter / "lorakit.json").read_text())
     assert sidecar["method"] == "lora"
@@ -109,7 +109,9 @@ def test_a_sidecar_says_what_peft_has_no_key_for(make_pair: MakePair) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "distilbert", "modernbert", "albert"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_loaded_is_bit_equal(make_pair: MakePair, family: str, dtype: torch.dtype) -> None:
+def test_a_loaded_adapter_is_bit_equal(
+    make_pair: MakePair, family: str, dtype: torch.dtype
+) -> None:
     base, adapter, model = make_pair(
         family, dtype=dtype, adapter={"target_modules": ["all-linear"]}
     )
@@ -123,7 +125,7 @@ def test_what_is_loaded_is_bit_equal(make_pair: MakePair, family: str, dtype: to
     }
 
 
-def test_an_adapter_is_replaced_whole(make_pair: MakePair) -> None:
+def test_an_adapter_is_replaced_completely(make_pair: MakePair) -> None:
     _, adapter, model = make_pair()
     (adapter / "old.txt").write_text("x")
     save_adapter(
@@ -172,7 +174,7 @@ def test_a_model_without_an_adapter_is_not_saved(tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
-def test_target_modules_name_exactly_what_was_adapted() -> None:
+def test_target_modules_match_exactly_the_adapted_modules() -> None:
     names = ["a.0.attn.dense", "a.0.dense", "a.1.attn.dense", "a.1.dense", "dense", "x.dense"]
     assert target_modules(["a.0.attn.dense", "a.1.attn.dense"], names, {}) == ["attn.dense"]
     assert target_modules(["a.1.dense"], names, {}) == ["1.dense"]
@@ -185,7 +187,7 @@ def test_patterns_that_would_fit_another_module_are_anchored() -> None:
     assert exact_patterns({"a.q": 2}, ["a.q", "b.a.q"]) == {r"^a\.q": 2}
 
 
-def test_nested_names_with_their_own_ranks_survive(tmp_path: Path) -> None:
+def test_nested_names_keep_their_ranks(tmp_path: Path) -> None:
     """``q`` is a module and a suffix of ``x.q``: neither targets nor ranks may confuse the two."""
 
     def nested() -> nn.Module:
