@@ -172,7 +172,7 @@ MERGED = {"a__lora_A": (4, 6), "a__lora_B": (8, 2)}
         ({"a.lora_A": torch.full((2, 6), torch.inf)}, {}, r"a\.lora_A: contains NaN or infinite"),
         (stored(a__lora_A=(6, 12), a__lora_B=(18, 6), a__bias=(6,)), {}, "a Conv2d cannot be converted"),
         (stored(a__lora_A=(6, 12), a__lora_B=(18, 6), a__conv__bias=(6,)), {}, "a: a convolution, judging by its name"),
-        (stored(a__conv1__lora_A=(6, 12), a__conv1__lora_B=(18, 6)), {}, r"a\.conv1: a convolution by its"),
+        (stored(a__conv1__lora_A=(6, 12), a__conv1__lora_B=(18, 6)), {}, r"a\.conv1: a convolution, judging by its"),
         ({"a.lora_A": torch.ones(2, 6).to_sparse()}, {}, r"a\.lora_A: sparse or without values"),
         ({"a.lora_A": torch.ones(2, 6, device="meta")}, {}, r"a\.lora_A: sparse or without values"),
         ({3: torch.ones(2, 6)}, {}, "3: not a state dict: a name must be a string"),
