@@ -22,7 +22,7 @@ from pathlib import Path
 
 AGGREGATIONS = ("", "MAX", "MIN", "COUNT", "SUM", "AVG")
 OPERATORS = ("=", ">", "<")
-QUESTIONS_A_TABLE = 5
+QUESTIONS_PER_TABLE = 5
 Cell = str | int | float
 
 # A column is "Header|Other header: kind"; a kind is the name of a pool below, "year", a range of
@@ -248,7 +248,7 @@ def draw_split(
             continue
         number += 1
         records: dict[str, dict] = {}
-        while len(records) < min(QUESTIONS_A_TABLE, count):
+        while len(records) < min(QUESTIONS_PER_TABLE, count):
             query = draw_query(table, rng)
             question = draw_question(table, query, rng)
             record = {"phase": 1, "table_id": table.id, "question": question, "sql": query}
