@@ -100,8 +100,7 @@ def guarded(
             raise
         except (Exception, SystemExit) as error:
             line = _line(error, file.resolve())
-            terminated = isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM
-            if line is None or terminated:
+            if line is None or _is_termination(error):
                 raise
             raise error_type(f"{file}:{line}: {_summary(error)}") from error
 
@@ -139,10 +138,17 @@ def _module(path: Path, digest: bytes, source: bytes, shown: str) -> ModuleType:
             exec(compile(source, str(path), "exec"), module.__dict__)
     except (Exception, SystemExit) as error:
         del sys.modules[name]
+        if _is_termination(error):
+            raise
         line = _line(error, path)
         where = shown if line is None else f"{shown}:{line}"
         raise UserError(f"{where}: {_summary(error)}") from error
     return module
+
+
+def _is_termination(error: BaseException) -> bool:
+    """Whether SIGTERM, rather than the file, raised the error."""
+    return isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM
 
 
 def _line(error: BaseException, path: Path) -> int | None:

@@ -95,3 +95,9 @@ def test_comments_and_docstrings_do_not_change_the_digest(code: Path) -> None:
     assert load_attribute("code.py:number").digest == before
     code.write_text(CODE.replace("number = 3", "number = 4"))
     assert load_attribute("code.py:number").digest != before
+
+
+def test_termination_during_import_is_not_an_error_of_the_file(in_tmp: Path) -> None:
+    (in_tmp / "slow.py").write_text("raise SystemExit(143)\n")
+    with pytest.raises(SystemExit, match="143"):
+        load_attribute("./slow.py:My")
