@@ -11,7 +11,7 @@ import pkgutil
 from functools import cache
 from typing import Any
 
-from lorakit.user_code import is_code
+from lorakit.user_code import code_identity, is_code
 
 METHODS = "lorakit.methods"
 TASKS = "lorakit.tasks"
@@ -31,8 +31,9 @@ def methods() -> dict[str, Any]:
     return {method.name: method for method in _exports(METHODS, "METHOD")}
 
 
-#: Class name -> method of a user's file, for every file that was named in this process.
-_user_methods: dict[str, Any] = {}
+#: Resolved file and class -> method, for every user's file that was named in this process, the
+#: one named last at the end.
+_user_methods: dict[tuple[str, str], Any] = {}
 
 
 def method(name: str) -> Any:
@@ -44,12 +45,15 @@ def method(name: str) -> Any:
     if not is_code(name):
         return methods()[name]
     found = importlib.import_module(f"{METHODS}.base").load_method(name)
-    _user_methods[type(found).__name__] = found
+    identity = code_identity(name)
+    _user_methods.pop(identity, None)
+    _user_methods[identity] = found
     return found
 
 
-def user_methods() -> dict[str, Any]:
-    """Class name -> method, for the users' files that ``method`` has run."""
+def user_methods() -> dict[tuple[str, str], Any]:
+    """Resolved file and class -> method, for the users' files that ``method`` has run, the one
+    named last at the end."""
     return dict(_user_methods)
 
 

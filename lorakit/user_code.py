@@ -38,6 +38,13 @@ def is_code(spec: str) -> bool:
     return spec.endswith(_SUFFIX) or f"{_SUFFIX}:" in spec
 
 
+def code_identity(spec: str) -> tuple[str, str]:
+    """The resolved file and the attribute of ``FILE.py:NAME``, the same for each way to write the
+    path. A relative path is relative to the working directory."""
+    stem, separator, attribute = spec.partition(f"{_SUFFIX}:")
+    return str(Path(f"{stem}{_SUFFIX}" if separator else spec).resolve()), attribute
+
+
 def load_attribute(spec: str) -> Loaded:
     """Run the file of ``FILE.py:NAME`` and return the attribute ``NAME``.
 

@@ -180,3 +180,25 @@ def test_what_is_wrong_in_a_recipe_is_said(
         said = capsys.readouterr().err
         assert all(message in said for message in messages), said
         assert not (in_tmp / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["loha"])
+def test_classes_of_the_same_name_are_told_apart_by_file(
+    name: str, recipe: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Path("loha.py").read_text()
+    for file, factor in (("a.py", "1"), ("b.py", "3")):
+        own = source.replace("class LoHa(Method)", "class Same(Method)")
+        Path(file).write_text(own.replace("* self.scaling", f"* self.scaling * {factor}"))
+    base = json.loads(recipe.read_text())["model"]["name_or_path"]
+    assert run(["train", str(recipe), "--set", "adapter.method=./a.py:Same"]) == 0
+    adapter = in_tmp / "run" / "adapter"
+    expected = logits(lorakit.load(base, adapter))
+    other = logits(lorakit.load(base, adapter, method="b.py:Same"))
+    assert torch.equal(other, expected), "the adapter is still read with the file that wrote it"
+    Path("a.py").rename("moved.py")
+    capsys.readouterr()
+    moved = [sys.executable, "-m", "lorakit", "merge", base, str(adapter), "merged"]
+    done = subprocess.run([*moved, "--method", "moved.py:Same"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "trained with ./a.py:Same, read with moved.py:Same" in done.stderr
