@@ -52,6 +52,8 @@ class BaseWrapper(nn.Module, ABC):
     An embedding is y = W[:, ids] with W (embedding_dim, num_embeddings).
     """
 
+    _merging: Tensor | None = None  # W during a merge, in which the base may be on ``meta``
+
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -70,7 +72,7 @@ class BaseWrapper(nn.Module, ABC):
 
     def dense_weight(self) -> Tensor:
         """W (out_features, in_features), in the base's dtype; not to be written to."""
-        return dense_weight(self.base_layer)
+        return dense_weight(self.base_layer) if self._merging is None else self._merging
 
     @property
     def base_state(self) -> Hashable:
@@ -160,18 +162,20 @@ class AdapterLayer(BaseWrapper, ABC):
     def embed(self, ids: Tensor) -> Tensor:
         """The adapted rows for token ``ids``: (..., out_features)."""
         y = self.base_forward(ids)
-        update = F.embedding(ids, self.delta_weight().t()).to(y.dtype)
-        return y + update * self.embed_scale
+        return y + F.embedding(ids, self.delta_weight().t()).to(y.dtype) * self.embed_scale
 
     @property
     def embed_scale(self) -> float:
-        """The factor by which Gemma's embeddings multiply their rows, and so those of the
-        update."""
+        """The factor by which Gemma's embeddings multiply their rows and those of the update."""
         return float(getattr(self.base_layer, "embed_scale", 1.0))
 
     @torch.no_grad()
     def merged_weight(self, weight: Tensor) -> Tensor:
-        return weight.float() + self.delta_weight()
+        self._merging = weight.detach()
+        try:
+            return weight.float() + self.delta_weight()
+        finally:
+            self._merging = None
 
     @property
     def saved_rank(self) -> int:
@@ -180,8 +184,7 @@ class AdapterLayer(BaseWrapper, ABC):
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of the layer by name, without those of the base."""
-        named = self.named_parameters()
-        return {name: p for name, p in named if not name.startswith("base_layer.")}
+        return {n: p for n, p in self.named_parameters() if not n.startswith("base_layer.")}
 
     def load_parameters(
         self, values: Mapping[str, Tensor], shared: Collection[str], name: str
@@ -241,9 +244,8 @@ class CompositeLayer(BaseWrapper):
         for name, part in parts.items():
             self.add_module(name, part)
         slices = [self.rows(name) for name in self.parts]
-        following = pairwise(slices)
         # Slices of different periods may have rows in common.
-        self._overlap = any(a.stop > b.start or a.period != b.period for a, b in following)
+        self._overlap = any(a.stop > b.start or a.period != b.period for a, b in pairwise(slices))
 
     @property
     def parts(self) -> dict[str, AdapterLayer]:
@@ -283,9 +285,8 @@ class CompositeLayer(BaseWrapper):
         for name, part in self.parts.items():
             rows = self.rows(name)
             own = rows.of(y, dim=1)
-            change = part.update(x, own.clone()) - own
             index = rows.of(torch.arange(self.out_features, device=y.device))
-            total = total.index_add(1, index, change)
+            total = total.index_add(1, index, part.update(x, own.clone()) - own)
         return total
 
     @torch.no_grad()
@@ -293,8 +294,7 @@ class CompositeLayer(BaseWrapper):
         """W plus the change that each part makes to its rows, in float32."""
         merged = weight.float().clone()
         for name, part in self.parts.items():
-            rows = self.rows(name)
-            own = rows.of(weight)
+            rows, own = self.rows(name), self.rows(name).of(weight)
             new = part.merged_weight(own)
             rows.put(merged, rows.of(merged) + (new - own.float()) if self._overlap else new)
         return merged

@@ -117,3 +117,21 @@ def test_one_layer_spans_several_modules() -> None:
         )
     merged = apart.merged_weight(apart.dense_weight())
     torch.testing.assert_close(F.linear(x, merged, base.bias), out, atol=1e-5, rtol=1e-5)
+
+
+class _ScaledRows(AdapterLayer):
+    """Multiplies the rows of W by 1 + scales."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.scales = nn.Parameter(torch.full((self.out_features, 1), 0.5))
+
+    def delta_weight(self) -> torch.Tensor:
+        return self.scales * self.dense_weight().float()
+
+
+def test_a_delta_that_reads_the_dense_weight_merges_on_a_meta_base() -> None:
+    layer = _ScaledRows(nn.Linear(3, 2, device="meta"))
+    weight = torch.arange(6.0).reshape(2, 3)
+    assert torch.equal(layer.fold(weight), 1.5 * weight)
+    assert layer.dense_weight().device.type == "meta"
