@@ -102,6 +102,8 @@ def _results(contract: _Contract) -> Iterator[CheckResult]:
         "a saved adapter loads bit for bit": contract.saved_and_loaded,
         "the merged model equals the unmerged one": contract.merged,
         "a resumed run equals an uninterrupted one": contract.resumed,
+        "a bfloat16 base keeps its precision": contract.half_precision,
+        "the layers move to another device": contract.moved,
     }
     for check, run in checks.items():
         try:
@@ -184,12 +186,24 @@ class _Contract:
                 )
         return None
 
+    def half_precision(self) -> str | None:
+        """The parameters of adapters are float32, also beside a base in half precision."""
+        model = self.injected(dtype=torch.bfloat16).train()
+        output = model(self.ids)
+        output.float().square().sum().backward()
+        return None if output.dtype == torch.bfloat16 else f"the output is {output.dtype}"
+
+    def moved(self) -> str | None:
+        """A tensor that is neither parameter nor buffer stays where it is, and the layer fails."""
+        self.injected().to("meta")(self.ids.to("meta"))
+        return None
+
     def base(self) -> TinyModel:
         torch.manual_seed(0)
         return TinyModel(self.case).eval()
 
-    def injected(self, seed: int = 1) -> TinyModel:
-        model = self.base()
+    def injected(self, seed: int = 1, dtype: torch.dtype = torch.float32) -> TinyModel:
+        model = self.base().to(dtype)
         torch.manual_seed(seed)
         inject(model, self.section)
         return model

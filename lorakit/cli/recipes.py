@@ -92,8 +92,8 @@ def methods(check: _Check = None, as_json: AsJson = False) -> None:
 
     --check runs the contract of methods on tiny random models: the output is unchanged at the
     start, gradients reach the method's parameters only, a saved adapter loads bit for bit, the
-    merged model equals the unmerged one, and a resumed run equals an uninterrupted one. The exit
-    code is 1 if a check fails.
+    merged model equals the unmerged one, a resumed run equals an uninterrupted one, and the method
+    works in bfloat16 and on another device. The exit code is 1 if a check fails.
 
     A method may also be a file, ./FILE.py:CLASS: see docs/own-method.md.
 

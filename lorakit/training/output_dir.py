@@ -38,6 +38,7 @@ from lorakit.training.checkpoint import Snapshot, checkpoints, load_checkpoint
 from lorakit.training.record import RunRecord
 from lorakit.training.setup import Prepared
 from lorakit.training.tracking import PROJECT
+from lorakit.user_code import is_code
 
 #: Keys that a resumed run may change: they do not affect the result.
 _CHANGEABLE = {
@@ -257,7 +258,9 @@ def export_adapter(prepared: Prepared, directory: Path, record: RunRecord, say: 
         lorakit_info={"task": recipe.task.name} | ({"labels": labels} if labels else {}),
     )
     method: Method = registry.method(recipe.adapter.method)
-    merging = f"lorakit merge {recipe.model.name_or_path} {directory} OUT writes a plain model"
+    option = f" --method {method.name}" if is_code(method.name) else ""
+    merge = f"lorakit merge {recipe.model.name_or_path} {directory} OUT{option}"
+    merging = f"{merge} writes a plain model"
     if not method.peft_loads:
         say(f"{directory}: PEFT cannot load a {method.name} adapter; lorakit can, and {merging}")
     elif refused := refused_by_peft(prepared.model, _adapted(record)):
