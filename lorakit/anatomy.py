@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lorakit.base_weight import ADAPTABLE, dense_weight
 from lorakit.kernels.low_rank import RowSlice
-from lorakit.layers import ADAPTABLE, dense_weight
 
 Part = Literal["attention", "MLP", "expert", "state-space", "router", "other"]
 

@@ -16,7 +16,7 @@ from lorakit.anatomy import (
     outside_language_model,
     weights,
 )
-from lorakit.layers import dense_weight
+from lorakit.base_weight import dense_weight
 from lorakit.module_names import describe_modules
 from lorakit.recipe.sections import layer_indices
 from lorakit.targets import ROLES, Target, unreachable

@@ -11,16 +11,10 @@ from transformers import PreTrainedModel
 
 from lorakit import registry
 from lorakit.anatomy import is_within, outside_language_model
+from lorakit.base_weight import RowView, kind_of
 from lorakit.coverage import Coverage, measure_coverage, missed_outside
 from lorakit.errors import TargetError
-from lorakit.layers import (
-    AdapterLayer,
-    CompositeLayer,
-    RowView,
-    adapted_modules,
-    adapter_layers,
-    kind_of,
-)
+from lorakit.layers import AdapterLayer, CompositeLayer, adapted_modules, adapter_layers
 from lorakit.methods.base import Method
 from lorakit.models.master_weights import plain_name, train_module, train_parameter
 from lorakit.module_names import describe_modules, is_suffix

@@ -1,8 +1,7 @@
 """The modules that replace adapted ones. Each method derives a layer class from ``AdapterLayer``.
 
 A layer accesses the frozen weight of its base only through ``base_shape``, ``base_forward`` and
-``dense_weight``. A base that stores W in another format (quantized, for example) therefore needs
-changes in this module only.
+``dense_weight``.
 """
 
 from __future__ import annotations
@@ -10,40 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Mapping
 from itertools import pairwise
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from lorakit.base_weight import RowView, as_matrix, dense_weight, kind_of, stored_weight
 from lorakit.errors import AdapterError
 from lorakit.kernels.low_rank import LowRankDelta, RowSlice
-
-Kind = Literal["linear", "conv1d", "embedding"]
-#: What can be adapted. Conv1D is GPT-2's linear layer with a weight of (in_features, out_features).
-ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding)
-
-
-class RowView(nn.Module):
-    """A slice of the rows of ``module``, used as a linear layer. It has no parameters itself."""
-
-    def __init__(self, module: nn.Module, rows: RowSlice) -> None:
-        super().__init__()
-        self._module = (module,)  # in a tuple: its parameters are not listed twice
-        self.rows = rows
-
-    @property
-    def module(self) -> nn.Module:
-        return self._module[0]
-
-    @property
-    def bias(self) -> Tensor | None:
-        bias = getattr(self.module, "bias", None)
-        return self.rows.of(bias) if isinstance(bias, Tensor) else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, dense_weight(self), self.bias)
 
 
 class BaseWrapper(nn.Module, ABC):
@@ -77,7 +50,7 @@ class BaseWrapper(nn.Module, ABC):
     @property
     def base_state(self) -> Hashable:
         """A value that changes when W is replaced, moved or written to: the key of a cache."""
-        weight = _stored(self.base_layer)
+        weight = stored_weight(self.base_layer)
         if not isinstance(weight, nn.Parameter):  # computed on each access
             return object()
         return weight.data_ptr(), weight._version, weight.device, weight.dtype
@@ -85,7 +58,7 @@ class BaseWrapper(nn.Module, ABC):
     @property
     def weight(self) -> Tensor:
         """W as the base stores it. Some models read its dtype or device."""
-        return _stored(self.base_layer)
+        return stored_weight(self.base_layer)
 
     @property
     def bias(self) -> Tensor | None:
@@ -94,7 +67,7 @@ class BaseWrapper(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        return _stored(self.base_layer).device
+        return stored_weight(self.base_layer).device
 
     @abstractmethod
     def merged_weight(self, weight: Tensor) -> Tensor:
@@ -307,31 +280,6 @@ class CompositeLayer(BaseWrapper):
         if any(part.low_rank() is None for part in self.parts.values()):
             return None
         return self.joined().low_rank()
-
-
-def kind_of(module: nn.Module) -> Kind:
-    """The layout in which ``module`` stores W; a ``RowView`` is linear."""
-    if isinstance(module, nn.Embedding):
-        return "embedding"
-    return "conv1d" if isinstance(module, Conv1D) else "linear"
-
-
-def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
-    """Convert ``weight`` from the layout of ``module`` to (out_features, in_features), or back."""
-    return weight.t() if isinstance(module, Conv1D | nn.Embedding) else weight
-
-
-def dense_weight(module: nn.Module) -> Tensor:
-    """W (out_features, in_features) of an adaptable module or of a ``RowView``."""
-    if isinstance(module, RowView):
-        return module.rows.of(dense_weight(module.module))
-    return as_matrix(module, _stored(module))
-
-
-def _stored(module: nn.Module) -> Tensor:
-    weight = module.module.weight if isinstance(module, RowView) else module.weight
-    assert isinstance(weight, Tensor), type(module)
-    return weight
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:

@@ -22,9 +22,9 @@ from lorakit.anatomy import (
     reads_past_forward,
     weights,
 )
+from lorakit.base_weight import ADAPTABLE
 from lorakit.errors import TargetError
 from lorakit.kernels.low_rank import RowSlice
-from lorakit.layers import ADAPTABLE
 from lorakit.module_names import base_names, describe_modules, matches
 from lorakit.recipe.sections import format_layers, layer_indices
 

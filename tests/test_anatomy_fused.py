@@ -20,9 +20,10 @@ import lorakit
 from lorakit.adapters.peft.place import load_adapter
 from lorakit.adapters.peft.write import save_adapter
 from lorakit.anatomy import fused_rows
+from lorakit.base_weight import as_matrix
 from lorakit.errors import AdapterError, TargetError
 from lorakit.injection import inject, trainable_state
-from lorakit.layers import CompositeLayer, adapted_modules, adapter_layers, as_matrix
+from lorakit.layers import CompositeLayer, adapted_modules, adapter_layers
 from lorakit.methods.lora import LoraConfig
 from tests.families import tiny, token_ids
 

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lorakit.base_weight import RowView
 from lorakit.kernels.low_rank import RowSlice
-from lorakit.layers import AdapterLayer, CompositeLayer, RowView
+from lorakit.layers import AdapterLayer, CompositeLayer
 from lorakit.methods.dora_layer import DoraLayer
 from lorakit.methods.lora_layer import LoraLayer
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
+from lorakit.base_weight import ADAPTABLE
 from lorakit.errors import TargetError
 from lorakit.injection import find_heads, inject
-from lorakit.layers import ADAPTABLE, adapter_layers
+from lorakit.layers import adapter_layers
 from lorakit.methods.lora import LoraConfig
 from lorakit.module_names import describe_modules
 from lorakit.targets import find_targets

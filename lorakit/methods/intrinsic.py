@@ -110,7 +110,7 @@ class Intrinsic(Method):
     def from_peft(
         self, module: nn.Module, name: str, settings: Mapping[str, Any], tensors: dict[str, Tensor]
     ) -> AdapterLayer:
-        from lorakit.layers import kind_of
+        from lorakit.base_weight import kind_of
 
         if set(tensors) != {"theta"}:
             listed = ", ".join(f"{name}.{key}" for key in sorted(set(tensors) - {"theta"}))

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorakit.base_weight import RowView
 from lorakit.errors import AdapterError, TargetError
 from lorakit.kernels.low_rank import LowRankDelta, RowSlice, is_covered_by, lora_add_
-from lorakit.layers import AdapterLayer, CompositeLayer, RowView
+from lorakit.layers import AdapterLayer, CompositeLayer
 
 #: Matrices no larger than this in one dimension are decomposed exactly.
 _EXACT_SVD = 1024

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lorakit.base_weight import as_matrix
 from lorakit.errors import AdapterError
 from lorakit.injection import inject, trainable_state
 from lorakit.kernels import low_rank as kernel
-from lorakit.layers import AdapterLayer, CompositeLayer, as_matrix
+from lorakit.layers import AdapterLayer, CompositeLayer
 from lorakit.methods.dora import METHOD, DoraConfig
 from tests.families import tiny, token_ids
 

@@ -15,9 +15,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters.peft.place import load_adapter
 from lorakit.adapters.peft.write import save_adapter
+from lorakit.base_weight import as_matrix
 from lorakit.errors import TargetError
 from lorakit.injection import inject, trainable_state
-from lorakit.layers import AdapterLayer, adapter_layers, as_matrix
+from lorakit.layers import AdapterLayer, adapter_layers
 from lorakit.methods.lora import METHOD, LoraConfig
 from tests.families import tiny, token_ids
 

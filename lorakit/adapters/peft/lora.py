@@ -21,8 +21,9 @@ from lorakit.adapters.peft.schema import (
     peft_rank,
     peft_scaling,
 )
+from lorakit.base_weight import dense_weight, kind_of
 from lorakit.errors import AdapterError
-from lorakit.layers import AdapterLayer, dense_weight, kind_of
+from lorakit.layers import AdapterLayer
 from lorakit.methods.adalora import AdaLora, scaling_of
 from lorakit.methods.adalora_layer import AdaLoraLayer
 from lorakit.methods.base import Method

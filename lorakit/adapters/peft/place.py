@@ -27,9 +27,10 @@ from lorakit.adapters.peft.schema import (
     modules_to_save,
 )
 from lorakit.adapters.peft.targets import matched_modules, renamed_for
+from lorakit.base_weight import ADAPTABLE
 from lorakit.errors import AdapterError, listed
 from lorakit.injection import InjectionReport, find_heads, report
-from lorakit.layers import ADAPTABLE, BaseWrapper, adapted_modules, adapter_layers
+from lorakit.layers import BaseWrapper, adapted_modules, adapter_layers
 from lorakit.models.master_weights import set_value, train_module, train_parameter
 
 _SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")

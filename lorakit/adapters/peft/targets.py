@@ -60,7 +60,7 @@ def is_targeted(config: Mapping[str, Any], name: str) -> bool:
 
 def matched_modules(config: Mapping[str, Any], model: nn.Module) -> set[str]:
     """Return the names of the modules that PEFT would adapt in ``model``."""
-    from lorakit.layers import ADAPTABLE
+    from lorakit.base_weight import ADAPTABLE
 
     modules = unadapted_modules(model)
     targets = config.get("target_modules")

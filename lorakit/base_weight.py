@@ -1,0 +1,66 @@
+"""The frozen modules under adapter layers, and access to their weight W.
+
+Everything that depends on how a module stores W is here, so that a base with another format
+(quantized, for example) needs changes in this module only.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lorakit.kernels.low_rank import RowSlice
+
+Kind = Literal["linear", "conv1d", "embedding"]
+#: What can be adapted. Conv1D is GPT-2's linear layer with a weight of (in_features, out_features).
+ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding)
+
+
+class RowView(nn.Module):
+    """A slice of the rows of ``module``, used as a linear layer. It has no parameters itself."""
+
+    def __init__(self, module: nn.Module, rows: RowSlice) -> None:
+        super().__init__()
+        self._module = (module,)  # in a tuple: its parameters are not listed twice
+        self.rows = rows
+
+    @property
+    def module(self) -> nn.Module:
+        return self._module[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = getattr(self.module, "bias", None)
+        return self.rows.of(bias) if isinstance(bias, Tensor) else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, dense_weight(self), self.bias)
+
+
+def kind_of(module: nn.Module) -> Kind:
+    """The layout in which ``module`` stores W; a ``RowView`` is linear."""
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    return "conv1d" if isinstance(module, Conv1D) else "linear"
+
+
+def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
+    """Convert ``weight`` from the layout of ``module`` to (out_features, in_features), or back."""
+    return weight.t() if isinstance(module, Conv1D | nn.Embedding) else weight
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """W (out_features, in_features) of an adaptable module or of a ``RowView``."""
+    if isinstance(module, RowView):
+        return module.rows.of(dense_weight(module.module))
+    return as_matrix(module, stored_weight(module))
+
+
+def stored_weight(module: nn.Module) -> Tensor:
+    """The weight as the module stores it; for a ``RowView``, that of the whole module."""
+    weight = module.module.weight if isinstance(module, RowView) else module.weight
+    assert isinstance(weight, Tensor), type(module)
+    return weight
