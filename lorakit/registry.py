@@ -44,7 +44,7 @@ def method(name: str) -> Any:
     """
     if not is_code(name):
         return methods()[name]
-    found = importlib.import_module(f"{METHODS}.base").load_method(name)
+    found = importlib.import_module(f"{METHODS}.user_method").load_method(name)
     identity = code_identity(name)
     _user_methods.pop(identity, None)
     _user_methods[identity] = found

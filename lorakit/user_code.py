@@ -45,23 +45,25 @@ def code_identity(spec: str) -> tuple[str, str]:
     return str(Path(f"{stem}{_SUFFIX}" if separator else spec).resolve()), attribute
 
 
-def load_attribute(spec: str) -> Loaded:
+def load_attribute(spec: str, base: type = object) -> Loaded:
     """Run the file of ``FILE.py:NAME`` and return the attribute ``NAME``.
 
     A relative path is relative to the working directory. A file is run once for each version of
     its contents; what it prints goes to stderr. Raises UserError if the file is missing, fails, or
-    has no such attribute.
+    has no such attribute; the message lists what the file defines, of the classes only subclasses
+    of ``base``.
     """
     stem, separator, attribute = spec.partition(f"{_SUFFIX}:")
     file = Path(f"{stem}{_SUFFIX}" if separator else spec)
     source = _read(file)
     module = _module(file.resolve(), hashlib.sha256(source).digest(), source, str(file))
-    defined = [key for key, value in vars(module).items() if _is_defined_in(module, value)]
-    allowed = ", ".join(f"{file}:{name}" for name in defined) or f"{file}:NAME"
+    defined = [key for key, value in vars(module).items() if _is_defined_in(module, value, base)]
+    allowed = ", ".join(defined) or f"a subclass of {base.__module__}.{base.__qualname__}"
     if not attribute:
-        raise UserError(f"{spec}: names no class or function; allowed: {allowed}")
+        where = f"{file}:NAME, where NAME is" if defined else f"{file}:NAME:"
+        raise UserError(f"{spec}: names no class or function; allowed: {where} {allowed}")
     if not hasattr(module, attribute):
-        message = did_you_mean(f"{file}: has no {attribute!r}", attribute, defined)
+        message = did_you_mean(f"{spec}: the file has no {attribute!r}", attribute, defined)
         raise UserError(f"{message}; allowed: {allowed}")
     return Loaded(getattr(module, attribute), file, code_digest(source))
 
@@ -78,7 +80,7 @@ def code_digest(source: bytes) -> bytes:
 def load_class(spec: str, base: type[_Base]) -> type[_Base]:
     """The class that ``FILE.py:NAME`` names. Raises UserError as ``load_attribute`` does, and for
     anything but a concrete subclass of ``base``."""
-    found = load_attribute(spec).value
+    found = load_attribute(spec, base).value
     if not (isinstance(found, type) and issubclass(found, base)):
         allowed = f"a subclass of {base.__module__}.{base.__qualname__}"
         raise UserError(f"{spec}: is {_kind(found)}; allowed: {allowed}")
@@ -118,8 +120,14 @@ def _kind(value: object) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
-def _is_defined_in(module: ModuleType, value: Any) -> bool:
-    return getattr(value, "__module__", None) == module.__name__ and hasattr(value, "__name__")
+def _is_defined_in(module: ModuleType, value: Any, base: type) -> bool:
+    """Whether the module defines ``value``: a subclass of ``base``, an instance of one, or if
+    ``base`` is object, any class or function."""
+    if getattr(value, "__module__", None) != module.__name__:
+        return False
+    if base is object:
+        return hasattr(value, "__name__")
+    return isinstance(value, base) or (isinstance(value, type) and issubclass(value, base))
 
 
 def _read(file: Path) -> bytes:

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import ValidationError
 
-from lorakit.errors import AdapterError, UserError
+from lorakit.errors import AdapterError
 from lorakit.recipe.sections import AdapterSection, TrainSection
-from lorakit.user_code import load_class
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -195,20 +194,3 @@ class Method:
             [first, *_] = error.errors()
             key = ".".join(map(str, first["loc"]))
             raise AdapterError(f"adapter_config.json: {key}: {first['msg']}") from error
-
-
-def load_method(spec: str) -> Method:
-    """The method that ``FILE.py:CLASS`` names; the file is run. Raises UserError if it does not
-    define one."""
-    found = load_class(spec, Method)
-    missing = [name for name in ("Config", "Layer") if not hasattr(found, name)]
-    if found.layer_class is not Method.layer_class or not found.kinds:
-        missing = [name for name in missing if name != "Layer"]
-    if missing:
-        raise UserError(
-            f"{spec}: does not define {', '.join(missing)}; allowed: a class with Config, a "
-            "subclass of AdapterSection, and Layer, a subclass of AdapterLayer"
-        )
-    method = found()
-    method.name = spec  # type: ignore[misc]  # its name in recipes and saved adapters
-    return method

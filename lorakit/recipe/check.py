@@ -104,7 +104,7 @@ def find_method(name: str) -> tuple[Any, list[Fault]]:
         files = "a method file: ./FILE.py:CLASS"
         return None, [_unknown_name(path, "method", name, registry.methods(), files)]
     except UserError as error:
-        return None, [Fault(path, str(error), name, True)]
+        return None, [Fault(path, str(error).removeprefix(f"{name}: "), name, True)]
 
 
 def find_task(name: str) -> tuple[Any, tuple[Problem, ...], list[Fault]]:
@@ -119,7 +119,7 @@ def find_task(name: str) -> tuple[Any, tuple[Problem, ...], list[Fault]]:
     except RecipeError as error:
         return None, error.problems, []
     except UserError as error:
-        return None, (), [Fault(path, str(error), name, True)]
+        return None, (), [Fault(path, str(error).removeprefix(f"{name}: "), name, True)]
 
 
 def _unknown_name(

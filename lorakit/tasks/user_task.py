@@ -32,14 +32,14 @@ def load_task(spec: str) -> Task:
     """
     if not is_code(spec):
         return load_yaml_task(Path(spec))
-    loaded = load_attribute(spec)
+    loaded = load_attribute(spec, Task)
     return _task(spec, loaded.file.resolve(), loaded.digest)
 
 
 @lru_cache(maxsize=32)
 def _task(spec: str, path: Path, digest: bytes) -> Task:
     """Build the task, once per version of a file; errors in its methods name file and line."""
-    loaded = load_attribute(spec)
+    loaded = load_attribute(spec, Task)
     task = _instance(spec, loaded.value)
     checked: dict[str, Callable[..., Any]] = {
         name: guarded(getattr(task, name), loaded.file, DataError) for name in _GUARDED

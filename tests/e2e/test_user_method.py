@@ -79,7 +79,7 @@ def test_a_method_that_fails(own: Path, capsys: pytest.CaptureFixture[str]) -> N
     [
         ("lroa", "--check lroa: unknown method; did you mean 'lora'?; allowed: "),
         ("./none.py:X", "none.py: no such file"),
-        ("./own.py:Scald", "has no 'Scald'; did you mean 'Scaled'?"),
+        ("./own.py:Scald", "the file has no 'Scald'; did you mean 'Scaled'?; allowed: Scaled\n"),
         ("./own.py:Config", "own.py:Config"),
     ],
 )
@@ -90,6 +90,85 @@ def test_names_that_are_no_method(
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert message in err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "Config = Config",
+            "Config = dict",
+            "Config = the class dict; allowed: a subclass of lorakit.recipe.sections.AdapterSection",
+        ),
+        (
+            "    Config = Config\n",
+            "",
+            "does not define Config; allowed: a subclass of lorakit.recipe.sections.AdapterSection",
+        ),
+        (
+            "Layer = Layer",
+            "Layer = nn.Linear",
+            "Layer = the class Linear; allowed: a subclass of lorakit.layers.AdapterLayer",
+        ),
+        ("def delta_weight", "def delta", "Layer: missing methods: delta_weight; allowed: "),
+        (
+            "config, name)",
+            "config)",
+            "Layer.__init__: too many positional arguments; allowed: "
+            "__init__(self, base_layer, config, name)",
+        ),
+        (
+            "Layer = Layer",
+            "Layer = Layer\n    kinds = {'linaer'}",
+            "kinds = \"{'linaer'}\"; allowed: a set of linear, conv1d, embedding, slice",
+        ),
+        (
+            "Layer = Layer",
+            "Layer = Layer\n    kinds = 'linear'",
+            'kinds = "linear"; allowed: a set of linear, conv1d, embedding, slice',
+        ),
+        (
+            "Layer = Layer",
+            "kinds = ()",
+            "kinds is empty, so the method trains nothing; allowed: a set of linear",
+        ),
+        (
+            "Layer = Layer",
+            "Layer = Layer\n    kinds = {'slice'}",
+            "kinds has slice; allowed: a Layer that defines join and split",
+        ),
+        (
+            "Layer = Layer",
+            "Layer = Layer\n    def __init__(self, factor):\n        pass",
+            "cannot be created without arguments: Scaled.__init__() missing 1 required",
+        ),
+        (
+            "Layer = Layer",
+            "Layer = Layer\n    def __init__(self):\n        1 / 0",
+            "own.py:26: ZeroDivisionError: division by zero",
+        ),
+    ],
+)
+def test_classes_that_define_no_method(
+    old: str, new: str, message: str, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own.write_text(METHOD.replace(old, new))
+    for command in (["methods", "--check", "./own.py:Scaled"], ["validate", "recipe.yaml"]):
+        assert run(command) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert message in err
+        assert err.count("own.py:Scaled") <= 1
+
+
+def test_a_method_that_trains_the_base(own: Path) -> None:
+    own.write_text(
+        METHOD.replace(
+            "Layer = Layer",
+            "kinds = ()\n    def trained_parameters(self, model, config):\n        return []",
+        )
+    )
+    assert run(["validate", "recipe.yaml", "--set", "adapter.blocks=1"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -134,9 +134,12 @@ def test_keys_are_checked_as_those_of_a_built_in_task(my: Path) -> None:
         ("./no.py:My", "no.py: no such file"),
         (
             "./my.py:Kindles",
-            "my.py: has no 'Kindles'; did you mean 'Kindless'?; allowed: my.py:MyConfig",
+            "the file has no 'Kindles'; did you mean 'Kindless'?; allowed: My, ready, Half",
         ),
-        ("./my.py", "./my.py: names no class or function; allowed: my.py:MyConfig, my.py:My"),
+        (
+            "./my.py",
+            "names no class or function; allowed: my.py:NAME, where NAME is My, ready, Half",
+        ),
         ("./my.py:number", "is of type int; allowed: a subclass of lorakit.tasks.base.Task"),
         ("./my.py:MyConfig", "allowed: a subclass of lorakit.tasks.base.Task"),
         ("./my.py:Half", "missing methods: columns, example; allowed: a class that defines them"),

@@ -1,0 +1,92 @@
+"""Methods defined by a user's file: ``./my_method.py:MyMethod``."""
+
+from __future__ import annotations
+
+import inspect
+from inspect import getattr_static
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import LorakitError, UserError, shown
+from lorakit.methods.base import Method
+from lorakit.recipe.sections import AdapterSection
+from lorakit.user_code import check_concrete, guarded, load_attribute, load_class
+
+_KINDS = ("linear", "conv1d", "embedding", "slice")
+#: The methods whose errors are reported with the user's file and line.
+_GUARDED = tuple(
+    name
+    for name, value in vars(Method).items()
+    if inspect.isfunction(value) and not name.startswith("_")
+)
+
+
+def load_method(spec: str) -> Method:
+    """The method that ``FILE.py:CLASS`` names; the file is run. Raises UserError if it does not
+    define one."""
+    found, file = load_class(spec, Method), load_attribute(spec).file
+    _check_config(spec, found)
+    _check_kinds(spec, found)
+    if found.kinds and found.layer_class is Method.layer_class:
+        _check_layer(spec, found)
+    try:
+        method: Method = guarded(found, file)()
+    except LorakitError:
+        raise
+    except Exception as error:
+        raise UserError(f"{spec}: cannot be created without arguments: {error}") from error
+    method.name = spec  # type: ignore[misc]  # its name in recipes and saved adapters
+    _guard(method, file)
+    return method
+
+
+def _guard(method: Method, file: Path) -> None:
+    for name in _GUARDED:
+        setattr(method, name, guarded(getattr(method, name), file))
+
+
+def _check_config(spec: str, found: type[Method]) -> None:
+    config: Any = getattr(found, "Config", None)
+    if not (isinstance(config, type) and issubclass(config, AdapterSection)):
+        allowed = f"a subclass of {AdapterSection.__module__}.AdapterSection"
+        raise UserError(f"{spec}: {_value(found, 'Config')}; allowed: {allowed}")
+
+
+def _check_kinds(spec: str, found: type[Method]) -> None:
+    kinds: Any = found.kinds
+    known = ", ".join(_KINDS)
+    if not isinstance(kinds, set | frozenset | list | tuple) or any(k not in _KINDS for k in kinds):
+        raise UserError(f"{spec}: {_value(found, 'kinds')}; allowed: a set of {known}")
+    if not kinds and found.trained_parameters is Method.trained_parameters:
+        raise UserError(
+            f"{spec}: kinds is empty, so the method trains nothing; allowed: a set of {known}, or "
+            "an empty one if trained_parameters is defined"
+        )
+
+
+def _check_layer(spec: str, found: type[Method]) -> None:
+    from lorakit.layers import AdapterLayer
+
+    layer: Any = getattr(found, "Layer", None)
+    if not (isinstance(layer, type) and issubclass(layer, AdapterLayer)):
+        allowed = f"a subclass of {AdapterLayer.__module__}.AdapterLayer"
+        raise UserError(f"{spec}: {_value(found, 'Layer')}; allowed: {allowed}")
+    check_concrete(f"{spec}: Layer", layer)
+    if found.wrap is Method.wrap:
+        try:
+            inspect.signature(layer).bind("base_layer", "config", "name")
+        except TypeError as error:
+            allowed = "__init__(self, base_layer, config, name)"
+            raise UserError(f"{spec}: Layer.__init__: {error}; allowed: {allowed}") from None
+    missing = [n for n in ("join", "split") if getattr_static(layer, n) is vars(AdapterLayer)[n]]
+    if "slice" in found.kinds and missing:
+        raise UserError(f"{spec}: kinds has slice; allowed: a Layer that defines join and split")
+
+
+def _value(found: type[Method], name: str) -> str:
+    """Describe what the class has as ``name``."""
+    if not hasattr(found, name):
+        return f"does not define {name}"
+    value = getattr(found, name)
+    described = f"the class {value.__name__}" if isinstance(value, type) else shown(value)
+    return f"{name} = {described}"
