@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from lorakit.tasks.checks import counts_line
     from lorakit.training.run import RunResult, dry_run, train
     from lorakit.training.tracking import tell
+    from lorakit.user_code import locate_error
 
 _MODULES = {
     "lorakit.adapters.convert": ("convert",),
@@ -79,6 +80,7 @@ _MODULES = {
     "lorakit.tasks.checks": ("counts_line",),
     "lorakit.training.run": ("RunResult", "dry_run", "train"),
     "lorakit.training.tracking": ("tell",),
+    "lorakit.user_code": ("locate_error",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -112,6 +114,7 @@ __all__ = [
     "load",
     "load_for_generation",
     "load_recipe",
+    "locate_error",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "merge",

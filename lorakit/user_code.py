@@ -116,6 +116,15 @@ def guarded(
     return call
 
 
+def locate_error(error: BaseException) -> str | None:
+    """Describe an error that a user's file raised: ``FILE:LINE: TYPE: MESSAGE``. None if the
+    traceback has no line of such a file."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename in _run_files:
+            return f"{_run_files[frame.filename]}:{frame.lineno}: {_summary(error)}"
+    return None
+
+
 def _kind(value: object) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
@@ -141,12 +150,17 @@ def _read(file: Path) -> bytes:
         raise UserError(f"{file}: cannot be read: {reason}") from None
 
 
+#: Resolved path of a user's file -> the path by which it was named.
+_run_files: dict[str, str] = {}
+
+
 @lru_cache(maxsize=32)
 def _module(path: Path, digest: bytes, source: bytes, shown: str) -> ModuleType:
     """Compile the file instead of importing it, so that no stale bytecode is ever used."""
     name = f"lorakit_user_{hashlib.sha256(bytes(path) + digest).hexdigest()[:16]}"
     module = ModuleType(name)
     module.__file__ = str(path)
+    _run_files[str(path)] = shown
     sys.modules[name] = module  # pydantic resolves the annotations of a class through it
     try:
         with redirect_stdout(sys.stderr):

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from lorakit.api import yield_cores
+from lorakit.api import locate_error, yield_cores
 from lorakit.cli.adapters import convert, merge
 from lorakit.cli.generate import generate
 from lorakit.cli.preview import preview
@@ -108,11 +108,12 @@ def _terminate(_number: int, _frame: FrameType | None) -> None:
 
 
 def _log_traceback(error: Exception) -> str:
-    reason = (str(error).strip().splitlines() or [""])[0]
+    first = (str(error).strip().splitlines() or [""])[0]
+    reason = locate_error(error) or f"{type(error).__name__}: {first}"
     handle, name = tempfile.mkstemp(prefix="lorakit-", suffix=".log")
     with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as log:
         log.write("".join(traceback.format_exception(error)))
-    return f"{type(error).__name__}: {reason}; the traceback is in {name}"
+    return f"{reason}; the traceback is in {name}"
 
 
 def main() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import wraps
 from inspect import getattr_static
 from pathlib import Path
 from typing import Any
 
 from lorakit.errors import LorakitError, UserError, shown
-from lorakit.methods.base import Method
+from lorakit.methods.base import Method, RunHooks
 from lorakit.recipe.sections import AdapterSection
 from lorakit.user_code import check_concrete, guarded, load_attribute, load_class
 
@@ -41,8 +43,45 @@ def load_method(spec: str) -> Method:
 
 
 def _guard(method: Method, file: Path) -> None:
+    """Let errors in the method name file and line, and check what it returns."""
     for name in _GUARDED:
         setattr(method, name, guarded(getattr(method, name), file))
+    for name, (is_valid, allowed) in _RETURNED.items():
+        setattr(method, name, _checked(method, name, is_valid, allowed))
+
+
+def _checked(
+    method: Method, name: str, is_valid: Callable[[Any], bool], allowed: str
+) -> Callable[..., Any]:
+    """Wrap ``method.name`` to raise UserError for a result that is not valid."""
+    function = getattr(method, name)
+
+    @wraps(function)
+    def checked(*arguments: Any, **keys: Any) -> Any:
+        result = function(*arguments, **keys)
+        if not is_valid(result):
+            found = type(result).__name__
+            raise UserError(f"{method.name}: {name} returned a {found}; allowed: {allowed}")
+        return result
+
+    return checked
+
+
+def _is_layer(value: Any) -> bool:
+    from lorakit.layers import AdapterLayer
+
+    return isinstance(value, AdapterLayer) and hasattr(value, "base_layer")
+
+
+def _are_groups(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(g, dict) and "params" in g for g in value)
+
+
+_RETURNED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "wrap": (_is_layer, "an AdapterLayer whose __init__ calls super().__init__(base_layer)"),
+    "param_groups": (_are_groups, "a list of dicts with params, as for an optimizer of torch"),
+    "hooks": (lambda value: isinstance(value, RunHooks), f"a {RunHooks.__module__}.RunHooks"),
+}
 
 
 def _check_config(spec: str, found: type[Method]) -> None:

@@ -39,6 +39,7 @@ from lorakit.recipe.yaml_source import (
     read_value,
     read_yaml,
 )
+from lorakit.user_code import locate_error
 
 Overrides = Mapping[str, object] | Sequence[str]
 
@@ -143,6 +144,10 @@ class _Checked:
                 wrong.update(fault.path[:1])
             valid = {key: value for key, value in rest.items() if key not in wrong}
             self.partial = section.model_construct(**valid)
+        except Exception as error:  # of a validator in a user's file
+            if (text := locate_error(error)) is None:
+                raise
+            self.faults.append(Fault((self.name,), text))
 
     def _class(self, given: dict[str, Any]) -> type[Section] | None:
         """Return the class of the section, or None if its method or task is unknown."""
