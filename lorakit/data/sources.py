@@ -72,18 +72,25 @@ class Split:
             return list(self.rows[name])  # type: ignore[call-overload]
         return [row.get(name) for row in self.rows]
 
-    def require(self, columns: Sequence[str]) -> None:
-        """Raise DataError if any file lacks one of ``columns``."""
-        _require(columns, self.source_read, self.columns)
+    def require(self, columns: Sequence[str], causes: Mapping[str, str] | None = None) -> None:
+        """Raise DataError if any file lacks one of ``columns``.
+
+        ``causes`` maps a column to what asks for it, such as ``task.text_column = "body"``; the
+        message starts with it.
+        """
+        _require(columns, causes or {}, self.source_read, self.columns)
         for file, found in self.incomplete.items():
-            _require(columns, f"{file}, row 1", found)
+            _require(columns, causes or {}, f"{file}, row 1", found)
 
 
-def _require(columns: Sequence[str], where: str, found: Sequence[str]) -> None:
+def _require(
+    columns: Sequence[str], causes: Mapping[str, str], where: str, found: Sequence[str]
+) -> None:
     missing = [name for name in columns if name not in found]
     if missing:
+        cause = next((f"{causes[name]}: " for name in missing if name in causes), "")
         raise DataError(
-            f"{where}: no column{'s' if len(missing) > 1 else ''} "
+            f"{cause}{where}: no column{'s' if len(missing) > 1 else ''} "
             f"{', '.join(map(repr, missing))}; the columns are {', '.join(map(repr, found))}"
         )
 

@@ -116,8 +116,19 @@ class Task(ABC):
         """The columns that a row must have."""
 
     def check_columns(self, split: Split, config: Any) -> None:
-        """Raise DataError if a column that the task needs is missing."""
-        split.require(self.columns(config))
+        """Raise DataError if a column that the task needs is missing; its message starts with the
+        key that names the column, if there is one."""
+        columns = self.columns(config)
+        keys = {name: key for name in columns if (key := self.column_key(config, name))}
+        causes = {name: f"task.{key} = {shown(getattr(config, key))}" for name, key in keys.items()}
+        split.require(columns, causes)
+
+    def column_key(self, config: Any, column: str) -> str | None:
+        """The key of ``config`` that names ``column``: ``text_column``, for example. By default
+        ``X_column`` names the column in its value, or ``X`` if its value is null."""
+        keys = [key for key in type(config).model_fields if key.endswith("_column")]
+        named = {getattr(config, key) or key.removesuffix("_column"): key for key in keys}
+        return named.get(column)
 
     def read_columns(self, config: Any, columns: Sequence[str]) -> Collection[str] | None:
         """Those of ``columns`` that the task reads, or that are known to be unused in its data.

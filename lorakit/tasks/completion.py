@@ -136,10 +136,8 @@ class Completion(FormattedTask):
     def check_columns(self, split: Split, config: Any) -> None:
         for key in ("template", "completion_template"):
             if text := getattr(config, key):
-                try:
-                    check_template(text, f"task.{key}", split.columns)
-                except DataError as error:
-                    raise DataError(f"{split.source_read}: {error}") from error
+                cause = f"task.{key} = {shown(text)}: {split.source_read}"
+                check_template(text, cause, split.columns)
         super().check_columns(split, config)
 
     def example(self, row: Row, config: Any) -> TextExample:
@@ -205,11 +203,12 @@ def template_columns(template: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text for text, is_column in _pieces(template) if is_column))
 
 
-def check_template(template: str, key: str, columns: Sequence[str]) -> None:
-    """Raise DataError, suggesting the closest name, for a column that does not exist."""
+def check_template(template: str, cause: str, columns: Sequence[str]) -> None:
+    """Raise DataError, suggesting the closest name, for a column that does not exist. The message
+    starts with ``cause``, the key and the file."""
     for name in template_columns(template):
         if name not in columns:
-            message = did_you_mean(f"{key}: no column {name!r}", name, columns)
+            message = did_you_mean(f"{cause}: no column {name!r}", name, columns)
             if re.search(r"[.\[!:]", name):
                 message += "; attributes, indices and formats are not supported in a template"
             raise DataError(f"{message}; the columns are {', '.join(map(repr, columns))}")

@@ -98,6 +98,11 @@ class FormattedTask(Task):
             return named
         return () if config.format == "auto" else FORMATS[config.format].required
 
+    def column_key(self, config: Any, column: str) -> str | None:
+        if self.named_columns(config):
+            return super().column_key(config, column)
+        return None if config.format == "auto" else "format"
+
     def format_of(self, columns: Sequence[str], config: Any) -> Format:
         """The format of rows whose columns the config does not name. Raises DataError."""
         if config.format != "auto":
@@ -118,12 +123,12 @@ class FormattedTask(Task):
             found = self.format_of(split.columns, config)
         except DataError as error:
             if matching_formats(tuple(split.columns), self.formats):
-                raise DataError(f"{split.source}: {error}") from error
+                raise DataError(f'task.format = "auto": {split.source}: {error}') from error
             row = dict(next(iter(split.rows)))
             allowed = ", ".join(str(FORMATS[name].without(self.refused)) for name in self.formats)
             raise DataError(
-                f"{split.locate(0)}: {error}; the row is {shown(row, 200)}; allowed: {allowed}, "
-                f"or other columns named by {self.column_keys}"
+                f'task.format = "auto": {split.locate(0)}: {error}; the row is {shown(row, 200)}; '
+                f"allowed: {allowed}, or other columns named by {self.column_keys}"
             ) from error
         split.require(found.required)
 

@@ -77,12 +77,16 @@ def test_a_required_column_that_one_file_lacks(
     recipe = recipe_file(tiny_llama, ["a.jsonl", "b.jsonl"], format=task, streaming=streaming)
     code, _, err = command(capsys, "train", recipe)
     assert code == 2
+    key = "" if task == "auto" else 'recipe.yaml, line 1: task.format = "prompt_completion": '
     expected = "b.jsonl, row 1: no column 'completion'; the columns are 'prompt', 'answer'"
-    assert err.splitlines()[-1] == f"error: {expected}"
+    assert err.splitlines()[-1] == f"error: {key}{expected}"
     recipe = recipe_file(tiny_llama, "a.jsonl", prompt_column="question", streaming=streaming)
     code, _, err = command(capsys, "train", recipe)
     assert code == 2
-    assert "error: a.jsonl: no column 'question'; the columns are 'prompt', 'completion'" in err
+    assert (
+        "task.prompt_column = \"question\": a.jsonl: no column 'question'; the columns are 'prompt', "
+        "'completion'"
+    ) in err
 
 
 # Files of all forms
@@ -223,7 +227,7 @@ def test_a_column_of_a_template_that_a_stream_begins_or_ends_without(
     code, _, err = command(capsys, "train", recipe)
     assert code == 2
     assert (
-        "error: begins.jsonl, the first 200 rows: task.template: no column 'ctx'; the columns are "
+        ": begins.jsonl, the first 200 rows: no column 'ctx'; the columns are "
         "'q', 'a'"
     ) in err
 

@@ -62,6 +62,26 @@ def edit(recipe: str, old: str, new: str) -> None:
             "lora\n  modules_to_save: [x]\n",
             "recipe.yaml, line 6: adapter.modules_to_save",
         ),
+        (
+            "path: data\n",
+            "path: data\n  prompt_column: q\n",
+            'recipe.yaml, line 10: task.prompt_column = "q": data/train.jsonl: no column ',
+        ),
+        (
+            "path: data\n",
+            "path: data\n  completion_template: '{a}'\n",
+            'recipe.yaml, line 10: task.completion_template = "{a}": data/train.jsonl: no column ',
+        ),
+        (
+            "path: data\n",
+            "path: data\n  format: alpaca\n",
+            'recipe.yaml, line 10: task.format = "alpaca": data/train.jsonl: no column',
+        ),
+        (
+            "name: completion\n",
+            "name: text\n",
+            'recipe.yaml, line 7: task.format = "auto": data/train.jsonl, row 1: unknown format',
+        ),
     ],
 )
 def test_train(

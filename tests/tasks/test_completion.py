@@ -87,7 +87,8 @@ def test_an_unknown_column_is_refused(rows: str, template: str, expected: str) -
     config = COMPLETION.Config(path=rows, template=template, completion_template="{answer}")
     with pytest.raises(DataError) as caught:
         COMPLETION.load(config, "train")
-    assert str(caught.value).startswith(f"{rows}: task.template: no column ")
+    start = f"task.template = {json.dumps(template)}: {rows}: no column "
+    assert str(caught.value).startswith(start)
     assert expected in str(caught.value)
 
 

@@ -183,7 +183,7 @@ def test_ambiguous_columns(name: str, row: Row, parts: tuple[str, ...], tmp_path
     with pytest.raises(DataError, match="several formats") as caught:
         loaded(name, path)
     message = str(caught.value)
-    assert message.startswith(f"{path}: the columns ")
+    assert message.startswith(f'task.format = "auto": {path}: the columns ')
     assert "choose one with task.format: " in message
     assert all(part in message for part in parts if not part.startswith("or "))
     loaded(name, path, format="prompt_completion")
@@ -195,7 +195,8 @@ def test_an_unknown_format_shows_the_row(tmp_path: Path) -> None:
         with pytest.raises(DataError) as caught:
             loaded(name, path)
         message = str(caught.value)
-        assert message.startswith(f"{path}, row 1: unknown format: the columns are 'query', 'repl")
+        start = f"task.format = \"auto\": {path}, row 1: unknown format: the columns are 'query', "
+        assert message.startswith(start)
         assert '{"query": "2+2?", "reply": "4444' in message
         assert len(message) < 800
         assert "\n" not in message
