@@ -226,10 +226,7 @@ def test_a_column_of_a_template_that_a_stream_begins_or_ends_without(
     recipe = recipe_file(tiny_llama, "begins.jsonl", "b.yaml", **keys)
     code, _, err = command(capsys, "train", recipe)
     assert code == 2
-    assert (
-        ": begins.jsonl, the first 200 rows: no column 'ctx'; the columns are "
-        "'q', 'a'"
-    ) in err
+    assert (": begins.jsonl, the first 200 rows: no column 'ctx'; the columns are 'q', 'a'") in err
 
 
 def test_an_empty_text_of_a_template(tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
