@@ -85,7 +85,11 @@ def inject(
     trained = {id(p) for name in fully_trained for p in model.get_submodule(name).parameters()}
     clash = [n for n, t in targets.items() if any(id(p) in trained for p in t.module.parameters())]
     if clash:
-        raise TargetError(f"adapter: {describe_modules(clash)}: both a target and fully trained")
+        key = "modules_to_save" if config.modules_to_save else "target_modules"
+        raise TargetError(
+            f"adapter.{key}: {describe_modules(clash)}: both a target and fully trained; allowed: "
+            "one of them"
+        )
     method.check(config, tuple(targets))
     coverage = _coverage(model, config, targets, fully_trained)
     layers = {name: _wrap(method, target, config, name) for name, target in targets.items()}

@@ -46,7 +46,12 @@ def validate(recipes: _RecipeFiles, overrides: Overrides = None, as_json: AsJson
             if recipe is not None:
                 parts = (recipe.model.name_or_path, recipe.adapter.method, recipe.task.name)
                 typer.echo(f"{path}: valid ({', '.join(parts)})")
-    if found := [problem for _, problems in checked.values() for problem in problems]:
+    found = [
+        _with_recipe(problem, path) if len(recipes) > 1 else problem
+        for path, (_, problems) in checked.items()
+        for problem in problems
+    ]
+    if found:
         raise RecipeError(found)
 
 
@@ -57,6 +62,15 @@ def _check(path: Path, overrides: list[str] | None) -> tuple[Recipe | None, tupl
         return load_recipe(path, overrides), ()
     except RecipeError as error:
         return None, error.problems
+
+
+def _with_recipe(problem: Problem, path: Path) -> Problem:
+    """Name the recipe in a problem of an override, which belongs to no file."""
+    from lorakit.recipe.diagnostics import OVERRIDE
+
+    if problem.file != OVERRIDE:
+        return problem
+    return dataclasses.replace(problem, file=f"{path}: {OVERRIDE}")
 
 
 def _result(path: Path, problems: tuple[Problem, ...]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from lorakit.data.chat import ChatEncoder
 from lorakit.data.chat.ids import Joiner
 from lorakit.data.examples import ChatExample, ClassificationExample, Example, TextExample
 from lorakit.data.rows import Row, RowSequence, UnreadRow
-from lorakit.errors import DataError
+from lorakit.errors import DataError, ModelError
 
 #: How many bad rows are named; all are counted.
 NAMED_ROWS = 5
@@ -234,7 +234,10 @@ def _segment_ids(examples: Sequence[TextExample], tokenizer: Any) -> list[list[i
 def _append_eos(row: TokenRow, example: TextExample, tokenizer: Any) -> None:
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise DataError("the tokenizer has no EOS token, which ends each example")
+        raise ModelError(
+            f"{tokenizer.name_or_path}: the tokenizer has no EOS token, which ends each example; "
+            "hint: set eos_token in its tokenizer_config.json"
+        )
     last = example.segments[-1]
     if last.text.rstrip().endswith(tokenizer.eos_token) and eos in row.input_ids:
         return

@@ -113,10 +113,13 @@ class AdaLora(Lora):
     def check_steps(self, config: Any, total_steps: int) -> None:
         tinit, tfinal = (resolve_steps(s, total_steps) for s in (config.tinit, config.tfinal))
         if tinit + tfinal >= total_steps:
+            given = ["tinit", "tfinal"]
+            if given[0] not in config.model_fields_set:  # start with the key that the recipe sets
+                given.reverse()
+            keys = ", ".join(f"adapter.{key} = {getattr(config, key)}" for key in given)
             raise UserError(
-                f"adapter.tinit = {config.tinit}, adapter.tfinal = {config.tfinal}: {tinit} and "
-                f"{tfinal} of the run's {total_steps} steps leave no steps for rank allocation; "
-                f"allowed: less than {total_steps} in total"
+                f"{keys}: {tinit} initial and {tfinal} final of the run's {total_steps} steps leave "
+                f"none for rank allocation; allowed: less than {total_steps} in total"
             )
 
     def hooks(self, layers: Mapping[str, AdapterLayer], config: Any, total_steps: int) -> RunHooks:

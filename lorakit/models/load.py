@@ -6,7 +6,9 @@ Weights are read from safetensors only.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,6 +36,8 @@ from lorakit.recipe.sections import ModelSection
 
 Kind = Literal["causal", "encoder"]
 _MULTIMODAL = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+#: How transformers words that a model or the machine does not support an attention implementation.
+_NO_ATTENTION = re.compile(r"flash ?attention|attention implementation", re.IGNORECASE)
 #: No model family reserves more positions than this.
 _MAX_RESERVED = 16
 
@@ -151,12 +155,28 @@ def _from_pretrained(
     loader: Any, name: str, config: PreTrainedConfig, options: Mapping[str, Any], seed: int
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     torch.manual_seed(seed)
-    with explained(name), quiet():
+    with explained(name), _explained_attention(name, options), quiet():
         model, info = loader.from_pretrained(
             name, config=config, output_loading_info=True,
             use_safetensors=True, ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
     return model, {**info, "missing_keys": {*info["missing_keys"]}}
+
+
+@contextmanager
+def _explained_attention(name: str, options: Mapping[str, Any]) -> Iterator[None]:
+    """Turn transformers' error about the chosen attention into one that names the recipe's key."""
+    chosen = options.get("attn_implementation")
+    try:
+        yield
+    except (ImportError, ValueError) as error:
+        if chosen is None or not _NO_ATTENTION.search(str(error)):
+            raise
+        reason = str(error).strip().partition(". ")[0].rstrip(".")
+        raise ModelError(
+            f'model.attn_implementation = "{chosen}": {name}: {reason}; hint: auto chooses one '
+            "that the model supports"
+        ) from error
 
 
 def _new_modules(model: PreTrainedModel, info: Any, kind: Kind, name: str) -> tuple[str, ...]:

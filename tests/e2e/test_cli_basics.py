@@ -88,6 +88,18 @@ def test_validate_shows_the_problems_of_all_files(
     assert all(line.startswith("error: ") for line in lines)
 
 
+def test_validate_names_the_recipe_of_a_bad_override(
+    good: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("two.yaml").write_text(GOOD)
+    assert cli.run(["validate", "good.yaml", "two.yaml", "--set", "train.sed=1"]) == 2
+    starts = ["error: good.yaml: --set: train.sed = 1: ", "error: two.yaml: --set: train.sed = 1: "]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition("unknown")[0] for line in lines] == starts
+    assert cli.run(["validate", "good.yaml", "--set", "train.sed=1"]) == 2
+    assert capsys.readouterr().err.startswith("error: --set: train.sed = 1: ")
+
+
 def test_validate_json(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("bad.yaml").write_text(GOOD + "trian: {}\n")
     assert cli.run(["validate", "good.yaml", "bad.yaml", "--json"]) == 2

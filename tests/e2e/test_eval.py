@@ -244,8 +244,9 @@ def test_missing_files_are_named(
     message = refused(capsys, sst2)
     assert str(tmp_path / "run" / "adapter") in message
     assert "--base" in message
-    assert "nowhere: no such adapter directory" in refused(
-        capsys, sst2, "--adapter", tmp_path / "nowhere"
+    nowhere = tmp_path / "nowhere"
+    assert refused(capsys, sst2, "--adapter", nowhere).startswith(
+        f"error: --adapter {nowhere}: no such adapter directory"
     )
     assert "no split 'other'" in refused(capsys, sst2, "--base", "--split", "other")
     assert "test.jsonl, row 1: label = -1" in refused(capsys, sst2, "--base", "--split", "test")

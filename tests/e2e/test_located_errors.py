@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -102,6 +104,25 @@ def test_model(recipe: str, capsys: pytest.CaptureFixture[str], arguments: list[
     edit(recipe, Path(recipe).read_text().splitlines()[1].strip(), "name_or_path: ./gone")
     said = error(capsys, command, recipe, *options)
     assert said.startswith(f"error: recipe.yaml, line 2: {place}")
+
+
+@pytest.mark.parametrize("arguments", [["train"], ["eval", "--base"], ["preview"]])
+def test_a_tokenizer_without_an_eos_token(
+    recipe: str,
+    tiny_llama: Path,
+    in_tmp: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+) -> None:
+    shutil.copytree(tiny_llama, in_tmp / "model")
+    file = in_tmp / "model" / "tokenizer_config.json"
+    settings = json.loads(file.read_text()) | {"eos_token": None, "pad_token": "<unk>"}
+    file.write_text(json.dumps(settings))
+    edit(recipe, str(tiny_llama), "./model")
+    command, *options = arguments
+    said = error(capsys, command, recipe, *options)
+    place = "recipe.yaml, line 2: model.name_or_path: ./model: the tokenizer has no EOS token"
+    assert said.startswith(f"error: {place}")
 
 
 @pytest.mark.parametrize("arguments", [["train"], ["eval", "--base"], ["preview"]])

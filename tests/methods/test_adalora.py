@@ -185,8 +185,14 @@ def test_warm_and_final_phase_leave_steps_to_choose_in(
     with pytest.raises(UserError) as caught:
         METHOD.check_steps(keys, 20)
     text = str(caught.value)
-    for part in (f"adapter.tinit = {tinit}", f"adapter.tfinal = {tfinal}", "20 steps", "allowed: "):
-        assert part in text
+    assert text.startswith(f"adapter.tinit = {tinit}, adapter.tfinal = {tfinal}: ")
+    assert "the run's 20 steps" in text
+    assert "allowed: less than 20 in total" in text
+
+
+def test_the_phase_that_the_recipe_sets_is_named_first() -> None:
+    with pytest.raises(UserError, match=r"^adapter\.tfinal = 19, adapter\.tinit = 0\.1: "):
+        METHOD.check_steps(AdaLoraConfig(tfinal=19), 20)
 
 
 @pytest.mark.parametrize("total_steps", range(1, 30))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,14 @@ def test_a_multimodal_model_without_a_text_class_is_refused(
 def test_an_encoder_is_not_a_causal_model(tiny_bert: Path) -> None:
     with pytest.raises(ModelError, match="bert is not a causal language model"):
         load_pretrained(section(tiny_bert), "causal")
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash_attn is installed")
+def test_an_unsupported_attention_is_named(tiny_llama: Path) -> None:
+    start = f'model.attn_implementation = "flash_attention_2": {tiny_llama}: '
+    with pytest.raises(ModelError, match="installed; hint: auto chooses") as caught:
+        load_pretrained(section(tiny_llama, attn_implementation="flash_attention_2"), "causal")
+    assert str(caught.value).startswith(start)
 
 
 def test_pickled_weights_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
