@@ -118,8 +118,8 @@ class AdaLora(Lora):
                 given.reverse()
             keys = ", ".join(f"adapter.{key} = {getattr(config, key)}" for key in given)
             raise UserError(
-                f"{keys}: {tinit} initial and {tfinal} final of the run's {total_steps} steps leave "
-                f"none for rank allocation; allowed: less than {total_steps} in total"
+                f"{keys}: {tinit} initial and {tfinal} final of the run's {total_steps} steps "
+                f"leave none for rank allocation; allowed: less than {total_steps} in total"
             )
 
     def hooks(self, layers: Mapping[str, AdapterLayer], config: Any, total_steps: int) -> RunHooks:
