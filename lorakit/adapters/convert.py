@@ -17,7 +17,8 @@ from lorakit.adapters.loralib_read import LoralibOptions, read_loralib
 from lorakit.adapters.low_rank import Updates, lora_files, number, padded, read_updates
 from lorakit.adapters.merge.tokenizer import TEMPLATES, TOKENIZER_FILES
 from lorakit.adapters.model_card import CardFacts
-from lorakit.adapters.peft.read import AdapterFiles, Say, read_adapter, to_stderr
+from lorakit.adapters.peft.method import Say, merge_command
+from lorakit.adapters.peft.read import AdapterFiles, read_adapter, to_stderr
 from lorakit.adapters.peft.schema import CARD, CONFIG, PREFIX, SIDECAR, WEIGHTS, without_defaults
 from lorakit.adapters.peft.targets import misread_note, refused_note
 from lorakit.adapters.peft.write import write_files
@@ -85,7 +86,9 @@ def convert(
         if checkpoint:
             updates, notes = read_loralib(checkpoint, options)
         else:
-            files = read_adapter(source, say)
+            merge = merge_command(base_model, source, "FILE.py:CLASS")
+            hint = f"it cannot be converted; {merge} writes a plain model instead"
+            files = read_adapter(source, say, hint)
             if to == "peft":
                 report = _copied(files, out, overwrite)
                 say(report.notes[0])
@@ -198,10 +201,11 @@ def _folding_notes(files: AdapterFiles) -> list[str]:
 
 def _copied(files: AdapterFiles, out: Path, overwrite: bool) -> ConvertReport:
     if not files.method.peft_loads:
-        base = files.config.get("base_model_name_or_path") or "BASE"
+        base = files.config.get("base_model_name_or_path")
+        merge = merge_command(base, files.directory, files.method.name)
         raise AdapterError(
-            f"{files.directory}: PEFT does not support {files.method.name}; hint: lorakit merge "
-            f"{base} {files.directory} OUT writes a plain model instead"
+            f"{files.directory}: PEFT does not support {files.method.name}; hint: {merge} writes a "
+            "plain model instead"
         )
     _copy_peft(out, files.directory, overwrite=overwrite)
     note = f"{files.directory} already has PEFT's format: copied unchanged"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,8 +19,9 @@ from lorakit.adapters.base_model import (
     full_config,
     set_pad_token,
 )
+from lorakit.adapters.peft.method import run_method_file
 from lorakit.adapters.peft.place import load_adapter
-from lorakit.adapters.peft.read import AdapterFiles, read_adapter, run_method_file
+from lorakit.adapters.peft.read import AdapterFiles, read_adapter
 from lorakit.adapters.switching import register_adapters
 from lorakit.errors import AdapterError
 from lorakit.models.hub import load_config
@@ -36,7 +38,7 @@ def load(
     device: str | torch.device | None = None,
     trainable: bool = False,
     trust_remote_code: bool = False,
-    method: str | None = None,
+    method: str | PathLike[str] | None = None,
 ) -> PreTrainedModel:
     """Return a transformers model in evaluation mode with the adapter applied.
 

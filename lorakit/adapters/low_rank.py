@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorakit.adapters.peft.method import merge_command
 from lorakit.adapters.peft.read import AdapterFiles, is_finite
 from lorakit.adapters.peft.schema import (
     ADALORA_FACTORS,
@@ -133,10 +134,11 @@ def read_updates(files: AdapterFiles) -> Updates:
 def _check_low_rank(files: AdapterFiles) -> None:
     name = "dora" if files.config.get("use_dora") else files.method.name
     if name == "dora" or files.config["peft_type"] not in LORA_FORMATS:
-        base = files.config.get("base_model_name_or_path") or "BASE"
+        base = files.config.get("base_model_name_or_path")
+        merge = merge_command(base, files.directory, name)
         raise AdapterError(
-            f"{files.directory}: {name} is not a product of two factors; hint: lorakit merge "
-            f"{base} {files.directory} OUT writes a plain model instead"
+            f"{files.directory}: {name} is not a product of two factors; hint: {merge} writes a "
+            "plain model instead"
         )
 
 
@@ -306,10 +308,11 @@ def _factor(matrix: AdaptedMatrix, R: int, alpha: int) -> float:
 
 def _check_no_bias(updates: Updates) -> None:
     if biases := updates.biases:
-        base = updates.config.get("base_model_name_or_path") or "BASE"
+        base = updates.config.get("base_model_name_or_path")
+        merge = merge_command(base, "ADAPTER", str(updates.sidecar.get("method") or ""))
         raise AdapterError(
             f"{biases[0]}: a plain LoRA cannot store trained biases ({len(biases)} here); hint: "
-            f"lorakit merge {base} ADAPTER OUT writes a plain model instead"
+            f"{merge} writes a plain model instead"
         )
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from lorakit.user_code import is_code
 from lorakit.version import __version__
 
 
@@ -89,11 +90,12 @@ def _table(facts: CardFacts) -> str:
 
 def _usage(facts: CardFacts) -> str:
     base = json.dumps(facts.base_model, ensure_ascii=False)
-    other = _with_peft(facts, base) if facts.peft_loads else _by_merging(base)
+    other = _with_peft(facts, base) if facts.peft_loads else _by_merging(facts, base)
     if facts.peft_loads and facts.misread:
         other = _misread(facts, base)
     if facts.peft_loads and facts.refused:
         other = _refused(facts, base)
+    method = f", method={json.dumps(facts.method)}" if is_code(facts.method) else ""
     return f"""## Use
 
 {other}
@@ -103,33 +105,34 @@ With lorakit:
 ```python
 import lorakit
 
-model = lorakit.load({base}, "path/to/this/directory")
+model = lorakit.load({base}, "path/to/this/directory"{method})
 ```"""
 
 
-def _by_merging(base: str) -> str:
-    return f"PEFT does not support this method. {_merged(base)}"
+def _by_merging(facts: CardFacts, base: str) -> str:
+    return f"PEFT does not support this method. {_merged(facts, base)}"
 
 
 def _misread(facts: CardFacts, base: str) -> str:
     return (
         f"PEFT 0.19 to 0.21 with transformers 5 mistakes {', '.join(facts.misread)} for experts, "
-        f"and applies this adapter to the wrong modules. {_merged(base)}"
+        f"and applies this adapter to the wrong modules. {_merged(facts, base)}"
     )
 
 
 def _refused(facts: CardFacts, base: str) -> str:
     return (
         f"PEFT 0.16 and later do not load an adapter of {' and '.join(facts.refused)} for models "
-        f"with Mamba layers. {_merged(base)}"
+        f"with Mamba layers. {_merged(facts, base)}"
     )
 
 
-def _merged(base: str) -> str:
+def _merged(facts: CardFacts, base: str) -> str:
+    option = f" --method {facts.method}" if is_code(facts.method) else ""
     return f"""Merge it into a model that plain transformers loads:
 
 ```bash
-lorakit merge {base} path/to/this/directory merged
+lorakit merge {base} path/to/this/directory merged{option}
 ```"""
 
 

@@ -84,6 +84,8 @@ class Method:
     peft_loads: ClassVar[bool] = False
     shared: ClassVar[tuple[str, ...]] = ()
     folds: ClassVar[bool] = False
+    #: The hash of a user's code, without comments and formatting; None for a built-in method.
+    digest: str | None = None
 
     def check(self, config: Any, targets: Collection[str]) -> None:
         """Raise TargetError if ``config`` has settings for modules that are not in ``targets``, the

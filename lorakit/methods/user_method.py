@@ -26,7 +26,8 @@ _GUARDED = tuple(
 def load_method(spec: str) -> Method:
     """The method that ``FILE.py:CLASS`` names; the file is run. Raises UserError if it does not
     define one."""
-    found, file = load_class(spec, Method), load_attribute(spec).file
+    found = load_class(spec, Method)
+    _, file, digest = load_attribute(spec)
     _check_config(spec, found)
     _check_kinds(spec, found)
     if found.kinds and found.layer_class is Method.layer_class:
@@ -38,6 +39,7 @@ def load_method(spec: str) -> Method:
     except Exception as error:
         raise UserError(f"{spec}: cannot be created without arguments: {error}") from error
     method.name = spec  # type: ignore[misc]  # its name in recipes and saved adapters
+    method.digest = digest.hex()
     _guard(method, file)
     return method
 

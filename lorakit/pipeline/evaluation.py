@@ -5,14 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit import registry
 from lorakit.adapters.base_model import dtype_name
+from lorakit.adapters.peft.method import run_method_file
 from lorakit.adapters.peft.place import load_adapter
-from lorakit.adapters.peft.read import AdapterFiles, read_adapter, run_method_file
+from lorakit.adapters.peft.read import AdapterFiles, read_adapter
 from lorakit.distributed.processes import init_process_group, is_main
 from lorakit.errors import AdapterError, UserError
 from lorakit.evaluation.evaluate import evaluate_model
@@ -103,7 +105,7 @@ def load_for_generation(
     dtype: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    method: str | None = None,
+    method: str | PathLike[str] | None = None,
     say: Say = lambda text: print(text, file=sys.stderr),
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal model onto its device, with an adapter if one is given, and the tokenizer.
@@ -184,7 +186,7 @@ def _read_task_adapter(
             f"{directory}: no such adapter directory; train the recipe first, name an adapter with "
             "--adapter, or evaluate the base model with --base"
         )
-    files = read_adapter(directory, say)
+    files = read_adapter(directory, say, "set adapter.method to FILE.py:CLASS in the recipe")
     if files.classifies != (task.kind == "encoder"):
         made_for = "classification" if files.classifies else "causal language models"
         raise AdapterError(

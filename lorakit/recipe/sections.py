@@ -7,6 +7,7 @@ of splits.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal
@@ -38,6 +39,10 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
+
+
+def _as_text(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 #: A list of strings; a single string stands for a list of one.
@@ -108,7 +113,7 @@ class AdapterSection(Section):
     ``modules_to_save`` are fully trained and saved with the adapter.
     """
 
-    method: Text = "lora"
+    method: Annotated[Text, BeforeValidator(_as_text)] = "lora"
     target_modules: TextList = ["q", "v"]
     layers: Annotated[list[NonNegativeInt], Field(min_length=1)] | Text | None = None
     modules_to_save: list[Text] = []

@@ -17,6 +17,7 @@ from typing import Any
 
 from lorakit import registry
 from lorakit.adapters.model_card import CardFacts
+from lorakit.adapters.peft.method import merge_command
 from lorakit.adapters.peft.schema import CONFIG, WEIGHTS
 from lorakit.adapters.peft.targets import (
     BaseNames,
@@ -38,7 +39,7 @@ from lorakit.training.checkpoint import Snapshot, checkpoints, load_checkpoint
 from lorakit.training.record import RunRecord
 from lorakit.training.setup import Prepared
 from lorakit.training.tracking import PROJECT
-from lorakit.user_code import is_code
+from lorakit.user_code import code_identity, is_code
 
 #: Keys that a resumed run may change: they do not affect the result.
 _CHANGEABLE = {
@@ -211,16 +212,36 @@ def check_same_recipe(recipe: Recipe, output_dir: Path, prepared: bool = False) 
     path = output_dir / "recipe.yaml"
     if not path.is_file():
         return
+    _check_same_code(recipe, output_dir)
     before, now = flat_keys(load_recipe(path).resolved()), flat_keys(recipe.resolved())
     later = set() if prepared else {f"task.{k}" for k in _FITTED - recipe.task.model_fields_set}
     changed = [
         key
         for key in sorted({*before, *now} - _CHANGEABLE - later)
-        if before.get(key) != now.get(key) and not (key == "task.labels" and now.get(key) is None)
+        if not _are_same(before.get(key), now.get(key))
+        and not (key == "task.labels" and now.get(key) is None)
     ]
     if changed:
         listed = "; ".join(f"{k}: was {before.get(k)!r}, now {now.get(k)!r}" for k in changed)
         raise UserError(f"--resume: the recipe differs from {path}: {listed}")
+
+
+def _check_same_code(recipe: Recipe, output_dir: Path) -> None:
+    """Raise UserError if the code of a user's method is not that of the run in ``output_dir``."""
+    method: Method = registry.method(recipe.adapter.method)
+    before = _read_run(output_dir).get("method_digest")
+    if None not in (before, method.digest) and before != method.digest:
+        raise UserError(
+            f"--resume: the code of {method.name} differs from that with which the run in "
+            f"{output_dir} started; restore it, or choose another train.output_dir for a new run"
+        )
+
+
+def _are_same(before: object, now: object) -> bool:
+    """Whether two values of a key are equal, or name the same class of the same file."""
+    if isinstance(before, str) and isinstance(now, str) and is_code(before) and is_code(now):
+        return code_identity(before) == code_identity(now)
+    return before == now
 
 
 def flat_keys(values: dict[str, Any]) -> dict[str, Any]:
@@ -258,8 +279,7 @@ def export_adapter(prepared: Prepared, directory: Path, record: RunRecord, say: 
         lorakit_info={"task": recipe.task.name} | ({"labels": labels} if labels else {}),
     )
     method: Method = registry.method(recipe.adapter.method)
-    option = f" --method {method.name}" if is_code(method.name) else ""
-    merge = f"lorakit merge {recipe.model.name_or_path} {directory} OUT{option}"
+    merge = merge_command(recipe.model.name_or_path, directory, method.name)
     merging = f"{merge} writes a plain model"
     if not method.peft_loads:
         say(f"{directory}: PEFT cannot load a {method.name} adapter; lorakit can, and {merging}")

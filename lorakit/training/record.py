@@ -28,10 +28,11 @@ _PACKAGES = ("lorakit", "torch", "transformers", "accelerate", "datasets", "safe
 
 @dataclass
 class RunRecord:
-    """``seconds`` is the time of training and its evaluations over all resumes. ``exit_reason`` is
-    null during the run, then ``completed``, ``interrupted`` or ``failed``. ``diverged``: the loss
-    ended above where it started, or was not finite. ``bad_row``: a row of a stream ended the run,
-    which can be resumed once the row is corrected."""
+    """``method_digest`` identifies the code of a user's method. ``seconds`` is the time of training
+    and its evaluations over all resumes. ``exit_reason`` is null during the run, then
+    ``completed``, ``interrupted`` or ``failed``. ``diverged``: the loss ended above where it
+    started, or was not finite. ``bad_row``: a row of a stream ended the run, which can be resumed
+    once the row is corrected."""
 
     adapted_modules: list[dict[str, Any]]
     trainable_parameters: int
@@ -39,6 +40,7 @@ class RunRecord:
     hardware: dict[str, Any]
     seed: int
     data: dict[str, Any]
+    method_digest: str | None = None
     coverage: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=lambda: versions())
     git_commit: str | None = field(default_factory=lambda: git_commit())
@@ -88,7 +90,11 @@ class RunRecord:
 
 
 def new_record(
-    report: InjectionReport, hardware: dict[str, Any], seed: int, data: dict[str, Any]
+    report: InjectionReport,
+    hardware: dict[str, Any],
+    seed: int,
+    data: dict[str, Any],
+    method_digest: str | None = None,
 ) -> RunRecord:
     return RunRecord(
         adapted_modules=[asdict(module) for module in report.adapted_modules],
@@ -97,6 +103,7 @@ def new_record(
         hardware=hardware,
         seed=seed,
         data=data,
+        method_digest=method_digest,
         coverage=asdict(report.coverage) if report.coverage else None,
     )
 

@@ -170,7 +170,7 @@ def test_what_is_wrong_in_a_recipe_is_said(
     settings = json.loads(recipe.read_text())
     for change, messages in (
         ({"method": "./gone.py:LoHa"}, ["gone.py: no such file", "adapter.method"]),
-        ({"method": "./loha.py:LoHaLayer"}, ["loha.py:LoHaLayer: is the class LoHaLayer"]),
+        ({"method": "./loha.py:LoHaLayer"}, ["loha.py:LoHaLayer", "is the class LoHaLayer"]),
         ({"r": "x"}, ["adapter.r"]),
         ({"rank": 3}, ["unknown key", "rank"]),
         ({"target_modules": ["embed_tokens"]}, ["does not adapt", "allowed: linear"]),

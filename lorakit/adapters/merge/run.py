@@ -29,7 +29,8 @@ from lorakit.adapters.merge.plan import MergePlan, plan_merge
 from lorakit.adapters.merge.stream import OnProgress, write_tensors
 from lorakit.adapters.merge.tokenizer import Tokenizer, choose_tokenizer
 from lorakit.adapters.merge.updates import ResolvedBase, Weighted, read_weighted
-from lorakit.adapters.peft.read import AdapterFiles, Say, run_method_file, to_stderr
+from lorakit.adapters.peft.method import Say, run_method_file
+from lorakit.adapters.peft.read import AdapterFiles, to_stderr
 from lorakit.errors import AdapterError
 from lorakit.io.atomic import atomic_directory
 
@@ -81,7 +82,7 @@ def merge(
     add: Sequence[tuple[str | Path, float]] = (),
     weight: float = 1.0,
     on_progress: OnProgress = lambda _done, _total: None,
-    method: str | None = None,
+    method: str | os.PathLike[str] | None = None,
 ) -> MergeReport:
     """Fold ``adapter`` into ``base`` and write ``out``, a directory that plain transformers loads.
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters.peft.read import AdapterFiles, Say, read_adapter, to_stderr
+from lorakit.adapters.peft.method import Say
+from lorakit.adapters.peft.read import AdapterFiles, read_adapter, to_stderr
 from lorakit.errors import AdapterError
 from lorakit.kernels.low_rank import LowRankDelta
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorakit.adapters.peft.lora import from_peft
+from lorakit.adapters.peft.method import Say
 from lorakit.adapters.peft.read import (
     AdapterFiles,
-    Say,
     read_adapter,
     split_key,
     to_stderr,

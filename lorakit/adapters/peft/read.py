@@ -9,7 +9,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lorakit import registry
+from lorakit.adapters.peft.method import NAME_METHOD, Say, find_method
 from lorakit.adapters.peft.schema import (
     ADALORA_TYPES,
     CONFIG,
@@ -41,10 +41,6 @@ from lorakit.errors import AdapterError, shown
 from lorakit.kernels.low_rank import RowSlice
 from lorakit.methods.base import Method
 from lorakit.models.hub import explained, hub_resolves, is_missing_path, other_content
-from lorakit.user_code import code_identity, is_code
-
-#: Receives one note at a time.
-Say = Callable[[str], None]
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 #: Files that an adapter consists of; a repository may contain a whole training run as well.
@@ -162,10 +158,13 @@ class AdapterFiles:
         )
 
 
-def read_adapter(directory: str | Path, say: Say = to_stderr) -> AdapterFiles:
+def read_adapter(
+    directory: str | Path, say: Say = to_stderr, hint: str = NAME_METHOD
+) -> AdapterFiles:
     """Read an adapter that lorakit or PEFT wrote, from a directory or the Hub.
 
-    ``say`` receives a note about unknown keys. Raises AdapterError for an adapter that is missing,
+    ``say`` receives notes about unknown keys and changed code; ``hint`` says how to name a user's
+    method. Raises AdapterError for an adapter that is missing,
     incomplete or corrupt, for pickled weights, and for settings that lorakit does not support.
     """
     directory = adapter_directory(directory)
@@ -175,7 +174,7 @@ def read_adapter(directory: str | Path, say: Say = to_stderr) -> AdapterFiles:
     where = str(directory / CONFIG)
     sidecar = _read_json(directory / SIDECAR)
     check_types(sidecar or {}, SIDECAR_TYPES, str(directory / SIDECAR))
-    method = _method(config, sidecar, where, say)
+    method = find_method(config, sidecar or {}, where, say, hint)
     patterns = ADALORA_TYPES if config["peft_type"] == "ADALORA" else LORA_TYPES
     check_types(config, CONFIG_TYPES | patterns, where)
     lora_format = config["peft_type"] in LORA_FORMATS
@@ -194,58 +193,6 @@ def read_adapter(directory: str | Path, say: Say = to_stderr) -> AdapterFiles:
         except AdapterError as error:
             raise AdapterError(f"{directory}: {error}") from error
     return AdapterFiles(directory, config, tensors, sidecar, method, shared)
-
-
-def _method(
-    config: Mapping[str, Any], sidecar: Mapping[str, Any] | None, where: str, say: Say
-) -> Method:
-    """The method that wrote the adapter, else the one of that ``peft_type``.
-
-    This does not run the code of a user's method: ``registry.method`` must have loaded it before.
-    """
-    wrote, peft_type = str((sidecar or {}).get("method") or ""), config.get("peft_type")
-    users: dict[tuple[str, str], Method] = registry.user_methods()
-    known: dict[Any, Method] = {**registry.methods(), **users}
-    own = _user_method(wrote, users, where, say) if is_code(wrote) else known.get(wrote)
-    if own is not None and own.peft_type == peft_type and not own.folds:
-        return own
-    if "peft_type" in config and (found := [m for m in known.values() if m.reads(config)]):
-        return found[0]
-    allowed = ", ".join(sorted({method.peft_type for method in known.values()} - {"LORAKIT"}))
-    raise AdapterError(
-        f"{where}: peft_type = {shown(peft_type)}: allowed: {allowed}, or that of a method of your "
-        "own, named by --method FILE.py:CLASS or method= in Python"
-    )
-
-
-def _user_method(
-    wrote: str, users: Mapping[tuple[str, str], Method], where: str, say: Say
-) -> Method:
-    """The user's method ``wrote``, FILE.py:CLASS, among those that were named in this process: the
-    one of that file, else the only one of that class, whose file may have moved. Raises
-    AdapterError if there is none, or more than one."""
-    file, name = code_identity(wrote)
-    if (file, name) in users:
-        return users[file, name]
-    candidates = [method for (_, own_name), method in users.items() if own_name == name]
-    if len(candidates) == 1:
-        say(f"{where}: trained with {wrote}, read with {candidates[0].name}")
-        return candidates[0]
-    reason = f"which is none of {', '.join(m.name for m in candidates)}" if candidates else ""
-    raise AdapterError(
-        f"{where}: trained with {wrote}, {reason or 'whose code runs only if you name it'}; hint: "
-        f"--method {wrote}, or method= in Python"
-    )
-
-
-def run_method_file(spec: str | None) -> None:
-    """Run the file of a user's method, ``FILE.py:CLASS``, so that its adapters can be read; None
-    does nothing. Raises AdapterError for another form, UserError for what the file lacks."""
-    if spec is None:
-        return
-    if not is_code(spec):
-        raise AdapterError(f"method = {shown(spec)}: allowed: FILE.py:CLASS, a method of your own")
-    registry.method(spec)
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -107,6 +107,7 @@ SIDECAR_TYPES = {
     "id2label": "names by class number",
     "labels": "a list of strings",
     "method": "a string",
+    "method_digest": "a string",
     "misread_by_peft": "a list of strings",
     "pad_token_id": "an integer",
     "problem_type": "a string",

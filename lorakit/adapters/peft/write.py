@@ -235,6 +235,8 @@ def _sidecar(
     renamed: Callable[[str], str],
 ) -> dict[str, Any]:
     info: dict[str, Any] = {"lorakit_version": __version__, "method": method.name}
+    if method.digest is not None:
+        info["method_digest"] = method.digest
     weight = next((layer.weight for layer in layers.values()), None)
     dtype = base_dtype(model) if weight is None else weight.dtype
     info["base_dtype"] = str(dtype).removeprefix("torch.")
