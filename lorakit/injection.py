@@ -13,7 +13,7 @@ from lorakit import registry
 from lorakit.anatomy import is_within, outside_language_model
 from lorakit.base_weight import RowView, kind_of
 from lorakit.coverage import Coverage, measure_coverage, missed_outside
-from lorakit.errors import TargetError
+from lorakit.errors import TargetError, UserError
 from lorakit.layers import AdapterLayer, CompositeLayer, adapted_modules, adapter_layers
 from lorakit.methods.base import Method
 from lorakit.models.master_weights import plain_name, train_module, train_parameter
@@ -67,11 +67,13 @@ def inject(
 
     ``heads`` are fully trained in addition to ``config.modules_to_save``; the default is the
     classification head, if the model has one. Random values come from torch's default generator.
-    Raises TargetError if the model is adapted already, or a target or a pattern does not fit.
+    Raises TargetError if the model is adapted already, or a target or a pattern does not fit, and
+    UserError if ``config`` is that of another method.
     """
     if adapted_modules(model):
         raise TargetError("the model already has an adapter; load the base again")
     method: Method = registry.method(config.method)
+    _check_config(method, config)
     heads = tuple(find_heads(model) if heads is None else heads)
     fully_trained = find_fully_trained(model, config, heads)
     if unused := [
@@ -102,6 +104,18 @@ def inject(
     for name in base:
         train_parameter(model, name)
     return dataclasses.replace(report(model, config.method, fully_trained), coverage=coverage)
+
+
+def _check_config(method: Method, config: AdapterSection) -> None:
+    """Raise UserError if ``config`` belongs to another method, as it does if its ``method`` was not
+    set. A class of a user's file may exist twice, since the file runs once more to be imported."""
+    given, expected = type(config), method.Config
+    same_keys = given.model_fields.keys() == expected.model_fields.keys()
+    if given is not expected and not (same_keys and "method" in config.model_fields_set):
+        raise UserError(
+            f"adapter.method = {config.method!r}: its configuration is {expected.__name__}, not "
+            f"{given.__name__}; hint: {given.__name__}(method='FILE.py:CLASS', ...) names your own"
+        )
 
 
 def _coverage(

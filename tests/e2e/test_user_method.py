@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+import lorakit
 from lorakit.cli.main import run
+from lorakit.errors import UserError
 
 METHOD = """
 import torch
@@ -159,6 +164,35 @@ def test_classes_that_define_no_method(
         assert (out, err.count("\n")) == ("", 1)
         assert message in err
         assert err.count("own.py:Scaled") <= 1
+
+
+def imported() -> Any:
+    """The file as a module of the user's own program."""
+    spec = importlib.util.spec_from_file_location("own", "own.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_inject_with_the_configuration_of_a_file() -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    config = imported().Config(method=Path("./own.py:Scaled"), target_modules=["0"])
+    assert config.method == "own.py:Scaled"
+    report = lorakit.inject(net, config)
+    assert (report.method, report.trainable_parameters) == ("own.py:Scaled", 17)
+
+
+@pytest.mark.parametrize("base", ["AdapterSection", "LoraConfig"])
+def test_inject_without_the_name_of_the_method(base: str, own: Path) -> None:
+    """Also if the configuration has the same keys as that of the default method."""
+    code = METHOD.replace(
+        "class Config(AdapterSection):\n    blocks", f"class Config({base}):\n    r"
+    )
+    own.write_text(f"from lorakit import LoraConfig\n{code}")
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    with pytest.raises(UserError, match=r"is LoraConfig, not Config; hint: Config\(method='FILE"):
+        lorakit.inject(net, imported().Config(target_modules=["0"]))
 
 
 def test_a_method_that_trains_the_base(own: Path) -> None:
