@@ -6,6 +6,7 @@ import copy
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,11 +19,13 @@ from transformers.pytorch_utils import Conv1D
 from lorakit import registry
 from lorakit.adapters.peft.place import load_adapter
 from lorakit.adapters.peft.write import save_adapter
+from lorakit.errors import LorakitError, UserError
 from lorakit.injection import inject, trainable_state
 from lorakit.layers import adapted_modules, adapter_layers
 from lorakit.methods.base import Method, RunHooks
 from lorakit.models.master_weights import plain_name
 from lorakit.recipe.sections import AdapterSection, TrainSection
+from lorakit.user_code import locate_error
 
 ROWS, COLUMNS, IDS = 12, 10, 20
 STEPS, STOP = 8, 3
@@ -85,17 +88,28 @@ class TinyModel(nn.Module):
 def check_method(name: str) -> list[CheckResult]:
     """Run the contract on a built-in method or on a user's ``FILE.py:CLASS``, whose code is run.
 
-    Returns one result for each check and each kind of module that the method adapts. Needs no model
-    or data, and does not change torch's default generator. Raises KeyError for an unknown name,
-    UserError for a file that does not define a method.
+    Returns one result for each check and each kind of module that the method adapts; a kind for
+    which parameters remain uninitialized has only that result. Needs no model or data, and does not
+    change torch's default generator. Raises KeyError for an unknown name, UserError for a file that
+    does not define a method, or whose method cannot adapt a model.
     """
     method: Method = registry.method(name)
+    if required := [
+        key for key, field in method.Config.model_fields.items() if field.is_required()
+    ]:
+        raise UserError(
+            f"{name}: Config has no default for {', '.join(required)}; allowed for a check: a "
+            "default for every key"
+        )
     cases = [case for case in CASES if case.kind in method.kinds] if method.kinds else [BASE]
     with torch.random.fork_rng(devices=[]):
         return [result for case in cases for result in _results(_Contract(method, case))]
 
 
 def _results(contract: _Contract) -> Iterator[CheckResult]:
+    if problem := contract.uninitialized():
+        yield CheckResult("every parameter is initialized", contract.case.kind, problem)
+        return
     checks: dict[str, Callable[[], str | None]] = {
         "the output is unchanged at the start": contract.unchanged_at_the_start,
         "only the method's own parameters get gradients": contract.gradients,
@@ -109,10 +123,18 @@ def _results(contract: _Contract) -> Iterator[CheckResult]:
         try:
             problem = run()
         except Exception as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            place = f"{frame.filename}:{frame.lineno}"
-            problem = f"{type(error).__name__}: {error} ({place})"
+            problem = _describe(error)
         yield CheckResult(check, contract.case.kind, problem)
+
+
+def _describe(error: Exception) -> str:
+    """The error in one line, with the place that raised it."""
+    message = (str(error).splitlines() or [""])[0]
+    if isinstance(error, LorakitError):
+        return message
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{frame.filename}:{frame.lineno}"
+    return locate_error(error) or f"{place}: {type(error).__name__}: {message}"
 
 
 class _Contract:
@@ -123,6 +145,12 @@ class _Contract:
         targets: dict[str, Any] = {"target_modules": [*case.targets]} if case.targets else {}
         self.section: AdapterSection = method.Config(method=method.name, **targets)
         self.ids = torch.arange(IDS).reshape(4, 5)
+
+    def uninitialized(self) -> str | None:
+        """Memory that the method leaves uninitialized is NaN here."""
+        state = self.injected().state_dict()
+        nan = [name for name, value in state.items() if value.isnan().any()]
+        return f"{', '.join(nan)}: not initialized" if nan else None
 
     def unchanged_at_the_start(self) -> str | None:
         return _difference(self.base()(self.ids), self.injected()(self.ids))
@@ -181,8 +209,8 @@ class _Contract:
         for name, value in straight.parameters.items():
             if not torch.equal(value, resumed.parameters[name]):
                 return (
-                    f"{name}: has a different value; the state of a run, apart from trained "
-                    "parameters and hooks, must not depend on torch's default generator"
+                    f"{name}: differs after resuming: it depends on random values that are neither "
+                    "saved nor seeded"
                 )
         return None
 
@@ -205,7 +233,8 @@ class _Contract:
     def injected(self, seed: int = 1, dtype: torch.dtype = torch.float32) -> TinyModel:
         model = self.base().to(dtype)
         torch.manual_seed(seed)
-        inject(model, self.section)
+        with _nan_for_uninitialized_memory():
+            inject(model, self.section)
         return model
 
     def trained(self) -> TinyModel:
@@ -231,6 +260,18 @@ class _Contract:
     @staticmethod
     def _same_names(model: nn.Module, loaded: nn.Module) -> bool:
         return set(trainable_state(model)) == set(trainable_state(loaded))
+
+
+@contextmanager
+def _nan_for_uninitialized_memory() -> Iterator[None]:
+    """Let ``torch.empty`` and the like return NaN during the block."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
 class _Run:
@@ -271,4 +312,4 @@ def _difference(want: Tensor, got: Tensor) -> str | None:
     """Return a problem if the outputs differ by more than rounding."""
     if torch.allclose(got, want, atol=_TOLERANCE, rtol=_TOLERANCE):
         return None
-    return f"the outputs differ by up to {(got - want).abs().max().item():.2g}"
+    return f"the outputs differ by up to {(got - want).abs().max().item():.2g} (expected 0)"

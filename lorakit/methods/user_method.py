@@ -29,7 +29,6 @@ def load_method(spec: str) -> Method:
     found = load_class(spec, Method)
     _, file, digest = load_attribute(spec)
     _check_config(spec, found)
-    _check_kinds(spec, found)
     if found.kinds and found.layer_class is Method.layer_class:
         _check_layer(spec, found)
     try:
@@ -38,6 +37,7 @@ def load_method(spec: str) -> Method:
         raise
     except Exception as error:
         raise UserError(f"{spec}: cannot be created without arguments: {error}") from error
+    _check_kinds(spec, method)
     method.name = spec  # type: ignore[misc]  # its name in recipes and saved adapters
     method.digest = digest.hex()
     _guard(method, file)
@@ -93,12 +93,12 @@ def _check_config(spec: str, found: type[Method]) -> None:
         raise UserError(f"{spec}: {_value(found, 'Config')}; allowed: {allowed}")
 
 
-def _check_kinds(spec: str, found: type[Method]) -> None:
-    kinds: Any = found.kinds
+def _check_kinds(spec: str, method: Method) -> None:
+    kinds: Any = method.kinds
     known = ", ".join(_KINDS)
     if not isinstance(kinds, set | frozenset | list | tuple) or any(k not in _KINDS for k in kinds):
-        raise UserError(f"{spec}: {_value(found, 'kinds')}; allowed: a set of {known}")
-    if not kinds and found.trained_parameters is Method.trained_parameters:
+        raise UserError(f"{spec}: kinds = {shown(kinds)}; allowed: a set of {known}")
+    if not kinds and type(method).trained_parameters is Method.trained_parameters:
         raise UserError(
             f"{spec}: kinds is empty, so the method trains nothing; allowed: a set of {known}, or "
             "an empty one if trained_parameters is defined"

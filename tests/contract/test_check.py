@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lorakit import registry
+from lorakit.errors import UserError
 from lorakit.method_check import check_method
 
 HEAD = """
@@ -60,7 +61,7 @@ def test_a_layer_of_one_function(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "check", "problem"),
     [
-        (("zeros_(self.scale)", "ones_(self.scale)"), "unchanged", "differ by up to"),
+        (("zeros_(self.scale)", "ones_(self.scale)"), "unchanged", "(expected 0)"),
         (
             ("self.scale * self.direction", "self.scale * self.direction.detach()"),
             "gradients",
@@ -92,7 +93,21 @@ def test_a_layer_of_one_function(folder: Path) -> None:
             "another device",
             "meta",
         ),
-        (("return self.scale *", "return 1 / 0 *"), "unchanged", "ZeroDivisionError: division"),
+        (
+            ("        nn.init.normal_(self.direction)\n", ""),
+            "initialized",
+            "layer.direction: not initialized",
+        ),
+        (
+            ("return self.scale *", "return 1 / 0 *"),
+            "unchanged",
+            "own.py:16: ZeroDivisionError: division",
+        ),
+        (
+            ("return self.scale *", "raise ValueError('a\\nb') #"),
+            "unchanged",
+            "own.py:16: ValueError: a",
+        ),
     ],
 )
 def test_problems_of_broken_methods(
@@ -112,4 +127,29 @@ def test_a_frozen_tensor_that_is_drawn_again(folder: Path) -> None:
     (folder / "own.py").write_text(broken + TAIL)
     problems = {r.check: r.problem for r in check_method("./own.py:Own") if r.problem}
     assert len(problems) == 3
-    assert "must not depend on torch's default generator" in " ".join(map(str, problems.values()))
+    assert "neither saved nor seeded" in str(problems["a resumed run equals an uninterrupted one"])
+
+
+def test_a_parameter_without_values_is_the_only_problem(folder: Path) -> None:
+    (folder / "own.py").write_text(HEAD.replace("nn.init.normal_(self.direction)", "") + TAIL)
+    assert [r.problem for r in check_method("./own.py:Own")] == [
+        "layer.direction: not initialized"
+    ] * 2
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_errors_before_the_checks(folder: Path) -> None:
+    for change, message in (
+        (
+            ("super().__init__(base_layer)", "1 / 0"),
+            r"^own\.py:10: ZeroDivisionError: division by zero$",
+        ),
+        (
+            ("Config = AdapterSection", "Config = Keys"),
+            "Config has no default for size; allowed for a check",
+        ),
+    ):
+        code = f"{HEAD}\nclass Keys(AdapterSection):\n    size: int\n{TAIL}".replace(*change)
+        (folder / "own.py").write_text(code)
+        with pytest.raises(UserError, match=message):
+            check_method("./own.py:Own")
