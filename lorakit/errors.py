@@ -2,7 +2,8 @@
 
 A UserError is about the user's input and exits with 2; other errors exit with 1. A message about a
 recipe key starts with the key (``task.max_length = 9: ...``), so that the command line can name the
-file and line that set it. It says what is allowed after ``allowed:``.
+file and line that set it. It says what is allowed after ``allowed:``. A value after ``=`` is
+formatted by ``shown``; a name inside a sentence is in single quotes.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
 def did_you_mean(message: str, name: object, known: Iterable[str]) -> str:
     """Append the nearest known name, if there is one, to ``message``."""
     found = nearest(name, known) if isinstance(name, str) else None
-    return f"{message}; did you mean {found!r}?" if found else message
+    return f"{message} (did you mean {found!r}?)" if found else message
 
 
 def _fold(name: str) -> str:

@@ -227,7 +227,7 @@ def _no_match(target: str, linear: dict[str, nn.Module], model: nn.Module) -> st
     start = f"adapter.target_modules: {target!r}"
     outside = outside_language_model(model)
     found = weights(model)
-    allowed = f"the model has {describe_modules(list(linear)) or 'none'}"
+    allowed = f"allowed: {describe_modules(list(linear)) or 'none'}"
     if missed := unreachable(target, [w for w in found if not is_within(w.name, outside)], linear):
         names = describe_modules([w.name.removesuffix(".weight") for w in missed])
         if all(w.stacked for w in missed):

@@ -22,7 +22,7 @@ from lorakit.cli.console import (
     say,
     write_output,
 )
-from lorakit.errors import AdapterError, UserError
+from lorakit.errors import AdapterError, UserError, shown
 
 if TYPE_CHECKING:
     from lorakit.api import SplitEvaluation
@@ -208,7 +208,7 @@ def _check_predicts(recipe: Recipe) -> None:
 
 def _without_predictions(name: str) -> UserError:
     return UserError(
-        f"--save-predictions: task.name = {name!r} is evaluated by its loss and has no "
+        f"--save-predictions: task.name = {shown(name)} is evaluated by its loss and has no "
         "predictions; hint: --set task.eval_generate=end if the task can generate"
     )
 

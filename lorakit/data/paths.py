@@ -165,10 +165,10 @@ def _existing(entry: str) -> Path:
     file = Path(entry)
     if file.is_dir():
         raise DataError(
-            f"task.path: {file} is a directory; allowed: a file, or a glob ({file / '*'})"
+            f"task.path: {file}: is a directory; allowed: a file, or a glob ({file / '*'})"
         )
     if not file.is_file():
-        raise DataError(f"task.path: no such file or directory: {entry}")
+        raise DataError(f"task.path: {entry}: no such file or directory")
     check_format(file)
     return file
 
@@ -180,7 +180,7 @@ def _matching(pattern: str) -> list[Path]:
     files = [file for file in matches if not accompanies_data(file)]
     if not files:
         matched = f", only {listed(matches)}" if matches else ""
-        raise DataError(f"task.path: {pattern!r}: the glob matches no data file{matched}")
+        raise DataError(f"task.path: {pattern}: the glob matches no data file{matched}")
     for file in files:
         check_format(file)
     check_no_twins(files, lambda file: str(file).removesuffix(".gz"))

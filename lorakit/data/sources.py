@@ -270,7 +270,8 @@ def check_hub(hub: HubName | None) -> tuple[HubName, str]:
     """Return the data set and ``NAME/CONFIG``. Raises DataError if the task has none on the Hub."""
     if hub is None:
         raise DataError(
-            "task.path: null, but the task has no data set on the Hub; hint: set task.path"
+            "task.path = null: the task has no data set on the Hub; allowed: a file, a directory, "
+            "a glob, a list of these, or a mapping of splits"
         )
     return hub, "/".join(part for part in hub if part)
 

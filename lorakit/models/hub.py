@@ -100,9 +100,9 @@ def _check_location(name: str) -> None:
             f"{name}: {content}; allowed: a model directory in transformers format, or a Hub id"
         )
     if is_missing_path(name):
-        nested = name.count("/") > 1 and name[0] not in "/.~"
-        hint = "; a Hub id is namespace/name" if nested else ""
-        raise ModelError(f"{name}: no such directory{hint}")
+        raise ModelError(
+            f"{name}: no such directory; allowed: a model directory, or a Hub id (namespace/name)"
+        )
 
 
 def load_tokenizer(name: str, options: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, list[str]]:

@@ -76,7 +76,9 @@ def score_file(task: Task, config: Any, split: Split, file: Path) -> dict[str, f
         rest = str(error)[numbered.end() :]
         raise DataError(f"{file}:{numbered[1]}: {rest}") from error
     if not scores:
-        raise DataError(f"task.name = {config.name!r}: the task has no metric to score predictions")
+        raise DataError(
+            f"task.name = {shown(config.name)}: the task has no metric to score predictions"
+        )
     return scores
 
 

@@ -208,8 +208,8 @@ def _streaming(task: TaskSection, train: TrainSection) -> Iterator[Fault]:
 
 def _one_of(train: TrainSection, first: str, second: str) -> Iterator[Fault]:
     if getattr(train, first) is not None and getattr(train, second) is not None:
-        message = f"conflicts with train.{first}"
-        allowed = f"{first} or {second}; remove the other, or set it to null"
+        message = f"cannot be set together with train.{first}"
+        allowed = "one of the two; remove the other, or set it to null"
         yield Fault(("train", second), message, getattr(train, second), True, allowed)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from lorakit import registry
-from lorakit.errors import Problem, did_you_mean, nearest
+from lorakit.errors import Problem, did_you_mean, nearest, shown
 from lorakit.recipe.sections import ModelSection, Recipe, TrainSection
 from lorakit.recipe.yaml_source import KeyPath, YamlFile, dotted, read_scalar
 
@@ -107,6 +107,17 @@ def leading_key(message: str, recipe: Recipe) -> KeyPath | None:
         return None
     section: BaseModel = getattr(recipe, match[1])
     return match.groups() if match[2] in type(section).model_fields else None
+
+
+def with_value(message: str, key: KeyPath, recipe: Recipe) -> str:
+    """Add the value to a message that starts with ``key`` alone."""
+    section, name = key
+    start = f"{section}.{name}: "
+    if not message.startswith(start):
+        return message
+    value = getattr(getattr(recipe, str(section)), str(name))
+    problem = message.removeprefix(start).removeprefix(f"{value}: ")
+    return f"{section}.{name} = {shown(value)}: {problem}"
 
 
 def explain(
@@ -252,7 +263,7 @@ def unknown_sections(data: Mapping[str, object]) -> list[Fault]:
             continue
         place = _elsewhere(key, "")
         near = nearest(key, known)
-        hint = f"; did you mean {near!r}?" if near else f"; {place}" if place else ""
+        hint = f" (did you mean {near!r}?)" if near else f"; {place}" if place else ""
         faults.append(Fault((key,), f"unknown section{hint}", allowed=", ".join(known)))
     return faults
 
@@ -260,7 +271,7 @@ def unknown_sections(data: Mapping[str, object]) -> list[Fault]:
 def unknown_key(section: str, key: str, value: object, known: Collection[str]) -> Fault:
     """Return the fault of a key that ``section`` does not have, with the nearest known key."""
     hint = _hint(section, key, known)
-    message = f"unknown key; {hint}" if hint else "unknown key"
+    message = f"unknown key ({hint})" if hint else "unknown key"
     return Fault((section, key), message, value, True, ", ".join(known))
 
 

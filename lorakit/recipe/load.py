@@ -22,6 +22,7 @@ from lorakit.recipe.diagnostics import (
     locate,
     unknown_key,
     unknown_sections,
+    with_value,
 )
 from lorakit.recipe.sections import (
     AdapterSection,
@@ -67,7 +68,8 @@ def open_recipe(path: str | Path, overrides: Overrides | None = None) -> Iterato
     """Load a recipe for a block whose errors name the file and line of the key that caused them.
 
     By convention the message of a UserError about a key starts with it
-    (``task.max_length = 4096: ...``), and that of a ModelError with the name of the model.
+    (``task.max_length = 4096: ...``; the value is added if it is missing), and that of a ModelError
+    with the name of the model.
     """
     recipe, source = _load(path, overrides)
     try:
@@ -77,7 +79,7 @@ def open_recipe(path: str | Path, overrides: Overrides | None = None) -> Iterato
         if isinstance(error, ModelError) and text.startswith(f"{recipe.model.name_or_path}: "):
             text = f"model.name_or_path: {text}"
         if (key := leading_key(text, recipe)) is not None:
-            error.args = (f"{at_line(*locate(source, key))}: {text}",)
+            error.args = (f"{at_line(*locate(source, key))}: {with_value(text, key, recipe)}",)
         raise
 
 

@@ -154,7 +154,7 @@ class Classification(LabelledTask):
             return list(config.labels)
         if train is None:
             raise DataError(
-                "task.labels: null, and there is no train split to take the names from; "
+                "task.labels = null: there is no train split to take the names from; "
                 "allowed: a list of names"
             )
         return _declared_labels(train, config.label_column) or _found_labels(
@@ -241,7 +241,7 @@ def read_label(value: Any, where: Labelling) -> int | float:
     if index == -1:
         raise DataError(f"{shown_label}: {_HIDDEN}")
     similar = [name for name in where.labels if folded_label(name) == folded_label(str(value))]
-    hint = f"; did you mean {shown(similar[0])}?" if similar else ""
+    hint = f" (did you mean {similar[0]!r}?)" if similar else ""
     raise DataError(f"{shown_label}: unknown label{hint}; allowed: {_allowed(where.labels)}")
 
 

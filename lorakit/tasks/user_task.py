@@ -74,7 +74,7 @@ def _instance(spec: str, found: Any) -> Task:
         raise DataError(f"{spec}: Config = {section!r}; allowed: {allowed}")
     kind = getattr(found, "kind", None)
     if kind not in ("causal", "encoder"):
-        raise DataError(f"{spec}: kind = {kind!r}; allowed: 'causal', 'encoder'")
+        raise DataError(f"{spec}: kind = {shown(kind)}; allowed: causal, encoder")
     return found
 
 
@@ -135,7 +135,7 @@ def _checked_metrics(
         main = main_metric(config)
         if scores and main not in LOWER_IS_BETTER.union(scores):
             allowed = f"one of {', '.join(scores)}, which metrics returns"
-            raise DataError(f"{spec}: main_metric = {main!r}; allowed: {allowed}")
+            raise DataError(f"{spec}: main_metric = {shown(main)}; allowed: {allowed}")
         return scores
 
     return checked

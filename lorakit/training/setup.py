@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.data.encode import EncodedSplit
 from lorakit.data.sources import Split
-from lorakit.errors import UserError
+from lorakit.errors import UserError, shown
 from lorakit.evaluation.evaluate import EvalData
 from lorakit.injection import InjectionReport, find_heads, inject
 from lorakit.models.causal import check_packable
@@ -100,8 +100,8 @@ def check_best_metric(recipe: Recipe, evaluation: EvalData | None) -> None:
         for key in ("metric_for_best_model", "early_stopping_patience", "eval_every_steps"):
             if getattr(train, key) is not None:
                 raise UserError(
-                    f"train.{key} = {getattr(train, key)!r}: the task has no validation split; "
-                    "allowed: null"
+                    f"train.{key} = {shown(getattr(train, key))}: the task has no validation "
+                    "split; allowed: null"
                 )
         return
     task, config = evaluation.task, evaluation.config
@@ -111,8 +111,8 @@ def check_best_metric(recipe: Recipe, evaluation: EvalData | None) -> None:
         hint = "; with task.eval_generate: always, also the scores of generated text"
         only_at_end = task.generates(config) and not generates
         raise UserError(
-            f"train.metric_for_best_model = {name!r}: evaluations during training do not measure "
-            f"it; allowed: null, {', '.join(sorted(known))}{hint if only_at_end else ''}"
+            f"train.metric_for_best_model = {shown(name)}: evaluations during training do not "
+            f"measure it; allowed: null, {', '.join(sorted(known))}{hint if only_at_end else ''}"
         )
 
 

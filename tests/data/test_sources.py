@@ -106,13 +106,15 @@ def test_a_file_or_a_list_is_train_only(tmp_path: Path) -> None:
 
 def test_an_unknown_split_in_a_mapping(tmp_path: Path) -> None:
     message = refusal({"train": write(tmp_path / "a.jsonl"), "validaton": "b.jsonl"})
-    assert "unknown split 'validaton'; did you mean 'validation'?; allowed: train, valid" in message
+    assert (
+        "unknown split 'validaton' (did you mean 'validation'?); allowed: train, valid" in message
+    )
 
 
 def test_missing_files(tmp_path: Path) -> None:
     missing = str(tmp_path / "none.jsonl")
     for path in (missing, [missing], {"train": missing}):
-        assert refusal(path) == f"task.path: no such file or directory: {missing}"
+        assert refusal(path) == f"task.path: {missing}: no such file or directory"
     assert "no such file" in refusal(missing, "validation")
     assert "is a directory" in refusal([str(tmp_path)])
 
@@ -440,7 +442,7 @@ def test_a_tasks_reader_comes_first(tmp_path: Path) -> None:
 
 
 def test_no_path_and_no_data_set() -> None:
-    assert "task.path: null" in refusal(None)
+    assert "task.path = null: " in refusal(None)
 
 
 def test_an_unreachable_hub_is_a_one_line_error() -> None:

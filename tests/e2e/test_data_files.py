@@ -141,13 +141,19 @@ def test_every_command_reads_every_form(
     [
         (
             "d",
-            "d: no split 'train'; the directory contains a.jsonl, x-0-of-2.jsonl; hint: name",
+            "task.path = \"d\": no split 'train'; the directory contains a.jsonl, x-0-of-2.jsonl; hint: name",
         ),
-        ("d/y-*.jsonl", "task.path: 'd/y-*.jsonl': the glob matches no data file"),
-        ("d/x-*.jsonl", "task.path: missing shard: d/x-1-of-2.jsonl"),
-        (["d/a.jsonl", "d/a.jsonl"], "task.path: duplicate file d/a.jsonl"),
-        ({"validation": "d/a.jsonl"}, "task.path: no split 'train'; allowed: validation"),
-        ({"train": "d"}, "task.path: d is a directory; allowed: a file, or a glob (d/*)"),
+        ("d/y-*.jsonl", 'task.path = "d/y-*.jsonl": the glob matches no data file'),
+        ("d/x-*.jsonl", 'task.path = "d/x-*.jsonl": missing shard: d/x-1-of-2.jsonl'),
+        (
+            ["d/a.jsonl", "d/a.jsonl"],
+            'task.path = ["d/a.jsonl", "d/a.jsonl"]: duplicate file d/a.jsonl',
+        ),
+        ({"validation": "d/a.jsonl"}, "}: no split 'train'; allowed: validation"),
+        (
+            {"train": "d"},
+            'task.path = {"train": "d"}: d: is a directory; allowed: a file, or a glob (d/*)',
+        ),
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True])

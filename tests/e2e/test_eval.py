@@ -276,7 +276,7 @@ def test_class_names_come_from_the_adapter(
     )
     write_adapter(tiny_bert, tmp_path / "run" / "adapter", "encoder", ["up", "down", "still"])
     assert evaluated(capsys, recipe)["examples"] == 2
-    assert "task.labels: null" in refused(capsys, recipe, "--base")
+    assert "task.labels = null" in refused(capsys, recipe, "--base")
 
 
 @pytest.mark.parametrize(

@@ -54,15 +54,24 @@ def edit(recipe: str, old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "place"),
     [
-        ("[q, v]", "[q, no_such_module]", "recipe.yaml, line 6: adapter.target_modules: "),
+        (
+            "[q, v]",
+            "[q, no_such_module]",
+            'recipe.yaml, line 6: adapter.target_modules = ["q", "no_such_module"]: ',
+        ),
         ("max_steps: 2", "warmup_steps: 99", "recipe.yaml, line 13: train.warmup_steps = 99: "),
-        ("path: data", "path: gone", "recipe.yaml, line 9: task.path: "),
-        ("path: data", "path: empty", "recipe.yaml, line 9: task.path: empty: no split 'train'"),
-        ("lora\n", "lora\n  layers: [77]\n", "recipe.yaml, line 6: adapter.layers: "),
+        ("path: data", "path: gone", 'recipe.yaml, line 9: task.path = "gone": no such file'),
+        ("path: data", "path: empty", 'recipe.yaml, line 9: task.path = "empty": no split '),
+        ("lora\n", "lora\n  layers: [77]\n", "recipe.yaml, line 6: adapter.layers = [77]: "),
         (
             "lora\n",
             "lora\n  modules_to_save: [x]\n",
-            "recipe.yaml, line 6: adapter.modules_to_save",
+            'recipe.yaml, line 6: adapter.modules_to_save = ["x"]: ',
+        ),
+        (
+            "lora\n",
+            "lora\n  rank_pattern: {k: 4}\n",
+            'recipe.yaml, line 6: adapter.rank_pattern = {"k": 4}: ',
         ),
         (
             "path: data\n",
@@ -98,7 +107,7 @@ def test_train(
 @pytest.mark.parametrize("arguments", [["train"], ["eval", "--base"], ["preview"]])
 def test_model(recipe: str, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     command, *options = arguments
-    place = "model.name_or_path: ./gone: no such directory"
+    place = 'model.name_or_path = "./gone": no such directory; allowed: '
     override = ["--set", "model.name_or_path=./gone"]
     assert error(capsys, command, recipe, *options, *override).startswith(f"error: --set: {place}")
     edit(recipe, Path(recipe).read_text().splitlines()[1].strip(), "name_or_path: ./gone")
@@ -121,7 +130,7 @@ def test_a_tokenizer_without_an_eos_token(
     edit(recipe, str(tiny_llama), "./model")
     command, *options = arguments
     said = error(capsys, command, recipe, *options)
-    place = "recipe.yaml, line 2: model.name_or_path: ./model: the tokenizer has no EOS token"
+    place = 'recipe.yaml, line 2: model.name_or_path = "./model": the tokenizer has no EOS token'
     assert said.startswith(f"error: {place}")
 
 
@@ -132,7 +141,7 @@ def test_a_default_is_placed_at_its_section(
     edit(recipe, "  path: data\n", "")
     command, *options = arguments
     said = error(capsys, command, recipe, *options)
-    assert said.startswith("error: recipe.yaml, line 7: task.path: ")
+    assert said.startswith("error: recipe.yaml, line 7: task.path = null: ")
 
 
 def test_an_error_about_a_data_file_names_that_file(

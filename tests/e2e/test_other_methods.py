@@ -133,7 +133,7 @@ def test_bitfit_on_a_model_without_biases(
     out, err = capsys.readouterr()
     assert out == ""
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert "adapter.method: bitfit trains biases, and LlamaForCausalLM has none" in line
+    assert 'adapter.method = "bitfit": bitfit trains biases, and LlamaForCausalLM has none' in line
     assert tree(tmp_path) == before
 
 

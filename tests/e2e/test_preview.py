@@ -221,10 +221,13 @@ def test_weights_are_not_needed(
     [
         (["--start", "4"], "error: --start 4: data/train.jsonl has 3 rows; allowed: 1 to 3"),
         (["--start", "3", "--limit", "2"], "has 2 rows with --limit 2; allowed: 1 to 2"),
-        (["--split", "test"], "recipe.yaml, line 3: task.path: data: no split 'test'"),
+        (["--split", "test"], "recipe.yaml, line 3: task.path = \"data\": no split 'test'"),
         (["--set", "task.max_length=1"], "row 1: nothing to train on within task.max_length = 1"),
-        (["--set", "model.name_or_path=./gone"], "error: --set: model.name_or_path: ./gone: "),
-        (["--set", "task.name=text"], "error: data/train.jsonl, row 1: unknown format"),
+        (["--set", "model.name_or_path=./gone"], 'error: --set: model.name_or_path = "./gone": '),
+        (
+            ["--set", "task.name=text"],
+            'task.format = "auto": data/train.jsonl, row 1: unknown format',
+        ),
         (["--set", "task.nmae=text"], "task.nmae"),
         (["--count", "-1"], "--count"),
     ],

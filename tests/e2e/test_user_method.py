@@ -82,9 +82,9 @@ def test_a_method_that_fails(own: Path, capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("lroa", "--check lroa: unknown method; did you mean 'lora'?; allowed: "),
+        ("lroa", "--check lroa: unknown method (did you mean 'lora'?); allowed: "),
         ("./none.py:X", "none.py: no such file"),
-        ("./own.py:Scald", "the file has no 'Scald'; did you mean 'Scaled'?; allowed: Scaled\n"),
+        ("./own.py:Scald", "the file has no 'Scald' (did you mean 'Scaled'?); allowed: Scaled\n"),
         ("./own.py:Config", "own.py:Config"),
     ],
 )
@@ -208,7 +208,11 @@ def test_a_method_that_trains_the_base(own: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("blocks: 3", "blocs: 3", "line 5: adapter.blocs = 3: unknown key; did you mean 'blocks'?"),
+        (
+            "blocks: 3",
+            "blocs: 3",
+            "line 5: adapter.blocs = 3: unknown key (did you mean 'blocks'?)",
+        ),
         ("blocks: 3", "blocks: 0", "line 5: adapter.blocks = 0: out of range; allowed: an integer"),
         (":Scaled", ":Scald", 'line 3: adapter.method = "./own.py:Scald": '),
         ("own.py", "none.py", 'line 3: adapter.method = "./none.py:Scaled": '),

@@ -103,7 +103,7 @@ def test_all_problems_are_listed_in_file_order(write: Write) -> None:
         (
             "dtype: float32",
             "dtype: float23",
-            "r, line 3: model.dtype = \"float23\": unknown value; did you mean 'float32'?; "
+            "r, line 3: model.dtype = \"float23\": unknown value (did you mean 'float32'?); "
             "allowed: float32, bfloat16, float16",
         ),
         (
@@ -212,7 +212,7 @@ def test_messages(write: Write, old: str, new: str, expected: str) -> None:
 def test_unknown_keys(write: Write, section: str, key: str, hint: str) -> None:
     problem = only(write(GOOD), {f"{section}.{key}": 1})
     assert problem.key == f"{section}.{key}"
-    assert problem.message.startswith("unknown key; ")
+    assert problem.message.startswith("unknown key (")
     assert hint in problem.message
     assert problem.allowed
 

@@ -77,7 +77,7 @@ def test_other_values_are_rejected(tmp_path: Path, path: Any) -> None:
     [
         (
             {"training": "a.jsonl"},
-            "unknown split 'training'; did you mean 'train'?; allowed: train, valid",
+            "unknown split 'training' (did you mean 'train'?); allowed: train, valid",
         ),
         ({"train": "a.jsonl", "Test": "b.jsonl"}, "unknown split"),
         ({"validation": "a.jsonl", "dev": "b.jsonl"}, "validation and dev both name split 'v"),

@@ -120,7 +120,7 @@ def test_released_rows(data_dir: Path, name: str, path: Any, rows: int) -> None:
 @pytest.mark.parametrize("name", ["chat", "text", "e2e_nlg", "completion"])
 def test_path_or_hub_is_required(name: str) -> None:
     task = TASKS[name]
-    with pytest.raises(DataError, match=r"task\.path: null"):
+    with pytest.raises(DataError, match=r"task\.path = null: "):
         task.load(task.Config(), "train")
 
 

@@ -76,7 +76,7 @@ def test_templates_read_any_columns(rows: str) -> None:
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
-        ("{qestion}", "no column 'qestion'; did you mean 'question'?; the columns are 'question'"),
+        ("{qestion}", "no column 'qestion' (did you mean 'question'?); the columns are 'question'"),
         ("{question.x}", "attributes, indices and formats are not supported"),
         ("{question[0]}", "attributes, indices and formats are not supported"),
         ("{question!r}", "attributes, indices and formats are not supported"),

@@ -134,7 +134,7 @@ def test_keys_are_checked_as_those_of_a_built_in_task(my: Path) -> None:
         ("./no.py:My", "no.py: no such file"),
         (
             "./my.py:Kindles",
-            "the file has no 'Kindles'; did you mean 'Kindless'?; allowed: My, ready, Half",
+            "the file has no 'Kindles' (did you mean 'Kindless'?); allowed: My, ready, Half",
         ),
         (
             "./my.py",
@@ -143,7 +143,7 @@ def test_keys_are_checked_as_those_of_a_built_in_task(my: Path) -> None:
         ("./my.py:number", "is of type int; allowed: a subclass of lorakit.tasks.base.Task"),
         ("./my.py:MyConfig", "allowed: a subclass of lorakit.tasks.base.Task"),
         ("./my.py:Half", "missing methods: columns, example; allowed: a class that defines them"),
-        ("./my.py:Kindless", "kind = 'both'; allowed: 'causal', 'encoder'"),
+        ("./my.py:Kindless", 'kind = "both"; allowed: causal, encoder'),
         (
             "./my.py:Unconfigured",
             "Config = <class 'dict'>; allowed: a subclass of lorakit.recipe.sections.TaskSection",
@@ -243,7 +243,7 @@ def test_sigterm_is_not_blamed_on_the_file(my: Path) -> None:
 def test_the_main_metric_must_be_returned(my: Path) -> None:
     my.write_text(TASK.replace('{"own":', '{"other":'))
     task = registry.task("my.py:My")
-    with pytest.raises(DataError, match="main_metric = 'own'; allowed: one of other"):
+    with pytest.raises(DataError, match='main_metric = "own"; allowed: one of other'):
         task.metrics([1], split_of({}), task.Config(name="x"))
 
 
@@ -308,7 +308,7 @@ def test_every_problem_of_a_yaml_file_at_once(in_tmp: Path) -> None:
     ("text", "said"),
     [
         ("template: x\n", "kind: is required; allowed: completion, classification"),
-        ("kind: completions\n", "unknown kind; did you mean 'completion'?"),
+        ("kind: completions\n", "unknown kind (did you mean 'completion'?)"),
         ("kind: completion\nlabels: [a, b]\n", "unknown key"),
         ("kind: completion\nname: x\n", "unknown key"),
         ("kind: completion\nmetric: acuracy\n", "unknown metric"),

@@ -304,7 +304,7 @@ def test_too_few_predictions(wikisql_folder: WikiSqlWriter) -> None:
 
 
 def test_path_is_required() -> None:
-    with pytest.raises(DataError, match=r"task\.path: null"):
+    with pytest.raises(DataError, match=r"task\.path = null"):
         TASK.load(TASK.Config(), "train")
 
 

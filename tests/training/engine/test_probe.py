@@ -228,7 +228,7 @@ def test_a_module_to_save_outside_the_language_model(
     )
     assert run(["train", str(recipe)]) == 2
     said = capsys.readouterr().err
-    assert "modules_to_save: model.multi_modal_projector: outside the language model" in said
+    assert "model.multi_modal_projector: outside the language model" in said
     assert not (tmp_path / "run").exists()
 
 
