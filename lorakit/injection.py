@@ -156,6 +156,8 @@ def _base_parameters(
     parameters of the language model are trained.
     """
     names = method.trained_parameters(model, config)
+    if unknown := set(names) - {n for n, _ in model.named_parameters(remove_duplicate=False)}:
+        raise TargetError(f"{method.name}: trained_parameters: {min(unknown)}: no such parameter")
     if not method.kinds:
         exclude = {*fully_trained, *_output(model)}
         names = parameters_within(model, names, config.target_modules, config.layers, exclude)

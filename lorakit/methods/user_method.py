@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from inspect import getattr_static
 from pathlib import Path
 from typing import Any
+
+from pydantic.errors import PydanticUndefinedAnnotation
 
 from lorakit.errors import LorakitError, UserError, shown
 from lorakit.methods.base import Method, RunHooks
@@ -31,6 +33,7 @@ def load_method(spec: str) -> Method:
     _check_config(spec, found)
     if found.kinds and found.layer_class is Method.layer_class:
         _check_layer(spec, found)
+    _check_signatures(spec, found)
     try:
         method: Method = guarded(found, file)()
     except LorakitError:
@@ -50,6 +53,7 @@ def _guard(method: Method, file: Path) -> None:
         setattr(method, name, guarded(getattr(method, name), file))
     for name, (is_valid, allowed) in _RETURNED.items():
         setattr(method, name, _checked(method, name, is_valid, allowed))
+    setattr(method, "link", _checked_link(method))  # noqa: B010
 
 
 def _checked(
@@ -65,6 +69,26 @@ def _checked(
             found = type(result).__name__
             raise UserError(f"{method.name}: {name} returned a {found}; allowed: {allowed}")
         return result
+
+    return checked
+
+
+def _checked_link(method: Method) -> Callable[[Mapping[str, Any]], None]:
+    """Wrap ``link`` to raise UserError for parameters that an adapter file could not hold."""
+    function = method.link
+
+    @wraps(function)
+    def checked(layers: Mapping[str, Any]) -> None:
+        function(layers)
+        for name, layer in layers.items():
+            own = layer.adapter_parameters()
+            nested = [key for key in own if "." in key]
+            if nested and type(method).to_peft is Method.to_peft:
+                allowed = "parameters that are attributes of the layer itself"
+                raise UserError(f"{method.name}: {name}.{nested[0]}; allowed: {allowed}")
+            if missing := set(method.shared) - set(own):
+                allowed = "parameters that every layer has after link"
+                raise UserError(f"{method.name}: shared: {min(missing)}; allowed: {allowed}")
 
     return checked
 
@@ -91,6 +115,10 @@ def _check_config(spec: str, found: type[Method]) -> None:
     if not (isinstance(config, type) and issubclass(config, AdapterSection)):
         allowed = f"a subclass of {AdapterSection.__module__}.AdapterSection"
         raise UserError(f"{spec}: {_value(found, 'Config')}; allowed: {allowed}")
+    try:
+        config.model_rebuild()
+    except PydanticUndefinedAnnotation as error:
+        raise UserError(f"{spec}: Config: {error.message}") from None
 
 
 def _check_kinds(spec: str, method: Method) -> None:
@@ -114,14 +142,29 @@ def _check_layer(spec: str, found: type[Method]) -> None:
         raise UserError(f"{spec}: {_value(found, 'Layer')}; allowed: {allowed}")
     check_concrete(f"{spec}: Layer", layer)
     if found.wrap is Method.wrap:
-        try:
-            inspect.signature(layer).bind("base_layer", "config", "name")
-        except TypeError as error:
-            allowed = "__init__(self, base_layer, config, name)"
-            raise UserError(f"{spec}: Layer.__init__: {error}; allowed: {allowed}") from None
+        _check_signature(
+            f"{spec}: Layer.__init__", layer.__init__, ["base_layer", "config", "name"]
+        )
     missing = [n for n in ("join", "split") if getattr_static(layer, n) is vars(AdapterLayer)[n]]
     if "slice" in found.kinds and missing:
         raise UserError(f"{spec}: kinds has slice; allowed: a Layer that defines join and split")
+
+
+def _check_signatures(spec: str, found: type[Method]) -> None:
+    """Raise UserError if an overridden method does not take the arguments that it is called
+    with."""
+    for name in _GUARDED:
+        parameters = [*inspect.signature(getattr(Method, name)).parameters][1:]
+        _check_signature(f"{spec}: {name}", getattr(found, name), parameters)
+
+
+def _check_signature(where: str, function: Callable[..., Any], parameters: list[str]) -> None:
+    try:
+        inspect.signature(function).bind("self", *parameters)
+    except TypeError as error:
+        name = function.__name__
+        allowed = f"{name}({', '.join(['self', *parameters])})"
+        raise UserError(f"{where}: {error}; allowed: {allowed}") from None
 
 
 def _value(found: type[Method], name: str) -> str:

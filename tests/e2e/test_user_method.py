@@ -124,6 +124,12 @@ def test_names_that_are_no_method(
         ),
         (
             "Layer = Layer",
+            "Layer = Layer\n    def hooks(self, layers):\n        pass",
+            "hooks: too many positional arguments; allowed: hooks(self, layers, config, total_steps)",
+        ),
+        ("blocks: PositiveInt", "blocks: 'Nothing'", "Config: name 'Nothing' is not defined"),
+        (
+            "Layer = Layer",
             "Layer = Layer\n    kinds = {'linaer'}",
             "kinds = \"{'linaer'}\"; allowed: a set of linear, conv1d, embedding, slice",
         ),

@@ -92,6 +92,18 @@ def test_an_error_before_training(
             ("        super().__init__(base_layer)\n        self.scales = self.new_parameter(self.out_features)\n        nn.init.zeros_(self.scales)", "        pass"),
             "wrap returned a Layer; allowed: an AdapterLayer whose __init__ calls super().__init__",
         ),
+        (
+            ("        nn.init.zeros_(self.scales)", "        nn.init.zeros_(self.scales)\n        self.inner = nn.Linear(2, 2)"),
+            "q_proj.inner.weight; allowed: parameters that are attributes of the layer itself",
+        ),
+        (
+            ("    Layer = Layer\n", "    Layer = Layer\n    shared = ('frozen',)\n"),
+            "shared: frozen; allowed: parameters that every layer has after link",
+        ),
+        (
+            method("trained_parameters", "model, config", "return ['nothing']"),
+            "trained_parameters: nothing: no such parameter",
+        ),
         (method("wrap", "module, config, name", "return None"), "wrap returned a NoneType; allowed"),
         (
             method("param_groups", "parameters, layers, config, train", "return parameters"),
