@@ -59,8 +59,9 @@ def user_methods() -> dict[tuple[str, str], Any]:
 
 @cache
 def tasks() -> dict[str, Any]:
-    """Name -> ``lorakit.tasks.base.Task``, for every file of ``lorakit/tasks``."""
-    return {name: task for task in _exports(TASKS, "TASK") for name in task.names}
+    """Name -> ``lorakit.tasks.base.Task``, for every file of ``lorakit/tasks``, sorted by name."""
+    found = {name: task for task in _exports(TASKS, "TASK") for name in task.names}
+    return dict(sorted(found.items()))
 
 
 def is_user_task(name: str) -> bool:

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorakit.cli.console import AsJson, MethodFile, Overwrite, TrustRemoteCode, progress, say
+from lorakit.cli.console import (
+    AsJson,
+    MethodFile,
+    Overwrite,
+    TrustRemoteCode,
+    only_results,
+    progress,
+    say,
+)
 from lorakit.errors import listed
 
 if TYPE_CHECKING:
@@ -63,7 +71,7 @@ def merge(
     """
     from lorakit.api import merge as merge_adapter
 
-    with progress("merging, MB") as report_progress:
+    with only_results(), progress("merging, MB") as report_progress:
         report = merge_adapter(
             base, adapter, out, dtype, max_shard_size, overwrite, trust_remote_code, say=say,
             add=[_weighted(text) for text in add or []], weight=weight, method=method,
@@ -86,7 +94,7 @@ def _print_report(report: MergeReport) -> None:
     )
     if report.kept:
         names = listed(report.kept, most=1)
-        typer.echo(f"copied unchanged: {names}: not part of the model class that was trained")
+        typer.echo(f"copied from the base: {names} (not part of the model class that was trained)")
     for reason, names in _by_reason(report.left_out).items():
         typer.echo(f"skipped: {names}: {reason}")
 

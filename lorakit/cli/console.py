@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -46,6 +46,13 @@ _SECONDS_PER_LINE = 10.0
 def say(text: str) -> None:
     """Print a line on stderr."""
     typer.echo(text, err=True)
+
+
+@contextmanager
+def only_results() -> Iterator[None]:
+    """Send what a user's task or method prints to stderr: stdout is for the command's result."""
+    with redirect_stdout(sys.stderr):
+        yield
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from lorakit.cli.console import (
     check_distinct,
     check_exclusive,
     check_writable,
+    only_results,
     progress,
     say,
     write_output,
@@ -128,10 +129,11 @@ def generate(
         seed=seed,
         fit_window=max_new_tokens is None,
     )
-    loaded = load_for_generation(
-        model, adapter, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code,
-        method=method, say=say,
-    )  # fmt: skip
+    with only_results():
+        loaded = load_for_generation(
+            model, adapter, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code,
+            method=method, say=say,
+        )  # fmt: skip
     if num_beams > 1 and input_file is None:
         say(f"--num-beams {num_beams}: answers are printed when the search is complete")
     if chat:
@@ -213,7 +215,7 @@ def _answer(
     requests = read_requests(input_file, tokenizer, say)
     prompts = [request.input_ids for request in requests]
     _say_limits(model, tokenizer, prompts, decoding)
-    with progress("generated") as report:
+    with only_results(), progress("generated") as report:
         monitor = ProgressMonitor(len(requests), report)
         texts = generate_text(model, tokenizer, prompts, decoding, monitor=monitor)
     rows = [

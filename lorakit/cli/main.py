@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -11,7 +12,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,24 +22,36 @@ from lorakit.cli.generate import generate
 from lorakit.cli.preview import preview
 from lorakit.cli.recipes import methods, schema, tasks, validate
 from lorakit.cli.run import eval_, train
-from lorakit.errors import LorakitError, RecipeError
+from lorakit.errors import LorakitError, RecipeError, UserError
 from lorakit.version import __version__
 
 _INTERRUPTED = 128 + signal.SIGINT
 _TERMINATED = 128 + signal.SIGTERM
+#: The class of typer's errors about the command line, which it does not export.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     name="lorakit",
     help="Train, evaluate and merge low-rank adapters from one recipe.",
     epilog="Example: lorakit validate recipes/quickstart.yaml",
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 
 # A command imports lorakit.api inside its function, so that `--help` loads no library.
-for command in (train, merge, eval_, generate, convert, preview, validate, schema, methods, tasks):
+for command in (
+    train,
+    merge,
+    eval_,
+    generate,
+    convert,
+    preview,
+    validate,
+    schema,
+    methods,
+    tasks,
+):
     app.command(command.__name__.rstrip("_"))(command)
 
 
@@ -48,8 +61,9 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -57,7 +71,9 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(2)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -67,11 +83,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         with _unwind_on_sigterm(), yield_cores():
-            app(args=None if arguments is None else list(arguments), prog_name="lorakit")
+            given = None if arguments is None else list(arguments)
+            return _exit_code(app(args=given, prog_name="lorakit", standalone_mode=False))
     except SystemExit as end:
-        if end.code in (_INTERRUPTED, _TERMINATED):  # typer converts Ctrl-C to the first
-            typer.echo("stopped", err=True)
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
+        return _exit_code(end.code)
+    except _UsageError as error:
+        typer.echo(f"error: {_usage(error)}", err=True)
+        return UserError.exit_code
     except LorakitError as error:
         messages = error.problems if isinstance(error, RecipeError) else (error,)
         typer.echo("\n".join(f"error: {message}" for message in messages), err=True)
@@ -84,7 +102,20 @@ def run(arguments: Sequence[str] | None = None) -> int:
             raise
         typer.echo(f"error: {_log_traceback(error)}", err=True)
         return 1
-    return 0
+
+
+def _exit_code(code: object) -> int:
+    if code in (_INTERRUPTED, _TERMINATED):  # typer converts Ctrl-C to the first
+        typer.echo("stopped", err=True)
+    return code if isinstance(code, int) else int(code is not None)
+
+
+def _usage(error: Any) -> str:
+    """Describe a wrong option or argument in one line, in the form of lorakit's own errors."""
+    text = re.sub(r"\.? Did you mean (.+)\?$", r" (did you mean \1?)", error.format_message())
+    text = text.rstrip(".")
+    path = error.ctx.command_path if error.ctx else "lorakit"
+    return f"{text[:1].lower()}{text[1:]}; hint: {path} --help"
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorakit.cli.console import AsJson, Overrides, RecipeFile, progress, say
+from lorakit.cli.console import AsJson, Overrides, RecipeFile, only_results, progress, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,7 +53,11 @@ def preview(
     from lorakit.api import preview as make_preview
     from lorakit.recipe.load import open_recipe
 
-    with open_recipe(recipe, overrides) as resolved, progress("tokenized") as report:
+    with (
+        only_results(),
+        open_recipe(recipe, overrides) as resolved,
+        progress("tokenized") as report,
+    ):
         found = make_preview(
             resolved, split=split, start=start, count=count, limit=limit, on_progress=report,
             say=say,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorakit import registry
-from lorakit.cli.console import AsJson, Overrides, say
+from lorakit.cli.console import AsJson, Overrides, only_results, say
 from lorakit.errors import RecipeError, UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -59,7 +59,8 @@ def _check(path: Path, overrides: list[str] | None) -> tuple[Recipe | None, tupl
     from lorakit.recipe.load import load_recipe
 
     try:
-        return load_recipe(path, overrides), ()
+        with only_results():
+            return load_recipe(path, overrides), ()
     except RecipeError as error:
         return None, error.problems
 
@@ -127,7 +128,8 @@ def _check_method(name: str, as_json: bool) -> None:
     from lorakit.api import check_method
 
     try:
-        results = check_method(name)
+        with only_results():
+            results = check_method(name)
     except KeyError:
         known = list(registry.methods())
         message = did_you_mean(f"--check {name}: unknown method", name, known)
@@ -152,7 +154,7 @@ def tasks(as_json: AsJson = False) -> None:
 
     Example: lorakit tasks --json
     """
-    _list({name: task.summary for name, task in registry.tasks().items()}, as_json)
+    _list({name: task.summary_of(name) for name, task in registry.tasks().items()}, as_json)
     if not as_json:
         say("or a file: ./FILE.py:CLASS, ./FILE.yaml")
 

@@ -18,6 +18,7 @@ from lorakit.cli.console import (
     check_distinct,
     check_exclusive,
     check_writable,
+    only_results,
     phases,
     say,
     write_output,
@@ -25,7 +26,7 @@ from lorakit.cli.console import (
 from lorakit.errors import AdapterError, UserError, shown
 
 if TYPE_CHECKING:
-    from lorakit.api import SplitEvaluation
+    from lorakit.api import RunResult, SplitEvaluation
     from lorakit.recipe.sections import Recipe
 
 _OutputDir = Annotated[
@@ -63,11 +64,16 @@ def train(
     changes = list(overrides or [])
     if output_dir is not None:
         changes.append(f"train.output_dir={json.dumps(output_dir)}")
-    with open_recipe(recipe, changes) as resolved:
-        if dry_run:
-            _print_plan(api.dry_run(resolved, api.tell), as_json)
-            return
-        result = api.train(resolved, resume, api.tell)
+    with only_results(), open_recipe(recipe, changes) as resolved:
+        plan = api.dry_run(resolved, api.tell) if dry_run else None
+        result = api.train(resolved, resume, api.tell) if plan is None else None
+    if plan is not None:
+        _print_plan(plan, as_json)
+    elif result is not None:
+        _print_run(result, as_json)
+
+
+def _print_run(result: RunResult, as_json: bool) -> None:
     if as_json:
         found = {
             "adapter": str(result.adapter_dir), "steps": result.steps, "metrics": result.metrics
@@ -132,7 +138,7 @@ def eval_(
     outputs = {"--output": output, "--save-predictions": save_predictions}
     with process_group():
         _check_options(adapter, base, predictions, outputs)
-        with open_recipe(recipe, overrides) as resolved:
+        with only_results(), open_recipe(recipe, overrides) as resolved:
             check_distinct(outputs, _inputs(resolved, recipe, predictions))
             if predictions is not None:
                 found = _score(resolved, predictions, split, limit)

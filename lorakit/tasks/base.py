@@ -81,6 +81,10 @@ class Task(ABC):
     #: A hash of the file that defines a user task; empty for built-in tasks.
     digest: bytes = b""
 
+    def summary_of(self, name: str) -> str:
+        """The summary of the task called ``name``, which is one of ``names``."""
+        return self.summary
+
     def hub_source(self, config: Any) -> tuple[str, str | None] | None:
         """The Hub data set and its configuration to read when ``config.path`` is null."""
         return None

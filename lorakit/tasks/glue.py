@@ -50,6 +50,14 @@ class Glue(LabelledTask):
     summary = "GLUE: classification of sentences and sentence pairs (stsb: regression)"
     Config = GlueConfig
 
+    def summary_of(self, name: str) -> str:
+        where = _LABELLINGS[name.removeprefix("glue/")]
+        labels = f"{where.minimum:g} to {where.maximum:g}"
+        if where.labels is not None:
+            labels = " or ".join(where.labels)
+        columns = " and ".join(filter(None, (where.text, where.pair)))
+        return f"GLUE: {labels}, from {columns}; {', '.join(where.metrics)}"
+
     def labelling(self, config: Any) -> Labelling:
         return _LABELLINGS[_short(config)]
 

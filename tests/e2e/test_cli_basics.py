@@ -139,7 +139,28 @@ def test_usage_errors(arguments: list[str], capsys: pytest.CaptureFixture[str]) 
     assert cli.run(arguments) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert "Error: " in shown.err
+    (line,) = shown.err.splitlines()
+    command = "lorakit" if arguments == ["no-such-command"] else f"lorakit {arguments[0]}"
+    assert line.startswith("error: ")
+    assert line.endswith(f"; hint: {command} --help")
+
+
+def test_a_similar_command_is_suggested(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["tran"]) == 2
+    expected = "error: no such command 'tran' (did you mean 'train'?); hint: lorakit --help\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_without_a_command_the_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([]) == 2
+    assert "Usage: lorakit" in capsys.readouterr().err
+
+
+def test_the_tasks_are_sorted_and_described(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["tasks"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == sorted(lines)
+    assert len({line.partition(" ")[2] for line in lines}) == len(lines)
 
 
 @pytest.fixture

@@ -62,6 +62,14 @@ def test_a_method_that_passes(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 14
     assert all(line.startswith(("ok      linear: ", "ok      conv1d: ")) for line in lines)
+
+
+def test_what_a_method_prints_does_not_reach_stdout(
+    own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own.write_text(
+        METHOD.replace("        return self.scale", "        print('x')\n        return self.scale")
+    )
     assert run(["methods", "--check", "./own.py:Scaled", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["method"], found["passed"], len(found["checks"])) == ("./own.py:Scaled", True, 14)

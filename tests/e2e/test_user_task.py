@@ -122,12 +122,16 @@ def test_a_metric_that_fails_is_one_line(
 
 
 def test_what_a_file_prints_does_not_reach_stdout(
-    written: list[str], capsys: pytest.CaptureFixture[str]
+    written: list[str], tiny_llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("p.jsonl").write_text(ANSWERS)
     Path("close.py").write_text("print('a')\ndef close(p, r):\n    print('b')\n    return 1\n")
     scored = result(capsys, "eval", "qa-recipe.yaml", "--predictions", "p.jsonl", "--json")
     assert scored["metrics"]["close"] == 1.0
+    sums, build = Path("sums.py"), "        prompt = Segment("
+    sums.write_text(sums.read_text().replace(build, f"        print('c')\n{build}"))
+    model = f"model.name_or_path={tiny_llama}"
+    assert result(capsys, "preview", "sums-recipe.yaml", "--set", model, "--json")["examples"]
 
 
 def test_nothing_but_a_recipe_runs_the_file(in_tmp: Path) -> None:

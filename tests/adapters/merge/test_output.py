@@ -93,7 +93,7 @@ def test_the_report_and_the_command_list_omitted_files(
     assert run([*arguments, "--overwrite"]) == 0
     out = capsys.readouterr().out
     assert "skipped: pytorch_model.bin: weights in another format, without the adapter" in out
-    assert "copied unchanged: mtp.weight" in out
+    assert "copied from the base: mtp.weight (not part of" in out
 
 
 def test_a_snapshot_of_the_hubs_cache(make_pair: MakePair, tmp_path: Path) -> None:
