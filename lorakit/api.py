@@ -1,8 +1,9 @@
 """The calls behind the command line and ``import lorakit``.
 
 Every name is imported from its module on first use, so importing this module loads no tensor
-library. The command line imports nothing else but ``recipe``, ``registry`` and ``errors``; to make
-another call available to it, add the name to the tables below.
+library. The command line imports nothing else but ``recipe``, ``registry`` and ``errors``. To add a
+name, add it in three places: the imports under ``TYPE_CHECKING`` (for type checkers), ``_MODULES``
+(for the import on first use) and ``__all__``.
 """
 
 from __future__ import annotations

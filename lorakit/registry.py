@@ -1,6 +1,7 @@
 """Find methods and tasks: every module of ``lorakit/methods`` and ``lorakit/tasks`` is imported.
 
-A method module exports ``METHOD``, a task module ``TASK``. None of them imports torch at module
+A method module exports ``METHOD``, which has a ``name``, a task module ``TASK``, which has
+``names``. None of them imports torch at module
 level, so that checking a recipe and listing names stay fast.
 """
 
@@ -11,24 +12,30 @@ import pkgutil
 from functools import cache
 from typing import Any
 
+from lorakit.errors import UserError
 from lorakit.user_code import code_identity, is_code
 
 METHODS = "lorakit.methods"
 TASKS = "lorakit.tasks"
 
 
-def _exports(package: str, attribute: str) -> list[Any]:
+def _exports(package: str, attribute: str, required: str) -> list[Any]:
+    """The ``attribute`` of every module that has one. Raises UserError if it lacks ``required``."""
     folder = importlib.import_module(package)
     names = sorted(info.name for info in pkgutil.iter_modules(folder.__path__))
     names = [name for name in names if not name.endswith("_layer")]  # which import torch
     modules = [importlib.import_module(f"{package}.{name}") for name in names]
-    return [getattr(module, attribute) for module in modules if hasattr(module, attribute)]
+    exporting = [module for module in modules if hasattr(module, attribute)]
+    for module in exporting:
+        if not getattr(getattr(module, attribute), required, None):
+            raise UserError(f"{module.__file__}: {attribute} has no {required}")
+    return [getattr(module, attribute) for module in exporting]
 
 
 @cache
 def methods() -> dict[str, Any]:
     """Name -> ``lorakit.methods.base.Method``, for every file of ``lorakit/methods``."""
-    return {method.name: method for method in _exports(METHODS, "METHOD")}
+    return {method.name: method for method in _exports(METHODS, "METHOD", "name")}
 
 
 #: Resolved file and class -> method, for every user's file that was named in this process, the
@@ -60,7 +67,7 @@ def user_methods() -> dict[tuple[str, str], Any]:
 @cache
 def tasks() -> dict[str, Any]:
     """Name -> ``lorakit.tasks.base.Task``, for every file of ``lorakit/tasks``, sorted by name."""
-    found = {name: task for task in _exports(TASKS, "TASK") for name in task.names}
+    found = {name: task for task in _exports(TASKS, "TASK", "names") for name in task.names}
     return dict(sorted(found.items()))
 
 
