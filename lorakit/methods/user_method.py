@@ -17,6 +17,8 @@ from lorakit.recipe.sections import AdapterSection
 from lorakit.user_code import check_concrete, guarded, load_attribute, load_class
 
 _KINDS = ("linear", "conv1d", "embedding", "slice")
+#: Keys of ``adapter_config.json`` that say which adapter it is.
+_SETTINGS = {"peft_type", "task_type", "base_model_name_or_path", "revision"}
 #: The methods whose errors are reported with the user's file and line.
 _GUARDED = tuple(
     name
@@ -115,6 +117,10 @@ def _check_config(spec: str, found: type[Method]) -> None:
     if not (isinstance(config, type) and issubclass(config, AdapterSection)):
         allowed = f"a subclass of {AdapterSection.__module__}.AdapterSection"
         raise UserError(f"{spec}: {_value(found, 'Config')}; allowed: {allowed}")
+    if taken := sorted(_SETTINGS & config.model_fields.keys()):
+        raise UserError(
+            f"{spec}: Config: {taken[0]}: a key of adapter_config.json; allowed: others"
+        )
     try:
         config.model_rebuild()
     except PydanticUndefinedAnnotation as error:

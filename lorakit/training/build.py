@@ -62,7 +62,7 @@ def build_engine(
         (decoder or model).compile(dynamic=True)
     wrapped = strategy.wrap(objective)
     parameters: Any = trainable_state(model)
-    method, config = _method(prepared.recipe), prepared.recipe.adapter
+    method, config = prepared.method, prepared.recipe.adapter
     layers = adapter_layers(model)
     optimizer = build_optimizer(method.param_groups(parameters, layers, config, section), section)
     # Before the optimizer is wrapped: with float16, Accelerate restores the `step` method that it
@@ -103,7 +103,7 @@ def build_loop(
     section = prepared.recipe.train
     objective = build_objective(prepared, strategy.device)
     evaluator = Evaluator(prepared, objective.parts, stop, recorder.display.say)
-    advice = _method(prepared.recipe).advice(prepared.recipe.adapter)
+    advice = prepared.method.advice(prepared.recipe.adapter)
     return Loop(
         engine=build_engine(prepared, objective, strategy, schedule.total_steps, say),
         loader=build_loader(prepared, objective, steps, strategy.device),
@@ -123,7 +123,8 @@ def build_schedule(recipe: Recipe, steps: StepSource) -> Schedule:
     section, epoch = recipe.train, steps.steps_per_epoch
     assert section.max_steps or epoch, "a stream has max_steps"
     total = section.max_steps or max(1, round((section.epochs or 1) * (epoch or 1)))
-    _method(recipe).check_steps(recipe.adapter, total)
+    method: Method = registry.method(recipe.adapter.method)
+    method.check_steps(recipe.adapter, total)
     check_warmup(section, total)
     return Schedule(
         total_steps=total,
@@ -195,11 +196,6 @@ def resolve_warmup_steps(section: TrainSection, total_steps: int) -> int:
     if section.warmup_steps is not None:
         return section.warmup_steps
     return min(math.ceil((section.warmup_ratio or 0.0) * total_steps), total_steps - 1)
-
-
-def _method(recipe: Recipe) -> Method:
-    method: Method = registry.method(recipe.adapter.method)
-    return method
 
 
 def _requested_modules(prepared: Prepared) -> list[str]:

@@ -259,6 +259,7 @@ def export_adapter(prepared: Prepared, directory: Path, record: RunRecord, say: 
         directory,
         prepared.model,
         recipe.adapter,
+        method=prepared.method,
         base_model_name_or_path=recipe.model.name_or_path,
         revision=recipe.model.revision,
         names=_names(prepared, directory, say),
@@ -278,7 +279,7 @@ def export_adapter(prepared: Prepared, directory: Path, record: RunRecord, say: 
         ),
         lorakit_info={"task": recipe.task.name} | ({"labels": labels} if labels else {}),
     )
-    method: Method = registry.method(recipe.adapter.method)
+    method = prepared.method
     merge = merge_command(recipe.model.name_or_path, directory, method.name)
     merging = f"{merge} writes a plain model"
     if not method.peft_loads:

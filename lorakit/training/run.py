@@ -7,10 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit import registry
 from lorakit.data.stream_steps import StreamSteps
 from lorakit.distributed.strategy import Strategy, build_strategy
-from lorakit.methods.base import Method
 from lorakit.openmp import yield_cores
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.check import check_recipe
@@ -102,8 +100,9 @@ def _run(
     write_recipe(recipe, output_dir / "recipe.yaml")
     schedule = build_schedule(recipe, batching.steps)
     hardware = describe_hardware(strategy.device)
-    method: Method = registry.method(recipe.adapter.method)
-    record = new_record(prepared.report, hardware, recipe.train.seed, prepared.data, method.digest)
+    record = new_record(
+        prepared.report, hardware, recipe.train.seed, prepared.data, prepared.method.digest
+    )
     with (
         record.saved_to(output_dir / "run.json"),
         closing(_open_recorder(recipe, output_dir, schedule, start)) as recorder,

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lorakit import registry
 from lorakit.data.encode import EncodedSplit
 from lorakit.data.sources import Split
 from lorakit.errors import UserError, shown
 from lorakit.evaluation.evaluate import EvalData
 from lorakit.injection import InjectionReport, find_heads, inject
+from lorakit.methods.base import Method
 from lorakit.models.causal import check_packable
 from lorakit.models.load import fit_max_length, load_pretrained
 from lorakit.pipeline.encoding import StreamedRows, encode_training_data
@@ -27,10 +29,12 @@ from lorakit.tasks.base import Task
 @dataclass(frozen=True)
 class Prepared:
     """Everything that training needs. ``recipe`` includes the values that data and model determine,
-    such as labels; ``data`` describes the splits for ``run.json``."""
+    such as labels; ``method`` remains the same if the user's file changes during the run; ``data``
+    describes the splits for ``run.json``."""
 
     recipe: Recipe
     task: Task
+    method: Method
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     report: InjectionReport
@@ -60,6 +64,7 @@ def prepare(recipe: Recipe, say: Say, write_cache: bool = True) -> Prepared:
 
     torch.manual_seed(recipe.train.seed)
     heads = dict.fromkeys([*find_heads(model), *loaded.new_modules])
+    method: Method = registry.method(recipe.adapter.method)
     report = inject(model, recipe.adapter, _outermost(list(heads)))
     for line in str(report).splitlines():
         say(line)
@@ -69,6 +74,7 @@ def prepare(recipe: Recipe, say: Say, write_cache: bool = True) -> Prepared:
     return Prepared(
         recipe=recipe,
         task=data.task,
+        method=method,
         model=model,
         tokenizer=tokenizer,
         report=report,

@@ -76,6 +76,19 @@ def test_a_resume_with_other_code_is_refused(
     assert tree(in_tmp / "run") == before
 
 
+def test_a_change_during_a_run_has_no_effect_on_it(recipe: Path, in_tmp: Path) -> None:
+    digest = run_json(in_tmp / "run")["method_digest"]
+    Path("own.py").write_text(
+        METHOD + "    def hooks(self, layers, config, total_steps):\n        return Hooks()\n"
+        "from pathlib import Path\nfrom lorakit.methods.base import RunHooks\nclass Hooks(RunHooks):\n"
+        "    def after_step(self, step, scaled=False):\n"
+        "        Path('own.py').write_text('1 / 0')\n"
+    )
+    assert run(["train", str(recipe), "--output-dir", "other"]) == 0
+    info = json.loads(Path("other/adapter/lorakit.json").read_text())
+    assert info["method_digest"] == run_json(Path("other"))["method_digest"] != digest
+
+
 def test_another_spelling_of_the_path_is_the_same_method(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -135,6 +135,11 @@ def test_names_that_are_no_method(
             "Layer = Layer\n    def hooks(self, layers):\n        pass",
             "hooks: too many positional arguments; allowed: hooks(self, layers, config, total_steps)",
         ),
+        (
+            "blocks: PositiveInt",
+            "revision: PositiveInt",
+            "Config: revision: a key of adapter_config",
+        ),
         ("blocks: PositiveInt", "blocks: 'Nothing'", "Config: name 'Nothing' is not defined"),
         (
             "Layer = Layer",

@@ -52,6 +52,7 @@ def save_adapter(
     *,
     base_model_name_or_path: str,
     task_type: TaskType,
+    method: Method | None = None,
     revision: str | None = None,
     names: BaseNames | None = None,
     modules_to_save: Sequence[str] | None = None,
@@ -62,14 +63,15 @@ def save_adapter(
     """Write the adapter of ``model`` in PEFT's format, or in lorakit's own if PEFT does not support
     the method. An existing adapter directory is replaced. Returns the directory.
 
-    ``names`` translates module names if ``model`` is only the text part of the base.
-    ``modules_to_save`` are the fully trained modules. By default they are those outside the adapter
-    layers that require gradients or, if the method trains the base's own parameters, those that
-    ``inject`` trains fully. ``lorakit_info`` is added to ``lorakit.json``.
+    ``method`` is by default the one that ``config`` names. ``names`` translates module names if
+    ``model`` is only the text part of the base. ``modules_to_save`` are the fully trained modules.
+    By default they are those outside the adapter layers that require gradients or, if the method
+    trains the base's own parameters, those that ``inject`` trains fully. ``lorakit_info`` is added
+    to ``lorakit.json``.
     Raises AdapterError if the model has no adapter, or ``directory`` is not an adapter directory.
     """
     directory = Path(directory)
-    method: Method = registry.method(config.method)
+    method = method or registry.method(config.method)
     fully_trained = _modules_to_save(model, config, method, modules_to_save)
     if (
         not adapted_modules(model)
