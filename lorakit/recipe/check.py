@@ -16,6 +16,7 @@ from lorakit.recipe.sections import (
     AdapterSection,
     ModelSection,
     Recipe,
+    Section,
     TaskSection,
     TrainSection,
     parse_layers,
@@ -59,9 +60,11 @@ def check_recipe(recipe: Recipe) -> None:
         raise RecipeError([*problems, *located])
 
 
-def _wrong_config(section: str, config: object, owner: object) -> Iterator[Fault]:
-    expected = getattr(owner, "Config", object)
-    if not isinstance(config, expected):
+def _wrong_config(section: str, config: Section, owner: object) -> Iterator[Fault]:
+    """A class of a user's file exists twice if the user's program imports the file."""
+    expected: type[Section] = getattr(owner, "Config", Section)
+    same_keys = type(config).model_fields.keys() == expected.model_fields.keys()
+    if not (isinstance(config, expected) or same_keys):
         found = type(config).__name__
         yield Fault((section,), f"has type {found}", allowed=expected.__name__)
 

@@ -13,6 +13,7 @@ import torch
 import lorakit
 from lorakit.cli.main import run
 from lorakit.errors import UserError
+from lorakit.recipe.check import check_recipe
 
 METHOD = """
 import torch
@@ -200,6 +201,14 @@ def test_inject_with_the_configuration_of_a_file() -> None:
     assert config.method == "own.py:Scaled"
     report = lorakit.inject(net, config)
     assert (report.method, report.trainable_parameters) == ("own.py:Scaled", 17)
+
+
+def test_a_recipe_with_the_configuration_of_a_file() -> None:
+    config = imported().Config(method="./own.py:Scaled", blocks=3)
+    check_recipe(lorakit.load_recipe("recipe.yaml").model_copy(update={"adapter": config}))
+    config = imported().Config(blocks=3)
+    with pytest.raises(UserError, match="adapter: has type Config; allowed: LoraConfig"):
+        check_recipe(lorakit.load_recipe("recipe.yaml").model_copy(update={"adapter": config}))
 
 
 @pytest.mark.parametrize("base", ["AdapterSection", "LoraConfig"])
