@@ -7,12 +7,14 @@ recognize the leftovers of a killed process and delete them.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -30,27 +32,17 @@ def atomic_directory(target: Path, *, replace: bool) -> Iterator[Path]:
     target = target.absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(target.parent, target.name)
-    new = _temporary(target, "new")
-    old = new.with_suffix(".old")
-    new.mkdir()
-    try:
-        with _locked(new):
+    with _locked_temporary(target, Path.mkdir) as new:
+        old = new.with_suffix(".old")
+        try:
             yield new
             _flush_tree(new)
-            if replace and target.is_dir() and not target.is_symlink():
-                target.rename(old)
-            elif target.exists() or target.is_symlink():
-                raise FileExistsError(f"{target}: already exists")
-            try:
-                new.rename(target)
-            except OSError:
-                if old.exists():
-                    old.rename(target)
-                raise
+            while not _put(new, target, old, replace=replace):
+                shutil.rmtree(old, ignore_errors=True)
             _flush(target.parent)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -58,16 +50,14 @@ def atomic_file(target: Path) -> Iterator[Path]:
     """Yield the path of an empty temporary file that replaces ``target`` if the block succeeds."""
     target = target.absolute()
     remove_leftovers(target.parent, target.name)
-    new = _temporary(target, "new")
-    new.touch(exist_ok=False)
-    try:
-        with _locked(new):
+    with _locked_temporary(target, Path.touch) as new:
+        try:
             yield new
             _flush(new)
             new.replace(target)
             _flush(target.parent)
-    finally:
-        new.unlink(missing_ok=True)
+        finally:
+            new.unlink(missing_ok=True)
 
 
 def write_text(target: Path, text: str) -> None:
@@ -95,8 +85,10 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
             continue
         if path.suffix == ".old":
             _undo_move(path)
-        elif path.suffix == ".removed" or not _is_locked(path):
+        elif path.suffix == ".removed":
             _delete(path)
+        else:
+            _delete_unlocked(path)
 
 
 def _target_name(path: Path) -> str | None:
@@ -129,28 +121,61 @@ def _temporary(target: Path, state: str) -> Path:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    handle = os.open(path, os.O_RDONLY)
+def _locked_temporary(target: Path, create: Callable[[Path], None]) -> Iterator[Path]:
+    """Create a temporary for ``target``, locked inside the block.
+
+    Another writer may delete it as a leftover before it is locked. It is then created again.
+    """
+    while True:
+        new = _temporary(target, "new")
+        create(new)
+        with suppress(FileNotFoundError):
+            handle = os.open(new, os.O_RDONLY)
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if new.exists():
+                break
+            os.close(handle)
     try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        yield new
     finally:
         os.close(handle)
 
 
-def _is_locked(path: Path) -> bool:
+def _put(new: Path, target: Path, old: Path, *, replace: bool) -> bool:
+    """Rename ``new`` to ``target``, moving an existing directory to ``old``.
+
+    False if another writer's directory came in between. Raises FileExistsError if ``target`` exists
+    and is not to be replaced.
+    """
+    with suppress(FileNotFoundError):  # absent, or another writer has just moved it aside
+        is_directory = stat.S_ISDIR(target.lstat().st_mode)
+        if not (replace and is_directory):
+            raise FileExistsError(f"{target}: already exists")
+        target.rename(old)
+    try:
+        new.rename(target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        if old.exists():
+            old.rename(target)
+        raise
+    return True
+
+
+def _delete_unlocked(path: Path) -> None:
+    """Delete a temporary whose writer is no longer running."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:
-        return True
+        return
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
+        with suppress(OSError):  # locked, or a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _delete(path)
     finally:
         os.close(handle)
-    return False
 
 
 def _flush_tree(folder: Path) -> None:

@@ -38,6 +38,20 @@ def _write_and_wait(folder: Path, kind: str, ready: Connection) -> None:
             signal.pause()
 
 
+def _write_often(folder: Path, kind: str, letter: str, ended: Connection) -> None:
+    try:
+        for _ in range(150):
+            if kind == "file":
+                write_text(folder / "out", letter * 10)
+            else:
+                with atomic_directory(folder / "out", replace=True) as new:
+                    (new / "a").write_text(letter)
+                    (new / "b").write_text(letter)
+        ended.send("")
+    except Exception as error:
+        ended.send(repr(error))
+
+
 def test_text_replaces_the_file(tmp_path: Path) -> None:
     for text in ("first\n", "second\nÄ\n"):
         write_text(tmp_path / "out", text)
@@ -102,6 +116,21 @@ def test_leftovers_of_a_killed_writer_are_deleted(kind: str, tmp_path: Path) -> 
     assert len(os.listdir(tmp_path)) == 1, "another target's"
     write_text(tmp_path / "out", "whole")
     assert content(tmp_path) == {"out": "whole"}
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_simultaneous_writers_of_one_target(kind: str, tmp_path: Path) -> None:
+    """All succeed, and the target is one writer's in full."""
+    context = multiprocessing.get_context("fork")
+    ended = []
+    for letter in "xyz":
+        ours, theirs = multiprocessing.Pipe()
+        context.Process(target=_write_often, args=(tmp_path, kind, letter, theirs)).start()
+        ended.append(ours)
+    assert [end.recv() for end in ended] == ["", "", ""]
+    (text,) = {text[0] for text in content(tmp_path).values()}
+    assert text in "xyz"
+    assert os.listdir(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("replaced", [False, True])
