@@ -165,8 +165,8 @@ def _base_parameters(
     found = [name for name in names if not is_within(name, untrained)]
     if not method.kinds and not found:
         raise TargetError(
-            f"adapter: {method.name} finds nothing to train in {type(model).__name__}; allowed: "
-            "target_modules and layers with parameters that it trains"
+            f"adapter.method: {method.name} finds nothing to train in {type(model).__name__}; "
+            "allowed: target_modules and layers with parameters that it trains"
         )
     return found
 

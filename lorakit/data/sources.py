@@ -279,6 +279,6 @@ def check_hub(hub: HubName | None) -> tuple[HubName, str]:
 def hub_failure(name: str, error: Exception) -> DataError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return DataError(
-        f"task: cannot load the Hub data set {name!r}: {reason}; "
+        f"task.path = null: cannot load the Hub data set {name!r}: {reason}; "
         "hint: set task.path to a local copy, or check the network and HF_HUB_OFFLINE"
     )

@@ -103,7 +103,7 @@ def test_ignored_files_are_reported(tmp_path: Path) -> None:
 )
 def test_a_split_in_two_places(tmp_path: Path, names: list[str], first: str, second: str) -> None:
     put(tmp_path, *names)
-    assert refusal(tmp_path).startswith(f"{tmp_path}: {first} and {second}")
+    assert refusal(tmp_path).startswith(f"task.path: {tmp_path}: {first} and {second}")
     assert "both name split 'train'; hint: keep one of them, or map" in refusal(tmp_path)
 
 

@@ -449,6 +449,8 @@ def test_an_unreachable_hub_is_a_one_line_error() -> None:
     with pytest.raises(DataError) as caught:
         load_split(None, "train", hub=("nyu-mll/glue", "sst2"))
     message = str(caught.value)
-    assert message.startswith("task: cannot load the Hub data set 'nyu-mll/glue/sst2': ")
+    assert message.startswith(
+        "task.path = null: cannot load the Hub data set 'nyu-mll/glue/sst2': "
+    )
     assert "HF_HUB_OFFLINE" in message
     assert "\n" not in message

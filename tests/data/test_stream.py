@@ -114,7 +114,7 @@ def test_the_heads_of_many_files_are_shorter(tmp_path: Path) -> None:
 
 
 def test_unreadable_streams(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"task\.path: no such file"):
+    with pytest.raises(DataError, match=r"^task\.path: .*: no such file"):
         stream_of(str(tmp_path / "none.jsonl"))
     (tmp_path / "b.csv").write_text("id,text\n")
     with pytest.raises(DataError, match=r"b\.csv: the split 'train' is empty"):
@@ -124,7 +124,7 @@ def test_unreadable_streams(tmp_path: Path) -> None:
         out.write("not JSON\n")
     with pytest.raises(DataError, match=r"a\.jsonl, row 701: not JSON"):
         list(stream_of(str(file)).read())
-    with pytest.raises(DataError, match=r"task\.path: null"):
+    with pytest.raises(DataError, match=r"^task\.path = null: "):
         open_stream(None, "train")
     assert open_stream(str(tmp_path), "train") is None
 

@@ -449,8 +449,8 @@ def test_generation_always_or_never(when: str, names: int, wikisql: Path, traine
 @pytest.mark.parametrize(
     ("metric", "when", "parts"),
     [
-        ("lf_accuracy", "end", ("'lf_accuracy'", "task.eval_generate: always")),
-        ("bleu", "always", ("'bleu'", "allowed: null, lf_accuracy, loss, perplexity")),
+        ("lf_accuracy", "end", ('= "lf_accuracy": ', "task.eval_generate: always")),
+        ("bleu", "always", ('= "bleu": ', "allowed: null, lf_accuracy, loss, perplexity")),
     ],
 )
 def test_a_metric_that_generation_would_give(
@@ -473,8 +473,8 @@ def test_a_metric_that_generation_would_give(
     ("task", "changes", "parts"),
     [
         ("completion", {"train__metric_for_best_model": "accuracy"},
-         ("metric_for_best_model = 'accuracy'", "loss, perplexity")),
-        ("glue/sst2", {"train__metric_for_best_model": "f1"}, ("'f1'", "accuracy, loss")),
+         ('metric_for_best_model = "accuracy"', "loss, perplexity")),
+        ("glue/sst2", {"train__metric_for_best_model": "f1"}, ('= "f1": ', "accuracy, loss")),
         ("glue/sst2", {"task__max_length": 257},
          ("task.max_length = 257", "256")),
         ("completion", {"train__optimizer": "adamw_8bit"}, ("adamw_8bit", "bitsandbytes")),
@@ -507,7 +507,7 @@ def test_no_validation_split(
     recipe = write_recipe_file(tmp_path, tiny_llama, "completion", **{f"train__{key}": value})
     (tmp_path / "data" / "validation.jsonl").unlink()
     line = refused(capsys, recipe)
-    assert f"train.{key} = {value!r}: the task has no validation split" in line
+    assert f"train.{key} = {json.dumps(value)}: the task has no validation split" in line
 
 
 @pytest.mark.parametrize(
