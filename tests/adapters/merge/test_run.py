@@ -341,7 +341,7 @@ from lorakit.adapters.merge.run import merge
 write = output.write_at
 def slow(*args):
     write(*args)
-    print("written", flush=True)
+    print("written", file=sys.__stdout__, flush=True)
     time.sleep(0.5)
 output.write_at = slow
 merge(*sys.argv[1:4], max_shard_size=8000, overwrite=True)
