@@ -28,6 +28,7 @@ from lorakit.data.plan import (
     TokenPlan,
     pack_rows,
 )
+from lorakit.data.stream import FileChanged
 from lorakit.data.stream_steps import StreamSteps
 from lorakit.errors import DataError
 from lorakit.pipeline.encoding import StreamedRows
@@ -77,7 +78,7 @@ class StepLoader:
         self.device = device
         self._ahead: LoadedStep | DataError | None = None
         self._first: Step | None = None
-        self._rows_read = _rows_read(steps)
+        self._rows_read: dict[str, int] = {}
 
     def take(self, number: int) -> LoadedStep:
         """Return a step; raises DataError if a row of a stream cannot be read or trained on."""
@@ -106,8 +107,13 @@ class StepLoader:
         return None if step is None else self._batches(step)
 
     def rows_read(self) -> dict[str, int]:
-        """Return what ``run.json`` records about a stream up to the last step taken."""
+        """Return what ``run.json`` records about a stream up to the last step taken; nothing if
+        none was."""
         return self._rows_read
+
+    def met_bad_row(self) -> bool:
+        """Whether the prefetched step has a row that cannot be read or trained on."""
+        return isinstance(self._ahead, DataError) and not isinstance(self._ahead, FileChanged)
 
     def _load(self, number: int) -> LoadedStep:
         step = self._steps.step(number)

@@ -130,6 +130,17 @@ def check_same_data(data: dict[str, Any], checkpoint: Path, say: Say) -> int:
     return rows
 
 
+def rows_read_before(start: Start) -> dict[str, int]:
+    """Return what ``run.json`` records about the stream of the run that ended where this starts."""
+    if start.checkpoint is None:
+        return {}
+    run = _read_run(start.checkpoint.parent.parent)
+    train = (run.get("data") or {}).get("train") or {}
+    if run.get("steps") != start.step or "rows_read" not in train:
+        return {}
+    return {key: train[key] for key in ("rows_read", "skipped_rows") if key in train}
+
+
 @contextmanager
 def exclusive_run(recipe: Recipe, resume: str | None, start: Start) -> Iterator[Path]:
     """Create the output directory and lock it against other runs during the block.

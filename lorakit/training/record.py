@@ -31,8 +31,8 @@ class RunRecord:
     """``method_digest`` identifies the code of a user's method. ``seconds`` is the time of training
     and its evaluations over all resumes. ``exit_reason`` is null during the run, then
     ``completed``, ``interrupted`` or ``failed``. ``diverged``: the loss ended above where it
-    started, or was not finite. ``bad_row``: a row of a stream ended the run, which can be resumed
-    once the row is corrected."""
+    started, or was not finite. ``bad_row``: a row of a stream ended the run, or would have ended it
+    at the next step; it can be resumed once the row is corrected."""
 
     adapted_modules: list[dict[str, Any]]
     trainable_parameters: int
@@ -83,7 +83,7 @@ class RunRecord:
             stopped = isinstance(error, Interrupted | KeyboardInterrupt)
             self.exit_reason = "interrupted" if stopped else "failed"
             self.message = str(error) or type(error).__name__
-            self.bad_row = isinstance(error, BadRow)
+            self.bad_row |= isinstance(error, BadRow)
             raise
         finally:
             self.write(path)

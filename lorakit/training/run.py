@@ -9,6 +9,7 @@ from typing import Any
 
 from lorakit.data.stream_steps import StreamSteps
 from lorakit.distributed.strategy import Strategy, build_strategy
+from lorakit.errors import Interrupted
 from lorakit.openmp import yield_cores
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.check import check_recipe
@@ -34,6 +35,7 @@ from lorakit.training.output_dir import (
     export_adapter,
     find_start,
     flat_keys,
+    rows_read_before,
 )
 from lorakit.training.record import (
     describe_hardware,
@@ -103,6 +105,7 @@ def _run(
     record = new_record(
         prepared.report, hardware, recipe.train.seed, prepared.data, prepared.method.digest
     )
+    record.data["train"] |= rows_read_before(start)
     with (
         record.saved_to(output_dir / "run.json"),
         closing(_open_recorder(recipe, output_dir, schedule, start)) as recorder,
@@ -115,6 +118,9 @@ def _run(
             record.diverged = warning is not None
             _say_notes(loop, batching, recipe, say)
             record.metrics = loop.finish()
+        except Interrupted:
+            record.bad_row = loop.loader.met_bad_row()
+            raise
         finally:
             record.diverged |= loop.broken
             record.update(loop.progress, strategy.device)

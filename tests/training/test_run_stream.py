@@ -133,23 +133,72 @@ def test_a_bad_row_saves_a_checkpoint(
     assert run_json(run)["bad_row"] is False
 
 
+def stopped_run(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Train until SIGTERM arrives during ``step``."""
+    own = EagerEngine.step
+
+    def signalled(engine: EagerEngine, micro_batches: Any) -> Any:
+        if engine.steps == step - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return own(engine, micro_batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EagerEngine, "step", signalled)
+        with pytest.raises(Interrupted, match=f"stopped at step {step} of "):
+            train(recipe)
+
+
+def test_a_run_stopped_before_a_bad_row_resumes_once_it_is_corrected(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = bad_row_run(tmp_path, tiny_llama, 300, REFUSED)
+    run, file = Path(recipe.train.output_dir), tmp_path / "data" / "train.jsonl"
+    stopped_run(recipe, monkeypatch, 50)
+    record = run_json(run)
+    assert (record["exit_reason"], record["bad_row"]) == ("interrupted", True)
+    put_line(file, 300, GOOD)
+    assert train(recipe, resume="auto").steps == 60
+    assert run_json(run)["bad_row"] is False
+
+
+def test_a_run_stopped_before_a_changed_file(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file must be restored, which no row's correction does."""
+    recipe = bad_row_run(tmp_path, tiny_llama, 0, GOOD, train__max_steps=250)
+    file, own = tmp_path / "data" / "train.jsonl", EagerEngine.step
+
+    def changed(engine: EagerEngine, micro_batches: Any) -> Any:
+        if engine.steps == 0:
+            with file.open("a") as opened:
+                opened.write(f"{GOOD}\n")
+        return own(engine, micro_batches)
+
+    monkeypatch.setattr(EagerEngine, "step", changed)
+    stopped_run(recipe, monkeypatch, 200)
+    record = run_json(Path(recipe.train.output_dir))
+    assert (record["exit_reason"], record["bad_row"]) == ("interrupted", False)
+
+
+def test_a_run_that_resumes_at_its_last_step_keeps_its_rows(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = bad_row_run(tmp_path, tiny_llama, 0, GOOD)
+    stopped_run(recipe, monkeypatch, 60)
+    train(recipe, resume="auto")
+    record = run_json(Path(recipe.train.output_dir))
+    assert record["exit_reason"] == "completed"
+    assert record["data"]["train"]["rows_read"] == 400
+
+
 def test_a_prefetched_step_does_not_count(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped after step 50, the last of a window: the next window's rows, which are read by then,
     are not among those of the run, and the resumed run ends like one that was never stopped."""
     recipe = bad_row_run(tmp_path / "stopped", tiny_llama, 300, GOOD)
-    run, own = Path(recipe.train.output_dir), EagerEngine.step
-
-    def signalled(engine: EagerEngine, micro_batches: Any) -> Any:
-        if engine.steps == 49:
-            signal.raise_signal(signal.SIGINT)
-        return own(engine, micro_batches)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(EagerEngine, "step", signalled)
-        with pytest.raises(Interrupted, match="stopped at step 50 of 60"):
-            train(recipe)
+    run = Path(recipe.train.output_dir)
+    stopped_run(recipe, monkeypatch, 50)
     assert run_json(run)["data"]["train"]["rows_read"] == 200
     train(recipe, resume="auto")
     assert run_json(run)["data"]["train"]["rows_read"] == 400
