@@ -139,6 +139,17 @@ def _is_stream(path: Path) -> bool:
     return path.exists() and not path.is_file()
 
 
+@contextmanager
+def option_named(option: str, value: object) -> Iterator[None]:
+    """Start an error that begins with an option's value with the option itself."""
+    try:
+        yield
+    except UserError as error:
+        if value is not None and str(error).startswith(str(value)):
+            error.args = (f"{option} {error}",)
+        raise
+
+
 def write_output(path: Path, text: str) -> None:
     """Write a file atomically, through symbolic links; write directly to a device or a pipe."""
     from lorakit.api import write_text

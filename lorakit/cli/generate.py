@@ -17,6 +17,7 @@ from lorakit.cli.console import (
     check_exclusive,
     check_writable,
     only_results,
+    option_named,
     progress,
     say,
     write_output,
@@ -129,7 +130,7 @@ def generate(
         seed=seed,
         fit_window=max_new_tokens is None,
     )
-    with only_results():
+    with only_results(), option_named("--adapter", adapter):
         loaded = load_for_generation(
             model, adapter, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code,
             method=method, say=say,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,11 +18,12 @@ from lorakit.cli.console import (
     check_exclusive,
     check_writable,
     only_results,
+    option_named,
     phases,
     say,
     write_output,
 )
-from lorakit.errors import AdapterError, UserError, shown
+from lorakit.errors import UserError, shown
 
 if TYPE_CHECKING:
     from lorakit.api import RunResult, SplitEvaluation
@@ -188,22 +188,11 @@ def _measure(
 ) -> SplitEvaluation:
     from lorakit.api import evaluate_split, is_main
 
-    with phases() as report, _option_named(adapter):
+    with phases() as report, option_named("--adapter", adapter):
         return evaluate_split(
             recipe, adapter, base=base, split=split, limit=limit,
             on_progress=report if is_main() else None, say=_say(),
         )  # fmt: skip
-
-
-@contextmanager
-def _option_named(adapter: Path | None) -> Iterator[None]:
-    """Start an error about the adapter with the option that names it."""
-    try:
-        yield
-    except AdapterError as error:
-        if adapter is not None and str(error).startswith(str(adapter)):
-            error.args = (f"--adapter {error}",)
-        raise
 
 
 def _check_predicts(recipe: Recipe) -> None:

@@ -248,6 +248,9 @@ def test_missing_files_are_named(
     assert refused(capsys, sst2, "--adapter", nowhere).startswith(
         f"error: --adapter {nowhere}: no such adapter directory"
     )
+    assert refused(capsys, sst2, "--adapter", "runs/nope").startswith(
+        "error: --adapter runs/nope: "
+    )
     assert "no split 'other'" in refused(capsys, sst2, "--base", "--split", "other")
     assert "test.jsonl, row 1: label = -1" in refused(capsys, sst2, "--base", "--split", "test")
     predictions = tmp_path / "p.jsonl"
