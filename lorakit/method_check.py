@@ -115,6 +115,7 @@ def _results(contract: _Contract) -> Iterator[CheckResult]:
         "only the method's own parameters get gradients": contract.gradients,
         "a saved adapter loads bit for bit": contract.saved_and_loaded,
         "the merged model equals the unmerged one": contract.merged,
+        "a merge reads only the weight that it is given": contract.merged_on_meta,
         "a resumed run equals an uninterrupted one": contract.resumed,
         "a bfloat16 base keeps its precision": contract.half_precision,
         "the layers move to another device": contract.moved,
@@ -168,15 +169,7 @@ class _Contract:
 
     def saved_and_loaded(self) -> str | None:
         model, loaded = self.trained(), self.base()
-        with tempfile.TemporaryDirectory() as folder:
-            directory = save_adapter(
-                Path(folder) / "adapter",
-                model,
-                self.section,
-                base_model_name_or_path="base",
-                task_type="CAUSAL_LM",
-            )
-            load_adapter(loaded, directory, trainable=True)
+        self.save_and_load(model, loaded)
         if self.method.folds or (self.case.kind == "slice" and not self._same_names(model, loaded)):
             return _difference(model(self.ids), loaded(self.ids))  # in another method's format
         have, want = trainable_state(loaded), trainable_state(model)
@@ -197,6 +190,18 @@ class _Contract:
             for name, layer in adapted_modules(model).items():
                 model.set_submodule(name, layer.merge())
             return _difference(unmerged, model(self.ids))
+
+    def merged_on_meta(self) -> str | None:
+        """A merge of files reads W separately, and places the adapter in a model on ``meta``."""
+        model, empty = self.trained(), self.base().to("meta")
+        self.save_and_load(model, empty)
+        layers = adapted_modules(model)
+        for name, layer in adapted_modules(empty).items():
+            want = layers[name].fold(layers[name].weight)
+            got = layer.fold(layers[name].weight)
+            if got.is_meta or not torch.allclose(got, want, atol=_TOLERANCE, rtol=_TOLERANCE):
+                return f"{name}: merged_weight needs more than its argument and what is saved"
+        return None
 
     def resumed(self) -> str | None:
         straight = _Run(self, self.injected())
@@ -225,6 +230,17 @@ class _Contract:
         """A tensor that is neither parameter nor buffer stays where it is, and the layer fails."""
         self.injected().to("meta")(self.ids.to("meta"))
         return None
+
+    def save_and_load(self, model: nn.Module, into: nn.Module) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            directory = save_adapter(
+                Path(folder) / "adapter",
+                model,
+                self.section,
+                base_model_name_or_path="base",
+                task_type="CAUSAL_LM",
+            )
+            load_adapter(into, directory, trainable=True)
 
     def base(self) -> TinyModel:
         torch.manual_seed(0)

@@ -47,14 +47,14 @@ def test_built_in_methods(name: str) -> None:
     results = check_method(name)
     assert {result.module for result in results} == (registry.methods()[name].kinds or {"base"})
     assert not [result for result in results if result.problem]
-    assert len({result.check for result in results}) == 7
+    assert len({result.check for result in results}) == 8
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_a_layer_of_one_function(folder: Path) -> None:
     (folder / "own.py").write_text(HEAD + TAIL)
     results = check_method("./own.py:Own")
-    assert [r.module for r in results] == ["linear"] * 7 + ["conv1d"] * 7
+    assert [r.module for r in results] == ["linear"] * 8 + ["conv1d"] * 8
     assert not [result for result in results if result.problem]
 
 
@@ -99,6 +99,27 @@ def test_a_layer_of_one_function(folder: Path) -> None:
             "layer.direction: not initialized",
         ),
         (
+            (
+                "    def delta_weight",
+                "    def merged_weight(self, weight):\n"
+                "        return self.dense_weight() + self.delta_weight()\n"
+                "    def delta_weight",
+            ),
+            "weight that it is given",
+            "own.py:16: ",
+        ),
+        (
+            (
+                "    def delta_weight",
+                "    def merged_weight(self, weight):\n"
+                "        merged = torch.empty_like(self.dense_weight())\n"
+                "        return merged.copy_(weight + self.delta_weight())\n"
+                "    def delta_weight",
+            ),
+            "weight that it is given",
+            "layer: merged_weight needs more than its argument",
+        ),
+        (
             ("return self.scale *", "return 1 / 0 *"),
             "unchanged",
             "own.py:16: ZeroDivisionError: division",
@@ -126,7 +147,7 @@ def test_a_frozen_tensor_that_is_drawn_again(folder: Path) -> None:
     )
     (folder / "own.py").write_text(broken + TAIL)
     problems = {r.check: r.problem for r in check_method("./own.py:Own") if r.problem}
-    assert len(problems) == 3
+    assert len(problems) == 4
     assert "neither saved nor seeded" in str(problems["a resumed run equals an uninterrupted one"])
 
 
