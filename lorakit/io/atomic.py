@@ -60,6 +60,15 @@ def atomic_file(target: Path) -> Iterator[Path]:
             new.unlink(missing_ok=True)
 
 
+def check_name(target: Path) -> None:
+    """Raise OSError or ValueError if nothing can be written to a path of this name: it is too long,
+    or a parent is a file."""
+    target = target.absolute()
+    folder = next(parent for parent in target.parents if parent.exists())
+    with suppress(FileNotFoundError):
+        (folder / _temporary(target, "removed").name).lstat()
+
+
 def write_text(target: Path, text: str) -> None:
     """Write ``text`` to ``target`` atomically, as UTF-8 with ``\\n`` line ends."""
     with atomic_file(target) as new:

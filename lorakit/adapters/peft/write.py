@@ -33,9 +33,9 @@ from lorakit.adapters.peft.targets import (
     target_modules,
     unadapted_modules,
 )
-from lorakit.errors import AdapterError
+from lorakit.errors import AdapterError, shown
 from lorakit.injection import find_fully_trained, trained_base_parameters
-from lorakit.io.atomic import atomic_directory
+from lorakit.io.atomic import atomic_directory, check_name
 from lorakit.layers import AdapterLayer, BaseWrapper, CompositeLayer, adapted_modules
 from lorakit.methods.base import Method
 from lorakit.models.master_weights import base_dtype, plain_name
@@ -283,6 +283,13 @@ def _completed(facts: CardFacts, settings: Mapping[str, Any], info: Mapping[str,
 
 
 def _check_replaceable(directory: Path) -> None:
+    try:
+        check_name(directory)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise AdapterError(f"{shown(str(directory))}: cannot be written: {reason}") from error
+    if directory.is_symlink():
+        raise AdapterError(f"{directory}: is a symbolic link; not replaced")
     if directory.is_dir():
         if any(directory.iterdir()) and not (directory / CONFIG).is_file():
             raise AdapterError(f"{directory}: not empty and not an adapter; not replaced")

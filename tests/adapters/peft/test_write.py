@@ -165,6 +165,34 @@ def test_a_directory_of_something_else_is_not_replaced(make_pair: MakePair, tmp_
     assert (tmp_path / "photos" / "1.jpg").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("link", "link: is a symbolic link; not replaced"),
+        ("dangling", "dangling: is a symbolic link; not replaced"),
+        ("file", "file: exists and is not a directory"),
+        ("file/deep/out", "cannot be written: Not a directory"),
+        ("new/" + "x" * 250, "cannot be written: File name too long"),
+        ("new/a\0b", r"a\\u0000b\": cannot be written: embedded null"),
+    ],
+)
+def test_paths_that_cannot_be_a_new_directory(
+    name: str, message: str, make_pair: MakePair, tmp_path: Path
+) -> None:
+    _, adapter, model = make_pair()
+    (tmp_path / "link").symlink_to(adapter)
+    (tmp_path / "dangling").symlink_to(tmp_path / "none")
+    (tmp_path / "file").write_text("x")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(AdapterError, match=message) as caught:
+        save_adapter(
+            tmp_path / name, model, LoraConfig(), base_model_name_or_path="b",
+            task_type="CAUSAL_LM",
+        )  # fmt: skip
+    assert "\n" not in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_model_without_an_adapter_is_not_saved(tmp_path: Path) -> None:
     model = tiny("llama").requires_grad_(False)
     with pytest.raises(AdapterError, match="no adapter to save"):
