@@ -32,6 +32,7 @@ from lorakit.adapters.peft.schema import (
     SIDECAR,
     SIDECAR_TYPES,
     WEIGHTS,
+    check_patterns,
     check_supported,
     check_tied,
     check_types,
@@ -177,6 +178,7 @@ def read_adapter(
     method = find_method(config, sidecar or {}, where, say, hint)
     patterns = ADALORA_TYPES if config["peft_type"] == "ADALORA" else LORA_TYPES
     check_types(config, CONFIG_TYPES | patterns, where)
+    check_patterns(config, where)
     lora_format = config["peft_type"] in LORA_FORMATS
     if lora_format:
         check_supported(config, where)

@@ -83,7 +83,7 @@ _PATTERN_KEYS = (
 CONFIG_TYPES = {
     "alpha_pattern": "finite numbers by name",
     "auto_mapping": "an object",
-    "base_model_name_or_path": "a string",
+    "base_model_name_or_path": "a string without control characters",
     "exclude_modules": "a string, or a list of strings",
     "fan_in_fan_out": "true, false",
     "init_r": "an integer above 0",
@@ -133,6 +133,10 @@ _NOT_NULLABLE = ("init_r", "lora_alpha", "lora_dropout", "r")
 SEQ_CLS_HEADS = ("classifier", "score")
 #: Parts of tensor names that only occur for layers whose weights may be tied.
 _TIED = ("lora_embedding_", "lm_head.", "embed_tokens.", "wte.")
+
+
+#: Characters that no path and no UTF-8 file can contain, or that break a message's line.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 class FactorNames(NamedTuple):
@@ -226,13 +230,17 @@ def check_types(stored: Mapping[str, Any], types: Mapping[str, str], where: str)
 
 
 def check_supported(config: Mapping[str, Any], where: str) -> None:
-    """Raise AdapterError for a key that changes the output in a way that lorakit does not support,
-    and for an invalid regular expression."""
+    """Raise AdapterError for a key that changes the output in a way that lorakit does not
+    support."""
     for key, allowed in _SUPPORTED.items():
         value = config.get(key, DEFAULTS.get(key))
         if not any(value is choice or value == choice for choice in allowed):
             names = ", ".join(shown(choice) for choice in allowed)
             raise AdapterError(f"{where}: {key} = {shown(value)}: not supported; allowed: {names}")
+
+
+def check_patterns(config: Mapping[str, Any], where: str) -> None:
+    """Raise AdapterError for an invalid regular expression."""
     for key in _PATTERN_KEYS:
         value = config.get(key) or []
         for pattern in [value] if isinstance(value, str) else value:
@@ -317,6 +325,9 @@ def _is_mask(value: Any) -> bool:
 
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     "a string": lambda value: isinstance(value, str),
+    "a string without control characters": lambda value: (
+        isinstance(value, str) and not _CONTROL.search(value)
+    ),
     "a list of strings": _is_strings,
     "a string, or a list of strings": lambda value: isinstance(value, str) or _is_strings(value),
     "true, false": lambda value: isinstance(value, bool),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import lorakit
+from lorakit.adapters.peft.schema import CONFIG
 from lorakit.errors import AdapterError
 from tests.adapters.directories import write_adapter, write_base
 
@@ -20,6 +21,9 @@ CONFIG_FAULTS: list[tuple[str, Any]] = [
     ("alpha_pattern", {"q": "x"}),
     ("auto_mapping", "x"),
     ("base_model_name_or_path", 7),
+    ("base_model_name_or_path", "base\0"),
+    ("base_model_name_or_path", "base\nhint"),
+    ("base_model_name_or_path", "base\ud800"),
     ("exclude_modules", 7),
     ("layers_pattern", {"x": 1}),
     ("layers_to_transform", ["x"]),
@@ -88,6 +92,22 @@ def test_a_wrong_type(
 ) -> None:
     adapter = edited(pair, tmp_path, f"{name}.json", lambda stored: stored.update({key: value}))
     refused(pair[0], adapter, rf"{name}\.json: {key}")
+
+
+@pytest.mark.parametrize(("method", "targets"), [("intrinsic", ["attention"]), ("bitfit", None)])
+def test_an_invalid_pattern_of_any_method(
+    method: str, targets: list[str] | None, tmp_path: Path
+) -> None:
+    base = write_base(tmp_path / "base", "gpt2")
+    adapter = write_adapter(base, tmp_path / "given", method=method, target_modules=targets)
+    path = edited((base, adapter), tmp_path, CONFIG, lambda c: c.update(target_modules="(attn"))
+    for action in (
+        lambda: lorakit.merge(base, path, tmp_path / "out"),
+        lambda: lorakit.load(base, path),
+    ):
+        with pytest.raises(AdapterError, match=r'adapter_config\.json: target_modules: "\(attn"'):
+            action()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("value", [None, "16", -1, 1.5, float("nan"), 10**30, []], ids=str)
