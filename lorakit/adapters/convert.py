@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lorakit.adapters.loralib import loralib_tensors, metadata
+from lorakit.adapters.loralib import loralib_tensors, write_state
 from lorakit.adapters.loralib_read import LoralibOptions, read_loralib
 from lorakit.adapters.low_rank import Updates, lora_files, number, padded, read_updates
 from lorakit.adapters.merge.tokenizer import TEMPLATES, TOKENIZER_FILES
@@ -256,11 +255,11 @@ def _write_loralib(
     """Write ``target``, which is ``out`` or inside it, with ``facts`` in its metadata."""
     if target != out:
         with atomic_directory(out, replace=overwrite) as folder:
-            save_file(_copied_tensors(tensors), folder / target.name, metadata=metadata(facts))
+            write_state(folder / target.name, _copied_tensors(tensors), facts)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(target) as file:
-        save_file(_copied_tensors(tensors), file, metadata=metadata(facts))
+        write_state(file, _copied_tensors(tensors), facts)
 
 
 def _copied_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from lorakit.adapters.low_rank import BASE_BIAS, BASE_WEIGHT, AdaptedMatrix, Updates, number
@@ -30,7 +31,7 @@ from lorakit.version import __version__
 PICKLED = (".pt", ".pth", ".bin")
 #: Types of the metadata, except for keys that only the layers' constructors need.
 _METADATA_TYPES = {
-    "base_model": "a string",
+    "base_model": "a string without control characters",
     "embedding": "a list of strings",
     "enable_lora": "lists of true and false by name",
     "lora_alpha": "a finite number",
@@ -146,9 +147,18 @@ def loralib_tensors(updates: Updates) -> tuple[dict[str, Tensor], dict[str, Any]
     return tensors | {_in_module(k): v for k, v in updates.others.items()}, facts, notes
 
 
-def metadata(facts: Mapping[str, Any]) -> dict[str, str]:
-    """The metadata as safetensors stores it: strings by name."""
-    return {"format": "pt"} | {key: json.dumps(value) for key, value in facts.items()}
+def write_state(file: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write a safetensors file with ``facts`` in its metadata, each as JSON.
+
+    The metadata is sorted, which safetensors does not do, so that equal adapters give equal files.
+    """
+    metadata = {"format": "pt"} | {key: json.dumps(value) for key, value in facts.items()}
+    content = save(dict(tensors), metadata)
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end]) | {"__metadata__": dict(sorted(metadata.items()))}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
 
 
 def merged_linear(A: Tensor, B: Tensor, enable: list[bool], scaling: float) -> AdaptedMatrix:

@@ -43,6 +43,14 @@ def test_loralib_layers_take_the_file(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(model.eval()), want, atol=1e-6, rtol=0)
 
 
+def test_equal_adapters_give_equal_files(tmp_path: Path) -> None:
+    _, adapter = write_pair(tmp_path, "gpt2", r=2, target_modules=["q", "v"])
+    files = [tmp_path / f"{n}.safetensors" for n in range(5)]
+    for file in files:
+        lorakit.convert(adapter, file, "loralib")
+    assert len({file.read_bytes() for file in files}) == 1
+
+
 def trained(model: nn.Module, layers: dict[str, nn.Module], bias: Any = "none") -> nn.Module:
     """Return ``model`` with loralib's layers, trained for a few steps."""
     for name, layer in layers.items():
