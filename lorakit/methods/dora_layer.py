@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lorakit.errors import AdapterError
 from lorakit.kernels.low_rank import LowRankDelta, RowSlice, dora_add, row_norms, row_squares
-from lorakit.layers import CompositeLayer
+from lorakit.layers import AdapterLayer, CompositeLayer
 from lorakit.methods.lora_layer import LoraLayer
 
 #: The largest relative change of a row's norm when W is rounded to bfloat16.
@@ -88,7 +88,7 @@ class DoraLayer(LoraLayer):
         PEFT, so that m / norm is exactly 1."""
         layer = super().join(composite)
         assert isinstance(layer, DoraLayer)
-        m = layer._norms_of_base()
+        m = _norms(layer.dense_weight())
         for name, part in composite.parts.items():
             assert isinstance(part, DoraLayer)
             composite.rows(name).put(m, part.lora_magnitude_vector.detach())
@@ -96,23 +96,15 @@ class DoraLayer(LoraLayer):
         return layer
 
     def split(self, parts: Mapping[str, tuple[RowSlice, int]]) -> CompositeLayer:
-        composite = super().split(parts)
+        given = super().split(parts)
         m = self.lora_magnitude_vector.detach()
-        expected = m.clone() if self.device.type == "meta" else self._norms_of_base()
-        for name, part in composite.parts.items():
-            own = composite.rows(name).of(m).clone()
+        for name, part in given.parts.items():
+            own = given.rows(name).of(m).clone()
             part.lora_magnitude_vector = nn.Parameter(own, requires_grad=False)
-            composite.rows(name).put(expected, own)
-        if ((m - expected).abs() > expected.abs() * _ROUNDING).any():
-            raise AdapterError(
-                f"the parts {', '.join(parts)} do not cover all changes by lora_magnitude_vector"
-            )
+        composite = _DoraParts(self.base_layer, given.parts, m)
+        if self.device.type != "meta":
+            composite.check_covered(self.dense_weight())
         return composite
-
-    def _norms_of_base(self) -> Tensor:
-        """||W_i|| (out,)"""
-        norms: Tensor = torch.linalg.vector_norm(self.dense_weight().detach().float(), dim=1)
-        return norms
 
     def _base_squares(self) -> Tensor:
         """||W_i||^2 (out,), cached until W changes."""
@@ -122,3 +114,39 @@ class DoraLayer(LoraLayer):
         if self._squares is None or self._squares[0] != self.base_state:
             self._squares = self.base_state, row_squares(W)
         return self._squares[1]
+
+
+class _DoraParts(CompositeLayer):
+    """Parts whose magnitudes were stored for all rows of the base.
+
+    If the base is on ``meta``, those outside the parts are checked during a merge.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, parts: Mapping[str, AdapterLayer], stored: Tensor
+    ) -> None:
+        super().__init__(base_layer, parts)
+        self._stored = stored
+
+    def check_covered(self, weight: Tensor) -> None:
+        """Raise AdapterError unless the magnitude of each row outside the parts is its norm in
+        ``weight``."""
+        expected = _norms(weight)
+        for name in self.parts:
+            self.rows(name).put(expected, self.rows(name).of(self._stored))
+        if ((self._stored - expected).abs() > expected.abs() * _ROUNDING).any():
+            raise AdapterError(
+                f"the parts {', '.join(self.parts)} do not cover all changes by "
+                "lora_magnitude_vector"
+            )
+
+    def merged_weight(self, weight: Tensor) -> Tensor:
+        if self.device.type == "meta":
+            self.check_covered(weight)
+        return super().merged_weight(weight)
+
+
+def _norms(weight: Tensor) -> Tensor:
+    """||W_i|| (out,)"""
+    norms: Tensor = torch.linalg.vector_norm(weight.detach().float(), dim=1)
+    return norms

@@ -251,3 +251,22 @@ def test_memory_is_a_few_chunks(tmp_path: Path) -> None:
     assert out[1] == "False"
     merged = load_file(tmp_path / "out" / "model.safetensors")
     assert (merged[f"{stem}.mlp.up_proj.weight"] == 1).all()
+
+
+def test_magnitudes_outside_the_parts_of_a_fused_matrix(tmp_path: Path) -> None:
+    """The parts of q and v cannot express a change of k's rows: refused by merge as by load."""
+    base = write_base(tmp_path / "base", "gpt2")
+    keys = {"method": "dora", "target_modules": ["q", "v"]}
+    adapter = write_adapter(base, tmp_path / "adapter", **keys)
+    merge(base, adapter, tmp_path / "out")
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    m = next(value for name, value in tensors.items() if "magnitude" in name)
+    m[len(m) // 2] *= 2
+    save_file(tensors, file, metadata={"format": "pt"})
+    message = "parts q, v do not cover all changes by lora_magnitude_vector"
+    with pytest.raises(AdapterError, match=message):
+        load(base, adapter)
+    with pytest.raises(AdapterError, match=message):
+        merge(base, adapter, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
