@@ -125,7 +125,7 @@ class AdapterFiles:
         order of the rows, which is also that of the tensors."""
         stored = (self.sidecar or {}).get("parts") or {}
         try:
-            return {name: _parts(parts) for name, parts in stored.items()}
+            return {name: parse_parts(parts) for name, parts in stored.items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise AdapterError(
                 f"{self.directory / SIDECAR}: parts = {shown(stored)}: allowed: for each module, "
@@ -219,7 +219,7 @@ def split_key(key: str, modules: Collection[str]) -> tuple[str, str]:
     return "", key
 
 
-def _parts(stored: Mapping[str, Mapping[str, int]]) -> dict[str, tuple[RowSlice, int]]:
+def parse_parts(stored: Mapping[str, Mapping[str, int]]) -> dict[str, tuple[RowSlice, int]]:
     """Sorted by row. Raises ValueError, TypeError, KeyError or AttributeError if malformed."""
     found: dict[str, tuple[RowSlice, int]] = {}
     at = 0

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorakit import registry
 from lorakit.adapters.model_card import CardFacts, model_card
 from lorakit.adapters.peft.lora import to_peft
+from lorakit.adapters.peft.read import parse_parts
 from lorakit.adapters.peft.schema import (
     CARD,
     CONFIG,
@@ -132,6 +133,7 @@ def _collect(
 ) -> _Contents:
     adapted = adapted_modules(model)
     renamed: Callable[[str], str] = names or str
+    info = _sidecar(model, method, adapted, renamed)
     layers = {renamed(name): layer.joined() for name, layer in adapted.items()}
     settings, tensors = to_peft(method, layers, config)
     base_parameters = {
@@ -144,7 +146,6 @@ def _collect(
         state = model.get_submodule(name).state_dict()
         tensors |= {f"{renamed(name)}.{key}": value for key, value in state.items()}
     settings["modules_to_save"] = [renamed(name) for name in fully_trained] or None
-    info = _sidecar(model, method, adapted, renamed)
     if names is not None:
         info["base_class"] = type(names.own).__name__
     if method.peft_loads:
@@ -246,7 +247,7 @@ def _sidecar(
         renamed(name): layer for name, layer in layers.items() if isinstance(layer, CompositeLayer)
     }
     if fused:
-        info["parts"] = {name: _parts(layer) for name, layer in fused.items()}
+        info["parts"] = {name: _parts(name, layer) for name, layer in fused.items()}
     if isinstance(model, PreTrainedModel):
         info["pad_token_id"] = getattr(model.config, "pad_token_id", None)
         if "Classification" in type(model).__name__:
@@ -256,12 +257,21 @@ def _sidecar(
     return info
 
 
-def _parts(layer: CompositeLayer) -> dict[str, Any]:
-    """Role -> its rows, and its rank in the saved tensors."""
-    return {
+def _parts(name: str, layer: CompositeLayer) -> dict[str, Any]:
+    """Role -> its rows, and its rank in the saved tensors. Raises AdapterError if they could not be
+    read again."""
+    parts = {
         role: dataclasses.asdict(layer.rows(role)) | {"r": part.saved_rank}
         for role, part in layer.parts.items()
     }
+    try:
+        parse_parts(parts)
+    except (TypeError, ValueError):
+        raise AdapterError(
+            f"{name}: the parts {', '.join(parts)} cannot be saved; allowed: q, k and v, without "
+            "overlap and of one period"
+        ) from None
+    return parts
 
 
 def _completed(facts: CardFacts, settings: Mapping[str, Any], info: Mapping[str, Any]) -> CardFacts:

@@ -19,10 +19,13 @@ from lorakit.adapters.peft.place import load_adapter
 from lorakit.adapters.peft.read import read_adapter
 from lorakit.adapters.peft.targets import exact_patterns, target_modules
 from lorakit.adapters.peft.write import save_adapter
+from lorakit.base_weight import RowView
 from lorakit.errors import AdapterError
 from lorakit.injection import inject, trainable_state
-from lorakit.layers import adapter_layers
+from lorakit.kernels.low_rank import RowSlice
+from lorakit.layers import CompositeLayer, adapted_modules, adapter_layers
 from lorakit.methods.lora import LoraConfig
+from lorakit.methods.lora_layer import LoraLayer
 from tests.adapters.conftest import MakePair
 from tests.families import tiny, token_ids
 
@@ -200,6 +203,25 @@ def test_a_model_without_an_adapter_is_not_saved(tmp_path: Path) -> None:
             tmp_path / "a", model, LoraConfig(), base_model_name_or_path="b", task_type="CAUSAL_LM"
         )
     assert not (tmp_path / "a").exists()
+
+
+def test_parts_that_overlap_are_not_saved(tmp_path: Path) -> None:
+    """The reader accepts q, k and v of one projection, without overlap."""
+    model = tiny("phi3")
+    inject(model, LoraConfig(r=2, target_modules=["q", "v"], layers=[0]))
+    [(name, layer)] = adapted_modules(model).items()
+    assert isinstance(layer, CompositeLayer)
+    base = layer.base_layer
+    size = layer.out_features
+    for rows in (RowSlice(0, size, size), RowSlice(0, 1, 2)):
+        parts = {"q": layer.parts["q"], "v": LoraLayer(RowView(base, rows), r=2, scaling=1.0)}
+        model.set_submodule(name, CompositeLayer(base, parts))
+        with pytest.raises(AdapterError, match=rf"^{name}: the parts q, v cannot be saved; allow"):
+            save_adapter(
+                tmp_path / "a", model, LoraConfig(), base_model_name_or_path="b",
+                task_type="CAUSAL_LM",
+            )  # fmt: skip
+        assert not any(tmp_path.iterdir())
 
 
 def test_target_modules_match_exactly_the_adapted_modules() -> None:
