@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lorakit.errors import AdapterError
 from lorakit.kernels.low_rank import RowSlice
 
 Kind = Literal["linear", "conv1d", "embedding"]
@@ -20,10 +21,17 @@ ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding)
 
 
 class RowView(nn.Module):
-    """A slice of the rows of ``module``, used as a linear layer. It has no parameters itself."""
+    """A slice of the rows of ``module``, used as a linear layer. It has no parameters itself.
+
+    Raises AdapterError if ``module`` is an embedding or does not have the rows."""
 
     def __init__(self, module: nn.Module, rows: RowSlice) -> None:
         super().__init__()
+        size = len(dense_weight(module))
+        if not rows.fit(size):
+            raise AdapterError(f"{rows} does not fit a module of {size} rows")
+        if kind_of(module) == "embedding":
+            raise AdapterError("rows of an embedding cannot be adapted; allowed: of a linear layer")
         self._module = (module,)  # in a tuple: its parameters are not listed twice
         self.rows = rows
 

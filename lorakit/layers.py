@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Mapping
+from inspect import getattr_static
 from itertools import pairwise
 
 import torch
@@ -95,7 +96,12 @@ class BaseWrapper(nn.Module, ABC):
 
     def merge(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Fold the adapter into the base, which gets a new weight in ``dtype`` (default: its own).
-        Returns the base."""
+        Returns the base. Raises AdapterError if the base computes its weight on each access."""
+        if hasattr(type(self.base_layer), "weight"):
+            raise AdapterError(
+                f"{type(self.base_layer).__name__} computes its weight on each access, so nothing "
+                "can be merged into it; allowed: modules that store their weight"
+            )
         stored = self.weight
         merged = self.fold(stored).to(dtype or stored.dtype)
         self.base_layer.weight = nn.Parameter(merged, requires_grad=False)
@@ -192,6 +198,11 @@ class AdapterLayer(BaseWrapper, ABC):
         return self
 
     @classmethod
+    def can_be_part(cls) -> bool:
+        """Whether the class defines ``join`` and ``split``, which a part of a module needs."""
+        return all(getattr_static(cls, n) is not vars(AdapterLayer)[n] for n in ("join", "split"))
+
+    @classmethod
     def join(cls, composite: CompositeLayer) -> AdapterLayer:
         """The parts of ``composite``, all of this class, as one layer over the whole base."""
         raise NotImplementedError
@@ -214,11 +225,18 @@ class CompositeLayer(BaseWrapper):
 
     def __init__(self, base_layer: nn.Module, parts: Mapping[str, AdapterLayer]) -> None:
         super().__init__(base_layer)
+        if not parts:
+            raise AdapterError("a layer without parts; allowed: one or more")
         for name, part in parts.items():
+            if not name.isidentifier() or hasattr(self, name):
+                raise AdapterError(f"the part {name!r}: allowed: an unused name")
+            view = part.base_layer
+            if not isinstance(view, RowView) or view.module is not base_layer:
+                raise AdapterError(f"the part {name!r}: allowed: a layer on a RowView of the base")
             self.add_module(name, part)
         slices = [self.rows(name) for name in self.parts]
         # Slices of different periods may have rows in common.
-        self._overlap = any(a.stop > b.start or a.period != b.period for a, b in pairwise(slices))
+        self.overlaps = any(a.stop > b.start or a.period != b.period for a, b in pairwise(slices))
 
     @property
     def parts(self) -> dict[str, AdapterLayer]:
@@ -235,7 +253,7 @@ class CompositeLayer(BaseWrapper):
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features)
         y = self.base_forward(flat)
-        y = self._forward_overlapping(flat, y) if self._overlap else self._forward_disjoint(flat, y)
+        y = self._forward_overlapping(flat, y) if self.overlaps else self._forward_disjoint(flat, y)
         return y.view(*x.shape[:-1], self.out_features)
 
     def _forward_disjoint(self, x: Tensor, y: Tensor) -> Tensor:
@@ -269,17 +287,26 @@ class CompositeLayer(BaseWrapper):
         for name, part in self.parts.items():
             rows, own = self.rows(name), self.rows(name).of(weight)
             new = part.merged_weight(own)
-            rows.put(merged, rows.of(merged) + (new - own.float()) if self._overlap else new)
+            rows.put(merged, rows.of(merged) + (new - own.float()) if self.overlaps else new)
         return merged
 
     def joined(self) -> AdapterLayer:
-        return type(next(iter(self.parts.values()))).join(self)
+        """Raises AdapterError if no single layer is equal to the parts."""
+        classes = self._classes()
+        if len(classes) > 1:
+            names = ", ".join(sorted(c.__name__ for c in classes))
+            raise AdapterError(f"parts of {names} do not form one layer; allowed: one class")
+        return classes.pop().join(self)
 
     def low_rank(self) -> LowRankDelta | None:
         """The update as one product, which is zero outside the parts' rows."""
-        if any(part.low_rank() is None for part in self.parts.values()):
+        mixed = len(self._classes()) > 1
+        if mixed or any(part.low_rank() is None for part in self.parts.values()):
             return None
         return self.joined().low_rank()
+
+    def _classes(self) -> set[type[AdapterLayer]]:
+        return {type(part) for part in self.parts.values()}
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:

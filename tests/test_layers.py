@@ -6,13 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.base_weight import RowView
+from lorakit.errors import AdapterError
 from lorakit.kernels.low_rank import RowSlice
 from lorakit.layers import AdapterLayer, CompositeLayer
 from lorakit.methods.dora_layer import DoraLayer
-from lorakit.methods.lora_layer import LoraLayer
+from lorakit.methods.lora_layer import LoraLayer, MosLoraLayer
 
 
 class Offset(AdapterLayer):
@@ -52,6 +54,8 @@ def lora(base: nn.Module, r: int = 2, layer_class: type[LoraLayer] = LoraLayer) 
     nn.init.normal_(layer.lora_B)
     if isinstance(layer, DoraLayer):
         nn.init.uniform_(layer.lora_magnitude_vector, 1, 2)
+    if isinstance(layer, MosLoraLayer):
+        nn.init.eye_(layer.lora_mixer)
     return layer
 
 
@@ -136,3 +140,75 @@ def test_a_delta_that_reads_the_dense_weight_merges_on_a_meta_base() -> None:
     weight = torch.arange(6.0).reshape(2, 3)
     assert torch.equal(layer.fold(weight), 1.5 * weight)
     assert layer.dense_weight().device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("base", "rows", "problem"),
+    [
+        (nn.Embedding(4, 6), RowSlice(0, 3, 6), "rows of an embedding cannot be adapted; allowed"),
+        (nn.Linear(4, 6), RowSlice(0, 2, 4), r"RowSlice\(.*\) does not fit a module of 6 rows"),
+        (nn.Linear(4, 6), RowSlice(2, 5, 3), r"RowSlice\(.*\) does not fit a module of 6 rows"),
+    ],
+    ids=str,
+)
+def test_rows_that_a_module_does_not_have(base: nn.Module, rows: RowSlice, problem: str) -> None:
+    with pytest.raises(AdapterError, match=problem):
+        RowView(base, rows)
+
+
+def test_parts_that_are_refused() -> None:
+    base = nn.Linear(4, 6)
+    part, other = (lora(RowView(module, RowSlice(0, 3, 6))) for module in (base, nn.Linear(4, 6)))
+    for parts, problem in (
+        ({}, "a layer without parts; allowed: one or more"),
+        ({"base_layer": part}, "the part 'base_layer': allowed: an unused name"),
+        ({"bias": part}, "the part 'bias': allowed: an unused name"),
+        ({"a.b": part}, r"the part 'a\.b': allowed: an unused name"),
+        ({"q": lora(base)}, "the part 'q': allowed: a layer on a RowView of the base"),
+        ({"q": other}, "the part 'q': allowed: a layer on a RowView of the base"),
+    ):
+        with pytest.raises(AdapterError, match=problem):
+            CompositeLayer(base, parts)
+
+
+def _overlapping(*classes: type[LoraLayer]) -> CompositeLayer:
+    base = nn.Linear(4, 6)
+    rows = RowSlice(0, 6, 6)
+    parts = {f"part{i}": lora(RowView(base, rows), 2, c) for i, c in enumerate(classes)}
+    return CompositeLayer(base, parts)
+
+
+def test_overlapping_parts_of_lora_form_one_layer() -> None:
+    layer = _overlapping(LoraLayer, LoraLayer)
+    W = layer.dense_weight()
+    torch.testing.assert_close(layer.joined().merged_weight(W), layer.merged_weight(W))
+
+
+@pytest.mark.parametrize(
+    ("classes", "problem"),
+    [
+        ((LoraLayer, DoraLayer), "parts of DoraLayer, LoraLayer do not form one layer"),
+        ((LoraLayer, MosLoraLayer), "parts of LoraLayer, MosLoraLayer do not form one layer"),
+        ((DoraLayer, DoraLayer), "parts that overlap do not form one DoRA layer"),
+    ],
+    ids=str,
+)
+def test_parts_that_form_no_single_layer(
+    classes: tuple[type[LoraLayer], ...], problem: str
+) -> None:
+    layer = _overlapping(*classes)
+    assert layer.low_rank() is None
+    layer.merged_weight(layer.dense_weight())
+    with pytest.raises(AdapterError, match=problem):
+        layer.joined()
+
+
+def test_a_weight_that_is_computed_cannot_be_merged_into() -> None:
+    parametrized = weight_norm(nn.Linear(4, 6))
+    stacked = Stacked(nn.Linear(4, 2), nn.Linear(4, 4))
+    for base in (parametrized, stacked):
+        weight = base.weight.clone()
+        layer = lora(base)
+        with pytest.raises(AdapterError, match=r"computes its weight on each access.*; allowed: "):
+            layer.merge()
+        assert torch.equal(base.weight, weight)

@@ -85,7 +85,10 @@ class DoraLayer(LoraLayer):
     @classmethod
     def join(cls, composite: CompositeLayer) -> LoraLayer:
         """In rows outside the parts, m is the norm of the row, computed by the same operation as in
-        PEFT, so that m / norm is exactly 1."""
+        PEFT, so that m / norm is exactly 1. Raises AdapterError if parts have rows in common, for
+        which there is no common m."""
+        if composite.overlaps:
+            raise AdapterError("parts that overlap do not form one DoRA layer; allowed: no overlap")
         layer = super().join(composite)
         assert isinstance(layer, DoraLayer)
         m = _norms(layer.dense_weight())
