@@ -183,8 +183,15 @@ def _kind(target: Target) -> str:
 
 
 def _wrap(method: Method, target: Target, config: AdapterSection, name: str) -> AdapterLayer:
-    module = target.module if target.rows is None else RowView(target.module, target.rows)
-    return method.wrap(module, config, name)
+    if target.rows is None:
+        return method.wrap(target.module, config, name)
+    layer = method.wrap(RowView(target.module, target.rows), config, name)
+    if not layer.can_be_part():
+        raise TargetError(
+            f"adapter.target_modules: {method.name} cannot save {name}, a part of a module; "
+            f"allowed: whole modules, or join and split of {type(layer).__name__}"
+        )
+    return layer
 
 
 def replace_modules(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -217,3 +219,32 @@ def test_parts_train_under_gradient_checkpointing_and_generate(family: str) -> N
         keys = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
         cached = model.eval().generate(prompt, **keys)
         assert torch.equal(cached, model.generate(prompt, use_cache=False, **keys))
+
+
+def test_a_layer_that_cannot_be_saved_as_a_part_is_an_error(in_tmp: Path) -> None:
+    """The method's wrap returns another layer than its Layer, which defines join and split."""
+    (in_tmp / "own.py").write_text(
+        """
+from lorakit.layers import AdapterLayer
+from lorakit.methods.lora import LoraConfig
+from lorakit.methods.base import Method
+from lorakit.methods.lora_layer import LoraLayer
+
+class Offset(AdapterLayer):
+    def delta_weight(self):
+        return self.dense_weight() * 0.0
+
+class Own(Method):
+    Config = LoraConfig
+    Layer = LoraLayer
+    kinds = {"linear", "slice"}
+
+    def wrap(self, module, config, name):
+        return Offset(module)
+"""
+    )
+    model = tiny("phi3")
+    config = LoraConfig(method="./own.py:Own", target_modules=["q", "o"])
+    with pytest.raises(TargetError, match=r"own\.py:Own cannot save .*q, a part .*split of Offset"):
+        inject(model, config)
+    assert not adapter_layers(model)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import wraps
-from inspect import getattr_static
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +150,7 @@ def _check_layer(spec: str, found: type[Method]) -> None:
         _check_signature(
             f"{spec}: Layer.__init__", layer.__init__, ["base_layer", "config", "name"]
         )
-    missing = [n for n in ("join", "split") if getattr_static(layer, n) is vars(AdapterLayer)[n]]
-    if "slice" in found.kinds and missing:
+    if "slice" in found.kinds and not layer.can_be_part():
         raise UserError(f"{spec}: kinds has slice; allowed: a Layer that defines join and split")
 
 
