@@ -61,7 +61,7 @@ def own(in_tmp: Path) -> Path:
 def test_a_method_that_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["methods", "--check", "./own.py:Scaled"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 14
+    assert len(lines) == 16
     assert all(line.startswith(("ok      linear: ", "ok      conv1d: ")) for line in lines)
 
 
@@ -73,7 +73,7 @@ def test_what_a_method_prints_does_not_reach_stdout(
     )
     assert run(["methods", "--check", "./own.py:Scaled", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["method"], found["passed"], len(found["checks"])) == ("./own.py:Scaled", True, 14)
+    assert (found["method"], found["passed"], len(found["checks"])) == ("./own.py:Scaled", True, 16)
     assert found["checks"][0]["problem"] is None
 
 
