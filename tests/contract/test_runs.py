@@ -65,7 +65,7 @@ def restore(run: Run, saved: Any) -> None:
     run.hooks.load_state(state)
 
 
-@cases()
+@cases(unchecked=True)
 def test_a_resume_equals_no_stop(name: str, kind: str, dtype: torch.dtype) -> None:
     method, section = registry.methods()[name], config(name, kind)
     straight = Run(injected(name, kind, dtype), method, section)
