@@ -32,12 +32,15 @@ class _Adapter:
 
     ``settings`` of the model's configuration, trained ``parameters`` of the base and fully trained
     ``modules`` are the adapter's while it is inactive, and the base's while it is active.
+    ``dtypes`` are those in which their counterparts were placed in the model, which the caller may
+    convert.
     """
 
     settings: dict[str, Any]
     parameters: dict[str, Tensor]
     modules: dict[str, nn.Module]
     layers: dict[str, BaseWrapper] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
 
 @dataclass
@@ -128,6 +131,7 @@ def _prepared(model: nn.Module, files: AdapterFiles, settings: Mapping[str, Any]
     finally:
         for name, layer in adapter.layers.items():
             model.set_submodule(name, layer.base_layer)
+        adapter.dtypes.clear()  # loading converts modules, which is no conversion by the caller
         _swap(model, adapter)
     return adapter
 
@@ -168,7 +172,9 @@ def _deactivate(model: nn.Module, state: _State) -> None:
         state.versions[place] = _version(weight)
     for place, weight in state.replaced.items():
         module = model.get_submodule(place)
-        module.weight = _on_device_of(weight, _weight(module))
+        merged = _weight(module)
+        _move(weight, merged.device, merged.dtype)
+        module.weight = weight
     state.merged.clear()
     state.replaced.clear()
     _swap(model, adapter)
@@ -204,11 +210,22 @@ def _swap(model: nn.Module, adapter: _Adapter) -> None:
     for name, parameter in adapter.parameters.items():
         owner, _, end = name.rpartition(".")
         module = model.get_submodule(owner)
-        adapter.parameters[name] = getattr(module, end)
-        setattr(module, end, _on_device_of(parameter, adapter.parameters[name]))
+        other = adapter.parameters[name] = getattr(module, end)
+        _move(parameter, other.device, _conversion(adapter, name, other))
+        adapter.dtypes[name] = parameter.dtype
+        setattr(module, end, parameter)
     for name, module in adapter.modules.items():
-        adapter.modules[name] = model.get_submodule(name)
-        model.set_submodule(name, _matched(module, adapter.modules[name]))
+        replaced = adapter.modules[name] = model.get_submodule(name)
+        if (before := next(replaced.parameters(), None)) is not None:
+            module.to(dtype=_conversion(adapter, name, before))
+        model.set_submodule(name, _matched(module, replaced))
+        if (now := next(module.parameters(), None)) is not None:
+            adapter.dtypes[name] = now.dtype
+
+
+def _conversion(adapter: _Adapter, name: str, placed: Tensor) -> torch.dtype | None:
+    """The dtype to which the caller has converted ``placed`` since it was placed in the model."""
+    return placed.dtype if adapter.dtypes.get(name, placed.dtype) != placed.dtype else None
 
 
 def _matched(module: nn.Module, other: nn.Module) -> nn.Module:
@@ -218,10 +235,9 @@ def _matched(module: nn.Module, other: nn.Module) -> nn.Module:
     return module.train(other.training)
 
 
-def _on_device_of(value: Any, other: Tensor) -> Any:
-    """``value``, the same object, moved to the device of ``other``."""
-    value.data = value.data.to(other.device)
-    return value
+def _move(value: Tensor, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Move the values of ``value``, the same object, and convert them unless ``dtype`` is None."""
+    value.data = value.data.to(device, dtype or value.dtype)
 
 
 def _version(weight: Tensor) -> object:

@@ -322,6 +322,35 @@ def test_mode_and_dtype_of_the_model_are_followed(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("active", ["a", None])
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [
+        ("llama", {"target_modules": ["embed_tokens", "q"], "modules_to_save": ["norm"]}),
+        ("gpt2", {"target_modules": ["q"], "bias": "all"}),
+    ],
+)
+def test_what_is_swapped_follows_a_conversion(
+    family: str, keys: dict[str, Any], active: str | None, tmp_path: Path
+) -> None:
+    """The adapters' factors stay in float32, as on a base that was loaded in bfloat16."""
+    base = write_base(tmp_path / "base", family)
+    dirs = {n: write_adapter(base, tmp_path / n, seed=i, **keys) for i, n in enumerate("ab")}
+    model = load(base, dirs)
+    switch(model, active)
+    model.bfloat16()
+    for name in ("b", "a", "b"):
+        switch(model, name)
+        own = {n: p for n, p in model.named_parameters() if ".lora_" not in n}
+        assert {p.dtype for p in own.values()} == {torch.bfloat16}
+        assert logits(model).dtype == torch.bfloat16
+        converted = load(base, dirs[name]).bfloat16()
+        assert all(torch.equal(p, converted.get_parameter(n)) for n, p in own.items())
+    switch(model, "a", merged=True)
+    switch(model, None)
+    assert same(model.state_dict(), fresh(base).bfloat16().state_dict())
+
+
 def test_the_public_names(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base")
     dirs = {n: write_adapter(base, tmp_path / n, seed=i) for i, n in enumerate(("sql", "nlg"))}
