@@ -13,12 +13,27 @@ from torch import Tensor
 
 from lorakit.adapters.loralib import loralib_tensors, write_state
 from lorakit.adapters.loralib_read import LoralibOptions, read_loralib
-from lorakit.adapters.low_rank import Updates, lora_files, number, padded, read_updates
+from lorakit.adapters.low_rank import (
+    Updates,
+    check_tensors,
+    lora_files,
+    number,
+    padded,
+    read_updates,
+)
 from lorakit.adapters.merge.tokenizer import TEMPLATES, TOKENIZER_FILES
 from lorakit.adapters.model_card import CardFacts
 from lorakit.adapters.peft.method import Say, merge_command
 from lorakit.adapters.peft.read import AdapterFiles, read_adapter, to_stderr
-from lorakit.adapters.peft.schema import CARD, CONFIG, PREFIX, SIDECAR, WEIGHTS, without_defaults
+from lorakit.adapters.peft.schema import (
+    CARD,
+    CONFIG,
+    LORA_FORMATS,
+    PREFIX,
+    SIDECAR,
+    WEIGHTS,
+    without_defaults,
+)
 from lorakit.adapters.peft.targets import misread_note, refused_note
 from lorakit.adapters.peft.write import write_files
 from lorakit.errors import AdapterError, shown
@@ -206,6 +221,8 @@ def _copied(files: AdapterFiles, out: Path, overwrite: bool) -> ConvertReport:
             f"{files.directory}: PEFT does not support {files.method.name}; hint: {merge} writes a "
             "plain model instead"
         )
+    if files.config["peft_type"] in LORA_FORMATS:
+        check_tensors(files)
     _copy_peft(out, files.directory, overwrite=overwrite)
     note = f"{files.directory} already has PEFT's format: copied unchanged"
     matrices = {key.partition(".lora_")[0] for key in files.tensors if ".lora_" in key}

@@ -1,8 +1,5 @@
-"""An adapter as low-rank updates of matrices, without the base model.
-
-The updates are read from an adapter directory, and written as a plain LoRA of PEFT: with the same
-ranks, or with a single rank, which vLLM supports as well.
-"""
+"""An adapter as low-rank updates of matrices, without the base model: read from a directory, and
+written as a plain LoRA of PEFT, with the same ranks or with a single one, which vLLM supports."""
 
 from __future__ import annotations
 
@@ -24,6 +21,7 @@ from lorakit.adapters.peft.schema import (
     EMBEDDING_FACTORS,
     LINEAR_FACTORS,
     LORA_FORMATS,
+    MAGNITUDE,
     is_fully_trained,
     peft_rank,
     peft_scaling,
@@ -98,6 +96,16 @@ def read_updates(files: AdapterFiles) -> Updates:
     missing, unknown, misshapen, or not of the configured rank.
     """
     _check_low_rank(files)
+    return _updates(files)
+
+
+def check_tensors(files: AdapterFiles) -> None:
+    """Raise AdapterError where ``read_updates`` does, also for DoRA, whose magnitudes it ignores."""
+    tensors = {k: v for k, v in files.tensors.items() if not k.endswith(f".{MAGNITUDE}")}
+    _updates(replace(files, tensors=tensors))
+
+
+def _updates(files: AdapterFiles) -> Updates:
     names = _ADALORA if files.config["peft_type"] == "ADALORA" else _LORA
     factors: dict[str, dict[str, Tensor]] = {}
     embeddings: dict[str, bool] = {}
@@ -337,5 +345,4 @@ def _most_common(values: Iterable[Any]) -> Any:
 
 
 def _range(ranks: set[int]) -> str:
-    low, high = min(ranks), max(ranks)
-    return f"r was {low}" if low == high else f"r was {low} to {high}"
+    return f"r was {min(ranks)}" + (f" to {max(ranks)}" if len(ranks) > 1 else "")

@@ -210,6 +210,26 @@ def test_wrong_tensors(change: Any, message: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, n: t.pop(n), r"missing tensor: .*q_proj: lora_A"),
+        (lambda t, n: t.update({n: t[n].int()}), "int32: allowed: a matrix of floating-point"),
+        (lambda t, n: t.update({n: t[n][:3].contiguous()}), "lora_A is .3, 16. and lora_B .16, 4."),
+    ],
+)
+def test_wrong_tensors_are_not_copied(
+    method: str, change: Any, message: str, tmp_path: Path
+) -> None:
+    _, adapter = write_pair(tmp_path, "llama", r=4, method=method)
+    lorakit.convert(adapter, tmp_path / "good", "peft")
+    with_tensor(adapter, change)
+    with pytest.raises(AdapterError, match=message):
+        lorakit.convert(adapter, tmp_path / "out", "peft")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_rank_that_the_configuration_does_not_say(tmp_path: Path) -> None:
     _, adapter = write_pair(tmp_path, "llama", r=4)
     edit(adapter, r=6)
