@@ -179,11 +179,9 @@ class AdapterLayer(BaseWrapper, ABC):
             kind = "missing" if mismatched[0] in wanted else "unknown"
             raise AdapterError(f"{kind} tensor: {name}.{mismatched[0]}")
         for key, value in values.items():
-            if key not in shared and value.shape != own[key].shape:
-                raise AdapterError(
-                    f"{name}.{key} is {tuple(value.shape)}, and the model needs "
-                    f"{tuple(own[key].shape)}: the adapter belongs to another base model"
-                )
+            if key not in shared:
+                check_shape(f"{name}.{key}", value, own[key])
+            check_floating_point(f"{name}.{key}", value)
             device = value.device if self.device.type == "meta" else self.device
             # A tensor that maps a file may start at any address, and the last bits of a product
             # depend on the alignment.
@@ -307,6 +305,22 @@ class CompositeLayer(BaseWrapper):
 
     def _classes(self) -> set[type[AdapterLayer]]:
         return {type(part) for part in self.parts.values()}
+
+
+def check_shape(name: str, value: Tensor, own: Tensor) -> None:
+    """Raise AdapterError unless ``value``, from a file, has the shape of the model's ``own``."""
+    if value.shape != own.shape:
+        raise AdapterError(
+            f"{name} is {tuple(value.shape)}, and the model needs {tuple(own.shape)}: the adapter "
+            "belongs to another base model"
+        )
+
+
+def check_floating_point(name: str, value: Tensor) -> None:
+    """Raise AdapterError for integers, booleans and complex numbers."""
+    if not value.is_floating_point():
+        dtype = str(value.dtype).removeprefix("torch.")
+        raise AdapterError(f"{name} is {dtype}; allowed: floating-point numbers")
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:

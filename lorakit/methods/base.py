@@ -184,6 +184,28 @@ class Method:
         layer.load_parameters(tensors, self.shared, name)
         return layer
 
+    def check_shared(
+        self,
+        modules: Mapping[str, nn.Module],
+        settings: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+    ) -> None:
+        """Raise AdapterError unless the ``shared`` tensors of a file have the shapes that ``link``
+        gives them in new layers of ``modules``."""
+        if not tensors or not modules:
+            return
+        import torch
+
+        from lorakit.layers import check_shape
+
+        config = self._saved_config(settings)
+        with torch.random.fork_rng(devices=[]):
+            layers = {name: self.wrap(module, config, name) for name, module in modules.items()}
+            self.link(layers)
+        own = next(iter(layers.values())).adapter_parameters()
+        for name, value in tensors.items():
+            check_shape(name, value, own[name])
+
     def keys(self) -> set[str]:
         """The method's own keys of ``adapter``."""
         return self.Config.model_fields.keys() - AdapterSection.model_fields.keys()

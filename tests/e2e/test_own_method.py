@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lorakit
@@ -126,9 +126,35 @@ def test_train_resume_eval_merge_and_load_in_peft(
     assert torch.equal(logits(theirs), logits(ours))
     assert "unknown keys" not in capsys.readouterr().err
     config = in_tmp / "theirs" / "adapter_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"alpha_pattern": {"q_proj": 1}}))
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps(settings | {"bias": "all"}))  # the model has no biases
     lorakit.load(base, in_tmp / "theirs", method=spec)
-    assert "unknown keys are ignored: alpha_pattern" in capsys.readouterr().err
+    assert "unknown keys" not in capsys.readouterr().err
+    for key in ("alpha_pattern", "rank_pattern"):
+        config.write_text(json.dumps(settings | {key: {"q_proj": 1}}))
+        with pytest.raises(AdapterError, match=rf'{key} = \{{"q_proj": 1\}}: not supported by'):
+            lorakit.load(base, in_tmp / "theirs", method=spec)
+
+
+@pytest.mark.parametrize("name", ["vera"])
+def test_a_shared_tensor_for_another_base(name: str, recipe: Path, in_tmp: Path) -> None:
+    assert run(["train", str(recipe)]) == 0
+    adapter, spec = in_tmp / "run" / "adapter", METHODS[name][0]
+    base = json.loads(recipe.read_text())["model"]["name_or_path"]
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for key in ("base_model.vera_A", "base_model.vera_B"):
+        rows, columns = tensors[key].shape
+        changed = tensors[key][:-1].contiguous()
+        save_file(tensors | {key: changed}, file)
+        message = (
+            rf"{key[11:]} is \({rows - 1}, {columns}\), and the model needs \({rows}, {columns}\): "
+            "the adapter belongs to another base model"
+        )
+        with pytest.raises(AdapterError, match=message):
+            lorakit.load(base, adapter, method=spec)
+        with pytest.raises(AdapterError, match=message):
+            lorakit.merge(base, adapter, in_tmp / "merged", method=spec)
 
 
 @pytest.mark.parametrize("name", ["loha"])

@@ -142,6 +142,11 @@ def _check_complete(model: nn.Module, places: Placement, fully_trained: Iterable
         for key in modules[name].state_dict()
         if f"{name}.{key}" not in places.fully_trained
     ]
+    missing += [
+        name
+        for name in _trained_biases(model, places)
+        if name not in places.base and name not in places.fully_trained
+    ]
     problems = []
     if places.unknown:
         stacked = any(_SINGLE_EXPERT.search(name) for name in places.unknown) and any(
@@ -156,17 +161,30 @@ def _check_complete(model: nn.Module, places: Placement, fully_trained: Iterable
         raise AdapterError(f"{directory}: does not fit the model: {'; '.join(problems)}")
 
 
+def _trained_biases(model: nn.Module, places: Placement) -> list[str]:
+    """The biases outside fully trained modules that PEFT trains with this ``bias``."""
+    bias = str(places.files.config.get("bias"))
+    names = [name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "bias"]
+    if bias.endswith("_only"):
+        names = [name for name in names if name.removesuffix(".bias") in places.adapters]
+    elif bias != "all":
+        return []
+    return [name for name in names if not is_fully_trained(places.files.config, name)]
+
+
 def _layers(model: nn.Module, places: Placement) -> dict[str, BaseWrapper]:
     files = places.files
     layers: dict[str, BaseWrapper] = {}
     method, parts = files.method, files.parts
-    for name, tensors in places.adapters.items():
-        try:
+    modules = {name: model.get_submodule(name) for name in places.adapters}
+    try:
+        for name, tensors in places.adapters.items():
             own = {**tensors, **files.shared}
-            layer = from_peft(method, model.get_submodule(name), name, files.config, own)
+            layer = from_peft(method, modules[name], name, files.config, own)
             layers[name] = layer.split(parts[name]) if name in parts else layer
-        except AdapterError as error:
-            raise AdapterError(f"{files.directory}: {error}") from error
+        method.check_shared(modules, files.config, files.shared)
+    except AdapterError as error:
+        raise AdapterError(f"{files.directory}: {error}") from error
     return layers
 
 

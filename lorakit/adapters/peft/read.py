@@ -182,6 +182,8 @@ def read_adapter(
     lora_format = config["peft_type"] in LORA_FORMATS
     if lora_format:
         check_supported(config, where)
+    else:
+        _check_no_foreign_patterns(config, method, where)
     tensors, shared = _tensors(directory, method)
     tensors = _without_duplicates(tensors, config)
     own = () if lora_format else method.keys()
@@ -195,6 +197,16 @@ def read_adapter(
         except AdapterError as error:
             raise AdapterError(f"{directory}: {error}") from error
     return AdapterFiles(directory, config, tensors, sidecar, method, shared)
+
+
+def _check_no_foreign_patterns(config: Mapping[str, Any], method: Method, where: str) -> None:
+    """Raise AdapterError for LoRA's values by module name if ``method`` has one for all modules."""
+    for key in {"alpha_pattern", "rank_pattern"} - method.keys():
+        if config.get(key):
+            raise AdapterError(
+                f"{where}: {key} = {shown(config[key])}: not supported by {method.name}; "
+                "allowed: {}"
+            )
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -123,7 +123,7 @@ _OTHER_KEYS = {
 _KNOWN_KEYS = {*DEFAULTS, *CONFIG_TYPES, *LORA_TYPES, *ADALORA_TYPES, *_OTHER_KEYS}
 #: Keys that every method of PEFT may have.
 _KEYS_OF_EVERY_METHOD = {
-    "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out",
+    "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "init_weights", "layers_pattern", "layers_to_transform", "modules_to_save",
     "peft_type", "peft_version", "revision", "target_modules", "task_type",
 }  # fmt: skip
@@ -260,8 +260,6 @@ def unknown_keys_note(
     """
     known = {*_KEYS_OF_EVERY_METHOD, *own} if own else _KNOWN_KEYS
     unknown = {key: value for key, value in config.items() if key not in known and value}
-    if unknown.get("bias") == "none":
-        del unknown["bias"]
     if not unknown:
         return None
     listed = ", ".join(f"{key} = {shown(value, 40)}" for key, value in sorted(unknown.items())[:8])

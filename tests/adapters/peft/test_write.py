@@ -332,6 +332,16 @@ _Q = "base_model.model.model.layers.1.self_attn.q_proj"
             lambda t: t.update({f"{_Q}.lora_A.weight": torch.ones(4, 5)}),
             r"is \(4, 5\), and the model",
         ),
+        *[
+            (
+                lambda t, kind=kind: t.update(
+                    {f"{_Q}.lora_B.weight": t[f"{_Q}.lora_B.weight"].to(kind)}
+                ),
+                rf"{_Q.removeprefix('base_model.model.')}.lora_B is {str(kind)[6:]}; "
+                "allowed: floating-point numbers",
+            )
+            for kind in (torch.int32, torch.bool, torch.complex64)
+        ],
         (lambda t: t.update({"q.lora_A.weight": torch.ones(4, 5)}), "not a tensor name of PEFT"),
         (lambda t: t.update({f"{_Q}.lora_A.weight": torch.ones(0)}), "empty tensor"),
     ],
@@ -346,6 +356,17 @@ def test_tensors_that_do_not_fit_are_listed_and_the_model_is_untouched(
         load_adapter(model, adapter)
     assert not adapter_layers(model)
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_a_missing_bias_is_an_error(make_pair: MakePair, bias: str) -> None:
+    base, adapter, _ = make_pair("gpt2", adapter={"bias": bias})
+    load(base, adapter)
+    key = "base_model.model.transformer.h.1.attn.c_proj.base_layer.bias"
+    _rewrite(adapter, lambda tensors: tensors.pop(key))
+    message = r"the adapter lacks transformer\.h\.1\.attn\.c_proj\.bias$"
+    with pytest.raises(AdapterError, match=message):
+        load(base, adapter)
 
 
 def test_an_adapter_of_another_base_is_refused(make_pair: MakePair) -> None:
