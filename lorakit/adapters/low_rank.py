@@ -100,7 +100,7 @@ def read_updates(files: AdapterFiles) -> Updates:
 
 
 def check_tensors(files: AdapterFiles) -> None:
-    """Raise AdapterError where ``read_updates`` does, also for DoRA, whose magnitudes it ignores."""
+    """Raise AdapterError where ``read_updates`` does; DoRA is allowed, its magnitudes ignored."""
     tensors = {k: v for k, v in files.tensors.items() if not k.endswith(f".{MAGNITUDE}")}
     _updates(replace(files, tensors=tensors))
 
