@@ -67,8 +67,14 @@ class BaseWrapper(nn.Module, ABC):
         return bias if isinstance(bias, Tensor) else None
 
     @property
+    def is_meta(self) -> bool:
+        """Whether the base is on ``meta``, as in a merge of a checkpoint that is read in parts."""
+        return stored_weight(self.base_layer).is_meta
+
+    @property
     def device(self) -> torch.device:
-        return stored_weight(self.base_layer).device
+        """The device for the layer's own tensors: the base's, or the CPU if that is ``meta``."""
+        return torch.device("cpu") if self.is_meta else stored_weight(self.base_layer).device
 
     @abstractmethod
     def merged_weight(self, weight: Tensor) -> Tensor:
@@ -182,7 +188,7 @@ class AdapterLayer(BaseWrapper, ABC):
             if key not in shared:
                 check_shape(f"{name}.{key}", value, own[key])
             check_floating_point(f"{name}.{key}", value)
-            device = value.device if self.device.type == "meta" else self.device
+            device = value.device if self.is_meta else self.device
             # A tensor that maps a file may start at any address, and the last bits of a product
             # depend on the alignment.
             moved = value.to(device, torch.float32, copy=key not in shared)

@@ -105,7 +105,7 @@ class DoraLayer(LoraLayer):
             own = given.rows(name).of(m).clone()
             part.lora_magnitude_vector = nn.Parameter(own, requires_grad=False)
         composite = _DoraParts(self.base_layer, given.parts, m)
-        if self.device.type != "meta":
+        if not self.is_meta:
             composite.check_covered(self.dense_weight())
         return composite
 
@@ -144,7 +144,7 @@ class _DoraParts(CompositeLayer):
             )
 
     def merged_weight(self, weight: Tensor) -> Tensor:
-        if self.device.type == "meta":
+        if self.is_meta:
             self.check_covered(weight)
         return super().merged_weight(weight)
 

@@ -28,7 +28,7 @@ class IntrinsicLayer(AdapterLayer):
         self, base_layer: nn.Module, theta: Tensor, seed: int, stream: int | None = None
     ) -> None:
         super().__init__(base_layer)
-        device = theta.device if self.device.type == "meta" else self.device
+        device = theta.device if self.is_meta else self.device
         self.theta = nn.Parameter(theta.to(device, torch.float32, copy=True))
         self.projection_seed = seed
         self.stream = stream
