@@ -98,8 +98,8 @@ def check_method(name: str) -> list[CheckResult]:
         key for key, field in method.Config.model_fields.items() if field.is_required()
     ]:
         raise UserError(
-            f"{name}: Config has no default for {', '.join(required)}; allowed for a check: a "
-            "default for every key"
+            f"{name}: Config has no default for {', '.join(required)}; a check needs a default "
+            "for every key"
         )
     cases = [case for case in CASES if case.kind in method.kinds] if method.kinds else [BASE]
     with torch.random.fork_rng(devices=[]):

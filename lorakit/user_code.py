@@ -60,8 +60,8 @@ def load_attribute(spec: str, base: type = object) -> Loaded:
     defined = [key for key, value in vars(module).items() if _is_defined_in(module, value, base)]
     allowed = ", ".join(defined) or f"a subclass of {base.__module__}.{base.__qualname__}"
     if not attribute:
-        where = f"{file}:NAME, where NAME is" if defined else f"{file}:NAME:"
-        raise UserError(f"{spec}: names no class or function; allowed: {where} {allowed}")
+        choices = ", ".join(f"{spec}:{name}" for name in defined) or f"{spec}:NAME, {allowed}"
+        raise UserError(f"{spec}: a class or function is missing; allowed: {choices}")
     if not hasattr(module, attribute):
         message = did_you_mean(f"{spec}: the file has no {attribute!r}", attribute, defined)
         raise UserError(f"{message}; allowed: {allowed}")

@@ -60,7 +60,7 @@ def test_a_class_is_loaded_once_per_version(code: Path, capsys: pytest.CaptureFi
         ("code.py:Abstract", "missing methods: __next__; allowed: a class that defines them"),
         ("code.py:number", "is int; allowed: a subclass of collections.abc.Iterator"),
         ("code.py:Emty", "has no 'Emty' (did you mean 'Empty'?); allowed: Empty, Abstract"),
-        ("code.py", "names no class or function; allowed: code.py:NAME, where NAME is Empty"),
+        ("code.py", "a class or function is missing; allowed: code.py:Empty"),
         ("other.py:Empty", "other.py: no such file (the path is relative to "),
     ],
 )

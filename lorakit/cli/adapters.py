@@ -84,10 +84,11 @@ def merge(
 
 
 def _print_report(report: MergeReport) -> None:
-    count = len(report.files)
+    replaced, count = report.replaced_tensors, len(report.files)
     typer.echo(
-        f"{report.directory}: merged {report.merged_modules} modules into "
-        f"{report.replaced_tensors} tensors; {report.dtype}, {report.size_bytes / 1e6:,.1f} MB in "
+        f"{report.directory}: {report.merged_modules} modules merged"
+        + (f", {replaced} tensors replaced" if replaced else "")
+        + f"; {report.dtype}, {report.size_bytes / 1e6:,.1f} MB in "
         f"{count} {'file' if count == 1 else 'files'}"
         + (f"; weight {report.weight:g}" if report.weight != 1 else "")
         + "".join(f"; added {other.weight:g} x {other.adapter}" for other in report.added)

@@ -243,8 +243,8 @@ def _check_same_code(recipe: Recipe, output_dir: Path) -> None:
     before = _read_run(output_dir).get("method_digest")
     if None not in (before, method.digest) and before != method.digest:
         raise UserError(
-            f"--resume: the code of {method.name} differs from that with which the run in "
-            f"{output_dir} started; restore it, or choose another train.output_dir for a new run"
+            f"--resume: the code of {method.name} has changed since the run in {output_dir} "
+            f"started; restore it, or choose another train.output_dir for a new run"
         )
 
 
@@ -294,7 +294,7 @@ def export_adapter(prepared: Prepared, directory: Path, record: RunRecord, say: 
     merge = merge_command(recipe.model.name_or_path, directory, method.name)
     merging = f"{merge} writes a plain model"
     if not method.peft_loads:
-        say(f"{directory}: PEFT cannot load a {method.name} adapter; lorakit can, and {merging}")
+        say(f"{directory}: PEFT cannot load adapters of {method.name}; lorakit can, and {merging}")
     elif refused := refused_by_peft(prepared.model, _adapted(record)):
         say(f"{directory}: {refused_note(refused)}, and {merging}")
     elif method.peft_type == "LORA" and (

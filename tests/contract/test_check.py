@@ -167,7 +167,7 @@ def test_errors_before_the_checks(folder: Path) -> None:
         ),
         (
             ("Config = AdapterSection", "Config = Keys"),
-            "Config has no default for size; allowed for a check",
+            "Config has no default for size; a check needs a default",
         ),
     ):
         code = f"{HEAD}\nclass Keys(AdapterSection):\n    size: int\n{TAIL}".replace(*change)

@@ -138,7 +138,7 @@ def test_keys_are_checked_as_those_of_a_built_in_task(my: Path) -> None:
         ),
         (
             "./my.py",
-            "names no class or function; allowed: my.py:NAME, where NAME is My, ready, Half",
+            "a class or function is missing; allowed: ./my.py:My, ./my.py:ready, ./my.py:Half",
         ),
         ("./my.py:number", "is of type int; allowed: a subclass of lorakit.tasks.base.Task"),
         ("./my.py:MyConfig", "allowed: a subclass of lorakit.tasks.base.Task"),
