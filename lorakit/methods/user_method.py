@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from pydantic import ValidationError, create_model
 from pydantic.errors import PydanticUndefinedAnnotation
+from pydantic_core import PydanticSerializationError
 
 from lorakit.errors import LorakitError, UserError, shown
 from lorakit.methods.base import Method, RunHooks
-from lorakit.recipe.sections import AdapterSection
+from lorakit.recipe.sections import AdapterSection, Section
 from lorakit.user_code import check_concrete, guarded, load_attribute, load_class
 
 _KINDS = ("linear", "conv1d", "embedding", "slice")
@@ -55,6 +58,7 @@ def _guard(method: Method, file: Path) -> None:
     for name, (is_valid, allowed) in _RETURNED.items():
         setattr(method, name, _checked(method, name, is_valid, allowed))
     setattr(method, "link", _checked_link(method))  # noqa: B010
+    setattr(method, "param_groups", _checked_groups(method))  # noqa: B010
 
 
 def _checked(
@@ -87,9 +91,34 @@ def _checked_link(method: Method) -> Callable[[Mapping[str, Any]], None]:
             if nested and type(method).to_peft is Method.to_peft:
                 allowed = "parameters that are attributes of the layer itself"
                 raise UserError(f"{method.name}: {name}.{nested[0]}; allowed: {allowed}")
-            if missing := set(method.shared) - set(own):
-                allowed = "parameters that every layer has after link"
-                raise UserError(f"{method.name}: shared: {min(missing)}; allowed: {allowed}")
+        for key in method.shared:
+            values = [layer.adapter_parameters().get(key) for layer in layers.values()]
+            if any(v is None or v is not values[0] or v.requires_grad for v in values):
+                allowed = "parameters that link makes one frozen object of all layers"
+                raise UserError(f"{method.name}: shared: {key}; allowed: {allowed}")
+
+    return checked
+
+
+def _checked_groups(method: Method) -> Callable[..., Any]:
+    """Wrap ``param_groups`` to raise UserError unless each trained parameter is in one group."""
+    function = _checked(method, "param_groups", _are_groups, _GROUPS)
+
+    @wraps(function)
+    def checked(parameters: Mapping[str, Any], *arguments: Any) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = function(parameters, *arguments)
+        counts = Counter(id(parameter) for group in groups for parameter in group["params"])
+        problems = [
+            f"{name} is missing" if not counts[id(parameter)] else f"{name} is there twice"
+            for name, parameter in parameters.items()
+            if counts[id(parameter)] != 1
+        ]
+        if len(counts) > len(parameters):
+            problems.append("a parameter that is not trained")
+        if problems:
+            allowed = "every trained parameter once"
+            raise UserError(f"{method.name}: param_groups: {problems[0]}; allowed: {allowed}")
+        return groups
 
     return checked
 
@@ -101,12 +130,14 @@ def _is_layer(value: Any) -> bool:
 
 
 def _are_groups(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(g, dict) and "params" in g for g in value)
+    return isinstance(value, list) and all(
+        isinstance(group, dict) and isinstance(group.get("params"), list | tuple) for group in value
+    )
 
 
+_GROUPS = "a list of dicts with a list of params, as for an optimizer of torch"
 _RETURNED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "wrap": (_is_layer, "an AdapterLayer whose __init__ calls super().__init__(base_layer)"),
-    "param_groups": (_are_groups, "a list of dicts with params, as for an optimizer of torch"),
     "hooks": (lambda value: isinstance(value, RunHooks), f"a {RunHooks.__module__}.RunHooks"),
 }
 
@@ -124,11 +155,31 @@ def _check_config(spec: str, found: type[Method]) -> None:
         config.model_rebuild()
     except PydanticUndefinedAnnotation as error:
         raise UserError(f"{spec}: Config: {error.message}") from None
+    _check_defaults(spec, config)
+
+
+def _check_defaults(spec: str, config: type[AdapterSection]) -> None:
+    """Raise UserError if a default cannot be written to a recipe and read back."""
+    for key, field in config.model_fields.items():
+        if field.is_required() or key in AdapterSection.model_fields:
+            continue
+        default = field.get_default(call_default_factory=True)
+        kind: Any = field.annotation
+        alone = cast(Any, create_model("Alone", __base__=Section, value=(kind, field)))
+        try:
+            alone(**alone.model_construct(value=default).model_dump(mode="json"))
+        except (PydanticSerializationError, ValidationError):
+            raise UserError(
+                f"{spec}: Config: {key} = {default!r}: cannot be written to a recipe and read "
+                "back; allowed: numbers, text, lists and mappings"
+            ) from None
 
 
 def _check_kinds(spec: str, method: Method) -> None:
     kinds: Any = method.kinds
     known = ", ".join(_KINDS)
+    if not isinstance(method.shared, tuple | list):
+        raise UserError(f"{spec}: shared = {shown(method.shared)}; allowed: a tuple of names")
     if not isinstance(kinds, set | frozenset | list | tuple) or any(k not in _KINDS for k in kinds):
         raise UserError(f"{spec}: kinds = {shown(kinds)}; allowed: a set of {known}")
     if not kinds and type(method).trained_parameters is Method.trained_parameters:

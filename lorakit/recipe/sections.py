@@ -141,7 +141,7 @@ class TaskSection(Section):
     limit_eval: PositiveInt | None = None
     packing: bool = False
     streaming: bool = False
-    shuffle_buffer_rows: PositiveInt = 10_000
+    shuffle_buffer_rows: Annotated[int, Field(gt=0, le=10**9)] = 10_000
     on_bad_row: Literal["error", "skip"] = "error"
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from lorakit.data.examples import Example
 from lorakit.data.sources import Split, load_split
@@ -44,7 +44,7 @@ class GenerationSection(TaskSection):
     """
 
     max_new_tokens: PositiveInt = 128
-    num_beams: PositiveInt = 1
+    num_beams: Annotated[int, Field(ge=1, le=1000)] = 1
     length_penalty: Annotated[float, Field(ge=-10, le=10)] = 1.0
     no_repeat_ngram_size: NonNegativeInt = 0
     temperature: NonNegativeFloat = 0.0
@@ -52,19 +52,28 @@ class GenerationSection(TaskSection):
     generation_batch_size: PositiveInt | None = None
     eval_generate: Literal["never", "end", "always"] = "end"
 
-    @model_validator(mode="after")
-    def _one_strategy(self) -> GenerationSection:
-        if self.num_beams > 1 and self.temperature > 0:
-            raise exclusive("num_beams above 1", "temperature above 0")
-        if self._is_set("length_penalty") and self.num_beams == 1:
-            raise ValueError("length_penalty: only allowed with num_beams above 1")
-        if self._is_set("top_p") and self.temperature == 0:
-            raise ValueError("top_p: only allowed with temperature above 0")
-        return self
+    @field_validator("temperature")
+    @classmethod
+    def _no_beams(cls, temperature: float, info: ValidationInfo) -> float:
+        beams = info.data.get("num_beams", 1)
+        if temperature > 0 and beams > 1:
+            raise ValueError(f"is for sampling, but task.num_beams is {beams}; allowed: 0")
+        return temperature
 
-    def _is_set(self, key: str) -> bool:
-        """Whether the key has a value that matters: neither 1 nor the default."""
-        return getattr(self, key) not in (1.0, type(self).model_fields[key].default)
+    @field_validator("length_penalty")
+    @classmethod
+    def _with_beams(cls, length_penalty: float, info: ValidationInfo) -> float:
+        default = cls.model_fields["length_penalty"].default
+        if length_penalty not in (1.0, default) and info.data.get("num_beams") == 1:
+            raise ValueError("has no effect with task.num_beams = 1; allowed: 1.0")
+        return length_penalty
+
+    @field_validator("top_p")
+    @classmethod
+    def _with_temperature(cls, top_p: float, info: ValidationInfo) -> float:
+        if top_p != 1.0 and info.data.get("temperature") == 0:
+            raise ValueError("has no effect with task.temperature = 0; allowed: 1.0")
+        return top_p
 
 
 class Task(ABC):

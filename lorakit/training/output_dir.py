@@ -74,7 +74,11 @@ def find_start(recipe: Recipe, resume: str | None) -> Start:
     run's, or if the checkpoint is corrupt.
     """
     output_dir = Path(recipe.train.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
+    try:
+        is_file = output_dir.exists() and not output_dir.is_dir()
+    except OSError as error:  # too long
+        raise UserError(f"train.output_dir: cannot be created: {error.strerror}") from None
+    if is_file:
         raise UserError(f"train.output_dir: {output_dir}: a file with that name exists")
     found = checkpoints(output_dir / "checkpoints")
     run = _read_run(output_dir)

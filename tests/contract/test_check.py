@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,36 @@ def test_a_parameter_without_values_is_the_only_problem(folder: Path) -> None:
         "layer.direction: not initialized"
     ] * 2
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(
+    ("definition", "message"),
+    [
+        ("shared = ('direction',)", "shared: direction; allowed: parameters that link makes one"),
+        (
+            "def param_groups(self, parameters, layers, config, train):\n"
+            "        return [{'params': list(parameters.values())[:1]}]",
+            "param_groups: .*is missing; allowed: every trained parameter once",
+        ),
+        (
+            "def param_groups(self, parameters, layers, config, train):\n"
+            "        return 2 * [{'params': list(parameters.values())}]",
+            "param_groups: .*is there twice; allowed",
+        ),
+        (
+            "def param_groups(self, parameters, layers, config, train):\n"
+            "        return [{'params': [*parameters.values(), nn.Parameter(torch.ones(2))]}]",
+            "param_groups: a parameter that is not trained; allowed",
+        ),
+    ],
+)
+def test_what_is_trained_and_saved(folder: Path, definition: str, message: str) -> None:
+    (folder / "own.py").write_text(f"{HEAD}{TAIL}\n    {definition}\n")
+    try:
+        problems = [str(result.problem) for result in check_method("./own.py:Own")]
+    except UserError as error:
+        problems = [str(error)]
+    assert any(re.search(message, problem) for problem in problems), problems
 
 
 def test_errors_before_the_checks(folder: Path) -> None:

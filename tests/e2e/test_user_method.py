@@ -143,6 +143,16 @@ def test_names_that_are_no_method(
         ),
         ("blocks: PositiveInt", "blocks: 'Nothing'", "Config: name 'Nothing' is not defined"),
         (
+            "blocks: PositiveInt = 2",
+            "blocks: set[int] = {2}",
+            "Config: blocks = {2}: cannot be written to a recipe and read back; allowed: ",
+        ),
+        (
+            "Layer = Layer",
+            "Layer = Layer\n    shared = 'scale'",
+            'shared = "scale"; allowed: a tuple of names',
+        ),
+        (
             "Layer = Layer",
             "Layer = Layer\n    kinds = {'linaer'}",
             "kinds = \"{'linaer'}\"; allowed: a set of linear, conv1d, embedding, slice",

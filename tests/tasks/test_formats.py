@@ -268,14 +268,17 @@ def test_a_messages_column_excludes_other_formats(shape: str) -> None:
 @pytest.mark.parametrize(
     ("name", "keys", "said"),
     [
-        ("completion", {"top_p": 0.9}, "top_p: only allowed with temperature above 0"),
+        ("completion", {"top_p": 0.9}, "top_p\n.*no effect with task.temperature = 0"),
         (
             "completion",
             {"length_penalty": 0.8},
-            "length_penalty: only allowed with num_beams above 1",
+            "length_penalty\n.*no effect with task.num_beams = 1; allowed: 1.0",
         ),
+        ("completion", {"num_beams": 10**30}, "less than or equal to 1000"),
+        ("completion", {"num_beams": 2, "temperature": 0.5}, "but task.num_beams is 2; allowed: 0"),
+        ("e2e_nlg", {"temperature": 0.5}, "but task.num_beams is 10; allowed: 0"),
         ("completion", {"num_beams": 2, "length_penalty": 500.0}, "less than or equal to 10"),
-        ("e2e_nlg", {"num_beams": 1, "length_penalty": 0.8}, "length_penalty: only allowed with"),
+        ("e2e_nlg", {"num_beams": 1, "length_penalty": 0.8}, "length_penalty\n.*no effect"),
     ],
 )
 def test_a_key_without_effect_is_refused(name: str, keys: Row, said: str) -> None:

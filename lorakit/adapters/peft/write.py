@@ -184,7 +184,7 @@ def _complete_for_peft(
         settings["fan_in_fan_out"] = transposed
     settings["target_modules"] = target_modules(list(layers), unadapted_modules(model), settings)
     if settings["peft_type"] == "LORA":
-        for key in ("rank_pattern", "alpha_pattern"):
+        for key in settings.keys() & {"rank_pattern", "alpha_pattern"}:
             settings[key] = exact_patterns(settings[key], layers)
 
 
