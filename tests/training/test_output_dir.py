@@ -96,3 +96,9 @@ def test_a_default_that_was_fitted_to_the_model_is_the_same_recipe(
     written.write_text(written.read_text().replace("max_length: 256", "max_length: 200"))
     with pytest.raises(UserError, match=r"task\.max_length: was 200, now 256"):
         train(recipe, str(checkpoint))
+
+
+def test_a_directory_whose_name_is_too_long(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, tiny_llama, "completion", train__output_dir="x" * 300)
+    with pytest.raises(UserError, match=r"train\.output_dir.*: cannot be created: File name too"):
+        train(recipe)
