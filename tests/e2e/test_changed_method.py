@@ -71,7 +71,7 @@ def test_a_resume_with_other_code_is_refused(
     for resume in ("auto", "run/checkpoints/step-2"):
         assert run(["train", str(recipe), "--resume", resume]) == 2
         *_, message = capsys.readouterr().err.splitlines()
-        assert message.startswith("error: --resume: the code of ./own.py:Own differs from that")
+        assert message.startswith("error: --resume: the code of ./own.py:Own has changed since")
         assert "restore it, or choose another train.output_dir" in message
     assert tree(in_tmp / "run") == before
 

@@ -98,7 +98,7 @@ def test_an_error_before_training(
         ),
         (
             ("    Layer = Layer\n", "    Layer = Layer\n    shared = ('frozen',)\n"),
-            "shared: frozen; allowed: parameters that every layer has after link",
+            "shared: frozen; allowed: parameters that link makes one frozen object",
         ),
         (
             method("trained_parameters", "model, config", "return ['nothing']"),
@@ -107,7 +107,7 @@ def test_an_error_before_training(
         (method("wrap", "module, config, name", "return None"), "wrap returned a NoneType; allowed"),
         (
             method("param_groups", "parameters, layers, config, train", "return parameters"),
-            "param_groups returned a dict; allowed: a list of dicts with params",
+            "param_groups returned a dict; allowed: a list of dicts with a list of params",
         ),
         (
             method("hooks", "layers, config, total_steps", "return None"),

@@ -435,7 +435,7 @@ def test_the_command(
     assert captured.out == ""
     assert "already exists" in captured.err
     assert run([*arguments, "--overwrite", "--dtype", "bfloat16", "--max-shard-size", "8KB"]) == 0
-    assert "merged 8 modules" in capsys.readouterr().out
+    assert "8 modules merged" in capsys.readouterr().out
     assert run([*arguments, "--overwrite", "--dtype", "int4"]) == 2
     assert "dtype = int4: allowed: float32" in capsys.readouterr().err
     assert run(["merge", "--help"]) == 0
