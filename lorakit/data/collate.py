@@ -30,7 +30,7 @@ class Batch:
     def tensors(self) -> dict[str, Tensor]:
         """The fields that are set, by name."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
     def to(self: AnyBatch, device: torch.device) -> AnyBatch:
         """Copy to ``device`` without blocking, which CUDA can only do from pinned memory."""
@@ -50,18 +50,20 @@ class CausalBatch(Batch):
     ``loss_indices`` (n,) are the positions in the flattened (batch * length) sequence whose next
     token counts in the loss, ``targets`` (n,) are those tokens. Packed sequences also have
     ``position_ids`` (batch, length), which restart at 0 with every row; ``cu_seq_lens`` (rows + 1,)
-    are the row boundaries if all rows are in one sequence for variable-length attention.
+    are the row boundaries if all rows are in one sequence for variable-length attention. The last
+    ``ignored`` of the targets are ``IGNORED``: padding that no loss is computed for.
     """
 
     loss_indices: Tensor
     targets: Tensor
     position_ids: Tensor | None = None
     cu_seq_lens: Tensor | None = None
+    ignored: int = 0
 
     @property
     def loss_count(self) -> int:
         """The number of trained tokens."""
-        return len(self.targets)
+        return len(self.targets) - self.ignored
 
 
 @dataclass(frozen=True)

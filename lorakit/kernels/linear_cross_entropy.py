@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+#: The target of a row that has no loss, as in torch's cross_entropy.
+IGNORED = -100
 #: Logits of one chunk, in elements: 32 MiB in float32 on the CPU, 128 MiB on a GPU.
 CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**25}
 
@@ -40,8 +42,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """The sum over n rows of -log softmax(W h + b)[target], a float32 scalar.
 
-    hidden (n, in_features), weight (vocab, in_features) frozen, targets (n,) class indices. With
-    label smoothing e the target is (1 - e) one-hot + e / vocab, as in torch's cross_entropy.
+    hidden (n, in_features), weight (vocab, in_features) frozen, targets (n,) class indices, or
+    ``IGNORED``. With label smoothing e the target is (1 - e) one-hot + e / vocab, as in torch's
+    cross_entropy.
     """
     assert not weight.requires_grad, "use checkpointed_cross_entropy for a trained output layer"
     loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
@@ -72,13 +75,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
             logits = transform(F.linear(hidden[part], weight, bias).float())
-            target = targets[part].unsqueeze(1)
+            ignored = targets[part] < 0
+            target = targets[part].clamp_min(0).unsqueeze(1)
             slope = _slope(logits, transform) if needs_grad else None
             losses, softmax = _losses_and_softmax_(logits, target, label_smoothing)
-            loss += losses.sum()
+            loss += losses.masked_fill_(ignored, 0).sum()
             if grad is not None:
                 d_logits = _d_logits_(softmax, target, label_smoothing, slope)
-                grad[part] = d_logits.to(weight.dtype) @ weight
+                rows_grad = d_logits.to(weight.dtype) @ weight
+                grad[part] = rows_grad.masked_fill_(ignored.unsqueeze(1), 0)
         ctx.grad = grad
         return loss
 

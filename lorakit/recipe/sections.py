@@ -74,16 +74,6 @@ def _without_weights(value: Any) -> Any:
 DataPath = Annotated[_DataPath, BeforeValidator(_without_weights, json_schema_input_type=_DataPath)]
 
 
-#: ``auto`` leaves the choice to lorakit, which does not compile unless asked to.
-Compile = Annotated[
-    bool,
-    BeforeValidator(
-        lambda value: False if value == "auto" else value,
-        json_schema_input_type=Literal["auto"] | bool,
-    ),
-]
-
-
 class Section(BaseModel):
     """Base class of sections: immutable, with strict types and no unknown keys."""
 
@@ -154,8 +144,9 @@ class TrainSection(Section):
     of packed rows) of 8 unless it or ``max_tokens_per_batch`` (tokens, including padding) is set. A
     batch respects both of these limits if both are set.
 
-    ``compile`` runs the model through ``torch.compile``. ``auto`` is accepted and currently means
-    ``false``.
+    ``compile: true`` runs each layer through ``torch.compile``, ``false`` runs eagerly, and
+    ``auto`` chooses on a GPU what is faster: CUDA graphs for small models, compiled layers for
+    large ones in long runs.
     """
 
     output_dir: Text
@@ -179,7 +170,7 @@ class TrainSection(Section):
     adam_beta2: Probability = 0.999
     adam_epsilon: PositiveFloat = 1e-8
     gradient_checkpointing: bool = False
-    compile: Compile = False
+    compile: Literal["auto"] | bool = "auto"
     group_by_length: bool = True
     seed: Seed = 42
     log_every_steps: PositiveInt = 10

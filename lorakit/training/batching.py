@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lorakit.data.buckets import pad_to_bucket
 from lorakit.data.collate import (
     Batch,
     collate_causal,
@@ -204,6 +205,13 @@ def build_collate(prepared: Prepared, device: torch.device, varlen: bool) -> Col
         return partial(collate_documents if varlen else collate_packed, **settings)
     collate = collate_causal if prepared.task.kind == "causal" else collate_encoder
     return lambda bins: collate([row for rows in bins for row in rows], **settings)
+
+
+def bucketed(collate: Collate, prepared: Prepared) -> Collate:
+    """Return ``collate`` with batches padded to few shapes."""
+    pad_id = int(prepared.tokenizer.pad_token_id)
+    longest = prepared.recipe.task.max_length
+    return lambda bins: pad_to_bucket(collate(bins), pad_id, longest)
 
 
 def padding_multiple(prepared: Prepared, device: torch.device) -> int:

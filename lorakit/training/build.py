@@ -22,12 +22,14 @@ from lorakit.methods.base import Method
 from lorakit.models.heads import label_columns
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.sections import Recipe, TrainSection
-from lorakit.training.batching import StepLoader, build_collate, padding_multiple
+from lorakit.training.batching import StepLoader, bucketed, build_collate, padding_multiple
 from lorakit.training.checkpoint import Progress
 from lorakit.training.control import Best, Evaluator, Schedule, StopRequest
 from lorakit.training.divergence import divergence_cause
+from lorakit.training.engine.cuda_graph import CudaGraphEngine
 from lorakit.training.engine.eager import CausalObjective, EagerEngine, EncoderObjective
 from lorakit.training.engine.probe import GradientProbe
+from lorakit.training.execution import Execution, choose_execution, compile_layers
 from lorakit.training.loop import Loop
 from lorakit.training.setup import Prepared, main_metric
 from lorakit.training.tracking import Recorder
@@ -53,13 +55,19 @@ def build_objective(prepared: Prepared, device: torch.device) -> Objective:
 
 
 def build_engine(
-    prepared: Prepared, objective: Objective, strategy: Strategy, total_steps: int, say: Say
+    prepared: Prepared,
+    objective: Objective,
+    strategy: Strategy,
+    total_steps: int,
+    execution: Execution,
+    say: Say,
 ) -> EagerEngine:
     """Wrap the objective, then build everything that refers to its parameters."""
     section, model = prepared.recipe.train, prepared.model
-    if section.compile is True:
-        decoder = objective.parts.decoder if objective.parts else None
-        (decoder or model).compile(dynamic=True)
+    if execution.note:
+        say(execution.note)
+    if execution.mode == "compiled_layers":
+        compile_layers(model)
     wrapped = strategy.wrap(objective)
     parameters: Any = trainable_state(model)
     method, config = prepared.method, prepared.recipe.adapter
@@ -68,27 +76,37 @@ def build_engine(
     # Before the optimizer is wrapped: with float16, Accelerate restores the `step` method that it
     # finds then, which must be the scheduler's.
     scheduler = build_scheduler(optimizer, section, total_steps)
-    return EagerEngine(
-        strategy=strategy,
-        objective=wrapped,
-        parameters=parameters,
-        optimizer=strategy.wrap_optimizer(optimizer),
-        scheduler=scheduler,
-        hooks=method.hooks(layers, config, total_steps),
-        max_grad_norm=section.max_grad_norm,
-        probe=GradientProbe(
+    parts: dict[str, Any] = {
+        "strategy": strategy,
+        "objective": wrapped,
+        "parameters": parameters,
+        "optimizer": strategy.wrap_optimizer(optimizer),
+        "scheduler": scheduler,
+        "hooks": method.hooks(layers, config, total_steps),
+        "max_grad_norm": section.max_grad_norm,
+        "probe": GradientProbe(
             model,
             say,
             fully_trained=_requested_modules(prepared),
-            count_calls=section.compile is not True,
+            count_calls=execution.mode != "compiled_layers",
         ),
-    )
+    }
+    if execution.mode == "cuda_graphs":
+        return CudaGraphEngine(**parts, say=say)
+    return EagerEngine(**parts)
 
 
 def build_loader(
-    prepared: Prepared, objective: Objective, steps: StepSource, device: torch.device
+    prepared: Prepared,
+    objective: Objective,
+    steps: StepSource,
+    device: torch.device,
+    execution: Execution,
 ) -> StepLoader:
-    return StepLoader(steps, build_collate(prepared, device, objective.varlen), device)
+    collate = build_collate(prepared, device, objective.varlen)
+    if execution.mode == "cuda_graphs":
+        collate = bucketed(collate, prepared)
+    return StepLoader(steps, collate, device)
 
 
 def build_loop(
@@ -103,10 +121,11 @@ def build_loop(
     section = prepared.recipe.train
     objective = build_objective(prepared, strategy.device)
     evaluator = Evaluator(prepared, objective.parts, stop, recorder.display.say)
+    execution = choose_execution(prepared, strategy.device, schedule.total_steps)
     advice = prepared.method.advice(prepared.recipe.adapter)
     return Loop(
-        engine=build_engine(prepared, objective, strategy, schedule.total_steps, say),
-        loader=build_loader(prepared, objective, steps, strategy.device),
+        engine=build_engine(prepared, objective, strategy, schedule.total_steps, execution, say),
+        loader=build_loader(prepared, objective, steps, strategy.device, execution),
         schedule=schedule,
         recorder=recorder,
         stop=stop,

@@ -26,6 +26,7 @@ from lorakit.training.build import (
 )
 from lorakit.training.checkpoint import delete_after
 from lorakit.training.control import Schedule, StopRequest, stop_request
+from lorakit.training.execution import choose_execution
 from lorakit.training.loop import Loop
 from lorakit.training.output_dir import (
     Start,
@@ -142,8 +143,9 @@ def dry_run(recipe: Recipe, say: Say) -> dict[str, Any]:
     steps = build_batching(prepared, strategy.device).steps
     schedule = build_schedule(prepared.recipe, steps)
     objective = build_objective(prepared, strategy.device)
-    engine = build_engine(prepared, objective, strategy, schedule.total_steps, say)
-    loader = build_loader(prepared, objective, steps, strategy.device)
+    execution = choose_execution(prepared, strategy.device, schedule.total_steps)
+    engine = build_engine(prepared, objective, strategy, schedule.total_steps, execution, say)
+    loader = build_loader(prepared, objective, steps, strategy.device, execution)
     loss = float(engine.step(loader.take(0).micro_batches).loss)
     return {
         "adapted_modules": len(prepared.report.adapted_modules),

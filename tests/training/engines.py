@@ -11,6 +11,7 @@ from lorakit.training.batching import StepLoader, build_batching
 from lorakit.training.build import build_engine, build_loader, build_objective, build_schedule
 from lorakit.training.engine import StepResult
 from lorakit.training.engine.eager import EagerEngine
+from lorakit.training.execution import choose_execution
 from lorakit.training.setup import Prepared, prepare
 
 
@@ -36,7 +37,7 @@ def built(recipe: Recipe) -> Built:
     steps = build_batching(prepared, strategy.device).steps
     total_steps = build_schedule(prepared.recipe, steps).total_steps
     objective = build_objective(prepared, strategy.device)
-    engine = build_engine(prepared, objective, strategy, total_steps, lambda text: None)
-    return Built(
-        prepared, objective, engine, build_loader(prepared, objective, steps, strategy.device)
-    )
+    execution = choose_execution(prepared, strategy.device, total_steps)
+    engine = build_engine(prepared, objective, strategy, total_steps, execution, lambda text: None)
+    loader = build_loader(prepared, objective, steps, strategy.device, execution)
+    return Built(prepared, objective, engine, loader)

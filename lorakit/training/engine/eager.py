@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,9 @@ from lorakit.training.engine.probe import GradientProbe
 class EagerEngine:
     """``objective`` maps a batch to the sum of its losses; it and ``optimizer`` are wrapped by
     ``strategy``. ``parameters`` are the trained ones by name. ``probe`` checks the gradients of the
-    first step taken."""
+    first step taken. ``keeps_gradients``: gradients stay in the same memory from step to step."""
+
+    keeps_gradients: ClassVar[bool] = False
 
     strategy: Strategy
     objective: nn.Module
@@ -78,11 +80,16 @@ class EagerEngine:
         losses = []
         for index, batch in enumerate(micro_batches, start=1):
             with self.strategy.accumulate(self.objective, last=index == len(micro_batches)):
-                loss = self.objective(batch) * factor
-                if loss.requires_grad:  # false if only experts train and none got a token
-                    self.strategy.backward(loss)
-            losses.append(loss.detach())
+                losses.append(self._forward_backward(batch, factor))
         return self.strategy.reduce(sum(losses[1:], start=losses[0]))
+
+    def _forward_backward(self, batch: Batch, factor: float | Tensor) -> Tensor:
+        """Add the gradient of the sum of the batch's losses times ``factor``; return that sum."""
+        loss = self.objective(batch) * factor
+        if loss.requires_grad:  # false if only experts train and none got a token
+            self.strategy.backward(loss)
+        detached: Tensor = loss.detach()
+        return detached
 
     def _update(self) -> Tensor:
         """Clip, take the optimizer's step and advance the schedule; return the gradient's norm."""
@@ -93,7 +100,7 @@ class EagerEngine:
         self.hooks.after_step(self.steps, self.scales_loss)
         if not self.strategy.skipped_update:
             self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
         return norm
 
     @torch.no_grad()

@@ -1,0 +1,107 @@
+"""Replay forward and backward passes as CUDA graphs, one per batch shape.
+
+A small model's kernels take less time than their launches from Python. A graph launches all kernels
+of a pass at once. The method's hooks, clipping and the optimizer run as in ``eager``: few launches,
+during which the device still computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lorakit.data.collate import Batch
+from lorakit.training.engine.eager import EagerEngine
+
+#: The tensors of a batch: name -> shape.
+Shapes = tuple[tuple[str, torch.Size], ...]
+
+
+@dataclass(frozen=True)
+class _CapturedPass:
+    """A forward and backward pass that reads ``inputs`` and ``factor`` and writes ``loss``."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: dict[str, Tensor]
+    factor: Tensor
+    loss: Tensor
+
+    def replay(self, batch: Batch, factor: float | Tensor) -> Tensor:
+        for name, tensor in batch.tensors().items():
+            self.inputs[name].copy_(tensor)
+        self.factor.fill_(factor)
+        self.graph.replay()
+        return self.loss.clone()
+
+
+@dataclass(kw_only=True)
+class CudaGraphEngine(EagerEngine):
+    """Computes what ``EagerEngine`` does, on the same kernels.
+
+    The first step runs eagerly, so that libraries are initialized and ``probe`` sees its gradients.
+    Then a pass is captured when its batch shape first occurs; batches should be padded to few
+    shapes. Batches with other numbers of rows than the first (an epoch's last) run eagerly. If a
+    pass cannot be captured, ``say`` gets the reason, and the run continues eagerly.
+    """
+
+    keeps_gradients: ClassVar[bool] = True
+
+    say: Callable[[str], None]
+    _passes: dict[Shapes, _CapturedPass] = field(default_factory=dict, init=False)
+    _rows: int | None = field(default=None, init=False)
+    _enabled: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # All graphs share their memory, since only one runs at a time.
+        self._pool = torch.cuda.graph_pool_handle()
+
+    @property
+    def captured_shapes(self) -> list[dict[str, tuple[int, ...]]]:
+        """The shapes of the batches whose passes have been captured."""
+        return [{name: tuple(shape) for name, shape in shapes} for shapes in self._passes]
+
+    def _forward_backward(self, batch: Batch, factor: float | Tensor) -> Tensor:
+        captured = self._captured(batch)
+        if captured is None:
+            return super()._forward_backward(batch, factor)
+        return captured.replay(batch, factor)
+
+    def _captured(self, batch: Batch) -> _CapturedPass | None:
+        rows = len(batch.input_ids)
+        if self._rows is None:
+            self._rows = rows
+        if not self._enabled or self.probe is not None or rows != self._rows:
+            return None
+        shapes = tuple((name, tensor.shape) for name, tensor in batch.tensors().items())
+        if shapes not in self._passes:
+            try:
+                self._passes[shapes] = self._capture(batch)
+            except RuntimeError as error:
+                self._disable(error)
+                return None
+        return self._passes[shapes]
+
+    def _capture(self, batch: Batch) -> _CapturedPass:
+        inputs = {name: tensor.clone() for name, tensor in batch.tensors().items()}
+        static: Batch = replace(batch, **inputs)
+        factor = torch.ones((), device=batch.input_ids.device)
+        missing = [p for p in self.parameters.values() if p.grad is None]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            loss = super()._forward_backward(static, factor)
+        if any(p.grad is not None for p in missing):  # its memory belongs to the graph
+            for parameter in missing:
+                parameter.grad = None
+            raise RuntimeError("parameters get gradients from some batches only")
+        return _CapturedPass(graph, inputs, factor, loss)
+
+    def _disable(self, error: RuntimeError) -> None:
+        self._enabled = False
+        self._passes.clear()
+        [reason, *_] = str(error).splitlines() or [type(error).__name__]
+        self.say(f"CUDA graphs are disabled: a training pass could not be captured: {reason}")

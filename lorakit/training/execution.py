@@ -1,0 +1,102 @@
+"""Choose how the steps of a run are executed: eagerly, as CUDA graphs, or with compiled layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lorakit.anatomy import is_routed_expert
+from lorakit.data.encode import EncodedSplit
+from lorakit.training.setup import Prepared
+
+Mode = Literal["eager", "cuda_graphs", "compiled_layers"]
+
+#: Below this many operations per pass, kernels take less time than their launches.
+_LAUNCH_BOUND_FLOPS = 1e13
+#: Operations of a run that repay the time for compiling: about 100 s on an H100.
+_COMPILE_PAYS_FLOPS = 4e16
+
+
+@dataclass(frozen=True)
+class Execution:
+    """``note`` tells the user what was chosen and why; None for the default."""
+
+    mode: Mode
+    note: str | None = None
+
+
+def choose_execution(prepared: Prepared, device: torch.device, total_steps: int) -> Execution:
+    """Follow ``train.compile``: ``true`` compiles the layers, ``false`` runs eagerly, and ``auto``
+    chooses what is faster for this model, batch size and run on a GPU."""
+    section = prepared.recipe.train
+    if section.compile is True:
+        return Execution("compiled_layers", "each layer is compiled (train.compile: true)")
+    if section.compile is False or device.type != "cuda" or _routes_tokens(prepared.model):
+        return Execution("eager")
+    flops = 4.0 * _matrix_parameters(prepared.model) * _tokens_per_batch(prepared)
+    if flops < _LAUNCH_BOUND_FLOPS:
+        return _cuda_graphs(prepared)
+    run_flops = flops * section.gradient_accumulation_steps * total_steps
+    half = prepared.model.dtype in (torch.bfloat16, torch.float16)
+    if run_flops < _COMPILE_PAYS_FLOPS or not half:
+        return Execution("eager")
+    return Execution(
+        "compiled_layers",
+        "each layer is compiled, which takes up to a minute and pays for a run of this size "
+        "(train.compile: false disables this)",
+    )
+
+
+def _cuda_graphs(prepared: Prepared) -> Execution:
+    recipe = prepared.recipe
+    float16 = recipe.model.dtype == "float16"  # its loss scaler needs the host
+    if float16 or recipe.task.packing or recipe.train.gradient_checkpointing:
+        return Execution("eager")
+    return Execution(
+        "cuda_graphs",
+        "passes are replayed as CUDA graphs, since the model is small "
+        "(train.compile: false disables this)",
+    )
+
+
+def transformer_layers(model: nn.Module) -> Sequence[nn.Module]:
+    """The layers of the largest stack in ``model``, by parameters; empty if there is none."""
+    stacks = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return max(stacks, key=lambda stack: sum(map(_size, stack)), default=[])
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compile each layer by itself: all layers share the compiled code, so that this takes seconds
+    where compiling the whole model takes minutes. A second length compiles it once more, for any
+    length."""
+    for layer in transformer_layers(model):
+        layer.compile()
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _matrix_parameters(model: Any) -> int:
+    embeddings = model.get_input_embeddings()
+    return _size(model) - _size(embeddings)
+
+
+def _routes_tokens(model: nn.Module) -> bool:
+    """Whether the model has experts, whose shapes depend on the tokens."""
+    return any(is_routed_expert(name) for name, _ in model.named_parameters())
+
+
+def _tokens_per_batch(prepared: Prepared) -> float:
+    """The expected number of tokens of a micro-batch."""
+    section, task = prepared.recipe.train, prepared.recipe.task
+    rows = section.per_device_batch_size
+    if rows is None or task.packing:
+        return float(section.max_tokens_per_batch or (rows or 1) * task.max_length)
+    train = prepared.train
+    mean = float(train.lengths.mean()) if isinstance(train, EncodedSplit) else task.max_length
+    return rows * mean
