@@ -11,7 +11,7 @@ from lorakit.training.batching import StepLoader, build_batching
 from lorakit.training.build import build_engine, build_loader, build_objective, build_schedule
 from lorakit.training.engine import StepResult
 from lorakit.training.engine.eager import EagerEngine
-from lorakit.training.execution import choose_execution
+from lorakit.training.execution import Execution, Mode, choose_execution
 from lorakit.training.setup import Prepared, prepare
 
 
@@ -21,6 +21,7 @@ class Built:
     objective: Any
     engine: EagerEngine
     loader: StepLoader
+    said: list[str]
 
     def take_steps(self, count: int = 1) -> list[StepResult]:
         """The next steps of the run."""
@@ -31,13 +32,16 @@ class Built:
         ]
 
 
-def built(recipe: Recipe) -> Built:
+def built(recipe: Recipe, engine: Mode | None = None) -> Built:
+    """The parts of a run; ``engine`` replaces the chosen engine, but not the shapes of batches."""
     prepared = prepare(recipe, lambda text: None)
     strategy = build_strategy(recipe.model.dtype)
     steps = build_batching(prepared, strategy.device).steps
     total_steps = build_schedule(prepared.recipe, steps).total_steps
     objective = build_objective(prepared, strategy.device)
     execution = choose_execution(prepared, strategy.device, total_steps)
-    engine = build_engine(prepared, objective, strategy, total_steps, execution, lambda text: None)
     loader = build_loader(prepared, objective, steps, strategy.device, execution)
-    return Built(prepared, objective, engine, loader)
+    said: list[str] = []
+    execution = Execution(engine) if engine else execution
+    chosen = build_engine(prepared, objective, strategy, total_steps, execution, said.append)
+    return Built(prepared, objective, chosen, loader, said)

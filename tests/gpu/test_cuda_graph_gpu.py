@@ -1,0 +1,98 @@
+"""CUDA graphs: the same numbers as the eager engine, few captures, and no failure of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lorakit
+from lorakit.training.engine.cuda_graph import CudaGraphEngine
+from tests.training.engines import Built, built
+
+pytestmark = pytest.mark.gpu
+
+WORDS = [
+    f"{word} {number}" for word in ("red", "green", "blue") for number in ("one", "two", "six")
+]
+LORA = "r: 4, target_modules: [q, v], lora_dropout: 0.1"
+ADALORA = "method: adalora, init_r: 6, target_r: 3, tinit: 2, tfinal: 4, deltaT: 2"
+
+
+def recipe(model: Path, folder: Path, kind: str, adapter: str, **changes: Any) -> Any:
+    encoder = kind == "encoder"
+    lines: list[dict[str, Any]] = []
+    for i in range(80):
+        text = " ".join(WORDS[: i % 9 + 1])
+        answer = {"label": "ab"[i % 2], "text": text}
+        lines.append(answer if encoder else {"prompt": text, "completion": " " + WORDS[i % 5]})
+    data = folder / "train.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    task = "classification" if encoder else "completion"
+    file = folder / "recipe.yaml"
+    file.write_text(f"""
+model: {{name_or_path: {model}, dtype: float32, new_head: {str(encoder).lower()}}}
+adapter: {{{adapter}}}
+task: {{name: {task}, path: {{train: {data}}}, max_length: 64}}
+train: {{output_dir: {folder / "run"}, epochs: 2, learning_rate: 1.0e-2,
+  per_device_batch_size: 4, gradient_accumulation_steps: 2}}
+""")
+    return lorakit.load_recipe(file, changes)
+
+
+def results(run: Built, steps: int) -> tuple[list[float], dict[str, Tensor]]:
+    losses = [float(result.loss) for result in run.take_steps(steps)]
+    return losses, {name: w.clone() for name, w in run.engine.weights.items()}
+
+
+@pytest.mark.parametrize("adapter", [LORA, ADALORA])
+@pytest.mark.parametrize("kind", ["causal", "encoder"])
+def test_graphs_give_the_numbers_of_the_eager_engine(
+    tiny_llama: Path, tiny_bert: Path, tmp_path: Path, kind: str, adapter: str
+) -> None:
+    wanted = recipe(tiny_llama if kind == "causal" else tiny_bert, tmp_path, kind, adapter)
+    run = built(wanted)
+    assert isinstance(run.engine, CudaGraphEngine)
+    losses, weights = results(run, 15)
+    assert run.engine.captured_shapes
+    eager_losses, eager_weights = results(built(wanted, engine="eager"), 15)
+    assert losses == eager_losses
+    for name, weight in weights.items():
+        assert torch.equal(weight, eager_weights[name]), name
+
+
+def test_each_shape_is_captured_once(tiny_llama: Path, tmp_path: Path) -> None:
+    run = built(recipe(tiny_llama, tmp_path, "causal", LORA))
+    assert isinstance(run.engine, CudaGraphEngine)
+    run.take_steps(10)
+    first = run.engine.captured_shapes
+    run.take_steps(10)
+    assert len(run.engine.captured_shapes) == len(first) or len(first) < 8
+    shapes = [json.dumps(shape) for shape in run.engine.captured_shapes]
+    assert len(set(shapes)) == len(shapes)
+
+
+def test_a_run_with_graphs_resumes(tiny_llama: Path, tmp_path: Path) -> None:
+    whole = recipe(tiny_llama, tmp_path, "causal", LORA)
+    run = lorakit.train(whole)
+    expected = (run.adapter_dir / "adapter_model.safetensors").read_bytes()
+    steps = {"train.save_every_steps": 7, "train.output_dir": str(tmp_path / "other")}
+    again = lorakit.train(recipe(tiny_llama, tmp_path, "causal", LORA, **steps))
+    assert (again.adapter_dir / "adapter_model.safetensors").read_bytes() == expected
+
+
+def test_a_pass_that_cannot_be_captured_runs_eagerly(tiny_llama: Path, tmp_path: Path) -> None:
+    run = built(recipe(tiny_llama, tmp_path, "causal", LORA))
+
+    def waits(_module: object, _inputs: object, output: Any) -> None:
+        float(output.last_hidden_state.sum())
+
+    run.objective.parts.decoder.register_forward_hook(waits)
+    losses, _ = results(run, 6)
+    assert any("CUDA graphs are disabled" in line for line in run.said)
+    eager = built(recipe(tiny_llama, tmp_path, "causal", LORA), engine="eager")
+    assert losses == pytest.approx(results(eager, 6)[0], rel=1e-5)
