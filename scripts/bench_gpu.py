@@ -46,7 +46,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"max_position_embeddings": 514, "type_vocab_size": 1},
 }
 #: Prompt and completion tokens of a WikiSQL row (mean, standard deviation), and their least.
-WIKISQL = ((54.5, 17.0, 30), (22.0, 6.0, 7))
+WIKISQL = ((52.5, 17.0, 28), (20.0, 6.0, 5))
 #: PEFT's names of the target modules.
 MODULES = {
     "llama": {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"},
@@ -134,43 +134,47 @@ def run_side(name: str, side: str, work: Path) -> dict[str, Any]:
 
 
 def save_model(case: Case, work: Path) -> None:
-    """Write a model with random weights and a tokenizer whose tokens are t0, t1, ..."""
+    """Write a model with random weights and its tokenizer."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
         AutoModelForSequenceClassification,
-        PreTrainedTokenizerFast,
     )
 
     folder = work / case.shape
     if folder.exists():
         return
     shape = SHAPES[case.shape]
-    config = AutoConfig.for_model(**shape, pad_token_id=1, bos_token_id=2, eos_token_id=3)
+    config = AutoConfig.for_model(**shape, pad_token_id=0, bos_token_id=2, eos_token_id=3)
     encoder = case.rows == "short"
     kind = AutoModelForSequenceClassification if encoder else AutoModelForCausalLM
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = kind.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
-    vocabulary = {f"t{i}": i for i in range(shape["vocab_size"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="t0",
-        pad_token="t1",
-        bos_token="t2",
-        eos_token="t3",
-        model_max_length=8192,
-    ).save_pretrained(folder)
+    save_tokenizer(folder, shape["vocab_size"])
+
+
+def save_tokenizer(folder: Path, size: int) -> None:
+    """Write a tokenizer with one token for each word t5, t6, ...; its class is BertTokenizer, which
+    every release of transformers loads as it is written."""
+    from tokenizers import BertWordPieceTokenizer
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {word: i for i, word in enumerate(special)}
+    vocabulary |= {f"t{i}": i for i in range(len(special), size)}
+    BertWordPieceTokenizer(vocabulary).save(str(folder / "tokenizer.json"))
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    names = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+    settings = {f"{name}_token": token for name, token in names.items()}
+    settings |= {"eos_token": "[SEP]", "tokenizer_class": "BertTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def write_rows(case: Case, work: Path) -> None:
     draw = random.Random(0)
-    tokens = range(4, SHAPES[case.shape]["vocab_size"])
+    tokens = range(5, SHAPES[case.shape]["vocab_size"])
 
     def text(count: int) -> str:
         return " ".join(f"t{i}" for i in draw.choices(tokens, k=count))
@@ -183,7 +187,7 @@ def write_rows(case: Case, work: Path) -> None:
         if case.rows == "dense":
             rows.append({"text": text(case.length)})
         elif case.rows == "short":
-            rows.append({"text": text(draw.randint(10, 56)), "label": "ab"[index % 2]})
+            rows.append({"text": text(draw.randint(8, 54)), "label": "ab"[index % 2]})
         else:
             prompt, completion = (text(normal(*part)) for part in WIKISQL)
             rows.append({"prompt": prompt, "completion": f" {completion}"})

