@@ -18,6 +18,8 @@ from torch import Tensor
 IGNORED = -100
 #: Logits of one chunk, in elements: 32 MiB in float32 on the CPU, 128 MiB on a GPU.
 CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**25}
+#: Half-precision logits of one chunk for the fused kernel: 256 MiB.
+FUSED_CHUNK_ELEMENTS = 2**27
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,17 @@ def linear_cross_entropy(
     targets: Tensor,
     label_smoothing: float = 0.0,
     transform: LogitTransform | None = None,
+    fused: bool = False,
 ) -> Tensor:
     """The sum over n rows of -log softmax(W h + b)[target], a float32 scalar.
 
     hidden (n, in_features), weight (vocab, in_features) frozen, targets (n,) class indices, or
     ``IGNORED``. With label smoothing e the target is (1 - e) one-hot + e / vocab, as in torch's
-    cross_entropy.
+    cross_entropy. ``fused`` uses a Triton kernel: on a GPU only.
     """
     assert not weight.requires_grad, "use checkpointed_cross_entropy for a trained output layer"
     loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, label_smoothing, transform or LogitTransform()
+        hidden, weight, bias, targets, label_smoothing, transform or LogitTransform(), fused
     )
     return loss
 
@@ -67,7 +70,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         label_smoothing: float,
         transform: LogitTransform,
+        fused: bool,
     ) -> Tensor:
+        if fused:
+            arguments = (hidden, weight, bias, targets, label_smoothing, transform)
+            loss, ctx.grad = _fused_loss_and_grad(*arguments)
+            return loss
         rows = rows_per_chunk(weight.shape[0], hidden.device)
         needs_grad = hidden.requires_grad
         grad = torch.empty_like(hidden) if needs_grad else None
@@ -91,7 +99,37 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad = ctx.grad * grad_outputs[0].to(ctx.grad.dtype)
         ctx.grad = None
-        return grad, None, None, None, None, None
+        return grad, None, None, None, None, None, None
+
+
+def _fused_loss_and_grad(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    label_smoothing: float,
+    transform: LogitTransform,
+) -> tuple[Tensor, Tensor | None]:
+    """The same with a kernel that overwrites the logits, in their own dtype, with the gradient."""
+    from lorakit.kernels.cross_entropy_triton import cross_entropy_
+
+    grad = torch.empty_like(hidden) if hidden.requires_grad else None
+    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    rows = max(1, FUSED_CHUNK_ELEMENTS // len(weight))
+    for start in range(0, hidden.shape[0], rows):
+        part = slice(start, start + rows)
+        logits = F.linear(hidden[part], weight, bias)
+        loss += cross_entropy_(
+            logits,
+            targets[part],
+            label_smoothing,
+            transform.scale,
+            transform.softcap,
+            needs_grad=grad is not None,
+        ).sum()
+        if grad is not None:
+            torch.mm(logits, weight, out=grad[part])
+    return loss, grad
 
 
 def _losses_and_softmax_(

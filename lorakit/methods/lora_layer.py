@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lorakit.base_weight import RowView
 from lorakit.errors import AdapterError, TargetError
+from lorakit.kernels.lora_linear import lora_linear
 from lorakit.kernels.low_rank import LowRankDelta, RowSlice, is_covered_by, lora_add_
 from lorakit.layers import AdapterLayer, CompositeLayer
 
@@ -66,6 +67,23 @@ class LoraLayer(AdapterLayer):
             return self.lora_A, self.lora_B
         A = torch.cat([self.lora_A, self.initial_A])
         return A, torch.cat([self.lora_B, -self.initial_B], dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and self._is_plain(x):
+            flat = x.reshape(-1, self.in_features)
+            y = lora_linear(flat, self.weight, self.bias, *self.factors(), self.scaling)
+            return y.view(*x.shape[:-1], self.out_features)
+        return super().forward(x)
+
+    def _is_plain(self, x: Tensor) -> bool:
+        """Whether ``lora_linear`` computes the output: it knows no dropout and no other base."""
+        return (
+            type(self).update is LoraLayer.update
+            and type(self.base_layer) is nn.Linear
+            and x.is_cuda
+            and x.dtype == self.weight.dtype != torch.float32
+            and not (self.training and self.lora_dropout.p)
+        )
 
     def update(self, x: Tensor, y: Tensor) -> Tensor:
         return lora_add_(y, self.lora_dropout(x), *self.factors(), self.scaling)

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,7 @@ def token_losses(
     loss_indices: Tensor,
     targets: Tensor,
     label_smoothing: float = 0.0,
+    kernels: Literal["auto", "torch"] = "auto",
     **inputs: Any,
 ) -> Tensor:
     """The summed cross-entropy of the trained tokens, a float32 scalar.
@@ -73,6 +74,7 @@ def token_losses(
     ``input_ids`` (batch, length) is padded on the right; ``loss_indices`` (n,) are positions in the
     flattened (batch * length) tokens whose next token is trained, ``targets`` (n,) those tokens.
     ``inputs`` are additional arguments of the decoder: the positions of packed documents.
+    ``kernels`` is ``train.kernels``: ``torch`` uses no kernels of our own.
 
     There is no attention mask: with causal attention no token sees the padding after it, and
     without a mask attention takes its fastest path and never waits for the device.
@@ -89,7 +91,13 @@ def token_losses(
     trains = any(parameter.requires_grad for parameter in head.parameters())
     if type(head) is nn.Linear and not trains and not head._forward_pre_hooks:
         return linear_cross_entropy(
-            hidden, head.weight, head.bias, targets, label_smoothing, parts.transform
+            hidden,
+            head.weight,
+            head.bias,
+            targets,
+            label_smoothing,
+            parts.transform,
+            fused=kernels == "auto" and hidden.is_cuda and hidden.dtype != torch.float32,
         )
     return checkpointed_cross_entropy(
         lambda rows: parts.transform(head(rows)),
