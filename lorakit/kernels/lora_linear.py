@@ -1,8 +1,9 @@
-"""y = W x + b + scaling * B A x as one operator, for compiled layers.
+"""LoRA linears of one input as a single operator, for compiled layers.
 
-torch.compile would copy W x before it adds the update to it, and save or recompute as it sees fit.
-As an operator, the update is added in place, and the backward pass keeps x and A x only.
-``kernels.low_rank.lora_add_`` on the base's own output is the reference.
+y_i = W_i x + b_i + scaling_i * B_i A_i x for q, k and v, or gate and up: the W_i and A_i are
+stacked, so that x is read once. torch.compile would copy W x before it adds an update to it; an
+operator adds it in place, and its backward pass keeps x and A x only. ``low_rank.lora_add_`` on the
+base's own output is the reference.
 """
 
 from __future__ import annotations
@@ -15,43 +16,58 @@ from torch import Tensor
 
 @torch.library.custom_op("lorakit::lora_linear", mutates_args=())
 def _lora_linear(
-    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: list[Tensor], scaling: list[float]
 ) -> tuple[Tensor, Tensor]:
     h = x @ A.t()
     y = x @ W.t() if bias is None else torch.addmm(bias, x, W.t())
-    return y.addmm_(h, B.t(), alpha=scaling), h
+    for rows, ranks, B_i, scaling_i in _blocks(B, scaling):
+        y[:, rows].addmm_(h[:, ranks], B_i.t(), alpha=scaling_i)
+    return y, h
 
 
 @_lora_linear.register_fake
 def _(
-    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: list[Tensor], scaling: list[float]
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], W.shape[0]), x.new_empty(x.shape[0], A.shape[0])
 
 
 @torch.library.custom_op("lorakit::lora_linear_backward", mutates_args=())
 def _lora_linear_backward(
-    dy: Tensor, x: Tensor, h: Tensor, W: Tensor, A: Tensor, B: Tensor, scaling: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    dh = (dy @ B).mul_(scaling)
+    dy: Tensor, x: Tensor, h: Tensor, W: Tensor, A: Tensor, B: list[Tensor], scaling: list[float]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    blocks = _blocks(B, scaling)
+    parts = [(dy[:, rows] @ B_i).mul_(scaling_i) for rows, _, B_i, scaling_i in blocks]
+    dh = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
     dx = (dy @ W).addmm_(dh, A)
-    return dx, dh.t() @ x, (dy.t() @ h).mul_(scaling)
+    dB = [(dy[:, rows].t() @ h[:, ranks]).mul_(scaling_i) for rows, ranks, _, scaling_i in blocks]
+    return dx, dh.t() @ x, dB
 
 
 @_lora_linear_backward.register_fake
 def _(
-    dy: Tensor, x: Tensor, h: Tensor, W: Tensor, A: Tensor, B: Tensor, scaling: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(A), torch.empty_like(B)
+    dy: Tensor, x: Tensor, h: Tensor, W: Tensor, A: Tensor, B: list[Tensor], scaling: list[float]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    return torch.empty_like(x), torch.empty_like(A), [torch.empty_like(B_i) for B_i in B]
+
+
+def _blocks(B: list[Tensor], scaling: list[float]) -> list[tuple[slice, slice, Tensor, float]]:
+    """Each update's rows of the stacked W, its rows of the stacked A, its B and its scaling."""
+    blocks, row, rank = [], 0, 0
+    for B_i, scaling_i in zip(B, scaling, strict=True):
+        out, r = B_i.shape
+        blocks.append((slice(row, row + out), slice(rank, rank + r), B_i, scaling_i))
+        row, rank = row + out, rank + r
+    return blocks
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, W, _, A, B, ctx.scaling = inputs
-    ctx.save_for_backward(x, output[1], W, A, B)
+    ctx.save_for_backward(x, output[1], W, A, *B)
 
 
-def _backward(ctx: Any, dy: Tensor, _dh: Tensor) -> tuple[Tensor | None, ...]:
-    x, h, W, A, B = ctx.saved_tensors
+def _backward(ctx: Any, dy: Tensor, _dh: Tensor) -> tuple[Any, ...]:
+    x, h, W, A, *B = ctx.saved_tensors
     dx, dA, dB = _lora_linear_backward(dy.contiguous(), x, h, W, A, B, ctx.scaling)
     return dx, None, None, dA, dB, None
 
@@ -60,9 +76,19 @@ _lora_linear.register_autograd(_backward, setup_context=_save)
 
 
 def lora_linear(
-    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
-) -> Tensor:
-    """y (n, out) for x (n, in), all in x's dtype: W (out, in) and bias (out,) are frozen, A is
-    (r, in), B (out, r)."""
-    y: Tensor = _lora_linear(x, W, bias, A.to(x.dtype), B.to(x.dtype), scaling)[0]
-    return y
+    x: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    factors: list[tuple[Tensor, Tensor]],
+    scaling: list[float],
+) -> tuple[Tensor, ...]:
+    """Each y_i (n, out_i) for x (n, in), in x's dtype.
+
+    W (sum of out_i, in) and ``bias`` are stacked and frozen; ``factors`` are A_i (r_i, in) and
+    B_i (out_i, r_i).
+    """
+    A = torch.cat([A_i.to(x.dtype) for A_i, _ in factors])
+    B = [B_i.to(x.dtype) for _, B_i in factors]
+    y: Tensor = _lora_linear(x, W, bias, A, B, scaling)[0]
+    parts: tuple[Tensor, ...] = y.split([len(B_i) for B_i in B], dim=1)
+    return parts

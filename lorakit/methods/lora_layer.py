@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,8 @@ class LoraLayer(AdapterLayer):
 
     initial_A: Tensor | None
     initial_B: Tensor | None
+    shared_input: SharedInput | None = None
+    slot: int = 0  # in shared_input
 
     def __init__(
         self, base_layer: nn.Module, *, r: int, scaling: float, dropout: float = 0.0
@@ -69,19 +71,22 @@ class LoraLayer(AdapterLayer):
         return A, torch.cat([self.lora_B, -self.initial_B], dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and self._is_plain(x):
-            flat = x.reshape(-1, self.in_features)
-            y = lora_linear(flat, self.weight, self.bias, *self.factors(), self.scaling)
+        if torch.compiler.is_compiling() and x.dtype == self.weight.dtype and self.is_plain():
+            y = None if self.shared_input is None else self.shared_input.output(self.slot, x)
+            if y is None:
+                flat, factors = x.reshape(-1, self.in_features), [self.factors()]
+                [y] = lora_linear(flat, self.weight, self.bias, factors, [self.scaling])
             return y.view(*x.shape[:-1], self.out_features)
         return super().forward(x)
 
-    def _is_plain(self, x: Tensor) -> bool:
-        """Whether ``lora_linear`` computes the output: it knows no dropout and no other base."""
+    def is_plain(self) -> bool:
+        """Whether ``lora_linear`` computes the output: on a GPU in half precision, without dropout
+        and with a base that is a plain linear layer."""
         return (
             type(self).update is LoraLayer.update
             and type(self.base_layer) is nn.Linear
-            and x.is_cuda
-            and x.dtype == self.weight.dtype != torch.float32
+            and self.weight.is_cuda
+            and self.weight.dtype in (torch.bfloat16, torch.float16)
             and not (self.training and self.lora_dropout.p)
         )
 
@@ -193,6 +198,44 @@ class LoraLayer(AdapterLayer):
         mix_B = torch.randn(self.out_features, half) * 0.1
         self.lora_A.copy_((mix_A @ q[:half]).t())
         self.lora_B.copy_(mix_B @ q[half:])
+
+
+class SharedInput:
+    """LoRA layers that read one tensor, such as q, k and v, as a single product in compiled models.
+
+    ``layers`` are plain and in the order in which the model calls them. Their frozen weights are
+    stacked in memory, and each stays a view of its rows. The first layer computes the outputs of
+    all, and the others return theirs if they are called with the same tensor.
+    """
+
+    def __init__(self, layers: Sequence[LoraLayer]) -> None:
+        self.layers = list(layers)
+        self.weight = torch.cat([layer.weight for layer in layers])
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        self.bias = torch.cat(biases) if biases else None
+        rows = self.weight.split([layer.out_features for layer in layers])
+        for slot, (layer, own) in enumerate(zip(layers, rows, strict=True)):
+            layer.base_layer.weight = nn.Parameter(own, requires_grad=False)
+            layer.shared_input, layer.slot = self, slot
+        self._x: Tensor | None = None
+        self._outputs: tuple[Tensor, ...] = ()
+
+    def output(self, slot: int, x: Tensor) -> Tensor | None:
+        """The output (n, out_features) of the layer ``slot`` for ``x`` (..., in_features); None if
+        the first layer was called with another tensor."""
+        if slot == 0:
+            self._x, self._outputs = x, self._compute(x.reshape(-1, x.shape[-1]))
+        elif self._x is not x:
+            return None
+        y = self._outputs[slot]
+        if slot == len(self.layers) - 1:
+            self._x, self._outputs = None, ()
+        return y
+
+    def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
+        factors = [layer.factors() for layer in self.layers]
+        scaling = [layer.scaling for layer in self.layers]
+        return lora_linear(x, self.weight, self.bias, factors, scaling)
 
 
 class MosLoraLayer(LoraLayer):

@@ -43,22 +43,29 @@ def test_fused_cross_entropy(vocab: int, transform: LogitTransform, label_smooth
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_lora_linear(with_bias: bool) -> None:
+@pytest.mark.parametrize("outs", [(96,), (64, 32, 16)])
+def test_lora_linear(outs: tuple[int, ...], with_bias: bool) -> None:
     torch.manual_seed(0)
-    shapes = {"x": (40, 64), "W": (96, 64), "A": (8, 64), "B": (96, 8)}
-    exact = {n: torch.randn(s, device="cuda", dtype=torch.float64) for n, s in shapes.items()}
-    half = {n: t.bfloat16() for n, t in exact.items()}
-    exact = {n: t.double() for n, t in half.items()}
-    for name in ("x", "A", "B"):
-        exact[name].requires_grad_()
-        half[name].requires_grad_()
-    bias = torch.randn(96, device="cuda", dtype=torch.bfloat16) if with_bias else None
-    y = lora_linear(half["x"], half["W"], bias, half["A"], half["B"], 0.5)
-    wanted = exact["x"] @ exact["W"].t() + 0.5 * (exact["x"] @ exact["A"].t()) @ exact["B"].t()
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+    x, W = draw(40, 48).requires_grad_(), draw(sum(outs), 48)
+    bias = draw(sum(outs)) if with_bias else None
+    factors = [(draw(4 + i, 48), draw(out, 4 + i)) for i, out in enumerate(outs)]
+    leaves = [x, *(f.requires_grad_() for pair in factors for f in pair)]
+    scaling = [0.5 + i for i in range(len(outs))]
+    y = torch.cat(lora_linear(x, W, bias, factors, scaling), dim=1)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    pairs = zip(exact[1::2], exact[2::2], scaling, strict=True)
+    updates = [s * (exact[0] @ A.t()) @ B.t() for A, B, s in pairs]
+    wanted = exact[0] @ W.double().t() + torch.cat(updates, dim=1)
     wanted = wanted if bias is None else wanted + bias.double()
     assert relative(y.detach(), wanted.detach()) < 1e-2
-    slope = torch.randn(40, 96, device="cuda", dtype=torch.bfloat16)
+    slope = draw(40, sum(outs))
     y.backward(slope)
     wanted.backward(slope.double())
-    for name in ("x", "A", "B"):
-        assert relative(half[name].grad, exact[name].grad) < 1e-2, name
+    for found, reference in zip(leaves, exact, strict=True):
+        assert found.grad is not None
+        assert reference.grad is not None
+        assert relative(found.grad, reference.grad) < 1e-2

@@ -79,10 +79,12 @@ class CudaGraphEngine(EagerEngine):
             return None
         shapes = tuple((name, tensor.shape) for name, tensor in batch.tensors().items())
         if shapes not in self._passes:
+            device = batch.input_ids.device
+            random_state = _generator(device).get_state()
             try:
                 self._passes[shapes] = self._capture(batch)
             except RuntimeError as error:
-                self._disable(error)
+                self._disable(error, device, random_state)
                 return None
         return self._passes[shapes]
 
@@ -100,8 +102,16 @@ class CudaGraphEngine(EagerEngine):
             raise RuntimeError("parameters get gradients from some batches only")
         return _CapturedPass(graph, inputs, factor, loss)
 
-    def _disable(self, error: RuntimeError) -> None:
+    def _disable(self, error: RuntimeError, device: torch.device, random_state: Tensor) -> None:
         self._enabled = False
         self._passes.clear()
+        # A failed capture leaves the generator in a state in which it cannot be used eagerly.
+        generator, fresh = _generator(device), torch.Generator(device)
+        fresh.set_state(random_state)
+        generator.graphsafe_set_state(fresh)
         [reason, *_] = str(error).splitlines() or [type(error).__name__]
         self.say(f"CUDA graphs are disabled: a training pass could not be captured: {reason}")
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    return torch.cuda.default_generators[device.index or 0]
