@@ -38,7 +38,7 @@ def test_fused_cross_entropy(vocab: int, transform: LogitTransform, label_smooth
     assert float(loss) == pytest.approx(float(wanted), rel=2e-3)
     assert hidden.grad is not None
     assert exact.grad is not None
-    assert relative(hidden.grad, exact.grad) < 1e-2
+    assert relative(hidden.grad, exact.grad) < 2e-2
     assert not hidden.grad[5:9].any()
 
 
