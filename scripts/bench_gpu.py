@@ -71,6 +71,17 @@ class Case:
 CASES = {
     "8b": Case("llama8b", "dense", 4, tuple(ATTENTION), 2048),
     "8b-all": Case("llama8b", "dense", 4, ("all-linear",), 2048),
+    "8b-fp8": Case(
+        "llama8b",
+        "dense",
+        4,
+        tuple(ATTENTION),
+        2048,
+        recipe={"model.base_precision": "fp8"},
+    ),
+    "8b-all-fp8": Case(
+        "llama8b", "dense", 4, ("all-linear",), 2048, recipe={"model.base_precision": "fp8"}
+    ),
     "1b": Case("llama1b", "dense", 4, ("all-linear",), 1024),
     "1b-adalora": Case(
         "llama1b", "dense", 4, ("all-linear",), 1024, recipe={"adapter.method": "adalora"}

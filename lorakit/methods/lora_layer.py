@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 
 from lorakit.base_weight import RowView
 from lorakit.errors import AdapterError, TargetError
+from lorakit.kernels.fp8 import Fp8Weight, fp8_linear
 from lorakit.kernels.lora_linear import lora_linear
 from lorakit.kernels.low_rank import LowRankDelta, RowSlice, is_covered_by, lora_add_
 from lorakit.layers import AdapterLayer, CompositeLayer
+from lorakit.models.fp8 import Fp8Linear, quantize_linear
 
 #: Matrices no larger than this in one dimension are decomposed exactly.
 _EXACT_SVD = 1024
@@ -71,24 +74,24 @@ class LoraLayer(AdapterLayer):
         return A, torch.cat([self.lora_B, -self.initial_B], dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and x.dtype == self.weight.dtype and self.is_plain():
+        if torch.compiler.is_compiling() and self.is_plain():
             y = None if self.shared_input is None else self.shared_input.output(self.slot, x)
             if y is None:
-                flat, factors = x.reshape(-1, self.in_features), [self.factors()]
-                [y] = lora_linear(flat, self.weight, self.bias, factors, [self.scaling])
+                flat = x.reshape(-1, self.in_features)
+                [y] = _product(flat, self.base_layer, [self.factors()], [self.scaling])
             return y.view(*x.shape[:-1], self.out_features)
         return super().forward(x)
 
     def is_plain(self) -> bool:
-        """Whether ``lora_linear`` computes the output: on a GPU in half precision, without dropout
-        and with a base that is a plain linear layer."""
-        return (
-            type(self).update is LoraLayer.update
-            and type(self.base_layer) is nn.Linear
-            and self.weight.is_cuda
-            and self.weight.dtype in (torch.bfloat16, torch.float16)
-            and not (self.training and self.lora_dropout.p)
-        )
+        """Whether one operator computes the output: in half precision on a GPU, without dropout,
+        on a linear layer that is stored in half precision or fp8."""
+        base = self.base_layer
+        if type(base) is nn.Linear:
+            half = base.weight.is_cuda and base.weight.dtype in (torch.bfloat16, torch.float16)
+        else:
+            half = isinstance(base, Fp8Linear)
+        dropout = self.training and self.lora_dropout.p > 0
+        return half and not dropout and type(self).update is LoraLayer.update
 
     def update(self, x: Tensor, y: Tensor) -> Tensor:
         return lora_add_(y, self.lora_dropout(x), *self.factors(), self.scaling)
@@ -210,15 +213,31 @@ class SharedInput:
 
     def __init__(self, layers: Sequence[LoraLayer]) -> None:
         self.layers = list(layers)
-        self.weight = torch.cat([layer.weight for layer in layers])
         biases = [layer.bias for layer in layers if layer.bias is not None]
-        self.bias = torch.cat(biases) if biases else None
-        rows = self.weight.split([layer.out_features for layer in layers])
+        weight = torch.cat([layer.weight for layer in layers])
+        base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        base.weight = nn.Parameter(weight, requires_grad=False)
+        if biases:
+            base.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+        self.base: nn.Linear | Fp8Linear = base
+        rows = weight.split([layer.out_features for layer in layers])
         for slot, (layer, own) in enumerate(zip(layers, rows, strict=True)):
             layer.base_layer.weight = nn.Parameter(own, requires_grad=False)
             layer.shared_input, layer.slot = self, slot
         self._x: Tensor | None = None
         self._outputs: tuple[Tensor, ...] = ()
+
+    def quantize(self) -> None:
+        """Keep the stacked weights in fp8, of which each layer gets a view of its rows."""
+        assert isinstance(self.base, nn.Linear)
+        self.base = quantize_linear(self.base)
+        start = 0
+        for layer in self.layers:
+            rows = slice(start, start + layer.out_features)
+            by_row, row_scale, by_column, column_scale = self.base.quantized
+            own = Fp8Weight(by_row[rows], row_scale[:, rows], by_column[:, rows], column_scale)
+            layer.base_layer = Fp8Linear(own, layer.bias, self.base.dtype)
+            start = rows.stop
 
     def output(self, slot: int, x: Tensor) -> Tensor | None:
         """The output (n, out_features) of the layer ``slot`` for ``x`` (..., in_features); None if
@@ -235,7 +254,7 @@ class SharedInput:
     def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
         factors = [layer.factors() for layer in self.layers]
         scaling = [layer.scaling for layer in self.layers]
-        return lora_linear(x, self.weight, self.bias, factors, scaling)
+        return _product(x, self.base, factors, scaling)
 
 
 class MosLoraLayer(LoraLayer):
@@ -276,6 +295,15 @@ class MosLoraLayer(LoraLayer):
     def join(cls, composite: CompositeLayer) -> LoraLayer:
         """Join the parts as a LoRA layer, with the mixers folded in."""
         return LoraLayer.join(composite)
+
+
+def _product(
+    x: Tensor, base: Any, factors: list[tuple[Tensor, Tensor]], scaling: list[float]
+) -> tuple[Tensor, ...]:
+    """The outputs of LoRA layers whose weights are stacked in ``base``."""
+    if isinstance(base, Fp8Linear):
+        return fp8_linear(x, base.quantized, base.bias, factors, scaling)
+    return lora_linear(x, base.weight, base.bias, factors, scaling)
 
 
 def _principal(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,7 +29,13 @@ from lorakit.training.divergence import divergence_cause
 from lorakit.training.engine.cuda_graph import CudaGraphEngine
 from lorakit.training.engine.eager import CausalObjective, EagerEngine, EncoderObjective
 from lorakit.training.engine.probe import GradientProbe
-from lorakit.training.execution import Execution, choose_execution, compile_layers
+from lorakit.training.execution import (
+    Execution,
+    choose_execution,
+    compile_layers,
+    quantize_base,
+    stack_layers,
+)
 from lorakit.training.loop import Loop
 from lorakit.training.setup import Prepared, main_metric
 from lorakit.training.tracking import Recorder
@@ -66,6 +72,10 @@ def build_engine(
     section, model = prepared.recipe.train, prepared.model
     if execution.note:
         say(execution.note)
+    if execution.mode == "compiled_layers":
+        stack_layers(model)
+    if prepared.recipe.model.base_precision == "fp8":
+        say(f"the weights of {quantize_base(model)} linear layers are kept in fp8")
     if execution.mode == "compiled_layers":
         compile_layers(model)
     wrapped = strategy.wrap(objective)

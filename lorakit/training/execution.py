@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lorakit.anatomy import is_routed_expert
 from lorakit.data.encode import EncodedSplit
 from lorakit.methods.lora_layer import LoraLayer, SharedInput
+from lorakit.models.fp8 import can_quantize, quantize_linear
 from lorakit.training.setup import Prepared
 
 Mode = Literal["eager", "cuda_graphs", "compiled_layers"]
@@ -76,7 +77,6 @@ def compile_layers(model: nn.Module) -> None:
     where compiling the whole model takes minutes. A second length compiles it once more, for any
     length."""
     _recompute_more()
-    stack_layers(model)
     for layer in transformer_layers(model):
         layer.compile()
 
@@ -105,6 +105,23 @@ def stack_layers(model: Any) -> None:
     for layers in groups.values():
         if len(layers) > 1 and len({layer.bias is None for layer in layers}) == 1:
             SharedInput(layers)
+
+
+def quantize_base(model: nn.Module) -> int:
+    """Keep the frozen linear layers of the transformer's layers in fp8; return their number."""
+    count = 0
+    for layer in transformer_layers(model):
+        shared = {m.shared_input for m in layer.modules() if isinstance(m, LoraLayer)}
+        for group in shared:
+            if group is not None and can_quantize(group.base):
+                group.quantize()
+                count += len(group.layers)
+        for name, module in list(layer.named_modules()):
+            if can_quantize(module):
+                assert isinstance(module, nn.Linear)
+                layer.set_submodule(name, quantize_linear(module))
+                count += 1
+    return count
 
 
 def _recompute_more() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from lorakit.data.stream_steps import StreamSteps
 from lorakit.distributed.strategy import Strategy, build_strategy
 from lorakit.errors import Interrupted
+from lorakit.models.fp8 import check_base_precision
 from lorakit.openmp import yield_cores
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.check import check_recipe
@@ -80,7 +81,7 @@ def train(recipe: Recipe, resume: str | None = None, say: Say = lambda text: Non
     if start.finished is not None:
         say(f"{recipe.train.output_dir}: the run is complete; nothing to do")
         return _finished(Path(recipe.train.output_dir), start.finished)
-    _check_packages(recipe)
+    _check_support(recipe)
     strategy = build_strategy(recipe.model.dtype)
     prepared = prepare(recipe, say)
     batching = build_batching(prepared, strategy.device)
@@ -137,7 +138,7 @@ def _run(
 
 def dry_run(recipe: Recipe, say: Say) -> dict[str, Any]:
     """Load, inject and take one step without writing anything; return the plan and the loss."""
-    _check_packages(recipe)
+    _check_support(recipe)
     strategy = build_strategy(recipe.model.dtype)
     prepared = prepare(recipe, say, write_cache=False)
     steps = build_batching(prepared, strategy.device).steps
@@ -174,9 +175,10 @@ def plan_line(prepared: Prepared, batching: Batching) -> str:
     )
 
 
-def _check_packages(recipe: Recipe) -> None:
+def _check_support(recipe: Recipe) -> None:
     check_trackers(recipe.train.trackers)
     check_optimizer(recipe.train.optimizer)
+    check_base_precision(recipe.model)
 
 
 def _check_resumable(prepared: Prepared, batching: Batching, start: Start, say: Say) -> None:
