@@ -31,6 +31,7 @@ class LoraLayer(AdapterLayer):
 
     initial_A: Tensor | None
     initial_B: Tensor | None
+    fused: bool = False  # whether one operator may compute the output in compiled models
     shared_input: SharedInput | None = None
     slot: int = 0  # in shared_input
 
@@ -74,7 +75,7 @@ class LoraLayer(AdapterLayer):
         return A, torch.cat([self.lora_B, -self.initial_B], dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and self.is_plain():
+        if self.fused and torch.compiler.is_compiling() and self.is_plain():
             y = None if self.shared_input is None else self.shared_input.output(self.slot, x)
             if y is None:
                 flat = x.reshape(-1, self.in_features)

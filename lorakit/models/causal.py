@@ -28,6 +28,8 @@ from lorakit.kernels.linear_cross_entropy import (
 )
 from lorakit.models.master_weights import base_dtype
 
+#: ``train.kernels``
+Kernels = Literal["auto", "torch"]
 VARLEN = "lorakit_varlen"
 #: Attention options that ``varlen_attn`` does not support.
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "alibi_slopes")
@@ -66,7 +68,7 @@ def token_losses(
     loss_indices: Tensor,
     targets: Tensor,
     label_smoothing: float = 0.0,
-    kernels: Literal["auto", "torch"] = "auto",
+    kernels: Kernels = "auto",
     **inputs: Any,
 ) -> Tensor:
     """The summed cross-entropy of the trained tokens, a float32 scalar.
@@ -74,7 +76,7 @@ def token_losses(
     ``input_ids`` (batch, length) is padded on the right; ``loss_indices`` (n,) are positions in the
     flattened (batch * length) tokens whose next token is trained, ``targets`` (n,) those tokens.
     ``inputs`` are additional arguments of the decoder: the positions of packed documents.
-    ``kernels`` is ``train.kernels``: ``torch`` uses no kernels of our own.
+    With ``kernels: torch``, no Triton kernel is used.
 
     There is no attention mask: with causal attention no token sees the padding after it, and
     without a mask attention takes its fastest path and never waits for the device.

@@ -146,7 +146,8 @@ class TrainSection(Section):
 
     ``compile: true`` runs each layer through ``torch.compile``, ``false`` runs eagerly, and
     ``auto`` chooses on a GPU what is faster: CUDA graphs for small models, compiled layers for
-    large ones in long runs.
+    large ones in long runs. ``kernels: torch`` uses PyTorch's operators only, ``auto`` also
+    lorakit's own on a GPU.
     """
 
     output_dir: Text
@@ -171,6 +172,7 @@ class TrainSection(Section):
     adam_epsilon: PositiveFloat = 1e-8
     gradient_checkpointing: bool = False
     compile: Literal["auto"] | bool = "auto"
+    kernels: Literal["auto", "torch"] = "auto"
     group_by_length: bool = True
     seed: Seed = 42
     log_every_steps: PositiveInt = 10

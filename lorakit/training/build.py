@@ -29,13 +29,8 @@ from lorakit.training.divergence import divergence_cause
 from lorakit.training.engine.cuda_graph import CudaGraphEngine
 from lorakit.training.engine.eager import CausalObjective, EagerEngine, EncoderObjective
 from lorakit.training.engine.probe import GradientProbe
-from lorakit.training.execution import (
-    Execution,
-    choose_execution,
-    compile_layers,
-    quantize_base,
-    stack_layers,
-)
+from lorakit.training.execution import Execution, choose_execution
+from lorakit.training.fast_layers import compile_layers, fuse_layers, quantize_base
 from lorakit.training.loop import Loop
 from lorakit.training.setup import Prepared, main_metric
 from lorakit.training.tracking import Recorder
@@ -57,7 +52,9 @@ def build_objective(prepared: Prepared, device: torch.device) -> Objective:
     task = prepared.recipe.task
     # The padding after packed rows is treated as one more row.
     longest_row = max(task.max_length, padding_multiple(prepared, device))
-    return CausalObjective(model, section.label_smoothing, task.packing, longest_row)
+    return CausalObjective(
+        model, section.label_smoothing, task.packing, longest_row, section.kernels
+    )
 
 
 def build_engine(
@@ -72,8 +69,8 @@ def build_engine(
     section, model = prepared.recipe.train, prepared.model
     if execution.note:
         say(execution.note)
-    if execution.mode == "compiled_layers":
-        stack_layers(model)
+    if execution.mode == "compiled_layers" and section.kernels == "auto":
+        fuse_layers(model)
     if prepared.recipe.model.base_precision == "fp8":
         say(f"the weights of {quantize_base(model)} linear layers are kept in fp8")
     if execution.mode == "compiled_layers":

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from lorakit.kernels import linear_cross_entropy as module
 from lorakit.kernels.linear_cross_entropy import (
+    IGNORED,
     LogitTransform,
     checkpointed_cross_entropy,
     linear_cross_entropy,
@@ -101,6 +102,18 @@ def test_without_gradients_the_hidden_states_get_none() -> None:
     assert not loss.requires_grad
     want = _reference(hidden, weight, bias, targets, 0.0, LogitTransform())
     torch.testing.assert_close(loss, want.detach())
+
+
+@pytest.mark.usefixtures("chunk")
+def test_ignored_rows_have_no_loss_and_no_gradient() -> None:
+    hidden, weight, bias, targets = _case()
+    targets[[1, 6]] = IGNORED
+    loss = linear_cross_entropy(hidden, weight, bias, targets, 0.1)
+    (got,) = torch.autograd.grad(loss, hidden)
+    want_loss = _reference(hidden, weight, bias, targets, 0.1, LogitTransform())
+    torch.testing.assert_close(loss, want_loss)
+    torch.testing.assert_close(got, torch.autograd.grad(want_loss, hidden)[0])
+    assert not got[[1, 6]].any()
 
 
 def test_the_logits_of_all_rows_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from lorakit.distributed.strategy import Strategy
 from lorakit.methods.base import RunHooks
 from lorakit.models.causal import (
     CausalParts,
+    Kernels,
     host_masks,
     split_model,
     token_losses,
@@ -171,6 +172,7 @@ class CausalObjective(nn.Module):
         label_smoothing: float = 0.0,
         packing: bool = False,
         longest_row: int = 0,
+        kernels: Kernels = "auto",
     ) -> None:
         super().__init__()
         self.model = model
@@ -178,6 +180,7 @@ class CausalObjective(nn.Module):
         self.parts: CausalParts = split_model(model)
         self.label_smoothing = label_smoothing
         self.longest_row = longest_row
+        self.kernels = kernels
 
     def forward(self, batch: CausalBatch) -> Tensor:
         inputs: dict[str, Any] = {}
@@ -194,6 +197,7 @@ class CausalObjective(nn.Module):
                 batch.loss_indices,
                 batch.targets,
                 self.label_smoothing,
+                self.kernels,
                 **inputs,
             )
 

@@ -1,0 +1,61 @@
+"""How the steps of a run are executed, by the recipe, the model and the device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorakit.training.execution import choose_execution
+from lorakit.training.setup import Prepared, prepare
+from tests.families import tiny
+from tests.hybrids import hybrid
+from tests.training.runs import recipe_for
+
+GPU = torch.device("cuda")
+
+
+def prepared(model: Path, folder: Path, **changes: Any) -> Prepared:
+    return prepare(recipe_for(folder, model, "completion", **changes), lambda text: None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "mode"),
+    [
+        ({}, "cuda_graphs"),
+        ({"train__compile": False}, "eager"),
+        ({"train__compile": True}, "compiled_layers"),
+        ({"train__gradient_checkpointing": True}, "eager"),
+        ({"task__packing": True}, "eager"),
+    ],
+)
+def test_a_small_model_on_a_gpu(
+    tiny_llama: Path, tmp_path: Path, changes: dict[str, Any], mode: str
+) -> None:
+    assert choose_execution(prepared(tiny_llama, tmp_path, **changes), GPU, 100).mode == mode
+
+
+def test_the_cpu_runs_eagerly(tiny_llama: Path, tmp_path: Path) -> None:
+    chosen = choose_execution(prepared(tiny_llama, tmp_path), torch.device("cpu"), 100)
+    assert chosen.mode == "eager"
+    assert chosen.note is None
+
+
+def test_experts_run_eagerly(tiny_llama: Path, tmp_path: Path) -> None:
+    model = hybrid("mixtral")
+    run = replace(prepared(tiny_llama, tmp_path), model=model)
+    assert choose_execution(run, GPU, 100).mode == "eager"
+
+
+@pytest.mark.parametrize(("total_steps", "mode"), [(10, "eager"), (100_000, "compiled_layers")])
+def test_compiling_a_large_model_must_pay(
+    tiny_llama: Path, tmp_path: Path, total_steps: int, mode: str
+) -> None:
+    run = prepared(tiny_llama, tmp_path, model__dtype="bfloat16", train__per_device_batch_size=4096)
+    with torch.device("meta"):
+        model = tiny("llama", hidden_size=4096, intermediate_size=14336).to(torch.bfloat16)
+    run = replace(run, model=model)
+    assert choose_execution(run, GPU, total_steps).mode == mode
