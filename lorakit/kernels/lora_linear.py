@@ -34,21 +34,24 @@ def _(
 
 @torch.library.custom_op("lorakit::lora_linear_backward", mutates_args=())
 def _lora_linear_backward(
-    dy: Tensor, x: Tensor, h: Tensor, W: Tensor, A: Tensor, B: list[Tensor], scaling: list[float]
+    dy: Tensor, h: Tensor, W: Tensor, A: Tensor, B: list[Tensor], scaling: list[float]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """dx, dh and each dB_i. dA = dh^T x is left to the caller: x may be recomputed for it, in one
+    kernel with what needs dx."""
     blocks = _blocks(B, scaling)
     parts = [(dy[:, rows] @ B_i).mul_(scaling_i) for rows, _, B_i, scaling_i in blocks]
     dh = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
     dx = (dy @ W).addmm_(dh, A)
     dB = [(dy[:, rows].t() @ h[:, ranks]).mul_(scaling_i) for rows, ranks, _, scaling_i in blocks]
-    return dx, dh.t() @ x, dB
+    return dx, dh, dB
 
 
 @_lora_linear_backward.register_fake
 def _(
-    dy: Tensor, x: Tensor, h: Tensor, W: Tensor, A: Tensor, B: list[Tensor], scaling: list[float]
+    dy: Tensor, h: Tensor, W: Tensor, A: Tensor, B: list[Tensor], scaling: list[float]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    return torch.empty_like(x), torch.empty_like(A), [torch.empty_like(B_i) for B_i in B]
+    dx = dy.new_empty(dy.shape[0], W.shape[1])
+    return dx, torch.empty_like(h), [torch.empty_like(B_i) for B_i in B]
 
 
 def _blocks(B: list[Tensor], scaling: list[float]) -> list[tuple[slice, slice, Tensor, float]]:
@@ -68,8 +71,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, dy: Tensor, _dh: Tensor) -> tuple[Any, ...]:
     x, h, W, A, *B = ctx.saved_tensors
-    dx, dA, dB = _lora_linear_backward(dy.contiguous(), x, h, W, A, B, ctx.scaling)
-    return dx, None, None, dA, dB, None
+    dx, dh, dB = _lora_linear_backward(dy.contiguous(), h, W, A, B, ctx.scaling)
+    return dx, None, None, dh.t() @ x, dB, None
 
 
 _lora_linear.register_autograd(_backward, setup_context=_save)
