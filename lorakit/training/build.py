@@ -20,6 +20,7 @@ from lorakit.injection import trainable_state
 from lorakit.layers import adapter_layers
 from lorakit.methods.base import Method
 from lorakit.models.heads import label_columns
+from lorakit.models.master_weights import base_dtype
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.sections import Recipe, TrainSection
 from lorakit.training.batching import StepLoader, bucketed, build_collate, padding_multiple
@@ -99,7 +100,8 @@ def build_engine(
         ),
     }
     if execution.mode == "cuda_graphs":
-        return CudaGraphEngine(**parts, say=say)
+        dtype = base_dtype(model)
+        return CudaGraphEngine(**parts, say=say, layers=list(layers.values()), dtype=dtype)
     return EagerEngine(**parts)
 
 

@@ -7,7 +7,7 @@ during which the device still computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from lorakit.data.collate import Batch
+from lorakit.layers import AdapterLayer
 from lorakit.training.engine.eager import EagerEngine
+from lorakit.training.engine.staging import StagedFactors
 
 #: The tensors of a batch: name -> shape.
 Shapes = tuple[tuple[str, torch.Size], ...]
@@ -45,12 +47,16 @@ class CudaGraphEngine(EagerEngine):
     The first step runs eagerly, so that libraries are initialized and ``probe`` sees its gradients.
     Then a pass is captured when its batch shape first occurs; batches should be padded to few
     shapes. Batches with other numbers of rows than the first (an epoch's last) run eagerly. If a
-    pass cannot be captured, ``say`` gets the reason, and the run continues eagerly.
+    pass cannot be captured, ``say`` gets the reason, and the run continues eagerly. ``layers`` are
+    the adapter's, ``dtype`` is the model's precision.
     """
 
     keeps_gradients: ClassVar[bool] = True
 
     say: Callable[[str], None]
+    layers: Sequence[AdapterLayer]
+    dtype: torch.dtype
+    _staged: StagedFactors | None = field(default=None, init=False)
     _passes: dict[Shapes, _CapturedPass] = field(default_factory=dict, init=False)
     _rows: int | None = field(default=None, init=False)
     _enabled: bool = field(default=True, init=False)
@@ -66,16 +72,28 @@ class CudaGraphEngine(EagerEngine):
         return [{name: tuple(shape) for name, shape in shapes} for shapes in self._passes]
 
     def _forward_backward(self, batch: Batch, factor: float | Tensor) -> Tensor:
+        if self.probe is not None:  # the first step, after which gradients have their memory
+            return super()._forward_backward(batch, factor)
+        if self._staged is None and self.dtype != torch.float32:
+            self._staged = StagedFactors(self.layers, self.dtype)
         captured = self._captured(batch)
         if captured is None:
-            return super()._forward_backward(batch, factor)
+            return self._pass(batch, factor)
         return captured.replay(batch, factor)
+
+    def _pass(self, batch: Batch, factor: float | Tensor) -> Tensor:
+        if self._staged is None:
+            return super()._forward_backward(batch, factor)
+        self._staged.refresh()
+        loss = super()._forward_backward(batch, factor)
+        self._staged.collect()
+        return loss
 
     def _captured(self, batch: Batch) -> _CapturedPass | None:
         rows = len(batch.input_ids)
         if self._rows is None:
             self._rows = rows
-        if not self._enabled or self.probe is not None or rows != self._rows:
+        if not self._enabled or rows != self._rows:
             return None
         shapes = tuple((name, tensor.shape) for name, tensor in batch.tensors().items())
         if shapes not in self._passes:
@@ -95,7 +113,7 @@ class CudaGraphEngine(EagerEngine):
         missing = [p for p in self.parameters.values() if p.grad is None]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            loss = super()._forward_backward(static, factor)
+            loss = self._pass(static, factor)
         if any(p.grad is not None for p in missing):  # its memory belongs to the graph
             for parameter in missing:
                 parameter.grad = None
