@@ -49,12 +49,14 @@ def results(run: Built, steps: int) -> tuple[list[float], dict[str, Tensor]]:
     return losses, {name: w.clone() for name, w in run.engine.weights.items()}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("adapter", [LORA, ADALORA])
 @pytest.mark.parametrize("kind", ["causal", "encoder"])
 def test_graphs_give_the_numbers_of_the_eager_engine(
-    tiny_llama: Path, tiny_bert: Path, tmp_path: Path, kind: str, adapter: str
+    tiny_llama: Path, tiny_bert: Path, tmp_path: Path, kind: str, adapter: str, dtype: str
 ) -> None:
-    wanted = recipe(tiny_llama if kind == "causal" else tiny_bert, tmp_path, kind, adapter)
+    model = tiny_llama if kind == "causal" else tiny_bert
+    wanted = recipe(model, tmp_path, kind, adapter, **{"model.dtype": dtype})
     run = built(wanted)
     assert isinstance(run.engine, CudaGraphEngine)
     losses, weights = results(run, 15)
