@@ -212,7 +212,7 @@ def train_lorakit(case: Case, work: Path, compile_layers: str) -> dict[str, Any]
     task = {"dense": "text", "short": "classification", "wikisql": "completion"}[case.rows]
     recipe: dict[str, Any] = {
         "model": {"name_or_path": str(work / case.shape), "dtype": "bfloat16"},
-        "adapter": {"r": case.r, "lora_alpha": case.r, "target_modules": list(case.targets)},
+        "adapter": {"r": case.r, "lora_alpha": 2 * case.r, "target_modules": list(case.targets)},
         "task": {
             "name": task,
             "path": {"train": str(work / f"{case.shape}-{case.rows}.jsonl")},
@@ -292,7 +292,7 @@ def peft_model(case: Case, work: Path) -> Any:
     model = kind.from_pretrained(work / case.shape, dtype=torch.bfloat16, device_map="cuda")
     names = MODULES[SHAPES[case.shape]["model_type"]]
     targets = "all-linear" if case.targets == ("all-linear",) else [names[t] for t in case.targets]
-    common = {"target_modules": targets, "lora_alpha": case.r}
+    common = {"target_modules": targets, "lora_alpha": 2 * case.r}
     common["task_type"] = "SEQ_CLS" if encoder else "CAUSAL_LM"
     common["lora_dropout"] = case.recipe.get("adapter.lora_dropout", 0.0)
     if case.recipe.get("adapter.method") == "adalora":
@@ -389,7 +389,7 @@ def unsloth(case: Case, work: Path) -> dict[str, Any]:
         model,
         r=case.r,
         target_modules=every if case.targets == ("all-linear",) else attention,
-        lora_alpha=case.r,
+        lora_alpha=2 * case.r,
         lora_dropout=0,
         bias="none",
         use_gradient_checkpointing=False,
