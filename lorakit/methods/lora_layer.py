@@ -85,11 +85,11 @@ class LoraLayer(AdapterLayer):
         return super().forward(x)
 
     def is_plain(self) -> bool:
-        """Whether one operator computes the output: in half precision on a GPU, without dropout,
-        on a linear layer that is stored in half precision or fp8."""
+        """Whether one operator computes the output: without dropout, on a linear layer that is
+        stored in half precision or fp8."""
         base = self.base_layer
         if type(base) is nn.Linear:
-            half = base.weight.is_cuda and base.weight.dtype in (torch.bfloat16, torch.float16)
+            half = base.weight.dtype in (torch.bfloat16, torch.float16)
         else:
             half = isinstance(base, Fp8Linear)
         dropout = self.training and self.lora_dropout.p > 0

@@ -1,0 +1,57 @@
+"""Factors that are cast once per pass give the losses and gradients of those cast in each layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorakit.injection import inject
+from lorakit.layers import adapter_layers
+from lorakit.methods.adalora import AdaLoraConfig
+from lorakit.methods.dora import DoraConfig
+from lorakit.methods.lora import LoraConfig
+from lorakit.recipe.sections import AdapterSection
+from lorakit.training.engine.staging import StagedFactors
+from tests.families import tiny
+
+TARGETS = ["q", "v", "gate_proj"]
+CONFIGS = {
+    "lora": LoraConfig(r=4, target_modules=TARGETS),
+    "pissa": LoraConfig(r=4, target_modules=TARGETS, init="pissa"),
+    "adalora": AdaLoraConfig(method="adalora", init_r=4, target_r=2, target_modules=TARGETS),
+    "dora": DoraConfig(r=4, target_modules=TARGETS),
+}
+
+
+def losses_and_gradients(config: AdapterSection, staged: bool) -> list[Tensor]:
+    torch.manual_seed(0)
+    model = tiny("llama").to(torch.bfloat16)
+    inject(model, config)
+    layers = adapter_layers(model)
+    parameters = [p for layer in layers.values() for p in layer.adapter_parameters().values()]
+    for parameter in parameters:
+        with torch.no_grad():
+            parameter.add_(torch.randn_like(parameter))
+        parameter.grad = torch.zeros_like(parameter)
+    factors = StagedFactors(layers.values(), torch.bfloat16) if staged else None
+    model.train()
+    losses = []
+    for start in (0, 5):
+        ids = torch.arange(start, start + 12)[None]
+        if factors is not None:
+            factors.refresh()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        if factors is not None:
+            factors.collect()
+        losses.append(loss.detach())
+    return [*losses, *(p.grad for p in parameters if p.grad is not None)]
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_equal_to_the_bit(method: str) -> None:
+    plain = losses_and_gradients(CONFIGS[method], staged=False)
+    staged = losses_and_gradients(CONFIGS[method], staged=True)
+    assert all(torch.equal(one, other) for one, other in zip(plain, staged, strict=True))
+    assert any(gradient.any() for gradient in plain[2:])

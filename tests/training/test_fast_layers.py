@@ -1,0 +1,71 @@
+"""Fused layers: which ones share a product, and the numbers of the layers by themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lorakit.injection import inject
+from lorakit.layers import adapter_layers
+from lorakit.methods.lora import LoraConfig
+from lorakit.methods.lora_layer import LoraLayer
+from lorakit.training.fast_layers import fuse_layers, transformer_layers
+from tests.families import tiny
+
+IDS = torch.arange(24).view(2, 12)
+
+
+def adapted(family: str, dropout: float = 0.0) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = tiny(family).to(torch.bfloat16)
+    inject(model, LoraConfig(r=4, target_modules=["all-linear"], lora_dropout=dropout))
+    with torch.no_grad():
+        for layer in adapter_layers(model).values():
+            for parameter in layer.adapter_parameters().values():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def loss_and_gradients(model: PreTrainedModel) -> list[Tensor]:
+    model.train()
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox"])
+def test_compiled_layers_give_the_same_numbers(family: str) -> None:
+    plain = adapted(family)
+    fused = adapted(family)
+    fuse_layers(fused)
+    for layer in transformer_layers(fused):
+        layer.compile(backend="aot_eager")
+    wanted, found = loss_and_gradients(plain), loss_and_gradients(fused)
+    assert len(wanted) == len(found)
+    assert float(found[0]) == pytest.approx(float(wanted[0]), rel=2e-2)
+    for mine, reference in zip(found[1:], wanted[1:], strict=True):
+        apart = (mine.float() - reference.float()).norm() / reference.float().norm()
+        assert float(apart) < 5e-2
+
+
+def test_layers_of_one_input_share_its_product() -> None:
+    model = adapted("llama")
+    before = {name: layer.dense_weight().clone() for name, layer in adapter_layers(model).items()}
+    fuse_layers(model)
+    groups: dict[int, list[str]] = {}
+    for name, layer in adapter_layers(model).items():
+        assert isinstance(layer, LoraLayer)
+        assert torch.equal(layer.dense_weight(), before[name])
+        if layer.shared_input is not None:
+            groups.setdefault(id(layer.shared_input), []).append(name.rpartition(".")[2])
+    assert sorted(map(tuple, groups.values())) == 2 * [("gate_proj", "up_proj")] + 2 * [
+        ("q_proj", "k_proj", "v_proj")
+    ]
+
+
+def test_dropout_leaves_the_fused_operator_out() -> None:
+    layers = adapter_layers(adapted("llama", dropout=0.5).train()).values()
+    assert not any(isinstance(layer, LoraLayer) and layer.is_plain() for layer in layers)
+    assert all(isinstance(layer, LoraLayer) and layer.eval().is_plain() for layer in layers)
