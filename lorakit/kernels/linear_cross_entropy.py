@@ -56,8 +56,9 @@ def linear_cross_entropy(
     return loss
 
 
-def rows_per_chunk(vocab: int, device: torch.device) -> int:
-    return max(1, CHUNK_ELEMENTS.get(device.type, 2**23) // vocab)
+def rows_per_chunk(vocab: int, device: torch.device, fused: bool = False) -> int:
+    elements = FUSED_CHUNK_ELEMENTS if fused else CHUNK_ELEMENTS.get(device.type, 2**23)
+    return max(1, elements // vocab)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -72,24 +73,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         transform: LogitTransform,
         fused: bool,
     ) -> Tensor:
-        if fused:
-            arguments = (hidden, weight, bias, targets, label_smoothing, transform)
-            loss, ctx.grad = _fused_loss_and_grad(*arguments)
-            return loss
-        rows = rows_per_chunk(weight.shape[0], hidden.device)
-        needs_grad = hidden.requires_grad
-        grad = torch.empty_like(hidden) if needs_grad else None
+        compute = _fused_losses_ if fused else _losses_
+        rows = rows_per_chunk(weight.shape[0], hidden.device, fused)
+        grad = torch.empty_like(hidden) if hidden.requires_grad else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
-            logits = transform(F.linear(hidden[part], weight, bias).float())
             ignored = targets[part] < 0
-            target = targets[part].clamp_min(0).unsqueeze(1)
-            slope = _slope(logits, transform) if needs_grad else None
-            losses, softmax = _losses_and_softmax_(logits, target, label_smoothing)
+            logits = F.linear(hidden[part], weight, bias)
+            losses, d_logits = compute(
+                logits, targets[part], label_smoothing, transform, grad is not None
+            )
             loss += losses.masked_fill_(ignored, 0).sum()
             if grad is not None:
-                d_logits = _d_logits_(softmax, target, label_smoothing, slope)
                 rows_grad = d_logits.to(weight.dtype) @ weight
                 grad[part] = rows_grad.masked_fill_(ignored.unsqueeze(1), 0)
         ctx.grad = grad
@@ -102,34 +98,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad, None, None, None, None, None, None
 
 
-def _fused_loss_and_grad(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+def _losses_(
+    logits: Tensor,
     targets: Tensor,
     label_smoothing: float,
     transform: LogitTransform,
-) -> tuple[Tensor, Tensor | None]:
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Each row's loss, and with ``needs_grad`` its gradient with respect to ``logits``, before the
+    transform; those of ignored rows have no meaning."""
+    z = transform(logits.float())
+    target = targets.clamp_min(0).unsqueeze(1)
+    slope = _slope(z, transform) if needs_grad else None
+    losses, softmax = _losses_and_softmax_(z, target, label_smoothing)
+    return losses, _d_logits_(softmax, target, label_smoothing, slope) if needs_grad else softmax
+
+
+def _fused_losses_(
+    logits: Tensor,
+    targets: Tensor,
+    label_smoothing: float,
+    transform: LogitTransform,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor]:
     """The same with a kernel that overwrites the logits, in their own dtype, with the gradient."""
     from lorakit.kernels.cross_entropy_triton import cross_entropy_
 
-    grad = torch.empty_like(hidden) if hidden.requires_grad else None
-    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    rows = max(1, FUSED_CHUNK_ELEMENTS // len(weight))
-    for start in range(0, hidden.shape[0], rows):
-        part = slice(start, start + rows)
-        logits = F.linear(hidden[part], weight, bias)
-        loss += cross_entropy_(
-            logits,
-            targets[part],
-            label_smoothing,
-            transform.scale,
-            transform.softcap,
-            needs_grad=grad is not None,
-        ).sum()
-        if grad is not None:
-            torch.mm(logits, weight, out=grad[part])
-    return loss, grad
+    scale, softcap = transform.scale, transform.softcap
+    return cross_entropy_(logits, targets, label_smoothing, scale, softcap, needs_grad), logits
 
 
 def _losses_and_softmax_(

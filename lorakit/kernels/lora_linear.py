@@ -11,10 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 
-@torch.library.custom_op("lorakit::lora_linear", mutates_args=())
+@library.custom_op("lorakit::lora_linear", mutates_args=())
 def _lora_linear(
     x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: list[Tensor], scaling: list[float]
 ) -> tuple[Tensor, Tensor]:
@@ -26,13 +26,11 @@ def _lora_linear(
 
 
 @_lora_linear.register_fake
-def _(
-    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: list[Tensor], scaling: list[float]
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, W: Tensor, _bias: Tensor | None, A: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], W.shape[0]), x.new_empty(x.shape[0], A.shape[0])
 
 
-@torch.library.custom_op("lorakit::lora_linear_backward", mutates_args=())
+@library.custom_op("lorakit::lora_linear_backward", mutates_args=())
 def _lora_linear_backward(
     dy: Tensor, h: Tensor, W: Tensor, A: Tensor, B: list[Tensor], scaling: list[float]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -48,7 +46,7 @@ def _lora_linear_backward(
 
 @_lora_linear_backward.register_fake
 def _(
-    dy: Tensor, h: Tensor, W: Tensor, A: Tensor, B: list[Tensor], scaling: list[float]
+    dy: Tensor, h: Tensor, W: Tensor, _A: Tensor, B: list[Tensor], *_: Any
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     dx = dy.new_empty(dy.shape[0], W.shape[1])
     return dx, torch.empty_like(h), [torch.empty_like(B_i) for B_i in B]

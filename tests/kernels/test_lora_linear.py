@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from lorakit.kernels.lora_linear import lora_linear
 
@@ -48,4 +48,4 @@ def test_the_operator_is_registered_correctly() -> None:
         [2.0],
     )
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(torch.ops.lorakit.lora_linear, arguments, test_utils=checks)
+    library.opcheck(torch.ops.lorakit.lora_linear, arguments, test_utils=checks)
