@@ -12,6 +12,7 @@ import torch
 import torch._functorch.config
 from torch import Tensor, nn
 
+from lorakit.errors import UserError
 from lorakit.methods.lora_layer import LoraLayer, SharedInput
 from lorakit.models.fp8 import can_quantize, quantize_linear
 
@@ -25,9 +26,15 @@ def transformer_layers(model: nn.Module) -> Sequence[nn.Module]:
 def compile_layers(model: nn.Module) -> None:
     """Compile each layer by itself: all layers share the compiled code, so that this takes seconds
     where compiling the whole model takes minutes. A second length compiles it once more, for any
-    length."""
+    length. Raises UserError for a model without a stack of layers."""
+    layers = transformer_layers(model)
+    if not layers:
+        raise UserError(
+            f"train.compile = true: {type(model).__name__} has no stack of layers; allowed: auto, "
+            "false"
+        )
     _recompute_more()
-    for layer in transformer_layers(model):
+    for layer in layers:
         layer.compile()
 
 
@@ -60,7 +67,8 @@ def fuse_layers(model: Any) -> None:
 
 
 def quantize_base(model: nn.Module) -> int:
-    """Keep the frozen linear layers of the transformer's layers in fp8; return their number."""
+    """Keep the frozen linear layers of the transformer's layers in fp8; return their number.
+    Raises UserError if there is none."""
     count = 0
     for layer in transformer_layers(model):
         shared = {m.shared_input for m in layer.modules() if isinstance(m, LoraLayer)}
@@ -73,6 +81,11 @@ def quantize_base(model: nn.Module) -> int:
                 assert isinstance(module, nn.Linear)
                 layer.set_submodule(name, quantize_linear(module))
                 count += 1
+    if not count:
+        raise UserError(
+            f'model.base_precision = "fp8": {type(model).__name__} has no linear layer that fp8 '
+            "supports; allowed here: null"
+        )
     return count
 
 

@@ -11,27 +11,9 @@ import pytest
 
 import lorakit
 from lorakit.cli.main import run
+from tests.e2e.user_methods import METHOD
 from tests.training.runs import run_json, tree, write_recipe_file
 
-METHOD = """
-from torch import nn
-from lorakit.layers import AdapterLayer
-from lorakit.methods.base import Method
-from lorakit.recipe.sections import AdapterSection
-
-class Layer(AdapterLayer):
-    def __init__(self, base_layer, config, name):
-        super().__init__(base_layer)
-        self.scales = self.new_parameter(self.out_features)
-        nn.init.zeros_(self.scales)
-
-    def delta_weight(self):
-        return self.scales[:, None] * self.dense_weight()
-
-class Own(Method):
-    Config = AdapterSection
-    Layer = Layer
-"""
 CHANGED = "has changed since the adapter was trained"
 
 

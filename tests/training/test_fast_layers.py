@@ -7,11 +7,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lorakit.errors import UserError
 from lorakit.injection import inject
 from lorakit.layers import adapter_layers
 from lorakit.methods.lora import LoraConfig
 from lorakit.methods.lora_layer import LoraLayer
-from lorakit.training.fast_layers import fuse_layers, transformer_layers
+from lorakit.training.fast_layers import (
+    compile_layers,
+    fuse_layers,
+    quantize_base,
+    transformer_layers,
+)
 from tests.families import tiny
 
 IDS = torch.arange(24).view(2, 12)
@@ -63,6 +69,14 @@ def test_layers_of_one_input_share_its_product() -> None:
     assert sorted(map(tuple, groups.values())) == 2 * [("gate_proj", "up_proj")] + 2 * [
         ("q_proj", "k_proj", "v_proj")
     ]
+
+
+def test_what_cannot_be_prepared_is_an_error() -> None:
+    model = adapted("llama")
+    with pytest.raises(UserError, match='base_precision = "fp8": LlamaForCausalLM has no linear'):
+        quantize_base(model)
+    with pytest.raises(UserError, match="compile = true: Linear has no stack of layers"):
+        compile_layers(torch.nn.Linear(2, 2))
 
 
 def test_dropout_leaves_the_fused_operator_out() -> None:
