@@ -1,9 +1,10 @@
 """LoRA linears of one input as a single operator, for compiled layers.
 
 y_i = W_i x + b_i + scaling_i * B_i A_i x for q, k and v, or gate and up: the W_i and A_i are
-stacked, so that x is read once. torch.compile would copy W x before it adds an update to it; an
-operator adds it in place, and its backward pass keeps x and A x only. ``low_rank.lora_add_`` on the
-base's own output is the reference.
+stacked, so that x is read once. Each output starts as its update, and the large product adds W x to
+it as it writes its result: adding the update afterwards would read and write y once more. The
+backward pass keeps x and A x only. ``low_rank.lora_add_`` on the base's own output is the
+reference.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ def _lora_linear(
     x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: list[Tensor], scaling: list[float]
 ) -> tuple[Tensor, Tensor]:
     h = x @ A.t()
-    y = x @ W.t() if bias is None else torch.addmm(bias, x, W.t())
+    y = x.new_empty(x.shape[0], W.shape[0])
     for rows, ranks, B_i, scaling_i in _blocks(B, scaling):
-        y[:, rows].addmm_(h[:, ranks], B_i.t(), alpha=scaling_i)
-    return y, h
+        y[:, rows].addmm_(h[:, ranks], B_i.t(), beta=0, alpha=scaling_i)
+    if bias is not None:
+        y += bias
+    return y.addmm_(x, W.t()), h
 
 
 @_lora_linear.register_fake
@@ -39,7 +42,7 @@ def _lora_linear_backward(
     blocks = _blocks(B, scaling)
     parts = [(dy[:, rows] @ B_i).mul_(scaling_i) for rows, _, B_i, scaling_i in blocks]
     dh = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-    dx = (dy @ W).addmm_(dh, A)
+    dx = (dh @ A).addmm_(dy, W)
     dB = [(dy[:, rows].t() @ h[:, ranks]).mul_(scaling_i) for rows, ranks, _, scaling_i in blocks]
     return dx, dh, dB
 
