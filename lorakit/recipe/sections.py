@@ -89,7 +89,7 @@ class ModelSection(Section):
     name_or_path: Text
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    base_precision: Literal["fp8", "nf4"] | None = None
+    base_precision: Literal["fp8"] | None = None
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     trust_remote_code: bool = False
     new_head: bool = False
@@ -144,10 +144,11 @@ class TrainSection(Section):
     of packed rows) of 8 unless it or ``max_tokens_per_batch`` (tokens, including padding) is set. A
     batch respects both of these limits if both are set.
 
-    ``compile: true`` runs each layer through ``torch.compile``, ``false`` runs eagerly, and
-    ``auto`` chooses on a GPU what is faster: CUDA graphs for small models, compiled layers for
-    large ones in long runs. ``kernels: torch`` uses PyTorch's operators only, ``auto`` also
-    lorakit's own on a GPU.
+    ``gradient_checkpointing: true`` keeps only the input of each layer for the backward pass, and
+    ``offload`` keeps it in host memory. ``compile: true`` runs each layer through
+    ``torch.compile``, ``false`` runs eagerly, and ``auto`` chooses on a GPU what is faster: CUDA
+    graphs for small models, compiled layers for large ones in long runs. ``kernels: torch`` uses
+    PyTorch's operators only, ``auto`` also lorakit's own on a GPU.
     """
 
     output_dir: Text
@@ -170,7 +171,7 @@ class TrainSection(Section):
     adam_beta1: Probability = 0.9
     adam_beta2: Probability = 0.999
     adam_epsilon: PositiveFloat = 1e-8
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Literal["offload"] | bool = False
     compile: Literal["auto"] | bool = "auto"
     kernels: Literal["auto", "torch"] = "auto"
     group_by_length: bool = True

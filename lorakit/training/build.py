@@ -23,7 +23,6 @@ from lorakit.models.heads import label_columns
 from lorakit.models.master_weights import base_dtype
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.sections import Recipe, TrainSection
-from lorakit.training.base_precision import quantize_fp8, quantize_nf4
 from lorakit.training.batching import StepLoader, bucketed, build_collate, padding_multiple
 from lorakit.training.checkpoint import Progress
 from lorakit.training.control import Best, Evaluator, Schedule, StopRequest
@@ -32,24 +31,24 @@ from lorakit.training.engine.cuda_graph import CudaGraphEngine
 from lorakit.training.engine.eager import CausalObjective, EagerEngine, EncoderObjective
 from lorakit.training.engine.probe import GradientProbe
 from lorakit.training.execution import Execution, choose_execution
-from lorakit.training.fast_layers import compile_layers, fuse_layers
+from lorakit.training.fast_layers import compile_layers, fuse_layers, quantize_base
 from lorakit.training.loop import Loop
+from lorakit.training.offload import offload_layers
 from lorakit.training.setup import Prepared, main_metric
 from lorakit.training.tracking import Recorder
 
 Objective = CausalObjective | EncoderObjective
 
 
-def build_objective(prepared: Prepared, device: torch.device, say: Say) -> Objective:
-    """Seed the run, move the model to ``device`` and wrap it in its objective. An nf4 base is
-    quantized here, after ``choose_execution`` has seen the model."""
+def build_objective(prepared: Prepared, device: torch.device) -> Objective:
+    """Seed the run, move the model to ``device`` and wrap it in its objective."""
     section = prepared.recipe.train
     model: Any = prepared.model
     set_seed(section.seed)
-    if section.gradient_checkpointing:
-        _checkpoint_activations(model, encoder=prepared.task.kind == "encoder")
-    if prepared.recipe.model.base_precision == "nf4":
-        say(quantize_nf4(model, device))
+    if section.gradient_checkpointing and prepared.task.kind == "encoder":
+        model.config.use_cache = False  # a recomputed layer would extend the cache again
+    if section.gradient_checkpointing is True:
+        _checkpoint_activations(model)
     model.to(device)
     if prepared.task.kind == "encoder":
         columns = label_columns(model, prepared.task.labels(prepared.recipe.task, None))
@@ -77,8 +76,11 @@ def build_engine(
     if execution.mode == "compiled_layers" and section.kernels == "auto":
         fuse_layers(model)
     if prepared.recipe.model.base_precision == "fp8":
-        say(quantize_fp8(model))
-    if execution.mode == "compiled_layers":
+        say(f"the weights of {quantize_base(model)} linear layers are kept in fp8")
+    compiled = execution.mode == "compiled_layers"
+    if section.gradient_checkpointing == "offload":
+        offload_layers(model, strategy.device, compiled)
+    elif compiled:
         compile_layers(model)
     wrapped = strategy.wrap(objective)
     parameters: Any = trainable_state(model)
@@ -100,7 +102,7 @@ def build_engine(
             model,
             say,
             fully_trained=_requested_modules(prepared),
-            count_calls=execution.mode != "compiled_layers",
+            count_calls=not compiled,
         ),
     }
     if execution.mode == "cuda_graphs":
@@ -132,9 +134,9 @@ def build_loop(
     say: Say,
 ) -> Loop:
     section = prepared.recipe.train
-    execution = choose_execution(prepared, strategy.device, schedule.total_steps)
-    objective = build_objective(prepared, strategy.device, say)
+    objective = build_objective(prepared, strategy.device)
     evaluator = Evaluator(prepared, objective.parts, stop, recorder.display.say)
+    execution = choose_execution(prepared, strategy.device, schedule.total_steps)
     advice = prepared.method.advice(prepared.recipe.adapter)
     return Loop(
         engine=build_engine(prepared, objective, strategy, schedule.total_steps, execution, say),
@@ -237,11 +239,9 @@ def _requested_modules(prepared: Prepared) -> list[str]:
     return [n for n in trained if any(n == end or n.endswith(f".{end}") for end in requested)]
 
 
-def _checkpoint_activations(model: Any, encoder: bool) -> None:
+def _checkpoint_activations(model: Any) -> None:
     """Use the newer name if it exists: later releases of transformers 5 deprecate
     ``gradient_checkpointing_enable``."""
-    if encoder:  # otherwise transformers warns that it turns the cache off
-        model.config.use_cache = False
     name = "activation_checkpointing_enable"
     enable = getattr(model, name, None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})

@@ -53,7 +53,8 @@ def prepare(recipe: Recipe, say: Say, write_cache: bool = True) -> Prepared:
     data = replace(data, config=fit_max_length(model, data.config, say))
     if data.config.packing:
         check_packable(model)
-    if recipe.train.gradient_checkpointing and not model.supports_gradient_checkpointing:
+    checkpointing = recipe.train.gradient_checkpointing is True
+    if checkpointing and not model.supports_gradient_checkpointing:
         raise UserError(
             f"train.gradient_checkpointing = true: {type(model).__name__} does not support it; "
             "allowed: false"

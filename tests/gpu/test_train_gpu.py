@@ -103,18 +103,24 @@ def test_every_precision_learns(tiny_llama: Path, rows: Path, dtype: str) -> Non
     assert lines[0]["peak_memory_bytes"] > 0
 
 
-@pytest.mark.parametrize("key", ["train.gradient_checkpointing", "train.compile"])
-def test_options_that_change_no_number_much(tiny_llama: Path, rows: Path, key: str) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train.gradient_checkpointing": True},
+        {"train.compile": True},
+        {"train.gradient_checkpointing": "offload"},
+        {"train.gradient_checkpointing": "offload", "train.compile": True},
+    ],
+)
+def test_options_that_change_no_number_much(
+    tiny_llama: Path, rows: Path, changes: dict[str, Any]
+) -> None:
     plain = lorakit.train(recipe(tiny_llama, rows, **{"adapter.lora_dropout": 0.0}))
     other = lorakit.train(
         recipe(
             tiny_llama,
             rows,
-            **{
-                "adapter.lora_dropout": 0.0,
-                key: True,
-                "train.output_dir": str(rows / "other"),
-            },
+            **{"adapter.lora_dropout": 0.0, "train.output_dir": str(rows / "other"), **changes},
         )
     )
     assert other.metrics["loss"] == pytest.approx(plain.metrics["loss"], abs=0.05)
