@@ -39,6 +39,10 @@ class RowView(nn.Module):
     def module(self) -> nn.Module:
         return self._module[0]
 
+    def replace_module(self, module: nn.Module) -> None:
+        """View the same rows of ``module``, which has the shape of the one before."""
+        self._module = (module,)
+
     @property
     def bias(self) -> Tensor | None:
         bias = getattr(self.module, "bias", None)

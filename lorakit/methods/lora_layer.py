@@ -86,7 +86,7 @@ class LoraLayer(AdapterLayer):
 
     def is_plain(self) -> bool:
         """Whether one operator computes the output: without dropout, on a linear layer that is
-        stored in half precision or fp8."""
+        stored in half precision or quantized from it."""
         base = self.base_layer
         if type(base) is nn.Linear:
             half = base.weight.dtype in (torch.bfloat16, torch.float16)

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from lorakit.errors import UserError
 from lorakit.kernels.fp8 import Fp8Weight, fp8_linear, quantize_weight
-from lorakit.recipe.sections import ModelSection
 
 #: Smaller matrices, such as routers, are not worth it, and their errors weigh more.
 _LEAST_FEATURES = 256
@@ -53,14 +52,12 @@ def quantize_linear(module: nn.Linear) -> Fp8Linear:
     return Fp8Linear(weight, module.bias, module.weight.dtype)
 
 
-def check_base_precision(section: ModelSection) -> None:
-    """Raise UserError if the device or the model's dtype does not support ``base_precision``."""
-    if section.base_precision != "fp8":
-        return
+def check_support(dtype: str) -> None:
+    """Raise UserError if the device or the model's ``dtype`` does not support fp8."""
     problem = None
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
         problem = "needs a GPU with fp8 matrix products (compute capability 8.9 or higher)"
-    elif section.dtype != "bfloat16":
-        problem = f"needs model.dtype: bfloat16, not {section.dtype}"
+    elif dtype != "bfloat16":
+        problem = f"needs model.dtype: bfloat16, not {dtype}"
     if problem:
         raise UserError(f'model.base_precision = "fp8": {problem}; allowed here: null')

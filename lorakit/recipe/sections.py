@@ -89,7 +89,7 @@ class ModelSection(Section):
     name_or_path: Text
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    base_precision: Literal["fp8"] | None = None
+    base_precision: Literal["fp8", "nf4"] | None = None
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     trust_remote_code: bool = False
     new_head: bool = False

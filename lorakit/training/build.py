@@ -23,6 +23,7 @@ from lorakit.models.heads import label_columns
 from lorakit.models.master_weights import base_dtype
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.sections import Recipe, TrainSection
+from lorakit.training.base_precision import quantize_fp8, quantize_nf4
 from lorakit.training.batching import StepLoader, bucketed, build_collate, padding_multiple
 from lorakit.training.checkpoint import Progress
 from lorakit.training.control import Best, Evaluator, Schedule, StopRequest
@@ -31,7 +32,7 @@ from lorakit.training.engine.cuda_graph import CudaGraphEngine
 from lorakit.training.engine.eager import CausalObjective, EagerEngine, EncoderObjective
 from lorakit.training.engine.probe import GradientProbe
 from lorakit.training.execution import Execution, choose_execution
-from lorakit.training.fast_layers import compile_layers, fuse_layers, quantize_base
+from lorakit.training.fast_layers import compile_layers, fuse_layers
 from lorakit.training.loop import Loop
 from lorakit.training.offload import offload_layers
 from lorakit.training.setup import Prepared, main_metric
@@ -40,8 +41,9 @@ from lorakit.training.tracking import Recorder
 Objective = CausalObjective | EncoderObjective
 
 
-def build_objective(prepared: Prepared, device: torch.device) -> Objective:
-    """Seed the run, move the model to ``device`` and wrap it in its objective."""
+def build_objective(prepared: Prepared, device: torch.device, say: Say) -> Objective:
+    """Seed the run, move the model to ``device`` and wrap it in its objective. An nf4 base is
+    quantized here, after ``choose_execution`` has seen the model."""
     section = prepared.recipe.train
     model: Any = prepared.model
     set_seed(section.seed)
@@ -49,6 +51,8 @@ def build_objective(prepared: Prepared, device: torch.device) -> Objective:
         model.config.use_cache = False  # a recomputed layer would extend the cache again
     if section.gradient_checkpointing is True:
         _checkpoint_activations(model)
+    if prepared.recipe.model.base_precision == "nf4":
+        say(quantize_nf4(model, device))
     model.to(device)
     if prepared.task.kind == "encoder":
         columns = label_columns(model, prepared.task.labels(prepared.recipe.task, None))
@@ -76,7 +80,7 @@ def build_engine(
     if execution.mode == "compiled_layers" and section.kernels == "auto":
         fuse_layers(model)
     if prepared.recipe.model.base_precision == "fp8":
-        say(f"the weights of {quantize_base(model)} linear layers are kept in fp8")
+        say(quantize_fp8(model))
     compiled = execution.mode == "compiled_layers"
     if section.gradient_checkpointing == "offload":
         offload_layers(model, strategy.device, compiled)
@@ -134,9 +138,9 @@ def build_loop(
     say: Say,
 ) -> Loop:
     section = prepared.recipe.train
-    objective = build_objective(prepared, strategy.device)
-    evaluator = Evaluator(prepared, objective.parts, stop, recorder.display.say)
     execution = choose_execution(prepared, strategy.device, schedule.total_steps)
+    objective = build_objective(prepared, strategy.device, say)
+    evaluator = Evaluator(prepared, objective.parts, stop, recorder.display.say)
     advice = prepared.method.advice(prepared.recipe.adapter)
     return Loop(
         engine=build_engine(prepared, objective, strategy, schedule.total_steps, execution, say),

@@ -1,4 +1,4 @@
-"""Prepare the layers of a model for fast passes: fused operators, an fp8 base, compilation.
+"""Prepare the layers of a model for fast passes: fused operators and compilation.
 
 Each function changes the model in place, on its device, after the adapter has been injected.
 """
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from lorakit.errors import UserError
 from lorakit.methods.lora_layer import LoraLayer, SharedInput
-from lorakit.models.fp8 import can_quantize, quantize_linear
 
 
 def transformer_layers(model: nn.Module) -> Sequence[nn.Module]:
-    """The layers of the largest stack in ``model``, by parameters; empty if there is none."""
+    """The layers of the largest stack in ``model``, by values (a quantized weight is not a
+    parameter); empty if there is none."""
     stacks = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
     return max(stacks, key=lambda stack: sum(map(_size, stack)), default=[])
 
@@ -66,29 +66,6 @@ def fuse_layers(model: Any) -> None:
             SharedInput(layers)
 
 
-def quantize_base(model: nn.Module) -> int:
-    """Keep the frozen linear layers of the transformer's layers in fp8; return their number.
-    Raises UserError if there is none."""
-    count = 0
-    for layer in transformer_layers(model):
-        shared = {m.shared_input for m in layer.modules() if isinstance(m, LoraLayer)}
-        for group in shared:
-            if group is not None and can_quantize(group.base):
-                group.quantize()
-                count += len(group.layers)
-        for name, module in list(layer.named_modules()):
-            if can_quantize(module):
-                assert isinstance(module, nn.Linear)
-                layer.set_submodule(name, quantize_linear(module))
-                count += 1
-    if not count:
-        raise UserError(
-            f'model.base_precision = "fp8": {type(model).__name__} has no linear layer that fp8 '
-            "supports; allowed here: null"
-        )
-    return count
-
-
 def _recompute_more() -> None:
     """Recompute element-wise results, such as SwiGLU's, in the backward pass, although a matrix
     product reads them: a quarter less memory for 2% more time."""
@@ -98,4 +75,4 @@ def _recompute_more() -> None:
 
 
 def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return sum(value.numel() for value in (*module.parameters(), *module.buffers()))

@@ -10,12 +10,12 @@ from typing import Any
 from lorakit.data.stream_steps import StreamSteps
 from lorakit.distributed.strategy import Strategy, build_strategy
 from lorakit.errors import Interrupted
-from lorakit.models.fp8 import check_base_precision
 from lorakit.openmp import yield_cores
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.check import check_recipe
 from lorakit.recipe.export import write_recipe
 from lorakit.recipe.sections import Recipe
+from lorakit.training.base_precision import check_base_precision
 from lorakit.training.batching import Batching, build_batching
 from lorakit.training.build import (
     build_engine,
@@ -144,8 +144,8 @@ def dry_run(recipe: Recipe, say: Say) -> dict[str, Any]:
     prepared = prepare(recipe, say, write_cache=False)
     steps = build_batching(prepared, strategy.device).steps
     schedule = build_schedule(prepared.recipe, steps)
-    objective = build_objective(prepared, strategy.device)
     execution = choose_execution(prepared, strategy.device, schedule.total_steps)
+    objective = build_objective(prepared, strategy.device, say)
     engine = build_engine(prepared, objective, strategy, schedule.total_steps, execution, say)
     loader = build_loader(prepared, objective, steps, strategy.device, execution)
     loss = float(engine.step(loader.take(0).micro_batches).loss)

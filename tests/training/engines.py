@@ -38,10 +38,10 @@ def built(recipe: Recipe, engine: Mode | None = None) -> Built:
     strategy = build_strategy(recipe.model.dtype)
     steps = build_batching(prepared, strategy.device).steps
     total_steps = build_schedule(prepared.recipe, steps).total_steps
-    objective = build_objective(prepared, strategy.device)
-    execution = choose_execution(prepared, strategy.device, total_steps)
-    loader = build_loader(prepared, objective, steps, strategy.device, execution)
     said: list[str] = []
+    execution = choose_execution(prepared, strategy.device, total_steps)
+    objective = build_objective(prepared, strategy.device, said.append)
+    loader = build_loader(prepared, objective, steps, strategy.device, execution)
     execution = Execution(engine) if engine else execution
     chosen = build_engine(prepared, objective, strategy, total_steps, execution, said.append)
     return Built(prepared, objective, chosen, loader, said)

@@ -15,7 +15,6 @@ from lorakit.methods.lora_layer import LoraLayer
 from lorakit.training.fast_layers import (
     compile_layers,
     fuse_layers,
-    quantize_base,
     transformer_layers,
 )
 from tests.families import tiny
@@ -74,9 +73,6 @@ def test_layers_of_one_input_share_its_product() -> None:
 
 
 def test_what_cannot_be_prepared_is_an_error() -> None:
-    model = adapted("llama")
-    with pytest.raises(UserError, match='base_precision = "fp8": LlamaForCausalLM has no linear'):
-        quantize_base(model)
     with pytest.raises(UserError, match="compile = true: Linear has no stack of layers"):
         compile_layers(torch.nn.Linear(2, 2))
 

@@ -1,0 +1,64 @@
+"""Keep the frozen linear layers of a base model in 4-bit NormalFloat."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.errors import UserError
+from lorakit.kernels.nf4 import BLOCK, Nf4Weight, nf4_linear, quantize_weight
+
+#: Smaller matrices, such as routers, are not worth it, and their errors weigh more.
+_LEAST_FEATURES = 128
+
+
+class Nf4Linear(nn.Module):
+    """A frozen y = W x + b with a quantized W. ``weight`` is W, dequantized."""
+
+    bias: Tensor | None
+
+    def __init__(self, weight: Nf4Weight, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out_features, self.in_features = len(weight.packed), 2 * weight.packed.shape[1]
+        self.dtype = dtype
+        for name, value in weight._asdict().items():
+            self.register_buffer(name, value, persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
+
+    @property
+    def quantized(self) -> Nf4Weight:
+        return Nf4Weight(*(getattr(self, name) for name in Nf4Weight._fields))
+
+    @property
+    def weight(self) -> Tensor:
+        return self.quantized.dense(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, self.in_features).to(self.dtype)
+        y = nf4_linear(flat, self.quantized, self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+def can_quantize(module: nn.Module) -> bool:
+    """Whether ``module`` is a frozen linear layer whose rows are whole blocks."""
+    if type(module) is not nn.Linear or any(p.requires_grad for p in module.parameters()):
+        return False
+    sizes = (module.in_features, module.out_features)
+    return min(sizes) >= _LEAST_FEATURES and module.in_features % BLOCK == 0
+
+
+def quantize_linear(module: nn.Linear, device: torch.device) -> Nf4Linear:
+    """``module`` on ``device``, where its weight is quantized."""
+    weight = module.weight.detach()
+    return Nf4Linear(quantize_weight(weight.to(device)), module.bias, weight.dtype)
+
+
+def check_support() -> None:
+    """Raise UserError if bitsandbytes is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "model.base_precision = \"nf4\": needs bitsandbytes (pip install 'lorakit[gpu]'); "
+            "allowed without it: fp8, null"
+        )

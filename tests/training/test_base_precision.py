@@ -1,0 +1,136 @@
+"""A quantized base: which of its layers are quantized, and the numbers of the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lorakit import registry
+from lorakit.base_weight import RowView
+from lorakit.errors import UserError
+from lorakit.injection import inject, trainable_state
+from lorakit.models.nf4 import Nf4Linear
+from lorakit.training.base_precision import quantize_fp8, quantize_nf4
+from tests.families import tiny, token_ids
+
+CPU = torch.device("cpu")
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+BERT_SIZES = {"hidden_size": 128, "intermediate_size": 256}
+SIZES_OF = {
+    "llama": SIZES,
+    "roberta": BERT_SIZES | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+}
+
+
+@pytest.fixture(autouse=True)
+def installed() -> None:
+    pytest.importorskip("bitsandbytes")
+
+
+def adapted(family: str, method: str = "lora", **changes: Any) -> PreTrainedModel:
+    model = tiny(family, **SIZES_OF.get(family, BERT_SIZES))
+    config = registry.method(method).Config(
+        method=method, target_modules=changes.pop("target_modules", ["all-linear"]), **changes
+    )
+    torch.manual_seed(1)
+    inject(model, config)
+    with torch.no_grad():
+        for parameter in trainable_state(model).values():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def dequantized(model: nn.Module) -> nn.Module:
+    """The same model with dense linear layers of the same values."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Nf4Linear):
+            dense = nn.Linear(module.in_features, module.out_features, device="meta")
+            dense.weight = nn.Parameter(module.weight, requires_grad=False)
+            dense.bias = None if module.bias is None else nn.Parameter(module.bias, False)
+            model.set_submodule(name, dense)
+            for view in model.modules():
+                if isinstance(view, RowView) and view.module is module:
+                    view.replace_module(dense)
+    return model
+
+
+def loss_and_gradients(model: Any) -> list[Tensor]:
+    model.train()
+    ids = token_ids()
+    if "Classification" in type(model).__name__:
+        loss = model(input_ids=ids, labels=torch.tensor([0, 2])).loss
+    else:
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("lora", {}),
+        ("lora", {"init": "pissa"}),
+        ("lora_plus", {}),
+        ("adalora", {}),
+        ("dora", {}),
+        ("moslora", {}),
+        ("intrinsic", {}),
+    ],
+)
+@pytest.mark.parametrize("family", ["llama", "roberta", "phi3"])
+def test_a_model_computes_with_its_dequantized_weights(
+    family: str, method: str, changes: dict[str, Any]
+) -> None:
+    model, reference = adapted(family, method, **changes), adapted(family, method, **changes)
+    quantize_nf4(model, CPU)
+    quantize_nf4(reference, CPU)
+    found, wanted = loss_and_gradients(model), loss_and_gradients(dequantized(reference))
+    assert len(found) == len(wanted) > 1
+    for mine, dense in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, dense, rtol=1e-5, atol=1e-6)
+
+
+def test_parts_of_a_fused_projection_see_the_quantized_base() -> None:
+    model = adapted("phi3", target_modules=["q", "v"])
+    quantize_nf4(model, CPU)
+    views = [m for m in model.modules() if isinstance(m, RowView)]
+    assert len(views) == 4
+    assert all(isinstance(view.module, Nf4Linear) for view in views)
+
+
+def test_what_is_not_quantized() -> None:
+    """In Llama's layers: k and v, which are small, and a layer that is fully trained."""
+    model = adapted("llama", target_modules=["q", "v"], modules_to_save=["layers.1.mlp.up_proj"])
+    assert quantize_nf4(model, CPU) == (
+        "the weights of 9 linear layers are kept in nf4; 5 others, small or trained, are not "
+        "quantized"
+    )
+    quantized = {n for n, m in model.named_modules() if isinstance(m, Nf4Linear)}
+    assert "model.layers.0.self_attn.q_proj.base_layer" in quantized
+    assert "model.layers.1.mlp.down_proj" in quantized
+    assert len(quantized) == 9
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "changes"),
+    [
+        ("llama", "full", {"target_modules": None}),
+        ("roberta", "bitfit", {"target_modules": None}),
+        ("roberta", "lora", {"bias": "all"}),
+        ("gpt2", "lora", {}),
+    ],
+)
+def test_nothing_to_quantize(family: str, method: str, changes: dict[str, Any]) -> None:
+    model = adapted(family, method, **changes)
+    name = type(model).__name__
+    for quantize, precision in ((quantize_fp8, "fp8"), (lambda m: quantize_nf4(m, CPU), "nf4")):
+        with pytest.raises(
+            UserError,
+            match=f'base_precision = "{precision}": {name} has no frozen linear layer that '
+            f"{precision} supports; allowed here: null$",
+        ):
+            quantize(model)
