@@ -9,8 +9,9 @@ windows of its metrics.jsonl, which starts after the first steps; a peer's is th
 steps after its first ones. Neither waits for the device within those steps.
 
 Peers: `trainer` (PEFT and transformers' Trainer with its default collator), `loop` (PEFT in a plain
-loop), `liger` (the same with Liger's kernels), `compiled` (the same with each layer compiled) and
-`unsloth`. They are not dependencies of lorakit; those that are missing are reported as such.
+loop), `liger` (the same with Liger's kernels), `compiled` (the same with each layer compiled),
+`unsloth` and `unsloth4bit` (which quantizes the base as it loads it, for `8b-all-nf4`). They are
+not dependencies of lorakit; those that are missing are reported as such.
 """
 
 from __future__ import annotations
@@ -81,6 +82,9 @@ CASES = {
     ),
     "8b-all-fp8": Case(
         "llama8b", "dense", 4, ("all-linear",), 2048, recipe={"model.base_precision": "fp8"}
+    ),
+    "8b-all-nf4": Case(
+        "llama8b", "dense", 4, ("all-linear",), 2048, recipe={"model.base_precision": "nf4"}
     ),
     "1b": Case("llama1b", "dense", 4, ("all-linear",), 1024),
     "1b-adalora": Case(
@@ -370,7 +374,7 @@ def plain_loop(case: Case, work: Path, liger: bool = False, compiled: bool = Fal
     return timed_loop(case, work, model)
 
 
-def unsloth(case: Case, work: Path) -> dict[str, Any]:
+def unsloth(case: Case, work: Path, four_bit: bool = False) -> dict[str, Any]:
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
     import torch
     from unsloth import FastLanguageModel
@@ -379,7 +383,7 @@ def unsloth(case: Case, work: Path) -> dict[str, Any]:
         str(work / case.shape),
         max_seq_length=case.length,
         dtype=torch.bfloat16,
-        load_in_4bit=False,
+        load_in_4bit=four_bit,
         local_files_only=True,
     )
     names = MODULES["llama"]
@@ -448,6 +452,7 @@ PEERS = {
     "liger": lambda case, work: plain_loop(case, work, liger=True),
     "compiled": lambda case, work: plain_loop(case, work, liger=True, compiled=True),
     "unsloth": unsloth,
+    "unsloth4bit": lambda case, work: unsloth(case, work, four_bit=True),
 }
 
 

@@ -16,7 +16,8 @@ from lorakit.kernels.fp8 import Fp8Weight, fp8_linear
 from lorakit.kernels.lora_linear import lora_linear
 from lorakit.kernels.low_rank import LowRankDelta, RowSlice, is_covered_by, lora_add_
 from lorakit.layers import AdapterLayer, CompositeLayer
-from lorakit.models.fp8 import Fp8Linear, quantize_linear
+from lorakit.models.fp8 import Fp8Linear, can_quantize, quantize_linear
+from lorakit.models.nf4 import Nf4Linear, Nf4Stack, stack
 
 #: Matrices no larger than this in one dimension are decomposed exactly.
 _EXACT_SVD = 1024
@@ -89,9 +90,12 @@ class LoraLayer(AdapterLayer):
         stored in half precision or quantized from it."""
         base = self.base_layer
         if type(base) is nn.Linear:
-            half = base.weight.dtype in (torch.bfloat16, torch.float16)
+            dtype = base.weight.dtype
+        elif isinstance(base, Fp8Linear | Nf4Linear):
+            dtype = base.dtype
         else:
-            half = isinstance(base, Fp8Linear)
+            return False
+        half = dtype in (torch.bfloat16, torch.float16)
         dropout = self.training and self.lora_dropout.p > 0
         return half and not dropout and type(self).update is LoraLayer.update
 
@@ -212,30 +216,28 @@ class LoraLayer(AdapterLayer):
 class SharedInput:
     """LoRA layers that read one tensor, such as q, k and v, as a single product in compiled models.
 
-    ``layers`` are plain and in the order in which the model calls them. Their frozen weights are
-    stacked in memory, and each stays a view of its rows. The first layer computes the outputs of
-    all, and the others return theirs if they are called with the same tensor.
+    ``layers`` are plain, their bases of one class, and in the order in which the model calls them.
+    Their frozen weights are stacked in memory, and each stays a view of its rows. The first layer
+    computes the outputs of all, and the others return theirs if they are called with the same
+    tensor.
     """
 
     def __init__(self, layers: Sequence[LoraLayer]) -> None:
         self.layers = list(layers)
-        biases = [layer.bias for layer in layers if layer.bias is not None]
-        weight = torch.cat([layer.weight for layer in layers])
-        base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        base.weight = nn.Parameter(weight, requires_grad=False)
-        if biases:
-            base.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
-        self.base: nn.Linear | Fp8Linear = base
-        rows = weight.split([layer.out_features for layer in layers])
-        for slot, (layer, own) in enumerate(zip(layers, rows, strict=True)):
-            layer.base_layer.weight = nn.Parameter(own, requires_grad=False)
+        quantized = [b for layer in layers if isinstance(b := layer.base_layer, Nf4Linear)]
+        self.base: nn.Linear | Fp8Linear | Nf4Stack = (
+            stack(quantized) if quantized else _stacked(layers)
+        )
+        for slot, layer in enumerate(layers):
             layer.shared_input, layer.slot = self, slot
         self._x: Tensor | None = None
         self._outputs: tuple[Tensor, ...] = ()
 
-    def quantize(self) -> None:
-        """Keep the stacked weights in fp8, of which each layer gets a view of its rows."""
-        assert isinstance(self.base, nn.Linear)
+    def quantize(self) -> bool:
+        """Keep the stacked weights in fp8, of which each layer gets a view of its rows; False if
+        fp8 does not support them."""
+        if not (isinstance(self.base, nn.Linear) and can_quantize(self.base)):
+            return False
         self.base = quantize_linear(self.base)
         start = 0
         for layer in self.layers:
@@ -244,6 +246,7 @@ class SharedInput:
             own = Fp8Weight(by_row[rows], row_scale[:, rows], by_column[:, rows], column_scale)
             layer.base_layer = Fp8Linear(own, layer.bias, self.base.dtype)
             start = rows.stop
+        return True
 
     def output(self, slot: int, x: Tensor) -> Tensor | None:
         """The output (n, out_features) of the layer ``slot`` for ``x`` (..., in_features); None if
@@ -303,13 +306,28 @@ class MosLoraLayer(LoraLayer):
         return LoraLayer.join(composite)
 
 
+def _stacked(layers: Sequence[LoraLayer]) -> nn.Linear:
+    """The bases of ``layers`` as one, of which each gets a view of its rows."""
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    weight = torch.cat([layer.weight for layer in layers])
+    base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    base.weight = nn.Parameter(weight, requires_grad=False)
+    if biases:
+        base.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+    rows = weight.split([layer.out_features for layer in layers])
+    for layer, own in zip(layers, rows, strict=True):
+        layer.base_layer.weight = nn.Parameter(own, requires_grad=False)
+    return base
+
+
 def _product(
     x: Tensor, base: Any, factors: list[tuple[Tensor, Tensor]], scaling: list[float]
 ) -> tuple[Tensor, ...]:
     """The outputs of LoRA layers whose weights are stacked in ``base``."""
     if isinstance(base, Fp8Linear):
         return fp8_linear(x, base.quantized, base.bias, factors, scaling)
-    return lora_linear(x, base.weight, base.bias, factors, scaling)
+    weight = base.quantized if isinstance(base, Nf4Linear) else base.weight
+    return lora_linear(x, weight, base.bias, factors, scaling)
 
 
 def _principal(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:

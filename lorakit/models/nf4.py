@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.errors import UserError
-from lorakit.kernels.nf4 import BLOCK, Nf4Weight, nf4_linear, quantize_weight
+from lorakit.kernels.nf4 import BLOCK, Nf4Weight, nf4_linear, quantize_weight, stacked
 
 #: Smaller matrices, such as routers, are not worth it, and their errors weigh more.
 _LEAST_FEATURES = 128
@@ -39,6 +41,25 @@ class Nf4Linear(nn.Module):
         flat = x.reshape(-1, self.in_features).to(self.dtype)
         y = nf4_linear(flat, self.quantized, self.bias)
         return y.view(*x.shape[:-1], self.out_features)
+
+
+@dataclass(frozen=True)
+class Nf4Stack:
+    """Layers of the same ``in_features``, as one: ``weight`` are the tensors of all, for
+    ``kernels.nf4.dense``, and ``bias`` is (sum of out_features,)."""
+
+    weight: list[Tensor]
+    bias: Tensor | None
+
+
+def stack(layers: Sequence[Nf4Linear]) -> Nf4Stack:
+    """Stack ``layers``, each of which keeps a view of its rows. All or none have a bias."""
+    weight = stacked([layer.quantized for layer in layers])
+    rows = weight[0].split([layer.out_features for layer in layers])
+    for layer, own in zip(layers, rows, strict=True):
+        layer.packed = own
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    return Nf4Stack(weight, torch.cat(biases) if biases else None)
 
 
 def can_quantize(module: nn.Module) -> bool:

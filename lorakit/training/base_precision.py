@@ -34,8 +34,7 @@ def quantize_fp8(model: nn.Module) -> str:
     for layer in transformer_layers(model):
         shared = {m.shared_input for m in layer.modules() if isinstance(m, LoraLayer)}
         for group in shared:
-            if group is not None and fp8.can_quantize(group.base):
-                group.quantize()
+            if group is not None and group.quantize():
                 count += len(group.layers)
         for name, module in list(layer.named_modules()):
             if fp8.can_quantize(module):

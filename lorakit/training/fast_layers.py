@@ -58,9 +58,10 @@ def fuse_layers(model: Any) -> None:
     finally:
         for hook in hooks:
             hook.remove()
-    groups: dict[tuple[str, int], list[LoraLayer]] = {}
+    groups: dict[tuple[str, int, type[nn.Module]], list[LoraLayer]] = {}
     for name, tensor in inputs.items():  # in the order of the calls
-        groups.setdefault((name.rpartition(".")[0], id(tensor)), []).append(plain[name])
+        key = (name.rpartition(".")[0], id(tensor), type(plain[name].base_layer))
+        groups.setdefault(key, []).append(plain[name])
     for layers in groups.values():
         if len(layers) > 1 and len({layer.bias is None for layer in layers}) == 1:
             SharedInput(layers)

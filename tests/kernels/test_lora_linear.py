@@ -41,7 +41,7 @@ def test_values_and_gradients(outs: tuple[int, ...], with_bias: bool) -> None:
 def test_the_operator_is_registered_correctly() -> None:
     arguments = (
         draw(5, 4, seed=0),
-        draw(7, 4, seed=1),
+        [draw(7, 4, seed=1)],
         None,
         draw(3, 4, seed=2).requires_grad_(),
         [draw(7, 3, seed=3).requires_grad_()],

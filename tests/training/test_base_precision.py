@@ -13,8 +13,11 @@ from lorakit import registry
 from lorakit.base_weight import RowView
 from lorakit.errors import UserError
 from lorakit.injection import inject, trainable_state
+from lorakit.layers import adapter_layers
+from lorakit.methods.lora_layer import LoraLayer
 from lorakit.models.nf4 import Nf4Linear
 from lorakit.training.base_precision import quantize_fp8, quantize_nf4
+from lorakit.training.fast_layers import fuse_layers, transformer_layers
 from tests.families import tiny, token_ids
 
 CPU = torch.device("cpu")
@@ -22,6 +25,7 @@ SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
 BERT_SIZES = {"hidden_size": 128, "intermediate_size": 256}
 SIZES_OF = {
     "llama": SIZES,
+    "qwen2": SIZES | {"num_key_value_heads": 4},
     "roberta": BERT_SIZES | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
 }
 
@@ -92,6 +96,49 @@ def test_a_model_computes_with_its_dequantized_weights(
     assert len(found) == len(wanted) > 1
     for mine, dense in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, dense, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox"])
+def test_compiled_layers_compute_with_the_dequantized_weights(family: str) -> None:
+    """In qwen2, q, k and v have biases. In llama, k and v are not quantized, and q is alone."""
+    model, reference = adapted(family).to(torch.bfloat16), adapted(family).to(torch.bfloat16)
+    quantize_nf4(model, CPU)
+    quantize_nf4(reference, CPU)
+    fuse_layers(model)
+    for layer in transformer_layers(model):
+        layer.compile(backend="aot_eager")
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        found = loss_and_gradients(model)
+    wanted = loss_and_gradients(dequantized(reference))
+    assert float(found[0]) == pytest.approx(float(wanted[0]), rel=2e-2)
+    for mine, dense in zip(found[1:], wanted[1:], strict=True):
+        apart = (mine.float() - dense.float()).norm() / dense.float().norm()
+        assert float(apart) < 5e-2
+    quantized = [m for m in model.modules() if isinstance(m, Nf4Linear)]
+    kept = {p.data_ptr() for p in model.parameters()}
+    large = [x for x in saved if x.is_floating_point() and x.numel() >= 128 * 128]
+    assert all(x.data_ptr() in kept for x in large), "no dequantized weight is saved"
+    assert {x.data_ptr() for x in saved} >= {m.offset.data_ptr() for m in quantized}
+
+
+def test_stacked_layers_stay_usable_alone() -> None:
+    model, alone = adapted("qwen2").to(torch.bfloat16), adapted("qwen2").to(torch.bfloat16)
+    quantize_nf4(model, CPU)
+    quantize_nf4(alone, CPU)
+    fuse_layers(model)
+    layers = adapter_layers(alone)
+    groups: dict[object, list[str]] = {}
+    x = torch.randn(3, 128).to(torch.bfloat16)
+    for name, layer in adapter_layers(model).items():
+        assert torch.equal(layer.dense_weight(), layers[name].dense_weight())
+        if layer.in_features == 128:
+            assert torch.equal(layer.base_layer(x), layers[name].base_layer(x))
+        if isinstance(layer, LoraLayer) and layer.shared_input is not None:
+            groups.setdefault(layer.shared_input, []).append(name.rpartition(".")[2])
+    assert sorted(map(tuple, groups.values())) == 2 * [("gate_proj", "up_proj")] + 2 * [
+        ("q_proj", "k_proj", "v_proj")
+    ]
 
 
 def test_parts_of_a_fused_projection_see_the_quantized_base() -> None:
