@@ -48,6 +48,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 #: Prompt and completion tokens of a WikiSQL row (mean, standard deviation), and their least.
 WIKISQL = ((52.5, 17.0, 28), (20.0, 6.0, 5))
+#: What lorakit says about how it trains.
+NOTES = ("CUDA graph", "compiled", "are kept in")
 #: PEFT's names of the target modules.
 MODULES = {
     "llama": {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"},
@@ -69,6 +71,7 @@ class Case:
     recipe: dict[str, Any] = field(default_factory=dict)
 
 
+OFFLOAD = {"train.gradient_checkpointing": "offload"}
 CASES = {
     "8b": Case("llama8b", "dense", 4, tuple(ATTENTION), 2048),
     "8b-all": Case("llama8b", "dense", 4, ("all-linear",), 2048),
@@ -82,6 +85,11 @@ CASES = {
     ),
     "8b-all-fp8": Case(
         "llama8b", "dense", 4, ("all-linear",), 2048, recipe={"model.base_precision": "fp8"}
+    ),
+    "8b-offload": Case("llama8b", "dense", 4, tuple(ATTENTION), 2048, steps=24, recipe=OFFLOAD),
+    "8b-all-offload": Case("llama8b", "dense", 4, ("all-linear",), 2048, steps=24, recipe=OFFLOAD),
+    "8b-packed": Case(
+        "llama8b", "wikisql", 4, tuple(ATTENTION), 2048, recipe={"task.packing": True}
     ),
     "8b-all-nf4": Case(
         "llama8b", "dense", 4, ("all-linear",), 2048, recipe={"model.base_precision": "nf4"}
@@ -198,7 +206,9 @@ def write_rows(case: Case, work: Path) -> None:
         return max(least, round(draw.gauss(mean, deviation)))
 
     rows = []
-    for index in range(case.batch * case.steps):
+    # Of WikiSQL's rows, about 28 fit into 2,048 tokens.
+    per_bin = case.length // 60 if case.recipe.get("task.packing") else 1
+    for index in range(case.batch * case.steps * per_bin):
         if case.rows == "dense":
             rows.append({"text": text(case.length)})
         elif case.rows == "short":
@@ -242,13 +252,10 @@ def train_lorakit(case: Case, work: Path, compile_layers: str) -> dict[str, Any]
     file.write_text(yaml.safe_dump(recipe))
     settings = {"train.compile": compile_layers} | case.recipe
     options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    done = subprocess.run(
-        [sys.executable, "-m", "lorakit", "train", str(file), *options],
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        return {"error": done.stderr[-800:]}
+    command = [sys.executable, "-m", "lorakit", "train", str(file), *options]
+    code, messages = run_timed(command)
+    if code:
+        return {"error": "".join(text for _, text in messages)[-800:]}
     run = Path(recipe["train"]["output_dir"])
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "tokens_per_second" in line]
@@ -260,9 +267,28 @@ def train_lorakit(case: Case, work: Path, compile_layers: str) -> dict[str, Any]
         "examples_per_second": round(statistics.median(speeds) / tokens, 1),
         "peak_gib": round(record["peak_memory_bytes"] / 2**30, 2),
         "training_seconds": record["seconds"],
+        "first_step_seconds": first_step_seconds(messages),
         "losses": [round(line["loss"], 4) for line in logged],
-        "notes": [n for n in done.stderr.splitlines() if "CUDA graph" in n or "compiled" in n],
+        "notes": [text.strip() for _, text in messages if any(n in text for n in NOTES)],
     }
+
+
+def run_timed(command: list[str]) -> tuple[int, list[tuple[float, str]]]:
+    """The exit code, and each line of stderr with the time at which it came."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    lines = [(time.monotonic(), line) for line in process.stderr]
+    return process.wait(), lines
+
+
+def first_step_seconds(messages: list[tuple[float, str]]) -> float | None:
+    """From the line that says what is trained, once the weights are loaded, to the first logged
+    step, which is the second one for up to 59 steps."""
+    loaded = [at for at, text in messages if "parameters train (" in text]
+    logged = [at for at, text in messages if text.startswith("step ")]
+    return round(logged[0] - loaded[0], 1) if loaded and logged else None
 
 
 def peer_rows(case: Case, work: Path) -> tuple[list[dict[str, Any]], Any]:
@@ -396,7 +422,8 @@ def unsloth(case: Case, work: Path, four_bit: bool = False) -> dict[str, Any]:
         lora_alpha=2 * case.r,
         lora_dropout=0,
         bias="none",
-        use_gradient_checkpointing=False,
+        # Its own form of checkpointing moves the inputs of the layers to the host.
+        use_gradient_checkpointing="unsloth" if "offload" in case.recipe.values() else False,
     )
     return timed_loop(case, work, model)
 

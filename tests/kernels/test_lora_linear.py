@@ -15,7 +15,7 @@ def draw(*shape: int, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("outs", [(7,), (6, 3, 2)])
+@pytest.mark.parametrize("outs", [(7,), (6, 3, 2), (6, 5)])
 def test_values_and_gradients(outs: tuple[int, ...], with_bias: bool) -> None:
     x, W = draw(5, 4, seed=0).requires_grad_(), draw(sum(outs), 4, seed=1)
     bias = draw(sum(outs), seed=2) if with_bias else None
@@ -38,14 +38,16 @@ def test_values_and_gradients(outs: tuple[int, ...], with_bias: bool) -> None:
         torch.testing.assert_close(mine, reference)
 
 
-def test_the_operator_is_registered_correctly() -> None:
+@pytest.mark.parametrize("widths", [[11], [6, 5]])
+def test_the_operator_is_registered_correctly(widths: list[int]) -> None:
     arguments = (
         draw(5, 4, seed=0),
-        [draw(7, 4, seed=1)],
+        [draw(11, 4, seed=1)],
         None,
-        draw(3, 4, seed=2).requires_grad_(),
-        [draw(7, 3, seed=3).requires_grad_()],
-        [2.0],
+        draw(6, 4, seed=2).requires_grad_(),
+        [draw(6, 3, seed=3).requires_grad_(), draw(5, 3, seed=4).requires_grad_()],
+        [2.0, 0.5],
+        widths,
     )
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     library.opcheck(torch.ops.lorakit.lora_linear, arguments, test_utils=checks)
