@@ -13,7 +13,7 @@ import mmap
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -69,15 +69,16 @@ class Shard:
             return
         self._write("input_ids", id_dtype, [row.input_ids for row in rows])
         self._write("loss_mask", "|b1", [row.loss_mask for row in rows])
-        self._write("lengths", "<i4", [[len(row.input_ids) for row in rows]])
+        self._write("lengths", "<i4", [np.array([len(row.input_ids) for row in rows])])
         types = [row.token_type_ids for row in rows if row.token_type_ids is not None]
         if types:
             self._write("token_type_ids", "|i1", types)
         if labels:
-            self._write("labels", "<f8" if isinstance(labels[0], float) else "<i8", [labels])
+            dtype = "<f8" if isinstance(labels[0], float) else "<i8"
+            self._write("labels", dtype, [np.array(labels, dtype)])
 
-    def _write(self, name: str, dtype: str, parts: Iterable[Sequence[Any]]) -> None:
-        values = np.concatenate([np.asarray(part, dtype=dtype) for part in parts])
+    def _write(self, name: str, dtype: str, parts: Sequence[NDArray[Any]]) -> None:
+        values = np.concatenate(parts).astype(dtype, copy=False)
         self.dtypes[name] = dtype
         with disk_errors("the tokens"):
             self.files[name].write(values.tobytes())

@@ -19,7 +19,7 @@ from lorakit.data.cache import Shard
 from lorakit.data.examples import Example
 from lorakit.data.rows import Row, row_range
 from lorakit.data.sources import Split
-from lorakit.data.tokens import encode_rows
+from lorakit.data.tokens import RowEncoder
 from lorakit.errors import DataError, LorakitError
 
 #: From this number of rows on, tokens go to files, and several processes are used.
@@ -50,18 +50,16 @@ class Job:
         """
         largest = max(self.tokenizer.get_vocab().values(), default=0)
         dtype = "<u2" if largest < 2**16 else "<i4"
+        encoder = RowEncoder(self.to_example, self.tokenizer, self.max_length)
         for begin in range(start, stop, BATCH_ROWS):
             end = min(begin + BATCH_ROWS, stop)
 
             def skip(index: int, reason: str, begin: int = begin) -> None:
                 shard.counts.skip(begin + index, reason)
 
-            found = encode_rows(
+            found = encoder.encode(
                 row_range(self.split.rows, begin, end),
                 partial(self._locate, begin),
-                self.to_example,
-                self.tokenizer,
-                self.max_length,
                 skip if self.skip_bad else None,
             )
             shard.append(found, dtype)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import count, islice
 from typing import Any
 
@@ -16,7 +17,7 @@ from lorakit.data.examples import ChatExample, Example
 from lorakit.data.plan import Bin, Step
 from lorakit.data.rows import Row
 from lorakit.data.stream import LocatedRow, SkippedRows, Stream
-from lorakit.data.tokens import Counts, OnBadRow, TokenRow, encode_rows
+from lorakit.data.tokens import Counts, OnBadRow, RowEncoder
 from lorakit.errors import DataError
 
 #: A window is the rows of this many steps, which are tokenized together and sorted by length.
@@ -47,18 +48,16 @@ class StreamEncoder:
     ) -> tuple[list[EncodedRow], Counts]:
         """Raises the same errors as ``encode_split``. With ``skip``, bad rows are skipped, and it
         is called with the index and the reason."""
-        found = encode_rows(
-            [located.row for located in rows],
-            lambda index: str(rows[index]),
-            self.to_example,
-            self.tokenizer,
-            self.max_length,
-            skip,
+        found = self._rows.encode(
+            [located.row for located in rows], lambda index: str(rows[index]), skip
         )
-        largest = max((max(row.input_ids, default=0) for row in found.rows), default=0)
+        largest = max((int(row.input_ids.max(initial=0)) for row in found.rows), default=0)
         check_largest_id(largest, self.tokenizer, self.embedding_rows)
         labels: list[Any] = found.labels or [None] * len(found.rows)
-        encoded = [_as_arrays(row, label) for row, label in zip(found.rows, labels, strict=True)]
+        encoded = [
+            EncodedRow(row.input_ids, row.loss_mask, row.token_type_ids, label)
+            for row, label in zip(found.rows, labels, strict=True)
+        ]
         return encoded, found.counts
 
     def encode_pass(
@@ -85,11 +84,9 @@ class StreamEncoder:
         """Whether a row like this one may become several rows of tokens."""
         return isinstance(self.to_example(row), ChatExample)
 
-
-def _as_arrays(row: TokenRow, label: int | float | None) -> EncodedRow:
-    types = None if row.token_type_ids is None else np.asarray(row.token_type_ids, np.int8)
-    input_ids = np.asarray(row.input_ids, np.int32)
-    return EncodedRow(input_ids, np.asarray(row.loss_mask, np.bool_), types, label)
+    @cached_property
+    def _rows(self) -> RowEncoder:
+        return RowEncoder(self.to_example, self.tokenizer, self.max_length)
 
 
 @dataclass

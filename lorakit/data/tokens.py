@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from lorakit.data.chat import ChatEncoder
 from lorakit.data.chat.ids import Joiner
@@ -59,9 +64,9 @@ class TokenRow:
     """One row. ``loss_mask`` marks the tokens that count in the loss. ``truncated`` rows lost
     tokens; ``cut`` rows lost the end of their last trained segment, EOS included."""
 
-    input_ids: list[int]
-    loss_mask: list[bool]
-    token_type_ids: list[int] | None = None
+    input_ids: NDArray[np.int32]
+    loss_mask: NDArray[np.bool_]
+    token_type_ids: NDArray[np.int8] | None = None
     truncated: bool = False
     cut: bool = False
 
@@ -76,43 +81,77 @@ class EncodedRows:
     counts: Counts
 
 
-def encode_rows(
-    rows: RowSequence,
-    locate: Callable[[int], str],
-    to_example: Callable[[Row], Example],
-    tokenizer: Any,
-    max_length: int,
-    skip: OnBadRow | None = None,
-) -> EncodedRows:
-    """Tokenize rows. ``locate`` returns the file and row of an index.
+class RowEncoder:
+    """Tokenizes rows with one tokenizer.
 
-    Raises DataError, with file and row, for a row that cannot be read, that the task rejects or
-    that has no token to train on. With ``skip``, such rows are skipped, and it is called with the
-    index and the reason.
+    A prompt that is too long loses its beginning, so that the completion and its EOS are kept; a
+    completion that is too long by itself loses its end.
     """
-    given: list[tuple[int, Example]] = []
-    for index, row in enumerate(rows):
-        with _at_row(locate, index, skip):
-            if isinstance(row, UnreadRow):
-                raise DataError(row.reason)
-            given.append((index, to_example(row)))
-    examples = [example for _, example in given]
-    counted: Counter[str] = Counter()
-    encoded = iter(_encode_examples(examples, tokenizer, max_length, counted))
-    found: list[TokenRow] = []
-    labels: list[int | float] = []
-    for index, example in given:
-        with _at_row(locate, index, skip):
-            found += _trainable(next(encoded), example, max_length)
-            if isinstance(example, ClassificationExample):
-                labels.append(example.label)
-    counts = Counts(
-        rows=len(rows),
-        truncated_rows=sum(row.truncated for row in found),
-        cut_completions=sum(row.cut for row in found),
-        notes=counted,
-    )
-    return EncodedRows(found, labels, counts)
+
+    def __init__(
+        self, to_example: Callable[[Row], Example], tokenizer: Any, max_length: int
+    ) -> None:
+        self._to_example = to_example
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+        self._joiner = Joiner(tokenizer)
+
+    def encode(
+        self, rows: RowSequence, locate: Callable[[int], str], skip: OnBadRow | None = None
+    ) -> EncodedRows:
+        """Tokenize rows. ``locate`` returns the file and row of an index.
+
+        Raises DataError, with file and row, for a row that cannot be read, that the task rejects or
+        that has no token to train on. With ``skip``, such rows are skipped, and it is called with
+        the index and the reason.
+        """
+        given: list[tuple[int, Example]] = []
+        for index, row in enumerate(rows):
+            with _at_row(locate, index, skip):
+                if isinstance(row, UnreadRow):
+                    raise DataError(row.reason)
+                given.append((index, self._to_example(row)))
+        counted: Counter[str] = Counter()
+        encoded = iter(self._examples([example for _, example in given], counted))
+        found: list[TokenRow] = []
+        labels: list[int | float] = []
+        for index, example in given:
+            with _at_row(locate, index, skip):
+                found += _trainable(next(encoded), example, self._max_length)
+                if isinstance(example, ClassificationExample):
+                    labels.append(example.label)
+        counts = Counts(
+            rows=len(rows),
+            truncated_rows=sum(row.truncated for row in found),
+            cut_completions=sum(row.cut for row in found),
+            notes=counted,
+        )
+        return EncodedRows(found, labels, counts)
+
+    def _examples(
+        self, examples: Sequence[Example], counted: Counter[str]
+    ) -> Iterable[list[TokenRow]]:
+        """Return the rows of each example; all examples are of one kind. ``counted`` is updated
+        with the counts of ``ChatEncoder``.
+
+        Raises DataError for an example, either immediately or when its rows are taken from the
+        iterator.
+        """
+        if not examples:
+            return []
+        first = examples[0]
+        if isinstance(first, ClassificationExample):
+            pairs = _encode_pairs(examples, self._tokenizer, self._max_length)  # type: ignore[arg-type]
+            return ([row] for row in pairs)
+        if isinstance(first, ChatExample):
+            chats = [e for e in examples if isinstance(e, ChatExample)]
+            return _encode_chats(chats, self._joiner, self._max_length, counted)
+        texts = self._texts.encode(examples, self._max_length)  # type: ignore[arg-type]
+        return ([row] for row in texts)
+
+    @cached_property
+    def _texts(self) -> TextEncoder:
+        return TextEncoder(self._joiner)
 
 
 @contextmanager
@@ -129,49 +168,26 @@ def _trainable(rows: list[TokenRow], example: Example, max_length: int) -> list[
     """The rows of an example that have a trained token. Raises DataError if there are none."""
     if isinstance(example, ClassificationExample):
         return rows
-    trained = [row for row in rows if any(row.loss_mask[1:])]
+    trained = [row for row in rows if row.loss_mask[1:].any()]
     if not trained:
         within = f" within task.max_length = {max_length}" if rows[0].truncated else ""
         raise DataError(f"nothing to train on{within}")
     return trained
 
 
-def _encode_examples(
-    examples: Sequence[Example], tokenizer: Any, max_length: int, counted: Counter[str]
-) -> Iterable[list[TokenRow]]:
-    """Return the rows of each example; all examples are of one kind. ``counted`` is updated with
-    the counts of ``ChatEncoder``.
-
-    A prompt that is too long loses its beginning, so that the completion and its EOS are kept; a
-    completion that is too long by itself loses its end. Raises DataError for an example, either
-    immediately or when its rows are taken from the iterator.
-    """
-    if not examples:
-        return []
-    first = examples[0]
-    if isinstance(first, ClassificationExample):
-        pairs = _encode_pairs(examples, tokenizer, max_length)  # type: ignore[arg-type]
-        return ([row] for row in pairs)
-    if isinstance(first, ChatExample):
-        chats = [e for e in examples if isinstance(e, ChatExample)]
-        return _encode_chats(chats, tokenizer, max_length, counted)
-    texts = _encode_texts(examples, tokenizer, max_length)  # type: ignore[arg-type]
-    return ([row] for row in texts)
-
-
 def _encode_chats(
-    chats: Sequence[ChatExample], tokenizer: Any, max_length: int, counted: Counter[str]
+    chats: Sequence[ChatExample], joiner: Joiner, max_length: int, counted: Counter[str]
 ) -> Iterator[list[TokenRow]]:
     """A row with one trained turn loses the beginning of its prompt, as prompts do in generation; a
     row with several loses its end. After an error, the iterator continues with the next chat."""
-    encoder = ChatEncoder(tokenizer)
+    encoder = ChatEncoder(joiner)
 
     def encode(chat: ChatExample) -> list[TokenRow]:
         encoded = encoder.encode(chat)
         counted.update(encoded.counts)
         return [
             _cut(
-                TokenRow(row.input_ids, row.loss_mask),
+                TokenRow(np.array(row.input_ids, np.int32), np.array(row.loss_mask, np.bool_)),
                 max_length,
                 row.prompt * (len(row.turns) == 1),
             )
@@ -182,8 +198,8 @@ def _encode_chats(
 
 
 def encode_prompt(example: TextExample, tokenizer: Any, max_length: int) -> list[int]:
-    """The ids of a prompt, the same as those before the completion in training."""
-    return _encode_texts([example], tokenizer, max_length)[0].input_ids
+    """``TextEncoder.prompt`` for one prompt."""
+    return TextEncoder(Joiner(tokenizer)).prompt(example, max_length)
 
 
 def special_prefix(tokenizer: Any) -> list[int]:
@@ -196,53 +212,69 @@ def special_prefix(tokenizer: Any) -> list[int]:
     return []
 
 
-def _encode_texts(
-    examples: Sequence[TextExample], tokenizer: Any, max_length: int
-) -> list[TokenRow]:
-    """Segments are tokenized separately. A text that already begins with BOS or ends with EOS does
-    not get a second one."""
-    prefix = special_prefix(tokenizer)
-    pieces = iter(_segment_ids(examples, tokenizer))
-    encoded = []
-    for example in examples:
-        row = TokenRow(list(prefix), [False] * len(prefix))
-        prompt_tokens = 0
-        for number, segment in enumerate(example.segments):
-            piece = next(pieces)
-            if prefix and number == 0 and piece[: len(prefix)] == prefix:
-                row = TokenRow([], [])
-            row.input_ids += piece
-            row.loss_mask += [segment.trained] * len(piece)
-            if not any(row.loss_mask):
-                prompt_tokens = max(0, len(row.input_ids) - len(prefix))
-        if example.eos:
-            _append_eos(row, example, tokenizer)
-        encoded.append(_cut(row, max_length, prompt_tokens, len(prefix)))
-    return encoded
+class TextEncoder:
+    """Tokenizes text examples with the tokenizer of ``joiner``.
 
+    Segments are tokenized separately. A text that already begins with BOS or ends with EOS does not
+    get a second one.
+    """
 
-def _segment_ids(examples: Sequence[TextExample], tokenizer: Any) -> list[list[int]]:
-    """The ids of all segments in order. A segment that follows another does not get the leading
-    space that some tokenizers add."""
-    joiner = Joiner(tokenizer)
-    segments = [(i, segment.text) for e in examples for i, segment in enumerate(e.segments)]
-    if not joiner.adds_space:
-        return joiner.ids([text for _, text in segments])
-    return [joiner.inside(text) if i else joiner.ids([text])[0] for i, text in segments]
+    def __init__(self, joiner: Joiner) -> None:
+        self.tokenizer = joiner.tokenizer
+        self._joiner = joiner
 
+    def encode(self, examples: Sequence[TextExample], max_length: int) -> list[TokenRow]:
+        """One row per example, truncated to ``max_length``."""
+        pieces = iter(self._segment_ids(examples))
+        return [
+            self._row(example, [next(pieces) for _ in example.segments], max_length)
+            for example in examples
+        ]
 
-def _append_eos(row: TokenRow, example: TextExample, tokenizer: Any) -> None:
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise ModelError(
-            f"{tokenizer.name_or_path}: the tokenizer has no EOS token, which ends each example; "
-            "hint: set eos_token in its tokenizer_config.json"
-        )
-    last = example.segments[-1]
-    if last.text.rstrip().endswith(tokenizer.eos_token) and eos in row.input_ids:
-        return
-    row.input_ids.append(eos)
-    row.loss_mask.append(last.trained)
+    def prompt(self, example: TextExample, max_length: int) -> list[int]:
+        """The ids of a prompt, the same as those before the completion in training."""
+        (row,) = self.encode([example], max_length)
+        ids: list[int] = row.input_ids.tolist()
+        return ids
+
+    @cached_property
+    def _prefix(self) -> array[int]:
+        return array("i", special_prefix(self.tokenizer))
+
+    def _segment_ids(self, examples: Sequence[TextExample]) -> list[array[int]]:
+        """The ids of all segments in order. A segment that follows another does not get the leading
+        space that some tokenizers add."""
+        joiner = self._joiner
+        if not joiner.adds_space:
+            return joiner.tokenize([segment.text for e in examples for segment in e.segments])
+        segments = [(i, segment.text) for e in examples for i, segment in enumerate(e.segments)]
+        found = [joiner.inside(text) if i else joiner.ids([text])[0] for i, text in segments]
+        return [array("i", ids) for ids in found]
+
+    def _row(self, example: TextExample, pieces: list[array[int]], max_length: int) -> TokenRow:
+        prefix = self._prefix
+        has_prefix = bool(prefix and pieces) and pieces[0][: len(prefix)] == prefix
+        ids = array("i") if has_prefix else array("i", prefix)
+        prompt, mask = 0, bytearray(len(ids))
+        for segment, piece in zip(example.segments, pieces, strict=True):
+            ids += piece
+            mask += bytes([segment.trained]) * len(piece)
+            if 1 not in mask:
+                prompt = len(ids)
+        if example.eos and not self._has_eos(example, ids):
+            ids.append(self.tokenizer.eos_token_id)
+            mask.append(example.segments[-1].trained)
+        row = TokenRow(np.array(ids, np.int32), np.array(mask, np.bool_))
+        return _cut(row, max_length, max(0, prompt - len(prefix)), len(prefix))
+
+    def _has_eos(self, example: TextExample, ids: array[int]) -> bool:
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise ModelError(
+                f"{self.tokenizer.name_or_path}: the tokenizer has no EOS token, which ends each "
+                "example; hint: set eos_token in its tokenizer_config.json"
+            )
+        return example.segments[-1].text.rstrip().endswith(self.tokenizer.eos_token) and eos in ids
 
 
 def _cut(row: TokenRow, max_length: int, prompt_tokens: int, prefix: int = 0) -> TokenRow:
@@ -251,11 +283,10 @@ def _cut(row: TokenRow, max_length: int, prompt_tokens: int, prefix: int = 0) ->
     if over <= 0:
         return row
     from_prompt = min(over, prompt_tokens)
-    for values in (row.input_ids, row.loss_mask):
-        del values[prefix : prefix + from_prompt]
-        del values[max_length:]
-    row.truncated, row.cut = True, over > from_prompt
-    return row
+    kept = np.r_[:prefix, prefix + from_prompt : len(row.input_ids)][:max_length]
+    return TokenRow(
+        row.input_ids[kept], row.loss_mask[kept], truncated=True, cut=over > from_prompt
+    )
 
 
 def _encode_pairs(
@@ -287,6 +318,10 @@ def _pair_tokens(
     found = tokenizer(first, second, verbose=False, **truncation)
     types: Iterable[Any] = found.get("token_type_ids") or [None] * len(examples)
     return [
-        TokenRow(ids, [False] * len(ids), kinds)
+        TokenRow(
+            np.array(ids, np.int32),
+            np.zeros(len(ids), np.bool_),
+            None if kinds is None else np.array(kinds, np.int8),
+        )
         for ids, kinds in zip(found.input_ids, types, strict=True)
     ]

@@ -8,11 +8,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lorakit.data.chat import around_answer, encode_chat_prompt
+from lorakit.data.chat.ids import Joiner
 from lorakit.data.chat.template import PAYLOAD, ChatTemplate
 from lorakit.data.chat.turns import TurnReader, content_text
 from lorakit.data.examples import ChatExample, ClassificationExample
 from lorakit.data.sources import Split
-from lorakit.data.tokens import encode_prompt
+from lorakit.data.tokens import TextEncoder
 from lorakit.errors import DataError
 from lorakit.tasks.base import Prediction, Task
 
@@ -35,10 +36,11 @@ def encode_prompts(
     DataError, with file and row, for a row that the task rejects and for an empty prompt.
     """
     room = _prompt_room(config, window)
+    texts = TextEncoder(Joiner(tokenizer))
     prompts = []
     for index in range(len(split)) if rows is None else rows:
         try:
-            prompts.append(_prompt_ids(task, config, split, index, tokenizer, room))
+            prompts.append(_prompt_ids(task, config, split, index, texts, room))
         except DataError as error:
             raise DataError(f"{split.locate(index)}: {error}") from error
     return prompts
@@ -108,15 +110,15 @@ def _prompt_ids(
     config: Any,
     split: Split,
     index: int,
-    tokenizer: PreTrainedTokenizerBase,
+    texts: TextEncoder,
     room: int,
 ) -> list[int]:
     example = task.prompt(split.rows[index], config)
     assert not isinstance(example, ClassificationExample), "an encoder generates nothing"
     if isinstance(example, ChatExample):
-        ids = encode_chat_prompt(example.messages, tokenizer, example.tools)[-room:]
+        ids = encode_chat_prompt(example.messages, texts.tokenizer, example.tools)[-room:]
     else:
-        ids = encode_prompt(example, tokenizer, room)
+        ids = texts.prompt(example, room)
     if not ids:
         raise DataError("the prompt is empty: there is no token for the model to continue")
     return ids

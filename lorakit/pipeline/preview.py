@@ -17,7 +17,7 @@ from lorakit.data.encode import EncodedSplit, chat_notes, encode_split, skipped_
 from lorakit.data.examples import Example
 from lorakit.data.plan import Packing
 from lorakit.data.sources import Split
-from lorakit.data.tokens import TokenRow, encode_rows
+from lorakit.data.tokens import RowEncoder, TokenRow
 from lorakit.errors import UserError
 from lorakit.evaluation.progress import OnProgress
 from lorakit.evaluation.sampling import stop_ids
@@ -237,9 +237,8 @@ def describe_row(
     Raises DataError for a bad row, or returns nothing if ``skip_bad``.
     """
     skip = (lambda index, reason: None) if skip_bad else None
-    found = encode_rows(
-        [split.rows[index]], lambda _: split.locate(index), to_example, tokenizer, max_length, skip
-    )
+    encoder = RowEncoder(to_example, tokenizer, max_length)
+    found = encoder.encode([split.rows[index]], lambda _: split.locate(index), skip)
     labels: list[Any] = found.labels or [None] * len(found.rows)
     return [
         _describe_tokens(split.locate(index), row, label, tokenizer, (part, len(found.rows)))
@@ -271,13 +270,13 @@ def summarize(encoded: EncodedSplit, stops: Set[int], packed_to: int | None = No
 def _describe_tokens(
     where: str, row: TokenRow, label: int | float | None, tokenizer: Any, part: tuple[int, int]
 ) -> DescribedRow:
-    loss_mask = [False, *row.loss_mask[1:]]
+    ids, loss_mask = row.input_ids.tolist(), [False, *row.loss_mask[1:].tolist()]
     return DescribedRow(
         where=where,
-        input_ids=tuple(row.input_ids),
-        tokens=tuple(tokenizer.convert_ids_to_tokens(row.input_ids)),
+        input_ids=tuple(ids),
+        tokens=tuple(tokenizer.convert_ids_to_tokens(ids)),
         loss_mask=tuple(loss_mask),
-        pieces=tuple(_pieces(row.input_ids, loss_mask, tokenizer)),
+        pieces=tuple(_pieces(ids, loss_mask, tokenizer)),
         truncated=row.truncated,
         cut=row.cut,
         label=label,

@@ -34,15 +34,15 @@ class EncodedChat:
 
 
 class ChatEncoder:
-    """Encodes chats with one tokenizer.
+    """Encodes chats with one tokenizer, that of ``joiner``.
 
     The ids before a trained turn are those that ``encode_chat_prompt`` returns for the messages
     before it, and the trained ids decode to the text that follows, up to the end of the turn.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.template = ChatTemplate(tokenizer)
-        self.joiner = Joiner(tokenizer)
+    def __init__(self, joiner: Joiner) -> None:
+        self.template = ChatTemplate(joiner.tokenizer)
+        self.joiner = joiner
         self._reader = TurnReader(self.template)
         self._traces = Traces(self.template)
 
@@ -108,7 +108,7 @@ def _counts(turns: Sequence[Turn], rows: Sequence[IdRow], marks: bool) -> Counte
 
 def encode_chat(example: ChatExample, tokenizer: Any) -> EncodedChat:
     """``ChatEncoder.encode`` for one chat."""
-    return ChatEncoder(tokenizer).encode(example)
+    return ChatEncoder(Joiner(tokenizer)).encode(example)
 
 
 def chat_prompt_text(messages: Sequence[Message], tokenizer: Any, tools: Tools = None) -> str:
@@ -122,7 +122,8 @@ def encode_chat_prompt(
 ) -> list[int]:
     """The ids of ``chat_prompt_text``, the same as those before the turn in training."""
     text = chat_prompt_text(messages, tokenizer, tools)
-    return Joiner(tokenizer).ids([text])[0]
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return ids
 
 
 def around_answer(

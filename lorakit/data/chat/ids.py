@@ -13,6 +13,7 @@ from typing import Any
 
 from lorakit.data.chat.template import ChatTemplate
 from lorakit.data.chat.turns import Turn
+from lorakit.data.text_ids import TextTokenizer
 
 #: Text that follows one of these is tokenized as a continuation.
 _ANCHORS = ("\n", "a", ".")
@@ -33,14 +34,19 @@ class Joiner:
     _anchors: list[tuple[str, list[int]]] = field(default_factory=list)
     _short: dict[str, list[int]] = field(default_factory=dict)
 
+    @cached_property
+    def tokenize(self) -> TextTokenizer:
+        """Tokenizes each of many texts alone."""
+        return TextTokenizer(self.tokenizer)
+
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokenize each text alone."""
         known = self._short
         asked = [text for text in texts if text not in known]
         if not asked:
             return [list(known[text]) for text in texts]
-        found = self.tokenizer(asked, add_special_tokens=False, verbose=False).input_ids
-        made = dict(zip(asked, found, strict=True))
+        found = self.tokenize(asked)
+        made = {text: ids.tolist() for text, ids in zip(asked, found, strict=True)}
         if len(known) < _MAX_CACHED:
             known.update(
                 (text, ids) for text, ids in made.items() if len(text) <= _MAX_CACHED_LENGTH
