@@ -14,10 +14,15 @@ from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import AdapterError
 from lorakit.kernels.low_rank import RowSlice
+from lorakit.kernels.nf4 import nf4_linear
+from lorakit.models.fp8 import Fp8Linear
+from lorakit.models.nf4 import Nf4Linear
 
 Kind = Literal["linear", "conv1d", "embedding"]
 #: What can be adapted. Conv1D is GPT-2's linear layer with a weight of (in_features, out_features).
 ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding)
+#: What ``model.base_precision`` makes of linear layers. They dequantize W on each access.
+QUANTIZED = (Fp8Linear, Nf4Linear)
 
 
 class RowView(nn.Module):
@@ -73,6 +78,27 @@ def dense_weight(module: nn.Module) -> Tensor:
 
 def stored_weight(module: nn.Module) -> Tensor:
     """The weight as the module stores it; for a ``RowView``, that of the whole module."""
-    weight = module.module.weight if isinstance(module, RowView) else module.weight
+    weight = whole(module).weight
     assert isinstance(weight, Tensor), type(module)
     return weight
+
+
+def storage(module: nn.Module) -> Tensor:
+    """The tensor that holds W, or the quantized W, without dequantizing it."""
+    module = whole(module)
+    if isinstance(module, QUANTIZED):
+        return next(module.buffers())
+    return stored_weight(module)
+
+
+def whole(module: nn.Module) -> nn.Module:
+    """The module under a ``RowView``, or ``module`` itself."""
+    return module.module if isinstance(module, RowView) else module
+
+
+def product(module: nn.Module, x: Tensor) -> Tensor:
+    """W x (n, out_features) for x (n, in_features), without the bias, for a linear layer. For
+    autograd, nothing is kept of a dequantized W."""
+    if isinstance(module, Nf4Linear):
+        return nf4_linear(x, module.quantized, None)
+    return F.linear(x, dense_weight(module))

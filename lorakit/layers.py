@@ -1,7 +1,7 @@
 """The modules that replace adapted ones. Each method derives a layer class from ``AdapterLayer``.
 
-A layer accesses the frozen weight of its base only through ``base_shape``, ``base_forward`` and
-``dense_weight``.
+A layer accesses the frozen weight of its base only through ``base_shape``, ``base_forward``,
+``base_product`` and ``dense_weight``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.base_weight import RowView, as_matrix, dense_weight, kind_of, stored_weight
+from lorakit.base_weight import (
+    QUANTIZED,
+    RowView,
+    as_matrix,
+    dense_weight,
+    kind_of,
+    product,
+    storage,
+    stored_weight,
+    whole,
+)
 from lorakit.errors import AdapterError
 from lorakit.kernels.low_rank import LowRankDelta, RowSlice
 
@@ -44,6 +54,10 @@ class BaseWrapper(nn.Module, ABC):
         y: Tensor = self.base_layer(x)
         return y
 
+    def base_product(self, x: Tensor) -> Tensor:
+        """W x (n, out_features) for ``x`` (n, in_features), without the bias."""
+        return product(self.base_layer, x)
+
     def dense_weight(self) -> Tensor:
         """W (out_features, in_features), in the base's dtype; not to be written to."""
         return dense_weight(self.base_layer) if self._merging is None else self._merging
@@ -51,10 +65,10 @@ class BaseWrapper(nn.Module, ABC):
     @property
     def base_state(self) -> Hashable:
         """A value that changes when W is replaced, moved or written to: the key of a cache."""
-        weight = stored_weight(self.base_layer)
-        if not isinstance(weight, nn.Parameter):  # computed on each access
-            return object()
-        return weight.data_ptr(), weight._version, weight.device, weight.dtype
+        held = storage(self.base_layer)
+        if not isinstance(held, nn.Parameter) and not isinstance(whole(self.base_layer), QUANTIZED):
+            return object()  # computed on each access
+        return held.data_ptr(), held._version, held.device, held.dtype
 
     @property
     def weight(self) -> Tensor:
@@ -69,12 +83,12 @@ class BaseWrapper(nn.Module, ABC):
     @property
     def is_meta(self) -> bool:
         """Whether the base is on ``meta``, as in a merge of a checkpoint that is read in parts."""
-        return stored_weight(self.base_layer).is_meta
+        return storage(self.base_layer).is_meta
 
     @property
     def device(self) -> torch.device:
         """The device for the layer's own tensors: the base's, or the CPU if that is ``meta``."""
-        return torch.device("cpu") if self.is_meta else stored_weight(self.base_layer).device
+        return torch.device("cpu") if self.is_meta else storage(self.base_layer).device
 
     @abstractmethod
     def merged_weight(self, weight: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ class Nf4Weight(NamedTuple):
     codes: Tensor
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        return dense([*self], dtype)
+        W: Tensor = _nf4_dense([*self], dtype)
+        return W
 
 
 def quantize_weight(W: Tensor) -> Nf4Weight:
@@ -77,6 +78,17 @@ def dense(weight: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     )
     W: Tensor = dequantize_4bit(packed.view(-1, 1), state)
     return W
+
+
+@library.custom_op("lorakit::nf4_dense", mutates_args=())
+def _nf4_dense(weight: list[Tensor], dtype: torch.dtype) -> Tensor:
+    return dense(weight, dtype)
+
+
+@_nf4_dense.register_fake
+def _(weight: list[Tensor], dtype: torch.dtype) -> Tensor:
+    rows, half = weight[0].shape
+    return weight[0].new_empty(rows, 2 * half, dtype=dtype)
 
 
 @library.custom_op("lorakit::nf4_linear", mutates_args=())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.errors import AdapterError
@@ -43,7 +42,7 @@ class DoraLayer(LoraLayer):
         factor = self.lora_magnitude_vector / self.norms()
         if self.training and self.lora_dropout.p > 0:
             x = self.lora_dropout(x)
-            plain = F.linear(x, self.dense_weight())
+            plain = self.base_product(x)
         else:
             plain = y if self.bias is None else y - self.bias
         return dora_add(y, plain, x, *self.factors(), self.scaling, factor)

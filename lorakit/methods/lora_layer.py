@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.base_weight import RowView
+from lorakit.base_weight import QUANTIZED, RowView
 from lorakit.errors import AdapterError, TargetError
 from lorakit.kernels.fp8 import Fp8Weight, fp8_linear
 from lorakit.kernels.lora_linear import lora_linear
@@ -91,7 +91,7 @@ class LoraLayer(AdapterLayer):
         base = self.base_layer
         if type(base) is nn.Linear:
             dtype = base.weight.dtype
-        elif isinstance(base, Fp8Linear | Nf4Linear):
+        elif isinstance(base, QUANTIZED):
             dtype = base.dtype
         else:
             return False

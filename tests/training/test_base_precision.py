@@ -122,6 +122,46 @@ def test_compiled_layers_compute_with_the_dequantized_weights(family: str) -> No
     assert {x.data_ptr() for x in saved} >= {m.offset.data_ptr() for m in quantized}
 
 
+def test_compiled_dora_layers_compute_with_the_dequantized_weights() -> None:
+    model, reference = adapted("qwen2", "dora"), adapted("qwen2", "dora")
+    quantize_nf4(model, CPU)
+    quantize_nf4(reference, CPU)
+    for layer in transformer_layers(model):
+        layer.compile(backend="aot_eager")
+    found, wanted = loss_and_gradients(model), loss_and_gradients(dequantized(reference))
+    for mine, dense in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, dense, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora", "dora", "moslora"])
+def test_no_dequantized_weight_is_saved_with_dropout(method: str) -> None:
+    model, reference = (adapted("qwen2", method, lora_dropout=0.5) for _ in range(2))
+    quantize_nf4(model, CPU)
+    quantize_nf4(reference, CPU)
+    saved: list[Tensor] = []
+    torch.manual_seed(2)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        found = loss_and_gradients(model)
+    kept = {p.data_ptr() for p in model.parameters()}
+    large = [x for x in saved if x.is_floating_point() and x.numel() >= 128 * 128]
+    assert all(x.data_ptr() in kept for x in large)
+    torch.manual_seed(2)
+    wanted = loss_and_gradients(dequantized(reference))
+    for mine, dense in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, dense, rtol=1e-4, atol=1e-5)
+
+
+def test_where_a_quantized_weight_is() -> None:
+    """The norms of a DoRA layer are computed once for an unchanged W."""
+    model = adapted("llama", "dora", target_modules=["q"])
+    quantize_nf4(model, CPU)
+    for layer in adapter_layers(model).values():
+        assert isinstance(layer.base_layer, Nf4Linear)
+        assert layer.base_state == layer.base_state
+        assert layer.device == CPU
+        assert not layer.is_meta
+
+
 def test_stacked_layers_stay_usable_alone() -> None:
     model, alone = adapted("qwen2").to(torch.bfloat16), adapted("qwen2").to(torch.bfloat16)
     quantize_nf4(model, CPU)
