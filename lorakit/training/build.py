@@ -19,6 +19,7 @@ from lorakit.errors import UserError
 from lorakit.injection import trainable_state
 from lorakit.layers import adapter_layers
 from lorakit.methods.base import Method
+from lorakit.models.first_token import skip_unread_tokens
 from lorakit.models.heads import label_columns
 from lorakit.models.master_weights import base_dtype
 from lorakit.pipeline.task_data import Say
@@ -56,6 +57,8 @@ def build_objective(prepared: Prepared, device: torch.device, say: Say) -> Objec
     model.to(device)
     if prepared.task.kind == "encoder":
         columns = label_columns(model, prepared.task.labels(prepared.recipe.task, None))
+        if device.type == "cpu" and section.compile is not True:
+            skip_unread_tokens(model)
         return EncoderObjective(model, section.label_smoothing, columns)
     task = prepared.recipe.task
     # The padding after packed rows is treated as one more row.
