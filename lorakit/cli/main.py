@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -81,6 +82,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
     0: done; 2: invalid input; 1: failure; 130 and 143: stopped by SIGINT or SIGTERM.
     """
+    # On some CPUs, importing bitsandbytes (PEFT does) warns of kernels that nothing here uses.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         with _unwind_on_sigterm(), yield_cores():
             given = None if arguments is None else list(arguments)

@@ -8,7 +8,6 @@ operator, so that neither autograd nor torch.compile keeps a dense W.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -40,8 +39,6 @@ class Nf4Weight(NamedTuple):
 
 def quantize_weight(W: Tensor) -> Nf4Weight:
     """W (out, in) in nf4; ``in`` is a multiple of 64."""
-    # On some CPUs, importing it warns of missing kernels that are not used here.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from bitsandbytes.functional import quantize_4bit
 
     packed, state = quantize_4bit(

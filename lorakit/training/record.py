@@ -23,7 +23,15 @@ from lorakit.injection import InjectionReport
 from lorakit.io.atomic import write_text
 from lorakit.training.checkpoint import Progress
 
-_PACKAGES = ("lorakit", "torch", "transformers", "accelerate", "datasets", "safetensors")
+_PACKAGES = (
+    "lorakit",
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "bitsandbytes",
+)
 
 
 @dataclass

@@ -73,7 +73,6 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     assert ended.code == 0, ended.err
     [line] = [line for line in ended.err.splitlines() if "nf4" in line]
     assert "10 linear layers are kept in nf4; 4 others, small or trained, are not" in line
-    assert "kernels" not in ended.err
     losses = [line["loss"] for line in log_lines(whole)]
     assert losses[-1] < 0.9 * losses[0]
     command = ["train", recipe, "--set", f"train.output_dir={stopped}"]
