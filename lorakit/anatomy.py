@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.base_weight import ADAPTABLE, dense_weight
+from lorakit.base_weight import ADAPTABLE, QUANTIZED, dense_weight
 from lorakit.kernels.low_rank import RowSlice
 
 Part = Literal["attention", "MLP", "expert", "state-space", "router", "other"]
@@ -185,7 +185,7 @@ def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, ADAPTABLE)
+        if isinstance(module, (*ADAPTABLE, *QUANTIZED))
         and not name.startswith(multihead)
         and not is_within(name, outside)
         and behaves_as_its_class(module)
@@ -200,7 +200,8 @@ def behaves_as_its_class(module: nn.Module) -> bool:
         return forward is nn.Embedding.forward or hasattr(module, "embed_scale")
     if isinstance(module, Conv1D):
         return forward is Conv1D.forward
-    if forward is nn.Linear.forward or type(module).__module__.startswith(_QUANTIZED):
+    quantized = isinstance(module, QUANTIZED) or type(module).__module__.startswith(_QUANTIZED)
+    if forward is nn.Linear.forward or quantized:
         return True
     return _is_linear_map(module)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorakit import registry
+from lorakit.anatomy import adaptable_modules
 from lorakit.base_weight import RowView
 from lorakit.errors import UserError
 from lorakit.injection import inject, trainable_state
@@ -200,6 +201,14 @@ def test_what_is_not_quantized() -> None:
     assert "model.layers.0.self_attn.q_proj.base_layer" in quantized
     assert "model.layers.1.mlp.down_proj" in quantized
     assert len(quantized) == 9
+
+
+def test_quantized_modules_remain_adaptable() -> None:
+    """Advice about other targets names them too."""
+    model = tiny("llama", **SIZES).requires_grad_(False)
+    names = list(adaptable_modules(model))
+    quantize_nf4(model, CPU)
+    assert list(adaptable_modules(model)) == names
 
 
 @pytest.mark.parametrize(
