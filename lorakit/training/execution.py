@@ -14,8 +14,10 @@ from lorakit.training.setup import Prepared
 
 Mode = Literal["eager", "cuda_graphs", "compiled_layers"]
 
-#: Below this many operations per pass, kernels take less time than their launches.
+#: Below this many operations per pass, kernels take far less time than their launches from Python.
 _LAUNCH_BOUND_FLOPS = 1e13
+#: Up to this number, a graph is still faster than eager passes, though less than compiled layers.
+_GRAPHS_PAY_FLOPS = 4e13
 #: Operations of a run that repay the time for compiling: about 100 s on an H100.
 _COMPILE_PAYS_FLOPS = 4e16
 
@@ -37,17 +39,15 @@ def choose_execution(prepared: Prepared, device: torch.device, total_steps: int)
     if section.compile is False or device.type != "cuda" or _routes_tokens(prepared.model):
         return Execution("eager")
     flops = 4.0 * _matrix_parameters(prepared.model) * _tokens_per_batch(prepared)
-    if flops < _LAUNCH_BOUND_FLOPS:
-        return _cuda_graphs(prepared)
     run_flops = flops * section.gradient_accumulation_steps * total_steps
     half = prepared.model.dtype in (torch.bfloat16, torch.float16)
-    if run_flops < _COMPILE_PAYS_FLOPS or not half:
-        return Execution("eager")
-    return Execution(
-        "compiled_layers",
-        "each layer is compiled, which takes up to a minute and pays for a run of this size "
-        "(train.compile: false disables this)",
-    )
+    if flops >= _LAUNCH_BOUND_FLOPS and run_flops >= _COMPILE_PAYS_FLOPS and half:
+        return Execution(
+            "compiled_layers",
+            "each layer is compiled, which takes up to a minute and pays for a run of this size "
+            "(train.compile: false disables this)",
+        )
+    return _cuda_graphs(prepared) if flops < _GRAPHS_PAY_FLOPS else Execution("eager")
 
 
 def _cuda_graphs(prepared: Prepared) -> Execution:

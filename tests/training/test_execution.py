@@ -50,11 +50,19 @@ def test_experts_run_eagerly(tiny_llama: Path, tmp_path: Path) -> None:
     assert choose_execution(run, GPU, 100).mode == "eager"
 
 
-@pytest.mark.parametrize(("total_steps", "mode"), [(10, "eager"), (100_000, "compiled_layers")])
+@pytest.mark.parametrize(
+    ("rows", "total_steps", "mode"),
+    [
+        (256, 10, "cuda_graphs"),
+        (256, 100_000, "compiled_layers"),
+        (4096, 10, "eager"),
+        (4096, 100_000, "compiled_layers"),
+    ],
+)
 def test_compiling_a_large_model_must_pay(
-    tiny_llama: Path, tmp_path: Path, total_steps: int, mode: str
+    tiny_llama: Path, tmp_path: Path, rows: int, total_steps: int, mode: str
 ) -> None:
-    run = prepared(tiny_llama, tmp_path, model__dtype="bfloat16", train__per_device_batch_size=4096)
+    run = prepared(tiny_llama, tmp_path, model__dtype="bfloat16", train__per_device_batch_size=rows)
     with torch.device("meta"):
         model = tiny("llama", hidden_size=4096, intermediate_size=14336).to(torch.bfloat16)
     run = replace(run, model=model)
