@@ -75,11 +75,16 @@ def write_text(target: Path, text: str) -> None:
         new.write_text(text, encoding="utf-8", newline="\n")
 
 
-def remove_directory(target: Path) -> None:
-    """Delete a directory so that it is never seen half-deleted."""
+def remove_path(target: Path) -> None:
+    """Delete a directory, so that it is never seen half-deleted, or a file or link if there is
+    one."""
     removed = _temporary(target.absolute(), "removed")
-    target.rename(removed)
-    shutil.rmtree(removed)
+    with suppress(FileNotFoundError):
+        target.rename(removed)
+        if removed.is_dir() and not removed.is_symlink():
+            shutil.rmtree(removed)
+        else:
+            removed.unlink()
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:

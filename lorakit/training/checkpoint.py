@@ -1,31 +1,39 @@
 """Checkpoints: everything that an exact resume needs.
 
 A checkpoint directory is written under a temporary name, then renamed atomically, so it is
-complete or absent. It contains the engine's state, the random states and the best model's weights:
-tensors as safetensors, the rest as JSON. Nothing is pickled.
+complete or absent. It contains the engine's state, the random states and the best model's weights.
+What is read is checked before it is used: files (``checkpoint_files``), types and numbers here,
+names and shapes by the engine.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import random
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from lorakit.errors import UserError
-from lorakit.io.atomic import atomic_directory, remove_directory, remove_leftovers
-from lorakit.training.divergence import LossHistory
+from lorakit.errors import UserError, shown
+from lorakit.io.atomic import atomic_directory, remove_leftovers, remove_path
+from lorakit.pipeline.task_data import Say
+from lorakit.training.checkpoint_files import read_files, write_files
+from lorakit.training.divergence import LossHistory, nonfinite_weight
 from lorakit.training.engine import EngineState
 
-_NAME = re.compile(r"step-(\d+)")
+_NAME = re.compile(r"step-(0|[1-9][0-9]{0,15})")
+_KNOWN_KEYS = ConfigDict(extra="forbid")
+_Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 53)]
+_Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+_Float = Annotated[float, Field(strict=True)]
+_Bool = Annotated[bool, Field(strict=True)]
 
 #: torch's generators as tensors; Python's and NumPy's as JSON.
 RandomStates = tuple[dict[str, Tensor], dict[str, Any]]
@@ -42,18 +50,20 @@ class Progress:
     ``history`` shows at the end whether the run has diverged.
     """
 
-    step: int = 0
-    trained_tokens: int = 0
-    seconds: float = 0.0
-    last_eval_step: int = 0
-    best_metrics: dict[str, float] = field(default_factory=dict)
-    best_step: int = 0
-    evaluations_without_gain: int = 0
-    stopped_early: bool = False
-    window: list[list[float]] = field(default_factory=list)
-    metrics_lines: int = 0
-    first_loss: float | None = None
-    said_grown: bool = False
+    __pydantic_config__: ClassVar = _KNOWN_KEYS
+
+    step: _Count = 0
+    trained_tokens: _Count = 0
+    seconds: _Finite = 0.0
+    last_eval_step: _Count = 0
+    best_metrics: dict[str, _Finite] = field(default_factory=dict)
+    best_step: _Count = 0
+    evaluations_without_gain: _Count = 0
+    stopped_early: _Bool = False
+    window: list[list[_Float]] = field(default_factory=list)
+    metrics_lines: _Count = 0
+    first_loss: _Finite | None = None
+    said_grown: _Bool = False
     history: LossHistory = field(default_factory=LossHistory)
 
 
@@ -77,7 +87,7 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int | None) -> Path:
         with atomic_directory(final, replace=False) as temporary:
             _write(temporary, snapshot)
     for old in checkpoints(folder)[: -keep if keep else 0]:
-        remove_directory(old)
+        remove_path(old)
     return final
 
 
@@ -93,8 +103,6 @@ def _write(directory: Path, snapshot: Snapshot) -> None:
     }
     if snapshot.best is not None:
         files["best"] = _on_host(snapshot.best)
-    for name, tensors in files.items():
-        save_file(tensors, directory / f"{name}.safetensors", {"format": "pt"})
     state = {
         "progress": asdict(snapshot.progress),
         "optimizer": optimizer_json,
@@ -102,40 +110,117 @@ def _write(directory: Path, snapshot: Snapshot) -> None:
         "scaler": engine.scaler,
         "random": random_json,
     }
-    (directory / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+    write_files(directory, files, state)
+
+
+@dataclass
+class _State:
+    """The contents of state.json; ``version`` is that of ``checkpoint_files``."""
+
+    __pydantic_config__: ClassVar = _KNOWN_KEYS
+
+    progress: Progress
+    optimizer: _OptimizerState
+    scheduler: dict[str, Any]
+    scaler: dict[str, Any] | None
+    random: _PlainRandomStates
+    version: int = 1
+
+
+@dataclass
+class _OptimizerState:
+    """What is left of an optimizer's state dict without its tensors."""
+
+    __pydantic_config__: ClassVar = _KNOWN_KEYS
+
+    state: dict[str, dict[str, Any]]
+    param_groups: list[dict[str, Any]]
+
+
+@dataclass
+class _PlainRandomStates:
+    __pydantic_config__: ClassVar = _KNOWN_KEYS
+
+    python: list[Any]
+    numpy: dict[str, Any]
 
 
 def load_checkpoint(checkpoint: Path) -> Snapshot:
-    """Read a checkpoint; raises UserError if it is not complete."""
-
-    def load(name: str) -> dict[str, Tensor]:
-        return load_file(checkpoint / f"{name}.safetensors")
-
+    """Read a checkpoint; raises UserError if it is corrupt or not complete."""
     try:
-        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-        progress = _progress(state["progress"])
+        tensors, stored = read_files(checkpoint)
+        state = _parsed_state(stored)
+        progress = state.progress
+        if (name := _NAME.fullmatch(checkpoint.name)) and int(name[1]) != progress.step:
+            raise ValueError(f"state.json: the checkpoint of step {progress.step}")
+        for part in ("weights", "best"):
+            if tensors.get(part) and (bad := nonfinite_weight(tensors[part])):
+                raise ValueError(f"{part}.safetensors: {bad} is not finite")
         engine = EngineState(
             step=progress.step,
-            weights=load("weights"),
-            method=load("method"),
-            optimizer=_join_tensors(load("optimizer"), state["optimizer"]),
-            scheduler=state["scheduler"],
-            scaler=state["scaler"],
+            weights=tensors["weights"],
+            method=tensors["method"],
+            optimizer=_join_tensors(tensors["optimizer"], state.optimizer),
+            scheduler=state.scheduler,
+            scaler=state.scaler,
         )
-        best = load("best") if (checkpoint / "best.safetensors").is_file() else None
-        return Snapshot(progress, engine, best, random=(load("random"), state["random"]))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"--resume: {checkpoint}: incomplete checkpoint: {error}") from error
+        random_states = tensors["random"], asdict(state.random)
+        _check_random_states(random_states)
+        return Snapshot(progress, engine, tensors.get("best"), random_states)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--resume: {checkpoint}: corrupt or incomplete checkpoint: {error}"
+        ) from error
 
 
-def _progress(stored: dict[str, Any]) -> Progress:
-    return Progress(**{**stored, "history": LossHistory(**stored.get("history", {}))})
+def _parsed_state(stored: dict[str, Any]) -> _State:
+    """Raises ValueError, which names the first wrong key."""
+    try:
+        state = TypeAdapter(_State).validate_python(stored)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ValueError(f"state.json: {key}: {first['msg'].lower()}") from error
+    history = state.progress.history
+    losses = [*history.last, *(row[0] for row in state.progress.window if row)]
+    if not all(map(math.isfinite, losses)) or math.isnan(history.peak):
+        raise ValueError("state.json: progress: a loss is not finite")
+    if history.start is not None and not history.last:
+        raise ValueError("state.json: progress.history: no last losses")
+    return state
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=_step)
+
+
+def readable_checkpoints(
+    folder: Path, say: Say, before: int | None = None
+) -> Iterator[tuple[Path, Snapshot]]:
+    """Read the checkpoints of a run (those before a step), newest first; each that is corrupt or
+    not complete is skipped, and ``say`` gets a line about it."""
+    for checkpoint in reversed(checkpoints(folder)):
+        if before is None or _step(checkpoint) < before:
+            try:
+                yield checkpoint, load_checkpoint(checkpoint)
+            except UserError as error:
+                say(skipped_line(error))
+
+
+def skipped_line(error: UserError) -> str:
+    """The line about a checkpoint that ``error`` says cannot be resumed."""
+    return f"warning: skipped: {str(error).removeprefix('--resume: ')}"
+
+
+def set_aside_after(folder: Path, step: int) -> None:
+    """Rename the checkpoints after ``step``, which cannot be resumed, to ``step-N.corrupt``."""
+    for later in checkpoints(folder):
+        if _step(later) > step:
+            aside = later.with_name(f"{later.name}.corrupt")
+            remove_path(aside)
+            later.rename(aside)
 
 
 def _step(checkpoint: Path) -> int:
@@ -146,7 +231,7 @@ def delete_after(folder: Path, step: int) -> None:
     """Delete the checkpoints after ``step``, from which a run resumes."""
     for later in checkpoints(folder):
         if _step(later) > step:
-            remove_directory(later)
+            remove_path(later)
 
 
 def random_states() -> RandomStates:
@@ -165,11 +250,41 @@ def restore_random_states(states: RandomStates) -> None:
     torch.set_rng_state(tensors["cpu"])
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])
+    random.setstate(_python_state(plain))
+    np.random.set_state(_numpy_state(plain))
+
+
+def _check_random_states(states: RandomStates) -> None:
+    """Raise ValueError for states that a generator does not accept, without changing the global
+    ones."""
+    tensors, plain = states
+    try:
+        torch.Generator().set_state(tensors["cpu"])
+        if "cuda" in tensors and torch.cuda.is_available():
+            torch.Generator("cuda").set_state(tensors["cuda"])
+    except (RuntimeError, TypeError, KeyError) as error:
+        raise ValueError(f"random.safetensors: {error}") from error
+    try:
+        random.Random().setstate(_python_state(plain))
+        numpy_state = _numpy_state(plain)
+        if not 0 <= numpy_state["state"]["pos"] <= 624:  # numpy does not check it
+            raise ValueError("numpy's position is out of range")
+        np.random.RandomState().set_state(numpy_state)
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise ValueError(f"state.json: random: {error}") from error
+
+
+def _python_state(plain: dict[str, Any]) -> tuple[int, tuple[int, ...], float | None]:
     version, numbers, gauss = plain["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    numpy_state = plain["numpy"]
-    numpy_state["state"]["key"] = np.asarray(numpy_state["state"]["key"], dtype=np.uint32)
-    np.random.set_state(numpy_state)
+    if not (gauss is None or isinstance(gauss, float)):
+        raise TypeError("not a number")
+    return version, tuple(numbers), gauss
+
+
+def _numpy_state(plain: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = plain["numpy"]
+    state = found["state"]
+    return {**found, "state": {**state, "key": np.asarray(state["key"], dtype=np.uint32)}}
 
 
 def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -177,23 +292,36 @@ def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _split_tensors(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split an optimizer's state dict into tensors named ``INDEX.KEY``, and the rest."""
-    tensors = {
-        f"{index}.{key}": value.detach().cpu().contiguous()
-        for index, values in state["state"].items()
-        for key, value in values.items()
-        if isinstance(value, Tensor)
-    }
-    plain = {
-        str(index): {key: value for key, value in values.items() if not isinstance(value, Tensor)}
-        for index, values in state["state"].items()
-    }
-    return tensors, {"state": plain, "param_groups": state["param_groups"]}
+    """Split an optimizer's state dict into tensors named ``INDEX.KEY`` or ``INDEX.GROUP.KEY``, and
+    the rest. bitsandbytes keeps its tensors in a group."""
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for index, values in state["state"].items():
+        plain[str(index)] = rest = {}
+        for key, value in values.items():
+            if isinstance(value, dict):
+                tensors |= {f"{index}.{key}.{name}": tensor for name, tensor in value.items()}
+            elif isinstance(value, Tensor):
+                tensors[f"{index}.{key}"] = value
+            else:
+                rest[key] = value
+    return _on_host(tensors), {"state": plain, "param_groups": state["param_groups"]}
 
 
-def _join_tensors(tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict[str, Any]:
-    state = {int(index): dict(values) for index, values in plain["state"].items()}
+def _join_tensors(tensors: dict[str, Tensor], plain: _OptimizerState) -> dict[str, Any]:
+    state: dict[int, dict[str, Any]] = {}
+    for index, values in plain.state.items():
+        state[_index(index)] = dict(values)
     for name, tensor in tensors.items():
-        index, _, key = name.partition(".")
-        state[int(index)][key] = tensor
-    return {"state": state, "param_groups": plain["param_groups"]}
+        index, *group, key = name.split(".", 2)
+        if _index(index) not in state:
+            raise ValueError(f"optimizer.safetensors: {shown(name)}: not in state.json")
+        values = state[int(index)]
+        (values.setdefault(group[0], {}) if group else values)[key] = tensor
+    return {"state": state, "param_groups": plain.param_groups}
+
+
+def _index(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise ValueError(f"state.json: optimizer.state: {shown(text)} is not a number")
+    return int(text)

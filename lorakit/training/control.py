@@ -120,6 +120,12 @@ class Best:
     patience: int | None
     weights: dict[str, Tensor] | None = None
 
+    def check_comparable(self, progress: Progress, weights: Mapping[str, Tensor] | None) -> None:
+        """Raise ValueError if later metrics cannot be compared with the stored best ones."""
+        wanted = set() if weights is None else {self.metric, "loss"}
+        if not wanted <= progress.best_metrics.keys() or (progress.best_metrics and not wanted):
+            raise ValueError("the best metrics are of another task")
+
     def update(
         self, metrics: dict[str, float], weights: Mapping[str, Tensor], progress: Progress
     ) -> str | None:

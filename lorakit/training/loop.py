@@ -75,12 +75,16 @@ class Loop:
                 raise ValueError("the run ends before this step")
             if best is not None and not same_shapes(best, self.engine.weights):
                 raise ValueError("the best weights are of another model")
+            if any(len(row) != 2 + len(self.engine.value_names) for row in progress.window):
+                raise ValueError("the numbers of its last steps are of another method")
+            self.best.check_comparable(progress, best)
             self.engine.load_state_dict(snapshot.engine)
         except ValueError as error:
             raise UserError(
                 f"--resume: {checkpoint}: does not match this model and recipe: {error}"
             ) from error
         self.progress, self.best.weights = progress, best
+        self.recorder.truncate(progress.metrics_lines)
         self._scalars.restore_window(progress.window, self.loader.device)
         self._last_checkpoint = checkpoint
         restore_random_states(snapshot.random)

@@ -1,4 +1,4 @@
-"""The output directory: where a run starts or resumes, its lock, and the adapter in it.
+"""The output directory: where a run starts or resumes, and its lock.
 
 A run is never overwritten, only resumed.
 """
@@ -11,33 +11,24 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lorakit import registry
-from lorakit.adapters.model_card import CardFacts
-from lorakit.adapters.peft.method import merge_command
 from lorakit.adapters.peft.schema import CONFIG, WEIGHTS
-from lorakit.adapters.peft.targets import (
-    BaseNames,
-    misread_by_peft,
-    misread_note,
-    names_in_base,
-    refused_by_peft,
-    refused_note,
-)
-from lorakit.adapters.peft.write import save_adapter
 from lorakit.data.stream import have_same_head
-from lorakit.errors import AdapterError, UserError
+from lorakit.errors import UserError
 from lorakit.methods.base import Method
-from lorakit.models.hub import load_config
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.load import load_recipe
 from lorakit.recipe.sections import Recipe
-from lorakit.training.checkpoint import Snapshot, checkpoints, load_checkpoint
-from lorakit.training.record import RunRecord
-from lorakit.training.setup import Prepared
+from lorakit.training.checkpoint import (
+    Snapshot,
+    checkpoints,
+    load_checkpoint,
+    readable_checkpoints,
+)
 from lorakit.training.tracking import PROJECT
 from lorakit.user_code import code_identity, is_code
 
@@ -53,56 +44,85 @@ _CHANGEABLE = {
 _FITTED = {"max_length", "max_new_tokens"}
 
 
+#: The checkpoints in an output directory, and run.json if the run is complete.
+Found = tuple[list[Path], dict[str, Any] | None]
+
+
 @dataclass(frozen=True)
 class Start:
     """Where a run starts: from ``checkpoint``, from scratch (None), or not at all, because it is
-    complete (``finished`` is its run.json)."""
+    complete (``finished`` is its run.json). ``found`` is what the output directory contains."""
 
     checkpoint: Path | None = None
     snapshot: Snapshot | None = None
     finished: dict[str, Any] | None = None
+    found: Found = field(default_factory=lambda: ([], None))
 
     @property
     def step(self) -> int:
         return self.snapshot.progress.step if self.snapshot else 0
 
 
-def find_start(recipe: Recipe, resume: str | None) -> Start:
-    """Find the run in the output directory and the checkpoint that ``resume`` names.
+def find_start(recipe: Recipe, resume: str | None, say: Say = lambda text: None) -> Start:
+    """Find the run in the output directory and the checkpoint that ``resume`` names; ``auto`` names
+    the newest that can be read, and ``say`` gets a line about each that cannot.
 
     Raises UserError if there is a run that ``resume`` does not continue, if the recipe is not that
-    run's, or if the checkpoint is corrupt.
+    run's, or if the checkpoint, or with ``auto`` each one, is corrupt.
     """
     output_dir = Path(recipe.train.output_dir)
+    _check_no_file(output_dir)
+    folder = output_dir / "checkpoints"
+    contents = found, finished = _find(output_dir)
+    named = None if resume in (None, "auto") else _checkpoint_at(str(resume))
+    is_own = named is not None and named.parent.resolve() == folder.resolve()
+    if (found or finished) and resume != "auto" and not is_own:
+        raise UserError(
+            f"train.output_dir: {output_dir} contains "
+            + ("a finished run; " if finished else f"a run at {found[-1].name}; ")
+            + ("" if finished else "continue it with --resume auto, or ")
+            + "choose another directory"
+        )
+    if named is not None:
+        check_same_recipe(recipe, named.parent.parent)
+        return Start(named, load_checkpoint(named), found=contents)
+    if not (finished or found):
+        return Start()
+    check_same_recipe(recipe, output_dir)
+    if finished:
+        return Start(finished=finished, found=contents)
+    for checkpoint, snapshot in readable_checkpoints(folder, say):
+        return Start(checkpoint, snapshot, found=contents)
+    raise none_to_resume(folder)
+
+
+def none_to_resume(folder: Path) -> UserError:
+    return UserError(
+        f"--resume auto: {folder}: no checkpoint can be resumed; delete this directory to start "
+        "the run again"
+    )
+
+
+def _check_no_file(output_dir: Path) -> None:
     try:
         is_file = output_dir.exists() and not output_dir.is_dir()
     except OSError as error:  # too long
         raise UserError(f"train.output_dir: cannot be created: {error.strerror}") from None
     if is_file:
         raise UserError(f"train.output_dir: {output_dir}: a file with that name exists")
-    found = checkpoints(output_dir / "checkpoints")
-    run = _read_run(output_dir)
-    adapter = output_dir / "adapter"
-    complete = run.get("exit_reason") == "completed" and all(
+
+
+def _find(output_dir: Path) -> Found:
+    return checkpoints(output_dir / "checkpoints"), _finished_run(output_dir)
+
+
+def _finished_run(output_dir: Path) -> dict[str, Any] | None:
+    """The run.json of a complete run, whose adapter is there."""
+    run, adapter = _read_run(output_dir), output_dir / "adapter"
+    is_finished = run.get("exit_reason") == "completed" and all(
         (adapter / name).is_file() for name in (CONFIG, WEIGHTS)
     )
-    named = None if resume in (None, "auto") else _checkpoint_at(str(resume))
-    is_own = named is not None and named.parent.resolve() == (output_dir / "checkpoints").resolve()
-    if (found or complete) and resume != "auto" and not is_own:
-        raise UserError(
-            f"train.output_dir: {output_dir} contains "
-            + ("a finished run; " if complete else f"a run at {found[-1].name}; ")
-            + ("" if complete else "continue it with --resume auto, or ")
-            + "choose another directory"
-        )
-    if named is not None:
-        check_same_recipe(recipe, named.parent.parent)
-        return Start(named, load_checkpoint(named))
-    if complete or found:
-        check_same_recipe(recipe, output_dir)
-    if complete:
-        return Start(finished=run)
-    return Start(found[-1], load_checkpoint(found[-1])) if found else Start()
+    return run if is_finished else None
 
 
 def check_same_data(data: dict[str, Any], checkpoint: Path, say: Say) -> int:
@@ -146,11 +166,11 @@ def rows_read_before(start: Start) -> dict[str, int]:
 
 
 @contextmanager
-def exclusive_run(recipe: Recipe, resume: str | None, start: Start) -> Iterator[Path]:
+def exclusive_run(recipe: Recipe, start: Start) -> Iterator[Path]:
     """Create the output directory and lock it against other runs during the block.
 
     Raises UserError if it cannot be created, if another run has locked it, or has written to it
-    since ``start`` was found. If the block raises UserError before a new run has a checkpoint, the
+    since ``start`` was found. If the block raises UserError before it has written a checkpoint, the
     directory is restored to what it was.
     """
     output_dir = Path(recipe.train.output_dir)
@@ -162,14 +182,13 @@ def exclusive_run(recipe: Recipe, resume: str | None, start: Start) -> Iterator[
         raise UserError(f"train.output_dir: {output_dir}: cannot be created: {error}") from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        now = find_start(recipe, resume)
-        if (now.checkpoint, now.finished) != (start.checkpoint, start.finished):
+        if _find(output_dir) != start.found:
             raise UserError(f"train.output_dir: {output_dir}: another run has just written to it")
         before, had_logs = _run_files(output_dir), (output_dir / PROJECT).exists()
         try:
             yield output_dir
         except UserError:
-            if start.checkpoint is None and not checkpoints(output_dir / "checkpoints"):
+            if checkpoints(output_dir / "checkpoints") == start.found[0]:
                 if not had_logs:  # TensorBoard's
                     shutil.rmtree(output_dir / PROJECT, ignore_errors=True)
                 _restore(output_dir, before, created)
@@ -187,8 +206,8 @@ def _run_files(output_dir: Path) -> dict[Path, bytes]:
 
 
 def _restore(output_dir: Path, before: Mapping[Path, bytes], created: Sequence[Path]) -> None:
-    """Undo what a run without a checkpoint wrote; ``created`` are the directories that it created,
-    innermost first."""
+    """Undo what a run without a new checkpoint wrote; ``created`` are the directories that it
+    created, innermost first."""
     for file in _run_files(output_dir):
         if file in before:
             file.write_bytes(before[file])
@@ -262,68 +281,3 @@ def _are_same(before: object, now: object) -> bool:
 def flat_keys(values: dict[str, Any]) -> dict[str, Any]:
     """Return a resolved recipe as one mapping from ``section.key`` to values."""
     return {f"{part}.{key}": v for part, keys in values.items() for key, v in keys.items()}
-
-
-def export_adapter(prepared: Prepared, directory: Path, record: RunRecord, say: Say) -> None:
-    """Save the model's adapter with its tokenizer and a model card; ``say`` gets a line if PEFT
-    cannot load it."""
-    recipe = prepared.recipe
-    hardware = record.hardware
-    labels = prepared.task.labels(recipe.task, None)
-    save_adapter(
-        directory,
-        prepared.model,
-        recipe.adapter,
-        method=prepared.method,
-        base_model_name_or_path=recipe.model.name_or_path,
-        revision=recipe.model.revision,
-        names=_names(prepared, directory, say),
-        task_type="CAUSAL_LM" if prepared.task.kind == "causal" else "SEQ_CLS",
-        modules_to_save=prepared.report.modules_to_save,
-        tokenizer=prepared.tokenizer,
-        card=CardFacts(
-            base_model=recipe.model.name_or_path,
-            method=recipe.adapter.method,
-            task=recipe.task.name,
-            data_rows=prepared.data["train"]["rows"],
-            metrics=record.metrics,
-            steps=record.steps,
-            seconds=record.seconds,
-            diverged=record.diverged,
-            hardware=hardware.get("gpu") or hardware["cpu"],
-        ),
-        lorakit_info={"task": recipe.task.name} | ({"labels": labels} if labels else {}),
-    )
-    method = prepared.method
-    merge = merge_command(recipe.model.name_or_path, directory, method.name)
-    merging = f"{merge} writes a plain model"
-    if not method.peft_loads:
-        say(f"{directory}: PEFT cannot load adapters of {method.name}; lorakit can, and {merging}")
-    elif refused := refused_by_peft(prepared.model, _adapted(record)):
-        say(f"{directory}: {refused_note(refused)}, and {merging}")
-    elif method.peft_type == "LORA" and (
-        wrong := misread_by_peft(prepared.model, _adapted(record))
-    ):
-        say(f"{directory}: {misread_note(wrong)}, and {merging}")
-
-
-def _adapted(record: RunRecord) -> list[str]:
-    return [module["name"] for module in record.adapted_modules]
-
-
-def _names(prepared: Prepared, directory: Path, say: Say) -> BaseNames | None:
-    """Return the names that the base's original class uses, if another class was trained."""
-    if prepared.task.kind != "causal":
-        return None
-    name = type(prepared.model).__name__
-    try:
-        names = names_in_base(prepared.model, load_config(prepared.recipe.model))
-    except AdapterError as error:
-        say(f"{directory}: module names are those of {name}: load that class in PEFT ({error})")
-        return None
-    if names is not None:
-        say(
-            f"{directory}: trained as {name}; module names are those of the base's original class, "
-            f"{type(names.own).__name__}: load that class in PEFT"
-        )
-    return names

@@ -9,12 +9,13 @@ from typing import Any
 
 from lorakit.data.stream_steps import StreamSteps
 from lorakit.distributed.strategy import Strategy, build_strategy
-from lorakit.errors import Interrupted
+from lorakit.errors import Interrupted, UserError
 from lorakit.openmp import yield_cores
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.check import check_recipe
 from lorakit.recipe.export import write_recipe
 from lorakit.recipe.sections import Recipe
+from lorakit.training.adapter_export import export_adapter
 from lorakit.training.base_precision import check_base_precision
 from lorakit.training.batching import Batching, build_batching
 from lorakit.training.build import (
@@ -25,7 +26,12 @@ from lorakit.training.build import (
     build_schedule,
     check_optimizer,
 )
-from lorakit.training.checkpoint import delete_after
+from lorakit.training.checkpoint import (
+    delete_after,
+    readable_checkpoints,
+    set_aside_after,
+    skipped_line,
+)
 from lorakit.training.control import Schedule, StopRequest, stop_request
 from lorakit.training.execution import choose_execution
 from lorakit.training.loop import Loop
@@ -35,9 +41,9 @@ from lorakit.training.output_dir import (
     check_same_data,
     check_same_recipe,
     exclusive_run,
-    export_adapter,
     find_start,
     flat_keys,
+    none_to_resume,
     rows_read_before,
 )
 from lorakit.training.record import (
@@ -78,7 +84,7 @@ def train(recipe: Recipe, resume: str | None = None, say: Say = lambda text: Non
     a checkpoint and raises DataError.
     """
     check_recipe(recipe)
-    start = find_start(recipe, resume)
+    start = find_start(recipe, resume, say)
     if start.finished is not None:
         say(f"{recipe.train.output_dir}: the run is complete; nothing to do")
         return _finished(Path(recipe.train.output_dir), start.finished)
@@ -88,8 +94,8 @@ def train(recipe: Recipe, resume: str | None = None, say: Say = lambda text: Non
     batching = build_batching(prepared, strategy.device)
     _check_resumable(prepared, batching, start, say)
     say(plan_line(prepared, batching))
-    with exclusive_run(prepared.recipe, resume, start) as output_dir, stop_request() as stop:
-        return _run(prepared, strategy, batching, start, output_dir, stop, say)
+    with exclusive_run(prepared.recipe, start) as output_dir, stop_request() as stop:
+        return _run(prepared, strategy, batching, start, resume, output_dir, stop, say)
 
 
 def _run(
@@ -97,6 +103,7 @@ def _run(
     strategy: Strategy,
     batching: Batching,
     start: Start,
+    resume: str | None,
     output_dir: Path,
     stop: StopRequest,
     say: Say,
@@ -115,7 +122,7 @@ def _run(
     ):
         loop = build_loop(prepared, strategy, batching.steps, schedule, recorder, stop, say)
         try:
-            _resume(loop, start, recipe, say)
+            _resume(loop, start, resume, recipe, say)
             loop.run()
             warning = loop.divergence()  # of the last weights, which may not be the best
             record.diverged = warning is not None
@@ -202,14 +209,34 @@ def _open_recorder(recipe: Recipe, output_dir: Path, schedule: Schedule, start: 
     )
 
 
-def _resume(loop: Loop, start: Start, recipe: Recipe, say: Say) -> None:
+def _resume(loop: Loop, start: Start, resume: str | None, recipe: Recipe, say: Say) -> None:
+    """Resume from ``start``, or with ``auto`` from an earlier checkpoint if it does not fit."""
     if start.checkpoint is None or start.snapshot is None:
         return
-    delete_after(loop.checkpoint_dir, start.step)
-    loop.resume(start.checkpoint, start.snapshot)
-    say(f"resumed from {start.checkpoint}")
+    resumed = start.checkpoint
+    try:
+        loop.resume(start.checkpoint, start.snapshot)
+    except UserError as error:
+        if resume != "auto":
+            raise
+        resumed = _resume_earlier(loop, error, start.step, say)
+    later = set_aside_after if resume == "auto" else delete_after
+    later(loop.checkpoint_dir, loop.progress.step)
+    say(f"resumed from {resumed}")
     if recipe.task.streaming:
         say("streaming: skipping the rows that the run has already trained on")
+
+
+def _resume_earlier(loop: Loop, error: UserError, step: int, say: Say) -> Path:
+    say(skipped_line(error))
+    for checkpoint, snapshot in readable_checkpoints(loop.checkpoint_dir, say, before=step):
+        try:
+            loop.resume(checkpoint, snapshot)
+        except UserError as mismatch:
+            say(skipped_line(mismatch))
+        else:
+            return checkpoint
+    raise none_to_resume(loop.checkpoint_dir) from error
 
 
 def _say_notes(loop: Loop, batching: Batching, recipe: Recipe, say: Say) -> None:

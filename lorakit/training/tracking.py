@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from rich.console import Console
@@ -28,11 +28,21 @@ class MetricsFile:
     written before its checkpoint."""
 
     def __init__(self, path: Path, keep: int = 0) -> None:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        self._path = path
+        self._handle = self._open(keep)
+
+    def _open(self, keep: int) -> TextIO:
+        is_there = self._path.is_file()
+        lines = self._path.read_text(encoding="utf-8").splitlines() if is_there else []
         kept = lines[:keep]
         self.lines = len(kept)
-        write_text(path, "".join(f"{line}\n" for line in kept))
-        self._handle = path.open("a", encoding="utf-8")
+        write_text(self._path, "".join(f"{line}\n" for line in kept))
+        return self._path.open("a", encoding="utf-8")
+
+    def truncate(self, keep: int) -> None:
+        """Keep only the first ``keep`` lines."""
+        self._handle.close()
+        self._handle = self._open(keep)
 
     def write(self, line: dict[str, Any]) -> None:
         self._handle.write(json.dumps(line) + "\n")
@@ -109,6 +119,11 @@ class Recorder:
     @property
     def metrics_lines(self) -> int:
         return self._metrics.lines
+
+    def truncate(self, lines: int) -> None:
+        """Keep only the first lines of metrics.jsonl: those written before a checkpoint."""
+        if lines < self._metrics.lines:
+            self._metrics.truncate(lines)
 
     def log(self, line: dict[str, Any]) -> None:
         self._metrics.write(line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakit.training.checkpoint import checkpoints
+from lorakit.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from tests.training.processes import Ended, Launcher
 from tests.training.runs import (
     adapter_bytes,
@@ -109,7 +110,7 @@ CALLS = {
     "before an evaluation": ("lorakit.training.control:Evaluator.__call__", 3),
     "measured, not recorded": ("lorakit.training.tracking:Recorder.evaluation", 5),
     "before the final evaluation": ("lorakit.training.loop:Loop.finish", 1),
-    "before the adapter": ("lorakit.training.output_dir:save_adapter", 1),
+    "before the adapter": ("lorakit.training.adapter_export:save_adapter", 1),
 }
 POINTS = {
     **{name: {"at_event": event} for name, event in EVENTS.items()},
@@ -384,21 +385,63 @@ def test_other_data_is_refused(tiny_llama: Path, launcher: Launcher, tmp_path: P
     assert tree(run) == before
 
 
-@pytest.mark.parametrize(
-    "file", ["weights.safetensors", "optimizer.safetensors", "random.safetensors", "state.json"]
-)
-@pytest.mark.parametrize("how", ["cut", "missing"])
-def test_a_corrupt_checkpoint_is_named(
-    file: str, how: str, recipe: Path, whole: Path, launcher: Launcher, tmp_path: Path
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("how", ["cut", "missing", "flipped", "link"])
+def test_a_corrupt_checkpoint_is_skipped_or_refused(
+    how: str, named: bool, recipe: Path, whole: Path, launcher: Launcher, tmp_path: Path
 ) -> None:
     run = copied(whole, tmp_path / "run", "run.json", "adapter")
-    broken = run / "checkpoints" / "step-32" / file
-    if how == "cut":
-        broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
-    else:
-        broken.unlink()
+    newest = run / "checkpoints" / "step-32"
+    broken = newest / "weights.safetensors"
+    content = broken.read_bytes()
+    broken.unlink()
+    if how == "link":
+        broken.symlink_to(whole / "checkpoints" / "step-32" / "weights.safetensors")
+    elif how != "missing":
+        flipped = content[:-1] + bytes([content[-1] ^ 1])
+        broken.write_bytes(flipped if how == "flipped" else content[: len(content) // 2])
     before = tree(run)
-    refused(train(launcher, recipe, run, "--resume", "auto"), "step-32", "incomplete checkpoint")
+    if named:
+        refused(train(launcher, recipe, run, "--resume", newest), "step-32", "weights.safetensors")
+        assert tree(run) == before
+        return
+    ended = train(launcher, recipe, run, "--resume", "auto")
+    assert ended.code == 0, ended.err
+    (line,) = [x for x in ended.err.splitlines() if "step-32:" in x]
+    assert line.startswith("warning: skipped: ")
+    assert "weights.safetensors" in line
+    assert f"resumed from {run}/checkpoints/step-30" in ended.err
+    assert (run / "checkpoints" / "step-32.corrupt").is_dir()
+    shutil.rmtree(run / "checkpoints" / "step-32.corrupt")
+    assert_same(run, whole)
+
+
+def test_a_checkpoint_of_another_model_is_skipped(
+    recipe: Path, whole: Path, launcher: Launcher, tmp_path: Path
+) -> None:
+    """It is what its manifest says, but does not fit."""
+    run = copied(whole, tmp_path / "run", "run.json", "adapter")
+    snapshot = load_checkpoint(run / "checkpoints" / "step-32")
+    weights = snapshot.engine.weights
+    name = next(iter(weights))
+    weights[name] = weights[name].double()
+    shutil.rmtree(run / "checkpoints" / "step-32")
+    save_checkpoint(run / "checkpoints", snapshot, None)
+    ended = train(launcher, recipe, run, "--resume", "auto")
+    assert ended.code == 0, ended.err
+    assert "step-32: does not match this model and recipe" in ended.err
+    shutil.rmtree(run / "checkpoints" / "step-32.corrupt")
+    assert_same(run, whole)
+
+
+def test_nothing_is_written_if_no_checkpoint_can_be_resumed(
+    recipe: Path, whole: Path, launcher: Launcher, tmp_path: Path
+) -> None:
+    run = copied(whole, tmp_path / "run", "run.json", "adapter")
+    for checkpoint in checkpoints(run / "checkpoints"):
+        (checkpoint / "state.json").write_text("[]")
+    before = tree(run)
+    refused(train(launcher, recipe, run, "--resume", "auto"), "no checkpoint can be resumed")
     assert tree(run) == before
 
 

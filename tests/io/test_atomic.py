@@ -13,8 +13,8 @@ import pytest
 from lorakit.io.atomic import (
     atomic_directory,
     atomic_file,
-    remove_directory,
     remove_leftovers,
+    remove_path,
     write_text,
 )
 
@@ -160,7 +160,7 @@ def test_other_hidden_files_are_left_alone(tmp_path: Path) -> None:
 def test_a_directory_is_removed_in_one_step(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a").touch()
-    remove_directory(tmp_path / "out")
+    remove_path(tmp_path / "out")
     assert os.listdir(tmp_path) == []
     (tmp_path / ".out.0123abcd.removed").mkdir()
     remove_leftovers(tmp_path)

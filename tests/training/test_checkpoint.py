@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import json
+import os
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from lorakit.errors import UserError
+from lorakit.recipe.sections import TrainSection
+from lorakit.training.build import build_optimizer
 from lorakit.training.checkpoint import (
     Progress,
     Snapshot,
@@ -16,8 +22,10 @@ from lorakit.training.checkpoint import (
     delete_after,
     load_checkpoint,
     random_states,
+    readable_checkpoints,
     restore_random_states,
     save_checkpoint,
+    set_aside_after,
 )
 from lorakit.training.engine import EngineState
 
@@ -142,6 +150,100 @@ def test_later_checkpoints_are_deleted(tmp_path: Path) -> None:
         save_checkpoint(tmp_path, snapshot(step), None)
     delete_after(tmp_path, 2)
     assert names(tmp_path) == ["step-1", "step-2"]
+
+
+def test_the_state_of_8_bit_adamw_comes_back(tmp_path: Path) -> None:
+    """bitsandbytes keeps its tensors one level deeper."""
+    weight = torch.nn.Parameter(torch.randn(5000))
+    section = TrainSection(output_dir="x", optimizer="adamw_8bit")
+    optimizer = build_optimizer([{"params": [weight]}], section)
+    weight.grad = torch.randn(5000)
+    optimizer.step()
+    saved = snapshot()
+    saved.engine.optimizer = optimizer.state_dict()
+    found = load_checkpoint(save_checkpoint(tmp_path, saved, None)).engine.optimizer["state"][0]
+    group = "__bnb_optimizer_quant_state__"
+    want = saved.engine.optimizer["state"][0]
+    assert found.keys() == want.keys()
+    assert found[group].keys() == want[group].keys()
+    assert all(torch.equal(found[group][key], want[group][key]) for key in want[group])
+
+
+def rewritten(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Change state.json, and leave out the manifest, as in checkpoints of earlier versions."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state["version"]
+    change(state)
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    (checkpoint / "manifest.json").unlink()
+    return checkpoint
+
+
+def test_a_checkpoint_without_a_manifest_is_read(tmp_path: Path) -> None:
+    saved = snapshot()
+    path = rewritten(save_checkpoint(tmp_path, saved, None), lambda state: None)
+    assert load_checkpoint(path).progress == saved.progress
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "a flipped bit": lambda c: flip(c / "optimizer.safetensors"),
+    "a flipped bit of the manifest": lambda c: flip(c / "manifest.json"),
+    "a pipe": lambda c: (c / "best.safetensors").unlink() or os.mkfifo(c / "best.safetensors"),
+    "a directory": lambda c: (c / "best.safetensors").unlink() or (c / "best.safetensors").mkdir(),
+    "no manifest": lambda c: (c / "manifest.json").unlink(),
+    "an empty manifest": lambda c: (c / "manifest.json").write_text("{}"),
+    "a path in the manifest": lambda c: (c / "manifest.json").write_text('{"state.json": {}, "../x": {}}'),
+    "deep JSON": lambda c: (c / "manifest.json").write_text("[" * 100_000),
+    "another step": lambda c: rewritten(c, lambda s: s["progress"].update(step=4)),
+    "NaN": lambda c: rewritten(c, lambda s: s["progress"].update(seconds=float("nan"))),
+    "text for a number": lambda c: rewritten(c, lambda s: s["progress"].update(best_step="1")),
+    "a huge number": lambda c: rewritten(c, lambda s: s["progress"].update(trained_tokens=10**30)),
+    "an unknown key": lambda c: rewritten(c, lambda s: s["progress"].update(x=1)),
+    "a loss that is NaN": lambda c: rewritten(c, lambda s: s["progress"].update(window=[[float("nan"), 1.0]])),
+    "no optimizer": lambda c: rewritten(c, lambda s: s.pop("optimizer")),
+    "a name for an index": lambda c: rewritten(c, lambda s: s["optimizer"].update(state={"a": {}})),
+    "a random state out of range": lambda c: rewritten(c, lambda s: s["random"]["numpy"]["state"].update(pos=10**6)),
+    "a list of records": lambda c: rewritten(c, lambda s: s.update(random=[])),
+    "an absurd header": lambda c: rewritten(c, lambda s: None) and huge_header(c / "weights.safetensors"),
+}  # fmt: skip
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 4
+    file.write_bytes(content)
+
+
+def huge_header(file: Path) -> None:
+    header = b'{"a.lora_A": {"dtype": "F32", "shape": [9999999999, 99], "data_offsets": [0, 24]}}'
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(24))
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_refused_in_one_line(damage: str, tmp_path: Path) -> None:
+    good = save_checkpoint(tmp_path, snapshot(2), None)
+    bad = save_checkpoint(tmp_path, snapshot(3), None)
+    DAMAGE[damage](bad)
+    with pytest.raises(UserError, match="corrupt or incomplete checkpoint") as caught:
+        load_checkpoint(bad)
+    assert len(str(caught.value).splitlines()) == 1
+    said: list[str] = []
+    assert next(readable_checkpoints(tmp_path, said.append))[0] == good
+    assert [line.startswith(f"warning: skipped: {bad}: ") for line in said] == [True]
+
+
+def test_what_was_skipped_is_set_aside(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, snapshot(step), None)
+    (tmp_path / "step-4").symlink_to(tmp_path / "step-1")
+    (tmp_path / "step-5").write_text("not a directory")
+    set_aside_after(tmp_path, 2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-1", "step-2"]
+    assert names(tmp_path)[2:] == ["step-3.corrupt", "step-4.corrupt", "step-5.corrupt"]
+    set_aside_after(tmp_path, 1)
+    (tmp_path / "step-2").mkdir()
+    set_aside_after(tmp_path, 1)
+    assert len(names(tmp_path)) == 5
 
 
 def test_no_checkpoint_is_a_user_error(tmp_path: Path) -> None:

@@ -28,20 +28,20 @@ def recipe(tmp_path: Path) -> Recipe:
 
 def test_a_second_run_is_refused_while_the_first_goes_on(recipe: Recipe) -> None:
     with (
-        exclusive_run(recipe, None, Start()) as folder,
+        exclusive_run(recipe, Start()) as folder,
         pytest.raises(UserError, match="another run is writing to it"),
-        exclusive_run(recipe, None, Start()),
+        exclusive_run(recipe, Start()),
     ):
         pass
     assert folder.is_dir()
-    with exclusive_run(recipe, None, Start()):
+    with exclusive_run(recipe, Start()):
         pass
 
 
 def test_a_run_that_started_meanwhile_is_not_overwritten(recipe: Recipe) -> None:
     folder = Path(recipe.train.output_dir)
     (folder / "checkpoints/step-3").mkdir(parents=True)
-    with pytest.raises(UserError, match="step-3"), exclusive_run(recipe, None, Start()):
+    with pytest.raises(UserError, match="has just written to it"), exclusive_run(recipe, Start()):
         pass
 
 
@@ -57,7 +57,7 @@ def test_a_directory_that_cannot_be_created(recipe: Recipe, tmp_path: Path) -> N
     (tmp_path / "file").touch()
     train = recipe.train.model_copy(update={"output_dir": str(tmp_path / "file/run")})
     recipe = recipe.model_copy(update={"train": train})
-    with pytest.raises(UserError, match=r"train\.output_dir"), exclusive_run(recipe, None, Start()):
+    with pytest.raises(UserError, match=r"train\.output_dir"), exclusive_run(recipe, Start()):
         pass
 
 

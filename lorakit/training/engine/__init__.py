@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from lorakit.data.collate import Batch
@@ -92,5 +93,9 @@ class Engine(Protocol):
 
 
 def same_shapes(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Whether both have the same names, with tensors of the same shapes."""
-    return {n: t.shape for n, t in one.items()} == {n: t.shape for n, t in other.items()}
+    """Whether both have the same names, with tensors of the same shapes and types."""
+    return _shapes(one) == _shapes(other)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}

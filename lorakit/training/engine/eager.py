@@ -29,8 +29,9 @@ from lorakit.models.causal import (
     use_varlen,
     varlen_options,
 )
-from lorakit.training.engine import EngineState, StepResult, same_shapes
+from lorakit.training.engine import EngineState, StepResult
 from lorakit.training.engine.probe import GradientProbe
+from lorakit.training.engine.stored import fitted
 
 
 @dataclass
@@ -140,8 +141,7 @@ class EagerEngine:
         )
 
     def load_state_dict(self, state: EngineState) -> None:
-        if not self._fits(state):
-            raise ValueError("the state is of another model or method")
+        state = fitted(state, self.state_dict(), self.optimizer.param_groups)
         self.load_weights(state.weights)
         self.hooks.load_state(state.method)
         self.optimizer.load_state_dict(state.optimizer)
@@ -149,14 +149,6 @@ class EagerEngine:
         if state.scaler is not None and self.strategy.scaler is not None:
             self.strategy.scaler.load_state_dict(state.scaler)
         self.steps = state.step
-
-    def _fits(self, state: EngineState) -> bool:
-        indices = set(range(len(self.parameters)))
-        return (
-            same_shapes(state.weights, self.parameters)
-            and same_shapes(state.method, self.hooks.state())
-            and set(state.optimizer["state"]) <= indices  # no state without a gradient
-        )
 
 
 class CausalObjective(nn.Module):
