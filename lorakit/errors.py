@@ -56,6 +56,17 @@ class TrainingError(LorakitError):
     """A run failed after it started; the message names the step and the last checkpoint."""
 
 
+class WriteFailed(LorakitError):
+    """A file cannot be written: the disk is full, or the directory is gone or read-only.
+
+    ``problem`` is the message without ``advice``, what to do.
+    """
+
+    def __init__(self, problem: str, advice: str) -> None:
+        super().__init__(f"{problem}; hint: {advice}")
+        self.problem, self.advice = problem, advice
+
+
 class EvaluationError(LorakitError):
     """A metric is not finite; the message names it and the likely cause."""
 

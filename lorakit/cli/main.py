@@ -11,7 +11,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Annotated, Any
 
@@ -91,26 +91,32 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as end:
         return _exit_code(end.code)
     except _UsageError as error:
-        typer.echo(f"error: {_usage(error)}", err=True)
+        _say(f"error: {_usage(error)}")
         return UserError.exit_code
     except LorakitError as error:
         messages = error.problems if isinstance(error, RecipeError) else (error,)
-        typer.echo("\n".join(f"error: {message}" for message in messages), err=True)
+        _say("\n".join(f"error: {message}" for message in messages))
         return error.exit_code
     except KeyboardInterrupt:
-        typer.echo("stopped", err=True)
+        _say("stopped")
         return _INTERRUPTED
     except Exception as error:  # a bug: print one line, and save the traceback to a file
         if os.environ.get("LORAKIT_TRACEBACK"):
             raise
-        typer.echo(f"error: {_log_traceback(error)}", err=True)
+        _say(f"error: {_log_traceback(error)}")
         return 1
 
 
 def _exit_code(code: object) -> int:
     if code in (_INTERRUPTED, _TERMINATED):  # typer converts Ctrl-C to the first
-        typer.echo("stopped", err=True)
+        _say("stopped")
     return code if isinstance(code, int) else int(code is not None)
+
+
+def _say(text: str) -> None:
+    """Print a line to stderr, which may be a file on a full disk."""
+    with suppress(OSError):
+        typer.echo(text, err=True)
 
 
 def _usage(error: Any) -> str:
@@ -144,9 +150,12 @@ def _terminate(_number: int, _frame: FrameType | None) -> None:
 def _log_traceback(error: Exception) -> str:
     first = (str(error).strip().splitlines() or [""])[0]
     reason = locate_error(error) or f"{type(error).__name__}: {first}"
-    handle, name = tempfile.mkstemp(prefix="lorakit-", suffix=".log")
-    with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as log:
-        log.write("".join(traceback.format_exception(error)))
+    try:
+        handle, name = tempfile.mkstemp(prefix="lorakit-", suffix=".log")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as log:
+            log.write("".join(traceback.format_exception(error)))
+    except OSError:
+        return reason
     return f"{reason}; the traceback is in {name}"
 
 

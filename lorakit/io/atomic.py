@@ -18,8 +18,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
+from lorakit.errors import WriteFailed
+
 #: ``new`` is not yet renamed to NAME; ``old`` was moved aside; ``removed`` is being deleted.
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<state>new|old|removed)")
+_ADVICE = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "make it writable",
+    errno.EPERM: "make it writable",
+}
 
 
 @contextmanager
@@ -58,6 +68,17 @@ def atomic_file(target: Path) -> Iterator[Path]:
             _flush(target.parent)
         finally:
             new.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(what: object) -> Iterator[None]:
+    """Turn the OSError of a failed write in the block into WriteFailed, whose message starts with
+    ``what``."""
+    try:
+        yield
+    except OSError as error:
+        reason, advice = error.strerror or error, _ADVICE.get(error.errno or 0, "correct this")
+        raise WriteFailed(f"{what}: cannot be written: {reason}", advice) from error
 
 
 def check_name(target: Path) -> None:

@@ -34,6 +34,7 @@ from lorakit.training.engine.eager import CausalObjective, EagerEngine, EncoderO
 from lorakit.training.engine.probe import GradientProbe
 from lorakit.training.execution import Execution, choose_execution
 from lorakit.training.fast_layers import compile_layers, fuse_layers
+from lorakit.training.guard import Guard
 from lorakit.training.loop import Loop
 from lorakit.training.offload import offload_layers
 from lorakit.training.setup import Prepared, main_metric
@@ -138,6 +139,7 @@ def build_loop(
     schedule: Schedule,
     recorder: Recorder,
     stop: StopRequest,
+    guard: Guard,
     say: Say,
 ) -> Loop:
     section = prepared.recipe.train
@@ -154,6 +156,7 @@ def build_loop(
         evaluate=evaluator if prepared.evaluation is not None else None,
         best=Best(main_metric(prepared.recipe, prepared.task), section.early_stopping_patience),
         checkpoint_dir=Path(section.output_dir) / "checkpoints",
+        guard=guard,
         cause=divergence_cause(section.learning_rate, advice),
         progress=Progress(),
     )

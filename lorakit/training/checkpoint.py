@@ -22,7 +22,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from lorakit.errors import UserError, shown
-from lorakit.io.atomic import atomic_directory, remove_leftovers, remove_path
+from lorakit.io.atomic import atomic_directory, remove_leftovers, remove_path, writing
 from lorakit.pipeline.task_data import Say
 from lorakit.training.checkpoint_files import read_files, write_files
 from lorakit.training.divergence import LossHistory, nonfinite_weight
@@ -79,15 +79,16 @@ class Snapshot:
 
 def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int | None) -> Path:
     """Write ``folder/step-N``, delete all but the newest ``keep`` checkpoints and whatever a killed
-    process left behind."""
-    folder.mkdir(parents=True, exist_ok=True)
+    process left behind. Raises WriteFailed."""
     final = folder / f"step-{snapshot.progress.step}"
-    remove_leftovers(folder)
-    if not final.exists():
-        with atomic_directory(final, replace=False) as temporary:
-            _write(temporary, snapshot)
-    for old in checkpoints(folder)[: -keep if keep else 0]:
-        remove_path(old)
+    with writing(final):
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        if not final.exists():
+            with atomic_directory(final, replace=False) as temporary:
+                _write(temporary, snapshot)
+        for old in checkpoints(folder)[: -keep if keep else 0]:
+            remove_path(old)
     return final
 
 

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from lorakit.io.tensors import save_tensors
 
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
@@ -33,7 +35,7 @@ def write_files(
 ) -> None:
     """Write ``tensors`` as ``NAME.safetensors``, ``state`` as ``state.json``, and the manifest."""
     for name, values in tensors.items():
-        save_file(values, directory / f"{name}.safetensors", {"format": "pt"})
+        save_tensors(values, directory / f"{name}.safetensors")
     _write_json(directory / _STATE, {"version": _VERSION, **state})
     _write_json(
         directory / _MANIFEST,

@@ -37,6 +37,7 @@ from lorakit.training.divergence import (
     nonfinite_weight,
 )
 from lorakit.training.engine import Engine, same_shapes
+from lorakit.training.guard import Guard
 from lorakit.training.record import peak_memory_bytes
 from lorakit.training.tracking import Recorder
 
@@ -54,6 +55,7 @@ class Loop:
     evaluate: Evaluator | None
     best: Best
     checkpoint_dir: Path
+    guard: Guard
     cause: str
     progress: Progress = field(default_factory=Progress)
     broken: bool = False
@@ -111,14 +113,21 @@ class Loop:
         self.save()
 
     def save(self) -> Path:
-        """Write a checkpoint of this step; raises TrainingError if its numbers are not finite."""
+        """Write a checkpoint of this step; raises TrainingError if its numbers are not finite or
+        the output directory was deleted, and WriteFailed."""
         self._settle()
+        is_there = self.guard.check()
         self.progress.metrics_lines = self.recorder.metrics_lines
         state = self.engine.state_dict()
         snapshot = Snapshot(self.progress, state, self.best.weights, random_states())
         self._last_checkpoint = save_checkpoint(
             self.checkpoint_dir, snapshot, self.schedule.save_total_limit
         )
+        if not is_there:
+            raise TrainingError(
+                f"step {self.progress.step}: {self.checkpoint_dir.parent} was deleted or renamed "
+                f"during the run; saved {self._last_checkpoint}; continue with --resume auto"
+            )
         return self._last_checkpoint
 
     def finish(self) -> dict[str, float]:

@@ -181,7 +181,7 @@ def exclusive_run(recipe: Recipe, start: Start) -> Iterator[Path]:
     except (OSError, ValueError) as error:
         raise UserError(f"train.output_dir: {output_dir}: cannot be created: {error}") from error
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(handle)
         if _find(output_dir) != start.found:
             raise UserError(f"train.output_dir: {output_dir}: another run has just written to it")
         before, had_logs = _run_files(output_dir), (output_dir / PROJECT).exists()
@@ -197,6 +197,16 @@ def exclusive_run(recipe: Recipe, start: Start) -> Iterator[Path]:
         raise UserError(f"train.output_dir: {output_dir}: another run is writing to it") from error
     finally:
         os.close(handle)
+
+
+def _lock(handle: int) -> None:
+    """Raises BlockingIOError if another process has the lock."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # a file system without locks: the guard notices another run
+        return
 
 
 def _run_files(output_dir: Path) -> dict[Path, bytes]:

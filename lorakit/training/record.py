@@ -8,20 +8,22 @@ import os
 import platform
 import re
 import resource
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lorakit.errors import BadRow, Interrupted
+from lorakit.errors import BadRow, Interrupted, WriteFailed
 from lorakit.injection import InjectionReport
-from lorakit.io.atomic import write_text
+from lorakit.io.atomic import write_text, writing
 from lorakit.training.checkpoint import Progress
+from lorakit.training.guard import OutputTaken
 
 _PACKAGES = (
     "lorakit",
@@ -40,7 +42,8 @@ class RunRecord:
     and its evaluations over all resumes. ``exit_reason`` is null during the run, then
     ``completed``, ``interrupted`` or ``failed``. ``diverged``: the loss ended above where it
     started, or was not finite. ``bad_row``: a row of a stream ended the run, or would have ended it
-    at the next step; it can be resumed once the row is corrected."""
+    at the next step; it can be resumed once the row is corrected. ``process`` is the one that
+    writes the record."""
 
     adapted_modules: list[dict[str, Any]]
     trainable_parameters: int
@@ -63,9 +66,11 @@ class RunRecord:
     exit_reason: str | None = None
     message: str | None = None
     bad_row: bool = False
+    process: str = field(default_factory=lambda: process_name())
 
     def write(self, path: Path) -> None:
-        write_text(path, json.dumps(asdict(self), indent=2) + "\n")
+        with writing(path):
+            write_text(path, json.dumps(asdict(self), indent=2) + "\n")
 
     def update(self, progress: Progress, device: torch.device) -> None:
         """Copy the progress of the run."""
@@ -82,19 +87,30 @@ class RunRecord:
 
     @contextmanager
     def saved_to(self, path: Path) -> Iterator[None]:
-        """Write to ``path`` before and after the block, and record why the block ended."""
+        """Write to ``path`` before and after the block, and record why the block ended.
+
+        Raises WriteFailed, unless the block has raised an error, which is more important. Nothing
+        is written over the record of another run.
+        """
         self.write(path)
         try:
             yield
-            self.exit_reason = "completed"
+        except OutputTaken:
+            raise
         except (Exception, KeyboardInterrupt) as error:
             stopped = isinstance(error, Interrupted | KeyboardInterrupt)
             self.exit_reason = "interrupted" if stopped else "failed"
             self.message = str(error) or type(error).__name__
             self.bad_row |= isinstance(error, BadRow)
+            with suppress(WriteFailed):
+                self.write(path)
             raise
-        finally:
-            self.write(path)
+        except BaseException:
+            with suppress(WriteFailed):
+                self.write(path)
+            raise
+        self.exit_reason = "completed"
+        self.write(path)
 
 
 def new_record(
@@ -114,6 +130,11 @@ def new_record(
         method_digest=method_digest,
         coverage=asdict(report.coverage) if report.coverage else None,
     )
+
+
+def process_name() -> str:
+    """Return ``HOST:PID:TOKEN``; the token tells apart processes of containers of the same name."""
+    return f"{platform.node()}:{os.getpid()}:{secrets.token_hex(4)}"
 
 
 def versions() -> dict[str, str]:

@@ -9,7 +9,8 @@ from typing import Any
 
 from lorakit.data.stream_steps import StreamSteps
 from lorakit.distributed.strategy import Strategy, build_strategy
-from lorakit.errors import Interrupted, UserError
+from lorakit.errors import Interrupted, UserError, WriteFailed
+from lorakit.io.atomic import writing
 from lorakit.openmp import yield_cores
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.check import check_recipe
@@ -34,6 +35,7 @@ from lorakit.training.checkpoint import (
 )
 from lorakit.training.control import Schedule, StopRequest, stop_request
 from lorakit.training.execution import choose_execution
+from lorakit.training.guard import Guard, resumable
 from lorakit.training.loop import Loop
 from lorakit.training.offload import check_offload
 from lorakit.training.output_dir import (
@@ -95,7 +97,10 @@ def train(recipe: Recipe, resume: str | None = None, say: Say = lambda text: Non
     _check_resumable(prepared, batching, start, say)
     say(plan_line(prepared, batching))
     with exclusive_run(prepared.recipe, start) as output_dir, stop_request() as stop:
-        return _run(prepared, strategy, batching, start, resume, output_dir, stop, say)
+        try:
+            return _run(prepared, strategy, batching, start, resume, output_dir, stop, say)
+        except WriteFailed as error:
+            raise resumable(error, output_dir) from error
 
 
 def _run(
@@ -109,7 +114,8 @@ def _run(
     say: Say,
 ) -> RunResult:
     recipe, adapter_dir = prepared.recipe, output_dir / "adapter"
-    write_recipe(recipe, output_dir / "recipe.yaml")
+    with writing(output_dir / "recipe.yaml"):
+        write_recipe(recipe, output_dir / "recipe.yaml")
     schedule = build_schedule(recipe, batching.steps)
     hardware = describe_hardware(strategy.device)
     record = new_record(
@@ -120,7 +126,8 @@ def _run(
         record.saved_to(output_dir / "run.json"),
         closing(_open_recorder(recipe, output_dir, schedule, start)) as recorder,
     ):
-        loop = build_loop(prepared, strategy, batching.steps, schedule, recorder, stop, say)
+        guard = Guard(output_dir, record.process)
+        loop = build_loop(prepared, strategy, batching.steps, schedule, recorder, stop, guard, say)
         try:
             _resume(loop, start, resume, recipe, say)
             loop.run()
@@ -138,7 +145,9 @@ def _run(
         if ranks := loop.engine.ranks():
             record.set_ranks(ranks)
             say(rank_table(ranks))
-        export_adapter(prepared, adapter_dir, record, say)
+        guard.check()
+        with writing(adapter_dir):
+            export_adapter(prepared, adapter_dir, record, say)
     if warning:
         say(f"warning: {warning}")
     return RunResult(record.metrics, adapter_dir, output_dir, record.steps, record.diverged)

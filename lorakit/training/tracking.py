@@ -10,14 +10,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from lorakit.errors import UserError
-from lorakit.io.atomic import write_text
+from lorakit.io.atomic import write_text, writing
 
 #: The project's name in trackers, and the subdirectory that TensorBoard writes to.
 PROJECT = "lorakit"
@@ -31,13 +31,14 @@ class MetricsFile:
         self._path = path
         self._handle = self._open(keep)
 
-    def _open(self, keep: int) -> TextIO:
-        is_there = self._path.is_file()
-        lines = self._path.read_text(encoding="utf-8").splitlines() if is_there else []
-        kept = lines[:keep]
-        self.lines = len(kept)
-        write_text(self._path, "".join(f"{line}\n" for line in kept))
-        return self._path.open("a", encoding="utf-8")
+    def _open(self, keep: int) -> BinaryIO:
+        with writing(self._path):
+            is_there = self._path.is_file()
+            lines = self._path.read_text(encoding="utf-8").splitlines() if is_there else []
+            kept = lines[:keep]
+            self.lines = len(kept)
+            write_text(self._path, "".join(f"{line}\n" for line in kept))
+            return self._path.open("ab", buffering=0)
 
     def truncate(self, keep: int) -> None:
         """Keep only the first ``keep`` lines."""
@@ -45,8 +46,16 @@ class MetricsFile:
         self._handle = self._open(keep)
 
     def write(self, line: dict[str, Any]) -> None:
-        self._handle.write(json.dumps(line) + "\n")
-        self._handle.flush()
+        """Append a line; raises WriteFailed, with nothing of it written."""
+        with writing(self._path):
+            end = os.fstat(self._handle.fileno()).st_size
+            data = json.dumps(line).encode() + b"\n"
+            try:
+                while data:
+                    data = data[self._handle.write(data) :]
+            except OSError:
+                os.ftruncate(self._handle.fileno(), end)
+                raise
         self.lines += 1
 
     def close(self) -> None:
@@ -139,13 +148,15 @@ class Recorder:
         """Trackers reject an earlier step, which the best model's final evaluation may have."""
         self._last_step = max(step, self._last_step)
         for tracker in self._trackers:
-            tracker.log(values, step=self._last_step)
+            with writing(tracker.name):
+                tracker.log(values, step=self._last_step)
 
     def close(self) -> None:
         self.display.close()
         self._metrics.close()
         for tracker in self._trackers:
-            tracker.finish()
+            with writing(tracker.name):
+                tracker.finish()
 
 
 def check_trackers(names: Sequence[str]) -> None:

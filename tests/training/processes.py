@@ -5,9 +5,12 @@ lorakit` for a dozen commands.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,6 +43,10 @@ class Ended:
     err: str
 
 
+#: The exit code of a process that could not get its disk.
+NO_DISK = 77
+
+
 class Launcher:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -66,13 +73,17 @@ class Launcher:
         at_call: tuple[str, int] | None = None,
         at_event: tuple[str, str, int] | None = None,
         stderr: str | None = None,
+        max_file_bytes: int | None = None,
+        disk: tuple[Path, int, Path] | None = None,
     ) -> Ended:
         """Run ``lorakit ARGUMENTS`` to its end.
 
         The signal is sent ``delay_seconds`` after ``signal_when()`` turns true, or by the process
         to itself: at the n-th call of a public function (``at_call`` = ("module:name", n)), or just
         before the n-th of Python's audit events that concerns a path like ``pattern`` (``at_event``
-        = ("os.rename", pattern, n)).
+        = ("os.rename", pattern, n)). No file may exceed ``max_file_bytes``. ``disk`` =
+        (directory, bytes, copy): the directory is a disk of this size, which only the process sees
+        and whose contents are copied when it ends.
         """
         out, err = self._folder / "stdout", stderr or str(self._folder / "stderr")
         request = {
@@ -82,6 +93,8 @@ class Launcher:
             "at_call": at_call,
             "at_event": at_event,
             "signal": int(number),
+            "max_file_bytes": max_file_bytes,
+            "disk": disk and [str(disk[0]), disk[1], str(disk[2])],
         }
         assert self._server.stdin is not None
         assert self._server.stdout is not None
@@ -109,12 +122,38 @@ def in_child(request: dict[str, Any]) -> int:
         _signal_at_call(*request["at_call"], request["signal"])
     if request["at_event"]:
         _signal_at_event(*request["at_event"], request["signal"])
+    if request["disk"]:
+        directory, size, copy = request["disk"]
+        if not mount_small_disk(directory, size):
+            return NO_DISK
     from lorakit.cli.main import run
 
+    if limit := request["max_file_bytes"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     code = run(request["arguments"])
     sys.stdout.flush()
     sys.stderr.flush()
+    if request["disk"]:
+        shutil.copytree(directory, copy)
     return code
+
+
+def mount_small_disk(directory: str, size: int) -> bool:
+    """Mount a disk of this many bytes in a namespace of this process; False if not permitted."""
+    if not sys.platform.startswith("linux"):
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
+    user, group, new_user, new_mounts = os.getuid(), os.getgid(), 0x10000000, 0x20000
+    if libc.unshare(new_user | new_mounts):
+        return False
+    try:
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+        Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    except OSError:
+        return False
+    options = f"size={size}".encode()
+    return not libc.mount(b"none", directory.encode(), b"tmpfs", 0, options)
 
 
 def _signal_at_call(target: str, call: int, number: int) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -37,6 +36,7 @@ from lorakit.adapters.peft.targets import (
 from lorakit.errors import AdapterError, shown
 from lorakit.injection import find_fully_trained, trained_base_parameters
 from lorakit.io.atomic import atomic_directory, check_name
+from lorakit.io.tensors import save_tensors
 from lorakit.layers import AdapterLayer, BaseWrapper, CompositeLayer, adapted_modules
 from lorakit.methods.base import Method
 from lorakit.models.master_weights import base_dtype, plain_name
@@ -107,7 +107,7 @@ def write_files(
     ``card``, the model card with what the other files add to it. ``tensors`` have PEFT's full names
     and do not share memory."""
     _write_json(folder / CONFIG, settings)
-    save_file(dict(tensors), folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(tensors, folder / WEIGHTS)
     _write_json(folder / SIDECAR, info)
     if card is not None:
         text = model_card(_completed(card, settings, info))

@@ -1,0 +1,68 @@
+"""Notices that the output directory of a run is no longer its own: deleted, renamed or taken."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lorakit.errors import TrainingError, WriteFailed
+from lorakit.io.atomic import writing
+from lorakit.training.checkpoint import checkpoints
+
+
+class OutputTaken(TrainingError):
+    """Another run has started in the output directory, or another directory has replaced it."""
+
+
+class Guard:
+    """Watches ``output_dir``, whose run.json names ``process``, from now on.
+
+    A lock keeps two runs apart, but not every file system has locks for all hosts.
+    """
+
+    def __init__(self, output_dir: Path, process: str) -> None:
+        self._output_dir, self._process = output_dir, process
+        with writing(output_dir):
+            self._identity = self._stat()
+
+    def check(self) -> bool:
+        """Whether the directory is still there. Raises OutputTaken if it is not this run's."""
+        try:
+            identity = self._stat()
+        except FileNotFoundError:
+            return False
+        except OSError:  # the write that follows says what is wrong
+            return True
+        if identity != self._identity:
+            raise OutputTaken(
+                f"{self._output_dir} was replaced during the run by another directory, to which "
+                "nothing is written; move the run's own directory back, then continue with "
+                "--resume auto"
+            )
+        if (other := self._writer()) != self._process:
+            host, pid, *_ = other.split(":")
+            raise OutputTaken(
+                f"{self._output_dir}: another run, process {pid} on {host}, has started in it; "
+                "this one stops and leaves it alone"
+            )
+        return True
+
+    def _stat(self) -> tuple[int, int]:
+        found = self._output_dir.stat()
+        return found.st_dev, found.st_ino
+
+    def _writer(self) -> str:
+        try:
+            run = json.loads((self._output_dir / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return self._process
+        found = run.get("process") if isinstance(run, dict) else None
+        return found if isinstance(found, str) and found.count(":") >= 2 else self._process
+
+
+def resumable(error: WriteFailed, output_dir: Path) -> TrainingError:
+    """The error of a run that could not write a file: what failed, and how to continue."""
+    left = checkpoints(output_dir / "checkpoints")
+    good = f"last good checkpoint: {left[-1]}" if left else "no checkpoint was written yet"
+    then = "continue with --resume auto" if left else "start the run again"
+    return TrainingError(f"{error.problem}; {good}; {error.advice}, then {then}")
