@@ -109,7 +109,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def _exit_code(code: object) -> int:
     if code in (_INTERRUPTED, _TERMINATED):  # typer converts Ctrl-C to the first
-        _say("stopped")
+        from lorakit.api import is_main
+
+        if is_main():
+            _say("stopped")
     return code if isinstance(code, int) else int(code is not None)
 
 

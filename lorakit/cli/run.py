@@ -56,8 +56,24 @@ def train(
 ) -> None:
     """Train an adapter and write it to train.output_dir/adapter.
 
+    Under torchrun or accelerate launch, the processes share the rows of each step.
+
     Example: lorakit train recipes/quickstart.yaml --set train.seed=1 --resume auto
     """
+    from lorakit import api
+
+    with api.process_group():
+        _train(recipe, overrides, output_dir, resume, dry_run, as_json)
+
+
+def _train(
+    recipe: Path,
+    overrides: list[str] | None,
+    output_dir: str | None,
+    resume: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
     from lorakit import api
     from lorakit.recipe.load import open_recipe
 
@@ -67,6 +83,8 @@ def train(
     with only_results(), open_recipe(recipe, changes) as resolved:
         plan = api.dry_run(resolved, api.tell) if dry_run else None
         result = api.train(resolved, resume, api.tell) if plan is None else None
+    if not api.is_main():
+        return
     if plan is not None:
         _print_plan(plan, as_json)
     elif result is not None:

@@ -7,13 +7,14 @@ Batches consist of units: a unit is a row, or a bin of rows that are packed toge
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.data.encode import EncodedRow, EncodedSplit
 
+T = TypeVar("T")
 Numbers = NDArray[np.int64]
 #: Indices of units.
 Units = NDArray[np.int64]
@@ -106,21 +107,36 @@ def _next_size(counts: Numbers, room: int) -> int:
 
 
 @dataclass(frozen=True)
+class Share:
+    """Which micro-batches of a step a process takes: every ``world_size``-th, from ``rank`` on."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def of(self, micro_batches: list[T]) -> list[T]:
+        return micro_batches[self.rank :: self.world_size]
+
+
+@dataclass(frozen=True)
 class Step:
-    """One optimizer step. ``tokens`` excludes padding."""
+    """This process's micro-batches of an optimizer step, and the counts of the whole step.
+
+    ``loss_count`` is the divisor of the step's loss: its trained tokens, or its rows for an
+    encoder. ``tokens`` excludes padding.
+    """
 
     micro_batches: list[list[Bin]]
+    loss_count: int
+    tokens: int
 
-    @property
-    def loss_count(self) -> int:
-        """The divisor of the step's loss: its trained tokens, or its rows for an encoder."""
-        return sum(
-            1 if row.label is not None else int(row.loss_mask[1:].sum()) for row in self.rows
+    @classmethod
+    def of(cls, micro_batches: list[list[Bin]], share: Share) -> Step:
+        rows = [row for batch in micro_batches for unit in batch for row in unit]
+        loss_count = sum(
+            1 if row.label is not None else int(row.loss_mask[1:].sum()) for row in rows
         )
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(row.input_ids) for row in self.rows)
+        tokens = sum(len(row.input_ids) for row in rows)
+        return cls(share.of(micro_batches), loss_count, tokens)
 
     @property
     def rows(self) -> list[EncodedRow]:
@@ -156,13 +172,13 @@ class RowPlan:
 
     lengths: NDArray[np.int64]
     per_device_batch_size: int
-    gradient_accumulation_steps: int
+    micro_batches_per_step: int
     seed: int
     group_by_length: bool
 
     @property
     def units_per_step(self) -> int:
-        return self.per_device_batch_size * self.gradient_accumulation_steps
+        return self.per_device_batch_size * self.micro_batches_per_step
 
     @property
     def steps_per_epoch(self) -> int:
@@ -206,13 +222,13 @@ class TokenPlan:
     lengths: NDArray[np.int64]
     max_tokens_per_batch: int
     per_device_batch_size: int | None
-    gradient_accumulation_steps: int
+    micro_batches_per_step: int
     seed: int
     multiple_of: int = 1
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self._ends()) // self.gradient_accumulation_steps)
+        return -(-len(self._ends()) // self.micro_batches_per_step)
 
     def epoch(self, epoch: int) -> list[list[Units]]:
         generator = np.random.default_rng((self.seed, epoch))
@@ -221,7 +237,7 @@ class TokenPlan:
         batches = np.split(order, self._ends()[:-1])
         shuffled = generator.permutation(len(batches))
         _move_to_front(shuffled, int(np.argmin(shuffled)))
-        size = self.gradient_accumulation_steps
+        size = self.micro_batches_per_step
         return [
             [batches[i] for i in shuffled[start : start + size]]
             for start in range(0, len(shuffled), size)
@@ -243,23 +259,35 @@ class IndexedSteps:
     """Steps over rows that are accessible by index. With ``packing``, the plan's units are its
     bins."""
 
-    def __init__(self, rows: EncodedSplit, plan: Plan, packing: Packing | None = None) -> None:
+    def __init__(
+        self,
+        rows: EncodedSplit,
+        plan: Plan,
+        packing: Packing | None = None,
+        share: Share = Share(),
+    ) -> None:
         self._rows = rows
         self._plan = plan
+        self._share = share
         self._packing = packing
         self._planned: tuple[int, list[list[Units]], Bins | None] | None = None
         self.steps_per_epoch: int = plan.steps_per_epoch
 
     def step(self, number: int) -> Step:
+        batches = self.row_numbers(number)
+        numbers = np.concatenate([rows for batch in batches for rows in batch])
+        encoder = self._rows.labels is not None
         return Step(
             [
                 [[self._rows[int(i)] for i in rows] for rows in batch]
-                for batch in self.row_numbers(number)
-            ]
+                for batch in self._share.of(batches)
+            ],
+            len(numbers) if encoder else int(self._rows.trained_counts[numbers].sum()),
+            int(self._rows.lengths[numbers].sum()),
         )
 
     def row_numbers(self, number: int) -> list[list[Units]]:
-        """The row indices of a step: for each micro-batch, for each bin."""
+        """The row indices of a step, over all processes: for each micro-batch, for each bin."""
         epoch, index = divmod(number, self.steps_per_epoch)
         steps, bins = self._epoch(epoch)
         return [

@@ -14,7 +14,7 @@ import numpy as np
 
 from lorakit.data.encode import EncodedRow, check_largest_id
 from lorakit.data.examples import ChatExample, Example
-from lorakit.data.plan import Bin, Step
+from lorakit.data.plan import Bin, Share, Step
 from lorakit.data.rows import Row
 from lorakit.data.stream import LocatedRow, SkippedRows, Stream
 from lorakit.data.tokens import Counts, OnBadRow, RowEncoder
@@ -105,12 +105,13 @@ class StreamSteps:
     stream: Stream
     encoder: StreamEncoder
     per_device_batch_size: int
-    gradient_accumulation_steps: int
+    micro_batches_per_step: int
     seed: int
     buffer_rows: int
     group_by_length: bool
     bins: Callable[[list[EncodedRow]], list[Bin]] | None = None
     skipped: SkippedRows | None = None
+    share: Share = field(default_factory=Share)
     steps_per_epoch: None = field(default=None, init=False)
     rows: int = field(default=0, init=False)
     counts: Counts = field(default_factory=Counts, init=False)
@@ -127,7 +128,7 @@ class StreamSteps:
 
     @property
     def units_per_step(self) -> int:
-        return self.per_device_batch_size * self.gradient_accumulation_steps
+        return self.per_device_batch_size * self.micro_batches_per_step
 
     @property
     def rows_read(self) -> int:
@@ -155,7 +156,7 @@ class StreamSteps:
             bins = next(self._steps)
             self._next += 1
         size = self.per_device_batch_size
-        return Step([bins[i : i + size] for i in range(0, len(bins), size)])
+        return Step.of([bins[i : i + size] for i in range(0, len(bins), size)], self.share)
 
     def _skip_to(self, number: int) -> int:
         """Skip the complete windows before step ``number``; return how many were skipped."""

@@ -14,16 +14,28 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypeVar
 
 from lorakit.errors import LorakitError, UserError
 
 T = TypeVar("T")
 _FAILED = "lorakit/failed"
+_STOPPING = "lorakit/stopping"
 
 
 class PeerFailed(Exception):
     """Another process failed while this one was between two batches."""
+
+    def __init__(self) -> None:
+        super().__init__("another process failed")
+
+
+class ConnectionLost(LorakitError):
+    """Another process was killed, or its host cannot be reached."""
+
+    def __init__(self) -> None:
+        super().__init__("the connection to another process is lost: was it killed?")
 
 
 class _Abort(Exception):
@@ -100,6 +112,31 @@ def run_on_main(work: Callable[[], T]) -> T:
     return gather(work() if is_first else None)[0]  # type: ignore[return-value]
 
 
+def largest(values: Sequence[int]) -> list[int]:
+    """The largest of each value over all processes, which all pass as many."""
+    return [max(column) for column in zip(*gather(list(values)), strict=True)]
+
+
+@contextmanager
+def first_on_each_host() -> Iterator[None]:
+    """Let one process of each host run the block before the others do."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        yield
+        gather(None)
+    else:
+        gather(None)  # raises _Abort if the first one failed
+        yield
+
+
+def any_wants_to_stop(wanted: bool) -> bool:
+    """Whether this process wants to stop, or another one has wanted to."""
+    if rank_and_world_size()[1] == 1:
+        return wanted
+    if wanted:
+        _store().set(_STOPPING, "1")
+    return wanted or bool(_store().check([_STOPPING]))
+
+
 def check_peers() -> None:
     """Raise PeerFailed if another process has failed."""
     if rank_and_world_size()[1] > 1 and _store().check([_FAILED]):
@@ -123,7 +160,7 @@ def process_group() -> Iterator[None]:
             gather(None)
         except PeerFailed:
             gather(None)  # raises _Abort with the exit code of the process that failed
-        except _Abort:
+        except (_Abort, ConnectionLost):
             raise
         except Exception as error:
             _report(error)
@@ -146,6 +183,8 @@ def _report(error: Exception) -> None:
     except _Abort as abort:
         if abort.rank != rank_and_world_size()[0]:
             raise
+    except ConnectionLost:
+        return
 
 
 def _exit_code(error: Exception) -> int:
@@ -153,13 +192,18 @@ def _exit_code(error: Exception) -> int:
 
 
 def _exchange(value: T, exit_code: int | None) -> list[T]:
-    """The only message between processes: a value, or the exit code of a failure."""
+    """The only message between hosts, besides sums of tensors: a value, or the exit code of a
+    failure. Since a process that fails sends it wherever it is, the others never wait in vain. It
+    does not wait for the device."""
     if (world_size := rank_and_world_size()[1]) == 1:
         return [value]
     import torch.distributed as dist
 
     messages: list[Any] = [None] * world_size
-    dist.all_gather_object(messages, (value, exit_code))
+    try:
+        dist.all_gather_object(messages, (value, exit_code), group=_host_group())
+    except RuntimeError as error:
+        raise ConnectionLost from error
     for rank, (_, code) in enumerate(messages):
         if code is not None:
             raise _Abort(rank, code)
@@ -174,6 +218,22 @@ def _has_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def _host_group() -> Any:
+    """A group whose messages go through the host."""
+    import torch.distributed as dist
+
+    if "gloo" in dist.get_backend():
+        return None
+    return _new_host_group()
+
+
+@cache
+def _new_host_group() -> Any:
+    import torch.distributed as dist
+
+    return dist.new_group(backend="gloo")
+
+
 def _store() -> Any:
     from torch.distributed import distributed_c10d
 
@@ -183,5 +243,7 @@ def _store() -> Any:
 def _destroy_process_group() -> None:
     if _has_group():
         from accelerate import PartialState
+
+        _new_host_group.cache_clear()
 
         PartialState().destroy_process_group()

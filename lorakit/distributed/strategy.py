@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from lorakit.distributed.processes import gather, is_launched
+from lorakit.data.plan import Share
+from lorakit.distributed.processes import largest, rank_and_world_size
 from lorakit.errors import UserError
+
+#: Gradients are reduced in parts of at most this many elements: 64 MiB in float32.
+_BUCKET_ELEMENTS = 2**24
+#: Strategies that accelerate announces in the environment.
+_UNSUPPORTED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 
 
 class Strategy:
     """One process on one device (``single``).
 
     ``wrap`` may replace a module's parameters, so it must run before anything refers to them:
-    parameter groups, hooks, the optimizer. After ``backward`` on the last micro-batch of a step,
-    gradients are sums over all processes, and losses are divided by counts that ``total`` has
-    summed over all processes. For a single process both are the values themselves.
+    parameter groups, hooks, the optimizer. After ``reduce_gradients``, gradients are sums over all
+    processes. For a single process they are the gradients themselves.
     """
+
+    share = Share()
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -48,15 +56,12 @@ class Strategy:
 
     def wrap(self, module: nn.Module) -> Any:
         """Return ``module`` on its device, in the run's precision and ready for ``backward``."""
-        return self.accelerator.prepare_model(module)
+        # As for an evaluation: gradients are reduced here, not by DistributedDataParallel.
+        return self.accelerator.prepare_model(module, evaluation_mode=True)
 
     def wrap_optimizer(self, optimizer: torch.optim.Optimizer) -> AcceleratedOptimizer:
         """Return ``optimizer`` with float16's loss scaling, if the run uses it."""
         return self.accelerator.prepare_optimizer(optimizer)
-
-    def accumulate(self, module: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        """Return the context for one micro-batch; only the ``last`` one reduces gradients."""
-        return nullcontext() if last else self.accelerator.no_sync(module)
 
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
@@ -71,26 +76,72 @@ class Strategy:
         norm: Tensor = self.accelerator.clip_grad_norm_(list(parameters), max_norm)
         return norm
 
-    def total(self, count: int) -> int:
-        """The sum of ``count`` over all processes."""
-        return sum(gather(count))
+    def reduce_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
+        """Add up the gradients of all processes, and return the sum of their ``loss``."""
+        return loss
 
-    def reduce(self, value: Tensor) -> Tensor:
-        """The sum of ``value`` over all processes, on the device."""
-        reduced: Tensor = self.accelerator.reduce(value, reduction="sum")
-        return reduced
+
+class DataParallel(Strategy):
+    """Several processes, each with the whole model and its share of every batch (``ddp``).
+
+    The gradients of the trained parameters, which are few, are added up once per step, after the
+    last micro-batch. So all processes take the same update, whatever their shares are, and the
+    passes need no hooks.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        super().__init__(accelerator)
+        self.share = Share(*rank_and_world_size())
+
+    def wrap(self, module: nn.Module) -> Any:
+        """All processes start with the main process's trained parameters."""
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                dist.broadcast(parameter.data, src=0)
+        return super().wrap(module)
+
+    def reduce_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
+        has_gradient = largest([int(parameter.grad is not None) for parameter in parameters])
+        gradients = []
+        for parameter, has in zip(parameters, has_gradient, strict=True):
+            if has and parameter.grad is None:  # this process had no row, or no token for an expert
+                parameter.grad = torch.zeros_like(parameter)
+            if parameter.grad is not None:
+                gradients.append(parameter.grad)
+        for bucket in _buckets(gradients):
+            flat = _flatten_dense_tensors(bucket)
+            dist.all_reduce(flat)
+            torch._foreach_copy_(bucket, list(_unflatten_dense_tensors(flat, bucket)))
+        loss = loss.clone()
+        dist.all_reduce(loss)
+        return loss
+
+
+def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The tensors in groups of one dtype and limited size, which are copied to be reduced."""
+    buckets: list[list[Tensor]] = []
+    room = 0
+    for tensor in tensors:
+        if not buckets or tensor.numel() > room or tensor.dtype != buckets[-1][0].dtype:
+            buckets.append([])
+            room = _BUCKET_ELEMENTS
+        buckets[-1].append(tensor)
+        room -= tensor.numel()
+    return buckets
 
 
 def build_strategy(dtype: str) -> Strategy:
-    """Return the strategy for a model in precision ``dtype``: ``single``, the only one so far.
+    """Return the strategy for a model in precision ``dtype``: ``single``, or ``ddp`` if a launcher
+    started several processes.
 
-    Raises UserError if a launcher started several processes, or for float16 on the CPU.
+    Raises UserError for another strategy of the launcher, or for float16 on the CPU.
     """
-    if is_launched():
-        raise UserError(
-            f"launched as {os.environ['WORLD_SIZE']} processes: this version trains in one; "
-            "allowed: one process, with or without accelerate launch"
-        )
+    for variable, name in _UNSUPPORTED.items():
+        if os.environ.get(variable, "").lower() in ("1", "true"):
+            raise UserError(
+                f"accelerate launch: {name} is not supported; allowed: distributed_type MULTI_GPU "
+                "or MULTI_CPU (configs/ddp.yaml)"
+            )
     half = dtype == "float16"
     AcceleratorState._reset_state()  # an earlier run of this process may have another precision
     accelerator = Accelerator(mixed_precision="fp16" if half else "no")
@@ -98,4 +149,4 @@ def build_strategy(dtype: str) -> Strategy:
         raise UserError(
             "model.dtype = 'float16': needs a GPU; allowed on the CPU: bfloat16, float32"
         )
-    return Strategy(accelerator)
+    return DataParallel(accelerator) if rank_and_world_size()[1] > 1 else Strategy(accelerator)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,11 +21,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorakit.data.collate import collate_causal, collate_encoder, eval_batches
 from lorakit.data.encode import EncodedSplit
 from lorakit.data.sources import Split
-from lorakit.distributed.processes import check_peers, gather, run_on_main, shard, unshard
+from lorakit.distributed.processes import (
+    any_wants_to_stop,
+    check_peers,
+    gather,
+    rank_and_world_size,
+    run_on_main,
+    shard,
+    unshard,
+)
 from lorakit.errors import EvaluationError
 from lorakit.evaluation.generation import generate_text
 from lorakit.evaluation.hf_generate import pad_id
-from lorakit.evaluation.progress import OnPhase, ProgressMonitor, ShouldStop
+from lorakit.evaluation.progress import (
+    EvaluationStopped,
+    OnPhase,
+    ProgressMonitor,
+    ShouldStop,
+)
 from lorakit.evaluation.prompts import answer_contents
 from lorakit.evaluation.sampling import task_decoding
 from lorakit.models.causal import CausalParts, host_masks, split_model, token_losses
@@ -98,12 +111,16 @@ def evaluate_model(
     assert data.encoded.counts.rows == len(data.split), "the encoded rows are the split's"
     monitor = _monitors(on_progress, should_stop)
     measure = _Measure(model, tokenizer, data, batch_size, seed, monitor)
-    with _evaluation_mode(model):
+    result = None
+    with _evaluation_mode(model), suppress(EvaluationStopped):
         if data.task.kind == "encoder":
             result = measure.classify()
         else:
             result = measure.language_model(parts or split_model(model), generate)
-    return _combined(gather(result), data)
+    shares = [share for share in gather(result) if share is not None]
+    if len(shares) < rank_and_world_size()[1]:
+        raise EvaluationStopped
+    return _combined(shares, data)
 
 
 @dataclass(frozen=True)
@@ -225,7 +242,7 @@ def _monitors(
 
     def stops() -> bool:
         check_peers()
-        return should_stop is not None and should_stop()
+        return any_wants_to_stop(should_stop is not None and should_stop())
 
     def monitor(phase: str, rows: range) -> ProgressMonitor:
         return ProgressMonitor(len(rows), on_progress and partial(on_progress, phase), stops)

@@ -24,6 +24,7 @@ from lorakit.data.plan import (
     Packing,
     Plan,
     RowPlan,
+    Share,
     Step,
     StepSource,
     TokenPlan,
@@ -37,6 +38,7 @@ from lorakit.recipe.sections import Recipe
 from lorakit.training.setup import Prepared
 
 Collate = Callable[[list[Bin]], Batch]
+_ALONE = Share()
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,13 @@ class Batching:
 
 @dataclass(frozen=True)
 class LoadedStep:
-    """A step's batches on the device; ``token_count`` excludes padding."""
+    """This process's batches of a step, on the device, and the counts of the whole step, as in
+    ``Step``."""
 
     number: int
     micro_batches: list[Batch]
     token_count: int
+    loss_count: int
 
 
 class StepLoader:
@@ -120,7 +124,7 @@ class StepLoader:
         step = self._steps.step(number)
         if number == 0:
             self._first = step
-        return LoadedStep(number, self._batches(step), step.tokens)
+        return LoadedStep(number, self._batches(step), step.tokens, step.loss_count)
 
     def _batches(self, step: Step) -> list[Batch]:
         return [self.collate(bins).to(self.device) for bins in step.micro_batches]
@@ -133,10 +137,12 @@ def _rows_read(steps: StepSource) -> dict[str, int]:
     return {"rows_read": steps.rows_read} | skipped
 
 
-def build_batching(prepared: Prepared, device: torch.device) -> Batching:
+def build_batching(prepared: Prepared, device: torch.device, share: Share = _ALONE) -> Batching:
+    """Plan the steps of all processes; each takes its ``share`` of their micro-batches."""
     recipe, rows = prepared.recipe, prepared.train
     if isinstance(rows, StreamedRows):
-        return _streaming(recipe, rows)
+        return _streaming(recipe, rows, share)
+    micro_batches = recipe.train.gradient_accumulation_steps * share.world_size
     section, lengths = recipe.train, rows.lengths
     packing, description = None, f"{len(rows):,} rows"
     if recipe.task.packing:
@@ -148,7 +154,7 @@ def build_batching(prepared: Prepared, device: torch.device) -> Batching:
         plan = RowPlan(
             lengths=lengths,
             per_device_batch_size=_units_per_batch(recipe),
-            gradient_accumulation_steps=section.gradient_accumulation_steps,
+            micro_batches_per_step=micro_batches,
             seed=section.seed,
             group_by_length=section.group_by_length and packing is None,
         )
@@ -158,30 +164,39 @@ def build_batching(prepared: Prepared, device: torch.device) -> Batching:
             lengths=lengths,
             max_tokens_per_batch=section.max_tokens_per_batch,
             per_device_batch_size=section.per_device_batch_size,
-            gradient_accumulation_steps=section.gradient_accumulation_steps,
+            micro_batches_per_step=micro_batches,
             seed=section.seed,
             multiple_of=padding_multiple(prepared, device),
         )
-        tokens = section.max_tokens_per_batch * section.gradient_accumulation_steps
+        tokens = section.max_tokens_per_batch * micro_batches
         description += f", up to {tokens:,} tokens per step"
-    return Batching(IndexedSteps(rows, plan, packing), description)
+    return Batching(IndexedSteps(rows, plan, packing, share), description)
 
 
-def _streaming(recipe: Recipe, rows: StreamedRows) -> Batching:
+def _streaming(recipe: Recipe, rows: StreamedRows, share: Share) -> Batching:
     section, capacity = recipe.train, recipe.task.max_length
     steps = StreamSteps(
         rows.stream,
         rows.encoder,
         per_device_batch_size=_units_per_batch(recipe),
-        gradient_accumulation_steps=section.gradient_accumulation_steps,
+        micro_batches_per_step=section.gradient_accumulation_steps * share.world_size,
         seed=section.seed,
         buffer_rows=recipe.task.shuffle_buffer_rows,
         group_by_length=section.group_by_length,
         bins=partial(pack_rows, capacity=capacity) if recipe.task.packing else None,
         skipped=rows.skipped,
+        share=share,
     )
     units = f"bins of {capacity:,} tokens" if recipe.task.packing else "rows"
     return Batching(steps, f"a stream of rows, {steps.units_per_step} {units} per step")
+
+
+def step_size(recipe: Recipe, processes: int) -> tuple[int, ...]:
+    """What decides, besides the seed and the token budget, which rows a step has."""
+    micro_batches = recipe.train.gradient_accumulation_steps * processes
+    if recipe.train.max_tokens_per_batch and not recipe.task.packing:
+        return micro_batches, recipe.train.per_device_batch_size or 0
+    return (micro_batches * _units_per_batch(recipe),)
 
 
 def _units_per_batch(recipe: Recipe) -> int:

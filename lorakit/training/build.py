@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lorakit import registry
 from lorakit.data.plan import StepSource
+from lorakit.distributed.processes import rank_and_world_size
 from lorakit.distributed.strategy import Strategy
 from lorakit.errors import UserError
 from lorakit.injection import trainable_state
@@ -48,7 +49,8 @@ def build_objective(prepared: Prepared, device: torch.device, say: Say) -> Objec
     quantized here, after ``choose_execution`` has seen the model."""
     section = prepared.recipe.train
     model: Any = prepared.model
-    set_seed(section.seed)
+    # Each process drops out other elements.
+    set_seed((section.seed + rank_and_world_size()[0]) % 2**32)
     if section.gradient_checkpointing and prepared.task.kind == "encoder":
         model.config.use_cache = False  # a recomputed layer would extend the cache again
     if section.gradient_checkpointing is True:
@@ -139,7 +141,7 @@ def build_loop(
     schedule: Schedule,
     recorder: Recorder,
     stop: StopRequest,
-    guard: Guard,
+    guard: Guard | None,
     say: Say,
 ) -> Loop:
     section = prepared.recipe.train

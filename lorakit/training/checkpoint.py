@@ -69,12 +69,13 @@ class Progress:
 
 @dataclass
 class Snapshot:
-    """A checkpoint in memory; ``best`` are the best model's weights, None before an evaluation."""
+    """A checkpoint in memory; ``best`` are the best model's weights, None before an evaluation.
+    ``random`` has the random states of each process."""
 
     progress: Progress
     engine: EngineState
     best: dict[str, Tensor] | None
-    random: RandomStates
+    random: list[RandomStates]
 
 
 def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int | None) -> Path:
@@ -94,13 +95,16 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int | None) -> Path:
 
 def _write(directory: Path, snapshot: Snapshot) -> None:
     engine = snapshot.engine
-    random_tensors, random_json = snapshot.random
     optimizer_tensors, optimizer_json = _split_tensors(engine.optimizer)
     files = {
         "weights": _on_host(engine.weights),
         "method": _on_host(engine.method),
         "optimizer": optimizer_tensors,
-        "random": random_tensors,
+        "random": {
+            _of_process(rank, name): tensor
+            for rank, (tensors, _) in enumerate(snapshot.random)
+            for name, tensor in tensors.items()
+        },
     }
     if snapshot.best is not None:
         files["best"] = _on_host(snapshot.best)
@@ -109,7 +113,7 @@ def _write(directory: Path, snapshot: Snapshot) -> None:
         "optimizer": optimizer_json,
         "scheduler": engine.scheduler,
         "scaler": engine.scaler,
-        "random": random_json,
+        "random": [plain for _, plain in snapshot.random],
     }
     write_files(directory, files, state)
 
@@ -124,7 +128,7 @@ class _State:
     optimizer: _OptimizerState
     scheduler: dict[str, Any]
     scaler: dict[str, Any] | None
-    random: _PlainRandomStates
+    random: list[_PlainRandomStates] | _PlainRandomStates  # one process, earlier versions
     version: int = 1
 
 
@@ -165,9 +169,8 @@ def load_checkpoint(checkpoint: Path) -> Snapshot:
             scheduler=state.scheduler,
             scaler=state.scaler,
         )
-        random_states = tensors["random"], asdict(state.random)
-        _check_random_states(random_states)
-        return Snapshot(progress, engine, tensors.get("best"), random_states)
+        states = _random_states_of(tensors["random"], state.random)
+        return Snapshot(progress, engine, tensors.get("best"), states)
     except (OSError, ValueError) as error:
         raise UserError(
             f"--resume: {checkpoint}: corrupt or incomplete checkpoint: {error}"
@@ -246,13 +249,32 @@ def random_states() -> RandomStates:
     return tensors, {"python": [version, list(numbers), gauss], "numpy": numpy_state}
 
 
-def restore_random_states(states: RandomStates) -> None:
-    tensors, plain = states
+def restore_random_states(states: list[RandomStates], rank: int = 0) -> None:
+    """Restore the states of this process; those of a further one than there were stay as they
+    are."""
+    if rank >= len(states):
+        return
+    tensors, plain = states[rank]
     torch.set_rng_state(tensors["cpu"])
     if "cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["cuda"])
     random.setstate(_python_state(plain))
     np.random.set_state(_numpy_state(plain))
+
+
+def _random_states_of(
+    tensors: dict[str, Tensor], plain: list[_PlainRandomStates] | _PlainRandomStates
+) -> list[RandomStates]:
+    """The random states of each process. Raises ValueError for states that cannot be restored."""
+    found: list[RandomStates] = []
+    for rank, own in enumerate(plain if isinstance(plain, list) else [plain]):
+        names = ("cpu", "cuda")
+        generators = {n: tensors[k] for n in names if (k := _of_process(rank, n)) in tensors}
+        found.append((generators, asdict(own)))
+        _check_random_states(found[-1])
+    if not found:
+        raise ValueError("state.json: random: no states")
+    return found
 
 
 def _check_random_states(states: RandomStates) -> None:
@@ -286,6 +308,10 @@ def _numpy_state(plain: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = plain["numpy"]
     state = found["state"]
     return {**found, "state": {**state, "key": np.asarray(state["key"], dtype=np.uint32)}}
+
+
+def _of_process(rank: int, name: str) -> str:
+    return f"{rank}.{name}" if rank else name
 
 
 def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from types import FrameType
 
 from torch import Tensor
 
+from lorakit.distributed.processes import largest
 from lorakit.errors import Interrupted
 from lorakit.evaluation.evaluate import evaluate_model
 from lorakit.models.causal import CausalParts
@@ -48,6 +49,11 @@ class StopRequest:
 
     def __bool__(self) -> bool:
         return self.signal_number != 0
+
+    def agreed(self) -> bool:
+        """Whether a process got a signal; all of them learn of it at the same step."""
+        [self.signal_number] = largest([self.signal_number])
+        return bool(self)
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
         """The signal handler: a second signal raises Interrupted at once."""

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from lorakit.data.files import UnreadableFile
 from lorakit.data.stream import FileChanged
+from lorakit.distributed.processes import gather, rank_and_world_size, run_on_main
 from lorakit.errors import (
     BadRow,
     DataError,
@@ -45,7 +46,8 @@ from lorakit.training.tracking import Recorder
 @dataclass
 class Loop:
     """``evaluate`` is None without a validation split; ``cause`` is the likely cause of a
-    divergence. ``broken`` is set once the loss or a weight is not finite."""
+    divergence; only the main process has a ``guard``. ``broken`` is set once the loss or a weight
+    is not finite."""
 
     engine: Engine
     loader: StepLoader
@@ -55,7 +57,7 @@ class Loop:
     evaluate: Evaluator | None
     best: Best
     checkpoint_dir: Path
-    guard: Guard
+    guard: Guard | None
     cause: str
     progress: Progress = field(default_factory=Progress)
     broken: bool = False
@@ -89,7 +91,7 @@ class Loop:
         self.recorder.truncate(progress.metrics_lines)
         self._scalars.restore_window(progress.window, self.loader.device)
         self._last_checkpoint = checkpoint
-        restore_random_states(snapshot.random)
+        restore_random_states(snapshot.random, rank_and_world_size()[0])
 
     def run(self) -> None:
         """Train to the end.
@@ -103,7 +105,7 @@ class Loop:
         while self.progress.step < self.schedule.total_steps and not self.progress.stopped_early:
             self._take_step()
             self._log()
-            if self.stop:
+            if self.stop.agreed():
                 self._interrupt()
             if self._evaluation_due():
                 self._evaluate()
@@ -116,19 +118,22 @@ class Loop:
         """Write a checkpoint of this step; raises TrainingError if its numbers are not finite or
         the output directory was deleted, and WriteFailed."""
         self._settle()
-        is_there = self.guard.check()
         self.progress.metrics_lines = self.recorder.metrics_lines
         state = self.engine.state_dict()
-        snapshot = Snapshot(self.progress, state, self.best.weights, random_states())
-        self._last_checkpoint = save_checkpoint(
-            self.checkpoint_dir, snapshot, self.schedule.save_total_limit
-        )
+        snapshot = Snapshot(self.progress, state, self.best.weights, gather(random_states()))
+        self._last_checkpoint, is_there = run_on_main(lambda: self._write(snapshot))
         if not is_there:
             raise TrainingError(
                 f"step {self.progress.step}: {self.checkpoint_dir.parent} was deleted or renamed "
                 f"during the run; saved {self._last_checkpoint}; continue with --resume auto"
             )
         return self._last_checkpoint
+
+    def _write(self, snapshot: Snapshot) -> tuple[Path, bool]:
+        """Write the checkpoint; return its path and whether the output directory was there."""
+        is_there = self.guard is None or self.guard.check()
+        kept = self.schedule.save_total_limit
+        return save_checkpoint(self.checkpoint_dir, snapshot, kept), is_there
 
     def finish(self) -> dict[str, float]:
         """Load the best weights and return their metrics; raises Interrupted after a signal."""
@@ -139,6 +144,7 @@ class Loop:
         try:
             metrics = self.evaluate(final=True)
         except EvaluationStopped as error:
+            self.stop.agreed()
             raise Interrupted(
                 "stopped in the final evaluation; continue with --resume auto",
                 self.stop.signal_number,
@@ -165,7 +171,7 @@ class Loop:
             loaded = self.loader.take(progress.step)
         except DataError as error:
             self._stop_for_data(error)
-        result = self.engine.step(loaded.micro_batches)
+        result = self.engine.step(loaded.micro_batches, loaded.loss_count)
         progress.step += 1
         if progress.step < self.schedule.total_steps:
             self.loader.prefetch(progress.step)  # while the device computes
@@ -275,6 +281,7 @@ class Loop:
         ) from error
 
     def _interrupt(self) -> NoReturn:
+        self.stop.agreed()
         saved = self.save()
         raise Interrupted(
             f"stopped at step {self.progress.step} of {self.schedule.total_steps}; saved {saved}; "

@@ -18,11 +18,13 @@ from typing import Any
 from lorakit import registry
 from lorakit.adapters.peft.schema import CONFIG, WEIGHTS
 from lorakit.data.stream import have_same_head
+from lorakit.distributed.processes import rank_and_world_size
 from lorakit.errors import UserError
 from lorakit.methods.base import Method
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.load import load_recipe
 from lorakit.recipe.sections import Recipe
+from lorakit.training.batching import step_size
 from lorakit.training.checkpoint import (
     Snapshot,
     checkpoints,
@@ -40,6 +42,8 @@ _CHANGEABLE = {
     "train.save_total_limit",
     "train.trackers",
 }
+#: Keys that together decide what a step trains on.
+_BATCH = {"train.per_device_batch_size", "train.gradient_accumulation_steps"}
 #: Keys of the task whose defaults are reduced to what the model supports.
 _FITTED = {"max_length", "max_new_tokens"}
 
@@ -257,17 +261,37 @@ def check_same_recipe(recipe: Recipe, output_dir: Path, prepared: bool = False) 
     if not path.is_file():
         return
     _check_same_code(recipe, output_dir)
-    before, now = flat_keys(load_recipe(path).resolved()), flat_keys(recipe.resolved())
+    started = load_recipe(path)
+    _check_same_steps(started, recipe, output_dir)
+    before, now = flat_keys(started.resolved()), flat_keys(recipe.resolved())
     later = set() if prepared else {f"task.{k}" for k in _FITTED - recipe.task.model_fields_set}
     changed = [
         key
-        for key in sorted({*before, *now} - _CHANGEABLE - later)
+        for key in sorted({*before, *now} - _CHANGEABLE - _BATCH - later)
         if not _are_same(before.get(key), now.get(key))
         and not (key == "task.labels" and now.get(key) is None)
     ]
     if changed:
         listed = "; ".join(f"{k}: was {before.get(k)!r}, now {now.get(k)!r}" for k in changed)
         raise UserError(f"--resume: the recipe differs from {path}: {listed}")
+
+
+def _check_same_steps(before: Recipe, now: Recipe, output_dir: Path) -> None:
+    """Raise UserError unless the steps of the run in ``output_dir`` have the same rows as those of
+    this run; over how many processes and batches they are split may differ."""
+    recorded = _read_run(output_dir).get("hardware") or {}
+    processes = recorded.get("processes") or 1, rank_and_world_size()[1]
+    if step_size(before, processes[0]) != step_size(now, processes[1]):
+        then, this = (
+            f"per_device_batch_size {recipe.train.per_device_batch_size} x "
+            f"gradient_accumulation_steps {recipe.train.gradient_accumulation_steps} x "
+            f"{count} processes"
+            for recipe, count in zip((before, now), processes, strict=True)
+        )
+        raise UserError(
+            f"--resume: a step has other rows than those of {output_dir}: was {then}, now {this}; "
+            "allowed: the same product"
+        )
 
 
 def _check_same_code(recipe: Recipe, output_dir: Path) -> None:

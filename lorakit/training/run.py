@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lorakit.data.stream_steps import StreamSteps
+from lorakit.distributed.processes import (
+    first_on_each_host,
+    gather,
+    init_process_group,
+    is_main,
+    run_on_main,
+)
 from lorakit.distributed.strategy import Strategy, build_strategy
 from lorakit.errors import Interrupted, UserError, WriteFailed
 from lorakit.io.atomic import writing
@@ -49,6 +57,7 @@ from lorakit.training.output_dir import (
     rows_read_before,
 )
 from lorakit.training.record import (
+    RunRecord,
     describe_hardware,
     new_record,
     peak_memory_bytes,
@@ -58,6 +67,7 @@ from lorakit.training.setup import Prepared, prepare
 from lorakit.training.tracking import (
     Display,
     MetricsFile,
+    NoMetrics,
     Recorder,
     check_trackers,
     start_trackers,
@@ -85,22 +95,41 @@ def train(recipe: Recipe, resume: str | None = None, say: Say = lambda text: Non
     written, and TrainingError and Interrupted afterwards. If a stream cannot be read further, saves
     a checkpoint and raises DataError.
     """
+    init_process_group()
+    say = _only_on_main(say)
     check_recipe(recipe)
-    start = find_start(recipe, resume, say)
+    start = run_on_main(lambda: find_start(recipe, resume, say))
     if start.finished is not None:
         say(f"{recipe.train.output_dir}: the run is complete; nothing to do")
         return _finished(Path(recipe.train.output_dir), start.finished)
     _check_support(recipe)
     strategy = build_strategy(recipe.model.dtype)
-    prepared = prepare(recipe, say)
-    batching = build_batching(prepared, strategy.device)
-    _check_resumable(prepared, batching, start, say)
+    with first_on_each_host():  # whose tokens are cached for the others
+        prepared = prepare(recipe, say)
+    batching = build_batching(prepared, strategy.device, strategy.share)
+    run_on_main(lambda: _check_resumable(prepared, batching, start, say))
     say(plan_line(prepared, batching))
-    with exclusive_run(prepared.recipe, start) as output_dir, stop_request() as stop:
+    with _exclusive(prepared.recipe, start) as output_dir, stop_request() as stop:
         try:
             return _run(prepared, strategy, batching, start, resume, output_dir, stop, say)
         except WriteFailed as error:
             raise resumable(error, output_dir) from error
+
+
+def _only_on_main(say: Say) -> Say:
+    return say if is_main() else lambda text: None
+
+
+@contextmanager
+def _exclusive(recipe: Recipe, start: Start) -> Iterator[Path]:
+    """``exclusive_run`` in the main process, for which the others wait."""
+    if not is_main():
+        gather(None)
+        yield Path(recipe.train.output_dir)
+        return
+    with exclusive_run(recipe, start) as output_dir:
+        gather(None)
+        yield output_dir
 
 
 def _run(
@@ -114,19 +143,20 @@ def _run(
     say: Say,
 ) -> RunResult:
     recipe, adapter_dir = prepared.recipe, output_dir / "adapter"
-    with writing(output_dir / "recipe.yaml"):
-        write_recipe(recipe, output_dir / "recipe.yaml")
+    if is_main():
+        with writing(output_dir / "recipe.yaml"):
+            write_recipe(recipe, output_dir / "recipe.yaml")
     schedule = build_schedule(recipe, batching.steps)
-    hardware = describe_hardware(strategy.device)
+    hardware = describe_hardware(strategy.device) | {"processes": strategy.share.world_size}
     record = new_record(
         prepared.report, hardware, recipe.train.seed, prepared.data, prepared.method.digest
     )
     record.data["train"] |= rows_read_before(start)
     with (
-        record.saved_to(output_dir / "run.json"),
+        record.saved_to(output_dir / "run.json") if is_main() else nullcontext(),
         closing(_open_recorder(recipe, output_dir, schedule, start)) as recorder,
     ):
-        guard = Guard(output_dir, record.process)
+        guard = Guard(output_dir, record.process) if is_main() else None
         loop = build_loop(prepared, strategy, batching.steps, schedule, recorder, stop, guard, say)
         try:
             _resume(loop, start, resume, recipe, say)
@@ -145,26 +175,36 @@ def _run(
         if ranks := loop.engine.ranks():
             record.set_ranks(ranks)
             say(rank_table(ranks))
-        guard.check()
-        with writing(adapter_dir):
-            export_adapter(prepared, adapter_dir, record, say)
+        run_on_main(lambda: _export(prepared, adapter_dir, record, guard, say))
     if warning:
         say(f"warning: {warning}")
     return RunResult(record.metrics, adapter_dir, output_dir, record.steps, record.diverged)
 
 
+def _export(
+    prepared: Prepared, adapter_dir: Path, record: RunRecord, guard: Guard | None, say: Say
+) -> None:
+    if guard is not None:
+        guard.check()
+    with writing(adapter_dir):
+        export_adapter(prepared, adapter_dir, record, say)
+
+
 def dry_run(recipe: Recipe, say: Say) -> dict[str, Any]:
     """Load, inject and take one step without writing anything; return the plan and the loss."""
+    init_process_group()
+    say = _only_on_main(say)
     _check_support(recipe)
     strategy = build_strategy(recipe.model.dtype)
     prepared = prepare(recipe, say, write_cache=False)
-    steps = build_batching(prepared, strategy.device).steps
+    steps = build_batching(prepared, strategy.device, strategy.share).steps
     schedule = build_schedule(prepared.recipe, steps)
     execution = choose_execution(prepared, strategy.device, schedule.total_steps)
     objective = build_objective(prepared, strategy.device, say)
     engine = build_engine(prepared, objective, strategy, schedule.total_steps, execution, say)
     loader = build_loader(prepared, objective, steps, strategy.device, execution)
-    loss = float(engine.step(loader.take(0).micro_batches).loss)
+    first = loader.take(0)
+    loss = float(engine.step(first.micro_batches, first.loss_count).loss)
     return {
         "adapted_modules": len(prepared.report.adapted_modules),
         "trainable_parameters": prepared.report.trainable_parameters,
@@ -211,6 +251,8 @@ def _check_resumable(prepared: Prepared, batching: Batching, start: Start, say: 
 
 def _open_recorder(recipe: Recipe, output_dir: Path, schedule: Schedule, start: Start) -> Recorder:
     keep = start.snapshot.progress.metrics_lines if start.snapshot else 0
+    if not is_main():
+        return Recorder(NoMetrics(keep), Display(schedule.total_steps, quiet=True))
     return Recorder(
         MetricsFile(output_dir / "metrics.jsonl", keep),
         Display(schedule.total_steps, start.step),
@@ -229,8 +271,9 @@ def _resume(loop: Loop, start: Start, resume: str | None, recipe: Recipe, say: S
         if resume != "auto":
             raise
         resumed = _resume_earlier(loop, error, start.step, say)
-    later = set_aside_after if resume == "auto" else delete_after
-    later(loop.checkpoint_dir, loop.progress.step)
+    if is_main():
+        later = set_aside_after if resume == "auto" else delete_after
+        later(loop.checkpoint_dir, loop.progress.step)
     say(f"resumed from {resumed}")
     if recipe.task.streaming:
         say("streaming: skipping the rows that the run has already trained on")
@@ -238,13 +281,14 @@ def _resume(loop: Loop, start: Start, resume: str | None, recipe: Recipe, say: S
 
 def _resume_earlier(loop: Loop, error: UserError, step: int, say: Say) -> Path:
     say(skipped_line(error))
-    for checkpoint, snapshot in readable_checkpoints(loop.checkpoint_dir, say, before=step):
+    earlier = readable_checkpoints(loop.checkpoint_dir, say, before=step)
+    while (found := run_on_main(lambda: next(earlier, None))) is not None:
         try:
-            loop.resume(checkpoint, snapshot)
+            loop.resume(*found)
         except UserError as mismatch:
             say(skipped_line(mismatch))
         else:
-            return checkpoint
+            return found[0]
     raise none_to_resume(loop.checkpoint_dir) from error
 
 

@@ -62,15 +62,33 @@ class MetricsFile:
         self._handle.close()
 
 
-class Display:
-    """A progress bar on a terminal, plain lines elsewhere; both on stderr."""
+class NoMetrics(MetricsFile):
+    """Counts lines that another process writes."""
 
-    def __init__(self, total_steps: int, done: int = 0) -> None:
+    def __init__(self, keep: int = 0) -> None:
+        self.lines = keep
+
+    def truncate(self, keep: int) -> None:
+        self.lines = keep
+
+    def write(self, line: dict[str, Any]) -> None:
+        self.lines += 1
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+class Display:
+    """A progress bar on a terminal, plain lines elsewhere; both on stderr. With ``quiet``, nothing
+    is printed."""
+
+    def __init__(self, total_steps: int, done: int = 0, quiet: bool = False) -> None:
         self._total, self._start, self._first = total_steps, time.monotonic(), done
         self._console = Console(stderr=True)
+        self._quiet = quiet
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        if self._console.is_terminal:
+        if self._console.is_terminal and not quiet:
             self._bar = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
                 BarColumn(),
@@ -102,7 +120,7 @@ class Display:
         """Print a line, above the bar if there is one."""
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
-        else:
+        elif not self._quiet:
             tell(text)
 
     def close(self) -> None:

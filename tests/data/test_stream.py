@@ -61,7 +61,7 @@ def steps_of(stream: Stream, tokenizer: Any, **changes: Any) -> StreamSteps:
     )
     settings: dict[str, Any] = {
         "per_device_batch_size": 2,
-        "gradient_accumulation_steps": 2,
+        "micro_batches_per_step": 2,
         "seed": 3,
         "buffer_rows": 100,
         "group_by_length": True,

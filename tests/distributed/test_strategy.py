@@ -3,7 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorakit.distributed.processes import gather, rank_and_world_size, run_on_main, shard, unshard
+from lorakit.distributed.processes import (
+    first_on_each_host,
+    gather,
+    largest,
+    rank_and_world_size,
+    run_on_main,
+    shard,
+    unshard,
+)
 from lorakit.distributed.strategy import build_strategy
 from lorakit.errors import UserError
 
@@ -11,18 +19,28 @@ from lorakit.errors import UserError
 def test_a_single_process_reduces_nothing() -> None:
     strategy = build_strategy("float32")
     value = torch.tensor(0.1)
-    assert strategy.total(7) == 7
-    assert torch.equal(strategy.reduce(value), value)
+    parameter = torch.nn.Parameter(torch.ones(2))
+    assert strategy.reduce_gradients([parameter], value) is value
+    assert parameter.grad is None
     assert torch.equal(strategy.scale(value), value)
     assert strategy.scaler is None
     assert rank_and_world_size() == (0, 1)
     assert gather("x") == ["x"]
+    assert largest([3, 0]) == [3, 0]
     assert run_on_main(lambda: 3) == 3
+    with first_on_each_host():
+        pass
 
 
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="launched as 2 processes: this version trains in one"):
+@pytest.mark.parametrize(
+    ("variable", "name"),
+    [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")],
+)
+def test_other_strategies_are_refused(
+    variable: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(UserError, match=f"{name} is not supported; allowed: distributed_type"):
         build_strategy("float32")
 
 

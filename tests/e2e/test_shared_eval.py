@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.evaluations import evaluated, recipe_file
+from tests.e2e.processes import launch
 from tests.tasks.wikisql_files import write_lines
 
 REPO = Path(__file__).resolve().parents[2]
@@ -35,28 +35,6 @@ if os.environ["RANK"] == failing:
     evaluate.collate_causal = refuse
 sys.exit(run(["eval", *arguments]))
 """
-
-
-def launch(processes: int, *arguments: object) -> list[tuple[int, str, str]]:
-    """Return exit code, stdout and stderr of each process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank in range(processes):
-        place = {
-            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes,
-            "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        }  # fmt: skip
-        started.append(
-            subprocess.Popen(
-                [sys.executable, *map(str, arguments)],
-                env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **{k: str(v) for k, v in place.items()}},
-                cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            )
-        )  # fmt: skip
-    ended = [process.communicate(timeout=240) for process in started]
-    return [(process.returncode, *said) for process, said in zip(started, ended, strict=True)]
 
 
 @pytest.fixture

@@ -260,19 +260,6 @@ def test_dry_run_writes_nothing(
     assert 5 < float(plan["first_loss"]) < 6
 
 
-@pytest.mark.parametrize("options", [(), ("--dry-run",)])
-def test_several_processes_are_refused_before_anything_is_written(
-    options: tuple[str, ...], tiny_llama: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    recipe = write_recipe_file(tmp_path, tiny_llama, "completion")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "launched as 2 processes: this version trains in one" in refused(
-        capsys, recipe, *options
-    )
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_bar_on_a_terminal(
     trained: Trained, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

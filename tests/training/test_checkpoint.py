@@ -49,7 +49,7 @@ def snapshot(step: int = 3) -> Snapshot:
             scaler=None,
         ),
         best={"a.lora_A": weight.detach() + 1},
-        random=random_states(),
+        random=[random_states()],
     )
 
 
@@ -97,7 +97,7 @@ def test_random_states_come_back() -> None:
     states = random_states()
     first = drawn()
     assert drawn() != first
-    restore_random_states(states)
+    restore_random_states([states])
     assert drawn() == first
 
 
@@ -202,7 +202,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "a loss that is NaN": lambda c: rewritten(c, lambda s: s["progress"].update(window=[[float("nan"), 1.0]])),
     "no optimizer": lambda c: rewritten(c, lambda s: s.pop("optimizer")),
     "a name for an index": lambda c: rewritten(c, lambda s: s["optimizer"].update(state={"a": {}})),
-    "a random state out of range": lambda c: rewritten(c, lambda s: s["random"]["numpy"]["state"].update(pos=10**6)),
+    "a random state out of range": lambda c: rewritten(c, lambda s: s["random"][0]["numpy"]["state"].update(pos=10**6)),
     "a list of records": lambda c: rewritten(c, lambda s: s.update(random=[])),
     "an absurd header": lambda c: rewritten(c, lambda s: None) and huge_header(c / "weights.safetensors"),
 }  # fmt: skip

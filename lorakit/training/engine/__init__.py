@@ -68,11 +68,12 @@ class Engine(Protocol):
     def weights(self) -> Mapping[str, Tensor]:
         """The trained parameters by name, as they are now."""
 
-    def step(self, micro_batches: Sequence[Batch]) -> StepResult:
-        """Take one optimizer step on batches that are on the device."""
+    def step(self, micro_batches: Sequence[Batch], loss_count: int | None = None) -> StepResult:
+        """Take one optimizer step on batches that are on the device: this process's, possibly none,
+        of a step with ``loss_count`` losses over all processes. The default is one process."""
 
     def loss(self, micro_batches: Sequence[Batch]) -> float:
-        """The mean loss without dropout and gradients; waits for the device."""
+        """The mean loss over all processes, without dropout and gradients; waits for the device."""
 
     def log_values(self) -> dict[str, float]:
         """The last step's values that the host has: ``learning_rate``, and the method's."""

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
 from lorakit.data.collate import Batch, CausalBatch, EncoderBatch
+from lorakit.distributed.processes import gather
 from lorakit.distributed.strategy import Strategy
 from lorakit.methods.base import RunHooks
 from lorakit.models.causal import (
@@ -67,23 +68,19 @@ class EagerEngine:
     def weights(self) -> Mapping[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
-    def step(self, micro_batches: Sequence[Batch]) -> StepResult:
-        count = self.strategy.total(sum(batch.loss_count for batch in micro_batches))
-        loss = self._accumulate(micro_batches, 1 / count)
+    def step(self, micro_batches: Sequence[Batch], loss_count: int | None = None) -> StepResult:
+        count = loss_count or sum(batch.loss_count for batch in micro_batches)
+        loss = torch.zeros((), device=self.strategy.device)
+        for index, batch in enumerate(micro_batches):
+            own = self._forward_backward(batch, 1 / count)
+            loss = loss + own if index else own
+        loss = self.strategy.reduce_gradients(list(self.parameters.values()), loss)
         if self.probe is not None:
             self.probe.check()
             self.probe = None
         values = self.hooks.before_step(self.strategy.scale)
         norm = self._update()
         return StepResult(loss, norm, tuple(values), count)
-
-    def _accumulate(self, micro_batches: Sequence[Batch], factor: float) -> Tensor:
-        """Add each micro-batch's gradient, with its losses times ``factor``; return their sum."""
-        losses = []
-        for index, batch in enumerate(micro_batches, start=1):
-            with self.strategy.accumulate(self.objective, last=index == len(micro_batches)):
-                losses.append(self._forward_backward(batch, factor))
-        return self.strategy.reduce(sum(losses[1:], start=losses[0]))
 
     def _forward_backward(self, batch: Batch, factor: float | Tensor) -> Tensor:
         """Add the gradient of the sum of the batch's losses times ``factor``; return that sum."""
@@ -112,7 +109,8 @@ class EagerEngine:
             total = sum(float(self.objective(batch)) for batch in micro_batches)
         finally:
             self.objective.train()
-        return total / sum(batch.loss_count for batch in micro_batches)
+        totals = gather((total, sum(batch.loss_count for batch in micro_batches)))
+        return sum(total for total, _ in totals) / sum(count for _, count in totals)
 
     def log_values(self) -> dict[str, float]:
         rate = float(self.scheduler.get_last_lr()[0])

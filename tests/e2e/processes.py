@@ -1,0 +1,43 @@
+"""Start several processes of one command, as a launcher does."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def start(processes: int, *arguments: object) -> list[subprocess.Popen[str]]:
+    """``python ARGUMENTS`` in each process, on the CPU."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(processes):
+        place = {
+            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes,
+            "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        }  # fmt: skip
+        environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        environment |= {key: str(value) for key, value in place.items()}
+        started.append(
+            subprocess.Popen(
+                [sys.executable, *map(str, arguments)], env={**os.environ, **environment},
+                cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+        )  # fmt: skip
+    return started
+
+
+def ended(started: list[subprocess.Popen[str]], seconds: float = 240) -> list[tuple[int, str, str]]:
+    """The exit code, stdout and stderr of each process."""
+    said = [process.communicate(timeout=seconds) for process in started]
+    return [(process.returncode, *each) for process, each in zip(started, said, strict=True)]
+
+
+def launch(processes: int, *arguments: object) -> list[tuple[int, str, str]]:
+    return ended(start(processes, *arguments))
