@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -87,6 +88,21 @@ def shown(value: object, max_characters: int = 80) -> str:
     text = json.dumps(value, ensure_ascii=False, default=repr)
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return text if len(text) <= max_characters else f"{text[: max_characters - 3]}..."
+
+
+#: Zero-width joiners shape the letters of some scripts and emoji.
+_JOINERS = "\u200c\u200d"
+
+
+def printable(text: str) -> str:
+    """Escape what would control a terminal or hide text, except line breaks and tabs."""
+    if text.isprintable():
+        return text
+    return "".join(c if _is_harmless(c) else ascii(c)[1:-1] for c in text)
+
+
+def _is_harmless(c: str) -> bool:
+    return c.isprintable() or c in "\n\t" or c in _JOINERS or unicodedata.category(c) == "Zs"
 
 
 def listed(names: Iterable[object], most: int = 5) -> str:

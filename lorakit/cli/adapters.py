@@ -15,6 +15,7 @@ from lorakit.cli.console import (
     MethodFile,
     Overwrite,
     TrustRemoteCode,
+    echo,
     only_results,
     progress,
     say,
@@ -85,7 +86,7 @@ def merge(
 
 def _print_report(report: MergeReport) -> None:
     replaced, count = report.replaced_tensors, len(report.files)
-    typer.echo(
+    echo(
         f"{report.directory}: {report.merged_modules} modules merged"
         + (f", {replaced} tensors replaced" if replaced else "")
         + f"; {report.dtype}, {report.size_bytes / 1e6:,.1f} MB in "
@@ -95,9 +96,9 @@ def _print_report(report: MergeReport) -> None:
     )
     if report.kept:
         names = listed(report.kept, most=1)
-        typer.echo(f"copied from the base: {names} (not part of the model class that was trained)")
+        echo(f"copied from the base: {names} (not part of the model class that was trained)")
     for reason, names in _by_reason(report.left_out).items():
-        typer.echo(f"skipped: {names}: {reason}")
+        echo(f"skipped: {names}: {reason}")
 
 
 def _by_reason(left_out: Iterable[LeftOut]) -> dict[str, str]:
@@ -208,7 +209,7 @@ def convert(
         typer.echo(json.dumps(dataclasses.asdict(report), indent=2, default=str))
         return
     settings = [_setting(name, getattr(report, name)) for name in ("r", "lora_alpha")]
-    typer.echo(
+    echo(
         f"{report.path}: {report.matrices} matrices as {report.to}"
         + "".join(f", {text}" for text in settings if text)
         + f"; {report.size_bytes / 1e6:,.1f} MB"

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from lorakit.errors import UserError
+from lorakit.errors import UserError, printable
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file.")]
 Overrides = Annotated[
@@ -44,8 +44,13 @@ _SECONDS_PER_LINE = 10.0
 
 
 def say(text: str) -> None:
-    """Print a line on stderr."""
-    typer.echo(text, err=True)
+    """Print a line on stderr, without what would control a terminal."""
+    typer.echo(printable(text), err=True)
+
+
+def echo(text: str) -> None:
+    """Print a result on stdout, without what would control a terminal."""
+    typer.echo(printable(text))
 
 
 @contextmanager

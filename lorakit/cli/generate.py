@@ -22,7 +22,7 @@ from lorakit.cli.console import (
     say,
     write_output,
 )
-from lorakit.errors import UserError
+from lorakit.errors import UserError, printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -321,6 +321,6 @@ def _fit_window(
 
 
 def _write(text: str) -> None:
-    """Write to stdout without buffering."""
-    sys.stdout.write(text)
+    """Write to stdout without buffering; generated text does not control a terminal."""
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()

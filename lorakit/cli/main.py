@@ -23,7 +23,7 @@ from lorakit.cli.generate import generate
 from lorakit.cli.preview import preview
 from lorakit.cli.recipes import methods, schema, tasks, validate
 from lorakit.cli.run import eval_, train
-from lorakit.errors import LorakitError, RecipeError, UserError
+from lorakit.errors import LorakitError, RecipeError, UserError, printable
 from lorakit.version import __version__
 
 _INTERRUPTED = 128 + signal.SIGINT
@@ -119,7 +119,7 @@ def _exit_code(code: object) -> int:
 def _say(text: str) -> None:
     """Print a line to stderr, which may be a file on a full disk."""
     with suppress(OSError):
-        typer.echo(text, err=True)
+        typer.echo(printable(text), err=True)
 
 
 def _usage(error: Any) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorakit import registry
-from lorakit.cli.console import AsJson, Overrides, only_results, say
+from lorakit.cli.console import AsJson, Overrides, echo, only_results, say
 from lorakit.errors import RecipeError, UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def validate(recipes: _RecipeFiles, overrides: Overrides = None, as_json: AsJson
         for path, (recipe, _) in checked.items():
             if recipe is not None:
                 parts = (recipe.model.name_or_path, recipe.adapter.method, recipe.task.name)
-                typer.echo(f"{path}: valid ({', '.join(parts)})")
+                echo(f"{path}: valid ({', '.join(parts)})")
     found = [
         _with_recipe(problem, path) if len(recipes) > 1 else problem
         for path, (_, problems) in checked.items()

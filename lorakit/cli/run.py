@@ -17,6 +17,7 @@ from lorakit.cli.console import (
     check_distinct,
     check_exclusive,
     check_writable,
+    echo,
     only_results,
     option_named,
     phases,
@@ -99,13 +100,13 @@ def _print_run(result: RunResult, as_json: bool) -> None:
         typer.echo(json.dumps(found | ({"diverged": True} if result.diverged else {})))
     else:
         scores = "".join(f", {name} {value:.4f}" for name, value in result.metrics.items())
-        typer.echo(f"{result.adapter_dir}: {result.steps} steps{scores}")
+        echo(f"{result.adapter_dir}: {result.steps} steps{scores}")
 
 
 def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
     # The coverage is printed on stderr as text.
     lines = [f"{key:22} {value}" for key, value in plan.items() if key != "coverage"]
-    typer.echo(json.dumps(plan) if as_json else "\n".join(lines))
+    echo(json.dumps(plan) if as_json else "\n".join(lines))
 
 
 _Adapter = Annotated[
@@ -166,7 +167,7 @@ def eval_(
                 found = _measure(resolved, adapter, base, split, limit)
         if is_main():
             _write_files(found, output, save_predictions)
-            typer.echo(_json(found) if as_json else _table(found))
+            echo(_json(found) if as_json else _table(found))
 
 
 def _check_options(

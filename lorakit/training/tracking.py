@@ -16,7 +16,7 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from lorakit.errors import UserError
+from lorakit.errors import UserError, printable
 from lorakit.io.atomic import write_text, writing
 
 #: The project's name in trackers, and the subdirectory that TensorBoard writes to.
@@ -119,7 +119,7 @@ class Display:
     def say(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
         if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
+            self._bar.console.print(printable(text), markup=False, highlight=False)
         elif not self._quiet:
             tell(text)
 
@@ -131,7 +131,7 @@ class Display:
 def tell(text: str) -> None:
     """Print a line to stderr; a closed pipe or a full disk does not end the run."""
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 class Recorder:

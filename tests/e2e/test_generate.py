@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pty
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lorakit.cli.main import run
+from lorakit.errors import printable
 from tests.e2e.evaluations import write_adapter
 from tests.tasks.wikisql_files import write_lines
 
@@ -291,3 +294,21 @@ def test_stdin_that_is_not_utf8(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="utf-8"))
     assert "stdin: not UTF-8" in refused(capsys, tiny_llama)
+
+
+def test_generated_text_does_not_control_a_terminal(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file gets the text as it is."""
+    reader, terminal = pty.openpty()
+    with os.fdopen(terminal, "w", encoding="utf-8") as stdout, (tmp_path / "out").open("w") as file:
+        for stream in (stdout, file):
+            monkeypatch.setattr(sys, "stdout", stream)
+            options = ["--max-new-tokens", "60", "--temperature", "9", "--seed", "4"]
+            assert run(["generate", str(tiny_llama), "--prompt", "a", *options]) == 0
+        monkeypatch.undo()
+    raw = (tmp_path / "out").read_bytes().decode().rstrip("\n")
+    assert any(not c.isprintable() for c in raw)
+    shown = os.read(reader, 10_000).decode().replace("\r\n", "\n").rstrip("\n")
+    assert shown == printable(raw)
+    assert "\x1b" not in shown

@@ -38,7 +38,7 @@ from lorakit.adapters.peft.schema import (
     check_types,
     unknown_keys_note,
 )
-from lorakit.errors import AdapterError, shown
+from lorakit.errors import AdapterError, printable, shown
 from lorakit.kernels.low_rank import RowSlice
 from lorakit.methods.base import Method
 from lorakit.models.hub import explained, hub_resolves, is_missing_path, other_content
@@ -95,7 +95,7 @@ _DUPLICATE = re.compile(r"\.(?:modules_to_save|original_module)\.")
 
 
 def to_stderr(note: str) -> None:
-    print(note, file=sys.stderr)
+    print(printable(note), file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -262,6 +262,8 @@ def _without_duplicates(
 
 def _read_json(file: Path) -> dict[str, Any] | None:
     try:
+        if file.exists() and not file.is_file():  # from a device, reading might never end
+            raise AdapterError(f"{file}: not a file")
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
