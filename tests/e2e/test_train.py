@@ -195,7 +195,7 @@ def test_checkpoints_are_whole_and_limited(
         files = {path.name for path in (output / "checkpoints" / name).iterdir()}
         early = name == "step-2"  # nothing is evaluated yet
         assert files == {
-            *([] if early else ["best.safetensors"]), "method.safetensors", "optimizer.safetensors", "random.safetensors", "state.json",
+            *([] if early else ["best.safetensors"]), "manifest.json", "method.safetensors", "optimizer.safetensors", "random.safetensors", "state.json",
             "weights.safetensors",
         }  # fmt: skip
 
