@@ -278,10 +278,10 @@ def test_a_killed_run_resumes_exactly(
     recipe = changed(stopped, train__output_dir=str(tmp_path / "run"))
     own = EagerEngine.step
 
-    def until(engine: EagerEngine, micro_batches: Any) -> Any:
+    def until(engine: EagerEngine, *batches: Any) -> Any:
         if engine.steps == step - 1:
             raise Killed
-        return own(engine, micro_batches)
+        return own(engine, *batches)
 
     with monkeypatch.context() as patch:
         patch.setattr(EagerEngine, "step", until)
@@ -336,7 +336,7 @@ def test_a_module_that_nothing_uses_trains_saves_and_resumes(
     whole.take_steps(32)
     first.take_steps(14)
     state = first.engine.state_dict()
-    saved = save_checkpoint(tmp_path, Snapshot(Progress(14), state, None, random_states()), None)
+    saved = save_checkpoint(tmp_path, Snapshot(Progress(14), state, None, [random_states()]), None)
     second.engine.load_state_dict(load_checkpoint(saved).engine)
     second.take_steps(18)
     for name, value in whole.engine.weights.items():

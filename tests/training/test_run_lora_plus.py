@@ -107,10 +107,10 @@ class Killed(BaseException):
 def kill_after(steps: int, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, **more: Any) -> None:
     own = EagerEngine.step
 
-    def until(engine: EagerEngine, micro_batches: Any) -> Any:
+    def until(engine: EagerEngine, *batches: Any) -> Any:
         if engine.steps == steps:
             raise Killed
-        return own(engine, micro_batches)
+        return own(engine, *batches)
 
     with monkeypatch.context() as patch:
         patch.setattr(EagerEngine, "step", until)

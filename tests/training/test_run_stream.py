@@ -137,10 +137,10 @@ def stopped_run(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, step: int) -> N
     """Train until SIGTERM arrives during ``step``."""
     own = EagerEngine.step
 
-    def signalled(engine: EagerEngine, micro_batches: Any) -> Any:
+    def signalled(engine: EagerEngine, *batches: Any) -> Any:
         if engine.steps == step - 1:
             signal.raise_signal(signal.SIGTERM)
-        return own(engine, micro_batches)
+        return own(engine, *batches)
 
     with monkeypatch.context() as patch:
         patch.setattr(EagerEngine, "step", signalled)
@@ -168,11 +168,11 @@ def test_a_run_stopped_before_a_changed_file(
     recipe = bad_row_run(tmp_path, tiny_llama, 0, GOOD, train__max_steps=250)
     file, own = tmp_path / "data" / "train.jsonl", EagerEngine.step
 
-    def changed(engine: EagerEngine, micro_batches: Any) -> Any:
+    def changed(engine: EagerEngine, *batches: Any) -> Any:
         if engine.steps == 0:
             with file.open("a") as opened:
                 opened.write(f"{GOOD}\n")
-        return own(engine, micro_batches)
+        return own(engine, *batches)
 
     monkeypatch.setattr(EagerEngine, "step", changed)
     stopped_run(recipe, monkeypatch, 200)
