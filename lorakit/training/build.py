@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from lorakit.training.execution import Execution, choose_execution
 from lorakit.training.fast_layers import compile_layers, fuse_layers
 from lorakit.training.guard import Guard
 from lorakit.training.loop import Loop
+from lorakit.training.memory import out_of_memory
 from lorakit.training.offload import offload_layers
 from lorakit.training.setup import Prepared, main_metric
 from lorakit.training.tracking import Recorder
@@ -160,6 +162,7 @@ def build_loop(
         checkpoint_dir=Path(section.output_dir) / "checkpoints",
         guard=guard,
         cause=divergence_cause(section.learning_rate, advice),
+        out_of_memory=partial(out_of_memory, prepared),
         progress=Progress(),
     )
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
+import torch
+
+from lorakit.data.collate import Batch
 from lorakit.data.files import UnreadableFile
 from lorakit.data.stream import FileChanged
 from lorakit.distributed.processes import gather, rank_and_world_size, run_on_main
@@ -46,8 +50,8 @@ from lorakit.training.tracking import Recorder
 @dataclass
 class Loop:
     """``evaluate`` is None without a validation split; ``cause`` is the likely cause of a
-    divergence; only the main process has a ``guard``. ``broken`` is set once the loss or a weight
-    is not finite."""
+    divergence; ``out_of_memory`` returns a message about a step and its batches; only the main
+    process has a ``guard``. ``broken`` is set once the loss or a weight is not finite."""
 
     engine: Engine
     loader: StepLoader
@@ -59,6 +63,7 @@ class Loop:
     checkpoint_dir: Path
     guard: Guard | None
     cause: str
+    out_of_memory: Callable[[int, Sequence[Batch]], str]
     progress: Progress = field(default_factory=Progress)
     broken: bool = False
 
@@ -171,7 +176,11 @@ class Loop:
             loaded = self.loader.take(progress.step)
         except DataError as error:
             self._stop_for_data(error)
-        result = self.engine.step(loaded.micro_batches, loaded.loss_count)
+        try:
+            result = self.engine.step(loaded.micro_batches, loaded.loss_count)
+        except torch.OutOfMemoryError as error:
+            message = self.out_of_memory(progress.step + 1, loaded.micro_batches)
+            raise TrainingError(f"{message}; {self._last_good()}") from error
         progress.step += 1
         if progress.step < self.schedule.total_steps:
             self.loader.prefetch(progress.step)  # while the device computes
@@ -239,8 +248,10 @@ class Loop:
 
     def _fail(self, message: str) -> NoReturn:
         self.broken = True
-        good = self._last_checkpoint or "none was written yet"
-        raise TrainingError(f"{message}; last good checkpoint: {good}")
+        raise TrainingError(f"{message}; {self._last_good()}")
+
+    def _last_good(self) -> str:
+        return f"last good checkpoint: {self._last_checkpoint or 'none was written yet'}"
 
     def _evaluation_due(self) -> bool:
         step = self.progress.step

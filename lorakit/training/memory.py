@@ -1,0 +1,67 @@
+"""What to say when the device has no memory left for a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.data.collate import Batch
+from lorakit.recipe.sections import Recipe
+from lorakit.training.setup import Prepared
+
+
+def out_of_memory(prepared: Prepared, step: int, micro_batches: Sequence[Batch]) -> str:
+    """A message about step ``step``, which ran out of memory: its largest batch, what was
+    allocated, and the keys of the recipe that lower it."""
+    rows, length = max((batch.input_ids.shape for batch in micro_batches), default=(0, 0))
+    model = prepared.model
+    device = model.device
+    text = f"step {step}: out of memory on {device} with a batch of {rows} x {length:,} tokens"
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        text += (
+            f": at most {_gib(torch.cuda.max_memory_allocated(device))} of {_gib(total)} GiB were "
+            f"allocated, {_gib(_weight_bytes(model))} of them for the weights and "
+            f"{_gib(_training_bytes(model))} for gradients and AdamW's state"
+        )
+    return f"{text}; {'; or '.join(memory_advice(prepared.recipe))}"
+
+
+def memory_advice(recipe: Recipe) -> list[str]:
+    """The changes to the recipe that lower the memory of a step, the best one first."""
+    section, found = recipe.train, []
+    if section.gradient_checkpointing is False:
+        found.append("set train.gradient_checkpointing: true")
+    elif section.gradient_checkpointing is True:
+        found.append("set train.gradient_checkpointing: offload")
+    if section.max_tokens_per_batch:
+        found.append(f"lower train.max_tokens_per_batch ({section.max_tokens_per_batch})")
+    elif (size := section.per_device_batch_size or 1) > 1:
+        steps = section.gradient_accumulation_steps
+        found.append(
+            f"lower train.per_device_batch_size ({size}) and raise "
+            f"train.gradient_accumulation_steps ({steps}), which gives the same steps"
+        )
+    if recipe.model.base_precision is None and recipe.adapter.method not in ("full", "bitfit"):
+        found.append("set model.base_precision: nf4")
+    found.append(f"lower task.max_length ({recipe.task.max_length})")
+    return found
+
+
+def _weight_bytes(model: nn.Module) -> int:
+    return _bytes([*model.parameters(), *model.buffers()])
+
+
+def _training_bytes(model: nn.Module) -> int:
+    """Those of the gradient and the two averages of each trained parameter."""
+    return 3 * _bytes(p for p in model.parameters() if p.requires_grad)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f}"

@@ -1,0 +1,65 @@
+"""A step that needs more memory than the device has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorakit.errors import TrainingError
+from lorakit.training.engine.eager import EagerEngine
+from lorakit.training.memory import memory_advice, out_of_memory
+from lorakit.training.run import train
+from tests.training.engines import built
+from tests.training.runs import recipe_for, run_json
+
+
+def test_the_message_has_the_largest_batch(tiny_llama: Path, tmp_path: Path) -> None:
+    run = built(recipe_for(tmp_path, tiny_llama))
+    batches = run.loader.take(0).micro_batches
+    rows, length = batches[0].input_ids.shape
+    message = out_of_memory(run.prepared, 3, batches)
+    assert message.startswith(f"step 3: out of memory on cpu with a batch of {rows} x {length} ")
+    assert message.endswith("; or lower task.max_length (128)")
+
+
+@pytest.mark.parametrize(
+    ("changes", "first", "absent"),
+    [
+        ({}, "set train.gradient_checkpointing: true", "offload"),
+        ({"train__gradient_checkpointing": True}, "set train.gradient_checkpointing: off", "true"),
+        (
+            {"train__gradient_checkpointing": "offload"},
+            "lower train.per_device_batch_size",
+            "set t",
+        ),
+        ({"train__max_tokens_per_batch": 512}, "set train.gradient", "per_device_batch_size"),
+        ({"train__per_device_batch_size": 1}, "set train.gradient", "per_device_batch_size"),
+        ({"model__base_precision": "nf4"}, "set train.gradient", "base_precision"),
+    ],
+)
+def test_the_advice_fits_the_recipe(
+    changes: dict[str, Any], first: str, absent: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    advice = memory_advice(recipe_for(tmp_path, tiny_llama, **changes))
+    assert advice[0].startswith(first)
+    assert not any(absent in line for line in advice)
+
+
+def test_the_run_ends_with_the_last_good_checkpoint(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = EagerEngine.step
+
+    def step(engine: EagerEngine, *batches: Any) -> Any:
+        if engine.steps == 5:
+            raise torch.OutOfMemoryError("no memory left")
+        return own(engine, *batches)
+
+    monkeypatch.setattr(EagerEngine, "step", step)
+    with pytest.raises(TrainingError, match=r"step 6: out of memory on cpu .*step-4$"):
+        train(recipe_for(tmp_path, tiny_llama, train__save_every_steps=4))
+    assert run_json(tmp_path / "run")["exit_reason"] == "failed"
+    assert not run_json(tmp_path / "run")["diverged"]
