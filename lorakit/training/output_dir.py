@@ -24,6 +24,7 @@ from lorakit.methods.base import Method
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.load import load_recipe
 from lorakit.recipe.sections import Recipe
+from lorakit.recipe.yaml_source import read_yaml
 from lorakit.training.batching import step_size
 from lorakit.training.checkpoint import (
     Snapshot,
@@ -44,6 +45,24 @@ _CHANGEABLE = {
 }
 #: Keys that together decide what a step trains on.
 _BATCH = {"train.per_device_batch_size", "train.gradient_accumulation_steps"}
+#: What is read from run.json, and the types of it; ``*`` stands for any key.
+_SPLIT_TYPES = {
+    "source": str,
+    "fingerprint": str,
+    "tokens": int,
+    "rows_read": int,
+    "skipped_rows": int,
+}
+_RUN_TYPES: dict[str, Any] = {
+    "exit_reason": str,
+    "metrics": {"*": (int, float)},
+    "steps": int,
+    "diverged": bool,
+    "bad_row": bool,
+    "method_digest": str,
+    "hardware": {"processes": int},
+    "data": {"*": _SPLIT_TYPES},
+}
 #: Keys of the task whose defaults are reduced to what the model supports.
 _FITTED = {"max_length", "max_new_tokens"}
 
@@ -248,9 +267,25 @@ def _checkpoint_at(directory: str) -> Path:
 def _read_run(output_dir: Path) -> dict[str, Any]:
     try:
         run = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return run if isinstance(run, dict) else {}
+    return _typed(run, _RUN_TYPES)
+
+
+def _typed(record: Any, types: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of ``record`` that have the given types, or that are mappings of such entries."""
+    if not isinstance(record, dict):
+        return {}
+    if "*" in types:
+        types = dict.fromkeys(record, types["*"])
+    found = {}
+    for key, type_ in types.items():
+        if isinstance(type_, dict):
+            if isinstance(record.get(key), dict):
+                found[key] = _typed(record[key], type_)
+        elif isinstance(record.get(key), type_):
+            found[key] = record[key]
+    return found
 
 
 def check_same_recipe(recipe: Recipe, output_dir: Path, prepared: bool = False) -> None:
@@ -261,6 +296,7 @@ def check_same_recipe(recipe: Recipe, output_dir: Path, prepared: bool = False) 
     if not path.is_file():
         return
     _check_same_code(recipe, output_dir)
+    _check_same_files(recipe, path)
     started = load_recipe(path)
     _check_same_steps(started, recipe, output_dir)
     before, now = flat_keys(started.resolved()), flat_keys(recipe.resolved())
@@ -292,6 +328,22 @@ def _check_same_steps(before: Recipe, now: Recipe, output_dir: Path) -> None:
             f"--resume: a step has other rows than those of {output_dir}: was {then}, now {this}; "
             "allowed: the same product"
         )
+
+
+def _check_same_files(recipe: Recipe, stored: Path) -> None:
+    """Raise UserError if loading the recipe in an output directory would run other Python files
+    than those that ``recipe`` names."""
+    written = read_yaml(stored).data
+    for section, key in (("adapter", "method"), ("task", "name")):
+        keys = written.get(section)
+        before = keys.get(key) if isinstance(keys, dict) else None
+        now = getattr(getattr(recipe, section), key)
+        runs = isinstance(before, str) and (registry.is_user_task(before) or "${" in before)
+        if runs and not _are_same(before, now):
+            raise UserError(
+                f"--resume: the recipe differs from {stored}: {section}.{key}: was {before!r}, now "
+                f"{now!r}"
+            )
 
 
 def _check_same_code(recipe: Recipe, output_dir: Path) -> None:

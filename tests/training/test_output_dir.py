@@ -53,6 +53,55 @@ def test_an_invalid_run_json_is_not_a_finished_run(recipe: Recipe, text: str) ->
     assert find_start(recipe, "auto") == Start()
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("adapter: {}", "adapter: {method: './evil.py:Evil'}", "adapter.method: was './evil.py:Evil'"),
+        ("name: text", "name: ./evil.py:Evil", "task.name: was './evil.py:Evil', now 'text'"),
+        ("name: text", "name: evil.yaml", "task.name: was 'evil.yaml', now 'text'"),
+        ("name: text", "name: '${EVIL}'", "task.name: was '${EVIL}', now 'text'"),
+    ],
+)  # fmt: skip
+def test_code_that_only_the_output_directory_names_is_not_run(
+    old: str, new: str, told: str, recipe: Recipe, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVIL", "./evil.py:Evil")
+    (in_tmp / "evil.py").write_text("open('pwned', 'w')\nclass Evil: pass\n")
+    (in_tmp / "evil.yaml").write_text("metrics: ./evil.py:Evil\n")
+    text = (in_tmp / "recipe.yaml").read_text()
+    assert old in text
+    (in_tmp / "run/checkpoints/step-3").mkdir(parents=True)
+    (in_tmp / "run/recipe.yaml").write_text(text.replace(old, new))
+    with pytest.raises(UserError, match="the recipe differs from") as caught:
+        find_start(recipe, "auto")
+    assert told in str(caught.value)
+    assert not (in_tmp / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"data": []}, {"data": {"train": 1}}, {"data": {"train": {"tokens": "x", "source": 1}}},
+        {"hardware": {"processes": "2"}}, {"hardware": 1},
+        {"exit_reason": "completed", "metrics": {"loss": "low"}, "steps": "9", "diverged": 1},
+    ],
+)  # fmt: skip
+def test_a_record_of_wrong_types_is_ignored(recipe: Recipe, record: Any) -> None:
+    folder = Path(recipe.train.output_dir)
+    (folder / "adapter").mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / "adapter" / name).touch()
+    (folder / "run.json").write_text(json.dumps(record))
+    found = find_start(recipe, "auto").finished
+    assert found == ({"exit_reason": "completed", "metrics": {}} if "steps" in record else None)
+    data = {"train": {"source": "x", "fingerprint": "0", "tokens": 1}}
+    if record.get("data") == {"train": {"tokens": "x", "source": 1}}:
+        with pytest.raises(UserError, match="the train data has changed"):
+            check_same_data(data, folder / "checkpoints" / "step-3", print)
+    else:
+        check_same_data(data, folder / "checkpoints" / "step-3", print)
+
+
 def test_a_directory_that_cannot_be_created(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     train = recipe.train.model_copy(update={"output_dir": str(tmp_path / "file/run")})

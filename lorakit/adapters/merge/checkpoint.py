@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -277,4 +277,7 @@ def _weight_map(index: Path) -> Mapping[str, str]:
         raise ModelError(f"base: {index}: invalid index: {error!r}") from error
     if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
         raise ModelError(f"base: {index}: weight_map: allowed: file names by tensor")
+    for file in set(found.values()):
+        if PurePath(file).is_absolute() or ".." in PurePath(file).parts:
+            raise ModelError(f"base: {index}: weight_map names {shown(file)}, outside of the base")
     return found

@@ -395,6 +395,17 @@ def test_an_index_that_says_nothing(text: str, tmp_path: Path, make_pair: MakePa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["../other/model.safetensors", "/model.safetensors", "a/../../b"])
+def test_an_index_that_names_files_outside(name: str, tmp_path: Path, make_pair: MakePair) -> None:
+    base, adapter, _ = make_pair()
+    index = {"weight_map": {"model.norm.weight": name}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    (base / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="outside of the base"):
+        merge(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_real_models(minilm: Path, smollm2: Path, tmp_path: Path) -> None:
     """all-MiniLM's checkpoint is a bare BertModel; SmolLM2's is bfloat16 with tied embeddings."""
     from lorakit.adapters.peft.write import save_adapter
