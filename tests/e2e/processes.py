@@ -11,26 +11,30 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[2]
 
 
-def start(processes: int, *arguments: object) -> list[subprocess.Popen[str]]:
-    """``python ARGUMENTS`` in each process, on the CPU."""
+def environments(processes: int) -> list[dict[str, str]]:
+    """What a launcher sets for each of the processes of one host."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    started = []
-    for rank in range(processes):
-        place = {
-            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes,
-            "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        }  # fmt: skip
-        environment = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        environment |= {key: str(value) for key, value in place.items()}
-        started.append(
-            subprocess.Popen(
-                [sys.executable, *map(str, arguments)], env={**os.environ, **environment},
-                cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            )
-        )  # fmt: skip
-    return started
+    common = {
+        "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": 1,
+    }  # fmt: skip
+    return [
+        {key: str(value) for key, value in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        for rank in range(processes)
+    ]
+
+
+def start(processes: int, *arguments: object) -> list[subprocess.Popen[str]]:
+    """``python ARGUMENTS`` in each process, on the CPU."""
+    return [
+        subprocess.Popen(
+            [sys.executable, *map(str, arguments)], env={**os.environ, **environment},
+            cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for environment in environments(processes)
+    ]  # fmt: skip
 
 
 def ended(started: list[subprocess.Popen[str]], seconds: float = 240) -> list[tuple[int, str, str]]:

@@ -75,6 +75,7 @@ class Launcher:
         stderr: str | None = None,
         max_file_bytes: int | None = None,
         disk: tuple[Path, int, Path] | None = None,
+        environment: dict[str, str] | None = None,
     ) -> Ended:
         """Run ``lorakit ARGUMENTS`` to its end.
 
@@ -95,6 +96,7 @@ class Launcher:
             "signal": int(number),
             "max_file_bytes": max_file_bytes,
             "disk": disk and [str(disk[0]), disk[1], str(disk[2])],
+            "environment": environment or {},
         }
         assert self._server.stdin is not None
         assert self._server.stdout is not None
@@ -113,6 +115,7 @@ class Launcher:
 
 def in_child(request: dict[str, Any]) -> int:
     """Run a command in a forked child and return its exit code."""
+    os.environ.update(request["environment"])
     for descriptor, name in ((0, os.devnull), (1, request["stdout"]), (2, request["stderr"])):
         flags = os.O_RDONLY if descriptor == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         opened = os.open(name, flags)
