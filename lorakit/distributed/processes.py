@@ -12,7 +12,7 @@ has exited, and only one prints the error.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
@@ -128,6 +128,38 @@ def first_on_each_host() -> Iterator[None]:
         yield
 
 
+class StopSignal:
+    """A signal number that reaches all processes with the next message that they exchange, so that
+    they stop at the same step. 0 is none."""
+
+    def __init__(self) -> None:
+        self._own = self._agreed = 0
+
+    def set(self, number: int) -> None:
+        """Called in a signal handler."""
+        self._own = number
+
+    def clear(self) -> None:
+        self._own = self._agreed = 0
+
+    @property
+    def own(self) -> int:
+        """The signal that this process got itself."""
+        return self._own
+
+    @property
+    def agreed(self) -> int:
+        """The same in all processes; in a single one, its own."""
+        return self._agreed if rank_and_world_size()[1] > 1 else self._own
+
+    def update(self, numbers: Iterable[int]) -> None:
+        """Take over the numbers of all processes."""
+        self._agreed = max(self._agreed, *numbers)
+
+
+stop_signal = StopSignal()
+
+
 def any_wants_to_stop(wanted: bool) -> bool:
     """Whether this process wants to stop, or another one has wanted to."""
     if rank_and_world_size()[1] == 1:
@@ -193,21 +225,23 @@ def _exit_code(error: Exception) -> int:
 
 def _exchange(value: T, exit_code: int | None) -> list[T]:
     """The only message between hosts, besides sums of tensors: a value, or the exit code of a
-    failure. Since a process that fails sends it wherever it is, the others never wait in vain. It
-    does not wait for the device."""
+    failure, and a signal. Since a process that fails sends it wherever it is, the others never wait
+    in vain. It does not wait for the device."""
     if (world_size := rank_and_world_size()[1]) == 1:
         return [value]
     import torch.distributed as dist
 
     messages: list[Any] = [None] * world_size
     try:
-        dist.all_gather_object(messages, (value, exit_code), group=_host_group())
+        message = value, exit_code, stop_signal.own
+        dist.all_gather_object(messages, message, group=_host_group())
     except RuntimeError as error:
         raise ConnectionLost from error
-    for rank, (_, code) in enumerate(messages):
+    stop_signal.update(number for _, _, number in messages)
+    for rank, (_, code, _) in enumerate(messages):
         if code is not None:
             raise _Abort(rank, code)
-    return [each for each, _ in messages]
+    return [each for each, _, _ in messages]
 
 
 def _has_group() -> bool:

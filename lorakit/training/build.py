@@ -149,7 +149,7 @@ def build_loop(
     section = prepared.recipe.train
     execution = choose_execution(prepared, strategy.device, schedule.total_steps)
     objective = build_objective(prepared, strategy.device, say)
-    evaluator = Evaluator(prepared, objective.parts, stop, recorder.display.say)
+    evaluator = Evaluator(prepared, objective.parts, recorder.display.say)
     advice = prepared.method.advice(prepared.recipe.adapter)
     return Loop(
         engine=build_engine(prepared, objective, strategy, schedule.total_steps, execution, say),

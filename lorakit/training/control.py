@@ -11,7 +11,7 @@ from types import FrameType
 
 from torch import Tensor
 
-from lorakit.distributed.processes import largest
+from lorakit.distributed.processes import stop_signal
 from lorakit.errors import Interrupted
 from lorakit.evaluation.evaluate import evaluate_model
 from lorakit.models.causal import CausalParts
@@ -42,24 +42,21 @@ class Schedule:
 
 
 class StopRequest:
-    """Set by a signal; the loop stops after the current step. ``signal_number`` is 0 until then."""
+    """Set by a signal to any of the processes; all of them stop after the same step."""
 
-    def __init__(self) -> None:
-        self.signal_number = 0
+    @property
+    def signal_number(self) -> int:
+        """The signal; 0 before one."""
+        return stop_signal.agreed
 
     def __bool__(self) -> bool:
         return self.signal_number != 0
 
-    def agreed(self) -> bool:
-        """Whether a process got a signal; all of them learn of it at the same step."""
-        [self.signal_number] = largest([self.signal_number])
-        return bool(self)
-
     def handle(self, number: int, _frame: FrameType | None) -> None:
         """The signal handler: a second signal raises Interrupted at once."""
-        if self.signal_number:
+        if stop_signal.own:
             raise Interrupted("stopped immediately by a second signal", number)
-        self.signal_number = number
+        stop_signal.set(number)
 
 
 @contextmanager
@@ -69,6 +66,7 @@ def stop_request() -> Iterator[StopRequest]:
     A signal that is ignored, such as SIGHUP under nohup, stays ignored.
     """
     request = StopRequest()
+    stop_signal.clear()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
@@ -88,7 +86,6 @@ class Evaluator:
 
     prepared: Prepared
     parts: CausalParts | None
-    stop: StopRequest
     say: Callable[[str], None]
 
     @property
@@ -110,7 +107,7 @@ class Evaluator:
             generate=task.generates(recipe.task, final),
             seed=recipe.train.seed,
             on_progress=throttled(self.say),
-            should_stop=lambda: bool(self.stop),
+            should_stop=lambda: stop_signal.own != 0,
         ).metrics
 
 

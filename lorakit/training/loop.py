@@ -110,7 +110,7 @@ class Loop:
         while self.progress.step < self.schedule.total_steps and not self.progress.stopped_early:
             self._take_step()
             self._log()
-            if self.stop.agreed():
+            if self.stop:
                 self._interrupt()
             if self._evaluation_due():
                 self._evaluate()
@@ -149,7 +149,6 @@ class Loop:
         try:
             metrics = self.evaluate(final=True)
         except EvaluationStopped as error:
-            self.stop.agreed()
             raise Interrupted(
                 "stopped in the final evaluation; continue with --resume auto",
                 self.stop.signal_number,
@@ -292,7 +291,6 @@ class Loop:
         ) from error
 
     def _interrupt(self) -> NoReturn:
-        self.stop.agreed()
         saved = self.save()
         raise Interrupted(
             f"stopped at step {self.progress.step} of {self.schedule.total_steps}; saved {saved}; "
