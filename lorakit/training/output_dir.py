@@ -6,7 +6,6 @@ A run is never overwritten, only resumed.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from lorakit.training.checkpoint import (
     load_checkpoint,
     readable_checkpoints,
 )
+from lorakit.training.guard import read_record
 from lorakit.training.tracking import PROJECT
 from lorakit.user_code import code_identity, is_code
 
@@ -265,11 +265,7 @@ def _checkpoint_at(directory: str) -> Path:
 
 
 def _read_run(output_dir: Path) -> dict[str, Any]:
-    try:
-        run = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return _typed(run, _RUN_TYPES)
+    return _typed(read_record(output_dir), _RUN_TYPES)
 
 
 def _typed(record: Any, types: Mapping[str, Any]) -> dict[str, Any]:

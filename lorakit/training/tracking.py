@@ -34,7 +34,8 @@ class MetricsFile:
     def _open(self, keep: int) -> BinaryIO:
         with writing(self._path):
             is_there = self._path.is_file()
-            lines = self._path.read_text(encoding="utf-8").splitlines() if is_there else []
+            text = self._path.read_text(encoding="utf-8", errors="replace") if is_there else ""
+            lines = text.splitlines()
             kept = lines[:keep]
             self.lines = len(kept)
             write_text(self._path, "".join(f"{line}\n" for line in kept))

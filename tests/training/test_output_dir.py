@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,13 @@ def test_a_record_of_wrong_types_is_ignored(recipe: Recipe, record: Any) -> None
             check_same_data(data, folder / "checkpoints" / "step-3", print)
     else:
         check_same_data(data, folder / "checkpoints" / "step-3", print)
+
+
+def test_a_pipe_in_place_of_the_record_is_not_read(recipe: Recipe) -> None:
+    folder = Path(recipe.train.output_dir)
+    folder.mkdir()
+    os.mkfifo(folder / "run.json")
+    assert find_start(recipe, "auto") == Start()
 
 
 def test_a_directory_that_cannot_be_created(recipe: Recipe, tmp_path: Path) -> None:

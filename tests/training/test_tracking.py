@@ -33,6 +33,14 @@ def test_a_resumed_file_keeps_the_lines_before_the_checkpoint(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_damaged_lines_after_the_checkpoint_do_not_matter(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1}\n{"step": \xa3\x00\n')
+    metrics = MetricsFile(file, keep=1)
+    metrics.close()
+    assert file.read_text() == '{"step": 1}\n'
+
+
 @pytest.mark.parametrize("keep", [0, 2])
 def test_a_missing_file(keep: int, tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path / "metrics.jsonl", keep)
