@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -320,3 +320,14 @@ _LAYOUTS = {
     "bloom": _by_head,
     "phi3": _grouped_queries,
 }
+
+
+def transformer_layers(model: nn.Module) -> Sequence[nn.Module]:
+    """The layers of the largest stack in ``model``, by values (a quantized weight is not a
+    parameter); empty if there is none."""
+    stacks = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return max(stacks, key=lambda stack: sum(map(_size, stack)), default=[])
+
+
+def _size(module: nn.Module) -> int:
+    return sum(value.numel() for value in (*module.parameters(), *module.buffers()))

@@ -20,7 +20,7 @@ import torch
 
 import lorakit
 from lorakit.data.plan import Bin
-from lorakit.distributed.strategy import build_strategy
+from lorakit.distributed.build import build_strategy
 from lorakit.recipe.sections import Recipe
 from lorakit.training import build
 from lorakit.training.batching import StepLoader, build_batching

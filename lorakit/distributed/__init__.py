@@ -5,5 +5,5 @@ the results. ``strategy`` is for training: it places and wraps the trained modul
 gradients and counts. With a single process, neither has any effect.
 
 To add a way to distribute training, derive a class from ``Strategy`` and return it from
-``build_strategy``.
+``build_strategy`` (``build``).
 """

@@ -22,6 +22,17 @@ from lorakit.errors import LorakitError, UserError
 T = TypeVar("T")
 _FAILED = "lorakit/failed"
 _STOPPING = "lorakit/stopping"
+#: Variables that ``accelerate launch`` sets from ``fsdp_config``, and the values allowed. The first
+#: is assumed if it sets none.
+_FSDP_SETTINGS = {
+    "FSDP_VERSION": ("2",),
+    "FSDP_OFFLOAD_PARAMS": ("false",),
+    # Transformers would load the weights in one process of each host only.
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": ("false",),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("false",),
+    "FSDP_RESHARD_AFTER_FORWARD": ("true", "false"),
+    "FSDP_AUTO_WRAP_POLICY": ("transformer_based_wrap",),
+}
 
 
 class PeerFailed(Exception):
@@ -63,13 +74,33 @@ def rank_and_world_size() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def uses_fsdp() -> bool:
+    """Whether ``accelerate launch`` asks for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+
+
+def check_fsdp_settings() -> None:
+    """Raise UserError for a setting of accelerate's ``fsdp_config`` that lorakit does not follow.
+    Those that it ignores change neither results nor memory."""
+    for variable, allowed in _FSDP_SETTINGS.items():
+        value = os.environ.get(variable, allowed[0]).lower()
+        if value not in allowed:
+            raise UserError(
+                f"accelerate launch: {variable.lower()} = {value}: not supported; allowed: "
+                f"{', '.join(allowed)} (configs/fsdp2.yaml)"
+            )
+
+
 def init_process_group() -> None:
     """Join the launcher's other processes, if there are any, and select this process's device.
 
-    Raises UserError if there are more processes than devices.
+    Raises UserError if there are more processes than devices, or for settings of FSDP that are not
+    supported.
     """
     if not is_launched():
         return
+    if uses_fsdp():
+        check_fsdp_settings()
     import torch
     from accelerate import PartialState
 

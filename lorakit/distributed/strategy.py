@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from lorakit.data.collate import Batch
 from lorakit.data.plan import Share
 from lorakit.distributed.processes import largest, rank_and_world_size
-from lorakit.errors import UserError
+from lorakit.recipe.sections import Recipe
 
 #: Gradients are reduced in parts of at most this many elements: 64 MiB in float32.
 _BUCKET_ELEMENTS = 2**24
-#: Strategies that accelerate announces in the environment.
-_UNSUPPORTED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 
 
 class Strategy:
@@ -33,6 +30,7 @@ class Strategy:
     """
 
     share = Share()
+    is_sharded: ClassVar[bool] = False
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -54,14 +52,27 @@ class Strategy:
         skipped: bool = self.accelerator.optimizer_step_was_skipped
         return skipped
 
+    def check(self, recipe: Recipe) -> None:
+        """Raise UserError for a recipe that the strategy does not support."""
+
+    def place(self, model: nn.Module) -> None:
+        """Move ``model``, with its adapters, to the device."""
+        model.to(self.device)
+
     def wrap(self, module: nn.Module) -> Any:
         """Return ``module`` on its device, in the run's precision and ready for ``backward``."""
         # As for an evaluation: gradients are reduced here, not by DistributedDataParallel.
-        return self.accelerator.prepare_model(module, evaluation_mode=True)
+        return self.accelerator.prepare_model(
+            module, device_placement=not self.is_sharded, evaluation_mode=True
+        )
 
     def wrap_optimizer(self, optimizer: torch.optim.Optimizer) -> AcceleratedOptimizer:
         """Return ``optimizer`` with float16's loss scaling, if the run uses it."""
         return self.accelerator.prepare_optimizer(optimizer)
+
+    def passes(self, micro_batches: Sequence[Batch]) -> list[tuple[Batch, bool]]:
+        """The batches of this process's passes, and whether their loss counts."""
+        return [(batch, True) for batch in micro_batches]
 
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
@@ -128,25 +139,3 @@ def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
         buckets[-1].append(tensor)
         room -= tensor.numel()
     return buckets
-
-
-def build_strategy(dtype: str) -> Strategy:
-    """Return the strategy for a model in precision ``dtype``: ``single``, or ``ddp`` if a launcher
-    started several processes.
-
-    Raises UserError for another strategy of the launcher, or for float16 on the CPU.
-    """
-    for variable, name in _UNSUPPORTED.items():
-        if os.environ.get(variable, "").lower() in ("1", "true"):
-            raise UserError(
-                f"accelerate launch: {name} is not supported; allowed: distributed_type MULTI_GPU "
-                "or MULTI_CPU (configs/ddp.yaml)"
-            )
-    half = dtype == "float16"
-    AcceleratorState._reset_state()  # an earlier run of this process may have another precision
-    accelerator = Accelerator(mixed_precision="fp16" if half else "no")
-    if half and accelerator.device.type == "cpu":
-        raise UserError(
-            "model.dtype = 'float16': needs a GPU; allowed on the CPU: bfloat16, float32"
-        )
-    return DataParallel(accelerator) if rank_and_world_size()[1] > 1 else Strategy(accelerator)

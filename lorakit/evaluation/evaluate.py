@@ -32,7 +32,7 @@ from lorakit.distributed.processes import (
 )
 from lorakit.errors import EvaluationError
 from lorakit.evaluation.generation import generate_text
-from lorakit.evaluation.hf_generate import pad_id
+from lorakit.evaluation.hf_generate import BatchCapacity, batch_capacity, pad_id
 from lorakit.evaluation.progress import (
     EvaluationStopped,
     OnPhase,
@@ -92,6 +92,7 @@ def evaluate_model(
     generate: bool = True,
     on_progress: OnPhase | None = None,
     should_stop: ShouldStop | None = None,
+    in_step: bool = False,
 ) -> Evaluation:
     """Measure the model on ``data``.
 
@@ -102,15 +103,16 @@ def evaluate_model(
     (cross entropy, or squared error for a regression), and the task's scores.
 
     ``parts`` is ``split_model(model)``, if the caller already has it. ``on_progress`` receives the
-    phase, the rows done and the total. The state of random generators is not changed, and the
-    model's training mode is restored.
+    phase, the rows done and the total. With ``in_step``, for a model whose passes need all
+    processes, each one measures all rows in the same passes. The state of random generators is not
+    changed, and the model's training mode is restored.
 
     Raises EvaluationError for a metric that is not finite, and EvaluationStopped if
     ``should_stop`` returns true.
     """
     assert data.encoded.counts.rows == len(data.split), "the encoded rows are the split's"
-    monitor = _monitors(on_progress, should_stop)
-    measure = _Measure(model, tokenizer, data, batch_size, seed, monitor)
+    monitor = _monitors(on_progress, should_stop, in_step)
+    measure = _Measure(model, tokenizer, data, batch_size, seed, monitor, in_step)
     result = None
     with _evaluation_mode(model), suppress(EvaluationStopped):
         if data.task.kind == "encoder":
@@ -120,7 +122,7 @@ def evaluate_model(
     shares = [share for share in gather(result) if share is not None]
     if len(shares) < rank_and_world_size()[1]:
         raise EvaluationStopped
-    return _combined(shares, data)
+    return _combined(shares[:1] if in_step else shares, data)
 
 
 @dataclass(frozen=True)
@@ -143,14 +145,15 @@ class _Measure:
     batch_size: int
     seed: int
     monitor: Callable[[str, range], ProgressMonitor]
+    in_step: bool
 
     def language_model(self, parts: CausalParts, generate: bool) -> _Share:
-        share = shard(len(self.data.encoded))  # a chat may be several of these rows
+        share = self._share(len(self.data.encoded))  # a chat may be several of these rows
         with host_masks(self.model.device):
             loss = self._token_loss(parts, share)
         texts = []
         if generate and self.data.prompts is not None:
-            texts = self._generate(self.data.prompts, shard(len(self.data.split)))
+            texts = self._generate(self.data.prompts, self._share(len(self.data.split)))
         return _Share(loss, len(share), texts)
 
     def classify(self) -> _Share:
@@ -159,7 +162,7 @@ class _Measure:
         A row whose largest logit belongs to a class that the task does not have is predicted as
         ``{"error": ...}``, which names the class.
         """
-        share = shard(len(self.data.encoded))
+        share = self._share(len(self.data.encoded))
         columns = label_columns(self.model, self.data.task.labels(self.data.config, None))
         with host_masks(self.model.device):
             outputs, losses = self._class_outputs(share, columns)
@@ -191,6 +194,7 @@ class _Measure:
             task_decoding(config, task.stop_texts(config), self.seed),
             rows=share,
             batch_size=config.generation_batch_size,
+            capacity=self._capacity(),
             monitor=self.monitor("generated", share),
         )
         return answer_contents(task, config, self.data.split, self.tokenizer, share, texts)
@@ -221,6 +225,15 @@ class _Measure:
             monitor.advance(len(rows))
         return outputs, losses
 
+    def _share(self, total: int) -> range:
+        return range(total) if self.in_step else shard(total)
+
+    def _capacity(self) -> BatchCapacity | None:
+        """The smallest of the processes' capacities if their batches must be the same."""
+        if not self.in_step:
+            return None
+        return min(gather(batch_capacity(self.model)), key=lambda each: each.max_bytes or 0)
+
     def _classes(self, columns: list[int] | None) -> dict[Any, Prediction]:
         """Map a logit's index to the task's class; empty if they are the same."""
         if columns is None:
@@ -236,13 +249,16 @@ class _Measure:
 
 
 def _monitors(
-    on_progress: OnPhase | None, should_stop: ShouldStop | None
+    on_progress: OnPhase | None, should_stop: ShouldStop | None, in_step: bool
 ) -> Callable[[str, range], ProgressMonitor]:
     """Return a function that creates the monitor of a phase over some rows."""
 
     def stops() -> bool:
+        wanted = should_stop is not None and should_stop()
+        if in_step:
+            return any(gather(wanted))
         check_peers()
-        return any_wants_to_stop(should_stop is not None and should_stop())
+        return any_wants_to_stop(wanted)
 
     def monitor(phase: str, rows: range) -> ProgressMonitor:
         return ProgressMonitor(len(rows), on_progress and partial(on_progress, phase), stops)

@@ -63,6 +63,7 @@ def generate_text(
     *,
     rows: Sequence[int] | None = None,
     batch_size: int | None = None,
+    capacity: BatchCapacity | None = None,
     monitor: ProgressMonitor | None = None,
 ) -> list[str]:
     """Return the model's continuation of each prompt, without special tokens.
@@ -71,8 +72,8 @@ def generate_text(
     other settings are ignored), before a stop sequence, or after ``decoding.max_new_tokens`` (with
     ``decoding.fit_window``, at the latest at the end of the model's window). ``rows`` are the
     prompts' numbers, by default 0, 1, ...; they and the seed determine the random numbers.
-    ``batch_size`` is in prompts and defaults to what ``batch_capacity`` allows, where each beam
-    counts as a sequence.
+    ``batch_size`` is in prompts and defaults to what ``capacity``, by default
+    ``batch_capacity``, allows, where each beam counts as a sequence.
 
     Raises DataError for a prompt that is empty or leaves no room in the model's window, and
     EvaluationStopped if ``monitor`` raises it.
@@ -82,7 +83,7 @@ def generate_text(
     monitor = monitor or ProgressMonitor(len(prompts))
     reader = OutputReader(tokenizer, frozenset(eos_ids(model, tokenizer)), decoding.stop)
     groups = _equal_prompts(prompts, distinct=decoding.samples)
-    capacity = batch_capacity(model)
+    capacity = capacity or batch_capacity(model)
     texts = [""] * len(prompts)
     with generation_mode(model):
         for batch, limited in _batches(groups, prompts, limits, decoding, batch_size, capacity):

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lorakit.anatomy import transformer_layers
 from lorakit.base_weight import RowView
 from lorakit.errors import UserError
 from lorakit.methods.lora_layer import LoraLayer
 from lorakit.models import fp8, nf4
 from lorakit.recipe.sections import ModelSection
-from lorakit.training.fast_layers import transformer_layers
 
 
 def check_base_precision(section: ModelSection) -> None:

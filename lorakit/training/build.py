@@ -46,10 +46,10 @@ from lorakit.training.tracking import Recorder
 Objective = CausalObjective | EncoderObjective
 
 
-def build_objective(prepared: Prepared, device: torch.device, say: Say) -> Objective:
-    """Seed the run, move the model to ``device`` and wrap it in its objective. An nf4 base is
+def build_objective(prepared: Prepared, strategy: Strategy, say: Say) -> Objective:
+    """Seed the run, place the model on the device and wrap it in its objective. An nf4 base is
     quantized here, after ``choose_execution`` has seen the model."""
-    section = prepared.recipe.train
+    section, device = prepared.recipe.train, strategy.device
     model: Any = prepared.model
     # Each process drops out other elements.
     set_seed((section.seed + rank_and_world_size()[0]) % 2**32)
@@ -59,7 +59,7 @@ def build_objective(prepared: Prepared, device: torch.device, say: Say) -> Objec
         _checkpoint_activations(model)
     if prepared.recipe.model.base_precision == "nf4":
         say(quantize_nf4(model, device))
-    model.to(device)
+    strategy.place(model)
     if prepared.task.kind == "encoder":
         columns = label_columns(model, prepared.task.labels(prepared.recipe.task, None))
         if device.type == "cpu" and section.compile is not True:
@@ -86,7 +86,7 @@ def build_engine(
     if execution.note:
         say(execution.note)
     if execution.mode == "compiled_layers" and section.kernels == "auto":
-        fuse_layers(model)
+        fuse_layers(model, stack=not strategy.is_sharded)
     if prepared.recipe.model.base_precision == "fp8":
         say(quantize_fp8(model))
     compiled = execution.mode == "compiled_layers"
@@ -147,9 +147,13 @@ def build_loop(
     say: Say,
 ) -> Loop:
     section = prepared.recipe.train
-    execution = choose_execution(prepared, strategy.device, schedule.total_steps)
-    objective = build_objective(prepared, strategy.device, say)
-    evaluator = Evaluator(prepared, objective.parts, recorder.display.say)
+    execution = choose_execution(
+        prepared, strategy.device, schedule.total_steps, strategy.is_sharded
+    )
+    objective = build_objective(prepared, strategy, say)
+    evaluator = Evaluator(
+        prepared, objective.parts, recorder.display.say, in_step=strategy.is_sharded
+    )
     advice = prepared.method.advice(prepared.recipe.adapter)
     return Loop(
         engine=build_engine(prepared, objective, strategy, schedule.total_steps, execution, say),

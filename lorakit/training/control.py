@@ -82,11 +82,13 @@ def stop_request() -> Iterator[StopRequest]:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Measures the model, with its current weights, on the recipe's evaluation split."""
+    """Measures the model, with its current weights, on the recipe's evaluation split. For
+    ``in_step`` see ``evaluate_model``."""
 
     prepared: Prepared
     parts: CausalParts | None
     say: Callable[[str], None]
+    in_step: bool = False
 
     @property
     def measures_more_at_the_end(self) -> bool:
@@ -108,6 +110,7 @@ class Evaluator:
             seed=recipe.train.seed,
             on_progress=throttled(self.say),
             should_stop=lambda: stop_signal.own != 0,
+            in_step=self.in_step,
         ).metrics
 
 

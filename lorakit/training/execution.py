@@ -30,9 +30,12 @@ class Execution:
     note: str | None = None
 
 
-def choose_execution(prepared: Prepared, device: torch.device, total_steps: int) -> Execution:
+def choose_execution(
+    prepared: Prepared, device: torch.device, total_steps: int, is_sharded: bool = False
+) -> Execution:
     """Follow ``train.compile``: ``true`` compiles the layers, ``false`` runs eagerly, and ``auto``
-    chooses what is faster for this model, batch size and run on a GPU."""
+    chooses what is faster for this model, batch size and run on a GPU. A graph cannot be captured
+    of a model that ``is_sharded``."""
     section = prepared.recipe.train
     if section.compile is True:
         return Execution("compiled_layers", "each layer is compiled (train.compile: true)")
@@ -47,7 +50,9 @@ def choose_execution(prepared: Prepared, device: torch.device, total_steps: int)
             "each layer is compiled, which takes up to a minute and pays for a run of this size "
             "(train.compile: false disables this)",
         )
-    return _cuda_graphs(prepared) if flops < _GRAPHS_PAY_FLOPS else Execution("eager")
+    if flops >= _GRAPHS_PAY_FLOPS or is_sharded:
+        return Execution("eager")
+    return _cuda_graphs(prepared)
 
 
 def _cuda_graphs(prepared: Prepared) -> Execution:

@@ -5,22 +5,15 @@ Each function changes the model in place, on its device, after the adapter has b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch._functorch.config
 from torch import Tensor, nn
 
+from lorakit.anatomy import transformer_layers
 from lorakit.errors import UserError
 from lorakit.methods.lora_layer import LoraLayer, SharedInput
-
-
-def transformer_layers(model: nn.Module) -> Sequence[nn.Module]:
-    """The layers of the largest stack in ``model``, by values (a quantized weight is not a
-    parameter); empty if there is none."""
-    stacks = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
-    return max(stacks, key=lambda stack: sum(map(_size, stack)), default=[])
 
 
 def compile_layers(model: nn.Module) -> None:
@@ -38,14 +31,16 @@ def compile_layers(model: nn.Module) -> None:
         layer.compile()
 
 
-def fuse_layers(model: Any) -> None:
-    """Compute each LoRA layer by one operator, and those that read the same tensor (q, k and v) by
-    a single one. A forward pass on a few tokens finds them."""
+def fuse_layers(model: Any, stack: bool = True) -> None:
+    """Compute each LoRA layer by one operator, and with ``stack`` those that read the same tensor
+    (q, k and v) by a single one. A forward pass on a few tokens finds them."""
     plain = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer) and m.is_plain()}
     if not plain:
         return
     for layer in plain.values():
         layer.fused = True
+    if not stack:
+        return
     inputs: dict[str, Tensor] = {}
 
     def note(name: str) -> Any:
@@ -73,7 +68,3 @@ def _recompute_more() -> None:
     name = "ban_recompute_materialized_backward"
     if hasattr(torch._functorch.config, name):
         setattr(torch._functorch.config, name, False)
-
-
-def _size(module: nn.Module) -> int:
-    return sum(value.numel() for value in (*module.parameters(), *module.buffers()))

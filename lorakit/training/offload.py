@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from lorakit.anatomy import transformer_layers
 from lorakit.errors import UserError
 from lorakit.recipe.sections import TrainSection
-from lorakit.training.fast_layers import transformer_layers
 
 
 def offload_layers(model: nn.Module, device: torch.device, compiled: bool) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.data.stream_steps import StreamSteps
+from lorakit.distributed.build import build_strategy
 from lorakit.distributed.processes import (
     first_on_each_host,
     gather,
@@ -16,7 +17,7 @@ from lorakit.distributed.processes import (
     is_main,
     run_on_main,
 )
-from lorakit.distributed.strategy import Strategy, build_strategy
+from lorakit.distributed.strategy import Strategy
 from lorakit.errors import Interrupted, UserError, WriteFailed
 from lorakit.io.atomic import writing
 from lorakit.openmp import yield_cores
@@ -104,6 +105,7 @@ def train(recipe: Recipe, resume: str | None = None, say: Say = lambda text: Non
         return _finished(Path(recipe.train.output_dir), start.finished)
     _check_support(recipe)
     strategy = build_strategy(recipe.model.dtype)
+    strategy.check(recipe)
     with first_on_each_host():  # whose tokens are cached for the others
         prepared = prepare(recipe, say)
     batching = build_batching(prepared, strategy.device, strategy.share)
@@ -196,11 +198,14 @@ def dry_run(recipe: Recipe, say: Say) -> dict[str, Any]:
     say = _only_on_main(say)
     _check_support(recipe)
     strategy = build_strategy(recipe.model.dtype)
+    strategy.check(recipe)
     prepared = prepare(recipe, say, write_cache=False)
     steps = build_batching(prepared, strategy.device, strategy.share).steps
     schedule = build_schedule(prepared.recipe, steps)
-    execution = choose_execution(prepared, strategy.device, schedule.total_steps)
-    objective = build_objective(prepared, strategy.device, say)
+    execution = choose_execution(
+        prepared, strategy.device, schedule.total_steps, strategy.is_sharded
+    )
+    objective = build_objective(prepared, strategy, say)
     engine = build_engine(prepared, objective, strategy, schedule.total_steps, execution, say)
     loader = build_loader(prepared, objective, steps, strategy.device, execution)
     first = loader.take(0)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lorakit.distributed.build import build_strategy
 from lorakit.distributed.processes import (
     first_on_each_host,
     gather,
@@ -12,7 +13,6 @@ from lorakit.distributed.processes import (
     shard,
     unshard,
 )
-from lorakit.distributed.strategy import build_strategy
 from lorakit.errors import UserError
 
 
@@ -32,16 +32,15 @@ def test_a_single_process_reduces_nothing() -> None:
         pass
 
 
-@pytest.mark.parametrize(
-    ("variable", "name"),
-    [("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")],
-)
-def test_other_strategies_are_refused(
-    variable: str, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(variable, "true")
-    with pytest.raises(UserError, match=f"{name} is not supported; allowed: distributed_type"):
+def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match="DeepSpeed is not supported; allowed: distributed_type"):
         build_strategy("float32")
+
+
+def test_fsdp_in_a_single_process_shards_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert not build_strategy("float32").is_sharded
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="float16 is fine on a GPU")

@@ -26,11 +26,11 @@ def environments(processes: int) -> list[dict[str, str]]:
     ]
 
 
-def start(processes: int, *arguments: object) -> list[subprocess.Popen[str]]:
-    """``python ARGUMENTS`` in each process, on the CPU."""
+def start(processes: int, *arguments: object, **variables: str) -> list[subprocess.Popen[str]]:
+    """``python ARGUMENTS`` in each process, on the CPU; ``variables`` are of the environment."""
     return [
         subprocess.Popen(
-            [sys.executable, *map(str, arguments)], env={**os.environ, **environment},
+            [sys.executable, *map(str, arguments)], env={**os.environ, **environment, **variables},
             cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for environment in environments(processes)
@@ -43,5 +43,5 @@ def ended(started: list[subprocess.Popen[str]], seconds: float = 240) -> list[tu
     return [(process.returncode, *each) for process, each in zip(started, said, strict=True)]
 
 
-def launch(processes: int, *arguments: object) -> list[tuple[int, str, str]]:
-    return ended(start(processes, *arguments))
+def launch(processes: int, *arguments: object, **variables: str) -> list[tuple[int, str, str]]:
+    return ended(start(processes, *arguments, **variables))

@@ -9,6 +9,8 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
+from lorakit.distributed.processes import check_fsdp_settings
+
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 #: file -> (distributed_type, machines, processes)
 EXPECTED = {
@@ -46,3 +48,9 @@ def test_every_nested_key_is_an_option_of_the_launcher(name: str) -> None:
 def test_fsdp2_is_version_2() -> None:
     config = load_config_from_file(str(CONFIGS / "fsdp2.yaml"))
     assert config.fsdp_config["fsdp_version"] == 2
+
+
+def test_the_settings_of_fsdp2_are_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in load_config_from_file(str(CONFIGS / "fsdp2.yaml")).fsdp_config.items():
+        monkeypatch.setenv(key.upper(), str(value).lower())
+    check_fsdp_settings()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lorakit.distributed.strategy import build_strategy
+from lorakit.distributed.build import build_strategy
 from lorakit.recipe.sections import Recipe
 from lorakit.training.batching import StepLoader, build_batching
 from lorakit.training.build import build_engine, build_loader, build_objective, build_schedule
@@ -40,7 +40,7 @@ def built(recipe: Recipe, engine: Mode | None = None) -> Built:
     total_steps = build_schedule(prepared.recipe, steps).total_steps
     said: list[str] = []
     execution = choose_execution(prepared, strategy.device, total_steps)
-    objective = build_objective(prepared, strategy.device, said.append)
+    objective = build_objective(prepared, strategy, said.append)
     loader = build_loader(prepared, objective, steps, strategy.device, execution)
     execution = Execution(engine) if engine else execution
     chosen = build_engine(prepared, objective, strategy, total_steps, execution, said.append)

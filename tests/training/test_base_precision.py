@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorakit import registry
-from lorakit.anatomy import adaptable_modules
+from lorakit.anatomy import adaptable_modules, transformer_layers
 from lorakit.base_weight import RowView
 from lorakit.errors import UserError
 from lorakit.injection import inject, trainable_state
@@ -18,7 +18,7 @@ from lorakit.layers import adapter_layers
 from lorakit.methods.lora_layer import LoraLayer
 from lorakit.models.nf4 import Nf4Linear
 from lorakit.training.base_precision import quantize_fp8, quantize_nf4
-from lorakit.training.fast_layers import fuse_layers, transformer_layers
+from lorakit.training.fast_layers import fuse_layers
 from tests.families import tiny, token_ids
 
 CPU = torch.device("cpu")

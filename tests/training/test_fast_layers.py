@@ -7,16 +7,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lorakit.anatomy import transformer_layers
 from lorakit.errors import UserError
 from lorakit.injection import inject
 from lorakit.layers import adapter_layers
 from lorakit.methods.lora import LoraConfig
 from lorakit.methods.lora_layer import LoraLayer
-from lorakit.training.fast_layers import (
-    compile_layers,
-    fuse_layers,
-    transformer_layers,
-)
+from lorakit.training.fast_layers import compile_layers, fuse_layers
 from tests.families import tiny
 
 IDS = torch.arange(24).view(2, 12)

@@ -71,8 +71,8 @@ class EagerEngine:
     def step(self, micro_batches: Sequence[Batch], loss_count: int | None = None) -> StepResult:
         count = loss_count or sum(batch.loss_count for batch in micro_batches)
         loss = torch.zeros((), device=self.strategy.device)
-        for index, batch in enumerate(micro_batches):
-            own = self._forward_backward(batch, 1 / count)
+        for index, (batch, is_counted) in enumerate(self.strategy.passes(micro_batches)):
+            own = self._forward_backward(batch, 1 / count if is_counted else 0.0)
             loss = loss + own if index else own
         loss = self.strategy.reduce_gradients(list(self.parameters.values()), loss)
         if self.probe is not None:
@@ -106,7 +106,8 @@ class EagerEngine:
     def loss(self, micro_batches: Sequence[Batch]) -> float:
         self.objective.eval()
         try:
-            total = sum(float(self.objective(batch)) for batch in micro_batches)
+            passes = self.strategy.passes(micro_batches)
+            total = sum(float(self.objective(batch)) * is_counted for batch, is_counted in passes)
         finally:
             self.objective.train()
         totals = gather((total, sum(batch.loss_count for batch in micro_batches)))
@@ -208,7 +209,7 @@ class EncoderObjective(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
-        indices = None if columns is None else torch.tensor(columns)
+        indices = None if columns is None else torch.tensor(columns, device=model.device)
         self.register_buffer("columns", indices, persistent=False)
         self.label_smoothing = label_smoothing
 

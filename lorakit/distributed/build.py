@@ -1,0 +1,42 @@
+"""Choose the strategy that the launcher asks for."""
+
+from __future__ import annotations
+
+import os
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import patch_environment
+
+from lorakit.distributed.processes import rank_and_world_size, uses_fsdp
+from lorakit.distributed.strategy import DataParallel, Strategy
+from lorakit.errors import UserError
+
+
+def build_strategy(dtype: str) -> Strategy:
+    """Return the strategy for a model in precision ``dtype``: ``single``, or if a launcher started
+    several processes ``ddp``, or ``fsdp2`` if it asks for FSDP.
+
+    Raises UserError for another strategy of the launcher, or for float16 on the CPU.
+    """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
+        raise UserError(
+            "accelerate launch: DeepSpeed is not supported; allowed: distributed_type MULTI_GPU or "
+            "MULTI_CPU (configs/ddp.yaml), or FSDP (configs/fsdp2.yaml)"
+        )
+    half = dtype == "float16"
+    AcceleratorState._reset_state()  # an earlier run of this process may have another precision
+    # Accelerate's own FSDP would shard what is trained, too.
+    with patch_environment(ACCELERATE_USE_FSDP="false"):
+        accelerator = Accelerator(mixed_precision="fp16" if half else "no")
+    if half and accelerator.device.type == "cpu":
+        raise UserError(
+            "model.dtype = 'float16': needs a GPU; allowed on the CPU: bfloat16, float32"
+        )
+    if rank_and_world_size()[1] == 1:
+        return Strategy(accelerator)
+    if not uses_fsdp():
+        return DataParallel(accelerator)
+    from lorakit.distributed.fsdp2 import Fsdp2  # takes time to import
+
+    return Fsdp2(accelerator)

@@ -1,0 +1,126 @@
+"""FSDP2 for training with frozen weights: these are sharded, and what is trained stays whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from lorakit.anatomy import is_routed_expert, transformer_layers
+from lorakit.data.collate import Batch
+from lorakit.distributed.processes import gather
+from lorakit.distributed.strategy import DataParallel
+from lorakit.errors import UserError
+from lorakit.layers import CompositeLayer
+from lorakit.methods.dora_layer import DoraLayer
+from lorakit.recipe.sections import Recipe
+
+_LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+
+
+class Fsdp2(DataParallel):
+    """Several processes, each with a part of the layers' frozen weights and its share of every
+    batch (``fsdp2``).
+
+    The frozen weights of a layer are gathered for its passes only. Embeddings, the output layer and
+    all trained parameters are whole in every process, and ``DataParallel`` adds up their gradients.
+    A pass needs all processes, so each of them runs as many.
+    """
+
+    is_sharded: ClassVar[bool] = True
+
+    def check(self, recipe: Recipe) -> None:
+        if recipe.adapter.method == "full":
+            raise UserError(
+                "adapter.method = 'full': FSDP shards the frozen weights, and there are none; "
+                "allowed: another method, or another launcher configuration (configs/ddp.yaml)"
+            )
+        if (precision := recipe.model.base_precision) is not None:
+            raise UserError(
+                f"model.base_precision = '{precision}': not supported with FSDP; allowed: null, or "
+                "another launcher configuration (configs/ddp.yaml)"
+            )
+
+    def place(self, model: Any) -> None:
+        """Move the model to the device layer by layer, so that it never holds more than one whole
+        layer besides the shards.
+
+        Raises UserError for a model without a stack of layers or whose layers are dropped at
+        random, and for DoRA on parts of a fused projection, which cannot be saved without W.
+        """
+        layers = transformer_layers(model)
+        _check_model(model, layers)
+        mesh = init_device_mesh(self.device.type, (dist.get_world_size(),))
+        for layer in layers:
+            # FSDP supports no parameters of a single number.
+            whole = {p for p in layer.parameters() if p.requires_grad or p.dim() == 0}
+            _shard(layer, mesh, whole)
+        for parameter in model.parameters():
+            if not isinstance(parameter, DTensor):
+                parameter.data = parameter.data.to(self.device)
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.device))
+        # The module that calls the layers has nothing to shard, and makes each fetch the next.
+        _shard(_caller(model, layers[0]), mesh, set(model.parameters()))
+        if any(is_routed_expert(n) for n, p in model.named_parameters() if p.requires_grad):
+            # A layer whose experts got no token in one process needs a backward pass there, too.
+            model.enable_input_require_grads()
+
+    def passes(self, micro_batches: Sequence[Batch]) -> list[tuple[Batch, bool]]:
+        """A process with fewer batches than another repeats one, whose loss does not count."""
+        counts = gather(len(micro_batches))
+        fillers = micro_batches
+        if not min(counts):
+            found = [each for each in gather(_on_host(micro_batches)) if each is not None]
+            fillers = micro_batches or [found[0].to(self.device)]
+        missing = max(counts) - len(micro_batches)
+        return [(b, True) for b in micro_batches] + [(fillers[0], False)] * missing
+
+
+def _shard(module: nn.Module, mesh: Any, whole: set[nn.Parameter]) -> None:
+    """Shard the parameters of ``module`` but for the ``whole`` ones."""
+    reshards = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true"
+    fully_shard(module, mesh=mesh, reshard_after_forward=reshards, ignored_params=whole)
+
+
+def _on_host(batches: Sequence[Batch]) -> Batch | None:
+    """The first batch, in host memory."""
+    if not batches:
+        return None
+    first = batches[0]
+    return replace(first, **{name: tensor.cpu() for name, tensor in first.tensors().items()})
+
+
+def _caller(model: nn.Module, layer: nn.Module) -> nn.Module:
+    """The module that owns the list of layers that ``layer`` is in."""
+    name = next(name for name, module in model.named_modules() if module is layer)
+    return model.get_submodule(".".join(name.split(".")[:-2]))
+
+
+def _check_model(model: Any, layers: Sequence[nn.Module]) -> None:
+    name = type(model).__name__
+    if not layers:
+        raise UserError(
+            f"accelerate launch: {name} has no stack of layers that FSDP could shard; allowed: "
+            "configs/ddp.yaml"
+        )
+    dropping = [key for key in _LAYER_DROPS if getattr(model.config, key, 0.0)]
+    if dropping:
+        raise UserError(
+            f"accelerate launch: {name} drops layers at random ({dropping[0]}), each process "
+            "others, which FSDP does not support; allowed: configs/ddp.yaml"
+        )
+    fused = (m for m in model.modules() if isinstance(m, CompositeLayer))
+    if any(isinstance(part, DoraLayer) for module in fused for part in module.parts.values()):
+        raise UserError(
+            "adapter.method = 'dora': not supported on parts of a fused projection with FSDP; "
+            "allowed: other target_modules, or another launcher configuration (configs/ddp.yaml)"
+        )

@@ -1,0 +1,189 @@
+"""``lorakit train`` with frozen weights that are sharded over processes equals one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lorakit
+from tests.e2e.processes import ended, launch, start
+from tests.e2e.test_shared_train import (
+    ADALORA,
+    LORA,
+    STOPPED,
+    TRAIN,
+    command,
+    recipe,
+    split_over,
+    wait_for,
+    weights,
+)
+from tests.training.runs import (
+    adapter_bytes,
+    learning,
+    log_lines,
+    metrics_lines,
+    run_json,
+    without_dropout,
+)
+
+#: What ``accelerate launch`` sets from ``configs/fsdp2.yaml``.
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_OFFLOAD_PARAMS": "false", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "FSDP_ACTIVATION_CHECKPOINTING": "false", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+}  # fmt: skip
+GENERATED: dict[str, Any] = {"task__eval_generate": "always", "task__max_new_tokens": 12}
+#: name -> (adapter, changes of the recipe)
+RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "lora": (LORA | {"bias": "all"}, GENERATED),
+    "lora_plus": (LORA | {"method": "lora_plus"}, {}),
+    "adalora": (ADALORA | {"target_modules": ["q", "v"]}, {}),
+    "dora": (LORA | {"method": "dora"}, {}),
+    "intrinsic": ({"method": "intrinsic", "d": 50, "target_modules": ["q", "v"]}, {}),
+    "pissa": (LORA | {"init": "pissa"}, {}),
+    "checkpointed": (LORA, {"train__gradient_checkpointing": True}),
+    "packed": (LORA, {"task__packing": True}),
+    "bitfit": ({"method": "bitfit"}, {}),
+    "streamed": (
+        LORA, {"task__streaming": True, "train__max_steps": 5, "train__epochs": None}
+    ),
+}  # fmt: skip
+
+
+def equal(alone: Path, shared: Path) -> None:
+    wanted, found = weights(alone.parent), weights(shared.parent)
+    assert wanted.keys() == found.keys()
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, atol=1e-5, rtol=0, msg=f"{alone}: {key}")
+    runs = alone.parent / "run", shared.parent / "run"
+    for one, other in zip(*map(log_lines, runs), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], abs=1e-5)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], abs=1e-4)
+    evaluations = [[line["eval"] for line in metrics_lines(run) if "eval" in line] for run in runs]
+    assert evaluations[0]
+    for one, other in zip(*evaluations, strict=True):
+        assert other == pytest.approx(one, rel=1e-6, abs=1e-5)
+    for key in ("steps", "trained_tokens", "ranks", "trainable_parameters"):
+        assert run_json(runs[0])[key] == run_json(runs[1])[key]
+
+
+@pytest.mark.parametrize("reshard", ["true", "false"])
+def test_every_method_equals_one_process(
+    reshard: str, tiny_llama: Path, tiny_bert: Path, tmp_path: Path
+) -> None:
+    pairs, bert = [], without_dropout(tiny_bert, tmp_path)
+    for name, (adapter, changes) in RUNS.items():
+        model, task = (bert, "glue/sst2") if name == "bitfit" else (tiny_llama, "completion")
+        alone = recipe(tmp_path / name, model, task, adapter, **changes)
+        lorakit.train(lorakit.load_recipe(alone))
+        pairs.append((alone, split_over(2, alone, tmp_path / f"{name}-shared")))
+    variables = FSDP | {"FSDP_RESHARD_AFTER_FORWARD": reshard}
+    for code, _, err in launch(2, "-c", TRAIN, *(shared for _, shared in pairs), **variables):
+        assert code == 0, err
+    for alone, shared in pairs:
+        equal(alone, shared)
+
+
+def test_a_killed_process_ends_the_others_and_the_run_resumes_exactly(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    adapter = ADALORA | {"target_modules": ["q", "v"], "lora_dropout": 0.2, "tfinal": 0.4}
+    file = recipe(tmp_path / "long", tiny_llama, "completion", adapter, **STOPPED)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert [code for code, _, _ in launch(2, *command(file, whole), **FSDP)] == [0, 0]
+    started = start(2, *command(file, cut), **FSDP)
+    wait_for(cut / "checkpoints" / "step-8")
+    started[1].kill()
+    [(code, _, err), _] = ended(started, seconds=30)
+    assert code == 1
+    assert "error: the connection to another process is lost" in err
+    assert "Traceback" not in err
+    assert not (cut / "adapter").exists()
+    for code, _, err in launch(2, *command(file, cut, "--resume", "auto"), **FSDP):
+        assert code == 0, err
+    assert adapter_bytes(cut) == adapter_bytes(whole)
+    assert learning(cut) == learning(whole)
+
+
+#: Builds the model of a recipe and prints the number of values that this process holds.
+COUNT = """
+import sys, torch, lorakit
+from lorakit.api import process_group
+from lorakit.anatomy import transformer_layers
+from lorakit.distributed.build import build_strategy
+from lorakit.distributed.processes import init_process_group
+from lorakit.training.build import build_objective
+from lorakit.training.setup import prepare
+with process_group():
+    init_process_group()
+    recipe = lorakit.load_recipe(sys.argv[1])
+    prepared = prepare(recipe, lambda text: None)
+    build_objective(prepared, build_strategy("float32"), lambda text: None)
+    frozen = trained = 0
+    for layer in transformer_layers(prepared.model):
+        for parameter in layer.parameters():
+            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            if parameter.requires_grad:
+                trained += local.numel()
+            else:
+                frozen += local.numel()
+    print(frozen, trained)
+"""
+
+
+def test_each_process_has_half_of_the_frozen_weights(tiny_llama: Path, tmp_path: Path) -> None:
+    file = recipe(tmp_path, tiny_llama, "completion", LORA)
+    whole = [int(n) for n in launch(1, "-c", COUNT, file)[0][1].split()]
+    for code, out, err in launch(2, "-c", COUNT, file, **FSDP):
+        assert code == 0, err
+        frozen, trained = map(int, out.split())
+        assert trained == whole[1]
+        assert frozen == whole[0] / 2
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("FSDP_VERSION", "1", "fsdp_version = 1: not supported; allowed: 2"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params = true: not supported"),
+        ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "ram_efficient_loading = true: not supported"),
+    ],
+)
+def test_other_settings_of_fsdp_are_refused(
+    variable: str, value: str, message: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    file = recipe(tmp_path, tiny_llama, "completion", LORA)
+    variables = FSDP | {variable: value}
+    refused(message, launch(2, *command(file, tmp_path / "run"), **variables), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("adapter", {"method": "full"}, "adapter.method = 'full': FSDP shards the frozen weights"),
+        ("model", {"base_precision": "nf4"}, "model.base_precision = 'nf4': not supported with"),
+    ],
+)
+def test_recipes_that_cannot_be_sharded_are_refused(
+    section: str, values: dict[str, str], message: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    file = recipe(tmp_path, tiny_llama, "completion", LORA)
+    content = json.loads(file.read_text())
+    content[section] = values if section == "adapter" else content[section] | values
+    file.write_text(json.dumps(content))
+    refused(message, launch(2, *command(file, tmp_path / "run"), **FSDP), tmp_path / "run")
+
+
+def refused(message: str, found: list[tuple[int, str, str]], output_dir: Path) -> None:
+    first, second = found
+    assert (first[0], second[0]) == (2, 2)
+    assert message in first[2]
+    assert first[2].startswith("error: ")
+    assert "Traceback" not in first[2]
+    assert second[1:] == ("", "")
+    assert not output_dir.exists()
