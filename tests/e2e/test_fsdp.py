@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import pytest
 import torch
 
 import lorakit
-from tests.e2e.processes import ended, launch, start
+from tests.e2e.processes import REPO, ended, launch, start
 from tests.e2e.test_shared_train import (
     ADALORA,
     LORA,
@@ -187,3 +190,23 @@ def refused(message: str, found: list[tuple[int, str, str]], output_dir: Path) -
     assert "Traceback" not in first[2]
     assert second[1:] == ("", "")
     assert not output_dir.exists()
+
+
+def test_accelerate_launch_starts_it(tiny_llama: Path, tmp_path: Path) -> None:
+    """Without GPUs, the processes of a configuration for GPUs train on the CPU."""
+    file = recipe(tmp_path / "alone", tiny_llama, "completion", LORA)
+    lorakit.train(lorakit.load_recipe(file))
+    shared = split_over(2, file, tmp_path / "shared")
+    launcher = (
+        "-m", "accelerate.commands.accelerate_cli", "launch",
+        "--config_file", REPO / "configs" / "fsdp2.yaml", "--num_processes", "2",
+        "--main_process_port", "0", "-m", "lorakit", "train", shared,
+    )  # fmt: skip
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(
+        [sys.executable, *map(str, launcher)], env=environment, cwd=REPO, capture_output=True,
+        text=True, timeout=240,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    assert run_json(tmp_path / "shared" / "run")["hardware"]["processes"] == 2
+    equal(file, shared)
