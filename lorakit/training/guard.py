@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from lorakit.errors import TrainingError, WriteFailed
 from lorakit.io.atomic import writing
 from lorakit.training.checkpoint import checkpoints
+from lorakit.training.run_json import read_record
 
 
 class OutputTaken(TrainingError):
@@ -55,18 +54,6 @@ class Guard:
     def _writer(self) -> str:
         found = read_record(self._output_dir).get("process")
         return found if isinstance(found, str) and found.count(":") >= 2 else self._process
-
-
-def read_record(output_dir: Path) -> dict[str, Any]:
-    """The contents of run.json; empty if there is no such file, or if it is not a JSON object."""
-    file = output_dir / "run.json"
-    try:
-        if not file.is_file():  # reading from a pipe might never end
-            return {}
-        run = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return run if isinstance(run, dict) else {}
 
 
 def resumable(error: WriteFailed, output_dir: Path) -> TrainingError:

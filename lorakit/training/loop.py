@@ -27,8 +27,6 @@ from lorakit.training.batching import StepLoader
 from lorakit.training.checkpoint import (
     Progress,
     Snapshot,
-    random_states,
-    restore_random_states,
     save_checkpoint,
 )
 from lorakit.training.control import Best, Evaluator, Schedule, StopRequest
@@ -43,6 +41,7 @@ from lorakit.training.divergence import (
 )
 from lorakit.training.engine import Engine, same_shapes
 from lorakit.training.guard import Guard
+from lorakit.training.random_states import random_states, restore_random_states
 from lorakit.training.record import peak_memory_bytes
 from lorakit.training.tracking import Recorder
 

@@ -31,7 +31,7 @@ from lorakit.training.checkpoint import (
     load_checkpoint,
     readable_checkpoints,
 )
-from lorakit.training.guard import read_record
+from lorakit.training.run_json import read_run
 from lorakit.training.tracking import PROJECT
 from lorakit.user_code import code_identity, is_code
 
@@ -45,24 +45,6 @@ _CHANGEABLE = {
 }
 #: Keys that together decide what a step trains on.
 _BATCH = {"train.per_device_batch_size", "train.gradient_accumulation_steps"}
-#: What is read from run.json, and the types of it; ``*`` stands for any key.
-_SPLIT_TYPES = {
-    "source": str,
-    "fingerprint": str,
-    "tokens": int,
-    "rows_read": int,
-    "skipped_rows": int,
-}
-_RUN_TYPES: dict[str, Any] = {
-    "exit_reason": str,
-    "metrics": {"*": (int, float)},
-    "steps": int,
-    "diverged": bool,
-    "bad_row": bool,
-    "method_digest": str,
-    "hardware": {"processes": int},
-    "data": {"*": _SPLIT_TYPES},
-}
 #: Keys of the task whose defaults are reduced to what the model supports.
 _FITTED = {"max_length", "max_new_tokens"}
 
@@ -141,7 +123,7 @@ def _find(output_dir: Path) -> Found:
 
 def _finished_run(output_dir: Path) -> dict[str, Any] | None:
     """The run.json of a complete run, whose adapter is there."""
-    run, adapter = _read_run(output_dir), output_dir / "adapter"
+    run, adapter = read_run(output_dir), output_dir / "adapter"
     is_finished = run.get("exit_reason") == "completed" and all(
         (adapter / name).is_file() for name in (CONFIG, WEIGHTS)
     )
@@ -155,7 +137,7 @@ def check_same_data(data: dict[str, Any], checkpoint: Path, say: Say) -> int:
     the same bytes but differ in size. Return the number of rows that these need to have, or 0 if
     nothing has changed.
     """
-    run = _read_run(checkpoint.parent.parent)
+    run = read_run(checkpoint.parent.parent)
     before, rows = run.get("data") or {}, 0
     for split in before.keys() | data.keys() if before else ():
         then, now = ((of.get(split) or {}).get("fingerprint") for of in (before, data))
@@ -181,7 +163,7 @@ def rows_read_before(start: Start) -> dict[str, int]:
     """Return what ``run.json`` records about the stream of the run that ended where this starts."""
     if start.checkpoint is None:
         return {}
-    run = _read_run(start.checkpoint.parent.parent)
+    run = read_run(start.checkpoint.parent.parent)
     train = (run.get("data") or {}).get("train") or {}
     if run.get("steps") != start.step or "rows_read" not in train:
         return {}
@@ -264,26 +246,6 @@ def _checkpoint_at(directory: str) -> Path:
     return checkpoint
 
 
-def _read_run(output_dir: Path) -> dict[str, Any]:
-    return _typed(read_record(output_dir), _RUN_TYPES)
-
-
-def _typed(record: Any, types: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of ``record`` that have the given types, or that are mappings of such entries."""
-    if not isinstance(record, dict):
-        return {}
-    if "*" in types:
-        types = dict.fromkeys(record, types["*"])
-    found = {}
-    for key, type_ in types.items():
-        if isinstance(type_, dict):
-            if isinstance(record.get(key), dict):
-                found[key] = _typed(record[key], type_)
-        elif isinstance(record.get(key), type_):
-            found[key] = record[key]
-    return found
-
-
 def check_same_recipe(recipe: Recipe, output_dir: Path, prepared: bool = False) -> None:
     """Raise UserError unless ``recipe`` describes the run that started in ``output_dir``. Labels
     found in the data may differ, and as long as the recipe is not ``prepared``, defaults that
@@ -311,7 +273,7 @@ def check_same_recipe(recipe: Recipe, output_dir: Path, prepared: bool = False) 
 def _check_same_steps(before: Recipe, now: Recipe, output_dir: Path) -> None:
     """Raise UserError unless the steps of the run in ``output_dir`` have the same rows as those of
     this run; over how many processes and batches they are split may differ."""
-    recorded = _read_run(output_dir).get("hardware") or {}
+    recorded = read_run(output_dir).get("hardware") or {}
     processes = recorded.get("processes") or 1, rank_and_world_size()[1]
     if step_size(before, processes[0]) != step_size(now, processes[1]):
         then, this = (
@@ -345,7 +307,7 @@ def _check_same_files(recipe: Recipe, stored: Path) -> None:
 def _check_same_code(recipe: Recipe, output_dir: Path) -> None:
     """Raise UserError if the code of a user's method is not that of the run in ``output_dir``."""
     method: Method = registry.method(recipe.adapter.method)
-    before = _read_run(output_dir).get("method_digest")
+    before = read_run(output_dir).get("method_digest")
     if None not in (before, method.digest) and before != method.digest:
         raise UserError(
             f"--resume: the code of {method.name} has changed since the run in {output_dir} "

@@ -21,13 +21,12 @@ from lorakit.training.checkpoint import (
     checkpoints,
     delete_after,
     load_checkpoint,
-    random_states,
     readable_checkpoints,
-    restore_random_states,
     save_checkpoint,
     set_aside_after,
 )
 from lorakit.training.engine import EngineState
+from lorakit.training.random_states import random_states, restore_random_states
 
 
 def snapshot(step: int = 3) -> Snapshot:

@@ -24,10 +24,10 @@ from lorakit.training.checkpoint import (
     Progress,
     Snapshot,
     load_checkpoint,
-    random_states,
     save_checkpoint,
 )
 from lorakit.training.engine.eager import EagerEngine
+from lorakit.training.random_states import random_states
 from lorakit.training.record import rank_list, rank_table
 from lorakit.training.run import train
 from tests.training.engines import Built, built

@@ -1,0 +1,60 @@
+"""Reading run.json, which someone else may have written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+#: What is read from run.json, and the types of it; ``*`` stands for any key.
+_SPLIT_TYPES = {
+    "source": str,
+    "fingerprint": str,
+    "tokens": int,
+    "rows_read": int,
+    "skipped_rows": int,
+}
+_RUN_TYPES: dict[str, Any] = {
+    "exit_reason": str,
+    "metrics": {"*": (int, float)},
+    "steps": int,
+    "diverged": bool,
+    "bad_row": bool,
+    "method_digest": str,
+    "hardware": {"processes": int},
+    "data": {"*": _SPLIT_TYPES},
+}
+
+
+def read_record(output_dir: Path) -> dict[str, Any]:
+    """The contents of run.json; empty if there is no such file, or if it is not a JSON object."""
+    file = output_dir / "run.json"
+    try:
+        if not file.is_file():  # reading from a pipe might never end
+            return {}
+        run = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return run if isinstance(run, dict) else {}
+
+
+def read_run(output_dir: Path) -> dict[str, Any]:
+    """What a resumed run reads from run.json, without entries of wrong types."""
+    return _typed(read_record(output_dir), _RUN_TYPES)
+
+
+def _typed(record: Any, types: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of ``record`` that have the given types, or that are mappings of such entries."""
+    if not isinstance(record, dict):
+        return {}
+    if "*" in types:
+        types = dict.fromkeys(record, types["*"])
+    found = {}
+    for key, type_ in types.items():
+        if isinstance(type_, dict):
+            if isinstance(record.get(key), dict):
+                found[key] = _typed(record[key], type_)
+        elif isinstance(record.get(key), type_):
+            found[key] = record[key]
+    return found
