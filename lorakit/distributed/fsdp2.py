@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -58,9 +59,10 @@ class Fsdp2(DataParallel):
         layers = transformer_layers(model)
         _check_model(model, layers)
         mesh = init_device_mesh(self.device.type, (dist.get_world_size(),))
+        uses = Counter(parameter for layer in layers for parameter in layer.parameters())
+        # FSDP supports neither parameters of several layers nor those of a single number.
+        whole = {p for p, count in uses.items() if p.requires_grad or count > 1 or p.dim() == 0}
         for layer in layers:
-            # FSDP supports no parameters of a single number.
-            whole = {p for p in layer.parameters() if p.requires_grad or p.dim() == 0}
             _shard(layer, mesh, whole)
         for parameter in model.parameters():
             if not isinstance(parameter, DTensor):

@@ -247,7 +247,8 @@ def _report(error: Exception) -> None:
         if abort.rank != rank_and_world_size()[0]:
             raise
     except ConnectionLost:
-        return
+        if isinstance(error, RuntimeError):  # a sum of tensors, or a pass that needs all processes
+            raise
 
 
 def _exit_code(error: Exception) -> int:

@@ -149,6 +149,76 @@ def test_each_process_has_half_of_the_frozen_weights(tiny_llama: Path, tmp_path:
         assert frozen == whole[0] / 2
 
 
+#: Compares gradients with and without sharding, for rows of other lengths in each process.
+GRADIENTS = """
+import sys, torch
+from lorakit.api import process_group
+from lorakit.distributed.build import build_strategy
+from lorakit.distributed.processes import init_process_group
+from lorakit.injection import inject, trainable_state
+from lorakit.methods.lora import LoraConfig
+from lorakit.training.offload import offload_layers
+from tests.families import tiny
+from tests.hybrids import hybrid
+
+def gradients(model, rank):
+    torch.manual_seed(0)
+    model.train()
+    for length in range(3, 6):
+        ids = torch.arange(length + rank)[None]
+        model(input_ids=ids, use_cache=False).logits.float().square().mean().backward()
+    return {name: p.grad for name, p in trainable_state(model).items()}
+
+def adapted(build, family):
+    model = build(family)
+    torch.manual_seed(0)
+    inject(model, LoraConfig(r=2, target_modules=["q", "v"]))
+    for parameter in trainable_state(model).values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+with process_group():
+    init_process_group()
+    strategy = build_strategy("float32")
+    for build, family in (
+        (tiny, "gpt2"), (tiny, "phi3"), (tiny, "albert"), (hybrid, "mixtral"), (hybrid, "zamba2"),
+        (hybrid, "qwen3_5"), (tiny, "llama"),
+    ):
+        whole, sharded = adapted(build, family), adapted(build, family)
+        strategy.place(sharded)
+        if family == "llama":
+            offload_layers(sharded, strategy.device, compiled=False)
+        wanted = gradients(whole, strategy.share.rank)
+        for name, gradient in gradients(sharded, strategy.share.rank).items():
+            torch.testing.assert_close(gradient, wanted[name], msg=f"{family}: {name}")
+"""
+
+
+def test_gradients_are_those_of_the_whole_model() -> None:
+    """Fused projections, layers called several times, experts, modules that layers share, parts of
+    a multimodal model, and layers that are recomputed from host memory."""
+    for code, _, err in launch(2, "-c", GRADIENTS, **FSDP):
+        assert code == 0, err
+
+
+#: One process is killed before a pass that needs both.
+KILLED = """
+import os, signal, torch
+import torch.distributed as dist
+from lorakit.api import process_group
+with process_group():
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.all_reduce(torch.ones(1))
+"""
+
+
+def test_a_process_killed_in_a_pass_is_reported() -> None:
+    [(code, _, err), _] = launch(2, "-c", KILLED)
+    assert code == 1
+    assert "ConnectionLost: the connection to another process is lost" in err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
