@@ -104,8 +104,8 @@ def evaluate_model(
 
     ``parts`` is ``split_model(model)``, if the caller already has it. ``on_progress`` receives the
     phase, the rows done and the total. With ``in_step``, for a model whose passes need all
-    processes, each one measures all rows in the same passes. The state of random generators is not
-    changed, and the model's training mode is restored.
+    processes, each one runs as many passes, and generates all texts. The state of random generators
+    is not changed, and the model's training mode is restored.
 
     Raises EvaluationError for a metric that is not finite, and EvaluationStopped if
     ``should_stop`` returns true.
@@ -122,7 +122,7 @@ def evaluate_model(
     shares = [share for share in gather(result) if share is not None]
     if len(shares) < rank_and_world_size()[1]:
         raise EvaluationStopped
-    return _combined(shares[:1] if in_step else shares, data)
+    return _combined(shares, data)
 
 
 @dataclass(frozen=True)
@@ -148,12 +148,12 @@ class _Measure:
     in_step: bool
 
     def language_model(self, parts: CausalParts, generate: bool) -> _Share:
-        share = self._share(len(self.data.encoded))  # a chat may be several of these rows
+        share = shard(len(self.data.encoded))  # a chat may be several of these rows
         with host_masks(self.model.device):
             loss = self._token_loss(parts, share)
         texts = []
         if generate and self.data.prompts is not None:
-            texts = self._generate(self.data.prompts, self._share(len(self.data.split)))
+            texts = self._share_of_texts(self.data.prompts)
         return _Share(loss, len(share), texts)
 
     def classify(self) -> _Share:
@@ -162,7 +162,7 @@ class _Measure:
         A row whose largest logit belongs to a class that the task does not have is predicted as
         ``{"error": ...}``, which names the class.
         """
-        share = self._share(len(self.data.encoded))
+        share = shard(len(self.data.encoded))
         columns = label_columns(self.model, self.data.task.labels(self.data.config, None))
         with host_masks(self.model.device):
             outputs, losses = self._class_outputs(share, columns)
@@ -176,14 +176,24 @@ class _Measure:
     def _token_loss(self, parts: CausalParts, share: range) -> float:
         """Sum the losses of the trained tokens of the rows ``share``."""
         monitor, sums = self.monitor("loss", share), []
-        for rows in self._batches(share):
+        for rows, is_own in self._batches(share):
             monitor.check()
             chosen = [self.data.encoded[int(i)] for i in rows]
             batch = collate_causal(chosen, pad_id(self.tokenizer)).to(self.model.device)
             ids, indices = batch.input_ids, batch.loss_indices
-            sums.append(token_losses(self.model, parts, ids, indices, batch.targets))
-            monitor.advance(len(rows))
+            loss = token_losses(self.model, parts, ids, indices, batch.targets)
+            if is_own:
+                sums.append(loss)
+                monitor.advance(len(rows))
         return _total(sums)
+
+    def _share_of_texts(self, prompts: Sequence[Sequence[int]]) -> list[Prediction]:
+        share = shard(len(prompts))
+        if not self.in_step:
+            return self._generate(prompts, share)
+        # A batch ends with its longest text, so all processes must have the same batches.
+        texts = self._generate(prompts, range(len(prompts)))
+        return [texts[row] for row in share]
 
     def _generate(self, prompts: Sequence[Sequence[int]], share: range) -> list[Prediction]:
         task, config = self.data.task, self.data.config
@@ -209,12 +219,14 @@ class _Measure:
         monitor = self.monitor("evaluated", share)
         outputs: list[tuple[NDArray[np.int64], Tensor]] = []
         losses: list[Tensor] = []
-        for rows in self._batches(share):
+        for rows, is_own in self._batches(share):
             monitor.check()
             chosen = [self.data.encoded[int(i)] for i in rows]
             batch = collate_encoder(chosen, pad_id(self.tokenizer)).to(device)
             labels = batch.labels
             logits = self.model(**batch.model_inputs()).logits.float()
+            if not is_own:
+                continue
             if self.model.config.num_labels == 1:
                 outputs.append((rows, logits.squeeze(-1)))
                 losses.append((outputs[-1][1] - labels.float()).square().sum())
@@ -224,9 +236,6 @@ class _Measure:
                 losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
             monitor.advance(len(rows))
         return outputs, losses
-
-    def _share(self, total: int) -> range:
-        return range(total) if self.in_step else shard(total)
 
     def _capacity(self) -> BatchCapacity | None:
         """The smallest of the processes' capacities if their batches must be the same."""
@@ -242,10 +251,14 @@ class _Measure:
         classes: dict[Any, Prediction] = {at: {"error": f"the class {name}"} for at, name in names}
         return classes | {at: index for index, at in enumerate(columns)}
 
-    def _batches(self, share: range) -> Iterator[NDArray[np.int64]]:
+    def _batches(self, share: range) -> Iterator[tuple[NDArray[np.int64], bool]]:
+        """Yield batches of the rows ``share`` and, if all processes need as many, others that do
+        not count."""
         rows = np.array(share, dtype=np.int64)
-        for places in eval_batches(self.data.encoded.lengths[rows], self.batch_size):
-            yield rows[places]
+        batches = [rows[i] for i in eval_batches(self.data.encoded.lengths[rows], self.batch_size)]
+        missing = max(gather(len(batches))) - len(batches) if self.in_step else 0
+        yield from ((batch, True) for batch in batches)
+        yield from [(np.zeros(1, dtype=np.int64), False)] * missing
 
 
 def _monitors(

@@ -50,8 +50,8 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "intrinsic": ({"method": "intrinsic", "d": 50, "target_modules": ["q", "v"]}, {}),
     "pissa": (LORA | {"init": "pissa"}, {}),
     "checkpointed": (LORA, {"train__gradient_checkpointing": True}),
-    "packed": (LORA, {"task__packing": True}),
-    "bitfit": ({"method": "bitfit"}, {}),
+    "packed": (LORA, {"task__packing": True, "train__per_device_eval_batch_size": 1}),
+    "bitfit": ({"method": "bitfit"}, {"train__per_device_eval_batch_size": 1}),
     "streamed": (
         LORA, {"task__streaming": True, "train__max_steps": 5, "train__epochs": None}
     ),
@@ -75,18 +75,20 @@ def equal(alone: Path, shared: Path) -> None:
         assert run_json(runs[0])[key] == run_json(runs[1])[key]
 
 
-@pytest.mark.parametrize("reshard", ["true", "false"])
+@pytest.mark.parametrize(("processes", "reshard"), [(2, "true"), (3, "false")])
 def test_every_method_equals_one_process(
-    reshard: str, tiny_llama: Path, tiny_bert: Path, tmp_path: Path
+    processes: int, reshard: str, tiny_llama: Path, tiny_bert: Path, tmp_path: Path
 ) -> None:
     pairs, bert = [], without_dropout(tiny_bert, tmp_path)
     for name, (adapter, changes) in RUNS.items():
         model, task = (bert, "glue/sst2") if name == "bitfit" else (tiny_llama, "completion")
         alone = recipe(tmp_path / name, model, task, adapter, **changes)
         lorakit.train(lorakit.load_recipe(alone))
-        pairs.append((alone, split_over(2, alone, tmp_path / f"{name}-shared")))
+        pairs.append((alone, split_over(processes, alone, tmp_path / f"{name}-shared")))
     variables = FSDP | {"FSDP_RESHARD_AFTER_FORWARD": reshard}
-    for code, _, err in launch(2, "-c", TRAIN, *(shared for _, shared in pairs), **variables):
+    for code, _, err in launch(
+        processes, "-c", TRAIN, *(shared for _, shared in pairs), **variables
+    ):
         assert code == 0, err
     for alone, shared in pairs:
         equal(alone, shared)
