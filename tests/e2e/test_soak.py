@@ -25,6 +25,7 @@ SETTINGS = {
     "train__epochs": 10, "train__save_every_steps": 2, "train__log_every_steps": 3,
     "train__eval_every_steps": 9, "train__per_device_batch_size": 4,
 }  # fmt: skip
+_GRACE_SECONDS = 3.0
 LORA = {"r": 4, "lora_dropout": 0.1}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": LORA,
@@ -50,15 +51,19 @@ class Run:
         self._launchers, self._processes, self._recipe = launchers, processes, recipe
 
     def train(self, folder: Path, kill_after: float | None = None, victim: int = 0) -> list[Ended]:
-        """Train on from where the run in ``folder`` is; kill a process after some seconds."""
+        """Train on from where the run in ``folder`` is; kill a process after some seconds, and the
+        others, as a launcher does, if they do not end by themselves."""
         arguments = ["train", self._recipe, "--output-dir", folder, "--resume", "auto"]
         places = environments(self._processes) if self._processes > 1 else [{}]
         began = time.monotonic()
 
         def one(rank: int) -> Ended:
-            due = kill_after is not None and rank == victim
-            when = (lambda: time.monotonic() > began + (kill_after or 0)) if due else None
-            return self._launchers[rank].run(arguments, signal_when=when, environment=places[rank])
+            if kill_after is None:
+                return self._launchers[rank].run(arguments, environment=places[rank])
+            due = began + kill_after + (0 if rank == victim else _GRACE_SECONDS)
+            return self._launchers[rank].run(
+                arguments, signal_when=lambda: time.monotonic() > due, environment=places[rank]
+            )
 
         with ThreadPoolExecutor(self._processes) as pool:
             return list(pool.map(one, range(self._processes)))
