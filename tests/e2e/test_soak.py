@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -77,10 +78,8 @@ def test_kills_at_random_moments(
     method: str, processes: int, launchers: list[Launcher], tiny_llama: Path, tmp_path: Path
 ) -> None:
     adapter = {"method": method, "target_modules": ["q", "v"]} | METHODS[method]
-    changes = {f"adapter__{key}": value for key, value in adapter.items()}
-    if "r" not in adapter:
-        changes["adapter__r"] = None
-    file = write_recipe_file(tmp_path, tiny_llama, "completion", **SETTINGS, **changes)
+    file = write_recipe_file(tmp_path, tiny_llama, "completion", **SETTINGS)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"adapter": adapter}))
     run = Run(launchers, processes, file)
     began = time.monotonic()
     assert all(ended.code == 0 for ended in run.train(tmp_path / "whole"))
