@@ -147,7 +147,7 @@ def test_a_failed_save_leaves_the_old_adapter(
     def full(*_args: object, **_kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lorakit.adapters.peft.write.save_file", full)
+    monkeypatch.setattr("lorakit.adapters.peft.write.save_tensors", full)
     with pytest.raises(OSError, match="No space left"):
         save_adapter(
             adapter, model, LoraConfig(), base_model_name_or_path="b", task_type="CAUSAL_LM"
