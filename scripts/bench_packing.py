@@ -25,6 +25,7 @@ from lorakit.recipe.sections import Recipe
 from lorakit.training import build
 from lorakit.training.batching import StepLoader, build_batching
 from lorakit.training.engine.eager import EagerEngine
+from lorakit.training.execution import Execution
 from lorakit.training.setup import Prepared, prepare
 
 WARM_STEPS = 5
@@ -112,12 +113,16 @@ def built(recipe: Recipe, varlen: bool) -> tuple[Prepared, EagerEngine, StepLoad
     steps = build_batching(prepared, strategy.device).steps
     total_steps = build.build_schedule(recipe, steps).total_steps
     attention = prepared.model.config._attn_implementation
-    objective = build.build_objective(prepared, strategy.device)
+    objective = build.build_objective(prepared, strategy, lambda text: None)
     if not varlen:
         prepared.model.set_attn_implementation(attention)
         objective.varlen = False
-    engine = build.build_engine(prepared, objective, strategy, total_steps, lambda text: None)
-    return prepared, engine, build.build_loader(prepared, objective, steps, strategy.device)
+    execution = Execution("eager")
+    engine = build.build_engine(
+        prepared, objective, strategy, total_steps, execution, lambda text: None
+    )
+    loader = build.build_loader(prepared, objective, steps, strategy.device, execution)
+    return prepared, engine, loader
 
 
 def loss_of_rows(
