@@ -6,6 +6,7 @@ Everything that depends on how a module stores W is here, so that a base with an
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Literal
 
 import torch.nn.functional as F
@@ -15,14 +16,12 @@ from transformers.pytorch_utils import Conv1D
 from lorakit.errors import AdapterError
 from lorakit.kernels.low_rank import RowSlice
 from lorakit.kernels.nf4 import nf4_linear
-from lorakit.models.fp8 import Fp8Linear
 from lorakit.models.nf4 import Nf4Linear
+from lorakit.models.quantized import QuantizedLinear
 
 Kind = Literal["linear", "conv1d", "embedding"]
 #: What can be adapted. Conv1D is GPT-2's linear layer with a weight of (in_features, out_features).
 ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding)
-#: What ``model.base_precision`` makes of linear layers. They dequantize W on each access.
-QUANTIZED = (Fp8Linear, Nf4Linear)
 
 
 class RowView(nn.Module):
@@ -78,20 +77,28 @@ def dense_weight(module: nn.Module) -> Tensor:
 
 def stored_weight(module: nn.Module) -> Tensor:
     """The weight as the module stores it; for a ``RowView``, that of the whole module."""
-    weight = whole(module).weight
+    weight = _whole(module).weight
     assert isinstance(weight, Tensor), type(module)
     return weight
 
 
 def storage(module: nn.Module) -> Tensor:
     """The tensor that holds W, or the quantized W, without dequantizing it."""
-    module = whole(module)
-    if isinstance(module, QUANTIZED):
+    module = _whole(module)
+    if isinstance(module, QuantizedLinear):
         return next(module.buffers())
     return stored_weight(module)
 
 
-def whole(module: nn.Module) -> nn.Module:
+def state_of(module: nn.Module) -> Hashable:
+    """A value that changes when W is replaced, moved or written to."""
+    held = storage(module)
+    if not isinstance(held, nn.Parameter) and not isinstance(_whole(module), QuantizedLinear):
+        return object()  # computed on each access
+    return held.data_ptr(), held._version, held.device, held.dtype
+
+
+def _whole(module: nn.Module) -> nn.Module:
     """The module under a ``RowView``, or ``module`` itself."""
     return module.module if isinstance(module, RowView) else module
 

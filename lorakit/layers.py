@@ -16,17 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.base_weight import (
-    QUANTIZED,
     RowView,
     as_matrix,
     dense_weight,
     kind_of,
     product,
+    state_of,
     storage,
     stored_weight,
-    whole,
 )
 from lorakit.errors import AdapterError
+from lorakit.io.tensors import check_floating_point, check_shape
 from lorakit.kernels.low_rank import LowRankDelta, RowSlice
 
 
@@ -65,10 +65,7 @@ class BaseWrapper(nn.Module, ABC):
     @property
     def base_state(self) -> Hashable:
         """A value that changes when W is replaced, moved or written to: the key of a cache."""
-        held = storage(self.base_layer)
-        if not isinstance(held, nn.Parameter) and not isinstance(whole(self.base_layer), QUANTIZED):
-            return object()  # computed on each access
-        return held.data_ptr(), held._version, held.device, held.dtype
+        return state_of(self.base_layer)
 
     @property
     def weight(self) -> Tensor:
@@ -325,22 +322,6 @@ class CompositeLayer(BaseWrapper):
 
     def _classes(self) -> set[type[AdapterLayer]]:
         return {type(part) for part in self.parts.values()}
-
-
-def check_shape(name: str, value: Tensor, own: Tensor) -> None:
-    """Raise AdapterError unless ``value``, from a file, has the shape of the model's ``own``."""
-    if value.shape != own.shape:
-        raise AdapterError(
-            f"{name} is {tuple(value.shape)}, and the model needs {tuple(own.shape)}: the adapter "
-            "belongs to another base model"
-        )
-
-
-def check_floating_point(name: str, value: Tensor) -> None:
-    """Raise AdapterError for integers, booleans and complex numbers."""
-    if not value.is_floating_point():
-        dtype = str(value.dtype).removeprefix("torch.")
-        raise AdapterError(f"{name} is {dtype}; allowed: floating-point numbers")
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:

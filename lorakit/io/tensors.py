@@ -1,4 +1,4 @@
-"""Writing tensors as safetensors."""
+"""Tensors in files: writing them as safetensors, and checking what was read."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lorakit.errors import AdapterError
+
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     """Write tensors that do not share memory. Raises OSError if the disk is full."""
@@ -21,3 +23,19 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
             number = int(found[1])
             raise OSError(number, os.strerror(number), str(file)) from error
         raise
+
+
+def check_shape(name: str, value: Tensor, own: Tensor) -> None:
+    """Raise AdapterError unless ``value``, from a file, has the shape of the model's ``own``."""
+    if value.shape != own.shape:
+        raise AdapterError(
+            f"{name} is {tuple(value.shape)}, and the model needs {tuple(own.shape)}: the adapter "
+            "belongs to another base model"
+        )
+
+
+def check_floating_point(name: str, value: Tensor) -> None:
+    """Raise AdapterError for integers, booleans and complex numbers."""
+    if not value.is_floating_point():
+        dtype = str(value.dtype).removeprefix("torch.")
+        raise AdapterError(f"{name} is {dtype}; allowed: floating-point numbers")

@@ -24,6 +24,10 @@ class Fp8Weight(NamedTuple):
     by_column: Tensor
     column_scale: Tensor
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.by_row.shape[0], self.by_row.shape[1]
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         return (self.by_row.float() * self.row_scale.t()).to(dtype)
 

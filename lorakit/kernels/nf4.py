@@ -32,6 +32,10 @@ class Nf4Weight(NamedTuple):
     offset: Tensor
     codes: Tensor
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.packed.shape[0], 2 * self.packed.shape[1]
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         W: Tensor = _nf4_dense([*self], dtype)
         return W

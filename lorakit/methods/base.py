@@ -196,7 +196,7 @@ class Method:
             return
         import torch
 
-        from lorakit.layers import check_shape
+        from lorakit.io.tensors import check_shape
 
         config = self._saved_config(settings)
         with torch.random.fork_rng(devices=[]):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.base_weight import QUANTIZED, RowView
+from lorakit.base_weight import RowView
 from lorakit.errors import AdapterError, TargetError
 from lorakit.kernels.fp8 import Fp8Weight, fp8_linear
 from lorakit.kernels.lora_linear import lora_linear
@@ -18,6 +18,7 @@ from lorakit.kernels.low_rank import LowRankDelta, RowSlice, is_covered_by, lora
 from lorakit.layers import AdapterLayer, CompositeLayer
 from lorakit.models.fp8 import Fp8Linear, can_quantize, quantize_linear
 from lorakit.models.nf4 import Nf4Linear, Nf4Stack, stack
+from lorakit.models.quantized import QuantizedLinear
 
 #: Matrices no larger than this in one dimension are decomposed exactly.
 _EXACT_SVD = 1024
@@ -91,7 +92,7 @@ class LoraLayer(AdapterLayer):
         base = self.base_layer
         if type(base) is nn.Linear:
             dtype = base.weight.dtype
-        elif isinstance(base, QUANTIZED):
+        elif isinstance(base, QuantizedLinear):
             dtype = base.dtype
         else:
             return False

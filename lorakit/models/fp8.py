@@ -7,31 +7,14 @@ from torch import Tensor, nn
 
 from lorakit.errors import UserError
 from lorakit.kernels.fp8 import Fp8Weight, fp8_linear, quantize_weight
+from lorakit.models.quantized import QuantizedLinear
 
 #: Smaller matrices, such as routers, are not worth it, and their errors weigh more.
 _LEAST_FEATURES = 256
 
 
-class Fp8Linear(nn.Module):
-    """A frozen y = W x + b in bfloat16 with a quantized W. ``weight`` is W, dequantized."""
-
-    bias: Tensor | None
-
-    def __init__(self, weight: Fp8Weight, bias: Tensor | None, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.by_row.shape
-        self.dtype = dtype
-        for name, value in weight._asdict().items():
-            self.register_buffer(name, value, persistent=False)
-        self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
-
-    @property
-    def quantized(self) -> Fp8Weight:
-        return Fp8Weight(*(getattr(self, name) for name in Fp8Weight._fields))
-
-    @property
-    def weight(self) -> Tensor:
-        return self.quantized.dense(self.dtype)
+class Fp8Linear(QuantizedLinear[Fp8Weight]):
+    """In bfloat16, with W in e4m3."""
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features)

@@ -11,31 +11,14 @@ from torch import Tensor, nn
 
 from lorakit.errors import UserError
 from lorakit.kernels.nf4 import BLOCK, Nf4Weight, nf4_linear, quantize_weight, stacked
+from lorakit.models.quantized import QuantizedLinear
 
 #: Smaller matrices, such as routers, are not worth it, and their errors weigh more.
 _LEAST_FEATURES = 128
 
 
-class Nf4Linear(nn.Module):
-    """A frozen y = W x + b with a quantized W. ``weight`` is W, dequantized."""
-
-    bias: Tensor | None
-
-    def __init__(self, weight: Nf4Weight, bias: Tensor | None, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.out_features, self.in_features = len(weight.packed), 2 * weight.packed.shape[1]
-        self.dtype = dtype
-        for name, value in weight._asdict().items():
-            self.register_buffer(name, value, persistent=False)
-        self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
-
-    @property
-    def quantized(self) -> Nf4Weight:
-        return Nf4Weight(*(getattr(self, name) for name in Nf4Weight._fields))
-
-    @property
-    def weight(self) -> Tensor:
-        return self.quantized.dense(self.dtype)
+class Nf4Linear(QuantizedLinear[Nf4Weight]):
+    """In any dtype, with W in nf4."""
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features).to(self.dtype)
