@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lorakit.base_weight import ADAPTABLE, QUANTIZED, dense_weight
+from lorakit.base_weight import ADAPTABLE, dense_weight
 from lorakit.kernels.low_rank import RowSlice
+from lorakit.models.quantized import QuantizedLinear
 
 Part = Literal["attention", "MLP", "expert", "state-space", "router", "other"]
 
@@ -185,7 +186,7 @@ def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (*ADAPTABLE, *QUANTIZED))
+        if isinstance(module, (*ADAPTABLE, QuantizedLinear))
         and not name.startswith(multihead)
         and not is_within(name, outside)
         and behaves_as_its_class(module)
@@ -200,7 +201,9 @@ def behaves_as_its_class(module: nn.Module) -> bool:
         return forward is nn.Embedding.forward or hasattr(module, "embed_scale")
     if isinstance(module, Conv1D):
         return forward is Conv1D.forward
-    quantized = isinstance(module, QUANTIZED) or type(module).__module__.startswith(_QUANTIZED)
+    quantized = isinstance(module, QuantizedLinear) or type(module).__module__.startswith(
+        _QUANTIZED
+    )
     if forward is nn.Linear.forward or quantized:
         return True
     return _is_linear_map(module)
@@ -320,6 +323,12 @@ _LAYOUTS = {
     "bloom": _by_head,
     "phi3": _grouped_queries,
 }
+
+
+def layer_drops(config: object) -> list[str]:
+    """The settings of a model by which its layers are dropped at random in training."""
+    names = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+    return [name for name in names if getattr(config, name, 0.0)]
 
 
 def transformer_layers(model: nn.Module) -> Sequence[nn.Module]:

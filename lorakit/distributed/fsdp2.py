@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from lorakit.anatomy import is_routed_expert, transformer_layers
+from lorakit.anatomy import is_routed_expert, layer_drops, transformer_layers
 from lorakit.data.collate import Batch
 from lorakit.distributed.processes import gather
 from lorakit.distributed.strategy import DataParallel
@@ -22,8 +22,6 @@ from lorakit.errors import UserError
 from lorakit.layers import CompositeLayer
 from lorakit.methods.dora_layer import DoraLayer
 from lorakit.recipe.sections import Recipe
-
-_LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
 class Fsdp2(DataParallel):
@@ -114,8 +112,7 @@ def _check_model(model: Any, layers: Sequence[nn.Module]) -> None:
             f"accelerate launch: {name} has no stack of layers that FSDP could shard; allowed: "
             "configs/ddp.yaml"
         )
-    dropping = [key for key in _LAYER_DROPS if getattr(model.config, key, 0.0)]
-    if dropping:
+    if dropping := layer_drops(model.config):
         raise UserError(
             f"accelerate launch: {name} drops layers at random ({dropping[0]}), each process "
             "others, which FSDP does not support; allowed: configs/ddp.yaml"

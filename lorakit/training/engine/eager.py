@@ -70,11 +70,14 @@ class EagerEngine:
 
     def step(self, micro_batches: Sequence[Batch], loss_count: int | None = None) -> StepResult:
         count = loss_count or sum(batch.loss_count for batch in micro_batches)
-        loss = torch.zeros((), device=self.strategy.device)
-        for index, (batch, is_counted) in enumerate(self.strategy.passes(micro_batches)):
-            own = self._forward_backward(batch, 1 / count if is_counted else 0.0)
-            loss = loss + own if index else own
-        loss = self.strategy.reduce_gradients(list(self.parameters.values()), loss)
+        losses = [
+            self._forward_backward(batch, 1 / count if is_counted else 0.0)
+            for batch, is_counted in self.strategy.passes(micro_batches)
+        ]
+        if not losses:
+            losses.append(torch.zeros((), device=self.strategy.device))
+        own = sum(losses[1:], start=losses[0])
+        loss = self.strategy.reduce_gradients(list(self.parameters.values()), own)
         if self.probe is not None:
             self.probe.check()
             self.probe = None

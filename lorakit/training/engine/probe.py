@@ -7,7 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lorakit.anatomy import adaptable_modules, is_routed_expert, is_within, layer_of
+from lorakit.anatomy import (
+    adaptable_modules,
+    is_routed_expert,
+    is_within,
+    layer_drops,
+    layer_of,
+)
 from lorakit.errors import TargetError
 from lorakit.layers import (
     AdapterLayer,
@@ -17,8 +23,6 @@ from lorakit.layers import (
     adapter_layers,
 )
 from lorakit.module_names import as_yaml_list, covering_targets, describe_modules
-
-_LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
 class GradientProbe:
@@ -47,8 +51,7 @@ class GradientProbe:
         modules = adapted_modules(model) if count_calls else {}
         self._hooks = [m.register_forward_hook(self._counter(n, m)) for n, m in modules.items()]
         # Layers that are dropped at random may miss a step.
-        config = getattr(model, "config", None)
-        self._drops_layers = any(getattr(config, key, 0.0) for key in _LAYER_DROPS)
+        self._drops_layers = bool(layer_drops(getattr(model, "config", None)))
 
     def check(self) -> None:
         """Raise TargetError for modules that would never train, because no gradient reaches them:
