@@ -87,6 +87,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
+        if item.get_closest_marker("multi_gpu") and torch.cuda.device_count() < 2:
+            pytest.skip("needs two CUDA devices")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,13 +17,6 @@ from tests.training.processes import NO_DISK, Ended, Launcher
 from tests.training.runs import adapter_bytes, learning, run_json, tree, write_recipe_file
 
 SETTINGS = {"train__epochs": 3, "train__save_every_steps": 3, "train__save_total_limit": None}
-
-
-@pytest.fixture(scope="module")
-def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
-    launcher = Launcher(tmp_path_factory.mktemp("streams"))
-    yield launcher
-    launcher.close()
 
 
 @pytest.fixture(scope="module")

@@ -10,26 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import lorakit
 from tests.e2e.processes import REPO, ended, launch, start
-from tests.e2e.test_shared_train import (
+from tests.e2e.shared_runs import (
     ADALORA,
     LORA,
     STOPPED,
     TRAIN,
+    assert_equal,
     command,
     recipe,
     split_over,
     wait_for,
-    weights,
 )
 from tests.training.runs import (
     adapter_bytes,
     learning,
-    log_lines,
-    metrics_lines,
     run_json,
     without_dropout,
 )
@@ -58,23 +55,6 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def equal(alone: Path, shared: Path) -> None:
-    wanted, found = weights(alone.parent), weights(shared.parent)
-    assert wanted.keys() == found.keys()
-    for key, value in wanted.items():
-        torch.testing.assert_close(found[key], value, atol=1e-5, rtol=0, msg=f"{alone}: {key}")
-    runs = alone.parent / "run", shared.parent / "run"
-    for one, other in zip(*map(log_lines, runs), strict=True):
-        assert other["loss"] == pytest.approx(one["loss"], abs=1e-5)
-        assert other["grad_norm"] == pytest.approx(one["grad_norm"], abs=1e-4)
-    evaluations = [[line["eval"] for line in metrics_lines(run) if "eval" in line] for run in runs]
-    assert evaluations[0]
-    for one, other in zip(*evaluations, strict=True):
-        assert other == pytest.approx(one, rel=1e-6, abs=1e-5)
-    for key in ("steps", "trained_tokens", "ranks", "trainable_parameters"):
-        assert run_json(runs[0])[key] == run_json(runs[1])[key]
-
-
 @pytest.mark.parametrize(("processes", "reshard"), [(2, "true"), (3, "false")])
 def test_every_method_equals_one_process(
     processes: int, reshard: str, tiny_llama: Path, tiny_bert: Path, tmp_path: Path
@@ -91,7 +71,7 @@ def test_every_method_equals_one_process(
     ):
         assert code == 0, err
     for alone, shared in pairs:
-        equal(alone, shared)
+        assert_equal(alone, shared)
 
 
 def test_a_killed_process_ends_the_others_and_the_run_resumes_exactly(
@@ -281,4 +261,4 @@ def test_accelerate_launch_starts_it(tiny_llama: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
     assert run_json(tmp_path / "shared" / "run")["hardware"]["processes"] == 2
-    equal(file, shared)
+    assert_equal(file, shared)

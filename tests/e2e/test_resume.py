@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,13 +31,6 @@ SETTINGS = {
     "train__save_every_steps": 3,
     "train__eval_every_steps": 4,
 }
-
-
-@pytest.fixture(scope="module")
-def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
-    launcher = Launcher(tmp_path_factory.mktemp("streams"))
-    yield launcher
-    launcher.close()
 
 
 @pytest.fixture(scope="module")

@@ -10,30 +10,29 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import lorakit
 from tests.e2e.processes import ended, launch, start
+from tests.e2e.shared_runs import (
+    ADALORA,
+    LORA,
+    STOPPED,
+    TRAIN,
+    assert_equal,
+    command,
+    recipe,
+    split_over,
+    wait_for,
+    weights,
+)
 from tests.training.runs import (
     adapter_bytes,
     learning,
-    log_lines,
     metrics_lines,
     run_json,
     without_dropout,
-    write_recipe_file,
 )
 
-#: Trains the recipes that are its arguments, in one group of processes.
-TRAIN = """
-import sys, lorakit
-from lorakit.api import process_group
-with process_group():
-    for recipe in sys.argv[1:]:
-        lorakit.train(lorakit.load_recipe(recipe))
-"""
-LORA = {"method": "lora", "r": 4, "target_modules": ["q", "v"]}
-ADALORA = {"method": "adalora", "init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 2}
 METHODS = {
     "lora": LORA | {"bias": "all"},
     "lora_plus": LORA | {"method": "lora_plus"},
@@ -44,32 +43,6 @@ METHODS = {
     "full": {"method": "full"},
     "bitfit": {"method": "bitfit"},
 }
-
-
-def recipe(folder: Path, model: Path, task: str, adapter: dict[str, Any], **changes: Any) -> Path:
-    """A recipe whose steps have 12 rows, the last one of an epoch 6."""
-    folder.mkdir(parents=True, exist_ok=True)
-    changes = {"train__per_device_batch_size": 12} | changes
-    file = write_recipe_file(folder, model, task, **changes)
-    values = json.loads(file.read_text())
-    values["adapter"] = adapter
-    file.write_text(json.dumps(values))
-    return file
-
-
-def split_over(processes: int, file: Path, folder: Path) -> Path:
-    """The same recipe for several processes."""
-    values = json.loads(file.read_text())
-    values["train"]["per_device_batch_size"] = 12 // processes
-    values["train"]["output_dir"] = str(folder / "run")
-    folder.mkdir()
-    shared = folder / "recipe.yaml"
-    shared.write_text(json.dumps(values))
-    return shared
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "run" / "adapter" / "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("processes", [2, 3])
@@ -85,17 +58,8 @@ def test_every_method_equals_one_process(
     for code, _, err in launch(processes, "-c", TRAIN, *(shared for _, shared in pairs)):
         assert code == 0, err
     for alone, shared in pairs:
-        wanted, found = weights(alone.parent), weights(shared.parent)
-        assert wanted.keys() == found.keys()
-        for key, value in wanted.items():
-            torch.testing.assert_close(found[key], value, atol=1e-5, rtol=0, msg=f"{alone}: {key}")
-        runs = alone.parent / "run", shared.parent / "run"
-        for one, other in zip(*map(log_lines, runs), strict=True):
-            assert other["loss"] == pytest.approx(one["loss"], abs=1e-5)
-            assert other["grad_norm"] == pytest.approx(one["grad_norm"], abs=1e-4)
-        for key in ("steps", "trained_tokens", "ranks"):
-            assert run_json(runs[0])[key] == run_json(runs[1])[key]
-        assert run_json(runs[1])["hardware"]["processes"] == processes
+        assert_equal(alone, shared)
+        assert run_json(shared.parent / "run")["hardware"]["processes"] == processes
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -132,29 +96,12 @@ def test_other_ways_to_batch(tiny_llama: Path, tmp_path: Path) -> None:
             assert one[key] == other[key]
 
 
-STOPPED = {
-    "train__epochs": 20, "train__save_every_steps": 4, "train__log_every_steps": 2,
-    "train__per_device_batch_size": 4, "train__gradient_accumulation_steps": 3,
-}  # fmt: skip
-
-
 @pytest.fixture
 def long_run(tiny_llama: Path, tmp_path: Path) -> Path:
     """60 steps in three processes with dropout, in AdaLoRA's phases."""
     adapter = ADALORA | {"target_modules": ["q", "v"], "lora_dropout": 0.2, "tfinal": 0.4}
     folder = tmp_path / "long"
     return recipe(folder, tiny_llama, "completion", adapter, **STOPPED)
-
-
-def command(file: Path, folder: Path, *more: object) -> list[object]:
-    return ["-m", "lorakit", "train", file, "--output-dir", folder, *more]
-
-
-def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} does not appear"
-        time.sleep(0.02)
 
 
 def test_a_killed_process_ends_the_others_and_the_run_resumes_exactly(

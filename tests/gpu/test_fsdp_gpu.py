@@ -11,13 +11,13 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import lorakit
 from tests.e2e.processes import launch
+from tests.e2e.shared_runs import LORA, TRAIN, recipe, split_over
 from tests.e2e.test_fsdp import FSDP
-from tests.e2e.test_shared_train import LORA, TRAIN, recipe, split_over
 from tests.training.runs import log_lines, run_json
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+    pytest.mark.multi_gpu,
 ]
 LAYERS, HIDDEN = 16, 2048
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

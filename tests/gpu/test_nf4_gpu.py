@@ -20,6 +20,7 @@ from lorakit.methods.lora import LoraConfig
 from lorakit.models.nf4 import Nf4Linear
 from lorakit.training.base_precision import quantize_nf4
 from lorakit.training.fast_layers import compile_layers, fuse_layers
+from tests.gpu.products import Factors, assert_close_to_formula, draw, draw_factors, relative
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("bitsandbytes")
@@ -30,14 +31,6 @@ SIZES = {
 }  # fmt: skip
 #: The bytes of the linear layers in bfloat16.
 DENSE_BYTES = 2 * 4 * (1024 * (1024 + 256 + 256 + 1024) + 3 * 1024 * 2816)
-
-
-def draw(*shape: int) -> Tensor:
-    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-
-
-def relative(found: Tensor, wanted: Tensor) -> float:
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
 
 def test_the_weight_is_that_of_bitsandbytes() -> None:
@@ -59,27 +52,14 @@ def test_products(outs: tuple[int, ...], with_bias: bool) -> None:
     weights = [quantize_weight(draw(out, 128)) for out in outs or (160,)]
     W = torch.cat([weight.dense(torch.bfloat16) for weight in weights])
     assert torch.equal(dense(stacked(weights), torch.bfloat16), W)
-    x, bias = draw(40, 128).requires_grad_(), draw(len(W)) if with_bias else None
-    factors = [(draw(8, 128), draw(out, 8)) for out in outs]
-    leaves = [x, *(f.requires_grad_() for pair in factors for f in pair)]
-    scaling = [0.5 + i for i in range(len(outs))]
-    if outs:
-        y = torch.cat(lora_linear(x, stacked(weights), bias, factors, scaling), dim=1)
-    else:
-        y = nf4_linear(x, weights[0], bias)
-    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    wanted = exact[0] @ W.double().t() + (0 if bias is None else bias.double())
-    pairs = zip(exact[1::2], exact[2::2], scaling, strict=True)
-    updates = [s * (exact[0] @ A.t()) @ B.t() for A, B, s in pairs]
-    wanted = wanted + torch.cat(updates, dim=1) if updates else wanted
-    assert relative(y.detach(), wanted.detach()) < 1e-2
-    slope = draw(40, len(W))
-    y.backward(slope)
-    wanted.backward(slope.double())
-    for found, reference in zip(leaves, exact, strict=True):
-        assert found.grad is not None
-        assert reference.grad is not None
-        assert relative(found.grad, reference.grad) < 1e-2
+    bias = draw(len(W)) if with_bias else None
+
+    def product(x: Tensor, factors: Factors, scaling: list[float]) -> Tensor:
+        if not factors:
+            return nf4_linear(x, weights[0], bias)
+        return torch.cat(lora_linear(x, stacked(weights), bias, factors, scaling), dim=1)
+
+    assert_close_to_formula(product, W, bias, draw_factors(outs, 128, [8] * len(outs)), 1e-2)
 
 
 def start_measuring() -> int:
