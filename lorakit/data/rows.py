@@ -28,6 +28,8 @@ Row = Mapping[str, Any]
 #: A list, a ``datasets.Dataset``, or one of the classes here.
 RowSequence = Sequence[Row]
 
+#: How many bad rows are named; all are counted.
+NAMED_ROWS = 5
 #: How much of a split's rows is kept in memory; the rest goes to files.
 IN_MEMORY_BYTES = 64 << 20
 _OTHER_OPEN_FILES = 512

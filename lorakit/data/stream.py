@@ -13,9 +13,8 @@ from pathlib import Path
 from lorakit.data.file_names import split_names
 from lorakit.data.files import read_rows, stream_rows
 from lorakit.data.paths import PathOption, SplitFiles, find_files
-from lorakit.data.rows import Row, UnreadRow
+from lorakit.data.rows import NAMED_ROWS, Row, UnreadRow
 from lorakit.data.sources import HubName, Split, check_hub, hub_failure, joined_split
-from lorakit.data.tokens import NAMED_ROWS
 from lorakit.errors import DataError, listed
 
 #: Size and modification time of a file.

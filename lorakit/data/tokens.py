@@ -16,11 +16,8 @@ from numpy.typing import NDArray
 from lorakit.data.chat import ChatEncoder
 from lorakit.data.chat.ids import Joiner
 from lorakit.data.examples import ChatExample, ClassificationExample, Example, TextExample
-from lorakit.data.rows import Row, RowSequence, UnreadRow
+from lorakit.data.rows import NAMED_ROWS, Row, RowSequence, UnreadRow
 from lorakit.errors import DataError, ModelError
-
-#: How many bad rows are named; all are counted.
-NAMED_ROWS = 5
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lorakit.data.tokens import NAMED_ROWS
+from lorakit.data.rows import NAMED_ROWS
 from tests.e2e.previews import command, previewed, recipe_file, texts
 from tests.training.runs import adapter_bytes, run_json, write_rows
 
