@@ -196,12 +196,19 @@ class SampleToken(LogitsProcessor):
         kept = ((logits - logits.amax(dim=-1, keepdim=True)) / self.temperature).softmax(dim=-1)
         if self.top_p < 1:
             ordered, tokens = kept.sort(dim=-1, descending=True, stable=True)
-            outside = ordered.cumsum(dim=-1) - ordered >= self.top_p
+            outside = _cumulative(ordered) - ordered >= self.top_p
             kept = kept.masked_fill(torch.zeros_like(outside).scatter_(1, tokens, outside), 0)
-        sums = kept.cumsum(dim=-1)
+        sums = _cumulative(kept)
         token = torch.searchsorted(sums, number.unsqueeze(1) * sums[:, -1:], right=True)
         token = token.clamp_max(scores.shape[1] - 1)
         return torch.full_like(scores, -math.inf).scatter_(1, token, 0.0)
+
+
+def _cumulative(values: Tensor) -> Tensor:
+    """The sums along the last dimension; CUDA has no deterministic kernel for them."""
+    if values.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return values.cpu().cumsum(dim=-1).to(values.device)
+    return values.cumsum(dim=-1)
 
 
 def uniform_numbers(seed: int, rows: Sequence[int], positions: int, device: torch.device) -> Tensor:

@@ -94,6 +94,7 @@ def check_sections(
         if task is None or not registry.is_user_task(str(getattr(task, "name", ""))):
             faults += _metric(train)  # a user task names its own metrics
         faults += [*_one_of(train, "warmup_ratio", "warmup_steps"), *_warmup(train)]
+        faults += _deterministic(train)
     return faults
 
 
@@ -221,6 +222,15 @@ def _warmup(train: TrainSection) -> Iterator[Fault]:
     if steps is not None and total is not None and steps > total:
         message = f"more than train.max_steps = {total}"
         yield Fault(("train", "warmup_steps"), message, steps, True, f"0 to {total}")
+
+
+def _deterministic(train: TrainSection) -> Iterator[Fault]:
+    if train.deterministic and train.compile is True:
+        message = (
+            "not supported with train.deterministic, because the compiled code depends on the "
+            "first batches, which are others when a run is resumed"
+        )
+        yield Fault(("train", "compile"), message, True, True, "auto, false")
 
 
 def _metric(train: TrainSection) -> Iterator[Fault]:

@@ -148,7 +148,8 @@ class TrainSection(Section):
     ``offload`` keeps it in host memory. ``compile: true`` runs each layer through
     ``torch.compile``, ``false`` runs eagerly, and ``auto`` chooses on a GPU what is faster: CUDA
     graphs for small models, compiled layers for large ones in long runs. ``kernels: torch`` uses
-    PyTorch's operators only, ``auto`` also lorakit's own on a GPU.
+    PyTorch's operators only, ``auto`` also lorakit's own on a GPU. ``deterministic: true`` selects
+    kernels that compute the same bits in each run.
     """
 
     output_dir: Text
@@ -174,6 +175,7 @@ class TrainSection(Section):
     gradient_checkpointing: Literal["offload"] | bool = False
     compile: Literal["auto"] | bool = "auto"
     kernels: Literal["auto", "torch"] = "auto"
+    deterministic: bool = False
     group_by_length: bool = True
     seed: Seed = 42
     log_every_steps: PositiveInt = 10

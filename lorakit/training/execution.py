@@ -35,7 +35,8 @@ def choose_execution(
 ) -> Execution:
     """Follow ``train.compile``: ``true`` compiles the layers, ``false`` runs eagerly, and ``auto``
     chooses what is faster for this model, batch size and run on a GPU. A graph cannot be captured
-    of a model that ``is_sharded``."""
+    of a model that ``is_sharded``. With ``auto``, a deterministic run is not compiled: the code
+    depends on the first batches, which are others when a run is resumed."""
     section = prepared.recipe.train
     if section.compile is True:
         return Execution("compiled_layers", "each layer is compiled (train.compile: true)")
@@ -44,7 +45,8 @@ def choose_execution(
     flops = 4.0 * _matrix_parameters(prepared.model) * _tokens_per_batch(prepared)
     run_flops = flops * section.gradient_accumulation_steps * total_steps
     half = prepared.model.dtype in (torch.bfloat16, torch.float16)
-    if flops >= _LAUNCH_BOUND_FLOPS and run_flops >= _COMPILE_PAYS_FLOPS and half:
+    compiles = half and not section.deterministic
+    if flops >= _LAUNCH_BOUND_FLOPS and run_flops >= _COMPILE_PAYS_FLOPS and compiles:
         return Execution(
             "compiled_layers",
             "each layer is compiled, which takes up to a minute and pays for a run of this size "

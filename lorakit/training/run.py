@@ -43,6 +43,7 @@ from lorakit.training.checkpoint import (
     skipped_line,
 )
 from lorakit.training.control import Schedule, StopRequest, stop_request
+from lorakit.training.deterministic import deterministic_kernels, no_kernel_as_user_error
 from lorakit.training.execution import choose_execution
 from lorakit.training.guard import Guard, resumable
 from lorakit.training.loop import Loop
@@ -103,6 +104,11 @@ def train(recipe: Recipe, resume: str | None = None, say: Say = lambda text: Non
     if start.finished is not None:
         say(f"{recipe.train.output_dir}: the run is complete; nothing to do")
         return _finished(Path(recipe.train.output_dir), start.finished)
+    with deterministic_kernels(recipe.train.deterministic, say):
+        return _start(recipe, start, resume, say)
+
+
+def _start(recipe: Recipe, start: Start, resume: str | None, say: Say) -> RunResult:
     _check_support(recipe)
     strategy = build_strategy(recipe.model.dtype)
     strategy.check(recipe)
@@ -111,7 +117,11 @@ def train(recipe: Recipe, resume: str | None = None, say: Say = lambda text: Non
     batching = build_batching(prepared, strategy.device, strategy.share)
     run_on_main(lambda: _check_resumable(prepared, batching, start, say))
     say(plan_line(prepared, batching))
-    with _exclusive(prepared.recipe, start) as output_dir, stop_request() as stop:
+    with (
+        _exclusive(prepared.recipe, start) as output_dir,
+        stop_request() as stop,
+        no_kernel_as_user_error(),
+    ):
         try:
             return _run(prepared, strategy, batching, start, resume, output_dir, stop, say)
         except WriteFailed as error:
@@ -196,6 +206,11 @@ def dry_run(recipe: Recipe, say: Say) -> dict[str, Any]:
     """Load, inject and take one step without writing anything; return the plan and the loss."""
     init_process_group()
     say = _only_on_main(say)
+    with deterministic_kernels(recipe.train.deterministic, say), no_kernel_as_user_error():
+        return _plan(recipe, say)
+
+
+def _plan(recipe: Recipe, say: Say) -> dict[str, Any]:
     _check_support(recipe)
     strategy = build_strategy(recipe.model.dtype)
     strategy.check(recipe)

@@ -131,3 +131,11 @@ def test_streaming_requires_max_steps() -> None:
     budget = {"max_steps": 10, "max_tokens_per_batch": 4096}
     assert only(recipe(task=streaming, train=dict(budget))).key == "train.max_tokens_per_batch"
     check_recipe(recipe(task={**streaming, "packing": True}, train=dict(budget)))
+
+
+def test_a_deterministic_run_is_not_compiled() -> None:
+    problem = only(recipe(train={"deterministic": True, "compile": True}))
+    assert (problem.key, problem.value, problem.allowed) == ("train.compile", True, "auto, false")
+    for choice in ("auto", False):
+        check_recipe(recipe(train={"deterministic": True, "compile": choice}))
+    check_recipe(recipe(train={"compile": True}))

@@ -51,18 +51,23 @@ def test_experts_run_eagerly(tiny_llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "total_steps", "mode"),
+    ("rows", "total_steps", "deterministic", "mode"),
     [
-        (256, 10, "cuda_graphs"),
-        (256, 100_000, "compiled_layers"),
-        (4096, 10, "eager"),
-        (4096, 100_000, "compiled_layers"),
+        (256, 10, False, "cuda_graphs"),
+        (256, 100_000, False, "compiled_layers"),
+        (256, 100_000, True, "cuda_graphs"),
+        (4096, 10, False, "eager"),
+        (4096, 100_000, False, "compiled_layers"),
+        (4096, 100_000, True, "eager"),
     ],
 )
 def test_compiling_a_large_model_must_pay(
-    tiny_llama: Path, tmp_path: Path, rows: int, total_steps: int, mode: str
+    tiny_llama: Path, tmp_path: Path, rows: int, total_steps: int, deterministic: bool, mode: str
 ) -> None:
-    run = prepared(tiny_llama, tmp_path, model__dtype="bfloat16", train__per_device_batch_size=rows)
+    run = prepared(
+        tiny_llama, tmp_path, model__dtype="bfloat16", train__per_device_batch_size=rows,
+        train__deterministic=deterministic,
+    )  # fmt: skip
     with torch.device("meta"):
         model = tiny("llama", hidden_size=4096, intermediate_size=14336).to(torch.bfloat16)
     run = replace(run, model=model)
