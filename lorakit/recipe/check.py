@@ -89,6 +89,7 @@ def check_sections(
         faults += [*_packing(task, task_kind), *_splits(task)]
     if task is not None and train is not None:
         faults += [*_token_budget(task, train), *_streaming(task, train)]
+        faults += _automatic_batch_size(task, train)
     if train is not None:
         faults += _one_of(train, "epochs", "max_steps")
         if task is None or not registry.is_user_task(str(getattr(task, "name", ""))):
@@ -208,6 +209,33 @@ def _streaming(task: TaskSection, train: TrainSection) -> Iterator[Fault]:
         path = ("train", "max_tokens_per_batch")
         message = "not supported with task.streaming, unless task.packing is true"
         yield Fault(path, message, train.max_tokens_per_batch, True, "null")
+
+
+def _automatic_batch_size(task: TaskSection, train: TrainSection) -> Iterator[Fault]:
+    chosen, rows = train.per_device_batch_size == "auto", train.rows_per_step
+    auto = "train.per_device_batch_size: auto"
+    if chosen and rows is None:
+        path = ("train", "rows_per_step")
+        yield Fault(path, f"required with {auto}", None, True, "the rows of a step, such as 32")
+    if not chosen and rows is not None:
+        message = f"only allowed with {auto}; otherwise train.gradient_accumulation_steps decides"
+        yield Fault(("train", "rows_per_step"), message, rows, True, "null")
+    if not chosen:
+        return
+    if train.gradient_accumulation_steps != 1:
+        path, value = ("train", "gradient_accumulation_steps"), train.gradient_accumulation_steps
+        message = f"with {auto}, it follows from train.rows_per_step"
+        yield Fault(path, message, value, True, "1, or leave it out")
+    if train.max_tokens_per_batch is not None:
+        path, value = ("train", "max_tokens_per_batch"), train.max_tokens_per_batch
+        yield Fault(path, f"cannot be set together with {auto}", value, True, "null")
+    path, allowed = ("train", "per_device_batch_size"), "a number"
+    if task.streaming:
+        message = "not supported with task.streaming, because the longest rows are unknown"
+        yield Fault(path, message, "auto", True, allowed)
+    if train.gradient_checkpointing == "offload":
+        message = "not supported with train.gradient_checkpointing: offload"
+        yield Fault(path, message, "auto", True, allowed)
 
 
 def _one_of(train: TrainSection, first: str, second: str) -> Iterator[Fault]:

@@ -33,6 +33,8 @@ Text = Annotated[str, Field(min_length=1)]
 MAX_RANK = 2**16
 Rank = Annotated[int, Field(gt=0, le=MAX_RANK)]
 LoraAlpha = Annotated[float, Field(gt=0, le=1e9)] | Annotated[int, Field(gt=0, le=10**9)]
+#: Rows of a batch.
+DEFAULT_ROWS = 8
 #: The range of numpy seeds.
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -142,7 +144,8 @@ class TrainSection(Section):
     on another key: 3 epochs unless ``epochs`` or ``max_steps`` is set; a warmup ratio of 0.06
     unless ``warmup_ratio`` or ``warmup_steps`` is set; a ``per_device_batch_size`` (rows, or bins
     of packed rows) of 8 unless it or ``max_tokens_per_batch`` (tokens, including padding) is set. A
-    batch respects both of these limits if both are set.
+    batch respects both of these limits if both are set. ``per_device_batch_size: auto`` splits the
+    ``rows_per_step`` (over all processes) into the largest batches that fit on the GPU.
 
     ``gradient_checkpointing: true`` keeps only the input of each layer for the backward pass, and
     ``offload`` keeps it in host memory. ``compile: true`` runs each layer through
@@ -155,7 +158,8 @@ class TrainSection(Section):
     output_dir: Text
     epochs: PositiveFloat | None = None
     max_steps: PositiveInt | None = None
-    per_device_batch_size: PositiveInt | None = None
+    per_device_batch_size: Literal["auto"] | PositiveInt | None = None
+    rows_per_step: Annotated[int, Field(gt=0, le=10**6)] | None = None
     max_tokens_per_batch: PositiveInt | None = None
     per_device_eval_batch_size: PositiveInt | None = None
     gradient_accumulation_steps: PositiveInt = 1
@@ -186,6 +190,12 @@ class TrainSection(Section):
     metric_for_best_model: Text | None = None
     trackers: list[Literal["tensorboard", "wandb"]] = []
 
+    @property
+    def units_per_batch(self) -> int | None:
+        """``per_device_batch_size``, once a number has replaced ``auto``."""
+        assert self.per_device_batch_size != "auto", "it is replaced before batches are planned"
+        return self.per_device_batch_size
+
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, data: Any) -> Any:
@@ -195,7 +205,7 @@ class TrainSection(Section):
             for key, other, default in (
                 ("epochs", "max_steps", 3.0),
                 ("warmup_ratio", "warmup_steps", 0.06),
-                ("per_device_batch_size", "max_tokens_per_batch", 8),
+                ("per_device_batch_size", "max_tokens_per_batch", DEFAULT_ROWS),
             ):
                 if data.get(key) is None and data.get(other) is None:
                     data[key] = default
@@ -214,7 +224,8 @@ class Recipe(Section):
     def eval_batch_size(self) -> int:
         """Rows per evaluation batch."""
         train, tokens = self.train, self.train.max_tokens_per_batch or 0
-        rows = train.per_device_eval_batch_size or train.per_device_batch_size
+        rows = train.per_device_batch_size
+        rows = train.per_device_eval_batch_size or (DEFAULT_ROWS if rows == "auto" else rows)
         return rows or max(1, tokens // self.task.max_length)
 
     def resolved(self) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def build_batching(prepared: Prepared, device: torch.device, share: Share = _ALO
         plan = TokenPlan(
             lengths=lengths,
             max_tokens_per_batch=section.max_tokens_per_batch,
-            per_device_batch_size=section.per_device_batch_size,
+            per_device_batch_size=section.units_per_batch,
             micro_batches_per_step=micro_batches,
             seed=section.seed,
             multiple_of=padding_multiple(prepared, device),
@@ -195,13 +195,25 @@ def step_size(recipe: Recipe, processes: int) -> tuple[int, ...]:
     """What decides, besides the seed and the token budget, which rows a step has."""
     micro_batches = recipe.train.gradient_accumulation_steps * processes
     if recipe.train.max_tokens_per_batch and not recipe.task.packing:
-        return micro_batches, recipe.train.per_device_batch_size or 0
+        return micro_batches, recipe.train.units_per_batch or 0
     return (micro_batches * _units_per_batch(recipe),)
+
+
+def split_step(recipe: Recipe, size: int, processes: int) -> Recipe:
+    """Return the recipe with batches of ``size``, a divisor of each process's rows of a step, in
+    place of ``per_device_batch_size: auto`` and ``rows_per_step``."""
+    assert recipe.train.rows_per_step is not None, "required with auto"
+    changes = {
+        "per_device_batch_size": size,
+        "gradient_accumulation_steps": recipe.train.rows_per_step // (size * processes),
+        "rows_per_step": None,
+    }
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
 
 
 def _units_per_batch(recipe: Recipe) -> int:
     """Rows per micro-batch, or bins if rows are packed."""
-    units, tokens = recipe.train.per_device_batch_size, recipe.train.max_tokens_per_batch
+    units, tokens = recipe.train.units_per_batch, recipe.train.max_tokens_per_batch
     if recipe.task.packing and tokens:
         bins = tokens // recipe.task.max_length
         return min(units or bins, bins)

@@ -27,7 +27,13 @@ from lorakit.models.master_weights import base_dtype
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.sections import Recipe, TrainSection
 from lorakit.training.base_precision import quantize_fp8, quantize_nf4
-from lorakit.training.batching import StepLoader, bucketed, build_collate, padding_multiple
+from lorakit.training.batching import (
+    Batching,
+    StepLoader,
+    bucketed,
+    build_collate,
+    padding_multiple,
+)
 from lorakit.training.checkpoint import Progress
 from lorakit.training.control import Best, Evaluator, Schedule, StopRequest
 from lorakit.training.divergence import divergence_cause
@@ -138,6 +144,7 @@ def build_loader(
 
 def build_loop(
     prepared: Prepared,
+    objective: Objective | None,
     strategy: Strategy,
     steps: StepSource,
     schedule: Schedule,
@@ -146,11 +153,12 @@ def build_loop(
     guard: Guard | None,
     say: Say,
 ) -> Loop:
+    """Assemble the loop; ``objective`` is None unless it has been built before."""
     section = prepared.recipe.train
     execution = choose_execution(
         prepared, strategy.device, schedule.total_steps, strategy.is_sharded
     )
-    objective = build_objective(prepared, strategy, say)
+    objective = objective or build_objective(prepared, strategy, say)
     evaluator = Evaluator(
         prepared, objective.parts, recorder.display.say, in_step=strategy.is_sharded
     )
@@ -186,6 +194,16 @@ def build_schedule(recipe: Recipe, steps: StepSource) -> Schedule:
         eval_every_steps=section.eval_every_steps or epoch or total,
         save_every_steps=section.save_every_steps or epoch or total,
         save_total_limit=section.save_total_limit,
+    )
+
+
+def plan_line(prepared: Prepared, batching: Batching) -> str:
+    """One line about the run that is about to start."""
+    schedule = build_schedule(prepared.recipe, batching.steps)
+    epoch = f" ({schedule.steps_per_epoch:,} per epoch)" if schedule.steps_per_epoch else ""
+    evaluation = prepared.evaluation
+    return f"{batching.description}: {schedule.total_steps:,} steps{epoch}; " + (
+        f"evaluation on {len(evaluation.split):,} rows" if evaluation else "no validation split"
     )
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from lorakit.anatomy import is_routed_expert
 from lorakit.data.encode import EncodedSplit
+from lorakit.models.quantized import QuantizedLinear
 from lorakit.training.setup import Prepared
 
 Mode = Literal["eager", "cuda_graphs", "compiled_layers"]
@@ -70,8 +71,12 @@ def _cuda_graphs(prepared: Prepared) -> Execution:
 
 
 def _matrix_parameters(model: Any) -> int:
+    """The same before and after the base is quantized, but for biases."""
     embeddings = {id(p) for p in model.get_input_embeddings().parameters()}
-    return sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
+    quantized = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
+    sizes = [layer.in_features * layer.out_features for layer in quantized]
+    sizes += [p.numel() for p in model.parameters() if id(p) not in embeddings]
+    return sum(sizes)
 
 
 def _routes_tokens(model: nn.Module) -> bool:
@@ -82,7 +87,7 @@ def _routes_tokens(model: nn.Module) -> bool:
 def _tokens_per_batch(prepared: Prepared) -> float:
     """The expected number of tokens of a micro-batch."""
     section, task = prepared.recipe.train, prepared.recipe.task
-    rows = section.per_device_batch_size
+    rows = section.units_per_batch
     if rows is None or task.packing:
         return float(section.max_tokens_per_batch or (rows or 1) * task.max_length)
     train = prepared.train

@@ -38,7 +38,7 @@ def memory_advice(recipe: Recipe) -> list[str]:
         found.append("set train.gradient_checkpointing: offload")
     if section.max_tokens_per_batch:
         found.append(f"lower train.max_tokens_per_batch ({section.max_tokens_per_batch})")
-    elif (size := section.per_device_batch_size or 1) > 1:
+    elif (size := section.units_per_batch or 1) > 1:
         steps = section.gradient_accumulation_steps
         found.append(
             f"lower train.per_device_batch_size ({size}) and raise "

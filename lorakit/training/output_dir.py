@@ -24,7 +24,7 @@ from lorakit.pipeline.task_data import Say
 from lorakit.recipe.load import load_recipe
 from lorakit.recipe.sections import Recipe
 from lorakit.recipe.yaml_source import read_yaml
-from lorakit.training.batching import step_size
+from lorakit.training.batching import split_step, step_size
 from lorakit.training.checkpoint import (
     Snapshot,
     checkpoints,
@@ -255,7 +255,7 @@ def check_same_recipe(recipe: Recipe, output_dir: Path, prepared: bool = False) 
         return
     _check_same_code(recipe, output_dir)
     _check_same_files(recipe, path)
-    started = load_recipe(path)
+    started, recipe = load_recipe(path), with_started_batch_size(recipe, output_dir)
     _check_same_steps(started, recipe, output_dir)
     before, now = flat_keys(started.resolved()), flat_keys(recipe.resolved())
     later = set() if prepared else {f"task.{k}" for k in _FITTED - recipe.task.model_fields_set}
@@ -268,6 +268,18 @@ def check_same_recipe(recipe: Recipe, output_dir: Path, prepared: bool = False) 
     if changed:
         listed = "; ".join(f"{k}: was {before.get(k)!r}, now {now.get(k)!r}" for k in changed)
         raise UserError(f"--resume: the recipe differs from {path}: {listed}")
+
+
+def with_started_batch_size(recipe: Recipe, output_dir: Path) -> Recipe:
+    """Return ``recipe`` with the batch size that ``auto`` chose for the run in ``output_dir``, if
+    the processes can split a step into such batches."""
+    rows, path = recipe.train.rows_per_step, output_dir / "recipe.yaml"
+    if rows is None or not path.is_file():
+        return recipe
+    size, processes = load_recipe(path).train.per_device_batch_size, rank_and_world_size()[1]
+    if not isinstance(size, int) or rows % (size * processes):
+        return recipe
+    return split_step(recipe, size, processes)
 
 
 def _check_same_steps(before: Recipe, now: Recipe, output_dir: Path) -> None:

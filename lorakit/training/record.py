@@ -51,6 +51,7 @@ class RunRecord:
     hardware: dict[str, Any]
     seed: int
     data: dict[str, Any]
+    per_device_batch_size: int | None = None
     method_digest: str | None = None
     coverage: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=lambda: versions())

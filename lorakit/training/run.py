@@ -27,14 +27,17 @@ from lorakit.recipe.export import write_recipe
 from lorakit.recipe.sections import Recipe
 from lorakit.training.adapter_export import export_adapter
 from lorakit.training.base_precision import check_base_precision
+from lorakit.training.batch_size import check_batch_size, fit_batch_size
 from lorakit.training.batching import Batching, build_batching
 from lorakit.training.build import (
+    Objective,
     build_engine,
     build_loader,
     build_loop,
     build_objective,
     build_schedule,
     check_optimizer,
+    plan_line,
 )
 from lorakit.training.checkpoint import (
     delete_after,
@@ -57,6 +60,7 @@ from lorakit.training.output_dir import (
     flat_keys,
     none_to_resume,
     rows_read_before,
+    with_started_batch_size,
 )
 from lorakit.training.record import (
     RunRecord,
@@ -104,7 +108,9 @@ def train(recipe: Recipe, resume: str | None = None, say: Say = lambda text: Non
     if start.finished is not None:
         say(f"{recipe.train.output_dir}: the run is complete; nothing to do")
         return _finished(Path(recipe.train.output_dir), start.finished)
-    with deterministic_kernels(recipe.train.deterministic, say):
+    if start.checkpoint is not None:
+        recipe = with_started_batch_size(recipe, start.checkpoint.parent.parent)
+    with deterministic_kernels(recipe.train.deterministic, say), no_kernel_as_user_error():
         return _start(recipe, start, resume, say)
 
 
@@ -114,6 +120,7 @@ def _start(recipe: Recipe, start: Start, resume: str | None, say: Say) -> RunRes
     strategy.check(recipe)
     with first_on_each_host():  # whose tokens are cached for the others
         prepared = prepare(recipe, say)
+    prepared, objective = fit_batch_size(prepared, strategy, say)
     batching = build_batching(prepared, strategy.device, strategy.share)
     run_on_main(lambda: _check_resumable(prepared, batching, start, say))
     say(plan_line(prepared, batching))
@@ -123,7 +130,9 @@ def _start(recipe: Recipe, start: Start, resume: str | None, say: Say) -> RunRes
         no_kernel_as_user_error(),
     ):
         try:
-            return _run(prepared, strategy, batching, start, resume, output_dir, stop, say)
+            return _run(
+                prepared, objective, strategy, batching, start, resume, output_dir, stop, say
+            )
         except WriteFailed as error:
             raise resumable(error, output_dir) from error
 
@@ -146,6 +155,7 @@ def _exclusive(recipe: Recipe, start: Start) -> Iterator[Path]:
 
 def _run(
     prepared: Prepared,
+    objective: Objective | None,
     strategy: Strategy,
     batching: Batching,
     start: Start,
@@ -164,12 +174,15 @@ def _run(
         prepared.report, hardware, recipe.train.seed, prepared.data, prepared.method.digest
     )
     record.data["train"] |= rows_read_before(start)
+    record.per_device_batch_size = recipe.train.units_per_batch
     with (
         record.saved_to(output_dir / "run.json") if is_main() else nullcontext(),
         closing(_open_recorder(recipe, output_dir, schedule, start)) as recorder,
     ):
         guard = Guard(output_dir, record.process) if is_main() else None
-        loop = build_loop(prepared, strategy, batching.steps, schedule, recorder, stop, guard, say)
+        loop = build_loop(
+            prepared, objective, strategy, batching.steps, schedule, recorder, stop, guard, say
+        )
         try:
             _resume(loop, start, resume, recipe, say)
             loop.run()
@@ -214,13 +227,13 @@ def _plan(recipe: Recipe, say: Say) -> dict[str, Any]:
     _check_support(recipe)
     strategy = build_strategy(recipe.model.dtype)
     strategy.check(recipe)
-    prepared = prepare(recipe, say, write_cache=False)
+    prepared, objective = fit_batch_size(prepare(recipe, say, write_cache=False), strategy, say)
     steps = build_batching(prepared, strategy.device, strategy.share).steps
     schedule = build_schedule(prepared.recipe, steps)
     execution = choose_execution(
         prepared, strategy.device, schedule.total_steps, strategy.is_sharded
     )
-    objective = build_objective(prepared, strategy, say)
+    objective = objective or build_objective(prepared, strategy, say)
     engine = build_engine(prepared, objective, strategy, schedule.total_steps, execution, say)
     loader = build_loader(prepared, objective, steps, strategy.device, execution)
     first = loader.take(0)
@@ -242,21 +255,12 @@ def _plan(recipe: Recipe, say: Say) -> dict[str, Any]:
     }
 
 
-def plan_line(prepared: Prepared, batching: Batching) -> str:
-    """One line about the run that is about to start."""
-    schedule = build_schedule(prepared.recipe, batching.steps)
-    epoch = f" ({schedule.steps_per_epoch:,} per epoch)" if schedule.steps_per_epoch else ""
-    evaluation = prepared.evaluation
-    return f"{batching.description}: {schedule.total_steps:,} steps{epoch}; " + (
-        f"evaluation on {len(evaluation.split):,} rows" if evaluation else "no validation split"
-    )
-
-
 def _check_support(recipe: Recipe) -> None:
     check_trackers(recipe.train.trackers)
     check_optimizer(recipe.train.optimizer)
     check_base_precision(recipe.model)
     check_offload(recipe.train)
+    check_batch_size(recipe)
 
 
 def _check_resumable(prepared: Prepared, batching: Batching, start: Start, say: Say) -> None:

@@ -139,3 +139,46 @@ def test_a_deterministic_run_is_not_compiled() -> None:
     for choice in ("auto", False):
         check_recipe(recipe(train={"deterministic": True, "compile": choice}))
     check_recipe(recipe(train={"compile": True}))
+
+
+AUTO = {"per_device_batch_size": "auto", "rows_per_step": 32}
+
+
+@pytest.mark.parametrize(
+    ("train", "task", "key", "message"),
+    [
+        ({"per_device_batch_size": "auto"}, {}, "rows_per_step", "required with"),
+        ({"rows_per_step": 32}, {}, "rows_per_step", "only allowed with"),
+        (
+            {**AUTO, "gradient_accumulation_steps": 2},
+            {},
+            "gradient_accumulation_steps",
+            "it follows from train.rows_per_step",
+        ),
+        ({**AUTO, "max_tokens_per_batch": 4096}, {}, "max_tokens_per_batch", "cannot be set"),
+        (
+            {**AUTO, "gradient_checkpointing": "offload"},
+            {},
+            "per_device_batch_size",
+            "gradient_checkpointing: offload",
+        ),
+        (
+            {**AUTO, "max_steps": 3},
+            {"streaming": True},
+            "per_device_batch_size",
+            "the longest rows are unknown",
+        ),
+    ],
+)
+def test_an_automatic_batch_size(
+    train: dict[str, object], task: dict[str, object], key: str, message: str
+) -> None:
+    problem = only(recipe(train=train, task=task))
+    assert problem.key == f"train.{key}"
+    assert message in problem.message
+
+
+def test_what_an_automatic_batch_size_needs() -> None:
+    check_recipe(recipe(train=AUTO, task={"packing": True}))
+    assert recipe(train=AUTO).eval_batch_size == 8
+    assert recipe(train={**AUTO, "per_device_eval_batch_size": 3}).eval_batch_size == 3

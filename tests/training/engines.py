@@ -7,6 +7,7 @@ from typing import Any
 
 from lorakit.distributed.build import build_strategy
 from lorakit.recipe.sections import Recipe
+from lorakit.training.batch_size import fit_batch_size
 from lorakit.training.batching import StepLoader, build_batching
 from lorakit.training.build import build_engine, build_loader, build_objective, build_schedule
 from lorakit.training.engine import StepResult
@@ -34,13 +35,13 @@ class Built:
 
 def built(recipe: Recipe, engine: Mode | None = None) -> Built:
     """The parts of a run; ``engine`` replaces the chosen engine, but not the shapes of batches."""
-    prepared = prepare(recipe, lambda text: None)
+    said: list[str] = []
     strategy = build_strategy(recipe.model.dtype)
+    prepared, tried = fit_batch_size(prepare(recipe, lambda text: None), strategy, said.append)
     steps = build_batching(prepared, strategy.device).steps
     total_steps = build_schedule(prepared.recipe, steps).total_steps
-    said: list[str] = []
     execution = choose_execution(prepared, strategy.device, total_steps)
-    objective = build_objective(prepared, strategy, said.append)
+    objective = tried or build_objective(prepared, strategy, said.append)
     loader = build_loader(prepared, objective, steps, strategy.device, execution)
     execution = Execution(engine) if engine else execution
     chosen = build_engine(prepared, objective, strategy, total_steps, execution, said.append)

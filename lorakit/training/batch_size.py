@@ -1,0 +1,241 @@
+"""``train.per_device_batch_size: auto``: the largest batch for which the device has memory.
+
+The rows of a step are the recipe's (``train.rows_per_step``), so only how they are split depends on
+the device. Candidates are the divisors of this process's share. Each is tried with the longest rows
+of the data; what training computes afterwards does not depend on the trials.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from lorakit.data.collate import Batch
+from lorakit.data.encode import EncodedSplit
+from lorakit.data.plan import Bin, Packing
+from lorakit.distributed.processes import gather, rank_and_world_size
+from lorakit.distributed.strategy import Strategy
+from lorakit.errors import UserError
+from lorakit.pipeline.task_data import Say
+from lorakit.recipe.sections import Recipe
+from lorakit.training.batching import bucketed, build_collate, split_step
+from lorakit.training.build import Objective, build_objective
+from lorakit.training.execution import choose_execution
+from lorakit.training.memory import memory_advice
+from lorakit.training.random_states import random_states, restore_random_states
+from lorakit.training.record import peak_memory_bytes
+from lorakit.training.setup import Prepared
+
+#: The share of the available memory that a trial may allocate.
+_USABLE = 0.95
+#: The type of the two values that an optimizer keeps for each trained one.
+_STATE_TYPES = {"adamw": torch.float32, "adamw_8bit": torch.uint8}
+#: Runs a batch of this size, returns the peak memory in bytes, and raises torch.OutOfMemoryError.
+Trial = Callable[[int], int]
+
+
+@dataclass(frozen=True)
+class BatchSize:
+    """What was chosen, of which sizes that were tried, in order, and the peak memory of its
+    trial."""
+
+    per_device_batch_size: int
+    tried: list[int]
+    peak_memory_bytes: int
+
+
+def largest_that_fits(sizes: Sequence[int], trial: Trial) -> BatchSize | None:
+    """Find the largest of ``sizes``, in ascending order, for which ``trial`` does not run out of
+    memory, by bisection; None if none fits. A smaller size than one that fits is assumed to fit."""
+    peaks: dict[int, int] = {}
+    tried: list[int] = []
+    low, high = 0, len(sizes)  # the answer is sizes[low - 1] to sizes[high - 1]
+    while low < high:
+        middle = high - 1 if not tried else (low + high) // 2  # all rows at once, if they fit
+        tried.append(sizes[middle])
+        try:
+            peaks[sizes[middle]] = trial(sizes[middle])
+            low = middle + 1
+        except torch.OutOfMemoryError:
+            high = middle
+    return BatchSize(sizes[low - 1], tried, peaks[sizes[low - 1]]) if low else None
+
+
+def batch_sizes(rows_per_step: int, processes: int) -> list[int]:
+    """Return the sizes into which a process can split its share of a step; raises UserError if the
+    processes cannot share it equally."""
+    share, rest = divmod(rows_per_step, processes)
+    if rest:
+        raise UserError(
+            f"train.rows_per_step = {rows_per_step}: {processes} processes cannot share a step "
+            f"equally; allowed: a multiple of {processes}"
+        )
+    return [size for size in range(1, share + 1) if share % size == 0]
+
+
+def check_batch_size(recipe: Recipe) -> None:
+    """Raise UserError for ``auto`` if there is no GPU, or the processes cannot share a step."""
+    section = recipe.train
+    if section.per_device_batch_size != "auto":
+        return
+    if not torch.cuda.is_available():
+        raise UserError(
+            'train.per_device_batch_size = "auto": needs a GPU, since on the CPU a batch that is '
+            "too large ends the process; allowed here: a number, with "
+            "train.gradient_accumulation_steps instead of train.rows_per_step"
+        )
+    assert section.rows_per_step is not None, "required with auto"
+    batch_sizes(section.rows_per_step, rank_and_world_size()[1])
+
+
+def fit_batch_size(
+    prepared: Prepared, strategy: Strategy, say: Say
+) -> tuple[Prepared, Objective | None]:
+    """Replace ``auto`` by the largest batch size that fits on the device of every process; return
+    also the objective on its device, if it was built for that. Raises UserError if no size fits, or
+    for a sharded model."""
+    recipe, processes = prepared.recipe, rank_and_world_size()[1]
+    if recipe.train.per_device_batch_size != "auto":
+        return prepared, None
+    if strategy.is_sharded:
+        raise UserError(
+            'train.per_device_batch_size = "auto": not supported with FSDP; allowed: a number'
+        )
+    objective = build_objective(prepared, strategy, say)
+    assert recipe.train.rows_per_step is not None, "required with auto"
+    sizes = batch_sizes(recipe.train.rows_per_step, processes)
+    trial = BatchTrial(prepared, objective, strategy)
+    with _unaffected(strategy.device):
+        found = largest_that_fits(sizes, lambda size: _in_all_processes(trial, size))
+    if found is None:
+        advice = "; or ".join(memory_advice(split_step(recipe, 1, processes)))
+        raise UserError(
+            'train.per_device_batch_size = "auto": a single row does not fit on '
+            f"{strategy.device}; {advice}"
+        )
+    recipe = split_step(recipe, found.per_device_batch_size, processes)
+    say(
+        f"train.per_device_batch_size = {found.per_device_batch_size}: the largest that fits (of "
+        f"{', '.join(map(str, sorted(found.tried)))} tried), "
+        f"{recipe.train.gradient_accumulation_steps} batches per step; peak memory "
+        f"{found.peak_memory_bytes / 2**30:.1f} GiB"
+    )
+    return replace(prepared, recipe=recipe), objective
+
+
+class BatchTrial:
+    """Forward and backward passes of the longest rows, eagerly, with the memory of the optimizer's
+    state allocated. Weights, gradients and the modules' modes are as before afterwards; random
+    numbers are drawn."""
+
+    def __init__(self, prepared: Prepared, objective: Objective, strategy: Strategy) -> None:
+        self._prepared, self._objective, self._strategy = prepared, objective, strategy
+        self._longest = _longest_first(prepared)
+
+    def __call__(self, size: int) -> int:
+        device, was_training = self._strategy.device, self._objective.training
+        uses_graphs = self._uses_graphs(size)
+        self._objective.train()
+        try:
+            with _limited_memory(device, _USABLE / 2 if uses_graphs else _USABLE):
+                self._pass(self._batch(size, uses_graphs))
+                return peak_memory_bytes(device)
+        finally:
+            self._objective.zero_grad(set_to_none=True)
+            self._objective.train(was_training)
+
+    def _pass(self, batch: Batch) -> None:
+        kind = _STATE_TYPES.get(self._prepared.recipe.train.optimizer)
+        trained = [p for p in self._objective.parameters() if p.requires_grad]
+        state = [torch.empty_like(p, dtype=kind) for p in trained for _ in range(2) if kind]
+        with self._strategy.accelerator.autocast():
+            loss = self._objective(batch)
+        if loss.requires_grad:  # false if only experts train and none got a token
+            loss.backward()
+        del state
+
+    def _batch(self, size: int, uses_graphs: bool) -> Batch:
+        device = self._strategy.device
+        collate = build_collate(self._prepared, device, self._objective.varlen)
+        if uses_graphs:
+            collate = bucketed(collate, self._prepared)
+        return collate(self._longest(size)).to(device)
+
+    def _uses_graphs(self, size: int) -> bool:
+        """Whether passes of this size may be captured: their memory then comes on top of what the
+        first step, which runs eagerly, leaves to the allocator."""
+        recipe = split_step(self._prepared.recipe, size, rank_and_world_size()[1])
+        execution = choose_execution(
+            replace(self._prepared, recipe=recipe), self._strategy.device, total_steps=1
+        )
+        return execution.mode == "cuda_graphs"
+
+
+def _longest_first(prepared: Prepared) -> Callable[[int], list[Bin]]:
+    """Return a function that returns the longest rows, or the fullest bins of packed rows."""
+    rows, recipe = prepared.train, prepared.recipe
+    assert isinstance(rows, EncodedSplit), "auto is not supported with a stream"
+    if not recipe.task.packing:
+        order = np.argsort(-rows.lengths, kind="stable")
+        return lambda count: [[rows[int(i)]] for i in order[:count]]
+    packing = Packing(rows.lengths, recipe.task.max_length, recipe.train.seed)
+    bins = packing.epoch(0)
+    order = np.argsort(-packing.bin_lengths, kind="stable")
+    return lambda count: [[rows[int(i)] for i in bins[int(unit)]] for unit in order[:count]]
+
+
+def _in_all_processes(trial: Trial, size: int) -> int:
+    """Return the largest peak of all processes; raises torch.OutOfMemoryError if one of them has
+    run out of memory."""
+    try:
+        own = trial(size)
+    except torch.OutOfMemoryError:
+        own = None
+    peaks = [peak for peak in gather(own) if peak is not None]
+    if len(peaks) < rank_and_world_size()[1]:
+        raise torch.OutOfMemoryError(f"a batch of {size} does not fit")
+    return max(peaks)
+
+
+@contextmanager
+def _unaffected(device: torch.device) -> Iterator[None]:
+    """Restore the states of random number generators and of the allocator after the block."""
+    states = random_states()
+    try:
+        yield
+    finally:
+        restore_random_states([states])
+        _release(device)
+
+
+@contextmanager
+def _limited_memory(device: torch.device, share: float) -> Iterator[None]:
+    """Let the block allocate no more than this share of what other processes and a limit of the
+    caller leave of the device's memory."""
+    if device.type != "cuda":
+        yield
+        return
+    _release(device)
+    before = torch.cuda.get_per_process_memory_fraction(device)
+    free, total = torch.cuda.mem_get_info(device)
+    available = (free + torch.cuda.memory_reserved(device)) / total
+    torch.cuda.set_per_process_memory_fraction(share * min(before, available), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, device)
+
+
+def _release(device: torch.device) -> None:
+    """Free what the allocator has cached, and forget the peak."""
+    if device.type != "cuda":
+        return
+    gc.collect()  # of tensors in the frames of an error
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
