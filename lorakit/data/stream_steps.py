@@ -35,6 +35,26 @@ class PassRow:
 
 
 @dataclass(frozen=True)
+class WindowPart:
+    """The encoded rows of consecutive rows of a window. The first ``new`` ones are of the first
+    pass, as are all that ``counts`` covers; ``bad`` are rows that were skipped, and the reasons."""
+
+    rows: list[EncodedRow]
+    new: int
+    counts: Counts
+    bad: list[tuple[LocatedRow, str]]
+
+
+#: A part, or the error that ends the stream.
+Outcome = WindowPart | DataError
+
+
+def only_own(outcome: Outcome) -> list[Outcome]:
+    """The outcomes of all processes if there is one."""
+    return [outcome]
+
+
+@dataclass(frozen=True)
 class StreamEncoder:
     """Tokenizes rows of a stream. ``embedding_rows`` is the model's number of embeddings."""
 
@@ -60,25 +80,22 @@ class StreamEncoder:
         ]
         return encoded, found.counts
 
-    def encode_pass(
-        self, rows: Sequence[PassRow], skip: Callable[[LocatedRow, str], None] | None = None
-    ) -> tuple[list[EncodedRow], int, Counts]:
-        """Return all encoded rows, how many of them are from the first pass, and the counts of
-        those.
-
-        Raises the same errors as ``encode``. With ``skip``, bad rows are skipped and passed to it.
-        """
+    def encode_part(self, rows: Sequence[PassRow], skip_bad: bool = False) -> WindowPart:
+        """Raises the same errors as ``encode``, unless bad rows are skipped."""
+        bad: list[tuple[LocatedRow, str]] = []
 
         def encode(some: list[LocatedRow]) -> tuple[list[EncodedRow], Counts]:
-            if skip is None:
-                return self.encode(some)
-            return self.encode(some, lambda index, reason: skip(some[index], reason))
+            found: list[tuple[int, str]] = []
+            encoded = self.encode(some, (lambda *row: found.append(row)) if skip_bad else None)
+            # Without the columns, whose values may be of any type, other processes can receive it.
+            bad.extend((replace(some[i], row={}), reason) for i, reason in sorted(found))
+            return encoded
 
         first = [row.located for row in rows if not row.number]
         again = [row.located for row in rows if row.number]
         encoded, counts = encode(first) if first else ([], Counts())
         repeated = encode(again)[0] if again else []
-        return [*encoded, *repeated], len(encoded), counts
+        return WindowPart([*encoded, *repeated], len(encoded), counts, bad)
 
     def may_split(self, row: Row) -> bool:
         """Whether a row like this one may become several rows of tokens."""
@@ -100,6 +117,10 @@ class StreamSteps:
     When a run resumes, rows of earlier steps are read but not tokenized, unless they are packed or
     the number of rows of tokens is unknown, since chats may be split and bad rows are skipped.
     ``rows`` (of tokens) and ``counts`` cover the windows begun, counting only the first pass.
+
+    Every process reads all rows, which ``watch`` is called with, but tokenizes only its part of
+    each window. ``gather`` returns the parts of all processes, by rank, or their errors; it is
+    called by ``step``, in all processes for the same step. An error of one is raised in all.
     """
 
     stream: Stream
@@ -112,6 +133,8 @@ class StreamSteps:
     bins: Callable[[list[EncodedRow]], list[Bin]] | None = None
     skipped: SkippedRows | None = None
     share: Share = field(default_factory=Share)
+    gather: Callable[[Outcome], list[Outcome]] = only_own
+    watch: Callable[[Row], None] | None = None
     steps_per_epoch: None = field(default=None, init=False)
     rows: int = field(default=0, init=False)
     counts: Counts = field(default_factory=Counts, init=False)
@@ -176,31 +199,51 @@ class StreamSteps:
         ahead = self._reader.submit(self._read)
         left: list[Bin] = []
         for number in count(first):
-            rows, new, counts, bad = ahead.result()
-            for located, reason in bad:
-                assert self.skipped is not None
-                self.skipped.add(located, reason)
+            rows = self._whole(ahead.result())
             ahead = self._reader.submit(self._read)
-            self.rows += new
-            self.counts.add(counts)
             units = left + (self.bins(rows) if self.bins and rows else [[row] for row in rows])
             size = self.units_per_step
             complete = len(units) // size * size
             left = units[complete:]
             yield from self._ordered(units[:complete], number)
 
-    def _read(self) -> tuple[list[EncodedRow], int, Counts, list[tuple[LocatedRow, str]]]:
+    def _whole(self, own: Outcome) -> list[EncodedRow]:
+        """Join the parts of a window and count its rows."""
+        rows: list[EncodedRow] = []
+        for part in self.gather(own):
+            if isinstance(part, DataError):
+                raise part
+            for located, reason in part.bad:
+                assert self.skipped is not None
+                self.skipped.add(located, reason)
+            rows += part.rows
+            self.rows += part.new
+            self.counts.add(part.counts)
+        return rows
+
+    def _read(self) -> Outcome:
+        """Read a window and tokenize this process's part of it."""
         rows = _STEPS_PER_WINDOW * self.units_per_step
         if self.bins is not None:
             rows = max(rows, _PACKED_ROWS)
-        bad: list[tuple[LocatedRow, str]] = []
+        try:
+            window = list(islice(self._source, rows))
+            return self._encode(window)
+        except DataError as error:
+            return error  # to be raised in all processes
 
-        def skip(located: LocatedRow, reason: str) -> None:
-            bad.append((located, reason))
-
-        window = list(islice(self._source, rows))
-        found = self._encoder.encode_pass(window, skip if self.skipped is not None else None)
-        return *found, bad
+    def _encode(self, window: list[PassRow]) -> WindowPart:
+        if self.watch is not None:
+            for row in window:
+                self.watch(row.located.row)
+        rank, processes = self.share.rank, self.share.world_size
+        start, stop = (len(window) * k // processes for k in (rank, rank + 1))
+        skip_bad = self.skipped is not None
+        try:
+            return self._encoder.encode_part(window[start:stop], skip_bad)
+        except DataError:
+            self._encoder.encode_part(window, skip_bad)  # raises what a single process would
+            raise
 
     def _ordered(self, units: list[Bin], window: int) -> list[list[Bin]]:
         """The steps of a window; with ``group_by_length``, of rows of similar length, in random

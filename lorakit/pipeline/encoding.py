@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.data.cache import CACHED_ROWS, EncodedCache, encoding_key
 from lorakit.data.encode import EncodedSplit, check_token_ids, encode_split, split_notes
-from lorakit.data.examples import Example
+from lorakit.data.rows import Row
 from lorakit.data.sources import Split
 from lorakit.data.stream import SkippedRows, Stream
 from lorakit.data.stream_steps import StreamEncoder
@@ -28,11 +28,13 @@ from lorakit.tasks.checks import ColumnWatch, counts_line, label_counts, similar
 class StreamedRows:
     """A train split that is read and tokenized during training.
 
-    ``skipped`` counts the bad rows; None if a bad row is an error.
+    ``watch`` is called with each row and reports what the task does not use of it; ``skipped``
+    counts the bad rows; None if a bad row is an error.
     """
 
     stream: Stream
     encoder: StreamEncoder
+    watch: Callable[[Row], None]
     skipped: SkippedRows | None = None
 
 
@@ -147,16 +149,11 @@ class _Encoder:
         """Prepare to tokenize the rows of ``stream`` during training."""
         data = self._data
         watch = ColumnWatch(data.task, data.config, data.split, self._say)
-
-        def to_example(row: Mapping[str, Any]) -> Example:
-            watch.see(row)
-            return data.example(row)
-
         encoder = StreamEncoder(
-            to_example, self._tokenizer, data.config.max_length, self._embedding_rows
+            data.example, self._tokenizer, data.config.max_length, self._embedding_rows
         )
         skipped = SkippedRows(data.split.name, self._say) if data.skip_bad_rows else None
-        return StreamedRows(stream, encoder, skipped)
+        return StreamedRows(stream, encoder, watch.see, skipped)
 
     def with_prompts(self, split: Split, encoded: EncodedSplit) -> EvalData:
         """Add the prompts to generate from, if the task generates text."""

@@ -56,7 +56,9 @@ class ColumnWatch:
             self._new(row)
 
     def see(self, row: Row) -> None:
-        """Inspect a row that is about to be trained on."""
+        """Inspect a row that is about to be trained on, unless it could not be read."""
+        if isinstance(row, UnreadRow):
+            return
         for note in self._new(row):
             self._say(f"{self._name}: further {note}")
 

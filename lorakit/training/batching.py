@@ -32,6 +32,7 @@ from lorakit.data.plan import (
 )
 from lorakit.data.stream import FileChanged
 from lorakit.data.stream_steps import StreamSteps
+from lorakit.distributed.processes import gather
 from lorakit.errors import DataError
 from lorakit.pipeline.encoding import StreamedRows
 from lorakit.recipe.sections import Recipe
@@ -73,7 +74,8 @@ class StepLoader:
     """Collates the batches of each step and copies them to ``device``.
 
     ``prefetch`` prepares the next step while the device computes the current one. It neither waits
-    for the device nor draws random numbers, and an error in the rows is raised by the ``take`` of
+    for the device nor draws random numbers, but may exchange a stream's rows with the other
+    processes, and an error in the rows is raised by the ``take`` of
     the step that needs them.
     """
 
@@ -186,6 +188,8 @@ def _streaming(recipe: Recipe, rows: StreamedRows, share: Share) -> Batching:
         bins=partial(pack_rows, capacity=capacity) if recipe.task.packing else None,
         skipped=rows.skipped,
         share=share,
+        gather=gather,
+        watch=rows.watch,
     )
     units = f"bins of {capacity:,} tokens" if recipe.task.packing else "rows"
     return Batching(steps, f"a stream of rows, {steps.units_per_step} {units} per step")

@@ -27,10 +27,12 @@ from tests.e2e.shared_runs import (
 )
 from tests.training.runs import (
     adapter_bytes,
+    completion_rows,
     learning,
     metrics_lines,
     run_json,
     without_dropout,
+    write_rows,
 )
 
 METHODS = {
@@ -111,7 +113,7 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes_exactly(
     assert [code for code, _, _ in launch(2, *command(long_run, whole))] == [0, 0]
     started = start(2, *command(long_run, cut))
     wait_for(cut / "checkpoints" / "step-8")
-    started[1].kill()
+    started[1].send_signal(signal.SIGKILL)
     began = time.monotonic()
     [(code, out, err), _] = ended(started)
     assert time.monotonic() - began < 30
@@ -151,6 +153,29 @@ def test_a_signal_to_one_process_stops_all_at_one_step(long_run: Path, tmp_path:
     assert code == 0, err
     lines = zip(metrics_lines(cut), metrics_lines(whole), strict=True)
     assert all(one["step"] == other["step"] for one, other in lines)
+
+
+def test_a_bad_row_of_a_stream_stops_all_at_one_step(tiny_llama: Path, tmp_path: Path) -> None:
+    """Whichever process tokenizes it. The corrected run ends like one whose row was never bad."""
+    rows: list[dict[str, Any]] = list(completion_rows(400))
+    data, cut, whole = (tmp_path / name for name in ("data/train.jsonl", "cut", "whole"))
+    file = recipe(
+        tmp_path, tiny_llama, "completion", LORA, train__epochs=None, train__max_steps=60,
+        train__per_device_batch_size=2, task__streaming=True, task__shuffle_buffer_rows=10,
+    )  # fmt: skip
+    for row in (250, 350):
+        write_rows(data, [*rows[:row], {"prompt": "red", "completion": 3}, *rows[row + 1 :]])
+        first, second = launch(2, *command(file, cut, "--resume", "auto"))
+        assert (first[0], second[0]) == (2, 2)
+        assert f"error: {data}, row {row + 1}: column 'completion' = 3" in first[2]
+        assert f"; stopped at step 50 of 60; saved {cut}/checkpoints/step-50; " in first[2]
+        assert second[1:] == ("", "")
+    write_rows(data, rows)
+    for folder in (cut, whole):
+        ended = launch(2, *command(file, folder, "--resume", "auto"))
+        assert [code for code, _, _ in ended] == [0, 0], ended
+    assert adapter_bytes(cut) == adapter_bytes(whole)
+    assert run_json(cut)["data"]["train"]["rows_read"] == 400
 
 
 def test_an_error_is_printed_once(tiny_llama: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from lorakit import registry
+from lorakit.data.rows import UnreadRow
 from lorakit.data.sources import Split
 from lorakit.pipeline.task_data import settle
 from lorakit.tasks import checks
@@ -249,6 +250,7 @@ def test_a_stream_reports_later_keys_once() -> None:
     assert said[-1] == line
     watch = ColumnWatch(task, config, head, said.append)
     watch.see({"messages": [USER, REPLY], "id": 2})
+    watch.see(UnreadRow("not JSON"))
     assert said[-1] == line
     for _ in range(2):
         watch.see({"messages": [USER, calling(foo=1)], "id": 2, "bar": 1})
