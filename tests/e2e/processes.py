@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
+
+from tests.training.processes import Forked
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -26,22 +27,26 @@ def environments(processes: int) -> list[dict[str, str]]:
     ]
 
 
-def start(processes: int, *arguments: object, **variables: str) -> list[subprocess.Popen[str]]:
-    """``python ARGUMENTS`` in each process, on the CPU; ``variables`` are of the environment."""
+def start(processes: int, *command: object, **variables: str) -> list[Forked]:
+    """``python COMMAND``, which is ``-c CODE`` or ``-m lorakit`` with arguments, in each process,
+    on the CPU; ``variables`` are of the environment."""
+    folder = Path(tempfile.mkdtemp(prefix="lorakit-processes-"))
     return [
-        subprocess.Popen(
-            [sys.executable, *map(str, arguments)], env={**os.environ, **environment, **variables},
-            cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        Forked(
+            folder / f"stdout-{rank}",
+            folder / f"stderr-{rank}",
+            command=list(map(str, command)),
+            environment={**os.environ, **environment, **variables},
         )
-        for environment in environments(processes)
-    ]  # fmt: skip
+        for rank, environment in enumerate(environments(processes))
+    ]
 
 
-def ended(started: list[subprocess.Popen[str]], seconds: float = 240) -> list[tuple[int, str, str]]:
+def ended(started: list[Forked], seconds: float = 240) -> list[tuple[int, str, str]]:
     """The exit code, stdout and stderr of each process."""
-    said = [process.communicate(timeout=seconds) for process in started]
-    return [(process.returncode, *each) for process, each in zip(started, said, strict=True)]
+    found = [process.wait(seconds) for process in started]
+    return [(each.code, each.out, each.err) for each in found]
 
 
-def launch(processes: int, *arguments: object, **variables: str) -> list[tuple[int, str, str]]:
-    return ended(start(processes, *arguments, **variables))
+def launch(processes: int, *command: object, **variables: str) -> list[tuple[int, str, str]]:
+    return ended(start(processes, *command, **variables))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -83,7 +84,7 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes_exactly(
     assert [code for code, _, _ in launch(2, *command(file, whole), **FSDP)] == [0, 0]
     started = start(2, *command(file, cut), **FSDP)
     wait_for(cut / "checkpoints" / "step-8")
-    started[1].kill()
+    started[1].send_signal(signal.SIGKILL)
     [(code, _, err), _] = ended(started, seconds=30)
     assert code == 1
     assert "error: the connection to another process is lost" in err

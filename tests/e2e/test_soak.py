@@ -10,7 +10,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -38,11 +37,8 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def launchers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Launcher]]:
-    started = [Launcher(tmp_path_factory.mktemp(f"process-{rank}")) for rank in range(2)]
-    yield started
-    for launcher in started:
-        launcher.close()
+def launchers(tmp_path_factory: pytest.TempPathFactory) -> list[Launcher]:
+    return [Launcher(tmp_path_factory.mktemp(f"process-{rank}")) for rank in range(2)]
 
 
 class Run:

@@ -1,10 +1,10 @@
-"""Command lines as real processes that a test can signal. ``Launcher`` starts one Python that has
-imported everything and forks a child for each command, which is as fast as a single `python -m
-lorakit` for a dozen commands.
+"""Command lines as real processes that a test can signal. One Python, which has imported everything,
+forks a child for each command: a dozen of them are as fast as a single `python -m lorakit`.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import json
 import os
@@ -14,23 +14,30 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 _SERVER = """
-import json, os, sys
+import gc, json, os, sys
 import datasets, transformers.models.bert.modeling_bert, transformers.models.llama.modeling_llama
-import lorakit.training.run
+import lorakit.cli.main, lorakit.training.run
 from tests.training.processes import in_child
+gc.freeze()  # otherwise each child's garbage collection would copy its memory
 for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        os._exit(in_child(json.loads(line)))
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    request = json.loads(line)
+    if isinstance(request, int):
+        pid, status = os.waitpid(request, os.WNOHANG)
+        print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
+    elif pid := os.fork():
+        print(pid, flush=True)
+    else:
+        in_child(request)
 """
 
 
@@ -47,21 +54,71 @@ class Ended:
 NO_DISK = 77
 
 
-class Launcher:
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._server = subprocess.Popen(
+class _Server:
+    """The Python that forks; it ends with this one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process = subprocess.Popen(
             [sys.executable, "-c", _SERVER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
+        atexit.register(self._close)
 
-    def close(self) -> None:
-        assert self._server.stdin is not None
-        self._server.stdin.close()
-        self._server.wait(timeout=30)
+    def ask(self, request: Any) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with self._lock:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            return json.loads(self._process.stdout.readline())
+
+    def _close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=30)
+
+
+@cache
+def _server() -> _Server:
+    return _Server()
+
+
+class Forked:
+    """A child that carries out a request: see ``in_child``."""
+
+    def __init__(self, out: Path, err: Path, **request: Any) -> None:
+        self._out, self._err = out, err
+        self._pid = _server().ask({"stdout": str(out), "stderr": str(err), **request})
+        self._code: int | None = None
+
+    def is_alive(self) -> bool:
+        if self._code is None:
+            self._code = _server().ask(self._pid)
+        return self._code is None
+
+    def send_signal(self, number: int) -> None:
+        if self.is_alive():
+            os.kill(self._pid, number)
+
+    def wait(self, seconds: float | None = None) -> Ended:
+        deadline = None if seconds is None else time.monotonic() + seconds
+        while self.is_alive():
+            if deadline is not None and time.monotonic() > deadline:
+                os.kill(self._pid, signal.SIGKILL)
+                raise TimeoutError(f"still running: {self._err.read_text()}")
+            time.sleep(0.005)
+        assert self._code is not None
+        err = self._err.read_text() if self._err.is_file() else ""
+        return Ended(self._code, self._out.read_text(), err)
+
+
+class Launcher:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
 
     def run(
         self,
@@ -86,59 +143,66 @@ class Launcher:
         (directory, bytes, copy): the directory is a disk of this size, which only the process sees
         and whose contents are copied when it ends.
         """
-        out, err = self._folder / "stdout", stderr or str(self._folder / "stderr")
-        request = {
-            "arguments": [str(argument) for argument in arguments],
-            "stdout": str(out),
-            "stderr": err,
-            "at_call": at_call,
-            "at_event": at_event,
-            "signal": int(number),
-            "max_file_bytes": max_file_bytes,
-            "disk": disk and [str(disk[0]), disk[1], str(disk[2])],
-            "environment": environment or {},
-        }
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        self._server.stdin.write(json.dumps(request) + "\n")
-        self._server.stdin.flush()
-        pid = int(self._server.stdout.readline())
+        process = Forked(
+            self._folder / "stdout",
+            Path(stderr) if stderr else self._folder / "stderr",
+            command=["-m", "lorakit", *map(str, arguments)],
+            at_call=at_call,
+            at_event=at_event,
+            signal=int(number),
+            max_file_bytes=max_file_bytes,
+            disk=disk and [str(disk[0]), disk[1], str(disk[2])],
+            environment=environment or {},
+        )
         if signal_when is not None:
-            while not signal_when() and _alive(pid):
+            while not signal_when() and process.is_alive():
                 time.sleep(0.002)
             time.sleep(delay_seconds)
-            if _alive(pid):
-                os.kill(pid, number)
-        code = int(self._server.stdout.readline())
-        return Ended(code, out.read_text(), "" if stderr else Path(err).read_text())
+            process.send_signal(number)
+        return process.wait()
 
 
-def in_child(request: dict[str, Any]) -> int:
-    """Run a command in a forked child and return its exit code."""
+def in_child(request: dict[str, Any]) -> NoReturn:
+    """Run ``python COMMAND``, which is ``-m lorakit`` or ``-c CODE`` with arguments, in a forked
+    child, and exit."""
     os.environ.update(request["environment"])
     for descriptor, name in ((0, os.devnull), (1, request["stdout"]), (2, request["stderr"])):
         flags = os.O_RDONLY if descriptor == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         opened = os.open(name, flags)
         os.dup2(opened, descriptor)
         os.close(opened)
-    if request["at_call"]:
+    if request.get("at_call"):
         _signal_at_call(*request["at_call"], request["signal"])
-    if request["at_event"]:
+    if request.get("at_event"):
         _signal_at_event(*request["at_event"], request["signal"])
-    if request["disk"]:
-        directory, size, copy = request["disk"]
+    if disk := request.get("disk"):
+        directory, size, copy = disk
         if not mount_small_disk(directory, size):
-            return NO_DISK
-    from lorakit.cli.main import run
-
-    if limit := request["max_file_bytes"]:
+            os._exit(NO_DISK)
+    if limit := request.get("max_file_bytes"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    code = run(request["arguments"])
+    code = _run(*request["command"])
+    if disk:
+        shutil.copytree(directory, copy)
     sys.stdout.flush()
     sys.stderr.flush()
-    if request["disk"]:
-        shutil.copytree(directory, copy)
-    return code
+    os._exit(code)  # without seconds of deleting what PyTorch has imported
+
+
+def _run(option: str, what: str, *arguments: str) -> int:
+    from lorakit.cli.main import run
+
+    if (option, what) == ("-m", "lorakit"):
+        return run(arguments)
+    sys.argv = [option, *arguments]
+    try:
+        exec(what, {"__name__": "__main__"})
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def mount_small_disk(directory: str, size: int) -> bool:
@@ -189,11 +253,3 @@ def _signal_at_event(event: str, pattern: str, count: int, number: int) -> None:
             os.kill(os.getpid(), number)
 
     sys.addaudithook(hook)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
