@@ -14,6 +14,7 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -222,21 +223,29 @@ class EncodedCache:
             return None
         except (OSError, CorruptFile, KeyError) as error:
             self.say(f"{path}: the cache entry is corrupt ({error}); tokenizing again")
+            if self.write:
+                with suppress(OSError):
+                    path.unlink()
             return None
         self.say(f"{split.name}: {len(split):,} rows read from the cache {self.directory}")
         return arrays, counts
 
     def store(self, split: Split, shards: Sequence[Shard]) -> BinaryIO | None:
-        """Write an entry and open it. If it cannot be written, report that once and return None."""
+        """Write an entry and open it. If it cannot be written, report that once and return None.
+
+        An entry that another process has written meanwhile is kept: it may have mapped it, and on a
+        network file system, a mapping does not survive that another host replaces the file.
+        """
         if not self.write:
             return None
         path = self.path(split)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.directory)
-            with atomic_file(path) as new, new.open("wb") as file:
-                write_arrays(shards, file)
-            return path.open("rb")
+            with atomic_file(path, replace=False) as new:
+                with new.open("wb") as file:
+                    write_arrays(shards, file)
+                return new.open("rb")
         except OSError as error:
             self.say(
                 f"cannot write to the cache {self.directory} ({error.strerror}): the next run "

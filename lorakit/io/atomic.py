@@ -56,15 +56,19 @@ def atomic_directory(target: Path, *, replace: bool) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_file(target: Path) -> Iterator[Path]:
-    """Yield the path of an empty temporary file that replaces ``target`` if the block succeeds."""
+def atomic_file(target: Path, *, replace: bool = True) -> Iterator[Path]:
+    """Yield the path of an empty temporary file that becomes ``target`` if the block succeeds.
+
+    Without ``replace``, an existing ``target`` is kept, and the new file is deleted.
+    """
     target = target.absolute()
     remove_leftovers(target.parent, target.name)
     with _locked_temporary(target, Path.touch) as new:
         try:
             yield new
             _flush(new)
-            new.replace(target)
+            if replace or not _link(new, target):
+                new.replace(target)
             _flush(target.parent)
         finally:
             new.unlink(missing_ok=True)
@@ -175,6 +179,17 @@ def _locked_temporary(target: Path, create: Callable[[Path], None]) -> Iterator[
         yield new
     finally:
         os.close(handle)
+
+
+def _link(new: Path, target: Path) -> bool:
+    """Link ``target`` to ``new`` unless it exists. False on a file system without hard links."""
+    try:
+        target.hardlink_to(new)
+    except FileExistsError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def _put(new: Path, target: Path, old: Path, *, replace: bool) -> bool:

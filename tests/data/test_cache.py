@@ -262,6 +262,21 @@ def test_a_corrupt_entry_is_replaced(cached: Cached, damage: Callable[[bytes], b
     assert cached.hit()
 
 
+def test_an_entry_that_another_process_wrote_meanwhile_is_kept(cached: Cached) -> None:
+    """The other process, perhaps on another host, is reading it."""
+    found = []
+
+    def slow(row: Any) -> TextExample:
+        if not found:
+            cached.encode()
+            found.append(cached.entries[0].stat().st_ino)
+        return example(row)
+
+    late = cached.encode(to_example=slow)
+    assert [entry.stat().st_ino for entry in cached.entries] == found
+    assert_equal(late, cached.encode())
+
+
 def test_an_entry_may_be_deleted_while_in_use(cached: Cached) -> None:
     cached.encode()
     found = cached.encode()

@@ -65,6 +65,13 @@ def test_a_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
+def test_a_file_of_another_writer_is_kept_on_request(tmp_path: Path) -> None:
+    for text in ("first", "second"):
+        with atomic_file(tmp_path / "out", replace=False) as new:
+            new.write_text(text)
+    assert content(tmp_path) == {"out": "first"}
+
+
 def test_an_error_leaves_the_file_unchanged(tmp_path: Path) -> None:
     write_text(tmp_path / "out", "before")
     with pytest.raises(IsADirectoryError), atomic_file(tmp_path / "out") as new:
