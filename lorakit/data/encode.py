@@ -32,6 +32,7 @@ from lorakit.data.sources import Split
 from lorakit.data.tokens import Counts
 from lorakit.errors import DataError
 
+_ROWS_AT_ONCE = 10_000
 TokenIds = NDArray[np.int32] | NDArray[np.uint16]
 
 
@@ -74,9 +75,14 @@ class EncodedSplit:
     @cached_property
     def trained_counts(self) -> NDArray[np.int64]:
         """The trained tokens of each row. The first token is never predicted."""
-        firsts = self.offsets[:-1]
-        counts = np.add.reduceat(self.loss_mask, firsts, dtype=np.int64)
-        return counts - self.loss_mask[firsts]
+        counts = np.empty(len(self), np.int64)
+        for start in range(0, len(self), _ROWS_AT_ONCE):  # reduceat makes an int64 of each token
+            edges = self.offsets[start : start + _ROWS_AT_ONCE + 1]
+            tokens = self.loss_mask[edges[0] : edges[-1]]
+            counts[start : start + len(edges) - 1] = np.add.reduceat(
+                tokens, edges[:-1] - edges[0], dtype=np.int64
+            )
+        return counts - self.loss_mask[self.offsets[:-1]]
 
     def endless_rows(self, stops: Set[int], cut_to: int | None = None) -> int:
         """Count the rows whose last trained segment contains none of the ids ``stops``, which end a

@@ -76,7 +76,7 @@ def _lines(file: Path, handle: BinaryIO, skip_bad: bool) -> Iterator[Piece]:
     """One object per line; blank lines are ignored."""
     number = 0
     for line in handle:
-        if not line.strip():
+        if line.isspace():
             yield line, None
             continue
         number += 1
@@ -85,7 +85,7 @@ def _lines(file: Path, handle: BinaryIO, skip_bad: bool) -> Iterator[Piece]:
 
 def _line_row(line: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(line.decode("utf-8-sig"))
+        value = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8: {error}") from error
     except (ValueError, RecursionError) as error:
