@@ -21,6 +21,7 @@ from lorakit.errors import UserError
 from lorakit.injection import trainable_state
 from lorakit.layers import adapter_layers
 from lorakit.methods.base import Method
+from lorakit.models.cpu_attention import use_float32_attention
 from lorakit.models.first_token import skip_unread_tokens
 from lorakit.models.heads import label_columns
 from lorakit.models.master_weights import base_dtype
@@ -66,6 +67,8 @@ def build_objective(prepared: Prepared, strategy: Strategy, say: Say) -> Objecti
     if prepared.recipe.model.base_precision == "nf4":
         say(quantize_nf4(model, device))
     strategy.place(model)
+    if device.type == "cpu" and section.kernels == "auto" and section.compile is not True:
+        use_float32_attention(model)
     if prepared.task.kind == "encoder":
         columns = label_columns(model, prepared.task.labels(prepared.recipe.task, None))
         if device.type == "cpu" and section.compile is not True:
