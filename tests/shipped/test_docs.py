@@ -26,14 +26,14 @@ COMMANDS = {
 OF_EVERY_COMMAND = {"--help", "-h"}
 OF_THE_PROGRAM = {"--help", "-h", "--version"}
 
-_FENCE = re.compile(r"^```(\w*)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```(\w*)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-_CODE = re.compile(r"`([^`\n]+)`")
+CODE = re.compile(r"`([^`\n]+)`")
 _FOLDERS = ("lorakit", "tests", "scripts", "recipes", "configs", "docs")
 
 
 def prose(text: str) -> str:
-    return _FENCE.sub("", text)
+    return FENCE.sub("", text)
 
 
 def anchors(text: str) -> set[str]:
@@ -44,9 +44,9 @@ def anchors(text: str) -> set[str]:
 
 def command_lines(text: str) -> list[str]:
     """Return every ``lorakit ...`` line in a shell block or an inline code span."""
-    blocks = [body for language, _, body in _FENCE.findall(text) if language in ("", "bash")]
+    blocks = [body for language, _, body in FENCE.findall(text) if language in ("", "bash")]
     lines = [line.removeprefix("$ ") for block in blocks for line in block.splitlines()]
-    return [line for line in [*lines, *_CODE.findall(prose(text))] if line.startswith("lorakit ")]
+    return [line for line in [*lines, *CODE.findall(prose(text))] if line.startswith("lorakit ")]
 
 
 @pytest.mark.parametrize("name", DOCS)
@@ -63,7 +63,7 @@ def test_links_resolve(name: str) -> None:
 
 @pytest.mark.parametrize("name", DOCS)
 def test_files_that_are_mentioned_exist(name: str) -> None:
-    for span in _CODE.findall(prose(DOCS[name])):
+    for span in CODE.findall(prose(DOCS[name])):
         first = span.split("/")[0]
         if first in _FOLDERS and re.fullmatch(r"[\w./-]+", span):
             assert (REPO / span).exists(), span
@@ -71,7 +71,7 @@ def test_files_that_are_mentioned_exist(name: str) -> None:
 
 @pytest.mark.parametrize("name", DOCS)
 def test_recipes_are_valid(name: str, in_tmp: Path) -> None:
-    blocks = _FENCE.findall(DOCS[name])
+    blocks = FENCE.findall(DOCS[name])
     for _, file, body in blocks:
         if file:
             Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +104,7 @@ def test_the_reference_has_every_key_of_a_recipe() -> None:
 
 
 def test_the_reference_has_every_method_and_task() -> None:
-    methods, tasks = _CODE.findall(DOCS["docs/methods.md"]), _CODE.findall(DOCS["docs/data.md"])
+    methods, tasks = CODE.findall(DOCS["docs/methods.md"]), CODE.findall(DOCS["docs/data.md"])
     assert set(registry.methods()) <= set(methods)
     assert set(registry.tasks()) <= set(tasks)
 
