@@ -22,6 +22,7 @@ from accelerate.utils import patch_environment
 from lorakit.distributed.processes import is_launched
 from lorakit.errors import UserError
 from lorakit.pipeline.task_data import Say
+from lorakit.recipe.sections import TrainSection
 
 #: The values with which cuBLAS is deterministic.
 _WORKSPACES = (":4096:8", ":16:8")
@@ -38,7 +39,7 @@ _HAS_NO_KERNEL = " does not have a deterministic implementation"
 
 
 @contextmanager
-def deterministic_kernels(enabled: bool, say: Say) -> Iterator[None]:
+def deterministic_kernels(enabled: bool) -> Iterator[None]:
     """Select deterministic kernels during the block, if ``enabled``.
 
     Afterwards all settings are what they were before, except for cuBLAS's variable: cuBLAS reads it
@@ -51,10 +52,6 @@ def deterministic_kernels(enabled: bool, say: Say) -> Iterator[None]:
         # A launcher's processes select their device before they read the recipe.
         in_use = torch.cuda.is_initialized() and not is_launched()
         os.environ[_WORKSPACE_KEY] = cublas_workspace(os.environ.get(_WORKSPACE_KEY), in_use)
-        say(
-            "kernels are deterministic (train.deterministic: true): the backward pass of attention "
-            "is slower, and layers are not compiled"
-        )
     with ExitStack() as stack:
         stack.callback(
             torch.use_deterministic_algorithms,
@@ -68,6 +65,15 @@ def deterministic_kernels(enabled: bool, say: Say) -> Iterator[None]:
         # Read by transformers for `attn_implementation: flash_attention_2`.
         stack.enter_context(patch_environment(FLASH_ATTENTION_DETERMINISTIC="1"))
         yield
+
+
+def say_costs(section: TrainSection, say: Say) -> None:
+    """Tell the user what ``train.deterministic`` costs on a GPU."""
+    if section.deterministic and torch.cuda.is_available():
+        say(
+            "kernels are deterministic (train.deterministic: true): the backward pass of attention "
+            "is slower, and layers are not compiled"
+        )
 
 
 def cublas_workspace(configured: str | None, in_use: bool) -> str:
@@ -88,7 +94,7 @@ def cublas_workspace(configured: str | None, in_use: bool) -> str:
 
 
 @contextmanager
-def no_kernel_as_user_error() -> Iterator[None]:
+def no_kernel_as_error() -> Iterator[None]:
     """Turn PyTorch's error about an operation without a deterministic kernel into a UserError."""
     try:
         yield

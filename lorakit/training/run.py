@@ -46,7 +46,7 @@ from lorakit.training.checkpoint import (
     skipped_line,
 )
 from lorakit.training.control import Schedule, StopRequest, stop_request
-from lorakit.training.deterministic import deterministic_kernels, no_kernel_as_user_error
+from lorakit.training.deterministic import deterministic_kernels, no_kernel_as_error, say_costs
 from lorakit.training.execution import choose_execution
 from lorakit.training.guard import Guard, resumable
 from lorakit.training.loop import Loop
@@ -104,18 +104,19 @@ def train(recipe: Recipe, resume: str | None = None, say: Say = lambda text: Non
     init_process_group()
     say = _only_on_main(say)
     check_recipe(recipe)
+    with deterministic_kernels(recipe.train.deterministic), no_kernel_as_error():
+        return _train(recipe, resume, say)
+
+
+def _train(recipe: Recipe, resume: str | None, say: Say) -> RunResult:
     start = run_on_main(lambda: find_start(recipe, resume, say))
     if start.finished is not None:
         say(f"{recipe.train.output_dir}: the run is complete; nothing to do")
         return _finished(Path(recipe.train.output_dir), start.finished)
     if start.checkpoint is not None:
         recipe = with_started_batch_size(recipe, start.checkpoint.parent.parent)
-    with deterministic_kernels(recipe.train.deterministic, say), no_kernel_as_user_error():
-        return _start(recipe, start, resume, say)
-
-
-def _start(recipe: Recipe, start: Start, resume: str | None, say: Say) -> RunResult:
     _check_support(recipe)
+    say_costs(recipe.train, say)
     strategy = build_strategy(recipe.model.dtype)
     strategy.check(recipe)
     with first_on_each_host():  # whose tokens are cached for the others
@@ -127,7 +128,7 @@ def _start(recipe: Recipe, start: Start, resume: str | None, say: Say) -> RunRes
     with (
         _exclusive(prepared.recipe, start) as output_dir,
         stop_request() as stop,
-        no_kernel_as_user_error(),
+        no_kernel_as_error(),
     ):
         try:
             return _run(
@@ -219,12 +220,13 @@ def dry_run(recipe: Recipe, say: Say) -> dict[str, Any]:
     """Load, inject and take one step without writing anything; return the plan and the loss."""
     init_process_group()
     say = _only_on_main(say)
-    with deterministic_kernels(recipe.train.deterministic, say), no_kernel_as_user_error():
+    with deterministic_kernels(recipe.train.deterministic), no_kernel_as_error():
         return _plan(recipe, say)
 
 
 def _plan(recipe: Recipe, say: Say) -> dict[str, Any]:
     _check_support(recipe)
+    say_costs(recipe.train, say)
     strategy = build_strategy(recipe.model.dtype)
     strategy.check(recipe)
     prepared, objective = fit_batch_size(prepare(recipe, say, write_cache=False), strategy, say)

@@ -64,7 +64,7 @@ SELECTED = {"algorithms": True, "warn only": False, "benchmark": False, "cudnn":
 def test_the_settings_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASH_ATTENTION_DETERMINISTIC", "0")
     before = settings()
-    with deterministic_kernels(True, print):
+    with deterministic_kernels(True):
         assert settings() == SELECTED
     assert settings() == before
 
@@ -72,10 +72,10 @@ def test_the_settings_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_settings_of_the_caller_are_kept() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        with deterministic_kernels(True, print):
+        with deterministic_kernels(True):
             assert settings() == SELECTED
         assert settings()["warn only"]
-        with deterministic_kernels(False, print):
+        with deterministic_kernels(False):
             assert settings()["warn only"]
     finally:
         torch.use_deterministic_algorithms(False)
