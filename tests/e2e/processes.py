@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import tempfile
 from pathlib import Path
@@ -36,7 +35,7 @@ def start(processes: int, *command: object, **variables: str) -> list[Forked]:
             folder / f"stdout-{rank}",
             folder / f"stderr-{rank}",
             command=list(map(str, command)),
-            environment={**os.environ, **environment, **variables},
+            environment={**environment, **variables},
         )
         for rank, environment in enumerate(environments(processes))
     ]

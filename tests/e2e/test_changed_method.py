@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import pytest
 import lorakit
 from lorakit.cli.main import run
 from tests.e2e.user_methods import METHOD
+from tests.training.processes import Launcher
 from tests.training.runs import run_json, tree, write_recipe_file
 
 CHANGED = "has changed since the adapter was trained"
@@ -100,7 +99,9 @@ def test_readers_warn_once(recipe: Path, in_tmp: Path, capsys: pytest.CaptureFix
         change_the_code() if not expected else None
 
 
-def test_what_to_do_with_an_adapter_whose_code_is_not_named(recipe: Path, in_tmp: Path) -> None:
+def test_what_to_do_with_an_adapter_whose_code_is_not_named(
+    recipe: Path, in_tmp: Path, launcher: Launcher
+) -> None:
     """In processes of their own, since a process remembers the methods that it has run."""
     card = (in_tmp / "run" / "adapter" / "README.md").read_text()
     assert "path/to/this/directory merged --method ./own.py:Own\n" in card
@@ -114,9 +115,7 @@ def test_what_to_do_with_an_adapter_whose_code_is_not_named(recipe: Path, in_tmp
         ),
         (lora, "hint: set adapter.method to ./own.py:Own in the recipe"),
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", "lorakit", *command], capture_output=True, text=True
-        )
-        assert done.returncode == 2
-        *_, message = done.stderr.splitlines()
+        ended = launcher.run(command)
+        assert ended.code == 2
+        *_, message = ended.err.splitlines()
         assert said in message

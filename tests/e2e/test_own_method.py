@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ import lorakit
 from lorakit.api import check_method
 from lorakit.cli.main import run
 from lorakit.errors import AdapterError
+from tests.training.processes import Launcher
 from tests.training.runs import adapter_bytes, log_lines, run_json, write_recipe_file
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples"
@@ -159,13 +158,17 @@ def test_a_shared_tensor_for_another_base(name: str, recipe: Path, in_tmp: Path)
 
 @pytest.mark.parametrize("name", ["loha"])
 def test_the_code_runs_only_if_it_is_named(
-    name: str, recipe: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    recipe: Path,
+    in_tmp: Path,
+    launcher: Launcher,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The class has a name of its own, since a process remembers the methods that it has run."""
     source = Path("loha.py").read_text().replace("class LoHa(", "class Unnamed(")
     Path("own.py").write_text(source)
-    train = [sys.executable, "-m", "lorakit", "train", str(recipe)]
-    subprocess.run([*train, "--set", "adapter.method=./own.py:Unnamed"], check=True)
+    train = ["train", recipe, "--set", "adapter.method=./own.py:Unnamed"]
+    assert launcher.run(train).code == 0
     adapter = in_tmp / "run" / "adapter"
     base = json.loads(recipe.read_text())["model"]["name_or_path"]
     ran = in_tmp / "ran"
@@ -210,7 +213,11 @@ def test_what_is_wrong_in_a_recipe_is_said(
 
 @pytest.mark.parametrize("name", ["loha"])
 def test_classes_of_the_same_name_are_told_apart_by_file(
-    name: str, recipe: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    recipe: Path,
+    in_tmp: Path,
+    launcher: Launcher,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     source = Path("loha.py").read_text()
     for file, factor in (("a.py", "1"), ("b.py", "3")):
@@ -224,7 +231,6 @@ def test_classes_of_the_same_name_are_told_apart_by_file(
     assert torch.equal(other, expected), "the adapter is still read with the file that wrote it"
     Path("a.py").rename("moved.py")
     capsys.readouterr()
-    moved = [sys.executable, "-m", "lorakit", "merge", base, str(adapter), "merged"]
-    done = subprocess.run([*moved, "--method", "moved.py:Same"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "trained with ./a.py:Same, read with moved.py:Same" in done.stderr
+    ended = launcher.run(["merge", base, adapter, "merged", "--method", "moved.py:Same"])
+    assert ended.code == 0, ended.err
+    assert "trained with ./a.py:Same, read with moved.py:Same" in ended.err

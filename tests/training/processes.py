@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 _SERVER = """
 import gc, json, os, sys
 import datasets, transformers.models.bert.modeling_bert, transformers.models.llama.modeling_llama
-import lorakit.cli.main, lorakit.training.run
+import lorakit.cli.main, lorakit.training.run, transformers.optimization
 from tests.training.processes import in_child
 gc.freeze()  # otherwise each child's garbage collection would copy its memory
 for line in sys.stdin:
@@ -90,9 +90,18 @@ def _server() -> _Server:
 class Forked:
     """A child that carries out a request: see ``in_child``."""
 
-    def __init__(self, out: Path, err: Path, **request: Any) -> None:
+    def __init__(self, out: Path, err: Path, environment: dict[str, str], **request: Any) -> None:
+        """Start in the current directory, with the variables of this process and more ones."""
         self._out, self._err = out, err
-        self._pid = _server().ask({"stdout": str(out), "stderr": str(err), **request})
+        self._pid = _server().ask(
+            {
+                "stdout": str(out),
+                "stderr": str(err),
+                "directory": str(Path.cwd()),
+                "environment": {**os.environ, **environment},
+                **request,
+            }
+        )
         self._code: int | None = None
 
     def is_alive(self) -> bool:
@@ -152,7 +161,7 @@ class Launcher:
             signal=int(number),
             max_file_bytes=max_file_bytes,
             disk=disk and [str(disk[0]), disk[1], str(disk[2])],
-            environment=environment or {},
+            environment={"OMP_NUM_THREADS": "1", **(environment or {})},
         )
         if signal_when is not None:
             while not signal_when() and process.is_alive():
@@ -165,6 +174,8 @@ class Launcher:
 def in_child(request: dict[str, Any]) -> NoReturn:
     """Run ``python COMMAND``, which is ``-m lorakit`` or ``-c CODE`` with arguments, in a forked
     child, and exit."""
+    os.chdir(request["directory"])
+    os.environ.clear()
     os.environ.update(request["environment"])
     for descriptor, name in ((0, os.devnull), (1, request["stdout"]), (2, request["stderr"])):
         flags = os.O_RDONLY if descriptor == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
