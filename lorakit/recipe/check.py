@@ -214,17 +214,14 @@ def _streaming(task: TaskSection, train: TrainSection) -> Iterator[Fault]:
 def _automatic_batch_size(task: TaskSection, train: TrainSection) -> Iterator[Fault]:
     chosen, rows = train.per_device_batch_size == "auto", train.rows_per_step
     auto = "train.per_device_batch_size: auto"
-    if chosen and rows is None:
-        path = ("train", "rows_per_step")
-        yield Fault(path, f"required with {auto}", None, True, "the rows of a step, such as 32")
     if not chosen and rows is not None:
         message = f"only allowed with {auto}; otherwise train.gradient_accumulation_steps decides"
         yield Fault(("train", "rows_per_step"), message, rows, True, "null")
     if not chosen:
         return
-    if train.gradient_accumulation_steps != 1:
+    if rows is not None and train.gradient_accumulation_steps != 1:
         path, value = ("train", "gradient_accumulation_steps"), train.gradient_accumulation_steps
-        message = f"with {auto}, it follows from train.rows_per_step"
+        message = f"with {auto}, it follows from train.rows_per_step; set one of the two"
         yield Fault(path, message, value, True, "1, or leave it out")
     if train.max_tokens_per_batch is not None:
         path, value = ("train", "max_tokens_per_batch"), train.max_tokens_per_batch

@@ -144,8 +144,8 @@ class TrainSection(Section):
     on another key: 3 epochs unless ``epochs`` or ``max_steps`` is set; a warmup ratio of 0.06
     unless ``warmup_ratio`` or ``warmup_steps`` is set; a ``per_device_batch_size`` (rows, or bins
     of packed rows) of 8 unless it or ``max_tokens_per_batch`` (tokens, including padding) is set. A
-    batch respects both of these limits if both are set. ``per_device_batch_size: auto`` splits the
-    ``rows_per_step`` (over all processes) into the largest batches that fit on the GPU.
+    batch respects both of these limits if both are set. ``per_device_batch_size: auto`` is the
+    largest that fits on the GPU, which splits ``rows_per_step`` (over all processes) if it is set.
 
     ``gradient_checkpointing: true`` keeps only the input of each layer for the backward pass, and
     ``offload`` keeps it in host memory. ``compile: true`` runs each layer through

@@ -1,8 +1,9 @@
 """``train.per_device_batch_size: auto``: the largest batch for which the device has memory.
 
-The rows of a step are the recipe's (``train.rows_per_step``), so only how they are split depends on
-the device. Candidates are the divisors of this process's share. Each is tried with the longest rows
-of the data; what training computes afterwards does not depend on the trials.
+If the recipe sets the rows of a step (``train.rows_per_step``), only how they are split depends on
+the device: candidates are the divisors of this process's share. Otherwise they are powers of two.
+Each is tried with the longest rows of the data; what training computes afterwards does not depend
+on the trials.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from lorakit.training.setup import Prepared
 
 #: The share of the available memory that a trial may allocate.
 _USABLE = 0.95
+#: Without ``rows_per_step``: larger batches are hardly faster, and an epoch has few steps.
+_LARGEST = 512
 #: The type of the two values that an optimizer keeps for each trained one.
 _STATE_TYPES = {"adamw": torch.float32, "adamw_8bit": torch.uint8}
 #: Runs a batch of this size, returns the peak memory in bytes, and raises torch.OutOfMemoryError.
@@ -66,6 +69,11 @@ def largest_that_fits(sizes: Sequence[int], trial: Trial) -> BatchSize | None:
     return BatchSize(sizes[low - 1], tried, peaks[sizes[low - 1]]) if low else None
 
 
+def powers_of_two(limit: int) -> list[int]:
+    """Return 1, 2, 4 ... up to ``limit``, at most 512."""
+    return [2**n for n in range(10) if 2**n <= min(limit, _LARGEST)] or [1]
+
+
 def batch_sizes(rows_per_step: int, processes: int) -> list[int]:
     """Return the sizes into which a process can split its share of a step; raises UserError if the
     processes cannot share it equally."""
@@ -89,8 +97,8 @@ def check_batch_size(recipe: Recipe) -> None:
             "too large ends the process; allowed here: a number, with "
             "train.gradient_accumulation_steps instead of train.rows_per_step"
         )
-    assert section.rows_per_step is not None, "required with auto"
-    batch_sizes(section.rows_per_step, rank_and_world_size()[1])
+    if section.rows_per_step is not None:
+        batch_sizes(section.rows_per_step, rank_and_world_size()[1])
 
 
 def fit_batch_size(
@@ -107,9 +115,12 @@ def fit_batch_size(
             'train.per_device_batch_size = "auto": not supported with FSDP; allowed: a number'
         )
     objective = build_objective(prepared, strategy, say)
-    assert recipe.train.rows_per_step is not None, "required with auto"
-    sizes = batch_sizes(recipe.train.rows_per_step, processes)
     trial = BatchTrial(prepared, objective, strategy)
+    if recipe.train.rows_per_step is not None:
+        sizes = batch_sizes(recipe.train.rows_per_step, processes)
+    else:
+        batches_per_step = recipe.train.gradient_accumulation_steps * processes
+        sizes = powers_of_two(trial.units // batches_per_step)
     with _unaffected(strategy.device):
         found = largest_that_fits(sizes, lambda size: _in_all_processes(trial, size))
     if found is None:
@@ -135,7 +146,7 @@ class BatchTrial:
 
     def __init__(self, prepared: Prepared, objective: Objective, strategy: Strategy) -> None:
         self._prepared, self._objective, self._strategy = prepared, objective, strategy
-        self._longest = _longest_first(prepared)
+        self.units, self._longest = _longest_first(prepared)
 
     def __call__(self, size: int) -> int:
         device, was_training = self._strategy.device, self._objective.training
@@ -176,17 +187,20 @@ class BatchTrial:
         return execution.mode == "cuda_graphs"
 
 
-def _longest_first(prepared: Prepared) -> Callable[[int], list[Bin]]:
-    """Return a function that returns the longest rows, or the fullest bins of packed rows."""
+def _longest_first(prepared: Prepared) -> tuple[int, Callable[[int], list[Bin]]]:
+    """Return the number of rows, or bins of packed rows, and a function that returns the longest
+    of them."""
     rows, recipe = prepared.train, prepared.recipe
     assert isinstance(rows, EncodedSplit), "auto is not supported with a stream"
     if not recipe.task.packing:
         order = np.argsort(-rows.lengths, kind="stable")
-        return lambda count: [[rows[int(i)]] for i in order[:count]]
+        return len(order), lambda count: [[rows[int(i)]] for i in order[:count]]
     packing = Packing(rows.lengths, recipe.task.max_length, recipe.train.seed)
     bins = packing.epoch(0)
     order = np.argsort(-packing.bin_lengths, kind="stable")
-    return lambda count: [[rows[int(i)] for i in bins[int(unit)]] for unit in order[:count]]
+    return len(order), lambda count: [
+        [rows[int(i)] for i in bins[int(unit)]] for unit in order[:count]
+    ]
 
 
 def _in_all_processes(trial: Trial, size: int) -> int:

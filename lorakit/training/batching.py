@@ -204,14 +204,14 @@ def step_size(recipe: Recipe, processes: int) -> tuple[int, ...]:
 
 
 def split_step(recipe: Recipe, size: int, processes: int) -> Recipe:
-    """Return the recipe with batches of ``size``, a divisor of each process's rows of a step, in
-    place of ``per_device_batch_size: auto`` and ``rows_per_step``."""
-    assert recipe.train.rows_per_step is not None, "required with auto"
-    changes = {
-        "per_device_batch_size": size,
-        "gradient_accumulation_steps": recipe.train.rows_per_step // (size * processes),
-        "rows_per_step": None,
-    }
+    """Return the recipe with batches of ``size`` in place of ``per_device_batch_size: auto``. With
+    ``rows_per_step``, which it replaces, too, ``size`` must divide each process's share."""
+    changes: dict[str, int | None] = {"per_device_batch_size": size}
+    if (rows := recipe.train.rows_per_step) is not None:
+        changes |= {
+            "gradient_accumulation_steps": rows // (size * processes),
+            "rows_per_step": None,
+        }
     return recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
 
 

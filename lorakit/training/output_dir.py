@@ -273,11 +273,11 @@ def check_same_recipe(recipe: Recipe, output_dir: Path, prepared: bool = False) 
 def with_started_batch_size(recipe: Recipe, output_dir: Path) -> Recipe:
     """Return ``recipe`` with the batch size that ``auto`` chose for the run in ``output_dir``, if
     the processes can split a step into such batches."""
-    rows, path = recipe.train.rows_per_step, output_dir / "recipe.yaml"
-    if rows is None or not path.is_file():
+    path = output_dir / "recipe.yaml"
+    if recipe.train.per_device_batch_size != "auto" or not path.is_file():
         return recipe
     size, processes = load_recipe(path).train.per_device_batch_size, rank_and_world_size()[1]
-    if not isinstance(size, int) or rows % (size * processes):
+    if not isinstance(size, int) or (recipe.train.rows_per_step or 0) % (size * processes):
         return recipe
     return split_step(recipe, size, processes)
 

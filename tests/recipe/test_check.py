@@ -147,7 +147,6 @@ AUTO = {"per_device_batch_size": "auto", "rows_per_step": 32}
 @pytest.mark.parametrize(
     ("train", "task", "key", "message"),
     [
-        ({"per_device_batch_size": "auto"}, {}, "rows_per_step", "required with"),
         ({"rows_per_step": 32}, {}, "rows_per_step", "only allowed with"),
         (
             {**AUTO, "gradient_accumulation_steps": 2},

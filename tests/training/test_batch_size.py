@@ -15,7 +15,7 @@ import lorakit
 from lorakit.data.encode import EncodedSplit
 from lorakit.distributed.build import build_strategy
 from lorakit.errors import UserError
-from lorakit.training.batch_size import BatchTrial, batch_sizes, largest_that_fits
+from lorakit.training.batch_size import BatchTrial, batch_sizes, largest_that_fits, powers_of_two
 from lorakit.training.batching import split_step
 from tests.training.engines import built
 from tests.training.runs import adapter_bytes, changed, recipe_for, run_json
@@ -64,6 +64,23 @@ def test_processes_share_a_step_equally() -> None:
     assert batch_sizes(24, 2) == [1, 2, 3, 4, 6, 12]
     with pytest.raises(UserError, match=r"rows_per_step = 30: 4 processes .* a multiple of 4"):
         batch_sizes(30, 4)
+
+
+def test_powers_of_two() -> None:
+    assert [powers_of_two(limit) for limit in (0, 1, 7, 8)] == [[1], [1], [1, 2, 4], [1, 2, 4, 8]]
+    assert powers_of_two(10**6)[-1] == 512
+
+
+def test_without_rows_per_step_the_batches_of_a_step_remain(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    changes = {"train__per_device_batch_size": "auto", "train__gradient_accumulation_steps": 3}
+    run = built(recipe_for(tmp_path, tiny_llama, **changes))
+    section = run.prepared.recipe.train
+    assert isinstance(run.prepared.train, EncodedSplit)
+    largest = max(size for size in (1, 2, 4, 8, 16, 32) if 3 * size <= len(run.prepared.train))
+    assert (section.per_device_batch_size, section.gradient_accumulation_steps) == (largest, 3)
+    assert [text for text in run.said if f"(of {largest} tried), 3 batches per step" in text]
 
 
 def test_a_step_keeps_its_rows(tiny_llama: Path, tmp_path: Path) -> None:
