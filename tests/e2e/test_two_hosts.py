@@ -92,6 +92,6 @@ def test_a_lost_host_ends_the_other(
     assert time.monotonic() - began < 60
     assert hosts.returncode > 0
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
+    assert len(errors) == 1, err
     assert "the connection to another process is lost" in errors[0]
     assert not (tmp_path / "run" / "adapter").exists()
