@@ -26,6 +26,7 @@ from lorakit.recipe.check import check_recipe
 from lorakit.recipe.export import write_recipe
 from lorakit.recipe.sections import Recipe
 from lorakit.training.adapter_export import export_adapter
+from lorakit.training.agreement import check_agreement
 from lorakit.training.base_precision import check_base_precision
 from lorakit.training.batch_size import check_batch_size, fit_batch_size
 from lorakit.training.batching import Batching, build_batching
@@ -121,6 +122,7 @@ def _train(recipe: Recipe, resume: str | None, say: Say) -> RunResult:
     strategy.check(recipe)
     with first_on_each_host():  # whose tokens are cached for the others
         prepared = prepare(recipe, say)
+    check_agreement(prepared)
     prepared, objective = fit_batch_size(prepared, strategy, say)
     batching = build_batching(prepared, strategy.device, strategy.share)
     run_on_main(lambda: _check_resumable(prepared, batching, start, say))

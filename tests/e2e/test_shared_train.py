@@ -185,3 +185,34 @@ def test_an_error_is_printed_once(tiny_llama: Path, tmp_path: Path) -> None:
     assert "longer than the run" in first[2]
     assert second[1:] == ("", "")
     assert not (tmp_path / "run").exists()
+
+
+#: Each process trains with its own seed.
+OTHER_SEEDS = """
+import os, sys, lorakit
+from lorakit.api import process_group
+with process_group():
+    lorakit.train(lorakit.load_recipe(sys.argv[1], overrides={"train.seed": int(os.environ["RANK"])}))
+"""
+
+
+def test_processes_with_other_recipes_or_data_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    """As on hosts that have files of their own."""
+    file = recipe(tmp_path, tiny_llama, "completion", LORA)
+    first, second = launch(2, "-c", OTHER_SEEDS, file)
+    assert (
+        first[2]
+        .splitlines()[-1]
+        .startswith("lorakit.errors.UserError: train.seed = 1 in process 1")
+    )
+    assert (second[0], second[1:]) == (2, ("", ""))
+    for rank, count in enumerate((30, 31)):
+        write_rows(tmp_path / f"host{rank}" / "train.jsonl", completion_rows(count))
+    values = json.loads(file.read_text())
+    values["task"]["path"] = f"{tmp_path}/host${{RANK:-0}}"
+    file.write_text(json.dumps(values))
+    first, second = launch(2, *command(file, tmp_path / "run"))
+    assert (first[0], second[0]) == (2, 2)
+    assert f"{tmp_path}/host1/train.jsonl: the train data of process 1 on " in first[2]
+    assert second[1:] == ("", "")
+    assert not (tmp_path / "run").exists()

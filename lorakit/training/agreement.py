@@ -1,0 +1,46 @@
+"""Whether all processes of a run train the same: each host reads its own recipe and data."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+from lorakit.distributed.processes import gather
+from lorakit.errors import UserError, shown
+from lorakit.training.output_dir import flat_keys
+from lorakit.training.setup import Prepared
+
+#: Keys that may differ: where a host has its files, and what only the first process uses.
+_OF_A_HOST = {"model.name_or_path", "task.path", "train.output_dir", "train.trackers"}
+
+
+def check_agreement(prepared: Prepared) -> None:
+    """Raise UserError, in all processes, if the recipe or the data of one are not the first's."""
+    found = gather((platform.node(), _keys(prepared), prepared.data))
+    _, keys, data = found[0]
+    for rank, (host, other_keys, other_data) in enumerate(found):
+        process = f"process {rank} on {host}"
+        for key in sorted(keys.keys() | other_keys.keys()):
+            first, other = keys.get(key), other_keys.get(key)
+            if first != other:
+                raise UserError(
+                    f"{key} = {shown(other)} in {process}, but {shown(first)} in process 0; "
+                    "hint: start all processes with the same recipe"
+                )
+        for split in data.keys() | other_data.keys():
+            if _identity(data.get(split)) != _identity(other_data.get(split)):
+                source = (other_data.get(split) or data[split])["source"]
+                raise UserError(
+                    f"{source}: the {split} data of {process} is not that of process 0; hint: copy "
+                    "the same files to all hosts"
+                )
+
+
+def _keys(prepared: Prepared) -> dict[str, Any]:
+    keys = flat_keys(prepared.recipe.resolved())
+    return {key: value for key, value in keys.items() if key not in _OF_A_HOST}
+
+
+def _identity(split: dict[str, Any] | None) -> object:
+    """What tells a split and its tokens from others, without its path."""
+    return split and {key: value for key, value in split.items() if key != "source"}
