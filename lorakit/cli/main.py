@@ -91,7 +91,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as end:
         return _exit_code(end.code)
     except _UsageError as error:
-        _say(f"error: {_usage(error)}")
+        _say_once(f"error: {_usage(error)}")
         return UserError.exit_code
     except LorakitError as error:
         messages = error.problems if isinstance(error, RecipeError) else (error,)
@@ -109,11 +109,16 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def _exit_code(code: object) -> int:
     if code in (_INTERRUPTED, _TERMINATED):  # typer converts Ctrl-C to the first
-        from lorakit.api import is_main
-
-        if is_main():
-            _say("stopped")
+        _say_once("stopped")
     return code if isinstance(code, int) else int(code is not None)
+
+
+def _say_once(text: str) -> None:
+    """Print what all processes of a launcher find, in the main one."""
+    from lorakit.api import is_main
+
+    if is_main():
+        _say(text)
 
 
 def _say(text: str) -> None:

@@ -17,22 +17,19 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
 
+from lorakit.distributed.launcher import (
+    check_fsdp_settings,
+    is_launched,
+    launch_id,
+    own_store,
+    uses_fsdp,
+)
 from lorakit.errors import LorakitError, UserError
 
 T = TypeVar("T")
 _FAILED = "lorakit/failed"
+_LOST = "lorakit/lost"
 _STOPPING = "lorakit/stopping"
-#: Variables that ``accelerate launch`` sets from ``fsdp_config``, and the values allowed. The first
-#: is assumed if it sets none.
-_FSDP_SETTINGS = {
-    "FSDP_VERSION": ("2",),
-    "FSDP_OFFLOAD_PARAMS": ("false",),
-    # Transformers would load the weights in one process of each host only.
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": ("false",),
-    "FSDP_ACTIVATION_CHECKPOINTING": ("false",),
-    "FSDP_RESHARD_AFTER_FORWARD": ("true", "false"),
-    "FSDP_AUTO_WRAP_POLICY": ("transformer_based_wrap",),
-}
 
 
 class PeerFailed(Exception):
@@ -43,22 +40,19 @@ class PeerFailed(Exception):
 
 
 class ConnectionLost(LorakitError):
-    """Another process was killed, or its host cannot be reached."""
+    """Another process was killed, or its host cannot be reached; ``advice`` says what to do."""
 
-    def __init__(self) -> None:
-        super().__init__("the connection to another process is lost: was it killed?")
+    def __init__(self, advice: str = "") -> None:
+        lost = "the connection to another process is lost (was it killed?)"
+        super().__init__(f"{lost}; {advice}" if advice else lost)
 
 
 class _Abort(Exception):
     """Raised in every process after a failure; ``rank`` is the lowest that failed."""
 
     def __init__(self, rank: int, exit_code: int) -> None:
+        super().__init__(f"process {rank} failed")
         self.rank, self.exit_code = rank, exit_code
-
-
-def is_launched() -> bool:
-    """Whether a launcher started several processes."""
-    return int(os.environ.get("WORLD_SIZE") or 1) > 1
 
 
 def is_main() -> bool:
@@ -72,23 +66,6 @@ def rank_and_world_size() -> tuple[int, int]:
     import torch.distributed as dist
 
     return dist.get_rank(), dist.get_world_size()
-
-
-def uses_fsdp() -> bool:
-    """Whether ``accelerate launch`` asks for FSDP."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
-
-
-def check_fsdp_settings() -> None:
-    """Raise UserError for a setting of accelerate's ``fsdp_config`` that lorakit does not follow.
-    Those that it ignores change neither results nor memory."""
-    for variable, allowed in _FSDP_SETTINGS.items():
-        value = os.environ.get(variable, allowed[0]).lower()
-        if value not in allowed:
-            raise UserError(
-                f"accelerate launch: {variable.lower()} = {value}: not supported; allowed: "
-                f"{', '.join(allowed)} (configs/fsdp2.yaml)"
-            )
 
 
 def init_process_group() -> None:
@@ -113,7 +90,7 @@ def init_process_group() -> None:
             f"launched as {local} processes on a machine with {torch.cuda.device_count()} GPUs; "
             "allowed: at most one process per GPU"
         )
-    PartialState(cpu=not on_cuda)
+    PartialState(cpu=not on_cuda, **own_store())
 
 
 def shard(total: int) -> range:
@@ -196,13 +173,13 @@ def any_wants_to_stop(wanted: bool) -> bool:
     if rank_and_world_size()[1] == 1:
         return wanted
     if wanted:
-        _store().set(_STOPPING, "1")
-    return wanted or bool(_store().check([_STOPPING]))
+        _set_in_store(_STOPPING)
+    return wanted or _is_in_store(_STOPPING)
 
 
 def check_peers() -> None:
     """Raise PeerFailed if another process has failed."""
-    if rank_and_world_size()[1] > 1 and _store().check([_FAILED]):
+    if rank_and_world_size()[1] > 1 and _is_in_store(_FAILED):
         raise PeerFailed
 
 
@@ -228,10 +205,34 @@ def process_group() -> Iterator[None]:
         except Exception as error:
             _report(error)
             raise
+    except ConnectionLost as error:
+        if not _is_first_to_tell():
+            raise SystemExit(error.exit_code) from None
+        raise
     except _Abort as abort:
         raise SystemExit(abort.exit_code) from None
     finally:
         _destroy_process_group()
+
+
+@contextmanager
+def failures_reported() -> Iterator[None]:
+    """Report an error to the other processes where the block ends, rather than at the end of the
+    command, and raise ConnectionLost if it is only a consequence of one that was killed."""
+    try:
+        yield
+    except (PeerFailed, _Abort, ConnectionLost):
+        raise
+    except Exception as error:
+        if _has_group():
+            _report(error)
+        raise
+
+
+class _Reported:
+    """Whether this process has told the others of a failure, which they expect once."""
+
+    yet = False
 
 
 def _report(error: Exception) -> None:
@@ -240,8 +241,11 @@ def _report(error: Exception) -> None:
         if not is_main():
             raise _Abort(0, _exit_code(error))
         return
-    _store().set(_FAILED, "1")
+    if _Reported.yet:
+        return
+    _Reported.yet = True
     try:
+        _set_in_store(_FAILED)
         _exchange(None, _exit_code(error))
     except _Abort as abort:
         if abort.rank != rank_and_world_size()[0]:
@@ -249,6 +253,17 @@ def _report(error: Exception) -> None:
     except ConnectionLost:
         if isinstance(error, RuntimeError):  # a sum of tensors, or a pass that needs all processes
             raise
+
+
+def _is_first_to_tell() -> bool:
+    """Whether this process is the first to have lost the connection, as far as it can know: without
+    torchrun, the store may have been in the process that is gone."""
+    if not _has_group() or launch_id() is None:
+        return True
+    try:
+        return int(_store().add(_LOST, 1)) == 1
+    except RuntimeError:
+        return True
 
 
 def _exit_code(error: Exception) -> int:
@@ -300,6 +315,20 @@ def _new_host_group() -> Any:
     return dist.new_group(backend="gloo")
 
 
+def _set_in_store(key: str) -> None:
+    try:
+        _store().set(key, "1")
+    except RuntimeError as error:  # the process that had the store is gone
+        raise ConnectionLost from error
+
+
+def _is_in_store(key: str) -> bool:
+    try:
+        return bool(_store().check([key]))
+    except RuntimeError as error:
+        raise ConnectionLost from error
+
+
 def _store() -> Any:
     from torch.distributed import distributed_c10d
 
@@ -311,5 +340,5 @@ def _destroy_process_group() -> None:
         from accelerate import PartialState
 
         _new_host_group.cache_clear()
-
+        _Reported.yet = False
         PartialState().destroy_process_group()

@@ -11,6 +11,7 @@ from types import FrameType
 
 from torch import Tensor
 
+from lorakit.distributed.launcher import is_launched
 from lorakit.distributed.processes import stop_signal
 from lorakit.errors import Interrupted
 from lorakit.evaluation.evaluate import evaluate_model
@@ -53,8 +54,9 @@ class StopRequest:
         return self.signal_number != 0
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
-        """The signal handler: a second signal raises Interrupted at once."""
-        if stop_signal.own:
+        """The signal handler: a second signal raises Interrupted at once, but not if a launcher
+        started several processes, since it passes on what a scheduler has sent to all of them."""
+        if stop_signal.own and not is_launched():
             raise Interrupted("stopped immediately by a second signal", number)
         stop_signal.set(number)
 

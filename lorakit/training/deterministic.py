@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from accelerate.utils import patch_environment
 
-from lorakit.distributed.processes import is_launched
+from lorakit.distributed.launcher import is_launched
 from lorakit.errors import UserError
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.sections import TrainSection

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from lorakit.distributed.processes import ConnectionLost
 from lorakit.errors import TrainingError, WriteFailed
 from lorakit.io.atomic import writing
 from lorakit.training.checkpoint import checkpoints
@@ -56,9 +59,20 @@ class Guard:
         return found if isinstance(found, str) and found.count(":") >= 2 else self._process
 
 
-def resumable(error: WriteFailed, output_dir: Path) -> TrainingError:
-    """The error of a run that could not write a file: what failed, and how to continue."""
-    left = checkpoints(output_dir / "checkpoints")
-    good = f"last good checkpoint: {left[-1]}" if left else "no checkpoint was written yet"
-    then = "continue with --resume auto" if left else "start the run again"
-    return TrainingError(f"{error.problem}; {good}; {error.advice}, then {then}")
+@contextmanager
+def naming_checkpoints(output_dir: Path) -> Iterator[None]:
+    """Let errors of a file that cannot be written, and of a process that was killed, name the last
+    checkpoint and say how to continue."""
+    try:
+        yield
+    except WriteFailed as error:
+        good, then = _last_good(output_dir)
+        raise TrainingError(f"{error.problem}; {good}; {error.advice}, then {then}") from error
+    except ConnectionLost as error:
+        raise ConnectionLost("; ".join(_last_good(output_dir))) from error
+
+
+def _last_good(output_dir: Path) -> tuple[str, str]:
+    if left := checkpoints(output_dir / "checkpoints"):
+        return f"last good checkpoint: {left[-1]}", "continue with --resume auto"
+    return "no checkpoint was written yet", "start the run again"

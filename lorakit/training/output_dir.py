@@ -17,6 +17,7 @@ from typing import Any
 from lorakit import registry
 from lorakit.adapters.peft.schema import CONFIG, WEIGHTS
 from lorakit.data.stream import have_same_head
+from lorakit.distributed.launcher import launch_id
 from lorakit.distributed.processes import rank_and_world_size
 from lorakit.errors import UserError
 from lorakit.methods.base import Method
@@ -47,8 +48,6 @@ _CHANGEABLE = {
 _BATCH = {"train.per_device_batch_size", "train.gradient_accumulation_steps"}
 #: Keys of the task whose defaults are reduced to what the model supports.
 _FITTED = {"max_length", "max_new_tokens"}
-
-
 #: The checkpoints in an output directory, and run.json if the run is complete.
 Found = tuple[list[Path], dict[str, Any] | None]
 
@@ -56,12 +55,14 @@ Found = tuple[list[Path], dict[str, Any] | None]
 @dataclass(frozen=True)
 class Start:
     """Where a run starts: from ``checkpoint``, from scratch (None), or not at all, because it is
-    complete (``finished`` is its run.json). ``found`` is what the output directory contains."""
+    complete (``finished`` is its run.json). ``found`` is what the output directory contains.
+    ``is_named``: ``--resume`` names the checkpoint."""
 
     checkpoint: Path | None = None
     snapshot: Snapshot | None = None
     finished: dict[str, Any] | None = None
     found: Found = field(default_factory=lambda: ([], None))
+    is_named: bool = False
 
     @property
     def step(self) -> int:
@@ -70,7 +71,8 @@ class Start:
 
 def find_start(recipe: Recipe, resume: str | None, say: Say = lambda text: None) -> Start:
     """Find the run in the output directory and the checkpoint that ``resume`` names; ``auto`` names
-    the newest that can be read, and ``say`` gets a line about each that cannot.
+    the newest that can be read, and ``say`` gets a line about each that cannot. What the launcher
+    starts again continues as with ``auto``.
 
     Raises UserError if there is a run that ``resume`` does not continue, if the recipe is not that
     run's, or if the checkpoint, or with ``auto`` each one, is corrupt.
@@ -79,6 +81,9 @@ def find_start(recipe: Recipe, resume: str | None, say: Say = lambda text: None)
     _check_no_file(output_dir)
     folder = output_dir / "checkpoints"
     contents = found, finished = _find(output_dir)
+    if (found or finished) and resume != "auto" and _is_restarted(output_dir):
+        say("restarted by the launcher: continuing as with --resume auto")
+        resume = "auto"
     named = None if resume in (None, "auto") else _checkpoint_at(str(resume))
     is_own = named is not None and named.parent.resolve() == folder.resolve()
     if (found or finished) and resume != "auto" and not is_own:
@@ -90,7 +95,7 @@ def find_start(recipe: Recipe, resume: str | None, say: Say = lambda text: None)
         )
     if named is not None:
         check_same_recipe(recipe, named.parent.parent)
-        return Start(named, load_checkpoint(named), found=contents)
+        return Start(named, load_checkpoint(named), found=contents, is_named=True)
     if not (finished or found):
         return Start()
     check_same_recipe(recipe, output_dir)
@@ -99,6 +104,11 @@ def find_start(recipe: Recipe, resume: str | None, say: Say = lambda text: None)
     for checkpoint, snapshot in readable_checkpoints(folder, say):
         return Start(checkpoint, snapshot, found=contents)
     raise none_to_resume(folder)
+
+
+def _is_restarted(output_dir: Path) -> bool:
+    launch = launch_id()
+    return launch is not None and launch == read_run(output_dir).get("launch")
 
 
 def none_to_resume(folder: Path) -> UserError:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from lorakit.distributed.launcher import launch_id
 from lorakit.errors import BadRow, Interrupted, WriteFailed
 from lorakit.injection import InjectionReport
 from lorakit.io.atomic import write_text, writing
@@ -43,7 +44,7 @@ class RunRecord:
     ``completed``, ``interrupted`` or ``failed``. ``diverged``: the loss ended above where it
     started, or was not finite. ``bad_row``: a row of a stream ended the run, or would have ended it
     at the next step; it can be resumed once the row is corrected. ``process`` is the one that
-    writes the record."""
+    writes the record, and ``launch`` identifies the launcher that started it."""
 
     adapted_modules: list[dict[str, Any]]
     trainable_parameters: int
@@ -68,6 +69,7 @@ class RunRecord:
     message: str | None = None
     bad_row: bool = False
     process: str = field(default_factory=lambda: process_name())
+    launch: str | None = field(default_factory=lambda: launch_id())
 
     def write(self, path: Path) -> None:
         with writing(path):

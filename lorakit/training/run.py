@@ -10,7 +10,9 @@ from typing import Any
 
 from lorakit.data.stream_steps import StreamSteps
 from lorakit.distributed.build import build_strategy
+from lorakit.distributed.launcher import warn_of_launch
 from lorakit.distributed.processes import (
+    failures_reported,
     first_on_each_host,
     gather,
     init_process_group,
@@ -18,7 +20,7 @@ from lorakit.distributed.processes import (
     run_on_main,
 )
 from lorakit.distributed.strategy import Strategy
-from lorakit.errors import Interrupted, UserError, WriteFailed
+from lorakit.errors import Interrupted, UserError
 from lorakit.io.atomic import writing
 from lorakit.openmp import yield_cores
 from lorakit.pipeline.task_data import Say
@@ -49,7 +51,7 @@ from lorakit.training.checkpoint import (
 from lorakit.training.control import Schedule, StopRequest, stop_request
 from lorakit.training.deterministic import deterministic_kernels, no_kernel_as_error, say_costs
 from lorakit.training.execution import choose_execution
-from lorakit.training.guard import Guard, resumable
+from lorakit.training.guard import Guard, naming_checkpoints
 from lorakit.training.loop import Loop
 from lorakit.training.offload import check_offload
 from lorakit.training.output_dir import (
@@ -105,7 +107,11 @@ def train(recipe: Recipe, resume: str | None = None, say: Say = lambda text: Non
     init_process_group()
     say = _only_on_main(say)
     check_recipe(recipe)
-    with deterministic_kernels(recipe.train.deterministic), no_kernel_as_error():
+    with (
+        naming_checkpoints(Path(recipe.train.output_dir)),
+        deterministic_kernels(recipe.train.deterministic),
+        no_kernel_as_error(),
+    ):
         return _train(recipe, resume, say)
 
 
@@ -118,6 +124,7 @@ def _train(recipe: Recipe, resume: str | None, say: Say) -> RunResult:
         recipe = with_started_batch_size(recipe, start.checkpoint.parent.parent)
     _check_support(recipe)
     say_costs(recipe.train, say)
+    warn_of_launch(say)
     strategy = build_strategy(recipe.model.dtype)
     strategy.check(recipe)
     with first_on_each_host():  # whose tokens are cached for the others
@@ -132,12 +139,7 @@ def _train(recipe: Recipe, resume: str | None, say: Say) -> RunResult:
         stop_request() as stop,
         no_kernel_as_error(),
     ):
-        try:
-            return _run(
-                prepared, objective, strategy, batching, start, resume, output_dir, stop, say
-            )
-        except WriteFailed as error:
-            raise resumable(error, output_dir) from error
+        return _run(prepared, objective, strategy, batching, start, output_dir, stop, say)
 
 
 def _only_on_main(say: Say) -> Say:
@@ -162,7 +164,6 @@ def _run(
     strategy: Strategy,
     batching: Batching,
     start: Start,
-    resume: str | None,
     output_dir: Path,
     stop: StopRequest,
     say: Say,
@@ -181,13 +182,15 @@ def _run(
     with (
         record.saved_to(output_dir / "run.json") if is_main() else nullcontext(),
         closing(_open_recorder(recipe, output_dir, schedule, start)) as recorder,
+        failures_reported(),
     ):
         guard = Guard(output_dir, record.process) if is_main() else None
+        gather(None)  # building waits for all processes, also if one of them could not write
         loop = build_loop(
             prepared, objective, strategy, batching.steps, schedule, recorder, stop, guard, say
         )
         try:
-            _resume(loop, start, resume, recipe, say)
+            _resume(loop, start, recipe, say)
             loop.run()
             warning = loop.divergence()  # of the last weights, which may not be the best
             record.diverged = warning is not None
@@ -288,7 +291,7 @@ def _open_recorder(recipe: Recipe, output_dir: Path, schedule: Schedule, start: 
     )
 
 
-def _resume(loop: Loop, start: Start, resume: str | None, recipe: Recipe, say: Say) -> None:
+def _resume(loop: Loop, start: Start, recipe: Recipe, say: Say) -> None:
     """Resume from ``start``, or with ``auto`` from an earlier checkpoint if it does not fit."""
     if start.checkpoint is None or start.snapshot is None:
         return
@@ -296,11 +299,11 @@ def _resume(loop: Loop, start: Start, resume: str | None, recipe: Recipe, say: S
     try:
         loop.resume(start.checkpoint, start.snapshot)
     except UserError as error:
-        if resume != "auto":
+        if start.is_named:
             raise
         resumed = _resume_earlier(loop, error, start.step, say)
     if is_main():
-        later = set_aside_after if resume == "auto" else delete_after
+        later = delete_after if start.is_named else set_aside_after
         later(loop.checkpoint_dir, loop.progress.step)
     say(f"resumed from {resumed}")
     if recipe.task.streaming:
@@ -341,9 +344,6 @@ def _flat_recipe(recipe: Recipe) -> dict[str, Any]:
 
 def _finished(output_dir: Path, run: dict[str, Any]) -> RunResult:
     return RunResult(
-        run.get("metrics", {}),
-        output_dir / "adapter",
-        output_dir,
-        run.get("steps", 0),
+        run.get("metrics", {}), output_dir / "adapter", output_dir, run.get("steps", 0),
         run.get("diverged", False),
-    )
+    )  # fmt: skip

@@ -22,6 +22,7 @@ _RUN_TYPES: dict[str, Any] = {
     "diverged": bool,
     "bad_row": bool,
     "method_digest": str,
+    "launch": str,
     "hardware": {"processes": int},
     "data": {"*": _SPLIT_TYPES},
 }

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tests.training.processes import Forked
 
@@ -26,19 +29,23 @@ def environments(processes: int) -> list[dict[str, str]]:
     ]
 
 
-def start(processes: int, *command: object, **variables: str) -> list[Forked]:
+def start(
+    processes: int,
+    *command: object,
+    faults: Mapping[int, Mapping[str, Any]] | None = None,
+    **variables: str,
+) -> list[Forked]:
     """``python COMMAND``, which is ``-c CODE`` or ``-m lorakit`` with arguments, in each process,
-    on the CPU; ``variables`` are of the environment."""
+    on the CPU; ``variables`` are of the environment. ``faults`` are what ``Launcher.run`` describes,
+    by rank."""
     folder = Path(tempfile.mkdtemp(prefix="lorakit-processes-"))
-    return [
-        Forked(
-            folder / f"stdout-{rank}",
-            folder / f"stderr-{rank}",
-            command=list(map(str, command)),
-            environment={**environment, **variables},
-        )
-        for rank, environment in enumerate(environments(processes))
-    ]
+    started = []
+    for rank, environment in enumerate(environments(processes)):
+        fault = {"signal": signal.SIGKILL} | dict((faults or {}).get(rank, {}))
+        own = {**environment, **variables, **fault.pop("environment", {})}
+        request = {"command": list(map(str, command)), "environment": own, **fault}
+        started.append(Forked(folder / f"stdout-{rank}", folder / f"stderr-{rank}", **request))
+    return started
 
 
 def ended(started: list[Forked], seconds: float = 240) -> list[tuple[int, str, str]]:
@@ -47,5 +54,10 @@ def ended(started: list[Forked], seconds: float = 240) -> list[tuple[int, str, s
     return [(each.code, each.out, each.err) for each in found]
 
 
-def launch(processes: int, *command: object, **variables: str) -> list[tuple[int, str, str]]:
-    return ended(start(processes, *command, **variables))
+def launch(
+    processes: int,
+    *command: object,
+    faults: Mapping[int, Mapping[str, Any]] | None = None,
+    **variables: str,
+) -> list[tuple[int, str, str]]:
+    return ended(start(processes, *command, faults=faults, **variables))

@@ -29,6 +29,13 @@ STOPPED = {
     "train__per_device_batch_size": 4, "train__gradient_accumulation_steps": 3,
 }  # fmt: skip
 
+#: What ``accelerate launch`` sets from ``configs/fsdp2.yaml``.
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_OFFLOAD_PARAMS": "false", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "FSDP_ACTIVATION_CHECKPOINTING": "false", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+}  # fmt: skip
+
 
 def recipe(folder: Path, model: Path, task: str, adapter: dict[str, Any], **changes: Any) -> Path:
     """A recipe whose steps have 12 rows, the last one of an epoch 6."""

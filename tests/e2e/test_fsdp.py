@@ -16,6 +16,7 @@ import lorakit
 from tests.e2e.processes import REPO, ended, launch, start
 from tests.e2e.shared_runs import (
     ADALORA,
+    FSDP,
     LORA,
     STOPPED,
     TRAIN,
@@ -32,12 +33,6 @@ from tests.training.runs import (
     without_dropout,
 )
 
-#: What ``accelerate launch`` sets from ``configs/fsdp2.yaml``.
-FSDP = {
-    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_OFFLOAD_PARAMS": "false", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-    "FSDP_ACTIVATION_CHECKPOINTING": "false", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-}  # fmt: skip
 GENERATED: dict[str, Any] = {"task__eval_generate": "always", "task__max_new_tokens": 12}
 #: name -> (adapter, changes of the recipe)
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -88,6 +83,7 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes_exactly(
     [(code, _, err), _] = ended(started, seconds=30)
     assert code == 1
     assert "error: the connection to another process is lost" in err
+    assert f"last good checkpoint: {cut / 'checkpoints' / 'step-'}" in err
     assert "Traceback" not in err
     assert not (cut / "adapter").exists()
     for code, _, err in launch(2, *command(file, cut, "--resume", "auto"), **FSDP):

@@ -119,6 +119,7 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes_exactly(
     assert time.monotonic() - began < 30
     assert code == 1
     assert "error: the connection to another process is lost" in err
+    assert f"last good checkpoint: {cut / 'checkpoints' / 'step-'}" in err
     assert "Traceback" not in err
     assert not (cut / "adapter").exists()
     for rank, (code, out, err) in enumerate(launch(2, *command(long_run, cut, "--resume", "auto"))):

@@ -9,7 +9,7 @@ import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
-from lorakit.distributed.processes import check_fsdp_settings
+from lorakit.distributed.launcher import check_fsdp_settings
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 #: file -> (distributed_type, machines, processes)

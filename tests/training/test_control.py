@@ -33,6 +33,16 @@ def test_the_first_signal_requests_a_stop_and_the_second_stops(number: signal.Si
     assert signal.getsignal(number) is before
 
 
+def test_a_signal_that_the_launcher_repeats_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with stop_request() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.signal_number == signal.SIGTERM
+
+
 def test_handlers_are_restored_after_an_error() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(ValueError), stop_request():

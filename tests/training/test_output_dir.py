@@ -103,6 +103,26 @@ def test_a_record_of_wrong_types_is_ignored(recipe: Recipe, record: Any) -> None
         check_same_data(data, folder / "checkpoints" / "step-3", print)
 
 
+def test_what_the_same_launcher_has_started_continues(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without ``--resume``, and unlike a run in the same directory that another one started."""
+    folder, said = Path(recipe.train.output_dir), list[str]()
+    (folder / "adapter").mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / "adapter" / name).touch()
+    finished = {"exit_reason": "completed", "launch": "/logs/first"}
+    (folder / "run.json").write_text(json.dumps(finished))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/logs/other/attempt_1/0/error.json")
+    with pytest.raises(UserError, match="contains a finished run"):
+        find_start(recipe, None, said.append)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/logs/first/attempt_1/0/error.json")
+    assert find_start(recipe, None, said.append).finished == finished
+    assert said == ["restarted by the launcher: continuing as with --resume auto"]
+    assert find_start(recipe, "auto", said.append).finished == finished
+    assert len(said) == 1
+
+
 def test_a_pipe_in_place_of_the_record_is_not_read(recipe: Recipe) -> None:
     folder = Path(recipe.train.output_dir)
     folder.mkdir()

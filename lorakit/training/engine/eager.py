@@ -74,11 +74,10 @@ class EagerEngine:
             self._forward_backward(batch, 1 / count if is_counted else 0.0)
             for batch, is_counted in self.strategy.passes(micro_batches)
         ]
-        if not losses:
-            losses.append(torch.zeros((), device=self.strategy.device))
-        own = sum(losses[1:], start=losses[0])
+        first = losses[0] if losses else torch.zeros((), device=self.strategy.device)
+        own = sum(losses[1:], start=first)
         loss = self.strategy.reduce_gradients(list(self.parameters.values()), own)
-        if self.probe is not None:
+        if self.probe is not None and losses:  # a process may have no rows in a step
             self.probe.check()
             self.probe = None
         values = self.hooks.before_step(self.strategy.scale)

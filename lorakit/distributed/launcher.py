@@ -1,0 +1,79 @@
+"""What ``torchrun`` and ``accelerate launch`` tell the processes that they start."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import UserError
+
+#: Variables that ``accelerate launch`` sets from ``fsdp_config``, and the values allowed. The first
+#: is assumed if it sets none.
+_FSDP_SETTINGS = {
+    "FSDP_VERSION": ("2",),
+    "FSDP_OFFLOAD_PARAMS": ("false",),
+    # Transformers would load the weights in one process of each host only.
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": ("false",),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("false",),
+    "FSDP_RESHARD_AFTER_FORWARD": ("true", "false"),
+    "FSDP_AUTO_WRAP_POLICY": ("transformer_based_wrap",),
+}
+
+
+def is_launched() -> bool:
+    """Whether a launcher started several processes."""
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+
+
+def launch_id() -> str | None:
+    """A name that processes share with those that the same launcher started in their place before;
+    None without torchrun, which ``accelerate launch`` uses, too.
+
+    It is the directory of this launch's logs, in which each start has its own.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # LAUNCH/attempt_N/RANK/error.json
+    return str(Path(file).parent.parent.parent) if file else None
+
+
+def own_store() -> dict[str, Any]:
+    """Arguments of ``init_process_group``: where the processes that torchrun has started together
+    meet. In its store itself, they would also find the addresses and messages of those in whose
+    place it has started them."""
+    from torch.distributed import is_initialized
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    if (start := os.environ.get("TORCHELASTIC_RESTART_COUNT")) is None or is_initialized():
+        return {}
+    store, rank, world_size = next(rendezvous("env://"))
+    return {"store": PrefixStore(f"start-{start}", store), "rank": rank, "world_size": world_size}
+
+
+def warn_of_launch(say: Callable[[str], None]) -> None:
+    """Warn if ``accelerate launch`` was asked for several processes and started only one, as it
+    does with ``--cpu``."""
+    if is_launched() or not {"ACCELERATE_USE_CPU", "MASTER_PORT"} <= os.environ.keys():
+        return
+    say(
+        "warning: accelerate launch has started a single process; for several, use torchrun, or "
+        "configs/ddp.yaml without --cpu, which also works on the CPU"
+    )
+
+
+def uses_fsdp() -> bool:
+    """Whether ``accelerate launch`` asks for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+
+
+def check_fsdp_settings() -> None:
+    """Raise UserError for a setting of accelerate's ``fsdp_config`` that lorakit does not follow.
+    Those that it ignores change neither results nor memory."""
+    for variable, allowed in _FSDP_SETTINGS.items():
+        value = os.environ.get(variable, allowed[0]).lower()
+        if value not in allowed:
+            raise UserError(
+                f"accelerate launch: {variable.lower()} = {value}: not supported; allowed: "
+                f"{', '.join(allowed)} (configs/fsdp2.yaml)"
+            )

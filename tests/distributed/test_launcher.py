@@ -1,0 +1,37 @@
+"""What launchers set in the environment."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorakit.distributed.launcher import launch_id, warn_of_launch
+
+LOGS = "/tmp/torchelastic_x/none_y"
+
+
+def test_processes_that_one_torchrun_starts_have_the_same_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    assert launch_id() is None
+    names = []
+    for logs in (f"{LOGS}/attempt_0/0", f"{LOGS}/attempt_1/0", f"{LOGS}z/attempt_0/0"):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", f"{logs}/error.json")
+        names.append(launch_id())
+    assert names == [LOGS, LOGS, f"{LOGS}z"]
+
+
+def test_a_single_process_in_place_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "ACCELERATE_USE_CPU", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    said: list[str] = []
+    warn_of_launch(said.append)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    warn_of_launch(said.append)
+    assert said == []
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    warn_of_launch(said.append)
+    assert "started a single process" in said.pop()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    warn_of_launch(said.append)
+    assert said == []
