@@ -23,9 +23,9 @@ with process_group():
 """
 LORA = {"method": "lora", "r": 4, "target_modules": ["q", "v"]}
 ADALORA = {"method": "adalora", "init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 2}
-#: 60 steps, with checkpoints in between.
+#: 36 steps, with checkpoints in between.
 STOPPED = {
-    "train__epochs": 20, "train__save_every_steps": 4, "train__log_every_steps": 2,
+    "train__epochs": 12, "train__save_every_steps": 4, "train__log_every_steps": 2,
     "train__per_device_batch_size": 4, "train__gradient_accumulation_steps": 3,
 }  # fmt: skip
 

@@ -51,16 +51,28 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("processes", "reshard"), [(2, "true"), (3, "false")])
-def test_every_method_equals_one_process(
-    processes: int, reshard: str, tiny_llama: Path, tiny_bert: Path, tmp_path: Path
-) -> None:
-    pairs, bert = [], without_dropout(tiny_bert, tmp_path)
+@pytest.fixture(scope="module")
+def trained_alone(
+    tiny_llama: Path, tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """The recipe of each run, which one process has trained."""
+    folder = tmp_path_factory.mktemp("alone")
+    bert, recipes = without_dropout(tiny_bert, folder), {}
     for name, (adapter, changes) in RUNS.items():
         model, task = (bert, "glue/sst2") if name == "bitfit" else (tiny_llama, "completion")
-        alone = recipe(tmp_path / name, model, task, adapter, **changes)
-        lorakit.train(lorakit.load_recipe(alone))
-        pairs.append((alone, split_over(processes, alone, tmp_path / f"{name}-shared")))
+        recipes[name] = recipe(folder / name, model, task, adapter, **changes)
+        lorakit.train(lorakit.load_recipe(recipes[name]))
+    return recipes
+
+
+@pytest.mark.parametrize(("processes", "reshard"), [(2, "true"), (3, "false")])
+def test_every_method_equals_one_process(
+    processes: int, reshard: str, trained_alone: dict[str, Path], tmp_path: Path
+) -> None:
+    pairs = [
+        (alone, split_over(processes, alone, tmp_path / name))
+        for name, alone in trained_alone.items()
+    ]
     variables = FSDP | {"FSDP_RESHARD_AFTER_FORWARD": reshard}
     for code, _, err in launch(
         processes, "-c", TRAIN, *(shared for _, shared in pairs), **variables

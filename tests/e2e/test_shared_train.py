@@ -47,16 +47,28 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_every_method_equals_one_process(
-    processes: int, tiny_llama: Path, tiny_bert: Path, tmp_path: Path
-) -> None:
-    pairs, bert = [], without_dropout(tiny_bert, tmp_path)
+@pytest.fixture(scope="module")
+def trained_alone(
+    tiny_llama: Path, tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """The recipe of each method, which one process has trained."""
+    folder = tmp_path_factory.mktemp("alone")
+    bert, recipes = without_dropout(tiny_bert, folder), {}
     for name, adapter in METHODS.items():
         model, task = (bert, "glue/sst2") if name == "bitfit" else (tiny_llama, "completion")
-        alone = recipe(tmp_path / name, model, task, adapter)
-        lorakit.train(lorakit.load_recipe(alone))
-        pairs.append((alone, split_over(processes, alone, tmp_path / f"{name}-shared")))
+        recipes[name] = recipe(folder / name, model, task, adapter)
+        lorakit.train(lorakit.load_recipe(recipes[name]))
+    return recipes
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_every_method_equals_one_process(
+    processes: int, trained_alone: dict[str, Path], tmp_path: Path
+) -> None:
+    pairs = [
+        (alone, split_over(processes, alone, tmp_path / name))
+        for name, alone in trained_alone.items()
+    ]
     for code, _, err in launch(processes, "-c", TRAIN, *(shared for _, shared in pairs)):
         assert code == 0, err
     for alone, shared in pairs:
@@ -98,19 +110,26 @@ def test_other_ways_to_batch(tiny_llama: Path, tmp_path: Path) -> None:
             assert one[key] == other[key]
 
 
-@pytest.fixture
-def long_run(tiny_llama: Path, tmp_path: Path) -> Path:
-    """60 steps in three processes with dropout, in AdaLoRA's phases."""
+@pytest.fixture(scope="module")
+def long_run(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """36 steps with dropout, in AdaLoRA's phases."""
     adapter = ADALORA | {"target_modules": ["q", "v"], "lora_dropout": 0.2, "tfinal": 0.4}
-    folder = tmp_path / "long"
+    folder = tmp_path_factory.mktemp("long")
     return recipe(folder, tiny_llama, "completion", adapter, **STOPPED)
 
 
+@pytest.fixture(scope="module")
+def whole(long_run: Path) -> Path:
+    """The uninterrupted run in two processes."""
+    folder = long_run.parent / "whole"
+    assert [code for code, _, _ in launch(2, *command(long_run, folder))] == [0, 0]
+    return folder
+
+
 def test_a_killed_process_ends_the_others_and_the_run_resumes_exactly(
-    long_run: Path, tmp_path: Path
+    long_run: Path, whole: Path, tmp_path: Path
 ) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert [code for code, _, _ in launch(2, *command(long_run, whole))] == [0, 0]
+    cut = tmp_path / "cut"
     started = start(2, *command(long_run, cut))
     wait_for(cut / "checkpoints" / "step-8")
     started[1].send_signal(signal.SIGKILL)
@@ -129,9 +148,10 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes_exactly(
     assert learning(cut) == learning(whole)
 
 
-def test_a_signal_to_one_process_stops_all_at_one_step(long_run: Path, tmp_path: Path) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert [code for code, _, _ in launch(2, *command(long_run, whole))] == [0, 0]
+def test_a_signal_to_one_process_stops_all_at_one_step(
+    long_run: Path, whole: Path, tmp_path: Path
+) -> None:
+    cut = tmp_path / "cut"
     started = start(2, *command(long_run, cut))
     wait_for(cut / "checkpoints" / "step-4")
     started[1].send_signal(signal.SIGTERM)
