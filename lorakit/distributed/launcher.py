@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import secrets
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lorakit.errors import UserError
+from lorakit.errors import LorakitError, UserError
 
 #: Variables that ``accelerate launch`` sets from ``fsdp_config``, and the values allowed. The first
 #: is assumed if it sets none.
@@ -45,10 +47,36 @@ def own_store() -> dict[str, Any]:
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    if (start := os.environ.get("TORCHELASTIC_RESTART_COUNT")) is None or is_initialized():
+    if "TORCHELASTIC_RESTART_COUNT" not in os.environ or is_initialized():
         return {}
     store, rank, world_size = next(rendezvous("env://"))
-    return {"store": PrefixStore(f"start-{start}", store), "rank": rank, "world_size": world_size}
+    name = _name_of_start(store, rank, world_size)
+    return {"store": PrefixStore(name, store), "rank": rank, "world_size": world_size}
+
+
+def _name_of_start(store: Any, rank: int, world_size: int) -> str:
+    """A name that process 0 chooses and tells the others: torchrun's count of starts may differ
+    between hosts.
+
+    A process takes only an answer to its own random question, and process 0 answers until all have
+    taken one, so that what earlier starts have left in the store does no harm.
+    """
+    own = secrets.token_hex(8)
+    if rank:
+        store.set(f"lorakit/question/{rank}", own)
+        name: str = store.get(f"lorakit/answer/{own}").decode()
+        store.add(f"lorakit/taken/{name}", 1)
+        return name
+    questions = [f"lorakit/question/{each}" for each in range(1, world_size)]
+    deadline = time.monotonic() + store.timeout.total_seconds()
+    while store.add(f"lorakit/taken/{own}", 0) < len(questions):
+        for question in questions:
+            if store.check([question]):
+                store.set(f"lorakit/answer/{store.get(question).decode()}", own)
+        if time.monotonic() > deadline:
+            raise LorakitError("not all processes have started")
+        time.sleep(0.02)
+    return own
 
 
 def warn_of_launch(say: Callable[[str], None]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from lorakit.data.cache import CACHED_ROWS
+from tests.e2e import faulty_method
 from tests.e2e.processes import REPO, launch
 from tests.e2e.shared_runs import LORA, STOPPED, command, recipe, wait_for
 from tests.training.runs import adapter_bytes, completion_rows, learning, run_json, write_rows
@@ -95,3 +96,20 @@ def test_a_lost_host_ends_the_other(
     assert len(errors) == 1, err
     assert "the connection to another process is lost" in errors[0]
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+@pytest.mark.slow
+def test_torchrun_starts_both_hosts_again(start: Start, tiny_llama: Path, tmp_path: Path) -> None:
+    """Only the host whose process was killed counts it as a restart."""
+    changes = {"train__epochs": 4, "train__save_every_steps": 4, "train__per_device_batch_size": 6}
+    adapter = faulty_method.adapter(tmp_path)
+    file = recipe(tmp_path, tiny_llama, "completion", adapter, **changes)
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    fault = {"FAULT": "1:6:kill", "FAULT_ONCE": str(tmp_path / "once"), "PET_MAX_RESTARTS": "2"}
+    hosts = start(file, run, **fault)
+    _, err = hosts.communicate(timeout=200)
+    assert hosts.returncode == 0, err
+    assert err.count("restarted by the launcher: continuing as with --resume auto") == 1
+    assert [code for code, _, _ in launch(2, *command(file, whole))] == [0, 0]
+    assert adapter_bytes(run) == adapter_bytes(whole)
+    assert learning(run) == learning(whole)
