@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,17 @@ import pytest
 
 import lorakit
 from lorakit.training.checkpoint import checkpoints, load_checkpoint
+from tests.e2e.processes import launch, start
+from tests.e2e.shared_runs import wait_for
 from tests.training.processes import NO_DISK, Ended, Launcher
-from tests.training.runs import adapter_bytes, learning, run_json, tree, write_recipe_file
+from tests.training.runs import (
+    adapter_bytes,
+    learning,
+    log_lines,
+    run_json,
+    tree,
+    write_recipe_file,
+)
 
 SETTINGS = {"train__epochs": 3, "train__save_every_steps": 3, "train__save_total_limit": None}
 
@@ -138,10 +148,13 @@ def test_a_full_disk(
 
 
 def after_step(run: Path, step: int, act: Callable[[], object]) -> Callable[[], bool]:
-    """A condition that acts once the checkpoint of a step is there."""
+    """A condition that acts once the checkpoint of a step has been written and the run goes on."""
 
     def condition() -> bool:
-        if not (run / "checkpoints" / f"step-{step}").exists():
+        if (
+            not (run / "checkpoints" / f"step-{step}").exists()
+            or log_lines(run)[-1]["step"] <= step
+        ):
             return False
         act()
         return True
@@ -211,6 +224,33 @@ def test_another_host_takes_the_directory(recipe: Path, launcher: Launcher, tmp_
     failed(ended, "another run, process 42 on other-host, has started in it; this one stops")
     assert run_json(run)["process"].startswith("other-host")
     assert run_json(run)["exit_reason"] is None
+    assert_intact(run)
+
+
+def test_a_second_run_takes_over_where_no_lock_reaches(recipe: Path, tmp_path: Path) -> None:
+    """It resumes while the first one goes on, which ends at its next checkpoint."""
+    run = tmp_path / "run"
+    command = ["-m", "lorakit", "train", recipe, "--output-dir", run, "--set", "train.epochs=2000"]
+    there = {0: {"no_locks": True}}
+    [first] = start(1, *command, faults=there)
+    wait_for(run / "checkpoints" / "step-3")
+    first.send_signal(signal.SIGSTOP)  # so that it writes nothing while the other one starts
+    process = run_json(run)["process"]
+    [(code, _, err)] = launch(1, *command, faults=there)
+    assert (code, "contains a run at step-" in err) == (2, True), err
+    [second] = start(1, *command, "--resume", "auto", faults=there)
+    while run_json(run)["process"] == process:
+        assert second.is_alive()
+        time.sleep(0.02)
+    first.send_signal(signal.SIGCONT)
+    failed(first.wait(60), ", has started in it; this one stops and leaves it alone")
+    second.send_signal(signal.SIGTERM)
+    stopped = second.wait(60)
+    assert stopped.code == 143, stopped.err
+    assert "resumed from" in stopped.err
+    assert run_json(run)["exit_reason"] == "interrupted"
+    steps = [line["step"] for line in log_lines(run)]
+    assert steps == list(range(1, len(steps) + 1))
     assert_intact(run)
 
 
