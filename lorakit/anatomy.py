@@ -155,12 +155,6 @@ def is_routed_expert(module: str) -> bool:
     return any(_EXPERT.fullmatch(part) for part in module.split("."))
 
 
-def layer_of(name: str) -> int | None:
-    """The index of the layer that a module or parameter belongs to."""
-    match = re.search(r"\.(\d+)\.", f".{name}.")
-    return int(match[1]) if match else None
-
-
 def _path(module: str) -> list[str]:
     """The module and its parents, innermost first, up to its layer, which is excluded."""
     parts = module.split(".")

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lorakit.adapters.merge.output import LeftOut
     from lorakit.adapters.merge.run import MergeReport, merge
     from lorakit.adapters.switching import switch
+    from lorakit.analysis.inspect import inspect
+    from lorakit.analysis.report import InspectReport, MatrixReport, Similarity
     from lorakit.data.paths import data_files
     from lorakit.distributed.processes import is_main, process_group
     from lorakit.evaluation.generation import generate_text, stream_text
@@ -53,6 +55,8 @@ _MODULES = {
     "lorakit.adapters.merge.output": ("LeftOut",),
     "lorakit.adapters.merge.run": ("MergeReport", "merge"),
     "lorakit.adapters.switching": ("switch",),
+    "lorakit.analysis.inspect": ("inspect",),
+    "lorakit.analysis.report": ("InspectReport", "MatrixReport", "Similarity"),
     "lorakit.data.paths": ("data_files",),
     "lorakit.distributed.processes": ("is_main", "process_group"),
     "lorakit.evaluation.generation": ("generate_text", "stream_text"),
@@ -91,15 +95,18 @@ __all__ = [
     "Decoding",
     "DescribedRow",
     "Embedding",
+    "InspectReport",
     "LeftOut",
     "Linear",
     "LoraConfig",
+    "MatrixReport",
     "MergeReport",
     "MergedLinear",
     "Piece",
     "Preview",
     "ProgressMonitor",
     "RunResult",
+    "Similarity",
     "SplitEvaluation",
     "chat_request",
     "check_method",
@@ -111,6 +118,7 @@ __all__ = [
     "evaluate_split",
     "generate_text",
     "inject",
+    "inspect",
     "is_main",
     "load",
     "load_for_generation",

@@ -12,14 +12,13 @@ from lorakit.anatomy import (
     Weight,
     adaptable_modules,
     is_within,
-    layer_of,
     outside_language_model,
     weights,
 )
 from lorakit.base_weight import dense_weight
-from lorakit.module_names import describe_modules
+from lorakit.module_names import ROLES, describe_modules, layer_of
 from lorakit.recipe.sections import layer_indices
-from lorakit.targets import ROLES, Target, unreachable
+from lorakit.targets import Target, unreachable
 
 #: Parts whose share is reported even if none of it is covered.
 _MAIN = ("attention", "MLP", "expert")

@@ -13,6 +13,22 @@ from lorakit.recipe.sections import format_layers, parse_layers
 _WRAPPERS = ("model", "language_model", "text_model")
 _BASE_PREFIXES = ("model.language_model.", "language_model.model.", "model.text_model.")
 
+_ATTENTION = r"(?:^|\.)(?:\w*attn|\w*attention|SelfAttention|EncDecAttention|attention\.output)\."
+#: Role -> pattern of its names in the model families (Llama, Qwen, Mistral, Gemma, Phi, OPT:
+#: q_proj; BERT, RoBERTa, ELECTRA, ALBERT: query; DeBERTa-v2: query_proj; DistilBERT: q_lin; T5: q).
+ROLES = {
+    "q": r"(?:^|\.)(?:q_proj|query|query_proj|q_lin|q)$",
+    "k": r"(?:^|\.)(?:k_proj|key|key_proj|k_lin|k)$",
+    "v": r"(?:^|\.)(?:v_proj|value|value_proj|v_lin|v)$",
+    "o": rf"(?:^|\.)(?:o_proj|o)$|{_ATTENTION}(?:out_proj|dense|out_lin|Wo|c_proj)$",
+}
+
+
+def layer_of(name: str) -> int | None:
+    """The index of the layer that a module or parameter belongs to."""
+    match = re.search(r"\.(\d+)\.", f".{name}.")
+    return int(match[1]) if match else None
+
 
 def describe_modules(names: Sequence[str]) -> str:
     """Abbreviate the names to ``model.layers.{0-2,7}.self_attn.q_proj``, with every layer index."""

@@ -16,7 +16,6 @@ from lorakit.anatomy import (
     fused_rows,
     is_text_part,
     is_within,
-    layer_of,
     outside_language_model,
     part_of,
     reads_past_forward,
@@ -25,21 +24,12 @@ from lorakit.anatomy import (
 from lorakit.base_weight import ADAPTABLE
 from lorakit.errors import TargetError
 from lorakit.kernels.low_rank import RowSlice
-from lorakit.module_names import base_names, describe_modules, matches
+from lorakit.module_names import ROLES, base_names, describe_modules, layer_of, matches
 from lorakit.recipe.sections import format_layers, layer_indices
 
-_ATTENTION = r"(?:^|\.)(?:\w*attn|\w*attention|SelfAttention|EncDecAttention|attention\.output)\."
 #: Parts in which ``key`` and ``value`` do not belong to attention (RWKV's feed_forward.key).
 _NO_ATTENTION = ("MLP", "expert", "router")
 _NOT_TEXT = re.compile(r"(?i)visual|vision|image|video|audio|speech|projector|merger|tower|mtp")
-#: Role -> pattern of its names in the model families (Llama, Qwen, Mistral, Gemma, Phi, OPT:
-#: q_proj; BERT, RoBERTa, ELECTRA, ALBERT: query; DeBERTa-v2: query_proj; DistilBERT: q_lin; T5: q).
-ROLES = {
-    "q": r"(?:^|\.)(?:q_proj|query|query_proj|q_lin|q)$",
-    "k": r"(?:^|\.)(?:k_proj|key|key_proj|k_lin|k)$",
-    "v": r"(?:^|\.)(?:v_proj|value|value_proj|v_lin|v)$",
-    "o": rf"(?:^|\.)(?:o_proj|o)$|{_ATTENTION}(?:out_proj|dense|out_lin|Wo|c_proj)$",
-}
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from lorakit.adapters.loralib import loralib_tensors, write_state
 from lorakit.adapters.loralib_read import LoralibOptions, read_loralib
 from lorakit.adapters.low_rank import (
     Updates,
-    check_tensors,
     lora_files,
     number,
     padded,
+    read_products,
     read_updates,
 )
 from lorakit.adapters.merge.tokenizer import TEMPLATES, TOKENIZER_FILES
@@ -222,7 +222,7 @@ def _copied(files: AdapterFiles, out: Path, overwrite: bool) -> ConvertReport:
             "plain model instead"
         )
     if files.config["peft_type"] in LORA_FORMATS:
-        check_tensors(files)
+        read_products(files)  # raises an error for tensors that PEFT could not load
     _copy_peft(out, files.directory, overwrite=overwrite)
     note = f"{files.directory} already has PEFT's format: copied unchanged"
     matrices = {key.partition(".lora_")[0] for key in files.tensors if ".lora_" in key}

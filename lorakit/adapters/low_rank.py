@@ -99,10 +99,10 @@ def read_updates(files: AdapterFiles) -> Updates:
     return _updates(files)
 
 
-def check_tensors(files: AdapterFiles) -> None:
-    """Raise AdapterError where ``read_updates`` does; DoRA is allowed, its magnitudes ignored."""
+def read_products(files: AdapterFiles) -> Updates:
+    """As ``read_updates``; of DoRA, return the products without the magnitudes."""
     tensors = {k: v for k, v in files.tensors.items() if not k.endswith(f".{MAGNITUDE}")}
-    _updates(replace(files, tensors=tensors))
+    return _updates(replace(files, tensors=tensors))
 
 
 def _updates(files: AdapterFiles) -> Updates:

@@ -20,6 +20,7 @@ import typer
 from lorakit.api import locate_error, yield_cores
 from lorakit.cli.adapters import convert, merge
 from lorakit.cli.generate import generate
+from lorakit.cli.inspect import inspect
 from lorakit.cli.preview import preview
 from lorakit.cli.recipes import methods, schema, tasks, validate
 from lorakit.cli.run import eval_, train
@@ -47,6 +48,7 @@ for command in (
     eval_,
     generate,
     convert,
+    inspect,
     preview,
     validate,
     schema,

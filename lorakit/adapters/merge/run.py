@@ -108,7 +108,7 @@ def merge(
     _check_not_quantized(settings, section.name_or_path)
     tokenizer = _tokenizer(directory, adapters[0].files, settings)
     with Checkpoint(directory) as checkpoint:
-        resolved = _resolve(section, settings, checkpoint, adapters)
+        resolved = resolve_base(section, settings, checkpoint, adapters)
         plan = plan_merge(resolved, checkpoint, output_dtype)
         shards = plan_files(plan.outputs, checkpoint, plan.stored, max_shard_bytes)
         size_bytes = sum(output.size_bytes for output in plan.outputs.values())
@@ -132,12 +132,13 @@ def _tokenizer(directory: Path, files: AdapterFiles, settings: Mapping[str, Any]
     return choose_tokenizer(directory, files.directory, needs_pad=files.classifies, rows=rows)
 
 
-def _resolve(
+def resolve_base(
     section: ModelSection,
     settings: Mapping[str, Any],
     checkpoint: Checkpoint,
     adapters: Sequence[Weighted],
 ) -> ResolvedBase:
+    """Find the stored tensors that the adapters change. Raises AdapterError if one does not fit."""
     resolved = resolve_by_name(settings, checkpoint, adapters)
     if resolved is None:
         # Takes seconds to import, which most merges do without.

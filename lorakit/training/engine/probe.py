@@ -12,7 +12,6 @@ from lorakit.anatomy import (
     is_routed_expert,
     is_within,
     layer_drops,
-    layer_of,
 )
 from lorakit.errors import TargetError
 from lorakit.layers import (
@@ -22,7 +21,7 @@ from lorakit.layers import (
     adapted_modules,
     adapter_layers,
 )
-from lorakit.module_names import as_yaml_list, covering_targets, describe_modules
+from lorakit.module_names import as_yaml_list, covering_targets, describe_modules, layer_of
 
 
 class GradientProbe:
