@@ -1,4 +1,4 @@
-"""Mutated adapter directories, lorakit's and PEFT's: merged, or refused in one line."""
+"""Mutated adapter directories of lorakit and PEFT: the command works, or refuses in one line."""
 
 from __future__ import annotations
 
@@ -53,8 +53,11 @@ def test_mutated_adapters(
         before = {k: v for k, v in listing(in_tmp).items() if not k.startswith(named)}
         capsys.readouterr()
         command = ["merge", str(base), str(adapter), str(out)]
-        if draw.random() < 0.3:
+        chance = draw.random()
+        if chance < 0.3:
             command = ["convert", str(adapter), str(out), "--to", "lora"]
+        elif chance < 0.45:
+            command = ["inspect", str(adapter), str(adapters[0]), "--base", str(base)]
         with limited():
             code = run(command)
         streams = capsys.readouterr()
