@@ -7,6 +7,7 @@ remain distinct in gray and to the color-blind.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +29,7 @@ _MODULES, _CORNER = 4, 8
 #: Up to this many columns, a cell of a heat map has room for its number.
 _NUMBERED_COLUMNS = 20
 _MOST_TICKS = 12
+_PATH = 60
 _STYLE = {
     "font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False,
     "lines.markersize": 3, "lines.linewidth": 1, "svg.hashsalt": "lorakit",
@@ -55,7 +57,8 @@ def draw(report: InspectReport, folder: Path) -> None:
     Raises WriteFailed if the disk is full."""
     import matplotlib as mpl
 
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # of a path in letters that the font lacks
         figures = {"ranks": _ranks(report), "norms": _norms(report)}
         if report.similarity is not None:
             figures["similarity"] = _similarity(report.adapter, report.similarity, report.modules)
@@ -171,7 +174,7 @@ def _similarity(adapter: str, found: Similarity, modules: Sequence[MatrixReport]
     figure = _figure(0.6 + 2.2 * len(titles), 0.7 + 1.9 * max(1, len(rows)))
     side = "right-singular vectors of A" if found.side == "right" else "left-singular vectors of B"
     figure.suptitle(
-        f"subspace similarity of the {side}\ni: {adapter}\nj: {found.other}", fontsize=8
+        f"subspace similarity of the {side}\ni: {_end(adapter)}\nj: {_end(found.other)}", fontsize=8
     )
     image = None
     panels = figure.subplots(max(1, len(rows)), len(titles), squeeze=False)
@@ -188,6 +191,11 @@ def _similarity(adapter: str, found: Similarity, modules: Sequence[MatrixReport]
     if image is not None:
         figure.colorbar(image, ax=panels, label="φ(i, j)", shrink=0.6)
     return figure
+
+
+def _end(path: str) -> str:
+    """As much of a path's end as the figure is wide."""
+    return path if len(path) <= _PATH else f"...{path[3 - _PATH :]}"
 
 
 def _chosen(found: Similarity, modules: Sequence[MatrixReport]) -> list[tuple[str, Grid, Grid]]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Adapter: directory or Hub id.")]
 _Other = Annotated[
     str | None,
-    typer.Argument(metavar="[OTHER]", help="Another adapter, to compare subspaces with."),
+    typer.Argument(metavar="OTHER", help="Another adapter, to compare subspaces with."),
 ]
 _Base = Annotated[
     str | None,

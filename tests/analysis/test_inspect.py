@@ -18,6 +18,8 @@ from lorakit.analysis.report import MatrixReport
 from lorakit.base_weight import dense_weight
 from lorakit.errors import AdapterError
 from lorakit.layers import CompositeLayer, adapted_modules
+from lorakit.module_names import without_wrappers
+from tests.adapters.checkpoints import MODELS, write_model, write_random_adapter
 from tests.adapters.directories import fresh, write_adapter, write_base, write_pair
 from tests.training.runs import recipe_for
 
@@ -193,6 +195,29 @@ def test_training_with_two_seeds_finds_common_directions(tiny_llama: Path, tmp_p
     trained = np.mean([m.phi[0][0] for m in found.modules])
     control = np.mean([m.control_phi[0][0] for m in found.modules])
     assert trained > 5 * control
+
+
+#: A multimodal base whose text part has other names, one with stacked experts, and one whose
+#: checkpoint has q, k, v and a gate in one matrix.
+_UNUSUAL = {"qwen3_5": ["q", "v", "o"], "gemma3": [r"re:.*language_model.*_proj"]}
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in ("gemma3", "qwen3_5", "qwen3_moe", "hrm_text") if n in MODELS]
+)
+def test_bases_whose_checkpoint_differs_from_the_class(name: str, tmp_path: Path) -> None:
+    base, adapter = write_model(tmp_path / "base", name), tmp_path / "adapter"
+    targets = _UNUSUAL.get(name, ["all-linear"])
+    model = write_random_adapter(base, adapter, target_modules=targets)
+    found = {
+        tuple(without_wrappers(m.module)): m for m in lorakit.inspect(adapter, base=base).modules
+    }
+    layers = adapted_modules(model)
+    assert len(found) == len(layers)
+    for module, layer in layers.items():
+        W = dense_weight(layer.base_layer).detach()
+        change = (layer.merged_weight(W) - W).double()
+        assert_describes(found[tuple(without_wrappers(module))], change, W.double())
 
 
 def test_a_base_of_another_shape(tmp_path: Path) -> None:

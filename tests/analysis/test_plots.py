@@ -15,7 +15,7 @@ from tests.adapters.directories import write_adapter, write_pair
 def test_the_figures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     base, one = write_pair(tmp_path, "llama", r=10, target_modules=["embed_tokens", "q", "v"])
-    two = write_adapter(base, tmp_path / "$two$", seed=1, r=4, target_modules=["q", "v"])
+    two = write_adapter(base, tmp_path / "$two$ \u4e8c", seed=1, r=4, target_modules=["q", "v"])
     folder = tmp_path / "new" / "figures"
     lorakit.inspect(one, two, base=base, plot=folder)
     names = {f"{name}.{end}" for name in ("norms", "ranks", "similarity") for end in ("png", "svg")}
