@@ -26,7 +26,7 @@ ROLES = {
 
 def layer_of(name: str) -> int | None:
     """The index of the layer that a module or parameter belongs to."""
-    match = re.search(r"\.(\d+)\.", f".{name}.")
+    match = re.search(r"\.([0-9]{1,9})\.", f".{name}.")
     return int(match[1]) if match else None
 
 

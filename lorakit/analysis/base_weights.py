@@ -11,7 +11,7 @@ from lorakit.adapters.merge.checkpoint import Checkpoint, local_directory, read_
 from lorakit.adapters.merge.run import resolve_base
 from lorakit.adapters.merge.updates import LowRankUpdate, ResolvedBase, Update, Weighted
 from lorakit.adapters.peft.method import Say
-from lorakit.adapters.peft.read import AdapterFiles
+from lorakit.adapters.peft.read import AdapterFiles, is_finite
 from lorakit.errors import AdapterError
 
 #: Receives a module's name in the base, and its W (out_features, in_features).
@@ -68,6 +68,8 @@ def _finish(
 
 
 def _visit(visit: Visit, updates: Sequence[Update], name: str, W: Tensor) -> None:
+    if not is_finite(W):
+        raise AdapterError(f"base: {name}: contains NaN or infinite values")
     [update] = updates
     transposed = not isinstance(update, LowRankUpdate) and update.layer.kind != "linear"
     visit(name.removesuffix(".weight"), W.t() if transposed else W)

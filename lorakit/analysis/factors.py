@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from lorakit.module_names import ROLES, layer_of
 
 #: Names that several modules of one layer have, and that need their parent's to be told apart.
 _SHARED = ("dense",)
+_INDEX = re.compile(r"[0-9]{1,9}")
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,25 @@ def read_factors(adapter: str | Path, say: Say) -> AdapterFactors:
     matrices: dict[str, Factors] = {}
     products = read_products(files).matrices
     for module in sorted(products, key=_natural):
+        _check_range(f"{files.directory}: {module}", products[module])
         matrices |= _parts(module, products[module], adalora)
     return AdapterFactors(files, method, matrices)
 
 
+def _check_range(where: str, matrix: AdaptedMatrix) -> None:
+    """Raise AdapterError if the squares of the update may not fit into float64."""
+    bound = abs(matrix.scaling) * float(matrix.A.double().norm()) * float(matrix.B.double().norm())
+    if not math.isfinite(bound * bound):
+        raise AdapterError(
+            f"{where}: the update is too large for float64: scaling = {matrix.scaling:.4g}, "
+            f"largest |A| = {float(matrix.A.abs().max()):.4g}, "
+            f"largest |B| = {float(matrix.B.abs().max()):.4g}"
+        )
+
+
 def _natural(name: str) -> list[tuple[int, str]]:
     """A sort key that orders numbers by value."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    return [(int(part), "") if _INDEX.fullmatch(part) else (-1, part) for part in name.split(".")]
 
 
 def _parts(module: str, matrix: AdaptedMatrix, adalora: bool) -> dict[str, Factors]:

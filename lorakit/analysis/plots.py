@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorakit.errors import AdapterError
+from lorakit.errors import AdapterError, printable
 from lorakit.io.atomic import atomic_file, writing
 from lorakit.module_names import ROLES
 
@@ -45,9 +45,13 @@ def check_folder(folder: Path) -> None:
     """Raise AdapterError, before anything is computed, if nothing can be drawn into ``folder``."""
     if find_spec("matplotlib") is None:
         raise AdapterError("--plot needs matplotlib; hint: pip install 'lorakit[plots]'")
-    if folder.exists() and not folder.is_dir():
+    paths = (folder, *folder.absolute().parents)
+    try:
+        existing = next(path for path in paths if path.is_symlink() or path.exists())
+    except OSError as error:  # too long
+        raise AdapterError(f"--plot {folder}: cannot be created: {error.strerror}") from None
+    if existing == folder and not existing.is_dir():
         raise AdapterError(f"--plot {folder}: exists and is not a directory")
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise AdapterError(f"--plot {folder}: {existing}: no write permission, or not a directory")
 
@@ -83,6 +87,7 @@ def _by_layer(
     """Roles, layers, and the mean value of each pair (roles, layers), NaN where there is none.
     Modules outside of layers have a last column."""
     roles = sorted({m.role for m in modules}, key=_role_order)
+    names = [printable(role) for role in roles]  # SVG cannot contain control characters
     layers = sorted({m.layer for m in modules if m.layer is not None})
     columns = [str(layer) for layer in layers]
     if any(m.layer is None for m in modules):
@@ -95,7 +100,7 @@ def _by_layer(
     table = np.full((len(roles), len(columns)), np.nan)
     for place, found_values in cells.items():
         table[place] = np.mean(found_values)
-    return roles, columns, table
+    return names, columns, table
 
 
 def _role_order(role: str) -> tuple[int, str]:
@@ -195,6 +200,7 @@ def _similarity(adapter: str, found: Similarity, modules: Sequence[MatrixReport]
 
 def _end(path: str) -> str:
     """As much of a path's end as the figure is wide."""
+    path = printable(path)
     return path if len(path) <= _PATH else f"...{path[3 - _PATH :]}"
 
 
@@ -215,7 +221,8 @@ def _chosen(found: Similarity, modules: Sequence[MatrixReport]) -> list[tuple[st
 
 
 def _short(matrix: MatrixReport) -> str:
-    return matrix.role if matrix.layer is None else f"{matrix.role}, layer {matrix.layer}"
+    role = printable(matrix.role)
+    return role if matrix.layer is None else f"{role}, layer {matrix.layer}"
 
 
 def _mean(grids: Sequence[Grid]) -> Grid:

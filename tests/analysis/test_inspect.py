@@ -10,10 +10,12 @@ import pytest
 import torch
 from peft import AdaLoraConfig, get_peft_model
 from peft import LoraConfig as PeftLora
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lorakit
 from lorakit.adapters.peft.place import load_adapter
+from lorakit.adapters.peft.schema import WEIGHTS
 from lorakit.analysis.report import MatrixReport
 from lorakit.base_weight import dense_weight
 from lorakit.errors import AdapterError
@@ -230,3 +232,35 @@ def test_a_base_of_another_shape(tmp_path: Path) -> None:
 def test_an_unknown_side() -> None:
     with pytest.raises(AdapterError, match="side = up: allowed: right, left"):
         lorakit.inspect("adapter", side="up")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("values", [1e200, 1e100])
+def test_an_update_beyond_float64(values: float, tmp_path: Path) -> None:
+    _, adapter = write_pair(tmp_path, "llama", r=4, target_modules=["q"])
+    tensors = load_file(adapter / WEIGHTS)
+    save_file({k: v.double() * values for k, v in tensors.items()}, adapter / WEIGHTS)
+    with pytest.raises(AdapterError, match=r"adapter: model.*q_proj: the update is too large"):
+        lorakit.inspect(adapter)
+
+
+def test_a_base_that_is_not_finite(tmp_path: Path) -> None:
+    base, adapter = write_pair(tmp_path, "llama", r=4, target_modules=["q"])
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.1.self_attn.q_proj.weight"][0, 0] = torch.nan
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(AdapterError, match=r"^base: model\.layers\.1.*: contains NaN or infinite"):
+        lorakit.inspect(adapter, base=base)
+
+
+@pytest.mark.parametrize("index", ["\u00b2", "9" * 5000])
+def test_names_that_resemble_an_index(index: str, tmp_path: Path) -> None:
+    _, adapter = write_pair(tmp_path, "llama", r=4, target_modules=["q"])
+    tensors = load_file(adapter / WEIGHTS)
+    save_file({k.replace("s.0.", f"s.{index}."): v for k, v in tensors.items()}, adapter / WEIGHTS)
+    found = {m.module: m.layer for m in lorakit.inspect(adapter).modules}
+    assert found[f"model.layers.{index}.self_attn.q_proj"] is None
+
+
+def test_a_path_that_is_too_long() -> None:
+    with pytest.raises(AdapterError, match="xxx: cannot be read: File name too long"):
+        lorakit.inspect("x" * 300)

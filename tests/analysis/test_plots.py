@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import lorakit
+from lorakit.adapters.peft.schema import WEIGHTS
 from lorakit.errors import AdapterError
 from tests.adapters.directories import write_adapter, write_pair
 
@@ -40,7 +44,9 @@ def test_an_untrained_adapter(tmp_path: Path) -> None:
 def test_a_file_in_place_of_the_directory(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     (tmp_path / "file").write_text("mine")
-    for plot in (tmp_path / "file", tmp_path / "file" / "below"):
+    (tmp_path / "link").symlink_to(tmp_path / "missing")
+    below, too_long = tmp_path / "file" / "below", tmp_path / ("x" * 300 + "file")
+    for plot in (tmp_path / "file", below, too_long, tmp_path / "link" / "file"):
         with pytest.raises(AdapterError, match=r"^--plot .*file"):
             lorakit.inspect(tmp_path / "adapter", plot=plot)
     assert (tmp_path / "file").read_text() == "mine"
@@ -51,3 +57,16 @@ def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(AdapterError, match=r"pip install 'lorakit\[plots\]'$"):
         lorakit.inspect(tmp_path / "adapter", plot=tmp_path / "figures")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_names_with_control_characters(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    _, plain = write_pair(tmp_path, "llama", r=4, target_modules=["q"])
+    odd = tmp_path / "\x1b & <"
+    shutil.copytree(plain, odd)
+    tensors = load_file(odd / WEIGHTS)
+    renamed = {key.replace("q_proj", "q\x1b&"): value for key, value in tensors.items()}
+    save_file(renamed, odd / WEIGHTS)
+    lorakit.inspect(odd, odd, plot=tmp_path / "figures")
+    for path in (tmp_path / "figures").glob("*.svg"):
+        ElementTree.parse(path)

@@ -55,11 +55,16 @@ def adapter_directory(given: str | Path) -> Path:
     Raises AdapterError, which says what was found instead, or ModelError if a download fails.
     """
     path = Path(given)
-    if path.is_dir():
-        if not (path / CONFIG).is_file():
-            raise AdapterError(f"{path}: {_instead(path)}: {CONFIG} is missing")
+    try:
+        is_directory, exists = path.is_dir(), path.exists()
+        is_adapter = is_directory and (path / CONFIG).is_file()
+    except OSError as error:  # too long, or no permission
+        raise AdapterError(f"{path}: cannot be read: {error.strerror}") from None
+    if is_adapter:
         return path
-    if path.exists():
+    if is_directory:
+        raise AdapterError(f"{path}: {_instead(path)}: {CONFIG} is missing")
+    if exists:
         what = other_content(path) or "a file"
         raise AdapterError(f"{path}: {what}; allowed: an adapter directory, with {CONFIG}")
     if is_missing_path(str(given)) or not _HUB_ID.fullmatch(str(given)):
