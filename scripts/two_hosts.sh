@@ -62,6 +62,8 @@ if [[ "${1:-}" == --check ]]; then
   exit
 elif [[ "${1:-}" != --inside ]]; then
   (($# >= 2)) || fail "usage: scripts/two_hosts.sh RECIPE OUTPUT_DIR [N [OPTION...]]"
+  [[ -f $1 ]] || fail "RECIPE = $1: no such file"
+  [[ ${3:-1} =~ ^[1-9][0-9]*$ ]] || fail "N = $3: allowed: an integer above 0, before any OPTION"
   check
   source "$root/scripts/venv.sh"
   exec "${owner[@]}" bash "${BASH_SOURCE[0]}" --inside "$@"

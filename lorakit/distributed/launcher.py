@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lorakit.errors import LorakitError, UserError
+from lorakit.errors import LorakitError, UserError, shown
 
 #: Variables that ``accelerate launch`` sets from ``fsdp_config``, and the values allowed. The first
 #: is assumed if it sets none.
@@ -26,7 +26,20 @@ _FSDP_SETTINGS = {
 
 def is_launched() -> bool:
     """Whether a launcher started several processes."""
-    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+    return os.environ.get("WORLD_SIZE", "") not in ("", "0", "1")
+
+
+def check_variables() -> None:
+    """Raise UserError if a variable that a launcher sets is missing, or no number."""
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        value = os.environ.get(name, "")
+        if value.isdecimal() if name != "MASTER_ADDR" else value:
+            continue
+        raise UserError(
+            f"{name} = {shown(value)}: wrong in an environment with WORLD_SIZE = "
+            f"{shown(os.environ['WORLD_SIZE'])}; hint: start several processes with torchrun, or "
+            "unset WORLD_SIZE"
+        )
 
 
 def launch_id() -> str | None:

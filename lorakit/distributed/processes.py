@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from lorakit.distributed.launcher import (
     check_fsdp_settings,
+    check_variables,
     is_launched,
     launch_id,
     own_store,
@@ -57,7 +58,8 @@ class _Abort(Exception):
 
 def is_main() -> bool:
     """Whether this process prints and writes files."""
-    return not is_launched() or os.environ.get("RANK", "0") == "0"
+    rank = os.environ.get("RANK", "0")
+    return not is_launched() or rank == "0" or not rank.isdecimal()
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -71,11 +73,12 @@ def rank_and_world_size() -> tuple[int, int]:
 def init_process_group() -> None:
     """Join the launcher's other processes, if there are any, and select this process's device.
 
-    Raises UserError if there are more processes than devices, or for settings of FSDP that are not
-    supported.
+    Raises UserError if there are more processes than devices, for variables that are not those of a
+    launcher, or for settings of FSDP that are not supported.
     """
     if not is_launched():
         return
+    check_variables()
     if uses_fsdp():
         check_fsdp_settings()
     import torch

@@ -19,7 +19,7 @@ from lorakit.adapters.peft.schema import CONFIG, WEIGHTS
 from lorakit.data.stream import have_same_head
 from lorakit.distributed.launcher import launch_id
 from lorakit.distributed.processes import rank_and_world_size
-from lorakit.errors import UserError
+from lorakit.errors import UserError, shown
 from lorakit.methods.base import Method
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.load import load_recipe
@@ -276,7 +276,9 @@ def check_same_recipe(recipe: Recipe, output_dir: Path, prepared: bool = False) 
         and not (key == "task.labels" and now.get(key) is None)
     ]
     if changed:
-        listed = "; ".join(f"{k}: was {before.get(k)!r}, now {now.get(k)!r}" for k in changed)
+        listed = "; ".join(
+            f"{k}: was {shown(before.get(k))}, now {shown(now.get(k))}" for k in changed
+        )
         raise UserError(f"--resume: the recipe differs from {path}: {listed}")
 
 
@@ -321,8 +323,8 @@ def _check_same_files(recipe: Recipe, stored: Path) -> None:
         runs = isinstance(before, str) and (registry.is_user_task(before) or "${" in before)
         if runs and not _are_same(before, now):
             raise UserError(
-                f"--resume: the recipe differs from {stored}: {section}.{key}: was {before!r}, now "
-                f"{now!r}"
+                f"--resume: the recipe differs from {stored}: {section}.{key}: was "
+                f"{shown(before)}, now {shown(now)}"
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from lorakit.cli.main import run
 from lorakit.distributed.launcher import launch_id, warn_of_launch
 
 LOGS = "/tmp/torchelastic_x/none_y"
@@ -35,3 +36,18 @@ def test_a_single_process_in_place_of_several(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WORLD_SIZE", "2")
     warn_of_launch(said.append)
     assert said == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("WORLD_SIZE", "two"), ("RANK", ""), ("RANK", "x"), ("MASTER_ADDR", ""), ("MASTER_PORT", "x")],
+)
+def test_variables_of_no_launcher(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for key, text in (right | {name: value}).items():
+        monkeypatch.setenv(key, text)
+    assert run(["train", "recipe.yaml"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f'error: {name} = "{value}": wrong in an environment with WORLD_SIZE = ')

@@ -53,6 +53,23 @@ def start() -> Iterator[Start]:
             process.communicate(timeout=60)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ((), "usage: "),
+        (("missing.yaml", "run"), "RECIPE = missing.yaml: no such file"),
+        ((SCRIPT, "run", "0"), "N = 0: allowed: an integer above 0"),
+        ((SCRIPT, "run", "--resume", "auto"), "N = --resume: allowed: an integer above 0"),
+    ],
+)
+def test_wrong_arguments(arguments: tuple[object, ...], told: str, tmp_path: Path) -> None:
+    command = ["bash", str(SCRIPT), *map(str, arguments)]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, list(tmp_path.iterdir())) == (2, "", [])
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(f"error: {told}")
+
+
 def test_two_hosts_equal_two_processes_of_one(
     start: Start, tiny_llama: Path, tmp_path: Path
 ) -> None:

@@ -57,10 +57,10 @@ def test_an_invalid_run_json_is_not_a_finished_run(recipe: Recipe, text: str) ->
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        ("adapter: {}", "adapter: {method: './evil.py:Evil'}", "adapter.method: was './evil.py:Evil'"),
-        ("name: text", "name: ./evil.py:Evil", "task.name: was './evil.py:Evil', now 'text'"),
-        ("name: text", "name: evil.yaml", "task.name: was 'evil.yaml', now 'text'"),
-        ("name: text", "name: '${EVIL}'", "task.name: was '${EVIL}', now 'text'"),
+        ("adapter: {}", "adapter: {method: './evil.py:Evil'}", 'method: was "./evil.py:Evil"'),
+        ("name: text", "name: ./evil.py:Evil", 'task.name: was "./evil.py:Evil", now "text"'),
+        ("name: text", "name: evil.yaml", 'task.name: was "evil.yaml", now "text"'),
+        ("name: text", "name: '${EVIL}'", 'task.name: was "${EVIL}", now "text"'),
     ],
 )  # fmt: skip
 def test_code_that_only_the_output_directory_names_is_not_run(
