@@ -34,6 +34,8 @@ def base_section(
     The adapter's revision applies to the latter only. Raises AdapterError if there is none."""
     named = files.config.get("base_model_name_or_path")
     name = str(base if base is not None else named or "")
+    if base is not None and not name:
+        raise AdapterError('base = "": allowed: a model directory, or a Hub id')
     if not name:
         raise AdapterError(f"{files.directory}: names no base model; hint: pass one")
     if base is None and is_missing_path(name):

@@ -229,6 +229,12 @@ def test_a_base_of_another_shape(tmp_path: Path) -> None:
         lorakit.inspect(adapter, base=other)
 
 
+def test_an_empty_name_of_a_base(tmp_path: Path) -> None:
+    _, adapter = write_pair(tmp_path, "llama", r=4, target_modules=["q"])
+    with pytest.raises(AdapterError, match=r'^base = "": allowed: a model directory'):
+        lorakit.inspect(adapter, base="")
+
+
 def test_an_unknown_side() -> None:
     with pytest.raises(AdapterError, match="side = up: allowed: right, left"):
         lorakit.inspect("adapter", side="up")  # type: ignore[arg-type]
