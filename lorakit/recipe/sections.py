@@ -232,6 +232,11 @@ class Recipe(Section):
         """The recipe with all defaults filled in, as ``recipe.yaml`` records it."""
         return self.model_dump(mode="json")
 
+    def flat(self) -> dict[str, Any]:
+        """``resolved`` as one mapping from ``section.key`` to values."""
+        sections = self.resolved().items()
+        return {f"{name}.{key}": value for name, keys in sections for key, value in keys.items()}
+
 
 _RANGE = re.compile(r"\s*([0-9]{1,6})\s*(?:-\s*([0-9]{1,6})\s*)?")
 MAX_LAYER = 9_999

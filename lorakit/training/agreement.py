@@ -7,7 +7,6 @@ from typing import Any
 
 from lorakit.distributed.processes import gather
 from lorakit.errors import UserError, shown
-from lorakit.training.output_dir import flat_keys
 from lorakit.training.setup import Prepared
 
 #: Keys that may differ: where a host has its files, and what only the first process uses.
@@ -37,8 +36,8 @@ def check_agreement(prepared: Prepared) -> None:
 
 
 def _keys(prepared: Prepared) -> dict[str, Any]:
-    keys = flat_keys(prepared.recipe.resolved())
-    return {key: value for key, value in keys.items() if key not in _OF_A_HOST}
+    keys = prepared.recipe.flat().items()
+    return {key: value for key, value in keys if key not in _OF_A_HOST}
 
 
 def _identity(split: dict[str, Any] | None) -> object:

@@ -55,7 +55,7 @@ Objective = CausalObjective | EncoderObjective
 
 def build_objective(prepared: Prepared, strategy: Strategy, say: Say) -> Objective:
     """Seed the run, place the model on the device and wrap it in its objective. An nf4 base is
-    quantized here, after ``choose_execution`` has seen the model."""
+    quantized here."""
     section, device = prepared.recipe.train, strategy.device
     model: Any = prepared.model
     # Each process drops out other elements.

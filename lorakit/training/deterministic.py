@@ -43,7 +43,8 @@ def deterministic_kernels(enabled: bool) -> Iterator[None]:
     """Select deterministic kernels during the block, if ``enabled``.
 
     Afterwards all settings are what they were before, except for cuBLAS's variable: cuBLAS reads it
-    only once. Raises UserError if cuBLAS cannot be made deterministic.
+    only once. Raises UserError if cuBLAS cannot be made deterministic, and for an operation that
+    has no deterministic kernel.
     """
     if not enabled:
         yield
@@ -64,7 +65,8 @@ def deterministic_kernels(enabled: bool) -> Iterator[None]:
             setattr(module, name, value)
         # Read by transformers for `attn_implementation: flash_attention_2`.
         stack.enter_context(patch_environment(FLASH_ATTENTION_DETERMINISTIC="1"))
-        yield
+        with no_kernel_as_error():
+            yield
 
 
 def say_costs(section: TrainSection, say: Say) -> None:

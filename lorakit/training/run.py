@@ -56,14 +56,10 @@ from lorakit.training.loop import Loop
 from lorakit.training.offload import check_offload
 from lorakit.training.output_dir import (
     Start,
-    check_same_data,
-    check_same_recipe,
     exclusive_run,
     find_start,
-    flat_keys,
     none_to_resume,
     rows_read_before,
-    with_started_batch_size,
 )
 from lorakit.training.record import (
     RunRecord,
@@ -71,6 +67,11 @@ from lorakit.training.record import (
     new_record,
     peak_memory_bytes,
     rank_table,
+)
+from lorakit.training.same_run import (
+    check_same_data,
+    check_same_recipe,
+    with_started_batch_size,
 )
 from lorakit.training.setup import Prepared, prepare
 from lorakit.training.tracking import (
@@ -110,7 +111,6 @@ def train(recipe: Recipe, resume: str | None = None, say: Say = lambda text: Non
     with (
         naming_checkpoints(Path(recipe.train.output_dir)),
         deterministic_kernels(recipe.train.deterministic),
-        no_kernel_as_error(),
     ):
         return _train(recipe, resume, say)
 
@@ -137,7 +137,7 @@ def _train(recipe: Recipe, resume: str | None, say: Say) -> RunResult:
     with (
         _exclusive(prepared.recipe, start) as output_dir,
         stop_request() as stop,
-        no_kernel_as_error(),
+        no_kernel_as_error(),  # here, too, since _exclusive must see a UserError
     ):
         return _run(prepared, objective, strategy, batching, start, output_dir, stop, say)
 
@@ -225,7 +225,7 @@ def dry_run(recipe: Recipe, say: Say) -> dict[str, Any]:
     """Load, inject and take one step without writing anything; return the plan and the loss."""
     init_process_group()
     say = _only_on_main(say)
-    with deterministic_kernels(recipe.train.deterministic), no_kernel_as_error():
+    with deterministic_kernels(recipe.train.deterministic):
         return _plan(recipe, say)
 
 
@@ -338,7 +338,7 @@ def _flat_recipe(recipe: Recipe) -> dict[str, Any]:
     """The recipe as ``section.key`` and scalar values, all that trackers accept."""
     return {
         key: value if isinstance(value, int | float | str | bool) else str(value)
-        for key, value in flat_keys(recipe.resolved()).items()
+        for key, value in recipe.flat().items()
     }
 
 

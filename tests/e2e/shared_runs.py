@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.runs import log_lines, metrics_lines, run_json, write_recipe_file
+import lorakit
+from tests.training.runs import (
+    log_lines,
+    metrics_lines,
+    run_json,
+    without_dropout,
+    write_recipe_file,
+)
 
 #: Trains the recipes that are its arguments, in one group of processes.
 TRAIN = """
@@ -46,6 +54,19 @@ def recipe(folder: Path, model: Path, task: str, adapter: dict[str, Any], **chan
     values["adapter"] = adapter
     file.write_text(json.dumps(values))
     return file
+
+
+def train_alone(
+    folder: Path, llama: Path, bert: Path, runs: Mapping[str, tuple[dict[str, Any], dict[str, Any]]]
+) -> dict[str, Path]:
+    """Train each run, given as adapter and changes of the recipe, in one process; return the
+    recipes. BitFit classifies, the others complete texts."""
+    bert, recipes = without_dropout(bert, folder), {}
+    for name, (adapter, changes) in runs.items():
+        model, task = (bert, "glue/sst2") if name == "bitfit" else (llama, "completion")
+        recipes[name] = recipe(folder / name, model, task, adapter, **changes)
+        lorakit.train(lorakit.load_recipe(recipes[name]))
+    return recipes
 
 
 def split_over(processes: int, file: Path, folder: Path) -> Path:

@@ -24,13 +24,13 @@ from tests.e2e.shared_runs import (
     command,
     recipe,
     split_over,
+    train_alone,
     wait_for,
 )
 from tests.training.runs import (
     adapter_bytes,
     learning,
     run_json,
-    without_dropout,
 )
 
 GENERATED: dict[str, Any] = {"task__eval_generate": "always", "task__max_new_tokens": 12}
@@ -56,13 +56,7 @@ def trained_alone(
     tiny_llama: Path, tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     """The recipe of each run, which one process has trained."""
-    folder = tmp_path_factory.mktemp("alone")
-    bert, recipes = without_dropout(tiny_bert, folder), {}
-    for name, (adapter, changes) in RUNS.items():
-        model, task = (bert, "glue/sst2") if name == "bitfit" else (tiny_llama, "completion")
-        recipes[name] = recipe(folder / name, model, task, adapter, **changes)
-        lorakit.train(lorakit.load_recipe(recipes[name]))
-    return recipes
+    return train_alone(tmp_path_factory.mktemp("alone"), tiny_llama, tiny_bert, RUNS)
 
 
 @pytest.mark.parametrize(("processes", "reshard"), [(2, "true"), (3, "false")])

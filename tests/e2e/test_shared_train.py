@@ -22,6 +22,7 @@ from tests.e2e.shared_runs import (
     command,
     recipe,
     split_over,
+    train_alone,
     wait_for,
     weights,
 )
@@ -31,7 +32,6 @@ from tests.training.runs import (
     learning,
     metrics_lines,
     run_json,
-    without_dropout,
     write_rows,
 )
 
@@ -52,13 +52,8 @@ def trained_alone(
     tiny_llama: Path, tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     """The recipe of each method, which one process has trained."""
-    folder = tmp_path_factory.mktemp("alone")
-    bert, recipes = without_dropout(tiny_bert, folder), {}
-    for name, adapter in METHODS.items():
-        model, task = (bert, "glue/sst2") if name == "bitfit" else (tiny_llama, "completion")
-        recipes[name] = recipe(folder / name, model, task, adapter)
-        lorakit.train(lorakit.load_recipe(recipes[name]))
-    return recipes
+    runs = {name: (adapter, {}) for name, adapter in METHODS.items()}
+    return train_alone(tmp_path_factory.mktemp("alone"), tiny_llama, tiny_bert, runs)
 
 
 @pytest.mark.parametrize("processes", [2, 3])

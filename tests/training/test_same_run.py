@@ -1,0 +1,51 @@
+"""A run resumes only with the recipe and the data that it started with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakit.errors import UserError
+from lorakit.training.run import train
+from lorakit.training.same_run import check_same_data
+from tests.training.runs import adapter_bytes, recipe_for
+
+
+def test_other_tokens_of_the_same_data_are_refused(tmp_path: Path) -> None:
+    """As produced by another chat template."""
+
+    def data(tokens: int | None) -> dict[str, Any]:
+        return {"train": {"source": "chats.jsonl", "fingerprint": "0", "tokens": tokens}}
+
+    (tmp_path / "run.json").write_text(json.dumps({"data": data(1200)}))
+    checkpoint = tmp_path / "checkpoints" / "step-3"
+    check_same_data(data(1200), checkpoint, print)
+    check_same_data(data(None), checkpoint, print)
+    message = r"--resume: chats\.jsonl: .* has 1,201 tokens, but had 1,200 when the run started"
+    with pytest.raises(UserError, match=message):
+        check_same_data(data(1201), checkpoint, print)
+
+
+def test_a_default_that_was_fitted_to_the_model_is_the_same_recipe(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
+    """The recipe does not set the length; the run took the model's 256 positions."""
+    recipe = recipe_for(tmp_path, tiny_bert, "glue/sst2", train__save_every_steps=4)
+    task = type(recipe.task)(name="glue/sst2", path=recipe.task.path)
+    recipe = recipe.model_copy(update={"task": task})
+    train(recipe)
+    assert "max_length: 256" in (tmp_path / "run" / "recipe.yaml").read_text()
+    whole = adapter_bytes(tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-4"
+    train(recipe, str(checkpoint))
+    assert adapter_bytes(tmp_path / "run") == whole
+    other = recipe.model_copy(update={"task": task.model_copy(update={"max_length": 200})})
+    with pytest.raises(UserError, match=r"task\.max_length: was 256, now 200"):
+        train(other, str(checkpoint))
+    written = tmp_path / "run" / "recipe.yaml"
+    written.write_text(written.read_text().replace("max_length: 256", "max_length: 200"))
+    with pytest.raises(UserError, match=r"task\.max_length: was 200, now 256"):
+        train(recipe, str(checkpoint))
