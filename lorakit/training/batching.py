@@ -75,8 +75,7 @@ class StepLoader:
 
     ``prefetch`` prepares the next step while the device computes the current one. It neither waits
     for the device nor draws random numbers, but may exchange a stream's rows with the other
-    processes, and an error in the rows is raised by the ``take`` of
-    the step that needs them.
+    processes. An error in the rows is raised by the ``take`` of the step that needs them.
     """
 
     def __init__(self, steps: StepSource, collate: Collate, device: torch.device) -> None:

@@ -6,6 +6,7 @@ import signal
 import socket
 import tempfile
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,12 @@ def environments(processes: int) -> list[dict[str, str]]:
     ]
 
 
+@cache
+def _streams() -> tempfile.TemporaryDirectory[str]:
+    """The files that processes print to; deleted at exit."""
+    return tempfile.TemporaryDirectory(prefix="lorakit-processes-")
+
+
 def start(
     processes: int,
     *command: object,
@@ -38,7 +45,7 @@ def start(
     """``python COMMAND``, which is ``-c CODE`` or ``-m lorakit`` with arguments, in each process,
     on the CPU; ``variables`` are of the environment. ``faults`` are what ``Launcher.run`` describes,
     by rank."""
-    folder = Path(tempfile.mkdtemp(prefix="lorakit-processes-"))
+    folder = Path(tempfile.mkdtemp(dir=_streams().name))
     started = []
     for rank, environment in enumerate(environments(processes)):
         fault = {"signal": signal.SIGKILL} | dict((faults or {}).get(rank, {}))
