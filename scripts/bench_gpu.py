@@ -6,7 +6,9 @@ lorakit runs as a user runs it, through `lorakit train`. Every side runs in a pr
 the same rows, in bfloat16, and reports real tokens per second (padding is not counted), examples
 per second, the peak of the allocated memory, and losses. lorakit's speed is the median over the log
 windows of its metrics.jsonl, which starts after the first steps; a peer's is the mean over as many
-steps after its first ones. Neither waits for the device within those steps.
+steps after its first ones. Neither waits for the device within those steps. ``share_of_products``
+is the share of the speed at which this GPU multiplies large matrices, counting the floating-point
+operations that LoRA cannot avoid (``flops_per_token``).
 
 Peers: `trainer` (PEFT and transformers' Trainer with its default collator), `loop` (PEFT in a plain
 loop), `liger` (the same with Liger's kernels), `compiled` (the same with each layer compiled),
@@ -26,7 +28,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gpu_cases import CASES, Case, save_model, write_rows
+from gpu_cases import CASES, Case, flops_per_token, save_model, write_rows
 from gpu_peers import PEERS
 
 #: What lorakit says about how it trains.
@@ -44,13 +46,32 @@ def main() -> None:
         case = CASES[name]
         save_model(case, work)
         write_rows(case, work)
+        ceiling = product_flops_per_second() if case.rows == "dense" else None
         sides = [f"lorakit:{value}" for value in arguments.compile] + arguments.peers
         for side in sides:
             report = {"case": name, "side": side} | run_side(name, side, work)
+            if ceiling and "tokens_per_second" in report:
+                share = report["tokens_per_second"] * flops_per_token(case) / ceiling
+                report["share_of_products"] = round(share, 3)
             print(json.dumps(report), flush=True)
             if arguments.output:
                 with Path(arguments.output).open("a") as file:
                     file.write(json.dumps(report) + "\n")
+
+
+def product_flops_per_second() -> float:
+    """The speed of this GPU's products of two bfloat16 matrices of 8,192 x 8,192."""
+    import torch
+
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(10):
+        a @ b
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(50):
+        a @ b
+    torch.cuda.synchronize()
+    return 50 * 2 * 8192**3 / (time.perf_counter() - began)
 
 
 def parse() -> argparse.Namespace:
@@ -80,6 +101,18 @@ def run_side(name: str, side: str, work: Path) -> dict[str, Any]:
 
 
 def train_lorakit(case: Case, work: Path, compile_layers: str) -> dict[str, Any]:
+    run, arguments = recipe_arguments(case, work, compile_layers)
+    code, messages = run_timed([sys.executable, "-m", "lorakit", "train", *arguments])
+    if code:
+        return {"error": "".join(text for _, text in messages)[-800:]}
+    return lorakit_report(run) | {
+        "first_step_seconds": first_step_seconds(messages),
+        "notes": [text.strip() for _, text in messages if any(n in text for n in NOTES)],
+    }
+
+
+def recipe_arguments(case: Case, work: Path, compile_layers: str) -> tuple[Path, list[str]]:
+    """Write the case's recipe; return the run's directory and arguments of ``lorakit train``."""
     import yaml
 
     task = {"dense": "text", "short": "classification", "wikisql": "completion"}[case.rows]
@@ -111,11 +144,10 @@ def train_lorakit(case: Case, work: Path, compile_layers: str) -> dict[str, Any]
     file.write_text(yaml.safe_dump(recipe))
     settings = {"train.compile": compile_layers} | case.recipe
     options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    command = [sys.executable, "-m", "lorakit", "train", str(file), *options]
-    code, messages = run_timed(command)
-    if code:
-        return {"error": "".join(text for _, text in messages)[-800:]}
-    run = Path(recipe["train"]["output_dir"])
+    return Path(recipe["train"]["output_dir"]), [str(file), *options]
+
+
+def lorakit_report(run: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "tokens_per_second" in line]
     record = json.loads((run / "run.json").read_text())
@@ -126,9 +158,7 @@ def train_lorakit(case: Case, work: Path, compile_layers: str) -> dict[str, Any]
         "examples_per_second": round(statistics.median(speeds) / tokens, 1),
         "peak_gib": round(record["peak_memory_bytes"] / 2**30, 2),
         "training_seconds": record["seconds"],
-        "first_step_seconds": first_step_seconds(messages),
         "losses": [round(line["loss"], 4) for line in logged],
-        "notes": [text.strip() for _, text in messages if any(n in text for n in NOTES)],
     }
 
 

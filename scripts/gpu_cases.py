@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama8b": LLAMA
     | {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
     | {"num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256},
+    "llama70b": LLAMA
+    | {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64}
+    | {"num_key_value_heads": 8, "intermediate_size": 28672, "vocab_size": 128256},
     "llama1b": LLAMA
     | {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32}
     | {"num_key_value_heads": 8, "intermediate_size": 8192, "vocab_size": 128256}
@@ -67,6 +71,15 @@ CASES = {
     "8b-all-nf4": Case(
         "llama8b", "dense", 4, ("all-linear",), 2048, recipe={"model.base_precision": "nf4"}
     ),
+    "70b": Case(
+        "llama70b",
+        "dense",
+        1,
+        tuple(ATTENTION),
+        2048,
+        steps=10,
+        recipe={"train.gradient_checkpointing": True},
+    ),
     "1b": Case("llama1b", "dense", 4, ("all-linear",), 1024),
     "1b-adalora": Case(
         "llama1b", "dense", 4, ("all-linear",), 1024, recipe={"adapter.method": "adalora"}
@@ -81,6 +94,17 @@ CASES = {
         "smollm2", "wikisql", 16, ("q", "v"), steps=300, recipe={"adapter.lora_dropout": 0.05}
     ),
 }
+
+
+def flops_per_token(case: Case) -> float:
+    """4 N, for the products with a Llama's frozen weights and their gradients with respect to the
+    inputs, plus causal attention forward and backward; without the adapter's own products."""
+    shape = SHAPES[case.shape]
+    hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
+    keys = hidden * shape["num_key_value_heads"] // shape["num_attention_heads"]
+    layer = 2 * hidden * (hidden + keys) + 3 * hidden * shape["intermediate_size"]
+    weights = layers * layer + hidden * shape["vocab_size"]
+    return float(4 * weights + 6 * layers * hidden * case.length)
 
 
 def save_model(case: Case, work: Path) -> None:
@@ -100,10 +124,57 @@ def save_model(case: Case, work: Path) -> None:
     encoder = case.rows == "short"
     kind = AutoModelForSequenceClassification if encoder else AutoModelForCausalLM
     torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = kind.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
+    if case.shape == "llama70b":
+        save_large_model(config, folder)
+    else:
+        with torch.device("cuda"):
+            model = kind.from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(folder)
     save_tokenizer(folder, shape["vocab_size"])
+
+
+def save_large_model(config: Any, folder: Path) -> None:
+    """Write a Llama too large for one GPU, a file for each layer. All layers have the same random
+    weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    def random(shape: Any) -> Any:
+        ones = torch.ones(shape, dtype=torch.bfloat16, device="cuda")
+        return (ones if len(shape) == 1 else ones.normal_(std=config.initializer_range)).cpu()
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    layers = "model.layers."
+    files: dict[str, dict[str, Any]] = {}
+    made: dict[str, Any] = {}
+    for name, tensor in model.state_dict().items():
+        number, _, part = name.removeprefix(layers).partition(".")
+        if not name.startswith(layers):
+            number, part = "rest", name
+        if part not in made:
+            made[part] = random(tensor.shape)
+        files.setdefault(f"model-{number}.safetensors", {})[name] = made[part]
+    folder.mkdir(parents=True)
+    config.update({"architectures": [type(model).__name__], "dtype": "bfloat16"})
+    config.save_pretrained(folder)
+    FILES.update({str(folder / file): tensors for file, tensors in files.items()})
+    with get_context("fork").Pool(16) as pool:
+        pool.map(_save_file, FILES, chunksize=1)
+    FILES.clear()
+    weights = {name: file for file, tensors in files.items() for name in tensors}
+    index = {"metadata": {}, "weight_map": weights}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+#: What the processes that write a large model inherit.
+FILES: dict[str, dict[str, Any]] = {}
+
+
+def _save_file(path: str) -> None:
+    from safetensors.torch import save_file
+
+    save_file(FILES[path], path, {"format": "pt"})
 
 
 def save_tokenizer(folder: Path, size: int) -> None:

@@ -44,6 +44,7 @@ def peft_model(case: Case, work: Path) -> Any:
     from peft import AdaLoraConfig, LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     encoder = case.rows == "short"
     kind = AutoModelForSequenceClassification if encoder else AutoModelForCausalLM
     model = kind.from_pretrained(work / case.shape, dtype=torch.bfloat16, device_map="cuda")
@@ -101,6 +102,8 @@ def trainer(case: Case, work: Path) -> dict[str, Any]:
         logging_steps=max(2, case.steps // 20),
         optim="adamw_torch_fused",
         disable_tqdm=True,
+        use_liger_kernel=case.shape == "llama8b",  # whose logits do not fit otherwise
+        ddp_find_unused_parameters=False,
     )
     torch.cuda.reset_peak_memory_stats()
     Trainer(

@@ -1,9 +1,10 @@
-"""Deterministic runs on a GPU: two of them, and one that is killed and resumed, end alike."""
+"""Deterministic runs on a GPU: two of them, and one that is killed and resumed twice, end alike."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -80,9 +81,11 @@ def write(folder: Path, models: Path, adapter: dict[str, Any], changes: dict[str
     return file
 
 
-def train(recipe: Path, run: Path, *options: str, killed_at: int | None = None) -> str:
-    """Run ``lorakit train`` in a process of its own, and kill it after a checkpoint; return what it
-    said."""
+def train(
+    recipe: Path, run: Path, *options: str, killed_at: int | None = None, after: float = 0
+) -> str:
+    """Run ``lorakit train`` in a process of its own, and kill it some seconds after a checkpoint;
+    return what it said."""
     arguments = ["train", str(recipe), "--output-dir", str(run), *options]
     with subprocess.Popen(
         [sys.executable, "-m", "lorakit", *arguments], cwd=REPO, stdout=subprocess.DEVNULL,
@@ -92,6 +95,7 @@ def train(recipe: Path, run: Path, *options: str, killed_at: int | None = None) 
             while not (run / "checkpoints" / f"step-{killed_at}").exists():
                 assert process.poll() is None, process.communicate()[1]
                 time.sleep(0.002)
+            time.sleep(after)
             process.kill()
         _, said = process.communicate(timeout=240)
     assert process.returncode == (-9 if killed_at else 0), said
@@ -111,5 +115,7 @@ def test_runs_end_with_the_same_bytes(variant: str, models: Path, tmp_path: Path
     assert [line["loss"] for line in log_lines(one)] == [line["loss"] for line in log_lines(other)]
     assert adapter_bytes(one) == adapter_bytes(other)
     train(recipe, resumed, killed_at=8)
+    after = random.Random(variant).uniform(0, 0.3)
+    train(recipe, resumed, "--resume", "auto", killed_at=24, after=after)
     train(recipe, resumed, "--resume", "auto")
     assert adapter_bytes(one) == adapter_bytes(resumed)

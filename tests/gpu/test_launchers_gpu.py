@@ -1,0 +1,37 @@
+"""torchrun on two GPUs: a killed process, and the restart that continues the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e import faulty_method
+from tests.e2e.shared_runs import recipe
+from tests.e2e.test_launchers import SETTINGS, TORCHRUN, TRAIN, assert_same, ended, errors, start
+from tests.training.runs import run_json
+
+pytestmark = [pytest.mark.gpu, pytest.mark.multi_gpu]
+
+GPUS = {"CUDA_VISIBLE_DEVICES": "0,1"}
+
+
+def test_torchrun_starts_again_after_a_process_was_killed(tiny_llama: Path, tmp_path: Path) -> None:
+    adapter = faulty_method.adapter(tmp_path)
+    settings = SETTINGS | {"train__deterministic": True}
+    file = recipe(tmp_path, tiny_llama, "completion", adapter, **settings)
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    code, _, err = ended(start(*TORCHRUN, *TRAIN, file, "--output-dir", whole, **GPUS))
+    assert code == 0, err
+    assert run_json(whole)["hardware"]["processes"] == 2
+    code, _, err = ended(
+        start(
+            *TORCHRUN, "--max-restarts", "2", *TRAIN, file, "--output-dir", run, **GPUS,
+            FAULT="1:6:kill", FAULT_ONCE=tmp_path / "once",
+        )
+    )  # fmt: skip
+    assert code == 0, err
+    (line,) = errors(err)
+    assert f"last good checkpoint: {run / 'checkpoints' / 'step-4'}" in line
+    assert "restarted by the launcher: continuing as with --resume auto" in err
+    assert_same(run, whole)
