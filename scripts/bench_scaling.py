@@ -32,12 +32,15 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, required=True)
     parser.add_argument("--runs", nargs="+", required=True, help="PROCESSES[:ddp|:fsdp2]")
     parser.add_argument("--peer", action="store_true")
+    parser.add_argument("--only-peer", action="store_true")
     parser.add_argument("--compile", default="auto", help="value of train.compile")
     parser.add_argument("--work", default="/tmp/bench_gpu")
     parser.add_argument("--output")
     parser.add_argument("--side", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     work = Path(arguments.work)
+    sides = [] if arguments.only_peer else ["lorakit"]
+    sides += ["trainer"] if arguments.peer or arguments.only_peer else []
     if arguments.side:
         report = trainer(CASES[arguments.cases[0]], work)
         if os.environ.get("RANK", "0") == "0":
@@ -47,7 +50,7 @@ def main() -> None:
         save_model(CASES[name], work)
         write_rows(CASES[name], work)
         for run in arguments.runs:
-            for side in ("lorakit", "trainer") if arguments.peer else ("lorakit",):
+            for side in sides:
                 report = {"case": name, "run": run, "side": side}
                 report |= run_side(name, side, run, work, arguments.compile)
                 print(json.dumps(report), flush=True)
