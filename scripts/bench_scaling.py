@@ -1,6 +1,6 @@
 """Time training steps of lorakit on one and several GPUs of a host, on models with random weights.
 
-    python scripts/bench_scaling.py --cases 1b 8b --runs 1 2:ddp 4:ddp 2:fsdp2 4:fsdp2 --peer
+    python scripts/bench_scaling.py --cases 1b 8b --runs 1 2:ddp 4:ddp 2:fsdp2 4:fsdp2 --sides lorakit trainer
 
 Every process has the case's batch, so N processes train on N times the tokens of one. lorakit is
 started by ``accelerate launch`` with the files of ``configs/``, as a user starts it; its speed is
@@ -24,6 +24,7 @@ from bench_gpu import lorakit_report, recipe_arguments
 from gpu_cases import CASES, Case, save_model, write_rows
 from gpu_peers import trainer
 
+SIDES = ("lorakit", "trainer")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
@@ -31,16 +32,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", nargs="+", choices=CASES, required=True)
     parser.add_argument("--runs", nargs="+", required=True, help="PROCESSES[:ddp|:fsdp2]")
-    parser.add_argument("--peer", action="store_true")
-    parser.add_argument("--only-peer", action="store_true")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=["lorakit"])
     parser.add_argument("--compile", default="auto", help="value of train.compile")
     parser.add_argument("--work", default="/tmp/bench_gpu")
     parser.add_argument("--output")
     parser.add_argument("--side", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     work = Path(arguments.work)
-    sides = [] if arguments.only_peer else ["lorakit"]
-    sides += ["trainer"] if arguments.peer or arguments.only_peer else []
     if arguments.side:
         report = trainer(CASES[arguments.cases[0]], work)
         if os.environ.get("RANK", "0") == "0":
@@ -50,7 +48,7 @@ def main() -> None:
         save_model(CASES[name], work)
         write_rows(CASES[name], work)
         for run in arguments.runs:
-            for side in sides:
+            for side in arguments.sides:
                 report = {"case": name, "run": run, "side": side}
                 report |= run_side(name, side, run, work, arguments.compile)
                 print(json.dumps(report), flush=True)
