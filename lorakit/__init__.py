@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         lora_state_dict,
         mark_only_lora_as_trainable,
         merge,
+        sweep,
         switch,
         train,
     )
@@ -47,6 +48,7 @@ __all__ = [
     "mark_only_lora_as_trainable",
     "merge",
     "nn",
+    "sweep",
     "switch",
     "train",
 ]

@@ -44,6 +44,11 @@ if TYPE_CHECKING:
     from lorakit.pipeline.predictions import SplitEvaluation, prediction_lines, score_predictions
     from lorakit.pipeline.preview import DescribedRow, Piece, Preview, preview
     from lorakit.recipe.load import load_recipe
+    from lorakit.sweeps.load import Sweep, load_sweep
+    from lorakit.sweeps.plan import SweepPlan, plan_sweep
+    from lorakit.sweeps.results import MemberResult, SweepResult
+    from lorakit.sweeps.run import sweep
+    from lorakit.sweeps.table import table_text
     from lorakit.tasks.checks import counts_line
     from lorakit.training.run import RunResult, dry_run, train
     from lorakit.training.tracking import tell
@@ -82,6 +87,11 @@ _MODULES = {
     "lorakit.pipeline.predictions": ("SplitEvaluation", "prediction_lines", "score_predictions"),
     "lorakit.pipeline.preview": ("DescribedRow", "Piece", "Preview", "preview"),
     "lorakit.recipe.load": ("load_recipe",),
+    "lorakit.sweeps.load": ("Sweep", "load_sweep"),
+    "lorakit.sweeps.plan": ("SweepPlan", "plan_sweep"),
+    "lorakit.sweeps.results": ("MemberResult", "SweepResult"),
+    "lorakit.sweeps.run": ("sweep",),
+    "lorakit.sweeps.table": ("table_text",),
     "lorakit.tasks.checks": ("counts_line",),
     "lorakit.training.run": ("RunResult", "dry_run", "train"),
     "lorakit.training.tracking": ("tell",),
@@ -100,6 +110,7 @@ __all__ = [
     "Linear",
     "LoraConfig",
     "MatrixReport",
+    "MemberResult",
     "MergeReport",
     "MergedLinear",
     "Piece",
@@ -108,6 +119,9 @@ __all__ = [
     "RunResult",
     "Similarity",
     "SplitEvaluation",
+    "Sweep",
+    "SweepPlan",
+    "SweepResult",
     "chat_request",
     "check_method",
     "convert",
@@ -123,10 +137,12 @@ __all__ = [
     "load",
     "load_for_generation",
     "load_recipe",
+    "load_sweep",
     "locate_error",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "merge",
+    "plan_sweep",
     "prediction_lines",
     "preview",
     "process_group",
@@ -134,7 +150,9 @@ __all__ = [
     "read_requests",
     "score_predictions",
     "stream_text",
+    "sweep",
     "switch",
+    "table_text",
     "tell",
     "text_request",
     "train",

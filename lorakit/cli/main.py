@@ -24,6 +24,7 @@ from lorakit.cli.inspect import inspect
 from lorakit.cli.preview import preview
 from lorakit.cli.recipes import methods, schema, tasks, validate
 from lorakit.cli.run import eval_, train
+from lorakit.cli.sweep import sweep
 from lorakit.errors import LorakitError, RecipeError, UserError, printable
 from lorakit.version import __version__
 
@@ -44,6 +45,7 @@ app = typer.Typer(
 # A command imports lorakit.api inside its function, so that `--help` loads no library.
 for command in (
     train,
+    sweep,
     merge,
     eval_,
     generate,

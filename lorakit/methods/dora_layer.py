@@ -30,9 +30,11 @@ class DoraLayer(LoraLayer):
         self._squares: tuple[Hashable, Tensor] | None = None
 
     def reset_parameters(self, init: str, name: str) -> None:
-        """Initialize m with the norm that the forward pass divides by, bit for bit."""
+        """Initialize m with the norm that the forward pass divides by, bit for bit; a base on
+        ``meta`` has none."""
         super().reset_parameters(init, name)
-        self.lora_magnitude_vector = nn.Parameter(self.norms())
+        if not self.is_meta:
+            self.lora_magnitude_vector = nn.Parameter(self.norms())
 
     def norms(self) -> Tensor:
         """||W_i + scaling * (B A)_i|| (out,), without a gradient."""

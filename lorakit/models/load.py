@@ -283,6 +283,18 @@ def fit_max_length(model: PreTrainedModel, config: Any, say: Callable[[str], Non
     return config.model_copy(update={"max_length": limit})
 
 
+def empty_causal_model(section: ModelSection) -> PreTrainedModel:
+    """The causal model on the ``meta`` device, which has shapes and no values. Raises ModelError as
+    ``load_pretrained`` does, for a model without weights, too."""
+    config = load_config(section)
+    check_kind(config, "causal", section.name_or_path)
+    with explained(section.name_or_path), torch.device("meta"), quiet():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=section.trust_remote_code
+        )
+    return model
+
+
 def fit_unloaded(
     model_config: PreTrainedConfig, config: Any, say: Callable[[str], None], trust_remote_code: bool
 ) -> Any:

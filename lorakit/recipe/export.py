@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,24 @@ def recipe_text(recipe: Recipe) -> str:
     adapter = sections["adapter"]
     first = {key: adapter.pop(key) for key in _FIRST if key in adapter}
     sections["adapter"] = {**first, **adapter}
-    return yaml.dump(
-        sections,
+    return _dumped(sections)
+
+
+def yaml_text(data: Mapping[str, Any]) -> str:
+    """Return YAML text from which ``read_yaml`` and ``expand_environment`` read ``data``."""
+    return _dumped(_escaped(dict(data)))
+
+
+def _dumped(data: Any) -> str:
+    text: str = yaml.dump(
+        data,
         Dumper=_Dumper,
         sort_keys=False,
         allow_unicode=True,
         default_flow_style=None,
         width=2**20,
     )
+    return text
 
 
 def _escaped(value: Any) -> Any:

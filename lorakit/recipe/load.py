@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -53,14 +53,17 @@ _SECTIONS: dict[str, type[Section]] = {
 }
 
 
-def load_recipe(path: str | Path, overrides: Overrides | None = None) -> Recipe:
+def load_recipe(
+    path: str | Path, overrides: Overrides | None = None, *, without: Collection[str] = ()
+) -> Recipe:
     """Load and check a recipe file.
 
     ``${NAME}`` and ``${NAME:-default}`` are expanded in its strings. ``overrides`` is a mapping
-    (``{"train.seed": 1}``) or a list as after ``--set`` (``["train.seed=1"]``). Raises RecipeError
-    with all problems at once.
+    (``{"train.seed": 1}``) or a list as after ``--set`` (``["train.seed=1"]``). Keys of the file
+    that are in ``without`` (``adapter.r``) are left out. Raises RecipeError with all problems at
+    once.
     """
-    return _load(path, overrides)[0]
+    return _load(path, overrides, without)[0]
 
 
 @contextmanager
@@ -83,8 +86,13 @@ def open_recipe(path: str | Path, overrides: Overrides | None = None) -> Iterato
         raise
 
 
-def _load(path: str | Path, overrides: Overrides | None) -> tuple[Recipe, YamlFile]:
+def _load(
+    path: str | Path, overrides: Overrides | None, without: Collection[str] = ()
+) -> tuple[Recipe, YamlFile]:
     source = read_yaml(Path(path))
+    for dropped in without:
+        holder, _, key = dropped.partition(".")
+        source.data[holder].pop(key)
     faults = expand_environment(source)
     faults += apply_overrides(source, overrides)
     sections = [_Checked(name, source.data) for name in Recipe.model_fields]

@@ -142,13 +142,7 @@ def exclusive_run(recipe: Recipe, start: Start) -> Iterator[Path]:
     """
     output_dir = Path(recipe.train.output_dir)
     created = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        handle = os.open(output_dir, os.O_RDONLY)
-    except (OSError, ValueError) as error:
-        raise UserError(f"train.output_dir: {output_dir}: cannot be created: {error}") from error
-    try:
-        _lock(handle)
+    with locked_directory(output_dir, "train.output_dir", "run"):
         if _find(output_dir) != start.found:
             raise UserError(f"train.output_dir: {output_dir}: another run has just written to it")
         before, had_logs = _run_files(output_dir), (output_dir / PROJECT).exists()
@@ -160,20 +154,36 @@ def exclusive_run(recipe: Recipe, start: Start) -> Iterator[Path]:
                     shutil.rmtree(output_dir / PROJECT, ignore_errors=True)
                 _restore(output_dir, before, created)
             raise
-    except BlockingIOError as error:
-        raise UserError(f"train.output_dir: {output_dir}: another run is writing to it") from error
+
+
+@contextmanager
+def locked_directory(folder: Path, key: str, what: str) -> Iterator[None]:
+    """Create ``folder``, the value of ``key``, and lock it during the block.
+
+    Raises UserError if it cannot be created, or if ``what`` in another process has locked it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}: {folder}: cannot be created: {error}") from error
+    try:
+        if not _lock(handle):
+            raise UserError(f"{key}: {folder}: another {what} is writing to it")
+        yield
     finally:
         os.close(handle)
 
 
-def _lock(handle: int) -> None:
-    """Raises BlockingIOError if another process has the lock."""
+def _lock(handle: int) -> bool:
+    """Whether no other process has the lock."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise
+        return False
     except OSError:  # a file system without locks: the guard notices another run
-        return
+        return True
+    return True
 
 
 def _run_files(output_dir: Path) -> dict[Path, bytes]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -97,11 +97,17 @@ class RunResult:
 
 
 @yield_cores()
-def train(recipe: Recipe, resume: str | None = None, say: Say = lambda text: None) -> RunResult:
+def train(
+    recipe: Recipe,
+    resume: str | None = None,
+    say: Say = lambda text: None,
+    display: Callable[[int, int], Display] = Display,
+) -> RunResult:
     """Train the adapter that ``recipe`` describes.
 
     ``resume`` is None for a new run, ``auto`` for the newest checkpoint in the output directory (a
-    new run if there is none), or a checkpoint directory. Raises UserError before anything is
+    new run if there is none), or a checkpoint directory. ``display`` shows the progress of a run of
+    so many steps that starts after some. Raises UserError before anything is
     written, and TrainingError and Interrupted afterwards. If a stream cannot be read further, saves
     a checkpoint and raises DataError.
     """
@@ -112,10 +118,12 @@ def train(recipe: Recipe, resume: str | None = None, say: Say = lambda text: Non
         naming_checkpoints(Path(recipe.train.output_dir)),
         deterministic_kernels(recipe.train.deterministic),
     ):
-        return _train(recipe, resume, say)
+        return _train(recipe, resume, say, display)
 
 
-def _train(recipe: Recipe, resume: str | None, say: Say) -> RunResult:
+def _train(
+    recipe: Recipe, resume: str | None, say: Say, display: Callable[[int, int], Display]
+) -> RunResult:
     start = run_on_main(lambda: find_start(recipe, resume, say))
     if start.finished is not None:
         say(f"{recipe.train.output_dir}: the run is complete; nothing to do")
@@ -139,7 +147,7 @@ def _train(recipe: Recipe, resume: str | None, say: Say) -> RunResult:
         stop_request() as stop,
         no_kernel_as_error(),  # here, too, since _exclusive must see a UserError
     ):
-        return _run(prepared, objective, strategy, batching, start, output_dir, stop, say)
+        return _run(prepared, objective, strategy, batching, start, output_dir, stop, say, display)
 
 
 def _only_on_main(say: Say) -> Say:
@@ -167,6 +175,7 @@ def _run(
     output_dir: Path,
     stop: StopRequest,
     say: Say,
+    display: Callable[[int, int], Display],
 ) -> RunResult:
     recipe, adapter_dir = prepared.recipe, output_dir / "adapter"
     if is_main():
@@ -181,7 +190,7 @@ def _run(
     record.per_device_batch_size = recipe.train.units_per_batch
     with (
         record.saved_to(output_dir / "run.json") if is_main() else nullcontext(),
-        closing(_open_recorder(recipe, output_dir, schedule, start)) as recorder,
+        closing(_open_recorder(recipe, output_dir, schedule, start, display)) as recorder,
         failures_reported(),
     ):
         guard = Guard(output_dir, record.process) if is_main() else None
@@ -280,13 +289,19 @@ def _check_resumable(prepared: Prepared, batching: Batching, start: Start, say: 
         batching.steps.check_has_rows(rows)
 
 
-def _open_recorder(recipe: Recipe, output_dir: Path, schedule: Schedule, start: Start) -> Recorder:
+def _open_recorder(
+    recipe: Recipe,
+    output_dir: Path,
+    schedule: Schedule,
+    start: Start,
+    display: Callable[[int, int], Display],
+) -> Recorder:
     keep = start.snapshot.progress.metrics_lines if start.snapshot else 0
     if not is_main():
         return Recorder(NoMetrics(keep), Display(schedule.total_steps, quiet=True))
     return Recorder(
         MetricsFile(output_dir / "metrics.jsonl", keep),
-        Display(schedule.total_steps, start.step),
+        display(schedule.total_steps, start.step),
         start_trackers(recipe.train.trackers, output_dir, _flat_recipe(recipe)),
     )
 

@@ -117,6 +117,9 @@ class Display:
         left = spent / max(step - self._first, 1) * (self._total - step)
         self.say(f"step {step}/{self._total}  {numbers}  left {_clock(left)}")
 
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        self.say(f"step {step}  evaluation: {format_metrics(metrics)}")
+
     def say(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
         if self._bar is not None:
@@ -160,7 +163,7 @@ class Recorder:
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         self._metrics.write({"step": step, "eval": metrics})
-        self.display.say(f"step {step}  evaluation: " + format_metrics(metrics))
+        self.display.evaluation(step, metrics)
         self._track({f"eval/{key}": value for key, value in metrics.items()}, step)
 
     def _track(self, values: dict[str, Any], step: int) -> None:

@@ -11,8 +11,10 @@ import typer
 import yaml
 
 from lorakit import load_recipe, registry
+from lorakit.api import load_sweep
 from lorakit.cli.main import app
 from lorakit.recipe.sections import ModelSection, TrainSection
+from lorakit.sweeps.sections import MemberSection, SweepSection
 
 REPO = Path(__file__).resolve().parents[2]
 DOCS = {
@@ -82,6 +84,16 @@ def test_recipes_are_valid(name: str, in_tmp: Path) -> None:
             load_recipe("recipe.yaml")
 
 
+def test_sweeps_are_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO)
+    blocks = [
+        body for language, _, body in FENCE.findall(DOCS["docs/sweep.md"]) if language == "yaml"
+    ]
+    assert blocks
+    for body in blocks:
+        load_sweep(yaml.safe_load(body))
+
+
 @pytest.mark.parametrize("name", DOCS)
 def test_commands_and_options_exist(name: str) -> None:
     for line in command_lines(DOCS[name]):
@@ -101,6 +113,11 @@ def test_the_reference_has_every_key_of_a_recipe() -> None:
     configs += [task.Config for task in registry.tasks().values()]
     keys = {key for config in configs for key in config.model_fields}
     assert sorted(key for key in keys if f"`{key}`" not in text) == []
+
+
+def test_the_reference_has_every_key_of_a_sweep() -> None:
+    keys = [*SweepSection.model_fields, *MemberSection.model_fields]
+    assert [key for key in keys if f"`{key}`" not in DOCS["docs/sweep.md"]] == []
 
 
 def test_the_reference_has_every_method_and_task() -> None:

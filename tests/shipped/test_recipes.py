@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lorakit.api import load_sweep
+from lorakit.cli.main import run
 from lorakit.errors import RecipeError
 from lorakit.recipe.load import load_recipe
 
 REPO = Path(__file__).resolve().parents[2]
-RECIPES = sorted((REPO / "recipes").rglob("*.yaml"))
+FILES = sorted((REPO / "recipes").rglob("*.yaml"))
+SWEEPS = [path for path in FILES if "recipe" in yaml.safe_load(path.read_text(encoding="utf-8"))]
+RECIPES = [path for path in FILES if path not in SWEEPS]
 NAMES = [str(path.relative_to(REPO / "recipes")) for path in RECIPES]
 MODELS = ("llama-3-8b", "qwen3-8b")
 GLUE_OF_THE_PAPER = {"mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"}
@@ -65,6 +69,30 @@ def test_recipe_is_valid(path: Path) -> None:
     name = path.relative_to(REPO / "recipes").with_suffix("")
     assert recipe.train.output_dir == f"runs/{name}"
     assert path.read_text(encoding="utf-8").startswith("# ")
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: str(path.relative_to(REPO / "recipes")))
+def test_sweep_is_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO)
+    sweep = load_sweep(path)
+    name = path.relative_to(REPO / "recipes").with_suffix("")
+    assert sweep.section.output_dir == f"runs/{name}"
+    assert path.read_text(encoding="utf-8").startswith("# ")
+
+
+def test_the_example_of_a_sweep_can_be_planned(
+    data_dir: Path,
+    minilm: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    local = ["--set", f"task.path={data_dir / 'glue' / 'sst2'}"]
+    file = REPO / "recipes" / "sweeps" / "rank.yaml"
+    monkeypatch.chdir(REPO)
+    assert run(["sweep", str(file), "--dry-run", *local]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["r=1,target_modules=q,seed=1", "5,378", "parameters"]
+    assert lines[-1] == "12 members, compared by accuracy, in runs/sweeps/rank"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)

@@ -1,0 +1,100 @@
+"""``sweep``: train many members of one recipe, and compare them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lorakit.cli.console import AsJson, Overrides, echo, only_results, say
+
+if TYPE_CHECKING:
+    from lorakit.api import SweepPlan, SweepResult
+
+_File = Annotated[
+    Path, typer.Argument(metavar="SWEEP|RECIPE", help="Sweep file, or with --grid a recipe.")
+]
+_Grid = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--grid", metavar="KEY=V1,V2", help="Values of a recipe key to combine. Can be repeated."
+    ),
+]
+_OutputDir = Annotated[
+    str | None,
+    typer.Option(
+        "--output-dir",
+        metavar="DIR",
+        help="Override output_dir [default with --grid: train.output_dir of the recipe + -sweep].",
+    ),
+]
+_Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue the sweep in the output directory, if any.")
+]
+_DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="List the members and how they would run; write nothing."),
+]
+_Metric = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Metric to compare by [default: the task's main metric]."),
+]
+
+
+def sweep(
+    file: _File,
+    grid: _Grid = None,
+    overrides: Overrides = None,
+    output_dir: _OutputDir = None,
+    metric: _Metric = None,
+    resume: _Resume = False,
+    dry_run: _DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a recipe with many settings, and compare them.
+
+    Writes sweep.json, table.md, table.csv, plots and a run directory for each member to output_dir.
+    The exit code is 1 if a member failed. See docs/sweep.md for the keys of a sweep file.
+
+    Example: lorakit sweep recipes/sweeps/rank.yaml
+
+    Example: lorakit sweep recipes/quickstart.yaml --grid adapter.r=1,8 --grid train.seed=1,2
+    """
+    from lorakit import api
+
+    options: dict[str, Any] = {"--output-dir": output_dir, "--metric": metric}
+    with only_results():
+        loaded = api.load_sweep(file, grid=grid or (), overrides=overrides or (), options=options)
+        plan = api.plan_sweep(loaded, resume, say) if dry_run else None
+        result = api.sweep(loaded, resume, say) if plan is None else None
+    if plan is not None:
+        _print_plan(plan, as_json)
+        failed = any(planned.error for planned in plan.members)
+    elif result is not None:
+        _print(result, as_json)
+        failed = any(member.status == "failed" for member in result.members)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _print_plan(plan: SweepPlan, as_json: bool) -> None:
+    if as_json:
+        echo(json.dumps(plan.as_json(), indent=2))
+        return
+    width = max(len(member.name) for member in plan.members)
+    for member in plan.members:
+        count = member.trainable_parameters
+        what = f"{count:>12,} parameters" if count is not None else f"fails: {member.error}"
+        echo(f"{member.name:<{width}}  {what}")
+    echo(f"{len(plan.members)} members, compared by {plan.metric}, in {plan.output_dir}")
+
+
+def _print(result: SweepResult, as_json: bool) -> None:
+    from lorakit.api import table_text
+
+    if as_json:
+        echo(json.dumps(result.as_json(), indent=2, allow_nan=False))
+    else:
+        echo(table_text(result))

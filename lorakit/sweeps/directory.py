@@ -1,0 +1,100 @@
+"""The output directory of a sweep: its lock, and whether it has the sweep that is resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import UserError, shown
+from lorakit.io.atomic import write_text, writing
+from lorakit.recipe.export import write_recipe, yaml_text
+from lorakit.recipe.load import expand_environment
+from lorakit.recipe.yaml_source import read_yaml
+from lorakit.sweeps.load import Sweep
+from lorakit.training.output_dir import locked_directory
+from lorakit.training.same_run import check_same_recipe
+
+SWEEP_YAML = "sweep.yaml"
+#: Keys that a resumed sweep may change: they do not affect the results.
+_CHANGEABLE = {"output_dir", "joint", "max_joint"}
+
+
+@contextmanager
+def exclusive_sweep(sweep: Sweep, resume: bool) -> Iterator[None]:
+    """Lock the output directory during the block; before it, write ``sweep.yaml``, the sweep's keys
+    with every default, and the recipe of each member.
+
+    Raises UserError if the directory has something else, a sweep that is not to be resumed, or is
+    locked by another sweep. A directory that it has created for nothing is deleted.
+    """
+    folder = sweep.output_dir
+    check_directory(sweep, resume)
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with locked_directory(folder, "output_dir", "sweep"):
+            check_directory(sweep, resume)  # again, since another sweep may have written to it
+            _write(sweep)
+            yield
+    finally:
+        for path in created:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+
+
+def check_directory(sweep: Sweep, resume: bool) -> None:
+    """Raise UserError if the sweep cannot start, or with ``resume`` continue, in its directory."""
+    folder, file = sweep.output_dir, sweep.output_dir / SWEEP_YAML
+    key = f"output_dir = {shown(str(folder))}"
+    try:
+        is_there = folder.exists()
+    except OSError as error:  # too long
+        raise UserError(f"{key}: cannot be created: {error.strerror}") from None
+    if is_there and not folder.is_dir():
+        raise UserError(f"{key}: a file with that name exists")
+    if not is_there or all(path.name.startswith(".") for path in folder.iterdir()):
+        return
+    if not file.is_file():
+        raise UserError(f"{key}: is not empty, and has no sweep; allowed: a new directory")
+    if not resume:
+        raise UserError(
+            f"{key}: contains a sweep; continue it with --resume, or choose another directory"
+        )
+    _check_same(sweep, file)
+
+
+def _check_same(sweep: Sweep, file: Path) -> None:
+    stored = read_yaml(file)
+    expand_environment(stored)
+    before, now = _flat(stored.data), _flat(sweep.section.model_dump(mode="json"))
+    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    if changed:
+        listed = "; ".join(f"{k}: was {before.get(k)}, now {now.get(k)}" for k in changed)
+        raise UserError(f"--resume: the sweep differs from {file}: {listed}")
+    for member in sweep.members:
+        check_same_recipe(member.recipe, Path(member.recipe.train.output_dir))
+
+
+def _flat(section: Mapping[str, Any]) -> dict[str, str]:
+    """The keys that affect the results, those of ``set`` and ``grid`` one by one, as texts."""
+    found: dict[str, str] = {}
+    for key, value in section.items():
+        if key in ("set", "grid") and isinstance(value, dict):
+            found |= {f"{key}.{name}": shown(item) for name, item in value.items()}
+        elif key not in _CHANGEABLE:
+            found[key] = shown(value)
+    return found
+
+
+def _write(sweep: Sweep) -> None:
+    file = sweep.output_dir / SWEEP_YAML
+    with writing(file):
+        if not file.is_file():
+            write_text(file, yaml_text(sweep.section.model_dump(mode="json")))
+    for member in sweep.members:
+        path = Path(member.recipe.train.output_dir, "recipe.yaml")
+        with writing(path):
+            if not path.is_file():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_recipe(member.recipe, path)

@@ -1,0 +1,67 @@
+"""How the members of a sweep would run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit.errors import UserError
+from lorakit.pipeline.task_data import Say
+from lorakit.sweeps.directory import check_directory
+from lorakit.sweeps.load import Sweep, load_sweep, located
+from lorakit.sweeps.members import Member
+from lorakit.sweeps.metric import sweep_metric
+from lorakit.sweeps.sections import Settings
+from lorakit.sweeps.size import Sizes, with_budget
+
+
+@dataclass(frozen=True)
+class PlannedMember:
+    """``error`` is why the member would fail; None if nothing is known against it."""
+
+    name: str
+    set: Settings
+    trainable_parameters: int | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What a sweep would do."""
+
+    output_dir: Path
+    metric: str
+    members: tuple[PlannedMember, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        members = [asdict(member) for member in self.members]
+        return {"output_dir": str(self.output_dir), "metric": self.metric, "members": members}
+
+
+def plan_sweep(
+    sweep: Sweep | str | Path | Mapping[str, Any],
+    resume: bool = False,
+    say: Say = lambda text: None,
+) -> SweepPlan:
+    """Describe what ``sweep`` would do, without writing anything. Raises UserError as it does."""
+    checked = sweep if isinstance(sweep, Sweep) else load_sweep(sweep)
+    with located(checked):
+        return _plan(checked, resume, say)
+
+
+def _plan(loaded: Sweep, resume: bool, say: Say) -> SweepPlan:
+    sizes = Sizes()
+    loaded = with_budget(loaded, sizes, say)
+    check_directory(loaded, resume)
+    members = tuple(_planned(member, sizes) for member in loaded.members)
+    return SweepPlan(loaded.output_dir, sweep_metric(loaded), members)
+
+
+def _planned(member: Member, sizes: Sizes) -> PlannedMember:
+    try:
+        count = sizes.count(member.recipe)
+    except UserError as error:
+        return PlannedMember(member.name, member.set, error=str(error))
+    return PlannedMember(member.name, member.set, count)

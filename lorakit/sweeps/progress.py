@@ -1,0 +1,154 @@
+"""What a sweep shows on stderr while it runs: a live table on a terminal, else plain lines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from lorakit.errors import printable
+from lorakit.sweeps.results import MemberResult, SweepResult
+from lorakit.training.tracking import Display, format_metrics, tell
+
+_SECONDS_PER_LINE = 30.0
+#: Lines of the terminal that the table leaves free.
+_MARGIN = 6
+
+
+class MemberDisplay(Display):
+    """The progress of one member, as the sweep's table shows it."""
+
+    def __init__(self, progress: SweepProgress, name: str, total_steps: int, done: int = 0) -> None:
+        self._progress, self._name = progress, name
+        self.total_steps, self.step = total_steps, done
+        self.numbers: dict[str, Any] = {}
+        self.metrics: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def advance(self, step: int) -> None:
+        self.step = step
+        if time.monotonic() - self._last >= _SECONDS_PER_LINE and not self._progress.is_live:
+            self._last = time.monotonic()
+            self.say(f"step {step}/{self.total_steps}  {self.loss}".rstrip())
+
+    def log(self, line: dict[str, Any]) -> None:
+        self.numbers = line
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        self.metrics = metrics
+
+    @property
+    def loss(self) -> str:
+        return f"loss {self.numbers['loss']:.4f}" if self.numbers else ""
+
+    def say(self, text: str) -> None:
+        self._progress.say(f"{self._name}: {text}")
+
+    def close(self) -> None:
+        """The table remains."""
+
+
+class SweepProgress:
+    """Shows the members of ``result`` while they run."""
+
+    def __init__(self, result: SweepResult) -> None:
+        self._result = result
+        self._running: dict[str, MemberDisplay | None] = {}
+        self._said: set[str] = set()
+        console = Console(stderr=True)
+        self._live: Live | None = None
+        if console.is_terminal:
+            self._live = Live(
+                get_renderable=self._table, console=console, refresh_per_second=2, transient=True
+            )
+
+    @property
+    def is_live(self) -> bool:
+        return self._live is not None
+
+    def __enter__(self) -> SweepProgress:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        _type: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def started(self, member: MemberResult) -> None:
+        self._running[member.name] = None
+        if not self.is_live:
+            self.say(f"{member.name}: started ({self._place(member)})")
+
+    def ended(self, member: MemberResult) -> None:
+        self._running.pop(member.name, None)
+        if not self.is_live:
+            self.say(f"{member.name}: {_outcome(member)} ({self._place(member)})")
+
+    def _place(self, member: MemberResult) -> str:
+        return f"{self._result.members.index(member) + 1} of {len(self._result.members)}"
+
+    def display(self, name: str) -> Callable[[int, int], Display]:
+        """What ``train`` shows the progress of the member with."""
+        return partial(self._display, name)
+
+    def _display(self, name: str, total_steps: int, done: int = 0) -> Display:
+        self._running[name] = display = MemberDisplay(self, name, total_steps, done)
+        return display
+
+    def note(self, name: str, text: str) -> None:
+        """Print what a run has to tell, unless another member has told the same."""
+        if text not in self._said:
+            self._said.add(text)
+            self.say(f"{name}: {text}")
+
+    def say(self, text: str) -> None:
+        if self._live is None:
+            tell(text)
+        else:
+            self._live.console.print(printable(text), markup=False, highlight=False)
+
+    def _table(self) -> Table:
+        """Members that run, then those that have ended, the latest first, then pending ones, as far
+        as the terminal has room."""
+        members = self._result.members
+        ended = [member for member in members if member.status != "pending"]
+        running = [member for member in members if member.name in self._running]
+        pending = [m for m in members if m.status == "pending" and m.name not in self._running]
+        table = Table(
+            "member", "status", "step", "loss", self._result.metric, "seconds",
+            caption=f"{len(ended)} of {len(members)} members have ended",
+        )  # fmt: skip
+        room = max(5, Console(stderr=True).height - _MARGIN)
+        for member in [*running, *reversed(ended), *pending][:room]:
+            table.add_row(*map(printable, self._row(member)))
+        return table
+
+    def _row(self, member: MemberResult) -> list[str]:
+        metric, seconds = member.metrics.get(self._result.metric), member.seconds
+        status, step, loss = str(member.status), "", ""
+        if member.name in self._running:
+            status, display = "running", self._running[member.name]
+            if display is not None:
+                step, loss = f"{display.step}/{display.total_steps}", display.loss[5:]
+                metric = display.metrics.get(self._result.metric)
+        score = "" if metric is None else f"{metric:.4f}"
+        return [member.name, status, step, loss, score, "" if seconds is None else f"{seconds:.1f}"]
+
+
+def _outcome(member: MemberResult) -> str:
+    if member.status == "failed":
+        return f"failed: {member.error}"
+    seconds = "" if member.seconds is None else f"{member.seconds:.1f} s"
+    return ", ".join(filter(None, [str(member.status), format_metrics(member.metrics), seconds]))

@@ -1,0 +1,120 @@
+"""How many parameters a member trains, and the rank with which it trains a given number."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from lorakit import registry
+from lorakit.errors import UserError, shown
+from lorakit.injection import find_heads, inject
+from lorakit.models.load import empty_causal_model, load_pretrained
+from lorakit.pipeline.task_data import Say, load_training_data
+from lorakit.recipe.sections import MAX_RANK, AdapterSection, Recipe
+from lorakit.recipe.yaml_source import read_yaml
+from lorakit.sweeps.load import Sweep, make_member
+from lorakit.sweeps.members import Member
+
+
+class Sizes:
+    """Counts trained parameters on models without values, each of which is made once."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, tuple[PreTrainedModel, list[str]]] = {}
+        self._counts: dict[str, int] = {}
+
+    def count(self, recipe: Recipe, adapter: AdapterSection | None = None) -> int:
+        """The parameters that ``recipe`` trains, with another ``adapter`` if it is given; a new
+        classification head included. Raises UserError if recipe, data and model do not fit."""
+        adapter = adapter or recipe.adapter
+        model, heads = self._model(recipe)
+        key = f"{id(model)} {adapter.model_dump_json()}"
+        if key not in self._counts:
+            if "init" in type(adapter).model_fields:  # some need the weights' values
+                adapter = adapter.model_copy(update={"init": "default"})
+            report = inject(copy.deepcopy(model), adapter, heads)
+            self._counts[key] = report.trainable_parameters
+        return self._counts[key]
+
+    def _model(self, recipe: Recipe) -> tuple[PreTrainedModel, list[str]]:
+        """The base without values, and its modules that are trained as a whole."""
+        key = f"{recipe.model.model_dump_json()} {recipe.task.model_dump_json()}"
+        if key not in self._models:
+            self._models[key] = _empty_model(recipe)
+        return self._models[key]
+
+
+def _empty_model(recipe: Recipe) -> tuple[PreTrainedModel, list[str]]:
+    if registry.task(recipe.task.name).kind == "causal":
+        return empty_causal_model(recipe.model), []
+    data = load_training_data(recipe, lambda note: None)
+    loaded = load_pretrained(recipe.model, "encoder", data.labels)
+    names = list(dict.fromkeys([*find_heads(loaded.model), *loaded.new_modules]))
+    outermost = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
+    model: torch.nn.Module = loaded.model
+    model.to("meta")
+    return loaded.model, outermost
+
+
+def with_budget(sweep: Sweep, sizes: Sizes, say: Say) -> Sweep:
+    """Choose the rank of each member so that it trains as many parameters as the sweep's
+    ``trainable_parameters``, as nearly as possible.
+
+    The rank is ``adapter.r``, or ``adapter.target_r`` of AdaLoRA, whose budget is that of the end.
+    Raises UserError for a member whose method has neither, and as ``Sizes.count`` does.
+    """
+    budget = sweep.section.trainable_parameters
+    if budget is None:
+        return sweep
+    base = read_yaml(Path(sweep.section.recipe)).data
+    members = []
+    for member in sweep.members:
+        key, r, count = _nearest_rank(member, budget, sizes)
+        say(f"{member.name}: {key} = {r}: {count:,} parameters for a budget of {budget:,}")
+        settings = {**member.set, key: r}
+        members.append(make_member(sweep.section, base, member.name, settings))
+    return replace(sweep, members=tuple(members))
+
+
+def _nearest_rank(member: Member, budget: int, sizes: Sizes) -> tuple[str, int, int]:
+    """The key of the rank, its value, and how many parameters are trained with it."""
+    adapter = member.recipe.adapter
+    fields = type(adapter).model_fields
+    keys = [key for key in ("target_r", "init_r", "r") if key in fields]
+    if not keys:
+        raise UserError(
+            f"trainable_parameters: member {member.name}: adapter.method = {shown(adapter.method)} "
+            "has no rank to choose; allowed: null, or methods with the key r or target_r"
+        )
+
+    def count(r: int) -> int:
+        changed = adapter.model_copy(update=dict.fromkeys(keys, r))
+        return sizes.count(member.recipe, changed)
+
+    r = nearest_rank(budget, count)
+    return f"adapter.{keys[0]}", r, count(r)
+
+
+def nearest_rank(budget: int, count: Callable[[int], Any]) -> int:
+    """The rank whose ``count``, which grows with it, is nearest to ``budget``; of two equally near
+    ones the lower."""
+    below, above = 0, 1
+    while above < MAX_RANK and count(above) < budget:
+        if below and count(above) == count(below):  # it does not depend on the rank
+            return 1
+        below, above = above, min(2 * above, MAX_RANK)
+    while above - below > 1:
+        middle = (below + above) // 2
+        if count(middle) < budget:
+            below = middle
+        else:
+            above = middle
+    if below == 0:
+        return above
+    return below if budget - count(below) <= abs(count(above) - budget) else above

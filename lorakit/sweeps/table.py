@@ -1,0 +1,137 @@
+"""The table of a sweep: a row for each group of members, as text, Markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+
+from lorakit.errors import printable
+from lorakit.io.atomic import write_text, writing
+from lorakit.sweeps.members import SEED, as_text
+from lorakit.sweeps.names import short_keys, value_text
+from lorakit.sweeps.results import Group, SweepResult
+
+_NONE = "-"
+_BEST = "*"
+
+
+def varying_keys(result: SweepResult) -> list[str]:
+    """The recipe keys, except for the seed, in which members differ."""
+    first = result.settings[0]
+    return [
+        key
+        for key in first
+        if key != SEED and len({as_text(own[key]) for own in result.settings}) > 1
+    ]
+
+
+def table_text(result: SweepResult) -> str:
+    """The table for a terminal, with the errors of failed members and the best adapter below."""
+    lines = [_aligned([_titles(result), *_rows(result)], len(varying_keys(result)))]
+    lines += [
+        f"failed: {member.name}: {member.error}"
+        for member in result.members
+        if member.status == "failed"
+    ]
+    left = sum(member.status == "pending" for member in result.members)
+    if left:
+        lines.append(f"pending: {left} of {len(result.members)}")
+    if (best := result.best) is not None:
+        value = f"{result.metric} {best.metrics[result.metric]:.4f}"
+        lines.append(f"best: {best.name}, {value}: {best.adapter_dir}")
+    return printable("\n".join(lines))
+
+
+def write_tables(result: SweepResult) -> None:
+    """Write ``table.md`` and ``table.csv``, atomically."""
+    rows = [_titles(result), *_rows(result)]
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    lines = [f"| {' | '.join(row)} |" for row in [cells[0], ["---"] * len(cells[0]), *cells[1:]]]
+    for name, text in (("table.md", "\n".join(lines) + "\n"), ("table.csv", _csv(result))):
+        path = result.output_dir / name
+        with writing(path):
+            write_text(path, printable(text))
+
+
+def _titles(result: SweepResult) -> list[str]:
+    names = short_keys(varying_keys(result))
+    return [*names.values(), result.metric, "n", "parameters", "seconds", "best"]
+
+
+def _rows(result: SweepResult) -> list[list[str]]:
+    best = result.best_group
+    return [
+        [
+            *_settings(result, group),
+            _score(result, group),
+            str(group.n),
+            _NONE if (count := _parameters(group)) is None else f"{count:,}",
+            _NONE if (seconds := _seconds(group)) is None else f"{seconds:.1f}",
+            _BEST if best and group.members == best.members else "",
+        ]
+        for group in result.groups
+    ]
+
+
+def _settings(result: SweepResult, group: Group) -> list[str]:
+    own = result.settings[result.members.index(group.members[0])]
+    values = [own[key] for key in varying_keys(result)]
+    return [_NONE if value is None else value_text(value) for value in values]
+
+
+def _score(result: SweepResult, group: Group) -> str:
+    if group.mean is not None:
+        return f"{group.mean:.4f}" + ("" if group.std is None else f" ± {group.std:.4f}")
+    stopped = [member for member in group.members if member.stopped_at_step is not None]
+    values = [m.metrics[result.metric] for m in stopped if result.metric in m.metrics]
+    if values:
+        steps = max(member.stopped_at_step or 0 for member in stopped)
+        return f"{sum(values) / len(values):.4f} at step {steps}"
+    return group.members[0].status
+
+
+def _parameters(group: Group) -> int | None:
+    return next((m.trainable_parameters for m in group.members if m.trainable_parameters), None)
+
+
+def _seconds(group: Group) -> float | None:
+    """The mean over the members."""
+    known = [member.seconds for member in group.members if member.seconds is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _csv(result: SweepResult) -> str:
+    """Plain numbers, with a column each for mean and standard deviation."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    metric = result.metric
+    writer.writerow(
+        [*varying_keys(result), metric, f"{metric}_std", "n", "parameters", "seconds", "best"]
+    )
+    best = result.best_group
+    for group in result.groups:
+        writer.writerow(
+            [
+                *_settings(result, group),
+                group.mean,
+                group.std,
+                group.n,
+                _parameters(group),
+                _seconds(group),
+                int(best is not None and group.members == best.members),
+            ]
+        )
+    return text.getvalue()
+
+
+def _aligned(rows: Sequence[Sequence[str]], names: int) -> str:
+    """Columns, of which the first ``names`` are aligned to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if at < names else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )

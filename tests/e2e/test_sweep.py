@@ -1,0 +1,203 @@
+"""``lorakit sweep`` as a process: output, exit codes, and kills at any moment."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakit.cli.main import run
+from lorakit.training.checkpoint import checkpoints
+from tests.sweeps.files import sweep_json, write_sweep
+from tests.training.processes import Ended, Launcher
+from tests.training.runs import adapter_bytes, learning, tree, write_recipe_file
+
+GRID = {"adapter.r": [1, 2], "train.seed": [1, 2]}
+SETTINGS = {"train.save_every_steps": 2, "adapter.lora_dropout": 0.1}
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:
+    capsys.readouterr()
+    assert run(["sweep", *map(str, arguments)]) == code
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    capsys.readouterr()
+    assert run(["sweep", *map(str, arguments)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_a_sweep_file(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_sweep(tmp_path, tiny_llama, grid=GRID)
+    lines = printed(capsys, file).splitlines()
+    assert lines[0].split() == ["r", "loss", "n", "parameters", "seconds", "best"]
+    assert [line.split()[0] for line in lines[1:3]] == ["1", "2"]
+    best = sweep_json(tmp_path / "out")["best"]
+    adapter = tmp_path / "out" / "members" / best / "adapter"
+    assert lines[3].startswith(f"best: {best}, loss ")
+    assert lines[3].endswith(f": {adapter}")
+    assert "contains a sweep; continue it with --resume" in refused(capsys, file)
+    assert json.loads(printed(capsys, file, "--resume", "--json")) == sweep_json(
+        tmp_path / "out", timed=True
+    )
+
+
+def test_a_recipe_with_a_grid(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe_file(tmp_path, tiny_llama, "completion", train__epochs=1)
+    out = printed(
+        capsys, recipe, "--grid", "adapter.target_modules=[q],[q,no_such]",
+        "--set", "train.seed=3", "--metric", "perplexity", code=1,
+    )  # fmt: skip
+    lines = out.splitlines()
+    assert lines[1].split()[-1] == "*"
+    assert lines[3].startswith("failed: target_modules=q+no_such: adapter.target_modules")
+    found = sweep_json(tmp_path / "run-sweep")
+    assert [member["status"] for member in found["members"]] == ["completed", "failed"]
+    assert found["metric"] == "perplexity"
+
+
+def test_a_dry_run(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_sweep(tmp_path, tiny_llama, grid=GRID)
+    before = tree(tmp_path)
+    lines = printed(capsys, file, "--dry-run").splitlines()
+    assert lines[0].split() == ["r=1,seed=1", "224", "parameters"]
+    assert lines[-1] == f"4 members, compared by loss, in {tmp_path / 'out'}"
+    plan = json.loads(printed(capsys, file, "--dry-run", "--json"))
+    assert list(plan) == ["output_dir", "metric", "members"]
+    assert [member["trainable_parameters"] for member in plan["members"]] == [224, 224, 448, 448]
+    assert tree(tmp_path) == before
+
+
+def test_bad_sweeps_write_nothing(
+    tiny_llama: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_sweep(in_tmp, tiny_llama, grid={"adapter.r": [0, 1]})
+    before = tree(in_tmp)
+    assert refused(capsys, "sweep.yaml").startswith(
+        "error: sweep.yaml, line 1: member r=0: adapter.r = 0: out of range; allowed: an integer > 0"
+    )
+    assert "a recipe; allowed: a sweep file" in refused(capsys, "recipe.yaml")
+    assert "no such file" in refused(capsys, "nothing.yaml")
+    assert tree(in_tmp) == before
+
+
+@pytest.fixture(scope="module")
+def sweep(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep of 4 members with 4 steps each, one of which fails."""
+    grid = {**GRID, "adapter.r": [1, 2, 4], "train.seed": [1]}
+    members = [{"name": "fails", "set": {"train.learning_rate": 1e15}}]
+    return write_sweep(
+        tmp_path_factory.mktemp("sweep"), tiny_llama, grid=grid, members=members, set=SETTINGS
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(sweep: Path, launcher: Launcher) -> Path:
+    """The uninterrupted sweep."""
+    folder = sweep.parent / "whole"
+    assert start(launcher, sweep, folder).code == 1
+    return folder
+
+
+def start(launcher: Launcher, sweep: Path, folder: Path, *more: Any, **signals: Any) -> Ended:
+    return launcher.run(["sweep", sweep, "--output-dir", folder, *more], **signals)
+
+
+def assert_same(folder: Path, whole: Path) -> None:
+    text = json.dumps(sweep_json(folder)).replace(str(folder), str(whole))
+    assert json.loads(text) == sweep_json(whole)
+    for member in sweep_json(whole)["members"]:
+        if member["status"] == "completed":
+            run, other = (path / "members" / member["name"] for path in (folder, whole))
+            assert adapter_bytes(run) == adapter_bytes(other)
+            assert learning(run) == learning(other)
+    assert (folder / "table.md").is_file()
+
+
+#: Where a kill could leave something half done.
+EVENTS = {
+    "before anything": ("os.mkdir", r"/killed$", 1),
+    "no sweep.yaml": ("os.rename", r"/\.sweep\.yaml\.\w+\.new", 1),
+    "no sweep.json": ("os.rename", r"/\.sweep\.json\.\w+\.new", 1),
+    "recipes incomplete": ("os.mkdir", r"/members/r=2,seed=1", 1),
+    "a member complete, not recorded": ("os.rename", r"/\.sweep\.json\.\w+\.new", 3),
+    "at a checkpoint": ("os.rename", r"/r=4,.*/\.step-2\.\w+\.new", 1),
+    "a failure not recorded": ("os.rename", r"/\.sweep\.json\.\w+\.new", 5),
+    "tables incomplete": ("os.rename", r"/\.table\.csv\.\w+\.new", 1),
+    "plots incomplete": ("os.rename", r"/\.r\.svg\.\w+\.new", 1),
+}
+
+
+@pytest.mark.parametrize("point", EVENTS)
+def test_sigkill_at_critical_points(
+    point: str, sweep: Path, whole: Path, launcher: Launcher, tmp_path: Path
+) -> None:
+    folder = tmp_path / "killed"
+    ended = start(launcher, sweep, folder, at_event=EVENTS[point])
+    assert ended.code == -signal.SIGKILL, ended.err
+    ended = start(launcher, sweep, folder, "--resume")
+    assert ended.code == 1, ended.err
+    assert_same(folder, whole)
+
+
+def test_sigkill_at_random_moments(
+    sweep: Path, whole: Path, launcher: Launcher, tmp_path: Path
+) -> None:
+    moments, kills, folder = random.Random(3), 0, tmp_path / "killed"
+    for _ in range(5):
+        before = list(folder.glob("members/*/checkpoints/*"))
+        ended = start(
+            launcher, sweep, folder, "--resume",
+            signal_when=lambda before=before: list(folder.glob("members/*/checkpoints/*")) != before,
+            delay_seconds=moments.random() * 0.1,
+        )  # fmt: skip
+        kills += ended.code == -signal.SIGKILL
+    assert kills
+    assert start(launcher, sweep, folder, "--resume").code == 1
+    assert_same(folder, whole)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_the_member_that_runs(
+    number: int, code: int, sweep: Path, whole: Path, launcher: Launcher, tmp_path: Path
+) -> None:
+    folder = tmp_path / "stopped"
+    member = folder / "members" / "r=2,seed=1"
+    call = ("lorakit.training.loop:Loop.save", 4)  # the second member's first
+    ended = start(launcher, sweep, folder, at_call=call, number=number)
+    assert ended.code == code, ended.err
+    error = ended.err.splitlines()[-1]
+    assert error.startswith("error: r=2,seed=1: stopped at step 3 of 4; saved ")
+    assert error.endswith("; 1 of 4 members have ended; continue with --resume")
+    assert [path.name for path in checkpoints(member / "checkpoints")] == ["step-2", "step-3"]
+    assert [m["status"] for m in sweep_json(folder)["members"]] == [
+        "completed", "pending", "pending", "pending"
+    ]  # fmt: skip
+    assert start(launcher, sweep, folder, "--resume").code == 1
+    assert_same(folder, whole)
+
+
+def test_two_sweeps_in_one_directory(sweep: Path, tmp_path: Path, launcher: Launcher) -> None:
+    import fcntl
+    import os
+
+    folder = tmp_path / "out"
+    folder.mkdir()
+    handle = os.open(folder, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    ended = start(launcher, sweep, folder)
+    os.close(handle)
+    assert ended.code == 2
+    assert ended.err.startswith(
+        f"error: --output-dir: output_dir: {folder}: another sweep is writing to it"
+    )

@@ -1,0 +1,167 @@
+"""Groups, the best member, tables and plots of results, without training."""
+
+from __future__ import annotations
+
+import csv
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakit.api import SweepResult, load_sweep, table_text
+from lorakit.sweeps.plots import axis_lines, draw, is_logarithmic
+from lorakit.sweeps.table import write_tables
+
+RECIPE = """\
+model: {name_or_path: no/such/model}
+adapter: {r: 8, target_modules: [q, v]}
+task: {name: glue/rte}
+train: {output_dir: run}
+"""
+
+
+def results(metric: str = "accuracy", **grid: Any) -> SweepResult:
+    """Results without any member trained."""
+    Path("recipe.yaml").write_text(RECIPE)
+    Path("out").mkdir(exist_ok=True)
+    keys = {key.replace("__", "."): values for key, values in grid.items()}
+    sweep = load_sweep({"recipe": "recipe.yaml", "output_dir": "out", "grid": keys})
+    return SweepResult(sweep.output_dir, metric, sweep.members)
+
+
+def complete(result: SweepResult, values: list[float], loss: float = 1.0) -> None:
+    for member, value in zip(result.members, values, strict=True):
+        member.status, member.adapter_dir = "completed", Path("out", member.name)
+        member.metrics = {"loss": loss, result.metric: value}
+        member.trainable_parameters, member.seconds = 1234, 2.0
+
+
+def test_groups(in_tmp: Path) -> None:
+    result = results(adapter__r=[1, 2], train__seed=[1, 2, 3])
+    assert [(group.mean, group.std, group.n) for group in result.groups] == [(None, None, 0)] * 2
+    complete(result, [0.1, 0.2, 0.3, 0.5, 0.5, 0.5])
+    result.members[5].status = "failed"
+    first, second = result.groups
+    assert (first.set, first.n) == ({"adapter.r": 1}, 3)
+    assert first.mean == pytest.approx(0.2)
+    assert first.std == pytest.approx(0.1)
+    assert [member.name for member in second.members] == ["r=2,seed=1", "r=2,seed=2", "r=2,seed=3"]
+    assert (second.mean, second.std, second.n) == (0.5, 0.0, 2)
+    result.members[4].status = "pending"
+    assert (result.groups[1].std, result.groups[1].n) == (None, 1)
+
+
+def test_the_best(in_tmp: Path) -> None:
+    result = results(train__seed=[1, 2, 3])
+    assert (result.best, result.best_group) == (None, None)
+    complete(result, [0.5, 0.7, 0.7])
+    assert result.best is result.members[1]
+    result.members[2].metrics["loss"] = 0.9
+    assert result.best is result.members[2], "a lower loss breaks a tie"
+    result.members[2].status = "failed"
+    assert result.best is result.members[1]
+    result.members[1].metrics = {"loss": 0.1}
+    assert result.best is result.members[0]
+
+
+@pytest.mark.parametrize("metric", ["loss", "perplexity"])
+def test_lower_is_better(metric: str, in_tmp: Path) -> None:
+    result = results(metric, adapter__r=[1, 2])
+    complete(result, [0.7, 0.5])
+    assert result.best is result.members[1]
+    assert result.best_group is not None
+    assert result.best_group.set == {"adapter.r": 2}
+
+
+def test_tables(in_tmp: Path) -> None:
+    result = results(
+        adapter__r=[1, 2], adapter__target_modules=[["q"], ["q", "v"]], train__seed=[1, 2]
+    )
+    complete(result, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.2, 0.2])
+    result.members[6].status, result.members[6].error = "failed", "out of memory"
+    result.members[7].status = "pending"
+    lines = table_text(result).splitlines()
+    assert lines[0].split() == [
+        "r", "target_modules", "accuracy", "n", "parameters", "seconds", "best"
+    ]  # fmt: skip
+    assert lines[1].split() == ["1", "q", "0.1500", "±", "0.0707", "2", "1,234", "2.0"]
+    assert lines[3].split() == ["2", "q", "0.5500", "±", "0.0707", "2", "1,234", "2.0", "*"]
+    assert lines[4].split() == ["2", "q+v", "failed", "0", "1,234", "2.0"]
+    assert lines[5:] == [
+        "failed: r=2,target_modules=q+v,seed=1: out of memory",
+        "pending: 1 of 8",
+        "best: r=2,target_modules=q,seed=2, accuracy 0.6000: out/r=2,target_modules=q,seed=2",
+    ]
+    write_tables(result)
+    table = Path("out/table.md").read_text().splitlines()
+    assert table[0] == "| r | target_modules | accuracy | n | parameters | seconds | best |"
+    assert table[4] == "| 2 | q | 0.5500 ± 0.0707 | 2 | 1,234 | 2.0 | * |"
+    rows = list(csv.DictReader(Path("out/table.csv").read_text().splitlines()))
+    assert rows[0]["adapter.target_modules"] == "q"
+    assert float(rows[0]["accuracy"]) == pytest.approx(0.15)
+    assert [row["best"] for row in rows] == ["0", "0", "1", "0"]
+
+
+def test_a_table_of_seeds_only(in_tmp: Path) -> None:
+    result = results(train__seed=[1, 2])
+    complete(result, [0.1, 0.2])
+    assert table_text(result).splitlines()[0].split() == [
+        "accuracy", "n", "parameters", "seconds", "best"
+    ]  # fmt: skip
+
+
+def test_lines_of_an_axis(in_tmp: Path) -> None:
+    axes = ["adapter.r", "adapter.target_modules", "train.seed"]
+    result = results(
+        adapter__r=[4, 1], adapter__target_modules=[["q"], ["q", "v"]], train__seed=[1, 2]
+    )
+    complete(result, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
+    first, second = axis_lines(result, "adapter.r", axes)
+    assert (first.label, first.values) == ("target_modules q", (1, 4))
+    assert first.means == pytest.approx((0.55, 0.15))
+    assert first.spreads == pytest.approx((0.0707, 0.0707), abs=1e-4)
+    assert second.label == "target_modules q+v"
+    (line, _) = axis_lines(result, "adapter.target_modules", axes)
+    assert (line.label, line.values) == ("r 4", (["q"], ["q", "v"]))
+    many = results(adapter__r=list(range(1, 11)), train__learning_rate=[1e-4, 1e-3])
+    complete(many, [0.1 * value for value in range(20)])
+    (line,) = axis_lines(many, "train.learning_rate", ["adapter.r", "train.learning_rate"])
+    assert line.label == "mean and standard deviation over r"
+    assert line.means == pytest.approx((0.9, 1.0))
+
+
+def test_logarithmic_axes() -> None:
+    assert is_logarithmic("adapter.r", [1, 2])
+    assert is_logarithmic("train.learning_rate", [1e-4, 3e-4])
+    assert is_logarithmic("train.max_steps", [10, 1000])
+    assert not is_logarithmic("train.epochs", [1, 2, 3])
+    assert not is_logarithmic("train.weight_decay", [0.0, 0.1])
+    assert not is_logarithmic("adapter.use_rslora", [True, False])
+
+
+def test_plots(in_tmp: Path) -> None:
+    result = results(
+        adapter__r=[1, 8], adapter__target_modules=[["q"], ["q", "v"]], train__seed=[1, 2]
+    )
+    notes: list[str] = []
+    draw(result, ["adapter.r", "adapter.target_modules", "train.seed"], notes.append)
+    assert not Path("out/plots").exists(), "nothing is completed"
+    complete(result, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
+    draw(result, ["adapter.r", "adapter.target_modules", "train.seed"], notes.append)
+    assert sorted(path.name for path in Path("out/plots").iterdir()) == [
+        "r.png", "r.svg", "target_modules.png", "target_modules.svg"
+    ]  # fmt: skip
+    before = Path("out/plots/r.svg").read_bytes()
+    ET.fromstring(before)
+    draw(result, ["adapter.r", "adapter.target_modules", "train.seed"], notes.append)
+    assert Path("out/plots/r.svg").read_bytes() == before
+    assert notes == []
+
+
+def test_json_is_written(in_tmp: Path) -> None:
+    result = results(adapter__r=[1, 2], train__seed=[1, 2])
+    complete(result, [0.1, 0.2, 0.3, 0.4])
+    result.write()
+    assert json.loads(Path("out/sweep.json").read_text()) == result.as_json()

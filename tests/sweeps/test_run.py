@@ -1,0 +1,138 @@
+"""Sweeps in this process: each member equals its recipe trained alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import lorakit
+from lorakit.errors import UserError
+from tests.sweeps.files import sweep_json, write_sweep
+from tests.training.runs import adapter_bytes, learning, run_json, tree
+
+GRID = {"adapter.r": [1, 2], "train.seed": [1, 2]}
+
+
+def test_members_equal_their_recipes_alone(still_bert: Path, tmp_path: Path) -> None:
+    file = write_sweep(tmp_path, still_bert, "glue/sst2", grid=GRID)
+    result = lorakit.sweep(file)
+    out = tmp_path / "out"
+    assert [member.status for member in result.members] == ["completed"] * 4
+    assert sorted(path.name for path in out.iterdir()) == [
+        "members", "plots", "sweep.json", "sweep.yaml", "table.csv", "table.md"
+    ]  # fmt: skip
+    for member in result.members:
+        folder = out / "members" / member.name
+        assert member.adapter_dir == folder / "adapter"
+        assert member.metrics == run_json(folder)["metrics"]
+        alone = lorakit.load_recipe(
+            folder / "recipe.yaml", {"train.output_dir": str(tmp_path / "alone" / member.name)}
+        )
+        run = lorakit.train(alone)
+        assert run.metrics == member.metrics
+        assert adapter_bytes(run.output_dir) == adapter_bytes(folder)
+        assert learning(run.output_dir) == learning(folder)
+    assert result.best is not None
+    assert sweep_json(out, timed=True) == json.loads(json.dumps(result.as_json()))
+
+
+def test_a_member_that_fails_does_not_end_the_others(still_bert: Path, tmp_path: Path) -> None:
+    grid = {"adapter.target_modules": [["no_such"], ["q"]], "train.learning_rate": [1e-3, 1e15]}
+    file = write_sweep(tmp_path, still_bert, "glue/sst2", grid=grid)
+    result = lorakit.sweep(file)
+    assert [member.status for member in result.members] == [
+        "failed", "failed", "completed", "failed"
+    ]  # fmt: skip
+    first, _, completed, diverged = result.members
+    assert first.error is not None and "no_such" in first.error
+    assert diverged.error is not None and "is not finite" in diverged.error
+    assert (diverged.metrics, diverged.adapter_dir) == ({}, None)
+    assert result.best is completed
+    assert [group.n for group in result.groups] == [0, 0, 1, 0]
+    before = sweep_json(tmp_path / "out")
+    lorakit.sweep(file, resume=True)
+    assert sweep_json(tmp_path / "out") == before
+
+
+def test_a_users_file_that_fails(still_bert: Path, in_tmp: Path) -> None:
+    Path("my_task.py").write_text(
+        "from lorakit.tasks.classification import Classification\n"
+        "class Mine(Classification):\n"
+        "    def eval_split(self, config):\n"
+        "        return {}['no_such']\n"
+    )
+    file = write_sweep(in_tmp, still_bert, "classification", grid={"train.seed": [1]})
+    keys = json.loads(file.read_text())
+    result = lorakit.sweep(
+        {**keys, "set": {"task.name": "./my_task.py:Mine", "task.text_column": "sentence"}}
+    )
+    (member,) = result.members
+    assert (member.status, member.error) == ("failed", "my_task.py:4: KeyError: 'no_such'")
+
+
+def test_a_complete_sweep_is_kept(still_bert: Path, tmp_path: Path) -> None:
+    file = write_sweep(tmp_path, still_bert, "glue/sst2", grid=GRID)
+    lorakit.sweep(file)
+    out = tmp_path / "out"
+    before = tree(out)
+    with pytest.raises(
+        UserError, match=r"line 1: output_dir = .*: contains a sweep; continue it with --resume"
+    ):
+        lorakit.sweep(file)
+    assert tree(out) == before
+    shutil.rmtree(out / "plots")
+    (out / "sweep.json").unlink()
+    lorakit.sweep(file, resume=True)
+    after = tree(out)
+    assert {**after, "sweep.json": b""} == {**before, "sweep.json": b""}
+    assert sweep_json(out)["best"] is not None
+
+
+def test_resume_refuses_another_sweep(still_bert: Path, tmp_path: Path) -> None:
+    file = write_sweep(tmp_path, still_bert, "glue/sst2", grid={"adapter.r": [1]})
+    lorakit.sweep(file, resume=True)  # starts it
+    before = tree(tmp_path / "out")
+    changed = write_sweep(
+        tmp_path, still_bert, "glue/sst2", grid={"adapter.r": [1, 2]}, metric="f1"
+    )
+    with pytest.raises(UserError) as caught:
+        lorakit.sweep(changed, resume=True)
+    assert str(caught.value) == (
+        f"--resume: the sweep differs from {tmp_path / 'out' / 'sweep.yaml'}: grid.adapter.r: was "
+        '[1], now [1, 2]; metric: was null, now "f1"'
+    )
+    file = write_sweep(tmp_path, still_bert, "glue/sst2", grid={"adapter.r": [1]}, max_joint=2)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace('"learning_rate": 0.01', '"learning_rate": 0.02'))
+    with pytest.raises(UserError, match=r"train.learning_rate: was 0.01, now 0.02"):
+        lorakit.sweep(file, resume=True)
+    assert tree(tmp_path / "out") == before
+
+
+def test_a_directory_with_something_else(still_bert: Path, tmp_path: Path) -> None:
+    file = write_sweep(tmp_path, still_bert, "glue/sst2", grid={"adapter.r": [1]})
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(UserError, match="is not empty, and has no sweep; allowed: a new"):
+            lorakit.sweep(file, resume=resume)
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+    shutil.rmtree(out)
+    out.write_text("mine")
+    with pytest.raises(UserError, match="a file with that name exists"):
+        lorakit.sweep(file)
+
+
+def test_an_error_before_the_start_writes_nothing(still_bert: Path, tmp_path: Path) -> None:
+    keys = json.loads(write_sweep(tmp_path, still_bert, "glue/sst2").read_text())
+    members = [
+        {"set": {"task.name": "glue/stsb"}},
+        {"set": {"train.seed": 1}},
+    ]
+    with pytest.raises(UserError, match="metric: the members' tasks have several; allowed: acc"):
+        lorakit.sweep({**keys, "members": members})
+    assert not (tmp_path / "out").exists()
