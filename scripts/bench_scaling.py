@@ -1,6 +1,6 @@
 """Time training steps of lorakit on one and several GPUs of a host, on models with random weights.
 
-    python scripts/bench_scaling.py --cases 1b 8b --runs 1 2:ddp 4:ddp 2:fsdp2 4:fsdp2 --sides lorakit trainer
+    python scripts/bench_scaling.py --cases 1b 8b --runs 1 2:ddp 4:fsdp2 --sides lorakit trainer
 
 Every process has the case's batch, so N processes train on N times the tokens of one. lorakit is
 started by ``accelerate launch`` with the files of ``configs/``, as a user starts it; its speed is
