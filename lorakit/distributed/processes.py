@@ -209,7 +209,9 @@ def process_group() -> Iterator[None]:
             _report(error)
             raise
     except ConnectionLost as error:
-        if not _is_first_to_tell():
+        is_first = _is_first_to_tell()
+        _abort_nccl()
+        if not is_first:
             raise SystemExit(error.exit_code) from None
         raise
     except _Abort as abort:
@@ -336,6 +338,14 @@ def _store() -> Any:
     from torch.distributed import distributed_c10d
 
     return distributed_c10d._get_default_store()
+
+
+def _abort_nccl() -> None:
+    """Give up NCCL's groups. Destroying them would wait for the process that is gone."""
+    import torch.distributed as dist
+
+    if _has_group() and "nccl" in dist.get_backend():
+        dist.distributed_c10d._abort_process_group()
 
 
 def _destroy_process_group() -> None:

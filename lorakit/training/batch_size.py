@@ -178,8 +178,8 @@ class BatchTrial:
         return collate(self._longest(size)).to(device)
 
     def _uses_graphs(self, size: int) -> bool:
-        """Whether passes of this size may be captured: their memory then comes on top of what the
-        first step, which runs eagerly, leaves to the allocator."""
+        """Whether passes of this size may be captured: their memory then comes on top of what an
+        eager pass leaves to the allocator."""
         recipe = split_step(self._prepared.recipe, size, rank_and_world_size()[1])
         execution = choose_execution(
             replace(self._prepared, recipe=recipe), self._strategy.device, total_steps=1
@@ -235,14 +235,15 @@ def _limited_memory(device: torch.device, share: float) -> Iterator[None]:
         yield
         return
     _release(device)
-    before = torch.cuda.get_per_process_memory_fraction(device)
-    free, total = torch.cuda.mem_get_info(device)
-    available = (free + torch.cuda.memory_reserved(device)) / total
-    torch.cuda.set_per_process_memory_fraction(share * min(before, available), device)
+    index = torch.cuda.current_device()  # a device that is named "cuda" has none
+    before = torch.cuda.get_per_process_memory_fraction(index)
+    free, total = torch.cuda.mem_get_info(index)
+    available = (free + torch.cuda.memory_reserved(index)) / total
+    torch.cuda.set_per_process_memory_fraction(share * min(before, available), index)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(before, device)
+        torch.cuda.set_per_process_memory_fraction(before, index)
 
 
 def _release(device: torch.device) -> None:

@@ -127,8 +127,13 @@ def build_engine(
         ),
     }
     if execution.mode == "cuda_graphs":
-        dtype = base_dtype(model)
-        return CudaGraphEngine(**parts, say=say, layers=list(layers.values()), dtype=dtype)
+        return CudaGraphEngine(
+            **parts,
+            say=say,
+            layers=list(layers.values()),
+            dtype=base_dtype(model),
+            rows=section.units_per_batch,
+        )
     return EagerEngine(**parts)
 
 

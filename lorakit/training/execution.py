@@ -59,10 +59,12 @@ def choose_execution(
 
 
 def _cuda_graphs(prepared: Prepared) -> Execution:
-    recipe = prepared.recipe
+    recipe, section = prepared.recipe, prepared.recipe.train
     float16 = recipe.model.dtype == "float16"  # its loss scaler needs the host
-    if float16 or recipe.task.packing or recipe.train.gradient_checkpointing:
+    if float16 or recipe.task.packing or section.gradient_checkpointing:
         return Execution("eager")
+    if section.deterministic and section.units_per_batch is None:
+        return Execution("eager")  # which batches are replayed would depend on the first one's rows
     return Execution(
         "cuda_graphs",
         "passes are replayed as CUDA graphs, since the model is small "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +79,19 @@ def test_each_shape_is_captured_once(tiny_llama: Path, tmp_path: Path) -> None:
     assert len(set(shapes)) == len(shapes)
 
 
-def test_a_run_with_graphs_resumes(tiny_llama: Path, tmp_path: Path) -> None:
-    whole = recipe(tiny_llama, tmp_path, "causal", LORA)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("adapter", [LORA, ADALORA])
+def test_a_resumed_run_ends_with_the_same_bytes(
+    tiny_llama: Path, tmp_path: Path, adapter: str, dtype: str
+) -> None:
+    settings = {"model.dtype": dtype, "train.save_total_limit": None, "train.save_every_steps": 1}
+    whole = recipe(tiny_llama, tmp_path, "causal", adapter, **settings)
     run = lorakit.train(whole)
     expected = (run.adapter_dir / "adapter_model.safetensors").read_bytes()
-    steps = {"train.save_every_steps": 7, "train.output_dir": str(tmp_path / "other")}
-    again = lorakit.train(recipe(tiny_llama, tmp_path, "causal", LORA, **steps))
-    assert (again.adapter_dir / "adapter_model.safetensors").read_bytes() == expected
+    for step in (10, 3):
+        shutil.rmtree(run.adapter_dir)
+        lorakit.train(whole, resume=str(run.output_dir / "checkpoints" / f"step-{step}"))
+        assert (run.adapter_dir / "adapter_model.safetensors").read_bytes() == expected
 
 
 def test_a_pass_that_cannot_be_captured_runs_eagerly(tiny_llama: Path, tmp_path: Path) -> None:

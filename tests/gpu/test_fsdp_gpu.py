@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import lorakit
-from tests.e2e.processes import launch
+from tests.e2e.processes import REPO, environments
 from tests.e2e.shared_runs import LORA, TRAIN, recipe, split_over
 from tests.e2e.test_fsdp import FSDP
 from tests.training.runs import log_lines, run_json
@@ -53,8 +56,17 @@ def test_two_gpus_equal_one(variant: str, wide_llama: Path, tmp_path: Path) -> N
     alone = recipe(tmp_path / "alone", wide_llama, "completion", adapter, **changes)
     lorakit.train(lorakit.load_recipe(alone))
     shared = split_over(2, alone, tmp_path / "shared")
-    for code, _, err in launch(2, "-c", TRAIN, shared, **FSDP, CUDA_VISIBLE_DEVICES="0,1"):
-        assert code == 0, err
+    # Not forked: a parent that has asked for the GPUs cannot fork processes that use them.
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TRAIN, str(shared)], cwd=REPO, stderr=subprocess.PIPE, text=True,
+            env=os.environ | variables | FSDP | {"CUDA_VISIBLE_DEVICES": "0,1"},
+        )
+        for variables in environments(2)
+    ]  # fmt: skip
+    for process in processes:
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
     runs = tmp_path / "alone" / "run", tmp_path / "shared" / "run"
     tolerance = 2e-2 if variant == "compiled" else 1e-4
     for one, other in zip(*map(log_lines, runs), strict=True):

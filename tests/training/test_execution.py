@@ -18,6 +18,9 @@ from tests.training.runs import recipe_for
 GPU = torch.device("cuda")
 
 
+BY_TOKENS = {"train__per_device_batch_size": None, "train__max_tokens_per_batch": 128}
+
+
 def prepared(model: Path, folder: Path, **changes: Any) -> Prepared:
     return prepare(recipe_for(folder, model, "completion", **changes), lambda text: None)
 
@@ -30,6 +33,9 @@ def prepared(model: Path, folder: Path, **changes: Any) -> Prepared:
         ({"train__compile": True}, "compiled_layers"),
         ({"train__gradient_checkpointing": True}, "eager"),
         ({"task__packing": True}, "eager"),
+        (BY_TOKENS, "cuda_graphs"),
+        (BY_TOKENS | {"train__deterministic": True}, "eager"),
+        ({"train__deterministic": True}, "cuda_graphs"),
     ],
 )
 def test_a_small_model_on_a_gpu(

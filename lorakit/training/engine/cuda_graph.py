@@ -18,6 +18,7 @@ from lorakit.data.collate import Batch
 from lorakit.layers import AdapterLayer
 from lorakit.training.engine.eager import EagerEngine
 from lorakit.training.engine.staging import StagedFactors
+from lorakit.training.random_states import random_states, restore_random_states
 
 #: The tensors of a batch: name -> shape.
 Shapes = tuple[tuple[str, torch.Size], ...]
@@ -44,11 +45,10 @@ class _CapturedPass:
 class CudaGraphEngine(EagerEngine):
     """Computes what ``EagerEngine`` does, on the same kernels.
 
-    The first step runs eagerly, so that libraries are initialized and ``probe`` sees its gradients.
-    Then a pass is captured when its batch shape first occurs; batches should be padded to few
-    shapes. Batches with other numbers of rows than the first (an epoch's last) run eagerly. If a
-    pass cannot be captured, ``say`` gets the reason, and the run continues eagerly. ``layers`` are
-    the adapter's, ``dtype`` is the model's precision.
+    A pass is captured when its batch shape first occurs; batches should be padded to few shapes.
+    Batches of other than ``rows`` rows (an epoch's last) run eagerly; with None, those of other
+    than the first. If a pass cannot be captured, ``say`` gets the reason, and the run continues
+    eagerly. ``layers`` are the adapter's, ``dtype`` is the model's precision.
     """
 
     keeps_gradients: ClassVar[bool] = True
@@ -56,9 +56,10 @@ class CudaGraphEngine(EagerEngine):
     say: Callable[[str], None]
     layers: Sequence[AdapterLayer]
     dtype: torch.dtype
+    rows: int | None
+    _is_warm: bool = field(default=False, init=False)
     _staged: StagedFactors | None = field(default=None, init=False)
     _passes: dict[Shapes, _CapturedPass] = field(default_factory=dict, init=False)
-    _rows: int | None = field(default=None, init=False)
     _enabled: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
@@ -72,14 +73,26 @@ class CudaGraphEngine(EagerEngine):
         return [{name: tuple(shape) for name, shape in shapes} for shapes in self._passes]
 
     def _forward_backward(self, batch: Batch, factor: float | Tensor) -> Tensor:
-        if self.probe is not None:  # the first step, after which gradients have their memory
-            return super()._forward_backward(batch, factor)
+        if not self._is_warm:
+            self._warm_up(batch)
         if self._staged is None and self.dtype != torch.float32:
             self._staged = StagedFactors(self.layers, self.dtype)
         captured = self._captured(batch)
         if captured is None:
             return self._pass(batch, factor)
         return captured.replay(batch, factor)
+
+    def _warm_up(self, batch: Batch) -> None:
+        """Initialize libraries and allocate the gradients, by a pass whose results are discarded:
+        the first step after a resume, too, is then a replay, as in a run that was not interrupted.
+        """
+        states = random_states()
+        super()._forward_backward(batch, 1.0)
+        restore_random_states([states])
+        for parameter in self.parameters.values():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+        self._is_warm = True
 
     def _pass(self, batch: Batch, factor: float | Tensor) -> Tensor:
         if self._staged is None:
@@ -90,10 +103,9 @@ class CudaGraphEngine(EagerEngine):
         return loss
 
     def _captured(self, batch: Batch) -> _CapturedPass | None:
-        rows = len(batch.input_ids)
-        if self._rows is None:
-            self._rows = rows
-        if not self._enabled or rows != self._rows:
+        if self.rows is None:
+            self.rows = len(batch.input_ids)
+        if not self._enabled or len(batch.input_ids) != self.rows:
             return None
         shapes = tuple((name, tensor.shape) for name, tensor in batch.tensors().items())
         if shapes not in self._passes:
