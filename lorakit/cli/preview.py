@@ -55,7 +55,7 @@ def preview(
 
     with (
         only_results(),
-        open_recipe(recipe, overrides) as resolved,
+        open_recipe(recipe, overrides, say) as resolved,
         progress("tokenized") as report,
     ):
         found = make_preview(

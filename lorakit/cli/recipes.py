@@ -60,7 +60,7 @@ def _check(path: Path, overrides: list[str] | None) -> tuple[Recipe | None, tupl
 
     try:
         with only_results():
-            return load_recipe(path, overrides), ()
+            return load_recipe(path, overrides, say=say), ()
     except RecipeError as error:
         return None, error.problems
 

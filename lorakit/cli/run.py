@@ -81,7 +81,7 @@ def _train(
     changes = list(overrides or [])
     if output_dir is not None:
         changes.append(f"train.output_dir={json.dumps(output_dir)}")
-    with only_results(), open_recipe(recipe, changes) as resolved:
+    with only_results(), open_recipe(recipe, changes, _say()) as resolved:
         plan = api.dry_run(resolved, api.tell) if dry_run else None
         result = api.train(resolved, resume, api.tell) if plan is None else None
     if not api.is_main():
@@ -157,7 +157,7 @@ def eval_(
     outputs = {"--output": output, "--save-predictions": save_predictions}
     with process_group():
         _check_options(adapter, base, predictions, outputs)
-        with only_results(), open_recipe(recipe, overrides) as resolved:
+        with only_results(), open_recipe(recipe, overrides, _say()) as resolved:
             check_distinct(outputs, _inputs(resolved, recipe, predictions))
             if predictions is not None:
                 found = _score(resolved, predictions, split, limit)

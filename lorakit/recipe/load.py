@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,6 @@ from pydantic import ValidationError
 from lorakit.errors import ModelError, Problem, RecipeError, UserError, at_line, nearest
 from lorakit.recipe.check import check_sections, find_method, find_task
 from lorakit.recipe.diagnostics import (
-    OVERRIDE,
     Fault,
     explain,
     leading_key,
@@ -24,6 +23,7 @@ from lorakit.recipe.diagnostics import (
     unknown_sections,
     with_value,
 )
+from lorakit.recipe.overrides import Overrides, apply_overrides, drop_replaced
 from lorakit.recipe.sections import (
     AdapterSection,
     ModelSection,
@@ -35,14 +35,13 @@ from lorakit.recipe.sections import (
 from lorakit.recipe.yaml_source import (
     KeyPath,
     YamlFile,
-    dotted,
     read_scalar,
-    read_value,
     read_yaml,
 )
 from lorakit.user_code import locate_error
 
-Overrides = Mapping[str, object] | Sequence[str]
+#: Receives one note at a time.
+Say = Callable[[str], None]
 
 #: The class of each section; methods and tasks have subclasses.
 _SECTIONS: dict[str, type[Section]] = {
@@ -53,28 +52,39 @@ _SECTIONS: dict[str, type[Section]] = {
 }
 
 
+def _be_silent(_note: str) -> None:
+    pass
+
+
 def load_recipe(
-    path: str | Path, overrides: Overrides | None = None, *, without: Collection[str] = ()
+    path: str | Path,
+    overrides: Overrides | None = None,
+    *,
+    without: Collection[str] = (),
+    say: Say = _be_silent,
 ) -> Recipe:
     """Load and check a recipe file.
 
     ``${NAME}`` and ``${NAME:-default}`` are expanded in its strings. ``overrides`` is a mapping
-    (``{"train.seed": 1}``) or a list as after ``--set`` (``["train.seed=1"]``). Keys of the file
-    that are in ``without`` (``adapter.r``) are left out. Raises RecipeError with all problems at
-    once.
+    (``{"train.seed": 1}``) or a list as after ``--set`` (``["train.seed=1"]``). An override
+    replaces a key of the file that excludes it: ``train.max_steps`` replaces ``epochs``, and
+    ``say`` gets a line about it. Keys of the file that are in ``without`` (``adapter.r``) are left
+    out. Raises RecipeError with all problems at once.
     """
-    return _load(path, overrides, without)[0]
+    return _load(path, overrides, without, say)[0]
 
 
 @contextmanager
-def open_recipe(path: str | Path, overrides: Overrides | None = None) -> Iterator[Recipe]:
+def open_recipe(
+    path: str | Path, overrides: Overrides | None = None, say: Say = _be_silent
+) -> Iterator[Recipe]:
     """Load a recipe for a block whose errors name the file and line of the key that caused them.
 
     By convention the message of a UserError about a key starts with it
     (``task.max_length = 4096: ...``; the value is added if it is missing), and that of a ModelError
     with the name of the model.
     """
-    recipe, source = _load(path, overrides)
+    recipe, source = _load(path, overrides, (), say)
     try:
         yield recipe
     except UserError as error:
@@ -87,7 +97,7 @@ def open_recipe(path: str | Path, overrides: Overrides | None = None) -> Iterato
 
 
 def _load(
-    path: str | Path, overrides: Overrides | None, without: Collection[str] = ()
+    path: str | Path, overrides: Overrides | None, without: Collection[str], say: Say
 ) -> tuple[Recipe, YamlFile]:
     source = read_yaml(Path(path))
     for dropped in without:
@@ -95,6 +105,7 @@ def _load(
         source.data[holder].pop(key)
     faults = expand_environment(source)
     faults += apply_overrides(source, overrides)
+    notes = drop_replaced(source)
     sections = [_Checked(name, source.data) for name in Recipe.model_fields]
     faults += unknown_sections(source.data)
     for section in sections:
@@ -107,6 +118,8 @@ def _load(
     problems += task.problems
     if problems:
         raise RecipeError(problems)
+    for note in notes:
+        say(note)
     return Recipe(**{section.name: section.value for section in sections}), source
 
 
@@ -256,72 +269,3 @@ def _expand(text: str, environ: Mapping[str, str], quoted: bool) -> Any:
     whole = _REFERENCE.fullmatch(text)
     expanded = _REFERENCE.sub(replacement, text)
     return read_scalar(expanded) if whole and whole.group(1) and not quoted else expanded
-
-
-_FORM = "SECTION.KEY=VALUE, such as train.seed=1"
-
-
-def apply_overrides(source: YamlFile, overrides: Overrides | None) -> list[Fault]:
-    """Set the overridden values in ``source.data``, in place; return the faults of invalid ones.
-
-    Values from the command line are parsed as YAML, those of a mapping are used unchanged.
-    Everything after the second dot is one key of a mapping:
-    ``adapter.rank_pattern.layers.0.q_proj=4``. Variables are not expanded: the shell has done so.
-    """
-    faults: list[Fault] = []
-    for name, value in _pairs(overrides, faults):
-        path: KeyPath = tuple(name.split(".", 2))
-        if not all(path):
-            faults.append(Fault((name,), "empty key", value, True, _FORM, OVERRIDE))
-        else:
-            faults.extend(_place(source, path, value))
-    return faults
-
-
-def _pairs(overrides: Overrides | None, faults: list[Fault]) -> Iterator[tuple[str, Any]]:
-    if overrides is None:
-        return
-    if isinstance(overrides, Mapping):
-        for name, value in overrides.items():
-            yield str(name), _plain(value)
-        return
-    for text in [overrides] if isinstance(overrides, str) else overrides:
-        name, equals, value = text.partition("=")
-        if not equals:
-            faults.append(Fault((), f"{text!r} has no '='", allowed=_FORM, file=OVERRIDE))
-            continue
-        try:
-            yield name.strip(), read_value(value, OVERRIDE)
-        except RecipeError as error:
-            faults.extend(
-                Fault((name,), problem.message, value, True, problem.allowed, OVERRIDE)
-                for problem in error.problems
-            )
-
-
-def _plain(value: object) -> Any:
-    """Convert to what YAML has: lists for tuples, strings for paths."""
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _place(source: YamlFile, path: KeyPath, value: Any) -> Iterator[Fault]:
-    holder: Any = source.data
-    for length, part in enumerate(path[:-1], 1):
-        if holder.get(part) is None:
-            holder[part] = {}
-        holder = holder[part]
-        if not isinstance(holder, dict):
-            parent = dotted(path[:length])
-            message = f"{parent} has no keys"
-            yield Fault(path, message, value, True, f"{parent}=VALUE", OVERRIDE)
-            return
-    holder[path[-1]] = value
-    source.overridden.add(path)
-    for known in [known for known in source.lines if known[: len(path)] == path]:
-        del source.lines[known]

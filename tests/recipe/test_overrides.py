@@ -5,8 +5,11 @@ from typing import Any
 
 import pytest
 
-from lorakit.recipe.load import Overrides, apply_overrides
+from lorakit.errors import RecipeError
+from lorakit.recipe.load import load_recipe
+from lorakit.recipe.overrides import Overrides, apply_overrides
 from lorakit.recipe.yaml_source import YamlFile
+from tests.recipe.conftest import Write
 
 
 def source() -> YamlFile:
@@ -72,3 +75,57 @@ def test_faults(override: str, key: str, message: str) -> None:
     assert (problem.file, problem.line, problem.key) == ("--set", None, key)
     assert message in problem.message
     assert changed.data == source().data
+
+
+RECIPE = """
+model: {name_or_path: base}
+adapter:
+task: {name: glue/sst2}
+train:
+  output_dir: run
+  KEYS
+"""
+
+
+@pytest.mark.parametrize(
+    ("keys", "override", "expected", "note"),
+    [
+        (
+            "epochs: 2", "train.max_steps=10", {"max_steps": 10, "epochs": None},
+            "--set train.max_steps = 10: replaces train.epochs = 2 of ",
+        ),
+        (
+            "max_steps: 9", "train.epochs=0.5", {"max_steps": None, "epochs": 0.5},
+            "--set train.epochs = 0.5: replaces train.max_steps = 9 of ",
+        ),
+        (
+            "warmup_ratio: 0.1", "train.warmup_steps=3", {"warmup_steps": 3, "warmup_ratio": None},
+            "--set train.warmup_steps = 3: replaces train.warmup_ratio = 0.1 of ",
+        ),
+        ("epochs: 2", "train.max_steps=null", {"max_steps": None, "epochs": 2.0}, None),
+        ("seed: 3", "train.max_steps=10", {"max_steps": 10, "epochs": None}, None),
+    ],
+)  # fmt: skip
+def test_an_override_replaces_the_key_that_it_excludes(
+    keys: str, override: str, expected: dict[str, object], note: str | None, write: Write
+) -> None:
+    path, notes = write(RECIPE.replace("KEYS", keys)), []
+    train = load_recipe(path, [override], say=notes.append).train
+    assert {key: getattr(train, key) for key in expected} == expected
+    assert notes == ([] if note is None else [f"{note}{path}"])
+
+
+@pytest.mark.parametrize(
+    ("keys", "overrides"),
+    [
+        ("{epochs: 2, max_steps: 9}", []),
+        ("{}", ["train.epochs=2", "train.max_steps=9"]),
+        ("{}", {"train": {"output_dir": "x", "epochs": 2, "max_steps": 9}}),
+    ],
+)
+def test_two_keys_of_the_same_source_are_an_error(
+    keys: str, overrides: Overrides, write: Write
+) -> None:
+    keys = keys.strip("{}").replace(", ", "\n  ")
+    with pytest.raises(RecipeError, match=r"train\.max_steps = 9: cannot be set together with"):
+        load_recipe(write(RECIPE.replace("KEYS", keys)), overrides)
