@@ -50,7 +50,8 @@ if TYPE_CHECKING:
     from lorakit.sweeps.run import sweep
     from lorakit.sweeps.table import table_text
     from lorakit.tasks.checks import counts_line
-    from lorakit.training.run import RunResult, dry_run, train
+    from lorakit.training.run import dry_run, train
+    from lorakit.training.session import RunResult
     from lorakit.training.tracking import tell
     from lorakit.user_code import locate_error
 
@@ -93,7 +94,8 @@ _MODULES = {
     "lorakit.sweeps.run": ("sweep",),
     "lorakit.sweeps.table": ("table_text",),
     "lorakit.tasks.checks": ("counts_line",),
-    "lorakit.training.run": ("RunResult", "dry_run", "train"),
+    "lorakit.training.run": ("dry_run", "train"),
+    "lorakit.training.session": ("RunResult",),
     "lorakit.training.tracking": ("tell",),
     "lorakit.user_code": ("locate_error",),
 }

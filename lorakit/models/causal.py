@@ -71,25 +71,52 @@ def token_losses(
     kernels: Kernels = "torch",
     **inputs: Any,
 ) -> Tensor:
-    """The summed cross-entropy of the trained tokens, a float32 scalar.
+    """The summed cross-entropy of the trained tokens, a float32 scalar: ``final_states``, then
+    ``state_losses``."""
+    states = final_states(model, parts, input_ids, **inputs)
+    return state_losses(model, parts, states, loss_indices, targets, label_smoothing, kernels)
 
-    ``input_ids`` (batch, length) is padded on the right; ``loss_indices`` (n,) are positions in the
-    flattened (batch * length) tokens whose next token is trained, ``targets`` (n,) those tokens.
-    ``inputs`` are additional arguments of the decoder: the positions of packed documents.
-    With ``kernels: auto``, a Triton kernel computes the loss on a GPU in half precision.
 
-    There is no attention mask: with causal attention no token sees the padding after it, and
-    without a mask attention takes its fastest path and never waits for the device.
+def final_states(
+    model: PreTrainedModel, parts: CausalParts, input_ids: Tensor, **inputs: Any
+) -> Tensor:
+    """The hidden states (batch, length, hidden) before the output layer, or the logits of a model
+    that cannot be split.
+
+    ``input_ids`` (batch, length) is padded on the right. ``inputs`` are additional arguments of the
+    decoder: the positions of packed documents. There is no attention mask: with causal attention no
+    token sees the padding after it, and without a mask attention takes its fastest path and never
+    waits for the device.
     """
+    states: Tensor
     if parts.head is None or parts.decoder is None:
-        logits = model(input_ids=input_ids, use_cache=False, **inputs).logits
-        rows = logits.reshape(-1, logits.shape[-1]).index_select(0, loss_indices).float()
-        return nn.functional.cross_entropy(
-            rows, targets, reduction="sum", label_smoothing=label_smoothing
-        )
-    hidden = parts.decoder(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
-    hidden = hidden.reshape(-1, hidden.shape[-1]).index_select(0, loss_indices)
+        states = model(input_ids=input_ids, use_cache=False, **inputs).logits
+    else:
+        states = parts.decoder(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
+    return states
+
+
+def state_losses(
+    model: PreTrainedModel,
+    parts: CausalParts,
+    states: Tensor,
+    loss_indices: Tensor,
+    targets: Tensor,
+    label_smoothing: float = 0.0,
+    kernels: Kernels = "torch",
+) -> Tensor:
+    """The summed cross-entropy of the trained tokens, given the ``final_states``.
+
+    ``loss_indices`` (n,) are positions in the flattened (batch * length) tokens whose next token is
+    trained, ``targets`` (n,) those tokens. With ``kernels: auto``, a Triton kernel computes the
+    loss on a GPU in half precision.
+    """
+    hidden = states.reshape(-1, states.shape[-1]).index_select(0, loss_indices)
     head = parts.head
+    if head is None:
+        return nn.functional.cross_entropy(
+            hidden.float(), targets, reduction="sum", label_smoothing=label_smoothing
+        )
     trains = any(parameter.requires_grad for parameter in head.parameters())
     if type(head) is nn.Linear and not trains and not head._forward_pre_hooks:
         return linear_cross_entropy(

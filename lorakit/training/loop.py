@@ -1,12 +1,16 @@
-"""Decide when to take a step, log, evaluate, save and stop; the engine computes the step."""
+"""Decide when to take a step, log, evaluate, save and stop; the engine computes the step.
+
+A loop is a generator of the steps that it wants to be taken, so that the steps of several loops can
+be computed together. ``drive`` computes those of one.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 
@@ -23,7 +27,7 @@ from lorakit.errors import (
     UserError,
 )
 from lorakit.evaluation.progress import EvaluationStopped
-from lorakit.training.batching import StepLoader
+from lorakit.training.batching import LoadedStep, StepLoader
 from lorakit.training.checkpoint import (
     Progress,
     Snapshot,
@@ -39,11 +43,46 @@ from lorakit.training.divergence import (
     nonfinite_step,
     nonfinite_weight,
 )
-from lorakit.training.engine import Engine, same_shapes
+from lorakit.training.engine import Engine, StepResult, same_shapes
 from lorakit.training.guard import Guard
 from lorakit.training.random_states import random_states, restore_random_states
 from lorakit.training.record import peak_memory_bytes
 from lorakit.training.tracking import Recorder
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StepRequest:
+    """A step that a loop wants to be taken. ``metrics`` are those of an evaluation after the last
+    step; None if there was none."""
+
+    engine: Engine
+    loaded: LoadedStep
+    metrics: dict[str, float] | None = None
+
+    def take(self) -> StepResult:
+        return self.engine.step(self.loaded.micro_batches, self.loaded.loss_count)
+
+
+#: Yields the next step and receives its result, or None to stop early instead of taking it.
+Steps = Generator[StepRequest, StepResult | None, T]
+
+
+def drive(steps: Steps[T]) -> T:
+    """Take all steps, and return what ``steps`` returns."""
+    try:
+        request = next(steps)
+        while True:
+            try:
+                result = request.take()
+            except BaseException as error:
+                request = steps.throw(error)
+            else:
+                request = steps.send(result)
+    except StopIteration as end:
+        value: T = end.value
+        return value
 
 
 @dataclass
@@ -71,6 +110,7 @@ class Loop:
         self._window_start = time.monotonic()
         self._window_tokens = 0
         self._last_checkpoint: Path | None = None
+        self._evaluated: dict[str, float] | None = None
 
     def resume(self, checkpoint: Path, snapshot: Snapshot) -> None:
         """Restore everything as it was when ``checkpoint`` was written.
@@ -97,7 +137,7 @@ class Loop:
         self._last_checkpoint = checkpoint
         restore_random_states(snapshot.random, rank_and_world_size()[0])
 
-    def run(self) -> None:
+    def steps(self) -> Steps[None]:
         """Train to the end.
 
         Raises TrainingError if the loss or a weight is not finite. With a checkpoint saved, raises
@@ -107,7 +147,8 @@ class Loop:
         if self.progress.step and self._evaluation_due():
             self._evaluate()
         while self.progress.step < self.schedule.total_steps and not self.progress.stopped_early:
-            self._take_step()
+            if not (yield from self._take_step()):
+                break
             self._log()
             if self.stop:
                 self._interrupt()
@@ -168,17 +209,23 @@ class Loop:
         again = self.engine.loss(batches) if batches is not None else None
         return divergence_note(history, again, self.cause) if has_diverged(history, again) else None
 
-    def _take_step(self) -> None:
+    def _take_step(self) -> Steps[bool]:
+        """Take the next step; false if the run is to stop before it."""
         began, progress = time.monotonic(), self.progress
         try:
             loaded = self.loader.take(progress.step)
         except DataError as error:
             self._stop_for_data(error)
+        request = StepRequest(self.engine, loaded, self._evaluated)
+        self._evaluated = None
         try:
-            result = self.engine.step(loaded.micro_batches, loaded.loss_count)
+            result = yield request
         except torch.OutOfMemoryError as error:
             message = self.out_of_memory(progress.step + 1, loaded.micro_batches)
             raise TrainingError(f"{message}; {self._last_good()}") from error
+        if result is None:
+            progress.stopped_early = True
+            return False
         progress.step += 1
         if progress.step < self.schedule.total_steps:
             self.loader.prefetch(progress.step)  # while the device computes
@@ -186,6 +233,7 @@ class Loop:
         self._window_tokens += loaded.token_count
         progress.trained_tokens += result.loss_count
         progress.seconds += time.monotonic() - began
+        return True
 
     def _log(self) -> None:
         step = self.progress.step
@@ -270,7 +318,7 @@ class Loop:
         except EvaluationError as error:
             self._fail(f"step {step}: {error}; if the weights diverged: {self.cause}")
         self.progress.seconds += time.monotonic() - began
-        self.progress.last_eval_step = step
+        self.progress.last_eval_step, self._evaluated = step, metrics
         self.recorder.evaluation(step, metrics)
         if self.engine.is_final_form():
             stopping = self.best.update(metrics, self.engine.weights, self.progress)

@@ -19,9 +19,9 @@ from lorakit.evaluation.evaluate import EvalData
 from lorakit.injection import InjectionReport, find_heads, inject
 from lorakit.methods.base import Method
 from lorakit.models.causal import check_packable
-from lorakit.models.load import fit_max_length, load_pretrained
-from lorakit.pipeline.encoding import StreamedRows, encode_training_data
-from lorakit.pipeline.task_data import Say, load_training_data
+from lorakit.models.load import Pretrained, fit_max_length, load_pretrained
+from lorakit.pipeline.encoding import StreamedRows, TrainingData, encode_training_data
+from lorakit.pipeline.task_data import Say, TaskData, load_training_data
 from lorakit.recipe.sections import Recipe
 from lorakit.tasks.base import Task
 
@@ -43,13 +43,35 @@ class Prepared:
     data: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """The base model, and the data, tokenized for it: what adapters of one base can share."""
+
+    task: Task
+    loaded: Pretrained
+    encoded: TrainingData
+    split: Split
+
+
 def prepare(recipe: Recipe, say: Say, write_cache: bool = True) -> Prepared:
     """Load, tokenize and inject; raises UserError if recipe, data and model do not fit together."""
+    return adapt(recipe, load_inputs(recipe, say, write_cache), say)
+
+
+def load_inputs(recipe: Recipe, say: Say, write_cache: bool = True) -> Inputs:
+    """Load the base model and the data; raises UserError if they do not fit together."""
     data = load_training_data(recipe, say)
     loaded = load_pretrained(recipe.model, data.task.kind, data.labels, seed=recipe.train.seed)
     for note in loaded.notes:
         say(note)
-    model, tokenizer = loaded.model, loaded.tokenizer
+    return encode_inputs(recipe, data, loaded, say, write_cache)
+
+
+def encode_inputs(
+    recipe: Recipe, data: TaskData, loaded: Pretrained, say: Say, write_cache: bool = True
+) -> Inputs:
+    """Tokenize the data; raises UserError if recipe, data and model do not fit together."""
+    model = loaded.model
     data = replace(data, config=fit_max_length(model, data.config, say))
     if data.config.packing:
         check_packable(model)
@@ -59,7 +81,14 @@ def prepare(recipe: Recipe, say: Say, write_cache: bool = True) -> Prepared:
             f"train.gradient_checkpointing = true: {type(model).__name__} does not support it; "
             "allowed: false"
         )
-    encoded = encode_training_data(data, model, tokenizer, say, write_cache=write_cache)
+    encoded = encode_training_data(data, model, loaded.tokenizer, say, write_cache=write_cache)
+    return Inputs(data.task, loaded, encoded, data.split)
+
+
+def adapt(recipe: Recipe, inputs: Inputs, say: Say) -> Prepared:
+    """Inject the adapter into the model of ``inputs``; raises UserError if it does not fit."""
+    loaded, encoded = inputs.loaded, inputs.encoded
+    model = loaded.model
     check_best_metric(recipe, encoded.evaluation)
     recipe = recipe.model_copy(update={"task": encoded.config})
 
@@ -69,15 +98,15 @@ def prepare(recipe: Recipe, say: Say, write_cache: bool = True) -> Prepared:
     report = inject(model, recipe.adapter, _outermost(list(heads)))
     for line in str(report).splitlines():
         say(line)
-    described = {data.split.name: _describe_split(data.split, encoded.train)}
+    described = {inputs.split.name: _describe_split(inputs.split, encoded.train)}
     if (evaluation := encoded.evaluation) is not None:
         described[evaluation.split.name] = _describe_split(evaluation.split, evaluation.encoded)
     return Prepared(
         recipe=recipe,
-        task=data.task,
+        task=inputs.task,
         method=method,
         model=model,
-        tokenizer=tokenizer,
+        tokenizer=loaded.tokenizer,
         report=report,
         train=encoded.train,
         evaluation=evaluation,

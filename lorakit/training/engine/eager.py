@@ -24,9 +24,10 @@ from lorakit.methods.base import RunHooks
 from lorakit.models.causal import (
     CausalParts,
     Kernels,
+    final_states,
     host_masks,
     split_model,
-    token_losses,
+    state_losses,
     use_varlen,
     varlen_options,
 )
@@ -74,6 +75,11 @@ class EagerEngine:
             self._forward_backward(batch, 1 / count if is_counted else 0.0)
             for batch, is_counted in self.strategy.passes(micro_batches)
         ]
+        return self.finish_step(losses, count)
+
+    def finish_step(self, losses: Sequence[Tensor], count: int) -> StepResult:
+        """Update the weights, whose gradients of the step's ``losses`` are there; each loss is
+        already divided by their ``count``."""
         first = losses[0] if losses else torch.zeros((), device=self.strategy.device)
         own = sum(losses[1:], start=first)
         loss = self.strategy.reduce_gradients(list(self.parameters.values()), own)
@@ -176,6 +182,11 @@ class CausalObjective(nn.Module):
         self.kernels = kernels
 
     def forward(self, batch: CausalBatch) -> Tensor:
+        return self.losses(self.states(batch), batch)
+
+    def states(self, batch: CausalBatch) -> Tensor:
+        """What the model computes for each token, from which its loss follows: see
+        ``final_states``."""
         inputs: dict[str, Any] = {}
         if batch.position_ids is not None:
             inputs["position_ids"] = batch.position_ids
@@ -183,16 +194,19 @@ class CausalObjective(nn.Module):
             inputs |= varlen_options(batch.cu_seq_lens, self.longest_row)
         block_mask = batch.position_ids is not None and batch.cu_seq_lens is None
         with host_masks(batch.input_ids.device, packed=block_mask):
-            return token_losses(
-                self.model,
-                self.parts,
-                batch.input_ids,
-                batch.loss_indices,
-                batch.targets,
-                self.label_smoothing,
-                self.kernels,
-                **inputs,
-            )
+            return final_states(self.model, self.parts, batch.input_ids, **inputs)
+
+    def losses(self, states: Tensor, batch: CausalBatch) -> Tensor:
+        """The sum of the losses, given the ``states``."""
+        return state_losses(
+            self.model,
+            self.parts,
+            states,
+            batch.loss_indices,
+            batch.targets,
+            self.label_smoothing,
+            self.kernels,
+        )
 
 
 class EncoderObjective(nn.Module):
@@ -216,9 +230,17 @@ class EncoderObjective(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, batch: EncoderBatch) -> Tensor:
+        return self.losses(self.states(batch), batch)
+
+    def states(self, batch: EncoderBatch) -> Tensor:
+        """The logits (rows, outputs)."""
         with host_masks(batch.input_ids.device):
-            logits = self.model(**batch.model_inputs()).logits.float()
-        labels = batch.labels
+            logits: Tensor = self.model(**batch.model_inputs()).logits
+        return logits
+
+    def losses(self, states: Tensor, batch: EncoderBatch) -> Tensor:
+        """The sum of the losses, given the logits."""
+        logits, labels = states.float(), batch.labels
         if logits.shape[-1] == 1:
             return F.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum")
         if self.columns is not None:
