@@ -26,7 +26,7 @@ def skip_unread_tokens(model: PreTrainedModel) -> bool:
     this: its layers are built as BERT's, nothing in the skipped part is trained, and the logits of
     a few rows are verified to stay the same.
     """
-    parts = _after_attention(model)
+    parts = after_attention(model)
     trained = any(p.requires_grad for part in parts for p in part.parameters())
     if not parts or trained:
         return False
@@ -73,7 +73,7 @@ class _FirstTokens:
         return output[:, : self.kept].contiguous() if module.training else None
 
 
-def _after_attention(model: PreTrainedModel) -> list[nn.Module]:
+def after_attention(model: PreTrainedModel) -> list[nn.Module]:
     """The modules of the last layer that follow its attention, in order; none if it is not
     BERT's."""
     layers = getattr(getattr(model.base_model, "encoder", None), "layer", None)

@@ -56,10 +56,18 @@ Objective = CausalObjective | EncoderObjective
 def build_objective(prepared: Prepared, strategy: Strategy, say: Say) -> Objective:
     """Seed the run, place the model on the device and wrap it in its objective. An nf4 base is
     quantized here."""
+    # Each process drops out other elements.
+    set_seed((prepared.recipe.train.seed + rank_and_world_size()[0]) % 2**32)
+    objective = wrap_model(prepared, strategy, say)
+    if prepared.task.kind == "encoder" and _is_eager_on_cpu(prepared, strategy):
+        skip_unread_tokens(prepared.model)
+    return objective
+
+
+def wrap_model(prepared: Prepared, strategy: Strategy, say: Say) -> Objective:
+    """Place the model on the device, and wrap it in its objective."""
     section, device = prepared.recipe.train, strategy.device
     model: Any = prepared.model
-    # Each process drops out other elements.
-    set_seed((section.seed + rank_and_world_size()[0]) % 2**32)
     if section.gradient_checkpointing and prepared.task.kind == "encoder":
         model.config.use_cache = False  # a recomputed layer would extend the cache again
     if section.gradient_checkpointing is True:
@@ -71,8 +79,6 @@ def build_objective(prepared: Prepared, strategy: Strategy, say: Say) -> Objecti
         use_float32_attention(model)
     if prepared.task.kind == "encoder":
         columns = label_columns(model, prepared.task.labels(prepared.recipe.task, None))
-        if device.type == "cpu" and section.compile is not True:
-            skip_unread_tokens(model)
         return EncoderObjective(model, section.label_smoothing, columns)
     task = prepared.recipe.task
     # The padding after packed rows is treated as one more row.
@@ -80,6 +86,10 @@ def build_objective(prepared: Prepared, strategy: Strategy, say: Say) -> Objecti
     return CausalObjective(
         model, section.label_smoothing, task.packing, longest_row, section.kernels
     )
+
+
+def _is_eager_on_cpu(prepared: Prepared, strategy: Strategy) -> bool:
+    return strategy.device.type == "cpu" and prepared.recipe.train.compile is not True
 
 
 def build_engine(
@@ -123,7 +133,7 @@ def build_engine(
             model,
             say,
             fully_trained=_requested_modules(prepared),
-            count_calls=not compiled,
+            count_calls=execution.mode in ("eager", "cuda_graphs"),
         ),
     }
     if execution.mode == "cuda_graphs":
@@ -160,10 +170,12 @@ def build_loop(
     stop: StopRequest,
     guard: Guard | None,
     say: Say,
+    execution: Execution | None = None,
 ) -> Loop:
-    """Assemble the loop; ``objective`` is None unless it has been built before."""
+    """Assemble the loop; ``objective`` is None unless it has been built before, ``execution`` to
+    choose it here."""
     section = prepared.recipe.train
-    execution = choose_execution(
+    execution = execution or choose_execution(
         prepared, strategy.device, schedule.total_steps, strategy.is_sharded
     )
     objective = objective or build_objective(prepared, strategy, say)

@@ -13,7 +13,8 @@ from lorakit.data.encode import EncodedSplit
 from lorakit.models.quantized import QuantizedLinear
 from lorakit.training.setup import Prepared
 
-Mode = Literal["eager", "cuda_graphs", "compiled_layers"]
+#: ``joint``: the passes are computed with those of other runs, see ``training.joint``.
+Mode = Literal["eager", "cuda_graphs", "compiled_layers", "joint"]
 
 #: Below this many operations per pass, kernels take far less time than their launches from Python.
 _LAUNCH_BOUND_FLOPS = 1e13

@@ -90,6 +90,10 @@ class EagerEngine:
         norm = self._update()
         return StepResult(loss, norm, tuple(values), count)
 
+    def discard_gradients(self) -> None:
+        """Forget what the passes of a step that failed have computed."""
+        self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
+
     def _forward_backward(self, batch: Batch, factor: float | Tensor) -> Tensor:
         """Add the gradient of the sum of the batch's losses times ``factor``; return that sum."""
         loss = self.objective(batch) * factor

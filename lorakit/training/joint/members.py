@@ -1,0 +1,128 @@
+"""A member: one run of several that are trained together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorakit.distributed.build import build_strategy
+from lorakit.distributed.strategy import Strategy
+from lorakit.pipeline.task_data import Say
+from lorakit.recipe.check import check_recipe
+from lorakit.recipe.sections import Recipe
+from lorakit.training.batching import build_batching
+from lorakit.training.build import Objective, build_loop, build_objective, plan_line
+from lorakit.training.control import Schedule, StopRequest
+from lorakit.training.engine import StepResult
+from lorakit.training.engine.eager import EagerEngine
+from lorakit.training.execution import Execution
+from lorakit.training.guard import Guard, naming_checkpoints
+from lorakit.training.joint.base import SharedBase
+from lorakit.training.joint.member_random import MemberRandom
+from lorakit.training.loop import Loop, StepRequest, Steps
+from lorakit.training.output_dir import find_start
+from lorakit.training.run import check_resumable, check_support, finished_run
+from lorakit.training.session import RunResult, Session
+from lorakit.training.setup import Prepared
+from lorakit.training.tracking import Display, Recorder
+
+
+class MemberDisplay(Display):
+    """Passes on what a run says, but shows no progress: several bars would overwrite each other."""
+
+    def __init__(self, total_steps: int, done: int, say: Say) -> None:
+        super().__init__(total_steps, done, quiet=True)
+        self._pass_on = say
+
+    def say(self, text: str) -> None:
+        self._pass_on(text)
+
+    def log(self, line: dict[str, object]) -> None:
+        """The lines are in metrics.jsonl."""
+
+
+@dataclass
+class Member:
+    """``request`` is the step that it wants to take next, ``outcome`` how it ended; one of them is
+    set once it has started."""
+
+    prepared: Prepared
+    strategy: Strategy
+    random: MemberRandom
+    steps: Steps[RunResult]
+    resumed: bool
+    built: list[tuple[Objective, Loop]]
+    request: StepRequest | None = None
+    outcome: RunResult | Exception | None = None
+
+    @property
+    def objective(self) -> Objective:
+        return self.built[0][0]
+
+    @property
+    def engine(self) -> EagerEngine:
+        engine = self.built[0][1].engine
+        assert isinstance(engine, EagerEngine)
+        return engine
+
+    def advance(self, result: StepResult | Exception | None) -> None:
+        """Give the member the result of its step, or the error in it, or None to stop it early; run
+        it up to its next step or to its end."""
+        with self.random.active():
+            try:
+                if isinstance(result, Exception):
+                    self.request = self.steps.throw(result)
+                else:
+                    self.request = self.steps.send(result)
+            except StopIteration as end:
+                self.request, self.outcome = None, end.value
+            except Exception as error:
+                self.request, self.outcome = None, error
+
+    def abort(self, error: BaseException) -> None:
+        """End the member because of an error of the whole process."""
+        try:
+            self.steps.throw(error)
+        except BaseException:
+            return
+
+
+def start_member(
+    recipe: Recipe, resume: str | None, base: SharedBase, stop: StopRequest, say: Say
+) -> Member | RunResult:
+    """Prepare the run of ``recipe`` on a view of ``base``; return its result if it is complete.
+    Raises UserError as ``train`` does before it writes anything."""
+    check_recipe(recipe)
+    start = find_start(recipe, resume, say)
+    if start.finished is not None:
+        return finished_run(recipe, start.finished, say)
+    check_support(recipe)
+    strategy = build_strategy(recipe.model.dtype)
+    strategy.check(recipe)
+    prepared = base.prepare(recipe, say)
+    batching = build_batching(prepared, strategy.device, strategy.share)
+    check_resumable(prepared, batching, start, say)
+    say(plan_line(prepared, batching))
+    built: list[tuple[Objective, Loop]] = []
+
+    def build(schedule: Schedule, recorder: Recorder, guard: Guard | None) -> Loop:
+        base.place(prepared.model, strategy.device)
+        objective = build_objective(prepared, strategy, say)
+        loop = build_loop(
+            prepared, objective, strategy, batching.steps, schedule, recorder, stop, guard, say,
+            Execution("joint"),
+        )  # fmt: skip
+        built.append((objective, loop))
+        return loop
+
+    session = Session(
+        prepared, strategy, batching, start, build,
+        lambda total, done: MemberDisplay(total, done, say), say,
+    )  # fmt: skip
+    resumed = start.checkpoint is not None
+    return Member(prepared, strategy, MemberRandom(), _steps(session), resumed, built)
+
+
+def _steps(session: Session) -> Steps[RunResult]:
+    with naming_checkpoints(Path(session.prepared.recipe.train.output_dir)):
+        return (yield from session.steps())

@@ -1,0 +1,181 @@
+"""Train several adapters over one frozen base in one process.
+
+Each member is a run as ``lorakit train`` makes it, with files, evaluations and random numbers of
+its own. Only the passes of a step are shared: the base computes the rows of all members at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from lorakit.errors import Interrupted
+from lorakit.openmp import yield_cores
+from lorakit.pipeline.task_data import Say
+from lorakit.recipe.sections import Recipe
+from lorakit.training.build import wrap_model
+from lorakit.training.control import StopRequest, stop_request
+from lorakit.training.deterministic import deterministic_kernels
+from lorakit.training.engine import StepResult
+from lorakit.training.engine.eager import CausalObjective
+from lorakit.training.joint.base import SharedBase
+from lorakit.training.joint.members import Member, start_member
+from lorakit.training.joint.passes import JointPasses, Part
+from lorakit.training.joint.trunk import Trunk
+from lorakit.training.session import RunResult
+
+#: Gets a member's number and how it ended.
+Finished = Callable[[int, RunResult | Exception], None]
+#: Gets a member's number, the steps that it has taken and its metrics.
+StopAt = Callable[[int, int, dict[str, float] | None], bool]
+
+
+@yield_cores()
+def train_joint(
+    recipes: Sequence[Recipe],
+    resume: str | None,
+    say: Say,
+    finished: Finished,
+    stop_at: StopAt | None = None,
+) -> list[RunResult | Exception]:
+    """Train the adapters of ``recipes``, of which any two ``can_join``, and return how each ended.
+
+    Each run writes to its ``train.output_dir`` what ``train`` writes, with the same result.
+    ``resume`` is None for new runs, or ``auto`` for each one's newest checkpoint. ``finished`` is
+    called as soon as a run has ended; the error of one does not end the others. After a signal,
+    each running member saves a checkpoint, and Interrupted is raised.
+
+    ``stop_at`` is asked before a member takes its next step if it has just been evaluated, with the
+    metrics, or resumed, with None: true ends it there, as early stopping does. By then all running
+    members have been evaluated that are due: they take their steps at the same time. At its last
+    step a member is not asked.
+    """
+    deterministic = any(recipe.train.deterministic for recipe in recipes)
+    with deterministic_kernels(deterministic), stop_request() as stop:
+        run = _JointRun(recipes, resume, say, finished, stop_at, stop)
+        try:
+            run.start()
+            run.train()
+        except BaseException as error:
+            run.abort(error)
+            raise
+        return [run.outcomes[index] for index in range(len(recipes))]
+
+
+class _JointRun:
+    """``members`` are those that have not ended, by number; ``outcomes`` those of the others."""
+
+    def __init__(
+        self,
+        recipes: Sequence[Recipe],
+        resume: str | None,
+        say: Say,
+        finished: Finished,
+        stop_at: StopAt | None,
+        stop: StopRequest,
+    ) -> None:
+        self._recipes, self._resume, self._say = recipes, resume, say
+        self._finished, self._stop_at, self._stop = finished, stop_at, stop
+        self.members: dict[int, Member] = {}
+        self.outcomes: dict[int, RunResult | Exception] = {}
+        self._passes: JointPasses | None = None
+        self._interrupted: Interrupted | None = None
+
+    def start(self) -> None:
+        """Prepare all members, run them up to their first steps, and build what they share."""
+        base = SharedBase()
+        for index, recipe in enumerate(self._recipes):
+            if self._stop:
+                raise Interrupted("stopped before the first step", self._stop.signal_number)
+            try:
+                member = start_member(recipe, self._resume, base, self._stop, self._say_of(recipe))
+            except Exception as error:
+                self._end(index, error)
+                continue
+            if isinstance(member, RunResult):
+                self._end(index, member)
+            else:
+                self.members[index] = member
+        for index in list(self.members):
+            self._advance(index, None)
+        if self.members:
+            self._passes = self._share(base)
+
+    def train(self) -> None:
+        """Take steps until all members have ended; raises Interrupted after a signal."""
+        while self.members:
+            self._stop_early()
+            requests = {i: m.request for i, m in self.members.items() if m.request is not None}
+            if not requests:
+                break
+            assert self._passes is not None
+            results = self._passes.take(requests)
+            for index, result in results.items():
+                self._advance(index, result)
+        if self._interrupted is not None:
+            raise Interrupted(
+                f"stopped; {len(self.outcomes)} of {len(self._recipes)} runs have ended, the "
+                "others have saved a checkpoint; continue with --resume auto",
+                self._stop.signal_number,
+            ) from self._interrupted
+
+    def abort(self, error: BaseException) -> None:
+        """End the running members because of ``error``."""
+        for member in self.members.values():
+            member.abort(error)
+
+    def _stop_early(self) -> None:
+        if self._stop_at is None:
+            return
+        for index, member in list(self.members.items()):
+            request = member.request
+            assert request is not None
+            if request.metrics is None and not member.resumed:
+                continue
+            member.resumed = False
+            if self._stop_at(index, request.loaded.number, request.metrics):
+                self._advance(index, None)
+
+    def _advance(self, index: int, result: StepResult | Exception | None) -> None:
+        member = self.members[index]
+        member.advance(result)
+        outcome = member.outcome
+        if outcome is None:
+            return
+        del self.members[index]
+        if self._passes is not None:
+            self._passes.drop(index)
+        if isinstance(outcome, Interrupted):
+            self._interrupted = outcome
+        else:
+            self._end(index, outcome)
+
+    def _end(self, index: int, outcome: RunResult | Exception) -> None:
+        self.outcomes[index] = outcome
+        self._finished(index, outcome)
+
+    def _share(self, base: SharedBase) -> JointPasses:
+        members = list(self.members.values())
+        first = members[0]
+        recipe, view = first.prepared.recipe, base.view()
+        if first.strategy.device.type == "cpu" and recipe.train.gradient_checkpointing:
+            # Dropout in a pass that is recomputed could not draw each member's numbers again.
+            self._say("train.gradient_checkpointing: not used by joint passes on the CPU")
+            train = recipe.train.model_copy(update={"gradient_checkpointing": False})
+            recipe = recipe.model_copy(update={"train": train})
+        base.place(view, first.strategy.device)
+        objective = wrap_model(
+            replace(first.prepared, recipe=recipe, model=view), first.strategy, self._say
+        )
+        if isinstance(objective, CausalObjective):
+            own = [m.objective for m in members]
+            objective.longest_row = max(getattr(each, "longest_row", 0) for each in own)
+        trunk = Trunk(view, {i: m.prepared for i, m in self.members.items()})
+        parts = {i: Part(m.engine, m.objective, m.random) for i, m in self.members.items()}
+        pad_id = first.prepared.tokenizer.pad_token_id
+        return JointPasses(trunk, objective, parts, pad_id, self._say)
+
+    def _say_of(self, recipe: Recipe) -> Say:
+        name = Path(recipe.train.output_dir).name
+        return lambda text: self._say("\n".join(f"{name}: {line}" for line in text.splitlines()))

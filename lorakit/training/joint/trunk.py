@@ -1,0 +1,82 @@
+"""The shared model that computes the passes of all members."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from lorakit.anatomy import is_routed_expert, is_within
+from lorakit.errors import UserError
+from lorakit.injection import trainable_state
+from lorakit.layers import BaseWrapper, adapted_modules
+from lorakit.models.first_token import after_attention, skip_unread_tokens
+from lorakit.models.master_weights import plain_name
+from lorakit.training.joint.layers import Current, JointLayer, OwnModules, shares_base
+from lorakit.training.setup import Prepared
+
+
+class Trunk:
+    """A view of the base, in which adapted and fully trained modules are those of the members."""
+
+    def __init__(self, model: Any, members: Mapping[int, Prepared]) -> None:
+        """Change ``model``, a view without an adapter. ``members`` are known by a number.
+
+        Raises UserError for adapted experts, to which the members' tokens are routed together."""
+        self.current = Current()
+        self._modules: list[OwnModules | JointLayer] = []
+        views = {number: member.model for number, member in members.items()}
+        own = _outermost({path for member in members.values() for path in _own_paths(member)})
+        adapted = {name: None for view in views.values() for name in adapted_modules(view)}
+        if expert := next((name for name in adapted if is_routed_expert(name)), None):
+            raise UserError(f"{expert}: adapted experts cannot be trained jointly")
+        unread = {id(module) for part in after_attention(model) for module in part.modules()}
+        encoder = next(iter(members.values())).task.kind == "encoder"
+        if (
+            encoder
+            and model.device.type == "cpu"
+            and not any(id(model.get_submodule(path)) in unread for path in (*own, *adapted))
+        ):
+            skip_unread_tokens(model)
+        for path in own:
+            modules = {number: view.get_submodule(path) for number, view in views.items()}
+            self._place(model, path, OwnModules(modules, self.current))
+        for path in adapted:
+            if not is_within(path, tuple(own)):
+                self._place(model, path, self._joint_module(model, path, views))
+
+    def drop(self, member: int) -> None:
+        """Forget a member that takes part in no further pass."""
+        for module in self._modules:
+            del module.own[member]
+
+    def _place(self, model: nn.Module, path: str, module: OwnModules | JointLayer) -> None:
+        model.set_submodule(path, module)
+        self._modules.append(module)
+
+    def _joint_module(
+        self, model: nn.Module, path: str, views: Mapping[int, nn.Module]
+    ) -> OwnModules | JointLayer:
+        modules = {number: view.get_submodule(path) for number, view in views.items()}
+        layers = {number: m for number, m in modules.items() if isinstance(m, BaseWrapper)}
+        if all(shares_base(layer) for layer in layers.values()):
+            own: dict[int, nn.Module | None] = {number: layers.get(number) for number in modules}
+            return JointLayer(model.get_submodule(path), own, self.current)
+        return OwnModules(modules, self.current)
+
+
+def _own_paths(member: Prepared) -> Iterator[str]:
+    """The modules of the base that the member trains itself, or parameters of which it trains."""
+    yield from member.report.modules_to_save
+    layers = tuple(adapted_modules(member.model))
+    for name in map(plain_name, trainable_state(member.model)):
+        owner = name.rpartition(".")[0]
+        if owner.endswith(".base_layer"):
+            yield owner.removesuffix(".base_layer")
+        elif not is_within(owner, (*layers, *member.report.modules_to_save)):
+            yield owner
+
+
+def _outermost(paths: set[str]) -> list[str]:
+    return sorted(path for path in paths if not any(is_within(path, (o,)) for o in paths - {path}))
