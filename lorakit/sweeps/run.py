@@ -24,8 +24,9 @@ from lorakit.sweeps.progress import SweepProgress
 from lorakit.sweeps.results import MemberResult, SweepResult
 from lorakit.sweeps.size import Sizes, with_budget
 from lorakit.sweeps.table import write_tables
-from lorakit.training.run import RunResult, train
+from lorakit.training.run import train
 from lorakit.training.run_json import read_record
+from lorakit.training.session import RunResult
 from lorakit.user_code import locate_error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +28,10 @@ from lorakit.training.setup import Prepared
 from lorakit.training.tracking import Display, Recorder
 
 
-class MemberDisplay(Display):
+class NotesOnly(Display):
     """Passes on what a run says, but shows no progress: several bars would overwrite each other."""
 
-    def __init__(self, total_steps: int, done: int, say: Say) -> None:
+    def __init__(self, say: Say, total_steps: int, done: int) -> None:
         super().__init__(total_steps, done, quiet=True)
         self._pass_on = say
 
@@ -88,7 +89,12 @@ class Member:
 
 
 def start_member(
-    recipe: Recipe, resume: str | None, base: SharedBase, stop: StopRequest, say: Say
+    recipe: Recipe,
+    resume: str | None,
+    base: SharedBase,
+    stop: StopRequest,
+    say: Say,
+    display: Callable[[int, int], Display],
 ) -> Member | RunResult:
     """Prepare the run of ``recipe`` on a view of ``base``; return its result if it is complete.
     Raises UserError as ``train`` does before it writes anything."""
@@ -115,10 +121,7 @@ def start_member(
         built.append((objective, loop))
         return loop
 
-    session = Session(
-        prepared, strategy, batching, start, build,
-        lambda total, done: MemberDisplay(total, done, say), say,
-    )  # fmt: skip
+    session = Session(prepared, strategy, batching, start, build, display, say)
     resumed = start.checkpoint is not None
     return Member(prepared, strategy, MemberRandom(), _steps(session), resumed, built)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from lorakit.errors import Interrupted
@@ -20,13 +21,17 @@ from lorakit.training.deterministic import deterministic_kernels
 from lorakit.training.engine import StepResult
 from lorakit.training.engine.eager import CausalObjective
 from lorakit.training.joint.base import SharedBase
-from lorakit.training.joint.members import Member, start_member
+from lorakit.training.joint.members import Member, NotesOnly, start_member
 from lorakit.training.joint.passes import JointPasses, Part
 from lorakit.training.joint.trunk import Trunk
 from lorakit.training.session import RunResult
+from lorakit.training.tracking import Display
 
 #: Gets a member's number and how it ended.
 Finished = Callable[[int, RunResult | Exception], None]
+#: Returns the part of a member's run that shows its progress, or what it has to say.
+DisplayOf = Callable[[int], Callable[[int, int], Display]]
+SayOf = Callable[[int], Say]
 #: Gets a member's number, the steps that it has taken and its metrics.
 StopAt = Callable[[int, int, dict[str, float] | None], bool]
 
@@ -38,6 +43,9 @@ def train_joint(
     say: Say,
     finished: Finished,
     stop_at: StopAt | None = None,
+    *,
+    say_of: SayOf | None = None,
+    display_of: DisplayOf | None = None,
 ) -> list[RunResult | Exception]:
     """Train the adapters of ``recipes``, of which any two ``can_join``, and return how each ended.
 
@@ -50,10 +58,15 @@ def train_joint(
     metrics, or resumed, with None: true ends it there, as early stopping does. By then all running
     members have been evaluated that are due: they take their steps at the same time. At its last
     step a member is not asked.
+
+    ``say_of`` and ``display_of`` return what ``train`` calls ``say`` and ``display`` for a member;
+    by default its lines go to ``say``, after the name of its directory, and no progress is shown.
     """
     deterministic = any(recipe.train.deterministic for recipe in recipes)
     with deterministic_kernels(deterministic), stop_request() as stop:
-        run = _JointRun(recipes, resume, say, finished, stop_at, stop)
+        say_of = say_of or (lambda index: _named(recipes[index], say))
+        display_of = display_of or (lambda index: partial(NotesOnly, say_of(index)))
+        run = _JointRun(recipes, resume, say, finished, stop_at, stop, say_of, display_of)
         try:
             run.start()
             run.train()
@@ -74,7 +87,10 @@ class _JointRun:
         finished: Finished,
         stop_at: StopAt | None,
         stop: StopRequest,
+        say_of: SayOf,
+        display_of: DisplayOf,
     ) -> None:
+        self._say_of, self._display_of = say_of, display_of
         self._recipes, self._resume, self._say = recipes, resume, say
         self._finished, self._stop_at, self._stop = finished, stop_at, stop
         self.members: dict[int, Member] = {}
@@ -89,7 +105,10 @@ class _JointRun:
             if self._stop:
                 raise Interrupted("stopped before the first step", self._stop.signal_number)
             try:
-                member = start_member(recipe, self._resume, base, self._stop, self._say_of(recipe))
+                member = start_member(
+                    recipe, self._resume, base, self._stop, self._say_of(index),
+                    self._display_of(index),
+                )  # fmt: skip
             except Exception as error:
                 self._end(index, error)
                 continue
@@ -176,6 +195,7 @@ class _JointRun:
         pad_id = first.prepared.tokenizer.pad_token_id
         return JointPasses(trunk, objective, parts, pad_id, self._say)
 
-    def _say_of(self, recipe: Recipe) -> Say:
-        name = Path(recipe.train.output_dir).name
-        return lambda text: self._say("\n".join(f"{name}: {line}" for line in text.splitlines()))
+
+def _named(recipe: Recipe, say: Say) -> Say:
+    name = Path(recipe.train.output_dir).name
+    return lambda text: say("\n".join(f"{name}: {line}" for line in text.splitlines()))
