@@ -25,12 +25,22 @@ def bucket(size: int, per_octave: int, smallest: int) -> int:
     return -(-size // step) * step
 
 
+def length_bucket(length: int) -> int:
+    """Round up the length of a batch in tokens."""
+    return bucket(length, _LENGTHS_PER_OCTAVE, _SHORTEST)
+
+
+def count_bucket(count: int) -> int:
+    """Round up the number of trained tokens."""
+    return bucket(count, _COUNTS_PER_OCTAVE, _FEWEST)
+
+
 def pad_to_bucket(batch: Batch, pad_id: int, longest: int) -> Batch:
     """Pad ``batch`` to the length of its bucket, but not beyond ``longest`` tokens, and the trained
     tokens to a bucket with ``IGNORED``. Losses do not change. Packed batches have a fixed length
     already and are not supported."""
     length = batch.input_ids.shape[1]
-    padded = bucket(length, _LENGTHS_PER_OCTAVE, _SHORTEST)
+    padded = length_bucket(length)
     padding = max(0, min(padded, longest) - length)
     if isinstance(batch, CausalBatch):
         return _pad_causal(batch, pad_id, padding)
@@ -43,7 +53,7 @@ def _pad_causal(batch: CausalBatch, pad_id: int, padding: int) -> CausalBatch:
     length = batch.input_ids.shape[1]
     rows = batch.loss_indices.div(length, rounding_mode="floor")
     count = len(batch.targets)
-    missing = bucket(count, _COUNTS_PER_OCTAVE, _FEWEST) - count
+    missing = count_bucket(count) - count
     return replace(
         batch,
         input_ids=F.pad(batch.input_ids, (0, padding), value=pad_id),

@@ -23,7 +23,8 @@ class Run:
     scaling: float | Tensor
 
     def scaled(self, value: Tensor) -> Tensor:
-        return value if isinstance(self.scaling, float) else value * self.scaling
+        scaling = self.scaling
+        return value if isinstance(scaling, float) else value * scaling.to(value.dtype)
 
     @property
     def alpha(self) -> float:

@@ -121,6 +121,7 @@ class Allocation(RunHooks):
     """
 
     device_values = ("orthogonality_loss",)
+    adds_same_terms = True
 
     def __init__(
         self,

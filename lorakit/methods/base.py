@@ -20,10 +20,13 @@ class RunHooks:
     """What a method does in a run besides the forward pass; by default nothing.
 
     ``device_values`` names the scalars that ``before_step`` returns. They stay on the device and
-    are logged once they are computed.
+    are logged once they are computed. ``adds_same_terms``: ``before_step`` launches the same
+    operations on the same tensors in every step, without waiting for the device, so that they may
+    be replayed.
     """
 
     device_values: tuple[str, ...] = ()
+    adds_same_terms: bool = False
 
     def before_step(self, scale: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """Called after all gradients of the step are computed, before they are clipped. Anything

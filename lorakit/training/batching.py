@@ -75,13 +75,17 @@ class StepLoader:
 
     ``prefetch`` prepares the next step while the device computes the current one. It neither waits
     for the device nor draws random numbers, but may exchange a stream's rows with the other
-    processes. An error in the rows is raised by the ``take`` of the step that needs them.
+    processes. An error in the rows is raised by the ``take`` of the step that needs them. With
+    ``on_host``, steps stay in host memory.
     """
 
-    def __init__(self, steps: StepSource, collate: Collate, device: torch.device) -> None:
+    def __init__(
+        self, steps: StepSource, collate: Collate, device: torch.device, on_host: bool = False
+    ) -> None:
         self._steps = steps
         self.collate = collate
         self.device = device
+        self._loads_to = torch.device("cpu") if on_host else device
         self._ahead: LoadedStep | DataError | None = None
         self._first: Step | None = None
         self._rows_read: dict[str, int] = {}
@@ -110,7 +114,7 @@ class StepLoader:
         step = self._first
         if step is None and self._steps.steps_per_epoch is not None:
             step = self._steps.step(0)
-        return None if step is None else self._batches(step)
+        return None if step is None else self._batches(step, self.device)
 
     def rows_read(self) -> dict[str, int]:
         """Return what ``run.json`` records about a stream up to the last step taken; nothing if
@@ -125,10 +129,11 @@ class StepLoader:
         step = self._steps.step(number)
         if number == 0:
             self._first = step
-        return LoadedStep(number, self._batches(step), step.tokens, step.loss_count)
+        batches = self._batches(step, self._loads_to)
+        return LoadedStep(number, batches, step.tokens, step.loss_count)
 
-    def _batches(self, step: Step) -> list[Batch]:
-        return [self.collate(bins).to(self.device) for bins in step.micro_batches]
+    def _batches(self, step: Step, device: torch.device) -> list[Batch]:
+        return [self.collate(bins).to(device) for bins in step.micro_batches]
 
 
 def _rows_read(steps: StepSource) -> dict[str, int]:

@@ -40,6 +40,7 @@ from lorakit.training.control import Best, Evaluator, Schedule, StopRequest
 from lorakit.training.divergence import divergence_cause
 from lorakit.training.engine.cuda_graph import CudaGraphEngine
 from lorakit.training.engine.eager import CausalObjective, EagerEngine, EncoderObjective
+from lorakit.training.engine.member import MemberEngine
 from lorakit.training.engine.probe import GradientProbe
 from lorakit.training.execution import Execution, choose_execution
 from lorakit.training.fast_layers import compile_layers, fuse_layers
@@ -144,7 +145,7 @@ def build_engine(
             dtype=base_dtype(model),
             rows=section.units_per_batch,
         )
-    return EagerEngine(**parts)
+    return MemberEngine(**parts) if execution.mode == "joint" else EagerEngine(**parts)
 
 
 def build_loader(
@@ -157,7 +158,7 @@ def build_loader(
     collate = build_collate(prepared, device, objective.varlen)
     if execution.mode == "cuda_graphs":
         collate = bucketed(collate, prepared)
-    return StepLoader(steps, collate, device)
+    return StepLoader(steps, collate, device, on_host=execution.mode == "joint")
 
 
 def build_loop(

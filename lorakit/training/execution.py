@@ -59,6 +59,15 @@ def choose_execution(
     return _cuda_graphs(prepared)
 
 
+def replays_joint_passes(prepared: Prepared, device: torch.device, members: int) -> bool:
+    """Whether the passes of so many runs like this one are replayed as CUDA graphs."""
+    section = prepared.recipe.train
+    if device.type != "cuda" or section.compile is False or _routes_tokens(prepared.model):
+        return False
+    flops = 4.0 * _matrix_parameters(prepared.model) * _tokens_per_batch(prepared) * members
+    return flops < _GRAPHS_PAY_FLOPS and _cuda_graphs(prepared).mode == "cuda_graphs"
+
+
 def _cuda_graphs(prepared: Prepared) -> Execution:
     recipe, section = prepared.recipe, prepared.recipe.train
     float16 = recipe.model.dtype == "float16"  # its loss scaler needs the host

@@ -135,12 +135,17 @@ class CudaGraphEngine(EagerEngine):
     def _disable(self, error: RuntimeError, device: torch.device, random_state: Tensor) -> None:
         self._enabled = False
         self._passes.clear()
-        # A failed capture leaves the generator in a state in which it cannot be used eagerly.
-        generator, fresh = _generator(device), torch.Generator(device)
-        fresh.set_state(random_state)
-        generator.graphsafe_set_state(fresh)
+        restore_generator(device, random_state)
         [reason, *_] = str(error).splitlines() or [type(error).__name__]
         self.say(f"CUDA graphs are disabled: a training pass could not be captured: {reason}")
+
+
+def restore_generator(device: torch.device, state: Tensor) -> None:
+    """Restore the state after a failed capture, which leaves the generator in one in which it
+    cannot be used eagerly."""
+    generator, fresh = _generator(device), torch.Generator(device)
+    fresh.set_state(state)
+    generator.graphsafe_set_state(fresh)
 
 
 def _generator(device: torch.device) -> torch.Generator:

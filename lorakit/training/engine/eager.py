@@ -77,21 +77,37 @@ class EagerEngine:
         ]
         return self.finish_step(losses, count)
 
-    def finish_step(self, losses: Sequence[Tensor], count: int) -> StepResult:
+    def finish_step(
+        self, losses: Sequence[Tensor], count: int, scalars: Sequence[Tensor] | None = None
+    ) -> StepResult:
         """Update the weights, whose gradients of the step's ``losses`` are there; each loss is
-        already divided by their ``count``."""
+        already divided by their ``count``. ``scalars`` is what ``change_weights`` returned if it
+        has been called."""
         first = losses[0] if losses else torch.zeros((), device=self.strategy.device)
         own = sum(losses[1:], start=first)
         loss = self.strategy.reduce_gradients(list(self.parameters.values()), own)
         if self.probe is not None and losses:  # a process may have no rows in a step
             self.probe.check()
             self.probe = None
-        values = self.hooks.before_step(self.strategy.scale)
-        norm = self._update()
+        norm, *values = self.change_weights() if scalars is None else scalars
+        self.steps += 1
+        self.hooks.after_step(self.steps, self.scales_loss)
+        if not self.strategy.skipped_update:
+            self.scheduler.step()
+        self.discard_gradients()
         return StepResult(loss, norm, tuple(values), count)
 
+    def change_weights(self) -> list[Tensor]:
+        """Clip and take the optimizer's step; return the gradient's norm before it, and the
+        method's values."""
+        values = self.hooks.before_step(self.strategy.scale)
+        max_norm = math.inf if self.max_grad_norm is None else self.max_grad_norm
+        norm = self.strategy.clip_grad_norm(list(self.parameters.values()), max_norm)
+        self.optimizer.step()
+        return [norm, *values]
+
     def discard_gradients(self) -> None:
-        """Forget what the passes of a step that failed have computed."""
+        """Forget the gradients, after the step or if its passes have failed."""
         self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
 
     def _forward_backward(self, batch: Batch, factor: float | Tensor) -> Tensor:
@@ -101,18 +117,6 @@ class EagerEngine:
             self.strategy.backward(loss)
         detached: Tensor = loss.detach()
         return detached
-
-    def _update(self) -> Tensor:
-        """Clip, take the optimizer's step and advance the schedule; return the gradient's norm."""
-        max_norm = math.inf if self.max_grad_norm is None else self.max_grad_norm
-        norm = self.strategy.clip_grad_norm(list(self.parameters.values()), max_norm)
-        self.optimizer.step()
-        self.steps += 1
-        self.hooks.after_step(self.steps, self.scales_loss)
-        if not self.strategy.skipped_update:
-            self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
-        return norm
 
     @torch.no_grad()
     def loss(self, micro_batches: Sequence[Batch]) -> float:

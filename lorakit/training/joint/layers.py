@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from lorakit.kernels.joint_low_rank import Run, joint_lora_add_
 from lorakit.layers import AdapterLayer
 from lorakit.methods.lora_layer import LoraLayer
+from lorakit.training.joint.bank import Stack
 from lorakit.training.joint.layout import Layout
 from lorakit.training.joint.member_random import MemberDropout
 
@@ -66,9 +66,8 @@ class OwnModules(nn.Module):
 class JointLayer(nn.Module):
     """The outputs of the members' adapter layers, whose base runs once on the rows of all.
 
-    ``own`` has a layer for each member that adapts the module, or else None. Members whose layers
-    add scaling * B A x are computed as batched products, one for each group of neighbors with the
-    same rank; others by their own ``update``.
+    ``own`` has a layer for each member that adapts the module, or else None. Members whose factors
+    are in ``stacks`` are computed as batched products; others by their own ``update``.
     """
 
     def __init__(
@@ -77,6 +76,7 @@ class JointLayer(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.own = dict(own)
+        self.stacks: list[Stack] = []
         self._current = current
 
     @property
@@ -96,35 +96,31 @@ class JointLayer(nn.Module):
 
     def _adapted(self, x: Tensor, y: Tensor) -> Tensor:
         """``x`` (members, n, in) and ``y`` (members, n, out), which is overwritten."""
-        layers: list[Any] = [self.own[member] for member in self._current.members]
-        if batched := [layer if is_batched(layer) else None for layer in layers]:
-            y = self._batched(batched, x, y)
-        if all(layer is None or is_batched(layer) for layer in layers):
+        members = self._current.members
+        stacked: set[int] = set()
+        runs, factors = [], []
+        for stack in self.stacks:
+            if chosen := [member for member in stack.members if member in members]:
+                start = members.index(chosen[0])
+                A, B, scaling = stack.factors(chosen)
+                runs.append(Run(start, start + len(chosen), scaling))
+                factors.append((A, B))
+                stacked |= {*chosen}
+        if runs:
+            y = joint_lora_add_(y, self._dropped(stacked, x), runs, factors)
+        rest: dict[int, Any] = {m: self.own[m] for m in members if m not in stacked}
+        if all(layer is None for layer in rest.values()):
             return y
         parts = list(y.unbind(0))
-        for place, layer in enumerate(layers):
-            if layer is not None and not is_batched(layer):
+        for place, member in enumerate(members):
+            if (layer := rest.get(member)) is not None:
                 with self._current.only(place):
                     parts[place] = layer.update(x[place], parts[place].clone())
         return torch.stack(parts)
 
-    def _batched(self, layers: Sequence[LoraLayer | None], x: Tensor, y: Tensor) -> Tensor:
-        pairs = [None if layer is None else layer.factors() for layer in layers]
-        ranks = [0 if pair is None else len(pair[0]) for pair in pairs]
-        runs, factors, start = [], [], 0
-        for rank, group in groupby(ranks):
-            stop = start + len(list(group))
-            if rank:
-                chosen: list[Any] = list(pairs[start:stop])
-                stacked = tuple(torch.stack([pair[i] for pair in chosen]) for i in (0, 1))
-                scaling = [layer.scaling for layer in layers[start:stop] if layer is not None]
-                runs.append(Run(start, stop, _scaling(scaling, y)))
-                factors.append((stacked[0], stacked[1]))
-            start = stop
-        return joint_lora_add_(y, self._dropped(layers, x), runs, factors) if runs else y
-
-    def _dropped(self, layers: Sequence[LoraLayer | None], x: Tensor) -> Tensor:
-        """``x`` with the dropout of each layer."""
+    def _dropped(self, stacked: set[int], x: Tensor) -> Tensor:
+        """``x`` with the dropout of the layers of ``stacked``."""
+        layers: list[Any] = [self.own[m] if m in stacked else None for m in self._current.members]
         rates = [0.0 if layer is None else layer.lora_dropout.p for layer in layers]
         if not any(rates):
             return x
@@ -138,11 +134,6 @@ class JointLayer(nn.Module):
         return torch.stack(parts)
 
 
-def is_batched(layer: nn.Module | None) -> bool:
-    """Whether the layer adds scaling * B A dropout(x), with the A and B of ``factors``."""
-    return isinstance(layer, LoraLayer) and type(layer).update is LoraLayer.update
-
-
 def shares_base(layer: nn.Module | None) -> bool:
     """Whether the layer's output follows from its input and from the output of its base."""
     if layer is None:
@@ -150,13 +141,6 @@ def shares_base(layer: nn.Module | None) -> bool:
     if not isinstance(layer, AdapterLayer) or layer.kind == "embedding":
         return False
     return type(layer).forward in (AdapterLayer.forward, LoraLayer.forward)
-
-
-def _scaling(values: Sequence[float], like: Tensor) -> float | Tensor:
-    if len({*values}) == 1:
-        return float(values[0])
-    on_host = torch.tensor(values, dtype=like.dtype)
-    return on_host.to(like.device, non_blocking=True).view(-1, 1, 1)
 
 
 def _joined(outputs: Sequence[Any], dim: int) -> Any:

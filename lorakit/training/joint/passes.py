@@ -15,7 +15,9 @@ from lorakit.pipeline.task_data import Say
 from lorakit.training.build import Objective
 from lorakit.training.engine import StepResult
 from lorakit.training.engine.eager import EagerEngine
-from lorakit.training.joint.layout import join
+from lorakit.training.joint.bank import Gradients
+from lorakit.training.joint.batches import Joiner, JointBatch
+from lorakit.training.joint.graphs import JointGraphs
 from lorakit.training.joint.member_random import MemberDropout, MemberRandom
 from lorakit.training.joint.trunk import Trunk
 from lorakit.training.loop import StepRequest
@@ -35,51 +37,86 @@ class Part:
 
 class JointPasses:
     """Computes the steps of ``parts``, the members, by their number. ``objective`` is that of the
-    shared model in ``trunk``, ``pad_id`` the padding token."""
+    shared model in ``trunk``; ``graphs`` is None on the CPU."""
 
     def __init__(
-        self, trunk: Trunk, objective: Any, parts: Mapping[int, Part], pad_id: int, say: Say
+        self,
+        trunk: Trunk,
+        objective: Any,
+        parts: Mapping[int, Part],
+        joiner: Joiner,
+        graphs: JointGraphs | None,
+        say: Say,
     ) -> None:
         self._trunk, self._objective = trunk, objective
         self._parts = dict(parts)
-        self._pad_id, self._say = pad_id, say
+        self._joiner, self._graphs, self._say = joiner, graphs, say
         self._most = len(parts)
+        self._gradients: Gradients | None = None
+        self._is_warm = False
         self._objective.train()
 
     def drop(self, member: int) -> None:
         """Forget a member that takes no further steps."""
         self._trunk.drop(member)
         del self._parts[member]
+        self._gradients = None
 
     def take(self, requests: Mapping[int, StepRequest]) -> dict[int, StepResult | Exception]:
         """Take a step of each member; an error is that of the member that caused it."""
-        members = list(requests)
+        if self._gradients is None:
+            self._stack()
+        members = [member for member in self._trunk.order if member in requests]
         results: dict[int, StepResult | Exception] = {}
         for start in range(0, len(members), self._most):
             some = {member: requests[member] for member in members[start : start + self._most]}
             results |= self._take(some)
         return results
 
+    def _stack(self) -> None:
+        """Stack the factors of the members that are left."""
+        stacks = self._trunk.stack()
+        stacked = {id(p) for stack in stacks for p in stack.parameters()}
+        trained = [p for part in self._parts.values() for p in part.engine.parameters.values()]
+        for parameter in trained:
+            parameter.grad = None
+        self._gradients = Gradients(stacks, [p for p in trained if id(p) not in stacked])
+        self._is_warm = False
+        if self._graphs is not None:
+            self._graphs.forget()
+
     def _take(self, requests: Mapping[int, StepRequest]) -> dict[int, StepResult | Exception]:
+        assert self._gradients is not None
         drawn = {member: self._parts[member].random.drawn for member in requests}
         try:
             losses = self._losses(requests)
         except Interrupted:
             raise
         except Exception as error:
+            self._gradients.clear(in_place=False)
             for member in requests:
-                self._parts[member].engine.discard_gradients()
                 self._parts[member].random.drawn = drawn[member]
             if len(requests) == 1:
                 return dict.fromkeys(requests, error)
             return self._apart(requests, error)
-        return {member: self._finish(member, losses[member], requests[member]) for member in losses}
+        self._gradients.share()
+        scalars = self._updated(requests)
+        results = {
+            member: self._finish(member, own, requests[member], scalars.get(member))
+            for member, own in losses.items()
+        }
+        self._gradients.clear(in_place=self._graphs is not None)
+        self._is_warm = True
+        return results
 
     def _apart(
         self, requests: Mapping[int, StepRequest], error: Exception
     ) -> dict[int, StepResult | Exception]:
         """Take the steps in two parts, after one of all of them has failed."""
         half = (len(requests) + 1) // 2
+        if self._graphs is not None:
+            self._graphs.forget()
+            self._is_warm = False
         if isinstance(error, torch.OutOfMemoryError) and half < self._most:
             self._most = half
             self._say(f"out of memory: from now on, passes have at most {half} members")
@@ -87,11 +124,21 @@ class JointPasses:
         first = {member: requests[member] for member in members[:half]}
         return self._take(first) | self._take({m: requests[m] for m in members[half:]})
 
+    def _updated(self, requests: Mapping[int, StepRequest]) -> dict[int, list[Tensor]]:
+        """Update the members whose updates are replayed; return what each one's returned."""
+        if self._graphs is None or not self._is_warm:
+            return {}
+        return self._graphs.update({member: self._parts[member].engine for member in requests})
+
     def _finish(
-        self, member: int, losses: Sequence[Tensor], request: StepRequest
+        self,
+        member: int,
+        losses: Sequence[Tensor],
+        request: StepRequest,
+        scalars: Sequence[Tensor] | None,
     ) -> StepResult | Exception:
         try:
-            return self._parts[member].engine.finish_step(losses, _count(request))
+            return self._parts[member].engine.finish_step(losses, _count(request), scalars)
         except Interrupted:
             raise
         except Exception as error:
@@ -104,18 +151,17 @@ class JointPasses:
         for index in range(max(map(len, batches.values()))):
             left = {member: own[index] for member, own in batches.items() if index < len(own)}
             for members in self._groups(left):
-                found = self._pass(
-                    {m: left[m] for m in members}, {m: 1 / _count(requests[m]) for m in members}
-                )
-                for member, loss in zip(members, found, strict=True):
+                factors = [1 / _count(requests[member]) for member in members]
+                joint = self._joiner.join([left[member] for member in members], factors)
+                for member, loss in zip(members, self._run(members, joint).unbind(0), strict=True):
                     losses[member].append(loss)
         return losses
 
     def _groups(self, batches: Mapping[int, Any]) -> list[list[int]]:
         """Members whose batches are padded to one length: all of them on a GPU, where a larger pass
         is hardly slower."""
-        if self._device.type != "cpu":
-            return [sorted(batches)]
+        if self._graphs is not None:
+            return [list(batches)]
         found: list[list[int]] = []
         longest = 0
         for member in sorted(batches, key=lambda m: -batches[m].input_ids.shape[1]):
@@ -124,36 +170,33 @@ class JointPasses:
                 found.append([])
                 longest = length
             found[-1].append(member)
-        return [sorted(group) for group in found]
+        return [[member for member in batches if member in group] for group in found]
 
-    def _pass(self, batches: Mapping[int, Any], factors: Mapping[int, float]) -> list[Tensor]:
-        """Add the gradients of each member's loss times its factor; return these losses."""
-        parts = [self._parts[member] for member in batches]
-        joint = join(list(batches.values()), self._pad_id, self._longest_row)
+    def _run(self, members: Sequence[int], joint: JointBatch) -> Tensor:
         current = self._trunk.current
-        current.members, current.layout = tuple(batches), joint.layout
+        current.members, current.layout, current.dropout = tuple(members), joint.layout, None
+        if self._graphs is None:
+            return self._pass(joint)
+        if not self._is_warm:  # libraries are initialized, and gradients get their memory
+            return self._pass(joint.to(self._objective.model.device))
+        return self._graphs.run(members, joint, self._pass)
+
+    def _pass(self, joint: JointBatch) -> Tensor:
+        """Add the gradients of the members' losses times their factors; return these (members,)."""
+        current = self._trunk.current
+        parts = [self._parts[member] for member in current.members]
         with ExitStack() as stack:
-            current.dropout = None
-            if self._device.type == "cpu":
+            if self._graphs is None:
                 dropout = MemberDropout([part.random for part in parts], joint.layout)
                 current.dropout = stack.enter_context(dropout)
             states = self._objective.states(joint.batch)
             losses = [
-                part.objective.losses(joint.states(states, place), joint.own[place]) * factor
-                for place, (part, factor) in enumerate(zip(parts, factors.values(), strict=True))
+                part.objective.losses(joint.states(states, place), joint.own(place))
+                for place, part in enumerate(parts)
             ]
-            total = torch.stack([loss for loss in losses if loss.requires_grad]).sum()
-            total.backward()
-        return [loss.detach() for loss in losses]
-
-    @property
-    def _device(self) -> torch.device:
-        device: torch.device = self._objective.model.device
-        return device
-
-    @property
-    def _longest_row(self) -> int:
-        return getattr(self._objective, "longest_row", 0) or 1
+            scaled = torch.stack(losses) * joint.factors
+            scaled.sum().backward()
+        return scaled.detach()
 
 
 def _count(request: StepRequest) -> int:

@@ -20,7 +20,10 @@ from lorakit.training.control import StopRequest, stop_request
 from lorakit.training.deterministic import deterministic_kernels
 from lorakit.training.engine import StepResult
 from lorakit.training.engine.eager import CausalObjective
+from lorakit.training.execution import replays_joint_passes
 from lorakit.training.joint.base import SharedBase
+from lorakit.training.joint.batches import Joiner
+from lorakit.training.joint.graphs import JointGraphs
 from lorakit.training.joint.members import Member, NotesOnly, start_member
 from lorakit.training.joint.passes import JointPasses, Part
 from lorakit.training.joint.trunk import Trunk
@@ -187,13 +190,26 @@ class _JointRun:
         objective = wrap_model(
             replace(first.prepared, recipe=recipe, model=view), first.strategy, self._say
         )
+        joiner = self._joiner()
         if isinstance(objective, CausalObjective):
-            own = [m.objective for m in members]
-            objective.longest_row = max(getattr(each, "longest_row", 0) for each in own)
+            objective.longest_row = joiner.longest_row
         trunk = Trunk(view, {i: m.prepared for i, m in self.members.items()})
         parts = {i: Part(m.engine, m.objective, m.random) for i, m in self.members.items()}
-        pad_id = first.prepared.tokenizer.pad_token_id
-        return JointPasses(trunk, objective, parts, pad_id, self._say)
+        graphs, device = None, first.strategy.device
+        if device.type == "cuda":
+            replays = replays_joint_passes(first.prepared, device, len(members))
+            graphs = JointGraphs(device, replays, self._say)
+        return JointPasses(trunk, objective, parts, joiner, graphs, self._say)
+
+    def _joiner(self) -> Joiner:
+        members = list(self.members.values())
+        tasks = [member.prepared.recipe.task for member in members]
+        longest = None if tasks[0].packing else max(task.max_length for task in tasks)
+        return Joiner(
+            members[0].prepared.tokenizer.pad_token_id,
+            max(getattr(member.objective, "longest_row", 0) for member in members) or 1,
+            longest if members[0].strategy.device.type == "cuda" else None,
+        )
 
 
 def _named(recipe: Recipe, say: Say) -> Say:

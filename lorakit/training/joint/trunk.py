@@ -13,6 +13,7 @@ from lorakit.injection import trainable_state
 from lorakit.layers import BaseWrapper, adapted_modules
 from lorakit.models.first_token import after_attention, skip_unread_tokens
 from lorakit.models.master_weights import plain_name
+from lorakit.training.joint.bank import Stack, stacks_of
 from lorakit.training.joint.layers import Current, JointLayer, OwnModules, shares_base
 from lorakit.training.setup import Prepared
 
@@ -21,10 +22,13 @@ class Trunk:
     """A view of the base, in which adapted and fully trained modules are those of the members."""
 
     def __init__(self, model: Any, members: Mapping[int, Prepared]) -> None:
-        """Change ``model``, a view without an adapter. ``members`` are known by a number.
+        """Change ``model``, a view without an adapter. ``members`` are known by a number; in
+        ``order``, those with the same ranks are neighbors.
 
         Raises UserError for adapted experts, to which the members' tokens are routed together."""
         self.current = Current()
+        self.order = sorted(members, key=lambda number: _ranks(members[number]))
+        members = {number: members[number] for number in self.order}
         self._modules: list[OwnModules | JointLayer] = []
         views = {number: member.model for number, member in members.items()}
         own = _outermost({path for member in members.values() for path in _own_paths(member)})
@@ -46,8 +50,16 @@ class Trunk:
             if not is_within(path, tuple(own)):
                 self._place(model, path, self._joint_module(model, path, views))
 
+    def stack(self) -> list[Stack]:
+        """Stack the factors of the members anew."""
+        layers = [module for module in self._modules if isinstance(module, JointLayer)]
+        for layer in layers:
+            layer.stacks = stacks_of(layer.own)
+        return [stack for layer in layers for stack in layer.stacks]
+
     def drop(self, member: int) -> None:
         """Forget a member that takes part in no further pass."""
+        self.order.remove(member)
         for module in self._modules:
             del module.own[member]
 
@@ -64,6 +76,10 @@ class Trunk:
             own: dict[int, nn.Module | None] = {number: layers.get(number) for number in modules}
             return JointLayer(model.get_submodule(path), own, self.current)
         return OwnModules(modules, self.current)
+
+
+def _ranks(member: Prepared) -> list[tuple[str, int]]:
+    return [(module.name, module.r) for module in member.report.adapted_modules]
 
 
 def _own_paths(member: Prepared) -> Iterator[str]:

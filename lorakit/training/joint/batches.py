@@ -1,0 +1,195 @@
+"""One batch of the batches of several members."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorakit.data.buckets import count_bucket, length_bucket
+from lorakit.data.collate import CausalBatch, EncoderBatch
+from lorakit.kernels.linear_cross_entropy import IGNORED
+from lorakit.training.joint.layout import Layout, padded
+
+
+@dataclass(frozen=True)
+class JointBatch:
+    """``batch`` is what the shared model gets. ``losses`` are the members' targets: ``labels``
+    (members, rows), or ``indices`` and ``targets`` (members, n), of which each member has the first
+    ``counts``; positions are those within the member's part. ``factors`` (members,) are those of
+    the losses."""
+
+    batch: Any
+    losses: dict[str, Tensor]
+    factors: Tensor
+    counts: tuple[int, ...]
+    layout: Layout
+
+    def states(self, joint: Tensor, place: int) -> Tensor:
+        """A member's part of what the model computed."""
+        if "labels" in self.losses:
+            return self.layout.chunks(joint)[place][: self.counts[place]]
+        return self.layout.chunks(joint, 0 if len(joint) > 1 else joint.ndim - 2)[place]
+
+    def own(self, place: int) -> Any:
+        """A member's batch, as its objective needs it for the losses."""
+        count = self.counts[place]
+        if "labels" in self.losses:
+            return EncoderBatch(self.batch.input_ids, self.losses["labels"][place, :count])
+        indices, targets = (self.losses[name][place, :count] for name in ("indices", "targets"))
+        return CausalBatch(self.batch.input_ids, indices, targets)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        return {**self.batch.tensors(), **self._unshared()}
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> JointBatch:
+        """The same batch with other tensors of these shapes."""
+        own: dict[str, Any] = {name: tensors[name] for name in self.batch.tensors()}
+        losses = {name: tensors[f"losses.{name}"] for name in self.losses}
+        batch = replace(self.batch, **own)
+        return replace(self, batch=batch, losses=losses, factors=tensors["factors"])
+
+    def to(self, device: torch.device) -> JointBatch:
+        """Copy to ``device`` without blocking."""
+        if device.type == "cpu":
+            return self
+        moved = {
+            name: tensor.pin_memory().to(device, non_blocking=True)
+            for name, tensor in self.tensors().items()
+        }
+        return self.with_tensors(moved)
+
+    def _unshared(self) -> dict[str, Tensor]:
+        named = {f"losses.{name}": tensor for name, tensor in self.losses.items()}
+        return {**named, "factors": self.factors}
+
+
+@dataclass(frozen=True)
+class Joiner:
+    """Joins batches, which are all of one kind. ``longest_row`` bounds the documents of a packed
+    sequence. With ``longest``, batches are padded to few shapes, of at most so many tokens."""
+
+    pad_id: int
+    longest_row: int
+    longest: int | None = None
+
+    def join(self, batches: Sequence[Any], factors: Sequence[float]) -> JointBatch:
+        shapes = tuple((batch.input_ids.shape[0], batch.input_ids.shape[1]) for batch in batches)
+        rows, length = (max(sizes) for sizes in zip(*shapes, strict=True))
+        if self.longest is not None:
+            length = max(length, min(length_bucket(length), self.longest))
+        layout = Layout(shapes, rows, length)
+        scales = torch.tensor(factors, dtype=torch.float32)
+        if isinstance(batches[0], EncoderBatch):
+            labels = _rows([batch.labels for batch in batches], rows, 0)
+            counts = tuple(len(batch.labels) for batch in batches)
+            joint = self._encoder(batches, layout)
+            return JointBatch(joint, {"labels": labels}, scales, counts, layout)
+        return self._with_targets(batches, scales, layout)
+
+    def _with_targets(
+        self, batches: Sequence[CausalBatch], scales: Tensor, layout: Layout
+    ) -> JointBatch:
+        counts = tuple(len(batch.targets) for batch in batches)
+        most = max(counts)
+        if self.longest is not None:
+            most = count_bucket(most)
+            counts = (most,) * len(batches)
+        indices = _rows([_moved(batch, layout.length) for batch in batches], most, 0)
+        targets = _rows([batch.targets for batch in batches], most, IGNORED)
+        joint = self._causal(batches, layout)
+        losses = {"indices": indices, "targets": targets}
+        return JointBatch(joint, losses, scales, counts, layout)
+
+    def _encoder(self, batches: Sequence[EncoderBatch], layout: Layout) -> EncoderBatch:
+        masks, types = None, None
+        exact = all(shape == (layout.rows, layout.length) for shape in layout.shapes)
+        is_masked = any(batch.attention_mask is not None for batch in batches)
+        if is_masked or not exact or self.longest is not None:
+            masks = [_mask(batch, layout) for batch in batches]
+        if any(batch.token_type_ids is not None for batch in batches):
+            types = [
+                torch.zeros_like(b.input_ids) if b.token_type_ids is None else b.token_type_ids
+                for b in batches
+            ]
+        ids = _stacked([batch.input_ids for batch in batches], self.pad_id, layout)
+        return EncoderBatch(
+            input_ids=ids,
+            labels=ids.new_zeros(0),
+            attention_mask=None if masks is None else torch.cat(masks),
+            token_type_ids=None if types is None else _stacked(types, 0, layout),
+        )
+
+    def _causal(self, batches: Sequence[CausalBatch], layout: Layout) -> CausalBatch:
+        ids = _stacked([batch.input_ids for batch in batches], self.pad_id, layout)
+        none, first = ids.new_zeros(0), batches[0]
+        if first.position_ids is None:
+            return CausalBatch(ids, none, none)
+        positions = torch.cat([_positions(batch, layout, self.longest_row) for batch in batches])
+        if first.cu_seq_lens is None:
+            return CausalBatch(ids, none, none, position_ids=positions)
+        boundaries = _boundaries(batches, layout, self.longest_row)
+        return CausalBatch(
+            ids.view(1, -1), none, none, position_ids=positions.view(1, -1), cu_seq_lens=boundaries
+        )
+
+
+def _mask(batch: EncoderBatch, layout: Layout) -> Tensor:
+    """A row that only fills the batch attends to its first token, since one that attends to
+    nothing has no finite output."""
+    mask = batch.attention_mask
+    mask = torch.ones_like(batch.input_ids) if mask is None else mask
+    mask = padded(mask, (layout.rows, layout.length))
+    if len(batch.labels) < layout.rows:
+        mask = mask.clone()
+        mask[len(batch.labels) :, 0] = 1
+    return mask
+
+
+def _positions(batch: CausalBatch, layout: Layout, longest_row: int) -> Tensor:
+    """Positions (rows, length) in which what fills the batch consists of further documents."""
+    own = batch.position_ids
+    assert own is not None
+    count, length = own.shape
+    filler = torch.arange(layout.length - length) % longest_row
+    own = torch.cat([own, filler.expand(count, -1)], dim=1)
+    row = torch.arange(layout.length) % longest_row
+    return torch.cat([own, row.expand(layout.rows - count, -1)])
+
+
+def _boundaries(batches: Sequence[CausalBatch], layout: Layout, longest_row: int) -> Tensor:
+    """The boundaries of all documents, of which none is longer than ``longest_row``."""
+    found = []
+    for place, batch in enumerate(batches):
+        assert batch.cu_seq_lens is not None
+        filler = torch.arange(batch.input_ids.shape[1], layout.length, longest_row)[1:]
+        own = torch.cat([batch.cu_seq_lens, filler.to(torch.int32)])
+        found.append(own + place * layout.length)
+    end = torch.tensor([len(batches) * layout.length], dtype=torch.int32)
+    # A boundary that occurs twice is a document without tokens.
+    return torch.cat([*found, end])
+
+
+def _moved(batch: CausalBatch, length: int) -> Tensor:
+    """The positions of the losses in rows of ``length`` tokens."""
+    own = batch.input_ids.shape[1]
+    rows = batch.loss_indices.div(own, rounding_mode="floor")
+    return batch.loss_indices + rows * (length - own)
+
+
+def _rows(values: Sequence[Tensor], count: int, fill: int) -> Tensor:
+    return torch.stack([F.pad(value, (0, count - len(value)), value=fill) for value in values])
+
+
+def _stacked(values: Sequence[Tensor], fill: int, layout: Layout) -> Tensor:
+    full = []
+    for value in values:
+        rows, length = value.shape
+        missing = (0, layout.length - length, 0, layout.rows - rows)
+        full.append(F.pad(value, missing, value=fill) if any(missing) else value)
+    return torch.cat(full)

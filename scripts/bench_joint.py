@@ -1,0 +1,170 @@
+"""Time members that are trained together against the same ones trained one by one.
+
+    python scripts/bench_joint.py minilm-rte --members 1 4 16 --steps 20
+    python scripts/bench_joint.py smollm2-wikisql --dtype bfloat16 --members 20
+
+The members are those of Table 6 of the LoRA paper: five ranks, two sets of targets, several seeds.
+Both ways run in this process, on the GPU if there is one, with the engine that ``train`` chooses.
+Prints a JSON line for each number of members: ``seconds`` is the time of the whole calls, models
+loaded and adapters written, ``training_seconds`` that of the steps, ``examples_per_second`` refers
+to the latter, ``cpu_seconds`` is what the process used, and ``peak_memory_bytes`` is on the GPU, or
+so far of the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lorakit
+from lorakit.recipe.sections import Recipe
+from lorakit.training.joint import train_joint
+from lorakit.training.record import peak_memory_bytes
+
+MODELS = Path(__file__).resolve().parents[1] / "models"
+RANKS, TARGETS = (1, 2, 4, 8, 64), (["q"], ["q", "v"])
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    task: dict[str, Any]
+    rows: int
+    learning_rate: float
+
+
+CASES = {
+    "minilm-rte": Case(
+        "all-minilm-l6-v2",
+        {"name": "glue/rte", "path": "glue/rte", "max_length": 128, "limit_eval": 16},
+        16,
+        5e-4,
+    ),
+    "smollm2-wikisql": Case(
+        "smollm2-135m-instruct",
+        {
+            "name": "wikisql",
+            "path": "wikisql",
+            "max_length": 256,
+            "limit_train": 2000,
+            "limit_eval": 16,
+            "eval_generate": "never",
+        },
+        8,
+        2e-4,
+    ),
+}
+
+
+def recipe(case: Case, member: int, folder: Path, args: argparse.Namespace) -> Recipe:
+    data = Path(os.environ["LORAKIT_TEST_DATA"])
+    values = {
+        "model": {"name_or_path": str(MODELS / case.model), "dtype": args.dtype},
+        "adapter": {
+            "method": "lora",
+            "r": RANKS[member % len(RANKS)],
+            "target_modules": TARGETS[member // len(RANKS) % len(TARGETS)],
+        },
+        "task": {**case.task, "path": str(data / case.task["path"])},
+        "train": {
+            "output_dir": str(folder / f"member-{member}"),
+            "max_steps": args.steps,
+            "per_device_batch_size": args.rows or case.rows,
+            "learning_rate": case.learning_rate,
+            "seed": 1 + member // (len(RANKS) * len(TARGETS)),
+        },
+    }
+    file = folder / "recipe.yaml"
+    file.write_text(json.dumps(values))
+    return lorakit.load_recipe(file)
+
+
+@dataclass
+class Timing:
+    seconds: float = 0.0
+    training_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    examples_per_second: float = field(default=0.0)
+
+
+@contextmanager
+def timed(device: torch.device) -> Iterator[Timing]:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    timing, wall, cpu = Timing(), time.perf_counter(), time.process_time()
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield timing
+    timing.seconds = time.perf_counter() - wall
+    timing.cpu_seconds = time.process_time() - cpu
+    timing.peak_memory_bytes = peak_memory_bytes(device)
+
+
+def training_seconds(run: Path) -> float:
+    return float(json.loads((run / "run.json").read_text())["seconds"])
+
+
+def together(recipes: list[Recipe], device: torch.device) -> Timing:
+    with timed(device) as timing:
+        results = train_joint(recipes, None, lambda text: None, lambda index, result: None)
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    timing.training_seconds = max(training_seconds(Path(r.train.output_dir)) for r in recipes)
+    return timing
+
+
+def one_by_one(recipes: list[Recipe], device: torch.device) -> Timing:
+    with timed(device) as timing:
+        for each in recipes:
+            lorakit.train(each)
+    timing.training_seconds = sum(training_seconds(Path(r.train.output_dir)) for r in recipes)
+    return timing
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("--members", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--rows", type=int, help="rows per batch")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--only", choices=["joint", "one_by_one"])
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ways: dict[str, Callable[[list[Recipe], torch.device], Timing]] = {
+        "joint": together,
+        "one_by_one": one_by_one,
+    }
+    case = CASES[args.case]
+    for count in args.members:
+        line: dict[str, Any] = {"case": args.case, "device": device.type, "members": count}
+        for name, way in ways.items():
+            if args.only not in (None, name):
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                recipes = [recipe(case, i, Path(folder), args) for i in range(count)]
+                timing = way(recipes, device)
+            examples = count * args.steps * (args.rows or case.rows)
+            timing.examples_per_second = examples / timing.training_seconds
+            line[name] = {key: round(value, 3) for key, value in vars(timing).items()}
+        if len(ways) == len(line.keys() & ways.keys()):
+            joint, alone = line["joint"], line["one_by_one"]
+            line["speedup"] = round(alone["training_seconds"] / joint["training_seconds"], 2)
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
