@@ -37,6 +37,14 @@ _DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="List the members and how they would run; write nothing."),
 ]
+_Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Train the members on a cluster of Ray; local is this machine's GPUs.",
+    ),
+]
 _Metric = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Metric to compare by [default: the task's main metric]."),
@@ -51,6 +59,7 @@ def sweep(
     metric: _Metric = None,
     resume: _Resume = False,
     dry_run: _DryRun = False,
+    ray: _Ray = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a recipe with many settings, and compare them.
@@ -68,7 +77,7 @@ def sweep(
     with only_results():
         loaded = api.load_sweep(file, grid=grid or (), overrides=overrides or (), options=options)
         plan = api.plan_sweep(loaded, resume, say) if dry_run else None
-        result = api.sweep(loaded, resume, say) if plan is None else None
+        result = api.sweep(loaded, resume, say, ray=ray) if plan is None else None
     if plan is not None:
         _print_plan(plan, as_json)
         failed = any(planned.error for planned in plan.members)

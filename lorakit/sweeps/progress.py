@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -19,6 +22,8 @@ from lorakit.training.tracking import Display, format_metrics, tell
 _SECONDS_PER_LINE = 30.0
 #: Lines of the terminal that the table leaves free.
 _MARGIN = 6
+#: Of these lines of metrics.jsonl, one has a loss, and mostly one an evaluation.
+_LINES_READ = 20
 
 
 class MemberDisplay(Display):
@@ -52,6 +57,25 @@ class MemberDisplay(Display):
 
     def close(self) -> None:
         """The table remains."""
+
+
+class FollowedRun(MemberDisplay):
+    """The progress of a member that another process trains, read from its ``metrics.jsonl``."""
+
+    def __init__(self, progress: SweepProgress, name: str, folder: Path) -> None:
+        super().__init__(progress, name, 0)
+        self._file = folder / "metrics.jsonl"
+
+    def read(self) -> None:
+        """Read the newest lines."""
+        with suppress(OSError, ValueError):
+            for text in self._file.read_text(encoding="utf-8").splitlines()[-_LINES_READ:]:
+                line = json.loads(text)
+                self.step = line["step"]
+                if "eval" in line:
+                    self.metrics = line["eval"]
+                else:
+                    self.numbers = line
 
 
 class SweepProgress:
@@ -93,7 +117,7 @@ class SweepProgress:
 
     def ended(self, member: MemberResult) -> None:
         self._running.pop(member.name, None)
-        if not self.is_live:
+        if not self.is_live or member.status == "failed":
             self.say(f"{member.name}: {_outcome(member)} ({self._place(member)})")
 
     def _place(self, member: MemberResult) -> str:
@@ -106,6 +130,10 @@ class SweepProgress:
     def _display(self, name: str, total_steps: int, done: int = 0) -> Display:
         self._running[name] = display = MemberDisplay(self, name, total_steps, done)
         return display
+
+    def follow(self, name: str, folder: Path) -> None:
+        """Show the progress of a member that another process trains in ``folder``."""
+        self._running[name] = FollowedRun(self, name, folder)
 
     def note(self, name: str, text: str) -> None:
         """Print what a run has to tell, unless another member has told the same."""
@@ -141,7 +169,10 @@ class SweepProgress:
         if member.name in self._running:
             status, display = "running", self._running[member.name]
             if display is not None:
-                step, loss = f"{display.step}/{display.total_steps}", display.loss[5:]
+                if isinstance(display, FollowedRun):
+                    display.read()
+                total = f"/{display.total_steps}" if display.total_steps else ""
+                step, loss = f"{display.step}{total}", display.loss.removeprefix("loss ")
                 metric = display.metrics.get(self._result.metric)
         score = "" if metric is None else f"{metric:.4f}"
         return [member.name, status, step, loss, score, "" if seconds is None else f"{seconds:.1f}"]

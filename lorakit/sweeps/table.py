@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 
-from lorakit.errors import printable
+from lorakit.errors import listed, printable
 from lorakit.io.atomic import write_text, writing
 from lorakit.sweeps.members import SEED, as_text
 from lorakit.sweeps.names import short_keys, value_text
@@ -29,11 +29,7 @@ def varying_keys(result: SweepResult) -> list[str]:
 def table_text(result: SweepResult) -> str:
     """The table for a terminal, with the errors of failed members and the best adapter below."""
     lines = [_aligned([_titles(result), *_rows(result)], len(varying_keys(result)))]
-    lines += [
-        f"failed: {member.name}: {member.error}"
-        for member in result.members
-        if member.status == "failed"
-    ]
+    lines += _errors(result)
     left = sum(member.status == "pending" for member in result.members)
     if left:
         lines.append(f"pending: {left} of {len(result.members)}")
@@ -41,6 +37,15 @@ def table_text(result: SweepResult) -> str:
         value = f"{result.metric} {best.metrics[result.metric]:.4f}"
         lines.append(f"best: {best.name}, {value}: {best.adapter_dir}")
     return printable("\n".join(lines))
+
+
+def _errors(result: SweepResult) -> list[str]:
+    """Each error once, with the first member that has it."""
+    found: dict[str, list[str]] = {}
+    for member in result.members:
+        if member.status == "failed":
+            found.setdefault(member.error or "", []).append(member.name)
+    return [f"failed: {listed(names, most=1)}: {error}" for error, names in found.items()]
 
 
 def write_tables(result: SweepResult) -> None:
@@ -132,6 +137,6 @@ def _aligned(rows: Sequence[Sequence[str]], names: int) -> str:
         "  ".join(
             cell.ljust(width) if at < names else cell.rjust(width)
             for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
+        ).rstrip()
         for row in rows
     )
