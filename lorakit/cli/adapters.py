@@ -12,7 +12,6 @@ import typer
 
 from lorakit.cli.console import (
     AsJson,
-    MethodFile,
     Overwrite,
     TrustRemoteCode,
     echo,
@@ -37,6 +36,31 @@ _Add = Annotated[
     ),
 ]
 _Weight = Annotated[float, typer.Option(metavar="W", help="Factor of ADAPTER's update.")]
+_Method = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        metavar="NAME|FILE.py:CLASS",
+        help="How to combine the adapters, with PEFT's names: cat (the sum, default), linear, svd, "
+        "ties, dare_linear (dare), dare_ties, magnitude_prune. Or your own method, if the adapter "
+        "was trained with one; the file is run.",
+    ),
+]
+_Density = Annotated[
+    float | None,
+    typer.Option(metavar="D", help="Share of values that ties, dare_* and magnitude_prune keep."),
+]
+_SvdRank = Annotated[
+    int | None,
+    typer.Option(metavar="R", help="Rank for svd [default: the largest of the adapters]."),
+]
+_SignMethod = Annotated[
+    str | None,
+    typer.Option(metavar="M", help="For *ties: total or frequency [default: total]."),
+]
+_Seed = Annotated[
+    int | None, typer.Option(metavar="N", help="Of the values that dare_* drops [default: 42].")
+]
 _Dtype = Annotated[
     str | None,
     typer.Option(metavar="D", help="float32, bfloat16 or float16 [default: that of the base]."),
@@ -55,7 +79,11 @@ def merge(
     dtype: _Dtype = None,
     max_shard_size: _ShardSize = "5GB",
     overwrite: Overwrite = False,
-    method: MethodFile = None,
+    method: _Method = None,
+    density: _Density = None,
+    svd_rank: _SvdRank = None,
+    majority_sign_method: _SignMethod = None,
+    seed: _Seed = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -69,6 +97,8 @@ def merge(
     Example: lorakit merge models/smollm2-135m-instruct runs/quickstart/adapter merged
 
     Example: lorakit merge BASE ADAPTER merged --add runs/other/adapter:0.5
+
+    Example: lorakit merge BASE A merged --add B --method ties --density 0.5
     """
     from lorakit.api import merge as merge_adapter
 
@@ -76,6 +106,8 @@ def merge(
         report = merge_adapter(
             base, adapter, out, dtype, max_shard_size, overwrite, trust_remote_code, say=say,
             add=[_weighted(text) for text in add or []], weight=weight, method=method,
+            density=density, svd_rank=svd_rank, majority_sign_method=majority_sign_method,
+            seed=seed,
             on_progress=lambda done, total: report_progress(done // 10**6, total // 10**6),
         )  # fmt: skip
     if as_json:
@@ -92,6 +124,7 @@ def _print_report(report: MergeReport) -> None:
         + f"; {report.dtype}, {report.size_bytes / 1e6:,.1f} MB in "
         f"{count} {'file' if count == 1 else 'files'}"
         + (f"; weight {report.weight:g}" if report.weight != 1 else "")
+        + (f"; combined by {report.combination}" if report.combination != "cat" else "")
         + "".join(f"; added {other.weight:g} x {other.adapter}" for other in report.added)
     )
     if report.kept:

@@ -85,6 +85,19 @@ def test_weights(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert want.abs().max() > 1e-2
 
 
+def test_other_combinations(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = merged(capsys, "--add", "b:0.5", "--method", "ties", "--density", "0.5")
+    assert "; combined by ties; added 0.5 x b" in out
+    own = values("out")
+    out, _ = merged(capsys, "--add", "b:0.5", "--method", "dare", "--density", "0.9", "--seed", "3",
+                    "--json")  # fmt: skip
+    assert json.loads(out)["combination"] == "dare_linear"
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(values("out")[name], own[name])
+    out, _ = merged(capsys, "--add", "b", "--method", "cat")
+    assert "combined" not in out
+
+
 def test_invalid_input_is_one_line(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for options, message in (
         (("--add", "b:nan"), "b: weight = nan: allowed: a finite number"),
@@ -94,5 +107,8 @@ def test_invalid_input_is_one_line(files: Path, capsys: pytest.CaptureFixture[st
         (("--add", "b:half"), "b:half: no such adapter directory"),
         (("--add", ":0.5"), "without an adapter directory"),
         (("--add", "base:1"), "base: a model, not an adapter"),
+        (("--add", "b", "--method", "tie"), "unknown (did you mean 'ties'?); allowed: cat, linear"),
+        (("--add", "b", "--method", "ties"), "density: ties needs the share of values to keep"),
+        (("--add", "b", "--density", "0.5"), "density = 0.5: not used by cat"),
     ):
         assert message in refused(capsys, *options)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit.adapters.base_model import base_section, dtype_name, other_base_note
 from lorakit.adapters.merge.by_name import resolve_by_name
 from lorakit.adapters.merge.checkpoint import SINGLE, Checkpoint, local_directory, read_config
+from lorakit.adapters.merge.combine import Combination, combination_named, combined
 from lorakit.adapters.merge.output import (
     LeftOut,
     copy_files,
@@ -33,6 +34,7 @@ from lorakit.adapters.peft.method import Say, run_method_file
 from lorakit.adapters.peft.read import AdapterFiles, to_stderr
 from lorakit.errors import AdapterError
 from lorakit.io.atomic import atomic_directory
+from lorakit.user_code import is_code
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +52,8 @@ class Added:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """``weight`` is the factor of the adapter's own update; ``dtype`` is that of most weights.
+    """``weight`` is the factor of the adapter's own update, and ``combination`` tells how the
+    adapters were combined; ``dtype`` is that of most weights.
 
     ``kept`` are tensors of the base that the trained class does not have, such as a vision tower:
     they are copied unchanged. ``left_out`` are files of the base that are not copied. ``notes`` say
@@ -65,6 +68,7 @@ class MergeReport:
     size_bytes: int
     weight: float = 1.0
     added: tuple[Added, ...] = ()
+    combination: str = "cat"
     kept: tuple[str, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
     notes: tuple[str, ...] = ()
@@ -83,6 +87,10 @@ def merge(
     weight: float = 1.0,
     on_progress: OnProgress = lambda _done, _total: None,
     method: str | os.PathLike[str] | None = None,
+    density: float | None = None,
+    svd_rank: int | None = None,
+    majority_sign_method: str | None = None,
+    seed: int | None = None,
 ) -> MergeReport:
     """Fold ``adapter`` into ``base`` and write ``out``, a directory that plain transformers loads.
 
@@ -90,12 +98,22 @@ def merge(
     unless ``overwrite``. ``say`` receives notes, ``on_progress`` the bytes written and the total.
     ``add`` are further adapters with their weights: W + ``weight`` * delta + sum of w_i * delta_i.
     Fully trained modules of ``adapter``, such as a head, replace those of the base; the added
-    adapters must not have others. ``method`` is the ``FILE.py:CLASS`` of the user's method that
-    trained the adapter; its code is run.
+    adapters must not have others.
+
+    ``method`` combines LoRA adapters otherwise, as PEFT's ``combination_type``: ``linear``,
+    ``svd`` (of rank ``svd_rank``), ``ties``, ``dare_linear``, ``dare_ties`` (``seed``) and
+    ``magnitude_prune``, the last four with the share ``density`` of the values; ``cat`` is the sum.
+    Or it is the ``FILE.py:CLASS`` of the user's method that trained the adapter; its code is run.
     Raises ModelError and AdapterError. ``out`` is then unchanged, also if the process is killed.
     """
-    run_method_file(method)
+    is_name = method is not None and not is_code(os.fspath(method))
+    if not is_name:
+        run_method_file(method)
+    name = combination_named(os.fspath(method)) if method is not None and is_name else "cat"
+    how = Combination(name, density, svd_rank, majority_sign_method, seed)
+    how.check()
     adapters = read_weighted(adapter, weight, add, say)
+    to_add = combined(adapters, how)
     section = base_section(base, adapters[0].files, trust_remote_code)
     out = Path(out)
     with _write_errors(out):
@@ -108,7 +126,7 @@ def merge(
     _check_not_quantized(settings, section.name_or_path)
     tokenizer = _tokenizer(directory, adapters[0].files, settings)
     with Checkpoint(directory) as checkpoint:
-        resolved = resolve_base(section, settings, checkpoint, adapters)
+        resolved = resolve_base(section, settings, checkpoint, to_add)
         plan = plan_merge(resolved, checkpoint, output_dtype)
         shards = plan_files(plan.outputs, checkpoint, plan.stored, max_shard_bytes)
         size_bytes = sum(output.size_bytes for output in plan.outputs.values())
@@ -124,7 +142,7 @@ def merge(
     notes = _notes(section, adapters, tokenizer)
     for note in notes:
         say(note)
-    return _report(out, plan, adapters, list(shards), size_bytes, left_out, notes)
+    return _report(out, plan, adapters, name, list(shards), size_bytes, left_out, notes)
 
 
 def _tokenizer(directory: Path, files: AdapterFiles, settings: Mapping[str, Any]) -> Tokenizer:
@@ -159,6 +177,7 @@ def _report(
     out: Path,
     plan: MergePlan,
     adapters: Sequence[Weighted],
+    combination: str,
     files: Sequence[str],
     size_bytes: int,
     left_out: Sequence[LeftOut],
@@ -174,6 +193,7 @@ def _report(
         size_bytes=size_bytes,
         weight=first.weight,
         added=tuple(Added(other.files.directory, other.weight) for other in others),
+        combination=combination,
         kept=plan.kept,
         left_out=tuple(left_out),
         notes=tuple(notes),

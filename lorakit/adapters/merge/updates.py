@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -96,15 +96,11 @@ def find_updates(model: nn.Module, adapters: Sequence[Weighted]) -> dict[str, li
 
     first, *added = adapters
     places = find_places(model, first.files)
-    if places.base and first.weight != 1:
-        raise AdapterError(
-            f"{first.files.directory}: weight = {first.weight:g}: it trains parameters of the base "
-            f"({min(places.base)}), which have no delta to scale; allowed: 1"
-        )
+    check_unscaled(first, places.base)
     own = {**places.base, **places.fully_trained}
     for other in added:
         found = find_places(model, other.files)
-        _check_same(own, {**found.base, **found.fully_trained}, first.files, other.files)
+        check_same_values(own, {**found.base, **found.fully_trained}, first.files, other.files)
     updates: dict[str, list[Update]] = {}
     for adapter in (*added, first):
         load_adapter(model, adapter.files)
@@ -162,7 +158,16 @@ def merged_sum(updates: Sequence[Update], weight: Tensor) -> Tensor:
     return merged
 
 
-def _check_same(
+def check_unscaled(adapter: Weighted, base: Collection[str]) -> None:
+    """Raise AdapterError if the adapter, which trains the parameters ``base``, has a weight."""
+    if base and adapter.weight != 1:
+        raise AdapterError(
+            f"{adapter.files.directory}: weight = {adapter.weight:g}: it trains parameters of the "
+            f"base ({min(base)}), which have no delta to scale; allowed: 1"
+        )
+
+
+def check_same_values(
     own: Mapping[str, Tensor], other: Mapping[str, Tensor], first: AdapterFiles, added: AdapterFiles
 ) -> None:
     """Raise AdapterError if an added adapter has fully trained values that the first one lacks."""
