@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorakit.data.collate import collate_causal, collate_encoder, eval_batches
+from lorakit.data.collate import (
+    CausalBatch,
+    EncoderBatch,
+    collate_causal,
+    collate_encoder,
+    eval_batches,
+)
 from lorakit.data.encode import EncodedSplit
 from lorakit.data.sources import Split
 from lorakit.distributed.processes import (
@@ -81,6 +87,33 @@ class Evaluation:
     predictions: list[Prediction]
 
 
+class Scorer(Protocol):
+    """Computes what an evaluation measures of each batch; called once for each batch, in order."""
+
+    def logits(self, batch: EncoderBatch) -> Tensor:
+        """An encoder's logits (rows, outputs)."""
+
+    def token_loss(self, batch: CausalBatch) -> Tensor:
+        """The sum of the losses of a causal model's trained tokens."""
+
+
+@dataclass(frozen=True)
+class ModelScorer:
+    """Calls the model; ``parts`` is ``split_model(model)`` for a causal one."""
+
+    model: PreTrainedModel
+    parts: CausalParts | None = None
+
+    def logits(self, batch: EncoderBatch) -> Tensor:
+        logits: Tensor = self.model(**batch.model_inputs()).logits
+        return logits
+
+    def token_loss(self, batch: CausalBatch) -> Tensor:
+        assert self.parts is not None
+        ids, indices = batch.input_ids, batch.loss_indices
+        return token_losses(self.model, self.parts, ids, indices, batch.targets)
+
+
 def evaluate_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -93,6 +126,7 @@ def evaluate_model(
     on_progress: OnPhase | None = None,
     should_stop: ShouldStop | None = None,
     in_step: bool = False,
+    scorer: Scorer | None = None,
 ) -> Evaluation:
     """Measure the model on ``data``.
 
@@ -102,7 +136,8 @@ def evaluate_model(
     ``task.temperature`` is above 0. The metrics of an encoder are ``loss``, the mean over the rows
     (cross entropy, or squared error for a regression), and the task's scores.
 
-    ``parts`` is ``split_model(model)``, if the caller already has it. ``on_progress`` receives the
+    ``parts`` is ``split_model(model)``, if the caller already has it. ``scorer`` replaces the
+    model's passes, but not its generation. ``on_progress`` receives the
     phase, the rows done and the total. With ``in_step``, for a model whose passes need all
     processes, each one runs as many passes, and generates all texts. The state of random generators
     is not changed, and the model's training mode is restored.
@@ -112,13 +147,16 @@ def evaluate_model(
     """
     assert data.encoded.counts.rows == len(data.split), "the encoded rows are the split's"
     monitor = _monitors(on_progress, should_stop, in_step)
-    measure = _Measure(model, tokenizer, data, batch_size, seed, monitor, in_step)
     result = None
     with _evaluation_mode(model), suppress(EvaluationStopped):
+        if scorer is None:
+            causal = data.task.kind == "causal"
+            scorer = ModelScorer(model, (parts or split_model(model)) if causal else None)
+        measure = _Measure(model, tokenizer, data, batch_size, seed, monitor, in_step, scorer)
         if data.task.kind == "encoder":
             result = measure.classify()
         else:
-            result = measure.language_model(parts or split_model(model), generate)
+            result = measure.language_model(generate)
     shares = [share for share in gather(result) if share is not None]
     if len(shares) < rank_and_world_size()[1]:
         raise EvaluationStopped
@@ -146,11 +184,12 @@ class _Measure:
     seed: int
     monitor: Callable[[str, range], ProgressMonitor]
     in_step: bool
+    scorer: Scorer
 
-    def language_model(self, parts: CausalParts, generate: bool) -> _Share:
+    def language_model(self, generate: bool) -> _Share:
         share = shard(len(self.data.encoded))  # a chat may be several of these rows
         with host_masks(self.model.device):
-            loss = self._token_loss(parts, share)
+            loss = self._token_loss(share)
         texts = []
         if generate and self.data.prompts is not None:
             texts = self._share_of_texts(self.data.prompts)
@@ -173,15 +212,14 @@ class _Measure:
             predicted |= zip(rows.tolist(), found, strict=True)
         return _Share(_total(losses), len(predicted), [predicted[row] for row in share])
 
-    def _token_loss(self, parts: CausalParts, share: range) -> float:
+    def _token_loss(self, share: range) -> float:
         """Sum the losses of the trained tokens of the rows ``share``."""
         monitor, sums = self.monitor("loss", share), []
         for rows, is_own in self._batches(share):
             monitor.check()
             chosen = [self.data.encoded[int(i)] for i in rows]
             batch = collate_causal(chosen, pad_id(self.tokenizer)).to(self.model.device)
-            ids, indices = batch.input_ids, batch.loss_indices
-            loss = token_losses(self.model, parts, ids, indices, batch.targets)
+            loss = self.scorer.token_loss(batch)
             if is_own:
                 sums.append(loss)
                 monitor.advance(len(rows))
@@ -224,7 +262,7 @@ class _Measure:
             chosen = [self.data.encoded[int(i)] for i in rows]
             batch = collate_encoder(chosen, pad_id(self.tokenizer)).to(device)
             labels = batch.labels
-            logits = self.model(**batch.model_inputs()).logits.float()
+            logits = self.scorer.logits(batch).float()
             if not is_own:
                 continue
             if self.model.config.num_labels == 1:

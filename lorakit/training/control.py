@@ -14,7 +14,7 @@ from torch import Tensor
 from lorakit.distributed.launcher import is_launched
 from lorakit.distributed.processes import stop_signal
 from lorakit.errors import Interrupted
-from lorakit.evaluation.evaluate import evaluate_model
+from lorakit.evaluation.evaluate import Scorer, evaluate_model
 from lorakit.models.causal import CausalParts
 from lorakit.tasks.base import LOWER_IS_BETTER
 from lorakit.training.checkpoint import Progress
@@ -85,12 +85,13 @@ def stop_request() -> Iterator[StopRequest]:
 @dataclass(frozen=True)
 class Evaluator:
     """Measures the model, with its current weights, on the recipe's evaluation split. For
-    ``in_step`` see ``evaluate_model``."""
+    ``in_step`` see ``evaluate_model``; ``scorer`` returns that of an evaluation."""
 
     prepared: Prepared
     parts: CausalParts | None
     say: Callable[[str], None]
     in_step: bool = False
+    scorer: Callable[[], Scorer | None] = lambda: None
 
     @property
     def measures_more_at_the_end(self) -> bool:
@@ -113,6 +114,7 @@ class Evaluator:
             on_progress=throttled(self.say),
             should_stop=lambda: stop_signal.own != 0,
             in_step=self.in_step,
+            scorer=self.scorer(),
         ).metrics
 
 

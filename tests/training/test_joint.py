@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.training.joint_runs import assert_equal_to_single_runs, members
+from tests.training.runs import WORDS, write_rows
 
 ADALORA = {
     "adapter": {
@@ -98,3 +99,37 @@ def test_members_with_one_seed_have_heads_of_their_own(still_bert: Path, tmp_pat
     changes = [{"train__seed": seed, "train__learning_rate": seed / 100} for seed in (1, 2)]
     again = [{**change, "adapter__r": 2} for change in changes]
     assert_equal_to_single_runs(members(tmp_path, still_bert, "glue/sst2", changes + again))
+
+
+def test_heads_may_have_several_numbers_of_classes(still_bert: Path, tmp_path: Path) -> None:
+    recipes = []
+    for classes in (2, 3):
+        folder = tmp_path / str(classes)
+        rows = [{"text": WORDS[i % 9], "label": f"class {i % classes}"} for i in range(24)]
+        for split in ("train", "validation"):
+            write_rows(folder / "data" / f"{split}.jsonl", rows)
+        [recipe] = members(folder, still_bert, "classification", [{}])
+        recipes.append(recipe)
+    assert_equal_to_single_runs(recipes)
+
+
+def test_members_evaluate_together_or_alone(tiny_llama: Path, tmp_path: Path) -> None:
+    """At the same steps and at others, with the same batches and with others."""
+    changes = [
+        {"train__eval_every_steps": 2},
+        {"train__eval_every_steps": 2, "train__seed": 2},
+        {"train__eval_every_steps": 3, "adapter__r": 2},
+        {"train__eval_every_steps": 2, "train__per_device_eval_batch_size": 3},
+        {"train__eval_every_steps": 2, "task__limit_eval": 5},
+    ]
+    assert_equal_to_single_runs(members(tmp_path, tiny_llama, "completion", changes))
+
+
+def test_generated_text_is_that_of_single_runs(tiny_llama: Path, tmp_path: Path) -> None:
+    changes = [
+        {"task__eval_generate": "always"},
+        {"task__eval_generate": "end", "train__seed": 2},
+    ]
+    assert_equal_to_single_runs(
+        members(tmp_path, tiny_llama, "completion", changes, task__max_new_tokens=4)
+    )

@@ -6,6 +6,7 @@ the base (``base``); ``trunk`` is the model that computes the steps of all of th
 """
 
 from lorakit.training.joint.joinable import can_join
+from lorakit.training.joint.memory import members_that_fit
 from lorakit.training.joint.run import train_joint
 
-__all__ = ["can_join", "train_joint"]
+__all__ = ["can_join", "members_that_fit", "train_joint"]

@@ -122,7 +122,7 @@ class JointLayer(nn.Module):
         """``x`` with the dropout of the layers of ``stacked``."""
         layers: list[Any] = [self.own[m] if m in stacked else None for m in self._current.members]
         rates = [0.0 if layer is None else layer.lora_dropout.p for layer in layers]
-        if not any(rates):
+        if not self.training or not any(rates):
             return x
         if self._current.dropout is None and len({*rates}) == 1:
             return F.dropout(x, rates[0])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorakit.distributed.build import build_strategy
 from lorakit.distributed.strategy import Strategy
+from lorakit.evaluation.evaluate import Scorer
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.check import check_recipe
 from lorakit.recipe.sections import Recipe
@@ -45,7 +46,8 @@ class NotesOnly(Display):
 @dataclass
 class Member:
     """``request`` is the step that it wants to take next, ``outcome`` how it ended; one of them is
-    set once it has started."""
+    set once it has started. ``scorer`` returns what its next evaluation measures with, and
+    ``has_advanced`` tells whether it is done with what follows the last step of all."""
 
     prepared: Prepared
     strategy: Strategy
@@ -55,10 +57,20 @@ class Member:
     built: list[tuple[Objective, Loop]]
     request: StepRequest | None = None
     outcome: RunResult | Exception | None = None
+    scorer: Callable[[], Scorer | None] = lambda: None
+    has_advanced: bool = False
 
     @property
     def objective(self) -> Objective:
         return self.built[0][0]
+
+    def evaluates_like(self, other: Member) -> bool:
+        """Whether the member, which has just taken a step, will evaluate what ``other`` does."""
+        loop, data = self.built[0][1], self.prepared.evaluation
+        due = loop.schedule.due(loop.progress.step + 1, loop.schedule.eval_every_steps)
+        same_rows = data is not None and data is other.prepared.evaluation
+        sizes = [each.prepared.recipe.eval_batch_size for each in (self, other)]
+        return due and same_rows and sizes[0] == sizes[1] and not self.has_advanced
 
     @property
     def engine(self) -> EagerEngine:
@@ -118,12 +130,15 @@ def start_member(
             prepared, objective, strategy, batching.steps, schedule, recorder, stop, guard, say,
             Execution("joint"),
         )  # fmt: skip
+        if loop.evaluate is not None:
+            loop.evaluate = replace(loop.evaluate, scorer=lambda: member.scorer())
         built.append((objective, loop))
         return loop
 
     session = Session(prepared, strategy, batching, start, build, display, say)
     resumed = start.checkpoint is not None
-    return Member(prepared, strategy, MemberRandom(), _steps(session), resumed, built)
+    member = Member(prepared, strategy, MemberRandom(), _steps(session), resumed, built)
+    return member
 
 
 def _steps(session: Session) -> Steps[RunResult]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,27 +11,17 @@ from torch import Tensor
 
 from lorakit.errors import Interrupted
 from lorakit.pipeline.task_data import Say
-from lorakit.training.build import Objective
 from lorakit.training.engine import StepResult
-from lorakit.training.engine.eager import EagerEngine
 from lorakit.training.joint.bank import Gradients
 from lorakit.training.joint.batches import Joiner, JointBatch
 from lorakit.training.joint.graphs import JointGraphs
-from lorakit.training.joint.member_random import MemberDropout, MemberRandom
+from lorakit.training.joint.member_random import MemberDropout
+from lorakit.training.joint.parts import Part
 from lorakit.training.joint.trunk import Trunk
 from lorakit.training.loop import StepRequest
 
 #: On the CPU, batches whose lengths differ more than this are not padded to one length.
 _LEAST_FILL = 0.8
-
-
-@dataclass(frozen=True)
-class Part:
-    """What a member takes part in a pass with."""
-
-    engine: EagerEngine
-    objective: Objective
-    random: MemberRandom
 
 
 class JointPasses:
@@ -43,13 +32,13 @@ class JointPasses:
         self,
         trunk: Trunk,
         objective: Any,
-        parts: Mapping[int, Part],
+        parts: dict[int, Part],
         joiner: Joiner,
         graphs: JointGraphs | None,
         say: Say,
     ) -> None:
         self._trunk, self._objective = trunk, objective
-        self._parts = dict(parts)
+        self._parts = parts
         self._joiner, self._graphs, self._say = joiner, graphs, say
         self._most = len(parts)
         self._gradients: Gradients | None = None
@@ -191,7 +180,7 @@ class JointPasses:
                 current.dropout = stack.enter_context(dropout)
             states = self._objective.states(joint.batch)
             losses = [
-                part.objective.losses(joint.states(states, place), joint.own(place))
+                part.objective.losses(part.cut(joint.states(states, place)), joint.own(place))
                 for place, part in enumerate(parts)
             ]
             scaled = torch.stack(losses) * joint.factors

@@ -23,9 +23,11 @@ from lorakit.training.engine.eager import CausalObjective
 from lorakit.training.execution import replays_joint_passes
 from lorakit.training.joint.base import SharedBase
 from lorakit.training.joint.batches import Joiner
+from lorakit.training.joint.evaluation import JointEvaluations
 from lorakit.training.joint.graphs import JointGraphs
 from lorakit.training.joint.members import Member, NotesOnly, start_member
-from lorakit.training.joint.passes import JointPasses, Part
+from lorakit.training.joint.parts import Part
+from lorakit.training.joint.passes import JointPasses
 from lorakit.training.joint.trunk import Trunk
 from lorakit.training.session import RunResult
 from lorakit.training.tracking import Display
@@ -99,6 +101,7 @@ class _JointRun:
         self.members: dict[int, Member] = {}
         self.outcomes: dict[int, RunResult | Exception] = {}
         self._passes: JointPasses | None = None
+        self._evaluations: JointEvaluations | None = None
         self._interrupted: Interrupted | None = None
 
     def start(self) -> None:
@@ -133,8 +136,13 @@ class _JointRun:
                 break
             assert self._passes is not None
             results = self._passes.take(requests)
-            for index, result in results.items():
-                self._advance(index, result)
+            if self._evaluations is not None:
+                self._evaluations.forget()
+            for member in self.members.values():
+                member.has_advanced = False
+            for index in sorted(results):
+                self.members[index].has_advanced = True
+                self._advance(index, results[index])
         if self._interrupted is not None:
             raise Interrupted(
                 f"stopped; {len(self.outcomes)} of {len(self._recipes)} runs have ended, the "
@@ -199,7 +207,14 @@ class _JointRun:
         if device.type == "cuda":
             replays = replays_joint_passes(first.prepared, device, len(members))
             graphs = JointGraphs(device, replays, self._say)
+        self._evaluations = JointEvaluations(trunk, objective, parts, self._partners)
+        for index, member in self.members.items():
+            member.scorer = partial(self._evaluations.scorer, index)
         return JointPasses(trunk, objective, parts, joiner, graphs, self._say)
+
+    def _partners(self, index: int) -> list[int]:
+        own = self.members[index]
+        return [other for other, each in self.members.items() if each.evaluates_like(own)]
 
     def _joiner(self) -> Joiner:
         members = list(self.members.values())

@@ -1,0 +1,128 @@
+"""Evaluations of several members at once, where they measure the same rows at the same step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakit.data.collate import CausalBatch, EncoderBatch
+from lorakit.evaluation.evaluate import Scorer
+from lorakit.models.causal import state_losses
+from lorakit.training.joint.batches import JointBatch
+from lorakit.training.joint.layout import Layout
+from lorakit.training.joint.parts import Part
+from lorakit.training.joint.trunk import Trunk
+
+
+class JointEvaluations:
+    """Measures a batch for all members that will evaluate the same rows, when the first of them
+    asks for it, and keeps the results until the others do.
+
+    ``partners`` returns the members whose weights are those that they will evaluate next, and whose
+    evaluation has the same batches, a given member included.
+    """
+
+    def __init__(
+        self,
+        trunk: Trunk,
+        objective: Any,
+        parts: Mapping[int, Part],
+        partners: Callable[[int], Iterable[int]],
+    ) -> None:
+        self._trunk, self._objective, self._parts = trunk, objective, parts
+        self._partners = partners
+        self._results: dict[int, list[Tensor]] = {}
+        self._started: set[int] = set()
+
+    def forget(self) -> None:
+        """Drop all results: the weights change."""
+        self._results.clear()
+        self._started.clear()
+
+    def scorer(self, member: int) -> Scorer | None:
+        """What an evaluation of the member measures its batches with. None for a second one after
+        a step, which may be of other weights."""
+        if member in self._started:
+            return None
+        self._started.add(member)
+        return _MemberScorer(self, member)
+
+    def result(self, member: int, index: int, batch: EncoderBatch | CausalBatch) -> Tensor:
+        """What the member measures of its batch number ``index``."""
+        own = self._results.setdefault(member, [])
+        if index == len(own):
+            partners = {member, *self._partners(member)}
+            members = [
+                each
+                for each in self._trunk.order
+                if each in partners and len(self._results.setdefault(each, [])) == index
+            ]
+            for each, result in zip(members, self._measure(members, batch), strict=True):
+                self._results[each].append(result)
+        return own[index]
+
+    def _measure(self, members: list[int], batch: EncoderBatch | CausalBatch) -> list[Tensor]:
+        parts = [self._parts[member] for member in members]
+        joint = _repeated(batch, len(members))
+        current = self._trunk.current
+        current.members, current.layout, current.dropout = tuple(members), joint.layout, None
+        with _evaluated([self._objective, *(part.objective for part in parts)]):
+            states = self._objective.states(joint.batch)
+        found = []
+        for place, part in enumerate(parts):
+            own = part.cut(joint.states(states, place))
+            if isinstance(batch, CausalBatch):
+                model, split = part.objective.model, part.objective.parts
+                assert split is not None
+                own = state_losses(model, split, own, batch.loss_indices, batch.targets)
+            found.append(own)
+        return found
+
+
+@dataclass
+class _MemberScorer:
+    evaluations: JointEvaluations
+    member: int
+    measured: int = field(default=0)
+
+    def logits(self, batch: EncoderBatch) -> Tensor:
+        return self._next(batch)
+
+    def token_loss(self, batch: CausalBatch) -> Tensor:
+        return self._next(batch)
+
+    def _next(self, batch: EncoderBatch | CausalBatch) -> Tensor:
+        self.measured += 1
+        return self.evaluations.result(self.member, self.measured - 1, batch)
+
+
+@contextmanager
+def _evaluated(objectives: list[Any]) -> Iterator[None]:
+    before = [objective.training for objective in objectives]
+    for objective in objectives:
+        objective.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for objective, was_training in zip(objectives, before, strict=True):
+            objective.train(was_training)
+
+
+def _repeated(batch: EncoderBatch | CausalBatch, members: int) -> JointBatch:
+    """The same batch for each member."""
+    rows, length = batch.input_ids.shape
+    layout = Layout(((rows, length),) * members, rows, length)
+    factors = torch.ones(members)
+    if isinstance(batch, CausalBatch):
+        joint: Any = replace(batch, input_ids=batch.input_ids.repeat(members, 1))
+        return JointBatch(joint, {}, factors, (len(batch.targets),) * members, layout)
+    tensors = {name: tensor.repeat(members, 1) for name, tensor in batch.model_inputs().items()}
+    labels = batch.labels.expand(members, -1)
+    joint = replace(batch, **tensors)
+    return JointBatch(joint, {"labels": labels}, factors, (rows,) * members, layout)
