@@ -41,6 +41,9 @@ _Resume = Annotated[
         help="Resume from the latest checkpoint, if there is one, or from checkpoint DIR.",
     ),
 ]
+_Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an earlier run in train.output_dir.")
+]
 _DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Load everything, run one step, print the plan; write nothing."),
@@ -52,6 +55,7 @@ def train(
     overrides: Overrides = None,
     output_dir: _OutputDir = None,
     resume: _Resume = None,
+    overwrite: _Overwrite = False,
     dry_run: _DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -64,7 +68,7 @@ def train(
     from lorakit import api
 
     with api.process_group():
-        _train(recipe, overrides, output_dir, resume, dry_run, as_json)
+        _train(recipe, overrides, output_dir, resume, overwrite, dry_run, as_json)
 
 
 def _train(
@@ -72,6 +76,7 @@ def _train(
     overrides: list[str] | None,
     output_dir: str | None,
     resume: str | None,
+    overwrite: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -83,7 +88,7 @@ def _train(
         changes.append(f"train.output_dir={json.dumps(output_dir)}")
     with only_results(), open_recipe(recipe, changes, _say()) as resolved:
         plan = api.dry_run(resolved, api.tell) if dry_run else None
-        result = api.train(resolved, resume, api.tell) if plan is None else None
+        result = None if plan else api.train(resolved, resume, api.tell, overwrite=overwrite)
     if not api.is_main():
         return
     if plan is not None:

@@ -1,6 +1,6 @@
 """The output directory: where a run starts or resumes, and its lock.
 
-A run is never overwritten, only resumed.
+A run is resumed, or replaced if that is asked for.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from lorakit.training.checkpoint import (
     load_checkpoint,
     readable_checkpoints,
 )
+from lorakit.training.earlier_run import is_run, set_aside
 from lorakit.training.run_json import read_run
 from lorakit.training.same_run import check_same_recipe
 from lorakit.training.tracking import PROJECT
@@ -37,34 +38,42 @@ Found = tuple[list[Path], dict[str, Any] | None]
 class Start:
     """Where a run starts: from ``checkpoint``, from scratch (None), or not at all, because it is
     complete (``finished`` is its run.json). ``found`` is what the output directory contains.
-    ``is_named``: ``--resume`` names the checkpoint."""
+    ``is_named``: ``--resume`` names the checkpoint. ``replaces``: the run in the output directory
+    gives way to this one."""
 
     checkpoint: Path | None = None
     snapshot: Snapshot | None = None
     finished: dict[str, Any] | None = None
     found: Found = field(default_factory=lambda: ([], None))
     is_named: bool = False
+    replaces: bool = False
 
     @property
     def step(self) -> int:
         return self.snapshot.progress.step if self.snapshot else 0
 
 
-def find_start(recipe: Recipe, resume: str | None, say: Say = lambda text: None) -> Start:
+def find_start(
+    recipe: Recipe, resume: str | None, say: Say = lambda text: None, overwrite: bool = False
+) -> Start:
     """Find the run in the output directory and the checkpoint that ``resume`` names; ``auto`` names
     the newest that can be read, and ``say`` gets a line about each that cannot. What the launcher
-    starts again continues as with ``auto``.
+    starts again continues as with ``auto``. With ``overwrite``, a new run replaces the one found.
 
-    Raises UserError if there is a run that ``resume`` does not continue, if the recipe is not that
-    run's, or if the checkpoint, or with ``auto`` each one, is corrupt.
+    Raises UserError if both are given, if there is a run that ``resume`` does not continue, if the
+    recipe is not that run's, or if the checkpoint, or with ``auto`` each one, is corrupt.
     """
+    if overwrite and resume is not None:
+        raise UserError("--resume and --overwrite are mutually exclusive; allowed: one of them")
     output_dir = Path(recipe.train.output_dir)
     _check_no_file(output_dir)
     folder = output_dir / "checkpoints"
     contents = found, finished = _find(output_dir)
     if (found or finished) and resume != "auto" and _is_restarted(output_dir):
         say("restarted by the launcher: continuing as with --resume auto")
-        resume = "auto"
+        resume, overwrite = "auto", False
+    if overwrite:
+        return Start(found=contents, replaces=is_run(output_dir))
     named = None if resume in (None, "auto") else _checkpoint_at(str(resume))
     is_own = named is not None and named.parent.resolve() == folder.resolve()
     if (found or finished) and resume != "auto" and not is_own:
@@ -72,7 +81,7 @@ def find_start(recipe: Recipe, resume: str | None, say: Say = lambda text: None)
             f"train.output_dir: {output_dir} contains "
             + ("a finished run; " if finished else f"a run at {found[-1].name}; ")
             + ("" if finished else "continue it with --resume auto, or ")
-            + "choose another directory"
+            + "choose another directory, or replace it with --overwrite"
         )
     if named is not None:
         check_same_recipe(recipe, named.parent.parent)
@@ -137,14 +146,18 @@ def exclusive_run(recipe: Recipe, start: Start) -> Iterator[Path]:
     """Create the output directory and lock it against other runs during the block.
 
     Raises UserError if it cannot be created, if another run has locked it, or has written to it
-    since ``start`` was found. If the block raises UserError before it has written a checkpoint, the
-    directory is restored to what it was.
+    since ``start`` was found. If the block raises UserError before it has written a checkpoint, or
+    any error if it replaces a run, the directory is restored to what it was.
     """
     output_dir = Path(recipe.train.output_dir)
     created = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
     with locked_directory(output_dir, "train.output_dir", "run"):
         if _find(output_dir) != start.found:
             raise UserError(f"train.output_dir: {output_dir}: another run has just written to it")
+        if start.replaces:
+            with set_aside(output_dir):
+                yield output_dir
+            return
         before, had_logs = _run_files(output_dir), (output_dir / PROJECT).exists()
         try:
             yield output_dir

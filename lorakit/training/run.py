@@ -57,13 +57,15 @@ def train(
     resume: str | None = None,
     say: Say = lambda text: None,
     display: Callable[[int, int], Display] = Display,
+    overwrite: bool = False,
 ) -> RunResult:
     """Train the adapter that ``recipe`` describes.
 
     ``resume`` is None for a new run, ``auto`` for the newest checkpoint in the output directory (a
     new run if there is none), or a checkpoint directory. ``display`` shows the progress of a run of
-    so many steps that starts after some. Raises UserError before anything is written, and
-    TrainingError and Interrupted afterwards. If a stream cannot be read further, saves
+    so many steps that starts after some. With ``overwrite``, the run replaces an earlier one in the
+    output directory, which is deleted at its first checkpoint. Raises UserError before anything is
+    written, and TrainingError and Interrupted afterwards. If a stream cannot be read further, saves
     a checkpoint and raises DataError.
     """
     init_process_group()
@@ -73,13 +75,13 @@ def train(
         naming_checkpoints(Path(recipe.train.output_dir)),
         deterministic_kernels(recipe.train.deterministic),
     ):
-        return _train(recipe, resume, say, display)
+        start = run_on_main(lambda: find_start(recipe, resume, say, overwrite))
+        return _train(recipe, start, say, display)
 
 
 def _train(
-    recipe: Recipe, resume: str | None, say: Say, display: Callable[[int, int], Display]
+    recipe: Recipe, start: Start, say: Say, display: Callable[[int, int], Display]
 ) -> RunResult:
-    start = run_on_main(lambda: find_start(recipe, resume, say))
     if start.finished is not None:
         return finished_run(recipe, start.finished, say)
     if start.checkpoint is not None:
