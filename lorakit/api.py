@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lorakit.adapters.convert import convert
-    from lorakit.adapters.load import load
+    from lorakit.adapters.load import load, load_with_tokenizer
     from lorakit.adapters.merge.output import LeftOut
     from lorakit.adapters.merge.run import MergeReport, merge
     from lorakit.adapters.switching import switch
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     )
     from lorakit.openmp import yield_cores
     from lorakit.pipeline.evaluation import evaluate, evaluate_split, load_for_generation
+    from lorakit.pipeline.predict import predict
     from lorakit.pipeline.predictions import SplitEvaluation, prediction_lines, score_predictions
     from lorakit.pipeline.preview import DescribedRow, Piece, Preview, preview
     from lorakit.recipe.load import load_recipe
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "lorakit.adapters.convert": ("convert",),
-    "lorakit.adapters.load": ("load",),
+    "lorakit.adapters.load": ("load", "load_with_tokenizer"),
     "lorakit.adapters.merge.output": ("LeftOut",),
     "lorakit.adapters.merge.run": ("MergeReport", "merge"),
     "lorakit.adapters.switching": ("switch",),
@@ -85,6 +86,7 @@ _MODULES = {
     ),
     "lorakit.openmp": ("yield_cores",),
     "lorakit.pipeline.evaluation": ("evaluate", "evaluate_split", "load_for_generation"),
+    "lorakit.pipeline.predict": ("predict",),
     "lorakit.pipeline.predictions": ("SplitEvaluation", "prediction_lines", "score_predictions"),
     "lorakit.pipeline.preview": ("DescribedRow", "Piece", "Preview", "preview"),
     "lorakit.recipe.load": ("load_recipe",),
@@ -140,11 +142,13 @@ __all__ = [
     "load_for_generation",
     "load_recipe",
     "load_sweep",
+    "load_with_tokenizer",
     "locate_error",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "merge",
     "plan_sweep",
+    "predict",
     "prediction_lines",
     "preview",
     "process_group",

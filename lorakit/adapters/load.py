@@ -1,14 +1,16 @@
-"""Loads a base model with one adapter, or with several to switch between: ``lorakit.load``."""
+"""Loads a base model with one adapter, or with several to switch between: ``lorakit.load``; and any
+model with its tokenizer: ``lorakit.load_with_tokenizer``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.adapters.base_model import (
     DTYPES,
@@ -19,12 +21,15 @@ from lorakit.adapters.base_model import (
     full_config,
     set_pad_token,
 )
-from lorakit.adapters.peft.method import run_method_file
+from lorakit.adapters.peft.method import Say, run_method_file
 from lorakit.adapters.peft.place import load_adapter
-from lorakit.adapters.peft.read import AdapterFiles, read_adapter
+from lorakit.adapters.peft.read import AdapterFiles, read_adapter, to_stderr
+from lorakit.adapters.peft.schema import CONFIG
 from lorakit.adapters.switching import register_adapters
 from lorakit.errors import AdapterError
-from lorakit.models.hub import load_config
+from lorakit.models.heads import declares_head
+from lorakit.models.hub import hub_options, load_config, load_tokenizer
+from lorakit.models.load import load_model
 from lorakit.recipe.sections import ModelSection
 
 _T = TypeVar("_T")
@@ -56,13 +61,133 @@ def load(
         return _load_named(base, adapter, dtype, device, trust_remote_code)
     files = read_adapter(adapter)
     section = base_section(base, files, trust_remote_code)
-    config = full_config(section, files)
-    chosen = dtype_name(dtype, "dtype") or _trained_dtype(files)
-    model, _ = base_model(section, config, [files], chosen)
-    set_pad_token(model.config, model, files)
-    load_adapter(model, files, trainable=trainable)
+    model = _load_files(section, files, dtype_name(dtype, "dtype"), trainable)
     if device is not None:
         model.to(torch.device(device))  # type: ignore[arg-type]
+    return model
+
+
+def load_with_tokenizer(
+    base: str | Path | None,
+    adapter: str | Path | None = None,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    trainable: bool = False,
+    trust_remote_code: bool = False,
+    method: str | PathLike[str] | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return what ``load`` returns, and the tokenizer that the adapter was trained with.
+
+    Without ``adapter``, ``base`` may be an adapter directory, which names its base; a merged model;
+    or any other model, which is loaded as the classifier or causal model that it is. The tokenizer
+    is the adapter's if it has one, else the base's. Its padding side is the right, and a missing
+    pad token is set. Raises ModelError and AdapterError.
+    """
+    run_method_file(method)
+    found = find_model(base, adapter, trust_remote_code=trust_remote_code)
+    if trainable and found.files is None:
+        raise AdapterError("trainable = True: allowed with an adapter only")
+    model, tokenizer = found.load(dtype_name(dtype, "dtype"), trainable)
+    if device is not None:
+        model.to(torch.device(device))  # type: ignore[arg-type]
+    return model, tokenizer
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A model that is not loaded yet: a base, and the ``files`` of an adapter, None without one."""
+
+    section: ModelSection
+    files: AdapterFiles | None
+
+    @property
+    def directory(self) -> str:
+        """The adapter's directory, else the name of the model; messages start with it."""
+        return str(self.files.directory) if self.files else self.section.name_or_path
+
+    def classifies(self) -> bool:
+        """Whether it has a classification head. Raises ModelError if there is no such model."""
+        if self.files is not None:
+            return self.files.classifies
+        return declares_head(load_config(self.section))
+
+    def dtype_on(self, device: torch.device, dtype: str | None, say: Say) -> str | None:
+        """``dtype``, or that of the adapter's training, or of the checkpoint; float32 in place of
+        float16 on a CPU. None if it is unknown."""
+        chosen = dtype_name(dtype, "--dtype")
+        if chosen is None and self.files is not None:
+            chosen = _trained_dtype(self.files)
+        if chosen is None:
+            stored = load_config(self.section).dtype
+            chosen = dtype_name(stored, self.section.name_or_path)
+        if chosen == "float16" and device.type == "cpu":
+            say("float16 is not supported on the CPU: loading the model in float32")
+            return "float32"
+        return chosen
+
+    def load(
+        self, dtype: str | None, trainable: bool = False, say: Say = to_stderr
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Load model and tokenizer, which agree on the pad token. ``say`` receives notes."""
+        section, files = self.section, self.files
+        if files is not None and (files.directory / "tokenizer.json").is_file():
+            tokenizer, notes = load_tokenizer(str(files.directory), {})
+        else:
+            tokenizer, notes = load_tokenizer(section.name_or_path, hub_options(section))
+        for note in notes:
+            say(note)
+        if files is None:
+            model = load_model(section, dtype)
+        else:
+            model = _load_files(section, files, dtype, trainable)
+        model.config.pad_token_id = tokenizer.pad_token_id
+        return model, tokenizer
+
+
+def find_model(
+    base: str | Path | None,
+    adapter: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    say: Say = to_stderr,
+) -> FoundModel:
+    """Find a model and its adapter. Without ``adapter``, ``base`` may be an adapter directory.
+
+    ``revision`` is that of the base. Raises AdapterError if neither is given, and for an adapter
+    that cannot be read; notes go to ``say``.
+    """
+    if adapter is None and base is not None and is_adapter(base):
+        base, adapter = None, base
+    if adapter is not None:
+        files = read_adapter(adapter, say)
+        section = base_section(base, files, trust_remote_code)
+    elif base:
+        files = None
+        section = ModelSection(name_or_path=str(base), trust_remote_code=trust_remote_code)
+    else:
+        raise AdapterError(f"base = {base!r}: allowed: a model directory, or a Hub id")
+    if revision is not None:
+        section = section.model_copy(update={"revision": revision})
+    return FoundModel(section, files)
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether ``path`` is an adapter directory."""
+    try:
+        return (Path(path) / CONFIG).is_file()
+    except OSError:  # too long, or no permission
+        return False
+
+
+def _load_files(
+    section: ModelSection, files: AdapterFiles, dtype: str | None, trainable: bool
+) -> PreTrainedModel:
+    config = full_config(section, files)
+    model, _ = base_model(section, config, [files], dtype or _trained_dtype(files))
+    set_pad_token(model.config, model, files)
+    load_adapter(model, files, trainable=trainable)
     model.eval()
     return model
 

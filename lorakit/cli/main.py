@@ -21,6 +21,7 @@ from lorakit.api import locate_error, yield_cores
 from lorakit.cli.adapters import convert, merge
 from lorakit.cli.generate import generate
 from lorakit.cli.inspect import inspect
+from lorakit.cli.predict import predict
 from lorakit.cli.preview import preview
 from lorakit.cli.recipes import methods, schema, tasks, validate
 from lorakit.cli.run import eval_, train
@@ -49,6 +50,7 @@ for command in (
     merge,
     eval_,
     generate,
+    predict,
     convert,
     inspect,
     preview,

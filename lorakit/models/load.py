@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -88,6 +88,25 @@ def load_pretrained(
     model.config.pad_token_id = tokenizer.pad_token_id
     new = _new_modules(model, info, kind, name)
     return Pretrained(model.eval(), tokenizer, new, tuple(notes))
+
+
+def load_model(section: ModelSection, dtype: str | None) -> PreTrainedModel:
+    """Load a checkpoint as the classifier or causal model that it was saved as, in evaluation mode.
+
+    ``dtype`` None is that of the checkpoint. Raises ModelError if it is neither, or incomplete.
+    """
+    name = section.name_or_path
+    config = load_config(section)
+    classifies = declares_head(config)
+    if not classifies:
+        check_kind(config, "causal", name)
+    loader = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+    options = {**hub_options(section), "dtype": getattr(torch, dtype) if dtype else "auto"}
+    model, info = _from_pretrained(loader, name, config, options, seed=0)
+    check_shapes(info["mismatched_keys"], name)
+    _check_complete(model, info["missing_keys"], name)
+    model.eval()
+    return model
 
 
 def _with_head(
@@ -182,13 +201,17 @@ def _explained_attention(name: str, options: Mapping[str, Any]) -> Iterator[None
 def _new_modules(model: PreTrainedModel, info: Any, kind: Kind, name: str) -> tuple[str, ...]:
     missing = sorted(info["missing_keys"])
     base = [key for key in missing if kind == "causal" or _is_backbone(model, key)]
-    if base:
-        raise ModelError(
-            f"{name}: the checkpoint lacks {len(base)} weights of "
-            f"{type(model).__name__}, including {base[0]}"
-        )
+    _check_complete(model, base, name)
     modules = {key.rpartition(".")[0] for key in missing}
     return tuple(sorted(module for module in modules if module))
+
+
+def _check_complete(model: PreTrainedModel, missing: Collection[str], name: str) -> None:
+    if missing:
+        raise ModelError(
+            f"{name}: the checkpoint lacks {len(missing)} weights of {type(model).__name__}, "
+            f"including {min(missing)}"
+        )
 
 
 def _is_backbone(model: PreTrainedModel, key: str) -> bool:
@@ -248,6 +271,12 @@ def window(model: PreTrainedModel) -> int | None:
     return found - reserved_positions(model)
 
 
+def position_limit(model: PreTrainedModel) -> int | None:
+    """The most tokens of a row; None without a limit. Rotary embeddings extend beyond the positions
+    that a model was trained on; learned ones do not."""
+    return None if _is_rotary(model.config) else window(model)
+
+
 def reserved_positions(model: PreTrainedModel) -> int:
     """The number of positions that no token can have. RoBERTa and its descendants start after the
     pad token's id: 514 positions for 512 tokens."""
@@ -267,11 +296,9 @@ def embedding_rows(model: PreTrainedModel) -> int:
 def fit_max_length(model: PreTrainedModel, config: Any, say: Callable[[str], None]) -> Any:
     """The task's ``config``, with a default ``max_length`` reduced to the context window.
 
-    Raises UserError if the recipe itself asks for more. Rotary embeddings extend beyond the
-    positions that a model was trained on; learned ones do not.
-    """
-    limit, wanted = window(model), config.max_length
-    if limit is None or wanted <= limit or _is_rotary(model.config):
+    Raises UserError if the recipe itself asks for more."""
+    limit, wanted = position_limit(model), config.max_length
+    if limit is None or wanted <= limit:
         return config
     if "max_length" in config.model_fields_set:
         raise UserError(

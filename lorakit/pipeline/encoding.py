@@ -102,6 +102,13 @@ def endless_warning(split: str, endless: int, rows: int) -> str:
     )
 
 
+def id_limit(model: PreTrainedModel) -> int:
+    """Return the number of token ids that the model accepts."""
+    # A model that hashes characters has no embedding table, and accepts any id.
+    has_table = isinstance(model.get_input_embeddings(), nn.Embedding)
+    return embedding_rows(model) if has_table else 2**31
+
+
 class _Encoder:
     """Tokenizes the splits of one ``TaskData`` for one model."""
 
@@ -116,9 +123,7 @@ class _Encoder:
         self._data, self._model, self._tokenizer, self._say = data, model, tokenizer, say
         largest = max(len(split) for split in (data.split, data.validation) if split is not None)
         self._cache = _token_cache(data, tokenizer, largest, say, write_cache)
-        # A model that hashes characters has no embedding table, and accepts any id.
-        has_table = isinstance(model.get_input_embeddings(), nn.Embedding)
-        self._embedding_rows = embedding_rows(model) if has_table else 2**31
+        self._embedding_rows = id_limit(model)
 
     def encode(self, split: Split) -> EncodedSplit:
         """Tokenize a split or read its tokens from the cache; report what was cut or skipped."""

@@ -11,12 +11,12 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit import registry
-from lorakit.adapters.base_model import dtype_name
+from lorakit.adapters.load import find_model
 from lorakit.adapters.peft.method import run_method_file
 from lorakit.adapters.peft.place import load_adapter
 from lorakit.adapters.peft.read import AdapterFiles, read_adapter
 from lorakit.distributed.processes import init_process_group, is_main
-from lorakit.errors import AdapterError, UserError
+from lorakit.errors import AdapterError, ModelError, UserError
 from lorakit.evaluation.evaluate import evaluate_model
 from lorakit.evaluation.progress import OnPhase
 from lorakit.models.heads import declares_head, find_labels, head_labels
@@ -110,30 +110,23 @@ def load_for_generation(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal model onto its device, with an adapter if one is given, and the tokenizer.
 
+    ``name_or_path`` may also be an adapter directory, which names its base.
     The adapter's tokenizer is used if it has one. ``dtype`` defaults to the one that the adapter
     was trained with, or else to the checkpoint's. ``method`` is the ``FILE.py:CLASS`` of the user
     method that trained the adapter; its code is run. Raises ModelError and AdapterError.
     """
     run_method_file(method)
-    files = read_adapter(adapter, say) if adapter is not None else None
-    if files is not None and files.classifies:
-        raise AdapterError(
-            f"{files.directory}: the adapter is for classification and cannot generate text"
+    found = find_model(
+        name_or_path, adapter, revision=revision, trust_remote_code=trust_remote_code, say=say
+    )
+    if found.classifies():
+        what = "the adapter of a classifier" if found.files else "a classifier"
+        raise ModelError(
+            f"{found.directory}: {what} cannot generate text; hint: use lorakit predict"
         )
-    section = ModelSection(
-        name_or_path=name_or_path, revision=revision, trust_remote_code=trust_remote_code
-    )
-    trained = (files.sidecar or {}).get("base_dtype") if files else None
-    chosen = (
-        dtype_name(dtype, "--dtype")
-        or trained
-        or dtype_name(load_config(section).dtype, name_or_path)
-    )
-    if chosen == "float16" and default_device().type == "cpu":
-        say("float16 is not supported on the CPU: loading the model in float32")
-        chosen = "float32"
-    section = section.model_copy(update={"dtype": chosen or "float32"})
-    return load_adapted(section, "causal", None, files, 0, say)
+    chosen = found.dtype_on(default_device(), dtype, say) or "float32"
+    section = found.section.model_copy(update={"dtype": chosen})
+    return load_adapted(section, "causal", None, found.files, 0, say)
 
 
 def load_adapted(

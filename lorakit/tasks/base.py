@@ -128,6 +128,11 @@ class Task(ABC):
     def columns(self, config: Any) -> tuple[str, ...]:
         """The columns that a row must have."""
 
+    def text_columns(self, config: Any) -> tuple[str, ...]:
+        """An encoder's columns of a text, or of a pair of texts, in which ``lorakit predict`` looks
+        for them first; empty if a row's texts are not whole columns."""
+        return ()
+
     def check_columns(self, split: Split, config: Any) -> None:
         """Raise DataError if a column that the task needs is missing; its message starts with the
         key that names the column, if there is one."""

@@ -65,6 +65,10 @@ class LabelledTask(Task):
         found = self.labelling(config)
         return tuple(name for name in (found.text, found.pair, found.label) if name is not None)
 
+    def text_columns(self, config: Any) -> tuple[str, ...]:
+        found = self.labelling(config)
+        return (found.text,) if found.pair is None else (found.text, found.pair)
+
     def read_columns(self, config: Any, columns: Sequence[str]) -> Collection[str] | None:
         return self.columns(config)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from lorakit.adapters.model_card import CardFacts
 from lorakit.adapters.peft.method import merge_command
@@ -27,7 +28,6 @@ def export_adapter(prepared: Prepared, directory: Path, record: RunRecord, say: 
     cannot load it."""
     recipe = prepared.recipe
     hardware = record.hardware
-    labels = prepared.task.labels(recipe.task, None)
     save_adapter(
         directory,
         prepared.model,
@@ -50,7 +50,7 @@ def export_adapter(prepared: Prepared, directory: Path, record: RunRecord, say: 
             diverged=record.diverged,
             hardware=hardware.get("gpu") or hardware["cpu"],
         ),
-        lorakit_info={"task": recipe.task.name} | ({"labels": labels} if labels else {}),
+        lorakit_info=_task_info(prepared),
     )
     method = prepared.method
     merge = merge_command(recipe.model.name_or_path, directory, method.name)
@@ -63,6 +63,20 @@ def export_adapter(prepared: Prepared, directory: Path, record: RunRecord, say: 
         wrong := misread_by_peft(prepared.model, _adapted(record))
     ):
         say(f"{directory}: {misread_note(wrong)}, and {merging}")
+
+
+def _task_info(prepared: Prepared) -> dict[str, Any]:
+    """What ``lorakit.json`` says about the task, for evaluation and prediction."""
+    task, config = prepared.task, prepared.recipe.task
+    info: dict[str, Any] = {"task": config.name}
+    if task.kind == "causal":
+        return info
+    info["max_length"] = config.max_length
+    if labels := task.labels(config, None):
+        info["labels"] = labels
+    if columns := task.text_columns(config):
+        info["text_columns"] = list(columns)
+    return info
 
 
 def _adapted(record: RunRecord) -> list[str]:

@@ -269,7 +269,8 @@ def test_encoders_and_classifier_adapters_are_rejected(
     assert "not a causal language model" in refused(capsys, tiny_bert, "--prompt", "a")
     write_adapter(tiny_bert, tmp_path / "adapter", "encoder", ["a", "b"])
     options = ["--adapter", tmp_path / "adapter", "--prompt", "a"]
-    assert "cannot generate text" in refused(capsys, tiny_llama, *options)
+    error = refused(capsys, tiny_llama, *options)
+    assert "the adapter of a classifier cannot generate text; hint: use lorakit predict" in error
 
 
 def test_byte_order_mark(

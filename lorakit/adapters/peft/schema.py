@@ -106,6 +106,7 @@ SIDECAR_TYPES = {
     "base_dtype": "a string",
     "id2label": "names by class number",
     "labels": "a list of strings",
+    "max_length": "an integer",
     "method": "a string",
     "method_digest": "a string",
     "misread_by_peft": "a list of strings",
@@ -113,6 +114,7 @@ SIDECAR_TYPES = {
     "problem_type": "a string",
     "refused_by_peft": "a list of strings",
     "task": "a string",
+    "text_columns": "one or two strings",
 }
 #: Further keys of PEFT that lorakit reads elsewhere, or that do not affect the output.
 _OTHER_KEYS = {
@@ -327,6 +329,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
         isinstance(value, str) and not _CONTROL.search(value)
     ),
     "a list of strings": _is_strings,
+    "one or two strings": lambda value: _is_strings(value) and len(value) in (1, 2),
     "a string, or a list of strings": lambda value: isinstance(value, str) or _is_strings(value),
     "true, false": lambda value: isinstance(value, bool),
     "an integer": _is_integer,

@@ -1,0 +1,147 @@
+"""The texts to predict on: given directly, as rows, or in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit.data.examples import ClassificationExample
+from lorakit.data.file_names import SUFFIXES, suffix_of
+from lorakit.data.files import read_rows
+from lorakit.data.rows import Row
+from lorakit.data.sources import Split
+from lorakit.errors import DataError, UserError
+from lorakit.tasks.base import required_text
+
+#: A text, a pair of texts, or a row.
+Given = str | tuple[str, str] | Mapping[str, Any]
+
+#: The columns of a text, or of a pair of texts, in common data sets.
+_COMMON = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("text", "text_pair"),
+    ("text",),
+    ("sentence",),
+)
+#: Columns that are not the text if there is another one.
+_NOT_TEXT = ("label", "labels", "idx", "id")
+_HINT = "--text-column and --text-pair-column, in Python text_column= and text_pair_column="
+
+
+@dataclass(frozen=True)
+class InputRows:
+    """``columns`` of ``split`` are the text and, for pairs, the second text."""
+
+    split: Split
+    columns: tuple[str, ...]
+
+    def example(self, row: Row) -> ClassificationExample:
+        """The texts of a row; 0 stands for the label, which it does not have."""
+        text, *pair = (_utf8_text(row, name) for name in self.columns)
+        return ClassificationExample(text, pair[0] if pair else None, 0)
+
+
+def given_texts(texts: Sequence[Given]) -> Split:
+    """The texts as rows with the columns ``text`` and ``text_pair``; rows are left as they are.
+
+    Raises DataError if there are none, or if they are of different kinds.
+    """
+    rows = [_row(text) for text in texts]
+    if not rows:
+        raise DataError("texts = []: allowed: at least one text, pair of texts or row")
+    kinds = {_kind(text) for text in texts}
+    if len(kinds) > 1:
+        raise DataError(f"texts: {' and '.join(sorted(kinds))}; allowed: one of these kinds")
+    return Split("texts", rows, "texts", "")
+
+
+def file_rows(file: str | Path) -> Split:
+    """The rows of a csv, tsv, json, JSON Lines or parquet file. Raises DataError if it cannot be
+    read, with the row if it is known, or has no rows."""
+    file = Path(file)
+    if not file.is_file():
+        raise DataError(f"{file}: {'not a file' if file.exists() else 'no such file'}")
+    if suffix_of(file) is None:
+        raise DataError(f"{file}: unknown format; allowed: {', '.join(SUFFIXES)}")
+    found = read_rows(file)
+    if not len(found.rows):
+        raise DataError(f"{file}: the file has no rows")
+    return Split("input", found.rows, str(file), found.digest, ((file, len(found.rows)),))
+
+
+def find_columns(
+    split: Split, text: str | None, pair: str | None, trained: Sequence[str]
+) -> tuple[str, ...]:
+    """Return the columns of the texts: ``text`` and ``pair`` if they are named; else those that the
+    model was ``trained`` on (empty if unknown), or the only ones with a common name, or the only
+    column besides label and index.
+
+    Raises DataError if a named column is missing, and if the columns leave a choice.
+    """
+    if pair is not None and text is None:
+        raise UserError("--text-pair-column: requires --text-column")
+    if text is not None:
+        named = (text,) if pair is None else (text, pair)
+        causes = zip(named, ("--text-column", "--text-pair-column"), strict=False)
+        split.require(named, {name: f"{option} {name}" for name, option in causes})
+        return named
+    known = set(split.columns)
+    if trained and known.issuperset(trained):
+        return tuple(trained)
+    count = len(trained)
+    common = [names for names in _COMMON if known.issuperset(names)]
+    if count:
+        common = [names for names in common if len(names) == count]
+    # The columns "text" and "text_pair" are a pair, not also a single text.
+    largest = [names for names in common if not any({*names} < {*other} for other in common)]
+    if len(largest) == 1:
+        return largest[0]
+    others = [name for name in split.columns if name not in _NOT_TEXT]
+    if not largest and len(others) == 1 and count != 2:
+        return (others[0],)
+    raise DataError(
+        f"{split.source}: cannot tell which column is the text"
+        + (f"; the adapter was trained on {' and '.join(map(repr, trained))}" if trained else "")
+        + f"; the columns are {', '.join(map(repr, split.columns))}; hint: {_HINT}"
+    )
+
+
+def arity_note(columns: Sequence[str], trained: Sequence[str]) -> str | None:
+    """A warning if single texts are given to a model for pairs, or pairs to one for texts."""
+    if not trained or len(columns) == len(trained):
+        return None
+    kinds = {1: "single texts", 2: "pairs of texts"}
+    return (
+        f"warning: the adapter was trained on {kinds[len(trained)]} ({', '.join(trained)}), but "
+        f"the input has {kinds[len(columns)]}"
+    )
+
+
+def _row(text: Given) -> Row:
+    if isinstance(text, Mapping):
+        return text
+    if isinstance(text, (tuple, list)):
+        return dict(zip(("text", "text_pair"), text, strict=False))
+    return {"text": text}
+
+
+def _kind(text: Given) -> str:
+    if isinstance(text, Mapping):
+        return "rows"
+    return "pairs" if isinstance(text, (tuple, list)) else "texts"
+
+
+def _utf8_text(row: Row, column: str) -> str:
+    text = required_text(row, column)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"column {column!r}: invalid UTF-8 text at character {error.start + 1}"
+        ) from error
+    return text
