@@ -139,6 +139,11 @@ class Method:
         """The hooks for a run of ``total_steps`` optimizer steps."""
         return RunHooks()
 
+    def depends_on_length(self) -> bool:
+        """Whether the ``hooks`` of a run depend on its number of steps, which can then not change
+        when it resumes. The default: whether the method has hooks of its own."""
+        return type(self).hooks is not Method.hooks
+
     def advice(self, config: Any) -> str | None:
         """A setting besides ``train.learning_rate`` that makes a run diverge if it is too high."""
         return None

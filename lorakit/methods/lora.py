@@ -102,6 +102,9 @@ class Lora(Method):
     def hooks(self, layers: Mapping[str, AdapterLayer], config: Any, total_steps: int) -> RunHooks:
         return _InitialFactors(layers) if config.init == "pissa" else RunHooks()
 
+    def depends_on_length(self) -> bool:
+        return type(self).hooks is not Lora.hooks
+
     def reads(self, settings: Mapping[str, Any]) -> bool:
         return settings["peft_type"] == "LORA" and not settings.get("use_dora")
 

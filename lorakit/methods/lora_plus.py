@@ -83,6 +83,9 @@ class LoraPlus(Lora):
     def hooks(self, layers: Mapping[str, AdapterLayer], config: Any, total_steps: int) -> RunHooks:
         return _WithRates(super().hooks(layers, config, total_steps))
 
+    def depends_on_length(self) -> bool:
+        return type(self).hooks is not LoraPlus.hooks
+
     def advice(self, config: Any) -> str | None:
         ratio = config.loraplus_lr_ratio
         shown = ratio if isinstance(ratio, str) else f"{ratio:g}"

@@ -203,8 +203,7 @@ def build_loop(
 def build_schedule(recipe: Recipe, steps: StepSource) -> Schedule:
     """Return the run's schedule; raises UserError if warmup or a method's phases exceed it."""
     section, epoch = recipe.train, steps.steps_per_epoch
-    assert section.max_steps or epoch, "a stream has max_steps"
-    total = section.max_steps or max(1, round((section.epochs or 1) * (epoch or 1)))
+    total = total_steps(section, epoch)
     method: Method = registry.method(recipe.adapter.method)
     method.check_steps(recipe.adapter, total)
     check_warmup(section, total)
@@ -216,6 +215,12 @@ def build_schedule(recipe: Recipe, steps: StepSource) -> Schedule:
         save_every_steps=section.save_every_steps or epoch or total,
         save_total_limit=section.save_total_limit,
     )
+
+
+def total_steps(section: TrainSection, steps_per_epoch: int | None) -> int:
+    """Return the number of steps of a run."""
+    assert section.max_steps or steps_per_epoch, "a stream has max_steps"
+    return section.max_steps or max(1, round((section.epochs or 1) * (steps_per_epoch or 1)))
 
 
 def plan_line(prepared: Prepared, batching: Batching) -> str:

@@ -27,7 +27,7 @@ from lorakit.training.checkpoint import (
 )
 from lorakit.training.earlier_run import is_run, set_aside
 from lorakit.training.run_json import read_run
-from lorakit.training.same_run import check_same_recipe
+from lorakit.training.same_run import check_same_recipe, has_other_length
 from lorakit.training.tracking import PROJECT
 
 #: The checkpoints in an output directory, and run.json if the run is complete.
@@ -89,9 +89,12 @@ def find_start(
     if not (finished or found):
         return Start()
     check_same_recipe(recipe, output_dir)
-    if finished:
+    if finished and not has_other_length(recipe, output_dir):
         return Start(finished=finished, found=contents)
     for checkpoint, snapshot in readable_checkpoints(folder, say):
+        if finished and snapshot.progress.stopped_early:
+            say(f"the run stopped early, at step {snapshot.progress.step}, as one of any length")
+            return Start(finished=finished, found=contents)
         return Start(checkpoint, snapshot, found=contents)
     raise none_to_resume(folder)
 

@@ -37,6 +37,7 @@ from lorakit.training.control import Schedule, stop_request
 from lorakit.training.deterministic import deterministic_kernels, say_costs
 from lorakit.training.execution import choose_execution
 from lorakit.training.guard import Guard, naming_checkpoints
+from lorakit.training.length import check_length
 from lorakit.training.loop import Loop, drive
 from lorakit.training.offload import check_offload
 from lorakit.training.output_dir import Start, find_start
@@ -179,6 +180,7 @@ def check_resumable(prepared: Prepared, batching: Batching, start: Start, say: S
     if start.checkpoint is None:
         return
     check_same_recipe(prepared.recipe, start.checkpoint.parent.parent, prepared=True)
+    check_length(prepared, batching.steps, start, say)
     rows = check_same_data(prepared.data, start.checkpoint, say)
     if rows and isinstance(batching.steps, StreamSteps):
         batching.steps.check_has_rows(rows)

@@ -26,6 +26,8 @@ _CHANGEABLE = {
     "train.save_total_limit",
     "train.trackers",
 }
+#: Keys that ``length`` checks.
+_LENGTH = {"train.epochs", "train.max_steps"}
 #: Keys that together decide what a step trains on.
 _BATCH = {"train.per_device_batch_size", "train.gradient_accumulation_steps"}
 #: Keys of the task whose defaults are reduced to what the model supports.
@@ -33,9 +35,9 @@ _FITTED = {"max_length", "max_new_tokens"}
 
 
 def check_same_recipe(recipe: Recipe, output_dir: Path, prepared: bool = False) -> None:
-    """Raise UserError unless ``recipe`` describes the run that started in ``output_dir``. Labels
-    found in the data may differ, and as long as the recipe is not ``prepared``, defaults that
-    depend on the model."""
+    """Raise UserError unless ``recipe`` describes the run that started in ``output_dir``. Its
+    length may differ, which ``length.check_length`` checks, as may labels found in the data and, as
+    long as the recipe is not ``prepared``, defaults that depend on the model."""
     path = output_dir / "recipe.yaml"
     if not path.is_file():
         return
@@ -47,7 +49,7 @@ def check_same_recipe(recipe: Recipe, output_dir: Path, prepared: bool = False) 
     later = set() if prepared else {f"task.{k}" for k in _FITTED - recipe.task.model_fields_set}
     changed = [
         key
-        for key in sorted({*before, *now} - _CHANGEABLE - _BATCH - later)
+        for key in sorted({*before, *now} - _CHANGEABLE - _LENGTH - _BATCH - later)
         if not _are_same(before.get(key), now.get(key))
         and not (key == "task.labels" and now.get(key) is None)
     ]
@@ -56,6 +58,15 @@ def check_same_recipe(recipe: Recipe, output_dir: Path, prepared: bool = False) 
             f"{k}: was {shown(before.get(k))}, now {shown(now.get(k))}" for k in changed
         )
         raise UserError(f"--resume: the recipe differs from {path}: {listed}")
+
+
+def has_other_length(recipe: Recipe, output_dir: Path) -> bool:
+    """Whether the run in ``output_dir`` was given another length."""
+    path = output_dir / "recipe.yaml"
+    if not path.is_file():
+        return False
+    before, now = load_recipe(path).flat(), recipe.flat()
+    return any(before[key] != now[key] for key in _LENGTH)
 
 
 def with_started_batch_size(recipe: Recipe, output_dir: Path) -> Recipe:
