@@ -56,8 +56,27 @@ class _Abort(Exception):
         self.rank, self.exit_code = rank, exit_code
 
 
+class _Alone:
+    """Whether this process acts as if it were the only one."""
+
+    now = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let this process act as if it were the only one during the block, and exchange nothing with
+    the others: for runs of its own, in which it prints and writes files."""
+    before, _Alone.now = _Alone.now, True
+    try:
+        yield
+    finally:
+        _Alone.now = before
+
+
 def is_main() -> bool:
     """Whether this process prints and writes files."""
+    if _Alone.now:
+        return True
     rank = os.environ.get("RANK", "0")
     return not is_launched() or rank == "0" or not rank.isdecimal()
 
@@ -297,7 +316,7 @@ def _exchange(value: T, exit_code: int | None) -> list[T]:
 
 
 def _has_group() -> bool:
-    if not is_launched():
+    if _Alone.now or not is_launched():
         return False
     import torch.distributed as dist
 

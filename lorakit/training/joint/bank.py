@@ -65,7 +65,7 @@ class Stack:
         places = [self.members.index(member) for member in members]
         if places[-1] - places[0] + 1 == len(places):
             return leaf[places[0] : places[-1] + 1]
-        return leaf[torch.tensor(places).to(leaf.device)]
+        return torch.stack([leaf[place] for place in places])
 
     def share_gradients(self) -> None:
         """Let the gradients of the members' parameters be views of the stacked ones."""

@@ -71,7 +71,7 @@ class JointEvaluations:
         joint = _repeated(batch, len(members))
         current = self._trunk.current
         current.members, current.layout, current.dropout = tuple(members), joint.layout, None
-        with _evaluated([self._objective, *(part.objective for part in parts)]):
+        with _evaluation_mode(self._objective), self._trunk.evaluated(members):
             states = self._objective.states(joint.batch)
         found = []
         for place, part in enumerate(parts):
@@ -102,16 +102,13 @@ class _MemberScorer:
 
 
 @contextmanager
-def _evaluated(objectives: list[Any]) -> Iterator[None]:
-    before = [objective.training for objective in objectives]
-    for objective in objectives:
-        objective.eval()
+def _evaluation_mode(objective: Any) -> Iterator[None]:
+    objective.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for objective, was_training in zip(objectives, before, strict=True):
-            objective.train(was_training)
+        objective.train()
 
 
 def _repeated(batch: EncoderBatch | CausalBatch, members: int) -> JointBatch:

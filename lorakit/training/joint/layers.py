@@ -80,6 +80,11 @@ class JointLayer(nn.Module):
         self._current = current
 
     @property
+    def stacked(self) -> set[int]:
+        """The members whose factors are stacked."""
+        return {member for stack in self.stacks for member in stack.members}
+
+    @property
     def weight(self) -> Any:
         return self.base_layer.weight
 

@@ -81,7 +81,7 @@ class Member:
     def advance(self, result: StepResult | Exception | None) -> None:
         """Give the member the result of its step, or the error in it, or None to stop it early; run
         it up to its next step or to its end."""
-        with self.random.active():
+        with self.random.active(only_torch=self._only_logs(result)):
             try:
                 if isinstance(result, Exception):
                     self.request = self.steps.throw(result)
@@ -91,6 +91,15 @@ class Member:
                 self.request, self.outcome = None, end.value
             except Exception as error:
                 self.request, self.outcome = None, error
+
+    def _only_logs(self, result: StepResult | Exception | None) -> bool:
+        """Whether nothing follows the step but the next one."""
+        if not isinstance(result, StepResult) or not self.built:
+            return False
+        loop = self.built[0][1]
+        schedule, step = loop.schedule, loop.progress.step + 1
+        every = (schedule.eval_every_steps, schedule.save_every_steps)
+        return not loop.stop and not any(schedule.due(step, steps) for steps in every)
 
     def abort(self, error: BaseException) -> None:
         """End the member because of an error of the whole process."""

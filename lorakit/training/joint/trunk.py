@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -56,6 +57,26 @@ class Trunk:
         for layer in layers:
             layer.stacks = stacks_of(layer.own)
         return [stack for layer in layers for stack in layer.stacks]
+
+    @contextmanager
+    def evaluated(self, members: Collection[int]) -> Iterator[None]:
+        """The members' own modules are in evaluation mode during the block. The factors that are
+        stacked have no mode."""
+        modules = [
+            module.own[member]
+            for module in self._modules
+            for member in members
+            if isinstance(module, OwnModules) or member not in module.stacked
+        ]
+        found = [module for module in modules if module is not None]
+        before = [module.training for module in found]
+        for module in found:
+            module.eval()
+        try:
+            yield
+        finally:
+            for module, was_training in zip(found, before, strict=True):
+                module.train(was_training)
 
     def drop(self, member: int) -> None:
         """Forget a member that takes part in no further pass."""
