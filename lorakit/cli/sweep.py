@@ -37,6 +37,13 @@ _DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="List the members and how they would run; write nothing."),
 ]
+_Joint = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|true|false",
+        help="Train members together over one frozen base, where they can (auto), or all (true).",
+    ),
+]
 _Ray = Annotated[
     str | None,
     typer.Option(
@@ -57,6 +64,7 @@ def sweep(
     overrides: Overrides = None,
     output_dir: _OutputDir = None,
     metric: _Metric = None,
+    joint: _Joint = None,
     resume: _Resume = False,
     dry_run: _DryRun = False,
     ray: _Ray = None,
@@ -73,7 +81,11 @@ def sweep(
     """
     from lorakit import api
 
-    options: dict[str, Any] = {"--output-dir": output_dir, "--metric": metric}
+    options: dict[str, Any] = {
+        "--output-dir": output_dir,
+        "--metric": metric,
+        "--joint": {"true": True, "false": False}.get(joint or "", joint),
+    }
     with only_results():
         loaded = api.load_sweep(file, grid=grid or (), overrides=overrides or (), options=options)
         plan = api.plan_sweep(loaded, resume, say) if dry_run else None
@@ -97,6 +109,9 @@ def _print_plan(plan: SweepPlan, as_json: bool) -> None:
         count = member.trainable_parameters
         what = f"{count:>12,} parameters" if count is not None else f"fails: {member.error}"
         echo(f"{member.name:<{width}}  {what}")
+    for number, (names, reason) in enumerate(plan.passes, 1):
+        together = f"{len(names)} members together: {names[0]} to {names[-1]}"
+        echo(f"pass {number}: {f'{names[0]} alone: {reason}' if reason else together}")
     echo(f"{len(plan.members)} members, compared by {plan.metric}, in {plan.output_dir}")
 
 

@@ -36,11 +36,6 @@ def setting_faults(section: SweepSection) -> Iterator[Fault]:
                 yield Fault((*path, key), "is in set, too", value, True, "one of the two")
 
 
-def joint_faults(section: SweepSection) -> Iterator[Fault]:
-    if section.joint is True:
-        yield Fault(("joint",), "not supported yet", True, True, "auto, false")
-
-
 def _key_faults(path: KeyPath, key: str, value: Any) -> Iterator[Fault]:
     name, dot, rest = key.partition(".")
     sections = tuple(Recipe.model_fields)

@@ -16,7 +16,6 @@ from lorakit.recipe.diagnostics import Fault, explain
 from lorakit.recipe.load import load_recipe
 from lorakit.recipe.yaml_source import KeyPath, read_yaml
 from lorakit.sweeps.check import (
-    joint_faults,
     metric_faults,
     name_faults,
     recipe_faults,
@@ -111,7 +110,6 @@ def _checked_section(source: Source) -> tuple[SweepSection | None, list[Fault]]:
         section = SweepSection.model_validate({"output_dir": "."} | _without(given, found))
     wrong = [*setting_faults(section), *repeated_values(section)]
     faults += [*wrong, *name_faults(section.members), *recipe_faults(section)]
-    faults += joint_faults(section)
     if not (source.data.get("grid") or source.data.get("members")):
         faults.append(Fault((), "has no members", allowed="grid, members, or both"))
     if (count := count_members(section)) > MAX_MEMBERS:

@@ -13,6 +13,7 @@ from lorakit.sweeps.directory import check_directory
 from lorakit.sweeps.load import Sweep, load_sweep, located
 from lorakit.sweeps.members import Member
 from lorakit.sweeps.metric import sweep_metric
+from lorakit.sweeps.passes import make_passes
 from lorakit.sweeps.sections import Settings
 from lorakit.sweeps.size import Sizes, with_budget
 
@@ -29,15 +30,21 @@ class PlannedMember:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What a sweep would do."""
+    """What a sweep would do: ``passes``, one after another, each with the names of its members,
+    and of a single member the reason why it trains alone."""
 
     output_dir: Path
     metric: str
     members: tuple[PlannedMember, ...]
+    passes: tuple[tuple[tuple[str, ...], str | None], ...]
 
     def as_json(self) -> dict[str, Any]:
-        members = [asdict(member) for member in self.members]
-        return {"output_dir": str(self.output_dir), "metric": self.metric, "members": members}
+        return {
+            "output_dir": str(self.output_dir),
+            "metric": self.metric,
+            "members": [asdict(member) for member in self.members],
+            "passes": [{"members": list(n), "reason": reason} for n, reason in self.passes],
+        }
 
 
 def plan_sweep(
@@ -56,7 +63,11 @@ def _plan(loaded: Sweep, resume: bool, say: Say) -> SweepPlan:
     loaded = with_budget(loaded, sizes, say)
     check_directory(loaded, resume)
     members = tuple(_planned(member, sizes) for member in loaded.members)
-    return SweepPlan(loaded.output_dir, sweep_metric(loaded), members)
+    parts = make_passes(loaded.members, loaded.section.joint, loaded.section.max_joint)
+    passes = tuple(
+        (tuple(loaded.members[at].name for at in part.members), part.reason) for part in parts
+    )
+    return SweepPlan(loaded.output_dir, sweep_metric(loaded), members, passes)
 
 
 def _planned(member: Member, sizes: Sizes) -> PlannedMember:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,15 @@ from lorakit.sweeps.directory import exclusive_sweep
 from lorakit.sweeps.load import Sweep, load_sweep, located
 from lorakit.sweeps.metric import sweep_metric
 from lorakit.sweeps.outcome import complete, describe_failure, fail
+from lorakit.sweeps.passes import Pass, make_passes
 from lorakit.sweeps.plots import draw
 from lorakit.sweeps.progress import SweepProgress
 from lorakit.sweeps.results import SweepResult
 from lorakit.sweeps.size import Sizes, with_budget
 from lorakit.sweeps.table import write_tables
+from lorakit.training.joint import train_joint
 from lorakit.training.run import train
+from lorakit.training.session import RunResult
 
 
 def sweep(
@@ -38,8 +41,8 @@ def sweep(
     A member that fails does not end the others: its result has the error. ``resume`` continues a
     sweep in its output directory, or starts it; members that are complete are kept, and others
     continue from their checkpoints. ``ray`` is the address of a cluster of Ray, or ``local`` for
-    the GPUs of this machine. Raises UserError before anything is written, and Interrupted after a
-    signal, with a checkpoint of what ran.
+    the GPUs of this machine, for members that do not train together. Raises UserError before
+    anything is written, and Interrupted after a signal, with checkpoints of what ran.
     """
     checked = sweep if isinstance(sweep, Sweep) else load_sweep(sweep)
     if ray is not None:
@@ -55,11 +58,11 @@ def sweep(
 def _sweep(loaded: Sweep, resume: bool, say: Say, ray: str | None) -> SweepResult:
     loaded = with_budget(loaded, Sizes(), say)
     result = SweepResult(loaded.output_dir, sweep_metric(loaded), loaded.members)
+    passes = make_passes(loaded.members, loaded.section.joint, loaded.section.max_joint)
     with exclusive_sweep(loaded, resume):
         result.write()
         with SweepProgress(result) as progress:
-            run = _Run(loaded, result, progress)
-            run.on_cluster(ray) if ray is not None else run.one_by_one()
+            _Run(loaded, result, progress).all(passes, ray)
         write_tables(result)
         draw(result, list(loaded.section.grid), say)
     if result.best is None and any(own.status == "completed" for own in result.members):
@@ -73,34 +76,80 @@ class _Run:
     def __init__(self, sweep: Sweep, result: SweepResult, progress: SweepProgress) -> None:
         self._members, self._result, self._progress = sweep.members, result, progress
 
-    def one_by_one(self) -> None:
-        for at, member in enumerate(self._members):
-            say = partial(self._progress.note, member.name)
-            self._progress.started(self._result.members[at])
-            try:
-                train(member.recipe, "auto", say, self._progress.display(member.name))
-            except Interrupted as error:
-                raise self._interrupted(f"{member.name}: {error}", error) from error
-            except Exception as error:
-                self._ended(at, describe_failure(error, self._folder(at)))
+    def all(self, passes: Sequence[Pass], address: str | None) -> None:
+        """Train one pass after another; with the ``address`` of a cluster, single members there."""
+        for part in passes:
+            if len(part.members) > 1:
+                self._together(part.members)
+            elif address is None:
+                self._alone(part.members[0])
+            _release_memory()
+        left = [at for at, own in enumerate(self._result.members) if own.status == "pending"]
+        if left and address is not None:
+            self._on_cluster(left, address)
+
+    def _alone(self, at: int) -> None:
+        member = self._members[at]
+        self._progress.started(self._result.members[at])
+        try:
+            train(member.recipe, "auto", self._say_of(at), self._progress.display(member.name))
+        except Interrupted as error:
+            text = str(error).removesuffix("; continue with --resume auto")
+            raise self._interrupted(f"{member.name}: {text}", error) from error
+        except Exception as error:
+            self._ended(at, describe_failure(error, self._folder(at)))
+        else:
+            self._ended(at, None)
+
+    def _together(self, numbers: Sequence[int]) -> None:
+        """Train jointly; if that fails as a whole, what has not ended is trained alone."""
+        left = set(numbers)
+
+        def finished(index: int, outcome: RunResult | Exception) -> None:
+            at = numbers[index]
+            left.discard(at)
+            if isinstance(outcome, Exception):
+                self._ended(at, describe_failure(outcome, self._folder(at)))
             else:
                 self._ended(at, None)
+
+        for at in numbers:
+            self._progress.started(self._result.members[at])
+        try:
+            train_joint(
+                [self._members[at].recipe for at in numbers], "auto", self._progress.say, finished,
+                say_of=lambda index: self._say_of(numbers[index]),
+                display_of=lambda index: self._progress.display(self._members[numbers[index]].name),
+            )  # fmt: skip
+        except Interrupted as error:
+            raise self._interrupted("stopped, with checkpoints of what ran", error) from error
+        except Exception as error:
+            self._progress.say(
+                f"joint training failed: {describe_failure(error, self._result.output_dir)}; "
+                "training what is left one after another"
+            )
             _release_memory()
+            for at in sorted(left):
+                self._alone(at)
 
-    def on_cluster(self, address: str) -> None:
-        results = self._result.members
+    def _say_of(self, at: int) -> Say:
+        return partial(self._progress.note, self._members[at].name)
 
-        def started(at: int) -> None:
-            self._progress.started(results[at])
-            self._progress.follow(results[at].name, self._folder(at))
+    def _on_cluster(self, numbers: Sequence[int], address: str) -> None:
+        results = [self._result.members[at] for at in numbers]
+        members = [self._members[at] for at in numbers]
 
-        def ended(at: int, told: TaskResult) -> None:
+        def started(index: int) -> None:
+            self._progress.started(results[index])
+            self._progress.follow(results[index].name, self._folder(numbers[index]))
+
+        def ended(index: int, told: TaskResult) -> None:
             for note in told.notes:
-                self._progress.note(results[at].name, note)
-            self._ended(at, told.error)
+                self._progress.note(results[index].name, note)
+            self._ended(numbers[index], told.error)
 
         try:
-            train_on_cluster(self._members, address, self._progress.say, started, ended)
+            train_on_cluster(members, address, self._progress.say, started, ended)
         except Interrupted as error:
             raise self._interrupted(str(error), error) from error
 
@@ -120,8 +169,7 @@ class _Run:
         members = self._result.members
         done = sum(own.status != "pending" for own in members)
         return Interrupted(
-            f"{text.removesuffix('; continue with --resume auto')}; {done} of {len(members)} "
-            "members have ended; continue with --resume",
+            f"{text}; {done} of {len(members)} members have ended; continue with --resume",
             error.exit_code - 128,
         )
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import random
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +74,15 @@ def test_a_dry_run(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     before = tree(tmp_path)
     lines = printed(capsys, file, "--dry-run").splitlines()
     assert lines[0].split() == ["r=1,seed=1", "224", "parameters"]
-    assert lines[-1] == f"4 members, compared by loss, in {tmp_path / 'out'}"
+    assert lines[4:] == [
+        "pass 1: 4 members together: r=1,seed=1 to r=2,seed=2",
+        f"4 members, compared by loss, in {tmp_path / 'out'}",
+    ]
+    lines = printed(capsys, file, "--dry-run", "--joint", "false").splitlines()
+    assert lines[4] == "pass 1: r=1,seed=1 alone: joint is false"
     plan = json.loads(printed(capsys, file, "--dry-run", "--json"))
-    assert list(plan) == ["output_dir", "metric", "members"]
+    assert list(plan) == ["output_dir", "metric", "members", "passes"]
+    assert plan["passes"] == [{"members": [m["name"] for m in plan["members"]], "reason": None}]
     assert [member["trainable_parameters"] for member in plan["members"]] == [224, 224, 448, 448]
     assert tree(tmp_path) == before
 
@@ -91,34 +100,44 @@ def test_bad_sweeps_write_nothing(
     assert tree(in_tmp) == before
 
 
-@pytest.fixture(scope="module")
-def sweep(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@dataclass
+class Whole:
+    """A sweep file, and the directory of its uninterrupted run."""
+
+    file: Path
+    folder: Path
+
+
+@pytest.fixture(scope="module", params=["joint", "alone"])
+def whole(
+    request: pytest.FixtureRequest,
+    tiny_llama: Path,
+    launcher: Launcher,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Whole:
     """A sweep of 4 members with 4 steps each, one of which fails."""
     grid = {**GRID, "adapter.r": [1, 2, 4], "train.seed": [1]}
     members = [{"name": "fails", "set": {"train.learning_rate": 1e15}}]
-    return write_sweep(
-        tmp_path_factory.mktemp("sweep"), tiny_llama, grid=grid, members=members, set=SETTINGS
-    )
-
-
-@pytest.fixture(scope="module")
-def whole(sweep: Path, launcher: Launcher) -> Path:
-    """The uninterrupted sweep."""
-    folder = sweep.parent / "whole"
-    assert start(launcher, sweep, folder).code == 1
-    return folder
+    folder = tmp_path_factory.mktemp("sweep")
+    file = write_sweep(
+        folder, tiny_llama, grid=grid, members=members, set=SETTINGS,
+        joint=request.param == "joint",
+    )  # fmt: skip
+    ended = start(launcher, file, folder / "whole")
+    assert ended.code == 1, ended.err
+    return Whole(file, folder / "whole")
 
 
 def start(launcher: Launcher, sweep: Path, folder: Path, *more: Any, **signals: Any) -> Ended:
     return launcher.run(["sweep", sweep, "--output-dir", folder, *more], **signals)
 
 
-def assert_same(folder: Path, whole: Path) -> None:
-    text = json.dumps(sweep_json(folder)).replace(str(folder), str(whole))
-    assert json.loads(text) == sweep_json(whole)
-    for member in sweep_json(whole)["members"]:
+def assert_same(folder: Path, whole: Whole) -> None:
+    text = json.dumps(sweep_json(folder)).replace(str(folder), str(whole.folder))
+    assert json.loads(text) == sweep_json(whole.folder)
+    for member in sweep_json(whole.folder)["members"]:
         if member["status"] == "completed":
-            run, other = (path / "members" / member["name"] for path in (folder, whole))
+            run, other = (path / "members" / member["name"] for path in (folder, whole.folder))
             assert adapter_bytes(run) == adapter_bytes(other)
             assert learning(run) == learning(other)
     assert (folder / "table.md").is_file()
@@ -140,62 +159,60 @@ EVENTS = {
 
 @pytest.mark.parametrize("point", EVENTS)
 def test_sigkill_at_critical_points(
-    point: str, sweep: Path, whole: Path, launcher: Launcher, tmp_path: Path
+    point: str, whole: Whole, launcher: Launcher, tmp_path: Path
 ) -> None:
     folder = tmp_path / "killed"
-    ended = start(launcher, sweep, folder, at_event=EVENTS[point])
+    ended = start(launcher, whole.file, folder, at_event=EVENTS[point])
     assert ended.code == -signal.SIGKILL, ended.err
-    ended = start(launcher, sweep, folder, "--resume")
+    ended = start(launcher, whole.file, folder, "--resume")
     assert ended.code == 1, ended.err
     assert_same(folder, whole)
 
 
-def test_sigkill_at_random_moments(
-    sweep: Path, whole: Path, launcher: Launcher, tmp_path: Path
-) -> None:
+def test_sigkill_at_random_moments(whole: Whole, launcher: Launcher, tmp_path: Path) -> None:
     moments, kills, folder = random.Random(3), 0, tmp_path / "killed"
     for _ in range(5):
         before = list(folder.glob("members/*/checkpoints/*"))
         ended = start(
-            launcher, sweep, folder, "--resume",
+            launcher, whole.file, folder, "--resume",
             signal_when=lambda before=before: list(folder.glob("members/*/checkpoints/*")) != before,
             delay_seconds=moments.random() * 0.1,
         )  # fmt: skip
         kills += ended.code == -signal.SIGKILL
     assert kills
-    assert start(launcher, sweep, folder, "--resume").code == 1
+    assert start(launcher, whole.file, folder, "--resume").code == 1
     assert_same(folder, whole)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_the_member_that_runs(
-    number: int, code: int, sweep: Path, whole: Path, launcher: Launcher, tmp_path: Path
+def test_a_signal_saves_what_runs(
+    number: int, code: int, whole: Whole, launcher: Launcher, tmp_path: Path
 ) -> None:
     folder = tmp_path / "stopped"
     member = folder / "members" / "r=2,seed=1"
     call = ("lorakit.training.loop:Loop.save", 4)  # the second member's first
-    ended = start(launcher, sweep, folder, at_call=call, number=number)
+    ended = start(launcher, whole.file, folder, at_call=call, number=number)
     assert ended.code == code, ended.err
     error = ended.err.splitlines()[-1]
-    assert error.startswith("error: r=2,seed=1: stopped at step 3 of 4; saved ")
+    if json.loads(whole.file.read_text())["joint"]:
+        ended_before = ["pending", "pending", "pending", "failed"]
+        assert error.startswith("error: stopped, with checkpoints of what ran; 1 of 4 members")
+    else:
+        ended_before = ["completed", "pending", "pending", "pending"]
+        assert error.startswith("error: r=2,seed=1: stopped at step 3 of 4; saved ")
     assert error.endswith("; 1 of 4 members have ended; continue with --resume")
     assert [path.name for path in checkpoints(member / "checkpoints")] == ["step-2", "step-3"]
-    assert [m["status"] for m in sweep_json(folder)["members"]] == [
-        "completed", "pending", "pending", "pending"
-    ]  # fmt: skip
-    assert start(launcher, sweep, folder, "--resume").code == 1
+    assert [m["status"] for m in sweep_json(folder)["members"]] == ended_before
+    assert start(launcher, whole.file, folder, "--resume").code == 1
     assert_same(folder, whole)
 
 
-def test_two_sweeps_in_one_directory(sweep: Path, tmp_path: Path, launcher: Launcher) -> None:
-    import fcntl
-    import os
-
+def test_two_sweeps_in_one_directory(whole: Whole, tmp_path: Path, launcher: Launcher) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
     handle = os.open(folder, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    ended = start(launcher, sweep, folder)
+    ended = start(launcher, whole.file, folder)
     os.close(handle)
     assert ended.code == 2
     assert ended.err.startswith(

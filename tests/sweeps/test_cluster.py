@@ -31,7 +31,7 @@ def test_without_ray(still_bert: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_cluster_gives_what_one_process_gives(still_bert: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    file = write_sweep(tmp_path, still_bert, "glue/sst2", grid=GRID)
+    file = write_sweep(tmp_path, still_bert, "glue/sst2", grid=GRID, joint=False)
     lorakit.sweep(file, ray="local")
     here = json.loads(file.read_text()) | {"output_dir": str(tmp_path / "here")}
     lorakit.sweep(here)
@@ -60,7 +60,7 @@ def test_a_signal_stops_the_tasks_with_checkpoints(still_bert: Path, tmp_path: P
     pytest.importorskip("ray")
     grid = {"train.seed": [1, 2, 3]}
     long = {"train.epochs": 3000, "train.save_every_steps": 10000}
-    file = write_sweep(tmp_path, still_bert, "glue/sst2", grid=grid, set=long)
+    file = write_sweep(tmp_path, still_bert, "glue/sst2", grid=grid, set=long, joint=False)
     command = [sys.executable, "-m", "lorakit", "sweep", str(file), "--ray", "local"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     files = [tmp_path / "out" / "members" / f"seed={seed}" / "metrics.jsonl" for seed in (1, 2)]

@@ -1,0 +1,65 @@
+"""Which members train together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakit.api import load_sweep
+from lorakit.errors import UserError
+from lorakit.sweeps.passes import make_passes
+
+RECIPE = """\
+model: {name_or_path: some/model}
+adapter: {r: 8, target_modules: [q, v]}
+task: {name: glue/rte}
+train: {output_dir: run}
+"""
+
+
+def parts(
+    *settings: dict[str, Any], joint: Any = "auto", most: int | None = None
+) -> list[tuple[tuple[int, ...], str | None]]:
+    Path("recipe.yaml").write_text(RECIPE)
+    members = [{"set": own} for own in settings]
+    sweep = load_sweep({"recipe": "recipe.yaml", "output_dir": "out", "members": members})
+    return [(p.members, p.reason) for p in make_passes(sweep.members, joint, most)]
+
+
+R = [{"adapter.r": r} for r in range(1, 6)]
+
+
+def test_members_of_one_base_train_together(in_tmp: Path) -> None:
+    assert parts(*R) == [((0, 1, 2, 3, 4), None)]
+    assert parts(R[0]) == [((0,), "no other member can join")]
+    assert parts(*R[:2], joint=False) == [((0,), "joint is false"), ((1,), "joint is false")]
+
+
+def test_at_most_so_many_train_together(in_tmp: Path) -> None:
+    assert parts(*R, most=2) == [((0, 1), None), ((2, 3), None), ((4,), "max_joint is 2")]
+    assert parts(*R[:4], most=3) == [((0, 1), None), ((2, 3), None)]
+
+
+def test_others_train_alone_or_among_themselves(in_tmp: Path) -> None:
+    other = [{"model.name_or_path": "another/model", "train.seed": seed} for seed in (1, 2)]
+    full = {"adapter.method": "full"}
+    assert parts(R[0], other[0], full, R[1], other[1]) == [
+        ((0, 3), None),
+        ((1, 4), None),
+        ((2,), "adapter.method = full trains the base"),
+    ]
+    ((_, reason), *_) = parts(other[0], R[0], R[1])
+    assert reason == "no other member can join"
+    *_, (_, reason) = parts(R[0], R[1], other[0])
+    assert reason == 'model.name_or_path differs: "some/model" and "another/model"'
+
+
+def test_all_must_join(in_tmp: Path) -> None:
+    assert parts(*R, joint=True) == [((0, 1, 2, 3, 4), None)]
+    with pytest.raises(UserError) as caught:
+        parts(R[0], {"adapter.method": "full"}, joint=True)
+    assert str(caught.value) == (
+        "joint = true: member method=full: adapter.method = full trains the base; allowed: auto, false"
+    )
