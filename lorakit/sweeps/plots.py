@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 from lorakit.errors import printable
 from lorakit.io.atomic import atomic_file, writing
 from lorakit.pipeline.task_data import Say
-from lorakit.sweeps.members import SEED, as_text
+from lorakit.sweeps.members import METHOD, SEED, as_text
 from lorakit.sweeps.names import safe_name, short_keys, value_text
 from lorakit.sweeps.results import SweepResult
+from lorakit.sweeps.sections import Settings
+from lorakit.tasks.base import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 _LOGARITHMIC = ("learning_rate", "r", "target_r", "init_r", "lora_alpha")
 #: The ratio of the largest to the smallest value above which any axis is logarithmic.
 _WIDE = 20
+#: The share of full fine-tuning's score that defines the intrinsic dimension (Aghajanyan et al.
+#: 2020, arXiv 2012.13255), and the axis that it is read from.
+_SHARE, _DIMENSION = 0.9, "adapter.d"
 #: How many characters a row of the legend has room for.
 _LEGEND = 70
 _STYLE = {
@@ -44,7 +49,8 @@ _MARKERS = "os^Dv*PX"
 @dataclass(frozen=True)
 class Line:
     """The metric at some values of an axis: the mean, and the standard deviation over members with
-    the same settings but for the seed, or over all that have the value."""
+    the same settings but for the seed, or over all that have the value. Without ``values``: that of
+    members to which the axis does not apply."""
 
     label: str
     values: tuple[Any, ...]
@@ -70,41 +76,69 @@ def draw(result: SweepResult, axes: Sequence[str], say: Say) -> None:
         folder.mkdir(exist_ok=True)
         for key, name in short_keys(drawn).items():
             if lines[key]:
-                _save(_figure(lines[key], key, result.metric), folder / safe_name(name))
+                levels = axis_levels(result, key, drawn)[: len(_COLORS) - len(lines[key])]
+                figure = _figure(lines[key], levels, key, result.metric)
+                _save(figure, folder / safe_name(name))
 
 
 def axis_lines(result: SweepResult, key: str, axes: Sequence[str]) -> list[Line]:
-    """A line for each combination of the values of the other ``axes``; if these are more than there
-    are colors, one over all of them."""
+    """A line for each combination of the values of the other ``axes``, and of what the explicit
+    members set beside them; if these are more than there are colors, one over all other axes."""
     others = [axis for axis in axes if axis not in (key, SEED)]
     short = short_keys(axes)
-    found: dict[str, dict[str, list[tuple[Any, float]]]] = {}
+    found: dict[tuple[str, str], list[tuple[Any, float]]] = {}
     for member, own in zip(result.members, result.settings, strict=True):
         value = result.value(member)
-        if value is None or not {key, *others} <= member.set.keys():
+        if value is None or key not in member.set:
             continue
-        label = ", ".join(f"{short[axis]} {value_text(own[axis])}" for axis in others)
-        at = found.setdefault(label, {}).setdefault(as_text(own[key]), [])
-        at.append((own[key], value))
+        set_axes = [axis for axis in others if axis in member.set]
+        label = ", ".join(f"{short[axis]} {value_text(own[axis])}" for axis in set_axes)
+        line = found.setdefault((_beside(member.set, axes), label), [])
+        line.append((own[key], value))
     if len(found) > len(_COLORS):
-        merged: dict[str, list[tuple[Any, float]]] = {}
-        for line in found.values():
-            for text, points in line.items():
-                merged.setdefault(text, []).extend(points)
+        merged: dict[tuple[str, str], list[tuple[Any, float]]] = {}
         names = ", ".join(short[axis] for axis in others)
-        found = {f"mean and standard deviation over {names}": merged}
-    return [_line(label, list(points.values())) for label, points in found.items()]
+        for (beside, _), points in found.items():
+            label = f"mean and standard deviation over {names}"
+            merged.setdefault((beside, label), []).extend(points)
+        found = merged
+    return [_line(", ".join(filter(None, labels)), points) for labels, points in found.items()]
 
 
-def _line(label: str, points: Sequence[Sequence[tuple[Any, float]]]) -> Line:
-    if all(_is_number(at[0][0]) for at in points):
-        points = sorted(points, key=lambda at: float(at[0][0]))
-    measured = [[value for _, value in at] for at in points]
+def axis_levels(result: SweepResult, key: str, axes: Sequence[str]) -> list[Line]:
+    """What to compare an axis with: the members that do not set ``key``, such as full fine-tuning
+    beside ranks. Of those that differ only in other ``axes``, the best."""
+    found: dict[str, Line] = {}
+    for group in result.groups:
+        if group.mean is None or key in group.set:
+            continue
+        label = _beside(group.set, axes) or group.members[0].name
+        if label not in found or result.is_better(group.mean, found[label].means[0]):
+            found[label] = Line(label, (), (group.mean,), (group.std or 0.0,))
+    return list(found.values())
+
+
+def _beside(settings: Settings, axes: Sequence[str]) -> str:
+    """What a member sets beside ``axes``: the method alone, if it is one of them."""
+    rest = {key: value for key, value in settings.items() if key not in (*axes, SEED)}
+    if METHOD in rest:
+        return value_text(rest[METHOD])
+    return ", ".join(f"{short} {value_text(rest[key])}" for key, short in short_keys(rest).items())
+
+
+def _line(label: str, points: Sequence[tuple[Any, float]]) -> Line:
+    at: dict[str, list[float]] = {}
+    values = {as_text(value): value for value, _ in points}
+    for value, measured in points:
+        at.setdefault(as_text(value), []).append(measured)
+    order = list(values)
+    if all(map(_is_number, values.values())):
+        order.sort(key=lambda text: float(values[text]))
     return Line(
         label,
-        tuple(at[0][0] for at in points),
-        tuple(map(fmean, measured)),
-        tuple(stdev(values) if len(values) > 1 else 0.0 for values in measured),
+        tuple(values[text] for text in order),
+        tuple(fmean(at[text]) for text in order),
+        tuple(stdev(at[text]) if len(at[text]) > 1 else 0.0 for text in order),
     )
 
 
@@ -121,7 +155,7 @@ def is_logarithmic(key: str, values: Sequence[Any]) -> bool:
     return wide or key.rpartition(".")[2] in _LOGARITHMIC
 
 
-def _figure(lines: Sequence[Line], key: str, metric: str) -> Figure:
+def _figure(lines: Sequence[Line], levels: Sequence[Line], key: str, metric: str) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.5, 3.2), layout="constrained")
@@ -132,9 +166,11 @@ def _figure(lines: Sequence[Line], key: str, metric: str) -> Figure:
     else:
         _draw_categories(axes, lines, values)
     axes.set(xlabel=printable(key), ylabel=printable(metric))
-    if any(line.label for line in lines):
-        longest = max(len(line.label) for line in lines)
-        columns = min(len(lines), max(1, _LEGEND // (longest + 8)))
+    share = key == _DIMENSION and metric not in LOWER_IS_BETTER
+    _draw_levels(axes, levels, len(lines), share)
+    _, labels = axes.get_legend_handles_labels()
+    if labels:
+        columns = min(len(labels), max(1, _LEGEND // (max(map(len, labels)) + 8)))
         figure.legend(loc="outside lower center", ncols=columns)
     return figure
 
@@ -158,6 +194,16 @@ def _draw_categories(axes: Axes, lines: Sequence[Line], values: Sequence[Any]) -
         axes.errorbar(x, line.means, line.spreads, **look, label=line.label or None)
     axes.set_xticks(range(len(values)), [printable(value_text(value)) for value in values])
     axes.set_xlim(-0.5, len(values) - 0.5)
+
+
+def _draw_levels(axes: Axes, levels: Sequence[Line], first: int, share: bool) -> None:
+    """Dashed across the figure; with ``share``, what the intrinsic dimension requires is dotted."""
+    for at, level in enumerate(levels, first):
+        color, height = _COLORS[at % len(_COLORS)], level.means[0]
+        axes.axhline(height, color=color, linestyle="--", label=level.label)
+        if share:
+            label = f"{_SHARE:.0%} of {level.label}"
+            axes.axhline(_SHARE * height, color=color, linestyle=":", label=label)
 
 
 def _look(at: int) -> dict[str, Any]:

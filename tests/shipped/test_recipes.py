@@ -16,6 +16,7 @@ REPO = Path(__file__).resolve().parents[2]
 FILES = sorted((REPO / "recipes").rglob("*.yaml"))
 SWEEPS = [path for path in FILES if "recipe" in yaml.safe_load(path.read_text(encoding="utf-8"))]
 RECIPES = [path for path in FILES if path not in SWEEPS]
+PAPERS = [path for path in SWEEPS if path.parent.name == "papers"]
 NAMES = [str(path.relative_to(REPO / "recipes")) for path in RECIPES]
 MODELS = ("llama-3-8b", "qwen3-8b")
 GLUE_OF_THE_PAPER = {"mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"}
@@ -48,7 +49,7 @@ TABLE_9 = {
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """The recipes must be valid without environment variables."""
-    for name in ("CHAT_PATH", "E2E_PATH", "WIKISQL_PATH"):
+    for name in ("CHAT_PATH", "E2E_PATH", "GLUE_PATH", "WIKISQL_PATH"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -93,6 +94,29 @@ def test_the_example_of_a_sweep_can_be_planned(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["r=1,target_modules=q,seed=1", "5,378", "parameters"]
     assert lines[-1] == "12 members, compared by accuracy, in runs/sweeps/rank"
+
+
+@pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
+def test_the_experiments_of_the_papers_can_be_planned(
+    path: Path,
+    data_dir: Path,
+    minilm: Path,
+    smollm2: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """No member is known to fail, and the first lines say which experiment it is, what to expect,
+    and the command."""
+    monkeypatch.chdir(REPO)
+    monkeypatch.setenv("GLUE_PATH", str(data_dir / "glue"))
+    monkeypatch.setenv("WIKISQL_PATH", str(data_dir / "wikisql"))
+    assert run(["sweep", str(path), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].endswith(f"in runs/papers/{path.stem}")
+    comments = path.read_text(encoding="utf-8").splitlines()[:3]
+    assert all(line.startswith("# ") for line in comments)
+    assert "Expected: " in " ".join(comments)
+    assert path.stem in comments[2]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=NAMES)

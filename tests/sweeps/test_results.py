@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lorakit.api import SweepResult, load_sweep, table_text
-from lorakit.sweeps.plots import axis_lines, draw, is_logarithmic
+from lorakit.sweeps.plots import axis_levels, axis_lines, draw, is_logarithmic
 from lorakit.sweeps.table import write_tables
 
 RECIPE = """\
@@ -22,12 +23,17 @@ train: {output_dir: run}
 """
 
 
-def results(metric: str = "accuracy", **grid: Any) -> SweepResult:
-    """Results without any member trained."""
+def results(
+    metric: str = "accuracy", members: Sequence[dict[str, Any]] = (), **grid: Any
+) -> SweepResult:
+    """Results without any member trained: those of the grid, and of the settings of ``members``."""
     Path("recipe.yaml").write_text(RECIPE)
     Path("out").mkdir(exist_ok=True)
     keys = {key.replace("__", "."): values for key, values in grid.items()}
-    sweep = load_sweep({"recipe": "recipe.yaml", "output_dir": "out", "grid": keys})
+    explicit = [{"set": settings} for settings in members]
+    sweep = load_sweep(
+        {"recipe": "recipe.yaml", "output_dir": "out", "grid": keys, "members": explicit}
+    )
     return SweepResult(sweep.output_dir, metric, sweep.members)
 
 
@@ -130,6 +136,61 @@ def test_lines_of_an_axis(in_tmp: Path) -> None:
     (line,) = axis_lines(many, "train.learning_rate", ["adapter.r", "train.learning_rate"])
     assert line.label == "mean and standard deviation over r"
     assert line.means == pytest.approx((0.9, 1.0))
+
+
+def test_full_fine_tuning_beside_a_grid(in_tmp: Path) -> None:
+    """It has a line of its own where it has the axis, and else the level of its best member."""
+    full = {"adapter.method": "full", "adapter.target_modules": None}
+    axes = ["adapter.r", "train.learning_rate"]
+    result = results(
+        adapter__r=[1, 8],
+        train__learning_rate=[1e-3, 1e-2],
+        members=[full | {"train.learning_rate": rate} for rate in (1e-4, 1e-3)],
+    )
+    complete(result, [0.1, 0.2, 0.3, 0.4, 0.7, 0.6])
+    lines = axis_lines(result, "train.learning_rate", axes)
+    assert [(line.label, line.values, line.means) for line in lines] == [
+        ("r 1", (1e-3, 1e-2), (0.1, 0.2)),
+        ("r 8", (1e-3, 1e-2), (0.3, 0.4)),
+        ("full", (1e-4, 1e-3), (0.7, 0.6)),
+    ]
+    assert axis_levels(result, "train.learning_rate", axes) == []
+    assert [line.label for line in axis_lines(result, "adapter.r", axes)] == [
+        "learning_rate 0.001", "learning_rate 0.01"
+    ]  # fmt: skip
+    (level,) = axis_levels(result, "adapter.r", axes)
+    assert (level.label, level.values, level.means) == ("full", (), (0.7,))
+    draw(result, axes, lambda note: None)
+    assert "<!-- full -->" in Path("out/plots/r.svg").read_text()
+
+
+def test_members_with_the_axes_and_another_method_have_their_own_lines(in_tmp: Path) -> None:
+    axes = ["train.learning_rate", "train.weight_decay"]
+    rates = {"train__learning_rate": [1e-3, 1e-2], "train__weight_decay": [0.0]}
+    other = {"adapter.method": "bitfit", "train.learning_rate": 1e-3, "train.weight_decay": 0.0}
+    result = results(**rates, members=[other])
+    complete(result, [0.1, 0.2, 0.3])
+    lines = axis_lines(result, "train.learning_rate", axes)
+    assert [line.label for line in lines] == ["weight_decay 0", "bitfit, weight_decay 0"]
+
+
+def test_the_intrinsic_dimension_can_be_read(in_tmp: Path) -> None:
+    """Full fine-tuning and 90% of its score are drawn across the figure."""
+    Path("intrinsic.yaml").write_text(RECIPE.replace("{r: 8, ", "{method: intrinsic, "))
+    sweep = load_sweep(
+        {
+            "recipe": "intrinsic.yaml",
+            "output_dir": "out",
+            "grid": {"adapter.d": [10, 100]},
+            "members": [{"name": "full", "set": {"adapter.method": "full"}}],
+        }
+    )
+    Path("out").mkdir()
+    result = SweepResult(sweep.output_dir, "accuracy", sweep.members)
+    complete(result, [0.5, 0.7, 0.8])
+    assert [level.means for level in axis_levels(result, "adapter.d", ["adapter.d"])] == [(0.8,)]
+    draw(result, ["adapter.d"], lambda note: None)
+    assert "<!-- 90% of full -->" in Path("out/plots/d.svg").read_text()
 
 
 def test_logarithmic_axes() -> None:
