@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 #: Keys whose values are compared by their ratios.
-_LOGARITHMIC = ("learning_rate", "r", "target_r", "init_r", "lora_alpha")
+_LOGARITHMIC = ("learning_rate", "r", "target_r", "init_r", "lora_alpha", "per_device_batch_size")
+#: A key whose values are drawn on the axis of another: AdaLoRA's rank at the end, beside LoRA's.
+_SAME_AXIS = {"adapter.r": "adapter.target_r"}
 #: The ratio of the largest to the smallest value above which any axis is logarithmic.
 _WIDE = 20
 #: The share of full fine-tuning's score that defines the intrinsic dimension (Aghajanyan et al.
@@ -88,13 +90,13 @@ def axis_lines(result: SweepResult, key: str, axes: Sequence[str]) -> list[Line]
     short = short_keys(axes)
     found: dict[tuple[str, str], list[tuple[Any, float]]] = {}
     for member, own in zip(result.members, result.settings, strict=True):
-        value = result.value(member)
-        if value is None or key not in member.set:
+        value, place = result.value(member), _place(member.set, key)
+        if value is None or place is None:
             continue
         set_axes = [axis for axis in others if axis in member.set]
         label = ", ".join(f"{short[axis]} {value_text(own[axis])}" for axis in set_axes)
         line = found.setdefault((_beside(member.set, axes), label), [])
-        line.append((own[key], value))
+        line.append((own[place], value))
     if len(found) > len(_COLORS):
         merged: dict[tuple[str, str], list[tuple[Any, float]]] = {}
         names = ", ".join(short[axis] for axis in others)
@@ -110,12 +112,17 @@ def axis_levels(result: SweepResult, key: str, axes: Sequence[str]) -> list[Line
     beside ranks. Of those that differ only in other ``axes``, the best."""
     found: dict[str, Line] = {}
     for group in result.groups:
-        if group.mean is None or key in group.set:
+        if group.mean is None or _place(group.set, key) is not None:
             continue
         label = _beside(group.set, axes) or group.members[0].name
         if label not in found or result.is_better(group.mean, found[label].means[0]):
             found[label] = Line(label, (), (group.mean,), (group.std or 0.0,))
     return list(found.values())
+
+
+def _place(settings: Settings, key: str) -> str | None:
+    """The setting that is the place on the axis of ``key``."""
+    return next((k for k in (key, _SAME_AXIS.get(key)) if k in settings), None)
 
 
 def _beside(settings: Settings, axes: Sequence[str]) -> str:

@@ -174,6 +174,18 @@ def test_members_with_the_axes_and_another_method_have_their_own_lines(in_tmp: P
     assert [line.label for line in lines] == ["weight_decay 0", "bitfit, weight_decay 0"]
 
 
+def test_the_ranks_of_adalora_are_drawn_beside_those_of_lora(in_tmp: Path) -> None:
+    adalora = [{"adapter.method": "adalora", "adapter.target_r": r} for r in (1, 8)]
+    result = results(adapter__r=[1, 8], members=adalora)
+    complete(result, [0.1, 0.2, 0.3, 0.4])
+    lines = axis_lines(result, "adapter.r", ["adapter.r"])
+    assert [(line.label, line.values, line.means) for line in lines] == [
+        ("", (1, 8), (0.1, 0.2)),
+        ("adalora", (1, 8), (0.3, 0.4)),
+    ]
+    assert axis_levels(result, "adapter.r", ["adapter.r"]) == []
+
+
 def test_the_intrinsic_dimension_can_be_read(in_tmp: Path) -> None:
     """Full fine-tuning and 90% of its score are drawn across the figure."""
     Path("intrinsic.yaml").write_text(RECIPE.replace("{r: 8, ", "{method: intrinsic, "))
