@@ -35,7 +35,7 @@ from lorakit.adapters.peft.schema import (
     without_defaults,
 )
 from lorakit.adapters.peft.targets import misread_note, refused_note
-from lorakit.adapters.peft.write import write_files
+from lorakit.adapters.peft.write import card_usage, write_card, write_files
 from lorakit.errors import AdapterError, shown
 from lorakit.io.atomic import atomic_directory, atomic_file
 
@@ -246,9 +246,13 @@ def _write_peft(
     """Write a PEFT directory with the tokenizer of ``source``, and a card if the base is named."""
     base = settings.get("base_model_name_or_path")
     stored = {PREFIX + name: value for name, value in tensors.items()}
-    card = CardFacts(base, "lora", task=info.get("task")) if base else None
+    settings = without_defaults(settings)
     with atomic_directory(out, replace=overwrite) as folder:
-        write_files(folder, without_defaults(settings), _copied_tensors(stored), info, card)
+        write_files(folder, settings, _copied_tensors(stored), info)
+        if base:
+            has_tokenizer = (source / "tokenizer.json").is_file()
+            use = card_usage(out, "lora", settings, info, has_tokenizer)
+            write_card(folder, CardFacts(base, "lora", task=info.get("task")), settings, use)
         _copy_tokenizer(source, folder)
 
 

@@ -104,8 +104,8 @@ def test_what_to_do_with_an_adapter_whose_code_is_not_named(
 ) -> None:
     """In processes of their own, since a process remembers the methods that it has run."""
     card = (in_tmp / "run" / "adapter" / "README.md").read_text()
-    assert "path/to/this/directory merged --method ./own.py:Own\n" in card
-    assert '"path/to/this/directory", method="./own.py:Own")' in card
+    assert "run/adapter merged --method ./own.py:Own\n" in card
+    assert 'run/adapter", method="./own.py:Own")' in card
     convert = ["convert", "run/adapter", "out", "--to", "lora"]
     lora = ["eval", str(recipe), "--adapter", "run/adapter", "--set", "adapter={}"]
     for command, said in (

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit import registry
+from lorakit.adapters.card_usage import UsageFacts
 from lorakit.adapters.model_card import CardFacts, model_card
 from lorakit.adapters.peft.lora import to_peft
 from lorakit.adapters.peft.read import parse_parts
@@ -60,6 +61,7 @@ def save_adapter(
     tokenizer: PreTrainedTokenizerBase | None = None,
     card: CardFacts | None = None,
     lorakit_info: Mapping[str, Any] | None = None,
+    replaces_head: bool = False,
 ) -> Path:
     """Write the adapter of ``model`` in PEFT's format, or in lorakit's own if PEFT does not support
     the method. An existing adapter directory is replaced. Returns the directory.
@@ -68,7 +70,7 @@ def save_adapter(
     ``model`` is only the text part of the base. ``modules_to_save`` are the fully trained modules.
     By default they are those outside the adapter layers that require gradients or, if the method
     trains the base's own parameters, those that ``inject`` trains fully. ``lorakit_info`` is added
-    to ``lorakit.json``.
+    to ``lorakit.json``; ``replaces_head`` says that the base has another classification head.
     Raises AdapterError if the model has no adapter, or ``directory`` is not an adapter directory.
     """
     directory = Path(directory)
@@ -88,9 +90,11 @@ def save_adapter(
         settings = without_defaults(settings)
     info = saved.info | {"task_type": task_type} | dict(lorakit_info or {})
     facts = card or CardFacts(base_model_name_or_path, method.name)
-    facts = dataclasses.replace(facts, peft_loads=method.peft_loads)
+    use = card_usage(directory, method.name, settings, info, tokenizer is not None)
+    use = dataclasses.replace(use, peft_loads=method.peft_loads, replaces_head=replaces_head)
     with atomic_directory(directory, replace=True) as folder:
-        write_files(folder, settings, _stored(saved.tensors, saved.shared), info, facts)
+        write_files(folder, settings, _stored(saved.tensors, saved.shared), info)
+        write_card(folder, facts, settings, use)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     return directory
@@ -101,17 +105,48 @@ def write_files(
     settings: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     info: Mapping[str, Any],
-    card: CardFacts | None,
 ) -> None:
-    """Write ``adapter_config.json``, the weights, ``lorakit.json`` (``info``) and, if there is a
-    ``card``, the model card with what the other files add to it. ``tensors`` have PEFT's full names
-    and do not share memory."""
+    """Write ``adapter_config.json``, the weights and ``lorakit.json`` (``info``). ``tensors`` have
+    PEFT's full names and do not share memory."""
     _write_json(folder / CONFIG, settings)
     save_tensors(tensors, folder / WEIGHTS)
     _write_json(folder / SIDECAR, info)
-    if card is not None:
-        text = model_card(_completed(card, settings, info))
-        (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def write_card(
+    folder: Path, facts: CardFacts, settings: Mapping[str, Any], use: UsageFacts
+) -> None:
+    """Write the model card, with what ``adapter_config.json`` (``settings``) adds to it."""
+    text = model_card(_completed(facts, settings), use)
+    (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def card_usage(
+    directory: Path,
+    method: str,
+    settings: Mapping[str, Any],
+    info: Mapping[str, Any],
+    has_tokenizer: bool,
+) -> UsageFacts:
+    """Return what the code of the model card depends on. ``directory`` is the adapter's,
+    ``settings`` and ``info`` are the contents of its two JSON files."""
+    labels = info.get("id2label") or {}
+    is_lora = settings["peft_type"] == "LORA"
+    return UsageFacts(
+        base_model=settings["base_model_name_or_path"],
+        directory=str(directory),
+        method=method,
+        task_type=settings.get("task_type") or "CAUSAL_LM",
+        revision=settings.get("revision"),
+        labels=[labels[key] for key in sorted(labels, key=int)],
+        problem_type=info.get("problem_type"),
+        pairs=len(info.get("text_columns") or ()) == 2,
+        chats=info.get("task") == "chat",
+        has_tokenizer=has_tokenizer,
+        base_class=info.get("base_class"),
+        misread=info.get("misread_by_peft", ()) if is_lora else (),
+        refused=info.get("refused_by_peft", ()),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,21 +309,14 @@ def _parts(name: str, layer: CompositeLayer) -> dict[str, Any]:
     return parts
 
 
-def _completed(facts: CardFacts, settings: Mapping[str, Any], info: Mapping[str, Any]) -> CardFacts:
-    """``facts`` completed from the contents of the files."""
+def _completed(facts: CardFacts, settings: Mapping[str, Any]) -> CardFacts:
     targets = settings.get("target_modules", ())
-    labels = info.get("id2label")
     return dataclasses.replace(
         facts,
         r=facts.r or settings.get("r") or settings.get("target_r"),
         lora_alpha=facts.lora_alpha or settings.get("lora_alpha"),
         target_modules=facts.target_modules or ([targets] if isinstance(targets, str) else targets),
         modules_to_save=facts.modules_to_save or settings.get("modules_to_save") or [],
-        task_type=settings.get("task_type") or "CAUSAL_LM",
-        num_labels=facts.num_labels or (len(labels) if labels else None),
-        base_class=info.get("base_class"),
-        misread=info.get("misread_by_peft", ()) if settings["peft_type"] == "LORA" else (),
-        refused=info.get("refused_by_peft", ()),
     )
 
 

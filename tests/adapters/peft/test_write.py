@@ -96,7 +96,7 @@ def test_the_card_has_the_facts(make_pair: MakePair, tmp_path: Path) -> None:
         "1,200",
         "63 s",
         "1 x CPU",
-        "num_labels=3",
+        'id2label={0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}',
         "| r | 4",
     ):
         assert part in text, part
