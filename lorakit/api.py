@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from lorakit.pipeline.predict import predict
     from lorakit.pipeline.predictions import SplitEvaluation, prediction_lines, score_predictions
     from lorakit.pipeline.preview import DescribedRow, Piece, Preview, preview
+    from lorakit.pipeline.system_prompts import trained_system_prompts
     from lorakit.recipe.load import load_recipe
     from lorakit.sweeps.load import Sweep, load_sweep
     from lorakit.sweeps.plan import SweepPlan, plan_sweep
@@ -89,6 +90,7 @@ _MODULES = {
     "lorakit.pipeline.predict": ("predict",),
     "lorakit.pipeline.predictions": ("SplitEvaluation", "prediction_lines", "score_predictions"),
     "lorakit.pipeline.preview": ("DescribedRow", "Piece", "Preview", "preview"),
+    "lorakit.pipeline.system_prompts": ("trained_system_prompts",),
     "lorakit.recipe.load": ("load_recipe",),
     "lorakit.sweeps.load": ("Sweep", "load_sweep"),
     "lorakit.sweeps.plan": ("SweepPlan", "plan_sweep"),
@@ -162,6 +164,7 @@ __all__ = [
     "tell",
     "text_request",
     "train",
+    "trained_system_prompts",
     "window",
     "write_text",
     "yield_cores",

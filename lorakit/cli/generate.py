@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorakit.cli.chat import chat as start_chat
+from lorakit.cli.chat import say_limits, system_prompt, write
 from lorakit.cli.console import (
     MethodFile,
     TrustRemoteCode,
@@ -22,7 +24,7 @@ from lorakit.cli.console import (
     say,
     write_output,
 )
-from lorakit.errors import UserError, printable
+from lorakit.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,6 +38,13 @@ _Model = Annotated[str, typer.Argument(metavar="MODEL", help="Model: directory o
 _Adapter = Annotated[Path | None, typer.Option(metavar="DIR", help="Adapter for the model.")]
 _Prompt = Annotated[str | None, typer.Option(metavar="TEXT", help="Continue TEXT.")]
 _Chat = Annotated[bool, typer.Option("--chat", help="Chat, with the model's chat template.")]
+_System = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help="System prompt of a chat [default: that of the training data, if it has only one].",
+    ),
+]
 _Input = Annotated[
     Path | None,
     typer.Option(
@@ -90,6 +99,7 @@ def generate(
     adapter: _Adapter = None,
     prompt: _Prompt = None,
     chat: _Chat = False,
+    system: _System = None,
     input_file: _Input = None,
     output: _Output = None,
     max_new_tokens: _MaxNewTokens = None,
@@ -116,8 +126,10 @@ def generate(
     if prompt is None and not chat and input_file is None:
         chat = sys.stdin is not None and sys.stdin.isatty()
         prompt = None if chat else _stdin_prompt()
+    if system is not None and prompt is not None:
+        raise UserError("--system: requires --chat, or --input with messages")
 
-    from lorakit.api import Decoding, load_for_generation
+    from lorakit.api import Decoding, load_for_generation, trained_system_prompts
 
     decoding = Decoding(
         max_new_tokens=max_new_tokens or _MAX_NEW_TOKENS,
@@ -138,9 +150,10 @@ def generate(
     if num_beams > 1 and input_file is None:
         say(f"--num-beams {num_beams}: answers are printed when the search is complete")
     if chat:
-        _chat(*loaded, decoding)
+        prompt_of_system = system_prompt(system, trained_system_prompts(model, adapter))
+        start_chat(*loaded, decoding, prompt_of_system)
     elif input_file is not None:
-        _answer(*loaded, input_file, output, decoding)
+        _answer(*loaded, input_file, output, decoding, system)
     else:
         assert prompt is not None
         _stream(*loaded, prompt, decoding)
@@ -199,9 +212,9 @@ def _stream(
     from lorakit.api import stream_text, text_request
 
     request = text_request(prompt, tokenizer)
-    _say_limits(model, tokenizer, [request.input_ids], decoding)
-    stream_text(model, tokenizer, request.input_ids, _write, decoding)
-    _write("\n")
+    say_limits(model, tokenizer, [request.input_ids], decoding)
+    stream_text(model, tokenizer, request.input_ids, write, decoding)
+    write("\n")
 
 
 def _answer(
@@ -210,12 +223,13 @@ def _answer(
     input_file: Path,
     output: Path | None,
     decoding: Decoding,
+    system: str | None,
 ) -> None:
     from lorakit.api import ProgressMonitor, generate_text, read_requests
 
-    requests = read_requests(input_file, tokenizer, say)
+    requests = read_requests(input_file, tokenizer, say, system=system)
     prompts = [request.input_ids for request in requests]
-    _say_limits(model, tokenizer, prompts, decoding)
+    say_limits(model, tokenizer, prompts, decoding)
     with only_results(), progress("generated") as report:
         monitor = ProgressMonitor(len(requests), report)
         texts = generate_text(model, tokenizer, prompts, decoding, monitor=monitor)
@@ -228,99 +242,4 @@ def _answer(
         write_output(output, lines)
         say(f"{output}: {len(rows)} answers")
     else:
-        _write(lines)
-
-
-def _say_limits(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    decoding: Decoding,
-) -> None:
-    """Say which answers are limited to fewer tokens than requested by the model's window."""
-    from lorakit.api import prompt_limits, window
-
-    limits = prompt_limits(model, tokenizer, prompts, decoding)
-    short = [limit for limit in limits if limit < decoding.max_new_tokens]
-    if not short:
-        return
-    room, least = window(model), min(short)
-    if len(prompts) == 1:
-        say(f"max_new_tokens reduced from {decoding.max_new_tokens} to {least}: the model's window "
-            f"has {room} tokens")  # fmt: skip
-    else:
-        say(f"max_new_tokens reduced from {decoding.max_new_tokens} for {len(short):,} of "
-            f"{len(prompts):,} prompts, to {least} for the longest: the model's window has {room} "
-            "tokens")  # fmt: skip
-
-
-def _chat(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> None:
-    """Answer line by line until end of input or ``/exit``; ``/clear`` starts a new chat.
-
-    Every answer is sampled with its own random numbers.
-    """
-    from lorakit.api import chat_request, stream_text
-
-    chat_request([{"role": "user", "content": "?"}], tokenizer)  # fails without a chat template
-    if sys.stdin is not None and sys.stdin.isatty():
-        say("/exit or Ctrl-D to quit, /clear to start over")
-    messages: list[dict[str, str]] = []
-    answers = 0
-    while (line := _read_line()) is not None and line.strip() != "/exit":
-        if line.strip() == "/clear":
-            messages = []
-        elif line.strip():
-            messages.append({"role": "user", "content": line})
-            ids = _fit_window(messages, model, tokenizer, decoding)
-            if not answers:
-                _say_limits(model, tokenizer, [ids], decoding)
-            answer = stream_text(model, tokenizer, ids, _write, decoding, row=answers)
-            answers += 1
-            _write("\n")
-            messages.append({"role": "assistant", "content": answer})
-
-
-def _read_line() -> str | None:
-    """Read a line without its line break; None at the end of input."""
-    if sys.stdin is None:  # closed by the parent process
-        return None
-    try:
-        line = input("> ") + "\n" if sys.stdin.isatty() else sys.stdin.readline()
-    except EOFError:
-        return None
-    except UnicodeDecodeError as error:
-        raise UserError(f"stdin: not UTF-8 text: {error}") from error
-    return line.rstrip("\n") if line else None
-
-
-def _fit_window(
-    messages: list[dict[str, str]],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    decoding: Decoding,
-) -> list[int]:
-    """Tokenize the chat, dropping its oldest turns if it exceeds the model's window.
-
-    Unless its length was requested, an answer keeps at least a quarter of the window.
-    """
-    from lorakit.api import chat_request, window
-
-    room = window(model)
-    answer = decoding.max_new_tokens
-    if decoding.fit_window and room is not None:
-        answer = min(answer, max(1, room // 4))
-    ids = chat_request(messages, tokenizer).input_ids
-    before = len(messages)
-    while room is not None and len(ids) + answer > room and len(messages) > 1:
-        del messages[:2]
-        ids = chat_request(messages, tokenizer).input_ids
-    if len(messages) < before:
-        say(f"the chat exceeds the model's window of {room} tokens: dropped its first "
-            f"{before - len(messages)} messages")  # fmt: skip
-    return ids
-
-
-def _write(text: str) -> None:
-    """Write to stdout without buffering; generated text does not control a terminal."""
-    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
-    sys.stdout.flush()
+        write(lines)

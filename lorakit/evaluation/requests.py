@@ -62,10 +62,13 @@ def chat_request(
     return Request(text, encode_chat_prompt(messages, tokenizer, tools))
 
 
-def read_requests(file: Path, tokenizer: Any, say: Say = lambda text: None) -> list[Request]:
+def read_requests(
+    file: Path, tokenizer: Any, say: Say = lambda text: None, *, system: str | None = None
+) -> list[Request]:
     """Read a JSON Lines file of prompts and chats. Unused keys are reported to ``say``.
 
-    Raises DataError, with the line, for anything else.
+    ``system`` is the system message of chats that have none. Raises DataError, with the line, for
+    anything else, and for a prompt if ``system`` is given.
     """
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
@@ -76,7 +79,7 @@ def read_requests(file: Path, tokenizer: Any, say: Say = lambda text: None) -> l
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                requests.append(_read_line(line, tokenizer, unread))
+                requests.append(_read_line(line, tokenizer, unread, system))
             except DataError as error:
                 raise DataError(f"{file}:{number}: {error}") from error
     if not requests:
@@ -106,7 +109,7 @@ class _Unread:
         ]
 
 
-def _read_line(line: str, tokenizer: Any, unread: _Unread) -> Request:
+def _read_line(line: str, tokenizer: Any, unread: _Unread, system: str | None) -> Request:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -118,10 +121,15 @@ def _read_line(line: str, tokenizer: Any, unread: _Unread) -> Request:
         raise DataError(f"{shown(row)}; allowed: {_ALLOWED}")
     unread.of_lines.update(key for key in row if key not in _KEYS[kinds[0]])
     if kinds == ["prompt"] and isinstance(row["prompt"], str):
+        if system is not None:
+            raise DataError('"prompt" has no system message; allowed with --system: "messages"')
         return text_request(row["prompt"], tokenizer)
     tools = row.get("tools") or None
     if kinds == ["messages"] and _are_messages(row["messages"]) and _are_tools(tools):
-        request = chat_request(row["messages"], tokenizer, tools)
+        messages = row["messages"]
+        if system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+        request = chat_request(messages, tokenizer, tools)
         unread.of_messages.update(ignored_in_prompt(row["messages"], tools, tokenizer))
         return request
     raise DataError(f"{shown(row)}; allowed: {_ALLOWED}")

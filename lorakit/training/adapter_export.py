@@ -51,6 +51,7 @@ def export_adapter(prepared: Prepared, directory: Path, record: RunRecord, say: 
             hardware=hardware.get("gpu") or hardware["cpu"],
         ),
         lorakit_info=_task_info(prepared),
+        replaces_head=recipe.model.new_head,
     )
     method = prepared.method
     merge = merge_command(recipe.model.name_or_path, directory, method.name)
@@ -66,11 +67,12 @@ def export_adapter(prepared: Prepared, directory: Path, record: RunRecord, say: 
 
 
 def _task_info(prepared: Prepared) -> dict[str, Any]:
-    """What ``lorakit.json`` says about the task, for evaluation and prediction."""
+    """What ``lorakit.json`` says about the task, for evaluation, prediction and chats."""
     task, config = prepared.task, prepared.recipe.task
     info: dict[str, Any] = {"task": config.name}
     if task.kind == "causal":
-        return info
+        prompts = prepared.system_prompts
+        return info | ({"system_prompts": prompts} if prompts else {})
     info["max_length"] = config.max_length
     if labels := task.labels(config, None):
         info["labels"] = labels

@@ -21,6 +21,7 @@ from lorakit.methods.base import Method
 from lorakit.models.causal import check_packable
 from lorakit.models.load import Pretrained, fit_max_length, load_pretrained
 from lorakit.pipeline.encoding import StreamedRows, TrainingData, encode_training_data
+from lorakit.pipeline.system_prompts import system_prompts
 from lorakit.pipeline.task_data import Say, TaskData, load_training_data
 from lorakit.recipe.sections import Recipe
 from lorakit.tasks.base import Task
@@ -30,7 +31,7 @@ from lorakit.tasks.base import Task
 class Prepared:
     """Everything that training needs. ``recipe`` includes the values that data and model determine,
     such as labels; ``method`` remains the same if the user's file changes during the run; ``data``
-    describes the splits for ``run.json``."""
+    describes the splits for ``run.json``; ``system_prompts`` are those of the training chats."""
 
     recipe: Recipe
     task: Task
@@ -41,6 +42,7 @@ class Prepared:
     train: EncodedSplit | StreamedRows
     evaluation: EvalData | None
     data: dict[str, Any]
+    system_prompts: list[str]
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Inputs:
     loaded: Pretrained
     encoded: TrainingData
     split: Split
+    system_prompts: list[str]
 
 
 def prepare(recipe: Recipe, say: Say, write_cache: bool = True) -> Prepared:
@@ -82,7 +85,8 @@ def encode_inputs(
             "allowed: false"
         )
     encoded = encode_training_data(data, model, loaded.tokenizer, say, write_cache=write_cache)
-    return Inputs(data.task, loaded, encoded, data.split)
+    prompts = system_prompts(data.task, encoded.config, data.split)
+    return Inputs(data.task, loaded, encoded, data.split, prompts)
 
 
 def adapt(recipe: Recipe, inputs: Inputs, say: Say) -> Prepared:
@@ -111,6 +115,7 @@ def adapt(recipe: Recipe, inputs: Inputs, say: Say) -> Prepared:
         train=encoded.train,
         evaluation=evaluation,
         data=described,
+        system_prompts=inputs.system_prompts,
     )
 
 

@@ -204,6 +204,15 @@ def read_adapter(
     return AdapterFiles(directory, config, tensors, sidecar, method, shared)
 
 
+def read_sidecar(directory: str | Path) -> dict[str, Any]:
+    """Read ``lorakit.json`` of an adapter, which is empty if lorakit did not write it. Raises
+    AdapterError like ``read_adapter``."""
+    file = adapter_directory(directory) / SIDECAR
+    sidecar = _read_json(file) or {}
+    check_types(sidecar, SIDECAR_TYPES, str(file))
+    return sidecar
+
+
 def _check_no_foreign_patterns(config: Mapping[str, Any], method: Method, where: str) -> None:
     """Raise AdapterError for LoRA's values by module name if ``method`` has one for all modules."""
     for key in {"alpha_pattern", "rank_pattern"} - method.keys():

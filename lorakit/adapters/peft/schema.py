@@ -113,6 +113,7 @@ SIDECAR_TYPES = {
     "pad_token_id": "an integer",
     "problem_type": "a string",
     "refused_by_peft": "a list of strings",
+    "system_prompts": "a list of strings",
     "task": "a string",
     "text_columns": "one or two strings",
 }
