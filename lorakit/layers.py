@@ -267,9 +267,13 @@ class CompositeLayer(BaseWrapper):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features)
-        y = self.base_forward(flat)
-        y = self._forward_overlapping(flat, y) if self.overlaps else self._forward_disjoint(flat, y)
+        y = self.update(flat, self.base_forward(flat))
         return y.view(*x.shape[:-1], self.out_features)
+
+    def update(self, x: Tensor, y: Tensor) -> Tensor:
+        """The adapted output for ``x`` (n, in_features) and the base's output ``y``
+        (n, out_features)."""
+        return self._forward_overlapping(x, y) if self.overlaps else self._forward_disjoint(x, y)
 
     def _forward_disjoint(self, x: Tensor, y: Tensor) -> Tensor:
         """The output if no row belongs to two parts: the concatenated pieces."""

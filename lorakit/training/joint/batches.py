@@ -83,7 +83,8 @@ class Joiner:
         rows, length = (max(sizes) for sizes in zip(*shapes, strict=True))
         if self.longest is not None:
             length = max(length, min(length_bucket(length), self.longest))
-        layout = Layout(shapes, rows, length)
+        is_flat = getattr(batches[0], "cu_seq_lens", None) is not None
+        layout = Layout(shapes, rows, length, is_flat)
         scales = torch.tensor(factors, dtype=torch.float32)
         if isinstance(batches[0], EncoderBatch):
             labels = _rows([batch.labels for batch in batches], rows, 0)
@@ -171,8 +172,8 @@ def _boundaries(batches: Sequence[CausalBatch], layout: Layout, longest_row: int
         own = torch.cat([batch.cu_seq_lens, filler.to(torch.int32)])
         found.append(own + place * layout.length)
     end = torch.tensor([len(batches) * layout.length], dtype=torch.int32)
-    # A boundary that occurs twice is a document without tokens.
-    return torch.cat([*found, end])
+    distinct: Tensor = torch.cat([*found, end]).unique_consecutive()
+    return distinct
 
 
 def _moved(batch: CausalBatch, length: int) -> Tensor:

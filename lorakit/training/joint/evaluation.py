@@ -56,7 +56,8 @@ class JointEvaluations:
         """What the member measures of its batch number ``index``."""
         own = self._results.setdefault(member, [])
         if index == len(own):
-            partners = {member, *self._partners(member)}
+            others = [] if self._trunk.separate else self._partners(member)
+            partners = {member, *others}
             members = [
                 each
                 for each in self._trunk.order

@@ -34,7 +34,8 @@ class _CapturedPass:
 
 
 class JointGraphs:
-    """Captures what runs on ``device`` when a shape occurs again. ``say`` gets the reason if
+    """Captures what runs on ``device`` when a shape first occurs; batches with fewer rows than
+    earlier ones (an epoch's last) run eagerly. ``say`` gets the reason if
     something cannot be captured, which then runs eagerly. With ``passes`` false, only the updates
     are captured."""
 
@@ -48,7 +49,7 @@ class JointGraphs:
         # All graphs share their memory, since only one runs at a time.
         self._pool = torch.cuda.graph_pool_handle()
         self._passes: dict[_Key, _CapturedPass] = {}
-        self._seen: set[_Key] = set()
+        self._rows: dict[int, int] = {}
         self._updates: dict[tuple[int, ...], UpdateGraph] = {}
 
     def run(self, members: Sequence[int], joint: JointBatch, compute: Compute) -> Tensor:
@@ -57,8 +58,7 @@ class JointGraphs:
             return compute(joint.to(self._device))
         shapes = [(name, tuple(tensor.shape)) for name, tensor in joint.tensors().items()]
         key = (*members, *joint.counts, *shapes)
-        if key not in self._seen:
-            self._seen.add(key)
+        if not self._have_all_rows(members, joint):
             return compute(joint.to(self._device))
         if key not in self._passes:
             state = torch.cuda.default_generators[self._device.index or 0].get_state()
@@ -72,6 +72,11 @@ class JointGraphs:
                 return compute(joint.to(self._device))
         pinned = {name: tensor.pin_memory() for name, tensor in joint.tensors().items()}
         return self._passes[key].replay(joint.with_tensors(pinned))
+
+    def _have_all_rows(self, members: Sequence[int], joint: JointBatch) -> bool:
+        rows = {m: shape[0] for m, shape in zip(members, joint.layout.shapes, strict=True)}
+        self._rows |= {m: max(count, self._rows.get(m, 0)) for m, count in rows.items()}
+        return all(count == self._rows[member] for member, count in rows.items())
 
     def _capture(self, joint: JointBatch, compute: Compute) -> _CapturedPass:
         inputs = {name: tensor.clone() for name, tensor in joint.tensors().items()}

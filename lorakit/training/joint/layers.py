@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.kernels.joint_low_rank import Run, joint_lora_add_
-from lorakit.layers import AdapterLayer
+from lorakit.layers import AdapterLayer, CompositeLayer
 from lorakit.methods.lora_layer import LoraLayer
 from lorakit.training.joint.bank import Stack
 from lorakit.training.joint.layout import Layout
@@ -35,6 +35,11 @@ class Current:
             yield
 
 
+class NotSplit(Exception):
+    """A module was called with something else than the rows of all members: each member's output is
+    another, where the model expects a single one."""
+
+
 class OwnModules(nn.Module):
     """Calls each member's own module on its part of the inputs, for what members do not share."""
 
@@ -48,6 +53,8 @@ class OwnModules(nn.Module):
         layout = self._current.layout
         values = [*args, *kwargs.values()]
         dims = [layout.split_dim(v) if isinstance(v, Tensor) else None for v in values]
+        if all(dim is None for dim in dims) and len(layout.shapes) > 1:
+            raise NotSplit
         parts = [
             [value] * len(layout.shapes) if dim is None else layout.chunks(value, dim)
             for value, dim in zip(values, dims, strict=True)
@@ -94,6 +101,8 @@ class JointLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         count = len(self._current.members)
+        if count > 1 and self._current.layout.split_dim(x) is None:
+            raise NotSplit
         flat = x.reshape(-1, x.shape[-1])
         y: Tensor = self.base_layer(flat)
         out = self._adapted(flat.view(count, -1, flat.shape[1]), y.view(count, -1, y.shape[1]))
@@ -141,7 +150,7 @@ class JointLayer(nn.Module):
 
 def shares_base(layer: nn.Module | None) -> bool:
     """Whether the layer's output follows from its input and from the output of its base."""
-    if layer is None:
+    if layer is None or type(layer) is CompositeLayer:
         return True
     if not isinstance(layer, AdapterLayer) or layer.kind == "embedding":
         return False

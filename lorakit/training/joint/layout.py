@@ -14,11 +14,13 @@ from torch import Tensor
 class Layout:
     """Each member has ``rows`` x ``length`` tokens of a joint batch, one member after another, of
     which the first (rows, tokens) of its entry in ``shapes`` are its own, and the rest is padding.
+    With ``is_flat``, all tokens are one sequence.
     """
 
     shapes: tuple[tuple[int, int], ...]
     rows: int
     length: int
+    is_flat: bool = False
 
     def of(self, member: int) -> Layout:
         """The layout of one member's part of a joint tensor."""
@@ -26,12 +28,12 @@ class Layout:
 
     def split_dim(self, value: Tensor) -> int | None:
         """The dimension of a joint tensor along which the members follow each other; None if there
-        is none."""
+        is none, as in a table that all rows share."""
         rows = len(self.shapes) * self.rows
         tokens = rows * self.length
         if value.ndim and value.shape[0] in (rows, tokens):
             return 0
-        return 1 if value.ndim > 1 and value.shape[0] == 1 and value.shape[1] == tokens else None
+        return 1 if self.is_flat and value.ndim > 1 and value.shape[1] == tokens else None
 
     def chunks(self, value: Tensor, dim: int = 0) -> list[Tensor]:
         """The members' parts of a joint tensor, padding included."""

@@ -15,6 +15,7 @@ from lorakit.training.engine import StepResult
 from lorakit.training.joint.bank import Gradients
 from lorakit.training.joint.batches import Joiner, JointBatch
 from lorakit.training.joint.graphs import JointGraphs
+from lorakit.training.joint.layers import NotSplit
 from lorakit.training.joint.member_random import MemberDropout
 from lorakit.training.joint.parts import Part
 from lorakit.training.joint.trunk import Trunk
@@ -40,7 +41,7 @@ class JointPasses:
         self._trunk, self._objective = trunk, objective
         self._parts = parts
         self._joiner, self._graphs, self._say = joiner, graphs, say
-        self._most = len(parts)
+        self._most = 1 if trunk.separate else len(parts)
         self._gradients: Gradients | None = None
         self._is_warm = False
         self._objective.train()
@@ -103,6 +104,9 @@ class JointPasses:
     ) -> dict[int, StepResult | Exception]:
         """Take the steps in two parts, after one of all of them has failed."""
         half = (len(requests) + 1) // 2
+        if isinstance(error, NotSplit):
+            self._trunk.separate, self._most, half = True, 1, 1
+            self._say("members take their steps one after another: the model mixes their rows")
         if self._graphs is not None:
             self._graphs.forget()
             self._is_warm = False
@@ -111,7 +115,8 @@ class JointPasses:
             self._say(f"out of memory: from now on, passes have at most {half} members")
         members = list(requests)
         first = {member: requests[member] for member in members[:half]}
-        return self._take(first) | self._take({m: requests[m] for m in members[half:]})
+        rest = {member: requests[member] for member in members[half:]}
+        return self._take(first) | self.take(rest)
 
     def _updated(self, requests: Mapping[int, StepRequest]) -> dict[int, list[Tensor]]:
         """Update the members whose updates are replayed; return what each one's returned."""

@@ -221,6 +221,8 @@ class _JointRun:
         if isinstance(objective, CausalObjective):
             objective.longest_row = joiner.longest_row
         trunk = Trunk(view, {i: m.prepared for i, m in self.members.items()})
+        if trunk.separate:
+            self._say("members take their steps one after another: their experts are adapted")
         parts = {i: Part(m.engine, m.objective, m.random) for i, m in self.members.items()}
         graphs, device = None, first.strategy.device
         if device.type == "cuda":

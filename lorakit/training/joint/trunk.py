@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from lorakit.anatomy import is_routed_expert, is_within
-from lorakit.errors import UserError
 from lorakit.injection import trainable_state
 from lorakit.layers import BaseWrapper, adapted_modules
 from lorakit.models.first_token import after_attention, skip_unread_tokens
@@ -26,7 +25,9 @@ class Trunk:
         """Change ``model``, a view without an adapter. ``members`` are known by a number; in
         ``order``, those with the same ranks are neighbors.
 
-        Raises UserError for adapted experts, to which the members' tokens are routed together."""
+        ``separate`` tells whether a pass can only be of one member: adapted experts get the tokens
+        of all rows in one tensor.
+        """
         self.current = Current()
         self.order = sorted(members, key=lambda number: _ranks(members[number]))
         members = {number: members[number] for number in self.order}
@@ -34,8 +35,7 @@ class Trunk:
         views = {number: member.model for number, member in members.items()}
         own = _outermost({path for member in members.values() for path in _own_paths(member)})
         adapted = {name: None for view in views.values() for name in adapted_modules(view)}
-        if expert := next((name for name in adapted if is_routed_expert(name)), None):
-            raise UserError(f"{expert}: adapted experts cannot be trained jointly")
+        self.separate = any(is_routed_expert(name) for name in adapted)
         unread = {id(module) for part in after_attention(model) for module in part.modules()}
         encoder = next(iter(members.values())).task.kind == "encoder"
         if (
