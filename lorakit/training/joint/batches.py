@@ -109,9 +109,8 @@ class Joiner:
 
     def _encoder(self, batches: Sequence[EncoderBatch], layout: Layout) -> EncoderBatch:
         masks, types = None, None
-        exact = all(shape == (layout.rows, layout.length) for shape in layout.shapes)
         is_masked = any(batch.attention_mask is not None for batch in batches)
-        if is_masked or not exact or self.longest is not None:
+        if is_masked or not layout.is_exact or self.longest is not None:
             masks = [_mask(batch, layout) for batch in batches]
         if any(batch.token_type_ids is not None for batch in batches):
             types = [

@@ -15,7 +15,7 @@ from lorakit.kernels.joint_low_rank import Run, joint_lora_add_
 from lorakit.layers import AdapterLayer, CompositeLayer
 from lorakit.methods.lora_layer import LoraLayer
 from lorakit.training.joint.bank import Stack
-from lorakit.training.joint.layout import Layout
+from lorakit.training.joint.layout import Layout, NotSplit
 from lorakit.training.joint.member_random import MemberDropout
 
 
@@ -33,11 +33,6 @@ class Current:
         """One member's module runs during the block."""
         with nullcontext() if self.dropout is None else self.dropout.only(place):
             yield
-
-
-class NotSplit(Exception):
-    """A module was called with something else than the rows of all members: each member's output is
-    another, where the model expects a single one."""
 
 
 class OwnModules(nn.Module):

@@ -10,6 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+class NotSplit(Exception):
+    """A module was called with something else than the rows of all members: each member's output is
+    another, where the model expects a single one."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """Each member has ``rows`` x ``length`` tokens of a joint batch, one member after another, of
@@ -21,6 +26,11 @@ class Layout:
     rows: int
     length: int
     is_flat: bool = False
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing is padded."""
+        return all(shape == (self.rows, self.length) for shape in self.shapes)
 
     def of(self, member: int) -> Layout:
         """The layout of one member's part of a joint tensor."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lorakit.training.joint.layout import Layout
+from lorakit.training.joint.layout import Layout, NotSplit
 from lorakit.training.random_states import RandomStates, random_states, restore_random_states
 
 #: Function -> its arguments by position.
@@ -63,8 +63,8 @@ class MemberRandom:
 
 class MemberDropout(TorchFunctionMode):
     """Applies dropout, in attention too, to each member's own rows and tokens of a joint tensor,
-    with the random numbers of that member. A tensor that ``Layout.cut`` does not understand is
-    dropped as a whole."""
+    with the random numbers of that member. Raises NotSplit for a tensor that ``Layout.cut`` does
+    not understand, unless there is one member."""
 
     def __init__(self, randoms: Sequence[MemberRandom], layout: Layout) -> None:
         super().__init__()
@@ -98,11 +98,14 @@ class MemberDropout(TorchFunctionMode):
     def _by_member(
         self, func: Callable[..., Any], given: dict[str, Any], names: Sequence[str]
     ) -> Any:
+        if len(self._randoms) == 1 and self._layout.is_exact:
+            with self._randoms[0].drawing():
+                return func(**given)
         first, parts = given[names[0]], []
         for member, random in enumerate(self._randoms):
             own = {name: self._own(given.get(name), member) for name in names}
             if own[names[0]] is None:
-                return func(**given)
+                raise NotSplit
             with random.drawing():
                 parts.append(func(**{**given, **own}))
         return self._layout.pad(parts, first)

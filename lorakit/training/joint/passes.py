@@ -15,7 +15,7 @@ from lorakit.training.engine import StepResult
 from lorakit.training.joint.bank import Gradients
 from lorakit.training.joint.batches import Joiner, JointBatch
 from lorakit.training.joint.graphs import JointGraphs
-from lorakit.training.joint.layers import NotSplit
+from lorakit.training.joint.layout import NotSplit
 from lorakit.training.joint.member_random import MemberDropout
 from lorakit.training.joint.parts import Part
 from lorakit.training.joint.trunk import Trunk
