@@ -44,6 +44,10 @@ _Joint = Annotated[
         help="Train members together over one frozen base, where they can (auto), or all (true).",
     ),
 ]
+_Halving = Annotated[
+    bool,
+    typer.Option("--halving", help="Stop the worse half after 1/4 and 1/2 of the steps."),
+]
 _Ray = Annotated[
     str | None,
     typer.Option(
@@ -65,6 +69,7 @@ def sweep(
     output_dir: _OutputDir = None,
     metric: _Metric = None,
     joint: _Joint = None,
+    halving: _Halving = False,
     resume: _Resume = False,
     dry_run: _DryRun = False,
     ray: _Ray = None,
@@ -84,6 +89,7 @@ def sweep(
     options: dict[str, Any] = {
         "--output-dir": output_dir,
         "--metric": metric,
+        "--halving": halving or None,
         "--joint": {"true": True, "false": False}.get(joint or "", joint),
     }
     with only_results():

@@ -36,6 +36,16 @@ def setting_faults(section: SweepSection) -> Iterator[Fault]:
                 yield Fault((*path, key), "is in set, too", value, True, "one of the two")
 
 
+def halving_faults(section: SweepSection, members: Sequence[Member]) -> Iterator[Fault]:
+    """Halving compares evaluations before the end of a run."""
+    for member in members if section.halving else ():
+        train = member.recipe.train
+        if not train.eval_every_steps and not train.max_steps and (train.epochs or 1) <= 1:
+            message = f"member {member.name} is only evaluated at its end"
+            yield Fault(("halving",), message, section.halving, True, "with train.eval_every_steps")
+            return
+
+
 def _key_faults(path: KeyPath, key: str, value: Any) -> Iterator[Fault]:
     name, dot, rest = key.partition(".")
     sections = tuple(Recipe.model_fields)

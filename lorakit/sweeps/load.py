@@ -16,6 +16,7 @@ from lorakit.recipe.diagnostics import Fault, explain
 from lorakit.recipe.load import load_recipe
 from lorakit.recipe.yaml_source import KeyPath, read_yaml
 from lorakit.sweeps.check import (
+    halving_faults,
     metric_faults,
     name_faults,
     recipe_faults,
@@ -155,7 +156,7 @@ def _checked_members(
         except RecipeError as error:
             common: dict[str, KeyPath] = {key: ("set", key) for key in section.set}
             problems.add(draft.name, {**common, **draft.paths}, error.problems)
-    faults = [*metric_faults(section.metric, members)]
+    faults = [*metric_faults(section.metric, members), *halving_faults(section, members)]
     if len(members) == len(drafts):
         faults += equal_members(members, drafts)
     return tuple(members), [*problems.listed(), *map(source.located, faults)]

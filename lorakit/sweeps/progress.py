@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.table import Table
 
 from lorakit.errors import printable
+from lorakit.sweeps.halving import Halving
 from lorakit.sweeps.results import MemberResult, SweepResult
 from lorakit.training.tracking import Display, format_metrics, tell
 
@@ -47,6 +48,8 @@ class MemberDisplay(Display):
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         self.metrics = metrics
+        if self._progress.halving is not None:
+            self._progress.halving.evaluated(self._name, step, metrics)
 
     @property
     def loss(self) -> str:
@@ -79,10 +82,10 @@ class FollowedRun(MemberDisplay):
 
 
 class SweepProgress:
-    """Shows the members of ``result`` while they run."""
+    """Shows the members of ``result`` while they run, and tells ``halving`` how they are doing."""
 
-    def __init__(self, result: SweepResult) -> None:
-        self._result = result
+    def __init__(self, result: SweepResult, halving: Halving | None = None) -> None:
+        self._result, self.halving = result, halving
         self._running: dict[str, MemberDisplay | None] = {}
         self._said: set[str] = set()
         console = Console(stderr=True)
@@ -129,6 +132,8 @@ class SweepProgress:
 
     def _display(self, name: str, total_steps: int, done: int = 0) -> Display:
         self._running[name] = display = MemberDisplay(self, name, total_steps, done)
+        if self.halving is not None:
+            self.halving.started(name, total_steps)
         return display
 
     def follow(self, name: str, folder: Path) -> None:

@@ -15,6 +15,7 @@ from lorakit.errors import Interrupted, UserError
 from lorakit.pipeline.task_data import Say
 from lorakit.sweeps.cluster import TaskResult, check_ray, train_on_cluster
 from lorakit.sweeps.directory import exclusive_sweep
+from lorakit.sweeps.halving import DEFAULT_POINTS, Halving
 from lorakit.sweeps.load import Sweep, load_sweep, located
 from lorakit.sweeps.metric import sweep_metric
 from lorakit.sweeps.outcome import complete, describe_failure, fail
@@ -58,11 +59,14 @@ def sweep(
 def _sweep(loaded: Sweep, resume: bool, say: Say, ray: str | None) -> SweepResult:
     loaded = with_budget(loaded, Sizes(), say)
     result = SweepResult(loaded.output_dir, sweep_metric(loaded), loaded.members)
+    if loaded.section.halving and ray is not None:
+        raise UserError("--ray cannot be combined with halving, which compares running members")
     passes = make_passes(loaded.members, loaded.section.joint, loaded.section.max_joint)
     with exclusive_sweep(loaded, resume):
         result.write()
-        with SweepProgress(result) as progress:
-            _Run(loaded, result, progress).all(passes, ray)
+        halving = _halving(loaded, result)
+        with SweepProgress(result, halving) as progress:
+            _Run(loaded, result, progress, halving).all(passes, ray)
         write_tables(result)
         draw(result, list(loaded.section.grid), say)
     if result.best is None and any(own.status == "completed" for own in result.members):
@@ -70,11 +74,21 @@ def _sweep(loaded: Sweep, resume: bool, say: Say, ray: str | None) -> SweepResul
     return result
 
 
+def _halving(sweep: Sweep, result: SweepResult) -> Halving | None:
+    points = sweep.section.halving
+    if points is False:
+        return None
+    return Halving(DEFAULT_POINTS if points is True else points, result)
+
+
 class _Run:
     """Trains the members, and records how each ends."""
 
-    def __init__(self, sweep: Sweep, result: SweepResult, progress: SweepProgress) -> None:
+    def __init__(
+        self, sweep: Sweep, result: SweepResult, progress: SweepProgress, halving: Halving | None
+    ) -> None:
         self._members, self._result, self._progress = sweep.members, result, progress
+        self._halving = halving
 
     def all(self, passes: Sequence[Pass], address: str | None) -> None:
         """Train one pass after another; with the ``address`` of a cluster, single members there."""
@@ -92,7 +106,10 @@ class _Run:
         member = self._members[at]
         self._progress.started(self._result.members[at])
         try:
-            train(member.recipe, "auto", self._say_of(at), self._progress.display(member.name))
+            train(
+                member.recipe, "auto", self._say_of(at), self._progress.display(member.name),
+                stop_at=None if self._halving is None else partial(self._stops, [at], 0),
+            )  # fmt: skip
         except Interrupted as error:
             text = str(error).removesuffix("; continue with --resume auto")
             raise self._interrupted(f"{member.name}: {text}", error) from error
@@ -115,9 +132,12 @@ class _Run:
 
         for at in numbers:
             self._progress.started(self._result.members[at])
+        if self._halving is not None:
+            self._halving.align({self._members[at].name: self._folder(at) for at in numbers})
         try:
             train_joint(
                 [self._members[at].recipe for at in numbers], "auto", self._progress.say, finished,
+                stop_at=None if self._halving is None else partial(self._stops, numbers),
                 say_of=lambda index: self._say_of(numbers[index]),
                 display_of=lambda index: self._progress.display(self._members[numbers[index]].name),
             )  # fmt: skip
@@ -131,6 +151,10 @@ class _Run:
             _release_memory()
             for at in sorted(left):
                 self._alone(at)
+
+    def _stops(self, numbers: Sequence[int], index: int, step: int, _metrics: object) -> bool:
+        assert self._halving is not None
+        return self._halving.stops(self._members[numbers[index]].name, step)
 
     def _say_of(self, at: int) -> Say:
         return partial(self._progress.note, self._members[at].name)
@@ -160,6 +184,8 @@ class _Run:
         own = self._result.members[at]
         if error is None:
             complete(own, self._folder(at))
+            if self._halving is not None:
+                self._halving.record(own)
         else:
             fail(own, error)
         self._result.write()

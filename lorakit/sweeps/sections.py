@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from lorakit.recipe.sections import PositiveInt, Section, Text
 
 #: Recipe keys, ``SECTION.KEY``, and their values.
 Settings = dict[str, Any]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
 class MemberSection(Section):
@@ -25,7 +26,8 @@ class SweepSection(Section):
     ``set`` are recipe keys of all members. ``trainable_parameters`` is a budget, which chooses the
     rank of each member. ``metric`` compares members; null is the task's main metric. ``joint``
     trains members together over one frozen base, at most ``max_joint`` at a time: ``auto`` where
-    they can share one, ``true`` requires it of all.
+    they can share one, ``true`` requires it of all. ``halving`` lists the points, as steps or as
+    fractions of a run, at which members in the worse half stop; ``true`` is [0.25, 0.5].
     """
 
     recipe: Text
@@ -37,3 +39,14 @@ class SweepSection(Section):
     metric: Text | None = None
     joint: Literal["auto"] | bool = "auto"
     max_joint: PositiveInt | None = None
+    halving: bool | Annotated[list[Fraction | PositiveInt], Field(min_length=1)] = False
+
+    @field_validator("halving")
+    @classmethod
+    def _in_order(cls, halving: Any) -> Any:
+        points = halving if isinstance(halving, list) else []
+        if len({isinstance(point, int) for point in points}) > 1:
+            raise ValueError("mixes steps and fractions; allowed: one of them")
+        if sorted(set(points)) != points:
+            raise ValueError("is not in ascending order; allowed: each point after the one before")
+        return halving

@@ -69,11 +69,24 @@ class StepRequest:
 Steps = Generator[StepRequest, StepResult | None, T]
 
 
-def drive(steps: Steps[T]) -> T:
-    """Take all steps, and return what ``steps`` returns."""
+#: Gets the steps that a run has taken and its metrics, None if it has not just been evaluated.
+StopAt = Callable[[int, dict[str, float] | None], bool]
+
+
+def drive(steps: Steps[T], stop_at: StopAt | None = None) -> T:
+    """Take all steps, and return what ``steps`` returns.
+
+    ``stop_at`` is asked before the first step and after each evaluation but the last: true ends the
+    run there, as early stopping does.
+    """
     try:
-        request = next(steps)
+        request, first = next(steps), True
         while True:
+            asks = stop_at is not None and (first or request.metrics is not None)
+            first = False
+            if asks and stop_at is not None and stop_at(request.loaded.number, request.metrics):
+                request = steps.send(None)
+                continue
             try:
                 result = request.take()
             except BaseException as error:

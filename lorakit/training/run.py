@@ -38,7 +38,7 @@ from lorakit.training.deterministic import deterministic_kernels, say_costs
 from lorakit.training.execution import choose_execution
 from lorakit.training.guard import Guard, naming_checkpoints
 from lorakit.training.length import check_length
-from lorakit.training.loop import Loop, drive
+from lorakit.training.loop import Loop, StopAt, drive
 from lorakit.training.offload import check_offload
 from lorakit.training.output_dir import Start, find_start
 from lorakit.training.record import peak_memory_bytes
@@ -59,13 +59,15 @@ def train(
     say: Say = lambda text: None,
     display: Callable[[int, int], Display] = Display,
     overwrite: bool = False,
+    stop_at: StopAt | None = None,
 ) -> RunResult:
     """Train the adapter that ``recipe`` describes.
 
     ``resume`` is None for a new run, ``auto`` for the newest checkpoint in the output directory (a
     new run if there is none), or a checkpoint directory. ``display`` shows the progress of a run of
     so many steps that starts after some. With ``overwrite``, the run replaces an earlier one in the
-    output directory, which is deleted at its first checkpoint. Raises UserError before anything is
+    output directory, which is deleted at its first checkpoint. ``stop_at`` can end the run after an
+    evaluation: see ``drive``. Raises UserError before anything is
     written, and TrainingError and Interrupted afterwards. If a stream cannot be read further, saves
     a checkpoint and raises DataError.
     """
@@ -77,11 +79,15 @@ def train(
         deterministic_kernels(recipe.train.deterministic),
     ):
         start = run_on_main(lambda: find_start(recipe, resume, say, overwrite))
-        return _train(recipe, start, say, display)
+        return _train(recipe, start, say, display, stop_at)
 
 
 def _train(
-    recipe: Recipe, start: Start, say: Say, display: Callable[[int, int], Display]
+    recipe: Recipe,
+    start: Start,
+    say: Say,
+    display: Callable[[int, int], Display],
+    stop_at: StopAt | None,
 ) -> RunResult:
     if start.finished is not None:
         return finished_run(recipe, start.finished, say)
@@ -108,7 +114,7 @@ def _train(
             )
 
         session = Session(prepared, strategy, batching, start, build, display, say)
-        return drive(session.steps())
+        return drive(session.steps(), stop_at)
 
 
 def _only_on_main(say: Say) -> Say:

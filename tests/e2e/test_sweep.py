@@ -157,7 +157,11 @@ EVENTS = {
 }
 
 
-@pytest.mark.parametrize("point", EVENTS)
+@pytest.mark.parametrize(
+    ("whole", "point"),
+    [*(("joint", point) for point in EVENTS), ("alone", "a member complete, not recorded")],
+    indirect=["whole"],
+)
 def test_sigkill_at_critical_points(
     point: str, whole: Whole, launcher: Launcher, tmp_path: Path
 ) -> None:
@@ -171,7 +175,7 @@ def test_sigkill_at_critical_points(
 
 def test_sigkill_at_random_moments(whole: Whole, launcher: Launcher, tmp_path: Path) -> None:
     moments, kills, folder = random.Random(3), 0, tmp_path / "killed"
-    for _ in range(5):
+    for _ in range(4):
         before = list(folder.glob("members/*/checkpoints/*"))
         ended = start(
             launcher, whole.file, folder, "--resume",
@@ -205,6 +209,54 @@ def test_a_signal_saves_what_runs(
     assert [m["status"] for m in sweep_json(folder)["members"]] == ended_before
     assert start(launcher, whole.file, folder, "--resume").code == 1
     assert_same(folder, whole)
+
+
+#: Where a kill could change who stops.
+HALVING_EVENTS = {
+    "a score not recorded": ("os.rename", r"/\.halving\.json\.\w+\.new", 2),
+    "a decision not recorded": ("os.rename", r"/\.halving\.json\.\w+\.new", 6),
+    "one member a checkpoint ahead": (
+        "os.rename",
+        r"/learning_rate=0.001/.*/\.step-2\.\w+\.new",
+        1,
+    ),
+    "a stopped member incomplete": ("os.rename", r"/learning_rate=1e-06/\.adapter\.\w+\.new", 1),
+}
+
+
+@pytest.fixture(scope="module", params=["joint", "alone"])
+def halved(
+    request: pytest.FixtureRequest,
+    tiny_llama: Path,
+    launcher: Launcher,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Whole:
+    """A sweep of which members stop at two points."""
+    folder = tmp_path_factory.mktemp("halved")
+    file = write_sweep(
+        folder, tiny_llama, grid={"train.learning_rate": [0.01, 0.001, 1e-6, 3.0]},
+        set={"train.eval_every_steps": 1, "train.save_every_steps": 1},
+        halving=[2, 3], joint=request.param == "joint",
+    )  # fmt: skip
+    ended = start(launcher, file, folder / "whole")
+    assert ended.code == 0, ended.err
+    return Whole(file, folder / "whole")
+
+
+@pytest.mark.parametrize(
+    ("halved", "point"),
+    [*(("joint", point) for point in HALVING_EVENTS), ("alone", "one member a checkpoint ahead")],
+    indirect=["halved"],
+)
+def test_a_killed_halving_stops_the_same_members(
+    point: str, halved: Whole, launcher: Launcher, tmp_path: Path
+) -> None:
+    folder = tmp_path / "killed"
+    ended = start(launcher, halved.file, folder, at_event=HALVING_EVENTS[point])
+    assert ended.code == -signal.SIGKILL, ended.err
+    ended = start(launcher, halved.file, folder, "--resume")
+    assert ended.code == 0, ended.err
+    assert_same(folder, halved)
 
 
 def test_two_sweeps_in_one_directory(whole: Whole, tmp_path: Path, launcher: Launcher) -> None:

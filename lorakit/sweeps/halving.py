@@ -1,0 +1,130 @@
+"""Successive halving: at set points, members whose settings are in the worse half stop."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lorakit.io.atomic import write_text, writing
+from lorakit.sweeps.results import MemberResult, SweepResult
+from lorakit.tasks.base import LOWER_IS_BETTER
+from lorakit.training.checkpoint import checkpoints, delete_after
+from lorakit.training.run_json import read_run
+
+HALVING_JSON = "halving.json"
+#: When members stop if the sweep says no more than ``true``.
+DEFAULT_POINTS = (0.25, 0.5)
+
+
+@dataclass
+class Course:
+    """A member's ``scores``, the higher the better, and ``steps``, of the evaluations at which it
+    reached the points; the number of points that it has ``passed``; and where it was stopped."""
+
+    scores: list[float] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    passed: int = 0
+    stopped_at_step: int | None = None
+
+
+class Halving:
+    """Decides which members stop. The course of each is kept in ``halving.json``, so that a resumed
+    sweep decides the same.
+
+    A member is measured at its first evaluation at or after each of ``points``, steps or fractions
+    of its run; the last evaluation does not count. It goes on if the mean of its group, members
+    that are equal but for the seed, is in the better half of the groups that have been measured
+    there so far. Members that train together are measured at the same time.
+    """
+
+    def __init__(self, points: Sequence[float], result: SweepResult) -> None:
+        self._points, self._result = points, result
+        self._file = result.output_dir / HALVING_JSON
+        self._totals: dict[str, int] = {}
+        self._courses = {member.name: Course() for member in result.members}
+        if self._file.is_file():
+            stored: dict[str, Any] = json.loads(self._file.read_text(encoding="utf-8"))
+            self._courses |= {name: Course(**course) for name, course in stored.items()}
+
+    def started(self, name: str, total_steps: int) -> None:
+        """A member's run has so many steps."""
+        self._totals[name] = total_steps
+
+    def evaluated(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
+        """A member has been evaluated."""
+        total, scores = self._totals[name], self._courses[name].scores
+        while (
+            step < total
+            and len(scores) < len(self._points)
+            and step >= _step_of(self._points[len(scores)], total)
+        ):
+            scores.append(self._score(metrics))
+            self._courses[name].steps.append(step)
+            self._write()
+
+    def stops(self, name: str, step: int) -> bool:
+        """Whether a member stops after ``step``. To be asked after each evaluation, and when a run
+        resumes, which may be before the step of its last score."""
+        course = self._courses[name]
+        while course.stopped_at_step is None and course.passed < len(course.scores):
+            if step < course.steps[course.passed]:
+                break
+            if self._is_better_half(name, course.passed):
+                course.passed += 1
+            else:
+                course.stopped_at_step = step
+            self._write()
+        return course.stopped_at_step is not None
+
+    def record(self, member: MemberResult) -> None:
+        """Mark a member that has ended as stopped, if it was."""
+        course = self._courses[member.name]
+        if course.stopped_at_step is not None and member.status == "completed":
+            member.status, member.stopped_at_step = "stopped", course.stopped_at_step
+
+    def align(self, folders: Mapping[str, Path]) -> None:
+        """Let members that are to train together, in ``folders``, resume from the same step, so
+        that they are measured at the same time: delete later checkpoints."""
+        running = {
+            name: folder / "checkpoints"
+            for name, folder in folders.items()
+            if read_run(folder).get("exit_reason") not in ("completed", "failed")
+        }
+        steps = [_newest_step(folder) for folder in running.values()]
+        for folder in running.values():
+            delete_after(folder, min(steps))
+
+    def _is_better_half(self, name: str, point: int) -> bool:
+        means: list[tuple[float, int, bool]] = []
+        for group in self._result.groups:
+            courses = [self._courses[member.name] for member in group.members]
+            scores = [course.scores[point] for course in courses if len(course.scores) > point]
+            if scores:
+                own = any(member.name == name for member in group.members)
+                means.append((-statistics.fmean(scores), len(means), own))
+        kept = sorted(means)[: math.ceil(len(means) / 2)]
+        return any(own for _, _, own in kept)
+
+    def _score(self, metrics: Mapping[str, float]) -> float:
+        """By the sweep's metric, or the loss if it is measured at the end only."""
+        metric = self._result.metric if self._result.metric in metrics else "loss"
+        return -metrics[metric] if metric in LOWER_IS_BETTER else metrics[metric]
+
+    def _write(self) -> None:
+        with writing(self._file):
+            courses = {name: asdict(course) for name, course in self._courses.items()}
+            write_text(self._file, json.dumps(courses, indent=1) + "\n")
+
+
+def _step_of(point: float, total_steps: int) -> int:
+    return point if isinstance(point, int) else math.ceil(point * total_steps)
+
+
+def _newest_step(folder: Path) -> int:
+    found = checkpoints(folder)
+    return int(found[-1].name.removeprefix("step-")) if found else 0
