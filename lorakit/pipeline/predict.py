@@ -17,7 +17,6 @@ from lorakit.adapters.base_model import other_base_note
 from lorakit.adapters.load import FoundModel, find_model
 from lorakit.adapters.peft.method import run_method_file
 from lorakit.data.encode import check_token_ids, encode_split, encoding_notes
-from lorakit.data.sources import Split
 from lorakit.errors import AdapterError, EvaluationError, ModelError, UserError
 from lorakit.evaluation.classify import class_logits
 from lorakit.evaluation.progress import OnProgress, ProgressMonitor
@@ -32,7 +31,7 @@ from lorakit.pipeline.prediction_input import (
     arity_note,
     file_rows,
     find_columns,
-    given_texts,
+    given_rows,
 )
 from lorakit.pipeline.task_data import Say
 
@@ -86,36 +85,43 @@ def predict(
         model, adapter, revision=revision, trust_remote_code=trust_remote_code, say=say
     )
     _check_classifies(found)
-    if file is not None:
-        split = file_rows(file)
-    else:
-        split = given_texts([texts] if isinstance(texts, str) else texts or ())
-    rows = _input_rows(split, text_column, text_pair_column, found, say)
+    trained = _sidecar(found).get("text_columns") or ()
+    rows = _input_rows(texts, file, text_column, text_pair_column, trained)
+    if note := arity_note(rows.columns, trained):
+        say(note)
     loaded, tokenizer = _load(found, dtype, device, say)
     names = _class_names(loaded, found.directory)
     length = _max_length(loaded, tokenizer, max_length, found, paired=len(rows.columns) == 2)
-    encoded = encode_split(split, rows.example, tokenizer, length)
+    encoded = encode_split(rows.split, rows.example, tokenizer, length)
     check_token_ids(encoded, tokenizer, id_limit(loaded))
-    for note in encoding_notes(encoded.counts, split.source, len(encoded), length):
+    for note in encoding_notes(encoded.counts, rows.split.source, len(encoded), length):
         say(note)
     monitor = ProgressMonitor(len(encoded), on_progress)
     logits = class_logits(loaded, tokenizer, encoded, batch_size, monitor)
-    if not np.isfinite(logits).all():
-        raise EvaluationError(
-            f"{found.directory}: the model's outputs are not finite; likely causes: diverged "
-            "weights, or float16 overflow (try bfloat16)"
-        )
+    _check_finite(logits, found.directory)
     return _described(logits, names, loaded.config)
 
 
 def _input_rows(
-    split: Split, text: str | None, pair: str | None, found: FoundModel, say: Say
+    texts: str | Sequence[Given] | None,
+    file: str | Path | None,
+    text_column: str | None,
+    text_pair_column: str | None,
+    trained: Sequence[str],
 ) -> InputRows:
-    trained = _sidecar(found).get("text_columns") or ()
-    columns = find_columns(split, text, pair, trained)
-    if note := arity_note(columns, trained):
-        say(note)
-    return InputRows(split, columns)
+    named = (text_column, text_pair_column, trained)
+    if file is not None:
+        split = file_rows(file)
+        return InputRows(split, find_columns(split, *named))
+    return given_rows([texts] if isinstance(texts, str) else texts or (), *named)
+
+
+def _check_finite(logits: NDArray[np.float32], name: str) -> None:
+    if not np.isfinite(logits).all():
+        raise EvaluationError(
+            f"{name}: the model's outputs are not finite; likely causes: diverged weights, or "
+            "float16 overflow (try bfloat16)"
+        )
 
 
 def _check_classifies(found: FoundModel) -> None:

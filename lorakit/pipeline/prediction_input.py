@@ -18,14 +18,15 @@ from lorakit.tasks.base import required_text
 #: A text, a pair of texts, or a row.
 Given = str | tuple[str, str] | Mapping[str, Any]
 
+_TEXT, _PAIR = ("text",), ("text", "text_pair")
 #: The columns of a text, or of a pair of texts, in common data sets.
 _COMMON = (
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
     ("question1", "question2"),
     ("question", "sentence"),
-    ("text", "text_pair"),
-    ("text",),
+    _PAIR,
+    _TEXT,
     ("sentence",),
 )
 #: Columns that are not the text if there is another one.
@@ -46,18 +47,22 @@ class InputRows:
         return ClassificationExample(text, pair[0] if pair else None, 0)
 
 
-def given_texts(texts: Sequence[Given]) -> Split:
-    """The texts as rows with the columns ``text`` and ``text_pair``; rows are left as they are.
+def given_rows(
+    texts: Sequence[Given], text: str | None, pair: str | None, trained: Sequence[str]
+) -> InputRows:
+    """The texts; the columns of rows are those of ``find_columns``.
 
     Raises DataError if there are none, or if they are of different kinds.
     """
-    rows = [_row(text) for text in texts]
-    if not rows:
+    if not texts:
         raise DataError("texts = []: allowed: at least one text, pair of texts or row")
-    kinds = {_kind(text) for text in texts}
+    kinds = {_kind(given) for given in texts}
     if len(kinds) > 1:
         raise DataError(f"texts: {' and '.join(sorted(kinds))}; allowed: one of these kinds")
-    return Split("texts", rows, "texts", "")
+    split = Split("texts", [_row(given) for given in texts], "texts", "")
+    if kinds == {"rows"} or text is not None or pair is not None:
+        return InputRows(split, find_columns(split, text, pair, trained))
+    return InputRows(split, _TEXT if kinds == {"texts"} else _PAIR)
 
 
 def file_rows(file: str | Path) -> Split:
@@ -125,15 +130,13 @@ def arity_note(columns: Sequence[str], trained: Sequence[str]) -> str | None:
 def _row(text: Given) -> Row:
     if isinstance(text, Mapping):
         return text
-    if isinstance(text, (tuple, list)):
-        return dict(zip(("text", "text_pair"), text, strict=False))
-    return {"text": text}
+    return dict(zip(_PAIR, text, strict=True)) if _kind(text) == "pairs" else {"text": text}
 
 
 def _kind(text: Given) -> str:
     if isinstance(text, Mapping):
         return "rows"
-    return "pairs" if isinstance(text, (tuple, list)) else "texts"
+    return "pairs" if isinstance(text, (tuple, list)) and len(text) == 2 else "texts"
 
 
 def _utf8_text(row: Row, column: str) -> str:

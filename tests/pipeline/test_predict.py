@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -214,11 +215,12 @@ def test_named_columns(adapter: Path, tmp_path: Path) -> None:
         lorakit.predict(adapter, rows, text_pair_column="a")
     notes: list[str] = []
     own = _copy(adapter, tmp_path / "adapter", text_columns=["sentence1", "sentence2"])
-    lorakit.predict(own, ["a"], text_column="text", say=notes.append)
+    assert lorakit.predict(own, ["a"], say=notes.append) == lorakit.predict(adapter, ["a"])
+    lorakit.predict(own, rows, text_column="b", say=notes.append)
     assert notes == [
         "warning: the adapter was trained on pairs of texts (sentence1, sentence2), but the input "
         "has single texts"
-    ]
+    ] * 2  # fmt: skip
 
 
 def _copy(adapter: Path, folder: Path, **changes: Any) -> Path:
@@ -236,6 +238,7 @@ def _copy(adapter: Path, folder: Path, **changes: Any) -> Path:
         (None, {}, "texts and file: allowed: one of them"),
         ([], {}, "at least one text"),
         (["a", ("b", "c")], {}, "pairs and texts; allowed: one of these kinds"),
+        ([("a", "b", "c")], {}, 'texts, row 1: column \'text\' = ["a", "b", "c"]; allowed: text'),
         (["a", 3], {}, "texts, row 2: column 'text' = 3; allowed: text"),
         (["a", "\ud800"], {}, "texts, row 2: column 'text': invalid UTF-8 text at character 1"),
         (["a"], {"batch_size": 0}, "batch_size = 0: allowed: 1 or more"),
@@ -246,7 +249,7 @@ def _copy(adapter: Path, folder: Path, **changes: Any) -> Path:
     ],
 )
 def test_bad_input(adapter: Path, texts: Any, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message.replace("(", r"\(")) as error:
+    with pytest.raises(UserError, match=re.escape(message)) as error:
         lorakit.predict(adapter, texts, **options)
     assert "\n" not in str(error.value)
 
