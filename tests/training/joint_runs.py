@@ -63,7 +63,8 @@ def assert_equal_training(joint: Path, alone: Path, tolerance: float = TOLERANCE
         torch.testing.assert_close(value, theirs[name], rtol=0, atol=tolerance)
     lines = zip(metrics_lines(joint), metrics_lines(alone), strict=True)
     for ours_line, theirs_line in lines:
-        assert comparable(ours_line) == pytest.approx(comparable(theirs_line), abs=tolerance)
+        expected = pytest.approx(comparable(theirs_line), rel=tolerance, abs=tolerance)
+        assert comparable(ours_line) == expected
 
 
 def assert_equal_runs(joint: Path, alone: Path, tolerance: float = TOLERANCE) -> None:
