@@ -133,7 +133,7 @@ def subspaces(folder: Path) -> None:
     """Figures 3 and 4: phi at some places, as means over the matrices."""
     places = [f"phi({i}, {j})" for i, j in PHI]
     rows = [["adapters", "side", *(title for place in places for title in (place, "random"))]]
-    for one, other in (("r8-seed1", "r64-seed1"), ("r64-seed1", "r64-seed2")):
+    for one, other in (("r8-seed1", "r64-seed2"), ("r64-seed1", "r64-seed2")):
         for side in ("right", "left"):
             adapters = [folder / "members" / name / "adapter" for name in (one, other)]
             plot = folder / "inspect" / f"{one}-{other}-{side}"
