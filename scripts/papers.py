@@ -33,6 +33,9 @@ QUICK = {
 }
 #: The numbers of directions for which the similarity of subspaces is printed.
 PHI = ((1, 1), (2, 2), (8, 8), (8, 64))
+#: Two ranks with one seed, which determines the initial head and the order of the rows as well, and
+#: with two; and one rank with two.
+PAIRS = (("r8-seed1", "r64-seed1"), ("r8-seed1", "r64-seed2"), ("r64-seed1", "r64-seed2"))
 Rows = list[list[str]]
 
 
@@ -130,15 +133,20 @@ def print_table(rows: Rows) -> None:
 
 
 def subspaces(folder: Path) -> None:
-    """Figures 3 and 4: phi at some places, as means over the matrices."""
+    """Figures 3 and 4: phi at some places, as means over the layers, and of random matrices."""
     places = [f"phi({i}, {j})" for i, j in PHI]
-    rows = [["adapters", "side", *(title for place in places for title in (place, "random"))]]
-    for one, other in (("r8-seed1", "r64-seed2"), ("r64-seed1", "r64-seed2")):
+    titles = [title for place in places for title in (place, "random")]
+    rows = [["adapters", "side", "role", *titles]]
+    for one, other in PAIRS:
         for side in ("right", "left"):
             adapters = [folder / "members" / name / "adapter" for name in (one, other)]
             plot = folder / "inspect" / f"{one}-{other}-{side}"
-            found = inspect(*adapters, "--side", side, "--plot", plot)["similarity"]["modules"]
-            rows.append([f"{one}, {other}", side, *phi_cells(found)])
+            found = inspect(*adapters, "--side", side, "--plot", plot)
+            roles = {module["module"]: module["role"] for module in found["modules"]}
+            similar = found["similarity"]["modules"]
+            for role in dict.fromkeys(roles.values()):
+                own = [module for module in similar if roles[module["module"]] == role]
+                rows.append([f"{one}, {other}", side, role, *phi_cells(own)])
     print()
     print_table(rows)
 
