@@ -38,6 +38,8 @@ from lorakit.pipeline.encoding import StreamedRows
 from lorakit.recipe.sections import Recipe
 from lorakit.training.setup import Prepared
 
+#: Loaders that share steps take each at about the same time.
+_SHARED_STEPS = 4
 Collate = Callable[[list[Bin]], Batch]
 _ALONE = Share()
 
@@ -89,6 +91,12 @@ class StepLoader:
         self._ahead: LoadedStep | DataError | None = None
         self._first: Step | None = None
         self._rows_read: dict[str, int] = {}
+        self._shared: dict[int, LoadedStep] | None = None
+
+    def share(self, loaded: dict[int, LoadedStep]) -> None:
+        """Take steps from ``loaded`` if they are there, and put others into it: for several loaders
+        of the same rows in the same order. Not for a stream."""
+        self._shared = loaded
 
     def take(self, number: int) -> LoadedStep:
         """Return a step; raises DataError if a row of a stream cannot be read or trained on."""
@@ -126,6 +134,15 @@ class StepLoader:
         return isinstance(self._ahead, DataError) and not isinstance(self._ahead, FileChanged)
 
     def _load(self, number: int) -> LoadedStep:
+        if self._shared is None:
+            return self._collated(number)
+        if number not in self._shared:
+            self._shared[number] = self._collated(number)
+            if len(self._shared) > _SHARED_STEPS:
+                del self._shared[next(iter(self._shared))]
+        return self._shared[number]
+
+    def _collated(self, number: int) -> LoadedStep:
         step = self._steps.step(number)
         if number == 0:
             self._first = step

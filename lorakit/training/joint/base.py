@@ -14,6 +14,7 @@ from lorakit.models.load import Pretrained, load_pretrained
 from lorakit.pipeline.encoding import StreamedRows
 from lorakit.pipeline.task_data import Say, TaskData, load_training_data
 from lorakit.recipe.sections import Recipe
+from lorakit.training.batching import LoadedStep, StepLoader
 from lorakit.training.setup import Inputs, Prepared, adapt, encode_inputs
 
 
@@ -30,6 +31,7 @@ class SharedBase:
         self._inputs: dict[Hashable, Inputs] = {}
         self._data: dict[Hashable, TaskData] = {}
         self._on_device: dict[int, Tensor] = {}
+        self._steps: dict[Hashable, dict[int, LoadedStep]] = {}
 
     def prepare(self, recipe: Recipe, say: Say) -> Prepared:
         """``setup.prepare`` with a view of the shared model. Raises UserError as that does."""
@@ -40,6 +42,19 @@ class SharedBase:
             if parameter.requires_grad and parameter.data_ptr() in shared:
                 parameter.data = parameter.data.clone()
         return prepared
+
+    def share_steps(self, prepared: Prepared, loader: StepLoader) -> None:
+        """Let ``loader`` share its steps with those of other runs with the same batches."""
+        rows, recipe = prepared.train, prepared.recipe
+        if isinstance(rows, StreamedRows):
+            return
+        names = (
+            "seed", "group_by_length", "per_device_batch_size", "gradient_accumulation_steps",
+            "max_tokens_per_batch",
+        )  # fmt: skip
+        settings = tuple(getattr(recipe.train, name) for name in names)
+        key = (id(rows), recipe.task.packing, recipe.task.max_length, *settings)
+        loader.share(self._steps.setdefault(key, {}))
 
     def view(self) -> Any:
         """A view of the shared model, without an adapter, in evaluation mode."""

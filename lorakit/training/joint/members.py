@@ -141,6 +141,7 @@ def start_member(
         )  # fmt: skip
         if loop.evaluate is not None:
             loop.evaluate = replace(loop.evaluate, scorer=lambda: member.scorer())
+        base.share_steps(prepared, loop.loader)
         built.append((objective, loop))
         return loop
 
