@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
 from lorakit.errors import UserError
+from lorakit.models.load import default_device
+from lorakit.recipe.sections import Recipe
 from lorakit.sweeps.members import Member
-from lorakit.training.joint.joinable import can_join
+from lorakit.training.joint import can_join, members_that_fit
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class Pass:
 def make_passes(
     members: Sequence[Member], joint: Literal["auto"] | bool, most: int | None = None
 ) -> list[Pass]:
-    """Divide ``members`` into passes of at most ``most`` that can join.
+    """Divide ``members`` into passes of at most ``most`` that can join; None is as many as the
+    memory holds.
 
     Raises UserError if ``joint`` is true and a member cannot join the first.
     """
@@ -47,11 +51,33 @@ def make_passes(
             raise UserError(
                 f"joint = true: member {member.name}: {reasons[at]}; allowed: auto, false"
             )
-    return [
-        Pass(tuple(part), reasons.get(part[0], f"max_joint is {most}") if len(part) == 1 else None)
-        for numbers in found
-        for part in _parts(numbers, most or len(members))
-    ]
+    passes = []
+    for numbers in found:
+        if len(numbers) == 1:
+            passes.append(Pass(tuple(numbers), reasons[numbers[0]]))
+            continue
+        size = most or _that_fit([members[at].recipe for at in numbers])
+        alone = f"{'max_joint is' if most else 'the memory holds'} {size}"
+        passes += [
+            Pass(tuple(part), alone if len(part) == 1 else None) for part in _parts(numbers, size)
+        ]
+    return passes
+
+
+def _that_fit(recipes: Sequence[Recipe]) -> int:
+    """How many of ``recipes`` the memory holds; those that fail do not count."""
+    device = default_device()
+    sound: dict[str, bool] = {}
+    for recipe in recipes:
+        adapter = recipe.adapter.model_dump_json()
+        if adapter not in sound:
+            sound[adapter] = False
+            with suppress(UserError):  # which the member's run will raise, too
+                members_that_fit([recipe], device)
+                sound[adapter] = True
+    left = [recipe for recipe in recipes if sound[recipe.adapter.model_dump_json()]]
+    most = members_that_fit(left, device) if left else 0
+    return len(recipes) if most == len(left) else most
 
 
 def _parts(numbers: Sequence[int], most: int) -> list[Sequence[int]]:

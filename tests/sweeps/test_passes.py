@@ -42,6 +42,18 @@ def test_at_most_so_many_train_together(in_tmp: Path) -> None:
     assert parts(*R[:4], most=3) == [((0, 1), None), ((2, 3), None)]
 
 
+def test_as_many_as_the_memory_holds_train_together(tiny_bert: Path, in_tmp: Path) -> None:
+    small, large = (
+        {"model.name_or_path": str(tiny_bert), **own}
+        for own in ({}, {"train.per_device_batch_size": 10**9})
+    )
+    targets = {"adapter.target_modules": ["no_such_module"]}
+    assert parts(*({**small, **r} for r in R), {**small, **targets}) == [((0, 1, 2, 3, 4, 5), None)]
+    assert parts(*({**large, **r} for r in R[:2])) == [
+        ((0,), "the memory holds 1"), ((1,), "the memory holds 1")
+    ]  # fmt: skip
+
+
 def test_others_train_alone_or_among_themselves(in_tmp: Path) -> None:
     other = [{"model.name_or_path": "another/model", "train.seed": seed} for seed in (1, 2)]
     full = {"adapter.method": "full"}
