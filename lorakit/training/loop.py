@@ -1,16 +1,15 @@
 """Decide when to take a step, log, evaluate, save and stop; the engine computes the step.
 
-A loop is a generator of the steps that it wants to be taken, so that the steps of several loops can
-be computed together. ``drive`` computes those of one.
+A loop is a generator of the steps that it wants to be taken, see ``training.steps``.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 import torch
 
@@ -27,7 +26,7 @@ from lorakit.errors import (
     UserError,
 )
 from lorakit.evaluation.progress import EvaluationStopped
-from lorakit.training.batching import LoadedStep, StepLoader
+from lorakit.training.batching import StepLoader
 from lorakit.training.checkpoint import (
     Progress,
     Snapshot,
@@ -43,59 +42,12 @@ from lorakit.training.divergence import (
     nonfinite_step,
     nonfinite_weight,
 )
-from lorakit.training.engine import Engine, StepResult, same_shapes
+from lorakit.training.engine import Engine, same_shapes
 from lorakit.training.guard import Guard
 from lorakit.training.random_states import random_states, restore_random_states
 from lorakit.training.record import peak_memory_bytes
+from lorakit.training.steps import StepRequest, Steps
 from lorakit.training.tracking import Recorder
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class StepRequest:
-    """A step that a loop wants to be taken. ``metrics`` are those of an evaluation after the last
-    step; None if there was none."""
-
-    engine: Engine
-    loaded: LoadedStep
-    metrics: dict[str, float] | None = None
-
-    def take(self) -> StepResult:
-        return self.engine.step(self.loaded.micro_batches, self.loaded.loss_count)
-
-
-#: Yields the next step and receives its result, or None to stop early instead of taking it.
-Steps = Generator[StepRequest, StepResult | None, T]
-
-
-#: Gets the steps that a run has taken and its metrics, None if it has not just been evaluated.
-StopAt = Callable[[int, dict[str, float] | None], bool]
-
-
-def drive(steps: Steps[T], stop_at: StopAt | None = None) -> T:
-    """Take all steps, and return what ``steps`` returns.
-
-    ``stop_at`` is asked before the first step and after each evaluation but the last: true ends the
-    run there, as early stopping does.
-    """
-    try:
-        request, first = next(steps), True
-        while True:
-            asks = stop_at is not None and (first or request.metrics is not None)
-            first = False
-            if asks and stop_at is not None and stop_at(request.loaded.number, request.metrics):
-                request = steps.send(None)
-                continue
-            try:
-                result = request.take()
-            except BaseException as error:
-                request = steps.throw(error)
-            else:
-                request = steps.send(result)
-    except StopIteration as end:
-        value: T = end.value
-        return value
 
 
 @dataclass

@@ -38,7 +38,7 @@ from lorakit.training.deterministic import deterministic_kernels, say_costs
 from lorakit.training.execution import choose_execution
 from lorakit.training.guard import Guard, naming_checkpoints
 from lorakit.training.length import check_length
-from lorakit.training.loop import Loop, StopAt, drive
+from lorakit.training.loop import Loop
 from lorakit.training.offload import check_offload
 from lorakit.training.output_dir import Start, find_start
 from lorakit.training.record import peak_memory_bytes
@@ -49,6 +49,7 @@ from lorakit.training.same_run import (
 )
 from lorakit.training.session import RunResult, Session
 from lorakit.training.setup import Prepared, prepare
+from lorakit.training.steps import StopAt, drive
 from lorakit.training.tracking import Display, Recorder, check_trackers
 
 

@@ -30,10 +30,11 @@ from lorakit.training.checkpoint import (
 from lorakit.training.control import Schedule
 from lorakit.training.deterministic import no_kernel_as_error
 from lorakit.training.guard import Guard
-from lorakit.training.loop import Loop, Steps
+from lorakit.training.loop import Loop
 from lorakit.training.output_dir import Start, exclusive_run, none_to_resume, rows_read_before
 from lorakit.training.record import RunRecord, describe_hardware, new_record, rank_table
 from lorakit.training.setup import Prepared
+from lorakit.training.steps import Steps
 from lorakit.training.tracking import Display, MetricsFile, NoMetrics, Recorder, start_trackers
 
 

@@ -21,11 +21,12 @@ from lorakit.training.execution import Execution
 from lorakit.training.guard import Guard, naming_checkpoints
 from lorakit.training.joint.base import SharedBase
 from lorakit.training.joint.member_random import MemberRandom
-from lorakit.training.loop import Loop, StepRequest, Steps
+from lorakit.training.loop import Loop
 from lorakit.training.output_dir import find_start
 from lorakit.training.run import check_resumable, check_support, finished_run
 from lorakit.training.session import RunResult, Session
 from lorakit.training.setup import Prepared
+from lorakit.training.steps import StepRequest, Steps
 from lorakit.training.tracking import Display, Recorder
 
 

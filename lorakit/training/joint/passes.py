@@ -19,7 +19,7 @@ from lorakit.training.joint.layout import NotSplit
 from lorakit.training.joint.member_random import MemberDropout
 from lorakit.training.joint.parts import Part
 from lorakit.training.joint.trunk import Trunk
-from lorakit.training.loop import StepRequest
+from lorakit.training.steps import StepRequest
 
 #: On the CPU, batches whose lengths differ more than this are not padded to one length.
 _LEAST_FILL = 0.8
