@@ -54,7 +54,7 @@ def main() -> int:
     arguments = parse()
     started = time.monotonic()
     failed = [name for name in arguments.names if not run(name, arguments.out, arguments.quick)]
-    print(f"{len(arguments.names)} experiments, {time.monotonic() - started:.0f} s")
+    print(f"\nin all {time.monotonic() - started:.0f} s")
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return int(bool(failed))
