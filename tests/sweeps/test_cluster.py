@@ -48,7 +48,7 @@ def test_a_cluster_gives_what_one_process_gives(still_bert: Path, tmp_path: Path
 @pytest.mark.slow
 def test_a_wrong_address(still_bert: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")
-    file = write_sweep(tmp_path, still_bert, "glue/sst2", grid=GRID)
+    file = write_sweep(tmp_path, still_bert, "glue/sst2", grid=GRID, joint=False)
     with pytest.raises(
         UserError, match=r"^--ray 127.0.0.1:1: .*; allowed: local, auto, or HOST:PORT"
     ):
