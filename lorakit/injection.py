@@ -13,7 +13,7 @@ from lorakit import registry
 from lorakit.anatomy import is_within, outside_language_model
 from lorakit.base_weight import RowView, kind_of
 from lorakit.coverage import Coverage, measure_coverage, missed_outside
-from lorakit.errors import TargetError, UserError
+from lorakit.errors import TargetError, UserError, shown
 from lorakit.layers import AdapterLayer, CompositeLayer, adapted_modules, adapter_layers
 from lorakit.methods.base import Method
 from lorakit.models.master_weights import plain_name, train_module, train_parameter
@@ -68,12 +68,18 @@ def inject(
     ``heads`` are fully trained in addition to ``config.modules_to_save``; the default is the
     classification head, if the model has one. Random values come from torch's default generator.
     Raises TargetError if the model is adapted already, or a target or a pattern does not fit, and
-    UserError if ``config`` is that of another method.
+    UserError if ``config`` is that of another method or has ``init_from``, which only a training
+    run reads.
     """
     if adapted_modules(model):
         raise TargetError("the model already has an adapter; load the base again")
     method: Method = registry.method(config.method)
     _check_config(method, config)
+    if config.init_from is not None:
+        raise UserError(
+            f"adapter.init_from = {shown(config.init_from)}: allowed: in the recipe of a run; "
+            "hint: lorakit.load(base, adapter, trainable=True)"
+        )
     heads = tuple(find_heads(model) if heads is None else heads)
     fully_trained = find_fully_trained(model, config, heads)
     if unused := [

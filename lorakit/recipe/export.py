@@ -25,6 +25,7 @@ from lorakit.recipe.yaml_source import read_scalar
 #: The adapter keys to write first, in the order of the documentation.
 _FIRST = (
     "method",
+    "init_from",
     "r",
     "lora_alpha",
     "lora_dropout",

@@ -102,13 +102,15 @@ class AdapterSection(Section):
 
     ``method`` is the name of a built-in method or a user's ``./FILE.py:CLASS``. ``layers`` are the
     indices of the adapted layers, as a list or as ranges (``"0-5,11"``); null means all.
-    ``modules_to_save`` are fully trained and saved with the adapter.
+    ``modules_to_save`` are fully trained and saved with the adapter. ``init_from`` is an adapter
+    whose values a new run starts from; keys that are not set are then those of the adapter.
     """
 
     method: Annotated[Text, BeforeValidator(_as_text)] = "lora"
     target_modules: TextList = ["q", "v"]
     layers: Annotated[list[NonNegativeInt], Field(min_length=1)] | Text | None = None
     modules_to_save: list[Text] = []
+    init_from: Annotated[Text, BeforeValidator(_as_text)] | None = None
 
 
 class TaskSection(Section):

@@ -144,6 +144,11 @@ def rows_read_before(start: Start) -> dict[str, int]:
     return {key: train[key] for key in ("rows_read", "skipped_rows") if key in train}
 
 
+def init_from_before(start: Start) -> dict[str, str] | None:
+    """Return what ``run.json`` records about the adapter that the run to resume started from."""
+    return read_run(start.checkpoint.parent.parent).get("init_from") if start.checkpoint else None
+
+
 @contextmanager
 def exclusive_run(recipe: Recipe, start: Start) -> Iterator[Path]:
     """Create the output directory and lock it against other runs during the block.

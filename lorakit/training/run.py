@@ -43,9 +43,9 @@ from lorakit.training.offload import check_offload
 from lorakit.training.output_dir import Start, find_start
 from lorakit.training.record import peak_memory_bytes
 from lorakit.training.same_run import (
+    as_started,
     check_same_data,
     check_same_recipe,
-    with_started_batch_size,
 )
 from lorakit.training.session import RunResult, Session
 from lorakit.training.setup import Prepared, prepare
@@ -93,14 +93,14 @@ def _train(
     if start.finished is not None:
         return finished_run(recipe, start.finished, say)
     if start.checkpoint is not None:
-        recipe = with_started_batch_size(recipe, start.checkpoint.parent.parent)
+        recipe = as_started(recipe, start.checkpoint.parent.parent)
     check_support(recipe)
     say_costs(recipe.train, say)
     warn_of_launch(say)
     strategy = build_strategy(recipe.model.dtype)
     strategy.check(recipe)
     with first_on_each_host():  # whose tokens are cached for the others
-        prepared = prepare(recipe, say)
+        prepared = prepare(recipe, say, resumes=start.checkpoint is not None)
     check_agreement(prepared)
     prepared, objective = fit_batch_size(prepared, strategy, say)
     batching = build_batching(prepared, strategy.device, strategy.share)

@@ -43,7 +43,7 @@ def check_same_recipe(recipe: Recipe, output_dir: Path, prepared: bool = False) 
         return
     _check_same_code(recipe, output_dir)
     _check_same_files(recipe, path)
-    started, recipe = load_recipe(path), with_started_batch_size(recipe, output_dir)
+    started, recipe = load_recipe(path), as_started(recipe, output_dir)
     _check_same_steps(started, recipe, output_dir)
     before, now = started.flat(), recipe.flat()
     later = set() if prepared else {f"task.{k}" for k in _FITTED - recipe.task.model_fields_set}
@@ -67,6 +67,23 @@ def has_other_length(recipe: Recipe, output_dir: Path) -> bool:
         return False
     before, now = load_recipe(path).flat(), recipe.flat()
     return any(before[key] != now[key] for key in _LENGTH)
+
+
+def as_started(recipe: Recipe, output_dir: Path) -> Recipe:
+    """Return ``recipe`` with what the run in ``output_dir`` determined when it started: the batch
+    size that ``auto`` chose, and keys that ``adapter.init_from`` set."""
+    return with_started_batch_size(_with_started_adapter(recipe, output_dir), output_dir)
+
+
+def _with_started_adapter(recipe: Recipe, output_dir: Path) -> Recipe:
+    path, adapter = output_dir / "recipe.yaml", recipe.adapter
+    if adapter.init_from is None or not path.is_file():
+        return recipe
+    started = load_recipe(path).adapter
+    if started.init_from is None or type(started) is not type(adapter):
+        return recipe
+    given = {key: getattr(adapter, key) for key in adapter.model_fields_set}
+    return recipe.model_copy(update={"adapter": started.model_copy(update=given)})
 
 
 def with_started_batch_size(recipe: Recipe, output_dir: Path) -> Recipe:

@@ -31,7 +31,13 @@ from lorakit.training.control import Schedule
 from lorakit.training.deterministic import no_kernel_as_error
 from lorakit.training.guard import Guard
 from lorakit.training.loop import Loop
-from lorakit.training.output_dir import Start, exclusive_run, none_to_resume, rows_read_before
+from lorakit.training.output_dir import (
+    Start,
+    exclusive_run,
+    init_from_before,
+    none_to_resume,
+    rows_read_before,
+)
 from lorakit.training.record import RunRecord, describe_hardware, new_record, rank_table
 from lorakit.training.setup import Prepared
 from lorakit.training.steps import Steps
@@ -118,6 +124,7 @@ class Session:
             prepared.report, hardware, train.seed, prepared.data, prepared.method.digest
         )
         record.data["train"] |= rows_read_before(self.start)
+        record.init_from = prepared.init_from or init_from_before(self.start)
         record.per_device_batch_size = train.units_per_batch
         return record
 

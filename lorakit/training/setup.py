@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit import registry
+from lorakit.adapters.start import load_values, read_start
 from lorakit.data.encode import EncodedSplit
 from lorakit.data.sources import Split
 from lorakit.errors import UserError, shown
@@ -31,7 +32,8 @@ from lorakit.tasks.base import Task
 class Prepared:
     """Everything that training needs. ``recipe`` includes the values that data and model determine,
     such as labels; ``method`` remains the same if the user's file changes during the run; ``data``
-    describes the splits for ``run.json``; ``system_prompts`` are those of the training chats."""
+    describes the splits for ``run.json``, and ``init_from`` the adapter that the run starts from,
+    None also if it resumes; ``system_prompts`` are those of the training chats."""
 
     recipe: Recipe
     task: Task
@@ -43,6 +45,7 @@ class Prepared:
     evaluation: EvalData | None
     data: dict[str, Any]
     system_prompts: list[str]
+    init_from: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,9 @@ class Inputs:
     system_prompts: list[str]
 
 
-def prepare(recipe: Recipe, say: Say, write_cache: bool = True) -> Prepared:
+def prepare(recipe: Recipe, say: Say, write_cache: bool = True, resumes: bool = False) -> Prepared:
     """Load, tokenize and inject; raises UserError if recipe, data and model do not fit together."""
-    return adapt(recipe, load_inputs(recipe, say, write_cache), say)
+    return adapt(recipe, load_inputs(recipe, say, write_cache), say, resumes)
 
 
 def load_inputs(recipe: Recipe, say: Say, write_cache: bool = True) -> Inputs:
@@ -89,8 +92,9 @@ def encode_inputs(
     return Inputs(data.task, loaded, encoded, data.split, prompts)
 
 
-def adapt(recipe: Recipe, inputs: Inputs, say: Say) -> Prepared:
-    """Inject the adapter into the model of ``inputs``; raises UserError if it does not fit."""
+def adapt(recipe: Recipe, inputs: Inputs, say: Say, resumes: bool = False) -> Prepared:
+    """Inject the adapter into the model of ``inputs``, with the values of ``adapter.init_from``
+    unless the run ``resumes``; raises UserError if it does not fit."""
     loaded, encoded = inputs.loaded, inputs.encoded
     model = loaded.model
     check_best_metric(recipe, encoded.evaluation)
@@ -99,7 +103,15 @@ def adapt(recipe: Recipe, inputs: Inputs, say: Say) -> Prepared:
     torch.manual_seed(recipe.train.seed)
     heads = dict.fromkeys([*find_heads(model), *loaded.new_modules])
     method: Method = registry.method(recipe.adapter.method)
-    report = inject(model, recipe.adapter, _outermost(list(heads)))
+    adapter, start = recipe.adapter, None
+    if adapter.init_from is not None and not resumes:
+        start = read_start(model, recipe.model, adapter, heads, say)
+        adapter = start.config
+        recipe = recipe.model_copy(update={"adapter": adapter})
+    alone = adapter.model_copy(update={"init_from": None})
+    report = inject(model, alone, _outermost(list(heads)))
+    if start is not None:
+        load_values(model, start, report.modules_to_save)
     for line in str(report).splitlines():
         say(line)
     described = {inputs.split.name: _describe_split(inputs.split, encoded.train)}
@@ -116,6 +128,7 @@ def adapt(recipe: Recipe, inputs: Inputs, say: Say) -> Prepared:
         evaluation=evaluation,
         data=described,
         system_prompts=inputs.system_prompts,
+        init_from=None if start is None else start.described(),
     )
 
 

@@ -172,7 +172,7 @@ CASES = [
     Bad("set: bad YAML", GOOD, ("--set", "not valid YAML"), None, ("adapter.target_modules=[q",)),
     Bad("set: tag", GOOD, ("--set", "tag"), None, ("train.seed=!!python/name:os.system",)),
     Bad("set: below a value", GOOD, ("--set", "task.path has no keys"), None, ("task.path.a=1",)),
-    Bad("set: contradiction", GOOD + "  epochs: 1\n", ("epochs",), None, ("train.max_steps=1",)),
+    Bad("set: contradiction", GOOD, ("epochs",), None, ("train.epochs=1", "train.max_steps=1")),
 ]  # fmt: skip
 
 

@@ -51,6 +51,16 @@ class Placement:
     unknown: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class FittedAdapter:
+    """An adapter that fits a model, which it does not change yet: the adapter layers, and the names
+    of the modules that it replaces as a whole. ``places`` has the names of the model."""
+
+    places: Placement
+    layers: dict[str, BaseWrapper]
+    fully_trained: list[str]
+
+
 def load_adapter(
     model: nn.Module,
     adapter: str | Path | AdapterFiles,
@@ -65,17 +75,9 @@ def load_adapter(
     configuration names has its tensors.
     """
     files = adapter if isinstance(adapter, AdapterFiles) else read_adapter(adapter, say)
-    if adapted_modules(model):
-        raise AdapterError("the model already has an adapter; load the base again")
-    places = find_places(model, files)
+    fitted = fit_adapter(model, files, say)
+    places, layers, fully_trained = fitted.places, fitted.layers, fitted.fully_trained
     files = places.files
-    fully_trained = fully_trained_modules(model, places)
-    _check_vocabulary(model, places)
-    _check_complete(model, places, fully_trained)
-    layers = _layers(model, places)
-    if note := _bypassed_note(model, files, layers):
-        say(note)
-    _check_shapes(model, files, {**places.base, **places.fully_trained})
     model.requires_grad_(False)
     for key in [name for name in model.state_dict() if name in places.base]:
         if trainable:
@@ -92,6 +94,23 @@ def load_adapter(
         set_value(model, key, value)
     _set_trainable(model, layers, fully_trained, trainable, files.method.shared)
     return report(model, files.method.name, fully_trained)
+
+
+def fit_adapter(model: nn.Module, files: AdapterFiles, say: Say) -> FittedAdapter:
+    """Build the layers of an adapter for ``model``, which remains unchanged. Raises AdapterError as
+    ``load_adapter`` does."""
+    if adapted_modules(model):
+        raise AdapterError("the model already has an adapter; load the base again")
+    places = find_places(model, files)
+    files = places.files
+    fully_trained = fully_trained_modules(model, places)
+    _check_vocabulary(model, places)
+    _check_complete(model, places, fully_trained)
+    layers = _layers(model, places)
+    if note := _bypassed_note(model, files, layers):
+        say(note)
+    _check_shapes(model, files, {**places.base, **places.fully_trained})
+    return FittedAdapter(places, layers, fully_trained)
 
 
 def find_places(model: nn.Module, files: AdapterFiles) -> Placement:

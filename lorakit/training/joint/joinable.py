@@ -42,6 +42,8 @@ def _cannot_join(recipe: Recipe) -> str | None:
     train, model = recipe.train, recipe.model
     if not method.kinds:
         return f"adapter.method = {method.name} trains the base"
+    if recipe.adapter.init_from is not None:
+        return "adapter.init_from starts from another adapter"
     if model.base_precision is not None:
         return f"model.base_precision = {model.base_precision} quantizes the base of each run"
     if model.dtype == "float16":
