@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from lorakit.analysis.inspect import inspect
     from lorakit.analysis.report import InspectReport, MatrixReport, Similarity
     from lorakit.data.paths import data_files
-    from lorakit.distributed.processes import is_main, process_group
+    from lorakit.distributed.group import is_main
+    from lorakit.distributed.processes import process_group
     from lorakit.evaluation.generation import generate_text, stream_text
     from lorakit.evaluation.hf_generate import prompt_limits
     from lorakit.evaluation.progress import ProgressMonitor
@@ -66,7 +67,8 @@ _MODULES = {
     "lorakit.analysis.inspect": ("inspect",),
     "lorakit.analysis.report": ("InspectReport", "MatrixReport", "Similarity"),
     "lorakit.data.paths": ("data_files",),
-    "lorakit.distributed.processes": ("is_main", "process_group"),
+    "lorakit.distributed.group": ("is_main",),
+    "lorakit.distributed.processes": ("process_group",),
     "lorakit.evaluation.generation": ("generate_text", "stream_text"),
     "lorakit.evaluation.hf_generate": ("prompt_limits",),
     "lorakit.evaluation.progress": ("ProgressMonitor",),

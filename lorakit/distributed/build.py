@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import patch_environment
 
+from lorakit.distributed.group import rank_and_world_size
 from lorakit.distributed.launcher import uses_fsdp
-from lorakit.distributed.processes import rank_and_world_size
 from lorakit.distributed.strategy import DataParallel, Strategy
 from lorakit.errors import UserError
 

@@ -1,8 +1,6 @@
-"""The process group of a launcher, rows split over its processes, and results gathered from them.
+"""Rows split over the launcher's processes, and results gathered from them.
 
-``torchrun`` and ``accelerate launch`` start one command several times. Each process loads the model
-on its own device (``cuda:LOCAL_RANK``) and takes every n-th row. Without a launcher there is one
-process, and no group is created.
+Each process loads the model on its own device (``cuda:LOCAL_RANK``) and takes every n-th row.
 
 Failures propagate: a process that fails sets a flag in the group's store, which the others check
 between batches, and reports its exit code in the next exchange. So none of them waits for one that
@@ -14,18 +12,23 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, TypeVar
 
-from lorakit.distributed.launcher import (
-    check_fsdp_settings,
-    check_variables,
-    is_launched,
-    launch_id,
-    own_store,
-    uses_fsdp,
+from lorakit.distributed.group import (
+    ConnectionLost,
+    abort_nccl,
+    default_store,
+    destroy_process_group,
+    has_group,
+    host_group,
+    init_process_group,
+    is_in_store,
+    is_main,
+    rank_and_world_size,
+    set_in_store,
 )
-from lorakit.errors import LorakitError, UserError
+from lorakit.distributed.launcher import is_launched, launch_id
+from lorakit.errors import LorakitError
 
 T = TypeVar("T")
 _FAILED = "lorakit/failed"
@@ -40,79 +43,12 @@ class PeerFailed(Exception):
         super().__init__("another process failed")
 
 
-class ConnectionLost(LorakitError):
-    """Another process was killed, or its host cannot be reached; ``advice`` says what to do."""
-
-    def __init__(self, advice: str = "") -> None:
-        lost = "the connection to another process is lost (was it killed?)"
-        super().__init__(f"{lost}; {advice}" if advice else lost)
-
-
 class _Abort(Exception):
     """Raised in every process after a failure; ``rank`` is the lowest that failed."""
 
     def __init__(self, rank: int, exit_code: int) -> None:
         super().__init__(f"process {rank} failed")
         self.rank, self.exit_code = rank, exit_code
-
-
-class _Alone:
-    """Whether this process acts as if it were the only one."""
-
-    now = False
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """Let this process act as if it were the only one during the block, and exchange nothing with
-    the others: for runs of its own, in which it prints and writes files."""
-    before, _Alone.now = _Alone.now, True
-    try:
-        yield
-    finally:
-        _Alone.now = before
-
-
-def is_main() -> bool:
-    """Whether this process prints and writes files."""
-    if _Alone.now:
-        return True
-    rank = os.environ.get("RANK", "0")
-    return not is_launched() or rank == "0" or not rank.isdecimal()
-
-
-def rank_and_world_size() -> tuple[int, int]:
-    if not _has_group():
-        return 0, 1
-    import torch.distributed as dist
-
-    return dist.get_rank(), dist.get_world_size()
-
-
-def init_process_group() -> None:
-    """Join the launcher's other processes, if there are any, and select this process's device.
-
-    Raises UserError if there are more processes than devices, for variables that are not those of a
-    launcher, or for settings of FSDP that are not supported.
-    """
-    if not is_launched():
-        return
-    check_variables()
-    if uses_fsdp():
-        check_fsdp_settings()
-    import torch
-    from accelerate import PartialState
-
-    from lorakit.models.load import default_device
-
-    on_cuda = default_device().type == "cuda"
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    if on_cuda and local > torch.cuda.device_count():
-        raise UserError(
-            f"launched as {local} processes on a machine with {torch.cuda.device_count()} GPUs; "
-            "allowed: at most one process per GPU"
-        )
-    PartialState(cpu=not on_cuda, **own_store())
 
 
 def shard(total: int) -> range:
@@ -195,13 +131,13 @@ def any_wants_to_stop(wanted: bool) -> bool:
     if rank_and_world_size()[1] == 1:
         return wanted
     if wanted:
-        _set_in_store(_STOPPING)
-    return wanted or _is_in_store(_STOPPING)
+        set_in_store(_STOPPING)
+    return wanted or is_in_store(_STOPPING)
 
 
 def check_peers() -> None:
     """Raise PeerFailed if another process has failed."""
-    if rank_and_world_size()[1] > 1 and _is_in_store(_FAILED):
+    if rank_and_world_size()[1] > 1 and is_in_store(_FAILED):
         raise PeerFailed
 
 
@@ -229,14 +165,15 @@ def process_group() -> Iterator[None]:
             raise
     except ConnectionLost as error:
         is_first = _is_first_to_tell()
-        _abort_nccl()
+        abort_nccl()
         if not is_first:
             raise SystemExit(error.exit_code) from None
         raise
     except _Abort as abort:
         raise SystemExit(abort.exit_code) from None
     finally:
-        _destroy_process_group()
+        _Reported.yet = False
+        destroy_process_group()
 
 
 @contextmanager
@@ -248,7 +185,7 @@ def failures_reported() -> Iterator[None]:
     except (PeerFailed, _Abort, ConnectionLost):
         raise
     except Exception as error:
-        if _has_group():
+        if has_group():
             _report(error)
         raise
 
@@ -261,7 +198,7 @@ class _Reported:
 
 def _report(error: Exception) -> None:
     """Return in the one process that has to raise ``error``; raise _Abort in the others."""
-    if not _has_group():  # creating the group failed, presumably in all processes
+    if not has_group():  # creating the group failed, presumably in all processes
         if not is_main():
             raise _Abort(0, _exit_code(error))
         return
@@ -269,7 +206,7 @@ def _report(error: Exception) -> None:
         return
     _Reported.yet = True
     try:
-        _set_in_store(_FAILED)
+        set_in_store(_FAILED)
         _exchange(None, _exit_code(error))
     except _Abort as abort:
         if abort.rank != rank_and_world_size()[0]:
@@ -282,10 +219,10 @@ def _report(error: Exception) -> None:
 def _is_first_to_tell() -> bool:
     """Whether this process is the first to have lost the connection, as far as it can know: without
     torchrun, the store may have been in the process that is gone."""
-    if not _has_group() or launch_id() is None:
+    if not has_group() or launch_id() is None:
         return True
     try:
-        return int(_store().add(_LOST, 1)) == 1
+        return int(default_store().add(_LOST, 1)) == 1
     except RuntimeError:
         return True
 
@@ -305,7 +242,7 @@ def _exchange(value: T, exit_code: int | None) -> list[T]:
     messages: list[Any] = [None] * world_size
     try:
         message = value, exit_code, stop_signal.own
-        dist.all_gather_object(messages, message, group=_host_group())
+        dist.all_gather_object(messages, message, group=host_group())
     except RuntimeError as error:
         raise ConnectionLost from error
     stop_signal.update(number for _, _, number in messages)
@@ -313,64 +250,3 @@ def _exchange(value: T, exit_code: int | None) -> list[T]:
         if code is not None:
             raise _Abort(rank, code)
     return [each for each, _, _ in messages]
-
-
-def _has_group() -> bool:
-    if _Alone.now or not is_launched():
-        return False
-    import torch.distributed as dist
-
-    return dist.is_available() and dist.is_initialized()
-
-
-def _host_group() -> Any:
-    """A group whose messages go through the host."""
-    import torch.distributed as dist
-
-    if "gloo" in dist.get_backend():
-        return None
-    return _new_host_group()
-
-
-@cache
-def _new_host_group() -> Any:
-    import torch.distributed as dist
-
-    return dist.new_group(backend="gloo")
-
-
-def _set_in_store(key: str) -> None:
-    try:
-        _store().set(key, "1")
-    except RuntimeError as error:  # the process that had the store is gone
-        raise ConnectionLost from error
-
-
-def _is_in_store(key: str) -> bool:
-    try:
-        return bool(_store().check([key]))
-    except RuntimeError as error:
-        raise ConnectionLost from error
-
-
-def _store() -> Any:
-    from torch.distributed import distributed_c10d
-
-    return distributed_c10d._get_default_store()
-
-
-def _abort_nccl() -> None:
-    """Give up NCCL's groups. Destroying them would wait for the process that is gone."""
-    import torch.distributed as dist
-
-    if _has_group() and "nccl" in dist.get_backend():
-        dist.distributed_c10d._abort_process_group()
-
-
-def _destroy_process_group() -> None:
-    if _has_group():
-        from accelerate import PartialState
-
-        _new_host_group.cache_clear()
-        _Reported.yet = False
-        PartialState().destroy_process_group()

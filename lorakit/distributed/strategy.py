@@ -14,7 +14,8 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from lorakit.data.collate import Batch
 from lorakit.data.plan import Share
-from lorakit.distributed.processes import largest, rank_and_world_size
+from lorakit.distributed.group import rank_and_world_size
+from lorakit.distributed.processes import largest
 from lorakit.recipe.sections import Recipe
 
 #: Gradients are reduced in parts of at most this many elements: 64 MiB in float32.

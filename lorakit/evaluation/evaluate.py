@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,19 +19,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.data.collate import (
-    CausalBatch,
-    EncoderBatch,
     collate_causal,
     collate_encoder,
     eval_batches,
 )
 from lorakit.data.encode import EncodedSplit
 from lorakit.data.sources import Split
+from lorakit.distributed.group import rank_and_world_size
 from lorakit.distributed.processes import (
     any_wants_to_stop,
     check_peers,
     gather,
-    rank_and_world_size,
     run_on_main,
     shard,
     unshard,
@@ -47,7 +45,8 @@ from lorakit.evaluation.progress import (
 )
 from lorakit.evaluation.prompts import answer_contents
 from lorakit.evaluation.sampling import task_decoding
-from lorakit.models.causal import CausalParts, host_masks, split_model, token_losses
+from lorakit.evaluation.scorer import ModelScorer, Scorer
+from lorakit.models.causal import CausalParts, host_masks, split_model
 from lorakit.models.heads import head_labels, label_columns
 from lorakit.tasks.base import Prediction, Task
 
@@ -85,33 +84,6 @@ class Evaluation:
 
     metrics: dict[str, float]
     predictions: list[Prediction]
-
-
-class Scorer(Protocol):
-    """Computes what an evaluation measures of each batch; called once for each batch, in order."""
-
-    def logits(self, batch: EncoderBatch) -> Tensor:
-        """An encoder's logits (rows, outputs)."""
-
-    def token_loss(self, batch: CausalBatch) -> Tensor:
-        """The sum of the losses of a causal model's trained tokens."""
-
-
-@dataclass(frozen=True)
-class ModelScorer:
-    """Calls the model; ``parts`` is ``split_model(model)`` for a causal one."""
-
-    model: PreTrainedModel
-    parts: CausalParts | None = None
-
-    def logits(self, batch: EncoderBatch) -> Tensor:
-        logits: Tensor = self.model(**batch.model_inputs()).logits
-        return logits
-
-    def token_loss(self, batch: CausalBatch) -> Tensor:
-        assert self.parts is not None
-        ids, indices = batch.input_ids, batch.loss_indices
-        return token_losses(self.model, self.parts, ids, indices, batch.targets)
 
 
 def evaluate_model(

@@ -15,7 +15,7 @@ from lorakit.adapters.load import find_model
 from lorakit.adapters.peft.method import run_method_file
 from lorakit.adapters.peft.place import load_adapter
 from lorakit.adapters.peft.read import AdapterFiles, read_adapter
-from lorakit.distributed.processes import init_process_group, is_main
+from lorakit.distributed.group import init_process_group, is_main
 from lorakit.errors import AdapterError, ModelError, UserError
 from lorakit.evaluation.evaluate import evaluate_model
 from lorakit.evaluation.progress import OnPhase

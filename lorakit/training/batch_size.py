@@ -19,7 +19,8 @@ import torch
 from lorakit.data.collate import Batch
 from lorakit.data.encode import EncodedSplit
 from lorakit.data.plan import Bin, Packing
-from lorakit.distributed.processes import gather, rank_and_world_size
+from lorakit.distributed.group import rank_and_world_size
+from lorakit.distributed.processes import gather
 from lorakit.distributed.strategy import Strategy
 from lorakit.errors import UserError
 from lorakit.pipeline.task_data import Say

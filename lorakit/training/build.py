@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lorakit import registry
 from lorakit.data.plan import StepSource
-from lorakit.distributed.processes import rank_and_world_size
+from lorakit.distributed.group import rank_and_world_size
 from lorakit.distributed.strategy import Strategy
 from lorakit.errors import UserError
 from lorakit.injection import trainable_state

@@ -14,7 +14,8 @@ from torch import Tensor
 from lorakit.distributed.launcher import is_launched
 from lorakit.distributed.processes import stop_signal
 from lorakit.errors import Interrupted
-from lorakit.evaluation.evaluate import Scorer, evaluate_model
+from lorakit.evaluation.evaluate import evaluate_model
+from lorakit.evaluation.scorer import Scorer
 from lorakit.models.causal import CausalParts
 from lorakit.tasks.base import LOWER_IS_BETTER
 from lorakit.training.checkpoint import Progress

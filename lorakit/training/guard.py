@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lorakit.distributed.processes import ConnectionLost
+from lorakit.distributed.group import ConnectionLost
 from lorakit.errors import TrainingError, WriteFailed
 from lorakit.io.atomic import writing
 from lorakit.training.checkpoint import checkpoints

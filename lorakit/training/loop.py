@@ -16,7 +16,8 @@ import torch
 from lorakit.data.collate import Batch
 from lorakit.data.files import UnreadableFile
 from lorakit.data.stream import FileChanged
-from lorakit.distributed.processes import gather, rank_and_world_size, run_on_main
+from lorakit.distributed.group import rank_and_world_size
+from lorakit.distributed.processes import gather, run_on_main
 from lorakit.errors import (
     BadRow,
     DataError,

@@ -9,13 +9,9 @@ from typing import Any
 
 from lorakit.data.stream_steps import StreamSteps
 from lorakit.distributed.build import build_strategy
+from lorakit.distributed.group import init_process_group, is_main
 from lorakit.distributed.launcher import warn_of_launch
-from lorakit.distributed.processes import (
-    first_on_each_host,
-    init_process_group,
-    is_main,
-    run_on_main,
-)
+from lorakit.distributed.processes import first_on_each_host, run_on_main
 from lorakit.openmp import yield_cores
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.check import check_recipe

@@ -7,7 +7,7 @@ from typing import Any
 
 from lorakit import registry
 from lorakit.data.stream import have_same_head
-from lorakit.distributed.processes import rank_and_world_size
+from lorakit.distributed.group import rank_and_world_size
 from lorakit.errors import UserError, shown
 from lorakit.methods.base import Method
 from lorakit.pipeline.task_data import Say

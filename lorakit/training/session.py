@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.distributed.processes import failures_reported, gather, is_main, run_on_main
+from lorakit.distributed.group import is_main
+from lorakit.distributed.processes import failures_reported, gather, run_on_main
 from lorakit.distributed.strategy import Strategy
 from lorakit.errors import Interrupted, UserError
 from lorakit.io.atomic import writing

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from lorakit.distributed.build import build_strategy
+from lorakit.distributed.group import rank_and_world_size
 from lorakit.distributed.processes import (
     first_on_each_host,
     gather,
     largest,
-    rank_and_world_size,
     run_on_main,
     shard,
     unshard,

@@ -104,7 +104,7 @@ import sys, torch, lorakit
 from lorakit.api import process_group
 from lorakit.anatomy import transformer_layers
 from lorakit.distributed.build import build_strategy
-from lorakit.distributed.processes import init_process_group
+from lorakit.distributed.group import init_process_group
 from lorakit.training.build import build_objective
 from lorakit.training.setup import prepare
 with process_group():
@@ -139,7 +139,7 @@ GRADIENTS = """
 import sys, torch
 from lorakit.api import process_group
 from lorakit.distributed.build import build_strategy
-from lorakit.distributed.processes import init_process_group
+from lorakit.distributed.group import init_process_group
 from lorakit.injection import inject, trainable_state
 from lorakit.methods.lora import LoraConfig
 from lorakit.training.offload import offload_layers

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorakit.data.collate import CausalBatch, EncoderBatch
-from lorakit.evaluation.evaluate import Scorer
+from lorakit.evaluation.scorer import Scorer
 from lorakit.models.causal import state_losses
 from lorakit.training.joint.batches import JointBatch
 from lorakit.training.joint.layout import Layout

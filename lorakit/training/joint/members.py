@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lorakit.distributed.build import build_strategy
 from lorakit.distributed.strategy import Strategy
-from lorakit.evaluation.evaluate import Scorer
+from lorakit.evaluation.scorer import Scorer
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.check import check_recipe
 from lorakit.recipe.sections import Recipe

@@ -11,7 +11,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from lorakit.distributed.processes import alone, gather, init_process_group, is_main, shard
+from lorakit.distributed.group import alone, init_process_group, is_main
+from lorakit.distributed.processes import gather, shard
 from lorakit.errors import Interrupted, TrainingError
 from lorakit.openmp import yield_cores
 from lorakit.pipeline.task_data import Say
