@@ -9,27 +9,30 @@ from typing import Any
 
 from lorakit.errors import UserError, shown
 from lorakit.io.atomic import write_text, writing
+from lorakit.pipeline.task_data import Say
 from lorakit.recipe.export import write_recipe, yaml_text
 from lorakit.recipe.load import expand_environment
 from lorakit.recipe.yaml_source import read_yaml
 from lorakit.sweeps.load import Sweep
-from lorakit.training.output_dir import locked_directory
+from lorakit.training.output_dir import SWEEP_YAML, locked_directory, restore_earlier_run
 from lorakit.training.same_run import check_same_recipe
 
-SWEEP_YAML = "sweep.yaml"
 #: Keys that a resumed sweep may change: they do not affect the results.
 _CHANGEABLE = {"output_dir", "joint", "max_joint"}
 
 
 @contextmanager
-def exclusive_sweep(sweep: Sweep, resume: bool) -> Iterator[None]:
+def exclusive_sweep(sweep: Sweep, resume: bool, say: Say) -> Iterator[None]:
     """Lock the output directory during the block; before it, write ``sweep.yaml``, the sweep's keys
-    with every default, and the recipe of each member.
+    with every default, and the recipe of each member, and put back members that a killed run with
+    ``--overwrite`` was to replace (``say`` gets a line about each).
 
     Raises UserError if the directory has something else, a sweep that is not to be resumed, or is
     locked by another sweep. A directory that it has created for nothing is deleted.
     """
     folder = sweep.output_dir
+    for member in sweep.members if resume else ():
+        restore_earlier_run(Path(member.recipe.train.output_dir), say)
     check_directory(sweep, resume)
     created = [path for path in (folder, *folder.parents) if not path.exists()]
     try:

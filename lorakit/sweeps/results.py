@@ -14,9 +14,9 @@ from lorakit.io.atomic import write_text, writing
 from lorakit.sweeps.members import SEED, Member
 from lorakit.sweeps.sections import Settings
 from lorakit.tasks.base import LOWER_IS_BETTER
+from lorakit.training.output_dir import SWEEP_JSON
 
 Status = Literal["pending", "completed", "failed", "stopped"]
-SWEEP_JSON = "sweep.json"
 
 
 @dataclass

@@ -62,7 +62,7 @@ def _sweep(loaded: Sweep, resume: bool, say: Say, ray: str | None) -> SweepResul
     if loaded.section.halving and ray is not None:
         raise UserError("--ray cannot be combined with halving, which compares running members")
     passes = make_passes(loaded.members, loaded.section.joint, loaded.section.max_joint)
-    with exclusive_sweep(loaded, resume):
+    with exclusive_sweep(loaded, resume, say):
         result.write()
         halving = _halving(loaded, result)
         with SweepProgress(result, halving) as progress:

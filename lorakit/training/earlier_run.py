@@ -1,12 +1,12 @@
 """The earlier run in an output directory, which ``--overwrite`` replaces.
 
 Its files are moved aside when the new run starts, and deleted with the new run's first checkpoint.
-If the new run ends before that, they are put back.
+If the new run ends before that, they are put back: by itself, or if it was killed, by the next
+command that starts or resumes a run there.
 """
 
 from __future__ import annotations
 
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +20,7 @@ from lorakit.training.tracking import PROJECT
 
 #: What a run writes to its output directory, besides checkpoints. TensorBoard's logs are the last.
 _FILES = ("recipe.yaml", "run.json", "metrics.jsonl", "adapter", PROJECT)
+_NAME = ".earlier-run"
 
 
 def is_run(output_dir: Path) -> bool:
@@ -38,34 +39,83 @@ def set_aside(output_dir: Path) -> Iterator[None]:
     folder = output_dir / "checkpoints"
     had_folder = folder.exists()
     folder.mkdir(exist_ok=True)
-    # The next checkpoint deletes what has such a name, as a leftover.
-    aside = folder / f".earlier-run.{secrets.token_hex(4)}.removed"
-    aside.mkdir()
-    _move(output_dir, folder, aside)
+    aside = _Aside(output_dir)
+    aside.move()
     try:
         yield
     except OutputTaken:
         raise
     except BaseException:
-        if aside.is_dir() and not checkpoints(folder):
-            for name in _FILES:
-                remove_path(output_dir / name)
-            _put_back(aside, output_dir, folder)
-            aside.rmdir()
+        if aside.is_only_copy():
+            aside.put_back()
             if not had_folder:
                 folder.rmdir()
         raise
-    remove_path(aside)
+    aside.delete()
 
 
-def _move(output_dir: Path, folder: Path, aside: Path) -> None:
-    for found in folder.glob("step-*"):
-        found.rename(aside / found.name)
-    for name in _FILES:
-        if (output_dir / name).exists():
-            shutil.move(output_dir / name, aside / name)  # checkpoints may be on another disk
+def is_set_aside(output_dir: Path) -> bool:
+    """Whether ``output_dir`` has files of an earlier run that were moved aside."""
+    return _Aside(output_dir).exists()
 
 
-def _put_back(aside: Path, output_dir: Path, folder: Path) -> None:
-    for found in list(aside.iterdir()):
-        shutil.move(found, (output_dir if found.name in _FILES else folder) / found.name)
+def put_back_if_killed(output_dir: Path) -> bool:
+    """Put the earlier run back if the new one was killed before its first checkpoint, and return
+    whether it was; else delete what is left of the earlier run. The caller has the lock."""
+    aside = _Aside(output_dir)
+    if aside.is_only_copy():
+        aside.put_back()
+        return True
+    aside.delete()
+    return False
+
+
+def delete_earlier_run(output_dir: Path) -> None:
+    """Delete the run that was set aside, if there is one; the new run has a checkpoint."""
+    _Aside(output_dir).delete()
+
+
+class _Aside:
+    """Where the earlier run is while the new one starts.
+
+    Checkpoints may be on another disk, and a move between disks can be cut short. So checkpoints
+    and other files each have a directory beside them, and are renamed. The one of the checkpoints
+    has another name while files are moved, since then ``step-N`` are not the new run's.
+    """
+
+    def __init__(self, output_dir: Path) -> None:
+        self._output_dir, self._folder = output_dir, output_dir / "checkpoints"
+        self._files, self._steps = output_dir / _NAME, self._folder / _NAME
+        self._moving = self._folder / f"{_NAME}.moving"
+
+    def exists(self) -> bool:
+        return any(path.is_dir() for path in (self._files, self._steps, self._moving))
+
+    def is_only_copy(self) -> bool:
+        is_whole = self._steps.is_dir() and not checkpoints(self._folder)
+        return is_whole or self._moving.is_dir()
+
+    def move(self) -> None:
+        self._moving.mkdir()
+        self._files.mkdir()
+        for found in self._folder.glob("step-*"):
+            found.rename(self._moving / found.name)
+        for name in _FILES:
+            if (self._output_dir / name).exists():
+                (self._output_dir / name).rename(self._files / name)
+        self._moving.rename(self._steps)
+
+    def put_back(self) -> None:
+        if self._steps.is_dir():
+            for name in _FILES:
+                remove_path(self._output_dir / name)
+            self._steps.rename(self._moving)
+        for place, target in ((self._files, self._output_dir), (self._moving, self._folder)):
+            if place.is_dir():
+                for found in list(place.iterdir()):
+                    found.rename(target / found.name)
+                place.rmdir()
+
+    def delete(self) -> None:
+        remove_path(self._steps)
+        shutil.rmtree(self._files, ignore_errors=True)

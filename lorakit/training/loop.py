@@ -43,6 +43,7 @@ from lorakit.training.divergence import (
     nonfinite_step,
     nonfinite_weight,
 )
+from lorakit.training.earlier_run import delete_earlier_run
 from lorakit.training.engine import Engine, same_shapes
 from lorakit.training.guard import Guard
 from lorakit.training.random_states import random_states, restore_random_states
@@ -144,7 +145,9 @@ class Loop:
         """Write the checkpoint; return its path and whether the output directory was there."""
         is_there = self.guard is None or self.guard.check()
         kept = self.schedule.save_total_limit
-        return save_checkpoint(self.checkpoint_dir, snapshot, kept), is_there
+        saved = save_checkpoint(self.checkpoint_dir, snapshot, kept)
+        delete_earlier_run(self.checkpoint_dir.parent)
+        return saved, is_there
 
     def finish(self) -> dict[str, float]:
         """Load the best weights and return their metrics; raises Interrupted after a signal."""

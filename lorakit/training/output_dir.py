@@ -17,6 +17,7 @@ from typing import Any
 from lorakit.adapters.peft.schema import CONFIG, WEIGHTS
 from lorakit.distributed.launcher import launch_id
 from lorakit.errors import UserError
+from lorakit.io.atomic import writing
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.sections import Recipe
 from lorakit.training.checkpoint import (
@@ -25,11 +26,13 @@ from lorakit.training.checkpoint import (
     load_checkpoint,
     readable_checkpoints,
 )
-from lorakit.training.earlier_run import is_run, set_aside
+from lorakit.training.earlier_run import is_run, is_set_aside, put_back_if_killed, set_aside
 from lorakit.training.run_json import read_run
 from lorakit.training.same_run import check_same_recipe, has_other_length
 from lorakit.training.tracking import PROJECT
 
+#: What a sweep writes to its output directory, where no run may start.
+SWEEP_YAML, SWEEP_JSON = "sweep.yaml", "sweep.json"
 #: The checkpoints in an output directory, and run.json if the run is complete.
 Found = tuple[list[Path], dict[str, Any] | None]
 
@@ -59,14 +62,18 @@ def find_start(
     """Find the run in the output directory and the checkpoint that ``resume`` names; ``auto`` names
     the newest that can be read, and ``say`` gets a line about each that cannot. What the launcher
     starts again continues as with ``auto``. With ``overwrite``, a new run replaces the one found.
+    What ``restore_earlier_run`` puts back is found, too.
 
-    Raises UserError if both are given, if there is a run that ``resume`` does not continue, if the
-    recipe is not that run's, or if the checkpoint, or with ``auto`` each one, is corrupt.
+    Raises UserError if both are given, if there is a sweep, or a run that is in use or that
+    ``resume`` does not continue, if the recipe is not that run's, or if the checkpoint, or with
+    ``auto`` each one, is corrupt.
     """
     if overwrite and resume is not None:
         raise UserError("--resume and --overwrite are mutually exclusive; allowed: one of them")
     output_dir = Path(recipe.train.output_dir)
     _check_no_file(output_dir)
+    _check_no_sweep(output_dir)
+    restore_earlier_run(output_dir, say)
     folder = output_dir / "checkpoints"
     contents = found, finished = _find(output_dir)
     if (found or finished) and resume != "auto" and _is_restarted(output_dir):
@@ -118,6 +125,27 @@ def _check_no_file(output_dir: Path) -> None:
         raise UserError(f"train.output_dir: cannot be created: {error.strerror}") from None
     if is_file:
         raise UserError(f"train.output_dir: {output_dir}: a file with that name exists")
+
+
+def _check_no_sweep(output_dir: Path) -> None:
+    if any((output_dir / name).is_file() for name in (SWEEP_YAML, SWEEP_JSON)):
+        raise UserError(
+            f"train.output_dir: {output_dir} contains a sweep; choose another directory"
+        )
+
+
+def restore_earlier_run(output_dir: Path, say: Say) -> None:
+    """Put back the run that a run with ``--overwrite`` was to replace, if that was killed before
+    its first checkpoint, and ``say`` so. Raises UserError if that run is not killed but going on.
+    """
+    if not is_set_aside(output_dir):
+        return
+    with locked_directory(output_dir, "train.output_dir", "run"), writing(output_dir):
+        if put_back_if_killed(output_dir):
+            say(
+                f"{output_dir}: put the earlier run back, since the run that was to replace it "
+                "was killed before its first checkpoint"
+            )
 
 
 def _find(output_dir: Path) -> Found:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 import lorakit
 from lorakit.errors import UserError
 from tests.sweeps.files import sweep_json, write_sweep
+from tests.training.processes import Launcher
 from tests.training.runs import adapter_bytes, learning, run_json, tree
 
 GRID = {"adapter.r": [1, 2], "train.seed": [1, 2]}
@@ -91,6 +93,26 @@ def test_a_complete_sweep_is_kept(still_bert: Path, tmp_path: Path) -> None:
     after = tree(out)
     assert {**after, "sweep.json": b""} == {**before, "sweep.json": b""}
     assert sweep_json(out)["best"] is not None
+
+
+def test_a_member_whose_replacement_was_killed_is_put_back(
+    still_bert: Path, tmp_path: Path
+) -> None:
+    file = write_sweep(tmp_path, still_bert, "glue/sst2", grid={"adapter.r": [1]})
+    [member] = lorakit.sweep(file).members
+    folder = tmp_path / "out/members" / member.name
+    before = tree(folder)
+    ended = Launcher(tmp_path).run(
+        ["train", folder / "recipe.yaml", "--overwrite", "--set", "adapter.r=2"],
+        at_event=("os.rename", r"\.step-4\.\w+\.new", 1),
+    )
+    assert ended.code == -signal.SIGKILL, ended.err
+    said: list[str] = []
+    result = lorakit.sweep(file, resume=True, say=said.append)
+    assert any(f"{folder}: put the earlier run back" in line for line in said)
+    assert result.members[0].status == "completed"
+    after = tree(folder)
+    assert {name: after.get(name) for name in before} == before
 
 
 def test_resume_refuses_another_sweep(still_bert: Path, tmp_path: Path) -> None:

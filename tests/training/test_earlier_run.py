@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
+import lorakit
 from lorakit.cli.main import run
 from lorakit.errors import TargetError, UserError
 from lorakit.training.output_dir import exclusive_run, find_start
 from lorakit.training.run import train
+from tests.training.processes import Launcher
 from tests.training.runs import (
     adapter_bytes,
     changed,
@@ -75,6 +79,106 @@ def test_an_error_before_the_first_checkpoint_puts_it_back(
         with pytest.raises(type(error)), exclusive_run(recipe, start):
             fail_after_writing(folder, error)
         assert tree(folder) == before
+
+
+#: Just before its first checkpoint is complete.
+FIRST_CHECKPOINT = (r"\.step-2\.\w+\.new", 1)
+#: While files are moved: two checkpoints, four files, the directory of the checkpoints.
+MOVED = r"\.earlier-run"
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Launcher:
+    return Launcher(tmp_path_factory.mktemp("launcher"))
+
+
+@pytest.fixture(scope="module")
+def earlier(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recipe of a complete run with checkpoints at steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("earlier")
+    recipe_for(folder, tiny_llama, train__epochs=1, train__save_every_steps=2)
+    train(lorakit.load_recipe(folder / "recipe.yaml"))
+    return folder / "recipe.yaml"
+
+
+def command(recipe: Path, run: Path, *more: str) -> list[str]:
+    if not run.exists():
+        shutil.copytree(recipe.parent / "run", run)
+    return ["train", str(recipe), "--set", f"train.output_dir={run}", *more]
+
+
+def replace_and_kill(launcher: Launcher, recipe: Path, run: Path, pattern: str, count: int) -> None:
+    """Kill a run with another seed just before the ``count``-th rename of such a path."""
+    ended = launcher.run(
+        command(recipe, run, "--overwrite", "--set", "train.seed=8"),
+        at_event=("os.rename", pattern, count),
+    )
+    assert ended.code == -signal.SIGKILL, ended.err
+
+
+@pytest.mark.parametrize(
+    ("pattern", "count"), [(MOVED, 1), (MOVED, 2), (MOVED, 5), (MOVED, 7), FIRST_CHECKPOINT]
+)
+def test_the_next_command_puts_it_back_after_a_kill(
+    pattern: str, count: int, launcher: Launcher, earlier: Path, tmp_path: Path
+) -> None:
+    """Also if that command is killed while it does."""
+    run = tmp_path / "run"
+    replace_and_kill(launcher, earlier, run, pattern, count)
+    assert tree(run) != tree(earlier.parent / "run")
+    at = {FIRST_CHECKPOINT: 4, (MOVED, 7): 3}.get((pattern, count))
+    if at is not None:
+        ended = launcher.run(command(earlier, run), at_event=("os.rename", MOVED, at))
+        assert ended.code == -signal.SIGKILL, ended.err
+    ended = launcher.run(command(earlier, run))
+    assert ended.code == 2
+    assert f"{run}: put the earlier run back, since the run that was to" in ended.err
+    assert "contains a finished run; choose another directory" in ended.err
+    left = tree(run)  # and what the killed run has of its checkpoint
+    before = tree(earlier.parent / "run")
+    assert {name: left.get(name) for name in before} == before
+    assert all(".new" in name for name in left.keys() - before.keys())
+    ended = launcher.run(command(earlier, run, "--resume", "auto"))
+    assert (ended.code, "put the earlier" in ended.err) == (0, False)
+    assert "the run is complete; nothing to do" in ended.err
+
+
+@pytest.mark.parametrize("option", [["--resume", "auto"], ["--overwrite"]])
+def test_every_option_puts_it_back_first(
+    option: list[str], launcher: Launcher, earlier: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    replace_and_kill(launcher, earlier, run, *FIRST_CHECKPOINT)
+    ended = launcher.run(command(earlier, run, *option))
+    assert ended.code == 0, ended.err
+    assert "put the earlier run back" in ended.err
+    assert adapter_bytes(run) == adapter_bytes(earlier.parent / "run")
+    assert not [name for name in tree(run) if "earlier-run" in name]
+
+
+def test_it_stays_deleted_once_the_new_run_has_a_checkpoint(
+    launcher: Launcher, earlier: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    replace_and_kill(launcher, earlier, run, r"\.earlier-run\.\w{8}\.removed", 1)
+    assert (run / "checkpoints/.earlier-run").is_dir()
+    again = command(earlier, run, "--resume", "auto", "--set", "train.seed=8")
+    ended = launcher.run(again)
+    assert (ended.code, "put the earlier" in ended.err) == (0, False), ended.err
+    assert run_json(run)["seed"] == 8
+    assert not [name for name in tree(run) if "earlier-run" in name]
+
+
+def test_it_is_not_put_back_while_the_new_run_goes_on(earlier: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command(earlier, run)
+    recipe = lorakit.load_recipe(earlier, {"train.output_dir": str(run)})
+    start = find_start(recipe, None, overwrite=True)
+    with exclusive_run(recipe, start):
+        for resume, overwrite in ((None, False), ("auto", False), (None, True)):
+            with pytest.raises(UserError, match="another run is writing to it"):
+                find_start(recipe, resume, overwrite=overwrite)
+        assert (run / "checkpoints/.earlier-run/step-4").is_dir()
 
 
 def test_what_is_no_run_is_left_alone(tiny_llama: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from lorakit.cli.main import run
 from lorakit.errors import UserError
 from lorakit.recipe.load import load_recipe
 from lorakit.recipe.sections import Recipe
@@ -129,6 +130,26 @@ def test_a_pipe_in_place_of_the_record_is_not_read(recipe: Recipe) -> None:
     folder.mkdir()
     os.mkfifo(folder / "run.json")
     assert find_start(recipe, "auto") == Start()
+
+
+@pytest.mark.parametrize("name", ["sweep.yaml", "sweep.json"])
+def test_the_directory_of_a_sweep_is_refused(
+    name: str, recipe: Recipe, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Those of its members are not."""
+    folder = Path(recipe.train.output_dir)
+    (folder / "members/r-1").mkdir(parents=True)
+    (folder / name).touch()
+    message = f"train.output_dir: {folder} contains a sweep; choose another directory"
+    for resume, overwrite in ((None, False), ("auto", False), (None, True)):
+        with pytest.raises(UserError) as caught:
+            find_start(recipe, resume, overwrite=overwrite)
+        assert str(caught.value) == message
+    for options in ([], ["--overwrite"]):
+        assert run(["train", str(tmp_path / "recipe.yaml"), *options]) == 2
+        assert f"{folder} contains a sweep; choose another directory\n" in capsys.readouterr().err
+    member = {"train.output_dir": str(folder / "members/r-1")}
+    assert find_start(load_recipe(tmp_path / "recipe.yaml", member), None) == Start()
 
 
 def test_a_directory_that_cannot_be_created(recipe: Recipe, tmp_path: Path) -> None:
