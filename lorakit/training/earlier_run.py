@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lorakit.io.atomic import remove_path
+from lorakit.io.atomic import remove_path, writing
 from lorakit.training.checkpoint import checkpoints
 from lorakit.training.guard import OutputTaken
 from lorakit.training.run_json import read_record
@@ -71,8 +71,10 @@ def put_back_if_killed(output_dir: Path) -> bool:
 
 
 def delete_earlier_run(output_dir: Path) -> None:
-    """Delete the run that was set aside, if there is one; the new run has a checkpoint."""
-    _Aside(output_dir).delete()
+    """Delete the run that was set aside, if there is one; the new run has a checkpoint. Raises
+    WriteFailed."""
+    with writing(output_dir):
+        _Aside(output_dir).delete()
 
 
 class _Aside:
