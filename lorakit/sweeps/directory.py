@@ -7,13 +7,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lorakit.errors import UserError, shown
+from pydantic import ValidationError
+
+from lorakit.errors import UserError, listed, shown
 from lorakit.io.atomic import write_text, writing
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.export import write_recipe, yaml_text
 from lorakit.recipe.load import expand_environment
 from lorakit.recipe.yaml_source import read_yaml
 from lorakit.sweeps.load import Sweep
+from lorakit.sweeps.members import as_text, draft_members
+from lorakit.sweeps.sections import SweepSection
 from lorakit.training.output_dir import SWEEP_YAML, locked_directory, restore_earlier_run
 from lorakit.training.same_run import check_same_recipe
 
@@ -72,11 +76,28 @@ def _check_same(sweep: Sweep, file: Path) -> None:
     expand_environment(stored)
     before, now = _flat(stored.data), _flat(sweep.section.model_dump(mode="json"))
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-    if changed:
-        listed = "; ".join(f"{k}: was {before.get(k)}, now {now.get(k)}" for k in changed)
-        raise UserError(f"--resume: the sweep differs from {file}: {listed}")
+    old, new = _settings(stored.data), _settings(sweep.section.model_dump(mode="json"))
+    if old == new:  # in whatever order the sweep has them
+        changed = [key for key in changed if key != "members" and not key.startswith("grid.")]
+    differences = [
+        f"{key}: was {before.get(key, 'not set')}, now {now.get(key, 'not set')}" for key in changed
+    ]
+    if old != new and not differences:  # the order of the keys is part of the names
+        was, is_now = (listed(names, most=1) for names in (old or (), new or ()))
+        differences = [f"names of members: was {was}, now {is_now}"]
+    if differences:
+        raise UserError(f"--resume: the sweep differs from {file}: {'; '.join(differences)}")
     for member in sweep.members:
         check_same_recipe(member.recipe, Path(member.recipe.train.output_dir))
+
+
+def _settings(section: Mapping[str, Any]) -> dict[str, str] | None:
+    """The settings of each member by its name, as texts; None if the sweep cannot be read."""
+    try:
+        drafts = list(draft_members(SweepSection.model_validate(section)))
+    except ValidationError:
+        return None
+    return {draft.name: as_text(draft.set) for draft in drafts}
 
 
 def _flat(section: Mapping[str, Any]) -> dict[str, str]:

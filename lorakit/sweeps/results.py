@@ -111,30 +111,33 @@ class SweepResult:
         return member.metrics.get(self.metric) if member.status == "completed" else None
 
     def is_better(self, one: float, other: float) -> bool:
-        return one < other if self.metric in LOWER_IS_BETTER else one > other
+        return self._ascending(one) < self._ascending(other)
 
     @property
     def best(self) -> MemberResult | None:
         """The best completed member, as training chooses its best model: of equals the one with
         the lowest loss, then the first. None if none has the metric."""
         measured = [member for member in self.members if self.value(member) is not None]
-        sign = 1 if self.metric in LOWER_IS_BETTER else -1
-        return min(
-            measured,
-            key=lambda m: (sign * m.metrics[self.metric], m.metrics.get("loss", math.inf)),
-            default=None,
-        )
+        return min(measured, key=self._order, default=None)
+
+    def _order(self, member: MemberResult) -> tuple[float, float]:
+        """Sorts completed members, the best first."""
+        return self._ascending(member.metrics[self.metric]), member.metrics.get("loss", math.inf)
+
+    def _ascending(self, value: float) -> float:
+        return value if self.metric in LOWER_IS_BETTER else -value
 
     @property
     def best_group(self) -> Group | None:
-        """The group with the best mean, the first of equals."""
-        best: Group | None = None
-        for group in self.groups:
-            if group.mean is not None and (
-                best is None or best.mean is None or self.is_better(group.mean, best.mean)
-            ):
-                best = group
-        return best
+        """The group with the best mean; of equals the one with the best member, as ``best`` chooses
+        it. None if no member has the metric."""
+        orders = [
+            (self._ascending(group.mean), min(map(self._order, measured)), at)
+            for at, group in enumerate(self.groups)
+            if group.mean is not None
+            and (measured := [own for own in group.members if self.value(own) is not None])
+        ]
+        return self.groups[min(orders)[2]] if orders else None
 
     def as_json(self) -> dict[str, Any]:
         """The contents of ``sweep.json``."""

@@ -26,6 +26,7 @@ from lorakit.sweeps.results import SweepResult
 from lorakit.sweeps.size import Sizes, with_budget
 from lorakit.sweeps.table import write_tables
 from lorakit.training.joint import train_joint
+from lorakit.training.output_dir import is_complete
 from lorakit.training.run import train
 from lorakit.training.session import RunResult
 
@@ -63,8 +64,9 @@ def _sweep(loaded: Sweep, resume: bool, say: Say, ray: str | None) -> SweepResul
         raise UserError("--ray cannot be combined with halving, which compares running members")
     passes = make_passes(loaded.members, loaded.section.joint, loaded.section.max_joint)
     with exclusive_sweep(loaded, resume, say):
-        result.write()
         halving = _halving(loaded, result)
+        _record_complete(loaded, result, halving, say)
+        result.write()
         with SweepProgress(result, halving) as progress:
             _Run(loaded, result, progress, halving).all(passes, ray)
         write_tables(result)
@@ -72,6 +74,19 @@ def _sweep(loaded: Sweep, resume: bool, say: Say, ray: str | None) -> SweepResul
     if result.best is None and any(own.status == "completed" for own in result.members):
         say(f"no member measured {result.metric}, so that they cannot be compared")
     return result
+
+
+def _record_complete(loaded: Sweep, result: SweepResult, halving: Halving | None, say: Say) -> None:
+    """Record the members that an earlier sweep has completed."""
+    count = 0
+    for member, own in zip(loaded.members, result.members, strict=True):
+        if is_complete(member.recipe):
+            count += 1
+            complete(own, Path(member.recipe.train.output_dir))
+            if halving is not None:
+                halving.record(own)
+    if count:
+        say(f"{count} of {len(result.members)} members are complete")
 
 
 def _halving(sweep: Sweep, result: SweepResult) -> Halving | None:
@@ -93,14 +108,20 @@ class _Run:
     def all(self, passes: Sequence[Pass], address: str | None) -> None:
         """Train one pass after another; with the ``address`` of a cluster, single members there."""
         for part in passes:
+            left = self._pending(part.members)
+            if not left:
+                continue
             if len(part.members) > 1:
-                self._together(part.members)
+                self._together(left)
             elif address is None:
-                self._alone(part.members[0])
+                self._alone(left[0])
             _release_memory()
-        left = [at for at, own in enumerate(self._result.members) if own.status == "pending"]
+        left = self._pending(range(len(self._members)))
         if left and address is not None:
             self._on_cluster(left, address)
+
+    def _pending(self, numbers: Sequence[int]) -> list[int]:
+        return [at for at in numbers if self._result.members[at].status == "pending"]
 
     def _alone(self, at: int) -> None:
         member = self._members[at]

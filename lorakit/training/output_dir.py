@@ -152,6 +152,12 @@ def _find(output_dir: Path) -> Found:
     return checkpoints(output_dir / "checkpoints"), _finished_run(output_dir)
 
 
+def is_complete(recipe: Recipe) -> bool:
+    """Whether the run of ``recipe`` in its output directory has nothing left to do."""
+    output_dir = Path(recipe.train.output_dir)
+    return _finished_run(output_dir) is not None and not has_other_length(recipe, output_dir)
+
+
 def _finished_run(output_dir: Path) -> dict[str, Any] | None:
     """The run.json of a complete run, whose adapter is there."""
     run, adapter = read_run(output_dir), output_dir / "adapter"

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,6 +172,18 @@ def test_sigkill_at_critical_points(
     ended = start(launcher, whole.file, folder, "--resume")
     assert ended.code == 1, ended.err
     assert_same(folder, whole)
+
+
+def test_a_kill_keeps_what_is_recorded(whole: Whole, launcher: Launcher, tmp_path: Path) -> None:
+    folder = tmp_path / "again"
+    shutil.copytree(whole.folder, folder)
+    second = ("os.rename", r"/\.sweep\.json\.\w+\.new", 2)
+    ended = start(launcher, whole.file, folder, "--resume", at_event=second)
+    assert ended.code == -signal.SIGKILL, ended.err
+    statuses = [member["status"] for member in sweep_json(folder)["members"]]
+    assert statuses == ["completed", "completed", "completed", "pending"]
+    lines = [line for line in ended.err.splitlines() if "fails: " not in line]
+    assert lines == ["3 of 4 members are complete"]
 
 
 def test_sigkill_at_random_moments(whole: Whole, launcher: Launcher, tmp_path: Path) -> None:

@@ -72,6 +72,19 @@ def test_the_best(in_tmp: Path) -> None:
     assert result.best is result.members[0]
 
 
+def test_of_equal_means_the_group_of_the_best_member_is_marked(in_tmp: Path) -> None:
+    result = results(adapter__r=[1, 2, 4])
+    complete(result, [0.5, 0.7, 0.7])
+    result.members[2].metrics["loss"] = 0.9
+    lines = table_text(result).splitlines()
+    assert [line.endswith("*") for line in lines[1:4]] == [False, False, True]
+    assert lines[4].startswith("best: r=4, accuracy 0.7000")
+    write_tables(result)
+    assert Path("out/table.md").read_text().splitlines()[4].endswith("| * |")
+    rows = list(csv.DictReader(Path("out/table.csv").read_text().splitlines()))
+    assert [row["best"] for row in rows] == ["0", "0", "1"]
+
+
 @pytest.mark.parametrize("metric", ["loss", "perplexity"])
 def test_lower_is_better(metric: str, in_tmp: Path) -> None:
     result = results(metric, adapter__r=[1, 2])

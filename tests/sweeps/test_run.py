@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -134,6 +135,27 @@ def test_resume_refuses_another_sweep(still_bert: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train.learning_rate: was 0.01, now 0.02"):
         lorakit.sweep(file, resume=True)
     assert tree(tmp_path / "out") == before
+
+
+def test_resume_compares_the_members(still_bert: Path, tmp_path: Path) -> None:
+    keys: dict[str, Any] = json.loads(write_sweep(tmp_path, still_bert, "glue/sst2").read_text())
+    seed, r = ("train.seed", [1]), ("adapter.r", [1, 2])
+    lorakit.sweep({**keys, "grid": dict([r, seed])})
+    before = tree(tmp_path / "out")
+    with pytest.raises(UserError) as caught:
+        lorakit.sweep({**keys, "grid": dict([seed, r])}, resume=True)
+    assert str(caught.value) == (
+        f"--resume: the sweep differs from {tmp_path / 'out' / 'sweep.yaml'}: names of members: "
+        "was r=1,seed=1 and 1 more, now seed=1,r=1 and 1 more"
+    )
+    with pytest.raises(UserError, match=r"set\.train\.max_steps: was not set, now 5$"):
+        lorakit.sweep({**keys, "grid": dict([r, seed]), "set": {"train.max_steps": 5}}, resume=True)
+    assert tree(tmp_path / "out") == before
+    notes: list[str] = []
+    lorakit.sweep(
+        {**keys, "grid": {"adapter.r": [2, 1], "train.seed": [1]}}, resume=True, say=notes.append
+    )
+    assert notes == ["2 of 2 members are complete"]
 
 
 def test_a_directory_with_something_else(still_bert: Path, tmp_path: Path) -> None:
