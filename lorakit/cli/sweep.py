@@ -78,7 +78,8 @@ def sweep(
     """Train a recipe with many settings, and compare them.
 
     Writes sweep.json, table.md, table.csv, plots and a run directory for each member to output_dir.
-    The exit code is 1 if a member failed. See docs/sweep.md for the keys of a sweep file.
+    The exit code is 1 if a member failed, or if none measured the metric. See docs/sweep.md for the
+    keys of a sweep file.
 
     Example: lorakit sweep recipes/sweeps/rank.yaml
 
@@ -90,18 +91,18 @@ def sweep(
         "--output-dir": output_dir,
         "--metric": metric,
         "--halving": halving or None,
-        "--joint": {"true": True, "false": False}.get(joint or "", joint),
+        "--joint": {"true": True, "false": False, "auto": "auto"}.get((joint or "").lower(), joint),
     }
     with only_results():
         loaded = api.load_sweep(file, grid=grid or (), overrides=overrides or (), options=options)
-        plan = api.plan_sweep(loaded, resume, say) if dry_run else None
+        plan = api.plan_sweep(loaded, resume, say, ray=ray) if dry_run else None
         result = api.sweep(loaded, resume, say, ray=ray) if plan is None else None
     if plan is not None:
         _print_plan(plan, as_json)
         failed = any(planned.error for planned in plan.members)
     elif result is not None:
         _print(result, as_json)
-        failed = any(member.status == "failed" for member in result.members)
+        failed = result.lacks_metric or any(own.status == "failed" for own in result.members)
     if failed:
         raise typer.Exit(1)
 

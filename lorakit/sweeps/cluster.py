@@ -17,6 +17,7 @@ from typing import Any
 from lorakit.errors import Interrupted, UserError
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.load import load_recipe
+from lorakit.sweeps.load import Sweep
 from lorakit.sweeps.members import Member
 from lorakit.sweeps.outcome import describe_failure
 from lorakit.training.control import stop_request
@@ -41,8 +42,10 @@ class TaskResult:
     interrupted: str | None = None
 
 
-def check_ray() -> None:
-    """Raise UserError if Ray is not installed."""
+def check_ray(sweep: Sweep) -> None:
+    """Raise UserError if Ray is not installed, or cannot train the members of ``sweep``."""
+    if sweep.section.halving:
+        raise UserError("--ray cannot be combined with halving, which compares running members")
     if find_spec("ray") is None:
         raise UserError("--ray needs Ray; hint: pip install 'lorakit[ray]'")
 

@@ -33,10 +33,11 @@ from lorakit.sweeps.members import (
     draft_members,
     equal_members,
     keys_of_other_method,
+    taken_names,
 )
 from lorakit.sweeps.problems import MemberProblems
 from lorakit.sweeps.sections import MemberSection, Settings, SweepSection
-from lorakit.sweeps.source import Source, read_source
+from lorakit.sweeps.source import GRID, Source, read_source
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,13 @@ def _checked_section(source: Source) -> tuple[SweepSection | None, list[Fault]]:
         section = SweepSection.model_validate({"output_dir": "."} | _without(given, found))
     wrong = [*setting_faults(section), *repeated_values(section)]
     faults += [*wrong, *name_faults(section.members), *recipe_faults(section)]
-    if not (source.data.get("grid") or source.data.get("members")):
+    unread_grid = any(fault.file == GRID for fault in source.faults)
+    if not (source.data.get("grid") or source.data.get("members") or unread_grid):
         faults.append(Fault((), "has no members", allowed="grid, members, or both"))
     if (count := count_members(section)) > MAX_MEMBERS:
-        faults.append(Fault(("grid",), f"makes {count} members", allowed=f"at most {MAX_MEMBERS}"))
+        option = GRID if GRID in source.options.values() else None
+        path, message = () if option else ("grid",), f"makes {count:,} members"
+        faults.append(Fault(path, message, allowed=f"at most {MAX_MEMBERS:,}", file=option))
         return None, faults
     section = SweepSection.model_validate(_without(section.model_dump(), wrong))
     return section if Path(section.recipe).is_file() else None, faults
@@ -157,6 +161,7 @@ def _checked_members(
             common: dict[str, KeyPath] = {key: ("set", key) for key in section.set}
             problems.add(draft.name, {**common, **draft.paths}, error.problems)
     faults = [*metric_faults(section.metric, members), *halving_faults(section, members)]
+    faults += taken_names(section, drafts)
     if len(members) == len(drafts):
         faults += equal_members(members, drafts)
     return tuple(members), [*problems.listed(), *map(source.located, faults)]

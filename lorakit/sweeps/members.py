@@ -65,7 +65,7 @@ def draft_members(section: SweepSection) -> Iterator[Draft]:
         {key: section.grid[key][at] for key, at in zip(keys, cell, strict=True)} for cell in cells
     ]
     explicit = [entry.set for entry in section.members]
-    short = short_keys(key for settings in (*grid[:1], *explicit) for key in settings)
+    short = _short_keys(section)
     given = [entry.name or member_name(entry.set, short) for entry in section.members]
     made = [] if not keys else [member_name(settings, short) for settings in grid]
     # Given names come first, so that they stay as they are.
@@ -75,6 +75,11 @@ def draft_members(section: SweepSection) -> Iterator[Draft]:
         yield Draft(name, settings, paths)
     for at, (settings, name) in enumerate(zip(explicit, names, strict=False)):
         yield Draft(name, dict(settings), {key: ("members", at, "set", key) for key in settings})
+
+
+def _short_keys(section: SweepSection) -> dict[str, str]:
+    keys = (key for entry in section.members for key in entry.set)
+    return short_keys([*section.grid, *keys])
 
 
 def count_members(section: SweepSection) -> int:
@@ -98,6 +103,20 @@ def keys_of_other_method(base: Mapping[str, Any], method: object) -> list[str]:
 def _method_keys(name: object) -> Collection[str]:
     found, _ = find_method(name) if isinstance(name, str) else (None, [])
     return found.Config.model_fields if found else ()
+
+
+def taken_names(section: SweepSection, drafts: Sequence[Draft]) -> Iterator[Fault]:
+    """The faults of given names that members of the grid would have without them."""
+    short = _short_keys(section)
+    made = {
+        member_name(draft.set, short).casefold()
+        for draft in drafts
+        if any(path[0] == "grid" for path in draft.paths.values())
+    }
+    for at, entry in enumerate(section.members):
+        if entry.name is not None and entry.name.casefold() in made:
+            message = "is the name of a member of the grid"
+            yield Fault(("members", at, "name"), message, entry.name, True, "another name")
 
 
 def equal_members(members: Sequence[Member], drafts: Sequence[Draft]) -> Iterator[Fault]:

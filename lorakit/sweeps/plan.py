@@ -9,6 +9,7 @@ from typing import Any
 
 from lorakit.errors import UserError
 from lorakit.pipeline.task_data import Say
+from lorakit.sweeps.cluster import check_ray
 from lorakit.sweeps.directory import check_directory
 from lorakit.sweeps.load import Sweep, load_sweep, located
 from lorakit.sweeps.members import Member
@@ -51,9 +52,14 @@ def plan_sweep(
     sweep: Sweep | str | Path | Mapping[str, Any],
     resume: bool = False,
     say: Say = lambda text: None,
+    *,
+    ray: str | None = None,
 ) -> SweepPlan:
-    """Describe what ``sweep`` would do, without writing anything. Raises UserError as it does."""
+    """Describe what ``sweep`` would do, without writing anything. Raises UserError as it does, but
+    does not connect to the cluster ``ray``."""
     checked = sweep if isinstance(sweep, Sweep) else load_sweep(sweep)
+    if ray is not None:
+        check_ray(checked)
     with located(checked):
         return _plan(checked, resume, say)
 

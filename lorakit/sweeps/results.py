@@ -120,6 +120,11 @@ class SweepResult:
         measured = [member for member in self.members if self.value(member) is not None]
         return min(measured, key=self._order, default=None)
 
+    @property
+    def lacks_metric(self) -> bool:
+        """Whether members have completed, but none of them has the metric."""
+        return self.best is None and any(own.status == "completed" for own in self.members)
+
     def _order(self, member: MemberResult) -> tuple[float, float]:
         """Sorts completed members, the best first."""
         return self._ascending(member.metrics[self.metric]), member.metrics.get("loss", math.inf)

@@ -48,7 +48,7 @@ def sweep(
     """
     checked = sweep if isinstance(sweep, Sweep) else load_sweep(sweep)
     if ray is not None:
-        check_ray()
+        check_ray(checked)
     if is_launched():
         raise UserError(
             "lorakit sweep runs in one process; hint: without torchrun or accelerate launch"
@@ -60,8 +60,6 @@ def sweep(
 def _sweep(loaded: Sweep, resume: bool, say: Say, ray: str | None) -> SweepResult:
     loaded = with_budget(loaded, Sizes(), say)
     result = SweepResult(loaded.output_dir, sweep_metric(loaded), loaded.members)
-    if loaded.section.halving and ray is not None:
-        raise UserError("--ray cannot be combined with halving, which compares running members")
     passes = make_passes(loaded.members, loaded.section.joint, loaded.section.max_joint)
     with exclusive_sweep(loaded, resume, say):
         halving = _halving(loaded, result)
@@ -71,8 +69,8 @@ def _sweep(loaded: Sweep, resume: bool, say: Say, ray: str | None) -> SweepResul
             _Run(loaded, result, progress, halving).all(passes, ray)
         write_tables(result)
         draw(result, list(loaded.section.grid), say)
-    if result.best is None and any(own.status == "completed" for own in result.members):
-        say(f"no member measured {result.metric}, so that they cannot be compared")
+    if result.lacks_metric:
+        say(f"no member measured {result.metric}, so the members cannot be compared")
     return result
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from lorakit import registry
 from lorakit.errors import UserError, shown
-from lorakit.injection import find_heads, inject
+from lorakit.injection import InjectionReport, find_heads, inject
 from lorakit.models.load import empty_causal_model, load_pretrained
 from lorakit.pipeline.task_data import Say, load_training_data
 from lorakit.recipe.sections import MAX_RANK, AdapterSection, Recipe
@@ -27,20 +27,26 @@ class Sizes:
 
     def __init__(self) -> None:
         self._models: dict[str, tuple[PreTrainedModel, list[str]]] = {}
-        self._counts: dict[str, int] = {}
+        self._reports: dict[str, InjectionReport] = {}
 
     def count(self, recipe: Recipe, adapter: AdapterSection | None = None) -> int:
         """The parameters that ``recipe`` trains, with another ``adapter`` if it is given; a new
         classification head included. Raises UserError if recipe, data and model do not fit."""
-        adapter = adapter or recipe.adapter
+        return self._report(recipe, adapter or recipe.adapter).trainable_parameters
+
+    def largest_rank(self, recipe: Recipe) -> int:
+        """The smaller dimension of the smallest target: a higher rank adds nothing."""
+        modules = self._report(recipe, recipe.adapter).adapted_modules
+        return min((MAX_RANK, *(min(module.shape) for module in modules)))
+
+    def _report(self, recipe: Recipe, adapter: AdapterSection) -> InjectionReport:
         model, heads = self._model(recipe)
         key = f"{id(model)} {adapter.model_dump_json()}"
-        if key not in self._counts:
+        if key not in self._reports:
             if "init" in type(adapter).model_fields:  # some need the weights' values
                 adapter = adapter.model_copy(update={"init": "default"})
-            report = inject(copy.deepcopy(model), adapter, heads)
-            self._counts[key] = report.trainable_parameters
-        return self._counts[key]
+            self._reports[key] = inject(copy.deepcopy(model), adapter, heads)
+        return self._reports[key]
 
     def _model(self, recipe: Recipe) -> tuple[PreTrainedModel, list[str]]:
         """The base without values, and its modules that are trained as a whole."""
@@ -67,7 +73,8 @@ def with_budget(sweep: Sweep, sizes: Sizes, say: Say) -> Sweep:
     ``trainable_parameters``, as nearly as possible.
 
     The rank is ``adapter.r``, or ``adapter.target_r`` of AdaLoRA, whose budget is that of the end.
-    Raises UserError for a member whose method has neither, and as ``Sizes.count`` does.
+    Raises UserError for a member whose method has neither, or that trains fewer or more with every
+    rank, and as ``Sizes.count`` does.
     """
     budget = sweep.section.trainable_parameters
     if budget is None:
@@ -97,18 +104,28 @@ def _nearest_rank(member: Member, budget: int, sizes: Sizes) -> tuple[str, int, 
         changed = adapter.model_copy(update=dict.fromkeys(keys, r))
         return sizes.count(member.recipe, changed)
 
-    r = nearest_rank(budget, count)
+    most = sizes.largest_rank(member.recipe)
+    if keys[0] == "target_r":  # init_r is 1.5 times as high
+        most = max(1, 2 * most // 3)
+    fewest, largest = count(1), count(most)
+    if not fewest <= budget <= largest:
+        raise UserError(
+            f"trainable_parameters = {budget}: member {member.name} cannot train so "
+            f"{'few' if budget < fewest else 'many'}; allowed: {fewest} to {largest}, with "
+            f"adapter.{keys[0]} from 1 to {most}"
+        )
+    r = nearest_rank(budget, count, most)
     return f"adapter.{keys[0]}", r, count(r)
 
 
-def nearest_rank(budget: int, count: Callable[[int], Any]) -> int:
-    """The rank whose ``count``, which grows with it, is nearest to ``budget``; of two equally near
-    ones the lower."""
+def nearest_rank(budget: int, count: Callable[[int], Any], most: int = MAX_RANK) -> int:
+    """The rank up to ``most`` whose ``count``, which grows with it, is nearest to ``budget``; of
+    two equally near ones the lower."""
     below, above = 0, 1
-    while above < MAX_RANK and count(above) < budget:
+    while above < most and count(above) < budget:
         if below and count(above) == count(below):  # it does not depend on the rank
             return 1
-        below, above = above, min(2 * above, MAX_RANK)
+        below, above = above, min(2 * above, most)
     while above - below > 1:
         middle = (below + above) // 2
         if count(middle) < budget:

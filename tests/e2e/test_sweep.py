@@ -79,7 +79,7 @@ def test_a_dry_run(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         "pass 1: 4 members together: r=1,seed=1 to r=2,seed=2",
         f"4 members, compared by loss, in {tmp_path / 'out'}",
     ]
-    lines = printed(capsys, file, "--dry-run", "--joint", "false").splitlines()
+    lines = printed(capsys, file, "--dry-run", "--joint", "False").splitlines()
     assert lines[4] == "pass 1: r=1,seed=1 alone: joint is false"
     plan = json.loads(printed(capsys, file, "--dry-run", "--json"))
     assert list(plan) == ["output_dir", "metric", "members", "passes"]

@@ -25,6 +25,8 @@ def test_without_ray(still_bert: Path, tmp_path: Path) -> None:
     file = write_sweep(tmp_path, still_bert, "glue/sst2", grid=GRID)
     with pytest.raises(UserError, match=r"--ray needs Ray; hint: pip install 'lorakit\[ray\]'"):
         lorakit.sweep(file, ray="local")
+    with pytest.raises(UserError, match="--ray needs Ray"):
+        lorakit.api.plan_sweep(file, ray="local")
     assert not (tmp_path / "out").exists()
 
 

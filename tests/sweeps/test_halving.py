@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import lorakit
-from lorakit.api import SweepResult, load_sweep
+from lorakit.api import SweepResult, load_sweep, plan_sweep
 from lorakit.errors import RecipeError, UserError
 from lorakit.sweeps.halving import Halving
 from tests.sweeps.files import sweep_json, write_sweep
@@ -122,11 +122,12 @@ def test_wrong_points(points: object, message: str, tiny_llama: Path, tmp_path: 
 
 
 def test_not_on_a_cluster(tiny_llama: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ray")
     file = write_sweep(
         tmp_path, tiny_llama, grid={"train.seed": [1, 2]}, halving=[2],
         set={"train.eval_every_steps": 1},
     )  # fmt: skip
     with pytest.raises(UserError, match="--ray cannot be combined with halving"):
         lorakit.sweep(file, ray="local")
+    with pytest.raises(UserError, match="--ray cannot be combined with halving"):
+        plan_sweep(file, ray="local")
     assert json.loads(file.read_text())["halving"] == [2]

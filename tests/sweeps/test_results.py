@@ -72,6 +72,16 @@ def test_the_best(in_tmp: Path) -> None:
     assert result.best is result.members[0]
 
 
+def test_a_metric_that_no_member_has(in_tmp: Path) -> None:
+    result = results("bleu", adapter__r=[1, 2])
+    assert not result.lacks_metric
+    complete(result, [0.5, 0.7])
+    assert not result.lacks_metric
+    for member in result.members:
+        member.metrics.pop("bleu")
+    assert result.lacks_metric
+
+
 def test_of_equal_means_the_group_of_the_best_member_is_marked(in_tmp: Path) -> None:
     result = results(adapter__r=[1, 2, 4])
     complete(result, [0.5, 0.7, 0.7])

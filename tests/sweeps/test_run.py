@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import lorakit
+from lorakit.api import plan_sweep
 from lorakit.errors import UserError
 from tests.sweeps.files import sweep_json, write_sweep
 from tests.training.processes import Launcher
@@ -121,13 +122,13 @@ def test_resume_refuses_another_sweep(still_bert: Path, tmp_path: Path) -> None:
     lorakit.sweep(file, resume=True)  # starts it
     before = tree(tmp_path / "out")
     changed = write_sweep(
-        tmp_path, still_bert, "glue/sst2", grid={"adapter.r": [1, 2]}, metric="f1"
+        tmp_path, still_bert, "glue/sst2", grid={"adapter.r": [1, 2]}, metric="loss"
     )
     with pytest.raises(UserError) as caught:
         lorakit.sweep(changed, resume=True)
     assert str(caught.value) == (
         f"--resume: the sweep differs from {tmp_path / 'out' / 'sweep.yaml'}: grid.adapter.r: was "
-        '[1], now [1, 2]; metric: was null, now "f1"'
+        '[1], now [1, 2]; metric: was null, now "loss"'
     )
     file = write_sweep(tmp_path, still_bert, "glue/sst2", grid={"adapter.r": [1]}, max_joint=2)
     recipe = tmp_path / "recipe.yaml"
@@ -184,4 +185,20 @@ def test_an_error_before_the_start_writes_nothing(still_bert: Path, tmp_path: Pa
     members = [{"set": {"adapter.method": "full"}}, {"set": {"train.seed": 1}}]
     with pytest.raises(UserError, match=r"joint = true: member method=full: "):
         lorakit.sweep({**keys, "members": members, "joint": True})
+    with pytest.raises(
+        UserError,
+        match=r'metric = "bleu": the task glue/sst2 does not measure it; allowed: null, accuracy, loss$',
+    ):
+        lorakit.sweep({**keys, "members": members[1:], "metric": "bleu"})
     assert not (tmp_path / "out").exists()
+
+
+def test_metrics_of_generated_text(tiny_llama: Path, tmp_path: Path) -> None:
+    keys = json.loads(write_sweep(tmp_path, tiny_llama, grid={"train.seed": [1]}).read_text())
+    scored = {"task.eval_generate": "end"}
+    assert plan_sweep({**keys, "metric": "exact_match", "set": scored}).metric == "exact_match"
+    with pytest.raises(UserError, match=r"allowed: null, exact_match, loss, perplexity$"):
+        plan_sweep({**keys, "metric": "bleu", "set": scored})
+    never = {"task.eval_generate": "never"}
+    with pytest.raises(UserError, match=r"allowed: null, loss, perplexity$"):
+        plan_sweep({**keys, "metric": "exact_match", "set": never})

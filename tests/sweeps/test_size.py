@@ -67,6 +67,29 @@ def test_a_budget_chooses_ranks(still_bert: Path, tmp_path: Path) -> None:
     assert recipe.flat()["adapter.r"] == 2
 
 
+@pytest.mark.parametrize(
+    ("method", "budget", "message"),
+    [
+        # Each matrix of 32 x 32 has 64 parameters for each rank, in 2 layers, and the head has 66.
+        ("lora", 193, "few; allowed: 194 to 4162, with adapter.r from 1 to 32"),
+        ("lora", 10**9, "many; allowed: 194 to 4162, with adapter.r from 1 to 32"),
+        ("adalora", 10**9, "many; allowed: 196 to 2796, with adapter.target_r from 1 to 21"),
+    ],
+)
+def test_a_budget_out_of_reach(
+    method: str, budget: int, message: str, still_bert: Path, tmp_path: Path
+) -> None:
+    file = write_sweep(
+        tmp_path, still_bert, "glue/sst2", trainable_parameters=budget,
+        members=[{"name": "q", "set": {"adapter.method": method, "adapter.target_modules": ["q"]}}],
+    )  # fmt: skip
+    with pytest.raises(UserError) as caught:
+        plan_sweep(file)
+    assert str(caught.value) == (
+        f"{file}, line 1: trainable_parameters = {budget}: member q cannot train so {message}"
+    )
+
+
 def test_a_method_without_a_rank(still_bert: Path, tmp_path: Path) -> None:
     file = write_sweep(
         tmp_path, still_bert, "glue/sst2", trainable_parameters=1000,
