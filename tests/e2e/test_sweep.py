@@ -88,6 +88,22 @@ def test_a_dry_run(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert tree(tmp_path) == before
 
 
+def test_members_without_the_metric_cannot_be_compared(
+    tiny_bert: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("my_task.py").write_text(
+        "from lorakit.tasks.classification import Classification\n"
+        "class Mine(Classification): pass\n"
+    )
+    mine = {"task.name": "./my_task.py:Mine", "task.text_column": "sentence"}
+    file = write_sweep(in_tmp, tiny_bert, "classification", grid={"train.seed": [1]}, set=mine)
+    assert run(["sweep", str(file), "--metric", "bleu"]) == 1
+    note = "no member measured bleu, so the members cannot be compared"
+    assert note in capsys.readouterr().err.splitlines()
+    (member,) = sweep_json(in_tmp / "out")["members"]
+    assert member["status"] == "completed"
+
+
 def test_bad_sweeps_write_nothing(
     tiny_llama: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
