@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as tf
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 _LLAMA = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -83,6 +84,22 @@ def tiny(
     model: PreTrainedModel = getattr(tf, classifier_class if classifier else causal_class)(config)
     torch.random.set_rng_state(state)
     return model.eval()
+
+
+def save_classifier(folder: Path, tokenizer: Path, names: list[str], **changes: Any) -> Path:
+    """Write a tiny BERT with a random head for the labels ``names``, and return ``folder``."""
+    model = tiny(
+        "bert", classifier=True, vocab_size=300, id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)}, **changes,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():  # large enough that texts are told apart
+            if parameter.ndim > 1:
+                parameter.normal_(generator=generator)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    return folder
 
 
 def token_ids(rows: int = 2, length: int = 7, seed: int = 0) -> torch.Tensor:

@@ -7,7 +7,6 @@ remain distinct in gray and to the color-blind.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lorakit.errors import AdapterError, printable
-from lorakit.io.atomic import atomic_file, writing
+from lorakit.figures import color_and_marker, figure_style, save_figure
+from lorakit.io.atomic import writing
 from lorakit.module_names import ROLES
 
 if TYPE_CHECKING:
@@ -30,15 +30,6 @@ _MODULES, _CORNER = 4, 8
 _NUMBERED_COLUMNS = 20
 _MOST_TICKS = 12
 _PATH = 60
-_STYLE = {
-    "font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False,
-    "lines.markersize": 3, "lines.linewidth": 1, "svg.hashsalt": "lorakit",
-    "text.parse_math": False,  # a path may contain a dollar sign
-}  # fmt: skip
-_COLORS = (
-    "#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#000000", "#8a8a8a",
-)  # fmt: skip
-_MARKERS = "os^Dv*PX"
 
 
 def check_folder(folder: Path) -> None:
@@ -59,20 +50,14 @@ def check_folder(folder: Path) -> None:
 def draw(report: InspectReport, folder: Path) -> None:
     """Write ranks and norms and, of two adapters, similarity, each as .png and .svg, to ``folder``.
     Raises WriteFailed if the disk is full."""
-    import matplotlib as mpl
-
-    with mpl.rc_context(_STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")  # of a path in letters that the font lacks
+    with figure_style(marker_size=3):
         figures = {"ranks": _ranks(report), "norms": _norms(report)}
         if report.similarity is not None:
             figures["similarity"] = _similarity(report.adapter, report.similarity, report.modules)
         with writing(f"--plot {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
             for name, figure in figures.items():
-                with atomic_file(folder / f"{name}.png") as file:
-                    figure.savefig(file, format="png", dpi=200)
-                with atomic_file(folder / f"{name}.svg") as file:
-                    figure.savefig(file, format="svg", metadata={"Date": None})
+                save_figure(figure, folder / name)
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -155,7 +140,7 @@ def _norms(report: InspectReport) -> Figure:
     for axes, (label, title, value) in zip(grid, panels, strict=False):
         roles, columns, table = _by_layer(report.modules, value)
         for at, role in enumerate(roles):
-            color, marker = _COLORS[at % len(_COLORS)], _MARKERS[at % len(_MARKERS)]
+            color, marker = color_and_marker(at)
             axes.plot(range(len(columns)), table[at], color=color, marker=marker, label=role)
         axes.set(title=title, ylabel=label, ylim=(0, None))
         _label_layers(axes, columns)

@@ -28,6 +28,10 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it 
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code from the model's repository.")
 ]
+Dtype = Annotated[
+    str | None,
+    typer.Option(metavar="D", help="float32, bfloat16 or float16 [default: that of the model]."),
+]
 MethodFile = Annotated[
     str | None,
     typer.Option(

@@ -13,6 +13,7 @@ import typer
 from lorakit.cli.chat import chat as start_chat
 from lorakit.cli.chat import say_limits, system_prompt, write
 from lorakit.cli.console import (
+    Dtype,
     MethodFile,
     TrustRemoteCode,
     check_distinct,
@@ -87,10 +88,6 @@ _Stop = Annotated[
 _Seed = Annotated[
     int, typer.Option(metavar="N", min=0, max=2**32 - 1, help="Random seed for sampling.")
 ]
-_Dtype = Annotated[
-    str | None,
-    typer.Option(metavar="D", help="float32, bfloat16 or float16 [default: that of the model]."),
-]
 _Revision = Annotated[str | None, typer.Option(metavar="R", help="Hub commit or tag.")]
 
 
@@ -110,7 +107,7 @@ def generate(
     no_repeat_ngram_size: _NoRepeatNgramSize = 0,
     stop: _Stop = None,
     seed: _Seed = 0,
-    dtype: _Dtype = None,
+    dtype: Dtype = None,
     revision: _Revision = None,
     method: MethodFile = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -124,10 +121,8 @@ def generate(
     _check_input(prompt, chat, input_file, output)
     _check_sampling(temperature, top_p, num_beams, length_penalty, stop or [])
     if prompt is None and not chat and input_file is None:
-        chat = sys.stdin is not None and sys.stdin.isatty()
-        prompt = None if chat else _stdin_prompt()
-    if system is not None and prompt is not None:
-        raise UserError("--system: requires --chat, or --input with messages")
+        chat, prompt = _chat_or_prompt()
+    _check_system(system, prompt)
 
     from lorakit.api import Decoding, load_for_generation, trained_system_prompts
 
@@ -150,8 +145,7 @@ def generate(
     if num_beams > 1 and input_file is None:
         say(f"--num-beams {num_beams}: answers are printed when the search is complete")
     if chat:
-        prompt_of_system = system_prompt(system, trained_system_prompts(model, adapter))
-        start_chat(*loaded, decoding, prompt_of_system)
+        start_chat(*loaded, decoding, system_prompt(system, trained_system_prompts(model, adapter)))
     elif input_file is not None:
         _answer(*loaded, input_file, output, decoding, system)
     else:
@@ -194,6 +188,18 @@ def _check_sampling(
         raise UserError(f"--length-penalty {length_penalty}: requires --num-beams above 1")
     if not all(stop):
         raise UserError("--stop '': empty; allowed: one or more characters")
+
+
+def _check_system(system: str | None, prompt: str | None) -> None:
+    if system is not None and prompt is not None:
+        raise UserError("--system: requires --chat, or --input with messages")
+
+
+def _chat_or_prompt() -> tuple[bool, str | None]:
+    """Whether stdin is a terminal to chat on, or else the prompt that it contains."""
+    if sys.stdin is not None and sys.stdin.isatty():
+        return True, None
+    return False, _stdin_prompt()
 
 
 def _stdin_prompt() -> str:

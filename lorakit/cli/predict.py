@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from lorakit.cli.console import (
+    Dtype,
     MethodFile,
     TrustRemoteCode,
     check_distinct,
@@ -67,10 +68,6 @@ _MaxLength = Annotated[
         metavar="N", min=1, help="Truncate to N tokens [default: as in training, or the model's]."
     ),
 ]
-_Dtype = Annotated[
-    str | None,
-    typer.Option(metavar="D", help="float32, bfloat16 or float16 [default: that of the model]."),
-]
 _Revision = Annotated[str | None, typer.Option(metavar="R", help="Hub commit or tag of the base.")]
 
 
@@ -86,7 +83,7 @@ def predict(
     text_pair_column: _TextPairColumn = None,
     batch_size: _BatchSize = 32,
     max_length: _MaxLength = None,
-    dtype: _Dtype = None,
+    dtype: Dtype = None,
     revision: _Revision = None,
     method: MethodFile = None,
     trust_remote_code: TrustRemoteCode = False,

@@ -76,10 +76,7 @@ def predict(
     Raises UserError for a model that is not a classifier, an adapter that does not fit and a row
     that has no text, and EvaluationError for outputs that are not finite.
     """
-    if (texts is None) == (file is None):
-        raise UserError("predict: texts and file: allowed: one of them")
-    if batch_size < 1:
-        raise UserError(f"batch_size = {batch_size}: allowed: 1 or more")
+    _check_arguments(texts, file, batch_size)
     run_method_file(method)
     found = find_model(
         model, adapter, revision=revision, trust_remote_code=trust_remote_code, say=say
@@ -100,6 +97,13 @@ def predict(
     logits = class_logits(loaded, tokenizer, encoded, batch_size, monitor)
     _check_finite(logits, found.directory)
     return _described(logits, names, loaded.config)
+
+
+def _check_arguments(texts: object, file: object, batch_size: int) -> None:
+    if (texts is None) == (file is None):
+        raise UserError("predict: texts and file: allowed: one of them")
+    if batch_size < 1:
+        raise UserError(f"batch_size = {batch_size}: allowed: 1 or more")
 
 
 def _input_rows(

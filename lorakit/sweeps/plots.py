@@ -6,7 +6,6 @@ distinct in gray and to the color-blind.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,7 +13,8 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import printable
-from lorakit.io.atomic import atomic_file, writing
+from lorakit.figures import COLORS, color_and_marker, figure_style, save_figure
+from lorakit.io.atomic import writing
 from lorakit.pipeline.task_data import Say
 from lorakit.sweeps.members import METHOD, SEED, as_text
 from lorakit.sweeps.names import safe_name, short_keys, value_text
@@ -37,15 +37,6 @@ _WIDE = 20
 _SHARE, _DIMENSION = 0.9, "adapter.d"
 #: How many characters a row of the legend has room for.
 _LEGEND = 70
-_STYLE = {
-    "font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False,
-    "lines.markersize": 4, "lines.linewidth": 1, "svg.hashsalt": "lorakit",
-    "text.parse_math": False,  # a name may contain a dollar sign
-}  # fmt: skip
-_COLORS = (
-    "#0072b2", "#e69f00", "#009e73", "#d55e00", "#56b4e9", "#cc79a7", "#000000", "#8a8a8a",
-)  # fmt: skip
-_MARKERS = "os^Dv*PX"
 
 
 @dataclass(frozen=True)
@@ -70,17 +61,14 @@ def draw(result: SweepResult, axes: Sequence[str], say: Say) -> None:
     if find_spec("matplotlib") is None:
         say("plots need matplotlib; hint: pip install 'lorakit[plots]', then --resume")
         return
-    import matplotlib as mpl
-
     folder = result.output_dir / "plots"
-    with mpl.rc_context(_STYLE), warnings.catch_warnings(), writing(folder):
-        warnings.filterwarnings("ignore", "Glyph")  # of a name in letters that the font lacks
+    with figure_style(marker_size=4), writing(folder):
         folder.mkdir(exist_ok=True)
         for key, name in short_keys(drawn).items():
             if lines[key]:
-                levels = axis_levels(result, key, drawn)[: len(_COLORS) - len(lines[key])]
+                levels = axis_levels(result, key, drawn)[: len(COLORS) - len(lines[key])]
                 figure = _figure(lines[key], levels, key, result.metric)
-                _save(figure, folder / safe_name(name))
+                save_figure(figure, folder / safe_name(name))
 
 
 def axis_lines(result: SweepResult, key: str, axes: Sequence[str]) -> list[Line]:
@@ -97,7 +85,7 @@ def axis_lines(result: SweepResult, key: str, axes: Sequence[str]) -> list[Line]
         label = ", ".join(f"{short[axis]} {value_text(own[axis])}" for axis in set_axes)
         line = found.setdefault((_beside(member.set, axes), label), [])
         line.append((own[place], value))
-    if len(found) > len(_COLORS):
+    if len(found) > len(COLORS):
         merged: dict[tuple[str, str], list[tuple[Any, float]]] = {}
         names = ", ".join(short[axis] for axis in others)
         for (beside, _), points in found.items():
@@ -206,7 +194,7 @@ def _draw_categories(axes: Axes, lines: Sequence[Line], values: Sequence[Any]) -
 def _draw_levels(axes: Axes, levels: Sequence[Line], first: int, share: bool) -> None:
     """Dashed across the figure; with ``share``, what the intrinsic dimension requires is dotted."""
     for at, level in enumerate(levels, first):
-        color, height = _COLORS[at % len(_COLORS)], level.means[0]
+        (color, _), height = color_and_marker(at), level.means[0]
         axes.axhline(height, color=color, linestyle="--", label=level.label)
         if share:
             label = f"{_SHARE:.0%} of {level.label}"
@@ -214,15 +202,5 @@ def _draw_levels(axes: Axes, levels: Sequence[Line], first: int, share: bool) ->
 
 
 def _look(at: int) -> dict[str, Any]:
-    return {
-        "color": _COLORS[at % len(_COLORS)],
-        "marker": _MARKERS[at % len(_MARKERS)],
-        "capsize": 2,
-    }
-
-
-def _save(figure: Figure, path: Any) -> None:
-    with atomic_file(path.with_name(f"{path.name}.png")) as file:
-        figure.savefig(file, format="png", dpi=200)
-    with atomic_file(path.with_name(f"{path.name}.svg")) as file:
-        figure.savefig(file, format="svg", metadata={"Date": None})
+    color, marker = color_and_marker(at)
+    return {"color": color, "marker": marker, "capsize": 2}

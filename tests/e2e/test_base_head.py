@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import lorakit
 from lorakit.cli.main import run
 from tests.e2e.evaluations import write_adapter
-from tests.families import tiny
+from tests.families import save_classifier
 from tests.tasks.wikisql_files import write_lines
 from tests.training.runs import tree
 
@@ -43,23 +43,6 @@ def recipe_for(
     file = folder / "recipe.yaml"
     file.write_text(json.dumps(recipe), encoding="utf-8")
     return file
-
-
-def classifier(folder: Path, tokenizer: Path, names: list[str]) -> Path:
-    """Write a tiny encoder with a random head for ``names``."""
-    model = tiny(
-        "bert", classifier=True, vocab_size=300, id2label=dict(enumerate(names)),
-        label2id={name: index for index, name in enumerate(names)},
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():  # large enough that texts are told apart
-            if parameter.ndim > 1:
-                parameter.normal_(generator=generator)
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tokenizer / name, folder)
-    return folder
 
 
 def scores(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, float]:
@@ -133,7 +116,7 @@ def test_a_named_head_gives_the_labels_that_the_train_split_lacks(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     names = ["positive", "negative", "neutral"]
-    base = classifier(tmp_path / "base", tiny_bert, names)
+    base = save_classifier(tmp_path / "base", tiny_bert, names)
     rows = [{"text": "a" * (3 * n + 1), "label": label} for n, label in enumerate(validation)]
     recipe = recipe_for(tmp_path / "work", base, rows, "classification")
     path = {"validation": str(tmp_path / "work" / "rows.jsonl")}
@@ -167,7 +150,7 @@ def test_a_head_that_lacks_a_label_changes_no_error(
 ) -> None:
     rows = [{"text": "a", "label": "other"}, {"text": "b", "label": "other"}]
     for names in (["positive", "negative", "neutral"], ["LABEL_0", "LABEL_1", "LABEL_2"]):
-        base = classifier(tmp_path / names[0], tiny_bert, names)
+        base = save_classifier(tmp_path / names[0], tiny_bert, names)
         recipe = recipe_for(tmp_path / "work", base, rows, "classification")
         assert run(["train", str(recipe)]) == 2
         assert "has only one label, other" in capsys.readouterr().err
@@ -184,7 +167,7 @@ def test_glue_ids_and_scores_stay_those_of_glue(
     """GLUE's order is entailment, neutral, contradiction; the head has CONTRADICTION first."""
     order = ["CONTRADICTION", "ENTAILMENT", "NEUTRAL"]
     glue = ["entailment", "neutral", "contradiction"]
-    base = classifier(tmp_path / "base", tiny_bert, order)
+    base = save_classifier(tmp_path / "base", tiny_bert, order)
     rows = [{"premise": "a" * n, "hypothesis": "b" * (n % 5), "label": n % 3} for n in range(1, 13)]
     said = said_by_transformers(base, [(row["premise"], row["hypothesis"]) for row in rows])
     assert len(set(said)) > 1
@@ -210,7 +193,7 @@ def test_glue_ids_and_scores_stay_those_of_glue(
 def test_training_starts_from_the_loss_of_the_heads_own_classes(
     tiny_bert: Path, tmp_path: Path
 ) -> None:
-    base = classifier(tmp_path / "base", tiny_bert, ["c", "a", "b"])
+    base = save_classifier(tmp_path / "base", tiny_bert, ["c", "a", "b"])
     rows = [{"text": "x" * n, "label": "abc"[n % 3]} for n in range(1, 9)]
     recipe = recipe_for(tmp_path / "work", base, rows, "classification")
     model = AutoModelForSequenceClassification.from_pretrained(base).eval()
@@ -233,7 +216,7 @@ def test_training_starts_from_the_loss_of_the_heads_own_classes(
 def test_a_class_that_the_data_lacks_is_a_wrong_prediction(
     tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = classifier(tmp_path / "base", tiny_bert, ["c", "a", "b"])
+    base = save_classifier(tmp_path / "base", tiny_bert, ["c", "a", "b"])
     texts = [chr(97 + n) * (n % 5 + 1) for n in range(16)]
     said = said_by_transformers(base, [(text,) for text in texts])
     rows = [{"text": text, "label": "ab"[n % 2]} for n, text in enumerate(texts)]
@@ -251,7 +234,7 @@ def test_a_class_that_the_data_lacks_is_a_wrong_prediction(
 def test_whole_numbers_are_the_heads_ids(
     tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = classifier(tmp_path / "base", tiny_bert, ["zero", "one", "two"])
+    base = save_classifier(tmp_path / "base", tiny_bert, ["zero", "one", "two"])
     rows = [{"text": "x" * n, "label": n % 3} for n in range(1, 10)]
     said = said_by_transformers(base, [(row["text"],) for row in rows])
     names = ["zero", "one", "two"]
@@ -267,7 +250,7 @@ def test_whole_numbers_are_the_heads_ids(
 def test_another_head_is_replaced_only_where_the_recipe_says_so(
     tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = classifier(tmp_path / "base", tiny_bert, ["a", "b", "c"])
+    base = save_classifier(tmp_path / "base", tiny_bert, ["a", "b", "c"])
     recipe = recipe_for(tmp_path / "work", base, ROWS, "classification")
     before = tree(tmp_path)
     for command in (["train"], ["train", "--dry-run"], ["eval", "--base"], ["preview"]):
@@ -291,7 +274,7 @@ def test_an_adapter_of_peft_has_the_order_of_its_base(
 ) -> None:
     from peft import LoraConfig, get_peft_model
 
-    base = classifier(tmp_path / "base", tiny_bert, ["c", "a", "b"])
+    base = save_classifier(tmp_path / "base", tiny_bert, ["c", "a", "b"])
     rows = [{"text": chr(97 + n) * (n % 5 + 1), "label": "abc"[n % 3]} for n in range(12)]
     recipe = recipe_for(tmp_path / "work", base, rows, "classification")
     model = AutoModelForSequenceClassification.from_pretrained(base)
@@ -305,7 +288,7 @@ def test_an_adapter_with_a_head_in_another_order_keeps_that(
     tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As written by versions of lorakit that did not keep the order of a base's head."""
-    base = classifier(tmp_path / "base", tiny_bert, ["c", "a", "b"])
+    base = save_classifier(tmp_path / "base", tiny_bert, ["c", "a", "b"])
     bare = AutoModelForSequenceClassification.from_pretrained(base).bert
     bare.save_pretrained(tmp_path / "bare")
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -160,6 +160,15 @@ def assert_same(folder: Path, whole: Whole) -> None:
     assert (folder / "table.md").is_file()
 
 
+def killed_and_resumed(
+    launcher: Launcher, whole: Whole, folder: Path, event: tuple[str, str, int]
+) -> Ended:
+    """Start the sweep of ``whole`` in ``folder``, kill it at ``event``, and resume it."""
+    ended = start(launcher, whole.file, folder, at_event=event)
+    assert ended.code == -signal.SIGKILL, ended.err
+    return start(launcher, whole.file, folder, "--resume")
+
+
 #: Where a kill could leave something half done.
 EVENTS = {
     "before anything": ("os.mkdir", r"/killed$", 1),
@@ -182,12 +191,9 @@ EVENTS = {
 def test_sigkill_at_critical_points(
     point: str, whole: Whole, launcher: Launcher, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "killed"
-    ended = start(launcher, whole.file, folder, at_event=EVENTS[point])
-    assert ended.code == -signal.SIGKILL, ended.err
-    ended = start(launcher, whole.file, folder, "--resume")
+    ended = killed_and_resumed(launcher, whole, tmp_path / "killed", EVENTS[point])
     assert ended.code == 1, ended.err
-    assert_same(folder, whole)
+    assert_same(tmp_path / "killed", whole)
 
 
 def test_a_kill_keeps_what_is_recorded(whole: Whole, launcher: Launcher, tmp_path: Path) -> None:
@@ -280,12 +286,9 @@ def halved(
 def test_a_killed_halving_stops_the_same_members(
     point: str, halved: Whole, launcher: Launcher, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "killed"
-    ended = start(launcher, halved.file, folder, at_event=HALVING_EVENTS[point])
-    assert ended.code == -signal.SIGKILL, ended.err
-    ended = start(launcher, halved.file, folder, "--resume")
+    ended = killed_and_resumed(launcher, halved, tmp_path / "killed", HALVING_EVENTS[point])
     assert ended.code == 0, ended.err
-    assert_same(folder, halved)
+    assert_same(tmp_path / "killed", halved)
 
 
 def test_two_sweeps_in_one_directory(whole: Whole, tmp_path: Path, launcher: Launcher) -> None:

@@ -15,29 +15,12 @@ from transformers import AutoTokenizer, TextClassificationPipeline, pipeline
 import lorakit
 from lorakit.errors import UserError
 from tests.e2e.evaluations import write_adapter
-from tests.families import tiny
+from tests.families import save_classifier
 from tests.training.runs import recipe_for
 
 TEXTS = ["a", "the longest of these texts, by far", "", "not so long", "b c"] * 3
 PAIRS = [("a", "b"), ("a longer first text", "x"), ("c", "and a longer second text, too")]
 NAMES = ["bad", "fair", "very good"]
-
-
-def classifier(folder: Path, tokenizer: Path, names: list[str], **config: Any) -> Path:
-    """Write a tiny encoder with a random head."""
-    ids = {name: index for index, name in enumerate(names)}
-    model = tiny(
-        "bert", classifier=True, vocab_size=300, id2label=dict(enumerate(names)), label2id=ids,
-        **config,
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():  # large enough that texts are told apart
-            if parameter.ndim > 1:
-                parameter.normal_(generator=generator)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
-    return folder
 
 
 def reference(model: Path) -> TextClassificationPipeline:
@@ -103,7 +86,7 @@ def test_regression(tiny_bert: Path, tmp_path: Path) -> None:
 
 
 def test_several_labels(tiny_bert: Path, tmp_path: Path) -> None:
-    base = classifier(
+    base = save_classifier(
         tmp_path / "base", tiny_bert, NAMES, problem_type="multi_label_classification"
     )
     found = lorakit.predict(base, TEXTS)
@@ -265,7 +248,7 @@ def test_models_that_do_not_classify(tiny_bert: Path, tiny_llama: Path, tmp_path
 
 
 def test_labels_with_the_same_name(tiny_bert: Path, tmp_path: Path) -> None:
-    base = classifier(tmp_path / "base", tiny_bert, NAMES)
+    base = save_classifier(tmp_path / "base", tiny_bert, NAMES)
     config = json.loads((base / "config.json").read_text())
     labels = {"id2label": {"0": "a", "1": "b", "2": "a"}}
     (base / "config.json").write_text(json.dumps(config | labels))

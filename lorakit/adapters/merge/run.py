@@ -106,11 +106,7 @@ def merge(
     Or it is the ``FILE.py:CLASS`` of the user's method that trained the adapter; its code is run.
     Raises ModelError and AdapterError. ``out`` is then unchanged, also if the process is killed.
     """
-    is_name = method is not None and not is_code(os.fspath(method))
-    if not is_name:
-        run_method_file(method)
-    name = combination_named(os.fspath(method)) if method is not None and is_name else "cat"
-    how = Combination(name, density, svd_rank, majority_sign_method, seed)
+    how = Combination(_combination_or_code(method), density, svd_rank, majority_sign_method, seed)
     how.check()
     adapters = read_weighted(adapter, weight, add, say)
     to_add = combined(adapters, how)
@@ -120,10 +116,7 @@ def merge(
         _check_out(out, section.name_or_path, adapters, overwrite)
     max_shard_bytes = parse_size(max_shard_size)
     output_dtype = dtype_name(dtype, "dtype")
-    directory = local_directory(section)
-    _check_outside(out, "base", directory)  # of a Hub id: its snapshot in the cache
-    settings = read_config(directory)
-    _check_not_quantized(settings, section.name_or_path)
+    directory, settings = _base_directory(section, out)
     tokenizer = _tokenizer(directory, adapters[0].files, settings)
     with Checkpoint(directory) as checkpoint:
         resolved = resolve_base(section, settings, checkpoint, to_add)
@@ -139,10 +132,26 @@ def merge(
             write_config(folder, directory, resolved, plan, output_dtype, sharded)
             weights = {file.relative_to(directory).as_posix() for file in checkpoint.files}
             left_out = copy_files(folder, directory, weights, tokenizer)
-    notes = _notes(section, adapters, tokenizer)
-    for note in notes:
-        say(note)
-    return _report(out, plan, adapters, name, list(shards), size_bytes, left_out, notes)
+    notes = _notes(section, adapters, tokenizer, say)
+    return _report(out, plan, adapters, how.name, list(shards), size_bytes, left_out, notes)
+
+
+def _base_directory(section: ModelSection, out: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the base's directory, which for a Hub id is its snapshot in the cache, and its
+    configuration; raise ModelError or AdapterError if it cannot be merged to ``out``."""
+    directory = local_directory(section)
+    _check_outside(out, "base", directory)
+    settings = read_config(directory)
+    _check_not_quantized(settings, section.name_or_path)
+    return directory, settings
+
+
+def _combination_or_code(method: str | os.PathLike[str] | None) -> str:
+    """The name of the combination; ``cat`` for the file of a user's method, which is run."""
+    if method is None or is_code(os.fspath(method)):
+        run_method_file(method)
+        return "cat"
+    return combination_named(os.fspath(method))
 
 
 def _tokenizer(directory: Path, files: AdapterFiles, settings: Mapping[str, Any]) -> Tokenizer:
@@ -167,10 +176,14 @@ def resolve_base(
 
 
 def _notes(
-    section: ModelSection, adapters: Sequence[Weighted], tokenizer: Tokenizer
+    section: ModelSection, adapters: Sequence[Weighted], tokenizer: Tokenizer, say: Say
 ) -> tuple[str, ...]:
+    """Say and return what the user should know of the tokenizer and of other bases."""
     others = (other_base_note(section, given.files) for given in adapters)
-    return (*tokenizer.notes, *(note for note in others if note is not None))
+    notes = (*tokenizer.notes, *(note for note in others if note is not None))
+    for note in notes:
+        say(note)
+    return notes
 
 
 def _report(
