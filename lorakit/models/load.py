@@ -310,13 +310,14 @@ def fit_max_length(model: PreTrainedModel, config: Any, say: Callable[[str], Non
     return config.model_copy(update={"max_length": limit})
 
 
-def empty_causal_model(section: ModelSection) -> PreTrainedModel:
-    """The causal model on the ``meta`` device, which has shapes and no values. Raises ModelError as
-    ``load_pretrained`` does, for a model without weights, too."""
+def empty_model(section: ModelSection, kind: Kind) -> PreTrainedModel:
+    """The causal model, or the classifier, on the ``meta`` device, which has shapes and no values.
+    Raises ModelError as ``load_pretrained`` does, for a model without weights, too."""
+    loader: Any = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
     config = load_config(section)
-    check_kind(config, "causal", section.name_or_path)
+    check_kind(config, kind, section.name_or_path)
     with explained(section.name_or_path), torch.device("meta"), quiet():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = loader.from_config(
             config, trust_remote_code=section.trust_remote_code
         )
     return model

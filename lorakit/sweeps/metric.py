@@ -8,7 +8,7 @@ from lorakit import registry
 from lorakit.errors import LorakitError, UserError, shown
 from lorakit.recipe.sections import Recipe
 from lorakit.sweeps.load import Sweep
-from lorakit.tasks.base import GenerationSection, Task
+from lorakit.tasks.base import Task
 from lorakit.tasks.classification import LabelledTask
 
 
@@ -72,6 +72,4 @@ def _chosen(recipe: Recipe) -> tuple[Task, Any]:
 
 def _main_metric(recipe: Recipe) -> str:
     task, config = _chosen(recipe)
-    if isinstance(config, GenerationSection) and not task.generates(config):
-        return "loss"
-    return task.main_metric(config)
+    return task.best_metric(config, final=True)

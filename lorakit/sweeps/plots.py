@@ -66,7 +66,7 @@ def draw(result: SweepResult, axes: Sequence[str], say: Say) -> None:
         folder.mkdir(exist_ok=True)
         for key, name in short_keys(drawn).items():
             if lines[key]:
-                levels = axis_levels(result, key, drawn)[: len(COLORS) - len(lines[key])]
+                levels = axis_levels(result, key, drawn)[: max(0, len(COLORS) - len(lines[key]))]
                 figure = _figure(lines[key], levels, key, result.metric)
                 save_figure(figure, folder / safe_name(name))
 
@@ -85,7 +85,7 @@ def axis_lines(result: SweepResult, key: str, axes: Sequence[str]) -> list[Line]
         label = ", ".join(f"{short[axis]} {value_text(own[axis])}" for axis in set_axes)
         line = found.setdefault((_beside(member.set, axes), label), [])
         line.append((own[place], value))
-    if len(found) > len(COLORS):
+    if others and len(found) > len(COLORS):
         merged: dict[tuple[str, str], list[tuple[Any, float]]] = {}
         names = ", ".join(short[axis] for axis in others)
         for (beside, _), points in found.items():

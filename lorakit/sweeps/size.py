@@ -12,14 +12,16 @@ import torch
 from transformers import PreTrainedModel
 
 from lorakit import registry
+from lorakit.adapters.start import read_start
 from lorakit.errors import UserError, shown
 from lorakit.injection import InjectionReport, find_heads, inject
-from lorakit.models.load import empty_causal_model, load_pretrained
+from lorakit.models.load import empty_model, load_pretrained
 from lorakit.pipeline.task_data import Say, load_training_data
 from lorakit.recipe.sections import MAX_RANK, AdapterSection, Recipe
 from lorakit.recipe.yaml_source import read_yaml
 from lorakit.sweeps.load import Sweep, make_member
 from lorakit.sweeps.members import Member
+from lorakit.training.setup import outermost
 
 
 class Sizes:
@@ -43,13 +45,17 @@ class Sizes:
         model, heads = self._model(recipe)
         key = f"{id(model)} {adapter.model_dump_json()}"
         if key not in self._reports:
+            own = copy.deepcopy(model)
+            if adapter.init_from is not None:
+                start = read_start(own, recipe.model, adapter, heads, lambda note: None)
+                adapter = start.config.model_copy(update={"init_from": None})
             if "init" in type(adapter).model_fields:  # some need the weights' values
                 adapter = adapter.model_copy(update={"init": "default"})
-            self._reports[key] = inject(copy.deepcopy(model), adapter, heads)
+            self._reports[key] = inject(own, adapter, outermost(heads))
         return self._reports[key]
 
     def _model(self, recipe: Recipe) -> tuple[PreTrainedModel, list[str]]:
-        """The base without values, and its modules that are trained as a whole."""
+        """The base without values, and the modules that are always trained."""
         key = f"{recipe.model.model_dump_json()} {recipe.task.model_dump_json()}"
         if key not in self._models:
             self._models[key] = _empty_model(recipe)
@@ -58,14 +64,13 @@ class Sizes:
 
 def _empty_model(recipe: Recipe) -> tuple[PreTrainedModel, list[str]]:
     if registry.task(recipe.task.name).kind == "causal":
-        return empty_causal_model(recipe.model), []
+        return empty_model(recipe.model, "causal"), []
     data = load_training_data(recipe, lambda note: None)
     loaded = load_pretrained(recipe.model, "encoder", data.labels)
-    names = list(dict.fromkeys([*find_heads(loaded.model), *loaded.new_modules]))
-    outermost = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
+    heads = dict.fromkeys([*find_heads(loaded.model), *loaded.new_modules])
     model: torch.nn.Module = loaded.model
     model.to("meta")
-    return loaded.model, outermost
+    return loaded.model, list(heads)
 
 
 def with_budget(sweep: Sweep, sizes: Sizes, say: Say) -> Sweep:

@@ -70,13 +70,14 @@ def read_source(
     source = Source(YamlFile("sweep", dict(sweep))) if isinstance(sweep, Mapping) else None
     if source is None:
         source = _read_file(Path(str(sweep)), bool(grid))
+    if not grid:  # what the command line gives has been expanded by the shell, or is the recipe's
+        source.faults += expand_environment(source.yaml)
     for option, key, texts in ((OVERRIDE, "set", overrides), (GRID, "grid", grid)):
         for text in texts:
             _add_text(source, option, key, text)
     for option, value in (options or {}).items():
         if value is not None:
             source.set((option.removeprefix("--").replace("-", "_"),), value, option)
-    source.faults += expand_environment(source.yaml)
     return source
 
 

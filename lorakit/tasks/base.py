@@ -222,10 +222,10 @@ class Task(ABC):
         """The metric to report first."""
         return "loss"
 
-    def best_metric(self, config: Any) -> str:
+    def best_metric(self, config: Any, final: bool = False) -> str:
         """The metric that selects the best model by default: the main metric, or the loss if
-        evaluations during training do not compute it."""
-        if isinstance(config, GenerationSection) and not self.generates(config, final=False):
+        evaluations during training, or with ``final`` the last one, do not compute it."""
+        if isinstance(config, GenerationSection) and not self.generates(config, final):
             return "loss"
         return self.main_metric(config)
 

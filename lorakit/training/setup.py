@@ -5,6 +5,7 @@ No file is written before that.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -109,7 +110,7 @@ def adapt(recipe: Recipe, inputs: Inputs, say: Say, resumes: bool = False) -> Pr
         adapter = start.config
         recipe = recipe.model_copy(update={"adapter": adapter})
     alone = adapter.model_copy(update={"init_from": None})
-    report = inject(model, alone, _outermost(list(heads)))
+    report = inject(model, alone, outermost(heads))
     if start is not None:
         load_values(model, start, report.modules_to_save)
     for line in str(report).splitlines():
@@ -170,5 +171,6 @@ def check_best_metric(recipe: Recipe, evaluation: EvalData | None) -> None:
         )
 
 
-def _outermost(names: list[str]) -> list[str]:
+def outermost(names: Collection[str]) -> list[str]:
+    """The modules of ``names`` that are not within another one."""
     return [n for n in names if not any(n.startswith(f"{other}.") for other in names)]

@@ -101,6 +101,14 @@ def test_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names("grid:\n  train.seed:\n  - ${SEED}\n  - 6\n") == ["seed=5", "seed=6"]
 
 
+def test_variables_are_for_files_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shell has expanded those of the command line."""
+    monkeypatch.setenv("NAME", "value")
+    literal = ["model.name_or_path=${NAME}"]
+    sweep = load_sweep("recipe.yaml", grid=["train.seed=1,2"], overrides=literal)
+    assert sweep.members[0].recipe.model.name_or_path == "${NAME}"
+
+
 def test_a_mapping() -> None:
     keys: dict[str, Any] = {"recipe": "recipe.yaml", "output_dir": "out"}
     sweep = load_sweep({**keys, "grid": {"train.seed": [1, 2]}})

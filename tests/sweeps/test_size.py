@@ -11,7 +11,7 @@ from lorakit.api import plan_sweep
 from lorakit.errors import UserError
 from lorakit.sweeps.size import nearest_rank
 from tests.sweeps.files import write_sweep
-from tests.training.runs import tree
+from tests.training.runs import recipe_for, tree
 
 METHODS = ("lora", "dora", "moslora", "lora_plus", "adalora", "intrinsic", "full")
 
@@ -33,6 +33,17 @@ def test_a_plan_counts_what_a_run_trains(
     assert [(member.name, member.trainable_parameters) for member in plan.members] == [
         (member.name, member.trainable_parameters) for member in result.members
     ]
+
+
+def test_a_plan_counts_what_starts_from_an_adapter(tiny_llama: Path, tmp_path: Path) -> None:
+    earlier = lorakit.train(recipe_for(tmp_path / "earlier", tiny_llama, "completion"))
+    members = [{"name": "more", "set": {"adapter.init_from": str(earlier.adapter_dir)}}]
+    file = write_sweep(tmp_path, tiny_llama, members=members)
+    (planned,) = plan_sweep(file).members
+    assert planned.error is None
+    (trained,) = lorakit.sweep(file).members
+    assert trained.status == "completed"
+    assert planned.trainable_parameters == trained.trainable_parameters
 
 
 def test_the_nearest_rank() -> None:

@@ -14,16 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-)
 
 from lorakit import registry
 from lorakit.injection import inject, trainable_state
-from lorakit.models.hub import load_config
+from lorakit.models.load import empty_model
 from lorakit.recipe.sections import Recipe
-from lorakit.tasks.base import Task
 
 #: Activations that the backward pass needs, for each token and layer: so many times the hidden size
 #: and the width of the MLP. Measured on Llama and BERT, with norms and dropout in float32.
@@ -38,7 +33,12 @@ def members_that_fit(recipes: Sequence[Recipe], device: torch.device) -> int:
     """Estimate how many of ``recipes``, of which any two ``can_join``, fit on ``device`` at a time:
     at least 1. It is the number for the largest of them, and no weights are loaded."""
     model = unloaded_model(recipes[0])
-    largest = max(member_bytes(recipe, model) for recipe in recipes)
+    adapters = {r.adapter.model_dump_json(): r for r in recipes}
+    trained = {key: _trained_parameters(r, model) for key, r in adapters.items()}
+    largest = max(
+        _member_bytes(recipe, model, trained[recipe.adapter.model_dump_json()])
+        for recipe in recipes
+    )
     left = _available_bytes(device) * _USABLE - base_bytes(recipes[0], model)
     return max(1, min(len(recipes), int(left / largest)))
 
@@ -50,9 +50,12 @@ def base_bytes(recipe: Recipe, model: nn.Module) -> int:
 
 def member_bytes(recipe: Recipe, model: Any) -> int:
     """What a member adds to the base: its trained parameters and the activations of a batch."""
-    return _trained_parameters(recipe, model) * _BYTES_PER_PARAMETER + _activations(
-        recipe, model.config.get_text_config()
-    )
+    return _member_bytes(recipe, model, _trained_parameters(recipe, model))
+
+
+def _member_bytes(recipe: Recipe, model: Any, trained_parameters: int) -> int:
+    activations = _activations(recipe, model.config.get_text_config())
+    return trained_parameters * _BYTES_PER_PARAMETER + activations
 
 
 def _trained_parameters(recipe: Recipe, model: nn.Module) -> int:
@@ -87,14 +90,7 @@ def _element_bytes(recipe: Recipe) -> int:
 
 def unloaded_model(recipe: Recipe) -> Any:
     """The model of the recipe on ``meta``."""
-    task: Task = registry.task(recipe.task.name)
-    loader: Any = (
-        AutoModelForCausalLM if task.kind == "causal" else AutoModelForSequenceClassification
-    )
-    with torch.device("meta"):
-        return loader.from_config(
-            load_config(recipe.model), trust_remote_code=recipe.model.trust_remote_code
-        )
+    return empty_model(recipe.model, registry.task(recipe.task.name).kind)
 
 
 def _available_bytes(device: torch.device) -> int:
