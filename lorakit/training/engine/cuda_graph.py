@@ -89,9 +89,7 @@ class CudaGraphEngine(EagerEngine):
         states = random_states()
         super()._forward_backward(batch, 1.0)
         restore_random_states([states])
-        for parameter in self.parameters.values():
-            if parameter.grad is not None:
-                parameter.grad.zero_()
+        self.discard_gradients()
         self._is_warm = True
 
     def _pass(self, batch: Batch, factor: float | Tensor) -> Tensor:

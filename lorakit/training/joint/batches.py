@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lorakit.data.buckets import count_bucket, length_bucket
@@ -33,7 +32,7 @@ class JointBatch:
         """A member's part of what the model computed."""
         if "labels" in self.losses:
             return self.layout.chunks(joint)[place][: self.counts[place]]
-        return self.layout.chunks(joint, 0 if len(joint) > 1 else joint.ndim - 2)[place]
+        return self.layout.chunks(joint, int(self.layout.is_flat))[place]
 
     def own(self, place: int) -> Any:
         """A member's batch, as its objective needs it for the losses."""
@@ -183,13 +182,8 @@ def _moved(batch: CausalBatch, length: int) -> Tensor:
 
 
 def _rows(values: Sequence[Tensor], count: int, fill: int) -> Tensor:
-    return torch.stack([F.pad(value, (0, count - len(value)), value=fill) for value in values])
+    return torch.stack([padded(value, (count,), fill) for value in values])
 
 
 def _stacked(values: Sequence[Tensor], fill: int, layout: Layout) -> Tensor:
-    full = []
-    for value in values:
-        rows, length = value.shape
-        missing = (0, layout.length - length, 0, layout.rows - rows)
-        full.append(F.pad(value, missing, value=fill) if any(missing) else value)
-    return torch.cat(full)
+    return torch.cat([padded(value, (layout.rows, layout.length), fill) for value in values])

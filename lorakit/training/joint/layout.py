@@ -87,11 +87,11 @@ class Layout:
         return [*dims, 3] if pairwise else dims
 
 
-def padded(value: Tensor, shape: Sequence[int]) -> Tensor:
-    """``value`` with zeros up to ``shape``."""
+def padded(value: Tensor, shape: Sequence[int], fill: int = 0) -> Tensor:
+    """``value`` with ``fill`` up to ``shape``."""
     missing = [
         amount
         for dim in reversed(range(value.ndim))
         for amount in (0, shape[dim] - value.shape[dim])
     ]
-    return F.pad(value, missing) if any(missing) else value
+    return F.pad(value, missing, value=fill) if any(missing) else value

@@ -43,7 +43,8 @@ class JointPasses:
         self._joiner, self._graphs, self._say = joiner, graphs, say
         self._most = 1 if trunk.separate else len(parts)
         self._gradients: Gradients | None = None
-        self._is_warm = False
+        # Members of which an eager pass has initialized libraries and allocated the gradients.
+        self._warm: set[int] = set()
         self._objective.train()
 
     def drop(self, member: int) -> None:
@@ -71,7 +72,11 @@ class JointPasses:
         for parameter in trained:
             parameter.grad = None
         self._gradients = Gradients(stacks, [p for p in trained if id(p) not in stacked])
-        self._is_warm = False
+        self._forget_captured()
+
+    def _forget_captured(self) -> None:
+        """Drop the graphs, since the gradients that they refer to have been freed."""
+        self._warm.clear()
         if self._graphs is not None:
             self._graphs.forget()
 
@@ -84,6 +89,7 @@ class JointPasses:
             raise
         except Exception as error:
             self._gradients.clear(in_place=False)
+            self._forget_captured()
             for member in requests:
                 self._parts[member].random.drawn = drawn[member]
             if len(requests) == 1:
@@ -96,7 +102,7 @@ class JointPasses:
             for member, own in losses.items()
         }
         self._gradients.clear(in_place=self._graphs is not None)
-        self._is_warm = True
+        self._warm.update(requests)
         return results
 
     def _apart(
@@ -107,9 +113,6 @@ class JointPasses:
         if isinstance(error, NotSplit):
             self._trunk.separate, self._most, half = True, 1, 1
             self._say("members take their steps one after another: the model mixes their rows")
-        if self._graphs is not None:
-            self._graphs.forget()
-            self._is_warm = False
         if isinstance(error, torch.OutOfMemoryError) and half < self._most:
             self._most = half
             self._say(f"out of memory: from now on, passes have at most {half} members")
@@ -120,7 +123,7 @@ class JointPasses:
 
     def _updated(self, requests: Mapping[int, StepRequest]) -> dict[int, list[Tensor]]:
         """Update the members whose updates are replayed; return what each one's returned."""
-        if self._graphs is None or not self._is_warm:
+        if self._graphs is None or not requests.keys() <= self._warm:
             return {}
         return self._graphs.update({member: self._parts[member].engine for member in requests})
 
@@ -171,7 +174,7 @@ class JointPasses:
         current.members, current.layout, current.dropout = tuple(members), joint.layout, None
         if self._graphs is None:
             return self._pass(joint)
-        if not self._is_warm:  # libraries are initialized, and gradients get their memory
+        if not self._warm.issuperset(members):
             return self._pass(joint.to(self._objective.model.device))
         return self._graphs.run(members, joint, self._pass)
 
