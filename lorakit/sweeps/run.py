@@ -14,7 +14,7 @@ from lorakit.distributed.launcher import is_launched
 from lorakit.errors import Interrupted, UserError
 from lorakit.pipeline.task_data import Say
 from lorakit.sweeps.cluster import TaskResult, check_ray, train_on_cluster
-from lorakit.sweeps.directory import exclusive_sweep
+from lorakit.sweeps.directory import check_directory, exclusive_sweep
 from lorakit.sweeps.halving import DEFAULT_POINTS, Halving
 from lorakit.sweeps.load import Sweep, load_sweep, located
 from lorakit.sweeps.metric import sweep_metric
@@ -58,6 +58,8 @@ def sweep(
 
 
 def _sweep(loaded: Sweep, resume: bool, say: Say, ray: str | None) -> SweepResult:
+    if not resume:  # before data and models are loaded for an output directory that is taken
+        check_directory(loaded, resume)
     loaded = with_budget(loaded, Sizes(), say)
     result = SweepResult(loaded.output_dir, sweep_metric(loaded), loaded.members)
     passes = make_passes(loaded.members, loaded.section.joint, loaded.section.max_joint)
