@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import lorakit
 from lorakit.cli.main import run
 from tests.e2e.evaluations import write_adapter
-from tests.pipeline.test_predict import classifier
+from tests.families import save_classifier
 from tests.training.runs import recipe_for, write_rows
 
 _FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -122,7 +122,7 @@ def test_a_card_with_a_new_head_and_a_name_that_needs_quotes(
     tiny_bert: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The base is a classifier of three other labels."""
-    base = classifier(in_tmp / "a 'base'", tiny_bert, ["x", "y", "z"])
+    base = save_classifier(in_tmp / "a 'base'", tiny_bert, ["x", "y", "z"])
     output = "it's a run"
     adapter = trained(
         in_tmp,
