@@ -2,9 +2,11 @@
 
     python scripts/bench_joint.py minilm-rte --members 1 4 16 --steps 20
     python scripts/bench_joint.py smollm2-wikisql --dtype bfloat16 --members 20
+    python scripts/bench_joint.py 8b --dtype bfloat16 --members 8    # needs a GPU
 
-The members are those of Table 6 of the LoRA paper: five ranks, two sets of targets, several seeds.
-Both ways run in this process, on the GPU if there is one, with the engine that ``train`` chooses.
+``8b`` is a Llama with random weights, on rows as long as WikiSQL's. The members are those of Table
+6 of the LoRA paper: five ranks, two sets of targets, several seeds. Both ways run in this process,
+on the GPU if there is one, with the engine that ``train`` chooses.
 Prints a JSON line for each number of members: ``seconds`` is the time of the whole calls, models
 loaded and adapters written, ``training_seconds`` that of the steps, ``examples_per_second`` refers
 to the latter, ``cpu_seconds`` is what the process used, and ``peak_memory_bytes`` is on the GPU, or
@@ -26,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gpu_cases
 import torch
 
 import lorakit
@@ -39,12 +42,17 @@ RANKS, TARGETS = (1, 2, 4, 8, 64), (["q"], ["q", "v"])
 
 @dataclass(frozen=True)
 class Case:
+    """``model`` and ``task.path`` are in ``models`` and the test data, or in the work directory
+    with ``shape``, a model of random weights."""
+
     model: str
     task: dict[str, Any]
     rows: int
     learning_rate: float
+    shape: gpu_cases.Case | None = None
 
 
+LLAMA_8B = gpu_cases.Case("llama8b", "wikisql", 2, ("q", "v"), steps=1000)
 CASES = {
     "minilm-rte": Case(
         "all-minilm-l6-v2",
@@ -65,13 +73,22 @@ CASES = {
         8,
         2e-4,
     ),
+    "8b": Case(
+        "llama8b",
+        {"name": "completion", "path": "llama8b-wikisql.jsonl", "max_length": 256},
+        LLAMA_8B.batch,
+        2e-4,
+        LLAMA_8B,
+    ),
 }
 
 
 def recipe(case: Case, member: int, folder: Path, args: argparse.Namespace) -> Recipe:
-    data = Path(os.environ["LORAKIT_TEST_DATA"])
+    models, data = MODELS, Path(os.environ.get("LORAKIT_TEST_DATA", ""))
+    if case.shape is not None:
+        models = data = args.work
     values = {
-        "model": {"name_or_path": str(MODELS / case.model), "dtype": args.dtype},
+        "model": {"name_or_path": str(models / case.model), "dtype": args.dtype},
         "adapter": {
             "method": "lora",
             "r": RANKS[member % len(RANKS)],
@@ -141,6 +158,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rows", type=int, help="rows per batch")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/bench_gpu"))
     parser.add_argument("--only", choices=["joint", "one_by_one"])
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -149,6 +167,10 @@ def main() -> None:
         "one_by_one": one_by_one,
     }
     case = CASES[args.case]
+    if case.shape is not None:
+        args.work.mkdir(parents=True, exist_ok=True)
+        gpu_cases.save_model(case.shape, args.work)
+        gpu_cases.write_rows(case.shape, args.work)
     for count in args.members:
         line: dict[str, Any] = {"case": args.case, "device": device.type, "members": count}
         for name, way in ways.items():
