@@ -18,10 +18,13 @@ class Segment:
 @dataclass(frozen=True)
 class TextExample:
     """Segments in order. They are tokenized separately, so that a prompt has the same tokens in
-    training and in generation. ``eos`` appends the EOS token, trained like the last segment."""
+    training and in generation. ``eos`` appends the EOS token, trained like the last segment. With
+    ``train_all``, all segments are trained; the flags still say which are the prompt, whose
+    beginning a long row loses."""
 
     segments: tuple[Segment, ...]
     eos: bool = True
+    train_all: bool = False
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,14 @@ class ChatExample:
 
     ``messages`` are passed to the template: ``role``, ``content`` and any further keys. ``trained``
     has one flag per message, true for the assistant turns that count in the loss; None trains all
-    of them. ``tools`` (JSON schemas as OpenAI defines them) is passed to the template too.
+    of them. ``tools`` (JSON schemas as OpenAI defines them) is passed to the template too. With
+    ``train_all``, all tokens of the rendered chat count.
     """
 
     messages: tuple[Mapping[str, Any], ...]
     trained: tuple[bool, ...] | None = None
     tools: tuple[Mapping[str, Any], ...] | None = None
+    train_all: bool = False
 
     def is_trained(self, index: int) -> bool:
         """Whether message ``index`` counts in the loss."""

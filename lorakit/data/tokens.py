@@ -261,6 +261,8 @@ class TextEncoder:
         if example.eos and not self._has_eos(example, ids):
             ids.append(self.tokenizer.eos_token_id)
             mask.append(example.segments[-1].trained)
+        if example.train_all:
+            mask[len(prefix) :] = b"\1" * (len(mask) - len(prefix))
         row = TokenRow(np.array(ids, np.int32), np.array(mask, np.bool_))
         return _cut(row, max_length, max(0, prompt - len(prefix)), len(prefix))
 

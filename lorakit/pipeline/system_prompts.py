@@ -16,6 +16,7 @@ from lorakit.tasks.base import Task
 
 #: The rows that are looked at, and how many different prompts are kept.
 _ROWS, _PROMPTS = 1000, 5
+_SYSTEM = ("system", "developer")
 
 
 def system_prompts(task: Task, config: Any, split: Split) -> list[str]:
@@ -46,4 +47,4 @@ def trained_system_prompts(model: str | Path, adapter: str | Path | None = None)
 
 
 def _system_prompt(message: Mapping[str, Any]) -> str:
-    return str(message.get("content") or "") if message["role"] == "system" else ""
+    return str(message.get("content") or "") if message["role"] in _SYSTEM else ""

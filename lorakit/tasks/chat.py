@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import model_validator
@@ -11,7 +11,7 @@ from lorakit.data.chat.template import PAYLOAD
 from lorakit.data.chat.tool_calls import read_tools
 from lorakit.data.examples import ChatExample
 from lorakit.data.sources import Split
-from lorakit.errors import DataError
+from lorakit.errors import DataError, shown
 from lorakit.recipe.sections import Text
 from lorakit.tasks.base import (
     GenerationSection,
@@ -20,15 +20,15 @@ from lorakit.tasks.base import (
     exact_match,
     exclusive,
     paired,
-    required_text,
 )
 from lorakit.tasks.formats import FormattedTask
 from lorakit.tasks.messages import (
     Message,
+    check_all_trained,
     dropped_messages,
-    exchange,
     history_messages,
     instruction_messages,
+    prompt_messages,
     read_messages,
     unused_message_keys,
     with_system,
@@ -41,9 +41,13 @@ class ChatConfig(GenerationSection):
     """``format`` is the rows' format, by default recognized from their columns: ``messages``
     (``role``, ``content``), ``sharegpt`` (``conversations`` of ``from``, ``value``), ``alpaca``
     (``instruction``, ``input``, ``output``) or ``prompt_completion``. All may have the columns
-    ``system`` and ``tools``, the last two also ``history``. ``messages_column`` names another
-    column of messages. ``stop`` are stop sequences. ``dataset_name`` and ``dataset_config_name``
-    are a Hub data set, read when ``path`` is null.
+    ``system`` and ``tools``, the last two also ``history``. ``prompt`` and ``completion`` may be
+    lists of messages. ``messages_column`` names another column of messages. ``stop`` are stop
+    sequences. ``dataset_name`` and ``dataset_config_name`` are a Hub data set, read when ``path``
+    is null.
+
+    ``train_on``: ``assistant``, every assistant message; ``last``, only the last one; ``all``, all
+    tokens of the chat.
 
     ``eval_generate`` is ``never`` by default: a chat rarely has a single correct answer, so
     generating for the sake of exact match is rarely worth the time.
@@ -52,6 +56,7 @@ class ChatConfig(GenerationSection):
     name: Text = "chat"
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"] = "auto"
     messages_column: Text | None = None
+    train_on: Literal["assistant", "last", "all"] = "assistant"
     stop: list[Text] = []
     eval_generate: Literal["never", "end", "always"] = "never"
     dataset_name: Text | None = None
@@ -65,11 +70,11 @@ class ChatConfig(GenerationSection):
 
 
 class Chat(FormattedTask):
-    """Every assistant message is trained, including those of ``history``, unless its ``train``,
-    ``training``, ``loss`` or ``weight`` says otherwise.
+    """By default every assistant message is trained, including those of ``history``, unless its
+    ``train``, ``training``, ``loss`` or ``weight`` says otherwise.
 
-    Messages after the last trained one are dropped, so a chat may end with the user's. Generation
-    is evaluated on the last trained message.
+    Messages after the last trained one are dropped, so a chat may end with the user's, unless all
+    tokens are trained. Generation is evaluated on the last trained message of the assistant.
     """
 
     names = ("chat",)
@@ -87,24 +92,36 @@ class Chat(FormattedTask):
         return (*read, "system", "tools")
 
     def unused_keys(self, row: Row, config: Any) -> Iterable[str]:
-        if column := self._messages_column(tuple(row), config):
-            return unused_message_keys(row.get(column), column)
-        return ()
+        return (
+            key
+            for column in self._message_columns(row, config)
+            for key in unused_message_keys(row.get(column), column)
+        )
 
     def drops_messages(self, row: Row, config: Any) -> bool:
-        column = self._messages_column(tuple(row), config)
-        return column is not None and bool(dropped_messages(row.get(column)))
+        columns = self._message_columns(row, config)
+        if config.train_on == "all" or columns in ((), ("prompt",)):
+            return False
+        return bool(dropped_messages(row.get(columns[-1])))
 
     def notes(self, config: Any, split: Split) -> list[str]:
         notes = super().notes(config, split)
-        if "history" in (self.read_columns(config, split.columns) or ()) and (
-            "history" in split.columns
-        ):
+        read = self.read_columns(config, split.columns) or ()
+        if config.train_on == "assistant" and {"history"} <= {*read} & {*split.columns}:
             notes.append(f"{split.source}: answers in the column history are trained too")
         return notes
 
     def example(self, row: Row, config: Any) -> ChatExample:
-        messages = self._messages(row, config)
+        messages, tools = self._messages(row, config), read_tools(row.get("tools"), "tools")
+        if config.train_on == "all":
+            check_all_trained(messages)
+            return ChatExample(_fields(messages), train_all=True, tools=tools)
+        return self._assistant_example(messages, tools, config)
+
+    def _assistant_example(
+        self, messages: list[Message], tools: tuple[Mapping[str, Any], ...] | None, config: Any
+    ) -> ChatExample:
+        """The messages up to the last trained one, without the rest."""
         trained = [message.trained for message in messages]
         if not any(trained):
             if any(message.fields["role"] == "assistant" for message in messages):
@@ -114,14 +131,17 @@ class Chat(FormattedTask):
                 )
             raise DataError("the chat has no assistant message: nothing to train on")
         last = max(index for index, flag in enumerate(trained) if flag)
-        return ChatExample(
-            tuple(message.fields for message in messages[: last + 1]),
-            tuple(trained[: last + 1]),
-            read_tools(row.get("tools"), "tools"),
-        )
+        if config.train_on == "last":
+            trained = [index == last for index in range(len(messages))]
+        return ChatExample(_fields(messages[: last + 1]), tuple(trained[: last + 1]), tools)
+
+    def _answered(self, row: Row, config: Any) -> ChatExample:
+        """The chat up to the message that generation is evaluated on."""
+        tools = read_tools(row.get("tools"), "tools")
+        return self._assistant_example(self._messages(row, config), tools, config)
 
     def prompt(self, row: Row, config: Any) -> ChatExample:
-        example = self.example(row, config)
+        example = self._answered(row, config)
         before = example.messages[:-1]
         if not before:
             raise DataError("the only assistant message comes first: nothing to answer")
@@ -142,7 +162,7 @@ class Chat(FormattedTask):
         The chat template may render that text differently; an evaluation replaces a prediction that
         equals the rendered text by the message's text before calling this method.
         """
-        pairs = paired(predictions, split, lambda row: _text_of(self.example(row, config)))
+        pairs = paired(predictions, split, lambda row: _text_of(self._answered(row, config)))
         return {"exact_match": exact_match(*pairs)}
 
     def _messages_column(self, columns: tuple[str, ...], config: Any) -> str | None:
@@ -151,6 +171,13 @@ class Chat(FormattedTask):
             return str(config.messages_column)
         return _MESSAGES.get(self.format_of(columns, config).name)
 
+    def _message_columns(self, row: Row, config: Any) -> tuple[str, ...]:
+        """The columns that hold lists of messages."""
+        if column := self._messages_column(tuple(row), config):
+            return (column,)
+        pair = ("prompt", "completion")
+        return tuple(column for column in pair if isinstance(row.get(column), list))
+
     def _messages(self, row: Row, config: Any) -> list[Message]:
         columns = tuple(row)
         if column := self._messages_column(columns, config):
@@ -158,11 +185,19 @@ class Chat(FormattedTask):
         if self.format_of(columns, config).name == "alpaca":
             messages, answer = instruction_messages(row), "output"
         else:
-            messages = exchange(required_text(row, "prompt"), required_text(row, "completion"))
-            answer = "completion"
-        if not row[answer].strip():
+            messages, answer = prompt_messages(row, config.train_on == "all"), "completion"
+            if isinstance(row["prompt"], list) and history_messages(row):
+                raise DataError(
+                    f"column 'history' = {shown(row['history'])}; allowed: empty next to a prompt "
+                    "that is a list of messages"
+                )
+        if isinstance(row[answer], str) and not row[answer].strip():
             raise DataError(f"column {answer!r} is empty: nothing to train on")
         return with_system(row, [*history_messages(row), *messages])
+
+
+def _fields(messages: Sequence[Message]) -> tuple[Mapping[str, Any], ...]:
+    return tuple(message.fields for message in messages)
 
 
 def _text_of(example: ChatExample) -> str:

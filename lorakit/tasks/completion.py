@@ -75,7 +75,8 @@ class CompletionConfig(GenerationSection):
 
     For other columns, name them in ``prompt_column`` and ``completion_column``, or combine them in
     ``template`` and ``completion_template``: ``"Question: {question}\\nAnswer:"`` and
-    ``" {answer}"``. A column that a row lacks is empty there. ``stop`` are stop sequences.
+    ``" {answer}"``. A column that a row lacks is empty there. ``train_on``: ``completion``, or
+    ``prompt_and_completion``, the prompt too. ``stop`` are stop sequences.
     ``dataset_name`` and ``dataset_config_name`` are a Hub data set, read when ``path`` is null.
     """
 
@@ -85,6 +86,7 @@ class CompletionConfig(GenerationSection):
     completion_column: Text | None = None
     template: TemplateText | None = None
     completion_template: TemplateText | None = None
+    train_on: Literal["completion", "prompt_and_completion"] = "completion"
     stop: list[Text] = []
     dataset_name: Text | None = None
     dataset_config_name: Text | None = None
@@ -146,9 +148,9 @@ class Completion(FormattedTask):
             alpaca = self._is_alpaca(row, config)
             column = "output" if alpaca else config.completion_column or "completion"
             raise DataError(f"column {column!r} is empty: nothing to train on")
-        return TextExample(
-            (Segment(self._prompt(row, config), trained=False), Segment(completion, trained=True))
-        )
+        prompt = Segment(self._prompt(row, config), trained=False)
+        train_all = config.train_on == "prompt_and_completion"
+        return TextExample((prompt, Segment(completion, trained=True)), train_all=train_all)
 
     def prompt(self, row: Row, config: Any) -> TextExample:
         return TextExample((Segment(self._prompt(row, config), trained=False),), eos=False)
@@ -159,7 +161,7 @@ class Completion(FormattedTask):
             return _filled("completion_template", config, row)
         if self._is_alpaca(row, config):
             return required_text(row, "output")
-        return required_text(row, config.completion_column or "completion")
+        return _text(row, config.completion_column or "completion")
 
     def stop_texts(self, config: Any) -> tuple[str, ...]:
         return tuple(config.stop)
@@ -178,11 +180,11 @@ class Completion(FormattedTask):
         if config.template:
             return _filled("template", config, row)
         if self.named_columns(config):
-            return required_text(row, config.prompt_column or "prompt")
+            return _text(row, config.prompt_column or "prompt")
         self._check_single_turn(row)
         if self._is_alpaca(row, config):
             return _alpaca_prompt(row)
-        prompt, system = required_text(row, "prompt"), optional_text(row, "system")
+        prompt, system = _text(row, "prompt"), optional_text(row, "system")
         return f"{system}\n\n{prompt}" if system else prompt
 
     def _check_single_turn(self, row: Row) -> None:
@@ -196,6 +198,16 @@ class Completion(FormattedTask):
     def _is_alpaca(self, row: Row, config: Any) -> bool:
         named = self.named_columns(config)
         return not named and self.format_of(tuple(row), config).name == "alpaca"
+
+
+def _text(row: Row, column: str) -> str:
+    """The column's text. Raises DataError for anything else."""
+    if isinstance(value := row.get(column), list):
+        raise DataError(
+            f"column {column!r} = {shown(value)}; allowed: text, or task.name: chat, which reads "
+            "lists of messages"
+        )
+    return required_text(row, column)
 
 
 def template_columns(template: str) -> tuple[str, ...]:

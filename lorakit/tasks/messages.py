@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from lorakit.data.chat.template import REASONING
@@ -18,10 +18,11 @@ from lorakit.data.chat.tool_calls import (
 from lorakit.errors import DataError, shown
 from lorakit.tasks.base import Row, is_empty, optional_text, required_text
 
-_ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
+_ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
 #: ShareGPT's role names, and variants of them in other data sets of its format.
 _SHAREGPT_ROLES = {
     "system": "system",
+    "developer": "developer",
     "human": "user",
     "user": "user",
     "gpt": "assistant",
@@ -41,7 +42,6 @@ _FLAGS = ("train", "training", "loss")
 _TEXT_KEYS = frozenset({"name", "tool_call_id", *REASONING})
 #: Keys that are not passed to the chat template unchanged.
 _CONVERTED = frozenset({*_FLAGS, "weight", "tool_calls", "function_call", "role", "content"})
-_SHAREGPT_KEYS = frozenset({"from", "value"})
 _PLAIN = {"role", "content"}
 
 
@@ -53,14 +53,17 @@ class Message(NamedTuple):
 
 
 def read_messages(value: Any, column: str) -> list[Message]:
-    """Read a column of ``{"role", "content"}`` or ``{"from", "value"}``. Raises DataError."""
-    if not isinstance(value, list) or not value:
-        raise DataError(f"column {column!r} = {shown(value)}; allowed: a list of messages")
-    has_calls = any(isinstance(given, dict) and given.get("tool_calls") for given in value)
-    columnar = has_calls and is_columnar(value)
+    """Read a column of ``{"role", "content"}`` or ``{"from", "value"}``, or the JSON text of such a
+    list. Raises DataError."""
+    allowed = "a list of messages"
+    found = read_list(value, f"column {column!r} =", allowed)
+    if not found:
+        raise DataError(f"column {column!r} = {shown(value)}; allowed: {allowed}, or its JSON text")
+    has_calls = any(isinstance(given, dict) and given.get("tool_calls") for given in found)
+    columnar = has_calls and is_columnar(found)
     return [
         _message(given, f"column {column!r}, message {number}", columnar)
-        for number, given in enumerate(value, 1)
+        for number, given in enumerate(found, 1)
     ]
 
 
@@ -104,6 +107,32 @@ def instruction_messages(row: Row) -> list[Message]:
     return exchange(question, required_text(row, "output"))
 
 
+def prompt_messages(row: Row, train_all: bool) -> list[Message]:
+    """Read the columns ``prompt`` and ``completion``, each a text or a list of messages. Those of a
+    prompt are not trained, unless ``train_all``. Raises DataError."""
+    prompt, completion = (
+        read_messages(row[column], column)
+        if isinstance(row.get(column), list)
+        else [Message({"role": role, "content": required_text(row, column)}, role == "assistant")]
+        for column, role in (("prompt", "user"), ("completion", "assistant"))
+    )
+    if not any(message.fields["role"] == "assistant" for message in completion):
+        raise DataError("column 'completion' has no assistant message: nothing to train on")
+    if not train_all:
+        prompt = [message._replace(trained=False) for message in prompt]
+    return [*prompt, *completion]
+
+
+def check_all_trained(messages: Sequence[Message]) -> None:
+    """Raise DataError for an assistant's message that is excluded from the loss."""
+    for number, message in enumerate(messages, 1):
+        if message.fields["role"] == "assistant" and not message.trained:
+            raise DataError(
+                f"message {number}: train, training, loss or weight exclude it from the loss, but "
+                "task.train_on = all trains the whole chat; allowed: assistant or last"
+            )
+
+
 def exchange(question: str, answer: str) -> list[Message]:
     """A question and its answer, which is trained."""
     return [
@@ -115,7 +144,7 @@ def exchange(question: str, answer: str) -> list[Message]:
 def dropped_messages(value: Any) -> list[dict[str, Any]]:
     """The messages of a column after the last trained one; empty if none is trained or if one of
     them cannot be read."""
-    given = value if isinstance(value, list) else []
+    given = _listed(value)
     for index in range(len(given) - 1, -1, -1):
         message = given[index]
         role = _role(message) if isinstance(message, dict) else None
@@ -130,7 +159,7 @@ def dropped_messages(value: Any) -> list[dict[str, Any]]:
 def unused_message_keys(value: Any, column: str) -> Iterator[str]:
     """Yield ``COLUMN[].KEY`` for each key that ``read_messages`` does not read, and for each key of
     a dropped message other than its text."""
-    for message in value if isinstance(value, list) else ():
+    for message in _listed(value):
         for key in _unused_keys(message):
             yield f"{column}[].{key}"
     text_keys = {"role", "content", "from", "value", "weight", *_FLAGS}
@@ -138,6 +167,14 @@ def unused_message_keys(value: Any, column: str) -> Iterator[str]:
         for key in message:
             if key not in text_keys and not is_empty(message[key]):
                 yield f"{column}[].{key}"
+
+
+def _listed(value: Any) -> list[Any]:
+    """The list, or that of a JSON text; empty for anything else."""
+    try:
+        return read_list(value, "", "")
+    except DataError:
+        return []
 
 
 def _message(given: Any, where: str, columnar: bool) -> Message:
@@ -162,16 +199,16 @@ def _message(given: Any, where: str, columnar: bool) -> Message:
 
 def _role_and_content(given: dict[str, Any], where: str, columnar: bool) -> dict[str, Any]:
     """Role, content and tool calls."""
-    sharegpt = _is_sharegpt(given)
-    role_key, text_key = ("from", "value") if sharegpt else ("role", "content")
-    names = _SHAREGPT_ROLES if sharegpt else _ROLES
-    role, content = given.get(role_key), given.get(text_key)
-    if not isinstance(role, str) or role not in names:
-        raise DataError(f"{where}: {role_key} = {shown(role)}; allowed: {', '.join(names)}")
+    role_key, text_key = _keys(given)
+    name, content = given.get(role_key), given.get(text_key)
+    role = _role(given)
+    if role is None:
+        allowed = ", ".join(_role_names(given))
+        raise DataError(f"{where}: {role_key} = {shown(name)}; allowed: {allowed}")
     calls = read_calls(given["tool_calls"], where, columnar) if given.get("tool_calls") else []
-    if sharegpt and role == "function_call":
+    if str(name).lower() == "function_call":
         calls, content = [*read_call_text(content, where), *calls], None
-    if calls and names[role] != "assistant":
+    if calls and role != "assistant":
         raise DataError(
             f"{where}: tool_calls = {shown(given['tool_calls'])}; allowed: only in the assistant's "
             "messages"
@@ -179,7 +216,7 @@ def _role_and_content(given: dict[str, Any], where: str, columnar: bool) -> dict
     text = _joined_parts(content)
     if text is None and not (content is None and calls):
         raise DataError(f"{where}: {text_key} = {shown(content)}; allowed: text")
-    fields: dict[str, Any] = {"role": names[role]}
+    fields: dict[str, Any] = {"role": role}
     if text is not None:  # a template would print null as a word
         fields["content"] = text
     return {**fields, "tool_calls": calls} if calls else fields
@@ -201,7 +238,7 @@ def _joined_parts(content: Any) -> str | None:
 
 def _further_fields(given: dict[str, Any], where: str) -> Iterator[tuple[str, Any]]:
     """The fields that are passed to the chat template unchanged."""
-    converted = _CONVERTED | _SHAREGPT_KEYS if _is_sharegpt(given) else _CONVERTED
+    converted = _CONVERTED.union(_keys(given))
     for key, value in given.items():
         if key in converted or value is None:
             continue
@@ -248,24 +285,30 @@ def _has_content(fields: dict[str, Any]) -> bool:
 
 
 def _role(given: dict[str, Any]) -> str | None:
-    if _is_sharegpt(given):
-        name, names = given["from"], _SHAREGPT_ROLES
-    else:
-        name, names = given.get("role"), _ROLES
-    return names.get(name) if isinstance(name, str) else None
+    """The role, of which the data may write the name in upper case; None if it is unknown."""
+    name = given.get(_keys(given)[0])
+    return _role_names(given).get(name.lower()) if isinstance(name, str) else None
 
 
-def _is_sharegpt(given: dict[str, Any]) -> bool:
-    """Whether the message has ShareGPT's keys. In a table, messages may have the keys of both
-    formats, with null in those of one."""
-    return given.get("role") is None and given.get("from") is not None
+def _role_names(given: dict[str, Any]) -> dict[str, str]:
+    return _ROLES if _keys(given) == ("role", "content") else _SHAREGPT_ROLES
+
+
+def _keys(given: dict[str, Any]) -> tuple[str, str]:
+    """The keys of role and text: ``role`` and ``content``, ShareGPT's ``from`` and ``value``, or a
+    mixture. In a table, messages may have the keys of both formats, with null in those of one."""
+    has = {key for key in ("role", "content", "from", "value") if given.get(key) is not None}
+    role_key = "from" if "role" not in has and "from" in has else "role"
+    if "value" in has and (role_key == "from" or "content" not in has):
+        return role_key, "value"
+    return role_key, "value" if role_key == "from" and "content" not in has else "content"
 
 
 def _unused_keys(given: Any) -> Iterator[str]:
     if not isinstance(given, dict):
         return
-    if _is_sharegpt(given):
-        yield from (key for key in ("role", "content") if not is_empty(given.get(key)))
+    if "value" in (keys := _keys(given)):
+        yield from (k for k in {"role", "content"}.difference(keys) if not is_empty(given.get(k)))
     if isinstance(content := given.get("content"), list):
         for part in content:
             yield from (f"content[].{key}" for key in _unknown_keys(part, {"type", "text"}))

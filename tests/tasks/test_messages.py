@@ -123,7 +123,7 @@ def test_invalid_keys_are_refused(changes: Row, said: str) -> None:
         ({"weight": 1.0}, "weight = 1.0 with role user"),
         ({"role": "system", "loss": True}, "loss = true with role system"),
         ({"tool_calls": [CALL]}, "allowed: only in the assistant's messages"),
-        ({"role": "function"}, 'role = "function"; allowed: system, user, assistant, tool'),
+        ({"role": "function"}, 'role = "function"; allowed: system, developer, user, assistant'),
     ],
 )
 def test_keys_of_the_assistant_are_refused_elsewhere(changes: Row, said: str) -> None:

@@ -50,6 +50,8 @@ class ChatEncoder:
         """Encode a chat. Raises DataError if the template rejects the messages or omits one of
         them, or if nothing is trained."""
         messages, tools = example.messages, example.tools
+        if example.train_all:
+            return self._whole(messages, tools)
         indices = [index for index in range(len(messages)) if example.is_trained(index)]
         if not indices:
             raise DataError("the chat has no trained turn")
@@ -67,6 +69,16 @@ class ChatEncoder:
         ignored = self._traces.ignored(messages, tools, turns)
         counts.update({IGNORED + key: count for key, count in ignored.items()})
         return EncodedChat(rows, counts)
+
+    def _whole(self, messages: Sequence[Message], tools: Tools) -> EncodedChat:
+        """A row of all messages in which every token is trained."""
+        text = self.template.render(messages, tools).text
+        (ids,) = self.joiner.ids([text])
+        chat = Turn(len(messages) - 1, "", text, ((0, len(text)),), is_whole_chat=True)
+        without_content = self._traces.check(messages, tools, [chat])
+        ignored = self._traces.ignored(messages, tools, [chat]) + Counter(content=without_content)
+        counts = Counter({IGNORED + key: count for key, count in ignored.items()})
+        return EncodedChat([IdRow(ids, [True] * len(ids), (chat.index,))], counts)
 
     def _turns_and_rows(
         self, messages: Sequence[Message], tools: Tools, indices: list[int]

@@ -112,7 +112,7 @@ class ChatTemplate:
     def _rendered(
         self, messages: Sequence[Message], tools: Tools, generation_prompt: bool
     ) -> Rendered:
-        plain = [_plain(message) for message in messages]
+        plain = [self._known_role(_plain(message)) for message in messages]
         if self._wants_parts(tools):
             plain = [_in_parts(message) for message in plain]
         try:
@@ -179,6 +179,12 @@ class ChatTemplate:
         )
         (text,), marked = found
         return Rendered(text, tuple(marked[0]) if marked else ())
+
+    def _known_role(self, message: dict[str, Any]) -> dict[str, Any]:
+        """OpenAI's developer is the system, to a template that does not know it."""
+        if message.get("role") != "developer" or self.mentions("developer"):
+            return message
+        return {**message, "role": "system"}
 
     @cached_property
     def special(self) -> re.Pattern[str]:

@@ -183,6 +183,8 @@ class Traces:
         following = [turn for turn in turns if turn.index >= first][:1]
         for turn in {turn.index: turn for turn in (*following, turns[-1])}.values():
             end = turn.index
+            if turn.is_whole_chat:
+                return self._text(others[: end + 1], given, False) != turn.text
             before = end > 0 and (without_tools or first < end)
             if before and self._text(others[:end], given, True) != turn.prompt:
                 return True

@@ -36,6 +36,7 @@ class Turn:
     ``differs``: the rendering of the finished chat does not begin with ``prompt``.
     ``without_reasoning``: the prompt already closes the reasoning, so the turn's is omitted.
     ``marked_early``: a mark begins within the prompt; it is trained from the end of the prompt on.
+    ``is_whole_chat``: ``answer`` is the whole chat up to message ``index``, of any role.
     """
 
     index: int
@@ -46,6 +47,7 @@ class Turn:
     differs: bool = False
     marked_early: bool = False
     without_reasoning: bool = False
+    is_whole_chat: bool = False
 
     @property
     def text(self) -> str:
