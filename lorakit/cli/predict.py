@@ -90,8 +90,8 @@ def predict(
 ) -> None:
     """Classify texts, or the rows of a file, with a trained classifier or regressor.
 
-    Prints one JSON object per text, in order: {"label", "score", "scores": {NAME: p}}; for
-    multi-label models {"labels", "scores"}; for a regression {"score"}.
+    Prints one JSON object per text, in order: {"label", "score", "scores": {NAME: p}}, for
+    multi-label models with "labels"; for a regression {"score"}.
 
     Example: lorakit predict runs/quickstart-encoder/adapter --text "A delight."
 

@@ -93,8 +93,19 @@ def _example(row: DescribedRow, labels: list[str] | None) -> dict[str, Any]:
     }
 
 
-def _label(row: DescribedRow, labels: list[str] | None) -> str | float | None:
-    return labels[int(row.label)] if labels is not None and row.label is not None else row.label
+def _label(row: DescribedRow, labels: list[str] | None) -> str | float | list[str] | None:
+    if labels is None or row.label is None:
+        assert not isinstance(row.label, tuple), "several labels are classes"
+        return row.label
+    if isinstance(row.label, tuple):
+        return [labels[index] for index in row.label]
+    return labels[int(row.label)]
+
+
+def _label_text(label: str | float | list[str]) -> str:
+    if isinstance(label, list):
+        return ", ".join(label) or "none"
+    return f"{label:g}" if isinstance(label, (int, float)) else label
 
 
 def _print(found: Preview, plain: bool) -> None:
@@ -110,8 +121,8 @@ def _print(found: Preview, plain: bool) -> None:
         _print_line(console, plain, [(f"\n--- {_escaped(_about(row))}", "bold")])
         _print_line(console, plain, _body(row, plain))
         if (label := _label(row, found.labels)) is not None:
-            shown = _escaped(f"{label:g}" if isinstance(label, (int, float)) else label)
-            _print_line(console, plain, [("label: ", ""), (shown, "green")])
+            name = "labels: " if isinstance(label, list) else "label: "
+            _print_line(console, plain, [(name, ""), (_escaped(_label_text(label)), "green")])
     lines = "".join(f"\n{name:22} {value}" for name, value in _figures(found))
     _print_line(console, plain, [(lines, "")])
 

@@ -36,7 +36,7 @@ CACHED_ROWS = 2000
 _FORMAT = 3
 _PACKAGE = Path(__file__).parents[1]
 #: Widest first, so that each array is aligned.
-_NAMES = ("labels", "lengths", "input_ids", "loss_mask", "token_type_ids")
+_NAMES = ("labels", "label_sizes", "lengths", "input_ids", "loss_mask", "token_type_ids")
 _DTYPES = {"U16": "<u2", "I32": "<i4", "I64": "<i8", "F64": "<f8", "BOOL": "|b1", "I8": "|i1"}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _CHUNK = 4 << 20
@@ -76,7 +76,11 @@ class Shard:
             self._write("token_type_ids", "|i1", types)
         if labels:
             dtype = "<f8" if isinstance(labels[0], float) else "<i8"
-            self._write("labels", dtype, [np.array(labels, dtype)])
+            several = [label for label in labels if isinstance(label, tuple)]
+            values = [np.array(label) for label in several] or [np.array(labels, dtype)]
+            self._write("labels", dtype, values)
+            if several:
+                self._write("label_sizes", "<i8", [np.array([len(label) for label in several])])
 
     def _write(self, name: str, dtype: str, parts: Sequence[NDArray[Any]]) -> None:
         values = np.concatenate(parts).astype(dtype, copy=False)

@@ -68,7 +68,8 @@ class CausalBatch(Batch):
 
 @dataclass(frozen=True)
 class EncoderBatch(Batch):
-    """Sequences for an encoder with their ``labels`` (batch,). ``attention_mask`` is None if
+    """Sequences for an encoder with their ``labels`` (batch,), or (batch, classes) for several
+    labels per row. ``attention_mask`` is None if
     nothing is padded, ``token_type_ids`` if the tokenizer produces none."""
 
     labels: Tensor
@@ -141,7 +142,7 @@ def collate_encoder(rows: Sequence[EncodedRow], pad_id: int, multiple_of: int = 
     types = [row.token_type_ids for row in rows if row.token_type_ids is not None]
     return EncoderBatch(
         input_ids=torch.from_numpy(_pad(ids, pad_id, multiple_of)),
-        labels=torch.tensor([row.label for row in rows]),
+        labels=_labels(rows),
         attention_mask=None if mask.all() else torch.from_numpy(mask),
         token_type_ids=torch.from_numpy(_pad(types, 0, multiple_of)) if types else None,
     )
@@ -184,6 +185,12 @@ def _loss_indices(row: EncodedRow) -> NDArray[np.int64]:
 
 def _targets(rows: Sequence[EncodedRow]) -> NDArray[np.int64]:
     return np.concatenate([row.input_ids[1:][row.loss_mask[1:]] for row in rows]).astype(np.int64)
+
+
+def _labels(rows: Sequence[EncodedRow]) -> Tensor:
+    labels: list[Any] = [row.label for row in rows]
+    is_vector = isinstance(labels[0], np.ndarray)
+    return torch.from_numpy(np.stack(labels)) if is_vector else torch.tensor(labels)
 
 
 def _pad(arrays: Sequence[NDArray[Any]], value: int, multiple_of: int) -> NDArray[np.int64]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -34,6 +34,8 @@ from lorakit.errors import DataError
 
 _ROWS_AT_ONCE = 10_000
 TokenIds = NDArray[np.int32] | NDArray[np.uint16]
+#: A class index, a float for a regression, or for several labels per row a 0 or 1 for each class.
+Label = int | float | NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class EncodedRow:
     input_ids: TokenIds
     loss_mask: NDArray[np.bool_]
     token_type_ids: NDArray[np.int8] | None = None
-    label: int | float | None = None
+    label: Label | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class EncodedSplit:
     loss_mask: NDArray[np.bool_]
     offsets: NDArray[np.int64]
     token_type_ids: NDArray[np.int8] | None
-    labels: tuple[int | float, ...] | None
+    labels: tuple[Label, ...] | None
     counts: Counts
 
     def __len__(self) -> int:
@@ -67,6 +69,14 @@ class EncodedSplit:
         types = None if self.token_type_ids is None else self.token_type_ids[part]
         label = None if self.labels is None else self.labels[index]
         return EncodedRow(self.input_ids[part], self.loss_mask[part], types, label)
+
+    def class_ids(self) -> Iterator[int | float]:
+        """The class indices of all rows of an encoder, in order."""
+        for label in self.labels or ():
+            if isinstance(label, np.ndarray):
+                yield from np.flatnonzero(label).tolist()
+            else:
+                yield label
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
@@ -178,15 +188,23 @@ def _from_arrays(arrays: Arrays, counts: Counts) -> EncodedSplit:
     lengths = arrays["lengths"]
     offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
-    labels = arrays.get("labels")
     return EncodedSplit(
         input_ids=arrays["input_ids"],
         loss_mask=arrays["loss_mask"],
         offsets=offsets,
         token_type_ids=arrays.get("token_type_ids"),
-        labels=None if labels is None else tuple(labels.tolist()),
+        labels=_labels(arrays),
         counts=counts,
     )
+
+
+def _labels(arrays: Arrays) -> tuple[Label, ...] | None:
+    labels, sizes = arrays.get("labels"), arrays.get("label_sizes")
+    if labels is None:
+        return None
+    if sizes is None:
+        return tuple(labels.tolist())
+    return tuple(np.split(labels, np.cumsum(sizes[:-1])))
 
 
 def _last_trained(row: EncodedRow) -> list[int]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+#: What the labels of an encoder's rows are, as transformers names it.
+Problem = Literal["regression", "single_label_classification", "multi_label_classification"]
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,12 @@ class ChatExample:
 
 @dataclass(frozen=True)
 class ClassificationExample:
-    """A text or a pair of texts; ``label`` is a class index, or a float for regression."""
+    """A text or a pair of texts; ``label`` is a class index, a float for regression, or for several
+    labels per row a 0 or 1 for each class."""
 
     text: str
     text_pair: str | None
-    label: int | float
+    label: int | float | tuple[int, ...]
 
 
 Example = TextExample | ChatExample | ClassificationExample

@@ -70,11 +70,11 @@ class TokenRow:
 
 @dataclass
 class EncodedRows:
-    """``rows`` in order, one per source row or, for a chat, several. ``labels`` has one label per
-    row for an encoder."""
+    """``rows`` in order, one per source row or, for a chat, several. ``labels`` has the label of
+    each row for an encoder."""
 
     rows: list[TokenRow]
-    labels: list[int | float]
+    labels: list[int | float | tuple[int, ...]]
     counts: Counts
 
 
@@ -111,7 +111,7 @@ class RowEncoder:
         counted: Counter[str] = Counter()
         encoded = iter(self._examples([example for _, example in given], counted))
         found: list[TokenRow] = []
-        labels: list[int | float] = []
+        labels: list[int | float | tuple[int, ...]] = []
         for index, example in given:
             with _at_row(locate, index, skip):
                 found += _trainable(next(encoded), example, self._max_length)

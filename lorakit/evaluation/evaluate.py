@@ -23,7 +23,7 @@ from lorakit.data.collate import (
     collate_encoder,
     eval_batches,
 )
-from lorakit.data.encode import EncodedSplit
+from lorakit.data.encode import EncodedSplit, Label
 from lorakit.data.sources import Split
 from lorakit.distributed.group import rank_and_world_size
 from lorakit.distributed.processes import (
@@ -48,6 +48,7 @@ from lorakit.evaluation.sampling import task_decoding
 from lorakit.evaluation.scorer import ModelScorer, Scorer
 from lorakit.models.causal import CausalParts, host_masks, split_model
 from lorakit.models.heads import head_labels, label_columns
+from lorakit.models.label_losses import label_losses
 from lorakit.tasks.base import Prediction, Task
 
 
@@ -70,7 +71,8 @@ class EvalData:
         task, split, config = self.task, self.split, self.config
         if task.kind == "encoder":
             assert self.encoded.labels is not None
-            return {"loss", *task.metrics(list(self.encoded.labels), split, config)}
+            right = [_prediction(label) for label in self.encoded.labels]
+            return {"loss", *task.metrics(right, split, config)}
         names = {"loss", "perplexity"}
         if generate and self.prompts is not None:
             names |= set(task.metrics([""] * len(split), split, config))
@@ -105,8 +107,8 @@ def evaluate_model(
     The metrics of a causal model are ``loss``, the mean over the split's trained tokens, and
     ``perplexity`` = exp(loss). If ``generate`` is true and ``data`` has prompts, they include the
     task's scores of the texts generated from them; text is sampled, with ``seed``, only if
-    ``task.temperature`` is above 0. The metrics of an encoder are ``loss``, the mean over the rows
-    (cross entropy, or squared error for a regression), and the task's scores.
+    ``task.temperature`` is above 0. The metrics of an encoder are ``loss``, the mean of
+    ``label_losses`` over the rows, and the task's scores.
 
     ``parts`` is ``split_model(model)``, if the caller already has it. ``scorer`` replaces the
     model's passes, but not its generation. ``on_progress`` receives the
@@ -168,7 +170,8 @@ class _Measure:
         return _Share(loss, len(share), texts)
 
     def classify(self) -> _Share:
-        """Sum the losses, and predict a class index (for a regression, a float) for each row.
+        """Sum the losses, and predict a class index (of several per row, the list of those with a
+        probability of at least 0.5; for a regression, a float) for each row.
 
         A row whose largest logit belongs to a class that the task does not have is predicted as
         ``{"error": ...}``, which names the class.
@@ -180,8 +183,13 @@ class _Measure:
         classes = self._classes(columns)
         predicted: dict[int, Prediction] = {}
         for rows, values in outputs:
-            found = [classes.get(value, value) for value in values.tolist()]
-            predicted |= zip(rows.tolist(), found, strict=True)
+            found = values.cpu().numpy()
+            of_rows = (
+                [_prediction(row) for row in found]
+                if found.ndim == 2
+                else [classes.get(value, value) for value in found.tolist()]
+            )
+            predicted |= zip(rows.tolist(), of_rows, strict=True)
         return _Share(_total(losses), len(predicted), [predicted[row] for row in share])
 
     def _token_loss(self, share: range) -> float:
@@ -233,19 +241,22 @@ class _Measure:
             monitor.check()
             chosen = [self.data.encoded[int(i)] for i in rows]
             batch = collate_encoder(chosen, pad_id(self.tokenizer)).to(device)
-            labels = batch.labels
             logits = self.scorer.logits(batch).float()
             if not is_own:
                 continue
-            if self.model.config.num_labels == 1:
-                outputs.append((rows, logits.squeeze(-1)))
-                losses.append((outputs[-1][1] - labels.float()).square().sum())
-            else:
-                labels = labels if place is None else place[labels]
-                outputs.append((rows, logits.argmax(dim=-1)))
-                losses.append(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            outputs.append((rows, self._predicted(logits, place)))
+            losses.append(label_losses(logits, batch.labels, place))
             monitor.advance(len(rows))
         return outputs, losses
+
+    def _predicted(self, logits: Tensor, place: Tensor | None) -> Tensor:
+        """A number or the index of a logit for each row, or whether it has each class."""
+        if self.data.task.problem(self.data.config) == "multi_label_classification":
+            own = logits if place is None else logits[:, place]
+            return own.sigmoid() >= 0.5
+        if self.model.config.num_labels == 1:
+            return logits.squeeze(-1)
+        return logits.argmax(dim=-1)
 
     def _capacity(self) -> BatchCapacity | None:
         """The smallest of the processes' capacities if their batches must be the same."""
@@ -269,6 +280,11 @@ class _Measure:
         missing = max(gather(len(batches))) - len(batches) if self.in_step else 0
         yield from ((batch, True) for batch in batches)
         yield from [(np.zeros(1, dtype=np.int64), False)] * missing
+
+
+def _prediction(label: Label) -> Prediction:
+    """The prediction that a label is: of several per row, the list of classes."""
+    return np.flatnonzero(label).tolist() if isinstance(label, np.ndarray) else label
 
 
 def _monitors(

@@ -11,11 +11,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from lorakit.data.examples import Problem
 from lorakit.errors import ModelError, shown
 from lorakit.models.hub import load_config
 from lorakit.recipe.sections import ModelSection
 
 Labels = Sequence[str] | None  # None: a regression, with one output
+_MULTI_LABEL = "multi_label_classification"
 #: The name that transformers gives to an unnamed class.
 _UNNAMED = re.compile(r"label_\d+", re.IGNORECASE)
 
@@ -30,7 +32,13 @@ class HeadPlan:
     note: str | None = None
 
 
-def plan_head(labels: Labels, config: PreTrainedConfig, new_head: bool, name: str) -> HeadPlan:
+def plan_head(
+    labels: Labels,
+    config: PreTrainedConfig,
+    new_head: bool,
+    name: str,
+    problem: Problem | None = None,
+) -> HeadPlan:
     """Decide which labels the stored head of the base ``name`` gets for a task with ``labels``.
 
     A head that has all of the task's labels (``find_labels``) keeps its labels and their order. A
@@ -52,7 +60,7 @@ def plan_head(labels: Labels, config: PreTrainedConfig, new_head: bool, name: st
     if found is None:
         raise _mismatch(labels, head, name)
     note = _mapping_note(labels, head, found)
-    if config.problem_type == "multi_label_classification":
+    if config.problem_type == _MULTI_LABEL and problem != _MULTI_LABEL:
         several = "the base's head was trained on multi-label rows; this task has one label per row"
         note = f"{note}; {several}" if note else several
     return HeadPlan(head, note=note)

@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from lorakit.data.examples import Problem
 from lorakit.errors import ModelError, UserError
 from lorakit.models.heads import declares_head, in_head, plan_head, renew_head, stores_head
 from lorakit.models.hub import explained, hub_options, load_config, load_tokenizer, quiet
@@ -60,10 +61,12 @@ def load_pretrained(
     seed: int = 0,
     *,
     head_given: bool = False,
+    problem: Problem | None = None,
 ) -> Pretrained:
     """Load the model, in evaluation mode and ``section.dtype``, and its tokenizer.
 
-    ``labels`` are an encoder's class names, None for regression. ``plan_head`` decides how a head
+    ``labels`` are an encoder's class names, None for regression; without ``problem``, each row has
+    one of them. ``plan_head`` decides how a head
     in the checkpoint is used; a missing one is initialized from ``seed``. With ``head_given``, an
     adapter provides the head, with ``labels``, and the base's is ignored. Raises ModelError if the
     model is missing, gated, unreachable, of the other kind or not in safetensors, if its head does
@@ -81,9 +84,9 @@ def load_pretrained(
         model, info = _from_pretrained(AutoModelForCausalLM, name, config, options, seed)
         check_shapes(info["mismatched_keys"], name)
     elif head_given:
-        model, info = _classifier(name, config, labels, options, seed)
+        model, info = _classifier(name, config, labels, problem, options, seed)
     else:
-        model, info, note = _with_head(section, config, labels, options, seed)
+        model, info, note = _with_head(section, config, labels, problem, options, seed)
         notes += [note] if note else []
     model.config.pad_token_id = tokenizer.pad_token_id
     new = _new_modules(model, info, kind, name)
@@ -113,6 +116,7 @@ def _with_head(
     section: ModelSection,
     config: PreTrainedConfig,
     labels: Sequence[str] | None,
+    problem: Problem | None,
     options: Mapping[str, Any],
     seed: int,
 ) -> tuple[PreTrainedModel, dict[str, Any], str | None]:
@@ -121,20 +125,20 @@ def _with_head(
     name = section.name_or_path
     plan, mismatch = None, None
     try:
-        plan = plan_head(labels, config, section.new_head, name)
+        plan = plan_head(labels, config, section.new_head, name, problem)
     except ModelError as error:  # raised below, if the checkpoint has a head at all
         mismatch = error
     expected = plan.labels if plan is not None and declares_head(config) else labels
-    model, info = _classifier(name, config, expected, options, seed)
+    model, info = _classifier(name, config, expected, problem, options, seed)
     if not stores_head(model, info):
         if expected != labels:
-            model, info = _classifier(name, config, labels, options, seed)
+            model, info = _classifier(name, config, labels, problem, options, seed)
         return model, info, None
     if mismatch is not None:
         raise mismatch
     assert plan is not None, "there is a plan or a mismatch"
     if expected != plan.labels:
-        model, info = _classifier(name, config, plan.labels, options, seed)
+        model, info = _classifier(name, config, plan.labels, problem, options, seed)
     if plan.fresh:
         info["missing_keys"] |= {f"{module}." for module in renew_head(model, seed)}
     return model, info, plan.note
@@ -144,20 +148,21 @@ def _classifier(
     name: str,
     config: PreTrainedConfig,
     labels: Sequence[str] | None,
+    problem: Problem | None,
     options: Mapping[str, Any],
     seed: int,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Load the base with a head for ``labels``; head tensors of another shape are newly
     initialized."""
     config = copy.deepcopy(config)
-    for key, value in _label_options(labels).items():
+    for key, value in _label_options(labels, problem).items():
         setattr(config, key, value)
     model, info = _from_pretrained(AutoModelForSequenceClassification, name, config, options, seed)
     check_shapes([key for key in info["mismatched_keys"] if not in_head(model, key[0])], name)
     return model, info
 
 
-def _label_options(labels: Sequence[str] | None) -> dict[str, Any]:
+def _label_options(labels: Sequence[str] | None, problem: Problem | None) -> dict[str, Any]:
     """The configuration of a classification head; None means regression."""
     if labels is None:
         return {"num_labels": 1, "problem_type": "regression"}
@@ -166,7 +171,7 @@ def _label_options(labels: Sequence[str] | None) -> dict[str, Any]:
         "num_labels": len(labels),
         "id2label": names,
         "label2id": {label: index for index, label in names.items()},
-        "problem_type": "single_label_classification",
+        "problem_type": problem or "single_label_classification",
     }
 
 

@@ -192,5 +192,5 @@ def _label_lines(data: TaskData, train: EncodedSplit) -> list[str]:
     labels = data.task.labels(data.config, None)
     if labels is None or train.labels is None:
         return []
-    counts = label_counts(labels, train.labels)
+    counts = label_counts(labels, train.class_ids())
     return [f"labels: {counts_line(counts)}", *similar_labels(counts)]

@@ -15,6 +15,7 @@ from lorakit.adapters.load import find_model
 from lorakit.adapters.peft.method import run_method_file
 from lorakit.adapters.peft.place import load_adapter
 from lorakit.adapters.peft.read import AdapterFiles, read_adapter
+from lorakit.data.examples import Problem
 from lorakit.distributed.group import init_process_group, is_main
 from lorakit.errors import AdapterError, ModelError, UserError
 from lorakit.evaluation.evaluate import evaluate_model
@@ -79,7 +80,9 @@ def evaluate_split(
     if files is not None:
         _check_labels(files, data.labels)
     seed = recipe.train.seed
-    model, tokenizer = load_adapted(recipe.model, data.task.kind, data.labels, files, seed, say)
+    model, tokenizer = load_adapted(
+        recipe.model, data.task.kind, data.labels, files, seed, say, data.problem
+    )
     data = replace(data, config=fit_max_length(model, data.config, say))
     result = evaluate_model(
         model,
@@ -136,6 +139,7 @@ def load_adapted(
     files: AdapterFiles | None,
     seed: int,
     say: Say,
+    problem: Problem | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the base onto its device, with the adapter of ``files``, in evaluation mode.
 
@@ -146,7 +150,9 @@ def load_adapted(
     brings_head = files is not None and files.brings_head
     if files is not None and brings_head and labels is not None:
         labels = _saved_head_labels(files) or _base_head_labels(section, files, labels)
-    loaded = load_pretrained(section, kind, labels, seed=seed, head_given=brings_head)
+    loaded = load_pretrained(
+        section, kind, labels, seed=seed, head_given=brings_head, problem=problem
+    )
     tokenizer, notes = loaded.tokenizer, loaded.notes
     if files is not None and (files.directory / "tokenizer.json").is_file():
         tokenizer, adapter_notes = load_tokenizer(str(files.directory), {})

@@ -63,9 +63,9 @@ def predict(
     on or the only ones that can be meant.
 
     For one label per text the result is ``{"label": NAME, "score": p, "scores": {NAME: p}}`` with
-    the softmax of the logits; for ``multi_label_classification`` ``{"labels": [NAME, ...],
-    "scores": {NAME: p}}`` with the sigmoid of each logit, and the names with p > 0.5; for a
-    regression ``{"score": value}``.
+    the softmax of the logits. For ``multi_label_classification`` the scores are the sigmoid of each
+    logit, and ``"labels": [NAME, ...]`` are the names with p >= 0.5. For a regression it is
+    ``{"score": value}``.
 
     Texts are truncated to ``max_length`` tokens, by default that of the adapter's training, or else
     of the model. ``dtype`` is by default that of the training, or else of the checkpoint. The
@@ -212,7 +212,9 @@ def _best(scores: dict[str, float]) -> dict[str, Any]:
 
 
 def _several(scores: dict[str, float]) -> dict[str, Any]:
-    return {"labels": [name for name, p in scores.items() if p > 0.5], "scores": scores}
+    labels = [name for name, p in scores.items() if p >= 0.5]
+    best = max(scores, key=scores.__getitem__)
+    return {"label": best, "score": scores[best], "labels": labels, "scores": scores}
 
 
 def _value(names: Sequence[str], values: Sequence[float]) -> dict[str, Any]:

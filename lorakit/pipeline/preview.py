@@ -28,6 +28,7 @@ from lorakit.pipeline.encoding import endless_warning
 from lorakit.pipeline.task_data import Say, TaskData, load_task_data
 from lorakit.recipe.sections import ModelSection, Recipe
 from lorakit.tasks.checks import label_counts, similar_labels
+from lorakit.tasks.labelling import class_ids
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ class DescribedRow:
 
     ``loss_mask`` marks the tokens that count in the loss, never the first, which is not predicted.
     ``truncated`` rows lost tokens; ``cut`` rows lost the end of the trained text, including EOS.
-    ``label`` is set for encoders only. ``part`` is (number of this row from 1, number of rows)
-    among the rows of tokens that the split's row becomes.
+    ``label`` is set for encoders only; several labels per row are their class indices. ``part`` is
+    (number of this row from 1, number of rows) among the rows of tokens that the split's row
+    becomes.
     """
 
     where: str
@@ -56,7 +58,7 @@ class DescribedRow:
     pieces: tuple[Piece, ...]
     truncated: bool
     cut: bool
-    label: int | float | None
+    label: int | float | tuple[int, ...] | None
     part: tuple[int, int]
 
 
@@ -134,8 +136,8 @@ def preview(
     examples = _described(data, tokenizer, start - 1, count)
     labels = data.labels if data.task.kind == "encoder" else None
     if data.task.kind == "encoder":
-        _say_head(section, model_config, labels, say)
-    counts = label_counts(labels, encoded.labels) if labels and encoded.labels else None
+        _say_head(section, model_config, data, say)
+    counts = label_counts(labels, encoded.class_ids()) if labels and encoded.labels else None
     for line in similar_labels(counts or {}):
         say(line)
     if summary.endless_rows:
@@ -194,16 +196,14 @@ def _described(
     ]
 
 
-def _say_head(
-    section: ModelSection, config: PreTrainedConfig, labels: list[str] | None, say: Say
-) -> None:
+def _say_head(section: ModelSection, config: PreTrainedConfig, data: TaskData, say: Say) -> None:
     """Report how the task's labels map to the base's classification head, if it has one.
 
     Raises ModelError, as training does, for a head that does not fit.
     """
     if declares_head(config):
-        note = plan_head(labels, config, section.new_head, section.name_or_path).note
-        if note:
+        name, labels = section.name_or_path, data.labels
+        if note := plan_head(labels, config, section.new_head, name, data.problem).note:
             say(note)
 
 
@@ -239,11 +239,15 @@ def describe_row(
     skip = (lambda index, reason: None) if skip_bad else None
     encoder = RowEncoder(to_example, tokenizer, max_length)
     found = encoder.encode([split.rows[index]], lambda _: split.locate(index), skip)
-    labels: list[Any] = found.labels or [None] * len(found.rows)
+    labels: list[Any] = [_class_ids(label) for label in found.labels] or [None] * len(found.rows)
     return [
         _describe_tokens(split.locate(index), row, label, tokenizer, (part, len(found.rows)))
         for part, (row, label) in enumerate(zip(found.rows, labels, strict=True), 1)
     ]
+
+
+def _class_ids(label: int | float | tuple[int, ...]) -> int | float | tuple[int, ...]:
+    return tuple(class_ids(label)) if isinstance(label, tuple) else label
 
 
 def summarize(encoded: EncodedSplit, stops: Set[int], packed_to: int | None = None) -> Summary:
@@ -268,7 +272,11 @@ def summarize(encoded: EncodedSplit, stops: Set[int], packed_to: int | None = No
 
 
 def _describe_tokens(
-    where: str, row: TokenRow, label: int | float | None, tokenizer: Any, part: tuple[int, int]
+    where: str,
+    row: TokenRow,
+    label: int | float | tuple[int, ...] | None,
+    tokenizer: Any,
+    part: tuple[int, int],
 ) -> DescribedRow:
     ids, loss_mask = row.input_ids.tolist(), [False, *row.loss_mask[1:].tolist()]
     return DescribedRow(

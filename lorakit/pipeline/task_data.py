@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorakit import registry
-from lorakit.data.examples import Example
+from lorakit.data.examples import Example, Problem
 from lorakit.data.paths import no_split
 from lorakit.data.sources import Split
 from lorakit.data.stream import Stream, open_stream
@@ -18,7 +18,7 @@ from lorakit.errors import DataError, UserError
 from lorakit.recipe.sections import ModelSection, Recipe
 from lorakit.tasks.base import Task
 from lorakit.tasks.checks import column_notes
-from lorakit.tasks.classification import label_order
+from lorakit.tasks.labelling import label_order
 
 Say = Callable[[str], None]
 #: Returns the class names of the base's classification head, in the head's order, given labels of
@@ -43,6 +43,11 @@ class TaskData:
     skip_bad_rows: bool = False
     validation: Split | None = None
     stream: Stream | None = None
+
+    @property
+    def problem(self) -> Problem | None:
+        """What the labels of an encoder's rows are; None for causal tasks."""
+        return self.task.problem(self.config)
 
     def example(self, row: Mapping[str, Any]) -> Example:
         """Return the task's example of one row."""

@@ -27,6 +27,9 @@ from lorakit.recipe.yaml_source import YamlFile
 METRIC_NAMES = (
     "accuracy",
     "f1",
+    "f1_micro",
+    "f1_macro",
+    "subset_accuracy",
     "matthews_correlation",
     "pearson",
     "spearmanr",
@@ -89,7 +92,7 @@ def check_sections(
         faults += [*_packing(task, task_kind), *_splits(task)]
     if task is not None and train is not None:
         faults += [*_token_budget(task, train), *_streaming(task, train)]
-        faults += _automatic_batch_size(task, train)
+        faults += [*_automatic_batch_size(task, train), *_label_smoothing(task, train)]
     if train is not None:
         faults += _one_of(train, "epochs", "max_steps")
         if task is None or not registry.is_user_task(str(getattr(task, "name", ""))):
@@ -209,6 +212,13 @@ def _streaming(task: TaskSection, train: TrainSection) -> Iterator[Fault]:
         path = ("train", "max_tokens_per_batch")
         message = "not supported with task.streaming, unless task.packing is true"
         yield Fault(path, message, train.max_tokens_per_batch, True, "null")
+
+
+def _label_smoothing(task: TaskSection, train: TrainSection) -> Iterator[Fault]:
+    several = getattr(task, "multi_label", False) or getattr(task, "label_columns", None)
+    if several and train.label_smoothing:
+        message = "not supported for several labels per row"
+        yield Fault(("train", "label_smoothing"), message, train.label_smoothing, True, "0.0")
 
 
 def _automatic_batch_size(task: TaskSection, train: TrainSection) -> Iterator[Fault]:

@@ -15,13 +15,13 @@ from lorakit import registry
 from lorakit.adapters.start import read_start
 from lorakit.errors import UserError, shown
 from lorakit.injection import InjectionReport, find_heads, inject
-from lorakit.models.load import empty_model, load_pretrained
+from lorakit.models.load import empty_model
 from lorakit.pipeline.task_data import Say, load_training_data
 from lorakit.recipe.sections import MAX_RANK, AdapterSection, Recipe
 from lorakit.recipe.yaml_source import read_yaml
 from lorakit.sweeps.load import Sweep, make_member
 from lorakit.sweeps.members import Member
-from lorakit.training.setup import outermost
+from lorakit.training.setup import load_task_model, outermost
 
 
 class Sizes:
@@ -66,7 +66,7 @@ def _empty_model(recipe: Recipe) -> tuple[PreTrainedModel, list[str]]:
     if registry.task(recipe.task.name).kind == "causal":
         return empty_model(recipe.model, "causal"), []
     data = load_training_data(recipe, lambda note: None)
-    loaded = load_pretrained(recipe.model, "encoder", data.labels)
+    loaded = load_task_model(recipe, data)
     heads = dict.fromkeys([*find_heads(loaded.model), *loaded.new_modules])
     model: torch.nn.Module = loaded.model
     model.to("meta")

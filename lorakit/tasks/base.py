@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from lorakit.data.examples import Example
+from lorakit.data.examples import Example, Problem
 from lorakit.data.sources import Split, load_split
 from lorakit.errors import DataError, shown
 from lorakit.recipe.sections import NonNegativeFloat, NonNegativeInt, PositiveInt, TaskSection
@@ -198,6 +198,13 @@ class Task(ABC):
     def labels(self, config: Any, train: Split | None) -> list[str] | None:
         """Class names by index for classification; None for regression and causal tasks."""
         return None
+
+    def problem(self, config: Any) -> Problem | None:
+        """What the labels of an encoder's rows are; None for causal tasks. By default a row has one
+        class, or a number if there are no class names."""
+        if self.kind == "causal":
+            return None
+        return "regression" if self.labels(config, None) is None else "single_label_classification"
 
     @abstractmethod
     def example(self, row: Row, config: Any) -> Example:

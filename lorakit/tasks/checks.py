@@ -156,8 +156,8 @@ def _listed_keys(found: Counter[str]) -> str:
 
 
 def label_counts(labels: Sequence[str], ids: Iterable[int | float]) -> dict[str, int]:
-    """The number of rows by label, in the order of ``labels``; ``ids`` are the rows' class
-    indices."""
+    """The number of rows by label, in the order of ``labels``; ``ids`` are the class indices of
+    all rows."""
     found = Counter(map(int, ids))
     return {label: found[index] for index, label in enumerate(labels)}
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from lorakit.data.paths import split_files
 from lorakit.recipe.sections import TaskSection
-from lorakit.tasks.classification import LabelledTask, Labelling
+from lorakit.tasks.classification import LabelledTask
+from lorakit.tasks.labelling import Labelling
 
 HUB_DATASET = "nyu-mll/glue"
 

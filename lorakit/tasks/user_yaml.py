@@ -24,12 +24,14 @@ from lorakit.data.sources import Split
 from lorakit.errors import DataError, RecipeError, UserError, did_you_mean, shown
 from lorakit.metrics.coco_caption import cider, rouge_l
 from lorakit.metrics.mteval import bleu, nist
+from lorakit.metrics.multi_label import MULTI_LABEL_METRICS
 from lorakit.recipe.diagnostics import Fault, explain
 from lorakit.recipe.sections import TaskSection
 from lorakit.recipe.yaml_source import YamlFile, read_yaml
 from lorakit.tasks.base import LOWER_IS_BETTER, Prediction, Task, exact_match, paired
-from lorakit.tasks.classification import Classification, Labelling, class_id, read_label
+from lorakit.tasks.classification import Classification
 from lorakit.tasks.completion import Completion
+from lorakit.tasks.labelling import Labelling, class_id, class_ids, row_labels
 from lorakit.user_code import guarded, is_code, load_attribute
 
 #: Metrics of generated text that take several references per prediction.
@@ -61,8 +63,8 @@ class UserCompletion(Completion):
 
 
 class UserClassification(Classification):
-    """``classification`` with the metrics ``scored_by``. A user's function gets class indices, or
-    numbers for a regression."""
+    """``classification`` with the metrics ``scored_by``. A user's function gets class indices, a
+    list of them for each row with several labels, or numbers for a regression."""
 
     scored_by: ClassVar[tuple[str, ...]]
 
@@ -79,7 +81,9 @@ class UserClassification(Classification):
         """Raises DataError for a prediction that is not a label id."""
         scores = super().metrics(predictions, split, config)
         where = self.labelling(config)
-        gold = [read_label(value, where) for value in split.column(where.label)]
+        gold = row_labels(split, where)
+        if where.several:
+            gold = [class_ids(flags) for flags in gold]
         for metric in filter(is_code, self.scored_by):
             scores |= user_scores(metric, [class_id(value) for value in predictions], gold)
         return scores
@@ -165,7 +169,7 @@ def _key_faults(section: type[TaskSection], data: Mapping[str, Any]) -> Iterator
 def _metric_faults(data: Mapping[str, Any]) -> Iterator[Fault]:
     known: tuple[str, ...] = _TEXT_METRICS
     if data["kind"] == "classification":
-        known = _NUMBER_METRICS if data.get("regression") is True else _CLASS_METRICS
+        known = _label_metrics(data, _CLASS_METRICS)
     allowed = f"{', '.join(known)}, ./FILE.py:FUNCTION, or a list of these"
     given = data.get("metric")
     listed = isinstance(given, list) and given and all(isinstance(name, str) for name in given)
@@ -193,8 +197,16 @@ def _metrics(data: Mapping[str, Any]) -> tuple[str, ...]:
     if given is None:
         if data["kind"] == "completion":
             return ("exact_match",)
-        return _NUMBER_METRICS if data.get("regression") is True else ("accuracy", "f1")
+        return _label_metrics(data, ("accuracy", "f1"))
     return (given,) if isinstance(given, str) else tuple(given)
+
+
+def _label_metrics(data: Mapping[str, Any], one_class: tuple[str, ...]) -> tuple[str, ...]:
+    """The metrics of a classification; ``one_class`` are those of one class per row."""
+    if data.get("regression") is True:
+        return _NUMBER_METRICS
+    several = data.get("multi_label") is True or data.get("label_columns")
+    return MULTI_LABEL_METRICS if several else one_class
 
 
 def metric_name(metric: str) -> str:

@@ -68,10 +68,17 @@ def prepare(recipe: Recipe, say: Say, write_cache: bool = True, resumes: bool = 
 def load_inputs(recipe: Recipe, say: Say, write_cache: bool = True) -> Inputs:
     """Load the base model and the data; raises UserError if they do not fit together."""
     data = load_training_data(recipe, say)
-    loaded = load_pretrained(recipe.model, data.task.kind, data.labels, seed=recipe.train.seed)
+    loaded = load_task_model(recipe, data)
     for note in loaded.notes:
         say(note)
     return encode_inputs(recipe, data, loaded, say, write_cache)
+
+
+def load_task_model(recipe: Recipe, data: TaskData) -> Pretrained:
+    """Load the base with a head for the task, if it needs one; raises ModelError if they do not
+    fit together."""
+    seed, labels = recipe.train.seed, data.labels
+    return load_pretrained(recipe.model, data.task.kind, labels, seed, problem=data.problem)
 
 
 def encode_inputs(

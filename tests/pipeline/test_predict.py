@@ -91,9 +91,10 @@ def test_several_labels(tiny_bert: Path, tmp_path: Path) -> None:
     )
     found = lorakit.predict(base, TEXTS)
     for row, scores in zip(found, expected(base, TEXTS), strict=True):
-        assert list(row) == ["labels", "scores"]
+        assert list(row) == ["label", "score", "labels", "scores"]
         assert_close(row["scores"], scores)
-        assert row["labels"] == [name for name in NAMES if scores[name] > 0.5]
+        assert row["labels"] == [name for name in NAMES if scores[name] >= 0.5]
+        assert row["score"] == row["scores"][row["label"]] == max(row["scores"].values())
     assert {len(row["labels"]) for row in found} != {0}
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
@@ -31,6 +30,7 @@ from lorakit.models.causal import (
     use_varlen,
     varlen_options,
 )
+from lorakit.models.label_losses import label_losses
 from lorakit.training.engine import EngineState, StepResult
 from lorakit.training.engine.probe import GradientProbe
 from lorakit.training.engine.stored import fitted
@@ -218,8 +218,8 @@ class CausalObjective(nn.Module):
 
 
 class EncoderObjective(nn.Module):
-    """The sum over a batch's rows of the cross entropy, or of the squared error for a model with
-    one output. ``columns`` are the logits of the task's classes, in order; None means all."""
+    """The sum of ``label_losses`` over a batch's rows. ``columns`` are the logits of the task's
+    classes, in order; None means all."""
 
     parts = None
     varlen = False
@@ -248,11 +248,4 @@ class EncoderObjective(nn.Module):
 
     def losses(self, states: Tensor, batch: EncoderBatch) -> Tensor:
         """The sum of the losses, given the logits."""
-        logits, labels = states.float(), batch.labels
-        if logits.shape[-1] == 1:
-            return F.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum")
-        if self.columns is not None:
-            labels = self.columns[labels]
-        return F.cross_entropy(
-            logits, labels, reduction="sum", label_smoothing=self.label_smoothing
-        )
+        return label_losses(states.float(), batch.labels, self.columns, self.label_smoothing)

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakit.models.load import Pretrained, load_pretrained
+from lorakit.models.load import Pretrained
 from lorakit.pipeline.encoding import StreamedRows
 from lorakit.pipeline.task_data import Say, TaskData, load_training_data
 from lorakit.recipe.sections import Recipe
 from lorakit.training.batching import LoadedStep, StepLoader
-from lorakit.training.setup import Inputs, Prepared, adapt, encode_inputs
+from lorakit.training.setup import Inputs, Prepared, adapt, encode_inputs, load_task_model
 
 
 class SharedBase:
@@ -95,12 +95,10 @@ class SharedBase:
         return inputs
 
     def _pretrained(self, recipe: Recipe, data: TaskData, say: Say) -> Pretrained:
-        key = (recipe.model.model_dump_json(), str(data.labels))
+        key = (recipe.model.model_dump_json(), str(data.labels), data.problem)
         known = self._models.get(key) or self._models.get((*key, recipe.train.seed))
         if known is None:
-            known = load_pretrained(
-                recipe.model, data.task.kind, data.labels, seed=recipe.train.seed
-            )
+            known = load_task_model(recipe, data)
             for note in known.notes:
                 say(note)
             if self._model is None:

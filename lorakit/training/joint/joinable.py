@@ -8,6 +8,7 @@ from lorakit.errors import shown
 from lorakit.methods.base import Method
 from lorakit.recipe.sections import Recipe
 from lorakit.tasks.base import Task
+from lorakit.tasks.classification import LabelledTask
 
 #: How the shared passes are computed.
 _SHARED = ("gradient_checkpointing", "kernels", "deterministic")
@@ -42,6 +43,9 @@ def _cannot_join(recipe: Recipe) -> str | None:
     train, model = recipe.train, recipe.model
     if not method.kinds:
         return f"adapter.method = {method.name} trains the base"
+    task = _task(recipe)
+    if isinstance(task, LabelledTask) and task.labelling(recipe.task).several:
+        return "the task has several labels per row"
     if recipe.adapter.init_from is not None:
         return "adapter.init_from starts from another adapter"
     if model.base_precision is not None:

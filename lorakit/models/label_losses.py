@@ -1,0 +1,33 @@
+"""The losses of an encoder's labels, given its logits."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def label_losses(
+    logits: Tensor, labels: Tensor, columns: Tensor | None = None, label_smoothing: float = 0.0
+) -> Tensor:
+    """The sum of the losses of a batch's rows.
+
+    ``logits`` (rows, outputs) are in float32. A row's loss is
+
+    - for one output, the squared error of its float label;
+    - for ``labels`` (rows, classes) of 0 and 1, the mean over the outputs of the binary cross
+      entropy of each, as in torch's BCEWithLogitsLoss;
+    - otherwise the cross entropy of the class index in ``labels`` (rows,).
+
+    ``columns`` (classes,) are the outputs of the task's classes; None means all, in order.
+    """
+    if logits.shape[-1] == 1:
+        return F.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum")
+    if labels.ndim == 2:
+        targets = labels.to(logits.dtype)
+        if columns is not None:
+            targets = logits.new_zeros(logits.shape).index_copy(1, columns, targets)
+        losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
+        return losses / logits.shape[-1]
+    if columns is not None:
+        labels = columns[labels]
+    return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
