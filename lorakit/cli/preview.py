@@ -208,7 +208,9 @@ def _figures(found: Preview) -> list[tuple[str, str]]:
     if summary.trained_tokens is not None:
         share = f"{summary.trained_tokens:,} ({summary.trained_share:.1%})"
         figures.append(("trained tokens", share))
-    figures.append(("truncated rows", f"{summary.truncated_rows:,} (to {found.limit:,} tokens)"))
+    lost = f"; {summary.lost_tokens:,} tokens lost" if summary.lost_tokens else ""
+    rows = f"{summary.truncated_rows:,} (to {found.limit:,} tokens{lost})"
+    figures.append(("truncated rows", rows))
     if summary.cut_completions is not None:
         figures.append(("rows without their EOS", f"{summary.cut_completions:,}"))
     if summary.bins is not None:

@@ -29,7 +29,7 @@ from lorakit.data.examples import Example
 from lorakit.data.rows import Row, disk_errors, scratch_file
 from lorakit.data.shards import MANY_ROWS, Job, encode_shards
 from lorakit.data.sources import Split
-from lorakit.data.tokens import Counts
+from lorakit.data.tokens import DOCUMENT_PARTS, SPLIT_DOCUMENTS, Counts
 from lorakit.errors import DataError
 
 _ROWS_AT_ONCE = 10_000
@@ -51,8 +51,8 @@ class EncodedRow:
 @dataclass(frozen=True)
 class EncodedSplit:
     """All rows of a split, concatenated: row i is tokens ``offsets[i]`` to ``offsets[i + 1]``. A
-    chat may become several rows; ``counts.rows`` counts the rows of the source. ``labels`` has one
-    label per row for an encoder."""
+    chat or a document may become several rows; ``counts.rows`` counts the rows of the source.
+    ``labels`` has one label per row for an encoder."""
 
     input_ids: TokenIds
     loss_mask: NDArray[np.bool_]
@@ -224,7 +224,8 @@ def encoding_notes(counts: Counts, name: str, rows: int, max_length: int) -> lis
     """Return notes on the split ``name`` with ``rows`` rows of tokens: what was truncated to
     ``max_length``, and what the chat template or tokenizer changed."""
     cut = _truncation_note(counts, rows, name, max_length)
-    return [*([cut] if cut else []), *chat_notes(counts, name)]
+    parts = _split_note(counts, name, max_length)
+    return [*filter(None, (cut, parts)), *chat_notes(counts, name)]
 
 
 def skipped_note(counts: Counts, name: str, locate: Callable[[int], str]) -> str | None:
@@ -242,10 +243,28 @@ def skipped_note(counts: Counts, name: str, locate: Callable[[int], str]) -> str
 def _truncation_note(counts: Counts, rows: int, name: str, max_length: int) -> str | None:
     if not counts.truncated_rows:
         return None
-    text = f"{name}: {counts.truncated_rows:,} of {rows:,} rows truncated to {max_length} tokens"
+    text = (
+        f"{name}: {counts.truncated_rows:,} of {rows:,} rows truncated to {max_length} tokens; "
+        f"{lost_tokens(counts)} lost"
+    )
     if counts.cut_completions:
         text += f"; {counts.cut_completions:,} lost the end of the trained text, including EOS"
     return text
+
+
+def lost_tokens(counts: Counts) -> str:
+    """Describe the number of tokens that truncation removed."""
+    share = counts.lost_tokens / (counts.tokens + counts.lost_tokens)
+    return f"{counts.lost_tokens:,} tokens ({share:.1%} of all)"
+
+
+def _split_note(counts: Counts, name: str, max_length: int) -> str | None:
+    if not counts.notes[SPLIT_DOCUMENTS]:
+        return None
+    return (
+        f"{name}: {counts.notes[SPLIT_DOCUMENTS]:,} of {counts.rows:,} documents are longer than "
+        f"{max_length} tokens and became {counts.notes[DOCUMENT_PARTS]:,} rows"
+    )
 
 
 def chat_notes(counts: Counts, name: str) -> list[str]:

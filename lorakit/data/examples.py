@@ -23,11 +23,12 @@ class TextExample:
     """Segments in order. They are tokenized separately, so that a prompt has the same tokens in
     training and in generation. ``eos`` appends the EOS token, trained like the last segment. With
     ``train_all``, all segments are trained; the flags still say which are the prompt, whose
-    beginning a long row loses."""
+    beginning a long row loses. If it ``splits``, a long text becomes several rows instead."""
 
     segments: tuple[Segment, ...]
     eos: bool = True
     train_all: bool = False
+    splits: bool = False
 
 
 @dataclass(frozen=True)

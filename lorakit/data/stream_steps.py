@@ -99,7 +99,8 @@ class StreamEncoder:
 
     def may_split(self, row: Row) -> bool:
         """Whether a row like this one may become several rows of tokens."""
-        return isinstance(self.to_example(row), ChatExample)
+        example = self.to_example(row)
+        return isinstance(example, ChatExample) or getattr(example, "splits", False)
 
     @cached_property
     def _rows(self) -> RowEncoder:
@@ -115,7 +116,7 @@ class StreamSteps:
     length into one step. With ``skipped``, bad rows are skipped.
 
     When a run resumes, rows of earlier steps are read but not tokenized, unless they are packed or
-    the number of rows of tokens is unknown, since chats may be split and bad rows are skipped.
+    the number of rows of tokens is unknown: chats and documents may be split, bad rows are skipped.
     ``rows`` (of tokens) and ``counts`` cover the windows begun, counting only the first pass.
 
     Every process reads all rows, which ``watch`` is called with, but tokenizes only its part of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,19 +20,26 @@ from lorakit.data.examples import ChatExample, ClassificationExample, Example, T
 from lorakit.data.rows import NAMED_ROWS, Row, RowSequence, UnreadRow
 from lorakit.errors import DataError, ModelError
 
+#: Names in ``Counts.notes``: documents that were split, and the rows of tokens that they became.
+SPLIT_DOCUMENTS, DOCUMENT_PARTS = "split_documents", "document_parts"
+
 
 @dataclass
 class Counts:
     """Counts of a split's rows.
 
     ``rows`` counts rows of the source, each of which may become several rows of tokens if it is a
-    chat; ``truncated_rows`` and ``cut_completions`` count rows of tokens. ``skipped_rows`` were
-    skipped as bad; ``skipped`` has the index and reason of the first ones. ``notes`` are the counts
-    of ``lorakit.data.chat.encode``, by name.
+    chat or a long document; ``truncated_rows`` and ``cut_completions`` count rows of tokens.
+    ``tokens`` are those of all rows, without the ``lost_tokens`` of truncated ones.
+    ``skipped_rows`` were skipped as bad; ``skipped`` has the index and reason of the first ones.
+    ``notes`` are ``SPLIT_DOCUMENTS``, ``DOCUMENT_PARTS`` and the counts of
+    ``lorakit.data.chat.encode``, by name.
     """
 
     rows: int = 0
+    tokens: int = 0
     truncated_rows: int = 0
+    lost_tokens: int = 0
     cut_completions: int = 0
     skipped_rows: int = 0
     skipped: list[tuple[int, str]] = field(default_factory=list)
@@ -39,7 +47,9 @@ class Counts:
 
     def add(self, other: Counts) -> None:
         self.rows += other.rows
+        self.tokens += other.tokens
         self.truncated_rows += other.truncated_rows
+        self.lost_tokens += other.lost_tokens
         self.cut_completions += other.cut_completions
         self.skipped_rows += other.skipped_rows
         self.skipped = (self.skipped + other.skipped)[:NAMED_ROWS]
@@ -58,14 +68,18 @@ OnBadRow = Callable[[int, str], None]
 
 @dataclass
 class TokenRow:
-    """One row. ``loss_mask`` marks the tokens that count in the loss. ``truncated`` rows lost
+    """One row. ``loss_mask`` marks the tokens that count in the loss. Truncation removed ``lost``
     tokens; ``cut`` rows lost the end of their last trained segment, EOS included."""
 
     input_ids: NDArray[np.int32]
     loss_mask: NDArray[np.bool_]
     token_type_ids: NDArray[np.int8] | None = None
-    truncated: bool = False
+    lost: int = 0
     cut: bool = False
+
+    @property
+    def truncated(self) -> bool:
+        return self.lost > 0
 
 
 @dataclass
@@ -119,7 +133,9 @@ class RowEncoder:
                     labels.append(example.label)
         counts = Counts(
             rows=len(rows),
+            tokens=sum(len(row.input_ids) for row in found),
             truncated_rows=sum(row.truncated for row in found),
+            lost_tokens=sum(row.lost for row in found),
             cut_completions=sum(row.cut for row in found),
             notes=counted,
         )
@@ -129,7 +145,7 @@ class RowEncoder:
         self, examples: Sequence[Example], counted: Counter[str]
     ) -> Iterable[list[TokenRow]]:
         """Return the rows of each example; all examples are of one kind. ``counted`` is updated
-        with the counts of ``ChatEncoder``.
+        with the ``notes`` of ``Counts``.
 
         Raises DataError for an example, either immediately or when its rows are taken from the
         iterator.
@@ -143,8 +159,10 @@ class RowEncoder:
         if isinstance(first, ChatExample):
             chats = [e for e in examples if isinstance(e, ChatExample)]
             return _encode_chats(chats, self._joiner, self._max_length, counted)
-        texts = self._texts.encode(examples, self._max_length)  # type: ignore[arg-type]
-        return ([row] for row in texts)
+        texts = [e for e in examples if isinstance(e, TextExample)]
+        if first.splits:
+            return self._texts.parts(texts, self._max_length, counted)
+        return ([row] for row in self._texts.encode(texts, self._max_length))
 
     @cached_property
     def _texts(self) -> TextEncoder:
@@ -228,6 +246,30 @@ class TextEncoder:
             for example in examples
         ]
 
+    def parts(
+        self, examples: Sequence[TextExample], max_length: int, counted: Counter[str]
+    ) -> Iterator[list[TokenRow]]:
+        """The rows of each example, of ``max_length`` tokens each but for the last one.
+
+        Each row begins with BOS or, if the tokenizer has none, with the last token of the row
+        before, so that every token is predicted once.
+        """
+        prefix = len(self._prefix)
+        size = max_length - max(prefix, 1)
+        for row in self.encode(examples, sys.maxsize):
+            length = len(row.input_ids)
+            if length <= max_length or size < 1:
+                yield [_cut(row, max_length, 0)]
+                continue
+            first = max(prefix, 1)
+            parts = [
+                TokenRow(row.input_ids[kept], row.loss_mask[kept])
+                for start in range(first, length, size)
+                for kept in [np.r_[:prefix, start - (not prefix) : min(start + size, length)]]
+            ]
+            counted.update({SPLIT_DOCUMENTS: 1, DOCUMENT_PARTS: len(parts)})
+            yield parts
+
     def prompt(self, example: TextExample, max_length: int) -> list[int]:
         """The ids of a prompt, the same as those before the completion in training."""
         (row,) = self.encode([example], max_length)
@@ -283,9 +325,7 @@ def _cut(row: TokenRow, max_length: int, prompt_tokens: int, prefix: int = 0) ->
         return row
     from_prompt = min(over, prompt_tokens)
     kept = np.r_[:prefix, prefix + from_prompt : len(row.input_ids)][:max_length]
-    return TokenRow(
-        row.input_ids[kept], row.loss_mask[kept], truncated=True, cut=over > from_prompt
-    )
+    return TokenRow(row.input_ids[kept], row.loss_mask[kept], lost=over, cut=over > from_prompt)
 
 
 def _encode_pairs(
@@ -304,7 +344,7 @@ def _encode_pairs(
         chosen = [examples[index] for index in long]
         cut = _pair_tokens(chosen, tokenizer, paired, truncation=True, max_length=max_length)
         for index, row in zip(long, cut, strict=True):
-            row.truncated = True
+            row.lost = len(rows[index].input_ids) - len(row.input_ids)
             rows[index] = row
     return rows
 

@@ -17,7 +17,7 @@ from lorakit.data.encode import EncodedSplit, chat_notes, encode_split, skipped_
 from lorakit.data.examples import Example
 from lorakit.data.plan import Packing
 from lorakit.data.sources import Split
-from lorakit.data.tokens import RowEncoder, TokenRow
+from lorakit.data.tokens import SPLIT_DOCUMENTS, RowEncoder, TokenRow
 from lorakit.errors import UserError
 from lorakit.evaluation.progress import OnProgress
 from lorakit.evaluation.sampling import stop_ids
@@ -66,11 +66,12 @@ class DescribedRow:
 class Summary:
     """Statistics of a split.
 
-    ``rows`` counts the split's rows; all other counts refer to rows of tokens, of which a chat may
-    have several. ``endless_rows`` have no token in their last trained segment that ends a
-    generation. Counts of trained tokens and completions are None for an encoder, whose loss is on
-    the label. ``bins`` is the number of packed bins, ``bin_fill`` the fraction of their tokens that
-    is used; None without packing.
+    ``rows`` counts the split's rows; all other counts refer to rows of tokens, of which a chat or a
+    document may have several. ``tokens`` does not include the ``lost_tokens`` of truncated rows.
+    ``endless_rows`` have no token in their last trained segment that ends a generation. Counts of
+    trained tokens and completions are None for an encoder, whose loss is on the label. ``bins`` is
+    the number of packed bins, ``bin_fill`` the fraction of their tokens that is used; None without
+    packing.
     """
 
     rows: int
@@ -79,6 +80,7 @@ class Summary:
     mean_length: float
     max_length: int
     truncated_rows: int
+    lost_tokens: int
     trained_tokens: int | None
     cut_completions: int | None
     endless_rows: int | None
@@ -132,7 +134,7 @@ def preview(
     data = replace(data, config=config)
     tokenizer, stops = _load_tokenizer(section, model_config, say)
     encoded = _encode(data, tokenizer, on_progress, say)
-    summary = summarize(encoded, stops, config.max_length if config.packing else None)
+    summary = summarize(encoded, stops, config.max_length, config.packing)
     examples = _described(data, tokenizer, start - 1, count)
     labels = data.labels if data.task.kind == "encoder" else None
     if data.task.kind == "encoder":
@@ -250,12 +252,15 @@ def _class_ids(label: int | float | tuple[int, ...]) -> int | float | tuple[int,
     return tuple(class_ids(label)) if isinstance(label, tuple) else label
 
 
-def summarize(encoded: EncodedSplit, stops: Set[int], packed_to: int | None = None) -> Summary:
-    """Return statistics of all rows. ``stops`` are the ids that end a generation, ``packed_to`` the
-    capacity of a bin in tokens, if rows are packed."""
+def summarize(
+    encoded: EncodedSplit, stops: Set[int], max_length: int, packed: bool = False
+) -> Summary:
+    """Return statistics of all rows. ``stops`` are the ids that end a generation, ``max_length`` is
+    the capacity of a bin in tokens, if rows are ``packed``."""
     lengths = encoded.lengths
-    packing = Packing(lengths, packed_to, seed=0) if packed_to else None
+    packing = Packing(lengths, max_length, seed=0) if packed else None
     causal = encoded.labels is None
+    parts_end_at = max_length if encoded.counts.notes[SPLIT_DOCUMENTS] else None
     return Summary(
         rows=encoded.counts.rows,
         tokens=int(lengths.sum()),
@@ -263,9 +268,10 @@ def summarize(encoded: EncodedSplit, stops: Set[int], packed_to: int | None = No
         mean_length=float(lengths.mean()),
         max_length=int(lengths.max()),
         truncated_rows=encoded.counts.truncated_rows,
+        lost_tokens=encoded.counts.lost_tokens,
         trained_tokens=encoded.trained_tokens if causal else None,
         cut_completions=encoded.counts.cut_completions if causal else None,
-        endless_rows=encoded.endless_rows(stops) if causal else None,
+        endless_rows=encoded.endless_rows(stops, parts_end_at) if causal else None,
         bins=len(packing) if packing else None,
         bin_fill=packing.fill if packing else None,
     )

@@ -33,6 +33,7 @@ class AutoConfig(GenerationSection):
     name: Text = "auto"
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
     stop: list[Text] = []
+    long_documents: Literal["truncate", "split"] = "truncate"
     eval_generate: Literal["never", "end", "always"] | None = None  # type: ignore[assignment]
     dataset_name: Text | None = None
     dataset_config_name: Text | None = None

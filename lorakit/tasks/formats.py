@@ -143,11 +143,13 @@ class FormattedTask(Task):
 
 class TextConfig(TaskSection):
     """``text_column`` names the column (default: ``text``); ``dataset_name`` and
-    ``dataset_config_name`` are a Hub data set, read when ``path`` is null."""
+    ``dataset_config_name`` are a Hub data set, read when ``path`` is null. A document of more than
+    ``max_length`` tokens loses its end, or with ``long_documents: split`` becomes several rows."""
 
     name: Text = "text"
     format: Literal["auto", "text"] = "auto"
     text_column: Text | None = None
+    long_documents: Literal["truncate", "split"] = "truncate"
     dataset_name: Text | None = None
     dataset_config_name: Text | None = None
 
@@ -168,7 +170,8 @@ class PlainText(FormattedTask):
         text = required_text(row, column)
         if not text.strip():
             raise DataError(f"column {column!r} is empty: nothing to train on")
-        return TextExample((Segment(text, trained=True),))
+        splits = config.long_documents == "split"
+        return TextExample((Segment(text, trained=True),), splits=splits)
 
 
 def _columns(names: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from lorakit.data.encode import EncodedSplit, check_token_ids, encode_split
+from lorakit.data.encode import EncodedSplit, check_token_ids, encode_split, split_notes
 from lorakit.data.examples import ClassificationExample, Segment, TextExample
 from lorakit.data.sources import Split
 from lorakit.data.tokens import encode_prompt, special_prefix
@@ -114,11 +114,39 @@ def test_long_rows_lose_the_beginning_of_the_prompt_first(
     split = encoded([pair("abcd", "ef")], with_bos, max_length)
     assert read(split, 0, with_bos) == (whole, trained)
     assert split.counts.truncated_rows == (max_length < 8)
+    assert split.counts.lost_tokens == max(8 - max_length, 0)
+    assert split.counts.tokens == min(8, max_length)
     assert split.counts.cut_completions == cut
     prompt = TextExample((Segment("abcd", trained=False),), eos=False)
     ids = encode_prompt(prompt, with_bos, max_length)
     assert len(ids) <= max_length
     assert with_bos.decode(ids) == "<s>" + "abcd"[-(max_length - 1) :]
+
+
+@pytest.mark.parametrize("max_length", [2, 3, 5, 8, 12])
+@pytest.mark.parametrize("model", ["tokenizer", "with_bos"])
+def test_the_parts_of_a_document_predict_each_of_its_tokens_once(
+    request: pytest.FixtureRequest, model: str, max_length: int
+) -> None:
+    tokenizer = request.getfixturevalue(model)
+    for length in range(1, 20):
+        text = "abcdefghijklmnopqrstuvwxyz"[:length]
+        segments = (Segment(text, trained=True),)
+        (whole,) = predicted(encoded([TextExample(segments)], tokenizer))
+        split = encoded([TextExample(segments, splits=True)], tokenizer, max_length)
+        parts = predicted(split)
+        assert [token for part in parts for token in part] == whole
+        assert set(split.lengths[:-1]) <= {max_length}
+        assert split.counts.lost_tokens == split.counts.truncated_rows == 0
+        was_split = {"split_documents": 1, "document_parts": len(parts)} if len(parts) > 1 else {}
+        assert split.counts.notes == was_split
+    (note,) = split_notes(split, Split("train", [{}], "d", "0"), max_length)
+    assert f"1 of 1 documents are longer than {max_length} tokens and became {len(split)}" in note
+
+
+def predicted(split: EncodedSplit) -> list[list[int]]:
+    """The tokens of each row that count in the loss."""
+    return [row.input_ids[1:][row.loss_mask[1:]].tolist() for row in split]
 
 
 def test_segments_alternate(tokenizer: Any) -> None:

@@ -71,7 +71,7 @@ rows                   3
 tokens                 67
 tokens per row         19 to 24, 22.3 on average
 trained tokens         36 (53.7%)
-truncated rows         2 (to 24 tokens)
+truncated rows         2 (to 24 tokens; 32 tokens lost)
 rows without their EOS 1
 """
     )
@@ -91,8 +91,8 @@ def test_json(completion: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert (row["truncated"], row["cut"], row["label"]) == (True, False, None)
     assert found["summary"] == {
         "rows": 3, "tokens": 67, "min_length": 19, "mean_length": 67 / 3, "max_length": 24,
-        "truncated_rows": 2, "trained_tokens": 36, "trained_share": 36 / 67, "cut_completions": 1,
-        "endless_rows": 1, "bins": None, "bin_fill": None,
+        "truncated_rows": 2, "lost_tokens": 32, "trained_tokens": 36, "trained_share": 36 / 67,
+        "cut_completions": 1, "endless_rows": 1, "bins": None, "bin_fill": None,
     }  # fmt: skip
     packed = as_json(capsys, completion, "--set", "task.packing=true")["summary"]
     assert (packed["bins"], packed["bin_fill"]) == (3, 67 / (3 * 24))
@@ -155,7 +155,7 @@ def test_classification(tiny_bert: Path, in_tmp: Path, capsys: pytest.CaptureFix
     assert "classification, validation: 1 of 1 rows; " in out
     assert "the loss is computed on the label\n" in out
     assert "10 tokens; truncated\n[CLS]far too [SEP]\nlabel: sweet\n" in out
-    assert "truncated rows         1 (to 10 tokens)" in out
+    assert "truncated rows         1 (to 10 tokens; 12 tokens lost)" in out
     assert "trained tokens" not in out
     assert err == ""
     found = as_json(capsys, "recipe.yaml")
@@ -174,7 +174,7 @@ def test_the_default_length_is_the_same_as_in_training(
     file = Path(recipe(tiny_bert, "classification", 512))
     file.write_text(file.read_text().replace(", max_length: 512", ""))
     out, err = shown(capsys, file)
-    assert "truncated rows         2 (to 256 tokens)" in out
+    assert "truncated rows         2 (to 256 tokens; 92 tokens lost)" in out
     assert "task.max_length: 256 instead of the default 512" in err
 
 

@@ -146,7 +146,8 @@ def test_a_trained_adapter_knows_its_base_its_columns_and_its_length(
     notes: list[str] = []
     rows = [{"sentence": long, "text": "b", "idx": 3}, {"sentence": "a", "text": "b", "idx": 4}]
     found = lorakit.predict(run.adapter_dir, rows, say=notes.append)
-    assert notes == ["texts: 1 of 2 rows truncated to 128 tokens"]
+    (note,) = notes
+    assert note == "texts: 1 of 2 rows truncated to 128 tokens; 74 tokens (36.1% of all) lost"
     assert {*found[0]["scores"]} == {"negative", "positive"}
     same = lorakit.predict(run.adapter_dir, [long[:126], "a"])
     for row, other in zip(found, same, strict=True):

@@ -123,7 +123,7 @@ def test_summary_counts(tiny_llama: Path) -> None:
     texts = [("ab", "xyz"), ("", "q"), ("12345", "6789"), ("p", "123456789")]
     split = split_of(*({"p": p, "c": c} for p, c in texts))
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    summary = summarize(encode_split(split, pair, tokenizer, 8), {tokenizer.eos_token_id})
+    summary = summarize(encode_split(split, pair, tokenizer, 8), {tokenizer.eos_token_id}, 8)
     lengths = [min(len(p) + len(c) + 1, 8) for p, c in texts]
     trained = [min(len(c) + 1, 8) for _, c in texts]
     trained = [n - (n == length) for n, length in zip(trained, lengths, strict=True)]
@@ -133,6 +133,7 @@ def test_summary_counts(tiny_llama: Path) -> None:
     assert summary.trained_tokens == sum(trained)
     assert summary.trained_share == sum(trained) / sum(lengths)
     assert (summary.truncated_rows, summary.cut_completions, summary.endless_rows) == (2, 1, 1)
+    assert summary.lost_tokens == sum(max(len(p) + len(c) + 1 - 8, 0) for p, c in texts)
 
 
 def test_a_tokenizer_with_two_ends(tiny_llama: Path) -> None:
@@ -144,5 +145,5 @@ def test_a_tokenizer_with_two_ends(tiny_llama: Path) -> None:
 
     stop = tokenizer.convert_tokens_to_ids(".")
     encoded = encode_split(bare, text, tokenizer, 8)
-    assert summarize(encoded, {tokenizer.eos_token_id, stop}).endless_rows == 1
-    assert json.dumps(vars(summarize(encoded, set())))
+    assert summarize(encoded, {tokenizer.eos_token_id, stop}, 64).endless_rows == 1
+    assert json.dumps(vars(summarize(encoded, set(), 64)))
