@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from lorakit.data.compression import COMPRESSED
+from lorakit.data.tables import TABLE_SUFFIXES
 from lorakit.errors import DataError, listed
 from lorakit.recipe.sections import SPLIT_ALIASES, SPLIT_NAMES
 
@@ -20,17 +23,11 @@ _NUMBERED = re.compile(
     r"[-_. ]?(part|shard|chunk)?[-_. ]?\d+([-_.]of[-_.]\d+)?([-_.][0-9a-f]{8,})?"
 )
 
+_TEXT = (".jsonl", ".json", ".csv", ".tsv")
 #: The supported formats.
 SUFFIXES = (
-    ".jsonl",
-    ".jsonl.gz",
-    ".json",
-    ".json.gz",
-    ".csv",
-    ".csv.gz",
-    ".tsv",
-    ".tsv.gz",
-    ".parquet",
+    *(text + packed for text in _TEXT for packed in ("", *COMPRESSED)),
+    *TABLE_SUFFIXES,
 )
 #: Files that accompany data and contain no rows.
 _ACCOMPANYING = re.compile(
@@ -94,6 +91,18 @@ def named_after(stem: str) -> tuple[str, str] | None:
 def is_number(rest: str) -> bool:
     """Whether ``rest``, from ``named_after``, is the number of a shard."""
     return _NUMBERED.fullmatch(rest) is not None
+
+
+def saved_files(folder: Path) -> list[Path] | None:
+    """The files, in order, of a ``Dataset`` that ``save_to_disk`` wrote to the folder; None if it
+    did not. Raises DataError for a missing one."""
+    try:
+        state = json.loads((folder / "state.json").read_bytes())
+        files = [folder / Path(entry["filename"]).name for entry in state["_data_files"]]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    refuse_missing([file for file in files if not is_file(file)])
+    return files
 
 
 def check_format(file: Path) -> None:

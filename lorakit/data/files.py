@@ -7,54 +7,40 @@ kept as an object; large files stay on disk.
 
 from __future__ import annotations
 
-import codecs
 import csv
-import gzip
-import hashlib
-import io
 import json
-import os
 import sys
-import tempfile
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from lorakit.data import json_text
+from lorakit.data.compression import (
+    COMPRESSED,
+    READ_ERRORS,
+    as_text,
+    decompressed,
+    without_compression,
+)
 from lorakit.data.rows import (
     ByteStore,
     FileStore,
     MemoryBudget,
     Row,
     RowIndex,
-    RowSequence,
     Spool,
     UnreadRow,
     disk_errors,
-    scratch_dir,
 )
+from lorakit.data.tables import TABLE_SUFFIXES, FileRows, read_table, stream_table
 from lorakit.errors import DataError
 
 #: Up to this many rows are copied, so that the file they come from can be closed.
 _FEW_ROWS = 1000
-_BATCH_ROWS = 1000
-_LFS_POINTER = b"version https://git-lfs"
-#: Raised by reading and decompressing a file.
-_READ_ERRORS = (OSError, EOFError, zlib.error)
 
 
 class UnreadableFile(DataError):
     """A file as a whole, rather than one of its rows, cannot be read or decompressed."""
-
-
-@dataclass(frozen=True)
-class FileRows:
-    """The rows of a file; ``digest`` is a hash of what was read."""
-
-    rows: RowSequence
-    digest: str
 
 
 def read_rows(
@@ -74,8 +60,8 @@ def read_rows(
     """
     check_not_empty(file)
     budget = budget or MemoryBudget()
-    if _format(file) == ".parquet":
-        return _read_parquet(file, limit, budget)
+    if file.suffix in TABLE_SUFFIXES:
+        return read_table(file, limit, budget)
     if _format(file) in (".csv", ".tsv"):
         return _read_delimited(file, limit, budget, skip_bad)
     return _read_json(file, limit, budget, skip_bad)
@@ -88,8 +74,8 @@ def check_not_empty(file: Path) -> None:
 
 def stream_rows(file: Path, skip_bad: bool = False) -> Iterator[Row]:
     """Yield the rows one at a time. Raises the same errors as ``read_rows``."""
-    if _format(file) == ".parquet":
-        yield from _stream_parquet(file)
+    if file.suffix in TABLE_SUFFIXES:
+        yield from stream_table(file)
     elif _format(file) in (".csv", ".tsv"):
         yield from (row for _, row in _delimited_rows(file, skip_bad))
     else:
@@ -97,16 +83,8 @@ def stream_rows(file: Path, skip_bad: bool = False) -> Iterator[Row]:
             yield from (row for _, row in _json_pieces(file, handle, skip_bad) if row is not None)
 
 
-def file_digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as handle:
-        while chunk := handle.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _format(file: Path) -> str:
-    return Path(file.name.removesuffix(".gz")).suffix
+    return Path(without_compression(file.name)).suffix
 
 
 # JSON
@@ -116,7 +94,7 @@ def _read_json(file: Path, limit: int | None, budget: MemoryBudget, skip_bad: bo
     index = RowIndex()
     few = limit is not None and limit <= _FEW_ROWS
     copied = None
-    if few or file.suffix == ".gz" or budget.fits(file.stat().st_size):
+    if few or file.suffix in COMPRESSED or budget.fits(file.stat().st_size):
         copied = Spool(budget)
     handle = _open(file)
     store: ByteStore | None = None if copied else FileStore(handle, str(file))
@@ -135,10 +113,10 @@ def _read_json(file: Path, limit: int | None, budget: MemoryBudget, skip_bad: bo
 
 def _json_pieces(file: Path, handle: BinaryIO, skip_bad: bool) -> Iterator[json_text.Piece]:
     try:
-        unpacked = _decompressed(file, handle)
+        unpacked = decompressed(file, handle)
         by_line = _format(file) != ".json"
         yield from json_text.pieces(file, unpacked, by_line, skip_bad)
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         raise UnreadableFile(f"{file}: cannot be read: {error}") from error
 
 
@@ -169,7 +147,7 @@ def _delimited_rows(file: Path, skip_bad: bool) -> Iterator[tuple[Any, dict[str,
     number = 0
     limit = csv.field_size_limit(sys.maxsize)
     try:
-        with _open(file) as handle, _as_text(file, handle) as lines:
+        with _open(file) as handle, as_text(file, handle) as lines:
             if _format(file) == ".tsv":
                 cells = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
             else:
@@ -190,7 +168,7 @@ def _delimited_rows(file: Path, skip_bad: bool) -> Iterator[tuple[Any, dict[str,
             raise DataError(f"{file}, row {number + 1}: {error}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8: {error}") from error
-    except _READ_ERRORS as error:
+    except READ_ERRORS as error:
         raise UnreadableFile(f"{file}: cannot be read: {error}") from error
     finally:
         csv.field_size_limit(limit)
@@ -213,115 +191,3 @@ def _open(file: Path) -> BinaryIO:
         return file.open("rb")
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error}") from error
-
-
-def _decompressed(file: Path, handle: BinaryIO) -> BinaryIO:
-    """Decompress the file if it is gzipped. Raises DataError for a Git LFS pointer, UTF-16 and
-    UTF-32."""
-    lines: Any = gzip.GzipFile(fileobj=handle) if file.suffix == ".gz" else handle
-    head = lines.read(len(_LFS_POINTER))
-    lines.seek(0)
-    if head.startswith(_LFS_POINTER):
-        raise DataError(f"{file}: a Git LFS pointer, not the data itself; hint: run git lfs pull")
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in head[:4]:
-        raise DataError(f"{file}: the text is UTF-16 or UTF-32; allowed: UTF-8")
-    return cast(BinaryIO, lines)
-
-
-def _as_text(file: Path, handle: BinaryIO) -> io.TextIOWrapper:
-    return io.TextIOWrapper(_decompressed(file, handle), encoding="utf-8-sig", newline="")
-
-
-# parquet
-
-
-def _read_parquet(file: Path, limit: int | None, budget: MemoryBudget) -> FileRows:
-    """Read the rows as a ``datasets.Dataset``, in memory or, if large, in a mapped file."""
-    import datasets
-    import pyarrow.parquet
-
-    try:
-        with file.open("rb") as handle:
-            parquet = pyarrow.parquet.ParquetFile(handle)
-            batches = _parquet_batches(parquet, limit)
-            if budget.fits(size := _uncompressed_size(parquet)):
-                budget.spend(size)
-                whole = pyarrow.Table.from_batches(batches, parquet.schema_arrow)
-                table = datasets.table.InMemoryTable(whole)
-            else:
-                table = _mapped_table(batches, parquet.schema_arrow)
-        # Without a fingerprint, datasets would hash the whole table to make one.
-        rows = datasets.Dataset(table, fingerprint=file.name)
-        return FileRows(rows, file_digest(file) if limit is None else _table_digest(table.table))
-    except Exception as error:  # Arrow passes on any error of its readers
-        raise DataError(f"{file}: cannot be read: {first_line(error)}") from error
-
-
-def _stream_parquet(file: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet
-
-    try:
-        with file.open("rb") as handle:
-            for batch in pyarrow.parquet.ParquetFile(handle).iter_batches(_BATCH_ROWS):
-                yield from batch.to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{file}: cannot be read: {first_line(error)}") from error
-
-
-def _parquet_batches(parquet: Any, limit: int | None) -> Iterator[Any]:
-    left = limit
-    for batch in parquet.iter_batches(_BATCH_ROWS):
-        yield batch if left is None else batch.slice(0, left)
-        if left is not None:
-            left -= len(batch)
-            if left <= 0:
-                return
-
-
-def _uncompressed_size(parquet: Any) -> int:
-    groups = range(parquet.metadata.num_row_groups)
-    return sum(parquet.metadata.row_group(index).total_byte_size for index in groups)
-
-
-def _mapped_table(batches: Iterator[Any], schema: Any) -> Any:
-    """Write a table to an Arrow file and map it; the file is unlinked immediately."""
-    import datasets
-    import pyarrow
-
-    handle, name = tempfile.mkstemp(dir=scratch_dir(), suffix=".arrow")
-    try:
-        with os.fdopen(handle, "wb") as file, pyarrow.ipc.new_stream(file, schema) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
-        return datasets.table.MemoryMappedTable.from_file(name)
-    finally:
-        Path(name).unlink()
-
-
-class _HashingFile(io.RawIOBase):
-    """A file that hashes what is written to it."""
-
-    def __init__(self) -> None:
-        self.digest = hashlib.sha256()
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        return len(data)
-
-
-def _table_digest(table: Any) -> str:
-    import pyarrow
-
-    file = _HashingFile()
-    with pyarrow.ipc.new_stream(pyarrow.PythonFile(file, "w"), table.schema) as writer:
-        writer.write_table(table)
-    return file.digest.hexdigest()
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or the name of its type if it has none."""
-    text = str(error.__cause__ or error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -16,6 +16,7 @@ from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
 
+from lorakit.data.compression import without_compression
 from lorakit.data.file_names import (
     accompanies_data,
     check_format,
@@ -27,6 +28,7 @@ from lorakit.data.file_names import (
     missing_shards,
     named_after,
     refuse_missing,
+    saved_files,
     split_names,
     stem_of,
 )
@@ -183,7 +185,7 @@ def _matching(pattern: str) -> list[Path]:
         raise DataError(f"task.path: {pattern}: the glob matches no data file{matched}")
     for file in files:
         check_format(file)
-    check_no_twins(files, lambda file: str(file).removesuffix(".gz"))
+    check_no_twins(files, lambda file: without_compression(str(file)))
     # A glob may select some shards of a set on purpose, but one that it would match is missing.
     wide = os.path.normpath(pattern).replace("**/", "*")
     refuse_missing([file for file in missing_shards(files) if fnmatch(str(file), wide)])
@@ -220,7 +222,9 @@ def _shared_with(path: dict[str, str | list[str]], key: str, files: list[Path]) 
 
 def in_directory(folder: Path, split: str) -> SplitFiles:
     """The split's files: in the directory, in its subdirectory ``data``, or in a subdirectory of
-    either that is named after the split."""
+    either that is named after the split. A saved ``datasets.Dataset`` is the train split."""
+    if (saved := saved_files(folder)) is not None:
+        return SplitFiles(saved if split == "train" else [])
     places: list[SplitFiles] = []
     for place in (folder, folder / "data"):
         if place.is_dir():
@@ -260,6 +264,8 @@ def _by_name(folder: Path, split: str) -> SplitFiles:
 
 def _all_files(folder: Path) -> SplitFiles:
     """All files, at any depth, in a directory that is named after a split."""
+    if saved := saved_files(folder):
+        return _checked(folder, saved, "contains")
     pattern = f"{glob.escape(str(folder))}/**/*"
     names = glob.iglob(pattern, recursive=True)  # noqa: PTH207 (it follows links, Path's does not)
     files = in_order(

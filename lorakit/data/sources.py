@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.data.file_names import split_names
-from lorakit.data.files import FileRows, file_digest, first_line, read_rows
+from lorakit.data.files import read_rows
 from lorakit.data.paths import PathOption, SplitFiles, find_files
 from lorakit.data.rows import (
     JoinedRows,
@@ -18,6 +18,7 @@ from lorakit.data.rows import (
     allow_open_files,
     column_names,
 )
+from lorakit.data.tables import FileRows, file_digest, first_line
 from lorakit.errors import DataError, listed
 
 #: Reads a file in a task-specific format; returns None for a file in one of the common formats.

@@ -86,8 +86,8 @@ def test_a_glob_ignores_files_about_the_data() -> None:
 
 
 def test_a_glob_does_not_ignore_data_in_other_formats() -> None:
-    touch("d/a.jsonl", "d/b.jsonl.zst")
-    assert refusal("d/*").startswith("task.path: d/b.jsonl.zst: unknown format; allowed: .jsonl")
+    touch("d/a.jsonl", "d/b.jsonl.xz")
+    assert refusal("d/*").startswith("task.path: d/b.jsonl.xz: unknown format; allowed: .jsonl")
     assert names("d/*.jsonl") == ["d/a.jsonl"]
 
 

@@ -120,8 +120,8 @@ def test_shards_that_differ_only_in_format(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_files_that_are_not_read(tmp_path: Path) -> None:
-    put(tmp_path, "train/data-00000-of-00001.arrow", "train/state.json", "train/dataset_info.json")
-    assert "train/data-00000-of-00001.arrow: unknown format" in refusal(tmp_path)
+    put(tmp_path, "train/data-00000-of-00001.npz", "train/state.json", "train/dataset_info.json")
+    assert "train/data-00000-of-00001.npz: unknown format" in refusal(tmp_path)
     put(tmp_path, "dev/README.md", "dev/.ipynb_checkpoints/a.jsonl")
     assert found(tmp_path, "validation") == []
 

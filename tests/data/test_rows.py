@@ -9,6 +9,7 @@ import resource
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 
 from lorakit.data.rows import (
@@ -29,7 +30,7 @@ ROWS: list[dict[str, Any]] = [
 ]
 FULL = [{name: row.get(name) for name in ("id", "text", "value", "list")} for row in ROWS]
 TEXTS = [{"id": f"{n:03}", "text": f'"{n}", é\n{"x" * n}'} for n in range(50)]
-NAMES = ["a.jsonl", "a.jsonl.gz", "a.csv", "a.tsv", "a.parquet"]
+NAMES = ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.csv", "a.tsv", "a.parquet", "a.arrow"]
 
 
 @pytest.fixture(params=[True, False], ids=["in memory", "on disk"])
@@ -49,12 +50,19 @@ def write(file: Path, rows: list[dict[str, Any]]) -> Path:
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     if file.suffix == ".gz":
         file.write_bytes(gzip.compress(lines.encode()))
+    elif file.suffix == ".zst":
+        frames = [lines[:100], lines[100:]]  # a file may have several
+        file.write_bytes(b"".join(map(zstandard, frames)))
     elif file.suffix == ".jsonl":
         file.write_text(lines)
     elif file.suffix == ".parquet":
         import datasets
 
         datasets.Dataset.from_list(rows).to_parquet(file, batch_size=7)
+    elif file.suffix == ".arrow":
+        table = pyarrow.Table.from_pylist(rows)
+        with pyarrow.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table, max_chunksize=7)
     else:
         import csv
 
@@ -63,6 +71,10 @@ def write(file: Path, rows: list[dict[str, Any]]) -> Path:
             writer = csv.writer(out, delimiter="\t" if tab else ",")
             writer.writerows([["id", "text"], *([r["id"], r["text"]] for r in rows)])
     return file
+
+
+def zstandard(text: str) -> bytes:
+    return bytes(pyarrow.compress(text.encode(), codec="zstd", asbytes=True))
 
 
 def texts(name: str) -> list[dict[str, Any]]:
@@ -123,7 +135,7 @@ def test_no_files_are_left_on_disk(
 def test_files_of_all_formats_together(tmp_path: Path, in_memory: bool) -> None:
     files = [str(write(tmp_path / name, texts(name)[:5])) for name in NAMES]
     split = loaded(files)
-    assert [row["id"] for row in split.rows] == [row["id"] for row in TEXTS[:5]] * 5
+    assert [row["id"] for row in split.rows] == [row["id"] for row in TEXTS[:5]] * len(NAMES)
     assert list(row_range(split.rows, 3, 8)) == [split.rows[i] for i in range(3, 8)]
     assert split.locate(23) == f"{files[4]}, row 4"
 

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 
 from lorakit.data.paths import split_files
@@ -121,7 +122,10 @@ def test_missing_files(tmp_path: Path) -> None:
 
 def test_unknown_format(tmp_path: Path) -> None:
     message = refusal(write(tmp_path / "a.txt"))
-    allowed = ".jsonl, .jsonl.gz, .json, .json.gz, .csv, .csv.gz, .tsv, .tsv.gz, .parquet"
+    allowed = (
+        ".jsonl, .jsonl.gz, .jsonl.zst, .json, .json.gz, .json.zst, "
+        ".csv, .csv.gz, .csv.zst, .tsv, .tsv.gz, .tsv.zst, .parquet, .arrow"
+    )
     assert message.endswith(f"unknown format; allowed: {allowed}")
 
 
@@ -159,6 +163,38 @@ def test_class_names_of_a_parquet_file(tmp_path: Path) -> None:
     found = load_split(str(tmp_path / "a.parquet"), "train")
     assert found is not None
     assert found.rows.features["label"].names == ["no", "yes"]  # type: ignore[attr-defined]
+
+
+def saved(folder: Path, rows: list[dict[str, Any]], **options: Any) -> str:
+    import datasets
+
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
+    )
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(folder, **options)
+    return str(folder)
+
+
+def test_a_saved_data_set(tmp_path: Path) -> None:
+    path = saved(tmp_path / "set", ROWS * 3, num_shards=2)
+    (tmp_path / "set" / "cache-0123.arrow").write_bytes(b"left by Dataset.map")
+    found = load_split(path, "train")
+    assert found is not None
+    assert [dict(row) for row in found.rows] == ROWS * 3
+    assert found.rows.features["label"].names == ["no", "yes"]  # type: ignore[attr-defined]
+    assert found.locate(3) == f"{path}/data-00001-of-00002.arrow, row 1"
+    assert load_split(path, "validation") is None
+    (tmp_path / "set" / "data-00001-of-00002.arrow").unlink()
+    assert refusal(path) == f"task.path: missing shard: {path}/data-00001-of-00002.arrow"
+
+
+def test_a_saved_dictionary_of_data_sets(tmp_path: Path) -> None:
+    for split, rows in (("train", ROWS), ("dev", ROWS[:1])):
+        saved(tmp_path / split, rows)
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "dev"]}')
+    assert rows_of(str(tmp_path)) == ROWS
+    assert rows_of(str(tmp_path), "validation") == ROWS[:1]
+    assert load_split(str(tmp_path), "test") is None
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet"])
@@ -291,7 +327,11 @@ def test_broken_containers(tmp_path: Path) -> None:
     whole = gzip.compress(lines(ROWS * 500).encode())
     (tmp_path / "b.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "c.parquet").write_bytes(b"PAR1 and nothing behind")
-    for name in ("a.jsonl.gz", "b.jsonl.gz", "c.parquet"):
+    (tmp_path / "d.jsonl.zst").write_bytes(b"no zstandard at all")
+    whole = pyarrow.compress(lines(ROWS * 500).encode(), codec="zstd", asbytes=True)
+    (tmp_path / "e.jsonl.zst").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "f.arrow").write_bytes(b"nothing that Arrow has written")
+    for name in ("a.jsonl.gz", "b.jsonl.gz", "c.parquet", "d.jsonl.zst", "e.jsonl.zst", "f.arrow"):
         assert refusal(str(tmp_path / name)).startswith(f"{tmp_path / name}: cannot be read: ")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 from transformers import AutoTokenizer
 
@@ -33,6 +34,10 @@ def write(file: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
         import datasets
 
         datasets.Dataset.from_list(rows).to_parquet(file)
+    elif file.suffix == ".arrow":
+        found = pyarrow.Table.from_pylist(rows)
+        with pyarrow.ipc.new_file(file, found.schema) as writer:  # not a stream, as in test_rows
+            writer.write_table(found)
     elif file.suffix in (".csv", ".tsv"):
         tab = "\t" if file.suffix == ".tsv" else ","
         file.write_text("".join(f"{tab.join(cells)}\n" for cells in table(rows)))
@@ -77,7 +82,7 @@ def numbers(steps: StreamSteps, tokenizer: Any, which: range) -> list[list[str]]
     return [[ids(row, tokenizer) for row in steps.step(number).rows] for number in which]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.tsv", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.tsv", "a.parquet", "a.arrow"])
 def test_rows_are_those_of_the_split(tmp_path: Path, name: str) -> None:
     files = [str(write(tmp_path / name)), str(write(tmp_path / f"b{name}", ROWS[:3]))]
     stream, split = stream_of(files), load_split(files, "train")
