@@ -82,7 +82,9 @@ def numbers(steps: StreamSteps, tokenizer: Any, which: range) -> list[list[str]]
     return [[ids(row, tokenizer) for row in steps.step(number).rows] for number in which]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.tsv", "a.parquet", "a.arrow"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.tsv", "a.parquet", "a.arrow"]
+)
 def test_rows_are_those_of_the_split(tmp_path: Path, name: str) -> None:
     files = [str(write(tmp_path / name)), str(write(tmp_path / f"b{name}", ROWS[:3]))]
     stream, split = stream_of(files), load_split(files, "train")
