@@ -17,6 +17,7 @@ from lorakit.errors import TargetError, UserError, shown
 from lorakit.layers import AdapterLayer, CompositeLayer, adapted_modules, adapter_layers
 from lorakit.methods.base import Method
 from lorakit.models.master_weights import plain_name, train_module, train_parameter
+from lorakit.models.token_rows import token_rows
 from lorakit.module_names import describe_modules, is_suffix
 from lorakit.recipe.sections import AdapterSection
 from lorakit.targets import Target, find_targets, parameters_within
@@ -250,9 +251,9 @@ def find_fully_trained(
 
 
 def trained_base_parameters(model: nn.Module, fully_trained: Sequence[str]) -> dict[str, Tensor]:
-    """The base's own parameters that are trained, by name, except those of adapter layers and of
-    the modules ``fully_trained``."""
-    layers = [f"{name}." for name in adapter_layers(model)]
+    """The base's own parameters that are trained, by name, except those of adapter layers, rows of
+    tokens and the modules ``fully_trained``."""
+    layers = [f"{name}." for name in (*adapter_layers(model), *token_rows(model))]
     inside = tuple(f"{name}." for name in fully_trained)
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():

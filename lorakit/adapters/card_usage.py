@@ -21,6 +21,7 @@ class UsageFacts:
     says that the base has a head of another size. ``pairs`` says that it was trained on pairs of
     texts, ``chats`` that a causal model was trained on chats. ``misread`` and ``refused`` are the
     modules with which PEFT fails, ``peft_loads`` whether it supports the method at all.
+    ``vocab_size`` is the size of a vocabulary that training may have extended.
     """
 
     base_model: str
@@ -38,6 +39,7 @@ class UsageFacts:
     base_class: str | None = None
     misread: Sequence[str] = ()
     refused: Sequence[str] = ()
+    vocab_size: int | None = None
 
 
 def usage(facts: UsageFacts) -> str:
@@ -85,6 +87,10 @@ def _peft_code(facts: UsageFacts) -> str:
     base, directory = _quoted(facts.base_model), _quoted(facts.directory)
     tokenizer = directory if facts.has_tokenizer else base
     load = f"model = PeftModel.from_pretrained(base, {directory})"
+    if (size := facts.vocab_size) is not None:
+        load = f"""if base.get_input_embeddings().num_embeddings < {size}:
+    base.resize_token_embeddings({size})
+{load}"""
     options = [f"revision={_quoted(facts.revision)}"] if facts.revision else []
     if facts.task_type != "SEQ_CLS":
         return f"""from peft import PeftModel

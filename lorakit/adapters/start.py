@@ -24,6 +24,7 @@ from lorakit.adapters.peft.place import FittedAdapter, fit_adapter
 from lorakit.adapters.peft.read import AdapterFiles, read_adapter
 from lorakit.adapters.peft.schema import CONFIG, WEIGHTS
 from lorakit.adapters.peft.targets import target_modules, unadapted_modules
+from lorakit.adapters.peft.tokens import StoredRows
 from lorakit.errors import AdapterError, TargetError, UserError, listed, shown
 from lorakit.injection import trained_base_parameters
 from lorakit.layers import AdapterLayer, BaseWrapper, CompositeLayer, adapter_layers
@@ -32,6 +33,7 @@ from lorakit.methods.adalora_layer import AdaLoraLayer
 from lorakit.methods.base import Method
 from lorakit.methods.lora import LoraConfig
 from lorakit.models.master_weights import set_value
+from lorakit.models.token_rows import token_rows
 from lorakit.recipe.sections import AdapterSection, ModelSection
 from lorakit.targets import find_targets
 
@@ -111,6 +113,7 @@ def load_values(model: nn.Module, start: StartingAdapter, fully_trained: Collect
         _copy_layer(source, layers[name], f"{where}: {name}")
     places = start.fitted.places
     _check_untied(model, places.fully_trained, config)
+    _copy_rows(model, places.rows, config)
     base = trained_base_parameters(model, tuple(fully_trained))
     for key, value in places.base.items():
         own, _, end = key.rpartition(".")
@@ -287,6 +290,19 @@ def _copy_layer(source: AdapterLayer, target: AdapterLayer, where: str) -> None:
             raise UserError(f"{where}.{key} is frozen, and has other values in the adapter")
         else:
             own[key].copy_(value)
+
+
+def _copy_rows(model: nn.Module, rows: Mapping[str, StoredRows], config: AdapterSection) -> None:
+    """Copy the rows of tokens. Further tokens of the new run keep their initial rows."""
+    layers = token_rows(model)
+    for name, stored in rows.items():
+        trained = layers[name].indices.tolist() if name in layers else []
+        if not set(stored.indices) <= set(trained):
+            raise UserError(
+                f"model.add_tokens: {config.init_from} trained rows of {name} that are not trained "
+                "here; allowed: the tokens of that adapter, in the same order, and others after"
+            )
+        layers[name].values[[trained.index(index) for index in stored.indices]] = stored.values
 
 
 def _check_untied(

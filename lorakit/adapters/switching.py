@@ -18,8 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.merge.plan import check_finite
-from lorakit.adapters.peft.place import find_places, fully_trained_modules, load_adapter
+from lorakit.adapters.peft.place import (
+    find_places,
+    fully_trained_modules,
+    load_adapter,
+    vocabulary_with,
+)
 from lorakit.adapters.peft.read import AdapterFiles
+from lorakit.adapters.peft.vocabulary import vocabulary_size
 from lorakit.errors import AdapterError
 from lorakit.layers import BaseWrapper, adapted_modules
 
@@ -118,6 +124,11 @@ def register_adapters(
 def _prepared(model: nn.Module, files: AdapterFiles, settings: Mapping[str, Any]) -> _Adapter:
     """Load the adapter on copies of the objects that it would modify, then remove it again."""
     places = find_places(model, files)
+    if vocabulary_with(model, files) != vocabulary_size(model) or places.rows:
+        raise AdapterError(
+            f"{files.directory}: trains rows of the vocabulary, which cannot be switched; allowed: "
+            "to load it alone, or to merge it"
+        )
     memo: dict[int, Any] = {}  # a common one, so that modules that share a weight still do
     modules = {
         name: copy.deepcopy(model.get_submodule(name), memo)

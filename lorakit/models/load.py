@@ -32,6 +32,7 @@ from lorakit.data.examples import Problem
 from lorakit.errors import ModelError, UserError
 from lorakit.models.heads import declares_head, in_head, plan_head, renew_head, stores_head
 from lorakit.models.hub import explained, hub_options, load_config, load_tokenizer, quiet
+from lorakit.models.vocabulary import extend_vocabulary
 from lorakit.recipe.check import has_accelerator
 from lorakit.recipe.sections import ModelSection
 
@@ -46,12 +47,14 @@ _MAX_RESERVED = 16
 @dataclass(frozen=True)
 class Pretrained:
     """A loaded model. ``new_modules`` have no weights in the checkpoint (a new classification
-    head); ``notes`` are messages for the user."""
+    head); ``trained_tokens`` are the ids whose rows of the embedding are to be trained; ``notes``
+    are messages for the user."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     new_modules: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    trained_tokens: tuple[int, ...] = ()
 
 
 def load_pretrained(
@@ -68,9 +71,10 @@ def load_pretrained(
     ``labels`` are an encoder's class names, None for regression; without ``problem``, each row has
     one of them. ``plan_head`` decides how a head
     in the checkpoint is used; a missing one is initialized from ``seed``. With ``head_given``, an
-    adapter provides the head, with ``labels``, and the base's is ignored. Raises ModelError if the
-    model is missing, gated, unreachable, of the other kind or not in safetensors, if its head does
-    not fit, or if weights other than a head's are missing.
+    adapter provides the head, with ``labels``, and the base's is ignored. Tokens that
+    ``section`` adds extend both. Raises ModelError if the model is missing, gated, unreachable, of
+    the other kind or not in safetensors, if its head does not fit, or if weights other than a
+    head's are missing.
     """
     name = section.name_or_path
     hub = hub_options(section)
@@ -88,9 +92,11 @@ def load_pretrained(
     else:
         model, info, note = _with_head(section, config, labels, problem, options, seed)
         notes += [note] if note else []
+    vocabulary = extend_vocabulary(model, tokenizer, section)
     model.config.pad_token_id = tokenizer.pad_token_id
     new = _new_modules(model, info, kind, name)
-    return Pretrained(model.eval(), tokenizer, new, tuple(notes))
+    notes += vocabulary.notes
+    return Pretrained(model.eval(), tokenizer, new, tuple(notes), vocabulary.trained)
 
 
 def load_model(section: ModelSection, dtype: str | None) -> PreTrainedModel:

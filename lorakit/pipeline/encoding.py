@@ -19,6 +19,7 @@ from lorakit.evaluation.evaluate import EvalData
 from lorakit.evaluation.prompts import fit_prompts
 from lorakit.evaluation.sampling import eos_ids
 from lorakit.models.load import embedding_rows, window
+from lorakit.models.token_rows import TokenRows
 from lorakit.pipeline.task_data import Say, TaskData
 from lorakit.tasks.base import GenerationSection
 from lorakit.tasks.checks import ColumnWatch, counts_line, label_counts, similar_labels
@@ -105,7 +106,7 @@ def endless_warning(split: str, endless: int, rows: int) -> str:
 def id_limit(model: PreTrainedModel) -> int:
     """Return the number of token ids that the model accepts."""
     # A model that hashes characters has no embedding table, and accepts any id.
-    has_table = isinstance(model.get_input_embeddings(), nn.Embedding)
+    has_table = isinstance(model.get_input_embeddings(), nn.Embedding | TokenRows)
     return embedding_rows(model) if has_table else 2**31
 
 

@@ -24,6 +24,7 @@ from lorakit.evaluation.sampling import stop_ids
 from lorakit.models.heads import declares_head, plan_head
 from lorakit.models.hub import explained, hub_options, load_config, load_tokenizer, quiet
 from lorakit.models.load import fit_unloaded
+from lorakit.models.vocabulary import extend_tokenizer
 from lorakit.pipeline.encoding import endless_warning
 from lorakit.pipeline.task_data import Say, TaskData, load_task_data
 from lorakit.recipe.sections import ModelSection, Recipe
@@ -214,7 +215,7 @@ def _load_tokenizer(
 ) -> tuple[PreTrainedTokenizerBase, set[int]]:
     """Return the tokenizer, and the ids that end a generation."""
     tokenizer, notes = load_tokenizer(section.name_or_path, hub_options(section))
-    for note in notes:
+    for note in (*notes, *extend_tokenizer(tokenizer, section).notes):
         say(note)
     with explained(section.name_or_path), quiet():
         try:

@@ -22,6 +22,7 @@ from lorakit.recipe.sections import (
     parse_layers,
     split_name_errors,
 )
+from lorakit.recipe.vocabulary import vocabulary_faults
 from lorakit.recipe.yaml_source import YamlFile
 
 METRIC_NAMES = (
@@ -86,6 +87,7 @@ def check_sections(
     faults: list[Fault] = []
     if model is not None:
         faults += [*_dtype(model), *_new_head(model, task_kind)]
+        faults += vocabulary_faults(model, task_kind)
     if adapter is not None:
         faults += [*_layers(adapter), *_targets(adapter)]
     if task is not None:

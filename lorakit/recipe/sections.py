@@ -86,6 +86,9 @@ class ModelSection(Section):
     """``model``: the pretrained model and how it is loaded.
 
     ``new_head`` replaces the classification head of the checkpoint with a newly initialized one.
+    ``chat_template`` is the name of a built-in template or a file, and replaces that of the
+    tokenizer. ``add_tokens`` are tokens whose rows of the embedding and the output layer are
+    trained, and which the tokenizer gets if it lacks them.
     """
 
     name_or_path: Text
@@ -95,6 +98,10 @@ class ModelSection(Section):
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     trust_remote_code: bool = False
     new_head: bool = False
+    chat_template: Annotated[Text, BeforeValidator(_as_text)] | None = None
+    add_tokens: Annotated[
+        list[Text], BeforeValidator(_as_list, json_schema_input_type=list[Text] | Text)
+    ] = []
 
 
 class AdapterSection(Section):

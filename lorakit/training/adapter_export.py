@@ -18,6 +18,7 @@ from lorakit.adapters.peft.targets import (
 from lorakit.adapters.peft.write import save_adapter
 from lorakit.errors import AdapterError
 from lorakit.models.hub import load_config
+from lorakit.models.load import embedding_rows
 from lorakit.pipeline.task_data import Say
 from lorakit.training.record import RunRecord
 from lorakit.training.setup import Prepared
@@ -70,6 +71,9 @@ def _task_info(prepared: Prepared) -> dict[str, Any]:
     """What ``lorakit.json`` says about the task, for evaluation, prediction and chats."""
     task, config = prepared.task, prepared.recipe.task
     info: dict[str, Any] = {"task": config.name}
+    model = prepared.recipe.model
+    if model.add_tokens or model.chat_template is not None:
+        info["vocab_size"] = embedding_rows(prepared.model)
     if task.kind == "causal":
         prompts = prepared.system_prompts
         return info | ({"system_prompts": prompts} if prompts else {})

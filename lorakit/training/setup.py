@@ -27,6 +27,7 @@ from lorakit.pipeline.system_prompts import system_prompts
 from lorakit.pipeline.task_data import Say, TaskData, load_training_data
 from lorakit.recipe.sections import Recipe
 from lorakit.tasks.base import Task
+from lorakit.training.tokens import train_tokens
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,8 @@ def adapt(recipe: Recipe, inputs: Inputs, say: Say, resumes: bool = False) -> Pr
         recipe = recipe.model_copy(update={"adapter": adapter})
     alone = adapter.model_copy(update={"init_from": None})
     report = inject(model, alone, outermost(heads))
+    if loaded.trained_tokens:
+        report = train_tokens(model, loaded.trained_tokens, adapter, report)
     if start is not None:
         load_values(model, start, report.modules_to_save)
     for line in str(report).splitlines():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +36,8 @@ from lorakit.adapters.merge.checkpoint import Checkpoint, StoredTensor
 from lorakit.adapters.merge.updates import ResolvedBase, Ties, Weighted, find_updates
 from lorakit.adapters.peft.place import find_places
 from lorakit.adapters.peft.read import AdapterFiles
+from lorakit.adapters.peft.tokens import with_tied
+from lorakit.adapters.peft.vocabulary import layers_of
 from lorakit.errors import AdapterError
 from lorakit.models.hub import load_config
 from lorakit.recipe.sections import ModelSection
@@ -198,10 +200,15 @@ def resolve_by_class(
     model = empty_model(config, files, section.trust_remote_code)
     set_pad_token(config, model, files)
     state = dict(model.state_dict(keep_vars=True))
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
     places = find_places(model, files)
+    layers = layers_of(model)
+    rows = {f"{name}.weight": own for name, own in with_tied(places.rows, layers).items()}
+    given = {n: v.clone() for n, v in places.fully_trained.items() if n in rows}
+    for name, value in given.items():
+        rows.pop(name).put(value)
     updates = {f"{name}.weight": own for name, own in find_updates(model, adapters).items()}
     names = StoredNames(model, checkpoint.tensors)
-    shapes = {name: tuple(value.shape) for name, value in state.items()}
     ties = _ties(state)
     plain = _fitting(names, shapes, places.fully_trained, checkpoint)
     read = {*plain.values(), *(name for group in names.groups for name in group.targets)}
@@ -215,14 +222,24 @@ def resolve_by_class(
         ties=ties,
         updates=updates,
         base=places.base,
-        fully_trained=places.fully_trained,
+        fully_trained=places.fully_trained | given,
         class_name=type(model).__name__,
         architecture=_architecture(model, config, settings, files),
         stored_name=names.stored_name,
         can_untie=lambda tied: _can_untie(model, tied),
         text_config=_text_config(config),
         settings=_labels(config, load_config(section)) if files.classifies else {},
+        rows=rows,
+        vocab_size=_new_size(model, layers, shapes),
     )
+
+
+def _new_size(
+    model: PreTrainedModel, layers: Collection[str], shapes: Mapping[str, tuple[int, ...]]
+) -> int | None:
+    """The rows of the embeddings, if an adapter has extended them."""
+    sizes = {len(model.get_parameter(f"{name}.weight")) for name in layers}
+    return max(sizes - {shapes[f"{name}.weight"][0] for name in layers}, default=None)
 
 
 def _ties(state: Mapping[str, Tensor]) -> list[list[str]]:

@@ -215,6 +215,10 @@ def write_config(
     settings |= base.settings
     if "num_labels" in settings and "id2label" in base.settings:
         settings["num_labels"] = len(settings["id2label"])
+    if base.vocab_size is not None:
+        for part in (settings, settings.get(base.text_config or "")):
+            if isinstance(part, dict) and "vocab_size" in part:
+                part["vocab_size"] = base.vocab_size
     if dtype is not None:
         _set_dtype(settings, dtype)
     if plan.untied:

@@ -24,6 +24,7 @@ from lorakit.adapters.merge.checkpoint import (
 )
 from lorakit.adapters.merge.updates import Group, ResolvedBase, Ties, Update, merged_sum
 from lorakit.adapters.peft.read import is_finite
+from lorakit.adapters.peft.tokens import StoredRows
 from lorakit.errors import AdapterError
 
 
@@ -111,7 +112,7 @@ def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
 @dataclass(frozen=True)
 class Task:
     """One tensor of the output: the adapter's ``given`` value, or the base's ``source`` with
-    ``updates`` folded in. It goes to the file of the tensor ``stored``."""
+    ``updates`` folded in or ``rows`` replaced. It goes to the file of the tensor ``stored``."""
 
     name: str
     output: OutputTensor
@@ -119,12 +120,13 @@ class Task:
     source: StoredTensor | None = None
     given: Tensor | None = None
     updates: Sequence[Update] = ()
+    rows: StoredRows | None = None
 
     @property
     def is_copy(self) -> bool:
         """Whether the base's bytes are copied unchanged."""
         same = self.source is not None and self.source.code == self.output.code
-        return same and self.given is None and not self.updates
+        return same and self.given is None and not self.updates and self.rows is None
 
 
 @dataclass(frozen=True)
@@ -172,10 +174,8 @@ def plan_merge(base: ResolvedBase, checkpoint: Checkpoint, dtype: str | None) ->
         names for names in shared.together if is_untied(names, base.fully_trained, base.updates)
     ]
     if impossible := [names for names in untied if not base.can_untie(names)]:
-        raise AdapterError(
-            f"{impossible[0][0]}: {base.class_name} cannot store these tied weights as separate "
-            "tensors"
-        )
+        what = f"{impossible[0][0]}: {base.class_name}"
+        raise AdapterError(f"{what} cannot store these tied weights as separate tensors")
     changed = {*base.updates, *given}
     groups = [group for group in base.groups if changed & set(group.targets)]
     converted = {source for group in groups for source in group.sources}
@@ -187,7 +187,7 @@ def plan_merge(base: ResolvedBase, checkpoint: Checkpoint, dtype: str | None) ->
     ]
     tasks = [task for task in stored_tasks if task.stored not in converted] + new_tasks
     for task in tasks:
-        _check_float(task.name, task.source, bool(task.updates))
+        _check_float(task.name, task.source, bool(task.updates) or task.rows is not None)
     every = (*stored_tasks, *new_tasks)
     used = {*base.plain, *(source for group in base.groups for source in group.sources)}
     return MergePlan(
@@ -199,7 +199,7 @@ def plan_merge(base: ResolvedBase, checkpoint: Checkpoint, dtype: str | None) ->
         untied=bool(untied) or shared.stored_apart,
         dtype=main,
         merged_modules=len(base.updates),
-        replaced_tensors=len(given),
+        replaced_tensors=len(given) + sum(task.rows is not None for task in tasks),
     )
 
 
@@ -259,8 +259,11 @@ def _stored_task(
     if value is not None and tuple(value.shape) != tensor.shape:
         # A head for another number of labels.
         output = OutputTensor.of(value.shape, DTYPES[output.code])
+    if (rows := base.rows.get(name)) is not None:
+        count = max(tensor.shape[0], *(index + 1 for index in rows.indices))
+        output = OutputTensor.of((count, *tensor.shape[1:]), DTYPES[output.code])
     written = stored if base.architecture is None else base.stored_name(name)
-    return Task(written, output, stored, tensor, value, base.updates.get(name, ()))
+    return Task(written, output, stored, tensor, value, base.updates.get(name, ()), rows)
 
 
 def _new_task(

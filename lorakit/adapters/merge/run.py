@@ -117,9 +117,10 @@ def merge(
     max_shard_bytes = parse_size(max_shard_size)
     output_dtype = dtype_name(dtype, "dtype")
     directory, settings = _base_directory(section, out)
-    tokenizer = _tokenizer(directory, adapters[0].files, settings)
     with Checkpoint(directory) as checkpoint:
         resolved = resolve_base(section, settings, checkpoint, to_add)
+        rows = resolved.vocab_size or _vocabulary_size(settings)
+        tokenizer = _tokenizer(directory, adapters[0].files, rows)
         plan = plan_merge(resolved, checkpoint, output_dtype)
         shards = plan_files(plan.outputs, checkpoint, plan.stored, max_shard_bytes)
         size_bytes = sum(output.size_bytes for output in plan.outputs.values())
@@ -154,8 +155,7 @@ def _combination_or_code(method: str | os.PathLike[str] | None) -> str:
     return combination_named(os.fspath(method))
 
 
-def _tokenizer(directory: Path, files: AdapterFiles, settings: Mapping[str, Any]) -> Tokenizer:
-    rows = _vocabulary_size(settings)
+def _tokenizer(directory: Path, files: AdapterFiles, rows: int | None) -> Tokenizer:
     return choose_tokenizer(directory, files.directory, needs_pad=files.classifies, rows=rows)
 
 

@@ -83,6 +83,8 @@ def _jobs(plan: MergePlan, checkpoint: Checkpoint, output: OutputFiles) -> Itera
             yield from _row_jobs(task, products, checkpoint, output)
         elif task.updates:
             yield from _method_jobs(task, checkpoint, output, one_matrix)
+        elif task.rows is not None:
+            yield from _row_jobs(task, (), checkpoint, output)
         else:
             yield from _cast_jobs(task, checkpoint, output)
 
@@ -122,17 +124,21 @@ def _copy(source: int, start: int, target: int, to: int, count: int) -> None:
 def _row_jobs(
     task: Task, products: Sequence[LowRankUpdate], checkpoint: Checkpoint, output: OutputFiles
 ) -> Iterator[Job]:
-    """Add low-rank products, in chunks of rows."""
+    """Add low-rank products and replace the rows of tokens, in chunks of rows."""
     rows, columns = task.output.shape
+    stored = task.source.shape[0] if task.source and task.given is None else rows
     for first, count in _chunks(rows, columns):
 
         def job(buffers: Buffers, first: int = first, count: int = count) -> int:
-            W = _read_rows(task, first, count, checkpoint, buffers)
+            old = min(count, max(0, stored - first))
+            W = _read_rows(task, first, old, checkpoint, buffers)
             wide = buffers.get("wide", count * columns, torch.float32).view(count, columns)
-            wide.copy_(W)
+            wide[:old].copy_(W)
             delta = buffers.get("delta", count * columns, torch.float32).view(count, columns)
             for product in products:
                 product.add_rows_(wide, first, delta)
+            if task.rows is not None:
+                task.rows.put(wide, first)
             return _store(task, wide, first, output, buffers)
 
         yield job
@@ -240,7 +246,7 @@ def _store(task: Task, merged: Tensor, first: int, output: OutputFiles, buffers:
     if merged.dtype != dtype:
         rounded = buffers.get("rounded", merged.numel(), dtype).view(merged.shape)
         rounded.copy_(merged)
-    changed = bool(task.updates) or task.given is not None
+    changed = bool(task.updates or task.rows) or task.given is not None
     if not is_finite(rounded) and (changed or is_finite(merged)):
         raise not_finite(task.name, dtype, changed)
     return output.write(task.name, rounded, first * merged.shape[1])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters.peft.method import Say
 from lorakit.adapters.peft.read import AdapterFiles, read_adapter, to_stderr
+from lorakit.adapters.peft.tokens import StoredRows, by_tensor
 from lorakit.errors import AdapterError
 from lorakit.kernels.low_rank import LowRankDelta
 
@@ -93,20 +94,23 @@ def find_updates(model: nn.Module, adapters: Sequence[Weighted]) -> dict[str, li
     # These import transformers, which ``resolve_by_name`` does without.
     from lorakit.adapters.peft.place import find_places, load_adapter
     from lorakit.layers import adapted_modules
+    from lorakit.models.token_rows import token_rows
 
     first, *added = adapters
     places = find_places(model, first.files)
-    check_unscaled(first, places.base)
-    own = {**places.base, **places.fully_trained}
+    check_unscaled(first, [*places.base, *by_tensor(places.rows)])
+    own = places.given | by_tensor(places.rows)
     for other in added:
         found = find_places(model, other.files)
-        check_same_values(own, {**found.base, **found.fully_trained}, first.files, other.files)
+        check_same_values(own, found.given | by_tensor(found.rows), first.files, other.files)
     updates: dict[str, list[Update]] = {}
     for adapter in (*added, first):
         load_adapter(model, adapter.files)
         for name, layer in adapted_modules(model).items():
             updates.setdefault(name, []).insert(0, LayerUpdate(layer, adapter.weight))
             model.set_submodule(name, layer.base_layer)
+        for name, rows in token_rows(model).items():
+            model.set_submodule(name, rows.base_layer)
     return updates
 
 
@@ -209,7 +213,9 @@ class ResolvedBase:
     that are read. Everything else is keyed by parameter names. ``ties``: names of one parameter;
     ``base``: trained parameters of the base; ``fully_trained``: those of fully trained modules.
     ``architecture`` is the class's name if the merged model is of another class than the base;
-    ``stored_name`` then also applies to names that are stored. ``can_untie``: whether the class can
+    ``stored_name`` then also applies to names that are stored. ``rows``: rows of a weight that
+    replace those of the base or follow them; ``vocab_size`` is that of the model if it changes.
+    ``can_untie``: whether the class can
     store tied names as separate weights. ``text_config``: the key of the text model's configuration
     in ``config.json``; ``settings``: other keys of ``config.json`` that change.
     """
@@ -227,6 +233,8 @@ class ResolvedBase:
     can_untie: Callable[[Sequence[str]], bool] = lambda _names: True
     text_config: str | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
+    rows: Mapping[str, StoredRows] = field(default_factory=dict)
+    vocab_size: int | None = None
 
     @property
     def given(self) -> dict[str, Tensor]:

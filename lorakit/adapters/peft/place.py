@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lorakit.adapters.peft.lora import from_peft
 from lorakit.adapters.peft.method import Say
@@ -21,17 +19,24 @@ from lorakit.adapters.peft.read import (
 )
 from lorakit.adapters.peft.schema import (
     BASE_LAYER,
-    EMBEDDING_FACTORS,
-    LINEAR_FACTORS,
+    TOKEN_ROWS,
     is_fully_trained,
     modules_to_save,
 )
 from lorakit.adapters.peft.targets import matched_modules, renamed_for
+from lorakit.adapters.peft.tokens import StoredRows, place_stored_rows, stored_rows
+from lorakit.adapters.peft.vocabulary import (
+    check_vocabulary,
+    extended_vocabulary,
+    layers_of,
+    needed_size,
+)
 from lorakit.base_weight import ADAPTABLE
 from lorakit.errors import AdapterError, listed
 from lorakit.injection import InjectionReport, find_heads, report
 from lorakit.layers import BaseWrapper, adapted_modules, adapter_layers
 from lorakit.models.master_weights import set_value, train_module, train_parameter
+from lorakit.models.token_rows import token_rows
 
 _SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
@@ -41,14 +46,21 @@ class Placement:
     """Where each tensor of ``files`` goes. All names are those of the model.
 
     ``adapters``: module -> PEFT's suffix -> factor; ``base``: trained parameters of the base;
-    ``fully_trained``: parameters of fully trained modules; ``unknown``: tensors without a module.
+    ``fully_trained``: parameters of fully trained modules; ``rows``: layer -> trained rows of its
+    weight; ``unknown``: tensors without a module.
     """
 
     files: AdapterFiles
     adapters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     base: dict[str, Tensor] = field(default_factory=dict)
     fully_trained: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, StoredRows] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
+
+    @property
+    def given(self) -> dict[str, Tensor]:
+        """All values that replace those of the base, without the rows."""
+        return {**self.base, **self.fully_trained}
 
 
 @dataclass(frozen=True)
@@ -70,12 +82,14 @@ def load_adapter(
 ) -> InjectionReport:
     """Apply an adapter to a loaded base model, in place. ``say`` receives notes.
 
-    On a base on the ``meta`` device only the adapter layers receive values. Raises AdapterError,
+    The embeddings are extended if the adapter was trained with a larger vocabulary. On a base on
+    the ``meta`` device only the adapter layers and rows receive values. Raises AdapterError,
     and leaves the model unchanged, unless every tensor has a place and every module that the
     configuration names has its tensors.
     """
     files = adapter if isinstance(adapter, AdapterFiles) else read_adapter(adapter, say)
-    fitted = fit_adapter(model, files, say)
+    with extended_vocabulary(model, vocabulary_with(model, files)):
+        fitted = fit_adapter(model, files, say)
     places, layers, fully_trained = fitted.places, fitted.layers, fitted.fully_trained
     files = places.files
     model.requires_grad_(False)
@@ -93,23 +107,31 @@ def load_adapter(
     for key, value in places.fully_trained.items():
         set_value(model, key, value)
     _set_trainable(model, layers, fully_trained, trainable, files.method.shared)
+    place_stored_rows(model, places.rows, trainable)
     return report(model, files.method.name, fully_trained)
+
+
+def vocabulary_with(model: nn.Module, files: AdapterFiles) -> int | None:
+    """Return the size of the vocabulary of ``model`` with the adapter; None if it has none."""
+    places = find_places(model, files)
+    return needed_size(model, places.given, places.adapters, places.rows)
 
 
 def fit_adapter(model: nn.Module, files: AdapterFiles, say: Say) -> FittedAdapter:
     """Build the layers of an adapter for ``model``, which remains unchanged. Raises AdapterError as
     ``load_adapter`` does."""
-    if adapted_modules(model):
+    if adapted_modules(model) or token_rows(model):
         raise AdapterError("the model already has an adapter; load the base again")
     places = find_places(model, files)
     files = places.files
     fully_trained = fully_trained_modules(model, places)
-    _check_vocabulary(model, places)
+    check_vocabulary(files.directory, model, places.given, places.adapters)
     _check_complete(model, places, fully_trained)
+    _check_adapted_once(model, places)
     layers = _layers(model, places)
     if note := _bypassed_note(model, files, layers):
         say(note)
-    _check_shapes(model, files, {**places.base, **places.fully_trained})
+    _check_shapes(model, files, places.given)
     return FittedAdapter(places, layers, fully_trained)
 
 
@@ -118,10 +140,13 @@ def find_places(model: nn.Module, files: AdapterFiles) -> Placement:
     files = renamed_for(model, files)
     modules = dict(model.named_modules())
     places = Placement(files)
+    rows: dict[str, Tensor] = {}
     for key, value in files.tensors.items():
         name, end = split_key(key, modules)
         own = set(modules[name].state_dict(keep_vars=True)) if name else set()
-        if end in own:
+        if end == TOKEN_ROWS and name:
+            rows[name] = value
+        elif end in own:
             in_base = files.trains_base and not is_fully_trained(files.config, name)
             (places.base if in_base else places.fully_trained)[key] = value
         elif not files.method.kinds or not isinstance(modules.get(name), ADAPTABLE):
@@ -130,6 +155,10 @@ def find_places(model: nn.Module, files: AdapterFiles) -> Placement:
             places.base[f"{name}.{end.removeprefix(BASE_LAYER)}"] = value
         else:
             places.adapters.setdefault(name, {})[end] = value
+    try:
+        places.rows = stored_rows(files.config, rows, layers_of(model))
+    except AdapterError as error:
+        raise AdapterError(f"{files.directory}: {error}") from error
     return places
 
 
@@ -207,37 +236,14 @@ def _layers(model: nn.Module, places: Placement) -> dict[str, BaseWrapper]:
     return layers
 
 
-def _check_vocabulary(model: nn.Module, places: Placement) -> None:
-    """Raise AdapterError if the adapter was trained with another vocabulary size."""
-    if not isinstance(model, PreTrainedModel):
-        return
-    ends = [model.get_output_embeddings()]
-    with suppress(NotImplementedError):
-        ends.append(model.get_input_embeddings())
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if weight is None or not any(module is end for end in ends):
-            continue
-        own = tuple(weight.shape)
-        for shape in _matrices(places, name):
-            if shape != own and shape[1:] == own[1:]:
-                raise AdapterError(
-                    f"{places.files.directory}: {name} has {shape[0]} rows, and {own[0]} in the "
-                    "base: the vocabulary was resized for training (tokens were added); hint: pass "
-                    "a base of that size (resize_token_embeddings, then save_pretrained)"
-                )
-
-
-def _matrices(places: Placement, name: str) -> list[tuple[int, ...]]:
-    """The shapes of the module's matrix, as far as the adapter's tensors determine it."""
-    given = {**places.base, **places.fully_trained}.get(f"{name}.weight")
-    own = places.adapters.get(name, {})
-    found = [tuple(given.shape)] if given is not None else []
-    if own.keys() >= set(LINEAR_FACTORS):
-        found.append((len(own[LINEAR_FACTORS.B]), own[LINEAR_FACTORS.A].shape[-1]))
-    if own.keys() >= set(EMBEDDING_FACTORS):
-        found.append((own[EMBEDDING_FACTORS.A].shape[-1], len(own[EMBEDDING_FACTORS.B])))
-    return found
+def _check_adapted_once(model: nn.Module, places: Placement) -> None:
+    modules = dict(model.named_modules())
+    rows = {id(modules[name].weight) for name in places.rows}
+    if both := [n for n in places.adapters if id(getattr(modules[n], "weight", None)) in rows]:
+        raise AdapterError(
+            f"{places.files.directory}: {both[0]} has both an adapter and rows of "
+            "trainable_token_indices: not supported, nor by PEFT"
+        )
 
 
 def _bypassed_note(model: nn.Module, files: AdapterFiles, names: Iterable[str]) -> str | None:

@@ -38,6 +38,7 @@ from lorakit.adapters.peft.schema import (
     check_types,
     unknown_keys_note,
 )
+from lorakit.adapters.peft.tokens import check_indices, unwrapped
 from lorakit.errors import AdapterError, printable, shown
 from lorakit.kernels.low_rank import RowSlice
 from lorakit.methods.base import Method
@@ -187,10 +188,11 @@ def read_adapter(
     lora_format = config["peft_type"] in LORA_FORMATS
     if lora_format:
         check_supported(config, where)
+        check_indices(config, where)
     else:
         _check_no_foreign_patterns(config, method, where)
     tensors, shared = _tensors(directory, method)
-    tensors = _without_duplicates(tensors, config)
+    tensors = _without_duplicates(unwrapped(tensors), config)
     own = () if lora_format else method.keys()
     if method.peft_loads and (note := unknown_keys_note(config, where, own)):
         say(note)

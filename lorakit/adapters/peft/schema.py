@@ -66,7 +66,6 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "megatron_config": (None,),
     "monteclora_config": (None,),
     "target_parameters": (None, []),
-    "trainable_token_indices": (None, []),
     "use_bdlora": (None, False),
     "use_dora": (False, True, None),
     "use_qalora": (False, None),
@@ -116,6 +115,7 @@ SIDECAR_TYPES = {
     "system_prompts": "a list of strings",
     "task": "a string",
     "text_columns": "one or two strings",
+    "vocab_size": "an integer",
 }
 #: Further keys of PEFT that lorakit reads elsewhere, or that do not affect the output.
 _OTHER_KEYS = {
@@ -160,6 +160,8 @@ class AdaLoraNames(NamedTuple):
 LINEAR_FACTORS = FactorNames("lora_A.weight", "lora_B.weight")
 EMBEDDING_FACTORS = FactorNames("lora_embedding_A", "lora_embedding_B")
 ADALORA_FACTORS = AdaLoraNames("lora_A", "lora_B", "lora_E")
+#: The rows of tokens that are trained in a layer.
+TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
 #: DoRA's magnitudes.
 MAGNITUDE = "lora_magnitude_vector"
 #: The base's own weight or bias of an adapted module, as opposed to a factor.

@@ -129,12 +129,13 @@ def unadapted_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules by name as they were before they were adapted: an adapter layer counts as
     the module that it wraps."""
     from lorakit.layers import BaseWrapper
+    from lorakit.models.token_rows import TokenRows
 
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name and not name.startswith(inside):
-            adapted = isinstance(module, BaseWrapper)
+            adapted = isinstance(module, BaseWrapper | TokenRows)
             found[name] = module.base_layer if adapted else module
             inside += (f"{name}.",) if adapted else ()
     return found

@@ -34,6 +34,7 @@ from lorakit.adapters.peft.targets import (
     target_modules,
     unadapted_modules,
 )
+from lorakit.adapters.peft.tokens import rows_to_peft
 from lorakit.errors import AdapterError, shown
 from lorakit.injection import find_fully_trained, trained_base_parameters
 from lorakit.io.atomic import atomic_directory, check_name
@@ -146,6 +147,7 @@ def card_usage(
         base_class=info.get("base_class"),
         misread=info.get("misread_by_peft", ()) if is_lora else (),
         refused=info.get("refused_by_peft", ()),
+        vocab_size=info.get("vocab_size"),
     )
 
 
@@ -177,6 +179,9 @@ def _collect(
     tensors |= base_parameters
     if not method.kinds:
         settings["trained_parameters"] = sorted(base_parameters)
+    row_settings, rows = rows_to_peft(model, renamed)
+    settings |= row_settings
+    tensors |= rows
     for name in fully_trained:
         state = model.get_submodule(name).state_dict()
         tensors |= {f"{renamed(name)}.{key}": value for key, value in state.items()}

@@ -48,6 +48,9 @@ def _cannot_join(recipe: Recipe) -> str | None:
         return "the task has several labels per row"
     if recipe.adapter.init_from is not None:
         return "adapter.init_from starts from another adapter"
+    if model.add_tokens or model.chat_template is not None:
+        key = "add_tokens" if model.add_tokens else "chat_template"
+        return f"model.{key} changes the vocabulary of each run"
     if model.base_precision is not None:
         return f"model.base_precision = {model.base_precision} quantizes the base of each run"
     if model.dtype == "float16":
