@@ -60,6 +60,7 @@ def _pad_causal(batch: CausalBatch, pad_id: int, padding: int) -> CausalBatch:
         loss_indices=F.pad(batch.loss_indices + rows * padding, (0, missing)),
         targets=F.pad(batch.targets, (0, missing), value=IGNORED),
         ignored=missing,
+        weights=None if batch.weights is None else F.pad(batch.weights, (0, missing)),
     )
 
 

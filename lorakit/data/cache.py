@@ -36,8 +36,24 @@ CACHED_ROWS = 2000
 _FORMAT = 3
 _PACKAGE = Path(__file__).parents[1]
 #: Widest first, so that each array is aligned.
-_NAMES = ("labels", "label_sizes", "lengths", "input_ids", "loss_mask", "token_type_ids")
-_DTYPES = {"U16": "<u2", "I32": "<i4", "I64": "<i8", "F64": "<f8", "BOOL": "|b1", "I8": "|i1"}
+_NAMES = (
+    "labels",
+    "label_sizes",
+    "lengths",
+    "loss_weights",
+    "input_ids",
+    "loss_mask",
+    "token_type_ids",
+)
+_DTYPES = {
+    "U16": "<u2",
+    "I32": "<i4",
+    "I64": "<i8",
+    "F32": "<f4",
+    "F64": "<f8",
+    "BOOL": "|b1",
+    "I8": "|i1",
+}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _CHUNK = 4 << 20
 
@@ -68,6 +84,10 @@ class Shard:
         self.counts.add(encoded.counts)
         if not rows:
             return
+        weights = [row.loss_mask if row.loss_weights is None else row.loss_weights for row in rows]
+        if "loss_weights" in self.dtypes or any(row.loss_weights is not None for row in rows):
+            self.fill_weights()
+            self._write("loss_weights", "<f4", weights)
         self._write("input_ids", id_dtype, [row.input_ids for row in rows])
         self._write("loss_mask", "|b1", [row.loss_mask for row in rows])
         self._write("lengths", "<i4", [np.array([len(row.input_ids) for row in rows])])
@@ -81,6 +101,15 @@ class Shard:
             self._write("labels", dtype, values)
             if several:
                 self._write("label_sizes", "<i8", [np.array([len(label) for label in several])])
+
+    def fill_weights(self) -> None:
+        """Write the weights of all rows so far, if there are none of them yet."""
+        file, mask = self.files["loss_weights"], self.files["loss_mask"]
+        if file.seek(0, io.SEEK_END):
+            return
+        mask.seek(0)
+        while chunk := mask.read(_CHUNK):
+            self._write("loss_weights", "<f4", [np.frombuffer(chunk, np.bool_)])
 
     def _write(self, name: str, dtype: str, parts: Sequence[NDArray[Any]]) -> None:
         values = np.concatenate(parts).astype(dtype, copy=False)
@@ -97,6 +126,9 @@ class Shard:
 def write_arrays(shards: Sequence[Shard], out: BinaryIO) -> None:
     """Concatenate the shards into ``out``. Raises OSError if the disk is full."""
     names = [name for name in _NAMES if name in _dtypes(shards)]
+    if "loss_weights" in names:
+        for shard in shards:
+            shard.fill_weights()
     offsets, end = {}, 0
     for name in names:
         sizes = [shard.files[name].seek(0, io.SEEK_END) for shard in shards]

@@ -23,8 +23,8 @@ class Batch:
     input_ids: Tensor
 
     @property
-    def loss_count(self) -> int:
-        """The number of terms in the sum of the losses."""
+    def loss_count(self) -> float:
+        """The divisor of the sum of the losses: their number, or the sum of their weights."""
         raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
@@ -48,7 +48,8 @@ class CausalBatch(Batch):
     """Sequences for a causal model.
 
     ``loss_indices`` (n,) are the positions in the flattened (batch * length) sequence whose next
-    token counts in the loss, ``targets`` (n,) are those tokens. Packed sequences also have
+    token counts in the loss, ``targets`` (n,) are those tokens, ``weights`` (n,) their weights in
+    the loss unless all are 1. Packed sequences also have
     ``position_ids`` (batch, length), which restart at 0 with every row; ``cu_seq_lens`` (rows + 1,)
     are the row boundaries if all rows are in one sequence for variable-length attention. The last
     ``ignored`` of the targets are ``IGNORED``: padding that no loss is computed for.
@@ -59,10 +60,13 @@ class CausalBatch(Batch):
     position_ids: Tensor | None = None
     cu_seq_lens: Tensor | None = None
     ignored: int = 0
+    weights: Tensor | None = None
 
     @property
-    def loss_count(self) -> int:
-        """The number of trained tokens."""
+    def loss_count(self) -> float:
+        """The number of trained tokens, or the sum of their weights."""
+        if self.weights is not None:
+            return float(self.weights.sum(dtype=torch.float64))
         return len(self.targets) - self.ignored
 
 
@@ -95,6 +99,7 @@ def collate_causal(rows: Sequence[EncodedRow], pad_id: int, multiple_of: int = 1
         input_ids=torch.from_numpy(input_ids),
         loss_indices=torch.from_numpy(np.concatenate(indices)),
         targets=torch.from_numpy(_targets(rows)),
+        weights=_weights(rows),
     )
 
 
@@ -107,11 +112,13 @@ def collate_packed(
     width = _round_up(max(widths), multiple_of)
     sequences = [_pack(rows, pad_id, width) for rows in bins]
     indices = [sequence.loss_indices + i * width for i, sequence in enumerate(sequences)]
+    packed = [row for rows in bins for row in rows]
     return CausalBatch(
         input_ids=torch.from_numpy(np.stack([s.input_ids for s in sequences])),
         position_ids=torch.from_numpy(np.stack([s.position_ids for s in sequences])),
         loss_indices=torch.from_numpy(np.concatenate(indices)),
-        targets=torch.from_numpy(_targets([row for rows in bins for row in rows])),
+        targets=torch.from_numpy(_targets(packed)),
+        weights=_weights(packed),
     )
 
 
@@ -132,6 +139,7 @@ def collate_documents(
         loss_indices=torch.from_numpy(sequence.loss_indices),
         targets=torch.from_numpy(_targets(rows)),
         cu_seq_lens=torch.tensor([0, *boundaries], dtype=torch.int32),
+        weights=_weights(rows),
     )
 
 
@@ -191,6 +199,14 @@ def _labels(rows: Sequence[EncodedRow]) -> Tensor:
     labels: list[Any] = [row.label for row in rows]
     is_vector = isinstance(labels[0], np.ndarray)
     return torch.from_numpy(np.stack(labels)) if is_vector else torch.tensor(labels)
+
+
+def _weights(rows: Sequence[EncodedRow]) -> Tensor | None:
+    if all(row.loss_weights is None for row in rows):
+        return None
+    weights = [row.loss_mask if row.loss_weights is None else row.loss_weights for row in rows]
+    trained = [w[1:][row.loss_mask[1:]] for w, row in zip(weights, rows, strict=True)]
+    return torch.from_numpy(np.concatenate(trained).astype(np.float32))
 
 
 def _pad(arrays: Sequence[NDArray[Any]], value: int, multiple_of: int) -> NDArray[np.int64]:

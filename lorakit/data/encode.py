@@ -40,19 +40,22 @@ Label = int | float | NDArray[np.int64]
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """``loss_mask`` marks the tokens that count in the loss; ``label`` is set for encoders only."""
+    """``loss_mask`` marks the tokens that count in the loss, with ``loss_weights`` or, without
+    them, a weight of 1; ``label`` is set for encoders only."""
 
     input_ids: TokenIds
     loss_mask: NDArray[np.bool_]
     token_type_ids: NDArray[np.int8] | None = None
     label: Label | None = None
+    loss_weights: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
 class EncodedSplit:
     """All rows of a split, concatenated: row i is tokens ``offsets[i]`` to ``offsets[i + 1]``. A
     chat or a document may become several rows; ``counts.rows`` counts the rows of the source.
-    ``labels`` has one label per row for an encoder."""
+    ``labels`` has one label per row for an encoder. ``loss_weights`` is None if all trained tokens
+    weigh 1."""
 
     input_ids: TokenIds
     loss_mask: NDArray[np.bool_]
@@ -60,6 +63,7 @@ class EncodedSplit:
     token_type_ids: NDArray[np.int8] | None
     labels: tuple[Label, ...] | None
     counts: Counts
+    loss_weights: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -68,7 +72,8 @@ class EncodedSplit:
         part = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
         types = None if self.token_type_ids is None else self.token_type_ids[part]
         label = None if self.labels is None else self.labels[index]
-        return EncodedRow(self.input_ids[part], self.loss_mask[part], types, label)
+        weights = None if self.loss_weights is None else self.loss_weights[part]
+        return EncodedRow(self.input_ids[part], self.loss_mask[part], types, label, weights)
 
     def class_ids(self) -> Iterator[int | float]:
         """The class indices of all rows of an encoder, in order."""
@@ -85,14 +90,27 @@ class EncodedSplit:
     @cached_property
     def trained_counts(self) -> NDArray[np.int64]:
         """The trained tokens of each row. The first token is never predicted."""
-        counts = np.empty(len(self), np.int64)
-        for start in range(0, len(self), _ROWS_AT_ONCE):  # reduceat makes an int64 of each token
+        counts: NDArray[np.int64] = self._summed(self.loss_mask, np.int64)
+        return counts
+
+    @cached_property
+    def loss_counts(self) -> NDArray[np.int64] | NDArray[np.float64]:
+        """The sum of the weights of each row's trained tokens, by default their number."""
+        if self.loss_weights is None:
+            return self.trained_counts
+        sums: NDArray[np.float64] = self._summed(self.loss_weights, np.float64)
+        return sums
+
+    def _summed(self, values: NDArray[Any], dtype: type) -> NDArray[Any]:
+        """Add the values of each row's tokens but the first."""
+        sums: NDArray[Any] = np.empty(len(self), dtype)
+        for start in range(0, len(self), _ROWS_AT_ONCE):  # bounds the copy
             edges = self.offsets[start : start + _ROWS_AT_ONCE + 1]
-            tokens = self.loss_mask[edges[0] : edges[-1]]
-            counts[start : start + len(edges) - 1] = np.add.reduceat(
-                tokens, edges[:-1] - edges[0], dtype=np.int64
-            )
-        return counts - self.loss_mask[self.offsets[:-1]]
+            tokens: NDArray[Any] = values[edges[0] : edges[-1]].astype(dtype)
+            starts = edges[:-1] - edges[0]
+            tokens[starts] = 0
+            sums[start : start + len(starts)] = np.add.reduceat(tokens, starts)
+        return sums
 
     def endless_rows(self, stops: Set[int], cut_to: int | None = None) -> int:
         """Count the rows whose last trained segment contains none of the ids ``stops``, which end a
@@ -195,6 +213,7 @@ def _from_arrays(arrays: Arrays, counts: Counts) -> EncodedSplit:
         token_type_ids=arrays.get("token_type_ids"),
         labels=_labels(arrays),
         counts=counts,
+        loss_weights=arrays.get("loss_weights"),
     )
 
 

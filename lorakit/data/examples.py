@@ -38,13 +38,15 @@ class ChatExample:
     ``messages`` are passed to the template: ``role``, ``content`` and any further keys. ``trained``
     has one flag per message, true for the assistant turns that count in the loss; None trains all
     of them. ``tools`` (JSON schemas as OpenAI defines them) is passed to the template too. With
-    ``train_all``, all tokens of the rendered chat count.
+    ``train_all``, all tokens of the rendered chat count. ``weights`` are those of the messages'
+    tokens in the loss, above 0; None weights all of them equally.
     """
 
     messages: tuple[Mapping[str, Any], ...]
     trained: tuple[bool, ...] | None = None
     tools: tuple[Mapping[str, Any], ...] | None = None
     train_all: bool = False
+    weights: tuple[float, ...] | None = None
 
     def is_trained(self, index: int) -> bool:
         """Whether message ``index`` counts in the loss."""

@@ -75,7 +75,7 @@ class StreamEncoder:
         check_largest_id(largest, self.tokenizer, self.embedding_rows)
         labels: list[Any] = found.labels or [None] * len(found.rows)
         encoded = [
-            EncodedRow(row.input_ids, row.loss_mask, row.token_type_ids, label)
+            EncodedRow(row.input_ids, row.loss_mask, row.token_type_ids, label, row.loss_weights)
             for row, label in zip(found.rows, labels, strict=True)
         ]
         return encoded, found.counts

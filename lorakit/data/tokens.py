@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakit.data.chat import ChatEncoder
-from lorakit.data.chat.ids import Joiner
+from lorakit.data.chat.ids import IdRow, Joiner
 from lorakit.data.examples import ChatExample, ClassificationExample, Example, TextExample
 from lorakit.data.rows import NAMED_ROWS, Row, RowSequence, UnreadRow
 from lorakit.errors import DataError, ModelError
@@ -68,14 +68,16 @@ OnBadRow = Callable[[int, str], None]
 
 @dataclass
 class TokenRow:
-    """One row. ``loss_mask`` marks the tokens that count in the loss. Truncation removed ``lost``
-    tokens; ``cut`` rows lost the end of their last trained segment, EOS included."""
+    """One row. ``loss_mask`` marks the tokens that count in the loss, with ``loss_weights`` or,
+    without them, a weight of 1. Truncation removed ``lost`` tokens; ``cut`` rows lost the end of
+    their last trained segment, EOS included."""
 
     input_ids: NDArray[np.int32]
     loss_mask: NDArray[np.bool_]
     token_type_ids: NDArray[np.int8] | None = None
     lost: int = 0
     cut: bool = False
+    loss_weights: NDArray[np.float32] | None = None
 
     @property
     def truncated(self) -> bool:
@@ -201,15 +203,20 @@ def _encode_chats(
         encoded = encoder.encode(chat)
         counted.update(encoded.counts)
         return [
-            _cut(
-                TokenRow(np.array(row.input_ids, np.int32), np.array(row.loss_mask, np.bool_)),
-                max_length,
-                row.prompt * (len(row.turns) == 1),
-            )
+            _cut(_chat_row(row), max_length, row.prompt * (len(row.turns) == 1))
             for row in encoded.rows
         ]
 
     return map(encode, chats)
+
+
+def _chat_row(row: IdRow) -> TokenRow:
+    weights = np.array(row.loss_weights, np.float32)
+    mask = weights > 0
+    found = TokenRow(np.array(row.input_ids, np.int32), mask)
+    if (weights[mask] != 1).any():
+        found.loss_weights = weights
+    return found
 
 
 def encode_prompt(example: TextExample, tokenizer: Any, max_length: int) -> list[int]:
@@ -325,7 +332,13 @@ def _cut(row: TokenRow, max_length: int, prompt_tokens: int, prefix: int = 0) ->
         return row
     from_prompt = min(over, prompt_tokens)
     kept = np.r_[:prefix, prefix + from_prompt : len(row.input_ids)][:max_length]
-    return TokenRow(row.input_ids[kept], row.loss_mask[kept], lost=over, cut=over > from_prompt)
+    return TokenRow(
+        row.input_ids[kept],
+        row.loss_mask[kept],
+        lost=over,
+        cut=over > from_prompt,
+        loss_weights=None if row.loss_weights is None else row.loss_weights[kept],
+    )
 
 
 def _encode_pairs(

@@ -332,7 +332,7 @@ def _combined(shares: list[_Share], data: EvalData) -> Evaluation:
     assert sum(share.rows for share in shares) == len(encoded), "each row is measured once"
     encoder = data.task.kind == "encoder"
     loss = sum(share.loss for share in shares)
-    loss /= len(encoded) if encoder else encoded.trained_tokens
+    loss /= len(encoded) if encoder else encoded.loss_counts.sum().item()
     metrics = {"loss": loss}
     if not encoder:
         metrics["perplexity"] = math.exp(loss) if loss < 700 else math.inf

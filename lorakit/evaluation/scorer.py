@@ -36,4 +36,6 @@ class ModelScorer:
     def token_loss(self, batch: CausalBatch) -> Tensor:
         assert self.parts is not None
         ids, indices = batch.input_ids, batch.loss_indices
-        return token_losses(self.model, self.parts, ids, indices, batch.targets)
+        return token_losses(
+            self.model, self.parts, ids, indices, batch.targets, weights=batch.weights
+        )

@@ -42,16 +42,19 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     transform: LogitTransform | None = None,
     fused: bool = False,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
     """The sum over n rows of -log softmax(W h + b)[target], a float32 scalar.
 
     hidden (n, in_features), weight (vocab, in_features) frozen, targets (n,) class indices, or
-    ``IGNORED``. With label smoothing e the target is (1 - e) one-hot + e / vocab, as in torch's
-    cross_entropy. ``fused`` uses a Triton kernel: on a GPU only.
+    ``IGNORED``. ``row_weights`` (n,) float32 multiply the rows' losses. With label smoothing e the
+    target is (1 - e) one-hot + e / vocab, as in torch's cross_entropy. ``fused`` uses a Triton
+    kernel: on a GPU only.
     """
     assert not weight.requires_grad, "use checkpointed_cross_entropy for a trained output layer"
     loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, label_smoothing, transform or LogitTransform(), fused
+        *(hidden, weight, bias, targets, label_smoothing, transform or LogitTransform(), fused),
+        row_weights,
     )
     return loss
 
@@ -72,6 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         label_smoothing: float,
         transform: LogitTransform,
         fused: bool,
+        row_weights: Tensor | None,
     ) -> Tensor:
         compute = _fused_losses_ if fused else _losses_
         rows = rows_per_chunk(weight.shape[0], hidden.device, fused)
@@ -84,9 +88,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses, d_logits = compute(
                 logits, targets[part], label_smoothing, transform, grad is not None
             )
-            loss += losses.masked_fill_(ignored, 0).sum()
+            losses.masked_fill_(ignored, 0)
+            loss += losses.sum() if row_weights is None else losses @ row_weights[part]
             if grad is not None:
                 rows_grad = d_logits.to(weight.dtype) @ weight
+                if row_weights is not None:  # in float32
+                    rows_grad = rows_grad * row_weights[part].unsqueeze(1)
                 grad[part] = rows_grad.masked_fill_(ignored.unsqueeze(1), 0)
         ctx.grad = grad
         return loss
@@ -95,7 +102,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad = ctx.grad * grad_outputs[0].to(ctx.grad.dtype)
         ctx.grad = None
-        return grad, None, None, None, None, None, None
+        return grad, None, None, None, None, None, None, None
 
 
 def _losses_(
@@ -167,7 +174,12 @@ def _d_logits_(
 
 
 def checkpointed_cross_entropy(
-    head: Any, hidden: Tensor, targets: Tensor, vocab: int, label_smoothing: float = 0.0
+    head: Any,
+    hidden: Tensor,
+    targets: Tensor,
+    vocab: int,
+    label_smoothing: float = 0.0,
+    row_weights: Tensor | None = None,
 ) -> Tensor:
     """The same sum for any ``head`` (hidden -> logits), including trained and adapted ones.
 
@@ -175,14 +187,27 @@ def checkpointed_cross_entropy(
     """
     from torch.utils.checkpoint import checkpoint
 
-    def chunk_loss(rows: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(
-            head(rows).float(), target, reduction="sum", label_smoothing=label_smoothing
-        )
+    def chunk_loss(rows: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
+        return summed_cross_entropy(head(rows).float(), target, label_smoothing, weights)
 
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
     rows = rows_per_chunk(vocab, hidden.device)
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
-        loss = loss + checkpoint(chunk_loss, hidden[part], targets[part], use_reentrant=False)
+        weights = None if row_weights is None else row_weights[part]
+        arguments = hidden[part], targets[part], weights
+        loss = loss + checkpoint(chunk_loss, *arguments, use_reentrant=False)
     return loss
+
+
+def summed_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    label_smoothing: float = 0.0,
+    row_weights: Tensor | None = None,
+) -> Tensor:
+    """The same sum, given the float32 logits (n, vocab)."""
+    if row_weights is None:
+        return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+    losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+    return losses @ row_weights

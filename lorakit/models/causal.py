@@ -25,6 +25,7 @@ from lorakit.kernels.linear_cross_entropy import (
     LogitTransform,
     checkpointed_cross_entropy,
     linear_cross_entropy,
+    summed_cross_entropy,
 )
 from lorakit.models.master_weights import base_dtype
 
@@ -69,12 +70,15 @@ def token_losses(
     targets: Tensor,
     label_smoothing: float = 0.0,
     kernels: Kernels = "torch",
+    weights: Tensor | None = None,
     **inputs: Any,
 ) -> Tensor:
     """The summed cross-entropy of the trained tokens, a float32 scalar: ``final_states``, then
     ``state_losses``."""
     states = final_states(model, parts, input_ids, **inputs)
-    return state_losses(model, parts, states, loss_indices, targets, label_smoothing, kernels)
+    return state_losses(
+        model, parts, states, loss_indices, targets, label_smoothing, kernels, weights
+    )
 
 
 def final_states(
@@ -104,19 +108,19 @@ def state_losses(
     targets: Tensor,
     label_smoothing: float = 0.0,
     kernels: Kernels = "torch",
+    weights: Tensor | None = None,
 ) -> Tensor:
     """The summed cross-entropy of the trained tokens, given the ``final_states``.
 
     ``loss_indices`` (n,) are positions in the flattened (batch * length) tokens whose next token is
-    trained, ``targets`` (n,) those tokens. With ``kernels: auto``, a Triton kernel computes the
+    trained, ``targets`` (n,) those tokens, ``weights`` (n,) what their losses are multiplied by.
+    With ``kernels: auto``, a Triton kernel computes the
     loss on a GPU in half precision.
     """
     hidden = states.reshape(-1, states.shape[-1]).index_select(0, loss_indices)
     head = parts.head
     if head is None:
-        return nn.functional.cross_entropy(
-            hidden.float(), targets, reduction="sum", label_smoothing=label_smoothing
-        )
+        return summed_cross_entropy(hidden.float(), targets, label_smoothing, weights)
     trains = any(parameter.requires_grad for parameter in head.parameters())
     if type(head) is nn.Linear and not trains and not head._forward_pre_hooks:
         return linear_cross_entropy(
@@ -127,6 +131,7 @@ def state_losses(
             label_smoothing,
             parts.transform,
             fused=kernels == "auto" and hidden.is_cuda and hidden.dtype != torch.float32,
+            row_weights=weights,
         )
     return checkpointed_cross_entropy(
         lambda rows: parts.transform(head(rows)),
@@ -134,6 +139,7 @@ def state_losses(
         targets,
         vocab=int(model.config.get_text_config().vocab_size),
         label_smoothing=label_smoothing,
+        row_weights=weights,
     )
 
 

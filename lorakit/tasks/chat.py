@@ -133,7 +133,14 @@ class Chat(FormattedTask):
         last = max(index for index, flag in enumerate(trained) if flag)
         if config.train_on == "last":
             trained = [index == last for index in range(len(messages))]
-        return ChatExample(_fields(messages[: last + 1]), tuple(trained[: last + 1]), tools)
+        kept = messages[: last + 1]
+        weights = tuple(message.weight for message in kept)
+        return ChatExample(
+            _fields(kept),
+            tuple(trained[: last + 1]),
+            tools,
+            weights=weights if set(weights) != {1.0} else None,
+        )
 
     def _answered(self, row: Row, config: Any) -> ChatExample:
         """The chat up to the message that generation is evaluated on."""

@@ -37,8 +37,10 @@ _SHAREGPT_ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
-#: Booleans that tell whether a message is trained; ``weight`` does the same with 0 or 1.
+#: Booleans that tell whether a message is trained; a ``weight`` of 0 does the same.
 _FLAGS = ("train", "training", "loss")
+#: The weights that are allowed besides 0. Others are likely mistakes, or not finite in float32.
+_MIN_WEIGHT, _MAX_WEIGHT = 1e-6, 1e6
 _TEXT_KEYS = frozenset({"name", "tool_call_id", *REASONING})
 #: Keys that are not passed to the chat template unchanged.
 _CONVERTED = frozenset({*_FLAGS, "weight", "tool_calls", "function_call", "role", "content"})
@@ -46,10 +48,12 @@ _PLAIN = {"role", "content"}
 
 
 class Message(NamedTuple):
-    """``fields`` are passed to the chat template; ``trained`` includes the message in the loss."""
+    """``fields`` are passed to the chat template; ``trained`` includes the message in the loss, in
+    which its tokens have the ``weight``."""
 
     fields: dict[str, Any]
     trained: bool
+    weight: float = 1.0
 
 
 def read_messages(value: Any, column: str) -> list[Message]:
@@ -124,12 +128,12 @@ def prompt_messages(row: Row, train_all: bool) -> list[Message]:
 
 
 def check_all_trained(messages: Sequence[Message]) -> None:
-    """Raise DataError for an assistant's message that is excluded from the loss."""
+    """Raise DataError for an assistant's message that is excluded from the loss or weighted."""
     for number, message in enumerate(messages, 1):
-        if message.fields["role"] == "assistant" and not message.trained:
+        if message.weight != 1 or (message.fields["role"] == "assistant" and not message.trained):
             raise DataError(
-                f"message {number}: train, training, loss or weight exclude it from the loss, but "
-                "task.train_on = all trains the whole chat; allowed: assistant or last"
+                f"message {number}: train, training, loss or weight change its part in the loss, "
+                "but task.train_on = all trains the whole chat; allowed: assistant or last"
             )
 
 
@@ -188,13 +192,14 @@ def _message(given: Any, where: str, columnar: bool) -> Message:
             f"{CALLS_ALLOWED}"
         )
     fields = _role_and_content(given, where, columnar)
-    trained = fields["role"] == "assistant"
+    trained, weight = fields["role"] == "assistant", 1.0
     if given.keys() != _PLAIN:
         fields.update(_further_fields(given, where))
         trained = _is_trained(given, fields["role"], where)
+        weight = float(given.get("weight") or 1) if trained else 1.0
     if trained and not _has_content(fields):
         raise DataError(f"{where}: the assistant's content is empty: nothing to train on")
-    return Message(fields, trained)
+    return Message(fields, trained, weight)
 
 
 def _role_and_content(given: dict[str, Any], where: str, columnar: bool) -> dict[str, Any]:
@@ -273,8 +278,10 @@ def _flag(key: str, value: Any, where: str) -> bool:
         if isinstance(value, bool):
             return value
         raise DataError(f"{where}: {key} = {shown(value)}; allowed: true or false")
-    if isinstance(value, bool) or value not in (0, 1):
-        raise DataError(f"{where}: weight = {shown(value)}; allowed: 0 or 1")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not (value == 0 or _MIN_WEIGHT <= value <= _MAX_WEIGHT):
+        allowed = f"0, or a number from {_MIN_WEIGHT:g} to {_MAX_WEIGHT:,.0f}"
+        raise DataError(f"{where}: weight = {shown(value)}; allowed: {allowed}")
     return bool(value)
 
 

@@ -69,7 +69,8 @@ class LoadedStep:
     number: int
     micro_batches: list[Batch]
     token_count: int
-    loss_count: int
+    loss_count: float
+    trained_count: int
 
 
 class StepLoader:
@@ -147,7 +148,7 @@ class StepLoader:
         if number == 0:
             self._first = step
         batches = self._batches(step, self._loads_to)
-        return LoadedStep(number, batches, step.tokens, step.loss_count)
+        return LoadedStep(number, batches, step.tokens, step.loss_count, step.trained_count)
 
     def _batches(self, step: Step, device: torch.device) -> list[Batch]:
         return [self.collate(bins).to(device) for bins in step.micro_batches]

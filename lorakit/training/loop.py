@@ -200,7 +200,7 @@ class Loop:
             self.loader.prefetch(progress.step)  # while the device computes
         self._scalars.add(result)
         self._window_tokens += loaded.token_count
-        progress.trained_tokens += result.loss_count
+        progress.trained_tokens += loaded.trained_count
         progress.seconds += time.monotonic() - began
         return True
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -43,14 +45,19 @@ def test_buckets_are_few_and_close(per_octave: int) -> None:
     assert all(bucket(padded, per_octave, 8) == padded for padded in found)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("head", ["chunked", "whole"])
-def test_a_causal_batch_keeps_its_losses(head: str) -> None:
+def test_a_causal_batch_keeps_its_losses(head: str, weighted: bool) -> None:
     model = tiny("llama", vocab_size=64)
     if head == "chunked":
         model.requires_grad_(False)
         for parameter in model.model.layers[0].parameters():
             parameter.requires_grad_()
-    batch = collate_causal(rows(5, labels=False), 0)
+    given = rows(5, labels=False)
+    if weighted:
+        given = [replace(r, loss_weights=r.loss_mask * np.float32(0.5 + i))
+                 for i, r in enumerate(given)]  # fmt: skip
+    batch = collate_causal(given, 0)
     padded = pad_to_bucket(batch, 0, longest=128)
     assert padded.input_ids.shape == (5, 16)
     assert len(padded.tensors()["targets"]) == 64

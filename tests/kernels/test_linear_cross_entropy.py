@@ -149,3 +149,31 @@ def test_the_checkpointed_form_also_trains_the_head(label_smoothing: float) -> N
     torch.testing.assert_close(loss, want_loss, rtol=1e-5, atol=1e-5)
     for mine, reference in zip(got, torch.autograd.grad(want_loss, inputs), strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_weights_of_rows(label_smoothing: float, dtype: torch.dtype) -> None:
+    hidden, weight, bias, targets = _case(dtype)
+    targets[3] = IGNORED
+    row_weights = torch.tensor([0.25, 1, 3, 7, 0, 2, 1e-3, 1])
+    each = F.cross_entropy(
+        F.linear(hidden, weight, bias).float(),
+        targets,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
+    want_loss = (each * row_weights).sum()
+    (want,) = torch.autograd.grad(want_loss * 0.25, hidden)
+    options = {"label_smoothing": label_smoothing, "row_weights": row_weights}
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for loss in (
+        linear_cross_entropy(hidden, weight, bias, targets, **options),  # type: ignore[arg-type]
+        checkpointed_cross_entropy(
+            lambda rows: F.linear(rows, weight, bias), hidden, targets, VOCAB, **options
+        ),  # type: ignore[arg-type]
+    ):
+        torch.testing.assert_close(loss, want_loss, rtol=1e-5, atol=1e-5)
+        (got,) = torch.autograd.grad(loss * 0.25, hidden)
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)

@@ -58,6 +58,16 @@ def test_flags_select_the_trained_messages(off: Row, on: Row) -> None:
     assert built.trained == (False, False, False, True)
 
 
+def test_weights_of_the_messages() -> None:
+    built = chat(ASK, {**WRONG, "weight": 0.25}, AGAIN, {**RIGHT, "train": True, "weight": 2})
+    assert built.weights == (1.0, 0.25, 1.0, 2.0)
+    assert built.trained == (False, True, False, True)
+    row = {"messages": [ASK, {**WRONG, "weight": 0.25}, AGAIN, {**RIGHT, "weight": 0}]}
+    assert example(row, train_on="last").weights == (1.0, 0.25)
+    for weight in (0, 1, 1.0, None):
+        assert chat(ASK, {**WRONG, "weight": weight}, AGAIN, RIGHT).weights is None
+
+
 def test_flags_of_sharegpt() -> None:
     """As in data with a weight per turn, null for the system's."""
     turns = [
@@ -86,10 +96,15 @@ def test_an_untrained_message_may_be_empty() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"weight": 0.5}, "message 2: weight = 0.5; allowed: 0 or 1"),
-        ({"weight": -1}, "weight = -1; allowed: 0 or 1"),
-        ({"weight": "0"}, 'weight = "0"; allowed: 0 or 1'),
-        ({"weight": True}, "weight = true; allowed: 0 or 1"),
+        ({"weight": -1}, "message 2: weight = -1; allowed: 0, or a number from 1e-06 to 1,000,000"),
+        ({"weight": "0"}, 'weight = "0"; allowed: 0, or a number'),
+        ({"weight": True}, "weight = true; allowed: 0, or a number"),
+        ({"weight": float("nan")}, "weight = NaN; allowed: 0, or a number"),
+        ({"weight": float("inf")}, "weight = Infinity; allowed: 0, or a number"),
+        ({"weight": 10**400}, "allowed: 0, or a number"),
+        ({"weight": 1e-9}, "weight = 1e-09; allowed: 0, or a number"),
+        ({"weight": [1]}, "weight = [1]; allowed: 0, or a number"),
+        ({"train": False, "weight": 0.5}, "train = false and weight = 0.5 contradict each other"),
         ({"train": "false"}, 'train = "false"; allowed: true or false'),
         ({"training": 0}, "training = 0; allowed: true or false"),
         ({"loss": 0.3}, "loss = 0.3; allowed: true or false"),
@@ -121,6 +136,7 @@ def test_invalid_keys_are_refused(changes: Row, said: str) -> None:
     [
         ({"train": True}, "message 1: train = true with role user: only the assistant's messages"),
         ({"weight": 1.0}, "weight = 1.0 with role user"),
+        ({"weight": 0.5}, "weight = 0.5 with role user"),
         ({"role": "system", "loss": True}, "loss = true with role system"),
         ({"tool_calls": [CALL]}, "allowed: only in the assistant's messages"),
         ({"role": "function"}, 'role = "function"; allowed: system, developer, user, assistant'),

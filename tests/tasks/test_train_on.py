@@ -69,9 +69,10 @@ def test_last_is_the_last_of_those_that_no_flag_excludes() -> None:
     assert task.example(row, task.Config(train_on="last")).trained == (False, False, False, True)
 
 
-def test_all_contradicts_a_flag() -> None:
+@pytest.mark.parametrize("weight", [0, 0.5])
+def test_all_contradicts_a_weight(weight: float) -> None:
     task = registry.task("chat")
-    row = {"messages": [ASK, {**SIX, "weight": 0}, AGAIN, NINE]}
+    row = {"messages": [ASK, {**SIX, "weight": weight}, AGAIN, NINE]}
     with pytest.raises(DataError, match=r"message 2: .* task\.train_on = all .* allowed: assi"):
         task.example(row, task.Config(train_on="all"))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lorakit.data.chat.ids import IdRow, Joiner, joint_row, turn_rows
@@ -55,7 +55,7 @@ class ChatEncoder:
         indices = [index for index in range(len(messages)) if example.is_trained(index)]
         if not indices:
             raise DataError("the chat has no trained turn")
-        turns, rows = self._turns_and_rows(messages, tools, indices)
+        turns, rows = self._turns_and_rows(messages, tools, indices, example.weights)
         if not any(turn.trained for turn in turns):
             raise DataError(
                 "the chat template marks no part of the trained turns with {% generation %}: "
@@ -78,10 +78,14 @@ class ChatEncoder:
         without_content = self._traces.check(messages, tools, [chat])
         ignored = self._traces.ignored(messages, tools, [chat]) + Counter(content=without_content)
         counts = Counter({IGNORED + key: count for key, count in ignored.items()})
-        return EncodedChat([IdRow(ids, [True] * len(ids), (chat.index,))], counts)
+        return EncodedChat([IdRow(ids, [1.0] * len(ids), (chat.index,))], counts)
 
     def _turns_and_rows(
-        self, messages: Sequence[Message], tools: Tools, indices: list[int]
+        self,
+        messages: Sequence[Message],
+        tools: Tools,
+        indices: list[int],
+        weights: Sequence[float] | None,
     ) -> tuple[list[Turn], list[IdRow]]:
         turns = None
         if is_long(indices):
@@ -91,6 +95,8 @@ class ChatEncoder:
         if len(turns) > 1 and self.template.marks(tools):
             finished = self.template.render(messages[: indices[-1] + 1], tools)
             turns = [turn.marked_in(finished) for turn in turns]
+        if weights is not None:
+            turns = [replace(turn, weight=weights[turn.index]) for turn in turns]
         longest = turns[-1].text
         row = None
         if all(longest.startswith(turn.text) for turn in turns):

@@ -111,19 +111,25 @@ class Joiner:
 
 @dataclass(frozen=True)
 class IdRow:
-    """A row of token ids. ``loss_mask`` marks those that count in the loss, ``turns`` are the
-    indices of the trained messages, ``straddles`` is the number of answers that begin within the
-    last token of the prompt."""
+    """A row of token ids. ``loss_weights`` are their weights in the loss, 0 for those that do not
+    count in it. ``turns`` are the indices of the trained messages, ``straddles`` is the number of
+    answers that begin within the last token of the prompt."""
 
     input_ids: list[int]
-    loss_mask: list[bool]
+    loss_weights: list[float]
     turns: tuple[int, ...]
     straddles: int = 0
 
     @property
+    def loss_mask(self) -> list[bool]:
+        """Which ids count in the loss."""
+        return [weight > 0 for weight in self.loss_weights]
+
+    @property
     def prompt(self) -> int:
         """The number of ids before the first trained one."""
-        return self.loss_mask.index(True) if True in self.loss_mask else len(self.input_ids)
+        trained = (index for index, weight in enumerate(self.loss_weights) if weight)
+        return next(trained, len(self.input_ids))
 
 
 def turn_rows(turns: Sequence[Turn], joiner: Joiner) -> list[IdRow]:
@@ -148,18 +154,18 @@ def turn_rows(turns: Sequence[Turn], joiner: Joiner) -> list[IdRow]:
 
 def _joined(rows: Sequence[IdRow]) -> IdRow:
     """Return the last row, of which all others are prefixes, trained wherever any of them is."""
-    trained = [False] * len(rows[-1].input_ids)
+    weights = [0.0] * len(rows[-1].input_ids)
     for row in rows:
         begin = row.prompt
-        trained[begin : len(row.input_ids)] = row.loss_mask[begin:]
+        weights[begin : len(row.input_ids)] = row.loss_weights[begin:]
     turns = tuple(turn for row in rows for turn in row.turns)
-    return IdRow(rows[-1].input_ids, trained, turns, sum(row.straddles for row in rows))
+    return IdRow(rows[-1].input_ids, weights, turns, sum(row.straddles for row in rows))
 
 
 def _with_tail(row: IdRow, turn: Turn, joiner: Joiner) -> IdRow:
     tail = joiner.inside(turn.tail) if turn.tail else []
-    trained = [*row.loss_mask, *(False for _ in tail)]
-    return IdRow([*row.input_ids, *tail], trained, row.turns, row.straddles)
+    weights = [*row.loss_weights, *(0.0 for _ in tail)]
+    return IdRow([*row.input_ids, *tail], weights, row.turns, row.straddles)
 
 
 def _cuts(turn: Turn) -> list[tuple[int, bool]]:
@@ -183,7 +189,7 @@ def _prefixes(turn: Turn) -> list[str]:
 def _turn_row(turn: Turn, prefixes: list[list[int]], joiner: Joiner) -> IdRow:
     """Build the row of one turn. ``prefixes`` are the ids of ``_prefixes``."""
     ids = list(prefixes[0])
-    trained = [False] * len(ids)
+    weights = [0.0] * len(ids)
     straddles = start = 0
     for (cut, flag), joint in zip(_cuts(turn), prefixes[1:], strict=True):
         if joint[: len(ids)] == ids:
@@ -195,12 +201,12 @@ def _turn_row(turn: Turn, prefixes: list[list[int]], joiner: Joiner) -> IdRow:
                 (i for i, (a, b) in enumerate(zip(ids, joint, strict=False)) if a != b),
                 min(len(ids), len(joint)),
             )
-            ids, trained, piece = ids[:shared], trained[:shared], joint[shared:]
+            ids, weights, piece = ids[:shared], weights[:shared], joint[shared:]
             straddles += 1
         ids += piece
-        trained += [flag] * len(piece)
+        weights += [flag * turn.weight] * len(piece)
         start = cut
-    return IdRow(ids, trained, (turn.index,), straddles)
+    return IdRow(ids, weights, (turn.index,), straddles)
 
 
 def joint_row(turns: Sequence[Turn], template: ChatTemplate, joiner: Joiner) -> IdRow | None:
@@ -213,7 +219,7 @@ def joint_row(turns: Sequence[Turn], template: ChatTemplate, joiner: Joiner) -> 
     )
     ids: list[int] = list(encoded.input_ids)
     boundaries = _Boundaries(text, ids, encoded.offset_mapping, template, joiner)
-    trained = [False] * len(ids)
+    weights = [0.0] * len(ids)
     for turn in turns:
         begin = len(turn.prompt)
         cuts = _cuts(turn)
@@ -221,8 +227,8 @@ def joint_row(turns: Sequence[Turn], template: ChatTemplate, joiner: Joiner) -> 
         if counts is None:
             return None
         for (_, flag), first, last in zip(cuts, counts, counts[1:], strict=False):
-            trained[first:last] = [flag] * (last - first)
-    row = IdRow(ids, trained, tuple(turn.index for turn in turns))
+            weights[first:last] = [flag * turn.weight] * (last - first)
+    row = IdRow(ids, weights, tuple(turn.index for turn in turns))
     return _with_tail(row, turns[-1], joiner)
 
 

@@ -37,6 +37,7 @@ class Turn:
     ``without_reasoning``: the prompt already closes the reasoning, so the turn's is omitted.
     ``marked_early``: a mark begins within the prompt; it is trained from the end of the prompt on.
     ``is_whole_chat``: ``answer`` is the whole chat up to message ``index``, of any role.
+    ``weight`` is that of the trained tokens in the loss.
     """
 
     index: int
@@ -48,6 +49,7 @@ class Turn:
     marked_early: bool = False
     without_reasoning: bool = False
     is_whole_chat: bool = False
+    weight: float = 1.0
 
     @property
     def text(self) -> str:

@@ -27,14 +27,15 @@ class StepResult:
 
     ``loss`` is the mean over the step's trained tokens (an encoder's rows) with the weights from
     before the update, ``grad_norm`` the norm of the whole gradient before clipping, ``values`` are
-    the method's, in the order of ``Engine.value_names``. ``loss_count`` is the number of losses in
-    the mean, over all processes; the host knows it in advance.
+    the method's, in the order of ``Engine.value_names``. ``loss_count`` is the divisor of the mean
+    over all processes, the number of losses or the sum of their weights; the host knows it in
+    advance.
     """
 
     loss: Tensor
     grad_norm: Tensor
     values: tuple[Tensor, ...]
-    loss_count: int
+    loss_count: float
 
 
 @dataclass
@@ -68,9 +69,10 @@ class Engine(Protocol):
     def weights(self) -> Mapping[str, Tensor]:
         """The trained parameters by name, as they are now."""
 
-    def step(self, micro_batches: Sequence[Batch], loss_count: int | None = None) -> StepResult:
+    def step(self, micro_batches: Sequence[Batch], loss_count: float | None = None) -> StepResult:
         """Take one optimizer step on batches that are on the device: this process's, possibly none,
-        of a step with ``loss_count`` losses over all processes. The default is one process."""
+        of a step whose losses over all processes count ``loss_count``. The default is that of one
+        process."""
 
     def loss(self, micro_batches: Sequence[Batch]) -> float:
         """The mean loss over all processes, without dropout and gradients; waits for the device."""

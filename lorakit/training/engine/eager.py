@@ -69,7 +69,7 @@ class EagerEngine:
     def weights(self) -> Mapping[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
-    def step(self, micro_batches: Sequence[Batch], loss_count: int | None = None) -> StepResult:
+    def step(self, micro_batches: Sequence[Batch], loss_count: float | None = None) -> StepResult:
         count = loss_count or sum(batch.loss_count for batch in micro_batches)
         losses = [
             self._forward_backward(batch, 1 / count if is_counted else 0.0)
@@ -78,7 +78,7 @@ class EagerEngine:
         return self.finish_step(losses, count)
 
     def finish_step(
-        self, losses: Sequence[Tensor], count: int, scalars: Sequence[Tensor] | None = None
+        self, losses: Sequence[Tensor], count: float, scalars: Sequence[Tensor] | None = None
     ) -> StepResult:
         """Update the weights, whose gradients of the step's ``losses`` are there; each loss is
         already divided by their ``count``. ``scalars`` is what ``change_weights`` returned if it
@@ -167,7 +167,7 @@ class EagerEngine:
 
 
 class CausalObjective(nn.Module):
-    """The sum over a batch's trained tokens of -log p(token | tokens before it).
+    """The sum over a batch's trained tokens of -weight * log p(token | tokens before it).
 
     With ``packing``, ``longest_row`` bounds the tokens of a packed row, and ``varlen`` is
     whether the model, already on its device, attends to packed rows through ``varlen_attn``.
@@ -214,6 +214,7 @@ class CausalObjective(nn.Module):
             batch.targets,
             self.label_smoothing,
             self.kernels,
+            batch.weights,
         )
 
 

@@ -18,7 +18,7 @@ class MemberEngine(EagerEngine):
 
     keeps_gradients: ClassVar[bool] = True
 
-    def step(self, micro_batches: Sequence[Batch], loss_count: int | None = None) -> StepResult:
+    def step(self, micro_batches: Sequence[Batch], loss_count: float | None = None) -> StepResult:
         raise NotImplementedError("the passes of a member are computed by training.joint")
 
     def discard_gradients(self) -> None:

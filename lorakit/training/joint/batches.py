@@ -18,9 +18,9 @@ from lorakit.training.joint.layout import Layout, padded
 @dataclass(frozen=True)
 class JointBatch:
     """``batch`` is what the shared model gets. ``losses`` are the members' targets: ``labels``
-    (members, rows), or ``indices`` and ``targets`` (members, n), of which each member has the first
-    ``counts``; positions are those within the member's part. ``factors`` (members,) are those of
-    the losses."""
+    (members, rows), or ``indices``, ``targets`` and, if any weigh other than 1, ``weights``
+    (members, n), of which each member has the first ``counts``; positions are those within the
+    member's part. ``factors`` (members,) are those of the losses."""
 
     batch: Any
     losses: dict[str, Tensor]
@@ -39,8 +39,10 @@ class JointBatch:
         count = self.counts[place]
         if "labels" in self.losses:
             return EncoderBatch(self.batch.input_ids, self.losses["labels"][place, :count])
-        indices, targets = (self.losses[name][place, :count] for name in ("indices", "targets"))
-        return CausalBatch(self.batch.input_ids, indices, targets)
+        own = {name: values[place, :count] for name, values in self.losses.items()}
+        return CausalBatch(
+            self.batch.input_ids, own["indices"], own["targets"], weights=own.get("weights")
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name."""
@@ -104,6 +106,8 @@ class Joiner:
         targets = _rows([batch.targets for batch in batches], most, IGNORED)
         joint = self._causal(batches, layout)
         losses = {"indices": indices, "targets": targets}
+        if any(batch.weights is not None for batch in batches):
+            losses["weights"] = _weights(batches, most)
         return JointBatch(joint, losses, scales, counts, layout)
 
     def _encoder(self, batches: Sequence[EncoderBatch], layout: Layout) -> EncoderBatch:
@@ -179,6 +183,12 @@ def _moved(batch: CausalBatch, length: int) -> Tensor:
     own = batch.input_ids.shape[1]
     rows = batch.loss_indices.div(own, rounding_mode="floor")
     return batch.loss_indices + rows * (length - own)
+
+
+def _weights(batches: Sequence[CausalBatch], count: int) -> Tensor:
+    ones = (torch.ones(len(batch.targets)) for batch in batches)
+    found = [one if b.weights is None else b.weights for b, one in zip(batches, ones, strict=True)]
+    return _rows(found, count, 0)
 
 
 def _rows(values: Sequence[Tensor], count: int, fill: int) -> Tensor:

@@ -80,7 +80,8 @@ class JointEvaluations:
             if isinstance(batch, CausalBatch):
                 model, split = part.objective.model, part.objective.parts
                 assert split is not None
-                own = state_losses(model, split, own, batch.loss_indices, batch.targets)
+                indices, targets = batch.loss_indices, batch.targets
+                own = state_losses(model, split, own, indices, targets, weights=batch.weights)
             found.append(own)
         return found
 

@@ -196,5 +196,5 @@ class JointPasses:
         return scaled.detach()
 
 
-def _count(request: StepRequest) -> int:
+def _count(request: StepRequest) -> float:
     return request.loaded.loss_count
