@@ -19,7 +19,7 @@ from lorakit.kernels.nf4 import nf4_linear
 from lorakit.models.nf4 import Nf4Linear
 from lorakit.models.quantized import QuantizedLinear
 
-Kind = Literal["linear", "conv1d", "embedding"]
+Kind = Literal["linear", "conv1d", "embedding", "parameter"]
 #: What can be adapted. Conv1D is GPT-2's linear layer with a weight of (in_features, out_features).
 ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding)
 
@@ -56,20 +56,54 @@ class RowView(nn.Module):
         return F.linear(x, dense_weight(self), self.bias)
 
 
+class ParameterView(nn.Module):
+    """The parameter ``name`` of ``module`` as a weight: one matrix (out_features, in_features), or
+    a stack of them, such as (experts, out_features, in_features). It has no parameters itself.
+
+    As in PEFT, the matrices of a stack are transposed if ``module.is_transposed``.
+    """
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        super().__init__()
+        self._module = (module,)  # in a tuple: its parameters are not listed twice
+        self.name = name
+
+    @property
+    def module(self) -> nn.Module:
+        return self._module[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter as it is stored."""
+        weight = getattr(self.module, self.name)
+        assert isinstance(weight, Tensor), self.name
+        return weight
+
+    @property
+    def is_transposed(self) -> bool:
+        return self.weight.ndim == 3 and bool(getattr(self.module, "is_transposed", False))
+
+
 def kind_of(module: nn.Module) -> Kind:
     """The layout in which ``module`` stores W; a ``RowView`` is linear."""
+    if isinstance(module, ParameterView):
+        return "parameter"
     if isinstance(module, nn.Embedding):
         return "embedding"
     return "conv1d" if isinstance(module, Conv1D) else "linear"
 
 
 def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
-    """Convert ``weight`` from the layout of ``module`` to (out_features, in_features), or back."""
+    """Convert ``weight``, a matrix or a stack of them, from the layout of ``module`` to
+    (out_features, in_features), or back."""
+    if isinstance(module, ParameterView):
+        return weight.mT if module.is_transposed else weight
     return weight.t() if isinstance(module, Conv1D | nn.Embedding) else weight
 
 
 def dense_weight(module: nn.Module) -> Tensor:
-    """W (out_features, in_features) of an adaptable module or of a ``RowView``."""
+    """W (out_features, in_features) of an adaptable module or of a ``RowView``; a stack of matrices
+    for a ``ParameterView`` of one."""
     if isinstance(module, RowView):
         return module.rows.of(dense_weight(module.module))
     return as_matrix(module, stored_weight(module))

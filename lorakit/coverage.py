@@ -96,7 +96,7 @@ def measure_coverage(
     found = weights(model, (*exclude, *outside))
     covered = _covered(model, targets)
     parts = {
-        part: PartCoverage(sum(covered.get(w.owner, 0) for w in own), total)
+        part: PartCoverage(sum(covered.get(w.name) or covered.get(w.owner, 0) for w in own), total)
         for part in _PARTS
         if (own := [w for w in found if w.part == part])
         and (total := sum(w.parameters for w in own))
@@ -107,10 +107,14 @@ def measure_coverage(
 
 
 def _covered(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, int]:
-    """The number of target parameters in each module's weight, over all parts of a fused one."""
+    """The number of target parameters in the weight of each module, over all parts of a fused one,
+    and in each adapted parameter."""
     names = {id(module): name for name, module in model.named_modules()}
     found: dict[str, int] = {}
-    for target in targets.values():
+    for name, target in targets.items():
+        if target.parameter is not None:
+            found[name] = target.module.get_parameter(target.parameter).numel()
+            continue
         weight = dense_weight(target.module)
         size = (weight if target.rows is None else target.rows.of(weight)).numel()
         owner = names[id(target.module)]
@@ -127,8 +131,12 @@ def _missed(
 ) -> dict[str, tuple[Weight, list[str]]]:
     """The weights that are not targets, by name, with the ``target_modules`` that ask for them."""
     linear = adaptable_modules(model)
-    adapted = {id(target.module) for target in targets.values()}
-    free = [w for w in found if id(model.get_submodule(w.owner)) not in adapted]
+    adapted = {id(target.module) for target in targets.values() if target.parameter is None}
+    free = [
+        w
+        for w in found
+        if w.name not in targets and id(model.get_submodule(w.owner)) not in adapted
+    ]
     if layers is not None:
         wanted = layer_indices(layers)
         free = [w for w in free if layer_of(w.owner) in wanted]
@@ -192,7 +200,7 @@ def _label(weight: Weight) -> str:
 
 def _reason(asked: Sequence[str], group: Sequence[Weight]) -> str:
     if all(weight.stacked for weight in group):
-        return "these need PEFT's target_parameters, which lorakit does not support yet"
+        return "parameters, which 'experts' or adapter.target_parameters select"
     if not {"attention", "all-linear"} & set(asked) and all(w.part == "attention" for w in group):
         return "'attention' selects every kind of attention"
     if all(weight.read_past_forward for weight in group):

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lorakit import registry
 from lorakit.anatomy import is_within, outside_language_model
-from lorakit.base_weight import RowView, kind_of
+from lorakit.base_weight import ParameterView, RowView, kind_of
 from lorakit.coverage import Coverage, measure_coverage, missed_outside
 from lorakit.errors import TargetError, UserError, shown
 from lorakit.layers import AdapterLayer, CompositeLayer, adapted_modules, adapter_layers
@@ -19,6 +19,7 @@ from lorakit.methods.base import Method
 from lorakit.models.master_weights import plain_name, train_module, train_parameter
 from lorakit.models.token_rows import token_rows
 from lorakit.module_names import describe_modules, is_suffix
+from lorakit.parameters import with_adapted_parameters
 from lorakit.recipe.sections import AdapterSection
 from lorakit.targets import Target, find_targets, parameters_within
 
@@ -141,11 +142,16 @@ def _coverage(
 def _targets(
     model: nn.Module, config: AdapterSection, method: Method, fully_trained: Sequence[str]
 ) -> dict[str, Target]:
+    given = config.target_parameters
+    if given and "parameter" not in method.kinds:
+        raise TargetError(
+            f"adapter.target_parameters = {shown(given)}: not supported by {method.name}; allowed: "
+            "lora, lora_plus, adalora"
+        )
     if not method.kinds:
         return {}
-    targets = find_targets(
-        model, config.target_modules, config.layers, {*fully_trained, *_output(model)}
-    )
+    exclude = {*fully_trained, *_output(model)}
+    targets = find_targets(model, config.target_modules, config.layers, exclude, given)
     if other := [n for n, t in targets.items() if _kind(t) not in method.kinds]:
         raise TargetError(
             f"adapter.target_modules: {method.name} does not adapt {describe_modules(other)}; "
@@ -186,10 +192,14 @@ def _freeze_all_but(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> Non
 
 
 def _kind(target: Target) -> str:
+    if target.parameter is not None:
+        return "parameter"
     return "slice" if target.rows is not None else kind_of(target.module)
 
 
 def _wrap(method: Method, target: Target, config: AdapterSection, name: str) -> AdapterLayer:
+    if target.parameter is not None:
+        return method.wrap(ParameterView(target.module, target.parameter), config, name)
     if target.rows is None:
         return method.wrap(target.module, config, name)
     layer = method.wrap(RowView(target.module, target.rows), config, name)
@@ -202,14 +212,18 @@ def _wrap(method: Method, target: Target, config: AdapterSection, name: str) -> 
 
 
 def replace_modules(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> None:
-    """Replace each base module with its layer, and fused projections with one composite layer."""
+    """Replace each base module with its layer, and fused projections and modules of which
+    parameters are adapted with one layer each."""
     fused: dict[str, dict[str, AdapterLayer]] = {}
+    whole: dict[str, AdapterLayer] = {}
     for name, layer in layers.items():
         if isinstance(layer.base_layer, RowView):
             projection, _, role = name.rpartition(".")
             fused.setdefault(projection, {})[role] = layer
         else:
-            model.set_submodule(name, layer)
+            whole[name] = layer
+    for name, replacement in with_adapted_parameters(model, whole).items():
+        model.set_submodule(name, replacement)
     for name, parts in fused.items():
         model.set_submodule(name, CompositeLayer(model.get_submodule(name), parts))
 

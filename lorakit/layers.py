@@ -33,7 +33,8 @@ from lorakit.kernels.low_rank import LowRankDelta, RowSlice
 class BaseWrapper(nn.Module, ABC):
     """Replaces ``base_layer``, a frozen y = W x + b with W (out_features, in_features).
 
-    An embedding is y = W[:, ids] with W (embedding_dim, num_embeddings).
+    An embedding is y = W[:, ids] with W (embedding_dim, num_embeddings). A ``ParameterView`` may be
+    a stack of matrices, of which ``stack`` has the number; the layer is then not called.
     """
 
     _merging: Tensor | None = None  # W during a merge, in which the base may be on ``meta``
@@ -41,7 +42,8 @@ class BaseWrapper(nn.Module, ABC):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.out_features, self.in_features = dense_weight(base_layer).shape
+        *stack, self.out_features, self.in_features = dense_weight(base_layer).shape
+        self.stack = tuple(stack)
         self.kind = kind_of(base_layer)
 
     @property

@@ -25,6 +25,7 @@ from lorakit.base_weight import ADAPTABLE
 from lorakit.errors import TargetError
 from lorakit.kernels.low_rank import RowSlice
 from lorakit.module_names import ROLES, base_names, describe_modules, layer_of, matches
+from lorakit.parameters import find_parameters, stacked_experts
 from lorakit.recipe.sections import format_layers, layer_indices
 
 #: Parts in which ``key`` and ``value`` do not belong to attention (RWKV's feed_forward.key).
@@ -34,10 +35,12 @@ _NOT_TEXT = re.compile(r"(?i)visual|vision|image|video|audio|speech|projector|me
 
 @dataclass(frozen=True)
 class Target:
-    """A module to adapt, or the ``rows`` of a role in a fused projection."""
+    """A module to adapt, the ``rows`` of a role in a fused projection, or a ``parameter`` of the
+    module, which is not a linear layer."""
 
     module: nn.Module
     rows: RowSlice | None = None
+    parameter: str | None = None
 
 
 def find_targets(
@@ -45,8 +48,10 @@ def find_targets(
     target_modules: Sequence[str],
     layers: Sequence[int] | str | None = None,
     exclude: Collection[str] = (),
+    target_parameters: Sequence[str] = (),
 ) -> dict[str, Target]:
-    """The targets that ``target_modules`` name, by module name, in the model's order.
+    """The targets that ``target_modules`` and ``target_parameters`` name, by the names of modules
+    and parameters, in the model's order.
 
     ``layers`` restricts them to layer indices; ``exclude`` are modules (heads, the output layer)
     that ``all-linear`` and ``attention`` skip. A role in a fused projection has the projection's
@@ -65,6 +70,8 @@ def find_targets(
         if not found:
             raise TargetError(_no_match(target, linear, model))
         chosen |= found
+    for target in target_parameters:
+        chosen |= _parameters(find_parameters(target, model))
     if layers is not None:
         kept = _in_layers(set(chosen), layers)
         chosen = {name: target for name, target in chosen.items() if name in kept}
@@ -73,7 +80,7 @@ def find_targets(
             f"adapter.target_modules: {describe_modules(both)} are parts of modules that are also "
             "targets; allowed: either a module or its parts"
         )
-    order = {id(module): at for at, module in enumerate(linear.values())}
+    order = {id(module): at for at, module in enumerate(model.modules())}
     return dict(sorted(chosen.items(), key=lambda item: _position(item[1], order)))
 
 
@@ -102,7 +109,9 @@ def parameters_within(
 
 
 def _position(target: Target, order: dict[int, int]) -> tuple[int, int]:
-    return order[id(target.module)], target.rows.start if target.rows else 0
+    names = [name for name, _ in target.module.named_parameters(recurse=False)]
+    inside = names.index(target.parameter) if target.parameter else 0
+    return order[id(target.module)], target.rows.start if target.rows else inside
 
 
 def _match(
@@ -113,6 +122,10 @@ def _match(
         return found | (_slices(target, linear, model) if target != "o" else {})
     if target == "attention":
         return {name: Target(linear[name]) for name in _attention(linear, exclude, model)}
+    if target == "experts":
+        classes = _classes(model)
+        found = {n: Target(m) for n, m in linear.items() if part_of(n, classes) == "expert"}
+        return found | _parameters(stacked_experts(model))
     if target == "all-linear":
         classes = _classes(model)
         kept = _no_embeddings(linear)
@@ -129,6 +142,10 @@ def _match(
         for name, module in linear.items()
         if any(matches(target, alias) for alias in base_names(name))
     }
+
+
+def _parameters(found: dict[str, nn.Module]) -> dict[str, Target]:
+    return {name: Target(m, parameter=name.rpartition(".")[2]) for name, m in found.items()}
 
 
 def _is_dead_router(name: str, model: nn.Module, classes: dict[str, str]) -> bool:
@@ -223,8 +240,8 @@ def _no_match(target: str, linear: dict[str, nn.Module], model: nn.Module) -> st
         if all(w.stacked for w in missed):
             return (
                 f"{start} names experts, which this model stores as 3-D parameters and not as "
-                f"linear layers ({names}): adapting them requires PEFT's target_parameters, which "
-                f"lorakit does not support yet; {allowed}"
+                f"linear layers ({names}); hint: 'experts' adapts all of them, and "
+                f"adapter.target_parameters names single ones; {allowed}"
             )
         if any(matches(target, w.name) for w in missed):
             return _names_parameters(start, [w.name for w in missed], model, allowed)
@@ -247,7 +264,7 @@ def _no_match(target: str, linear: dict[str, nn.Module], model: nn.Module) -> st
         )
     ends = {name.rpartition(".")[2] for name in linear}
     roles = {role for role, fits in ROLES.items() if any(re.search(fits, n) for n in linear)}
-    others = sorted({*ends, *roles, "attention", "all-linear"} - {target})
+    others = sorted({*ends, *roles, "attention", "experts", "all-linear"} - {target})
     near = [n for n in others if n.lower() == target.lower()]
     near = near or difflib.get_close_matches(target, others, 1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""

@@ -27,7 +27,7 @@ from lorakit.adapters.peft.schema import (
     peft_scaling,
 )
 from lorakit.adapters.peft.targets import exact_patterns
-from lorakit.errors import AdapterError
+from lorakit.errors import AdapterError, shown
 from lorakit.kernels.low_rank import LowRankDelta, RowSlice, is_covered_by
 from lorakit.methods.adalora import scaling_of
 from lorakit.version import __version__
@@ -106,6 +106,13 @@ def read_products(files: AdapterFiles) -> Updates:
 
 
 def _updates(files: AdapterFiles) -> Updates:
+    if targets := files.config.get("target_parameters"):
+        base = files.config.get("base_model_name_or_path")
+        merge = merge_command(base, files.directory, files.method.name)
+        raise AdapterError(
+            f"{files.directory}: target_parameters = {shown(targets)}: an adapter of parameters, "
+            f"such as stacked experts, can only be loaded and merged; hint: {merge}"
+        )
     names = _ADALORA if files.config["peft_type"] == "ADALORA" else _LORA
     factors: dict[str, dict[str, Tensor]] = {}
     embeddings: dict[str, bool] = {}

@@ -27,13 +27,14 @@ from lorakit.adapters.peft.targets import target_modules, unadapted_modules
 from lorakit.adapters.peft.tokens import StoredRows
 from lorakit.errors import AdapterError, TargetError, UserError, listed, shown
 from lorakit.injection import trained_base_parameters
-from lorakit.layers import AdapterLayer, BaseWrapper, CompositeLayer, adapter_layers
+from lorakit.layers import AdapterLayer, CompositeLayer, adapter_layers
 from lorakit.methods.adalora import AdaLoraConfig, scaling_of
 from lorakit.methods.adalora_layer import AdaLoraLayer
 from lorakit.methods.base import Method
 from lorakit.methods.lora import LoraConfig
 from lorakit.models.master_weights import set_value
 from lorakit.models.token_rows import token_rows
+from lorakit.parameters import AdaptedParameters, Replacement
 from lorakit.recipe.sections import AdapterSection, ModelSection
 from lorakit.targets import find_targets
 
@@ -171,11 +172,11 @@ def _check_labels(model: nn.Module, files: AdapterFiles, where: str) -> None:
         )
 
 
-def _leaves(layers: Mapping[str, BaseWrapper]) -> dict[str, AdapterLayer]:
+def _leaves(layers: Mapping[str, Replacement]) -> dict[str, AdapterLayer]:
     """The layer of each adapted matrix, named as ``adapter_layers`` does."""
     found: dict[str, AdapterLayer] = {}
     for name, layer in layers.items():
-        if isinstance(layer, CompositeLayer):
+        if isinstance(layer, CompositeLayer | AdaptedParameters):
             found |= {f"{name}.{role}": part for role, part in layer.parts.items()}
         elif isinstance(layer, AdapterLayer):
             found[name] = layer
@@ -193,6 +194,7 @@ def _completed(
     found = _keys(config, fitted.places.files, layers)
     if layers:
         found["target_modules"] = _targets(model, fitted, layers)
+        found["target_parameters"] = fitted.places.files.config.get("target_parameters") or []
     saved = [name for name in fitted.fully_trained if name not in heads]
     found["modules_to_save"] = saved
     given, fields = config.model_fields_set, type(config).model_fields
@@ -232,6 +234,7 @@ def _targets(
 ) -> list[str]:
     """Targets that select the adapted modules: short suffixes, or else full names."""
     parts = {n for n, layer in fitted.layers.items() if isinstance(layer, CompositeLayer)}
+    layers = {name: layer for name, layer in layers.items() if layer.kind != "parameter"}
     whole = [name for name in layers if name.rpartition(".")[0] not in parts]
     roles = sorted({name.rpartition(".")[2] for name in layers} if parts else ())
     roles = [r for r in roles if any(f"{name}.{r}" in layers for name in parts)]

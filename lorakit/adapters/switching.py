@@ -27,7 +27,7 @@ from lorakit.adapters.peft.place import (
 from lorakit.adapters.peft.read import AdapterFiles
 from lorakit.adapters.peft.vocabulary import vocabulary_size
 from lorakit.errors import AdapterError
-from lorakit.layers import BaseWrapper, adapted_modules
+from lorakit.parameters import AdaptedParameters, Replacement, replaced_modules
 
 _ATTRIBUTE = "_lorakit_adapters"
 
@@ -45,7 +45,7 @@ class _Adapter:
     settings: dict[str, Any]
     parameters: dict[str, Tensor]
     modules: dict[str, nn.Module]
-    layers: dict[str, BaseWrapper] = field(default_factory=dict)
+    layers: dict[str, Replacement] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
 
 
@@ -138,7 +138,7 @@ def _prepared(model: nn.Module, files: AdapterFiles, settings: Mapping[str, Any]
     _swap(model, adapter)
     try:
         load_adapter(model, files)
-        adapter.layers = adapted_modules(model)
+        adapter.layers = replaced_modules(model)
     finally:
         for name, layer in adapter.layers.items():
             model.set_submodule(name, layer.base_layer)
@@ -197,6 +197,11 @@ def _merge(model: nn.Module, state: _State, adapter: _Adapter) -> None:
     adapter's own, a separate merged weight replaces it."""
     sharing = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     for name, layer in adapter.layers.items():
+        if isinstance(layer, AdaptedParameters):
+            raise AdapterError(
+                f"merged = True: not supported for {name}, of which parameters are adapted; hint: "
+                "lorakit.merge"
+            )
         module = layer.base_layer
         weight = _weight(module)
         _matched(layer, module)

@@ -58,7 +58,7 @@ class Lora(Method):
     name = "lora"
     summary = "y = W x + (lora_alpha / r) B A x, W frozen (Hu et al. 2021)"
     Config: ClassVar[type[AdapterSection]] = LoraConfig
-    kinds = frozenset({"linear", "conv1d", "embedding", "slice"})
+    kinds = frozenset({"linear", "conv1d", "embedding", "slice", "parameter"})
     peft_type = "LORA"
     peft_loads = True
 
@@ -79,6 +79,11 @@ class Lora(Method):
         return LoraLayer
 
     def wrap(self, module: nn.Module, config: Any, name: str) -> AdapterLayer:
+        """Raises TargetError for a parameter with dropout or an init that it does not support."""
+        from lorakit.base_weight import ParameterView
+
+        if isinstance(module, ParameterView):
+            self._check_parameter(config, name)
         layer = self.layer_class()(
             module,
             r=config.rank_of(name),
@@ -87,6 +92,22 @@ class Lora(Method):
         )
         layer.reset_parameters(config.init, name)
         return layer
+
+    def _check_parameter(self, config: Any, name: str) -> None:
+        """Raise TargetError for what is not defined for single parameters, such as stacked
+        experts."""
+        key, value, allowed = "", "", ""
+        if type(self).layer_class is not Lora.layer_class:
+            key, value, allowed = "method", self.name, "lora, lora_plus, adalora"
+        elif config.lora_dropout:
+            key, value, allowed = "lora_dropout", config.lora_dropout, "0, as in PEFT"
+        elif config.init not in ("default", "b_gaussian"):
+            key, value, allowed = "init", config.init, "default, b_gaussian"
+        if key:
+            raise TargetError(
+                f"adapter.{key} = {value!r}: not supported for parameters ({name}); allowed: "
+                f"{allowed}"
+            )
 
     def trained_parameters(self, model: nn.Module, config: Any) -> list[str]:
         """The biases that ``bias`` selects."""

@@ -25,7 +25,8 @@ _EXACT_SVD = 1024
 
 
 class LoraLayer(AdapterLayer):
-    """y = W x + b + scaling * B A dropout(x): ``lora_A`` (r, in) and ``lora_B`` (out, r).
+    """y = W x + b + scaling * B A dropout(x): ``lora_A`` (r, in) and ``lora_B`` (out, r), or (E, r,
+    in) and (E, out, r) for a stack of E matrices.
 
     With ``init: pissa`` the product of the initial factors, ``initial_A`` and ``initial_B``, is
     subtracted again, so that W itself is not modified and the initial output is the base's.
@@ -42,8 +43,8 @@ class LoraLayer(AdapterLayer):
         self, base_layer: nn.Module, *, r: int, scaling: float, dropout: float = 0.0
     ) -> None:
         super().__init__(base_layer, r=r, scaling=scaling)
-        self.lora_A = self.new_parameter(r, self.in_features)
-        self.lora_B = self.new_parameter(self.out_features, r)
+        self.lora_A = self.new_parameter(*self.stack, r, self.in_features)
+        self.lora_B = self.new_parameter(*self.stack, self.out_features, r)
         self.lora_dropout = nn.Dropout(dropout)
         self.register_buffer("initial_A", None, persistent=False)
         self.register_buffer("initial_B", None, persistent=False)
@@ -116,13 +117,13 @@ class LoraLayer(AdapterLayer):
         return y + update * (self.scaling * self.embed_scale)
 
     def delta_weight(self) -> Tensor:
-        """scaling * B A, float32 (out, in)."""
+        """scaling * B A, float32 (out, in), or a stack of these."""
         A, B = self.factors()
         return LowRankDelta(A, B, self.scaling).dense()
 
     def low_rank(self) -> LowRankDelta | None:
         own = type(self)
-        if own.delta_weight is not LoraLayer.delta_weight:
+        if self.stack or own.delta_weight is not LoraLayer.delta_weight:
             return None
         if own.merged_weight is not AdapterLayer.merged_weight:
             return None
@@ -186,7 +187,7 @@ class LoraLayer(AdapterLayer):
         elif b_random:
             nn.init.normal_(self.lora_B, std=1 / math.sqrt(self.r))
         else:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+            nn.init.kaiming_uniform_(self.lora_A.detach().flatten(0, -2), a=math.sqrt(5))
 
     @torch.no_grad()
     def _start_from_principal(self, name: str) -> None:

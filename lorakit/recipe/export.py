@@ -30,6 +30,7 @@ _FIRST = (
     "lora_alpha",
     "lora_dropout",
     "target_modules",
+    "target_parameters",
     "layers",
     "rank_pattern",
     "alpha_pattern",

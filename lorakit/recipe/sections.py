@@ -18,6 +18,8 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializeAsAny,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -56,6 +58,11 @@ TextList = Annotated[
     ),
 ]
 
+
+#: The same, where the list may be empty.
+_MaybeEmpty = Annotated[
+    list[Text], BeforeValidator(_as_list, json_schema_input_type=list[Text] | Text)
+]
 
 #: A file, a glob pattern, or a list of these.
 Files = Text | Annotated[list[Text], Field(min_length=1)]
@@ -109,15 +116,35 @@ class AdapterSection(Section):
 
     ``method`` is the name of a built-in method or a user's ``./FILE.py:CLASS``. ``layers`` are the
     indices of the adapted layers, as a list or as ranges (``"0-5,11"``); null means all.
+    ``target_parameters`` are suffixes of parameters that belong to no linear layer, as in PEFT;
+    ``target_modules`` is then empty by default.
     ``modules_to_save`` are fully trained and saved with the adapter. ``init_from`` is an adapter
     whose values a new run starts from; keys that are not set are then those of the adapter.
     """
 
     method: Annotated[Text, BeforeValidator(_as_text)] = "lora"
-    target_modules: TextList = ["q", "v"]
+    target_parameters: _MaybeEmpty = []
+    target_modules: _MaybeEmpty = ["q", "v"]
     layers: Annotated[list[NonNegativeInt], Field(min_length=1)] | Text | None = None
     modules_to_save: list[Text] = []
     init_from: Annotated[Text, BeforeValidator(_as_text)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parameters_only(cls, data: Any) -> Any:
+        only = isinstance(data, dict) and data.get("target_parameters")
+        if only and cls.model_fields["target_modules"].default == ["q", "v"]:
+            return {"target_modules": [], **data}
+        return data
+
+    @field_validator("target_modules")
+    @classmethod
+    def _some_target(cls, target_modules: Any, info: ValidationInfo) -> Any:
+        if target_modules == [] and not info.data.get("target_parameters"):
+            raise ValueError(
+                "must not be empty; allowed: a non-empty list of strings or a non-empty string"
+            )
+        return target_modules
 
 
 class TaskSection(Section):

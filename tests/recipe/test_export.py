@@ -62,8 +62,9 @@ def test_keys_are_written_in_order(tmp_path: Path) -> None:
     written = yaml.safe_load((tmp_path / "r.yaml").read_text(encoding="utf-8"))
     assert list(written) == ["model", "adapter", "task", "train"]
     assert list(written["adapter"]) == [
-        "method", "init_from", "r", "lora_alpha", "lora_dropout", "target_modules", "layers",
-        "rank_pattern", "alpha_pattern", "modules_to_save", "bias", "use_rslora", "init",
+        "method", "init_from", "r", "lora_alpha", "lora_dropout", "target_modules",
+        "target_parameters", "layers", "rank_pattern", "alpha_pattern", "modules_to_save", "bias",
+        "use_rslora", "init",
     ]  # fmt: skip
     assert set(written["train"]) == set(TrainSection.model_fields)
     assert (written["train"]["epochs"], written["train"]["max_steps"]) == (3.0, None)

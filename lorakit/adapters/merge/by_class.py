@@ -207,7 +207,7 @@ def resolve_by_class(
     given = {n: v.clone() for n, v in places.fully_trained.items() if n in rows}
     for name, value in given.items():
         rows.pop(name).put(value)
-    updates = {f"{name}.weight": own for name, own in find_updates(model, adapters).items()}
+    updates = find_updates(model, adapters)
     names = StoredNames(model, checkpoint.tensors)
     ties = _ties(state)
     plain = _fitting(names, shapes, places.fully_trained, checkpoint)

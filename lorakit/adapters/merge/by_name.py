@@ -250,6 +250,7 @@ def _is_plain_lora(files: AdapterFiles) -> bool:
         and not config.get("modules_to_save")
         and config.get("bias") in (None, "none")
         and config.get("target_modules") != "all-linear"
+        and not config.get("target_parameters")
     )
 
 

@@ -7,6 +7,7 @@ or one whole matrix at a time for a method that needs it.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -148,7 +149,7 @@ def _method_jobs(
     task: Task, checkpoint: Checkpoint, output: OutputFiles, one_matrix: threading.Lock
 ) -> Iterator[Job]:
     """Merge other methods: in chunks of rows if they can, else as a whole matrix."""
-    rows, columns = task.output.shape
+    rows, columns = math.prod(task.output.shape[:-1]), task.output.shape[-1]
     probe = merged_rows(task.updates, torch.zeros(1, columns), 0)
     if probe is None:
         yield lambda buffers: _whole_job(task, checkpoint, output, buffers, one_matrix)
@@ -177,10 +178,10 @@ def _whole_job(
         else:
             assert task.stored is not None
             W = checkpoint.read(task.stored)
-        merged = merged_sum(task.updates, W)
+        merged = merged_sum(task.updates, W).flatten(0, -2)  # stacked experts have 3 dimensions
         del W
         size = 0
-        for first, count in _chunks(*task.output.shape):
+        for first, count in _chunks(*merged.shape):
             size += _store(task, merged[first : first + count], first, output, buffers)
         return size
 

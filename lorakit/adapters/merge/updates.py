@@ -86,8 +86,8 @@ def read_weighted(
 
 
 def find_updates(model: nn.Module, adapters: Sequence[Weighted]) -> dict[str, list[Update]]:
-    """Return the updates of each module's W. ``model`` may be on the ``meta`` device. It is left
-    with the fully trained modules of the first adapter, but without adapter layers.
+    """Return the updates of each weight, by name. ``model`` may be on the ``meta`` device. It is
+    left with the fully trained modules of the first adapter, but without adapter layers.
 
     Raises AdapterError if an adapter does not fit the model, or if the fully trained values differ.
     """
@@ -95,6 +95,7 @@ def find_updates(model: nn.Module, adapters: Sequence[Weighted]) -> dict[str, li
     from lorakit.adapters.peft.place import find_places, load_adapter
     from lorakit.layers import adapted_modules
     from lorakit.models.token_rows import token_rows
+    from lorakit.parameters import replaced_modules
 
     first, *added = adapters
     places = find_places(model, first.files)
@@ -107,8 +108,10 @@ def find_updates(model: nn.Module, adapters: Sequence[Weighted]) -> dict[str, li
     for adapter in (*added, first):
         load_adapter(model, adapter.files)
         for name, layer in adapted_modules(model).items():
-            updates.setdefault(name, []).insert(0, LayerUpdate(layer, adapter.weight))
-            model.set_submodule(name, layer.base_layer)
+            weight = name if layer.kind == "parameter" else f"{name}.weight"
+            updates.setdefault(weight, []).insert(0, LayerUpdate(layer, adapter.weight))
+        for name, replacement in replaced_modules(model).items():
+            model.set_submodule(name, replacement.base_layer)
         for name, rows in token_rows(model).items():
             model.set_submodule(name, rows.base_layer)
     return updates
@@ -129,7 +132,7 @@ def _low_rank(update: Update) -> LowRankUpdate | None:
     if delta is None:
         return None
     A, B = delta.A.float(), delta.B.float()
-    if update.layer.kind != "linear":  # W^T is stored
+    if update.layer.kind in ("conv1d", "embedding"):  # W^T is stored
         A, B = B.t(), A.t()
     return LowRankUpdate(LowRankDelta(A.contiguous(), B.contiguous(), delta.scaling), update.weight)
 

@@ -6,6 +6,7 @@ method with another format overrides ``Method.to_peft`` and ``Method.from_peft``
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any, TypeGuard
@@ -13,6 +14,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from lorakit.adapters.peft.parameters import stacked_factors, stored_factors, wrapper_names
 from lorakit.adapters.peft.schema import (
     ADALORA_FACTORS,
     MAGNITUDE,
@@ -21,7 +23,7 @@ from lorakit.adapters.peft.schema import (
     peft_rank,
     peft_scaling,
 )
-from lorakit.base_weight import dense_weight, kind_of
+from lorakit.base_weight import ParameterView, dense_weight, kind_of
 from lorakit.errors import AdapterError
 from lorakit.layers import AdapterLayer
 from lorakit.methods.adalora import AdaLora, scaling_of
@@ -103,9 +105,11 @@ def _lora_settings(layers: Mapping[str, LoraLayer], config: Any) -> dict[str, An
 
 def _lora_tensors(layers: Mapping[str, LoraLayer]) -> dict[str, Tensor]:
     tensors = {}
+    prefixes = wrapper_names(layers)
     for name, layer in layers.items():
-        for stored, factor in zip(factor_names(layer.kind), layer.factors(), strict=True):
-            tensors[f"{name}.{stored}"] = factor.detach()
+        factors = stored_factors(*layer.factors())
+        for stored, factor in zip(factor_names(layer.kind), factors, strict=True):
+            tensors[f"{prefixes[name]}.{stored}"] = factor.detach()
         if isinstance(layer, DoraLayer):
             tensors[f"{name}.{MAGNITUDE}"] = layer.lora_magnitude_vector.detach()
     return tensors
@@ -122,15 +126,20 @@ def _read_lora(
     r, dropout = peft_rank(settings, name), settings.get("lora_dropout", 0.0)
     scaling = peft_scaling(settings, name, r)
     layer_class = method.layer_class()
-    out_features, in_features = dense_weight(module).shape
+    *stack, out_features, in_features = dense_weight(module).shape
+    matrices = math.prod(stack)
     stored_A, stored_B = factor_names(kind_of(module))
     wanted: _Wanted = {
-        "lora_A": (stored_A, (r, in_features)),
-        "lora_B": (stored_B, (out_features, r)),
+        "lora_A": (stored_A, (matrices * r, in_features)),
+        "lora_B": (stored_B, (out_features, r * matrices)),
     }
     if issubclass(layer_class, DoraLayer):
+        if isinstance(module, ParameterView):
+            raise AdapterError(f"{name} is a parameter, to which DoRA cannot be applied")
         wanted[MAGNITUDE] = (MAGNITUDE, (out_features,))
     values = _checked_values(name, r, tensors, wanted)
+    factors = stacked_factors(values["lora_A"], values["lora_B"], tuple(stack))
+    values |= zip(("lora_A", "lora_B"), factors, strict=True)
     layer = layer_class(module, r=r, scaling=scaling, dropout=dropout)
     layer.load_parameters(values, (), name)
     return layer

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lorakit.adapters.peft.lora import from_peft
 from lorakit.adapters.peft.method import Say
+from lorakit.adapters.peft.parameters import parameter_views, with_parameter_names
 from lorakit.adapters.peft.read import (
     AdapterFiles,
     read_adapter,
@@ -31,13 +32,15 @@ from lorakit.adapters.peft.vocabulary import (
     layers_of,
     needed_size,
 )
-from lorakit.base_weight import ADAPTABLE
+from lorakit.base_weight import ADAPTABLE, ParameterView
 from lorakit.errors import AdapterError, listed
 from lorakit.injection import InjectionReport, find_heads, report
 from lorakit.layers import BaseWrapper, adapted_modules, adapter_layers
 from lorakit.models.master_weights import set_value, train_module, train_parameter
 from lorakit.models.token_rows import token_rows
+from lorakit.parameters import Replacement, with_adapted_parameters
 
+_ADAPTED = (*ADAPTABLE, ParameterView)
 _SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -45,12 +48,14 @@ _SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
 class Placement:
     """Where each tensor of ``files`` goes. All names are those of the model.
 
-    ``adapters``: module -> PEFT's suffix -> factor; ``base``: trained parameters of the base;
-    ``fully_trained``: parameters of fully trained modules; ``rows``: layer -> trained rows of its
-    weight; ``unknown``: tensors without a module.
+    ``adapters``: module or parameter -> PEFT's suffix -> factor; ``base``: trained parameters of
+    the base; ``fully_trained``: parameters of fully trained modules; ``rows``: layer -> trained
+    rows of its weight; ``unknown``: tensors without a module. ``parameters``: the adapted
+    parameters of modules that are not linear layers.
     """
 
     files: AdapterFiles
+    parameters: Mapping[str, ParameterView]
     adapters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     base: dict[str, Tensor] = field(default_factory=dict)
     fully_trained: dict[str, Tensor] = field(default_factory=dict)
@@ -69,7 +74,7 @@ class FittedAdapter:
     of the modules that it replaces as a whole. ``places`` has the names of the model."""
 
     places: Placement
-    layers: dict[str, BaseWrapper]
+    layers: dict[str, Replacement]
     fully_trained: list[str]
 
 
@@ -137,9 +142,10 @@ def fit_adapter(model: nn.Module, files: AdapterFiles, say: Say) -> FittedAdapte
 
 def find_places(model: nn.Module, files: AdapterFiles) -> Placement:
     """Assign every tensor to the module of ``model`` that its name starts with."""
-    files = renamed_for(model, files)
-    modules = dict(model.named_modules())
-    places = Placement(files)
+    files = renamed_for(model, with_parameter_names(model, files))
+    parameters = parameter_views(model, files.config)
+    modules = dict(model.named_modules()) | parameters
+    places = Placement(files, parameters)
     rows: dict[str, Tensor] = {}
     for key, value in files.tensors.items():
         name, end = split_key(key, modules)
@@ -149,7 +155,7 @@ def find_places(model: nn.Module, files: AdapterFiles) -> Placement:
         elif end in own:
             in_base = files.trains_base and not is_fully_trained(files.config, name)
             (places.base if in_base else places.fully_trained)[key] = value
-        elif not files.method.kinds or not isinstance(modules.get(name), ADAPTABLE):
+        elif not files.method.kinds or not isinstance(modules.get(name), _ADAPTED):
             places.unknown.append(key)
         elif end.startswith(BASE_LAYER) and end.removeprefix(BASE_LAYER) in own:
             places.base[f"{name}.{end.removeprefix(BASE_LAYER)}"] = value
@@ -183,6 +189,7 @@ def _check_complete(model: nn.Module, places: Placement, fully_trained: Iterable
     modules = dict(model.named_modules())
     matched = matched_modules(places.files.config, model)
     matched = {name for name in matched if isinstance(modules[name], ADAPTABLE)}
+    matched |= set(places.parameters)
     missing = [f"{name} (adapter)" for name in sorted(matched - set(places.adapters))]
     missing += [
         f"{name}.{key}"
@@ -220,26 +227,28 @@ def _trained_biases(model: nn.Module, places: Placement) -> list[str]:
     return [name for name in names if not is_fully_trained(places.files.config, name)]
 
 
-def _layers(model: nn.Module, places: Placement) -> dict[str, BaseWrapper]:
+def _layers(model: nn.Module, places: Placement) -> dict[str, Replacement]:
     files = places.files
     layers: dict[str, BaseWrapper] = {}
     method, parts = files.method, files.parts
-    modules = {name: model.get_submodule(name) for name in places.adapters}
+    modules: dict[str, nn.Module] = {
+        name: places.parameters.get(name) or model.get_submodule(name) for name in places.adapters
+    }
     try:
         for name, tensors in places.adapters.items():
             own = {**tensors, **files.shared}
             layer = from_peft(method, modules[name], name, files.config, own)
             layers[name] = layer.split(parts[name]) if name in parts else layer
         method.check_shared(modules, files.config, files.shared)
+        return with_adapted_parameters(model, layers)
     except AdapterError as error:
         raise AdapterError(f"{files.directory}: {error}") from error
-    return layers
 
 
 def _check_adapted_once(model: nn.Module, places: Placement) -> None:
     modules = dict(model.named_modules())
     rows = {id(modules[name].weight) for name in places.rows}
-    if both := [n for n in places.adapters if id(getattr(modules[n], "weight", None)) in rows]:
+    if both := [n for n in places.adapters if id(getattr(modules.get(n), "weight", None)) in rows]:
         raise AdapterError(
             f"{places.files.directory}: {both[0]} has both an adapter and rows of "
             "trainable_token_indices: not supported, nor by PEFT"
@@ -290,7 +299,7 @@ def _untie(model: nn.Module, fully_trained: Mapping[str, Tensor]) -> None:
 
 def _set_trainable(
     model: nn.Module,
-    layers: Mapping[str, BaseWrapper],
+    layers: Mapping[str, Replacement],
     fully_trained: Iterable[str],
     trainable: bool,
     frozen: Collection[str],

@@ -65,7 +65,6 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False, None),
     "megatron_config": (None,),
     "monteclora_config": (None,),
-    "target_parameters": (None, []),
     "use_bdlora": (None, False),
     "use_dora": (False, True, None),
     "use_qalora": (False, None),
@@ -93,6 +92,7 @@ CONFIG_TYPES = {
     "modules_to_save": "a list of strings",
     "revision": "a string",
     "target_modules": "a string, or a list of strings",
+    "target_parameters": "a list of strings",
     "task_type": "a string",
     "use_rslora": "true, false",
 }

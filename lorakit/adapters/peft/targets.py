@@ -130,12 +130,13 @@ def unadapted_modules(model: nn.Module) -> dict[str, nn.Module]:
     the module that it wraps."""
     from lorakit.layers import BaseWrapper
     from lorakit.models.token_rows import TokenRows
+    from lorakit.parameters import AdaptedParameters
 
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name and not name.startswith(inside):
-            adapted = isinstance(module, BaseWrapper | TokenRows)
+            adapted = isinstance(module, BaseWrapper | AdaptedParameters | TokenRows)
             found[name] = module.base_layer if adapted else module
             inside += (f"{name}.",) if adapted else ()
     return found

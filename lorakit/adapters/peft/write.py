@@ -15,6 +15,7 @@ from lorakit import registry
 from lorakit.adapters.card_usage import UsageFacts
 from lorakit.adapters.model_card import CardFacts, model_card
 from lorakit.adapters.peft.lora import to_peft
+from lorakit.adapters.peft.parameters import target_parameters
 from lorakit.adapters.peft.read import parse_parts
 from lorakit.adapters.peft.schema import (
     CARD,
@@ -191,7 +192,8 @@ def _collect(
     if method.peft_loads:
         own = names.own if names else model
         _complete_for_peft(settings, layers, own)
-        if misread := misread_by_peft(own, layers):
+        modules = [name for name, layer in layers.items() if layer.kind != "parameter"]
+        if misread := misread_by_peft(own, modules):
             info["misread_by_peft"] = misread
         if refused := refused_by_peft(own, layers):
             info["refused_by_peft"] = refused
@@ -222,7 +224,10 @@ def _complete_for_peft(
     transposed = any(layer.kind == "conv1d" for layer in layers.values())
     if transposed or settings["peft_type"] in LORA_FORMATS:
         settings["fan_in_fan_out"] = transposed
-    settings["target_modules"] = target_modules(list(layers), unadapted_modules(model), settings)
+    modules = [name for name, layer in layers.items() if layer.kind != "parameter"]
+    settings["target_modules"] = target_modules(modules, unadapted_modules(model), settings)
+    if parameters := [name for name in layers if name not in modules]:
+        settings["target_parameters"] = target_parameters(parameters, model)
     if settings["peft_type"] == "LORA":
         for key in settings.keys() & {"rank_pattern", "alpha_pattern"}:
             settings[key] = exact_patterns(settings[key], layers)

@@ -16,12 +16,11 @@ from lorakit.anatomy import (
 from lorakit.errors import TargetError
 from lorakit.layers import (
     AdapterLayer,
-    BaseWrapper,
     CompositeLayer,
-    adapted_modules,
     adapter_layers,
 )
 from lorakit.module_names import as_yaml_list, covering_targets, describe_modules, layer_of
+from lorakit.parameters import AdaptedParameters, Replacement, replaced_modules
 
 
 class GradientProbe:
@@ -47,7 +46,7 @@ class GradientProbe:
         self._inputs: dict[str, int] | None = (
             dict.fromkeys(self._layers, 0) if count_calls else None
         )
-        modules = adapted_modules(model) if count_calls else {}
+        modules = replaced_modules(model) if count_calls else {}
         self._hooks = [m.register_forward_hook(self._counter(n, m)) for n, m in modules.items()]
         # Layers that are dropped at random may miss a step.
         self._drops_layers = bool(layer_drops(getattr(model, "config", None)))
@@ -104,9 +103,9 @@ class GradientProbe:
         return f"to adapt the rest: target_modules: {as_yaml_list(targets)}"
 
     def _counter(
-        self, name: str, module: BaseWrapper
+        self, name: str, module: Replacement
     ) -> Callable[[nn.Module, tuple[object, ...], object], None]:
-        parts = module.parts if isinstance(module, CompositeLayer) else ()
+        parts = module.parts if isinstance(module, CompositeLayer | AdaptedParameters) else ()
         names = [f"{name}.{role}" for role in parts] or [name]
 
         def count(_module: nn.Module, inputs: tuple[object, ...], _output: object) -> None:

@@ -51,6 +51,8 @@ def _cannot_join(recipe: Recipe) -> str | None:
     if model.add_tokens or model.chat_template is not None:
         key = "add_tokens" if model.add_tokens else "chat_template"
         return f"model.{key} changes the vocabulary of each run"
+    if recipe.adapter.target_parameters or "experts" in (recipe.adapter.target_modules or ()):
+        return "adapter adapts parameters of a module, such as experts"
     if model.base_precision is not None:
         return f"model.base_precision = {model.base_precision} quantizes the base of each run"
     if model.dtype == "float16":

@@ -156,8 +156,7 @@ def test_merge_and_convert_report_unknown_keys_through_their_callback(
     "keys",
     [
         {"lora_bias": True}, {"use_qalora": True}, {"alora_invocation_tokens": [1]},
-        {"layer_replication": [[0, 2]]}, {"target_parameters": ["experts.w1"]},
-        {"trainable_token_indices": [3]}, {"megatron_config": {"a": 1}},
+        {"layer_replication": [[0, 2]]}, {"trainable_token_indices": [3]}, {"megatron_config": {"a": 1}},
         {"init_lora_weights": "pissa"}, {"kasa_config": {"r": 2}},
     ],
     ids=lambda keys: next(iter(keys)),

@@ -259,7 +259,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "bias": {"bias": "some"},
     "alora_invocation_tokens": {"alora_invocation_tokens": [1, 2]},
     "trainable_token_indices": {"trainable_token_indices": [3]},
-    "target_parameters": {"target_parameters": ["mlp.experts"]},
+    "target_parameters": {"target_parameters": "mlp.experts"},
     "layer_replication": {"layer_replication": [[0, 1]]},
     "init_lora_weights": {"init_lora_weights": "pissa"},
     "use_qalora": {"use_qalora": True},
