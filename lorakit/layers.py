@@ -103,6 +103,10 @@ class BaseWrapper(nn.Module, ABC):
         """The update as a product of two factors, if that is all that is added to W."""
         return None
 
+    def bias_delta(self) -> Tensor | None:
+        """The update of b (out_features,), if the adapter has one."""
+        return None
+
     @abstractmethod
     def joined(self) -> AdapterLayer:
         """The same adapter as a single layer over the whole base."""

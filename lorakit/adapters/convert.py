@@ -23,6 +23,7 @@ from lorakit.adapters.low_rank import (
 )
 from lorakit.adapters.merge.tokenizer import TEMPLATES, TOKENIZER_FILES
 from lorakit.adapters.model_card import CardFacts
+from lorakit.adapters.peft.locate import adapter_directory, is_hub_adapter
 from lorakit.adapters.peft.method import Say, merge_command
 from lorakit.adapters.peft.read import AdapterFiles, read_adapter, to_stderr
 from lorakit.adapters.peft.schema import (
@@ -38,6 +39,7 @@ from lorakit.adapters.peft.targets import misread_note, refused_note
 from lorakit.adapters.peft.write import card_usage, write_card, write_files
 from lorakit.errors import AdapterError, shown
 from lorakit.io.atomic import atomic_directory, atomic_file
+from lorakit.io.tensors import save_tensors
 
 FORMS = ("lora", "loralib", "peft")
 #: The file that ``--to loralib`` writes if OUT is a directory.
@@ -92,6 +94,8 @@ def convert(
         lora_alpha, enable_lora, embedding, base_model, task_type, fan_in_fan_out
     )
     source, out = Path(adapter), Path(out)
+    if not source.exists() and is_hub_adapter(adapter):
+        source = adapter_directory(adapter)
     checkpoint = _checkpoint(source)
     _check_arguments(to, rank, options, checkpoint)
     target = out / LORALIB_FILE if to == "loralib" and out.suffix != ".safetensors" else out
@@ -223,8 +227,10 @@ def _copied(files: AdapterFiles, out: Path, overwrite: bool) -> ConvertReport:
         )
     if files.config["peft_type"] in LORA_FORMATS:
         read_products(files)  # raises an error for tensors that PEFT could not load
-    _copy_peft(out, files.directory, overwrite=overwrite)
+    _copy_peft(out, files, overwrite=overwrite)
     note = f"{files.directory} already has PEFT's format: copied unchanged"
+    if files.has_raw_names:
+        note = f"{files.directory}: copied, with the tensor names that PEFT saves"
     matrices = {key.partition(".lora_")[0] for key in files.tensors if ".lora_" in key}
     return ConvertReport(out, "peft", len(matrices), None, None, _size(out), (note,))
 
@@ -256,12 +262,15 @@ def _write_peft(
         _copy_tokenizer(source, folder)
 
 
-def _copy_peft(out: Path, source: Path, *, overwrite: bool) -> None:
-    """Copy the adapter's own files, but no others that ``source`` may contain."""
+def _copy_peft(out: Path, files: AdapterFiles, *, overwrite: bool) -> None:
+    """Copy the adapter's own files, but no others that its directory may contain."""
+    source = files.directory
     with atomic_directory(out, replace=overwrite) as folder:
         for name in (CONFIG, WEIGHTS, SIDECAR, CARD):
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
+        if files.has_raw_names:
+            save_tensors({f"{PREFIX}{n}": t for n, t in files.tensors.items()}, folder / WEIGHTS)
         _copy_tokenizer(source, folder)
 
 

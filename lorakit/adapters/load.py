@@ -21,6 +21,7 @@ from lorakit.adapters.base_model import (
     full_config,
     set_pad_token,
 )
+from lorakit.adapters.peft.locate import is_hub_adapter
 from lorakit.adapters.peft.method import Say, run_method_file
 from lorakit.adapters.peft.place import load_adapter
 from lorakit.adapters.peft.read import AdapterFiles, read_adapter, to_stderr
@@ -174,9 +175,10 @@ def find_model(
 
 
 def is_adapter(path: str | Path) -> bool:
-    """Whether ``path`` is an adapter directory."""
+    """Whether ``path`` is an adapter directory, or a revision or subfolder on the Hub, which only
+    adapters are named with."""
     try:
-        return (Path(path) / CONFIG).is_file()
+        return (Path(path) / CONFIG).is_file() or is_hub_adapter(path, in_part=True)
     except OSError:  # too long, or no permission
         return False
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorakit.adapters.peft.initialization import no_product, reinitializes
 from lorakit.adapters.peft.method import merge_command
 from lorakit.adapters.peft.read import AdapterFiles, is_finite
 from lorakit.adapters.peft.schema import (
@@ -19,6 +20,7 @@ from lorakit.adapters.peft.schema import (
     BASE_LAYER,
     DEFAULTS,
     EMBEDDING_FACTORS,
+    FACTOR_BIAS,
     LINEAR_FACTORS,
     LORA_FORMATS,
     MAGNITUDE,
@@ -100,8 +102,10 @@ def read_updates(files: AdapterFiles) -> Updates:
 
 
 def read_products(files: AdapterFiles) -> Updates:
-    """As ``read_updates``; of DoRA, return the products without the magnitudes."""
-    tensors = {k: v for k, v in files.tensors.items() if not k.endswith(f".{MAGNITUDE}")}
+    """As ``read_updates``; of DoRA, return the products without the magnitudes, and with
+    ``lora_bias`` without the biases."""
+    beside = (f".{MAGNITUDE}", f".{FACTOR_BIAS}")
+    tensors = {k: v for k, v in files.tensors.items() if not k.endswith(beside)}
     return _updates(replace(files, tensors=tensors))
 
 
@@ -148,13 +152,16 @@ def _updates(files: AdapterFiles) -> Updates:
 
 def _check_low_rank(files: AdapterFiles) -> None:
     name = "dora" if files.config.get("use_dora") else files.method.name
-    if name == "dora" or files.config["peft_type"] not in LORA_FORMATS:
-        base = files.config.get("base_model_name_or_path")
-        merge = merge_command(base, files.directory, name)
-        raise AdapterError(
-            f"{files.directory}: {name} is not a product of two factors; hint: {merge} writes a "
-            "plain model instead"
-        )
+    if reinitializes(files.config):
+        reason = no_product(files.config)
+    elif name == "dora" or files.config["peft_type"] not in LORA_FORMATS:
+        reason = f"{name} is not a product of two factors"
+    elif files.config.get("lora_bias"):
+        reason = "lora_bias = true: its update is more than a product of two factors"
+    else:
+        return
+    merge = merge_command(files.config.get("base_model_name_or_path"), files.directory, name)
+    raise AdapterError(f"{files.directory}: {reason}; hint: {merge} writes a plain model instead")
 
 
 def _low_rank(

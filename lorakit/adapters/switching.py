@@ -203,6 +203,11 @@ def _merge(model: nn.Module, state: _State, adapter: _Adapter) -> None:
                 "lorakit.merge"
             )
         module = layer.base_layer
+        if layer.bias_delta() is not None:
+            raise AdapterError(
+                f"{name}: its adapter has a bias (lora_bias), which is not merged in place; "
+                "allowed: merged=False"
+            )
         weight = _weight(module)
         _matched(layer, module)
         merged = layer.fold(weight).to(weight.dtype)

@@ -36,7 +36,7 @@ def visit_base(
             for name in names:
                 _visit(visit, resolved.updates[name], name, W)
         for group in resolved.groups:
-            if changed := set(group.targets) & set(resolved.updates):
+            if changed := set(group.targets) & _weights(resolved):
                 for source in group.sources:
                     _check_float(checkpoint, source)
                 values = {source: checkpoint.read(source) for source in group.sources}
@@ -45,13 +45,17 @@ def visit_base(
         say(note)
 
 
+def _weights(resolved: ResolvedBase) -> set[str]:
+    return {name for name in resolved.updates if not name.endswith(".bias")}
+
+
 def _stored_names(resolved: ResolvedBase) -> dict[str, list[str]]:
     """Stored tensor -> the adapted parameters that have its values: several if they are tied."""
     tied = {name: names for names in resolved.ties for name in names}
     found: dict[str, list[str]] = {}
     for stored, parameter in resolved.plain.items():
         for name in tied.get(parameter, (parameter,)):
-            if name in resolved.updates and name not in found.get(stored, ()):
+            if name in _weights(resolved) and name not in found.get(stored, ()):
                 found.setdefault(stored, []).append(name)
     return found
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lorakit.adapters.low_rank import AdaptedMatrix, read_products
+from lorakit.adapters.peft.initialization import no_product, reinitializes
 from lorakit.adapters.peft.method import Say
 from lorakit.adapters.peft.read import AdapterFiles, read_adapter
 from lorakit.adapters.peft.schema import LORA_FORMATS
@@ -64,6 +65,10 @@ def read_factors(adapter: str | Path, say: Say) -> AdapterFactors:
         raise AdapterError(
             f"{files.directory}: {method} has no low-rank factors; allowed: adapters of LoRA, "
             "LoRA+, AdaLoRA, DoRA and MoSLoRA"
+        )
+    if reinitializes(files.config):
+        raise AdapterError(
+            f"{files.directory}: {no_product(files.config)}, so that it cannot be inspected"
         )
     adalora = method == "adalora"
     matrices: dict[str, Factors] = {}

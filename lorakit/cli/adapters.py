@@ -13,8 +13,10 @@ import typer
 from lorakit.cli.console import (
     AsJson,
     Overwrite,
+    Subfolder,
     TrustRemoteCode,
     echo,
+    in_subfolder,
     only_results,
     progress,
     say,
@@ -84,6 +86,7 @@ def merge(
     svd_rank: _SvdRank = None,
     majority_sign_method: _SignMethod = None,
     seed: _Seed = None,
+    subfolder: Subfolder = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -104,7 +107,8 @@ def merge(
 
     with only_results(), progress("merging, MB") as report_progress:
         report = merge_adapter(
-            base, adapter, out, dtype, max_shard_size, overwrite, trust_remote_code, say=say,
+            base, in_subfolder(adapter, subfolder), out, dtype, max_shard_size, overwrite,
+            trust_remote_code, say=say,
             add=[_weighted(text) for text in add or []], weight=weight, method=method,
             density=density, svd_rank=svd_rank, majority_sign_method=majority_sign_method,
             seed=seed,
@@ -209,6 +213,7 @@ def convert(
     base_model: _BaseModel = None,
     task_type: _TaskType = None,
     fan_in_fan_out: _FanInFanOut = False,
+    subfolder: Subfolder = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -234,7 +239,8 @@ def convert(
     from lorakit.api import convert as convert_adapter
 
     report = convert_adapter(
-        adapter, out, to, rank=rank, lora_alpha=lora_alpha, enable_lora=enable_lora or (),
+        in_subfolder(adapter, subfolder), out, to, rank=rank, lora_alpha=lora_alpha,
+        enable_lora=enable_lora or (),
         embedding=embedding or (), base_model=base_model, task_type=task_type,
         fan_in_fan_out=fan_in_fan_out, overwrite=overwrite,
     )  # fmt: skip

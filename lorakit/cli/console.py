@@ -40,6 +40,12 @@ MethodFile = Annotated[
         help="Your own method, if the adapter was trained with one; the file is run.",
     ),
 ]
+Subfolder = Annotated[
+    str | None,
+    typer.Option(
+        metavar="S", help="Folder of the adapter inside its directory or repository on the Hub."
+    ),
+]
 
 OnProgress = Callable[[int, int], None]
 OnPhase = Callable[[str, int, int], None]
@@ -146,6 +152,22 @@ def check_distinct(outputs: Mapping[str, Path | None], inputs: Mapping[Path, str
 def _is_stream(path: Path) -> bool:
     """Whether ``path`` is a device, a pipe or a socket."""
     return path.exists() and not path.is_file()
+
+
+def in_subfolder(adapter: str | Path, subfolder: str | None) -> Path:
+    """The adapter in ``subfolder`` of a directory or Hub id."""
+    if subfolder is None:
+        return Path(adapter)
+    return Path(adapter, subfolder) if Path(adapter).is_dir() else Path(f"{adapter}:{subfolder}")
+
+
+def model_and_adapter(
+    model: str, adapter: Path | None, subfolder: str | None
+) -> tuple[str, Path | None]:
+    """Apply ``subfolder`` to the adapter, or to ``model`` if that is the adapter."""
+    if adapter is None:
+        return (str(in_subfolder(model, subfolder)) if subfolder else model), None
+    return model, in_subfolder(adapter, subfolder)
 
 
 @contextmanager

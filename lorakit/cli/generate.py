@@ -15,10 +15,12 @@ from lorakit.cli.chat import say_limits, system_prompt, write
 from lorakit.cli.console import (
     Dtype,
     MethodFile,
+    Subfolder,
     TrustRemoteCode,
     check_distinct,
     check_exclusive,
     check_writable,
+    model_and_adapter,
     only_results,
     option_named,
     progress,
@@ -110,6 +112,7 @@ def generate(
     dtype: Dtype = None,
     revision: _Revision = None,
     method: MethodFile = None,
+    subfolder: Subfolder = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Continue a prompt, chat, or answer the prompts of a file.
@@ -118,6 +121,7 @@ def generate(
 
     Example: lorakit generate models/smollm2-135m-instruct --prompt "Once upon a time"
     """
+    model, adapter = model_and_adapter(model, adapter, subfolder)
     _check_input(prompt, chat, input_file, output)
     _check_sampling(temperature, top_p, num_beams, length_penalty, stop or [])
     if prompt is None and not chat and input_file is None:

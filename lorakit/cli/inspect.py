@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
-from lorakit.cli.console import AsJson, TrustRemoteCode, echo, say
+from lorakit.cli.console import AsJson, Subfolder, TrustRemoteCode, echo, in_subfolder, say
 
 if TYPE_CHECKING:
     from lorakit.api import InspectReport, MatrixReport, Similarity
@@ -50,6 +50,7 @@ def inspect(
     base: _Base = None,
     side: _Side = "right",
     plot: _Plot = None,
+    subfolder: Subfolder = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -67,7 +68,8 @@ def inspect(
     from lorakit.api import inspect as inspect_adapter
 
     report = inspect_adapter(
-        adapter, other, base=base, side=cast(Literal["right", "left"], side), plot=plot,
+        in_subfolder(adapter, subfolder), other, base=base,
+        side=cast(Literal["right", "left"], side), plot=plot,
         trust_remote_code=trust_remote_code, say=say,
     )  # fmt: skip
     if as_json:

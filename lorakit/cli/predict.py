@@ -14,11 +14,13 @@ import typer
 from lorakit.cli.console import (
     Dtype,
     MethodFile,
+    Subfolder,
     TrustRemoteCode,
     check_distinct,
     check_exclusive,
     check_writable,
     echo,
+    model_and_adapter,
     only_results,
     option_named,
     progress,
@@ -86,6 +88,7 @@ def predict(
     dtype: Dtype = None,
     revision: _Revision = None,
     method: MethodFile = None,
+    subfolder: Subfolder = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Classify texts, or the rows of a file, with a trained classifier or regressor.
@@ -97,6 +100,7 @@ def predict(
 
     Example: lorakit predict runs/reviews/adapter --input new.csv --output labels.csv
     """
+    model, adapter = model_and_adapter(model, adapter, subfolder)
     text = _all_texts(text, more_texts)
     _check_input(text, text_pair, input_file, output)
     if input_file is None and (text_column or text_pair_column):

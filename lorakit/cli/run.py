@@ -14,10 +14,12 @@ from lorakit.cli.console import (
     AsJson,
     Overrides,
     RecipeFile,
+    Subfolder,
     check_distinct,
     check_exclusive,
     check_writable,
     echo,
+    in_subfolder,
     only_results,
     option_named,
     phases,
@@ -146,6 +148,7 @@ def eval_(
     output: _Output = None,
     save_predictions: _SavePredictions = None,
     predictions: _Predictions = None,
+    subfolder: Subfolder = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -160,6 +163,10 @@ def eval_(
     from lorakit.recipe.load import open_recipe
 
     outputs = {"--output": output, "--save-predictions": save_predictions}
+    if subfolder is not None:
+        if adapter is None:
+            raise UserError(f"--subfolder {subfolder}: requires --adapter")
+        adapter = in_subfolder(adapter, subfolder)
     with process_group():
         _check_options(adapter, base, predictions, outputs)
         with only_results(), open_recipe(recipe, overrides, _say()) as resolved:

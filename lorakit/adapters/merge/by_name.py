@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lorakit.adapters.merge.checkpoint import Checkpoint
 from lorakit.adapters.merge.updates import LowRankUpdate, ResolvedBase, Weighted
+from lorakit.adapters.peft.initialization import reinitializes
 from lorakit.adapters.peft.read import AdapterFiles, split_key
 from lorakit.adapters.peft.schema import LINEAR_FACTORS, peft_rank, peft_scaling
 from lorakit.adapters.peft.targets import is_targeted
@@ -251,6 +252,7 @@ def _is_plain_lora(files: AdapterFiles) -> bool:
         and config.get("bias") in (None, "none")
         and config.get("target_modules") != "all-linear"
         and not config.get("target_parameters")
+        and not reinitializes(config)
     )
 
 

@@ -198,7 +198,7 @@ def plan_merge(base: ResolvedBase, checkpoint: Checkpoint, dtype: str | None) ->
         kept=tuple(sorted(set(checkpoint.tensors) - used)),
         untied=bool(untied) or shared.stored_apart,
         dtype=main,
-        merged_modules=len(base.updates),
+        merged_modules=sum(not name.endswith(".bias") for name in base.updates),
         replaced_tensors=len(given) + sum(task.rows is not None for task in tasks),
     )
 

@@ -125,8 +125,9 @@ def _copy(source: int, start: int, target: int, to: int, count: int) -> None:
 def _row_jobs(
     task: Task, products: Sequence[LowRankUpdate], checkpoint: Checkpoint, output: OutputFiles
 ) -> Iterator[Job]:
-    """Add low-rank products and replace the rows of tokens, in chunks of rows."""
-    rows, columns = task.output.shape
+    """Add low-rank products, in chunks of rows, and replace those of tokens; a bias is one
+    column."""
+    rows, columns = (*task.output.shape, 1)[:2]
     stored = task.source.shape[0] if task.source and task.given is None else rows
     for first, count in _chunks(rows, columns):
 
@@ -223,9 +224,9 @@ def _chunks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
 def _read_rows(
     task: Task, first: int, count: int, checkpoint: Checkpoint, buffers: Buffers
 ) -> Tensor:
-    columns = task.output.shape[1]
+    columns = (*task.output.shape, 1)[1]
     if task.given is not None:
-        return task.given[first : first + count]
+        return task.given[first : first + count].view(count, columns)
     flat = _read(task.source, first * columns, count * columns, checkpoint, buffers)
     return flat.view(count, columns)
 

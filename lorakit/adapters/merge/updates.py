@@ -86,8 +86,8 @@ def read_weighted(
 
 
 def find_updates(model: nn.Module, adapters: Sequence[Weighted]) -> dict[str, list[Update]]:
-    """Return the updates of each weight, by name. ``model`` may be on the ``meta`` device. It is
-    left with the fully trained modules of the first adapter, but without adapter layers.
+    """Return the updates of each parameter. ``model`` may be on the ``meta`` device. It is left
+    with the fully trained modules of the first adapter, but without adapter layers.
 
     Raises AdapterError if an adapter does not fit the model, or if the fully trained values differ.
     """
@@ -110,11 +110,25 @@ def find_updates(model: nn.Module, adapters: Sequence[Weighted]) -> dict[str, li
         for name, layer in adapted_modules(model).items():
             weight = name if layer.kind == "parameter" else f"{name}.weight"
             updates.setdefault(weight, []).insert(0, LayerUpdate(layer, adapter.weight))
+            if (delta := layer.bias_delta()) is not None:
+                update = _bias_update(layer, name, delta, adapter)
+                updates.setdefault(f"{name}.bias", []).insert(0, update)
         for name, replacement in replaced_modules(model).items():
             model.set_submodule(name, replacement.base_layer)
         for name, rows in token_rows(model).items():
             model.set_submodule(name, rows.base_layer)
     return updates
+
+
+def _bias_update(layer: BaseWrapper, name: str, delta: Tensor, adapter: Weighted) -> LowRankUpdate:
+    """The update of a bias, as a matrix of one column."""
+    if layer.bias is None:
+        raise AdapterError(
+            f"{adapter.files.directory}: lora_bias = true: {name} has no bias in the base, so that "
+            "the adapter's cannot be merged; hint: load the adapter without merging it"
+        )
+    column = delta.detach()[:, None]
+    return LowRankUpdate(LowRankDelta(torch.ones(1, 1), column, 1.0), adapter.weight)
 
 
 def low_rank(updates: Sequence[Update]) -> list[LowRankUpdate] | None:
@@ -158,7 +172,8 @@ def merged_sum(updates: Sequence[Update], weight: Tensor) -> Tensor:
     merged = W.clone()
     for update in updates:
         if isinstance(update, LowRankUpdate):
-            update.in_memory().add_rows_(merged, 0, torch.empty_like(merged))
+            rows = merged.view(len(merged), -1)  # of a bias, one column
+            update.in_memory().add_rows_(rows, 0, torch.empty_like(rows))
             continue
         own = update.layer.fold(weight)
         merged += update.weight * (own - W)

@@ -14,15 +14,18 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from lorakit.adapters.peft.initialization import INITIALIZATION
 from lorakit.adapters.peft.parameters import stacked_factors, stored_factors, wrapper_names
 from lorakit.adapters.peft.schema import (
     ADALORA_FACTORS,
+    FACTOR_BIAS,
     MAGNITUDE,
     factor_names,
     peft_alpha_of,
     peft_rank,
     peft_scaling,
 )
+from lorakit.adapters.peft.variants import BiasedLayer, ReinitializedLayer, variant_class
 from lorakit.base_weight import ParameterView, dense_weight, kind_of
 from lorakit.errors import AdapterError
 from lorakit.layers import AdapterLayer
@@ -125,7 +128,7 @@ def _read_lora(
     """A layer of the rank in ``settings``, which the tensors must match."""
     r, dropout = peft_rank(settings, name), settings.get("lora_dropout", 0.0)
     scaling = peft_scaling(settings, name, r)
-    layer_class = method.layer_class()
+    layer_class = variant_class(settings, module, name) or method.layer_class()
     *stack, out_features, in_features = dense_weight(module).shape
     matrices = math.prod(stack)
     stored_A, stored_B = factor_names(kind_of(module))
@@ -137,11 +140,16 @@ def _read_lora(
         if isinstance(module, ParameterView):
             raise AdapterError(f"{name} is a parameter, to which DoRA cannot be applied")
         wanted[MAGNITUDE] = (MAGNITUDE, (out_features,))
+    if issubclass(layer_class, BiasedLayer):
+        wanted["lora_bias"] = (FACTOR_BIAS, (out_features,))
     values = _checked_values(name, r, tensors, wanted)
     factors = stacked_factors(values["lora_A"], values["lora_B"], tuple(stack))
     values |= zip(("lora_A", "lora_B"), factors, strict=True)
     layer = layer_class(module, r=r, scaling=scaling, dropout=dropout)
     layer.load_parameters(values, (), name)
+    if isinstance(layer, ReinitializedLayer):
+        layer.initialization = str(settings[INITIALIZATION])
+        return layer if layer.is_meta else layer.as_lora()
     return layer
 
 

@@ -19,7 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lorakit.adapters.peft.initialization import check_initialization
+from lorakit.adapters.peft.locate import adapter_directory
 from lorakit.adapters.peft.method import NAME_METHOD, Say, find_method
+from lorakit.adapters.peft.raw_names import peft_names
 from lorakit.adapters.peft.schema import (
     ADALORA_TYPES,
     CONFIG,
@@ -42,58 +45,6 @@ from lorakit.adapters.peft.tokens import check_indices, unwrapped
 from lorakit.errors import AdapterError, printable, shown
 from lorakit.kernels.low_rank import RowSlice
 from lorakit.methods.base import Method
-from lorakit.models.hub import explained, hub_resolves, is_missing_path, other_content
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-#: Files that an adapter consists of; a repository may contain a whole training run as well.
-_FILES = ["*.json", "*.jinja", "*.model", "*.txt", WEIGHTS, "README.md"]
-
-
-def adapter_directory(given: str | Path) -> Path:
-    """Return the adapter's directory, downloading it first if ``given`` is a Hub id
-    (``namespace/name``) that is not in the cache.
-
-    Raises AdapterError, which says what was found instead, or ModelError if a download fails.
-    """
-    path = Path(given)
-    try:
-        is_directory, exists = path.is_dir(), path.exists()
-        is_adapter = is_directory and (path / CONFIG).is_file()
-    except OSError as error:  # too long, or no permission
-        raise AdapterError(f"{path}: cannot be read: {error.strerror}") from None
-    if is_adapter:
-        return path
-    if is_directory:
-        raise AdapterError(f"{path}: {_instead(path)}: {CONFIG} is missing")
-    if exists:
-        what = other_content(path) or "a file"
-        raise AdapterError(f"{path}: {what}; allowed: an adapter directory, with {CONFIG}")
-    if is_missing_path(str(given)) or not _HUB_ID.fullmatch(str(given)):
-        slash = "/" in str(given)
-        hint = "" if slash else "; an adapter on the Hub is named namespace/name"
-        raise AdapterError(f"{path}: no such adapter directory{hint}")
-    from huggingface_hub import snapshot_download
-
-    with explained(str(given)):
-        found = snapshot_download(
-            str(given), allow_patterns=_FILES, local_files_only=not hub_resolves()
-        )
-    if not (Path(found) / CONFIG).is_file():
-        raise AdapterError(f"{given}: no adapter in the Hub's repository: {CONFIG} is missing")
-    return Path(found)
-
-
-def _instead(path: Path) -> str:
-    """Describe a directory that is not an adapter."""
-    inside = sorted(file.parent for file in path.glob(f"*/{CONFIG}"))
-    if inside:
-        names = ", ".join(map(str, inside[:5])) + (", ..." if len(inside) > 5 else "")
-        return f"not an adapter, but contains adapters ({names}); name one of them"
-    if (path / "config.json").is_file():
-        return "a model, not an adapter"
-    what = other_content(path)
-    return f"not an adapter ({what})" if what else "not an adapter"
-
 
 #: With ``bias: all`` and ``save_embedding_layers``, PEFT also writes the tensors of fully trained
 #: modules under the names of its wrapper, and the original values that they replace.
@@ -110,7 +61,8 @@ class AdapterFiles:
 
     ``config`` is ``adapter_config.json``; ``tensors`` are keyed without ``base_model.model.``;
     ``sidecar`` is ``lorakit.json``, None if lorakit did not write the adapter. ``method`` reads the
-    tensors; ``shared`` are those that all of its layers have in common.
+    tensors; ``shared`` are those that all of its layers have in common. ``has_raw_names``: whether
+    PEFT could not load the names in the file.
     """
 
     directory: Path
@@ -119,6 +71,7 @@ class AdapterFiles:
     sidecar: dict[str, Any] | None
     method: Method
     shared: dict[str, Tensor] = field(default_factory=dict)
+    has_raw_names: bool = False
 
     @property
     def trains_base(self) -> bool:
@@ -189,9 +142,15 @@ def read_adapter(
     if lora_format:
         check_supported(config, where)
         check_indices(config, where)
+        check_initialization(config, where, say)
     else:
         _check_no_foreign_patterns(config, method, where)
-    tensors, shared = _tensors(directory, method)
+    trains_biases = config.get("bias") in ("lora_only", "all")
+    stored = _stored(directory)
+    names = _names(directory, stored, trains_biases)
+    tensors, shared = _tensors(
+        directory / WEIGHTS, {n: stored[o] for o, n in names.items()}, method
+    )
     tensors = _without_duplicates(unwrapped(tensors), config)
     own = () if lora_format else method.keys()
     if method.peft_loads and (note := unknown_keys_note(config, where, own)):
@@ -203,7 +162,8 @@ def read_adapter(
             tensors = method.unpack(config, tensors)
         except AdapterError as error:
             raise AdapterError(f"{directory}: {error}") from error
-    return AdapterFiles(directory, config, tensors, sidecar, method, shared)
+    raw = any(own != name for own, name in names.items())
+    return AdapterFiles(directory, config, tensors, sidecar, method, shared, raw)
 
 
 def read_sidecar(directory: str | Path) -> dict[str, Any]:
@@ -290,8 +250,7 @@ def _read_json(file: Path) -> dict[str, Any] | None:
     return value
 
 
-def _tensors(directory: Path, method: Method) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors of modules, and those that all layers share."""
+def _stored(directory: Path) -> Mapping[str, Tensor]:
     file = directory / WEIGHTS
     if not file.is_file():
         pickled = directory / "adapter_model.bin"
@@ -307,6 +266,20 @@ def _tensors(directory: Path, method: Method) -> tuple[dict[str, Tensor], dict[s
         raise AdapterError(f"{file}: corrupt or truncated: {error}") from error
     if not stored:
         raise AdapterError(f"{file}: contains no tensors")
+    return stored
+
+
+def _names(directory: Path, stored: Mapping[str, Tensor], trains_biases: bool) -> dict[str, str]:
+    try:
+        return peft_names(stored, trains_biases)
+    except AdapterError as error:
+        raise AdapterError(f"{directory / WEIGHTS}: {error}") from error
+
+
+def _tensors(
+    file: Path, stored: Mapping[str, Tensor], method: Method
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of modules, and those that all layers share."""
     tensors, shared = {}, {}
     common = {f"{SHARED_PREFIX}{name}": name for name in method.shared}
     for name, tensor in stored.items():

@@ -62,15 +62,13 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "bias": ("none", "lora_only", "all", None),
     "kasa_config": (None,),
     "layer_replication": (None,),
-    "lora_bias": (False, None),
+    "lora_bias": (False, True, None),
     "megatron_config": (None,),
     "monteclora_config": (None,),
     "use_bdlora": (None, False),
     "use_dora": (False, True, None),
     "use_qalora": (False, None),
     "velora_config": (None,),
-    # Every other initialization changes the base weights.
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
 #: Keys whose values PEFT may interpret as regular expressions.
 _PATTERN_KEYS = (
@@ -162,6 +160,8 @@ EMBEDDING_FACTORS = FactorNames("lora_embedding_A", "lora_embedding_B")
 ADALORA_FACTORS = AdaLoraNames("lora_A", "lora_B", "lora_E")
 #: The rows of tokens that are trained in a layer.
 TOKEN_ROWS = "token_adapter.trainable_tokens_delta"
+#: The bias of B, with ``lora_bias``.
+FACTOR_BIAS = "lora_B.bias"
 #: DoRA's magnitudes.
 MAGNITUDE = "lora_magnitude_vector"
 #: The base's own weight or bias of an adapted module, as opposed to a factor.

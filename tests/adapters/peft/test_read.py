@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from lorakit.adapters.convert import convert
 from lorakit.adapters.load import load
 from lorakit.adapters.merge.run import merge
-from lorakit.adapters.peft.read import adapter_directory, read_adapter
+from lorakit.adapters.peft.locate import adapter_directory
+from lorakit.adapters.peft.read import read_adapter
 from lorakit.errors import AdapterError, ModelError, UserError
 from lorakit.models.hub import load_config
 from lorakit.recipe.sections import ModelSection
@@ -155,9 +156,8 @@ def test_merge_and_convert_report_unknown_keys_through_their_callback(
 @pytest.mark.parametrize(
     "keys",
     [
-        {"lora_bias": True}, {"use_qalora": True}, {"alora_invocation_tokens": [1]},
-        {"layer_replication": [[0, 2]]}, {"trainable_token_indices": [3]}, {"megatron_config": {"a": 1}},
-        {"init_lora_weights": "pissa"}, {"kasa_config": {"r": 2}},
+        {"use_qalora": True}, {"alora_invocation_tokens": [1]}, {"layer_replication": [[0, 2]]},
+        {"megatron_config": {"a": 1}}, {"init_lora_weights": "loftq"}, {"kasa_config": {"r": 2}},
     ],
     ids=lambda keys: next(iter(keys)),
 )  # fmt: skip
@@ -180,14 +180,13 @@ def test_tied_weights_are_refused_where_they_would_be_adapted(adapter: Path) -> 
 def test_unknown_and_missing_tensors_are_distinguished(
     pair: tuple[Path, Path], adapter: Path
 ) -> None:
-    """Tensor names as in ``model.state_dict()``, which include the adapter's name."""
     file = adapter / "adapter_model.safetensors"
     tensors = load_file(file)
     name = next(key for key in tensors if key.endswith("lora_A.weight"))
-    tensors[name.replace("lora_A.", "lora_A.default.")] = tensors.pop(name)
+    tensors[name.replace("lora_A.weight", "lora_C.weight")] = tensors.pop(name)
     save_file(tensors, file)
     with pytest.raises(AdapterError) as raised:
         load(pair[0], adapter)
-    stem = name.removeprefix("base_model.model.").removesuffix("weight")
-    said = f"unknown tensors: {stem}default.weight; missing tensors: {stem}weight"
+    stem = name.removeprefix("base_model.model.").removesuffix("A.weight")
+    said = f"unknown tensors: {stem}C.weight; missing tensors: {stem}A.weight"
     assert said in str(raised.value)

@@ -255,13 +255,11 @@ def test_nested_names_keep_their_ranks(tmp_path: Path) -> None:
 
 REFUSED: dict[str, dict[str, Any]] = {
     "peft_type": {"peft_type": "IA3"},
-    "lora_bias": {"lora_bias": True},
     "bias": {"bias": "some"},
     "alora_invocation_tokens": {"alora_invocation_tokens": [1, 2]},
-    "trainable_token_indices": {"trainable_token_indices": [3]},
     "target_parameters": {"target_parameters": "mlp.experts"},
     "layer_replication": {"layer_replication": [[0, 1]]},
-    "init_lora_weights": {"init_lora_weights": "pissa"},
+    "init_lora_weights": {"init_lora_weights": "loftq"},
     "use_qalora": {"use_qalora": True},
     "r = 0": {"r": 0},
     "lora_alpha": {"lora_alpha": "16"},
