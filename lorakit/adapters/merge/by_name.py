@@ -249,6 +249,7 @@ def _is_plain_lora(files: AdapterFiles) -> bool:
         and type(method).from_peft is Method.from_peft
         and type(method).link is Method.link
         and not config.get("modules_to_save")
+        and not config.get("trainable_token_indices")
         and config.get("bias") in (None, "none")
         and config.get("target_modules") != "all-linear"
         and not config.get("target_parameters")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.adapters.peft.schema import TOKEN_ROWS
-from lorakit.errors import AdapterError, listed, shown
+from lorakit.errors import AdapterError, shown
 from lorakit.models.token_rows import place_rows, token_rows
 
 
@@ -87,7 +87,8 @@ def stored_rows(
             raise AdapterError(f"the adapter lacks the rows of trainable_token_indices in {key}")
         for name in matching:
             found[name] = _checked(name, indices, tensors[name], layers[name])
-    if extra := sorted(set(tensors) - set(found)):
+    shared = {id(_weight(layers[name])) for name in found}  # of tied layers PEFT may save a copy
+    if extra := [n for n in tensors if n not in found and id(_weight(layers[n])) not in shared]:
         raise AdapterError(
             f"{extra[0]}.{TOKEN_ROWS}: not in trainable_token_indices of adapter_config.json"
         )
@@ -145,20 +146,6 @@ def by_tensor(rows: Mapping[str, StoredRows]) -> dict[str, Tensor]:
     values = {f"{name}.{TOKEN_ROWS}": own.values for name, own in rows.items()}
     ids = {f"{name} (token ids)": torch.tensor(own.indices) for name, own in rows.items()}
     return values | ids
-
-
-def size_with(rows: Mapping[str, StoredRows], size: int) -> int:
-    """Return the number of rows of a model with ``size`` rows of its own and those of an adapter.
-    Raises AdapterError if some of them would be in neither."""
-    needed = max([size, *(max(own.indices) + 1 for own in rows.values() if own.indices)])
-    for name, own in rows.items():
-        if absent := sorted(set(range(size, needed)) - set(own.indices)):
-            raise AdapterError(
-                f"{name}: the rows {listed([str(i) for i in absent], most=4)} are in neither the "
-                f"base, which has {size}, nor the adapter; hint: pass a base with them "
-                "(resize_token_embeddings, then save_pretrained)"
-            )
-    return needed
 
 
 def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorakit.adapters.peft.schema import EMBEDDING_FACTORS, LINEAR_FACTORS
-from lorakit.adapters.peft.tokens import StoredRows, size_with
+from lorakit.adapters.peft.tokens import StoredRows
 from lorakit.errors import AdapterError
 from lorakit.models.token_rows import vocabulary_layers
 from lorakit.models.vocabulary import extend_embeddings
@@ -41,11 +41,33 @@ def needed_size(
     size = vocabulary_size(model)
     if size is None:
         return None
-    for name, layer in layers_of(model).items():
+    layers = layers_of(model)
+    for name, layer in layers.items():
         for shape in _matrices(name, given, factors):
             if shape[1:] == _shape(layer)[1:]:
                 size = max(size, shape[0])
-    return size_with(rows, size)
+    size = max([size, *(index + 1 for own in rows.values() for index in own.indices)])
+    _check_covered(layers, size, given, rows)
+    return size
+
+
+def _check_covered(
+    layers: Mapping[str, nn.Module],
+    size: int,
+    given: Mapping[str, Tensor],
+    rows: Mapping[str, StoredRows],
+) -> None:
+    """Raise AdapterError if rows up to ``size`` are in neither the base nor the adapter."""
+    for name, layer in layers.items():
+        have = _shape(layer)[0]
+        sharing = [other for other, module in layers.items() if module.weight is layer.weight]
+        known = {index for other in sharing if other in rows for index in rows[other].indices}
+        absent = next((index for index in range(have, size) if index not in known), None)
+        if absent is not None and not any(f"{other}.weight" in given for other in sharing):
+            raise AdapterError(
+                f"{name}: row {absent} is in neither the base, which has {have} rows, nor the "
+                "adapter; hint: pass a base with it (resize_token_embeddings, then save_pretrained)"
+            )
 
 
 def check_vocabulary(
