@@ -23,6 +23,7 @@ from torch import Tensor
 from lorakit.adapters.low_rank import BASE_BIAS, BASE_WEIGHT, AdaptedMatrix, Updates, number
 from lorakit.adapters.peft.read import is_finite
 from lorakit.adapters.peft.schema import check_types
+from lorakit.adapters.peft.tokens import row_names
 from lorakit.errors import AdapterError, shown
 from lorakit.kernels.low_rank import RowSlice
 from lorakit.version import __version__
@@ -111,6 +112,8 @@ def loralib_tensors(updates: Updates) -> tuple[dict[str, Tensor], dict[str, Any]
     blocks of a MergedLinear if its parts allow that, else the A and B of a Linear over all rows,
     which is the same update. B is scaled where one lora_alpha does not fit every matrix.
     """
+    if rows := row_names(updates.others):
+        raise AdapterError(f"{rows[0]}: loralib has no layer for trained rows of tokens")
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     enabled: dict[str, list[bool]] = {}
     without_blocks = []

@@ -24,11 +24,13 @@ from lorakit.adapters.peft.schema import (
     LINEAR_FACTORS,
     LORA_FORMATS,
     MAGNITUDE,
+    TOKEN_ROWS,
     is_fully_trained,
     peft_rank,
     peft_scaling,
 )
 from lorakit.adapters.peft.targets import exact_patterns
+from lorakit.adapters.peft.tokens import row_names
 from lorakit.errors import AdapterError, shown
 from lorakit.kernels.low_rank import LowRankDelta, RowSlice, is_covered_by
 from lorakit.methods.adalora import scaling_of
@@ -220,7 +222,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _UNCHANGED_KEYS = (
     "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out",
     "layers_pattern", "layers_to_transform", "lora_dropout", "modules_to_save", "revision",
-    "target_modules", "task_type",
+    "target_modules", "task_type", "trainable_token_indices",
 )  # fmt: skip
 
 
@@ -341,7 +343,10 @@ def _check_no_bias(updates: Updates) -> None:
 def _refused_by_vllm(updates: Updates, R: int) -> list[str]:
     notes = []
     supported = tuple(f"{name}{BASE_WEIGHT}" for name in ("embed_tokens", "lm_head"))
+    supported += (TOKEN_ROWS,)
     rejected = sorted({n.rpartition(".")[0] for n in updates.others if not n.endswith(supported)})
+    if row_names(updates.others):
+        notes.append("the rows of new tokens are kept, which PEFT reads and vLLM rejects")
     if rejected:
         fully_trained = updates.config.get("modules_to_save") or rejected
         notes.append(

@@ -94,6 +94,7 @@ def test_train_save_load_in_peft_and_merge(base: Path, tmp_path: Path) -> None:
     assert merged.config.vocab_size == 262
     assert merged.config.tie_word_embeddings == (base.name.startswith("tied"))
     torch.testing.assert_close(logits(merged, tokens), expected, rtol=0, atol=1e-5)
+    assert merged.generation_config.eos_token_id == [259, 1]
     for folder in (adapter, tmp_path / "merged"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         assert tokenizer.eos_token == "<|im_end|>"

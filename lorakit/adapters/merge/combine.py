@@ -20,6 +20,7 @@ from lorakit import registry
 from lorakit.adapters.low_rank import AdaptedMatrix, Updates, lora_files, read_updates
 from lorakit.adapters.merge.updates import Weighted, check_same_values, check_unscaled
 from lorakit.adapters.peft.read import AdapterFiles
+from lorakit.adapters.peft.tokens import row_names
 from lorakit.errors import AdapterError, did_you_mean, shown
 from lorakit.kernels.combination import (
     agreeing_mean,
@@ -110,7 +111,7 @@ def combined(adapters: Sequence[Weighted], how: Combination) -> Sequence[Weighte
             "leave method out"
         )
     read = [_updates(adapter.files, how) for adapter in adapters]
-    check_unscaled(first, read[0].biases)
+    check_unscaled(first, [*read[0].biases, *row_names(read[0].others)])
     for adapter, updates in zip(others, read[1:], strict=True):
         check_same_values(read[0].others, updates.others, first.files, adapter.files)
     matrices: dict[str, dict[int, AdaptedMatrix]] = {}

@@ -18,6 +18,7 @@ from lorakit.adapters.base_model import base_section, dtype_name, other_base_not
 from lorakit.adapters.merge.by_name import resolve_by_name
 from lorakit.adapters.merge.checkpoint import SINGLE, Checkpoint, local_directory, read_config
 from lorakit.adapters.merge.combine import Combination, combination_named, combined
+from lorakit.adapters.merge.generation import add_eos
 from lorakit.adapters.merge.output import (
     LeftOut,
     copy_files,
@@ -133,7 +134,9 @@ def merge(
             write_config(folder, directory, resolved, plan, output_dtype, sharded)
             weights = {file.relative_to(directory).as_posix() for file in checkpoint.files}
             left_out = copy_files(folder, directory, weights, tokenizer)
-    notes = _notes(section, adapters, tokenizer, say)
+            generates = not adapters[0].files.classifies
+            eos_note = add_eos(folder, tokenizer, settings) if generates else None
+    notes = _notes(section, adapters, (*tokenizer.notes, eos_note), say)
     return _report(out, plan, adapters, how.name, list(shards), size_bytes, left_out, notes)
 
 
@@ -176,11 +179,11 @@ def resolve_base(
 
 
 def _notes(
-    section: ModelSection, adapters: Sequence[Weighted], tokenizer: Tokenizer, say: Say
+    section: ModelSection, adapters: Sequence[Weighted], own: Sequence[str | None], say: Say
 ) -> tuple[str, ...]:
-    """Say and return what the user should know of the tokenizer and of other bases."""
+    """Say and return the merge's ``own`` notes and those about other bases."""
     others = (other_base_note(section, given.files) for given in adapters)
-    notes = (*tokenizer.notes, *(note for note in others if note is not None))
+    notes = tuple(note for note in (*own, *others) if note is not None)
     for note in notes:
         say(note)
     return notes

@@ -40,6 +40,13 @@ class Tokenizer:
     replaced: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
+    def eos_id(self) -> int | None:
+        """The id of EOS in the files of the adapter, if they have one."""
+        eos = _special(self.written)["eos_token"]
+        vocabulary, _, added = _tokens(self.written.get(_FAST))
+        known = {**(vocabulary if isinstance(vocabulary, dict) else {}), **added}
+        return known.get(eos)
+
 
 def choose_tokenizer(
     base: Path, adapter: Path, *, needs_pad: bool = False, rows: int | None = None

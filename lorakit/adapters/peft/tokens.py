@@ -7,7 +7,7 @@ the model ties both layers, only the embedding's are stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,6 +146,11 @@ def by_tensor(rows: Mapping[str, StoredRows]) -> dict[str, Tensor]:
     values = {f"{name}.{TOKEN_ROWS}": own.values for name, own in rows.items()}
     ids = {f"{name} (token ids)": torch.tensor(own.indices) for name, own in rows.items()}
     return values | ids
+
+
+def row_names(names: Iterable[str]) -> list[str]:
+    """Return those of the tensors ``names`` that are trained rows."""
+    return [name for name in names if name.endswith(f".{TOKEN_ROWS}")]
 
 
 def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

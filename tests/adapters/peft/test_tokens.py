@@ -188,6 +188,20 @@ def test_such_adapters_are_not_switched_or_added(tmp_path: Path) -> None:
     lorakit.merge(base, adapter, tmp_path / "merged", add=[(other, 1.0)])
 
 
+def test_convert_and_combine(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "llama", True)
+    adapter, expected = by_peft(base, tmp_path / "adapter", IDS)
+    other, _ = by_peft(base, tmp_path / "other", None)
+    lorakit.convert(adapter, tmp_path / "lora", "lora", say=lambda note: None)
+    check(base, tmp_path / "lora", expected, tmp_path)
+    with pytest.raises(AdapterError, match="loralib has no layer for trained rows of tokens"):
+        lorakit.convert(adapter, tmp_path / "loralib", "loralib")
+    lorakit.merge(base, adapter, tmp_path / "both", add=[(other, 1.0)], method="linear")
+    both = AutoModelForCausalLM.from_pretrained(tmp_path / "both").get_input_embeddings().weight
+    rows = load_file(adapter / "adapter_model.safetensors")[ROWS]
+    assert torch.equal(both[IDS], rows)
+
+
 @torch.no_grad()
 def test_a_classifier(tmp_path: Path) -> None:
     """Which has no output layer."""
