@@ -164,9 +164,13 @@ def base_model(
 
 
 def _auto(files: AdapterFiles) -> Any:
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    import transformers
 
-    return AutoModelForSequenceClassification if files.classifies else AutoModelForCausalLM
+    if files.labels_tokens:
+        return transformers.AutoModelForTokenClassification
+    if files.classifies:
+        return transformers.AutoModelForSequenceClassification
+    return transformers.AutoModelForCausalLM
 
 
 def check_supplied(

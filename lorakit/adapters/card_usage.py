@@ -9,6 +9,11 @@ from dataclasses import dataclass
 
 from lorakit.user_code import is_code
 
+#: The class that loads a classifier's base, by PEFT's type of its task.
+_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+}
 _TEXTS = ("A text to classify.", "And its second text.")
 
 
@@ -92,14 +97,14 @@ def _peft_code(facts: UsageFacts) -> str:
     base.resize_token_embeddings({size})
 {load}"""
     options = [f"revision={_quoted(facts.revision)}"] if facts.revision else []
-    if facts.task_type != "SEQ_CLS":
+    if facts.task_type not in _CLASSES:
         return f"""from peft import PeftModel
 from transformers import AutoTokenizer, {auto}
 
 tokenizer = AutoTokenizer.from_pretrained({tokenizer})
 base = {auto}.from_pretrained({", ".join([base, *options])})
 {load}"""
-    auto = "AutoModelForSequenceClassification"
+    auto = _CLASSES[facts.task_type]
     options = [*options, *_label_options(facts), "pad_token_id=tokenizer.pad_token_id"]
     if facts.replaces_head:
         options.append("ignore_mismatched_sizes=True")
@@ -125,14 +130,19 @@ def _label_options(facts: UsageFacts) -> list[str]:
         return ["num_labels=N"]  # unknown
     names = ", ".join(f"{index}: {_quoted(name)}" for index, name in enumerate(facts.labels))
     ids = ", ".join(f"{_quoted(name)}: {index}" for index, name in enumerate(facts.labels))
-    return [f"id2label={{{names}}}", f"label2id={{{ids}}}"]
+    options = [f"id2label={{{names}}}", f"label2id={{{ids}}}"]
+    if facts.problem_type == "multi_label_classification":
+        options.append(f"problem_type={_quoted(facts.problem_type)}")
+    return options
 
 
 def _print_result(facts: UsageFacts) -> str:
+    if facts.task_type == "TOKEN_CLS":
+        return "print([model.config.id2label[i] for i in logits[0].argmax(-1).tolist()])"
     if facts.problem_type == "regression":
         return "print(logits[0].tolist())"
     if facts.problem_type == "multi_label_classification":
-        return "print([model.config.id2label[i] for i, x in enumerate(logits[0]) if x > 0])"
+        return "print([model.config.id2label[i] for i, x in enumerate(logits[0]) if x >= 0])"
     return "print(model.config.id2label[logits.argmax().item()])"
 
 
@@ -142,7 +152,7 @@ def _lorakit_code(facts: UsageFacts) -> str:
     code = f"""import lorakit
 
 model, tokenizer = lorakit.load_with_tokenizer({base}, {directory}{method})"""
-    if facts.task_type != "SEQ_CLS":
+    if facts.task_type not in _CLASSES:
         return code
     texts = ", ".join(map(_quoted, _texts(facts)))
     given = f"[({texts})]" if facts.pairs else f"[{texts}]"
@@ -150,7 +160,7 @@ model, tokenizer = lorakit.load_with_tokenizer({base}, {directory}{method})"""
 
 
 def _command(facts: UsageFacts) -> str:
-    if facts.task_type == "SEQ_CLS":
+    if facts.task_type in _CLASSES:
         text, *pair = _texts(facts)
         words = ["predict", facts.directory, "--text", text]
         words += ["--text-pair", pair[0]] if pair else []

@@ -28,7 +28,7 @@ from lorakit.adapters.peft.read import AdapterFiles, read_adapter, to_stderr
 from lorakit.adapters.peft.schema import CONFIG
 from lorakit.adapters.switching import register_adapters
 from lorakit.errors import AdapterError
-from lorakit.models.heads import declares_head
+from lorakit.models.heads import declares_head, declares_token_head
 from lorakit.models.hub import hub_options, load_config, load_tokenizer
 from lorakit.models.load import load_model
 from lorakit.recipe.sections import ModelSection
@@ -112,6 +112,12 @@ class FoundModel:
         if self.files is not None:
             return self.files.classifies
         return declares_head(load_config(self.section))
+
+    def labels_tokens(self) -> bool:
+        """Whether its head is one for tokens. Raises ModelError if there is no such model."""
+        if self.files is not None:
+            return self.files.labels_tokens
+        return declares_token_head(load_config(self.section))
 
     def dtype_on(self, device: torch.device, dtype: str | None, say: Say) -> str | None:
         """``dtype``, or that of the adapter's training, or of the checkpoint; float32 in place of
@@ -209,7 +215,7 @@ def _load_named(
     if chosen is None:
         trained = {name: _trained_dtype(files) for name, files in adapters.items()}
         chosen = _common("training dtypes (pass dtype to choose one)", trained)
-    kinds = {n: "SEQ_CLS" if f.classifies else "CAUSAL_LM" for n, f in adapters.items()}
+    kinds = {name: _task_type(files) for name, files in adapters.items()}
     _common("task types", kinds)
     configs = {name: full_config(section, files) for name, files in adapters.items()}
     bare = _bare_config(section, configs)
@@ -224,6 +230,12 @@ def _load_named(
     model.eval()
     register_adapters(model, adapters, settings, absent)
     return model
+
+
+def _task_type(files: AdapterFiles) -> str:
+    if files.labels_tokens:
+        return "TOKEN_CLS"
+    return "SEQ_CLS" if files.classifies else "CAUSAL_LM"
 
 
 def _common_section(

@@ -19,7 +19,7 @@ from lorakit.adapters.low_rank import (
     check_factors,
     check_matrices,
 )
-from lorakit.adapters.peft.schema import SEQ_CLS_HEADS
+from lorakit.adapters.peft.schema import CLASSIFIER_HEADS
 from lorakit.errors import AdapterError
 from lorakit.module_names import is_suffix
 
@@ -219,7 +219,7 @@ def _config(
     task_type = options.task_type or facts.get("task_type")
     if task_type is None:
         last_parts = {name.rpartition(".")[2] for name in fully_trained}
-        task_type = "SEQ_CLS" if set(SEQ_CLS_HEADS) & last_parts else "CAUSAL_LM"
+        task_type = "SEQ_CLS" if set(CLASSIFIER_HEADS) & last_parts else "CAUSAL_LM"
         notes.append(
             f"task_type = {task_type}, inferred from the tensors; --task-type overrides it"
         )
@@ -240,6 +240,6 @@ def _head(module: str) -> str:
     """The head that contains ``module``, which PEFT replaces as a whole; else the module."""
     parts = module.split(".")
     for i, part in enumerate(parts):
-        if part in SEQ_CLS_HEADS:
+        if part in CLASSIFIER_HEADS:
             return ".".join(parts[: i + 1])
     return module

@@ -47,12 +47,12 @@ def model_card(facts: CardFacts, use: UsageFacts) -> str:
 
 
 def _front_matter(facts: CardFacts, use: UsageFacts) -> str:
-    classifies = use.task_type == "SEQ_CLS"
+    tags = {"SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification"}
     lines = [
         "---",
         f"base_model: {json.dumps(facts.base_model, ensure_ascii=False)}",
         f"library_name: {'peft' if use.peft_loads else 'lorakit'}",
-        f"pipeline_tag: {'text-classification' if classifies else 'text-generation'}",
+        f"pipeline_tag: {tags.get(use.task_type, 'text-generation')}",
         "tags:",
         *(["- lora"] if use.peft_loads else []),
         "- lorakit",

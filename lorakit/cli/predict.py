@@ -94,7 +94,7 @@ def predict(
     """Classify texts, or the rows of a file, with a trained classifier or regressor.
 
     Prints one JSON object per text, in order: {"label", "score", "scores": {NAME: p}}, for
-    multi-label models with "labels"; for a regression {"score"}.
+    multi-label models with "labels"; for a regression {"score"}; for tags of words {"entities"}.
 
     Example: lorakit predict runs/quickstart-encoder/adapter --text "A delight."
 
@@ -159,8 +159,8 @@ def _json_lines(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _table(found: Sequence[Mapping[str, Any]]) -> str:
-    """csv with the columns ``label``, ``score`` and ``scores.NAME``; several labels are a JSON
-    list."""
+    """csv with the columns ``label``, ``score`` and ``scores.NAME``; several labels and entities
+    are JSON lists."""
     rows = [_cells(row) for row in found]
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
@@ -171,6 +171,6 @@ def _table(found: Sequence[Mapping[str, Any]]) -> str:
 
 def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
     cells = {key: value for key, value in row.items() if key != "scores"}
-    if "labels" in cells:
-        cells["labels"] = json.dumps(cells["labels"], ensure_ascii=False)
+    for key in cells.keys() & {"labels", "entities"}:
+        cells[key] = json.dumps(cells[key], ensure_ascii=False)
     return cells | {f"scores.{name}": p for name, p in row.get("scores", {}).items()}

@@ -140,6 +140,9 @@ def _header(found: Preview, plain: bool) -> list[tuple[str, str]]:
     shown = sum(row.part[0] == 1 for row in found.examples)
     title = f"{_escaped(found.task)}, {_escaped(found.split)}: {shown:,} of "
     title += f"{found.summary.rows:,} rows; {_BREAK} is a line break; "
+    if found.summary.trained_tokens is None and any(any(r.loss_mask) for r in found.examples):
+        title += "the loss is computed on the label of each word, at its first token, in "
+        return [(title + (f"{_OPEN} {_CLOSE}" if plain else "green"), "")]
     if found.summary.trained_tokens is None:
         return [(title + "the loss is computed on the label", "")]
     if plain:
@@ -171,7 +174,8 @@ def _body(row: DescribedRow, plain: bool) -> list[tuple[str, str]]:
 
 
 def _style(piece: Piece, row: DescribedRow) -> str:
-    style = "" if row.label is not None else "green" if piece.trained else "dim"
+    masked = "dim" if row.label is None else ""
+    style = "green" if piece.trained else masked
     return f"bold {style}".strip() if piece.special else style
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch.nn.functional as F
 
 from lorakit.data.collate import Batch, CausalBatch, EncoderBatch
+from lorakit.data.words import IGNORED_LABEL
 from lorakit.kernels.linear_cross_entropy import IGNORED
 
 #: Padding of a length is at most a quarter, and 11% on average; of the trained tokens, half.
@@ -65,11 +66,14 @@ def _pad_causal(batch: CausalBatch, pad_id: int, padding: int) -> CausalBatch:
 
 
 def _pad_encoder(batch: EncoderBatch, pad_id: int, padding: int) -> EncoderBatch:
-    mask, types = batch.attention_mask, batch.token_type_ids
+    mask, types, labels = batch.attention_mask, batch.token_type_ids, batch.labels
+    if batch.words is not None:
+        labels = F.pad(labels, (0, padding), value=IGNORED_LABEL)
     mask = batch.input_ids.new_ones(batch.input_ids.shape) if mask is None else mask
     return replace(
         batch,
         input_ids=F.pad(batch.input_ids, (0, padding), value=pad_id),
+        labels=labels,
         attention_mask=F.pad(mask, (0, padding)),
         token_type_ids=None if types is None else F.pad(types, (0, padding)),
     )

@@ -40,6 +40,7 @@ _NAMES = (
     "labels",
     "label_sizes",
     "lengths",
+    "words",
     "loss_weights",
     "input_ids",
     "loss_mask",
@@ -94,6 +95,9 @@ class Shard:
         types = [row.token_type_ids for row in rows if row.token_type_ids is not None]
         if types:
             self._write("token_type_ids", "|i1", types)
+        words = [row.words for row in rows if row.words is not None]
+        if words:
+            self._write("words", "<i4", words)
         if labels:
             dtype = "<f8" if isinstance(labels[0], float) else "<i8"
             several = [label for label in labels if isinstance(label, tuple)]

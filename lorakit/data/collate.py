@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lorakit.data.encode import EncodedRow
+from lorakit.data.words import IGNORED_LABEL, token_labels
 
 AnyBatch = TypeVar("AnyBatch", bound="Batch")
 
@@ -73,17 +74,19 @@ class CausalBatch(Batch):
 @dataclass(frozen=True)
 class EncoderBatch(Batch):
     """Sequences for an encoder with their ``labels`` (batch,), or (batch, classes) for several
-    labels per row. ``attention_mask`` is None if
-    nothing is padded, ``token_type_ids`` if the tokenizer produces none."""
+    labels per row, or (batch, length) for labels of words, of which there are ``words``.
+    ``attention_mask`` is None if nothing is padded, ``token_type_ids`` if the tokenizer produces
+    none."""
 
     labels: Tensor
     attention_mask: Tensor | None = None
     token_type_ids: Tensor | None = None
+    words: int | None = None
 
     @property
     def loss_count(self) -> int:
-        """The number of rows."""
-        return len(self.labels)
+        """The number of rows or, with labels of words, of words."""
+        return len(self.labels) if self.words is None else self.words
 
     def model_inputs(self) -> dict[str, Tensor]:
         """The keyword arguments of the model's forward pass."""
@@ -150,9 +153,10 @@ def collate_encoder(rows: Sequence[EncodedRow], pad_id: int, multiple_of: int = 
     types = [row.token_type_ids for row in rows if row.token_type_ids is not None]
     return EncoderBatch(
         input_ids=torch.from_numpy(_pad(ids, pad_id, multiple_of)),
-        labels=_labels(rows),
+        labels=_labels(rows, multiple_of),
         attention_mask=None if mask.all() else torch.from_numpy(mask),
         token_type_ids=torch.from_numpy(_pad(types, 0, multiple_of)) if types else None,
+        words=None if rows[0].words is None else sum(row.trained_count for row in rows),
     )
 
 
@@ -195,8 +199,11 @@ def _targets(rows: Sequence[EncodedRow]) -> NDArray[np.int64]:
     return np.concatenate([row.input_ids[1:][row.loss_mask[1:]] for row in rows]).astype(np.int64)
 
 
-def _labels(rows: Sequence[EncodedRow]) -> Tensor:
+def _labels(rows: Sequence[EncodedRow], multiple_of: int) -> Tensor:
     labels: list[Any] = [row.label for row in rows]
+    of_tokens = [token_labels(row.label, row.words) for row in rows if row.words is not None]  # type: ignore[arg-type]
+    if of_tokens:
+        return torch.from_numpy(_pad(of_tokens, IGNORED_LABEL, multiple_of))
     is_vector = isinstance(labels[0], np.ndarray)
     return torch.from_numpy(np.stack(labels)) if is_vector else torch.tensor(labels)
 

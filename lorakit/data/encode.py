@@ -34,28 +34,45 @@ from lorakit.errors import DataError
 
 _ROWS_AT_ONCE = 10_000
 TokenIds = NDArray[np.int32] | NDArray[np.uint16]
-#: A class index, a float for a regression, or for several labels per row a 0 or 1 for each class.
+#: A class index, a float for a regression, for several labels per row a 0 or 1 for each class, or
+#: the class index of each word.
 Label = int | float | NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class EncodedRow:
     """``loss_mask`` marks the tokens that count in the loss, with ``loss_weights`` or, without
-    them, a weight of 1; ``label`` is set for encoders only."""
+    them, a weight of 1; ``label`` is set for encoders only, ``words`` (see ``first_tokens``) for
+    labels of words."""
 
     input_ids: TokenIds
     loss_mask: NDArray[np.bool_]
     token_type_ids: NDArray[np.int8] | None = None
     label: Label | None = None
     loss_weights: NDArray[np.float32] | None = None
+    words: NDArray[np.int32] | None = None
+
+    @property
+    def trained_count(self) -> int:
+        """The number of losses: trained tokens; for an encoder 1, or its words with a token."""
+        if self.words is not None:
+            return int(self.loss_mask.sum())
+        return 1 if self.label is not None else int(self.loss_mask[1:].sum())
+
+    @property
+    def loss_count(self) -> float:
+        """The sum of the weights of the losses, by default their number."""
+        if self.loss_weights is None:
+            return self.trained_count
+        return float(self.loss_weights[1:].sum(dtype=np.float64))
 
 
 @dataclass(frozen=True)
 class EncodedSplit:
     """All rows of a split, concatenated: row i is tokens ``offsets[i]`` to ``offsets[i + 1]``. A
     chat or a document may become several rows; ``counts.rows`` counts the rows of the source.
-    ``labels`` has one label per row for an encoder. ``loss_weights`` is None if all trained tokens
-    weigh 1."""
+    ``labels`` has one label per row for an encoder, ``words`` a word index or -1 per token for
+    labels of words. ``loss_weights`` is None if all losses weigh 1."""
 
     input_ids: TokenIds
     loss_mask: NDArray[np.bool_]
@@ -64,6 +81,7 @@ class EncodedSplit:
     labels: tuple[Label, ...] | None
     counts: Counts
     loss_weights: NDArray[np.float32] | None = None
+    words: NDArray[np.int32] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -73,12 +91,15 @@ class EncodedSplit:
         types = None if self.token_type_ids is None else self.token_type_ids[part]
         label = None if self.labels is None else self.labels[index]
         weights = None if self.loss_weights is None else self.loss_weights[part]
-        return EncodedRow(self.input_ids[part], self.loss_mask[part], types, label, weights)
+        words = None if self.words is None else self.words[part]
+        return EncodedRow(self.input_ids[part], self.loss_mask[part], types, label, weights, words)
 
     def class_ids(self) -> Iterator[int | float]:
-        """The class indices of all rows of an encoder, in order."""
+        """The class indices of all rows of an encoder, or of their words, in order."""
         for label in self.labels or ():
-            if isinstance(label, np.ndarray):
+            if isinstance(label, np.ndarray) and self.words is not None:
+                yield from label.tolist()
+            elif isinstance(label, np.ndarray):
                 yield from np.flatnonzero(label).tolist()
             else:
                 yield label
@@ -89,13 +110,20 @@ class EncodedSplit:
 
     @cached_property
     def trained_counts(self) -> NDArray[np.int64]:
-        """The trained tokens of each row. The first token is never predicted."""
-        counts: NDArray[np.int64] = self._summed(self.loss_mask, np.int64)
+        """The number of losses of each row: for an encoder 1, or its words with a token; otherwise
+        its trained tokens. The first token is never predicted."""
+        counts: NDArray[np.int64]
+        if self.words is not None:
+            counts = np.add.reduceat(self.loss_mask, self.offsets[:-1], dtype=np.int64)
+        elif self.labels is not None:
+            counts = np.ones(len(self), np.int64)
+        else:
+            counts = self._summed(self.loss_mask, np.int64)
         return counts
 
     @cached_property
     def loss_counts(self) -> NDArray[np.int64] | NDArray[np.float64]:
-        """The sum of the weights of each row's trained tokens, by default their number."""
+        """The sum of the weights of each row's losses, by default their number."""
         if self.loss_weights is None:
             return self.trained_counts
         sums: NDArray[np.float64] = self._summed(self.loss_weights, np.float64)
@@ -212,6 +240,7 @@ def _from_arrays(arrays: Arrays, counts: Counts) -> EncodedSplit:
         offsets=offsets,
         token_type_ids=arrays.get("token_type_ids"),
         labels=_labels(arrays),
+        words=arrays.get("words"),
         counts=counts,
         loss_weights=arrays.get("loss_weights"),
     )

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 #: What the labels of an encoder's rows are, as transformers names it.
-Problem = Literal["regression", "single_label_classification", "multi_label_classification"]
+Problem = Literal[
+    "regression",
+    "single_label_classification",
+    "multi_label_classification",
+    "token_classification",
+]
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,17 @@ class ClassificationExample:
     text: str
     text_pair: str | None
     label: int | float | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class WordsExample(ClassificationExample):
+    """A text of ``words``, joined by spaces; ``label`` has the class index of each word."""
+
+    words: tuple[str, ...]
+
+    @classmethod
+    def of(cls, words: tuple[str, ...], labels: tuple[int, ...]) -> WordsExample:
+        return cls(" ".join(words), None, labels, words)
 
 
 Example = TextExample | ChatExample | ClassificationExample

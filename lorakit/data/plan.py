@@ -121,9 +121,9 @@ class Share:
 class Step:
     """This process's micro-batches of an optimizer step, and the counts of the whole step.
 
-    ``loss_count`` is the divisor of the step's loss: the weights of its trained tokens, by default
-    their number, or its rows for an encoder. ``trained_count`` is the number of these tokens or
-    rows. ``tokens`` excludes padding.
+    ``loss_count`` is the divisor of the step's loss: the weights of its trained tokens (of an
+    encoder's rows or words), by default their number. ``trained_count`` is the number of these.
+    ``tokens`` excludes padding.
     """
 
     micro_batches: list[list[Bin]]
@@ -134,13 +134,10 @@ class Step:
     @classmethod
     def of(cls, micro_batches: list[list[Bin]], share: Share) -> Step:
         rows = [row for batch in micro_batches for unit in batch for row in unit]
-        trained = [1 if row.label is not None else int(row.loss_mask[1:].sum()) for row in rows]
-        weighted = [
-            count if row.loss_weights is None else float(row.loss_weights[1:].sum(dtype=np.float64))
-            for row, count in zip(rows, trained, strict=True)
-        ]
+        loss_count = sum(row.loss_count for row in rows)
         tokens = sum(len(row.input_ids) for row in rows)
-        return cls(share.of(micro_batches), sum(weighted), tokens, sum(trained))
+        trained_count = sum(row.trained_count for row in rows)
+        return cls(share.of(micro_batches), loss_count, tokens, trained_count)
 
     @property
     def rows(self) -> list[EncodedRow]:
@@ -280,15 +277,14 @@ class IndexedSteps:
     def step(self, number: int) -> Step:
         batches = self.row_numbers(number)
         numbers = np.concatenate([rows for batch in batches for rows in batch])
-        encoder = self._rows.labels is not None
         return Step(
             [
                 [[self._rows[int(i)] for i in rows] for rows in batch]
                 for batch in self._share.of(batches)
             ],
-            len(numbers) if encoder else self._rows.loss_counts[numbers].sum().item(),
+            self._rows.loss_counts[numbers].sum().item(),
             int(self._rows.lengths[numbers].sum()),
-            len(numbers) if encoder else int(self._rows.trained_counts[numbers].sum()),
+            int(self._rows.trained_counts[numbers].sum()),
         )
 
     def row_numbers(self, number: int) -> list[list[Units]]:

@@ -74,8 +74,12 @@ class StreamEncoder:
         largest = max((int(row.input_ids.max(initial=0)) for row in found.rows), default=0)
         check_largest_id(largest, self.tokenizer, self.embedding_rows)
         labels: list[Any] = found.labels or [None] * len(found.rows)
+        labels = [np.array(label) if isinstance(label, tuple) else label for label in labels]
         encoded = [
-            EncodedRow(row.input_ids, row.loss_mask, row.token_type_ids, label, row.loss_weights)
+            EncodedRow(
+                *(row.input_ids, row.loss_mask, row.token_type_ids, label),
+                *(row.loss_weights, row.words),
+            )
             for row, label in zip(found.rows, labels, strict=True)
         ]
         return encoded, found.counts

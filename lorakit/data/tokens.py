@@ -16,8 +16,15 @@ from numpy.typing import NDArray
 
 from lorakit.data.chat import ChatEncoder
 from lorakit.data.chat.ids import IdRow, Joiner
-from lorakit.data.examples import ChatExample, ClassificationExample, Example, TextExample
+from lorakit.data.examples import (
+    ChatExample,
+    ClassificationExample,
+    Example,
+    TextExample,
+    WordsExample,
+)
 from lorakit.data.rows import NAMED_ROWS, Row, RowSequence, UnreadRow
+from lorakit.data.words import check_finds_words, first_tokens
 from lorakit.errors import DataError, ModelError
 
 #: Names in ``Counts.notes``: documents that were split, and the rows of tokens that they became.
@@ -70,7 +77,8 @@ OnBadRow = Callable[[int, str], None]
 class TokenRow:
     """One row. ``loss_mask`` marks the tokens that count in the loss, with ``loss_weights`` or,
     without them, a weight of 1. Truncation removed ``lost`` tokens; ``cut`` rows lost the end of
-    their last trained segment, EOS included."""
+    their last trained segment, EOS included. ``words`` is what ``first_tokens`` returns, for words
+    with labels."""
 
     input_ids: NDArray[np.int32]
     loss_mask: NDArray[np.bool_]
@@ -78,6 +86,7 @@ class TokenRow:
     lost: int = 0
     cut: bool = False
     loss_weights: NDArray[np.float32] | None = None
+    words: NDArray[np.int32] | None = None
 
     @property
     def truncated(self) -> bool:
@@ -183,7 +192,9 @@ def _at_row(locate: Callable[[int], str], index: int, skip: OnBadRow | None) -> 
 
 def _trainable(rows: list[TokenRow], example: Example, max_length: int) -> list[TokenRow]:
     """The rows of an example that have a trained token. Raises DataError if there are none."""
-    if isinstance(example, ClassificationExample):
+    if isinstance(example, ClassificationExample) and not isinstance(example, WordsExample):
+        return rows
+    if isinstance(example, WordsExample) and rows[0].loss_mask.any():
         return rows
     trained = [row for row in rows if row.loss_mask[1:].any()]
     if not trained:
@@ -344,6 +355,7 @@ def _cut(row: TokenRow, max_length: int, prompt_tokens: int, prefix: int = 0) ->
 def _encode_pairs(
     examples: Sequence[ClassificationExample], tokenizer: Any, max_length: int
 ) -> list[TokenRow]:
+    check_finds_words(examples[0], tokenizer)
     paired = examples[0].text_pair is not None
     special = tokenizer.num_special_tokens_to_add(pair=paired)
     if max_length <= special:  # the tokenizer would then not truncate at all
@@ -367,9 +379,11 @@ def _pair_tokens(
 ) -> list[TokenRow]:
     first = [example.text for example in examples]
     second = [example.text_pair for example in examples] if paired else None
+    if isinstance(examples[0], WordsExample):
+        truncation["return_offsets_mapping"] = True
     found = tokenizer(first, second, verbose=False, **truncation)
     types: Iterable[Any] = found.get("token_type_ids") or [None] * len(examples)
-    return [
+    rows = [
         TokenRow(
             np.array(ids, np.int32),
             np.zeros(len(ids), np.bool_),
@@ -377,3 +391,8 @@ def _pair_tokens(
         )
         for ids, kinds in zip(found.input_ids, types, strict=True)
     ]
+    for index, (row, example) in enumerate(zip(rows, examples, strict=True)):
+        if isinstance(example, WordsExample):
+            row.words = first_tokens(example.words, found.offset_mapping[index])
+            row.loss_mask = row.words >= 0
+    return rows

@@ -23,7 +23,7 @@ from lorakit.data.collate import (
     collate_encoder,
     eval_batches,
 )
-from lorakit.data.encode import EncodedSplit, Label
+from lorakit.data.encode import EncodedSplit
 from lorakit.data.sources import Split
 from lorakit.distributed.group import rank_and_world_size
 from lorakit.distributed.processes import (
@@ -37,6 +37,7 @@ from lorakit.distributed.processes import (
 from lorakit.errors import EvaluationError
 from lorakit.evaluation.generation import generate_text
 from lorakit.evaluation.hf_generate import BatchCapacity, batch_capacity, pad_id
+from lorakit.evaluation.label_predictions import LabelPredictions, as_prediction
 from lorakit.evaluation.progress import (
     EvaluationStopped,
     OnPhase,
@@ -47,7 +48,6 @@ from lorakit.evaluation.prompts import answer_contents
 from lorakit.evaluation.sampling import task_decoding
 from lorakit.evaluation.scorer import ModelScorer, Scorer
 from lorakit.models.causal import CausalParts, host_masks, split_model
-from lorakit.models.heads import head_labels, label_columns
 from lorakit.models.label_losses import label_losses
 from lorakit.tasks.base import Prediction, Task
 
@@ -71,7 +71,8 @@ class EvalData:
         task, split, config = self.task, self.split, self.config
         if task.kind == "encoder":
             assert self.encoded.labels is not None
-            right = [_prediction(label) for label in self.encoded.labels]
+            problem = task.problem(config)
+            right = [as_prediction(label, problem) for label in self.encoded.labels]
             return {"loss", *task.metrics(right, split, config)}
         names = {"loss", "perplexity"}
         if generate and self.prompts is not None:
@@ -108,7 +109,7 @@ def evaluate_model(
     ``perplexity`` = exp(loss). If ``generate`` is true and ``data`` has prompts, they include the
     task's scores of the texts generated from them; text is sampled, with ``seed``, only if
     ``task.temperature`` is above 0. The metrics of an encoder are ``loss``, the mean of
-    ``label_losses`` over the rows, and the task's scores.
+    ``label_losses`` over the rows or words, and the task's scores.
 
     ``parts`` is ``split_model(model)``, if the caller already has it. ``scorer`` replaces the
     model's passes, but not its generation. ``on_progress`` receives the
@@ -171,25 +172,21 @@ class _Measure:
 
     def classify(self) -> _Share:
         """Sum the losses, and predict a class index (of several per row, the list of those with a
-        probability of at least 0.5; for a regression, a float) for each row.
+        probability of at least 0.5; of words, a list of one each; for a regression, a float) for
+        each row.
 
         A row whose largest logit belongs to a class that the task does not have is predicted as
         ``{"error": ...}``, which names the class.
         """
         share = shard(len(self.data.encoded))
-        columns = label_columns(self.model, self.data.task.labels(self.data.config, None))
+        predictions = LabelPredictions.of(self.model, self.data.task, self.data.config)
         with host_masks(self.model.device):
-            outputs, losses = self._class_outputs(share, columns)
-        classes = self._classes(columns)
+            outputs, losses = self._class_outputs(share, predictions)
         predicted: dict[int, Prediction] = {}
-        for rows, values in outputs:
-            found = values.cpu().numpy()
-            of_rows = (
-                [_prediction(row) for row in found]
-                if found.ndim == 2
-                else [classes.get(value, value) for value in found.tolist()]
-            )
-            predicted |= zip(rows.tolist(), of_rows, strict=True)
+        for rows, chosen in outputs:
+            encoded = [self.data.encoded[int(row)] for row in rows]
+            found = predictions.read(chosen.cpu().numpy(), encoded)
+            predicted |= zip(rows.tolist(), found, strict=True)
         return _Share(_total(losses), len(predicted), [predicted[row] for row in share])
 
     def _token_loss(self, share: range) -> float:
@@ -228,12 +225,10 @@ class _Measure:
         return answer_contents(task, config, self.data.split, self.tokenizer, share, texts)
 
     def _class_outputs(
-        self, share: range, columns: list[int] | None
+        self, share: range, predictions: LabelPredictions
     ) -> tuple[list[tuple[NDArray[np.int64], Tensor]], list[Tensor]]:
-        """Return rows and outputs of each batch, and the batches' losses. ``columns`` are the
-        indices of the logits of the task's classes; None if they are all logits, in order."""
+        """Return rows and choices of each batch, and the batches' losses."""
         device = self.model.device
-        place = None if columns is None else torch.tensor(columns, device=device)
         monitor = self.monitor("evaluated", share)
         outputs: list[tuple[NDArray[np.int64], Tensor]] = []
         losses: list[Tensor] = []
@@ -244,33 +239,16 @@ class _Measure:
             logits = self.scorer.logits(batch).float()
             if not is_own:
                 continue
-            outputs.append((rows, self._predicted(logits, place)))
-            losses.append(label_losses(logits, batch.labels, place))
+            outputs.append((rows, predictions.choose(logits)))
+            losses.append(label_losses(logits, batch.labels, predictions.columns))
             monitor.advance(len(rows))
         return outputs, losses
-
-    def _predicted(self, logits: Tensor, place: Tensor | None) -> Tensor:
-        """A number or the index of a logit for each row, or whether it has each class."""
-        if self.data.task.problem(self.data.config) == "multi_label_classification":
-            own = logits if place is None else logits[:, place]
-            return own.sigmoid() >= 0.5
-        if self.model.config.num_labels == 1:
-            return logits.squeeze(-1)
-        return logits.argmax(dim=-1)
 
     def _capacity(self) -> BatchCapacity | None:
         """The smallest of the processes' capacities if their batches must be the same."""
         if not self.in_step:
             return None
         return min(gather(batch_capacity(self.model)), key=lambda each: each.max_bytes or 0)
-
-    def _classes(self, columns: list[int] | None) -> dict[Any, Prediction]:
-        """Map a logit's index to the task's class; empty if they are the same."""
-        if columns is None:
-            return {}
-        names = enumerate(head_labels(self.model.config))
-        classes: dict[Any, Prediction] = {at: {"error": f"the class {name}"} for at, name in names}
-        return classes | {at: index for index, at in enumerate(columns)}
 
     def _batches(self, share: range) -> Iterator[tuple[NDArray[np.int64], bool]]:
         """Yield batches of the rows ``share`` and, if all processes need as many, others that do
@@ -280,11 +258,6 @@ class _Measure:
         missing = max(gather(len(batches))) - len(batches) if self.in_step else 0
         yield from ((batch, True) for batch in batches)
         yield from [(np.zeros(1, dtype=np.int64), False)] * missing
-
-
-def _prediction(label: Label) -> Prediction:
-    """The prediction that a label is: of several per row, the list of classes."""
-    return np.flatnonzero(label).tolist() if isinstance(label, np.ndarray) else label
 
 
 def _monitors(
@@ -332,7 +305,7 @@ def _combined(shares: list[_Share], data: EvalData) -> Evaluation:
     assert sum(share.rows for share in shares) == len(encoded), "each row is measured once"
     encoder = data.task.kind == "encoder"
     loss = sum(share.loss for share in shares)
-    loss /= len(encoded) if encoder else encoded.loss_counts.sum().item()
+    loss /= encoded.loss_counts.sum().item()
     metrics = {"loss": loss}
     if not encoder:
         metrics["perplexity"] = math.exp(loss) if loss < 700 else math.inf

@@ -120,6 +120,19 @@ def label_columns(model: PreTrainedModel, labels: Labels) -> list[int] | None:
     return None if found == [*range(len(names))] else found
 
 
+def label_options(labels: Labels, problem: Problem | None) -> dict[str, Any]:
+    """The configuration of a classification head; None means regression."""
+    if labels is None:
+        return {"num_labels": 1, "problem_type": "regression"}
+    names = dict(enumerate(labels))
+    return {
+        "num_labels": len(labels),
+        "id2label": names,
+        "label2id": {label: index for index, label in names.items()},
+        "problem_type": None if of_tokens(problem) else problem or "single_label_classification",
+    }
+
+
 def head_labels(config: PreTrainedConfig) -> list[str]:
     """The names of the head's classes, by index."""
     named: Any = config.id2label or {}
@@ -133,8 +146,24 @@ def names_classes(names: Sequence[str]) -> bool:
 
 
 def declares_head(config: PreTrainedConfig) -> bool:
-    """Whether the base was saved as a classifier."""
-    return any("ForSequenceClassification" in name for name in config.architectures or ())
+    """Whether the base was saved as a classifier, of texts or of tokens."""
+    names = config.architectures or ()
+    return any("ForSequenceClassification" in n for n in names) or declares_token_head(config)
+
+
+def declares_token_head(config: PreTrainedConfig) -> bool:
+    """Whether the base was saved as a classifier of tokens."""
+    return any("ForTokenClassification" in name for name in config.architectures or ())
+
+
+def of_tokens(problem: Problem | None) -> bool:
+    """Whether the labels are those of tokens rather than of texts."""
+    return problem == "token_classification"
+
+
+def classifies_texts_only(config: PreTrainedConfig, problem: Problem | None) -> bool:
+    """Whether the base was saved with a head for texts, and the labels are those of tokens."""
+    return of_tokens(problem) and declares_head(config) and not declares_token_head(config)
 
 
 def stores_head(model: PreTrainedModel, info: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,6 +14,8 @@ def label_losses(
 
     ``logits`` (rows, outputs) are in float32. A row's loss is
 
+    - for ``logits`` (rows, tokens, outputs), the cross entropy of the class index of each token in
+      ``labels`` (rows, tokens), except those that are -100;
     - for one output, the squared error of its float label;
     - for ``labels`` (rows, classes) of 0 and 1, the mean over the outputs of the binary cross
       entropy of each, as in torch's BCEWithLogitsLoss;
@@ -20,6 +23,13 @@ def label_losses(
 
     ``columns`` (classes,) are the outputs of the task's classes; None means all, in order.
     """
+    if logits.ndim == 3:
+        logits, labels = logits.flatten(0, 1), labels.flatten()
+        if columns is not None:
+            labels = torch.where(labels < 0, labels, columns[labels.clamp(min=0)])
+        return F.cross_entropy(
+            logits, labels, reduction="sum", label_smoothing=label_smoothing, ignore_index=-100
+        )
     if logits.shape[-1] == 1:
         return F.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum")
     if labels.ndim == 2:

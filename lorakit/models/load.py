@@ -18,6 +18,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -30,7 +31,17 @@ from transformers.models.auto.modeling_auto import (
 
 from lorakit.data.examples import Problem
 from lorakit.errors import ModelError, UserError
-from lorakit.models.heads import declares_head, in_head, plan_head, renew_head, stores_head
+from lorakit.models.heads import (
+    classifies_texts_only,
+    declares_head,
+    declares_token_head,
+    in_head,
+    label_options,
+    of_tokens,
+    plan_head,
+    renew_head,
+    stores_head,
+)
 from lorakit.models.hub import explained, hub_options, load_config, load_tokenizer, quiet
 from lorakit.models.vocabulary import extend_vocabulary
 from lorakit.recipe.check import has_accelerator
@@ -106,10 +117,12 @@ def load_model(section: ModelSection, dtype: str | None) -> PreTrainedModel:
     """
     name = section.name_or_path
     config = load_config(section)
-    classifies = declares_head(config)
-    if not classifies:
+    loader: Any = AutoModelForSequenceClassification
+    if not declares_head(config):
         check_kind(config, "causal", name)
-    loader = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+        loader = AutoModelForCausalLM
+    elif declares_token_head(config):
+        loader = AutoModelForTokenClassification
     options = {**hub_options(section), "dtype": getattr(torch, dtype) if dtype else "auto"}
     model, info = _from_pretrained(loader, name, config, options, seed=0)
     check_shapes(info["mismatched_keys"], name)
@@ -130,6 +143,10 @@ def _with_head(
     note."""
     name = section.name_or_path
     plan, mismatch = None, None
+    if classifies_texts_only(config, problem):
+        model, info = _classifier(name, config, labels, problem, options, seed)
+        info["missing_keys"] |= {f"{module}." for module in renew_head(model, seed)}
+        return model, info, "the base's head for texts is replaced with a new one for tokens"
     try:
         plan = plan_head(labels, config, section.new_head, name, problem)
     except ModelError as error:  # raised below, if the checkpoint has a head at all
@@ -161,24 +178,13 @@ def _classifier(
     """Load the base with a head for ``labels``; head tensors of another shape are newly
     initialized."""
     config = copy.deepcopy(config)
-    for key, value in _label_options(labels, problem).items():
+    for key, value in label_options(labels, problem).items():
         setattr(config, key, value)
-    model, info = _from_pretrained(AutoModelForSequenceClassification, name, config, options, seed)
+    of_texts, of_words = AutoModelForSequenceClassification, AutoModelForTokenClassification
+    loader = of_words if of_tokens(problem) else of_texts
+    model, info = _from_pretrained(loader, name, config, options, seed)
     check_shapes([key for key in info["mismatched_keys"] if not in_head(model, key[0])], name)
     return model, info
-
-
-def _label_options(labels: Sequence[str] | None, problem: Problem | None) -> dict[str, Any]:
-    """The configuration of a classification head; None means regression."""
-    if labels is None:
-        return {"num_labels": 1, "problem_type": "regression"}
-    names = dict(enumerate(labels))
-    return {
-        "num_labels": len(labels),
-        "id2label": names,
-        "label2id": {label: index for index, label in names.items()},
-        "problem_type": problem or "single_label_classification",
-    }
 
 
 def _from_pretrained(

@@ -29,6 +29,7 @@ from lorakit.pipeline.predictions import SplitEvaluation
 from lorakit.pipeline.task_data import Say, load_task_data
 from lorakit.recipe.sections import ModelSection, Recipe
 from lorakit.tasks.base import Task
+from lorakit.tasks.token_classification import TokenClassification
 
 
 def evaluate(
@@ -186,8 +187,11 @@ def _read_task_adapter(
             "--adapter, or evaluate the base model with --base"
         )
     files = read_adapter(directory, say, "set adapter.method to FILE.py:CLASS in the recipe")
-    if files.classifies != (task.kind == "encoder"):
+    labels_tokens = isinstance(task, TokenClassification)
+    if (files.classifies, files.labels_tokens) != (task.kind == "encoder", labels_tokens):
         made_for = "classification" if files.classifies else "causal language models"
+        if files.labels_tokens:
+            made_for = "token classification"
         raise AdapterError(
             f"{directory}: the adapter is for {made_for}, but the task {recipe.task.name} is not"
         )

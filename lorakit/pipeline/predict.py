@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,15 @@ from lorakit.adapters.base_model import other_base_note
 from lorakit.adapters.load import FoundModel, find_model
 from lorakit.adapters.peft.method import run_method_file
 from lorakit.data.encode import check_token_ids, encode_split, encoding_notes
-from lorakit.errors import AdapterError, EvaluationError, ModelError, UserError
-from lorakit.evaluation.classify import class_logits
+from lorakit.errors import AdapterError, ModelError, UserError
+from lorakit.evaluation.classify import check_finite, class_logits
 from lorakit.evaluation.progress import OnProgress, ProgressMonitor
 from lorakit.models.heads import head_labels
 from lorakit.models.hub import load_config
 from lorakit.models.load import check_kind, default_device, position_limit, window
 from lorakit.openmp import yield_cores
 from lorakit.pipeline.encoding import id_limit
+from lorakit.pipeline.predict_entities import EntityFinder
 from lorakit.pipeline.prediction_input import (
     Given,
     InputRows,
@@ -65,7 +67,7 @@ def predict(
     For one label per text the result is ``{"label": NAME, "score": p, "scores": {NAME: p}}`` with
     the softmax of the logits. For ``multi_label_classification`` the scores are the sigmoid of each
     logit, and ``"labels": [NAME, ...]`` are the names with p >= 0.5. For a regression it is
-    ``{"score": value}``.
+    ``{"score": value}``. For tags of words it is ``{"entities": [...]}``: see ``EntityFinder``.
 
     Texts are truncated to ``max_length`` tokens, by default that of the adapter's training, or else
     of the model. ``dtype`` is by default that of the training, or else of the checkpoint. The
@@ -84,18 +86,25 @@ def predict(
     _check_classifies(found)
     trained = _sidecar(found).get("text_columns") or ()
     rows = _input_rows(texts, file, text_column, text_pair_column, trained)
+    if found.labels_tokens() and len(rows.columns) == 2:
+        raise UserError(f"{found.directory}: labels the words of single texts; allowed: one text")
     if note := arity_note(rows.columns, trained):
         say(note)
     loaded, tokenizer = _load(found, dtype, device, say)
     names = _class_names(loaded, found.directory)
     length = _max_length(loaded, tokenizer, max_length, found, paired=len(rows.columns) == 2)
+    rows = replace(rows, joins_words=found.labels_tokens())
     encoded = encode_split(rows.split, rows.example, tokenizer, length)
     check_token_ids(encoded, tokenizer, id_limit(loaded))
     for note in encoding_notes(encoded.counts, rows.split.source, len(encoded), length):
         say(note)
     monitor = ProgressMonitor(len(encoded), on_progress)
+    if found.labels_tokens():
+        finder = EntityFinder(loaded, tokenizer, found.directory)
+        given = [rows.example(row).text for row in rows.split.rows]
+        return finder.find(given, encoded, batch_size, length, monitor)
     logits = class_logits(loaded, tokenizer, encoded, batch_size, monitor)
-    _check_finite(logits, found.directory)
+    check_finite(logits, found.directory)
     return _described(logits, names, loaded.config)
 
 
@@ -118,14 +127,6 @@ def _input_rows(
         split = file_rows(file)
         return InputRows(split, find_columns(split, *named))
     return given_rows([texts] if isinstance(texts, str) else texts or (), *named)
-
-
-def _check_finite(logits: NDArray[np.float32], name: str) -> None:
-    if not np.isfinite(logits).all():
-        raise EvaluationError(
-            f"{name}: the model's outputs are not finite; likely causes: diverged weights, or "
-            "float16 overflow (try bfloat16)"
-        )
 
 
 def _check_classifies(found: FoundModel) -> None:

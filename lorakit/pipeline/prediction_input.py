@@ -14,6 +14,7 @@ from lorakit.data.rows import Row
 from lorakit.data.sources import Split
 from lorakit.errors import DataError, UserError
 from lorakit.tasks.base import required_text
+from lorakit.tasks.labelling import listed_values
 
 #: A text, a pair of texts, or a row.
 Given = str | tuple[str, str] | Mapping[str, Any]
@@ -30,19 +31,23 @@ _COMMON = (
     ("sentence",),
 )
 #: Columns that are not the text if there is another one.
-_NOT_TEXT = ("label", "labels", "idx", "id")
+_NOT_TEXT = ("label", "labels", "tags", "idx", "id")
 _HINT = "--text-column and --text-pair-column, in Python text_column= and text_pair_column="
 
 
 @dataclass(frozen=True)
 class InputRows:
-    """``columns`` of ``split`` are the text and, for pairs, the second text."""
+    """``columns`` of ``split`` are the text and, for pairs, the second text. With ``joins_words`` a
+    text may be a list of words, which are joined by spaces."""
 
     split: Split
     columns: tuple[str, ...]
+    joins_words: bool = False
 
     def example(self, row: Row) -> ClassificationExample:
         """The texts of a row; 0 stands for the label, which it does not have."""
+        if self.joins_words:
+            row = {name: _joined(row.get(name)) for name in self.columns}
         text, *pair = (_utf8_text(row, name) for name in self.columns)
         return ClassificationExample(text, pair[0] if pair else None, 0)
 
@@ -137,6 +142,13 @@ def _kind(text: Given) -> str:
     if isinstance(text, Mapping):
         return "rows"
     return "pairs" if isinstance(text, (tuple, list)) and len(text) == 2 else "texts"
+
+
+def _joined(value: Any) -> Any:
+    words = listed_values(value)
+    if not words or not all(isinstance(word, str) for word in words):
+        return value
+    return " ".join(words)
 
 
 def _utf8_text(row: Row, column: str) -> str:

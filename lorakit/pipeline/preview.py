@@ -21,7 +21,7 @@ from lorakit.data.tokens import SPLIT_DOCUMENTS, RowEncoder, TokenRow
 from lorakit.errors import UserError
 from lorakit.evaluation.progress import OnProgress
 from lorakit.evaluation.sampling import stop_ids
-from lorakit.models.heads import declares_head, plan_head
+from lorakit.models.heads import classifies_texts_only, declares_head, plan_head
 from lorakit.models.hub import explained, hub_options, load_config, load_tokenizer, quiet
 from lorakit.models.load import fit_unloaded
 from lorakit.models.vocabulary import extend_tokenizer
@@ -47,7 +47,8 @@ class DescribedRow:
 
     ``loss_mask`` marks the tokens that count in the loss, never the first, which is not predicted.
     ``truncated`` rows lost tokens; ``cut`` rows lost the end of the trained text, including EOS.
-    ``label`` is set for encoders only; several labels per row are their class indices. ``part`` is
+    ``label`` is set for encoders only; several labels, of the row or of its words, are their class
+    indices. ``part`` is
     (number of this row from 1, number of rows) among the rows of tokens that the split's row
     becomes.
     """
@@ -204,7 +205,7 @@ def _say_head(section: ModelSection, config: PreTrainedConfig, data: TaskData, s
 
     Raises ModelError, as training does, for a head that does not fit.
     """
-    if declares_head(config):
+    if declares_head(config) and not classifies_texts_only(config, data.problem):
         name, labels = section.name_or_path, data.labels
         if note := plan_head(labels, config, section.new_head, name, data.problem).note:
             say(note)
@@ -242,15 +243,11 @@ def describe_row(
     skip = (lambda index, reason: None) if skip_bad else None
     encoder = RowEncoder(to_example, tokenizer, max_length)
     found = encoder.encode([split.rows[index]], lambda _: split.locate(index), skip)
-    labels: list[Any] = [_class_ids(label) for label in found.labels] or [None] * len(found.rows)
+    labels: list[Any] = found.labels or [None] * len(found.rows)
     return [
         _describe_tokens(split.locate(index), row, label, tokenizer, (part, len(found.rows)))
         for part, (row, label) in enumerate(zip(found.rows, labels, strict=True), 1)
     ]
-
-
-def _class_ids(label: int | float | tuple[int, ...]) -> int | float | tuple[int, ...]:
-    return tuple(class_ids(label)) if isinstance(label, tuple) else label
 
 
 def summarize(
@@ -285,7 +282,11 @@ def _describe_tokens(
     tokenizer: Any,
     part: tuple[int, int],
 ) -> DescribedRow:
-    ids, loss_mask = row.input_ids.tolist(), [False, *row.loss_mask[1:].tolist()]
+    ids, loss_mask = row.input_ids.tolist(), row.loss_mask.tolist()
+    if label is None:
+        loss_mask[0] = False
+    if isinstance(label, tuple) and row.words is None:
+        label = tuple(class_ids(label))
     return DescribedRow(
         where=where,
         input_ids=tuple(ids),

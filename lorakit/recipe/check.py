@@ -31,6 +31,8 @@ METRIC_NAMES = (
     "f1_micro",
     "f1_macro",
     "subset_accuracy",
+    "precision",
+    "recall",
     "matthews_correlation",
     "pearson",
     "spearmanr",

@@ -9,7 +9,7 @@ from lorakit.errors import LorakitError, UserError, shown
 from lorakit.recipe.sections import Recipe
 from lorakit.sweeps.load import Sweep
 from lorakit.tasks.base import Task
-from lorakit.tasks.classification import LabelledTask
+from lorakit.tasks.token_classification import TokenClassification
 
 
 def sweep_metric(sweep: Sweep) -> str:
@@ -49,8 +49,8 @@ def _measured_metrics(recipe: Recipe) -> set[str] | None:
     if registry.is_user_task(recipe.task.name):
         return None
     task, config = _chosen(recipe)
-    if isinstance(task, LabelledTask):
-        return {"loss", *task.labelling(config).metrics}
+    if names := task.metric_names(config):
+        return {"loss", *names}
     if not task.generates(config):
         return {"loss", "perplexity"}
     split = task.load(config, task.eval_split(config))
@@ -67,6 +67,8 @@ def _chosen(recipe: Recipe) -> tuple[Task, Any]:
         split = task.load(config, task.eval_split(config)) or task.load(config, "train")
         if split is not None:
             return task.chosen(config, split)
+    if isinstance(task, TokenClassification):  # its tags decide which metrics it has
+        return task, task.resolve(config, task.load(config, "train"))
     return task, config
 
 

@@ -236,6 +236,10 @@ class Task(ABC):
             return "loss"
         return self.main_metric(config)
 
+    def metric_names(self, config: Any) -> tuple[str, ...] | None:
+        """The names of the scores of ``metrics``; None if they are known only from its result."""
+        return None
+
     def prediction_counts(self, split: Split, config: Any) -> tuple[int, ...]:
         """The numbers of predictions that ``metrics`` accepts: one per row, and any other number
         whose meaning the task defines."""

@@ -75,6 +75,9 @@ class LabelledTask(Task):
     def main_metric(self, config: Any) -> str:
         return self.labelling(config).metrics[0]
 
+    def metric_names(self, config: Any) -> tuple[str, ...] | None:
+        return self.labelling(config).metrics
+
     def check_requirements(self, config: Any) -> None:
         require_metrics(self.labelling(config).metrics)
 

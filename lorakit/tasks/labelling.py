@@ -89,7 +89,7 @@ def found_labels(train: Split, column: str, skip_bad: bool, several: bool) -> li
                 f"{_names_allowed(value, several)}"
             )
         names.update(found)
-        values = _listed(value) if several else [value]
+        values = listed_values(value) if several else [value]
         numbers = numbers or any(not isinstance(each, str) for each in values or ())
     if len(names) < 2:
         few = f"only one label, {min(names)}" if names else "no labels"
@@ -102,7 +102,7 @@ def found_labels(train: Split, column: str, skip_bad: bool, several: bool) -> li
 def names_in(value: Any, several: bool) -> list[str] | None:
     """The class names of a row's label; None if it is not a name or, with ``several``, a list of
     names."""
-    values = _listed(value) if several else [value]
+    values = listed_values(value) if several else [value]
     names = None if values is None else [label_name(each) for each in values]
     return None if names is None or not all(names) else [name for name in names if name]
 
@@ -111,10 +111,12 @@ def _names_allowed(value: Any, several: bool) -> str:
     if several:
         return "a list of names or whole numbers, empty for a row without labels"
     hint = "for other numbers, set task.regression: true, or list them as names in task.labels"
-    return f"a name or a whole number; {_SEVERAL_HINT if _listed(value) is not None else hint}"
+    if listed_values(value) is not None:
+        hint = _SEVERAL_HINT
+    return f"a name or a whole number; {hint}"
 
 
-def _listed(value: Any) -> list[Any] | None:
+def listed_values(value: Any) -> list[Any] | None:
     """The elements of a list, which may be given as JSON; None for anything else."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
@@ -161,7 +163,7 @@ def read_label(value: Any, where: Labelling) -> int | float:
 def _read_classes(value: Any, where: Labelling) -> tuple[int, ...]:
     """A 0 or 1 for each class, given a list of names and ids, which may be empty."""
     assert where.labels is not None, "several labels are classes"
-    values = _listed(value)
+    values = listed_values(value)
     if values is None:
         raise DataError(
             f"{where.label} = {shown(value)}; allowed: a list of labels, empty for a row without"

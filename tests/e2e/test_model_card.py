@@ -17,6 +17,7 @@ from lorakit.cli.main import run
 from tests.e2e.evaluations import write_adapter
 from tests.families import save_classifier
 from tests.training.runs import recipe_for, write_rows
+from tests.training.tagged import tagged_recipe, write_word_pieces
 
 _FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 CHATS = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
@@ -87,6 +88,49 @@ def test_a_classifiers_card(
     assert eval(capsys.readouterr().out) == [wanted]
     assert dict(found["model"].config.id2label) == dict(model.config.id2label)
     assert found["tokenizer"]("a").input_ids
+    run_commands(adapter)
+    assert json.loads(capsys.readouterr().out) == wanted
+
+
+def test_the_card_of_a_classifier_of_several_labels(
+    tiny_bert: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": "a b", "label": ["x", "y"][: i % 3]} for i in range(8)]
+    for name in ("train", "validation"):
+        write_rows(in_tmp / "data" / f"{name}.jsonl", rows)
+    adapter = trained(
+        in_tmp, tiny_bert, "classification", train__output_dir="run", task__multi_label=True
+    )
+    make_distinct(adapter)
+    (wanted,) = lorakit.predict(adapter, ["A text to classify."])
+    peft, ours = code_blocks(adapter, "python")
+    capsys.readouterr()
+    model = run_python(peft)["model"]
+    assert eval(capsys.readouterr().out) == wanted["labels"]
+    assert model.config.problem_type == "multi_label_classification"
+    run_python(ours)
+    assert eval(capsys.readouterr().out) == [wanted]
+
+
+def test_the_card_of_a_classifier_of_words(
+    in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tagged_recipe(in_tmp, write_word_pieces(in_tmp / "base"), train__max_steps=1)
+    adapter = lorakit.train(recipe).adapter_dir
+    make_distinct(adapter)
+    assert "pipeline_tag: token-classification" in (adapter / "README.md").read_text()
+    (wanted,) = lorakit.predict(adapter, ["A text to classify."])
+    peft, ours = code_blocks(adapter, "python")
+    capsys.readouterr()
+    found = run_python(peft)
+    tags = eval(capsys.readouterr().out)
+    assert len(tags) == len(found["tokenizer"]("A text to classify.").input_ids)
+    model, _ = lorakit.load_with_tokenizer(adapter)
+    ids = found["tokenizer"]("A text to classify.", return_tensors="pt").input_ids
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, found["model"](input_ids=ids).logits)
+    run_python(ours)
+    assert eval(capsys.readouterr().out) == [wanted]
     run_commands(adapter)
     assert json.loads(capsys.readouterr().out) == wanted
 

@@ -165,6 +165,30 @@ def test_classification(tiny_bert: Path, in_tmp: Path, capsys: pytest.CaptureFix
     assert found["summary"]["trained_tokens"] is None
 
 
+def test_several_labels_and_tags_of_words(
+    tiny_bert: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("data").mkdir()
+    rows: list[dict[str, Any]] = [{"text": "a", "label": ["x", "y"]}, {"text": "b", "label": []}]
+    write_lines(in_tmp / "data" / "train.jsonl", rows)
+    several = ("--set", "task.multi_label=true")
+    out, err = shown(capsys, recipe(tiny_bert, "classification", 10), *several)
+    assert "[CLS]a[SEP]\nlabels: x, y\n" in out
+    assert "[CLS]b[SEP]\nlabels: none\n" in out
+    assert "labels                 x 1, y 1\n" in out
+    assert [row["label"] for row in as_json(capsys, "recipe.yaml", *several)["examples"]] == [
+        ["x", "y"],
+        [],
+    ]
+    rows = [{"tokens": ["Ann", "of", "Rome"], "tags": ["B-PER", "O", "B-LOC"]}]
+    write_lines(in_tmp / "data" / "train.jsonl", rows)
+    out, err = shown(capsys, recipe(tiny_bert, "token_classification", 20))
+    assert "the loss is computed on the label of each word, at its first token, in ⟦ ⟧\n" in out
+    assert "[CLS]⟦A⟧nn ⟦o⟧f ⟦R⟧ome[SEP]\nlabels: B-PER, O, B-LOC\n" in out
+    assert "labels                 O 1, B-LOC 1, B-PER 1\n" in out
+    assert err == ""
+
+
 def test_the_default_length_is_the_same_as_in_training(
     tiny_bert: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

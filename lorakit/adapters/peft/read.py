@@ -25,12 +25,12 @@ from lorakit.adapters.peft.method import NAME_METHOD, Say, find_method
 from lorakit.adapters.peft.raw_names import peft_names
 from lorakit.adapters.peft.schema import (
     ADALORA_TYPES,
+    CLASSIFIER_HEADS,
     CONFIG,
     CONFIG_TYPES,
     LORA_FORMATS,
     LORA_TYPES,
     PREFIX,
-    SEQ_CLS_HEADS,
     SHARED_PREFIX,
     SIDECAR,
     SIDECAR_TYPES,
@@ -98,13 +98,15 @@ class AdapterFiles:
         if not self.classifies:
             return False
         return self.sidecar is not None or any(
-            name.partition(".")[0] in SEQ_CLS_HEADS for name in self.tensors
+            name.partition(".")[0] in CLASSIFIER_HEADS for name in self.tensors
         )
 
     @property
     def classifies(self) -> bool:
-        """Whether the base is loaded with a classification head."""
+        """Whether the base is loaded with a classification head, for texts or for tokens."""
         task = self.config.get("task_type")
+        if self.labels_tokens:
+            return True
         base = str((self.config.get("auto_mapping") or {}).get("base_model_class"))
         if task == "SEQ_CLS" or (task is None and "SequenceClassification" in base):
             return True
@@ -112,10 +114,18 @@ class AdapterFiles:
             return False
         # PEFT's default is null; without a known class, the tensors decide.
         if task is None and not re.search(r"For(?!ConditionalGeneration)", base):
-            return any(name.partition(".")[0] in SEQ_CLS_HEADS for name in self.tensors)
+            return any(name.partition(".")[0] in CLASSIFIER_HEADS for name in self.tensors)
         raise AdapterError(
-            f"{self.directory / CONFIG}: task_type = {shown(task)}: allowed: CAUSAL_LM, SEQ_CLS"
+            f"{self.directory / CONFIG}: task_type = {shown(task)}: allowed: CAUSAL_LM, SEQ_CLS, "
+            "TOKEN_CLS"
         )
+
+    @property
+    def labels_tokens(self) -> bool:
+        """Whether the base is loaded with a head for tokens."""
+        base = str((self.config.get("auto_mapping") or {}).get("base_model_class"))
+        task = self.config.get("task_type")
+        return task == "TOKEN_CLS" or (task is None and "TokenClassification" in base)
 
 
 def read_adapter(

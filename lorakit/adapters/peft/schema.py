@@ -130,8 +130,8 @@ _KEYS_OF_EVERY_METHOD = {
 }  # fmt: skip
 #: Keys for which PEFT does not treat null as the default.
 _NOT_NULLABLE = ("init_r", "lora_alpha", "lora_dropout", "r")
-#: Heads that PEFT saves for ``SEQ_CLS``, whatever ``modules_to_save`` lists.
-SEQ_CLS_HEADS = ("classifier", "score")
+#: Heads that PEFT saves for SEQ_CLS and TOKEN_CLS, whatever ``modules_to_save`` lists.
+CLASSIFIER_HEADS = ("classifier", "score")
 #: Parts of tensor names that only occur for layers whose weights may be tied.
 _TIED = ("lora_embedding_", "lm_head.", "embed_tokens.", "wte.")
 
@@ -212,7 +212,7 @@ def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> 
 
 def modules_to_save(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The suffixes of the modules that PEFT replaces as a whole."""
-    heads = SEQ_CLS_HEADS if config.get("task_type") == "SEQ_CLS" else ()
+    heads = CLASSIFIER_HEADS if config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") else ()
     return (*(config.get("modules_to_save") or ()), *heads)
 
 

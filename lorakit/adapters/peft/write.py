@@ -46,7 +46,7 @@ from lorakit.models.master_weights import base_dtype, plain_name
 from lorakit.recipe.sections import AdapterSection
 from lorakit.version import __version__
 
-TaskType = Literal["CAUSAL_LM", "SEQ_CLS"]
+TaskType = Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS"]
 
 
 def save_adapter(

@@ -121,7 +121,9 @@ def _repeated(batch: EncoderBatch | CausalBatch, members: int) -> JointBatch:
     if isinstance(batch, CausalBatch):
         joint: Any = replace(batch, input_ids=batch.input_ids.repeat(members, 1))
         return JointBatch(joint, {}, factors, (len(batch.targets),) * members, layout)
-    tensors = {name: tensor.repeat(members, 1) for name, tensor in batch.model_inputs().items()}
+    tensors: dict[str, Any] = {
+        name: tensor.repeat(members, 1) for name, tensor in batch.model_inputs().items()
+    }
     labels = batch.labels.expand(members, -1)
     joint = replace(batch, **tensors)
     return JointBatch(joint, {"labels": labels}, factors, (rows,) * members, layout)

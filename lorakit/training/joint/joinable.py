@@ -9,6 +9,7 @@ from lorakit.methods.base import Method
 from lorakit.recipe.sections import Recipe
 from lorakit.tasks.base import Task
 from lorakit.tasks.classification import LabelledTask
+from lorakit.tasks.token_classification import TokenClassification
 
 #: How the shared passes are computed.
 _SHARED = ("gradient_checkpointing", "kernels", "deterministic")
@@ -46,6 +47,8 @@ def _cannot_join(recipe: Recipe) -> str | None:
     task = _task(recipe)
     if isinstance(task, LabelledTask) and task.labelling(recipe.task).several:
         return "the task has several labels per row"
+    if isinstance(task, TokenClassification):
+        return "the task has labels of words"
     if recipe.adapter.init_from is not None:
         return "adapter.init_from starts from another adapter"
     if model.add_tokens or model.chat_template is not None:

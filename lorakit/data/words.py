@@ -1,0 +1,51 @@
+"""Which tokens of a text begin its words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorakit.data.examples import WordsExample
+from lorakit.errors import ModelError
+
+#: What torch's cross entropy ignores.
+IGNORED_LABEL = -100
+
+
+def first_tokens(words: Sequence[str], offsets: Any) -> NDArray[np.int32]:
+    """Return for each token the index of the word that it is the first token of, else -1.
+
+    ``words`` are joined by spaces in the text, and ``offsets`` (tokens, 2) are the first character
+    of each token and the one after its last; of special tokens, the same twice. A token belongs to
+    the word of its last character, since some tokenizers count the space before a word as part of
+    its first token.
+    """
+    spans: NDArray[np.int64] = np.asarray(offsets, np.int64).reshape(-1, 2)
+    lengths = np.array([len(word) for word in words], np.int64)
+    starts = np.cumsum(lengths + 1) - lengths - 1
+    last = spans[:, 1] - 1
+    owners = np.searchsorted(starts, last, side="right") - 1
+    inside = (spans[:, 1] > spans[:, 0]) & (last < (starts + lengths)[owners])
+    found = np.full(len(spans), -1, np.int32)
+    tokens = np.flatnonzero(inside)
+    owned, first = np.unique(owners[tokens], return_index=True)
+    found[tokens[first]] = owned
+    return found
+
+
+def token_labels(word_labels: NDArray[np.int64], words: NDArray[np.int32]) -> NDArray[np.int64]:
+    """The label of each token: that of the word it begins, else ``IGNORED_LABEL``. ``words`` is
+    what ``first_tokens`` returned."""
+    return np.where(words < 0, IGNORED_LABEL, word_labels[words])
+
+
+def check_finds_words(example: object, tokenizer: Any) -> None:
+    """Raise ModelError for words if the tokenizer cannot tell where its tokens are in the text."""
+    if isinstance(example, WordsExample) and not tokenizer.is_fast:
+        raise ModelError(
+            f"{tokenizer.name_or_path}: the tokenizer has no fast (Rust) implementation, which "
+            "labels of words require"
+        )
