@@ -24,6 +24,7 @@ from lorakit.adapters.peft.schema import (
     is_fully_trained,
     modules_to_save,
 )
+from lorakit.adapters.peft.single_experts import with_stacked_experts
 from lorakit.adapters.peft.targets import matched_modules, renamed_for
 from lorakit.adapters.peft.tokens import StoredRows, place_stored_rows, stored_rows
 from lorakit.adapters.peft.vocabulary import (
@@ -143,6 +144,8 @@ def fit_adapter(model: nn.Module, files: AdapterFiles, say: Say) -> FittedAdapte
 def find_places(model: nn.Module, files: AdapterFiles) -> Placement:
     """Assign every tensor to the module of ``model`` that its name starts with."""
     files = renamed_for(model, with_parameter_names(model, files))
+    if files.config["peft_type"] == "LORA":
+        files = with_stacked_experts(model, files)
     parameters = parameter_views(model, files.config)
     modules = dict(model.named_modules()) | parameters
     places = Placement(files, parameters)
