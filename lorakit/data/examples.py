@@ -44,7 +44,8 @@ class ChatExample:
     has one flag per message, true for the assistant turns that count in the loss; None trains all
     of them. ``tools`` (JSON schemas as OpenAI defines them) is passed to the template too. With
     ``train_all``, all tokens of the rendered chat count. ``weights`` are those of the messages'
-    tokens in the loss, above 0; None weights all of them equally.
+    tokens in the loss, above 0; None weights all of them equally. ``mask_reasoning`` excludes the
+    text of the assistant's reasoning from the loss.
     """
 
     messages: tuple[Mapping[str, Any], ...]
@@ -52,6 +53,7 @@ class ChatExample:
     tools: tuple[Mapping[str, Any], ...] | None = None
     train_all: bool = False
     weights: tuple[float, ...] | None = None
+    mask_reasoning: bool = False
 
     def is_trained(self, index: int) -> bool:
         """Whether message ``index`` counts in the loss."""

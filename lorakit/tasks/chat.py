@@ -25,6 +25,7 @@ from lorakit.tasks.formats import FormattedTask
 from lorakit.tasks.messages import (
     Message,
     check_all_trained,
+    drop_reasoning,
     dropped_messages,
     history_messages,
     instruction_messages,
@@ -47,7 +48,8 @@ class ChatConfig(GenerationSection):
     is null.
 
     ``train_on``: ``assistant``, every assistant message; ``last``, only the last one; ``all``, all
-    tokens of the chat.
+    tokens of the chat. ``reasoning``: ``train``, as the chat template renders it; ``mask``, its
+    text does not count in the loss; ``drop``, it is removed from all messages.
 
     ``eval_generate`` is ``never`` by default: a chat rarely has a single correct answer, so
     generating for the sake of exact match is rarely worth the time.
@@ -57,6 +59,7 @@ class ChatConfig(GenerationSection):
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"] = "auto"
     messages_column: Text | None = None
     train_on: Literal["assistant", "last", "all"] = "assistant"
+    reasoning: Literal["train", "mask", "drop"] = "train"
     stop: list[Text] = []
     eval_generate: Literal["never", "end", "always"] = "never"
     dataset_name: Text | None = None
@@ -115,7 +118,12 @@ class Chat(FormattedTask):
         messages, tools = self._messages(row, config), read_tools(row.get("tools"), "tools")
         if config.train_on == "all":
             check_all_trained(messages)
-            return ChatExample(_fields(messages), train_all=True, tools=tools)
+            return ChatExample(
+                _fields(messages),
+                tools=tools,
+                train_all=True,
+                mask_reasoning=config.reasoning == "mask",
+            )
         return self._assistant_example(messages, tools, config)
 
     def _assistant_example(
@@ -140,6 +148,7 @@ class Chat(FormattedTask):
             tuple(trained[: last + 1]),
             tools,
             weights=weights if set(weights) != {1.0} else None,
+            mask_reasoning=config.reasoning == "mask",
         )
 
     def _answered(self, row: Row, config: Any) -> ChatExample:
@@ -186,6 +195,10 @@ class Chat(FormattedTask):
         return tuple(column for column in pair if isinstance(row.get(column), list))
 
     def _messages(self, row: Row, config: Any) -> list[Message]:
+        messages = self._read_messages(row, config)
+        return drop_reasoning(messages) if config.reasoning == "drop" else messages
+
+    def _read_messages(self, row: Row, config: Any) -> list[Message]:
         columns = tuple(row)
         if column := self._messages_column(columns, config):
             return with_system(row, read_messages(row[column], column))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from lorakit.data.chat.reasoning import without_reasoning
 from lorakit.data.chat.template import REASONING
 from lorakit.data.chat.tool_calls import (
     CALL_KEYS,
@@ -135,6 +136,19 @@ def check_all_trained(messages: Sequence[Message]) -> None:
                 f"message {number}: train, training, loss or weight change its part in the loss, "
                 "but task.train_on = all trains the whole chat; allowed: assistant or last"
             )
+
+
+def drop_reasoning(messages: Sequence[Message]) -> list[Message]:
+    """Remove the reasoning from all messages. Raises DataError if nothing is left of a trained
+    one."""
+    kept = [message._replace(fields=without_reasoning(message.fields)) for message in messages]
+    for number, message in enumerate(kept, 1):
+        if message.trained and not _has_content(message.fields):
+            raise DataError(
+                f"message {number}: the assistant's message is only reasoning, which "
+                "task.reasoning = drop removes: nothing to train on"
+            )
+    return kept
 
 
 def exchange(question: str, answer: str) -> list[Message]:

@@ -143,3 +143,34 @@ def test_a_value_of_another_task_is_refused(
         lorakit.load_recipe(file)
     assert f'task.train_on = "{value}"' in str(caught.value)
     assert allowed in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("answer", "kept"),
+    [
+        ({"content": "9", "reasoning_content": "3+3+3", "thinking": "x", "reasoning": "y"}, "9"),
+        ({"content": "<think>3+3+3</think>\n\n9"}, "9"),
+        ({"content": "3+3+3</think>\n9"}, "9"),
+        ({"content": "<think>3</think>It <think>3\n3</think>is 9"}, "It is 9"),
+        ({"content": " 9 </thinking>"}, " 9 </thinking>"),
+        ({"content": "<think>3"}, "<think>3"),
+    ],
+)
+def test_dropped_reasoning(answer: Row, kept: str) -> None:
+    task = registry.task("chat")
+    config = task.Config(reasoning="drop")
+    question = {"role": "user", "content": "<think>hm</think>3*3?"}
+    row = {"messages": [question, {"role": "assistant", **answer}]}
+    assert task.example(row, config).messages == (
+        question, {"role": "assistant", "content": kept}
+    )  # fmt: skip
+    assert task.metrics([kept], Split("a", [row], "a", "0"), config) == {"exact_match": 1.0}
+
+
+def test_a_message_of_reasoning_only_cannot_be_trained_without_it() -> None:
+    task = registry.task("chat")
+    thought = {"role": "assistant", "content": "<think>3+3+3</think>"}
+    with pytest.raises(DataError, match=r"message 2: .* task\.reasoning = drop removes"):
+        task.example({"messages": [ASK, thought]}, task.Config(reasoning="drop"))
+    row = {"messages": [ASK, {**thought, "train": False}, AGAIN, NINE]}
+    assert task.example(row, task.Config(reasoning="drop")).messages[1]["content"] == ""

@@ -9,6 +9,7 @@ from typing import Any
 
 from lorakit.data.chat.ids import IdRow, Joiner, joint_row, turn_rows
 from lorakit.data.chat.long_chat import is_long, long_chat_turns
+from lorakit.data.chat.reasoning import with_masked_reasoning
 from lorakit.data.chat.template import PROBE, ChatTemplate, Message, Tools
 from lorakit.data.chat.traces import Traces, shortened_turns
 from lorakit.data.chat.turns import Turn, TurnReader
@@ -51,11 +52,11 @@ class ChatEncoder:
         them, or if nothing is trained."""
         messages, tools = example.messages, example.tools
         if example.train_all:
-            return self._whole(messages, tools)
+            return self._whole(example)
         indices = [index for index in range(len(messages)) if example.is_trained(index)]
         if not indices:
             raise DataError("the chat has no trained turn")
-        turns, rows = self._turns_and_rows(messages, tools, indices, example.weights)
+        turns, rows = self._turns_and_rows(example, indices)
         if not any(turn.trained for turn in turns):
             raise DataError(
                 "the chat template marks no part of the trained turns with {% generation %}: "
@@ -70,24 +71,22 @@ class ChatEncoder:
         counts.update({IGNORED + key: count for key, count in ignored.items()})
         return EncodedChat(rows, counts)
 
-    def _whole(self, messages: Sequence[Message], tools: Tools) -> EncodedChat:
-        """A row of all messages in which every token is trained."""
+    def _whole(self, example: ChatExample) -> EncodedChat:
+        """A row of all messages, which is trained like a single turn."""
+        messages, tools = example.messages, example.tools
         text = self.template.render(messages, tools).text
-        (ids,) = self.joiner.ids([text])
         chat = Turn(len(messages) - 1, "", text, ((0, len(text)),), is_whole_chat=True)
+        if example.mask_reasoning:
+            (chat,) = with_masked_reasoning([chat], messages, tools, self.template)
         without_content = self._traces.check(messages, tools, [chat])
         ignored = self._traces.ignored(messages, tools, [chat]) + Counter(content=without_content)
         counts = Counter({IGNORED + key: count for key, count in ignored.items()})
-        return EncodedChat([IdRow(ids, [1.0] * len(ids), (chat.index,))], counts)
+        return EncodedChat(turn_rows([chat], self.joiner), counts)
 
     def _turns_and_rows(
-        self,
-        messages: Sequence[Message],
-        tools: Tools,
-        indices: list[int],
-        weights: Sequence[float] | None,
+        self, example: ChatExample, indices: list[int]
     ) -> tuple[list[Turn], list[IdRow]]:
-        turns = None
+        turns, messages, tools = None, example.messages, example.tools
         if is_long(indices):
             turns = long_chat_turns(messages, tools, indices, self.template, self._reader)
         if turns is None:
@@ -95,8 +94,10 @@ class ChatEncoder:
         if len(turns) > 1 and self.template.marks(tools):
             finished = self.template.render(messages[: indices[-1] + 1], tools)
             turns = [turn.marked_in(finished) for turn in turns]
-        if weights is not None:
-            turns = [replace(turn, weight=weights[turn.index]) for turn in turns]
+        if example.mask_reasoning:
+            turns = with_masked_reasoning(turns, messages, tools, self.template)
+        if example.weights is not None:
+            turns = [replace(turn, weight=example.weights[turn.index]) for turn in turns]
         longest = turns[-1].text
         row = None
         if all(longest.startswith(turn.text) for turn in turns):

@@ -5,13 +5,13 @@ A prompt has the same ids as when it is tokenized alone for generation.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from lorakit.data.chat.template import ChatTemplate
+from lorakit.data.chat.template import ChatTemplate, Span
 from lorakit.data.chat.turns import Turn
 from lorakit.data.text_ids import TextTokenizer
 
@@ -52,6 +52,12 @@ class Joiner:
                 (text, ids) for text, ids in made.items() if len(text) <= _MAX_CACHED_LENGTH
             )
         return [list(made[text] if text in made else known[text]) for text in texts]
+
+    def encoded(self, text: str) -> Any:
+        """The text's ``input_ids``, and where each of them is in it: ``offset_mapping``."""
+        return self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
 
     def continued(self, before: Sequence[int], text: str, joint: Sequence[int]) -> list[int] | None:
         """Return ids of ``text`` that, appended to the ids ``before``, decode like ``joint``, the
@@ -206,6 +212,10 @@ def _turn_row(turn: Turn, prefixes: list[list[int]], joiner: Joiner) -> IdRow:
         ids += piece
         weights += [flag * turn.weight] * len(piece)
         start = cut
+    if turn.masked:
+        places = joiner.encoded(turn.text).offset_mapping
+        # The ids differ from those of the whole text at most where the answer begins.
+        _mask(weights, turn, places, len(ids) - len(places))
     return IdRow(ids, weights, (turn.index,), straddles)
 
 
@@ -214,9 +224,7 @@ def joint_row(turns: Sequence[Turn], template: ChatTemplate, joiner: Joiner) -> 
     if that is impossible. The text is tokenized once, and each boundary is checked from the last
     added token before it rather than from the beginning."""
     text = turns[-1].text
-    encoded = joiner.tokenizer(
-        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-    )
+    encoded = joiner.encoded(text)
     ids: list[int] = list(encoded.input_ids)
     boundaries = _Boundaries(text, ids, encoded.offset_mapping, template, joiner)
     weights = [0.0] * len(ids)
@@ -228,8 +236,20 @@ def joint_row(turns: Sequence[Turn], template: ChatTemplate, joiner: Joiner) -> 
             return None
         for (_, flag), first, last in zip(cuts, counts, counts[1:], strict=False):
             weights[first:last] = [flag * turn.weight] * (last - first)
+        _mask(weights, turn, encoded.offset_mapping)
     row = IdRow(ids, weights, tuple(turn.index for turn in turns))
     return _with_tail(row, turns[-1], joiner)
+
+
+def _mask(weights: list[float], turn: Turn, places: Sequence[Span], shift: int = 0) -> None:
+    """Set the weights of tokens within ``turn.masked`` to 0. ``places`` are those of tokens in a
+    text that begins with the turn's; their weights are ``shift`` further on."""
+    start = len(turn.prompt)
+    for begin, end in turn.masked:
+        index = bisect_left(places, (start + begin,))
+        while index < len(places) and places[index][1] <= start + end:
+            weights[index + shift] = 0.0
+            index += 1
 
 
 class _Boundaries:

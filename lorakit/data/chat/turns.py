@@ -37,7 +37,8 @@ class Turn:
     ``without_reasoning``: the prompt already closes the reasoning, so the turn's is omitted.
     ``marked_early``: a mark begins within the prompt; it is trained from the end of the prompt on.
     ``is_whole_chat``: ``answer`` is the whole chat up to message ``index``, of any role.
-    ``weight`` is that of the trained tokens in the loss.
+    ``weight`` is that of the trained tokens in the loss; tokens within the spans ``masked`` of
+    ``answer`` are not trained.
     """
 
     index: int
@@ -50,6 +51,7 @@ class Turn:
     without_reasoning: bool = False
     is_whole_chat: bool = False
     weight: float = 1.0
+    masked: tuple[Span, ...] = ()
 
     @property
     def text(self) -> str:
@@ -266,14 +268,14 @@ def _last_special(template: ChatTemplate, text: str) -> str:
 # Locating contents
 
 _OPEN, _CLOSE = "\u2063\u2064", "\u2064\u2063"
-_MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
 
 
 def marked(messages: Sequence[Message], strip: bool = False) -> list[Message]:
     """The messages, with each non-blank content between two unique marks."""
     return [
-        with_content(message, f"{_mark(2 * index)}{text.strip() if strip else text}"
-                              f"{_mark(2 * index + 1)}")
+        with_content(message, f"{mark(2 * index)}{text.strip() if strip else text}"
+                              f"{mark(2 * index + 1)}")
         if (text := content_text(message)).strip()
         else message
         for index, message in enumerate(messages)
@@ -287,7 +289,7 @@ def seen(text: str) -> set[int]:
 
 def ends_seen(text: str) -> set[int]:
     """The marks in ``text``: ``2 * i`` and ``2 * i + 1`` surround the content of message ``i``."""
-    return {int(found.group(1)) for found in _MARK.finditer(text)}
+    return {int(found.group(1)) for found in MARK.finditer(text)}
 
 
 def place_contents(
@@ -301,7 +303,7 @@ def place_contents(
     that is not completely there. Returns None if the spans cannot be determined."""
     for strip in (False, True):
         rendered = template.render(marked(messages, strip), tools, generation_prompt).text
-        if _MARK.sub("", rendered) == text:
+        if MARK.sub("", rendered) == text:
             return _places(rendered, len(messages))
     return _in_order(text, messages)
 
@@ -309,7 +311,7 @@ def place_contents(
 def _places(rendered: str, count: int) -> list[Span | None]:
     ends: dict[int, int] = {}
     removed = 0
-    for found in _MARK.finditer(rendered):
+    for found in MARK.finditer(rendered):
         ends.setdefault(int(found.group(1)), found.start() - removed)
         removed += len(found.group())
     return [
@@ -334,5 +336,6 @@ def _in_order(text: str, messages: Sequence[Message]) -> list[Span | None] | Non
     return places
 
 
-def _mark(number: int) -> str:
+def mark(number: int) -> str:
+    """A mark, which ``MARK`` matches; no chat contains one."""
     return f"{_OPEN}{number}{_CLOSE}"
