@@ -139,20 +139,14 @@ def base_model(
     lacks or has in another shape. ``dtype`` None is that of the checkpoint. Raises AdapterError if
     an adapter does not supply such a weight."""
     from lorakit.adapters.peft.place import find_places
+    from lorakit.models.dequantized import from_pretrained
     from lorakit.models.load import check_shapes
 
     name = section.name_or_path
     model: PreTrainedModel
     with explained(name), quiet():
-        model, info = _auto(adapters[0]).from_pretrained(
-            name,
-            config=config,
-            dtype=getattr(torch, dtype) if dtype else "auto",
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **hub_options(section),
-        )
+        options = {"dtype": getattr(torch, dtype) if dtype else "auto", **hub_options(section)}
+        model, info = from_pretrained(_auto(adapters[0]), name, config, options)
     for files in adapters:
         places = find_places(model, files)
         mismatched = [key for key in info["mismatched_keys"] if key[0] not in places.fully_trained]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lorakit.adapters.base_model import base_section, other_base_note
 from lorakit.adapters.merge.checkpoint import Checkpoint, local_directory, read_config
+from lorakit.adapters.merge.quantized import open_checkpoint
 from lorakit.adapters.merge.run import resolve_base
 from lorakit.adapters.merge.updates import LowRankUpdate, ResolvedBase, Update, Weighted
 from lorakit.adapters.peft.method import Say
@@ -28,8 +29,9 @@ def visit_base(
     """
     section = base_section(base, files, trust_remote_code)
     directory = local_directory(section)
-    with Checkpoint(directory) as checkpoint:
-        resolved = resolve_base(section, read_config(directory), checkpoint, [Weighted(files)])
+    settings = read_config(directory)
+    with open_checkpoint(directory, settings) as checkpoint:
+        resolved = resolve_base(section, settings, checkpoint, [Weighted(files)])
         for stored, names in _stored_names(resolved).items():
             _check_float(checkpoint, stored)
             W = checkpoint.read(stored)

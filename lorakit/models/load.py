@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import (
 
 from lorakit.data.examples import Problem
 from lorakit.errors import ModelError, UserError
+from lorakit.models.dequantized import dequantization_notes, from_pretrained
 from lorakit.models.heads import (
     classifies_texts_only,
     declares_head,
@@ -95,6 +96,7 @@ def load_pretrained(
     if section.attn_implementation != "auto":
         options["attn_implementation"] = section.attn_implementation
     tokenizer, notes = load_tokenizer(name, hub)
+    notes += dequantization_notes(section, config)
     if kind == "causal":
         model, info = _from_pretrained(AutoModelForCausalLM, name, config, options, seed)
         check_shapes(info["mismatched_keys"], name)
@@ -192,10 +194,7 @@ def _from_pretrained(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     torch.manual_seed(seed)
     with explained(name), _explained_attention(name, options), quiet():
-        model, info = loader.from_pretrained(
-            name, config=config, output_loading_info=True,
-            use_safetensors=True, ignore_mismatched_sizes=True, **options,
-        )  # fmt: skip
+        model, info = from_pretrained(loader, name, config, options)
     return model, {**info, "missing_keys": {*info["missing_keys"]}}
 
 

@@ -37,6 +37,10 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+#: In place of a code, for a quantized matrix.
+QUANTIZED = "quantized"
+#: Read as parts of quantized matrices only.
+_FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 #: The same limit as in the safetensors library.
 _MAX_HEADER = 100_000_000
@@ -45,7 +49,9 @@ _MAX_HEADER = 100_000_000
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor whose bytes begin at ``start`` in ``file``. ``code`` is its dtype's code in
-    safetensors files, possibly of a dtype that lorakit can only copy."""
+    safetensors files, possibly of a dtype that lorakit can only copy.
+    The values of a quantized matrix, which are computed from several tensors, are float32; only
+    ``Checkpoint.read`` returns them."""
 
     file: Path
     shape: tuple[int, ...]
@@ -54,8 +60,12 @@ class StoredTensor:
     size_bytes: int
 
     @property
+    def is_quantized(self) -> bool:
+        return self.code == QUANTIZED
+
+    @property
     def dtype(self) -> torch.dtype | None:
-        return DTYPES.get(self.code)
+        return torch.float32 if self.is_quantized else DTYPES.get(self.code)
 
     @property
     def parameters(self) -> int:
@@ -129,9 +139,14 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """Read a tensor into new memory."""
-        stored = self.tensors[name]
-        assert stored.dtype is not None, name
-        value = torch.empty(stored.shape, dtype=stored.dtype)
+        return self.read_bytes(self.tensors[name])
+
+    def read_bytes(self, stored: StoredTensor) -> Tensor:
+        """Read the bytes of ``stored`` as its dtype."""
+        dtype = stored.dtype or _FLOAT8.get(stored.code)
+        if dtype is None:
+            raise ModelError(f"base: {stored.file}: a tensor of dtype {stored.code} cannot be read")
+        value = torch.empty(stored.shape, dtype=dtype)
         if value.numel():
             read_into(self.descriptor(stored.file), memory_of(value.view(-1)), stored.start)
         return value

@@ -21,6 +21,7 @@ from lorakit.adapters.merge.checkpoint import (
     memory_of,
 )
 from lorakit.adapters.merge.plan import MergePlan
+from lorakit.adapters.merge.quantized import QUANTIZATION_FILES, drop_quantization
 from lorakit.adapters.merge.tokenizer import Tokenizer
 from lorakit.adapters.merge.updates import ResolvedBase
 from lorakit.errors import AdapterError, shown
@@ -213,6 +214,7 @@ def write_config(
     if base.architecture is not None:
         settings["architectures"] = [base.architecture]
     settings |= base.settings
+    drop_quantization(settings)
     if "num_labels" in settings and "id2label" in base.settings:
         settings["num_labels"] = len(settings["id2label"])
     if base.vocab_size is not None:
@@ -318,6 +320,8 @@ def _reason(path: Path, name: str, components: tuple[str, ...]) -> str | None:
         return "training state"
     if lower.endswith((*_WEIGHTS, *(f"{end}.index.json" for end in _WEIGHTS))):
         return _weights_reason(name, lower)
+    if lower in QUANTIZATION_FILES:
+        return "settings of the base's quantization"
     if re.search(r"(?:^|/)adapter_config\.json$", lower):
         return "adapter configuration, which transformers would load"
     if path.stat().st_size > _LARGEST:

@@ -28,6 +28,7 @@ from lorakit.adapters.merge.output import (
     write_config,
 )
 from lorakit.adapters.merge.plan import MergePlan, plan_merge
+from lorakit.adapters.merge.quantized import dequantization_note, open_checkpoint
 from lorakit.adapters.merge.stream import OnProgress, write_tensors
 from lorakit.adapters.merge.tokenizer import Tokenizer, choose_tokenizer
 from lorakit.adapters.merge.updates import ResolvedBase, Weighted, read_weighted
@@ -118,7 +119,10 @@ def merge(
     max_shard_bytes = parse_size(max_shard_size)
     output_dtype = dtype_name(dtype, "dtype")
     directory, settings = _base_directory(section, out)
-    with Checkpoint(directory) as checkpoint:
+    with open_checkpoint(directory, settings) as checkpoint:
+        if (dequantized := dequantization_note(checkpoint, output_dtype)) is not None:
+            output_dtype = output_dtype or "bfloat16"
+            say(dequantized)
         resolved = resolve_base(section, settings, checkpoint, to_add)
         rows = resolved.vocab_size or _vocabulary_size(settings)
         tokenizer = _tokenizer(directory, adapters[0].files, rows)
@@ -146,7 +150,6 @@ def _base_directory(section: ModelSection, out: Path) -> tuple[Path, dict[str, A
     directory = local_directory(section)
     _check_outside(out, "base", directory)
     settings = read_config(directory)
-    _check_not_quantized(settings, section.name_or_path)
     return directory, settings
 
 
@@ -256,15 +259,6 @@ def _vocabulary_size(settings: Mapping[str, Any]) -> int | None:
     parts = (settings, settings.get("text_config"))
     sizes = [part.get("vocab_size") for part in parts if isinstance(part, Mapping)]
     return next((size for size in sizes if isinstance(size, int)), None)
-
-
-def _check_not_quantized(settings: Mapping[str, Any], base: str) -> None:
-    parts = [settings, *(part for part in settings.values() if isinstance(part, Mapping))]
-    if any(part.get("quantization_config") for part in parts):
-        raise AdapterError(
-            f"base {base}: cannot merge into quantized weights, whose rounding would undo the "
-            "adapter; hint: merge into the original weights"
-        )
 
 
 def _check_disk(out: Path, size_bytes: int) -> None:

@@ -2,7 +2,7 @@
 
 Each changed tensor is read, summed in float32, rounded, checked and written in chunks of rows; the
 others are copied from file to file. All cores work in parallel, with a few chunks each in memory,
-or one whole matrix at a time for a method that needs it.
+or one whole matrix at a time for methods and quantized bases that need it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -80,6 +81,8 @@ def _jobs(plan: MergePlan, checkpoint: Checkpoint, output: OutputFiles) -> Itera
         if task.is_copy:
             assert task.source is not None
             yield from _copy_jobs(task.name, task.source, checkpoint, output)
+        elif task.given is None and task.source is not None and task.source.is_quantized:
+            yield partial(_whole_job, task, checkpoint, output, one_matrix)
         elif task.updates and (products := low_rank(task.updates)) is not None:
             yield from _row_jobs(task, products, checkpoint, output)
         elif task.updates:
@@ -151,9 +154,8 @@ def _method_jobs(
 ) -> Iterator[Job]:
     """Merge other methods: in chunks of rows if they can, else as a whole matrix."""
     rows, columns = math.prod(task.output.shape[:-1]), task.output.shape[-1]
-    probe = merged_rows(task.updates, torch.zeros(1, columns), 0)
-    if probe is None:
-        yield lambda buffers: _whole_job(task, checkpoint, output, buffers, one_matrix)
+    if merged_rows(task.updates, torch.zeros(1, columns), 0) is None:
+        yield partial(_whole_job, task, checkpoint, output, one_matrix)
         return
     for first, count in _chunks(rows, columns):
 
@@ -170,8 +172,8 @@ def _whole_job(
     task: Task,
     checkpoint: Checkpoint,
     output: OutputFiles,
-    buffers: Buffers,
     one_matrix: threading.Lock,
+    buffers: Buffers,
 ) -> int:
     with one_matrix:
         if task.given is not None:

@@ -165,6 +165,8 @@ def merged_rows(updates: Sequence[Update], weight: Tensor, start: int) -> Tensor
 def merged_sum(updates: Sequence[Update], weight: Tensor) -> Tensor:
     """Return W + sum of w_i * delta_i in float32. delta_i is the merged W minus W: the whole change
     of W for methods that do more than add (DoRA)."""
+    if not updates:
+        return weight
     [first, *more] = updates
     if isinstance(first, LayerUpdate) and first.weight == 1 and not more:
         return first.layer.fold(weight)
