@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from lorakit import registry
 from lorakit.adapters.base_model import other_base_note
@@ -32,6 +33,7 @@ from lorakit.methods.adalora import AdaLoraConfig, scaling_of
 from lorakit.methods.adalora_layer import AdaLoraLayer
 from lorakit.methods.base import Method
 from lorakit.methods.lora import LoraConfig
+from lorakit.models.hub import load_tokenizer
 from lorakit.models.master_weights import set_value
 from lorakit.models.token_rows import token_rows
 from lorakit.parameters import AdaptedParameters, Replacement
@@ -306,6 +308,24 @@ def _copy_rows(model: nn.Module, rows: Mapping[str, StoredRows], config: Adapter
                 "here; allowed: the tokens of that adapter, in the same order, and others after"
             )
         layers[name].values[[trained.index(index) for index in stored.indices]] = stored.values
+
+
+def check_tokens(start: StartingAdapter, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError if an id whose row the adapter trained is that of another token here."""
+    file, config = start.directory / "tokenizer.json", start.config
+    rows = start.fitted.places.rows.values()
+    trained = {index for stored in rows for index in stored.indices}
+    if not trained or not file.is_file():
+        return
+    own, _ = load_tokenizer(str(start.directory), {})
+    for index in sorted(trained):
+        theirs, here = (t.convert_ids_to_tokens(index) for t in (own, tokenizer))
+        if theirs != here:
+            raise UserError(
+                f"model.add_tokens: id {index} is {shown(here)}, but {shown(theirs)} in "
+                f"{config.init_from}; allowed: the tokens of that adapter, in the same order, and "
+                "others after"
+            )
 
 
 def _check_untied(

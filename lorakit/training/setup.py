@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit import registry
-from lorakit.adapters.start import load_values, read_start
+from lorakit.adapters.start import check_tokens, load_values, read_start
 from lorakit.data.encode import EncodedSplit
 from lorakit.data.sources import Split
 from lorakit.errors import UserError, shown
@@ -123,6 +123,7 @@ def adapt(recipe: Recipe, inputs: Inputs, say: Say, resumes: bool = False) -> Pr
         report = train_tokens(model, loaded.trained_tokens, adapter, report)
     if start is not None:
         load_values(model, start, report.modules_to_save)
+        check_tokens(start, loaded.tokenizer)
     for line in str(report).splitlines():
         say(line)
     described = {inputs.split.name: _describe_split(inputs.split, encoded.train)}

@@ -11,7 +11,12 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaForCausalLM,
+)
 
 import lorakit
 from lorakit.errors import UserError
@@ -176,3 +181,42 @@ def test_what_does_not_go_with_new_tokens(
     with pytest.raises(UserError, match=said):
         prepare(recipe, say=lambda text: None)
     assert json.loads(file.read_text())["model"]["chat_template"] == "chatml"
+
+
+def test_a_run_starts_from_the_rows_of_an_adapter(base: Path, tmp_path: Path) -> None:
+    train(chat_recipe(tmp_path, base))
+    first = tmp_path / "run" / "adapter"
+
+    def start(*tokens: str) -> Any:
+        chat_recipe(tmp_path / "next", base, model__add_tokens=list(tokens))
+        keys = {"adapter": {"init_from": str(first)}}
+        recipe = lorakit.load_recipe(tmp_path / "next" / "recipe.yaml", keys)
+        return prepare(recipe, say=lambda text: None).model
+
+    before = token_rows(lorakit.load(base, first))
+    for name, layer in token_rows(start("<a>", "<b>", "<c>")).items():
+        assert torch.equal(layer.values[:4], before[name].values)
+    with pytest.raises(
+        UserError, match=r'model.add_tokens: id 260 is "<b>", but "<a>" in .*allowed'
+    ):
+        start("<b>", "<a>")
+    with pytest.raises(UserError, match=r"trained rows of .* that are not trained here; allowed"):
+        start("<a>")
+
+
+def test_a_classifier(tiny_bert: Path, tmp_path: Path) -> None:
+    rows = [{"sentence": f"<É> {WORDS[i % 9]}", "label": i % 2} for i in range(16)]
+    for split in ("train", "validation"):
+        write_rows(tmp_path / "data" / f"{split}.jsonl", rows)
+    file = write_recipe_file(tmp_path, tiny_bert, "glue/sst2", model__add_tokens="<É>")
+    train(lorakit.load_recipe(file))
+    adapter = tmp_path / "run" / "adapter"
+    tokens = AutoTokenizer.from_pretrained(adapter)("<É> red", return_tensors="pt").input_ids
+    assert 260 in tokens
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_bert)
+    model.resize_token_embeddings(261)
+    expected = logits(PeftModel.from_pretrained(model, str(adapter)).eval(), tokens)
+    torch.testing.assert_close(logits(lorakit.load(None, adapter), tokens), expected)
+    lorakit.merge(None, adapter, tmp_path / "merged", say=lambda note: None)
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged, tokens), expected)
