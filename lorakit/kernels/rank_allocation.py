@@ -49,13 +49,13 @@ def update_importance(
 @torch.no_grad()
 def triplet_scores(importance: Sequence[Tensor], dim: int) -> Tensor:
     """(matrices, r): the mean importance of each factor along ``dim``: 1 for A (r, in) and E
-    (r, 1), 0 for B (out, r)."""
+    (r, 1), 0 for B (out, r). A factor may be a stack of those of several matrices."""
     rows: list[Tensor | None] = [None] * len(importance)
     for group in by_shape(importance):
-        means = torch.stack([importance[i] for i in group]).mean(dim=dim + 1)
+        means = torch.stack([importance[i] for i in group]).mean(dim=dim - 2)
         for index, row in zip(group, means.unbind(0), strict=True):
-            rows[index] = row
-    return torch.stack([row for row in rows if row is not None])
+            rows[index] = row.reshape(-1, row.shape[-1])
+    return torch.cat([row for row in rows if row is not None])
 
 
 @torch.no_grad()
@@ -70,8 +70,8 @@ def keep_top(scores: Tensor, budget: int) -> Tensor:
 def orthogonality(
     factors: Sequence[Tensor], columns: bool, mean_norm: bool, weight: float = 1.0
 ) -> tuple[Tensor, list[Tensor]]:
-    """A measure of how far the factors are from having orthonormal rows (or ``columns``), and its
-    gradients, all multiplied by ``weight``.
+    """A measure of how far the factors (matrices, or stacks of them) are from having orthonormal
+    rows (or ``columns``), and its gradients, all multiplied by ``weight``.
 
     With G = F F^T - I (or F^T F - I), it is sum ||G||_F^2, whose gradient is 4 G F (or 4 F G). With
     ``mean_norm`` it is sum ||G||_F, with gradient 2 G F / ||G||_F, as in the public
@@ -84,10 +84,10 @@ def orthogonality(
         gram = rows @ rows.mT
         gram.diagonal(dim1=-2, dim2=-1).sub_(1)
         if mean_norm:
-            norms = gram.flatten(1).norm(dim=1)
+            norms = gram.flatten(-2).norm(dim=-1)
             total = total + norms.sum()
             factor = (2 * weight) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
-            gram = gram * factor[:, None, None]
+            gram = gram * factor[..., None, None]
         else:
             total = total + gram.square().sum()
             gram = gram * (4 * weight)

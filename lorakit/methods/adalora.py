@@ -10,6 +10,7 @@ and Q continue to train, so a pruned triplet can return. The names are those of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -88,7 +89,7 @@ class AdaLora(Lora):
     name = "adalora"
     summary = "W + P Lambda Q; the rank of each matrix is chosen while training (Zhang et al. 2023)"
     Config: ClassVar[type[AdapterSection]] = AdaLoraConfig
-    kinds = frozenset({"linear", "conv1d", "slice"})
+    kinds = frozenset({"linear", "conv1d", "slice", "parameter"})
     peft_type = "ADALORA"
 
     def check(self, config: Any, targets: Collection[str]) -> None:
@@ -100,6 +101,7 @@ class AdaLora(Lora):
         return AdaLoraLayer
 
     def wrap(self, module: nn.Module, config: Any, name: str) -> AdapterLayer:
+        self.check_parameter(module, config, name)
         r = config.init_r
         layer = self.layer_class()(
             module,
@@ -126,7 +128,8 @@ class AdaLora(Lora):
         from lorakit.methods.adalora_layer import AdaLoraLayer, Allocation, Budget
 
         tinit, tfinal = (resolve_steps(s, total_steps) for s in (config.tinit, config.tfinal))
-        start, end = config.init_r * len(layers), config.target_r * len(layers)
+        matrices = sum(math.prod(layer.stack) for layer in layers.values())
+        start, end = config.init_r * matrices, config.target_r * matrices
         return Allocation(
             {name: layer for name, layer in layers.items() if isinstance(layer, AdaLoraLayer)},
             Budget(start, end, tinit, tfinal, total_steps, config.deltaT),

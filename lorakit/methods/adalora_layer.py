@@ -29,6 +29,7 @@ class AdaLoraLayer(LoraLayer):
 
     P (out, r) is ``lora_B``, Lambda (r, 1) ``lora_E``, Q (r, in) ``lora_A``. ``kept`` (r,) says
     which triplets have not been pruned; ``schedule`` is (tinit, tfinal, total_steps) of the run.
+    All have the number of matrices as first dimension for a stack, where each has its own rank.
     """
 
     kept: Tensor
@@ -37,8 +38,8 @@ class AdaLoraLayer(LoraLayer):
         self, base_layer: nn.Module, *, r: int, scaling: float, dropout: float = 0.0
     ) -> None:
         super().__init__(base_layer, r=r, scaling=scaling, dropout=dropout)
-        self.lora_E = self.new_parameter(r, 1)
-        kept = torch.ones(r, dtype=torch.bool, device=self.device)
+        self.lora_E = self.new_parameter(*self.stack, r, 1)
+        kept = torch.ones(*self.stack, r, dtype=torch.bool, device=self.device)
         self.register_buffer("kept", kept, persistent=False)
         self.schedule: tuple[int, int, int] | None = None
 
@@ -60,15 +61,27 @@ class AdaLoraLayer(LoraLayer):
 
     @property
     def saved_rank(self) -> int:
-        return len(self.kept_rows())
+        return max(1, int(self.kept.sum(dim=-1).max()))
 
     def as_lora(self) -> LoraLayer:
-        """A LoRA of the kept triplets: A' = Lambda Q, B' = P, the same scaling."""
+        """A LoRA of the kept triplets: A' = Lambda Q, B' = P, the same scaling. In a stack, all
+        matrices get the highest rank, with zeros for what others have pruned."""
+        if self.stack:
+            return self._stack_as_lora()
         rows = self.kept_rows()
         folded = LoraLayer(self.base_layer, r=len(rows), scaling=self.scaling)
         A = (self.lora_A * self.lora_E).detach()[rows]
         folded.set_factors(A, self.lora_B.detach()[:, rows])
         folded.lora_dropout = self.lora_dropout
+        return folded
+
+    def _stack_as_lora(self) -> LoraLayer:
+        r = self.saved_rank
+        folded = LoraLayer(self.base_layer, r=r, scaling=self.scaling)
+        rows = self.kept.int().sort(dim=-1, descending=True, stable=True).indices[..., :r, None]
+        A = (self.lora_A * self.lora_E * self.kept[..., None]).detach()
+        B = self.lora_B.detach()
+        folded.set_factors(A.take_along_dim(rows, -2), B.take_along_dim(rows.mT, -1))
         return folded
 
     @classmethod
@@ -133,11 +146,12 @@ class Allocation(RunHooks):
         orth_reg_weight: float,
         orth_reg_form: Literal["squared", "mean_norm"],
     ) -> None:
-        self._names = list(layers)
+        self._layers = dict(layers)
+        matrices = sum(layer.kept[..., 0].numel() for layer in layers.values())
         self.budget = budget
         self._betas = beta1, beta2
         self._mean_norm = orth_reg_form == "mean_norm"
-        self._gamma = orth_reg_weight / (2 * len(layers) if self._mean_norm else 1)
+        self._gamma = orth_reg_weight / (2 * matrices if self._mean_norm else 1)
         self._factors = {f: [getattr(x, f) for x in layers.values()] for f in _ACROSS}
         weights: list[Any] = [w for factors in self._factors.values() for w in factors]
         self._weights = weights
@@ -148,9 +162,9 @@ class Allocation(RunHooks):
             [part.view_as(w) for part, w in zip(row.split(sizes), weights, strict=True)]
             for row in self._rows
         )
-        self._kept = torch.stack([layer.kept for layer in layers.values()])
-        for layer, kept in zip(layers.values(), self._kept.unbind(0), strict=True):
-            layer.kept = kept
+        self._kept = torch.cat([x.kept.view(-1, x.kept.shape[-1]) for x in layers.values()])
+        for layer, kept in zip(layers.values(), self._by_layer(self._kept), strict=True):
+            layer.kept = kept.view_as(layer.kept)
             layer.schedule = (budget.tinit, budget.tfinal, budget.total_steps)
 
     def before_step(self, scale: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -174,8 +188,14 @@ class Allocation(RunHooks):
             self._allocate(self.budget.at(step))
         if self.budget.allocates(step) or step > self.budget.final_step:
             with torch.no_grad():
-                mask = self._kept.unsqueeze(-1).float().unbind(0)
-                torch._foreach_mul_(self._factors["lora_E"], list(mask))
+                mask = self._by_layer(self._kept.unsqueeze(-1).float())
+                values = self._factors["lora_E"]
+                own = [m.view_as(E) for m, E in zip(mask, values, strict=True)]
+                torch._foreach_mul_(values, own)
+
+    def _by_layer(self, value: Tensor) -> list[Tensor]:
+        """``value`` (matrices, ...), split into the matrices of each layer."""
+        return list(value.split([x.kept[..., 0].numel() for x in self._layers.values()]))
 
     def _update(self, scaled: bool) -> None:
         with torch.no_grad():
@@ -195,7 +215,7 @@ class Allocation(RunHooks):
         sizes = [weight.numel() for weight in self._weights]
         rows = (self._rows[0] * self._rows[1]).split(sizes)
         importance = [row.view_as(w) for row, w in zip(rows, self._weights, strict=True)]
-        count = len(self._names)
+        count = len(self._layers)
         total = None
         for index, dim in enumerate(_ACROSS.values()):
             own = triplet_scores(importance[index * count : (index + 1) * count], dim)
@@ -210,10 +230,16 @@ class Allocation(RunHooks):
         return {"budget": self.budget.at(step)}
 
     def ranks(self) -> dict[str, int]:
-        return dict(zip(self._names, self._kept.sum(dim=1).tolist(), strict=True))
+        """The rank of each matrix; those of a stack are ``NAME[0]``, ``NAME[1]``, and so on."""
+        names = [
+            f"{name}[{index}]" if layer.stack else name
+            for name, layer in self._layers.items()
+            for index in range(layer.kept[..., 0].numel())
+        ]
+        return dict(zip(names, self._kept.sum(dim=1).tolist(), strict=True))
 
     def state(self) -> dict[str, Tensor]:
-        names = [f"{name}.{factor}" for factor in _ACROSS for name in self._names]
+        names = [f"{name}.{factor}" for factor in _ACROSS for name in self._layers]
         averages = zip(names, self._averages, strict=True)
         uncertainties = zip(names, self._uncertainties, strict=True)
         return {

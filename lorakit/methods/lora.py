@@ -80,10 +80,7 @@ class Lora(Method):
 
     def wrap(self, module: nn.Module, config: Any, name: str) -> AdapterLayer:
         """Raises TargetError for a parameter with dropout or an init that it does not support."""
-        from lorakit.base_weight import ParameterView
-
-        if isinstance(module, ParameterView):
-            self._check_parameter(config, name)
+        self.check_parameter(module, config, name)
         layer = self.layer_class()(
             module,
             r=config.rank_of(name),
@@ -93,15 +90,21 @@ class Lora(Method):
         layer.reset_parameters(config.init, name)
         return layer
 
-    def _check_parameter(self, config: Any, name: str) -> None:
-        """Raise TargetError for what is not defined for single parameters, such as stacked
-        experts."""
+    def check_parameter(self, module: nn.Module, config: Any, name: str) -> None:
+        """Raise TargetError if ``module`` is a parameter, such as stacked experts, for which the
+        method or ``config`` is not defined."""
+        from lorakit.base_weight import ParameterView
+        from lorakit.methods.adalora_layer import AdaLoraLayer
+        from lorakit.methods.lora_layer import LoraLayer
+
         key, value, allowed = "", "", ""
-        if type(self).layer_class is not Lora.layer_class:
+        if not isinstance(module, ParameterView):
+            return
+        if self.layer_class() not in (LoraLayer, AdaLoraLayer):
             key, value, allowed = "method", self.name, "lora, lora_plus, adalora"
         elif config.lora_dropout:
             key, value, allowed = "lora_dropout", config.lora_dropout, "0, as in PEFT"
-        elif config.init not in ("default", "b_gaussian"):
+        elif getattr(config, "init", "default") not in ("default", "b_gaussian"):
             key, value, allowed = "init", config.init, "default, b_gaussian"
         if key:
             raise TargetError(

@@ -85,10 +85,14 @@ class RunRecord:
         self.best_step = progress.best_step or None
 
     def set_ranks(self, ranks: Mapping[str, int]) -> None:
-        """Record the ranks that the method chose for the adapted matrices, by name."""
+        """Record the ranks that the method chose for the adapted matrices, by name. Stacked ones
+        have the highest of their ranks as ``r``."""
         self.ranks = rank_list(ranks)
+        highest: dict[str, int] = {}
+        for name, rank in ranks.items():
+            highest[_of_stack(name)] = max(rank, highest.get(_of_stack(name), 0))
         for module in self.adapted_modules:
-            module["r"] = ranks[module["name"]]
+            module["r"] = highest[module["name"]]
 
     @contextmanager
     def saved_to(self, path: Path) -> Iterator[None]:
@@ -201,10 +205,14 @@ def rank_list(ranks: Mapping[str, int]) -> list[dict[str, Any]]:
 
 
 def rank_table(ranks: Mapping[str, int]) -> str:
-    """Format a table with a row per layer and a column per matrix, ``.`` for none, and totals."""
+    """Format a table with a row per layer and a column per matrix, ``.`` for none, and totals.
+    Stacked matrices (``NAME[0]``, ``NAME[1]``) are added up."""
     rows = sorted({_layer(name) for name in ranks}, key=lambda layer: (layer is None, layer or 0))
     columns = list(dict.fromkeys(map(_matrix, ranks)))
-    cells = {(_layer(name), _matrix(name)): rank for name, rank in ranks.items()}
+    cells: dict[tuple[int | None, str], int] = {}
+    for name, rank in ranks.items():
+        place = _layer(name), _matrix(name)
+        cells[place] = cells.get(place, 0) + rank
     total = {column: sum(r for (_, c), r in cells.items() if c == column) for column in columns}
     lines = [["layer", *columns, "total"]]
     for row in rows:
@@ -227,5 +235,10 @@ def _layer(name: str) -> int | None:
 
 def _matrix(name: str) -> str:
     """At most the last two parts of the name after the layer's number."""
-    inside = re.split(r"(?:^|\.)\d+\.", name, maxsplit=1)[-1]
+    inside = re.split(r"(?:^|\.)\d+\.", _of_stack(name), maxsplit=1)[-1]
     return ".".join(inside.split(".")[-2:])
+
+
+def _of_stack(name: str) -> str:
+    """The name of the stack that the matrix ``NAME[3]`` is in; any other name itself."""
+    return re.sub(r"\[\d+\]$", "", name)

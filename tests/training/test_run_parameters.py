@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -128,6 +129,32 @@ def test_lora_plus_has_its_rates_on_experts(moe: Path, tmp_path: Path) -> None:
     lines = log_lines(run.output_dir)
     assert lines[0]["learning_rate_B"] == pytest.approx(4 * lines[0]["learning_rate"])
     assert run_json(run.output_dir)["adapted_modules"][0]["shape"] == [16, 24]
+
+
+def test_adalora_gives_each_expert_its_rank(moe: Path, tmp_path: Path) -> None:
+    """Saved as LoRA, in PEFT's form. 2 layers of 4 experts, and q: 18 matrices."""
+    adapter = {
+        "method": "adalora", "target_modules": ["q", "experts"], "init_r": 4, "target_r": 2,
+        "tinit": 1, "tfinal": 2, "deltaT": 1,
+    }  # fmt: skip
+    recipe = recipe_of(tmp_path, moe, adapter, train__epochs=None, train__max_steps=8)
+    said: list[str] = []
+    run = train(recipe, say=said.append)
+    ranks = {entry["module"]: entry["rank"] for entry in run_json(run.output_dir)["ranks"]}
+    assert len(ranks) == 18 and sum(ranks.values()) == 36 and len(set(ranks.values())) > 2
+    own = [ranks[f"model.layers.0.mlp.experts.down_proj[{expert}]"] for expert in range(4)]
+    modules = {m["name"]: m["r"] for m in run_json(run.output_dir)["adapted_modules"]}
+    assert modules["model.layers.0.mlp.experts.down_proj"] == max(own)
+    [table] = [text for text in said if "experts.down_proj" in text and "total" in text]
+    assert f" {sum(own)} " in table.splitlines()[1]
+    model = lorakit.load(moe, run.adapter_dir)
+    base = AutoModelForCausalLM.from_pretrained(moe).eval()
+    theirs = PeftModel.from_pretrained(base, str(run.adapter_dir)).eval()
+    with torch.no_grad():
+        found = model(token_ids()).logits
+        torch.testing.assert_close(theirs(token_ids()).logits, found, atol=1e-5, rtol=0)
+    metrics = lorakit.evaluate(recipe, adapter=run.adapter_dir)
+    assert metrics["loss"] == pytest.approx(run.metrics["loss"], abs=1e-5)
 
 
 def test_what_is_not_supported_is_refused(trained: Recipe, moe: Path, tmp_path: Path) -> None:

@@ -55,9 +55,12 @@ def to_peft(
     low_rank = {name: layer for name, layer in layers.items() if isinstance(layer, LoraLayer)}
     if isinstance(method, AdaLora):
         triplets = {n: layer for n, layer in layers.items() if isinstance(layer, AdaLoraLayer)}
-        if len(triplets) == len(layers):
+        if len(triplets) == len(layers) and not any(
+            x.kind == "parameter" for x in triplets.values()
+        ):
             return _adalora_settings(triplets, config), _adalora_tensors(triplets)
-        # PEFT's AdaLoRA cannot adapt slices of a fused projection: Lambda is folded into A.
+        # PEFT's AdaLoRA cannot adapt slices of a fused projection and parameters, such as stacked
+        # experts: Lambda is folded into A.
         return _folded_adalora(low_rank, config)
     return _lora_settings(low_rank, config), _lora_tensors(low_rank)
 

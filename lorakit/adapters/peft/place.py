@@ -210,7 +210,7 @@ def _check_complete(model: nn.Module, places: Placement, fully_trained: Iterable
         stacked = any(_SINGLE_EXPERT.search(name) for name in places.unknown) and any(
             name.endswith(".experts") for name in modules
         )
-        reason = " (its experts are stacked; single experts cannot be adapted)" if stacked else ""
+        reason = " (its experts are stacked; allowed for them: LoRA)" if stacked else ""
         problems.append(f"the model has no module for {listed(places.unknown, most=8)}{reason}")
     if missing:
         problems.append(f"the adapter lacks {listed(missing, most=8)}")
