@@ -82,10 +82,14 @@ class EncoderBatch(Batch):
     attention_mask: Tensor | None = None
     token_type_ids: Tensor | None = None
     words: int | None = None
+    weight: float | None = None
 
     @property
-    def loss_count(self) -> int:
-        """The number of rows or, with labels of words, of words."""
+    def loss_count(self) -> float:
+        """The sum of the weights of their classes (``weight``), or the number of rows or, with
+        labels of words, of words."""
+        if self.weight is not None:
+            return self.weight
         return len(self.labels) if self.words is None else self.words
 
     def model_inputs(self) -> dict[str, Tensor]:
@@ -157,6 +161,7 @@ def collate_encoder(rows: Sequence[EncodedRow], pad_id: int, multiple_of: int = 
         attention_mask=None if mask.all() else torch.from_numpy(mask),
         token_type_ids=torch.from_numpy(_pad(types, 0, multiple_of)) if types else None,
         words=None if rows[0].words is None else sum(row.trained_count for row in rows),
+        weight=None if rows[0].class_weights is None else sum(row.loss_count for row in rows),
     )
 
 

@@ -1,7 +1,6 @@
 """Encode every row of a split as token ids with a loss mask, at three to five bytes per token.
 
-The tokens of splits with many rows are memory-mapped from a file. The notes tell the user what
-tokenization truncated, skipped or ignored.
+The tokens of splits with many rows are memory-mapped from a file.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from lorakit.data.cache import (
     read_arrays,
     write_arrays,
 )
-from lorakit.data.chat import encode as chat
 from lorakit.data.examples import Example
 from lorakit.data.rows import Row, disk_errors, scratch_file
 from lorakit.data.shards import MANY_ROWS, Job, encode_shards
 from lorakit.data.sources import Split
-from lorakit.data.tokens import DOCUMENT_PARTS, SPLIT_DOCUMENTS, Counts
+from lorakit.data.tokens import Counts
+from lorakit.data.words import label_weight
 from lorakit.errors import DataError
 
 _ROWS_AT_ONCE = 10_000
@@ -51,6 +50,7 @@ class EncodedRow:
     label: Label | None = None
     loss_weights: NDArray[np.float32] | None = None
     words: NDArray[np.int32] | None = None
+    class_weights: NDArray[np.float64] | None = None
 
     @property
     def trained_count(self) -> int:
@@ -62,6 +62,8 @@ class EncodedRow:
     @property
     def loss_count(self) -> float:
         """The sum of the weights of the losses, by default their number."""
+        if self.class_weights is not None:
+            return label_weight(self.label, self.words, self.class_weights)
         if self.loss_weights is None:
             return self.trained_count
         return float(self.loss_weights[1:].sum(dtype=np.float64))
@@ -72,7 +74,8 @@ class EncodedSplit:
     """All rows of a split, concatenated: row i is tokens ``offsets[i]`` to ``offsets[i + 1]``. A
     chat or a document may become several rows; ``counts.rows`` counts the rows of the source.
     ``labels`` has one label per row for an encoder, ``words`` a word index or -1 per token for
-    labels of words. ``loss_weights`` is None if all losses weigh 1."""
+    labels of words. ``loss_weights`` is None if all losses weigh 1; ``class_weights`` are those of
+    an encoder with one label per row or word."""
 
     input_ids: TokenIds
     loss_mask: NDArray[np.bool_]
@@ -82,6 +85,7 @@ class EncodedSplit:
     counts: Counts
     loss_weights: NDArray[np.float32] | None = None
     words: NDArray[np.int32] | None = None
+    class_weights: NDArray[np.float64] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -92,7 +96,10 @@ class EncodedSplit:
         label = None if self.labels is None else self.labels[index]
         weights = None if self.loss_weights is None else self.loss_weights[part]
         words = None if self.words is None else self.words[part]
-        return EncodedRow(self.input_ids[part], self.loss_mask[part], types, label, weights, words)
+        return EncodedRow(
+            *(self.input_ids[part], self.loss_mask[part], types, label),
+            *(weights, words, self.class_weights),
+        )
 
     def class_ids(self) -> Iterator[int | float]:
         """The class indices of all rows of an encoder, or of their words, in order."""
@@ -124,6 +131,10 @@ class EncodedSplit:
     @cached_property
     def loss_counts(self) -> NDArray[np.int64] | NDArray[np.float64]:
         """The sum of the weights of each row's losses, by default their number."""
+        if self.class_weights is not None:
+            rows = range(len(self))
+            weights: NDArray[np.float64] = np.array([self[row].loss_count for row in rows])
+            return weights
         if self.loss_weights is None:
             return self.trained_counts
         sums: NDArray[np.float64] = self._summed(self.loss_weights, np.float64)
@@ -184,13 +195,6 @@ def encode_split(
         spent = time.monotonic() - began
         cache.say(f"{split.name}: {len(split):,} rows tokenized in {spent:.1f} s")
     return _from_arrays(*_read_back(split, shards, cache))
-
-
-def split_notes(encoded: EncodedSplit, split: Split, max_length: int) -> list[str]:
-    """Return notes for the user on how ``split`` was tokenized."""
-    skipped = skipped_note(encoded.counts, split.name, split.locate)
-    notes = encoding_notes(encoded.counts, split.name, len(encoded), max_length)
-    return [*([skipped] if skipped else []), *notes]
 
 
 def _check_not_all_bad(split: Split, shards: Sequence[Shard]) -> None:
@@ -263,109 +267,3 @@ def _last_trained(row: EncodedRow) -> list[int]:
     gaps = np.flatnonzero(np.diff(trained) > 1)
     first = trained[gaps[-1] + 1] if len(gaps) else trained[0]
     return [int(token) for token in row.input_ids[first : trained[-1] + 1]]
-
-
-# Notes
-
-
-def encoding_notes(counts: Counts, name: str, rows: int, max_length: int) -> list[str]:
-    """Return notes on the split ``name`` with ``rows`` rows of tokens: what was truncated to
-    ``max_length``, and what the chat template or tokenizer changed."""
-    cut = _truncation_note(counts, rows, name, max_length)
-    parts = _split_note(counts, name, max_length)
-    return [*filter(None, (cut, parts)), *chat_notes(counts, name)]
-
-
-def skipped_note(counts: Counts, name: str, locate: Callable[[int], str]) -> str | None:
-    """Describe the skipped rows, naming the first ones; None if there are none."""
-    if not counts.skipped_rows:
-        return None
-    named = "; ".join(f"{locate(index)}: {reason}" for index, reason in counts.skipped)
-    left = counts.skipped_rows - len(counts.skipped)
-    return (
-        f"{name}: {counts.skipped_rows:,} of {counts.rows:,} rows skipped (task.on_bad_row: skip): "
-        f"{named}{f'; and {left:,} more' if left else ''}"
-    )
-
-
-def _truncation_note(counts: Counts, rows: int, name: str, max_length: int) -> str | None:
-    if not counts.truncated_rows:
-        return None
-    text = (
-        f"{name}: {counts.truncated_rows:,} of {rows:,} rows truncated to {max_length} tokens; "
-        f"{lost_tokens(counts)} lost"
-    )
-    if counts.cut_completions:
-        text += f"; {counts.cut_completions:,} lost the end of the trained text, including EOS"
-    return text
-
-
-def lost_tokens(counts: Counts) -> str:
-    """Describe the number of tokens that truncation removed."""
-    share = counts.lost_tokens / (counts.tokens + counts.lost_tokens)
-    return f"{counts.lost_tokens:,} tokens ({share:.1%} of all)"
-
-
-def _split_note(counts: Counts, name: str, max_length: int) -> str | None:
-    if not counts.notes[SPLIT_DOCUMENTS]:
-        return None
-    return (
-        f"{name}: {counts.notes[SPLIT_DOCUMENTS]:,} of {counts.rows:,} documents are longer than "
-        f"{max_length} tokens and became {counts.notes[DOCUMENT_PARTS]:,} rows"
-    )
-
-
-def chat_notes(counts: Counts, name: str) -> list[str]:
-    """Describe what the chat template changed in the chats of a split."""
-    found = counts.notes
-    chats, turns = f"{found[chat.CHATS]:,} chats", f"{found[chat.TURNS]:,} trained turns"
-    texts = {
-        chat.DIFFERS: (
-            f"in {{:,}} of {chats} the chat template renders the messages before an answer "
-            "differently once the answer follows; training uses the prompt as generation renders it"
-        ),
-        chat.SPLIT: (
-            f"{{:,}} of {chats} became {found[chat.SPLIT_ROWS]:,} training rows, with each trained "
-            "turn in one of them: an earlier turn renders or tokenizes differently once a later "
-            "one follows"
-        ),
-        chat.STRADDLES: (
-            f"in {{:,}} of {turns} the tokenizer cannot separate prompt and answer; the token "
-            "across the boundary counts as part of the answer"
-        ),
-        chat.WITHOUT_REASONING: (
-            f"the reasoning of {{:,}} of {turns} is dropped: the generation prompt already closes "
-            "it"
-        ),
-        chat.SHORTENED: f"the chat template drops part of the content of {{:,}} of {turns}",
-        chat.UNMARKED: (
-            f"{{:,}} of {found[chat.TURNS]:,} assistant turns are not trained: the chat template "
-            "does not mark them with {{% generation %}}"
-        ),
-        chat.MARKED_LATE: (
-            f"in {{:,}} of {turns} the chat template's {{{{% generation %}}}} begins after the "
-            "generation prompt; the text between them is not trained, but must be generated"
-        ),
-        chat.MARKED_EARLY: (
-            f"in {{:,}} of {turns} the chat template's {{{{% generation %}}}} begins inside the "
-            "generation prompt; only what follows the prompt is trained"
-        ),
-    }
-    notes = [f"{name}: {text.format(found[key])}" for key, text in texts.items() if found[key]]
-    return [*notes, *_ignored(counts, name)]
-
-
-def _ignored(counts: Counts, name: str) -> list[str]:
-    ignored = {
-        key.removeprefix(chat.IGNORED): count
-        for key, count in counts.notes.items()
-        if key.startswith(chat.IGNORED)
-    }
-    tools = ignored.pop("tools", 0)
-    notes = []
-    if tools:
-        notes.append(f"{name}: the chat template ignores the tools of {tools:,} chats")
-    if ignored:
-        keys = ", ".join(f"{key!r} ({count:,})" for key, count in sorted(ignored.items()))
-        notes.append(f"{name}: the chat template ignores these keys of messages: {keys}")
-    return notes

@@ -11,6 +11,7 @@ from itertools import count, islice
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lorakit.data.encode import EncodedRow, check_largest_id
 from lorakit.data.examples import ChatExample, Example
@@ -62,6 +63,7 @@ class StreamEncoder:
     tokenizer: Any
     max_length: int
     embedding_rows: int
+    class_weights: NDArray[np.float64] | None = None
 
     def encode(
         self, rows: Sequence[LocatedRow], skip: OnBadRow | None = None
@@ -78,7 +80,7 @@ class StreamEncoder:
         encoded = [
             EncodedRow(
                 *(row.input_ids, row.loss_mask, row.token_type_ids, label),
-                *(row.loss_weights, row.words),
+                *(row.loss_weights, row.words, self.class_weights),
             )
             for row, label in zip(found.rows, labels, strict=True)
         ]

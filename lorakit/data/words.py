@@ -42,6 +42,14 @@ def token_labels(word_labels: NDArray[np.int64], words: NDArray[np.int32]) -> ND
     return np.where(words < 0, IGNORED_LABEL, word_labels[words])
 
 
+def label_weight(
+    label: Any, words: NDArray[np.int32] | None, class_weights: NDArray[np.float64]
+) -> float:
+    """The sum of the weights of the classes of a row, or of its words with a token."""
+    classes = label if words is None else label[words[words >= 0]]
+    return float(class_weights[classes].sum())
+
+
 def check_finds_words(example: object, tokenizer: Any) -> None:
     """Raise ModelError for words if the tokenizer cannot tell where its tokens are in the text."""
     if isinstance(example, WordsExample) and not tokenizer.is_fast:

@@ -8,7 +8,11 @@ from torch import Tensor
 
 
 def label_losses(
-    logits: Tensor, labels: Tensor, columns: Tensor | None = None, label_smoothing: float = 0.0
+    logits: Tensor,
+    labels: Tensor,
+    columns: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """The sum of the losses of a batch's rows.
 
@@ -22,22 +26,29 @@ def label_losses(
     - otherwise the cross entropy of the class index in ``labels`` (rows,).
 
     ``columns`` (classes,) are the outputs of the task's classes; None means all, in order.
+    ``weights`` (outputs,) are those of torch's losses: ``weight`` of the cross entropy, whose
+    divisor is then the sum of the weights of the labels, and ``pos_weight`` of the binary one.
     """
     if logits.ndim == 3:
         logits, labels = logits.flatten(0, 1), labels.flatten()
         if columns is not None:
             labels = torch.where(labels < 0, labels, columns[labels.clamp(min=0)])
         return F.cross_entropy(
-            logits, labels, reduction="sum", label_smoothing=label_smoothing, ignore_index=-100
-        )
+            logits, labels, weights, reduction="sum", label_smoothing=label_smoothing,
+            ignore_index=-100,
+        )  # fmt: skip
     if logits.shape[-1] == 1:
         return F.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum")
     if labels.ndim == 2:
         targets = labels.to(logits.dtype)
         if columns is not None:
             targets = logits.new_zeros(logits.shape).index_copy(1, columns, targets)
-        losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
+        losses = F.binary_cross_entropy_with_logits(
+            logits, targets, pos_weight=weights, reduction="sum"
+        )
         return losses / logits.shape[-1]
     if columns is not None:
         labels = columns[labels]
-    return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+    return F.cross_entropy(
+        logits, labels, weights, reduction="sum", label_smoothing=label_smoothing
+    )

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.data.cache import CACHED_ROWS, EncodedCache, encoding_key
-from lorakit.data.encode import EncodedSplit, check_token_ids, encode_split, split_notes
+from lorakit.data.encode import EncodedSplit, check_token_ids, encode_split
+from lorakit.data.notes import split_notes
 from lorakit.data.rows import Row
 from lorakit.data.sources import Split
 from lorakit.data.stream import SkippedRows, Stream
 from lorakit.data.stream_steps import StreamEncoder
+from lorakit.errors import listed
 from lorakit.evaluation.evaluate import EvalData
 from lorakit.evaluation.prompts import fit_prompts
 from lorakit.evaluation.sampling import eos_ids
 from lorakit.models.load import embedding_rows, window
 from lorakit.models.token_rows import TokenRows
+from lorakit.pipeline.class_weights import class_weights
 from lorakit.pipeline.task_data import Say, TaskData
 from lorakit.tasks.base import GenerationSection
 from lorakit.tasks.checks import ColumnWatch, counts_line, label_counts, similar_labels
@@ -44,11 +49,13 @@ class TrainingData:
     """The data of a training run: the tokens to train on, and the split to evaluate on.
 
     ``config`` is the task's configuration, completed from the rows and the model.
+    ``class_weights`` are those of a classifier's classes in the loss.
     """
 
     config: Any
     train: EncodedSplit | StreamedRows
     evaluation: EvalData | None
+    class_weights: tuple[float, ...] | None = None
 
 
 def encode_training_data(
@@ -68,15 +75,21 @@ def encode_training_data(
     encoded = encoder.encode(data.split)
     if data.task.kind == "causal":
         encoder.warn_endless(encoded)
-    train = encoded if data.stream is None else encoder.streamed(data.stream)
+    weights = class_weights(data, encoded)
+    if weights is not None and data.problem != "multi_label_classification":
+        encoded = replace(encoded, class_weights=np.array(weights))
+    train = encoded if data.stream is None else encoder.streamed(data.stream, encoded.class_weights)
     validation = encoder.encode(data.validation) if data.validation is not None else None
     if data.stream is None:
         for line in _label_lines(data, encoded):
             say(line)
+    if weights is not None and data.labels is not None:
+        named = zip(data.labels, weights, strict=True)
+        say(f"class weights: {listed((f'{label} {weight:.4g}' for label, weight in named), 12)}")
     if data.validation is None or validation is None:
-        return TrainingData(data.config, train, None)
+        return TrainingData(data.config, train, None, weights)
     evaluation = encoder.with_prompts(data.validation, validation)
-    return TrainingData(evaluation.config, train, evaluation)
+    return TrainingData(evaluation.config, train, evaluation, weights)
 
 
 def encode_eval_data(
@@ -151,12 +164,13 @@ class _Encoder:
         if endless := encoded.endless_rows(stops, cut_to=data.config.max_length):
             self._say(endless_warning(data.split.name, endless, len(encoded)))
 
-    def streamed(self, stream: Stream) -> StreamedRows:
+    def streamed(self, stream: Stream, weights: NDArray[np.float64] | None) -> StreamedRows:
         """Prepare to tokenize the rows of ``stream`` during training."""
         data = self._data
         watch = ColumnWatch(data.task, data.config, data.split, self._say)
         encoder = StreamEncoder(
-            data.example, self._tokenizer, data.config.max_length, self._embedding_rows
+            *(data.example, self._tokenizer, data.config.max_length, self._embedding_rows),
+            class_weights=weights,
         )
         skipped = SkippedRows(data.split.name, self._say) if data.skip_bad_rows else None
         return StreamedRows(stream, encoder, watch.see, skipped)
@@ -177,8 +191,9 @@ def _token_cache(
     """Return the cache for this task's tokens; None for few rows, and for a slow tokenizer."""
     if rows < CACHED_ROWS:
         return None
-    # The location of the data and the generation settings do not affect tokens.
+    # The location of the data, the settings of the generation and weights do not affect tokens.
     unread = {*GenerationSection.model_fields} - {"name", "max_length", "on_bad_row"}
+    unread.add("class_weights")
     values = data.config.model_dump(mode="json", exclude=unread)
     values["task"] = f"{type(data.task).__module__}.{type(data.task).__qualname__}"
     key = encoding_key(tokenizer, values, data.task.digest)

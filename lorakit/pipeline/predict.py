@@ -17,7 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from lorakit.adapters.base_model import other_base_note
 from lorakit.adapters.load import FoundModel, find_model
 from lorakit.adapters.peft.method import run_method_file
-from lorakit.data.encode import check_token_ids, encode_split, encoding_notes
+from lorakit.data.encode import check_token_ids, encode_split
+from lorakit.data.notes import encoding_notes
 from lorakit.errors import AdapterError, ModelError, UserError
 from lorakit.evaluation.classify import check_finite, class_logits
 from lorakit.evaluation.progress import OnProgress, ProgressMonitor

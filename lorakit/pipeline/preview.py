@@ -13,8 +13,9 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from lorakit.data.chat.turns import common_prefix
-from lorakit.data.encode import EncodedSplit, chat_notes, encode_split, skipped_note
+from lorakit.data.encode import EncodedSplit, encode_split
 from lorakit.data.examples import Example
+from lorakit.data.notes import chat_notes, skipped_note
 from lorakit.data.plan import Packing
 from lorakit.data.sources import Split
 from lorakit.data.tokens import SPLIT_DOCUMENTS, RowEncoder, TokenRow

@@ -93,7 +93,7 @@ def check_sections(
     if adapter is not None:
         faults += [*_layers(adapter), *_targets(adapter)]
     if task is not None:
-        faults += [*_packing(task, task_kind), *_splits(task)]
+        faults += [*_packing(task, task_kind), *_splits(task), *_class_weights(task)]
     if task is not None and train is not None:
         faults += [*_token_budget(task, train), *_streaming(task, train)]
         faults += [*_automatic_batch_size(task, train), *_label_smoothing(task, train)]
@@ -216,6 +216,13 @@ def _streaming(task: TaskSection, train: TrainSection) -> Iterator[Fault]:
         path = ("train", "max_tokens_per_batch")
         message = "not supported with task.streaming, unless task.packing is true"
         yield Fault(path, message, train.max_tokens_per_batch, True, "null")
+
+
+def _class_weights(task: TaskSection) -> Iterator[Fault]:
+    if task.streaming and getattr(task, "class_weights", None) == "balanced":
+        message = "not supported with task.streaming, because the number of rows is unknown"
+        path = ("task", "class_weights")
+        yield Fault(path, message, "balanced", True, "weights by name, or a list of weights")
 
 
 def _label_smoothing(task: TaskSection, train: TrainSection) -> Iterator[Fault]:

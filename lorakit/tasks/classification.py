@@ -27,7 +27,9 @@ from lorakit.tasks.base import (
     required_text,
 )
 from lorakit.tasks.labelling import (
+    ClassWeights,
     Labelling,
+    check_class_weights,
     declared_labels,
     found_labels,
     names_in,
@@ -113,7 +115,9 @@ class ClassificationConfig(TaskSection):
     there too (1 and 2 are the classes ``1`` and ``2``). If any name is an integer, labels are
     always names, never ids. With ``multi_label: true`` a row's label is a list of these, which may
     be empty. ``label_columns`` are columns of 0 and 1 instead, one per class, and ``labels`` are by
-    default their names. With ``regression: true`` the label is a number. ``dataset_name`` and
+    default their names. With ``regression: true`` the label is a number. ``class_weights`` weigh
+    the training loss: the cross entropy by the weight of the row's class, over the sum of these
+    weights; with several labels per row, those of the classes that it has. ``dataset_name`` and
     ``dataset_config_name`` are a Hub data set, read when ``path`` is null.
     """
 
@@ -125,6 +129,7 @@ class ClassificationConfig(TaskSection):
     multi_label: bool = False
     label_columns: Annotated[list[Text], Field(min_length=2)] | None = None
     regression: bool = False
+    class_weights: ClassWeights = None
     dataset_name: Text | None = None
     dataset_config_name: Text | None = None
 
@@ -135,6 +140,9 @@ class ClassificationConfig(TaskSection):
         if self.regression and (self.multi_label or self.label_columns):
             several = "multi_label: true" if self.multi_label else "label_columns"
             raise exclusive(several, "regression: true")
+        if self.regression and self.class_weights is not None:
+            raise exclusive("class_weights", "regression: true")
+        check_class_weights(self.class_weights, self.labels or self.label_columns)
         columns = self.label_columns or []
         if len(set(columns)) < len(columns):
             raise ValueError(f"label_columns: duplicate name {_duplicate(columns)!r}")

@@ -8,10 +8,13 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
 
 from lorakit.data.sources import Split
-from lorakit.errors import DataError, shown
+from lorakit.errors import DataError, did_you_mean, shown
+from lorakit.recipe.sections import PositiveFloat, Text
 from lorakit.tasks.base import Prediction, map_rows
 from lorakit.tasks.checks import folded_label
 
@@ -24,6 +27,13 @@ _INTEGER = re.compile(r"[-+]?[0-9]{1,18}")
 _DECIMAL = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _HIDDEN = "the labels are hidden, as in a benchmark's test split"
 _SEVERAL_HINT = "for several labels per row, set task.multi_label: true"
+
+
+def _text_keys(value: Any) -> Any:
+    """Take keys like 1, as YAML reads them, for the names of classes."""
+    if not isinstance(value, dict):
+        return value
+    return {str(k) if type(k) is int else k: weight for k, weight in value.items()}
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,39 @@ class Labelling:
     @property
     def label_columns(self) -> tuple[str, ...]:
         return self.flags or (self.label,)
+
+
+#: ``balanced``, the weight of each class by name (1 for a class without), or a list in their order.
+ClassWeights = (
+    Literal["balanced"]
+    | Annotated[dict[Text, PositiveFloat], BeforeValidator(_text_keys)]
+    | list[PositiveFloat]
+    | None
+)
+
+
+def named_weights(
+    given: Mapping[str, float] | Sequence[float], labels: Sequence[str]
+) -> tuple[float, ...]:
+    """The weight of each class. Raises ValueError for an unknown name, and a list of another
+    length."""
+    if not isinstance(given, Mapping):
+        if len(given) != len(labels):
+            raise ValueError(f"has {len(given)} weights for {len(labels)} classes")
+        return tuple(given)
+    if unknown := [name for name in given if name not in labels]:
+        message = did_you_mean(f"unknown class {unknown[0]!r}", unknown[0], labels)
+        raise ValueError(f"{message}; allowed: {', '.join(labels)}")
+    return tuple(given.get(name, 1.0) for name in labels)
+
+
+def check_class_weights(given: ClassWeights, labels: Sequence[str] | None) -> None:
+    """Raise ValueError for weights that do not fit the recipe's ``labels``, if it has them."""
+    if given is not None and given != "balanced" and labels is not None:
+        try:
+            named_weights(given, labels)
+        except ValueError as error:
+            raise ValueError(f"class_weights: {error}") from error
 
 
 def row_labels(split: Split, where: Labelling) -> list[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, model_validator
 
 from lorakit.data.examples import Problem, WordsExample
 from lorakit.data.sources import Split
@@ -17,8 +17,10 @@ from lorakit.metrics.entities import ENTITY_METRICS, entity_scores, is_entity_ta
 from lorakit.recipe.sections import TaskSection, Text
 from lorakit.tasks.base import Prediction, Row, Task, check_count, map_rows
 from lorakit.tasks.labelling import (
+    ClassWeights,
     Labelling,
     as_integer,
+    check_class_weights,
     declared_labels,
     listed_values,
     read_label,
@@ -30,23 +32,27 @@ class TokenClassificationConfig(TaskSection):
 
     ``labels`` are the names of the tags by id; a row's tags are names or ids. If ``labels`` is
     null, the names are those that the data set declares, or else those in the train split.
-    ``dataset_name`` and ``dataset_config_name`` are a Hub data set, read when ``path`` is null.
+    ``class_weights`` weigh the training loss: the cross entropy by the weight of the word's tag,
+    over the sum of these weights. ``dataset_name`` and ``dataset_config_name`` are a Hub data set,
+    read when ``path`` is null.
     """
 
     name: Text = "token_classification"
     tokens_column: Text = "tokens"
     tags_column: Text = "tags"
     labels: Annotated[list[Text], Field(min_length=2)] | None = None
+    class_weights: ClassWeights = None
     dataset_name: Text | None = None
     dataset_config_name: Text | None = None
 
-    @field_validator("labels")
-    @classmethod
-    def _distinct(cls, labels: list[str] | None) -> list[str] | None:
-        if labels is not None and len(set(labels)) < len(labels):
+    @model_validator(mode="after")
+    def _labels_fit(self) -> TokenClassificationConfig:
+        labels = self.labels or []
+        if len(set(labels)) < len(labels):
             duplicate = next(name for name in labels if labels.count(name) > 1)
-            raise ValueError(f"duplicate name {duplicate!r}")
-        return labels
+            raise ValueError(f"labels: duplicate name {duplicate!r}")
+        check_class_weights(self.class_weights, self.labels)
+        return self
 
 
 class TokenClassification(Task):

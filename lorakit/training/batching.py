@@ -17,7 +17,7 @@ from lorakit.data.collate import (
     collate_encoder,
     collate_packed,
 )
-from lorakit.data.encode import encoding_notes
+from lorakit.data.notes import encoding_notes
 from lorakit.data.plan import (
     Bin,
     IndexedSteps,

@@ -82,7 +82,7 @@ def wrap_model(prepared: Prepared, strategy: Strategy, say: Say) -> Objective:
         use_float32_attention(model)
     if prepared.task.kind == "encoder":
         columns = label_columns(model, prepared.task.labels(prepared.recipe.task, None))
-        return EncoderObjective(model, section.label_smoothing, columns)
+        return EncoderObjective(model, section.label_smoothing, columns, prepared.class_weights)
     task = prepared.recipe.task
     # The padding after packed rows is treated as one more row.
     longest_row = max(task.max_length, padding_multiple(prepared, device))

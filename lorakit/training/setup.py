@@ -35,7 +35,8 @@ class Prepared:
     """Everything that training needs. ``recipe`` includes the values that data and model determine,
     such as labels; ``method`` remains the same if the user's file changes during the run; ``data``
     describes the splits for ``run.json``, and ``init_from`` the adapter that the run starts from,
-    None also if it resumes; ``system_prompts`` are those of the training chats."""
+    None also if it resumes; ``system_prompts`` are those of the training chats, ``class_weights``
+    those of a classifier's classes."""
 
     recipe: Recipe
     task: Task
@@ -48,6 +49,7 @@ class Prepared:
     data: dict[str, Any]
     system_prompts: list[str]
     init_from: dict[str, str] | None = None
+    class_weights: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ def adapt(recipe: Recipe, inputs: Inputs, say: Say, resumes: bool = False) -> Pr
         data=described,
         system_prompts=inputs.system_prompts,
         init_from=None if start is None else start.described(),
+        class_weights=encoded.class_weights,
     )
 
 

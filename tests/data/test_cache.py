@@ -18,8 +18,9 @@ from transformers import AutoTokenizer
 
 from lorakit.data import cache, shards
 from lorakit.data.cache import CACHED_ROWS, EncodedCache, encoding_key, source_digest, write_arrays
-from lorakit.data.encode import EncodedSplit, encode_split, split_notes
+from lorakit.data.encode import EncodedSplit, encode_split
 from lorakit.data.examples import ChatExample, ClassificationExample, Segment, TextExample
+from lorakit.data.notes import split_notes
 from lorakit.data.sources import Split, load_split
 from lorakit.errors import DataError
 

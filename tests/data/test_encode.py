@@ -8,8 +8,9 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from lorakit.data.encode import EncodedSplit, check_token_ids, encode_split, split_notes
+from lorakit.data.encode import EncodedSplit, check_token_ids, encode_split
 from lorakit.data.examples import ClassificationExample, Segment, TextExample
+from lorakit.data.notes import split_notes
 from lorakit.data.sources import Split
 from lorakit.data.tokens import encode_prompt, special_prefix
 from lorakit.errors import DataError

@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 
 import lorakit
 from lorakit import registry
-from lorakit.data.encode import EncodedSplit, encode_split, split_notes
+from lorakit.data.encode import EncodedSplit, encode_split
+from lorakit.data.notes import split_notes
 from lorakit.data.sources import Split
 from lorakit.errors import DataError, RecipeError
 from tests.training.runs import write_recipe_file

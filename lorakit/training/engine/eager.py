@@ -220,22 +220,29 @@ class CausalObjective(nn.Module):
 
 class EncoderObjective(nn.Module):
     """The sum of ``label_losses`` over a batch's rows. ``columns`` are the logits of the task's
-    classes, in order; None means all."""
+    classes, in order; None means all. ``weights`` are those of the task's classes."""
 
     parts = None
     varlen = False
     columns: Tensor | None
+    weights: Tensor | None
 
     def __init__(
         self,
         model: PreTrainedModel,
         label_smoothing: float = 0.0,
         columns: Sequence[int] | None = None,
+        weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         indices = None if columns is None else torch.tensor(columns, device=model.device)
         self.register_buffer("columns", indices, persistent=False)
+        values = None if weights is None else torch.tensor(weights, device=model.device)
+        if values is not None and indices is not None:
+            others = values.new_ones(model.config.num_labels or 0)
+            values = others.index_copy(0, indices, values)
+        self.register_buffer("weights", values, persistent=False)
         self.label_smoothing = label_smoothing
 
     def forward(self, batch: EncoderBatch) -> Tensor:
@@ -249,4 +256,6 @@ class EncoderObjective(nn.Module):
 
     def losses(self, states: Tensor, batch: EncoderBatch) -> Tensor:
         """The sum of the losses, given the logits."""
-        return label_losses(states.float(), batch.labels, self.columns, self.label_smoothing)
+        return label_losses(
+            states.float(), batch.labels, self.columns, self.label_smoothing, self.weights
+        )

@@ -7,8 +7,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from lorakit.data.chat import encode_chat, encode_chat_prompt
-from lorakit.data.encode import encode_split, split_notes
+from lorakit.data.encode import encode_split
 from lorakit.data.examples import ChatExample
+from lorakit.data.notes import split_notes
 from lorakit.data.sources import Split
 from lorakit.errors import DataError
 
