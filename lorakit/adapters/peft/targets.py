@@ -12,12 +12,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from lorakit.adapters.peft.read import AdapterFiles
+from lorakit.adapters.peft.read import AdapterFiles, split_key
 from lorakit.adapters.peft.schema import (
     EMBEDDING_FACTORS,
     LINEAR_FACTORS,
@@ -39,6 +39,9 @@ _EXPERT_NAMES = {
 #: State-space model types, and the modules that PEFT refuses to adapt in them.
 _STATE_SPACE = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
 _REFUSED = frozenset({"out_proj", "conv1d"})
+
+#: First parts of a tensor's name after that of its module, apart from ``lora_*``.
+_OWN = frozenset({"weight", "bias", "base_layer", "token_adapter"})
 
 
 def is_targeted(config: Mapping[str, Any], name: str) -> bool:
@@ -232,6 +235,7 @@ def renamed_for(model: nn.Module, files: AdapterFiles) -> AdapterFiles:
     from lorakit.anatomy import is_within, outside_language_model
 
     roots = _roots(model)
+    files = _with_current_names(model, files, roots)
     renamed = {key: _renamed(key, roots) for key in files.tensors}
     unchanged = all(key == name for key, name in renamed.items())
     if unchanged or len(set(renamed.values())) < len(renamed):
@@ -261,6 +265,40 @@ def renamed_for(model: nn.Module, files: AdapterFiles) -> AdapterFiles:
         sidecar = sidecar | {"parts": parts}
     tensors = {renamed[key]: value for key, value in files.tensors.items()}
     return dataclasses.replace(files, config=config, tensors=tensors, sidecar=sidecar)
+
+
+def _with_current_names(
+    model: nn.Module, files: AdapterFiles, roots: Mapping[str, str]
+) -> AdapterFiles:
+    """Rename tensors without a module in ``model`` as transformers renames those of checkpoints
+    from before it renamed the modules. The adapted modules are then those with tensors."""
+    modules = dict(model.named_modules())
+    placed = {key: _is_placed(_renamed(key, roots), modules) for key in files.tensors}
+    if all(placed.values()) or not hasattr(model, "base_model_prefix"):
+        return files
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    found = get_model_conversion_mapping(cast("PreTrainedModel", model))
+    steps = [step for step in found if isinstance(step, WeightRenaming)]
+    renamed = {k: k if placed[k] else rename_source_key(k, steps, [])[0] for k in files.tensors}
+    changed = {k for k, new in renamed.items() if new != k and _is_placed(new, modules)}
+    if not changed or len(set(renamed.values())) < len(renamed):
+        return files
+    tensors = {renamed[key]: value for key, value in files.tensors.items()}
+    config = {**files.config, "target_modules": sorted({split_key(n, modules)[0] for n in tensors})}
+    if config["peft_type"] == "LORA":
+        config |= _patterns(files.config, renamed)
+    for key in ("exclude_modules", "layers_to_transform"):
+        config.pop(key, None)
+    return dataclasses.replace(files, config=config, tensors=tensors)
+
+
+def _is_placed(key: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether ``key`` is a tensor of one of ``modules``."""
+    name, end = split_key(key, modules)
+    first = end.partition(".")[0]
+    return bool(name) and (first.startswith("lora_") or first in _OWN)
 
 
 def _patterns(config: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
