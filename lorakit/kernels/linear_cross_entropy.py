@@ -89,7 +89,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits, targets[part], label_smoothing, transform, grad is not None
             )
             losses.masked_fill_(ignored, 0)
-            loss += losses.sum() if row_weights is None else losses @ row_weights[part]
+            if row_weights is not None:
+                losses = losses * row_weights[part]
+            loss += losses.sum()
             if grad is not None:
                 rows_grad = d_logits.to(weight.dtype) @ weight
                 if row_weights is not None:  # in float32
@@ -210,4 +212,4 @@ def summed_cross_entropy(
     if row_weights is None:
         return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
     losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
-    return losses @ row_weights
+    return (losses * row_weights).sum()

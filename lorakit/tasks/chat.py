@@ -21,19 +21,16 @@ from lorakit.tasks.base import (
     exclusive,
     paired,
 )
-from lorakit.tasks.formats import FormattedTask
-from lorakit.tasks.messages import (
-    Message,
+from lorakit.tasks.chat_columns import (
     check_all_trained,
     drop_reasoning,
-    dropped_messages,
     history_messages,
     instruction_messages,
     prompt_messages,
-    read_messages,
-    unused_message_keys,
     with_system,
 )
+from lorakit.tasks.formats import FormattedTask
+from lorakit.tasks.messages import Message, dropped_messages, read_messages, unused_message_keys
 
 _MESSAGES = {"messages": "messages", "sharegpt": "conversations"}
 

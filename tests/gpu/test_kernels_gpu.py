@@ -20,7 +20,10 @@ pytestmark = pytest.mark.gpu
     "transform", [LogitTransform(), LogitTransform(0.3), LogitTransform(2.0, 3.0)]
 )
 @pytest.mark.parametrize("vocab", [50, 5000, 40_001])
-def test_fused_cross_entropy(vocab: int, transform: LogitTransform, label_smoothing: float) -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_fused_cross_entropy(
+    weighted: bool, vocab: int, transform: LogitTransform, label_smoothing: float
+) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(37, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(vocab, 64, device="cuda", dtype=torch.bfloat16)
@@ -28,11 +31,14 @@ def test_fused_cross_entropy(vocab: int, transform: LogitTransform, label_smooth
     targets = torch.randint(vocab, (37,), device="cuda")
     targets[5:9] = IGNORED
     arguments = (weight, bias, targets, label_smoothing, transform)
-    loss = linear_cross_entropy(hidden, *arguments, fused=True)
+    row_weights = torch.rand(37, device="cuda") * 3 if weighted else torch.ones(37, device="cuda")
+    given = row_weights if weighted else None
+    loss = linear_cross_entropy(hidden, *arguments, fused=True, row_weights=given)
     loss.backward()
     exact = hidden.detach().double().requires_grad_()
     logits = transform(F.linear(exact, weight.double(), bias.double()))
-    wanted = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+    each = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+    wanted = (each * row_weights).sum()
     wanted.backward()
     assert float(loss) == pytest.approx(float(wanted), rel=2e-3)
     assert hidden.grad is not None

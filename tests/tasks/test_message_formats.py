@@ -44,7 +44,23 @@ def test_messages_as_json_text(column: str) -> None:
     assert list(found) == [f"{column}[].content[].score"]
 
 
-@pytest.mark.parametrize("value", ["", " ", "[]", "[", "{}", '"hi"', "null", "7", 7, {}, None])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        " ",
+        "[]",
+        "[",
+        "{}",
+        '"hi"',
+        "null",
+        "7",
+        7,
+        {},
+        None,
+        r'[{"role": "user", "content": "\ud800"}]',
+    ],
+)
 def test_other_texts_are_refused(value: Any) -> None:
     said = refusal({"messages": value})
     assert "column 'messages' = " in said
@@ -122,10 +138,14 @@ def test_a_prompt_and_completion_of_messages() -> None:
             {"prompt": [ASK, RIGHT], "completion": [AGAIN]},
             "column 'completion' has no assistant message",
         ),
-        ({"prompt": [ASK], "completion": []}, "column 'completion' = []; allowed: a list of"),
+        ({"prompt": [ASK], "completion": []}, "column 'completion' = []; allowed: text or a list"),
         ({"prompt": [ASK], "completion": " "}, "column 'completion' is empty"),
         ({"prompt": ["a"], "completion": "b"}, "column 'prompt', message 1: \"a\"; allowed"),
-        ({"prompt": {"a": 1}, "completion": "b"}, "column 'prompt' = {\"a\": 1}; allowed: text"),
+        (
+            {"prompt": {"a": 1}, "completion": "b"},
+            "column 'prompt' = {\"a\": 1}; allowed: text or a",
+        ),
+        ({"prompt": None, "completion": "b"}, "column 'prompt' = null; allowed: text or a list"),
         ({"prompt": [ASK], "completion": "b", "history": [["a", "b"]]}, "column 'history' = "),
     ],
 )

@@ -168,9 +168,12 @@ def _as_mapping(arguments: Any) -> Any:
 
 
 def _parse(text: str) -> Any:
-    """The value of a JSON text; None if it is not JSON."""
+    """The value of a JSON text; None if it is not JSON, or has half a character (a surrogate)."""
     try:
-        return json.loads(text)
+        found = json.loads(text)
+        if "\\u" in text:
+            json.dumps(found, ensure_ascii=False).encode()
+        return found
     except (ValueError, RecursionError):
         return None
 
