@@ -33,7 +33,7 @@ Arrays = dict[str, NDArray[Any]]
 
 #: Tokenizing fewer rows is faster than looking them up.
 CACHED_ROWS = 2000
-_FORMAT = 3
+_FORMAT = 4
 _PACKAGE = Path(__file__).parents[1]
 #: Widest first, so that each array is aligned.
 _NAMES = (
@@ -42,6 +42,7 @@ _NAMES = (
     "lengths",
     "words",
     "loss_weights",
+    "origins",
     "input_ids",
     "loss_mask",
     "token_type_ids",
@@ -79,8 +80,9 @@ class Shard:
         make = io.BytesIO if in_memory else scratch_file
         return cls({name: make() for name in _NAMES})
 
-    def append(self, encoded: EncodedRows, id_dtype: str) -> None:
-        """Append tokenized rows. Raises DataError if the disk is full."""
+    def append(self, encoded: EncodedRows, id_dtype: str, start: int) -> None:
+        """Append tokenized rows, of the split's rows from ``start`` on. Raises DataError if the
+        disk is full."""
         rows, labels = encoded.rows, encoded.labels
         self.counts.add(encoded.counts)
         if not rows:
@@ -92,6 +94,7 @@ class Shard:
         self._write("input_ids", id_dtype, [row.input_ids for row in rows])
         self._write("loss_mask", "|b1", [row.loss_mask for row in rows])
         self._write("lengths", "<i4", [np.array([len(row.input_ids) for row in rows])])
+        self._write("origins", "<i4", [np.array(encoded.origins) + start])
         types = [row.token_type_ids for row in rows if row.token_type_ids is not None]
         if types:
             self._write("token_type_ids", "|i1", types)

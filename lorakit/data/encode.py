@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,7 +26,7 @@ from lorakit.data.cache import (
 from lorakit.data.examples import Example
 from lorakit.data.rows import Row, disk_errors, scratch_file
 from lorakit.data.shards import MANY_ROWS, Job, encode_shards
-from lorakit.data.sources import Split
+from lorakit.data.sources import SourceRows, Split
 from lorakit.data.tokens import Counts
 from lorakit.data.words import label_weight
 from lorakit.errors import DataError
@@ -75,7 +75,8 @@ class EncodedSplit:
     chat or a document may become several rows; ``counts.rows`` counts the rows of the source.
     ``labels`` has one label per row for an encoder, ``words`` a word index or -1 per token for
     labels of words. ``loss_weights`` is None if all losses weigh 1; ``class_weights`` are those of
-    an encoder with one label per row or word."""
+    an encoder with one label per row or word. ``sources`` are those of a mixture, with their
+    numbers of rows of tokens."""
 
     input_ids: TokenIds
     loss_mask: NDArray[np.bool_]
@@ -86,6 +87,7 @@ class EncodedSplit:
     loss_weights: NDArray[np.float32] | None = None
     words: NDArray[np.int32] | None = None
     class_weights: NDArray[np.float64] | None = None
+    sources: tuple[SourceRows, ...] = ()
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -187,14 +189,14 @@ def encode_split(
     if cache is None or len(split) < CACHED_ROWS:
         cache = None
     elif found := cache.read(split):
-        return _from_arrays(*found)
+        return _from_arrays(split, *found)
     began = time.monotonic()
     shards = encode_shards(Job(split, to_example, tokenizer, max_length, skip_bad), on_progress)
     _check_not_all_bad(split, shards)
     if cache is not None:
         spent = time.monotonic() - began
         cache.say(f"{split.name}: {len(split):,} rows tokenized in {spent:.1f} s")
-    return _from_arrays(*_read_back(split, shards, cache))
+    return _from_arrays(split, *_read_back(split, shards, cache))
 
 
 def _check_not_all_bad(split: Split, shards: Sequence[Shard]) -> None:
@@ -234,7 +236,7 @@ def _read_back(
     return read_arrays(file)
 
 
-def _from_arrays(arrays: Arrays, counts: Counts) -> EncodedSplit:
+def _from_arrays(split: Split, arrays: Arrays, counts: Counts) -> EncodedSplit:
     lengths = arrays["lengths"]
     offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
@@ -247,6 +249,24 @@ def _from_arrays(arrays: Arrays, counts: Counts) -> EncodedSplit:
         words=arrays.get("words"),
         counts=counts,
         loss_weights=arrays.get("loss_weights"),
+        sources=_token_sources(split, arrays["origins"]),
+    )
+
+
+def _token_sources(split: Split, origins: NDArray[np.int64]) -> tuple[SourceRows, ...]:
+    """The sources of ``split`` with their numbers of rows of tokens."""
+    if not split.sources:
+        return ()
+    ends = np.cumsum([source.rows for source in split.sources])
+    counts = np.diff(np.searchsorted(origins, ends), prepend=0).tolist()
+    for source, count in zip(split.sources, counts, strict=True):
+        if not count:
+            raise DataError(
+                f"task.path: {source.label}: all {source.rows:,} rows are bad: "
+                "task.on_bad_row: skip leaves nothing to train on in this source"
+            )
+    return tuple(
+        replace(source, rows=count) for source, count in zip(split.sources, counts, strict=True)
     )
 
 

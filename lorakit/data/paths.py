@@ -1,7 +1,7 @@
-"""Find the files of a split in ``task.path``.
+"""Find the rows of a split in ``task.path``.
 
 A path is a directory whose files are named after splits; a file, a glob or a list of these, which
-is the train split; or a mapping of splits to files. A path that exists is used literally, whatever
+is the train split; or a mapping of splits to these. A path that exists is used literally, whatever
 characters it contains; only one that does not exist is treated as a glob.
 """
 
@@ -10,41 +10,71 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
-from itertools import pairwise
 from pathlib import Path
 
 from lorakit.data.compression import without_compression
+from lorakit.data.directories import SplitFiles, in_directory
 from lorakit.data.file_names import (
     accompanies_data,
     check_format,
     check_no_twins,
     in_order,
-    is_data,
     is_file,
-    is_number,
     missing_shards,
     named_after,
     refuse_missing,
-    saved_files,
     split_names,
-    stem_of,
+    suffix_of,
 )
-from lorakit.errors import DataError, listed
+from lorakit.data.hub import HubSplit
+from lorakit.errors import DataError, listed, shown
+from lorakit.recipe.data_path import DataSource, PathOption, Sources, listed_sources
 from lorakit.recipe.sections import SPLIT_ALIASES, split_name_errors
 
-#: The values of ``task.path``.
-PathOption = str | list[str] | dict[str, str | list[str]] | None
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
-class SplitFiles:
-    """The files of a split, in order; ``notes`` tell the user which were chosen and ignored."""
+class Source:
+    """A part of a split's rows: files or, if ``hub`` is set, a data set on the Hub. ``weight`` is
+    its share of an epoch, relative to the other sources; None if the recipe gives no weights."""
 
-    files: list[Path]
-    notes: tuple[str, ...] = ()
+    label: str
+    found: SplitFiles
+    hub: HubSplit | None = None
+    weight: float | None = None
+
+
+def find_sources(path: PathOption, split: str) -> list[Source]:
+    """Find the sources of a split, in order; a single one for all files unless they have weights.
+
+    Raises the same errors as ``find_files``.
+    """
+    key, given = _given(path, split)
+    weighted = any(isinstance(source, DataSource) and source.weight for source in given)
+    if not weighted and not any(map(_hub_split, given)):
+        found = find_files(path, split)
+        return [Source(listed(found.files), found)] if found.files else []
+    sources = [_source(source, split, key, weighted) for source in given]
+    found_sources = [source for source in sources if source is not None]
+    _check_distinct(file for source in found_sources for file in source.found.files)
+    return found_sources
+
+
+def _source(given: str | DataSource, split: str, key: str | None, weighted: bool) -> Source | None:
+    weight = (getattr(given, "weight", None) or 1.0) if weighted else None
+    hub = _hub_split(given)
+    if hub is not None:
+        required = key is not None or split == "train"
+        if hub.split and not required:
+            return None
+        hub, label = replace(hub, required=required), hub.label(split)
+        return Source(label, SplitFiles([Path(label)]), hub, weight)
+    found = _listed([given], split, key)
+    return Source(listed(found.files), found, None, weight) if found.files else None
 
 
 def split_files(path: PathOption, split: str) -> list[Path]:
@@ -60,25 +90,51 @@ def find_files(path: PathOption, split: str) -> SplitFiles:
     split, and a directory that cannot be read.
     """
     try:
-        if isinstance(path, dict):
-            return _mapped(path, split)
         if isinstance(path, str) and Path(path).is_dir():
             return in_directory(Path(path), split)
-        found = _listed(path or [])
+        key, given = _given(path, split)
+        found = _listed(given, split, key)
+        if isinstance(path, dict) and key is not None:
+            notes = (*found.notes, *_shared_with(path, key, found.files))
+            return SplitFiles(found.files, notes)
     except OSError as error:
         raise DataError(f"task.path: cannot be read: {error}") from error
-    return found if split == "train" else SplitFiles([])
+    return found
+
+
+def _given(path: PathOption, split: str) -> tuple[str | None, list[str | DataSource]]:
+    """What the recipe gives for a split; in a mapping, also its name there."""
+    if not isinstance(path, dict):
+        return None, listed_sources(path or [])
+    for message, allowed in split_name_errors(path):
+        raise DataError(f"task.path: {message}; allowed: {allowed}")
+    key = next((name for name in split_names(split) if name in path), None)
+    return key, [] if key is None else listed_sources(path[key])
+
+
+def _hub_split(source: str | DataSource) -> HubSplit | None:
+    """The data set on the Hub that a source names, by its split or configuration."""
+    if not isinstance(source, DataSource) or not (source.name or source.split):
+        return None
+    path = source.path
+    if not isinstance(path, str) or Path(path).exists() or suffix_of(Path(path)):
+        return None
+    return HubSplit(path, source.name, source.split) if _HUB_NAME.fullmatch(path) else None
 
 
 def no_split(path: PathOption, split: str) -> DataError:
     """Return the error for a path without this split, which lists what the path has instead."""
     if isinstance(path, dict):
         return DataError(f"task.path: no split {split!r}; allowed: {', '.join(path)}")
-    if not (isinstance(path, str) and Path(path).is_dir()):
-        return DataError(
-            f"task.path: {_shown(path)}: no split {split!r}; allowed: train, or a mapping: "
-            f"task.path: {{{split}: FILE}}"
-        )
+    if isinstance(path, str) and Path(path).is_dir():
+        return _not_in_directory(path, split)
+    return DataError(
+        f"task.path: {_shown(path)}: no split {split!r}; allowed: train, or a mapping: "
+        f"task.path: {{{split}: FILE}}"
+    )
+
+
+def _not_in_directory(path: str, split: str) -> DataError:
     available = [name for name in SPLIT_ALIASES if _has_split(path, name)]
     allowed = f"; allowed: {', '.join(available)}" if available else ""
     inside = sorted(
@@ -96,11 +152,14 @@ def no_split(path: PathOption, split: str) -> DataError:
 
 def data_files(path: PathOption) -> list[Path]:
     """The files of all splits, and any other files in the directory that are named after one."""
-    named = path if isinstance(path, dict) else {"train": path or []}
-    entries = (
-        e for value in named.values() for e in ([value] if isinstance(value, str) else value)
+    values = path.values() if isinstance(path, dict) else [path or []]
+    found = dict.fromkeys(
+        Path(entry)
+        for value in values
+        for source in listed_sources(value)
+        for entry in _paths(source)
+        if not Path(entry).is_dir()
     )
-    found = dict.fromkeys(file for file in map(Path, entries) if not file.is_dir())
     for split in SPLIT_ALIASES:
         try:
             found |= dict.fromkeys(split_files(path, split))
@@ -119,33 +178,73 @@ def _has_split(path: PathOption, split: str) -> bool:
         return True
 
 
+def _paths(source: str | DataSource) -> list[str]:
+    path = source if isinstance(source, str) else source.path
+    return [path] if isinstance(path, str) else path
+
+
 def _shown(path: PathOption) -> str:
-    return listed(path) if isinstance(path, list) else str(path)
+    if isinstance(path, list | DataSource):
+        return listed([entry for source in listed_sources(path) for entry in _paths(source)])
+    return str(path)
 
 
-# A file, a glob or a list of them
+# Files, globs, directories and lists of them
 
 
-def _listed(entries: str | list[str]) -> SplitFiles:
-    """The files of all entries, in their order; those of a glob in natural order."""
-    files: dict[str, Path] = {}
-    notes: list[str] = []
-    literal: list[Path] = []
-    for entry in [entries] if isinstance(entries, str) else entries:
-        if Path(entry).exists() or not re.search(r"[*?\[]", entry):
-            literal.append(_existing(entry))
-            found = literal[-1:]
-        else:
-            found = _matching(entry)
-            notes.append(f"task.path: {entry}: {len(found):,} files: {listed(found)}")
-        for file in found:
-            twin = files.setdefault(_location(file), file)
-            if twin is not file:
-                raise DataError(f"task.path: duplicate file {file}")
-    missing = [file for file in _left_out(literal) if _location(file) not in files]
-    if missing:
+def _listed(given: Sequence[str | DataSource], split: str, key: str | None) -> SplitFiles:
+    """The files of all sources that are not on the Hub, in their order; those of a glob in natural
+    order. ``key`` is the name of the split in a mapping."""
+    parts = [
+        _found(entry, source, split, key)
+        for source in given
+        if _hub_split(source) is None
+        for entry in _paths(source)
+    ]
+    files = [file for part in parts for file in part.files]
+    _check_distinct(files)
+    notes = [note for part in parts for note in part.notes]
+    named = {_location(file) for file in files}
+    single = [file for part in parts if not part.notes for file in part.files]
+    if missing := [file for file in _left_out(single) if _location(file) not in named]:
         notes.append(f"task.path: shards not listed: {listed(missing)}")
-    return SplitFiles(list(files.values()), tuple(notes))
+    return SplitFiles(files, tuple(notes))
+
+
+def _found(entry: str, source: str | DataSource, split: str, key: str | None) -> SplitFiles:
+    """The files of the split in one file, glob or directory."""
+    own_split = source.split if isinstance(source, DataSource) else None
+    is_asked = key is not None or split == "train"
+    if isinstance(source, DataSource) and source.name and Path(entry).exists():
+        raise DataError(
+            f"task.path: {entry}: name = {shown(source.name)}, but only data sets on the Hub have "
+            "configurations, and this is a local path; allowed: no name"
+        )
+    if Path(entry).is_dir():
+        if own_split and not is_asked:
+            return SplitFiles([])
+        found = in_directory(Path(entry), own_split or split)
+        if is_asked and not found.files:
+            raise _not_in_directory(entry, own_split or split)
+        return found
+    if not Path(entry).exists() and re.search(r"[*?\[]", entry):
+        files = _matching(entry)
+        found = SplitFiles(files, (f"task.path: {entry}: {len(files):,} files: {listed(files)}",))
+    else:
+        found = SplitFiles([_existing(entry)])
+    if own_split:
+        raise DataError(
+            f"task.path: {entry}: split = {shown(own_split)}, but a file has no splits; allowed: "
+            "no split, or a directory or a data set on the Hub"
+        )
+    return found if is_asked else SplitFiles([])
+
+
+def _check_distinct(files: Iterable[Path]) -> None:
+    seen: dict[str, Path] = {}
+    for file in files:
+        if seen.setdefault(_location(file), file) is not file:
+            raise DataError(f"task.path: duplicate file {file}")
 
 
 def _location(file: Path) -> str:
@@ -165,12 +264,11 @@ def _left_out(files: list[Path]) -> list[Path]:
 
 def _existing(entry: str) -> Path:
     file = Path(entry)
-    if file.is_dir():
-        raise DataError(
-            f"task.path: {file}: is a directory; allowed: a file, or a glob ({file / '*'})"
-        )
     if not file.is_file():
-        raise DataError(f"task.path: {entry}: no such file or directory")
+        hint = ""
+        if _HUB_NAME.fullmatch(entry) and suffix_of(file) is None:
+            hint = f"; hint: a data set on the Hub needs its split: {{path: {entry}, split: train}}"
+        raise DataError(f"task.path: {entry}: no such file or directory{hint}")
     check_format(file)
     return file
 
@@ -195,97 +293,14 @@ def _matching(pattern: str) -> list[Path]:
 # A mapping
 
 
-def _mapped(path: dict[str, str | list[str]], split: str) -> SplitFiles:
-    for message, allowed in split_name_errors(path):
-        raise DataError(f"task.path: {message}; allowed: {allowed}")
-    key = next((name for name in split_names(split) if name in path), None)
-    if key is None:
-        return SplitFiles([])
-    found = _listed(path[key])
-    return SplitFiles(found.files, (*found.notes, *_shared_with(path, key, found.files)))
-
-
-def _shared_with(path: dict[str, str | list[str]], key: str, files: list[Path]) -> Iterator[str]:
+def _shared_with(path: dict[str, Sources], key: str, files: list[Path]) -> Iterator[str]:
     """Yield a note for each other split that shares files with the train split."""
     locations = {_location(file) for file in files}
     for other in path if key == "train" else ():
         try:
-            theirs = _listed(path[other]).files if other != key else []
+            given = listed_sources(path[other])
+            theirs = _listed(given, other, other).files if other != key else []
         except DataError:  # reported when that split is loaded
             continue
         if both := [file for file in theirs if _location(file) in locations]:
             yield f"task.path: in both {key} and {other}: {listed(both)}"
-
-
-# A directory
-
-
-def in_directory(folder: Path, split: str) -> SplitFiles:
-    """The split's files: in the directory, in its subdirectory ``data``, or in a subdirectory of
-    either that is named after the split. A saved ``datasets.Dataset`` is the train split."""
-    if (saved := saved_files(folder)) is not None:
-        return SplitFiles(saved if split == "train" else [])
-    places: list[SplitFiles] = []
-    for place in (folder, folder / "data"):
-        if place.is_dir():
-            places.append(_by_name(place, split))
-            inside = [place / name for name in split_names(split) if (place / name).is_dir()]
-            places += [_all_files(found) for found in inside]
-    found = [place for place in places if place.files]
-    if len(found) > 1:
-        names = " and ".join(str(place.files[0].relative_to(folder)) for place in found)
-        raise _ambiguous(folder, names, split)
-    return found[0] if found else SplitFiles([])
-
-
-def _by_name(folder: Path, split: str) -> SplitFiles:
-    """``SPLIT.jsonl``, or its shards, or else all files that begin with ``SPLIT`` and a
-    delimiter."""
-    names = split_names(split)
-    inside = in_order(file for file in folder.iterdir() if is_data(file) and is_file(file))
-    named = {file: found for file in inside if (found := named_after(stem_of(file)))}
-    files = [file for file, (name, _) in named.items() if name in names]
-    exact = [file for file in files if not named[file][1]]
-    shards = [file for file in files if is_number(named[file][1])]
-    for first, second in pairwise(files):
-        if named[first][0] != named[second][0]:
-            raise _ambiguous(folder, f"{first.name} and {second.name}", split)
-    if len(exact) > 1 or (exact and shards):
-        raise _ambiguous(folder, f"{exact[0].name} and {[*exact[1:], *shards][0].name}", split)
-    chosen = exact or shards or files
-    chosen_files = SplitFiles(exact)
-    if not exact:
-        chosen_files = _checked(folder, chosen, f"the split {names[0]!r} is")
-    if ignored := [file.name for file in files if file not in chosen]:
-        note = f"{folder}: ignored in favor of {chosen[0].name}: {listed(ignored)}"
-        return replace(chosen_files, notes=(*chosen_files.notes, note))
-    return chosen_files
-
-
-def _all_files(folder: Path) -> SplitFiles:
-    """All files, at any depth, in a directory that is named after a split."""
-    if saved := saved_files(folder):
-        return _checked(folder, saved, "contains")
-    pattern = f"{glob.escape(str(folder))}/**/*"
-    names = glob.iglob(pattern, recursive=True)  # noqa: PTH207 (it follows links, Path's does not)
-    files = in_order(
-        file for file in map(Path, names) if is_file(file) and not accompanies_data(file)
-    )
-    for file in files:
-        check_format(file)
-    return _checked(folder, files, "contains")
-
-
-def _checked(folder: Path, files: list[Path], what: str) -> SplitFiles:
-    check_no_twins(files, lambda file: file.with_name(stem_of(file)))
-    refuse_missing(missing_shards(files))
-    names = [file.relative_to(folder) for file in files]
-    note = f"{folder}: {what} {len(files):,} file{'s' * (len(files) > 1)}: {listed(names)}"
-    return SplitFiles(files, (note,) if files else ())
-
-
-def _ambiguous(folder: Path, names: str, split: str) -> DataError:
-    return DataError(
-        f"task.path: {folder}: {names} both name split {split_names(split)[0]!r}; hint: keep one "
-        "of them, or map splits to files in task.path"
-    )

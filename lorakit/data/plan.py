@@ -257,8 +257,8 @@ class TokenPlan:
 
 
 class IndexedSteps:
-    """Steps over rows that are accessible by index. With ``packing``, the plan's units are its
-    bins."""
+    """Steps over rows that are accessible by index, by default all of them. With ``packing``, the
+    plan's units are its bins; with ``drawn``, the plan numbers only these rows."""
 
     def __init__(
         self,
@@ -266,8 +266,10 @@ class IndexedSteps:
         plan: Plan,
         packing: Packing | None = None,
         share: Share = Share(),
+        drawn: Numbers | None = None,
     ) -> None:
         self._rows = rows
+        self._drawn = drawn
         self._plan = plan
         self._share = share
         self._packing = packing
@@ -291,10 +293,13 @@ class IndexedSteps:
         """The row indices of a step, over all processes: for each micro-batch, for each bin."""
         epoch, index = divmod(number, self.steps_per_epoch)
         steps, bins = self._epoch(epoch)
-        return [
+        batches = [
             [bins[int(unit)] if bins else np.asarray([unit]) for unit in units]
             for units in steps[index]
         ]
+        if self._drawn is None:
+            return batches
+        return [[self._drawn[rows] for rows in batch] for batch in batches]
 
     def _epoch(self, epoch: int) -> tuple[list[list[Units]], Bins | None]:
         """The steps and bins of an epoch; those of the most recent epoch are cached."""

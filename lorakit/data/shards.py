@@ -62,7 +62,7 @@ class Job:
                 partial(self._locate, begin),
                 skip if self.skip_bad else None,
             )
-            shard.append(found, dtype)
+            shard.append(found, dtype, begin)
             on_rows(end - begin)
 
     def _locate(self, start: int, index: int) -> str:

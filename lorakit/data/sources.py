@@ -1,16 +1,17 @@
-"""Load the rows of one split from files or from a data set on the Hub."""
+"""Load the rows of one split from files and from data sets on the Hub."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lorakit.data.file_names import split_names
+from lorakit.data.directories import SplitFiles
 from lorakit.data.files import read_rows
-from lorakit.data.paths import PathOption, SplitFiles, find_files
+from lorakit.data.hub import HubName, HubSplit, task_data_set
+from lorakit.data.paths import Source, find_sources
 from lorakit.data.rows import (
     JoinedRows,
     MemoryBudget,
@@ -18,13 +19,22 @@ from lorakit.data.rows import (
     allow_open_files,
     column_names,
 )
+from lorakit.data.shares import apportion
 from lorakit.data.tables import FileRows, file_digest, first_line
 from lorakit.errors import DataError, listed
+from lorakit.recipe.data_path import PathOption
 
 #: Reads a file in a task-specific format; returns None for a file in one of the common formats.
 FileReader = Callable[[Path], RowSequence | None]
-#: Name and configuration of a data set on the Hub.
-HubName = tuple[str, str | None]
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """The ``rows`` consecutive rows of a split that come from one source of a mixture."""
+
+    label: str
+    rows: int
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,8 @@ class Split:
     read from, in order, with their row counts (empty for the Hub). ``fingerprint`` is a hash of the
     contents. ``incomplete`` maps each file that lacks a column to the columns that it has; in its
     rows the others are None. ``notes`` tell the user which files were chosen and what they lack.
-    ``is_head`` is true for the first rows of a stream, which may have more.
+    ``is_head`` is true for the first rows of a stream, which may have more. ``sources`` are those
+    of a mixture, in order; empty if the rows are not weighted.
     """
 
     name: str
@@ -46,9 +57,18 @@ class Split:
     incomplete: Mapping[Path, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = field(default=())
     is_head: bool = False
+    sources: tuple[SourceRows, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def identity(self) -> str:
+        """A hash of the contents and of the weights of a mixture."""
+        if not self.sources:
+            return self.fingerprint
+        weights = [source.weight for source in self.sources]
+        return hashlib.sha256(f"{self.fingerprint}:{weights}".encode()).hexdigest()
 
     @property
     def source_read(self) -> str:
@@ -111,12 +131,10 @@ def load_split(
     neither ``path`` nor ``hub`` is given.
     """
     if path is None:
-        found = _load_hub(hub, split, limit)
+        found = _load_hub(task_data_set(hub), split, limit)
     else:
-        chosen = find_files(path, split)
-        found = None
-        if chosen.files:
-            found = _load_files(chosen, split, read_file, limit, skip_bad)
+        sources = find_sources(path, split)
+        found = _load_sources(sources, split, read_file, limit, skip_bad) if sources else None
     if found is None:
         return None
     if not len(found):
@@ -124,23 +142,93 @@ def load_split(
     return found
 
 
-# Files
+def _load_hub(hub: HubSplit, split: str, limit: int | None) -> Split | None:
+    found = _hub_rows(hub, split, limit)
+    return None if found is None else Split(split, found.rows, hub.label(split), found.digest)
 
 
-def _load_files(
-    chosen: SplitFiles, split: str, read_file: FileReader, limit: int | None, skip_bad: bool
-) -> Split:
+def _hub_rows(hub: HubSplit, split: str, limit: int | None) -> FileRows | None:
+    rows = hub.load(split)
+    if rows is None:
+        return None
+    fingerprint = str(getattr(rows, "_fingerprint", hub))
+    if limit is not None:
+        rows = rows.select(range(min(limit, len(rows))))
+        fingerprint = f"{fingerprint}:{len(rows)}"
+    return FileRows(rows, fingerprint)
+
+
+def _load_sources(
+    sources: Sequence[Source],
+    split: str,
+    read_file: FileReader,
+    limit: int | None,
+    skip_bad: bool,
+) -> Split | None:
+    allow_open_files(sum(len(source.found.files) for source in sources))
+    budget = MemoryBudget()
     parts: list[tuple[Path, FileRows]] = []
-    left, budget = limit, MemoryBudget()
-    allow_open_files(len(chosen.files))
-    for file in chosen.files:
+    counts: list[int] = []
+    for source, own_limit in zip(sources, limits(sources, limit), strict=True):
+        left = own_limit if limit is None or own_limit is not None else limit - sum(counts)
+        found = _load_source(source, split, read_file, left, budget, skip_bad)
+        parts += found
+        counts.append(sum(len(part.rows) for _, part in found))
+    if not parts:
+        return None
+    digest = hashlib.sha256("\n".join(part.digest for _, part in parts).encode())
+    joined = joined_split(split, parts, combined(sources), digest.hexdigest())
+    return replace(joined, sources=mixed_sources(sources, counts))
+
+
+def _load_source(
+    source: Source,
+    split: str,
+    read_file: FileReader,
+    limit: int | None,
+    budget: MemoryBudget,
+    skip_bad: bool,
+) -> list[tuple[Path, FileRows]]:
+    if source.hub is not None:
+        rows = _hub_rows(source.hub, split, limit)
+        return [] if rows is None else [(source.found.files[0], rows)]
+    parts: list[tuple[Path, FileRows]] = []
+    left = limit
+    for file in source.found.files:
         if left == 0:
             break
         parts.append((file, _load_file(file, read_file, left, budget, skip_bad)))
         if left is not None:
             left -= len(parts[-1][1].rows)
-    digest = hashlib.sha256("\n".join(part.digest for _, part in parts).encode())
-    return joined_split(split, parts, chosen, digest.hexdigest())
+    return parts
+
+
+def limits(sources: Sequence[Source], limit: int | None) -> list[int | None]:
+    """How many of the first ``limit`` rows each source of a mixture contributes; None if it may
+    contribute any number of them."""
+    weights = [source.weight for source in sources if source.weight is not None]
+    if limit is None or not weights:
+        return [None] * len(sources)
+    return [max(1, count) for count in apportion(limit, weights)]
+
+
+def combined(sources: Sequence[Source]) -> SplitFiles:
+    """The files of all sources, with the labels of data sets on the Hub."""
+    files = [file for source in sources for file in source.found.files]
+    return SplitFiles(files, tuple(note for source in sources for note in source.found.notes))
+
+
+def mixed_sources(sources: Sequence[Source], counts: Sequence[int]) -> tuple[SourceRows, ...]:
+    """The sources of a mixture with their numbers of rows; none for other sources. Raises DataError
+    for a source without rows."""
+    found = []
+    for source, rows in zip(sources, counts, strict=True):
+        if source.weight is None:
+            return ()
+        if not rows:
+            raise DataError(f"task.path: {source.label}: the source has no rows")
+        found.append(SourceRows(source.label, rows, source.weight))
+    return tuple(found)
 
 
 def _load_file(
@@ -242,44 +330,3 @@ def _concatenate_tables(parts: Mapping[Path, Any]) -> RowSequence | None:
     except ValueError:
         return None
     return found
-
-
-# The Hub
-
-
-def _load_hub(hub: HubName | None, split: str, limit: int | None) -> Split | None:
-    import datasets
-
-    hub, name = check_hub(hub)
-    try:
-        # All splits at once: unlike a list of their names, this is served from the cache offline.
-        splits = datasets.load_dataset(*hub)
-    except Exception as error:  # offline, gated and missing data sets raise different types
-        raise hub_failure(name, error) from error
-    found = next((known for known in split_names(split) if known in splits), None)
-    if found is None:
-        return None
-    rows = splits[found]
-    fingerprint = str(getattr(rows, "_fingerprint", name))
-    if limit is not None:
-        rows = rows.select(range(min(limit, len(rows))))
-        fingerprint = f"{fingerprint}:{len(rows)}"
-    return Split(split, rows, f"{name} ({split})", fingerprint)
-
-
-def check_hub(hub: HubName | None) -> tuple[HubName, str]:
-    """Return the data set and ``NAME/CONFIG``. Raises DataError if the task has none on the Hub."""
-    if hub is None:
-        raise DataError(
-            "task.path = null: the task has no data set on the Hub; allowed: a file, a directory, "
-            "a glob, a list of these, or a mapping of splits"
-        )
-    return hub, "/".join(part for part in hub if part)
-
-
-def hub_failure(name: str, error: Exception) -> DataError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return DataError(
-        f"task.path = null: cannot load the Hub data set {name!r}: {reason}; "
-        "hint: set task.path to a local copy, or check the network and HF_HUB_OFFLINE"
-    )

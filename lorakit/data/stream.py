@@ -7,15 +7,25 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
-from lorakit.data.file_names import split_names
 from lorakit.data.files import read_rows, stream_rows
-from lorakit.data.paths import PathOption, SplitFiles, find_files
+from lorakit.data.hub import HubName, HubSplit, task_data_set
+from lorakit.data.paths import Source, find_sources
 from lorakit.data.rows import NAMED_ROWS, Row, UnreadRow
-from lorakit.data.sources import HubName, Split, check_hub, hub_failure, joined_split
+from lorakit.data.sources import (
+    SourceRows,
+    Split,
+    combined,
+    joined_split,
+    limits,
+    mixed_sources,
+)
+from lorakit.data.tables import FileRows
 from lorakit.errors import DataError, listed
+from lorakit.recipe.data_path import PathOption
 
 #: Size and modification time of a file.
 Stamp = tuple[int, int]
@@ -48,10 +58,14 @@ class Stream:
     """``head`` is a split of the first rows of each file; its fingerprint covers these rows and,
     after a colon, the sizes of the files. Each call of ``read`` starts again at the first row. A
     row has the columns of ``head``, with None where it lacks one, and any additional columns.
-    Reading raises FileChanged for a file that was modified after the stream was opened."""
+    Reading raises FileChanged for a file that was modified after the stream was opened. The rows
+    of a mixture are those of ``parts``, to be mixed in proportion to the weights of ``sources``,
+    whose numbers of rows are those of ``head``."""
 
     head: Split
     read: Callable[[], Iterator[LocatedRow]]
+    parts: tuple[Stream, ...] = ()
+    sources: tuple[SourceRows, ...] = ()
 
 
 def open_stream(
@@ -65,18 +79,10 @@ def open_stream(
 
     Raises the same errors as ``load_split``; for an invalid row, only when it is read.
     """
-    head_rows = min(limit or HEAD_ROWS, HEAD_ROWS)
     if path is None:
-        stream = _open_hub(hub, split, head_rows)
-    else:
-        chosen = find_files(path, split)
-        share = max(_MAX_TOTAL_HEAD_ROWS // max(len(chosen.files), 1), _MIN_HEAD_ROWS)
-        most = min(head_rows, share)
-        stream = _open_files(chosen, split, most, skip_bad) if chosen.files else None
-    if stream is None or limit is None:
-        return stream
-    unlimited = stream.read
-    return Stream(stream.head, lambda: islice(unlimited(), limit))
+        return _open_hub(task_data_set(hub), split, limit)
+    sources = find_sources(path, split)
+    return _open_sources(sources, split, limit, skip_bad) if sources else None
 
 
 def have_same_head(fingerprint: object, other: object) -> bool:
@@ -86,26 +92,76 @@ def have_same_head(fingerprint: object, other: object) -> bool:
     return head.startswith("stream:") and bool(sizes) and str(other).startswith(f"{head}:")
 
 
-# Files
+# Sources
 
 
-def _open_files(chosen: SplitFiles, split: str, head_rows: int, skip_bad: bool) -> Stream:
-    stamps = [_stamp(file) for file in chosen.files]
-    parts = [(file, read_rows(file, head_rows, skip_bad=skip_bad)) for file in chosen.files]
-    if not any(len(part.rows) for _, part in parts):
-        raise DataError(f"{listed(chosen.files)}: the split {split!r} is empty")
+@dataclass(frozen=True)
+class _Opened:
+    """The first rows of the files of a source, their sizes, and a function that reads all rows,
+    given the columns that each row must have."""
+
+    heads: list[tuple[Path, FileRows]]
+    sizes: list[int]
+    read: Callable[[Sequence[str]], Iterator[LocatedRow]]
+
+
+def _open_sources(
+    sources: Sequence[Source], split: str, limit: int | None, skip_bad: bool
+) -> Stream:
+    files = combined(sources)
+    share = max(_MAX_TOTAL_HEAD_ROWS // len(files.files), _MIN_HEAD_ROWS)
+    head_rows = min(limit or HEAD_ROWS, HEAD_ROWS, share)
+    opened = [_open_source(source, split, head_rows, skip_bad) for source in sources]
+    heads = [head for source in opened for head in source.heads]
+    if not any(len(part.rows) for _, part in heads):
+        raise DataError(f"{listed(files.files)}: the split {split!r} is empty")
+    counts = [sum(len(part.rows) for _, part in source.heads) for source in opened]
+    mixed = mixed_sources(sources, counts)
+    fingerprint = _fingerprint(opened, [source.weight for source in mixed])
+    head = joined_split(split, heads, files, fingerprint, is_head=True)
+    head = replace(head, is_head=any(len(part.rows) >= head_rows for _, part in heads))
+    parts = tuple(
+        Stream(head, partial(_read_first, source, head.columns, own))
+        for source, own in zip(opened, limits(sources, limit), strict=True)
+    )
+    if mixed:
+        return Stream(head, lambda: _chained(parts), parts, mixed)
+    return Stream(head, lambda: islice(_chained(parts), limit))
+
+
+def _read_first(source: _Opened, columns: Sequence[str], limit: int | None) -> Iterator[LocatedRow]:
+    return islice(source.read(columns), limit)
+
+
+def _chained(parts: Sequence[Stream]) -> Iterator[LocatedRow]:
+    return chain.from_iterable(part.read() for part in parts)
+
+
+def _fingerprint(opened: Sequence[_Opened], weights: Sequence[float]) -> str:
     rows = hashlib.sha256()
-    for _, part in parts:
-        rows.update(json.dumps(list(part.rows), sort_keys=True, default=str).encode())
-    sizes = hashlib.sha256(json.dumps([size for size, _ in stamps]).encode())
-    fingerprint = f"stream:{rows.hexdigest()}:{sizes.hexdigest()}"
-    head = joined_split(split, parts, chosen, fingerprint, is_head=True)
-    head = replace(head, is_head=any(len(part.rows) >= head_rows for _, part in parts))
-    return Stream(head, partial(_read_files, chosen.files, stamps, head.columns, skip_bad))
+    for source in opened:
+        for _, part in source.heads:
+            rows.update(json.dumps(list(part.rows), sort_keys=True, default=str).encode())
+    if weights:
+        rows.update(json.dumps(weights).encode())
+    sizes = [size for source in opened for size in source.sizes]
+    return f"stream:{rows.hexdigest()}:{hashlib.sha256(json.dumps(sizes).encode()).hexdigest()}"
+
+
+def _open_source(source: Source, split: str, head_rows: int, skip_bad: bool) -> _Opened:
+    files = source.found.files
+    if source.hub is not None:
+        rows = source.hub.load(split, streaming=True)
+        head = FileRows(_hub_head(source.hub, rows, head_rows), "")
+        return _Opened([(files[0], head)], [], partial(_read_hub, source.hub, split, rows))
+    stamps = [_stamp(file) for file in files]
+    heads = [(file, read_rows(file, head_rows, skip_bad=skip_bad)) for file in files]
+    read = partial(_read_files, files, stamps, skip_bad)
+    return _Opened(heads, [size for size, _ in stamps], read)
 
 
 def _read_files(
-    files: list[Path], stamps: list[Stamp], columns: Sequence[str], skip_bad: bool
+    files: list[Path], stamps: list[Stamp], skip_bad: bool, columns: Sequence[str]
 ) -> Iterator[LocatedRow]:
     blank = dict.fromkeys(columns)
     for file, stamp in zip(files, stamps, strict=True):
@@ -132,33 +188,35 @@ def _check_unchanged(file: Path, stamp: Stamp) -> None:
 # The Hub
 
 
-def _open_hub(hub: HubName | None, split: str, head_rows: int) -> Stream | None:
-    import datasets
+def _open_hub(hub: HubSplit, split: str, limit: int | None) -> Stream | None:
+    rows = hub.load(split, streaming=True)
+    if rows is None:
+        return None
+    head_rows = min(limit or HEAD_ROWS, HEAD_ROWS)
+    first = _hub_head(hub, rows, head_rows)
+    label = hub.label(split)
+    if not first:
+        raise DataError(f"{label}: the split {split!r} is empty")
+    digest = hashlib.sha256(json.dumps([label, first], default=str).encode())
+    head = Split(split, first, label, f"stream:{digest.hexdigest()}")
+    head = replace(head, is_head=len(first) >= head_rows)
+    return Stream(head, lambda: islice(_read_hub(hub, split, rows, ()), limit))
 
-    hub, name = check_hub(hub)
+
+def _hub_head(hub: HubSplit, rows: Any, count: int) -> list[Row]:
     try:
-        splits = datasets.load_dataset(*hub, streaming=True)
-        found = next((known for known in split_names(split) if known in splits), None)
-        if found is None:
-            return None
-        rows = list(splits[found].take(head_rows))
-    except Exception as error:  # offline, gated and missing data sets raise different types
-        raise hub_failure(name, error) from error
-    if not rows:
-        raise DataError(f"{name}: the split {split!r} is empty")
-    digest = hashlib.sha256(json.dumps([name, found, rows], default=str).encode())
-    source = f"{name} ({split})"
-    head = Split(split, rows, source, f"stream:{digest.hexdigest()}")
-    head = replace(head, is_head=len(rows) >= head_rows)
+        return list(rows.take(count))
+    except Exception as error:  # a data set that cannot be read raises errors of many types
+        raise hub.failure(error) from error
 
-    def read() -> Iterator[LocatedRow]:
-        try:
-            for number, row in enumerate(splits[found], 1):
-                yield LocatedRow(source, number, row)
-        except Exception as error:
-            raise hub_failure(name, error) from error
 
-    return Stream(head, read)
+def _read_hub(hub: HubSplit, split: str, rows: Any, columns: Sequence[str]) -> Iterator[LocatedRow]:
+    blank = dict.fromkeys(columns)
+    try:
+        for number, row in enumerate(rows, 1):
+            yield LocatedRow(hub.label(split), number, {**blank, **row})
+    except Exception as error:
+        raise hub.failure(error) from error
 
 
 # Bad rows

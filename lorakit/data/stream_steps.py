@@ -17,6 +17,7 @@ from lorakit.data.encode import EncodedRow, check_largest_id
 from lorakit.data.examples import ChatExample, Example
 from lorakit.data.plan import Bin, Share, Step
 from lorakit.data.rows import Row
+from lorakit.data.shares import apportion, interleaved
 from lorakit.data.stream import LocatedRow, SkippedRows, Stream
 from lorakit.data.tokens import Counts, OnBadRow, RowEncoder
 from lorakit.errors import DataError
@@ -162,7 +163,7 @@ class StreamSteps:
 
     @property
     def rows_read(self) -> int:
-        """The number of the stream's rows in the windows begun, tokenized or not."""
+        """The number of rows of the first pass in the windows begun, tokenized or not."""
         return self._skipped_rows + self.counts.rows
 
     def check_has_rows(self, rows: int) -> None:
@@ -196,8 +197,7 @@ class StreamSteps:
             return 0
         windows = number // _STEPS_PER_WINDOW
         rows = windows * _STEPS_PER_WINDOW * self.units_per_step
-        self._skipped_rows = rows
-        next(islice(self._source, rows, rows), None)
+        self._skipped_rows = sum(row.number == 0 for row in islice(self._source, rows))
         self._next = windows * _STEPS_PER_WINDOW
         return windows
 
@@ -270,10 +270,27 @@ def shuffled(stream: Stream, seed: int, buffer_rows: int) -> Iterator[PassRow]:
     """Yield rows endlessly: each time a random one of the ``buffer_rows`` in the buffer, which the
     next row read replaces. Each pass over the stream is shuffled differently.
 
+    In a mixture, each source has its share of the buffer and of the rows, however many are taken,
+    and starts again when it ends.
+
     Raises DataError if a pass has no rows.
     """
+    if not stream.parts:
+        yield from _shuffled_passes(stream, (seed,), buffer_rows)
+        return
+    weights = [source.weight for source in stream.sources]
+    buffers = apportion(buffer_rows, weights)
+    sources = [
+        _shuffled_passes(part, (seed, index, 2), max(1, rows))
+        for index, (part, rows) in enumerate(zip(stream.parts, buffers, strict=True))
+    ]
+    for index in interleaved(weights):
+        yield next(sources[index])
+
+
+def _shuffled_passes(stream: Stream, seeds: tuple[int, ...], buffer_rows: int) -> Iterator[PassRow]:
     for number in count():
-        generator = np.random.default_rng((seed, number))
+        generator = np.random.default_rng((*seeds, number))
         for located in _shuffled_pass(stream, generator, buffer_rows):
             yield PassRow(located, number)
 

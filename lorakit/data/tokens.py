@@ -95,10 +95,11 @@ class TokenRow:
 
 @dataclass
 class EncodedRows:
-    """``rows`` in order, one per source row or, for a chat, several. ``labels`` has the label of
-    each row for an encoder."""
+    """``rows`` in order, one per source row or, for a chat or a document, several; ``origins`` are
+    the indices of the source rows. ``labels`` has the label of each row for an encoder."""
 
     rows: list[TokenRow]
+    origins: list[int]
     labels: list[int | float | tuple[int, ...]]
     counts: Counts
 
@@ -136,10 +137,12 @@ class RowEncoder:
         counted: Counter[str] = Counter()
         encoded = iter(self._examples([example for _, example in given], counted))
         found: list[TokenRow] = []
+        origins: list[int] = []
         labels: list[int | float | tuple[int, ...]] = []
         for index, example in given:
             with _at_row(locate, index, skip):
                 found += _trainable(next(encoded), example, self._max_length)
+                origins += [index] * (len(found) - len(origins))
                 if isinstance(example, ClassificationExample):
                     labels.append(example.label)
         counts = Counts(
@@ -150,7 +153,7 @@ class RowEncoder:
             cut_completions=sum(row.cut for row in found),
             notes=counted,
         )
-        return EncodedRows(found, labels, counts)
+        return EncodedRows(found, origins, labels, counts)
 
     def _examples(
         self, examples: Sequence[Example], counted: Counter[str]

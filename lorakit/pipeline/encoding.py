@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.data.cache import CACHED_ROWS, EncodedCache, encoding_key
 from lorakit.data.encode import EncodedSplit, check_token_ids, encode_split
+from lorakit.data.mixture import mixture_note, stream_note
 from lorakit.data.notes import split_notes
 from lorakit.data.rows import Row
 from lorakit.data.sources import Split
@@ -75,6 +76,8 @@ def encode_training_data(
     encoded = encoder.encode(data.split)
     if data.task.kind == "causal":
         encoder.warn_endless(encoded)
+    if note := weights_note(data, encoded):
+        say(note)
     weights = class_weights(data, encoded)
     if weights is not None and data.problem != "multi_label_classification":
         encoded = replace(encoded, class_weights=np.array(weights))
@@ -106,6 +109,14 @@ def encode_eval_data(
     """
     encoder = _Encoder(data, model, tokenizer, say, write_cache)
     return encoder.with_prompts(data.split, encoder.encode(data.split))
+
+
+def weights_note(data: TaskData, encoded: EncodedSplit) -> str | None:
+    """Say how the rows of a mixture are drawn; None if they are not weighted. Raises DataError for
+    a source that is drawn less than once in an epoch."""
+    if data.stream is not None and data.stream.parts:
+        return stream_note(data.split.name, data.stream)
+    return mixture_note(data.split.name, encoded.sources) if encoded.sources else None
 
 
 def endless_warning(split: str, endless: int, rows: int) -> str:

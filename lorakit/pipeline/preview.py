@@ -26,7 +26,7 @@ from lorakit.models.heads import classifies_texts_only, declares_head, plan_head
 from lorakit.models.hub import explained, hub_options, load_config, load_tokenizer, quiet
 from lorakit.models.load import fit_unloaded
 from lorakit.models.vocabulary import extend_tokenizer
-from lorakit.pipeline.encoding import endless_warning
+from lorakit.pipeline.encoding import endless_warning, weights_note
 from lorakit.pipeline.task_data import Say, TaskData, load_task_data
 from lorakit.recipe.sections import ModelSection, Recipe
 from lorakit.tasks.checks import label_counts, similar_labels
@@ -138,6 +138,8 @@ def preview(
     tokenizer, stops = _load_tokenizer(section, model_config, say)
     encoded = _encode(data, tokenizer, on_progress, say)
     summary = summarize(encoded, stops, config.max_length, config.packing)
+    if note := weights_note(data, encoded):
+        say(note)
     examples = _described(data, tokenizer, start - 1, count)
     labels = data.labels if data.task.kind == "encoder" else None
     if data.task.kind == "encoder":

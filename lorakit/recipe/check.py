@@ -11,6 +11,7 @@ from typing import Any
 
 from lorakit import registry
 from lorakit.errors import Problem, RecipeError, UserError, did_you_mean
+from lorakit.recipe.data_path import listed_sources
 from lorakit.recipe.diagnostics import Fault
 from lorakit.recipe.sections import (
     AdapterSection,
@@ -192,6 +193,11 @@ def _splits(task: TaskSection) -> Iterator[Fault]:
         return
     for message, allowed in split_name_errors(task.path):
         yield Fault(("task", "path"), message, allowed=allowed)
+    for split, sources in task.path.items():
+        weighted = [getattr(source, "weight", None) for source in listed_sources(sources)]
+        if split != "train" and any(weighted):
+            message = f"the sources of {split} have weights, which are for training"
+            yield Fault(("task", "path"), message, allowed="sources without weight")
 
 
 def _token_budget(task: TaskSection, train: TrainSection) -> Iterator[Fault]:

@@ -115,7 +115,8 @@ def with_value(message: str, key: KeyPath, recipe: Recipe) -> str:
     start = f"{section}.{name}: "
     if not message.startswith(start):
         return message
-    value = getattr(getattr(recipe, str(section)), str(name))
+    values = getattr(recipe, str(section)).model_dump(mode="json", exclude_none=True)
+    value = values.get(name)
     problem = message.removeprefix(start).removeprefix(f"{value}: ")
     return f"{section}.{name} = {shown(value)}: {problem}"
 

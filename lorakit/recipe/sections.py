@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from lorakit.errors import did_you_mean
+from lorakit.recipe.data_path import DataPath
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -63,24 +64,6 @@ TextList = Annotated[
 _MaybeEmpty = Annotated[
     list[Text], BeforeValidator(_as_list, json_schema_input_type=list[Text] | Text)
 ]
-
-#: A file, a glob pattern, or a list of these.
-Files = Text | Annotated[list[Text], Field(min_length=1)]
-_DataPath = Files | Annotated[dict[str, Files], Field(min_length=1)] | None
-
-
-def _without_weights(value: Any) -> Any:
-    """Raise ValueError for a weighted mixture, ``{path: FILE, weight: N}``."""
-    parts = value if isinstance(value, list) else [value]
-    inner = [v for part in parts if isinstance(part, dict) for v in part.values()]
-    lists = [item for v in inner if isinstance(v, list) for item in v]
-    if any(isinstance(part, dict) and "weight" in part for part in [*parts, *inner, *lists]):
-        raise ValueError("weights are not supported; allowed: files and globs without weights")
-    return value
-
-
-#: A directory, files of the train split, or a mapping from splits to files.
-DataPath = Annotated[_DataPath, BeforeValidator(_without_weights, json_schema_input_type=_DataPath)]
 
 
 class Section(BaseModel):

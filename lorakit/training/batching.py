@@ -17,10 +17,12 @@ from lorakit.data.collate import (
     collate_encoder,
     collate_packed,
 )
+from lorakit.data.mixture import MixedSteps, Mixture
 from lorakit.data.notes import encoding_notes
 from lorakit.data.plan import (
     Bin,
     IndexedSteps,
+    Numbers,
     Packing,
     Plan,
     RowPlan,
@@ -166,14 +168,29 @@ def build_batching(prepared: Prepared, device: torch.device, share: Share = _ALO
     recipe, rows = prepared.recipe, prepared.train
     if isinstance(rows, StreamedRows):
         return _streaming(recipe, rows, share)
+    if rows.sources:
+        mixture = Mixture(rows.sources, recipe.train.seed)
+
+        def plan(lengths: Numbers) -> tuple[Plan, Packing | None]:
+            return _plan(prepared, lengths, device, share)[:2]
+
+        description = _plan(prepared, rows.lengths[mixture.epoch(0)], device, share)[2]
+        return Batching(MixedSteps(rows, mixture, plan, share), f"{description}, by weight")
+    found, packing, description = _plan(prepared, rows.lengths, device, share)
+    return Batching(IndexedSteps(rows, found, packing, share), description)
+
+
+def _plan(
+    prepared: Prepared, lengths: Numbers, device: torch.device, share: Share
+) -> tuple[Plan, Packing | None, str]:
+    """Plan the steps of an epoch from the lengths of its rows, and describe them."""
+    recipe = prepared.recipe
     micro_batches = recipe.train.gradient_accumulation_steps * share.world_size
-    section, lengths = recipe.train, rows.lengths
-    packing, description = None, f"{len(rows):,} rows"
+    section, packing, description = recipe.train, None, f"{len(lengths):,} rows"
     if recipe.task.packing:
         packing = Packing(lengths, recipe.task.max_length, section.seed)
         lengths = packing.bin_lengths
         description += f" in {len(packing):,} bins, {packing.fill:.1%} full"
-    plan: Plan
     if section.max_tokens_per_batch is None or packing:
         plan = RowPlan(
             lengths=lengths,
@@ -182,19 +199,17 @@ def build_batching(prepared: Prepared, device: torch.device, share: Share = _ALO
             seed=section.seed,
             group_by_length=section.group_by_length and packing is None,
         )
-        description += f", {plan.units_per_step} per step"
-    else:
-        plan = TokenPlan(
-            lengths=lengths,
-            max_tokens_per_batch=section.max_tokens_per_batch,
-            per_device_batch_size=section.units_per_batch,
-            micro_batches_per_step=micro_batches,
-            seed=section.seed,
-            multiple_of=padding_multiple(prepared, device),
-        )
-        tokens = section.max_tokens_per_batch * micro_batches
-        description += f", up to {tokens:,} tokens per step"
-    return Batching(IndexedSteps(rows, plan, packing, share), description)
+        return plan, packing, f"{description}, {plan.units_per_step} per step"
+    tokens = section.max_tokens_per_batch * micro_batches
+    limited = TokenPlan(
+        lengths=lengths,
+        max_tokens_per_batch=section.max_tokens_per_batch,
+        per_device_batch_size=section.units_per_batch,
+        micro_batches_per_step=micro_batches,
+        seed=section.seed,
+        multiple_of=padding_multiple(prepared, device),
+    )
+    return limited, None, f"{description}, up to {tokens:,} tokens per step"
 
 
 def _streaming(recipe: Recipe, rows: StreamedRows, share: Share) -> Batching:

@@ -190,4 +190,6 @@ def check_resumable(prepared: Prepared, batching: Batching, start: Start, say: S
 
 
 def _train_rows(data: dict[str, Any]) -> int | None:
+    if "sources" in data:
+        return sum(int(source["rows_per_epoch"]) for source in data["sources"])
     return None if data["rows"] is None else data["rows"] - data["skipped_rows"]

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorakit import registry
 from lorakit.adapters.start import check_tokens, load_values, read_start
 from lorakit.data.encode import EncodedSplit
+from lorakit.data.mixture import mixture_table
 from lorakit.data.sources import Split
 from lorakit.errors import UserError, shown
 from lorakit.evaluation.evaluate import EvalData
@@ -153,7 +154,9 @@ def _describe_split(split: Split, encoded: EncodedSplit | StreamedRows) -> dict[
     if isinstance(encoded, EncodedSplit):
         skipped = encoded.counts.skipped_rows
         known = {"rows": len(split), "tokens": int(encoded.offsets[-1]), "skipped_rows": skipped}
-    return {"source": split.source, "fingerprint": split.fingerprint} | known
+        if encoded.sources:
+            known["sources"] = mixture_table(encoded.sources)
+    return {"source": split.source, "fingerprint": split.identity} | known
 
 
 def main_metric(recipe: Recipe, task: Task) -> str:

@@ -346,5 +346,5 @@ def test_an_entry_is_a_safetensors_file(cached: Cached) -> None:
 
     encoded = cached.encode()
     found = load_file(cached.entries[0])
-    assert sorted(found) == ["input_ids", "lengths", "loss_mask"]
+    assert sorted(found) == ["input_ids", "lengths", "loss_mask", "origins"]
     np.testing.assert_array_equal(found["input_ids"], encoded.input_ids)

@@ -9,6 +9,7 @@ import pytest
 
 from lorakit.data.paths import data_files, find_files, no_split, split_files
 from lorakit.errors import DataError
+from lorakit.recipe.data_path import DataSource
 
 
 @pytest.fixture(autouse=True)
@@ -139,10 +140,32 @@ def test_a_dangling_link_is_an_error() -> None:
 
 
 def test_directories_in_a_list() -> None:
-    touch("d/a.jsonl")
-    expected = "task.path: d: is a directory; allowed: a file, or a glob (d/*)"
-    for path in (["d"], {"train": "d"}, {"train": ["d"]}):
-        assert refusal(path) == expected
+    touch("d/train.jsonl", "d/dev.jsonl", "e/train-0.csv", "f.jsonl")
+    for path in (["d", "e", "f.jsonl"], {"train": ["d", "e", "f.jsonl"], "dev": "d"}):
+        assert names(path) == ["d/train.jsonl", "e/train-0.csv", "f.jsonl"]
+        assert names(path, "validation") == ["d/dev.jsonl"]
+    assert names({"validation": DataSource(path="d", split="train")}, "dev") == ["d/train.jsonl"]
+    assert names({"train": "f.jsonl"}, "validation") == []
+    touch("g/a.jsonl")
+    expected = "task.path: g: no split 'train'; the directory contains a.jsonl; hint: "
+    for path in (["g"], {"train": "g"}, ["d", DataSource(path="g", weight=2)]):
+        assert refusal(path).startswith(expected)
+    assert refusal({"dev": "e"}, "validation").startswith("task.path: e: no split 'validation'")
+
+
+def test_what_only_a_data_set_on_the_hub_has() -> None:
+    touch("a.jsonl", "d/train.jsonl")
+    source = DataSource(path="a.jsonl", split="train")
+    assert refusal(source) == (
+        'task.path: a.jsonl: split = "train", but a file has no splits; allowed: no split, or a '
+        "directory or a data set on the Hub"
+    )
+    assert 'd: name = "c", but only data sets on the Hub' in refusal(
+        [DataSource(path="d", name="c")]
+    )
+    assert refusal("org/set").endswith(
+        "hint: a data set on the Hub needs its split: {path: org/set, split: train}"
+    )
 
 
 def test_an_impossible_file_name() -> None:

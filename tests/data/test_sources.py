@@ -117,7 +117,7 @@ def test_missing_files(tmp_path: Path) -> None:
     for path in (missing, [missing], {"train": missing}):
         assert refusal(path) == f"task.path: {missing}: no such file or directory"
     assert "no such file" in refusal(missing, "validation")
-    assert "is a directory" in refusal([str(tmp_path)])
+    assert "the directory is empty" in refusal([str(tmp_path)])
 
 
 def test_unknown_format(tmp_path: Path) -> None:

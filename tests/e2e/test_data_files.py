@@ -99,6 +99,10 @@ FORMS: dict[str, tuple[dict[str, list[dict[str, str]]], Any]] = {
         {f"d/train-0000{n}-of-00002.jsonl": COLOURS[n : n + 1] for n in (0, 1)}, "d",
     ),
     "glob": ({f"d/x-{n}.json": COLOURS[n : n + 1] for n in (0, 1)}, "d/x-*.json"),
+    "mixture": (
+        {"a.jsonl": COLOURS[:1], "d/train.jsonl": COLOURS[1:]},
+        [{"path": "a.jsonl", "weight": 1}, {"path": "d", "weight": 1}],
+    ),
     "several": (
         {"a.jsonl": COLOURS[:1], "b.json": COLOURS[1:], "v.jsonl": COLOURS},
         {"train": ["a.jsonl", "b.json"], "validation": "v.jsonl"},
@@ -152,7 +156,11 @@ def test_every_command_reads_every_form(
         ({"validation": "d/a.jsonl"}, "}: no split 'train'; allowed: validation"),
         (
             {"train": "d"},
-            'task.path = {"train": "d"}: d: is a directory; allowed: a file, or a glob (d/*)',
+            'task.path = {"train": "d"}: d: no split \'train\'; the directory contains a.jsonl',
+        ),
+        (
+            [{"path": "d/a.jsonl", "weight": 1}, {"path": "d/b.jsonl", "weight": 2}],
+            '"weight": 2.0}]: d/b.jsonl: no such file or directory',
         ),
     ],
 )

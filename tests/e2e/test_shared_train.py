@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +80,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "train__max_tokens_per_batch": 200, "train__per_device_batch_size": None,
         "train__gradient_accumulation_steps": 6,
     },
+    "mixture": {"task__packing": True},
+    "mixture in a stream": {
+        "task__streaming": True, "train__max_steps": 5, "train__epochs": None,
+    },
     "best and early": {"train__early_stopping_patience": 1, "train__eval_every_steps": 1},
 }  # fmt: skip
+
+
+def mixed_sources(folder: Path) -> Iterator[dict[str, Any]]:
+    for weight, name in enumerate(("a.jsonl", "b.jsonl"), 1):
+        write_rows(folder / name, completion_rows(30)[weight:])
+        yield {"path": str(folder / name), "weight": weight}
 
 
 def test_other_ways_to_batch(tiny_llama: Path, tmp_path: Path) -> None:
     pairs = []
     for name, changes in VARIANTS.items():
+        if name.startswith("mixture"):
+            changes = changes | {"task__path": [*mixed_sources(tmp_path)]}
         alone = recipe(tmp_path / name, tiny_llama, "completion", LORA, **changes)
         lorakit.train(lorakit.load_recipe(alone))
         shared = split_over(2, alone, tmp_path / f"{name}-shared")

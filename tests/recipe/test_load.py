@@ -147,7 +147,8 @@ def test_all_problems_are_listed_in_file_order(write: Write) -> None:
             "path: data.jsonl",
             "path: 3",
             "r, line 10: task.path = 3: wrong type (an integer); allowed: a non-empty string or a "
-            "non-empty list of strings or a mapping of names to strings or lists of strings or null",
+            "mapping with path, name, split, weight or a non-empty list of strings or a mapping of "
+            "names to strings or lists of strings or null",
         ),
         (
             "learning_rate: 2e-4",
@@ -178,14 +179,15 @@ def test_all_problems_are_listed_in_file_order(write: Write) -> None:
             "path: data.jsonl",
             "path: {train: 3}",
             'r, line 10: task.path = {"train": 3}: contains an invalid value; allowed: '
-            "a non-empty string or a non-empty list of strings or a mapping of names to strings or "
+            "a non-empty string or a mapping with path, name, split, weight or a non-empty list of "
+            "strings or a mapping of names to strings or "
             "lists of strings or null",
         ),
         (
             "path: data.jsonl",
             "path: {}",
-            "r, line 10: task.path = {}: must not be empty; allowed: a non-empty string or a non-empty list of "
-            "strings or a mapping of names to strings or lists of strings or null",
+            "r, line 10: task.path = {}: must not be empty; allowed: a non-empty string or a "
+            "mapping with path, name, split, weight or a non-empty list of strings or a mapping of names to strings or lists of strings or null",
         ),
     ],
 )

@@ -22,12 +22,13 @@ FORMS: list[Any] = [
     {"train": "a-*-of-00002.jsonl", "dev": ["v.json", "w.tsv.gz"]},
     None,
 ]
-WEIGHTED: list[Any] = [
+SOURCES: list[Any] = [
     [{"path": "a.jsonl", "weight": 0.5}],
-    ["a.jsonl", {"path": "b.jsonl", "weight": 2}],
+    ["a.jsonl", {"path": ["b.jsonl", "c-*.csv"], "weight": 2}],
     {"path": "a.jsonl", "weight": 1},
-    {"train": [{"path": "a.jsonl", "weight": 0.5}, {"path": "b.jsonl", "weight": 0.5}]},
-    {"train": {"path": "a.jsonl", "weight": 0.5}, "validation": "v.jsonl"},
+    {"path": "org/set", "name": "config", "split": "train"},
+    {"train": [{"path": "a.jsonl", "weight": 0.5}, "b"], "validation": "v.jsonl"},
+    {"train": {"path": "org/set", "split": "train"}, "dev": {"path": "org/set", "split": "test"}},
 ]
 
 
@@ -53,13 +54,45 @@ def test_forms(tmp_path: Path, path: Any) -> None:
     assert lorakit.load_recipe(recipe_file(tmp_path, "other"), override) == recipe
 
 
-@pytest.mark.parametrize("path", WEIGHTED, ids=json.dumps)
-def test_weights_are_rejected(tmp_path: Path, path: Any) -> None:
+def without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=json.dumps)
+def test_sources(tmp_path: Path, path: Any) -> None:
+    recipe = lorakit.load_recipe(recipe_file(tmp_path, path))
+    assert without_nulls(recipe.resolved()["task"]["path"]) == path
+    write_recipe(recipe, tmp_path / "written.yaml")
+    assert lorakit.load_recipe(tmp_path / "written.yaml") == recipe
+    override = [f"task.path={json.dumps(path)}"]
+    assert lorakit.load_recipe(recipe_file(tmp_path, "other"), override) == recipe
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ({"path": "a", "weight": 0}, 'source "a": weight = 0; allowed: a number > 0'),
+        ([{"path": "a", "weight": -1}], 'source "a": weight = -1; allowed: a number > 0'),
+        ([{"path": "a", "weight": "2"}], 'weight = "2"; allowed: a number > 0'),
+        ([{"path": "a", "weight": True}], "weight = true; allowed: a number > 0"),
+        ({"train": [{"path": "a", "weigth": 2}]}, "unknown key 'weigth' (did you mean 'weight'?)"),
+        ({"path": "a", "train": "b"}, "unknown key 'train'; allowed: path, name, split, weight"),
+        ({"name": "org/set", "split": "train"}, "a source without path; allowed: path, name, "),
+        ([{"path": [], "weight": 1}], "path = []; allowed: a file, a glob, a directory or a list"),
+        ([{"path": "a", "split": 3}], "split = 3; allowed: the name of a split"),
+        ({"validation": [{"path": "a", "weight": 1}]}, "the sources of validation have weights"),
+    ],
+    ids=str,
+)
+def test_wrong_sources_are_named(tmp_path: Path, path: Any, message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         lorakit.load_recipe(recipe_file(tmp_path, path))
     (problem,) = caught.value.problems
     assert problem.key == "task.path"
-    assert "weights are not supported" in str(problem)
+    assert message in str(problem)
+    assert "\n" not in str(problem)
 
 
 @pytest.mark.parametrize(
@@ -97,9 +130,9 @@ def test_the_schema_accepts_the_forms() -> None:
     tasks = recipe_schema()["properties"]["task"]["anyOf"]
     (found,) = [t for t in tasks if "completion" in t["properties"]["name"].get("enum", ())]
     text = {"type": "string", "minLength": 1}
-    texts = {"type": "array", "minItems": 1, "items": text}
-    files = {"anyOf": [text, texts]}
+    source = {"$ref": "#/$defs/DataSource"}
+    sources = {"type": "array", "minItems": 1, "items": {"anyOf": [text, source]}}
+    files = {"anyOf": [text, source, sources]}
     mapping = {"type": "object", "minProperties": 1, "additionalProperties": files}
     allowed = found["properties"]["path"]["anyOf"]
-    assert len(allowed) == 4
-    assert all(form in allowed for form in (text, texts, mapping, {"type": "null"}))
+    assert allowed == [text, source, sources, mapping, {"type": "null"}]
