@@ -309,6 +309,21 @@ class JoinedRows(_LazyRows):
         return {name: row.get(name) for name in self.column_names}
 
 
+class SelectedRows(_LazyRows):
+    """The rows of ``rows`` at ``indices``."""
+
+    def __init__(self, rows: RowSequence, indices: Sequence[int]) -> None:
+        self._all, self._indices = rows, array("q", indices)
+        self.column_names = column_names(rows)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def _row(self, index: int) -> dict[str, Any]:
+        row: Any = self._all[self._indices[index]]
+        return row if isinstance(row, dict) else dict(row)
+
+
 def column_names(rows: RowSequence) -> list[str]:
     """The names that occur in any row, in order of first occurrence."""
     names = getattr(rows, "column_names", None)

@@ -46,7 +46,8 @@ class Split:
     contents. ``incomplete`` maps each file that lacks a column to the columns that it has; in its
     rows the others are None. ``notes`` tell the user which files were chosen and what they lack.
     ``is_head`` is true for the first rows of a stream, which may have more. ``sources`` are those
-    of a mixture, in order; empty if the rows are not weighted.
+    of a mixture, in order; empty if the rows are not weighted. ``numbers`` are the rows' numbers in
+    their files, from 1, if the split does not have all rows of the files.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Split:
     notes: tuple[str, ...] = field(default=())
     is_head: bool = False
     sources: tuple[SourceRows, ...] = ()
+    numbers: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -77,11 +79,12 @@ class Split:
 
     def locate(self, index: int) -> str:
         """``FILE, row N`` (from 1) for the row at ``index``."""
+        number = None if self.numbers is None else self.numbers[index]
         for file, count in self.files:
             if index < count:
-                return f"{file}, row {index + 1}"
+                return f"{file}, row {number or index + 1}"
             index -= count
-        return f"{self.source}, row {index + 1}"
+        return f"{self.source}, row {number or index + 1}"
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -221,14 +224,17 @@ def combined(sources: Sequence[Source]) -> SplitFiles:
 def mixed_sources(sources: Sequence[Source], counts: Sequence[int]) -> tuple[SourceRows, ...]:
     """The sources of a mixture with their numbers of rows; none for other sources. Raises DataError
     for a source without rows."""
-    found = []
+    weighted = [SourceRows(s.label, 0, s.weight) for s in sources if s.weight is not None]
+    return with_counts(weighted, counts) if weighted else ()
+
+
+def with_counts(sources: Sequence[SourceRows], counts: Sequence[int]) -> tuple[SourceRows, ...]:
+    """The sources with other numbers of rows. Raises DataError for a source without rows."""
     for source, rows in zip(sources, counts, strict=True):
-        if source.weight is None:
-            return ()
         if not rows:
             raise DataError(f"task.path: {source.label}: the source has no rows")
-        found.append(SourceRows(source.label, rows, source.weight))
-    return tuple(found)
+    pairs = zip(sources, counts, strict=True)
+    return tuple(replace(source, rows=rows) for source, rows in pairs)
 
 
 def _load_file(

@@ -11,10 +11,12 @@ from typing import Any
 
 from lorakit import registry
 from lorakit.data.examples import Example, Problem
+from lorakit.data.file_names import split_names
 from lorakit.data.paths import no_split
 from lorakit.data.sources import Split
 from lorakit.data.stream import Stream, open_stream
 from lorakit.errors import DataError, UserError
+from lorakit.pipeline.validation_share import check_no_validation, divide, first_rows
 from lorakit.recipe.sections import ModelSection, Recipe
 from lorakit.tasks.base import Task
 from lorakit.tasks.checks import column_notes
@@ -74,6 +76,10 @@ def load_task_data(
     """
     task: Task = registry.task(recipe.task.name)
     config = recipe.task
+    if config.validation_share is not None:
+        wanted = split or task.eval_split(config)
+        if wanted in ("train", *split_names(task.eval_split(config))):
+            return _load_part(recipe, wanted, limit, trained_labels, skip_bad_rows, say)
     changes: dict[str, Any] = {}
     if limit is not None:
         changes = {"limit_train": limit, "limit_eval": limit}
@@ -92,6 +98,34 @@ def load_task_data(
     )
 
 
+def _load_part(
+    recipe: Recipe,
+    name: str,
+    limit: int | None,
+    trained_labels: Sequence[str] | None,
+    skip_bad_rows: bool,
+    say: Say,
+) -> TaskData:
+    """``load_task_data`` for a split that ``task.validation_share`` makes."""
+    task: Task = registry.task(recipe.task.name)
+    check_no_validation(task, recipe.task)
+    whole = _load_split(task, recipe.task, "train")
+    task, config = settle(task, recipe.task, whole, say)
+    head_names = _head_names_of(recipe.model)
+    config = _with_labels(task, config, trained_labels, whole, head_names, say)
+    train, validation = divide(task, config, whole)
+    is_train = name == "train"
+    if limit is None and not is_train:
+        limit = config.limit_eval
+    return TaskData(
+        task=task,
+        config=config,
+        split=first_rows(train if is_train else validation, limit),
+        labels=task.labels(config, None),
+        skip_bad_rows=skip_bad_rows and _skips(train, config) and is_train,
+    )
+
+
 def load_training_data(recipe: Recipe, say: Say) -> TaskData:
     """Load the train split, or open it as a stream, and the validation split if there is one.
 
@@ -105,13 +139,19 @@ def load_training_data(recipe: Recipe, say: Say) -> TaskData:
     task, config = settle(task, config, train, say)
     if stream:
         task.check_columns(train, config)
-    validation = task.load(config, task.eval_split(config))
-    if validation is not None:
+    validation = None
+    if config.validation_share is not None:
+        check_no_validation(task, config)
+    elif (validation := task.load(config, task.eval_split(config))) is not None:
         settle(task, config, validation, say)
     splits = [split for split in (train, validation) if split is not None]
     labeled = None if stream else train
     head_names = _head_names_of(recipe.model)
     config = resolve_labels(task, config, labeled, splits, head_names, say)
+    if config.validation_share is not None:
+        train, validation = divide(task, config, train)
+        say(f"task.validation_share: {len(validation):,} of {len(train) + len(validation):,} rows")
+        validation = first_rows(validation, config.limit_eval)
     return TaskData(
         task=task,
         config=config,

@@ -14,6 +14,7 @@ from lorakit.errors import Problem, RecipeError, UserError, did_you_mean
 from lorakit.recipe.data_path import listed_sources
 from lorakit.recipe.diagnostics import Fault
 from lorakit.recipe.sections import (
+    SPLIT_ALIASES,
     AdapterSection,
     ModelSection,
     Recipe,
@@ -95,6 +96,7 @@ def check_sections(
         faults += [*_layers(adapter), *_targets(adapter)]
     if task is not None:
         faults += [*_packing(task, task_kind), *_splits(task), *_class_weights(task)]
+        faults += _validation_share(task)
     if task is not None and train is not None:
         faults += [*_token_budget(task, train), *_streaming(task, train)]
         faults += [*_automatic_batch_size(task, train), *_label_smoothing(task, train)]
@@ -198,6 +200,19 @@ def _splits(task: TaskSection) -> Iterator[Fault]:
         if split != "train" and any(weighted):
             message = f"the sources of {split} have weights, which are for training"
             yield Fault(("task", "path"), message, allowed="sources without weight")
+
+
+def _validation_share(task: TaskSection) -> Iterator[Fault]:
+    share, path = task.validation_share, ("task", "validation_share")
+    if share is None:
+        return
+    if task.streaming:
+        message = "not supported with task.streaming, whose rows are read in order"
+        yield Fault(path, message, share, True, "null")
+    names = [name for name in SPLIT_ALIASES["validation"] if name in (task.path or ())]
+    if isinstance(task.path, dict) and names:
+        message = f"task.path has validation data already, as {names[0]!r}"
+        yield Fault(path, message, share, True, "null, or no validation data in task.path")
 
 
 def _token_budget(task: TaskSection, train: TrainSection) -> Iterator[Fault]:

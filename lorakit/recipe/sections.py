@@ -141,6 +141,8 @@ class TaskSection(Section):
     With ``streaming``, the train split is read during training, without being loaded or cached as a
     whole, and shuffled in a buffer of ``shuffle_buffer_rows`` rows.
 
+    ``validation_share`` of the train rows are held out for validation, the same ones in each run.
+
     ``on_bad_row`` applies to train rows that cannot be read or trained on: ``error`` stops the run,
     ``skip`` drops, reports and counts them. Evaluation rows are never dropped.
     """
@@ -150,6 +152,7 @@ class TaskSection(Section):
     max_length: PositiveInt = 512
     limit_train: PositiveInt | None = None
     limit_eval: PositiveInt | None = None
+    validation_share: Annotated[float, Field(gt=0, lt=1)] | None = None
     packing: bool = False
     streaming: bool = False
     shuffle_buffer_rows: Annotated[int, Field(gt=0, le=10**9)] = 10_000

@@ -7,7 +7,7 @@ A task does not depend on the model. Its module subclasses ``Task``, exports one
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -205,6 +205,11 @@ class Task(ABC):
         if self.kind == "causal":
             return None
         return "regression" if self.labels(config, None) is None else "single_label_classification"
+
+    def strata(self, config: Any, split: Split) -> Sequence[Hashable] | None:
+        """A key for each row, such as its class, of which each has the same share of the rows that
+        ``validation_share`` holds out; None if rows are held out regardless of what they are."""
+        return None
 
     @abstractmethod
     def example(self, row: Row, config: Any) -> Example:

@@ -7,7 +7,7 @@ in any columns.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
@@ -65,6 +65,14 @@ class LabelledTask(Task):
     def problem(self, config: Any) -> Problem | None:
         several = self.labelling(config).several
         return "multi_label_classification" if several else super().problem(config)
+
+    def strata(self, config: Any, split: Split) -> Sequence[Hashable] | None:
+        """The rows' labels; None for a regression."""
+        where = self.labelling(config)
+        if where.labels is None:
+            return None
+        columns = [map(repr, split.column(name)) for name in where.label_columns]
+        return list(zip(*columns, strict=True))
 
     def example(self, row: Row, config: Any) -> ClassificationExample:
         where = self.labelling(config)

@@ -1,0 +1,74 @@
+"""``task.validation_share``: hold out a part of the training rows for validation."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from lorakit.data.rows import UnreadRow
+from lorakit.data.selection import held_out, select
+from lorakit.data.sources import Split
+from lorakit.errors import DataError
+from lorakit.tasks.base import Task
+
+#: The same rows are held out whatever ``train.seed`` is, so that runs can be compared.
+_SEED = 0
+
+
+def divide(task: Task, config: Any, train: Split) -> tuple[Split, Split]:
+    """Return the rows to train on, and those to validate on: ``config.validation_share`` of the
+    rows of each class and of each source of a mixture.
+
+    With ``on_bad_row: skip``, rows that cannot be read or that the task rejects remain among those
+    to train on, where they are skipped. Raises DataError if a part would be empty.
+    """
+
+    def accepts(index: int) -> bool:
+        row = train.rows[index]
+        if config.on_bad_row == "error":
+            return True
+        if isinstance(row, UnreadRow):
+            return False
+        try:
+            task.example(row, config)
+        except DataError:
+            return False
+        return True
+
+    share = config.validation_share
+    chosen = held_out(share, list(_keys(task, config, train)), accepts, _SEED)
+    if not chosen:
+        raise DataError(
+            f"task.validation_share = {share:g}: of {len(train):,} rows, none can be held out; "
+            "allowed: null, or a larger share"
+        )
+    kept = set(chosen)
+    rest = [index for index in range(len(train)) if index not in kept]
+    validation = select(replace(train, sources=()), chosen, task.eval_split(config))
+    return select(train, rest, "train"), validation
+
+
+def first_rows(split: Split, limit: int | None) -> Split:
+    """The first ``limit`` rows."""
+    if limit is None or limit >= len(split):
+        return split
+    return select(split, range(limit), split.name)
+
+
+def check_no_validation(task: Task, config: Any) -> None:
+    """Raise DataError if there is validation data besides the share."""
+    name = task.eval_split(config)
+    given = task.load(config.model_copy(update={"limit_eval": 1}), name)
+    if given is not None:
+        raise DataError(
+            f"task.validation_share = {config.validation_share:g}: there is a {name} split already "
+            f"({given.source}); allowed: null, or training data alone, as in "
+            "task.path: {train: FILES}"
+        )
+
+
+def _keys(task: Task, config: Any, train: Split) -> Iterator[Hashable]:
+    classes = task.strata(config, train) or [None] * len(train)
+    sources = [n for n, source in enumerate(train.sources) for _ in range(source.rows)]
+    return zip(sources or [0] * len(train), classes, strict=True)
