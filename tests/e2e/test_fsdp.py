@@ -44,6 +44,7 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "pissa": (LORA | {"init": "pissa"}, {}),
     "checkpointed": (LORA, {"train__gradient_checkpointing": True}),
     "packed": (LORA, {"task__packing": True, "train__per_device_eval_batch_size": 1}),
+    "new tokens": (LORA, {"model__add_tokens": ["red", "<new>"]}),
     "bitfit": ({"method": "bitfit"}, {"train__per_device_eval_batch_size": 1}),
     "streamed": (
         LORA, {"task__streaming": True, "train__max_steps": 5, "train__epochs": None}

@@ -75,6 +75,7 @@ def test_every_method_equals_one_process(
 VARIANTS: dict[str, dict[str, Any]] = {
     "accumulated": {"train__gradient_accumulation_steps": 2},
     "packed": {"task__packing": True},
+    "new tokens": {"model__add_tokens": ["red", "<new>"]},
     "streamed": {"task__streaming": True, "train__max_steps": 5, "train__epochs": None},
     "token budget": {
         "train__max_tokens_per_batch": 200, "train__per_device_batch_size": None,
