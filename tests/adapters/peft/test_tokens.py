@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,13 @@ def test_a_resized_vocabulary(tied: bool, keys: dict[str, Any], tmp_path: Path) 
     check(base, *by_peft(base, tmp_path / "adapter", None, grow=4, **keys), tmp_path)
 
 
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("untied")
+    base = write_base(folder / "base", "llama", False)
+    return base, by_peft(base, folder / "adapter", IDS)[0]
+
+
 def rewrite(adapter: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     file, weights = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
     file.write_text(json.dumps(json.loads(file.read_text()) | config))
@@ -163,10 +171,14 @@ ROWS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta
     ],
 )
 def test_rows_that_do_not_fit(
-    config: dict[str, Any], tensors: dict[str, Tensor], said: str, tmp_path: Path
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    said: str,
+    untied: tuple[Path, Path],
+    tmp_path: Path,
 ) -> None:
-    base = write_base(tmp_path / "base", "llama", False)
-    adapter, _ = by_peft(base, tmp_path / "adapter", IDS)
+    base = untied[0]
+    adapter = shutil.copytree(untied[1], tmp_path / "adapter")
     rewrite(adapter, config, tensors)
     with pytest.raises(AdapterError, match=said):
         lorakit.load(base, adapter)
