@@ -19,6 +19,7 @@ from lorakit.errors import ModelError
 from lorakit.models.quantization import (
     Format,
     Names,
+    check_plain,
     explained_parts,
     format_of,
     quantization_of,
@@ -119,6 +120,8 @@ def _state(directory: Path, form: Format, dtype: torch.dtype) -> dict[str, Any]:
     matrices = form.find(handles)
     parts = {name for own in matrices.values() for name in own.values()}
     plain = [name for name in handles if name not in parts and not form.is_dropped(name)]
+    codes = {name: str(handles[name].get_slice(name).get_dtype()) for name in plain}
+    check_plain(codes, form, str(directory))
     state = {name: handles[name].get_slice(name) for name in plain}
     where = f"{directory}: "
     return state | {n: _Matrix(where + n, form, own, handles, dtype) for n, own in matrices.items()}

@@ -66,10 +66,22 @@ def format_of(quantization: Mapping[str, Any], base: str) -> Format:
     try:
         return known(quantization)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = {KeyError: f"{error} is missing", ValueError: str(error)}.get(type(error))
         raise ModelError(
-            f"{base}: quantization_config = {shown(dict(quantization))}: {error}; hint: use the "
-            "original weights"
+            f"{base}: quantization_config = {shown(dict(quantization))}: {reason or 'malformed'}; "
+            "hint: use the original weights"
         ) from error
+
+
+def check_plain(codes: Mapping[str, str], form: Format, base: str) -> None:
+    """Raise ModelError for a weight that is quantized in another way. ``codes``: names of the
+    tensors that are no part of a quantized matrix -> codes of their dtypes."""
+    for name, code in codes.items():
+        if name.endswith("weight") and (code.startswith("F8") or code in ("U8", "I8", "I32")):
+            raise ModelError(
+                f"{base}: {name} is {code}, but not quantized as quantization_config says "
+                f"({form.label}); hint: use the original weights"
+            )
 
 
 @contextmanager
@@ -157,7 +169,8 @@ class _Scaled:
             raise ValueError("floating-point weights of other than 8 bits are not read")
         blocks = [own["block_structure"] for own in weights if own.get("block_structure")]
         self._block: Sequence[int] = quantization.get("weight_block_size") or next(iter(blocks), ())
-        self._bits = {own.get("num_bits") for own in weights}
+        if self._block and [n > 0 for n in self._block] != [True, True]:
+            raise ValueError(f"block size {shown(self._block)}: allowed: two integers above 0")
 
     def find(self, names: Collection[str]) -> dict[str, Names]:
         found: dict[str, Names] = {}
@@ -182,12 +195,12 @@ class _Scaled:
         if "" in parts:
             values = parts[""].float()
         else:
-            _, columns = parts["_shape"].tolist()
-            [bits] = self._bits
-            values = _unpacked(parts["_packed"], bits)[:, :columns].float() - 2 ** (bits - 1)
+            packed, (_, columns) = parts["_packed"], parts["_shape"].tolist()
+            bits = 32 // math.ceil(columns / packed.shape[1])
+            values = _unpacked(packed, bits)[:, :columns].float() - 2 ** (bits - 1)
         if (zero := parts.get("_zero_point")) is not None:
-            if zero.dtype == torch.int32:
-                [bits] = self._bits
+            if zero.dtype == torch.int32 and "_packed" in parts:
+                bits = 32 // math.ceil(len(values) / len(zero))
                 zero = _unpacked(zero.t(), bits).t()[: len(values)] - 2 ** (bits - 1)
             values -= self._spread(zero.float(), values.shape, parts.get("_g_idx"))
         return values.mul_(self._spread(scale, values.shape, parts.get("_g_idx")))
@@ -219,9 +232,9 @@ class _Gptq:
     inputs; W is their transpose."""
 
     def __init__(self, quantization: Mapping[str, Any]) -> None:
-        self.bits = int(quantization["bits"])
+        self.bits: int = quantization["bits"]
         if self.bits not in (2, 4, 8):
-            raise ValueError(f"bits = {self.bits}: allowed: 2, 4, 8")
+            raise ValueError(f"bits = {shown(self.bits)}: allowed: 2, 4, 8")
         self.label = f"gptq ({self.bits} bits)"
         self._group = int(quantization.get("group_size", -1))
         # The first version of the format stores zeros less one.

@@ -110,6 +110,13 @@ def test_inspect_reads_the_base(plain: tuple[Path, Path], tmp_path: Path) -> Non
         ({"quant_method": "awq", "version": "gemv"}, "version = gemv: allowed: 4, gemm"),
         ({"quant_method": "gptq"}, "quantization_config = .*'bits'"),
         ({"quant_method": 7}, "quant_method = "),
+        ({"quant_method": "fp8", "weight_block_size": [8]}, r"block size \[8\]: allowed: two int"),
+        ({"quant_method": "fp8", "weight_block_size": "x"}, "malformed"),
+        (
+            {"load_in_4bit": True},
+            r"qweight is I32, but not quantized as .* \(bitsandbytes \(4 bits",
+        ),
+        ({"quant_method": "compressed-tensors", "config_groups": [1]}, "malformed"),
     ],
     ids=str,
 )

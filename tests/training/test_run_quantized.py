@@ -34,7 +34,11 @@ def test_a_run_from_training_to_merging(
     gptq_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = recipe_for(tmp_path, gptq_llama)
-    assert run(["train", str(tmp_path / "recipe.yaml")]) == 0
+    file = str(tmp_path / "recipe.yaml")
+    assert [run(["validate", file]), run(["preview", file]), run(["train", file, "--dry-run"])] == [
+        0
+    ] * 3
+    assert run(["train", file]) == 0
     adapter = tmp_path / "run" / "adapter"
     said = capsys.readouterr().err
     assert f"{gptq_llama}: gptq (4 bits), dequantized into float32" in said

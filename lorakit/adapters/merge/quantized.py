@@ -14,6 +14,7 @@ from lorakit.adapters.merge.checkpoint import QUANTIZED, Checkpoint, StoredTenso
 from lorakit.models.quantization import (
     Format,
     Names,
+    check_plain,
     explained_parts,
     format_of,
     quantization_of,
@@ -67,6 +68,8 @@ class QuantizedCheckpoint(Checkpoint):
                 self.tensors[first[name]] = matrices[first[name]]
             elif name not in used and not form.is_dropped(name):
                 self.tensors[name] = stored
+        plain = {n: t.code for n, t in self.tensors.items() if n not in self._parts}
+        check_plain(plain, form, f"base: {directory}")
 
     def read(self, name: str) -> Tensor:
         """Read a tensor; a quantized matrix is returned in float32. Raises ModelError for parts
