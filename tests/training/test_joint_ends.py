@@ -151,6 +151,8 @@ CANNOT = {
     "train.kernels": {"train__kernels": "torch"},
     "train.compile": {"train__compile": True},
     "train.per_device_batch_size": {"train__per_device_batch_size": "auto"},
+    "model.add_tokens": {"model__add_tokens": ["<a>"]},
+    "model.chat_template": {"model__chat_template": "chatml"},
     "model.base_precision": {"model__base_precision": "nf4"},
 }
 

@@ -71,7 +71,9 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any) -> None:
         if not tokenizer.chat_template:
-            raise DataError("the tokenizer has no chat template")
+            raise DataError(
+                "the tokenizer has no chat template; hint: model.chat_template gives it one"
+            )
         self.tokenizer = tokenizer
         self._recent: deque[tuple[_Request, Rendered]] = deque(maxlen=_MAX_CACHED)
 
