@@ -23,9 +23,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from lorakit.data.counts import Counts
 from lorakit.data.rows import cache_dir, disk_errors, scratch_file
 from lorakit.data.sources import Split
-from lorakit.data.tokens import Counts, EncodedRows
+from lorakit.data.tokens import EncodedRows
 from lorakit.io.atomic import atomic_file, remove_leftovers
 from lorakit.user_code import code_digest
 

@@ -23,11 +23,11 @@ from lorakit.data.cache import (
     read_arrays,
     write_arrays,
 )
+from lorakit.data.counts import Counts
 from lorakit.data.examples import Example
 from lorakit.data.rows import Row, disk_errors, scratch_file
 from lorakit.data.shards import MANY_ROWS, Job, encode_shards
 from lorakit.data.sources import SourceRows, Split
-from lorakit.data.tokens import Counts
 from lorakit.data.words import label_weight
 from lorakit.errors import DataError
 

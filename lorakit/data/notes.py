@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lorakit.data.chat import encode as chat
+from lorakit.data.counts import DOCUMENT_PARTS, SPLIT_DOCUMENTS, Counts
 from lorakit.data.encode import EncodedSplit
 from lorakit.data.sources import Split
-from lorakit.data.tokens import DOCUMENT_PARTS, SPLIT_DOCUMENTS, Counts
 
 
 def split_notes(encoded: EncodedSplit, split: Split, max_length: int) -> list[str]:

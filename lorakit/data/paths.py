@@ -26,6 +26,7 @@ from lorakit.data.file_names import (
     missing_shards,
     named_after,
     refuse_missing,
+    saved_files,
     split_names,
     suffix_of,
 )
@@ -223,7 +224,8 @@ def _found(entry: str, source: str | DataSource, split: str, key: str | None) ->
     if Path(entry).is_dir():
         if own_split and not is_asked:
             return SplitFiles([])
-        found = in_directory(Path(entry), own_split or split)
+        whole = saved_files(Path(entry)) if key is not None and own_split is None else None
+        found = SplitFiles(whole) if whole else in_directory(Path(entry), own_split or split)
         if is_asked and not found.files:
             raise _not_in_directory(entry, own_split or split)
         return found

@@ -27,7 +27,7 @@ def select(split: Split, indices: Sequence[int], name: str) -> Split:
         rows = SelectedRows(rows, indices)
     counts, numbers = _numbered([count for _, count in split.files] or [len(split)], indices)
     if split.numbers is not None:
-        numbers = [split.numbers[index] for index in indices]
+        numbers = array("q", (split.numbers[index] for index in indices))
     of_sources, _ = _numbered([source.rows for source in split.sources], indices)
     return replace(
         split,
@@ -40,9 +40,9 @@ def select(split: Split, indices: Sequence[int], name: str) -> Split:
     )
 
 
-def _numbered(sizes: Sequence[int], indices: Sequence[int]) -> tuple[list[int], list[int]]:
+def _numbered(sizes: Sequence[int], indices: Sequence[int]) -> tuple[list[int], array[int]]:
     """How many of the ``indices`` are in each part of ``sizes`` rows, and their numbers in it."""
-    counts, numbers = [0] * len(sizes), []
+    counts, numbers = [0] * len(sizes), array("q")
     ends = list(accumulate(sizes))
     for index in indices if sizes else ():
         part = bisect_right(ends, index)

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lorakit.data.counts import Counts, OnBadRow
 from lorakit.data.encode import EncodedRow, check_largest_id
 from lorakit.data.examples import ChatExample, Example
 from lorakit.data.plan import Bin, Share, Step
 from lorakit.data.rows import Row
 from lorakit.data.shares import apportion, interleaved
 from lorakit.data.stream import LocatedRow, SkippedRows, Stream
-from lorakit.data.tokens import Counts, OnBadRow, RowEncoder
+from lorakit.data.tokens import RowEncoder
 from lorakit.errors import DataError
 
 #: A window is the rows of this many steps, which are tokenized together and sorted by length.

@@ -13,12 +13,13 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from lorakit.data.chat.turns import common_prefix
+from lorakit.data.counts import SPLIT_DOCUMENTS
 from lorakit.data.encode import EncodedSplit, encode_split
 from lorakit.data.examples import Example
 from lorakit.data.notes import chat_notes, skipped_note
 from lorakit.data.plan import Packing
 from lorakit.data.sources import Split
-from lorakit.data.tokens import SPLIT_DOCUMENTS, RowEncoder, TokenRow
+from lorakit.data.tokens import RowEncoder, TokenRow
 from lorakit.errors import UserError
 from lorakit.evaluation.progress import OnProgress
 from lorakit.evaluation.sampling import stop_ids

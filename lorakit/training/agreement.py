@@ -41,5 +41,6 @@ def _keys(prepared: Prepared) -> dict[str, Any]:
 
 
 def _identity(split: dict[str, Any] | None) -> object:
-    """What tells a split and its tokens from others, without its path."""
-    return split and {key: value for key, value in split.items() if key != "source"}
+    """What tells a split and its tokens from others, without its paths."""
+    paths = ("source", "sources")  # the fingerprint covers the weights of sources
+    return split and {key: value for key, value in split.items() if key not in paths}

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lorakit.data.counts import Counts
 from lorakit.data.encode import EncodedSplit
 from lorakit.data.mixture import MixedSteps, Mixture, epoch_rows, mixture_note
 from lorakit.data.plan import Packing, RowPlan, Share, TokenPlan
@@ -19,7 +20,6 @@ from lorakit.data.shares import apportion, interleaved
 from lorakit.data.sources import SourceRows, load_split
 from lorakit.data.stream import open_stream
 from lorakit.data.stream_steps import shuffled
-from lorakit.data.tokens import Counts
 from lorakit.errors import DataError
 from lorakit.recipe.data_path import DataSource
 

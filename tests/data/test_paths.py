@@ -153,6 +153,13 @@ def test_directories_in_a_list() -> None:
     assert refusal({"dev": "e"}, "validation").startswith("task.path: e: no split 'validation'")
 
 
+def test_the_files_of_sources() -> None:
+    touch("a.jsonl", "d/train.jsonl", "d/dev.csv")
+    hub = DataSource(path="org/set", split="train", weight=2)
+    found = data_files([DataSource(path=["a.jsonl", "d"], weight=1), hub])
+    assert set(map(str, found)) >= {"a.jsonl", "d/train.jsonl", "d/dev.csv"}
+
+
 def test_what_only_a_data_set_on_the_hub_has() -> None:
     touch("a.jsonl", "d/train.jsonl")
     source = DataSource(path="a.jsonl", split="train")

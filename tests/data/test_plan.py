@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lorakit.data.counts import Counts
 from lorakit.data.encode import EncodedSplit
 from lorakit.data.plan import IndexedSteps, Packing, Plan, RowPlan, TokenPlan
-from lorakit.data.tokens import Counts
 
 LENGTHS = np.random.default_rng(0).integers(1, 200, size=1003)
 

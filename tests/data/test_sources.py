@@ -184,6 +184,7 @@ def test_a_saved_data_set(tmp_path: Path) -> None:
     assert found.rows.features["label"].names == ["no", "yes"]  # type: ignore[attr-defined]
     assert found.locate(3) == f"{path}/data-00001-of-00002.arrow, row 1"
     assert load_split(path, "validation") is None
+    assert rows_of({"train": "none.jsonl", "validation": path}, "validation") == ROWS * 3
     (tmp_path / "set" / "data-00001-of-00002.arrow").unlink()
     assert refusal(path) == f"task.path: missing shard: {path}/data-00001-of-00002.arrow"
 
