@@ -170,8 +170,10 @@ def _check_arguments(
     if rank is not None and (to != "lora" or rank < 1):
         allowed = "an integer from 1" if to == "lora" else "with --to lora only"
         raise AdapterError(f"--rank = {rank}: allowed: {allowed}")
-    if options.task_type not in (None, "CAUSAL_LM", "SEQ_CLS"):
-        raise AdapterError(f"--task-type = {options.task_type}: allowed: CAUSAL_LM, SEQ_CLS")
+    if options.task_type not in (None, "CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS"):
+        raise AdapterError(
+            f"--task-type = {options.task_type}: allowed: CAUSAL_LM, SEQ_CLS, TOKEN_CLS"
+        )
     if checkpoint and to == "loralib":
         raise AdapterError(f"{checkpoint}: is a loralib checkpoint; allowed: --to peft, --to lora")
     for name, value in vars(options).items():

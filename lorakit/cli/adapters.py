@@ -194,7 +194,7 @@ _BaseModel = Annotated[
     str | None, typer.Option(metavar="NAME", help="From loralib: base model, directory or Hub id.")
 ]
 _TaskType = Annotated[
-    str | None, typer.Option(metavar="TYPE", help="From loralib: CAUSAL_LM or SEQ_CLS.")
+    str | None, typer.Option(metavar="TYPE", help="From loralib: CAUSAL_LM, SEQ_CLS or TOKEN_CLS.")
 ]
 _FanInFanOut = Annotated[
     bool,

@@ -161,6 +161,11 @@ def of_tokens(problem: Problem | None) -> bool:
     return problem == "token_classification"
 
 
+def reads_first_token(problem: Problem | None) -> bool:
+    """Whether a head may read the first token alone, as those of BERT do for whole texts."""
+    return problem is not None and not of_tokens(problem)
+
+
 def classifies_texts_only(config: PreTrainedConfig, problem: Problem | None) -> bool:
     """Whether the base was saved with a head for texts, and the labels are those of tokens."""
     return of_tokens(problem) and declares_head(config) and not declares_token_head(config)

@@ -104,11 +104,11 @@ class TokenClassification(Task):
         for split in splits:
             for value in split.column(config.tags_column):
                 tags = listed_values(value)
-                if tags is None and config.on_bad_row == "skip":
-                    continue
-                if not _are_names(tags or ()):
+                named = tags is None or _are_names(tags)
+                if not named and config.on_bad_row != "skip":
                     return None
-                found |= dict.fromkeys(tags or ())
+                if tags is not None and named:
+                    found |= dict.fromkeys(tags)
         return list(found)
 
     def accepts_labels(self, config: Any, split: Split) -> bool:

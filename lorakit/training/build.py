@@ -23,7 +23,7 @@ from lorakit.layers import adapter_layers
 from lorakit.methods.base import Method
 from lorakit.models.cpu_attention import use_float32_attention
 from lorakit.models.first_token import skip_unread_tokens
-from lorakit.models.heads import label_columns, of_tokens
+from lorakit.models.heads import label_columns, reads_first_token
 from lorakit.models.master_weights import base_dtype
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.sections import Recipe, TrainSection
@@ -61,8 +61,7 @@ def build_objective(prepared: Prepared, strategy: Strategy, say: Say) -> Objecti
     set_seed((prepared.recipe.train.seed + rank_and_world_size()[0]) % 2**32)
     objective = wrap_model(prepared, strategy, say)
     problem = prepared.task.problem(prepared.recipe.task)
-    reads_first_token = problem is not None and not of_tokens(problem)
-    if reads_first_token and _is_eager_on_cpu(prepared, strategy):
+    if reads_first_token(problem) and _is_eager_on_cpu(prepared, strategy):
         skip_unread_tokens(prepared.model)
     return objective
 

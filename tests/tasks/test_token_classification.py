@@ -61,6 +61,8 @@ def test_names_are_found_in_the_rows() -> None:
     for tags in ([0, 1], ["0", "1"], [None]):
         with pytest.raises(DataError, match="tags that are not names; hint: list the names"):
             TASK.resolve(config(labels=None), split_of(tags))
+    skipping = config(labels=None, on_bad_row="skip")
+    assert TASK.resolve(skipping, split_of(["O", "B-X"], [1], [None], None)).labels == ["O", "B-X"]
     with pytest.raises(DataError, match="fewer than 2 tags"):
         TASK.resolve(config(labels=None), split_of(["O"]))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lorakit.data.buckets import count_bucket, length_bucket
 from lorakit.data.collate import CausalBatch, EncoderBatch
+from lorakit.data.words import IGNORED_LABEL
 from lorakit.kernels.linear_cross_entropy import IGNORED
 from lorakit.training.joint.layout import Layout, padded
 
@@ -18,15 +19,17 @@ from lorakit.training.joint.layout import Layout, padded
 @dataclass(frozen=True)
 class JointBatch:
     """``batch`` is what the shared model gets. ``losses`` are the members' targets: ``labels``
-    (members, rows), or ``indices``, ``targets`` and, if any weigh other than 1, ``weights``
+    (members, rows, ...), or ``indices``, ``targets`` and, if any weigh other than 1, ``weights``
     (members, n), of which each member has the first ``counts``; positions are those within the
-    member's part. ``factors`` (members,) are those of the losses."""
+    member's part. ``factors`` (members,) are those of the losses. ``classes`` are the members'
+    numbers of classes if their rows have several."""
 
     batch: Any
     losses: dict[str, Tensor]
     factors: Tensor
     counts: tuple[int, ...]
     layout: Layout
+    classes: tuple[int, ...] | None = None
 
     def states(self, joint: Tensor, place: int) -> Tensor:
         """A member's part of what the model computed."""
@@ -38,7 +41,10 @@ class JointBatch:
         """A member's batch, as its objective needs it for the losses."""
         count = self.counts[place]
         if "labels" in self.losses:
-            return EncoderBatch(self.batch.input_ids, self.losses["labels"][place, :count])
+            labels = self.losses["labels"][place, :count]
+            if self.classes is not None:
+                labels = labels[:, : self.classes[place]]
+            return EncoderBatch(self.batch.input_ids, labels)
         own = {name: values[place, :count] for name, values in self.losses.items()}
         return CausalBatch(
             self.batch.input_ids, own["indices"], own["targets"], weights=own.get("weights")
@@ -88,10 +94,11 @@ class Joiner:
         layout = Layout(shapes, rows, length, is_flat)
         scales = torch.tensor(factors, dtype=torch.float32)
         if isinstance(batches[0], EncoderBatch):
-            labels = _rows([batch.labels for batch in batches], rows, 0)
             counts = tuple(len(batch.labels) for batch in batches)
-            joint = self._encoder(batches, layout)
-            return JointBatch(joint, {"labels": labels}, scales, counts, layout)
+            joint, losses = self._encoder(batches, layout), {"labels": _labels(batches, layout)}
+            several = batches[0].labels.ndim == 2 and batches[0].words is None
+            classes = tuple(batch.labels.shape[1] for batch in batches) if several else None
+            return JointBatch(joint, losses, scales, counts, layout, classes)
         return self._with_targets(batches, scales, layout)
 
     def _with_targets(
@@ -152,6 +159,17 @@ def _mask(batch: EncoderBatch, layout: Layout) -> Tensor:
         mask = mask.clone()
         mask[len(batch.labels) :, 0] = 1
     return mask
+
+
+def _labels(batches: Sequence[EncoderBatch], layout: Layout) -> Tensor:
+    """Labels of rows (members, rows), of classes (members, rows, classes), or of tokens (members,
+    rows, length)."""
+    labels = [batch.labels for batch in batches]
+    if batches[0].words is not None:
+        shape = (layout.rows, layout.length)
+        return torch.stack([padded(own, shape, IGNORED_LABEL) for own in labels])
+    most = [max(sizes) for sizes in zip(*(own.shape[1:] for own in labels), strict=True)]
+    return torch.stack([padded(own, (layout.rows, *most)) for own in labels])
 
 
 def _positions(batch: CausalBatch, layout: Layout, longest_row: int) -> Tensor:

@@ -124,6 +124,6 @@ def _repeated(batch: EncoderBatch | CausalBatch, members: int) -> JointBatch:
     tensors: dict[str, Any] = {
         name: tensor.repeat(members, 1) for name, tensor in batch.model_inputs().items()
     }
-    labels = batch.labels.expand(members, -1)
+    labels = batch.labels.expand(members, *batch.labels.shape)
     joint = replace(batch, **tensors)
     return JointBatch(joint, {"labels": labels}, factors, (rows,) * members, layout)

@@ -27,7 +27,9 @@ def can_join(a: Recipe, b: Recipe) -> str | None:
     for key in type(a.model).model_fields:
         if key != "new_head" and getattr(a.model, key) != getattr(b.model, key):
             return _differs(f"model.{key}", getattr(a.model, key), getattr(b.model, key))
-    kinds = [_task(recipe).kind for recipe in (a, b)]
+    kinds = [_kind(recipe) for recipe in (a, b)]
+    if kinds[0] != kinds[1] and a.task.name == b.task.name:
+        return "task.multi_label differs"
     if kinds[0] != kinds[1]:
         return _differs("task.name", a.task.name, b.task.name)
     if a.task.packing != b.task.packing:
@@ -44,11 +46,6 @@ def _cannot_join(recipe: Recipe) -> str | None:
     train, model = recipe.train, recipe.model
     if not method.kinds:
         return f"adapter.method = {method.name} trains the base"
-    task = _task(recipe)
-    if isinstance(task, LabelledTask) and task.labelling(recipe.task).several:
-        return "the task has several labels per row"
-    if isinstance(task, TokenClassification):
-        return "the task has labels of words"
     if recipe.adapter.init_from is not None:
         return "adapter.init_from starts from another adapter"
     if model.add_tokens or model.chat_template is not None:
@@ -67,6 +64,15 @@ def _cannot_join(recipe: Recipe) -> str | None:
     if train.per_device_batch_size == "auto":
         return "train.per_device_batch_size = auto measures the memory of one run"
     return None
+
+
+def _kind(recipe: Recipe) -> tuple[str, str]:
+    """The kind of model, and of labels."""
+    task = _task(recipe)
+    if isinstance(task, TokenClassification):
+        return task.kind, "of words"
+    several = isinstance(task, LabelledTask) and task.labelling(recipe.task).several
+    return task.kind, "several" if several else "one"
 
 
 def _task(recipe: Recipe) -> Task:

@@ -12,6 +12,7 @@ from lorakit.anatomy import is_routed_expert, is_within
 from lorakit.injection import trainable_state
 from lorakit.layers import BaseWrapper, adapted_modules
 from lorakit.models.first_token import after_attention, skip_unread_tokens
+from lorakit.models.heads import reads_first_token
 from lorakit.models.master_weights import plain_name
 from lorakit.training.joint.bank import Stack, stacks_of
 from lorakit.training.joint.layers import Current, JointLayer, OwnModules, shares_base
@@ -37,9 +38,9 @@ class Trunk:
         adapted = {name: None for view in views.values() for name in adapted_modules(view)}
         self.separate = any(is_routed_expert(name) for name in adapted)
         unread = {id(module) for part in after_attention(model) for module in part.modules()}
-        encoder = next(iter(members.values())).task.kind == "encoder"
+        first = next(iter(members.values()))
         if (
-            encoder
+            reads_first_token(first.task.problem(first.recipe.task))
             and model.device.type == "cpu"
             and not any(id(model.get_submodule(path)) in unread for path in (*own, *adapted))
         ):
