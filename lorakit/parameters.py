@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -18,6 +19,7 @@ from lorakit.anatomy import (
 )
 from lorakit.base_weight import ADAPTABLE, ParameterView, as_matrix
 from lorakit.errors import AdapterError, TargetError
+from lorakit.kernels.low_rank_weight import LowRankWeight
 from lorakit.layers import AdapterLayer, BaseWrapper, adapted_modules
 from lorakit.module_names import matches
 
@@ -27,9 +29,9 @@ class AdaptedParameters(nn.Module):
     ``parts``.
 
     The parts, children by the parameters' names, are layers on a ``ParameterView`` of
-    ``base_layer``. A forward pass makes W + delta in the base's dtype, for all experts, and keeps
-    it for the backward pass; gradient checkpointing limits this to one layer of the model at a
-    time.
+    ``base_layer``. Low-rank updates are multiplied by the activations (``LowRankWeight``). Others,
+    and those of compiled models, are added to W in each pass, and the sum is kept for the backward
+    pass.
     """
 
     def __init__(self, base_layer: nn.Module, parts: Mapping[str, AdapterLayer]) -> None:
@@ -50,10 +52,27 @@ class AdaptedParameters(nn.Module):
         return functional_call(self.base_layer, weights, args, kwargs)
 
 
+@runtime_checkable
+class _LowRank(Protocol):
+    """A layer whose update is scaling * B A."""
+
+    scaling: float
+
+    def factors(self) -> tuple[Tensor, Tensor]: ...
+
+
 def _adapted(part: AdapterLayer) -> Tensor:
     """W + delta, as the base stores W and in its dtype."""
-    weight = part.weight
-    return weight + as_matrix(part.base_layer, part.delta_weight()).to(weight.dtype)
+    weight, view = part.weight, part.base_layer
+    if not isinstance(part, _LowRank) or torch.compiler.is_compiling():
+        return weight + as_matrix(view, part.delta_weight()).to(weight.dtype)
+    A, B = part.factors()
+    # Grouped products need rows of a multiple of 16 bytes.
+    missing = -part.r % (16 // weight.itemsize)
+    A = F.pad(A, (0, 0, 0, missing)).to(weight.dtype)
+    B = F.pad(B * part.scaling, (0, missing)).to(weight.dtype)
+    transposed = isinstance(view, ParameterView) and view.is_transposed
+    return LowRankWeight.of(weight, A.mT, B.mT) if transposed else LowRankWeight.of(weight, B, A)
 
 
 #: What may stand in the place of a module of the base.

@@ -118,7 +118,7 @@ def test_10_steps_of_adamw(family: str, tmp_path: Path) -> None:
     for name, module in theirs.named_modules():
         module.train(name in ("", "base_model"))
     optimizers = [
-        torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+        torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.1)
         for m in (ours, theirs)
     ]
     start = {name: value.detach().clone() for name, value in trainable_state(ours).items()}

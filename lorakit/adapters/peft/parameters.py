@@ -35,7 +35,7 @@ def stacked_factors(A: Tensor, B: Tensor, stack: tuple[int, ...]) -> tuple[Tenso
     """The reverse of ``stored_factors`` for ``stack`` = (E,), or () for two matrices."""
     if not stack:
         return A, B
-    return A.unflatten(0, (*stack, -1)), B.unflatten(1, (-1, *stack)).permute(2, 0, 1)
+    return A.unflatten(0, (*stack, -1)), B.unflatten(1, (-1, *stack)).permute(2, 0, 1).contiguous()
 
 
 def wrapper_names(layers: Mapping[str, AdapterLayer]) -> dict[str, str]:
