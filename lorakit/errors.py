@@ -112,6 +112,11 @@ def listed(names: Iterable[object], most: int = 5) -> str:
     return ", ".join(texts[:most]) + more
 
 
+def decimal(value: float) -> str:
+    """``value`` with four decimals, or an exponent if it is very large."""
+    return f"{value:.4f}" if abs(value) < 1e7 else f"{value:.4e}"
+
+
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Return the known name most similar to ``name``, or None if none is similar enough.
 

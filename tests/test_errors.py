@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorakit.errors import printable
+from lorakit.errors import decimal, printable
 
 
 @pytest.mark.parametrize(
@@ -18,3 +18,9 @@ from lorakit.errors import printable
 )
 def test_only_what_controls_a_terminal_is_escaped(text: str, want: str) -> None:
     assert printable(text) == want
+
+
+def test_large_numbers_have_an_exponent() -> None:
+    values = [0.0, -2.5, 123456.78949, 1e30, float("inf"), float("nan")]
+    want = ["0.0000", "-2.5000", "123456.7895", "1.0000e+30", "inf", "nan"]
+    assert [decimal(value) for value in values] == want

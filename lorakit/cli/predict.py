@@ -125,7 +125,7 @@ def predict(
         echo(_json_lines(found).removesuffix("\n"))
         return
     write_output(output, _table(found) if output.suffix == ".csv" else _json_lines(found))
-    say(f"{output}: {len(found):,} predictions")
+    say(f"{output}: {len(found):,} prediction{'' if len(found) == 1 else 's'}")
 
 
 def _all_texts(texts: list[str] | None, more: list[str] | None) -> list[str] | None:
@@ -145,8 +145,8 @@ def _check_input(
         raise UserError("nothing to predict; allowed: --text TEXT or --input FILE")
     if pairs is not None and len(pairs) != len(texts or ()):
         raise UserError(
-            f"--text-pair: given {len(pairs)} times, and --text {len(texts or ())} times; allowed: "
-            "as often as --text"
+            f"--text-pair: {len(pairs)} given for {len(texts or ())} of --text; allowed: one for "
+            "each"
         )
     check_writable("--output", output)
     check_distinct({"--output": output}, {input_file: "the input file"} if input_file else {})

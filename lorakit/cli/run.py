@@ -26,7 +26,7 @@ from lorakit.cli.console import (
     say,
     write_output,
 )
-from lorakit.errors import UserError, shown
+from lorakit.errors import UserError, decimal, shown
 
 if TYPE_CHECKING:
     from lorakit.api import RunResult, SplitEvaluation
@@ -106,7 +106,7 @@ def _print_run(result: RunResult, as_json: bool) -> None:
         }  # fmt: skip
         typer.echo(json.dumps(found | ({"diverged": True} if result.diverged else {})))
     else:
-        scores = "".join(f", {name} {value:.4f}" for name, value in result.metrics.items())
+        scores = "".join(f", {name} {decimal(value)}" for name, value in result.metrics.items())
         echo(f"{result.adapter_dir}: {result.steps} steps{scores}")
 
 
@@ -272,5 +272,5 @@ def _json(found: SplitEvaluation) -> str:
 def _table(found: SplitEvaluation) -> str:
     width = max(map(len, found.metrics))
     lines = [f"{found.task}, {found.split}: {found.examples:,} examples"]
-    lines += [f"  {name:<{width}}  {value:.4f}" for name, value in found.metrics.items()]
+    lines += [f"  {name:<{width}}  {decimal(value)}" for name, value in found.metrics.items()]
     return "\n".join(lines)

@@ -100,6 +100,9 @@ def _load(
     path: str | Path, overrides: Overrides | None, without: Collection[str], say: Say
 ) -> tuple[Recipe, YamlFile]:
     source = read_yaml(Path(path))
+    if "recipe" in source.data and {"grid", "members"} & set(source.data):
+        message = f"a sweep, not a recipe; hint: lorakit sweep {path}"
+        raise RecipeError([Problem("", message, file=str(path))])
     for dropped in without:
         holder, _, key = dropped.partition(".")
         source.data[holder].pop(key)

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from lorakit.errors import printable
+from lorakit.errors import decimal, printable
 from lorakit.sweeps.halving import Halving
 from lorakit.sweeps.results import MemberResult, SweepResult
 from lorakit.training.tracking import Display, format_metrics, tell
@@ -53,7 +53,7 @@ class MemberDisplay(Display):
 
     @property
     def loss(self) -> str:
-        return f"loss {self.numbers['loss']:.4f}" if self.numbers else ""
+        return f"loss {decimal(self.numbers['loss'])}" if self.numbers else ""
 
     def say(self, text: str) -> None:
         self._progress.say(f"{self._name}: {text}")
@@ -179,7 +179,7 @@ class SweepProgress:
                 total = f"/{display.total_steps}" if display.total_steps else ""
                 step, loss = f"{display.step}{total}", display.loss.removeprefix("loss ")
                 metric = display.metrics.get(self._result.metric)
-        score = "" if metric is None else f"{metric:.4f}"
+        score = "" if metric is None else decimal(metric)
         return [member.name, status, step, loss, score, "" if seconds is None else f"{seconds:.1f}"]
 
 

@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Sequence
 
-from lorakit.errors import listed, printable
+from lorakit.errors import decimal, listed, printable
 from lorakit.io.atomic import write_text, writing
 from lorakit.sweeps.members import SEED, as_text
 from lorakit.sweeps.names import short_keys, value_text
@@ -34,7 +34,7 @@ def table_text(result: SweepResult) -> str:
     if left:
         lines.append(f"pending: {left} of {len(result.members)}")
     if (best := result.best) is not None:
-        value = f"{result.metric} {best.metrics[result.metric]:.4f}"
+        value = f"{result.metric} {decimal(best.metrics[result.metric])}"
         lines.append(f"best: {best.name}, {value}: {best.adapter_dir}")
     return printable("\n".join(lines))
 
@@ -87,12 +87,13 @@ def _settings(result: SweepResult, group: Group) -> list[str]:
 
 def _score(result: SweepResult, group: Group) -> str:
     if group.mean is not None:
-        return f"{group.mean:.4f}" + ("" if group.std is None else f" ± {group.std:.4f}")
+        spread = "" if group.std is None else f" ± {decimal(group.std)}"
+        return decimal(group.mean) + spread
     stopped = [member for member in group.members if member.stopped_at_step is not None]
     values = [m.metrics[result.metric] for m in stopped if result.metric in m.metrics]
     if values:
         steps = max(member.stopped_at_step or 0 for member in stopped)
-        return f"{sum(values) / len(values):.4f} at step {steps}"
+        return f"{decimal(sum(values) / len(values))} at step {steps}"
     return group.members[0].status
 
 

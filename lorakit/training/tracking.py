@@ -16,7 +16,7 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from lorakit.errors import UserError, printable
+from lorakit.errors import UserError, decimal, printable
 from lorakit.io.atomic import write_text, writing
 
 #: The project's name in trackers, and the subdirectory that TensorBoard writes to.
@@ -106,7 +106,7 @@ class Display:
 
     def log(self, line: dict[str, Any]) -> None:
         numbers = (
-            f"loss {line['loss']:.4f}  lr {line['learning_rate']:.2e}  "
+            f"loss {decimal(line['loss'])}  lr {line['learning_rate']:.2e}  "
             f"{line['tokens_per_second']:,.0f} tok/s  {line['peak_memory_bytes'] / 2**30:.1f} GiB"
         )
         if self._bar is not None:
@@ -210,7 +210,7 @@ def start_trackers(
 
 
 def format_metrics(metrics: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    return "  ".join(f"{name} {decimal(value)}" for name, value in metrics.items())
 
 
 def throttled(say: Callable[[str], None], seconds: float = 10.0) -> Any:

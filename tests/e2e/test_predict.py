@@ -172,7 +172,7 @@ def test_bad_files(
         (["--text", "a", "--input", "x.csv"], "--text and --input are mutually exclusive"),
         (
             ["--text", "a", "--text", "b", "--text-pair", "c"],
-            "--text-pair: given 1 times, and --te",
+            "--text-pair: 1 given for 2 of --text; allowed: one for each",
         ),
         (["--text-pair", "c"], "nothing to predict"),
         (

@@ -282,6 +282,13 @@ def test_conflicts_are_reported_with_other_problems(write: Write) -> None:
     assert keys == ["train.learning_rate", "train.max_steps", "train.warmup_steps"]
 
 
+def test_a_sweep_file_is_named_as_such(write: Write) -> None:
+    for text in ("recipe: r.yaml\ngrid: {adapter.r: [1, 2]}\n", "recipe: r.yaml\nmembers: []\n"):
+        file = write(text)
+        [problem] = problems(file)
+        assert str(problem) == f"{file}: a sweep, not a recipe; hint: lorakit sweep {file}"
+
+
 def test_a_recipe_error_is_a_user_error() -> None:
     with pytest.raises(UserError) as caught:
         load_recipe("no/such/recipe.yaml")
