@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,14 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from lorakit.data.cache import EncodedCache
+from lorakit.data.cache import EncodedCache, Shard, read_arrays, write_arrays
 from lorakit.data.chat import encode_chat
 from lorakit.data.collate import CausalBatch, collate_causal, collate_documents, collate_packed
 from lorakit.data.encode import EncodedRow, EncodedSplit, encode_split
 from lorakit.data.examples import ChatExample
 from lorakit.data.plan import Share, Step
-from lorakit.data.shards import MANY_ROWS
 from lorakit.data.sources import Split
+from lorakit.data.tokens import Counts, EncodedRows, TokenRow
 
 CHAT = (
     {"role": "user", "content": "a"},
@@ -98,12 +99,18 @@ def test_cached_weights(first: int, tokenizer: Any, tmp_path: Path) -> None:
         assert split.loss_counts[first] == 6.75
 
 
-@pytest.mark.slow
-def test_weights_in_one_of_several_processes(tokenizer: Any) -> None:
-    weights: list[Any] = [None] * MANY_ROWS
-    weights[-5] = (1, 0.25, 1, 3.0)
-    split = encoded(tokenizer, *weights)
-    assert split.loss_counts.tolist() == [5.0] * (MANY_ROWS - 5) + [6.75] + [5.0] * 4
+def test_shards_with_and_without_weights() -> None:
+    """Several processes write one shard each."""
+    shards = [Shard.empty(in_memory=True) for _ in range(3)]
+    for shard, weights in zip(shards, (None, [0, 3.0], None), strict=True):
+        mask = np.array([False, True])
+        given = None if weights is None else np.array(weights, np.float32)
+        rows = [TokenRow(np.array([1, 2], np.int32), mask, loss_weights=given)]
+        shard.append(EncodedRows(rows, [], Counts(rows=1)), "<i4")
+    file = io.BytesIO()
+    write_arrays(shards, file)
+    arrays, _ = read_arrays(file)
+    assert arrays["loss_weights"].tolist() == [0, 1, 0, 3, 0, 1]
 
 
 def row(ids: list[int], weights: list[float] | None) -> EncodedRow:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,11 +38,23 @@ def base(smollm2: Path) -> Any:
     return AutoTokenizer.from_pretrained(smollm2)
 
 
+@pytest.fixture(scope="module", params=ALL_STYLES)
+def styled(request: pytest.FixtureRequest, base: Any) -> tuple[Style, Any]:
+    """A style of templates, and a tokenizer with its template."""
+    style = ALL_STYLES[request.param]
+    return style, with_template(copy.copy(base), style)
+
+
+@pytest.fixture(scope="module")
+def qwen3_like(base: Any) -> Any:
+    return with_template(copy.copy(base), AGENT_STYLES["qwen3-like"])
+
+
 def all_cases(style: Style) -> Iterator[tuple[str, Messages, tuple[Any, ...] | None]]:
     yield from cases(style)
     if style.tools and style.reasoning:
         yield "tools and reasoning", agent_chat(CALL), (TOOL,)
-        yield "long", (LONG["agent"][:-1] + LONG["one with reasoning"])[:61], (TOOL,)
+        yield "long", LONG["agent"][:13] + LONG["one with reasoning"][20:40], (TOOL,)
 
 
 def example(messages: Messages, tools: Any, **keys: Any) -> ChatExample:
@@ -54,11 +67,11 @@ def assistant_turns(messages: Messages) -> list[int]:
     return [i for i, message in enumerate(messages) if message["role"] == "assistant"]
 
 
-@pytest.mark.parametrize("name", ALL_STYLES)
 @pytest.mark.parametrize("train_on", ["assistant", "last"])
-def test_trained_text_follows_the_generation_prompt(name: str, train_on: str, base: Any) -> None:
-    style = ALL_STYLES[name]
-    tokenizer = with_template(base, style)
+def test_trained_text_follows_the_generation_prompt(
+    styled: tuple[Style, Any], train_on: str
+) -> None:
+    style, tokenizer = styled
     for case, messages, tools in all_cases(style):
         rows = encode_chat(example(messages, tools, train_on=train_on), tokenizer).rows
         turns = [turn for row in rows for turn in row.turns]
@@ -71,10 +84,8 @@ def test_trained_text_follows_the_generation_prompt(name: str, train_on: str, ba
             assert answer == style.answer(messages[turn]), (case, turn)
 
 
-@pytest.mark.parametrize("name", ALL_STYLES)
-def test_all_trains_every_token_of_the_rendered_chat(name: str, base: Any) -> None:
-    style = ALL_STYLES[name]
-    tokenizer = with_template(base, style)
+def test_all_trains_every_token_of_the_rendered_chat(styled: tuple[Style, Any]) -> None:
+    style, tokenizer = styled
     for case, messages, tools in all_cases(style):
         (row,) = encode_chat(example(messages, tools, train_on="all"), tokenizer).rows
         rendered = tokenizer.apply_chat_template(
@@ -104,11 +115,11 @@ def shown_in_chat(messages: Messages, tools: Any, tokenizer: Any) -> list[str]:
     return [reasoning_of(m) for i, m in enumerate(messages) if f"QZXV{i}." in text]
 
 
-@pytest.mark.parametrize("name", ALL_STYLES)
 @pytest.mark.parametrize("train_on", ["assistant", "last", "all"])
-def test_masked_reasoning_is_all_that_is_not_trained(name: str, train_on: str, base: Any) -> None:
-    style = ALL_STYLES[name]
-    tokenizer = with_template(base, style)
+def test_masked_reasoning_is_all_that_is_not_trained(
+    styled: tuple[Style, Any], train_on: str
+) -> None:
+    style, tokenizer = styled
     for case, messages, tools in all_cases(style):
         if not any(map(reasoning_of, messages)):
             continue
@@ -130,10 +141,8 @@ def test_masked_reasoning_is_all_that_is_not_trained(name: str, train_on: str, b
             assert [decoded(tokenizer, masked.input_ids[a:b]) for a, b in spans] == shown, case
 
 
-@pytest.mark.parametrize("name", ALL_STYLES)
-def test_dropped_reasoning_is_as_if_there_had_been_none(name: str, base: Any) -> None:
-    style = ALL_STYLES[name]
-    tokenizer = with_template(base, style)
+def test_dropped_reasoning_is_as_if_there_had_been_none(styled: tuple[Style, Any]) -> None:
+    style, tokenizer = styled
     for case, messages, tools in all_cases(style):
         bare = tuple(
             {
@@ -175,9 +184,8 @@ def trained_text(tokenizer: Any, answer: dict[str, Any], **keys: Any) -> str:
         ({"content": "", "thinking": "7*13"}, "<think>\n\n</think>\n\n<|im_end|>"),
     ],
 )
-def test_masked_text(answer: dict[str, Any], trained: str, base: Any) -> None:
-    tokenizer = with_template(base, AGENT_STYLES["qwen3-like"])
-    assert trained_text(tokenizer, answer, reasoning="mask") == trained
+def test_masked_text(answer: dict[str, Any], trained: str, qwen3_like: Any) -> None:
+    assert trained_text(qwen3_like, answer, reasoning="mask") == trained
 
 
 def test_a_token_with_other_text_too_is_trained(base: Any) -> None:
