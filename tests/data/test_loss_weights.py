@@ -106,7 +106,8 @@ def test_shards_with_and_without_weights() -> None:
         mask = np.array([False, True])
         given = None if weights is None else np.array(weights, np.float32)
         rows = [TokenRow(np.array([1, 2], np.int32), mask, loss_weights=given)]
-        shard.append(EncodedRows(rows, [], Counts(rows=1)), "<i4")
+        encoded = EncodedRows(rows=rows, origins=[0], labels=[], counts=Counts(rows=1))
+        shard.append(encoded, "<i4", start=0)
     file = io.BytesIO()
     write_arrays(shards, file)
     arrays, _ = read_arrays(file)
