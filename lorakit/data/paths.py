@@ -50,12 +50,14 @@ class Source:
 
 
 def find_sources(path: PathOption, split: str) -> list[Source]:
-    """Find the sources of a split, in order; a single one for all files unless they have weights.
+    """Find the sources of a split, in order; a single one for all files unless they have weights,
+    which apply to the train split.
 
     Raises the same errors as ``find_files``.
     """
     key, given = _given(path, split)
-    weighted = any(isinstance(source, DataSource) and source.weight for source in given)
+    weights = [source.weight for source in given if isinstance(source, DataSource)]
+    weighted = split == "train" and any(weights)
     if not weighted and not any(map(_hub_split, given)):
         found = find_files(path, split)
         return [Source(listed(found.files), found)] if found.files else []

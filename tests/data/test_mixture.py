@@ -157,6 +157,19 @@ def test_a_split_of_weighted_files(tmp_path: Path) -> None:
     assert few.rows[2] == {"text": "b0"}
 
 
+def test_only_training_rows_are_weighted(tmp_path: Path) -> None:
+    for name, rows in (("a", 4), ("b", 1)):
+        (tmp_path / name).mkdir()
+        for split in ("train", "dev"):
+            (tmp_path / name / f"{split}.jsonl").write_text('{"text": "x"}\n' * rows)
+    path = [DataSource(path=str(tmp_path / name), weight=2) for name in ("a", "b")]
+    for split, rows in (("train", [4, 1]), ("validation", [])):
+        found = load_split([*path], split)
+        assert found is not None
+        assert [source.rows for source in found.sources] == rows
+        assert len(found) == 5
+
+
 def test_sources_that_cannot_be_mixed(tmp_path: Path) -> None:
     path = files(tmp_path)
     with pytest.raises(DataError, match="duplicate file"):
