@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from lorakit.data.sources import Split
 from lorakit.errors import DataError, did_you_mean, shown
-from lorakit.recipe.sections import PositiveFloat, Text
+from lorakit.recipe.sections import Text
 from lorakit.tasks.base import Prediction, map_rows
 from lorakit.tasks.checks import folded_label
 
@@ -23,6 +23,7 @@ Label = int | float | tuple[int, ...]
 
 #: Stands for a predicted class that only the base's head has, given as {"error": ...}.
 NO_CLASS = -1
+_Weight = Annotated[float, Field(gt=0, le=1e6)]
 _INTEGER = re.compile(r"[-+]?[0-9]{1,18}")
 _DECIMAL = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _HIDDEN = "the labels are hidden, as in a benchmark's test split"
@@ -61,8 +62,8 @@ class Labelling:
 #: ``balanced``, the weight of each class by name (1 for a class without), or a list in their order.
 ClassWeights = (
     Literal["balanced"]
-    | Annotated[dict[Text, PositiveFloat], BeforeValidator(_text_keys)]
-    | list[PositiveFloat]
+    | Annotated[dict[Text, _Weight], BeforeValidator(_text_keys)]
+    | list[_Weight]
     | None
 )
 

@@ -159,6 +159,7 @@ def test_what_a_recipe_cannot_have(base: Path, tmp_path: Path) -> None:
         ({"worse": 2}, {"task__labels": NAMES}, "class_weights: unknown class 'worse'"),
         ("balance", {}, "task.class_weights = \"balance\""),
         ({"bad": 0}, {}, "task.class_weights"),
+        ({"bad": 1e300}, {}, "task.class_weights"),
         ([1.0, float("nan"), 1.0], {}, "task.class_weights"),
         ("balanced", {"task__regression": True}, "class_weights and regression: true"),
         ("balanced", {"task__streaming": True}, "not supported with task.streaming"),
