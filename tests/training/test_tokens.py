@@ -19,6 +19,7 @@ from transformers import (
 )
 
 import lorakit
+from lorakit.adapters.peft.write import save_adapter
 from lorakit.errors import UserError
 from lorakit.models.token_rows import token_rows
 from lorakit.recipe.sections import Recipe
@@ -130,6 +131,20 @@ def test_only_the_new_rows_are_trained_and_saved(base: Path, tmp_path: Path) -> 
         assert torch.allclose(weight[258:], mean.expand(4, -1), atol=1e-6)
         rows = token_rows(model)[name].values
         assert (rows - mean).abs().amax(1).min() > 1e-3
+
+
+def test_a_loaded_adapter_is_saved_again(base: Path, tmp_path: Path) -> None:
+    recipe = chat_recipe(tmp_path, base)
+    train(recipe)
+    adapter = tmp_path / "run" / "adapter"
+    model = lorakit.load(base, adapter, trainable=True)
+    assert all(layer.values.requires_grad for layer in token_rows(model).values())
+    again = save_adapter(
+        tmp_path / "again", model, recipe.adapter, base_model_name_or_path=str(base),
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (again / name).read_bytes() == (adapter / name).read_bytes()
 
 
 def test_a_run_resumes_to_the_bit(base: Path, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ from lorakit.io.tensors import save_tensors
 from lorakit.layers import AdapterLayer, BaseWrapper, CompositeLayer, adapted_modules
 from lorakit.methods.base import Method
 from lorakit.models.master_weights import base_dtype, plain_name
+from lorakit.models.token_rows import token_rows
 from lorakit.recipe.sections import AdapterSection
 from lorakit.version import __version__
 
@@ -234,8 +235,7 @@ def _complete_for_peft(
 
 
 def _stored(tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors sorted by name, in float32, contiguous, and copied since tied modules share
-    memory."""
+    """The tensors by name, float32, contiguous, and copied since tied modules share memory."""
     named = {PREFIX + name: value for name, value in tensors.items()}
     named |= {SHARED_PREFIX + name: value for name, value in shared.items()}
     out = {}
@@ -249,7 +249,7 @@ def _stored(tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict
 def _fully_trained(model: nn.Module) -> list[str]:
     """The topmost modules outside adapter layers whose parameters are all trained. Parameters with
     an fp32 master weight do not count, since they are trained parameters of the base."""
-    adapted = tuple(f"{name}." for name in adapted_modules(model))
+    adapted = tuple(f"{name}." for name in (*adapted_modules(model), *token_rows(model)))
     trains: dict[str, bool] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         inside = name.startswith(adapted) or plain_name(name) != name
