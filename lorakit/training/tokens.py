@@ -38,7 +38,12 @@ def train_tokens(
         for name, layer in layers.items()
         if not layer.weight.requires_grad
     }
-    for name in frozen:
+    for name, weight in frozen.items():
+        if max(tokens) >= len(weight):
+            raise UserError(
+                f"model.add_tokens: {name} of {type(model).__name__} has {len(weight)} rows, fewer "
+                "than the embedding; allowed: []"
+            )
         if getattr(layers[name], "bias", None) is not None:
             raise UserError(
                 f"model.add_tokens: {name} of {type(model).__name__} has a bias, which PEFT leaves "

@@ -38,7 +38,7 @@ def needed_size(
 ) -> int | None:
     """Return the number of rows of the vocabulary with an adapter, whose weights are ``given``;
     None for a model without one. Raises AdapterError if some would have no values."""
-    size = vocabulary_size(model)
+    own = size = vocabulary_size(model)
     if size is None:
         return None
     layers = layers_of(model)
@@ -47,7 +47,8 @@ def needed_size(
             if shape[1:] == _shape(layer)[1:]:
                 size = max(size, shape[0])
     size = max([size, *(index + 1 for own in rows.values() for index in own.indices)])
-    _check_covered(layers, size, given, rows)
+    if size != own:
+        _check_covered(layers, size, given, rows)
     return size
 
 
