@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakit.adapters.peft.initialization import no_product, reinitializes
+from lorakit.adapters.expand import expanded
+from lorakit.adapters.peft.initialization import reinitializes
 from lorakit.adapters.peft.method import merge_command
 from lorakit.adapters.peft.read import AdapterFiles, is_finite
 from lorakit.adapters.peft.schema import (
@@ -97,10 +98,11 @@ def read_updates(files: AdapterFiles) -> Updates:
     """Return the updates of a LoRA or AdaLoRA adapter, with AdaLoRA's Lambda folded into A.
 
     Raises AdapterError for a method that is not a low-rank product, and for tensors that are
-    missing, unknown, misshapen, or not of the configured rank.
+    missing, unknown, misshapen, or not of the configured rank. The base of a PiSSA or OLoRA adapter
+    is loaded.
     """
     _check_low_rank(files)
-    return _updates(files)
+    return _updates(expanded(files) if reinitializes(files.config) else files)
 
 
 def read_products(files: AdapterFiles) -> Updates:
@@ -154,9 +156,7 @@ def _updates(files: AdapterFiles) -> Updates:
 
 def _check_low_rank(files: AdapterFiles) -> None:
     name = "dora" if files.config.get("use_dora") else files.method.name
-    if reinitializes(files.config):
-        reason = no_product(files.config)
-    elif name == "dora" or files.config["peft_type"] not in LORA_FORMATS:
+    if name == "dora" or files.config["peft_type"] not in LORA_FORMATS:
         reason = f"{name} is not a product of two factors"
     elif files.config.get("lora_bias"):
         reason = "lora_bias = true: its update is more than a product of two factors"

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from lorakit.adapters.expand import expanded
 from lorakit.adapters.low_rank import AdaptedMatrix, read_products
-from lorakit.adapters.peft.initialization import no_product, reinitializes
+from lorakit.adapters.peft.initialization import reinitializes
 from lorakit.adapters.peft.method import Say
 from lorakit.adapters.peft.read import AdapterFiles, read_adapter
 from lorakit.adapters.peft.schema import LORA_FORMATS
@@ -67,9 +68,7 @@ def read_factors(adapter: str | Path, say: Say) -> AdapterFactors:
             "LoRA+, AdaLoRA, DoRA and MoSLoRA"
         )
     if reinitializes(files.config):
-        raise AdapterError(
-            f"{files.directory}: {no_product(files.config)}, so that it cannot be inspected"
-        )
+        files = expanded(files)
     adalora = method == "adalora"
     matrices: dict[str, Factors] = {}
     products = read_products(files).matrices

@@ -41,10 +41,3 @@ def reinitializes(config: Mapping[str, Any]) -> bool:
     """Whether PEFT changes the base weights when it loads the adapter (PiSSA, OLoRA)."""
     value = config.get(INITIALIZATION)
     return isinstance(value, str) and _OF_BASE.fullmatch(value) is not None
-
-
-def no_product(config: Mapping[str, Any]) -> str:
-    """Why the tensors of such an adapter are not its update."""
-    return (
-        f"{INITIALIZATION} = {shown(config[INITIALIZATION])}: the update also depends on the base"
-    )

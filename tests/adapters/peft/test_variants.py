@@ -133,17 +133,29 @@ def test_a_bias_without_one_in_the_base_is_not_merged(tmp_path: Path) -> None:
         lorakit.switch(model, "one", merged=True)
 
 
-@pytest.mark.parametrize(
-    ("case", "said"), [("pissa", "depends on the base"), ("bias", "lora_bias")]
-)
-def test_what_is_no_product_of_two_factors_is_not_converted(
-    case: str, said: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("case", ["pissa", "pissa, ranks", "olora"])
+def test_converted_to_plain_lora_of_twice_the_rank(case: str, tmp_path: Path) -> None:
     family, keys = CASES[case]
     base, adapter = write_variant(tmp_path, family, **keys)
-    with pytest.raises(AdapterError, match=rf"{said}.*hint: lorakit merge"):
+    named = adapter / "adapter_config.json"
+    named.write_text(
+        json.dumps(json.loads(named.read_text()) | {"base_model_name_or_path": str(base)})
+    )
+    want = peft_logits(base, adapter)
+    report = lorakit.convert(adapter, tmp_path / "plain", "lora")
+    assert report.r == 8
+    torch.testing.assert_close(peft_logits(base, tmp_path / "plain"), want, atol=1e-5, rtol=0)
+    inspected = lorakit.inspect(adapter)
+    assert {module.r for module in inspected.modules} <= {4, 8}
+    assert all(module.effective_rank > 0 for module in inspected.modules)
+    lorakit.merge(base, adapter, tmp_path / "out", add=[(adapter, 0.0)], method="svd", svd_rank=8)
+    torch.testing.assert_close(logits(fresh(tmp_path / "out")), want, atol=1e-4, rtol=0)
+
+
+def test_a_bias_is_not_converted(tmp_path: Path) -> None:
+    family, keys = CASES["bias"]
+    base, adapter = write_variant(tmp_path, family, **keys)
+    with pytest.raises(AdapterError, match=r"lora_bias.*hint: lorakit merge"):
         lorakit.convert(adapter, tmp_path / "out", "lora")
-    with pytest.raises(AdapterError, match=said):
-        lorakit.merge(base, adapter, tmp_path / "out", add=[(adapter, 1.0)], method="linear")
     assert lorakit.convert(adapter, tmp_path / "same", "peft").matrices
     assert torch.equal(peft_logits(base, tmp_path / "same"), peft_logits(base, adapter))
