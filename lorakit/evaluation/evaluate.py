@@ -184,8 +184,7 @@ class _Measure:
             outputs, losses = self._class_outputs(share, predictions)
         predicted: dict[int, Prediction] = {}
         for rows, chosen in outputs:
-            encoded = [self.data.encoded[int(row)] for row in rows]
-            found = predictions.read(chosen.cpu().numpy(), encoded)
+            found = predictions.read(chosen.cpu().numpy(), self.data.encoded, rows)
             predicted |= zip(rows.tolist(), found, strict=True)
         return _Share(_total(losses), len(predicted), [predicted[row] for row in share])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lorakit.data.encode import EncodedRow, Label
+from lorakit.data.encode import EncodedRow, EncodedSplit, Label
 from lorakit.data.examples import Problem
 from lorakit.models.heads import head_labels, label_columns
 from lorakit.tasks.base import Prediction, Task
@@ -51,12 +50,15 @@ class LabelPredictions:
             return logits.squeeze(-1)
         return logits.argmax(dim=-1)
 
-    def read(self, chosen: NDArray[Any], rows: Sequence[EncodedRow]) -> list[Prediction]:
-        """The predictions for ``rows``, given what ``choose`` returned for them."""
+    def read(
+        self, chosen: NDArray[Any], encoded: EncodedSplit, rows: NDArray[np.int64]
+    ) -> list[Prediction]:
+        """The predictions for ``rows`` of a split, given what ``choose`` returned for them."""
         if self.problem == "multi_label_classification":
             return [np.flatnonzero(flags).tolist() for flags in chosen]
         if self.problem == "token_classification":
-            return [self._tags(own, row) for own, row in zip(chosen, rows, strict=True)]
+            own = zip(chosen, rows, strict=True)
+            return [self._tags(tags, encoded[int(row)]) for tags, row in own]
         return [self.classes.get(value, value) for value in chosen.tolist()]
 
     def _tags(self, chosen: NDArray[np.int64], row: EncodedRow) -> list[int | None]:

@@ -289,6 +289,21 @@ def test_a_yaml_classification(in_tmp: Path) -> None:
     assert task.digest != digest
 
 
+def test_a_yaml_classification_of_several_labels(in_tmp: Path) -> None:
+    (in_tmp / "m.py").write_text("def same(p, r):\n    return float(p == r == [[0, 1], []])\n")
+    text = "kind: classification\nmulti_label: true\nlabels: [x, y]\n"
+    (in_tmp / "my.yaml").write_text(f"{text}metric: [./m.py:same, f1_micro]\n")
+    task = registry.task("my.yaml")
+    config = task.Config(name="my.yaml")
+    rows = split_of({"text": "a", "label": ["x", "y"]}, {"text": "b", "label": []})
+    assert task.metrics([[0, 1], []], rows, config) == {"same": 1.0, "f1_micro": 1.0}
+    (in_tmp / "my.yaml").write_text(text)
+    assert registry.task("my.yaml").main_metric(config) == "f1_micro"
+    (in_tmp / "my.yaml").write_text(f"{text}metric: accuracy\n")
+    with pytest.raises(UserError, match="allowed: f1_micro, f1_macro, subset_accuracy"):
+        registry.task("my.yaml")
+
+
 def test_every_problem_of_a_yaml_file_at_once(in_tmp: Path) -> None:
     (in_tmp / "my.yaml").write_text(
         "kind: completion\ntemplat: x\nmax_new_tokens: 0\ntemplate: '{'\nmetric: [exact, ./m.py:f]\n"
