@@ -35,7 +35,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "llama", {"target_modules": ["embed_tokens", "v_proj"], "init_lora_weights": "pissa"},
     ),
     "olora": ("llama", {"target_modules": ["k_proj", "down_proj"], "init_lora_weights": "olora"}),
-    "mica": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "mica"}),
     "bias": ("qwen2", {"target_modules": ["q_proj", "v_proj"], "lora_bias": True}),
     "bias, Conv1D": (
         "gpt2", {"target_modules": ["c_attn"], "lora_bias": True, "fan_in_fan_out": True},
@@ -133,7 +132,7 @@ def test_a_bias_without_one_in_the_base_is_not_merged(tmp_path: Path) -> None:
         lorakit.switch(model, "one", merged=True)
 
 
-@pytest.mark.parametrize("case", ["pissa", "pissa, ranks", "olora"])
+@pytest.mark.parametrize("case", ["pissa, ranks", "olora"])
 def test_converted_to_plain_lora_of_twice_the_rank(case: str, tmp_path: Path) -> None:
     family, keys = CASES[case]
     base, adapter = write_variant(tmp_path, family, **keys)
