@@ -29,8 +29,8 @@ def peft_names(stored: Iterable[str], biases: bool) -> dict[str, str]:
     """
     bare = {name: _WRAPPERS.sub("", name) for name in stored}
     found = {name: match for name, own in bare.items() if (match := _NAMED.fullmatch(own))}
-    if not found:
-        return bare
+    if all(match["part"] == "modules_to_save" for match in found.values()):
+        return bare  # PEFT itself writes such names, with bias: all
     adapters = sorted({match["adapter"] for match in found.values()})
     if len(adapters) > 1:
         raise AdapterError(
