@@ -50,6 +50,8 @@ def test_target_parameters_replace_the_default_target_modules() -> None:
     assert LoraConfig(target_parameters=GATE_UP, target_modules=["q"]).target_modules == ["q"]
     with pytest.raises(ValidationError, match="must not be empty"):
         LoraConfig(target_modules=[])
+    with pytest.raises(ValidationError, match="1 validation error"):
+        LoraConfig(target_parameters=[""])
 
 
 def test_the_delta_is_scaling_b_a_of_each_expert() -> None:

@@ -19,6 +19,7 @@ class CardFacts:
     r: int | None = None
     lora_alpha: float | None = None
     target_modules: Sequence[str] = ()
+    target_parameters: Sequence[str] = ()
     modules_to_save: Sequence[str] = ()
     task: str | None = None
     data_rows: int | None = None
@@ -68,6 +69,7 @@ def _table(facts: CardFacts) -> str:
         "r": facts.r,
         "lora_alpha": facts.lora_alpha,
         "target modules": ", ".join(facts.target_modules),
+        "target parameters": ", ".join(facts.target_parameters),
         "fully trained": ", ".join(facts.modules_to_save),
         "task": facts.task,
         "training rows": f"{facts.data_rows:,}" if facts.data_rows is not None else None,

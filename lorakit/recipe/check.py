@@ -171,7 +171,9 @@ def _layers(adapter: AdapterSection) -> Iterator[Fault]:
 
 
 def _targets(adapter: AdapterSection) -> Iterator[Fault]:
-    for index, target in enumerate(adapter.target_modules or []):
+    given = [("target_modules", *item) for item in enumerate(adapter.target_modules or [])]
+    given += [("target_parameters", *item) for item in enumerate(adapter.target_parameters)]
+    for key, index, target in given:
         if not target.startswith("re:"):
             continue
         try:
@@ -179,7 +181,7 @@ def _targets(adapter: AdapterSection) -> Iterator[Fault]:
                 raise re.error("empty pattern")
             re.compile(target[3:])
         except (re.error, RecursionError, OverflowError) as error:
-            path = ("adapter", "target_modules", index)
+            path = ("adapter", key, index)
             message = f"invalid regular expression: {error}"
             yield Fault(path, message, target, True, "re: followed by a Python regular expression")
 

@@ -123,7 +123,7 @@ class AdapterSection(Section):
     @field_validator("target_modules")
     @classmethod
     def _some_target(cls, target_modules: Any, info: ValidationInfo) -> Any:
-        if target_modules == [] and not info.data.get("target_parameters"):
+        if target_modules == [] and info.data.get("target_parameters") == []:
             raise ValueError(
                 "must not be empty; allowed: a non-empty list of strings or a non-empty string"
             )

@@ -67,10 +67,11 @@ def test_bad_layers(layers: str) -> None:
     assert (problem.key, problem.value) == ("adapter.layers", layers)
 
 
+@pytest.mark.parametrize("key", ["target_modules", "target_parameters"])
 @pytest.mark.parametrize("target", ["re:(", "re:", "re:[z-a]", "re:a{99999999999}"])
-def test_bad_regular_expressions(target: str) -> None:
-    problem = only(recipe(adapter={"target_modules": ["q", target]}))
-    assert problem.key == "adapter.target_modules[1]"
+def test_bad_regular_expressions(target: str, key: str) -> None:
+    problem = only(recipe(adapter={key: ["q", target]}))
+    assert problem.key == f"adapter.{key}[1]"
     assert "regular expression" in problem.message
 
 

@@ -326,6 +326,7 @@ def _completed(facts: CardFacts, settings: Mapping[str, Any]) -> CardFacts:
         r=facts.r or settings.get("r") or settings.get("target_r"),
         lora_alpha=facts.lora_alpha or settings.get("lora_alpha"),
         target_modules=facts.target_modules or ([targets] if isinstance(targets, str) else targets),
+        target_parameters=settings.get("target_parameters") or [],
         modules_to_save=facts.modules_to_save or settings.get("modules_to_save") or [],
     )
 
