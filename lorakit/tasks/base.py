@@ -207,8 +207,8 @@ class Task(ABC):
         return "regression" if self.labels(config, None) is None else "single_label_classification"
 
     def strata(self, config: Any, split: Split) -> Sequence[Hashable] | None:
-        """A key for each row, such as its class, of which each has the same share of the rows that
-        ``validation_share`` holds out; None if rows are held out regardless of what they are."""
+        """A group key for each row, such as its class; ``validation_share`` holds out the same
+        share of each group. None if there are no groups."""
         return None
 
     @abstractmethod
