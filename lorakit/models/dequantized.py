@@ -142,4 +142,4 @@ def _directory(name: str, hub: Mapping[str, Any]) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], **hub))
+    return Path(snapshot_download(name, allow_patterns=["*.json", "model*.safetensors"], **hub))

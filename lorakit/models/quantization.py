@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -101,6 +102,10 @@ def explained_parts(form: Format, name: str) -> Iterator[None]:
         raise ModelError(f"{name}: corrupt {form.label} weights: {reason}") from error
 
 
+#: The end of the name of a tensor beside a matrix of 4 bits.
+_BNB_PART = re.compile(r"\.(quant_state\.)?\w+$")
+
+
 class _Bnb:
     """bitsandbytes: 4 bits in blocks with an absmax each, which may be quantized in turn, or 8 bits
     with an absmax ``SCB`` for each row."""
@@ -114,11 +119,14 @@ class _Bnb:
         for name in names:
             if name.endswith(".absmax"):
                 own = name.removesuffix(".absmax")
-                found[own] = {n.removeprefix(own): n for n in names if n.startswith(f"{own}.")}
-                found[own][""] = own
+                found[own] = {"": own}
             elif name.endswith(".SCB"):
                 own = f"{name.removesuffix('SCB')}weight"
                 found[own] = {"": own, "SCB": name}
+        for name in names:
+            own = _BNB_PART.sub("", name)
+            if own != name and own in found:
+                found[own][name.removeprefix(own)] = name
         return found
 
     def shape(self, shapes: Mapping[str, Shape], read: Callable[[str], Tensor]) -> Shape:
