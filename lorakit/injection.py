@@ -146,7 +146,7 @@ def _targets(
     if given and "parameter" not in method.kinds:
         raise TargetError(
             f"adapter.target_parameters = {shown(given)}: not supported by {method.name}; allowed: "
-            "lora, lora_plus, adalora"
+            f"{', '.join(registry.methods_for('parameter'))}"
         )
     if not method.kinds:
         return {}

@@ -38,6 +38,11 @@ def methods() -> dict[str, Any]:
     return {method.name: method for method in _exports(METHODS, "METHOD", "name")}
 
 
+def methods_for(kind: str) -> list[str]:
+    """The names of the methods of ``lorakit/methods`` that adapt modules of ``kind``."""
+    return [name for name, method in methods().items() if kind in method.kinds]
+
+
 #: Resolved file and class -> method, for every user's file that was named in this process, the
 #: one named last at the end.
 _user_methods: dict[tuple[str, str], Any] = {}

@@ -21,7 +21,7 @@ from lorakit import registry
 from lorakit.adapters.base_model import other_base_note
 from lorakit.adapters.low_rank import number
 from lorakit.adapters.peft.method import Say
-from lorakit.adapters.peft.place import FittedAdapter, fit_adapter
+from lorakit.adapters.peft.place import FittedAdapter, find_places, fit_adapter
 from lorakit.adapters.peft.read import AdapterFiles, read_adapter
 from lorakit.adapters.peft.schema import CONFIG, WEIGHTS
 from lorakit.adapters.peft.targets import target_modules, unadapted_modules
@@ -81,7 +81,7 @@ def read_start(
     where = f"adapter.init_from = {shown(config.init_from)}"
     try:
         files = read_adapter(str(config.init_from), say, hint="name its method as adapter.method")
-        fitted = fit_adapter(model, files, say)
+        fitted = fit_adapter(model, find_places(model, files), say)
     except AdapterError as error:
         raise UserError(f"adapter.init_from: {error}") from error
     files = fitted.places.files

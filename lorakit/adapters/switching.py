@@ -124,10 +124,10 @@ def register_adapters(
 def _prepared(model: nn.Module, files: AdapterFiles, settings: Mapping[str, Any]) -> _Adapter:
     """Load the adapter on copies of the objects that it would modify, then remove it again."""
     places = find_places(model, files)
-    if vocabulary_with(model, files) != vocabulary_size(model) or places.rows:
+    if vocabulary_with(model, places) != vocabulary_size(model) or places.rows:
         raise AdapterError(
             f"{files.directory}: trains rows of the vocabulary, which cannot be switched; allowed: "
-            "to load it alone, or to merge it"
+            "load it alone, or merge it"
         )
     memo: dict[int, Any] = {}  # a common one, so that modules that share a weight still do
     modules = {

@@ -28,6 +28,7 @@ class Dora(Lora):
     name = "dora"
     summary = "W' = m * (W + s B A) / ||W + s B A||, each row's m trained (Liu et al. 2024)"
     Config: ClassVar[type[AdapterSection]] = DoraConfig
+    kinds = Lora.kinds - {"parameter"}
 
     def layer_class(self) -> type[LoraLayer]:
         from lorakit.methods.dora_layer import DoraLayer

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from lorakit import registry
 from lorakit.errors import TargetError
 from lorakit.methods.base import Method, RunHooks
 from lorakit.module_names import is_suffix
@@ -101,7 +102,8 @@ class Lora(Method):
         if not isinstance(module, ParameterView):
             return
         if self.layer_class() not in (LoraLayer, AdaLoraLayer):
-            key, value, allowed = "method", self.name, "lora, lora_plus, adalora"
+            allowed = ", ".join(registry.methods_for("parameter"))
+            key, value = "method", self.name
         elif config.lora_dropout:
             key, value, allowed = "lora_dropout", config.lora_dropout, "0, as in PEFT"
         elif getattr(config, "init", "default") not in ("default", "b_gaussian"):

@@ -28,6 +28,7 @@ class MosLora(Lora):
     name = "moslora"
     summary = "y = W x + (lora_alpha / r) B M A x, M (r, r) a trained mixer (Wu et al. 2024)"
     Config: ClassVar[type[AdapterSection]] = MosLoraConfig
+    kinds = Lora.kinds - {"parameter"}
     folds = True
 
     def layer_class(self) -> type[LoraLayer]:

@@ -94,9 +94,10 @@ def load_adapter(
     configuration names has its tensors.
     """
     files = adapter if isinstance(adapter, AdapterFiles) else read_adapter(adapter, say)
-    with extended_vocabulary(model, vocabulary_with(model, files)):
-        fitted = fit_adapter(model, files, say)
-    places, layers, fully_trained = fitted.places, fitted.layers, fitted.fully_trained
+    places = find_places(model, files)
+    with extended_vocabulary(model, vocabulary_with(model, places)):
+        fitted = fit_adapter(model, places, say)
+    layers, fully_trained = fitted.layers, fitted.fully_trained
     files = places.files
     model.requires_grad_(False)
     for key in [name for name in model.state_dict() if name in places.base]:
@@ -117,18 +118,16 @@ def load_adapter(
     return report(model, files.method.name, fully_trained)
 
 
-def vocabulary_with(model: nn.Module, files: AdapterFiles) -> int | None:
+def vocabulary_with(model: nn.Module, places: Placement) -> int | None:
     """Return the size of the vocabulary of ``model`` with the adapter; None if it has none."""
-    places = find_places(model, files)
     return needed_size(model, places.given, places.adapters, places.rows)
 
 
-def fit_adapter(model: nn.Module, files: AdapterFiles, say: Say) -> FittedAdapter:
+def fit_adapter(model: nn.Module, places: Placement, say: Say) -> FittedAdapter:
     """Build the layers of an adapter for ``model``, which remains unchanged. Raises AdapterError as
     ``load_adapter`` does."""
     if adapted_modules(model) or token_rows(model):
         raise AdapterError("the model already has an adapter; load the base again")
-    places = find_places(model, files)
     files = places.files
     fully_trained = fully_trained_modules(model, places)
     check_vocabulary(files.directory, model, places.given, places.adapters)
