@@ -65,6 +65,7 @@ def task_data_set(hub: HubName | None) -> HubSplit:
     if hub is None:
         raise DataError(
             "task.path = null: the task has no data set on the Hub; allowed: a file, a directory, "
-            "a glob, a list of these, or a mapping of splits"
+            "a glob, a source {path: NAME, split: SPLIT} on the Hub, a list of these, or a mapping "
+            "of splits"
         )
     return HubSplit(*hub, key="task.path = null")

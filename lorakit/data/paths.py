@@ -1,8 +1,9 @@
 """Find the rows of a split in ``task.path``.
 
-A path is a directory whose files are named after splits; a file, a glob or a list of these, which
-is the train split; or a mapping of splits to these. A path that exists is used literally, whatever
-characters it contains; only one that does not exist is treated as a glob.
+A path is a directory whose files are named after splits; a file, a glob or a list of files, globs
+and directories, which is the train split; or a mapping of splits to these. In place of a path, a
+source with keys adds a weight, or names a data set on the Hub. A path that exists is used
+literally, whatever characters it contains; only one that does not exist is treated as a glob.
 """
 
 from __future__ import annotations
@@ -55,16 +56,18 @@ def find_sources(path: PathOption, split: str) -> list[Source]:
 
     Raises the same errors as ``find_files``.
     """
+    found = find_files(path, split)
     key, given = _given(path, split)
     weights = [source.weight for source in given if isinstance(source, DataSource)]
     weighted = split == "train" and any(weights)
     if not weighted and not any(map(_hub_split, given)):
-        found = find_files(path, split)
         return [Source(listed(found.files), found)] if found.files else []
-    sources = [_source(source, split, key, weighted) for source in given]
-    found_sources = [source for source in sources if source is not None]
-    _check_distinct(file for source in found_sources for file in source.found.files)
-    return found_sources
+    each = [_source(source, split, key, weighted) for source in given]
+    sources = [source for source in each if source is not None]
+    _check_distinct(file for source in sources for file in source.found.files)
+    for source in sources[:1]:  # the notes are about the files of all sources
+        sources[0] = replace(source, found=replace(source.found, notes=found.notes))
+    return sources
 
 
 def _source(given: str | DataSource, split: str, key: str | None, weighted: bool) -> Source | None:
@@ -76,8 +79,8 @@ def _source(given: str | DataSource, split: str, key: str | None, weighted: bool
             return None
         hub, label = replace(hub, required=required), hub.label(split)
         return Source(label, SplitFiles([Path(label)]), hub, weight)
-    found = _listed([given], split, key)
-    return Source(listed(found.files), found, None, weight) if found.files else None
+    files = _listed([given], split, key).files
+    return Source(listed(files), SplitFiles(files), None, weight) if files else None
 
 
 def split_files(path: PathOption, split: str) -> list[Path]:

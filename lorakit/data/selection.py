@@ -6,7 +6,7 @@ import hashlib
 import random
 from array import array
 from bisect import bisect_right
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -52,23 +52,30 @@ def _numbered(sizes: Sequence[int], indices: Sequence[int]) -> tuple[list[int], 
 
 
 def held_out(
-    share: float, keys: Sequence[Hashable], accepts: Callable[[int], bool], seed: int
+    share: float,
+    keys: Sequence[tuple[Hashable, ...]],
+    accepts: Callable[[int], bool],
+    seed: int,
 ) -> list[int]:
     """Choose ``share`` of the rows at random, the same share of those with each key, and return
     their indices in order.
 
-    ``keys`` has one key per row. A row that ``accepts`` refuses is not chosen, nor are all rows of
-    a key.
+    ``keys`` has one key per row, (source, class). Classes of a source that would contribute less
+    than one row are taken together; the only row left of such a class is chosen last. A row that
+    ``accepts`` refuses is not chosen, nor are all rows of a group.
     """
+    sizes = Counter(keys)
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for index, key in enumerate(keys):
-        groups[key].append(index)
+        groups[key if share * sizes[key] >= 1 else key[:1]].append(index)
     generator = random.Random(seed)
     chosen: list[int] = []
     total = int(share * len(keys) + 0.5)
-    sizes = [len(group) for group in groups.values()]
-    for group, count in zip(groups.values(), apportion(total, sizes), strict=True):
+    counts = apportion(total, [len(group) for group in groups.values()])
+    for group, count in zip(groups.values(), counts, strict=True):
         generator.shuffle(group)
+        last = {keys[index]: index for index in group}
+        group.sort(key=lambda index: last[keys[index]] == index)
         left = min(count, len(group) - 1)
         for index in group:
             if not left:

@@ -16,7 +16,8 @@ def apportion(total: int, weights: Sequence[float]) -> list[int]:
     """Divide ``total`` in proportion to ``weights`` by largest remainder: each part is
     total * weight / sum of the weights, rounded down or up."""
     fractions = [exact(weight) for weight in weights]
-    quotas = [total * weight / sum(fractions) for weight in fractions]
+    whole = sum(fractions)
+    quotas = [total * weight / whole for weight in fractions]
     parts = [int(quota) for quota in quotas]
     by_remainder = sorted(range(len(parts)), key=lambda index: parts[index] - quotas[index])
     for index in by_remainder[: total - sum(parts)]:

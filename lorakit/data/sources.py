@@ -66,11 +66,11 @@ class Split:
 
     @property
     def identity(self) -> str:
-        """A hash of the contents and of the weights of a mixture."""
+        """A hash of the contents and of the sources of a mixture: their weights and rows."""
         if not self.sources:
             return self.fingerprint
-        weights = [source.weight for source in self.sources]
-        return hashlib.sha256(f"{self.fingerprint}:{weights}".encode()).hexdigest()
+        sources = [(source.weight, source.rows) for source in self.sources]
+        return hashlib.sha256(f"{self.fingerprint}:{sources}".encode()).hexdigest()
 
     @property
     def source_read(self) -> str:
@@ -206,7 +206,7 @@ def _load_source(
     return parts
 
 
-def limits(sources: Sequence[Source], limit: int | None) -> list[int | None]:
+def limits(sources: Sequence[Source | SourceRows], limit: int | None) -> list[int | None]:
     """How many of the first ``limit`` rows each source of a mixture contributes; None if it may
     contribute any number of them."""
     weights = [source.weight for source in sources if source.weight is not None]

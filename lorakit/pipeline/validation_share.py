@@ -8,7 +8,7 @@ from typing import Any
 
 from lorakit.data.rows import UnreadRow
 from lorakit.data.selection import held_out, select
-from lorakit.data.sources import Split
+from lorakit.data.sources import Split, limits
 from lorakit.errors import DataError
 from lorakit.tasks.base import Task
 
@@ -50,10 +50,15 @@ def divide(task: Task, config: Any, train: Split) -> tuple[Split, Split]:
 
 
 def first_rows(split: Split, limit: int | None) -> Split:
-    """The first ``limit`` rows."""
+    """The first ``limit`` rows; of a mixture, those of each source in proportion to its weight."""
     if limit is None or limit >= len(split):
         return split
-    return select(split, range(limit), split.name)
+    indices: list[int] = []
+    start = 0
+    for source, count in zip(split.sources, limits(split.sources, limit), strict=True):
+        indices += range(start, start + min(count or 0, source.rows))
+        start += source.rows
+    return select(split, indices or range(limit), split.name)
 
 
 def check_no_validation(task: Task, config: Any) -> None:
@@ -68,7 +73,7 @@ def check_no_validation(task: Task, config: Any) -> None:
         )
 
 
-def _keys(task: Task, config: Any, train: Split) -> Iterator[Hashable]:
+def _keys(task: Task, config: Any, train: Split) -> Iterator[tuple[Hashable, ...]]:
     classes = task.strata(config, train) or [None] * len(train)
     sources = [n for n, source in enumerate(train.sources) for _ in range(source.rows)]
     return zip(sources or [0] * len(train), classes, strict=True)

@@ -134,8 +134,10 @@ class TaskSection(Section):
     """``task``: the keys that all tasks share.
 
     ``name`` is a built-in task or a user's ``./FILE.py:CLASS`` or ``./FILE.yaml``. ``path`` is a
-    directory with files named after splits; a file, a glob or a list of these (the train split); or
-    a mapping from splits to files. Null reads the task's data set on the Hub. ``max_length`` is in
+    directory with files named after splits; a file, a glob or a list of files, globs and
+    directories (the train split); or a mapping from splits to these. In place of each may be a
+    source with keys, ``{path: FILES, weight: W}``, or a data set on the Hub, ``{path: NAME, name:
+    CONFIG, split: SPLIT}``. Null reads the task's own data set on the Hub. ``max_length`` is in
     tokens. ``limit_train`` and ``limit_eval`` keep the first N rows.
 
     With ``streaming``, the train split is read during training, without being loaded or cached as a

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from functools import partial
 from itertools import islice
@@ -61,6 +62,12 @@ def test_a_weight_of_less_than_a_row() -> None:
         "draws one row; allowed: at least 10"
     )
     assert epoch_rows(sources((1000, 10), (10, 100))) == [1, 10]
+
+
+def test_many_shares_are_divided_in_linear_time() -> None:
+    start = time.process_time()
+    assert apportion(10_000, range(1, 20_001))[-1] == 1
+    assert time.process_time() - start < 2
 
 
 def test_shares_are_divided_exactly() -> None:
@@ -155,6 +162,34 @@ def test_a_split_of_weighted_files(tmp_path: Path) -> None:
     assert few is not None
     assert [s.rows for s in few.sources] == [2, 4, 10]
     assert few.rows[2] == {"text": "b0"}
+
+
+def test_the_identity_depends_on_the_rows_of_each_source(tmp_path: Path) -> None:
+    a, b, c = (str(source.path) for source in files(tmp_path))
+    first = load_split([DataSource(path=[a, b], weight=1), DataSource(path=c, weight=2)], "train")
+    second = load_split([DataSource(path=a, weight=1), DataSource(path=[b, c], weight=2)], "train")
+    assert first is not None
+    assert second is not None
+    assert first.fingerprint == second.fingerprint
+    assert first.identity != second.identity
+
+
+def test_notes_are_about_the_files_of_all_sources(tmp_path: Path) -> None:
+    shards = [tmp_path / f"x-{n}-of-3.jsonl" for n in range(3)]
+    for shard in shards:
+        shard.write_text('{"text": "x"}\n')
+    train = [DataSource(path=str(shard), weight=1) for shard in shards]
+    found = load_split({"train": [*train], "dev": str(shards[1])}, "train")
+    assert found is not None
+    assert found.notes == (f"task.path: in both train and dev: {shards[1]}",)
+    found = load_split([*train[:2]], "train")
+    assert found is not None
+    assert found.notes == (f"task.path: shards not listed: {shards[2]}",)
+
+
+def test_a_source_that_cannot_be_read() -> None:
+    with pytest.raises(DataError, match=r"^task\.path: cannot be read: .*File name too long"):
+        load_split([DataSource(path="a" * 300, weight=1)], "train")
 
 
 def test_only_training_rows_are_weighted(tmp_path: Path) -> None:

@@ -116,6 +116,34 @@ def test_sources_keep_their_share(tiny_llama: Path, tmp_path: Path) -> None:
     assert "sources" not in found["validation"]
 
 
+def test_a_limit_keeps_rows_of_each_source(tiny_llama: Path, tmp_path: Path) -> None:
+    path = []
+    for name, weight in (("a", 1), ("b", 3)):
+        write_rows(tmp_path / f"{name}.jsonl", completion_rows(20))
+        path.append({"path": str(tmp_path / f"{name}.jsonl"), "weight": weight})
+    recipe = shared(tmp_path, tiny_llama, task__path=path)
+    for limit, counts in ((8, [2, 6]), (1, [1, 1]), (30, [8, 16]), (99, [16, 16])):
+        split = load_task_data(recipe, "train", limit=limit, say=silent).split
+        assert [source.rows for source in split.sources] == counts
+    assert len(load_task_data(recipe, limit=3, say=silent).split) == 3
+
+
+def test_labels_without_two_equal_rows_are_held_out(tiny_bert: Path, tmp_path: Path) -> None:
+    columns = [f"c{n}" for n in range(6)]
+    rows = [
+        {"text": f"t{n}", **{name: n >> i & 1 for i, name in enumerate(columns)}} for n in range(40)
+    ]
+    write_rows(tmp_path / "all.jsonl", rows)
+    changes = {
+        "task__path": str(tmp_path / "all.jsonl"),
+        "task__validation_share": 0.2,
+        "task__label_columns": columns,
+    }
+    data = load_training_data(recipe_for(tmp_path, tiny_bert, "classification", **changes), silent)
+    assert data.validation is not None
+    assert (len(data.split), len(data.validation)) == (32, 8)
+
+
 def test_bad_rows_are_skipped_and_never_held_out(tiny_llama: Path, tmp_path: Path) -> None:
     recipe = shared(tmp_path, tiny_llama, task__on_bad_row="skip", train__epochs=1)
     good = [json.dumps(row) for row in completion_rows(20)]
