@@ -13,7 +13,7 @@ from lorakit.data.chat.template import PAYLOAD, ChatTemplate
 from lorakit.data.chat.turns import TurnReader, content_text
 from lorakit.data.examples import ChatExample, ClassificationExample
 from lorakit.data.sources import Split
-from lorakit.data.tokens import TextEncoder
+from lorakit.data.texts import TextEncoder
 from lorakit.errors import DataError
 from lorakit.tasks.base import Prediction, Task
 

@@ -12,7 +12,7 @@ from typing import Any
 from lorakit.data.chat import chat_prompt_text, encode_chat_prompt
 from lorakit.data.chat.traces import ignored_in_prompt
 from lorakit.data.examples import Segment, TextExample
-from lorakit.data.tokens import encode_prompt
+from lorakit.data.texts import encode_prompt
 from lorakit.errors import DataError, shown
 
 Say = Callable[[str], None]

@@ -19,7 +19,8 @@ from lorakit.data.examples import Example
 from lorakit.data.notes import chat_notes, skipped_note
 from lorakit.data.plan import Packing
 from lorakit.data.sources import Split
-from lorakit.data.tokens import RowEncoder, TokenRow
+from lorakit.data.texts import TokenRow
+from lorakit.data.tokens import RowEncoder
 from lorakit.errors import UserError
 from lorakit.evaluation.progress import OnProgress
 from lorakit.evaluation.sampling import stop_ids

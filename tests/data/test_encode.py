@@ -12,7 +12,7 @@ from lorakit.data.encode import EncodedSplit, check_token_ids, encode_split
 from lorakit.data.examples import ClassificationExample, Segment, TextExample
 from lorakit.data.notes import split_notes
 from lorakit.data.sources import Split
-from lorakit.data.tokens import encode_prompt, special_prefix
+from lorakit.data.texts import encode_prompt, special_prefix
 from lorakit.errors import DataError
 
 

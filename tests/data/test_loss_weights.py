@@ -13,11 +13,13 @@ from transformers import AutoTokenizer
 from lorakit.data.cache import EncodedCache, Shard, read_arrays, write_arrays
 from lorakit.data.chat import encode_chat
 from lorakit.data.collate import CausalBatch, collate_causal, collate_documents, collate_packed
+from lorakit.data.counts import Counts
 from lorakit.data.encode import EncodedRow, EncodedSplit, encode_split
 from lorakit.data.examples import ChatExample
 from lorakit.data.plan import Share, Step
 from lorakit.data.sources import Split
-from lorakit.data.tokens import Counts, EncodedRows, TokenRow
+from lorakit.data.texts import TokenRow
+from lorakit.data.tokens import EncodedRows
 
 CHAT = (
     {"role": "user", "content": "a"},
