@@ -124,8 +124,7 @@ def generate(
     model, adapter = model_and_adapter(model, adapter, subfolder)
     _check_input(prompt, chat, input_file, output)
     _check_sampling(temperature, top_p, num_beams, length_penalty, stop or [])
-    if prompt is None and not chat and input_file is None:
-        chat, prompt = _chat_or_prompt()
+    chat, prompt = _chat_or_prompt(chat, prompt, input_file)
     _check_system(system, prompt)
 
     from lorakit.api import Decoding, load_for_generation, trained_system_prompts
@@ -152,8 +151,7 @@ def generate(
         start_chat(*loaded, decoding, system_prompt(system, trained_system_prompts(model, adapter)))
     elif input_file is not None:
         _answer(*loaded, input_file, output, decoding, system)
-    else:
-        assert prompt is not None
+    elif prompt is not None:
         _stream(*loaded, prompt, decoding)
 
 
@@ -199,8 +197,13 @@ def _check_system(system: str | None, prompt: str | None) -> None:
         raise UserError("--system: requires --chat, or --input with messages")
 
 
-def _chat_or_prompt() -> tuple[bool, str | None]:
-    """Whether stdin is a terminal to chat on, or else the prompt that it contains."""
+def _chat_or_prompt(
+    chat: bool, prompt: str | None, input_file: Path | None
+) -> tuple[bool, str | None]:
+    """What is given; if nothing is, whether stdin is a terminal to chat on, or else the prompt that
+    it contains."""
+    if chat or prompt is not None or input_file is not None:
+        return chat, prompt
     if sys.stdin is not None and sys.stdin.isatty():
         return True, None
     return False, _stdin_prompt()

@@ -145,13 +145,17 @@ def _check_input(
         raise UserError("nothing to predict; allowed: --text TEXT or --input FILE")
     if pairs is not None and len(pairs) != len(texts or ()):
         raise UserError(
-            f"--text-pair: {len(pairs)} given for {len(texts or ())} of --text; allowed: one for "
-            "each"
+            f"--text-pair: given {_times(len(pairs))}, but --text "
+            f"{_times(len(texts or ()))}; allowed: one for each"
         )
     check_writable("--output", output)
     check_distinct({"--output": output}, {input_file: "the input file"} if input_file else {})
     if output is not None and output.suffix not in _SUFFIXES and not output.exists():
         raise UserError(f"--output {output}: unknown format; allowed: {', '.join(_SUFFIXES)}")
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def _json_lines(found: Sequence[Mapping[str, Any]]) -> str:

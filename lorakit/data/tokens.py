@@ -23,7 +23,7 @@ from lorakit.data.examples import (
 )
 from lorakit.data.rows import Row, RowSequence, UnreadRow
 from lorakit.data.texts import TextEncoder, TokenRow, cut
-from lorakit.data.words import check_finds_words, first_tokens
+from lorakit.data.words import first_tokens
 from lorakit.errors import DataError
 
 
@@ -170,7 +170,6 @@ def _chat_row(row: IdRow) -> TokenRow:
 def _encode_pairs(
     examples: Sequence[ClassificationExample], tokenizer: Any, max_length: int
 ) -> list[TokenRow]:
-    check_finds_words(examples[0], tokenizer)
     paired = examples[0].text_pair is not None
     special = tokenizer.num_special_tokens_to_add(pair=paired)
     if max_length <= special:  # the tokenizer would then not truncate at all

@@ -8,9 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakit.data.examples import WordsExample
-from lorakit.errors import ModelError
-
 #: What torch's cross entropy ignores.
 IGNORED_LABEL = -100
 
@@ -48,12 +45,3 @@ def label_weight(
     """The sum of the weights of the classes of a row, or of its words with a token."""
     classes = label if words is None else label[words[words >= 0]]
     return float(class_weights[classes].sum())
-
-
-def check_finds_words(example: object, tokenizer: Any) -> None:
-    """Raise ModelError for words if the tokenizer cannot tell where its tokens are in the text."""
-    if isinstance(example, WordsExample) and not tokenizer.is_fast:
-        raise ModelError(
-            f"{tokenizer.name_or_path}: the tokenizer has no fast (Rust) implementation, which "
-            "labels of words require"
-        )

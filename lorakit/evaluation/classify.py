@@ -58,6 +58,13 @@ def batch_logits(
         monitor.advance(len(rows))
 
 
+def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The probabilities of the outputs, which are the last dimension of ``logits``."""
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    probabilities: NDArray[np.float32] = exponentials / exponentials.sum(axis=-1, keepdims=True)
+    return probabilities
+
+
 def check_finite(logits: NDArray[np.float32], name: str) -> None:
     """Raise EvaluationError unless all outputs of the model ``name`` are finite."""
     if not np.isfinite(logits).all():

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorakit.data.words import IGNORED_LABEL
+
 
 def label_losses(
     logits: Tensor,
@@ -19,7 +21,7 @@ def label_losses(
     ``logits`` (rows, outputs) are in float32. A row's loss is
 
     - for ``logits`` (rows, tokens, outputs), the cross entropy of the class index of each token in
-      ``labels`` (rows, tokens), except those that are -100;
+      ``labels`` (rows, tokens), except those that are ``IGNORED_LABEL``;
     - for one output, the squared error of its float label;
     - for ``labels`` (rows, classes) of 0 and 1, the mean over the outputs of the binary cross
       entropy of each, as in torch's BCEWithLogitsLoss;
@@ -32,10 +34,10 @@ def label_losses(
     if logits.ndim == 3:
         logits, labels = logits.flatten(0, 1), labels.flatten()
         if columns is not None:
-            labels = torch.where(labels < 0, labels, columns[labels.clamp(min=0)])
+            labels = torch.where(labels == IGNORED_LABEL, labels, columns[labels.clamp(min=0)])
         return F.cross_entropy(
             logits, labels, weights, reduction="sum", label_smoothing=label_smoothing,
-            ignore_index=-100,
+            ignore_index=IGNORED_LABEL,
         )  # fmt: skip
     if logits.shape[-1] == 1:
         return F.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum")

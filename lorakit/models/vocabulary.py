@@ -41,7 +41,8 @@ def extend_tokenizer(tokenizer: PreTrainedTokenizerBase, section: ModelSection) 
         needed = tuple(token for token in template.tokens if token not in known)
         _add(tokenizer, needed, special=True)
         notes += _set_eos(tokenizer, section.chat_template)
-    _add(tokenizer, [t for t in section.add_tokens if t not in (*known, *needed)], special=False)
+    present = known | {*needed}
+    _add(tokenizer, [t for t in section.add_tokens if t not in present], special=False)
     ids: Any = tokenizer.convert_tokens_to_ids([*needed, *section.add_tokens])
     old = [token for token in section.add_tokens if token in known]
     if new := dict.fromkeys(t for t in (*needed, *section.add_tokens) if t not in known):

@@ -17,10 +17,10 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from lorakit.adapters.base_model import other_base_note
 from lorakit.adapters.load import FoundModel, find_model
 from lorakit.adapters.peft.method import run_method_file
-from lorakit.data.encode import check_token_ids, encode_split
+from lorakit.data.encode import EncodedSplit, check_token_ids, encode_split
 from lorakit.data.notes import encoding_notes
 from lorakit.errors import AdapterError, ModelError, UserError
-from lorakit.evaluation.classify import check_finite, class_logits
+from lorakit.evaluation.classify import check_finite, class_logits, softmax
 from lorakit.evaluation.progress import OnProgress, ProgressMonitor
 from lorakit.models.heads import head_labels
 from lorakit.models.hub import load_config
@@ -85,22 +85,13 @@ def predict(
         model, adapter, revision=revision, trust_remote_code=trust_remote_code, say=say
     )
     _check_classifies(found)
-    trained = _sidecar(found).get("text_columns") or ()
-    rows = _input_rows(texts, file, text_column, text_pair_column, trained)
-    if found.labels_tokens() and len(rows.columns) == 2:
-        raise UserError(f"{found.directory}: labels the words of single texts; allowed: one text")
-    if note := arity_note(rows.columns, trained):
-        say(note)
+    rows = _input_rows(found, texts, file, (text_column, text_pair_column), say)
     loaded, tokenizer = _load(found, dtype, device, say)
     names = _class_names(loaded, found.directory)
     length = _max_length(loaded, tokenizer, max_length, found, paired=len(rows.columns) == 2)
-    rows = replace(rows, joins_words=found.labels_tokens())
-    encoded = encode_split(rows.split, rows.example, tokenizer, length)
-    check_token_ids(encoded, tokenizer, id_limit(loaded))
-    for note in encoding_notes(encoded.counts, rows.split.source, len(encoded), length):
-        say(note)
+    encoded = _encoded(rows, tokenizer, length, id_limit(loaded), say)
     monitor = ProgressMonitor(len(encoded), on_progress)
-    if found.labels_tokens():
+    if rows.joins_words:
         finder = EntityFinder(loaded, tokenizer, found.directory)
         given = [rows.example(row).text for row in rows.split.rows]
         return finder.find(given, encoded, batch_size, length, monitor)
@@ -117,17 +108,29 @@ def _check_arguments(texts: object, file: object, batch_size: int) -> None:
 
 
 def _input_rows(
+    found: FoundModel,
     texts: str | Sequence[Given] | None,
     file: str | Path | None,
-    text_column: str | None,
-    text_pair_column: str | None,
-    trained: Sequence[str],
+    columns: tuple[str | None, str | None],
+    say: Say,
 ) -> InputRows:
-    named = (text_column, text_pair_column, trained)
+    """The texts as ``found`` takes them; ``columns`` are those of ``predict``."""
+    trained = _sidecar(found).get("text_columns") or ()
     if file is not None:
         split = file_rows(file)
-        return InputRows(split, find_columns(split, *named))
-    return given_rows([texts] if isinstance(texts, str) else texts or (), *named)
+        rows = InputRows(split, find_columns(split, *columns, trained))
+    else:
+        given = [texts] if isinstance(texts, str) else texts or ()
+        rows = given_rows(given, *columns, trained)
+    of_tokens = found.labels_tokens()
+    if of_tokens and len(rows.columns) == 2:
+        raise UserError(
+            f"{found.directory}: a token classifier takes single texts, not pairs; allowed: one "
+            "text column"
+        )
+    if note := arity_note(rows.columns, trained):
+        say(note)
+    return replace(rows, joins_words=of_tokens)
 
 
 def _check_classifies(found: FoundModel) -> None:
@@ -162,6 +165,16 @@ def _load(
     model, tokenizer = found.load(chosen, say=say)
     model.to(place)  # type: ignore[arg-type]
     return model, tokenizer
+
+
+def _encoded(
+    rows: InputRows, tokenizer: PreTrainedTokenizerBase, length: int, limit: int, say: Say
+) -> EncodedSplit:
+    encoded = encode_split(rows.split, rows.example, tokenizer, length)
+    check_token_ids(encoded, tokenizer, limit)
+    for note in encoding_notes(encoded.counts, rows.split.source, len(encoded), length):
+        say(note)
+    return encoded
 
 
 def _class_names(model: PreTrainedModel, name: str) -> list[str]:
@@ -203,9 +216,7 @@ def _described(
         return [_several(dict(zip(names, row, strict=True))) for row in scores.tolist()]
     if kind == "regression" or len(names) == 1:
         return [_value(names, row) for row in logits.tolist()]
-    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-    scores = exponentials / exponentials.sum(axis=1, keepdims=True)
-    return [_best(dict(zip(names, row, strict=True))) for row in scores.tolist()]
+    return [_best(dict(zip(names, row, strict=True))) for row in softmax(logits).tolist()]
 
 
 def _best(scores: dict[str, float]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TokenClassifi
 from transformers.pipelines.token_classification import AggregationStrategy
 
 from lorakit.data.encode import EncodedSplit
-from lorakit.evaluation.classify import batch_logits, check_finite
+from lorakit.evaluation.classify import batch_logits, check_finite, softmax
 from lorakit.evaluation.progress import ProgressMonitor
 
 _KEYS = ("entity_group", "score", "word", "start", "end")
@@ -66,13 +66,12 @@ class EntityFinder:
         self, text: str, logits: NDArray[np.float32], placed: Any, at: int
     ) -> list[dict[str, Any]]:
         """The entities of one text; ``logits`` are those of its tokens."""
-        exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
         with warnings.catch_warnings():  # about tokenizers that do not mark the pieces of words
             warnings.simplefilter("ignore", UserWarning)
             tokens = self._pipeline.gather_pre_entities(
                 text,
                 placed["input_ids"][at],
-                exponentials / exponentials.sum(axis=-1, keepdims=True),
+                softmax(logits),
                 placed["offset_mapping"][at],
                 placed["special_tokens_mask"][at],
                 AggregationStrategy.FIRST,

@@ -89,9 +89,7 @@ class ModelSection(Section):
     trust_remote_code: bool = False
     new_head: bool = False
     chat_template: Annotated[Text, BeforeValidator(_as_text)] | None = None
-    add_tokens: Annotated[
-        list[Text], BeforeValidator(_as_list, json_schema_input_type=list[Text] | Text)
-    ] = []
+    add_tokens: _MaybeEmpty = []
 
 
 class AdapterSection(Section):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from lorakit.recipe.sections import ModelSection
 CHAT_TEMPLATES = (
     "alpaca", "chatml", "gemma", "llama-2", "llama-3", "mistral", "vicuna", "zephyr",
 )  # fmt: skip
-_LARGEST = 1_000_000
+_MAX_BYTES = 1_000_000
 
 
 def vocabulary_faults(model: ModelSection, task_kind: str | None) -> Iterator[Fault]:
@@ -34,13 +33,14 @@ def vocabulary_faults(model: ModelSection, task_kind: str | None) -> Iterator[Fa
 
 def _add_tokens(model: ModelSection) -> Iterator[Fault]:
     allowed = "texts that differ, none of white space only"
-    counts = Counter(model.add_tokens)
+    seen: set[str] = set()
     for index, token in enumerate(model.add_tokens):
         path = ("model", "add_tokens", index)
         if not token.strip():
             yield Fault(path, "only white space", token, True, allowed)
-        elif counts[token] > 1 and model.add_tokens.index(token) < index:
+        elif token in seen:
             yield Fault(path, "listed twice", token, True, allowed)
+        seen.add(token)
 
 
 def _problem_of_file(name: str) -> str | None:
@@ -50,7 +50,7 @@ def _problem_of_file(name: str) -> str | None:
     try:
         if not file.is_file():
             return did_you_mean("no such template or file", name, CHAT_TEMPLATES)
-        if file.stat().st_size > _LARGEST:
+        if file.stat().st_size > _MAX_BYTES:
             return "too large for a template"
         source = file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

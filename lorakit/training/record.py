@@ -39,13 +39,14 @@ _PACKAGES = (
 
 @dataclass
 class RunRecord:
-    """``method_digest`` identifies the code of a user's method. ``seconds`` is the time of training
-    and its evaluations over all resumes. ``exit_reason`` is null during the run, then
-    ``completed``, ``interrupted`` or ``failed``. ``diverged``: the loss ended above where it
-    started, or was not finite. ``bad_row``: a row of a stream ended the run, or would have ended it
-    at the next step; it can be resumed once the row is corrected. ``process`` is the one that
-    writes the record, and ``launch`` identifies the launcher that started it. ``init_from`` is the
-    adapter that the run started from, and a hash of it."""
+    """``method_digest`` identifies the code of a user's method, and ``chat_template_digest`` the
+    tokenizer's chat template. ``seconds`` is the time of training and its evaluations over all
+    resumes. ``exit_reason`` is null during the run, then ``completed``, ``interrupted`` or
+    ``failed``. ``diverged``: the loss ended above where it started, or was not finite. ``bad_row``:
+    a row of a stream ended the run, or would have ended it at the next step; it can be resumed once
+    the row is corrected. ``process`` is the one that writes the record, and ``launch`` identifies
+    the launcher that started it. ``init_from`` is the adapter that the run started from, and a hash
+    of it."""
 
     adapted_modules: list[dict[str, Any]]
     trainable_parameters: int
@@ -55,6 +56,7 @@ class RunRecord:
     data: dict[str, Any]
     per_device_batch_size: int | None = None
     method_digest: str | None = None
+    chat_template_digest: str | None = None
     init_from: dict[str, str] | None = None
     coverage: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=lambda: versions())

@@ -40,6 +40,7 @@ from lorakit.training.output_dir import Start, find_start
 from lorakit.training.record import peak_memory_bytes
 from lorakit.training.same_run import (
     as_started,
+    check_same_chat_template,
     check_same_data,
     check_same_recipe,
 )
@@ -183,6 +184,7 @@ def check_resumable(prepared: Prepared, batching: Batching, start: Start, say: S
     if start.checkpoint is None:
         return
     check_same_recipe(prepared.recipe, start.checkpoint.parent.parent, prepared=True)
+    check_same_chat_template(prepared.tokenizer, start.checkpoint.parent.parent)
     check_length(prepared, batching.steps, start, say)
     rows = check_same_data(prepared.data, start.checkpoint, say)
     if rows and isinstance(batching.steps, StreamSteps):

@@ -22,6 +22,7 @@ _RUN_TYPES: dict[str, Any] = {
     "diverged": bool,
     "bad_row": bool,
     "method_digest": str,
+    "chat_template_digest": str,
     "init_from": {"adapter": str, "fingerprint": str},
     "launch": str,
     "hardware": {"processes": int},

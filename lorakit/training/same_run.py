@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorakit import registry
 from lorakit.data.stream import have_same_head
@@ -17,6 +19,9 @@ from lorakit.recipe.yaml_source import read_yaml
 from lorakit.training.batching import split_step, step_size
 from lorakit.training.run_json import read_run
 from lorakit.user_code import code_identity, is_code
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 #: Keys that a resumed run may change: they do not affect the result.
 _CHANGEABLE = {
@@ -148,6 +153,23 @@ def _are_same(before: object, now: object) -> bool:
     if isinstance(before, str) and isinstance(now, str) and is_code(before) and is_code(now):
         return code_identity(before) == code_identity(now)
     return before == now
+
+
+def chat_template_digest(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Identify the chat template, or the named templates; None for a tokenizer without one."""
+    if not tokenizer.chat_template:
+        return None
+    return hashlib.sha256(json.dumps(tokenizer.chat_template).encode()).hexdigest()
+
+
+def check_same_chat_template(tokenizer: PreTrainedTokenizerBase, output_dir: Path) -> None:
+    """Raise UserError if the chat template is not that of the run in ``output_dir``."""
+    before = read_run(output_dir).get("chat_template_digest")
+    if before not in (None, chat_template_digest(tokenizer)):
+        raise UserError(
+            f"--resume: the chat template has changed since the run in {output_dir} started; "
+            "restore it, or choose another train.output_dir for a new run"
+        )
 
 
 def check_same_data(data: dict[str, Any], checkpoint: Path, say: Say) -> int:

@@ -40,6 +40,7 @@ from lorakit.training.output_dir import (
     rows_read_before,
 )
 from lorakit.training.record import RunRecord, describe_hardware, new_record, rank_table
+from lorakit.training.same_run import chat_template_digest
 from lorakit.training.setup import Prepared
 from lorakit.training.steps import Steps
 from lorakit.training.tracking import Display, MetricsFile, NoMetrics, Recorder, start_trackers
@@ -126,6 +127,7 @@ class Session:
         )
         record.data["train"] |= rows_read_before(self.start)
         record.init_from = prepared.init_from or init_from_before(self.start)
+        record.chat_template_digest = chat_template_digest(prepared.tokenizer)
         record.per_device_batch_size = train.units_per_batch
         return record
 

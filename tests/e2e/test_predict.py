@@ -109,7 +109,7 @@ def test_csv_output(
     predicted(capsys, many, "--text", "a", "--output", output)
     with output.open(newline="") as handle:
         (row,) = csv.DictReader(handle)
-    assert list(row) == ["labels", "scores.bad", "scores.good"]
+    assert list(row) == ["label", "score", "labels", "scores.bad", "scores.good"]
     assert json.loads(row["labels"]) == lorakit.predict(many, "a")[0]["labels"]
 
 
@@ -172,7 +172,7 @@ def test_bad_files(
         (["--text", "a", "--input", "x.csv"], "--text and --input are mutually exclusive"),
         (
             ["--text", "a", "--text", "b", "--text-pair", "c"],
-            "--text-pair: 1 given for 2 of --text; allowed: one for each",
+            "--text-pair: given once, but --text 2 times; allowed: one for each",
         ),
         (["--text-pair", "c"], "nothing to predict"),
         (

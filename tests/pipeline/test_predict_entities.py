@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import pipeline
+from transformers import AutoModelForTokenClassification, ByT5Tokenizer, pipeline
 
 import lorakit
 from lorakit.cli.main import run
-from lorakit.errors import UserError
+from lorakit.errors import ModelError, UserError
 from tests.training.tagged import tagged_recipe, tagged_rows, write_word_pieces
 
 TEXTS = [
@@ -73,8 +73,15 @@ def test_of_words(
 
 
 def test_what_is_refused(models: tuple[Path, Path]) -> None:
-    with pytest.raises(UserError, match="labels the words of single texts"):
+    with pytest.raises(UserError, match="takes single texts, not pairs; allowed: one text column"):
         lorakit.predict(models[0], [("a", "b")])
     with pytest.raises(UserError, match="allowed: text"):
         lorakit.predict(models[0], [{"tokens": ["a", 1]}])
     assert run(["generate", str(models[0]), "--prompt", "a"]) == 2
+
+
+def test_a_slow_tokenizer_is_refused(models: tuple[Path, Path], tmp_path: Path) -> None:
+    AutoModelForTokenClassification.from_pretrained(models[1]).save_pretrained(tmp_path)
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="ByT5Tokenizer has no fast implementation"):
+        lorakit.predict(tmp_path, ["Anna"])

@@ -11,7 +11,7 @@ import pytest
 from lorakit.errors import UserError
 from lorakit.training.run import train
 from lorakit.training.same_run import check_same_data
-from tests.training.runs import adapter_bytes, recipe_for
+from tests.training.runs import adapter_bytes, recipe_for, write_rows
 
 
 def test_other_tokens_of_the_same_data_are_refused(tmp_path: Path) -> None:
@@ -27,6 +27,31 @@ def test_other_tokens_of_the_same_data_are_refused(tmp_path: Path) -> None:
     message = r"--resume: chats\.jsonl: .* has 1,201 tokens, but had 1,200 when the run started"
     with pytest.raises(UserError, match=message):
         check_same_data(data(1201), checkpoint, print)
+
+
+def test_another_chat_template_of_as_many_tokens_is_refused(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    write_rows(tmp_path / "data" / "train.jsonl", [{"messages": chat}] * 16)
+    write_rows(tmp_path / "data" / "validation.jsonl", [{"messages": chat}] * 2)
+    template = tmp_path / "own.jinja"
+    source = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    template.write_text(source)
+    keys = {"model__chat_template": str(template), "train__save_every_steps": 2}
+    recipe = recipe_for(tmp_path, tiny_llama, "chat", **keys)
+    train(recipe)
+    whole = adapter_bytes(tmp_path / "run")
+    checkpoint = str(tmp_path / "run" / "checkpoints" / "step-2")
+    template.write_text(source.replace("[", "("))
+    with pytest.raises(UserError, match="--resume: the chat template has changed since the run"):
+        train(recipe, checkpoint)
+    template.write_text(source)
+    train(recipe, checkpoint)
+    assert adapter_bytes(tmp_path / "run") == whole
 
 
 def test_a_default_that_was_fitted_to_the_model_is_the_same_recipe(

@@ -158,6 +158,10 @@ class MergePlan:
     merged_modules: int
     replaced_tensors: int
 
+    @property
+    def size_bytes(self) -> int:
+        return sum(output.size_bytes for output in self.outputs.values())
+
 
 def plan_merge(base: ResolvedBase, checkpoint: Checkpoint, dtype: str | None) -> MergePlan:
     """Plan the output, in ``dtype`` (default: each tensor's own).

@@ -112,36 +112,30 @@ def merge(
     how.check()
     adapters = read_weighted(adapter, weight, add, say)
     to_add = combined(adapters, how)
-    section = base_section(base, adapters[0].files, trust_remote_code)
-    out = Path(out)
-    with _write_errors(out):
-        _check_out(out, section.name_or_path, adapters, overwrite)
-    max_shard_bytes = parse_size(max_shard_size)
-    output_dtype = dtype_name(dtype, "dtype")
+    files, out = adapters[0].files, Path(out)
+    section = base_section(base, files, trust_remote_code)
+    _check_out(out, section.name_or_path, adapters, overwrite)
+    max_shard_bytes, output_dtype = parse_size(max_shard_size), dtype_name(dtype, "dtype")
     directory, settings = _base_directory(section, out)
     with open_checkpoint(directory, settings) as checkpoint:
         if (dequantized := dequantization_note(checkpoint, output_dtype)) is not None:
             output_dtype = output_dtype or "bfloat16"
             say(dequantized)
         resolved = resolve_base(section, settings, checkpoint, to_add)
-        rows = resolved.vocab_size or _vocabulary_size(settings)
-        tokenizer = _tokenizer(directory, adapters[0].files, rows)
+        tokenizer = _tokenizer(directory, files, resolved, settings)
         plan = plan_merge(resolved, checkpoint, output_dtype)
         shards = plan_files(plan.outputs, checkpoint, plan.stored, max_shard_bytes)
-        size_bytes = sum(output.size_bytes for output in plan.outputs.values())
-        _check_disk(out, size_bytes)
+        _check_disk(out, plan.size_bytes)
         with _write_errors(out), atomic_directory(out, replace=overwrite) as folder:
             metadata = {file.name: own for file, own in checkpoint.metadata.items()}
             places = create_files(folder, shards, plan.outputs, metadata)
             write_tensors(folder, plan, checkpoint, places, on_progress)
-            sharded = list(shards) != [SINGLE]
-            write_config(folder, directory, resolved, plan, output_dtype, sharded)
+            write_config(folder, directory, resolved, plan, output_dtype, list(shards) != [SINGLE])
             weights = {file.relative_to(directory).as_posix() for file in checkpoint.files}
             left_out = copy_files(folder, directory, weights, tokenizer)
-            generates = not adapters[0].files.classifies
-            eos_note = add_eos(folder, tokenizer, settings) if generates else None
+            eos_note = None if files.classifies else add_eos(folder, tokenizer, settings)
     notes = _notes(section, adapters, (*tokenizer.notes, eos_note), say)
-    return _report(out, plan, adapters, how.name, list(shards), size_bytes, left_out, notes)
+    return _report(out, plan, adapters, how.name, list(shards), left_out, notes)
 
 
 def _base_directory(section: ModelSection, out: Path) -> tuple[Path, dict[str, Any]]:
@@ -161,7 +155,10 @@ def _combination_or_code(method: str | os.PathLike[str] | None) -> str:
     return combination_named(os.fspath(method))
 
 
-def _tokenizer(directory: Path, files: AdapterFiles, rows: int | None) -> Tokenizer:
+def _tokenizer(
+    directory: Path, files: AdapterFiles, resolved: ResolvedBase, settings: Mapping[str, Any]
+) -> Tokenizer:
+    rows = resolved.vocab_size or _vocabulary_size(settings)
     return choose_tokenizer(directory, files.directory, needs_pad=files.classifies, rows=rows)
 
 
@@ -198,7 +195,6 @@ def _report(
     adapters: Sequence[Weighted],
     combination: str,
     files: Sequence[str],
-    size_bytes: int,
     left_out: Sequence[LeftOut],
     notes: Sequence[str],
 ) -> MergeReport:
@@ -209,7 +205,7 @@ def _report(
         merged_modules=plan.merged_modules,
         replaced_tensors=plan.replaced_tensors,
         dtype=plan.dtype,
-        size_bytes=size_bytes,
+        size_bytes=plan.size_bytes,
         weight=first.weight,
         added=tuple(Added(other.files.directory, other.weight) for other in others),
         combination=combination,
@@ -229,9 +225,14 @@ def _write_errors(out: Path) -> Iterator[None]:
 
 
 def _check_out(out: Path, base: str, adapters: Sequence[Weighted], overwrite: bool) -> None:
-    _check_outside(out, "base", Path(base))
-    for given in adapters:
-        _check_outside(out, "adapter", given.files.directory)
+    with _write_errors(out):
+        _check_outside(out, "base", Path(base))
+        for given in adapters:
+            _check_outside(out, "adapter", given.files.directory)
+        _check_free(out, overwrite)
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise AdapterError(f"OUT = {out}: exists and is not a directory")
     if out.exists() and not overwrite:
