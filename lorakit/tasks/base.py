@@ -95,8 +95,10 @@ class Task(ABC):
         return self.summary
 
     def hub_source(self, config: Any) -> tuple[str, str | None] | None:
-        """The Hub data set and its configuration to read when ``config.path`` is null."""
-        return None
+        """The Hub data set and its configuration to read when ``config.path`` is null: those that
+        the keys ``dataset_name`` and ``dataset_config_name`` name, if the task has them."""
+        name = getattr(config, "dataset_name", None)
+        return (name, getattr(config, "dataset_config_name", None)) if name else None
 
     def eval_split(self, config: Any) -> str:
         """The split that training evaluates on, and the default of ``eval``."""

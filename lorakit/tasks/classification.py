@@ -14,7 +14,6 @@ from pydantic import Field, model_validator
 
 from lorakit.data.examples import ClassificationExample, Problem
 from lorakit.data.sources import Split
-from lorakit.errors import DataError
 from lorakit.metrics.labels import label_score, require_metrics
 from lorakit.metrics.multi_label import MULTI_LABEL_METRICS, multi_label_scores
 from lorakit.recipe.sections import TaskSection, Text
@@ -30,11 +29,15 @@ from lorakit.tasks.labelling import (
     ClassWeights,
     Labelling,
     check_class_weights,
+    check_distinct,
     declared_labels,
+    distinct_names,
     found_labels,
+    is_readable,
     names_in,
     read_prediction,
     read_values,
+    required_train,
     row_labels,
 )
 
@@ -152,8 +155,7 @@ class ClassificationConfig(TaskSection):
             raise exclusive("class_weights", "regression: true")
         check_class_weights(self.class_weights, self.labels or self.label_columns)
         columns = self.label_columns or []
-        if len(set(columns)) < len(columns):
-            raise ValueError(f"label_columns: duplicate name {_duplicate(columns)!r}")
+        check_distinct("label_columns", columns)
         if columns and self.label_column != "label":
             raise exclusive("label_column", "label_columns")
         if columns and self.labels is not None and len(self.labels) != len(columns):
@@ -161,22 +163,14 @@ class ClassificationConfig(TaskSection):
                 f"labels: has {len(self.labels)} names for the {len(columns)} columns of "
                 "label_columns; allowed: null, or one name per column"
             )
-        if self.labels is not None and len(set(self.labels)) < len(self.labels):
-            raise ValueError(f"labels: duplicate name {_duplicate(self.labels)!r}")
+        check_distinct("labels", self.labels)
         return self
-
-
-def _duplicate(names: Sequence[str]) -> str:
-    return next(name for name in names if names.count(name) > 1)
 
 
 class Classification(LabelledTask):
     names = ("classification",)
     summary = "classification or regression of texts or pairs of texts, in your own columns"
     Config = ClassificationConfig
-
-    def hub_source(self, config: Any) -> tuple[str, str | None] | None:
-        return (config.dataset_name, config.dataset_config_name) if config.dataset_name else None
 
     def column_key(self, config: Any, column: str) -> str | None:
         if column in (config.label_columns or ()):
@@ -199,34 +193,21 @@ class Classification(LabelledTask):
             return None
         if names := config.labels or config.label_columns:
             return list(names)
-        if train is None:
-            raise DataError(
-                "task.labels = null: there is no train split to take the names from; "
-                "allowed: a list of names"
-            )
+        train = required_train(train)
         return declared_labels(train, config.label_column) or found_labels(
             train, config.label_column, config.on_bad_row == "skip", config.multi_label
         )
 
     def accepts_labels(self, config: Any, split: Split) -> bool:
-        where = self.labelling(config)
-        try:
-            row_labels(split, where)
-        except DataError:
-            return False
-        return True
+        return is_readable(lambda: row_labels(split, self.labelling(config)))
 
     def labels_of_rows(self, config: Any, splits: Sequence[Split]) -> list[str] | None:
         if config.label_columns:
             return list(config.labels or config.label_columns)
         values = (value for split in splits for value in split.column(config.label_column))
-        found: dict[str, None] = {}
-        for value in values:
-            names = names_in(value, config.multi_label)
-            if names is None:
-                return None
-            found |= dict.fromkeys(names)
-        return list(found)
+        return distinct_names(
+            values, lambda value: names_in(value, config.multi_label), config.on_bad_row == "skip"
+        )
 
     def resolve(self, config: Any, train: Split | None) -> Any:
         return config.model_copy(update={"labels": self.labels(config, train)})

@@ -90,9 +90,6 @@ class FormattedTask(Task):
     def named_columns(self, config: Any) -> tuple[str, ...]:
         """The columns that the config names; empty if it leaves them to the format."""
 
-    def hub_source(self, config: Any) -> tuple[str, str | None] | None:
-        return (config.dataset_name, config.dataset_config_name) if config.dataset_name else None
-
     def columns(self, config: Any) -> tuple[str, ...]:
         if named := self.named_columns(config):
             return named

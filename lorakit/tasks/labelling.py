@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -92,6 +92,32 @@ def check_class_weights(given: ClassWeights, labels: Sequence[str] | None) -> No
             raise ValueError(f"class_weights: {error}") from error
 
 
+def check_distinct(key: str, names: Sequence[str] | None) -> None:
+    """Raise ValueError for a name that is twice in the list under ``key``."""
+    if names is not None and len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{key}: duplicate name {twice!r}")
+
+
+def required_train(train: Split | None) -> Split:
+    """The split to take class names from. Raises DataError if there is none."""
+    if train is None:
+        raise DataError(
+            "task.labels = null: there is no train split to take the names from; "
+            "allowed: a list of names"
+        )
+    return train
+
+
+def is_readable(read: Callable[[], object]) -> bool:
+    """Whether ``read`` reads labels without a DataError."""
+    try:
+        read()
+    except DataError:
+        return False
+    return True
+
+
 def row_labels(split: Split, where: Labelling) -> list[Any]:
     """The label of each row. Raises DataError, with file and row, for one that cannot be read."""
     values = zip(*(split.column(name) for name in where.label_columns), strict=True)
@@ -141,6 +167,20 @@ def found_labels(train: Split, column: str, skip_bad: bool, several: bool) -> li
     if numbers and any(as_integer(name) is None for name in names):
         raise DataError(f"{train.source}: column {column!r} mixes names and numbers")
     return sorted(names, key=label_order)
+
+
+def distinct_names(
+    values: Iterable[Any], names_of: Callable[[Any], Sequence[str] | None], skip_bad: bool
+) -> list[str] | None:
+    """The class names in the labels of rows, each once; None if ``names_of`` returns None for one,
+    unless bad rows are skipped."""
+    found: dict[str, None] = {}
+    for value in values:
+        names = names_of(value)
+        if names is None and not skip_bad:
+            return None
+        found |= dict.fromkeys(names or ())
+    return list(found)
 
 
 def names_in(value: Any, several: bool) -> list[str] | None:

@@ -21,9 +21,13 @@ from lorakit.tasks.labelling import (
     Labelling,
     as_integer,
     check_class_weights,
+    check_distinct,
     declared_labels,
+    distinct_names,
+    is_readable,
     listed_values,
     read_label,
+    required_train,
 )
 
 
@@ -47,10 +51,7 @@ class TokenClassificationConfig(TaskSection):
 
     @model_validator(mode="after")
     def _labels_fit(self) -> TokenClassificationConfig:
-        labels = self.labels or []
-        if len(set(labels)) < len(labels):
-            duplicate = next(name for name in labels if labels.count(name) > 1)
-            raise ValueError(f"labels: duplicate name {duplicate!r}")
+        check_distinct("labels", self.labels)
         check_class_weights(self.class_weights, self.labels)
         return self
 
@@ -60,9 +61,6 @@ class TokenClassification(Task):
     summary = "tags of words: named entities (scored as seqeval does), parts of speech"
     Config = TokenClassificationConfig
     kind = "encoder"
-
-    def hub_source(self, config: Any) -> tuple[str, str | None] | None:
-        return (config.dataset_name, config.dataset_config_name) if config.dataset_name else None
 
     def columns(self, config: Any) -> tuple[str, ...]:
         return (config.tokens_column, config.tags_column)
@@ -82,11 +80,7 @@ class TokenClassification(Task):
     def labels(self, config: Any, train: Split | None) -> list[str] | None:
         if config.labels is not None:
             return list(config.labels)
-        if train is None:
-            raise DataError(
-                "task.labels = null: there is no train split to take the names from; "
-                "allowed: a list of names"
-            )
+        train = required_train(train)
         if names := declared_labels(train, config.tags_column):
             return names
         names = self.labels_of_rows(config, [train])
@@ -100,23 +94,11 @@ class TokenClassification(Task):
         return sorted(names, key=_tag_order)
 
     def labels_of_rows(self, config: Any, splits: Sequence[Split]) -> list[str] | None:
-        found: dict[str, None] = {}
-        for split in splits:
-            for value in split.column(config.tags_column):
-                tags = listed_values(value)
-                named = tags is None or _are_names(tags)
-                if not named and config.on_bad_row != "skip":
-                    return None
-                if tags is not None and named:
-                    found |= dict.fromkeys(tags)
-        return list(found)
+        values = (value for split in splits for value in split.column(config.tags_column))
+        return distinct_names(values, _tag_names, config.on_bad_row == "skip")
 
     def accepts_labels(self, config: Any, split: Split) -> bool:
-        try:
-            self._gold(split, config)
-        except DataError:
-            return False
-        return True
+        return is_readable(lambda: self._gold(split, config))
 
     def example(self, row: Row, config: Any) -> WordsExample:
         words = listed_values(row[config.tokens_column])
@@ -168,8 +150,11 @@ class TokenClassification(Task):
         return tuple(int(read_label(tag, where)) for tag in tags)
 
 
-def _are_names(tags: Sequence[Any]) -> bool:
-    return all(isinstance(tag, str) and tag and as_integer(tag) is None for tag in tags)
+def _tag_names(value: Any) -> list[str] | None:
+    """The tags of a row; none for a value that is not a list, and None if one is not a name."""
+    tags = listed_values(value) or []
+    are_names = all(isinstance(tag, str) and tag and as_integer(tag) is None for tag in tags)
+    return tags if are_names else None
 
 
 def _tag_order(name: str) -> tuple[bool, str, str]:

@@ -277,6 +277,15 @@ def test_labels_declared_by_a_hub_data_set() -> None:
     assert CLASSIFICATION.labels(CLASSIFICATION.Config(), split) == ["x", "y", "z"]
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_names_of_rows_of_which_bad_ones_are_skipped(several: bool) -> None:
+    split = labels_as_split([["b"], None, ["a", "b"]] if several else ["b", None, "a"])
+    config = CLASSIFICATION.Config(multi_label=several)
+    assert CLASSIFICATION.labels_of_rows(config, [split]) is None
+    skipping = config.model_copy(update={"on_bad_row": "skip"})
+    assert CLASSIFICATION.labels_of_rows(skipping, [split]) == ["b", "a"]
+
+
 def test_labels_without_train() -> None:
     with pytest.raises(DataError, match=r"task\.labels = null"):
         CLASSIFICATION.resolve(CLASSIFICATION.Config(), None)
