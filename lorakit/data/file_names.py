@@ -95,12 +95,14 @@ def is_number(rest: str) -> bool:
 
 def saved_files(folder: Path) -> list[Path] | None:
     """The files, in order, of a ``Dataset`` that ``save_to_disk`` wrote to the folder; None if it
-    did not. Raises DataError for a missing one."""
+    did not. Raises DataError for a missing one, and if there is none."""
     try:
         state = json.loads((folder / "state.json").read_bytes())
         files = [folder / Path(entry["filename"]).name for entry in state["_data_files"]]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return None
+    if not files:
+        raise DataError(f"task.path: {folder}: the saved data set has no rows")
     refuse_missing([file for file in files if not is_file(file)])
     return files
 

@@ -128,7 +128,8 @@ def preview(
 ) -> Preview:
     """Return ``count`` rows from row ``start`` (counted from 1), and statistics of the split.
 
-    ``limit`` previews only the first N rows. Notes go to ``say``. Raises UserError, as training
+    ``limit`` previews only the first N rows, without a note on how many of a mixture an epoch
+    draws. Notes go to ``say``. Raises UserError, as training
     does, for data or a tokenizer that cannot be used, and for a ``start`` after the last row.
     """
     data = load_task_data(recipe, split, limit=limit, skip_bad_rows=True, say=say)
@@ -140,7 +141,7 @@ def preview(
     tokenizer, stops = _load_tokenizer(section, model_config, say)
     encoded = _encode(data, tokenizer, on_progress, say)
     summary = summarize(encoded, stops, config.max_length, config.packing)
-    if note := weights_note(data, encoded):
+    if limit is None and (note := weights_note(data, encoded)):
         say(note)
     examples = _described(data, tokenizer, start - 1, count)
     labels = data.labels if data.task.kind == "encoder" else None

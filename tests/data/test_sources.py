@@ -189,6 +189,15 @@ def test_a_saved_data_set(tmp_path: Path) -> None:
     assert refusal(path) == f"task.path: missing shard: {path}/data-00001-of-00002.arrow"
 
 
+def test_a_saved_data_set_without_rows(tmp_path: Path) -> None:
+    import datasets
+
+    path = str(tmp_path / "set")
+    datasets.Dataset.from_dict({"text": []}).save_to_disk(path)
+    assert refusal(path) == f"task.path: {path}: the saved data set has no rows"
+    assert refusal([path]) == refusal(path)
+
+
 def test_a_saved_dictionary_of_data_sets(tmp_path: Path) -> None:
     for split, rows in (("train", ROWS), ("dev", ROWS[:1])):
         saved(tmp_path / split, rows)

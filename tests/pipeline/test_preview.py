@@ -12,8 +12,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from lorakit.data.encode import encode_split
 from lorakit.data.examples import ChatExample, Example, Segment, TextExample
 from lorakit.data.sources import Split
-from lorakit.pipeline.preview import DescribedRow, describe_row, summarize
+from lorakit.pipeline.preview import DescribedRow, describe_row, preview, summarize
 from lorakit.tasks.base import Row
+from tests.training.runs import completion_rows, recipe_for, write_rows
 
 MIXED = "日本語 🚀 👩‍👩‍👧 ಠ_ಠ naïve\n\tend "
 
@@ -134,6 +135,19 @@ def test_summary_counts(tiny_llama: Path) -> None:
     assert summary.trained_share == sum(trained) / sum(lengths)
     assert (summary.truncated_rows, summary.cut_completions, summary.endless_rows) == (2, 1, 1)
     assert summary.lost_tokens == sum(max(len(p) + len(c) + 1 - 8, 0) for p, c in texts)
+
+
+def test_first_rows_of_a_mixture(tiny_llama: Path, tmp_path: Path) -> None:
+    path = []
+    for name, weight in (("a", 1), ("b", 100)):
+        write_rows(tmp_path / f"{name}.jsonl", completion_rows(200))
+        path.append({"path": str(tmp_path / f"{name}.jsonl"), "weight": weight})
+    recipe = recipe_for(tmp_path, tiny_llama, "completion", task__path=path)
+    said: list[str] = []
+    assert preview(recipe, limit=10, say=said.append).training_rows == 11
+    assert not any("an epoch draws" in note for note in said)
+    preview(recipe, say=said.append)
+    assert any(note.startswith("train: an epoch draws 202 rows by weight: ") for note in said)
 
 
 def test_a_tokenizer_with_two_ends(tiny_llama: Path) -> None:
