@@ -90,7 +90,7 @@ def full_config(section: ModelSection, files: AdapterFiles) -> PreTrainedConfig:
             "explicitly"
         ) from error
     if not files.classifies:
-        from lorakit.models.load import check_kind
+        from lorakit.models.kinds import check_kind
 
         check_kind(config, "causal", section.name_or_path)
         return config
@@ -122,8 +122,10 @@ def empty_model(
 ) -> PreTrainedModel:
     """Return the base with its head on the ``meta`` device, without values. Raises ModelError if
     transformers has no such class."""
+    from lorakit.models.kinds import loader
+
     with explained(str(config.name_or_path)), torch.device("meta"), quiet():
-        model: PreTrainedModel = _auto(files).from_config(
+        model: PreTrainedModel = loader(files.task_type).from_config(
             config, trust_remote_code=trust_remote_code
         )
     return model
@@ -140,13 +142,14 @@ def base_model(
     an adapter does not supply such a weight."""
     from lorakit.adapters.peft.place import find_places
     from lorakit.models.dequantized import from_pretrained
+    from lorakit.models.kinds import loader
     from lorakit.models.load import check_shapes
 
     name = section.name_or_path
     model: PreTrainedModel
     with explained(name), quiet():
         options = {"dtype": getattr(torch, dtype) if dtype else "auto", **hub_options(section)}
-        model, info = from_pretrained(_auto(adapters[0]), name, config, options)
+        model, info = from_pretrained(loader(adapters[0].task_type), name, config, options)
     for files in adapters:
         places = find_places(model, files)
         mismatched = [key for key in info["mismatched_keys"] if key[0] not in places.fully_trained]
@@ -155,16 +158,6 @@ def base_model(
             set(info["missing_keys"]), {**places.base, **places.fully_trained}, name, files
         )
     return model, {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
-
-
-def _auto(files: AdapterFiles) -> Any:
-    import transformers
-
-    if files.labels_tokens:
-        return transformers.AutoModelForTokenClassification
-    if files.classifies:
-        return transformers.AutoModelForSequenceClassification
-    return transformers.AutoModelForCausalLM
 
 
 def check_supplied(

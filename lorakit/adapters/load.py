@@ -215,8 +215,7 @@ def _load_named(
     if chosen is None:
         trained = {name: _trained_dtype(files) for name, files in adapters.items()}
         chosen = _common("training dtypes (pass dtype to choose one)", trained)
-    kinds = {name: _task_type(files) for name, files in adapters.items()}
-    _common("task types", kinds)
+    _common("task types", {name: files.task_type for name, files in adapters.items()})
     configs = {name: full_config(section, files) for name, files in adapters.items()}
     bare = _bare_config(section, configs)
     model, absent = base_model(section, bare, list(adapters.values()), chosen)
@@ -230,12 +229,6 @@ def _load_named(
     model.eval()
     register_adapters(model, adapters, settings, absent)
     return model
-
-
-def _task_type(files: AdapterFiles) -> str:
-    if files.labels_tokens:
-        return "TOKEN_CLS"
-    return "SEQ_CLS" if files.classifies else "CAUSAL_LM"
 
 
 def _common_section(

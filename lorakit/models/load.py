@@ -10,23 +10,15 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
 from lorakit.data.examples import Problem
@@ -35,21 +27,18 @@ from lorakit.models.dequantized import dequantization_notes, from_pretrained
 from lorakit.models.heads import (
     classifies_texts_only,
     declares_head,
-    declares_token_head,
     in_head,
     label_options,
-    of_tokens,
     plan_head,
     renew_head,
     stores_head,
 )
 from lorakit.models.hub import explained, hub_options, load_config, load_tokenizer, quiet
+from lorakit.models.kinds import Kind, check_kind, loader, stored_task_type, task_type_of
 from lorakit.models.vocabulary import extend_vocabulary
 from lorakit.recipe.check import has_accelerator
 from lorakit.recipe.sections import ModelSection
 
-Kind = Literal["causal", "encoder"]
-_MULTIMODAL = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 #: How transformers words that a model or the machine does not support an attention implementation.
 _NO_ATTENTION = re.compile(r"flash ?attention|attention implementation", re.IGNORECASE)
 #: No model family reserves more positions than this.
@@ -81,12 +70,11 @@ def load_pretrained(
     """Load the model, in evaluation mode and ``section.dtype``, and its tokenizer.
 
     ``labels`` are an encoder's class names, None for regression; without ``problem``, each row has
-    one of them. ``plan_head`` decides how a head
-    in the checkpoint is used; a missing one is initialized from ``seed``. With ``head_given``, an
-    adapter provides the head, with ``labels``, and the base's is ignored. Tokens that
-    ``section`` adds extend both. Raises ModelError if the model is missing, gated, unreachable, of
-    the other kind or not in safetensors, if its head does not fit, or if weights other than a
-    head's are missing.
+    one of them. ``plan_head`` decides how a head in the checkpoint is used; a missing one is
+    initialized from ``seed``. With ``head_given``, an adapter provides the head, with ``labels``,
+    and the base's is ignored. Tokens that ``section`` adds extend both. Raises ModelError if the
+    model is missing, gated, unreachable, of the other kind or not in safetensors, if its head does
+    not fit, or if weights other than a head's are missing.
     """
     name = section.name_or_path
     hub = hub_options(section)
@@ -98,7 +86,7 @@ def load_pretrained(
     tokenizer, notes = load_tokenizer(name, hub)
     notes += dequantization_notes(section, config)
     if kind == "causal":
-        model, info = _from_pretrained(AutoModelForCausalLM, name, config, options, seed)
+        model, info = _from_pretrained(loader("CAUSAL_LM"), name, config, options, seed)
         check_shapes(info["mismatched_keys"], name)
     elif head_given:
         model, info = _classifier(name, config, labels, problem, options, seed)
@@ -119,14 +107,11 @@ def load_model(section: ModelSection, dtype: str | None) -> PreTrainedModel:
     """
     name = section.name_or_path
     config = load_config(section)
-    loader: Any = AutoModelForSequenceClassification
-    if not declares_head(config):
+    task_type = stored_task_type(config)
+    if task_type == "CAUSAL_LM":
         check_kind(config, "causal", name)
-        loader = AutoModelForCausalLM
-    elif declares_token_head(config):
-        loader = AutoModelForTokenClassification
     options = {**hub_options(section), "dtype": getattr(torch, dtype) if dtype else "auto"}
-    model, info = _from_pretrained(loader, name, config, options, seed=0)
+    model, info = _from_pretrained(loader(task_type), name, config, options, seed=0)
     check_shapes(info["mismatched_keys"], name)
     _check_complete(model, info["missing_keys"], name)
     model.eval()
@@ -182,19 +167,18 @@ def _classifier(
     config = copy.deepcopy(config)
     for key, value in label_options(labels, problem).items():
         setattr(config, key, value)
-    of_texts, of_words = AutoModelForSequenceClassification, AutoModelForTokenClassification
-    loader = of_words if of_tokens(problem) else of_texts
-    model, info = _from_pretrained(loader, name, config, options, seed)
+    auto = loader(task_type_of("encoder", problem))
+    model, info = _from_pretrained(auto, name, config, options, seed)
     check_shapes([key for key in info["mismatched_keys"] if not in_head(model, key[0])], name)
     return model, info
 
 
 def _from_pretrained(
-    loader: Any, name: str, config: PreTrainedConfig, options: Mapping[str, Any], seed: int
+    auto: Any, name: str, config: PreTrainedConfig, options: Mapping[str, Any], seed: int
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     torch.manual_seed(seed)
     with explained(name), _explained_attention(name, options), quiet():
-        model, info = from_pretrained(loader, name, config, options)
+        model, info = from_pretrained(auto, name, config, options)
     return model, {**info, "missing_keys": {*info["missing_keys"]}}
 
 
@@ -233,30 +217,6 @@ def _check_complete(model: PreTrainedModel, missing: Collection[str], name: str)
 def _is_backbone(model: PreTrainedModel, key: str) -> bool:
     """Whether a weight belongs to the pretrained part; a pooler may be new, like a head."""
     return key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key
-
-
-def check_kind(config: PreTrainedConfig, kind: Kind, name: str) -> None:
-    """Raise ModelError for a model of the other kind, or one without a class for ``kind``."""
-    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if kind == "encoder" and getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{name}: {config.model_type} is an encoder-decoder, and the task needs an "
-            "encoder; allowed: a model such as BERT, RoBERTa or ModernBERT"
-        )
-    encoder = masked and not getattr(config, "is_decoder", False)
-    has_code = hasattr(config, "auto_map")
-    if kind == "causal" and config.model_type in _MULTIMODAL and not causal and not has_code:
-        raise ModelError(
-            f"{name}: {config.model_type} is multimodal, and transformers has no class for "
-            "training it on text alone: not supported yet; allowed: a decoder such as Llama, Qwen "
-            "or GPT-2, or a multimodal Gemma 3, Qwen3.5 or Llama 4"
-        )
-    if kind == "causal" and (encoder or not causal) and not has_code:
-        raise ModelError(
-            f"{name}: {config.model_type} is not a causal language model, and the task "
-            "needs one; allowed: a decoder such as Llama, Qwen, Gemma or GPT-2"
-        )
 
 
 def check_shapes(mismatched: Iterable[Any], name: str) -> None:
@@ -329,11 +289,10 @@ def fit_max_length(model: PreTrainedModel, config: Any, say: Callable[[str], Non
 def empty_model(section: ModelSection, kind: Kind) -> PreTrainedModel:
     """The causal model, or the classifier, on the ``meta`` device, which has shapes and no values.
     Raises ModelError as ``load_pretrained`` does, for a model without weights, too."""
-    loader: Any = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
     config = load_config(section)
     check_kind(config, kind, section.name_or_path)
     with explained(section.name_or_path), torch.device("meta"), quiet():
-        model: PreTrainedModel = loader.from_config(
+        model: PreTrainedModel = loader(task_type_of(kind)).from_config(
             config, trust_remote_code=section.trust_remote_code
         )
     return model

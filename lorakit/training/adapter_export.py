@@ -15,10 +15,10 @@ from lorakit.adapters.peft.targets import (
     refused_by_peft,
     refused_note,
 )
-from lorakit.adapters.peft.write import TaskType, save_adapter
+from lorakit.adapters.peft.write import save_adapter
 from lorakit.errors import AdapterError
-from lorakit.models.heads import of_tokens
 from lorakit.models.hub import load_config
+from lorakit.models.kinds import task_type_of
 from lorakit.models.load import embedding_rows
 from lorakit.pipeline.task_data import Say
 from lorakit.training.record import RunRecord
@@ -38,7 +38,7 @@ def export_adapter(prepared: Prepared, directory: Path, record: RunRecord, say: 
         base_model_name_or_path=recipe.model.name_or_path,
         revision=recipe.model.revision,
         names=_names(prepared, directory, say),
-        task_type=_task_type(prepared),
+        task_type=task_type_of(prepared.task.kind, prepared.task.problem(recipe.task)),
         modules_to_save=prepared.report.modules_to_save,
         tokenizer=prepared.tokenizer,
         card=CardFacts(
@@ -66,12 +66,6 @@ def export_adapter(prepared: Prepared, directory: Path, record: RunRecord, say: 
         wrong := misread_by_peft(prepared.model, _adapted(record))
     ):
         say(f"{directory}: {misread_note(wrong)}, and {merging}")
-
-
-def _task_type(prepared: Prepared) -> TaskType:
-    if prepared.task.kind == "causal":
-        return "CAUSAL_LM"
-    return "TOKEN_CLS" if of_tokens(prepared.task.problem(prepared.recipe.task)) else "SEQ_CLS"
 
 
 def _task_info(prepared: Prepared) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -46,6 +46,15 @@ from lorakit.errors import AdapterError, printable, shown
 from lorakit.kernels.low_rank import RowSlice
 from lorakit.methods.base import Method
 
+if TYPE_CHECKING:
+    from lorakit.models.kinds import TaskType
+
+#: Task type -> what the names of its classes of transformers contain.
+_CLASS_NAMES: dict[TaskType, str] = {
+    "TOKEN_CLS": "TokenClassification",
+    "SEQ_CLS": "SequenceClassification",
+    "CAUSAL_LM": "LM",
+}
 #: With ``bias: all`` and ``save_embedding_layers``, PEFT also writes the tensors of fully trained
 #: modules under the names of its wrapper, and the original values that they replace.
 _DUPLICATE = re.compile(r"\.(?:modules_to_save|original_module)\.")
@@ -102,30 +111,31 @@ class AdapterFiles:
         )
 
     @property
-    def classifies(self) -> bool:
-        """Whether the base is loaded with a classification head, for texts or for tokens."""
+    def task_type(self) -> TaskType:
+        """The kind of model that the base is loaded as. Raises AdapterError for another one."""
         task = self.config.get("task_type")
-        if self.labels_tokens:
-            return True
         base = str((self.config.get("auto_mapping") or {}).get("base_model_class"))
-        if task == "SEQ_CLS" or (task is None and "SequenceClassification" in base):
-            return True
-        if task == "CAUSAL_LM" or (task is None and "LM" in base):
-            return False
+        for known, name in _CLASS_NAMES.items():
+            if task == known or (task is None and name in base):
+                return known
         # PEFT's default is null; without a known class, the tensors decide.
         if task is None and not re.search(r"For(?!ConditionalGeneration)", base):
-            return any(name.partition(".")[0] in CLASSIFIER_HEADS for name in self.tensors)
+            heads = any(name.partition(".")[0] in CLASSIFIER_HEADS for name in self.tensors)
+            return "SEQ_CLS" if heads else "CAUSAL_LM"
         raise AdapterError(
             f"{self.directory / CONFIG}: task_type = {shown(task)}: allowed: CAUSAL_LM, SEQ_CLS, "
             "TOKEN_CLS"
         )
 
     @property
+    def classifies(self) -> bool:
+        """Whether the base is loaded with a classification head, for texts or for tokens."""
+        return self.task_type != "CAUSAL_LM"
+
+    @property
     def labels_tokens(self) -> bool:
         """Whether the base is loaded with a head for tokens."""
-        base = str((self.config.get("auto_mapping") or {}).get("base_model_class"))
-        task = self.config.get("task_type")
-        return task == "TOKEN_CLS" or (task is None and "TokenClassification" in base)
+        return self.task_type == "TOKEN_CLS"
 
 
 def read_adapter(
@@ -134,8 +144,8 @@ def read_adapter(
     """Read an adapter that lorakit or PEFT wrote, from a directory or the Hub.
 
     ``say`` receives notes about unknown keys and changed code; ``hint`` says how to name a user's
-    method. Raises AdapterError for an adapter that is missing,
-    incomplete or corrupt, for pickled weights, and for settings that lorakit does not support.
+    method. Raises AdapterError for an adapter that is missing, incomplete or corrupt, for pickled
+    weights, and for settings that lorakit does not support.
     """
     directory = adapter_directory(directory)
     config = _read_json(directory / CONFIG)

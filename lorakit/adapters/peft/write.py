@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,12 +42,11 @@ from lorakit.io.atomic import atomic_directory, check_name
 from lorakit.io.tensors import save_tensors
 from lorakit.layers import AdapterLayer, BaseWrapper, CompositeLayer, adapted_modules
 from lorakit.methods.base import Method
+from lorakit.models.kinds import TaskType
 from lorakit.models.master_weights import base_dtype, plain_name
 from lorakit.models.token_rows import token_rows
 from lorakit.recipe.sections import AdapterSection
 from lorakit.version import __version__
-
-TaskType = Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS"]
 
 
 def save_adapter(
