@@ -89,11 +89,11 @@ def test_errors_name_the_argument(make_pair: MakePair, tmp_path: Path) -> None:
         load(tmp_path / "nowhere", adapter)
     settings = json.loads((adapter / "adapter_config.json").read_text())
     for changes, message in (
-        ({"task_type": "TOKEN_CLS"}, 'task_type = "TOKEN_CLS": allowed: CAUSAL_LM, SEQ_CLS'),
+        ({"task_type": "SEQ_2_SEQ_LM"}, 'task_type = "SEQ_2_SEQ_LM": allowed: CAUSAL_LM, SEQ_CLS'),
         (
             {
                 "task_type": None,
-                "auto_mapping": {"base_model_class": "LlamaForTokenClassification"},
+                "auto_mapping": {"base_model_class": "LlamaForQuestionAnswering"},
             },
             "task_type = null: allowed: CAUSAL_LM, SEQ_CLS",
         ),
