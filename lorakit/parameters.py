@@ -121,8 +121,8 @@ def stacked_experts(model: nn.Module) -> dict[str, nn.Module]:
 
 def find_parameters(target: str, model: nn.Module) -> dict[str, nn.Module]:
     """The modules of the parameters that ``target``, a suffix or a pattern, matches, by the name of
-    the parameter. Raises TargetError
-    if there are none, or if one is not a matrix or stack of matrices that its module applies."""
+    the parameter. Raises TargetError if there are none, or if one is not a matrix or stack of
+    matrices that its module applies."""
     start = f"adapter.target_parameters: {target!r}"
     outside = outside_language_model(model)
     names = [n for n, _ in model.named_parameters() if not is_within(n, outside)]

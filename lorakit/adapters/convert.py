@@ -17,7 +17,6 @@ from lorakit.adapters.low_rank import (
     Updates,
     lora_files,
     number,
-    padded,
     read_products,
     read_updates,
 )
@@ -37,6 +36,7 @@ from lorakit.adapters.peft.schema import (
 )
 from lorakit.adapters.peft.targets import misread_note, refused_note
 from lorakit.adapters.peft.write import card_usage, write_card, write_files
+from lorakit.adapters.vllm import padded
 from lorakit.errors import AdapterError, shown
 from lorakit.io.atomic import atomic_directory, atomic_file
 from lorakit.io.tensors import save_tensors

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 
 from lorakit.adapters.base_model import base_model, base_section, full_config
 from lorakit.adapters.peft.initialization import INITIALIZATION
+from lorakit.adapters.peft.ranks import exact_settings
 from lorakit.adapters.peft.read import AdapterFiles
 from lorakit.adapters.peft.schema import factor_names
 
@@ -22,17 +22,12 @@ def expanded(files: AdapterFiles) -> AdapterFiles:
     model, _ = base_model(section, full_config(section, files), [files], "float32")
     load_adapter(model, files)
     tensors = {key: value for key, value in files.tensors.items() if ".lora_" not in key}
-    ranks, alphas = {}, {}
+    scalings = {}
     for name, layer in adapter_layers(model).items():
         assert isinstance(layer, LoraLayer)
         for end, factor in zip(factor_names(layer.kind), layer.factors(), strict=True):
             tensors[f"{name}.{end}"] = factor.detach()
-        pattern = f"^{re.escape(name)}"
-        ranks[pattern] = layer.r
-        alphas[pattern] = layer.scaling * (
-            layer.r**0.5 if files.config.get("use_rslora") else layer.r
-        )
-    config = files.config | {
-        INITIALIZATION: True, "rank_pattern": ranks, "alpha_pattern": alphas
-    }  # fmt: skip
+        scalings[name] = layer.r, layer.scaling
+    patterns = exact_settings(scalings, bool(files.config.get("use_rslora")))
+    config = files.config | {INITIALIZATION: True} | patterns
     return dataclasses.replace(files, config=config, tensors=tensors)

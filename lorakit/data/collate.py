@@ -50,10 +50,10 @@ class CausalBatch(Batch):
 
     ``loss_indices`` (n,) are the positions in the flattened (batch * length) sequence whose next
     token counts in the loss, ``targets`` (n,) are those tokens, ``weights`` (n,) their weights in
-    the loss unless all are 1. Packed sequences also have
-    ``position_ids`` (batch, length), which restart at 0 with every row; ``cu_seq_lens`` (rows + 1,)
-    are the row boundaries if all rows are in one sequence for variable-length attention. The last
-    ``ignored`` of the targets are ``IGNORED``: padding that no loss is computed for.
+    the loss unless all are 1. Packed sequences also have ``position_ids`` (batch, length), which
+    restart at 0 with every row; ``cu_seq_lens`` (rows + 1,) are the row boundaries if all rows are
+    in one sequence for variable-length attention. The last ``ignored`` of the targets are
+    ``IGNORED``: padding that no loss is computed for.
     """
 
     loss_indices: Tensor

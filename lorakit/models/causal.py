@@ -114,8 +114,7 @@ def state_losses(
 
     ``loss_indices`` (n,) are positions in the flattened (batch * length) tokens whose next token is
     trained, ``targets`` (n,) those tokens, ``weights`` (n,) what their losses are multiplied by.
-    With ``kernels: auto``, a Triton kernel computes the
-    loss on a GPU in half precision.
+    With ``kernels: auto``, a Triton kernel computes the loss on a GPU in half precision.
     """
     hidden = states.reshape(-1, states.shape[-1]).index_select(0, loss_indices)
     head = parts.head

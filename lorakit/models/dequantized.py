@@ -23,6 +23,7 @@ from lorakit.models.quantization import (
     explained_parts,
     format_of,
     quantization_of,
+    split_names,
 )
 from lorakit.recipe.sections import ModelSection
 
@@ -117,9 +118,7 @@ def _state(directory: Path, form: Format, dtype: torch.dtype) -> dict[str, Any]:
     for file in _files(directory):
         handle: Any = safe_open(file, framework="pt")
         handles |= dict.fromkeys(handle.keys(), handle)
-    matrices = form.find(handles)
-    parts = {name for own in matrices.values() for name in own.values()}
-    plain = [name for name in handles if name not in parts and not form.is_dropped(name)]
+    matrices, plain = split_names(form, handles)
     codes = {name: str(handles[name].get_slice(name).get_dtype()) for name in plain}
     check_plain(codes, form, str(directory))
     state = {name: handles[name].get_slice(name) for name in plain}

@@ -74,6 +74,14 @@ def format_of(quantization: Mapping[str, Any], base: str) -> Format:
         ) from error
 
 
+def split_names(form: Format, names: Collection[str]) -> tuple[dict[str, Names], list[str]]:
+    """The parts of the quantized matrices, as from ``form.find``, and the names of the other
+    tensors, without those that are dropped."""
+    matrices = form.find(names)
+    parts = {name for own in matrices.values() for name in own.values()}
+    return matrices, [n for n in names if n not in parts and not form.is_dropped(n)]
+
+
 def check_plain(codes: Mapping[str, str], form: Format, base: str) -> None:
     """Raise ModelError for a weight that is quantized in another way. ``codes``: names of the
     tensors that are no part of a quantized matrix -> codes of their dtypes."""

@@ -51,9 +51,8 @@ class DescribedRow:
     ``loss_mask`` marks the tokens that count in the loss, never the first, which is not predicted.
     ``truncated`` rows lost tokens; ``cut`` rows lost the end of the trained text, including EOS.
     ``label`` is set for encoders only; several labels, of the row or of its words, are their class
-    indices. ``part`` is
-    (number of this row from 1, number of rows) among the rows of tokens that the split's row
-    becomes.
+    indices. ``part`` is (number of this row from 1, number of rows) among the rows of tokens that
+    the split's row becomes.
     """
 
     where: str

@@ -98,8 +98,7 @@ class LabelledTask(Task):
         self, predictions: Sequence[Prediction], split: Split, config: Any
     ) -> dict[str, float]:
         """The metrics of ``labelling``: see ``multi_label_scores`` for several labels per row. With
-        two classes, F1 is that of class 1; with more, the
-        unweighted mean over the classes (macro).
+        two classes, F1 is that of class 1; with more, the unweighted mean over the classes (macro).
 
         A prediction ``{"error": ...}`` is always wrong. A score that is undefined because all
         predictions or labels are equal (a correlation's 0 / 0) is 0. Raises DataError for a

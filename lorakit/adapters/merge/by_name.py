@@ -17,8 +17,9 @@ from torch import Tensor
 from lorakit.adapters.merge.checkpoint import Checkpoint
 from lorakit.adapters.merge.updates import LowRankUpdate, ResolvedBase, Weighted
 from lorakit.adapters.peft.initialization import reinitializes
+from lorakit.adapters.peft.ranks import peft_rank, peft_scaling
 from lorakit.adapters.peft.read import AdapterFiles, split_key
-from lorakit.adapters.peft.schema import LINEAR_FACTORS, peft_rank, peft_scaling
+from lorakit.adapters.peft.schema import LINEAR_FACTORS
 from lorakit.adapters.peft.targets import is_targeted
 from lorakit.errors import AdapterError
 from lorakit.kernels.low_rank import LowRankDelta

@@ -49,9 +49,9 @@ _MAX_HEADER = 100_000_000
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor whose bytes begin at ``start`` in ``file``. ``code`` is its dtype's code in
-    safetensors files, possibly of a dtype that lorakit can only copy.
-    The values of a quantized matrix, which are computed from several tensors, are float32; only
-    ``Checkpoint.read`` returns them."""
+    safetensors files, possibly of a dtype that lorakit can only copy. The values of a quantized
+    matrix, which are computed from several tensors, are float32; only ``Checkpoint.read`` returns
+    them."""
 
     file: Path
     shape: tuple[int, ...]

@@ -18,6 +18,7 @@ from lorakit.models.quantization import (
     explained_parts,
     format_of,
     quantization_of,
+    split_names,
 )
 
 #: Further files that say how the base is quantized.
@@ -57,19 +58,18 @@ class QuantizedCheckpoint(Checkpoint):
     def __init__(self, directory: Path, form: Format) -> None:
         super().__init__(directory)
         self.format = form
-        self._parts = form.find(self.tensors)
+        self._parts, plain = split_names(form, self.tensors)
         self._stored = self.tensors
-        used = {name for parts in self._parts.values() for name in parts.values()}
         matrices = {name: self._matrix(name) for name in self._parts}
         self.tensors = {}
         first = {min(parts.values()): name for name, parts in self._parts.items()}
+        kept = {*plain}
         for name, stored in self._stored.items():
             if name in first:
                 self.tensors[first[name]] = matrices[first[name]]
-            elif name not in used and not form.is_dropped(name):
+            elif name in kept:
                 self.tensors[name] = stored
-        plain = {n: t.code for n, t in self.tensors.items() if n not in self._parts}
-        check_plain(plain, form, f"base: {directory}")
+        check_plain({n: self._stored[n].code for n in plain}, form, f"base: {directory}")
 
     def read(self, name: str) -> Tensor:
         """Read a tensor; a quantized matrix is returned in float32. Raises ModelError for parts

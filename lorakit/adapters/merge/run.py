@@ -29,9 +29,10 @@ from lorakit.adapters.merge.output import (
 )
 from lorakit.adapters.merge.plan import MergePlan, plan_merge
 from lorakit.adapters.merge.quantized import dequantization_note, open_checkpoint
-from lorakit.adapters.merge.stream import OnProgress, write_tensors
+from lorakit.adapters.merge.stream import write_tensors
 from lorakit.adapters.merge.tokenizer import Tokenizer, choose_tokenizer
 from lorakit.adapters.merge.updates import ResolvedBase, Weighted, read_weighted
+from lorakit.adapters.merge.workers import OnProgress
 from lorakit.adapters.peft.method import Say, run_method_file
 from lorakit.adapters.peft.read import AdapterFiles, to_stderr
 from lorakit.errors import AdapterError

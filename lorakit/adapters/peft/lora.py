@@ -16,14 +16,12 @@ from torch import Tensor, nn
 
 from lorakit.adapters.peft.initialization import INITIALIZATION
 from lorakit.adapters.peft.parameters import stacked_factors, stored_factors, wrapper_names
+from lorakit.adapters.peft.ranks import peft_alpha_of, peft_rank, peft_scaling
 from lorakit.adapters.peft.schema import (
     ADALORA_FACTORS,
     FACTOR_BIAS,
     MAGNITUDE,
     factor_names,
-    peft_alpha_of,
-    peft_rank,
-    peft_scaling,
 )
 from lorakit.adapters.peft.variants import BiasedLayer, ReinitializedLayer, variant_class
 from lorakit.base_weight import ParameterView, dense_weight, kind_of

@@ -173,43 +173,6 @@ def factor_names(kind: str) -> FactorNames:
     return EMBEDDING_FACTORS if kind == "embedding" else LINEAR_FACTORS
 
 
-def peft_rank(settings: Mapping[str, Any], name: str) -> int:
-    """The rank that ``adapter_config.json`` gives the module ``name``."""
-    return int(_by_pattern(settings.get("rank_pattern"), name, settings.get("r", 8)))
-
-
-def peft_alpha(settings: Mapping[str, Any], name: str) -> float:
-    """The lora_alpha that ``adapter_config.json`` gives the module ``name``."""
-    alpha = _by_pattern(settings.get("alpha_pattern"), name, settings.get("lora_alpha", 8))
-    return float(alpha)
-
-
-def peft_scaling(settings: Mapping[str, Any], name: str, r: int) -> float:
-    """The factor of B A: lora_alpha / r, or lora_alpha / sqrt(r) with ``use_rslora``.
-
-    Raises AdapterError if it is not finite.
-    """
-    alpha = peft_alpha(settings, name)
-    scaling = alpha / (math.sqrt(r) if settings.get("use_rslora") else r)
-    if not math.isfinite(scaling):
-        raise AdapterError(f"{name}: lora_alpha = {alpha}: allowed: a finite number")
-    return scaling
-
-
-def peft_alpha_of(scaling: float, r: int, use_rslora: bool) -> float:
-    """The lora_alpha for ``scaling``, rounded to ten digits to drop floating-point noise."""
-    return round(scaling * (math.sqrt(r) if use_rslora else r), 10)
-
-
-def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """The value of the first key, a regular expression, that matches a dotted suffix of ``name``,
-    as in PEFT."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
-
-
 def modules_to_save(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The suffixes of the modules that PEFT replaces as a whole."""
     heads = CLASSIFIER_HEADS if config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") else ()

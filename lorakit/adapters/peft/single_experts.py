@@ -9,7 +9,6 @@ rows and columns: delta = [s_1 B_1, 0; 0, s_2 B_2] [A_1; A_2].
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,8 +26,9 @@ from transformers.core_model_loading import (
 )
 
 from lorakit.adapters.peft.parameters import stored_factors
+from lorakit.adapters.peft.ranks import exact_settings, peft_rank, peft_scaling
 from lorakit.adapters.peft.read import AdapterFiles
-from lorakit.adapters.peft.schema import LINEAR_FACTORS, peft_rank, peft_scaling
+from lorakit.adapters.peft.schema import LINEAR_FACTORS
 from lorakit.base_weight import ADAPTABLE
 from lorakit.errors import AdapterError
 
@@ -59,25 +59,22 @@ def with_stacked_experts(model: nn.Module, files: AdapterFiles) -> AdapterFiles:
     if not places:
         return files
     tensors = dict(files.tensors)
-    ranks, alphas = {}, {}
-    use_rslora = bool(files.config.get("use_rslora"))
+    scalings = {}
     for parameter in dict.fromkeys(place.parameter for place in places.values()):
         own = {name: place for name, place in places.items() if place.parameter == parameter}
         try:
             A, B = _stack(model.get_parameter(parameter), own, files.config, tensors)
         except AdapterError as error:
             raise AdapterError(f"{files.directory}: {error}") from error
-        r = A.shape[-2]
-        pattern = f"^{re.escape(parameter)}"
-        ranks[pattern], alphas[pattern] = r, math.sqrt(r) if use_rslora else r
+        scalings[parameter] = A.shape[-2], 1.0
         stored = zip(LINEAR_FACTORS, stored_factors(A, B), strict=True)
         tensors |= {f"{parameter}.{factor}": value for factor, value in stored}
     parameters = {place.parameter for place in places.values()}
     config = files.config | {
-        "target_parameters": [*(files.config.get("target_parameters") or ()), *sorted(parameters)],
-        "rank_pattern": ranks | (files.config.get("rank_pattern") or {}),
-        "alpha_pattern": alphas | (files.config.get("alpha_pattern") or {}),
+        "target_parameters": [*(files.config.get("target_parameters") or ()), *sorted(parameters)]
     }
+    for key, patterns in exact_settings(scalings, bool(config.get("use_rslora"))).items():
+        config[key] = patterns | (config.get(key) or {})
     return dataclasses.replace(files, config=config, tensors=tensors)
 
 

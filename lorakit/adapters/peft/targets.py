@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
+from lorakit.adapters.peft.ranks import peft_alpha, peft_rank
 from lorakit.adapters.peft.read import AdapterFiles, split_key
 from lorakit.adapters.peft.schema import (
     EMBEDDING_FACTORS,
     LINEAR_FACTORS,
     modules_to_save,
-    peft_alpha,
-    peft_rank,
 )
 from lorakit.errors import AdapterError
 from lorakit.module_names import is_suffix, without_wrappers

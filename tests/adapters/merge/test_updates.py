@@ -18,6 +18,7 @@ from lorakit.adapters.load import load
 from lorakit.adapters.merge import by_name
 from lorakit.adapters.merge import run as merge_module
 from lorakit.adapters.merge import stream as merge_stream
+from lorakit.adapters.merge import workers as merge_workers
 from lorakit.adapters.merge.run import merge
 from lorakit.errors import AdapterError, ModelError
 from lorakit.layers import adapted_modules
@@ -49,7 +50,7 @@ def test_the_bits_of_the_formula(
     base = write_base(tmp_path / "base", family, dtype)
     adapter = write_adapter(base, tmp_path / "adapter", **keys)
     monkeypatch.setattr(merge_stream, "CHUNK_ELEMENTS", 256)
-    monkeypatch.setattr(merge_stream, "SMALL_BYTES", 0)
+    monkeypatch.setattr(merge_workers, "SMALL_BYTES", 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1, 2}, raising=False)
     threads = torch.get_num_threads()
     merge(base, adapter, tmp_path / "out")
