@@ -32,7 +32,7 @@ from lorakit.pipeline.encoding import endless_warning, weights_note
 from lorakit.pipeline.task_data import Say, TaskData, load_task_data
 from lorakit.recipe.sections import ModelSection, Recipe
 from lorakit.tasks.checks import label_counts, similar_labels
-from lorakit.tasks.labelling import class_ids
+from lorakit.tasks.labelling import flagged_classes
 
 
 @dataclass(frozen=True)
@@ -291,7 +291,7 @@ def _describe_tokens(
     if label is None:
         loss_mask[0] = False
     if isinstance(label, tuple) and row.words is None:
-        label = tuple(class_ids(label))
+        label = tuple(flagged_classes(label))
     return DescribedRow(
         where=where,
         input_ids=tuple(ids),

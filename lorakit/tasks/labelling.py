@@ -19,7 +19,7 @@ from lorakit.tasks.base import Prediction, map_rows
 from lorakit.tasks.checks import folded_label
 
 #: A class index; the target of a regression; or, of a row with several labels, a 0 or 1 per class.
-Label = int | float | tuple[int, ...]
+LabelValue = int | float | tuple[int, ...]
 
 #: Stands for a predicted class that only the base's head has, given as {"error": ...}.
 NO_CLASS = -1
@@ -124,7 +124,7 @@ def row_labels(split: Split, where: Labelling) -> list[Any]:
     return map_rows(split, values, lambda value: read_values(value, where))
 
 
-def read_values(values: Sequence[Any], where: Labelling) -> Label:
+def read_values(values: Sequence[Any], where: Labelling) -> LabelValue:
     """The label of a row, given the values of ``where.label_columns``. Raises DataError."""
     if where.flags:
         return tuple(map(_read_flag, values, where.flags))
@@ -132,7 +132,7 @@ def read_values(values: Sequence[Any], where: Labelling) -> Label:
     return _read_classes(value, where) if where.several else read_label(value, where)
 
 
-def class_ids(flags: Sequence[int]) -> list[int]:
+def flagged_classes(flags: Sequence[int]) -> list[int]:
     """The indices of the classes whose flag is 1."""
     return [index for index, flag in enumerate(flags) if flag]
 
@@ -293,12 +293,12 @@ def as_integer(value: Any) -> int | None:
     return int(value) if isinstance(value, float) and value.is_integer() else None
 
 
-def class_id(value: Prediction) -> Prediction:
+def for_metric(value: Prediction) -> Prediction:
     """Convert a prediction to what metrics receive: the class index, or NO_CLASS."""
     return NO_CLASS if isinstance(value, Mapping) else value
 
 
-def read_prediction(value: Prediction, where: Labelling, number: int) -> Label:
+def read_prediction(value: Prediction, where: Labelling, number: int) -> LabelValue:
     """A prediction as ``read_label`` returns labels; NO_CLASS for ``{"error": ...}``. ``number``
     counts predictions from 1. Raises DataError."""
     if where.several:

@@ -31,7 +31,7 @@ from lorakit.recipe.yaml_source import YamlFile, read_yaml
 from lorakit.tasks.base import LOWER_IS_BETTER, Prediction, Task, exact_match, paired
 from lorakit.tasks.classification import Classification
 from lorakit.tasks.completion import Completion
-from lorakit.tasks.labelling import Labelling, class_id, class_ids, row_labels
+from lorakit.tasks.labelling import Labelling, flagged_classes, for_metric, row_labels
 from lorakit.user_code import guarded, is_code, load_attribute
 
 #: Metrics of generated text that take several references per prediction.
@@ -83,9 +83,9 @@ class UserClassification(Classification):
         where = self.labelling(config)
         gold = row_labels(split, where)
         if where.several:
-            gold = [class_ids(flags) for flags in gold]
+            gold = [flagged_classes(flags) for flags in gold]
         for metric in filter(is_code, self.scored_by):
-            scores |= user_scores(metric, [class_id(value) for value in predictions], gold)
+            scores |= user_scores(metric, [for_metric(value) for value in predictions], gold)
         return scores
 
 
