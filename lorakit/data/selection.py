@@ -7,7 +7,7 @@ import random
 from array import array
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -51,22 +51,17 @@ def _numbered(sizes: Sequence[int], indices: Sequence[int]) -> tuple[list[int], 
     return counts, numbers
 
 
-def held_out(
-    share: float,
-    keys: Sequence[tuple[Hashable, ...]],
-    accepts: Callable[[int], bool],
-    seed: int,
-) -> list[int]:
+def held_out(share: float, keys: Mapping[int, tuple[Hashable, ...]], seed: int) -> list[int]:
     """Choose ``share`` of the rows at random, the same share of those with each key, and return
     their indices in order.
 
-    ``keys`` has one key per row, (source, class). Classes of a source that would contribute less
-    than one row are taken together; the only row left of such a class is chosen last. A row that
-    ``accepts`` refuses is not chosen, nor are all rows of a group.
+    ``keys`` maps the index of each row that may be chosen to (source, class). Classes of a source
+    that would contribute less than one row are taken together; the only row left of such a class
+    is chosen last. Never all rows of a group are chosen.
     """
-    sizes = Counter(keys)
+    sizes = Counter(keys.values())
     groups: dict[Hashable, list[int]] = defaultdict(list)
-    for index, key in enumerate(keys):
+    for index, key in keys.items():
         groups[key if share * sizes[key] >= 1 else key[:1]].append(index)
     generator = random.Random(seed)
     chosen: list[int] = []
@@ -76,11 +71,5 @@ def held_out(
         generator.shuffle(group)
         last = {keys[index]: index for index in group}
         group.sort(key=lambda index: last[keys[index]] == index)
-        left = min(count, len(group) - 1)
-        for index in group:
-            if not left:
-                break
-            if accepts(index):
-                chosen.append(index)
-                left -= 1
+        chosen += group[: min(count, len(group) - 1)]
     return sorted(chosen)

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from lorakit.data.rows import UnreadRow
+from lorakit.data.rows import Row, UnreadRow
 from lorakit.data.selection import held_out, select
 from lorakit.data.sources import Split, limits
 from lorakit.errors import DataError
@@ -20,27 +20,20 @@ def divide(task: Task, config: Any, train: Split) -> tuple[Split, Split]:
     """Return the rows to train on, and those to validate on: ``config.validation_share`` of the
     rows of each class and of each source of a mixture.
 
-    With ``on_bad_row: skip``, rows that cannot be read or that the task rejects remain among those
-    to train on, where they are skipped. Raises DataError if a part would be empty.
+    With ``on_bad_row: skip``, rows that cannot be read or that the task rejects do not count, and
+    remain among those to train on, where they are skipped. Raises DataError if a part would be
+    empty.
     """
-
-    def accepts(index: int) -> bool:
-        row = train.rows[index]
-        if config.on_bad_row == "error":
-            return True
-        if isinstance(row, UnreadRow):
-            return False
-        try:
-            task.example(row, config)
-        except DataError:
-            return False
-        return True
-
-    share = config.validation_share
-    chosen = held_out(share, list(_keys(task, config, train)), accepts, _SEED)
+    share, skip = config.validation_share, config.on_bad_row == "skip"
+    keys = dict(enumerate(_keys(task, config, train)))
+    if skip:
+        good = (index for index, row in enumerate(train.rows) if _is_good(task, config, row))
+        keys = {index: keys[index] for index in good}
+    chosen = held_out(share, keys, _SEED)
     if not chosen:
+        rows = f"{len(keys):,} rows{' that are not bad' if skip else ''}"
         raise DataError(
-            f"task.validation_share = {share:g}: of {len(train):,} rows, none can be held out; "
+            f"task.validation_share = {share:g}: of {rows}, none can be held out; "
             "allowed: null, or a larger share"
         )
     kept = set(chosen)
@@ -71,6 +64,16 @@ def check_no_validation(task: Task, config: Any) -> None:
             f"({given.source}); allowed: null, or training data alone, as in "
             "task.path: {train: FILES}"
         )
+
+
+def _is_good(task: Task, config: Any, row: Row | UnreadRow) -> bool:
+    if isinstance(row, UnreadRow):
+        return False
+    try:
+        task.example(row, config)
+    except DataError:
+        return False
+    return True
 
 
 def _keys(task: Task, config: Any, train: Split) -> Iterator[tuple[Hashable, ...]]:

@@ -65,26 +65,24 @@ def test_sources_of_a_part(tmp_path: Path) -> None:
 
 
 def test_each_key_has_the_share() -> None:
-    keys = [(0, name) for name in ["a"] * 100 + ["b"] * 40 + ["c"] * 7 + ["d"]]
-    chosen = held_out(0.1, keys, lambda index: True, seed=0)
+    names = ["a"] * 100 + ["b"] * 40 + ["c"] * 7 + ["d"]
+    keys = {index: (0, name) for index, name in enumerate(names)}
+    chosen = held_out(0.1, keys, seed=0)
     assert chosen == sorted(set(chosen))
-    assert Counter(keys[index][1] for index in chosen) == {"a": 10, "b": 4, "c": 1}
-    assert chosen == held_out(0.1, keys, lambda index: True, seed=0)
-    assert chosen != held_out(0.1, keys, lambda index: True, seed=1)
-    assert held_out(0.9, [(0, "a"), (1, "a")], lambda index: True, seed=0) == []
-    assert held_out(0.01, [(0, "a")] * 20, lambda index: True, seed=0) == []
-    even = held_out(0.2, keys, lambda index: index % 2 == 0, seed=0)
-    assert Counter(keys[index][1] for index in even) == {"a": 20, "b": 8, "c": 2}
+    assert Counter(names[index] for index in chosen) == {"a": 10, "b": 4, "c": 1}
+    assert chosen == held_out(0.1, keys, seed=0)
+    assert chosen != held_out(0.1, keys, seed=1)
+    assert held_out(0.9, {0: (0, "a"), 1: (1, "a")}, seed=0) == []
+    assert held_out(0.01, dict.fromkeys(range(20), (0, "a")), seed=0) == []
+    even = held_out(0.2, {index: keys[index] for index in keys if index % 2 == 0}, seed=0)
+    assert Counter(names[index] for index in even) == {"a": 10, "b": 4, "c": 1}
     assert all(index % 2 == 0 for index in even)
 
 
 def test_classes_of_few_rows_are_taken_together() -> None:
-    unique = [(0, n) for n in range(40)]
-    assert len(held_out(0.2, unique, lambda index: True, seed=0)) == 8
-    pairs = [(0, n // 2) for n in range(40)]
-    chosen = held_out(0.2, pairs, lambda index: True, seed=0)
-    assert len({pairs[index] for index in chosen}) == len(chosen) == 8, "a row of each is kept"
+    assert len(held_out(0.2, {index: (0, index) for index in range(40)}, seed=0)) == 8
+    chosen = held_out(0.2, {index: (0, index // 2) for index in range(40)}, seed=0)
+    assert len({index // 2 for index in chosen}) == len(chosen) == 8, "a row of each is kept"
     assert max(chosen) > 20, "not those of the first classes"
-    sources = [(source, n) for source in range(2) for n in range(10)]
-    chosen = held_out(0.2, sources, lambda index: True, seed=0)
-    assert Counter(sources[index][0] for index in chosen) == {0: 2, 1: 2}
+    chosen = held_out(0.2, {index: (index % 2, index) for index in range(20)}, seed=0)
+    assert Counter(index % 2 for index in chosen) == {0: 2, 1: 2}

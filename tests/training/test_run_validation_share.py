@@ -152,9 +152,18 @@ def test_bad_rows_are_skipped_and_never_held_out(tiny_llama: Path, tmp_path: Pat
     (tmp_path / "all.jsonl").write_text("\n".join(lines))
     train(recipe)
     data = run_json(Path(recipe.train.output_dir))["data"]
-    assert (data["train"]["rows"], data["train"]["skipped_rows"]) == (32, 20)
-    assert (data["validation"]["rows"], data["validation"]["skipped_rows"]) == (8, 0)
+    assert (data["train"]["rows"], data["train"]["skipped_rows"]) == (36, 20)
+    assert (data["validation"]["rows"], data["validation"]["skipped_rows"]) == (4, 0)
     assert set(lorakit.evaluate(recipe)) == {"loss", "perplexity"}
+
+
+def test_no_row_that_can_be_held_out(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = shared(tmp_path, tiny_llama, task__on_bad_row="skip")
+    write_rows(tmp_path / "all.jsonl", [{"prompt": "a", "completion": ""}] * 9)
+    with pytest.raises(
+        DataError, match=r"= 0\.2: of 0 rows that are not bad, none can be held out"
+    ):
+        load_training_data(recipe, silent)
 
 
 def test_validation_data_besides_the_share(tiny_llama: Path, tmp_path: Path) -> None:
