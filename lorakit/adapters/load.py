@@ -113,10 +113,10 @@ class FoundModel:
             return self.files.classifies
         return declares_head(load_config(self.section))
 
-    def labels_tokens(self) -> bool:
+    def is_token_classifier(self) -> bool:
         """Whether its head is one for tokens. Raises ModelError if there is no such model."""
         if self.files is not None:
-            return self.files.labels_tokens
+            return self.files.is_token_classifier
         return declares_token_head(load_config(self.section))
 
     def dtype_on(self, device: torch.device, dtype: str | None, say: Say) -> str | None:

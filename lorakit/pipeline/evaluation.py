@@ -188,10 +188,10 @@ def _read_task_adapter(
             "--adapter, or evaluate the base model with --base"
         )
     files = read_adapter(directory, say, "set adapter.method to FILE.py:CLASS in the recipe")
-    labels_tokens = isinstance(task, TokenClassification)
-    if (files.classifies, files.labels_tokens) != (task.kind == "encoder", labels_tokens):
+    wanted = (task.kind == "encoder", isinstance(task, TokenClassification))
+    if (files.classifies, files.is_token_classifier) != wanted:
         made_for = "classification" if files.classifies else "causal language models"
-        if files.labels_tokens:
+        if files.is_token_classifier:
             made_for = "token classification"
         raise AdapterError(
             f"{directory}: the adapter is for {made_for}, but the task {recipe.task.name} is not"

@@ -123,15 +123,15 @@ def _input_rows(
     else:
         given = [texts] if isinstance(texts, str) else texts or ()
         rows = given_rows(given, *columns, trained)
-    of_tokens = found.labels_tokens()
-    if of_tokens and len(rows.columns) == 2:
+    joins_words = found.is_token_classifier()
+    if joins_words and len(rows.columns) == 2:
         raise UserError(
             f"{found.directory}: a token classifier takes single texts, not pairs; allowed: one "
             "text column"
         )
     if note := arity_note(rows.columns, trained):
         say(note)
-    return replace(rows, joins_words=of_tokens)
+    return replace(rows, joins_words=joins_words)
 
 
 def _check_classifies(found: FoundModel) -> None:

@@ -133,7 +133,7 @@ class AdapterFiles:
         return self.task_type != "CAUSAL_LM"
 
     @property
-    def labels_tokens(self) -> bool:
+    def is_token_classifier(self) -> bool:
         """Whether the base is loaded with a head for tokens."""
         return self.task_type == "TOKEN_CLS"
 
