@@ -196,6 +196,8 @@ def test_a_saved_data_set_without_rows(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"text": []}).save_to_disk(path)
     assert refusal(path) == f"task.path: {path}: the saved data set has no rows"
     assert refusal([path]) == refusal(path)
+    (tmp_path / "set" / "state.json").write_text("[" * 100_000)
+    assert load_split(path, "train") is None
 
 
 def test_a_saved_dictionary_of_data_sets(tmp_path: Path) -> None:
