@@ -233,7 +233,10 @@ def test_unused_keys_of_a_stream_are_named(
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"messages": [ASK, {**RIGHT, "weight": 0.5}]}, "message 2: weight = 0.5; allowed: 0 or 1"),
+        (
+            {"messages": [ASK, {**RIGHT, "weight": -0.5}]},
+            "message 2: weight = -0.5; allowed: 0, or a number from 1e-06 to 1,000,000",
+        ),
         ({"messages": [{**ASK, "train": True}, RIGHT]}, "message 1: train = true with role user"),
         ({"messages": [ASK, {**RIGHT, "loss": False}]}, "exclude every assistant message"),
         ({"messages": [ASK, RIGHT], "tools": "tide"}, "column 'tools' = \"tide\"; allowed: "),
