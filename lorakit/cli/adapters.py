@@ -124,7 +124,7 @@ def _print_report(report: MergeReport) -> None:
     replaced, count = report.replaced_tensors, len(report.files)
     echo(
         f"{report.directory}: {report.merged_modules} modules merged"
-        + (f", {replaced} tensors replaced" if replaced else "")
+        + (f", {replaced} {'tensor' if replaced == 1 else 'tensors'} replaced" if replaced else "")
         + f"; {report.dtype}, {report.size_bytes / 1e6:,.1f} MB in "
         f"{count} {'file' if count == 1 else 'files'}"
         + (f"; weight {report.weight:g}" if report.weight != 1 else "")

@@ -30,6 +30,10 @@ def epoch_rows(sources: Sequence[SourceRows]) -> list[int]:
     shortest = min(range(len(sources)), key=lambda i: sources[i].rows / weights[i])
     total = int(sources[shortest].rows / weights[shortest] * sum(weights))
     counts = apportion(total, [source.weight for source in sources])
+    if counts[shortest] < sources[shortest].rows:  # its part was rounded down
+        larger = apportion(total + 1, [source.weight for source in sources])
+        if all(count <= source.rows for source, count in zip(sources, larger, strict=True)):
+            counts = larger
     for source, count in zip(sources, counts, strict=True):
         if count == 0:
             end = sources[shortest]

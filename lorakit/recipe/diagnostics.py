@@ -210,8 +210,10 @@ def describe(schema: dict[str, Any]) -> str | None:
     if kind == "string":
         return "a non-empty string" if schema.get("minLength") else "a string"
     if kind == "array":
-        noun = "a non-empty list" if schema.get("minItems") else "a list"
-        return noun + _each("of", schema.get("items"))
+        least = schema.get("minItems", 0)
+        noun = "a non-empty list" if least == 1 else "a list"
+        of = _each("of", schema.get("items"))
+        return noun + of + (f" with at least {least} elements" if least > 1 else "")
     if kind == "object":
         if "properties" in schema:
             return f"a mapping with {', '.join(schema['properties'])}"

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from lorakit.data.examples import ClassificationExample, Problem
 from lorakit.data.sources import Split
+from lorakit.errors import shown
 from lorakit.metrics.labels import label_score, require_metrics
 from lorakit.metrics.multi_label import MULTI_LABEL_METRICS, multi_label_scores
 from lorakit.recipe.sections import TaskSection, Text
@@ -124,11 +125,11 @@ class ClassificationConfig(TaskSection):
     the names are taken from the train split and sorted; integers, as numbers or text, are names
     there too (1 and 2 are the classes ``1`` and ``2``). If any name is an integer, labels are
     always names, never ids. With ``multi_label: true`` a row's label is a list of these, which may
-    be empty. ``label_columns`` are columns of 0 and 1 instead, one per class, and ``labels`` are by
-    default their names. With ``regression: true`` the label is a number. ``class_weights`` weigh
-    the training loss: the cross entropy by the weight of the row's class, over the sum of these
-    weights; with several labels per row, those of the classes that it has. ``dataset_name`` and
-    ``dataset_config_name`` are a Hub data set, read when ``path`` is null.
+    be empty. ``label_columns`` are columns of 0 and 1 instead, which are named as the classes. With
+    ``regression: true`` the label is a number. ``class_weights`` weigh the training loss: the cross
+    entropy by the weight of the row's class, over the sum of these weights; with several labels per
+    row, those of the classes that it has. ``dataset_name`` and ``dataset_config_name`` are a Hub
+    data set, read when ``path`` is null.
     """
 
     name: Text = "classification"
@@ -157,10 +158,10 @@ class ClassificationConfig(TaskSection):
         check_distinct("label_columns", columns)
         if columns and self.label_column != "label":
             raise exclusive("label_column", "label_columns")
-        if columns and self.labels is not None and len(self.labels) != len(columns):
+        if columns and self.labels not in (None, columns):
             raise ValueError(
-                f"labels: has {len(self.labels)} names for the {len(columns)} columns of "
-                "label_columns; allowed: null, or one name per column"
+                f"labels = {shown(self.labels)}: the classes are those of label_columns; allowed: "
+                "null, or the same list"
             )
         check_distinct("labels", self.labels)
         return self
@@ -202,7 +203,7 @@ class Classification(LabelledTask):
 
     def labels_of_rows(self, config: Any, splits: Sequence[Split]) -> list[str] | None:
         if config.label_columns:
-            return list(config.labels or config.label_columns)
+            return list(config.label_columns)
         values = (value for split in splits for value in split.column(config.label_column))
         return distinct_names(
             values, lambda value: names_in(value, config.multi_label), config.on_bad_row == "skip"

@@ -102,14 +102,17 @@ class TokenClassification(Task):
 
     def example(self, row: Row, config: Any) -> WordsExample:
         words = listed_values(row[config.tokens_column])
-        if words is None or not all(isinstance(word, str) for word in words):
+        if words is None or not all(isinstance(word, str) and word.strip() for word in words):
             value = row[config.tokens_column]
-            raise DataError(f"{config.tokens_column} = {shown(value)}; allowed: a list of words")
+            raise DataError(
+                f"{config.tokens_column} = {shown(value)}; allowed: a list of words, none of them "
+                "empty"
+            )
         tags = self._tags(row[config.tags_column], config)
         if len(words) != len(tags):
             raise DataError(
-                f"{config.tokens_column} has {len(words)} words and {config.tags_column} "
-                f"{len(tags)} tags; allowed: one tag per word"
+                f"{config.tokens_column} has length {len(words)}, and {config.tags_column} "
+                f"{len(tags)}; allowed: one tag per word"
             )
         return WordsExample.of(tuple(words), tags)
 

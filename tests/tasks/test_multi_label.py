@@ -103,7 +103,7 @@ def test_columns_of_flags(values: tuple[Any, ...]) -> None:
     [
         ({"regression": True, "labels": None}, "multi_label: true and regression: true"),
         ({"label_columns": ["a", "a"]}, "label_columns: duplicate name 'a'"),
-        ({"label_columns": ["a", "b"]}, "labels: has 3 names for the 2 columns"),
+        ({"label_columns": ["a", "b"]}, "the classes are those of label_columns"),
         ({"label_columns": NAMES, "label_column": "x"}, "label_column and label_columns"),
         ({"label_columns": ["a"]}, "at least 2"),
     ],

@@ -36,9 +36,13 @@ def test_tags_are_names_or_ids(tags: Any) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"tokens": ["a"], "tags": ["O", "O"]}, "tokens has 1 words and tags 2 tags"),
+        (
+            {"tokens": ["a"], "tags": ["O", "O"]},
+            "tokens has length 1, and tags 2; allowed: one tag per word",
+        ),
         ({"tokens": "a b", "tags": ["O", "O"]}, 'tokens = "a b"; allowed: a list of words'),
         ({"tokens": ["a", 1], "tags": ["O", "O"]}, "allowed: a list of words"),
+        ({"tokens": ["a", " "], "tags": ["O", "O"]}, "a list of words, none of them empty"),
         ({"tokens": None, "tags": ["O"]}, "tokens = null; allowed: a list of words"),
         ({"tokens": [], "tags": []}, "tags = []; allowed: a list of tags"),
         ({"tokens": ["a"], "tags": None}, "tags = null; allowed: a list of tags"),

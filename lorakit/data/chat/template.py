@@ -128,7 +128,7 @@ class ChatTemplate:
                     return self._render(filled, tools, generation_prompt)
                 except Exception as error:
                     failure = error
-        raise DataError(f"the chat template rejects the messages: {failure}") from failure
+        raise DataError(f"the chat template {_problem(failure)}") from failure
 
     def _wants_parts(self, tools: Tools) -> bool:
         """Whether the template reads contents only as lists of parts, as multimodal ones do."""
@@ -285,6 +285,14 @@ def has_block(source: str, name: str) -> bool:
     return any(
         kind == "block_begin" and value == name for (kind, _), (_, value) in pairwise(tokens)
     )
+
+
+def _problem(failure: Exception) -> str:
+    from jinja2 import TemplateSyntaxError
+
+    if isinstance(failure, TemplateSyntaxError):
+        return f"has a syntax error in line {failure.lineno}: {failure.message}"
+    return f"rejects the messages: {failure}"
 
 
 def _tokens(source: str) -> list[tuple[str, str]] | None:

@@ -47,7 +47,7 @@ class Traces:
                 names = " and ".join("tool calls" if key == "tool_calls" else key for key in parts)
                 raise DataError(
                     f"message {index + 1}: the chat template omits this {message['role']} message "
-                    f"(its {names})"
+                    f"(its {names}); hint: model.chat_template: FILE, a template that renders it"
                 )
             if "content" in parts and len(parts) > 1:
                 other = {index: with_content(message, PROBE)}
