@@ -73,8 +73,7 @@ class Combination:
         if self.name in _PRUNING and (self.density is None or not 0 < self.density <= 1):
             given = f"density = {self.density:g}" if self.density is not None else "density"
             raise AdapterError(
-                f"{given}: {self.name} needs a density, the share of values to keep; allowed: "
-                "above 0, up to 1"
+                f"{given}: {self.name} needs the share of values to keep; allowed: above 0, up to 1"
             )
         if self.svd_rank is not None and self.svd_rank < 1:
             raise AdapterError(f"svd_rank = {self.svd_rank}: allowed: an integer above 0")
