@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lorakit.data.chat.library import find_template
 from lorakit.data.chat.template import PROBE, ChatTemplate
+from lorakit.data.chat.template_source import find_template
 from lorakit.errors import DataError, UserError, listed, shown
 from lorakit.models.hub import quiet
 from lorakit.recipe.sections import ModelSection

@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lorakit.data.chat import encode_chat, encode_chat_prompt
-from lorakit.data.chat.library import find_template
+from lorakit.data.chat.template_source import find_template
 from lorakit.data.examples import ChatExample
 from lorakit.models.vocabulary import extend_tokenizer
 from lorakit.recipe.sections import ModelSection
