@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers as tf
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 _LLAMA = {
@@ -106,3 +107,19 @@ def token_ids(rows: int = 2, length: int = 7, seed: int = 0) -> torch.Tensor:
     """Return random ids that no family uses for padding."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(5, 64, (rows, length), generator=generator)
+
+
+def randomized(model: nn.Module) -> nn.Module:
+    """Change everything that trains, as training would."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        out: torch.Tensor = model(input_ids=token_ids()).logits
+    return out

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from lorakit import registry
 from lorakit.adapters.peft.schema import WEIGHTS
 from lorakit.adapters.peft.write import save_adapter
 from lorakit.injection import inject
-from tests.families import tiny, token_ids
+from tests.families import logits, tiny
 
 
 def write_base(
@@ -43,12 +42,6 @@ def write_adapter(base: Path, folder: Path, seed: int = 0, scale: float = 0.1, *
                 parameter.add_(torch.randn_like(parameter) * scale)
     kind = "SEQ_CLS" if classifies else "CAUSAL_LM"
     return save_adapter(folder, model, config, base_model_name_or_path=str(base), task_type=kind)
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        out: torch.Tensor = model(input_ids=token_ids()).logits
-    return out
 
 
 def fresh(base: Path, **options: Any) -> PreTrainedModel:

@@ -16,28 +16,13 @@ from lorakit.adapters.peft.place import load_adapter
 from lorakit.adapters.peft.write import save_adapter
 from lorakit.injection import inject, trainable_state
 from lorakit.methods.dora import DoraConfig
-from tests.families import tiny, token_ids
+from tests.families import logits, randomized, tiny, token_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def task_of(family: str) -> Any:
     return "SEQ_CLS" if family == "bert" else "CAUSAL_LM"
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        out: torch.Tensor = model.eval()(input_ids=token_ids()).logits
-    return out
-
-
-def moved(model: nn.Module) -> nn.Module:
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
 
 
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -63,7 +48,7 @@ def test_peft_reads_ours(case: str, tmp_path: Path) -> None:
     family, keys = OURS[case]
     model, config = tiny(family), DoraConfig(**{"r": 4, "target_modules": ["q", "v"], **keys})
     inject(model, config)
-    ours, before = logits(moved(model)), logits(tiny(family))
+    ours, before = logits(randomized(model)), logits(tiny(family))
     save_adapter(
         tmp_path / "a", model, config, base_model_name_or_path="b", task_type=task_of(family)
     )
@@ -79,7 +64,7 @@ def test_peft_reads_ours(case: str, tmp_path: Path) -> None:
 def test_rows_outside_of_the_parts_do_not_change_in_peft(family: str, tmp_path: Path) -> None:
     model, config = tiny(family), DoraConfig(r=2, target_modules=["q", "v"])
     inject(model, config)
-    moved(model)
+    randomized(model)
     save_adapter(tmp_path / "a", model, config, base_model_name_or_path="b", task_type="CAUSAL_LM")
     theirs = PeftModel.from_pretrained(tiny(family), str(tmp_path / "a")).merge_and_unload()
     changed = {n: (p, theirs.get_parameter(n)) for n, p in tiny(family).named_parameters()}
@@ -111,7 +96,7 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_we_read_and_write_what_peft_does(case: str, tmp_path: Path) -> None:
     family, keys = THEIRS[case]
     adapter = PeftLora(r=4, lora_alpha=6, use_dora=True, task_type=task_of(family), **keys)
-    theirs = moved(get_peft_model(tiny(family), adapter))
+    theirs = randomized(get_peft_model(tiny(family), adapter))
     theirs.save_pretrained(tmp_path / "theirs")
     ours = tiny(family)
     assert load_adapter(ours, tmp_path / "theirs").method == "dora"

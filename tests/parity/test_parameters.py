@@ -18,7 +18,7 @@ from lorakit.adapters.peft.write import save_adapter
 from lorakit.injection import inject, trainable_state
 from lorakit.layers import adapter_layers
 from lorakit.methods.lora import LoraConfig
-from tests.families import token_ids
+from tests.families import logits, randomized, token_ids
 from tests.hybrids import hybrid
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -39,27 +39,11 @@ CASES = [(family, "experts") for family in (*FAMILIES, "qwen3_next")]
 CASES += [("qwen3_moe", case) for case in TARGETS if case != "experts"]
 
 
-def trained(model: nn.Module) -> nn.Module:
-    """Give every trained parameter other values."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        out: torch.Tensor = model(input_ids=token_ids()).logits
-    return out
-
-
 def saved(family: str, keys: dict[str, Any], folder: Path) -> nn.Module:
     """Write the adapter of a model, which is returned."""
     model, config = hybrid(family), LoraConfig(r=4, **keys)
     inject(model, config)
-    trained(model)
+    randomized(model)
     save_adapter(folder, model, config, base_model_name_or_path="b", task_type="CAUSAL_LM")
     return model
 
@@ -76,7 +60,7 @@ def peft_model(family: str, **keys: Any) -> PeftModel:
     """A model with PEFT's adapter of all stacked experts, and of what ``keys`` say."""
     ends = ["experts.gate_up_proj", "experts.down_proj"]
     config = PeftLora(**{"r": 3, "target_modules": ["o_proj"], "target_parameters": ends, **keys})
-    model: PeftModel = trained(get_peft_model(hybrid(family), config))
+    model: PeftModel = randomized(get_peft_model(hybrid(family), config))
     return model
 
 

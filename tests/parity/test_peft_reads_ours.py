@@ -16,7 +16,7 @@ from lorakit.adapters.peft.write import save_adapter
 from lorakit.injection import inject
 from lorakit.layers import adapted_modules
 from lorakit.methods.lora import LoraConfig
-from tests.families import ENCODERS, tiny, token_ids
+from tests.families import ENCODERS, logits, randomized, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -65,22 +65,6 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "b_gaussian": ("gpt2", {"init": "b_gaussian", "target_modules": ["wte", "c_attn"]}, {}),
     "dense of attention only": ("bert", {"target_modules": ["o"]}, {}),
 }  # fmt: skip
-
-
-def randomized(model: nn.Module) -> nn.Module:
-    """Change everything that trains, as training would."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        out: torch.Tensor = model(input_ids=token_ids()).logits
-    return out
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import lorakit
 from lorakit.adapters.peft.place import load_adapter
-from tests.families import tiny, token_ids
+from tests.families import logits, randomized, tiny, token_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -71,18 +71,7 @@ def peft_model(case: str) -> nn.Module:
     base = tiny(family, **changes)
     task = "SEQ_CLS" if "Classification" in type(base).__name__ else "CAUSAL_LM"
     model = get_peft_model(base, PeftLora(r=4, lora_alpha=8, task_type=task, **adapter))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model.eval()
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        out: torch.Tensor = model(input_ids=token_ids()).logits
-    return out
+    return randomized(model)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -15,7 +15,7 @@ import lorakit
 from lorakit.errors import UserError
 from lorakit.training.run import train
 from lorakit.training.setup import prepare
-from tests.families import token_ids
+from tests.families import logits, randomized
 from tests.training.runs import write_recipe_file
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -26,22 +26,12 @@ def fresh(model: Path) -> PreTrainedModel:
     return found
 
 
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model.eval()(token_ids()).logits
-    return found
-
-
 @pytest.mark.parametrize("form", ["pissa", "state_dict"])
 def test_a_run_starts_from_it(form: str, tiny_llama: Path, tmp_path: Path) -> None:
     init = True if form == "state_dict" else form
     config = PeftLora(r=3, target_modules=["q_proj", "o_proj"], init_lora_weights=init)
     theirs = get_peft_model(fresh(tiny_llama), config)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+    randomized(theirs)
     theirs.save_pretrained(tmp_path / "theirs")
     if form == "state_dict":
         want = logits(theirs)

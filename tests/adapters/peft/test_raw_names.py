@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import lorakit
 from lorakit.errors import AdapterError
 from tests.adapters.directories import fresh, logits, peft_logits, write_base
-from tests.families import tiny
+from tests.families import randomized, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -41,11 +41,7 @@ def write_raw(folder: Path, family: str, config: Any, rename: Callable[[str], st
     of the adapted model."""
     write_base(folder / "base", family)
     model = get_peft_model(tiny(family), config)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+    randomized(model)
     model.save_pretrained(folder / "adapter")
     stored = {rename(n): t.clone().contiguous() for n, t in model.state_dict().items()}
     save_file(stored, folder / "adapter" / "adapter_model.safetensors")

@@ -16,7 +16,7 @@ import lorakit
 from lorakit.adapters.peft.place import load_adapter
 from lorakit.errors import AdapterError
 from lorakit.layers import adapter_layers
-from tests.families import token_ids
+from tests.families import logits
 from tests.hybrids import hybrid
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -65,12 +65,6 @@ def write_adapter(
     save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(settings | config))
     return tensors
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        out: torch.Tensor = model(input_ids=token_ids()).logits
-    return out
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3-"])

@@ -14,7 +14,7 @@ from peft import get_peft_model
 import lorakit
 from lorakit.errors import AdapterError
 from tests.adapters.directories import fresh, logits, peft_logits, write_base
-from tests.families import tiny
+from tests.families import randomized, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -50,11 +50,7 @@ def write_variant(folder: Path, family: str, **keys: Any) -> tuple[Path, Path]:
     base = write_base(folder / "base", family)
     config = PeftLora(**{"r": 4, "lora_alpha": 6, "task_type": "CAUSAL_LM", **keys})
     model = get_peft_model(tiny(family), config)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+    randomized(model)
     model.save_pretrained(folder / "adapter")
     return base, folder / "adapter"
 
