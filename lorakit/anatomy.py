@@ -265,6 +265,11 @@ def is_within(name: str, modules: tuple[str, ...] | list[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
+def outermost(names: Collection[str]) -> list[str]:
+    """The modules of ``names`` that are not within another one."""
+    return [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
+
+
 #: Fused projections: q, k and v in one matrix (GPT-2, GPT-NeoX and BLOOM, Phi-3, ModernBERT).
 FUSED = r"(?:^|\.)(?:c_attn|query_key_value|qkv_proj|Wqkv)$"
 

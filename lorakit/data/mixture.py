@@ -140,9 +140,10 @@ class MixedSteps:
 
     def _epoch(self, epoch: int) -> IndexedSteps:
         """The steps of an epoch; those of the most recent one are kept."""
-        if self._planned is None or self._planned[0] != epoch:
+        planned = self._planned  # read and replaced atomically: a thread may prefetch the next step
+        if planned is None or planned[0] != epoch:
             drawn = self._mixture.epoch(epoch)
             plan, packing = self._plan(self._rows.lengths[drawn])
             steps = IndexedSteps(self._rows, plan, packing, self._share, drawn)
-            self._planned = (epoch, steps)
-        return self._planned[1]
+            planned = self._planned = (epoch, steps)
+        return planned[1]

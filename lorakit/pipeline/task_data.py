@@ -111,8 +111,10 @@ def _load_part(
     check_no_validation(task, recipe.task)
     whole = _load_split(task, recipe.task, "train")
     task, config = settle(task, recipe.task, whole, say)
-    head_names = _head_names_of(recipe.model)
-    config = _with_labels(task, config, trained_labels, whole, head_names, say)
+    if trained_labels and not _has_labels(config):
+        config = config.model_copy(update={"labels": list(trained_labels)})
+    elif not _has_labels(config):
+        config = resolve_labels(task, config, whole, [whole], _head_names_of(recipe.model), say)
     train, validation = divide(task, config, whole)
     is_train = name == "train"
     if limit is None and not is_train:

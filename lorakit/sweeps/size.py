@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lorakit import registry
 from lorakit.adapters.start import read_start
+from lorakit.anatomy import outermost
 from lorakit.errors import UserError, shown
 from lorakit.injection import InjectionReport, find_heads, inject
 from lorakit.models.load import empty_model
@@ -21,7 +22,7 @@ from lorakit.recipe.sections import MAX_RANK, AdapterSection, Recipe
 from lorakit.recipe.yaml_source import read_yaml
 from lorakit.sweeps.load import Sweep, make_member
 from lorakit.sweeps.members import Member
-from lorakit.training.setup import load_task_model, outermost
+from lorakit.training.setup import load_task_model
 
 
 class Sizes:

@@ -67,8 +67,10 @@ class LabelledTask(Task):
         return None if found is None else list(found)
 
     def problem(self, config: Any) -> Problem | None:
-        several = self.labelling(config).several
-        return "multi_label_classification" if several else super().problem(config)
+        where = self.labelling(config)
+        if where.several:
+            return "multi_label_classification"
+        return "regression" if where.labels is None else "single_label_classification"
 
     def strata(self, config: Any, split: Split) -> Sequence[Hashable] | None:
         """The rows' labels; None for a regression."""

@@ -1,5 +1,4 @@
-"""The labels of rows and of predictions: class names and ids, numbers, and several classes per
-row."""
+"""The labels of rows and predictions: class names and ids, numbers, several classes per row."""
 
 from __future__ import annotations
 
@@ -222,15 +221,16 @@ def read_label(value: Any, where: Labelling) -> int | float:
 
     Raises DataError if the value is missing, hidden (-1), unknown, out of range or not finite.
     """
+    if where.labels is not None and isinstance(value, str) and value and value in where.labels:
+        return where.labels.index(value)  # the usual case, and once per word
     shown_label = f"{where.label} = {shown(value)}"
     if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
         raise DataError(f"{shown_label}: the label is missing")
     if where.labels is None:
         return _read_target(value, where, shown_label)
     by_name = _has_numeric_names(where.labels)
-    for name in (value, label_name(value) if by_name else None):
-        if isinstance(name, str) and name in where.labels:
-            return where.labels.index(name)
+    if by_name and (name := label_name(value)) in where.labels:
+        return where.labels.index(name)
     index = as_integer(value)
     if index is not None and not by_name and 0 <= index < len(where.labels):
         return index

@@ -74,7 +74,10 @@ def read_messages(value: Any, column: str) -> list[Message]:
 def dropped_messages(value: Any) -> list[dict[str, Any]]:
     """The messages of a column after the last trained one; empty if none is trained or if one of
     them cannot be read."""
-    given = _listed(value)
+    return _after_last_trained(_listed(value))
+
+
+def _after_last_trained(given: list[Any]) -> list[dict[str, Any]]:
     for index in range(len(given) - 1, -1, -1):
         message = given[index]
         role = _role(message) if isinstance(message, dict) else None
@@ -89,11 +92,12 @@ def dropped_messages(value: Any) -> list[dict[str, Any]]:
 def unused_message_keys(value: Any, column: str) -> Iterator[str]:
     """Yield ``COLUMN[].KEY`` for each key that ``read_messages`` does not read, and for each key of
     a dropped message other than its text."""
-    for message in _listed(value):
+    given = _listed(value)
+    for message in given:
         for key in _unused_keys(message):
             yield f"{column}[].{key}"
     text_keys = {"role", "content", "from", "value", "weight", *_FLAGS}
-    for message in dropped_messages(value):
+    for message in _after_last_trained(given):
         for key in message:
             if key not in text_keys and not is_empty(message[key]):
                 yield f"{column}[].{key}"
@@ -231,11 +235,10 @@ def _role_names(given: dict[str, Any]) -> dict[str, str]:
 def _keys(given: dict[str, Any]) -> tuple[str, str]:
     """The keys of role and text: ``role`` and ``content``, ShareGPT's ``from`` and ``value``, or a
     mixture. In a table, messages may have the keys of both formats, with null in those of one."""
-    has = {key for key in ("role", "content", "from", "value") if given.get(key) is not None}
-    role_key = "from" if "role" not in has and "from" in has else "role"
-    if "value" in has and (role_key == "from" or "content" not in has):
-        return role_key, "value"
-    return role_key, "value" if role_key == "from" and "content" not in has else "content"
+    role_key = "from" if given.get("role") is None and given.get("from") is not None else "role"
+    first, second = ("value", "content") if role_key == "from" else ("content", "value")
+    has_second_only = given.get(first) is None and given.get(second) is not None
+    return role_key, second if has_second_only else first
 
 
 def _unused_keys(given: Any) -> Iterator[str]:

@@ -75,6 +75,9 @@ class UserClassification(Classification):
     def main_metric(self, config: Any) -> str:
         return metric_name(self.scored_by[0])
 
+    def metric_names(self, config: Any) -> tuple[str, ...]:
+        return tuple(map(metric_name, self.scored_by))
+
     def metrics(
         self, predictions: Sequence[Prediction], split: Split, config: Any
     ) -> dict[str, float]:

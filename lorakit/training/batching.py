@@ -169,13 +169,15 @@ def build_batching(prepared: Prepared, device: torch.device, share: Share = _ALO
     if isinstance(rows, StreamedRows):
         return _streaming(recipe, rows, share)
     if rows.sources:
-        mixture = Mixture(rows.sources, recipe.train.seed)
+        descriptions: list[str] = []
 
         def plan(lengths: Numbers) -> tuple[Plan, Packing | None]:
-            return _plan(prepared, lengths, device, share)[:2]
+            found, packing, description = _plan(prepared, lengths, device, share)
+            descriptions.append(description)
+            return found, packing
 
-        description = _plan(prepared, rows.lengths[mixture.epoch(0)], device, share)[2]
-        return Batching(MixedSteps(rows, mixture, plan, share), f"{description}, by weight")
+        steps = MixedSteps(rows, Mixture(rows.sources, recipe.train.seed), plan, share)
+        return Batching(steps, f"{descriptions[0]}, by weight")
     found, packing, description = _plan(prepared, rows.lengths, device, share)
     return Batching(IndexedSteps(rows, found, packing, share), description)
 

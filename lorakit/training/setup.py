@@ -5,7 +5,6 @@ No file is written before that.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit import registry
 from lorakit.adapters.start import check_tokens, load_values, read_start
+from lorakit.anatomy import outermost
 from lorakit.data.encode import EncodedSplit
 from lorakit.data.mixture import mixture_table
 from lorakit.data.sources import Split
@@ -186,8 +186,3 @@ def check_best_metric(recipe: Recipe, evaluation: EvalData | None) -> None:
             f"train.metric_for_best_model = {shown(name)}: evaluations during training do not "
             f"measure it; allowed: null, {', '.join(sorted(known))}{hint if only_at_end else ''}"
         )
-
-
-def outermost(names: Collection[str]) -> list[str]:
-    """The modules of ``names`` that are not within another one."""
-    return [n for n in names if not any(n.startswith(f"{other}.") for other in names)]

@@ -6,6 +6,7 @@ import random
 import warnings
 
 import pytest
+from seqeval import metrics
 
 from lorakit.metrics.entities import entities, entity_scores, is_entity_tag
 
@@ -47,7 +48,6 @@ def test_scores_of_constructed_rows() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_equal_to_seqeval(seed: int) -> None:
-    metrics = pytest.importorskip("seqeval.metrics")
     chosen = random.Random(seed)
     tags = ["O", *(f"{prefix}-{kind}" for kind in KINDS for prefix in "BIES"[: 2 + 2 * (seed % 2)])]
     gold = [chosen.choices(tags, k=chosen.randint(1, 12)) for _ in range(chosen.randint(1, 30))]

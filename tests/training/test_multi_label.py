@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
@@ -111,7 +112,6 @@ def test_scores_and_predictions_are_those_of_the_pipeline_on_the_merged_model(
 
 
 def test_peft_loads_the_adapter_with_equal_logits(trained: Any) -> None:
-    peft = pytest.importorskip("peft")
     recipe, run = trained
     base = AutoModelForSequenceClassification.from_pretrained(recipe.model.name_or_path)
     theirs = peft.PeftModel.from_pretrained(base, run.adapter_dir).eval()

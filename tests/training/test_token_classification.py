@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from seqeval import metrics
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 import lorakit
@@ -68,7 +70,6 @@ def test_scores(trained: Any, base: Path, tmp_path: Path) -> None:
     assert list(run.metrics) == ["loss", "f1", "precision", "recall", "accuracy"]
     assert run.metrics["f1"] > 0.5
     assert lorakit.evaluate(recipe, run.adapter_dir) == pytest.approx(run.metrics, rel=1e-6)
-    metrics = pytest.importorskip("seqeval.metrics")
     tokenizer, rows = AutoTokenizer.from_pretrained(base), tagged_rows(6)
     batch, labels = labelled(tokenizer, rows)
     with torch.no_grad():
@@ -82,7 +83,6 @@ def test_scores(trained: Any, base: Path, tmp_path: Path) -> None:
 def test_peft_and_the_merged_model_give_equal_logits(
     trained: Any, base: Path, tmp_path: Path
 ) -> None:
-    peft = pytest.importorskip("peft")
     _, run = trained
     plain = AutoModelForTokenClassification.from_pretrained(base, num_labels=5)
     theirs = peft.PeftModel.from_pretrained(plain, run.adapter_dir).eval()

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lorakit.anatomy import is_routed_expert, is_within
+from lorakit.anatomy import is_routed_expert, is_within, outermost
 from lorakit.injection import trainable_state
 from lorakit.layers import BaseWrapper, adapted_modules
 from lorakit.models.first_token import after_attention, skip_unread_tokens
@@ -34,7 +34,8 @@ class Trunk:
         members = {number: members[number] for number in self.order}
         self._modules: list[OwnModules | JointLayer] = []
         views = {number: member.model for number, member in members.items()}
-        own = _outermost({path for member in members.values() for path in _own_paths(member)})
+        paths = {path for member in members.values() for path in _own_paths(member)}
+        own = sorted(outermost(paths))
         adapted = {name: None for view in views.values() for name in adapted_modules(view)}
         self.separate = any(is_routed_expert(name) for name in adapted)
         unread = {id(module) for part in after_attention(model) for module in part.modules()}
@@ -114,7 +115,3 @@ def _own_paths(member: Prepared) -> Iterator[str]:
             yield owner.removesuffix(".base_layer")
         elif not is_within(owner, (*layers, *member.report.modules_to_save)):
             yield owner
-
-
-def _outermost(paths: set[str]) -> list[str]:
-    return sorted(path for path in paths if not any(is_within(path, (o,)) for o in paths - {path}))
