@@ -67,10 +67,10 @@ def _adapted(part: AdapterLayer) -> Tensor:
     if not isinstance(part, _LowRank) or torch.compiler.is_compiling():
         return weight + as_matrix(view, part.delta_weight()).to(weight.dtype)
     A, B = part.factors()
+    A, B = A.to(weight.dtype), (B * part.scaling).to(weight.dtype)
     # Grouped products need rows of a multiple of 16 bytes.
-    missing = -part.r % (16 // weight.itemsize)
-    A = F.pad(A, (0, 0, 0, missing)).to(weight.dtype)
-    B = F.pad(B * part.scaling, (0, missing)).to(weight.dtype)
+    if missing := -part.r % (16 // weight.itemsize):
+        A, B = F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))
     transposed = isinstance(view, ParameterView) and view.is_transposed
     return LowRankWeight.of(weight, A.mT, B.mT) if transposed else LowRankWeight.of(weight, B, A)
 

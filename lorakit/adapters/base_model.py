@@ -150,7 +150,8 @@ def base_model(
     with explained(name), quiet():
         options = {"dtype": getattr(torch, dtype) if dtype else "auto", **hub_options(section)}
         model, info = from_pretrained(loader(adapters[0].task_type), name, config, options)
-    for files in adapters:
+    # Finding the places stacks single experts, which takes memory: only where it is needed.
+    for files in adapters if info["missing_keys"] or info["mismatched_keys"] else ():
         places = find_places(model, files)
         mismatched = [key for key in info["mismatched_keys"] if key[0] not in places.fully_trained]
         check_shapes(mismatched, name)

@@ -37,8 +37,9 @@ def visit_base(
             W = checkpoint.read(stored)
             for name in names:
                 _visit(visit, resolved.updates[name], name, W)
+        weights = _weights(resolved)
         for group in resolved.groups:
-            if changed := set(group.targets) & _weights(resolved):
+            if changed := weights.intersection(group.targets):
                 for source in group.sources:
                     _check_float(checkpoint, source)
                 values = {source: checkpoint.read(source) for source in group.sources}
@@ -53,11 +54,12 @@ def _weights(resolved: ResolvedBase) -> set[str]:
 
 def _stored_names(resolved: ResolvedBase) -> dict[str, list[str]]:
     """Stored tensor -> the adapted parameters that have its values: several if they are tied."""
+    weights = _weights(resolved)
     tied = {name: names for names in resolved.ties for name in names}
     found: dict[str, list[str]] = {}
     for stored, parameter in resolved.plain.items():
         for name in tied.get(parameter, (parameter,)):
-            if name in _weights(resolved) and name not in found.get(stored, ()):
+            if name in weights and name not in found.get(stored, ()):
                 found.setdefault(stored, []).append(name)
     return found
 

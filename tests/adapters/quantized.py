@@ -47,15 +47,17 @@ def write_bitsandbytes(plain: Path, folder: Path, kind: str) -> Path:
     return folder
 
 
-def quantized(plain: Path, folder: Path, kind: str) -> dict[str, Tensor]:
-    """Write ``plain`` with its linear layers in the format ``kind``; return all tensors as they are
-    when they are dequantized."""
+def quantized(
+    plain: Path, folder: Path, kind: str, ends: tuple[str, ...] = ("_proj.weight",)
+) -> dict[str, Tensor]:
+    """Write ``plain`` with the matrices ``ends`` in the format ``kind``; return all tensors as they
+    are when they are dequantized."""
     shutil.copytree(plain, folder)
     file = folder / "model.safetensors"
     stored, dense = {}, {}
     settings, split = _KINDS[kind]
     for name, value in load_file(file).items():
-        if not name.endswith("_proj.weight"):
+        if not name.endswith(ends):
             stored[name] = dense[name] = value
             continue
         parts, dense[name] = split(value)

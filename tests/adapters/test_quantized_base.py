@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig as PeftLora
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.quantization_config import FineGrainedFP8Config
@@ -16,6 +18,7 @@ import lorakit
 from lorakit.errors import AdapterError, ModelError
 from tests.adapters.directories import logits, write_adapter
 from tests.adapters.quantized import BITSANDBYTES, KINDS, quantized, write_bitsandbytes, write_plain
+from tests.families import randomized
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -91,6 +94,27 @@ def test_fp8_is_what_transformers_dequantizes(plain: tuple[Path, Path], tmp_path
     ours = lorakit.load(base, plain[1], dtype="float32")
     name = "model.layers.0.mlp.down_proj"
     torch.testing.assert_close(ours.get_submodule(name).weight, theirs.get_submodule(name).weight)
+
+
+def test_rows_of_a_quantized_output_layer(plain: tuple[Path, Path], tmp_path: Path) -> None:
+    """Rows of tokens replace those of the base, and a new one is appended."""
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
+    quantized(plain[0], base, "gptq", ("_proj.weight", "lm_head.weight"))
+    model = AutoModelForCausalLM.from_pretrained(plain[0])
+    size = model.config.vocab_size
+    model.resize_token_embeddings(size + 1)
+    rows = {"embed_tokens": [3, size], "lm_head": [3, size]}
+    config = PeftLora(
+        target_modules=["q_proj"], trainable_token_indices=rows, task_type="CAUSAL_LM"
+    )
+    randomized(get_peft_model(model, config)).save_pretrained(adapter, save_embedding_layers=False)
+    lorakit.merge(base, adapter, out, dtype="float32", say=lambda note: None)
+    stored = load_file(adapter / "adapter_model.safetensors")
+    [values] = [v for name, v in stored.items() if "lm_head" in name and "trainable_tokens" in name]
+    assert torch.equal(load_file(out / "model.safetensors")["lm_head.weight"][[3, size]], values)
+    found = loaded(out, dtype="auto")
+    want = logits(lorakit.load(base, adapter, dtype="float32"))
+    torch.testing.assert_close(logits(found), want, atol=1e-4, rtol=0)
 
 
 def test_inspect_reads_the_base(plain: tuple[Path, Path], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorakit.adapters.merge.checkpoint import (
@@ -175,6 +176,10 @@ def _whole_job(
             W = checkpoint.read(task.stored)
         merged = merged_sum(task.updates, W).flatten(0, -2)  # stacked experts have 3 dimensions
         del W
+        if task.rows is not None:
+            missing = math.prod(task.output.shape[:-1]) - len(merged)
+            merged = F.pad(merged, (0, 0, 0, missing)) if missing else merged.clone()
+            task.rows.put(merged)
         size = 0
         for first, count in _chunks(*merged.shape):
             size += _store(task, merged[first : first + count], first, output, buffers)

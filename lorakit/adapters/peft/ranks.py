@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from lorakit.errors import AdapterError
@@ -57,6 +58,11 @@ def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> 
     """The value of the first key, a regular expression, that matches a dotted suffix of ``name``,
     as in PEFT."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if _compiled(pattern).match(name):
             return value
     return default
+
+
+@lru_cache(maxsize=8192)  # more than re keeps: an adapter may have a pattern for each module
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")

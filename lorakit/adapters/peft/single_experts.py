@@ -60,8 +60,10 @@ def with_stacked_experts(model: nn.Module, files: AdapterFiles) -> AdapterFiles:
         return files
     tensors = dict(files.tensors)
     scalings = {}
-    for parameter in dict.fromkeys(place.parameter for place in places.values()):
-        own = {name: place for name, place in places.items() if place.parameter == parameter}
+    by_parameter: dict[str, dict[str, _Place]] = {}
+    for name, place in places.items():
+        by_parameter.setdefault(place.parameter, {})[name] = place
+    for parameter, own in by_parameter.items():
         try:
             A, B = _stack(model.get_parameter(parameter), own, files.config, tensors)
         except AdapterError as error:
@@ -69,9 +71,8 @@ def with_stacked_experts(model: nn.Module, files: AdapterFiles) -> AdapterFiles:
         scalings[parameter] = A.shape[-2], 1.0
         stored = zip(LINEAR_FACTORS, stored_factors(A, B), strict=True)
         tensors |= {f"{parameter}.{factor}": value for factor, value in stored}
-    parameters = {place.parameter for place in places.values()}
     config = files.config | {
-        "target_parameters": [*(files.config.get("target_parameters") or ()), *sorted(parameters)]
+        "target_parameters": [*(files.config.get("target_parameters") or ()), *sorted(by_parameter)]
     }
     for key, patterns in exact_settings(scalings, bool(config.get("use_rslora"))).items():
         config[key] = patterns | (config.get(key) or {})

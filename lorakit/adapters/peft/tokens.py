@@ -28,9 +28,9 @@ class StoredRows:
 
     def put(self, weight: Tensor, first: int = 0) -> None:
         """Write the rows into ``weight``, the rows of a matrix from ``first`` on."""
-        for index, values in zip(self.indices, self.values, strict=True):
-            if first <= index < first + len(weight):
-                weight[index - first] = values
+        places = torch.tensor(self.indices) - first
+        inside = (places >= 0) & (places < len(weight))
+        weight[places[inside]] = self.values[inside].to(weight.dtype)
 
 
 def rows_to_peft(
