@@ -117,20 +117,6 @@ def set_pad_token(config: PreTrainedConfig, model: PreTrainedModel, files: Adapt
         config.pad_token_id = trained
 
 
-def empty_model(
-    config: PreTrainedConfig, files: AdapterFiles, trust_remote_code: bool = False
-) -> PreTrainedModel:
-    """Return the base with its head on the ``meta`` device, without values. Raises ModelError if
-    transformers has no such class."""
-    from lorakit.models.kinds import loader
-
-    with explained(str(config.name_or_path)), torch.device("meta"), quiet():
-        model: PreTrainedModel = loader(files.task_type).from_config(
-            config, trust_remote_code=trust_remote_code
-        )
-    return model
-
-
 def base_model(
     section: ModelSection,
     config: PreTrainedConfig,
@@ -177,11 +163,13 @@ def _head_size(
     config: PreTrainedConfig, files: AdapterFiles, trust_remote_code: bool
 ) -> int | None:
     """The number of labels, inferred from the shape of the layer that depends on it."""
+    from lorakit.models.load import empty_model
+
     shapes = []
     for count in (2, 3):
         trial = copy.deepcopy(config)
         trial.num_labels = count
-        state = empty_model(trial, files, trust_remote_code).state_dict()
+        state = empty_model(trial, files.task_type, trust_remote_code).state_dict()
         shapes.append({key: value.shape for key, value in state.items()})
     for key, shape in shapes[0].items():
         if shape != shapes[1][key] and key in files.tensors:

@@ -33,7 +33,8 @@ def padded(updates: Updates, rank: int | None) -> tuple[Updates, list[str]]:
     notes = []
     ranks = {m.r for m in updates.matrices.values()}
     if ranks != {R}:
-        notes.append(f"padded with zeros to r = {R}: {_range(ranks)}")
+        why = "" if rank else ", the smallest --max-lora-rank of vLLM that fits all matrices"
+        notes.append(f"padded with zeros to r = {R}{why}: {_range(ranks)}")
     if scaled := sum(_factor(m, R, alpha) != 1 for m in updates.matrices.values()):
         count = len(updates.matrices)
         notes.append(f"B is scaled in {scaled} of {count} matrices to fit one lora_alpha = {alpha}")

@@ -66,22 +66,13 @@ class AdaLoraLayer(LoraLayer):
     def as_lora(self) -> LoraLayer:
         """A LoRA of the kept triplets: A' = Lambda Q, B' = P, the same scaling. In a stack, all
         matrices get the highest rank, with zeros for what others have pruned."""
-        if self.stack:
-            return self._stack_as_lora()
-        rows = self.kept_rows()
-        folded = LoraLayer(self.base_layer, r=len(rows), scaling=self.scaling)
-        A = (self.lora_A * self.lora_E).detach()[rows]
-        folded.set_factors(A, self.lora_B.detach()[:, rows])
-        folded.lora_dropout = self.lora_dropout
-        return folded
-
-    def _stack_as_lora(self) -> LoraLayer:
         r = self.saved_rank
         folded = LoraLayer(self.base_layer, r=r, scaling=self.scaling)
         rows = self.kept.int().sort(dim=-1, descending=True, stable=True).indices[..., :r, None]
         A = (self.lora_A * self.lora_E * self.kept[..., None]).detach()
         B = self.lora_B.detach()
         folded.set_factors(A.take_along_dim(rows, -2), B.take_along_dim(rows.mT, -1))
+        folded.lora_dropout = self.lora_dropout
         return folded
 
     @classmethod

@@ -34,7 +34,14 @@ from lorakit.models.heads import (
     stores_head,
 )
 from lorakit.models.hub import explained, hub_options, load_config, load_tokenizer, quiet
-from lorakit.models.kinds import Kind, check_kind, loader, stored_task_type, task_type_of
+from lorakit.models.kinds import (
+    Kind,
+    TaskType,
+    check_kind,
+    loader,
+    stored_task_type,
+    task_type_of,
+)
 from lorakit.models.vocabulary import extend_vocabulary
 from lorakit.recipe.check import has_accelerator
 from lorakit.recipe.sections import ModelSection
@@ -286,14 +293,22 @@ def fit_max_length(model: PreTrainedModel, config: Any, say: Callable[[str], Non
     return config.model_copy(update={"max_length": limit})
 
 
-def empty_model(section: ModelSection, kind: Kind) -> PreTrainedModel:
-    """The causal model, or the classifier, on the ``meta`` device, which has shapes and no values.
-    Raises ModelError as ``load_pretrained`` does, for a model without weights, too."""
+def load_empty(section: ModelSection, kind: Kind) -> PreTrainedModel:
+    """``empty_model`` of the causal model, or of the classifier. Raises ModelError as
+    ``load_pretrained`` does, for a model without weights, too."""
     config = load_config(section)
     check_kind(config, kind, section.name_or_path)
-    with explained(section.name_or_path), torch.device("meta"), quiet():
-        model: PreTrainedModel = loader(task_type_of(kind)).from_config(
-            config, trust_remote_code=section.trust_remote_code
+    return empty_model(config, task_type_of(kind), section.trust_remote_code)
+
+
+def empty_model(
+    config: PreTrainedConfig, task_type: TaskType, trust_remote_code: bool
+) -> PreTrainedModel:
+    """The model on the ``meta`` device, which has shapes and no values. Raises ModelError if
+    transformers has no such class."""
+    with explained(str(config.name_or_path)), torch.device("meta"), quiet():
+        model: PreTrainedModel = loader(task_type).from_config(
+            config, trust_remote_code=trust_remote_code
         )
     return model
 

@@ -16,7 +16,7 @@ from lorakit.adapters.start import read_start
 from lorakit.anatomy import outermost
 from lorakit.errors import UserError, shown
 from lorakit.injection import InjectionReport, find_heads, inject
-from lorakit.models.load import empty_model
+from lorakit.models.load import load_empty
 from lorakit.pipeline.task_data import Say, load_training_data
 from lorakit.recipe.sections import MAX_RANK, AdapterSection, Recipe
 from lorakit.recipe.yaml_source import read_yaml
@@ -65,7 +65,7 @@ class Sizes:
 
 def _empty_model(recipe: Recipe) -> tuple[PreTrainedModel, list[str]]:
     if registry.task(recipe.task.name).kind == "causal":
-        return empty_model(recipe.model, "causal"), []
+        return load_empty(recipe.model, "causal"), []
     data = load_training_data(recipe, lambda note: None)
     loaded = load_task_model(recipe, data)
     heads = dict.fromkeys([*find_heads(loaded.model), *loaded.new_modules])

@@ -77,6 +77,15 @@ def test_a_lora_of_vllms_rank_keeps_its_bits(tmp_path: Path) -> None:
     assert (report.r, report.lora_alpha, report.notes) == (8, 20, ())
 
 
+def test_padding_says_why(tmp_path: Path) -> None:
+    _, adapter = write_pair(tmp_path, "llama", r=4)
+    chosen = lorakit.convert(adapter, tmp_path / "chosen", "lora").notes
+    why = "the smallest --max-lora-rank of vLLM that fits all matrices"
+    assert chosen == (f"padded with zeros to r = 8, {why}: r was 4",)
+    asked = lorakit.convert(adapter, tmp_path / "asked", "lora", rank=6).notes
+    assert asked[0] == "padded with zeros to r = 6: r was 4"
+
+
 def test_pruned_triplets_of_peft(tmp_path: Path) -> None:
     """One matrix lost some triplets and another lost all; PEFT writes the latter as empty tensors."""
     base, adapter = write_pair(

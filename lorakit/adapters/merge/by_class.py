@@ -28,7 +28,6 @@ from transformers.core_model_loading import (
 from lorakit.adapters.base_model import (
     LABEL_KEYS,
     check_supplied,
-    empty_model,
     full_config,
     set_pad_token,
 )
@@ -40,6 +39,7 @@ from lorakit.adapters.peft.tokens import with_tied
 from lorakit.adapters.peft.vocabulary import layers_of
 from lorakit.errors import AdapterError
 from lorakit.models.hub import load_config
+from lorakit.models.load import empty_model
 from lorakit.recipe.sections import ModelSection
 
 
@@ -197,7 +197,7 @@ def resolve_by_class(
     """
     files = adapters[0].files
     config = full_config(section, files)
-    model = empty_model(config, files, section.trust_remote_code)
+    model = empty_model(config, files.task_type, section.trust_remote_code)
     set_pad_token(config, model, files)
     state = dict(model.state_dict(keep_vars=True))
     shapes = {name: tuple(value.shape) for name, value in state.items()}

@@ -17,7 +17,7 @@ from torch import nn
 
 from lorakit import registry
 from lorakit.injection import inject, trainable_state
-from lorakit.models.load import empty_model
+from lorakit.models.load import load_empty
 from lorakit.recipe.sections import Recipe
 
 #: Activations that the backward pass needs, for each token and layer: so many times the hidden size
@@ -90,7 +90,7 @@ def _element_bytes(recipe: Recipe) -> int:
 
 def unloaded_model(recipe: Recipe) -> Any:
     """The model of the recipe on ``meta``."""
-    return empty_model(recipe.model, registry.task(recipe.task.name).kind)
+    return load_empty(recipe.model, registry.task(recipe.task.name).kind)
 
 
 def _available_bytes(device: torch.device) -> int:
