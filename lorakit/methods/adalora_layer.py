@@ -220,6 +220,10 @@ class Allocation(RunHooks):
     def logged(self, step: int, optimizer: Any) -> dict[str, float]:
         return {"budget": self.budget.at(step)}
 
+    def changed_ranks(self, first: int, last: int) -> Tensor | None:
+        allocated = any(self.budget.allocates(step) for step in range(first, last + 1))
+        return self._kept.sum(dim=1) if allocated else None
+
     def ranks(self) -> dict[str, int]:
         """The rank of each matrix; those of a stack are ``NAME[0]``, ``NAME[1]``, and so on."""
         names = [

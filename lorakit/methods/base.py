@@ -46,6 +46,11 @@ class RunHooks:
         """Additional values for a line of ``metrics.jsonl``."""
         return {}
 
+    def changed_ranks(self, first: int, last: int) -> Tensor | None:
+        """The rank of each adapted matrix, in the order of the layers, if the steps ``first`` to
+        ``last``, which was the latest, have chosen them. It stays on the device."""
+        return None
+
     def state(self) -> dict[str, Tensor]:
         """Tensors that an exact resume needs, for ``load_state``."""
         return {}

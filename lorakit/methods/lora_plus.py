@@ -116,6 +116,9 @@ class _WithRates(RunHooks):
         own = {"learning_rate_B": float(max(rates))} if rates else {}
         return {**self._inner.logged(step, optimizer), **own}
 
+    def changed_ranks(self, first: int, last: int) -> Tensor | None:
+        return self._inner.changed_ranks(first, last)
+
     def state(self) -> dict[str, Tensor]:
         return self._inner.state()
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from lorakit.distributed.launcher import is_launched
 from lorakit.distributed.processes import stop_signal
 from lorakit.errors import Interrupted
-from lorakit.evaluation.evaluate import evaluate_model
+from lorakit.evaluation.evaluate import Evaluation, evaluate_model
 from lorakit.evaluation.scorer import Scorer
 from lorakit.models.causal import CausalParts
 from lorakit.tasks.base import LOWER_IS_BETTER
@@ -100,7 +100,7 @@ class Evaluator:
         task, config = self.prepared.task, self.prepared.recipe.task
         return task.generates(config, final=True) != task.generates(config, final=False)
 
-    def __call__(self, final: bool = False) -> dict[str, float]:
+    def __call__(self, final: bool = False) -> Evaluation:
         """Raises EvaluationStopped if a signal arrives meanwhile."""
         data, recipe, task = self.prepared.evaluation, self.prepared.recipe, self.prepared.task
         assert data is not None
@@ -116,7 +116,7 @@ class Evaluator:
             should_stop=lambda: stop_signal.own != 0,
             in_step=self.in_step,
             scorer=self.scorer(),
-        ).metrics
+        )
 
 
 @dataclass

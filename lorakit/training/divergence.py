@@ -20,12 +20,14 @@ _LAST_STEPS = 10
 @dataclass(frozen=True)
 class StepScalars:
     """The losses, gradient norms and method values of the steps of one log line. ``known`` are
-    the values that the host had when it launched the last of them."""
+    the values that the host had when it launched the last of them, ``ranks`` those that one of
+    them chose."""
 
     known: dict[str, Any]
     losses: list[float]
     grad_norms: list[float]
     values: dict[str, list[float]] = field(default_factory=dict)
+    ranks: list[int] | None = None
 
     @property
     def loss(self) -> float:
@@ -37,6 +39,7 @@ class StepScalars:
         keys = ("step", "epoch", "loss", "learning_rate", "grad_norm")
         line = {**self.known, "loss": self.loss, "grad_norm": self.grad_norms[-1]}
         line |= {name: column[-1] for name, column in self.values.items()}
+        line |= {} if self.ranks is None else {"ranks": self.ranks}
         return {key: line.pop(key) for key in keys} | line
 
 
@@ -50,7 +53,12 @@ class AsyncScalars:
     def __init__(self, value_names: Sequence[str] = ()) -> None:
         self._value_names = tuple(value_names)
         self._pending: list[Tensor] = []
-        self._staged: deque[tuple[dict[str, Any], Tensor, torch.cuda.Event | None]] = deque()
+        self._staged: deque[tuple[dict[str, Any], list[Tensor], torch.cuda.Event | None]] = deque()
+
+    @property
+    def pending_steps(self) -> int:
+        """The number of steps since the last log line."""
+        return len(self._pending)
 
     def window(self) -> list[list[float]]:
         """The scalars of the steps since the last log line; waits for the device."""
@@ -65,25 +73,26 @@ class AsyncScalars:
         scalars = (result.loss, result.grad_norm, *result.values)
         self._pending.append(torch.stack([scalar.detach().float() for scalar in scalars]))
 
-    def stage(self, known: dict[str, Any]) -> None:
-        """Start copying the scalars of the steps added since the last log line."""
+    def stage(self, known: dict[str, Any], ranks: Tensor | None = None) -> None:
+        """Start copying the scalars of the steps added since the last log line, and ``ranks``."""
         if not self._pending:
             return
-        values = torch.stack(self._pending)
+        copies = [torch.stack(self._pending), *([] if ranks is None else [ranks])]
         self._pending = []
         event = None
-        if values.is_cuda:
-            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            values = host.copy_(values, non_blocking=True)
+        if copies[0].is_cuda:
+            hosts = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in copies]
+            pairs = zip(hosts, copies, strict=True)
+            copies = [host.copy_(values, non_blocking=True) for host, values in pairs]
             event = torch.cuda.Event()
             event.record()
-        self._staged.append((known, values, event))
+        self._staged.append((known, copies, event))
 
     def arrived(self, wait: bool = False) -> list[StepScalars]:
         """The staged lines that have been copied, oldest first; with ``wait``, all of them."""
         found = []
         while self._staged:
-            known, values, event = self._staged[0]
+            known, (values, *ranks), event = self._staged[0]
             if event is not None and not wait and not event.query():
                 break
             if event is not None:
@@ -91,7 +100,7 @@ class AsyncScalars:
             self._staged.popleft()
             losses, norms, *columns = values.t().tolist()
             named = dict(zip(self._value_names, columns, strict=True))
-            found.append(StepScalars(known, losses, norms, named))
+            found.append(StepScalars(known, losses, norms, named, *(x.tolist() for x in ranks)))
         return found
 
 

@@ -15,11 +15,12 @@ from pathlib import Path
 from lorakit.io.atomic import remove_path, writing
 from lorakit.training.checkpoint import checkpoints
 from lorakit.training.guard import OutputTaken
+from lorakit.training.prediction_samples import PREDICTIONS_JSON
 from lorakit.training.run_json import read_record
 from lorakit.training.tracking import PROJECT
 
 #: What a run writes to its output directory, besides checkpoints. TensorBoard's logs are the last.
-_FILES = ("recipe.yaml", "run.json", "metrics.jsonl", "adapter", PROJECT)
+_FILES = ("recipe.yaml", "run.json", "metrics.jsonl", PREDICTIONS_JSON, "adapter", PROJECT)
 _NAME = ".earlier-run"
 
 

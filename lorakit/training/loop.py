@@ -27,6 +27,7 @@ from lorakit.errors import (
     UserError,
 )
 from lorakit.evaluation.progress import EvaluationStopped
+from lorakit.tasks.base import Prediction
 from lorakit.training.batching import StepLoader
 from lorakit.training.checkpoint import (
     Progress,
@@ -56,7 +57,8 @@ from lorakit.training.tracking import Recorder
 class Loop:
     """``evaluate`` is None without a validation split; ``cause`` is the likely cause of a
     divergence; ``out_of_memory`` returns a message about a step and its batches; only the main
-    process has a ``guard``. ``broken`` is set once the loss or a weight is not finite."""
+    process has a ``guard``. ``broken`` is set once the loss or a weight is not finite.
+    ``predictions`` are those of the best evaluation, none if that was before a resume."""
 
     engine: Engine
     loader: StepLoader
@@ -71,6 +73,7 @@ class Loop:
     out_of_memory: Callable[[int, Sequence[Batch]], str]
     progress: Progress = field(default_factory=Progress)
     broken: bool = False
+    predictions: Sequence[Prediction] = ()
 
     def __post_init__(self) -> None:
         self._scalars = AsyncScalars(self.engine.value_names)
@@ -156,14 +159,15 @@ class Loop:
         if self.evaluate is None or not self.evaluate.measures_more_at_the_end:
             return self.progress.best_metrics
         try:
-            metrics = self.evaluate(final=True)
+            found = self.evaluate(final=True)
         except EvaluationStopped as error:
             raise Interrupted(
                 "stopped in the final evaluation; continue with --resume auto",
                 self.stop.signal_number,
             ) from error
-        self.recorder.evaluation(self.progress.best_step, metrics)
-        return metrics
+        self.predictions = found.predictions
+        self.recorder.evaluation(self.progress.best_step, found.metrics)
+        return found.metrics
 
     def divergence(self) -> str | None:
         """A warning if the finished run left the model worse than before.
@@ -222,7 +226,8 @@ class Loop:
                 "tokens_per_second": round(self._window_tokens / spent, 1),
                 "peak_memory_bytes": peak_memory_bytes(self.loader.device),
                 **self.engine.log_values(),
-            }
+            },
+            self.engine.changed_ranks(self._scalars.pending_steps),
         )
         self._window_start, self._window_tokens = now, 0
 
@@ -281,16 +286,18 @@ class Loop:
         self._settle()
         began, step = time.monotonic(), self.progress.step
         try:
-            metrics = self.evaluate()
+            found = self.evaluate()
         except EvaluationStopped:
             self._interrupt()
         except EvaluationError as error:
             self._fail(f"step {step}: {error}; if the weights diverged: {self.cause}")
         self.progress.seconds += time.monotonic() - began
-        self.progress.last_eval_step, self._evaluated = step, metrics
-        self.recorder.evaluation(step, metrics)
+        self.progress.last_eval_step, self._evaluated = step, found.metrics
+        self.recorder.evaluation(step, found.metrics)
         if self.engine.is_final_form():
-            stopping = self.best.update(metrics, self.engine.weights, self.progress)
+            stopping = self.best.update(found.metrics, self.engine.weights, self.progress)
+            if self.progress.best_step == step:
+                self.predictions = found.predictions
             if stopping:
                 self.recorder.display.say(stopping)
         self._window_start += time.monotonic() - began

@@ -32,14 +32,18 @@ _RUN_TYPES: dict[str, Any] = {
 
 def read_record(output_dir: Path) -> dict[str, Any]:
     """The contents of run.json; empty if there is no such file, or if it is not a JSON object."""
-    file = output_dir / "run.json"
+    return read_json(output_dir / "run.json")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in ``file``; empty if there is no such file, or if it has none."""
     try:
         if not file.is_file():  # reading from a pipe might never end
             return {}
-        run = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return run if isinstance(run, dict) else {}
+    return found if isinstance(found, dict) else {}
 
 
 def read_run(output_dir: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from lorakit.distributed.group import is_main
 from lorakit.distributed.processes import failures_reported, gather, run_on_main
 from lorakit.distributed.strategy import Strategy
 from lorakit.errors import Interrupted, UserError
+from lorakit.evaluation.evaluate import EvalData
 from lorakit.io.atomic import writing
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.export import write_recipe
@@ -39,6 +40,7 @@ from lorakit.training.output_dir import (
     none_to_resume,
     rows_read_before,
 )
+from lorakit.training.prediction_samples import PREDICTIONS_JSON, write_predictions
 from lorakit.training.record import RunRecord, describe_hardware, new_record, rank_table
 from lorakit.training.same_run import chat_template_digest
 from lorakit.training.setup import Prepared
@@ -114,6 +116,7 @@ class Session:
                 say(rank_table(ranks))
             adapter_dir = output_dir / "adapter"
             run_on_main(lambda: _export(prepared, adapter_dir, record, guard, say))
+            run_on_main(lambda: _save_predictions(output_dir, prepared.evaluation, loop, say))
         if warning:
             say(f"warning: {warning}")
         return RunResult(record.metrics, adapter_dir, output_dir, record.steps, record.diverged)
@@ -169,6 +172,15 @@ def _export(
         guard.check()
     with writing(adapter_dir):
         export_adapter(prepared, adapter_dir, record, say)
+
+
+def _save_predictions(output_dir: Path, data: EvalData | None, loop: Loop, say: Say) -> None:
+    if data is None:
+        return
+    try:
+        write_predictions(output_dir, data, loop.predictions, loop.progress.best_step)
+    except UserError as error:  # the code of a user's task; the run itself is complete
+        say(f"warning: {PREDICTIONS_JSON}: not written: {error}")
 
 
 def _resume(loop: Loop, start: Start, recipe: Recipe, say: Say) -> None:

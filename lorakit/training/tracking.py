@@ -159,7 +159,8 @@ class Recorder:
     def log(self, line: dict[str, Any]) -> None:
         self._metrics.write(line)
         self.display.log(line)
-        self._track({key: v for key, v in line.items() if key != "step"}, line["step"])
+        scalars = {key: v for key, v in line.items() if key not in ("step", "ranks")}
+        self._track(scalars, line["step"])
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         self._metrics.write({"step": step, "eval": metrics})

@@ -109,6 +109,32 @@ def test_ranks_sum_to_the_budget_and_are_shown(done: tuple[Path, list[str]]) -> 
     assert rows[3][-1] == "8"
 
 
+def test_log_lines_have_the_ranks_that_an_allocation_chose(done: tuple[Path, list[str]]) -> None:
+    lines, record = log_lines(done[0]), run_json(done[0])
+    assert [line["step"] for line in lines if "ranks" in line] == [9, 12, 15, 18, 21, 22]
+    for line in lines:
+        assert sum(line.get("ranks", [line["budget"]])) == line["budget"]
+    last = [line["ranks"] for line in lines if "ranks" in line][-1]
+    assert last == [entry["rank"] for entry in record["ranks"]]
+    names = [module["name"] for module in record["adapted_modules"]]
+    assert names == [entry["module"] for entry in record["ranks"]]
+
+
+def test_a_log_line_of_several_steps_has_the_ranks_of_the_last(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Also after a resume between two log lines."""
+    recipe = adalora_recipe(
+        tmp_path, tiny_llama, train__log_every_steps=7, train__save_every_steps=16
+    )
+    output = Path(recipe.train.output_dir)
+    train(recipe)
+    whole = learning(output)
+    assert [line["step"] for line in whole if "ranks" in line] == [14, 21, 28]
+    train(recipe, resume=str(output / "checkpoints" / "step-16"))
+    assert learning(output) == whole
+
+
 def test_the_adapter_holds_exactly_the_budget(done: tuple[Path, list[str]]) -> None:
     tensors = load_file(done[0] / "adapter" / "adapter_model.safetensors")
     lambdas = [value for name, value in tensors.items() if "lora_E" in name]

@@ -80,6 +80,9 @@ class Engine(Protocol):
     def log_values(self) -> dict[str, float]:
         """The last step's values that the host has: ``learning_rate``, and the method's."""
 
+    def changed_ranks(self, steps: int) -> Tensor | None:
+        """The ranks on the device, if the last ``steps`` steps have chosen them."""
+
     def is_final_form(self) -> bool:
         """Whether the method has reached its final form, so that the weights may be the result."""
 

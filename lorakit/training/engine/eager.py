@@ -133,6 +133,9 @@ class EagerEngine:
         rate = float(self.scheduler.get_last_lr()[0])
         return {"learning_rate": rate, **self.hooks.logged(self.steps, self.optimizer)}
 
+    def changed_ranks(self, steps: int) -> Tensor | None:
+        return self.hooks.changed_ranks(self.steps - steps + 1, self.steps)
+
     def is_final_form(self) -> bool:
         return self.hooks.is_final_form(self.steps)
 
