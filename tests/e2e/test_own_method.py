@@ -70,7 +70,7 @@ def test_its_length_and_the_contract(name: str) -> None:
 
 def test_the_method_written_in_the_document(in_tmp: Path) -> None:
     document = (EXAMPLES.parent / "own-method.md").read_text()
-    (code,) = re.findall(r"^```python\n(.*?)^```$", document, re.MULTILINE | re.DOTALL)
+    code, *_ = re.findall(r"^```python\n(.*?)^```$", document, re.MULTILINE | re.DOTALL)
     Path("row_scale.py").write_text(code)
     results = check_method("./row_scale.py:RowScale")
     assert {result.module for result in results} == {"linear", "conv1d"}

@@ -1,0 +1,94 @@
+"""README.md and docs/, run page by page: each block in order, on tiny models.
+
+Slow: scripts/soak.sh -k doc_runs. What is not run says why, in the page or in ``PROGRAMS``, and is counted.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import lorakit
+from lorakit.cli.main import run
+from tests.shipped import doc_sandbox
+from tests.shipped.doc_blocks import PAGES, PROGRAMS, SHELL, Block, blocks
+
+#: Pages that train runs/chat themselves.
+TRAIN_CHAT = ("README.md", "docs/index.md")
+RUN_HERE = [
+    page for page in PAGES
+    if any(not b.reason and b.language in (*SHELL, "console", "python") for b in blocks(page))
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_bert: Path) -> Path:
+    folder = tmp_path_factory.mktemp("documentation")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        doc_sandbox.build(folder, tiny_llama, tiny_bert)
+    return folder
+
+
+def prepare(page: str) -> dict[str, Any]:
+    """Make what a page takes for granted; return the names that its Python blocks use."""
+    if page in TRAIN_CHAT:
+        shutil.rmtree("runs/chat")
+    if page == "docs/predict.md":
+        lorakit.merge("models/all-minilm-l6-v2", "runs/reviews/adapter", "merged")
+    if page == "docs/papers.md":
+        for number in (1, 2):
+            member = (
+                Path("runs/papers/lora-figures-3-4/members") / ("r8-seed1", "r64-seed2")[number - 1]
+            )
+            shutil.copytree(f"runs/seed-{number}", member)
+    if page == "docs/lm-evaluation-harness.md":
+        pytest.importorskip("lm_eval", reason="needs lorakit[harness]")
+    model = torch.nn.ModuleDict({"q": torch.nn.Linear(8, 8), "v": torch.nn.Linear(8, 8)})
+    return {"any_module": model, "model": model, "torch": torch}
+
+
+def run_shell(block: Block) -> None:
+    for program, *arguments in block.commands():
+        if program != "lorakit":
+            assert program in PROGRAMS, f"{block}: {program}"
+            continue
+        if ">" in arguments:
+            arguments = arguments[: arguments.index(">")]
+        assert run(arguments) == 0, f"{block}: lorakit {' '.join(arguments)}"
+
+
+def run_block(block: Block, names: dict[str, Any]) -> None:
+    if block.file:
+        Path(block.file).parent.mkdir(parents=True, exist_ok=True)
+        Path(block.file).write_text(block.body, encoding="utf-8")
+    elif block.language == "yaml":
+        if "model" in yaml.safe_load(block.body):
+            Path("recipe.yaml").write_text(block.body, encoding="utf-8")
+    elif block.language == "python":
+        exec(compile(block.body, str(block), "exec"), names)
+    elif block.language in (*SHELL, "console"):
+        run_shell(block)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", RUN_HERE)
+def test_the_blocks_of_a_page_run(
+    page: str, sandbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = shutil.copytree(sandbox, tmp_path / "work", symlinks=True)
+    monkeypatch.chdir(work)
+    for key, value in doc_sandbox.VARIABLES.items():
+        monkeypatch.setenv(key, value)
+    names = prepare(page)
+    for block in blocks(page):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("one two\n"))
+        if not block.reason:
+            run_block(block, names)
