@@ -196,6 +196,14 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def still_bert(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write the tiny encoder without dropout."""
+    from tests.training.runs import without_dropout
+
+    return without_dropout(tiny_bert, tmp_path_factory.mktemp("still"))
+
+
 def _byte_tokenizer(special: list[str]) -> Any:
     """Return a tokenizer with one token per byte, so that every text round-trips."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
