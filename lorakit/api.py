@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     )
     from lorakit.openmp import yield_cores
     from lorakit.pipeline.evaluation import evaluate, evaluate_split, load_for_generation
+    from lorakit.pipeline.local_paths import path_faults
     from lorakit.pipeline.predict import predict
     from lorakit.pipeline.predictions import SplitEvaluation, prediction_lines, score_predictions
     from lorakit.pipeline.preview import DescribedRow, Piece, Preview, preview
@@ -89,6 +90,7 @@ _MODULES = {
     ),
     "lorakit.openmp": ("yield_cores",),
     "lorakit.pipeline.evaluation": ("evaluate", "evaluate_split", "load_for_generation"),
+    "lorakit.pipeline.local_paths": ("path_faults",),
     "lorakit.pipeline.predict": ("predict",),
     "lorakit.pipeline.predictions": ("SplitEvaluation", "prediction_lines", "score_predictions"),
     "lorakit.pipeline.preview": ("DescribedRow", "Piece", "Preview", "preview"),
@@ -151,6 +153,7 @@ __all__ = [
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "merge",
+    "path_faults",
     "plan_sweep",
     "predict",
     "prediction_lines",

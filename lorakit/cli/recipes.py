@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,10 +30,10 @@ _Check = Annotated[
 
 
 def validate(recipes: _RecipeFiles, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Check recipes without loading a model.
+    """Check recipes, and that their files exist, without loading a model or data.
 
     Reports all problems at once, and prints a line for each valid recipe. The exit code is 2 if any
-    recipe is invalid.
+    recipe is invalid. Names on the Hub are not looked up.
 
     Example: lorakit validate recipes/*.yaml --set train.seed=1
     """
@@ -56,11 +56,12 @@ def validate(recipes: _RecipeFiles, overrides: Overrides = None, as_json: AsJson
 
 
 def _check(path: Path, overrides: list[str] | None) -> tuple[Recipe | None, tuple[Problem, ...]]:
+    from lorakit.api import path_faults
     from lorakit.recipe.load import load_recipe
 
     try:
         with only_results():
-            return load_recipe(path, overrides, say=say), ()
+            return load_recipe(path, overrides, say=say, check=path_faults), ()
     except RecipeError as error:
         return None, error.problems
 
@@ -103,7 +104,10 @@ def schema() -> None:
 
 
 def methods(check: _Check = None, as_json: AsJson = False) -> None:
-    """List the methods for adapter.method, or check one.
+    """List the methods for adapter.method, their usual learning rates and papers, or check one.
+
+    The lower of the two learning rates is for models of billions of parameters, the higher one for
+    small models.
 
     --check runs the contract of methods on tiny random models: the output is unchanged at the
     start, gradients reach the method's parameters only, a saved adapter loads bit for bit, the
@@ -119,9 +123,32 @@ def methods(check: _Check = None, as_json: AsJson = False) -> None:
     if check is not None:
         _check_method(check, as_json)
         return
-    _list({name: method.summary for name, method in registry.methods().items()}, as_json)
-    if not as_json:
-        say("or a file: ./FILE.py:CLASS")
+    facts = [_method_facts(method) for method in registry.methods().values()]
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    rates = [" to ".join(map(_short, fact["usual_learning_rates"] or ())) for fact in facts]
+    _print_table([
+        (fact["name"], fact["summary"], rate, fact["source"] or "")
+        for fact, rate in zip(facts, rates, strict=True)
+    ])  # fmt: skip
+    say("or a file: ./FILE.py:CLASS; learning rates: of large models to small ones")
+
+
+def _method_facts(method: Any) -> dict[str, Any]:
+    rates = method.Config.usual_learning_rates
+    return {
+        "name": method.name,
+        "summary": method.summary,
+        "source": method.source or None,
+        "url": f"https://arxiv.org/abs/{method.arxiv}" if method.arxiv else None,
+        "usual_learning_rates": None if rates is None else list(rates),
+    }
+
+
+def _short(rate: float) -> str:
+    """``2e-4`` for 0.0002."""
+    return f"{rate:.0e}".replace("e-0", "e-")
 
 
 def _check_method(name: str, as_json: bool) -> None:
@@ -148,22 +175,33 @@ def _check_method(name: str, as_json: bool) -> None:
 
 
 def tasks(as_json: AsJson = False) -> None:
-    """List the tasks for task.name.
+    """List the tasks for task.name, with their papers; with --json, also the columns of their rows.
 
     A task may also be a file, ./FILE.py:CLASS or ./FILE.yaml: see docs/user-task.md.
 
     Example: lorakit tasks --json
     """
-    _list({name: task.summary_of(name) for name, task in registry.tasks().items()}, as_json)
-    if not as_json:
-        say("or a file: ./FILE.py:CLASS, ./FILE.yaml")
-
-
-def _list(summaries: Mapping[str, str], as_json: bool) -> None:
+    facts = [_task_facts(name, task) for name, task in registry.tasks().items()]
     if as_json:
-        listed = [{"name": name, "summary": summary} for name, summary in summaries.items()]
-        typer.echo(json.dumps(listed, indent=2))
+        typer.echo(json.dumps(facts, indent=2))
         return
-    width = max(map(len, summaries), default=0)
-    for name, summary in summaries.items():
-        typer.echo(f"{name:<{width}}  {summary}")
+    _print_table([(fact["name"], fact["summary"], fact["source"] or "") for fact in facts])
+    say("or a file: ./FILE.py:CLASS, ./FILE.yaml")
+
+
+def _task_facts(name: str, task: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "summary": task.summary_of(name),
+        "source": task.source_of(name) or None,
+        "model": task.kind,
+        "columns": [list(columns) for columns in task.needed_columns(name)],
+    }
+
+
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    """Print rows of equal length, with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        typer.echo("  ".join(cells).rstrip())

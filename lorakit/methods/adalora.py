@@ -52,6 +52,8 @@ class AdaLoraConfig(AdapterSection):
     implementations, for which the gammas of the paper's tables were chosen.
     """
 
+    #: Five times LoRA's: at first only the lambdas change W, through a P and a Q of small entries.
+    usual_learning_rates: ClassVar = (1e-3, 5e-3)
     method: str = "adalora"
     target_r: Rank = 8
     init_r: Rank = 12
@@ -87,7 +89,9 @@ class AdaLoraConfig(AdapterSection):
 
 class AdaLora(Lora):
     name = "adalora"
-    summary = "W + P Lambda Q; the rank of each matrix is chosen while training (Zhang et al. 2023)"
+    summary = "W + P Lambda Q, ranks learned"
+    source = "Zhang et al. 2023"
+    arxiv = "2303.10512"
     Config: ClassVar[type[AdapterSection]] = AdaLoraConfig
     kinds = frozenset({"linear", "conv1d", "slice", "parameter"})
     peft_type = "ADALORA"

@@ -84,6 +84,9 @@ class Method:
 
     name: ClassVar[str]
     summary: ClassVar[str] = ""
+    #: The paper that a built-in method is from, as ``Author YEAR``, and its number on arXiv.
+    source: ClassVar[str] = ""
+    arxiv: ClassVar[str] = ""
     Config: ClassVar[type[AdapterSection]]
     if TYPE_CHECKING:
         Layer: ClassVar[type[AdapterLayer]]

@@ -16,6 +16,8 @@ class BitFitConfig(FullConfig):
     """``target_modules``: null for all biases of the model, including those of norms, or modules
     whose biases are trained (the paper's subset: q and the first layer of the MLP)."""
 
+    #: Biases are few and need large changes.
+    usual_learning_rates: ClassVar = (4e-4, 2e-3)
     method: str = "bitfit"
 
 
@@ -23,7 +25,9 @@ class BitFit(Full):
     """y = W x + b with only b trained; saved in the format of ``full``."""
 
     name = "bitfit"
-    summary = "only the biases of the base are trained (Ben Zaken et al. 2021)"
+    summary = "only the biases are trained"
+    source = "Ben Zaken et al. 2021"
+    arxiv = "2106.10199"
     Config: ClassVar[type[AdapterSection]] = BitFitConfig
     peft_type = "BITFIT"
 

@@ -26,7 +26,9 @@ class DoraConfig(LoraConfig):
 
 class Dora(Lora):
     name = "dora"
-    summary = "W' = m * (W + s B A) / ||W + s B A||, each row's m trained (Liu et al. 2024)"
+    summary = "rows of W + s B A rescaled to m"
+    source = "Liu et al. 2024"
+    arxiv = "2402.09353"
     Config: ClassVar[type[AdapterSection]] = DoraConfig
     kinds = Lora.kinds - {"parameter"}
 

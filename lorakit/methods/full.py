@@ -22,6 +22,8 @@ class FullConfig(AdapterSection):
     FT-Top2 of the LoRA paper (section 5.1).
     """
 
+    #: All of W moves, not a product of small factors, so a tenth of LoRA's or less.
+    usual_learning_rates: ClassVar = (1e-5, 1e-4)
     method: str = "full"
     target_modules: TextList | None = None  # type: ignore[assignment]
 
@@ -36,7 +38,7 @@ class Full(Method):
     """
 
     name = "full"
-    summary = "every parameter of the base is trained"
+    summary = "every parameter is trained"
     Config: ClassVar[type[AdapterSection]] = FullConfig
     kinds: ClassVar[frozenset[str]] = frozenset()
     peft_type = "FULL"

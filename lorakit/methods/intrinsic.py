@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 class IntrinsicConfig(AdapterSection):
     """``d`` is the number of trained values, ``projection_seed`` the seed of P."""
 
+    #: A step changes each weight by about the learning rate, whatever d is.
+    usual_learning_rates: ClassVar = (1e-3, 5e-3)
     method: str = "intrinsic"
     d: Annotated[int, Field(gt=0, lt=2**31)] = 1000
     projection_seed: Seed = 0
@@ -48,9 +50,9 @@ class Intrinsic(Method):
     """
 
     name = "intrinsic"
-    summary = (
-        "W + P theta, P random and never stored, theta (d,) for all W (Aghajanyan et al. 2020)"
-    )
+    summary = "W + P theta, theta one vector"
+    source = "Li et al. 2018"
+    arxiv = "1804.08838"
     Config: ClassVar[type[AdapterSection]] = IntrinsicConfig
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
     peft_type = "INTRINSIC"

@@ -34,6 +34,8 @@ class LoraConfig(AdapterSection):
     ``LoraLayer.reset_parameters``.
     """
 
+    #: 2e-4 is common for models of 7B and 8B; MiniLM is best at 5e-4 to 1e-3 (docs/results.md).
+    usual_learning_rates: ClassVar = (2e-4, 1e-3)
     method: str = "lora"
     r: Rank = 8
     lora_alpha: LoraAlpha = 16
@@ -57,7 +59,9 @@ class LoraConfig(AdapterSection):
 
 class Lora(Method):
     name = "lora"
-    summary = "y = W x + (lora_alpha / r) B A x, W frozen (Hu et al. 2021)"
+    summary = "W x + (lora_alpha / r) B A x"
+    source = "Hu et al. 2021"
+    arxiv = "2106.09685"
     Config: ClassVar[type[AdapterSection]] = LoraConfig
     kinds = frozenset({"linear", "conv1d", "embedding", "slice", "parameter"})
     peft_type = "LORA"

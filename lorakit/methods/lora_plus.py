@@ -28,6 +28,8 @@ class LoraPlusConfig(LoraConfig):
     of both factors of adapted embeddings; null means ``train.learning_rate``, and is the default
     for a ratio of 1."""
 
+    #: A fifth of LoRA's: this is the rate of A, and B's is loraplus_lr_ratio times that.
+    usual_learning_rates: ClassVar = (4e-5, 2e-4)
     method: str = "lora_plus"
     loraplus_lr_ratio: PositiveFloat | Literal["auto"] = 16.0
     loraplus_lr_embedding: PositiveFloat | None = 1e-6
@@ -48,7 +50,9 @@ class LoraPlusConfig(LoraConfig):
 
 class LoraPlus(Lora):
     name = "lora_plus"
-    summary = "LoRA with B's learning rate loraplus_lr_ratio times A's (Hayou et al. 2024)"
+    summary = "LoRA, B learns 16 times as fast"
+    source = "Hayou et al. 2024"
+    arxiv = "2402.12354"
     Config: ClassVar[type[AdapterSection]] = LoraPlusConfig
 
     def param_groups(

@@ -26,7 +26,9 @@ class MosLoraConfig(LoraConfig):
 
 class MosLora(Lora):
     name = "moslora"
-    summary = "y = W x + (lora_alpha / r) B M A x, M (r, r) a trained mixer (Wu et al. 2024)"
+    summary = "LoRA with a trained mixer: B M A"
+    source = "Wu et al. 2024"
+    arxiv = "2406.11909"
     Config: ClassVar[type[AdapterSection]] = MosLoraConfig
     kinds = Lora.kinds - {"parameter"}
     folds = True

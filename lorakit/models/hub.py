@@ -44,10 +44,11 @@ def other_content(path: Path) -> str | None:
 
 
 def is_missing_path(name: str) -> bool:
-    """Whether ``name`` can only be a path, because no Hub id looks like it, and does not exist."""
+    """Whether ``name`` can only be a path, because no Hub id looks like it, and does not exist.
+    ``models/`` is a page of the Hub, so that nobody's models have names that start with it."""
     path = Path(name)
-    local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or "\\" in name
-    return local and not path.exists()
+    local = path.is_absolute() or name.startswith((".", "~", "models/"))
+    return (local or name.count("/") > 1 or "\\" in name) and not path.exists()
 
 
 def hub_resolves() -> bool:
@@ -76,7 +77,7 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     name = section.name_or_path
-    _check_location(name)
+    check_location(name)
     with explained(name), quiet():
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, **hub_options(section))
     with suppress(ValueError):  # several text parts: check_kind refuses such a model
@@ -87,7 +88,8 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
     return config
 
 
-def _check_location(name: str) -> None:
+def check_location(name: str) -> None:
+    """Raise ModelError for a file, a directory without a model, and a path that does not exist."""
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
         content = other_content(path)

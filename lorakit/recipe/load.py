@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +42,9 @@ from lorakit.user_code import locate_error
 
 #: Receives one note at a time.
 Say = Callable[[str], None]
+#: Returns further faults of the sections model, adapter, task and train. A section is None if it
+#: cannot be read, and lacks the keys that are not valid.
+Check = Callable[[Section | None, Section | None, Section | None, Section | None], Iterable[Fault]]
 
 #: The class of each section; methods and tasks have subclasses.
 _SECTIONS: dict[str, type[Section]] = {
@@ -62,6 +65,7 @@ def load_recipe(
     *,
     without: Collection[str] = (),
     say: Say = _be_silent,
+    check: Check = lambda *sections: (),
 ) -> Recipe:
     """Load and check a recipe file.
 
@@ -69,9 +73,9 @@ def load_recipe(
     (``{"train.seed": 1}``) or a list as after ``--set`` (``["train.seed=1"]``). An override
     replaces a key of the file that excludes it: ``train.max_steps`` replaces ``epochs``, and
     ``say`` gets a line about it. Keys of the file that are in ``without`` (``adapter.r``) are left
-    out. Raises RecipeError with all problems at once.
+    out. ``check`` finds further faults. Raises RecipeError with all problems at once.
     """
-    return _load(path, overrides, without, say)[0]
+    return _load(path, overrides, without, say, check)[0]
 
 
 @contextmanager
@@ -97,7 +101,11 @@ def open_recipe(
 
 
 def _load(
-    path: str | Path, overrides: Overrides | None, without: Collection[str], say: Say
+    path: str | Path,
+    overrides: Overrides | None,
+    without: Collection[str],
+    say: Say,
+    check: Check = lambda *sections: (),
 ) -> tuple[Recipe, YamlFile]:
     source = read_yaml(Path(path))
     if "recipe" in source.data and {"grid", "members"} & set(source.data):
@@ -117,6 +125,7 @@ def _load(
     faults += check_sections(
         model.partial, adapter.partial, task.partial, train.partial, task.task_kind
     )
+    faults += check(model.partial, adapter.partial, task.partial, train.partial)
     problems = sorted([*source.problems, *_located(faults, source)], key=_by_line)
     problems += task.problems
     if problems:

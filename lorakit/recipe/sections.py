@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -101,8 +101,12 @@ class AdapterSection(Section):
     ``target_modules`` is then empty by default.
     ``modules_to_save`` are fully trained and saved with the adapter. ``init_from`` is an adapter
     whose values a new run starts from; keys that are not set are then those of the adapter.
+
+    ``usual_learning_rates`` is no key: the rates that suit a method, that for models of billions of
+    parameters first and that for small ones second; None if they are unknown.
     """
 
+    usual_learning_rates: ClassVar[tuple[float, float] | None] = None
     method: Annotated[Text, BeforeValidator(_as_text)] = "lora"
     target_parameters: _MaybeEmpty = []
     target_modules: _MaybeEmpty = ["q", "v"]

@@ -45,7 +45,7 @@ class Auto(FormattedTask):
     ``chosen`` returns, and its resolved recipe names that task."""
 
     names = ("auto",)
-    summary = "chat, completion or text, depending on the columns"
+    summary = "picks chat, completion or text"
     Config = AutoConfig
     kind = "causal"
     formats = tuple(_TASKS)

@@ -79,12 +79,13 @@ class GenerationSection(TaskSection):
 class Task(ABC):
     """A family of tasks. ``config`` is always an instance of the task's ``Config``.
 
-    ``lorakit tasks`` lists ``names`` and ``summary``; a user task is named by its file and needs
-    neither.
+    ``lorakit tasks`` lists ``names``, ``summary`` and ``source``, the paper as ``Author YEAR``; a
+    user task is named by its file and needs none of them.
     """
 
     names: ClassVar[tuple[str, ...]] = ()
     summary: ClassVar[str] = ""
+    source: ClassVar[str] = ""
     Config: ClassVar[type[TaskSection]]
     kind: ClassVar[Literal["causal", "encoder"]]
     #: A hash of the file that defines a user task; empty for built-in tasks.
@@ -93,6 +94,14 @@ class Task(ABC):
     def summary_of(self, name: str) -> str:
         """The summary of the task called ``name``, which is one of ``names``."""
         return self.summary
+
+    def source_of(self, name: str) -> str:
+        """The source of the task called ``name``."""
+        return self.source
+
+    def needed_columns(self, name: str) -> tuple[tuple[str, ...], ...]:
+        """The columns that rows of the task called ``name`` have by default, as alternatives."""
+        return (self.columns(self.Config(name=name)),)
 
     def hub_source(self, config: Any) -> tuple[str, str | None] | None:
         """The Hub data set and its configuration to read when ``config.path`` is null: those that

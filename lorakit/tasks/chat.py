@@ -78,7 +78,7 @@ class Chat(FormattedTask):
     """
 
     names = ("chat",)
-    summary = "messages through the model's chat template, loss on the assistant's messages"
+    summary = "chats, with the loss on the answers"
     Config = ChatConfig
     kind = "causal"
     formats = ("messages", "sharegpt", "alpaca", "prompt_completion")

@@ -171,7 +171,7 @@ class ClassificationConfig(TaskSection):
 
 class Classification(LabelledTask):
     names = ("classification",)
-    summary = "classification or regression of texts or pairs of texts, in your own columns"
+    summary = "label or number of a text or pair"
     Config = ClassificationConfig
 
     def column_key(self, config: Any, column: str) -> str | None:

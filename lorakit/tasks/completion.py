@@ -106,7 +106,7 @@ class CompletionConfig(GenerationSection):
 
 class Completion(FormattedTask):
     names = ("completion",)
-    summary = "completion of a prompt, loss on the completion and its EOS; exact match"
+    summary = "completion of a prompt; exact match"
     Config = CompletionConfig
     kind = "causal"
     formats = ("prompt_completion", "alpaca")

@@ -45,7 +45,8 @@ class E2eNlgConfig(GenerationSection):
 
 class E2eNlg(Task):
     names = ("e2e_nlg",)
-    summary = "E2E NLG challenge: a sentence from a meaning representation"
+    summary = "a restaurant described from facts"
+    source = "Novikova et al. 2017"
     Config = E2eNlgConfig
     kind = "causal"
 

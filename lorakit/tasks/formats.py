@@ -100,6 +100,9 @@ class FormattedTask(Task):
             return super().column_key(config, column)
         return None if config.format == "auto" else "format"
 
+    def needed_columns(self, name: str) -> tuple[tuple[str, ...], ...]:
+        return tuple(FORMATS[found].required for found in self.formats)
+
     def format_of(self, columns: Sequence[str], config: Any) -> Format:
         """The format of rows whose columns the config does not name. Raises DataError."""
         if config.format != "auto":
@@ -153,7 +156,7 @@ class TextConfig(TaskSection):
 
 class PlainText(FormattedTask):
     names = ("text",)
-    summary = "plain text, loss on every token and the EOS"
+    summary = "plain text, loss on every token"
     Config = TextConfig
     kind = "causal"
     formats = ("text",)

@@ -41,6 +41,19 @@ _LABELLINGS = {
     "wnli": _classes(_BOTH, ("not_entailment", "entailment")),
 }
 
+#: What is predicted, and the paper that the data set is from.
+_ABOUT = {
+    "cola": ("is the sentence grammatical", "Warstadt et al. 2019"),
+    "sst2": ("is the review positive", "Socher et al. 2013"),
+    "mrpc": ("do both sentences say the same", "Dolan, Brockett 2005"),
+    "qqp": ("are both questions the same", "Iyer et al. 2017"),
+    "stsb": ("similarity of sentences, 0 to 5", "Cer et al. 2017"),
+    "mnli": ("entailment, neutral, contradiction", "Williams et al. 2018"),
+    "qnli": ("does the sentence answer it", "Rajpurkar et al. 2016"),
+    "rte": ("is the second sentence entailed", "Dagan et al. 2005"),
+    "wnli": ("is the pronoun resolved correctly", "Levesque et al. 2012"),
+}
+
 
 class GlueConfig(TaskSection):
     """No additional keys. ``path`` null reads the Hub's ``nyu-mll/glue``."""
@@ -48,16 +61,15 @@ class GlueConfig(TaskSection):
 
 class Glue(LabelledTask):
     names = tuple(f"glue/{name}" for name in _LABELLINGS)
-    summary = "GLUE: classification of sentences and sentence pairs (stsb: regression)"
+    summary = "classes of sentences and of pairs (stsb: a number)"
+    source = "Wang et al. 2018"
     Config = GlueConfig
 
     def summary_of(self, name: str) -> str:
-        where = _LABELLINGS[name.removeprefix("glue/")]
-        labels = f"{where.minimum:g} to {where.maximum:g}"
-        if where.labels is not None:
-            labels = " or ".join(where.labels)
-        columns = " and ".join(filter(None, (where.text, where.pair)))
-        return f"GLUE: {labels}, from {columns}; {', '.join(where.metrics)}"
+        return _ABOUT[name.removeprefix("glue/")][0]
+
+    def source_of(self, name: str) -> str:
+        return _ABOUT[name.removeprefix("glue/")][1]
 
     def labelling(self, config: Any) -> Labelling:
         return _LABELLINGS[_short(config)]

@@ -58,7 +58,7 @@ class TokenClassificationConfig(TaskSection):
 
 class TokenClassification(Task):
     names = ("token_classification",)
-    summary = "tags of words: named entities (scored as seqeval does), parts of speech"
+    summary = "tags of words, such as entities"
     Config = TokenClassificationConfig
     kind = "encoder"
 

@@ -57,7 +57,8 @@ class WikiSqlConfig(GenerationSection):
 
 class WikiSql(Task):
     names = ("wikisql",)
-    summary = "SQL from a question and a table header; logical-form and execution accuracy"
+    summary = "SQL from a question about a table"
+    source = "Zhong et al. 2017"
     Config = WikiSqlConfig
     kind = "causal"
 

@@ -12,6 +12,7 @@ import pytest
 
 from lorakit.cli.main import run
 
+DATA = "data.jsonl"
 REPO = Path(__file__).resolve().parents[2]
 GOOD = """\
 model:
@@ -185,11 +186,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.delenv("LORAKIT_NO_SUCH", raising=False)
+    Path(DATA).write_text('{"prompt": "a", "completion": "b"}\n')
     return tmp_path
 
 
 def names_in(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir()]
+    return [path.name for path in folder.iterdir() if path.name != DATA]
 
 
 def test_the_unchanged_recipes_are_valid(folder: Path) -> None:

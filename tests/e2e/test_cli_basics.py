@@ -43,6 +43,7 @@ def process(*arguments: str, cwd: Path, **extra: str) -> subprocess.CompletedPro
 def good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "good.yaml").write_text(GOOD)
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     return tmp_path / "good.yaml"
 
 
@@ -129,6 +130,36 @@ def test_lists(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     listed = json.loads(capsys.readouterr().out)
     assert [item["name"] for item in listed] == names
     assert all(item["summary"] for item in listed)
+
+
+@pytest.mark.parametrize("command", ["methods", "tasks"])
+def test_lists_fit_80_columns_and_have_the_facts_of_the_json(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run([command]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert cli.run([command, "--json"]) == 0
+    for line, facts in zip(lines, json.loads(capsys.readouterr().out), strict=True):
+        assert facts["summary"] in line
+        assert (facts["source"] or "") in line
+        for rate in facts.get("usual_learning_rates", ()):
+            assert rate in [float(word) for word in line.split() if re.fullmatch(r"\de-\d", word)]
+
+
+def test_the_json_of_methods_has_links_and_that_of_tasks_columns(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.run(["methods", "--json"]) == 0
+    methods = {item["name"]: item for item in json.loads(capsys.readouterr().out)}
+    assert methods["lora"]["url"] == "https://arxiv.org/abs/2106.09685"
+    assert methods["full"]["url"] is None
+    assert methods["lora"]["usual_learning_rates"] == [2e-4, 1e-3]
+    assert cli.run(["tasks", "--json"]) == 0
+    tasks = {item["name"]: item for item in json.loads(capsys.readouterr().out)}
+    assert tasks["glue/mnli"]["columns"] == [["premise", "hypothesis", "label"]]
+    assert ["messages"] in tasks["chat"]["columns"]
+    assert (tasks["chat"]["model"], tasks["glue/mnli"]["model"]) == ("causal", "encoder")
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ train: {output_dir: runs/x}
 def own(in_tmp: Path) -> Path:
     (in_tmp / "own.py").write_text(METHOD)
     (in_tmp / "recipe.yaml").write_text(RECIPE)
+    (in_tmp / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     return in_tmp / "own.py"
 
 

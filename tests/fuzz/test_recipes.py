@@ -55,6 +55,11 @@ def test_mutated_recipes(
     recipes = [file.read_text(encoding="utf-8") for file in sorted(SHIPPED.glob("*.yaml"))]
     file = in_tmp / "recipe.yaml"
     file.touch()
+    for name in ("all-minilm-l6-v2", "smollm2-135m-instruct"):  # the recipes' local paths
+        (in_tmp / "models" / name).mkdir(parents=True)
+        (in_tmp / "models" / name / "config.json").write_text("{}")
+    (in_tmp / "data" / "wikisql-sample").mkdir(parents=True)
+    (in_tmp / "data" / "wikisql-sample" / "train.jsonl").write_text("{}\n")
     before = set(listing(in_tmp))
     codes = {0: 0, 2: 0}
 

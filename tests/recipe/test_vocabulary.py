@@ -57,5 +57,7 @@ def test_a_classifier_has_no_chats(in_tmp: Path, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize("line", ["add_tokens: <a>", "add_tokens: []", "chat_template: null"])
 def test_valid(line: str, in_tmp: Path) -> None:
+    (in_tmp / "data").mkdir()
+    (in_tmp / "data" / "train.jsonl").write_text('{"messages": []}\n')
     (in_tmp / "recipe.yaml").write_text(RECIPE.format(line=line, task="chat"))
     assert run(["validate", "recipe.yaml"]) == 0

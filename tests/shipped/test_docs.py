@@ -126,6 +126,18 @@ def test_the_reference_has_every_method_and_task() -> None:
     assert set(registry.tasks()) <= set(tasks)
 
 
+def test_the_table_of_methods_has_their_sources_and_learning_rates() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \| .* \| (\S+) to (\S+) \|(.*)\|$", DOCS["docs/methods.md"], re.M
+    )
+    rates = {name: (float(low), float(high)) for name, low, high, _ in rows}
+    methods = registry.methods()
+    assert rates == {name: m.Config.usual_learning_rates for name, m in methods.items()}
+    for name, _, _, source in rows:
+        assert methods[name].source in source
+        assert methods[name].arxiv in source
+
+
 def test_the_readme_has_the_two_commands() -> None:
     for title, command in (("Quickstart", "scripts/quickstart.sh"), ("Tests", "scripts/test.sh")):
         assert f"## {title}\n\n```\nbash {command}\n```\n" in DOCS["README.md"]
