@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lorakit.io.atomic import write_text
     from lorakit.method_check import CheckResult, check_method
     from lorakit.methods.lora import LoraConfig
+    from lorakit.migration.convert import ConvertedRecipe, convert_recipe
     from lorakit.models.load import window
     from lorakit.nn import (
         Conv2d,
@@ -79,6 +80,7 @@ _MODULES = {
     "lorakit.io.atomic": ("write_text",),
     "lorakit.method_check": ("CheckResult", "check_method"),
     "lorakit.methods.lora": ("LoraConfig",),
+    "lorakit.migration.convert": ("ConvertedRecipe", "convert_recipe"),
     "lorakit.models.load": ("window",),
     "lorakit.nn": (
         "Conv2d",
@@ -112,6 +114,7 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
     "CheckResult",
     "Conv2d",
+    "ConvertedRecipe",
     "Decoding",
     "DescribedRow",
     "Embedding",
@@ -135,6 +138,7 @@ __all__ = [
     "chat_request",
     "check_method",
     "convert",
+    "convert_recipe",
     "counts_line",
     "data_files",
     "dry_run",

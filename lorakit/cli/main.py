@@ -21,6 +21,7 @@ from lorakit.api import locate_error, yield_cores
 from lorakit.cli.adapters import convert, merge
 from lorakit.cli.generate import generate
 from lorakit.cli.inspect import inspect
+from lorakit.cli.migration import convert_recipe
 from lorakit.cli.predict import predict
 from lorakit.cli.preview import preview
 from lorakit.cli.recipes import methods, schema, tasks, validate
@@ -55,11 +56,12 @@ for command in (
     inspect,
     preview,
     validate,
+    convert_recipe,
     schema,
     methods,
     tasks,
 ):
-    app.command(command.__name__.rstrip("_"))(command)
+    app.command(command.__name__.rstrip("_").replace("_", "-"))(command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -18,31 +18,21 @@ from pydantic import BaseModel, ValidationError
 
 from lorakit import registry
 from lorakit.errors import Problem, did_you_mean, nearest, shown
+from lorakit.recipe.peers import hints as peers
 from lorakit.recipe.sections import ModelSection, Recipe, TrainSection
 from lorakit.recipe.yaml_source import KeyPath, YamlFile, dotted, read_scalar
 
 #: The source that messages name for values from the command line or from ``overrides``.
 OVERRIDE = "--set"
 
-#: Common short names and those of other tools, which string similarity does not find.
+#: Common short names, which string similarity does not find; those of other tools are in ``peers``.
 SYNONYMS = {
     "rank": "r",
-    "lora_r": "r",
     "alpha": "lora_alpha",
     "dropout": "lora_dropout",
     "lr": "learning_rate",
     "bs": "per_device_batch_size",
     "train_batch_size": "per_device_batch_size",
-    "num_train_epochs": "epochs",
-    "num_epochs": "epochs",
-    "lr_scheduler_type": "lr_scheduler",
-    "max_seq_length": "max_length",
-    "cutoff_len": "max_length",
-    "base_model": "name_or_path",
-    "torch_dtype": "dtype",
-    "dataset": "path",
-    "lora_target": "target_modules",
-    "layers_to_transform": "layers",
 }
 
 _KINDS = {
@@ -261,27 +251,30 @@ def unknown_sections(data: Mapping[str, object]) -> list[Fault]:
     """Return a fault for each top-level key that is not a section."""
     known = tuple(Recipe.model_fields)
     faults = []
-    for key in data:
+    for key, value in data.items():
         if key in known:
             continue
-        place = _elsewhere(key, "")
-        near = nearest(key, known)
+        place = _elsewhere(key, "") or peers.hint(key, value)
+        near = None if place else nearest(key, known)
         hint = f" (did you mean {near!r}?)" if near else f"; {place}" if place else ""
         faults.append(Fault((key,), f"unknown section{hint}", allowed=", ".join(known)))
     return faults
 
 
 def unknown_key(section: str, key: str, value: object, known: Collection[str]) -> Fault:
-    """Return the fault of a key that ``section`` does not have, with the nearest known key."""
-    hint = _hint(section, key, known)
-    message = f"unknown key ({hint})" if hint else "unknown key"
-    return Fault((section, key), message, value, True, ", ".join(known))
+    """Return the fault of a key that ``section`` does not have: with what to write instead, or, if
+    nothing resembles it, with all keys that the section has."""
+    if hint := _hint(section, key, value, known):
+        return Fault((section, key), f"unknown key ({hint})", value, True)
+    return Fault((section, key), "unknown key", value, True, ", ".join(known))
 
 
-def _hint(section: str, key: str, known: Collection[str]) -> str | None:
+def _hint(section: str, key: str, value: object, known: Collection[str]) -> str | None:
     if place := _elsewhere(key, section):
         kin = [repr(name) for name in known if name.endswith(f"_{key}")]
         return f"did you mean {' or '.join(kin)}? {place}" if kin else place
+    if key not in SYNONYMS and (place := peers.hint(key, value)):
+        return place
     synonym = SYNONYMS.get(key, "")
     if synonym and synonym not in known and (place := _elsewhere(synonym, section)):
         return f"did you mean {synonym!r}? {place}"

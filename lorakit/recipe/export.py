@@ -58,6 +58,11 @@ def recipe_text(recipe: Recipe) -> str:
     return _dumped(sections)
 
 
+def sections_text(sections: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return YAML text of the given keys of each section, one key per line."""
+    return _dumped({name: _Block(_escaped(dict(keys))) for name, keys in sections.items()})
+
+
 def yaml_text(data: Mapping[str, Any]) -> str:
     """Return YAML text from which ``read_yaml`` and ``expand_environment`` read ``data``."""
     return _dumped(_escaped(dict(data)))
@@ -90,12 +95,21 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+class _Block(dict[str, Any]):
+    """A mapping that is written with a line per key, even if all values are scalars."""
+
+
+def _represent_block(dumper: _Dumper, data: _Block) -> yaml.MappingNode:
+    return dumper.represent_mapping("tag:yaml.org,2002:map", data, flow_style=False)
+
+
 def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
     plain = isinstance(read_scalar(text), str) and text.isprintable()
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
 
 
 _Dumper.add_representer(str, _represent_text)
+_Dumper.add_representer(_Block, _represent_block)
 
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"

@@ -24,6 +24,7 @@ from lorakit.recipe.diagnostics import (
     with_value,
 )
 from lorakit.recipe.overrides import Overrides, apply_overrides, drop_replaced
+from lorakit.recipe.peers.hints import tool_of
 from lorakit.recipe.sections import (
     AdapterSection,
     ModelSection,
@@ -110,6 +111,9 @@ def _load(
     source = read_yaml(Path(path))
     if "recipe" in source.data and {"grid", "members"} & set(source.data):
         message = f"a sweep, not a recipe; hint: lorakit sweep {path}"
+        raise RecipeError([Problem("", message, file=str(path))])
+    if tool := tool_of(source.data):
+        message = f"written for {tool}; hint: lorakit convert-recipe {path} --output recipe.yaml"
         raise RecipeError([Problem("", message, file=str(path))])
     for dropped in without:
         holder, _, key = dropped.partition(".")

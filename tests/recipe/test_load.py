@@ -216,13 +216,47 @@ def test_unknown_keys(write: Write, section: str, key: str, hint: str) -> None:
     assert problem.key == f"{section}.{key}"
     assert problem.message.startswith("unknown key (")
     assert hint in problem.message
-    assert problem.allowed
+    assert problem.allowed is None
 
 
 def test_a_key_without_suggestion_lists_the_known_keys(write: Write) -> None:
     problem = only(write(GOOD), ["model.zzz=1"])
     assert problem.message == "unknown key"
     assert "name_or_path" in (problem.allowed or "")
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "hint"),
+    [
+        ("adapter", "lora_r", 4, "use adapter.r: 4"),
+        ("model", "load_in_4bit", True, "use model.base_precision: nf4"),
+        ("train", "lora_alpha", 16, "it belongs under adapter"),
+        ("task", "warmup_steps", 5, "it belongs under train"),
+    ],
+)
+def test_keys_of_other_tools(
+    write: Write, section: str, key: str, value: object, hint: str
+) -> None:
+    problem = only(write(GOOD), {f"{section}.{key}": value})
+    assert (problem.message, problem.allowed) == (f"unknown key ({hint})", None)
+
+
+def test_a_key_of_another_tool_at_the_top(write: Write) -> None:
+    problem = only(write(GOOD + "num_epochs: 3\n"))
+    assert problem.message == "unknown section; use train.epochs: 3"
+
+
+@pytest.mark.parametrize(
+    ("text", "tool"),
+    [
+        ("base_model: m\nmicro_batch_size: 2\n", "Axolotl"),
+        ("model_name_or_path: m\nstage: sft\ncutoff_len: 9\n", "LLaMA-Factory"),
+    ],
+)
+def test_a_file_of_another_tool_is_one_problem(write: Write, text: str, tool: str) -> None:
+    problem = only(path := write(text))
+    hint = f"hint: lorakit convert-recipe {path} --output recipe.yaml"
+    assert problem.message == f"written for {tool}; {hint}"
 
 
 @pytest.mark.parametrize(
