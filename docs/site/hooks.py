@@ -10,7 +10,7 @@ from mkdocs.structure.files import File, Files
 
 _ROOT = Path(__file__).resolve().parents[2]
 #: Pages of the site that are at the top level of the repository.
-_TOP_LEVEL = ("CHANGELOG.md", "SECURITY.md")
+_TOP_LEVEL = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 _NAMED_FENCE = re.compile(r"^```(\w+) ([\w./-]+)$", re.MULTILINE)
 
 
@@ -18,7 +18,10 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the pages of the top level."""
     for name in _TOP_LEVEL:
         text = (_ROOT / name).read_text(encoding="utf-8")
-        files.append(File.generated(config, name.lower(), content=text.replace("](docs/", "](")))
+        text = text.replace("](docs/", "](")
+        for other in _TOP_LEVEL:
+            text = text.replace(f"]({other}", f"]({other.lower()}")
+        files.append(File.generated(config, name.lower(), content=text))
     return files
 
 

@@ -19,7 +19,7 @@ from lorakit.sweeps.sections import MemberSection, SweepSection
 REPO = Path(__file__).resolve().parents[2]
 DOCS = {
     str(path.relative_to(REPO)): path.read_text(encoding="utf-8")
-    for path in [REPO / "README.md", REPO / "CHANGELOG.md", *sorted((REPO / "docs").rglob("*.md"))]
+    for path in [*sorted(REPO.glob("*.md")), *sorted((REPO / "docs").rglob("*.md"))]
 }
 COMMANDS = {
     name: {option for parameter in command.params for option in parameter.opts}

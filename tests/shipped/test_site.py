@@ -30,7 +30,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_page_is_built(site: Path) -> None:
     pages = [Path(name) for name in DOCS if name.startswith("docs/") and name != "docs/index.md"]
-    for page in [*pages, Path("docs/changelog.md"), Path("docs/security.md")]:
+    others = [Path("docs") / name for name in ("changelog.md", "contributing.md", "security.md")]
+    for page in [*pages, *others]:
         assert (site / page.relative_to("docs").with_suffix("") / "index.html").is_file(), page
     assert not (site / "site").exists()
 
