@@ -13,7 +13,8 @@ import yaml
 from lorakit import load_recipe, registry
 from lorakit.api import load_sweep
 from lorakit.cli.main import app
-from lorakit.recipe.sections import ModelSection, TrainSection
+from lorakit.methods.lora import LoraConfig
+from lorakit.recipe.sections import AdapterSection, ModelSection, TrainSection
 from lorakit.sweeps.sections import MemberSection, SweepSection
 
 REPO = Path(__file__).resolve().parents[2]
@@ -107,7 +108,8 @@ def test_commands_and_options_exist(name: str) -> None:
 
 
 def test_the_reference_has_every_key_of_a_recipe() -> None:
-    text = DOCS["docs/recipe.md"] + DOCS["docs/methods.md"] + DOCS["docs/data.md"]
+    text = "".join(DOCS[f"docs/{name}.md"] for name in ("recipe", "methods", "data"))
+    text += "".join(page for name, page in DOCS.items() if name.startswith("docs/methods/"))
     configs = [ModelSection, TrainSection]
     configs += [method.Config for method in registry.methods().values()]
     configs += [task.Config for task in registry.tasks().values()]
@@ -128,7 +130,7 @@ def test_the_reference_has_every_method_and_task() -> None:
 
 def test_the_table_of_methods_has_their_sources_and_learning_rates() -> None:
     rows = re.findall(
-        r"^\| `(\w+)` \| .* \| (\S+) to (\S+) \|(.*)\|$", DOCS["docs/methods.md"], re.M
+        r"^\| \[`(\w+)`\]\S+ \| .* \| (\S+) to (\S+) \|(.*)\|$", DOCS["docs/methods.md"], re.M
     )
     rates = {name: (float(low), float(high)) for name, low, high, _ in rows}
     methods = registry.methods()
@@ -136,6 +138,18 @@ def test_the_table_of_methods_has_their_sources_and_learning_rates() -> None:
     for name, _, _, source in rows:
         assert methods[name].source in source
         assert methods[name].arxiv in source
+
+
+def test_every_method_has_a_page() -> None:
+    for name, method in registry.methods().items():
+        page = DOCS[f"docs/methods/{name}.md"]
+        keys = set(method.Config.model_fields) - {
+            *AdapterSection.model_fields,
+            *LoraConfig.model_fields,
+        }
+        assert sorted(key for key in keys if f"`{key}`" not in page) == []
+        for title in ("When to use it", "Keys", "Measured", "Source"):
+            assert f"\n## {title}\n" in page, name
 
 
 def test_the_readme_has_the_two_commands() -> None:
