@@ -33,8 +33,8 @@ VARIABLES = {
 }
 
 
-def build(folder: Path, llama: Path, bert: Path) -> None:
-    """Write models, data, links to the repository's files, and adapters."""
+def write_files(folder: Path, llama: Path, bert: Path) -> None:
+    """Write models and data, and links to the repository's files."""
     for names, model in ((CAUSAL, llama), (ENCODER, bert)):
         for name in names:
             shutil.copytree(model, folder / name)
@@ -44,8 +44,8 @@ def build(folder: Path, llama: Path, bert: Path) -> None:
     (folder / "docs" / "examples").symlink_to(REPO / "docs" / "examples")
     for example in (REPO / "docs" / "examples").glob("*.py"):
         shutil.copy(example, folder)
+    (folder / "recipe.yaml").write_text(RECIPE)
     _write_data(folder)
-    _write_runs(folder)
 
 
 def _write_data(folder: Path) -> None:
@@ -61,6 +61,7 @@ def _write_data(folder: Path) -> None:
         classes = [{"sentence": t, "label": i % 2} for i, t in enumerate(texts[:count])]
         write_rows(data / "chat" / f"{split}.jsonl", chats)
         write_rows(data / "general" / f"{split}.jsonl", chats)
+        write_rows(data / {"train": "own.jsonl", "validation": "held_out.jsonl"}[split], chats)
         write_rows(data / "pairs" / f"{split}.jsonl", pairs)
         write_rows(data / "glue" / "sst2" / f"{split}.jsonl", classes)
         two = [
@@ -87,7 +88,8 @@ def _write_csv(file: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def _write_runs(folder: Path) -> None:
+def write_runs(folder: Path) -> None:
+    """Train adapters in the working directory ``folder``, a step each."""
     chat = {"name": "chat", "path": str(folder / "data/chat")}
     for name in RUNS:
         _train(folder, name, CAUSAL[0], chat)
@@ -98,7 +100,6 @@ def _write_runs(folder: Path) -> None:
     }
     reviews = {"name": "classification", "path": files}
     _train(folder, "reviews", ENCODER[0], reviews)
-    (folder / "recipe.yaml").write_text(RECIPE)
     glue = str(folder / "data/glue/rte")
     _train(folder, "nli", ENCODER[0], {"name": "glue/rte", "path": glue})
 

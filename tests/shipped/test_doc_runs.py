@@ -29,12 +29,10 @@ RUN_HERE = [
 
 
 @pytest.fixture(scope="module")
-def sandbox(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_bert: Path) -> Path:
-    folder = tmp_path_factory.mktemp("documentation")
+def with_runs(doc_files: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        doc_sandbox.build(folder, tiny_llama, tiny_bert)
-    return folder
+        patch.chdir(doc_files)
+        doc_sandbox.write_runs(doc_files)
 
 
 def prepare(page: str) -> dict[str, Any]:
@@ -80,13 +78,8 @@ def run_block(block: Block, names: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUN_HERE)
-def test_the_blocks_of_a_page_run(
-    page: str, sandbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    work = shutil.copytree(sandbox, tmp_path / "work", symlinks=True)
-    monkeypatch.chdir(work)
-    for key, value in doc_sandbox.VARIABLES.items():
-        monkeypatch.setenv(key, value)
+@pytest.mark.usefixtures("with_runs", "in_doc_files")
+def test_the_blocks_of_a_page_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     names = prepare(page)
     for block in blocks(page):
         monkeypatch.setattr(sys, "stdin", io.StringIO("one two\n"))
