@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lorakit.evaluation.progress import ProgressMonitor
     from lorakit.evaluation.requests import chat_request, read_requests, text_request
     from lorakit.evaluation.sampling import Decoding
+    from lorakit.export.gguf.run import GgufReport, export_gguf
     from lorakit.injection import inject
     from lorakit.io.atomic import write_text
     from lorakit.method_check import CheckResult, check_method
@@ -76,6 +77,7 @@ _MODULES = {
     "lorakit.evaluation.progress": ("ProgressMonitor",),
     "lorakit.evaluation.requests": ("chat_request", "read_requests", "text_request"),
     "lorakit.evaluation.sampling": ("Decoding",),
+    "lorakit.export.gguf.run": ("GgufReport", "export_gguf"),
     "lorakit.injection": ("inject",),
     "lorakit.io.atomic": ("write_text",),
     "lorakit.method_check": ("CheckResult", "check_method"),
@@ -118,6 +120,7 @@ __all__ = [
     "Decoding",
     "DescribedRow",
     "Embedding",
+    "GgufReport",
     "InspectReport",
     "LeftOut",
     "Linear",
@@ -144,6 +147,7 @@ __all__ = [
     "dry_run",
     "evaluate",
     "evaluate_split",
+    "export_gguf",
     "generate_text",
     "inject",
     "inspect",

@@ -28,7 +28,7 @@ if [[ "$(cat "$stamp" 2>/dev/null)" == "$root" && "$stamp" -nt pyproject.toml ]]
   step "lorakit is already installed in $prefix"
 else
   step "installing lorakit into $prefix"
-  show python -m pip install --quiet --disable-pip-version-check --editable '.[eval]' 'gguf>=0.17,<1'
+  show python -m pip install --quiet --disable-pip-version-check --editable '.[eval]' 'gguf>=0.18,<1'
   printf '%s\n' "$root" > "$stamp"
 fi
 

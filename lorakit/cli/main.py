@@ -19,6 +19,7 @@ import typer
 
 from lorakit.api import locate_error, yield_cores
 from lorakit.cli.adapters import convert, merge
+from lorakit.cli.export import export
 from lorakit.cli.generate import generate
 from lorakit.cli.inspect import inspect
 from lorakit.cli.migration import convert_recipe
@@ -53,6 +54,7 @@ for command in (
     generate,
     predict,
     convert,
+    export,
     inspect,
     preview,
     validate,
