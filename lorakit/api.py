@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from lorakit.pipeline.predictions import SplitEvaluation, prediction_lines, score_predictions
     from lorakit.pipeline.preview import DescribedRow, Piece, Preview, preview
     from lorakit.pipeline.system_prompts import trained_system_prompts
+    from lorakit.planning.plan import RunPlan, plan
     from lorakit.recipe.load import load_recipe
     from lorakit.sweeps.load import Sweep, load_sweep
     from lorakit.sweeps.plan import SweepPlan, plan_sweep
@@ -99,6 +100,7 @@ _MODULES = {
     "lorakit.pipeline.predictions": ("SplitEvaluation", "prediction_lines", "score_predictions"),
     "lorakit.pipeline.preview": ("DescribedRow", "Piece", "Preview", "preview"),
     "lorakit.pipeline.system_prompts": ("trained_system_prompts",),
+    "lorakit.planning.plan": ("RunPlan", "plan"),
     "lorakit.recipe.load": ("load_recipe",),
     "lorakit.sweeps.load": ("Sweep", "load_sweep"),
     "lorakit.sweeps.plan": ("SweepPlan", "plan_sweep"),
@@ -132,6 +134,7 @@ __all__ = [
     "Piece",
     "Preview",
     "ProgressMonitor",
+    "RunPlan",
     "RunResult",
     "Similarity",
     "SplitEvaluation",
@@ -162,6 +165,7 @@ __all__ = [
     "mark_only_lora_as_trainable",
     "merge",
     "path_faults",
+    "plan",
     "plan_sweep",
     "predict",
     "prediction_lines",

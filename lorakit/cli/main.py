@@ -23,6 +23,7 @@ from lorakit.cli.export import export
 from lorakit.cli.generate import generate
 from lorakit.cli.inspect import inspect
 from lorakit.cli.migration import convert_recipe
+from lorakit.cli.plan import plan
 from lorakit.cli.predict import predict
 from lorakit.cli.preview import preview
 from lorakit.cli.recipes import methods, schema, tasks, validate
@@ -48,6 +49,7 @@ app = typer.Typer(
 # A command imports lorakit.api inside its function, so that `--help` loads no library.
 for command in (
     train,
+    plan,
     sweep,
     merge,
     eval_,

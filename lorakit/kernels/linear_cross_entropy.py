@@ -17,7 +17,7 @@ from torch import Tensor
 #: The target of a row that has no loss, as in torch's cross_entropy.
 IGNORED = -100
 #: Logits of one chunk, in elements: 32 MiB in float32 on the CPU, 128 MiB on a GPU.
-CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**25}
+CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**25, "meta": 2**25}
 #: Half-precision logits of one chunk for the fused kernel: 256 MiB.
 FUSED_CHUNK_ELEMENTS = 2**27
 
@@ -131,6 +131,8 @@ def _fused_losses_(
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """The same with a kernel that overwrites the logits, in their own dtype, with the gradient."""
+    if logits.is_meta:
+        return logits.new_empty(len(logits), dtype=torch.float32), logits
     from lorakit.kernels.cross_entropy_triton import cross_entropy_
 
     scale, softcap = transform.scale, transform.softcap

@@ -43,6 +43,8 @@ class Nf4Weight(NamedTuple):
 
 def quantize_weight(W: Tensor) -> Nf4Weight:
     """W (out, in) in nf4; ``in`` is a multiple of 64."""
+    if W.is_meta:
+        return _empty_weight(W)
     from bitsandbytes.functional import quantize_4bit
 
     packed, state = quantize_4bit(
@@ -51,6 +53,20 @@ def quantize_weight(W: Tensor) -> Nf4Weight:
     rows, nested = packed.view(len(W), -1), state.state2
     assert nested.blocksize == _ABSMAX_BLOCK, nested.blocksize
     return Nf4Weight(rows, state.absmax, nested.absmax, state.offset, nested.code)
+
+
+def _empty_weight(W: Tensor) -> Nf4Weight:
+    """What ``quantize_weight`` returns, without values."""
+    rows, columns = W.shape
+    blocks = rows * columns // BLOCK
+    scales = -(-blocks // _ABSMAX_BLOCK)
+    return Nf4Weight(
+        W.new_empty(rows, columns // 2, dtype=torch.uint8),
+        W.new_empty(blocks, dtype=torch.uint8),
+        W.new_empty(scales, dtype=torch.float32),
+        W.new_empty((), dtype=torch.float32),
+        W.new_empty(256, dtype=torch.float32),
+    )
 
 
 def stacked(weights: Sequence[Nf4Weight]) -> list[Tensor]:

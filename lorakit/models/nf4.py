@@ -56,7 +56,8 @@ def can_quantize(module: nn.Module) -> bool:
 def quantize_linear(module: nn.Linear, device: torch.device) -> Nf4Linear:
     """``module`` on ``device``, where its weight is quantized."""
     weight = module.weight.detach()
-    return Nf4Linear(quantize_weight(weight.to(device)), module.bias, weight.dtype)
+    weight = weight if weight.is_meta else weight.to(device)
+    return Nf4Linear(quantize_weight(weight), module.bias, weight.dtype)
 
 
 def check_support() -> None:

@@ -47,7 +47,7 @@ from lorakit.training.fast_layers import compile_layers, fuse_layers
 from lorakit.training.guard import Guard
 from lorakit.training.loop import Loop
 from lorakit.training.memory import out_of_memory
-from lorakit.training.offload import offload_layers
+from lorakit.training.offload import LayerStore, offload_layers
 from lorakit.training.setup import Prepared, main_metric
 from lorakit.training.tracking import Recorder
 
@@ -104,17 +104,7 @@ def build_engine(
 ) -> EagerEngine:
     """Wrap the objective, then build everything that refers to its parameters."""
     section, model = prepared.recipe.train, prepared.model
-    if execution.note:
-        say(execution.note)
-    if execution.mode == "compiled_layers" and section.kernels == "auto":
-        fuse_layers(model, stack=not strategy.is_sharded)
-    if prepared.recipe.model.base_precision == "fp8":
-        say(quantize_fp8(model))
-    compiled = execution.mode == "compiled_layers"
-    if section.gradient_checkpointing == "offload":
-        offload_layers(model, strategy.device, compiled)
-    elif compiled:
-        compile_layers(model)
+    arrange_layers(prepared, strategy, execution, say)
     wrapped = strategy.wrap(objective)
     parameters: Any = trainable_state(model)
     method, config = prepared.method, prepared.recipe.adapter
@@ -147,6 +137,30 @@ def build_engine(
             rows=section.units_per_batch,
         )
     return MemberEngine(**parts) if execution.mode == "joint" else EagerEngine(**parts)
+
+
+def arrange_layers(
+    prepared: Prepared,
+    strategy: Strategy,
+    execution: Execution,
+    say: Say,
+    backend: Any = "inductor",
+    store: LayerStore | None = None,
+) -> None:
+    """Prepare the model's layers, on their device, for the passes of ``execution``: fused,
+    quantized to fp8, offloaded to ``store``, compiled by ``backend``."""
+    section, model = prepared.recipe.train, prepared.model
+    if execution.note:
+        say(execution.note)
+    compiled = execution.mode == "compiled_layers"
+    if compiled and section.kernels == "auto":
+        fuse_layers(model, stack=not strategy.is_sharded)
+    if prepared.recipe.model.base_precision == "fp8":
+        say(quantize_fp8(model))
+    if section.gradient_checkpointing == "offload":
+        offload_layers(model, strategy.device, compiled, backend, store)
+    elif compiled:
+        compile_layers(model, backend)
 
 
 def build_loader(

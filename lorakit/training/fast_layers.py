@@ -16,7 +16,7 @@ from lorakit.errors import UserError
 from lorakit.methods.lora_layer import LoraLayer, SharedInput
 
 
-def compile_layers(model: nn.Module) -> None:
+def compile_layers(model: nn.Module, backend: Any = "inductor") -> None:
     """Compile each layer by itself: all layers share the compiled code, so that this takes seconds
     where compiling the whole model takes minutes. A second length compiles it once more, for any
     length. Raises UserError for a model without a stack of layers."""
@@ -28,7 +28,7 @@ def compile_layers(model: nn.Module) -> None:
         )
     _recompute_more()
     for layer in layers:
-        layer.compile()
+        layer.compile(backend=backend)
 
 
 def fuse_layers(model: Any, stack: bool = True) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,19 +20,38 @@ from lorakit.errors import UserError
 from lorakit.recipe.sections import TrainSection
 
 
-def offload_layers(model: nn.Module, device: torch.device, compiled: bool) -> None:
-    """Make each layer of ``model``, on ``device``, keep only its input, in host memory, until its
-    backward pass. ``compiled`` compiles what a layer computes. Raises UserError for a model without
-    a stack of layers."""
+class LayerStore(Protocol):
+    """Where the inputs of layers wait for the backward pass.
+
+    ``hooks`` replaces what a checkpoint saves. ``anchor`` makes the output of a checkpoint require
+    a gradient even if its input, the frozen embeddings, does not. ``start_pass`` is called by the
+    first layer."""
+
+    anchor: Tensor
+    hooks: saved_tensors_hooks
+
+    def start_pass(self) -> None: ...
+
+
+def offload_layers(
+    model: nn.Module,
+    device: torch.device,
+    compiled: bool,
+    backend: Any = "inductor",
+    store: LayerStore | None = None,
+) -> None:
+    """Make each layer of ``model``, on ``device``, keep only its input, in ``store`` (host memory),
+    until its backward pass. ``compiled`` compiles what a layer computes, by ``backend``. Raises
+    UserError for a model without a stack of layers."""
     layers = transformer_layers(model)
     if not layers:
         raise UserError(
             f'train.gradient_checkpointing = "offload": {type(model).__name__} has no stack of '
             "layers; allowed: true, false"
         )
-    store = _HostStore(device)
+    store = store or _HostStore(device)
     for index, layer in enumerate(layers):
-        forward = torch.compile(layer.forward) if compiled else layer.forward
+        forward = torch.compile(layer.forward, backend=backend) if compiled else layer.forward
         layer.forward = _Offloaded(layer, forward, store, first=index == 0)
 
 
@@ -49,7 +68,7 @@ class _Offloaded:
     backward pass."""
 
     def __init__(
-        self, layer: nn.Module, forward: Callable[..., Any], store: _HostStore, first: bool
+        self, layer: nn.Module, forward: Callable[..., Any], store: LayerStore, first: bool
     ) -> None:
         self._layer, self._forward, self._store, self._first = layer, forward, store, first
 
@@ -84,10 +103,7 @@ class _Saved:
 
 
 class _HostStore:
-    """Copies what a checkpoint saves to host memory and back. On the CPU it keeps copies.
-
-    ``anchor`` makes the output of a checkpoint require a gradient even if its input, the frozen
-    embeddings, does not."""
+    """Copies what a checkpoint saves to host memory and back. On the CPU it keeps copies."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from lorakit.distributed.build import build_strategy
 from lorakit.distributed.group import init_process_group, is_main
 from lorakit.distributed.launcher import warn_of_launch
 from lorakit.distributed.processes import first_on_each_host, run_on_main
+from lorakit.distributed.strategy import Strategy
 from lorakit.openmp import yield_cores
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.check import check_recipe
@@ -19,7 +20,7 @@ from lorakit.recipe.sections import Recipe
 from lorakit.training.agreement import check_agreement
 from lorakit.training.base_precision import check_base_precision
 from lorakit.training.batch_size import check_batch_size, fit_batch_size
-from lorakit.training.batching import Batching, build_batching
+from lorakit.training.batching import Batching, LoadedStep, StepLoader, build_batching
 from lorakit.training.build import (
     build_engine,
     build_loader,
@@ -31,6 +32,8 @@ from lorakit.training.build import (
 )
 from lorakit.training.control import Schedule, stop_request
 from lorakit.training.deterministic import deterministic_kernels, say_costs
+from lorakit.training.engine import StepResult
+from lorakit.training.engine.eager import EagerEngine
 from lorakit.training.execution import choose_execution
 from lorakit.training.guard import Guard, naming_checkpoints
 from lorakit.training.length import check_length
@@ -137,22 +140,44 @@ def dry_run(recipe: Recipe, say: Say) -> dict[str, Any]:
         return _plan(recipe, say)
 
 
-def _plan(recipe: Recipe, say: Say) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Started:
+    """A run before its first step: nothing has been written."""
+
+    prepared: Prepared
+    strategy: Strategy
+    batching: Batching
+    schedule: Schedule
+    engine: EagerEngine
+    loader: StepLoader
+
+    def step(self, loaded: LoadedStep) -> StepResult:
+        """Take a step that ``loader`` has loaded."""
+        return self.engine.step(loaded.micro_batches, loaded.loss_count)
+
+
+def start_unwritten(recipe: Recipe, say: Say) -> Started:
+    """Load and inject, and build what takes the steps of a run; raises UserError as ``train``."""
     check_support(recipe)
     say_costs(recipe.train, say)
     strategy = build_strategy(recipe.model.dtype)
     strategy.check(recipe)
     prepared, objective = fit_batch_size(prepare(recipe, say, write_cache=False), strategy, say)
-    steps = build_batching(prepared, strategy.device, strategy.share).steps
-    schedule = build_schedule(prepared.recipe, steps)
+    batching = build_batching(prepared, strategy.device, strategy.share)
+    schedule = build_schedule(prepared.recipe, batching.steps)
     execution = choose_execution(
         prepared, strategy.device, schedule.total_steps, strategy.is_sharded
     )
     objective = objective or build_objective(prepared, strategy, say)
     engine = build_engine(prepared, objective, strategy, schedule.total_steps, execution, say)
-    loader = build_loader(prepared, objective, steps, strategy.device, execution)
-    first = loader.take(0)
-    loss = float(engine.step(first.micro_batches, first.loss_count).loss)
+    loader = build_loader(prepared, objective, batching.steps, strategy.device, execution)
+    return Started(prepared, strategy, batching, schedule, engine, loader)
+
+
+def _plan(recipe: Recipe, say: Say) -> dict[str, Any]:
+    run = start_unwritten(recipe, say)
+    prepared, schedule, strategy = run.prepared, run.schedule, run.strategy
+    loss = float(run.step(run.loader.take(0)).loss)
     return {
         "adapted_modules": len(prepared.report.adapted_modules),
         "trainable_parameters": prepared.report.trainable_parameters,

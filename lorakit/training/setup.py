@@ -124,7 +124,7 @@ def adapt(recipe: Recipe, inputs: Inputs, say: Say, resumes: bool = False) -> Pr
     report = inject(model, alone, outermost(heads))
     if loaded.trained_tokens:
         report = train_tokens(model, loaded.trained_tokens, adapter, report)
-    if start is not None:
+    if start is not None and model.device.type != "meta":
         load_values(model, start, report.modules_to_save)
         check_tokens(start, loaded.tokenizer)
     for line in str(report).splitlines():

@@ -49,11 +49,12 @@ class Place:
     start: int
 
 
-def parse_size(text: str | int) -> int:
-    """Parse ``5GB``, ``200MiB`` or a number of bytes. Raises AdapterError for anything else."""
+def parse_size(text: str | int, name: str = "max_shard_size") -> int:
+    """Parse ``5GB``, ``200MiB`` or a number of bytes, the value of ``name``. Raises AdapterError
+    for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", str(text).strip().upper())
     if not match or match[2] not in _UNITS or not 0 < float(match[1]) < 1e18:
-        raise AdapterError(f"max_shard_size = {shown(text)}: allowed: a size such as 5GB or 200MB")
+        raise AdapterError(f"{name} = {shown(text)}: allowed: a size such as 5GB or 200MB")
     return int(float(match[1]) * _UNITS[match[2]])
 
 

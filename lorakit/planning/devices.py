@@ -1,0 +1,88 @@
+"""The device that a run is planned for: this machine's, or another."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from lorakit.adapters.merge.output import parse_size
+from lorakit.errors import UserError, did_you_mean, shown
+from lorakit.models.load import default_device
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """``memory_bytes`` as PyTorch reports it; the peak rate of products in bfloat16 without
+    sparsity, and the bandwidth of its memory."""
+
+    name: str
+    memory_bytes: int
+    flops_per_second: float
+    bytes_per_second: float
+
+
+#: By the name of ``--gpu``. Rates are those of the vendor's data sheets.
+GPUS = {
+    "l4": Gpu("NVIDIA L4", int(22.0 * _GIB), 121e12, 0.30e12),
+    "rtx3090": Gpu("NVIDIA GeForce RTX 3090", int(23.6 * _GIB), 71e12, 0.94e12),
+    "rtx4090": Gpu("NVIDIA GeForce RTX 4090", int(23.6 * _GIB), 165e12, 1.01e12),
+    "a10g": Gpu("NVIDIA A10G", int(22.1 * _GIB), 70e12, 0.60e12),
+    "l40s": Gpu("NVIDIA L40S", int(44.4 * _GIB), 362e12, 0.86e12),
+    "a100-40gb": Gpu("NVIDIA A100 40GB", int(39.4 * _GIB), 312e12, 1.56e12),
+    "a100": Gpu("NVIDIA A100 80GB", int(79.2 * _GIB), 312e12, 2.04e12),
+    "h100": Gpu("NVIDIA H100 80GB", int(79.2 * _GIB), 989e12, 3.35e12),
+    "h200": Gpu("NVIDIA H200", int(139.8 * _GIB), 989e12, 4.80e12),
+}
+
+
+@dataclass(frozen=True)
+class PlannedDevice:
+    """``memory_bytes`` is what the device has; ``gpu`` is None if its rates are unknown. Another
+    than this machine's ``is_given``."""
+
+    device: torch.device
+    memory_bytes: int
+    name: str
+    gpu: Gpu | None = None
+    is_given: bool = False
+
+
+def planned_device(gpu: str | None = None, memory: str | int | None = None) -> PlannedDevice:
+    """The device of a plan: ``gpu``, a key of ``GPUS``, a GPU with so much ``memory``, such as
+    ``80GB``, or else this machine's. Raises UserError for other values."""
+    size = None if memory is None else parse_size(memory, "--device-memory")
+    if gpu is not None:
+        key = gpu.lower()
+        if key not in GPUS:
+            message = did_you_mean(f"--gpu = {shown(gpu)}: unknown GPU", key, GPUS)
+            raise UserError(f"{message}; allowed: {', '.join(GPUS)}, or --device-memory 24GB")
+        found = GPUS[key]
+        return PlannedDevice(
+            torch.device("cuda"), size or found.memory_bytes, found.name, found, True
+        )
+    if size is not None:
+        return PlannedDevice(torch.device("cuda"), size, "a GPU", is_given=True)
+    return _own()
+
+
+def _own() -> PlannedDevice:
+    device = default_device()
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        return PlannedDevice(
+            device, properties.total_memory, properties.name, _known(properties.name)
+        )
+    if device.type == "mps":
+        return PlannedDevice(device, torch.mps.recommended_max_memory(), "the Apple GPU")
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return PlannedDevice(device, total, "the CPU")
+
+
+def _known(name: str) -> Gpu | None:
+    """The GPU whose name is the beginning of ``name``, the longest such one."""
+    matching = [gpu for gpu in GPUS.values() if name.startswith(gpu.name)]
+    return max(matching, key=lambda gpu: len(gpu.name), default=None)

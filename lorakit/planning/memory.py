@@ -1,0 +1,62 @@
+"""The memory of a step by part, from the costs of its passes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from lorakit.layers import adapter_layers
+from lorakit.planning.passes import PassCosts
+from lorakit.planning.tracker import storage_bytes
+from lorakit.training.setup import Prepared
+
+#: What the libraries of a GPU's matrix products keep, which PyTorch allocates for them.
+_LIBRARY_BYTES = {"cuda": 32 * 2**20}
+#: Bytes of an optimizer's state for each trained value. 8-bit averages also have a scale in float32
+#: for each 256 of them.
+_STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256, "sgd": 0.0}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes. ``weights`` are those of the base, ``adapter`` the trained values, ``optimizer`` its
+    state and the method's, ``activations`` what the backward pass needs of the forward pass,
+    ``logits`` what the output layer and the loss need, and ``workspace`` what is computed and freed
+    again. Each part is at its own largest, and ``peak`` is what is in use at the fullest moment."""
+
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    workspace: int
+    peak: int
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def memory_of(prepared: Prepared, device: torch.device, costs: PassCosts, steps: int) -> Memory:
+    """The memory of a run of ``steps`` steps whose passes cost ``costs``."""
+    trained = [p for p in prepared.model.parameters() if p.requires_grad]
+    gradients = storage_bytes(trained)
+    layers = adapter_layers(prepared.model)
+    hooks = prepared.method.hooks(layers, prepared.recipe.adapter, steps)
+    state = _STATE_BYTES[prepared.recipe.train.optimizer] * sum(p.numel() for p in trained)
+    optimizer = int(state) + storage_bytes(hooks.state().values())
+    static = costs.weights + costs.trained + optimizer
+    library = _LIBRARY_BYTES.get(device.type, 0)
+    peak = static + max(costs.peak, gradients) + library
+    known = static + costs.gradients + costs.activations + costs.logits
+    return Memory(
+        weights=costs.weights,
+        adapter=costs.trained,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=costs.activations,
+        logits=costs.logits,
+        workspace=max(0, peak - known),
+        peak=peak,
+    )

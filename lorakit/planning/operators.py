@@ -1,0 +1,81 @@
+"""What operators need on a GPU that their results on ``meta`` do not show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lorakit.planning.attention import (
+    attention_backward_flops,
+    attention_flops,
+    attention_temporary,
+)
+from lorakit.planning.tracker import Flops, Temporary
+
+
+def _dense_bytes(weight: Sequence[Tensor], size: int) -> int:
+    """A weight in nf4 is dequantized within the operator, and its absmax before it."""
+    if len(weight) == 1:
+        return 0
+    values = 2 * weight[0].numel()
+    return values * size + 4 * values // 64
+
+
+def _nf4_linear(x: Tensor, weight: list[Tensor], *_: Any) -> int:
+    return _dense_bytes(weight, x.element_size())
+
+
+def _lora_linear(x: Tensor, weight: list[Tensor], *_: Any) -> int:
+    return _dense_bytes(weight, x.element_size())
+
+
+def _lora_linear_backward(dys: list[Tensor], h: Tensor, weight: list[Tensor], *_: Any) -> int:
+    return _dense_bytes(weight, h.element_size())
+
+
+TEMPORARIES: dict[str, Temporary] = {
+    "lorakit.planned_attention_backward": attention_temporary,
+    "lorakit.nf4_linear": _nf4_linear,
+    "lorakit.lora_linear": _lora_linear,
+    "lorakit.lora_linear_backward": _lora_linear_backward,
+}
+
+
+def _columns(weight: list[Tensor]) -> int:
+    """The elements of W (out, in)."""
+    return weight[0].numel() * (2 if len(weight) > 1 else 1)
+
+
+def _nf4_linear_flops(x: Tensor, weight: list[Tensor], *_: Any, **__: Any) -> int:
+    return 2 * len(x) * 2 * weight[0].numel()
+
+
+def _lora_linear_flops(
+    x: Tensor, weight: list[Tensor], bias: Any, A: Tensor, B: Tensor, *_: Any, **__: Any
+) -> int:
+    return 2 * len(x) * (_columns(weight) + A.numel() + B.numel())
+
+
+def _lora_linear_backward_flops(
+    dys: list[Tensor], h: Tensor, weight: list[Tensor], A: Tensor, B: Tensor, **_: Any
+) -> int:
+    return 2 * len(h) * (_columns(weight) + A.numel() + 2 * B.numel())
+
+
+def _fp8_product_flops(
+    x: Tensor, x_scale: Any, W: Tensor, W_scale: Any, bias: Any, h: Any, B: list[Tensor], *_: Any,
+    **__: Any,
+) -> int:  # fmt: skip
+    return 2 * len(x) * (W.numel() + sum(own.numel() for own in B))
+
+
+FLOPS: dict[str, Flops] = {
+    "lorakit.planned_attention": attention_flops,
+    "lorakit.planned_attention_backward": attention_backward_flops,
+    "lorakit.nf4_linear": _nf4_linear_flops,
+    "lorakit.lora_linear": _lora_linear_flops,
+    "lorakit.lora_linear_backward": _lora_linear_backward_flops,
+    "lorakit.fp8_product": _fp8_product_flops,
+}
