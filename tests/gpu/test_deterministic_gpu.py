@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -89,7 +88,7 @@ def train(
     arguments = ["train", str(recipe), "--output-dir", str(run), *options]
     with subprocess.Popen(
         [sys.executable, "-m", "lorakit", *arguments], cwd=REPO, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(REPO)},
+        stderr=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
         if killed_at is not None:
             while not (run / "checkpoints" / f"step-{killed_at}").exists():
