@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lorakit.data.paths import data_files
     from lorakit.distributed.group import is_main
     from lorakit.distributed.processes import process_group
+    from lorakit.doctor.diagnose import Diagnosis, diagnose
     from lorakit.evaluation.generation import generate_text, stream_text
     from lorakit.evaluation.hf_generate import prompt_limits
     from lorakit.evaluation.progress import ProgressMonitor
@@ -73,6 +74,7 @@ _MODULES = {
     "lorakit.data.paths": ("data_files",),
     "lorakit.distributed.group": ("is_main",),
     "lorakit.distributed.processes": ("process_group",),
+    "lorakit.doctor.diagnose": ("Diagnosis", "diagnose"),
     "lorakit.evaluation.generation": ("generate_text", "stream_text"),
     "lorakit.evaluation.hf_generate": ("prompt_limits",),
     "lorakit.evaluation.progress": ("ProgressMonitor",),
@@ -121,6 +123,7 @@ __all__ = [
     "ConvertedRecipe",
     "Decoding",
     "DescribedRow",
+    "Diagnosis",
     "Embedding",
     "GgufReport",
     "InspectReport",
@@ -147,6 +150,7 @@ __all__ = [
     "convert_recipe",
     "counts_line",
     "data_files",
+    "diagnose",
     "dry_run",
     "evaluate",
     "evaluate_split",

@@ -61,9 +61,9 @@ def yield_cores() -> Iterator[None]:
 def _watch(stop: threading.Event) -> None:
     team: _SleepingTeam | None = None
     quiet_seconds = 0.0
-    before = _Sample.take()
+    before = Sample.take()
     while not stop.wait(_INTERVAL_SECONDS):
-        now = _Sample.take()
+        now = Sample.take()
         contended = now.contended_since(before)
         quiet_seconds = 0.0 if contended else quiet_seconds + now.at - before.at
         before = now
@@ -77,7 +77,7 @@ def _watch(stop: threading.Event) -> None:
 
 
 @dataclass(frozen=True)
-class _Sample:
+class Sample:
     """Times in seconds; all but ``at`` (the monotonic clock) count from an arbitrary start.
 
     ``waited`` is how long each thread has been runnable without a core, ``used`` the CPU time of
@@ -91,18 +91,23 @@ class _Sample:
     cores: int
 
     @classmethod
-    def take(cls) -> _Sample:
+    def take(cls) -> Sample:
         allowed = os.sched_getaffinity(0)
         return cls(
             time.monotonic(), _waited_seconds(), time.process_time(), _busy_seconds(allowed),
             len(allowed),
         )  # fmt: skip
 
-    def contended_since(self, before: _Sample) -> bool:
+    def contended_since(self, before: Sample) -> bool:
         seconds = self.at - before.at
         waited = sum(value - before.waited.get(task, value) for task, value in self.waited.items())
+        others = self.cores_of_others(before)
+        return waited > _WAITING_SHARE * seconds and others > _OTHERS_SHARE * self.cores
+
+    def cores_of_others(self, before: Sample) -> float:
+        """How many of the allowed cores other processes have used on average since ``before``."""
         others = self.busy - before.busy - (self.used - before.used)
-        return waited > _WAITING_SHARE * seconds and others > _OTHERS_SHARE * seconds * self.cores
+        return max(0.0, others) / max(self.at - before.at, 1e-9)
 
 
 def _waited_seconds() -> dict[str, float]:

@@ -19,6 +19,7 @@ import typer
 
 from lorakit.api import locate_error, yield_cores
 from lorakit.cli.adapters import convert, merge
+from lorakit.cli.doctor import doctor
 from lorakit.cli.export import export
 from lorakit.cli.generate import generate
 from lorakit.cli.inspect import inspect
@@ -64,6 +65,7 @@ for command in (
     schema,
     methods,
     tasks,
+    doctor,
 ):
     app.command(command.__name__.rstrip("_").replace("_", "-"))(command)
 
