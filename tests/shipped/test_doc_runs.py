@@ -39,6 +39,8 @@ def prepare(page: str) -> dict[str, Any]:
     """Make what a page takes for granted; return the names that its Python blocks use."""
     if page in TRAIN_CHAT:
         shutil.rmtree("runs/chat")
+    if page == "docs/tutorial.md":
+        shutil.rmtree("runs/quickstart")
     if page == "docs/predict.md":
         lorakit.merge("models/all-minilm-l6-v2", "runs/reviews/adapter", "merged")
     if page == "docs/papers.md":
