@@ -52,6 +52,9 @@ if TYPE_CHECKING:
     from lorakit.pipeline.system_prompts import trained_system_prompts
     from lorakit.planning.plan import RunPlan, plan
     from lorakit.recipe.load import load_recipe
+    from lorakit.reports.comparison import Comparison, compare, comparison_text
+    from lorakit.reports.serve import ReportServer, report_server
+    from lorakit.reports.write import report
     from lorakit.sweeps.load import Sweep, load_sweep
     from lorakit.sweeps.plan import SweepPlan, plan_sweep
     from lorakit.sweeps.results import MemberResult, SweepResult
@@ -104,6 +107,9 @@ _MODULES = {
     "lorakit.pipeline.system_prompts": ("trained_system_prompts",),
     "lorakit.planning.plan": ("RunPlan", "plan"),
     "lorakit.recipe.load": ("load_recipe",),
+    "lorakit.reports.comparison": ("Comparison", "compare", "comparison_text"),
+    "lorakit.reports.serve": ("ReportServer", "report_server"),
+    "lorakit.reports.write": ("report",),
     "lorakit.sweeps.load": ("Sweep", "load_sweep"),
     "lorakit.sweeps.plan": ("SweepPlan", "plan_sweep"),
     "lorakit.sweeps.results": ("MemberResult", "SweepResult"),
@@ -119,6 +125,7 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "CheckResult",
+    "Comparison",
     "Conv2d",
     "ConvertedRecipe",
     "Decoding",
@@ -137,6 +144,7 @@ __all__ = [
     "Piece",
     "Preview",
     "ProgressMonitor",
+    "ReportServer",
     "RunPlan",
     "RunResult",
     "Similarity",
@@ -146,6 +154,8 @@ __all__ = [
     "SweepResult",
     "chat_request",
     "check_method",
+    "compare",
+    "comparison_text",
     "convert",
     "convert_recipe",
     "counts_line",
@@ -177,6 +187,8 @@ __all__ = [
     "process_group",
     "prompt_limits",
     "read_requests",
+    "report",
+    "report_server",
     "score_predictions",
     "stream_text",
     "sweep",

@@ -28,6 +28,7 @@ from lorakit.cli.plan import plan
 from lorakit.cli.predict import predict
 from lorakit.cli.preview import preview
 from lorakit.cli.recipes import methods, schema, tasks, validate
+from lorakit.cli.report import compare, report
 from lorakit.cli.run import eval_, train
 from lorakit.cli.sweep import sweep
 from lorakit.errors import LorakitError, RecipeError, UserError, printable
@@ -60,6 +61,8 @@ for command in (
     export,
     inspect,
     preview,
+    report,
+    compare,
     validate,
     convert_recipe,
     schema,

@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import resource
 import secrets
 import subprocess
@@ -25,6 +24,7 @@ from lorakit.injection import InjectionReport
 from lorakit.io.atomic import write_text, writing
 from lorakit.training.checkpoint import Progress
 from lorakit.training.guard import OutputTaken
+from lorakit.training.ranks import of_stack, rank_list
 
 _PACKAGES = (
     "lorakit",
@@ -92,7 +92,7 @@ class RunRecord:
         self.ranks = rank_list(ranks)
         highest: dict[str, int] = {}
         for name, rank in ranks.items():
-            highest[_of_stack(name)] = max(rank, highest.get(_of_stack(name), 0))
+            highest[of_stack(name)] = max(rank, highest.get(of_stack(name), 0))
         for module in self.adapted_modules:
             module["r"] = highest[module["name"]]
 
@@ -199,48 +199,3 @@ def _cpu_name() -> str:
             return next(names, platform.processor())
     except OSError:
         return platform.processor()
-
-
-def rank_list(ranks: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Each matrix's ``module``, ``layer`` (null outside the numbered layers) and ``rank``."""
-    return [{"module": name, "layer": _layer(name), "rank": rank} for name, rank in ranks.items()]
-
-
-def rank_table(ranks: Mapping[str, int]) -> str:
-    """Format a table with a row per layer and a column per matrix, ``.`` for none, and totals.
-    Stacked matrices (``NAME[0]``, ``NAME[1]``) are added up."""
-    rows = sorted({_layer(name) for name in ranks}, key=lambda layer: (layer is None, layer or 0))
-    columns = list(dict.fromkeys(map(_matrix, ranks)))
-    cells: dict[tuple[int | None, str], int] = {}
-    for name, rank in ranks.items():
-        place = _layer(name), _matrix(name)
-        cells[place] = cells.get(place, 0) + rank
-    total = {column: sum(r for (_, c), r in cells.items() if c == column) for column in columns}
-    lines = [["layer", *columns, "total"]]
-    for row in rows:
-        values = [cells.get((row, column)) for column in columns]
-        shown = ["." if value is None else str(value) for value in values]
-        label = "-" if row is None else str(row)
-        lines.append([label, *shown, str(sum(value or 0 for value in values))])
-    lines.append(["total", *(str(total[c]) for c in columns), str(sum(ranks.values()))])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        for line in lines
-    )
-
-
-def _layer(name: str) -> int | None:
-    number = re.search(r"(?:^|\.)(\d+)\.", name)
-    return int(number.group(1)) if number else None
-
-
-def _matrix(name: str) -> str:
-    """At most the last two parts of the name after the layer's number."""
-    inside = re.split(r"(?:^|\.)\d+\.", _of_stack(name), maxsplit=1)[-1]
-    return ".".join(inside.split(".")[-2:])
-
-
-def _of_stack(name: str) -> str:
-    """The name of the stack that the matrix ``NAME[3]`` is in; any other name itself."""
-    return re.sub(r"\[\d+\]$", "", name)

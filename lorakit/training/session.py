@@ -41,7 +41,8 @@ from lorakit.training.output_dir import (
     rows_read_before,
 )
 from lorakit.training.prediction_samples import PREDICTIONS_JSON, write_predictions
-from lorakit.training.record import RunRecord, describe_hardware, new_record, rank_table
+from lorakit.training.ranks import rank_table
+from lorakit.training.record import RunRecord, describe_hardware, new_record
 from lorakit.training.same_run import chat_template_digest
 from lorakit.training.setup import Prepared
 from lorakit.training.steps import Steps

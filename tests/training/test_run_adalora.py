@@ -28,7 +28,7 @@ from lorakit.training.checkpoint import (
 )
 from lorakit.training.engine.eager import EagerEngine
 from lorakit.training.random_states import random_states
-from lorakit.training.record import rank_list, rank_table
+from lorakit.training.ranks import rank_list, rank_table
 from lorakit.training.run import train
 from tests.training.engines import Built, built
 from tests.training.runs import (
@@ -493,4 +493,19 @@ def test_the_table_has_a_place_for_every_name() -> None:
         ["11", "0", ".", ".", "0"],
         ["-", ".", ".", "1", "1"],
         ["total", "3", "12", "1", "16"],
+    ]
+
+
+def test_the_table_keeps_matrices_apart_whose_names_end_alike() -> None:
+    ranks = {
+        "layer.0.attention.output.dense": 3,
+        "layer.0.output.dense": 1,
+        "layer.1.output.dense": 2,
+    }
+    rows = [line.split() for line in rank_table(ranks).splitlines()]
+    assert rows == [
+        ["layer", "attention.output.dense", "output.dense", "total"],
+        ["0", "3", "1", "4"],
+        ["1", ".", "2", "2"],
+        ["total", "3", "3", "6"],
     ]

@@ -1,0 +1,212 @@
+"""Comparing runs: their results, and the settings in which they differ."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+from lorakit.errors import decimal
+from lorakit.reports.metrics_log import as_number
+from lorakit.reports.runs import Run, read_runs
+
+#: Up to so many runs stand side by side as columns of the terminal's table; more have a row each.
+_MOST_COLUMNS = 4
+_CELL_CHARACTERS = 36
+#: What differs in each run, and says nothing about it.
+_OWN = frozenset({"recipe.train.output_dir", "data.train.source"})
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A setting in which the runs differ: its value in each, None where it is not set."""
+
+    key: str
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """``results`` are those of each run, by name; ``differences`` are recipe keys and, as
+    ``versions.torch`` for example, facts of ``run.json``."""
+
+    results: tuple[dict[str, Any], ...]
+    differences: tuple[Difference, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        differences = [{"key": own.key, "values": list(own.values)} for own in self.differences]
+        return {"runs": list(self.results), "differences": differences}
+
+
+def compare(*runs: str | PathLike[str]) -> Comparison:
+    """Compare runs, given as their directories; that of a sweep stands for its members.
+
+    A run need not be complete: its results are then those so far. Raises UserError for a path that
+    is neither a run's nor a sweep's directory.
+    """
+    return comparison(read_runs(runs))
+
+
+def comparison(runs: Sequence[Run]) -> Comparison:
+    return Comparison(tuple(_results(run) for run in runs), tuple(_differences(runs)))
+
+
+def _results(run: Run) -> dict[str, Any]:
+    record = run.record
+    counts = {
+        key: as_number(record.get(key)) or None  # 0 until the run has ended
+        for key in ("trainable_parameters", "steps", "trained_tokens", "seconds")
+    }
+    counts["steps"] = counts["steps"] or run.log.last_step
+    curves = run.log.curves
+    speeds = [value for _, value in curves.get("tokens_per_second", ())]
+    memory = as_number(record.get("peak_memory_bytes")) or max(
+        (value for _, value in curves.get("peak_memory_bytes", ())), default=None
+    )
+    adapter = run.recipe.get("adapter")
+    return {
+        "name": run.name,
+        "directory": str(run.directory),
+        "method": adapter.get("method") if isinstance(adapter, dict) else None,
+        "status": run.status,
+        "diverged": record.get("diverged") is True,
+        **counts,
+        "best_step": as_number(record.get("best_step")),
+        "tokens_per_second": statistics.median(speeds) if speeds else None,
+        "peak_memory_bytes": memory,
+        "training_loss": curves["loss"][-1][1] if "loss" in curves else None,
+        "metrics": run.metrics,
+    }
+
+
+def _differences(runs: Sequence[Run]) -> Iterator[Difference]:
+    if len(runs) < 2:
+        return
+    facts = [dict(_facts(run)) for run in runs]
+    keys = dict.fromkeys(key for own in facts for key in own)
+    sections = list(dict.fromkeys(map(_section, keys)))
+    for key in sorted(keys, key=lambda key: sections.index(_section(key))):
+        values = tuple(own.get(key) for own in facts)
+        if key not in _OWN and len({_as_text(value) for value in values}) > 1:
+            plain = tuple(map(_plain, values))
+            yield Difference(key.removeprefix("recipe."), plain)
+
+
+def _section(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
+def _facts(run: Run) -> Iterator[tuple[str, Any]]:
+    yield from _flat("recipe", run.recipe)
+    for key in ("init_from", "versions", "git_commit", "hardware"):
+        yield from _flat(key, run.record.get(key))
+    splits = run.record.get("data")
+    for split, about in (splits if isinstance(splits, dict) else {}).items():
+        if isinstance(about, dict):
+            yield f"data.{split}.source", about.get("source")
+            yield f"data.{split}.rows", about.get("rows")
+            yield f"data.{split}.fingerprint", str(about.get("fingerprint"))[:12]
+
+
+def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _flat(f"{key}.{name}", inner)
+    else:
+        yield key, value
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON, which has no infinite numbers."""
+    return json.loads(json.dumps(value, default=str), parse_constant=str)
+
+
+def _as_text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+
+
+def value_text(value: Any) -> str:
+    """A value of a recipe or of ``run.json``, as a recipe writes it; a dash for none."""
+    if value is None:
+        return "-"
+    return value if isinstance(value, str) else _as_text(value)
+
+
+def _count(value: Any) -> str:
+    return f"{value:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """``H:MM:SS``, or seconds for less than a minute."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}"
+
+
+#: The results in a table, in order: title, key, and how the value is written.
+_COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("status", "status", str),
+    ("method", "method", str),
+    ("trainable", "trainable_parameters", _count),
+    ("steps", "steps", _count),
+    ("best step", "best_step", _count),
+    ("trained tokens", "trained_tokens", _count),
+    ("time", "seconds", duration),
+    ("tokens/s", "tokens_per_second", _count),
+    ("peak memory", "peak_memory_bytes", lambda value: f"{value / 2**30:.2f} GiB"),
+    ("training loss", "training_loss", decimal),
+)
+
+
+def result_columns(results: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The results as texts, by title, with a value for each run; first the metrics."""
+    names = dict.fromkeys(name for own in results for name in own["metrics"])
+    columns: dict[str, list[str]] = {}
+    columns["status"] = [
+        f"{own['status']}, diverged" if own["diverged"] else own["status"] for own in results
+    ]
+    for name in names:
+        columns[name] = [_written(own["metrics"].get(name), decimal) for own in results]
+    for title, key, written in _COLUMNS:
+        columns.setdefault(title, [_written(own[key], written) for own in results])
+    return {title: values for title, values in columns.items() if {*values} != {"-"}}
+
+
+def _written(value: Any, write: Callable[[Any], str]) -> str:
+    return "-" if value is None else write(value)
+
+
+def comparison_text(compared: Comparison) -> str:
+    """A table for the terminal: results, then the settings that differ."""
+    names = [own["name"] for own in compared.results]
+    columns = result_columns(compared.results)
+    settings = {own.key: [value_text(v) for v in own.values] for own in compared.differences}
+    if len(names) <= _MOST_COLUMNS:
+        rows = [["", *names], *([title, *values] for title, values in columns.items())]
+        if settings:
+            rows += [[], *([key, *values] for key, values in settings.items())]
+        return _table(rows)
+    columns = {"run": names, **settings, **columns}
+    return _table([list(columns), *map(list, zip(*columns.values(), strict=True))])
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    cells = [[_short(cell) for cell in row] for row in rows]
+    count = max(map(len, cells))
+    widths = [max(len(row[at]) for row in cells if row) for at in range(count)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if at else cell.ljust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=False))
+        ).rstrip()
+        for row in cells
+    )
+
+
+def _short(cell: str) -> str:
+    line = " ".join(cell.split())
+    return line if len(line) <= _CELL_CHARACTERS else f"{line[: _CELL_CHARACTERS - 3]}..."
