@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from lorakit.evaluation.requests import chat_request, read_requests, text_request
     from lorakit.evaluation.sampling import Decoding
     from lorakit.export.gguf.run import GgufReport, export_gguf
+    from lorakit.export.hub.check import HubTarget, check_push
+    from lorakit.export.hub.push import PushReport, push_to_hub, push_trained
     from lorakit.injection import inject
     from lorakit.io.atomic import write_text
     from lorakit.method_check import CheckResult, check_method
@@ -84,6 +86,8 @@ _MODULES = {
     "lorakit.evaluation.requests": ("chat_request", "read_requests", "text_request"),
     "lorakit.evaluation.sampling": ("Decoding",),
     "lorakit.export.gguf.run": ("GgufReport", "export_gguf"),
+    "lorakit.export.hub.check": ("HubTarget", "check_push"),
+    "lorakit.export.hub.push": ("PushReport", "push_to_hub", "push_trained"),
     "lorakit.injection": ("inject",),
     "lorakit.io.atomic": ("write_text",),
     "lorakit.method_check": ("CheckResult", "check_method"),
@@ -133,6 +137,7 @@ __all__ = [
     "Diagnosis",
     "Embedding",
     "GgufReport",
+    "HubTarget",
     "InspectReport",
     "LeftOut",
     "Linear",
@@ -144,6 +149,7 @@ __all__ = [
     "Piece",
     "Preview",
     "ProgressMonitor",
+    "PushReport",
     "ReportServer",
     "RunPlan",
     "RunResult",
@@ -154,6 +160,7 @@ __all__ = [
     "SweepResult",
     "chat_request",
     "check_method",
+    "check_push",
     "compare",
     "comparison_text",
     "convert",
@@ -186,6 +193,8 @@ __all__ = [
     "preview",
     "process_group",
     "prompt_limits",
+    "push_to_hub",
+    "push_trained",
     "read_requests",
     "report",
     "report_server",

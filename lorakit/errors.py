@@ -57,6 +57,10 @@ class TrainingError(LorakitError):
     """A run failed after it started; the message names the step and the last checkpoint."""
 
 
+class HubError(LorakitError):
+    """The Hub cannot be reached, or an upload failed; what is on disk is unchanged."""
+
+
 class WriteFailed(LorakitError):
     """A file cannot be written: the disk is full, or the directory is gone or read-only.
 

@@ -50,7 +50,7 @@ def base_section(
 def other_base_note(section: ModelSection, files: AdapterFiles) -> str | None:
     """A note if the adapter names a different base than the given one."""
     named, given = files.config.get("base_model_name_or_path"), section.name_or_path
-    if not named or _names(str(named)) & (_names(given) | _names(str(Path(given).resolve()))):
+    if not named or is_same_name(given, str(named)):
         return None
     with suppress(OSError):
         if Path(named).samefile(given):
@@ -59,6 +59,11 @@ def other_base_note(section: ModelSection, files: AdapterFiles) -> str | None:
         f"{files.directory}: trained on {named}, but used with {given}: matching shapes do not "
         "guarantee that it is the same model"
     )
+
+
+def is_same_name(given: str, named: str) -> bool:
+    """Whether two paths or Hub ids name a model of the same name; ``given`` may be a link."""
+    return bool(_names(named) & (_names(given) | _names(str(Path(given).resolve()))))
 
 
 def _names(path: str) -> set[str]:

@@ -18,9 +18,11 @@ from lorakit.cli.console import (
     echo,
     in_subfolder,
     only_results,
+    option_named,
     progress,
     say,
 )
+from lorakit.cli.hub import Private, PushToHub, Revision, pushed_line, target_of
 from lorakit.errors import listed
 
 if TYPE_CHECKING:
@@ -87,6 +89,9 @@ def merge(
     majority_sign_method: _SignMethod = None,
     seed: _Seed = None,
     subfolder: Subfolder = None,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
+    revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -103,10 +108,14 @@ def merge(
 
     Example: lorakit merge BASE A merged --add B --method ties --density 0.5
     """
-    from lorakit.api import merge as merge_adapter
+    from lorakit import api
 
+    target = target_of(push_to_hub, private, revision, overwrite, "--push-to-hub")
+    if target is not None:
+        with option_named("--push-to-hub", target.repo):
+            api.check_push(target, base, say)
     with only_results(), progress("merging, MB") as report_progress:
-        report = merge_adapter(
+        report = api.merge(
             base, in_subfolder(adapter, subfolder), out, dtype, max_shard_size, overwrite,
             trust_remote_code, say=say,
             add=[_weighted(text) for text in add or []], weight=weight, method=method,
@@ -114,10 +123,18 @@ def merge(
             seed=seed,
             on_progress=lambda done, total: report_progress(done // 10**6, total // 10**6),
         )  # fmt: skip
-    if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(report), indent=2, default=str))
-    else:
-        _print_report(report)
+    pushed = None
+    try:
+        if target is not None:
+            pushed = api.push_trained(report.directory, target, say, base)
+    finally:
+        if as_json:
+            found = dataclasses.asdict(report) | ({"hub": pushed.url} if pushed else {})
+            typer.echo(json.dumps(found, indent=2, default=str))
+        else:
+            _print_report(report)
+            if pushed is not None:
+                echo(pushed_line(pushed))
 
 
 def _print_report(report: MergeReport) -> None:

@@ -26,10 +26,11 @@ from lorakit.cli.console import (
     say,
     write_output,
 )
+from lorakit.cli.hub import Private, PushToHub, Revision, pushed_line, target_of
 from lorakit.errors import UserError, decimal, shown
 
 if TYPE_CHECKING:
-    from lorakit.api import RunResult, SplitEvaluation
+    from lorakit.api import HubTarget, PushReport, RunResult, SplitEvaluation
     from lorakit.recipe.sections import Recipe
 
 _OutputDir = Annotated[
@@ -44,7 +45,11 @@ _Resume = Annotated[
     ),
 ]
 _Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an earlier run in train.output_dir.")
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="Replace an earlier run in train.output_dir, and with --push-to-hub what is there.",
+    ),
 ]
 _DryRun = Annotated[
     bool,
@@ -59,6 +64,9 @@ def train(
     resume: _Resume = None,
     overwrite: _Overwrite = False,
     dry_run: _DryRun = False,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
+    revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
     """Train an adapter and write it to train.output_dir/adapter.
@@ -66,11 +74,14 @@ def train(
     Under torchrun or accelerate launch, the processes share the rows of each step.
 
     Example: lorakit train recipes/quickstart.yaml --set train.seed=1 --resume auto
+
+    Example: lorakit train recipes/quickstart.yaml --push-to-hub me/sql --private
     """
     from lorakit import api
 
+    target = target_of(push_to_hub, private, revision, overwrite, "--push-to-hub")
     with api.process_group():
-        _train(recipe, overrides, output_dir, resume, overwrite, dry_run, as_json)
+        _train(recipe, overrides, output_dir, resume, overwrite, dry_run, target, as_json)
 
 
 def _train(
@@ -80,6 +91,7 @@ def _train(
     resume: str | None,
     overwrite: bool,
     dry_run: bool,
+    target: HubTarget | None,
     as_json: bool,
 ) -> None:
     from lorakit import api
@@ -89,6 +101,9 @@ def _train(
     if output_dir is not None:
         changes.append(f"train.output_dir={json.dumps(output_dir)}")
     with only_results(), open_recipe(recipe, changes, _say()) as resolved:
+        if target is not None:
+            with option_named("--push-to-hub", target.repo):
+                api.check_push(target, resolved.model.name_or_path, api.tell)
         plan = api.dry_run(resolved, api.tell) if dry_run else None
         result = None if plan else api.train(resolved, resume, api.tell, overwrite=overwrite)
     if not api.is_main():
@@ -96,18 +111,26 @@ def _train(
     if plan is not None:
         _print_plan(plan, as_json)
     elif result is not None:
-        _print_run(result, as_json)
+        pushed = None
+        try:
+            if target is not None:
+                pushed = api.push_trained(result.adapter_dir, target, say)
+        finally:
+            _print_run(result, pushed, as_json)
 
 
-def _print_run(result: RunResult, as_json: bool) -> None:
+def _print_run(result: RunResult, pushed: PushReport | None, as_json: bool) -> None:
     if as_json:
         found = {
             "adapter": str(result.adapter_dir), "steps": result.steps, "metrics": result.metrics
         }  # fmt: skip
-        typer.echo(json.dumps(found | ({"diverged": True} if result.diverged else {})))
+        found |= {"diverged": True} if result.diverged else {}
+        typer.echo(json.dumps(found | ({"hub": pushed.url} if pushed else {})))
     else:
         scores = "".join(f", {name} {decimal(value)}" for name, value in result.metrics.items())
         echo(f"{result.adapter_dir}: {result.steps} steps{scores}")
+        if pushed is not None:
+            echo(pushed_line(pushed))
 
 
 def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
