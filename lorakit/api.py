@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lorakit.export.gguf.run import GgufReport, export_gguf
     from lorakit.export.hub.check import HubTarget, check_push
     from lorakit.export.hub.push import PushReport, push_to_hub, push_trained
+    from lorakit.first_recipe.draft import FirstRecipe, RecipeDraft, check_new, init_recipe
     from lorakit.injection import inject
     from lorakit.io.atomic import write_text
     from lorakit.method_check import CheckResult, check_method
@@ -88,6 +89,7 @@ _MODULES = {
     "lorakit.export.gguf.run": ("GgufReport", "export_gguf"),
     "lorakit.export.hub.check": ("HubTarget", "check_push"),
     "lorakit.export.hub.push": ("PushReport", "push_to_hub", "push_trained"),
+    "lorakit.first_recipe.draft": ("FirstRecipe", "RecipeDraft", "check_new", "init_recipe"),
     "lorakit.injection": ("inject",),
     "lorakit.io.atomic": ("write_text",),
     "lorakit.method_check": ("CheckResult", "check_method"),
@@ -136,6 +138,7 @@ __all__ = [
     "DescribedRow",
     "Diagnosis",
     "Embedding",
+    "FirstRecipe",
     "GgufReport",
     "HubTarget",
     "InspectReport",
@@ -150,6 +153,7 @@ __all__ = [
     "Preview",
     "ProgressMonitor",
     "PushReport",
+    "RecipeDraft",
     "ReportServer",
     "RunPlan",
     "RunResult",
@@ -160,6 +164,7 @@ __all__ = [
     "SweepResult",
     "chat_request",
     "check_method",
+    "check_new",
     "check_push",
     "compare",
     "comparison_text",
@@ -173,6 +178,7 @@ __all__ = [
     "evaluate_split",
     "export_gguf",
     "generate_text",
+    "init_recipe",
     "inject",
     "inspect",
     "is_main",

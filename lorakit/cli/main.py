@@ -22,6 +22,7 @@ from lorakit.cli.adapters import convert, merge
 from lorakit.cli.doctor import doctor
 from lorakit.cli.export import export
 from lorakit.cli.generate import generate
+from lorakit.cli.init import init
 from lorakit.cli.inspect import inspect
 from lorakit.cli.migration import convert_recipe
 from lorakit.cli.plan import plan
@@ -50,6 +51,7 @@ app = typer.Typer(
 
 # A command imports lorakit.api inside its function, so that `--help` loads no library.
 for command in (
+    init,
     train,
     plan,
     sweep,

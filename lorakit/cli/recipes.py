@@ -30,10 +30,10 @@ _Check = Annotated[
 
 
 def validate(recipes: _RecipeFiles, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Check recipes, and that their files exist, without loading a model or data.
+    """Check recipes, and that their files exist.
 
-    Reports all problems at once, and prints a line for each valid recipe. The exit code is 2 if any
-    recipe is invalid. Names on the Hub are not looked up.
+    Loads no model and no data. Reports all problems at once, and prints a line for each valid
+    recipe. The exit code is 2 if any recipe is invalid. Names on the Hub are not looked up.
 
     Example: lorakit validate recipes/*.yaml --set train.seed=1
     """
@@ -104,10 +104,10 @@ def schema() -> None:
 
 
 def methods(check: _Check = None, as_json: AsJson = False) -> None:
-    """List the methods for adapter.method, their usual learning rates and papers, or check one.
+    """List the methods for adapter.method, or check one.
 
-    The lower of the two learning rates is for models of billions of parameters, the higher one for
-    small models.
+    The list has their usual learning rates and papers. The lower of the two learning rates is for
+    models of billions of parameters, the higher one for small models.
 
     --check runs the contract of methods on tiny random models: the output is unchanged at the
     start, gradients reach the method's parameters only, a saved adapter loads bit for bit, the
@@ -123,15 +123,11 @@ def methods(check: _Check = None, as_json: AsJson = False) -> None:
     if check is not None:
         _check_method(check, as_json)
         return
-    facts = [_method_facts(method) for method in registry.methods().values()]
+    found = list(registry.methods().values())
     if as_json:
-        typer.echo(json.dumps(facts, indent=2))
+        typer.echo(json.dumps([_method_facts(method) for method in found], indent=2))
         return
-    rates = [" to ".join(map(_short, fact["usual_learning_rates"] or ())) for fact in facts]
-    _print_table([
-        (fact["name"], fact["summary"], rate, fact["source"] or "")
-        for fact, rate in zip(facts, rates, strict=True)
-    ])  # fmt: skip
+    _print_table([(m.name, m.summary, m.Config.shown_learning_rates(), m.source) for m in found])
     say("or a file: ./FILE.py:CLASS; learning rates: of large models to small ones")
 
 
@@ -143,12 +139,8 @@ def _method_facts(method: Any) -> dict[str, Any]:
         "source": method.source or None,
         "url": f"https://arxiv.org/abs/{method.arxiv}" if method.arxiv else None,
         "usual_learning_rates": None if rates is None else list(rates),
+        "learning_rate_note": method.Config.learning_rate_note or None,
     }
-
-
-def _short(rate: float) -> str:
-    """``2e-4`` for 0.0002."""
-    return f"{rate:.0e}".replace("e-0", "e-")
 
 
 def _check_method(name: str, as_json: bool) -> None:
@@ -175,17 +167,18 @@ def _check_method(name: str, as_json: bool) -> None:
 
 
 def tasks(as_json: AsJson = False) -> None:
-    """List the tasks for task.name, with their papers; with --json, also the columns of their rows.
+    """List the tasks for task.name.
 
-    A task may also be a file, ./FILE.py:CLASS or ./FILE.yaml: see docs/user-task.md.
+    The list has their papers, and with --json the columns that rows need. A task may also be a
+    file, ./FILE.py:CLASS or ./FILE.yaml: see docs/user-task.md.
 
     Example: lorakit tasks --json
     """
-    facts = [_task_facts(name, task) for name, task in registry.tasks().items()]
+    found = registry.tasks().items()
     if as_json:
-        typer.echo(json.dumps(facts, indent=2))
+        typer.echo(json.dumps([_task_facts(name, task) for name, task in found], indent=2))
         return
-    _print_table([(fact["name"], fact["summary"], fact["source"] or "") for fact in facts])
+    _print_table([(name, task.summary_of(name), task.source_of(name)) for name, task in found])
     say("or a file: ./FILE.py:CLASS, ./FILE.yaml")
 
 

@@ -52,8 +52,11 @@ class AdaLoraConfig(AdapterSection):
     implementations, for which the gammas of the paper's tables were chosen.
     """
 
-    #: Five times LoRA's: at first only the lambdas change W, through a P and a Q of small entries.
     usual_learning_rates: ClassVar = (1e-3, 5e-3)
+    learning_rate_note: ClassVar = (
+        "5 to 10 times LoRA's: at first only the lambdas change W, through a P and a Q of small "
+        "entries"
+    )
     method: str = "adalora"
     target_r: Rank = 8
     init_r: Rank = 12

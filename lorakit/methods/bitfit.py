@@ -16,8 +16,10 @@ class BitFitConfig(FullConfig):
     """``target_modules``: null for all biases of the model, including those of norms, or modules
     whose biases are trained (the paper's subset: q and the first layer of the MLP)."""
 
-    #: Biases are few and need large changes.
     usual_learning_rates: ClassVar = (4e-4, 2e-3)
+    learning_rate_note: ClassVar = (
+        "higher than LoRA's, since biases are few and need larger changes"
+    )
     method: str = "bitfit"
 
 

@@ -22,8 +22,10 @@ class FullConfig(AdapterSection):
     FT-Top2 of the LoRA paper (section 5.1).
     """
 
-    #: All of W moves, not a product of small factors, so a tenth of LoRA's or less.
     usual_learning_rates: ClassVar = (1e-5, 1e-4)
+    learning_rate_note: ClassVar = (
+        "lower than LoRA's, since all of W moves, not a product of two small factors"
+    )
     method: str = "full"
     target_modules: TextList | None = None  # type: ignore[assignment]
 

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 class IntrinsicConfig(AdapterSection):
     """``d`` is the number of trained values, ``projection_seed`` the seed of P."""
 
-    #: A step changes each weight by about the learning rate, whatever d is.
     usual_learning_rates: ClassVar = (1e-3, 5e-3)
+    learning_rate_note: ClassVar = (
+        "a step changes each weight by about the learning rate, whatever d is"
+    )
     method: str = "intrinsic"
     d: Annotated[int, Field(gt=0, lt=2**31)] = 1000
     projection_seed: Seed = 0

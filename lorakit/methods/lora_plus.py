@@ -28,8 +28,10 @@ class LoraPlusConfig(LoraConfig):
     of both factors of adapted embeddings; null means ``train.learning_rate``, and is the default
     for a ratio of 1."""
 
-    #: A fifth of LoRA's: this is the rate of A, and B's is loraplus_lr_ratio times that.
     usual_learning_rates: ClassVar = (4e-5, 2e-4)
+    learning_rate_note: ClassVar = (
+        "lower than LoRA's, since it is the rate of A alone: B's is 16 times as high"
+    )
     method: str = "lora_plus"
     loraplus_lr_ratio: PositiveFloat | Literal["auto"] = 16.0
     loraplus_lr_embedding: PositiveFloat | None = 1e-6

@@ -104,9 +104,11 @@ class AdapterSection(Section):
 
     ``usual_learning_rates`` is no key: the rates that suit a method, that for models of billions of
     parameters first and that for small ones second; None if they are unknown.
+    ``learning_rate_note`` says why they are what they are.
     """
 
     usual_learning_rates: ClassVar[tuple[float, float] | None] = None
+    learning_rate_note: ClassVar[str] = ""
     method: Annotated[Text, BeforeValidator(_as_text)] = "lora"
     target_parameters: _MaybeEmpty = []
     target_modules: _MaybeEmpty = ["q", "v"]
@@ -121,6 +123,12 @@ class AdapterSection(Section):
         if only and cls.model_fields["target_modules"].default == ["q", "v"]:
             return {"target_modules": [], **data}
         return data
+
+    @classmethod
+    def shown_learning_rates(cls) -> str:
+        """``2e-4 to 1e-3``; empty if they are unknown."""
+        rates = (f"{rate:.0e}".replace("e-0", "e-") for rate in cls.usual_learning_rates or ())
+        return " to ".join(rates)
 
     @field_validator("target_modules")
     @classmethod

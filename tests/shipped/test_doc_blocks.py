@@ -31,6 +31,7 @@ _REST = {
 NOT_RUN = {
     "a part of a file": 2,
     "needs the network": 2,
+    "needs a file of chats": 1,
 }
 
 

@@ -27,7 +27,7 @@ COMMANDS = {
     for name, command in typer.main.get_command(app).commands.items()  # type: ignore[attr-defined]
 }
 OF_EVERY_COMMAND = {"--help", "-h"}
-OF_THE_PROGRAM = {"--help", "-h", "--version"}
+OF_THE_PROGRAM = {"--help", "-h", "--version", "--install-completion", "--show-completion"}
 
 FENCE = re.compile(r"^```(\w*)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")

@@ -1,0 +1,175 @@
+"""``lorakit init``: write a first recipe, from options or by asking."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lorakit import registry
+from lorakit.cli.console import AsJson, Overrides, echo, only_results, say
+from lorakit.errors import UserError
+
+if TYPE_CHECKING:
+    from lorakit.api import FirstRecipe
+
+_Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="File to write.")]
+_Model = Annotated[
+    str | None, typer.Option("--model", metavar="M", help="Model directory, or name on the Hub.")
+]
+_Data = Annotated[
+    str | None,
+    typer.Option("--data", metavar="PATH", help="File, glob or directory of training rows."),
+]
+_Validation = Annotated[
+    str | None,
+    typer.Option("--validation", metavar="PATH", help="Validation rows; held out by default."),
+]
+_Task = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="T",
+        help="Task; by default the one that fits the columns.",
+        autocompletion=lambda: list(registry.tasks()),
+    ),
+]
+_Method = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        metavar="M",
+        help="Method; lora by default.",
+        autocompletion=lambda: list(registry.methods()),
+    ),
+]
+_Hardware = Annotated[
+    str | None,
+    typer.Option(
+        "--hardware", metavar="H", help="cpu, gpu, or gpu:24 for 24 GiB; by default this machine's."
+    ),
+]
+_Yes = Annotated[
+    bool, typer.Option("--yes", "-y", help="Ask nothing that has a default, also on a terminal.")
+]
+_Replace = Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it exists.")]
+
+
+def init(
+    model: _Model = None,
+    data: _Data = None,
+    validation: _Validation = None,
+    task: _Task = None,
+    method: _Method = None,
+    hardware: _Hardware = None,
+    overrides: Overrides = None,
+    output: _Output = Path("recipe.yaml"),
+    overwrite: _Replace = False,
+    yes: _Yes = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a first recipe for a model and data.
+
+    The columns of the rows decide the task, their lengths the batches, and the model, the method
+    and the hardware the rest; comments say why. On a terminal, asks for the options that are
+    missing; Enter accepts the default in brackets. Nothing is downloaded: for a model that is not
+    on this machine, lengths are estimated. --set names columns that are not recognized.
+
+    Example: lorakit init --model models/all-minilm-l6-v2 --data reviews.csv
+
+    Example: lorakit init --model Qwen/Qwen3-8B --data chats.jsonl --hardware gpu:24 -o chat.yaml
+
+    Example: lorakit init --model M --data d.csv --task classification --set task.text_column=body
+    """
+    from lorakit.api import RecipeDraft, check_new
+
+    check_new(output, overwrite)
+    ask = _ask if _can_ask() else None
+    model, data = _required(model, data, task, ask)
+    if yes:
+        ask = None
+    with only_results():
+        draft = RecipeDraft(model, data, validation=validation, overrides=overrides, say=say)
+        if ask is not None:
+            task = task or ask("task", draft.suggested_task, _known("tasks"))
+            method = method or ask("method", "lora", _known("methods"))
+            hardware = hardware or ask("hardware", draft.hardware, "cpu, gpu, or gpu:24 (GiB)")
+        written = draft.write(
+            output, task=task, method=method or "lora", hardware=hardware, overwrite=overwrite
+        )
+    _report(written, as_json)
+
+
+def _report(written: FirstRecipe, as_json: bool) -> None:
+    recipe, tokens = written.recipe, written.tokens
+    if as_json:
+        facts = {
+            "recipe": str(written.path),
+            "task": recipe.task.name,
+            "method": recipe.adapter.method,
+            "rows": written.rows,
+            "tokens": None if tokens is None else {"median": tokens[0], "longest": tokens[1]},
+            "is_estimate": written.is_estimate,
+        }
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    echo(f"{written.path}: {recipe.task.name}, {recipe.adapter.method}, {written.reason}")
+    say(f"next: lorakit preview {written.path}, then lorakit train {written.path}")
+
+
+def _can_ask() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
+
+
+_Ask = Callable[[str, "str | None", str], str]
+
+
+def _required(
+    model: str | None, data: str | None, task: str | None, ask: _Ask | None
+) -> tuple[str, str | None]:
+    """The model, and the data unless the task has its own. Raises UserError if one is missing and
+    nobody can be asked."""
+    has_own_data = task is not None and task.startswith("glue/")
+    missing = [] if model else ["--model"]
+    missing += [] if data or has_own_data else ["--data"]
+    if missing and ask is None:
+        raise UserError(
+            f"missing {' and '.join(missing)}: required without a terminal to ask on; hint: "
+            "lorakit init --help"
+        )
+    if ask is not None:
+        model = model or ask("model", _local_model(), "a directory, or a name on the Hub")
+        if not has_own_data:
+            data = data or ask("data", None, "a file, a glob or a directory")
+    assert model is not None, "it is given or was asked for"
+    return model, data
+
+
+def _local_model() -> str | None:
+    """The first model in the directory ``models``."""
+    found = sorted(Path("models").glob("*/config.json"))
+    return str(found[0].parent) if found else None
+
+
+def _known(kind: str) -> str:
+    names = registry.tasks() if kind == "tasks" else registry.methods()
+    short = dict.fromkeys("glue/..." if name.startswith("glue/") else name for name in names)
+    return ", ".join(short)
+
+
+def _ask(what: str, default: str | None, allowed: str) -> str:
+    """Ask on the terminal until there is an answer, or the default. Raises UserError at the end of
+    the input."""
+    say(f"{what}: {allowed}")
+    while True:
+        typer.echo(f"{what} [{default}]: " if default else f"{what}: ", err=True, nl=False)
+        line = sys.stdin.readline()
+        if not line:
+            say("")
+            raise UserError(f"no answer for {what}; allowed: --{what}")
+        if answer := line.strip() or default:
+            return answer

@@ -1,0 +1,233 @@
+"""Put a first recipe together, check it, and write it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lorakit import registry
+from lorakit.errors import Problem, RecipeError, UserError, did_you_mean
+from lorakit.first_recipe.choose import Choice, Given, choose_task
+from lorakit.first_recipe.columns import class_names
+from lorakit.first_recipe.data import measure, read_data
+from lorakit.first_recipe.model import read_base_model
+from lorakit.first_recipe.plan import Facts, recipe_text
+from lorakit.first_recipe.settings import find_hardware, read_hardware, too_large
+from lorakit.io.atomic import write_text, writing
+from lorakit.pipeline.local_paths import path_faults
+from lorakit.recipe.diagnostics import OVERRIDE
+from lorakit.recipe.load import load_recipe
+from lorakit.recipe.overrides import Overrides, apply_overrides
+from lorakit.recipe.sections import Recipe
+from lorakit.recipe.yaml_source import YamlFile
+from lorakit.tasks.base import Task
+from lorakit.tasks.labelling import label_order
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class FirstRecipe:
+    """A recipe that was written to ``path``. ``rows`` are those of the training split, None if not
+    all of them were read; ``tokens`` are the median and the longest row of a sample, None without
+    data, ``is_estimate`` if they were not tokenized. ``reason`` is what the columns say, in words.
+    """
+
+    path: Path
+    recipe: Recipe
+    reason: str
+    rows: int | None
+    tokens: tuple[int, int] | None
+    is_estimate: bool
+
+
+class RecipeDraft:
+    """What a base model and a data set suggest. ``data`` is a file, a glob or a directory as in
+    ``task.path``, and ``validation`` the same for the validation split; None for a task that has a
+    data set of its own on the Hub. ``overrides`` are keys that are set already, as for
+    ``load_recipe``. ``say`` gets notes.
+
+    Raises ModelError for a path without a model, DataError for data that cannot be read, and
+    RecipeError for ``overrides`` that are not of the form ``SECTION.KEY``.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        data: str | None = None,
+        *,
+        validation: str | None = None,
+        overrides: Overrides | None = None,
+        say: Say = lambda note: None,
+    ) -> None:
+        self._say = say
+        self._given = _parsed(overrides)
+        self._base = read_base_model(model)
+        if self._base.config is None:
+            say(f"{model}: not on this machine; its kind and the tokens of a row are estimates")
+        self._data = None if data is None else read_data(data, validation)
+
+    @cached_property
+    def suggested_task(self) -> str | None:
+        """The task that fits the columns; None without data. Raises DataError if none does."""
+        return None if self._data is None else self._choose(None).task
+
+    @cached_property
+    def hardware(self) -> str:
+        """The hardware of this machine, as ``write`` takes it."""
+        return str(find_hardware())
+
+    def write(
+        self,
+        output: str | Path,
+        *,
+        task: str | None = None,
+        method: str = "lora",
+        hardware: str | None = None,
+        overwrite: bool = False,
+    ) -> FirstRecipe:
+        """Write a recipe that trains ``method`` on ``task`` (default: ``suggested_task``) with
+        ``hardware``: ``cpu``, ``gpu``, ``gpu:GIB`` (default: that of this machine). A sample of the
+        rows has then been read as the task reads them, and the recipe has been checked.
+
+        Raises UserError if ``output`` exists, unless ``overwrite``, and for whatever does not fit.
+        """
+        output = Path(output)
+        check_new(output, overwrite)
+        _check_name("--method", method, registry.methods(), registry.method)
+        machine = find_hardware() if hardware is None else read_hardware(hardware)
+        choice = self._choose(task)
+        self._base.check_kind(registry.task(choice.task).kind)
+        facts = Facts(self._base, self._data, choice, method, machine, output, self._given)
+        recipe = self._checked(recipe_text(facts), output)
+        if self._data is not None:
+            facts = self._measured(facts, recipe)
+        text = recipe_text(facts)
+        recipe = self._checked(text, output)
+        if note := too_large(method, self._base.parameters, machine):
+            self._say(note)
+        with writing(output):
+            write_text(output, text)
+        rows = None if self._data is None else self._data.rows
+        lengths = facts.lengths
+        if lengths is None:
+            return FirstRecipe(output, recipe, "data of the task", rows, None, is_estimate=False)
+        tokens = (lengths.quantile(0.5), lengths.tokens[-1])
+        return FirstRecipe(output, recipe, choice.reason, rows, tokens, lengths.is_estimate)
+
+    def _choose(self, wanted: str | None) -> Choice:
+        if wanted is not None:
+            _check_name("--task", wanted, registry.tasks(), registry.task)
+        if self._data is not None:
+            given = Given(
+                self._base.kinds, self._base.has_chat_template, self._given.get("task", {})
+            )
+            choice = choose_task(self._data.columns, given, self._data.train.source, wanted)
+            return self._with_tags(choice)
+        if wanted is None:
+            raise UserError("--data is missing; allowed without it: --task glue/NAME")
+        return Choice(wanted)
+
+    def _with_tags(self, choice: Choice) -> Choice:
+        """Name tags that are ids, since a file does not name them."""
+        if choice.task != "token_classification" or self._data is None:
+            return choice
+        column = choice.keys.get("tags_column", "tags")
+        if self._data.columns[column].kind != "ids" or "labels" in self._given.get("task", {}):
+            return choice
+        names = sorted(class_names(self._data.train, column), key=label_order)
+        self._say(f"task.labels: the tags in {column} are ids; replace them by their names")
+        return replace(choice, keys={**choice.keys, "labels": names})
+
+    def _measured(self, facts: Facts, recipe: Recipe) -> Facts:
+        """``facts`` with what the rows tell as the task reads them."""
+        assert self._data is not None, "there are rows to measure"
+        split = self._data.train
+        task: Task = registry.task(recipe.task.name)
+        task.check_columns(split, recipe.task)
+        task, config = task.chosen(recipe.task, split)
+        config = task.resolve(config, split)
+        new_head = False
+        if task.kind == "encoder":
+            labels = task.labels(config, split)
+            new_head = self._base.needs_new_head(labels, task.problem(config))
+        tokenizer = self._base.tokenizer
+        if tokenizer is not None:
+            from lorakit.models.vocabulary import extend_tokenizer
+
+            extend_tokenizer(tokenizer, recipe.model)
+        lengths = measure(task, config, split, tokenizer)
+        return replace(facts, lengths=lengths, new_head=new_head)
+
+    def _checked(self, text: str, output: Path) -> Recipe:
+        """The recipe, loaded as from a file. Raises RecipeError, which names ``--set`` for what it
+        set."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "recipe.yaml")
+            write_text(file, text)
+            try:
+                return load_recipe(file, check=path_faults)
+            except RecipeError as error:
+                raise RecipeError([*self._located(error.problems, output)]) from None
+
+    def _located(self, problems: Iterable[Problem], output: Path) -> Iterable[Problem]:
+        given = {f"{name}.{key}" for name, keys in self._given.items() for key in keys}
+        for problem in problems:
+            is_set = ".".join(problem.key.split(".")[:2]) in given
+            yield replace(problem, file=OVERRIDE if is_set else str(output), line=None)
+
+
+def init_recipe(
+    output: str | Path = "recipe.yaml",
+    *,
+    model: str,
+    data: str | None = None,
+    validation: str | None = None,
+    task: str | None = None,
+    method: str = "lora",
+    hardware: str | None = None,
+    overrides: Overrides | None = None,
+    overwrite: bool = False,
+    say: Say = lambda note: None,
+) -> FirstRecipe:
+    """Write a first recipe for ``model`` and ``data``: see ``RecipeDraft`` and its ``write``."""
+    check_new(Path(output), overwrite)
+    draft = RecipeDraft(model, data, validation=validation, overrides=overrides, say=say)
+    return draft.write(output, task=task, method=method, hardware=hardware, overwrite=overwrite)
+
+
+def check_new(output: Path, overwrite: bool) -> None:
+    """Raise UserError if ``output`` exists, unless it is a file and ``overwrite`` is set."""
+    if output.is_dir():
+        raise UserError(f"--output {output}: is a directory; allowed: a file")
+    if output.exists() and not overwrite:
+        raise UserError(
+            f"--output {output}: the file exists; allowed: --overwrite, or another file"
+        )
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"--output {output}: directory {output.parent} does not exist")
+
+
+def _check_name(
+    option: str, name: str, known: Mapping[str, Any], find: Callable[[str], Any]
+) -> None:
+    """Raise UserError for a name that is not ``known``, and for a file that defines nothing."""
+    try:
+        find(name)
+    except KeyError:
+        message = did_you_mean(f"{option} {name}: unknown", name, known)
+        raise UserError(f"{message}; allowed: {', '.join(known)}, ./FILE.py:CLASS") from None
+
+
+def _parsed(overrides: Overrides | None) -> dict[str, dict[str, Any]]:
+    source = YamlFile(OVERRIDE, {})
+    if faults := apply_overrides(source, overrides):
+        raise RecipeError([fault.locate(source) for fault in faults])
+    for name, keys in source.data.items():
+        if not isinstance(keys, dict):
+            raise UserError(f"{OVERRIDE} {name}: allowed: SECTION.KEY=VALUE")
+    return source.data
