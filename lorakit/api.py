@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lorakit.analysis.report import InspectReport, MatrixReport, Similarity
     from lorakit.data.paths import data_files
     from lorakit.distributed.group import is_main
+    from lorakit.distributed.launcher import is_launched
     from lorakit.distributed.processes import process_group
     from lorakit.doctor.diagnose import Diagnosis, diagnose
     from lorakit.evaluation.generation import generate_text, stream_text
@@ -79,6 +80,7 @@ _MODULES = {
     "lorakit.analysis.report": ("InspectReport", "MatrixReport", "Similarity"),
     "lorakit.data.paths": ("data_files",),
     "lorakit.distributed.group": ("is_main",),
+    "lorakit.distributed.launcher": ("is_launched",),
     "lorakit.distributed.processes": ("process_group",),
     "lorakit.doctor.diagnose": ("Diagnosis", "diagnose"),
     "lorakit.evaluation.generation": ("generate_text", "stream_text"),
@@ -181,6 +183,7 @@ __all__ = [
     "init_recipe",
     "inject",
     "inspect",
+    "is_launched",
     "is_main",
     "load",
     "load_for_generation",

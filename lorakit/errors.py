@@ -79,11 +79,15 @@ class EvaluationError(LorakitError):
 class Interrupted(LorakitError):
     """A run was stopped by SIGINT, SIGTERM or SIGHUP, after saving a checkpoint.
 
-    ``exit_code`` is 128 plus the signal number: 130, 143 or 129.
+    ``problem`` is the message without ``advice``, how to resume. ``exit_code`` is 128 plus
+    ``signal_number``: 130, 143 or 129.
     """
 
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
+    def __init__(
+        self, problem: str, signal_number: int, advice: str = "continue with --resume auto"
+    ) -> None:
+        super().__init__(f"{problem}; {advice}")
+        self.problem, self.advice, self.signal_number = problem, advice, signal_number
         self.exit_code = 128 + signal_number
 
 
@@ -119,6 +123,20 @@ def listed(names: Iterable[object], most: int = 5) -> str:
 def decimal(value: float) -> str:
     """``value`` with four decimals, or an exponent if it is very large."""
     return f"{value:.4f}" if abs(value) < 1e7 else f"{value:.4e}"
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 row``, ``2 rows``; ``noun`` is the singular of a regular one."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def duration(seconds: float) -> str:
+    """A time for people: ``12 s``, ``2 min 05 s`` or ``1 h 02 min``."""
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:

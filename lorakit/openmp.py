@@ -142,6 +142,8 @@ class _SleepingTeam:
     def _run(self) -> None:
         import torch  # blocks while another thread imports it
 
+        if not hasattr(torch, "zeros"):  # Ctrl-C has ended its import
+            return
         # One parallel region starts the team; it needs more elements than a single thread handles.
         torch.zeros(torch.get_num_threads() << 16).sin_()
         self._end.wait()

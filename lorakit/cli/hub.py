@@ -45,6 +45,13 @@ def target_of(
     return None
 
 
+def push_options(repo: str | None, private: bool, revision: str | None) -> list[str]:
+    """The options that push what was trained, as they were given."""
+    options = [] if repo is None else ["--push-to-hub", repo]
+    options += ["--private"] if private else []
+    return options + ([] if revision is None else ["--revision", revision])
+
+
 def pushed_line(report: PushReport) -> str:
     """Where an upload can be seen, and what it contains."""
     return f"{report.url}: {len(report.files)} files, {report.size_bytes / 1e6:,.1f} MB"

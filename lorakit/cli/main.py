@@ -32,7 +32,7 @@ from lorakit.cli.recipes import methods, schema, tasks, validate
 from lorakit.cli.report import compare, report
 from lorakit.cli.run import eval_, train
 from lorakit.cli.sweep import sweep
-from lorakit.errors import LorakitError, RecipeError, UserError, printable
+from lorakit.errors import Interrupted, LorakitError, RecipeError, UserError, printable
 from lorakit.version import __version__
 
 _INTERRUPTED = 128 + signal.SIGINT
@@ -109,26 +109,52 @@ def run(arguments: Sequence[str] | None = None) -> int:
             return _exit_code(app(args=given, prog_name="lorakit", standalone_mode=False))
     except SystemExit as end:
         return _exit_code(end.code)
-    except _UsageError as error:
+    except KeyboardInterrupt as error:
+        _Interrupt.last = error
+        return _exit_code(_INTERRUPTED)
+    except Exception as error:
+        return _report(error)
+
+
+class _Interrupt:
+    """Keeps what Ctrl-C has left of an import: some libraries crash when it is freed."""
+
+    last: KeyboardInterrupt | None = None
+
+
+def _report(error: Exception) -> int:
+    """Print an error, and return its exit code."""
+    if isinstance(error, Interrupted):
+        _say(f"{error.problem}\n{error.advice}")
+        return error.exit_code
+    if _was_interrupted(error):
+        return _exit_code(_INTERRUPTED)
+    if isinstance(error, _UsageError):
         _say_once(f"error: {_usage(error)}")
         return UserError.exit_code
-    except LorakitError as error:
+    if isinstance(error, LorakitError):
         messages = error.problems if isinstance(error, RecipeError) else (error,)
         _say("\n".join(f"error: {message}" for message in messages))
         return error.exit_code
-    except KeyboardInterrupt:
-        _say("stopped")
-        return _INTERRUPTED
-    except Exception as error:  # a bug: print one line, and save the traceback to a file
-        if os.environ.get("LORAKIT_TRACEBACK"):
-            raise
-        _say(f"error: {_log_traceback(error)}")
-        return 1
+    # A bug: print one line, and save the traceback to a file.
+    if os.environ.get("LORAKIT_TRACEBACK"):
+        raise error
+    _say(f"error: {_log_traceback(error)}")
+    return 1
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether the error is a library's answer to Ctrl-C, for example during its import."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _exit_code(code: object) -> int:
     if code in (_INTERRUPTED, _TERMINATED):  # typer converts Ctrl-C to the first
-        _say_once("stopped")
+        _say_once("interrupted" if code == _INTERRUPTED else "terminated")
     return code if isinstance(code, int) else int(code is not None)
 
 
@@ -187,5 +213,12 @@ def _log_traceback(error: Exception) -> str:
 
 
 def main() -> None:
-    """Entry point of the console script."""
-    sys.exit(run())
+    """Run the command line of the process, and exit."""
+    code = run()
+    if code in (_INTERRUPTED, _TERMINATED):
+        # At the regular exit, libraries whose import was interrupted crash.
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

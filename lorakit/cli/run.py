@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -26,8 +26,9 @@ from lorakit.cli.console import (
     say,
     write_output,
 )
-from lorakit.cli.hub import Private, PushToHub, Revision, pushed_line, target_of
-from lorakit.errors import UserError, decimal, shown
+from lorakit.cli.hub import Private, PushToHub, Revision, push_options, pushed_line, target_of
+from lorakit.cli.outcome import plan_text, run_text, train_command, use_command
+from lorakit.errors import Interrupted, UserError, counted, decimal, shown
 
 if TYPE_CHECKING:
     from lorakit.api import HubTarget, PushReport, RunResult, SplitEvaluation
@@ -80,8 +81,15 @@ def train(
     from lorakit import api
 
     target = target_of(push_to_hub, private, revision, overwrite, "--push-to-hub")
-    with api.process_group():
-        _train(recipe, overrides, output_dir, resume, overwrite, dry_run, target, as_json)
+    try:
+        with api.process_group():
+            _train(recipe, overrides, output_dir, resume, overwrite, dry_run, target, as_json)
+    except Interrupted as error:
+        if api.is_launched():  # with a command that is not known here
+            raise
+        again = push_options(push_to_hub, private, revision)
+        command = train_command(recipe, overrides, output_dir, "--resume", "auto", *again)
+        raise Interrupted(error.problem, error.signal_number, f"resume with: {command}") from error
 
 
 def _train(
@@ -109,7 +117,9 @@ def _train(
     if not api.is_main():
         return
     if plan is not None:
-        _print_plan(plan, as_json)
+        echo(json.dumps(plan) if as_json else plan_text(plan))
+        if not as_json:
+            say(f"next: {train_command(recipe, overrides, output_dir)}")
     elif result is not None:
         pushed = None
         try:
@@ -117,6 +127,8 @@ def _train(
                 pushed = api.push_trained(result.adapter_dir, target, say)
         finally:
             _print_run(result, pushed, as_json)
+        if not as_json:
+            say(f"next: {use_command(resolved, result.adapter_dir)}")
 
 
 def _print_run(result: RunResult, pushed: PushReport | None, as_json: bool) -> None:
@@ -127,16 +139,9 @@ def _print_run(result: RunResult, pushed: PushReport | None, as_json: bool) -> N
         found |= {"diverged": True} if result.diverged else {}
         typer.echo(json.dumps(found | ({"hub": pushed.url} if pushed else {})))
     else:
-        scores = "".join(f", {name} {decimal(value)}" for name, value in result.metrics.items())
-        echo(f"{result.adapter_dir}: {result.steps} steps{scores}")
+        echo(run_text(result))
         if pushed is not None:
             echo(pushed_line(pushed))
-
-
-def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
-    # The coverage is printed on stderr as text.
-    lines = [f"{key:22} {value}" for key, value in plan.items() if key != "coverage"]
-    echo(json.dumps(plan) if as_json else "\n".join(lines))
 
 
 _Adapter = Annotated[
@@ -294,6 +299,6 @@ def _json(found: SplitEvaluation) -> str:
 
 def _table(found: SplitEvaluation) -> str:
     width = max(map(len, found.metrics))
-    lines = [f"{found.task}, {found.split}: {found.examples:,} examples"]
+    lines = [f"{found.task}, {found.split}: {counted(found.examples, 'example')}"]
     lines += [f"  {name:<{width}}  {decimal(value)}" for name, value in found.metrics.items()]
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from rich.table import Table
 from lorakit.errors import decimal, printable
 from lorakit.sweeps.halving import Halving
 from lorakit.sweeps.results import MemberResult, SweepResult
-from lorakit.training.tracking import Display, format_metrics, tell
+from lorakit.training.tracking import Display, format_metrics, tell, throttled
 
 _SECONDS_PER_LINE = 30.0
 #: Lines of the terminal that the table leaves free.
@@ -36,6 +36,7 @@ class MemberDisplay(Display):
         self.numbers: dict[str, Any] = {}
         self.metrics: dict[str, float] = {}
         self._last = time.monotonic()
+        self._report = throttled(self.say)
 
     def advance(self, step: int) -> None:
         self.step = step
@@ -45,6 +46,9 @@ class MemberDisplay(Display):
 
     def log(self, line: dict[str, Any]) -> None:
         self.numbers = line
+
+    def evaluating(self, what: str, done: int, total: int) -> None:
+        self._report(f"evaluation: {what}", done, total)
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         self.metrics = metrics

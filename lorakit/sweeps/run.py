@@ -132,8 +132,7 @@ class _Run:
                 stop_at=None if self._halving is None else partial(self._stops, [at], 0),
             )  # fmt: skip
         except Interrupted as error:
-            text = str(error).removesuffix("; continue with --resume auto")
-            raise self._interrupted(f"{member.name}: {text}", error) from error
+            raise self._interrupted(f"{member.name}: {error.problem}", error) from error
         except Exception as error:
             self._ended(at, describe_failure(error, self._folder(at)))
         else:
@@ -163,7 +162,7 @@ class _Run:
                 display_of=lambda index: self._progress.display(self._members[numbers[index]].name),
             )  # fmt: skip
         except Interrupted as error:
-            raise self._interrupted("stopped, with checkpoints of what ran", error) from error
+            raise self._interrupted("interrupted, with checkpoints of what ran", error) from error
         except Exception as error:
             self._progress.say(
                 f"joint training failed: {describe_failure(error, self._result.output_dir)}; "
@@ -196,7 +195,7 @@ class _Run:
         try:
             train_on_cluster(members, address, self._progress.say, started, ended)
         except Interrupted as error:
-            raise self._interrupted(str(error), error) from error
+            raise self._interrupted(error.problem, error) from error
 
     def _folder(self, at: int) -> Path:
         return Path(self._members[at].recipe.train.output_dir)
@@ -216,8 +215,9 @@ class _Run:
         members = self._result.members
         done = sum(own.status != "pending" for own in members)
         return Interrupted(
-            f"{text}; {done} of {len(members)} members have ended; continue with --resume",
-            error.exit_code - 128,
+            f"{text}; {done} of {len(members)} members have ended",
+            error.signal_number,
+            advice="continue with --resume",
         )
 
 

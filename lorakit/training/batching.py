@@ -35,7 +35,7 @@ from lorakit.data.plan import (
 from lorakit.data.stream import FileChanged
 from lorakit.data.stream_steps import StreamSteps
 from lorakit.distributed.processes import gather
-from lorakit.errors import DataError
+from lorakit.errors import DataError, counted
 from lorakit.pipeline.encoding import StreamedRows
 from lorakit.recipe.sections import Recipe
 from lorakit.training.setup import Prepared
@@ -48,10 +48,12 @@ _ALONE = Share()
 
 @dataclass(frozen=True)
 class Batching:
-    """``description`` tells the user what a step consists of."""
+    """``description`` tells the user what a step consists of, ``warning`` that it exceeds the
+    data."""
 
     steps: StepSource
     description: str
+    warning: str | None = None
 
     def notes(self, recipe: Recipe) -> list[str]:
         """Notes on a stream's rows, which are known only once the rows have been read."""
@@ -179,7 +181,8 @@ def build_batching(prepared: Prepared, device: torch.device, share: Share = _ALO
         steps = MixedSteps(rows, Mixture(rows.sources, recipe.train.seed), plan, share)
         return Batching(steps, f"{descriptions[0]}, by weight")
     found, packing, description = _plan(prepared, rows.lengths, device, share)
-    return Batching(IndexedSteps(rows, found, packing, share), description)
+    warning = _too_large(recipe, found) if isinstance(found, RowPlan) else None
+    return Batching(IndexedSteps(rows, found, packing, share), description, warning)
 
 
 def _plan(
@@ -188,11 +191,11 @@ def _plan(
     """Plan the steps of an epoch from the lengths of its rows, and describe them."""
     recipe = prepared.recipe
     micro_batches = recipe.train.gradient_accumulation_steps * share.world_size
-    section, packing, description = recipe.train, None, f"{len(lengths):,} rows"
+    section, packing, description = recipe.train, None, counted(len(lengths), "row")
     if recipe.task.packing:
         packing = Packing(lengths, recipe.task.max_length, section.seed)
         lengths = packing.bin_lengths
-        description += f" in {len(packing):,} bins, {packing.fill:.1%} full"
+        description += f" in {counted(len(packing), 'bin')}, {packing.fill:.1%} full"
     if section.max_tokens_per_batch is None or packing:
         plan = RowPlan(
             lengths=lengths,
@@ -212,6 +215,20 @@ def _plan(
         multiple_of=padding_multiple(prepared, device),
     )
     return limited, None, f"{description}, up to {tokens:,} tokens per step"
+
+
+def _too_large(recipe: Recipe, plan: RowPlan) -> str | None:
+    """A warning about steps of more rows, or bins of packed rows, than the data has."""
+    size, unit = len(plan.lengths), "bin" if recipe.task.packing else "row"
+    if size >= plan.units_per_step:
+        return None
+    keys = "train.per_device_batch_size"
+    if plan.micro_batches_per_step > 1:
+        keys += " or train.gradient_accumulation_steps"
+    return (
+        f"warning: a step takes {counted(plan.units_per_step, unit)}, and the training data has "
+        f"{counted(size, unit)}: each epoch is a single, smaller step; hint: reduce {keys}"
+    )
 
 
 def _streaming(recipe: Recipe, rows: StreamedRows, share: Share) -> Batching:

@@ -17,7 +17,7 @@ from lorakit import registry
 from lorakit.data.plan import StepSource
 from lorakit.distributed.group import rank_and_world_size
 from lorakit.distributed.strategy import Strategy
-from lorakit.errors import UserError
+from lorakit.errors import UserError, counted
 from lorakit.injection import trainable_state
 from lorakit.layers import adapter_layers
 from lorakit.methods.base import Method
@@ -196,7 +196,7 @@ def build_loop(
     )
     objective = objective or build_objective(prepared, strategy, say)
     evaluator = Evaluator(
-        prepared, objective.parts, recorder.display.say, in_step=strategy.is_sharded
+        prepared, objective.parts, recorder.display.evaluating, in_step=strategy.is_sharded
     )
     advice = prepared.method.advice(prepared.recipe.adapter)
     return Loop(
@@ -238,14 +238,17 @@ def total_steps(section: TrainSection, steps_per_epoch: int | None) -> int:
     return section.max_steps or max(1, round((section.epochs or 1) * (steps_per_epoch or 1)))
 
 
-def plan_line(prepared: Prepared, batching: Batching) -> str:
-    """One line about the run that is about to start."""
+def plan_lines(prepared: Prepared, batching: Batching) -> list[str]:
+    """Describe the run that is about to start, and warn if its steps are larger than the data."""
     schedule = build_schedule(prepared.recipe, batching.steps)
     epoch = f" ({schedule.steps_per_epoch:,} per epoch)" if schedule.steps_per_epoch else ""
     evaluation = prepared.evaluation
-    return f"{batching.description}: {schedule.total_steps:,} steps{epoch}; " + (
-        f"evaluation on {len(evaluation.split):,} rows" if evaluation else "no validation split"
+    line = f"{batching.description}: {counted(schedule.total_steps, 'step')}{epoch}; " + (
+        f"evaluation on {counted(len(evaluation.split), 'row')}"
+        if evaluation
+        else "no validation split"
     )
+    return [line, *([batching.warning] if batching.warning else [])]
 
 
 def check_optimizer(name: str) -> None:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
 from torch import Tensor
 
+from lorakit.distributed.group import is_main
 from lorakit.distributed.launcher import is_launched
 from lorakit.distributed.processes import stop_signal
 from lorakit.errors import Interrupted
 from lorakit.evaluation.evaluate import Evaluation, evaluate_model
+from lorakit.evaluation.progress import OnPhase
 from lorakit.evaluation.scorer import Scorer
 from lorakit.models.causal import CausalParts
 from lorakit.tasks.base import LOWER_IS_BETTER
 from lorakit.training.checkpoint import Progress
 from lorakit.training.setup import Prepared
-from lorakit.training.tracking import throttled
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,22 @@ class StopRequest:
         """The signal handler: a second signal raises Interrupted at once, but not if a launcher
         started several processes, since it passes on what a scheduler has sent to all of them."""
         if stop_signal.own and not is_launched():
-            raise Interrupted("stopped immediately by a second signal", number)
+            raise Interrupted("interrupted again: stopped without saving a checkpoint", number)
+        is_first = not stop_signal.own
         stop_signal.set(number)
+        if is_first and is_main():
+            _announce_stop(number)
+
+
+def _announce_stop(number: int) -> None:
+    """Tell the user that the run will stop. Bypasses sys.stderr, in which the signal may have
+    interrupted a write; on a terminal, replaces the progress bar, which is drawn again below."""
+    text = f"received {signal.Signals(number).name}: stopping after saving a checkpoint"
+    if number == signal.SIGINT and not is_launched():
+        text += "; press Ctrl-C again to stop without one"
+    with suppress(OSError):
+        start = "\r\x1b[2K" if os.isatty(2) else ""
+        os.write(2, f"{start}{text}\n".encode())
 
 
 @contextmanager
@@ -90,7 +106,7 @@ class Evaluator:
 
     prepared: Prepared
     parts: CausalParts | None
-    say: Callable[[str], None]
+    on_progress: OnPhase
     in_step: bool = False
     scorer: Callable[[], Scorer | None] = lambda: None
 
@@ -112,7 +128,7 @@ class Evaluator:
             parts=self.parts,
             generate=task.generates(recipe.task, final),
             seed=recipe.train.seed,
-            on_progress=throttled(self.say),
+            on_progress=self.on_progress,
             should_stop=lambda: stop_signal.own != 0,
             in_step=self.in_step,
             scorer=self.scorer(),

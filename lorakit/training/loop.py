@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -79,6 +79,7 @@ class Loop:
         self._scalars = AsyncScalars(self.engine.value_names)
         self._window_start = time.monotonic()
         self._window_tokens = 0
+        self._first_step = 1
         self._last_checkpoint: Path | None = None
         self._evaluated: dict[str, float] | None = None
 
@@ -114,6 +115,8 @@ class Loop:
         Interrupted after a signal, and DataError (BadRow for a row) if a stream cannot be read.
         """
         self._window_start = time.monotonic()
+        self._first_step = self.progress.step + 1
+        self.recorder.display.begin()
         if self.progress.step and self._evaluation_due():
             self._evaluate()
         while self.progress.step < self.schedule.total_steps and not self.progress.stopped_early:
@@ -162,8 +165,7 @@ class Loop:
             found = self.evaluate(final=True)
         except EvaluationStopped as error:
             raise Interrupted(
-                "stopped in the final evaluation; continue with --resume auto",
-                self.stop.signal_number,
+                "interrupted in the final evaluation", self.stop.signal_number
             ) from error
         self.predictions = found.predictions
         self.recorder.evaluation(self.progress.best_step, found.metrics)
@@ -213,23 +215,27 @@ class Loop:
         self.recorder.display.advance(step)
         if self.schedule.due(step, self.schedule.log_every_steps):
             self._end_window()
+        elif step == self._first_step:  # shown, but not a log line; waits for the device once
+            loss = self._scalars.window()[-1][0]
+            self.recorder.display.log({**self._window_values(), "loss": loss})
         self._record(wait=False)
 
     def _end_window(self) -> None:
         """End the window of steps that one log line covers."""
-        now = time.monotonic()
-        spent = max(now - self._window_start, 1e-9)
-        self._scalars.stage(
-            {
-                "step": self.progress.step,
-                "epoch": self.schedule.epoch(self.progress.step),
-                "tokens_per_second": round(self._window_tokens / spent, 1),
-                "peak_memory_bytes": peak_memory_bytes(self.loader.device),
-                **self.engine.log_values(),
-            },
-            self.engine.changed_ranks(self._scalars.pending_steps),
-        )
-        self._window_start, self._window_tokens = now, 0
+        ranks = self.engine.changed_ranks(self._scalars.pending_steps)
+        self._scalars.stage(self._window_values(), ranks)
+        self._window_start, self._window_tokens = time.monotonic(), 0
+
+    def _window_values(self) -> dict[str, Any]:
+        """What the host knows of the steps since the last log line."""
+        spent = max(time.monotonic() - self._window_start, 1e-9)
+        return {
+            "step": self.progress.step,
+            "epoch": self.schedule.epoch(self.progress.step),
+            "tokens_per_second": round(self._window_tokens / spent, 1),
+            "peak_memory_bytes": peak_memory_bytes(self.loader.device),
+            **self.engine.log_values(),
+        }
 
     def _record(self, wait: bool) -> None:
         """Write the log lines whose numbers have arrived; with ``wait``, all complete ones."""
@@ -316,7 +322,7 @@ class Loop:
     def _interrupt(self) -> NoReturn:
         saved = self.save()
         raise Interrupted(
-            f"stopped at step {self.progress.step} of {self.schedule.total_steps}; saved {saved}; "
-            "continue with --resume auto",
+            f"interrupted at step {self.progress.step} of {self.schedule.total_steps}; "
+            f"saved {saved}",
             self.stop.signal_number,
         )

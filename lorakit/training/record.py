@@ -41,7 +41,8 @@ _PACKAGES = (
 class RunRecord:
     """``method_digest`` identifies the code of a user's method, and ``chat_template_digest`` the
     tokenizer's chat template. ``seconds`` is the time of training and its evaluations over all
-    resumes. ``exit_reason`` is null during the run, then ``completed``, ``interrupted`` or
+    resumes. ``main_metric`` is the one of ``metrics`` to report first. ``exit_reason`` is null
+    during the run, then ``completed``, ``interrupted`` or
     ``failed``. ``diverged``: the loss ended above where it started, or was not finite. ``bad_row``:
     a row of a stream ended the run, or would have ended it at the next step; it can be resumed once
     the row is corrected. ``process`` is the one that writes the record, and ``launch`` identifies
@@ -66,6 +67,7 @@ class RunRecord:
     seconds: float = 0.0
     peak_memory_bytes: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
+    main_metric: str | None = None
     best_step: int | None = None
     ranks: list[dict[str, Any]] | None = None
     diverged: bool = False

@@ -28,7 +28,7 @@ from lorakit.training.build import (
     build_objective,
     build_schedule,
     check_optimizer,
-    plan_line,
+    plan_lines,
 )
 from lorakit.training.control import Schedule, stop_request
 from lorakit.training.deterministic import deterministic_kernels, say_costs
@@ -105,7 +105,8 @@ def _train(
     prepared, objective = fit_batch_size(prepared, strategy, say)
     batching = build_batching(prepared, strategy.device, strategy.share)
     run_on_main(lambda: check_resumable(prepared, batching, start, say))
-    say(plan_line(prepared, batching))
+    for line in plan_lines(prepared, batching):
+        say(line)
     with stop_request() as stop:
 
         def build(schedule: Schedule, recorder: Recorder, guard: Guard | None) -> Loop:
@@ -128,7 +129,8 @@ def finished_run(recipe: Recipe, run: dict[str, Any], say: Say) -> RunResult:
     say(f"{output_dir}: the run is complete; nothing to do")
     return RunResult(
         run.get("metrics", {}), output_dir / "adapter", output_dir, run.get("steps", 0),
-        run.get("diverged", False),
+        run.get("diverged", False), run.get("seconds", 0.0), run.get("main_metric"),
+        run.get("best_step"),
     )  # fmt: skip
 
 
@@ -164,6 +166,8 @@ def start_unwritten(recipe: Recipe, say: Say) -> Started:
     strategy.check(recipe)
     prepared, objective = fit_batch_size(prepare(recipe, say, write_cache=False), strategy, say)
     batching = build_batching(prepared, strategy.device, strategy.share)
+    if batching.warning:
+        say(batching.warning)
     schedule = build_schedule(prepared.recipe, batching.steps)
     execution = choose_execution(
         prepared, strategy.device, schedule.total_steps, strategy.is_sharded

@@ -51,14 +51,19 @@ from lorakit.training.tracking import Display, MetricsFile, NoMetrics, Recorder,
 
 @dataclass(frozen=True)
 class RunResult:
-    """``metrics`` are those of the final evaluation of the adapter in ``adapter_dir``; ``diverged``
-    tells whether the loss ended above where it started."""
+    """``metrics`` are those of the final evaluation of the adapter in ``adapter_dir``, which is of
+    ``best_step``; ``main_metric`` is the one to report first. Both are None without an evaluation.
+    ``diverged`` tells whether the loss ended above where it started. ``seconds`` is the time of
+    training and its evaluations over all resumes."""
 
     metrics: dict[str, float]
     adapter_dir: Path
     output_dir: Path
     steps: int
     diverged: bool = False
+    seconds: float = 0.0
+    main_metric: str | None = None
+    best_step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,8 @@ class Session:
                 record.diverged = warning is not None
                 self._say_notes(loop)
                 record.metrics = loop.finish()
+                if record.metrics:
+                    record.main_metric = _reported_metric(prepared)
             except Interrupted:
                 record.bad_row = loop.loader.met_bad_row()
                 raise
@@ -120,7 +127,10 @@ class Session:
             run_on_main(lambda: _save_predictions(output_dir, prepared.evaluation, loop, say))
         if warning:
             say(f"warning: {warning}")
-        return RunResult(record.metrics, adapter_dir, output_dir, record.steps, record.diverged)
+        return RunResult(
+            record.metrics, adapter_dir, output_dir, record.steps, record.diverged, record.seconds,
+            record.main_metric, record.best_step,
+        )  # fmt: skip
 
     def _new_record(self) -> RunRecord:
         prepared, strategy = self.prepared, self.strategy
@@ -152,6 +162,13 @@ class Session:
         best = loop.progress.best_step
         if best not in (0, loop.progress.step):
             self.say(f"the adapter is that of step {best}, which had the best evaluation")
+
+
+def _reported_metric(prepared: Prepared) -> str:
+    """The metric of the final evaluation to report first."""
+    recipe = prepared.recipe
+    chosen = recipe.train.metric_for_best_model
+    return chosen or prepared.task.best_metric(recipe.task, final=True)
 
 
 @contextmanager

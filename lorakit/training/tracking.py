@@ -13,14 +13,18 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.constrain import Constrain
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 
 from lorakit.errors import UserError, decimal, printable
 from lorakit.io.atomic import write_text, writing
 
 #: The project's name in trackers, and the subdirectory that TensorBoard writes to.
 PROJECT = "lorakit"
+_NUMBERS = "{task.fields[numbers]}"
+#: Columns of a terminal on which the bar has room for all numbers.
+_WIDE = 80
 
 
 class MetricsFile:
@@ -79,46 +83,73 @@ class NoMetrics(MetricsFile):
         """There is nothing to close."""
 
 
+class _Bar(Progress):
+    def __init__(self, console: Console, *columns: ProgressColumn) -> None:
+        self._console = console
+        super().__init__(*columns, console=console, transient=True)
+
+    def get_renderable(self) -> RenderableType:
+        """Leave room for the ^C that the terminal echoes, which would start a new line."""
+        return Constrain(super().get_renderable(), max(1, self._console.width - len("^C") - 1))
+
+
 class Display:
-    """A progress bar on a terminal, plain lines elsewhere; both on stderr. With ``quiet``, nothing
-    is printed."""
+    """A progress bar on a terminal, which disappears at the end, plain lines elsewhere; both on
+    stderr. With ``quiet``, nothing is printed."""
 
     def __init__(self, total_steps: int, done: int = 0, quiet: bool = False) -> None:
         self._total, self._start, self._first = total_steps, time.monotonic(), done
         self._console = Console(stderr=True)
         self._quiet = quiet
         self._bar: Progress | None = None
-        self._task = TaskID(0)
+        self._step, self._numbers = done, ""
+        self._shown: dict[int, set[str]] = {}
+        self._report_line = throttled(self.say)
         if self._console.is_terminal and not quiet:
-            self._bar = Progress(
-                TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(),
-                TextColumn("{task.fields[numbers]}"),
-                TimeRemainingColumn(),
-                console=self._console,
-            )
-            self._task = self._bar.add_task("train", total=total_steps, completed=done, numbers="")
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn(_NUMBERS))
+            self._bar = _Bar(self._console, *columns)
+            self._task = self._bar.add_task("", total=total_steps, numbers="")
+            self.advance(done)
             self._bar.start()
 
+    def begin(self) -> None:
+        """The first step starts now."""
+        self._start = time.monotonic()
+
     def advance(self, step: int) -> None:
+        self._step = step
         if self._bar is not None:
-            self._bar.update(self._task, completed=step)
+            numbers = f"{self._numbers}  {self._left(step)}".strip()
+            self._show(f"step {step}/{self._total}", step, self._total, numbers)
 
     def log(self, line: dict[str, Any]) -> None:
-        numbers = (
-            f"loss {decimal(line['loss'])}  lr {line['learning_rate']:.2e}  "
-            f"{line['tokens_per_second']:,.0f} tok/s  {line['peak_memory_bytes'] / 2**30:.1f} GiB"
-        )
-        if self._bar is not None:
-            self._bar.update(self._task, numbers=numbers)
-            return
+        """Show the numbers of a line of metrics.jsonl, or of the first step."""
+        self._numbers = f"loss {decimal(line['loss'])}"
+        if self._bar is None or self._console.width >= _WIDE:
+            self._numbers += (
+                f"  lr {line['learning_rate']:.2e}  {line['tokens_per_second']:,.0f} tok/s  "
+                f"{line['peak_memory_bytes'] / 2**30:.1f} GiB"
+            )
         step = line["step"]
-        spent = time.monotonic() - self._start
-        left = spent / max(step - self._first, 1) * (self._total - step)
-        self.say(f"step {step}/{self._total}  {numbers}  left {_clock(left)}")
+        if self._bar is not None:
+            self.advance(step)
+        else:
+            self.say(f"step {step}/{self._total}  {self._numbers}  {self._left(step)}".rstrip())
+
+    def evaluating(self, what: str, done: int, total: int) -> None:
+        """Show the progress of an evaluation, in rows."""
+        if self._bar is not None:
+            self._show(f"evaluation {done}/{total}", done, total, what)
+        else:
+            self._report_line(f"evaluation: {what}", done, total)
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        self.say(f"step {step}  evaluation: {format_metrics(metrics)}")
+        """Show the metrics that no earlier evaluation of this step has shown."""
+        shown = self._shown.setdefault(step, set())
+        if new := {name: value for name, value in metrics.items() if name not in shown}:
+            self.say(f"step {step}  evaluation: {format_metrics(new)}")
+        shown.update(new)
+        self.advance(self._step)
 
     def say(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
@@ -130,6 +161,17 @@ class Display:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+    def _left(self, step: int) -> str:
+        """The time that the remaining steps will take at the mean speed so far."""
+        if not self._first < step < self._total:
+            return ""
+        spent = time.monotonic() - self._start
+        return f"{_clock(spent / (step - self._first) * (self._total - step))} left"
+
+    def _show(self, what: str, done: int, total: int, numbers: str) -> None:
+        assert self._bar is not None
+        self._bar.update(self._task, description=what, completed=done, total=total, numbers=numbers)
 
 
 def tell(text: str) -> None:

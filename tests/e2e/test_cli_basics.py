@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.abc
 import json
 import os
 import re
@@ -13,8 +14,9 @@ import typer
 
 import lorakit
 from lorakit import registry
+from lorakit.__main__ import main as start
 from lorakit.cli import main as cli
-from lorakit.errors import Interrupted, TrainingError
+from lorakit.errors import Interrupted, TrainingError, UserError
 
 REPO = Path(__file__).resolve().parents[2]
 GOOD = """\
@@ -214,9 +216,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, BaseEx
     ("error", "code"),
     [
         (TrainingError("the loss is NaN in step 3"), 1),
-        (Interrupted("saved checkpoints/step-3", 2), 130),
-        (Interrupted("saved checkpoints/step-3", 15), 143),
-        (KeyboardInterrupt(), 130),
+        (UserError("train.seed = x: not a number"), 2),
     ],
 )
 def test_exit_codes(
@@ -227,7 +227,59 @@ def test_exit_codes(
 ) -> None:
     failing["error"] = error
     assert cli.run([]) == code
-    assert capsys.readouterr().err == (f"error: {error}\n" if str(error) else "stopped\n")
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (Interrupted("saved step-3", 2), 130, "saved step-3\ncontinue with --resume auto"),
+        (Interrupted("saved step-3", 15, "resume: it"), 143, "saved step-3\nresume: it"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (SystemExit(143), 143, "terminated"),
+    ],
+)
+def test_an_interrupt_is_no_error(
+    failing: dict[str, BaseException],
+    error: BaseException,
+    code: int,
+    text: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    failing["error"] = error
+    assert cli.run([]) == code
+    assert capsys.readouterr().err == f"{text}\n"
+
+
+def test_an_interrupt_that_a_library_turned_into_an_error(
+    failing: dict[str, BaseException], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        try:
+            raise KeyboardInterrupt
+        except BaseException as error:
+            raise ImportError("cannot import the library") from error
+    except ImportError as error:
+        failing["error"] = error
+    assert cli.run([]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert not list(tmp_path.glob("lorakit-*.log"))
+
+
+class _Interrupts(importlib.abc.MetaPathFinder):
+    """Ctrl-C while the command line is imported."""
+
+    def find_spec(self, name: str, path: object, target: object = None) -> None:
+        if name == "lorakit.cli.main":
+            raise KeyboardInterrupt
+
+
+def test_an_interrupt_while_the_command_line_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "lorakit.cli.main")
+    monkeypatch.setattr(sys, "meta_path", [_Interrupts(), *sys.meta_path])
+    with pytest.raises(SystemExit) as end:
+        start()
+    assert end.value.code == 130
 
 
 def test_unexpected_errors_write_a_traceback_file(

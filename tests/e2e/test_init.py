@@ -272,7 +272,7 @@ def test_a_terminal_is_asked_and_enter_accepts(model: Callable[[str], str]) -> N
 
 
 @pytest.mark.parametrize(
-    ("typed", "code", "said"), [("\x03", 130, "stopped"), ("\x04", 2, "no answer for model")]
+    ("typed", "code", "said"), [("\x03", 130, "interrupted"), ("\x04", 2, "no answer for model")]
 )
 def test_questions_can_be_stopped(typed: str, code: int, said: str, in_tmp: Path) -> None:
     found, shown = on_a_terminal(typed)

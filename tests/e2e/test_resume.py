@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -136,8 +137,12 @@ def test_a_signal_saves_and_ends(
     )
     assert ended.code == code
     assert ended.out == ""
-    assert "error: stopped at step 11 of 32; saved " in ended.err
-    assert "--resume auto" in ended.err
+    announced, saved, advice = ended.err.splitlines()[-3:]
+    assert announced.startswith(f"received {signal.Signals(number).name}: stopping after saving")
+    assert saved == f"interrupted at step 11 of 32; saved {run}/checkpoints/step-11"
+    command = ["lorakit", "train", str(recipe), "--output-dir", str(run), "--resume", "auto"]
+    assert shlex.split(advice.removeprefix("resume with: ")) == command
+    assert "error: " not in ended.err
     assert "Traceback" not in ended.err
     record = run_json(run)
     assert record["exit_reason"] == "interrupted"
@@ -156,7 +161,7 @@ def test_a_signal_during_an_evaluation(
     point = ("lorakit.training.control:evaluate_model", call)
     ended = train(launcher, recipe, run, number=signal.SIGINT, at_call=point)
     assert ended.code == 130
-    assert f"stopped at step {4 * call} of 32" in ended.err
+    assert f"interrupted at step {4 * call} of 32" in ended.err
     assert run_json(run)["exit_reason"] == "interrupted"
     assert train(launcher, recipe, run, "--resume", "auto").code == 0
     assert_same(run, whole)

@@ -227,19 +227,20 @@ def test_sigkill_at_random_moments(whole: Whole, launcher: Launcher, tmp_path: P
 def test_a_signal_saves_what_runs(
     number: int, code: int, whole: Whole, launcher: Launcher, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "stopped"
+    folder = tmp_path / "interrupted"
     member = folder / "members" / "r=2,seed=1"
     call = ("lorakit.training.loop:Loop.save", 4)  # the second member's first
     ended = start(launcher, whole.file, folder, at_call=call, number=number)
     assert ended.code == code, ended.err
-    error = ended.err.splitlines()[-1]
+    text, advice = ended.err.splitlines()[-2:]
     if json.loads(whole.file.read_text())["joint"]:
         ended_before = ["pending", "pending", "pending", "failed"]
-        assert error.startswith("error: stopped, with checkpoints of what ran; 1 of 4 members")
+        assert text.startswith("interrupted, with checkpoints of what ran; 1 of 4 members")
     else:
         ended_before = ["completed", "pending", "pending", "pending"]
-        assert error.startswith("error: r=2,seed=1: stopped at step 3 of 4; saved ")
-    assert error.endswith("; 1 of 4 members have ended; continue with --resume")
+        assert text.startswith("r=2,seed=1: interrupted at step 3 of 4; saved ")
+    assert text.endswith("; 1 of 4 members have ended")
+    assert advice == "continue with --resume"
     assert [path.name for path in checkpoints(member / "checkpoints")] == ["step-2", "step-3"]
     assert [m["status"] for m in sweep_json(folder)["members"]] == ended_before
     assert start(launcher, whole.file, folder, "--resume").code == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -215,15 +216,23 @@ def test_stdout_has_the_result_and_stderr_plain_lines(
     capfd.readouterr()
     output = trained(train__log_every_steps=4)
     out, err = capfd.readouterr()
-    assert out.startswith(f"{output / 'adapter'}: 8 steps, loss ")
+    assert re.fullmatch(
+        rf"{output / 'adapter'}: 8 steps in \d s, best loss \d\.\d{{4}} at step [48]\n", out
+    )
     assert out.count("\n") == 1
     lines = err.splitlines()
     assert any("896 of 36,000 parameters train" in line for line in lines)
     assert "30 rows, 8 per step: 8 steps (4 per epoch); evaluation on 8 rows" in lines
-    assert (
-        len([line for line in lines if line.startswith(("step 4/8  loss", "step 8/8  loss"))]) == 2
-    )
+    shown = [line.split("  lr")[0] for line in lines if line.startswith("step ")]
+    assert [line[:10] for line in shown if "/8  loss" in line] == [
+        f"step {step}/8  " for step in (1, 4, 8)
+    ]
+    logged = [line["step"] for line in log_lines(output) if "loss" in line]
+    assert logged == [4, 8], "the first step is shown, but not a log line"
     assert len([line for line in lines if " perplexity " in line]) == 2
+    assert re.fullmatch(
+        r'next: lorakit generate \S+ --adapter \S+/adapter --prompt "\.\.\."', lines[-1]
+    )
     assert not set("\x1b\r") & set(err)
 
 
@@ -253,11 +262,40 @@ def test_dry_run_writes_nothing(
     assert run(["train", str(recipe), "--dry-run", *options]) == 0
     assert tree(tmp_path) == before
     out = capsys.readouterr().out
-    plan = json.loads(out) if options else dict(line.split() for line in out.splitlines())
-    assert int(plan["steps"]) == 8
-    assert int(plan["train_rows"]) == 30
-    assert int(plan["trainable_parameters"]) == 896
-    assert 5 < float(plan["first_loss"]) < 6
+    if options:
+        plan = json.loads(out)
+        assert plan["steps"] == 8
+        assert plan["train_rows"] == 30
+        assert plan["trainable_parameters"] == 896
+        assert 5 < plan["first_loss"] < 6
+        return
+    lines = [line.split("  ", 1) for line in out.splitlines()]
+    words = {name: text.strip() for name, text in lines}
+    assert words["training"] == "896 of 36,000 parameters (2.489%), 4 modules"
+    assert words["data"] == "30 training rows, 8 evaluation rows"
+    assert words["steps"] == "8 (4 per epoch)"
+    assert words["evaluation"] == words["checkpoints"] == "every 4 steps and at the end"
+    assert 5 < float(words["first loss"]) < 6
+    assert re.fullmatch(r"\d\.\d GiB \(\w+\)", words["peak memory"])
+
+
+@pytest.mark.parametrize("options", [["--dry-run"], []])
+def test_a_step_larger_than_the_data(
+    options: list[str], tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe_file(
+        tmp_path, tiny_llama, "completion", task__limit_train=1, task__limit_eval=1, train__epochs=1
+    )
+    assert run(["train", str(recipe), *options]) == 0
+    out, err = capsys.readouterr()
+    (line,) = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert line == (
+        "warning: a step takes 8 rows, and the training data has 1 row: each epoch is a single, "
+        "smaller step; hint: reduce train.per_device_batch_size"
+    )
+    if not options:
+        assert "1 row, 8 per step: 1 step (1 per epoch); evaluation on 1 row" in err.splitlines()
+        assert "/adapter: 1 step in " in out
 
 
 def test_a_bar_on_a_terminal(
@@ -279,6 +317,8 @@ def test_a_bar_on_a_terminal(
     assert "step 8/8" in text
     assert "━" in text
     assert "perplexity" in text
+    left = "".join(part for part in text.splitlines() if not part.startswith("\x1b[2Kstep"))
+    assert "━" not in left.rpartition("\x1b[2K")[2], "the bar is removed"
     assert out.count("\n") == 1
     assert "\x1b" not in out
 

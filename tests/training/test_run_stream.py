@@ -167,7 +167,7 @@ def stopped_run(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, step: int) -> N
 
     with monkeypatch.context() as patch:
         patch.setattr(EagerEngine, "step", signalled)
-        with pytest.raises(Interrupted, match=f"stopped at step {step} of "):
+        with pytest.raises(Interrupted, match=f"interrupted at step {step} of "):
             train(recipe)
 
 

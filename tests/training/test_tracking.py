@@ -58,7 +58,7 @@ def test_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> N
     display.close()
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("step 12/20  loss 1.5000  lr 2.00e-04  12,346 tok/s  3.0 GiB  left 0")
+    assert err.startswith("step 12/20  loss 1.5000  lr 2.00e-04  12,346 tok/s  3.0 GiB  00:00 left")
     assert err.count("\n") == 1
     assert "\x1b" not in err
 

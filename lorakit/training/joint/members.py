@@ -13,7 +13,7 @@ from lorakit.pipeline.task_data import Say
 from lorakit.recipe.check import check_recipe
 from lorakit.recipe.sections import Recipe
 from lorakit.training.batching import build_batching
-from lorakit.training.build import Objective, build_loop, build_objective, plan_line
+from lorakit.training.build import Objective, build_loop, build_objective, plan_lines
 from lorakit.training.control import Schedule, StopRequest
 from lorakit.training.engine import StepResult
 from lorakit.training.engine.eager import EagerEngine
@@ -130,7 +130,8 @@ def start_member(
     prepared = base.prepare(recipe, say)
     batching = build_batching(prepared, strategy.device, strategy.share)
     check_resumable(prepared, batching, start, say)
-    say(plan_line(prepared, batching))
+    for line in plan_lines(prepared, batching):
+        say(line)
     built: list[tuple[Objective, Loop]] = []
 
     def build(schedule: Schedule, recorder: Recorder, guard: Guard | None) -> Loop:

@@ -129,7 +129,7 @@ class _JointRun:
         base = SharedBase()
         for index, recipe in self._recipes.items():
             if self._stop:
-                raise Interrupted("stopped before the first step", self._stop.signal_number)
+                raise Interrupted("interrupted before the first step", self._stop.signal_number)
             try:
                 member = start_member(
                     recipe, self._resume, base, self._stop, self._say_of(index),
@@ -165,8 +165,8 @@ class _JointRun:
                 self._advance(index, results[index])
         if self._interrupted is not None:
             raise Interrupted(
-                f"stopped; {len(self.outcomes)} of {len(self._recipes)} runs have ended, the "
-                "others have saved a checkpoint; continue with --resume auto",
+                f"interrupted; {len(self.outcomes)} of {len(self._recipes)} runs have ended, the "
+                "others have saved a checkpoint",
                 self._stop.signal_number,
             ) from self._interrupted
 

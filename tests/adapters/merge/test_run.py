@@ -545,10 +545,12 @@ sys.exit(run(["merge", *sys.argv[1:4], "--max-shard-size", "8KB"]))
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"]
+    ("number", "code", "text"),
+    [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")],
+    ids=["TERM", "INT"],
 )
 def test_a_signal_leaves_nothing(
-    make_pair: MakePair, tmp_path: Path, number: signal.Signals, code: int
+    make_pair: MakePair, tmp_path: Path, number: signal.Signals, code: int, text: str
 ) -> None:
     base, adapter, _ = make_pair()
     process = subprocess.Popen(
@@ -561,5 +563,5 @@ def test_a_signal_leaves_nothing(
     assert process.stdout.readline() == b"written\n"
     process.send_signal(number)
     _, err = process.communicate()
-    assert (process.returncode, err.decode().strip().splitlines()[-1]) == (code, "stopped")
+    assert (process.returncode, err.decode().strip().splitlines()[-1]) == (code, text)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
