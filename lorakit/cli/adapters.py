@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lorakit.api import LeftOut, MergeReport
 
 _Base = Annotated[str, typer.Argument(metavar="BASE", help="Base model: directory or Hub id.")]
-_Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter directory.")]
+_Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter: directory or Hub id.")]
 _Out = Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write.")]
 _Add = Annotated[
     list[str] | None,
@@ -56,14 +56,14 @@ _Density = Annotated[
 ]
 _SvdRank = Annotated[
     int | None,
-    typer.Option(metavar="R", help="Rank for svd [default: the largest of the adapters]."),
+    typer.Option(metavar="R", help="Rank of svd [default: the largest of the adapters]."),
 ]
 _SignMethod = Annotated[
     str | None,
     typer.Option(metavar="M", help="For *ties: total or frequency [default: total]."),
 ]
 _Seed = Annotated[
-    int | None, typer.Option(metavar="N", help="Of the values that dare_* drops [default: 42].")
+    int | None, typer.Option(metavar="N", help="Random seed of dare_* [default: 42].")
 ]
 _Dtype = Annotated[
     str | None,
@@ -102,7 +102,7 @@ def merge(
     formats are skipped and listed. Fully trained modules, such as a classification head, are not
     weighted: they are taken from ADAPTER, and OTHER must have the same or none.
 
-    Example: lorakit merge models/smollm2-135m-instruct runs/quickstart/adapter merged
+    Example: lorakit merge Qwen/Qwen3-8B runs/chat/adapter merged
 
     Example: lorakit merge BASE ADAPTER merged --add runs/other/adapter:0.5
 
@@ -251,7 +251,7 @@ def convert(
 
     Example: lorakit convert runs/adalora/adapter plain --to lora
 
-    Example: lorakit convert gpt2_lora.pt out --to peft --lora-alpha 32 --enable-lora q,v
+    Example: lorakit convert gpt2_lora.pt out --to peft --enable-lora q,v
     """
     from lorakit.api import convert as convert_adapter
 

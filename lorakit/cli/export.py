@@ -77,7 +77,7 @@ def export(
 
     Example: lorakit export runs/quickstart/adapter adapter.gguf --to gguf
 
-    Example: lorakit export runs/quickstart/adapter --to hub --repo me/sql --private
+    Example: lorakit export runs/sql/adapter --to hub --repo me/sql
     """
     source = in_subfolder(source, subfolder)
     given = {

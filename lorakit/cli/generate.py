@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 _MAX_NEW_TOKENS = 256
 
 _Model = Annotated[str, typer.Argument(metavar="MODEL", help="Model: directory or Hub id.")]
-_Adapter = Annotated[Path | None, typer.Option(metavar="DIR", help="Adapter for the model.")]
+_Adapter = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Adapter of the model: directory or Hub id.")
+]
 _Prompt = Annotated[str | None, typer.Option(metavar="TEXT", help="Continue TEXT.")]
 _Chat = Annotated[bool, typer.Option("--chat", help="Chat, with the model's chat template.")]
 _System = Annotated[
@@ -119,7 +121,7 @@ def generate(
 
     Without --prompt, --chat or --input: chat on a terminal, otherwise stdin is the prompt.
 
-    Example: lorakit generate models/smollm2-135m-instruct --prompt "Once upon a time"
+    Example: lorakit generate Qwen/Qwen3-8B --adapter runs/chat/adapter --chat
     """
     model, adapter = model_and_adapter(model, adapter, subfolder)
     _check_input(prompt, chat, input_file, output)

@@ -81,9 +81,9 @@ def init(
 
     Example: lorakit init --model models/all-minilm-l6-v2 --data reviews.csv
 
-    Example: lorakit init --model Qwen/Qwen3-8B --data chats.jsonl --hardware gpu:24 -o chat.yaml
+    Example: lorakit init --model Qwen/Qwen3-8B --data d.jsonl --hardware gpu:24
 
-    Example: lorakit init --model M --data d.csv --task classification --set task.text_column=body
+    Example: lorakit init --model M --data d.csv --set task.text_column=body
     """
     from lorakit.api import RecipeDraft, check_new
 

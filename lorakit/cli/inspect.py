@@ -54,16 +54,16 @@ def inspect(
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show ranks and norms of an adapter's updates, or compare two adapters.
+    """Show ranks and norms of an adapter, or compare two.
 
     For each matrix: the rank, the effective rank, and the norms of A, B and of the update as it is
     added to W; with --base, how much the update amplifies directions that W does not emphasize.
     With OTHER: how similar the subspaces of the two adapters are, beside random matrices. Works for
     LoRA, LoRA+, AdaLoRA, DoRA (without its magnitudes) and MoSLoRA, and for adapters of PEFT.
 
-    Example: lorakit inspect runs/quickstart/adapter --base models/smollm2-135m-instruct
+    Example: lorakit inspect runs/chat/adapter --base Qwen/Qwen3-8B
 
-    Example: lorakit inspect runs/seed-1/adapter runs/seed-2/adapter --plot figures
+    Example: lorakit inspect runs/chat/adapter runs/sql/adapter --plot figures
     """
     from lorakit.api import inspect as inspect_adapter
 

@@ -36,11 +36,11 @@ _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it
 def convert_recipe(
     file: _File, output: _Output = None, overwrite: _Overwrite = False, as_json: AsJson = False
 ) -> None:
-    """Convert a YAML file of Axolotl or LLaMA-Factory to a recipe.
+    """Convert a YAML file of Axolotl or LLaMA-Factory.
 
-    The tool is recognized by the keys. Comments at the top of the recipe, and lines on stderr, say
-    what has no counterpart and what has another meaning. Defaults of the other tool that differ
-    are written out. The names of LLaMA-Factory's data sets are looked up in dataset_info.json.
+    Prints a recipe. The tool is recognized by the keys. Comments at the top of the recipe, and
+    lines on stderr, say what has no counterpart and what has another meaning. Defaults that differ
+    are written out. Names of data sets are looked up in dataset_info.json.
 
     Example: lorakit convert-recipe qlora.yml --output recipe.yaml
     """

@@ -37,7 +37,9 @@ _Model = Annotated[
         metavar="MODEL", help="Adapter directory, classifier, or base for --adapter (or Hub id)."
     ),
 ]
-_Adapter = Annotated[Path | None, typer.Option(metavar="DIR", help="Adapter for the model.")]
+_Adapter = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Adapter of the model: directory or Hub id.")
+]
 _Texts = Annotated[
     list[str] | None,
     typer.Option("--text", metavar="TEXT ...", help="Classify each TEXT. Can be repeated."),
@@ -91,14 +93,15 @@ def predict(
     subfolder: Subfolder = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Classify texts, or the rows of a file, with a trained classifier or regressor.
+    """Classify texts, or the rows of a file.
 
-    Prints one JSON object per text, in order: {"label", "score", "scores": {NAME: p}}, for
-    multi-label models with "labels"; for a regression {"score"}; for tags of words {"entities"}.
+    The model is a classifier, a regressor or a tagger of words, as lorakit trains it. Prints one
+    JSON object per text, in order: {"label", "score", "scores": {NAME: p}}, for multi-label models
+    with "labels"; for a regression {"score"}; for tags of words {"entities"}.
 
     Example: lorakit predict runs/quickstart-encoder/adapter --text "A delight."
 
-    Example: lorakit predict runs/reviews/adapter --input new.csv --output labels.csv
+    Example: lorakit predict runs/reviews/adapter --input new.csv
     """
     model, adapter = model_and_adapter(model, adapter, subfolder)
     text = _all_texts(text, more_texts)

@@ -48,7 +48,7 @@ def preview(
     terminal, or if NO_COLOR is set, trained text is enclosed in ⟦ and ⟧. Control characters in the
     data are escaped.
 
-    Example: lorakit preview recipes/quickstart.yaml --split validation --count 5
+    Example: lorakit preview recipes/quickstart.yaml --split validation
     """
     from lorakit.api import preview as make_preview
     from lorakit.recipe.load import open_recipe

@@ -93,8 +93,9 @@ def _result(path: Path, problems: tuple[Problem, ...]) -> dict[str, Any]:
 def schema() -> None:
     """Print the JSON schema of recipes.
 
-    Editors complete keys and values in recipes that start with the line
-    "# yaml-language-server: $schema=recipe.schema.json".
+    Editors complete keys and values in recipes that start with this line:
+
+    # yaml-language-server: $schema=recipe.schema.json
 
     Example: lorakit schema > recipe.schema.json
     """
@@ -169,8 +170,9 @@ def _check_method(name: str, as_json: bool) -> None:
 def tasks(as_json: AsJson = False) -> None:
     """List the tasks for task.name.
 
-    The list has their papers, and with --json the columns that rows need. A task may also be a
-    file, ./FILE.py:CLASS or ./FILE.yaml: see docs/user-task.md.
+    Lists them with their papers; with --json, also the columns of their rows.
+
+    A task may also be a file of yours, ./FILE.py:CLASS or ./FILE.yaml: docs/user-task.md says how.
 
     Example: lorakit tasks --json
     """

@@ -42,10 +42,11 @@ def report(
     serve: _Serve = False,
     port: _Port = None,
 ) -> None:
-    """Write a page about one or more runs: curves, results, predictions, recipes, differences.
+    """Write a page about one or more runs.
 
-    The page is one HTML file that needs no network. A run need not be complete. With --serve,
-    nothing is written, and the page follows the runs while they go on.
+    The page has curves, results, predictions, recipes and differences, in one HTML file that needs
+    no network. A run need not be complete. With --serve, nothing is written, and the page follows
+    the runs while they go on.
 
     Example: lorakit report runs/quickstart
 
@@ -68,7 +69,7 @@ def report(
 
 
 def compare(runs: _Runs, as_json: AsJson = False) -> None:
-    """Compare runs: their results, and the settings in which they differ.
+    """Compare the results and the settings of runs.
 
     Example: lorakit compare runs/lora runs/adalora
 

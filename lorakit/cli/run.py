@@ -74,9 +74,9 @@ def train(
 
     Under torchrun or accelerate launch, the processes share the rows of each step.
 
-    Example: lorakit train recipes/quickstart.yaml --set train.seed=1 --resume auto
+    Example: lorakit train recipes/quickstart.yaml --resume auto
 
-    Example: lorakit train recipes/quickstart.yaml --push-to-hub me/sql --private
+    Example: lorakit train recipe.yaml --push-to-hub me/sql --private
     """
     from lorakit import api
 

@@ -83,7 +83,7 @@ def sweep(
 
     Example: lorakit sweep recipes/sweeps/rank.yaml
 
-    Example: lorakit sweep recipes/quickstart.yaml --grid adapter.r=1,8 --grid train.seed=1,2
+    Example: lorakit sweep recipe.yaml --grid adapter.r=1,8,64
     """
     from lorakit import api
 

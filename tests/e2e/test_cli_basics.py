@@ -62,6 +62,21 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[st
         assert f"Example: lorakit {command}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["", *(info.name for info in cli.app.registered_commands)])
+def test_help_fits_into_80_columns(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Summaries are whole, examples can be copied, and names of files are not divided."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.run([*command.split(), "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    _usage, *text = lines
+    assert [line for line in text if len(line) > 80 or line.endswith(("...", "-"))] == []
+    examples = [index for index, line in enumerate(lines) if "Example: " in line]
+    assert examples
+    assert all(index + 1 == len(lines) or not lines[index + 1].strip() for index in examples)
+
+
 def test_validate_prints_a_line_for_each_good_recipe(
     good: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
