@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lorakit.export.gguf.run import GgufReport, export_gguf
     from lorakit.export.hub.check import HubTarget, check_push
     from lorakit.export.hub.push import PushReport, push_to_hub, push_trained
+    from lorakit.export.vllm_check import VllmReport, check_vllm
     from lorakit.first_recipe.draft import FirstRecipe, RecipeDraft, check_new, init_recipe
     from lorakit.injection import inject
     from lorakit.io.atomic import write_text
@@ -91,6 +92,7 @@ _MODULES = {
     "lorakit.export.gguf.run": ("GgufReport", "export_gguf"),
     "lorakit.export.hub.check": ("HubTarget", "check_push"),
     "lorakit.export.hub.push": ("PushReport", "push_to_hub", "push_trained"),
+    "lorakit.export.vllm_check": ("VllmReport", "check_vllm"),
     "lorakit.first_recipe.draft": ("FirstRecipe", "RecipeDraft", "check_new", "init_recipe"),
     "lorakit.injection": ("inject",),
     "lorakit.io.atomic": ("write_text",),
@@ -164,10 +166,12 @@ __all__ = [
     "Sweep",
     "SweepPlan",
     "SweepResult",
+    "VllmReport",
     "chat_request",
     "check_method",
     "check_new",
     "check_push",
+    "check_vllm",
     "compare",
     "comparison_text",
     "convert",

@@ -47,6 +47,18 @@ _Base = Annotated[
 _Repo = Annotated[
     str | None, typer.Option(metavar="NAMESPACE/NAME", help="With hub: the repository to push to.")
 ]
+_Check = Annotated[
+    str | None,
+    typer.Option("--check", metavar="vllm", help="Instead: check whether vLLM loads an adapter."),
+]
+_MaxLoraRank = Annotated[
+    int | None,
+    typer.Option(
+        "--max-lora-rank",
+        metavar="R",
+        help="With --check: the value that vLLM is started with [default: the smallest that fits].",
+    ),
+]
 _Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace OUT.gguf, or all files of the repository."),
@@ -64,6 +76,8 @@ def export(
     revision: Revision = None,
     subfolder: Subfolder = None,
     overwrite: _Overwrite = False,
+    check: _Check = None,
+    max_lora_rank: _MaxLoraRank = None,
     as_json: AsJson = False,
 ) -> None:
     """Export an adapter or a model for other programs.
@@ -73,22 +87,30 @@ def export(
 
     hub: a repository on the Hugging Face Hub, with the files of an adapter or a model only.
 
+    --check vllm writes nothing: it checks an adapter against vLLM's rules, says for each that fails
+    what to run, and exits with 1 if one failed.
+
     Example: lorakit export merged merged.gguf --to gguf --dtype q8_0
 
     Example: lorakit export runs/quickstart/adapter adapter.gguf --to gguf
 
     Example: lorakit export runs/sql/adapter --to hub --repo me/sql
+
+    Example: lorakit export runs/sql/adapter --check vllm
     """
     source = in_subfolder(source, subfolder)
     given = {
         "OUT.gguf": out, "--dtype": dtype, "--repo": repo, "--private": private or None,
-        "--revision": revision,
+        "--revision": revision, "--max-lora-rank": max_lora_rank, "--to": to or None,
     }  # fmt: skip
-    if to == "gguf":
-        _check_given(to, given, ("OUT.gguf", "--dtype"), "OUT.gguf")
+    if check is not None:
+        _check_given(f"--check {check}", given, ("--max-lora-rank",))
+        _check(source, check, base, max_lora_rank, as_json)
+    elif to == "gguf":
+        _check_given("--to gguf", given, ("--to", "OUT.gguf", "--dtype"), "OUT.gguf")
         _export_gguf(source, Path(out or ""), dtype, base, overwrite, as_json)
     elif to == "hub":
-        _check_given(to, given, ("--repo", "--private", "--revision"), "--repo")
+        _check_given("--to hub", given, ("--to", "--repo", "--private", "--revision"), "--repo")
         target = target_of(repo, private, revision, overwrite, "--repo")
         assert target is not None
         _push(source, target, base, as_json)
@@ -98,12 +120,38 @@ def export(
         )
 
 
-def _check_given(to: str, given: Mapping[str, object], allowed: Sequence[str], needed: str) -> None:
+def _check_given(
+    mode: str, given: Mapping[str, object], allowed: Sequence[str], needed: str | None = None
+) -> None:
+    """Raise UserError for an option that is not ``allowed``, or without the ``needed`` one."""
     for name, value in given.items():
         if value is not None and name not in allowed:
-            raise UserError(f"{name} = {value}: not with --to {to}")
-    if given[needed] is None:
-        raise UserError(f"--to {to}: {needed} is missing")
+            shown = name if value is True else f"{name} {value}"
+            raise UserError(f"{shown}: not allowed with {mode}")
+    if needed is not None and given[needed] is None:
+        raise UserError(f"{mode}: {needed} is missing")
+
+
+def _check(
+    source: Path, check: str, base: str | None, max_lora_rank: int | None, as_json: bool
+) -> None:
+    from lorakit.api import check_vllm
+
+    if check != "vllm":
+        raise UserError(f"--check = {check}: allowed: vllm")
+    report = check_vllm(source, base=base, max_lora_rank=max_lora_rank, say=say)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(report), indent=2, default=str))
+    else:
+        for rule in report.rules:
+            echo(f"{rule.status:<8}{rule.rule}: {rule.found}" + _advice(rule.run))
+        echo(report.serve or f"{report.adapter}: vLLM cannot serve it as it is")
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def _advice(run: str | None) -> str:
+    return f"; hint: {run}" if run else ""
 
 
 def _push(source: Path, target: HubTarget, base: str | None, as_json: bool) -> None:

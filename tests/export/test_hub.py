@@ -278,8 +278,11 @@ def test_export(hub: Hub, pair: tuple[Path, Path], capsys: pytest.CaptureFixture
     for more, message in (
         (["--to", "hub"], "--to hub: --repo is missing"),
         (["--to", "hub", "--repo", "sql"], "--repo sql: allowed: NAMESPACE/NAME"),
-        (["--to", "hub", "--repo", "me/a", "--dtype", "f16"], "--dtype = f16: not with --to hub"),
-        (["x.gguf", "--to", "gguf", "--private"], "--private = True: not with --to gguf"),
+        (
+            ["--to", "hub", "--repo", "me/a", "--dtype", "f16"],
+            "--dtype f16: not allowed with --to hub",
+        ),
+        (["x.gguf", "--to", "gguf", "--private"], "--private: not allowed with --to gguf"),
     ):
         _, err = command(capsys, 2, "export", adapter, *more)
         assert message in err
