@@ -64,7 +64,7 @@ def recipe_page() -> str:
     schema = recipe_schema()
     sections, definitions = schema["properties"], schema["$defs"]
     adapters, tasks = sections["adapter"]["anyOf"], sections["task"]["anyOf"]
-    parts = [NOTE, "# Every key of a recipe", RECIPE_INTRO]
+    parts = ["# Every key of a recipe\n", NOTE + RECIPE_INTRO]
     parts += ["## `model`\n", _table(sections["model"], definitions)]
     for title, key, variants in (("adapter", "method", adapters), ("task", "name", tasks)):
         *named, user = variants
@@ -172,7 +172,7 @@ def _number(value: float) -> str:
 
 def api_page() -> str:
     """Return docs/api.md: the calls in ``lorakit.__all__`` with signatures and docstrings."""
-    parts = [NOTE, "# Python", API_INTRO]
+    parts = ["# Python API\n", NOTE + API_INTRO]
     for title, names in GROUPS.items():
         parts.append(f"## {title}\n")
         if title == "loralib":

@@ -47,7 +47,14 @@ def test_nothing_is_loaded_from_another_host(site: Path) -> None:
 def test_a_file_name_after_the_language_is_the_title_of_the_block(site: Path) -> None:
     text = (site / "user-task" / "index.html").read_text()
     assert '<span class="filename">qa/train.jsonl</span>' in text
-    assert "```" not in re.sub(r"<code>.*?</code>", "", text)
+
+
+def test_no_markup_is_left(site: Path) -> None:
+    """Such as a fence or a table that Python-Markdown does not recognize as one."""
+    for page in site.rglob("index.html"):
+        text = re.sub(r"<code>.*?</code>", "", page.read_text(), flags=re.DOTALL)
+        assert "```" not in text, page
+        assert not re.search(r"<p>\||\|-{3}", text), page
 
 
 @pytest.mark.parametrize("name", [name for name in DOCS if name.startswith("docs/")])
