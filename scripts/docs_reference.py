@@ -28,7 +28,8 @@ LORALIB = (
 GROUPS = {
     "Train and evaluate": ("load_recipe", "plan", "train", "evaluate", "predict", "sweep"),
     "Load and adapt models": ("load", "load_with_tokenizer", "switch", "inject", "LoraConfig"),
-    "Adapters": ("merge", "convert", "inspect"),
+    "Compare runs": ("report", "compare"),
+    "Adapters": ("merge", "convert", "inspect", "export_gguf", "push_to_hub"),
     "loralib": LORALIB,
 }
 RECIPE_INTRO = """
@@ -173,7 +174,9 @@ def _number(value: float) -> str:
 def api_page() -> str:
     """Return docs/api.md: the calls in ``lorakit.__all__`` with signatures and docstrings."""
     parts = ["# Python API\n", NOTE + API_INTRO]
-    for title, names in GROUPS.items():
+    listed = {name for names in GROUPS.values() for name in names}
+    others = tuple(name for name in lorakit.__all__ if name not in listed | {"nn"})
+    for title, names in (GROUPS | ({"Others": others} if others else {})).items():
         parts.append(f"## {title}\n")
         if title == "loralib":
             parts.append(OF_LORALIB.lstrip())
