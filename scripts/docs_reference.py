@@ -26,7 +26,15 @@ LORALIB = (
 )  # fmt: skip
 #: How the page presents the calls, in this order.
 GROUPS = {
-    "Train and evaluate": ("load_recipe", "plan", "train", "evaluate", "predict", "sweep"),
+    "Train and evaluate": (
+        "init_recipe",
+        "load_recipe",
+        "plan",
+        "train",
+        "evaluate",
+        "predict",
+        "sweep",
+    ),
     "Load and adapt models": ("load", "load_with_tokenizer", "switch", "inject", "LoraConfig"),
     "Compare runs": ("report", "compare"),
     "Adapters": ("merge", "convert", "inspect", "export_gguf", "push_to_hub"),
@@ -190,7 +198,7 @@ def _described(name: str) -> Iterable[str]:
     if name == "LoraConfig":
         yield OF_LORA_CONFIG.lstrip()
         return
-    yield f"```python\n{_signature(name, value)}\n```\n"
+    yield f"```py\n{_signature(name, value)}\n```\n"
     yield _markdown(inspect.getdoc(value) or "")
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tests.shipped.test_docs import DOCS
 
-#: What a block may be; one without a language holds commands.
+#: What a block may be; one without a language holds commands, and ``py`` a signature of docs/api.md.
 SHELL = ("", "bash")
 OTHER = ("console", "json", "python", "text", "yaml")
 #: Programs that are not run, and why.

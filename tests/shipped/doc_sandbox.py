@@ -69,6 +69,7 @@ def _write_data(folder: Path) -> None:
             for row in classes
         ]
         write_rows(data / "glue" / "rte" / f"{split}.jsonl", two)
+    shutil.copy(data / "chat" / "train.jsonl", folder / "chats.jsonl")
     reviews = [{"text": t, "label": ("bad", "good")[i % 2]} for i, t in enumerate(texts)]
     _write_csv(folder / "reviews.csv", reviews)
     _write_csv(folder / "held_out.csv", reviews[:4])

@@ -31,7 +31,6 @@ _REST = {
 NOT_RUN = {
     "a part of a file": 2,
     "needs the network": 2,
-    "needs a file of chats": 1,
 }
 
 
@@ -72,7 +71,8 @@ def test_recipes_pass_validate(page: str) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_have_a_known_language_and_python_compiles(page: str) -> None:
     for block in blocks(page):
-        assert block.language in (*SHELL, *OTHER), str(block)
+        signature = block.language == "py" and page == "docs/api.md"
+        assert signature or block.language in (*SHELL, *OTHER), str(block)
         if block.language == "python":
             ast.parse(block.body, str(block))
 

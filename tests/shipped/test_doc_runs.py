@@ -20,8 +20,13 @@ from lorakit.cli.main import run
 from tests.shipped import doc_sandbox
 from tests.shipped.doc_blocks import PAGES, PROGRAMS, SHELL, Block, blocks
 
-#: Pages that train runs/chat themselves.
-TRAIN_CHAT = ("README.md", "docs/index.md")
+#: The runs that a page trains itself.
+TRAINED = {
+    "README.md": ("chat",),
+    "docs/index.md": ("chat",),
+    "docs/tutorial.md": ("quickstart",),
+    "docs/first-run.md": ("chat", "reviews"),
+}
 RUN_HERE = [
     page for page in PAGES
     if any(not b.reason and b.language in (*SHELL, "console", "python") for b in blocks(page))
@@ -37,10 +42,8 @@ def with_runs(doc_files: Path) -> None:
 
 def prepare(page: str) -> dict[str, Any]:
     """Make what a page takes for granted; return the names that its Python blocks use."""
-    if page in TRAIN_CHAT:
-        shutil.rmtree("runs/chat")
-    if page == "docs/tutorial.md":
-        shutil.rmtree("runs/quickstart")
+    for name in TRAINED.get(page, ()):
+        shutil.rmtree(Path("runs") / name)
     if page == "docs/predict.md":
         lorakit.merge("models/all-minilm-l6-v2", "runs/reviews/adapter", "merged")
     if page == "docs/papers.md":
