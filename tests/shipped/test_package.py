@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
 from email.parser import Parser
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -44,7 +46,9 @@ def test_its_metadata(wheel: Path) -> None:
         assert f"{folder}/licenses/LICENSE" in archive.namelist()
     assert (metadata["Name"], metadata["Version"]) == ("lorakit", __version__)
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert "lorakit = lorakit.cli.main:main" in scripts
+    [(name, module, function)] = re.findall(r"^(\w+) = ([\w.]+):(\w+)$", scripts, re.MULTILINE)
+    assert name == "lorakit"
+    assert callable(getattr(import_module(module), function))
 
 
 @pytest.mark.slow
