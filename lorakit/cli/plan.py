@@ -45,7 +45,7 @@ _PARTS = {
     "optimizer": "its state",
     "activations": "kept for the backward pass",
     "logits": "output layer and loss",
-    "workspace": "computed and freed again",
+    "workspace": "computed and freed again, and libraries",
 }
 
 
@@ -85,8 +85,7 @@ def _run(plan: RunPlan) -> list[str]:
     return [
         f"{step.report.trainable_parameters:,} of {step.report.total_parameters:,} parameters "
         "train",
-        f"{step.steps:,} steps{_epoch(plan)}; largest batch {rows} x {tokens:,} tokens; "
-        f"{_MODES[step.mode]}",
+        f"{_steps(plan)}; largest batch {rows} x {tokens:,} tokens; {_MODES[step.mode]}",
     ]
 
 
@@ -126,9 +125,10 @@ _MODES = {
 }
 
 
-def _epoch(plan: RunPlan) -> str:
-    tokens = plan.step.batches.tokens_per_epoch
-    return "" if tokens is None else f"; {tokens:,} tokens per epoch"
+def _steps(plan: RunPlan) -> str:
+    steps, tokens = plan.step.steps, plan.step.batches.tokens_per_epoch
+    text = "an unknown number of steps" if steps is None else f"{steps:,} steps"
+    return text if tokens is None else f"{text}; {tokens:,} tokens per epoch"
 
 
 def _time(plan: RunPlan) -> str:

@@ -12,6 +12,7 @@ from lorakit.data.collate import Batch
 from lorakit.data.encode import EncodedRow, EncodedSplit
 from lorakit.data.mixture import MixedSteps
 from lorakit.data.plan import Bin, IndexedSteps, Numbers
+from lorakit.planning.assumed import full_row
 from lorakit.training.batching import Batching, bucketed, build_collate, padding_multiple
 from lorakit.training.execution import Execution
 from lorakit.training.setup import Prepared
@@ -114,8 +115,4 @@ def _full_bins(prepared: Prepared) -> list[Bin]:
     if train.max_tokens_per_batch is not None:
         fitting = max(1, train.max_tokens_per_batch // length)
         count = min(train.units_per_batch or fitting, fitting)
-    encoder = prepared.task.kind == "encoder"
-    row = EncodedRow(
-        np.zeros(length, np.int32), np.ones(length, np.bool_), label=0 if encoder else None
-    )
-    return [[row]] * count
+    return [[full_row(prepared.task, prepared.recipe.task)]] * count

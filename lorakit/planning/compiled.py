@@ -67,51 +67,44 @@ def most_in_use(graph: fx.Graph, temporaries: Mapping[str, Temporary]) -> int:
     are its own, as those that a backward pass gets from the forward pass, are freed once read."""
     nodes = list(graph.nodes)
     order = {node: index for index, node in enumerate(nodes)}
-    owner = {node: _owner(node) for node in nodes}
-    stored = {node for node in nodes if owner[node] is node and _is_stored(node)}
+    stored = {node for node in nodes if _is_stored(node)}
     last = dict.fromkeys(nodes, 0)
     for node in reversed(nodes):  # users before what they use
-        runs_at = order[node] if node in stored or node.op == "output" else last[node]
-        if owner[node] is not node:
-            runs_at = last[node]
+        is_read_elsewhere = node not in stored and _is_fused(node) and last[node]
+        runs_at = last[node] if is_read_elsewhere else order[node]
         for argument in node.all_input_nodes:
-            last[argument] = max(last[argument], runs_at or order[node])
+            last[argument] = max(last[argument], runs_at)
     frees: dict[int, int] = {}
     for node in nodes:
         if node in stored or _is_own_input(node):
             frees[last[node]] = frees.get(last[node], 0) + _bytes(node)
-    now = most = 0
+    now = most = read = 0
     for index, node in enumerate(nodes):
-        freed = frees.get(index, 0)
-        if node in stored:
-            in_place = min(freed, _bytes(node)) if _is_fused(node) else 0
-            now += _bytes(node) - in_place
-            freed -= in_place
-            most = max(most, now + _temporary(node, temporaries))
-        now -= freed
+        if node.op == "call_function" and not _is_fused(node):
+            now, read = now - read, 0  # one kernel has computed what was before it
+        now += _bytes(node) if node in stored else 0
+        most = max(most, now + _temporary(node, temporaries))
+        read += frees.get(index, 0)
     return most
 
 
-def _owner(node: fx.Node) -> fx.Node:
-    """The node whose memory ``node`` views."""
-    while node.op == "call_function" and _name(node) in _VIEWS and node.all_input_nodes:
-        first = node.all_input_nodes[0]
-        several = isinstance(first.meta.get("val"), list | tuple)
-        if _name(node) == "getitem" and several and _name(first) not in _VIEWS:
-            return node  # one of several results, which has memory of its own
-        node = first
-    return node
+def _is_one_of_several(node: fx.Node) -> bool:
+    """Whether a node is one of the results of an operator, which has memory of its own."""
+    if _name(node) != "getitem":
+        return False
+    source = node.all_input_nodes[0]
+    return isinstance(source.meta.get("val"), list | tuple) and _name(source) not in _VIEWS
 
 
 def _is_stored(node: fx.Node) -> bool:
     """Whether a result is written to memory: it is that of a library kernel or read by one, or
     leaves the graph."""
-    if node.op != "call_function":
-        return False
-    if isinstance(node.meta.get("val"), list | tuple):
-        return False  # its parts are
-    if not _is_fused(node):
+    if node.op != "call_function" or isinstance(node.meta.get("val"), list | tuple):
+        return False  # of several results, each is
+    if _is_one_of_several(node) or not _is_fused(node):
         return True
+    if _name(node) in _VIEWS:
+        return False
     return any(_reads_memory(user) for user in node.users)
 
 

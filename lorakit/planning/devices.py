@@ -12,6 +12,8 @@ from lorakit.errors import UserError, did_you_mean, shown
 from lorakit.models.load import default_device
 
 _GIB = 2**30
+#: The rest is the driver's, and what is lost between blocks.
+_USABLE_SHARE = 0.95
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,17 @@ GPUS = {
 
 @dataclass(frozen=True)
 class PlannedDevice:
-    """``memory_bytes`` is what the device has; ``gpu`` is None if its rates are unknown. Another
-    than this machine's ``is_given``."""
+    """``memory_bytes`` is what the device has; ``gpu`` is None if its rates are unknown."""
 
     device: torch.device
     memory_bytes: int
     name: str
     gpu: Gpu | None = None
-    is_given: bool = False
+
+    @property
+    def usable_bytes(self) -> int:
+        """What a run can use of the memory."""
+        return int(_USABLE_SHARE * self.memory_bytes)
 
 
 def planned_device(gpu: str | None = None, memory: str | int | None = None) -> PlannedDevice:
@@ -61,11 +66,9 @@ def planned_device(gpu: str | None = None, memory: str | int | None = None) -> P
             message = did_you_mean(f"--gpu = {shown(gpu)}: unknown GPU", key, GPUS)
             raise UserError(f"{message}; allowed: {', '.join(GPUS)}, or --device-memory 24GB")
         found = GPUS[key]
-        return PlannedDevice(
-            torch.device("cuda"), size or found.memory_bytes, found.name, found, True
-        )
+        return PlannedDevice(torch.device("cuda"), size or found.memory_bytes, found.name, found)
     if size is not None:
-        return PlannedDevice(torch.device("cuda"), size, "a GPU", is_given=True)
+        return PlannedDevice(torch.device("cuda"), size, "a GPU")
     return _own()
 
 

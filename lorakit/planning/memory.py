@@ -9,10 +9,11 @@ import torch
 from lorakit.layers import adapter_layers
 from lorakit.planning.passes import PassCosts
 from lorakit.planning.tracker import storage_bytes
+from lorakit.training.record import peak_memory_bytes
 from lorakit.training.setup import Prepared
 
-#: What the libraries of a GPU's matrix products keep, which PyTorch allocates for them.
-_LIBRARY_BYTES = {"cuda": 32 * 2**20}
+#: What the library of a GPU's matrix products keeps, which PyTorch allocates for it.
+_PRODUCTS_BYTES = 32 * 2**20
 #: Bytes of an optimizer's state for each trained value. 8-bit averages also have a scale in float32
 #: for each 256 of them.
 _STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256, "sgd": 0.0}
@@ -47,8 +48,7 @@ def memory_of(prepared: Prepared, device: torch.device, costs: PassCosts, steps:
     state = _STATE_BYTES[prepared.recipe.train.optimizer] * sum(p.numel() for p in trained)
     optimizer = int(state) + storage_bytes(hooks.state().values())
     static = costs.weights + costs.trained + optimizer
-    library = _LIBRARY_BYTES.get(device.type, 0)
-    peak = static + max(costs.peak, gradients) + library
+    peak = static + max(costs.peak, gradients) + _library_bytes(device)
     known = static + costs.gradients + costs.activations + costs.logits
     return Memory(
         weights=costs.weights,
@@ -60,3 +60,8 @@ def memory_of(prepared: Prepared, device: torch.device, costs: PassCosts, steps:
         workspace=max(0, peak - known),
         peak=peak,
     )
+
+
+def _library_bytes(device: torch.device) -> int:
+    """What is needed besides tensors: on the CPU, what a process has loaded, as this one has."""
+    return _PRODUCTS_BYTES if device.type == "cuda" else peak_memory_bytes(device)

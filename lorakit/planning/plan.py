@@ -6,7 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from lorakit.data.collate import Batch
+from lorakit.data.encode import EncodedSplit
 from lorakit.injection import InjectionReport
 from lorakit.models.load import Pretrained
 from lorakit.pipeline.task_data import Say
@@ -17,26 +20,26 @@ from lorakit.planning.memory import Memory, memory_of
 from lorakit.planning.passes import PassCosts, plan_pass
 from lorakit.planning.suggestions import Suggestion, suggestions
 from lorakit.planning.time import seconds_per_step
-from lorakit.planning.unloaded import adapt_unloaded, load_unloaded
+from lorakit.planning.unloaded import Unloaded, adapt_unloaded, load_unloaded
 from lorakit.recipe.check import check_recipe
 from lorakit.recipe.sections import Recipe
-from lorakit.training.batching import build_batching
+from lorakit.training.batch_size import batch_sizes, largest_that_fits, powers_of_two
+from lorakit.training.batching import Batching, build_batching, split_step
 from lorakit.training.build import build_schedule
 from lorakit.training.execution import choose_execution
-from lorakit.training.setup import Inputs
 
-#: The share of a device's memory that a run can use: the rest is the driver's, and what is lost
-#: between blocks.
-USABLE = 0.95
+#: Decides only whether layers are compiled: as in a long run.
+_UNKNOWN_STEPS = 10_000
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """A recipe's passes: what was injected, how they are executed, and what they cost."""
+    """A recipe's passes: what was injected, how they are executed, and what they cost. ``steps`` is
+    None if the rows could not be read."""
 
     report: InjectionReport
     mode: str
-    steps: int
+    steps: int | None
     batches: RunBatches
     costs: PassCosts
     memory: Memory
@@ -97,62 +100,100 @@ def plan(
     """
     check_recipe(recipe)
     device = planned_device(gpu, device_memory)
-    inputs, fresh = load_unloaded(recipe, say)
-    planner = _Planner(recipe, inputs, fresh, device, say)
-    step = planner.step({})
-    usable = int(USABLE * device.memory_bytes)
-    peak = step.memory.peak
-    fits = peak <= usable
+    planner = _Planner(load_unloaded(recipe, say), device, say)
+    recipe = planner.with_batch_size(recipe)
+    step = planner.step(recipe)
+    fits = step.memory.peak <= device.usable_bytes
     found = (
         []
         if fits
         else suggestions(
-            recipe, peak, usable, device.device.type, lambda c: planner.step(c).memory.peak
+            recipe,
+            step.memory.peak,
+            device.usable_bytes,
+            device.device.type,
+            planner.peak_with(recipe),
         )
     )
-    if not measure:
-        each = seconds_per_step(step.costs, step.batches, step.mode, device)
-        seconds = None if each is None else step.steps * each
-        return RunPlan(step, device, fits, seconds, None, found)
-    measured = measure_steps(recipe, lambda note: None)
-    total = measured.seconds(step.steps, step.batches.tokens_per_step)
-    return RunPlan(step, device, fits, total, measured, found)
+    if measure:
+        measured = measure_steps(recipe, lambda note: None)
+        total = measured.seconds(step.steps or 0, step.batches.tokens_per_step)
+        return RunPlan(step, device, fits, total, measured, found)
+    each = seconds_per_step(step.costs, step.batches, step.mode, device)
+    seconds = None if each is None or step.steps is None else step.steps * each
+    return RunPlan(step, device, fits, seconds, None, found)
 
 
 class _Planner:
-    """Plans steps of a recipe with other values of keys, on the same data."""
+    """Plans steps of recipes with other values of some keys, on the same data."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        inputs: Inputs,
-        fresh: Callable[[Recipe], Pretrained],
-        device: PlannedDevice,
-        say: Say,
-    ) -> None:
-        self._recipe, self._inputs, self._fresh = recipe, inputs, fresh
-        self._device, self._say = device.device, say
+    def __init__(self, unloaded: Unloaded, device: PlannedDevice, say: Say) -> None:
+        self._unloaded, self._device = unloaded, device
+        self._notes = self._say = say
+        self._loaded: Pretrained | None = unloaded.inputs.loaded
 
-    def step(self, changes: dict[str, Any]) -> StepPlan:
-        """Plan with ``changes``, from ``section.key`` to values."""
-        recipe, longest = changed(self._recipe, changes), changes.get("task.max_length")
-        inputs = self._inputs
-        if changes:
-            inputs = replace(inputs, loaded=self._fresh(recipe))
-        prepared = adapt_unloaded(recipe, inputs, (lambda _: None) if changes else self._say)
-        batching = build_batching(prepared, self._device)
-        steps = build_schedule(prepared.recipe, batching.steps).total_steps
-        execution = choose_execution(prepared, self._device, steps)
+    def step(self, recipe: Recipe, longest: int | None = None) -> StepPlan:
+        """Plan ``recipe``, with rows cut to ``longest`` tokens."""
+        device, inputs = self._device.device, self._unloaded.inputs
+        loaded, self._loaded = self._loaded, None
+        inputs = replace(inputs, loaded=loaded or self._unloaded.fresh(recipe))
+        prepared = adapt_unloaded(recipe, inputs, self._say)
+        self._say = _quiet
+        batching = build_batching(prepared, device)
+        steps = self._steps(prepared.recipe, batching)
+        execution = choose_execution(prepared, device, steps or _UNKNOWN_STEPS)
         found: list[RunBatches] = []
 
         def largest(varlen: bool) -> Batch:
-            batches = run_batches(prepared, batching, self._device, execution, varlen, longest)
-            found.append(batches)
-            return batches.largest
+            found.append(run_batches(prepared, batching, device, execution, varlen, longest))
+            return found[0].largest
 
-        costs = plan_pass(prepared, self._device, execution, largest)
-        memory = memory_of(prepared, self._device, costs, steps)
-        return StepPlan(prepared.report, execution.mode, steps, found[0], costs, memory)
+        costs = plan_pass(prepared, device, execution, largest)
+        memory = memory_of(prepared, device, costs, steps or _UNKNOWN_STEPS)
+        batches = found[0]
+        if self._unloaded.is_assumed:
+            batches = replace(batches, tokens_per_epoch=None, tokens_per_step=None)
+        return StepPlan(prepared.report, execution.mode, steps, batches, costs, memory)
+
+    def _steps(self, recipe: Recipe, batching: Batching) -> int | None:
+        """The steps of the run; None if that depends on rows that could not be read."""
+        if self._unloaded.is_assumed:
+            return recipe.train.max_steps
+        return build_schedule(recipe, batching.steps).total_steps
+
+    def peak_with(self, recipe: Recipe) -> Callable[[dict[str, Any]], int]:
+        """Return what plans ``recipe`` with other values of keys."""
+
+        def peak(changes: dict[str, Any]) -> int:
+            longest = changes.get("task.max_length")
+            return self.step(changed(recipe, changes), longest).memory.peak
+
+        return peak
+
+    def with_batch_size(self, recipe: Recipe) -> Recipe:
+        """Replace ``per_device_batch_size: auto`` by the largest size that fits, or 1."""
+        if recipe.train.per_device_batch_size != "auto":
+            return recipe
+        rows = recipe.train.rows_per_step
+        train = self._unloaded.inputs.encoded.train
+        count = len(train) if isinstance(train, EncodedSplit) else 1
+        per_step = recipe.train.gradient_accumulation_steps
+        sizes = batch_sizes(rows, 1) if rows else powers_of_two(count // per_step)
+
+        def trial(size: int) -> int:
+            peak = self.step(split_step(recipe, size, 1)).memory.peak
+            if peak > self._device.usable_bytes:
+                raise torch.OutOfMemoryError
+            return peak
+
+        found = largest_that_fits(sizes, trial)
+        size = found.per_device_batch_size if found else 1
+        self._notes(
+            f"train.per_device_batch_size = {size}: the largest that should fit"
+            if found
+            else "train.per_device_batch_size: not even 1 should fit"
+        )
+        return split_step(recipe, size, 1)
 
 
 def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
@@ -167,3 +208,7 @@ def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
             for name, values in sections.items()
         }
     )
+
+
+def _quiet(_: str) -> None:
+    """Notes that the first plan has given."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lorakit import registry
 from lorakit.data.examples import Problem
+from lorakit.data.paths import data_files
+from lorakit.errors import DataError, ModelError
 from lorakit.methods.lora_layer import LoraLayer
 from lorakit.models.heads import label_options
 from lorakit.models.hub import explained, hub_options, load_config, load_tokenizer, quiet
@@ -17,28 +21,80 @@ from lorakit.models.kinds import Kind, check_kind, loader, task_type_of
 from lorakit.models.load import Pretrained
 from lorakit.models.vocabulary import extend_vocabulary
 from lorakit.pipeline.task_data import Say, load_training_data
+from lorakit.planning.assumed import Padding, assumed_inputs
 from lorakit.recipe.sections import ModelSection, Recipe
+from lorakit.tasks.base import Task
 from lorakit.training.setup import Inputs, Prepared, adapt, encode_inputs
 
 META = torch.device("meta")
 
 
-def load_unloaded(recipe: Recipe, say: Say) -> tuple[Inputs, Callable[[Recipe], Pretrained]]:
-    """Read the data, and tokenize it for the base model, of which only the configuration is read.
-    Return also what makes the model again, for a recipe with other values. Raises UserError if they
-    do not fit together."""
-    data = load_training_data(recipe, say)
+@dataclass(frozen=True)
+class Unloaded:
+    """``inputs`` of a run without the weights of its model, which ``fresh`` makes again, for a
+    recipe with other values. With ``is_assumed``, the rows are not those of the data."""
+
+    inputs: Inputs
+    fresh: Callable[[Recipe], Pretrained]
+    is_assumed: bool = False
+
+
+def load_unloaded(recipe: Recipe, say: Say) -> Unloaded:
+    """Read and tokenize the data, and the configuration of the base model.
+
+    Data of the Hub that cannot be read, and that of a model without a tokenizer, is assumed to have
+    rows of the greatest length. Raises UserError if data and model do not fit together.
+    """
+    task: Task = registry.task(recipe.task.name)
+    try:
+        data = load_training_data(recipe, say)
+    except DataError as error:
+        if data_files(recipe.task.path):
+            raise
+        labels, problem = task.labels(recipe.task, None), task.problem(recipe.task)
+        return _assumed(recipe, task.kind, labels, problem, f"{error}", say)
 
     def fresh(recipe: Recipe) -> Pretrained:
         return unloaded_model(recipe.model, data.task.kind, data.labels, data.problem)
 
-    return encode_inputs(recipe, data, fresh(recipe), say, write_cache=False), fresh
+    try:
+        loaded = fresh(recipe)
+    except NoTokenizer as error:
+        kind, problem = data.task.kind, data.problem
+        return _assumed(recipe, kind, data.labels, problem, f"{error}", say)
+    return Unloaded(encode_inputs(recipe, data, loaded, say, write_cache=False), fresh)
+
+
+def _assumed(
+    recipe: Recipe,
+    kind: Kind,
+    labels: Sequence[str] | None,
+    problem: Problem | None,
+    reason: str,
+    say: Say,
+) -> Unloaded:
+    def fresh(recipe: Recipe) -> Pretrained:
+        return unloaded_model(recipe.model, kind, labels, problem, needs_tokenizer=False)
+
+    inputs = assumed_inputs(recipe, fresh(recipe), say)
+    length = inputs.encoded.config.max_length
+    say(f"{reason}; assuming rows of {length:,} tokens, the most that task.max_length allows")
+    return Unloaded(inputs, fresh, is_assumed=True)
+
+
+class NoTokenizer(ModelError):
+    """The model has no tokenizer here."""
 
 
 def unloaded_model(
-    section: ModelSection, kind: Kind, labels: Sequence[str] | None, problem: Problem | None
+    section: ModelSection,
+    kind: Kind,
+    labels: Sequence[str] | None,
+    problem: Problem | None,
+    needs_tokenizer: bool = True,
 ) -> Pretrained:
-    """``load_pretrained`` without values: the base on ``meta``, and its tokenizer."""
+    """``load_pretrained`` without values: the base on ``meta``, and its tokenizer. Raises
+    NoTokenizer if it has none, unless that is not needed."""
     config = load_config(section)
     check_kind(config, kind, section.name_or_path)
     if kind == "encoder":
@@ -51,7 +107,14 @@ def unloaded_model(
         model: PreTrainedModel = loader(task_type_of(kind, problem)).from_config(
             config, trust_remote_code=section.trust_remote_code, **options
         )
-    tokenizer, notes = load_tokenizer(section.name_or_path, hub_options(section))
+    if not needs_tokenizer:
+        placeholder: Any = Padding()
+        return Pretrained(model, placeholder)
+    try:
+        tokenizer, notes = load_tokenizer(section.name_or_path, hub_options(section))
+    except ModelError as error:
+        name = section.name_or_path
+        raise NoTokenizer(f"{name}: no tokenizer can be loaded to count tokens") from error
     with META:
         vocabulary = extend_vocabulary(model, tokenizer, section)
     model.config.pad_token_id = tokenizer.pad_token_id

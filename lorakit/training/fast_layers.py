@@ -27,6 +27,7 @@ def compile_layers(model: nn.Module, backend: Any = "inductor") -> None:
             "false"
         )
     _recompute_more()
+    _compile_checkpoints()
     for layer in layers:
         layer.compile(backend=backend)
 
@@ -68,3 +69,14 @@ def _recompute_more() -> None:
     name = "ban_recompute_materialized_backward"
     if hasattr(torch._functorch.config, name):
         setattr(torch._functorch.config, name, False)
+
+
+def _compile_checkpoints() -> None:
+    """Compile layers that checkpoint themselves, as those of transformers do, although the first of
+    those that share an input keeps the outputs of the others until they are called, within the
+    layer. Otherwise torch.compile leaves such layers eager."""
+    from torch._dynamo import config  # takes time to import
+
+    name = "skip_fwd_side_effects_in_bwd_under_checkpoint"
+    if hasattr(config, name):
+        setattr(config, name, True)

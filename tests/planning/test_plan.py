@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import lorakit
+from lorakit.cli.main import run
 from lorakit.errors import UserError
 from tests.training.runs import recipe_for, run_json, write_recipe_file
 
@@ -29,13 +31,13 @@ def test_counts_equal_those_of_the_run(
     found = lorakit.plan(recipe).to_json()
     assert not (tmp_path / "run").exists()
     lorakit.train(recipe)
-    run = run_json(tmp_path / "run")
+    record = run_json(tmp_path / "run")
     assert found["parameters"] == {
-        "trainable": run["trainable_parameters"],
-        "total": run["total_parameters"],
+        "trainable": record["trainable_parameters"],
+        "total": record["total_parameters"],
     }
-    assert found["steps"] == run["steps"]
-    assert found["tokens_per_epoch"] == run["data"]["train"]["tokens"]
+    assert found["steps"] == record["steps"]
+    assert found["tokens_per_epoch"] == record["data"]["train"]["tokens"]
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "adalora", "lora_plus", "intrinsic", "full"])
@@ -72,3 +74,52 @@ def test_unknown_devices(
 ) -> None:
     with pytest.raises(UserError, match=message):
         lorakit.plan(recipe_for(tmp_path, tiny_llama), **options)
+
+
+def test_a_model_without_weights_and_tokenizer(tiny_llama: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(tiny_llama / "config.json", bare)
+    recipe = recipe_for(tmp_path, bare, task__max_length=64)
+    notes: list[str] = []
+    found = lorakit.plan(recipe, gpu="h100", say=notes.append)
+    assert found.step.batches.largest.input_ids.shape == (8, 64)
+    assert (found.step.steps, found.step.batches.tokens_per_epoch) == (None, None)
+    assert found.seconds is None
+    [note] = [note for note in notes if "no tokenizer" in note]
+    assert note.endswith("assuming rows of 64 tokens, the most that task.max_length allows")
+
+
+def test_auto_is_the_largest_batch_that_fits(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, tiny_llama, train__per_device_batch_size=4)
+    peak = lorakit.plan(recipe, gpu="h100").step.memory.peak
+    auto = recipe_for(tmp_path, tiny_llama, train__per_device_batch_size="auto")
+    notes: list[str] = []
+    found = lorakit.plan(auto, device_memory=int(peak / 0.95) + 1000, say=notes.append)
+    assert found.step.memory.peak == peak
+    assert "train.per_device_batch_size = 4: the largest that should fit" in notes
+
+
+def test_measured_steps(tiny_llama: Path, tmp_path: Path) -> None:
+    found = lorakit.plan(recipe_for(tmp_path, tiny_llama), measure=True)
+    assert found.measured is not None
+    assert found.step.steps == found.measured.first_steps + found.measured.steps == 8
+    assert found.seconds is not None
+    assert found.seconds > found.measured.first_seconds > 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(write_recipe_file(tmp_path, tiny_llama, "completion"))
+    assert run(["plan", file, "--gpu", "H100", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["memory_bytes"]) == {
+        "weights", "adapter", "gradients", "optimizer", "activations", "logits", "workspace", "peak",
+    }  # fmt: skip
+    assert found["fits"] is True
+    assert run(["plan", file, "--device-memory", "1MiB"]) == 0
+    out = capsys.readouterr().out
+    assert "does not fit into 1 MiB" in out
+    assert "train.gradient_checkpointing=true" in out
+    assert run(["plan", file, "--measure", "--gpu", "h100"]) == 2
+    assert "--measure and --gpu are mutually exclusive" in capsys.readouterr().err

@@ -48,6 +48,20 @@ def test_compiled_layers_are_as_exact_as_eager_ones(family: str) -> None:
     assert apart(loss_and_gradients(fused), exact) < 2 * apart(loss_and_gradients(plain), exact)
 
 
+def test_checkpointed_layers_are_compiled_as_others() -> None:
+    found = []
+    for checkpointing in (False, True):
+        torch._dynamo.reset()
+        model = adapted("llama")
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        fuse_layers(model)
+        compile_layers(model, backend="aot_eager")
+        found.append(loss_and_gradients(model))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 def apart(found: list[Tensor], wanted: list[Tensor]) -> float:
     """The distance of all values, relative to their norm."""
     left, right = (torch.cat([value.flatten().float() for value in v]) for v in (found, wanted))
