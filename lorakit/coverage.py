@@ -17,7 +17,7 @@ from lorakit.anatomy import (
 )
 from lorakit.base_weight import dense_weight
 from lorakit.module_names import ROLES, describe_modules, layer_of
-from lorakit.recipe.sections import layer_indices
+from lorakit.recipe.layer_ranges import layer_indices
 from lorakit.targets import Target, unreachable
 
 #: Parts whose share is reported even if none of it is covered.

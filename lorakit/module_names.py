@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from itertools import product
 
-from lorakit.recipe.sections import format_layers, parse_layers
+from lorakit.recipe.layer_ranges import format_layers, parse_layers
 
 #: Prefixes that a multimodal class adds to the names of its text part (Qwen3.5, Gemma 3, Llama 4).
 _WRAPPERS = ("model", "language_model", "text_model")

@@ -26,7 +26,7 @@ from lorakit.errors import TargetError
 from lorakit.kernels.low_rank import RowSlice
 from lorakit.module_names import ROLES, base_names, describe_modules, layer_of, matches
 from lorakit.parameters import find_parameters, stacked_experts
-from lorakit.recipe.sections import format_layers, layer_indices
+from lorakit.recipe.layer_ranges import format_layers, layer_indices
 
 #: Parts in which ``key`` and ``value`` do not belong to attention (RWKV's feed_forward.key).
 _NO_ATTENTION = ("MLP", "expert", "router")

@@ -93,7 +93,7 @@ def _result(path: Path, problems: tuple[Problem, ...]) -> dict[str, Any]:
 def schema() -> None:
     """Print the JSON schema of recipes.
 
-    Editors complete keys and values in recipes that start with this line:
+    Editors complete keys and values, and show what they mean, in recipes that start with this line:
 
     # yaml-language-server: $schema=recipe.schema.json
 

@@ -42,14 +42,9 @@ Steps = NonNegativeInt | Annotated[float, Field(gt=0, lt=1)]
 
 
 class AdaLoraConfig(AdapterSection):
-    """``target_r`` is the average rank at the end, ``init_r`` the rank of each matrix at the start,
-    by default 1.5 times ``target_r`` (as in most of the paper's tables).
-
-    All triplets are trained for the first ``tinit`` steps, and only the kept ones for the last
-    ``tfinal``; both may be fractions of the run, with defaults close to the paper's Table 8.
-    ``beta1`` and ``beta2`` smooth the importance; ``orth_reg_weight`` is gamma. ``orth_reg_form``:
-    ``squared`` is the paper's sum of squared norms, ``mean_norm`` the mean of norms of both public
-    implementations, for which the gammas of the paper's tables were chosen.
+    """The keys of AdaLoRA. ``init_r`` is that of most of the paper's tables; ``tinit`` and
+    ``tfinal`` are close to its Table 8. The gammas of the paper's tables were chosen for
+    ``orth_reg_form: mean_norm``.
     """
 
     usual_learning_rates: ClassVar = (1e-3, 5e-3)
@@ -59,17 +54,30 @@ class AdaLoraConfig(AdapterSection):
     )
     method: str = "adalora"
     target_r: Rank = 8
+    """The average rank at the end."""
     init_r: Rank = 12
+    """The rank of every matrix at the start; by default 1.5 times target_r."""
     lora_alpha: LoraAlpha = 16
+    """The update is scaled by lora_alpha / init_r."""
     lora_dropout: Probability = 0.0
+    """The probability of dropout on the input."""
     tinit: Steps = 0.1
+    """Steps, or a fraction of the run, at the start in which all triplets are trained."""
     tfinal: Steps = 0.5
+    """Steps, or a fraction of the run, at the end in which only the kept triplets are trained."""
     deltaT: PositiveInt = 10
+    """Steps between allocations of the ranks."""
     beta1: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    """Smoothing of the importance of triplets."""
     beta2: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    """Smoothing of the uncertainty of the importance."""
     orth_reg_weight: NonNegativeFloat = 0.1
+    """gamma, the weight of the penalty that keeps P and Q near orthonormal."""
     orth_reg_form: Literal["squared", "mean_norm"] = "squared"
+    """squared: the paper's sum of squared norms. mean_norm: the mean of norms, as in both public
+    implementations."""
     bias: Literal["none", "lora_only", "all"] = "none"
+    """Also train the biases of the adapted modules (lora_only) or of the whole model (all)."""
 
     @model_validator(mode="before")
     @classmethod

@@ -28,6 +28,7 @@ class FullConfig(AdapterSection):
     )
     method: str = "full"
     target_modules: TextList | None = None  # type: ignore[assignment]
+    """The modules whose own parameters are trained; null is all."""
 
 
 class Full(Method):

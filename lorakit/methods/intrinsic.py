@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class IntrinsicConfig(AdapterSection):
-    """``d`` is the number of trained values, ``projection_seed`` the seed of P."""
+    """The keys of the intrinsic dimension."""
 
     usual_learning_rates: ClassVar = (1e-3, 5e-3)
     learning_rate_note: ClassVar = (
@@ -32,8 +32,11 @@ class IntrinsicConfig(AdapterSection):
     )
     method: str = "intrinsic"
     d: Annotated[int, Field(gt=0, lt=2**31)] = 1000
+    """The number of trained values."""
     projection_seed: Seed = 0
+    """The seed of the random projection P."""
     target_modules: TextList = ["all-linear"]
+    """The modules whose weights are moved; by default all linear layers."""
 
 
 class Intrinsic(Method):

@@ -25,26 +25,28 @@ if TYPE_CHECKING:
 
 
 class LoraConfig(AdapterSection):
-    """``rank_pattern`` and ``alpha_pattern`` map a module-name suffix to its own r or lora_alpha.
-
-    ``use_rslora`` scales by lora_alpha / sqrt(r) instead of lora_alpha / r. ``bias`` also trains
-    the biases of the adapted modules (``lora_only``) or of the whole model (``all``).
-    ``init``: ``default`` (A Kaiming-uniform as in loralib, B zero), ``b_gaussian`` (B random, A
-    zero), ``pissa`` (the principal singular vectors of W) or ``orthogonal``; their formulas are in
-    ``LoraLayer.reset_parameters``.
-    """
+    """The keys of LoRA; the formulas of ``init`` are in ``LoraLayer.reset_parameters``."""
 
     #: 2e-4 is common for models of 7B and 8B; MiniLM is best at 5e-4 to 1e-3 (docs/results.md).
     usual_learning_rates: ClassVar = (2e-4, 1e-3)
     method: str = "lora"
     r: Rank = 8
+    """The rank of A (r, in) and B (out, r)."""
     lora_alpha: LoraAlpha = 16
+    """The update is scaled by lora_alpha / r."""
     lora_dropout: Probability = 0.0
+    """The probability of dropout on the input of A."""
     rank_pattern: dict[str, Rank] = Field(default={})
+    """Suffixes of module names, each with a rank of its own."""
     alpha_pattern: dict[str, Annotated[float, Field(gt=0, le=1e9)]] = Field(default={})
+    """Suffixes of module names, each with a lora_alpha of its own."""
     bias: Literal["none", "lora_only", "all"] = "none"
+    """Also train the biases of the adapted modules (lora_only) or of the whole model (all)."""
     use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) instead of lora_alpha / r."""
     init: Literal["default", "b_gaussian", "pissa", "orthogonal"] = "default"
+    """default: A Kaiming-uniform as in loralib, B zero. b_gaussian: A zero, B random. pissa: the
+    principal singular vectors of W. orthogonal: orthonormal factors."""
 
     def rank_of(self, name: str) -> int:
         return int(_by_suffix(self.rank_pattern, name, self.r))

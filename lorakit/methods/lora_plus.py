@@ -34,7 +34,9 @@ class LoraPlusConfig(LoraConfig):
     )
     method: str = "lora_plus"
     loraplus_lr_ratio: PositiveFloat | Literal["auto"] = 16.0
+    """B's learning rate divided by A's; auto is (n / m) sqrt(n / r) for each matrix."""
     loraplus_lr_embedding: PositiveFloat | None = 1e-6
+    """The learning rate of adapted embeddings; null is learning_rate."""
 
     @model_validator(mode="before")
     @classmethod

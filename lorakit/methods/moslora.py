@@ -22,6 +22,7 @@ class MosLoraConfig(LoraConfig):
 
     method: str = "moslora"
     init: Literal["default", "b_gaussian"] = "default"
+    """default: A random, B zero. b_gaussian: A zero, B random."""
 
 
 class MosLora(Lora):

@@ -15,7 +15,7 @@ from lorakit.migration.draft import Draft
 from lorakit.migration.llama_factory import draft_llama_factory
 from lorakit.recipe.export import sections_text
 from lorakit.recipe.load import load_recipe
-from lorakit.recipe.peers.hints import tool_of
+from lorakit.recipe.peers.files import tool_of
 from lorakit.recipe.sections import Recipe
 from lorakit.recipe.yaml_source import KeyPath, YamlFile, read_yaml
 

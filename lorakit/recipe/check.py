@@ -13,6 +13,7 @@ from lorakit import registry
 from lorakit.errors import Problem, RecipeError, UserError, did_you_mean
 from lorakit.recipe.data_path import listed_sources
 from lorakit.recipe.diagnostics import Fault
+from lorakit.recipe.layer_ranges import parse_layers
 from lorakit.recipe.sections import (
     SPLIT_ALIASES,
     AdapterSection,
@@ -21,7 +22,6 @@ from lorakit.recipe.sections import (
     Section,
     TaskSection,
     TrainSection,
-    parse_layers,
     split_name_errors,
 )
 from lorakit.recipe.vocabulary import vocabulary_faults

@@ -30,9 +30,13 @@ class DataSource(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     path: _Files
+    """Files, globs and directories, or the name of a data set on the Hub."""
     name: _Text | None = None
+    """The configuration of a data set on the Hub."""
     split: _Text | None = None
+    """The split of a data set on the Hub."""
     weight: Annotated[float, Field(gt=0)] | None = None
+    """The share of the rows of an epoch, relative to the weights of the other sources."""
 
     @model_serializer(mode="wrap")
     def _given_keys(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from pydantic import BaseModel, ValidationError
 
 from lorakit import registry
 from lorakit.errors import Problem, did_you_mean, nearest, shown
-from lorakit.recipe.peers import hints as peers
 from lorakit.recipe.sections import ModelSection, Recipe, TrainSection
 from lorakit.recipe.yaml_source import KeyPath, YamlFile, dotted, read_scalar
 
@@ -254,7 +253,7 @@ def unknown_sections(data: Mapping[str, object]) -> list[Fault]:
     for key, value in data.items():
         if key in known:
             continue
-        place = _elsewhere(key, "") or peers.hint(key, value)
+        place = _elsewhere(key, "") or _of_another_tool(key, value)
         near = None if place else nearest(key, known)
         hint = f" (did you mean {near!r}?)" if near else f"; {place}" if place else ""
         faults.append(Fault((key,), f"unknown section{hint}", allowed=", ".join(known)))
@@ -273,13 +272,20 @@ def _hint(section: str, key: str, value: object, known: Collection[str]) -> str 
     if place := _elsewhere(key, section):
         kin = [repr(name) for name in known if name.endswith(f"_{key}")]
         return f"did you mean {' or '.join(kin)}? {place}" if kin else place
-    if key not in SYNONYMS and (place := peers.hint(key, value)):
+    if key not in SYNONYMS and (place := _of_another_tool(key, value)):
         return place
     synonym = SYNONYMS.get(key, "")
     if synonym and synonym not in known and (place := _elsewhere(synonym, section)):
         return f"did you mean {synonym!r}? {place}"
     near = synonym if synonym in known else nearest(key, known)
     return f"did you mean {near!r}?" if near else None
+
+
+def _of_another_tool(key: str, value: object) -> str | None:
+    """What to write in place of another tool's key; the tables are only loaded for unknown keys."""
+    from lorakit.recipe.peers.hints import hint
+
+    return hint(key, value)
 
 
 def _elsewhere(key: str, section: str) -> str | None:

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from lorakit import registry
 from lorakit.io.atomic import write_text
+from lorakit.recipe.data_path import DataSource
+from lorakit.recipe.key_descriptions import describe_keys
 from lorakit.recipe.load import escape
 from lorakit.recipe.sections import (
     AdapterSection,
@@ -112,6 +115,8 @@ _Dumper.add_representer(str, _represent_text)
 _Dumper.add_representer(_Block, _represent_block)
 
 
+_ABOUT_ADAPTER = "How the model is adapted: a method and its keys."
+_ABOUT_TASK = "What the model learns: a task, its data and its keys."
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
@@ -129,6 +134,9 @@ def recipe_schema() -> dict[str, Any]:
         ref_template="#/$defs/{model}",
     )
     definitions: dict[str, Any] = top["$defs"]
+    described: list[type[BaseModel]] = [*classes, DataSource]
+    for section in described:
+        describe_keys(section, definitions[section.__name__])
 
     def of(section: type[Section]) -> dict[str, Any]:
         reference = references[section, "validation"]["$ref"]
@@ -148,8 +156,8 @@ def recipe_schema() -> dict[str, Any]:
         "required": list(Recipe.model_fields),
         "properties": {
             "model": of(ModelSection),
-            "adapter": {"anyOf": [*adapters, user_method]},
-            "task": {"anyOf": [*named_tasks, user_task]},
+            "adapter": {"description": _ABOUT_ADAPTER, "anyOf": [*adapters, user_method]},
+            "task": {"description": _ABOUT_TASK, "anyOf": [*named_tasks, user_task]},
             "train": of(TrainSection),
         },
         "$defs": definitions,

@@ -24,7 +24,7 @@ from lorakit.recipe.diagnostics import (
     with_value,
 )
 from lorakit.recipe.overrides import Overrides, apply_overrides, drop_replaced
-from lorakit.recipe.peers.hints import tool_of
+from lorakit.recipe.peers.files import tool_of
 from lorakit.recipe.sections import (
     AdapterSection,
     ModelSection,

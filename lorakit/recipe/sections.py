@@ -1,14 +1,12 @@
 """The sections of a recipe and their keys, as pydantic models.
 
-Methods and tasks extend ``AdapterSection`` and ``TaskSection`` with their own keys. Two kinds of
-values are parsed here for the whole package: the layer ranges of ``adapter.layers`` and the names
-of splits.
+Methods and tasks extend ``AdapterSection`` and ``TaskSection`` with their own keys. The
+docstring under a key is its description in the JSON schema. The names of splits are here, too.
 """
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -73,48 +71,53 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    """``model``: the pretrained model and how it is loaded.
-
-    ``new_head`` replaces the classification head of the checkpoint with a newly initialized one.
-    ``chat_template`` is the name of a built-in template or a file, and replaces that of the
-    tokenizer. ``add_tokens`` are tokens whose rows of the embedding and the output layer are
-    trained, and which the tokenizer gets if it lacks them.
-    """
+    """``model``: the pretrained model and how it is loaded."""
 
     name_or_path: Text
+    """The pretrained model: a directory, or a Hub id. Weights must be safetensors."""
     revision: str | None = None
+    """The commit or tag of a model on the Hub; null is its main branch."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """The number format of the frozen base. The adapter is always float32; float16 needs a GPU."""
     base_precision: Literal["fp8", "nf4"] | None = None
+    """How the frozen linear layers are kept during training: fp8 (GPUs from compute capability
+    8.9), nf4 (4 bits, QLoRA; needs bitsandbytes), or null for dtype."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """The implementation of attention; auto uses what the model supports."""
     trust_remote_code: bool = False
+    """Run the code that the repository of the model contains."""
     new_head: bool = False
+    """Replace the classification head of the checkpoint with a newly initialized one."""
     chat_template: Annotated[Text, BeforeValidator(_as_text)] | None = None
+    """Replaces the chat template of the tokenizer: a built-in name (alpaca, chatml, gemma, llama-2,
+    llama-3, mistral, vicuna, zephyr), or a file with a Jinja template."""
     add_tokens: _MaybeEmpty = []
+    """Tokens whose rows of the embedding and the output layer are trained, and which the tokenizer
+    gets if it lacks them."""
 
 
 class AdapterSection(Section):
-    """``adapter``: the keys that all methods share.
-
-    ``method`` is the name of a built-in method or a user's ``./FILE.py:CLASS``. ``layers`` are the
-    indices of the adapted layers, as a list or as ranges (``"0-5,11"``); null means all.
-    ``target_parameters`` are suffixes of parameters that belong to no linear layer, as in PEFT;
-    ``target_modules`` is then empty by default.
-    ``modules_to_save`` are fully trained and saved with the adapter. ``init_from`` is an adapter
-    whose values a new run starts from; keys that are not set are then those of the adapter.
-
-    ``usual_learning_rates`` is no key: the rates that suit a method, that for models of billions of
-    parameters first and that for small ones second; None if they are unknown.
-    ``learning_rate_note`` says why they are what they are.
-    """
+    """``adapter``: the keys that all methods share."""
 
     usual_learning_rates: ClassVar[tuple[float, float] | None] = None
     learning_rate_note: ClassVar[str] = ""
     method: Annotated[Text, BeforeValidator(_as_text)] = "lora"
+    """How the model is adapted: a name that `lorakit methods` lists, or a user's
+    ./FILE.py:CLASS."""
     target_parameters: _MaybeEmpty = []
+    """Suffixes of the names of parameters that belong to no linear layer, such as stacked experts.
+    target_modules is then empty by default."""
     target_modules: _MaybeEmpty = ["q", "v"]
+    """The modules to adapt: roles (q, k, v, o), attention, experts, all-linear, suffixes of module
+    names, or a regular expression after re:."""
     layers: Annotated[list[NonNegativeInt], Field(min_length=1)] | Text | None = None
+    """The indices of the adapted layers, as a list or as ranges ("0-5,11"); null is all."""
     modules_to_save: list[Text] = []
+    """Modules that are fully trained and saved with the adapter. A classification head always
+    is."""
     init_from: Annotated[Text, BeforeValidator(_as_text)] | None = None
+    """An adapter (directory or Hub id) from whose values a new run starts. Keys that are not set
+    are then those of the adapter."""
 
     @model_validator(mode="before")
     @classmethod
@@ -141,88 +144,114 @@ class AdapterSection(Section):
 
 
 class TaskSection(Section):
-    """``task``: the keys that all tasks share.
-
-    ``name`` is a built-in task or a user's ``./FILE.py:CLASS`` or ``./FILE.yaml``. ``path`` is a
-    directory with files named after splits; a file, a glob or a list of files, globs and
-    directories (the train split); or a mapping from splits to these. In place of each may be a
-    source with keys, ``{path: FILES, weight: W}``, or a data set on the Hub, ``{path: NAME, name:
-    CONFIG, split: SPLIT}``. Null reads the task's own data set on the Hub. ``max_length`` is in
-    tokens. ``limit_train`` and ``limit_eval`` keep the first N rows.
-
-    With ``streaming``, the train split is read during training, without being loaded or cached as a
-    whole, and shuffled in a buffer of ``shuffle_buffer_rows`` rows.
-
-    ``validation_share`` of the train rows are held out for validation, the same ones in each run.
-
-    ``on_bad_row`` applies to train rows that cannot be read or trained on: ``error`` stops the run,
-    ``skip`` drops, reports and counts them. Evaluation rows are never dropped.
-    """
+    """``task``: the keys that all tasks share."""
 
     name: Text
+    """The task: a name that `lorakit tasks` lists, or a user's ./FILE.py:CLASS or ./FILE.yaml."""
     path: DataPath = None
+    """The data: a directory with files named after splits; a file, a glob or a list of these (the
+    train split); {path: NAME, name: CONFIG, split: SPLIT} on the Hub; or a mapping of splits to
+    these. Null reads the task's own data set on the Hub."""
     max_length: PositiveInt = 512
+    """The length in tokens to which rows are truncated. The default shrinks to the model's
+    window."""
     limit_train: PositiveInt | None = None
+    """Use only the first N rows of the train split."""
     limit_eval: PositiveInt | None = None
+    """Use only the first N rows of the split that is evaluated."""
     validation_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Hold out this share of the train rows for validation, the same ones in each run."""
     packing: bool = False
+    """Pack rows into bins of max_length tokens. Rows in a bin do not attend to each other."""
     streaming: bool = False
+    """Read the train split during training, without loading it as a whole. Requires
+    train.max_steps."""
     shuffle_buffer_rows: Annotated[int, Field(gt=0, le=10**9)] = 10_000
+    """The number of rows in the buffer in which a stream is shuffled."""
     on_bad_row: Literal["error", "skip"] = "error"
+    """A train row that cannot be read or trained on stops the run (error), or is dropped, reported
+    and counted (skip). Evaluation rows are never dropped."""
 
 
 class TrainSection(Section):
     """``train``: the training run.
 
-    Steps are optimizer steps. ``learning_rate`` is the peak of the schedule. Defaults that depend
-    on another key: 3 epochs unless ``epochs`` or ``max_steps`` is set; a warmup ratio of 0.06
-    unless ``warmup_ratio`` or ``warmup_steps`` is set; a ``per_device_batch_size`` (rows, or bins
-    of packed rows) of 8 unless it or ``max_tokens_per_batch`` (tokens, including padding) is set. A
-    batch respects both of these limits if both are set. ``per_device_batch_size: auto`` is the
-    largest that fits on the GPU, which splits ``rows_per_step`` (over all processes) if it is set.
-
-    ``gradient_checkpointing: true`` keeps only the input of each layer for the backward pass, and
-    ``offload`` keeps it in host memory. ``compile: true`` runs each layer through
-    ``torch.compile``, ``false`` runs eagerly, and ``auto`` chooses on a GPU what is faster: CUDA
-    graphs for small models, compiled layers for large ones in long runs. ``kernels: torch`` uses
-    PyTorch's operators only, ``auto`` also lorakit's own on a GPU. ``deterministic: true`` selects
-    kernels that compute the same bits in each run.
+    Defaults that depend on another key: 3 epochs unless ``epochs`` or ``max_steps`` is set; a
+    warmup ratio of 0.06 unless ``warmup_ratio`` or ``warmup_steps`` is set; a
+    ``per_device_batch_size`` of 8 unless it or ``max_tokens_per_batch`` is set.
     """
 
     output_dir: Text
+    """The directory that the run is written to."""
     epochs: PositiveFloat | None = None
+    """The length of the run in passes over the rows; 3 if max_steps is not set either."""
     max_steps: PositiveInt | None = None
+    """The length of the run in optimizer steps, instead of epochs."""
     per_device_batch_size: Literal["auto"] | PositiveInt | None = None
+    """Rows (or bins of packed rows) per batch and process; 8 if max_tokens_per_batch is not set
+    either. auto: as many as fit into the memory of the GPU."""
     rows_per_step: Annotated[int, Field(gt=0, le=10**6)] | None = None
+    """With per_device_batch_size: auto, the rows (or bins) of a step over all processes."""
     max_tokens_per_batch: PositiveInt | None = None
+    """Tokens per batch, including padding; bounds the batch alone or together with the number of
+    rows."""
     per_device_eval_batch_size: PositiveInt | None = None
+    """Rows per batch and process in evaluations; null is that of training."""
     gradient_accumulation_steps: PositiveInt = 1
+    """Batches per optimizer step. The loss is the mean over all trained tokens of the step."""
     learning_rate: PositiveFloat = 2e-4
+    """The peak of the learning rate."""
     lr_scheduler: Literal[
         "constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"
     ] = "linear"
+    """How the learning rate changes after the warmup."""
     warmup_ratio: Probability | None = None
+    """The share of the run in which the learning rate rises from 0; 0.06 if warmup_steps is not set
+    either."""
     warmup_steps: NonNegativeInt | None = None
+    """The number of steps in which the learning rate rises from 0, instead of a share."""
     weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay of the optimizer."""
     label_smoothing: Probability = 0.0
+    """The share of the target probability that is spread over all tokens or classes."""
     max_grad_norm: PositiveFloat | None = 1.0
+    """The norm to which gradients are clipped; null does not clip."""
     optimizer: Literal["adamw", "adamw_8bit", "sgd"] = "adamw"
+    """The optimizer; adamw_8bit keeps its state in 8 bits and needs bitsandbytes."""
     adam_beta1: Probability = 0.9
+    """Decay of Adam's mean of the gradients."""
     adam_beta2: Probability = 0.999
+    """Decay of Adam's mean of the squared gradients."""
     adam_epsilon: PositiveFloat = 1e-8
+    """Added to the divisor of Adam's update."""
     gradient_checkpointing: Literal["offload"] | bool = False
+    """Save memory: keep only the input of each layer for the backward pass (true), in the memory of
+    the host (offload, GPU only)."""
     compile: Literal["auto"] | bool = "auto"
+    """Run each layer through torch.compile (true), or eagerly (false). auto chooses on a GPU what
+    is faster: CUDA graphs for small models, compiled layers for large ones in long runs."""
     kernels: Literal["auto", "torch"] = "auto"
+    """torch: the operators of PyTorch only. auto: also lorakit's own."""
     deterministic: bool = False
+    """Select kernels that compute the same bits in each run, on one GPU; slower."""
     group_by_length: bool = True
+    """Batch rows of similar length, for less padding."""
     seed: Seed = 42
+    """The seed of the initialization, the order of rows and dropout."""
     log_every_steps: PositiveInt = 10
+    """Steps between the lines of metrics.jsonl."""
     eval_every_steps: PositiveInt | None = None
+    """Steps between evaluations; null evaluates after every epoch."""
     save_every_steps: PositiveInt | None = None
+    """Steps between checkpoints; null saves one after every epoch."""
     save_total_limit: PositiveInt | None = 2
+    """How many checkpoints are kept; null keeps all."""
     early_stopping_patience: PositiveInt | None = None
+    """Stop after this many evaluations without improvement; null never does."""
     metric_for_best_model: Text | None = None
+    """The metric that selects the saved adapter; null is the task's main metric."""
     trackers: list[Literal["tensorboard", "wandb"]] = []
+    """Where metrics are logged besides metrics.jsonl."""
 
     @property
     def units_per_batch(self) -> int | None:
@@ -270,45 +299,6 @@ class Recipe(Section):
         """``resolved`` as one mapping from ``section.key`` to values."""
         sections = self.resolved().items()
         return {f"{name}.{key}": value for name, keys in sections for key, value in keys.items()}
-
-
-_RANGE = re.compile(r"\s*([0-9]{1,6})\s*(?:-\s*([0-9]{1,6})\s*)?")
-MAX_LAYER = 9_999
-
-
-def parse_layers(text: str) -> tuple[int, ...]:
-    """Parse layer ranges: ``"0-2,11"`` gives (0, 1, 2, 11). Indices start at 0, ends are included.
-
-    The result is sorted and unique. Raises ValueError for anything else, reversed ranges included.
-    """
-    found: set[int] = set()
-    for part in text.split(","):
-        match = _RANGE.fullmatch(part)
-        if match is None:
-            raise ValueError(f"{part!r} is neither a layer index nor a range")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise ValueError(f"range {part.strip()!r} is reversed")
-        if last > MAX_LAYER:
-            raise ValueError(f"layer index {last} is too large; at most {MAX_LAYER}")
-        found.update(range(first, last + 1))
-    return tuple(sorted(found))
-
-
-def layer_indices(layers: Iterable[int] | str) -> set[int]:
-    """Return the layer indices that a value of ``adapter.layers`` selects."""
-    return set(parse_layers(layers) if isinstance(layers, str) else layers)
-
-
-def format_layers(layers: Iterable[int]) -> str:
-    """Format layer indices as ranges for ``parse_layers``: ``"0-2,7"``."""
-    found: list[list[int]] = []
-    for layer in sorted(set(layers)):
-        if found and layer == found[-1][-1] + 1:
-            found[-1] = [found[-1][0], layer]
-        else:
-            found.append([layer])
-    return ",".join("-".join(map(str, span)) for span in found)
 
 
 #: Split -> the names it may have in a directory or a mapping, its own name first.

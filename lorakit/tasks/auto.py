@@ -32,11 +32,18 @@ class AutoConfig(GenerationSection):
 
     name: Text = "auto"
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
+    """The format of the rows, if their columns match several."""
     stop: list[Text] = []
+    """Texts that end an answer."""
     long_documents: Literal["truncate", "split"] = "truncate"
+    """A document of more than max_length tokens loses its end (truncate), or becomes several rows
+    (split)."""
     eval_generate: Literal["never", "end", "always"] | None = None  # type: ignore[assignment]
+    """Which evaluations generate text; null is the chosen task's default."""
     dataset_name: Text | None = None
+    """A data set on the Hub, read if path is null."""
     dataset_config_name: Text | None = None
+    """The configuration of the data set on the Hub."""
 
 
 class Auto(FormattedTask):

@@ -32,25 +32,26 @@ def exclusive(first: str, second: str) -> ValueError:
 
 
 class GenerationSection(TaskSection):
-    """The ``task`` section of a task that is scored on generated text.
-
-    ``max_new_tokens`` limits a generation. ``num_beams`` above 1 enables beam search, ranked by the
-    sum of log probabilities / length ** ``length_penalty``. With ``no_repeat_ngram_size`` above 0,
-    no n-gram of that many tokens occurs twice. ``temperature`` above 0 samples, from the most
-    likely tokens whose probabilities add up to ``top_p``. ``generation_batch_size`` is in rows;
-    null chooses it automatically. ``eval_generate`` determines which evaluations generate text:
-    ``end``, only the final one and ``eval``; ``always``, also those during training; ``never``,
-    none. The others compute only the loss.
-    """
+    """The ``task`` section of a task that is scored on generated text."""
 
     max_new_tokens: PositiveInt = 128
+    """The maximum length of an answer in tokens. The default shrinks to leave room for the
+    prompt."""
     num_beams: Annotated[int, Field(ge=1, le=1000)] = 1
+    """The number of beams; 1 decodes without beam search."""
     length_penalty: Annotated[float, Field(ge=-10, le=10)] = 1.0
+    """Beams are ranked by log probability / length ** length_penalty."""
     no_repeat_ngram_size: NonNegativeInt = 0
+    """No sequence of this many tokens occurs twice in an answer; 0 allows repetition."""
     temperature: NonNegativeFloat = 0.0
+    """Sample with this temperature; 0 decodes greedily."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the most likely tokens whose probabilities add up to this."""
     generation_batch_size: PositiveInt | None = None
+    """Rows per batch of generation; null chooses by the available memory."""
     eval_generate: Literal["never", "end", "always"] = "end"
+    """Which evaluations generate and score text: never, end (the final one and `lorakit eval`) or
+    always. The others compute only the loss."""
 
     @field_validator("temperature")
     @classmethod

@@ -36,17 +36,8 @@ _MESSAGES = {"messages": "messages", "sharegpt": "conversations"}
 
 
 class ChatConfig(GenerationSection):
-    """``format`` is the rows' format, by default recognized from their columns: ``messages``
-    (``role``, ``content``), ``sharegpt`` (``conversations`` of ``from``, ``value``), ``alpaca``
-    (``instruction``, ``input``, ``output``) or ``prompt_completion``. All may have the columns
-    ``system`` and ``tools``, the last two also ``history``. ``prompt`` and ``completion`` may be
-    lists of messages. ``messages_column`` names another column of messages. ``stop`` are stop
-    sequences. ``dataset_name`` and ``dataset_config_name`` are a Hub data set, read when ``path``
-    is null.
-
-    ``train_on``: ``assistant``, every assistant message; ``last``, only the last one; ``all``, all
-    tokens of the chat. ``reasoning``: ``train``, as the chat template renders it; ``mask``, its
-    text does not count in the loss; ``drop``, it is removed from all messages.
+    """The keys of ``chat``. All formats may have the columns ``system`` and ``tools``, alpaca and
+    prompt_completion also ``history``. ``prompt`` and ``completion`` may be lists of messages.
 
     ``eval_generate`` is ``never`` by default: a chat rarely has a single correct answer, so
     generating for the sake of exact match is rarely worth the time.
@@ -54,13 +45,24 @@ class ChatConfig(GenerationSection):
 
     name: Text = "chat"
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"] = "auto"
+    """The format of the rows; auto recognizes it by the columns: messages (role, content), sharegpt
+    (conversations of from, value), alpaca (instruction, input, output) or prompt_completion."""
     messages_column: Text | None = None
+    """The column of the messages, if it has another name."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
+    """The messages that are trained: every one of the assistant, the last one, or all tokens of the
+    chat."""
     reasoning: Literal["train", "mask", "drop"] = "train"
+    """Reasoning is trained as the chat template renders it (train), left out of the loss (mask), or
+    removed from all messages (drop)."""
     stop: list[Text] = []
+    """Texts that end an answer."""
     eval_generate: Literal["never", "end", "always"] = "never"
+    """Which evaluations generate and score text: never, end or always."""
     dataset_name: Text | None = None
+    """A data set on the Hub, read if path is null."""
     dataset_config_name: Text | None = None
+    """The configuration of the data set on the Hub."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ChatConfig:

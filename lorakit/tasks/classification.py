@@ -121,30 +121,38 @@ class LabelledTask(Task):
 
 
 class ClassificationConfig(TaskSection):
-    """``text_column``, ``text_pair_column`` (null: one text) and ``label_column`` name the columns.
+    """The keys of ``classification``.
 
-    ``labels`` are the class names by id; a row's label is a name or an id. If ``labels`` is null,
-    the names are taken from the train split and sorted; integers, as numbers or text, are names
-    there too (1 and 2 are the classes ``1`` and ``2``). If any name is an integer, labels are
-    always names, never ids. With ``multi_label: true`` a row's label is a list of these, which may
-    be empty. ``label_columns`` are columns of 0 and 1 instead, which are named as the classes. With
-    ``regression: true`` the label is a number. ``class_weights`` weigh the training loss: the cross
-    entropy by the weight of the row's class, over the sum of these weights; with several labels per
-    row, those of the classes that it has. ``dataset_name`` and ``dataset_config_name`` are a Hub
-    data set, read when ``path`` is null.
+    If ``labels`` is null, the names are taken from the train split and sorted; integers, as numbers
+    or text, are names there too (1 and 2 are the classes ``1`` and ``2``). If any name is an
+    integer, labels are always names, never ids. ``class_weights`` weigh the training loss: the
+    cross entropy by the weight of the row's class, over the sum of these weights; with several
+    labels per row, those of the classes that it has.
     """
 
     name: Text = "classification"
     text_column: Text = "text"
+    """The column of the text."""
     text_pair_column: Text | None = None
+    """The column of the second text of a pair; null: one text."""
     label_column: Text = "label"
+    """The column of the label."""
     labels: Annotated[list[Text], Field(min_length=2)] | None = None
+    """The class names by id; a row's label is a name or an id. Null takes the names from the train
+    split."""
     multi_label: bool = False
+    """A row has several labels or none: a list of names or ids."""
     label_columns: Annotated[list[Text], Field(min_length=2)] | None = None
+    """Columns of 0 and 1, one per class and named as it, instead of label_column."""
     regression: bool = False
+    """The label is a number."""
     class_weights: ClassWeights = None
+    """The weights of the classes in the training loss: balanced, by name, or a list in the order of
+    the classes."""
     dataset_name: Text | None = None
+    """A data set on the Hub, read if path is null."""
     dataset_config_name: Text | None = None
+    """The configuration of the data set on the Hub."""
 
     @model_validator(mode="after")
     def _labels_fit(self) -> ClassificationConfig:

@@ -67,29 +67,34 @@ TemplateText = Annotated[Text, AfterValidator(_valid)]
 
 
 class CompletionConfig(GenerationSection):
-    """``format`` is the rows' format, by default recognized from their columns:
-    ``prompt_completion``, or ``alpaca`` (``instruction``, ``input``, ``output``) in the original
-    Alpaca prompt. A row's ``system`` replaces the first sentences of that prompt; in
-    ``prompt_completion`` it precedes the prompt, separated by an empty line. ``history`` and
-    ``tools`` need ``task.name: chat``.
+    """The keys of ``completion``. ``alpaca`` is the original Alpaca prompt, whose first sentences a
+    row's ``system`` replaces; in ``prompt_completion`` it precedes the prompt, separated by an
+    empty line. ``history`` and ``tools`` need ``task.name: chat``.
 
-    For other columns, name them in ``prompt_column`` and ``completion_column``, or combine them in
-    ``template`` and ``completion_template``: ``"Question: {question}\\nAnswer:"`` and
-    ``" {answer}"``. A column that a row lacks is empty there. ``train_on``: ``completion``, or
-    ``prompt_and_completion``, the prompt too. ``stop`` are stop sequences.
-    ``dataset_name`` and ``dataset_config_name`` are a Hub data set, read when ``path`` is null.
+    Templates look like ``"Question: {question}\\nAnswer:"`` and ``" {answer}"``. A column that a
+    row lacks is empty there.
     """
 
     name: Text = "completion"
     format: Literal["auto", "prompt_completion", "alpaca"] = "auto"
+    """The format of the rows; auto recognizes it by the columns: prompt_completion (prompt,
+    completion) or alpaca (instruction, input, output)."""
     prompt_column: Text | None = None
+    """The column of the prompt, if it has another name."""
     completion_column: Text | None = None
+    """The column of the completion, if it has another name."""
     template: TemplateText | None = None
+    """The prompt as text with {column} in it, instead of prompt_column."""
     completion_template: TemplateText | None = None
+    """The completion as text with {column} in it, instead of completion_column."""
     train_on: Literal["completion", "prompt_and_completion"] = "completion"
+    """Train the completion, or the prompt too."""
     stop: list[Text] = []
+    """Texts that end an answer."""
     dataset_name: Text | None = None
+    """A data set on the Hub, read if path is null."""
     dataset_config_name: Text | None = None
+    """The configuration of the data set on the Hub."""
 
     @model_validator(mode="after")
     def _one_source(self) -> CompletionConfig:

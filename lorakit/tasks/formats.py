@@ -142,16 +142,20 @@ class FormattedTask(Task):
 
 
 class TextConfig(TaskSection):
-    """``text_column`` names the column (default: ``text``); ``dataset_name`` and
-    ``dataset_config_name`` are a Hub data set, read when ``path`` is null. A document of more than
-    ``max_length`` tokens loses its end, or with ``long_documents: split`` becomes several rows."""
+    """The keys of ``text``."""
 
     name: Text = "text"
     format: Literal["auto", "text"] = "auto"
+    """The format of the rows."""
     text_column: Text | None = None
+    """The column of the text, if it has another name."""
     long_documents: Literal["truncate", "split"] = "truncate"
+    """A document of more than max_length tokens loses its end (truncate), or becomes several rows
+    (split)."""
     dataset_name: Text | None = None
+    """A data set on the Hub, read if path is null."""
     dataset_config_name: Text | None = None
+    """The configuration of the data set on the Hub."""
 
 
 class PlainText(FormattedTask):

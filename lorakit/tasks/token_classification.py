@@ -32,22 +32,26 @@ from lorakit.tasks.labelling import (
 
 
 class TokenClassificationConfig(TaskSection):
-    """``tokens_column`` and ``tags_column`` are lists of one length: the words, and their tags.
-
-    ``labels`` are the names of the tags by id; a row's tags are names or ids. If ``labels`` is
-    null, the names are those that the data set declares, or else those in the train split.
-    ``class_weights`` weigh the training loss: the cross entropy by the weight of the word's tag,
-    over the sum of these weights. ``dataset_name`` and ``dataset_config_name`` are a Hub data set,
-    read when ``path`` is null.
+    """The keys of ``token_classification``. A row's tags are names or ids. ``class_weights`` weigh
+    the training loss: the cross entropy by the weight of the word's tag, over the sum of these
+    weights.
     """
 
     name: Text = "token_classification"
     tokens_column: Text = "tokens"
+    """The column of the words, a list."""
     tags_column: Text = "tags"
+    """The column of the tags, a list of the same length."""
     labels: Annotated[list[Text], Field(min_length=2)] | None = None
+    """The names of the tags by id; null takes those that the data set declares, or those in the
+    train split."""
     class_weights: ClassWeights = None
+    """The weights of the tags in the training loss: balanced, by name, or a list in the order of
+    the tags."""
     dataset_name: Text | None = None
+    """A data set on the Hub, read if path is null."""
     dataset_config_name: Text | None = None
+    """The configuration of the data set on the Hub."""
 
     @model_validator(mode="after")
     def _labels_fit(self) -> TokenClassificationConfig:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,9 @@ import pytest
 from lorakit import registry
 from lorakit.recipe.export import recipe_schema
 from lorakit.recipe.sections import AdapterSection, ModelSection, TaskSection, TrainSection
+from lorakit.recipe.yaml_source import read_yaml
+
+REPO = Path(__file__).resolve().parents[2]
 
 
 def alternatives(section: str) -> list[dict[str, Any]]:
@@ -87,6 +91,58 @@ def test_every_reference_is_defined() -> None:
 
     for reference in references(schema):
         assert reference.removeprefix("#/$defs/") in schema["$defs"]
+
+
+def properties(value: Any) -> list[tuple[str, dict[str, Any], bool]]:
+    """All properties below ``value``: their names, schemas, and whether they are required."""
+    if isinstance(value, list):
+        return [found for item in value for found in properties(item)]
+    if not isinstance(value, dict):
+        return []
+    own = value.get("properties", {}).items()
+    found = [(name, schema, name in value.get("required", ())) for name, schema in own]
+    return found + [inner for item in value.values() for inner in properties(item)]
+
+
+def test_every_key_has_a_description_and_a_default() -> None:
+    """The user's files in ``method`` and ``name`` have patterns instead."""
+    found = properties(recipe_schema())
+    assert len({name for name, _, _ in found}) > 100
+    assert [name for name, schema, _ in found if len(schema.get("description", "")) < 8] == []
+    assert [
+        name for name, schema, required in found if not required and "default" not in schema
+    ] == []
+
+
+def test_a_description_is_that_of_the_class_that_declares_the_key_last() -> None:
+    described = {
+        schema["properties"]["method"]["enum"][0]: schema["properties"]["target_modules"][
+            "description"
+        ]
+        for schema in alternatives("adapter")
+        if schema != user_file("adapter")
+    }
+    assert described["lora"].startswith("The modules to adapt")
+    assert described["full"] == "The modules whose own parameters are trained; null is all."
+
+
+RECIPES = sorted(path for path in (REPO / "recipes").rglob("*.yaml") if "sweeps" not in path.parts)
+
+
+def test_the_recipes_of_the_repository_fit_the_schema() -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = recipe_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    checked = 0
+    for path in RECIPES:
+        data = read_yaml(path).data
+        if "model" in data:
+            assert [error.message for error in validator.iter_errors(data)] == [], path
+            data["train"]["epohcs"] = 1
+            assert list(validator.iter_errors(data)), path
+            checked += 1
+    assert checked > 20
 
 
 def test_it_is_json() -> None:

@@ -1,4 +1,4 @@
-"""Say what a key of another tool is in a recipe, and recognize whole files of other tools."""
+"""Say what a key of another tool is in a recipe."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ TOOLS: dict[str, Mapping[str, Counterpart]] = {
     "LLaMA-Factory": LLAMA_FACTORY,
     "Unsloth": UNSLOTH,
 }
-#: The keys that only files of LLaMA-Factory have at the top, besides the name of the model.
-_OF_LLAMA_FACTORY = {"stage", "finetuning_type", "cutoff_len", "template", "dataset_dir"}
 
 
 def hint(key: str, value: object) -> str | None:
@@ -35,14 +33,3 @@ def hint(key: str, value: object) -> str | None:
         return f"see {found.key}{note}"
     text = shown(found.value_of(value)).strip('"')
     return f"use {found.key}: {text}" + ("" if found.listed_only else note)
-
-
-def tool_of(data: Mapping[str, object]) -> str | None:
-    """The tool for which a YAML file was written, recognized by its top-level keys: ``Axolotl``,
-    ``LLaMA-Factory`` or None."""
-    if "base_model" in data:
-        return "Axolotl"
-    if "model_name_or_path" in data and _OF_LLAMA_FACTORY & data.keys():
-        return "LLaMA-Factory"
-    is_newer = isinstance(data.get("model"), str) and {"peft_config", "train_dataset"} & data.keys()
-    return "LLaMA-Factory" if is_newer else None

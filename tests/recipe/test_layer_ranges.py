@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorakit.recipe.sections import parse_layers
+from lorakit.recipe.layer_ranges import parse_layers
 
 
 @pytest.mark.parametrize(
