@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lorakit.adapters.switching import switch
     from lorakit.analysis.inspect import inspect
     from lorakit.analysis.report import InspectReport, MatrixReport, Similarity
+    from lorakit.columns import aligned
     from lorakit.data.paths import data_files
     from lorakit.distributed.group import is_main
     from lorakit.distributed.launcher import is_launched
@@ -79,6 +80,7 @@ _MODULES = {
     "lorakit.adapters.switching": ("switch",),
     "lorakit.analysis.inspect": ("inspect",),
     "lorakit.analysis.report": ("InspectReport", "MatrixReport", "Similarity"),
+    "lorakit.columns": ("aligned",),
     "lorakit.data.paths": ("data_files",),
     "lorakit.distributed.group": ("is_main",),
     "lorakit.distributed.launcher": ("is_launched",),
@@ -167,6 +169,7 @@ __all__ = [
     "SweepPlan",
     "SweepResult",
     "VllmReport",
+    "aligned",
     "chat_request",
     "check_method",
     "check_new",

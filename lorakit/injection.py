@@ -13,7 +13,7 @@ from lorakit import registry
 from lorakit.anatomy import is_within, outside_language_model
 from lorakit.base_weight import ParameterView, RowView, kind_of
 from lorakit.coverage import Coverage, measure_coverage, missed_outside
-from lorakit.errors import TargetError, UserError, shown
+from lorakit.errors import TargetError, UserError, counted, shown
 from lorakit.layers import AdapterLayer, CompositeLayer, adapted_modules, adapter_layers
 from lorakit.methods.base import Method
 from lorakit.models.master_weights import plain_name, train_module, train_parameter
@@ -52,7 +52,7 @@ class InjectionReport:
         names = describe_modules([module.name for module in self.adapted_modules])
         share = self.trainable_parameters / self.total_parameters
         count = len(self.adapted_modules)
-        text = f"{self.method} on {count} modules: {names}" if count else self.method
+        text = f"{self.method} on {counted(count, 'module')}: {names}" if count else self.method
         if self.modules_to_save:
             text += f"; fully trained: {', '.join(self.modules_to_save)}"
         line = (

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorakit.errors import decimal, printable
+from lorakit.errors import counted, decimal, duration, printable
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,15 @@ def test_large_numbers_have_an_exponent() -> None:
     values = [0.0, -2.5, 123456.78949, 1e30, float("inf"), float("nan")]
     want = ["0.0000", "-2.5000", "123456.7895", "1.0000e+30", "inf", "nan"]
     assert [decimal(value) for value in values] == want
+
+
+def test_counted() -> None:
+    assert [counted(count, "row") for count in (0, 1, 1200)] == ["0 rows", "1 row", "1,200 rows"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.6, "1 min 00 s"), (125.4, "2 min 05 s"), (3725, "1 h 02 min")],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

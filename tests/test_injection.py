@@ -37,7 +37,7 @@ def test_a_plain_module() -> None:
     assert report.trainable_parameters == 2 * (4 + 4) + 3 * 4 + 3
     assert report.total_parameters == report.trainable_parameters + 4 * 4 + 4
     assert torch.equal(block(x), before)
-    assert "lora on 1 modules: query; fully trained: out; 31 of 51" in str(report)
+    assert "lora on 1 module: query; fully trained: out; 31 of 51" in str(report)
 
 
 def _logits(model: nn.Module) -> torch.Tensor:

@@ -23,7 +23,7 @@ from lorakit.cli.console import (
     say,
 )
 from lorakit.cli.hub import Private, PushToHub, Revision, pushed_line, target_of
-from lorakit.errors import listed
+from lorakit.errors import counted, listed
 
 if TYPE_CHECKING:
     from lorakit.api import LeftOut, MergeReport
@@ -39,7 +39,7 @@ _Add = Annotated[
         help="Also add W times the update of another adapter [default: 1]. Can be repeated.",
     ),
 ]
-_Weight = Annotated[float, typer.Option(metavar="W", help="Factor of ADAPTER's update.")]
+_Weight = Annotated[float, typer.Option(metavar="W", help="Multiply ADAPTER's update by W.")]
 _Method = Annotated[
     str | None,
     typer.Option(
@@ -60,7 +60,7 @@ _SvdRank = Annotated[
 ]
 _SignMethod = Annotated[
     str | None,
-    typer.Option(metavar="M", help="For *ties: total or frequency [default: total]."),
+    typer.Option(metavar="M", help="How *ties elect signs: total or frequency [default: total]."),
 ]
 _Seed = Annotated[
     int | None, typer.Option(metavar="N", help="Random seed of dare_* [default: 42].")
@@ -140,10 +140,9 @@ def merge(
 def _print_report(report: MergeReport) -> None:
     replaced, count = report.replaced_tensors, len(report.files)
     echo(
-        f"{report.directory}: {report.merged_modules} modules merged"
-        + (f", {replaced} {'tensor' if replaced == 1 else 'tensors'} replaced" if replaced else "")
-        + f"; {report.dtype}, {report.size_bytes / 1e6:,.1f} MB in "
-        f"{count} {'file' if count == 1 else 'files'}"
+        f"{report.directory}: {counted(report.merged_modules, 'module')} merged"
+        + (f", {counted(replaced, 'tensor')} replaced" if replaced else "")
+        + f"; {report.dtype}, {report.size_bytes / 1e6:,.1f} MB in {counted(count, 'file')}"
         + (f"; weight {report.weight:g}" if report.weight != 1 else "")
         + (f"; combined by {report.combination}" if report.combination != "cat" else "")
         + "".join(f"; added {other.weight:g} x {other.adapter}" for other in report.added)

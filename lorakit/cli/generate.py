@@ -63,7 +63,9 @@ _Output = Annotated[
 _MaxNewTokens = Annotated[
     int | None,
     typer.Option(
-        metavar="N", min=1, help="Maximum length [default: 256, or what fits the model's window]."
+        metavar="N",
+        min=1,
+        help="Generate at most N tokens [default: 256, or what fits the model's window].",
     ),
 ]
 _Temperature = Annotated[
@@ -92,7 +94,9 @@ _Stop = Annotated[
 _Seed = Annotated[
     int, typer.Option(metavar="N", min=0, max=2**32 - 1, help="Random seed for sampling.")
 ]
-_Revision = Annotated[str | None, typer.Option(metavar="R", help="Hub commit or tag.")]
+_Revision = Annotated[
+    str | None, typer.Option(metavar="R", help="Load this commit or tag of the model from the Hub.")
+]
 
 
 def generate(

@@ -81,6 +81,8 @@ def inspect(
 
 
 def _print_report(report: InspectReport) -> None:
+    from lorakit.api import aligned
+
     modules = report.modules
     base = f", base {report.base}" if report.base else ""
     echo(f"{report.adapter}: {report.method}, {len(modules)} matrices{base}")
@@ -95,7 +97,7 @@ def _print_report(report: InspectReport) -> None:
         columns["amplification"] = lambda m: m.amplification
     if len(modules) <= _MOST_LINES:
         lines = [[m.module, *(_number(value(m)) for value in columns.values())] for m in modules]
-        echo(_table(["matrix", *columns], lines))
+        echo(aligned([["matrix", *columns], *lines]))
     else:
         groups = _by_role(modules)
         lines = [
@@ -103,7 +105,7 @@ def _print_report(report: InspectReport) -> None:
             for role, own in groups.items()
         ]
         echo("mean (minimum to maximum) by role:")
-        echo(_table(["role", *columns], lines))
+        echo(aligned([["role", *columns], *lines]))
     if report.method == "adalora":
         echo(_rank_map(modules))
     if report.similarity is not None:
@@ -112,6 +114,8 @@ def _print_report(report: InspectReport) -> None:
 
 def _print_similarity(similarity: Similarity, modules: Sequence[MatrixReport]) -> None:
     """phi of the first directions and of all, each beside that of random matrices."""
+    from lorakit.api import aligned
+
     side = "right-singular vectors of A" if similarity.side == "right" else (
         "left-singular vectors of B"
     )  # fmt: skip
@@ -132,7 +136,7 @@ def _print_similarity(similarity: Similarity, modules: Sequence[MatrixReport]) -
         lines.append(
             [label, f"{first:.3f} ({first_random:.3f})", f"{every:.3f} ({every_random:.3f})"]
         )
-    echo(_table(["role" if many else "matrix", "phi(1, 1)", "phi of all"], lines))
+    echo(aligned([["role" if many else "matrix", "phi(1, 1)", "phi of all"], *lines]))
 
 
 def _by_role(modules: Sequence[MatrixReport]) -> dict[str, list[MatrixReport]]:
@@ -144,6 +148,8 @@ def _by_role(modules: Sequence[MatrixReport]) -> dict[str, list[MatrixReport]]:
 
 def _rank_map(modules: Sequence[MatrixReport]) -> str:
     """A bar for each layer of each role; a space where the layer has no such matrix."""
+    from lorakit.api import aligned
+
     layers = sorted({m.layer for m in modules if m.layer is not None})
     most = max(1, *(m.r for m in modules), 1)
     lines = []
@@ -156,20 +162,7 @@ def _rank_map(modules: Sequence[MatrixReport]) -> str:
         ]  # fmt: skip
         lines.append([role, "".join(bars), f"{sum(ranks.values()) / len(ranks):.1f}"])
     span = f"layers {layers[0]} to {layers[-1]}" if layers else "no layers"
-    return f"ranks (· 0, {_BARS[-1]} {most}):\n" + _table(["role", span, "mean"], lines)
-
-
-def _table(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Columns, of which the first is aligned to the left and the others to the right."""
-    rows = [titles, *lines]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            text.rjust(width) if at else text.ljust(width)
-            for at, (text, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
+    return f"ranks (· 0, {_BARS[-1]} {most}):\n" + aligned([["role", span, "mean"], *lines])
 
 
 def _spread(values: Sequence[float | None]) -> str:

@@ -65,14 +65,16 @@ _TextColumn = Annotated[
 _TextPairColumn = Annotated[
     str | None, typer.Option(metavar="NAME", help="Column of the second text of a pair.")
 ]
-_BatchSize = Annotated[int, typer.Option(metavar="N", min=1, help="Rows per batch.")]
+_BatchSize = Annotated[int, typer.Option(metavar="N", min=1, help="Rows to classify at a time.")]
 _MaxLength = Annotated[
     int | None,
     typer.Option(
         metavar="N", min=1, help="Truncate to N tokens [default: as in training, or the model's]."
     ),
 ]
-_Revision = Annotated[str | None, typer.Option(metavar="R", help="Hub commit or tag of the base.")]
+_Revision = Annotated[
+    str | None, typer.Option(metavar="R", help="Load this commit or tag of the base from the Hub.")
+]
 
 
 def predict(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorakit.cli.console import AsJson, Overrides, RecipeFile, only_results, progress, say
+from lorakit.errors import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -139,7 +140,7 @@ def _print_line(console: Console, plain: bool, parts: list[tuple[str, str]]) -> 
 def _header(found: Preview, plain: bool) -> list[tuple[str, str]]:
     shown = sum(row.part[0] == 1 for row in found.examples)
     title = f"{_escaped(found.task)}, {_escaped(found.split)}: {shown:,} of "
-    title += f"{found.summary.rows:,} rows; {_BREAK} is a line break; "
+    title += f"{counted(found.summary.rows, 'row')}; {_BREAK} is a line break; "
     if found.summary.trained_tokens is None and any(any(r.loss_mask) for r in found.examples):
         title += "the loss is computed on the label of each word, at its first token, in "
         return [(title + (f"{_OPEN} {_CLOSE}" if plain else "green"), "")]
@@ -154,7 +155,7 @@ def _header(found: Preview, plain: bool) -> list[tuple[str, str]]:
 def _about(row: DescribedRow) -> str:
     part, parts = row.part
     text = row.where + (f", training row {part} of {parts}" if parts > 1 else "")
-    text += f": {len(row.input_ids):,} tokens"
+    text += f": {counted(len(row.input_ids), 'token')}"
     if row.label is None:
         text += f", {sum(row.loss_mask):,} trained"
     if row.truncated:

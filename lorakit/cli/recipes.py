@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -121,6 +120,8 @@ def methods(check: _Check = None, as_json: AsJson = False) -> None:
 
     Example: lorakit methods --check ./my_method.py:MyMethod
     """
+    from lorakit.api import aligned
+
     if check is not None:
         _check_method(check, as_json)
         return
@@ -128,7 +129,8 @@ def methods(check: _Check = None, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps([_method_facts(method) for method in found], indent=2))
         return
-    _print_table([(m.name, m.summary, m.Config.shown_learning_rates(), m.source) for m in found])
+    rows = [(m.name, m.summary, m.Config.shown_learning_rates(), m.source) for m in found]
+    echo(aligned(rows, left=4))
     say("or a file: ./FILE.py:CLASS; learning rates: of large models to small ones")
 
 
@@ -176,11 +178,14 @@ def tasks(as_json: AsJson = False) -> None:
 
     Example: lorakit tasks --json
     """
+    from lorakit.api import aligned
+
     found = registry.tasks().items()
     if as_json:
         typer.echo(json.dumps([_task_facts(name, task) for name, task in found], indent=2))
         return
-    _print_table([(name, task.summary_of(name), task.source_of(name)) for name, task in found])
+    rows = [(name, task.summary_of(name), task.source_of(name)) for name, task in found]
+    echo(aligned(rows, left=3))
     say("or a file: ./FILE.py:CLASS, ./FILE.yaml")
 
 
@@ -192,11 +197,3 @@ def _task_facts(name: str, task: Any) -> dict[str, Any]:
         "model": task.kind,
         "columns": [list(columns) for columns in task.needed_columns(name)],
     }
-
-
-def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
-    """Print rows of equal length, with aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        typer.echo("  ".join(cells).rstrip())

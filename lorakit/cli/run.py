@@ -146,11 +146,12 @@ def _print_run(result: RunResult, pushed: PushReport | None, as_json: bool) -> N
 
 _Adapter = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="Adapter directory [default: train.output_dir/adapter]."),
+    typer.Option(metavar="DIR", help="Evaluate this adapter [default: train.output_dir/adapter]."),
 ]
 _Base = Annotated[bool, typer.Option("--base", help="Evaluate the base model without an adapter.")]
 _Split = Annotated[
-    str | None, typer.Option(metavar="S", help="Split [default: the task's evaluation split].")
+    str | None,
+    typer.Option(metavar="S", help="Evaluate this split [default: the task's evaluation split]."),
 ]
 _Limit = Annotated[
     int | None, typer.Option(metavar="N", min=1, help="Evaluate only the first N rows.")
@@ -159,11 +160,14 @@ _Output = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Also write the result to FILE, as JSON.")
 ]
 _SavePredictions = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Write the predictions, for --predictions.")
+    Path | None,
+    typer.Option(metavar="FILE", help="Write predictions to FILE, which --predictions reads."),
 ]
 _Predictions = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help='Score predictions: {"prediction": ...}, one per line.'),
+    typer.Option(
+        metavar="FILE", help='Score the predictions in FILE: {"prediction": ...}, one per line.'
+    ),
 ]
 
 

@@ -10,7 +10,7 @@ from lorakit.data.examples import ChatExample, ClassificationExample, Example, T
 from lorakit.data.paths import find_files, no_split
 from lorakit.data.rows import UnreadRow
 from lorakit.data.sources import Split, load_split
-from lorakit.errors import DataError
+from lorakit.errors import DataError, counted
 from lorakit.first_recipe.columns import Column, describe_columns, sampled
 from lorakit.first_recipe.settings import Lengths
 from lorakit.tasks.base import Task
@@ -44,10 +44,8 @@ class Data:
         return len(self.train) if self.is_whole else None
 
     def described(self) -> str:
-        rows = (
-            f"{len(self.train):,} rows" if self.is_whole else f"the first {len(self.train):,} rows"
-        )
-        return f"{self.train.source}: {rows}"
+        rows = counted(len(self.train), "row")
+        return f"{self.train.source}: {rows if self.is_whole else f'the first {rows}'}"
 
 
 def read_data(data: str, validation: str | None) -> Data:

@@ -15,7 +15,7 @@ from typing import Any
 
 from lorakit import registry
 from lorakit.data.sources import Split
-from lorakit.errors import DataError, shown
+from lorakit.errors import DataError, counted, shown
 from lorakit.pipeline.task_data import Say, load_task_data
 from lorakit.recipe.sections import Recipe
 from lorakit.tasks.base import Prediction, Task
@@ -98,7 +98,8 @@ def read_predictions(file: Path, rows: int, counts: Sequence[int]) -> list[Predi
     if len(predictions) not in counts:
         other = "".join(f" or {count:,}" for count in dict.fromkeys(counts) if count != rows)
         raise DataError(
-            f"{file}: {len(predictions)} predictions; the split has {rows} rows; "
+            f"{file}: {counted(len(predictions), 'prediction')}; the split has "
+            f"{counted(rows, 'row')}; "
             f"allowed: {rows}{other}"
         )
     return predictions

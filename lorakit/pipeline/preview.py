@@ -21,7 +21,7 @@ from lorakit.data.plan import Packing
 from lorakit.data.sources import Split
 from lorakit.data.texts import TokenRow
 from lorakit.data.tokens import RowEncoder
-from lorakit.errors import UserError
+from lorakit.errors import UserError, counted
 from lorakit.evaluation.progress import OnProgress
 from lorakit.evaluation.sampling import stop_ids
 from lorakit.models.heads import classifies_texts_only, declares_head, plan_head
@@ -168,7 +168,8 @@ def _check_start(start: int, data: TaskData, limit: int | None) -> None:
     if start > rows:
         limited = f" with --limit {limit}" if limit is not None else ""
         raise UserError(
-            f"--start {start}: {data.split.source} has {rows:,} rows{limited}; allowed: 1 to {rows}"
+            f"--start {start}: {data.split.source} has {counted(rows, 'row')}{limited}; "
+            f"allowed: 1 to {rows}"
         )
 
 

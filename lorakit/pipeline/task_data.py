@@ -15,7 +15,7 @@ from lorakit.data.file_names import split_names
 from lorakit.data.paths import no_split
 from lorakit.data.sources import Split
 from lorakit.data.stream import Stream, open_stream
-from lorakit.errors import DataError, UserError
+from lorakit.errors import DataError, UserError, counted
 from lorakit.pipeline.validation_share import check_no_validation, divide, first_rows
 from lorakit.recipe.sections import ModelSection, Recipe
 from lorakit.tasks.base import Task
@@ -152,7 +152,8 @@ def load_training_data(recipe: Recipe, say: Say) -> TaskData:
     config = resolve_labels(task, config, labeled, splits, head_names, say)
     if config.validation_share is not None:
         train, validation = divide(task, config, train)
-        say(f"task.validation_share: {len(validation):,} of {len(train) + len(validation):,} rows")
+        every = counted(len(train) + len(validation), "row")
+        say(f"task.validation_share: {len(validation):,} of {every}")
         validation = first_rows(validation, config.limit_eval)
     return TaskData(
         task=task,

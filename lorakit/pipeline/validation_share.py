@@ -9,7 +9,7 @@ from typing import Any
 from lorakit.data.rows import Row, UnreadRow
 from lorakit.data.selection import held_out, select
 from lorakit.data.sources import Split, limits
-from lorakit.errors import DataError
+from lorakit.errors import DataError, counted
 from lorakit.tasks.base import Task
 
 #: The same rows are held out whatever ``train.seed`` is, so that runs can be compared.
@@ -31,7 +31,7 @@ def divide(task: Task, config: Any, train: Split) -> tuple[Split, Split]:
         keys = {index: keys[index] for index in good}
     chosen = held_out(share, keys, _SEED)
     if not chosen:
-        rows = f"{len(keys):,} rows{' that are not bad' if skip else ''}"
+        rows = f"{counted(len(keys), 'row')}{' that are not bad' if skip else ''}"
         raise DataError(
             f"task.validation_share = {share:g}: of {rows}, none can be held out; "
             "allowed: null, or a larger share"

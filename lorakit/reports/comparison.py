@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
+from lorakit.columns import aligned
 from lorakit.errors import decimal
 from lorakit.reports.metrics_log import as_number
 from lorakit.reports.runs import Run, read_runs
@@ -195,16 +196,7 @@ def comparison_text(compared: Comparison) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    cells = [[_short(cell) for cell in row] for row in rows]
-    count = max(map(len, cells))
-    widths = [max(len(row[at]) for row in cells if row) for at in range(count)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if at else cell.ljust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=False))
-        ).rstrip()
-        for row in cells
-    )
+    return aligned([[_short(cell) for cell in row] for row in rows])
 
 
 def _short(cell: str) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
 
+from lorakit.columns import aligned
 from lorakit.errors import decimal, listed, printable
 from lorakit.io.atomic import write_text, writing
 from lorakit.sweeps.members import SEED, as_text
@@ -28,7 +28,7 @@ def varying_keys(result: SweepResult) -> list[str]:
 
 def table_text(result: SweepResult) -> str:
     """The table for a terminal, with the errors of failed members and the best adapter below."""
-    lines = [_aligned([_titles(result), *_rows(result)], len(varying_keys(result)))]
+    lines = [aligned([_titles(result), *_rows(result)], len(varying_keys(result)))]
     lines += _errors(result)
     left = sum(member.status == "pending" for member in result.members)
     if left:
@@ -129,15 +129,3 @@ def _csv(result: SweepResult) -> str:
             ]
         )
     return text.getvalue()
-
-
-def _aligned(rows: Sequence[Sequence[str]], names: int) -> str:
-    """Columns, of which the first ``names`` are aligned to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if at < names else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )

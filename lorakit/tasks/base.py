@@ -15,7 +15,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from lorakit.data.examples import Example, Problem
 from lorakit.data.sources import Split, load_split
-from lorakit.errors import DataError, shown
+from lorakit.errors import DataError, counted, shown
 from lorakit.recipe.sections import NonNegativeFloat, NonNegativeInt, PositiveInt, TaskSection
 
 Row = Mapping[str, Any]
@@ -283,7 +283,10 @@ def map_rows(split: Split, values: Iterable[Any], read: Callable[[Any], _Value])
 def check_count(predictions: Sequence[Prediction], split: Split) -> None:
     """Raise DataError unless there is one prediction per row."""
     if len(predictions) != len(split):
-        raise DataError(f"{split.source}: {len(predictions)} predictions for {len(split)} rows")
+        raise DataError(
+            f"{split.source}: {counted(len(predictions), 'prediction')} for "
+            f"{counted(len(split), 'row')}"
+        )
 
 
 def check_texts(predictions: Sequence[Prediction]) -> None:

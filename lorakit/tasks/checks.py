@@ -10,7 +10,7 @@ from typing import Any
 
 from lorakit.data.rows import UnreadRow, row_range
 from lorakit.data.sources import Split
-from lorakit.errors import shown
+from lorakit.errors import counted, shown
 from lorakit.tasks.base import Row, Task, is_empty
 
 #: At most this many rows are counted; for a larger split the note says so.
@@ -182,7 +182,7 @@ def similar_labels(counts: Mapping[str, int]) -> list[str]:
     similar = [group for group in groups.values() if len(group) > 1]
     lines = [
         "warning: labels that differ only in case or white space are separate classes: "
-        + ", ".join(f"{shown(label)} ({_rows(counts[label])})" for label in group[:6])
+        + ", ".join(f"{shown(label)} ({counted(counts[label], 'row')})" for label in group[:6])
         for group in similar[:_MAX_GROUPS]
     ]
     more = len(similar) - _MAX_GROUPS
@@ -201,7 +201,3 @@ def _listed_labels(counts: Iterable[tuple[str, int]]) -> str:
 def _label(label: str) -> str:
     plain = label.isprintable() and label == label.strip() and len(label) <= 40
     return label if plain else shown(label, 40)
-
-
-def _rows(count: int) -> str:
-    return f"{count:,} row" if count == 1 else f"{count:,} rows"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lorakit.data.plan import StepSource
-from lorakit.errors import UserError, shown
+from lorakit.errors import UserError, counted, shown
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.load import load_recipe
 from lorakit.recipe.sections import TrainSection
@@ -31,8 +31,8 @@ def check_length(prepared: Prepared, steps: StepSource, start: Start, say: Say) 
     setting = f"train.{key} = {shown(getattr(recipe.train, key))}"
     if now < start.step:
         raise UserError(
-            f"{setting}: a run of {now} steps, and the one in {output_dir} has already taken "
-            f"{start.step}; allowed: at least {start.step} steps"
+            f"{setting}: a run of {counted(now, 'step')}, and the one in {output_dir} has already "
+            f"taken {start.step}; allowed: at least {counted(start.step, 'step')}"
         )
     if reason := _difference(prepared, before, now, start.step):
         raise UserError(

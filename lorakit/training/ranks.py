@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lorakit.columns import aligned
+
 
 def rank_list(ranks: Mapping[str, int]) -> list[dict[str, Any]]:
     """Each matrix's ``module``, ``layer`` (null outside the numbered layers) and ``rank``."""
@@ -30,11 +32,7 @@ def rank_table(ranks: Mapping[str, int]) -> str:
         label = "-" if row is None else str(row)
         lines.append([label, *shown, str(sum(value or 0 for value in values))])
     lines.append(["total", *(str(total[c]) for c in columns), str(sum(ranks.values()))])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        for line in lines
-    )
+    return aligned(lines, left=0)
 
 
 def layer_of(name: str) -> int | None:

@@ -112,7 +112,7 @@ def _check_same_steps(before: Recipe, now: Recipe, output_dir: Path) -> None:
         then, this = (
             f"per_device_batch_size {recipe.train.per_device_batch_size} x "
             f"gradient_accumulation_steps {recipe.train.gradient_accumulation_steps} x "
-            f"{count} processes"
+            f"{count} process{'' if count == 1 else 'es'}"
             for recipe, count in zip((before, now), processes, strict=True)
         )
         raise UserError(

@@ -163,8 +163,9 @@ class Display:
             self._bar.stop()
 
     def _left(self, step: int) -> str:
-        """The time that the remaining steps will take at the mean speed so far."""
-        if not self._first < step < self._total:
+        """The time that the remaining steps will take at the mean speed so far; not after the first
+        step, which takes longer than others."""
+        if not self._first + 1 < step < self._total:
             return ""
         spent = time.monotonic() - self._start
         return f"{_clock(spent / (step - self._first) * (self._total - step))} left"

@@ -281,6 +281,16 @@ def test_an_interrupt_that_a_library_turned_into_an_error(
     assert not list(tmp_path.glob("lorakit-*.log"))
 
 
+def test_summaries_fit_a_line_of_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.run(["--help"]) == 0
+    commands = capsys.readouterr().out.partition("Commands:\n")[2].partition("\n\n")[0]
+    assert len(commands.splitlines()) == len(cli.app.registered_commands)
+    assert "..." not in commands
+
+
 class _Interrupts(importlib.abc.MetaPathFinder):
     """Ctrl-C while the command line is imported."""
 

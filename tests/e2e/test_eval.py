@@ -235,7 +235,7 @@ def test_an_invalid_prediction_of_each_task(
     assert len(message.splitlines()) == 1
     file.write_text("".join(lines[:1]), encoding="utf-8")
     message = refused(capsys, recipe, "--predictions", file)
-    assert f"{file}: 1 predictions; the split has {count} rows" in message
+    assert f"{file}: 1 prediction; the split has {count} rows" in message
 
 
 def test_missing_files_are_named(

@@ -152,7 +152,7 @@ def test_classification(tiny_bert: Path, in_tmp: Path, capsys: pytest.CaptureFix
     held_out = [{"text": "far too long for ten", "label": "sweet"}]
     write_lines(in_tmp / "data" / "validation.jsonl", held_out)
     out, err = shown(capsys, recipe(tiny_bert, "classification", 10), "--split", "validation")
-    assert "classification, validation: 1 of 1 rows; " in out
+    assert "classification, validation: 1 of 1 row; " in out
     assert "the loss is computed on the label\n" in out
     assert "10 tokens; truncated\n[CLS]far too [SEP]\nlabel: sweet\n" in out
     assert "truncated rows         1 (to 10 tokens; 12 tokens lost)" in out

@@ -318,5 +318,5 @@ def test_exact_match(name: str, generates: bool) -> None:
     assert task.best_metric(always) == task.main_metric(always) == "exact_match"
     with pytest.raises(DataError, match="prediction 2: 4; allowed: text"):
         task.metrics(["4", 4], found, config)
-    with pytest.raises(DataError, match="1 predictions for 2 rows"):
+    with pytest.raises(DataError, match="1 prediction for 2 rows"):
         task.metrics(["4"], found, config)

@@ -299,7 +299,7 @@ def test_predictions_of_another_type_are_refused(
 
 
 def test_too_few_predictions(wikisql_folder: WikiSqlWriter) -> None:
-    with pytest.raises(DataError, match="1 predictions for 3 rows"):
+    with pytest.raises(DataError, match="1 prediction for 3 rows"):
         scores(wikisql_folder(), GOLD[:1])
 
 

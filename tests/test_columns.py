@@ -1,0 +1,10 @@
+from __future__ import annotations
+
+from lorakit.columns import aligned
+
+
+def test_aligned() -> None:
+    rows = [["name", "r", "loss"], ["alpha", "16", "0.5"], [], ["b"]]
+    assert aligned(rows) == "name    r  loss\nalpha  16   0.5\n\nb"
+    assert aligned(rows[:2], left=0) == " name   r  loss\nalpha  16   0.5"
+    assert aligned(rows[:2], left=3) == "name   r   loss\nalpha  16  0.5"
