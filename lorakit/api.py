@@ -34,7 +34,15 @@ if TYPE_CHECKING:
     from lorakit.export.hub.check import HubTarget, check_push
     from lorakit.export.hub.push import PushReport, push_to_hub, push_trained
     from lorakit.export.vllm_check import VllmReport, check_vllm
-    from lorakit.first_recipe.draft import FirstRecipe, RecipeDraft, check_new, init_recipe
+    from lorakit.first_recipe.draft import (
+        FirstRecipe,
+        RecipeDraft,
+        check_hardware,
+        check_method_name,
+        check_new,
+        init_recipe,
+        this_hardware,
+    )
     from lorakit.injection import inject
     from lorakit.io.atomic import write_text
     from lorakit.method_check import CheckResult, check_method
@@ -95,7 +103,15 @@ _MODULES = {
     "lorakit.export.hub.check": ("HubTarget", "check_push"),
     "lorakit.export.hub.push": ("PushReport", "push_to_hub", "push_trained"),
     "lorakit.export.vllm_check": ("VllmReport", "check_vllm"),
-    "lorakit.first_recipe.draft": ("FirstRecipe", "RecipeDraft", "check_new", "init_recipe"),
+    "lorakit.first_recipe.draft": (
+        "FirstRecipe",
+        "RecipeDraft",
+        "check_hardware",
+        "check_method_name",
+        "check_new",
+        "init_recipe",
+        "this_hardware",
+    ),
     "lorakit.injection": ("inject",),
     "lorakit.io.atomic": ("write_text",),
     "lorakit.method_check": ("CheckResult", "check_method"),
@@ -171,7 +187,9 @@ __all__ = [
     "VllmReport",
     "aligned",
     "chat_request",
+    "check_hardware",
     "check_method",
+    "check_method_name",
     "check_new",
     "check_push",
     "check_vllm",
@@ -221,6 +239,7 @@ __all__ = [
     "table_text",
     "tell",
     "text_request",
+    "this_hardware",
     "train",
     "trained_system_prompts",
     "window",

@@ -5,17 +5,28 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from lorakit import registry
 from lorakit.cli.console import AsJson, Overrides, echo, only_results, say
-from lorakit.errors import UserError
+from lorakit.errors import UserError, printable
 
 if TYPE_CHECKING:
-    from lorakit.api import FirstRecipe
+    from lorakit.api import FirstRecipe, RecipeDraft
+
+_T = TypeVar("_T")
+#: What a question allows.
+_ANSWERS = {
+    "model": "a directory, or a name on the Hub",
+    "data": "a file, a glob or a directory",
+    "task": "a name that lorakit tasks lists",
+    "method": "a name that lorakit methods lists",
+    "hardware": "cpu, gpu, or gpu:24 for 24 GiB",
+}
 
 _Output = Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="File to write.")]
 _Model = Annotated[
@@ -88,20 +99,42 @@ def init(
     from lorakit.api import RecipeDraft, check_new
 
     check_new(output, overwrite)
-    ask = _ask if _can_ask() else None
-    model, data = _required(model, data, task, ask)
-    if yes:
-        ask = None
+    can_ask = sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
+    has_own_data = task is not None and task.startswith("glue/")
+    missing = [] if model else ["--model"]
+    missing += [] if data or has_own_data else ["--data"]
+    if missing and not can_ask:
+        raise UserError(
+            f"missing {' and '.join(missing)}: required without a terminal to ask on; hint: "
+            "lorakit init --help"
+        )
+
+    def start(name: str) -> RecipeDraft:
+        return RecipeDraft(name, overrides=overrides, say=say)
+
     with only_results():
-        draft = RecipeDraft(model, data, validation=validation, overrides=overrides, say=say)
-        if ask is not None:
-            task = task or ask("task", draft.suggested_task, _known("tasks"))
-            method = method or ask("method", "lora", _known("methods"))
-            hardware = hardware or ask("hardware", draft.hardware, "cpu, gpu, or gpu:24 (GiB)")
+        draft = start(model) if model else _ask("model", _local_model(), start)
+        if data is not None:
+            draft.look_at(data, validation)
+        elif not has_own_data:
+            _ask("data", None, partial(draft.look_at, validation=validation))
+        if can_ask and not yes:
+            task, method, hardware = _choices(draft, task, method, hardware)
         written = draft.write(
             output, task=task, method=method or "lora", hardware=hardware, overwrite=overwrite
         )
     _report(written, as_json)
+
+
+def _choices(
+    draft: RecipeDraft, task: str | None, method: str | None, hardware: str | None
+) -> tuple[str, str, str]:
+    """Ask for those that are None."""
+    from lorakit.api import check_hardware, check_method_name, this_hardware
+
+    task = task or _ask("task", draft.suggested_task(), draft.check_task)
+    method = method or _ask("method", "lora", check_method_name)
+    return task, method, hardware or _ask("hardware", this_hardware(), check_hardware)
 
 
 def _report(written: FirstRecipe, as_json: bool) -> None:
@@ -117,36 +150,9 @@ def _report(written: FirstRecipe, as_json: bool) -> None:
         }
         typer.echo(json.dumps(facts, indent=2))
         return
-    echo(f"{written.path}: {recipe.task.name}, {recipe.adapter.method}, {written.reason}")
+    reason = " ".join(written.reason.split())  # which names columns
+    echo(f"{written.path}: {recipe.task.name}, {recipe.adapter.method}, {reason}")
     say(f"next: lorakit preview {written.path}, then lorakit train {written.path}")
-
-
-def _can_ask() -> bool:
-    return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
-
-
-_Ask = Callable[[str, "str | None", str], str]
-
-
-def _required(
-    model: str | None, data: str | None, task: str | None, ask: _Ask | None
-) -> tuple[str, str | None]:
-    """The model, and the data unless the task has its own. Raises UserError if one is missing and
-    nobody can be asked."""
-    has_own_data = task is not None and task.startswith("glue/")
-    missing = [] if model else ["--model"]
-    missing += [] if data or has_own_data else ["--data"]
-    if missing and ask is None:
-        raise UserError(
-            f"missing {' and '.join(missing)}: required without a terminal to ask on; hint: "
-            "lorakit init --help"
-        )
-    if ask is not None:
-        model = model or ask("model", _local_model(), "a directory, or a name on the Hub")
-        if not has_own_data:
-            data = data or ask("data", None, "a file, a glob or a directory")
-    assert model is not None, "it is given or was asked for"
-    return model, data
 
 
 def _local_model() -> str | None:
@@ -155,21 +161,18 @@ def _local_model() -> str | None:
     return str(found[0].parent) if found else None
 
 
-def _known(kind: str) -> str:
-    names = registry.tasks() if kind == "tasks" else registry.methods()
-    short = dict.fromkeys("glue/..." if name.startswith("glue/") else name for name in names)
-    return ", ".join(short)
-
-
-def _ask(what: str, default: str | None, allowed: str) -> str:
-    """Ask on the terminal until there is an answer, or the default. Raises UserError at the end of
-    the input."""
-    say(f"{what}: {allowed}")
+def _ask(what: str, default: str | None, use: Callable[[str], _T]) -> _T:
+    """Ask on the terminal until ``use`` takes the answer, and return what it returns. Raises
+    UserError at the end of the input."""
     while True:
-        typer.echo(f"{what} [{default}]: " if default else f"{what}: ", err=True, nl=False)
+        suffix = f" [{default}]" if default else ""
+        typer.echo(printable(f"{what}: {_ANSWERS[what]}{suffix}: "), err=True, nl=False)
         line = sys.stdin.readline()
         if not line:
             say("")
             raise UserError(f"no answer for {what}; allowed: --{what}")
         if answer := line.strip() or default:
-            return answer
+            try:
+                return use(answer)
+            except UserError as error:
+                say(f"error: {error}")

@@ -10,10 +10,11 @@ from lorakit import registry
 from lorakit.errors import DataError, listed
 from lorakit.first_recipe.columns import Column
 
-#: Names of columns, the likeliest first. Case is ignored.
+#: Names of columns, the likeliest first. Case is ignored. Columns of the first ones are labels
+#: whatever they contain, those of the others if their values repeat or are numbers.
+_SURE_LABELS = ("label", "labels", "class", "category", "sentiment", "intent", "gold_label")
 _LABELS = (
-    "label", "labels", "class", "category", "sentiment", "intent", "topic", "emotion", "target",
-    "polarity", "rating", "stars", "score", "gold_label", "genre", "tag", "tags",
+    "topic", "emotion", "target", "polarity", "rating", "stars", "score", "genre", "tag", "tags",
 )  # fmt: skip
 _TEXTS = (
     "text", "sentence", "content", "review", "body", "message", "comment", "utterance", "tweet",
@@ -58,14 +59,21 @@ class Given:
 def choose_task(columns: Columns, given: Given, source: str, wanted: str | None = None) -> Choice:
     """Choose a task for rows with ``columns``, which ``source`` names in messages; only ``wanted``
     if that is set. Raises DataError if the rows fit none."""
+    if len(columns) == 1 and any(mark in name for name in columns for mark in ";\t|"):
+        raise DataError(
+            f"--data {source}: the only column is {next(iter(columns))!r}; allowed: cells that are "
+            "separated by commas in .csv, by tabs in .tsv"
+        )
     for choice in _choices(columns, given, wanted):
         kind = registry.tasks()[choice.task].kind
         if choice.task == wanted or (wanted is None and kind in given.kinds):
             return choice
     if wanted is not None:
         return _as_named(columns, source, wanted, given)
-    needs = "; ".join(f"{name} ({needed(name)})" for name in _TASKS_SHOWN)
-    of_model = "" if len(given.kinds) > 1 else " that the model, an encoder, can be trained on"
+    tasks = registry.tasks()
+    shown = [name for name in _TASKS_SHOWN if tasks[name].kind in given.kinds]
+    needs = "; ".join(f"{name} ({needed(name)})" for name in shown)
+    of_model = "" if len(given.kinds) > 1 else f" for the model, an {given.kinds[0]}"
     raise DataError(
         f"--data {source}: the columns {listed(map(repr, columns), 12)} fit no task{of_model}; "
         f"allowed: {needs}; hint: --task TASK with --set task.KEY=COLUMN names other columns"
@@ -224,11 +232,12 @@ def _label(columns: Columns, given: Given) -> tuple[str | None, dict[str, Any], 
 def _label_column(columns: Columns) -> str | None:
     """A column named as labels usually are, or else the only one whose values repeat as those of
     classes do."""
-    named = _first(columns, _LABELS, "text", "flag", "integer", "number", "words", "ids")
-    if named is not None:
-        column = columns[named]
-        if column.kind in ("number", "words", "ids", "integer") or column.can_be_classes:
-            return named
+    kinds = ("text", "flag", "integer", "number", "words", "ids")
+    if (sure := _first(columns, _SURE_LABELS, *kinds)) is not None:
+        return sure
+    named = _first(columns, _LABELS, *kinds)
+    if named is not None and (columns[named].kind != "text" or columns[named].can_be_classes):
+        return named
     classes = [name for name, column in columns.items() if column.can_be_classes]
     return classes[0] if len(classes) == 1 else None
 

@@ -51,7 +51,13 @@ class Data:
 def read_data(data: str, validation: str | None) -> Data:
     """Read the training rows in a file, a glob or a directory. Raises DataError as training
     does."""
-    path: Any = data if validation is None else {"train": data, "validation": validation}
+    try:
+        return _read(data if validation is None else {"train": data, "validation": validation})
+    except DataError as error:  # whose message may start with the recipe's key
+        raise DataError(str(error).removeprefix("task.path: ")) from error
+
+
+def _read(path: Any) -> Data:
     files = find_files(path, "train").files
     if not files:
         raise no_split(path, "train")

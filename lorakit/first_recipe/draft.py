@@ -5,15 +5,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lorakit import registry
-from lorakit.errors import Problem, RecipeError, UserError, did_you_mean
+from lorakit.errors import Problem, RecipeError, UserError, did_you_mean, listed, shown
 from lorakit.first_recipe.choose import Choice, Given, choose_task
 from lorakit.first_recipe.columns import class_names
-from lorakit.first_recipe.data import measure, read_data
+from lorakit.first_recipe.data import Data, measure, read_data
 from lorakit.first_recipe.model import read_base_model
 from lorakit.first_recipe.plan import Facts, recipe_text
 from lorakit.first_recipe.settings import find_hardware, read_hardware, too_large
@@ -46,40 +45,41 @@ class FirstRecipe:
 
 
 class RecipeDraft:
-    """What a base model and a data set suggest. ``data`` is a file, a glob or a directory as in
-    ``task.path``, and ``validation`` the same for the validation split; None for a task that has a
-    data set of its own on the Hub. ``overrides`` are keys that are set already, as for
-    ``load_recipe``. ``say`` gets notes.
+    """A recipe for a base model, of which it looks at the configuration and the tokenizer.
+    ``overrides`` are keys that are set already, as for ``load_recipe``. ``say`` gets notes.
 
-    Raises ModelError for a path without a model, DataError for data that cannot be read, and
-    RecipeError for ``overrides`` that are not of the form ``SECTION.KEY``.
+    Raises ModelError for a path without a model, and RecipeError for ``overrides`` that are not of
+    the form ``SECTION.KEY``.
     """
 
     def __init__(
-        self,
-        model: str,
-        data: str | None = None,
-        *,
-        validation: str | None = None,
-        overrides: Overrides | None = None,
-        say: Say = lambda note: None,
+        self, model: str, *, overrides: Overrides | None = None, say: Say = lambda note: None
     ) -> None:
         self._say = say
         self._given = _parsed(overrides)
         self._base = read_base_model(model)
+        self._data: Data | None = None
         if self._base.config is None:
             say(f"{model}: not on this machine; its kind and the tokens of a row are estimates")
-        self._data = None if data is None else read_data(data, validation)
 
-    @cached_property
+    def look_at(self, data: str, validation: str | None = None) -> None:
+        """Read training rows: a file, a glob or a directory as in ``task.path``; ``validation`` is
+        the same for the validation split. A task that has a data set of its own on the Hub needs
+        none. Raises DataError if they cannot be read."""
+        self._data = read_data(data, validation)
+        names = [shown(name)[1:-1] for name in self._data.columns]
+        self._say(f"{self._data.described()}, columns {listed(names, 12)}")
+
     def suggested_task(self) -> str | None:
         """The task that fits the columns; None without data. Raises DataError if none does."""
         return None if self._data is None else self._choose(None).task
 
-    @cached_property
-    def hardware(self) -> str:
-        """The hardware of this machine, as ``write`` takes it."""
-        return str(find_hardware())
+    def check_task(self, name: str) -> str:
+        """Return ``name``. Raises UserError for an unknown task, and for one that does not fit the
+        columns or the model."""
+        self._choose(name)
+        self._base.check_kind(registry.task(name).kind)
+        return name
 
     def write(
         self,
@@ -98,7 +98,7 @@ class RecipeDraft:
         """
         output = Path(output)
         check_new(output, overwrite)
-        _check_name("--method", method, registry.methods(), registry.method)
+        check_method_name(method)
         machine = find_hardware() if hardware is None else read_hardware(hardware)
         choice = self._choose(task)
         self._base.check_kind(registry.task(choice.task).kind)
@@ -194,9 +194,12 @@ def init_recipe(
     overwrite: bool = False,
     say: Say = lambda note: None,
 ) -> FirstRecipe:
-    """Write a first recipe for ``model`` and ``data``: see ``RecipeDraft`` and its ``write``."""
+    """Write a first recipe for ``model`` and ``data``, and return it: see the methods of
+    ``RecipeDraft``."""
     check_new(Path(output), overwrite)
-    draft = RecipeDraft(model, data, validation=validation, overrides=overrides, say=say)
+    draft = RecipeDraft(model, overrides=overrides, say=say)
+    if data is not None:
+        draft.look_at(data, validation)
     return draft.write(output, task=task, method=method, hardware=hardware, overwrite=overwrite)
 
 
@@ -210,6 +213,23 @@ def check_new(output: Path, overwrite: bool) -> None:
         )
     if not output.absolute().parent.is_dir():
         raise UserError(f"--output {output}: directory {output.parent} does not exist")
+
+
+def check_method_name(name: str) -> str:
+    """Return ``name``. Raises UserError for an unknown method, and a file that defines none."""
+    _check_name("--method", name, registry.methods(), registry.method)
+    return name
+
+
+def check_hardware(text: str) -> str:
+    """Return ``text``. Raises UserError if ``RecipeDraft.write`` would not take it."""
+    read_hardware(text)
+    return text
+
+
+def this_hardware() -> str:
+    """The hardware of this machine, as ``RecipeDraft.write`` takes it."""
+    return str(find_hardware())
 
 
 def _check_name(

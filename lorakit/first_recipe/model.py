@@ -66,24 +66,27 @@ def read_base_model(name: str) -> BaseModel:
     from lorakit.models.load import empty_model, position_limit
 
     check_location(name)
-    section = ModelSection(name_or_path=name)
-    if not Path(name).is_dir() and not _is_cached(name):
+    folder = Path(name) if Path(name).is_dir() else _cached_folder(name)
+    if folder is None:
         return BaseModel(name, parameters=parameters_in(name))
-    config = load_config(section)
-    tokenizer, _ = load_tokenizer(name, {"local_files_only": True})
+    config = load_config(ModelSection(name_or_path=str(folder)))
+    tokenizer, _ = load_tokenizer(str(folder), {})
     kinds = _kinds(config, name)
     model = empty_model(config, task_type_of(kinds[0]), trust_remote_code=False)
     count = sum(parameter.numel() for parameter in model.parameters())
     return BaseModel(name, config, tokenizer, count, position_limit(model), kinds)
 
 
-def _is_cached(name: str) -> bool:
+def _cached_folder(name: str) -> Path | None:
+    """Where the cache of the Hub keeps the files of a model; None without those of its
+    configuration and tokenizer."""
     from huggingface_hub import try_to_load_from_cache
 
     with suppress(ValueError):  # not the form of a Hub id
-        files = ("config.json", "tokenizer.json")
-        return all(isinstance(try_to_load_from_cache(name, file), str) for file in files)
-    return False
+        found = [try_to_load_from_cache(name, file) for file in ("config.json", "tokenizer.json")]
+        if all(isinstance(file, str) for file in found):
+            return Path(str(found[0])).parent
+    return None
 
 
 def _kinds(config: PreTrainedConfig, name: str) -> tuple[Kind, ...]:

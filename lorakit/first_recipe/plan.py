@@ -14,6 +14,7 @@ from lorakit.first_recipe.data import Data
 from lorakit.first_recipe.model import BaseModel
 from lorakit.first_recipe.settings import (
     LARGE,
+    SMALL,
     Batches,
     Hardware,
     Lengths,
@@ -51,8 +52,13 @@ class Facts:
         return str(registry.task(self.choice.task).kind)
 
     @property
+    def parameters(self) -> float:
+        """Those of the model, or what is usual if they are not known."""
+        return self.base.parameters or (LARGE if self.kind == "causal" else SMALL)
+
+    @property
     def is_large(self) -> bool:
-        return (self.base.parameters or LARGE) >= LARGE / 2
+        return self.parameters >= LARGE / 2
 
 
 class _Section:
@@ -118,7 +124,9 @@ def _model(facts: Facts) -> _Section:
     if facts.hardware.kind == "gpu":
         section.set("dtype", "bfloat16")
     elif facts.kind == "encoder" and not facts.is_large:
-        section.set("dtype", "float32", "On a CPU, small encoders are as fast in float32.")
+        section.set(
+            "dtype", "float32", "A small model has room for float32, which is more precise."
+        )
     else:
         section.set("dtype", "bfloat16", "Half the memory of float32.")
     if quantizes(facts.method, base.parameters, facts.hardware):
@@ -213,7 +221,7 @@ def _train(facts: Facts, sizes: Batches) -> _Section:
     _set_learning_rate(section, facts)
     section.set("lr_scheduler", "linear" if facts.kind == "encoder" else "cosine")
     section.set("warmup_ratio", 0.06)
-    if facts.is_large and (facts.base.parameters or facts.hardware.kind == "gpu"):
+    if facts.is_large:
         comment = "Less memory, a third more time: layers are computed again in the backward pass."
         section.set("gradient_checkpointing", True, comment)
     return section
@@ -221,7 +229,7 @@ def _train(facts: Facts, sizes: Batches) -> _Section:
 
 def _set_learning_rate(section: _Section, facts: Facts) -> None:
     config = registry.method(facts.method).Config
-    rate = learning_rate(config.usual_learning_rates, facts.base.parameters)
+    rate = learning_rate(config.usual_learning_rates, facts.parameters)
     if rate is None:
         section.set("learning_rate", 2e-4, "The method has no usual rate: try others.")
         return

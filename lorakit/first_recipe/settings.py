@@ -82,13 +82,13 @@ def max_length(lengths: Lengths | None, hardware: Hardware, positions: int | Non
     return min(most, math.ceil(lengths.tokens[-1] * 1.25 / 32) * 32)
 
 
-def learning_rate(usual: tuple[float, float] | None, parameters: int | None) -> float | None:
+def learning_rate(usual: tuple[float, float] | None, parameters: float) -> float | None:
     """The rate for a model of this size, between the usual ones of large and of small models; with
     one digit. None if the method has no usual rate."""
     if usual is None:
         return None
     large, small = usual
-    size = min(max(parameters or LARGE, SMALL), LARGE)
+    size = min(max(parameters, SMALL), LARGE)
     share = math.log(LARGE / size) / math.log(LARGE / SMALL)
     return float(f"{large * (small / large) ** share:.0e}")
 

@@ -21,7 +21,7 @@ def commented(sections: Sections, introduction: Sequence[str]) -> str:
     """The recipe as YAML text. A comment stands above its key, the lines of ``introduction`` at the
     top."""
     lines = [f"# yaml-language-server: $schema={SCHEMA}"]
-    lines += [f"# {printable(line)}" for line in introduction]
+    lines += [f"# {_on_one_line(line)}" for line in introduction]
     for section, (keys, comments) in sections.items():
         lines.append(f"{section}:")
         for key, value in keys.items():
@@ -31,10 +31,14 @@ def commented(sections: Sections, introduction: Sequence[str]) -> str:
 
 
 def _comment(text: str, indent: int) -> list[str]:
-    """Lines of a comment. Names in the data must not end it or control a terminal."""
     start = " " * indent + "# "
-    plain = printable(" ".join(text.split()))
+    plain = _on_one_line(text)
     return textwrap.wrap(plain, _WIDTH, initial_indent=start, subsequent_indent=start)
+
+
+def _on_one_line(text: str) -> str:
+    """Names in the data must neither end a comment nor control a terminal."""
+    return printable("".join(" " if c.isspace() else c for c in text))
 
 
 def _entry(key: str, value: Any) -> list[str]:

@@ -235,6 +235,22 @@ def test_without_a_terminal_the_missing_options_are_named(
     assert "error: missing --data: " in capsys.readouterr().err
 
 
+def test_names_of_columns_cannot_end_a_comment_or_control_a_terminal(
+    model: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = columns(**{"te\x1b[31mxt\u2028a: b": text, "a\nlabel #": lambda i: "xy"[i % 2]})
+    write("rows.jsonl", rows)
+    written = lorakit.init_recipe(model=model("tiny_bert"), data="rows.jsonl", hardware="cpu")
+    assert written.recipe.task.label_column == "a\nlabel #"
+    assert Path("recipe.yaml").read_text().isprintable() is False  # line ends only
+    assert all(line.isprintable() for line in Path("recipe.yaml").read_text().split("\n"))
+    given = ["--model", model("tiny_bert"), "--data", "rows.jsonl", "--hardware", "cpu"]
+    capsys.readouterr()  # what the model's fixture printed
+    assert run(["init", *given, "--overwrite"]) == 0
+    shown = capsys.readouterr()
+    assert [line for line in (shown.out + shown.err).split("\n") if not line.isprintable()] == []
+
+
 def on_a_terminal(answers: str, *arguments: str) -> tuple[int, str]:
     """Run ``lorakit init`` on a pseudo-terminal with ``answers`` typed; the exit code and output."""
     parent, child = pty.openpty()
@@ -263,10 +279,14 @@ def on_a_terminal(answers: str, *arguments: str) -> tuple[int, str]:
 
 def test_a_terminal_is_asked_and_enter_accepts(model: Callable[[str], str]) -> None:
     write("rows.csv", FILES["folder/train.csv"][0])
-    code, shown = on_a_terminal(f"{model('tiny_bert')}\n\nrows.csv\n\nadalora\ncpu\n")
+    answers = [model("tiny_bert"), "none.csv", "rows.csv", "chat", "", "adalora", "cpu"]
+    code, shown = on_a_terminal("".join(f"{answer}\n" for answer in answers))
     assert code == 0, shown
-    assert "task [classification]: " in shown
-    assert "method [lora]: " in shown
+    assert "error: none.csv: no such file or directory" in shown
+    assert "rows.csv: 40 rows, columns text, label" in shown
+    assert "error: --data rows.csv: the columns 'text', 'label' do not fit --task chat" in shown
+    assert "[classification]: " in shown
+    assert "[lora]: " in shown
     recipe = lorakit.load_recipe("recipe.yaml")
     assert (recipe.adapter.method, recipe.task.name) == ("adalora", "classification")
 

@@ -96,6 +96,8 @@ def test_an_encoder_is_not_offered_a_task_of_language_models(tmp_path: Path) -> 
     row = {"prompt": TEXTS, "completion": ("yes", "no"), "text": TEXTS, "label": (0, 1)}
     assert chosen(tmp_path, row).task == "completion"
     assert chosen(tmp_path, row, kinds=("encoder",)).task == "classification"
+    with pytest.raises(DataError, match=r"fit no task for the model, an encoder; allowed: class"):
+        chosen(tmp_path, {"prompt": TEXTS, "completion": TEXTS}, kinds=("encoder",))
 
 
 @pytest.mark.parametrize(
@@ -108,6 +110,7 @@ def test_an_encoder_is_not_offered_a_task_of_language_models(tmp_path: Path) -> 
         ),
         ({"x": FLOATS}, None, ["'x' fit no task", "classification (a text or two, and a label)"]),
         ({"a": TEXTS}, "chat", ["--task chat, which needs messages or", "hint: --set task."]),
+        ({"id;text": TEXTS}, None, ["the only column is 'id;text'", "separated by commas"]),
         ({"text": TEXTS}, "classification", ["which needs a text or two, and a label"]),
         ({"text": TEXTS}, "glue/sst2", ["--task glue/sst2, which needs sentence, label"]),
     ],
@@ -118,7 +121,7 @@ def test_what_does_not_fit_names_the_columns_and_what_is_needed(
     with pytest.raises(DataError) as error:
         chosen(tmp_path, row, wanted)
     message = str(error.value)
-    assert message.startswith("--data rows.jsonl: the columns ")
+    assert message.startswith("--data rows.jsonl: the ")
     assert "\n" not in message
     for part in said:
         assert part in message

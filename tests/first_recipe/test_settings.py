@@ -27,14 +27,13 @@ CPU, GPU = Hardware("cpu"), Hardware("gpu", 24 * GIB)
     [
         ("lora", 22_000_000, 1e-3),
         ("lora", 8_000_000_000, 2e-4),
-        ("lora", None, 2e-4),
         ("lora", 630_000_000, 4e-4),  # halfway, on a logarithmic scale
         ("adalora", 22_000_000, 5e-3),
         ("lora_plus", 8_000_000_000, 4e-5),
         ("full", 22_000_000, 1e-4),
     ],
 )
-def test_learning_rate(method: str, parameters: int | None, rate: float) -> None:
+def test_learning_rate(method: str, parameters: int, rate: float) -> None:
     usual = registry.method(method).Config.usual_learning_rates
     assert learning_rate(usual, parameters) == rate
 
