@@ -13,7 +13,7 @@ from lorakit.errors import UserError
 
 _Runs = Annotated[
     list[Path],
-    typer.Argument(metavar="RUN...", help="Directories of runs; of a sweep, all its members."),
+    typer.Argument(metavar="RUN", help="Directories of runs; of a sweep, all its members."),
 ]
 _Output = Annotated[
     Path | None,

@@ -16,7 +16,7 @@ from lorakit.reports.runs import Run, read_runs
 
 #: Up to so many runs stand side by side as columns of the terminal's table; more have a row each.
 _MOST_COLUMNS = 4
-_CELL_CHARACTERS = 36
+_CELL_CHARACTERS, _VALUE_CHARACTERS = 36, 2_000
 #: What differs in each run, and says nothing about it.
 _OWN = frozenset({"recipe.train.output_dir", "data.train.source"})
 
@@ -133,7 +133,8 @@ def value_text(value: Any) -> str:
     """A value of a recipe or of ``run.json``, as a recipe writes it; a dash for none."""
     if value is None:
         return "-"
-    return value if isinstance(value, str) else _as_text(value)
+    text = value if isinstance(value, str) else _as_text(value)
+    return text if len(text) <= _VALUE_CHARACTERS else f"{text[:_VALUE_CHARACTERS]}..."
 
 
 def _count(value: Any) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 
+from lorakit.errors import listed
 from lorakit.reports.charts import charts
 from lorakit.reports.comparison import comparison
 from lorakit.reports.html import Html, element, embedded_json, joined
@@ -32,7 +33,7 @@ def render(runs: Sequence[Run], *, live: bool = False, samples: bool = True) -> 
     """The page of a report on ``runs``. A ``live`` one asks the server that it came from for newer
     versions of itself. Without ``samples``, it has no rows of the data."""
     compared = comparison(runs)
-    title = ", ".join(run.name for run in runs[:3]) + (" and others" if len(runs) > 3 else "")
+    title = listed(dict.fromkeys(run.sweep_name or run.name for run in runs), most=3)
     data = {
         "runs": [{"name": run.name, "status": run.status} for run in runs],
         "charts": charts(runs),

@@ -12,20 +12,24 @@ _MISSING = (
     "No predictions: a run writes predictions.json at its end if its final evaluation predicts "
     "labels or generates text."
 )
+#: A run writes no more.
+_MOST_CLASSES, _MOST_EXAMPLES = 100, 100
 #: Shades of a cell, from none to all rows of its label.
 _SHADES = 9
 
 
 def predictions(runs: Sequence[Run]) -> Html:
     """For each run with a predictions.json, what it has; a sentence if there is none."""
-    parts = [_of_run(run) for run in runs if run.predictions]
+    found = [run for run in runs if run.predictions]
+    parts = [_of_run(run, opened=len(found) == 1) for run in found]
     return joined(parts) if parts else element("p", _MISSING)
 
 
-def _of_run(run: Run) -> Html:
+def _of_run(run: Run, opened: bool) -> Html:
     found = run.predictions
     examples = found.get("examples")
-    known = [e for e in (examples if isinstance(examples, list) else []) if isinstance(e, dict)]
+    listed = examples[:_MOST_EXAMPLES] if isinstance(examples, list) else []
+    known = [example for example in listed if isinstance(example, dict)]
     where = ", ".join(
         f"{key} {found[key]}" for key in ("split", "rows", "step") if found.get(key) is not None
     )
@@ -34,7 +38,9 @@ def _of_run(run: Run) -> Html:
         "furthest from the reference": [e for e in known if e.get("right") is None],
         "right": [e for e in known if e.get("right") is True],
     }
-    lists = [_examples(title, own, opened=title != "right") for title, own in groups.items() if own]
+    lists = [
+        _examples(title, own, opened and title != "right") for title, own in groups.items() if own
+    ]
     title = element("h3", run.name, element("small", f" ({where})"))
     return element("article", title, _confusion(found), *lists)
 
@@ -44,7 +50,9 @@ def _confusion(found: Mapping[str, Any]) -> Html:
     of the label's rows."""
     labels: Any = found.get("labels")
     counts: Any = found.get("confusion")
-    if not isinstance(labels, list) or not _is_square(counts, len(labels)):
+    if not isinstance(labels, list) or len(labels) > _MOST_CLASSES:
+        return Html("")
+    if not _is_square(counts, len(labels)):
         return Html("")
     names = [str(label) for label in labels]
     head = element("tr", element("th", "label \\ predicted", scope="col"),

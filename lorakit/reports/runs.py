@@ -16,6 +16,7 @@ from lorakit.training.run_json import read_json
 #: Any of these makes a directory that of a run, or of a sweep.
 _RUN_FILES = ("run.json", "metrics.jsonl", "recipe.yaml")
 _SWEEP_FILES = ("sweep.json", "sweep.yaml")
+_MEMBERS = "members"
 #: All files that are read of a directory.
 FILES = (*_RUN_FILES, "predictions.json", *_SWEEP_FILES)
 _MOST_BYTES = 256 * 1024
@@ -39,11 +40,18 @@ class Run:
     sweep: dict[str, Any]
 
     @property
+    def sweep_name(self) -> str | None:
+        """The name of the sweep that the run is a member of."""
+        folder = self.directory.absolute().parent
+        is_member = folder.name == _MEMBERS and _is_sweep(folder.parent)
+        return folder.parent.name if is_member else None
+
+    @property
     def status(self) -> str:
         """``completed``, ``interrupted``, ``failed`` or, before its end was recorded, ``running or
         killed``; of a sweep's member also ``pending`` and ``stopped``."""
         reason, status = self.record.get("exit_reason"), self.sweep.get("status")
-        if isinstance(reason, str):
+        if isinstance(reason, str) and status != "stopped":  # halving ends a run like any other
             return reason
         if isinstance(status, str) and status != "completed":
             return status
@@ -86,7 +94,7 @@ def _directories(path: Path) -> Iterable[tuple[Path, dict[str, Any]]]:
     try:
         if not path.is_dir():
             raise UserError(f"{path}: no such directory; allowed: that of a run or of a sweep")
-        if any((path / name).is_file() for name in _SWEEP_FILES):
+        if _is_sweep(path):
             return _members(path)
         if any((path / name).is_file() for name in _RUN_FILES):
             return [(path, {})]
@@ -98,6 +106,10 @@ def _directories(path: Path) -> Iterable[tuple[Path, dict[str, Any]]]:
     )
 
 
+def _is_sweep(path: Path) -> bool:
+    return any((path / name).is_file() for name in _SWEEP_FILES)
+
+
 def _members(path: Path) -> list[tuple[Path, dict[str, Any]]]:
     listed = read_json(path / "sweep.json").get("members")
     told = {
@@ -105,9 +117,10 @@ def _members(path: Path) -> list[tuple[Path, dict[str, Any]]]:
         for each in (listed if isinstance(listed, list) else [])
         if isinstance(each, dict) and isinstance(each.get("name"), str)
     }
-    folder = path / "members"
+    folder = path / _MEMBERS
     there = sorted(own.name for own in folder.iterdir() if own.is_dir()) if folder.is_dir() else []
-    names = sorted(there, key=lambda name: list(told).index(name) if name in told else len(told))
+    order = {name: at for at, name in enumerate(told)}
+    names = sorted(there, key=lambda name: order.get(name, len(order)))
     members = [(folder / name, told.get(name, {})) for name in names if not name.startswith(".")]
     if not members:
         raise UserError(f"{path}: the sweep has no members yet")

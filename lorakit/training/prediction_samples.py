@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,12 +154,18 @@ def _texts(data: EvalData, row: int) -> tuple[str, str]:
     prompt = task.prompt(values, config)
     if isinstance(example, ChatExample) and isinstance(prompt, ChatExample):
         answer = example.messages[len(prompt.messages) :][:1]
-        return _chat_text(prompt), "\n".join(content_text(message) for message in answer)
+        return _chat_text(prompt), "\n".join(map(_message_text, answer))
     return _segments(prompt), _segments(example, trained=True)
 
 
 def _chat_text(chat: ChatExample) -> str:
-    return "\n".join(f"{each['role']}: {content_text(each)}" for each in chat.messages)
+    return "\n".join(f"{each['role']}: {_message_text(each)}" for each in chat.messages)
+
+
+def _message_text(message: Mapping[str, Any]) -> str:
+    """The content; of a message without one, all else that it has, such as tool calls."""
+    others = {key: value for key, value in message.items() if key not in ("role", "content")}
+    return content_text(message) or (json.dumps(others, default=str) if others else "")
 
 
 def _segments(example: Example, trained: bool = False) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from lorakit.distributed.group import is_main
 from lorakit.distributed.processes import failures_reported, gather, run_on_main
 from lorakit.distributed.strategy import Strategy
-from lorakit.errors import Interrupted, UserError
+from lorakit.errors import Interrupted, UserError, WriteFailed
 from lorakit.evaluation.evaluate import EvalData
 from lorakit.io.atomic import writing
 from lorakit.pipeline.task_data import Say
@@ -197,8 +197,10 @@ def _save_predictions(output_dir: Path, data: EvalData | None, loop: Loop, say: 
         return
     try:
         write_predictions(output_dir, data, loop.predictions, loop.progress.best_step)
-    except UserError as error:  # the code of a user's task; the run itself is complete
-        say(f"warning: {PREDICTIONS_JSON}: not written: {error}")
+    except WriteFailed:
+        raise
+    except Exception as error:  # of a user's task, perhaps; the run itself is complete
+        say(f"warning: {PREDICTIONS_JSON}: not written: {type(error).__name__}: {error}")
 
 
 def _resume(loop: Loop, start: Start, recipe: Recipe, say: Say) -> None:

@@ -62,6 +62,13 @@ def test_a_sweep_stands_for_its_members(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_member_that_halving_stopped_is_not_completed(tmp_path: Path) -> None:
+    write_run(tmp_path / "members" / "a")
+    members = [{"name": "a", "status": "stopped"}]
+    (tmp_path / "sweep.json").write_text(json.dumps({"members": members}))
+    assert compare(tmp_path).results[0]["status"] == "stopped"
+
+
 def test_names_tell_runs_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a/run", "b/run"):
         write_run(tmp_path / name)

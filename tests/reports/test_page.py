@@ -162,6 +162,7 @@ def test_several_runs_a_sweep_and_a_run_without_numbers(tmp_path: Path) -> None:
     loss = page.data["charts"][0]
     assert [curve["run"] for curve in loss["curves"]] == [0, 0, 1, 1, 3, 3]
     text = "".join(page.texts)
+    assert "sweep, dora - lorakit report" in page.texts
     assert "step 3: the loss is nan" in text
     assert "adapter.method" in text
     empty = write_run(tmp_path / "empty", lines=[])

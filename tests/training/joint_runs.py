@@ -84,6 +84,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def comparable(line: dict[str, Any]) -> dict[str, float]:
     """The numbers of a metrics line that do not depend on the machine."""
     flat = {**{k: v for k, v in line.items() if k != "eval"}, **line.get("eval", {})}
+    flat |= {f"rank {place}": rank for place, rank in enumerate(flat.pop("ranks", []))}
     machine = {"tokens_per_second", "peak_memory_bytes"}
     return {k: v for k, v in flat.items() if k not in machine and v is not None}
 

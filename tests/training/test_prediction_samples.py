@@ -93,3 +93,44 @@ def test_those_of_another_step_do_not_remain(tiny_bert: Path, tmp_path: Path) ->
     last = run.output_dir / "checkpoints" / f"step-{run.steps}"
     lorakit.train(recipe, resume=str(last))
     assert not file.exists()
+
+
+def test_a_task_that_fails_on_them_does_not_fail_the_run(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise KeyError("column")
+
+    said: list[str] = []
+    monkeypatch.setattr("lorakit.training.session.write_predictions", fail)
+    run = train(recipe_for(tmp_path, tiny_bert, "glue/sst2", train__epochs=1), say=said.append)
+    assert "warning: predictions.json: not written: KeyError: 'column'" in said
+    assert json.loads((run.output_dir / "run.json").read_text())["exit_reason"] == "completed"
+
+
+def test_calls_of_tools_stand_for_a_message_without_content(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    call = {"type": "function", "function": {"name": "one", "arguments": {"two": 3}}}
+    messages = [
+        {"role": "user", "content": "red green"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "blue"},
+        {"role": "assistant", "content": "one two"},
+    ]
+    for split in ("train", "validation"):
+        write_rows(tmp_path / "data" / f"{split}.jsonl", [{"messages": messages}] * 4)
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content or '' }}"
+        "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}</>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    recipe = recipe_for(
+        tmp_path, tiny_llama, "chat", task__max_new_tokens=2, model__chat_template=str(template),
+        task__eval_generate="end", train__epochs=1,
+    )  # fmt: skip
+    example = predictions_json(train(recipe).output_dir)["examples"][0]
+    calls = json.dumps({"tool_calls": [call]})
+    assert example["input"] == f"user: red green\nassistant: {calls}\ntool: blue"
+    assert example["reference"] == "one two"

@@ -1,6 +1,7 @@
 // Charts as SVG. Text from runs only ever becomes text nodes and attribute values.
 const NAMESPACE = "http://www.w3.org/2000/svg";
-const MARGIN = { top: 10, right: 14, bottom: 38, left: 64 };
+const MOST_POINTS = 40;
+const MARGIN = { top: 10, right: 20, bottom: 38, left: 64 };
 const HEIGHT = 250;
 const COLORS = 8;
 
@@ -19,9 +20,16 @@ const draw = (name, attributes = {}, ...children) =>
 
 function formatted(value) {
   const size = Math.abs(value);
-  if (size >= 1e5 || (size > 0 && size < 1e-3)) return value.toExponential(2);
-  if (Number.isInteger(value)) return value.toLocaleString("en-US");
-  return String(Number(value.toPrecision(4)));
+  if (Number.isInteger(value) && size < 1e9) return value.toLocaleString("en-US");
+  const rounded = Number(value.toPrecision(4));
+  return size >= 1e5 || (size > 0 && size < 1e-3) ? rounded.toExponential() : String(rounded);
+}
+
+function tickText(value) {
+  const size = Math.abs(value);
+  if (size >= 1e4 && size < 1e6) return `${Number((value / 1e3).toPrecision(4))}k`;
+  if (size >= 1e6 && size < 1e9) return `${Number((value / 1e6).toPrecision(4))}M`;
+  return formatted(value);
 }
 
 // An exponential moving average, as if it had started long before the first value.
@@ -91,8 +99,8 @@ function axes(chart, plot, toX, toY, xTicks, yTicks) {
   const middle = (top + bottom) / 2;
   return [
     ...yTicks.map((tick) => draw("line", { class: "grid", x1: left, x2: right, y1: toY(tick), y2: toY(tick) })),
-    ...yTicks.map((tick) => draw("text", { x: left - 6, y: toY(tick) + 4, "text-anchor": "end" }, formatted(tick))),
-    ...xTicks.map((tick) => draw("text", { x: toX(tick), y: bottom + 16, "text-anchor": "middle" }, formatted(tick))),
+    ...yTicks.map((tick) => draw("text", { x: left - 6, y: toY(tick) + 4, "text-anchor": "end" }, tickText(tick))),
+    ...xTicks.map((tick) => draw("text", { x: toX(tick), y: bottom + 16, "text-anchor": "middle" }, tickText(tick))),
     draw("line", { class: "axis", x1: left, x2: right, y1: bottom, y2: bottom }),
     draw("text", { x: (left + right) / 2, y: bottom + 33, "text-anchor": "middle" }, "step"),
     draw("text", { x: 12, y: middle, "text-anchor": "middle", transform: `rotate(-90 12 ${middle})` }, chart.unit || chart.title.toLowerCase()),
@@ -106,7 +114,7 @@ function curveNodes(curve, chart, state, toX, toY) {
   const nodes = [];
   if (lines.faint) nodes.push(draw("path", { class: `line faint ${color}`, d: pathOf(lines.faint.x, lines.faint.y, toX, toY) }));
   nodes.push(draw("path", { class: `line ${color}${dash}`, d: pathOf(lines.x, lines.y, toX, toY) }));
-  if (curve.points || curve.x.length === 1) {
+  if ((curve.points && curve.x.length <= MOST_POINTS) || curve.x.length === 1) {
     nodes.push(...curve.x.map((step, at) => draw("circle", { class: `point ${color}`, cx: toX(step), cy: toY(curve.y[at]), r: 3 })));
   }
   return nodes;
