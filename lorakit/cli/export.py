@@ -40,7 +40,7 @@ _Dtype = Annotated[
 _Base = Annotated[
     str | None,
     typer.Option(
-        metavar="BASE",
+        metavar="MODEL",
         help="Base model of the adapter [default: the one it names]; with hub, what to call it.",
     ),
 ]

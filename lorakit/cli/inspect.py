@@ -29,7 +29,7 @@ _Base = Annotated[
 _Side = Annotated[
     str,
     typer.Option(
-        metavar="SIDE",
+        metavar="right|left",
         help="Compare right-singular vectors of A (right), or left ones of B (left).",
     ),
 ]

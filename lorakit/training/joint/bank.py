@@ -35,6 +35,7 @@ class Stack:
         self._layers = list(layers.values())
         self.rank = self._layers[0].r
         self.leaves = {name: self._stacked(name) for name in self._layers[0].adapter_parameters()}
+        self._shared: dict[str, Tensor | None] = {}
         values = [layer.scaling for layer in self._layers]
         self._scaling: float | Tensor = float(values[0])
         if len({*values}) > 1:
@@ -70,6 +71,9 @@ class Stack:
     def share_gradients(self) -> None:
         """Let the gradients of the members' parameters be views of the stacked ones."""
         for name, leaf in self.leaves.items():
+            if leaf.grad is not None and leaf.grad is self._shared.get(name):
+                continue  # cleared in place: the views are still there
+            self._shared[name] = leaf.grad
             none = [None] * len(self._layers)
             gradients = none if leaf.grad is None else leaf.grad.unbind(0)
             for layer, gradient in zip(self._layers, gradients, strict=True):
