@@ -84,7 +84,8 @@ def run_lorakit(case: Case, work: Path, command: list[str], compile_layers: str)
     run, arguments = recipe_arguments(case, work, compile_layers)
     done = subprocess.run([*command, *arguments], capture_output=True, text=True)
     if done.returncode:
-        return {"error": done.stderr[-1500:]}
+        # torchrun's own report comes last, after those of the processes.
+        return {"error": done.stderr.partition("ChildFailedError")[0][-3000:]}
     return lorakit_report(run)
 
 
