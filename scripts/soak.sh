@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The long tests: runs that are killed at random moments, and mutated files in large numbers.
+# The long tests: runs that are killed at random moments, mutated files in large numbers, the blocks of the
+# documentation, and the wheel in a new environment, for which PyPI must be reachable.
 #   KILLS  kills for each of five methods, with one process and with two [default: 10]
 # Arguments go to pytest: scripts/soak.sh -k adalora
 set -euo pipefail

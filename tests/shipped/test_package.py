@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email.parser import Parser
 from importlib import import_module
@@ -49,6 +50,18 @@ def test_its_metadata(wheel: Path) -> None:
     [(name, module, function)] = re.findall(r"^(\w+) = ([\w.]+):(\w+)$", scripts, re.MULTILINE)
     assert name == "lorakit"
     assert callable(getattr(import_module(module), function))
+
+
+def test_the_source_distribution_has_what_its_tests_read(tmp_path: Path) -> None:
+    from hatchling.builders.sdist import SdistBuilder
+
+    [file] = SdistBuilder(str(REPO)).build(directory=str(tmp_path))
+    with tarfile.open(file) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for folder in ("lorakit", "tests", "docs", "recipes", "configs", "scripts", ".github"):
+        assert any(name.startswith(f"{folder}/") for name in names), folder
+    assert {"README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "LICENSE"} <= names
+    assert not [name for name in names if name.startswith(("models", ".venv", "runs", "data"))]
 
 
 @pytest.mark.slow
