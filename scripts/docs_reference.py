@@ -101,8 +101,13 @@ def recipe_page() -> str:
 
 
 def _sentence(text: str) -> str:
-    text = text.strip().replace("|", "\\|")
+    text = _escaped(text.strip())
     return text[0].upper() + text[1:] + ("" if text.endswith(".") else ".")
+
+
+def _escaped(text: str) -> str:
+    """Keep what Markdown would take for a column of a table or for HTML."""
+    return text.replace("|", r"\|").replace("<", "&lt;")
 
 
 def _table(section: Schema, definitions: Schema) -> str:
@@ -114,7 +119,7 @@ def _table(section: Schema, definitions: Schema) -> str:
         required = name in section.get("required", ())
         default = "required" if required else f"`{_shown(value.get('default'))}`"
         row = f"| `{name}` | {values(value, definitions)} | {default} |"
-        meaning = " ".join(value.get("description", "").split()).replace("|", "\\|")
+        meaning = _escaped(" ".join(value.get("description", "").split()))
         rows.append(f"{row} {meaning} |" if described else row)
     return "\n".join(rows) + "\n"
 

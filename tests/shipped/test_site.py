@@ -57,6 +57,14 @@ def test_no_markup_is_left(site: Path) -> None:
         assert not re.search(r"<p>\||\|-{3}", text), page
 
 
+def test_each_page_is_in_the_navigation_once() -> None:
+    nav = (
+        (REPO / "docs" / "site" / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    )
+    pages = re.findall(r"[\w/-]+\.md$", nav, re.MULTILINE)
+    assert sorted(pages) == sorted(set(pages))
+
+
 @pytest.mark.parametrize("name", [name for name in DOCS if name.startswith("docs/")])
 def test_lists_and_tables_begin_after_an_empty_line(name: str) -> None:
     """As Python-Markdown requires, and GitHub does not."""
