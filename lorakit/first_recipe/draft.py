@@ -99,6 +99,8 @@ class RecipeDraft:
         output = Path(output)
         check_new(output, overwrite)
         check_method_name(method)
+        if method == "bitfit" and not self._base.has_biases:
+            raise UserError("--method bitfit: trains biases, and the model has none; allowed: lora")
         machine = find_hardware() if hardware is None else read_hardware(hardware)
         choice = self._choose(task)
         self._base.check_kind(registry.task(choice.task).kind)

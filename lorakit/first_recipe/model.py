@@ -25,7 +25,7 @@ class BaseModel:
     """A base model. ``config``, ``tokenizer`` and ``positions``, the most tokens of a row, are None
     if the model is not on this machine, ``positions`` also if there is no limit; ``parameters`` is
     None if its name does not tell it either. ``kinds`` are those of the tasks that it can be
-    trained on."""
+    trained on; ``has_chat_template`` is that of its own tokenizer, None if it is not known."""
 
     name: str
     config: PreTrainedConfig | None = None
@@ -33,10 +33,8 @@ class BaseModel:
     parameters: int | None = None
     positions: int | None = None
     kinds: tuple[str, ...] = ("causal", "encoder")
-
-    @property
-    def has_chat_template(self) -> bool | None:
-        return None if self.tokenizer is None else bool(self.tokenizer.chat_template)
+    has_chat_template: bool | None = None
+    has_biases: bool = True
 
     def check_kind(self, kind: Kind) -> None:
         """Raise ModelError if the model cannot be trained on tasks of ``kind``."""
@@ -74,7 +72,16 @@ def read_base_model(name: str) -> BaseModel:
     kinds = _kinds(config, name)
     model = empty_model(config, task_type_of(kinds[0]), trust_remote_code=False)
     count = sum(parameter.numel() for parameter in model.parameters())
-    return BaseModel(name, config, tokenizer, count, position_limit(model), kinds)
+    return BaseModel(
+        name=name,
+        config=config,
+        tokenizer=tokenizer,
+        parameters=count,
+        positions=position_limit(model),
+        kinds=kinds,
+        has_chat_template=bool(tokenizer.chat_template),
+        has_biases=any(parameter.endswith("bias") for parameter, _ in model.named_parameters()),
+    )
 
 
 def _cached_folder(name: str) -> Path | None:

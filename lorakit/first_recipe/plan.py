@@ -35,7 +35,7 @@ _LOW_RANK = ("lora", "lora_plus", "dora", "moslora")
 @dataclass(frozen=True)
 class Facts:
     """What the recipe follows from. ``lengths`` are None before the rows are tokenized, and
-    without data. ``labels`` are names to write for tags that are ids."""
+    without data; ``new_head``: the model has a head for other labels."""
 
     base: BaseModel
     data: Data | None

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ import pytest
 
 import lorakit
 from lorakit.cli.main import run
+from tests.families import save_classifier
 from tests.training.runs import WORDS
 
 COUNT = 40
@@ -198,6 +200,7 @@ def test_set_changes_keys_and_names_columns(model: Callable[[str], str]) -> None
         (["--task", "text"], "is not a causal language model"),
         (["--method", "lorra"], "--method lorra: unknown (did you mean 'lora'?)"),
         (["--hardware", "tpu"], "--hardware tpu: allowed: cpu, gpu"),
+        (["--method", "bitfit", "--model", "LLAMA"], "--method bitfit: trains biases"),
         (["--set", "train.sed=1"], "--set: train.sed = 1: unknown key"),
         (["--set", "train"], "'train' has no '='"),
         (["--output", "."], "--output .: is a directory"),
@@ -216,6 +219,7 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(
     Path("bad.jsonl").write_text('{"text": "a", "label": 1}\n{"text":\n')
     before = sorted(path.name for path in Path().iterdir())
     given = ["--model", model("tiny_bert"), "--data", "rows.csv", "--hardware", "cpu"]
+    changes = [model("tiny_llama") if word == "LLAMA" else word for word in changes]
     assert run(["init", *given, *changes]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -298,3 +302,33 @@ def test_questions_can_be_stopped(typed: str, code: int, said: str, in_tmp: Path
     found, shown = on_a_terminal(typed)
     assert (found, said in shown) == (code, True), shown
     assert not Path("recipe.yaml").exists()
+
+
+def test_a_head_for_other_labels_is_replaced(tiny_bert: Path, in_tmp: Path) -> None:
+    base = save_classifier(in_tmp / "classifier", tiny_bert, ["spam", "ham"])
+    write("rows.csv", FILES["folder/train.csv"][0])
+    written = lorakit.init_recipe(model=str(base), data="rows.csv", hardware="cpu")
+    assert written.recipe.model.new_head is True
+    lorakit.train(lorakit.load_recipe("recipe.yaml", {"train.max_steps": 1}))
+
+
+def test_a_model_without_a_chat_template_gets_one(tiny_llama: Path, in_tmp: Path) -> None:
+    shutil.copytree(tiny_llama, "base")
+    Path("base/chat_template.jinja").unlink()
+    write("chat.jsonl", FILES["chat.jsonl"][0])
+    written = lorakit.init_recipe(model="./base", data="chat.jsonl", hardware="cpu")
+    assert written.recipe.model.chat_template == "vicuna"
+    lorakit.train(lorakit.load_recipe("recipe.yaml", {"train.max_steps": 1}))
+
+
+def test_a_task_of_a_file_and_one_with_data_of_its_own(tiny_bert: Path, in_tmp: Path) -> None:
+    Path("own.py").write_text(
+        "from lorakit.tasks.classification import Classification\n\n\nclass Own(Classification): ...\n"
+    )
+    write("rows.csv", FILES["folder/train.csv"][0])
+    given = ["--model", str(tiny_bert), "--hardware", "cpu"]
+    assert run(["init", *given, "--data", "rows.csv", "--task", "./own.py:Own"]) == 0
+    assert lorakit.load_recipe("recipe.yaml").task.name == "./own.py:Own"
+    assert run(["init", *given, "--task", "glue/sst2", "-o", "sst2.yaml"]) == 0
+    recipe = lorakit.load_recipe("sst2.yaml")
+    assert (recipe.task.path, recipe.train.output_dir) == (None, "runs/sst2")
