@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from lorakit.pipeline.preview import DescribedRow, Piece, Preview, preview
     from lorakit.pipeline.system_prompts import trained_system_prompts
     from lorakit.planning.plan import RunPlan, plan
+    from lorakit.progress_bar import ProgressBar
     from lorakit.recipe.load import load_recipe
     from lorakit.reports.comparison import Comparison, compare, comparison_text
     from lorakit.reports.serve import ReportServer, report_server
@@ -134,6 +135,7 @@ _MODULES = {
     "lorakit.pipeline.preview": ("DescribedRow", "Piece", "Preview", "preview"),
     "lorakit.pipeline.system_prompts": ("trained_system_prompts",),
     "lorakit.planning.plan": ("RunPlan", "plan"),
+    "lorakit.progress_bar": ("ProgressBar",),
     "lorakit.recipe.load": ("load_recipe",),
     "lorakit.reports.comparison": ("Comparison", "compare", "comparison_text"),
     "lorakit.reports.serve": ("ReportServer", "report_server"),
@@ -173,6 +175,7 @@ __all__ = [
     "MergedLinear",
     "Piece",
     "Preview",
+    "ProgressBar",
     "ProgressMonitor",
     "PushReport",
     "RecipeDraft",

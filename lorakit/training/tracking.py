@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
-from rich.console import Console, RenderableType
-from rich.constrain import Constrain
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
 
 from lorakit.errors import UserError, decimal, printable
 from lorakit.io.atomic import write_text, writing
+from lorakit.progress_bar import ProgressBar
 
 #: The project's name in trackers, and the subdirectory that TensorBoard writes to.
 PROJECT = "lorakit"
@@ -83,16 +83,6 @@ class NoMetrics(MetricsFile):
         """There is nothing to close."""
 
 
-class _Bar(Progress):
-    def __init__(self, console: Console, *columns: ProgressColumn) -> None:
-        self._console = console
-        super().__init__(*columns, console=console, transient=True)
-
-    def get_renderable(self) -> RenderableType:
-        """Leave room for the ^C that the terminal echoes, which would start a new line."""
-        return Constrain(super().get_renderable(), max(1, self._console.width - len("^C") - 1))
-
-
 class Display:
     """A progress bar on a terminal, which disappears at the end, plain lines elsewhere; both on
     stderr. With ``quiet``, nothing is printed."""
@@ -101,13 +91,13 @@ class Display:
         self._total, self._start, self._first = total_steps, time.monotonic(), done
         self._console = Console(stderr=True)
         self._quiet = quiet
-        self._bar: Progress | None = None
+        self._bar: ProgressBar | None = None
         self._step, self._numbers = done, ""
         self._shown: dict[int, set[str]] = {}
         self._report_line = throttled(self.say)
         if self._console.is_terminal and not quiet:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn(_NUMBERS))
-            self._bar = _Bar(self._console, *columns)
+            self._bar = ProgressBar(*columns)
             self._task = self._bar.add_task("", total=total_steps, numbers="")
             self.advance(done)
             self._bar.start()
