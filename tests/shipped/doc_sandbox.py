@@ -17,7 +17,7 @@ from tests.training.runs import WORDS, completion_rows, write_rows
 CAUSAL = ("models/smollm2-135m-instruct", "Qwen/Qwen3-8B", "meta-llama/Llama-3.2-1B", "BASE")
 ENCODER = ("models/all-minilm-l6-v2",)
 #: Adapters of causal models, by the names of the runs.
-RUNS = ("chat", "sql", "nlg", "seed-1", "seed-2", "quickstart")
+RUNS = ("lora", "chat", "sql", "nlg", "seed-1", "seed-2", "quickstart")
 #: The recipe of pages that have none of their own.
 RECIPE = """
 model: {name_or_path: models/smollm2-135m-instruct}
@@ -94,7 +94,10 @@ def write_runs(folder: Path) -> None:
     chat = {"name": "chat", "path": str(folder / "data/chat")}
     for name in RUNS:
         _train(folder, name, CAUSAL[0], chat)
-    _train(folder, "loha", CAUSAL[0], chat, method="./loha.py:LoHa")
+    _train(folder, "loha", CAUSAL[0], chat, "./loha.py:LoHa")
+    _train(folder, "adalora", CAUSAL[0], chat, "adalora")
+    members = {"adapter.r": [1, 2]}
+    lorakit.sweep({"recipe": "recipe.yaml", "output_dir": "runs/table6", "grid": members})
     files = {
         split: str(folder / f"{name}.csv")
         for split, name in (("train", "reviews"), ("validation", "held_out"))
@@ -105,10 +108,10 @@ def write_runs(folder: Path) -> None:
     _train(folder, "nli", ENCODER[0], {"name": "glue/rte", "path": glue})
 
 
-def _train(folder: Path, name: str, base: str, task: dict[str, Any], **adapter: Any) -> None:
+def _train(folder: Path, name: str, base: str, task: dict[str, Any], method: str = "lora") -> None:
     recipe = {
         "model": {"name_or_path": base, "dtype": "float32"},
-        "adapter": {"r": 8, "target_modules": ["q", "v"], **adapter},
+        "adapter": {"method": method, "target_modules": ["q", "v"]},
         "task": task,
         "train": {
             "output_dir": f"runs/{name}", "max_steps": 1, "learning_rate": 1e-2,
@@ -119,4 +122,3 @@ def _train(folder: Path, name: str, base: str, task: dict[str, Any], **adapter: 
     file.write_text(json.dumps(recipe))
     lorakit.train(lorakit.load_recipe(file))
     file.unlink()
-    (folder / "runs" / name / "recipe.yaml").unlink()

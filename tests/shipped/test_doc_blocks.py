@@ -31,6 +31,8 @@ _REST = {
 NOT_RUN = {
     "a part of a file": 2,
     "needs the network": 2,
+    "runs until Ctrl-C": 1,
+    "an error in another recipe": 1,
 }
 
 
