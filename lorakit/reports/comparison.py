@@ -188,10 +188,11 @@ def comparison_text(compared: Comparison) -> str:
     columns = result_columns(compared.results)
     settings = {own.key: [value_text(v) for v in own.values] for own in compared.differences}
     if len(names) <= _MOST_COLUMNS:
-        rows = [["", *names], *([title, *values] for title, values in columns.items())]
-        if settings:
-            rows += [[], *([key, *values] for key, values in settings.items())]
-        return _table(rows)
+        tables = [columns, settings] if settings else [columns]
+        return "\n\n".join(
+            _table([["", *names], *([title, *values] for title, values in own.items())])
+            for own in tables
+        )
     columns = {"run": names, **settings, **columns}
     return _table([list(columns), *map(list, zip(*columns.values(), strict=True))])
 
