@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import os
 import pty
 import shutil
 import subprocess
 import sys
-import time
+import termios
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +119,8 @@ def test_init_then_train_without_an_edit(
     assert (found.adapter_dir / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize(
-    "method", ["lora_plus", "adalora", "dora", "moslora", "intrinsic", "bitfit", "full"]
-)
-def test_every_method_trains(method: str, model: Callable[[str], str]) -> None:
+@pytest.mark.parametrize("method", ["lora_plus", "adalora", "intrinsic", "full"])
+def test_other_methods_train(method: str, model: Callable[[str], str]) -> None:
     write("rows.csv", FILES["folder/train.csv"][0])
     written = lorakit.init_recipe(
         model=model("tiny_bert"), data="rows.csv", method=method, hardware="cpu",
@@ -255,36 +255,42 @@ def test_names_of_columns_cannot_end_a_comment_or_control_a_terminal(
     assert [line for line in (shown.out + shown.err).split("\n") if not line.isprintable()] == []
 
 
-def on_a_terminal(answers: str, *arguments: str) -> tuple[int, str]:
-    """Run ``lorakit init`` on a pseudo-terminal with ``answers`` typed; the exit code and output."""
+def on_a_terminal(typed: str) -> tuple[int, str]:
+    """Type at the first question of ``lorakit init`` on a terminal of its own; the exit code and
+    output."""
     parent, child = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "lorakit", "init", *arguments],
+        [sys.executable, "-m", "lorakit", "init"],
         stdin=child, stdout=child, stderr=child, close_fds=True, start_new_session=True,
-        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )  # fmt: skip
     os.close(child)
     shown = b""
-    while not shown.endswith(b": "):  # the first question
-        shown += os.read(parent, 4096)
-    os.write(parent, answers.encode())
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        try:
-            data = os.read(parent, 4096)
-        except OSError:  # the process has ended
-            break
-        if not data:
-            break
-        shown += data
+    with suppress(OSError):  # the process has ended
+        while not shown.endswith(b": "):
+            shown += os.read(parent, 4096)
+        os.write(parent, typed.encode())
+        while data := os.read(parent, 4096):
+            shown += data
     os.close(parent)
-    return process.wait(30), shown.decode().replace("\r\n", "\n")
+    return process.wait(), shown.decode().replace("\r\n", "\n")
 
 
-def test_a_terminal_is_asked_and_enter_accepts(model: Callable[[str], str]) -> None:
+def test_a_terminal_is_asked_and_enter_accepts(
+    model: Callable[[str], str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     write("rows.csv", FILES["folder/train.csv"][0])
     answers = [model("tiny_bert"), "none.csv", "rows.csv", "chat", "", "adalora", "cpu"]
-    code, shown = on_a_terminal("".join(f"{answer}\n" for answer in answers))
+    parent, child = pty.openpty()
+    os.write(parent, "".join(f"{answer}\n" for answer in answers).encode())
+    with os.fdopen(child) as typed:
+        monkeypatch.setattr(sys, "stdin", typed)
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        code = run(["init"])
+    os.close(parent)
+    shown = capsys.readouterr().err
     assert code == 0, shown
     assert "error: none.csv: no such file or directory" in shown
     assert "rows.csv: 40 rows, columns text, label" in shown
