@@ -94,6 +94,21 @@ def check_name(target: Path) -> None:
         (folder / _temporary(target, "removed").name).lstat()
 
 
+def creation_problem(folder: Path) -> str | None:
+    """Why a directory cannot be created or written to, as far as can be told without doing so; None
+    if nothing speaks against it."""
+    try:
+        check_name(folder)
+        found = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    except (OSError, ValueError) as error:
+        return f"cannot be created: {getattr(error, 'strerror', None) or error}"
+    if not found.is_dir():
+        return f"{found} is a file"
+    if not os.access(found, os.W_OK | os.X_OK):
+        return f"no write permission in {found}"
+    return None
+
+
 def write_text(target: Path, text: str) -> None:
     """Write ``text`` to ``target`` atomically, as UTF-8 with ``\\n`` line ends."""
     with atomic_file(target) as new:

@@ -5,7 +5,6 @@ No library for tensors or models is imported, and nothing is looked up on the Hu
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from lorakit import registry
 from lorakit.data.hub import task_data_set
 from lorakit.data.paths import find_files, no_split
 from lorakit.errors import DataError, ModelError, UserError
-from lorakit.io.atomic import check_name
+from lorakit.io.atomic import creation_problem
 from lorakit.models.hub import check_location, is_missing_path
 from lorakit.recipe.diagnostics import Fault
 from lorakit.recipe.sections import SPLIT_ALIASES, SPLIT_NAMES, Section
@@ -35,8 +34,9 @@ def path_faults(
         yield Fault(path, "no such directory", init_from, True, "null, or an adapter")
     if task is not None and hasattr(task, "name"):
         yield from _data(task)
-    if output_dir := getattr(train, "output_dir", None):
-        yield from _output_dir(output_dir)
+    output_dir = getattr(train, "output_dir", None)
+    if output_dir and (problem := creation_problem(Path(output_dir))):
+        yield Fault(("train", "output_dir"), problem, output_dir, True)
 
 
 def _model(name: str) -> Iterator[Fault]:
@@ -89,18 +89,3 @@ def _fault(error: DataError, key: tuple[str, ...], value: Any) -> Fault:
     text = text.removeprefix(f"{value}: ") if has_value else text
     message, _, allowed = text.partition("; allowed: ")
     return Fault(key, message, value, has_value, allowed or None)
-
-
-def _output_dir(name: str) -> Iterator[Fault]:
-    path, key = Path(name), ("train", "output_dir")
-    try:
-        check_name(path)
-        found = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        yield Fault(key, f"cannot be created: {reason}", name, True)
-        return
-    if not found.is_dir():
-        yield Fault(key, f"{found} is a file", name, True, "a directory")
-    elif not os.access(found, os.W_OK | os.X_OK):
-        yield Fault(key, f"no write permission in {found}", name, True)

@@ -14,7 +14,7 @@ from lorakit.recipe.sections import Recipe
 from lorakit.recipe.yaml_source import KeyPath
 from lorakit.sweeps.members import OUTPUT_DIR, Member, as_text
 from lorakit.sweeps.names import MAX_NAME, NAME
-from lorakit.sweeps.sections import MemberSection, SweepSection
+from lorakit.sweeps.sections import MemberSection, SweepSection, halving_points, step_of
 
 #: The keys that ``trainable_parameters`` sets.
 RANKS = ("adapter.r", "adapter.target_r", "adapter.init_r")
@@ -37,13 +37,31 @@ def setting_faults(section: SweepSection) -> Iterator[Fault]:
 
 
 def halving_faults(section: SweepSection, members: Sequence[Member]) -> Iterator[Fault]:
-    """Halving compares evaluations before the end of a run."""
+    """Halving compares evaluations before the end of a run, at or after its first point."""
     for member in members if section.halving else ():
         train = member.recipe.train
         if not train.eval_every_steps and not train.max_steps and (train.epochs or 1) <= 1:
             message = f"member {member.name} is only evaluated at its end"
             yield Fault(("halving",), message, section.halving, True, "with train.eval_every_steps")
             return
+        if train.eval_every_steps and train.max_steps:
+            every, last = train.eval_every_steps, train.max_steps - 1
+            first = min(step_of(point, train.max_steps) for point in halving_points(section))
+            if last // every * every < first:
+                message = (
+                    f"member {member.name} is not evaluated between step {first}, the first point, "
+                    f"and its end at step {train.max_steps}, so that halving would never act"
+                )
+                allowed = f"with train.eval_every_steps below {every}, or an earlier point"
+                yield Fault(("halving",), message, section.halving, True, allowed)
+                return
+
+
+def halving_note(section: SweepSection, members: Sequence[Member]) -> str | None:
+    """A note if halving has nothing to compare: the runs of one setting are not ranked."""
+    if section.halving and len({member.group for member in members}) < 2:
+        return "halving: the members differ only in their seeds, so that none will be stopped"
+    return None
 
 
 def _key_faults(path: KeyPath, key: str, value: Any) -> Iterator[Fault]:

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lorakit.errors import UserError, listed, shown
-from lorakit.io.atomic import write_text, writing
+from lorakit.io.atomic import creation_problem, write_text, writing
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.export import write_recipe, yaml_text
 from lorakit.recipe.load import expand_environment
@@ -60,6 +60,8 @@ def check_directory(sweep: Sweep, resume: bool) -> None:
         raise UserError(f"{key}: cannot be created: {error.strerror}") from None
     if is_there and not folder.is_dir():
         raise UserError(f"{key}: a file with that name exists")
+    if problem := creation_problem(folder):
+        raise UserError(f"{key}: {problem}")
     if not is_there or all(path.name.startswith(".") for path in folder.iterdir()):
         return
     if not file.is_file():

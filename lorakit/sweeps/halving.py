@@ -12,13 +12,12 @@ from typing import Any
 
 from lorakit.io.atomic import write_text, writing
 from lorakit.sweeps.results import MemberResult, SweepResult
+from lorakit.sweeps.sections import step_of
 from lorakit.tasks.base import LOWER_IS_BETTER
 from lorakit.training.checkpoint import checkpoints, delete_after
 from lorakit.training.run_json import read_run
 
 HALVING_JSON = "halving.json"
-#: When members stop if the sweep says no more than ``true``.
-DEFAULT_POINTS = (0.25, 0.5)
 
 
 @dataclass
@@ -51,6 +50,11 @@ class Halving:
             stored: dict[str, Any] = json.loads(self._file.read_text(encoding="utf-8"))
             self._courses |= {name: Course(**course) for name, course in stored.items()}
 
+    @property
+    def has_scores(self) -> bool:
+        """Whether a member has been measured at a point."""
+        return any(course.scores for course in self._courses.values())
+
     def started(self, name: str, total_steps: int) -> None:
         """A member's run has so many steps."""
         self._totals[name] = total_steps
@@ -61,7 +65,7 @@ class Halving:
         while (
             step < total
             and len(scores) < len(self._points)
-            and step >= _step_of(self._points[len(scores)], total)
+            and step >= step_of(self._points[len(scores)], total)
         ):
             scores.append(self._score(metrics))
             self._courses[name].steps.append(step)
@@ -119,10 +123,6 @@ class Halving:
         with writing(self._file):
             courses = {name: asdict(course) for name, course in self._courses.items()}
             write_text(self._file, json.dumps(courses, indent=1) + "\n")
-
-
-def _step_of(point: float, total_steps: int) -> int:
-    return point if isinstance(point, int) else math.ceil(point * total_steps)
 
 
 def _newest_step(folder: Path) -> int:

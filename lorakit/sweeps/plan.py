@@ -9,6 +9,7 @@ from typing import Any
 
 from lorakit.errors import UserError
 from lorakit.pipeline.task_data import Say
+from lorakit.sweeps.check import halving_note
 from lorakit.sweeps.cluster import check_ray
 from lorakit.sweeps.directory import check_directory
 from lorakit.sweeps.load import Sweep, load_sweep, located
@@ -68,6 +69,8 @@ def _plan(loaded: Sweep, resume: bool, say: Say) -> SweepPlan:
     sizes = Sizes()
     loaded = with_budget(loaded, sizes, say)
     check_directory(loaded, resume)
+    if note := halving_note(loaded.section, loaded.members):
+        say(note)
     members = tuple(_planned(member, sizes) for member in loaded.members)
     parts = make_passes(loaded.members, loaded.section.joint, loaded.section.max_joint)
     passes = tuple(

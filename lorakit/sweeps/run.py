@@ -13,9 +13,10 @@ import torch
 from lorakit.distributed.launcher import is_launched
 from lorakit.errors import Interrupted, UserError
 from lorakit.pipeline.task_data import Say
+from lorakit.sweeps.check import halving_note
 from lorakit.sweeps.cluster import TaskResult, check_ray, train_on_cluster
 from lorakit.sweeps.directory import check_directory, exclusive_sweep
-from lorakit.sweeps.halving import DEFAULT_POINTS, Halving
+from lorakit.sweeps.halving import Halving
 from lorakit.sweeps.load import Sweep, load_sweep, located
 from lorakit.sweeps.metric import sweep_metric
 from lorakit.sweeps.outcome import complete, describe_failure, fail
@@ -23,6 +24,7 @@ from lorakit.sweeps.passes import Pass, make_passes
 from lorakit.sweeps.plots import draw
 from lorakit.sweeps.progress import SweepProgress
 from lorakit.sweeps.results import SweepResult
+from lorakit.sweeps.sections import halving_points
 from lorakit.sweeps.size import Sizes, with_budget
 from lorakit.sweeps.table import write_tables
 from lorakit.training.joint import train_joint
@@ -63,12 +65,17 @@ def _sweep(loaded: Sweep, resume: bool, say: Say, ray: str | None) -> SweepResul
     loaded = with_budget(loaded, Sizes(), say)
     result = SweepResult(loaded.output_dir, sweep_metric(loaded), loaded.members)
     passes = make_passes(loaded.members, loaded.section.joint, loaded.section.max_joint)
+    if note := halving_note(loaded.section, loaded.members):
+        say(note)
     with exclusive_sweep(loaded, resume, say):
         halving = _halving(loaded, result)
         _record_complete(loaded, result, halving, say)
         result.write()
         with SweepProgress(result, halving) as progress:
             _Run(loaded, result, progress, halving).all(passes, ray)
+        if halving is not None and not any(own.status == "stopped" for own in result.members):
+            missed = "" if halving.has_scores else ": none was evaluated after a point"
+            say(f"halving stopped no member{missed}")
         write_tables(result)
         draw(result, list(loaded.section.grid), say)
     if result.lacks_metric:
@@ -90,10 +97,8 @@ def _record_complete(loaded: Sweep, result: SweepResult, halving: Halving | None
 
 
 def _halving(sweep: Sweep, result: SweepResult) -> Halving | None:
-    points = sweep.section.halving
-    if points is False:
-        return None
-    return Halving(DEFAULT_POINTS if points is True else points, result)
+    points = halving_points(sweep.section)
+    return Halving(points, result) if points else None
 
 
 class _Run:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
@@ -50,3 +52,19 @@ class SweepSection(Section):
         if sorted(set(points)) != points:
             raise ValueError("is not in ascending order; allowed: each point after the one before")
         return halving
+
+
+#: When members stop if ``halving`` is ``true``.
+_DEFAULT_POINTS = (0.25, 0.5)
+
+
+def halving_points(section: SweepSection) -> Sequence[float]:
+    """The points of ``halving``, as steps or fractions of a run; empty without it."""
+    if section.halving is True:
+        return _DEFAULT_POINTS
+    return section.halving or ()
+
+
+def step_of(point: float, total_steps: int) -> int:
+    """The step at which a run of ``total_steps`` reaches a point."""
+    return point if isinstance(point, int) else math.ceil(point * total_steps)

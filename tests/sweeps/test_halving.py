@@ -121,6 +121,46 @@ def test_wrong_points(points: object, message: str, tiny_llama: Path, tmp_path: 
     assert "halving" in str(caught.value) and message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("points", "every", "acts"),
+    [
+        ([3], 2, True),
+        ([3], 3, True),
+        ([0.5], 5, True),
+        ([4], 3, False),
+        (True, 6, False),
+        ([6], 1, False),
+    ],
+)
+def test_a_halving_that_cannot_act_is_refused(
+    points: object, every: int, acts: bool, in_tmp: Path
+) -> None:
+    """Runs of 6 steps: the evaluation at step 6 is that of the end."""
+    Path("recipe.yaml").write_text(RECIPE)
+    keys = {"train.max_steps": 6, "train.eval_every_steps": every}
+    sweep = {
+        "recipe": "recipe.yaml",
+        "output_dir": "out",
+        "set": keys,
+        "grid": {"adapter.r": [1, 2]},
+    }
+    if acts:
+        load_sweep({**sweep, "halving": points})
+        return
+    with pytest.raises(RecipeError, match="halving would never act"):
+        load_sweep({**sweep, "halving": points})
+
+
+def test_seeds_alone_are_not_halved(tiny_llama: Path, tmp_path: Path) -> None:
+    file = write_sweep(
+        tmp_path, tiny_llama, grid={"train.seed": [1, 2]}, halving=[2],
+        set={"train.eval_every_steps": 1},
+    )  # fmt: skip
+    notes: list[str] = []
+    plan_sweep(file, say=notes.append)
+    assert "halving: the members differ only in their seeds, so that none will be stopped" in notes
+
+
 def test_not_on_a_cluster(tiny_llama: Path, tmp_path: Path) -> None:
     file = write_sweep(
         tmp_path, tiny_llama, grid={"train.seed": [1, 2]}, halving=[2],

@@ -172,6 +172,9 @@ def test_a_directory_with_something_else(still_bert: Path, tmp_path: Path) -> No
     out.write_text("mine")
     with pytest.raises(UserError, match="a file with that name exists"):
         lorakit.sweep(file)
+    below = json.loads(file.read_text()) | {"output_dir": str(out / "sweep")}
+    with pytest.raises(UserError, match=r"output_dir = .*: (cannot be created|.* is a file)"):
+        plan_sweep(below)
 
 
 def test_an_error_before_the_start_writes_nothing(still_bert: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import registry
+from lorakit.adapters.peft.schema import MERGE_WITH_PEFT, ONLY_PEFT
 from lorakit.errors import AdapterError, shown
 from lorakit.methods.base import Method
 from lorakit.user_code import code_identity, is_code
@@ -17,6 +18,11 @@ Say = Callable[[str], None]
 #: What to do about an adapter of a user's method whose code has not run. ``FILE.py:CLASS`` is
 #: replaced by the name of the method.
 NAME_METHOD = "--method FILE.py:CLASS, or method= in Python, runs its code"
+#: PEFT's types that add trained inputs or layers, which no weight of the base can take in.
+_NOT_MERGEABLE = frozenset({
+    "ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "POLY",
+    "PREFIX_TUNING", "PROMPT_TUNING", "XLORA",
+})  # fmt: skip
 
 
 def find_method(
@@ -39,6 +45,8 @@ def find_method(
     if "peft_type" in config and (found := [m for m in known.values() if m.reads(config)]):
         return found[0]
     allowed = ", ".join(sorted({method.peft_type for method in known.values()} - {"LORAKIT"}))
+    if not wrote and isinstance(peft_type, str) and peft_type not in ("", "LORAKIT"):
+        hint = ONLY_PEFT if peft_type in _NOT_MERGEABLE else MERGE_WITH_PEFT
     raise AdapterError(
         f"{where}: peft_type = {shown(peft_type)}: allowed: {allowed}, or that of a method of your "
         f"own; hint: {hint}"

@@ -70,6 +70,14 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False, None),
     "velora_config": (None,),
 }
+#: Keys of adapters whose update depends on the input, so that no weight can take it in.
+_NOT_MERGEABLE = ("alora_invocation_tokens", "arrow_config")
+#: What to do about an adapter of PEFT that lorakit does not read.
+MERGE_WITH_PEFT = (
+    "merge it into its base with PEFT (merge_and_unload, then save_pretrained), and use the result "
+    "as the model"
+)
+ONLY_PEFT = "use it with PEFT, since it cannot be merged into a base"
 #: Keys whose values PEFT may interpret as regular expressions.
 _PATTERN_KEYS = (
     "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "modules_to_save",
@@ -204,7 +212,10 @@ def check_supported(config: Mapping[str, Any], where: str) -> None:
         value = config.get(key, DEFAULTS.get(key))
         if not any(value is choice or value == choice for choice in allowed):
             names = ", ".join(shown(choice) for choice in allowed)
-            raise AdapterError(f"{where}: {key} = {shown(value)}: not supported; allowed: {names}")
+            hint = ONLY_PEFT if key in _NOT_MERGEABLE else MERGE_WITH_PEFT
+            raise AdapterError(
+                f"{where}: {key} = {shown(value)}: not supported; allowed: {names}; hint: {hint}"
+            )
 
 
 def check_patterns(config: Mapping[str, Any], where: str) -> None:

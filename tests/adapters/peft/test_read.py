@@ -166,6 +166,23 @@ def test_settings_that_change_the_sum_are_rejected(keys: dict[str, Any], adapter
         read_adapter(edit(adapter, **keys))
 
 
+@pytest.mark.parametrize(
+    ("keys", "hint"),
+    [
+        ({"peft_type": "IA3"}, "hint: merge it into its base with PEFT (merge_and_unload, "),
+        ({"peft_type": "PROMPT_TUNING"}, "hint: use it with PEFT, since it cannot be merged"),
+        ({"use_qalora": True}, "hint: merge it into its base with PEFT (merge_and_unload, "),
+        ({"alora_invocation_tokens": [1]}, "hint: use it with PEFT, since it cannot be merged"),
+    ],
+)
+def test_an_error_says_what_to_do_with_an_adapter_of_peft(
+    keys: dict[str, Any], hint: str, adapter: Path
+) -> None:
+    with pytest.raises(AdapterError) as caught:
+        read_adapter(edit(adapter, **keys))
+    assert hint in str(caught.value)
+
+
 def test_tied_weights_are_refused_where_they_would_be_adapted(adapter: Path) -> None:
     edit(adapter, ensure_weight_tying=True)
     read_adapter(adapter)
