@@ -46,7 +46,7 @@ else
   python scripts/make_wikisql_sample.py "$sample"
 fi
 
-step 4/5 "Training on 1,000 questions and evaluating on 200: 2 to 6 minutes on 2 CPU cores"
+step 4/5 "Training on 1,000 questions and evaluating on 200: 2 to 6 minutes on 2 idle CPU cores"
 show lorakit train "$recipe" --resume auto || {
   code=$?
   if [[ $code == 2 && -e "$run" ]]; then
