@@ -37,7 +37,7 @@ GROUPS = {
     ),
     "Load and adapt models": ("load", "load_with_tokenizer", "switch", "inject", "LoraConfig"),
     "Compare runs": ("report", "compare"),
-    "Adapters": ("merge", "convert", "inspect", "export_gguf", "push_to_hub"),
+    "Adapters": ("merge", "convert", "inspect", "export_gguf", "push_to_hub", "check_vllm"),
     "loralib": LORALIB,
 }
 RECIPE_INTRO = """

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _Source = Annotated[
     Path, typer.Argument(metavar="SOURCE", help="Adapter or model: directory or Hub id.")
 ]
-_Out = Annotated[Path | None, typer.Argument(metavar="[OUT.gguf]", help="File to write.")]
+_Out = Annotated[Path | None, typer.Argument(metavar="OUT.gguf", help="File to write.")]
 _Target = Annotated[str, typer.Option("--to", metavar="TARGET", help="gguf or hub.")]
 _Dtype = Annotated[
     str | None,

@@ -23,6 +23,8 @@ PROGRAMS = {
     "pre-commit": "changes the checkout",
     "twine": "needs the network",
     "sbatch": "needs SLURM",
+    "llama-cli": "needs llama.cpp",
+    "ollama": "needs Ollama",
     "lm_eval": "tests/e2e/test_lm_eval.py runs it",
     "export": "sets variables, as doc_sandbox does",
 }

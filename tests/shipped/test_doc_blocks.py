@@ -30,9 +30,12 @@ _REST = {
 #: Why blocks are not run, and how many each reason excuses: a new one is added here, too.
 NOT_RUN = {
     "a part of a file": 2,
-    "needs the network": 2,
     "runs until Ctrl-C": 1,
     "an error in another recipe": 1,
+    "needs llama.cpp": 1,
+    "needs Ollama": 1,
+    "needs the network": 3,
+    "tests/export runs it, on a tokenizer that llama.cpp has": 1,
 }
 
 

@@ -66,7 +66,8 @@ def collect(directory: str | Path, repo: str, base: str | None) -> Upload:
     path = Path(directory)
     is_adapter = not (path / "config.json").is_file() or (path / CONFIG).is_file()
     if is_adapter:
-        names = _adapter_files(adapter_directory(path))
+        path = adapter_directory(path)
+        names = _adapter_files(path)
         base = base or base_of(path)
     else:
         names = _model_files(path)
