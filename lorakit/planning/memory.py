@@ -12,8 +12,10 @@ from lorakit.planning.tracker import storage_bytes
 from lorakit.training.record import peak_memory_bytes
 from lorakit.training.setup import Prepared
 
-#: What the library of a GPU's matrix products keeps, which PyTorch allocates for it.
+#: What the library of a GPU's matrix products keeps for a thread and a stream, which PyTorch
+#: allocates for it, and how many there are: a forward and a backward thread, and their captures.
 _PRODUCTS_BYTES = 32 * 2**20
+_PRODUCTS = {"eager": 2, "compiled_layers": 2, "cuda_graphs": 4}
 #: Bytes of an optimizer's state for each trained value. 8-bit averages also have a scale in float32
 #: for each 256 of them.
 _STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256, "sgd": 0.0}
@@ -39,8 +41,10 @@ class Memory:
         return asdict(self)
 
 
-def memory_of(prepared: Prepared, device: torch.device, costs: PassCosts, steps: int) -> Memory:
-    """The memory of a run of ``steps`` steps whose passes cost ``costs``."""
+def memory_of(
+    prepared: Prepared, device: torch.device, costs: PassCosts, mode: str, steps: int
+) -> Memory:
+    """The memory of a run of ``steps`` steps whose passes, executed in ``mode``, cost ``costs``."""
     trained = [p for p in prepared.model.parameters() if p.requires_grad]
     gradients = storage_bytes(trained)
     layers = adapter_layers(prepared.model)
@@ -48,7 +52,7 @@ def memory_of(prepared: Prepared, device: torch.device, costs: PassCosts, steps:
     state = _STATE_BYTES[prepared.recipe.train.optimizer] * sum(p.numel() for p in trained)
     optimizer = int(state) + storage_bytes(hooks.state().values())
     static = costs.weights + costs.trained + optimizer
-    peak = static + max(costs.peak, gradients) + _library_bytes(device)
+    peak = static + max(costs.peak, gradients) + _library_bytes(device, mode)
     known = static + costs.gradients + costs.activations + costs.logits
     return Memory(
         weights=costs.weights,
@@ -62,6 +66,8 @@ def memory_of(prepared: Prepared, device: torch.device, costs: PassCosts, steps:
     )
 
 
-def _library_bytes(device: torch.device) -> int:
+def _library_bytes(device: torch.device, mode: str) -> int:
     """What is needed besides tensors: on the CPU, what a process has loaded, as this one has."""
-    return _PRODUCTS_BYTES if device.type == "cuda" else peak_memory_bytes(device)
+    if device.type == "cuda":
+        return _PRODUCTS[mode] * _PRODUCTS_BYTES
+    return peak_memory_bytes(device)

@@ -119,7 +119,8 @@ def plan(
         measured = measure_steps(recipe, lambda note: None)
         total = measured.seconds(step.steps or 0, step.batches.tokens_per_step)
         return RunPlan(step, device, fits, total, measured, found)
-    each = seconds_per_step(step.costs, step.batches, step.mode, device)
+    fp8 = recipe.model.base_precision == "fp8"
+    each = seconds_per_step(step.costs, step.batches, step.mode, fp8, device)
     seconds = None if each is None or step.steps is None else step.steps * each
     return RunPlan(step, device, fits, seconds, None, found)
 
@@ -149,7 +150,7 @@ class _Planner:
             return found[0].largest
 
         costs = plan_pass(prepared, device, execution, largest)
-        memory = memory_of(prepared, device, costs, steps or _UNKNOWN_STEPS)
+        memory = memory_of(prepared, device, costs, execution.mode, steps or _UNKNOWN_STEPS)
         batches = found[0]
         if self._unloaded.is_assumed:
             batches = replace(batches, tokens_per_epoch=None, tokens_per_step=None)

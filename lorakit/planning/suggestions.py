@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,61 +29,71 @@ def suggestions(
 ) -> list[Suggestion]:
     """The changes that lower ``peak_bytes``, those that fit first, in the order of what they cost.
     Keys are changed together only if none fits alone."""
-    found = []
-    alone = list(_single_changes(recipe, device_type))
-    for change in alone:
-        found += _try(change, peak_bytes, usable_bytes, peak_of)
+    found: list[Suggestion] = []
+    alternatives = _alternatives(recipe, device_type)
+    for group in alternatives:
+        found += _first_that_fits(group, peak_bytes, usable_bytes, peak_of)
     if not any(suggestion.fits for suggestion in found):
-        together: Changes = {}
-        for change in _most_together(alone):
-            together |= change
-            if len(together) > len(change):
-                found += _try(dict(together), peak_bytes, usable_bytes, peak_of)
-            if found and found[-1].fits:
-                break
+        found += _first_that_fits(_together(alternatives), peak_bytes, usable_bytes, peak_of)
     return sorted(found, key=lambda suggestion: not suggestion.fits)
 
 
-def _try(change: Changes, peak: int, usable: int, peak_of: PeakOf) -> list[Suggestion]:
-    """The change as a suggestion, if the model supports it and it lowers the peak."""
-    try:
-        after = peak_of(change)
-    except UserError:
-        return []
-    return [Suggestion(change, after, after <= usable)] if after < peak else []
+def _first_that_fits(
+    changes: list[Changes], peak: int, usable: int, peak_of: PeakOf
+) -> list[Suggestion]:
+    """The first of the changes that fits, or else the last that the model supports and that lowers
+    the peak; none if there is none."""
+    found: list[Suggestion] = []
+    for change in changes:
+        try:
+            after = peak_of(change)
+        except UserError:
+            continue
+        if after < peak:
+            found = [Suggestion(change, after, after <= usable)]
+            if after <= usable:
+                break
+    return found
 
 
-def _single_changes(recipe: Recipe, device_type: str) -> Iterator[Changes]:
-    """From those that leave the results as they are to those that change them."""
-    section, task = recipe.train, recipe.task
+def _alternatives(recipe: Recipe, device_type: str) -> list[list[Changes]]:
+    """Changes of one kind, from the least to the most; the kinds from those that leave the results
+    as they are to those that change them."""
+    section = recipe.train
+    found: list[list[Changes]] = []
     checkpointing = "train.gradient_checkpointing"
     if section.gradient_checkpointing is False:
-        yield {checkpointing: True}
+        found.append([{checkpointing: True}])
     if section.gradient_checkpointing != "offload" and device_type == "cuda":
-        yield {checkpointing: "offload"}
-    size, steps = section.units_per_batch, section.gradient_accumulation_steps
-    if section.max_tokens_per_batch is not None:
-        tokens = section.max_tokens_per_batch // 2
-        if tokens >= task.max_length:
-            yield {"train.max_tokens_per_batch": tokens}
-    elif size is not None:
-        for parts in _splits(size):
-            yield {
-                "train.per_device_batch_size": size // parts,
-                "train.gradient_accumulation_steps": steps * parts,
-            }
-    trains_base = recipe.adapter.method in ("full", "bitfit")
-    if recipe.model.base_precision != "nf4" and not trains_base:
-        yield {"model.base_precision": "nf4"}
-    if task.max_length > 1:
-        yield {"task.max_length": task.max_length // 2}
+        found.append([{checkpointing: "offload"}])
+    found.append(_smaller_batches(recipe))
+    if recipe.model.base_precision != "nf4" and recipe.adapter.method not in ("full", "bitfit"):
+        found.append([{"model.base_precision": "nf4"}])
+    length = recipe.task.max_length
+    found.append([{"task.max_length": length // parts} for parts in (2, 4) if length >= 2 * parts])
+    return found
 
 
-def _splits(size: int) -> list[int]:
-    """In two, and into single rows."""
-    return sorted({parts for parts in (2, size) if size % parts == 0 and parts > 1})
+def _smaller_batches(recipe: Recipe) -> list[Changes]:
+    section, length = recipe.train, recipe.task.max_length
+    if (tokens := section.max_tokens_per_batch) is not None:
+        parts = [2**n for n in range(1, 8) if tokens // 2**n >= length]
+        return [{"train.max_tokens_per_batch": tokens // n} for n in parts]
+    size, steps = section.units_per_batch or 1, section.gradient_accumulation_steps
+    return [
+        {
+            "train.per_device_batch_size": size // n,
+            "train.gradient_accumulation_steps": steps * n,
+        }
+        for n in sorted({2**n for n in range(1, 12)} | {size})
+        if size % n == 0 and 1 < n <= size
+    ]
 
 
-def _most_together(alone: list[Changes]) -> list[Changes]:
-    """The last change of each key, but for the length, which loses text."""
-    return [change for change in alone if "task.max_length" not in change]
+def _together(alternatives: list[list[Changes]]) -> list[Changes]:
+    """The most of each kind, one after the other, but for a length that loses text."""
+    found: list[Changes] = []
+    for group in alternatives:
+        if group and "task.max_length" not in group[-1]:
+            found.append((found[-1] if found else {}) | group[-1])
+    return found[1:]
