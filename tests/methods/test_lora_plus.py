@@ -206,7 +206,10 @@ def test_every_hook_of_the_method_that_it_wraps_is_called(monkeypatch: pytest.Mo
     hooks = METHOD.hooks({}, LoraPlusConfig(), 10)
     assert hooks.device_values == ("own",)
     optimizer = SimpleNamespace(param_groups=[{"lr": 0.5, "is_lora_B": True}])
-    arguments = {"before_step": [None], "after_step": [1], "is_final_form": [1], "load_state": [{}]}
+    arguments = {
+        "before_step": [None], "after_step": [1], "is_final_form": [1], "load_state": [{}],
+        "changed_ranks": [1, 2],
+    }  # fmt: skip
     for name in names:
         result = getattr(hooks, name)(
             *arguments.get(name, [1, optimizer] if name == "logged" else [])
