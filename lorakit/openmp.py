@@ -67,7 +67,7 @@ def _watch(stop: threading.Event) -> None:
         contended = now.contended_since(before)
         quiet_seconds = 0.0 if contended else quiet_seconds + now.at - before.at
         before = now
-        if team is None and contended and "torch" in sys.modules:
+        if team is None and contended and _has_torch():
             team = _SleepingTeam()
         elif team is not None and quiet_seconds > _QUIET_SECONDS:
             team.end()
@@ -131,6 +131,12 @@ def _busy_seconds(cores: set[int]) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
+def _has_torch() -> bool:
+    """Whether torch is imported completely: after Ctrl-C during its import, using it crashes."""
+    spec = getattr(sys.modules.get("torch"), "__spec__", None)
+    return spec is not None and not getattr(spec, "_initializing", False)
+
+
 class _SleepingTeam:
     """A thread that starts a second OpenMP team and then sleeps until ``end``."""
 
@@ -140,10 +146,8 @@ class _SleepingTeam:
         self._thread.start()
 
     def _run(self) -> None:
-        import torch  # blocks while another thread imports it
+        import torch
 
-        if not hasattr(torch, "zeros"):  # Ctrl-C has ended its import
-            return
         # One parallel region starts the team; it needs more elements than a single thread handles.
         torch.zeros(torch.get_num_threads() << 16).sin_()
         self._end.wait()
