@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from lorakit.adapters.switching import switch
     from lorakit.analysis.inspect import inspect
     from lorakit.analysis.report import InspectReport, MatrixReport, Similarity
-    from lorakit.columns import aligned
     from lorakit.data.paths import data_files
     from lorakit.distributed.group import is_main
     from lorakit.distributed.launcher import is_launched
@@ -39,12 +38,12 @@ if TYPE_CHECKING:
         RecipeDraft,
         check_hardware,
         check_method_name,
-        check_new,
         init_recipe,
         this_hardware,
     )
+    from lorakit.host.openmp import yield_cores
     from lorakit.injection import inject
-    from lorakit.io.atomic import write_text
+    from lorakit.io.atomic import check_new, write_text
     from lorakit.method_check import CheckResult, check_method
     from lorakit.methods.lora import LoraConfig
     from lorakit.migration.convert import ConvertedRecipe, convert_recipe
@@ -57,7 +56,6 @@ if TYPE_CHECKING:
         lora_state_dict,
         mark_only_lora_as_trainable,
     )
-    from lorakit.openmp import yield_cores
     from lorakit.pipeline.evaluation import evaluate, evaluate_split, load_for_generation
     from lorakit.pipeline.local_paths import path_faults
     from lorakit.pipeline.predict import predict
@@ -65,7 +63,6 @@ if TYPE_CHECKING:
     from lorakit.pipeline.preview import DescribedRow, Piece, Preview, preview
     from lorakit.pipeline.system_prompts import trained_system_prompts
     from lorakit.planning.plan import RunPlan, plan
-    from lorakit.progress_bar import ProgressBar
     from lorakit.recipe.load import load_recipe
     from lorakit.reports.comparison import Comparison, compare, comparison_text
     from lorakit.reports.serve import ReportServer, report_server
@@ -76,6 +73,8 @@ if TYPE_CHECKING:
     from lorakit.sweeps.run import sweep
     from lorakit.sweeps.table import table_text
     from lorakit.tasks.checks import counts_line
+    from lorakit.terminal.columns import aligned
+    from lorakit.terminal.progress_bar import ProgressBar
     from lorakit.training.run import dry_run, train
     from lorakit.training.session import RunResult
     from lorakit.training.tracking import tell
@@ -89,7 +88,6 @@ _MODULES = {
     "lorakit.adapters.switching": ("switch",),
     "lorakit.analysis.inspect": ("inspect",),
     "lorakit.analysis.report": ("InspectReport", "MatrixReport", "Similarity"),
-    "lorakit.columns": ("aligned",),
     "lorakit.data.paths": ("data_files",),
     "lorakit.distributed.group": ("is_main",),
     "lorakit.distributed.launcher": ("is_launched",),
@@ -109,12 +107,12 @@ _MODULES = {
         "RecipeDraft",
         "check_hardware",
         "check_method_name",
-        "check_new",
         "init_recipe",
         "this_hardware",
     ),
+    "lorakit.host.openmp": ("yield_cores",),
     "lorakit.injection": ("inject",),
-    "lorakit.io.atomic": ("write_text",),
+    "lorakit.io.atomic": ("check_new", "write_text"),
     "lorakit.method_check": ("CheckResult", "check_method"),
     "lorakit.methods.lora": ("LoraConfig",),
     "lorakit.migration.convert": ("ConvertedRecipe", "convert_recipe"),
@@ -127,7 +125,6 @@ _MODULES = {
         "lora_state_dict",
         "mark_only_lora_as_trainable",
     ),
-    "lorakit.openmp": ("yield_cores",),
     "lorakit.pipeline.evaluation": ("evaluate", "evaluate_split", "load_for_generation"),
     "lorakit.pipeline.local_paths": ("path_faults",),
     "lorakit.pipeline.predict": ("predict",),
@@ -135,7 +132,6 @@ _MODULES = {
     "lorakit.pipeline.preview": ("DescribedRow", "Piece", "Preview", "preview"),
     "lorakit.pipeline.system_prompts": ("trained_system_prompts",),
     "lorakit.planning.plan": ("RunPlan", "plan"),
-    "lorakit.progress_bar": ("ProgressBar",),
     "lorakit.recipe.load": ("load_recipe",),
     "lorakit.reports.comparison": ("Comparison", "compare", "comparison_text"),
     "lorakit.reports.serve": ("ReportServer", "report_server"),
@@ -146,6 +142,8 @@ _MODULES = {
     "lorakit.sweeps.run": ("sweep",),
     "lorakit.sweeps.table": ("table_text",),
     "lorakit.tasks.checks": ("counts_line",),
+    "lorakit.terminal.columns": ("aligned",),
+    "lorakit.terminal.progress_bar": ("ProgressBar",),
     "lorakit.training.run": ("dry_run", "train"),
     "lorakit.training.session": ("RunResult",),
     "lorakit.training.tracking": ("tell",),

@@ -131,12 +131,29 @@ def counted(count: int, noun: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time for people: ``12 s``, ``2 min 05 s`` or ``1 h 02 min``."""
+    """A time for people: ``3.4 s``, ``12 s``, ``2 min 05 s``, ``49 min`` or ``1 h 02 min``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if not minutes:
         return f"{rest} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+    if minutes < 10:
+        return f"{minutes} min {rest:02} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
+
+
+def memory_size(count: float) -> str:
+    """Bytes of memory or free space, in powers of 1024: ``512 KiB``, ``52 MiB``, ``15.0 GiB``."""
+    if count < 2**30:
+        return f"{count / 2**20:,.0f} MiB" if count >= 2**20 else f"{count / 2**10:,.0f} KiB"
+    return f"{count / 2**30:,.1f} GiB"
+
+
+def file_size(count: float) -> str:
+    """Bytes of files, in powers of 1000 as file systems and the Hub count: ``0.3 MB``,
+    ``16.1 GB``."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:

@@ -86,8 +86,7 @@ class BaseWrapper(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """The device for the layer's own tensors: the base's, or the default one if that is
-        ``meta``."""
+        """That of the layer's own tensors: the base's, or torch's default if that is ``meta``."""
         return torch.get_default_device() if self.is_meta else storage(self.base_layer).device
 
     @abstractmethod

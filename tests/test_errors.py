@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorakit.errors import counted, decimal, duration, printable
+from lorakit.errors import counted, decimal, duration, file_size, memory_size, printable
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,29 @@ def test_counted() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.4, "0 s"), (59.6, "1 min 00 s"), (125.4, "2 min 05 s"), (3725, "1 h 02 min")],
+    [
+        (0.4, "0.4 s"),
+        (12.4, "12 s"),
+        (59.6, "1 min 00 s"),
+        (125.4, "2 min 05 s"),
+        (2945, "49 min"),
+        (3725, "1 h 02 min"),
+    ],
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(3000, "3 KiB"), (52 << 20, "52 MiB"), (15 << 30, "15.0 GiB"), (3 << 40, "3,072.0 GiB")],
+)
+def test_memory_size(count: int, text: str) -> None:
+    assert memory_size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0.0 MB"), (315_200_000, "315.2 MB"), (16_060_522_240, "16.1 GB")]
+)
+def test_file_size(count: int, text: str) -> None:
+    assert file_size(count) == text

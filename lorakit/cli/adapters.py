@@ -23,7 +23,7 @@ from lorakit.cli.console import (
     say,
 )
 from lorakit.cli.hub import Private, PushToHub, Revision, pushed_line, target_of
-from lorakit.errors import counted, listed
+from lorakit.errors import counted, file_size, listed
 
 if TYPE_CHECKING:
     from lorakit.api import LeftOut, MergeReport
@@ -117,10 +117,9 @@ def merge(
     with only_results(), progress("merging, MB") as report_progress:
         report = api.merge(
             base, in_subfolder(adapter, subfolder), out, dtype, max_shard_size, overwrite,
-            trust_remote_code, say=say,
+            trust_remote_code, say=say, seed=seed,
             add=[_weighted(text) for text in add or []], weight=weight, method=method,
             density=density, svd_rank=svd_rank, majority_sign_method=majority_sign_method,
-            seed=seed,
             on_progress=lambda done, total: report_progress(done // 10**6, total // 10**6),
         )  # fmt: skip
     pushed = None
@@ -142,7 +141,7 @@ def _print_report(report: MergeReport) -> None:
     echo(
         f"{report.directory}: {counted(report.merged_modules, 'module')} merged"
         + (f", {counted(replaced, 'tensor')} replaced" if replaced else "")
-        + f"; {report.dtype}, {report.size_bytes / 1e6:,.1f} MB in {counted(count, 'file')}"
+        + f"; {report.dtype}, {file_size(report.size_bytes)} in {counted(count, 'file')}"
         + (f"; weight {report.weight:g}" if report.weight != 1 else "")
         + (f"; combined by {report.combination}" if report.combination != "cat" else "")
         + "".join(f"; added {other.weight:g} x {other.adapter}" for other in report.added)
@@ -267,7 +266,7 @@ def convert(
     echo(
         f"{report.path}: {report.matrices} matrices as {report.to}"
         + "".join(f", {text}" for text in settings if text)
-        + f"; {report.size_bytes / 1e6:,.1f} MB"
+        + f"; {file_size(report.size_bytes)}"
     )
 
 

@@ -20,7 +20,7 @@ from lorakit.cli.console import (
     say,
 )
 from lorakit.cli.hub import Private, Revision, pushed_line, target_of
-from lorakit.errors import UserError
+from lorakit.errors import UserError, file_size
 
 if TYPE_CHECKING:
     from lorakit.api import HubTarget
@@ -188,5 +188,5 @@ def _export_gguf(
     else:
         echo(
             f"{report.path}: {report.kind}, {report.tensors} tensors, {report.dtype}; "
-            f"{report.size_bytes / 1e6:,.1f} MB"
+            f"{file_size(report.size_bytes)}"
         )

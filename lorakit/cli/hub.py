@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorakit.errors import UserError, counted
+from lorakit.errors import UserError, counted, file_size
 
 if TYPE_CHECKING:
     from lorakit.api import HubTarget, PushReport
@@ -54,4 +54,4 @@ def push_options(repo: str | None, private: bool, revision: str | None) -> list[
 
 def pushed_line(report: PushReport) -> str:
     """Where an upload can be seen, and what it contains."""
-    return f"{report.url}: {counted(len(report.files), 'file')}, {report.size_bytes / 1e6:,.1f} MB"
+    return f"{report.url}: {counted(len(report.files), 'file')}, {file_size(report.size_bytes)}"

@@ -11,6 +11,7 @@ import typer
 
 from lorakit.cli.console import (
     AsJson,
+    Overwrite,
     check_distinct,
     check_writable,
     echo,
@@ -18,7 +19,6 @@ from lorakit.cli.console import (
     say,
     write_output,
 )
-from lorakit.errors import UserError
 
 if TYPE_CHECKING:
     from lorakit.api import ConvertedRecipe
@@ -30,11 +30,10 @@ _Output = Annotated[
     Path | None,
     typer.Option(metavar="OUT", help="Write the recipe to a file instead of stdout."),
 ]
-_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 
 
 def convert_recipe(
-    file: _File, output: _Output = None, overwrite: _Overwrite = False, as_json: AsJson = False
+    file: _File, output: _Output = None, overwrite: Overwrite = False, as_json: AsJson = False
 ) -> None:
     """Convert a YAML file of Axolotl or LLaMA-Factory.
 
@@ -44,12 +43,13 @@ def convert_recipe(
 
     Example: lorakit convert-recipe qlora.yml --output recipe.yaml
     """
+    from lorakit.api import check_new
     from lorakit.api import convert_recipe as convert
 
     check_writable("--output", output)
     check_distinct({"--output": output}, {file: "the file to convert"})
-    if output is not None and output.is_file() and not overwrite:
-        raise UserError(f"--output {output}: exists already; hint: --overwrite replaces it")
+    if output is not None and output.is_file():
+        check_new(output, overwrite)
     with only_results():
         converted = convert(file)
     if as_json:

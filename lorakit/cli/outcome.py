@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit import registry
-from lorakit.errors import counted, decimal, duration
+from lorakit.errors import counted, decimal, duration, memory_size
 
 if TYPE_CHECKING:
     from lorakit.api import RunResult
@@ -48,6 +48,8 @@ def run_text(result: RunResult) -> str:
 
 def plan_text(plan: dict[str, Any]) -> str:
     """The plan of a dry run in words; the coverage is printed on stderr."""
+    from lorakit.api import aligned
+
     trained, total = plan["trainable_parameters"], plan["total_parameters"]
     rows, steps, epoch = plan["train_rows"], plan["steps"], plan["steps_per_epoch"]
     modules = counted(plan["adapted_modules"], "module")
@@ -59,10 +61,9 @@ def plan_text(plan: dict[str, Any]) -> str:
         "evaluation": _every(plan["eval_every_steps"]) if plan["eval_rows"] else "none",
         "checkpoints": _every(plan["save_every_steps"]),
         "first loss": decimal(plan["first_loss"]),
-        "peak memory": f"{plan['peak_memory_bytes'] / 2**30:.1f} GiB ({plan['device']})",
+        "peak memory": f"{memory_size(plan['peak_memory_bytes'])} ({plan['device']})",
     }
-    width = max(map(len, figures))
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in figures.items())
+    return aligned(list(figures.items()), left=2)
 
 
 def _every(steps: int) -> str:

@@ -16,6 +16,7 @@ from lorakit.cli.console import (
     only_results,
     say,
 )
+from lorakit.errors import counted, duration, memory_size
 
 if TYPE_CHECKING:
     from lorakit.api import RunPlan
@@ -92,13 +93,13 @@ def _run(plan: RunPlan) -> list[str]:
 def _memory(plan: RunPlan) -> list[str]:
     memory = plan.step.memory
     rows = [(name, getattr(memory, name), what) for name, what in _PARTS.items()]
-    total = _size(plan.device.memory_bytes)
+    total = memory_size(plan.device.memory_bytes)
     rows.append(("peak", memory.peak, f"{'fits' if plan.fits else 'does not fit'} into {total}"))
     if (found := plan.measured) is not None:
         what = f"peak of the first {found.first_steps + found.steps} steps"
         rows.append(("measured", found.peak_memory_bytes, what))
     width = max(len(name) for name, _, _ in rows)
-    lines = [f"  {name:<{width}} {_size(size):>10}  {what}" for name, size, what in rows]
+    lines = [f"  {name:<{width}} {memory_size(size):>10}  {what}" for name, size, what in rows]
     return [f"Memory on {plan.device.name}, an estimate:", *lines]
 
 
@@ -112,8 +113,9 @@ def _advice(plan: RunPlan) -> list[str]:
     if not plan.suggestions:
         return ["No change of a key that was tried needs less memory."]
     lines = [
-        f"  {_size(s.peak_bytes):>10}  {'fits    ' if s.fits else 'too much'}  {_changes(s.set)}"
-        for s in plan.suggestions
+        f"  {memory_size(found.peak_bytes):>10}  {'fits    ' if found.fits else 'too much'}  "
+        f"{_changes(found.set)}"
+        for found in plan.suggestions
     ]
     return ["Keys that lower the peak (--set KEY=VALUE):", *lines]
 
@@ -127,19 +129,19 @@ _MODES = {
 
 def _steps(plan: RunPlan) -> str:
     steps, tokens = plan.step.steps, plan.step.batches.tokens_per_epoch
-    text = "an unknown number of steps" if steps is None else f"{steps:,} steps"
+    text = "an unknown number of steps" if steps is None else counted(steps, "step")
     return text if tokens is None else f"{text}; {tokens:,} tokens per epoch"
 
 
 def _time(plan: RunPlan) -> str:
     if plan.measured is not None and plan.seconds is not None:
         return (
-            f"{_duration(plan.seconds)} for all steps, from {plan.measured.steps} measured steps "
+            f"{duration(plan.seconds)} for all steps, from {plan.measured.steps} measured steps "
             f"({plan.measured.tokens_per_second:,.0f} tokens/s), without evaluations"
         )
     if plan.seconds is None:
         return "time unknown: --measure times steps on this device, --gpu estimates it for another"
-    return f"about {_duration(plan.seconds)} for all steps, an estimate, without evaluations"
+    return f"about {duration(plan.seconds)} for all steps, an estimate, without evaluations"
 
 
 def _changes(changes: dict[str, object]) -> str:
@@ -147,16 +149,3 @@ def _changes(changes: dict[str, object]) -> str:
         f"{key}={json.dumps(value) if isinstance(value, bool) else value}"
         for key, value in changes.items()
     )
-
-
-def _size(size: int) -> str:
-    if size < 2**30:
-        return f"{size / 2**20:,.0f} MiB" if size >= 2**20 else f"{size / 2**10:,.0f} KiB"
-    return f"{size / 2**30:,.1f} GiB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"

@@ -21,6 +21,7 @@ from lorakit.data.rows import Row, row_range
 from lorakit.data.sources import Split
 from lorakit.data.tokens import RowEncoder
 from lorakit.errors import DataError, LorakitError
+from lorakit.host.resources import allowed_cores
 
 #: From this number of rows on, tokens go to files, and several processes are used.
 MANY_ROWS = 20_000
@@ -97,8 +98,7 @@ def process_count(rows: int) -> int:
     and only the tokenizer's threads run in parallel."""
     if rows < MANY_ROWS or sys.platform != "linux" or multiprocessing.current_process().daemon:
         return 1
-    cores = len(os.sched_getaffinity(0))
-    return max(1, min(cores, _MAX_PROCESSES, rows // _ROWS_PER_PROCESS))
+    return max(1, min(allowed_cores(), _MAX_PROCESSES, rows // _ROWS_PER_PROCESS))
 
 
 @dataclass

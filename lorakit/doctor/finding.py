@@ -11,7 +11,7 @@ Status = Literal["ok", "warning", "error"]
 @dataclass(frozen=True)
 class Finding:
     """``value`` is what was found, for programs; ``text`` the same for readers. A ``warning`` costs
-    speed, memory or a feature; an ``error`` prevents training. ``hint`` says what mends it."""
+    speed, memory or a feature; an ``error`` prevents training. ``hint`` says how to fix it."""
 
     area: str
     name: str
@@ -19,7 +19,3 @@ class Finding:
     text: str
     status: Status = "ok"
     hint: str | None = None
-
-
-def gibibytes(count: float) -> str:
-    return f"{count / 2**30:,.1f} GiB"

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lorakit.doctor.finding import Finding, gibibytes
+from lorakit.doctor.finding import Finding
 from lorakit.doctor.versions import driver_version, nvidia_smi
+from lorakit.errors import memory_size
 
 _AREA = "gpu"
 #: A smaller share of free memory means that another process uses the GPU.
@@ -61,7 +62,7 @@ def _device(torch: Any, index: int) -> Iterator[Finding]:
         )  # fmt: skip
         return
     free, total = torch.cuda.mem_get_info(index)
-    text = f"{gibibytes(free)} free of {gibibytes(total)}"
+    text = f"{memory_size(free)} free of {memory_size(total)}"
     value = {"free_bytes": free, "total_bytes": total}
     if free < _LEAST_FREE_SHARE * total:
         hint = "nvidia-smi lists the processes that use the GPU"

@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lorakit.doctor.finding import Finding, gibibytes
-from lorakit.openmp import Sample
+from lorakit.doctor.finding import Finding
+from lorakit.errors import memory_size
+from lorakit.host.openmp import Sample
+from lorakit.host.resources import CGROUP, allowed_cores, core_quota, host_memory
 
 _AREA = "host"
 _LEAST_AVAILABLE_BYTES = 2 << 30
 #: Other processes that use a larger share of the cores slow down training on the CPU.
 _MUCH_SHARE = 0.25
-CGROUP = Path("/sys/fs/cgroup")
 
 
 def start_sample() -> Sample | None:
@@ -41,28 +42,12 @@ def host_findings(
 def _cores(cgroup: Path) -> tuple[float, str]:
     """The cores that this process may use, by affinity and by the quota of its cgroup."""
     online = os.cpu_count() or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else online
-    quota = _quota(cgroup)
+    allowed, quota = allowed_cores(), core_quota(cgroup)
     parts = [f"{allowed} of {online} allowed"]
     if quota is not None and quota < allowed:
         parts.append(f"the cgroup's quota is {quota:g}")
         return quota, ", ".join(parts)
     return float(allowed), parts[0]
-
-
-def _quota(cgroup: Path) -> float | None:
-    text = _read(cgroup / "cpu.max").split()  # cgroup 2: QUOTA PERIOD
-    if len(text) == 2 and text[0].isdigit():
-        return int(text[0]) / int(text[1])
-    quota, period = _read(cgroup / "cpu/cpu.cfs_quota_us"), _read(cgroup / "cpu/cpu.cfs_period_us")
-    return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text().strip()
-    except OSError:
-        return ""
 
 
 def _contention(cores: float, start: Sample | None) -> Finding:
@@ -106,37 +91,16 @@ def _threads(threads: int, cores: float) -> Finding:
 
 
 def _memory(cgroup: Path) -> Iterator[Finding]:
-    known = _meminfo()
-    total, available = known.get("MemTotal"), known.get("MemAvailable")
-    limit = _read(cgroup / "memory.max") or _read(cgroup / "memory/memory.limit_in_bytes")
-    used = _read(cgroup / "memory.current") or _read(cgroup / "memory/memory.usage_in_bytes")
-    if limit.isdigit() and total is not None and int(limit) < total:
-        total = int(limit)
-        free = total - int(used) if used.isdigit() else total
-        available = free if available is None else min(available, free)
-    if total is None or available is None:
+    memory = host_memory(cgroup)
+    total, available = memory.total_bytes, memory.available_bytes
+    if available is None:
         return
     value = {"total_bytes": total, "available_bytes": available}
-    text = f"{gibibytes(available)} available of {gibibytes(total)}"
-    if limit.isdigit() and int(limit) == total:
+    text = f"{memory_size(available)} available of {memory_size(total)}"
+    if memory.is_limited:
         text += ", the limit of the cgroup"
     if available < _LEAST_AVAILABLE_BYTES:
         hint = "stop other processes, or raise the limit of the container"
         yield Finding(_AREA, "memory", value, text, "warning", hint)
     else:
         yield Finding(_AREA, "memory", value, text)
-
-
-def _meminfo() -> dict[str, int]:
-    """The values of /proc/meminfo in bytes; empty where there is none."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return {}
-    found = {}
-    for line in lines:
-        name, _, rest = line.partition(":")
-        amount = rest.split()
-        if amount and amount[0].isdigit():
-            found[name] = int(amount[0]) << 10
-    return found

@@ -27,7 +27,7 @@ class Request:
             request = urllib.request.Request(f"{self._endpoint}/api/models?limit=1", method="HEAD")
             urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS).close()
         except urllib.error.HTTPError:
-            self._problem = None  # it answers, be it with an error
+            self._problem = None  # an answer, even if it is an error
         except (OSError, ValueError) as error:
             self._problem = str(getattr(error, "reason", error))
         else:

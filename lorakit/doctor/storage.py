@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lorakit.data.rows import cache_dir
-from lorakit.doctor.finding import Finding, gibibytes
+from lorakit.doctor.finding import Finding
+from lorakit.errors import memory_size
 
 _AREA = "storage"
 _LEAST_FREE_BYTES = 5 << 30
@@ -65,7 +66,7 @@ def _directory(name: str, path: Path, variable: str | None) -> Finding:
     except OSError as error:
         return Finding(_AREA, name, None, f"{path}: {error}", "warning")
     value = {"path": str(path), "free_bytes": free, "writable": _is_writable(path)}
-    text = f"{path}, {gibibytes(free)} free"
+    text = f"{path}, {memory_size(free)} free"
     change = f"export {variable}=DIRECTORY" if variable else "cd to another directory"
     if not value["writable"]:
         return Finding(_AREA, name, value, f"{text}, not writable", "warning", change)
@@ -78,7 +79,7 @@ def _directory(name: str, path: Path, variable: str | None) -> Finding:
 def _cache(name: str, path: Path, variable: str) -> Finding:
     size, whole = _size(path)
     value = {"path": str(path), "size_bytes": size, "writable": _is_writable(path)}
-    text = f"{path}, {'' if whole else 'at least '}{size / 2**20:,.1f} MiB"
+    text = f"{path}, {'' if whole else 'at least '}{memory_size(size)}"
     if not value["writable"]:
         hint = f"export {variable}=DIRECTORY"
         return Finding(_AREA, name, value, f"{text}, not writable", "warning", hint)
@@ -104,7 +105,7 @@ def _shared_memory(gpus: int) -> Iterator[Finding]:
     if not folder.is_dir():
         return
     total = shutil.disk_usage(folder).total
-    text = gibibytes(total)
+    text = memory_size(total)
     if gpus > 1 and total < _LEAST_SHARED_BYTES:
         text += ": NCCL may need more for several GPUs"
         hint = "docker run --shm-size=8g, or mount a larger /dev/shm"

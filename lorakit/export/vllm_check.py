@@ -102,9 +102,7 @@ def check_vllm(
         rules += _trained_rules(files, updates, commands)
         rules += _rank_rules(updates, max_lora_rank, commands)
         rules.append(_modules_rule(files, updates, base, commands))
-        largest = max(matrix.r for matrix in updates.matrices.values())
-        # 320 is not accepted by every version.
-        fitting = next((r for r in VLLM_RANKS if r >= largest and r != 320), None)
+        fitting = _fitting_rank(max(matrix.r for matrix in updates.matrices.values()))
     ok = all(rule.status != "failed" for rule in rules)
     serve = _serve_command(files, named, max_lora_rank or fitting) if ok else None
     return VllmReport(files.directory, ok, tuple(rules), serve)
@@ -172,10 +170,16 @@ def _rank_rules(
     yield _rule("one_rank", ranks != [configured], found, commands.convert)
     yield _rule("one_scaling", len(scalings) > 1, f"scaling {_range(scalings)}", commands.convert)
     limit = max_lora_rank or VLLM_RANKS[-1]
-    fitting = next((r for r in VLLM_RANKS if r >= ranks[-1] and r != 320), None)
+    fitting = _fitting_rank(ranks[-1])
     run = f"start vLLM with --max-lora-rank {fitting}" if fitting else commands.merge
     found = f"r {ranks[-1]}, max_lora_rank {limit}"
     yield _rule("max_lora_rank", ranks[-1] > limit, found, run)
+
+
+def _fitting_rank(r: int) -> int | None:
+    """The smallest ``--max-lora-rank`` for rank ``r`` that every version of vLLM accepts, None if
+    there is none."""
+    return next((rank for rank in VLLM_RANKS if rank >= r and rank != 320), None)
 
 
 def _modules_rule(

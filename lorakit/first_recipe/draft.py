@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,19 +13,18 @@ from lorakit.first_recipe.choose import Choice, Given, choose_task
 from lorakit.first_recipe.columns import class_names
 from lorakit.first_recipe.data import Data, measure, read_data
 from lorakit.first_recipe.model import read_base_model
-from lorakit.first_recipe.plan import Facts, recipe_text
+from lorakit.first_recipe.sections import Facts, recipe_text
 from lorakit.first_recipe.settings import find_hardware, read_hardware, too_large
-from lorakit.io.atomic import write_text, writing
+from lorakit.io.atomic import check_new, write_text, writing
 from lorakit.pipeline.local_paths import path_faults
+from lorakit.pipeline.task_data import Say
 from lorakit.recipe.diagnostics import OVERRIDE
-from lorakit.recipe.load import load_recipe
+from lorakit.recipe.load import load_recipe_text
 from lorakit.recipe.overrides import Overrides, apply_overrides
 from lorakit.recipe.sections import Recipe
 from lorakit.recipe.yaml_source import YamlFile
 from lorakit.tasks.base import Task
 from lorakit.tasks.labelling import label_order
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -166,15 +164,12 @@ class RecipeDraft:
         return replace(facts, lengths=lengths, new_head=new_head)
 
     def _checked(self, text: str, output: Path) -> Recipe:
-        """The recipe, loaded as from a file. Raises RecipeError, which names ``--set`` for what it
+        """The recipe, loaded and checked. Raises RecipeError, which names ``--set`` for what it
         set."""
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder, "recipe.yaml")
-            write_text(file, text)
-            try:
-                return load_recipe(file, check=path_faults)
-            except RecipeError as error:
-                raise RecipeError([*self._located(error.problems, output)]) from None
+        try:
+            return load_recipe_text(text, check=path_faults)
+        except RecipeError as error:
+            raise RecipeError([*self._located(error.problems, output)]) from None
 
     def _located(self, problems: Iterable[Problem], output: Path) -> Iterable[Problem]:
         given = {f"{name}.{key}" for name, keys in self._given.items() for key in keys}
@@ -203,18 +198,6 @@ def init_recipe(
     if data is not None:
         draft.look_at(data, validation)
     return draft.write(output, task=task, method=method, hardware=hardware, overwrite=overwrite)
-
-
-def check_new(output: Path, overwrite: bool) -> None:
-    """Raise UserError if ``output`` exists, unless it is a file and ``overwrite`` is set."""
-    if output.is_dir():
-        raise UserError(f"--output {output}: is a directory; allowed: a file")
-    if output.exists() and not overwrite:
-        raise UserError(
-            f"--output {output}: the file exists; allowed: --overwrite, or another file"
-        )
-    if not output.absolute().parent.is_dir():
-        raise UserError(f"--output {output}: directory {output.parent} does not exist")
 
 
 def check_method_name(name: str) -> str:

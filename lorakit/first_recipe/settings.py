@@ -52,14 +52,10 @@ def read_hardware(text: str) -> Hardware:
 
 def find_hardware() -> Hardware:
     """The GPU of this machine, else its CPU."""
-    from lorakit.models.load import default_device
+    from lorakit.models.load import default_device, device_memory_bytes
 
     device = default_device()
-    if device.type == "cuda":
-        import torch
-
-        return Hardware("gpu", torch.cuda.get_device_properties(device).total_memory)
-    return Hardware("cpu" if device.type == "cpu" else "gpu")
+    return Hardware("cpu") if device.type == "cpu" else Hardware("gpu", device_memory_bytes(device))
 
 
 @dataclass(frozen=True)

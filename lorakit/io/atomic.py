@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from lorakit.errors import WriteFailed
+from lorakit.errors import UserError, WriteFailed
 
 #: ``new`` is not yet renamed to NAME; ``old`` was moved aside; ``removed`` is being deleted.
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<state>new|old|removed)")
@@ -107,6 +107,18 @@ def creation_problem(folder: Path) -> str | None:
     if not os.access(found, os.W_OK | os.X_OK):
         return f"no write permission in {found}"
     return None
+
+
+def check_new(output: Path, overwrite: bool) -> None:
+    """Raise UserError if ``output`` exists, unless it is a file and ``overwrite`` is set."""
+    if output.is_dir():
+        raise UserError(f"--output {output}: is a directory; allowed: a file")
+    if output.exists() and not overwrite:
+        raise UserError(
+            f"--output {output}: already exists; hint: choose another, or pass --overwrite"
+        )
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"--output {output}: directory {output.parent} does not exist")
 
 
 def write_text(target: Path, text: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +13,8 @@ from lorakit.migration.axolotl import draft_axolotl
 from lorakit.migration.draft import Draft
 from lorakit.migration.llama_factory import draft_llama_factory
 from lorakit.recipe.export import sections_text
-from lorakit.recipe.load import load_recipe
-from lorakit.recipe.peers.files import tool_of
+from lorakit.recipe.load import load_recipe_text
+from lorakit.recipe.peers.recognize import tool_of
 from lorakit.recipe.sections import Recipe
 from lorakit.recipe.yaml_source import KeyPath, YamlFile, read_yaml
 
@@ -112,17 +111,14 @@ def _comments(file: str, tool: str, draft: Draft) -> str:
 def _check(text: str, file: str) -> None:
     """Raise RecipeError with the problems of the recipe that ``text`` is, except for float16, which
     is only wrong where there is no GPU."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "recipe.yaml")
-        path.write_text(text, encoding="utf-8")
-        try:
-            load_recipe(path)
-        except RecipeError as error:
-            place = f"{file}, converted"
-            problems = [
-                replace(problem, line=None, file=place)
-                for problem in error.problems
-                if (problem.key, problem.value) != ("model.dtype", "float16")
-            ]
-            if problems:
-                raise RecipeError(problems) from None
+    try:
+        load_recipe_text(text)
+    except RecipeError as error:
+        place = f"{file}, converted"
+        problems = [
+            replace(problem, line=None, file=place)
+            for problem in error.problems
+            if (problem.key, problem.value) != ("model.dtype", "float16")
+        ]
+        if problems:
+            raise RecipeError(problems) from None

@@ -45,7 +45,7 @@ def other_content(path: Path) -> str | None:
 
 def is_missing_path(name: str) -> bool:
     """Whether ``name`` can only be a path, because no Hub id looks like it, and does not exist.
-    ``models/`` is a page of the Hub, so that nobody's models have names that start with it."""
+    ``models/`` is a page of the Hub, so no repository's name starts with it."""
     path = Path(name)
     local = path.is_absolute() or name.startswith((".", "~", "models/"))
     return (local or name.count("/") > 1 or "\\" in name) and not path.exists()

@@ -23,6 +23,7 @@ from transformers import (
 
 from lorakit.data.examples import Problem
 from lorakit.errors import ModelError, UserError
+from lorakit.host.resources import host_memory
 from lorakit.models.dequantized import dequantization_notes, from_pretrained
 from lorakit.models.heads import (
     classifies_texts_only,
@@ -246,6 +247,16 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
+def device_memory_bytes(device: torch.device) -> int:
+    """All memory of ``device``: of an Apple GPU what it can use of the host's, of the CPU what this
+    process may use."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return host_memory().total_bytes
+
+
 def window(model: PreTrainedModel) -> int | None:
     """The model's context window in tokens; None if its configuration has no limit."""
     found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -302,13 +313,13 @@ def load_empty(section: ModelSection, kind: Kind) -> PreTrainedModel:
 
 
 def empty_model(
-    config: PreTrainedConfig, task_type: TaskType, trust_remote_code: bool
+    config: PreTrainedConfig, task_type: TaskType, trust_remote_code: bool, **options: Any
 ) -> PreTrainedModel:
-    """The model on the ``meta`` device, which has shapes and no values. Raises ModelError if
-    transformers has no such class."""
+    """The model on the ``meta`` device, which has shapes and no values, with further ``options`` of
+    transformers. Raises ModelError if transformers has no such class."""
     with explained(str(config.name_or_path)), torch.device("meta"), quiet():
         model: PreTrainedModel = loader(task_type).from_config(
-            config, trust_remote_code=trust_remote_code
+            config, trust_remote_code=trust_remote_code, **options
         )
     return model
 

@@ -20,11 +20,11 @@ from lorakit.distributed.group import init_process_group, is_main
 from lorakit.errors import AdapterError, ModelError, UserError
 from lorakit.evaluation.evaluate import evaluate_model
 from lorakit.evaluation.progress import OnPhase
+from lorakit.host.openmp import yield_cores
 from lorakit.models.heads import declares_head, find_labels, head_labels
 from lorakit.models.hub import load_config, load_tokenizer
 from lorakit.models.kinds import Kind
 from lorakit.models.load import Pretrained, default_device, fit_max_length, load_pretrained
-from lorakit.openmp import yield_cores
 from lorakit.pipeline.encoding import encode_eval_data
 from lorakit.pipeline.predictions import SplitEvaluation
 from lorakit.pipeline.task_data import Say, load_task_data

@@ -22,11 +22,11 @@ from lorakit.data.notes import encoding_notes
 from lorakit.errors import AdapterError, ModelError, UserError
 from lorakit.evaluation.classify import check_finite, class_logits, softmax
 from lorakit.evaluation.progress import OnProgress, ProgressMonitor
+from lorakit.host.openmp import yield_cores
 from lorakit.models.heads import head_labels
 from lorakit.models.hub import load_config
 from lorakit.models.kinds import check_kind
 from lorakit.models.load import default_device, position_limit, window
-from lorakit.openmp import yield_cores
 from lorakit.pipeline.encoding import id_limit
 from lorakit.pipeline.predict_entities import EntityFinder
 from lorakit.pipeline.prediction_input import (

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
 
 from lorakit.adapters.merge.output import parse_size
 from lorakit.errors import UserError, did_you_mean, shown
-from lorakit.models.load import default_device
+from lorakit.models.load import default_device, device_memory_bytes
 
 _GIB = 2**30
 #: The rest is the driver's, and what is lost between blocks.
@@ -74,15 +73,12 @@ def planned_device(gpu: str | None = None, memory: str | int | None = None) -> P
 
 def _own() -> PlannedDevice:
     device = default_device()
+    memory_bytes = device_memory_bytes(device)
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        return PlannedDevice(
-            device, properties.total_memory, properties.name, _known(properties.name)
-        )
-    if device.type == "mps":
-        return PlannedDevice(device, torch.mps.recommended_max_memory(), "the Apple GPU")
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return PlannedDevice(device, total, "the CPU")
+        name = torch.cuda.get_device_name(device)
+        return PlannedDevice(device, memory_bytes, name, _known(name))
+    kind = "the Apple GPU" if device.type == "mps" else "the CPU"
+    return PlannedDevice(device, memory_bytes, kind)
 
 
 def _known(name: str) -> Gpu | None:

@@ -16,18 +16,15 @@ from lorakit.planning.tracker import Flops, Temporary
 
 
 def _dense_bytes(weight: Sequence[Tensor], size: int) -> int:
-    """A weight in nf4 is dequantized within the operator, and its absmax before it."""
+    """The bytes of a weight in nf4 that is dequantized within the operator, with ``size`` bytes a
+    value, and of its absmax in float32, one for each 64 values; 0 for a dense weight."""
     if len(weight) == 1:
         return 0
     values = 2 * weight[0].numel()
     return values * size + 4 * values // 64
 
 
-def _nf4_linear(x: Tensor, weight: list[Tensor], *_: Any) -> int:
-    return _dense_bytes(weight, x.element_size())
-
-
-def _lora_linear(x: Tensor, weight: list[Tensor], *_: Any) -> int:
+def _linear(x: Tensor, weight: list[Tensor], *_: Any) -> int:
     return _dense_bytes(weight, x.element_size())
 
 
@@ -37,8 +34,8 @@ def _lora_linear_backward(dys: list[Tensor], h: Tensor, weight: list[Tensor], *_
 
 TEMPORARIES: dict[str, Temporary] = {
     "lorakit.planned_attention_backward": attention_temporary,
-    "lorakit.nf4_linear": _nf4_linear,
-    "lorakit.lora_linear": _lora_linear,
+    "lorakit.nf4_linear": _linear,
+    "lorakit.lora_linear": _linear,
     "lorakit.lora_linear_backward": _lora_linear_backward,
 }
 

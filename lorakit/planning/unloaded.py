@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from lorakit import registry
 from lorakit.data.examples import Problem
@@ -16,9 +15,9 @@ from lorakit.data.paths import data_files
 from lorakit.errors import DataError, ModelError
 from lorakit.methods.lora_layer import LoraLayer
 from lorakit.models.heads import label_options
-from lorakit.models.hub import explained, hub_options, load_config, load_tokenizer, quiet
-from lorakit.models.kinds import Kind, check_kind, loader, task_type_of
-from lorakit.models.load import Pretrained
+from lorakit.models.hub import hub_options, load_config, load_tokenizer
+from lorakit.models.kinds import Kind, check_kind, task_type_of
+from lorakit.models.load import Pretrained, empty_model
 from lorakit.models.vocabulary import extend_vocabulary
 from lorakit.pipeline.task_data import Say, load_training_data
 from lorakit.planning.assumed import Padding, assumed_inputs
@@ -103,10 +102,7 @@ def unloaded_model(
     options: dict[str, Any] = {"dtype": getattr(torch, section.dtype)}
     if section.attn_implementation == "eager":
         options["attn_implementation"] = "eager"
-    with explained(section.name_or_path), META, quiet():
-        model: PreTrainedModel = loader(task_type_of(kind, problem)).from_config(
-            config, trust_remote_code=section.trust_remote_code, **options
-        )
+    model = empty_model(config, task_type_of(kind, problem), section.trust_remote_code, **options)
     if not needs_tokenizer:
         placeholder: Any = Padding()
         return Pretrained(model, placeholder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +25,7 @@ from lorakit.recipe.diagnostics import (
     with_value,
 )
 from lorakit.recipe.overrides import Overrides, apply_overrides, drop_replaced
-from lorakit.recipe.peers.files import tool_of
+from lorakit.recipe.peers.recognize import tool_of
 from lorakit.recipe.sections import (
     AdapterSection,
     ModelSection,
@@ -77,6 +78,15 @@ def load_recipe(
     out. ``check`` finds further faults. Raises RecipeError with all problems at once.
     """
     return _load(path, overrides, without, say, check)[0]
+
+
+def load_recipe_text(text: str, check: Check = lambda *sections: ()) -> Recipe:
+    """Load and check a recipe that is not in a file yet. Raises RecipeError like ``load_recipe``,
+    whose problems name a temporary file."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "recipe.yaml")
+        file.write_text(text, encoding="utf-8", newline="\n")
+        return load_recipe(file, check=check)
 
 
 @contextmanager

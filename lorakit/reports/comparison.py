@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
-from lorakit.columns import aligned
-from lorakit.errors import decimal
+from lorakit.errors import decimal, duration, memory_size
 from lorakit.reports.metrics_log import as_number
 from lorakit.reports.runs import Run, read_runs
+from lorakit.terminal.columns import aligned
 
 #: Up to so many runs stand side by side as columns of the terminal's table; more have a row each.
 _MOST_COLUMNS = 4
@@ -101,9 +101,9 @@ def _section(key: str) -> str:
 
 
 def _facts(run: Run) -> Iterator[tuple[str, Any]]:
-    yield from _flat("recipe", run.recipe)
+    yield from flat("recipe", run.recipe)
     for key in ("init_from", "versions", "git_commit", "hardware"):
-        yield from _flat(key, run.record.get(key))
+        yield from flat(key, run.record.get(key))
     splits = run.record.get("data")
     for split, about in (splits if isinstance(splits, dict) else {}).items():
         if isinstance(about, dict):
@@ -112,10 +112,11 @@ def _facts(run: Run) -> Iterator[tuple[str, Any]]:
             yield f"data.{split}.fingerprint", str(about.get("fingerprint"))[:12]
 
 
-def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+def flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """``KEY.NAME`` and the value for each entry of a mapping and of those in it."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
-            yield from _flat(f"{key}.{name}", inner)
+            yield from flat(f"{key}.{name}", inner)
     else:
         yield key, value
 
@@ -141,14 +142,6 @@ def _count(value: Any) -> str:
     return f"{value:,.0f}"
 
 
-def duration(seconds: float) -> str:
-    """``H:MM:SS``, or seconds for less than a minute."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}"
-
-
 #: The results in a table, in order: title, key, and how the value is written.
 _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("status", "status", str),
@@ -159,7 +152,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("trained tokens", "trained_tokens", _count),
     ("time", "seconds", duration),
     ("tokens/s", "tokens_per_second", _count),
-    ("peak memory", "peak_memory_bytes", lambda value: f"{value / 2**30:.2f} GiB"),
+    ("peak memory", "peak_memory_bytes", memory_size),
     ("training loss", "training_loss", decimal),
 )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import UserError
-from lorakit.recipe.yaml_source import read_yaml
+from lorakit.recipe.yaml_source import MAX_BYTES, read_yaml
 from lorakit.reports.metrics_log import MetricsLog, as_number, read_metrics
 from lorakit.training.run_json import read_json
 
@@ -19,7 +19,6 @@ _SWEEP_FILES = ("sweep.json", "sweep.yaml")
 _MEMBERS = "members"
 #: All files that are read of a directory.
 FILES = (*_RUN_FILES, "predictions.json", *_SWEEP_FILES)
-_MOST_BYTES = 256 * 1024
 #: No file of a run is nested as deep.
 _MOST_DEPTH = 20
 
@@ -144,7 +143,7 @@ def _read(name: str, directory: Path, sweep: dict[str, Any]) -> Run:
         file = directory / "recipe.yaml"
         if file.is_file():
             with file.open(encoding="utf-8", errors="replace") as lines:
-                text = lines.read(_MOST_BYTES)
+                text = lines.read(MAX_BYTES)
             recipe = read_yaml(file).data
         else:
             notes.append("recipe.yaml: no such file")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from lorakit.reports.comparison import Comparison, result_columns, value_text
+from lorakit.reports.comparison import Comparison, flat, result_columns, value_text
 from lorakit.reports.html import Html, element, joined, table
 from lorakit.reports.runs import Run
 
@@ -58,18 +57,15 @@ def _details(title: str, *contents: str) -> Html:
 
 
 def _fact_table(run: Run) -> Html:
-    found = [(key, value) for key, value in _flat(run.record) if value is not None]
-    rows = [[key, value_text(value)] for key, value in found[:_MOST_FACTS]]
+    found = [
+        [key, value_text(value)]
+        for name, inner in run.record.items()
+        if name not in _NOT_FACTS
+        for key, value in flat(name, inner)
+        if value is not None
+    ]
+    rows = found[:_MOST_FACTS]
     return table(["fact", "value"], rows, label=f"{run.name}: run.json", numbers=False)
-
-
-def _flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in record.items():
-        if isinstance(value, dict):
-            if prefix or key not in _NOT_FACTS:
-                yield from _flat(value, f"{prefix}{key}.")
-        elif prefix or key not in _NOT_FACTS:
-            yield f"{prefix}{key}", value
 
 
 def recipes(runs: Sequence[Run]) -> Html:

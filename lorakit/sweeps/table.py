@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import io
 
-from lorakit.columns import aligned
 from lorakit.errors import decimal, listed, printable
 from lorakit.io.atomic import write_text, writing
 from lorakit.sweeps.members import SEED, as_text
 from lorakit.sweeps.names import short_keys, value_text
 from lorakit.sweeps.results import Group, SweepResult
+from lorakit.terminal.columns import aligned
 
 _NONE = "-"
 _BEST = "*"

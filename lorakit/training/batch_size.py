@@ -22,7 +22,7 @@ from lorakit.data.plan import Bin, Packing
 from lorakit.distributed.group import rank_and_world_size
 from lorakit.distributed.processes import gather
 from lorakit.distributed.strategy import Strategy
-from lorakit.errors import UserError
+from lorakit.errors import UserError, memory_size
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.sections import Recipe
 from lorakit.training.batching import bucketed, build_collate, split_step
@@ -135,7 +135,7 @@ def fit_batch_size(
         f"train.per_device_batch_size = {found.per_device_batch_size}: the largest that fits (of "
         f"{', '.join(map(str, sorted(found.tried)))} tried), "
         f"{recipe.train.gradient_accumulation_steps} batches per step; peak memory "
-        f"{found.peak_memory_bytes / 2**30:.1f} GiB"
+        f"{memory_size(found.peak_memory_bytes)}"
     )
     return replace(prepared, recipe=recipe), objective
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.data.collate import Batch
+from lorakit.models.load import device_memory_bytes
 from lorakit.recipe.sections import Recipe
 from lorakit.training.setup import Prepared
 
@@ -20,7 +21,7 @@ def out_of_memory(prepared: Prepared, step: int, micro_batches: Sequence[Batch])
     device = model.device
     text = f"step {step}: out of memory on {device} with a batch of {rows} x {length:,} tokens"
     if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
+        total = device_memory_bytes(device)
         text += (
             f": at most {_gib(torch.cuda.max_memory_allocated(device))} of {_gib(total)} GiB were "
             f"allocated, {_gib(_weight_bytes(model))} of them for the weights and "

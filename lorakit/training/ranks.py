@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lorakit.columns import aligned
+from lorakit.terminal.columns import aligned
 
 
 def rank_list(ranks: Mapping[str, int]) -> list[dict[str, Any]]:

@@ -20,8 +20,10 @@ import torch
 
 from lorakit.distributed.launcher import launch_id
 from lorakit.errors import BadRow, Interrupted, WriteFailed
+from lorakit.host.resources import allowed_cores
 from lorakit.injection import InjectionReport
 from lorakit.io.atomic import write_text, writing
+from lorakit.models.load import device_memory_bytes
 from lorakit.training.checkpoint import Progress
 from lorakit.training.guard import OutputTaken
 from lorakit.training.ranks import of_stack, rank_list
@@ -185,12 +187,12 @@ def describe_hardware(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "device": device.type,
         "cpu": _cpu_name(),
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "cpu_cores": allowed_cores(),
         "system": f"{platform.system()} {platform.machine()}",
     }
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
-        facts["gpu_memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
+        facts["gpu_memory_bytes"] = device_memory_bytes(device)
     return facts
 
 

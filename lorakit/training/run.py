@@ -13,7 +13,7 @@ from lorakit.distributed.group import init_process_group, is_main
 from lorakit.distributed.launcher import warn_of_launch
 from lorakit.distributed.processes import first_on_each_host, run_on_main
 from lorakit.distributed.strategy import Strategy
-from lorakit.openmp import yield_cores
+from lorakit.host.openmp import yield_cores
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.check import check_recipe
 from lorakit.recipe.sections import Recipe

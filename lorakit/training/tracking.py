@@ -16,9 +16,9 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 
-from lorakit.errors import UserError, decimal, printable
+from lorakit.errors import UserError, decimal, memory_size, printable
 from lorakit.io.atomic import write_text, writing
-from lorakit.progress_bar import ProgressBar
+from lorakit.terminal.progress_bar import ProgressBar
 
 #: The project's name in trackers, and the subdirectory that TensorBoard writes to.
 PROJECT = "lorakit"
@@ -118,7 +118,7 @@ class Display:
         if self._bar is None or self._console.width >= _WIDE:
             self._numbers += (
                 f"  lr {line['learning_rate']:.2e}  {line['tokens_per_second']:,.0f} tok/s  "
-                f"{line['peak_memory_bytes'] / 2**30:.1f} GiB"
+                f"{memory_size(line['peak_memory_bytes'])}"
             )
         step = line["step"]
         if self._bar is not None:

@@ -41,7 +41,7 @@ def test_output(theirs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["validate", "recipe.yaml"]) == 0
     before = Path("recipe.yaml").read_bytes()
     assert cli.run(["convert-recipe", "theirs.yml", "--output", "recipe.yaml"]) == 2
-    assert "--output recipe.yaml: exists already; hint: --overwrite" in capsys.readouterr().err
+    assert "--output recipe.yaml: already exists; hint: choose another" in capsys.readouterr().err
     assert Path("recipe.yaml").read_bytes() == before
     assert cli.run(["convert-recipe", "theirs.yml", "--output", "recipe.yaml", "--overwrite"]) == 0
 

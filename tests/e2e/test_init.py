@@ -205,7 +205,7 @@ def test_set_changes_keys_and_names_columns(model: Callable[[str], str]) -> None
         (["--set", "train"], "'train' has no '='"),
         (["--output", "."], "--output .: is a directory"),
         (["--output", "no/recipe.yaml"], "directory no does not exist"),
-        (["--output", "rows.csv"], "--output rows.csv: the file exists; allowed: --overwrite"),
+        (["--output", "rows.csv"], "--output rows.csv: already exists; hint: choose another"),
         (["--validation", "none.csv"], "none.csv: no such file or directory"),
     ],
 )  # fmt: skip

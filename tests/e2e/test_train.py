@@ -276,7 +276,7 @@ def test_dry_run_writes_nothing(
     assert words["steps"] == "8 (4 per epoch)"
     assert words["evaluation"] == words["checkpoints"] == "every 4 steps and at the end"
     assert 5 < float(words["first loss"]) < 6
-    assert re.fullmatch(r"\d\.\d GiB \(\w+\)", words["peak memory"])
+    assert re.fullmatch(r"[\d,.]+ [GM]iB \(\w+\)", words["peak memory"])
 
 
 @pytest.mark.parametrize("options", [["--dry-run"], []])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -33,10 +34,10 @@ def test_results_and_only_what_differs(tmp_path: Path) -> None:
         {"key": "versions.torch", "values": ["2.9", "2.8"]},
     ]
     text = comparison_text(lorakit.compare(one, other))
-    rows = {line.split("  ")[0]: line.split()[-2:] for line in text.splitlines() if line}
+    rows = {line.split("  ")[0]: re.split(r" {2,}", line)[-2:] for line in text.splitlines()}
     assert rows["accuracy"] == ["0.7500", "0.7500"]
     assert rows["adapter.method"] == ["lora", "dora"]
-    assert rows["time"] == ["0:01:15", "0:01:15"]
+    assert rows["time"] == ["1 min 15 s", "1 min 15 s"]
     assert "completed, diverged" in text
 
 

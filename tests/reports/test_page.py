@@ -118,7 +118,7 @@ def test_sections_show_what_the_run_has(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", predictions=PREDICTIONS)
     page = page_of(run)
     text = "\n".join(page.texts)
-    for expected in ("completed", "0.7500", "0:01:15", "1.00 GiB", "a text", "glue/rte", "2.9"):
+    for expected in ("completed", "0.7500", "1 min 15 s", "1.0 GiB", "a text", "glue/rte", "2.9"):
         assert expected in text
     charts = {chart["title"]: chart for chart in page.data["charts"]}
     assert list(charts) == [

@@ -35,7 +35,7 @@ from lorakit.adapters.merge.updates import ResolvedBase, Weighted, read_weighted
 from lorakit.adapters.merge.workers import OnProgress
 from lorakit.adapters.peft.method import Say, run_method_file
 from lorakit.adapters.peft.read import AdapterFiles, to_stderr
-from lorakit.errors import AdapterError
+from lorakit.errors import AdapterError, file_size
 from lorakit.io.atomic import atomic_directory
 from lorakit.user_code import is_code
 
@@ -272,9 +272,6 @@ def _check_disk(out: Path, size_bytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < size_bytes:
         raise AdapterError(
-            f"OUT = {out}: not enough disk space: {_size(size_bytes)} needed, {_size(free)} free"
+            f"OUT = {out}: not enough disk space: {file_size(size_bytes)} needed, "
+            f"{file_size(free)} free"
         )
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import Tensor
 
+from lorakit.host.resources import allowed_cores
+
 #: Below this size, a second thread costs more than it saves.
 SMALL_BYTES = 2**23
 _MOST_WORKERS = 16
@@ -39,11 +41,7 @@ class Buffers:
 
 
 def _workers() -> int:
-    try:
-        count = len(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        count = os.cpu_count() or 1
-    return max(1, min(count, _MOST_WORKERS))
+    return max(1, min(allowed_cores(), _MOST_WORKERS))
 
 
 @contextmanager

@@ -42,6 +42,12 @@ def adapter_directory(given: str | Path) -> Path:
     return _downloaded(str(given), found["repo"], found["revision"], found["subfolder"] or "")
 
 
+def is_read_as_adapter(directory: Path) -> bool:
+    """Whether a directory that may be a model or an adapter is read as an adapter: it is not only a
+    model, so that the message about one that is neither names what an adapter has."""
+    return (directory / CONFIG).is_file() or not (directory / "config.json").is_file()
+
+
 def is_hub_adapter(given: str | Path, *, in_part: bool = False) -> bool:
     """Whether ``given`` has the form of an adapter on the Hub; with ``in_part``, one with a
     revision or a subfolder."""

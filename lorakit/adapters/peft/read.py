@@ -148,9 +148,7 @@ def read_adapter(
     weights, and for settings that lorakit does not support.
     """
     directory = adapter_directory(directory)
-    config = _read_json(directory / CONFIG)
-    if config is None:
-        raise AdapterError(f"{directory}: not an adapter: {CONFIG} is missing")
+    config = read_adapter_config(directory)
     where = str(directory / CONFIG)
     sidecar = _read_json(directory / SIDECAR)
     check_types(sidecar or {}, SIDECAR_TYPES, str(directory / SIDECAR))
@@ -184,6 +182,15 @@ def read_adapter(
             raise AdapterError(f"{directory}: {error}") from error
     raw = any(own != name for own, name in names.items())
     return AdapterFiles(directory, config, tensors, sidecar, method, shared, raw)
+
+
+def read_adapter_config(directory: Path) -> dict[str, Any]:
+    """Read ``adapter_config.json`` as it is. Raises AdapterError if it is missing or not a JSON
+    object."""
+    config = _read_json(directory / CONFIG)
+    if config is None:
+        raise AdapterError(f"{directory}: not an adapter: {CONFIG} is missing")
+    return config
 
 
 def read_sidecar(directory: str | Path) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from lorakit.adapters.merge.workers import OnProgress
 from lorakit.adapters.peft.method import merge_command
 from lorakit.adapters.peft.read import AdapterFiles
 from lorakit.errors import AdapterError, listed
-from lorakit.export.gguf.encode import OutputTensor, file_type, write_file
+from lorakit.export.gguf.encode import OutputTensor, Written, file_type, write_file
 from lorakit.export.gguf.families import Family, family_of, stored_rows
 from lorakit.export.gguf.model import tensor_names, text_config
+from lorakit.export.gguf.settings import head_size
 
 #: Blocks of q8_0 do not fit into rows as short as the rank.
 DTYPES = ("f32", "f16", "bf16")
@@ -30,8 +31,8 @@ DTYPES = ("f32", "f16", "bf16")
 
 def write_adapter(
     files: AdapterFiles, base: str | None, out: Path, dtype: str | None, on_progress: OnProgress
-) -> tuple[int, int, str, list[str]]:
-    """Write the adapter to ``out``; return its tensors, its size in bytes, its type and notes.
+) -> Written:
+    """Write the adapter to ``out``.
 
     Only the configuration of the ``base`` is read, by default of the one that the adapter names.
     Raises AdapterError for what llama.cpp cannot apply, such as trained biases and heads.
@@ -49,7 +50,7 @@ def write_adapter(
     dtype = dtype or "f32"
     alpha = float(number(mode(m.scaling * m.r for m in updates.matrices.values())))
     scaled = sum(_factor(matrix, alpha) != 1 for matrix in updates.matrices.values())
-    notes = [f"B is scaled in {scaled} of {len(updates.matrices)} matrices to fit one lora_alpha"]
+    note = f"B is scaled in {scaled} of {len(updates.matrices)} matrices to fit one lora_alpha"
     writer = GGUFWriter(path=None, arch=family.arch)
     writer.add_type("adapter")
     writer.add_string(Keys.Adapter.TYPE, "lora")
@@ -58,7 +59,7 @@ def write_adapter(
     writer.add_file_type(file_type(dtype))
     tensors = list(_tensors(updates, family, config, dtype, alpha, f"{files.directory}", hint))
     size = write_file(writer, out, tensors, on_progress)
-    return len(tensors), size, dtype, notes if scaled else []
+    return Written(len(tensors), dtype, size, (note,) if scaled else ())
 
 
 def _check_others(updates: Updates, files: AdapterFiles, hint: str) -> None:
@@ -105,12 +106,11 @@ def _check_shape(matrix: AdaptedMatrix, config: Mapping[str, Any], module: str, 
     key = heads.get(module.rpartition(".")[2])
     if key is None:
         return
-    count = int(config.get(key) or config["num_attention_heads"])
-    head_dim = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-    if matrix.B.shape[0] != count * head_dim:
+    rows = int(config.get(key) or config["num_attention_heads"]) * head_size(config)
+    if matrix.B.shape[0] != rows:
         raise AdapterError(
-            f"{where}: {module} has {matrix.B.shape[0]} rows, and the base {count * head_dim}: the "
-            "adapter belongs to another base model"
+            f"{where}: {module} has {matrix.B.shape[0]} rows, and the base {rows}: the adapter "
+            "belongs to another base model"
         )
 
 

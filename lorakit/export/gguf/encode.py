@@ -47,6 +47,16 @@ class OutputTensor:
         return int(count // per_block * block_bytes)
 
 
+@dataclass(frozen=True)
+class Written:
+    """A file that was written: how many ``tensors``, of which most have ``dtype``."""
+
+    tensors: int
+    dtype: str
+    size_bytes: int
+    notes: tuple[str, ...] = ()
+
+
 def require_gguf() -> None:
     """Raise UserError if the package that writes GGUF is not installed."""
     try:

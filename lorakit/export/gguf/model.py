@@ -14,7 +14,14 @@ from lorakit.adapters.merge.checkpoint import Checkpoint, read_config
 from lorakit.adapters.merge.quantized import open_checkpoint
 from lorakit.adapters.merge.workers import OnProgress
 from lorakit.errors import ModelError, listed
-from lorakit.export.gguf.encode import OF_TORCH, OutputTensor, file_type, tensor_dtype, write_file
+from lorakit.export.gguf.encode import (
+    OF_TORCH,
+    OutputTensor,
+    Written,
+    file_type,
+    tensor_dtype,
+    write_file,
+)
 from lorakit.export.gguf.families import Family, family_of, stored_values
 from lorakit.export.gguf.settings import add_settings, rope_factors
 from lorakit.export.gguf.vocabulary import add_tokenizer
@@ -38,10 +45,8 @@ def text_config(section: ModelSection) -> dict[str, Any]:
     return found
 
 
-def write_model(
-    directory: Path, out: Path, dtype: str | None, on_progress: OnProgress
-) -> tuple[int, int, str, list[str]]:
-    """Write the model to ``out``; return its tensors, its size in bytes, its type and notes.
+def write_model(directory: Path, out: Path, dtype: str | None, on_progress: OnProgress) -> Written:
+    """Write the model to ``out``.
 
     ``dtype`` None keeps the dtype that most of the weights have. Raises ModelError for a model,
     tokenizer or setting that llama.cpp does not support.
@@ -70,7 +75,7 @@ def write_model(
     halves = sum(t.dtype == "f16" for t in tensors) if dtype == "q8_0" else 0
     if halves:
         notes.append(f"{halves} matrices are float16: their rows are no multiple of 32")
-    return len(tensors), size, dtype, notes
+    return Written(len(tensors), dtype, size, tuple(notes))
 
 
 def tensor_names(family: Family, layers: int) -> Callable[[str], str | None]:

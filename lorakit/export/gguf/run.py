@@ -9,10 +9,13 @@ from pathlib import Path
 
 from lorakit.adapters.merge.checkpoint import local_directory
 from lorakit.adapters.merge.workers import OnProgress
-from lorakit.adapters.peft.locate import adapter_directory, is_hub_adapter
+from lorakit.adapters.peft.locate import (
+    adapter_directory,
+    is_hub_adapter,
+    is_read_as_adapter,
+)
 from lorakit.adapters.peft.method import Say
 from lorakit.adapters.peft.read import read_adapter, to_stderr
-from lorakit.adapters.peft.schema import CONFIG
 from lorakit.errors import AdapterError, ModelError, UserError
 from lorakit.export.gguf.adapter import DTYPES as ADAPTER_DTYPES
 from lorakit.export.gguf.adapter import write_adapter
@@ -62,17 +65,16 @@ def export_gguf(
     _check_out(out, overwrite)
     with writing(f"OUT = {out}"), atomic_file(out) as file:
         if is_adapter:
-            count, size, used, notes = write_adapter(
-                read_adapter(source, say), base, file, dtype, on_progress
-            )
+            files = read_adapter(source, say)
+            written = write_adapter(files, base, file, dtype, on_progress)
         else:
             with _of_the_model():
                 directory = local_directory(ModelSection(name_or_path=str(source)))
-                count, size, used, notes = write_model(directory, file, dtype, on_progress)
-    for note in notes:
+                written = write_model(directory, file, dtype, on_progress)
+    for note in written.notes:
         say(note)
     kind = "adapter" if is_adapter else "model"
-    return GgufReport(out, kind, count, used, size, tuple(notes))
+    return GgufReport(out, kind, written.tensors, written.dtype, written.size_bytes, written.notes)
 
 
 @contextmanager
@@ -88,7 +90,7 @@ def _is_adapter(source: str | Path) -> bool:
     """Whether ``source`` is an adapter. Of an id on the Hub, the adapter's files are downloaded."""
     directory = Path(source)
     if directory.is_dir():
-        return (directory / CONFIG).is_file() or not (directory / "config.json").is_file()
+        return is_read_as_adapter(directory)
     if not is_hub_adapter(source):
         return False
     with suppress(AdapterError):  # a repository without an adapter

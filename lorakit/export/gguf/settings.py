@@ -30,7 +30,7 @@ def add_settings(
     with every default. Raises ModelError for a setting that llama.cpp does not support."""
     _check_activation(family, config, name)
     heads = config["num_attention_heads"]
-    head_dim = _head_dim(config)
+    head_dim = head_size(config)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -61,7 +61,7 @@ def rope_factors(config: Mapping[str, Any]) -> Tensor | None:
     rope = _rope(config)
     if rope.get("rope_type") != "llama3":
         return None
-    head_dim = _head_dim(config)
+    head_dim = head_size(config)
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     wavelengths = 2 * math.pi * float(rope["rope_theta"]) ** exponents
     low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
@@ -70,7 +70,8 @@ def rope_factors(config: Mapping[str, Any]) -> Tensor | None:
     return (1 / ((1 - share) / float(rope["factor"]) + share)).float()
 
 
-def _head_dim(config: Mapping[str, Any]) -> int:
+def head_size(config: Mapping[str, Any]) -> int:
+    """The features of an attention head: ``head_dim``, or else hidden_size / heads."""
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 

@@ -9,12 +9,11 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lorakit.adapters.merge.checkpoint import INDEX, Checkpoint, read_config
 from lorakit.adapters.merge.tokenizer import TEMPLATES, TOKENIZER_FILES
-from lorakit.adapters.peft.locate import adapter_directory
-from lorakit.adapters.peft.read import read_sidecar
+from lorakit.adapters.peft.locate import adapter_directory, is_read_as_adapter
+from lorakit.adapters.peft.read import read_adapter_config, read_sidecar
 from lorakit.adapters.peft.schema import CARD, CONFIG, SIDECAR, WEIGHTS
 from lorakit.errors import AdapterError
 from lorakit.export.hub.check import is_local
@@ -53,7 +52,7 @@ def base_of(directory: str | Path) -> str | None:
     path = Path(directory)
     if not (path / CONFIG).is_file():
         return None
-    named = _settings(path).get("base_model_name_or_path")
+    named = read_adapter_config(path).get("base_model_name_or_path")
     return str(named) if named else None
 
 
@@ -64,7 +63,7 @@ def collect(directory: str | Path, repo: str, base: str | None) -> Upload:
     Raises AdapterError or ModelError if the directory is neither, or incomplete.
     """
     path = Path(directory)
-    is_adapter = not (path / "config.json").is_file() or (path / CONFIG).is_file()
+    is_adapter = is_read_as_adapter(path)
     if is_adapter:
         path = adapter_directory(path)
         names = _adapter_files(path)
@@ -73,7 +72,7 @@ def collect(directory: str | Path, repo: str, base: str | None) -> Upload:
         names = _model_files(path)
     files: dict[str, Path | bytes] = {name: path / name for name in names}
     if is_adapter and base is not None and base != base_of(path):
-        settings = _settings(path) | {"base_model_name_or_path": base, "revision": None}
+        settings = read_adapter_config(path) | {"base_model_name_or_path": base, "revision": None}
         files[CONFIG] = (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
     named = base if base is not None and not is_local(base) else None
     files[CARD] = _card(path / CARD, repo, named, is_adapter=is_adapter).encode()
@@ -104,16 +103,6 @@ def _model_files(path: Path) -> Iterator[str]:
 def _existing(path: Path, names: tuple[str, ...]) -> Iterator[str]:
     yield from (name for name in names if (path / name).is_file())
     yield from sorted(f"{TEMPLATES}/{file.name}" for file in (path / TEMPLATES).glob("*.jinja"))
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path / CONFIG}: invalid JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise AdapterError(f"{path / CONFIG}: expected a JSON object")
-    return settings
 
 
 def _card(file: Path, repo: str, base: str | None, *, is_adapter: bool) -> str:

@@ -7,15 +7,14 @@ activations of its rows.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from lorakit import registry
+from lorakit.host.resources import host_memory
 from lorakit.injection import inject, trainable_state
 from lorakit.models.load import load_empty
 from lorakit.recipe.sections import Recipe
@@ -96,8 +95,5 @@ def unloaded_model(recipe: Recipe) -> Any:
 def _available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = host_memory()
+    return memory.total_bytes if memory.available_bytes is None else memory.available_bytes

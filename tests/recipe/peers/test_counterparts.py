@@ -7,8 +7,8 @@ from pydantic import ValidationError
 
 from lorakit import registry
 from lorakit.recipe.peers.counterpart import Counterpart
-from lorakit.recipe.peers.files import tool_of
 from lorakit.recipe.peers.hints import TOOLS, hint
+from lorakit.recipe.peers.recognize import tool_of
 from lorakit.recipe.sections import ModelSection, Section, TrainSection
 
 ENTRIES = [(tool, name, found) for tool, keys in TOOLS.items() for name, found in keys.items()]

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 
-from lorakit.progress_bar import ProgressBar
+from lorakit.terminal.progress_bar import ProgressBar
 
 
 @pytest.mark.parametrize("width", [12, 40, 80])

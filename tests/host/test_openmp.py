@@ -11,7 +11,7 @@ import time
 import pytest
 import torch  # noqa: F401 (nothing is done before torch is loaded)
 
-from lorakit import openmp
+from lorakit.host import openmp
 
 TEAM = "lorakit-openmp-team"
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from lorakit.columns import aligned
+from lorakit.terminal.columns import aligned
 
 
 def test_aligned() -> None:
