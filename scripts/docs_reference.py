@@ -41,12 +41,13 @@ GROUPS = {
     "loralib": LORALIB,
 }
 RECIPE_INTRO = """
-Generated from the JSON schema that `lorakit schema` prints. The [recipe reference](recipe.md), the
-pages of the [methods](methods.md) and [data](data.md) explain the keys at length.
+The keys of all methods and tasks with their values and defaults, generated from the JSON schema
+that `lorakit schema` prints. The [recipe reference](recipe.md), the pages of the
+[methods](methods.md) and [data](data.md) explain them.
 """
 API_INTRO = """
-`import lorakit` loads no tensor library; each name is imported when it is first used. Every command
-of the command line is one of these calls. Errors derive from `lorakit.errors.LorakitError`;
+The calls behind the commands of the command line. `import lorakit` loads no tensor library; each
+name is imported when it is first used. Errors derive from `lorakit.errors.LorakitError`;
 `UserError` and its subclasses mean that the input is wrong, and nothing has been written.
 
 ```python

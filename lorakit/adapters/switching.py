@@ -71,7 +71,7 @@ def switch(model: nn.Module, name: str | None, merged: bool = False) -> None:
     """Activate the adapter ``name``, or none of them (None: the bare base).
 
     ``model`` is the result of ``lorakit.load(base, {name: directory, ...})``. With ``merged`` the
-    adapter is folded into the base weights, W_0 + delta rounded once from float32, and the forward
+    adapter is merged into the base weights, W_0 + delta rounded once from float32, and the forward
     pass costs as much as the base's (Hu et al. 2021, section 4.1). The next switch starts from W_0
     again, bit for bit: ``W - B_1 A_1 + B_2 A_2`` would accumulate rounding. Fully trained modules,
     trained parameters of the base and label names are switched with their adapter.

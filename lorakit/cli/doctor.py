@@ -18,7 +18,8 @@ def doctor(as_json: AsJson = False) -> None:
     """Report on the environment, and how to fix its problems.
 
     Shows versions, GPUs, kernels and compilers, cores and memory, disks and caches, and access to
-    the Hub, in a few seconds. The exit code is 1 if training cannot work; warnings alone are 0.
+    the Hub, in a few seconds. The exit code is 1 if training will not work, and 0 if there are only
+    warnings.
 
     Example: lorakit doctor --json
     """
@@ -50,4 +51,4 @@ def _print(found: Diagnosis) -> None:
     parts = [f"{count} {what}{'s' * (count != 1)}" for count, what in
              ((errors, "error"), (warnings, "warning")) if count]  # fmt: skip
     summary = ", ".join(parts) or "no problems"
-    echo(f"{summary}{': training cannot work' if errors else ''}")
+    echo(f"{summary}{': training will not work' if errors else ''}")

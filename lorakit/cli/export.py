@@ -41,7 +41,7 @@ _Base = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL",
-        help="Base model of the adapter [default: the one it names]; with hub, what to call it.",
+        help="Base model of the adapter [default: the one it names]; with hub, its name there.",
     ),
 ]
 _Repo = Annotated[
@@ -49,7 +49,7 @@ _Repo = Annotated[
 ]
 _Check = Annotated[
     str | None,
-    typer.Option("--check", metavar="vllm", help="Instead: check whether vLLM loads an adapter."),
+    typer.Option("--check", metavar="vllm", help="Check whether vLLM can load the adapter."),
 ]
 _MaxLoraRank = Annotated[
     int | None,
@@ -87,8 +87,8 @@ def export(
 
     hub: a repository on the Hugging Face Hub, with the files of an adapter or a model only.
 
-    --check vllm writes nothing: it checks an adapter against vLLM's rules, says for each that fails
-    what to run, and exits with 1 if one failed.
+    --check vllm writes nothing: it checks an adapter against vLLM's rules, says what to run for
+    each that fails, and exits with 1 if any failed.
 
     Example: lorakit export merged merged.gguf --to gguf --dtype q8_0
 

@@ -36,7 +36,7 @@ _DeviceMemory = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Plan for a GPU with so much memory, such as 24GiB [default: this machine's].",
+        help="Plan for a GPU with this much memory, such as 24GiB [default: this machine's].",
     ),
 ]
 _PARTS = {
@@ -111,7 +111,7 @@ def _advice(plan: RunPlan) -> list[str]:
     if plan.fits:
         return []
     if not plan.suggestions:
-        return ["No change of a key that was tried needs less memory."]
+        return ["None of the changes that were tried needs less memory."]
     lines = [
         f"  {memory_size(found.peak_bytes):>10}  {'fits    ' if found.fits else 'too much'}  "
         f"{_changes(found.set)}"

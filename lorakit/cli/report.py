@@ -23,7 +23,7 @@ _Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace FILE.html even if it is not a report.")
 ]
 _NoSamples = Annotated[
-    bool, typer.Option("--no-samples", help="Leave out predictions and the rows of data they name.")
+    bool, typer.Option("--no-samples", help="Leave out predictions, and with them rows of data.")
 ]
 _Serve = Annotated[
     bool, typer.Option("--serve", help="Serve the page on 127.0.0.1 and keep it up to date.")

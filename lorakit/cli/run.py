@@ -49,7 +49,7 @@ _Overwrite = Annotated[
     bool,
     typer.Option(
         "--overwrite",
-        help="Replace an earlier run in train.output_dir, and with --push-to-hub what is there.",
+        help="Replace an earlier run in train.output_dir; with --push-to-hub, the repository too.",
     ),
 ]
 _DryRun = Annotated[

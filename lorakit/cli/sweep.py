@@ -53,7 +53,7 @@ _Ray = Annotated[
     typer.Option(
         "--ray",
         metavar="ADDRESS",
-        help="Train the members on a cluster of Ray; local is this machine's GPUs.",
+        help="Train the members on a Ray cluster; local is this machine's GPUs.",
     ),
 ]
 _Metric = Annotated[

@@ -85,7 +85,7 @@ def _threads(threads: int, cores: float) -> Finding:
     text = str(threads)
     if "OMP_NUM_THREADS" in os.environ and 2 * threads <= cores:
         hint = "unset OMP_NUM_THREADS"
-        text += f" of {cores:g} cores, as OMP_NUM_THREADS says"
+        text += f" of {cores:g} cores, set by OMP_NUM_THREADS"
         return Finding(_AREA, "threads", threads, text, "warning", hint)
     return Finding(_AREA, "threads", threads, text)
 

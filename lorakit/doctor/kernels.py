@@ -17,7 +17,7 @@ from typing import Any
 from lorakit.doctor.finding import Finding
 
 _AREA = "kernels"
-_INSTALL = "apt-get install {}   # or the like of your system"
+_INSTALL = "apt-get install {}   # or your system's package manager"
 
 
 def kernel_findings(torch: Any) -> Iterator[Finding]:

@@ -191,8 +191,13 @@ def init_recipe(
     overwrite: bool = False,
     say: Say = lambda note: None,
 ) -> FirstRecipe:
-    """Write a first recipe for ``model`` and ``data``, and return it: see the methods of
-    ``RecipeDraft``."""
+    """Write a first recipe for ``model`` and ``data`` to ``output``, and return it.
+
+    The arguments are the options of ``lorakit init``; ``overrides`` are those of ``--set``, as for
+    ``load_recipe``. Without ``task``, the columns of the data decide. ``say`` receives notes.
+
+    Raises UserError if ``output`` exists, unless ``overwrite``, and for whatever does not fit.
+    """
     check_new(Path(output), overwrite)
     draft = RecipeDraft(model, overrides=overrides, say=say)
     if data is not None:

@@ -146,7 +146,7 @@ def _adapter(facts: Facts) -> _Section:
     section.set("method", facts.method, "lorakit methods lists the others.")
     targets = "all-linear: every linear layer of the transformer; [q, v] trains fewer parameters."
     if facts.method in _LOW_RANK:
-        section.set("r", 16, "The rank: more trains more parameters, and fits more data.")
+        section.set("r", 16, "The rank: a higher one trains more parameters.")
         section.set("lora_alpha", 32, "The update is scaled by lora_alpha / r.")
         section.set("target_modules", ["all-linear"], targets)
     elif facts.method == "adalora":
@@ -175,7 +175,7 @@ def _task(facts: Facts) -> _Section:
     limit = max_length(lengths, facts.hardware, facts.base.positions)
     if lengths is not None and (cut := sum(n > limit for n in lengths.tokens)):
         share = cut / len(lengths.tokens)
-        comment += f" {max(share, 0.001):.1%} are longer than max_length and lose a part."
+        comment += f" {max(share, 0.001):.1%} are longer than max_length and are truncated."
     section.set("max_length", limit, comment)
     _hold_out(section, facts)
     return section

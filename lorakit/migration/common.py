@@ -133,6 +133,6 @@ def batch(draft: Draft, rows_key: str) -> None:
         else "rows"
     )
     draft.changed.append(
-        f"batch: {rows} x {steps} = {rows * steps} {what} per step and process, as {rows_key} and "
-        "gradient_accumulation_steps say; the loss is the mean over the trained tokens of the step"
+        f"batch: {rows} x {steps} = {rows * steps} {what} per step and process ({rows_key} x "
+        "gradient_accumulation_steps); the loss is the mean over the trained tokens of the step"
     )

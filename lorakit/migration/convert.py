@@ -68,7 +68,7 @@ def convert_recipe(file: str | Path) -> ConvertedRecipe:
 
 def _not_recognized(source: YamlFile) -> Problem:
     if source.data.keys() & Recipe.model_fields.keys():
-        message = "a recipe of lorakit already"
+        message = "already a recipe of lorakit"
     else:
         message = "the keys are neither Axolotl's (base_model, ...) nor LLaMA-Factory's "
         message += "(model_name_or_path, stage, ...)"
@@ -100,9 +100,9 @@ def _ordered(section: str, keys: Mapping[str, Any]) -> dict[str, Any]:
 def _comments(file: str, tool: str, draft: Draft) -> str:
     lines = [f"Converted from {tool}'s {file} by lorakit convert-recipe."]
     if draft.lost:
-        lines += ["", "Without counterpart in a recipe:", *(f"  {text}" for text in draft.lost)]
+        lines += ["", "No counterpart in a recipe:", *(f"  {text}" for text in draft.lost)]
     if draft.changed:
-        lines += ["", "With another meaning or form:", *(f"  {text}" for text in draft.changed)]
+        lines += ["", "Another meaning or form:", *(f"  {text}" for text in draft.changed)]
     if draft.needless:
         lines += ["", f"Not needed: {', '.join(draft.needless)}"]
     return "".join(f"# {printable(line)}".rstrip().replace("\n", " ") + "\n" for line in lines)

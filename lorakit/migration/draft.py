@@ -52,7 +52,7 @@ class Draft:
         value = self.take(key, default)
         if value is None or isinstance(value, str):
             return value
-        raise refuse(key, value, "wrong type; allowed: a text")
+        raise refuse(key, value, "wrong type; allowed: text")
 
     def names(self, key: str) -> list[str]:
         """``take`` for names in a list, or separated by commas. Raises UserError otherwise."""

@@ -64,7 +64,7 @@ def predict(
     ``model`` is a base, if ``adapter`` is given, or an adapter directory, or a classifier such as a
     merged model. ``texts`` are texts, pairs (text, second text), or rows with columns. A row's
     columns are ``text_column`` and ``text_pair_column``, or else those that the adapter was trained
-    on or the only ones that can be meant.
+    on, or the only possible ones.
 
     For one label per text the result is ``{"label": NAME, "score": p, "scores": {NAME: p}}`` with
     the softmax of the logits. For ``multi_label_classification`` the scores are the sigmoid of each

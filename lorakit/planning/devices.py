@@ -56,7 +56,7 @@ class PlannedDevice:
 
 
 def planned_device(gpu: str | None = None, memory: str | int | None = None) -> PlannedDevice:
-    """The device of a plan: ``gpu``, a key of ``GPUS``, a GPU with so much ``memory``, such as
+    """The device of a plan: ``gpu``, a key of ``GPUS``, a GPU with this much ``memory``, such as
     ``80GB``, or else this machine's. Raises UserError for other values."""
     size = None if memory is None else parse_size(memory, "--device-memory")
     if gpu is not None:

@@ -92,7 +92,7 @@ def plan(
     say: Say = lambda text: None,
 ) -> RunPlan:
     """Plan the run that ``recipe`` describes on this machine's device, on a ``gpu`` such as h100,
-    or on a GPU with so much ``device_memory``, such as 80GB.
+    or on a GPU with this much ``device_memory``, such as 80GB.
 
     The data is read and tokenized; of the model, only the configuration is read, unless
     ``measure`` times the first steps on this machine's device. Raises UserError if recipe, data and

@@ -44,7 +44,7 @@ def sweep(
 
     A member that fails does not end the others: its result has the error. ``resume`` continues a
     sweep in its output directory, or starts it; members that are complete are kept, and others
-    continue from their checkpoints. ``ray`` is the address of a cluster of Ray, or ``local`` for
+    continue from their checkpoints. ``ray`` is the address of a Ray cluster, or ``local`` for
     the GPUs of this machine, for members that do not train together. Raises UserError before
     anything is written, and Interrupted after a signal, with checkpoints of what ran.
     """

@@ -65,12 +65,13 @@ def train(
     """Train the adapter that ``recipe`` describes.
 
     ``resume`` is None for a new run, ``auto`` for the newest checkpoint in the output directory (a
-    new run if there is none), or a checkpoint directory. ``display`` shows the progress of a run of
-    so many steps that starts after some. With ``overwrite``, the run replaces an earlier one in the
-    output directory, which is deleted at its first checkpoint. ``stop_at`` can end the run after an
-    evaluation: see ``drive``. Raises UserError before anything is
-    written, and TrainingError and Interrupted afterwards. If a stream cannot be read further, saves
-    a checkpoint and raises DataError.
+    new run if there is none), or a checkpoint directory. With ``overwrite``, the run replaces an
+    earlier one in the output directory, which is deleted at the first checkpoint of the new one.
+    ``display`` receives the number of steps and the number already done, and returns what shows the
+    progress. ``stop_at`` can end the run after an evaluation: see ``drive``.
+
+    Raises UserError before anything is written, and TrainingError and Interrupted afterwards. If a
+    stream cannot be read further, saves a checkpoint and raises DataError.
     """
     init_process_group()
     say = _only_on_main(say)

@@ -59,7 +59,7 @@ def test_json(theirs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("", "theirs.yml: the file is empty; allowed: a mapping of keys to values"),
         ("a: 1\n", "theirs.yml: the keys are neither Axolotl's"),
-        ("model: {}\ntrain: {}\n", "theirs.yml: a recipe of lorakit already"),
+        ("model: {}\ntrain: {}\n", "theirs.yml: already a recipe of lorakit"),
         ("base_model: [m\n", "theirs.yml, line 2: not valid YAML"),
         ("base_model: m\nrl: dpo\n", 'theirs.yml: rl = "dpo": lorakit trains on examples'),
     ],

@@ -26,7 +26,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
         ([Finding("versions", "torch", None, "not installed", "error", "pip install torch"),
           Finding("versions", "peft", "1\x1b[2J", "1\x1b[2J", "warning")], 1,
          ["  torch    error: not installed", "           hint: pip install torch",
-          "  peft     warning: 1\\x1b[2J", "1 error, 1 warning: training cannot work"]),
+          "  peft     warning: 1\\x1b[2J", "1 error, 1 warning: training will not work"]),
     ],
 )  # fmt: skip
 def test_the_report_and_the_exit_code(

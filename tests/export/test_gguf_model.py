@@ -158,7 +158,7 @@ def test_the_default_dtype_is_that_of_the_weights(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(tmp_path, "m.gguf"), logits(base), atol=1e-6, rtol=0)
     notes: list[str] = []
     export_gguf(base, tmp_path / "q.gguf", "q8_0", say=notes.append)
-    assert notes == ["16 matrices are float16: their rows are no multiple of 32"]
+    assert notes == ["16 matrices are float16: their row length is not a multiple of 32"]
 
 
 def test_scaled_rope(tmp_path: Path) -> None:

@@ -201,18 +201,18 @@ def test_tokens(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert checked(hub) == (
-        "me/sql: HF_HUB_OFFLINE is set, so that nothing is pushed to the Hub; hint: unset it"
+        "me/sql: HF_HUB_OFFLINE is set, so nothing is pushed to the Hub; hint: unset it"
     )
 
 
 #: Part of a request's path, the fault, the kind of error, and what the message says.
 FAULTS: list[tuple[str, Any, type[LorakitError], str]] = [
-    ("whoami", 503, HubError, "the Hub has a failure (HTTP 503"),
+    ("whoami", 503, HubError, "the Hub failed (HTTP 503"),
     ("whoami", "drop", HubError, "the Hub cannot be reached (RemoteProtocolError"),
     ("whoami", "hang", HubError, "the Hub cannot be reached (ReadTimeout"),
-    ("repos/create", 403, UserError, "the access token does not allow to write there (HTTP 403"),
+    ("repos/create", 403, UserError, "the access token does not allow writing there (HTTP 403"),
     ("commit", 409, HubError, "the repository is being changed by another process (HTTP 409"),
-    ("commit", 500, HubError, "the Hub has a failure (HTTP 500"),
+    ("commit", 500, HubError, "the Hub failed (HTTP 500"),
     ("commit", "drop", HubError, "the Hub cannot be reached (RemoteProtocolError"),
     ("objects/batch", 401, UserError, "the access token is not valid (HTTP 401"),
     ("/objects/", 413, HubError, "a file is larger than the Hub accepts (HTTP 413"),

@@ -95,7 +95,7 @@ def merge(
     majority_sign_method: str | None = None,
     seed: int | None = None,
 ) -> MergeReport:
-    """Fold ``adapter`` into ``base`` and write ``out``, a directory that plain transformers loads.
+    """Merge ``adapter`` into ``base`` and write ``out``, a directory that plain transformers loads.
 
     ``dtype`` of the output is by default that of each tensor in the base. ``out`` must not exist,
     unless ``overwrite``. ``say`` receives notes, ``on_progress`` the bytes written and the total.
@@ -103,7 +103,7 @@ def merge(
     Fully trained modules of ``adapter``, such as a head, replace those of the base; the added
     adapters must not have others.
 
-    ``method`` combines LoRA adapters otherwise, as PEFT's ``combination_type``: ``linear``,
+    ``method`` says how LoRA adapters are combined, as PEFT's ``combination_type``: ``linear``,
     ``svd`` (of rank ``svd_rank``), ``ties``, ``dare_linear``, ``dare_ties`` (``seed``) and
     ``magnitude_prune``, the last four with the share ``density`` of the values; ``cat`` is the sum.
     Or it is the ``FILE.py:CLASS`` of the user's method that trained the adapter; its code is run.

@@ -74,7 +74,7 @@ def write_model(directory: Path, out: Path, dtype: str | None, on_progress: OnPr
         size = write_file(writer, out, tensors, on_progress)
     halves = sum(t.dtype == "f16" for t in tensors) if dtype == "q8_0" else 0
     if halves:
-        notes.append(f"{halves} matrices are float16: their rows are no multiple of 32")
+        notes.append(f"{halves} matrices are float16: their row length is not a multiple of 32")
     return Written(len(tensors), dtype, size, tuple(notes))
 
 

@@ -20,8 +20,8 @@ TIMEOUT_SECONDS = 60.0
 _LOG_IN = "run hf auth login, or set HF_TOKEN (https://huggingface.co/settings/tokens)"
 _STATUS = {
     401: f"the access token is not valid; hint: {_LOG_IN}",
-    403: "the access token does not allow to write there; hint: use a token with write access",
-    404: "no such repository, or the access token does not allow to see it",
+    403: "the access token does not allow writing there; hint: use a token with write access",
+    404: "no such repository, or the access token has no access to it",
     409: "the repository is being changed by another process; hint: try again",
     413: "a file is larger than the Hub accepts",
     429: "too many requests; hint: try again later",
@@ -38,7 +38,7 @@ def hub_api(repo: str) -> HfApi:
 
     if constants.is_offline_mode():
         raise UserError(
-            f"{repo}: HF_HUB_OFFLINE is set, so that nothing is pushed to the Hub; hint: unset it"
+            f"{repo}: HF_HUB_OFFLINE is set, so nothing is pushed to the Hub; hint: unset it"
         )
     token = get_token()
     if not token:
@@ -91,7 +91,7 @@ def reason(error: Exception) -> str:
         return f"{what} ({type(error).__name__}{f': {text}' if text else ''})"
     known = _STATUS.get(status)
     if known is None:
-        known = "the Hub has a failure; hint: try again later" if status >= 500 else "refused"
+        known = "the Hub failed; hint: try again later" if status >= 500 else "refused"
     what, hint, advice = known.partition("; hint: ")
     return f"{what} (HTTP {status}{f': {text}' if text else ''}){hint}{advice}"
 
