@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import fx
 
@@ -35,6 +36,7 @@ def test_an_operator_has_memory_of_its_own() -> None:
     assert most_in_use(graph, {"aten.mm": lambda x, y: 7 * SIZE}) == 8 * SIZE
 
 
+@pytest.mark.slow
 def test_compiled_layers_keep_less_than_eager_ones(tiny_llama: Path, tmp_path: Path) -> None:
     kept = {}
     for compiled in (False, True):
