@@ -104,7 +104,13 @@ def model(request: pytest.FixtureRequest, in_tmp: Path) -> Callable[[str], str]:
     return lambda name: str(request.getfixturevalue(name))
 
 
-@pytest.mark.parametrize("file", FILES)
+#: Kinds of files that differ little from others: a run of each would take too long.
+SIMILAR = ("pairs.csv", "qa.csv", "sharegpt.json", "folder/train.csv")
+
+
+@pytest.mark.parametrize(
+    "file", [pytest.param(f, marks=pytest.mark.slow if f in SIMILAR else ()) for f in FILES]
+)
 def test_init_then_train_without_an_edit(
     file: str, model: Callable[[str], str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import lorakit
 from lorakit.cli.main import run as run_command
 from tests.golden.data import write_lines
-from tests.golden.results import Results
+from tests.golden.results import TENSOR_TOLERANCE, Results
 
 #: Of an adapter that names no method.
 _LORA = {"method": "lora", "r": 4, "lora_alpha": 8, "target_modules": ["q", "v"]}
@@ -90,7 +90,7 @@ Step = Callable[[Session], None]
 class GoldenRun:
     """A run with model ``model`` and data ``data``: recipe sections that override small defaults,
     and further steps after training. ``portable`` is false if the results depend on the processor
-    by more than rounding."""
+    by more than rounding; ``tensor_tolerance`` is relative to a tensor's norm."""
 
     name: str
     model: str = "llama"
@@ -101,6 +101,7 @@ class GoldenRun:
     dtype: str = "float32"
     steps: tuple[Step, ...] = ()
     portable: bool = True
+    tensor_tolerance: float = TENSOR_TOLERANCE
 
     def recipe(self, base: Path, output: Path) -> dict[str, Any]:
         return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,13 @@ def exact_differences(found: Results, expected: Results) -> list[str]:
     return sorted(lines)
 
 
-def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+def differences(
+    found: dict[str, Any], expected: dict[str, Any], tensor_tolerance: float = TENSOR_TOLERANCE
+) -> list[str]:
     """Return a line for each difference between two summaries beyond its tolerance."""
     lines = []
-    for part, compare in (("values", _value_difference), ("tensors", _tensor_difference)):
+    compare_tensors = partial(_tensor_difference, tolerance=tensor_tolerance)
+    for part, compare in (("values", _value_difference), ("tensors", compare_tensors)):
         ours, theirs = found[part], expected[part]
         lines += _missing(ours, theirs)
         for name in ours.keys() & theirs.keys():
@@ -104,14 +108,16 @@ def _summary(tensor: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def _tensor_difference(_name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+def _tensor_difference(
+    _name: str, ours: dict[str, Any], theirs: dict[str, Any], tolerance: float
+) -> str | None:
     if ours["form"] != theirs["form"]:
         return f"{ours['form']}, expected {theirs['form']}"
     pairs = zip(
         (ours["norm"], *ours["projections"]), (theirs["norm"], *theirs["projections"]), strict=True
     )
     off = max(abs(a - b) for a, b in pairs)
-    if off <= TENSOR_TOLERANCE * theirs["norm"]:
+    if off <= tolerance * theirs["norm"]:
         return None
     return f"differs by {off / theirs['norm'] if theirs['norm'] else off:.3g} of its norm"
 

@@ -54,6 +54,7 @@ _LORA_VARIANTS = (
     GoldenRun("lora-rslora", adapter={"use_rslora": True, "init": "b_gaussian"}, steps=(merge,)),
     GoldenRun(
         "lora-pissa",
+        tensor_tolerance=1e-4,  # processors round the singular vectors differently
         adapter={"init": "pissa", "r": 2},
         train={"learning_rate": 3e-3},
         steps=(merge,),

@@ -36,7 +36,7 @@ def test_golden_run(golden: GoldenRun, workspace: Path) -> None:
         found = exact_differences(results, exact)
     else:
         expected = json.loads((EXPECTED / f"{golden.name}.json").read_text(encoding="utf-8"))
-        found = differences(results.summary(), expected)
+        found = differences(results.summary(), expected, golden.tensor_tolerance)
     assert not found, f"{golden.name}: {len(found)} differences\n" + "\n".join(found[:40])
 
 
