@@ -130,6 +130,8 @@ _MODES = {
 def _steps(plan: RunPlan) -> str:
     steps, tokens = plan.step.steps, plan.step.batches.tokens_per_epoch
     text = "an unknown number of steps" if steps is None else counted(steps, "step")
+    if steps is None:
+        text += " (hint: --set train.max_steps=N, or provide the data and the model's tokenizer)"
     return text if tokens is None else f"{text}; {tokens:,} tokens per epoch"
 
 
@@ -139,6 +141,8 @@ def _time(plan: RunPlan) -> str:
             f"{duration(plan.seconds)} for all steps, from {plan.measured.steps} measured steps "
             f"({plan.measured.tokens_per_second:,.0f} tokens/s), without evaluations"
         )
+    if plan.seconds is None and plan.step.steps is None:
+        return "time unknown, as the number of steps is"
     if plan.seconds is None:
         return "time unknown: --measure times steps on this device, --gpu estimates it for another"
     return f"about {duration(plan.seconds)} for all steps, an estimate, without evaluations"

@@ -63,7 +63,7 @@ def _contention(cores: float, start: Sample | None) -> Finding:
     value["cores_of_others"] = round(others, 2)
     text += f", other processes use {others:.1f} cores"
     if others > _MUCH_SHARE * cores:
-        hint = "stop them, or give each its own cores: taskset --cpu-list 0-3 lorakit train ..."
+        hint = "stop them, or wait until they have ended"
         return Finding(_AREA, "contention", value, text, "warning", hint)
     return Finding(_AREA, "contention", value, text)
 

@@ -57,6 +57,7 @@ class RecipeDraft:
         self._given = _parsed(overrides)
         self._base = read_base_model(model)
         self._data: Data | None = None
+        self._inputs: list[Path] = []
         if self._base.config is None:
             say(f"{model}: not on this machine; its kind and the tokens of a row are estimates")
 
@@ -65,6 +66,7 @@ class RecipeDraft:
         the same for the validation split. A task that has a data set of its own on the Hub needs
         none. Raises DataError if they cannot be read."""
         self._data = read_data(data, validation)
+        self._inputs = [Path(file) for file in (data, validation) if file is not None]
         names = [shown(name)[1:-1] for name in self._data.columns]
         self._say(f"{self._data.described()}, columns {listed(names, 12)}")
 
@@ -96,6 +98,8 @@ class RecipeDraft:
         """
         output = Path(output)
         check_new(output, overwrite)
+        if output.exists() and any(path.resolve() == output.resolve() for path in self._inputs):
+            raise UserError(f"--output {output}: is a file of the data; allowed: another file")
         check_method_name(method)
         if method == "bitfit" and not self._base.has_biases:
             raise UserError("--method bitfit: trains biases, and the model has none; allowed: lora")

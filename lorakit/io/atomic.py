@@ -113,6 +113,8 @@ def check_new(output: Path, overwrite: bool) -> None:
     """Raise UserError if ``output`` exists, unless it is a file and ``overwrite`` is set."""
     if output.is_dir():
         raise UserError(f"--output {output}: is a directory; allowed: a file")
+    if output.exists() and not output.is_file():
+        raise UserError(f"--output {output}: is a device or a pipe; allowed: a file")
     if output.exists() and not overwrite:
         raise UserError(
             f"--output {output}: already exists; hint: choose another, or pass --overwrite"

@@ -61,6 +61,11 @@ def planned_device(gpu: str | None = None, memory: str | int | None = None) -> P
     size = None if memory is None else parse_size(memory, "--device-memory")
     if gpu is not None:
         key = gpu.lower()
+        if key not in GPUS and (base := key.partition("-")[0]) in GPUS:
+            raise UserError(
+                f"--gpu = {shown(gpu)}: unknown GPU (did you mean {base!r}?); its memory is set by "
+                "--device-memory"
+            )
         if key not in GPUS:
             message = did_you_mean(f"--gpu = {shown(gpu)}: unknown GPU", key, GPUS)
             raise UserError(f"{message}; allowed: {', '.join(GPUS)}, or --device-memory 24GB")

@@ -71,7 +71,7 @@ def _results(run: Run) -> dict[str, Any]:
     return {
         "name": run.name,
         "directory": str(run.directory),
-        "method": adapter.get("method") if isinstance(adapter, dict) else None,
+        "method": _plain(adapter.get("method")) if isinstance(adapter, dict) else None,
         "status": run.status,
         "diverged": record.get("diverged") is True,
         **counts,

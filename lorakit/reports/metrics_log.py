@@ -13,6 +13,8 @@ from typing import Any
 Point = tuple[int, float]
 #: A file with more names has not been written by a run.
 _MOST_NAMES = 40
+#: Nor one with larger numbers, which would overflow in sums and means.
+_LARGEST = 1e100
 
 
 @dataclass
@@ -56,10 +58,10 @@ def _add_line(log: MetricsLog, text: bytes) -> bool:
     except (ValueError, RecursionError):
         return False
     step = line.get("step") if isinstance(line, dict) else None
-    if type(step) is not int or step < 0:
+    if type(step) is not int or not 0 <= step < _LARGEST:
         return False
     ranks = line.pop("ranks", None)
-    if isinstance(ranks, list) and ranks and all(type(rank) is int for rank in ranks):
+    if isinstance(ranks, list) and ranks and all(map(is_rank, ranks)):
         log.ranks.append((step, ranks))
     scores = line.pop("eval", None)
     if isinstance(scores, dict):
@@ -71,14 +73,16 @@ def _add_line(log: MetricsLog, text: bytes) -> bool:
     return True
 
 
+def is_rank(value: Any) -> bool:
+    """Whether ``value`` can be the rank of a matrix."""
+    return type(value) is int and 0 <= value < _LARGEST
+
+
 def as_number(value: Any) -> float | None:
-    """``value`` if it is a finite number."""
+    """``value`` if it is a number that a run can have written."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    try:
-        return value if math.isfinite(value) else None
-    except OverflowError:  # an integer beyond the floats
-        return None
+    return value if -_LARGEST < value < _LARGEST else None
 
 
 def thinned(points: Sequence[Point], buckets: int) -> tuple[list[Point], list[Point]]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lorakit.module_names import layer_of
 from lorakit.reports.html import Html, element, joined, table
+from lorakit.reports.metrics_log import is_rank
 from lorakit.reports.runs import Run
-from lorakit.training.ranks import layer_of, matrix_names
+from lorakit.training.ranks import matrix_names
 
 _MOST_FRAMES = 200
 
@@ -44,7 +46,7 @@ def _rank_map(run: Run) -> dict[str, Any] | None:
 def _names(run: Run) -> tuple[list[str], list[int]]:
     """The names of the adapted matrices, and their ranks at the end of the run if it has ended."""
     ended = _listed(run.record, "ranks", "module")
-    ranks = [entry["rank"] for entry in ended if type(entry.get("rank")) is int]
+    ranks = [entry["rank"] for entry in ended if is_rank(entry.get("rank"))]
     if ranks and len(ranks) == len(ended):
         return [entry["module"] for entry in ended], ranks
     return [entry["name"] for entry in _listed(run.record, "adapted_modules", "name")], []

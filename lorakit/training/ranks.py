@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lorakit.module_names import layer_of
 from lorakit.terminal.columns import aligned
 
 
@@ -33,12 +34,6 @@ def rank_table(ranks: Mapping[str, int]) -> str:
         lines.append([label, *shown, str(sum(value or 0 for value in values))])
     lines.append(["total", *(str(total[c]) for c in columns), str(sum(ranks.values()))])
     return aligned(lines, left=0)
-
-
-def layer_of(name: str) -> int | None:
-    """The number of the layer that the matrix is in; None outside the numbered layers."""
-    number = re.search(r"(?:^|\.)(\d+)\.", name)
-    return int(number.group(1)) if number else None
 
 
 def matrix_names(names: Iterable[str]) -> dict[str, str]:

@@ -93,3 +93,15 @@ def test_thinned_curves_keep_peaks_and_means() -> None:
 def test_short_curves_remain() -> None:
     points = [(step, float(step)) for step in range(600)]
     assert thinned(points, 300) == (points, [])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [{"step": 10**400, "loss": 1.0}, {"step": 1, "ranks": [10**400]}, {"step": 1, "loss": 1.7e308}],
+)
+def test_numbers_that_no_run_writes_are_left_out(line: dict[str, object], tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(json.dumps(line) + "\n")
+    log = read_metrics(file)
+    assert log.curves == {}
+    assert log.ranks == []
