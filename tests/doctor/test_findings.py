@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,7 +170,9 @@ def test_limits_of_an_older_container(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="needs Linux's statistics")
 def test_contention_is_measured() -> None:
-    found = named(host_findings(None, start_sample()))["contention"]
+    start = start_sample()
+    time.sleep(0.3)
+    found = named(host_findings(None, start))["contention"]
     assert isinstance(found.value, dict)
     assert 0 <= found.value["cores_of_others"] <= (os.cpu_count() or 1) + 1
 
