@@ -217,7 +217,7 @@ def test_stdout_has_the_result_and_stderr_plain_lines(
     output = trained(train__log_every_steps=4)
     out, err = capfd.readouterr()
     assert re.fullmatch(
-        rf"{output / 'adapter'}: 8 steps in \d s, best loss \d\.\d{{4}} at step [48]\n", out
+        rf"{output / 'adapter'}: 8 steps in [\d.]+ s, best loss \d\.\d{{4}} at step [48]\n", out
     )
     assert out.count("\n") == 1
     lines = err.splitlines()
