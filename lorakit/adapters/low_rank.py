@@ -63,6 +63,11 @@ class AdaptedMatrix(LowRankDelta):
     def r(self) -> int:
         return int(self.A.shape[0])
 
+    def factor_of_B(self, r: int, alpha: float) -> float:
+        """What B is multiplied by so that the scaling is alpha / r; 1 if it differs from 1 only by
+        floating-point noise."""
+        return float(number(self.scaling * r / alpha))
+
 
 @dataclass(frozen=True)
 class Updates:

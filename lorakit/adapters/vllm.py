@@ -7,15 +7,18 @@ from statistics import mode
 
 import torch
 
-from lorakit.adapters.low_rank import BASE_WEIGHT, AdaptedMatrix, Updates, number
+from lorakit.adapters.low_rank import BASE_WEIGHT, AdaptedMatrix, Updates
 from lorakit.adapters.peft.method import merge_command
 from lorakit.adapters.peft.read import is_finite
-from lorakit.adapters.peft.schema import TOKEN_ROWS
 from lorakit.adapters.peft.tokens import row_names
 from lorakit.errors import AdapterError
 
 #: The values of vLLM's ``--max-lora-rank``.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+#: Those of them that not every version accepts.
+NEWER_RANKS = (320,)
+#: Modules that vLLM takes from an adapter although they are trained as a whole.
+EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
 def padded(updates: Updates, rank: int | None) -> tuple[Updates, list[str]]:
@@ -35,7 +38,7 @@ def padded(updates: Updates, rank: int | None) -> tuple[Updates, list[str]]:
     if ranks != {R}:
         why = "" if rank else ", the smallest --max-lora-rank of vLLM that fits all matrices"
         notes.append(f"padded with zeros to r = {R}{why}: {_range(ranks)}")
-    if scaled := sum(_factor(m, R, alpha) != 1 for m in updates.matrices.values()):
+    if scaled := sum(m.factor_of_B(R, alpha) != 1 for m in updates.matrices.values()):
         count = len(updates.matrices)
         notes.append(f"B is scaled in {scaled} of {count} matrices to fit one lora_alpha = {alpha}")
     matrices = {}
@@ -65,17 +68,12 @@ def _rank(updates: Updates, rank: int | None) -> int:
 
 def _padded(matrix: AdaptedMatrix, R: int, alpha: int) -> AdaptedMatrix:
     """A (R, in_features) and B (out_features, R) in float32, rounded once."""
-    factor = _factor(matrix, R, alpha)
+    factor = matrix.factor_of_B(R, alpha)
     A = matrix.A.new_zeros(R, matrix.A.shape[1], dtype=torch.float32)
     B = matrix.B.new_zeros(matrix.B.shape[0], R, dtype=torch.float32)
     A[: matrix.r] = matrix.A
     B[:, : matrix.r] = matrix.B if factor == 1 else matrix.B.double() * factor
     return AdaptedMatrix(A, B, alpha / R, matrix.embedding)
-
-
-def _factor(matrix: AdaptedMatrix, R: int, alpha: int) -> float:
-    """The factor of B; 1 if it differs from 1 only by floating-point noise."""
-    return float(number(matrix.scaling * R / alpha))
 
 
 def _check_no_bias(updates: Updates) -> None:
@@ -88,17 +86,23 @@ def _check_no_bias(updates: Updates) -> None:
         )
 
 
+def fully_trained(updates: Updates) -> list[str]:
+    """The modules that are trained as a whole, which vLLM rejects but for the embeddings."""
+    known = {*row_names(updates.others), *updates.biases}
+    kept = tuple(f"{name}{BASE_WEIGHT}" for name in EMBEDDINGS)
+    names = (name for name in updates.others if name not in known and not name.endswith(kept))
+    return sorted({name.rpartition(".")[0] for name in names})
+
+
 def _refused_by_vllm(updates: Updates, R: int) -> list[str]:
     notes = []
-    supported = tuple(f"{name}{BASE_WEIGHT}" for name in ("embed_tokens", "lm_head"))
-    supported += (TOKEN_ROWS,)
-    rejected = sorted({n.rpartition(".")[0] for n in updates.others if not n.endswith(supported)})
+    rejected = fully_trained(updates)
     if row_names(updates.others):
         notes.append("the rows of new tokens are kept, which PEFT reads and vLLM rejects")
     if rejected:
-        fully_trained = updates.config.get("modules_to_save") or rejected
+        named = updates.config.get("modules_to_save") or rejected
         notes.append(
-            f"{', '.join(fully_trained)}: kept as fully trained (modules_to_save), which PEFT "
+            f"{', '.join(named)}: kept as fully trained (modules_to_save), which PEFT "
             "needs and vLLM rejects"
         )
     largest = VLLM_RANKS[-1]

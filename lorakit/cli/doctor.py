@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from lorakit.cli.console import AsJson, echo, only_results
+from lorakit.errors import counted
 
 if TYPE_CHECKING:
     from lorakit.api import Diagnosis
@@ -48,7 +49,7 @@ def _print(found: Diagnosis) -> None:
         if finding.hint:
             echo(f"  {'':<{width}}  hint: {finding.hint}")
     warnings, errors = found.count("warning"), found.count("error")
-    parts = [f"{count} {what}{'s' * (count != 1)}" for count, what in
-             ((errors, "error"), (warnings, "warning")) if count]  # fmt: skip
+    counts = ((errors, "error"), (warnings, "warning"))
+    parts = [counted(count, what) for count, what in counts if count]
     summary = ", ".join(parts) or "no problems"
     echo(f"{summary}{': training will not work' if errors else ''}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.doctor.finding import Finding
+from lorakit.doctor.versions import installed_version
 
 _AREA = "kernels"
 _INSTALL = "apt-get install {}   # or your system's package manager"
@@ -39,14 +40,13 @@ def _found(name: str, value: object, text: str) -> Finding:
 
 
 def _triton(has_cuda: bool) -> Finding:
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        if not has_cuda:
-            return _found("triton", None, "not installed, and not needed on the CPU")
-        text = "not installed: train.kernels: auto and compiled layers are not available"
-        return Finding(_AREA, "triton", None, text, "warning", "pip install triton")
-    return _found("triton", version, version)
+    version = installed_version("triton")
+    if version is not None:
+        return _found("triton", version, version)
+    if not has_cuda:
+        return _found("triton", None, "not installed, and not needed on the CPU")
+    text = "not installed: train.kernels: auto and compiled layers are not available"
+    return Finding(_AREA, "triton", None, text, "warning", "pip install triton")
 
 
 def _c_compiler() -> Finding:

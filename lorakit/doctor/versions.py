@@ -31,10 +31,10 @@ def version_findings(torch: Any | None, import_error: str | None) -> Iterator[Fi
             yield found
     optional = _requirements(optional=True)
     for name in _OPTIONAL:
-        if _version(name) is not None:
+        if installed_version(name) is not None:
             yield _package(name, optional.get(name), "warning")
     if torch is None:
-        if _version("torch") is not None:
+        if installed_version("torch") is not None:
             yield Finding(
                 _AREA, "import torch", import_error, f"fails: {import_error}", "error",
                 "pip install --force-reinstall torch",
@@ -52,7 +52,7 @@ def _found(name: str, value: object, text: str | None = None) -> Finding:
     return Finding(_AREA, name, value, text or str(value))
 
 
-def _version(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -61,7 +61,7 @@ def _version(name: str) -> str | None:
 
 def _package(name: str, needed: str | None, status: Status) -> Finding:
     """The version of a package; with ``status`` if it is missing, or not one that is needed."""
-    found, hint = _version(name), f'pip install "{name}{needed or ""}"'
+    found, hint = installed_version(name), f'pip install "{name}{needed or ""}"'
     if found is None:
         return Finding(_AREA, name, None, "not installed", status, hint)
     if needed is not None and not _fits(found, needed):

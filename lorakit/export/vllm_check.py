@@ -11,30 +11,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorakit.adapters.base_model import base_section
-from lorakit.adapters.low_rank import BASE_WEIGHT, Updates, number, read_products
+from lorakit.adapters.low_rank import Updates, number, read_products
 from lorakit.adapters.peft.method import Say, merge_command
 from lorakit.adapters.peft.read import AdapterFiles, read_adapter, to_stderr
 from lorakit.adapters.peft.tokens import row_names
-from lorakit.adapters.vllm import VLLM_RANKS
+from lorakit.adapters.vllm import EMBEDDINGS, NEWER_RANKS, VLLM_RANKS, fully_trained
 from lorakit.errors import LorakitError, UserError, listed
 from lorakit.models.hub import load_config
 
 _ATTENTION_AND_MLP = (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
 )  # fmt: skip
-_EMBEDDINGS = ("embed_tokens", "lm_head")
 #: Model type -> last parts of the names of modules that vLLM adapts. It computes q, k and v in one
 #: module, and gate and up in another, and packs their adapters into it.
 _MODULES: Mapping[str, tuple[str, ...]] = {
-    "llama": (*_ATTENTION_AND_MLP, *_EMBEDDINGS),
+    "llama": (*_ATTENTION_AND_MLP, *EMBEDDINGS),
     "mistral": _ATTENTION_AND_MLP,
     "qwen2": _ATTENTION_AND_MLP,
-    "qwen3": (*_ATTENTION_AND_MLP, *_EMBEDDINGS),
+    "qwen3": (*_ATTENTION_AND_MLP, *EMBEDDINGS),
     "gemma": _ATTENTION_AND_MLP,
     "gemma2": _ATTENTION_AND_MLP,
     "gemma3_text": _ATTENTION_AND_MLP,
-    "granite": (*_ATTENTION_AND_MLP, *_EMBEDDINGS),
-    "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", *_EMBEDDINGS),
+    "granite": (*_ATTENTION_AND_MLP, *EMBEDDINGS),
+    "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", *EMBEDDINGS),
     "opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
     "gpt2": (),
     "bloom": (),
@@ -148,12 +147,7 @@ def _trained_rules(
         "new_tokens", bool(rows), f"rows of {listed(rows)}" if rows else "no rows of new tokens",
         commands.merge,
     )  # fmt: skip
-    known = {*rows, *updates.biases}
-    kept = tuple(f"{name}{BASE_WEIGHT}" for name in _EMBEDDINGS)
-    trained = sorted(
-        {n.rpartition(".")[0] for n in updates.others if n not in known and not n.endswith(kept)}
-    )
-    trained = [*dict.fromkeys(trained or config.get("modules_to_save") or ())]
+    trained = [*dict.fromkeys(fully_trained(updates) or config.get("modules_to_save") or ())]
     yield _rule(
         "modules_to_save", bool(trained), f"fully trained: {listed(trained) or 'none'}",
         commands.merge,
@@ -179,7 +173,7 @@ def _rank_rules(
 def _fitting_rank(r: int) -> int | None:
     """The smallest ``--max-lora-rank`` for rank ``r`` that every version of vLLM accepts, None if
     there is none."""
-    return next((rank for rank in VLLM_RANKS if rank >= r and rank != 320), None)
+    return next((rank for rank in VLLM_RANKS if rank >= r and rank not in NEWER_RANKS), None)
 
 
 def _modules_rule(

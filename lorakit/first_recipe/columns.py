@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lorakit.data.sources import Split
 from lorakit.tasks.base import is_empty
-from lorakit.tasks.labelling import as_integer, label_name, listed_values
+from lorakit.tasks.labelling import as_float, as_integer, label_name, listed_values
 
 #: ``chat``: lists of messages. ``words`` and ``ids``: lists of texts and of whole numbers.
 #: ``flag``: 0 and 1 only. ``integer`` and ``number`` may be text, as in a csv file.
@@ -65,7 +65,7 @@ def _kind(values: Sequence[Any]) -> Kind:
         return found
     if all(as_integer(value) is not None for value in values):
         return "flag" if {as_integer(value) for value in values} <= {0, 1} else "integer"
-    if all(_is_number(value) for value in values):
+    if all(as_float(value) is not None for value in values):
         return "number"
     return "text" if all(isinstance(value, str) for value in values) else "other"
 
@@ -86,16 +86,6 @@ def _list_kind(values: Sequence[Any]) -> Kind | None:
 
 def _is_message(element: Any) -> bool:
     return isinstance(element, dict) and not {"role", "from"}.isdisjoint(element)
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return False
-    try:
-        float(value)
-    except ValueError:
-        return False
-    return True
 
 
 def class_names(split: Split, column: str) -> list[str]:

@@ -82,11 +82,12 @@ def measure(
     estimate from their size. Raises DataError, with file and row, for a row that cannot be trained
     on, unless such rows are skipped."""
     indices = sampled(split, _MEASURED_ROWS)
-    skipped: list[int] = []
-    skip = (lambda index, reason: skipped.append(index)) if config.on_bad_row == "skip" else None
+    skip = (lambda index, reason: None) if config.on_bad_row == "skip" else None
     rows = [split.rows[index] for index in indices]
     if tokenizer is None:
-        lengths = [_estimate(task.example(row, config)) for row in rows if not _is_bad(row)]
+        lengths = [
+            _estimate(task.example(row, config)) for row in rows if not isinstance(row, UnreadRow)
+        ]
     else:
         from lorakit.data.tokens import RowEncoder
 
@@ -96,10 +97,6 @@ def measure(
     if not lengths:
         raise DataError(f"{split.source}: no row can be trained on")
     return Lengths(sorted(lengths), is_estimate=tokenizer is None)
-
-
-def _is_bad(row: Any) -> bool:
-    return isinstance(row, UnreadRow)
 
 
 def _estimate(example: Example) -> int:

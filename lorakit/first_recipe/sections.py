@@ -208,7 +208,7 @@ def _batches(facts: Facts) -> Batches:
 
 def _train(facts: Facts, sizes: Batches) -> _Section:
     section = _Section()
-    section.set("output_dir", free_directory(_stem(facts)))
+    section.set("output_dir", _free_directory(_stem(facts)))
     section.set("epochs", sizes.epochs)
     if sizes.rows == "auto":
         section.set("per_device_batch_size", "auto", "The largest that fits on the GPU.")
@@ -253,7 +253,7 @@ def _stem(facts: Facts) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in name) or "run"
 
 
-def free_directory(stem: str) -> str:
+def _free_directory(stem: str) -> str:
     """``runs/STEM``, or ``runs/STEM-2`` and so on if that exists."""
     name, number = f"runs/{stem}", 2
     while Path(name).exists():

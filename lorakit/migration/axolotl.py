@@ -68,8 +68,8 @@ def _method(draft: Draft) -> None:
         draft.change("load_in_4bit", True, "full fine-tuning has no quantized base")
     targets = draft.take("lora_target_modules")
     if isinstance(targets, str):
-        known = targets in ("all-linear",)
-        draft.set("adapter.target_modules", targets if known else [f"re:{targets}"])
+        is_name = targets == "all-linear"
+        draft.set("adapter.target_modules", targets if is_name else [f"re:{targets}"])
     elif targets is not None:
         draft.set("adapter.target_modules", targets)
     if draft.take("lora_target_linear"):

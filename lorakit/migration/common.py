@@ -81,15 +81,15 @@ def strategies(draft: Draft) -> None:
             draft.lose(key, value, "the adapter is always that of the best evaluation")
 
 
-def trackers(draft: Draft, key: str = "report_to") -> None:
-    """Set ``train.trackers`` from a name or a list of names."""
-    names = draft.names(key)
+def trackers(draft: Draft) -> None:
+    """Set ``train.trackers`` from the name or the names in ``report_to``."""
+    names = draft.names("report_to")
     known = [name for name in ("tensorboard", "wandb") if name in names or "all" in names]
     if known:
         draft.set("train.trackers", known)
     for name in names:
         if name not in ("tensorboard", "wandb", "all", "none"):
-            draft.lose(key, name, "lorakit has tensorboard and wandb")
+            draft.lose("report_to", name, "lorakit has tensorboard and wandb")
 
 
 def adapter_method(draft: Draft) -> None:

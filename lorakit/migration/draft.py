@@ -94,7 +94,7 @@ class Draft:
 
     def _translate(self, key: str, value: Any) -> None:
         found = self._counterparts.get(key)
-        is_off = any(value is off or (value == off and value is not True) for off in _OFF)
+        is_off = value in _OFF
         if value is None or value == "":
             return
         if found is None:

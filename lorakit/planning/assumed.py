@@ -20,7 +20,7 @@ from lorakit.training.setup import Inputs
 
 
 @dataclass(frozen=True)
-class Padding:
+class PaddingTokenizer:
     """Stands for a tokenizer that is not there, to collate rows."""
 
     pad_token_id: int = 0

@@ -44,7 +44,8 @@ def run_batches(
     """The batches of the first epoch; ``longest`` cuts rows to so many tokens, as a smaller
     ``task.max_length`` would."""
     collate = build_collate(prepared, device, varlen)
-    if execution.mode == "cuda_graphs":
+    has_buckets = execution.mode == "cuda_graphs"
+    if has_buckets:
         collate = bucketed(collate, prepared)
     rows, steps = prepared.train, batching.steps
     passes = prepared.recipe.train.gradient_accumulation_steps
@@ -52,13 +53,14 @@ def run_batches(
         batch = collate(_full_bins(prepared))
         return RunBatches(batch, None, None, float(batch.input_ids.numel() * passes), passes)
     lengths = rows.lengths if longest is None else np.minimum(rows.lengths, longest)
-    measure = _Measure(prepared, device, execution, lengths)
+    multiple = padding_multiple(prepared, device)
+    longest_bucket = prepared.recipe.task.max_length if has_buckets else None
     sizes: list[int] = []
     largest: tuple[tuple[int, int], list[Numbers]] = ((0, 0), [])
     tokens = 0
     for number in range(steps.steps_per_epoch):
         for units in steps.row_numbers(number):
-            padded = measure.tokens(units)
+            padded = _padded_tokens(units, lengths, multiple, longest_bucket)
             every = np.concatenate(units)
             size = (padded, int(rows.trained_counts[every].sum()))
             tokens += int(lengths[every].sum())
@@ -78,22 +80,16 @@ def run_batches(
     )
 
 
-@dataclass(frozen=True)
-class _Measure:
-    """Counts the tokens of a batch, with padding, from the ``lengths`` of all rows."""
-
-    prepared: Prepared
-    device: torch.device
-    execution: Execution
-    lengths: Numbers
-
-    def tokens(self, units: list[Numbers]) -> int:
-        multiple = padding_multiple(self.prepared, self.device)
-        width = max(int(self.lengths[rows].sum()) for rows in units)
-        width = -(-width // multiple) * multiple
-        if self.execution.mode == "cuda_graphs":
-            width = max(width, min(length_bucket(width), self.prepared.recipe.task.max_length))
-        return len(units) * width
+def _padded_tokens(
+    units: list[Numbers], lengths: Numbers, multiple: int, longest_bucket: int | None
+) -> int:
+    """The tokens of a batch with padding: to a ``multiple``, and with ``longest_bucket`` to a
+    bucket of at most so many."""
+    width = max(int(lengths[rows].sum()) for rows in units)
+    width = -(-width // multiple) * multiple
+    if longest_bucket is not None:
+        width = max(width, min(length_bucket(width), longest_bucket))
+    return len(units) * width
 
 
 def _cut(row: EncodedRow, longest: int | None) -> EncodedRow:

@@ -9,10 +9,9 @@ import torch
 from lorakit.adapters.merge.output import parse_size
 from lorakit.errors import UserError, did_you_mean, shown
 from lorakit.models.load import default_device, device_memory_bytes
+from lorakit.training.batch_size import USABLE_SHARE
 
 _GIB = 2**30
-#: The rest is the driver's, and what is lost between blocks.
-_USABLE_SHARE = 0.95
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class PlannedDevice:
     @property
     def usable_bytes(self) -> int:
         """What a run can use of the memory."""
-        return int(_USABLE_SHARE * self.memory_bytes)
+        return int(USABLE_SHARE * self.memory_bytes)
 
 
 def planned_device(gpu: str | None = None, memory: str | int | None = None) -> PlannedDevice:

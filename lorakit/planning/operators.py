@@ -40,25 +40,25 @@ TEMPORARIES: dict[str, Temporary] = {
 }
 
 
-def _columns(weight: list[Tensor]) -> int:
+def _elements(weight: list[Tensor]) -> int:
     """The elements of W (out, in)."""
     return weight[0].numel() * (2 if len(weight) > 1 else 1)
 
 
 def _nf4_linear_flops(x: Tensor, weight: list[Tensor], *_: Any, **__: Any) -> int:
-    return 2 * len(x) * 2 * weight[0].numel()
+    return 2 * len(x) * _elements(weight)
 
 
 def _lora_linear_flops(
     x: Tensor, weight: list[Tensor], bias: Any, A: Tensor, B: Tensor, *_: Any, **__: Any
 ) -> int:
-    return 2 * len(x) * (_columns(weight) + A.numel() + B.numel())
+    return 2 * len(x) * (_elements(weight) + A.numel() + B.numel())
 
 
 def _lora_linear_backward_flops(
     dys: list[Tensor], h: Tensor, weight: list[Tensor], A: Tensor, B: Tensor, **_: Any
 ) -> int:
-    return 2 * len(h) * (_columns(weight) + A.numel() + 2 * B.numel())
+    return 2 * len(h) * (_elements(weight) + A.numel() + 2 * B.numel())
 
 
 def _fp8_product_flops(

@@ -101,8 +101,7 @@ def plan(
     check_recipe(recipe)
     device = planned_device(gpu, device_memory)
     planner = _Planner(load_unloaded(recipe, say), device, say)
-    recipe = planner.with_batch_size(recipe)
-    step = planner.step(recipe)
+    recipe, step = planner.with_batch_size(recipe)
     fits = step.memory.peak <= device.usable_bytes
     found = (
         []
@@ -171,18 +170,21 @@ class _Planner:
 
         return peak
 
-    def with_batch_size(self, recipe: Recipe) -> Recipe:
-        """Replace ``per_device_batch_size: auto`` by the largest size that fits, or 1."""
+    def with_batch_size(self, recipe: Recipe) -> tuple[Recipe, StepPlan]:
+        """Replace ``per_device_batch_size: auto`` by the largest size that fits, or 1; and plan."""
         if recipe.train.per_device_batch_size != "auto":
-            return recipe
+            return recipe, self.step(recipe)
         rows = recipe.train.rows_per_step
         train = self._unloaded.inputs.encoded.train
         count = len(train) if isinstance(train, EncodedSplit) else 1
         per_step = recipe.train.gradient_accumulation_steps
         sizes = batch_sizes(rows, 1) if rows else powers_of_two(count // per_step)
 
+        steps: dict[int, StepPlan] = {}
+
         def trial(size: int) -> int:
-            peak = self.step(split_step(recipe, size, 1)).memory.peak
+            steps[size] = self.step(split_step(recipe, size, 1))
+            peak = steps[size].memory.peak
             if peak > self._device.usable_bytes:
                 raise torch.OutOfMemoryError
             return peak
@@ -194,7 +196,8 @@ class _Planner:
             if found
             else "train.per_device_batch_size: not even 1 should fit"
         )
-        return split_step(recipe, size, 1)
+        chosen = split_step(recipe, size, 1)
+        return chosen, steps.get(size) or self.step(chosen)
 
 
 def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:

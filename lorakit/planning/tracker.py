@@ -33,8 +33,8 @@ class MemoryTracker(TorchDispatchMode):
 
     def __init__(
         self,
-        temporaries: Mapping[str, Temporary] | None = None,
-        flops: Mapping[str, Flops] | None = None,
+        temporaries: Mapping[str, Temporary],
+        flops: Mapping[str, Flops],
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.part = "workspace"
@@ -44,7 +44,7 @@ class MemoryTracker(TorchDispatchMode):
         self.kernels = self.written_bytes = 0
         self._live: dict[int, tuple[str, int]] = {}
         self._known: dict[int, Any] = {}
-        self.temporaries, self._flops = dict(temporaries or {}), dict(flops or {})
+        self.temporaries, self._flops = dict(temporaries), dict(flops)
         self._paused = False
 
     @classmethod

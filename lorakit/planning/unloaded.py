@@ -20,7 +20,7 @@ from lorakit.models.kinds import Kind, check_kind, task_type_of
 from lorakit.models.load import Pretrained, empty_model
 from lorakit.models.vocabulary import extend_vocabulary
 from lorakit.pipeline.task_data import Say, load_training_data
-from lorakit.planning.assumed import Padding, assumed_inputs
+from lorakit.planning.assumed import PaddingTokenizer, assumed_inputs
 from lorakit.recipe.sections import ModelSection, Recipe
 from lorakit.tasks.base import Task
 from lorakit.training.setup import Inputs, Prepared, adapt, encode_inputs
@@ -104,7 +104,7 @@ def unloaded_model(
         options["attn_implementation"] = "eager"
     model = empty_model(config, task_type_of(kind, problem), section.trust_remote_code, **options)
     if not needs_tokenizer:
-        placeholder: Any = Padding()
+        placeholder: Any = PaddingTokenizer()
         return Pretrained(model, placeholder)
     try:
         tokenizer, notes = load_tokenizer(section.name_or_path, hub_options(section))

@@ -34,16 +34,17 @@ def render(runs: Sequence[Run], *, live: bool = False, samples: bool = True) -> 
     versions of itself. Without ``samples``, it has no rows of the data."""
     compared = comparison(runs)
     title = listed(dict.fromkeys(run.sweep_name or run.name for run in runs), most=3)
+    maps = rank_maps(runs)
     data = {
         "runs": [{"name": run.name, "status": run.status} for run in runs],
         "charts": charts(runs),
-        "ranks": rank_maps(runs),
+        "ranks": maps,
     }
     sections = [
         _section("results", "Results", results(runs, compared)),
         _section("charts", "Curves", element("noscript", element("p", _NO_SCRIPT))),
         _section("differences", "Settings that differ", differences(runs, compared)),
-        _section("ranks", "Ranks", rank_section(runs)),
+        _section("ranks", "Ranks", rank_section(runs, maps)),
         _section("predictions", "Predictions", predictions(runs) if samples else Html("")),
         _section("facts", "Versions, hardware and data", facts(runs)),
         _section("recipes", "Recipes", recipes(runs)),
@@ -87,6 +88,7 @@ def _head(title: str, live: bool) -> Html:
     )
 
 
+@cache
 def _source(text: str) -> str:
     digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return f"'sha256-{digest}'"
@@ -97,10 +99,12 @@ def _asset(name: str) -> str:
     return (files("lorakit.reports") / "assets" / name).read_text(encoding="utf-8")
 
 
+@cache
 def _style() -> Html:
     return Html(_asset("page.css"))
 
 
+@cache
 def _script() -> Html:
     scripts = "".join(map(_asset, _SCRIPTS))
     return Html(f'(() => {{\n"use strict";\n{scripts}}})();\n')

@@ -65,10 +65,10 @@ def _some(frames: Sequence[tuple[int, list[int]]]) -> list[tuple[int, list[int]]
     return [frames[at] for at in places]
 
 
-def rank_section(runs: Sequence[Run]) -> Html:
+def rank_section(runs: Sequence[Run], maps: Sequence[Mapping[str, Any]]) -> Html:
     """A place for each map, which the page's script draws, and the last ranks as a table."""
     parts = []
-    for found in rank_maps(runs):
+    for found in maps:
         name = runs[found["run"]].name
         (step, ranks), cells = found["frames"][-1], found["cells"]
         places: dict[tuple[int, int], list[int]] = {}
@@ -87,8 +87,7 @@ def rank_section(runs: Sequence[Run]) -> Html:
         summary = element("summary", "Table of the last ranks")
         parts.append(
             element("figure", element("figcaption", f"Ranks of {name}"),
-                    element("div", class_="rank-map", data_run=str(found["run"])),
-                    class_="wide")
+                    element("div", class_="rank-map", data_run=str(found["run"])))
         )  # fmt: skip
         parts.append(element("details", summary, ranks_table))
     return joined(parts)

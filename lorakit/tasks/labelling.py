@@ -266,7 +266,7 @@ def _read_flag(value: Any, column: str) -> int:
 def _read_target(value: Any, where: Labelling, shown_label: str) -> float:
     bounded = math.isfinite(where.minimum)
     allowed = f"{where.minimum:g} to {where.maximum:g}" if bounded else "a finite number"
-    target = _as_float(value)
+    target = as_float(value)
     if bounded and target == -1:
         raise DataError(f"{shown_label}: {_HIDDEN}")
     if target is None or not (math.isfinite(target) and where.minimum <= target <= where.maximum):
@@ -305,7 +305,7 @@ def read_prediction(value: Prediction, where: Labelling, number: int) -> LabelVa
         return _predicted_classes(value, where, number)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if where.labels is None:
-        target = _as_float(value) if is_number else None
+        target = as_float(value) if is_number else None
         if target is not None and math.isfinite(target):
             return target
         raise DataError(f"prediction {number}: {shown(value)}; allowed: a finite number")
@@ -332,7 +332,7 @@ def _predicted_classes(value: Prediction, where: Labelling, number: int) -> tupl
     return tuple(int(index in found) for index in ids)
 
 
-def _as_float(value: Any) -> float | None:
+def as_float(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:

@@ -33,8 +33,9 @@ from lorakit.training.random_states import random_states, restore_random_states
 from lorakit.training.record import peak_memory_bytes
 from lorakit.training.setup import Prepared
 
-#: The share of the available memory that a trial may allocate.
-_USABLE = 0.95
+#: The share of the available memory that a trial may allocate. The rest is the driver's, and what
+#: is lost between blocks.
+USABLE_SHARE = 0.95
 #: Without ``rows_per_step``: larger batches are hardly faster, and an epoch has few steps.
 _LARGEST = 512
 #: The type of the two values that an optimizer keeps for each trained one.
@@ -154,7 +155,7 @@ class BatchTrial:
         uses_graphs = self._uses_graphs(size)
         self._objective.train()
         try:
-            with _limited_memory(device, _USABLE / 2 if uses_graphs else _USABLE):
+            with _limited_memory(device, USABLE_SHARE / 2 if uses_graphs else USABLE_SHARE):
                 self._pass(self._batch(size, uses_graphs))
                 return peak_memory_bytes(device)
         finally:

@@ -149,7 +149,6 @@ class Started:
 
     prepared: Prepared
     strategy: Strategy
-    batching: Batching
     schedule: Schedule
     engine: EagerEngine
     loader: StepLoader
@@ -176,7 +175,7 @@ def start_unwritten(recipe: Recipe, say: Say) -> Started:
     objective = objective or build_objective(prepared, strategy, say)
     engine = build_engine(prepared, objective, strategy, schedule.total_steps, execution, say)
     loader = build_loader(prepared, objective, batching.steps, strategy.device, execution)
-    return Started(prepared, strategy, batching, schedule, engine, loader)
+    return Started(prepared, strategy, schedule, engine, loader)
 
 
 def _plan(recipe: Recipe, say: Say) -> dict[str, Any]:

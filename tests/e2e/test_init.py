@@ -252,7 +252,6 @@ def test_names_of_columns_cannot_end_a_comment_or_control_a_terminal(
     write("rows.jsonl", rows)
     written = lorakit.init_recipe(model=model("tiny_bert"), data="rows.jsonl", hardware="cpu")
     assert written.recipe.task.label_column == "a\nlabel #"
-    assert Path("recipe.yaml").read_text().isprintable() is False  # line ends only
     assert all(line.isprintable() for line in Path("recipe.yaml").read_text().split("\n"))
     given = ["--model", model("tiny_bert"), "--data", "rows.jsonl", "--hardware", "cpu"]
     capsys.readouterr()  # what the model's fixture printed

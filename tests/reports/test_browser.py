@@ -104,11 +104,15 @@ def test_it_fits_a_narrow_screen(
 ) -> None:
     context = browser.new_context(viewport={"width": 380, "height": 800}, color_scheme=scheme)
     run = write_run(tmp_path / "run", predictions=PREDICTIONS, lines=adalora_lines())
-    page = opened(context.new_page(), tmp_path, run, write_run(tmp_path / ("long" * 40)))
+    page = context.new_page()
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda message: problems.append(message.text))
+    page = opened(page, tmp_path, run, write_run(tmp_path / ("long" * 40)))
     size = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
     assert size[0] <= size[1]
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 24, 27)"
     assert dark == (scheme == "dark")
+    assert problems == []
     context.close()
 
 

@@ -12,12 +12,11 @@ import pytest
 
 from tests.shipped.test_docs import DOCS, REPO, prose
 
-pytest.importorskip("material", reason="needs mkdocs-material")
-
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build with --strict: a page outside the navigation, a broken link or a broken anchor fails."""
+    pytest.importorskip("material", reason="needs mkdocs-material")
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", "docs/site/mkdocs.yml"]
     done = subprocess.run(

@@ -49,7 +49,7 @@ def write_adapter(
     family = family_of(config, section.name_or_path)
     dtype = dtype or "f32"
     alpha = float(number(mode(m.scaling * m.r for m in updates.matrices.values())))
-    scaled = sum(_factor(matrix, alpha) != 1 for matrix in updates.matrices.values())
+    scaled = sum(matrix.factor_of_B(matrix.r, alpha) != 1 for matrix in updates.matrices.values())
     note = f"B is scaled in {scaled} of {len(updates.matrices)} matrices to fit one lora_alpha"
     writer = GGUFWriter(path=None, arch=family.arch)
     writer.add_type("adapter")
@@ -117,14 +117,9 @@ def _check_shape(matrix: AdaptedMatrix, config: Mapping[str, Any], module: str, 
 def _scaled(
     family: Family, config: Mapping[str, Any], weight: str, matrix: AdaptedMatrix, alpha: float
 ) -> Tensor:
-    factor = _factor(matrix, alpha)
+    factor = matrix.factor_of_B(matrix.r, alpha)
     B = matrix.B.float() if factor == 1 else (matrix.B.double() * factor).float()
     return stored_rows(family, config, weight, B)
-
-
-def _factor(matrix: AdaptedMatrix, alpha: float) -> float:
-    """The factor of B; 1 if it differs from 1 only by floating-point noise."""
-    return float(number(matrix.scaling * matrix.r / alpha))
 
 
 def _float(value: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ function fillLegend() {
       else hidden.add(run.name);
       redraw();
     });
-    return make("label", {}, box, make("span", { class: `swatch c${at % COLORS}${at >= COLORS ? " dash2" : ""}` }), run.name);
+    return make("label", {}, box, make("span", { class: `swatch c${at % COLORS}` }), run.name);
   }));
   legend.hidden = data.runs.length < 2;
 }
