@@ -79,7 +79,7 @@ def sweep(
 
     Writes sweep.json, table.md, table.csv, plots and a run directory for each member to output_dir.
     The exit code is 1 if a member failed, or if none measured the metric. See docs/sweep.md for the
-    keys of a sweep file.
+    keys of a sweep file. Under torchrun or accelerate launch, the processes share the members.
 
     Example: lorakit sweep recipes/sweeps/rank.yaml
 
@@ -93,18 +93,28 @@ def sweep(
         "--halving": halving or None,
         "--joint": {"true": True, "false": False, "auto": "auto"}.get((joint or "").lower(), joint),
     }
-    with only_results():
-        loaded = api.load_sweep(file, grid=grid or (), overrides=overrides or (), options=options)
-        plan = api.plan_sweep(loaded, resume, say, ray=ray) if dry_run else None
-        result = api.sweep(loaded, resume, say, ray=ray) if plan is None else None
+    with api.process_group():
+        with only_results():
+            loaded = api.load_sweep(
+                file, grid=grid or (), overrides=overrides or (), options=options
+            )
+            plan = api.plan_sweep(loaded, resume, say, ray=ray) if dry_run else None
+            result = api.sweep(loaded, resume, say, ray=ray) if plan is None else None
+        if api.is_main():
+            _print(plan, result, as_json)
     if plan is not None:
-        _print_plan(plan, as_json)
         failed = any(planned.error for planned in plan.members)
     elif result is not None:
-        _print(result, as_json)
         failed = result.lacks_metric or any(own.status == "failed" for own in result.members)
     if failed:
         raise typer.Exit(1)
+
+
+def _print(plan: SweepPlan | None, result: SweepResult | None, as_json: bool) -> None:
+    if plan is not None:
+        _print_plan(plan, as_json)
+    elif result is not None:
+        _print_result(result, as_json)
 
 
 def _print_plan(plan: SweepPlan, as_json: bool) -> None:
@@ -122,7 +132,7 @@ def _print_plan(plan: SweepPlan, as_json: bool) -> None:
     echo(f"{len(plan.members)} members, compared by {plan.metric}, in {plan.output_dir}")
 
 
-def _print(result: SweepResult, as_json: bool) -> None:
+def _print_result(result: SweepResult, as_json: bool) -> None:
     from lorakit.api import table_text
 
     if as_json:

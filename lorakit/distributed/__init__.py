@@ -2,8 +2,9 @@
 
 ``launcher`` reads what torchrun and accelerate launch set. ``processes`` splits evaluations: each
 process takes a shard of the rows, and ``gather`` collects the results. ``strategy`` is for
-training: it places and wraps the trained modules, and reduces gradients and counts. With a single
-process, none of them has any effect.
+training: it places and wraps the trained modules, and reduces gradients and counts. ``watch`` is
+for processes that each do work of their own, such as the members of a sweep. With a single process,
+none of them has any effect.
 
 To add a way to distribute training, derive a class from ``Strategy`` and return it from
 ``build_strategy`` (``build``).

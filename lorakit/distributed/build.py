@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import patch_environment
 
 from lorakit.distributed.group import rank_and_world_size
-from lorakit.distributed.launcher import uses_fsdp
+from lorakit.distributed.launcher import check_no_deepspeed, uses_fsdp
 from lorakit.distributed.strategy import DataParallel, Strategy
 from lorakit.errors import UserError
 
@@ -20,11 +18,7 @@ def build_strategy(dtype: str) -> Strategy:
 
     Raises UserError for another strategy of the launcher, or for float16 on the CPU.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
-        raise UserError(
-            "accelerate launch: DeepSpeed is not supported; allowed: distributed_type MULTI_GPU or "
-            "MULTI_CPU (configs/ddp.yaml), or FSDP (configs/fsdp2.yaml)"
-        )
+    check_no_deepspeed()
     half = dtype == "float16"
     AcceleratorState._reset_state()  # an earlier run of this process may have another precision
     # Accelerate's own FSDP would shard what is trained, too.

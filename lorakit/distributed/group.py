@@ -49,10 +49,18 @@ def alone() -> Iterator[None]:
 
 def is_main() -> bool:
     """Whether this process prints and writes files."""
-    if _Alone.now:
-        return True
+    return _Alone.now or is_first()
+
+
+def is_first() -> bool:
+    """Whether this process is the launcher's first one, or the only one."""
     rank = os.environ.get("RANK", "0")
     return not is_launched() or rank == "0" or not rank.isdecimal()
+
+
+def processes_on_host() -> int:
+    """How many processes the launcher has started on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if is_launched() else 1
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -80,7 +88,7 @@ def init_process_group() -> None:
     from lorakit.models.load import default_device
 
     on_cuda = default_device().type == "cuda"
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    local = processes_on_host()
     if on_cuda and local > torch.cuda.device_count():
         raise UserError(
             f"launched as {local} processes on a machine with {torch.cuda.device_count()} GPUs; "
@@ -123,6 +131,14 @@ def set_in_store(key: str) -> None:
 def is_in_store(key: str) -> bool:
     try:
         return bool(default_store().check([key]))
+    except RuntimeError as error:
+        raise ConnectionLost from error
+
+
+def count_in_store(key: str) -> int:
+    """How many calls there have been with ``key``, over all processes."""
+    try:
+        return int(default_store().add(key, 1))
     except RuntimeError as error:
         raise ConnectionLost from error
 

@@ -108,6 +108,26 @@ def uses_fsdp() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
 
 
+def check_no_deepspeed() -> None:
+    """Raise UserError if ``accelerate launch`` asks for DeepSpeed."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
+        raise UserError(
+            "accelerate launch: DeepSpeed is not supported; allowed: distributed_type MULTI_GPU or "
+            "MULTI_CPU (configs/ddp.yaml), or FSDP (configs/fsdp2.yaml)"
+        )
+
+
+def check_whole_models(reason: str) -> None:
+    """Raise UserError, with the ``reason``, if ``accelerate launch`` asks for FSDP or DeepSpeed,
+    which shard a model over the processes."""
+    check_no_deepspeed()
+    if uses_fsdp():
+        raise UserError(
+            f"accelerate launch: FSDP: {reason}; allowed: distributed_type MULTI_GPU or MULTI_CPU "
+            "(configs/ddp.yaml)"
+        )
+
+
 def check_fsdp_settings() -> None:
     """Raise UserError for a setting of accelerate's ``fsdp_config`` that lorakit does not follow.
     Those that it ignores change neither results nor memory."""

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from lorakit.distributed.group import (
     ConnectionLost,
     abort_nccl,
-    default_store,
+    count_in_store,
     destroy_process_group,
     has_group,
     host_group,
@@ -222,8 +222,8 @@ def _is_first_to_tell() -> bool:
     if not has_group() or launch_id() is None:
         return True
     try:
-        return int(default_store().add(_LOST, 1)) == 1
-    except RuntimeError:
+        return count_in_store(_LOST) == 1
+    except ConnectionLost:
         return True
 
 

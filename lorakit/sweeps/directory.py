@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from lorakit.distributed.group import alone
 from lorakit.errors import UserError, listed, shown
 from lorakit.io.atomic import creation_problem, write_text, writing
 from lorakit.pipeline.task_data import Say
@@ -89,8 +90,9 @@ def _check_same(sweep: Sweep, file: Path) -> None:
         differences = [f"names of members: was {was}, now {is_now}"]
     if differences:
         raise UserError(f"--resume: the sweep differs from {file}: {'; '.join(differences)}")
-    for member in sweep.members:
-        check_same_recipe(member.recipe, Path(member.recipe.train.output_dir))
+    with alone():  # as each member trains
+        for member in sweep.members:
+            check_same_recipe(member.recipe, Path(member.recipe.train.output_dir))
 
 
 def _settings(section: Mapping[str, Any]) -> dict[str, str] | None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
 
+from lorakit.distributed.group import rank_and_world_size
 from lorakit.errors import UserError
 from lorakit.models.load import default_device
 from lorakit.recipe.sections import Recipe
 from lorakit.sweeps.members import Member
+from lorakit.sweeps.sections import SweepSection
 from lorakit.training.joint import can_join, members_that_fit
 
 
@@ -23,14 +24,14 @@ class Pass:
     reason: str | None = None
 
 
-def make_passes(
-    members: Sequence[Member], joint: Literal["auto"] | bool, most: int | None = None
-) -> list[Pass]:
-    """Divide ``members`` into passes of at most ``most`` that can join; None is as many as the
-    memory holds.
+def make_passes(members: Sequence[Member], section: SweepSection) -> list[Pass]:
+    """Divide ``members`` into passes of at most ``max_joint`` that can join; None is as many as the
+    memory holds. If a launcher has started several processes, there is a pass for each of them, as
+    far as there are members.
 
     Raises UserError if ``joint`` is true and a member cannot join the first.
     """
+    joint, most = section.joint, section.max_joint
     if joint is False:
         return [Pass((at,), "joint is false") for at in range(len(members))]
     found: list[list[int]] = []
@@ -58,6 +59,9 @@ def make_passes(
             continue
         size = most or _that_fit([members[at].recipe for at in numbers])
         alone = f"{'max_joint is' if most else 'the memory holds'} {size}"
+        share = -(-len(members) // rank_and_world_size()[1])
+        if share < size:
+            size, alone = share, "the processes share the members"
         passes += [
             Pass(tuple(part), alone if len(part) == 1 else None) for part in _parts(numbers, size)
         ]

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lorakit.distributed.group import init_process_group
+from lorakit.distributed.processes import run_on_main
 from lorakit.errors import UserError
 from lorakit.pipeline.task_data import Say
 from lorakit.sweeps.check import halving_note
@@ -17,6 +19,7 @@ from lorakit.sweeps.members import Member
 from lorakit.sweeps.metric import sweep_metric
 from lorakit.sweeps.passes import make_passes
 from lorakit.sweeps.sections import Settings
+from lorakit.sweeps.shared import check_processes
 from lorakit.sweeps.size import Sizes, with_budget
 
 
@@ -59,10 +62,12 @@ def plan_sweep(
     """Describe what ``sweep`` would do, without writing anything. Raises UserError as it does, but
     does not connect to the cluster ``ray``."""
     checked = sweep if isinstance(sweep, Sweep) else load_sweep(sweep)
+    init_process_group()
+    check_processes(checked, ray)
     if ray is not None:
         check_ray(checked)
     with located(checked):
-        return _plan(checked, resume, say)
+        return run_on_main(lambda: _plan(checked, resume, say))
 
 
 def _plan(loaded: Sweep, resume: bool, say: Say) -> SweepPlan:
@@ -72,7 +77,7 @@ def _plan(loaded: Sweep, resume: bool, say: Say) -> SweepPlan:
     if note := halving_note(loaded.section, loaded.members):
         say(note)
     members = tuple(_planned(member, sizes) for member in loaded.members)
-    parts = make_passes(loaded.members, loaded.section.joint, loaded.section.max_joint)
+    parts = make_passes(loaded.members, loaded.section)
     passes = tuple(
         (tuple(loaded.members[at].name for at in part.members), part.reason) for part in parts
     )

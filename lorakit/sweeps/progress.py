@@ -40,6 +40,7 @@ class MemberDisplay(Display):
 
     def advance(self, step: int) -> None:
         self.step = step
+        self._progress.on_tick()
         if time.monotonic() - self._last >= _SECONDS_PER_LINE and not self._progress.is_live:
             self._last = time.monotonic()
             self.say(f"step {step}/{self.total_steps}  {self.loss}".rstrip())
@@ -49,6 +50,7 @@ class MemberDisplay(Display):
 
     def evaluating(self, what: str, done: int, total: int) -> None:
         self._report(f"evaluation: {what}", done, total)
+        self._progress.on_tick()
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         self.metrics = metrics
@@ -92,6 +94,8 @@ class SweepProgress:
         self._result, self.halving = result, halving
         self._running: dict[str, MemberDisplay | None] = {}
         self._said: set[str] = set()
+        #: Called when a member that this process trains has made progress.
+        self.on_tick: Callable[[], None] = lambda: None
         console = Console(stderr=True)
         self._live: Live | None = None
         if console.is_terminal:

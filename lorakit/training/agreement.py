@@ -7,6 +7,7 @@ from typing import Any
 
 from lorakit.distributed.processes import gather
 from lorakit.errors import UserError, shown
+from lorakit.recipe.sections import Recipe
 from lorakit.training.setup import Prepared
 
 #: Keys that may differ: where a host has its files, and what only the first process uses.
@@ -15,7 +16,7 @@ _OF_A_HOST = {"model.name_or_path", "task.path", "train.output_dir", "train.trac
 
 def check_agreement(prepared: Prepared) -> None:
     """Raise UserError, in all processes, if the recipe or the data of one are not the first's."""
-    found = gather((platform.node(), _keys(prepared), prepared.data))
+    found = gather((platform.node(), comparable_keys(prepared.recipe), prepared.data))
     _, keys, data = found[0]
     for rank, (host, other_keys, other_data) in enumerate(found):
         process = f"process {rank} on {host}"
@@ -35,9 +36,9 @@ def check_agreement(prepared: Prepared) -> None:
                 )
 
 
-def _keys(prepared: Prepared) -> dict[str, Any]:
-    keys = prepared.recipe.flat().items()
-    return {key: value for key, value in keys if key not in _OF_A_HOST}
+def comparable_keys(recipe: Recipe) -> dict[str, Any]:
+    """The keys of ``recipe`` that are the same on all hosts, and their values."""
+    return {key: value for key, value in recipe.flat().items() if key not in _OF_A_HOST}
 
 
 def _identity(split: dict[str, Any] | None) -> object:

@@ -12,7 +12,7 @@ from types import FrameType
 
 from torch import Tensor
 
-from lorakit.distributed.group import is_main
+from lorakit.distributed.group import is_first
 from lorakit.distributed.launcher import is_launched
 from lorakit.distributed.processes import stop_signal
 from lorakit.errors import Interrupted
@@ -61,9 +61,9 @@ class StopRequest:
         started several processes, since it passes on what a scheduler has sent to all of them."""
         if stop_signal.own and not is_launched():
             raise Interrupted("interrupted again: stopped without saving a checkpoint", number)
-        is_first = not stop_signal.own
+        is_repeated = stop_signal.own != 0
         stop_signal.set(number)
-        if is_first and is_main():
+        if is_first() and not is_repeated:
             _announce_stop(number)
 
 
@@ -78,13 +78,23 @@ def _announce_stop(number: int) -> None:
         os.write(2, f"{start}{text}\n".encode())
 
 
+class _Handled:
+    """Whether signals are handled by ``stop_request``."""
+
+    now = False
+
+
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
     """Handle SIGINT, SIGTERM and SIGHUP during the block, if this is the main thread.
 
-    A signal that is ignored, such as SIGHUP under nohup, stays ignored.
+    A signal that is ignored, such as SIGHUP under nohup, stays ignored. A block within another one
+    has its request.
     """
     request = StopRequest()
+    if _Handled.now:
+        yield request
+        return
     stop_signal.clear()
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -92,9 +102,11 @@ def stop_request() -> Iterator[StopRequest]:
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handled = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
     previous = {number: signal.signal(number, request.handle) for number in handled}
+    _Handled.now = True
     try:
         yield request
     finally:
+        _Handled.now = False
         for number, handler in previous.items():
             signal.signal(number, handler)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ import pytest
 from tests.e2e import faulty_method
 from tests.e2e.processes import REPO, launch
 from tests.e2e.shared_runs import recipe, wait_for
+from tests.sweeps.files import sweep_json
 from tests.training.runs import adapter_bytes, checkpoint_names, learning, run_json
 
 TORCHRUN = (Path(sys.executable).with_name("torchrun"), "--nproc-per-node", "2")
@@ -123,6 +125,26 @@ def test_sigterm_to_torchrun_saves_one_checkpoint(
     saved = f"interrupted at step {last} of 6000; saved {run / 'checkpoints' / f'step-{last}'}"
     assert err.splitlines().count(saved) == 1
     assert run_json(run)["exit_reason"] == "interrupted"
+
+
+@pytest.mark.slow
+def test_torchrun_continues_a_sweep_after_a_process_was_killed(file: Path, tmp_path: Path) -> None:
+    grid = {"train.seed": [1, 2, 3]}
+    keys = {"recipe": str(file), "output_dir": str(tmp_path / "sweep"), "grid": grid}
+    (tmp_path / "sweep.yaml").write_text(json.dumps(keys))
+    code, out, err = ended(
+        start(
+            *TORCHRUN, "--max-restarts", "1", "-m", "lorakit", "sweep", tmp_path / "sweep.yaml",
+            FAULT="1:6:kill", FAULT_ONCE=tmp_path / "once",
+        )
+    )  # fmt: skip
+    assert code == 0, err
+    assert (tmp_path / "once").exists()
+    assert err.count("restarted by the launcher: continuing as with --resume") == 1
+    assert out.count("best: ") == 1
+    assert [member["status"] for member in sweep_json(tmp_path / "sweep")["members"]] == [
+        "completed"
+    ] * 3
 
 
 @pytest.mark.slow

@@ -24,8 +24,9 @@ def parts(
 ) -> list[tuple[tuple[int, ...], str | None]]:
     Path("recipe.yaml").write_text(RECIPE)
     members = [{"set": own} for own in settings]
-    sweep = load_sweep({"recipe": "recipe.yaml", "output_dir": "out", "members": members})
-    return [(p.members, p.reason) for p in make_passes(sweep.members, joint, most)]
+    keys = {"recipe": "recipe.yaml", "output_dir": "out", "joint": joint, "max_joint": most}
+    sweep = load_sweep({**keys, "members": members})
+    return [(p.members, p.reason) for p in make_passes(sweep.members, sweep.section)]
 
 
 R = [{"adapter.r": r} for r in range(1, 6)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from lorakit.errors import Interrupted, TargetError, TrainingError, UserError
 from lorakit.recipe.sections import Recipe
 from lorakit.training.joint import can_join, train_joint
 from lorakit.training.session import RunResult
-from tests.e2e.processes import ended, start
 from tests.training.joint_runs import (
     assert_equal_runs,
     assert_equal_to_single_runs,
@@ -183,36 +181,3 @@ def test_methods_that_train_the_base_cannot_be_joined(tiny_llama: Path, tmp_path
         found += members(tmp_path / method, tiny_llama, "completion", [adapter])
     reasons = [can_join(recipe, recipe) for recipe in found]
     assert reasons == [f"adapter.method = {m} trains the base" for m in ("full", "bitfit")]
-
-
-#: Train the recipes of the arguments; the first process prints how each ended.
-TRAIN = """
-import sys, lorakit
-from lorakit.api import process_group
-from lorakit.training.joint import train_joint
-recipes = [lorakit.load_recipe(file) for file in sys.argv[1:]]
-ended = []
-with process_group():
-    results = train_joint(recipes, None, print, lambda index, result: ended.append(index))
-    kinds = [type(result).__name__ for result in results]
-    open(f"{sys.argv[1]}.{__import__('os').environ['RANK']}", "w").write(f"{sorted(ended)} {kinds}")
-"""
-
-
-def test_processes_share_the_members(tiny_llama: Path, tmp_path: Path) -> None:
-    changes = [{"train__seed": 1}, {"adapter__r": 2}, {"adapter__target_modules": ["nowhere"]}, {}]
-    recipes = members(tmp_path, tiny_llama, "completion", changes)
-    files = []
-    for index, recipe in enumerate(recipes):
-        files.append(tmp_path / f"recipe-{index}.yaml")
-        files[-1].write_text(json.dumps(recipe.resolved()))
-    processes = ended(start(2, "-c", TRAIN, *files))
-    assert [code for code, _, _ in processes] == [0, 0], processes
-    kinds = "['RunResult', 'RunResult', 'TrainingError', 'RunResult']"
-    assert Path(f"{files[0]}.1").read_text() == f"[] {kinds}"
-    first = Path(f"{files[0]}.0").read_text()
-    assert first == f"[0, 1, 2, 3] {kinds}".replace("TrainingError", "TargetError")
-    for index in (0, 1, 3):
-        run = Path(recipes[index].train.output_dir)
-        assert_equal_training(run, train_alone(recipes[index]))
-        assert run_json(run)["hardware"]["processes"] == 1

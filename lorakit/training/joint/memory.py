@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from lorakit import registry
+from lorakit.distributed.group import processes_on_host
 from lorakit.host.resources import host_memory
 from lorakit.injection import inject, trainable_state
 from lorakit.models.load import load_empty
@@ -96,4 +97,5 @@ def _available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     memory = host_memory()
-    return memory.total_bytes if memory.available_bytes is None else memory.available_bytes
+    available = memory.total_bytes if memory.available_bytes is None else memory.available_bytes
+    return available // processes_on_host()

@@ -6,14 +6,13 @@ its own. Only the passes of a step are shared: the base computes the rows of all
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from lorakit.distributed.group import alone, init_process_group, is_main
-from lorakit.distributed.processes import gather, shard
-from lorakit.errors import Interrupted, TrainingError
+from lorakit.distributed.group import alone, init_process_group
+from lorakit.errors import Interrupted
 from lorakit.host.openmp import yield_cores
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.sections import Recipe
@@ -69,36 +68,21 @@ def train_joint(
     ``say_of`` and ``display_of`` return what ``train`` calls ``say`` and ``display`` for a member;
     by default its lines go to ``say``, after the name of its directory, and no progress is shown.
 
-    If a launcher has started several processes, each trains every n-th member without the others.
-    All return how each member ended, with a TrainingError for an error in another process. Only the
-    first one calls ``finished``, at the end for the members of others.
+    If a launcher has started several processes, each trains the ``recipes`` that it is given.
     """
     init_process_group()
-    own = {index: recipes[index] for index in shard(len(recipes))}
     say_of = say_of or (lambda index: _named(recipes[index], say))
     display_of = display_of or (lambda index: partial(NotesOnly, say_of(index)))
-    ended = finished if is_main() else lambda index, outcome: None
     deterministic = any(recipe.train.deterministic for recipe in recipes)
     with alone(), deterministic_kernels(deterministic), stop_request() as stop:
-        run = _JointRun(own, resume, say, ended, stop_at, stop, say_of, display_of)
+        run = _JointRun(recipes, resume, say, finished, stop_at, stop, say_of, display_of)
         try:
             run.start()
             run.train()
         except BaseException as error:
             run.abort(error)
             raise
-    outcomes = run.outcomes
-    for each in gather({index: _sendable(outcome) for index, outcome in outcomes.items()}):
-        for index, outcome in each.items():
-            if index not in outcomes:
-                outcomes[index] = TrainingError(outcome) if isinstance(outcome, str) else outcome
-                ended(index, outcomes[index])
-    return [outcomes[index] for index in range(len(recipes))]
-
-
-def _sendable(outcome: RunResult | Exception) -> RunResult | str:
-    """An error as text, since not every one can be sent to another process."""
-    return (str(outcome) or repr(outcome)) if isinstance(outcome, Exception) else outcome
+    return [run.outcomes[index] for index in range(len(recipes))]
 
 
 class _JointRun:
@@ -106,7 +90,7 @@ class _JointRun:
 
     def __init__(
         self,
-        recipes: Mapping[int, Recipe],
+        recipes: Sequence[Recipe],
         resume: str | None,
         say: Say,
         finished: Finished,
@@ -127,7 +111,7 @@ class _JointRun:
     def start(self) -> None:
         """Prepare all members, run them up to their first steps, and build what they share."""
         base = SharedBase()
-        for index, recipe in self._recipes.items():
+        for index, recipe in enumerate(self._recipes):
             if self._stop:
                 raise Interrupted("interrupted before the first step", self._stop.signal_number)
             try:
