@@ -5,7 +5,6 @@ A loop is a generator of the steps that it wants to be taken, see ``training.ste
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +33,7 @@ from lorakit.training.checkpoint import (
     Snapshot,
     save_checkpoint,
 )
+from lorakit.training.clock import Clock
 from lorakit.training.control import Best, Evaluator, Schedule, StopRequest
 from lorakit.training.divergence import (
     AsyncScalars,
@@ -58,7 +58,8 @@ class Loop:
     """``evaluate`` is None without a validation split; ``cause`` is the likely cause of a
     divergence; ``out_of_memory`` returns a message about a step and its batches; only the main
     process has a ``guard``. ``broken`` is set once the loss or a weight is not finite.
-    ``predictions`` are those of the best evaluation, none if that was before a resume."""
+    ``predictions`` are those of the best evaluation, none if that was before a resume. ``clock``
+    measures the time of the steps."""
 
     engine: Engine
     loader: StepLoader
@@ -74,10 +75,11 @@ class Loop:
     progress: Progress = field(default_factory=Progress)
     broken: bool = False
     predictions: Sequence[Prediction] = ()
+    clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
         self._scalars = AsyncScalars(self.engine.value_names)
-        self._window_start = time.monotonic()
+        self._window_start = self.clock.now()
         self._window_tokens = 0
         self._first_step = 1
         self._last_checkpoint: Path | None = None
@@ -114,7 +116,7 @@ class Loop:
         Raises TrainingError if the loss or a weight is not finite. With a checkpoint saved, raises
         Interrupted after a signal, and DataError (BadRow for a row) if a stream cannot be read.
         """
-        self._window_start = time.monotonic()
+        self._window_start = self.clock.now()
         self._first_step = self.progress.step + 1
         self.recorder.display.begin()
         if self.progress.step and self._evaluation_due():
@@ -136,10 +138,11 @@ class Loop:
         """Write a checkpoint of this step; raises TrainingError if its numbers are not finite or
         the output directory was deleted, and WriteFailed."""
         self._settle()
-        self.progress.metrics_lines = self.recorder.metrics_lines
-        state = self.engine.state_dict()
-        snapshot = Snapshot(self.progress, state, self.best.weights, gather(random_states()))
-        self._last_checkpoint, is_there = run_on_main(lambda: self._write(snapshot))
+        with self.clock.paused():
+            self.progress.metrics_lines = self.recorder.metrics_lines
+            state = self.engine.state_dict()
+            snapshot = Snapshot(self.progress, state, self.best.weights, gather(random_states()))
+            self._last_checkpoint, is_there = run_on_main(lambda: self._write(snapshot))
         if not is_there:
             raise TrainingError(
                 f"step {self.progress.step}: {self.checkpoint_dir.parent} was deleted or renamed "
@@ -186,7 +189,7 @@ class Loop:
 
     def _take_step(self) -> Steps[bool]:
         """Take the next step; false if the run is to stop before it."""
-        began, progress = time.monotonic(), self.progress
+        began, progress = self.clock.now(), self.progress
         try:
             loaded = self.loader.take(progress.step)
         except DataError as error:
@@ -207,7 +210,7 @@ class Loop:
         self._scalars.add(result)
         self._window_tokens += loaded.token_count
         progress.trained_tokens += loaded.trained_count
-        progress.seconds += time.monotonic() - began
+        progress.seconds += self.clock.now() - began
         return True
 
     def _log(self) -> None:
@@ -224,11 +227,11 @@ class Loop:
         """End the window of steps that one log line covers."""
         ranks = self.engine.changed_ranks(self._scalars.pending_steps)
         self._scalars.stage(self._window_values(), ranks)
-        self._window_start, self._window_tokens = time.monotonic(), 0
+        self._window_start, self._window_tokens = self.clock.now(), 0
 
     def _window_values(self) -> dict[str, Any]:
         """What the host knows of the steps since the last log line."""
-        spent = max(time.monotonic() - self._window_start, 1e-9)
+        spent = max(self.clock.now() - self._window_start, 1e-9)
         return {
             "step": self.progress.step,
             "epoch": self.schedule.epoch(self.progress.step),
@@ -290,14 +293,14 @@ class Loop:
     def _evaluate(self) -> None:
         assert self.evaluate is not None
         self._settle()
-        began, step = time.monotonic(), self.progress.step
+        began, step = self.clock.now(), self.progress.step
         try:
             found = self.evaluate()
         except EvaluationStopped:
             self._interrupt()
         except EvaluationError as error:
             self._fail(f"step {step}: {error}; if the weights diverged: {self.cause}")
-        self.progress.seconds += time.monotonic() - began
+        self.progress.seconds += self.clock.now() - began
         self.progress.last_eval_step, self._evaluated = step, found.metrics
         self.recorder.evaluation(step, found.metrics)
         if self.engine.is_final_form():
@@ -306,7 +309,7 @@ class Loop:
                 self.predictions = found.predictions
             if stopping:
                 self.recorder.display.say(stopping)
-        self._window_start += time.monotonic() - began
+        self._window_start += self.clock.now() - began
 
     def _stop_for_data(self, error: DataError) -> NoReturn:
         saved = self.save()

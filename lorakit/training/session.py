@@ -106,10 +106,11 @@ class Session:
             try:
                 _resume(loop, self.start, recipe, say)
                 yield from loop.steps()
-                warning = loop.divergence()  # of the last weights, which may not be the best
-                record.diverged = warning is not None
-                self._say_notes(loop)
-                record.metrics = loop.finish()
+                with loop.clock.paused():
+                    warning = loop.divergence()  # of the last weights, which may not be the best
+                    record.diverged = warning is not None
+                    self._say_notes(loop)
+                    record.metrics = loop.finish()
                 if record.metrics:
                     record.main_metric = _reported_metric(prepared)
             except Interrupted:
@@ -123,8 +124,9 @@ class Session:
                 record.set_ranks(ranks)
                 say(rank_table(ranks))
             adapter_dir = output_dir / "adapter"
-            run_on_main(lambda: _export(prepared, adapter_dir, record, guard, say))
-            run_on_main(lambda: _save_predictions(output_dir, prepared.evaluation, loop, say))
+            with loop.clock.paused():
+                run_on_main(lambda: _export(prepared, adapter_dir, record, guard, say))
+                run_on_main(lambda: _save_predictions(output_dir, prepared.evaluation, loop, say))
         if warning:
             say(f"warning: {warning}")
         return RunResult(

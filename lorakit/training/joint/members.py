@@ -14,6 +14,7 @@ from lorakit.recipe.check import check_recipe
 from lorakit.recipe.sections import Recipe
 from lorakit.training.batching import build_batching
 from lorakit.training.build import Objective, build_loop, build_objective, plan_lines
+from lorakit.training.clock import Clock
 from lorakit.training.control import Schedule, StopRequest
 from lorakit.training.engine import StepResult
 from lorakit.training.engine.eager import EagerEngine
@@ -117,9 +118,11 @@ def start_member(
     stop: StopRequest,
     say: Say,
     display: Callable[[int, int], Display],
+    clock: Clock,
 ) -> Member | RunResult:
     """Prepare the run of ``recipe`` on a view of ``base``; return its result if it is complete.
-    Raises UserError as ``train`` does before it writes anything."""
+    ``clock`` is that of all members. Raises UserError as ``train`` does before it writes
+    anything."""
     check_recipe(recipe)
     start = find_start(recipe, resume, say)
     if start.finished is not None:
@@ -143,6 +146,7 @@ def start_member(
         )  # fmt: skip
         if loop.evaluate is not None:
             loop.evaluate = replace(loop.evaluate, scorer=lambda: member.scorer())
+        loop.clock = clock
         base.share_steps(prepared, loop.loader)
         built.append((objective, loop))
         return loop

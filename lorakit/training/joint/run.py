@@ -17,6 +17,7 @@ from lorakit.host.openmp import yield_cores
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.sections import Recipe
 from lorakit.training.build import wrap_model
+from lorakit.training.clock import Clock
 from lorakit.training.control import StopRequest, stop_request
 from lorakit.training.deterministic import deterministic_kernels
 from lorakit.training.engine import StepResult
@@ -77,7 +78,8 @@ def train_joint(
     with alone(), deterministic_kernels(deterministic), stop_request() as stop:
         run = _JointRun(recipes, resume, say, finished, stop_at, stop, say_of, display_of)
         try:
-            run.start()
+            with run.clock.paused():
+                run.start()
             run.train()
         except BaseException as error:
             run.abort(error)
@@ -105,6 +107,7 @@ class _JointRun:
         self.members: dict[int, Member] = {}
         self.outcomes: dict[int, RunResult | Exception] = {}
         self._passes: JointPasses | None = None
+        self.clock = Clock()
         self._evaluations: JointEvaluations | None = None
         self._interrupted: Interrupted | None = None
 
@@ -117,7 +120,7 @@ class _JointRun:
             try:
                 member = start_member(
                     recipe, self._resume, base, self._stop, self._say_of(index),
-                    self._display_of(index),
+                    self._display_of(index), self.clock,
                 )  # fmt: skip
             except Exception as error:
                 self._end(index, error)
