@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Run:
-    """Neighboring adapters of one rank, those from ``start`` to ``stop``; ``scaling`` is a number,
+    """Neighboring adapters with factors of one shape, those from ``start`` to ``stop``; ``scaling`` is a number,
     or (adapters, 1, 1) if they differ."""
 
     start: int
@@ -70,9 +70,11 @@ class _JointLowRank(torch.autograd.Function):
         gradients: list[Tensor | None] = []
         for run, h, A, B in zip(runs, inner, factors[::2], factors[1::2], strict=True):
             own = slice(run.start, run.stop)
-            dh = run.scaled(torch.bmm(dy[own], B)).mul_(run.alpha)
-            gradients.append(torch.bmm(dh.mT, x[own]))
-            gradients.append(torch.bmm(dy[own].mT, h).mul_(run.alpha))
+            dh = run.scaled(torch.bmm(dy[own], B))
+            dB = torch.bmm(dy[own].mT, h) if B.is_contiguous() else torch.bmm(h.mT, dy[own]).mT
+            if run.alpha != 1:
+                dh, dB = dh.mul_(run.alpha), dB.mul_(run.alpha)
+            gradients += [torch.bmm(dh.mT, x[own]), dB]
             if dx is not None:
                 torch.bmm(dh, A, out=dx[own])
         return dy, dx, None, *gradients

@@ -65,7 +65,7 @@ def train_module(model: nn.Module, name: str, float32_output: bool) -> None:
     for other in model.modules():
         tied = any(id(p) in shared for p in other.parameters(recurse=False))
         if other is module or (tied and other not in set(module.modules())):
-            other.register_forward_pre_hook(_cast_inputs)
+            other.register_forward_pre_hook(cast_inputs)
             if not float32_output:
                 other.register_forward_hook(lambda _m, _a, out: _cast(out, before))
 
@@ -98,5 +98,6 @@ def _cast(value: object, dtype: torch.dtype) -> object:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _cast_inputs(_module: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...]:
+def cast_inputs(_module: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...]:
+    """The hook of a module that ``train_module`` trains in float32."""
     return tuple(_cast(value, torch.float32) for value in inputs)

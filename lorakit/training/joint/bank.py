@@ -1,14 +1,14 @@
-"""The factors of the members' low-rank updates, stacked in memory.
+"""The parameters of the members, stacked in memory.
 
 A batched product needs the factors of several members as one tensor. Here they are always stored as
 one: each member's parameters, and their gradients, are views of it, so that nothing is copied in a
-step, and the members' optimizers do not notice.
+step, and the members' optimizers do not notice. Factors of several ranks are padded with zeros,
+whose gradients are exactly zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,12 @@ from torch import Tensor, nn
 
 from lorakit.methods.adalora_layer import AdaLoraLayer
 from lorakit.methods.lora_layer import LoraLayer
+
+
+#: Products of lower ranks take as long as those of this one.
+_TILE = 16
+#: Products of this many elements of factors take hardly longer than their launches.
+_PADDED_ELEMENTS = 2**20
 
 
 def can_stack(layer: nn.Module | None) -> bool:
@@ -28,39 +34,40 @@ def can_stack(layer: nn.Module | None) -> bool:
 
 
 class Stack:
-    """The factors of one module of neighboring ``members`` with layers of one class and rank."""
+    """Parameters of one module of ``members``, by name.
 
-    def __init__(self, layers: Mapping[int, LoraLayer]) -> None:
-        self.members = tuple(layers)
-        self._layers = list(layers.values())
-        self.rank = self._layers[0].r
-        self.leaves = {name: self._stacked(name) for name in self._layers[0].adapter_parameters()}
+    A leaf is (members, n, ...), where parameters that have fewer than the largest n are followed by
+    zeros. Those stay zero if the gradient of zeros is: that of a factor's is as long as the other
+    factor's are zeros too.
+    """
+
+    def __init__(self, own: Mapping[int, Mapping[str, nn.Parameter]]) -> None:
+        self.members = tuple(own)
+        self._own = list(own.values())
         self._shared: dict[str, Tensor | None] = {}
-        values = [layer.scaling for layer in self._layers]
-        self._scaling: float | Tensor = float(values[0])
-        if len({*values}) > 1:
-            self._scaling = torch.tensor(values, device=self._layers[0].device).view(-1, 1, 1)
+        self._transposed = self._names_to_transpose()
+        self.leaves = {name: self._stacked(name) for name in self._own[0]}
+
+    def _names_to_transpose(self) -> set[str]:
+        return set()
 
     def _stacked(self, name: str) -> Tensor:
-        own = [getattr(layer, name) for layer in self._layers]
-        leaf = torch.stack([parameter.data for parameter in own])
-        for parameter, value in zip(own, leaf.unbind(0), strict=True):
-            parameter.data, parameter.grad = value, None
+        values = [self._oriented(name, own[name].data) for own in self._own]
+        leaf = values[0].new_zeros(len(values), max(map(len, values)), *values[0].shape[1:])
+        for own, value, place in zip(self._own, values, leaf.unbind(0), strict=True):
+            view = place[: len(value)].copy_(value)
+            own[name].data, own[name].grad = self._oriented(name, view), None
         return leaf.requires_grad_()
+
+    def _oriented(self, name: str, value: Tensor) -> Tensor:
+        return value.mT if name in self._transposed else value
 
     def parameters(self) -> list[nn.Parameter]:
         """The members' own, which are views of the leaves."""
-        return [getattr(layer, name) for name in self.leaves for layer in self._layers]
+        return [own[name] for name in self.leaves for own in self._own]
 
-    def factors(self, members: Sequence[int]) -> tuple[Tensor, Tensor, float | Tensor]:
-        """A (members, r, in), B (members, out, r) and the scaling of some members, in order."""
-        A, B = (self._of(members, self.leaves[name]) for name in ("lora_A", "lora_B"))
-        if "lora_E" in self.leaves:
-            A = A * self._of(members, self.leaves["lora_E"])
-        scaling = self._scaling
-        return A, B, self._of(members, scaling) if isinstance(scaling, Tensor) else scaling
-
-    def _of(self, members: Sequence[int], leaf: Tensor) -> Tensor:
+    def of(self, members: Sequence[int], leaf: Tensor) -> Tensor:
+        """The part of ``leaf`` of some members, in order."""
         if len(members) == len(self.members):
             return leaf
         places = [self.members.index(member) for member in members]
@@ -74,25 +81,75 @@ class Stack:
             if leaf.grad is not None and leaf.grad is self._shared.get(name):
                 continue  # cleared in place: the views are still there
             self._shared[name] = leaf.grad
-            none = [None] * len(self._layers)
-            gradients = none if leaf.grad is None else leaf.grad.unbind(0)
-            for layer, gradient in zip(self._layers, gradients, strict=True):
-                getattr(layer, name).grad = gradient
+            for place, own in enumerate(self._own):
+                parameter, gradient = own[name], None
+                if leaf.grad is not None:
+                    count = len(self._oriented(name, parameter))
+                    gradient = self._oriented(name, leaf.grad[place, :count])
+                parameter.grad = gradient
 
 
-def stacks_of(layers: Mapping[int, nn.Module | None]) -> list[Stack]:
-    """Stack the factors of one module; ``layers`` are those of all members, in their order."""
+class FactorStack(Stack):
+    """The factors of layers of one class."""
 
-    def key(member: int) -> Any:
-        layer = layers[member]
-        return (type(layer), layer.r) if isinstance(layer, LoraLayer) and can_stack(layer) else None
+    def __init__(self, layers: Mapping[int, LoraLayer]) -> None:
+        self._ranks = {layer.r for layer in layers.values()}
+        super().__init__({m: layer.adapter_parameters() for m, layer in layers.items()})
+        self._scaling: float | Tensor = _shared_value([x.scaling for x in layers.values()])
+        if isinstance(self._scaling, Tensor):
+            self._scaling = self._scaling.view(-1, 1, 1).to(self.leaves["lora_A"].device)
 
-    found = []
-    for kind, members in groupby(layers, key):
-        if kind is not None:
-            own: Any = {member: layers[member] for member in members}
-            found.append(Stack(own))
-    return found
+    def _names_to_transpose(self) -> set[str]:
+        """B (out, r) is stored as (r, out) if ranks differ, so that each member's own is dense."""
+        return {"lora_B"} if len(self._ranks) > 1 else set()
+
+    def factors(self, members: Sequence[int]) -> tuple[Tensor, Tensor, float | Tensor]:
+        """A (members, r, in), B (members, out, r) and the scaling of some members, in order."""
+        A, B = (self.of(members, self.leaves[name]) for name in ("lora_A", "lora_B"))
+        if "lora_E" in self.leaves:
+            A = A * self.of(members, self.leaves["lora_E"])
+        scaling = self._scaling
+        own = self.of(members, scaling) if isinstance(scaling, Tensor) else scaling
+        return A, self._oriented("lora_B", B), own
+
+
+def _shared_value(values: Sequence[float]) -> float | Tensor:
+    return torch.tensor(values) if len({*values}) > 1 else float(values[0])
+
+
+def stacks_of(layers: Mapping[int, nn.Module | None], padded: Collection[int]) -> list[FactorStack]:
+    """Stack the factors of one module; ``layers`` are those of all members, in their order. Only
+    those of ``padded`` members may be stacked with others of a higher rank."""
+    groups: list[dict[int, LoraLayer]] = []
+    before: int | None = None
+    for member, layer in layers.items():
+        if not isinstance(layer, LoraLayer) or not can_stack(layer):
+            before = None
+            continue
+        if before is None or not _fits(groups[-1], layer, {before, member} <= {*padded}):
+            groups.append({})
+        groups[-1][member] = layer
+        before = member
+    return [FactorStack(group) for group in groups]
+
+
+def _fits(group: Mapping[int, LoraLayer], layer: LoraLayer, padded: bool) -> bool:
+    """Whether the factors of ``layer`` can follow those of ``group`` in a stack."""
+    ranks = {layer.r, *(other.r for other in group.values())}
+    if any(type(other) is not type(layer) for other in group.values()):
+        return False
+    elements = (len(group) + 1) * max(ranks) * (layer.in_features + layer.out_features)
+    return len(ranks) == 1 or (padded and (max(ranks) <= _TILE or elements <= _PADDED_ELEMENTS))
+
+
+def match_strides(optimizer: Any) -> None:
+    """Store the optimizer's state in the order in which its parameters are stored, as fused
+    optimizers need it; a checkpoint has it in another."""
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            same = isinstance(value, Tensor) and value.shape == parameter.shape
+            if same and value.dtype == parameter.dtype and value.stride() != parameter.stride():
+                state[key] = torch.empty_like(parameter.data).copy_(value)
 
 
 class Gradients:

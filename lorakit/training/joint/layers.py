@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lorakit.kernels.joint_low_rank import Run, joint_lora_add_
 from lorakit.layers import AdapterLayer, CompositeLayer
 from lorakit.methods.lora_layer import LoraLayer
-from lorakit.training.joint.bank import Stack
+from lorakit.models.master_weights import cast_inputs
+from lorakit.training.joint.bank import FactorStack, Stack
 from lorakit.training.joint.layout import Layout, NotSplit
 from lorakit.training.joint.member_random import MemberDropout
 
@@ -65,6 +66,44 @@ class OwnModules(nn.Module):
         return _joined(outputs, next((dim for dim in dims if dim is not None), 0))
 
 
+class JointLinear(nn.Module):
+    """The outputs of a linear layer that each member trains whole, as one batched product. The
+    numbers of outputs may differ; those that a member lacks are zero."""
+
+    def __init__(self, modules: Mapping[int, nn.Module], current: Current) -> None:
+        super().__init__()
+        self.own = dict(modules)
+        self._current = current
+        self._stack: Stack | None = None
+
+    def stack(self) -> Stack:
+        """Stack the weights of the members anew."""
+        self._stack = Stack({m: dict(module.named_parameters()) for m, module in self.own.items()})
+        return self._stack
+
+    def forward(self, x: Tensor) -> Tensor:
+        members, stack = self._current.members, self._stack
+        assert stack is not None, "a pass follows stack()"
+        if len(members) > 1 and self._current.layout.split_dim(x) is None:
+            raise NotSplit
+        weight = stack.of(members, stack.leaves["weight"])
+        rows = x.reshape(len(members), -1, x.shape[-1]).to(weight.dtype)
+        y = torch.bmm(rows, weight.mT)
+        if "bias" in stack.leaves:
+            y = y + stack.of(members, stack.leaves["bias"]).unsqueeze(1)
+        return y.view(*x.shape[:-1], -1)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether the module is a linear layer that is trained in float32 and outputs it."""
+    hooks = [hook for hook in module._forward_pre_hooks.values() if hook is not cast_inputs]
+    return (
+        type(module) is nn.Linear
+        and all(p.requires_grad and p.dtype == torch.float32 for p in module.parameters())
+        and not (hooks or module._forward_hooks)
+    )
+
+
 class JointLayer(nn.Module):
     """The outputs of the members' adapter layers, whose base runs once on the rows of all.
 
@@ -78,7 +117,7 @@ class JointLayer(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.own = dict(own)
-        self.stacks: list[Stack] = []
+        self.stacks: list[FactorStack] = []
         self._current = current
 
     @property

@@ -12,7 +12,7 @@ from torch import Tensor
 from lorakit.errors import Interrupted
 from lorakit.pipeline.task_data import Say
 from lorakit.training.engine import StepResult
-from lorakit.training.joint.bank import Gradients
+from lorakit.training.joint.bank import Gradients, match_strides
 from lorakit.training.joint.batches import Joiner, JointBatch
 from lorakit.training.joint.graphs import JointGraphs
 from lorakit.training.joint.layout import NotSplit
@@ -67,6 +67,8 @@ class JointPasses:
     def _stack(self) -> None:
         """Stack the factors of the members that are left."""
         stacks = self._trunk.stack()
+        for part in self._parts.values():
+            match_strides(part.engine.optimizer)
         stacked = {id(p) for stack in stacks for p in stack.parameters()}
         trained = [p for part in self._parts.values() for p in part.engine.parameters.values()]
         for parameter in trained:

@@ -15,7 +15,14 @@ from lorakit.models.first_token import after_attention, skip_unread_tokens
 from lorakit.models.heads import reads_first_token
 from lorakit.models.master_weights import plain_name
 from lorakit.training.joint.bank import Stack, stacks_of
-from lorakit.training.joint.layers import Current, JointLayer, OwnModules, shares_base
+from lorakit.training.joint.layers import (
+    Current,
+    JointLayer,
+    JointLinear,
+    OwnModules,
+    is_plain_linear,
+    shares_base,
+)
 from lorakit.training.setup import Prepared
 
 
@@ -24,15 +31,17 @@ class Trunk:
 
     def __init__(self, model: Any, members: Mapping[int, Prepared]) -> None:
         """Change ``model``, a view without an adapter. ``members`` are known by a number; in
-        ``order``, those with the same ranks are neighbors.
+        ``order``, those with the same method and targets are neighbors.
 
         ``separate`` tells whether a pass can only be of one member: adapted experts get the tokens
         of all rows in one tensor.
         """
         self.current = Current()
-        self.order = sorted(members, key=lambda number: _ranks(members[number]))
+        self.order = sorted(members, key=lambda number: _kind(members[number]))
         members = {number: members[number] for number in self.order}
-        self._modules: list[OwnModules | JointLayer] = []
+        self._modules: list[OwnModules | JointLayer | JointLinear] = []
+        # The state of 8-bit AdamW depends on the order of a parameter's elements in memory.
+        self._padded = {n for n, m in members.items() if m.recipe.train.optimizer != "adamw_8bit"}
         views = {number: member.model for number, member in members.items()}
         paths = {path for member in members.values() for path in _own_paths(member)}
         own = sorted(outermost(paths))
@@ -48,17 +57,24 @@ class Trunk:
             skip_unread_tokens(model)
         for path in own:
             modules = {number: view.get_submodule(path) for number, view in views.items()}
-            self._place(model, path, OwnModules(modules, self.current))
+            # The head of a causal model is called by the members' objectives.
+            plain = first.task.kind == "encoder" and all(map(is_plain_linear, modules.values()))
+            joint = JointLinear if plain else OwnModules
+            self._place(model, path, joint(modules, self.current))
         for path in adapted:
             if not is_within(path, tuple(own)):
                 self._place(model, path, self._joint_module(model, path, views))
 
     def stack(self) -> list[Stack]:
-        """Stack the factors of the members anew."""
-        layers = [module for module in self._modules if isinstance(module, JointLayer)]
-        for layer in layers:
-            layer.stacks = stacks_of(layer.own)
-        return [stack for layer in layers for stack in layer.stacks]
+        """Stack the parameters of the members anew."""
+        found: list[Stack] = []
+        for module in self._modules:
+            if isinstance(module, JointLayer):
+                module.stacks = stacks_of(module.own, self._padded)
+                found += module.stacks
+            elif isinstance(module, JointLinear):
+                found.append(module.stack())
+        return found
 
     @contextmanager
     def evaluated(self, members: Collection[int]) -> Iterator[None]:
@@ -68,6 +84,7 @@ class Trunk:
             module.own[member]
             for module in self._modules
             for member in members
+            if not isinstance(module, JointLinear)
             if isinstance(module, OwnModules) or member not in module.stacked
         ]
         found = [module for module in modules if module is not None]
@@ -86,7 +103,9 @@ class Trunk:
         for module in self._modules:
             del module.own[member]
 
-    def _place(self, model: nn.Module, path: str, module: OwnModules | JointLayer) -> None:
+    def _place(
+        self, model: nn.Module, path: str, module: OwnModules | JointLayer | JointLinear
+    ) -> None:
         model.set_submodule(path, module)
         self._modules.append(module)
 
@@ -101,8 +120,9 @@ class Trunk:
         return OwnModules(modules, self.current)
 
 
-def _ranks(member: Prepared) -> list[tuple[str, int]]:
-    return [(module.name, module.r) for module in member.report.adapted_modules]
+def _kind(member: Prepared) -> tuple[str, list[str], list[int]]:
+    modules = member.report.adapted_modules
+    return member.method.name, [each.name for each in modules], [each.r for each in modules]
 
 
 def _own_paths(member: Prepared) -> Iterator[str]:
