@@ -15,16 +15,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Run:
-    """Neighboring adapters with factors of one shape, those from ``start`` to ``stop``; ``scaling`` is a number,
-    or (adapters, 1, 1) if they differ."""
+    """Neighboring adapters with factors of one shape, those from ``start`` to ``stop``; ``scaling``
+    is a number, or (adapters, 1, 1) if they differ."""
 
     start: int
     stop: int
     scaling: float | Tensor
 
-    def scaled(self, value: Tensor) -> Tensor:
-        scaling = self.scaling
-        return value if isinstance(scaling, float) else value * scaling.to(value.dtype)
+    def scale_(self, value: Tensor) -> Tensor:
+        return value if isinstance(self.scaling, float) else value.mul_(self.scaling)
 
     @property
     def alpha(self) -> float:
@@ -51,7 +50,7 @@ class _JointLowRank(torch.autograd.Function):
         inner = []
         for run, A, B in zip(runs, factors[::2], factors[1::2], strict=True):
             own = slice(run.start, run.stop)
-            h = run.scaled(torch.bmm(x[own], A.mT))
+            h = run.scale_(torch.bmm(x[own], A.mT))
             y[own].baddbmm_(h, B.mT, alpha=run.alpha)
             inner.append(h)
         ctx.mark_dirty(y)
@@ -70,7 +69,7 @@ class _JointLowRank(torch.autograd.Function):
         gradients: list[Tensor | None] = []
         for run, h, A, B in zip(runs, inner, factors[::2], factors[1::2], strict=True):
             own = slice(run.start, run.stop)
-            dh = run.scaled(torch.bmm(dy[own], B))
+            dh = run.scale_(torch.bmm(dy[own], B))
             dB = torch.bmm(dy[own].mT, h) if B.is_contiguous() else torch.bmm(h.mT, dy[own]).mT
             if run.alpha != 1:
                 dh, dB = dh.mul_(run.alpha), dB.mul_(run.alpha)

@@ -15,8 +15,10 @@ def label_losses(
     columns: Tensor | None = None,
     label_smoothing: float = 0.0,
     weights: Tensor | None = None,
+    reduction: str = "sum",
 ) -> Tensor:
-    """The sum of the losses of a batch's rows.
+    """The sum of the losses of a batch's rows; with the ``reduction`` none, losses of which it is
+    the sum, those of each row one after another.
 
     ``logits`` (rows, outputs) are in float32. A row's loss is
 
@@ -36,21 +38,21 @@ def label_losses(
         if columns is not None:
             labels = torch.where(labels == IGNORED_LABEL, labels, columns[labels.clamp(min=0)])
         return F.cross_entropy(
-            logits, labels, weights, reduction="sum", label_smoothing=label_smoothing,
+            logits, labels, weights, reduction=reduction, label_smoothing=label_smoothing,
             ignore_index=IGNORED_LABEL,
         )  # fmt: skip
     if logits.shape[-1] == 1:
-        return F.mse_loss(logits.squeeze(-1), labels.float(), reduction="sum")
+        return F.mse_loss(logits.squeeze(-1), labels.float(), reduction=reduction)
     if labels.ndim == 2:
         targets = labels.to(logits.dtype)
         if columns is not None:
             targets = logits.new_zeros(logits.shape).index_copy(1, columns, targets)
         losses = F.binary_cross_entropy_with_logits(
-            logits, targets, pos_weight=weights, reduction="sum"
+            logits, targets, pos_weight=weights, reduction=reduction
         )
         return losses / logits.shape[-1]
     if columns is not None:
         labels = columns[labels]
     return F.cross_entropy(
-        logits, labels, weights, reduction="sum", label_smoothing=label_smoothing
+        logits, labels, weights, reduction=reduction, label_smoothing=label_smoothing
     )

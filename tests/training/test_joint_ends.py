@@ -93,6 +93,7 @@ def test_stopped_members_resume_as_if_they_had_not_been(
         {"train__seed": 3, "adapter__lora_dropout": 0.1},
         {"train__epochs": None, "train__max_steps": 2},
         {"adapter": adalora},
+        {"train__seed": 4, "adapter__r": 2},
     ]
     model = tiny_llama if task == "completion" else tiny_bert
     recipes = members(tmp_path, model, task, changes)
@@ -101,11 +102,11 @@ def test_stopped_members_resume_as_if_they_had_not_been(
     def finished(index: int, result: RunResult | Exception) -> None:
         ended.append(index)
 
-    with pytest.raises(Interrupted, match="1 of 3 runs have ended") as stopped:
+    with pytest.raises(Interrupted, match="1 of 4 runs have ended") as stopped:
         train_together(recipes, stop_at=StopAfter(4), finished=finished)
     assert stopped.value.exit_code == 128 + signal.SIGTERM
     assert ended == [1]
-    for index in (0, 2):
+    for index in (0, 2, 3):
         folder = Path(recipes[index].train.output_dir)
         assert run_json(folder)["exit_reason"] == "interrupted"
         assert checkpoint_names(folder) == ["step-4", "step-5"]

@@ -223,7 +223,8 @@ class CausalObjective(nn.Module):
 
 class EncoderObjective(nn.Module):
     """The sum of ``label_losses`` over a batch's rows. ``columns`` are the logits of the task's
-    classes, in order; None means all. ``weights`` are those of the task's classes."""
+    classes, in order; None means all. ``weights`` are those of the task's classes. Objectives with
+    the same ``loss_settings`` compute the same losses."""
 
     parts = None
     varlen = False
@@ -247,6 +248,8 @@ class EncoderObjective(nn.Module):
             values = others.index_copy(0, indices, values)
         self.register_buffer("weights", values, persistent=False)
         self.label_smoothing = label_smoothing
+        listed = [None if each is None else tuple(each) for each in (columns, weights)]
+        self.loss_settings = (model.config.num_labels, label_smoothing, *listed)
 
     def forward(self, batch: EncoderBatch) -> Tensor:
         return self.losses(self.states(batch), batch)
@@ -257,8 +260,9 @@ class EncoderObjective(nn.Module):
             logits: Tensor = self.model(**batch.model_inputs()).logits
         return logits
 
-    def losses(self, states: Tensor, batch: EncoderBatch) -> Tensor:
-        """The sum of the losses, given the logits."""
+    def losses(self, states: Tensor, batch: EncoderBatch, reduction: str = "sum") -> Tensor:
+        """The sum of the losses, given the logits; ``reduction`` as in ``label_losses``."""
         return label_losses(
-            states.float(), batch.labels, self.columns, self.label_smoothing, self.weights
-        )
+            states.float(), batch.labels, self.columns, self.label_smoothing, self.weights,
+            reduction,
+        )  # fmt: skip

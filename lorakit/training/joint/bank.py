@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from lorakit.methods.adalora_layer import AdaLoraLayer
 from lorakit.methods.lora_layer import LoraLayer
 
-
 #: Products of lower ranks take as long as those of this one.
 _TILE = 16
 #: Products of this many elements of factors take hardly longer than their launches.

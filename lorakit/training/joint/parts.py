@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from lorakit.data.collate import EncoderBatch
 from lorakit.training.build import Objective
 from lorakit.training.engine.eager import EagerEngine, EncoderObjective
+from lorakit.training.joint.batches import JointBatch
 from lorakit.training.joint.member_random import MemberRandom
 
 
@@ -25,3 +29,28 @@ class Part:
         if not isinstance(self.objective, EncoderObjective):
             return states
         return states[..., : self.objective.model.config.num_labels]
+
+
+def joint_losses(parts: Sequence[Part], joint: JointBatch, states: Tensor) -> Tensor:
+    """The sum of each member's losses (members,), given the ``states`` of all: at once, if members
+    with as many rows compute theirs in the same way."""
+    first = parts[0].objective
+    if isinstance(first, EncoderObjective) and _compute_alike(parts, joint):
+        batch = EncoderBatch(joint.batch.input_ids, joint.losses["labels"].flatten(0, 1))
+        own = first.losses(parts[0].cut(states), batch, "none")
+        return own.view(len(parts), -1).sum(1)
+    losses = [
+        part.objective.losses(part.cut(joint.states(states, place)), joint.own(place))
+        for place, part in enumerate(parts)
+    ]
+    return torch.stack(losses)
+
+
+def _compute_alike(parts: Sequence[Part], joint: JointBatch) -> bool:
+    settings = {
+        part.objective.loss_settings
+        for part in parts
+        if isinstance(part.objective, EncoderObjective)
+    }
+    same_classes = joint.classes is None or len({*joint.classes}) == 1
+    return len(settings) == 1 and {*joint.counts} == {joint.layout.rows} and same_classes

@@ -17,7 +17,7 @@ from lorakit.training.joint.batches import Joiner, JointBatch
 from lorakit.training.joint.graphs import JointGraphs
 from lorakit.training.joint.layout import NotSplit
 from lorakit.training.joint.member_random import MemberDropout
-from lorakit.training.joint.parts import Part
+from lorakit.training.joint.parts import Part, joint_losses
 from lorakit.training.joint.trunk import Trunk
 from lorakit.training.steps import StepRequest
 
@@ -189,11 +189,7 @@ class JointPasses:
                 dropout = MemberDropout([part.random for part in parts], joint.layout)
                 current.dropout = stack.enter_context(dropout)
             states = self._objective.states(joint.batch)
-            losses = [
-                part.objective.losses(part.cut(joint.states(states, place)), joint.own(place))
-                for place, part in enumerate(parts)
-            ]
-            scaled = torch.stack(losses) * joint.factors
+            scaled = joint_losses(parts, joint, states) * joint.factors
             scaled.sum().backward()
         return scaled.detach()
 

@@ -49,10 +49,8 @@ class Trunk:
         self.separate = any(is_routed_expert(name) for name in adapted)
         unread = {id(module) for part in after_attention(model) for module in part.modules()}
         first = next(iter(members.values()))
-        if (
-            reads_first_token(first.task.problem(first.recipe.task))
-            and model.device.type == "cpu"
-            and not any(id(model.get_submodule(path)) in unread for path in (*own, *adapted))
+        if reads_first_token(first.task.problem(first.recipe.task)) and not any(
+            id(model.get_submodule(path)) in unread for path in (*own, *adapted)
         ):
             skip_unread_tokens(model)
         for path in own:
