@@ -127,13 +127,27 @@ def test_members_resume(tiny_llama: Path, tmp_path: Path) -> None:
         assert_close(result, train_alone(recipe), 1e-4)
 
 
-def test_a_step_that_does_not_fit_is_split(tiny_llama: Path, tmp_path: Path) -> None:
-    """The members of a pass are halved until it fits."""
-    changes = [{"train__seed": seed} for seed in range(8)]
-    recipes = members(tmp_path, tiny_llama, "completion", changes, train__compile=False)
+def reserved_bytes(recipes: list[Recipe]) -> int:
+    """The most memory that training them together takes from the device."""
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()
-    torch.cuda.set_per_process_memory_fraction((total - free + 40 * 2**20) / total)
+    torch.cuda.reset_peak_memory_stats()
+    trained(recipes)
+    return torch.cuda.max_memory_reserved()
+
+
+def test_a_step_that_does_not_fit_is_split(tiny_llama: Path, tmp_path: Path) -> None:
+    """The members of a pass are halved until it fits: there is memory for more than two."""
+    changes = [{"train__seed": seed} for seed in range(8)]
+    common = {"train__compile": False, "train__per_device_batch_size": 24}
+    recipes, few, all_of_them = (
+        members(tmp_path / name, tiny_llama, "completion", changes[:count], **common)
+        for name, count in (("limited", 8), ("few", 2), ("all", 8))
+    )
+    least, most = reserved_bytes(few), reserved_bytes(all_of_them)
+    assert most > 1.5 * least
+    torch.cuda.empty_cache()
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction((least + most) / 2 / total)
     try:
         results, said = trained(recipes)
     finally:
