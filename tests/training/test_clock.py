@@ -24,7 +24,7 @@ def test_a_clock_stands_still_in_nested_pauses() -> None:
 
 def test_members_do_not_count_what_others_prepare(tiny_llama: Path, tmp_path: Path) -> None:
     changes: list[dict[str, Any]] = [{}, {"train__seed": 2}]
-    recipes = members(tmp_path, tiny_llama, "completion", changes, train__max_steps=2)
+    recipes = members(tmp_path, tiny_llama, "completion", changes, train__epochs=1)
     slept = []
 
     def say_of(index: int) -> Any:
