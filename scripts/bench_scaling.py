@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,31 +35,37 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", required=True, help="PROCESSES[:ddp|:fsdp2]")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=["lorakit"])
     parser.add_argument("--compile", default="auto", help="value of train.compile")
+    parser.add_argument("--steps", type=int, help="default: the case's")
     parser.add_argument("--work", default="/tmp/bench_gpu")
     parser.add_argument("--output")
     parser.add_argument("--side", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     work = Path(arguments.work)
+    cases = {name: CASES[name] for name in arguments.cases}
+    if arguments.steps:
+        cases = {name: replace(case, steps=arguments.steps) for name, case in cases.items()}
     if arguments.side:
-        report = trainer(CASES[arguments.cases[0]], work)
+        report = trainer(cases[arguments.cases[0]], work)
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(report))
         return
-    for name in arguments.cases:
-        save_model(CASES[name], work)
-        write_rows(CASES[name], work)
+    for name, case in cases.items():
+        save_model(case, work)
+        write_rows(case, work)
         for run in arguments.runs:
             for side in arguments.sides:
                 report = {"case": name, "run": run, "side": side}
-                report |= run_side(name, side, run, work, arguments.compile)
+                report |= run_side(name, case, side, run, work, arguments.compile)
                 print(json.dumps(report), flush=True)
                 if arguments.output:
                     with Path(arguments.output).open("a") as file:
                         file.write(json.dumps(report) + "\n")
 
 
-def run_side(name: str, side: str, run: str, work: Path, compile_layers: str) -> dict[str, Any]:
-    began, case = time.monotonic(), CASES[name]
+def run_side(
+    name: str, case: Case, side: str, run: str, work: Path, compile_layers: str
+) -> dict[str, Any]:
+    began = time.monotonic()
     processes, _, strategy = run.partition(":")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     launch += [str(CONFIGS / f"{strategy or 'one_gpu'}.yaml"), "--num_processes", processes]
@@ -67,6 +74,7 @@ def run_side(name: str, side: str, run: str, work: Path, compile_layers: str) ->
         report = run_lorakit(case, work, [*launch, "-m", "lorakit", "train"], compile_layers)
     else:
         command = [__file__, "--side", "--cases", name, "--runs", run, "--work", str(work)]
+        command += ["--steps", str(case.steps)]
         path = os.environ.get("PEERS_PYTHONPATH", os.environ.get("PYTHONPATH", ""))
         done = subprocess.run(
             [*launch, *command], capture_output=True, text=True,
@@ -86,7 +94,8 @@ def run_lorakit(case: Case, work: Path, command: list[str], compile_layers: str)
     if done.returncode:
         # torchrun's own report comes last, after those of the processes.
         return {"error": done.stderr.partition("ChildFailedError")[0][-3000:]}
-    return lorakit_report(run)
+    notes = [line for line in done.stderr.splitlines() if line.startswith("FSDP:")]
+    return lorakit_report(run) | ({"note": notes[0]} if notes else {})
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from typing import Any, ClassVar
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -18,9 +20,10 @@ from lorakit.anatomy import is_routed_expert, layer_drops, transformer_layers
 from lorakit.data.collate import Batch
 from lorakit.distributed.processes import gather
 from lorakit.distributed.strategy import DataParallel
-from lorakit.errors import UserError
+from lorakit.errors import UserError, counted, memory_size
 from lorakit.layers import CompositeLayer
 from lorakit.methods.dora_layer import DoraLayer
+from lorakit.models.load import device_memory_bytes
 from lorakit.recipe.sections import Recipe
 
 
@@ -28,8 +31,9 @@ class Fsdp2(DataParallel):
     """Several processes, each with a part of the layers' frozen weights and its share of every
     batch (``fsdp2``).
 
-    The frozen weights of a layer are gathered for its passes only. Embeddings, the output layer and
-    all trained parameters are whole in every process, and ``DataParallel`` adds up their gradients.
+    The frozen matrices of a layer are gathered for its passes only. Vectors, embeddings, the output
+    layer and all trained parameters are whole in every process, and ``DataParallel`` adds up their
+    gradients.
     A pass needs all processes, so each of them runs as many.
     """
 
@@ -47,7 +51,7 @@ class Fsdp2(DataParallel):
                 "another launcher configuration (configs/ddp.yaml)"
             )
 
-    def place(self, model: Any) -> None:
+    def place(self, model: Any, checkpoints: bool = False) -> str:
         """Move the model to the device layer by layer, so that it never holds more than one whole
         layer besides the shards.
 
@@ -58,10 +62,17 @@ class Fsdp2(DataParallel):
         _check_model(model, layers)
         mesh = init_device_mesh(self.device.type, (dist.get_world_size(),))
         uses = Counter(parameter for layer in layers for parameter in layer.parameters())
-        # FSDP supports neither parameters of several layers nor those of a single number.
-        whole = {p for p, count in uses.items() if p.requires_grad or count > 1 or p.dim() == 0}
-        for layer in layers:
-            _shard(layer, mesh, whole)
+        # FSDP does not support parameters of several layers. Vectors are too small to be worth a
+        # gather's work for each.
+        whole = {p for p, count in uses.items() if p.requires_grad or count > 1 or p.dim() < 2}
+        sizes = [_frozen_bytes(layer, whole) for layer in layers]
+        kept = _kept_layers(sizes, 0 if checkpoints else _room_bytes(self.device))
+        for index, layer in enumerate(layers):
+            _shard(layer, mesh, whole, reshards=index < len(layers) - kept)
+        # The gather of a layer begins before the passes of the layer before it.
+        for layer, following in pairwise(layers):
+            if layer is not following:
+                layer.set_modules_to_forward_prefetch([following])
         for parameter in model.parameters():
             if not isinstance(parameter, DTensor):
                 parameter.data = parameter.data.to(self.device)
@@ -69,10 +80,11 @@ class Fsdp2(DataParallel):
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.device))
         # The module that calls the layers has nothing to shard, and makes each fetch the next.
-        _shard(_caller(model, layers[0]), mesh, set(model.parameters()))
+        _shard(_caller(model, layers[0]), mesh, set(model.parameters()), reshards=False)
         if any(is_routed_expert(n) for n, p in model.named_parameters() if p.requires_grad):
             # A layer whose experts got no token in one process needs a backward pass there, too.
             model.enable_input_require_grads()
+        return _note(sum(sizes), len(layers), kept)
 
     def passes(self, micro_batches: Sequence[Batch]) -> list[tuple[Batch, bool]]:
         """A process with fewer batches than another repeats one, whose loss does not count."""
@@ -85,10 +97,37 @@ class Fsdp2(DataParallel):
         return [(b, True) for b in micro_batches] + [(fillers[0], False)] * missing
 
 
-def _shard(module: nn.Module, mesh: Any, whole: set[nn.Parameter]) -> None:
+def _shard(module: nn.Module, mesh: Any, whole: set[nn.Parameter], reshards: bool) -> None:
     """Shard the parameters of ``module`` but for the ``whole`` ones."""
-    reshards = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true"
     fully_shard(module, mesh=mesh, reshard_after_forward=reshards, ignored_params=whole)
+
+
+def _kept_layers(sizes: Sequence[int], room_bytes: int) -> int:
+    """How many of the last layers, of these ``sizes`` in bytes, keep their gathered weights from
+    the forward to the backward pass: those that fit into ``room_bytes``, and the very last, whose
+    weights would be gathered again at once. All, if the launcher's settings say so."""
+    if os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "true":
+        return len(sizes)
+    sums = accumulate(reversed(sizes))
+    return max(1, sum(total <= room_bytes for total in sums))
+
+
+def _note(size_bytes: int, layers: int, kept: int) -> str:
+    which = "all layers" if kept == layers else f"the last {counted(kept, 'layer')}"
+    return (
+        f"FSDP: {memory_size(size_bytes)} of frozen weights, in {counted(layers, 'layer')}, are "
+        f"sharded over {dist.get_world_size()} processes; those of {which} stay gathered from the "
+        "forward to the backward pass"
+    )
+
+
+def _frozen_bytes(layer: nn.Module, whole: set[nn.Parameter]) -> int:
+    return sum(p.numel() * p.element_size() for p in layer.parameters() if p not in whole)
+
+
+def _room_bytes(device: torch.device) -> int:
+    """What gathered weights may take of a GPU's memory between the two passes."""
+    return device_memory_bytes(device) // 32 if device.type == "cuda" else 0
 
 
 def _on_host(batches: Sequence[Batch]) -> Batch | None:

@@ -56,9 +56,11 @@ class Strategy:
     def check(self, recipe: Recipe) -> None:
         """Raise UserError for a recipe that the strategy does not support."""
 
-    def place(self, model: nn.Module) -> None:
-        """Move ``model``, with its adapters, to the device."""
+    def place(self, model: nn.Module, checkpoints: bool = False) -> str | None:
+        """Move ``model``, with its adapters, to the device; return what the user should know of it.
+        ``checkpoints``: whether its layers are recomputed in the backward pass."""
         model.to(self.device)
+        return None
 
     def wrap(self, module: nn.Module) -> Any:
         """Return ``module`` on its device, in the run's precision and ready for ``backward``."""

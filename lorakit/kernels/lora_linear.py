@@ -1,15 +1,16 @@
 """LoRA linears of one input as a single operator, for compiled layers.
 
-y_i = W_i x + b_i + scaling_i * B_i A_i x for q, k and v, or gate and up: the W_i and A_i are
-stacked, so that all A_i x are one product. Each output starts as its update, and the large product
-adds W x to it as it writes its result: adding the update afterwards would read and write y once
-more. The backward pass keeps x and A x only. A W in nf4 is dequantized within the operators.
+y_i = W_i x + b_i + scaling_i * B_i A_i x for q, k and v, or gate and up: the A_i are stacked, so
+that all A_i x are one product, and so may be the W_i. Each output starts as its update, and the
+large product adds W x to it as it writes its result: adding the update afterwards would read and
+write y once more. The backward pass keeps x and A x only. A W in nf4 is dequantized within the
+operators.
 ``low_rank.lora_add_`` on the base's own output is the reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,13 +26,12 @@ def _lora_linear(
 ) -> tuple[list[Tensor], Tensor]:
     """The columns of y = x W^T + b + h B^T as several outputs of ``widths``, and h = x A^T."""
     h = x @ A.t()
-    W = _matrix(weight, x.dtype)
     ys = [h @ own.t() for own in B.split(widths)]
     if bias is not None:
         for y, own in zip(ys, bias.split(widths), strict=True):
             y += own
-    for y, own in zip(ys, W.split(widths), strict=True):
-        y.addmm_(x, own.t())
+    for y, W in _products(ys, weight):
+        y.addmm_(x, W.t())
     return ys, h
 
 
@@ -55,8 +55,8 @@ def _lora_linear_backward(
         dh.addmm_(dy, own)
         torch.mm(dy.t(), h, out=into)
     dx = dh @ A
-    for dy, own in zip(dys, _matrix(weight, dx.dtype).split(widths), strict=True):
-        dx.addmm_(dy, own)
+    for dy, W in _products(dys, weight):
+        dx.addmm_(dy, W)
     return dx, dh, dB
 
 
@@ -67,9 +67,17 @@ def _(
     return h.new_empty(h.shape[0], A.shape[1]), torch.empty_like(h), torch.empty_like(B)
 
 
-def _matrix(weight: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """The stacked W (sum of out_i, in) of ``[W]`` or of ``nf4.stacked(...)``."""
-    return weight[0] if len(weight) == 1 else nf4.dense(weight, dtype)
+def _products(ys: list[Tensor], weight: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Outputs, or columns of one, and their W. ``weight`` has a single stacked W, one for each
+    linear, or the tensors of ``nf4.stacked(...)``."""
+    if not weight[0].is_floating_point():
+        weight = [nf4.dense(weight, ys[0].dtype)]
+    if len(weight) == 1:
+        yield from zip(ys, weight[0].split([y.shape[1] for y in ys]), strict=True)
+    elif len(ys) == 1:
+        yield from zip(ys[0].split([len(W) for W in weight], dim=1), weight, strict=True)
+    else:
+        yield from zip(ys, weight, strict=True)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor]) -> None:
@@ -96,8 +104,8 @@ def lora_linear(
 ) -> tuple[Tensor, ...]:
     """Each y_i (n, out_i) for x (n, in), in x's dtype.
 
-    W (sum of out_i, in), or the tensors of ``nf4.stacked``, and ``bias`` are stacked and frozen;
-    ``factors`` are A_i (r_i, in) and B_i (out_i, r_i).
+    W (sum of out_i, in), the W_i (out_i, in), or the tensors of ``nf4.stacked``, and the stacked
+    ``bias`` are frozen; ``factors`` are A_i (r_i, in) and B_i (out_i, r_i).
     """
     weight = [W] if isinstance(W, Tensor) else list(W)
     A = torch.cat([A_i.to(x.dtype) for A_i, _ in factors])

@@ -219,17 +219,20 @@ class SharedInput:
     """LoRA layers that read one tensor, such as q, k and v, as a single product in compiled models.
 
     ``layers`` are plain, their bases of one class, and in the order in which the model calls them.
-    Their frozen weights are stacked in memory, and each stays a view of its rows. The first layer
-    computes the outputs of all, and the others return theirs if they are called with the same
-    tensor.
+    With ``stacks``, their frozen weights are stacked in memory, and each stays a view of its rows.
+    The first layer computes the outputs of all, and the others return theirs if they are called
+    with the same tensor.
     """
 
-    def __init__(self, layers: Sequence[LoraLayer]) -> None:
+    base: nn.Linear | Fp8Linear | Nf4Stack | None = None  # the stacked weights
+
+    def __init__(self, layers: Sequence[LoraLayer], stacks: bool = True) -> None:
         self.layers = list(layers)
         quantized = [b for layer in layers if isinstance(b := layer.base_layer, Nf4Linear)]
-        self.base: nn.Linear | Fp8Linear | Nf4Stack = (
-            stack(quantized) if quantized else _stacked(layers)
-        )
+        if quantized:
+            self.base = stack(quantized)
+        elif stacks:
+            self.base = _stacked(layers)
         for slot, layer in enumerate(layers):
             layer.shared_input, layer.slot = self, slot
         self._x: Tensor | None = None
@@ -265,7 +268,11 @@ class SharedInput:
     def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
         factors = [layer.factors() for layer in self.layers]
         scaling = [layer.scaling for layer in self.layers]
-        return _product(x, self.base, factors, scaling)
+        if self.base is not None:
+            return _product(x, self.base, factors, scaling)
+        biases = [layer.bias for layer in self.layers if layer.bias is not None]
+        bias = torch.cat(biases) if biases else None
+        return lora_linear(x, [layer.weight for layer in self.layers], bias, factors, scaling)
 
 
 class MosLoraLayer(LoraLayer):

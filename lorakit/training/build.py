@@ -76,7 +76,8 @@ def wrap_model(prepared: Prepared, strategy: Strategy, say: Say) -> Objective:
         _checkpoint_activations(model)
     if prepared.recipe.model.base_precision == "nf4":
         say(quantize_nf4(model, device))
-    strategy.place(model)
+    if note := strategy.place(model, checkpoints=bool(section.gradient_checkpointing)):
+        say(note)
     if device.type == "cpu" and section.kernels == "auto" and section.compile is not True:
         use_float32_attention(model)
     if prepared.task.kind == "encoder":
@@ -154,13 +155,13 @@ def arrange_layers(
         say(execution.note)
     compiled = execution.mode == "compiled_layers"
     if compiled and section.kernels == "auto":
-        fuse_layers(model, stack=not strategy.is_sharded)
+        fuse_layers(model, strategy.is_sharded)
     if prepared.recipe.model.base_precision == "fp8":
         say(quantize_fp8(model))
     if section.gradient_checkpointing == "offload":
         offload_layers(model, strategy.device, compiled, backend, store)
     elif compiled:
-        compile_layers(model, backend)
+        compile_layers(model, backend, has_hooks=strategy.is_sharded)
 
 
 def build_loader(

@@ -16,10 +16,11 @@ from lorakit.errors import UserError
 from lorakit.methods.lora_layer import LoraLayer, SharedInput
 
 
-def compile_layers(model: nn.Module, backend: Any = "inductor") -> None:
+def compile_layers(model: nn.Module, backend: Any = "inductor", has_hooks: bool = False) -> None:
     """Compile each layer by itself: all layers share the compiled code, so that this takes seconds
     where compiling the whole model takes minutes. A second length compiles it once more, for any
-    length. Raises UserError for a model without a stack of layers."""
+    length. With ``has_hooks``, the hooks of the layers stay outside, such as those that gather
+    sharded weights. Raises UserError for a model without a stack of layers."""
     layers = transformer_layers(model)
     if not layers:
         raise UserError(
@@ -29,19 +30,21 @@ def compile_layers(model: nn.Module, backend: Any = "inductor") -> None:
     _recompute_more()
     _compile_checkpoints()
     for layer in layers:
-        layer.compile(backend=backend)
+        if has_hooks:
+            layer.forward = torch.compile(layer.forward, backend=backend)
+        else:
+            layer.compile(backend=backend)
 
 
-def fuse_layers(model: Any, stack: bool = True) -> None:
-    """Compute each LoRA layer by one operator, and with ``stack`` those that read the same tensor
-    (q, k and v) by a single one. A forward pass on a few tokens finds them."""
+def fuse_layers(model: Any, is_sharded: bool = False) -> None:
+    """Compute LoRA layers that read the same tensor (q, k and v) by one operator, and each of the
+    others by its own. A forward pass on a few tokens finds them. Frozen weights that are sharded
+    stay apart."""
     plain = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer) and m.is_plain()}
     if not plain:
         return
     for layer in plain.values():
         layer.fused = True
-    if not stack:
-        return
     inputs: dict[str, Tensor] = {}
 
     def note(name: str) -> Any:
@@ -60,7 +63,7 @@ def fuse_layers(model: Any, stack: bool = True) -> None:
         groups.setdefault(key, []).append(plain[name])
     for layers in groups.values():
         if len(layers) > 1 and len({layer.bias is None for layer in layers}) == 1:
-            SharedInput(layers)
+            SharedInput(layers, stacks=not is_sharded)
 
 
 def _recompute_more() -> None:

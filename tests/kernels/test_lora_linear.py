@@ -14,9 +14,10 @@ def draw(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("stacks", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("outs", [(7,), (6, 3, 2), (6, 5)])
-def test_values_and_gradients(outs: tuple[int, ...], with_bias: bool) -> None:
+def test_values_and_gradients(outs: tuple[int, ...], with_bias: bool, stacks: bool) -> None:
     x, W = draw(5, 4, seed=0).requires_grad_(), draw(sum(outs), 4, seed=1)
     bias = draw(sum(outs), seed=2) if with_bias else None
     factors = [
@@ -25,7 +26,7 @@ def test_values_and_gradients(outs: tuple[int, ...], with_bias: bool) -> None:
     ]
     scaling = [0.5 + i for i in range(len(outs))]
     leaves = [x, *(factor for pair in factors for factor in pair)]
-    parts = lora_linear(x, W, bias, factors, scaling)
+    parts = lora_linear(x, W if stacks else W.split(outs), bias, factors, scaling)
     assert [part.shape for part in parts] == [(5, out) for out in outs]
     wanted = torch.nn.functional.linear(x, W, bias) + torch.cat(
         [s * x @ A.t() @ B.t() for (A, B), s in zip(factors, scaling, strict=True)], dim=1
@@ -38,11 +39,12 @@ def test_values_and_gradients(outs: tuple[int, ...], with_bias: bool) -> None:
         torch.testing.assert_close(mine, reference)
 
 
+@pytest.mark.parametrize("rows", [[11], [6, 5]])
 @pytest.mark.parametrize("widths", [[11], [6, 5]])
-def test_the_operator_is_registered_correctly(widths: list[int]) -> None:
+def test_the_operator_is_registered_correctly(widths: list[int], rows: list[int]) -> None:
     arguments = (
         draw(5, 4, seed=0),
-        [draw(11, 4, seed=1)],
+        [*draw(11, 4, seed=1).split(rows)],
         None,
         draw(6, 4, seed=2).requires_grad_(),
         draw(11, 6, seed=3).requires_grad_(),
