@@ -58,7 +58,7 @@ class Fsdp2(DataParallel):
         Raises UserError for a model without a stack of layers or whose layers are dropped at
         random, and for DoRA on parts of a fused projection, which cannot be saved without W.
         """
-        layers = transformer_layers(model)
+        layers: Sequence[Any] = transformer_layers(model)
         _check_model(model, layers)
         mesh = init_device_mesh(self.device.type, (dist.get_world_size(),))
         uses = Counter(parameter for layer in layers for parameter in layer.parameters())
@@ -66,7 +66,7 @@ class Fsdp2(DataParallel):
         # gather's work for each.
         whole = {p for p, count in uses.items() if p.requires_grad or count > 1 or p.dim() < 2}
         sizes = [_frozen_bytes(layer, whole) for layer in layers]
-        kept = _kept_layers(sizes, 0 if checkpoints else _room_bytes(self.device))
+        kept = kept_layers(sizes, 0 if checkpoints else _room_bytes(self.device))
         for index, layer in enumerate(layers):
             _shard(layer, mesh, whole, reshards=index < len(layers) - kept)
         # The gather of a layer begins before the passes of the layer before it.
@@ -97,12 +97,7 @@ class Fsdp2(DataParallel):
         return [(b, True) for b in micro_batches] + [(fillers[0], False)] * missing
 
 
-def _shard(module: nn.Module, mesh: Any, whole: set[nn.Parameter], reshards: bool) -> None:
-    """Shard the parameters of ``module`` but for the ``whole`` ones."""
-    fully_shard(module, mesh=mesh, reshard_after_forward=reshards, ignored_params=whole)
-
-
-def _kept_layers(sizes: Sequence[int], room_bytes: int) -> int:
+def kept_layers(sizes: Sequence[int], room_bytes: int) -> int:
     """How many of the last layers, of these ``sizes`` in bytes, keep their gathered weights from
     the forward to the backward pass: those that fit into ``room_bytes``, and the very last, whose
     weights would be gathered again at once. All, if the launcher's settings say so."""
@@ -110,6 +105,11 @@ def _kept_layers(sizes: Sequence[int], room_bytes: int) -> int:
         return len(sizes)
     sums = accumulate(reversed(sizes))
     return max(1, sum(total <= room_bytes for total in sums))
+
+
+def _shard(module: nn.Module, mesh: Any, whole: set[nn.Parameter], reshards: bool) -> None:
+    """Shard the parameters of ``module`` but for the ``whole`` ones."""
+    fully_shard(module, mesh=mesh, reshard_after_forward=reshards, ignored_params=whole)
 
 
 def _note(size_bytes: int, layers: int, kept: int) -> str:
@@ -126,7 +126,7 @@ def _frozen_bytes(layer: nn.Module, whole: set[nn.Parameter]) -> int:
 
 
 def _room_bytes(device: torch.device) -> int:
-    """What gathered weights may take of a GPU's memory between the two passes."""
+    """The part of a GPU's memory that gathered weights may take between the two passes."""
     return device_memory_bytes(device) // 32 if device.type == "cuda" else 0
 
 

@@ -17,8 +17,8 @@ from lorakit.planning.tracker import Flops, Temporary
 
 def _dense_bytes(weight: Sequence[Tensor], size: int) -> int:
     """The bytes of a weight in nf4 that is dequantized within the operator, with ``size`` bytes a
-    value, and of its absmax in float32, one for each 64 values; 0 for a dense weight."""
-    if len(weight) == 1:
+    value, and of its absmax in float32, one for each 64 values; 0 for dense weights."""
+    if weight[0].is_floating_point():
         return 0
     values = 2 * weight[0].numel()
     return values * size + 4 * values // 64
@@ -41,8 +41,10 @@ TEMPORARIES: dict[str, Temporary] = {
 
 
 def _elements(weight: list[Tensor]) -> int:
-    """The elements of W (out, in)."""
-    return weight[0].numel() * (2 if len(weight) > 1 else 1)
+    """The elements of W (out, in), which may be in parts."""
+    if weight[0].is_floating_point():
+        return sum(W.numel() for W in weight)
+    return 2 * weight[0].numel()
 
 
 def _nf4_linear_flops(x: Tensor, weight: list[Tensor], *_: Any, **__: Any) -> int:

@@ -67,7 +67,7 @@ class _PlannedStrategy(Strategy):
     def device(self) -> torch.device:
         return self._device
 
-    def place(self, model: nn.Module) -> None:
+    def place(self, model: nn.Module, checkpoints: bool = False) -> None:
         model.to(META)
 
 

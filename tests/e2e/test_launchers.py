@@ -20,8 +20,11 @@ from tests.e2e.shared_runs import recipe, wait_for
 from tests.sweeps.files import sweep_json
 from tests.training.runs import adapter_bytes, checkpoint_names, learning, run_json
 
-TORCHRUN = (Path(sys.executable).with_name("torchrun"), "--nproc-per-node", "2")
-ACCELERATE = (Path(sys.executable).with_name("accelerate"), "launch", "--num_processes", "2")
+#: What ``torchrun`` and ``accelerate`` run, wherever they are installed.
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+ACCELERATE = (
+    sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2",
+)  # fmt: skip
 TRAIN = ("-m", "lorakit", "train")
 #: 12 steps, with a checkpoint after every fourth.
 SETTINGS: dict[str, Any] = {
