@@ -11,6 +11,7 @@ import torch
 import lorakit
 from lorakit.recipe.sections import Recipe
 from lorakit.training.joint import members_that_fit, train_joint
+from lorakit.training.joint.parts import LEAST_ROWS
 from lorakit.training.session import RunResult
 from tests.training.joint_runs import members, train_alone, weights
 from tests.training.runs import eval_lines, log_lines
@@ -98,6 +99,14 @@ def test_dropout_trains(tiny_bert: Path, tmp_path: Path) -> None:
     for result in results:
         losses = [line["loss"] for line in log_lines(result.output_dir)]
         assert min(losses[-4:]) < losses[0]
+
+
+def test_members_with_the_same_batches_share_passes(still_bert: Path, tmp_path: Path) -> None:
+    changes = [{"adapter__r": r, "train__seed": seed} for seed in (1, 2) for r in (1, 4)]
+    common = {"train__per_device_batch_size": LEAST_ROWS // 2, "train__epochs": 4}
+    recipes = members(tmp_path, still_bert, "glue/sst2", changes, **common)
+    for recipe, result in zip(recipes, trained(recipes)[0], strict=True):
+        assert_close(result, train_alone(recipe), 1e-4)
 
 
 def test_members_that_end_leave_the_others(tiny_llama: Path, tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
-"""The stacked parameters of the members of a joint training."""
+"""The stacked parameters of the members of a joint training, and which of them share passes."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorakit.methods.lora_layer import LoraLayer
 from lorakit.training.joint.bank import FactorStack, match_strides, stacks_of
+from lorakit.training.joint.parts import LEAST_ROWS, Part, members_of_passes
 
 IN, OUT = 6, 5
 
@@ -105,3 +108,16 @@ def test_the_state_of_an_optimizer_is_stored_as_its_parameters_are() -> None:
         found = optimizer.state[parameter]["exp_avg"]
         assert found.stride() == parameter.stride()
         torch.testing.assert_close(found, value, rtol=0, atol=0)
+
+
+def test_members_with_the_same_batches_share_passes_of_enough_rows() -> None:
+    def groups(*batches: int, rows: int | None = LEAST_ROWS // 2) -> list[list[int]]:
+        none: Any = None
+        parts = {i: Part(none, none, none, own, rows) for i, own in enumerate(batches)}
+        return members_of_passes(parts)
+
+    assert groups(0, 0, 1, 1, 1) == [[0, 1], [2, 3, 4]]
+    assert groups(0, 0, 1) == [[0, 1, 2]]
+    assert groups(0, 1, 2, 3) == [[0, 1], [2, 3]]
+    assert groups(0, 0, 1, 1, rows=LEAST_ROWS // 4) == [[0, 1, 2, 3]]
+    assert groups(0, 1, rows=None) == [[0, 1]]

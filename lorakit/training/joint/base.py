@@ -43,11 +43,13 @@ class SharedBase:
                 parameter.data = parameter.data.clone()
         return prepared
 
-    def share_steps(self, prepared: Prepared, loader: StepLoader) -> None:
-        """Let ``loader`` share its steps with those of other runs with the same batches."""
+    def share_steps(self, prepared: Prepared, loader: StepLoader) -> int:
+        """Let ``loader`` share its steps with those of other runs with the same batches. Returns
+        a number, which is the same for these runs."""
         rows, recipe = prepared.train, prepared.recipe
         if isinstance(rows, StreamedRows):
-            return
+            self._steps[object()] = {}
+            return len(self._steps) - 1
         names = (
             "seed", "group_by_length", "per_device_batch_size", "gradient_accumulation_steps",
             "max_tokens_per_batch",
@@ -55,6 +57,7 @@ class SharedBase:
         settings = tuple(getattr(recipe.train, name) for name in names)
         key = (id(rows), recipe.task.packing, recipe.task.max_length, *settings)
         loader.share(self._steps.setdefault(key, {}))
+        return list(self._steps).index(key)
 
     def view(self) -> Any:
         """A view of the shared model, without an adapter, in evaluation mode."""

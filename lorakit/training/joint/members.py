@@ -22,6 +22,7 @@ from lorakit.training.execution import Execution
 from lorakit.training.guard import Guard, naming_checkpoints
 from lorakit.training.joint.base import SharedBase
 from lorakit.training.joint.member_random import MemberRandom
+from lorakit.training.joint.parts import Part
 from lorakit.training.loop import Loop
 from lorakit.training.output_dir import find_start
 from lorakit.training.run import check_resumable, check_support, finished_run
@@ -48,7 +49,8 @@ class NotesOnly(Display):
 @dataclass
 class Member:
     """``request`` is the step that it wants to take next, ``outcome`` how it ended; one of them is
-    set once it has started. ``scorer`` returns what its next evaluation measures with, and
+    set once it has started. ``built`` has what it trains with, and the number of its batches, see
+    ``SharedBase.share_steps``. ``scorer`` returns what its next evaluation measures with, and
     ``has_advanced`` tells whether it is done with what follows the last step of all."""
 
     prepared: Prepared
@@ -56,7 +58,7 @@ class Member:
     random: MemberRandom
     steps: Steps[RunResult]
     resumed: bool
-    built: list[tuple[Objective, Loop]]
+    built: list[tuple[Objective, Loop, int]]
     request: StepRequest | None = None
     outcome: RunResult | Exception | None = None
     scorer: Callable[[], Scorer | None] = lambda: None
@@ -65,6 +67,10 @@ class Member:
     @property
     def objective(self) -> Objective:
         return self.built[0][0]
+
+    @property
+    def batches(self) -> int:
+        return self.built[0][2]
 
     def evaluates_like(self, other: Member) -> bool:
         """Whether the member, which has just taken a step, will evaluate what ``other`` does."""
@@ -79,6 +85,10 @@ class Member:
         engine = self.built[0][1].engine
         assert isinstance(engine, EagerEngine)
         return engine
+
+    def part(self) -> Part:
+        rows = self.prepared.recipe.train.units_per_batch
+        return Part(self.engine, self.objective, self.random, self.batches, rows)
 
     def advance(self, result: StepResult | Exception | None) -> None:
         """Give the member the result of its step, or the error in it, or None to stop it early; run
@@ -135,7 +145,7 @@ def start_member(
     check_resumable(prepared, batching, start, say)
     for line in plan_lines(prepared, batching):
         say(line)
-    built: list[tuple[Objective, Loop]] = []
+    built: list[tuple[Objective, Loop, int]] = []
 
     def build(schedule: Schedule, recorder: Recorder, guard: Guard | None) -> Loop:
         base.place(prepared.model, strategy.device)
@@ -147,8 +157,7 @@ def start_member(
         if loop.evaluate is not None:
             loop.evaluate = replace(loop.evaluate, scorer=lambda: member.scorer())
         loop.clock = clock
-        base.share_steps(prepared, loop.loader)
-        built.append((objective, loop))
+        built.append((objective, loop, base.share_steps(prepared, loop.loader)))
         return loop
 
     session = Session(prepared, strategy, batching, start, build, display, say)

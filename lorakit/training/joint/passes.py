@@ -17,7 +17,7 @@ from lorakit.training.joint.batches import Joiner, JointBatch
 from lorakit.training.joint.graphs import JointGraphs
 from lorakit.training.joint.layout import NotSplit
 from lorakit.training.joint.member_random import MemberDropout
-from lorakit.training.joint.parts import Part, joint_losses
+from lorakit.training.joint.parts import Part, joint_losses, members_of_passes
 from lorakit.training.joint.trunk import Trunk
 from lorakit.training.steps import StepRequest
 
@@ -43,6 +43,7 @@ class JointPasses:
         self._joiner, self._graphs, self._say = joiner, graphs, say
         self._most = 1 if trunk.separate else len(parts)
         self._gradients: Gradients | None = None
+        self._passes: list[list[int]] = []
         # Members of which an eager pass has initialized libraries and allocated the gradients.
         self._warm: set[int] = set()
         self._objective.train()
@@ -66,7 +67,9 @@ class JointPasses:
 
     def _stack(self) -> None:
         """Stack the factors of the members that are left."""
-        stacks = self._trunk.stack()
+        parts = {member: self._parts[member] for member in self._trunk.order}
+        self._passes = [list(parts)] if self._graphs is None else members_of_passes(parts)
+        stacks = self._trunk.stack(self._passes)
         for part in self._parts.values():
             match_strides(part.engine.optimizer)
         stacked = {id(p) for stack in stacks for p in stack.parameters()}
@@ -157,10 +160,10 @@ class JointPasses:
         return losses
 
     def _groups(self, batches: Mapping[int, Any]) -> list[list[int]]:
-        """Members whose batches are padded to one length: all of them on a GPU, where a larger pass
-        is hardly slower."""
+        """Members whose batches are padded to one length."""
         if self._graphs is not None:
-            return [list(batches)]
+            groups = [[m for m in members if m in batches] for members in self._passes]
+            return [members for members in groups if members]
         found: list[list[int]] = []
         longest = 0
         for member in sorted(batches, key=lambda m: -batches[m].input_ids.shape[1]):

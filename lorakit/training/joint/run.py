@@ -28,7 +28,6 @@ from lorakit.training.joint.batches import Joiner
 from lorakit.training.joint.evaluation import JointEvaluations
 from lorakit.training.joint.graphs import JointGraphs
 from lorakit.training.joint.members import Member, NotesOnly, start_member
-from lorakit.training.joint.parts import Part
 from lorakit.training.joint.passes import JointPasses
 from lorakit.training.joint.trunk import Trunk
 from lorakit.training.session import RunResult
@@ -208,10 +207,11 @@ class _JointRun:
         joiner = self._joiner()
         if isinstance(objective, CausalObjective):
             objective.longest_row = joiner.longest_row
-        trunk = Trunk(view, {i: m.prepared for i, m in self.members.items()})
+        batches = {index: member.batches for index, member in self.members.items()}
+        trunk = Trunk(view, {i: m.prepared for i, m in self.members.items()}, batches)
         if trunk.separate:
             self._say("members take their steps one after another: their experts are adapted")
-        parts = {i: Part(m.engine, m.objective, m.random) for i, m in self.members.items()}
+        parts = {index: member.part() for index, member in self.members.items()}
         graphs, device = None, first.strategy.device
         if device.type == "cuda":
             replays = replays_joint_passes(first.prepared, device, len(members))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,15 +29,18 @@ from lorakit.training.setup import Prepared
 class Trunk:
     """A view of the base, in which adapted and fully trained modules are those of the members."""
 
-    def __init__(self, model: Any, members: Mapping[int, Prepared]) -> None:
+    def __init__(
+        self, model: Any, members: Mapping[int, Prepared], batches: Mapping[int, int]
+    ) -> None:
         """Change ``model``, a view without an adapter. ``members`` are known by a number; in
-        ``order``, those with the same method and targets are neighbors.
+        ``order``, those with the same ``batches`` are neighbors, and among them those with the same
+        method and targets.
 
         ``separate`` tells whether a pass can only be of one member: adapted experts get the tokens
         of all rows in one tensor.
         """
         self.current = Current()
-        self.order = sorted(members, key=lambda number: _kind(members[number]))
+        self.order = sorted(members, key=lambda n: (batches[n], _kind(members[n])))
         members = {number: members[number] for number in self.order}
         self._modules: list[OwnModules | JointLayer | JointLinear] = []
         # The state of 8-bit AdamW depends on the order of a parameter's elements in memory.
@@ -63,12 +66,14 @@ class Trunk:
             if not is_within(path, tuple(own)):
                 self._place(model, path, self._joint_module(model, path, views))
 
-    def stack(self) -> list[Stack]:
-        """Stack the parameters of the members anew."""
+    def stack(self, groups: Sequence[Collection[int]]) -> list[Stack]:
+        """Stack the parameters of the members anew, factors within the ``groups`` that take part
+        in the same passes."""
         found: list[Stack] = []
         for module in self._modules:
             if isinstance(module, JointLayer):
-                module.stacks = stacks_of(module.own, self._padded)
+                own = [{m: module.own[m] for m in module.own if m in group} for group in groups]
+                module.stacks = [s for layers in own for s in stacks_of(layers, self._padded)]
                 found += module.stacks
             elif isinstance(module, JointLinear):
                 found.append(module.stack())
