@@ -109,6 +109,16 @@ def printable(text: str) -> str:
     return "".join(c if _is_harmless(c) else ascii(c)[1:-1] for c in text)
 
 
+def check_printable(path: object, what: str = "") -> None:
+    """Raise UserError if the path of an output contains a control character, such as a line break,
+    which would garble the lines that name it. ``what`` is the option or argument."""
+    if any(unicodedata.category(c) == "Cc" for c in str(path)):
+        named = f"{what} {shown(str(path))}: " if what else ""
+        raise UserError(
+            f"{named}contains a control character; allowed: a name of printable characters"
+        )
+
+
 def _is_harmless(c: str) -> bool:
     return c.isprintable() or c in "\n\t" or c in _JOINERS or unicodedata.category(c) == "Zs"
 

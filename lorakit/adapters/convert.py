@@ -37,7 +37,7 @@ from lorakit.adapters.peft.schema import (
 from lorakit.adapters.peft.targets import misread_note, refused_note
 from lorakit.adapters.peft.write import card_usage, write_card, write_files
 from lorakit.adapters.vllm import padded
-from lorakit.errors import AdapterError, shown
+from lorakit.errors import AdapterError, check_printable, shown
 from lorakit.io.atomic import atomic_directory, atomic_file
 from lorakit.io.tensors import save_tensors
 
@@ -186,6 +186,7 @@ def _check_arguments(
 
 
 def _check_out(out: Path, source: Path, target: Path, overwrite: bool) -> None:
+    check_printable(out, "OUT =")
     resolved, adapter = out.resolve(), source.resolve()
     if resolved == adapter or adapter in resolved.parents or resolved in adapter.parents:
         raise AdapterError(f"OUT = {out}: must be outside of ADAPTER = {source}")

@@ -129,7 +129,7 @@ def merge(
     finally:
         if as_json:
             found = dataclasses.asdict(report) | ({"hub": pushed.url} if pushed else {})
-            typer.echo(json.dumps(found, indent=2, default=str))
+            echo(json.dumps(found, indent=2, default=str))
         else:
             _print_report(report)
             if pushed is not None:
@@ -260,7 +260,7 @@ def convert(
         fan_in_fan_out=fan_in_fan_out, overwrite=overwrite,
     )  # fmt: skip
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(report), indent=2, default=str))
+        echo(json.dumps(dataclasses.asdict(report), indent=2, default=str))
         return
     settings = [_setting(name, getattr(report, name)) for name in ("r", "lora_alpha")]
     echo(

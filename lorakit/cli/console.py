@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from lorakit.errors import UserError, printable
+from lorakit.errors import UserError, WriteFailed, check_printable, printable
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file.")]
 Overrides = Annotated[
@@ -62,7 +62,13 @@ def say(text: str) -> None:
 
 def echo(text: str) -> None:
     """Print a result on stdout, without what would control a terminal."""
-    typer.echo(printable(text))
+    try:
+        typer.echo(printable(text))
+    except BrokenPipeError:  # its reader has seen enough
+        raise
+    except OSError as error:
+        problem = f"stdout: cannot be written: {error.strerror}"
+        raise WriteFailed(problem, "redirect it to another file") from error
 
 
 @contextmanager
@@ -127,6 +133,7 @@ def check_writable(option: str, path: Path | None) -> None:
     """Raise UserError, before any work is done, if a file cannot be written to ``path``."""
     if path is None:
         return
+    check_printable(path, option)
     if path.is_dir():
         raise UserError(f"{option} {path}: is a directory; allowed: a file")
     if _is_stream(path):

@@ -30,7 +30,7 @@ def doctor(as_json: AsJson = False) -> None:
         found = diagnose()
     if as_json:
         checks = [dataclasses.asdict(finding) for finding in found.findings]
-        typer.echo(json.dumps({"status": found.status, "checks": checks}, indent=2, default=str))
+        echo(json.dumps({"status": found.status, "checks": checks}, indent=2, default=str))
     else:
         _print(found)
     if found.status == "error":

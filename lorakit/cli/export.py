@@ -141,7 +141,7 @@ def _check(
         raise UserError(f"--check = {check}: allowed: vllm")
     report = check_vllm(source, base=base, max_lora_rank=max_lora_rank, say=say)
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(report), indent=2, default=str))
+        echo(json.dumps(dataclasses.asdict(report), indent=2, default=str))
     else:
         for rule in report.rules:
             echo(f"{rule.status:<8}{rule.rule}: {rule.found}" + _advice(rule.run))
@@ -163,7 +163,7 @@ def _push(source: Path, target: HubTarget, base: str | None, as_json: bool) -> N
             overwrite=target.overwrite, say=say,
         )  # fmt: skip
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(report), indent=2))
+        echo(json.dumps(dataclasses.asdict(report), indent=2))
     else:
         echo(pushed_line(report))
 
@@ -184,7 +184,7 @@ def _export_gguf(
             on_progress=lambda done, total: report_progress(done // 10**6, total // 10**6),
         )  # fmt: skip
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(report), indent=2, default=str))
+        echo(json.dumps(dataclasses.asdict(report), indent=2, default=str))
     else:
         echo(
             f"{report.path}: {report.kind}, {report.tensors} tensors, {report.dtype}; "

@@ -148,7 +148,7 @@ def _report(written: FirstRecipe, as_json: bool) -> None:
             "tokens": None if tokens is None else {"median": tokens[0], "longest": tokens[1]},
             "is_estimate": written.is_estimate,
         }
-        typer.echo(json.dumps(facts, indent=2))
+        echo(json.dumps(facts, indent=2))
         return
     reason = " ".join(written.reason.split())  # which names columns
     echo(f"{written.path}: {recipe.task.name}, {recipe.adapter.method}, {reason}")

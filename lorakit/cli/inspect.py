@@ -73,7 +73,7 @@ def inspect(
         trust_remote_code=trust_remote_code, say=say,
     )  # fmt: skip
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(report), indent=2, allow_nan=False))
+        echo(json.dumps(dataclasses.asdict(report), indent=2, allow_nan=False))
         return
     _print_report(report)
     if plot is not None:

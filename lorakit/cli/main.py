@@ -19,6 +19,7 @@ import typer
 
 from lorakit.api import locate_error, yield_cores
 from lorakit.cli.adapters import convert, merge
+from lorakit.cli.console import echo
 from lorakit.cli.doctor import doctor
 from lorakit.cli.export import export
 from lorakit.cli.generate import generate
@@ -77,7 +78,7 @@ for command in (
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"lorakit {__version__}")
+        echo(f"lorakit {__version__}")
         raise typer.Exit
 
 

@@ -53,7 +53,7 @@ def convert_recipe(
     with only_results():
         converted = convert(file)
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(converted), indent=2, default=str))
+        echo(json.dumps(dataclasses.asdict(converted), indent=2, default=str))
     elif output is None:
         echo(converted.text.rstrip("\n"))
     if output is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorakit.cli.console import AsJson, Overrides, RecipeFile, only_results, progress, say
+from lorakit.cli.console import AsJson, Overrides, RecipeFile, echo, only_results, progress, say
 from lorakit.errors import counted
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _print_json(found: Preview) -> None:
         "summary": summary,
         "training_rows": found.training_rows,
     }
-    typer.echo(json.dumps(result))
+    echo(json.dumps(result))
 
 
 def _example(row: DescribedRow, labels: list[str] | None) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def validate(recipes: _RecipeFiles, overrides: Overrides = None, as_json: AsJson
     checked = {path: _check(path, overrides) for path in recipes}
     if as_json:
         results = [_result(path, problems) for path, (_, problems) in checked.items()]
-        typer.echo(json.dumps(results, indent=2, default=repr))
+        echo(json.dumps(results, indent=2, default=repr))
     else:
         for path, (recipe, _) in checked.items():
             if recipe is not None:
@@ -100,7 +100,7 @@ def schema() -> None:
     """
     from lorakit.recipe.export import recipe_schema
 
-    typer.echo(json.dumps(recipe_schema(), indent=2))
+    echo(json.dumps(recipe_schema(), indent=2))
 
 
 def methods(check: _Check = None, as_json: AsJson = False) -> None:
@@ -127,7 +127,7 @@ def methods(check: _Check = None, as_json: AsJson = False) -> None:
         return
     found = list(registry.methods().values())
     if as_json:
-        typer.echo(json.dumps([_method_facts(method) for method in found], indent=2))
+        echo(json.dumps([_method_facts(method) for method in found], indent=2))
         return
     rows = [(m.name, m.summary, m.Config.shown_learning_rates(), m.source) for m in found]
     echo(aligned(rows, left=4))
@@ -159,12 +159,12 @@ def _check_method(name: str, as_json: bool) -> None:
     passed = all(result.problem is None for result in results)
     if as_json:
         checks = [dataclasses.asdict(result) for result in results]
-        typer.echo(json.dumps({"method": name, "passed": passed, "checks": checks}, indent=2))
+        echo(json.dumps({"method": name, "passed": passed, "checks": checks}, indent=2))
     else:
         for result in results:
             mark = "ok    " if result.problem is None else "FAILED"
             problem = "" if result.problem is None else f": {result.problem}"
-            typer.echo(f"{mark}  {result.module}: {result.check}{problem}")
+            echo(f"{mark}  {result.module}: {result.check}{problem}")
     if not passed:
         raise typer.Exit(1)
 
@@ -182,7 +182,7 @@ def tasks(as_json: AsJson = False) -> None:
 
     found = registry.tasks().items()
     if as_json:
-        typer.echo(json.dumps([_task_facts(name, task) for name, task in found], indent=2))
+        echo(json.dumps([_task_facts(name, task) for name, task in found], indent=2))
         return
     rows = [(name, task.summary_of(name), task.source_of(name)) for name, task in found]
     echo(aligned(rows, left=3))

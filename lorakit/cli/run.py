@@ -137,7 +137,7 @@ def _print_run(result: RunResult, pushed: PushReport | None, as_json: bool) -> N
             "adapter": str(result.adapter_dir), "steps": result.steps, "metrics": result.metrics
         }  # fmt: skip
         found |= {"diverged": True} if result.diverged else {}
-        typer.echo(json.dumps(found | ({"hub": pushed.url} if pushed else {})))
+        echo(json.dumps(found | ({"hub": pushed.url} if pushed else {})))
     else:
         echo(run_text(result))
         if pushed is not None:

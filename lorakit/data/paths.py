@@ -272,9 +272,14 @@ def _left_out(files: list[Path]) -> list[Path]:
 def _existing(entry: str) -> Path:
     file = Path(entry)
     if not file.is_file():
+        if file.exists():
+            raise DataError(f"task.path: {entry}: is a device or a pipe; allowed: a data file")
         hint = ""
         if _HUB_NAME.fullmatch(entry) and suffix_of(file) is None:
-            hint = f"; hint: a data set on the Hub needs its split: {{path: {entry}, split: train}}"
+            hint = (
+                "; hint: set the path (--set task.path=PATH), or name a split of a data set on the "
+                f"Hub: {{path: {entry}, split: train}}"
+            )
         raise DataError(f"task.path: {entry}: no such file or directory{hint}")
     check_format(file)
     return file

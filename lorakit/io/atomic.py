@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from lorakit.errors import UserError, WriteFailed
+from lorakit.errors import UserError, WriteFailed, check_printable
 
 #: ``new`` is not yet renamed to NAME; ``old`` was moved aside; ``removed`` is being deleted.
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<state>new|old|removed)")
@@ -87,7 +87,8 @@ def writing(what: object) -> Iterator[None]:
 
 def check_name(target: Path) -> None:
     """Raise OSError or ValueError if nothing can be written to a path of this name: it is too long,
-    or a parent is a file."""
+    has control characters, or a parent is a file."""
+    check_printable(target)
     target = target.absolute()
     folder = next(parent for parent in target.parents if parent.exists())
     with suppress(FileNotFoundError):
@@ -110,7 +111,9 @@ def creation_problem(folder: Path) -> str | None:
 
 
 def check_new(output: Path, overwrite: bool) -> None:
-    """Raise UserError if ``output`` exists, unless it is a file and ``overwrite`` is set."""
+    """Raise UserError if ``output`` exists, unless it is a file and ``overwrite`` is set, or if its
+    name has control characters."""
+    check_printable(output, "--output")
     if output.is_dir():
         raise UserError(f"--output {output}: is a directory; allowed: a file")
     if output.exists() and not output.is_file():

@@ -78,7 +78,7 @@ def load_config(section: ModelSection) -> PreTrainedConfig:
 
     name = section.name_or_path
     check_location(name)
-    with explained(name), quiet():
+    with explained(name, WRONG_CONFIG), quiet():
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, **hub_options(section))
     with suppress(ValueError):  # several text parts: check_kind refuses such a model
         text = config.get_text_config()
@@ -146,20 +146,25 @@ def _pad_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 @contextmanager
-def explained(name: str) -> Iterator[None]:
-    """Turn errors of transformers and the Hub into a one-line ModelError, ``name: reason``."""
+def explained(name: str, what: str = "") -> Iterator[None]:
+    """Turn errors of transformers and the Hub into a one-line ModelError, ``name: reason``. Before
+    a library's own text, it says ``what`` has failed."""
     try:
         yield
     except (ModelError, MemoryError):
         raise
     except Exception as error:
-        reason = _reason(error)
+        reason = _reason(error, what)
         if reason is None:
             raise
         raise ModelError(f"{name}: {reason}") from error
 
 
-def _reason(error: Exception) -> str | None:
+#: What has failed if transformers rejects a configuration.
+WRONG_CONFIG = "config.json does not describe a model"
+
+
+def _reason(error: Exception, what: str) -> str | None:
     """Explain why a model could not be loaded; None if the device ran out of memory."""
     import torch
     from huggingface_hub import errors as hub
@@ -182,7 +187,8 @@ def _reason(error: Exception) -> str | None:
         return "no safetensors weights; lorakit does not load pickles: convert the checkpoint first"
     if "trust_remote_code" in text:
         return "the model contains custom code; enable trust_remote_code to run it"
-    return _first_lines(error)
+    reason = f"KeyError: {error}" if isinstance(error, KeyError) else _first_lines(error)
+    return f"{what}: {reason}" if what else reason
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -34,7 +34,7 @@ from lorakit.models.heads import (
     renew_head,
     stores_head,
 )
-from lorakit.models.hub import explained, hub_options, load_config, load_tokenizer, quiet
+from lorakit.models.hub import WRONG_CONFIG, explained, hub_options, load_config, load_tokenizer, quiet
 from lorakit.models.kinds import (
     Kind,
     TaskType,
@@ -185,7 +185,7 @@ def _from_pretrained(
     auto: Any, name: str, config: PreTrainedConfig, options: Mapping[str, Any], seed: int
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     torch.manual_seed(seed)
-    with explained(name), _explained_attention(name, options), quiet():
+    with explained(name, "cannot be loaded"), _explained_attention(name, options), quiet():
         model, info = from_pretrained(auto, name, config, options)
     return model, {**info, "missing_keys": {*info["missing_keys"]}}
 
@@ -317,7 +317,7 @@ def empty_model(
 ) -> PreTrainedModel:
     """The model on the ``meta`` device, which has shapes and no values, with further ``options`` of
     transformers. Raises ModelError if transformers has no such class."""
-    with explained(str(config.name_or_path)), torch.device("meta"), quiet():
+    with explained(str(config.name_or_path), WRONG_CONFIG), torch.device("meta"), quiet():
         model: PreTrainedModel = loader(task_type).from_config(
             config, trust_remote_code=trust_remote_code, **options
         )

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -21,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from lorakit.errors import did_you_mean
+from lorakit.errors import check_printable, did_you_mean
 from lorakit.recipe.data_path import DataPath
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -30,6 +31,15 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
+
+
+def _printable(name: str) -> str:
+    check_printable(name)
+    return name
+
+
+#: A file or directory that is written.
+OutputPath = Annotated[Text, AfterValidator(_printable)]
 #: Above the rank of any weight matrix in practice, and small enough that sizes do not overflow.
 MAX_RANK = 2**16
 Rank = Annotated[int, Field(gt=0, le=MAX_RANK)]
@@ -181,7 +191,7 @@ class TrainSection(Section):
     ``per_device_batch_size`` of 8 unless it or ``max_tokens_per_batch`` is set.
     """
 
-    output_dir: Text
+    output_dir: OutputPath
     """The directory that the run is written to."""
     epochs: PositiveFloat | None = None
     """The length of the run in passes over the rows; 3 if max_steps is not set either."""

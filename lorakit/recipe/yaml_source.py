@@ -7,6 +7,7 @@ follow YAML 1.2's core schema, in which ``2e-4`` is a number and ``no`` is text.
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,10 +124,24 @@ def _file_error(
     return RecipeError([Problem("", message, allowed=allowed, file=file, line=line)])
 
 
+#: Where a shell puts stdin and process substitutions.
+_DESCRIPTORS = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
+
+
+def _is_stream(file: Path) -> bool:
+    """Whether reading the file could wait for ever."""
+    mode = file.stat().st_mode
+    is_file = stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+    return not is_file and not str(file).startswith(_DESCRIPTORS)
+
+
 def _read_text(file: Path) -> str:
     try:
-        with file.open("rb") as handle:
-            data = handle.read(MAX_BYTES + 1)
+        if is_stream := _is_stream(file):
+            data = b""
+        else:
+            with file.open("rb") as handle:
+                data = handle.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise _file_error(str(file), "no such file") from None
     except IsADirectoryError:
@@ -134,6 +149,8 @@ def _read_text(file: Path) -> str:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise _file_error(str(file), f"cannot be read: {reason}") from None
+    if is_stream:
+        raise _file_error(str(file), "is a device or a pipe", "a recipe file")
     if len(data) > MAX_BYTES:
         raise _file_error(str(file), "the file is too large", f"at most {MAX_BYTES} bytes")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from threading import Lock
 from lorakit.errors import UserError
 from lorakit.reports.page import render
 from lorakit.reports.runs import FILES, read_runs
+from lorakit.training.tracking import tell
 
 _ADDRESS = "127.0.0.1"
 _HEADERS = {
@@ -107,6 +109,11 @@ class _Handler(BaseHTTPRequestHandler):
             tag, contents = self.server.page.newest()
         except UserError as error:
             self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
+            return
+        except Exception as error:  # the runs may be readable again at the next request
+            reason = traceback.format_exception_only(error)[-1].strip()
+            tell(f"error: the page cannot be built: {reason}")
+            self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, f"the page cannot be built: {reason}")
             return
         is_known = self.headers.get("If-None-Match") == tag
         self.send_response(HTTPStatus.NOT_MODIFIED if is_known else HTTPStatus.OK)

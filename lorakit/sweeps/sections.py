@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from lorakit.recipe.sections import PositiveInt, Section, Text
+from lorakit.recipe.sections import OutputPath, PositiveInt, Section, Text
 
 #: Recipe keys, ``SECTION.KEY``, and their values.
 Settings = dict[str, Any]
@@ -33,7 +33,7 @@ class SweepSection(Section):
     """
 
     recipe: Text
-    output_dir: Text
+    output_dir: OutputPath
     set: Settings = {}
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
     members: list[MemberSection] = []

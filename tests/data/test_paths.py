@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -171,8 +172,15 @@ def test_what_only_a_data_set_on_the_hub_has() -> None:
         [DataSource(path="d", name="c")]
     )
     assert refusal("org/set").endswith(
-        "hint: a data set on the Hub needs its split: {path: org/set, split: train}"
+        "hint: set the path (--set task.path=PATH), or name a split of a data set on the Hub: "
+        "{path: org/set, split: train}"
     )
+
+
+def test_a_pipe_is_not_opened() -> None:
+    os.mkfifo("pipe.jsonl")
+    for path in ("pipe.jsonl", "/dev/zero"):
+        assert refusal(path) == (f"task.path: {path}: is a device or a pipe; allowed: a data file")
 
 
 def test_an_impossible_file_name() -> None:

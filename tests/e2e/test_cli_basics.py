@@ -350,6 +350,27 @@ def test_a_closed_pipe_prints_no_traceback(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (1, b"")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize("arguments", [["schema"], ["tasks"], ["--version"]])
+def test_a_full_disk_on_stdout_is_one_line(arguments: list[str], tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "lorakit", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(REPO)},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: stdout: cannot be written: No space left on device; hint: redirect it to another "
+        "file\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "light"),
     [(["--help"], ("pydantic", "yaml", "rich")), (["validate", "good.yaml"], ()), (["tasks"], ())],

@@ -44,6 +44,8 @@ def test_output(theirs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "--output recipe.yaml: already exists; hint: choose another" in capsys.readouterr().err
     assert Path("recipe.yaml").read_bytes() == before
     assert cli.run(["convert-recipe", "theirs.yml", "--output", "recipe.yaml", "--overwrite"]) == 0
+    assert cli.run(["convert-recipe", "theirs.yml", "--output", "two\nlines"]) == 2
+    assert '--output "two\\nlines": contains a control character' in capsys.readouterr().err
 
 
 def test_json(theirs: Path, capsys: pytest.CaptureFixture[str]) -> None:

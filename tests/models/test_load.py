@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lorakit.errors import ModelError, UserError
-from lorakit.models.load import fit_max_length, load_pretrained, window
+from lorakit.models.load import fit_max_length, load_empty, load_pretrained, window
 from lorakit.recipe.sections import ModelSection, TaskSection
 from tests.families import tiny, token_ids
 
@@ -222,7 +222,16 @@ def test_an_invalid_configuration_value_is_named(tiny_llama: Path, tmp_path: Pat
     copy = edited(tmp_path, tiny_llama, hidden_size="x")
     with pytest.raises(ModelError, match=r"'hidden_size': .*expected int, got str") as caught:
         load_pretrained(section(copy), "causal")
+    assert str(caught.value).startswith(f"{copy}: config.json does not describe a model: ")
     assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_activation_is_named(tiny_llama: Path, tmp_path: Path) -> None:
+    copy = edited(tmp_path, tiny_llama, hidden_act="no_such")
+    with pytest.raises(ModelError, match=r": cannot be loaded: KeyError: 'no_such'$"):
+        load_pretrained(section(copy), "causal")
+    with pytest.raises(ModelError, match=r": config.json does not .*: KeyError: 'no_such'$"):
+        load_empty(section(copy), "causal")
 
 
 def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ def test_what_exists_or_is_on_the_hub_is_valid(
             {"path": "{train: data.jsonl, validation: v.csv}"},
             7, "task.path.validation", "v.csv", "no such file or directory",
         ),
+        ({"output_dir": '"a\\nb"'}, 9, "train.output_dir", "a\nb", "contains a control character"),
         ({"output_dir": "data.jsonl"}, 9, "train.output_dir", "data.jsonl", "is a file"),
         ({"output_dir": "data.jsonl/x"}, 9, "train.output_dir", "data.jsonl/x", "Not a directory"),
         ({"output_dir": "x" * 300}, 9, "train.output_dir", "x" * 300, "name too long"),

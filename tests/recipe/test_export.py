@@ -27,7 +27,7 @@ def recipe(text: str = "x", number: float = 2e-4, steps: int | None = None) -> R
         adapter=LoraConfig(target_modules=[text, "v"], rank_pattern={text: 3}, layers=[0, 2]),
         task=CompletionConfig(path={"train": text}, prompt_column=text),
         train=TrainSection(
-            output_dir=text, learning_rate=number, adam_epsilon=number, max_steps=steps
+            output_dir="run", learning_rate=number, adam_epsilon=number, max_steps=steps
         ),
     )
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -112,6 +113,18 @@ def test_missing_and_directory(tmp_path: Path) -> None:
     assert only_problem(tmp_path / "none.yaml").message == "no such file"
     assert only_problem(tmp_path).message == "is a directory"
     assert "cannot be read" in only_problem(Path("a\0b")).message
+
+
+def test_a_pipe_is_read_only_from_the_shell(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "recipe.yaml")
+    for path in (tmp_path / "recipe.yaml", Path("/dev/zero")):
+        with pytest.raises(RecipeError, match="is a device or a pipe; allowed: a recipe file"):
+            read_yaml(path)
+    reader, writer = os.pipe()
+    os.write(writer, b"a: 1\n")
+    os.close(writer)
+    assert read_yaml(Path(f"/dev/fd/{reader}")).data == {"a": 1}
+    os.close(reader)
 
 
 def test_read_value() -> None:

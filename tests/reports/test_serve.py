@@ -107,6 +107,20 @@ def test_a_run_that_is_deleted_and_comes_back(tmp_path: Path) -> None:
         assert ask(server)[0] == 200
 
 
+def test_an_error_in_building_the_page_does_not_end_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run")
+    with serving(run) as server, monkeypatch.context() as patch:
+        patch.setattr("lorakit.reports.serve.read_runs", lambda runs: {}[runs[0]])
+        (run / "metrics.jsonl").touch()
+        status, _, text = ask(server)
+        assert (status, text) == (500, f"the page cannot be built: KeyError: {run!r}\n")
+        assert capsys.readouterr().err == f"error: {text}"
+        patch.undo()
+        assert ask(server)[0] == 200
+
+
 def test_a_taken_port_and_a_missing_run_are_refused(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -35,7 +35,7 @@ from lorakit.adapters.merge.updates import ResolvedBase, Weighted, read_weighted
 from lorakit.adapters.merge.workers import OnProgress
 from lorakit.adapters.peft.method import Say, run_method_file
 from lorakit.adapters.peft.read import AdapterFiles, to_stderr
-from lorakit.errors import AdapterError, file_size
+from lorakit.errors import AdapterError, check_printable, file_size
 from lorakit.io.atomic import atomic_directory
 from lorakit.user_code import is_code
 
@@ -234,6 +234,7 @@ def _check_out(out: Path, base: str, adapters: Sequence[Weighted], overwrite: bo
 
 
 def _check_free(out: Path, overwrite: bool) -> None:
+    check_printable(out, "OUT =")
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise AdapterError(f"OUT = {out}: exists and is not a directory")
     if out.exists() and not overwrite:

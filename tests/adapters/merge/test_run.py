@@ -27,7 +27,7 @@ from lorakit.adapters.load import load
 from lorakit.adapters.merge.checkpoint import OutputTensor
 from lorakit.adapters.merge.output import parse_size, plan_shards
 from lorakit.adapters.merge.run import merge
-from lorakit.errors import AdapterError, ModelError
+from lorakit.errors import AdapterError, ModelError, UserError
 from lorakit.io.atomic import atomic_directory
 from lorakit.layers import adapter_layers
 from tests.adapters.conftest import MakePair
@@ -255,10 +255,11 @@ def test_places_that_out_may_not_be(make_pair: MakePair, tmp_path: Path) -> None
         tmp_path: "contains the base's directory",
         tmp_path / "file": "not a directory",
         tmp_path / "photos": "not empty and not a model",
+        tmp_path / "two\nlines": "contains a control character",
     }
     before = sorted(tmp_path.rglob("*"))
     for out, message in cases.items():
-        with pytest.raises(AdapterError, match=message):
+        with pytest.raises(UserError, match=message):
             merge(base, adapter, out, overwrite=True)
     (tmp_path / "there").mkdir()
     with pytest.raises(AdapterError, match="already exists"):
