@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     from lorakit.tasks.checks import counts_line
     from lorakit.terminal.columns import aligned
     from lorakit.terminal.progress_bar import ProgressBar
+    from lorakit.terminal.progress_lines import progress_lines
     from lorakit.training.run import dry_run, train
     from lorakit.training.session import RunResult
     from lorakit.training.tracking import tell
@@ -144,6 +145,7 @@ _MODULES = {
     "lorakit.tasks.checks": ("counts_line",),
     "lorakit.terminal.columns": ("aligned",),
     "lorakit.terminal.progress_bar": ("ProgressBar",),
+    "lorakit.terminal.progress_lines": ("progress_lines",),
     "lorakit.training.run": ("dry_run", "train"),
     "lorakit.training.session": ("RunResult",),
     "lorakit.training.tracking": ("tell",),
@@ -227,6 +229,7 @@ __all__ = [
     "prediction_lines",
     "preview",
     "process_group",
+    "progress_lines",
     "prompt_limits",
     "push_to_hub",
     "push_trained",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
@@ -52,8 +51,6 @@ Subfolder = Annotated[
 OnProgress = Callable[[int, int], None]
 OnPhase = Callable[[str, int, int], None]
 
-_SECONDS_PER_LINE = 10.0
-
 
 def say(text: str) -> None:
     """Print a line on stderr, without what would control a terminal."""
@@ -92,7 +89,9 @@ def phases() -> Iterator[OnPhase]:
         with _bar() as report:
             yield report
     else:
-        yield _lines()
+        from lorakit.api import progress_lines
+
+        yield progress_lines(say)
 
 
 @contextmanager
@@ -108,18 +107,6 @@ def _bar() -> Iterator[OnPhase]:
         yield lambda what, done, total: bar.update(
             task, description=what, completed=done, total=total
         )
-
-
-def _lines() -> OnPhase:
-    last = time.monotonic()
-
-    def report(what: str, done: int, total: int) -> None:
-        nonlocal last
-        if done < total and time.monotonic() - last >= _SECONDS_PER_LINE:
-            last = time.monotonic()
-            say(f"{what} {done}/{total}")
-
-    return report
 
 
 def check_exclusive(given: Mapping[str, bool]) -> None:

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from lorakit.api import locate_error, yield_cores
 from lorakit.cli.adapters import convert, merge
@@ -40,6 +41,17 @@ _INTERRUPTED = 128 + signal.SIGINT
 _TERMINATED = 128 + signal.SIGTERM
 #: The class of typer's errors about the command line, which it does not export.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+class _Command(typer.core.TyperCommand):
+    """A command whose usage names arguments as other programs do."""
+
+    def collect_usage_pieces(self, context: Any) -> list[str]:
+        """Without the braces around required arguments, and without hidden ones."""
+        arguments = [p for p in self.get_params(context) if not getattr(p, "hidden", False)]
+        pieces = [piece for each in arguments for piece in each.get_usage_pieces(context)]
+        return ["[OPTIONS]", *(piece.replace("{", "").replace("}", "") for piece in pieces)]
+
 
 app = typer.Typer(
     name="lorakit",
@@ -73,7 +85,7 @@ for command in (
     tasks,
     doctor,
 ):
-    app.command(command.__name__.rstrip("_").replace("_", "-"))(command)
+    app.command(command.__name__.rstrip("_").replace("_", "-"), cls=_Command)(command)
 
 
 def _print_version(wanted: bool) -> None:

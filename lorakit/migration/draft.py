@@ -106,6 +106,8 @@ class Draft:
             self.set(found.key, found.value_of(value))
             if found.note and not found.listed_only:
                 self.change(key, value, found.note)
+            if note := found.differs.get(str(value)):
+                self.change(key, value, note)
         elif not is_off:
             see = f"see {found.key}" if found.key else ""
             self.lose(key, value, "; ".join(part for part in (see, found.note) if part))

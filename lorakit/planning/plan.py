@@ -30,6 +30,8 @@ from lorakit.training.execution import choose_execution
 
 #: Decides only whether layers are compiled: as in a long run.
 _UNKNOWN_STEPS = 10_000
+#: From here on, a plan takes so long that it says what it does.
+_MANY_PARAMETERS = 10**9
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ def plan(
     planner = _Planner(load_unloaded(recipe, say), device, say)
     recipe, step = planner.with_batch_size(recipe)
     fits = step.memory.peak <= device.usable_bytes
+    if not fits:
+        say("the run does not fit: planning it with other settings")
     found = (
         []
         if fits
@@ -138,6 +142,8 @@ class _Planner:
         loaded, self._loaded = self._loaded, None
         inputs = replace(inputs, loaded=loaded or self._unloaded.fresh(recipe))
         prepared = adapt_unloaded(recipe, inputs, self._say)
+        if prepared.report.total_parameters >= _MANY_PARAMETERS:
+            self._say("planning a step without loading weights; this can take a minute")
         self._say = _quiet
         batching = build_batching(prepared, device)
         steps = self._steps(prepared.recipe, batching)

@@ -18,7 +18,8 @@ from rich.table import Table
 from lorakit.errors import decimal, printable
 from lorakit.sweeps.halving import Halving
 from lorakit.sweeps.results import MemberResult, SweepResult
-from lorakit.training.tracking import Display, format_metrics, tell, throttled
+from lorakit.terminal.progress_lines import progress_lines
+from lorakit.training.tracking import Display, format_metrics, tell
 
 _SECONDS_PER_LINE = 30.0
 #: Lines of the terminal that the table leaves free.
@@ -36,7 +37,7 @@ class MemberDisplay(Display):
         self.numbers: dict[str, Any] = {}
         self.metrics: dict[str, float] = {}
         self._last = time.monotonic()
-        self._report = throttled(self.say)
+        self._report = progress_lines(self.say)
 
     def advance(self, step: int) -> None:
         self.step = step

@@ -38,7 +38,9 @@ def column_notes(task: Task, config: Any, split: Split) -> list[str]:
     ]
     if counts.unused:
         keys = _listed_keys(counts.unused)
-        notes.append(f"{counts.with_unused:,} {of} rows have unused keys: {keys}")
+        notes.append(
+            f"{counts.with_unused:,} {of} rows have values that the task does not use: {keys}"
+        )
     if counts.dropping:
         notes.append(f"{counts.dropping:,} {of} chats {_DROPPED}")
     return [f"{split.name}: {note}" for note in notes]
@@ -66,7 +68,7 @@ class ColumnWatch:
         """Return notes on problems that no earlier row had."""
         unused = self._inspector.unused(row)
         new = sorted(unused - self._known)
-        notes = [f"rows have unused keys: {', '.join(new)}"] if new else []
+        notes = [f"rows have values that the task does not use: {', '.join(new)}"] if new else []
         missing = self._inspector.missing(row)
         found = [f"chats {_DROPPED}"] if self._inspector.drops_messages(row) else []
         found += [f"rows have no {column!r}, which is empty in the template" for column in missing]

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +19,7 @@ from rich.progress import BarColumn, TextColumn
 from lorakit.errors import UserError, decimal, memory_size, printable
 from lorakit.io.atomic import write_text, writing
 from lorakit.terminal.progress_bar import ProgressBar
+from lorakit.terminal.progress_lines import progress_lines
 
 #: The project's name in trackers, and the subdirectory that TensorBoard writes to.
 PROJECT = "lorakit"
@@ -94,7 +95,7 @@ class Display:
         self._bar: ProgressBar | None = None
         self._step, self._numbers = done, ""
         self._shown: dict[int, set[str]] = {}
-        self._report_line = throttled(self.say)
+        self._report_line = progress_lines(self.say)
         if self._console.is_terminal and not quiet:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn(_NUMBERS))
             self._bar = ProgressBar(*columns)
@@ -245,19 +246,6 @@ def start_trackers(
 
 def format_metrics(metrics: dict[str, float]) -> str:
     return "  ".join(f"{name} {decimal(value)}" for name, value in metrics.items())
-
-
-def throttled(say: Callable[[str], None], seconds: float = 10.0) -> Any:
-    """Return a callback ``(what, done, total)`` that prints at most one line per ``seconds``."""
-    last = time.monotonic()
-
-    def report(what: str, done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last >= seconds and done < total:
-            last = time.monotonic()
-            say(f"{what} {done}/{total}")
-
-    return report
 
 
 def _clock(seconds: float) -> str:

@@ -174,7 +174,7 @@ LISTED = "column id (2), messages[].tool_calls[].index (1)"
 
 
 def unused(err: str) -> list[str]:
-    return [line for line in err.splitlines() if "unused keys" in line]
+    return [line for line in err.splitlines() if "values that the task does not use" in line]
 
 
 def test_unused_keys_are_named_once(
@@ -188,9 +188,10 @@ def test_unused_keys_are_named_once(
         (["eval", recipe, "--base", "--split", "train"], ["train"]),
     ]:
         out, err = command(capsys, *arguments)
-        assert "unused keys" not in out
+        assert "values that the task does not use" not in out
         assert unused(err) == [
-            f"{split}: 2 of 2 rows have unused keys: {LISTED}" for split in splits
+            f"{split}: 2 of 2 rows have values that the task does not use: {LISTED}"
+            for split in splits
         ]
 
 
@@ -225,8 +226,8 @@ def test_unused_keys_of_a_stream_are_named(
     streaming = ("--set", "task.streaming=true", "--set", "task.shuffle_buffer_rows=300")
     _, err = command(capsys, "train", recipe, *streaming, "--set", "train.max_steps=160")
     assert unused(err) == [
-        "train: 200 of the first 200 rows have unused keys: column id (200)",
-        "train: further rows have unused keys: messages[].tool_calls[].index",
+        "train: 200 of the first 200 rows have values that the task does not use: column id (200)",
+        "train: further rows have values that the task does not use: messages[].tool_calls[].index",
     ]
 
 

@@ -70,6 +70,7 @@ def test_help_fits_into_80_columns(
     monkeypatch.setenv("COLUMNS", "80")
     assert cli.run([*command.split(), "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert "{" not in lines[0]
     _usage, *text = lines
     assert [line for line in text if len(line) > 80 or line.endswith(("...", "-"))] == []
     examples = [index for index, line in enumerate(lines) if "Example: " in line]
@@ -348,6 +349,11 @@ def test_a_closed_pipe_prints_no_traceback(tmp_path: Path) -> None:
     finally:
         os.close(writer)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_the_usage_leaves_out_hidden_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["predict", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("Usage: lorakit predict [OPTIONS] MODEL\n")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")

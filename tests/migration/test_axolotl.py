@@ -104,6 +104,10 @@ def test_what_is_lost_changed_and_not_needed_is_said(tmp_path: Path) -> None:
         "evals_per_epoch",
     ]
     assert found.needless == ("special_tokens.pad_token", "tf32")
+    assert (
+        'optimizer: "paged_adamw_8bit": adamw_8bit: its state stays in GPU memory, where it is not '
+        "paged out"
+    ) in found.changed
     assert any("2 x 4 = 8 packed bins of 4096 tokens" in text for text in found.changed)
     for text in (*found.lost, *found.changed):
         assert f"#   {text}\n" in found.text

@@ -55,8 +55,10 @@ def test_every_method_is_planned(method: str, tiny_llama: Path, tmp_path: Path) 
 def test_suggestions_lower_the_peak(tiny_llama: Path, tmp_path: Path) -> None:
     recipe = recipe_for(tmp_path, tiny_llama)
     assert lorakit.plan(recipe, gpu="h100").to_json()["suggestions"] == []
-    found = lorakit.plan(recipe, device_memory="1MB").to_json()
+    notes: list[str] = []
+    found = lorakit.plan(recipe, device_memory="1MB", say=notes.append).to_json()
     assert not found["fits"]
+    assert notes[-1] == "the run does not fit: planning it with other settings"
     assert found["suggestions"]
     for suggestion in found["suggestions"]:
         assert suggestion["peak_bytes"] < found["memory_bytes"]["peak"]
@@ -88,6 +90,16 @@ def test_a_model_without_weights_and_tokenizer(tiny_llama: Path, tmp_path: Path)
     assert found.seconds is None
     [note] = [note for note in notes if "no tokenizer" in note]
     assert note.endswith("assuming rows of 64 tokens, the most that task.max_length allows")
+
+
+def test_a_large_model_takes_time(tiny_llama: Path, tmp_path: Path) -> None:
+    large = tmp_path / "large"
+    large.mkdir()
+    config = json.loads((tiny_llama / "config.json").read_text())
+    (large / "config.json").write_text(json.dumps(config | {"vocab_size": 2**25}))
+    notes: list[str] = []
+    lorakit.plan(recipe_for(tmp_path, large, task__max_length=8), gpu="h100", say=notes.append)
+    assert notes.count("planning a step without loading weights; this can take a minute") == 1
 
 
 def test_auto_is_the_largest_batch_that_fits(tiny_llama: Path, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_columns_and_keys_are_counted_by_row() -> None:
         {"messages": [USER, REPLY]},
     ]
     said = "column bar (3), messages[].tool_calls[].foo (2)"
-    said = f"train: 3 of 5 rows have unused keys: {said}"
+    said = f"train: 3 of 5 rows have values that the task does not use: {said}"
     assert note("chat", *rows) == said
 
 
@@ -132,7 +132,7 @@ def test_each_task_reports_its_unused_keys(
         return
     assert said is not None
     assert said.isprintable()
-    start, _, found = said.partition(" unused keys: ")
+    start, _, found = said.partition(" values that the task does not use: ")
     assert start == "train: 1 of 1 rows have"
     assert sorted(found.split(", ")) == sorted(f"{key} (1)" for key in listed.split(", "))
 
@@ -142,7 +142,10 @@ def test_invalid_rows_do_not_break_the_count() -> None:
     rows.append(
         {"messages": [{**USER, "content": [3], "tool_calls": [3, {"function": 3}]}], "x": 1}
     )
-    assert note("chat", *rows) == "train: 7 of 7 rows have unused keys: column x (7)"
+    assert (
+        note("chat", *rows)
+        == "train: 7 of 7 rows have values that the task does not use: column x (7)"
+    )
 
 
 def test_wikisql_rows(tmp_path: Path) -> None:
@@ -153,7 +156,7 @@ def test_wikisql_rows(tmp_path: Path) -> None:
         f"{json.dumps(row)}\n{json.dumps({**row, 'note': 'x'})}\n"
     )
     said = unused_note(*loaded(tmp_path, "wikisql"))
-    assert said == "train: 1 of 2 rows have unused keys: column note (1)"
+    assert said == "train: 1 of 2 rows have values that the task does not use: column note (1)"
     (tmp_path / "train.jsonl").write_text(f"{json.dumps(row)}\n")
     assert unused_note(*loaded(tmp_path, "wikisql")) is None
 
@@ -172,7 +175,7 @@ def test_nulls_of_parquet_are_not_counted(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(padded), tmp_path / "train.parquet")
     said = unused_note(*loaded(tmp_path))
     assert said is not None
-    assert said.startswith("train: 1 of 3 rows have unused keys: ")
+    assert said.startswith("train: 1 of 3 rows have values that the task does not use: ")
     assert "messages[].tool_calls[].foo (1)" in said
     assert "column note (1)" in said
     assert "weight" not in said
@@ -186,7 +189,7 @@ def test_only_the_first_rows_of_a_large_split_are_counted(
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert unused_note(*loaded(path, "completion")) == (
-        "train: 3 of the first 3 rows have unused keys: column id (3), column late (0)"
+        "train: 3 of the first 3 rows have values that the task does not use: column id (3), column late (0)"
     )
 
 
@@ -201,7 +204,7 @@ def test_equally_frequent_keys_are_sorted_by_name() -> None:
     said = note("chat", {"messages": [USER, calling(c=1, a=1, d=1, b=1)], "z": 1, "y": 1})
     assert said is not None
     listed = "".join(f", messages[].tool_calls[].{key} (1)" for key in "abcd")
-    assert said.endswith(f"unused keys: column y (1), column z (1){listed}")
+    assert said.endswith(f"values that the task does not use: column y (1), column z (1){listed}")
 
 
 DROPPED = "have messages after the last trained one; these are dropped"
@@ -219,7 +222,7 @@ def test_messages_after_the_last_trained_one_are_counted(name: str) -> None:
         {"messages": [USER]},
     ]
     listed = "messages[].mood (1), messages[].name (1), messages[].secret (1)"
-    keys = f"train: 2 of 5 rows have unused keys: {listed}"
+    keys = f"train: 2 of 5 rows have values that the task does not use: {listed}"
     assert column_notes(task, task.Config(), split_of(*rows)) == [
         keys,
         f"train: 2 of 5 chats {DROPPED}",
@@ -244,9 +247,9 @@ def test_a_stream_reports_later_keys_once() -> None:
     config = task.Config()
     said: list[str] = []
     settle(task, config, head, said.append)
-    assert said[-1].startswith("train: 1 of 1 rows have unused keys")
+    assert said[-1].startswith("train: 1 of 1 rows have values that the task does not use")
     settle(task, config, replace(head, is_head=True), said.append)
-    line = "train: 1 of the first 1 rows have unused keys: column id (1)"
+    line = "train: 1 of the first 1 rows have values that the task does not use: column id (1)"
     assert said[-1] == line
     watch = ColumnWatch(task, config, head, said.append)
     watch.see({"messages": [USER, REPLY], "id": 2})
@@ -255,7 +258,7 @@ def test_a_stream_reports_later_keys_once() -> None:
     for _ in range(2):
         watch.see({"messages": [USER, calling(foo=1)], "id": 2, "bar": 1})
     listed = "column bar, messages[].tool_calls[].foo"
-    assert said[-1] == f"train: further rows have unused keys: {listed}"
+    assert said[-1] == f"train: further rows have values that the task does not use: {listed}"
     assert said.count(said[-1]) == 1
 
 
@@ -282,7 +285,7 @@ def test_a_user_task_declares_what_it_reads(
     file = tmp_path / "mine.py"
     file.write_text(USER_TASK.format(more=more))
     said = note(f"{file}:Mine", PAIR | {"extra": "x", "other": "y"})
-    assert (said and said.partition(" unused keys: ")[2]) == expected
+    assert (said and said.partition(" values that the task does not use: ")[2]) == expected
 
 
 def test_counts_are_in_the_order_of_the_labels() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from lorakit.errors import UserError
 from lorakit.training.run import train
-from lorakit.training.tracking import Display, MetricsFile, check_trackers, throttled
+from lorakit.training.tracking import Display, MetricsFile, check_trackers
 from tests.training.runs import recipe_for
 
 
@@ -61,17 +61,6 @@ def test_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> N
     assert err.startswith("step 12/20  loss 1.5000  lr 2.00e-04  12,346 tok/s  3.0 GiB  00:00 left")
     assert err.count("\n") == 1
     assert "\x1b" not in err
-
-
-def test_throttled_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [0.0]
-    monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    said: list[str] = []
-    report = throttled(said.append, seconds=10)
-    for seconds, done in ((5.0, 1), (10.0, 2), (15.0, 3), (20.0, 4), (40.0, 5)):
-        clock[0] = seconds
-        report("generated", done, 5)
-    assert said == ["generated 2/5", "generated 4/5"], "the end speaks for itself"
 
 
 def test_a_tracker_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

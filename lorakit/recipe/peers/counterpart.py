@@ -12,8 +12,9 @@ class Counterpart:
 
     ``key`` is lorakit's dotted key, None if it has none. ``values`` maps the other tool's values to
     lorakit's; other values are used as they are, unless ``listed_only``: then they have no
-    counterpart. ``note`` says what to do instead, or what differs. A ``needless`` key has nothing
-    to carry over: lorakit decides it by itself, or the setting has no effect on the result.
+    counterpart. ``note`` says what to do instead, or what differs, and ``differs`` what differs for
+    single values. A ``needless`` key has nothing to carry over: lorakit decides it by itself, or
+    the setting has no effect on the result.
     """
 
     key: str | None = None
@@ -21,6 +22,7 @@ class Counterpart:
     listed_only: bool = False
     note: str = ""
     needless: bool = False
+    differs: Mapping[str, str] = field(default_factory=dict)
 
     def translates(self, value: object) -> bool:
         """Whether ``value`` has a counterpart."""
@@ -49,6 +51,11 @@ def missing(note: str) -> Counterpart:
     return Counterpart(note=note)
 
 
-def only(key: str, values: Mapping[object, object], note: str = "") -> Counterpart:
+def only(
+    key: str,
+    values: Mapping[object, object],
+    note: str = "",
+    differs: Mapping[str, str] | None = None,
+) -> Counterpart:
     """A key of which only the listed values have a counterpart."""
-    return Counterpart(key, values, listed_only=True, note=note)
+    return Counterpart(key, values, listed_only=True, note=note, differs=differs or {})

@@ -41,7 +41,17 @@ ATTENTION: dict[object, object] = {
 NO_INT8 = "there is no base in 8-bit integers; its values are fp8 and nf4"
 LAUNCH = "start the run with torchrun or accelerate launch, see docs/distributed.md"
 
-optimizer = only("train.optimizer", OPTIMIZERS, "its values are adamw, adamw_8bit and sgd")
+_NOT_PAGED = "{}: its state stays in GPU memory, where it is not paged out"
+optimizer = only(
+    "train.optimizer",
+    OPTIMIZERS,
+    "its values are adamw, adamw_8bit and sgd",
+    differs={
+        **dict.fromkeys(("paged_adamw", "paged_adamw_32bit"), _NOT_PAGED.format("adamw")),
+        "paged_adamw_8bit": _NOT_PAGED.format("adamw_8bit"),
+        "adamw_torch_4bit": "adamw_8bit: its state takes 8 bits per value instead of 4",
+    },
+)
 scheduler = only(
     "train.lr_scheduler", SCHEDULERS, "its values are constant, linear, cosine and others"
 )
