@@ -26,6 +26,9 @@ from lorakit.methods.dora_layer import DoraLayer
 from lorakit.models.load import device_memory_bytes
 from lorakit.recipe.sections import Recipe
 
+#: Weights that are gathered at once, unless those of a single layer are larger.
+_GATHER_BYTES = 2**29
+
 
 class Fsdp2(DataParallel):
     """Several processes, each with a part of the layers' frozen weights and its share of every
@@ -67,12 +70,14 @@ class Fsdp2(DataParallel):
         whole = {p for p, count in uses.items() if p.requires_grad or count > 1 or p.dim() < 2}
         sizes = [_frozen_bytes(layer, whole) for layer in layers]
         kept = kept_layers(sizes, 0 if checkpoints else _room_bytes(self.device))
-        for index, layer in enumerate(layers):
-            _shard(layer, mesh, whole, reshards=index < len(layers) - kept)
-        # The gather of a layer begins before the passes of the layer before it.
-        for layer, following in pairwise(layers):
-            if layer is not following:
-                layer.set_modules_to_forward_prefetch([following])
+        first_kept = len(layers) - kept
+        groups = _groups(sizes, first_kept, 0 if checkpoints else _GATHER_BYTES)
+        for group in groups:
+            members = [layers[index] for index in group]
+            _shard(members, mesh, whole, reshards=group[0] < first_kept)
+        # The gather of a group begins before the forward pass of the one before it.
+        for group, following in pairwise(groups):
+            layers[group[0]].set_modules_to_forward_prefetch([layers[following[0]]])
         for parameter in model.parameters():
             if not isinstance(parameter, DTensor):
                 parameter.data = parameter.data.to(self.device)
@@ -80,7 +85,7 @@ class Fsdp2(DataParallel):
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.device))
         # The module that calls the layers has nothing to shard, and makes each fetch the next.
-        _shard(_caller(model, layers[0]), mesh, set(model.parameters()), reshards=False)
+        _shard([_caller(model, layers[0])], mesh, set(model.parameters()), reshards=False)
         if any(is_routed_expert(n) for n, p in model.named_parameters() if p.requires_grad):
             # A layer whose experts got no token in one process needs a backward pass there, too.
             model.enable_input_require_grads()
@@ -107,9 +112,24 @@ def kept_layers(sizes: Sequence[int], room_bytes: int) -> int:
     return max(1, sum(total <= room_bytes for total in sums))
 
 
-def _shard(module: nn.Module, mesh: Any, whole: set[nn.Parameter], reshards: bool) -> None:
-    """Shard the parameters of ``module`` but for the ``whole`` ones."""
-    fully_shard(module, mesh=mesh, reshard_after_forward=reshards, ignored_params=whole)
+def _groups(sizes: Sequence[int], first_kept: int, limit_bytes: int) -> list[list[int]]:
+    """The indices of the layers whose weights are gathered at once: each layer by itself, but of
+    those that stay gathered as many as fit into ``limit_bytes``, since each gather takes the host
+    as long as several kernels of a small layer."""
+    groups: list[list[int]] = []
+    for index in range(len(sizes)):
+        fits = index > first_kept and sum(sizes[i] for i in (*groups[-1], index)) <= limit_bytes
+        if fits:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def _shard(modules: list[nn.Module], mesh: Any, whole: set[nn.Parameter], reshards: bool) -> None:
+    """Shard the parameters of ``modules``, as one group, but for the ``whole`` ones."""
+    sharded = modules if len(modules) > 1 else modules[0]
+    fully_shard(sharded, mesh=mesh, reshard_after_forward=reshards, ignored_params=whole)
 
 
 def _note(size_bytes: int, layers: int, kept: int) -> str:
