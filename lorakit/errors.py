@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -164,6 +165,20 @@ def file_size(count: float) -> str:
     """Bytes of files, in powers of 1000 as file systems and the Hub count: ``0.3 MB``,
     ``16.1 GB``."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+#: Multiples of bytes in the names of sizes.
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
+          "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}  # fmt: skip
+
+
+def parse_size(text: str | int, name: str) -> int:
+    """Return the bytes of ``5GB``, ``200MiB`` or a number of bytes, the value of ``name``. Raises
+    UserError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", str(text).strip().upper())
+    if not match or match[2] not in _UNITS or not 0 < float(match[1]) < 1e18:
+        raise UserError(f"{name} = {shown(text)}: allowed: a size such as 5GB or 200MB")
+    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:

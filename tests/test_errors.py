@@ -2,7 +2,16 @@ from __future__ import annotations
 
 import pytest
 
-from lorakit.errors import counted, decimal, duration, file_size, memory_size, printable
+from lorakit.errors import (
+    UserError,
+    counted,
+    decimal,
+    duration,
+    file_size,
+    memory_size,
+    parse_size,
+    printable,
+)
 
 
 @pytest.mark.parametrize(
@@ -58,3 +67,11 @@ def test_memory_size(count: int, text: str) -> None:
 )
 def test_file_size(count: int, text: str) -> None:
     assert file_size(count) == text
+
+
+def test_sizes_are_read_as_they_are_written() -> None:
+    sizes = [parse_size(text, "size") for text in ("5GB", "200 MB", "1KiB", "7", 12)]
+    assert sizes == [5 * 10**9, 2 * 10**8, 1024, 7, 12]
+    for bad in ("", "5XB", "-1GB", "0", "GB", "9" * 400):
+        with pytest.raises(UserError, match=r"^size = .*: allowed: a size such as 5GB or 200MB$"):
+            parse_size(bad, "size")

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lorakit.adapters.merge.output import parse_size
-from lorakit.errors import UserError, did_you_mean, shown
+from lorakit.errors import UserError, did_you_mean, parse_size, shown
 from lorakit.models.load import default_device, device_memory_bytes
 from lorakit.training.batch_size import USABLE_SHARE
 

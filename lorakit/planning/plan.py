@@ -23,7 +23,12 @@ from lorakit.planning.time import seconds_per_step
 from lorakit.planning.unloaded import Unloaded, adapt_unloaded, load_unloaded
 from lorakit.recipe.check import check_recipe
 from lorakit.recipe.sections import Recipe
-from lorakit.training.batch_size import batch_sizes, largest_that_fits, powers_of_two
+from lorakit.training.batch_size import (
+    batch_sizes,
+    largest_that_fits,
+    powers_of_two,
+    trial_share,
+)
 from lorakit.training.batching import Batching, build_batching, split_step
 from lorakit.training.build import build_schedule
 from lorakit.training.execution import choose_execution
@@ -191,7 +196,7 @@ class _Planner:
         def trial(size: int) -> int:
             steps[size] = self.step(split_step(recipe, size, 1))
             peak = steps[size].memory.peak
-            if peak > self._device.usable_bytes:
+            if peak > self._device.usable_bytes * trial_share(steps[size].mode == "cuda_graphs"):
                 raise torch.OutOfMemoryError
             return peak
 

@@ -141,6 +141,12 @@ def fit_batch_size(
     return replace(prepared, recipe=recipe), objective
 
 
+def trial_share(uses_graphs: bool) -> float:
+    """The share of the usable memory that an eager pass of a batch may take: that of captured
+    passes comes on top of what eager ones leave to the allocator."""
+    return 0.5 if uses_graphs else 1.0
+
+
 class BatchTrial:
     """Forward and backward passes of the longest rows, eagerly, with the memory of the optimizer's
     state allocated. Weights, gradients and the modules' modes are as before afterwards; random
@@ -155,7 +161,7 @@ class BatchTrial:
         uses_graphs = self._uses_graphs(size)
         self._objective.train()
         try:
-            with _limited_memory(device, USABLE_SHARE / 2 if uses_graphs else USABLE_SHARE):
+            with _limited_memory(device, USABLE_SHARE * trial_share(uses_graphs)):
                 self._pass(self._batch(size, uses_graphs))
                 return peak_memory_bytes(device)
         finally:
@@ -180,8 +186,7 @@ class BatchTrial:
         return collate(self._longest(size)).to(device)
 
     def _uses_graphs(self, size: int) -> bool:
-        """Whether passes of this size may be captured: their memory then comes on top of what an
-        eager pass leaves to the allocator."""
+        """Whether passes of this size may be captured."""
         recipe = split_step(self._prepared.recipe, size, rank_and_world_size()[1])
         execution = choose_execution(
             replace(self._prepared, recipe=recipe), self._strategy.device, total_steps=1

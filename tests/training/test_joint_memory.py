@@ -9,7 +9,7 @@ import torch
 
 from lorakit.recipe.sections import Recipe
 from lorakit.training.joint import members_that_fit
-from lorakit.training.joint.memory import base_bytes, member_bytes, unloaded_model
+from lorakit.training.joint.memory import base_bytes, empty_base, member_bytes
 from tests.training.engines import built
 from tests.training.joint_runs import members
 
@@ -21,7 +21,7 @@ def recipe(tiny_llama: Path, tmp_path: Path) -> Recipe:
 
 
 def test_the_base_counts_once(recipe: Recipe) -> None:
-    model = unloaded_model(recipe)
+    model = empty_base(recipe)
     weights = sum(p.numel() for p in built(recipe).prepared.model.parameters())
     adapter = sum(p.numel() for p in built(recipe).engine.parameters.values())
     assert base_bytes(recipe, model) == 4 * (weights - adapter)
@@ -33,7 +33,7 @@ def test_a_member_adds_its_adapter_and_its_rows(tiny_llama: Path, tmp_path: Path
         {"train__gradient_checkpointing": True},
     ]  # fmt: skip
     recipes = members(tmp_path, tiny_llama, "completion", changes)
-    model = unloaded_model(recipes[0])
+    model = empty_base(recipes[0])
     plain, ranks, rows, spared = (member_bytes(recipe, model) for recipe in recipes)
     parameters = sum(p.numel() for p in built(recipes[0]).engine.parameters.values())
     assert ranks - plain == 16 * parameters
@@ -60,7 +60,7 @@ def test_the_estimate_covers_what_autograd_keeps(recipe: Recipe) -> None:
     del loss
     tokens = batch.input_ids.shape[1] / recipe.task.max_length
     parameters = sum(p.numel() for p in run.engine.parameters.values())
-    estimate = (member_bytes(recipe, unloaded_model(recipe)) - 16 * parameters) * tokens
+    estimate = (member_bytes(recipe, empty_base(recipe)) - 16 * parameters) * tokens
     assert found < 1.1 * estimate
     assert estimate < 3 * found
 

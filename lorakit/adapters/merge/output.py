@@ -24,12 +24,9 @@ from lorakit.adapters.merge.plan import MergePlan
 from lorakit.adapters.merge.quantized import QUANTIZATION_FILES, drop_quantization
 from lorakit.adapters.merge.tokenizer import Tokenizer
 from lorakit.adapters.merge.updates import ResolvedBase
-from lorakit.errors import AdapterError, shown
 
 CONFIG = "config.json"
 _DTYPE_KEYS = ("dtype", "torch_dtype")
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
-          "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}  # fmt: skip
 #: Larger files are unlikely to be settings, and could fill the disk.
 _LARGEST = 500_000_000
 _WEIGHTS = (
@@ -47,15 +44,6 @@ class Place:
 
     file: str
     start: int
-
-
-def parse_size(text: str | int, name: str = "max_shard_size") -> int:
-    """Parse ``5GB``, ``200MiB`` or a number of bytes, the value of ``name``. Raises AdapterError
-    for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", str(text).strip().upper())
-    if not match or match[2] not in _UNITS or not 0 < float(match[1]) < 1e18:
-        raise AdapterError(f"{name} = {shown(text)}: allowed: a size such as 5GB or 200MB")
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def plan_shards(outputs: Mapping[str, OutputTensor], max_shard_bytes: int) -> list[list[str]]:

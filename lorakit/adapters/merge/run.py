@@ -23,7 +23,6 @@ from lorakit.adapters.merge.output import (
     LeftOut,
     copy_files,
     create_files,
-    parse_size,
     plan_files,
     write_config,
 )
@@ -35,7 +34,7 @@ from lorakit.adapters.merge.updates import ResolvedBase, Weighted, read_weighted
 from lorakit.adapters.merge.workers import OnProgress
 from lorakit.adapters.peft.method import Say, run_method_file
 from lorakit.adapters.peft.read import AdapterFiles, to_stderr
-from lorakit.errors import AdapterError, check_printable, file_size
+from lorakit.errors import AdapterError, check_printable, file_size, parse_size
 from lorakit.io.atomic import atomic_directory
 from lorakit.user_code import is_code
 
@@ -116,7 +115,8 @@ def merge(
     files, out = adapters[0].files, Path(out)
     section = base_section(base, files, trust_remote_code)
     _check_out(out, section.name_or_path, adapters, overwrite)
-    max_shard_bytes, output_dtype = parse_size(max_shard_size), dtype_name(dtype, "dtype")
+    max_shard_bytes = parse_size(max_shard_size, "max_shard_size")
+    output_dtype = dtype_name(dtype, "dtype")
     directory, settings = _base_directory(section, out)
     with open_checkpoint(directory, settings) as checkpoint:
         if (dequantized := dequantization_note(checkpoint, output_dtype)) is not None:

@@ -32,7 +32,7 @@ _USABLE = 0.8
 def members_that_fit(recipes: Sequence[Recipe], device: torch.device) -> int:
     """Estimate how many of ``recipes``, of which any two ``can_join``, fit on ``device`` at a time:
     at least 1. It is the number for the largest of them, and no weights are loaded."""
-    model = unloaded_model(recipes[0])
+    model = empty_base(recipes[0])
     adapters = {r.adapter.model_dump_json(): r for r in recipes}
     trained = {key: _trained_parameters(r, model) for key, r in adapters.items()}
     largest = max(
@@ -88,7 +88,7 @@ def _element_bytes(recipe: Recipe) -> int:
     return torch.finfo(getattr(torch, recipe.model.dtype)).bits // 8
 
 
-def unloaded_model(recipe: Recipe) -> Any:
+def empty_base(recipe: Recipe) -> Any:
     """The model of the recipe on ``meta``."""
     return load_empty(recipe.model, registry.task(recipe.task.name).kind)
 
