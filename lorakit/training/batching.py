@@ -302,8 +302,11 @@ def bucketed(collate: Collate, prepared: Prepared) -> Collate:
 
 
 def padding_multiple(prepared: Prepared, device: torch.device) -> int:
-    """Return the multiple that lengths are padded to: 8 for tensor cores, and for half precision on
-    the CPU, where a kernel is compiled and cached for each length. float32 on the CPU needs no
-    extra padding."""
-    plain = device.type == "cpu" and prepared.model.dtype == torch.float32
-    return 1 if plain else 8
+    """Return the multiple that lengths are padded to: 8 for tensor cores. On the CPU, float32 needs
+    no extra padding; in half precision, kernels are compiled and cached for each length, so that
+    there are at most 64 lengths up to 512 tokens."""
+    if device.type != "cpu":
+        return 8
+    if prepared.model.dtype == torch.float32:
+        return 1
+    return 4 if prepared.recipe.task.max_length <= 256 else 8

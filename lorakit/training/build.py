@@ -22,6 +22,7 @@ from lorakit.injection import trainable_state
 from lorakit.layers import adapter_layers
 from lorakit.methods.base import Method
 from lorakit.models.cpu_attention import use_float32_attention
+from lorakit.models.cpu_norms import use_cpu_norms
 from lorakit.models.first_token import skip_unread_tokens
 from lorakit.models.heads import label_columns, reads_first_token
 from lorakit.models.master_weights import base_dtype
@@ -80,6 +81,7 @@ def wrap_model(prepared: Prepared, strategy: Strategy, say: Say) -> Objective:
         say(note)
     if device.type == "cpu" and section.kernels == "auto" and section.compile is not True:
         use_float32_attention(model)
+        use_cpu_norms(model)
     if prepared.task.kind == "encoder":
         columns = label_columns(model, prepared.task.labels(prepared.recipe.task, None))
         return EncoderObjective(model, section.label_smoothing, columns, prepared.class_weights)
