@@ -95,7 +95,7 @@ class Watch:
             self._has_left.wait(_SECONDS_PER_MESSAGE)
             try:
                 has_left = self._exchange()
-            except RuntimeError:  # its end of a connection is closed
+            except Exception:  # a RuntimeError if the other end of a connection is closed
                 self._is_lost = has_left = True
                 stop_signal.set(signal.SIGTERM)
                 with suppress(RuntimeError, ValueError):  # so that those that wait here notice, too

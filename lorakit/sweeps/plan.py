@@ -63,10 +63,10 @@ def plan_sweep(
     does not connect to the cluster ``ray``."""
     checked = sweep if isinstance(sweep, Sweep) else load_sweep(sweep)
     init_process_group()
-    check_processes(checked, ray)
-    if ray is not None:
-        check_ray(checked)
     with located(checked):
+        check_processes(checked, ray)
+        if ray is not None:
+            check_ray(checked)
         return run_on_main(lambda: _plan(checked, resume, say))
 
 

@@ -57,10 +57,10 @@ def sweep(
     """
     checked = sweep if isinstance(sweep, Sweep) else load_sweep(sweep)
     init_process_group()
-    check_processes(checked, ray)
-    if ray is not None:
-        check_ray(checked)
     with located(checked):
+        check_processes(checked, ray)
+        if ray is not None:
+            check_ray(checked)
         return _sweep(checked, resume, say if is_main() else lambda text: None, ray)
 
 

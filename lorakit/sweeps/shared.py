@@ -41,7 +41,7 @@ def check_processes(sweep: Sweep, ray: str | None) -> None:
     if sweep.section.halving:
         raise UserError(
             "halving: not supported with several processes, which do not measure the members at "
-            "the same time; hint: without torchrun or accelerate launch"
+            "the same time; allowed: without torchrun and accelerate launch"
         )
 
 
