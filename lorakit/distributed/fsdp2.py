@@ -64,10 +64,7 @@ class Fsdp2(DataParallel):
         layers: Sequence[Any] = transformer_layers(model)
         _check_model(model, layers)
         mesh = init_device_mesh(self.device.type, (dist.get_world_size(),))
-        uses = Counter(parameter for layer in layers for parameter in layer.parameters())
-        # FSDP does not support parameters of several layers. Vectors are too small to be worth a
-        # gather's work for each.
-        whole = {p for p, count in uses.items() if p.requires_grad or count > 1 or p.dim() < 2}
+        whole = _whole_parameters(layers)
         sizes = [_frozen_bytes(layer, whole) for layer in layers]
         kept = kept_layers(sizes, 0 if checkpoints else _room_bytes(self.device))
         first_kept = len(layers) - kept
@@ -124,6 +121,15 @@ def _groups(sizes: Sequence[int], first_kept: int, limit_bytes: int) -> list[lis
         else:
             groups.append([index])
     return groups
+
+
+def _whole_parameters(layers: Sequence[nn.Module]) -> set[nn.Parameter]:
+    """The parameters that are not sharded. No other is referred to: as long as anything holds one,
+    its whole weight stays on the device."""
+    uses = Counter(parameter for layer in layers for parameter in layer.parameters())
+    # FSDP does not support parameters of several layers. Vectors are too small to be worth a
+    # gather's work for each.
+    return {p for p, count in uses.items() if p.requires_grad or count > 1 or p.dim() < 2}
 
 
 def _shard(modules: list[nn.Module], mesh: Any, whole: set[nn.Parameter], reshards: bool) -> None:

@@ -1,8 +1,18 @@
 from __future__ import annotations
 
-import pytest
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-from lorakit.distributed.fsdp2 import kept_layers
+import pytest
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from transformers import AutoModelForCausalLM
+
+from lorakit.distributed import fsdp2
+from lorakit.distributed.fsdp2 import Fsdp2, kept_layers
 
 
 @pytest.mark.parametrize(
@@ -19,3 +29,35 @@ def test_the_last_layers_that_fit_stay_gathered(
 def test_the_launcher_may_keep_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FSDP_RESHARD_AFTER_FORWARD", "false")
     assert kept_layers([3, 3, 3], 0) == 3
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    """A process group of one."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+
+
+@pytest.mark.usefixtures("group")
+def test_a_sharded_weight_is_freed_before_the_next_layer_is_moved(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise each device holds the whole model until all layers are sharded."""
+    monkeypatch.delenv("FSDP_RESHARD_AFTER_FORWARD", raising=False)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).requires_grad_(False)
+    layers = list(model.model.layers)
+    assert len(layers) > 1
+    weights = [weakref.ref(layer.mlp.up_proj.weight) for layer in layers]
+    alive: list[int] = []
+    shard: Any = fsdp2.fully_shard
+
+    def counting(module: Any, **options: Any) -> None:
+        alive.append(sum(weight() is not None for weight in weights))
+        shard(module, **options)
+
+    monkeypatch.setattr(fsdp2, "fully_shard", counting)
+    Fsdp2(Accelerator(cpu=True)).place(model)
+    assert alive == [*range(len(layers), -1, -1)]
