@@ -139,7 +139,8 @@ def _shard(modules: list[nn.Module], mesh: Any, whole: set[nn.Parameter], reshar
 
 
 def _note(size_bytes: int, layers: int, kept: int) -> str:
-    which = "all layers" if kept == layers else f"the last {counted(kept, 'layer')}"
+    last = "the last layer" if kept == 1 else f"the last {kept} layers"
+    which = "all layers" if kept == layers else last
     return (
         f"FSDP: {memory_size(size_bytes)} of frozen weights, in {counted(layers, 'layer')}, are "
         f"sharded over {dist.get_world_size()} processes; those of {which} stay gathered from the "
