@@ -7,10 +7,15 @@
 ``8b`` is a Llama with random weights, on rows as long as WikiSQL's. The members are those of Table
 6 of the LoRA paper: five ranks, two sets of targets, several seeds. Both ways run in this process,
 on the GPU if there is one, with the engine that ``train`` chooses.
-Prints a JSON line for each number of members: ``seconds`` is the time of the whole calls, models
-loaded and adapters written, ``training_seconds`` that of the steps, ``examples_per_second`` refers
-to the latter, ``cpu_seconds`` is what the process used, and ``peak_memory_bytes`` is on the GPU, or
-so far of the process.
+Prints a JSON line after each run, and one with both ways for each number of members: ``seconds`` is
+the time of the whole calls, ``training_seconds`` that of the steps, with what is captured or
+initialized in them. It excludes loading the model and the data, inserting adapters, and writing
+files, and, of joint runs, what is built from all members before the first step.
+``examples_per_second`` refers to it, ``cpu_seconds`` is what the process used, and
+``peak_memory_bytes`` is on the GPU, or so far of the process.
+
+With ``--repeat N`` each way runs N times, in turn; the line of both has medians, and
+``first_training_seconds`` of the first run, which also loads kernels and initializes libraries.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ import contextlib
 import io
 import json
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -151,6 +157,28 @@ def one_by_one(recipes: list[Recipe], device: torch.device) -> Timing:
     return timing
 
 
+WAYS: dict[str, Callable[[list[Recipe], torch.device], Timing]] = {
+    "joint": together,
+    "one_by_one": one_by_one,
+}
+
+
+def measured(case: Case, way: str, count: int, device: torch.device, args: Any) -> dict[str, float]:
+    """The timing of one run of ``count`` members."""
+    with tempfile.TemporaryDirectory() as folder:
+        recipes = [recipe(case, i, Path(folder), args) for i in range(count)]
+        timing = WAYS[way](recipes, device)
+    examples = count * args.steps * (args.rows or case.rows)
+    timing.examples_per_second = examples / timing.training_seconds
+    return {key: round(value, 3) for key, value in vars(timing).items()}
+
+
+def summary(runs: list[dict[str, float]]) -> dict[str, float]:
+    """The medians of several runs, and what only the first one took."""
+    medians = {key: round(statistics.median(run[key] for run in runs), 3) for key in runs[0]}
+    return {**medians, "first_training_seconds": runs[0]["training_seconds"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("case", choices=CASES)
@@ -159,13 +187,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="rows per batch")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--work", type=Path, default=Path("/tmp/bench_gpu"))
+    parser.add_argument("--repeat", type=int, default=1, help="runs of each way")
     parser.add_argument("--only", choices=["joint", "one_by_one"])
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ways: dict[str, Callable[[list[Recipe], torch.device], Timing]] = {
-        "joint": together,
-        "one_by_one": one_by_one,
-    }
     case = CASES[args.case]
     if case.shape is not None:
         args.work.mkdir(parents=True, exist_ok=True)
@@ -173,18 +198,17 @@ def main() -> None:
         gpu_cases.write_rows(case.shape, args.work)
     for count in args.members:
         line: dict[str, Any] = {"case": args.case, "device": device.type, "members": count}
-        for name, way in ways.items():
-            if args.only not in (None, name):
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                recipes = [recipe(case, i, Path(folder), args) for i in range(count)]
-                timing = way(recipes, device)
-            examples = count * args.steps * (args.rows or case.rows)
-            timing.examples_per_second = examples / timing.training_seconds
-            line[name] = {key: round(value, 3) for key, value in vars(timing).items()}
-        if len(ways) == len(line.keys() & ways.keys()):
+        runs: dict[str, list[dict[str, float]]] = {n: [] for n in WAYS if args.only in (None, n)}
+        for number in range(args.repeat):
+            for name, found in runs.items():
+                found.append(measured(case, name, count, device, args))
+                own = {**line, "way": name, "run": number + 1, **found[-1]}
+                print(json.dumps(own), flush=True)
+        line |= {name: summary(found) for name, found in runs.items()}
+        if runs.keys() == WAYS.keys():
             joint, alone = line["joint"], line["one_by_one"]
-            line["speedup"] = round(alone["training_seconds"] / joint["training_seconds"], 2)
+            for key, name in (("training", "speedup"), ("first_training", "first_speedup")):
+                line[name] = round(alone[f"{key}_seconds"] / joint[f"{key}_seconds"], 2)
         print(json.dumps(line), flush=True)
 
 

@@ -26,14 +26,15 @@ def bucket(size: int, per_octave: int, smallest: int) -> int:
     return -(-size // step) * step
 
 
-def length_bucket(length: int) -> int:
-    """Round up the length of a batch in tokens."""
-    return bucket(length, _LENGTHS_PER_OCTAVE, _SHORTEST)
+def length_bucket(length: int, coarser: int = 1) -> int:
+    """Round up the length of a batch in tokens; ``coarser`` (1, 2) divides the number of
+    buckets."""
+    return bucket(length, _LENGTHS_PER_OCTAVE // coarser, _SHORTEST)
 
 
-def count_bucket(count: int) -> int:
-    """Round up the number of trained tokens."""
-    return bucket(count, _COUNTS_PER_OCTAVE, _FEWEST)
+def count_bucket(count: int, coarser: int = 1) -> int:
+    """Round up the number of trained tokens, as ``length_bucket`` does."""
+    return bucket(count, _COUNTS_PER_OCTAVE // coarser, _FEWEST)
 
 
 def pad_to_bucket(batch: Batch, pad_id: int, longest: int) -> Batch:

@@ -117,4 +117,3 @@ def _agree(logits: Tensor | None, expected: Tensor | None) -> bool:
     tolerance = 1e-2 if logits.dtype == torch.float32 else 5e-2
     largest = float(expected.abs().max())
     return torch.allclose(logits, expected, rtol=tolerance, atol=tolerance * largest)
-

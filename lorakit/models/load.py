@@ -34,7 +34,14 @@ from lorakit.models.heads import (
     renew_head,
     stores_head,
 )
-from lorakit.models.hub import WRONG_CONFIG, explained, hub_options, load_config, load_tokenizer, quiet
+from lorakit.models.hub import (
+    WRONG_CONFIG,
+    explained,
+    hub_options,
+    load_config,
+    load_tokenizer,
+    quiet,
+)
 from lorakit.models.kinds import (
     Kind,
     TaskType,

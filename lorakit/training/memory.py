@@ -12,6 +12,10 @@ from lorakit.models.load import device_memory_bytes
 from lorakit.recipe.sections import Recipe
 from lorakit.training.setup import Prepared
 
+#: Memory outside of PyTorch's reserve that is not this process's own CUDA context and libraries,
+#: which take up to 0.7 GiB.
+_OTHERS_BYTES = 2**30
+
 
 def out_of_memory(prepared: Prepared, step: int, micro_batches: Sequence[Batch]) -> str:
     """A message about step ``step``, which ran out of memory: its largest batch, what was
@@ -27,7 +31,18 @@ def out_of_memory(prepared: Prepared, step: int, micro_batches: Sequence[Batch])
             f"allocated, {_gib(_weight_bytes(model))} of them for the weights and "
             f"{_gib(_training_bytes(model))} for gradients and AdamW's state"
         )
+        free, total = torch.cuda.mem_get_info(device)
+        text += held_by_others(free, total, torch.cuda.memory_reserved(device))
     return f"{text}; {'; or '.join(memory_advice(prepared.recipe))}"
+
+
+def held_by_others(free_bytes: int, total_bytes: int, reserved_bytes: int) -> str:
+    """What to say of the memory of a device beside the ``reserved_bytes`` of this process; empty if
+    that is little."""
+    others = total_bytes - free_bytes - reserved_bytes
+    if others <= _OTHERS_BYTES:
+        return ""
+    return f"; other processes hold {_gib(others)} GiB: end them or use another GPU"
 
 
 def memory_advice(recipe: Recipe) -> list[str]:

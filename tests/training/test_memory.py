@@ -10,7 +10,7 @@ import torch
 
 from lorakit.errors import TrainingError
 from lorakit.training.engine.eager import EagerEngine
-from lorakit.training.memory import memory_advice, out_of_memory
+from lorakit.training.memory import held_by_others, memory_advice, out_of_memory
 from lorakit.training.run import train
 from tests.training.engines import built
 from tests.training.runs import recipe_for, run_json
@@ -46,6 +46,15 @@ def test_the_advice_fits_the_recipe(
     advice = memory_advice(recipe_for(tmp_path, tiny_llama, **changes))
     assert advice[0].startswith(first)
     assert not any(absent in line for line in advice)
+
+
+@pytest.mark.parametrize(
+    ("reserved_gib", "text"),
+    [(4, "; other processes hold 130.5 GiB: end them or use another GPU"), (134, ""), (133.5, "")],
+)
+def test_memory_that_other_processes_hold_is_named(reserved_gib: float, text: str) -> None:
+    gib = 2**30
+    assert held_by_others(gib // 2, 135 * gib, int(reserved_gib * gib)) == text
 
 
 def test_the_run_ends_with_the_last_good_checkpoint(

@@ -15,6 +15,11 @@ from lorakit.data.words import IGNORED_LABEL
 from lorakit.kernels.linear_cross_entropy import IGNORED
 from lorakit.training.joint.layout import Layout, padded
 
+#: Buckets of joint batches are so many times coarser than those of a single run's: the pass of many
+#: members is captured anew for each shape, which takes as long as 5 to 40 replays, and the longest
+#: row, or the most trained tokens, of many batches vary less than those of one.
+_COARSER_BUCKETS = 2
+
 
 @dataclass(frozen=True)
 class JointBatch:
@@ -89,7 +94,7 @@ class Joiner:
         shapes = tuple((batch.input_ids.shape[0], batch.input_ids.shape[1]) for batch in batches)
         rows, length = (max(sizes) for sizes in zip(*shapes, strict=True))
         if self.longest is not None:
-            length = max(length, min(length_bucket(length), self.longest))
+            length = max(length, min(length_bucket(length, _COARSER_BUCKETS), self.longest))
         is_flat = getattr(batches[0], "cu_seq_lens", None) is not None
         layout = Layout(shapes, rows, length, is_flat)
         scales = torch.tensor(factors, dtype=torch.float32)
@@ -107,7 +112,7 @@ class Joiner:
         counts = tuple(len(batch.targets) for batch in batches)
         most = max(counts)
         if self.longest is not None:
-            most = count_bucket(most)
+            most = count_bucket(most, _COARSER_BUCKETS)
             counts = (most,) * len(batches)
         indices = _rows([_moved(batch, layout.length) for batch in batches], most, 0)
         targets = _rows([batch.targets for batch in batches], most, IGNORED)
