@@ -80,6 +80,9 @@ class Method:
     adapter. ``shared`` names the frozen parameters that all layers have in common, which are saved
     once, as ``base_model.NAME``. Other formats override ``to_peft`` and ``from_peft``. A method
     that ``folds`` is saved in the format of another.
+
+    ``joins``: whether runs of the method are trained together with others over one base, which pays
+    if an update costs less than the product with W.
     """
 
     name: ClassVar[str]
@@ -95,6 +98,7 @@ class Method:
     peft_loads: ClassVar[bool] = False
     shared: ClassVar[tuple[str, ...]] = ()
     folds: ClassVar[bool] = False
+    joins: ClassVar[bool] = True
     #: The hash of a user's code, without comments and formatting; None for a built-in method.
     digest: str | None = None
 

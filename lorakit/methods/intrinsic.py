@@ -60,6 +60,7 @@ class Intrinsic(Method):
     arxiv = "1804.08838"
     Config: ClassVar[type[AdapterSection]] = IntrinsicConfig
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
+    joins = False
     peft_type = "INTRINSIC"
     peft_loads = False
 

@@ -39,7 +39,6 @@ METHODS: dict[str, list[dict[str, Any]]] = {
         adapter("lora", init="pissa"),
         adapter("moslora"),
         adapter("lora", bias="lora_only"),
-        adapter("intrinsic"),
     ],
     "mixed": [adapter("lora", r=3), adapter("dora"), ADALORA, adapter("lora_plus")],
     "dropout": [adapter("lora", lora_dropout=p) for p in (0.0, 0.1, 0.3)],

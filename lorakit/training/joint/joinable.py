@@ -46,6 +46,8 @@ def _cannot_join(recipe: Recipe) -> str | None:
     train, model = recipe.train, recipe.model
     if not method.kinds:
         return f"adapter.method = {method.name} trains the base"
+    if not method.joins:
+        return f"adapter.method = {method.name} computes updates as large as the base for each run"
     if recipe.adapter.init_from is not None:
         return "adapter.init_from starts from another adapter"
     if model.add_tokens or model.chat_template is not None:
