@@ -67,7 +67,8 @@ def draw(result: SweepResult, axes: Sequence[str], say: Say) -> None:
         for key, name in short_keys(drawn).items():
             if lines[key]:
                 levels = axis_levels(result, key, drawn)[: max(0, len(COLORS) - len(lines[key]))]
-                figure = _figure(lines[key], levels, key, result.metric)
+                values = _drawn_values(result, key, lines[key])
+                figure = _figure(lines[key], levels, values, key, result.metric)
                 save_figure(figure, folder / safe_name(name))
 
 
@@ -93,6 +94,16 @@ def axis_lines(result: SweepResult, key: str, axes: Sequence[str]) -> list[Line]
             merged.setdefault((beside, label), []).extend(points)
         found = merged
     return [_line(", ".join(filter(None, labels)), points) for labels, points in found.items()]
+
+
+def _drawn_values(result: SweepResult, key: str, lines: Sequence[Line]) -> list[Any]:
+    """The values of the axis that ``lines`` have, in the order of the members."""
+    drawn = {as_text(value) for line in lines for value in line.values}
+    found: dict[str, Any] = {}
+    for member, own in zip(result.members, result.settings, strict=True):
+        if (place := _place(member.set, key)) is not None:
+            found.setdefault(as_text(own[place]), own[place])
+    return [value for text, value in found.items() if text in drawn]
 
 
 def axis_levels(result: SweepResult, key: str, axes: Sequence[str]) -> list[Line]:
@@ -150,12 +161,13 @@ def is_logarithmic(key: str, values: Sequence[Any]) -> bool:
     return wide or key.rpartition(".")[2] in _LOGARITHMIC
 
 
-def _figure(lines: Sequence[Line], levels: Sequence[Line], key: str, metric: str) -> Figure:
+def _figure(
+    lines: Sequence[Line], levels: Sequence[Line], values: Sequence[Any], key: str, metric: str
+) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.5, 3.2), layout="constrained")
     axes = figure.subplots()
-    values = list({as_text(value): value for line in lines for value in line.values}.values())
     if all(map(_is_number, values)):
         _draw_numbers(axes, lines, key, sorted(values))
     else:

@@ -256,6 +256,18 @@ def test_plots(in_tmp: Path) -> None:
     assert notes == []
 
 
+def test_categories_are_in_the_order_of_the_members(in_tmp: Path) -> None:
+    """Also if other members with the settings of the first come later."""
+    ranks = {"q": 8, "k": 12, "o": 8}
+    settings = [{"adapter.target_modules": [role], "adapter.r": r} for role, r in ranks.items()]
+    result = results(adapter__target_modules=[["v"]], members=settings)
+    complete(result, [0.1, 0.2, 0.3, 0.4])
+    draw(result, ["adapter.target_modules"], lambda note: None)
+    svg = Path("out/plots/target_modules.svg").read_text()
+    places = [svg.index(f"<!-- {role} -->") for role in ("v", "q", "k", "o")]
+    assert places == sorted(places)
+
+
 def test_json_is_written(in_tmp: Path) -> None:
     result = results(adapter__r=[1, 2], train__seed=[1, 2])
     complete(result, [0.1, 0.2, 0.3, 0.4])
