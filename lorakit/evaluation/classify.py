@@ -15,7 +15,7 @@ from lorakit.data.encode import EncodedSplit
 from lorakit.errors import EvaluationError
 from lorakit.evaluation.hf_generate import pad_id
 from lorakit.evaluation.progress import ProgressMonitor
-from lorakit.models.causal import host_masks
+from lorakit.models.host_masks import host_masks
 
 
 def class_logits(

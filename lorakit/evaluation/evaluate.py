@@ -47,7 +47,8 @@ from lorakit.evaluation.progress import (
 from lorakit.evaluation.prompts import answer_contents
 from lorakit.evaluation.sampling import task_decoding
 from lorakit.evaluation.scorer import ModelScorer, Scorer
-from lorakit.models.causal import CausalParts, host_masks, split_model
+from lorakit.models.causal import CausalParts, split_model
+from lorakit.models.host_masks import host_masks
 from lorakit.models.label_losses import label_losses
 from lorakit.tasks.base import Prediction, Task
 

@@ -18,8 +18,10 @@ from torch import Tensor
 IGNORED = -100
 #: Logits of one chunk, in elements: 32 MiB in float32 on the CPU, 128 MiB on a GPU.
 CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**25, "meta": 2**25}
-#: Half-precision logits of one chunk for the fused kernel: 256 MiB.
-FUSED_CHUNK_ELEMENTS = 2**27
+#: Half-precision logits of one chunk for the fused kernel: 512 MiB.
+FUSED_CHUNK_ELEMENTS = 2**28
+#: A GPU computes products in tiles of so many rows: with a few more, it computes a further tile.
+_TILE_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ def linear_cross_entropy(
 
 def rows_per_chunk(vocab: int, device: torch.device, fused: bool = False) -> int:
     elements = FUSED_CHUNK_ELEMENTS if fused else CHUNK_ELEMENTS.get(device.type, 2**23)
-    return max(1, elements // vocab)
+    rows = max(1, elements // vocab)
+    return rows - rows % _TILE_ROWS if fused and rows > _TILE_ROWS else rows
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -97,6 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if row_weights is not None:  # in float32
                     rows_grad = rows_grad * row_weights[part].unsqueeze(1)
                 grad[part] = rows_grad.masked_fill_(ignored.unsqueeze(1), 0)
+            del logits, d_logits  # before the next ones are allocated
         ctx.grad = grad
         return loss
 

@@ -45,15 +45,17 @@ def _(
 
 @library.custom_op("lorakit::lora_linear_backward", mutates_args=())
 def _lora_linear_backward(
-    dys: list[Tensor], h: Tensor, weight: list[Tensor], A: Tensor, B: Tensor
+    dys: list[Tensor], h: Tensor, weight: list[Tensor], A: Tensor, B: Tensor, needs_dx: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dh and dB. dA = dh^T x is left to the caller: x may be recomputed for it, in one kernel
-    with what needs dx."""
+    """dx (empty unless needed), dh and dB. dA = dh^T x is left to the caller: x may be recomputed
+    for it, in one kernel with what needs dx."""
     widths = [dy.shape[1] for dy in dys]
     dh, dB = torch.zeros_like(h), torch.empty_like(B)
     for dy, own, into in zip(dys, B.split(widths), dB.split(widths), strict=True):
         dh.addmm_(dy, own)
         torch.mm(dy.t(), h, out=into)
+    if not needs_dx:
+        return h.new_empty(0), dh, dB
     dx = dh @ A
     for dy, W in _products(dys, weight):
         dx.addmm_(dy, W)
@@ -62,9 +64,15 @@ def _lora_linear_backward(
 
 @_lora_linear_backward.register_fake
 def _(
-    _dys: list[Tensor], h: Tensor, _weight: list[Tensor], A: Tensor, B: Tensor
+    _dys: list[Tensor],
+    h: Tensor,
+    _weight: list[Tensor],
+    A: Tensor,
+    B: Tensor,
+    needs_dx: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return h.new_empty(h.shape[0], A.shape[1]), torch.empty_like(h), torch.empty_like(B)
+    dx = h.new_empty(h.shape[0], A.shape[1]) if needs_dx else h.new_empty(0)
+    return dx, torch.empty_like(h), torch.empty_like(B)
 
 
 def _products(ys: list[Tensor], weight: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -88,8 +96,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[list[Tensor], Tensor]
 def _backward(ctx: Any, dys: list[Tensor], _dh: Tensor) -> tuple[Any, ...]:
     x, h, A, B, *weight = ctx.saved_tensors
     dys = [dy.contiguous() for dy in dys]
-    dx, dh, dB = _lora_linear_backward(dys, h, weight, A, B)
-    return dx, [None] * len(weight), None, dh.t() @ x, dB, None
+    needs_dx = ctx.needs_input_grad[0]  # the first layer's x is computed from frozen embeddings
+    dx, dh, dB = _lora_linear_backward(dys, h, weight, A, B, needs_dx)
+    return dx if needs_dx else None, [None] * len(weight), None, dh.t() @ x, dB, None
 
 
 _lora_linear.register_autograd(_backward, setup_context=_save)

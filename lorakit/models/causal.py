@@ -8,14 +8,12 @@ within each document only; otherwise transformers builds a block mask from posit
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, masking_utils
+from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -27,6 +25,7 @@ from lorakit.kernels.linear_cross_entropy import (
     linear_cross_entropy,
     summed_cross_entropy,
 )
+from lorakit.models.host_masks import host_masks
 from lorakit.models.master_weights import base_dtype
 
 #: ``train.kernels``
@@ -36,9 +35,6 @@ VARLEN = "lorakit_varlen"
 _UNSUPPORTED = ("softcap", "s_aux", "position_bias", "alibi_slopes")
 #: Configuration keys for attention dropout, which ``varlen_attn`` lacks.
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attn_dropout_prob")
-#: Functions of transformers that read a tensor on the host.
-_FIND_PACKED = "find_packed_sequence_indices"
-_IGNORE_MASK = "_ignore_bidirectional_mask_sdpa"
 
 
 @dataclass(frozen=True)
@@ -173,44 +169,6 @@ def _agrees(model: PreTrainedModel, parts: CausalParts) -> bool:
     exact = base_dtype(model) == torch.float32
     rtol, atol = (1e-4, 1e-4) if exact else (2e-2, 5e-2)
     return torch.allclose(expected, logits, rtol=rtol, atol=atol)
-
-
-@contextmanager
-def host_masks(device: torch.device, packed: bool = False) -> Iterator[None]:
-    """Run forward passes without waiting for the device to inspect attention masks.
-
-    To choose the fastest attention, transformers checks whether a mask hides anything and whether
-    positions restart within a row; both read a tensor on the host. Here both are known: callers
-    pass a mask only if something is padded, and ``packed`` says that positions restart, in which
-    case transformers builds its mask.
-
-    Does nothing on the CPU, which never waits, or if transformers lacks these functions.
-    """
-    replacements: dict[str, Any] = {_IGNORE_MASK: _ignores_mask}
-    if not packed:
-        replacements[_FIND_PACKED] = _never_packed
-    before = {name: getattr(masking_utils, name, None) for name in replacements}
-    if device.type == "cpu" or None in before.values():
-        yield
-        return
-    try:
-        for name, replacement in replacements.items():
-            setattr(masking_utils, name, replacement)
-        yield
-    finally:
-        for name, original in before.items():
-            setattr(masking_utils, name, original)
-
-
-def _never_packed(position_ids: Any) -> None:
-    return None
-
-
-def _ignores_mask(
-    padding_mask: Any, kv_length: int, local_attention_size: int | None = None
-) -> bool:
-    local = local_attention_size is not None and kv_length >= local_attention_size
-    return padding_mask is None and not local
 
 
 def varlen_options(cu_seq_lens: Tensor, longest: int) -> dict[str, Any]:

@@ -58,9 +58,16 @@ def _lora_linear_flops(
 
 
 def _lora_linear_backward_flops(
-    dys: list[Tensor], h: Tensor, weight: list[Tensor], A: Tensor, B: Tensor, **_: Any
+    dys: list[Tensor],
+    h: Tensor,
+    weight: list[Tensor],
+    A: Tensor,
+    B: Tensor,
+    needs_dx: bool = True,
+    **_: Any,
 ) -> int:
-    return 2 * len(h) * (_elements(weight) + A.numel() + 2 * B.numel())
+    of_dx = _elements(weight) + A.numel() if needs_dx else 0
+    return 2 * len(h) * (of_dx + 2 * B.numel())
 
 
 def _fp8_product_flops(

@@ -13,13 +13,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from lorakit.data.collate import Batch
 from lorakit.distributed.strategy import Strategy
 from lorakit.kernels import linear_cross_entropy
 from lorakit.layers import adapter_layers
-from lorakit.models.causal import host_masks
+from lorakit.models.host_masks import host_masks
 from lorakit.models.master_weights import base_dtype
 from lorakit.planning.attention import planned_attention
 from lorakit.planning.compiled import planned_backend
@@ -177,19 +176,15 @@ class _PlannedStore:
     it is copied ahead, the one before."""
 
     def __init__(self, tracker: MemoryTracker) -> None:
-        self.anchor = torch.zeros((), device=META, requires_grad=True)
-        self.hooks = saved_tensors_hooks(self._put, self._take)
         self._ahead: Tensor | None = None
 
     def start_pass(self) -> None:
         self._ahead = None
 
-    def _put(self, x: Tensor) -> Any:
-        return x if x.dim() == 0 else (x.shape, x.dtype)
+    def put(self, x: Tensor) -> Any:
+        return x.shape, x.dtype
 
-    def _take(self, saved: Any) -> Tensor:
-        if isinstance(saved, Tensor):
-            return saved
+    def take(self, saved: Any) -> Tensor:
         shape, dtype = saved
         found = self._ahead
         self._ahead = torch.empty(shape, dtype=dtype, device=META)

@@ -131,13 +131,14 @@ def build_engine(
             count_calls=execution.mode in ("eager", "cuda_graphs"),
         ),
     }
-    if execution.mode == "cuda_graphs":
+    if execution.mode == "cuda_graphs" or execution.replays:
         return CudaGraphEngine(
             **parts,
             say=say,
             layers=list(layers.values()),
             dtype=base_dtype(model),
             rows=section.units_per_batch,
+            compiled=execution.replays,
         )
     return MemberEngine(**parts) if execution.mode == "joint" else EagerEngine(**parts)
 

@@ -26,10 +26,12 @@ _COMPILE_PAYS_FLOPS = 4e16
 
 @dataclass(frozen=True)
 class Execution:
-    """``note`` tells the user what was chosen and why; None for the default."""
+    """``note`` tells the user what was chosen and why; None for the default. ``replays``: the
+    passes of compiled layers are replayed as CUDA graphs, too."""
 
     mode: Mode
     note: str | None = None
+    replays: bool = False
 
 
 def choose_execution(
@@ -41,7 +43,8 @@ def choose_execution(
     depends on the first batches, which are others when a run is resumed."""
     section = prepared.recipe.train
     if section.compile is True:
-        return Execution("compiled_layers", "each layer is compiled (train.compile: true)")
+        note = "each layer is compiled (train.compile: true)"
+        return Execution("compiled_layers", note, _can_replay(prepared, device, is_sharded))
     if section.compile is False or device.type != "cuda" or _routes_tokens(prepared.model):
         return Execution("eager")
     flops = 4.0 * _matrix_parameters(prepared.model) * _tokens_per_batch(prepared)
@@ -53,6 +56,7 @@ def choose_execution(
             "compiled_layers",
             "each layer is compiled, which takes up to a minute and pays for a run of this size "
             "(train.compile: false disables this)",
+            _can_replay(prepared, device, is_sharded),
         )
     if flops >= _GRAPHS_PAY_FLOPS or is_sharded:
         return Execution("eager")
@@ -80,6 +84,21 @@ def _cuda_graphs(prepared: Prepared) -> Execution:
         "passes are replayed as CUDA graphs, since the model is small "
         "(train.compile: false disables this)",
     )
+
+
+def _can_replay(prepared: Prepared, device: torch.device, is_sharded: bool) -> bool:
+    """Whether the passes of compiled layers can be captured, and all batches have one shape: each
+    further one would be compiled and captured, and keep the memory of its pass. Passes of quantized
+    weights run eagerly."""
+    section, train = prepared.recipe.train, prepared.train
+    if device.type != "cuda" or is_sharded or _routes_tokens(prepared.model):
+        return False
+    if prepared.recipe.model.base_precision is not None:
+        return False
+    if _cuda_graphs(prepared).mode != "cuda_graphs" or section.max_tokens_per_batch:
+        return False
+    counts = [train.lengths, train.trained_counts] if isinstance(train, EncodedSplit) else []
+    return bool(counts) and all(len(count) and count.min() == count.max() for count in counts)
 
 
 def _matrix_parameters(model: Any) -> int:

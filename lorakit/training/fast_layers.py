@@ -28,12 +28,24 @@ def compile_layers(model: nn.Module, backend: Any = "inductor", has_hooks: bool 
             "false"
         )
     _recompute_more()
-    _compile_checkpoints()
+    compile_checkpoints()
     for layer in layers:
         if has_hooks:
             layer.forward = torch.compile(layer.forward, backend=backend)
         else:
             layer.compile(backend=backend)
+    compile_last_norm(model, backend)
+
+
+def compile_last_norm(model: nn.Module, backend: Any = "inductor") -> None:
+    """Compile what normalizes the output of the last layer, if it is beside the stack of layers."""
+    layers = transformer_layers(model)
+    for parent in model.modules():
+        children = list(parent.children())
+        if any(isinstance(child, nn.ModuleList) and list(child) == layers for child in children):
+            for child in children:
+                if type(child).__name__.endswith("Norm"):
+                    child.compile(backend=backend)
 
 
 def fuse_layers(model: Any, is_sharded: bool = False) -> None:
@@ -74,10 +86,10 @@ def _recompute_more() -> None:
         setattr(torch._functorch.config, name, False)
 
 
-def _compile_checkpoints() -> None:
-    """Compile layers that checkpoint themselves, as those of transformers do, although the first of
-    those that share an input keeps the outputs of the others until they are called, within the
-    layer. Otherwise torch.compile leaves such layers eager."""
+def compile_checkpoints() -> None:
+    """Compile layers within a checkpoint, as those of transformers are, although the first of those
+    that share an input keeps the outputs of the others until they are called, within the layer.
+    Otherwise torch.compile leaves such layers eager."""
     from torch._dynamo import config  # takes time to import
 
     name = "skip_fwd_side_effects_in_bwd_under_checkpoint"

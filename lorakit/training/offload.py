@@ -6,8 +6,10 @@ layer above runs its backward pass, so that the device holds few of them at a ti
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -18,19 +20,18 @@ from torch.utils.checkpoint import checkpoint
 from lorakit.anatomy import transformer_layers
 from lorakit.errors import UserError
 from lorakit.recipe.sections import TrainSection
+from lorakit.training.fast_layers import compile_checkpoints, compile_last_norm
 
 
 class LayerStore(Protocol):
-    """Where the inputs of layers wait for the backward pass.
-
-    ``hooks`` replaces what a checkpoint saves. ``anchor`` makes the output of a checkpoint require
-    a gradient even if its input, the frozen embeddings, does not. ``start_pass`` is called by the
-    first layer."""
-
-    anchor: Tensor
-    hooks: saved_tensors_hooks
+    """Where the inputs of layers wait for the backward pass: ``put`` returns what ``take`` gets to
+    return the tensor. ``start_pass`` is called by the first layer."""
 
     def start_pass(self) -> None: ...
+
+    def put(self, x: Tensor) -> Any: ...
+
+    def take(self, saved: Any) -> Tensor: ...
 
 
 def offload_layers(
@@ -49,10 +50,19 @@ def offload_layers(
             f'train.gradient_checkpointing = "offload": {type(model).__name__} has no stack of '
             "layers; allowed: true, false"
         )
-    store = store or _HostStore(device)
+    inputs = _Inputs(store or _HostStore(device), next(model.parameters()).device)
+    recompute = None
+    if compiled:
+        compile_checkpoints()
+        compile_last_norm(model, backend)
+        recompute = torch.compile(_recomputed, backend=backend, fullgraph=True)
     for index, layer in enumerate(layers):
-        forward = torch.compile(layer.forward, backend=backend) if compiled else layer.forward
-        layer.forward = _Offloaded(layer, forward, store, first=index == 0)
+        plain = layer.forward
+        forward = torch.compile(plain, backend=backend) if compiled else plain
+        offloaded = _Offloaded(layer, forward, inputs, first=index == 0)
+        if recompute is not None:
+            offloaded.recomputed = partial(recompute, plain)
+        layer.forward = offloaded
 
 
 def check_offload(section: TrainSection) -> None:
@@ -65,12 +75,15 @@ def check_offload(section: TrainSection) -> None:
 
 class _Offloaded:
     """The ``forward`` of a layer that runs ``forward`` twice in training, the second time in the
-    backward pass."""
+    backward pass. ``recomputed``, if it can be compiled, computes in the backward pass only what
+    that reads: the last product of a layer is left out."""
+
+    recomputed: Callable[..., Any] | None = None
 
     def __init__(
-        self, layer: nn.Module, forward: Callable[..., Any], store: LayerStore, first: bool
+        self, layer: nn.Module, forward: Callable[..., Any], inputs: _Inputs, first: bool
     ) -> None:
-        self._layer, self._forward, self._store, self._first = layer, forward, store, first
+        self._layer, self._forward, self._inputs, self._first = layer, forward, inputs, first
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not (self._layer.training and torch.is_grad_enabled()):
@@ -86,9 +99,49 @@ class _Offloaded:
             return self._forward(x, *args, **kwargs)
 
         if self._first:
-            self._store.start_pass()
-        with self._store.hooks:
-            return checkpoint(run, hidden_states, self._store.anchor, use_reentrant=True)
+            self._inputs.store.start_pass()
+        with self._inputs.keeping(hidden_states):
+            if self.recomputed is not None:
+                exc = torch._dynamo.exc
+                try:
+                    return self.recomputed(hidden_states, *args, **kwargs)
+                except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit):
+                    self.recomputed = None  # it is no single graph, or has too many shapes
+            return checkpoint(run, hidden_states, self._inputs.anchor, use_reentrant=True)
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a layer's ``forward``; compiled, its backward pass computes it again."""
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+class _Inputs:
+    """Puts the inputs of layers into ``store``, and leaves what else is saved where it is.
+
+    ``anchor`` makes the output of a checkpoint require a gradient even if its input, the frozen
+    embeddings, does not."""
+
+    def __init__(self, store: LayerStore, device: torch.device) -> None:
+        self.store = store
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
+        self._hooks = saved_tensors_hooks(self._pack, self._unpack)
+        self._input: Tensor | None = None
+
+    @contextmanager
+    def keeping(self, x: Tensor) -> Iterator[None]:
+        """Store ``x``, the input of the layer that the block runs, if it is saved."""
+        self._input = x
+        try:
+            with self._hooks:
+                yield
+        finally:
+            self._input = None
+
+    def _pack(self, tensor: Tensor) -> Any:
+        return self.store.put(tensor) if tensor is self._input else tensor
+
+    def _unpack(self, saved: Any) -> Tensor:
+        return saved if isinstance(saved, Tensor) else self.store.take(saved)
 
 
 @dataclass
@@ -103,26 +156,22 @@ class _Saved:
 
 
 class _HostStore:
-    """Copies what a checkpoint saves to host memory and back. On the CPU it keeps copies."""
+    """Copies inputs to host memory and back. On the CPU it keeps copies."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.anchor = torch.zeros((), device=device, requires_grad=True)
-        self.hooks = saved_tensors_hooks(self._put, self._take)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._last: _Saved | None = None
 
     def start_pass(self) -> None:
         self._last = None
 
-    def _put(self, x: Tensor) -> _Saved | Tensor:
-        if x.dim() == 0:  # the anchor
-            return x
+    def put(self, x: Tensor) -> _Saved:
         if self._stream is None:
             host = x.clone()
         else:
             # PyTorch reuses pinned memory, once the copies from it are complete.
-            host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            host = torch.empty_like(x, device="cpu", pin_memory=True)
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(self._stream):
                 host.copy_(x, non_blocking=True)
@@ -130,10 +179,8 @@ class _HostStore:
         self._last = _Saved(host, self._last)
         return self._last
 
-    def _take(self, saved: _Saved | Tensor) -> Tensor:
+    def take(self, saved: _Saved) -> Tensor:
         """The tensor, on the device; the copy of the one before it begins."""
-        if isinstance(saved, Tensor):
-            return saved
         self._last = None
         self._fetch(saved)
         if saved.previous is not None:

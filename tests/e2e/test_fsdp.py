@@ -182,15 +182,22 @@ with process_group():
         wanted = gradients(whole, strategy.share.rank)
         for name, gradient in gradients(sharded, strategy.share.rank).items():
             torch.testing.assert_close(gradient, wanted[name], msg=f"{family}: {name}")
-    halves = [adapted(tiny, "llama").bfloat16() for _ in range(2)]
-    strategy.place(halves[0])
-    for model, is_sharded in zip(halves, (True, False)):
-        fuse_layers(model, is_sharded)
-        compile_layers(model, "aot_eager", has_hooks=is_sharded)
-    found, wanted = (gradients(model, strategy.share.rank) for model in halves)
-    for name, gradient in found.items():
-        error = (gradient - wanted[name]).norm() / wanted[name].norm()
-        assert error < 0.02, f"compiled: {name}: {error}"
+    for offloads in (False, True):
+        halves = [adapted(tiny, "llama").bfloat16() for _ in range(2)]
+        strategy.place(halves[0], checkpoints=offloads)
+        for model, is_sharded in zip(halves, (True, False)):
+            fuse_layers(model, is_sharded)
+            if offloads and is_sharded:
+                offload_layers(model, strategy.device, True, "aot_eager")
+            else:
+                compile_layers(model, "aot_eager", has_hooks=is_sharded)
+        found, wanted = (gradients(model, strategy.share.rank) for model in halves)
+        for name, gradient in found.items():
+            error = (gradient - wanted[name]).norm() / wanted[name].norm()
+            assert error < 0.02, f"compiled, offloaded: {offloads}: {name}: {error}"
+        if offloads:
+            layers = halves[0].get_decoder().layers
+            assert all(layer.forward.recomputed for layer in layers), "each is a single graph"
 """
 
 

@@ -68,6 +68,26 @@ def test_graphs_give_the_numbers_of_the_eager_engine(
         torch.testing.assert_close(weight, eager_weights[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_passes_of_compiled_layers_are_replayed(
+    tiny_llama: Path, tmp_path: Path, dtype: str
+) -> None:
+    changes = {"model.dtype": dtype, "train.compile": True}
+    wanted = recipe(tiny_llama, tmp_path, "causal", "r: 4, target_modules: [q, v, o]", **changes)
+    rows = [{"prompt": "red", "completion": f" {i:03d} {i * i:04d}"} for i in range(80)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = built(wanted)
+    assert isinstance(run.engine, CudaGraphEngine)
+    losses, weights = results(run, 15)
+    assert len(run.engine.captured_shapes) == 1
+    assert not any("disabled" in line for line in run.said)
+    torch._dynamo.reset()
+    eager_losses, eager_weights = results(built(wanted, engine="compiled_layers"), 15)
+    assert losses == pytest.approx(eager_losses, rel=1e-5)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, eager_weights[name], rtol=1e-3, atol=1e-4)
+
+
 def test_each_shape_is_captured_once(tiny_llama: Path, tmp_path: Path) -> None:
     run = built(recipe(tiny_llama, tmp_path, "causal", LORA))
     assert isinstance(run.engine, CudaGraphEngine)

@@ -12,6 +12,7 @@ from lorakit.kernels.linear_cross_entropy import (
     LogitTransform,
     checkpointed_cross_entropy,
     linear_cross_entropy,
+    rows_per_chunk,
 )
 
 VOCAB, WIDTH = 50, 12
@@ -177,3 +178,10 @@ def test_weights_of_rows(label_smoothing: float, dtype: torch.dtype) -> None:
         torch.testing.assert_close(loss, want_loss, rtol=1e-5, atol=1e-5)
         (got,) = torch.autograd.grad(loss * 0.25, hidden)
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "rows"), [(128_256, 2048), (32_000, 8192), (2**20, 256), (3 * 2**20, 85), (2**30, 1)]
+)
+def test_chunks_on_a_gpu_are_whole_tiles(vocab: int, rows: int) -> None:
+    assert rows_per_chunk(vocab, torch.device("cuda"), fused=True) == rows

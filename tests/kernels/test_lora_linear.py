@@ -15,17 +15,20 @@ def draw(*shape: int, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("stacks", [False, True])
+@pytest.mark.parametrize("frozen_input", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("outs", [(7,), (6, 3, 2), (6, 5)])
-def test_values_and_gradients(outs: tuple[int, ...], with_bias: bool, stacks: bool) -> None:
-    x, W = draw(5, 4, seed=0).requires_grad_(), draw(sum(outs), 4, seed=1)
+def test_values_and_gradients(
+    outs: tuple[int, ...], with_bias: bool, frozen_input: bool, stacks: bool
+) -> None:
+    x, W = draw(5, 4, seed=0).requires_grad_(not frozen_input), draw(sum(outs), 4, seed=1)
     bias = draw(sum(outs), seed=2) if with_bias else None
     factors = [
         (draw(2 + i, 4, seed=3 + i).requires_grad_(), draw(out, 2 + i, seed=9 + i).requires_grad_())
         for i, out in enumerate(outs)
     ]
     scaling = [0.5 + i for i in range(len(outs))]
-    leaves = [x, *(factor for pair in factors for factor in pair)]
+    leaves = [*([] if frozen_input else [x]), *(factor for pair in factors for factor in pair)]
     parts = lora_linear(x, W if stacks else W.split(outs), bias, factors, scaling)
     assert [part.shape for part in parts] == [(5, out) for out in outs]
     wanted = torch.nn.functional.linear(x, W, bias) + torch.cat(

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import lorakit
 from lorakit.data.collate import CausalBatch, EncoderBatch
-from lorakit.models.causal import host_masks
+from lorakit.models.host_masks import host_masks
 from lorakit.planning.attention import planned_attention
 from lorakit.planning.operators import FLOPS, TEMPORARIES
 from lorakit.planning.tracker import MemoryTracker, storage_bytes

@@ -13,7 +13,7 @@ from lorakit.training.execution import choose_execution
 from lorakit.training.setup import Prepared, prepare
 from tests.families import tiny
 from tests.hybrids import hybrid
-from tests.training.runs import recipe_for
+from tests.training.runs import recipe_for, write_rows
 
 GPU = torch.device("cuda")
 
@@ -78,3 +78,26 @@ def test_compiling_a_large_model_must_pay(
         model = tiny("llama", hidden_size=4096, intermediate_size=14336).to(torch.bfloat16)
     run = replace(run, model=model)
     assert choose_execution(run, GPU, total_steps).mode == mode
+
+
+@pytest.mark.parametrize(
+    ("lengths", "changes", "replays"),
+    [
+        ([6], {}, True),
+        ([6], {"task__packing": True}, False),
+        ([6], {"train__gradient_checkpointing": True}, False),
+        ([6], BY_TOKENS, False),
+        ([6], {"train__compile": False}, False),
+        ([6], {"model__base_precision": "nf4"}, False),
+        ([5, 6], {}, False),
+    ],
+)
+def test_passes_of_compiled_layers_are_replayed_if_all_batches_have_one_shape(
+    tiny_llama: Path, tmp_path: Path, lengths: list[int], changes: dict[str, Any], replays: bool
+) -> None:
+    rows = [{"prompt": "red", "completion": " blue" * count} for count in lengths * 8]
+    write_rows(tmp_path / "data" / "train.jsonl", rows)
+    run = prepared(tiny_llama, tmp_path, **({"train__compile": True} | changes))
+    assert choose_execution(run, GPU, 100).replays == replays
+    assert not choose_execution(run, torch.device("cpu"), 100).replays
+    assert not choose_execution(run, GPU, 100, is_sharded=True).replays

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
 from lorakit.errors import UserError
 from lorakit.injection import inject
 from lorakit.methods.lora import LoraConfig
+from lorakit.training.fast_layers import compile_layers
 from lorakit.training.offload import offload_layers
 from lorakit.training.run import train
 from tests.families import tiny
@@ -39,12 +44,14 @@ def gradients(model: PreTrainedModel, passes: int = 2) -> list[Tensor]:
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
-def test_gradients_are_those_of_plain_training(family: str, dropout: float) -> None:
+def test_gradients_are_those_of_plain_training(family: str, dropout: float, compiled: bool) -> None:
+    torch._dynamo.reset()
     wanted = gradients(adapted(family, dropout))
     model = adapted(family, dropout)
-    offload_layers(model, CPU, compiled=False)
+    offload_layers(model, CPU, compiled, backend="aot_eager")
     found = gradients(model)
     assert len(found) == len(wanted) > 0
     for mine, reference in zip(found, wanted, strict=True):
@@ -62,6 +69,46 @@ def test_a_pass_without_a_backward_pass_leaves_nothing_behind() -> None:
         assert torch.equal(mine, reference)
 
 
+def test_a_layer_that_is_no_single_graph_is_computed_again_as_a_whole() -> None:
+    torch._dynamo.reset()
+    wanted = gradients(adapted("llama", 0.0))
+    model = adapted("llama", 0.0)
+    model.get_decoder().layers[1].mlp.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    offload_layers(model, CPU, compiled=True, backend="aot_eager")
+    for mine, reference in zip(gradients(model), wanted, strict=True):
+        assert torch.equal(mine, reference)
+
+
+def products(offload: bool) -> list[int]:
+    """The products of each compiled graph: of a layer, the norm after it, and their backward
+    passes."""
+    found: list[int] = []
+
+    def count(graph: GraphModule, _inputs: Any) -> Any:
+        targets = [node.target for node in graph.graph.nodes]
+        found.append(sum(target is torch.ops.aten.mm.default for target in targets))
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    model = tiny("llama", num_hidden_layers=1)
+    model.config.use_cache = False
+    inject(model, LoraConfig(r=4, target_modules=["q"]))
+    model.train()
+    backend = aot_autograd(fw_compiler=count, bw_compiler=count)
+    if offload:
+        offload_layers(model, CPU, compiled=True, backend=backend)
+    else:
+        compile_layers(model, backend)
+    gradients(model, passes=1)
+    return found
+
+
+def test_the_last_product_of_a_layer_is_not_computed_again() -> None:
+    forward, *norms, backward = products(offload=False)
+    assert forward >= 7, "one for each weight"
+    assert products(offload=True) == [forward, *norms, backward + forward - 1]
+
+
 def test_only_the_inputs_of_the_layers_are_kept() -> None:
     model = adapted("llama", 0.0)
     offload_layers(model, CPU, compiled=False)
@@ -76,6 +123,36 @@ def test_only_the_inputs_of_the_layers_are_kept() -> None:
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         model.get_decoder()(inputs_embeds=hidden)
     assert saved < 6 * hidden.numel(), "the final norm keeps a few tensors of this size"
+
+
+class Kept:
+    """A store that counts the inputs that wait in it."""
+
+    def __init__(self) -> None:
+        self.inputs: list[Tensor] = []
+
+    def start_pass(self) -> None:
+        self.inputs.clear()
+
+    def put(self, x: Tensor) -> Tensor:
+        self.inputs.append(x)
+        return x.clone()
+
+    def take(self, saved: Tensor) -> Tensor:
+        self.inputs.pop()
+        return saved
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_input_of_each_layer_waits_in_the_store(compiled: bool) -> None:
+    torch._dynamo.reset()
+    model, kept = adapted("llama", 0.0), Kept()
+    offload_layers(model, CPU, compiled, "aot_eager", kept)
+    loss = model(input_ids=IDS)[0].float().sum()
+    layers = len(model.get_decoder().layers)
+    assert [x.shape for x in kept.inputs] == [(*IDS.shape, model.config.hidden_size)] * layers
+    loss.backward()
+    assert not kept.inputs
 
 
 def test_what_cannot_be_offloaded_is_an_error(tiny_llama: Path, tmp_path: Path) -> None:

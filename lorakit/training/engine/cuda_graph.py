@@ -7,12 +7,13 @@ during which the device still computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorakit.data.collate import Batch
 from lorakit.layers import AdapterLayer
@@ -48,7 +49,9 @@ class CudaGraphEngine(EagerEngine):
     A pass is captured when its batch shape first occurs; batches should be padded to few shapes.
     Batches of other than ``rows`` rows (an epoch's last) run eagerly; with None, those of other
     than the first. If a pass cannot be captured, ``say`` gets the reason, and the run continues
-    eagerly. ``layers`` are the adapter's, ``dtype`` is the model's precision.
+    eagerly. ``layers`` are the adapter's, ``dtype`` is the model's precision. Layers that are
+    ``compiled`` cast their factors themselves. Such models are large: a pass is captured only if
+    there is as much memory for an eager one beside it, such as an evaluation's.
     """
 
     keeps_gradients: ClassVar[bool] = True
@@ -57,6 +60,7 @@ class CudaGraphEngine(EagerEngine):
     layers: Sequence[AdapterLayer]
     dtype: torch.dtype
     rows: int | None
+    compiled: bool = False
     _is_warm: bool = field(default=False, init=False)
     _staged: StagedFactors | None = field(default=None, init=False)
     _passes: dict[Shapes, _CapturedPass] = field(default_factory=dict, init=False)
@@ -75,7 +79,7 @@ class CudaGraphEngine(EagerEngine):
     def _forward_backward(self, batch: Batch, factor: float | Tensor) -> Tensor:
         if not self._is_warm:
             self._warm_up(batch)
-        if self._staged is None and self.dtype != torch.float32:
+        if self._staged is None and not self.compiled and self.dtype != torch.float32:
             self._staged = StagedFactors(self.layers, self.dtype)
         captured = self._captured(batch)
         if captured is None:
@@ -91,6 +95,8 @@ class CudaGraphEngine(EagerEngine):
         restore_random_states([states])
         self.discard_gradients()
         self._is_warm = True
+        if self.compiled and not _has_room_for_two_passes(batch.input_ids.device):
+            self._enabled = False
 
     def _pass(self, batch: Batch, factor: float | Tensor) -> Tensor:
         if self._staged is None:
@@ -121,8 +127,13 @@ class CudaGraphEngine(EagerEngine):
         static: Batch = replace(batch, **inputs)
         factor = torch.ones((), device=batch.input_ids.device)
         missing = [p for p in self.parameters.values() if p.grad is None]
+        # Staged factors have gradients of their own.
+        apart = [] if self._staged else [p for p in self.parameters.values() if p.grad is not None]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with (
+            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+            _added_at_once(apart),
+        ):
             loss = self._pass(static, factor)
         if any(p.grad is not None for p in missing):  # its memory belongs to the graph
             for parameter in missing:
@@ -136,6 +147,31 @@ class CudaGraphEngine(EagerEngine):
         restore_generator(device, random_state)
         [reason, *_] = str(error).splitlines() or [type(error).__name__]
         self.say(f"CUDA graphs are disabled: a training pass could not be captured: {reason}")
+
+
+@contextmanager
+def _added_at_once(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Add the gradients that the block computes in a few kernels, instead of one for each."""
+    before = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield
+        pairs = zip(before, parameters, strict=True)
+        found = [(grad, p.grad) for grad, p in pairs if grad is not None and p.grad is not None]
+        if found:
+            sums, terms = zip(*found, strict=True)
+            torch._foreach_add_(sums, terms)
+    finally:
+        for parameter, grad in zip(parameters, before, strict=True):
+            parameter.grad = grad
+
+
+def _has_room_for_two_passes(device: torch.device) -> bool:
+    """Whether the device has twice the memory that a pass has just needed."""
+    now = torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - now
+    return free >= 2 * (torch.cuda.max_memory_allocated(device) - now)
 
 
 def restore_generator(device: torch.device, state: Tensor) -> None:

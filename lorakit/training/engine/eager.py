@@ -24,12 +24,12 @@ from lorakit.models.causal import (
     CausalParts,
     Kernels,
     final_states,
-    host_masks,
     split_model,
     state_losses,
     use_varlen,
     varlen_options,
 )
+from lorakit.models.host_masks import host_masks
 from lorakit.models.label_losses import label_losses
 from lorakit.training.engine import EngineState, StepResult
 from lorakit.training.engine.probe import GradientProbe
