@@ -29,12 +29,12 @@ def bucket(size: int, per_octave: int, smallest: int) -> int:
 def length_bucket(length: int, coarser: int = 1) -> int:
     """Round up the length of a batch in tokens; ``coarser`` (1, 2) divides the number of
     buckets."""
-    return bucket(length, _LENGTHS_PER_OCTAVE // coarser, _SHORTEST)
+    return bucket(length, _LENGTHS_PER_OCTAVE // coarser, _SHORTEST * coarser)
 
 
 def count_bucket(count: int, coarser: int = 1) -> int:
     """Round up the number of trained tokens, as ``length_bucket`` does."""
-    return bucket(count, _COUNTS_PER_OCTAVE // coarser, _FEWEST)
+    return bucket(count, _COUNTS_PER_OCTAVE // coarser, _FEWEST * coarser)
 
 
 def pad_to_bucket(batch: Batch, pad_id: int, longest: int) -> Batch:
