@@ -24,8 +24,8 @@ from lorakit.training.fast_layers import compile_checkpoints, compile_last_norm
 
 
 class LayerStore(Protocol):
-    """Where the inputs of layers wait for the backward pass: ``put`` returns what ``take`` gets to
-    return the tensor. ``start_pass`` is called by the first layer."""
+    """Where the inputs of layers wait for the backward pass: ``put`` returns an object other than a
+    tensor, for which ``take`` returns the input. ``start_pass`` is called by the first layer."""
 
     def start_pass(self) -> None: ...
 

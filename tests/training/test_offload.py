@@ -134,13 +134,13 @@ class Kept:
     def start_pass(self) -> None:
         self.inputs.clear()
 
-    def put(self, x: Tensor) -> Tensor:
+    def put(self, x: Tensor) -> int:
         self.inputs.append(x)
-        return x.clone()
+        return len(self.inputs)
 
-    def take(self, saved: Tensor) -> Tensor:
-        self.inputs.pop()
-        return saved
+    def take(self, saved: int) -> Tensor:
+        assert saved == len(self.inputs), "the last layer's input is read first"
+        return self.inputs.pop()
 
 
 @pytest.mark.parametrize("compiled", [False, True])
