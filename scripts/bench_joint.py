@@ -15,7 +15,9 @@ files, and, of joint runs, what is built from all members before the first step.
 ``peak_memory_bytes`` is on the GPU, or so far of the process.
 
 With ``--repeat N`` each way runs N times, in turn; the line of both has medians, and
-``first_training_seconds`` of the first run, which also loads kernels and initializes libraries.
+``first_training_seconds`` of the first run. The very first one, of members together, also loads
+kernels and initializes libraries, of which the others in this process find most; ``--only`` shows
+the first run of either way in a process of its own.
 """
 
 from __future__ import annotations
@@ -190,6 +192,8 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1, help="runs of each way")
     parser.add_argument("--only", choices=["joint", "one_by_one"])
     args = parser.parse_args()
+    if args.repeat < 1:
+        parser.error("--repeat must be at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     case = CASES[args.case]
     if case.shape is not None:
