@@ -87,7 +87,11 @@ class Strategy:
 
     def clip_grad_norm(self, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
         """Undo the loss scaling, clip to ``max_norm`` and return the norm before clipping."""
-        norm: Tensor = self.accelerator.clip_grad_norm_(list(parameters), max_norm)
+        self.accelerator.unscale_gradients()
+        # Sums depend on the order in memory, and so on the other members of a joint training.
+        gradients = [p.grad.contiguous() for p in parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
 
     def reduce_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
