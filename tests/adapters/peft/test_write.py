@@ -176,7 +176,7 @@ def test_a_directory_of_something_else_is_not_replaced(make_pair: MakePair, tmp_
         ("file", "file: exists and is not a directory"),
         ("file/deep/out", "cannot be written: Not a directory"),
         ("new/" + "x" * 250, "cannot be written: File name too long"),
-        ("new/a\0b", "cannot be written: embedded null"),
+        ("new/a\0b", "cannot be written: contains a control character"),
     ],
 )
 def test_paths_that_cannot_be_a_new_directory(
