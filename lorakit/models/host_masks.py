@@ -26,18 +26,18 @@ def host_masks(device: torch.device, packed: bool = False) -> Iterator[None]:
     case transformers builds its mask. While a CUDA graph is captured, some versions build one even
     if nothing is padded, so that the graph could not use the fastest attention.
 
-    Does nothing on the CPU, which never waits, or if transformers lacks these functions.
+    Does nothing on the CPU, which never waits. A function that transformers lacks is left out.
     """
     replacements: dict[str, Any] = {_IGNORE_MASK: _ignores_mask, _IS_TRACING: _is_tracing_mask}
     if not packed:
         replacements[_FIND_PACKED] = _never_packed
-    before = {name: getattr(masking_utils, name, None) for name in replacements}
-    if device.type == "cpu" or None in before.values():
+    if device.type == "cpu":
         yield
         return
+    before = {n: getattr(masking_utils, n) for n in replacements if hasattr(masking_utils, n)}
     try:
-        for name, replacement in replacements.items():
-            setattr(masking_utils, name, replacement)
+        for name in before:
+            setattr(masking_utils, name, replacements[name])
         yield
     finally:
         for name, original in before.items():

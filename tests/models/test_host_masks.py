@@ -19,3 +19,13 @@ def test_no_mask_is_built_for_a_graph_that_is_captured(monkeypatch: pytest.Monke
         assert masking_utils.create_causal_mask(config, states, None, None) is None
         padded = torch.tensor([[1] * 6 + [0] * 2])
         assert masking_utils.create_causal_mask(config, states, padded, None) is not None
+
+
+def test_a_version_without_one_of_the_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are still replaced, and afterwards all is as before."""
+    monkeypatch.delattr(masking_utils, "is_tracing")
+    before = masking_utils.find_packed_sequence_indices
+    with host_masks(torch.device("cuda")):
+        assert masking_utils.find_packed_sequence_indices is not before
+        assert not hasattr(masking_utils, "is_tracing")
+    assert masking_utils.find_packed_sequence_indices is before
