@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,9 +38,12 @@ class Fsdp2(DataParallel):
     layer and all trained parameters are whole in every process, and ``DataParallel`` adds up their
     gradients.
     A pass needs all processes, so each of them runs as many.
+
+    A GPU keeps frozen weights that take less than 1/32 of its memory whole, unless layers are
+    recomputed, which is to save memory.
     """
 
-    is_sharded: ClassVar[bool] = True
+    is_sharded = True
 
     def check(self, recipe: Recipe) -> None:
         if recipe.adapter.method == "full":
@@ -63,10 +66,15 @@ class Fsdp2(DataParallel):
         """
         layers: Sequence[Any] = transformer_layers(model)
         _check_model(model, layers)
-        mesh = init_device_mesh(self.device.type, (dist.get_world_size(),))
         whole = _whole_parameters(layers)
         sizes = [_frozen_bytes(layer, whole) for layer in layers]
-        kept = kept_layers(sizes, 0 if checkpoints else _room_bytes(self.device))
+        room = 0 if checkpoints else room_bytes(self.device)
+        if 0 < sum(sizes) <= room:  # gathers of small layers take longer than their passes
+            self.is_sharded = False
+            super().place(model)
+            return _note(sum(sizes), len(layers))
+        mesh = init_device_mesh(self.device.type, (dist.get_world_size(),))
+        kept = kept_layers(sizes, room)
         first_kept = len(layers) - kept
         groups = _groups(sizes, first_kept, 0 if checkpoints else _GATHER_BYTES)
         for group in groups:
@@ -90,6 +98,8 @@ class Fsdp2(DataParallel):
 
     def passes(self, micro_batches: Sequence[Batch]) -> list[tuple[Batch, bool]]:
         """A process with fewer batches than another repeats one, whose loss does not count."""
+        if not self.is_sharded:
+            return super().passes(micro_batches)
         counts = gather(len(micro_batches))
         fillers = micro_batches
         if not min(counts):
@@ -138,13 +148,19 @@ def _shard(modules: list[nn.Module], mesh: Any, whole: set[nn.Parameter], reshar
     fully_shard(sharded, mesh=mesh, reshard_after_forward=reshards, ignored_params=whole)
 
 
-def _note(size_bytes: int, layers: int, kept: int) -> str:
+def _note(size_bytes: int, layers: int, kept: int | None = None) -> str:
+    """``kept`` as in ``kept_layers``; None if nothing is sharded."""
+    weights = f"FSDP: {memory_size(size_bytes)} of frozen weights, in {counted(layers, 'layer')}, "
+    if kept is None:
+        return weights + (
+            "are not sharded, since they take less than 1/32 of the GPU's memory; with "
+            "train.gradient_checkpointing they are"
+        )
     last = "the last layer" if kept == 1 else f"the last {kept} layers"
     which = "all layers" if kept == layers else last
-    return (
-        f"FSDP: {memory_size(size_bytes)} of frozen weights, in {counted(layers, 'layer')}, are "
-        f"sharded over {dist.get_world_size()} processes; those of {which} stay gathered from the "
-        "forward to the backward pass"
+    return weights + (
+        f"are sharded over {dist.get_world_size()} processes; those of {which} stay gathered from "
+        "the forward to the backward pass"
     )
 
 
@@ -152,7 +168,7 @@ def _frozen_bytes(layer: nn.Module, whole: set[nn.Parameter]) -> int:
     return sum(p.numel() * p.element_size() for p in layer.parameters() if p not in whole)
 
 
-def _room_bytes(device: torch.device) -> int:
+def room_bytes(device: torch.device) -> int:
     """The part of a GPU's memory that gathered weights may take between the two passes."""
     return device_memory_bytes(device) // 32 if device.type == "cuda" else 0
 

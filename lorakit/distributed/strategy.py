@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,8 @@ class Strategy:
     """
 
     share = Share()
-    is_sharded: ClassVar[bool] = False
+    #: Whether the frozen weights are sharded; known once the model is placed.
+    is_sharded: bool = False
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator

@@ -9,6 +9,7 @@ import pytest
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from lorakit.distributed import fsdp2
@@ -61,3 +62,17 @@ def test_a_sharded_weight_is_freed_before_the_next_layer_is_moved(
     monkeypatch.setattr(fsdp2, "fully_shard", counting)
     Fsdp2(Accelerator(cpu=True)).place(model)
     assert alive == [*range(len(layers), -1, -1)]
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_few_weights_are_sharded_only_to_save_memory(
+    checkpoints: bool, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fsdp2, "room_bytes", lambda _device: 2**30)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).requires_grad_(False)
+    strategy = Fsdp2(Accelerator(cpu=True))
+    note = strategy.place(model, checkpoints)
+    assert strategy.is_sharded == checkpoints
+    assert ("are not sharded" in note) == (not checkpoints)
+    assert any(isinstance(p, DTensor) for p in model.parameters()) == checkpoints

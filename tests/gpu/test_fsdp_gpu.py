@@ -1,4 +1,4 @@
-"""FSDP2 on two GPUs: the results of one, and half of the frozen weights on each."""
+"""FSDP2 on two GPUs: the results of one, and half of the frozen weights on each, unless they are few."""
 
 from __future__ import annotations
 
@@ -22,19 +22,22 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.multi_gpu,
 ]
-LAYERS, HIDDEN = 16, 2048
+#: In float32, more than 1/32 of the memory of a GPU of 141 GB; in bfloat16 less.
+LAYERS, HIDDEN = 24, 2048
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lora": (LORA, {"train__compile": False}),
     "dora": (LORA | {"method": "dora"}, {"train__compile": False}),
     "checkpointed": (LORA, {"train__compile": False, "train__gradient_checkpointing": True}),
     "offloaded": (LORA, {"train__compile": False, "train__gradient_checkpointing": "offload"}),
-    "compiled": (LORA, {"train__compile": True, "model__dtype": "bfloat16"}),
+    "compiled": (LORA, {"train__compile": True}),
+    # Few enough weights to stay whole.
+    "small": (LORA, {"train__compile": True, "model__dtype": "bfloat16"}),
 }
 
 
 @pytest.fixture(scope="module")
 def wide_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of 3.2 GB in float32, nearly all of it in its layers."""
+    """A random Llama of 4.8 GB in float32, nearly all of it in its layers."""
     folder = tmp_path_factory.mktemp("wide-llama")
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     tokenizer.save_pretrained(folder)
@@ -68,7 +71,7 @@ def test_two_gpus_equal_one(variant: str, wide_llama: Path, tmp_path: Path) -> N
         _, err = process.communicate(timeout=240)
         assert process.returncode == 0, err
     runs = tmp_path / "alone" / "run", tmp_path / "shared" / "run"
-    tolerance = 2e-2 if variant == "compiled" else 1e-4
+    tolerance = 2e-2 if variant in ("compiled", "small") else 1e-4
     for one, other in zip(*map(log_lines, runs), strict=True):
         assert other["loss"] == pytest.approx(one["loss"], abs=tolerance)
     if variant == "checkpointed":  # what else is on the device is small
