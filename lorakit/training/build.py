@@ -21,7 +21,7 @@ from lorakit.errors import UserError, counted
 from lorakit.injection import trainable_state
 from lorakit.layers import adapter_layers
 from lorakit.methods.base import Method
-from lorakit.models.cpu_attention import use_float32_attention
+from lorakit.models.cpu_attention import use_cpu_attention
 from lorakit.models.cpu_norms import use_cpu_norms
 from lorakit.models.first_token import skip_unread_tokens
 from lorakit.models.heads import label_columns, reads_first_token
@@ -80,7 +80,7 @@ def wrap_model(prepared: Prepared, strategy: Strategy, say: Say) -> Objective:
     if note := strategy.place(model, checkpoints=bool(section.gradient_checkpointing)):
         say(note)
     if device.type == "cpu" and section.kernels == "auto" and section.compile is not True:
-        use_float32_attention(model)
+        use_cpu_attention(model)
         use_cpu_norms(model)
     if prepared.task.kind == "encoder":
         columns = label_columns(model, prepared.task.labels(prepared.recipe.task, None))

@@ -1,4 +1,4 @@
-"""Attention of half-precision models in float32: for every family, close to the float32 model."""
+"""Attention of half-precision models on the CPU: for every family, close to the float32 model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lorakit.models.cpu_attention import float32_attention, use_float32_attention
+from lorakit.models.cpu_attention import cpu_attention, use_cpu_attention
 from tests import families
 
 IDS = families.token_ids(4, 12)
@@ -28,25 +28,35 @@ def error(model: PreTrainedModel, expected: Tensor) -> float:
     return float((outputs(model) - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def set_amx(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the time of products depends on AMX."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: there)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "amx"), [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True)]
+)
 @pytest.mark.parametrize("family", families.ALL)
-def test_it_is_as_close_to_float32_as_before(family: str, dtype: torch.dtype) -> None:
+def test_it_is_as_close_to_float32_as_before(
+    family: str, dtype: torch.dtype, amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_amx(amx, monkeypatch)
     half = families.tiny(family).eval().to(dtype)
     expected = outputs(copy.deepcopy(half).float())
     before = error(half, expected)
-    switched = use_float32_attention(half)
-    assert switched == (half.config._attn_implementation == "lorakit_float32")
-    assert error(half, expected) <= 1.1 * before + 1e-6
+    switched = use_cpu_attention(half)
+    assert switched == (half.config._attn_implementation == "lorakit_cpu")
+    assert error(half, expected) <= (1.25 if amx else 1.1) * before + 1e-6
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "bert", "roberta", "modernbert"])
 def test_the_usual_families_are_switched(family: str) -> None:
-    assert use_float32_attention(families.tiny(family).to(torch.bfloat16))
+    assert use_cpu_attention(families.tiny(family).to(torch.bfloat16))
 
 
 def test_float32_models_are_not() -> None:
     model = families.tiny("llama")
-    assert not use_float32_attention(model)
+    assert not use_cpu_attention(model)
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -57,6 +67,7 @@ def test_float32_models_are_not() -> None:
 def test_long_bfloat16_rows_stay_in_bfloat16(
     dtype: torch.dtype, tokens: int, in_float32: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    set_amx(False, monkeypatch)
     seen: list[torch.dtype] = []
     attention = nn.functional.scaled_dot_product_attention
 
@@ -66,6 +77,61 @@ def test_long_bfloat16_rows_stay_in_bfloat16(
 
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", noted)
     query = torch.randn(1, 2, tokens, 4, dtype=dtype)
-    out, _ = float32_attention(nn.Module(), query, query, query, None, is_causal=True)
+    out, _ = cpu_attention(nn.Module(), query, query, query, None, is_causal=True)
     assert out.dtype == dtype
     assert seen == [torch.float32 if in_float32 else dtype]
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "boolean", "float"])
+def test_products_are_as_close_to_float64_as_torch(
+    mask: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_amx(True, monkeypatch)
+    torch.manual_seed(0)
+    batch, tokens, dim = 3, 40, 24
+    query, key, value = (
+        torch.randn(batch, heads, tokens, dim, dtype=torch.bfloat16, requires_grad=True)
+        for heads in (6, 2, 2)
+    )
+    seen = torch.ones(tokens, tokens, dtype=torch.bool)
+    if mask != "none":
+        seen = seen.tril()
+    seen = seen.expand(batch, 1, tokens, tokens).clone()
+    if mask in ("boolean", "float"):
+        seen[1, ..., 30:] = False
+    given = {"boolean": seen, "float": torch.zeros(seen.shape).masked_fill(~seen, -1e30)}.get(mask)
+    module = nn.Module()
+    module.num_key_value_groups = 3  # type: ignore[assignment]
+    d_out = torch.randn(batch, tokens, 6, dim, dtype=torch.bfloat16)
+
+    def errors(out: Tensor, inputs: list[Tensor]) -> list[float]:
+        found = [out, *torch.autograd.grad(out, inputs, d_out.to(out.dtype))]
+        return [
+            float(((a.double() - b).norm() / b.norm()).detach())
+            for a, b in zip(found, exact, strict=True)
+        ]
+
+    def attended(inputs: list[Tensor]) -> Tensor:
+        q, k, v = inputs[0], *(each.repeat_interleave(3, dim=1) for each in inputs[1:])
+        return nn.functional.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2)
+
+    inputs = [query, key, value]
+    doubles = [each.detach().double().requires_grad_() for each in inputs]
+    out = attended(doubles)
+    exact = [out, *torch.autograd.grad(out, doubles, d_out.double())]
+    theirs = errors(attended(inputs), inputs)
+    out, _ = cpu_attention(module, *inputs, given, is_causal=mask != "none")
+    assert out.dtype == torch.bfloat16
+    assert out.is_contiguous()
+    ours = errors(out, inputs)
+    assert max(ours) < 0.004
+    assert all(one < 1.5 * other for one, other in zip(ours, theirs, strict=True)), (ours, theirs)
+
+
+def test_dropout_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_amx(True, monkeypatch)
+    query = torch.randn(2, 2, 8, 4, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    dropped, _ = cpu_attention(nn.Module(), query, query, query, None, dropout=0.5)
+    whole, _ = cpu_attention(nn.Module(), query, query, query, None)
+    assert not torch.allclose(dropped, whole, atol=0.1)
