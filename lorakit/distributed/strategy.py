@@ -31,7 +31,7 @@ class Strategy:
     """
 
     share = Share()
-    #: Whether the frozen weights are sharded; known once the model is placed.
+    #: Whether the frozen weights are sharded; before the model is placed, whether they may be.
     is_sharded: bool = False
 
     def __init__(self, accelerator: Accelerator) -> None:

@@ -195,10 +195,10 @@ def build_loop(
     """Assemble the loop; ``objective`` is None unless it has been built before, ``execution`` to
     choose it here."""
     section = prepared.recipe.train
+    objective = objective or build_objective(prepared, strategy, say)
     execution = execution or choose_execution(
         prepared, strategy.device, schedule.total_steps, strategy.is_sharded
     )
-    objective = objective or build_objective(prepared, strategy, say)
     evaluator = Evaluator(
         prepared, objective.parts, recorder.display.evaluating, in_step=strategy.is_sharded
     )

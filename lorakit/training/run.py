@@ -169,10 +169,10 @@ def start_unwritten(recipe: Recipe, say: Say) -> Started:
     if batching.warning:
         say(batching.warning)
     schedule = build_schedule(prepared.recipe, batching.steps)
+    objective = objective or build_objective(prepared, strategy, say)
     execution = choose_execution(
         prepared, strategy.device, schedule.total_steps, strategy.is_sharded
     )
-    objective = objective or build_objective(prepared, strategy, say)
     engine = build_engine(prepared, objective, strategy, schedule.total_steps, execution, say)
     loader = build_loader(prepared, objective, batching.steps, strategy.device, execution)
     return Started(prepared, strategy, schedule, engine, loader)

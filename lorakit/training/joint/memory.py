@@ -34,10 +34,9 @@ def members_that_fit(recipes: Sequence[Recipe], device: torch.device) -> int:
     at least 1. It is the number for the largest of them, and no weights are loaded."""
     model = empty_base(recipes[0])
     adapters = {r.adapter.model_dump_json(): r for r in recipes}
-    trained = {key: _trained_parameters(r, model) for key, r in adapters.items()}
+    trained = {key: trained_parameters(r, model) for key, r in adapters.items()}
     largest = max(
-        _member_bytes(recipe, model, trained[recipe.adapter.model_dump_json()])
-        for recipe in recipes
+        member_bytes(recipe, model, trained[recipe.adapter.model_dump_json()]) for recipe in recipes
     )
     left = _available_bytes(device) * _USABLE - base_bytes(recipes[0], model)
     return max(1, min(len(recipes), int(left / largest)))
@@ -48,17 +47,14 @@ def base_bytes(recipe: Recipe, model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters()) * _element_bytes(recipe)
 
 
-def member_bytes(recipe: Recipe, model: Any) -> int:
-    """What a member adds to the base: its trained parameters and the activations of a batch."""
-    return _member_bytes(recipe, model, _trained_parameters(recipe, model))
-
-
-def _member_bytes(recipe: Recipe, model: Any, trained_parameters: int) -> int:
+def member_bytes(recipe: Recipe, model: Any, trained: int) -> int:
+    """What a member with so many ``trained`` parameters adds to the base: these and the activations
+    of a batch."""
     activations = _activations(recipe, model.config.get_text_config())
-    return trained_parameters * _BYTES_PER_PARAMETER + activations
+    return trained * _BYTES_PER_PARAMETER + activations
 
 
-def _trained_parameters(recipe: Recipe, model: nn.Module) -> int:
+def trained_parameters(recipe: Recipe, model: nn.Module) -> int:
     own = copy.deepcopy(model)
     config = recipe.adapter
     if getattr(config, "init", "default") != "default":  # pissa needs the weights
