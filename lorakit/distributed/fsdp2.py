@@ -39,7 +39,7 @@ class Fsdp2(DataParallel):
     gradients.
     A pass needs all processes, so each of them runs as many.
 
-    A GPU keeps frozen weights that take less than 1/32 of its memory whole, unless layers are
+    A GPU keeps frozen weights that take at most 1/32 of its memory whole, unless layers are
     recomputed, which is to save memory.
     """
 
@@ -68,9 +68,9 @@ class Fsdp2(DataParallel):
         _check_model(model, layers)
         whole = _whole_parameters(layers)
         sizes = [_frozen_bytes(layer, whole) for layer in layers]
-        room = 0 if checkpoints else room_bytes(self.device)
-        if 0 < sum(sizes) <= room:  # gathers of small layers take longer than their passes
-            self.is_sharded = False
+        room = 0 if checkpoints else min(gather(room_bytes(self.device)))
+        self.is_sharded = not 0 < sum(sizes) <= room
+        if not self.is_sharded:  # gathers of small layers take longer than their passes
             super().place(model)
             return _note(sum(sizes), len(layers))
         mesh = init_device_mesh(self.device.type, (dist.get_world_size(),))
@@ -153,7 +153,7 @@ def _note(size_bytes: int, layers: int, kept: int | None = None) -> str:
     weights = f"FSDP: {memory_size(size_bytes)} of frozen weights, in {counted(layers, 'layer')}, "
     if kept is None:
         return weights + (
-            "are not sharded, since they take less than 1/32 of the GPU's memory; with "
+            "are not sharded, since they take at most 1/32 of the GPU's memory; with "
             "train.gradient_checkpointing they are"
         )
     last = "the last layer" if kept == 1 else f"the last {kept} layers"

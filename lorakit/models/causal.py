@@ -25,6 +25,7 @@ from lorakit.kernels.linear_cross_entropy import (
     linear_cross_entropy,
     summed_cross_entropy,
 )
+from lorakit.models.cpu_attention import reads_attention_name
 from lorakit.models.host_masks import host_masks
 from lorakit.models.master_weights import base_dtype
 
@@ -230,7 +231,7 @@ def use_varlen(model: PreTrainedModel) -> bool:
     if device.type not in ("cuda", "meta") or not half or original != "sdpa" or not _has_varlen():
         return False
     text_config = model.config.get_text_config()
-    if any(getattr(text_config, name, 0.0) for name in _DROPOUTS):
+    if any(getattr(text_config, name, 0.0) for name in _DROPOUTS) or reads_attention_name(model):
         return False
     ALL_ATTENTION_FUNCTIONS.register(VARLEN, varlen_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(VARLEN, sdpa_mask)

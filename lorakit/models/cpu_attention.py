@@ -7,18 +7,24 @@ take half the time of the latter (``_Products``).
 
 from __future__ import annotations
 
+import inspect
+import re
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 _NAME = "lorakit_cpu"
-#: With more tokens than this, torch's own pass in bfloat16 is as fast.
-_LONG_BFLOAT16 = 512
+#: With more tokens than this, torch's own pass in bfloat16 is as fast: without AMX, and with it.
+_LONG_BFLOAT16, _LONG_WITH_AMX = 512, 256
+#: Code that masks tokens by itself for the attention functions that it knows the names of.
+_READS_NAME = re.compile(r'if [\w.]*_attn_implementation (in \("eager", "sdpa"\)|== "sdpa"):')
 
 
 def cpu_attention(
@@ -33,14 +39,15 @@ def cpu_attention(
     head_dim); the result is (batch, tokens, heads, head_dim). ``options`` are those of
     transformers' ``sdpa``."""
     dtype = query.dtype
-    if _takes_products(query, key, options):
-        scaling = options.get("scaling") or query.shape[-1] ** -0.5
+    if _takes_products(query, key, value, attention_mask, options):
+        scaling = options.get("scaling")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         bias = _bias(module, query, attention_mask, options.get("is_causal"))
         products: Tensor = _Products.apply(  # type: ignore[no-untyped-call]
             query, key, value, bias, scaling
         )
         return products.transpose(1, 2).contiguous(), None
-    if dtype == torch.float16 or key.shape[2] <= _LONG_BFLOAT16:
+    if dtype == torch.float16 or key.shape[2] <= (_LONG_WITH_AMX if _has_amx() else _LONG_BFLOAT16):
         query, key, value = query.float(), key.float(), value.float()
         attention_mask = _in_float32(attention_mask)
         options = {name: _in_float32(option) for name, option in options.items()}
@@ -71,6 +78,7 @@ class _Products(torch.autograd.Function):
         return torch.bmm(probabilities, v).view(batch, heads, tokens, -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, probabilities = ctx.saved_tensors
         (d_out,) = grad_outputs
@@ -90,15 +98,30 @@ def _by_key_head(tensor: Tensor, key_heads: int) -> Tensor:
     return tensor.reshape(len(tensor) * key_heads, -1, tensor.shape[-1])
 
 
-def _takes_products(query: Tensor, key: Tensor, options: dict[str, Any]) -> bool:
+def _takes_products(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
+) -> bool:
+    """Passes without gradients take longer as products than in float32. ``meta`` stands for the
+    CPU when memory is planned."""
+    tensors = (query, key, value)
     return (
-        query.device.type == "cpu"
-        and query.dtype == torch.bfloat16
-        and query.shape[2] == key.shape[2] <= _LONG_BFLOAT16
+        torch.is_grad_enabled()
+        and any(tensor.requires_grad for tensor in tensors)
+        and all(tensor.dtype == torch.bfloat16 for tensor in tensors)
+        and query.device.type in ("cpu", "meta")
+        and query.shape[2] == key.shape[2] <= _LONG_WITH_AMX
+        and len(query) == len(key)
+        and key.shape[1] == value.shape[1]
+        and (mask is None or not mask.requires_grad)
         and not options.get("dropout")
+        and options.get("softcap") is None
         and not any(_is_float(option) for option in options.values())
-        and torch.cpu._is_amx_tile_supported()
+        and _has_amx()
     )
+
+
+def _has_amx() -> bool:
+    return torch.cpu._is_amx_tile_supported()
 
 
 def _bias(
@@ -108,12 +131,14 @@ def _bias(
     if attention_mask is None:
         if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
             return None
-        attention_mask = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).tril()
-    if _is_float(attention_mask):
-        return attention_mask.float()
+        shape = query.shape[2], query.shape[2]
+        attention_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
     # Not infinity: rows of padding may see no token at all.
-    hidden = torch.finfo(torch.float32).min
-    return torch.zeros(attention_mask.shape).masked_fill_(~attention_mask, hidden)
+    lowest = torch.finfo(torch.float32).min
+    if _is_float(attention_mask):
+        return attention_mask.float().clamp(min=lowest)
+    bias = torch.zeros(attention_mask.shape, device=query.device)
+    return bias.masked_fill_(~attention_mask, lowest)
 
 
 def _in_float32(value: Any) -> Any:
@@ -128,13 +153,23 @@ def use_cpu_attention(model: PreTrainedModel) -> bool:
     """Switch a half-precision model with ``sdpa`` to ``cpu_attention``; return whether it was
     switched."""
     half = model.dtype in (torch.bfloat16, torch.float16)
-    if not half or model.config._attn_implementation != "sdpa":
+    if not half or model.config._attn_implementation != "sdpa" or reads_attention_name(model):
         return False
     ALL_ATTENTION_FUNCTIONS.register(_NAME, cpu_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, sdpa_mask)
+    if model._can_set_attn_implementation():
+        try:
+            model.set_attn_implementation(_NAME)
+        except ValueError:  # the family has attention code of its own
+            model.set_attn_implementation("sdpa")
+    return bool(model.config._attn_implementation == _NAME)
+
+
+def reads_attention_name(model: PreTrainedModel) -> bool:
+    """Whether the model's code, as that of sparse attention, would leave out a mask for an
+    attention function whose name it does not know."""
     try:
-        model.set_attn_implementation(_NAME)
-    except ValueError:  # the family has attention code of its own
-        model.set_attn_implementation("sdpa")
-        return False
-    return True
+        code = inspect.getsource(sys.modules[type(model).__module__])
+    except (KeyError, OSError, TypeError):  # defined in an interactive session
+        return True
+    return bool(_READS_NAME.search(code))
