@@ -15,8 +15,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lorakit.errors import UserError
 from lorakit.kernels.linear_cross_entropy import (
@@ -25,7 +23,7 @@ from lorakit.kernels.linear_cross_entropy import (
     linear_cross_entropy,
     summed_cross_entropy,
 )
-from lorakit.models.cpu_attention import reads_attention_name
+from lorakit.models.attention import replace_sdpa, restore_sdpa
 from lorakit.models.host_masks import host_masks
 from lorakit.models.master_weights import base_dtype
 
@@ -226,22 +224,19 @@ def use_varlen(model: PreTrainedModel) -> bool:
     """Switch the model to ``varlen_attn`` if the device, the dtype, torch and the model's attention
     support it and it isolates documents; return whether it was switched."""
     device = next(model.parameters()).device
-    half = model.dtype in (torch.bfloat16, torch.float16)
-    original: str | None = model.config._attn_implementation
-    if device.type not in ("cuda", "meta") or not half or original != "sdpa" or not _has_varlen():
+    if device.type not in ("cuda", "meta") or not _has_varlen():
         return False
     text_config = model.config.get_text_config()
-    if any(getattr(text_config, name, 0.0) for name in _DROPOUTS) or reads_attention_name(model):
+    if any(getattr(text_config, name, 0.0) for name in _DROPOUTS):
         return False
-    ALL_ATTENTION_FUNCTIONS.register(VARLEN, varlen_attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(VARLEN, sdpa_mask)
+    if not replace_sdpa(model, VARLEN, varlen_attention):
+        return False
     try:
-        model.set_attn_implementation(VARLEN)
-        if model.config._attn_implementation == VARLEN and _isolates(model, varlen=True):
+        if _isolates(model, varlen=True):
             return True
     except Exception:  # the model may raise anything; the block mask still works
         pass
-    model.set_attn_implementation(original)
+    restore_sdpa(model)
     return False
 
 

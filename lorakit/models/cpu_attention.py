@@ -7,9 +7,6 @@ take half the time of the latter (``_Products``).
 
 from __future__ import annotations
 
-import inspect
-import re
-import sys
 from typing import Any
 
 import torch
@@ -17,14 +14,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lorakit.models.attention import replace_sdpa
 
 _NAME = "lorakit_cpu"
 #: With more tokens than this, torch's own pass in bfloat16 is as fast: without AMX, and with it.
 _LONG_BFLOAT16, _LONG_WITH_AMX = 512, 256
-#: Code that masks tokens by itself for the attention functions that it knows the names of.
-_READS_NAME = re.compile(r'if [\w.]*_attn_implementation (in \("eager", "sdpa"\)|== "sdpa"):')
 
 
 def cpu_attention(
@@ -152,24 +147,4 @@ def _is_float(value: Any) -> bool:
 def use_cpu_attention(model: PreTrainedModel) -> bool:
     """Switch a half-precision model with ``sdpa`` to ``cpu_attention``; return whether it was
     switched."""
-    half = model.dtype in (torch.bfloat16, torch.float16)
-    if not half or model.config._attn_implementation != "sdpa" or reads_attention_name(model):
-        return False
-    ALL_ATTENTION_FUNCTIONS.register(_NAME, cpu_attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(_NAME, sdpa_mask)
-    if model._can_set_attn_implementation():
-        try:
-            model.set_attn_implementation(_NAME)
-        except ValueError:  # the family has attention code of its own
-            model.set_attn_implementation("sdpa")
-    return bool(model.config._attn_implementation == _NAME)
-
-
-def reads_attention_name(model: PreTrainedModel) -> bool:
-    """Whether the model's code, as that of sparse attention, would leave out a mask for an
-    attention function whose name it does not know."""
-    try:
-        code = inspect.getsource(sys.modules[type(model).__module__])
-    except (KeyError, OSError, TypeError):  # defined in an interactive session
-        return True
-    return bool(_READS_NAME.search(code))
+    return replace_sdpa(model, _NAME, cpu_attention)
