@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from lorakit.training.execution import choose_execution
+from lorakit.distributed.strategy import Strategy
+from lorakit.training import build, run
+from lorakit.training.execution import Execution, choose_execution
 from lorakit.training.setup import Prepared, prepare
 from tests.families import tiny
 from tests.hybrids import hybrid
@@ -101,3 +103,28 @@ def test_passes_of_compiled_layers_are_replayed_if_all_batches_have_one_shape(
     assert choose_execution(run, GPU, 100).replays == replays
     assert not choose_execution(run, torch.device("cpu"), 100).replays
     assert not choose_execution(run, GPU, 100, is_sharded=True).replays
+
+
+@pytest.mark.parametrize("begin", [run.start_unwritten, run.train])
+def test_it_is_chosen_once_the_model_is_placed(
+    begin: Any, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only then FSDP knows whether the weights are sharded."""
+    place = Strategy.place
+    sharded: list[bool] = []
+
+    def shards(strategy: Strategy, *arguments: Any, **options: Any) -> str | None:
+        strategy.is_sharded = True
+        return place(strategy, *arguments, **options)
+
+    def noted(
+        prepared: Prepared, device: torch.device, steps: int, is_sharded: bool = False
+    ) -> Execution:
+        sharded.append(is_sharded)
+        return choose_execution(prepared, device, steps, is_sharded)
+
+    monkeypatch.setattr(Strategy, "place", shards)
+    for module in (build, run):
+        monkeypatch.setattr(module, "choose_execution", noted)
+    begin(recipe_for(tmp_path, tiny_llama, "completion", train__epochs=1), say=lambda text: None)
+    assert sharded == [True]
