@@ -83,6 +83,8 @@ class MemberRuns:
                 f"joint training failed: {describe_failure(error, self._sweep.output_dir)}; "
                 "training what is left one after another"
             )
+        # Not in the block above: the frames of its error refer to what was on the device.
+        if left:
             _release_memory()
             for at in sorted(left):
                 self._alone(at)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import lorakit
 from lorakit.api import plan_sweep
@@ -61,6 +64,34 @@ def test_a_member_that_fails_does_not_end_the_others(still_bert: Path, tmp_path:
     before = sweep_json(tmp_path / "out")
     lorakit.sweep(file, resume=True)
     assert sweep_json(tmp_path / "out") == before
+
+
+def test_members_train_alone_if_joint_training_fails(
+    still_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """By then nothing refers to what joint training had on the device."""
+    held: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+
+    def failing(*args: Any, **options: Any) -> None:
+        base = torch.zeros(4)
+        held.append(weakref.ref(base))
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr("lorakit.sweeps.member_runs.train_joint", failing)
+    grid = {"adapter.r": [1, 2]}
+    file = write_sweep(tmp_path, still_bert, "glue/sst2", grid=grid, joint=True)
+    hook = register_module_forward_pre_hook(lambda *_: alive.append(held[0]() is not None))
+    try:
+        result = lorakit.sweep(file)
+    finally:
+        hook.remove()
+    assert [member.status for member in result.members] == ["completed"] * 2
+    said = capsys.readouterr().err
+    assert "joint training failed: RuntimeError: no such kernel" in said
+    assert "training what is left one after another" in said
+    assert alive and not any(alive)
 
 
 def test_a_users_file_that_fails(still_bert: Path, in_tmp: Path) -> None:

@@ -1,17 +1,24 @@
-"""How many members the memory holds."""
+"""How many members the memory holds, and what happens if it holds fewer."""
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from lorakit.errors import TrainingError
 from lorakit.recipe.sections import Recipe
 from lorakit.training.joint import members_that_fit
 from lorakit.training.joint.memory import base_bytes, empty_base, member_bytes, trained_parameters
+from lorakit.training.session import RunResult
 from tests.training.engines import built
-from tests.training.joint_runs import members
+from tests.training.joint_runs import assert_equal_runs, members, train_alone, train_together
 
 
 @pytest.fixture
@@ -72,3 +79,57 @@ def test_at_least_one_member_fits(tiny_llama: Path, tmp_path: Path) -> None:
     assert members_that_fit(recipes, torch.device("cpu")) == 1
     small = members(tmp_path, tiny_llama, "completion", [{}, {}])
     assert members_that_fit(small, torch.device("cpu")) == 2
+
+
+class Memory:
+    """A device that has room for the activations of ``rows`` rows in the last layer."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.failed: list[weakref.ref[torch.Tensor]] = []
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not (isinstance(module, LlamaRMSNorm) and module.training):
+            return
+        assert not any(activation() is not None for activation in self.failed)
+        if len(args[0]) > self.rows and args[0].requires_grad:
+            self.failed.append(weakref.ref(args[0]))
+            raise torch.OutOfMemoryError("no memory left")
+
+
+@pytest.mark.parametrize(("rows", "sizes"), [(8, [2]), (4, [2, 1])])
+def test_a_pass_that_does_not_fit_is_split(
+    tiny_llama: Path, tmp_path: Path, rows: int, sizes: list[int]
+) -> None:
+    """Its activations are freed before the members' parts of it are computed."""
+    changes = [{"train__learning_rate": 1e-3 * (1 + index)} for index in range(4)]
+    recipes = members(tmp_path, tiny_llama, "completion", changes, train__per_device_batch_size=4)
+    said: list[str] = []
+    memory = Memory(rows)
+    handle = register_module_forward_pre_hook(memory)
+    try:
+        results = train_together(recipes, say=said.append)
+    finally:
+        handle.remove()
+    assert memory.failed
+    assert [line for line in said if line.startswith("out of memory")] == [
+        f"out of memory: from now on, passes have at most {most} members" for most in sizes
+    ]
+    for recipe, result in zip(recipes, results, strict=True):
+        assert isinstance(result, RunResult), result
+        assert_equal_runs(result.output_dir, train_alone(recipe))
+
+
+def test_a_member_that_does_not_fit_frees_its_memory(tiny_llama: Path, tmp_path: Path) -> None:
+    """Although its error is kept while the others train."""
+    sizes = [{"train__per_device_batch_size": size} for size in (8, 2)]
+    recipes = members(tmp_path, tiny_llama, "completion", sizes)
+    memory = Memory(2)
+    handle = register_module_forward_pre_hook(memory)
+    try:
+        results = train_together(recipes)
+    finally:
+        handle.remove()
+    assert isinstance(results[0], TrainingError)
+    assert isinstance(results[1], RunResult)
+    assert len(memory.failed) > 1

@@ -60,18 +60,23 @@ class JointGraphs:
         key = (*members, *joint.counts, *shapes)
         if not self._have_all_rows(members, joint):
             return compute(joint.to(self._device))
-        if key not in self._passes:
-            state = torch.cuda.default_generators[self._device.index or 0].get_state()
-            try:
-                self._passes[key] = self._capture(joint.to(self._device), compute)
-            except RuntimeError as error:
-                self._passes_enabled = False
-                self._passes.clear()
-                restore_generator(self._device, state)
-                self._say(f"joint passes are not replayed as CUDA graphs: {_reason(error)}")
-                return compute(joint.to(self._device))
+        if key not in self._passes and not self._add(key, joint, compute):
+            return compute(joint.to(self._device))
         pinned = {name: tensor.pin_memory() for name, tensor in joint.tensors().items()}
         return self._passes[key].replay(joint.with_tensors(pinned))
+
+    def _add(self, key: _Key, joint: JointBatch, compute: Compute) -> bool:
+        """Capture the pass of ``joint``; false if that is not possible."""
+        state = torch.cuda.default_generators[self._device.index or 0].get_state()
+        try:
+            self._passes[key] = self._capture(joint.to(self._device), compute)
+        except RuntimeError as error:
+            self._passes_enabled = False
+            self._passes.clear()
+            restore_generator(self._device, state)
+            self._say(f"joint passes are not replayed as CUDA graphs: {_reason(error)}")
+            return False
+        return True
 
     def _have_all_rows(self, members: Sequence[int], joint: JointBatch) -> bool:
         rows = {m: shape[0] for m, shape in zip(members, joint.layout.shapes, strict=True)}

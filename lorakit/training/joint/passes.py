@@ -93,13 +93,25 @@ class JointPasses:
         except Interrupted:
             raise
         except Exception as error:
-            self._gradients.clear(in_place=False)
-            self._forget_captured()
-            for member in requests:
-                self._parts[member].random.drawn = drawn[member]
-            if len(requests) == 1:
-                return dict.fromkeys(requests, error)
-            return self._apart(requests, error)
+            failure = error
+        else:
+            return self._update(requests, losses)
+        self._gradients.clear(in_place=False)
+        self._forget_captured()
+        for member in requests:
+            self._parts[member].random.drawn = drawn[member]
+        if len(requests) > 1 or isinstance(failure, torch.OutOfMemoryError):
+            # The frames of the traceback refer to the activations of the pass.
+            failure.__traceback__ = None
+        if len(requests) == 1:
+            return dict.fromkeys(requests, failure)
+        return self._apart(requests, failure)
+
+    def _update(
+        self, requests: Mapping[int, StepRequest], losses: Mapping[int, Sequence[Tensor]]
+    ) -> dict[int, StepResult | Exception]:
+        """Change the weights of the members whose passes gave ``losses``."""
+        assert self._gradients is not None
         self._gradients.share()
         scalars = self._updated(requests)
         results = {
