@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.kernels.joint_low_rank import Factors
 from lorakit.methods.adalora_layer import AdaLoraLayer
 from lorakit.methods.lora_layer import LoraLayer
 
@@ -102,14 +103,16 @@ class FactorStack(Stack):
         """B (out, r) is stored as (r, out) if ranks differ, so that each member's own is dense."""
         return {"lora_B"} if len(self._ranks) > 1 else set()
 
-    def factors(self, members: Sequence[int]) -> tuple[Tensor, Tensor, float | Tensor]:
-        """A (members, r, in), B (members, out, r) and the scaling of some members, in order."""
+    def factors(self, members: Sequence[int]) -> Factors:
+        """scaling * A (members, r, in) and B (members, out, r) of some members, in order."""
         A, B = (self.of(members, self.leaves[name]) for name in ("lora_A", "lora_B"))
         if "lora_E" in self.leaves:
             A = A * self.of(members, self.leaves["lora_E"])
-        scaling = self._scaling
-        own = self.of(members, scaling) if isinstance(scaling, Tensor) else scaling
-        return A, self._oriented("lora_B", B), own
+        if isinstance(self._scaling, Tensor):
+            A = A * self.of(members, self._scaling)
+        elif self._scaling != 1:
+            A = A * self._scaling
+        return A, self._oriented("lora_B", B)
 
 
 def _shared_value(values: Sequence[float]) -> float | Tensor:

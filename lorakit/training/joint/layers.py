@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorakit.kernels.joint_low_rank import Run, joint_lora_add_
+from lorakit.kernels.joint_low_rank import Factors, joint_lora_add_, joint_lora_linear
 from lorakit.layers import AdapterLayer, CompositeLayer
 from lorakit.methods.lora_layer import LoraLayer
 from lorakit.models.master_weights import cast_inputs
@@ -137,34 +137,41 @@ class JointLayer(nn.Module):
         count = len(self._current.members)
         if count > 1 and self._current.layout.split_dim(x) is None:
             raise NotSplit
-        flat = x.reshape(-1, x.shape[-1])
-        y: Tensor = self.base_layer(flat)
-        out = self._adapted(flat.view(count, -1, flat.shape[1]), y.view(count, -1, y.shape[1]))
-        return out.view(*x.shape[:-1], y.shape[1])
+        y = self._adapted(x.reshape(count, -1, x.shape[-1]))
+        return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _adapted(self, x: Tensor, y: Tensor) -> Tensor:
-        """``x`` (members, n, in) and ``y`` (members, n, out), which is overwritten."""
+    def _adapted(self, x: Tensor) -> Tensor:
+        """The outputs for ``x`` (members, n, in)."""
         members = self._current.members
         stacked: set[int] = set()
         runs, factors = [], []
         for stack in self.stacks:
             if chosen := [member for member in stack.members if member in members]:
                 start = members.index(chosen[0])
-                A, B, scaling = stack.factors(chosen)
-                runs.append(Run(start, start + len(chosen), scaling))
-                factors.append((A, B))
+                runs.append(slice(start, start + len(chosen)))
+                factors.append(stack.factors(chosen))
                 stacked |= {*chosen}
-        if runs:
-            y = joint_lora_add_(y, self._dropped(stacked, x), runs, factors)
+        y = self._stacked_outputs(x, stacked, runs, factors)
         rest: dict[int, Any] = {m: self.own[m] for m in members if m not in stacked}
         if all(layer is None for layer in rest.values()):
             return y
-        parts = list(y.unbind(0))
+        parts = list(y.view(len(members), -1, y.shape[-1]).unbind(0))
         for place, member in enumerate(members):
             if (layer := rest.get(member)) is not None:
                 with self._current.only(place):
                     parts[place] = layer.update(x[place], parts[place].clone())
         return torch.stack(parts)
+
+    def _stacked_outputs(
+        self, x: Tensor, stacked: set[int], runs: list[slice], factors: list[Factors]
+    ) -> Tensor:
+        """The base's outputs and the updates of the members that are ``stacked``."""
+        dropped = self._dropped(stacked, x)
+        base: Any = self.base_layer
+        if runs and dropped is x and is_frozen_linear(base, x):
+            return joint_lora_linear(x, base.weight, base.bias, runs, factors)
+        y: Tensor = base(x.flatten(0, 1))
+        return joint_lora_add_(y, dropped, runs, factors) if runs else y
 
     def _dropped(self, stacked: set[int], x: Tensor) -> Tensor:
         """``x`` with the dropout of the layers of ``stacked``."""
@@ -180,6 +187,16 @@ class JointLayer(nn.Module):
                 with self._current.only(place):
                     parts[place] = F.dropout(parts[place], rate)
         return torch.stack(parts)
+
+
+def is_frozen_linear(layer: Any, x: Tensor) -> bool:
+    """Whether the layer computes W x + b of a frozen W in the dtype of ``x``, and nothing else."""
+    return (
+        type(layer) is nn.Linear
+        and not any(p.requires_grad or p.dtype != x.dtype for p in layer.parameters())
+        and not (layer._forward_pre_hooks or layer._forward_hooks)
+        and not torch.is_autocast_enabled(x.device.type)
+    )
 
 
 def shares_base(layer: nn.Module | None) -> bool:
