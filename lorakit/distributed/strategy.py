@@ -89,8 +89,9 @@ class Strategy:
     def clip_grad_norm(self, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
         """Undo the loss scaling, clip to ``max_norm`` and return the norm before clipping."""
         self.accelerator.unscale_gradients()
-        # Sums depend on the order in memory, and so on the other members of a joint training.
-        gradients = [p.grad.contiguous() for p in parameters if p.grad is not None]
+        # Sums depend on the order in memory, which must not depend on anything else. That of a
+        # transposed matrix, as in a joint training, needs no copy.
+        gradients = [_dense(p.grad) for p in parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         return norm
@@ -98,6 +99,12 @@ class Strategy:
     def reduce_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
         """Add up the gradients of all processes, and return the sum of their ``loss``."""
         return loss
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """The elements without gaps between them."""
+    is_transposed = gradient.ndim == 2 and gradient.mT.is_contiguous()
+    return gradient.mT if is_transposed else gradient.contiguous()
 
 
 class DataParallel(Strategy):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from lorakit.methods.adalora_layer import AdaLoraLayer
 from lorakit.methods.lora_layer import LoraLayer
-from lorakit.training.joint.bank import FactorStack, match_strides, stacks_of
+from lorakit.training.joint.bank import FactorStack, StagedStacks, match_strides, stacks_of
 from lorakit.training.joint.parts import LEAST_ROWS, Part, members_of_passes
 
 IN, OUT = 6, 5
@@ -120,3 +123,60 @@ def test_members_with_the_same_batches_share_passes_of_enough_rows() -> None:
     assert groups(0, 1, 2, 3) == [[0, 1], [2, 3]]
     assert groups(0, 0, 1, 1, rows=LEAST_ROWS // 4) == [[0, 1, 2, 3]]
     assert groups(0, 1, rows=None) == [[0, 1]]
+
+
+def outputs_and_gradients(
+    own: dict[int, nn.Module | None], members: tuple[int, ...], staged: bool
+) -> list[Tensor]:
+    """Of two passes of some ``members``, after a first one of all."""
+    stacks = stacks_of(own, padded=own)
+    every = (0, 1, 2)
+    torch.manual_seed(1)
+    found = []
+    held: StagedStacks | None = None
+    for chosen in (every, members, members):
+        x = torch.randn(len(chosen), 4, IN, dtype=torch.bfloat16)
+        with held.training(chosen) if held is not None else nullcontext():
+            [stack] = [stack for stack in stacks if {*chosen} <= {*stack.members}]
+            A, B = (factor.to(x.dtype) for factor in stack.factors(chosen))
+            y = x @ A.mT @ B.mT
+            y.sum().backward()
+        found.append(y.detach())
+        if held is None and staged:
+            held = StagedStacks(stacks, torch.bfloat16)
+    if held is not None:
+        held.release()
+        assert stacks[0].staged is None
+    leaves = stacks[0].leaves.values()
+    return [*found, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+@pytest.mark.parametrize("members", [(0, 1, 2), (1, 2)])
+@pytest.mark.parametrize("kind", ["lora", "adalora"])
+def test_staged_factors_give_the_same_to_the_bit(kind: str, members: tuple[int, ...]) -> None:
+    def own() -> dict[int, nn.Module | None]:
+        torch.manual_seed(0)
+        found: dict[int, nn.Module | None] = {}
+        for member, r in enumerate((3, 1, 2)):
+            layer_class = AdaLoraLayer if kind == "adalora" else LoraLayer
+            found[member] = layer = layer_class(nn.Linear(IN, OUT), r=r, scaling=16 / r)
+            for factor in layer.adapter_parameters().values():
+                nn.init.normal_(factor)
+        return found
+
+    plain, staged = (outputs_and_gradients(own(), members, each) for each in (False, True))
+    assert len(plain) == 3 + (3 if kind == "adalora" else 2)
+    for one, other in zip(plain, staged, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_order_in_memory_does_not_depend_on_other_members() -> None:
+    own = layers(3, 3, 2)
+    strides = []
+    for chosen in ((0, 1), (0, 2), (0,)):
+        [stack] = stacks_of({member: own[member] for member in chosen}, padded=own)
+        strides.append([parameter.stride() for parameter in factors(own[0] or nn.Identity())])
+        assert stack.members[0] == 0
+    assert strides[0] == strides[1] == strides[2]
+    [stack] = stacks_of({0: own[0], 1: own[1]}, padded=())
+    assert factors(own[0] or nn.Identity())[1].is_contiguous()

@@ -24,7 +24,7 @@ class StagedFactors:
 
     def __init__(self, layers: Iterable[AdapterLayer], dtype: torch.dtype) -> None:
         self._layers: list[Any] = [layer for layer in layers if _can_stage(layer)]
-        self._groups: list[_Group] = []
+        self._groups: list[StagedGroup] = []
         staged: dict[tuple[int, str], Tensor] = {}
         for name in ("lora_A", "lora_B"):
             by_shape: dict[tuple[torch.Size, bool], list[int]] = {}
@@ -34,7 +34,7 @@ class StagedFactors:
             for (_, scaled), indices in by_shape.items():
                 members = [self._layers[i] for i in indices]
                 scales = [layer.lora_E for layer in members] if scaled else None
-                group = _Group([getattr(layer, name) for layer in members], scales, dtype)
+                group = StagedGroup([getattr(layer, name) for layer in members], scales, dtype)
                 self._groups.append(group)
                 staged |= {(i, name): leaf for i, leaf in zip(indices, group.leaves, strict=True)}
         for index, layer in enumerate(self._layers):
@@ -61,14 +61,18 @@ def _can_stage(layer: AdapterLayer) -> bool:
     return layer.initial_A is None and all(factor.grad is not None for factor in factors)
 
 
-class _Group:
-    """Factors of equal shape (r, in) or (out, r). With ``scales`` (r, 1), the staged value is
-    scale * factor."""
+class StagedGroup:
+    """Factors of equal shape, whose gradients are kept. The staged value is ``scaling`` * scale *
+    factor, with ``scales`` for the factors, which are trained too."""
 
     def __init__(
-        self, factors: Sequence[Tensor], scales: Sequence[Tensor] | None, dtype: torch.dtype
+        self,
+        factors: Sequence[Tensor],
+        scales: Sequence[Tensor] | None,
+        dtype: torch.dtype,
+        scaling: float | Tensor = 1.0,
     ) -> None:
-        self._factors, self._scales = list(factors), scales
+        self._factors, self._scales, self._scaling = list(factors), scales, scaling
         shape = (len(factors), *factors[0].shape)
         self._staged = torch.empty(shape, dtype=dtype, device=factors[0].device)
         self._gradients = torch.zeros_like(self._staged)
@@ -80,16 +84,20 @@ class _Group:
         values = torch.stack(self._factors)
         if self._scales is not None:
             values = values * torch.stack(list(self._scales))
-        self._staged.copy_(values)
+        self._staged.copy_(self._scaled(values))
 
     def collect(self) -> None:
-        gradients = self._gradients.float()
+        gradients = self._scaled(self._gradients.float())
         if self._scales is not None:
             by_scale = (gradients * torch.stack(self._factors)).sum(-1, keepdim=True)
             _add_to_gradients(self._scales, by_scale)
             gradients = gradients * torch.stack(list(self._scales))
         _add_to_gradients(self._factors, gradients)
         self._gradients.zero_()
+
+    def _scaled(self, values: Tensor) -> Tensor:
+        is_one = isinstance(self._scaling, float) and self._scaling == 1
+        return values if is_one else values * self._scaling
 
 
 def _add_to_gradients(tensors: Sequence[Tensor], gradients: Tensor) -> None:

@@ -8,7 +8,8 @@ whose gradients are exactly zero.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from lorakit.kernels.joint_low_rank import Factors
 from lorakit.methods.adalora_layer import AdaLoraLayer
 from lorakit.methods.lora_layer import LoraLayer
+from lorakit.training.engine.staging import StagedGroup
 
 #: Products of lower ranks take as long as those of this one.
 _TILE = 16
@@ -90,29 +92,79 @@ class Stack:
 
 
 class FactorStack(Stack):
-    """The factors of layers of one class."""
+    """The factors of layers of one class. With ``transposed``, B (out, r) is stored as (r, out), so
+    that each member's own is dense although ranks differ. ``staged`` are those of ``factors`` for
+    the pass that runs, see ``StagedStacks``."""
 
-    def __init__(self, layers: Mapping[int, LoraLayer]) -> None:
-        self._ranks = {layer.r for layer in layers.values()}
+    staged: Factors | None = None
+
+    def __init__(self, layers: Mapping[int, LoraLayer], transposed: bool) -> None:
+        self._is_transposed = transposed
         super().__init__({m: layer.adapter_parameters() for m, layer in layers.items()})
-        self._scaling: float | Tensor = _shared_value([x.scaling for x in layers.values()])
-        if isinstance(self._scaling, Tensor):
-            self._scaling = self._scaling.view(-1, 1, 1).to(self.leaves["lora_A"].device)
+        self.scaling: float | Tensor = _shared_value([x.scaling for x in layers.values()])
+        if isinstance(self.scaling, Tensor):
+            self.scaling = self.scaling.view(-1, 1, 1).to(self.leaves["lora_A"].device)
 
     def _names_to_transpose(self) -> set[str]:
-        """B (out, r) is stored as (r, out) if ranks differ, so that each member's own is dense."""
-        return {"lora_B"} if len(self._ranks) > 1 else set()
+        return {"lora_B"} if self._is_transposed else set()
 
     def factors(self, members: Sequence[int]) -> Factors:
         """scaling * A (members, r, in) and B (members, out, r) of some members, in order."""
+        if self.staged is not None and torch.is_grad_enabled():
+            A, B = (self.of(members, leaf) for leaf in self.staged)
+            return A, self._oriented("lora_B", B)
         A, B = (self.of(members, self.leaves[name]) for name in ("lora_A", "lora_B"))
         if "lora_E" in self.leaves:
             A = A * self.of(members, self.leaves["lora_E"])
-        if isinstance(self._scaling, Tensor):
-            A = A * self.of(members, self._scaling)
-        elif self._scaling != 1:
-            A = A * self._scaling
+        if isinstance(self.scaling, Tensor):
+            A = A * self.of(members, self.scaling)
+        elif self.scaling != 1:
+            A = A * self.scaling
         return A, self._oriented("lora_B", B)
+
+
+class StagedStacks:
+    """Casts the factors of ``stacks`` to ``dtype`` in a few kernels per pass, as ``StagedFactors``
+    does for a single run. Those without gradients yet are left out."""
+
+    def __init__(self, stacks: Iterable[Stack], dtype: torch.dtype) -> None:
+        alike: dict[tuple[object, ...], list[FactorStack]] = {}
+        for stack in stacks:
+            has_gradients = all(leaf.grad is not None for leaf in stack.leaves.values())
+            if isinstance(stack, FactorStack) and has_gradients:
+                scaling = stack.scaling
+                values = scaling.flatten().tolist() if isinstance(scaling, Tensor) else [scaling]
+                shapes = {name: leaf.shape for name, leaf in stack.leaves.items()}
+                key = (stack.members, *values, *shapes.items())
+                alike.setdefault(key, []).append(stack)
+        self._stacks = [stack for group in alike.values() for stack in group]
+        self._groups: list[tuple[set[int], StagedGroup]] = []
+        for group in alike.values():
+            A, B = ([stack.leaves[name] for stack in group] for name in ("lora_A", "lora_B"))
+            has_scales = "lora_E" in group[0].leaves
+            scales = [stack.leaves["lora_E"] for stack in group] if has_scales else None
+            staged_A = StagedGroup(A, scales, dtype, group[0].scaling)
+            staged_B = StagedGroup(B, None, dtype)
+            self._groups += [({*group[0].members}, each) for each in (staged_A, staged_B)]
+            for stack, *leaves in zip(group, staged_A.leaves, staged_B.leaves, strict=True):
+                stack.staged = leaves[0], leaves[1]
+
+    def release(self) -> None:
+        """Let the stacks cast their factors themselves."""
+        for stack in self._stacks:
+            stack.staged = None
+
+    @contextmanager
+    def training(self, members: Collection[int]) -> Iterator[None]:
+        """A pass of ``members`` and its backward pass run during the block."""
+        groups = [each for own, each in self._groups if not own.isdisjoint(members)]
+        with torch.no_grad():
+            for group in groups:
+                group.refresh()
+        yield
+        with torch.no_grad():
+            for group in groups:
+                group.collect()
 
 
 def _shared_value(values: Sequence[float]) -> float | Tensor:
@@ -121,18 +173,22 @@ def _shared_value(values: Sequence[float]) -> float | Tensor:
 
 def stacks_of(layers: Mapping[int, nn.Module | None], padded: Collection[int]) -> list[FactorStack]:
     """Stack the factors of one module; ``layers`` are those of all members, in their order. Only
-    those of ``padded`` members may be stacked with others of a higher rank."""
+    those of ``padded`` members may be stored transposed, and stacked with others of a higher rank.
+    """
     groups: list[dict[int, LoraLayer]] = []
     before: int | None = None
     for member, layer in layers.items():
         if not isinstance(layer, LoraLayer) or not can_stack(layer):
             before = None
             continue
-        if before is None or not _fits(groups[-1], layer, {before, member} <= {*padded}):
+        alike = before is not None and (before in padded) == (member in padded)
+        if not alike or not _fits(groups[-1], layer, member in padded):
             groups.append({})
         groups[-1][member] = layer
         before = member
-    return [FactorStack(group) for group in groups]
+    # For any rank: the order in memory of a member's weights, in which norms are summed, must not
+    # depend on the other members.
+    return [FactorStack(group, transposed=next(iter(group)) in padded) for group in groups]
 
 
 def _fits(group: Mapping[int, LoraLayer], layer: LoraLayer, padded: bool) -> bool:

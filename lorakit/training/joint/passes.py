@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import Interrupted
+from lorakit.models.master_weights import base_dtype
 from lorakit.pipeline.task_data import Say
 from lorakit.training.engine import StepResult
-from lorakit.training.joint.bank import Gradients, match_strides
+from lorakit.training.joint.bank import Gradients, Stack, StagedStacks, match_strides
 from lorakit.training.joint.batches import Joiner, JointBatch
 from lorakit.training.joint.graphs import JointGraphs
 from lorakit.training.joint.layout import NotSplit
@@ -43,6 +44,8 @@ class JointPasses:
         self._joiner, self._graphs, self._say = joiner, graphs, say
         self._most = 1 if trunk.separate else len(parts)
         self._gradients: Gradients | None = None
+        self._stacks: list[Stack] = []
+        self._staged: StagedStacks | None = None
         self._passes: list[list[int]] = []
         # Members of which an eager pass has initialized libraries and allocated the gradients.
         self._warm: set[int] = set()
@@ -69,7 +72,7 @@ class JointPasses:
         """Stack the factors of the members that are left."""
         parts = {member: self._parts[member] for member in self._trunk.order}
         self._passes = [list(parts)] if self._graphs is None else members_of_passes(parts)
-        stacks = self._trunk.stack(self._passes)
+        self._stacks = stacks = self._trunk.stack(self._passes)
         for part in self._parts.values():
             match_strides(part.engine.optimizer)
         stacked = {id(p) for stack in stacks for p in stack.parameters()}
@@ -82,6 +85,9 @@ class JointPasses:
     def _forget_captured(self) -> None:
         """Drop the graphs, since the gradients that they refer to have been freed."""
         self._warm.clear()
+        if self._staged is not None:
+            self._staged.release()
+            self._staged = None
         if self._graphs is not None:
             self._graphs.forget()
 
@@ -193,13 +199,21 @@ class JointPasses:
             return self._pass(joint)
         if not self._warm.issuperset(members):
             return self._pass(joint.to(self._objective.model.device))
+        if self._staged is None and self._warm.issuperset(self._parts):
+            self._stage()
         return self._graphs.run(members, joint, self._pass)
+
+    def _stage(self) -> None:
+        dtype = base_dtype(self._objective.model)
+        self._staged = StagedStacks(self._stacks if dtype != torch.float32 else (), dtype)
 
     def _pass(self, joint: JointBatch) -> Tensor:
         """Add the gradients of the members' losses times their factors; return these (members,)."""
         current = self._trunk.current
         parts = [self._parts[member] for member in current.members]
         with ExitStack() as stack:
+            if self._staged is not None:
+                stack.enter_context(self._staged.training(current.members))
             if self._graphs is None:
                 dropout = MemberDropout([part.random for part in parts], joint.layout)
                 current.dropout = stack.enter_context(dropout)
