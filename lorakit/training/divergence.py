@@ -129,8 +129,16 @@ def nonfinite_step(scalars: StepScalars, scales_loss: bool, cause: str) -> str |
 
 def nonfinite_weight(weights: Mapping[str, Tensor]) -> str | None:
     """Return the name of the first weight that is not finite; waits for the device once."""
-    finite = torch.stack([weight.detach().isfinite().all() for weight in weights.values()])
-    flags = zip(weights, finite.tolist(), strict=True)
+    found = {
+        name: weight.detach()
+        for name, weight in weights.items()
+        if weight.numel() and weight.is_floating_point()
+    }
+    if not found:
+        return None
+    # The largest magnitude of each, in few kernels; that of a tensor with a NaN is NaN.
+    largest = torch.stack(torch._foreach_norm(list(found.values()), math.inf))
+    flags = zip(found, largest.isfinite().tolist(), strict=True)
     return next((name for name, is_finite in flags if not is_finite), None)
 
 

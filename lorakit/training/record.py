@@ -177,7 +177,9 @@ def git_commit() -> str | None:
 def peak_memory_bytes(device: torch.device) -> int:
     """Return the peak memory allocated on the GPU, or by the process if it runs on the CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        # max_memory_allocated collects and sorts a hundred other numbers too.
+        found = torch.cuda.memory.memory_stats_as_nested_dict(device)
+        return int(found["allocated_bytes"]["all"]["peak"]) if found else 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import lorakit
-from lorakit.training.divergence import AsyncScalars
+from lorakit.training.divergence import AsyncScalars, nonfinite_weight
+from lorakit.training.record import peak_memory_bytes
 from tests.training.engines import built
 
 pytestmark = pytest.mark.gpu
@@ -124,3 +125,19 @@ def test_options_that_change_no_number_much(
         )
     )
     assert other.metrics["loss"] == pytest.approx(plain.metrics["loss"], abs=0.05)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("place", [0, 70_000, -1])
+def test_nonfinite_weights_are_found(dtype: torch.dtype, bad: float, place: int) -> None:
+    """In any part of a weight that several blocks of threads read."""
+    weights = {name: torch.ones(300, 301, dtype=dtype, device="cuda") for name in "abc"}
+    assert nonfinite_weight(weights) is None
+    weights["b"].view(-1)[place] = bad
+    assert nonfinite_weight(weights) == "b"
+
+
+def test_the_peak_is_that_of_the_allocator() -> None:
+    tensor = torch.empty(2**20, device="cuda")
+    assert peak_memory_bytes(tensor.device) == torch.cuda.max_memory_allocated() >= 2**22

@@ -63,10 +63,19 @@ def test_a_gradient_that_overflows_is_skipped_in_float16_only() -> None:
     assert nonfinite_step(values([math.nan], [1.0]), scales_loss=True, cause=CAUSE) is not None
 
 
-def test_nonfinite_weights() -> None:
-    weights = {"a": torch.ones(2), "b": torch.tensor([1.0, math.inf]), "c": torch.tensor(math.nan)}
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nonfinite_weights(dtype: torch.dtype, bad: float) -> None:
+    weights = {name: torch.ones(2, 3, dtype=dtype) for name in "abc"} | {
+        "empty": torch.zeros(0, 3, dtype=dtype),
+        "scalar": torch.zeros((), dtype=torch.float32),
+        "count": torch.ones(2, dtype=torch.int64),
+    }
+    weights["large"] = torch.full((2,), torch.finfo(dtype).max, dtype=dtype)
+    assert nonfinite_weight(weights) is None
+    weights["b"][1, 0] = bad
     assert nonfinite_weight(weights) == "b"
-    assert nonfinite_weight({"a": torch.ones(2)}) is None
+    assert nonfinite_weight({"empty": weights["empty"]}) is None
 
 
 @pytest.mark.parametrize(
