@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_seed
-from torch.optim.lr_scheduler import LRScheduler
 
 from lorakit import registry
 from lorakit.data.plan import StepSource
@@ -46,6 +44,7 @@ from lorakit.training.engine.probe import GradientProbe
 from lorakit.training.execution import Execution, choose_execution
 from lorakit.training.fast_layers import compile_layers, fuse_layers
 from lorakit.training.guard import Guard
+from lorakit.training.learning_rate import build_scheduler, check_warmup
 from lorakit.training.loop import Loop
 from lorakit.training.memory import out_of_memory
 from lorakit.training.offload import LayerStore, offload_layers
@@ -282,39 +281,6 @@ def build_optimizer(
 
     optimizer: torch.optim.Optimizer = AdamW8bit(groups, **adam)
     return optimizer
-
-
-def build_scheduler(
-    optimizer: torch.optim.Optimizer, section: TrainSection, total_steps: int
-) -> LRScheduler:
-    """Linear warmup from 0 to the peak, then ``section.lr_scheduler`` for the remaining steps."""
-    from transformers import get_scheduler
-
-    warmup_steps = resolve_warmup_steps(section, total_steps)
-    name: str = section.lr_scheduler
-    if name == "constant" and warmup_steps:
-        name = "constant_with_warmup"
-    scheduler: LRScheduler = get_scheduler(
-        name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps
-    )
-    return scheduler
-
-
-def check_warmup(section: TrainSection, total_steps: int) -> None:
-    """Raise UserError for a warmup that is longer than the run."""
-    if section.warmup_steps is not None and section.warmup_steps > total_steps:
-        raise UserError(
-            f"train.warmup_steps = {section.warmup_steps}: longer than the run of {total_steps} "
-            f"steps; allowed: 0 to {total_steps}"
-        )
-
-
-def resolve_warmup_steps(section: TrainSection, total_steps: int) -> int:
-    """Return ``warmup_steps``, or ``warmup_ratio`` of all steps, rounded up but at least one step
-    less than the run."""
-    if section.warmup_steps is not None:
-        return section.warmup_steps
-    return min(math.ceil((section.warmup_ratio or 0.0) * total_steps), total_steps - 1)
 
 
 def _requested_modules(prepared: Prepared) -> list[str]:

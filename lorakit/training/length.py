@@ -9,7 +9,8 @@ from lorakit.errors import UserError, counted, shown
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.load import load_recipe
 from lorakit.recipe.sections import TrainSection
-from lorakit.training.build import build_scheduler, resolve_warmup_steps, total_steps
+from lorakit.training.build import total_steps
+from lorakit.training.learning_rate import build_scheduler, resolve_warmup_steps
 from lorakit.training.output_dir import Start
 from lorakit.training.setup import Prepared
 
@@ -63,6 +64,5 @@ def _rates(section: TrainSection, total: int, step: int) -> list[float]:
     """The learning rates of the first ``step`` steps and the next one, as shares of the peak."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     scheduler = build_scheduler(optimizer, section, total)
-    assert isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR)
     [rate] = scheduler.lr_lambdas
     return [float(rate(at)) for at in range(step + 1)]

@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 _SERVER = """
 import gc, json, os, sys
 import datasets, transformers.models.bert.modeling_bert, transformers.models.llama.modeling_llama
-import lorakit.cli.main, lorakit.training.run, transformers.optimization
+import lorakit.cli.main, lorakit.training.run
 from tests.training.processes import in_child
 gc.freeze()  # otherwise each child's garbage collection would copy its memory
 for line in sys.stdin:
