@@ -63,7 +63,8 @@ def _can_stage(layer: AdapterLayer) -> bool:
 
 class StagedGroup:
     """Factors of equal shape, whose gradients are kept. The staged value is ``scaling`` * scale *
-    factor, with ``scales`` for the factors, which are trained too."""
+    factor, with ``scales`` for the factors, which are trained too. A pass computes each gradient of
+    the staged ``leaves`` anew, since adding it to zeros would take a kernel for each."""
 
     def __init__(
         self,
@@ -75,25 +76,24 @@ class StagedGroup:
         self._factors, self._scales, self._scaling = list(factors), scales, scaling
         shape = (len(factors), *factors[0].shape)
         self._staged = torch.empty(shape, dtype=dtype, device=factors[0].device)
-        self._gradients = torch.zeros_like(self._staged)
         self.leaves = [part.detach().requires_grad_() for part in self._staged.unbind(0)]
-        for leaf, gradient in zip(self.leaves, self._gradients.unbind(0), strict=True):
-            leaf.grad = gradient
 
     def refresh(self) -> None:
         values = torch.stack(self._factors)
         if self._scales is not None:
             values = values * torch.stack(list(self._scales))
         self._staged.copy_(self._scaled(values))
+        for leaf in self.leaves:
+            leaf.grad = None
 
     def collect(self) -> None:
-        gradients = self._scaled(self._gradients.float())
+        found = [torch.zeros_like(x) if x.grad is None else x.grad for x in self.leaves]
+        gradients = self._scaled(torch.stack(found).float())
         if self._scales is not None:
             by_scale = (gradients * torch.stack(self._factors)).sum(-1, keepdim=True)
             _add_to_gradients(self._scales, by_scale)
             gradients = gradients * torch.stack(list(self._scales))
         _add_to_gradients(self._factors, gradients)
-        self._gradients.zero_()
 
     def _scaled(self, values: Tensor) -> Tensor:
         is_one = isinstance(self._scaling, float) and self._scaling == 1
