@@ -67,9 +67,12 @@ def test_two_gpus_equal_one(variant: str, wide_llama: Path, tmp_path: Path) -> N
         )
         for variables in environments(2)
     ]  # fmt: skip
+    said = ""
     for process in processes:
         _, err = process.communicate(timeout=240)
         assert process.returncode == 0, err
+        said += err
+    assert ("are not sharded" in said) == (variant == "small")
     runs = tmp_path / "alone" / "run", tmp_path / "shared" / "run"
     tolerance = 2e-2 if variant in ("compiled", "small") else 1e-4
     for one, other in zip(*map(log_lines, runs), strict=True):
