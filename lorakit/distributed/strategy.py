@@ -89,8 +89,8 @@ class Strategy:
     def clip_grad_norm(self, parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
         """Undo the loss scaling, clip to ``max_norm`` and return the norm before clipping."""
         self.accelerator.unscale_gradients()
-        # Sums depend on the order in memory, which must not depend on anything else. That of a
-        # transposed matrix, as in a joint training, needs no copy.
+        # Sums depend on the order in memory, which must not depend on the other members of a joint
+        # training. That of a transposed matrix, as all B are there, needs no copy.
         gradients = [_dense(p.grad) for p in parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
@@ -103,8 +103,9 @@ class Strategy:
 
 def _dense(gradient: Tensor) -> Tensor:
     """The elements without gaps between them."""
-    is_transposed = gradient.ndim == 2 and gradient.mT.is_contiguous()
-    return gradient.mT if is_transposed else gradient.contiguous()
+    if gradient.is_contiguous() or gradient.ndim != 2:
+        return gradient.contiguous()
+    return gradient.mT.contiguous()
 
 
 class DataParallel(Strategy):

@@ -1,7 +1,8 @@
 """The learning rate of each step, as a share of its peak.
 
-The formulas are those of ``transformers.get_scheduler``, to the bit. Importing that module takes a
-second where PEFT and bitsandbytes are installed.
+The rates are those of ``transformers.get_scheduler`` to the bit, except where that fails: with
+``polynomial`` after a warmup of all steps, or below its last rate. Importing it takes a second
+where PEFT and bitsandbytes are installed.
 """
 
 from __future__ import annotations
@@ -28,8 +29,13 @@ def build_scheduler(
     optimizer: torch.optim.Optimizer, section: TrainSection, total_steps: int
 ) -> LambdaLR:
     """Linear warmup from 0 to the peak, then ``section.lr_scheduler`` for the remaining steps."""
+    return LambdaLR(optimizer, shares_of_peak(section, total_steps))
+
+
+def shares_of_peak(section: TrainSection, total_steps: int) -> Callable[[int], float]:
+    """Return a function from the steps taken so far to the next step's share of the peak."""
     warmup_steps = resolve_warmup_steps(section, total_steps)
-    return LambdaLR(optimizer, partial(_share, _shape_of(section), warmup_steps, total_steps))
+    return partial(_share, _shape_of(section), warmup_steps, total_steps)
 
 
 def check_warmup(section: TrainSection, total_steps: int) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-
 from lorakit.data.plan import StepSource
 from lorakit.errors import UserError, counted, shown
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.load import load_recipe
 from lorakit.recipe.sections import TrainSection
 from lorakit.training.build import total_steps
-from lorakit.training.learning_rate import build_scheduler, resolve_warmup_steps
+from lorakit.training.learning_rate import resolve_warmup_steps, shares_of_peak
 from lorakit.training.output_dir import Start
 from lorakit.training.setup import Prepared
 
@@ -62,7 +60,4 @@ def _difference(prepared: Prepared, before: int, now: int, step: int) -> str | N
 
 def _rates(section: TrainSection, total: int, step: int) -> list[float]:
     """The learning rates of the first ``step`` steps and the next one, as shares of the peak."""
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    scheduler = build_scheduler(optimizer, section, total)
-    [rate] = scheduler.lr_lambdas
-    return [float(rate(at)) for at in range(step + 1)]
+    return [*map(shares_of_peak(section, total), range(step + 1))]

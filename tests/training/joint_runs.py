@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import lorakit
 from lorakit.recipe.sections import Recipe
 from lorakit.training.joint import train_joint
 from lorakit.training.session import RunResult
+from tests.families import tiny
 from tests.training.runs import metrics_lines, run_json, tree, write_recipe_file
 
 TOLERANCE = 1e-5
@@ -37,6 +39,17 @@ def members(
             file.write_text(json.dumps(recipe))
         found.append(lorakit.load_recipe(file))
     return found
+
+
+def save_family(family: str, like: Path, folder: Path) -> Path:
+    """Write a random model of the family with the tokenizer of ``like``."""
+    shutil.copytree(like, folder)
+    for file in (*folder.glob("*.safetensors"), folder / "config.json"):
+        file.unlink()
+    positions = {"gpt2": {"n_positions": 256}, "bloom": {}}
+    changes = positions.get(family, {"max_position_embeddings": 256})
+    tiny(family, vocab_size=320, **changes).save_pretrained(folder)
+    return folder
 
 
 def train_together(recipes: list[Recipe], **options: Any) -> list[RunResult | Exception]:

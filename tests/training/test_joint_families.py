@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from tests.families import CAUSAL, tiny
-from tests.training.joint_runs import assert_equal_to_single_runs, members
+from tests.families import CAUSAL
+from tests.training.joint_runs import assert_equal_to_single_runs, members, save_family
 
 CHANGES: list[dict[str, Any]] = [
     {"train__seed": 1, "adapter__target_modules": ["q", "v"]},
@@ -21,21 +21,10 @@ CHANGES: list[dict[str, Any]] = [
 ]
 
 
-def saved(family: str, like: Path, folder: Path) -> Path:
-    """Write a random model of the family with the tokenizer of ``like``."""
-    shutil.copytree(like, folder)
-    for file in (*folder.glob("*.safetensors"), folder / "config.json"):
-        file.unlink()
-    positions = {"gpt2": {"n_positions": 256}, "bloom": {}}
-    changes = positions.get(family, {"max_position_embeddings": 256})
-    tiny(family, vocab_size=320, **changes).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("family", ["gpt2", "phi3", "bloom", "roberta", "albert", "modernbert"])
 def test_families(tiny_llama: Path, tiny_bert: Path, tmp_path: Path, family: str) -> None:
     causal = family in CAUSAL
-    model = saved(family, tiny_llama if causal else tiny_bert, tmp_path / "model")
+    model = save_family(family, tiny_llama if causal else tiny_bert, tmp_path / "model")
     common = {"train__epochs": 1} if causal else {"train__epochs": 1, "model__new_head": True}
     task = "completion" if causal else "glue/sst2"
     assert_equal_to_single_runs(members(tmp_path, model, task, CHANGES, **common), 2e-5)
@@ -43,7 +32,7 @@ def test_families(tiny_llama: Path, tiny_bert: Path, tmp_path: Path, family: str
 
 def test_a_table_that_all_rows_share(tiny_bert: Path, tmp_path: Path) -> None:
     """DeBERTa projects its table of relative positions with the adapted q and k."""
-    model = saved("deberta_v2", tiny_bert, tmp_path / "model")
+    model = save_family("deberta_v2", tiny_bert, tmp_path / "model")
     common = {"train__epochs": 1, "model__new_head": True}
     recipes = members(tmp_path, model, "glue/sst2", CHANGES[:2], **common)
     assert_equal_to_single_runs(recipes, 2e-5)

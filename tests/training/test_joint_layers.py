@@ -21,9 +21,19 @@ class OwnLinear(nn.Linear):
     """What is computed by its own code, such as a quantized layer."""
 
 
+class ViewLinear(nn.Linear):
+    """Outputs a view, as transformers' Conv1D does."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).view(*input.shape[:-1], OUT)
+
+
+BASES = {"own": OwnLinear, "view": ViewLinear}
+
+
 def base_of(kind: str) -> nn.Module:
     torch.manual_seed(0)
-    base = OwnLinear(IN, OUT) if kind == "own" else nn.Linear(IN, OUT)
+    base = BASES.get(kind, nn.Linear)(IN, OUT)
     if kind == "hooked":
         base.register_forward_hook(lambda module, args, output: 2 * output)
     return base.requires_grad_(False)
@@ -53,7 +63,7 @@ def graph(tensor: Tensor) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 1e-9])
-@pytest.mark.parametrize("kind", ["plain", "own", "hooked"])
+@pytest.mark.parametrize("kind", ["plain", "own", "view", "hooked"])
 def test_a_layer_computes_what_those_of_the_members_do(kind: str, dropout: float) -> None:
     base = base_of(kind)
     joint = joint_layer(base, dropout)
@@ -70,7 +80,16 @@ def test_a_layer_computes_what_those_of_the_members_do(kind: str, dropout: float
         torch.testing.assert_close(dx[part], gradient)
 
 
-@pytest.mark.parametrize("kind", ["plain", "own"])
+def test_calls_with_gradients_are_counted() -> None:
+    joint = joint_layer(base_of("plain"), dropout=0.0)
+    x = torch.randn(MEMBERS * ROWS, LENGTH, IN)
+    joint(x)
+    with torch.no_grad():
+        joint(x)
+    assert joint.calls == 1
+
+
+@pytest.mark.parametrize("kind", ["plain", "own", "view"])
 def test_gradients_of_outputs_are_not_copied(kind: str) -> None:
     """Autograd copies that of a view that is written to, several times."""
     x = torch.randn(MEMBERS * ROWS, LENGTH, IN, requires_grad=True)

@@ -120,6 +120,32 @@ def test_a_pass_that_does_not_fit_is_split(
         assert_equal_runs(result.output_dir, train_alone(recipe))
 
 
+def test_members_are_evaluated_at_the_same_time_although_passes_become_smaller(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    changes = [{"train__learning_rate": 1e-3 * (1 + index)} for index in range(8)]
+    recipes = members(
+        tmp_path, tiny_llama, "completion", changes, train__per_device_batch_size=4,
+        train__eval_every_steps=1, train__max_steps=4, train__epochs=None,
+    )  # fmt: skip
+    memory = Memory(16)
+    asked: list[tuple[int, int]] = []
+
+    def stop_at(index: int, step: int, metrics: dict[str, float] | None) -> bool:
+        asked.append((step, index))
+        if step == 2:
+            memory.rows = 8
+        return False
+
+    handle = register_module_forward_pre_hook(memory)
+    try:
+        train_together(recipes, stop_at=stop_at)
+    finally:
+        handle.remove()
+    assert len(memory.failed) == 2
+    assert asked == [(step, index) for step in (1, 2, 3) for index in range(8)]
+
+
 def test_a_member_that_does_not_fit_frees_its_memory(tiny_llama: Path, tmp_path: Path) -> None:
     """Although its error is kept while the others train."""
     sizes = [{"train__per_device_batch_size": size} for size in (8, 2)]

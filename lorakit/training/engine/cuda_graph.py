@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lorakit.data.collate import Batch
 from lorakit.layers import AdapterLayer
 from lorakit.training.engine.eager import EagerEngine
-from lorakit.training.engine.staging import StagedFactors
+from lorakit.training.engine.staging import StagedFactors, counted_calls
 from lorakit.training.random_states import random_states, restore_random_states
 
 #: The tensors of a batch: name -> shape.
@@ -62,6 +62,7 @@ class CudaGraphEngine(EagerEngine):
     rows: int | None
     compiled: bool = False
     _is_warm: bool = field(default=False, init=False)
+    _called_once: Sequence[AdapterLayer] = field(default=(), init=False)
     _staged: StagedFactors | None = field(default=None, init=False)
     _passes: dict[Shapes, _CapturedPass] = field(default_factory=dict, init=False)
     _enabled: bool = field(default=True, init=False)
@@ -80,7 +81,7 @@ class CudaGraphEngine(EagerEngine):
         if not self._is_warm:
             self._warm_up(batch)
         if self._staged is None and not self.compiled and self.dtype != torch.float32:
-            self._staged = StagedFactors(self.layers, self.dtype)
+            self._staged = StagedFactors(self._called_once, self.dtype)
         captured = self._captured(batch)
         if captured is None:
             return self._pass(batch, factor)
@@ -91,7 +92,10 @@ class CudaGraphEngine(EagerEngine):
         the first step after a resume, too, is then a replay, as in a run that was not interrupted.
         """
         states = random_states()
-        super()._forward_backward(batch, 1.0)
+        layers = () if self.compiled else self.layers  # compiled code would see the hooks
+        with counted_calls(layers) as calls:
+            super()._forward_backward(batch, 1.0)
+        self._called_once = [x for x, count in zip(layers, calls, strict=True) if count == 1]
         restore_random_states([states])
         self.discard_gradients()
         self._is_warm = True

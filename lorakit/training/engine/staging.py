@@ -7,11 +7,13 @@ to the float32 ones after the pass: the same numbers, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorakit.layers import AdapterLayer
 from lorakit.methods.adalora_layer import AdaLoraLayer
@@ -20,7 +22,8 @@ from lorakit.methods.lora_layer import LoraLayer
 
 class StagedFactors:
     """Half-precision factors of those ``layers`` that compute y = W x + scaling * B A x, or
-    AdaLoRA's P Lambda Q x with A = Lambda Q."""
+    AdaLoRA's P Lambda Q x with A = Lambda Q. A pass calls each layer once: the gradients of several
+    calls would be added in half precision."""
 
     def __init__(self, layers: Iterable[AdapterLayer], dtype: torch.dtype) -> None:
         self._layers: list[Any] = [layer for layer in layers if _can_stage(layer)]
@@ -53,6 +56,22 @@ class StagedFactors:
             group.collect()
 
 
+@contextmanager
+def counted_calls(layers: Sequence[nn.Module]) -> Iterator[list[int]]:
+    """How often the block calls each of ``layers``; more than once in models that share them."""
+    calls = [0] * len(layers)
+
+    def hook(place: int, *_: object) -> None:
+        calls[place] += 1
+
+    handles = [each.register_forward_hook(partial(hook, i)) for i, each in enumerate(layers)]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _can_stage(layer: AdapterLayer) -> bool:
     """Other subclasses of ``LoraLayer`` need the factors in float32."""
     if not isinstance(layer, LoraLayer) or type(layer) not in (LoraLayer, AdaLoraLayer):
@@ -62,9 +81,11 @@ def _can_stage(layer: AdapterLayer) -> bool:
 
 
 class StagedGroup:
-    """Factors of equal shape, whose gradients are kept. The staged value is ``scaling`` * scale *
-    factor, with ``scales`` for the factors, which are trained too. A pass computes each gradient of
-    the staged ``leaves`` anew, since adding it to zeros would take a kernel for each."""
+    """Factors of equal shape, staged as ``scaling`` * factor, or ``scaling`` * scale * factor with
+    one of ``scales``, which are trained too, for each. All of these have gradients already.
+
+    A pass uses each of the ``leaves`` once and computes its gradient anew: adding it to zeros would
+    take a kernel for each."""
 
     def __init__(
         self,

@@ -125,13 +125,13 @@ class FactorStack(Stack):
 
 class StagedStacks:
     """Casts the factors of ``stacks`` to ``dtype`` in a few kernels per pass, as ``StagedFactors``
-    does for a single run. Those without gradients yet are left out."""
+    does for a single run. A pass uses each stack once. Those without gradients yet are left out.
+    """
 
-    def __init__(self, stacks: Iterable[Stack], dtype: torch.dtype) -> None:
+    def __init__(self, stacks: Iterable[FactorStack], dtype: torch.dtype) -> None:
         alike: dict[tuple[object, ...], list[FactorStack]] = {}
         for stack in stacks:
-            has_gradients = all(leaf.grad is not None for leaf in stack.leaves.values())
-            if isinstance(stack, FactorStack) and has_gradients:
+            if all(leaf.grad is not None for leaf in stack.leaves.values()):
                 scaling = stack.scaling
                 values = scaling.flatten().tolist() if isinstance(scaling, Tensor) else [scaling]
                 shapes = {name: leaf.shape for name, leaf in stack.leaves.items()}

@@ -108,7 +108,8 @@ class JointLayer(nn.Module):
     """The outputs of the members' adapter layers, whose base runs once on the rows of all.
 
     ``own`` has a layer for each member that adapts the module, or else None. Members whose factors
-    are in ``stacks`` are computed as batched products; others by their own ``update``.
+    are in ``stacks`` are computed as batched products; others by their own ``update``. ``calls``
+    are those with gradients.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class JointLayer(nn.Module):
         self.base_layer = base_layer
         self.own = dict(own)
         self.stacks: list[FactorStack] = []
+        self.calls = 0
         self._current = current
 
     @property
@@ -137,6 +139,7 @@ class JointLayer(nn.Module):
         count = len(self._current.members)
         if count > 1 and self._current.layout.split_dim(x) is None:
             raise NotSplit
+        self.calls += torch.is_grad_enabled()
         y = self._adapted(x.reshape(count, -1, x.shape[-1]))
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -171,7 +174,9 @@ class JointLayer(nn.Module):
         if runs and dropped is x and is_frozen_linear(base, x):
             return joint_lora_linear(x, base.weight, base.bias, runs, factors)
         y: Tensor = base(x.flatten(0, 1))
-        return joint_lora_add_(y, dropped, runs, factors) if runs else y
+        if not runs:
+            return y
+        return joint_lora_add_(y.clone() if y._is_view() else y, dropped, runs, factors)
 
     def _dropped(self, stacked: set[int], x: Tensor) -> Tensor:
         """``x`` with the dropout of the layers of ``stacked``."""

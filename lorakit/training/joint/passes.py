@@ -13,7 +13,7 @@ from lorakit.errors import Interrupted
 from lorakit.models.master_weights import base_dtype
 from lorakit.pipeline.task_data import Say
 from lorakit.training.engine import StepResult
-from lorakit.training.joint.bank import Gradients, Stack, StagedStacks, match_strides
+from lorakit.training.joint.bank import Gradients, StagedStacks, match_strides
 from lorakit.training.joint.batches import Joiner, JointBatch
 from lorakit.training.joint.graphs import JointGraphs
 from lorakit.training.joint.layout import NotSplit
@@ -44,7 +44,7 @@ class JointPasses:
         self._joiner, self._graphs, self._say = joiner, graphs, say
         self._most = 1 if trunk.separate else len(parts)
         self._gradients: Gradients | None = None
-        self._stacks: list[Stack] = []
+        self._dtype = base_dtype(objective.model)
         self._staged: StagedStacks | None = None
         self._passes: list[list[int]] = []
         # Members of which an eager pass has initialized libraries and allocated the gradients.
@@ -63,16 +63,16 @@ class JointPasses:
             self._stack()
         members = [member for member in self._trunk.order if member in requests]
         results: dict[int, StepResult | Exception] = {}
-        for start in range(0, len(members), self._most):
-            some = {member: requests[member] for member in members[start : start + self._most]}
-            results |= self._take(some)
+        while members:  # the number of members in a pass may become smaller
+            some, members = members[: self._most], members[self._most :]
+            results |= self._take({member: requests[member] for member in some})
         return results
 
     def _stack(self) -> None:
         """Stack the factors of the members that are left."""
         parts = {member: self._parts[member] for member in self._trunk.order}
         self._passes = [list(parts)] if self._graphs is None else members_of_passes(parts)
-        self._stacks = stacks = self._trunk.stack(self._passes)
+        stacks = self._trunk.stack(self._passes)
         for part in self._parts.values():
             match_strides(part.engine.optimizer)
         stacked = {id(p) for stack in stacks for p in stack.parameters()}
@@ -80,10 +80,10 @@ class JointPasses:
         for parameter in trained:
             parameter.grad = None
         self._gradients = Gradients(stacks, [p for p in trained if id(p) not in stacked])
-        self._forget_captured()
+        self._gradients_are_new()
 
-    def _forget_captured(self) -> None:
-        """Drop the graphs, since the gradients that they refer to have been freed."""
+    def _gradients_are_new(self) -> None:
+        """Drop what refers to gradients that have been freed: graphs and staged factors."""
         self._warm.clear()
         if self._staged is not None:
             self._staged.release()
@@ -103,12 +103,12 @@ class JointPasses:
         else:
             return self._update(requests, losses)
         self._gradients.clear(in_place=False)
-        self._forget_captured()
+        self._gradients_are_new()
         for member in requests:
             self._parts[member].random.drawn = drawn[member]
         if len(requests) > 1 or isinstance(failure, torch.OutOfMemoryError):
-            # The frames of the traceback refer to the activations of the pass.
-            failure.__traceback__ = None
+            # The frames of tracebacks refer to the activations of the pass.
+            failure.__traceback__ = failure.__context__ = failure.__cause__ = None
         if len(requests) == 1:
             return dict.fromkeys(requests, failure)
         return self._apart(requests, failure)
@@ -199,24 +199,22 @@ class JointPasses:
             return self._pass(joint)
         if not self._warm.issuperset(members):
             return self._pass(joint.to(self._objective.model.device))
-        if self._staged is None and self._warm.issuperset(self._parts):
-            self._stage()
+        is_half = self._dtype != torch.float32
+        if self._staged is None and is_half and self._warm.issuperset(self._parts):
+            self._staged = StagedStacks(self._trunk.stacks_used_once(), self._dtype)
         return self._graphs.run(members, joint, self._pass)
-
-    def _stage(self) -> None:
-        dtype = base_dtype(self._objective.model)
-        self._staged = StagedStacks(self._stacks if dtype != torch.float32 else (), dtype)
 
     def _pass(self, joint: JointBatch) -> Tensor:
         """Add the gradients of the members' losses times their factors; return these (members,)."""
         current = self._trunk.current
         parts = [self._parts[member] for member in current.members]
-        with ExitStack() as stack:
+        self._trunk.forget_calls()
+        with ExitStack() as contexts:
             if self._staged is not None:
-                stack.enter_context(self._staged.training(current.members))
+                contexts.enter_context(self._staged.training(current.members))
             if self._graphs is None:
                 dropout = MemberDropout([part.random for part in parts], joint.layout)
-                current.dropout = stack.enter_context(dropout)
+                current.dropout = contexts.enter_context(dropout)
             states = self._objective.states(joint.batch)
             scaled = joint_losses(parts, joint, states) * joint.factors
             scaled.sum().backward()

@@ -12,7 +12,7 @@ from lorakit.methods.adalora import AdaLoraConfig
 from lorakit.methods.dora import DoraConfig
 from lorakit.methods.lora import LoraConfig
 from lorakit.recipe.sections import AdapterSection
-from lorakit.training.engine.staging import StagedFactors
+from lorakit.training.engine.staging import StagedFactors, counted_calls
 from tests.families import tiny
 
 TARGETS = ["q", "v", "gate_proj"]
@@ -55,3 +55,15 @@ def test_equal_to_the_bit(method: str) -> None:
     staged = losses_and_gradients(CONFIGS[method], staged=True)
     assert all(torch.equal(one, other) for one, other in zip(plain, staged, strict=True))
     assert any(gradient.any() for gradient in plain[2:])
+
+
+@pytest.mark.parametrize(("family", "calls"), [("bert", 1), ("albert", 2)])
+def test_calls_of_layers_are_counted(family: str, calls: int) -> None:
+    """ALBERT's layers are one module."""
+    model = tiny(family)
+    inject(model, LoraConfig(r=4, target_modules=["q"]))
+    layers = list(adapter_layers(model).values())
+    with counted_calls(layers) as counts:
+        model(input_ids=torch.arange(8)[None])
+    model(input_ids=torch.arange(8)[None])
+    assert counts == [calls] * len(layers)
