@@ -57,8 +57,9 @@ def train_joint(
 
     Each run writes to its ``train.output_dir`` what ``train`` writes, with the same result.
     ``resume`` is None for new runs, or ``auto`` for each one's newest checkpoint. ``finished`` is
-    called as soon as a run has ended; the error of one does not end the others. After a signal,
-    each running member saves a checkpoint, and Interrupted is raised.
+    called as soon as a run has ended; the error of one does not end the others, and has no
+    traceback afterwards. After a signal, each running member saves a checkpoint, and Interrupted is
+    raised.
 
     ``stop_at`` is asked before a member takes its next step if it has just been evaluated, with the
     metrics, or resumed, with None: true ends it there, as early stopping does. By then all running
@@ -190,6 +191,8 @@ class _JointRun:
     def _end(self, index: int, outcome: RunResult | Exception) -> None:
         self.outcomes[index] = outcome
         self._finished(index, outcome)
+        if isinstance(outcome, Exception):
+            _drop_frames(outcome)
 
     def _share(self, base: SharedBase) -> JointPasses:
         members = list(self.members.values())
@@ -234,6 +237,13 @@ class _JointRun:
             max(getattr(member.objective, "longest_row", 0) for member in members) or 1,
             longest if members[0].strategy.device.type == "cuda" else None,
         )
+
+
+def _drop_frames(error: BaseException | None) -> None:
+    """Forget the local variables of an error that is kept: activations on the device."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def _named(recipe: Recipe, say: Say) -> Say:
