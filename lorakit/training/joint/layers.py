@@ -109,7 +109,7 @@ class JointLayer(nn.Module):
 
     ``own`` has a layer for each member that adapts the module, or else None. Members whose factors
     are in ``stacks`` are computed as batched products; others by their own ``update``. ``calls``
-    are those with gradients.
+    counts the calls that compute gradients.
     """
 
     def __init__(
