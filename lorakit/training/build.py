@@ -161,7 +161,7 @@ def arrange_layers(
     if prepared.recipe.model.base_precision == "fp8":
         say(quantize_fp8(model))
     if section.gradient_checkpointing == "offload":
-        offload_layers(model, strategy.device, compiled, backend, store)
+        offload_layers(model, strategy.device, compiled, backend, store, say)
     elif compiled:
         compile_layers(model, backend, has_hooks=strategy.is_sharded)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorakit.anatomy import transformer_layers
 from lorakit.errors import UserError
+from lorakit.pipeline.task_data import Say
 from lorakit.recipe.sections import TrainSection
 from lorakit.training.fast_layers import compile_checkpoints, compile_last_norm
 
@@ -40,10 +41,12 @@ def offload_layers(
     compiled: bool,
     backend: Any = "inductor",
     store: LayerStore | None = None,
+    say: Say = lambda text: None,
 ) -> None:
     """Make each layer of ``model``, on ``device``, keep only its input, in ``store`` (host memory),
-    until its backward pass. ``compiled`` compiles what a layer computes, by ``backend``. Raises
-    UserError for a model without a stack of layers."""
+    until its backward pass. ``compiled`` compiles what a layer computes, by ``backend``; ``say``
+    gets a note about layers that are not compiled as one graph. Raises UserError for a model
+    without a stack of layers."""
     layers = transformer_layers(model)
     if not layers:
         raise UserError(
@@ -51,7 +54,7 @@ def offload_layers(
             "layers; allowed: true, false"
         )
     inputs = _Inputs(store or _HostStore(device), next(model.parameters()).device)
-    recompute = None
+    recompute, say = None, cache(say)
     if compiled:
         compile_checkpoints()
         compile_last_norm(model, backend)
@@ -59,7 +62,7 @@ def offload_layers(
     for index, layer in enumerate(layers):
         plain = layer.forward
         forward = torch.compile(plain, backend=backend) if compiled else plain
-        offloaded = _Offloaded(layer, forward, inputs, first=index == 0)
+        offloaded = _Offloaded(layer, forward, inputs, say, first=index == 0)
         if recompute is not None:
             offloaded.recomputed = partial(recompute, plain)
         layer.forward = offloaded
@@ -81,9 +84,15 @@ class _Offloaded:
     recomputed: Callable[..., Any] | None = None
 
     def __init__(
-        self, layer: nn.Module, forward: Callable[..., Any], inputs: _Inputs, first: bool
+        self,
+        layer: nn.Module,
+        forward: Callable[..., Any],
+        inputs: _Inputs,
+        say: Say,
+        first: bool,
     ) -> None:
         self._layer, self._forward, self._inputs, self._first = layer, forward, inputs, first
+        self._say = say
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not (self._layer.training and torch.is_grad_enabled()):
@@ -107,6 +116,10 @@ class _Offloaded:
                     return self.recomputed(hidden_states, *args, **kwargs)
                 except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit):
                     self.recomputed = None  # it is no single graph, or has too many shapes
+                    self._say(
+                        f"{type(self._layer).__name__} cannot be compiled as one graph: its last "
+                        "product is computed again in the backward pass, too"
+                    )
             return checkpoint(run, hidden_states, self._inputs.anchor, use_reentrant=True)
 
 

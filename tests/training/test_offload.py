@@ -74,9 +74,13 @@ def test_a_layer_that_is_no_single_graph_is_computed_again_as_a_whole() -> None:
     wanted = gradients(adapted("llama", 0.0))
     model = adapted("llama", 0.0)
     model.get_decoder().layers[1].mlp.register_forward_hook(lambda *_: torch._dynamo.graph_break())
-    offload_layers(model, CPU, compiled=True, backend="aot_eager")
+    model.get_decoder().layers[0].mlp.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    said: list[str] = []
+    offload_layers(model, CPU, compiled=True, backend="aot_eager", say=said.append)
     for mine, reference in zip(gradients(model), wanted, strict=True):
         assert torch.equal(mine, reference)
+    [note] = said
+    assert note.startswith("LlamaDecoderLayer cannot be compiled as one graph")
 
 
 def products(offload: bool) -> list[int]:

@@ -101,6 +101,7 @@ class CudaGraphEngine(EagerEngine):
         self._is_warm = True
         if self.compiled and not _has_room_for_two_passes(batch.input_ids.device):
             self._enabled = False
+            self.say("CUDA graphs are disabled: no memory is left for a second training pass")
 
     def _pass(self, batch: Batch, factor: float | Tensor) -> Tensor:
         if self._staged is None:
