@@ -28,7 +28,6 @@ from lorakit.data.rows import cache_dir, disk_errors, scratch_file
 from lorakit.data.sources import Split
 from lorakit.data.tokens import EncodedRows
 from lorakit.io.atomic import atomic_file, remove_leftovers
-from lorakit.user_code import code_digest
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -311,14 +310,11 @@ def encoding_key(tokenizer: Any, config: Mapping[str, Any], extra: bytes = b"") 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
-    state = json.loads(backend.to_str())
-    for key in ("truncation", "padding"):  # left over from the last call
-        state.pop(key, None)
     parts = {
         "format": _FORMAT,
         "versions": [tokenizers.__version__, transformers.__version__],
         "code": source_digest(_PACKAGE / "data", _PACKAGE / "tasks"),
-        "tokenizer": state,
+        "tokenizer": hashlib.sha256(_serialized(backend).encode()).hexdigest(),
         "special_tokens": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
         "chat_template": tokenizer.chat_template,
         "config": config,
@@ -327,11 +323,27 @@ def encoding_key(tokenizer: Any, config: Mapping[str, Any], extra: bytes = b"") 
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def _serialized(backend: Any) -> str:
+    """The tokenizer as JSON, without the settings that its last call has left."""
+    truncation, padding = backend.truncation, backend.padding
+    backend.no_truncation()
+    backend.no_padding()
+    try:
+        text: str = backend.to_str()
+    finally:
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
+    return text
+
+
 @cache
 def source_digest(*folders: Path) -> str:
-    """Hash the Python modules in the folders, ignoring comments and docstrings."""
+    """Hash the Python modules in the folders. To parse them, so as to ignore comments, would take
+    half a second at each start."""
     digest = hashlib.sha256()
     for folder in folders:
         for file in sorted(folder.rglob("*.py")):
-            digest.update(code_digest(file.read_bytes()))
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()
