@@ -73,8 +73,9 @@ def _gradients(
     inner: Sequence[Tensor],
     factors: Sequence[Tensor],
     dx: Tensor | None,
+    adds: bool,
 ) -> list[Tensor]:
-    """dA and dB of each run; adds the updates' part to ``dx`` (adapters, n, in)."""
+    """dA and dB of each run. Writes the updates' part to ``dx`` (adapters, n, in), or adds it."""
     dy = dy.view(len(x), -1, dy.shape[-1])
     gradients: list[Tensor] = []
     for own, h, A, B in zip(runs, inner, factors[::2], factors[1::2], strict=True):
@@ -82,7 +83,7 @@ def _gradients(
         dB = torch.bmm(dy[own].mT, h) if B.is_contiguous() else torch.bmm(h.mT, dy[own]).mT
         gradients += [torch.bmm(dh.mT, x[own]), dB]
         if dx is not None:
-            dx[own].baddbmm_(dh, A)
+            dx[own].baddbmm_(dh, A, beta=int(adds))
     return gradients
 
 
@@ -99,8 +100,11 @@ class _JointLoraAdd(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         dy, count = grad_outputs[0].contiguous(), len(ctx.runs)
         x, *saved = ctx.saved_tensors
-        dx = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
-        return dy, dx, None, *_gradients(dy, x, ctx.runs, saved[:count], saved[count:], dx)
+        covered = sum(run.stop - run.start for run in ctx.runs) == len(x)
+        new = torch.empty_like if covered else torch.zeros_like
+        dx = new(x) if ctx.needs_input_grad[1] else None
+        gradients = _gradients(dy, x, ctx.runs, saved[:count], saved[count:], dx, adds=False)
+        return dy, dx, None, *gradients
 
 
 class _JointLoraLinear(torch.autograd.Function):
@@ -124,5 +128,5 @@ class _JointLoraLinear(torch.autograd.Function):
         dy, count = grad_outputs[0].contiguous(), len(ctx.runs)
         x, weight, *saved = ctx.saved_tensors
         dx = (dy @ weight).view_as(x) if ctx.needs_input_grad[0] else None
-        gradients = _gradients(dy, x, ctx.runs, saved[:count], saved[count:], dx)
+        gradients = _gradients(dy, x, ctx.runs, saved[:count], saved[count:], dx, adds=True)
         return dx, None, None, None, *gradients

@@ -54,7 +54,8 @@ def offload_layers(
             "layers; allowed: true, false"
         )
     inputs = _Inputs(store or _HostStore(device), next(model.parameters()).device)
-    recompute, say = None, cache(say)
+    say = cache(say)  # once for all layers
+    recompute = None
     if compiled:
         compile_checkpoints()
         compile_last_norm(model, backend)
@@ -117,8 +118,9 @@ class _Offloaded:
                 except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit):
                     self.recomputed = None  # it is no single graph, or has too many shapes
                     self._say(
-                        f"{type(self._layer).__name__} cannot be compiled as one graph: its last "
-                        "product is computed again in the backward pass, too"
+                        f"{type(self._layer).__name__} cannot be compiled as one graph, or not "
+                        "for so many shapes: its last product is computed again in the backward "
+                        "pass, too"
                     )
             return checkpoint(run, hidden_states, self._inputs.anchor, use_reentrant=True)
 

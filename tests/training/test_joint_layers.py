@@ -80,15 +80,6 @@ def test_a_layer_computes_what_those_of_the_members_do(kind: str, dropout: float
         torch.testing.assert_close(dx[part], gradient)
 
 
-def test_calls_with_gradients_are_counted() -> None:
-    joint = joint_layer(base_of("plain"), dropout=0.0)
-    x = torch.randn(MEMBERS * ROWS, LENGTH, IN)
-    joint(x)
-    with torch.no_grad():
-        joint(x)
-    assert joint.calls == 1
-
-
 @pytest.mark.parametrize("kind", ["plain", "own", "view"])
 def test_gradients_of_outputs_are_not_copied(kind: str) -> None:
     """Autograd copies that of a view that is written to, several times."""

@@ -60,14 +60,19 @@ def test_schedules_follow_their_formula(name: str) -> None:
         scheduler.step()
 
 
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize(("steps", "warmup"), [(20, 4), (7, 0), (13, 13), (1, 0), (101, 7)])
+@pytest.mark.parametrize(
+    ("name", "steps", "warmup"),
+    [
+        (name, steps, warmup)
+        for name in SHAPES
+        for steps, warmup in [(20, 4), (7, 0), (13, 13), (1, 0), (101, 7)]
+        if name != "polynomial" or warmup < steps  # transformers divides by zero
+    ],
+)
 def test_rates_are_those_of_transformers_to_the_bit(name: str, steps: int, warmup: int) -> None:
     section = TrainSection(
         output_dir="x", learning_rate=3e-4, lr_scheduler=name, warmup_steps=warmup
     )
-    if name == "polynomial" and warmup == steps:
-        pytest.skip("transformers divides by zero")
     rates = []
     for theirs in (False, True):
         optimizer = build_optimizer([{"params": [torch.nn.Parameter(torch.zeros(2))]}], section)

@@ -40,18 +40,17 @@ class Stack:
 
     A leaf is (members, n, ...), where parameters that have fewer than the largest n are followed by
     zeros. Those stay zero if the gradient of zeros is: that of a factor's is as long as the other
-    factor's are zeros too.
+    factor's are zeros too. Matrices with the names ``transposed`` are stored that way.
     """
 
-    def __init__(self, own: Mapping[int, Mapping[str, nn.Parameter]]) -> None:
+    def __init__(
+        self, own: Mapping[int, Mapping[str, nn.Parameter]], transposed: Collection[str] = ()
+    ) -> None:
         self.members = tuple(own)
         self._own = list(own.values())
         self._shared: dict[str, Tensor | None] = {}
-        self._transposed = self._names_to_transpose()
+        self._transposed = transposed
         self.leaves = {name: self._stacked(name) for name in self._own[0]}
-
-    def _names_to_transpose(self) -> set[str]:
-        return set()
 
     def _stacked(self, name: str) -> Tensor:
         values = [self._oriented(name, own[name].data) for own in self._own]
@@ -99,14 +98,11 @@ class FactorStack(Stack):
     staged: Factors | None = None
 
     def __init__(self, layers: Mapping[int, LoraLayer], transposed: bool) -> None:
-        self._is_transposed = transposed
-        super().__init__({m: layer.adapter_parameters() for m, layer in layers.items()})
+        own = {member: layer.adapter_parameters() for member, layer in layers.items()}
+        super().__init__(own, ("lora_B",) if transposed else ())
         self.scaling: float | Tensor = _shared_value([x.scaling for x in layers.values()])
         if isinstance(self.scaling, Tensor):
             self.scaling = self.scaling.view(-1, 1, 1).to(self.leaves["lora_A"].device)
-
-    def _names_to_transpose(self) -> set[str]:
-        return {"lora_B"} if self._is_transposed else set()
 
     def factors(self, members: Sequence[int]) -> Factors:
         """scaling * A (members, r, in) and B (members, out, r) of some members, in order."""

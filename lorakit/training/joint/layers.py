@@ -108,8 +108,7 @@ class JointLayer(nn.Module):
     """The outputs of the members' adapter layers, whose base runs once on the rows of all.
 
     ``own`` has a layer for each member that adapts the module, or else None. Members whose factors
-    are in ``stacks`` are computed as batched products; others by their own ``update``. ``calls``
-    counts the calls that compute gradients.
+    are in ``stacks`` are computed as batched products; others by their own ``update``.
     """
 
     def __init__(
@@ -119,7 +118,6 @@ class JointLayer(nn.Module):
         self.base_layer = base_layer
         self.own = dict(own)
         self.stacks: list[FactorStack] = []
-        self.calls = 0
         self._current = current
 
     @property
@@ -139,7 +137,6 @@ class JointLayer(nn.Module):
         count = len(self._current.members)
         if count > 1 and self._current.layout.split_dim(x) is None:
             raise NotSplit
-        self.calls += torch.is_grad_enabled()
         y = self._adapted(x.reshape(count, -1, x.shape[-1]))
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -171,7 +168,7 @@ class JointLayer(nn.Module):
         """The base's outputs and the updates of the members that are ``stacked``."""
         dropped = self._dropped(stacked, x)
         base: Any = self.base_layer
-        if runs and dropped is x and is_frozen_linear(base, x):
+        if runs and dropped is x and _is_frozen_linear(base, x):
             return joint_lora_linear(x, base.weight, base.bias, runs, factors)
         y: Tensor = base(x.flatten(0, 1))
         if not runs:
@@ -194,7 +191,7 @@ class JointLayer(nn.Module):
         return torch.stack(parts)
 
 
-def is_frozen_linear(layer: Any, x: Tensor) -> bool:
+def _is_frozen_linear(layer: Any, x: Tensor) -> bool:
     """Whether the layer computes W x + b of a frozen W in the dtype of ``x``, and nothing else."""
     return (
         type(layer) is nn.Linear

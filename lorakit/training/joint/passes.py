@@ -13,9 +13,11 @@ from lorakit.errors import Interrupted
 from lorakit.models.master_weights import base_dtype
 from lorakit.pipeline.task_data import Say
 from lorakit.training.engine import StepResult
+from lorakit.training.engine.staging import counted_calls
 from lorakit.training.joint.bank import Gradients, StagedStacks, match_strides
 from lorakit.training.joint.batches import Joiner, JointBatch
 from lorakit.training.joint.graphs import JointGraphs
+from lorakit.training.joint.layers import JointLayer
 from lorakit.training.joint.layout import NotSplit
 from lorakit.training.joint.member_random import MemberDropout
 from lorakit.training.joint.parts import Part, joint_losses, members_of_passes
@@ -45,6 +47,7 @@ class JointPasses:
         self._most = 1 if trunk.separate else len(parts)
         self._gradients: Gradients | None = None
         self._dtype = base_dtype(objective.model)
+        self._called_once: list[JointLayer] = []
         self._staged: StagedStacks | None = None
         self._passes: list[list[int]] = []
         # Members of which an eager pass has initialized libraries and allocated the gradients.
@@ -107,8 +110,7 @@ class JointPasses:
         for member in requests:
             self._parts[member].random.drawn = drawn[member]
         if len(requests) > 1 or isinstance(failure, torch.OutOfMemoryError):
-            # The frames of tracebacks refer to the activations of the pass.
-            failure.__traceback__ = failure.__context__ = failure.__cause__ = None
+            drop_frames(failure)
         if len(requests) == 1:
             return dict.fromkeys(requests, failure)
         return self._apart(requests, failure)
@@ -198,17 +200,25 @@ class JointPasses:
         if self._graphs is None:
             return self._pass(joint)
         if not self._warm.issuperset(members):
-            return self._pass(joint.to(self._objective.model.device))
+            return self._first_pass(joint.to(self._objective.model.device))
         is_half = self._dtype != torch.float32
         if self._staged is None and is_half and self._warm.issuperset(self._parts):
-            self._staged = StagedStacks(self._trunk.stacks_used_once(), self._dtype)
+            stacks = [stack for layer in self._called_once for stack in layer.stacks]
+            self._staged = StagedStacks(stacks, self._dtype)
         return self._graphs.run(members, joint, self._pass)
+
+    def _first_pass(self, joint: JointBatch) -> Tensor:
+        """A pass of members that are not warm."""
+        layers = self._trunk.layers
+        with counted_calls(layers) as calls:
+            losses = self._pass(joint)
+        self._called_once = [x for x, count in zip(layers, calls, strict=True) if count == 1]
+        return losses
 
     def _pass(self, joint: JointBatch) -> Tensor:
         """Add the gradients of the members' losses times their factors; return these (members,)."""
         current = self._trunk.current
         parts = [self._parts[member] for member in current.members]
-        self._trunk.forget_calls()
         with ExitStack() as contexts:
             if self._staged is not None:
                 contexts.enter_context(self._staged.training(current.members))
@@ -219,6 +229,13 @@ class JointPasses:
             scaled = joint_losses(parts, joint, states) * joint.factors
             scaled.sum().backward()
         return scaled.detach()
+
+
+def drop_frames(error: BaseException | None) -> None:
+    """Forget the frames of an error that is kept: they refer to activations on the device."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def _count(request: StepRequest) -> float:

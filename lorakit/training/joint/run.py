@@ -28,7 +28,7 @@ from lorakit.training.joint.batches import Joiner
 from lorakit.training.joint.evaluation import JointEvaluations
 from lorakit.training.joint.graphs import JointGraphs
 from lorakit.training.joint.members import Member, NotesOnly, start_member
-from lorakit.training.joint.passes import JointPasses
+from lorakit.training.joint.passes import JointPasses, drop_frames
 from lorakit.training.joint.trunk import Trunk
 from lorakit.training.session import RunResult
 from lorakit.training.tracking import Display
@@ -192,7 +192,7 @@ class _JointRun:
         self.outcomes[index] = outcome
         self._finished(index, outcome)
         if isinstance(outcome, Exception):
-            _drop_frames(outcome)
+            drop_frames(outcome)
 
     def _share(self, base: SharedBase) -> JointPasses:
         members = list(self.members.values())
@@ -237,13 +237,6 @@ class _JointRun:
             max(getattr(member.objective, "longest_row", 0) for member in members) or 1,
             longest if members[0].strategy.device.type == "cuda" else None,
         )
-
-
-def _drop_frames(error: BaseException | None) -> None:
-    """Forget the local variables of an error that is kept: activations on the device."""
-    while error is not None:
-        error.__traceback__ = None
-        error = error.__cause__ or error.__context__
 
 
 def _named(recipe: Recipe, say: Say) -> Say:

@@ -14,7 +14,7 @@ from lorakit.layers import BaseWrapper, adapted_modules
 from lorakit.models.first_token import after_attention, skip_unread_tokens
 from lorakit.models.heads import reads_first_token
 from lorakit.models.master_weights import plain_name
-from lorakit.training.joint.bank import FactorStack, Stack, stacks_of
+from lorakit.training.joint.bank import Stack, stacks_of
 from lorakit.training.joint.layers import (
     Current,
     JointLayer,
@@ -79,17 +79,10 @@ class Trunk:
                 found.append(module.stack())
         return found
 
-    def forget_calls(self) -> None:
-        """A training pass begins, see ``stacks_used_once``."""
-        for module in self._modules:
-            if isinstance(module, JointLayer):
-                module.calls = 0
-
-    def stacks_used_once(self) -> list[FactorStack]:
-        """The stacks of modules that the last training pass called once, as all but models that
-        share layers do."""
-        layers = (module for module in self._modules if isinstance(module, JointLayer))
-        return [stack for layer in layers if layer.calls == 1 for stack in layer.stacks]
+    @property
+    def layers(self) -> list[JointLayer]:
+        """The adapted modules."""
+        return [module for module in self._modules if isinstance(module, JointLayer)]
 
     @contextmanager
     def evaluated(self, members: Collection[int]) -> Iterator[None]:
