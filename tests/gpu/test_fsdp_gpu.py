@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import lorakit
 from tests.e2e.processes import REPO, environments
-from tests.e2e.shared_runs import LORA, TRAIN, recipe, split_over
+from tests.e2e.shared_runs import LORA, recipe, split_over
 from tests.e2e.test_fsdp import FSDP
 from tests.training.runs import log_lines, run_json
 
@@ -62,7 +62,8 @@ def test_two_gpus_equal_one(variant: str, wide_llama: Path, tmp_path: Path) -> N
     # Not forked: a parent that has asked for the GPUs cannot fork processes that use them.
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", TRAIN, str(shared)], cwd=REPO, stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-m", "lorakit", "train", str(shared)], cwd=REPO,
+            stderr=subprocess.PIPE, text=True,
             env=os.environ | variables | FSDP | {"CUDA_VISIBLE_DEVICES": "0,1"},
         )
         for variables in environments(2)
