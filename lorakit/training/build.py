@@ -20,7 +20,7 @@ from lorakit.injection import trainable_state
 from lorakit.layers import adapter_layers
 from lorakit.methods.base import Method
 from lorakit.models.cpu_attention import use_cpu_attention
-from lorakit.models.cpu_norms import use_cpu_norms
+from lorakit.models.fast_norms import use_fast_norms
 from lorakit.models.first_token import skip_unread_tokens
 from lorakit.models.heads import label_columns, reads_first_token
 from lorakit.models.master_weights import base_dtype
@@ -80,7 +80,6 @@ def wrap_model(prepared: Prepared, strategy: Strategy, say: Say) -> Objective:
         say(note)
     if device.type == "cpu" and section.kernels == "auto" and section.compile is not True:
         use_cpu_attention(model)
-        use_cpu_norms(model)
     if prepared.task.kind == "encoder":
         columns = label_columns(model, prepared.task.labels(prepared.recipe.task, None))
         return EncoderObjective(model, section.label_smoothing, columns, prepared.class_weights)
@@ -158,6 +157,8 @@ def arrange_layers(
     compiled = execution.mode == "compiled_layers"
     if compiled and section.kernels == "auto":
         fuse_layers(model, strategy.is_sharded)
+    elif section.kernels == "auto" and not strategy.is_sharded:
+        use_fast_norms(model)
     if prepared.recipe.model.base_precision == "fp8":
         say(quantize_fp8(model))
     if section.gradient_checkpointing == "offload":

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lorakit.kernels.fp8 import fp8_linear, quantize_weight
 from lorakit.kernels.linear_cross_entropy import IGNORED, LogitTransform, linear_cross_entropy
 from lorakit.kernels.lora_linear import lora_linear
+from lorakit.models.fast_norms import FastRmsNorm
 from tests.gpu.products import Factors, assert_close_to_formula, draw, draw_factors, relative
 
 pytestmark = pytest.mark.gpu
@@ -75,3 +77,29 @@ def test_fp8_linear(outs: tuple[int, ...], with_bias: bool) -> None:
 
     # e4m3 has three bits of mantissa.
     assert_close_to_formula(product, W, bias, draw_factors(outs, 48, [8] * len(outs)), 5e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [64, 576, 4096])
+def test_rms_norm(size: int, dtype: torch.dtype) -> None:
+    """As transformers', but for sums in another order, and as close to float64 as that."""
+    torch.manual_seed(0)
+    weight = nn.Parameter(draw(size).to(dtype) + 1, requires_grad=False)
+    plain = LlamaRMSNorm(size, eps=1e-5)
+    plain.weight = weight
+    x, dy = draw(7, 33, size).to(dtype), draw(7, 33, size).to(dtype)
+
+    def with_gradient(norm: nn.Module) -> tuple[Tensor, Tensor]:
+        own = x.clone().requires_grad_()
+        y = norm(own)
+        y.backward(dy)
+        assert own.grad is not None
+        return y.detach(), own.grad
+
+    (y, dx), (expected_y, expected_dx) = map(with_gradient, (FastRmsNorm(weight, 1e-5), plain))
+    assert (y != expected_y).double().mean() < 0.01
+    torch.testing.assert_close(y, expected_y, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    own = x.double().requires_grad_()
+    exact = weight.double() * own / (own.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    [exact_dx] = torch.autograd.grad(exact, own, dy.double())
+    assert relative(dx.double(), exact_dx) <= 1.05 * relative(expected_dx.double(), exact_dx)

@@ -14,6 +14,7 @@ from pathlib import Path
 from lorakit.distributed.group import alone, init_process_group
 from lorakit.errors import Interrupted
 from lorakit.host.openmp import yield_cores
+from lorakit.models.fast_norms import use_fast_norms
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.sections import Recipe
 from lorakit.training.build import wrap_model
@@ -207,6 +208,8 @@ class _JointRun:
         objective = wrap_model(
             replace(first.prepared, recipe=recipe, model=view), first.strategy, self._say
         )
+        if recipe.train.kernels == "auto":
+            use_fast_norms(view)
         joiner = self._joiner()
         if isinstance(objective, CausalObjective):
             objective.longest_row = joiner.longest_row

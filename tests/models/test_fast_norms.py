@@ -1,4 +1,4 @@
-"""RMSNorm on the CPU: equal to the bit, with gradients as close to float64 as transformers'."""
+"""RMSNorm: equal to the bit, with gradients as close to float64 as transformers'."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from lorakit.models.cpu_norms import CpuRmsNorm, use_cpu_norms
+from lorakit.models.fast_norms import FastRmsNorm, use_fast_norms
 from tests import families
 
 HALF = [torch.bfloat16, torch.float16]
@@ -23,7 +23,7 @@ def norms(model: nn.Module) -> list[nn.Module]:
 def test_the_logits_stay_the_same(family: str, dtype: torch.dtype) -> None:
     model = families.randomized(families.tiny(family)).to(dtype).requires_grad_(False)
     before, keys, found = families.logits(model), list(model.state_dict()), len(norms(model))
-    replaced = use_cpu_norms(model)
+    replaced = use_fast_norms(model)
     assert torch.equal(families.logits(model), before)
     assert list(model.state_dict()) == keys
     # Gemma's multiply by 1 + w, in float32.
@@ -39,7 +39,7 @@ def test_gradients_are_as_close_to_float64(dtype: torch.dtype, scale: float) -> 
     plain = plain.to(dtype).requires_grad_(False)
     x = torch.randn(4, 17, 96, generator=generator).mul_(scale).to(dtype)
     dy = torch.randn(4, 17, 96, generator=generator).to(dtype)
-    fast = CpuRmsNorm(plain.weight, plain.variance_epsilon)
+    fast = FastRmsNorm(plain.weight, plain.variance_epsilon)
     expected = gradient(lambda x: in_float64(x, plain), x.double(), dy.double())
     before, after = (
         float((gradient(norm, x, dy).double() - expected).norm()) for norm in (plain, fast)
@@ -64,10 +64,10 @@ def in_float64(x: Tensor, norm: LlamaRMSNorm) -> Tensor:
 def test_trained_norms_are_kept() -> None:
     model = families.tiny("llama").to(torch.bfloat16).requires_grad_(False)
     first = norms(model)[0].requires_grad_(True)
-    assert use_cpu_norms(model) == 4
+    assert use_fast_norms(model) == 4
     assert norms(model)[0] is first
 
 
 def test_float32_models_are_kept() -> None:
     model = families.tiny("llama").requires_grad_(False)
-    assert use_cpu_norms(model) == 0
+    assert use_fast_norms(model) == 0
