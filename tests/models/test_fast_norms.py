@@ -71,3 +71,17 @@ def test_trained_norms_are_kept() -> None:
 def test_float32_models_are_kept() -> None:
     model = families.tiny("llama").requires_grad_(False)
     assert use_fast_norms(model) == 0
+
+
+class GatedRMSNorm(LlamaRMSNorm):
+    def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+        y: Tensor = super().forward(hidden_states)
+        return y if gate is None else y * gate
+
+
+def test_norms_with_a_second_argument_are_kept() -> None:
+    model = families.tiny("llama").to(torch.bfloat16)
+    model.set_submodule("model.norm", GatedRMSNorm(model.config.hidden_size).to(torch.bfloat16))
+    model.requires_grad_(False)
+    assert use_fast_norms(model) == 4
+    assert isinstance(model.get_submodule("model.norm"), GatedRMSNorm)
