@@ -150,7 +150,9 @@ def _report(error: Exception) -> int:
         messages = error.problems if isinstance(error, RecipeError) else (error,)
         _say("\n".join(f"error: {message}" for message in messages))
         return error.exit_code
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # such as that of --help
+    if (
+        isinstance(error, OSError) and error.errno == errno.ENOSPC
+    ):  # what typer prints, such as --help
         _say(f"error: cannot write: {error.strerror}; hint: free some space or write elsewhere")
         return 1
     # A bug: print one line, and save the traceback to a file.
