@@ -5,7 +5,8 @@
 Every process has the case's batch, so N processes train on N times the tokens of one. lorakit is
 started by ``accelerate launch`` with the files of ``configs/``, as a user starts it; its speed is
 the median over the log windows of its metrics.jsonl, without the first ones. The peer is PEFT with
-transformers' Trainer, started alike, whose first quarter of steps is not counted. Speeds are of all
+transformers' Trainer, started alike, whose first quarter of steps is not counted;
+``trainer_torch`` is the same without Liger's kernels, which fail with FSDP2. Speeds are of all
 processes together; ``peak_gib`` is that of the first.
 """
 
@@ -25,7 +26,7 @@ from bench_gpu import lorakit_report, recipe_arguments
 from gpu_cases import CASES, Case, save_model, write_rows
 from gpu_peers import trainer
 
-SIDES = ("lorakit", "trainer")
+SIDES = ("lorakit", "trainer", "trainer_torch")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
@@ -38,14 +39,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="default: the case's")
     parser.add_argument("--work", default="/tmp/bench_gpu")
     parser.add_argument("--output")
-    parser.add_argument("--side", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=SIDES[1:], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     work = Path(arguments.work)
     cases = {name: CASES[name] for name in arguments.cases}
     if arguments.steps:
         cases = {name: replace(case, steps=arguments.steps) for name, case in cases.items()}
     if arguments.side:
-        report = trainer(cases[arguments.cases[0]], work)
+        report = trainer(cases[arguments.cases[0]], work, liger=arguments.side == "trainer")
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(report))
         return
@@ -73,7 +74,7 @@ def run_side(
     if side == "lorakit":
         report = run_lorakit(case, work, [*launch, "-m", "lorakit", "train"], compile_layers)
     else:
-        command = [__file__, "--side", "--cases", name, "--runs", run, "--work", str(work)]
+        command = [__file__, "--side", side, "--cases", name, "--runs", run, "--work", str(work)]
         command += ["--steps", str(case.steps)]
         path = os.environ.get("PEERS_PYTHONPATH", os.environ.get("PYTHONPATH", ""))
         done = subprocess.run(

@@ -20,7 +20,6 @@ from lorakit.injection import trainable_state
 from lorakit.layers import adapter_layers
 from lorakit.methods.base import Method
 from lorakit.models.cpu_attention import use_cpu_attention
-from lorakit.models.fast_norms import use_fast_norms
 from lorakit.models.first_token import skip_unread_tokens
 from lorakit.models.heads import label_columns, reads_first_token
 from lorakit.models.master_weights import base_dtype
@@ -42,7 +41,7 @@ from lorakit.training.engine.eager import CausalObjective, EagerEngine, EncoderO
 from lorakit.training.engine.member import MemberEngine
 from lorakit.training.engine.probe import GradientProbe
 from lorakit.training.execution import Execution, choose_execution
-from lorakit.training.fast_layers import compile_layers, fuse_layers
+from lorakit.training.fast_layers import compile_layers, fuse_layers, use_fast_operators
 from lorakit.training.guard import Guard
 from lorakit.training.learning_rate import build_scheduler, check_warmup
 from lorakit.training.loop import Loop
@@ -158,7 +157,7 @@ def arrange_layers(
     if compiled and section.kernels == "auto":
         fuse_layers(model, strategy.is_sharded)
     elif section.kernels == "auto" and not strategy.is_sharded:
-        use_fast_norms(model)
+        use_fast_operators(model)
     if prepared.recipe.model.base_precision == "fp8":
         say(quantize_fp8(model))
     if section.gradient_checkpointing == "offload":

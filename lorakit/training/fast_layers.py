@@ -14,6 +14,14 @@ from torch import Tensor, nn
 from lorakit.anatomy import transformer_layers
 from lorakit.errors import UserError
 from lorakit.methods.lora_layer import LoraLayer, SharedInput
+from lorakit.models.fast_norms import use_fast_norms
+from lorakit.models.fast_rotary import use_fast_rotary
+
+
+def use_fast_operators(model: Any) -> None:
+    """Compute by fewer kernels what compilation would fuse: norms and rotary embeddings."""
+    use_fast_norms(model)
+    use_fast_rotary(model)
 
 
 def compile_layers(model: nn.Module, backend: Any = "inductor", has_hooks: bool = False) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from lorakit.kernels.fp8 import fp8_linear, quantize_weight
 from lorakit.kernels.linear_cross_entropy import IGNORED, LogitTransform, linear_cross_entropy
 from lorakit.kernels.lora_linear import lora_linear
 from lorakit.models.fast_norms import FastRmsNorm
+from lorakit.models.fast_rotary import use_fast_rotary, with_kernel
+from tests import families
 from tests.gpu.products import Factors, assert_close_to_formula, draw, draw_factors, relative
 
 pytestmark = pytest.mark.gpu
@@ -103,3 +108,42 @@ def test_rms_norm(size: int, dtype: torch.dtype) -> None:
     exact = weight.double() * own / (own.square().mean(-1, keepdim=True) + 1e-5).sqrt()
     [exact_dx] = torch.autograd.grad(exact, own, dy.double())
     assert relative(dx.double(), exact_dx) <= 1.05 * relative(expected_dx.double(), exact_dx)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("rows", "heads", "key_heads", "head_dim", "batch"),
+    [(2, 9, 3, 64, 1), (3, 4, 4, 48, 3), (1, 64, 8, 128, 1)],
+)
+def test_rotary_equals_the_operators(
+    rows: int, heads: int, key_heads: int, head_dim: int, batch: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    tokens, sizes = 37, [heads * head_dim, key_heads * head_dim]
+    q_and_k = draw(rows, tokens, sum(sizes)).to(dtype).requires_grad_()
+    cos, sin = (draw(batch, tokens, head_dim).to(dtype) for _ in range(2))
+    dq = draw(rows, heads, tokens, head_dim).to(dtype)
+    dk = draw(rows, tokens, key_heads, head_dim).to(dtype).transpose(1, 2)
+    results = []
+    for apply in (apply_rotary_pos_emb, with_kernel(apply_rotary_pos_emb)):
+        q, k = (
+            part.view(rows, tokens, -1, head_dim).transpose(1, 2)
+            for part in q_and_k.split(sizes, dim=-1)
+        )
+        rotated = apply(q, k, cos, sin)
+        results.append((*rotated, *torch.autograd.grad(rotated, q_and_k, (dq, dk))))
+    assert all(map(torch.equal, *results))
+
+
+def test_a_model_with_fast_rotary(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = modeling_llama.apply_rotary_pos_emb
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", original)  # restored afterwards
+    model: Any = families.randomized(families.tiny("llama")).to("cuda", torch.bfloat16)
+    input_ids = families.token_ids().to("cuda")
+    before = model(input_ids=input_ids).logits
+    use_fast_rotary(model)
+    replaced = modeling_llama.apply_rotary_pos_emb
+    assert replaced is not original
+    assert torch.equal(model(input_ids=input_ids).logits, before)
+    use_fast_rotary(model)
+    assert modeling_llama.apply_rotary_pos_emb is replaced

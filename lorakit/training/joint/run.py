@@ -14,7 +14,6 @@ from pathlib import Path
 from lorakit.distributed.group import alone, init_process_group
 from lorakit.errors import Interrupted
 from lorakit.host.openmp import yield_cores
-from lorakit.models.fast_norms import use_fast_norms
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.sections import Recipe
 from lorakit.training.build import wrap_model
@@ -24,6 +23,7 @@ from lorakit.training.deterministic import deterministic_kernels
 from lorakit.training.engine import StepResult
 from lorakit.training.engine.eager import CausalObjective
 from lorakit.training.execution import replays_joint_passes
+from lorakit.training.fast_layers import use_fast_operators
 from lorakit.training.joint.base import SharedBase
 from lorakit.training.joint.batches import Joiner
 from lorakit.training.joint.evaluation import JointEvaluations
@@ -209,7 +209,7 @@ class _JointRun:
             replace(first.prepared, recipe=recipe, model=view), first.strategy, self._say
         )
         if recipe.train.kernels == "auto":
-            use_fast_norms(view)
+            use_fast_operators(view)
         joiner = self._joiner()
         if isinstance(objective, CausalObjective):
             objective.longest_row = joiner.longest_row
