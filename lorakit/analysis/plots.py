@@ -102,7 +102,8 @@ def _ranks(report: InspectReport) -> Figure:
     roles, columns, _ = _by_layer(report.modules, lambda m: m.r)
     width = min(7.0, 2.4 + 0.3 * len(columns))
     top = max(1.0, *(m.r for m in report.modules), *(m.effective_rank for m in report.modules))
-    figure = _figure(width, 2 * (0.75 + 0.22 * len(roles)))
+    figure = _figure(width, 2 * (0.75 + 0.22 * len(roles)) + 0.2)
+    figure.suptitle(_end(report.adapter), fontsize=8)
     for axes, (title, form, value) in zip(figure.subplots(2, 1), panels, strict=True):
         table = _by_layer(report.modules, value)[2]
         image = axes.imshow(table, aspect="auto", cmap="cividis", vmin=0, vmax=top)
@@ -135,7 +136,8 @@ def _norms(report: InspectReport) -> Figure:
     ]
     if any(m.amplification is not None for m in report.modules):
         panels.append(("factor", "amplification ‖ΔW‖ / ‖UᵀWV‖", lambda m: m.amplification))
-    figure = _figure(7, 2.2 * ((len(panels) + 1) // 2) + 0.5)
+    figure = _figure(7, 2.2 * ((len(panels) + 1) // 2) + 0.7)
+    figure.suptitle(_end(report.adapter), fontsize=8)
     grid = figure.subplots((len(panels) + 1) // 2, 2, squeeze=False).flatten()
     for axes, (label, title, value) in zip(grid, panels, strict=False):
         roles, columns, table = _by_layer(report.modules, value)

@@ -52,7 +52,7 @@ def chat(
     """
     from lorakit.api import chat_request, stream_text
 
-    first = [] if system is None else [{"role": "system", "content": system}]
+    first = _first_messages(system)
     # Fails without a chat template, or if that has no system prompts.
     chat_request([*first, {"role": "user", "content": "?"}], tokenizer)
     if sys.stdin is not None and sys.stdin.isatty():
@@ -72,7 +72,36 @@ def chat(
             answer = stream_text(model, tokenizer, ids, write, decoding, row=answers)
             answers += 1
             write("\n")
+            say_if_empty(answer)
             messages.append({"role": "assistant", "content": answer})
+
+
+def answer_message(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    message: str,
+    decoding: Decoding,
+    system: str | None,
+) -> None:
+    """Answer the only message of a chat that begins with the system prompt ``system``."""
+    from lorakit.api import chat_request, stream_text
+
+    messages = [*_first_messages(system), {"role": "user", "content": message}]
+    ids = chat_request(messages, tokenizer).input_ids
+    say_limits(model, tokenizer, [ids], decoding)
+    answer = stream_text(model, tokenizer, ids, write, decoding)
+    write("\n")
+    say_if_empty(answer)
+
+
+def say_if_empty(answer: str) -> None:
+    """Say that an answer is empty, which a terminal does not show."""
+    if not answer.strip():
+        say("the answer is empty: the model ended it at once")
+
+
+def _first_messages(system: str | None) -> list[dict[str, str]]:
+    return [] if system is None else [{"role": "system", "content": system}]
 
 
 def _read_line() -> str | None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorakit.cli.chat import answer_message, say_if_empty, say_limits, system_prompt, write
 from lorakit.cli.chat import chat as start_chat
-from lorakit.cli.chat import say_limits, system_prompt, write
 from lorakit.cli.console import (
     Dtype,
     MethodFile,
@@ -123,7 +123,8 @@ def generate(
 ) -> None:
     """Continue a prompt, chat, or answer the prompts of a file.
 
-    Without --prompt, --chat or --input: chat on a terminal, otherwise stdin is the prompt.
+    With --chat and --prompt, the prompt is one message of a chat. Without --prompt, --chat or
+    --input: chat on a terminal, otherwise stdin is the prompt.
 
     Example: lorakit generate Qwen/Qwen3-8B --adapter runs/chat/adapter --chat
     """
@@ -131,7 +132,7 @@ def generate(
     _check_input(prompt, chat, input_file, output)
     _check_sampling(temperature, top_p, num_beams, length_penalty, stop or [])
     chat, prompt = _chat_or_prompt(chat, prompt, input_file)
-    _check_system(system, prompt)
+    _check_system(system, prompt, chat)
 
     from lorakit.api import Decoding, load_for_generation, trained_system_prompts
 
@@ -153,20 +154,24 @@ def generate(
         )  # fmt: skip
     if num_beams > 1 and input_file is None:
         say(f"--num-beams {num_beams}: answers are printed when the search is complete")
-    if chat:
-        start_chat(*loaded, decoding, system_prompt(system, trained_system_prompts(model, adapter)))
+    trained = trained_system_prompts(model, adapter)
+    if chat and prompt is not None:
+        answer_message(*loaded, prompt, decoding, system_prompt(system, trained))
+    elif chat:
+        start_chat(*loaded, decoding, system_prompt(system, trained))
     elif input_file is not None:
         _answer(*loaded, input_file, output, decoding, system)
     elif prompt is not None:
+        if trained:
+            say("the adapter was trained on chats: with --chat, the prompt becomes a message")
         _stream(*loaded, prompt, decoding)
 
 
 def _check_input(
     prompt: str | None, chat: bool, input_file: Path | None, output: Path | None
 ) -> None:
-    check_exclusive(
-        {"--prompt": prompt is not None, "--chat": chat, "--input": input_file is not None}
-    )
+    check_exclusive({"--prompt": prompt is not None, "--input": input_file is not None})
+    check_exclusive({"--chat": chat, "--input": input_file is not None})
     if output is not None and input_file is None:
         raise UserError(f"--output {output}: requires --input; a single answer goes to stdout")
     if input_file is not None and not input_file.is_file():
@@ -198,8 +203,8 @@ def _check_sampling(
         raise UserError("--stop '': empty; allowed: one or more characters")
 
 
-def _check_system(system: str | None, prompt: str | None) -> None:
-    if system is not None and prompt is not None:
+def _check_system(system: str | None, prompt: str | None, chat: bool) -> None:
+    if system is not None and prompt is not None and not chat:
         raise UserError("--system: requires --chat, or --input with messages")
 
 
@@ -232,8 +237,9 @@ def _stream(
 
     request = text_request(prompt, tokenizer)
     say_limits(model, tokenizer, [request.input_ids], decoding)
-    stream_text(model, tokenizer, request.input_ids, write, decoding)
+    text = stream_text(model, tokenizer, request.input_ids, write, decoding)
     write("\n")
+    say_if_empty(text)
 
 
 def _answer(

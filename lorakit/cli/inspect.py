@@ -77,7 +77,7 @@ def inspect(
         return
     _print_report(report)
     if plot is not None:
-        echo(f"figures: {plot}")
+        echo(f"figures are in {plot}")
 
 
 def _print_report(report: InspectReport) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,6 +30,7 @@ from lorakit.cli.console import (
 from lorakit.cli.hub import Private, PushToHub, Revision, push_options, pushed_line, target_of
 from lorakit.cli.outcome import plan_text, run_text, train_command, use_command
 from lorakit.errors import Interrupted, UserError, counted, decimal, shown
+from lorakit.recipe.diagnostics import OVERRIDE
 
 if TYPE_CHECKING:
     from lorakit.api import HubTarget, PushReport, RunResult, SplitEvaluation
@@ -108,7 +110,11 @@ def _train(
     changes = list(overrides or [])
     if output_dir is not None:
         changes.append(f"train.output_dir={json.dumps(output_dir)}")
-    with only_results(), open_recipe(recipe, changes, _say()) as resolved:
+    with (
+        only_results(),
+        _output_dir_named(output_dir is not None),
+        open_recipe(recipe, changes, _say()) as resolved,
+    ):
         if target is not None:
             with option_named("--push-to-hub", target.repo):
                 api.check_push(target, resolved.model.name_or_path, api.tell)
@@ -129,6 +135,18 @@ def _train(
             _print_run(result, pushed, as_json)
         if not as_json:
             say(f"next: {use_command(resolved, result.adapter_dir)}")
+
+
+@contextmanager
+def _output_dir_named(is_given: bool) -> Iterator[None]:
+    """Let errors about the output directory name --output-dir, if it is given, instead of --set."""
+    try:
+        yield
+    except UserError as error:
+        if is_given:
+            place = f"{OVERRIDE}: train.output_dir"
+            error.args = (str(error).replace(place, "--output-dir: train.output_dir"),)
+        raise
 
 
 def _print_run(result: RunResult, pushed: PushReport | None, as_json: bool) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lorakit.cli.console import AsJson, Overrides, echo, only_results, say
+from lorakit.errors import Interrupted, counted
 
 if TYPE_CHECKING:
-    from lorakit.api import SweepPlan, SweepResult
+    from lorakit.api import Sweep, SweepPlan, SweepResult
 
 _File = Annotated[
     Path, typer.Argument(metavar="SWEEP|RECIPE", help="Sweep file, or with --grid a recipe.")
@@ -99,7 +101,7 @@ def sweep(
                 file, grid=grid or (), overrides=overrides or (), options=options
             )
             plan = api.plan_sweep(loaded, resume, say, ray=ray) if dry_run else None
-            result = api.sweep(loaded, resume, say, ray=ray) if plan is None else None
+            result = _run(loaded, resume, ray) if plan is None else None
         if api.is_main():
             _print(plan, result, as_json)
     if plan is not None:
@@ -108,6 +110,21 @@ def sweep(
         failed = result.lacks_metric or any(own.status == "failed" for own in result.members)
     if failed:
         raise typer.Exit(1)
+
+
+def _run(loaded: Sweep, resume: bool, ray: str | None) -> SweepResult:
+    """Train the members; after a signal, say the command that continues."""
+    from lorakit import api
+
+    try:
+        return api.sweep(loaded, resume, say, ray=ray)
+    except Interrupted as error:
+        if api.is_launched():  # with a command that is not known here
+            raise
+        command = ["lorakit", "sweep", str(loaded.record), "--resume"]
+        command += ["--ray", ray] if ray else []
+        advice = f"continue with: {shlex.join(command)}"
+        raise Interrupted(error.problem, error.signal_number, advice) from error
 
 
 def _print(plan: SweepPlan | None, result: SweepResult | None, as_json: bool) -> None:
@@ -129,7 +146,8 @@ def _print_plan(plan: SweepPlan, as_json: bool) -> None:
     for number, (names, reason) in enumerate(plan.passes, 1):
         together = f"{len(names)} members together: {names[0]} to {names[-1]}"
         echo(f"pass {number}: {f'{names[0]} alone: {reason}' if reason else together}")
-    echo(f"{len(plan.members)} members, compared by {plan.metric}, in {plan.output_dir}")
+    members = counted(len(plan.members), "member")
+    echo(f"{members}, compared by {plan.metric}, in {plan.output_dir}")
 
 
 def _print_result(result: SweepResult, as_json: bool) -> None:

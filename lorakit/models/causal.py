@@ -92,7 +92,15 @@ def final_states(
         states = model(input_ids=input_ids, use_cache=False, **inputs).logits
     else:
         states = parts.decoder(input_ids=input_ids, use_cache=False, **inputs).last_hidden_state
+        states = _as_input(states, parts.head)
     return states
+
+
+def _as_input(states: Tensor, head: nn.Module) -> Tensor:
+    """Half-precision models with residuals in float32, such as Mamba, cast them for the head."""
+    dtype = getattr(getattr(head, "weight", None), "dtype", states.dtype)
+    is_wider = states.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16)
+    return states.to(dtype) if is_wider else states
 
 
 def state_losses(
@@ -162,7 +170,7 @@ def _agrees(model: PreTrainedModel, parts: CausalParts) -> bool:
     try:
         expected = model(input_ids=ids, use_cache=False).logits.float()
         hidden = parts.decoder(input_ids=ids, use_cache=False).last_hidden_state
-        logits = parts.transform(parts.head(hidden).float())
+        logits = parts.transform(parts.head(_as_input(hidden, parts.head)).float())
     finally:
         model.train(was_training)
     exact = base_dtype(model) == torch.float32

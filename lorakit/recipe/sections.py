@@ -249,7 +249,7 @@ class TrainSection(Section):
     seed: Seed = 42
     """The seed of the initialization, the order of rows and dropout."""
     log_every_steps: PositiveInt = 10
-    """Steps between the lines of metrics.jsonl."""
+    """Steps between the lines of metrics.jsonl, whose loss is the mean of these steps."""
     eval_every_steps: PositiveInt | None = None
     """Steps between evaluations; null evaluates after every epoch."""
     save_every_steps: PositiveInt | None = None

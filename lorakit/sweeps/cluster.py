@@ -84,7 +84,7 @@ def train_on_cluster(
                 for reference in running:
                     ray.cancel(reference)
         if stop:
-            raise Interrupted("interrupted, with checkpoints of what ran", stop.signal_number)
+            raise Interrupted("interrupted", stop.signal_number)
 
 
 @contextmanager

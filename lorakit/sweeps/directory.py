@@ -19,7 +19,7 @@ from lorakit.recipe.yaml_source import read_yaml
 from lorakit.sweeps.load import Sweep
 from lorakit.sweeps.members import as_text, draft_members
 from lorakit.sweeps.sections import SweepSection
-from lorakit.training.output_dir import SWEEP_YAML, locked_directory, restore_earlier_run
+from lorakit.training.output_dir import locked_directory, restore_earlier_run
 from lorakit.training.same_run import check_same_recipe
 
 #: Keys that a resumed sweep may change: they do not affect the results.
@@ -53,7 +53,7 @@ def exclusive_sweep(sweep: Sweep, resume: bool, say: Say) -> Iterator[None]:
 
 def check_directory(sweep: Sweep, resume: bool) -> None:
     """Raise UserError if the sweep cannot start, or with ``resume`` continue, in its directory."""
-    folder, file = sweep.output_dir, sweep.output_dir / SWEEP_YAML
+    folder, file = sweep.output_dir, sweep.record
     key = f"output_dir = {shown(str(folder))}"
     try:
         is_there = folder.exists()
@@ -116,7 +116,7 @@ def _flat(section: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _write(sweep: Sweep) -> None:
-    file = sweep.output_dir / SWEEP_YAML
+    file = sweep.record
     with writing(file):
         if not file.is_file():
             write_text(file, yaml_text(sweep.section.model_dump(mode="json")))

@@ -38,6 +38,7 @@ from lorakit.sweeps.members import (
 from lorakit.sweeps.problems import MemberProblems
 from lorakit.sweeps.sections import MemberSection, Settings, SweepSection
 from lorakit.sweeps.source import GRID, Source, read_source
+from lorakit.training.output_dir import SWEEP_YAML
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class Sweep:
     @property
     def output_dir(self) -> Path:
         return Path(self.section.output_dir)
+
+    @property
+    def record(self) -> Path:
+        """The file with the keys of the sweep, which ``resume`` compares."""
+        return self.output_dir / SWEEP_YAML
 
 
 def load_sweep(

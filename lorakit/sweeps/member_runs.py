@@ -76,8 +76,7 @@ class MemberRuns:
                 display_of=lambda index: self._record.display(numbers[index]),
             )  # fmt: skip
         except Interrupted as error:
-            problem = "interrupted, with checkpoints of what ran"
-            raise Interrupted(problem, error.signal_number) from error
+            raise Interrupted("interrupted", error.signal_number) from error
         except Exception as error:
             self._record.say(
                 f"joint training failed: {describe_failure(error, self._sweep.output_dir)}; "

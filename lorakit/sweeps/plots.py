@@ -53,7 +53,8 @@ class Line:
 
 def draw(result: SweepResult, axes: Sequence[str], say: Say) -> None:
     """Draw the metric against each of ``axes``, the keys of the grid, into ``plots/``; against the
-    seed only if there is no other. Members that are not completed are left out."""
+    seed only if there is no other. Members that halving stopped are points apart, at the metric
+    where they were stopped; failed and pending ones are left out."""
     drawn = [key for key in axes if key != SEED] or list(axes)
     lines = {key: axis_lines(result, key, drawn) for key in drawn}
     if not any(lines.values()):
@@ -67,8 +68,9 @@ def draw(result: SweepResult, axes: Sequence[str], say: Say) -> None:
         for key, name in short_keys(drawn).items():
             if lines[key]:
                 levels = axis_levels(result, key, drawn)[: max(0, len(COLORS) - len(lines[key]))]
-                values = _drawn_values(result, key, lines[key])
-                figure = _figure(lines[key], levels, values, key, result.metric)
+                stopped = stopped_members(result, key)
+                values = _drawn_values(result, key, [*lines[key], stopped])
+                figure = _figure(lines[key], levels, stopped, values, key, result.metric)
                 save_figure(figure, folder / safe_name(name))
 
 
@@ -94,6 +96,19 @@ def axis_lines(result: SweepResult, key: str, axes: Sequence[str]) -> list[Line]
             merged.setdefault((beside, label), []).extend(points)
         found = merged
     return [_line(", ".join(filter(None, labels)), points) for labels, points in found.items()]
+
+
+def stopped_members(result: SweepResult, key: str) -> Line:
+    """The members that halving stopped, each a point, with the metric where it was stopped."""
+    points = [
+        (own[place], member.metrics[result.metric])
+        for member, own in zip(result.members, result.settings, strict=True)
+        if member.status == "stopped"
+        and result.metric in member.metrics
+        and (place := _place(member.set, key)) is not None
+    ]
+    values, metrics = zip(*points, strict=True) if points else ((), ())
+    return Line("stopped by halving", values, metrics, (0.0,) * len(points))
 
 
 def _drawn_values(result: SweepResult, key: str, lines: Sequence[Line]) -> list[Any]:
@@ -162,7 +177,12 @@ def is_logarithmic(key: str, values: Sequence[Any]) -> bool:
 
 
 def _figure(
-    lines: Sequence[Line], levels: Sequence[Line], values: Sequence[Any], key: str, metric: str
+    lines: Sequence[Line],
+    levels: Sequence[Line],
+    stopped: Line,
+    values: Sequence[Any],
+    key: str,
+    metric: str,
 ) -> Figure:
     from matplotlib.figure import Figure
 
@@ -170,8 +190,15 @@ def _figure(
     axes = figure.subplots()
     if all(map(_is_number, values)):
         _draw_numbers(axes, lines, key, sorted(values))
+        x = list(stopped.values)
     else:
         _draw_categories(axes, lines, values)
+        x = [list(map(as_text, values)).index(as_text(value)) for value in stopped.values]
+    if x:
+        axes.plot(
+            x, stopped.means, linestyle="none", marker="o", color="gray", markerfacecolor="none",
+            label=stopped.label,
+        )  # fmt: skip
     axes.set(xlabel=printable(key), ylabel=printable(metric))
     share = key == _DIMENSION and metric not in LOWER_IS_BETTER
     _draw_levels(axes, levels, len(lines), share)

@@ -24,7 +24,13 @@ class MemberProblems:
             if problem.file == OVERRIDE:
                 file, line = self._source.place(_place_of(problem.key, paths))
                 problem = replace(problem, file=file, line=line)
-            self._found.setdefault(str(problem), (problem, []))[1].append(name)
+            without_value = replace(problem, has_value=False)
+            is_unknown = problem.message.startswith("unknown key")  # whatever values it has
+            identity = str(without_value if is_unknown else problem)
+            first, names = self._found.setdefault(identity, (problem, []))
+            names.append(name)
+            if first != problem:
+                self._found[identity] = without_value, names
 
     def listed(self) -> list[Problem]:
         return [self._named(problem, names) for problem, names in self._found.values()]

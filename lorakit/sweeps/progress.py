@@ -19,7 +19,7 @@ from lorakit.errors import decimal, printable
 from lorakit.sweeps.halving import Halving
 from lorakit.sweeps.results import MemberResult, SweepResult
 from lorakit.terminal.progress_lines import progress_lines
-from lorakit.training.tracking import Display, format_metrics, tell
+from lorakit.training.tracking import Display, format_metrics, tell, time_left
 
 _SECONDS_PER_LINE = 30.0
 #: Lines of the terminal that the table leaves free.
@@ -33,18 +33,24 @@ class MemberDisplay(Display):
 
     def __init__(self, progress: SweepProgress, name: str, total_steps: int, done: int = 0) -> None:
         self._progress, self._name = progress, name
-        self.total_steps, self.step = total_steps, done
+        self.total_steps, self.step, self._first = total_steps, done, done
         self.numbers: dict[str, Any] = {}
         self.metrics: dict[str, float] = {}
-        self._last = time.monotonic()
+        self._start = self._last = time.monotonic()
         self._report = progress_lines(self.say)
+
+    def begin(self) -> None:
+        """The first step starts now."""
+        self._start = time.monotonic()
 
     def advance(self, step: int) -> None:
         self.step = step
         self._progress.on_tick()
         if time.monotonic() - self._last >= _SECONDS_PER_LINE and not self._progress.is_live:
             self._last = time.monotonic()
-            self.say(f"step {step}/{self.total_steps}  {self.loss}".rstrip())
+            left = time_left(self._start, self._first, step, self.total_steps)
+            parts = [f"step {step}/{self.total_steps}", self.loss, self.speed, left]
+            self.say("  ".join(filter(None, parts)))
 
     def log(self, line: dict[str, Any]) -> None:
         self.numbers = line
@@ -61,6 +67,10 @@ class MemberDisplay(Display):
     @property
     def loss(self) -> str:
         return f"loss {decimal(self.numbers['loss'])}" if self.numbers else ""
+
+    @property
+    def speed(self) -> str:
+        return f"{self.numbers['tokens_per_second']:,.0f} tok/s" if self.numbers else ""
 
     def say(self, text: str) -> None:
         self._progress.say(f"{self._name}: {text}")
@@ -195,5 +205,8 @@ class SweepProgress:
 def _outcome(member: MemberResult) -> str:
     if member.status == "failed":
         return f"failed: {member.error}"
+    status = str(member.status)
+    if member.stopped_at_step is not None:
+        status = f"stopped by halving at step {member.stopped_at_step}"
     seconds = "" if member.seconds is None else f"{member.seconds:.1f} s"
-    return ", ".join(filter(None, [str(member.status), format_metrics(member.metrics), seconds]))
+    return ", ".join(filter(None, [status, format_metrics(member.metrics), seconds]))

@@ -10,7 +10,7 @@ from typing import Any
 
 from lorakit.distributed.group import init_process_group, is_main, rank_and_world_size
 from lorakit.distributed.processes import gather, run_on_main
-from lorakit.errors import Interrupted
+from lorakit.errors import Interrupted, counted
 from lorakit.pipeline.task_data import Say
 from lorakit.sweeps.check import halving_note
 from lorakit.sweeps.cluster import check_ray
@@ -113,7 +113,7 @@ def _begin(
             if halving is not None:
                 halving.record(own)
     if count := len(result.members) - len(left):
-        say(f"{count} of {len(result.members)} members are complete")
+        say(f"{count} of {counted(len(result.members), 'member')} ended earlier")
     result.write()
     some = (replace(p, members=tuple(at for at in p.members if at in left)) for p in passes)
     return [part for part in some if part.members]

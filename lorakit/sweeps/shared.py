@@ -25,7 +25,6 @@ from lorakit.sweeps.record import CONTINUE, DistantRecord, MainRecord, Record
 from lorakit.sweeps.results import SweepResult
 from lorakit.training.agreement import comparable_keys
 from lorakit.training.control import stop_request
-from lorakit.training.output_dir import SWEEP_YAML
 from lorakit.training.run_json import read_run
 
 
@@ -69,7 +68,7 @@ def check_agreement(sweep: Sweep) -> None:
 
 def check_visible(sweep: Sweep) -> None:
     """Raise an error if this process does not see what the first has written."""
-    if not (sweep.output_dir / SWEEP_YAML).is_file():
+    if not sweep.record.is_file():
         raise LorakitError(
             f"{sweep.output_dir}: what process 0 has written is not there on {platform.node()}; "
             "hint: output_dir on a file system that all hosts share"

@@ -118,6 +118,8 @@ def _add_text(source: Source, option: str, key: str, text: str) -> None:
             for problem in error.problems
         ]
         return
+    if option == GRID and value.rstrip().endswith(","):
+        source.faults.append(Fault((name,), "ends with a comma", value, True, file=option))
     if source.options.get((key, name)) == GRID:
         source.faults.append(Fault((name,), "is there twice", value, True, "each key once", option))
     source.set((key, name), parsed, option)

@@ -154,16 +154,20 @@ class Display:
             self._bar.stop()
 
     def _left(self, step: int) -> str:
-        """The time that the remaining steps will take at the mean speed so far; not after the first
-        step, which takes longer than others."""
-        if not self._first + 1 < step < self._total:
-            return ""
-        spent = time.monotonic() - self._start
-        return f"{_clock(spent / (step - self._first) * (self._total - step))} left"
+        return time_left(self._start, self._first, step, self._total)
 
     def _show(self, what: str, done: int, total: int, numbers: str) -> None:
         assert self._bar is not None
         self._bar.update(self._task, description=what, completed=done, total=total, numbers=numbers)
+
+
+def time_left(start: float, first: int, step: int, total: int) -> str:
+    """The time that the remaining steps will take at the mean speed since ``start``, of the
+    monotonic clock, and step ``first``; nothing after one step, which takes longer than others."""
+    if not first + 1 < step < total:
+        return ""
+    spent = time.monotonic() - start
+    return f"{_clock(spent / (step - first) * (total - step))} left"
 
 
 def tell(text: str) -> None:

@@ -201,7 +201,7 @@ def test_a_requested_length_is_not_reduced(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt", "a", "--chat"], "--prompt and --chat are mutually exclusive"),
+        (["--prompt", "a", "--input", "f"], "--prompt and --input are mutually exclusive"),
         (["--chat", "--input", "f"], "--chat and --input are mutually exclusive"),
         (["--prompt", "a", "--output", "f"], "requires --input"),
         (["--prompt", " "], "the prompt is empty"),

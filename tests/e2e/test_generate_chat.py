@@ -81,6 +81,47 @@ def test_the_system_prompt_stays_through_reset(
         assert command in err
 
 
+def test_a_prompt_is_the_only_message(
+    tiny_llama: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    answer: Callable[[str], str],
+) -> None:
+    adapter = adapter_for(tmp_path, tiny_llama, ["Be kind."] * 4)
+    capsys.readouterr()
+    start = ["generate", str(tiny_llama), "--adapter", str(adapter), "--max-new-tokens", "4"]
+    assert run([*start, "--chat", "--prompt", "/exit"]) == 0
+    out, err = capsys.readouterr()
+    assert out == answer("<system>Be kind.</s><user>/exit</s><assistant>") + "\n"
+    assert "--chat" not in err
+    assert run([*start, "--chat", "--prompt", "hi", "--system", "Be brief."]) == 0
+    out, _ = capsys.readouterr()
+    assert out == answer("<system>Be brief.</s><user>hi</s><assistant>") + "\n"
+    assert run([*start, "--prompt", "hi"]) == 0
+    out, err = capsys.readouterr()
+    assert out == answer("hi") + "\n"
+    assert "the adapter was trained on chats: with --chat, the prompt becomes a message" in err
+
+
+def test_an_empty_answer_is_said(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[tokenizer.eos_token_id] = 1.0
+        model.model.norm.weight.fill_(1.0)
+        model.model.embed_tokens.weight.fill_(1.0)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    for options in (["--prompt", "hi"], ["--chat", "--prompt", "hi"]):
+        assert run(["generate", str(tmp_path / "model"), *options]) == 0
+        out, err = capsys.readouterr()
+        assert out == "\n"
+        assert err.splitlines()[-1] == "the answer is empty: the model ended it at once"
+
+
 def test_a_long_chat_keeps_its_system_prompt(
     tiny_llama: Path, chat: Chat, answer: Callable[[str], str]
 ) -> None:

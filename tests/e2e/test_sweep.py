@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 from dataclasses import dataclass
@@ -205,7 +206,7 @@ def test_a_kill_keeps_what_is_recorded(whole: Whole, launcher: Launcher, tmp_pat
     statuses = [member["status"] for member in sweep_json(folder)["members"]]
     assert statuses == ["completed", "completed", "completed", "pending"]
     lines = [line for line in ended.err.splitlines() if "fails: " not in line]
-    assert lines == ["3 of 4 members are complete"]
+    assert lines == ["3 of 4 members ended earlier"]
 
 
 def test_sigkill_at_random_moments(whole: Whole, launcher: Launcher, tmp_path: Path) -> None:
@@ -235,12 +236,13 @@ def test_a_signal_saves_what_runs(
     text, advice = ended.err.splitlines()[-2:]
     if json.loads(whole.file.read_text())["joint"]:
         ended_before = ["pending", "pending", "pending", "failed"]
-        assert text.startswith("interrupted, with checkpoints of what ran; 1 of 4 members")
+        assert text.startswith("interrupted; 1 of 4 members")
     else:
         ended_before = ["completed", "pending", "pending", "pending"]
         assert text.startswith("r=2,seed=1: interrupted at step 3 of 4; saved ")
     assert text.endswith("; 1 of 4 members have ended")
-    assert advice == "continue with --resume"
+    command = ["lorakit", "sweep", str(folder / "sweep.yaml"), "--resume"]
+    assert advice == f"continue with: {shlex.join(command)}"
     assert [path.name for path in checkpoints(member / "checkpoints")] == ["step-2", "step-3"]
     assert [m["status"] for m in sweep_json(folder)["members"]] == ended_before
     assert start(launcher, whole.file, folder, "--resume").code == 1

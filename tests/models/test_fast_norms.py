@@ -85,3 +85,14 @@ def test_norms_with_a_second_argument_are_kept() -> None:
     model.requires_grad_(False)
     assert use_fast_norms(model) == 4
     assert isinstance(model.get_submodule("model.norm"), GatedRMSNorm)
+
+
+def test_residuals_in_float32() -> None:
+    """As Mamba has by default, in models of half precision."""
+    plain = LlamaRMSNorm(96).to(torch.bfloat16).requires_grad_(False)
+    fast = FastRmsNorm(plain.weight, plain.variance_epsilon)
+    x, dy = torch.randn(2, 5, 96), torch.randn(2, 5, 96)
+    before = x.clone()
+    assert torch.equal(fast(x), plain(x))
+    assert torch.equal(x, before)
+    assert torch.equal(gradient(fast, x, dy), gradient(plain, x, dy))

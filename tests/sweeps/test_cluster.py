@@ -71,6 +71,6 @@ def test_a_signal_stops_the_tasks_with_checkpoints(still_bert: Path, tmp_path: P
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 143, err
-    assert err.splitlines()[-2].startswith("interrupted, with checkpoints of what ran; 0 of 3")
+    assert err.splitlines()[-2].startswith("interrupted; 0 of 3")
     assert list(tmp_path.glob("out/members/seed=*/checkpoints/step-*"))
     assert {m["status"] for m in sweep_json(tmp_path / "out")["members"]} == {"pending"}

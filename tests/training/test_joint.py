@@ -58,6 +58,11 @@ METHODS: dict[str, list[dict[str, Any]]] = {
         {},
     ],
     "embeddings": [{"adapter__target_modules": ["embed_tokens", "q"]}, {}],
+    "output layer": [{"adapter__target_modules": ["q", "lm_head"]}, {}],
+    "output layer with dropout": [
+        {"adapter__target_modules": ["q", "lm_head"], "adapter__lora_dropout": 0.3},
+        {"adapter__target_modules": ["lm_head"]},
+    ],
 }
 
 

@@ -56,9 +56,10 @@ class Trunk:
             id(model.get_submodule(path)) in unread for path in (*own, *adapted)
         ):
             skip_unread_tokens(model)
+        # The head of a causal model is called by the members' objectives.
+        self._head = None if first.task.kind == "encoder" else model.get_output_embeddings()
         for path in own:
             modules = {number: view.get_submodule(path) for number, view in views.items()}
-            # The head of a causal model is called by the members' objectives.
             plain = first.task.kind == "encoder" and all(map(is_plain_linear, modules.values()))
             joint = JointLinear if plain else OwnModules
             self._place(model, path, joint(modules, self.current))
@@ -122,9 +123,10 @@ class Trunk:
     ) -> OwnModules | JointLayer:
         modules = {number: view.get_submodule(path) for number, view in views.items()}
         layers = {number: m for number, m in modules.items() if isinstance(m, BaseWrapper)}
-        if all(shares_base(layer) for layer in layers.values()):
+        shared = model.get_submodule(path)
+        if shared is not self._head and all(shares_base(layer) for layer in layers.values()):
             own: dict[int, nn.Module | None] = {number: layers.get(number) for number in modules}
-            return JointLayer(model.get_submodule(path), own, self.current)
+            return JointLayer(shared, own, self.current)
         return OwnModules(modules, self.current)
 
 
