@@ -136,6 +136,13 @@ def decimal(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 1e7 else f"{value:.4e}"
 
 
+def os_reason(error: Exception) -> str:
+    """What the operating system reports, with the file, but without the error's number."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+
+
 def counted(count: int, noun: str) -> str:
     """``1 row``, ``2 rows``; ``noun`` is the singular of a regular one."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

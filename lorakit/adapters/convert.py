@@ -37,7 +37,7 @@ from lorakit.adapters.peft.schema import (
 from lorakit.adapters.peft.targets import misread_note, refused_note
 from lorakit.adapters.peft.write import card_usage, write_card, write_files
 from lorakit.adapters.vllm import padded
-from lorakit.errors import AdapterError, check_printable, shown
+from lorakit.errors import AdapterError, check_printable, os_reason, shown
 from lorakit.io.atomic import atomic_directory, atomic_file
 from lorakit.io.tensors import save_tensors
 
@@ -114,7 +114,7 @@ def convert(
             updates, notes = read_updates(files), _folding_notes(files)
         report = _written(updates, notes, source, out, target, to, rank, overwrite)
     except (OSError, SafetensorError) as error:
-        raise AdapterError(f"OUT = {out}: not written: {error}") from error
+        raise AdapterError(f"OUT = {out}: not written: {os_reason(error)}") from error
     for note in report.notes:
         say(note)
     return report

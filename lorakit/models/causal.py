@@ -49,6 +49,10 @@ class CausalParts:
 def split_model(model: PreTrainedModel) -> CausalParts:
     """Split off the output layer, and verify the result against the model's logits of a few
     tokens."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            # It warns of padding without a mask, and waits for the device to look for it.
+            module.warn_if_padding_and_no_attention_mask = _without_warning  # type: ignore[method-assign]
     head = model.get_output_embeddings()
     decoder = model.get_decoder()
     parts = CausalParts(decoder, head, _transform(model))
@@ -155,6 +159,10 @@ def _transform(model: PreTrainedModel) -> LogitTransform:
     scale = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
     return LogitTransform(scale / divisor, getattr(config, "final_logit_softcapping", None))
+
+
+def _without_warning(*_: Tensor | None) -> None:
+    """Padding on the right needs no mask: see ``final_states``."""
 
 
 @torch.no_grad()

@@ -52,7 +52,8 @@ def halving_faults(section: SweepSection, members: Sequence[Member]) -> Iterator
                     f"member {member.name} is not evaluated between step {first}, the first point, "
                     f"and its end at step {train.max_steps}, so that halving would never act"
                 )
-                allowed = f"with train.eval_every_steps below {every}, or an earlier point"
+                below = min(every, train.max_steps)
+                allowed = f"with train.eval_every_steps below {below}, or an earlier point"
                 yield Fault(("halving",), message, section.halving, True, allowed)
                 return
 

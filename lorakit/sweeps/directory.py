@@ -19,6 +19,7 @@ from lorakit.recipe.yaml_source import read_yaml
 from lorakit.sweeps.load import Sweep
 from lorakit.sweeps.members import as_text, draft_members
 from lorakit.sweeps.sections import SweepSection
+from lorakit.training.earlier_run import is_run
 from lorakit.training.output_dir import locked_directory, restore_earlier_run
 from lorakit.training.same_run import check_same_recipe
 
@@ -43,7 +44,8 @@ def exclusive_sweep(sweep: Sweep, resume: bool, say: Say) -> Iterator[None]:
     try:
         with locked_directory(folder, "output_dir", "sweep"):
             check_directory(sweep, resume)  # again, since another sweep may have written to it
-            _write(sweep)
+            write_settings(sweep)
+            _write_recipes(sweep)
             yield
     finally:
         for path in created:
@@ -115,14 +117,20 @@ def _flat(section: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _write(sweep: Sweep) -> None:
+def write_settings(sweep: Sweep) -> None:
+    """Write ``sweep.yaml``, if it is not there."""
     file = sweep.record
     with writing(file):
         if not file.is_file():
             write_text(file, yaml_text(sweep.section.model_dump(mode="json")))
+
+
+def _write_recipes(sweep: Sweep) -> None:
+    """Write the recipes of the members that have neither one nor a run, which knows more of it."""
     for member in sweep.members:
-        path = Path(member.recipe.train.output_dir, "recipe.yaml")
+        folder = Path(member.recipe.train.output_dir)
+        path = folder / "recipe.yaml"
         with writing(path):
-            if not path.is_file():
-                path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.is_file() and not is_run(folder):
+                folder.mkdir(parents=True, exist_ok=True)
                 write_recipe(member.recipe, path)

@@ -10,12 +10,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lorakit.errors import UserError
 from lorakit.io.atomic import write_text, writing
 from lorakit.sweeps.results import MemberResult, SweepResult
 from lorakit.sweeps.sections import step_of
 from lorakit.tasks.base import LOWER_IS_BETTER
 from lorakit.training.checkpoint import checkpoints, delete_after
-from lorakit.training.run_json import read_run
+from lorakit.training.output_dir import SWEEP_JSON
+from lorakit.training.run_json import read_json, read_run
 
 HALVING_JSON = "halving.json"
 
@@ -39,6 +41,8 @@ class Halving:
     of its run; the last evaluation does not count. It goes on if the mean of its group, members
     that are equal but for the seed, is in the better half of the groups that have been measured
     there so far. Members that train together are measured at the same time.
+
+    Raises UserError if the file cannot be read, or is missing where a member was stopped.
     """
 
     def __init__(self, points: Sequence[float], result: SweepResult) -> None:
@@ -46,9 +50,13 @@ class Halving:
         self._file = result.output_dir / HALVING_JSON
         self._totals: dict[str, int] = {}
         self._courses = {member.name: Course() for member in result.members}
-        if self._file.is_file():
-            stored: dict[str, Any] = json.loads(self._file.read_text(encoding="utf-8"))
-            self._courses |= {name: Course(**course) for name, course in stored.items()}
+        if self._file.exists():
+            self._courses |= _read(self._file)
+        elif any("stopped_at_step" in own for own in _earlier_members(result.output_dir)):
+            raise UserError(
+                f"{self._file}: no such file, which tells how members that were stopped were "
+                "doing; hint: restore it, or start the sweep in another directory"
+            )
 
     @property
     def has_scores(self) -> bool:
@@ -123,6 +131,33 @@ class Halving:
         with writing(self._file):
             courses = {name: asdict(course) for name, course in self._courses.items()}
             write_text(self._file, json.dumps(courses, indent=1) + "\n")
+
+
+def _read(file: Path) -> dict[str, Course]:
+    try:
+        stored: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        courses = {name: Course(**course) for name, course in stored.items()}
+        if not all(map(_is_valid, courses.values())):
+            raise ValueError("a value has another type")
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{file}: cannot be read ({type(error).__name__}); hint: restore it, or start the "
+            "sweep in another directory"
+        ) from error
+    return courses
+
+
+def _is_valid(course: Course) -> bool:
+    numbers = [*course.scores, *course.steps, course.passed, course.stopped_at_step or 0]
+    return len(course.scores) == len(course.steps) and all(
+        isinstance(number, int | float) for number in numbers
+    )
+
+
+def _earlier_members(output_dir: Path) -> list[Any]:
+    """The members of the sweep that is resumed."""
+    members = read_json(output_dir / SWEEP_JSON).get("members")
+    return members if isinstance(members, list) else []
 
 
 def _newest_step(folder: Path) -> int:

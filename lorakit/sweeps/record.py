@@ -9,6 +9,7 @@ from typing import Protocol
 
 from lorakit.distributed.watch import Watch
 from lorakit.errors import Interrupted
+from lorakit.sweeps.directory import write_settings
 from lorakit.sweeps.halving import Halving
 from lorakit.sweeps.load import Sweep
 from lorakit.sweeps.outcome import complete, fail
@@ -48,6 +49,7 @@ class MainRecord:
         progress: SweepProgress,
         halving: Halving | None = None,
     ) -> None:
+        self._sweep = sweep
         self._folders = [Path(member.recipe.train.output_dir) for member in sweep.members]
         self._result, self._progress, self._halving = result, progress, halving
 
@@ -73,6 +75,7 @@ class MainRecord:
                 self._halving.record(own)
         else:
             fail(own, error)
+        write_settings(self._sweep)  # the directory may have been deleted
         self._result.write()
         self._progress.ended(own)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from lorakit.injection import inject
 from lorakit.methods.lora import LoraConfig
@@ -112,3 +112,22 @@ def test_padding_on_the_right_changes_nothing() -> None:
         token_losses(model, parts, padded, positions, wanted),
         token_losses(model, parts, ids, positions, wanted),
     )
+
+
+def test_residuals_in_float32_are_cast_for_the_output_layer() -> None:
+    """Those of Mamba, by default, in a model of half precision."""
+    config = MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=2)
+    model = MambaForCausalLM(config).to(torch.bfloat16).requires_grad_(False)
+    parts = split_model(model)
+    assert parts.head is not None
+    found = token_losses(model, parts, token_ids(), POSITIONS, targets())
+    torch.testing.assert_close(found, whole_loss(model, token_ids()), rtol=1e-2, atol=1e-2)
+
+
+def test_padding_without_a_mask_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny("gpt2", pad_token_id=0)
+    parts = split_model(model)
+    ids = F.pad(token_ids(), (0, 3))
+    with caplog.at_level("WARNING", logger="transformers"):
+        token_losses(model, parts, ids, POSITIONS, targets())
+    assert "attention_mask" not in caplog.text

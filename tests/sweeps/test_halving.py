@@ -171,3 +171,22 @@ def test_not_on_a_cluster(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--ray cannot be combined with halving"):
         plan_sweep(file, ray="local")
     assert json.loads(file.read_text())["halving"] == [2]
+
+
+def test_a_lost_record_is_an_error(in_tmp: Path) -> None:
+    """Members that were stopped would count as completed."""
+    halving([10], adapter__r=[1, 2])
+    stopped = {"members": [{"name": "r=1", "status": "stopped", "stopped_at_step": 10}]}
+    Path("out/sweep.json").write_text(json.dumps(stopped))
+    with pytest.raises(UserError, match=r"^out/halving\.json: no such file, which tells"):
+        halving([10], adapter__r=[1, 2])
+
+
+@pytest.mark.parametrize(
+    "text", ['{"a"', "[]", '{"r=1": {"rank": 1}}', '{"r=1": {"steps": ["x"]}}']
+)
+def test_a_corrupt_record_is_an_error(text: str, in_tmp: Path) -> None:
+    Path("out").mkdir()
+    Path("out/halving.json").write_text(text)
+    with pytest.raises(UserError, match=r"^out/halving\.json: cannot be read"):
+        halving([10], adapter__r=[1, 2])

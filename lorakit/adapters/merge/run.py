@@ -34,7 +34,7 @@ from lorakit.adapters.merge.updates import ResolvedBase, Weighted, read_weighted
 from lorakit.adapters.merge.workers import OnProgress
 from lorakit.adapters.peft.method import Say, run_method_file
 from lorakit.adapters.peft.read import AdapterFiles, to_stderr
-from lorakit.errors import AdapterError, check_printable, file_size, parse_size
+from lorakit.errors import AdapterError, check_printable, file_size, os_reason, parse_size
 from lorakit.io.atomic import atomic_directory
 from lorakit.user_code import is_code
 
@@ -222,7 +222,7 @@ def _write_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise AdapterError(f"OUT = {out}: not written: {error}") from error
+        raise AdapterError(f"OUT = {out}: not written: {os_reason(error)}") from error
 
 
 def _check_out(out: Path, base: str, adapters: Sequence[Weighted], overwrite: bool) -> None:

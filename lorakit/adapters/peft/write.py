@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +101,22 @@ def save_adapter(
         write_files(folder, settings, _stored(saved.tensors, saved.shared), info)
         write_card(folder, facts, settings, use)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
+            with _os_errors():
+                tokenizer.save_pretrained(folder)
     return directory
+
+
+@contextmanager
+def _os_errors() -> Iterator[None]:
+    """Raise the OSError that tokenizers describes in an Exception, such as that of a full disk."""
+    try:
+        yield
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if type(error) is not Exception or found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number)) from error
 
 
 def write_files(

@@ -16,7 +16,7 @@ from lorakit.adapters.peft.locate import (
 )
 from lorakit.adapters.peft.method import Say
 from lorakit.adapters.peft.read import read_adapter, to_stderr
-from lorakit.errors import AdapterError, ModelError, UserError
+from lorakit.errors import AdapterError, ModelError, UserError, os_reason
 from lorakit.export.gguf.adapter import DTYPES as ADAPTER_DTYPES
 from lorakit.export.gguf.adapter import write_adapter
 from lorakit.export.gguf.encode import check_dtype, require_gguf
@@ -112,4 +112,4 @@ def _check_out(out: Path, overwrite: bool) -> None:
     try:
         check_name(out)
     except (OSError, ValueError) as error:
-        raise AdapterError(f"OUT = {out}: not written: {error}") from error
+        raise AdapterError(f"OUT = {out}: not written: {os_reason(error)}") from error

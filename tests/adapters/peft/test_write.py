@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +155,27 @@ def test_a_failed_save_leaves_the_old_adapter(
             adapter, model, LoraConfig(), base_model_name_or_path="b", task_type="CAUSAL_LM"
         )
     assert (adapter / "adapter_model.safetensors").read_bytes() == before
+    assert {p.name for p in adapter.parent.iterdir()} == {"adapter", "base"}
+
+
+def test_an_unwritable_tokenizer_is_an_os_error(make_pair: MakePair, tiny_llama: Path) -> None:
+    """tokenizers raises an Exception with the text of the operating system's error."""
+    _, adapter, model = make_pair()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    tokenizer.add_tokens([f"token {number}" for number in range(200)])
+    limit = 10_000
+    assert limit > max(file.stat().st_size for file in adapter.iterdir())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            save_adapter(
+                adapter, model, LoraConfig(r=4), base_model_name_or_path="b",
+                task_type="CAUSAL_LM", tokenizer=tokenizer,
+            )  # fmt: skip
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.errno == errno.EFBIG
     assert {p.name for p in adapter.parent.iterdir()} == {"adapter", "base"}
 
 
