@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from lorakit.method_check import CheckResult, check_method
     from lorakit.methods.lora import LoraConfig
     from lorakit.migration.convert import ConvertedRecipe, convert_recipe
-    from lorakit.models.load import window
+    from lorakit.models.window import window
     from lorakit.nn import (
         Conv2d,
         Embedding,
@@ -117,7 +117,7 @@ _MODULES = {
     "lorakit.method_check": ("CheckResult", "check_method"),
     "lorakit.methods.lora": ("LoraConfig",),
     "lorakit.migration.convert": ("ConvertedRecipe", "convert_recipe"),
-    "lorakit.models.load": ("window",),
+    "lorakit.models.window": ("window",),
     "lorakit.nn": (
         "Conv2d",
         "Embedding",

@@ -27,7 +27,8 @@ from lorakit import registry
 from lorakit.evaluation.generation import generate_text
 from lorakit.evaluation.prompts import encode_prompts
 from lorakit.evaluation.sampling import OutputReader, StopAtEnd, eos_ids, task_decoding
-from lorakit.models.load import default_device, load_pretrained, window
+from lorakit.models.load import default_device, load_pretrained
+from lorakit.models.window import window
 from lorakit.recipe.sections import ModelSection
 
 COLUMNS = ("dtype", "how", "rows", "seconds", "rows/s", "ratio", "equal", "peak GiB")

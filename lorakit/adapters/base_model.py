@@ -115,7 +115,7 @@ def set_pad_token(config: PreTrainedConfig, model: PreTrainedModel, files: Adapt
 
     In RoBERTa-like models it also offsets the positions, so their pad token is not changed.
     """
-    from lorakit.models.load import reserved_positions
+    from lorakit.models.window import reserved_positions
 
     trained = (files.sidecar or {}).get("pad_token_id")
     if files.classifies and trained is not None and not reserved_positions(model):

@@ -45,7 +45,16 @@ def epoch_rows(sources: Sequence[SourceRows]) -> list[int]:
     return counts
 
 
-def mixture_note(name: str, sources: Sequence[SourceRows]) -> str:
+def weights_note(name: str, stream: Stream | None, sources: Sequence[SourceRows]) -> str | None:
+    """Say how the rows of the split ``name`` are drawn from the ``stream``, or else the
+    ``sources``; None if they are not weighted. Raises DataError for a source that is drawn less
+    than once in an epoch."""
+    if stream is not None and stream.parts:
+        return _stream_note(name, stream)
+    return _mixture_note(name, sources) if sources else None
+
+
+def _mixture_note(name: str, sources: Sequence[SourceRows]) -> str:
     """Say how many rows of each source an epoch of the split ``name`` draws."""
     counts = epoch_rows(sources)
     total = sum(counts)
@@ -64,7 +73,7 @@ def mixture_table(sources: Sequence[SourceRows]) -> list[dict[str, Any]]:
     ]
 
 
-def stream_note(name: str, stream: Stream) -> str:
+def _stream_note(name: str, stream: Stream) -> str:
     """Say how many rows of each source of a stream are drawn."""
     total = sum(exact(source.weight) for source in stream.sources)
     shares = ", ".join(

@@ -118,3 +118,11 @@ def _ignored(counts: Counts, name: str) -> list[str]:
         keys = ", ".join(f"{key!r} ({count:,})" for key, count in sorted(ignored.items()))
         notes.append(f"{name}: the chat template ignores these keys of messages: {keys}")
     return notes
+
+
+def endless_warning(split: str, endless: int, rows: int) -> str:
+    """Return the warning about rows whose answer does not end in a token that ends a generation."""
+    return (
+        f"warning: {split}: {endless:,} of {rows:,} rows do not end in a trained EOS: they do not "
+        "teach the model to stop"
+    )

@@ -16,7 +16,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from lorakit.errors import DataError
 from lorakit.evaluation.sampling import Decoding, OutputReader
-from lorakit.models.load import embedding_rows, window
+from lorakit.models.window import embedding_rows, window
 
 #: transformers 5 renamed ``past_key_values`` to ``cache`` in a later release.
 _FIELDS = {field.name for field in dataclasses.fields(GenerateDecoderOnlyOutput)}

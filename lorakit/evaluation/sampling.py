@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,12 +17,14 @@ from torch import Tensor
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
 )
 
 from lorakit.tasks.base import GenerationSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # slow to import, and not needed for a preview
 
 
 @dataclass(frozen=True)

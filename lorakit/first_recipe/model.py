@@ -61,7 +61,8 @@ def read_base_model(name: str) -> BaseModel:
     is not reached. Raises ModelError if ``name`` is a path without a model."""
     from lorakit.models.hub import check_location, load_config, load_tokenizer
     from lorakit.models.kinds import task_type_of
-    from lorakit.models.load import empty_model, position_limit
+    from lorakit.models.load import empty_model
+    from lorakit.models.window import position_limit
 
     check_location(name)
     folder = Path(name) if Path(name).is_dir() else _cached_folder(name)

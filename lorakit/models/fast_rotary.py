@@ -53,10 +53,14 @@ def _fits(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
     return (
         q.is_cuda
         and q.dim() == k.dim() == 4
-        and cos.dim() == sin.dim() == 3
+        and cos.dim() == 3
+        and cos.shape == sin.shape
+        and cos.shape[0] in (1, q.shape[0])
+        and q.shape[0] == k.shape[0]
+        and q.shape[2] == k.shape[2] == cos.shape[1]
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.dtype == k.dtype == cos.dtype == sin.dtype
-        and q.shape[-1] == k.shape[-1] == cos.shape[-1] == sin.shape[-1]
+        and q.shape[-1] == k.shape[-1] == cos.shape[-1]
         and q.shape[-1] % 2 == 0
         and not (cos.requires_grad or sin.requires_grad)
     )

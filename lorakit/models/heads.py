@@ -5,16 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from lorakit.data.examples import Problem
 from lorakit.errors import ModelError, shown
 from lorakit.models.hub import load_config
 from lorakit.recipe.sections import ModelSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # slow to import, and not needed for a preview
 
 Labels = Sequence[str] | None  # None: a regression, with one output
 _MULTI_LABEL = "multi_label_classification"

@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import (
-    AutoModel,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from lorakit.data.examples import Problem
-from lorakit.errors import ModelError, UserError
+from lorakit.errors import ModelError
 from lorakit.host.resources import host_memory
 from lorakit.models.dequantized import dequantization_notes, from_pretrained
 from lorakit.models.heads import (
@@ -56,8 +54,6 @@ from lorakit.recipe.sections import ModelSection
 
 #: How transformers words that a model or the machine does not support an attention implementation.
 _NO_ATTENTION = re.compile(r"flash ?attention|attention implementation", re.IGNORECASE)
-#: No model family reserves more positions than this.
-_MAX_RESERVED = 16
 
 
 @dataclass(frozen=True)
@@ -264,53 +260,6 @@ def device_memory_bytes(device: torch.device) -> int:
     return host_memory().total_bytes
 
 
-def window(model: PreTrainedModel) -> int | None:
-    """The model's context window in tokens; None if its configuration has no limit."""
-    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(found, int) or found <= 0:
-        return None
-    return found - reserved_positions(model)
-
-
-def position_limit(model: PreTrainedModel) -> int | None:
-    """The most tokens of a row; None without a limit. Rotary embeddings extend beyond the positions
-    that a model was trained on; learned ones do not."""
-    return None if _is_rotary(model.config) else window(model)
-
-
-def reserved_positions(model: PreTrainedModel) -> int:
-    """The number of positions that no token can have. RoBERTa and its descendants start after the
-    pad token's id: 514 positions for 512 tokens."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            return 0 if module.padding_idx is None else module.padding_idx + 1
-    return 0
-
-
-def embedding_rows(model: PreTrainedModel) -> int:
-    """The number of rows of the model's input embeddings."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight.shape[0]
-
-
-def fit_max_length(model: PreTrainedModel, config: Any, say: Callable[[str], None]) -> Any:
-    """The task's ``config``, with a default ``max_length`` reduced to the context window.
-
-    Raises UserError if the recipe itself asks for more."""
-    limit, wanted = position_limit(model), config.max_length
-    if limit is None or wanted <= limit:
-        return config
-    if "max_length" in config.model_fields_set:
-        raise UserError(
-            f"task.max_length = {wanted}: the model has {limit} positions; allowed: 1 to {limit}"
-        )
-    say(
-        f"task.max_length: {limit} instead of the default {wanted}: the model has {limit} positions"
-    )
-    return config.model_copy(update={"max_length": limit})
-
-
 def load_empty(section: ModelSection, kind: Kind) -> PreTrainedModel:
     """``empty_model`` of the causal model, or of the classifier. Raises ModelError as
     ``load_pretrained`` does, for a model without weights, too."""
@@ -329,20 +278,3 @@ def empty_model(
             config, trust_remote_code=trust_remote_code, **options
         )
     return model
-
-
-def fit_unloaded(
-    model_config: PreTrainedConfig, config: Any, say: Callable[[str], None], trust_remote_code: bool
-) -> Any:
-    """``fit_max_length`` for a model whose weights are not loaded."""
-    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    near = isinstance(positions, int) and config.max_length > positions - _MAX_RESERVED
-    if not near or _is_rotary(model_config):
-        return config
-    with torch.device("meta"):
-        model = AutoModel.from_config(model_config, trust_remote_code=trust_remote_code)
-    return fit_max_length(model, config, say)
-
-
-def _is_rotary(config: PreTrainedConfig) -> bool:
-    return getattr(config.get_text_config(), "rope_parameters", None) is not None

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.data.cache import CACHED_ROWS, EncodedCache, encoding_key
 from lorakit.data.encode import EncodedSplit, check_token_ids, encode_split
-from lorakit.data.mixture import mixture_note, stream_note
-from lorakit.data.notes import split_notes
+from lorakit.data.mixture import weights_note
+from lorakit.data.notes import endless_warning, split_notes
 from lorakit.data.rows import Row
 from lorakit.data.sources import Split
 from lorakit.data.stream import SkippedRows, Stream
@@ -23,8 +23,8 @@ from lorakit.errors import listed
 from lorakit.evaluation.evaluate import EvalData
 from lorakit.evaluation.prompts import fit_prompts
 from lorakit.evaluation.sampling import eos_ids
-from lorakit.models.load import embedding_rows, window
 from lorakit.models.token_rows import TokenRows
+from lorakit.models.window import embedding_rows, window
 from lorakit.pipeline.class_weights import class_weights
 from lorakit.pipeline.task_data import Say, TaskData
 from lorakit.tasks.base import GenerationSection
@@ -76,7 +76,7 @@ def encode_training_data(
     encoded = encoder.encode(data.split)
     if data.task.kind == "causal":
         encoder.warn_endless(encoded)
-    if note := weights_note(data, encoded):
+    if note := weights_note(data.split.name, data.stream, encoded.sources):
         say(note)
     weights = class_weights(data, encoded)
     if weights is not None and data.problem != "multi_label_classification":
@@ -109,22 +109,6 @@ def encode_eval_data(
     """
     encoder = _Encoder(data, model, tokenizer, say, write_cache)
     return encoder.with_prompts(data.split, encoder.encode(data.split))
-
-
-def weights_note(data: TaskData, encoded: EncodedSplit) -> str | None:
-    """Say how the rows of a mixture are drawn; None if they are not weighted. Raises DataError for
-    a source that is drawn less than once in an epoch."""
-    if data.stream is not None and data.stream.parts:
-        return stream_note(data.split.name, data.stream)
-    return mixture_note(data.split.name, encoded.sources) if encoded.sources else None
-
-
-def endless_warning(split: str, endless: int, rows: int) -> str:
-    """Return the warning about rows whose answer does not end in a token that ends a generation."""
-    return (
-        f"warning: {split}: {endless:,} of {rows:,} rows do not end in a trained EOS: they do not "
-        "teach the model to stop"
-    )
 
 
 def id_limit(model: PreTrainedModel) -> int:

@@ -24,7 +24,8 @@ from lorakit.host.openmp import yield_cores
 from lorakit.models.heads import declares_head, find_labels, head_labels
 from lorakit.models.hub import load_config, load_tokenizer
 from lorakit.models.kinds import Kind
-from lorakit.models.load import Pretrained, default_device, fit_max_length, load_pretrained
+from lorakit.models.load import Pretrained, default_device, load_pretrained
+from lorakit.models.window import fit_max_length
 from lorakit.pipeline.encoding import encode_eval_data
 from lorakit.pipeline.predictions import SplitEvaluation
 from lorakit.pipeline.task_data import Say, load_task_data

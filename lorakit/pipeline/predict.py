@@ -26,7 +26,8 @@ from lorakit.host.openmp import yield_cores
 from lorakit.models.heads import head_labels
 from lorakit.models.hub import load_config
 from lorakit.models.kinds import check_kind
-from lorakit.models.load import default_device, position_limit, window
+from lorakit.models.load import default_device
+from lorakit.models.window import position_limit, window
 from lorakit.pipeline.encoding import id_limit
 from lorakit.pipeline.predict_entities import EntityFinder
 from lorakit.pipeline.prediction_input import (

@@ -16,7 +16,8 @@ from lorakit.data.chat.turns import common_prefix
 from lorakit.data.counts import SPLIT_DOCUMENTS
 from lorakit.data.encode import EncodedSplit, encode_split
 from lorakit.data.examples import Example
-from lorakit.data.notes import chat_notes, skipped_note
+from lorakit.data.mixture import weights_note
+from lorakit.data.notes import chat_notes, endless_warning, skipped_note
 from lorakit.data.plan import Packing
 from lorakit.data.sources import Split
 from lorakit.data.texts import TokenRow
@@ -26,9 +27,8 @@ from lorakit.evaluation.progress import OnProgress
 from lorakit.evaluation.sampling import stop_ids
 from lorakit.models.heads import classifies_texts_only, declares_head, plan_head
 from lorakit.models.hub import explained, hub_options, load_config, load_tokenizer, quiet
-from lorakit.models.load import fit_unloaded
 from lorakit.models.vocabulary import extend_tokenizer
-from lorakit.pipeline.encoding import endless_warning, weights_note
+from lorakit.models.window import fit_unloaded
 from lorakit.pipeline.task_data import Say, TaskData, load_task_data
 from lorakit.recipe.sections import ModelSection, Recipe
 from lorakit.tasks.checks import label_counts, similar_labels
@@ -140,7 +140,7 @@ def preview(
     tokenizer, stops = _load_tokenizer(section, model_config, say)
     encoded = _encode(data, tokenizer, on_progress, say)
     summary = summarize(encoded, stops, config.max_length, config.packing)
-    if limit is None and (note := weights_note(data, encoded)):
+    if limit is None and (note := weights_note(data.split.name, data.stream, encoded.sources)):
         say(note)
     examples = _described(data, tokenizer, start - 1, count)
     labels = data.labels if data.task.kind == "encoder" else None

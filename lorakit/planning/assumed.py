@@ -11,7 +11,8 @@ from lorakit import registry
 from lorakit.data.counts import Counts
 from lorakit.data.encode import EncodedRow, EncodedSplit
 from lorakit.data.sources import Split
-from lorakit.models.load import Pretrained, fit_max_length
+from lorakit.models.load import Pretrained
+from lorakit.models.window import fit_max_length
 from lorakit.pipeline.encoding import TrainingData
 from lorakit.pipeline.task_data import Say
 from lorakit.recipe.sections import Recipe

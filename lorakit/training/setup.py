@@ -22,7 +22,8 @@ from lorakit.evaluation.evaluate import EvalData
 from lorakit.injection import InjectionReport, find_heads, inject
 from lorakit.methods.base import Method
 from lorakit.models.causal import check_packable
-from lorakit.models.load import Pretrained, fit_max_length, load_pretrained
+from lorakit.models.load import Pretrained, load_pretrained
+from lorakit.models.window import fit_max_length
 from lorakit.pipeline.encoding import StreamedRows, TrainingData, encode_training_data
 from lorakit.pipeline.system_prompts import system_prompts
 from lorakit.pipeline.task_data import Say, TaskData, load_training_data

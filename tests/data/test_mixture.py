@@ -15,7 +15,7 @@ import pytest
 
 from lorakit.data.counts import Counts
 from lorakit.data.encode import EncodedSplit
-from lorakit.data.mixture import MixedSteps, Mixture, epoch_rows, mixture_note
+from lorakit.data.mixture import MixedSteps, Mixture, epoch_rows, weights_note
 from lorakit.data.plan import Packing, RowPlan, Share, TokenPlan
 from lorakit.data.shares import apportion, interleaved
 from lorakit.data.sources import SourceRows, load_split
@@ -151,7 +151,7 @@ def test_a_split_of_weighted_files(tmp_path: Path) -> None:
     assert list(found.rows) == list(plain.rows)
     assert (found.fingerprint, plain.sources) == (plain.fingerprint, ())
     assert [s.rows for s in found.sources] == [30, 20, 40]
-    assert mixture_note("train", found.sources) == (
+    assert weights_note("train", None, found.sources) == (
         f"train: an epoch draws 64 rows by weight: 8 of 30 from {tmp_path}/a.jsonl (12.5%), 16 of "
         f"20 from {tmp_path}/b.jsonl (25.0%), 40 of 40 from {tmp_path}/c.jsonl (62.5%)"
     )

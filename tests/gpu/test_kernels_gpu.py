@@ -135,6 +135,14 @@ def test_rotary_equals_the_operators(
     assert all(map(torch.equal, *results))
 
 
+def test_factors_that_the_kernel_does_not_take() -> None:
+    """One token's factors for all tokens, as transformers' operators broadcast them."""
+    q, k = draw(2, 4, 7, 16).bfloat16(), draw(2, 2, 7, 16).bfloat16()
+    cos, sin = (draw(1, 1, 16).bfloat16() for _ in range(2))
+    expected = apply_rotary_pos_emb(q, k, cos, sin)
+    assert all(map(torch.equal, with_kernel(apply_rotary_pos_emb)(q, k, cos, sin), expected))
+
+
 def test_a_model_with_fast_rotary(monkeypatch: pytest.MonkeyPatch) -> None:
     original = modeling_llama.apply_rotary_pos_emb
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", original)  # restored afterwards

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lorakit.errors import ModelError, UserError
-from lorakit.models.load import fit_max_length, load_empty, load_pretrained, window
+from lorakit.models.load import load_empty, load_pretrained
+from lorakit.models.window import fit_max_length, window
 from lorakit.recipe.sections import ModelSection, TaskSection
 from tests.families import tiny, token_ids
 
