@@ -28,7 +28,8 @@ lint-imports
 step "pytest"
 selection=()
 [[ -n "${LORAKIT_TEST_DATA:-}" ]] || selection+=(--without-data)
-python -m pytest -n 2 --dist loadscope -m "not slow" ${selection[@]+"${selection[@]}"} "$@"
+# In the order of the files, so that the slow ones of e2e do not run last, one of two workers idle.
+python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -m "not slow" ${selection[@]+"${selection[@]}"} "$@"
 
 if [[ -z "${LORAKIT_TEST_DATA:-}" ]]; then
   step "passed WITHOUT the tests on real data, which need LORAKIT_TEST_DATA"

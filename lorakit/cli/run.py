@@ -30,7 +30,6 @@ from lorakit.cli.console import (
 from lorakit.cli.hub import Private, PushToHub, Revision, push_options, pushed_line, target_of
 from lorakit.cli.outcome import plan_text, run_text, train_command, use_command
 from lorakit.errors import Interrupted, UserError, counted, decimal, shown
-from lorakit.recipe.diagnostics import OVERRIDE
 
 if TYPE_CHECKING:
     from lorakit.api import HubTarget, PushReport, RunResult, SplitEvaluation
@@ -144,8 +143,8 @@ def _output_dir_named(is_given: bool) -> Iterator[None]:
         yield
     except UserError as error:
         if is_given:
-            place = f"{OVERRIDE}: train.output_dir"
-            error.args = (str(error).replace(place, "--output-dir: train.output_dir"),)
+            option = "--output-dir: train.output_dir"
+            error.args = (str(error).replace("--set: train.output_dir", option),)
         raise
 
 

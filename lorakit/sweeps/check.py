@@ -44,6 +44,11 @@ def halving_faults(section: SweepSection, members: Sequence[Member]) -> Iterator
             message = f"member {member.name} is only evaluated at its end"
             yield Fault(("halving",), message, section.halving, True, "with train.eval_every_steps")
             return
+        last_point = halving_points(section)[-1]
+        if train.max_steps and last_point >= train.max_steps:
+            message = f"member {member.name} ends at step {train.max_steps}, before the last point"
+            yield Fault(("halving",), message, section.halving, True, "points before its end")
+            return
         if train.eval_every_steps and train.max_steps:
             every, last = train.eval_every_steps, train.max_steps - 1
             first = min(step_of(point, train.max_steps) for point in halving_points(section))

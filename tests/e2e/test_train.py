@@ -132,7 +132,9 @@ def test_metrics_lines(trained: Trained) -> None:
     assert run_json(output)["metrics"] == evaluations[-1]["eval"]
 
 
-def test_recipe_yaml_repeats_the_run(trained: Trained, tmp_path: Path) -> None:
+def test_recipe_yaml_repeats_the_run(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = trained(adapter__lora_dropout=0.1, train__seed=11)
     written = lorakit.load_recipe(output / "recipe.yaml")
     assert written == lorakit.load_recipe(tmp_path / "recipe.yaml")
@@ -140,6 +142,12 @@ def test_recipe_yaml_repeats_the_run(trained: Trained, tmp_path: Path) -> None:
     assert run(["train", str(output / "recipe.yaml"), "--output-dir", str(again)]) == 0
     assert adapter_bytes(again) == adapter_bytes(output)
     assert run_json(again)["metrics"] == run_json(output)["metrics"]
+    capsys.readouterr()
+    assert run(["train", str(output / "recipe.yaml"), "--output-dir", str(again)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        f'error: --output-dir: train.output_dir = "{again}": contains a finished'
+    )
 
 
 def test_recipe_yaml_holds_the_labels_that_the_data_gave(

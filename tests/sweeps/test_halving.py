@@ -129,7 +129,6 @@ def test_wrong_points(points: object, message: str, tiny_llama: Path, tmp_path: 
         ([0.5], 5, True),
         ([4], 3, False),
         (True, 6, False),
-        ([6], 1, False),
     ],
 )
 def test_a_halving_that_cannot_act_is_refused(
@@ -190,3 +189,12 @@ def test_a_corrupt_record_is_an_error(text: str, in_tmp: Path) -> None:
     Path("out/halving.json").write_text(text)
     with pytest.raises(UserError, match=r"^out/halving\.json: cannot be read"):
         halving([10], adapter__r=[1, 2])
+
+
+def test_a_point_after_the_end_is_an_error(in_tmp: Path) -> None:
+    Path("recipe.yaml").write_text(RECIPE)
+    keys = {"recipe": "recipe.yaml", "output_dir": "out", "grid": {"adapter.r": [1, 2]}}
+    steps = {"train.max_steps": 60, "train.eval_every_steps": 5}
+    with pytest.raises(RecipeError, match="ends at step 60, before the last point"):
+        load_sweep({**keys, "set": steps, "halving": [6, 60]})
+    load_sweep({**keys, "set": steps, "halving": [6, 59]})
