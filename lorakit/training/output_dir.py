@@ -85,7 +85,7 @@ def find_start(
     is_own = named is not None and named.parent.resolve() == folder.resolve()
     if (found or finished) and resume != "auto" and not is_own:
         raise UserError(
-            f"train.output_dir: {output_dir} contains "
+            f"train.output_dir: {output_dir}: contains "
             + ("a finished run; " if finished else f"a run at {found[-1].name}; ")
             + ("" if finished else "continue it with --resume auto, or ")
             + "choose another directory, or replace it with --overwrite"
@@ -130,7 +130,7 @@ def _check_no_file(output_dir: Path) -> None:
 def _check_no_sweep(output_dir: Path) -> None:
     if any((output_dir / name).is_file() for name in (SWEEP_YAML, SWEEP_JSON)):
         raise UserError(
-            f"train.output_dir: {output_dir} contains a sweep; choose another directory"
+            f"train.output_dir: {output_dir}: contains a sweep; choose another directory"
         )
 
 

@@ -145,9 +145,8 @@ def test_recipe_yaml_repeats_the_run(
     capsys.readouterr()
     assert run(["train", str(output / "recipe.yaml"), "--output-dir", str(again)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(
-        f'error: --output-dir: train.output_dir = "{again}": contains a finished'
-    )
+    assert line.startswith("error: --output-dir: train.output_dir = ")
+    assert '": contains a finished run; choose' in line
 
 
 def test_recipe_yaml_holds_the_labels_that_the_data_gave(

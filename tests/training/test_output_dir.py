@@ -140,14 +140,14 @@ def test_the_directory_of_a_sweep_is_refused(
     folder = Path(recipe.train.output_dir)
     (folder / "members/r-1").mkdir(parents=True)
     (folder / name).touch()
-    message = f"train.output_dir: {folder} contains a sweep; choose another directory"
+    message = f"train.output_dir: {folder}: contains a sweep; choose another directory"
     for resume, overwrite in ((None, False), ("auto", False), (None, True)):
         with pytest.raises(UserError) as caught:
             find_start(recipe, resume, overwrite=overwrite)
         assert str(caught.value) == message
     for options in ([], ["--overwrite"]):
         assert run(["train", str(tmp_path / "recipe.yaml"), *options]) == 2
-        assert f"{folder} contains a sweep; choose another directory\n" in capsys.readouterr().err
+        assert ": contains a sweep; choose another directory\n" in capsys.readouterr().err
     member = {"train.output_dir": str(folder / "members/r-1")}
     assert find_start(load_recipe(tmp_path / "recipe.yaml", member), None) == Start()
 
