@@ -123,5 +123,6 @@ def test_a_pass_that_cannot_be_captured_runs_eagerly(tiny_llama: Path, tmp_path:
     run.objective.parts.decoder.register_forward_hook(waits)
     losses, _ = results(run, 6)
     assert any("CUDA graphs are disabled" in line for line in run.said)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
     eager = built(recipe(tiny_llama, tmp_path, "causal", LORA), engine="eager")
     assert losses == pytest.approx(results(eager, 6)[0], rel=1e-5)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lorakit.data.collate import Batch
 from lorakit.layers import AdapterLayer
+from lorakit.training.engine.capture import capturing, generator_of, restore_generator
 from lorakit.training.engine.eager import EagerEngine
 from lorakit.training.engine.staging import StagedFactors, counted_calls
 from lorakit.training.random_states import random_states, restore_random_states
@@ -119,7 +120,7 @@ class CudaGraphEngine(EagerEngine):
         shapes = tuple((name, tensor.shape) for name, tensor in batch.tensors().items())
         if shapes not in self._passes:
             device = batch.input_ids.device
-            random_state = _generator(device).get_state()
+            random_state = generator_of(device).get_state()
             try:
                 self._passes[shapes] = self._capture(batch)
             except RuntimeError as error:
@@ -135,10 +136,7 @@ class CudaGraphEngine(EagerEngine):
         # Staged factors have gradients of their own.
         apart = [] if self._staged else [p for p in self.parameters.values() if p.grad is not None]
         graph = torch.cuda.CUDAGraph()
-        with (
-            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
-            _added_at_once(apart),
-        ):
+        with capturing(graph, self._pool), _added_at_once(apart):
             loss = self._pass(static, factor)
         if any(p.grad is not None for p in missing):  # its memory belongs to the graph
             for parameter in missing:
@@ -177,15 +175,3 @@ def _has_room_for_two_passes(device: torch.device) -> bool:
     now = torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - now
     return free >= 2 * (torch.cuda.max_memory_allocated(device) - now)
-
-
-def restore_generator(device: torch.device, state: Tensor) -> None:
-    """Restore the state after a failed capture, which leaves the generator in one in which it
-    cannot be used eagerly."""
-    generator, fresh = _generator(device), torch.Generator(device)
-    fresh.set_state(state)
-    generator.graphsafe_set_state(fresh)
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    return torch.cuda.default_generators[device.index or 0]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lorakit.methods.base import RunHooks
+from lorakit.training.engine.capture import capturing
 from lorakit.training.engine.eager import EagerEngine
 
 
@@ -40,10 +41,7 @@ class UpdateGraph:
         device = self._groups[0]["params"][0].device
         self._rates = torch.zeros(len(self._groups), device=device)
         self._graph = torch.cuda.CUDAGraph()
-        with (
-            self._tensor_rates(),
-            torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"),
-        ):
+        with self._tensor_rates(), capturing(self._graph, pool):
             self._scalars = [engine.change_weights() for engine in engines]
 
     def replay(self) -> list[list[Tensor]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorakit.pipeline.task_data import Say
-from lorakit.training.engine.cuda_graph import restore_generator
+from lorakit.training.engine.capture import capturing, generator_of, restore_generator
 from lorakit.training.engine.eager import EagerEngine
 from lorakit.training.engine.update_graph import UpdateGraph, can_capture
 from lorakit.training.joint.batches import JointBatch
@@ -67,7 +67,7 @@ class JointGraphs:
 
     def _add(self, key: _Key, joint: JointBatch, compute: Compute) -> bool:
         """Capture the pass of ``joint``; false if that is not possible."""
-        state = torch.cuda.default_generators[self._device.index or 0].get_state()
+        state = generator_of(self._device).get_state()
         try:
             self._passes[key] = self._capture(joint.to(self._device), compute)
         except RuntimeError as error:
@@ -86,7 +86,7 @@ class JointGraphs:
     def _capture(self, joint: JointBatch, compute: Compute) -> _CapturedPass:
         inputs = {name: tensor.clone() for name, tensor in joint.tensors().items()}
         static, graph = joint.with_tensors(inputs), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with capturing(graph, self._pool):
             losses = compute(static)
         return _CapturedPass(graph, inputs, losses)
 
