@@ -7,6 +7,8 @@ one process, and no group is created.
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -53,9 +55,13 @@ def is_main() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this process is the launcher's first one, or the only one."""
-    rank = os.environ.get("RANK", "0")
-    return not is_launched() or rank == "0" or not rank.isdecimal()
+    """Whether this process is the launcher's first one, or the only one; also without a valid rank,
+    which is an error to be printed."""
+    if not is_launched():
+        return True
+    rank, world_size = os.environ.get("RANK", "0"), os.environ["WORLD_SIZE"]
+    is_other = rank.isdecimal() and world_size.isdecimal() and 0 < int(rank) < int(world_size)
+    return not is_other
 
 
 def processes_on_host() -> int:
@@ -94,7 +100,23 @@ def init_process_group() -> None:
             f"launched as {local} processes on a machine with {torch.cuda.device_count()} GPUs; "
             "allowed: at most one process per GPU"
         )
-    PartialState(cpu=not on_cuda, **own_store())
+    with _ended_by_signals():
+        PartialState(cpu=not on_cuda, **own_store())
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGINT and SIGTERM end the process during the block, in which it waits for the others
+    outside of Python, where no handler runs. Nothing has been written yet."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {n: signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def has_group() -> bool:

@@ -30,7 +30,7 @@ def is_launched() -> bool:
 
 
 def check_variables() -> None:
-    """Raise UserError if a variable that a launcher sets is missing, or no number."""
+    """Raise UserError if a variable that a launcher sets is missing, no number, or too large."""
     for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
         value = os.environ.get(name, "")
         if value.isdecimal() if name != "MASTER_ADDR" else value:
@@ -40,6 +40,12 @@ def check_variables() -> None:
             f"{shown(os.environ['WORLD_SIZE'])}; hint: start several processes with torchrun, or "
             "unset WORLD_SIZE"
         )
+    rank, world_size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    if int(rank) >= int(world_size):
+        raise UserError(f"RANK = {rank}: allowed with WORLD_SIZE = {world_size}: 0 to "
+                        f"{int(world_size) - 1}")  # fmt: skip
+    if not 0 < int(os.environ["MASTER_PORT"]) < 65536:
+        raise UserError(f"MASTER_PORT = {os.environ['MASTER_PORT']}: allowed: 1 to 65535")
 
 
 def launch_id() -> str | None:

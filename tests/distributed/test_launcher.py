@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 
 from lorakit.cli.main import run
@@ -51,3 +58,39 @@ def test_variables_of_no_launcher(
     assert run(["train", "recipe.yaml"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f'error: {name} = "{value}": wrong in an environment with WORLD_SIZE = ')
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("RANK", "2", "allowed with WORLD_SIZE = 2: 0 to 1"),
+        ("MASTER_PORT", "65536", "allowed: 1 to 65535"),
+    ],
+)
+def test_variables_out_of_range(
+    name: str,
+    value: str,
+    allowed: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    right = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for key, text in (right | {name: value}).items():
+        monkeypatch.setenv(key, text)
+    assert run(["train", "recipe.yaml"]) == 2
+    assert capsys.readouterr().err == f"error: {name} = {value}: {allowed}\n"
+
+
+def test_a_signal_ends_a_process_that_waits_for_the_others() -> None:
+    variables = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "lorakit", "train", "recipe.yaml"], env=os.environ | variables,
+        stderr=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        maps = Path(f"/proc/{process.pid}/maps")
+        while "libtorch_python" not in maps.read_text():
+            time.sleep(0.1)
+        time.sleep(4)  # until accelerate is imported
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=10) in (-signal.SIGTERM, 128 + signal.SIGTERM)
