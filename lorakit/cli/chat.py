@@ -23,7 +23,7 @@ def system_prompt(given: str | None, trained: Sequence[str]) -> str | None:
     """Return the system prompt of a chat, None for none: ``given``, or the only one of the training
     data, which ``trained`` lists. Say which one is used, or how it differs."""
     if given is not None:
-        if trained == [""]:
+        if given and trained == [""]:
             say("--system: the training data has no system prompt")
         elif trained and given not in trained:
             several = "one" if len(trained) == 1 else "ones"

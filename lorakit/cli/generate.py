@@ -212,7 +212,9 @@ def _chat_or_prompt(
     chat: bool, prompt: str | None, input_file: Path | None
 ) -> tuple[bool, str | None]:
     """What is given; if nothing is, whether stdin is a terminal to chat on, or else the prompt that
-    it contains."""
+    it contains. Raises UserError for an empty prompt."""
+    if prompt is not None and not prompt.strip():
+        raise UserError("--prompt: the prompt is empty")
     if chat or prompt is not None or input_file is not None:
         return chat, prompt
     if sys.stdin is not None and sys.stdin.isatty():

@@ -7,7 +7,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import patch_environment
 
 from lorakit.distributed.group import rank_and_world_size
-from lorakit.distributed.launcher import check_no_deepspeed, uses_fsdp
+from lorakit.distributed.launcher import check_no_deepspeed, is_launched, uses_fsdp
 from lorakit.distributed.strategy import DataParallel, Strategy
 from lorakit.errors import UserError
 
@@ -21,8 +21,10 @@ def build_strategy(dtype: str) -> Strategy:
     check_no_deepspeed()
     half = dtype == "float16"
     AcceleratorState._reset_state()  # an earlier run of this process may have another precision
-    # Accelerate's own FSDP would shard what is trained, too.
-    with patch_environment(ACCELERATE_USE_FSDP="false"):
+    # Accelerate's own FSDP would shard what is trained, too. It would start a group for any
+    # LOCAL_RANK, which some platforms set for a single process.
+    single = {} if is_launched() else {"LOCAL_RANK": "-1"}
+    with patch_environment(ACCELERATE_USE_FSDP="false", **single):
         accelerator = Accelerator(mixed_precision="fp16" if half else "no")
     if half and accelerator.device.type == "cpu":
         raise UserError(

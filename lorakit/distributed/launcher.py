@@ -31,8 +31,8 @@ def is_launched() -> bool:
 
 def check_variables() -> None:
     """Raise UserError if a variable that a launcher sets is missing, no number, or too large."""
-    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
-        value = os.environ.get(name, "")
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        value = os.environ.get(name, "0" if name == "LOCAL_RANK" else "")
         if value.isdecimal() if name != "MASTER_ADDR" else value:
             continue
         raise UserError(

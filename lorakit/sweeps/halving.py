@@ -42,7 +42,7 @@ class Halving:
     that are equal but for the seed, is in the better half of the groups that have been measured
     there so far. Members that train together are measured at the same time.
 
-    Raises UserError if the file cannot be read, or is missing where a member was stopped.
+    Raises UserError if the file cannot be read, or lacks a member that was stopped.
     """
 
     def __init__(self, points: Sequence[float], result: SweepResult) -> None:
@@ -50,13 +50,14 @@ class Halving:
         self._file = result.output_dir / HALVING_JSON
         self._totals: dict[str, int] = {}
         self._courses = {member.name: Course() for member in result.members}
-        if self._file.exists():
-            self._courses |= _read(self._file)
-        elif any("stopped_at_step" in own for own in _earlier_members(result.output_dir)):
-            raise UserError(
-                f"{self._file}: no such file, which tells how members that were stopped were "
-                "doing; hint: restore it, or start the sweep in another directory"
-            )
+        found = _read(self._file) if self._file.exists() else {}
+        self._courses |= {name: own for name, own in found.items() if name in self._courses}
+        for name in _earlier_stops(result.output_dir):
+            if name in self._courses and self._courses[name].stopped_at_step is None:
+                raise UserError(
+                    f"{self._file}: does not have the member {name}, which was stopped; hint: "
+                    "restore the file, or start the sweep in another directory"
+                )
 
     @property
     def has_scores(self) -> bool:
@@ -91,7 +92,7 @@ class Halving:
             else:
                 course.stopped_at_step = step
             self._write()
-        return course.stopped_at_step is not None
+        return course.stopped_at_step is not None and step >= course.stopped_at_step
 
     def record(self, member: MemberResult) -> None:
         """Mark a member that has ended as stopped, if it was."""
@@ -154,10 +155,11 @@ def _is_valid(course: Course) -> bool:
     )
 
 
-def _earlier_members(output_dir: Path) -> list[Any]:
-    """The members of the sweep that is resumed."""
+def _earlier_stops(output_dir: Path) -> list[Any]:
+    """The names of the members that were stopped in the sweep that is resumed."""
     members = read_json(output_dir / SWEEP_JSON).get("members")
-    return members if isinstance(members, list) else []
+    own = [m for m in members if isinstance(m, dict)] if isinstance(members, list) else []
+    return [m.get("name") for m in own if "stopped_at_step" in m]
 
 
 def _newest_step(folder: Path) -> int:

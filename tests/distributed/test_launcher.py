@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from lorakit.cli.main import run
+from lorakit.distributed.build import build_strategy
+from lorakit.distributed.group import rank_and_world_size
 from lorakit.distributed.launcher import launch_id, warn_of_launch
 
 LOGS = "/tmp/torchelastic_x/none_y"
@@ -47,7 +49,14 @@ def test_a_single_process_in_place_of_several(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("WORLD_SIZE", "two"), ("RANK", ""), ("RANK", "x"), ("MASTER_ADDR", ""), ("MASTER_PORT", "x")],
+    [
+        ("WORLD_SIZE", "two"),
+        ("RANK", ""),
+        ("RANK", "x"),
+        ("LOCAL_RANK", "z"),
+        ("MASTER_ADDR", ""),
+        ("MASTER_PORT", "x"),
+    ],
 )
 def test_variables_of_no_launcher(
     name: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -94,3 +103,15 @@ def test_a_signal_ends_a_process_that_waits_for_the_others() -> None:
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=10) in (-signal.SIGTERM, 128 + signal.SIGTERM)
+
+
+@pytest.mark.parametrize("variables", [{}, {"WORLD_SIZE": "1", "RANK": "0"}])
+def test_a_single_process_with_a_local_rank(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (variables | {"LOCAL_RANK": "0"}).items():
+        monkeypatch.setenv(name, value)
+    assert not build_strategy("float32").is_sharded
+    assert rank_and_world_size() == (0, 1)

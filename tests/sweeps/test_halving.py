@@ -177,8 +177,14 @@ def test_a_lost_record_is_an_error(in_tmp: Path) -> None:
     halving([10], adapter__r=[1, 2])
     stopped = {"members": [{"name": "r=1", "status": "stopped", "stopped_at_step": 10}]}
     Path("out/sweep.json").write_text(json.dumps(stopped))
-    with pytest.raises(UserError, match=r"^out/halving\.json: no such file, which tells"):
-        halving([10], adapter__r=[1, 2])
+    for text in (None, "{}", '{"r=1": {}}'):
+        if text is not None:
+            Path("out/halving.json").write_text(text)
+        with pytest.raises(UserError, match=r"^out/halving\.json: does not have the member r=1"):
+            halving([10], adapter__r=[1, 2])
+    Path("out/halving.json").write_text('{"r=1": {"stopped_at_step": 10}}')
+    again = halving([10], adapter__r=[1, 2])
+    assert [again.stops("r=1", step) for step in (5, 10)] == [False, True]
 
 
 @pytest.mark.parametrize(
