@@ -44,15 +44,22 @@ def chat(
     tokenizer: PreTrainedTokenizerBase,
     decoding: Decoding,
     system: str | None,
+    message: str | None = None,
 ) -> None:
-    """Answer line by line until end of input or ``/exit``; ``/reset`` starts a new chat.
+    """Answer ``message``; without one, answer line by line until end of input or ``/exit``, where
+    ``/reset`` starts a new chat.
 
     Every chat begins with the system prompt ``system``. Every answer is sampled with its own random
     numbers.
     """
-    from lorakit.api import chat_request, stream_text
+    from lorakit.api import chat_request
 
-    first = _first_messages(system)
+    first = [] if system is None else [{"role": "system", "content": system}]
+    if message is not None:
+        ids = chat_request([*first, {"role": "user", "content": message}], tokenizer).input_ids
+        say_limits(model, tokenizer, [ids], decoding)
+        stream_answer(model, tokenizer, ids, decoding)
+        return
     # Fails without a chat template, or if that has no system prompts.
     chat_request([*first, {"role": "user", "content": "?"}], tokenizer)
     if sys.stdin is not None and sys.stdin.isatty():
@@ -69,39 +76,29 @@ def chat(
             ids = _fit_window(first, messages, model, tokenizer, decoding)
             if not answers:
                 say_limits(model, tokenizer, [ids], decoding)
-            answer = stream_text(model, tokenizer, ids, write, decoding, row=answers)
+            answer = stream_answer(model, tokenizer, ids, decoding, row=answers)
             answers += 1
-            write("\n")
-            say_if_empty(answer)
             messages.append({"role": "assistant", "content": answer})
 
 
-def answer_message(
+def stream_answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    message: str,
+    input_ids: list[int],
     decoding: Decoding,
-    system: str | None,
-) -> None:
-    """Answer the only message of a chat that begins with the system prompt ``system``."""
-    from lorakit.api import chat_request, stream_text
+    row: int = 0,
+) -> str:
+    """Write an answer as it is generated, and return it. Say if it is empty, which a terminal does
+    not show."""
+    from lorakit.api import stream_text
 
-    messages = [*_first_messages(system), {"role": "user", "content": message}]
-    ids = chat_request(messages, tokenizer).input_ids
-    say_limits(model, tokenizer, [ids], decoding)
-    answer = stream_text(model, tokenizer, ids, write, decoding)
+    if decoding.num_beams > 1 and not row:
+        say(f"--num-beams {decoding.num_beams}: answers are printed when the search is complete")
+    answer = stream_text(model, tokenizer, input_ids, write, decoding, row=row)
     write("\n")
-    say_if_empty(answer)
-
-
-def say_if_empty(answer: str) -> None:
-    """Say that an answer is empty, which a terminal does not show."""
     if not answer.strip():
         say("the answer is empty: the model ended it at once")
-
-
-def _first_messages(system: str | None) -> list[dict[str, str]]:
-    return [] if system is None else [{"role": "system", "content": system}]
+    return answer
 
 
 def _read_line() -> str | None:

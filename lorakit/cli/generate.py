@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorakit.cli.chat import answer_message, say_if_empty, say_limits, system_prompt, write
 from lorakit.cli.chat import chat as start_chat
+from lorakit.cli.chat import say_limits, stream_answer, system_prompt, write
 from lorakit.cli.console import (
     Dtype,
     MethodFile,
@@ -131,8 +131,7 @@ def generate(
     model, adapter = model_and_adapter(model, adapter, subfolder)
     _check_input(prompt, chat, input_file, output)
     _check_sampling(temperature, top_p, num_beams, length_penalty, stop or [])
-    chat, prompt = _chat_or_prompt(chat, prompt, input_file)
-    _check_system(system, prompt, chat)
+    chat, prompt = _chat_or_prompt(chat, prompt, input_file, system)
 
     from lorakit.api import Decoding, load_for_generation, trained_system_prompts
 
@@ -152,19 +151,13 @@ def generate(
             model, adapter, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code,
             method=method, say=say,
         )  # fmt: skip
-    if num_beams > 1 and input_file is None:
-        say(f"--num-beams {num_beams}: answers are printed when the search is complete")
     trained = trained_system_prompts(model, adapter)
-    if chat and prompt is not None:
-        answer_message(*loaded, prompt, decoding, system_prompt(system, trained))
-    elif chat:
-        start_chat(*loaded, decoding, system_prompt(system, trained))
+    if chat:
+        start_chat(*loaded, decoding, system_prompt(system, trained), prompt)
     elif input_file is not None:
         _answer(*loaded, input_file, output, decoding, system)
     elif prompt is not None:
-        if trained:
-            say("the adapter was trained on chats: with --chat, the prompt becomes a message")
-        _stream(*loaded, prompt, decoding)
+        _stream(*loaded, prompt, decoding, is_chat=bool(trained))
 
 
 def _check_input(
@@ -203,23 +196,19 @@ def _check_sampling(
         raise UserError("--stop '': empty; allowed: one or more characters")
 
 
-def _check_system(system: str | None, prompt: str | None, chat: bool) -> None:
-    if system is not None and prompt is not None and not chat:
-        raise UserError("--system: requires --chat, or --input with messages")
-
-
 def _chat_or_prompt(
-    chat: bool, prompt: str | None, input_file: Path | None
+    chat: bool, prompt: str | None, input_file: Path | None, system: str | None
 ) -> tuple[bool, str | None]:
     """What is given; if nothing is, whether stdin is a terminal to chat on, or else the prompt that
-    it contains. Raises UserError for an empty prompt."""
+    it contains. Raises UserError for an empty prompt, or one with a ``system`` prompt."""
     if prompt is not None and not prompt.strip():
         raise UserError("--prompt: the prompt is empty")
-    if chat or prompt is not None or input_file is not None:
-        return chat, prompt
-    if sys.stdin is not None and sys.stdin.isatty():
-        return True, None
-    return False, _stdin_prompt()
+    if not chat and prompt is None and input_file is None:
+        chat = sys.stdin is not None and sys.stdin.isatty()
+        prompt = None if chat else _stdin_prompt()
+    if system is not None and prompt is not None and not chat:
+        raise UserError("--system: requires --chat, or --input with messages")
+    return chat, prompt
 
 
 def _stdin_prompt() -> str:
@@ -233,15 +222,20 @@ def _stdin_prompt() -> str:
 
 
 def _stream(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, decoding: Decoding
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    decoding: Decoding,
+    is_chat: bool,
 ) -> None:
-    from lorakit.api import stream_text, text_request
+    """Continue the prompt; ``is_chat`` says that the adapter was trained on chats."""
+    from lorakit.api import text_request
 
+    if is_chat:
+        say("the adapter was trained on chats: with --chat, the prompt becomes a message")
     request = text_request(prompt, tokenizer)
     say_limits(model, tokenizer, [request.input_ids], decoding)
-    text = stream_text(model, tokenizer, request.input_ids, write, decoding)
-    write("\n")
-    say_if_empty(text)
+    stream_answer(model, tokenizer, request.input_ids, decoding)
 
 
 def _answer(

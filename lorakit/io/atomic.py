@@ -85,6 +85,20 @@ def writing(what: object) -> Iterator[None]:
         raise WriteFailed(f"{what}: cannot be written: {reason}", advice) from error
 
 
+@contextmanager
+def os_errors(kind: type[Exception], what: Path) -> Iterator[None]:
+    """Raise the OSError that a library in Rust describes in an exception of class ``kind``, such as
+    that of a full disk."""
+    try:
+        yield
+    except kind as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if type(error) is not kind or found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(what)) from error
+
+
 def check_name(target: Path) -> None:
     """Raise OSError or ValueError if nothing can be written to a path of this name: it is too long,
     has control characters, or a parent is a file."""

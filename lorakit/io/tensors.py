@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,17 +10,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorakit.errors import AdapterError
+from lorakit.io.atomic import os_errors
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     """Write tensors that do not share memory. Raises OSError if the disk is full."""
-    try:
+    with os_errors(SafetensorError, file):
         save_file(dict(tensors), file, {"format": "pt"})
-    except SafetensorError as error:
-        if found := re.search(r"\(os error (\d+)\)", str(error)):
-            number = int(found[1])
-            raise OSError(number, os.strerror(number), str(file)) from error
-        raise
 
 
 def check_shape(name: str, value: Tensor, own: Tensor) -> None:

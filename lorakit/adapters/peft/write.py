@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +38,7 @@ from lorakit.adapters.peft.targets import (
 from lorakit.adapters.peft.tokens import rows_to_peft
 from lorakit.errors import AdapterError, shown
 from lorakit.injection import find_fully_trained, trained_base_parameters
-from lorakit.io.atomic import atomic_directory, check_name
+from lorakit.io.atomic import atomic_directory, check_name, os_errors
 from lorakit.io.tensors import save_tensors
 from lorakit.layers import AdapterLayer, BaseWrapper, CompositeLayer, adapted_modules
 from lorakit.methods.base import Method
@@ -97,26 +94,12 @@ def save_adapter(
     facts = card or CardFacts(base_model_name_or_path, method.name)
     use = card_usage(directory, method.name, settings, info, tokenizer is not None)
     use = dataclasses.replace(use, peft_loads=method.peft_loads, replaces_head=replaces_head)
-    with atomic_directory(directory, replace=True) as folder:
+    with atomic_directory(directory, replace=True) as folder, os_errors(Exception, directory):
         write_files(folder, settings, _stored(saved.tensors, saved.shared), info)
         write_card(folder, facts, settings, use)
         if tokenizer is not None:
-            with _os_errors():
-                tokenizer.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     return directory
-
-
-@contextmanager
-def _os_errors() -> Iterator[None]:
-    """Raise the OSError that tokenizers describes in an Exception, such as that of a full disk."""
-    try:
-        yield
-    except Exception as error:
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        if type(error) is not Exception or found is None:
-            raise
-        number = int(found[1])
-        raise OSError(number, os.strerror(number)) from error
 
 
 def write_files(
