@@ -157,7 +157,7 @@ def arrange_layers(
     if compiled and section.kernels == "auto":
         fuse_layers(model, strategy.is_sharded)
     elif section.kernels == "auto" and not strategy.is_sharded:
-        use_fast_operators(model)
+        use_fast_operators(model, recomputes=bool(section.gradient_checkpointing))
     if prepared.recipe.model.base_precision == "fp8":
         say(quantize_fp8(model))
     if section.gradient_checkpointing == "offload":

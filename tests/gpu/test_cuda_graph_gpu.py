@@ -68,6 +68,27 @@ def test_graphs_give_the_numbers_of_the_eager_engine(
         torch.testing.assert_close(weight, eager_weights[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("changes", "is_used"),
+    [
+        ({}, False),
+        ({"train.compile": False}, False),
+        ({"train.kernels": "torch"}, True),
+        ({"train.gradient_checkpointing": True}, True),
+        ({"train.compile": True}, True),
+    ],
+)
+def test_attention_of_short_rows_does_not_start_cudnn(
+    tiny_llama: Path, tmp_path: Path, changes: dict[str, Any], is_used: bool
+) -> None:
+    run = built(recipe(tiny_llama, tmp_path, "causal", LORA, **changes))
+    seen = set()
+    embeddings = run.engine.objective.model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda *_: seen.add(torch.backends.cuda.cudnn_sdp_enabled()))
+    run.take_steps(1)
+    assert seen == {is_used}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_passes_of_compiled_layers_are_replayed(
     tiny_llama: Path, tmp_path: Path, dtype: str

@@ -209,7 +209,7 @@ class _JointRun:
             replace(first.prepared, recipe=recipe, model=view), first.strategy, self._say
         )
         if recipe.train.kernels == "auto":
-            use_fast_operators(view)
+            use_fast_operators(view, recomputes=bool(recipe.train.gradient_checkpointing))
         joiner = self._joiner()
         if isinstance(objective, CausalObjective):
             objective.longest_row = joiner.longest_row
