@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -24,6 +25,9 @@ from lorakit.analysis.spectrum import directions, spectrum
 from lorakit.analysis.subspaces import projection_metric, random_similarity, similarity
 from lorakit.errors import AdapterError, listed
 from lorakit.module_names import without_wrappers
+
+#: Subspaces are nearly the same above the first phi, if that of random ones is below the second.
+_SAME, _UNRELATED = 0.9, 0.5
 
 
 def inspect(
@@ -114,11 +118,23 @@ def _compared(
             "allowed: adapters of one base with targets in common"
         )
     if rest := sorted({*first, *second} - set(common)):
-        say(f"not compared, since only one adapter has them, or in another shape: {listed(rest)}")
+        say(f"not compared (in only one adapter, or of different shapes): {listed(rest)}")
     generator = torch.Generator().manual_seed(0)
     pairs = ((n, _directions(first[n], side), _directions(second[n], side)) for n in common)
     modules = tuple(_similar(n, U1, U2, generator) for n, U1, U2 in pairs)
+    if side == "right" and _share_start(modules):
+        say(
+            "A spans nearly the same subspace in both adapters, as it does after runs with one "
+            "seed, whatever they learned; hint: --side left, or runs with different seeds"
+        )
     return Similarity(name, side, modules)
+
+
+def _share_start(modules: Sequence[MatrixSimilarity]) -> bool:
+    """Whether all directions of most matrices agree, though those of random ones would not: runs
+    with one seed start with the same A, and training moves it little."""
+    judged = [m for m in modules if m.phi and m.phi[0] and m.control_phi[-1][-1] < _UNRELATED]
+    return sum(m.phi[-1][-1] > _SAME for m in judged) > len(judged) / 2
 
 
 def _directions(own: Factors, side: Side) -> Tensor:

@@ -41,6 +41,10 @@ def check_folder(folder: Path) -> None:
         existing = next(path for path in paths if path.is_symlink() or path.exists())
     except OSError as error:  # too long
         raise AdapterError(f"--plot {folder}: cannot be created: {error.strerror}") from None
+    if folder.suffix in (".png", ".svg", ".pdf") and existing != folder:
+        raise AdapterError(
+            f"--plot {folder}: is the name of a file; allowed: a directory, for several figures"
+        )
     if existing == folder and not existing.is_dir():
         raise AdapterError(f"--plot {folder}: exists and is not a directory")
     if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -157,11 +161,12 @@ def _norms(report: InspectReport) -> Figure:
 
 def _similarity(adapter: str, found: Similarity, modules: Sequence[MatrixReport]) -> Figure:
     """Rows: modules of the middle layer, and the mean over all modules; columns: phi, its corner if
-    it is larger, and phi of random matrices."""
+    it is much larger, and phi of random matrices."""
     rows = _chosen(found, modules)
     largest = max((max(len(phi), len(phi[0])) for _, phi, _ in rows), default=0)
     titles = ["trained", f"trained, i and j up to {_CORNER}", "random Gaussian"]
-    if largest <= _CORNER:
+    has_corner = largest > 2 * _CORNER
+    if not has_corner:
         del titles[1]
     figure = _figure(0.6 + 2.2 * len(titles), 0.7 + 1.9 * max(1, len(rows)))
     side = "right-singular vectors of A" if found.side == "right" else "left-singular vectors of B"
@@ -172,7 +177,7 @@ def _similarity(adapter: str, found: Similarity, modules: Sequence[MatrixReport]
     panels = figure.subplots(max(1, len(rows)), len(titles), squeeze=False)
     for panel, (name, phi, control) in zip(panels, rows, strict=False):
         corner = [line[:_CORNER] for line in phi[:_CORNER]]
-        shown = [phi, corner, control] if largest > _CORNER else [phi, control]
+        shown = [phi, corner, control] if has_corner else [phi, control]
         for axes, values, title in zip(panel, shown, titles, strict=True):
             image = axes.imshow(
                 values, origin="lower", cmap="cividis", vmin=0, vmax=1, aspect="auto",

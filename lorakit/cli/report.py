@@ -17,7 +17,12 @@ _Runs = Annotated[
 ]
 _Output = Annotated[
     Path | None,
-    typer.Option(metavar="FILE.html", help="Where to write the page [default: RUN/report.html]."),
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE.html",
+        help="Where to write the page [default: RUN/report.html].",
+    ),
 ]
 _Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace FILE.html even if it is not a report.")
@@ -58,6 +63,8 @@ def report(
         if port is not None:
             raise UserError(f"--port {port}: requires --serve")
         echo(str(api.report(*runs, output=output, overwrite=overwrite, samples=not no_samples)))
+        if len(runs) > 1 and output is None:
+            say("written to the first run's directory; --output FILE.html names another file")
         return
     check_exclusive({"--serve": True, "--output": output is not None})
     check_exclusive({"--serve": True, "--overwrite": overwrite})

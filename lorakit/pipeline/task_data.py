@@ -153,7 +153,7 @@ def load_training_data(recipe: Recipe, say: Say) -> TaskData:
     if config.validation_share is not None:
         train, validation = divide(task, config, train)
         every = counted(len(train) + len(validation), "row")
-        say(f"task.validation_share: {len(validation):,} of {every}")
+        say(f"{len(validation):,} of {every} held out for validation (task.validation_share)")
         validation = first_rows(validation, config.limit_eval)
     return TaskData(
         task=task,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -14,8 +15,10 @@ from lorakit.reports.metrics_log import as_number
 from lorakit.reports.runs import Run, read_runs
 from lorakit.terminal.columns import aligned
 
-#: Up to so many runs stand side by side as columns of the terminal's table; more have a row each.
-_MOST_COLUMNS = 4
+#: Up to so many runs stand side by side as columns of the terminal's table; more have a row each,
+#: with up to so many settings, of which more have a line each.
+_MOST_COLUMNS, _MOST_SETTINGS = 4, 8
+_MOST_VALUES = 4
 _CELL_CHARACTERS, _VALUE_CHARACTERS = 36, 2_000
 #: What differs in each run, and says nothing about it.
 _OWN = frozenset({"recipe.train.output_dir", "data.train.source"})
@@ -186,12 +189,26 @@ def comparison_text(compared: Comparison) -> str:
             _table([["", *names], *([title, *values] for title, values in own.items())])
             for own in tables
         )
-    columns = {"run": names, **settings, **columns}
-    return _table([list(columns), *map(list, zip(*columns.values(), strict=True))])
+    few = settings if len(settings) <= _MOST_SETTINGS else {}
+    columns = {"run": names, **few, **columns}
+    table = _table([list(columns), *map(list, zip(*columns.values(), strict=True))])
+    if few or not settings:
+        return table
+    lines = [[key, _counted_values(values)] for key, values in settings.items()]
+    title = f"{len(settings)} settings differ; the values, and how many runs have each:"
+    return f"{table}\n\n{title}\n{aligned(lines)}"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    return aligned([[_short(cell) for cell in row] for row in rows])
+    """Names stay whole: those of a sweep's members often differ at the end."""
+    return aligned([[name, *map(_short, cells)] for name, *cells in rows])
+
+
+def _counted_values(values: Sequence[str]) -> str:
+    counts = Counter(values).most_common()
+    texts = [f"{_short(value)} ({count})" for value, count in counts[:_MOST_VALUES]]
+    more = len(counts) - _MOST_VALUES
+    return ", ".join(texts) + (f" and {more} more" if more > 0 else "")
 
 
 def _short(cell: str) -> str:

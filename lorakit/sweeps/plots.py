@@ -6,8 +6,9 @@ distinct in gray and to the color-blind.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -37,23 +38,30 @@ _WIDE = 20
 _SHARE, _DIMENSION = 0.9, "adapter.d"
 #: How many characters a row of the legend has room for.
 _LEGEND = 70
+_STOPPED = "hollow: stopped by halving"
+
+#: A value of an axis and the metric, and such points of completed and of stopped members.
+_Point = tuple[Any, float]
+_Points = tuple[list[_Point], list[_Point]]
 
 
 @dataclass(frozen=True)
 class Line:
     """The metric at some values of an axis: the mean, and the standard deviation over members with
     the same settings but for the seed, or over all that have the value. Without ``values``: that of
-    members to which the axis does not apply."""
+    members to which the axis does not apply. ``stopped``: value and metric of each member that
+    halving stopped, where it was stopped."""
 
     label: str
     values: tuple[Any, ...]
     means: tuple[float, ...]
     spreads: tuple[float, ...]
+    stopped: tuple[tuple[Any, float], ...] = ()
 
 
 def draw(result: SweepResult, axes: Sequence[str], say: Say) -> None:
     """Draw the metric against each of ``axes``, the keys of the grid, into ``plots/``; against the
-    seed only if there is no other. Members that halving stopped are points apart, at the metric
+    seed only if there is no other. Members that halving stopped are hollow points at the metric
     where they were stopped; failed and pending ones are left out."""
     drawn = [key for key in axes if key != SEED] or list(axes)
     lines = {key: axis_lines(result, key, drawn) for key in drawn}
@@ -68,9 +76,8 @@ def draw(result: SweepResult, axes: Sequence[str], say: Say) -> None:
         for key, name in short_keys(drawn).items():
             if lines[key]:
                 levels = axis_levels(result, key, drawn)[: max(0, len(COLORS) - len(lines[key]))]
-                stopped = stopped_members(result, key)
-                values = _drawn_values(result, key, [*lines[key], stopped])
-                figure = _figure(lines[key], levels, stopped, values, key, result.metric)
+                values = _drawn_values(result, key, lines[key])
+                figure = _figure(lines[key], levels, values, key, result.metric)
                 save_figure(figure, folder / safe_name(name))
 
 
@@ -79,41 +86,32 @@ def axis_lines(result: SweepResult, key: str, axes: Sequence[str]) -> list[Line]
     members set beside them; if these are more than there are colors, one over all other axes."""
     others = [axis for axis in axes if axis not in (key, SEED)]
     short = short_keys(axes)
-    found: dict[tuple[str, str], list[tuple[Any, float]]] = {}
+    found: dict[tuple[str, str], _Points] = {}
     for member, own in zip(result.members, result.settings, strict=True):
-        value, place = result.value(member), _place(member.set, key)
-        if value is None or place is None:
+        value, place = member.metrics.get(result.metric), _place(member.set, key)
+        if value is None or place is None or member.status not in ("completed", "stopped"):
             continue
         set_axes = [axis for axis in others if axis in member.set]
         label = ", ".join(f"{short[axis]} {value_text(own[axis])}" for axis in set_axes)
-        line = found.setdefault((_beside(member.set, axes), label), [])
-        line.append((own[place], value))
+        points = found.setdefault((_beside(member.set, axes), label), ([], []))
+        points[member.status == "stopped"].append((own[place], value))
     if others and len(found) > len(COLORS):
-        merged: dict[tuple[str, str], list[tuple[Any, float]]] = {}
+        merged: dict[tuple[str, str], _Points] = {}
         names = ", ".join(short[axis] for axis in others)
         for (beside, _), points in found.items():
             label = f"mean and standard deviation over {names}"
-            merged.setdefault((beside, label), []).extend(points)
+            for kind, own_points in zip(
+                merged.setdefault((beside, label), ([], [])), points, strict=True
+            ):
+                kind.extend(own_points)
         found = merged
-    return [_line(", ".join(filter(None, labels)), points) for labels, points in found.items()]
-
-
-def stopped_members(result: SweepResult, key: str) -> Line:
-    """The members that halving stopped, each a point, with the metric where it was stopped."""
-    points = [
-        (own[place], member.metrics[result.metric])
-        for member, own in zip(result.members, result.settings, strict=True)
-        if member.status == "stopped"
-        and result.metric in member.metrics
-        and (place := _place(member.set, key)) is not None
-    ]
-    values, metrics = zip(*points, strict=True) if points else ((), ())
-    return Line("stopped by halving", values, metrics, (0.0,) * len(points))
+    return [_line(", ".join(filter(None, labels)), *points) for labels, points in found.items()]
 
 
 def _drawn_values(result: SweepResult, key: str, lines: Sequence[Line]) -> list[Any]:
     """The values of the axis that ``lines`` have, in the order of the members."""
     drawn = {as_text(value) for line in lines for value in line.values}
+    drawn |= {as_text(value) for line in lines for value, _ in line.stopped}
     found: dict[str, Any] = {}
     for member, own in zip(result.members, result.settings, strict=True):
         if (place := _place(member.set, key)) is not None:
@@ -147,7 +145,7 @@ def _beside(settings: Settings, axes: Sequence[str]) -> str:
     return ", ".join(f"{short} {value_text(rest[key])}" for key, short in short_keys(rest).items())
 
 
-def _line(label: str, points: Sequence[tuple[Any, float]]) -> Line:
+def _line(label: str, points: Sequence[_Point], stopped: Sequence[_Point]) -> Line:
     at: dict[str, list[float]] = {}
     values = {as_text(value): value for value, _ in points}
     for value, measured in points:
@@ -160,6 +158,7 @@ def _line(label: str, points: Sequence[tuple[Any, float]]) -> Line:
         tuple(values[text] for text in order),
         tuple(fmean(at[text]) for text in order),
         tuple(stdev(at[text]) if len(at[text]) > 1 else 0.0 for text in order),
+        tuple(stopped),
     )
 
 
@@ -177,12 +176,7 @@ def is_logarithmic(key: str, values: Sequence[Any]) -> bool:
 
 
 def _figure(
-    lines: Sequence[Line],
-    levels: Sequence[Line],
-    stopped: Line,
-    values: Sequence[Any],
-    key: str,
-    metric: str,
+    lines: Sequence[Line], levels: Sequence[Line], values: Sequence[Any], key: str, metric: str
 ) -> Figure:
     from matplotlib.figure import Figure
 
@@ -190,15 +184,10 @@ def _figure(
     axes = figure.subplots()
     if all(map(_is_number, values)):
         _draw_numbers(axes, lines, key, sorted(values))
-        x = list(stopped.values)
     else:
         _draw_categories(axes, lines, values)
-        x = [list(map(as_text, values)).index(as_text(value)) for value in stopped.values]
-    if x:
-        axes.plot(
-            x, stopped.means, linestyle="none", marker="o", color="gray", markerfacecolor="none",
-            label=stopped.label,
-        )  # fmt: skip
+    if any(line.stopped for line in lines):
+        _draw_stopped(axes, [], [], _look(0) | {"marker": "o", "color": "gray"}, _STOPPED)
     axes.set(xlabel=printable(key), ylabel=printable(metric))
     share = key == _DIMENSION and metric not in LOWER_IS_BETTER
     _draw_levels(axes, levels, len(lines), share)
@@ -211,7 +200,7 @@ def _figure(
 
 def _draw_numbers(axes: Axes, lines: Sequence[Line], key: str, values: Sequence[Any]) -> None:
     for at, line in enumerate(lines):
-        axes.errorbar(line.values, line.means, line.spreads, **_look(at), label=line.label or None)
+        _draw_line(axes, line, _look(at), float)
     if is_logarithmic(key, values):
         axes.set_xscale("log")
         axes.minorticks_off()
@@ -223,11 +212,33 @@ def _draw_categories(axes: Axes, lines: Sequence[Line], values: Sequence[Any]) -
     places = {as_text(value): at for at, value in enumerate(values)}
     for at, line in enumerate(lines):
         shift = (at - (len(lines) - 1) / 2) * 0.6 / max(len(lines), 4)
-        x = [places[as_text(value)] + shift for value in line.values]
         look = _look(at) | {"linestyle": "none"}
-        axes.errorbar(x, line.means, line.spreads, **look, label=line.label or None)
+        _draw_line(axes, line, look, partial(_shifted, places, shift))
     axes.set_xticks(range(len(values)), [printable(value_text(value)) for value in values])
     axes.set_xlim(-0.5, len(values) - 0.5)
+
+
+def _shifted(places: Mapping[str, int], shift: float, value: Any) -> float:
+    return places[as_text(value)] + shift
+
+
+def _draw_line(axes: Axes, line: Line, look: dict[str, Any], place: Callable[[Any], float]) -> None:
+    """``place`` is where on the axis a value is."""
+    label = line.label or None
+    if line.values:
+        x = [place(value) for value in line.values]
+        axes.errorbar(x, line.means, line.spreads, **look, label=label)
+    if line.stopped:
+        x = [place(value) for value, _ in line.stopped]
+        means = [metric for _, metric in line.stopped]
+        _draw_stopped(axes, x, means, look, None if line.values else label)
+
+
+def _draw_stopped(
+    axes: Axes, x: Sequence[float], y: Sequence[float], look: dict[str, Any], label: str | None
+) -> None:
+    style = {"color": look["color"], "marker": look["marker"], "markerfacecolor": "none"}
+    axes.plot(x, y, linestyle="none", label=label, **style)
 
 
 def _draw_levels(axes: Axes, levels: Sequence[Line], first: int, share: bool) -> None:

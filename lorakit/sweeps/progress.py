@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -13,12 +13,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 
 from lorakit.errors import decimal, printable
 from lorakit.sweeps.halving import Halving
 from lorakit.sweeps.results import MemberResult, SweepResult
 from lorakit.terminal.progress_lines import progress_lines
+from lorakit.training.control import announcing_stops
 from lorakit.training.tracking import Display, format_metrics, tell, time_left
 
 _SECONDS_PER_LINE = 30.0
@@ -37,7 +38,6 @@ class MemberDisplay(Display):
         self.numbers: dict[str, Any] = {}
         self.metrics: dict[str, float] = {}
         self._start = self._last = time.monotonic()
-        self._report = progress_lines(self.say)
 
     def begin(self) -> None:
         """The first step starts now."""
@@ -56,8 +56,7 @@ class MemberDisplay(Display):
         self.numbers = line
 
     def evaluating(self, what: str, done: int, total: int) -> None:
-        self._report(f"evaluation: {what}", done, total)
-        self._progress.on_tick()
+        self._progress.evaluating(f"{self._name}: evaluation: {what}", done, total)
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
         self.metrics = metrics
@@ -105,10 +104,13 @@ class SweepProgress:
         self._result, self.halving = result, halving
         self._running: dict[str, MemberDisplay | None] = {}
         self._said: set[str] = set()
+        self._report = progress_lines(self.say, _SECONDS_PER_LINE)
         #: Called when a member that this process trains has made progress.
         self.on_tick: Callable[[], None] = lambda: None
         console = Console(stderr=True)
         self._live: Live | None = None
+        self._contexts = ExitStack()
+        self._stopping = ""
         if console.is_terminal:
             self._live = Live(
                 get_renderable=self._table, console=console, refresh_per_second=2, transient=True
@@ -120,7 +122,9 @@ class SweepProgress:
 
     def __enter__(self) -> SweepProgress:
         if self._live is not None:
-            self._live.start()
+            # A line written by a signal handler would be erased, and shift the table.
+            self._contexts.enter_context(announcing_stops(self._show_stop))
+            self._contexts.enter_context(self._live)
         return self
 
     def __exit__(
@@ -129,8 +133,12 @@ class SweepProgress:
         _error: BaseException | None,
         _traceback: TracebackType | None,
     ) -> None:
-        if self._live is not None:
-            self._live.stop()
+        self._contexts.close()
+        if self._stopping and self._live is not None:
+            self.say(self._stopping)
+
+    def _show_stop(self, text: str) -> None:
+        self._stopping = text
 
     def started(self, member: MemberResult) -> None:
         self._running[member.name] = None
@@ -141,6 +149,11 @@ class SweepProgress:
         self._running.pop(member.name, None)
         if not self.is_live or member.status == "failed":
             self.say(f"{member.name}: {_outcome(member)} ({self._place(member)})")
+
+    def evaluating(self, what: str, done: int, total: int) -> None:
+        if not self.is_live:
+            self._report(what, done, total)
+        self.on_tick()
 
     def _place(self, member: MemberResult) -> str:
         return f"{self._result.members.index(member) + 1} of {len(self._result.members)}"
@@ -179,8 +192,9 @@ class SweepProgress:
         running = [member for member in members if member.name in self._running]
         pending = [m for m in members if m.status == "pending" and m.name not in self._running]
         table = Table(
-            "member", "status", "step", "loss", self._result.metric, "seconds",
-            caption=f"{len(ended)} of {len(members)} members have ended",
+            Column("member", overflow="fold"),
+"status", "step", "loss", self._result.metric, "seconds",
+            caption=self._stopping or f"{len(ended)} of {len(members)} members have finished",
         )  # fmt: skip
         room = max(5, Console(stderr=True).height - _MARGIN)
         for member in [*running, *reversed(ended), *pending][:room]:

@@ -87,7 +87,7 @@ class MainRecord:
         members = self._result.members
         done = sum(own.status != "pending" for own in members)
         return Interrupted(
-            f"{error.problem}; {done} of {len(members)} members have ended",
+            f"{error.problem}; {done} of {len(members)} members have finished",
             error.signal_number,
             advice=CONTINUE,
         )

@@ -113,7 +113,7 @@ def _begin(
             if halving is not None:
                 halving.record(own)
     if count := len(result.members) - len(left):
-        say(f"{count} of {counted(len(result.members), 'member')} ended earlier")
+        say(f"{count} of {counted(len(result.members), 'member')} had already finished")
     result.write()
     some = (replace(p, members=tuple(at for at in p.members if at in left)) for p in passes)
     return [part for part in some if part.members]

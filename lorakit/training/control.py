@@ -68,20 +68,37 @@ class StopRequest:
 
 
 def _announce_stop(number: int) -> None:
-    """Tell the user that the run will stop. Bypasses sys.stderr, in which the signal may have
-    interrupted a write; on a terminal, replaces the progress bar, which is drawn again below."""
+    """Tell the user that the run will stop."""
     text = f"received {signal.Signals(number).name}: stopping after saving a checkpoint"
     if number == signal.SIGINT and not is_launched():
         text += "; press Ctrl-C again to stop without one"
+    _Handled.announce(text)
+
+
+def _write_line(text: str) -> None:
+    """Bypasses sys.stderr, in which the signal may have interrupted a write; on a terminal,
+    replaces the progress bar, which is drawn again below."""
     with suppress(OSError):
         start = "\r\x1b[2K" if os.isatty(2) else ""
         os.write(2, f"{start}{text}\n".encode())
 
 
 class _Handled:
-    """Whether signals are handled by ``stop_request``."""
+    """Whether signals are handled by ``stop_request``, and what shows that one has come."""
 
     now = False
+    announce: Callable[[str], None] = staticmethod(_write_line)
+
+
+@contextmanager
+def announcing_stops(show: Callable[[str], None]) -> Iterator[None]:
+    """During the block, ``show`` gets the text for the user after a signal. It is called in a
+    signal handler, so that it must not write to sys.stderr."""
+    before, _Handled.announce = _Handled.announce, staticmethod(show)
+    try:
+        yield
+    finally:
+        _Handled.announce = staticmethod(before)
 
 
 @contextmanager

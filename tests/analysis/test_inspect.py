@@ -156,6 +156,7 @@ def test_two_adapters(side: Any, tmp_path: Path) -> None:
     assert [m.module for m in found.modules] == [
         f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)
     ]
+    assert len(notes) == 1, "the adapters do not start from one A"
     assert "not compared" in notes[0] and "v_proj" in notes[0] and "up_proj" in notes[0]
     model = fresh(base), fresh(base)
     for own, adapter in zip(model, (one, two), strict=True):
@@ -176,8 +177,11 @@ def test_two_adapters(side: Any, tmp_path: Path) -> None:
 
 def test_an_adapter_and_itself(tmp_path: Path) -> None:
     _, adapter = write_pair(tmp_path, "llama", r=4, target_modules=["q"])
-    found = lorakit.inspect(adapter, adapter).similarity
+    notes: list[str] = []
+    found = lorakit.inspect(adapter, adapter, say=notes.append).similarity
     assert found is not None
+    (note,) = notes
+    assert note.endswith("hint: --side left, or runs with different seeds")
     for m in found.modules:
         np.testing.assert_allclose(m.phi, np.ones((4, 4)), atol=1e-9)
         assert np.mean(m.control_phi) < 0.6

@@ -18,7 +18,7 @@ from tests.adapters.directories import write_adapter, write_pair
 
 def test_the_figures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    base, one = write_pair(tmp_path, "llama", r=10, target_modules=["embed_tokens", "q", "v"])
+    base, one = write_pair(tmp_path, "llama", r=20, target_modules=["embed_tokens", "q", "v"])
     two = write_adapter(base, tmp_path / "$two$ \u4e8c", seed=1, r=4, target_modules=["q", "v"])
     folder = tmp_path / "new" / "figures"
     lorakit.inspect(one, two, base=base, plot=folder)
@@ -46,7 +46,8 @@ def test_a_file_in_place_of_the_directory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "missing")
     below, too_long = tmp_path / "file" / "below", tmp_path / ("x" * 300 + "file")
-    for plot in (tmp_path / "file", below, too_long, tmp_path / "link" / "file"):
+    figure = tmp_path / "file.png"
+    for plot in (tmp_path / "file", below, too_long, tmp_path / "link" / "file", figure):
         with pytest.raises(AdapterError, match=r"^--plot .*file"):
             lorakit.inspect(tmp_path / "adapter", plot=plot)
     assert (tmp_path / "file").read_text() == "mine"

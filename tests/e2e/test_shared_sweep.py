@@ -122,7 +122,7 @@ def test_a_signal_to_one_process_stops_both(process: int, whole: Whole, tmp_path
     ended = sweep(2, whole.file, folder, faults={process: fault})
     lines = said(ended, 143, 143)
     assert "interrupted" in lines[-2]
-    assert lines[-2].endswith(" of 5 members have ended")
+    assert lines[-2].endswith(" of 5 members have finished")
     assert lines[-1] == "continue with --resume"
     assert ended[1][2] == ""
     started = [file.parent for file in folder.glob("members/*/run.json")]

@@ -206,7 +206,7 @@ def test_a_kill_keeps_what_is_recorded(whole: Whole, launcher: Launcher, tmp_pat
     statuses = [member["status"] for member in sweep_json(folder)["members"]]
     assert statuses == ["completed", "completed", "completed", "pending"]
     lines = [line for line in ended.err.splitlines() if "fails: " not in line]
-    assert lines == ["3 of 4 members ended earlier"]
+    assert lines == ["3 of 4 members had already finished"]
 
 
 def test_sigkill_at_random_moments(whole: Whole, launcher: Launcher, tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_a_signal_saves_what_runs(
     else:
         ended_before = ["completed", "pending", "pending", "pending"]
         assert text.startswith("r=2,seed=1: interrupted at step 3 of 4; saved ")
-    assert text.endswith("; 1 of 4 members have ended")
+    assert text.endswith("; 1 of 4 members have finished")
     command = ["lorakit", "sweep", str(folder / "sweep.yaml"), "--resume"]
     assert advice == f"continue with: {shlex.join(command)}"
     assert [path.name for path in checkpoints(member / "checkpoints")] == ["step-2", "step-3"]

@@ -88,6 +88,25 @@ def test_many_runs_have_a_row_each(tmp_path: Path) -> None:
     assert lines[6].split()[:2] == ["run-5", "m5"]
 
 
+def test_many_settings_of_many_runs_have_a_line_each(tmp_path: Path) -> None:
+    name = "member-with-a-name-that-is-longer-than-a-cell-"
+    runs = [
+        write_run(
+            tmp_path / f"{name}{i}",
+            record={"versions": {f"package_{k}": str(i % 5) for k in range(9)}},
+        )
+        for i in range(6)
+    ]
+    table, settings = comparison_text(compare(*runs)).split("\n\n")
+    assert [line.split()[0] for line in table.splitlines()[1:]] == [f"{name}{i}" for i in range(6)]
+    assert "package" not in table
+    title, *lines = settings.splitlines()
+    assert title.startswith("9 settings differ")
+    assert re.split(r" {2,}", lines[-1]) == [
+        "versions.package_8", "0 (2), 1 (1), 2 (1), 3 (1) and 1 more",
+    ]  # fmt: skip
+
+
 def test_what_cannot_be_read_is_left_out(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", lines=[log_line(1), "no"])
     (run / "run.json").write_text("[")

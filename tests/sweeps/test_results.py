@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lorakit.api import SweepResult, load_sweep, table_text
-from lorakit.sweeps.plots import axis_levels, axis_lines, draw, is_logarithmic, stopped_members
+from lorakit.sweeps.plots import axis_levels, axis_lines, draw, is_logarithmic
 from lorakit.sweeps.table import write_tables
 
 RECIPE = """\
@@ -215,11 +215,14 @@ def test_stopped_members_are_points(in_tmp: Path) -> None:
     complete(result, [0.1, 0.2, 0.3, 0.4])
     for member in result.members[1:3]:
         member.status, member.stopped_at_step = "stopped", 5
-    stopped = stopped_members(result, "adapter.r")
-    assert (stopped.values, stopped.means) == ((1, 2), (0.2, 0.3))
+    lines = axis_lines(result, "adapter.r", axes)
+    assert [(line.label, line.values, line.stopped) for line in lines] == [
+        ("target_modules q", (1,), ((2, 0.3),)),
+        ("target_modules q+v", (2,), ((1, 0.2),)),
+    ]
     draw(result, axes, lambda note: None)
     for name in ("r", "target_modules"):
-        assert "<!-- stopped by halving -->" in Path(f"out/plots/{name}.svg").read_text()
+        assert "<!-- hollow: stopped by halving -->" in Path(f"out/plots/{name}.svg").read_text()
 
 
 def test_the_intrinsic_dimension_can_be_read(in_tmp: Path) -> None:

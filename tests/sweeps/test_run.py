@@ -187,7 +187,7 @@ def test_resume_compares_the_members(still_bert: Path, tmp_path: Path) -> None:
     lorakit.sweep(
         {**keys, "grid": {"adapter.r": [2, 1], "train.seed": [1]}}, resume=True, say=notes.append
     )
-    assert notes == ["2 of 2 members ended earlier"]
+    assert notes == ["2 of 2 members had already finished"]
 
 
 def test_a_directory_with_something_else(still_bert: Path, tmp_path: Path) -> None:

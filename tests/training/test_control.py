@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from lorakit.errors import Interrupted
-from lorakit.training.control import stop_request
+from lorakit.training.control import announcing_stops, stop_request
 
 
 def test_an_ignored_signal_stays_ignored() -> None:
@@ -61,3 +61,14 @@ def test_another_thread_trains_without_handlers() -> None:
     thread.start()
     thread.join()
     assert seen == [False]
+
+
+def test_a_display_announces_the_stop(capfd: pytest.CaptureFixture[str]) -> None:
+    shown: list[str] = []
+    with stop_request(), announcing_stops(shown.append):
+        signal.raise_signal(signal.SIGTERM)
+    assert shown == ["received SIGTERM: stopping after saving a checkpoint"]
+    assert capfd.readouterr().err == ""
+    with stop_request():
+        signal.raise_signal(signal.SIGTERM)
+    assert capfd.readouterr().err == f"{shown[0]}\n"

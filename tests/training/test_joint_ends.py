@@ -103,7 +103,7 @@ def test_stopped_members_resume_as_if_they_had_not_been(
     def finished(index: int, result: RunResult | Exception) -> None:
         ended.append(index)
 
-    with pytest.raises(Interrupted, match="1 of 4 runs have ended") as stopped:
+    with pytest.raises(Interrupted, match="1 of 4 runs have finished") as stopped:
         train_together(recipes, stop_at=StopAfter(4), finished=finished)
     assert stopped.value.exit_code == 128 + signal.SIGTERM
     assert ended == [1]

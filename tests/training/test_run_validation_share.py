@@ -45,7 +45,7 @@ def test_a_run_evaluates_on_held_out_rows(tiny_llama: Path, tmp_path: Path) -> N
     recipe = shared(tmp_path, tiny_llama, train__save_total_limit=None)
     said: list[str] = []
     train(recipe, say=said.append)
-    assert "task.validation_share: 8 of 40 rows" in said
+    assert "8 of 40 rows held out for validation (task.validation_share)" in said
     run = Path(recipe.train.output_dir)
     data = run_json(run)["data"]
     assert (data["train"]["rows"], data["validation"]["rows"]) == (32, 8)

@@ -25,6 +25,12 @@ function formatted(value) {
   return size >= 1e5 || (size > 0 && size < 1e-3) ? rounded.toExponential() : String(rounded);
 }
 
+// All in one notation: exponents if one of them needs one.
+function tickTexts(ticks) {
+  const isSmall = ticks.some((tick) => tick !== 0 && Math.abs(tick) < 1e-3);
+  return ticks.map((tick) => (isSmall && tick !== 0 ? tick.toExponential() : tickText(tick)));
+}
+
 function tickText(value) {
   const size = Math.abs(value);
   if (size >= 1e4 && size < 1e6) return `${Number((value / 1e3).toPrecision(4))}k`;
@@ -77,18 +83,17 @@ function linesOf(curve, chart, state) {
   return { x, y: smoothed(curve.my || curve.y, state.smoothing), faint: curve };
 }
 
-function bounds(values, padding, isLog) {
+// Beyond the values on both sides, but not past 0, or 1 for a score, which cannot be beyond either.
+function bounds(values, padding, isLog, isScore) {
   let low = Infinity, high = -Infinity;
   for (const list of values) for (const value of list) {
     low = Math.min(low, value);
     high = Math.max(high, value);
   }
-  if (low === high) {
-    const margin = Math.abs(low) * 0.1 || 1;
-    return isLog ? [low / 1.1, high * 1.1] : [low - margin, high + margin];
-  }
-  if (isLog) return [low, high];
-  return [low - padding * (high - low), high + padding * (high - low)];
+  if (isLog) return low === high ? [low / 1.1, high * 1.1] : [low, high];
+  const margin = low === high ? Math.abs(low) * 0.1 || 1 : padding * (high - low);
+  const least = low >= 0 ? 0 : -Infinity, most = isScore && high <= 1 ? 1 : Infinity;
+  return [Math.max(low - margin, least), Math.min(high + margin, most)];
 }
 
 const pathOf = (x, y, toX, toY) =>
@@ -97,10 +102,11 @@ const pathOf = (x, y, toX, toY) =>
 function axes(chart, plot, toX, toY, xTicks, yTicks) {
   const { left, right, top, bottom } = plot;
   const middle = (top + bottom) / 2;
+  const [xTexts, yTexts] = [xTicks.map(tickText), tickTexts(yTicks)];
   return [
     ...yTicks.map((tick) => draw("line", { class: "grid", x1: left, x2: right, y1: toY(tick), y2: toY(tick) })),
-    ...yTicks.map((tick) => draw("text", { x: left - 6, y: toY(tick) + 4, "text-anchor": "end" }, tickText(tick))),
-    ...xTicks.map((tick) => draw("text", { x: toX(tick), y: bottom + 16, "text-anchor": "middle" }, tickText(tick))),
+    ...yTicks.map((tick, at) => draw("text", { x: left - 6, y: toY(tick) + 4, "text-anchor": "end" }, yTexts[at])),
+    ...xTicks.map((tick, at) => draw("text", { x: toX(tick), y: bottom + 16, "text-anchor": "middle" }, xTexts[at])),
     draw("line", { class: "axis", x1: left, x2: right, y1: bottom, y2: bottom }),
     draw("text", { x: (left + right) / 2, y: bottom + 33, "text-anchor": "middle" }, "step"),
     draw("text", { x: 12, y: middle, "text-anchor": "middle", transform: `rotate(-90 12 ${middle})` }, chart.unit || chart.title.toLowerCase()),
@@ -142,7 +148,7 @@ function chartFigure(title) {
     const isLog = state.log && chart.log && curves.every((c) => c.y.every((value) => value > 0));
     const plot = { left: MARGIN.left, right: width - MARGIN.right, top: MARGIN.top, bottom: HEIGHT - MARGIN.bottom };
     const lastStep = Math.max(1, ...chart.curves.map((c) => c.x[c.x.length - 1]));
-    const [low, high] = bounds(curves.map((c) => c.y), 0.05, isLog);
+    const [low, high] = bounds(curves.map((c) => c.y), 0.05, isLog, chart.unit === "evaluation");
     const toX = scale(0, lastStep, plot.left, plot.right, false);
     const toY = scale(low, high, plot.bottom, plot.top, isLog);
     const xTicks = linearTicks(0, lastStep, Math.max(3, Math.floor(width / 75))).filter(Number.isInteger);

@@ -153,8 +153,8 @@ class _JointRun:
                 self._advance(index, results[index])
         if self._interrupted is not None:
             raise Interrupted(
-                f"interrupted; {len(self.outcomes)} of {len(self._recipes)} runs have ended, the "
-                "others have saved a checkpoint",
+                f"interrupted; {len(self.outcomes)} of {len(self._recipes)} runs have finished, "
+                "the others have saved a checkpoint",
                 self._stop.signal_number,
             ) from self._interrupted
 
