@@ -85,6 +85,8 @@ def compare(runs: _Runs, as_json: AsJson = False) -> None:
     from lorakit import api
 
     compared = api.compare(*runs)
+    for note in compared.notes:
+        say(f"warning: {note}")
     if as_json:
         echo(json.dumps(compared.as_json(), indent=2, allow_nan=False))
     else:

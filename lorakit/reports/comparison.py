@@ -35,10 +35,12 @@ class Difference:
 @dataclass(frozen=True)
 class Comparison:
     """``results`` are those of each run, by name; ``differences`` are recipe keys and, as
-    ``versions.torch`` for example, facts of ``run.json``."""
+    ``versions.torch`` for example, facts of ``run.json``; ``notes`` are about files that could not
+    be read."""
 
     results: tuple[dict[str, Any], ...]
     differences: tuple[Difference, ...]
+    notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         differences = [{"key": own.key, "values": list(own.values)} for own in self.differences]
@@ -55,7 +57,8 @@ def compare(*runs: str | PathLike[str]) -> Comparison:
 
 
 def comparison(runs: Sequence[Run]) -> Comparison:
-    return Comparison(tuple(_results(run) for run in runs), tuple(_differences(runs)))
+    notes = tuple(f"{run.directory}: {note}" for run in runs for note in run.notes)
+    return Comparison(tuple(map(_results, runs)), tuple(_differences(runs)), notes)
 
 
 def _results(run: Run) -> dict[str, Any]:

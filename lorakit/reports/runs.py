@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from lorakit.errors import UserError
+from lorakit.errors import UserError, counted
 from lorakit.recipe.yaml_source import MAX_BYTES, read_yaml
 from lorakit.reports.metrics_log import MetricsLog, as_number, read_metrics
 from lorakit.training.run_json import read_json
@@ -156,7 +156,7 @@ def _read(name: str, directory: Path, sweep: dict[str, Any]) -> Run:
         notes.append("run.json: not readable")
     log = read_metrics(directory / "metrics.jsonl")
     if log.unreadable_lines:
-        notes.append(f"metrics.jsonl: {log.unreadable_lines:,} lines are not readable")
+        notes.append(f"metrics.jsonl: {counted(log.unreadable_lines, 'line')} not readable")
     return Run(name, directory, recipe, text, record, log, predictions, tuple(notes), sweep)
 
 

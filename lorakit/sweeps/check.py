@@ -1,4 +1,4 @@
-"""What a sweep's keys may be, beyond their types."""
+"""What a sweep's keys may be, beyond their types, and whether its members can read their data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import registry
-from lorakit.errors import did_you_mean
+from lorakit.errors import UserError, did_you_mean
+from lorakit.pipeline.task_data import load_training_data
 from lorakit.recipe.check import METRIC_NAMES
 from lorakit.recipe.diagnostics import Fault
 from lorakit.recipe.sections import Recipe
@@ -121,6 +122,28 @@ def name_faults(members: Sequence[MemberSection]) -> Iterator[Fault]:
 def recipe_faults(section: SweepSection) -> Iterator[Fault]:
     if not Path(section.recipe).is_file():
         yield Fault(("recipe",), "no such file", section.recipe, True, "a recipe file")
+
+
+def check_data(members: Sequence[Member]) -> None:
+    """Raise the UserError of the first member if none of them can read its data: they would all
+    fail after the sweep has started. One that can is enough, since a failed member ends no other.
+    """
+    errors: dict[str, UserError] = {}
+    for member in members:
+        recipe = member.recipe
+        key = f"{recipe.model.model_dump_json()} {recipe.task.model_dump_json()}"
+        if key in errors:
+            continue
+        try:
+            load_training_data(recipe, lambda note: None)
+        except UserError as error:
+            errors[key] = error
+        except Exception:  # of a user's task: the run describes it
+            return
+        else:
+            return
+    if errors:
+        raise next(iter(errors.values()))
 
 
 def metric_faults(metric: str | None, members: Sequence[Member]) -> Iterator[Fault]:

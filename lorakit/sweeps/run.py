@@ -12,7 +12,7 @@ from lorakit.distributed.group import init_process_group, is_main, rank_and_worl
 from lorakit.distributed.processes import gather, run_on_main
 from lorakit.errors import Interrupted, counted
 from lorakit.pipeline.task_data import Say
-from lorakit.sweeps.check import halving_note
+from lorakit.sweeps.check import check_data, halving_note
 from lorakit.sweeps.cluster import check_ray
 from lorakit.sweeps.directory import check_directory, exclusive_sweep
 from lorakit.sweeps.halving import Halving
@@ -74,6 +74,8 @@ def _sweep(loaded: Sweep, resume: bool, say: Say, ray: str | None) -> SweepResul
     passes = run_on_main(lambda: make_passes(loaded.members, loaded.section))
     if note := halving_note(loaded.section, loaded.members):
         say(note)
+    left = [member for member in loaded.members if not is_complete(member.recipe)]
+    run_on_main(lambda: check_data(left))
     with _exclusive(loaded, resume, say):
         halving = _halving(loaded, result)
         passes = run_on_main(lambda: _begin(loaded, result, passes, halving, say))

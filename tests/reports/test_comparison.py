@@ -111,10 +111,15 @@ def test_what_cannot_be_read_is_left_out(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", lines=[log_line(1), "no"])
     (run / "run.json").write_text("[")
     (run / "recipe.yaml").write_text("{")
-    (found,) = compare(run).results
+    compared = compare(run)
+    (found,) = compared.results
     assert (found["method"], found["status"], found["training_loss"]) == (
         None, "running or killed", 2.0,
     )  # fmt: skip
+    recipe, record, metrics = compared.notes
+    assert recipe.startswith(f"{run}: recipe.yaml: not readable: ")
+    assert record == f"{run}: run.json: not readable"
+    assert metrics == f"{run}: metrics.jsonl: 1 line not readable"
 
 
 def test_infinite_numbers_are_json_too(tmp_path: Path) -> None:

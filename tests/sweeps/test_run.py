@@ -103,11 +103,29 @@ def test_a_users_file_that_fails(still_bert: Path, in_tmp: Path) -> None:
     )
     file = write_sweep(in_tmp, still_bert, "classification", grid={"train.seed": [1]})
     keys = json.loads(file.read_text())
-    result = lorakit.sweep(
-        {**keys, "set": {"task.name": "./my_task.py:Mine", "task.text_column": "sentence"}}
-    )
-    (member,) = result.members
-    assert (member.status, member.error) == ("failed", "my_task.py:4: KeyError: 'no_such'")
+    settings = {"task.name": "./my_task.py:Mine", "task.text_column": "sentence"}
+    with pytest.raises(UserError, match=r"my_task\.py:4: KeyError: 'no_such'"):
+        lorakit.sweep({**keys, "set": settings})
+    assert not (in_tmp / "out").exists()
+
+
+@pytest.mark.parametrize("bad", [["bad.jsonl"], ["bad.jsonl", "good.jsonl"]])
+def test_data_that_no_member_can_read(still_bert: Path, in_tmp: Path, bad: list[str]) -> None:
+    """It fails before the start; if one member has other data, only its own run fails."""
+    rows = [{"sentence": f"word {i}", "label": i % 2} for i in range(8)]
+    for name, changes in (("good", {}), ("bad", {"label": None})):
+        text = "".join(json.dumps(row | changes) + "\n" for row in rows)
+        Path(f"{name}.jsonl").write_text(text)
+    settings = {"task.name": "classification", "task.text_column": "sentence"}
+    file = write_sweep(in_tmp, still_bert, "classification", grid={"task.path": bad})
+    sweep = {**json.loads(file.read_text()), "set": settings}
+    if len(bad) == 1:
+        with pytest.raises(UserError, match=r"bad\.jsonl, row 1"):
+            lorakit.sweep(sweep)
+        assert not (in_tmp / "out").exists()
+    else:
+        result = lorakit.sweep(sweep)
+        assert [member.status for member in result.members] == ["failed", "completed"]
 
 
 def test_a_complete_sweep_is_kept(still_bert: Path, tmp_path: Path) -> None:
