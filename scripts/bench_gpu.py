@@ -4,11 +4,11 @@
 
 lorakit runs as a user runs it, through `lorakit train`. Every side runs in a process of its own, on
 the same rows, in bfloat16, and reports real tokens per second (padding is not counted), examples
-per second, the peak of the allocated memory, and losses. lorakit's speed is the median over the log
-windows of its metrics.jsonl, which starts after the first steps; a peer's is the mean over as many
-steps after its first ones. Neither waits for the device within those steps. ``share_of_products``
-is the share of the speed at which this GPU multiplies large matrices, counting the floating-point
-operations that LoRA cannot avoid (``flops_per_token``).
+per second, the peak of the allocated memory, and losses. lorakit's speed is the mean over the log
+windows of its metrics.jsonl after the first quarter, a peer's that over as many steps after its
+first ones. Neither waits for the device within those steps. ``share_of_products`` is the share of
+the speed at which this GPU multiplies large matrices, counting the floating-point operations that
+LoRA cannot avoid (``flops_per_token``).
 
 Peers: `trainer` (PEFT and transformers' Trainer with its default collator), `loop` (PEFT in a plain
 loop), `liger` (the same with Liger's kernels), `compiled` (the same with each layer compiled),
@@ -152,10 +152,11 @@ def lorakit_report(run: Path) -> dict[str, Any]:
     logged = [line for line in lines if "tokens_per_second" in line]
     record = json.loads((run / "run.json").read_text())
     speeds = [line["tokens_per_second"] for line in logged[len(logged) // 4 :]]
+    mean = statistics.harmonic_mean(speeds)  # windows have about as many tokens each
     tokens = record["data"]["train"]["tokens"] / record["data"]["train"]["rows"]
     return {
-        "tokens_per_second": round(statistics.median(speeds)),
-        "examples_per_second": round(statistics.median(speeds) / tokens, 1),
+        "tokens_per_second": round(mean),
+        "examples_per_second": round(mean / tokens, 1),
         "peak_gib": round(record["peak_memory_bytes"] / 2**30, 2),
         "training_seconds": record["seconds"],
         "losses": [round(line["loss"], 4) for line in logged],

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+import torch
 
 
 class Clock:
@@ -31,3 +33,46 @@ class Clock:
             self._pauses -= 1
             if not self._pauses:
                 self._paused_seconds += time.monotonic() - self._paused_at
+
+
+class StepWindow:
+    """The tokens and the time of some steps, such as those of a log line.
+
+    On a GPU the time is taken where the steps run: the host may be many steps ahead of it, and
+    again be behind while it captures a pass. Times that ``clock`` leaves out are left out.
+    """
+
+    def __init__(self, clock: Clock, device: torch.device) -> None:
+        self._clock, self._device = clock, device
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin with the next step."""
+        self.tokens, self._skipped = 0, 0.0
+        self._host, self._wall = self._clock.now(), time.monotonic()
+        self._event = self._mark()
+
+    def skip(self, seconds: float) -> None:
+        """Leave out a time at whose beginning and end the device had nothing to do."""
+        self._skipped += seconds
+
+    def host_seconds(self) -> float:
+        return max(self._clock.now() - self._host - self._skipped, 1e-9)
+
+    def end(self) -> Callable[[], float]:
+        """Return a function for the tokens per second of the steps so far, to be called when the
+        device has finished them, and restart."""
+        tokens, seconds, event = self.tokens, self.host_seconds(), self._event
+        idle = time.monotonic() - self._wall - seconds  # evaluations and pauses
+        self.restart()
+        end = self._event
+        if event is None or end is None:
+            return lambda: tokens / seconds
+        return lambda: tokens / max(event.elapsed_time(end) / 1e3 - idle, 1e-9)
+
+    def _mark(self) -> torch.cuda.Event | None:
+        if self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,17 +43,21 @@ class StepScalars:
         return {key: line.pop(key) for key in keys} | line
 
 
+_Values = Callable[[], dict[str, Any]]
+
+
 class AsyncScalars:
     """Collects the scalars of steps on the device and copies a log line's worth at a time.
 
-    ``stage`` starts the copy and does not wait, ``arrived`` returns what has been copied.
+    ``stage`` starts the copy and does not wait, ``arrived`` returns what has been copied, with the
+    values of ``late``, a function that is called then.
     ``value_names`` are those of the engine.
     """
 
     def __init__(self, value_names: Sequence[str] = ()) -> None:
         self._value_names = tuple(value_names)
         self._pending: list[Tensor] = []
-        self._staged: deque[tuple[dict[str, Any], list[Tensor], torch.cuda.Event | None]] = deque()
+        self._staged: deque[tuple[_Values, list[Tensor], torch.cuda.Event | None]] = deque()
 
     @property
     def pending_steps(self) -> int:
@@ -73,7 +77,9 @@ class AsyncScalars:
         scalars = (result.loss, result.grad_norm, *result.values)
         self._pending.append(torch.stack([scalar.detach().float() for scalar in scalars]))
 
-    def stage(self, known: dict[str, Any], ranks: Tensor | None = None) -> None:
+    def stage(
+        self, known: dict[str, Any], ranks: Tensor | None = None, late: _Values = dict
+    ) -> None:
         """Start copying the scalars of the steps added since the last log line, and ``ranks``."""
         if not self._pending:
             return
@@ -86,7 +92,7 @@ class AsyncScalars:
             copies = [host.copy_(values, non_blocking=True) for host, values in pairs]
             event = torch.cuda.Event()
             event.record()
-        self._staged.append((known, copies, event))
+        self._staged.append((lambda: known | late(), copies, event))
 
     def arrived(self, wait: bool = False) -> list[StepScalars]:
         """The staged lines that have been copied, oldest first; with ``wait``, all of them."""
@@ -100,7 +106,7 @@ class AsyncScalars:
             self._staged.popleft()
             losses, norms, *columns = values.t().tolist()
             named = dict(zip(self._value_names, columns, strict=True))
-            found.append(StepScalars(known, losses, norms, named, *(x.tolist() for x in ranks)))
+            found.append(StepScalars(known(), losses, norms, named, *(x.tolist() for x in ranks)))
         return found
 
 

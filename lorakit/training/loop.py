@@ -33,7 +33,7 @@ from lorakit.training.checkpoint import (
     Snapshot,
     save_checkpoint,
 )
-from lorakit.training.clock import Clock
+from lorakit.training.clock import Clock, StepWindow
 from lorakit.training.control import Best, Evaluator, Schedule, StopRequest
 from lorakit.training.divergence import (
     AsyncScalars,
@@ -79,8 +79,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         self._scalars = AsyncScalars(self.engine.value_names)
-        self._window_start = self.clock.now()
-        self._window_tokens = 0
+        self._window = StepWindow(self.clock, self.loader.device)
         self._first_step = 1
         self._last_checkpoint: Path | None = None
         self._evaluated: dict[str, float] | None = None
@@ -116,7 +115,7 @@ class Loop:
         Raises TrainingError if the loss or a weight is not finite. With a checkpoint saved, raises
         Interrupted after a signal, and DataError (BadRow for a row) if a stream cannot be read.
         """
-        self._window_start = self.clock.now()
+        self._window = StepWindow(self.clock, self.loader.device)
         self._first_step = self.progress.step + 1
         self.recorder.display.begin()
         if self.progress.step and self._evaluation_due():
@@ -208,7 +207,7 @@ class Loop:
         if progress.step < self.schedule.total_steps:
             self.loader.prefetch(progress.step)  # while the device computes
         self._scalars.add(result)
-        self._window_tokens += loaded.token_count
+        self._window.tokens += loaded.token_count
         progress.trained_tokens += loaded.trained_count
         progress.seconds += self.clock.now() - began
         return True
@@ -225,17 +224,16 @@ class Loop:
 
     def _end_window(self) -> None:
         """End the window of steps that one log line covers."""
-        ranks = self.engine.changed_ranks(self._scalars.pending_steps)
-        self._scalars.stage(self._window_values(), ranks)
-        self._window_start, self._window_tokens = self.clock.now(), 0
+        ranks, known = self.engine.changed_ranks(self._scalars.pending_steps), self._window_values()
+        speed = self._window.end()
+        self._scalars.stage(known, ranks, lambda: {"tokens_per_second": round(speed(), 1)})
 
     def _window_values(self) -> dict[str, Any]:
         """What the host knows of the steps since the last log line."""
-        spent = max(self.clock.now() - self._window_start, 1e-9)
         return {
             "step": self.progress.step,
             "epoch": self.schedule.epoch(self.progress.step),
-            "tokens_per_second": round(self._window_tokens / spent, 1),
+            "tokens_per_second": round(self._window.tokens / self._window.host_seconds(), 1),
             "peak_memory_bytes": peak_memory_bytes(self.loader.device),
             **self.engine.log_values(),
         }
@@ -250,7 +248,9 @@ class Loop:
 
     def _settle(self) -> None:
         """Wait for the steps so far, and check that their losses and the weights are finite."""
+        began = self.clock.now()
         self._record(wait=True)
+        self.progress.seconds += self.clock.now() - began
         self.progress.window = window = self._scalars.window()
         if window:
             losses, norms, *_ = (list(column) for column in zip(*window, strict=True))
@@ -309,7 +309,7 @@ class Loop:
                 self.predictions = found.predictions
             if stopping:
                 self.recorder.display.say(stopping)
-        self._window_start += self.clock.now() - began
+        self._window.skip(self.clock.now() - began)
 
     def _stop_for_data(self, error: DataError) -> NoReturn:
         saved = self.save()

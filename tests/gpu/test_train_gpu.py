@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import lorakit
+from lorakit.training.clock import Clock, StepWindow
 from lorakit.training.divergence import AsyncScalars, nonfinite_weight
 from lorakit.training.record import peak_memory_bytes
 from tests.training.engines import built
@@ -93,6 +95,19 @@ def test_a_step_never_waits_for_the_device(
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(scalars.arrived(wait=True)[0].losses) == 3
+
+
+def test_the_speed_is_that_of_the_device() -> None:
+    """The host launches steps long before they run."""
+    window = StepWindow(Clock(), torch.device("cuda"))
+    for _ in range(2):
+        began = time.perf_counter()
+        window.tokens += 10
+        torch.cuda._sleep(200_000_000)  # clock cycles: about 0.1 s
+        assert time.perf_counter() - began < 0.05
+        speed = window.end()
+        torch.cuda.synchronize()
+        assert speed() == pytest.approx(10 / (time.perf_counter() - began), rel=0.2)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

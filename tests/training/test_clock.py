@@ -6,7 +6,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lorakit.training.clock import Clock
+import pytest
+import torch
+
+from lorakit.training.clock import Clock, StepWindow
 from tests.training.joint_runs import members, train_together
 from tests.training.runs import run_json
 
@@ -20,6 +23,23 @@ def test_a_clock_stands_still_in_nested_pauses() -> None:
         time.sleep(0.05)
         assert clock.now() == began
     assert clock.now() - began < 0.05
+
+
+def test_a_window_leaves_out_pauses_and_evaluations() -> None:
+    clock = Clock()
+    window = StepWindow(clock, torch.device("cpu"))
+    window.tokens += 40
+    time.sleep(0.1)
+    with clock.paused():
+        time.sleep(0.2)
+    window.skip(0.06)  # an evaluation
+    speed = window.end()
+    time.sleep(0.2)
+    assert speed() == pytest.approx(40 / 0.04, rel=0.5)
+    assert window.tokens == 0
+    window.tokens += 40
+    time.sleep(0.1)
+    assert window.end()() == pytest.approx(40 / 0.3, rel=0.3)
 
 
 def test_members_do_not_count_what_others_prepare(tiny_llama: Path, tmp_path: Path) -> None:
