@@ -138,8 +138,10 @@ def too_large(method: str, parameters: int | None, hardware: Hardware) -> str | 
     if hardware.kind == "cpu" or parameters is None:
         return None
     memory = hardware.memory_bytes or ASSUMED_GPU_BYTES
-    # Full: weights, gradients and AdamW's state, of which 16 bytes are in float32.
-    need = 18 * parameters if method in ("full", "bitfit") else 0.7 * parameters + 2 * GIB
+    if method == "full":  # 2 bytes for the bf16 model; float32 weights, gradients, AdamW's state
+        need = 18.0 * parameters
+    else:  # the base in bf16, or where it may be quantized in 4 bits
+        need = (2 if method == "bitfit" else 0.7) * parameters + 2 * GIB
     if need <= memory:
         return None
     return (

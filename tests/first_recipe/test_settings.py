@@ -17,6 +17,7 @@ from lorakit.first_recipe.settings import (
     max_length,
     quantizes,
     read_hardware,
+    too_large,
 )
 
 CPU, GPU = Hardware("cpu"), Hardware("gpu", 24 * GIB)
@@ -112,3 +113,20 @@ def test_the_share_for_validation() -> None:
 )
 def test_parameters_in_a_name(name: str, parameters: int | None) -> None:
     assert parameters_in(name) == parameters
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "need"),
+    [
+        ("lora", 8_000_000_000, None),
+        ("lora", 70_000_000_000, "48 GiB"),  # quantized to 4 bits, with its scales and the rest
+        ("bitfit", 8_000_000_000, None),  # biases only: no gradients of the weights
+        ("bitfit", 14_000_000_000, "28 GiB"),
+        ("full", 1_000_000_000, None),
+        ("full", 8_000_000_000, "134 GiB"),
+    ],
+)
+def test_what_does_not_fit_on_the_gpu(method: str, parameters: int, need: str | None) -> None:
+    note = too_large(method, parameters, GPU)
+    assert note is None if need is None else f"about {need} to train" in str(note)
+    assert too_large(method, parameters, CPU) is None
