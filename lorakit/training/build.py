@@ -179,6 +179,26 @@ def build_loader(
     return StepLoader(steps, collate, device, on_host=execution.mode == "joint")
 
 
+def build_engine_and_loader(
+    prepared: Prepared,
+    objective: Objective | None,
+    strategy: Strategy,
+    steps: StepSource,
+    total_steps: int,
+    say: Say,
+    execution: Execution | None = None,
+) -> tuple[Objective, EagerEngine, StepLoader]:
+    """Build what takes the steps of a run; ``objective`` is None unless it has been built before,
+    ``execution`` to choose it here."""
+    objective = objective or build_objective(prepared, strategy, say)
+    execution = execution or choose_execution(
+        prepared, strategy.device, total_steps, strategy.is_sharded
+    )
+    engine = build_engine(prepared, objective, strategy, total_steps, execution, say)
+    loader = build_loader(prepared, objective, steps, strategy.device, execution)
+    return objective, engine, loader
+
+
 def build_loop(
     prepared: Prepared,
     objective: Objective | None,
@@ -191,20 +211,18 @@ def build_loop(
     say: Say,
     execution: Execution | None = None,
 ) -> Loop:
-    """Assemble the loop; ``objective`` is None unless it has been built before, ``execution`` to
-    choose it here."""
+    """Assemble the loop; for ``objective`` and ``execution`` see ``build_engine_and_loader``."""
     section = prepared.recipe.train
-    objective = objective or build_objective(prepared, strategy, say)
-    execution = execution or choose_execution(
-        prepared, strategy.device, schedule.total_steps, strategy.is_sharded
+    objective, engine, loader = build_engine_and_loader(
+        prepared, objective, strategy, steps, schedule.total_steps, say, execution
     )
     evaluator = Evaluator(
         prepared, objective.parts, recorder.display.evaluating, in_step=strategy.is_sharded
     )
     advice = prepared.method.advice(prepared.recipe.adapter)
     return Loop(
-        engine=build_engine(prepared, objective, strategy, schedule.total_steps, execution, say),
-        loader=build_loader(prepared, objective, steps, strategy.device, execution),
+        engine=engine,
+        loader=loader,
         schedule=schedule,
         recorder=recorder,
         stop=stop,

@@ -22,10 +22,8 @@ from lorakit.training.base_precision import check_base_precision
 from lorakit.training.batch_size import check_batch_size, fit_batch_size
 from lorakit.training.batching import Batching, LoadedStep, StepLoader, build_batching
 from lorakit.training.build import (
-    build_engine,
-    build_loader,
+    build_engine_and_loader,
     build_loop,
-    build_objective,
     build_schedule,
     check_optimizer,
     plan_lines,
@@ -34,7 +32,6 @@ from lorakit.training.control import Schedule, stop_request
 from lorakit.training.deterministic import deterministic_kernels, say_costs
 from lorakit.training.engine import StepResult
 from lorakit.training.engine.eager import EagerEngine
-from lorakit.training.execution import choose_execution
 from lorakit.training.guard import Guard, naming_checkpoints
 from lorakit.training.length import check_length
 from lorakit.training.loop import Loop
@@ -169,12 +166,9 @@ def start_unwritten(recipe: Recipe, say: Say) -> Started:
     if batching.warning:
         say(batching.warning)
     schedule = build_schedule(prepared.recipe, batching.steps)
-    objective = objective or build_objective(prepared, strategy, say)
-    execution = choose_execution(
-        prepared, strategy.device, schedule.total_steps, strategy.is_sharded
+    _, engine, loader = build_engine_and_loader(
+        prepared, objective, strategy, batching.steps, schedule.total_steps, say
     )
-    engine = build_engine(prepared, objective, strategy, schedule.total_steps, execution, say)
-    loader = build_loader(prepared, objective, batching.steps, strategy.device, execution)
     return Started(prepared, strategy, schedule, engine, loader)
 
 

@@ -124,7 +124,6 @@ def test_it_is_chosen_once_the_model_is_placed(
         return choose_execution(prepared, device, steps, is_sharded)
 
     monkeypatch.setattr(Strategy, "place", shards)
-    for module in (build, run):
-        monkeypatch.setattr(module, "choose_execution", noted)
+    monkeypatch.setattr(build, "choose_execution", noted)
     begin(recipe_for(tmp_path, tiny_llama, "completion", train__epochs=1), say=lambda text: None)
     assert sharded == [True]
