@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lorakit.io.json_file import read_json_object
 from lorakit.io.tensors import save_tensors
 
 _MANIFEST = "manifest.json"
@@ -118,12 +119,9 @@ def _read_json(file: Path) -> dict[str, Any]:
     if _size(file) > _MAX_JSON_BYTES:
         raise ValueError(f"{file.name}: too large")
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file.name}: invalid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file.name}: not a JSON object")
-    return value
+        return read_json_object(file)
+    except ValueError as error:
+        raise ValueError(f"{file.name}: {error}") from error
 
 
 def _write_json(file: Path, value: object) -> None:

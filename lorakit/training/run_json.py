@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from lorakit.io.json_file import read_json_object
 
 #: What is read from run.json, and the types of it; ``*`` stands for any key.
 _SPLIT_TYPES = {
@@ -41,12 +42,9 @@ def read_record(output_dir: Path) -> dict[str, Any]:
 def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in ``file``; empty if there is no such file, or if it has none."""
     try:
-        if not file.is_file():  # reading from a pipe might never end
-            return {}
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json_object(file)
+    except (FileNotFoundError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def read_run(output_dir: Path) -> dict[str, Any]:

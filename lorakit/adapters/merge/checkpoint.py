@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lorakit.errors import ModelError, shown
+from lorakit.io.json_file import read_json_object
 from lorakit.models.hub import explained, hub_options, is_missing_path, other_content
 
 if TYPE_CHECKING:
@@ -238,15 +239,13 @@ def read_config(directory: Path) -> dict[str, Any]:
     """Return ``config.json`` as stored. Raises ModelError if it is missing or invalid."""
     file = directory / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json_object(file)
     except FileNotFoundError:
         what = other_content(directory)
         hint = f" ({what})" if what else ""
         raise ModelError(f"base: {directory}: no config.json in the directory{hint}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"base: {file}: invalid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"base: {file}: expected a JSON object, found {shown(config)}")
+    except ValueError as error:
+        raise ModelError(f"base: {file}: {error}") from error
     named = config.get("transformers_weights")
     if named not in (None, SINGLE, INDEX):
         raise ModelError(

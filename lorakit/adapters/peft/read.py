@@ -5,7 +5,6 @@ No model is built, and transformers is imported only to download from the Hub.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import sys
@@ -43,6 +42,7 @@ from lorakit.adapters.peft.schema import (
 )
 from lorakit.adapters.peft.tokens import check_indices, unwrapped
 from lorakit.errors import AdapterError, printable, shown
+from lorakit.io.json_file import read_json_object
 from lorakit.kernels.low_rank import RowSlice
 from lorakit.methods.base import Method
 
@@ -265,16 +265,11 @@ def _without_duplicates(
 
 def _read_json(file: Path) -> dict[str, Any] | None:
     try:
-        if file.exists() and not file.is_file():  # from a device, reading might never end
-            raise AdapterError(f"{file}: not a file")
-        value = json.loads(file.read_text(encoding="utf-8"))
+        return read_json_object(file)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{file}: invalid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise AdapterError(f"{file}: expected a JSON object, found {shown(value)}")
-    return value
+    except ValueError as error:
+        raise AdapterError(f"{file}: {error}") from error
 
 
 def _stored(directory: Path) -> Mapping[str, Tensor]:
