@@ -57,7 +57,7 @@ def compare(*runs: str | PathLike[str]) -> Comparison:
 
 
 def comparison(runs: Sequence[Run]) -> Comparison:
-    notes = tuple(f"{run.directory}: {note}" for run in runs for note in run.notes)
+    notes = tuple(f"{run.name}: {note}" for run in runs for note in run.notes)
     return Comparison(tuple(map(_results, runs)), tuple(_differences(runs)), notes)
 
 

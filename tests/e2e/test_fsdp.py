@@ -201,6 +201,7 @@ with process_group():
 """
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_whole_model() -> None:
     """Fused projections, layers called several times, experts, modules that layers share, parts of
     a multimodal model, layers that are recomputed from host memory, and compiled ones."""

@@ -25,10 +25,16 @@ def trained(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def done(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    code = run([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    assert (code, err) == (0, "")
+    out, err = told(capsys, *arguments)
+    assert err == ""
     return out
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[str, str]:
+    """What a command that succeeds prints to stdout and to stderr."""
+    assert run([str(argument) for argument in arguments]) == 0
+    out, err = capsys.readouterr()
+    return out, err
 
 
 def refused(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object) -> str:
@@ -59,7 +65,9 @@ def test_several_runs_and_a_sweep(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep = write_sweep_files(tmp_path / "sweep")
-    assert done(capsys, "report", sweep, trained) == f"{sweep / 'report.html'}\n"
+    out, err = told(capsys, "report", sweep, trained)
+    assert out == f"{sweep / 'report.html'}\n"
+    assert err == "written to the first run's directory; --output FILE.html names another file\n"
     page = (sweep / "report.html").read_text(encoding="utf-8")
     assert all(f'"name":"{name}"' in page for name in ("r=8", "r=1", "r=2", "run"))
     output = tmp_path / "page.html"
@@ -129,7 +137,9 @@ def test_names_cannot_control_the_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_directory = write_run(tmp_path / "a\x1b[2Jb", record={"exit_reason": "\x1b[31mred"})
-    assert "\x1b" not in done(capsys, "compare", run_directory)
+    out, err = told(capsys, "compare", run_directory)
+    assert err.startswith("warning: a\\x1b[2Jb: recipe.yaml: not readable: ")
+    assert "\x1b" not in out + err
     assert "\x1b" not in done(capsys, "report", run_directory)
 
 

@@ -36,5 +36,5 @@ def test_other_contents(content: bytes, problem: str, tmp_path: Path) -> None:
 def test_what_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe"):
-        with pytest.raises(ValueError, match="^not a regular file$"):
+        with pytest.raises(ValueError, match=r"^not a regular file$"):
             read_json_object(path)

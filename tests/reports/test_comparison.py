@@ -117,9 +117,9 @@ def test_what_cannot_be_read_is_left_out(tmp_path: Path) -> None:
         None, "running or killed", 2.0,
     )  # fmt: skip
     recipe, record, metrics = compared.notes
-    assert recipe.startswith(f"{run}: recipe.yaml: not readable: ")
-    assert record == f"{run}: run.json: not readable"
-    assert metrics == f"{run}: metrics.jsonl: 1 line not readable"
+    assert recipe.startswith("run: recipe.yaml: not readable: ")
+    assert record == "run: run.json: not readable"
+    assert metrics == "run: metrics.jsonl: 1 line not readable"
 
 
 def test_infinite_numbers_are_json_too(tmp_path: Path) -> None:

@@ -123,6 +123,7 @@ def test_compiled_layers_compute_with_the_dequantized_weights(family: str) -> No
     assert {x.data_ptr() for x in saved} >= {m.offset.data_ptr() for m in quantized}
 
 
+@pytest.mark.slow
 def test_compiled_dora_layers_compute_with_the_dequantized_weights() -> None:
     model, reference = adapted("qwen2", "dora"), adapted("qwen2", "dora")
     quantize_nf4(model, CPU)

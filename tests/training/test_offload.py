@@ -69,6 +69,7 @@ def test_a_pass_without_a_backward_pass_leaves_nothing_behind() -> None:
         assert torch.equal(mine, reference)
 
 
+@pytest.mark.slow
 def test_a_layer_that_is_no_single_graph_is_computed_again_as_a_whole() -> None:
     torch._dynamo.reset()
     wanted = gradients(adapted("llama", 0.0))
