@@ -78,7 +78,6 @@ if TYPE_CHECKING:
     from lorakit.terminal.progress_lines import progress_lines
     from lorakit.training.run import dry_run, train
     from lorakit.training.session import RunResult
-    from lorakit.training.tracking import tell
     from lorakit.user_code import locate_error
 
 _MODULES = {
@@ -148,7 +147,6 @@ _MODULES = {
     "lorakit.terminal.progress_lines": ("progress_lines",),
     "lorakit.training.run": ("dry_run", "train"),
     "lorakit.training.session": ("RunResult",),
-    "lorakit.training.tracking": ("tell",),
     "lorakit.user_code": ("locate_error",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
@@ -241,7 +239,6 @@ __all__ = [
     "sweep",
     "switch",
     "table_text",
-    "tell",
     "text_request",
     "this_hardware",
     "train",

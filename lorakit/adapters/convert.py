@@ -23,8 +23,8 @@ from lorakit.adapters.low_rank import (
 from lorakit.adapters.merge.tokenizer import TEMPLATES, TOKENIZER_FILES
 from lorakit.adapters.model_card import CardFacts
 from lorakit.adapters.peft.locate import adapter_directory, is_hub_adapter
-from lorakit.adapters.peft.method import Say, merge_command
-from lorakit.adapters.peft.read import AdapterFiles, read_adapter, to_stderr
+from lorakit.adapters.peft.method import merge_command
+from lorakit.adapters.peft.read import AdapterFiles, read_adapter
 from lorakit.adapters.peft.schema import (
     CARD,
     CONFIG,
@@ -40,6 +40,7 @@ from lorakit.adapters.vllm import padded
 from lorakit.errors import AdapterError, check_printable, os_reason, shown
 from lorakit.io.atomic import atomic_directory, atomic_file
 from lorakit.io.tensors import save_tensors
+from lorakit.notes import Say, to_stderr
 
 FORMS = ("lora", "loralib", "peft")
 #: The file that ``--to loralib`` writes if OUT is a directory.

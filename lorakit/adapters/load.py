@@ -22,15 +22,16 @@ from lorakit.adapters.base_model import (
     set_pad_token,
 )
 from lorakit.adapters.peft.locate import is_hub_adapter
-from lorakit.adapters.peft.method import Say, run_method_file
+from lorakit.adapters.peft.method import run_method_file
 from lorakit.adapters.peft.place import load_adapter
-from lorakit.adapters.peft.read import AdapterFiles, read_adapter, to_stderr
+from lorakit.adapters.peft.read import AdapterFiles, read_adapter
 from lorakit.adapters.peft.schema import CONFIG
 from lorakit.adapters.switching import register_adapters
 from lorakit.errors import AdapterError
 from lorakit.models.heads import declares_head, declares_token_head
 from lorakit.models.hub import hub_options, load_config, load_tokenizer
 from lorakit.models.load import load_model
+from lorakit.notes import Say, to_stderr
 from lorakit.recipe.sections import ModelSection
 
 _T = TypeVar("_T")

@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerBase
 from lorakit import registry
 from lorakit.adapters.base_model import other_base_note
 from lorakit.adapters.low_rank import number
-from lorakit.adapters.peft.method import Say
 from lorakit.adapters.peft.place import FittedAdapter, find_places, fit_adapter
 from lorakit.adapters.peft.read import AdapterFiles, read_adapter
 from lorakit.adapters.peft.schema import CONFIG, WEIGHTS
@@ -36,6 +35,7 @@ from lorakit.methods.lora import LoraConfig
 from lorakit.models.hub import load_tokenizer
 from lorakit.models.master_weights import set_value
 from lorakit.models.token_rows import token_rows
+from lorakit.notes import Say
 from lorakit.parameters import AdaptedParameters, Replacement
 from lorakit.recipe.sections import AdapterSection, ModelSection
 from lorakit.targets import find_targets

@@ -11,9 +11,9 @@ from lorakit.adapters.merge.checkpoint import Checkpoint, local_directory, read_
 from lorakit.adapters.merge.quantized import open_checkpoint
 from lorakit.adapters.merge.run import resolve_base
 from lorakit.adapters.merge.updates import LowRankUpdate, ResolvedBase, Update, Weighted
-from lorakit.adapters.peft.method import Say
 from lorakit.adapters.peft.read import AdapterFiles, is_finite
 from lorakit.errors import AdapterError
+from lorakit.notes import Say
 
 #: Receives a module's name in the base, and its W (out_features, in_features).
 Visit = Callable[[str, Tensor], None]

@@ -12,12 +12,12 @@ from torch import Tensor
 from lorakit.adapters.expand import expanded
 from lorakit.adapters.low_rank import AdaptedMatrix, read_products
 from lorakit.adapters.peft.initialization import reinitializes
-from lorakit.adapters.peft.method import Say
 from lorakit.adapters.peft.read import AdapterFiles, read_adapter
 from lorakit.adapters.peft.schema import LORA_FORMATS
 from lorakit.errors import AdapterError
 from lorakit.kernels.low_rank import LowRankDelta, RowSlice
 from lorakit.module_names import ROLES, layer_of
+from lorakit.notes import Say
 
 #: Names that several modules of one layer have, and that need their parent's to be told apart.
 _SHARED = ("dense",)

@@ -9,8 +9,6 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from lorakit.adapters.peft.method import Say
-from lorakit.adapters.peft.read import to_stderr
 from lorakit.analysis.base_weights import visit_base
 from lorakit.analysis.factors import AdapterFactors, Factors, read_factors
 from lorakit.analysis.plots import check_folder, draw
@@ -25,6 +23,7 @@ from lorakit.analysis.spectrum import directions, spectrum
 from lorakit.analysis.subspaces import projection_metric, random_similarity, similarity
 from lorakit.errors import AdapterError, listed
 from lorakit.module_names import without_wrappers
+from lorakit.notes import Say, to_stderr
 
 #: Subspaces are nearly the same above the first phi, if that of random ones is below the second.
 _SAME, _UNRELATED = 0.9, 0.5

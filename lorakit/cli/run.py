@@ -30,6 +30,7 @@ from lorakit.cli.console import (
 from lorakit.cli.hub import Private, PushToHub, Revision, push_options, pushed_line, target_of
 from lorakit.cli.outcome import plan_text, run_text, train_command, use_command
 from lorakit.errors import Interrupted, UserError, counted, decimal, shown
+from lorakit.notes import silent, to_stderr
 
 if TYPE_CHECKING:
     from lorakit.api import HubTarget, PushReport, RunResult, SplitEvaluation
@@ -116,9 +117,9 @@ def _train(
     ):
         if target is not None:
             with option_named("--push-to-hub", target.repo):
-                api.check_push(target, resolved.model.name_or_path, api.tell)
-        plan = api.dry_run(resolved, api.tell) if dry_run else None
-        result = None if plan else api.train(resolved, resume, api.tell, overwrite=overwrite)
+                api.check_push(target, resolved.model.name_or_path, to_stderr)
+        plan = api.dry_run(resolved, to_stderr) if dry_run else None
+        result = None if plan else api.train(resolved, resume, to_stderr, overwrite=overwrite)
     if not api.is_main():
         return
     if plan is not None:
@@ -292,7 +293,7 @@ def _say() -> Callable[[str], None]:
     """Return ``say`` in the main process, a function without effect in the others."""
     from lorakit.api import is_main
 
-    return say if is_main() else lambda text: None
+    return say if is_main() else silent
 
 
 def _write_files(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,7 @@ from lorakit.data.chat.traces import ignored_in_prompt
 from lorakit.data.examples import Segment, TextExample
 from lorakit.data.texts import encode_prompt
 from lorakit.errors import DataError, shown
-
-Say = Callable[[str], None]
+from lorakit.notes import Say, silent
 
 _ALLOWED = (
     '{"prompt": TEXT} or {"messages": [{"role": ..., "content": ...}, ...]}, optionally with '
@@ -63,7 +62,7 @@ def chat_request(
 
 
 def read_requests(
-    file: Path, tokenizer: Any, say: Say = lambda text: None, *, system: str | None = None
+    file: Path, tokenizer: Any, say: Say = silent, *, system: str | None = None
 ) -> list[Request]:
     """Read a JSON Lines file of prompts and chats. Unused keys are reported to ``say``.
 

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from lorakit.adapters.base_model import base_section
 from lorakit.adapters.low_rank import Updates, number, read_products
-from lorakit.adapters.peft.method import Say, merge_command
-from lorakit.adapters.peft.read import AdapterFiles, read_adapter, to_stderr
+from lorakit.adapters.peft.method import merge_command
+from lorakit.adapters.peft.read import AdapterFiles, read_adapter
 from lorakit.adapters.peft.tokens import row_names
 from lorakit.adapters.vllm import EMBEDDINGS, NEWER_RANKS, VLLM_RANKS, fully_trained
 from lorakit.errors import LorakitError, UserError, listed
 from lorakit.models.hub import load_config
+from lorakit.notes import Say, to_stderr
 
 _ATTENTION_AND_MLP = (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",

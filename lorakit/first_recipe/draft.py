@@ -16,8 +16,8 @@ from lorakit.first_recipe.model import read_base_model
 from lorakit.first_recipe.sections import Facts, recipe_text
 from lorakit.first_recipe.settings import find_hardware, read_hardware, too_large
 from lorakit.io.atomic import check_new, write_text, writing
+from lorakit.notes import Say, silent
 from lorakit.pipeline.local_paths import path_faults
-from lorakit.pipeline.task_data import Say
 from lorakit.recipe.diagnostics import OVERRIDE
 from lorakit.recipe.load import load_recipe_text
 from lorakit.recipe.overrides import Overrides, apply_overrides
@@ -51,7 +51,7 @@ class RecipeDraft:
     """
 
     def __init__(
-        self, model: str, *, overrides: Overrides | None = None, say: Say = lambda note: None
+        self, model: str, *, overrides: Overrides | None = None, say: Say = silent
     ) -> None:
         self._say = say
         self._given = _parsed(overrides)
@@ -193,7 +193,7 @@ def init_recipe(
     hardware: str | None = None,
     overrides: Overrides | None = None,
     overwrite: bool = False,
-    say: Say = lambda note: None,
+    say: Say = silent,
 ) -> FirstRecipe:
     """Write a first recipe for ``model`` and ``data`` to ``output``, and return it.
 

@@ -25,8 +25,9 @@ from lorakit.evaluation.prompts import fit_prompts
 from lorakit.evaluation.sampling import eos_ids
 from lorakit.models.token_rows import TokenRows
 from lorakit.models.window import embedding_rows, window
+from lorakit.notes import Say
 from lorakit.pipeline.class_weights import class_weights
-from lorakit.pipeline.task_data import Say, TaskData
+from lorakit.pipeline.task_data import TaskData
 from lorakit.tasks.base import GenerationSection
 from lorakit.tasks.checks import ColumnWatch, counts_line, label_counts, similar_labels
 

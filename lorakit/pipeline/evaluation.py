@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
@@ -26,9 +25,10 @@ from lorakit.models.hub import load_config, load_tokenizer
 from lorakit.models.kinds import Kind
 from lorakit.models.load import Pretrained, default_device, load_pretrained
 from lorakit.models.window import fit_max_length
+from lorakit.notes import Say, to_stderr
 from lorakit.pipeline.encoding import encode_eval_data
 from lorakit.pipeline.predictions import SplitEvaluation
-from lorakit.pipeline.task_data import Say, load_task_data
+from lorakit.pipeline.task_data import load_task_data
 from lorakit.recipe.sections import ModelSection, Recipe
 from lorakit.tasks.base import Task
 from lorakit.tasks.token_classification import TokenClassification
@@ -68,7 +68,7 @@ def evaluate_split(
     split: str | None = None,
     limit: int | None = None,
     on_progress: OnPhase | None = None,
-    say: Say = lambda text: print(text, file=sys.stderr),
+    say: Say = to_stderr,
 ) -> SplitEvaluation:
     """Evaluate like ``evaluate``, and return the predictions too. Notes go to ``say``."""
     if base and adapter is not None:
@@ -112,7 +112,7 @@ def load_for_generation(
     revision: str | None = None,
     trust_remote_code: bool = False,
     method: str | PathLike[str] | None = None,
-    say: Say = lambda text: print(text, file=sys.stderr),
+    say: Say = to_stderr,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal model onto its device, with an adapter if one is given, and the tokenizer.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
@@ -28,6 +27,7 @@ from lorakit.models.hub import load_config
 from lorakit.models.kinds import check_kind
 from lorakit.models.load import default_device
 from lorakit.models.window import position_limit, window
+from lorakit.notes import Say, to_stderr
 from lorakit.pipeline.encoding import id_limit
 from lorakit.pipeline.predict_entities import EntityFinder
 from lorakit.pipeline.prediction_input import (
@@ -38,7 +38,6 @@ from lorakit.pipeline.prediction_input import (
     find_columns,
     given_rows,
 )
-from lorakit.pipeline.task_data import Say
 
 
 @yield_cores()
@@ -58,7 +57,7 @@ def predict(
     trust_remote_code: bool = False,
     method: str | PathLike[str] | None = None,
     on_progress: OnProgress | None = None,
-    say: Say = lambda text: print(text, file=sys.stderr),
+    say: Say = to_stderr,
 ) -> list[dict[str, Any]]:
     """Classify ``texts``, or the rows of ``file``, and return one dictionary each, in their order.
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import Any
 from lorakit import registry
 from lorakit.data.sources import Split
 from lorakit.errors import DataError, counted, shown
-from lorakit.pipeline.task_data import Say, load_task_data
+from lorakit.notes import Say, to_stderr
+from lorakit.pipeline.task_data import load_task_data
 from lorakit.recipe.sections import Recipe
 from lorakit.tasks.base import Prediction, Task
 
@@ -46,7 +46,7 @@ def score_predictions(
     *,
     split: str | None = None,
     limit: int | None = None,
-    say: Say = lambda text: print(text, file=sys.stderr),
+    say: Say = to_stderr,
 ) -> SplitEvaluation:
     """Score the predictions in ``file`` with the metrics of the recipe's task.
 

@@ -29,7 +29,8 @@ from lorakit.models.heads import classifies_texts_only, declares_head, plan_head
 from lorakit.models.hub import explained, hub_options, load_config, load_tokenizer, quiet
 from lorakit.models.vocabulary import extend_tokenizer
 from lorakit.models.window import fit_unloaded
-from lorakit.pipeline.task_data import Say, TaskData, load_task_data
+from lorakit.notes import Say
+from lorakit.pipeline.task_data import TaskData, load_task_data
 from lorakit.recipe.sections import ModelSection, Recipe
 from lorakit.tasks.checks import label_counts, similar_labels
 from lorakit.tasks.labelling import flagged_classes

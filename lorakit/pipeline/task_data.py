@@ -16,13 +16,13 @@ from lorakit.data.paths import no_split
 from lorakit.data.sources import Split
 from lorakit.data.stream import Stream, open_stream
 from lorakit.errors import DataError, UserError, counted
+from lorakit.notes import Say
 from lorakit.pipeline.validation_share import check_no_validation, divide, first_rows
 from lorakit.recipe.sections import ModelSection, Recipe
 from lorakit.tasks.base import Task
 from lorakit.tasks.checks import column_notes
 from lorakit.tasks.labelling import label_order
 
-Say = Callable[[str], None]
 #: Returns the class names of the base's classification head, in the head's order, given labels of
 #: the data; None if the head lacks one of them.
 HeadNames = Callable[[Sequence[str]], "list[str] | None"]

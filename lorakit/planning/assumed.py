@@ -13,8 +13,8 @@ from lorakit.data.encode import EncodedRow, EncodedSplit
 from lorakit.data.sources import Split
 from lorakit.models.load import Pretrained
 from lorakit.models.window import fit_max_length
+from lorakit.notes import Say
 from lorakit.pipeline.encoding import TrainingData
-from lorakit.pipeline.task_data import Say
 from lorakit.recipe.sections import Recipe
 from lorakit.tasks.base import Task
 from lorakit.training.setup import Inputs

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lorakit.pipeline.task_data import Say
+from lorakit.notes import Say
 from lorakit.recipe.sections import Recipe
 from lorakit.training.deterministic import deterministic_kernels
 from lorakit.training.record import peak_memory_bytes

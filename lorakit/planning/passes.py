@@ -20,6 +20,7 @@ from lorakit.kernels import linear_cross_entropy
 from lorakit.layers import adapter_layers
 from lorakit.models.host_masks import host_masks
 from lorakit.models.master_weights import base_dtype
+from lorakit.notes import silent
 from lorakit.planning.attention import planned_attention
 from lorakit.planning.compiled import planned_backend
 from lorakit.planning.operators import FLOPS, TEMPORARIES
@@ -87,13 +88,13 @@ def _arranged(
     prepared: Prepared, device: torch.device, execution: Execution, tracker: MemoryTracker
 ) -> Objective:
     strategy = _PlannedStrategy(device)
-    objective = wrap_model(prepared, strategy, _quiet)
+    objective = wrap_model(prepared, strategy, silent)
     if device.type == "cpu":
         objective.kernels = "torch"
     if execution.mode == "compiled_layers":
         objective.model.train()
     arrange_layers(
-        prepared, strategy, execution, _quiet, planned_backend(tracker), _PlannedStore(tracker)
+        prepared, strategy, execution, silent, planned_backend(tracker), _PlannedStore(tracker)
     )
     return objective.train()
 
@@ -202,7 +203,3 @@ def _as_on(device: torch.device) -> Iterator[None]:
             yield
     finally:
         chunks["meta"] = before
-
-
-def _quiet(_: str) -> None:
-    """Notes of a run that does not take place."""

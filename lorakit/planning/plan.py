@@ -12,7 +12,7 @@ from lorakit.data.collate import Batch
 from lorakit.data.encode import EncodedSplit
 from lorakit.injection import InjectionReport
 from lorakit.models.load import Pretrained
-from lorakit.pipeline.task_data import Say
+from lorakit.notes import Say, silent
 from lorakit.planning.batches import RunBatches, run_batches
 from lorakit.planning.devices import PlannedDevice, planned_device
 from lorakit.planning.measure import Measurement, measure_steps
@@ -96,7 +96,7 @@ def plan(
     gpu: str | None = None,
     device_memory: str | int | None = None,
     measure: bool = False,
-    say: Say = lambda text: None,
+    say: Say = silent,
 ) -> RunPlan:
     """Plan the run that ``recipe`` describes on this machine's device, on a ``gpu`` such as h100,
     or on a GPU with this much ``device_memory``, such as 80GB.
@@ -124,7 +124,7 @@ def plan(
         )
     )
     if measure:
-        measured = measure_steps(recipe, lambda note: None)
+        measured = measure_steps(recipe, silent)
         total = measured.seconds(step.steps or 0, step.batches.tokens_per_step)
         return RunPlan(step, device, fits, total, measured, found)
     fp8 = recipe.model.base_precision == "fp8"
@@ -149,7 +149,7 @@ class _Planner:
         prepared = adapt_unloaded(recipe, inputs, self._say)
         if prepared.report.total_parameters >= _MANY_PARAMETERS:
             self._say("planning a step without loading weights; this can take a minute")
-        self._say = _quiet
+        self._say = silent
         batching = build_batching(prepared, device)
         steps = self._steps(prepared.recipe, batching)
         execution = choose_execution(prepared, device, steps or _UNKNOWN_STEPS)
@@ -223,7 +223,3 @@ def changed(recipe: Recipe, changes: dict[str, Any]) -> Recipe:
             for name, values in sections.items()
         }
     )
-
-
-def _quiet(_: str) -> None:
-    """Notes that the first plan has given."""

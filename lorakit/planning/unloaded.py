@@ -19,7 +19,8 @@ from lorakit.models.hub import hub_options, load_config, load_tokenizer
 from lorakit.models.kinds import Kind, check_kind, task_type_of
 from lorakit.models.load import Pretrained, empty_model
 from lorakit.models.vocabulary import extend_vocabulary
-from lorakit.pipeline.task_data import Say, load_training_data
+from lorakit.notes import Say
+from lorakit.pipeline.task_data import load_training_data
 from lorakit.planning.assumed import PaddingTokenizer, assumed_inputs
 from lorakit.recipe.sections import ModelSection, Recipe
 from lorakit.tasks.base import Task

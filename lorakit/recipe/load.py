@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lorakit.errors import ModelError, Problem, RecipeError, UserError, at_line, nearest
+from lorakit.notes import Say, silent
 from lorakit.recipe.check import check_sections, find_method, find_task
 from lorakit.recipe.diagnostics import (
     Fault,
@@ -42,8 +43,6 @@ from lorakit.recipe.yaml_source import (
 )
 from lorakit.user_code import locate_error
 
-#: Receives one note at a time.
-Say = Callable[[str], None]
 #: Returns further faults of the sections model, adapter, task and train. A section is None if it
 #: cannot be read, and lacks the keys that are not valid.
 Check = Callable[[Section | None, Section | None, Section | None, Section | None], Iterable[Fault]]
@@ -57,16 +56,12 @@ _SECTIONS: dict[str, type[Section]] = {
 }
 
 
-def _be_silent(_note: str) -> None:
-    pass
-
-
 def load_recipe(
     path: str | Path,
     overrides: Overrides | None = None,
     *,
     without: Collection[str] = (),
-    say: Say = _be_silent,
+    say: Say = silent,
     check: Check = lambda *sections: (),
 ) -> Recipe:
     """Load and check a recipe file.
@@ -91,7 +86,7 @@ def load_recipe_text(text: str, check: Check = lambda *sections: ()) -> Recipe:
 
 @contextmanager
 def open_recipe(
-    path: str | Path, overrides: Overrides | None = None, say: Say = _be_silent
+    path: str | Path, overrides: Overrides | None = None, say: Say = silent
 ) -> Iterator[Recipe]:
     """Load a recipe for a block whose errors name the file and line of the key that caused them.
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from threading import Lock
 
 from lorakit.errors import UserError
+from lorakit.notes import to_stderr
 from lorakit.reports.page import render
 from lorakit.reports.runs import FILES, read_runs
-from lorakit.training.tracking import tell
 
 _ADDRESS = "127.0.0.1"
 _HEADERS = {
@@ -112,7 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         except Exception as error:  # the runs may be readable again at the next request
             reason = traceback.format_exception_only(error)[-1].strip()
-            tell(f"error: the page cannot be built: {reason}")
+            to_stderr(f"error: the page cannot be built: {reason}")
             self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, f"the page cannot be built: {reason}")
             return
         is_known = self.headers.get("If-None-Match") == tag

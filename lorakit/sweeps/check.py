@@ -8,6 +8,7 @@ from typing import Any
 
 from lorakit import registry
 from lorakit.errors import UserError, did_you_mean
+from lorakit.notes import silent
 from lorakit.pipeline.task_data import load_training_data
 from lorakit.recipe.check import METRIC_NAMES
 from lorakit.recipe.diagnostics import Fault
@@ -135,7 +136,7 @@ def check_data(members: Sequence[Member]) -> None:
         if key in errors:
             continue
         try:
-            load_training_data(recipe, lambda note: None)
+            load_training_data(recipe, silent)
         except UserError as error:
             errors[key] = error
         except Exception:  # of a user's task: the run describes it

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.errors import Interrupted, UserError
-from lorakit.pipeline.task_data import Say
+from lorakit.notes import Say
 from lorakit.recipe.load import load_recipe
 from lorakit.sweeps.load import Sweep
 from lorakit.sweeps.members import Member

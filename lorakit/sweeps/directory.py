@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from lorakit.distributed.group import alone
 from lorakit.errors import UserError, listed, shown
 from lorakit.io.atomic import creation_problem, write_text, writing
-from lorakit.pipeline.task_data import Say
+from lorakit.notes import Say
 from lorakit.recipe.export import write_recipe, yaml_text
 from lorakit.recipe.load import expand_environment
 from lorakit.recipe.yaml_source import read_yaml

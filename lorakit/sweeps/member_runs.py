@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from lorakit.errors import Interrupted
-from lorakit.pipeline.task_data import Say
+from lorakit.notes import Say
 from lorakit.sweeps.cluster import TaskResult, train_on_cluster
 from lorakit.sweeps.halving import Halving
 from lorakit.sweeps.load import Sweep

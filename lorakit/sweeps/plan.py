@@ -10,7 +10,7 @@ from typing import Any
 from lorakit.distributed.group import init_process_group
 from lorakit.distributed.processes import run_on_main
 from lorakit.errors import UserError
-from lorakit.pipeline.task_data import Say
+from lorakit.notes import Say, silent
 from lorakit.sweeps.check import halving_note
 from lorakit.sweeps.cluster import check_ray
 from lorakit.sweeps.directory import check_directory
@@ -55,7 +55,7 @@ class SweepPlan:
 def plan_sweep(
     sweep: Sweep | str | Path | Mapping[str, Any],
     resume: bool = False,
-    say: Say = lambda text: None,
+    say: Say = silent,
     *,
     ray: str | None = None,
 ) -> SweepPlan:

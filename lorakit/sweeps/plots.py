@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit.errors import printable
 from lorakit.figures import COLORS, color_and_marker, figure_style, save_figure
 from lorakit.io.atomic import writing
-from lorakit.pipeline.task_data import Say
+from lorakit.notes import Say
 from lorakit.sweeps.members import METHOD, SEED, as_text
 from lorakit.sweeps.names import safe_name, short_keys, value_text
 from lorakit.sweeps.results import SweepResult

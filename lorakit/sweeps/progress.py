@@ -16,11 +16,12 @@ from rich.live import Live
 from rich.table import Column, Table
 
 from lorakit.errors import decimal, printable
+from lorakit.notes import to_stderr
 from lorakit.sweeps.halving import Halving
 from lorakit.sweeps.results import MemberResult, SweepResult
 from lorakit.terminal.progress_lines import progress_lines
 from lorakit.training.control import announcing_stops
-from lorakit.training.tracking import Display, format_metrics, tell, time_left
+from lorakit.training.tracking import Display, format_metrics, time_left
 
 _SECONDS_PER_LINE = 30.0
 #: Lines of the terminal that the table leaves free.
@@ -180,7 +181,7 @@ class SweepProgress:
 
     def say(self, text: str) -> None:
         if self._live is None:
-            tell(text)
+            to_stderr(text)
         else:
             self._live.console.print(printable(text), markup=False, highlight=False)
 

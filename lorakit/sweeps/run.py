@@ -11,7 +11,7 @@ from typing import Any
 from lorakit.distributed.group import init_process_group, is_main, rank_and_world_size
 from lorakit.distributed.processes import gather, run_on_main
 from lorakit.errors import Interrupted, counted
-from lorakit.pipeline.task_data import Say
+from lorakit.notes import Say, silent
 from lorakit.sweeps.check import check_data, halving_note
 from lorakit.sweeps.cluster import check_ray
 from lorakit.sweeps.directory import check_directory, exclusive_sweep
@@ -41,7 +41,7 @@ from lorakit.training.output_dir import is_complete
 def sweep(
     sweep: Sweep | str | Path | Mapping[str, Any],
     resume: bool = False,
-    say: Say = lambda text: None,
+    say: Say = silent,
     *,
     ray: str | None = None,
 ) -> SweepResult:
@@ -61,7 +61,7 @@ def sweep(
         check_processes(checked, ray)
         if ray is not None:
             check_ray(checked)
-        return _sweep(checked, resume, say if is_main() else lambda text: None, ray)
+        return _sweep(checked, resume, say if is_main() else silent, ray)
 
 
 def _sweep(loaded: Sweep, resume: bool, say: Say, ray: str | None) -> SweepResult:

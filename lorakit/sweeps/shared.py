@@ -16,7 +16,7 @@ from lorakit.distributed.launcher import check_whole_models, is_launched, launch
 from lorakit.distributed.processes import gather
 from lorakit.distributed.watch import Watch, watch_peers
 from lorakit.errors import Interrupted, LorakitError, UserError
-from lorakit.pipeline.task_data import Say
+from lorakit.notes import Say
 from lorakit.sweeps.load import Sweep
 from lorakit.sweeps.member_runs import MemberRuns
 from lorakit.sweeps.passes import Pass

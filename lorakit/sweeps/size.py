@@ -17,7 +17,8 @@ from lorakit.anatomy import outermost
 from lorakit.errors import UserError, shown
 from lorakit.injection import InjectionReport, find_heads, inject
 from lorakit.models.load import load_empty
-from lorakit.pipeline.task_data import Say, load_training_data
+from lorakit.notes import Say, silent
+from lorakit.pipeline.task_data import load_training_data
 from lorakit.recipe.sections import MAX_RANK, AdapterSection, Recipe
 from lorakit.recipe.yaml_source import read_yaml
 from lorakit.sweeps.load import Sweep, make_member
@@ -48,7 +49,7 @@ class Sizes:
         if key not in self._reports:
             own = copy.deepcopy(model)
             if adapter.init_from is not None:
-                start = read_start(own, recipe.model, adapter, heads, lambda note: None)
+                start = read_start(own, recipe.model, adapter, heads, silent)
                 adapter = start.config.model_copy(update={"init_from": None})
             if "init" in type(adapter).model_fields:  # some need the weights' values
                 adapter = adapter.model_copy(update={"init": "default"})
@@ -66,7 +67,7 @@ class Sizes:
 def _empty_model(recipe: Recipe) -> tuple[PreTrainedModel, list[str]]:
     if registry.task(recipe.task.name).kind == "causal":
         return load_empty(recipe.model, "causal"), []
-    data = load_training_data(recipe, lambda note: None)
+    data = load_training_data(recipe, silent)
     loaded = load_task_model(recipe, data)
     heads = dict.fromkeys([*find_heads(loaded.model), *loaded.new_modules])
     model: torch.nn.Module = loaded.model

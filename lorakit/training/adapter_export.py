@@ -20,7 +20,7 @@ from lorakit.errors import AdapterError
 from lorakit.models.hub import load_config
 from lorakit.models.kinds import task_type_of
 from lorakit.models.window import embedding_rows
-from lorakit.pipeline.task_data import Say
+from lorakit.notes import Say
 from lorakit.training.record import RunRecord
 from lorakit.training.setup import Prepared
 

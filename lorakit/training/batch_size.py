@@ -23,7 +23,7 @@ from lorakit.distributed.group import rank_and_world_size
 from lorakit.distributed.processes import gather
 from lorakit.distributed.strategy import Strategy
 from lorakit.errors import UserError, memory_size
-from lorakit.pipeline.task_data import Say
+from lorakit.notes import Say
 from lorakit.recipe.sections import Recipe
 from lorakit.training.batching import bucketed, build_collate, split_step
 from lorakit.training.build import Objective, build_objective

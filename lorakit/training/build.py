@@ -23,7 +23,7 @@ from lorakit.models.cpu_attention import use_cpu_attention
 from lorakit.models.first_token import skip_unread_tokens
 from lorakit.models.heads import label_columns, reads_first_token
 from lorakit.models.master_weights import base_dtype
-from lorakit.pipeline.task_data import Say
+from lorakit.notes import Say
 from lorakit.recipe.sections import Recipe, TrainSection
 from lorakit.training.base_precision import quantize_fp8, quantize_nf4
 from lorakit.training.batching import (

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lorakit.errors import UserError, shown
 from lorakit.io.atomic import atomic_directory, remove_leftovers, remove_path, writing
-from lorakit.pipeline.task_data import Say
+from lorakit.notes import Say
 from lorakit.training.checkpoint_files import read_files, write_files
 from lorakit.training.divergence import LossHistory, nonfinite_weight
 from lorakit.training.engine import EngineState

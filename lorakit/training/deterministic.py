@@ -21,7 +21,7 @@ from accelerate.utils import patch_environment
 
 from lorakit.distributed.launcher import is_launched
 from lorakit.errors import UserError
-from lorakit.pipeline.task_data import Say
+from lorakit.notes import Say
 from lorakit.recipe.sections import TrainSection
 
 #: The values with which cuBLAS is deterministic.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lorakit.data.plan import StepSource
 from lorakit.errors import UserError, counted, shown
-from lorakit.pipeline.task_data import Say
+from lorakit.notes import Say
 from lorakit.recipe.load import load_recipe
 from lorakit.recipe.sections import TrainSection
 from lorakit.training.build import total_steps

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorakit.anatomy import transformer_layers
 from lorakit.errors import UserError
-from lorakit.pipeline.task_data import Say
+from lorakit.notes import Say, silent
 from lorakit.recipe.sections import TrainSection
 from lorakit.training.fast_layers import compile_checkpoints, compile_last_norm
 
@@ -41,7 +41,7 @@ def offload_layers(
     compiled: bool,
     backend: Any = "inductor",
     store: LayerStore | None = None,
-    say: Say = lambda text: None,
+    say: Say = silent,
 ) -> None:
     """Make each layer of ``model``, on ``device``, keep only its input, in ``store`` (host memory),
     until its backward pass. ``compiled`` compiles what a layer computes, by ``backend``; ``say``

@@ -18,7 +18,7 @@ from lorakit.adapters.peft.schema import CONFIG, WEIGHTS
 from lorakit.distributed.launcher import launch_id
 from lorakit.errors import UserError
 from lorakit.io.atomic import writing
-from lorakit.pipeline.task_data import Say
+from lorakit.notes import Say, silent
 from lorakit.recipe.sections import Recipe
 from lorakit.training.checkpoint import (
     Snapshot,
@@ -57,7 +57,7 @@ class Start:
 
 
 def find_start(
-    recipe: Recipe, resume: str | None, say: Say = lambda text: None, overwrite: bool = False
+    recipe: Recipe, resume: str | None, say: Say = silent, overwrite: bool = False
 ) -> Start:
     """Find the run in the output directory and the checkpoint that ``resume`` names; ``auto`` names
     the newest that can be read, and ``say`` gets a line about each that cannot. What the launcher

@@ -14,7 +14,7 @@ from lorakit.distributed.launcher import warn_of_launch
 from lorakit.distributed.processes import first_on_each_host, run_on_main
 from lorakit.distributed.strategy import Strategy
 from lorakit.host.openmp import yield_cores
-from lorakit.pipeline.task_data import Say
+from lorakit.notes import Say, silent
 from lorakit.recipe.check import check_recipe
 from lorakit.recipe.sections import Recipe
 from lorakit.training.agreement import check_agreement
@@ -54,7 +54,7 @@ from lorakit.training.tracking import Display, Recorder, check_trackers
 def train(
     recipe: Recipe,
     resume: str | None = None,
-    say: Say = lambda text: None,
+    say: Say = silent,
     display: Callable[[int, int], Display] = Display,
     overwrite: bool = False,
     stop_at: StopAt | None = None,
@@ -118,7 +118,7 @@ def _train(
 
 
 def _only_on_main(say: Say) -> Say:
-    return say if is_main() else lambda text: None
+    return say if is_main() else silent
 
 
 def finished_run(recipe: Recipe, run: dict[str, Any], say: Say) -> RunResult:

@@ -12,7 +12,7 @@ from lorakit.data.stream import have_same_head
 from lorakit.distributed.group import rank_and_world_size
 from lorakit.errors import UserError, shown
 from lorakit.methods.base import Method
-from lorakit.pipeline.task_data import Say
+from lorakit.notes import Say
 from lorakit.recipe.load import load_recipe
 from lorakit.recipe.sections import Recipe
 from lorakit.recipe.yaml_source import read_yaml

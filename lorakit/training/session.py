@@ -17,7 +17,7 @@ from lorakit.distributed.strategy import Strategy
 from lorakit.errors import Interrupted, UserError, WriteFailed
 from lorakit.evaluation.evaluate import EvalData
 from lorakit.io.atomic import writing
-from lorakit.pipeline.task_data import Say
+from lorakit.notes import Say
 from lorakit.recipe.export import write_recipe
 from lorakit.recipe.sections import Recipe
 from lorakit.training.adapter_export import export_adapter

@@ -24,9 +24,10 @@ from lorakit.methods.base import Method
 from lorakit.models.causal import check_packable
 from lorakit.models.load import Pretrained, load_pretrained
 from lorakit.models.window import fit_max_length
+from lorakit.notes import Say
 from lorakit.pipeline.encoding import StreamedRows, TrainingData, encode_training_data
 from lorakit.pipeline.system_prompts import system_prompts
-from lorakit.pipeline.task_data import Say, TaskData, load_training_data
+from lorakit.pipeline.task_data import TaskData, load_training_data
 from lorakit.recipe.sections import Recipe
 from lorakit.tasks.base import Task
 from lorakit.training.tokens import train_tokens

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import os
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ from rich.progress import BarColumn, TextColumn
 
 from lorakit.errors import UserError, decimal, memory_size, printable
 from lorakit.io.atomic import write_text, writing
+from lorakit.notes import to_stderr
 from lorakit.terminal.progress_bar import ProgressBar
 from lorakit.terminal.progress_lines import progress_lines
 
@@ -147,7 +146,7 @@ class Display:
         if self._bar is not None:
             self._bar.console.print(printable(text), markup=False, highlight=False)
         elif not self._quiet:
-            tell(text)
+            to_stderr(text)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -168,12 +167,6 @@ def time_left(start: float, first: int, step: int, total: int) -> str:
         return ""
     spent = time.monotonic() - start
     return f"{_clock(spent / (step - first) * (total - step))} left"
-
-
-def tell(text: str) -> None:
-    """Print a line to stderr; a closed pipe or a full disk does not end the run."""
-    with contextlib.suppress(OSError):
-        print(printable(text), file=sys.stderr, flush=True)
 
 
 class Recorder:

@@ -32,10 +32,11 @@ from lorakit.adapters.merge.stream import write_tensors
 from lorakit.adapters.merge.tokenizer import Tokenizer, choose_tokenizer
 from lorakit.adapters.merge.updates import ResolvedBase, Weighted, read_weighted
 from lorakit.adapters.merge.workers import OnProgress
-from lorakit.adapters.peft.method import Say, run_method_file
-from lorakit.adapters.peft.read import AdapterFiles, to_stderr
+from lorakit.adapters.peft.method import run_method_file
+from lorakit.adapters.peft.read import AdapterFiles
 from lorakit.errors import AdapterError, check_printable, file_size, os_reason, parse_size
 from lorakit.io.atomic import atomic_directory
+from lorakit.notes import Say, to_stderr
 from lorakit.user_code import is_code
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from lorakit.adapters.peft.method import Say
-from lorakit.adapters.peft.read import AdapterFiles, read_adapter, to_stderr
+from lorakit.adapters.peft.read import AdapterFiles, read_adapter
 from lorakit.adapters.peft.tokens import StoredRows, by_tensor
 from lorakit.errors import AdapterError
 from lorakit.kernels.low_rank import LowRankDelta
+from lorakit.notes import Say, to_stderr
 
 if TYPE_CHECKING:
     from lorakit.layers import BaseWrapper

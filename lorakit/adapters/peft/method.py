@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,9 @@ from lorakit import registry
 from lorakit.adapters.peft.schema import MERGE_WITH_PEFT, ONLY_PEFT
 from lorakit.errors import AdapterError, shown
 from lorakit.methods.base import Method
+from lorakit.notes import Say
 from lorakit.user_code import code_identity, is_code
 
-#: Receives one note at a time.
-Say = Callable[[str], None]
 #: What to do about an adapter of a user's method whose code has not run. ``FILE.py:CLASS`` is
 #: replaced by the name of the method.
 NAME_METHOD = "--method FILE.py:CLASS, or method= in Python, runs its code"

@@ -10,14 +10,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lorakit.adapters.peft.lora import from_peft
-from lorakit.adapters.peft.method import Say
 from lorakit.adapters.peft.parameters import parameter_views, with_parameter_names
-from lorakit.adapters.peft.read import (
-    AdapterFiles,
-    read_adapter,
-    split_key,
-    to_stderr,
-)
+from lorakit.adapters.peft.read import AdapterFiles, read_adapter, split_key
 from lorakit.adapters.peft.schema import (
     BASE_LAYER,
     TOKEN_ROWS,
@@ -39,6 +33,7 @@ from lorakit.injection import InjectionReport, find_heads, report
 from lorakit.layers import BaseWrapper, adapted_modules, adapter_layers
 from lorakit.models.master_weights import set_value, train_module, train_parameter
 from lorakit.models.token_rows import token_rows
+from lorakit.notes import Say, to_stderr
 from lorakit.parameters import Replacement, with_adapted_parameters
 
 _ADAPTED = (*ADAPTABLE, ParameterView)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from lorakit.adapters.peft.initialization import check_initialization
 from lorakit.adapters.peft.locate import adapter_directory
-from lorakit.adapters.peft.method import NAME_METHOD, Say, find_method
+from lorakit.adapters.peft.method import NAME_METHOD, find_method
 from lorakit.adapters.peft.raw_names import peft_names
 from lorakit.adapters.peft.schema import (
     ADALORA_TYPES,
@@ -41,10 +40,11 @@ from lorakit.adapters.peft.schema import (
     unknown_keys_note,
 )
 from lorakit.adapters.peft.tokens import check_indices, unwrapped
-from lorakit.errors import AdapterError, printable, shown
+from lorakit.errors import AdapterError, shown
 from lorakit.io.json_file import read_json_object
 from lorakit.kernels.low_rank import RowSlice
 from lorakit.methods.base import Method
+from lorakit.notes import Say, to_stderr
 
 if TYPE_CHECKING:
     from lorakit.models.kinds import TaskType
@@ -58,10 +58,6 @@ _CLASS_NAMES: dict[TaskType, str] = {
 #: With ``bias: all`` and ``save_embedding_layers``, PEFT also writes the tensors of fully trained
 #: modules under the names of its wrapper, and the original values that they replace.
 _DUPLICATE = re.compile(r"\.(?:modules_to_save|original_module)\.")
-
-
-def to_stderr(note: str) -> None:
-    print(printable(note), file=sys.stderr)
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ from lorakit.adapters.peft.locate import (
     is_hub_adapter,
     is_read_as_adapter,
 )
-from lorakit.adapters.peft.method import Say
-from lorakit.adapters.peft.read import read_adapter, to_stderr
+from lorakit.adapters.peft.read import read_adapter
 from lorakit.errors import AdapterError, ModelError, UserError, os_reason
 from lorakit.export.gguf.adapter import DTYPES as ADAPTER_DTYPES
 from lorakit.export.gguf.adapter import write_adapter
 from lorakit.export.gguf.encode import check_dtype, require_gguf
 from lorakit.export.gguf.model import write_model
 from lorakit.io.atomic import atomic_file, check_name, writing
+from lorakit.notes import Say, to_stderr
 from lorakit.recipe.sections import ModelSection
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.adapters.base_model import is_same_name
-from lorakit.adapters.peft.method import Say
 from lorakit.distributed.group import init_process_group, is_main
 from lorakit.distributed.processes import run_on_main
 from lorakit.errors import UserError, listed, shown
 from lorakit.export.hub.client import hub_api, requests
 from lorakit.models.hub import is_missing_path
+from lorakit.notes import Say
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

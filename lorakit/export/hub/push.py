@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorakit.adapters.peft.method import Say
-from lorakit.adapters.peft.read import to_stderr
 from lorakit.errors import HubError, LorakitError, listed
 from lorakit.export.hub.check import HubTarget, check_repository, check_target, local_base_note
 from lorakit.export.hub.client import hub_api, requests
 from lorakit.export.hub.files import Upload, collect
+from lorakit.notes import Say, to_stderr
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

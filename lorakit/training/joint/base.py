@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.models.load import Pretrained
+from lorakit.notes import Say
 from lorakit.pipeline.encoding import StreamedRows
-from lorakit.pipeline.task_data import Say, TaskData, load_training_data
+from lorakit.pipeline.task_data import TaskData, load_training_data
 from lorakit.recipe.sections import Recipe
 from lorakit.training.batching import LoadedStep, StepLoader
 from lorakit.training.setup import Inputs, Prepared, adapt, encode_inputs, load_task_model

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorakit.pipeline.task_data import Say
+from lorakit.notes import Say
 from lorakit.training.engine.capture import capturing, generator_of, restore_generator
 from lorakit.training.engine.eager import EagerEngine
 from lorakit.training.engine.update_graph import UpdateGraph, can_capture

@@ -9,7 +9,7 @@ from pathlib import Path
 from lorakit.distributed.build import build_strategy
 from lorakit.distributed.strategy import Strategy
 from lorakit.evaluation.scorer import Scorer
-from lorakit.pipeline.task_data import Say
+from lorakit.notes import Say
 from lorakit.recipe.check import check_recipe
 from lorakit.recipe.sections import Recipe
 from lorakit.training.batching import build_batching

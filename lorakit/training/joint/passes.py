@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lorakit.errors import Interrupted
 from lorakit.models.master_weights import base_dtype
-from lorakit.pipeline.task_data import Say
+from lorakit.notes import Say
 from lorakit.training.engine import StepResult
 from lorakit.training.engine.staging import counted_calls
 from lorakit.training.joint.bank import Gradients, StagedStacks, match_strides

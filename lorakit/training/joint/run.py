@@ -14,7 +14,7 @@ from pathlib import Path
 from lorakit.distributed.group import alone, init_process_group
 from lorakit.errors import Interrupted
 from lorakit.host.openmp import yield_cores
-from lorakit.pipeline.task_data import Say
+from lorakit.notes import Say
 from lorakit.recipe.sections import Recipe
 from lorakit.training.build import wrap_model
 from lorakit.training.clock import Clock
