@@ -24,10 +24,10 @@ HALVING_JSON = "halving.json"
 
 @dataclass
 class Course:
-    """A member's ``scores``, the higher the better, and ``steps``, of the evaluations at which it
-    reached the points; the number of points that it has ``passed``; and where it was stopped."""
+    """The metrics and the ``steps`` of the ``evaluations`` at which a member reached the points;
+    the number of points that it has ``passed``; and where it was stopped."""
 
-    scores: list[float] = field(default_factory=list)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     passed: int = 0
     stopped_at_step: int | None = None
@@ -38,9 +38,10 @@ class Halving:
     sweep decides the same.
 
     A member is measured at its first evaluation at or after each of ``points``, steps or fractions
-    of its run; the last evaluation does not count. It goes on if the mean of its group, members
+    of its run; the last evaluation does not count. It continues if the mean of its group, members
     that are equal but for the seed, is in the better half of the groups that have been measured
-    there so far. Members that train together are measured at the same time.
+    there so far; of equal means, the one with the lower loss is better. Members that train together
+    are measured at the same time.
 
     Raises UserError if the file cannot be read, or lacks a member that was stopped.
     """
@@ -60,9 +61,9 @@ class Halving:
                 )
 
     @property
-    def has_scores(self) -> bool:
+    def has_measured(self) -> bool:
         """Whether a member has been measured at a point."""
-        return any(course.scores for course in self._courses.values())
+        return any(course.evaluations for course in self._courses.values())
 
     def started(self, name: str, total_steps: int) -> None:
         """A member's run has so many steps."""
@@ -70,21 +71,21 @@ class Halving:
 
     def evaluated(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
         """A member has been evaluated."""
-        total, scores = self._totals[name], self._courses[name].scores
+        total, course = self._totals[name], self._courses[name]
         while (
             step < total
-            and len(scores) < len(self._points)
-            and step >= step_of(self._points[len(scores)], total)
+            and len(course.steps) < len(self._points)
+            and step >= step_of(self._points[len(course.steps)], total)
         ):
-            scores.append(self._score(metrics))
-            self._courses[name].steps.append(step)
+            course.evaluations.append(dict(metrics))
+            course.steps.append(step)
             self._write()
 
     def stops(self, name: str, step: int) -> bool:
         """Whether a member stops after ``step``. To be asked after each evaluation, and when a run
         resumes, which may be before the step of its last score."""
         course = self._courses[name]
-        while course.stopped_at_step is None and course.passed < len(course.scores):
+        while course.stopped_at_step is None and course.passed < len(course.steps):
             if step < course.steps[course.passed]:
                 break
             if self._is_better_half(name, course.passed):
@@ -99,6 +100,8 @@ class Halving:
         course = self._courses[member.name]
         if course.stopped_at_step is not None and member.status == "completed":
             member.status, member.stopped_at_step = "stopped", course.stopped_at_step
+            if course.passed < len(course.evaluations):
+                member.stopped_metrics = course.evaluations[course.passed]
 
     def align(self, folders: Mapping[str, Path]) -> None:
         """Let members that are to train together, in ``folders``, resume from the same step, so
@@ -113,20 +116,23 @@ class Halving:
             delete_after(folder, min(steps))
 
     def _is_better_half(self, name: str, point: int) -> bool:
-        means: list[tuple[float, int, bool]] = []
+        means: list[tuple[float, float, int, bool]] = []
         for group in self._result.groups:
             courses = [self._courses[member.name] for member in group.members]
-            scores = [course.scores[point] for course in courses if len(course.scores) > point]
-            if scores:
+            measured = [c.evaluations[point] for c in courses if len(c.evaluations) > point]
+            if measured:
                 own = any(member.name == name for member in group.members)
-                means.append((-statistics.fmean(scores), len(means), own))
+                mean = statistics.fmean(map(self._ascending, measured))
+                loss = statistics.fmean(metrics.get("loss", 0.0) for metrics in measured)
+                means.append((mean, loss, len(means), own))
         kept = sorted(means)[: math.ceil(len(means) / 2)]
-        return any(own for _, _, own in kept)
+        return any(own for *_, own in kept)
 
-    def _score(self, metrics: Mapping[str, float]) -> float:
-        """By the sweep's metric, or the loss if it is measured at the end only."""
+    def _ascending(self, metrics: Mapping[str, float]) -> float:
+        """The sweep's metric, or the loss if that is measured at the end only; the lower the
+        better."""
         metric = self._result.metric if self._result.metric in metrics else "loss"
-        return -metrics[metric] if metric in LOWER_IS_BETTER else metrics[metric]
+        return metrics[metric] if metric in LOWER_IS_BETTER else -metrics[metric]
 
     def _write(self) -> None:
         with writing(self._file):
@@ -149,8 +155,9 @@ def _read(file: Path) -> dict[str, Course]:
 
 
 def _is_valid(course: Course) -> bool:
-    numbers = [*course.scores, *course.steps, course.passed, course.stopped_at_step or 0]
-    return len(course.scores) == len(course.steps) and all(
+    metrics = [value for own in course.evaluations for value in own.values()]
+    numbers = [*metrics, *course.steps, course.passed, course.stopped_at_step or 0]
+    return len(course.evaluations) == len(course.steps) and all(
         isinstance(number, int | float) for number in numbers
     )
 

@@ -88,13 +88,14 @@ def axis_lines(result: SweepResult, key: str, axes: Sequence[str]) -> list[Line]
     short = short_keys(axes)
     found: dict[tuple[str, str], _Points] = {}
     for member, own in zip(result.members, result.settings, strict=True):
-        value, place = member.metrics.get(result.metric), _place(member.set, key)
-        if value is None or place is None or member.status not in ("completed", "stopped"):
+        is_stopped, place = member.status == "stopped", _place(member.set, key)
+        value = member.stopped_metrics.get(result.metric) if is_stopped else result.value(member)
+        if value is None or place is None:
             continue
         set_axes = [axis for axis in others if axis in member.set]
         label = ", ".join(f"{short[axis]} {value_text(own[axis])}" for axis in set_axes)
         points = found.setdefault((_beside(member.set, axes), label), ([], []))
-        points[member.status == "stopped"].append((own[place], value))
+        points[is_stopped].append((own[place], value))
     if others and len(found) > len(COLORS):
         merged: dict[tuple[str, str], _Points] = {}
         names = ", ".join(short[axis] for axis in others)
@@ -227,7 +228,8 @@ def _draw_line(axes: Axes, line: Line, look: dict[str, Any], place: Callable[[An
     label = line.label or None
     if line.values:
         x = [place(value) for value in line.values]
-        axes.errorbar(x, line.means, line.spreads, **look, label=label)
+        spreads = line.spreads if any(line.spreads) else None
+        axes.errorbar(x, line.means, spreads, **look, label=label)
     if line.stopped:
         x = [place(value) for value, _ in line.stopped]
         means = [metric for _, metric in line.stopped]
@@ -237,8 +239,9 @@ def _draw_line(axes: Axes, line: Line, look: dict[str, Any], place: Callable[[An
 def _draw_stopped(
     axes: Axes, x: Sequence[float], y: Sequence[float], look: dict[str, Any], label: str | None
 ) -> None:
+    # Legends list what errorbar draws after what plot draws.
     style = {"color": look["color"], "marker": look["marker"], "markerfacecolor": "none"}
-    axes.plot(x, y, linestyle="none", label=label, **style)
+    axes.errorbar(x, y, linestyle="none", label=label, **style)
 
 
 def _draw_levels(axes: Axes, levels: Sequence[Line], first: int, share: bool) -> None:

@@ -224,4 +224,5 @@ def _outcome(member: MemberResult) -> str:
     if member.stopped_at_step is not None:
         status = f"stopped by halving at step {member.stopped_at_step}"
     seconds = "" if member.seconds is None else f"{member.seconds:.1f} s"
-    return ", ".join(filter(None, [status, format_metrics(member.metrics), seconds]))
+    metrics = member.stopped_metrics or member.metrics
+    return ", ".join(filter(None, [status, format_metrics(metrics), seconds]))

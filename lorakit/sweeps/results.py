@@ -21,9 +21,10 @@ Status = Literal["pending", "completed", "failed", "stopped"]
 
 @dataclass
 class MemberResult:
-    """A member and what became of it. ``metrics`` are those of the final evaluation, ``seconds``
-    the time of training and its evaluations. ``stopped_at_step``: halving stopped it there, with
-    the ``metrics`` of that step."""
+    """A member and what became of it. ``metrics`` are those of the final evaluation, of the model
+    in ``adapter_dir``, ``seconds`` the time of training and its evaluations. ``stopped_at_step``:
+    halving stopped it there, because of the ``stopped_metrics``; those of its best step so far,
+    whose model it keeps, may be better."""
 
     name: str
     set: Settings
@@ -34,6 +35,7 @@ class MemberResult:
     adapter_dir: Path | None = None
     error: str | None = None
     stopped_at_step: int | None = None
+    stopped_metrics: dict[str, float] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         found = {
@@ -46,9 +48,10 @@ class MemberResult:
             "adapter_dir": None if self.adapter_dir is None else str(self.adapter_dir),
             "error": self.error,
         }
-        return found | (
-            {} if self.stopped_at_step is None else {"stopped_at_step": self.stopped_at_step}
-        )
+        if self.stopped_at_step is not None:
+            found["stopped_at_step"] = self.stopped_at_step
+            found["stopped_metrics"] = self.stopped_metrics
+        return found
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def _train(
 
 def _end(loaded: Sweep, result: SweepResult, halving: Halving | None, say: Say) -> None:
     if halving is not None and not any(own.status == "stopped" for own in result.members):
-        missed = "" if halving.has_scores else ": none was evaluated after a point"
+        missed = "" if halving.has_measured else ": none was evaluated after a point"
         say(f"halving stopped no member{missed}")
     write_tables(result)
     draw(result, list(loaded.section.grid), say)

@@ -89,12 +89,18 @@ def _score(result: SweepResult, group: Group) -> str:
     if group.mean is not None:
         spread = "" if group.std is None else f" ± {decimal(group.std)}"
         return decimal(group.mean) + spread
+    step, score = _stop(result, group)
+    return group.members[0].status if score is None else f"{decimal(score)} at step {step}"
+
+
+def _stop(result: SweepResult, group: Group) -> tuple[int | None, float | None]:
+    """The last step at which members were stopped, and the mean of their metric there."""
     stopped = [member for member in group.members if member.stopped_at_step is not None]
-    values = [m.metrics[result.metric] for m in stopped if result.metric in m.metrics]
-    if values:
-        steps = max(member.stopped_at_step or 0 for member in stopped)
-        return f"{decimal(sum(values) / len(values))} at step {steps}"
-    return group.members[0].status
+    if group.mean is not None or not stopped:
+        return None, None
+    values = [value for m in stopped if (value := m.stopped_metrics.get(result.metric)) is not None]
+    mean = sum(values) / len(values) if values else None
+    return max(member.stopped_at_step or 0 for member in stopped), mean
 
 
 def _parameters(group: Group) -> int | None:
@@ -113,7 +119,18 @@ def _csv(result: SweepResult) -> str:
     writer = csv.writer(text, lineterminator="\n")
     metric = result.metric
     writer.writerow(
-        [*varying_keys(result), metric, f"{metric}_std", "n", "parameters", "seconds", "best"]
+        [
+            *varying_keys(result),
+            metric,
+            f"{metric}_std",
+            "n",
+            "parameters",
+            "seconds",
+            "best",
+            "status",
+            "stopped_at_step",
+            f"stopped_{metric}",
+        ]
     )
     best = result.best_group
     for group in result.groups:
@@ -126,6 +143,8 @@ def _csv(result: SweepResult) -> str:
                 _parameters(group),
                 _seconds(group),
                 int(best is not None and group.members == best.members),
+                "completed" if group.n else group.members[0].status,
+                *_stop(result, group),
             ]
         )
     return text.getvalue()

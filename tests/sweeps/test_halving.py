@@ -12,6 +12,7 @@ import lorakit
 from lorakit.api import SweepResult, load_sweep, plan_sweep
 from lorakit.errors import RecipeError, UserError
 from lorakit.sweeps.halving import Halving
+from lorakit.sweeps.results import MemberResult
 from tests.sweeps.files import sweep_json, write_sweep
 from tests.training.runs import run_json
 
@@ -47,6 +48,28 @@ def test_the_worse_half_stops(in_tmp: Path) -> None:
     assert [found.stops(name, 60) for name in ("r=2", "r=3", "r=5")] == [False, False, True]
     again = halving([0.25, 0.5], adapter__r=[1, 2, 3, 4, 5])
     assert [again.stops(name, 60) for name in names] == [True, False, False, True, True]
+
+
+def test_of_equal_scores_the_lower_loss_is_better(in_tmp: Path) -> None:
+    found = halving([10], adapter__r=[1, 2, 3, 4])
+    losses = {"r=1": 0.6, "r=2": 0.4, "r=3": 0.5, "r=4": 0.3}
+    for name, loss in losses.items():
+        found.started(name, 20)
+        found.evaluated(name, 10, {"accuracy": 0.75, "loss": loss})
+    assert [found.stops(name, 10) for name in losses] == [True, False, True, False]
+
+
+def test_a_stopped_member_has_the_metrics_that_were_compared(in_tmp: Path) -> None:
+    """The model that it keeps, of its best step, may have better ones."""
+    found = halving([10], adapter__r=[1, 2])
+    for name, accuracy in (("r=1", 0.5), ("r=2", 0.6)):
+        found.started(name, 20)
+        found.evaluated(name, 10, {"accuracy": accuracy, "loss": 1.0})
+    assert found.stops("r=1", 10)
+    member = MemberResult("r=1", {}, "completed", {"accuracy": 0.7, "loss": 0.9})
+    found.record(member)
+    assert (member.status, member.metrics["accuracy"]) == ("stopped", 0.7)
+    assert member.stopped_metrics == {"accuracy": 0.5, "loss": 1.0}
 
 
 def test_groups_are_compared_by_their_means(in_tmp: Path) -> None:

@@ -215,6 +215,7 @@ def test_stopped_members_are_points(in_tmp: Path) -> None:
     complete(result, [0.1, 0.2, 0.3, 0.4])
     for member in result.members[1:3]:
         member.status, member.stopped_at_step = "stopped", 5
+        member.stopped_metrics, member.metrics = member.metrics, {"accuracy": 0.9}
     lines = axis_lines(result, "adapter.r", axes)
     assert [(line.label, line.values, line.stopped) for line in lines] == [
         ("target_modules q", (1,), ((2, 0.3),)),
