@@ -137,8 +137,8 @@ def lesson(outcome: Outcome) -> str:
     rows = run["data"]["train"]["rows"]
     minutes, seconds = divmod(round(run["seconds"]), 60)
     return (
-        f"Learned to write SQL: {rows:,} examples, {minutes} min {seconds:02} s and "
-        f"{outcome.share_trained:.2%} of the parameters raised right results from {before:.1%} to "
+        f"Training {outcome.share_trained:.2%} of the parameters on {rows:,} examples for "
+        f"{minutes} min {seconds:02} s raised the execution accuracy from {before:.1%} to "
         f"{after:.1%}, on tables that are not in the training data."
     )
 

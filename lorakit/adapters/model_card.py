@@ -25,6 +25,7 @@ class CardFacts:
     data_rows: int | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     steps: int | None = None
+    best_step: int | None = None
     seconds: float | None = None
     hardware: str | None = None
     diverged: bool = False
@@ -74,6 +75,9 @@ def _table(facts: CardFacts) -> str:
         "task": facts.task,
         "training rows": f"{facts.data_rows:,}" if facts.data_rows is not None else None,
         "optimizer steps": f"{facts.steps:,}" if facts.steps is not None else None,
+        "weights of step": f"{facts.best_step:,} (the best evaluation)"
+        if facts.best_step
+        else None,
         "training time": f"{facts.seconds:.0f} s" if facts.seconds is not None else None,
         "hardware": facts.hardware,
         "written by": f"lorakit {__version__}",

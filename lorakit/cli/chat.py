@@ -97,7 +97,7 @@ def stream_answer(
     answer = stream_text(model, tokenizer, input_ids, write, decoding, row=row)
     write("\n")
     if not answer.strip():
-        say("the answer is empty: the model ended it at once")
+        say("empty answer: the model generated an end-of-sequence token first")
     return answer
 
 

@@ -157,7 +157,9 @@ def generate(
     elif input_file is not None:
         _answer(*loaded, input_file, output, decoding, system)
     elif prompt is not None:
-        _stream(*loaded, prompt, decoding, is_chat=bool(trained))
+        answer = _stream(*loaded, prompt, decoding, is_chat=bool(trained))
+        if not answer.strip() and adapter is None and loaded[1].chat_template:
+            say("hint: the model has a chat template; with --chat, the prompt becomes a message")
 
 
 def _check_input(
@@ -227,15 +229,16 @@ def _stream(
     prompt: str,
     decoding: Decoding,
     is_chat: bool,
-) -> None:
-    """Continue the prompt; ``is_chat`` says that the adapter was trained on chats."""
+) -> str:
+    """Continue the prompt, and return the answer; ``is_chat`` says that the adapter was trained on
+    chats."""
     from lorakit.api import text_request
 
     if is_chat:
         say("the adapter was trained on chats: with --chat, the prompt becomes a message")
     request = text_request(prompt, tokenizer)
     say_limits(model, tokenizer, [request.input_ids], decoding)
-    stream_answer(model, tokenizer, request.input_ids, decoding)
+    return stream_answer(model, tokenizer, request.input_ids, decoding)
 
 
 def _answer(

@@ -105,7 +105,7 @@ def init(
     missing += [] if data or has_own_data else ["--data"]
     if missing and not can_ask:
         raise UserError(
-            f"missing {' and '.join(missing)}: required without a terminal to ask on; hint: "
+            f"missing {' and '.join(missing)}: required when stdin is not a terminal; hint: "
             "lorakit init --help"
         )
 

@@ -229,7 +229,7 @@ class _Measure:
     ) -> tuple[list[tuple[NDArray[np.int64], Tensor]], list[Tensor]]:
         """Return rows and choices of each batch, and the batches' losses."""
         device = self.model.device
-        monitor = self.monitor("evaluated", share)
+        monitor = self.monitor("predicted", share)
         outputs: list[tuple[NDArray[np.int64], Tensor]] = []
         losses: list[Tensor] = []
         for rows, is_own in self._batches(share):

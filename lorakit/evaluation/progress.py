@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 #: Receives the rows done and the total.
 OnProgress = Callable[[int, int], None]
-#: Receives the phase ("loss", "generated" or "evaluated"), the rows done and the total.
+#: Receives the phase ("loss", "generated" or "predicted"), the rows done and the total.
 OnPhase = Callable[[str, int, int], None]
 ShouldStop = Callable[[], bool]
 

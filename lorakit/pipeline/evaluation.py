@@ -47,7 +47,7 @@ def evaluate(
 
     ``adapter`` is a directory in PEFT's format and defaults to the one that training the recipe
     writes. ``split`` and ``limit`` (the first N rows) override the task and the recipe.
-    ``on_progress`` receives the phase ("loss", "generated" or "evaluated"), the rows done and the
+    ``on_progress`` receives the phase ("loss", "generated" or "predicted"), the rows done and the
     total. Under ``torchrun`` or ``accelerate launch`` the processes share the rows, and each
     returns the same metrics. Notes go to stderr.
 

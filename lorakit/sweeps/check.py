@@ -103,7 +103,7 @@ def repeated_values(section: SweepSection) -> Iterator[Fault]:
         for at, text in enumerate(texts):
             if text in texts[:at]:
                 path = ("grid", key, at)
-                yield Fault(path, "is there twice", values[at], True, "each value once")
+                yield Fault(path, "duplicate", values[at], True, "each value once")
 
 
 def name_faults(members: Sequence[MemberSection]) -> Iterator[Fault]:
@@ -116,7 +116,7 @@ def name_faults(members: Sequence[MemberSection]) -> Iterator[Fault]:
             allowed = f"1 to {MAX_NAME} letters, digits and any of ._+=,@- after the first"
             yield Fault(path, "is the name of a directory", name, True, allowed)
         if name.casefold() in taken:
-            yield Fault(path, "is there twice", name, True, "each name once")
+            yield Fault(path, "duplicate", name, True, "each name once")
         taken.add(name.casefold())
 
 

@@ -85,9 +85,7 @@ def _read_file(file: Path, has_grid: bool) -> Source:
     yaml = read_yaml(file)
     is_recipe = "recipe" not in yaml.data and any(key in Recipe.model_fields for key in yaml.data)
     if is_recipe and not has_grid:
-        raise UserError(
-            f"{file}: a recipe; allowed: a sweep file, or a recipe with --grid KEY=V1,V2"
-        )
+        raise UserError(f"{file}: is a recipe, not a sweep file; hint: add --grid KEY=V1,V2")
     if has_grid and not is_recipe:
         raise UserError(
             f"{GRID}: {file} is not a recipe; allowed: a recipe; a sweep file has its own grid"
@@ -121,5 +119,5 @@ def _add_text(source: Source, option: str, key: str, text: str) -> None:
     if option == GRID and value.rstrip().endswith(","):
         source.faults.append(Fault((name,), "ends with a comma", value, True, file=option))
     if source.options.get((key, name)) == GRID:
-        source.faults.append(Fault((name,), "is there twice", value, True, "each key once", option))
+        source.faults.append(Fault((name,), "duplicate", value, True, "each key once", option))
     source.set((key, name), parsed, option)

@@ -193,6 +193,8 @@ def names_in(value: Any, several: bool) -> list[str] | None:
 def _names_allowed(value: Any, several: bool) -> str:
     if several:
         return "a list of names or whole numbers, empty for a row without labels"
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return "a name or a whole number"
     hint = "for other numbers, set task.regression: true, or list them as names in task.labels"
     if listed_values(value) is not None:
         hint = _SEVERAL_HINT

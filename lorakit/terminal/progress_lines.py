@@ -12,9 +12,13 @@ def progress_lines(
     """Return a callback ``(what, done, total)`` that prints at most one line per ``seconds``, and
     if it has printed any of ``what``, another one at its end."""
     last, unfinished = time.monotonic(), ""
+    newest = "", 0
 
     def report(what: str, done: int, total: int) -> None:
-        nonlocal last, unfinished
+        nonlocal last, unfinished, newest
+        if what != newest[0] or done < newest[1]:  # it starts now
+            last = time.monotonic()
+        newest = what, done
         if done >= total:
             is_due = what == unfinished
             unfinished = ""

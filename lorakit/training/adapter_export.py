@@ -48,6 +48,7 @@ def export_adapter(prepared: Prepared, directory: Path, record: RunRecord, say: 
             data_rows=prepared.data["train"]["rows"],
             metrics=record.metrics,
             steps=record.steps,
+            best_step=record.best_step,
             seconds=record.seconds,
             diverged=record.diverged,
             hardware=hardware.get("gpu") or hardware["cpu"],

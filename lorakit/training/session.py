@@ -48,6 +48,9 @@ from lorakit.training.setup import Prepared
 from lorakit.training.steps import Steps
 from lorakit.training.tracking import Display, MetricsFile, NoMetrics, Recorder, start_trackers
 
+#: After so many evaluations without a better one, the end of a run mentions early stopping.
+_MANY_EVALUATIONS = 5
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -164,6 +167,12 @@ class Session:
         best = loop.progress.best_step
         if best not in (0, loop.progress.step):
             self.say(f"the adapter is that of step {best}, which had the best evaluation")
+        count = loop.progress.evaluations_without_gain
+        if count >= _MANY_EVALUATIONS and not loop.best.patience:
+            self.say(
+                f"the last {count} evaluations brought no improvement; hint: "
+                f"train.early_stopping_patience, such as {_MANY_EVALUATIONS}, ends such a run"
+            )
 
 
 def _reported_metric(prepared: Prepared) -> str:

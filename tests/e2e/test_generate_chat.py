@@ -115,11 +115,14 @@ def test_an_empty_answer_is_said(
         model.model.embed_tokens.weight.fill_(1.0)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    for options in (["--prompt", "hi"], ["--chat", "--prompt", "hi"]):
+    for options in (["--chat", "--prompt", "hi"], ["--prompt", "hi"]):
         assert run(["generate", str(tmp_path / "model"), *options]) == 0
         out, err = capsys.readouterr()
         assert out == "\n"
-        assert err.splitlines()[-1] == "the answer is empty: the model ended it at once"
+        lines = err.splitlines()
+        assert "empty answer: the model generated an end-of-sequence token first" in lines
+        hint = "hint: the model has a chat template; with --chat, the prompt becomes a message"
+        assert (hint in lines) == ("--chat" not in options)
 
 
 def test_a_long_chat_keeps_its_system_prompt(

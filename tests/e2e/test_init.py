@@ -239,7 +239,7 @@ def test_without_a_terminal_the_missing_options_are_named(
 ) -> None:
     assert run(["init"]) == 2
     assert (
-        "error: missing --model and --data: required without a terminal" in capsys.readouterr().err
+        "error: missing --model and --data: required when stdin is not" in capsys.readouterr().err
     )
     assert run(["init", "--model", "m", "--task", "classification"]) == 2
     assert "error: missing --data: " in capsys.readouterr().err

@@ -136,7 +136,7 @@ def test_a_recipe_with_a_grid() -> None:
         (["train.seed=[1"], "--grid: train.seed = \"[1\": not valid YAML"),
         (["train.seed="], "--grid: grid.train.seed = []: must not be empty"),
         (["seed=1,2"], "--grid: grid.seed = [1, 2]: unknown section (did you mean 'train.seed'?)"),
-        (["train.seed=1", "train.seed=2"], "--grid: train.seed = \"2\": is there twice"),
+        (["train.seed=1", "train.seed=2"], "--grid: train.seed = \"2\": duplicate"),
         (["train.seed=1,-1"], "--grid: member seed=-1: train.seed = -1: out of range; allowed:"),
         (["train.seed=" + ",".join(map(str, range(5000)))], "--grid: makes 5,000 members; allowed: at most 4,096"),
     ],
@@ -150,7 +150,7 @@ def test_a_wrong_grid_option(grid: list[str], message: str) -> None:
 
 def test_a_recipe_and_a_sweep_file_are_told_apart() -> None:
     with pytest.raises(
-        UserError, match=r"^recipe.yaml: a recipe; allowed: a sweep file, or a recipe with"
+        UserError, match=r"^recipe.yaml: is a recipe, not a sweep file; hint: add --grid"
     ):
         load_sweep("recipe.yaml")
     file = write("grid: {train.seed: [1]}\n")
@@ -169,7 +169,7 @@ WRONG = {
     ),
     "no list": ("grid:\n  train.seed: 1", "sweep.yaml, line 4: grid.train.seed = 1: wrong type (an integer); allowed: a non-empty list"),
     "an empty list": ("grid:\n  train.seed: []", "sweep.yaml, line 4: grid.train.seed = []: must not be empty; allowed: a non-empty list"),
-    "twice": ("grid:\n  train.seed: [1, 2, 1]", "sweep.yaml, line 4: grid.train.seed[2] = 1: is there twice; allowed: each value once"),
+    "twice": ("grid:\n  train.seed: [1, 2, 1]", "sweep.yaml, line 4: grid.train.seed[2] = 1: duplicate; allowed: each value once"),
     "a wrong value of one member": (
         "grid:\n  adapter.r:\n  - 0\n  - 1\n  train.seed: [1, 2]",
         "sweep.yaml, line 5: member r=0,seed=1 and 1 more: adapter.r = 0: out of range; allowed: an integer > 0 and <= 65536",
@@ -182,7 +182,7 @@ WRONG = {
     "in set and grid": ("set: {train.seed: 1}\ngrid: {train.seed: [1]}", "sweep.yaml, line 4: grid.train.seed = [1]: is in set, too; allowed: one of the two"),
     "a rank beside a budget": ("grid: {adapter.r: [1]}\ntrainable_parameters: 100", "sweep.yaml, line 3: grid.adapter.r = [1]: trainable_parameters chooses the rank; allowed: one of the two"),
     "an unsafe name": ("members: [{name: ../x, set: {train.seed: 1}}]", 'sweep.yaml, line 3: members[0].name = "../x": is the name of a directory; allowed: 1 to 120 letters, digits and any of ._+=,@- after the first'),
-    "a name twice": ("members: [{name: a, set: {train.seed: 1}}, {name: A, set: {train.seed: 2}}]", 'sweep.yaml, line 3: members[1].name = "A": is there twice; allowed: each name once'),
+    "a name twice": ("members: [{name: a, set: {train.seed: 1}}, {name: A, set: {train.seed: 2}}]", 'sweep.yaml, line 3: members[1].name = "A": duplicate; allowed: each name once'),
     "an unknown key of a member": ("members: [{nam: a, set: {train.seed: 1}}]", "sweep.yaml, line 3: members[0].nam = \"a\": unknown key (did you mean 'name'?); allowed: name, set"),
     "no settings": ("members: [{name: a}]", "sweep.yaml, line 3: members[0].set: required key is missing; allowed: a mapping"),
     "equal members": ("members:\n- {name: a, set: {train.seed: 1}}\n- {name: b, set: {train.seed: 1, adapter.r: 8}}", "sweep.yaml, line 5: members[1]: member b has the same recipe as member a; allowed: members that differ"),

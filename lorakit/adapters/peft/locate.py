@@ -85,8 +85,8 @@ def _instead(path: Path) -> str:
     """Describe a directory that is not an adapter."""
     inside = sorted(file.parent for file in path.glob(f"*/{CONFIG}"))
     if inside:
-        names = ", ".join(map(str, inside[:5])) + (", ..." if len(inside) > 5 else "")
-        return f"not an adapter, but contains adapters ({names}); name one of them"
+        names = " or ".join(map(str, inside[:5])) + (" ..." if len(inside) > 5 else "")
+        return f"not an adapter; did you mean {names}?"
     if (path / "config.json").is_file():
         return "a model, not an adapter"
     what = other_content(path)

@@ -210,7 +210,11 @@ def _check_complete(model: nn.Module, places: Placement, fully_trained: Iterable
         problems.append(f"the adapter lacks {listed(missing, most=8)}")
     if problems:
         directory = places.files.directory
-        raise AdapterError(f"{directory}: does not fit the model: {'; '.join(problems)}")
+        base = places.files.config.get("base_model_name_or_path")
+        trained_on = f" (the adapter was trained on {base})" if base else ""
+        raise AdapterError(
+            f"{directory}: does not fit the model{trained_on}: {'; '.join(problems)}"
+        )
 
 
 def _trained_biases(model: nn.Module, places: Placement) -> list[str]:

@@ -82,7 +82,7 @@ def test_the_error_describes_what_was_found_instead(
     (tmp_path / "quantized").mkdir()
     (tmp_path / "quantized" / "model.gguf").write_bytes(b"GGUF")
     for path, said in (
-        (tmp_path / "run", f"contains adapters ({tmp_path / 'run' / 'adapter'}); name one of them"),
+        (tmp_path / "run", f"did you mean {tmp_path / 'run' / 'adapter'}?"),
         (checkpoint, "a training checkpoint; resume from it with train --resume"),
         (base, "a model, not an adapter"),
         (
