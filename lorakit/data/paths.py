@@ -1,7 +1,7 @@
 """Find the rows of a split in ``task.path``.
 
 A path is a directory whose files are named after splits; a file, a glob or a list of files, globs
-and directories, which is the train split; or a mapping of splits to these. In place of a path, a
+and directories, which is the training split; or a mapping of splits to these. In place of a path, a
 source with keys adds a weight, or names a data set on the Hub. A path that exists is used
 literally, whatever characters it contains; only one that does not exist is treated as a glob.
 """
@@ -52,7 +52,7 @@ class Source:
 
 def find_sources(path: PathOption, split: str) -> list[Source]:
     """Find the sources of a split, in order; a single one for all files unless they have weights,
-    which apply to the train split.
+    which apply to the training split.
 
     Raises the same errors as ``find_files``.
     """
@@ -306,7 +306,7 @@ def _matching(pattern: str) -> list[Path]:
 
 
 def _shared_with(path: dict[str, Sources], key: str, files: list[Path]) -> Iterator[str]:
-    """Yield a note for each other split that shares files with the train split."""
+    """Yield a note for each other split that shares files with the training split."""
     locations = {_location(file) for file in files}
     for other in path if key == "train" else ():
         try:

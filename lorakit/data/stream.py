@@ -1,4 +1,4 @@
-"""Stream a train split during training, without loading or copying all of it."""
+"""Stream a training split during training, without loading or copying all of it."""
 
 from __future__ import annotations
 

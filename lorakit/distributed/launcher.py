@@ -36,7 +36,7 @@ def check_variables() -> None:
         if value.isdecimal() if name != "MASTER_ADDR" else value:
             continue
         raise UserError(
-            f"{name} = {shown(value)}: wrong in an environment with WORLD_SIZE = "
+            f"{name} = {shown(value)}: invalid with WORLD_SIZE = "
             f"{shown(os.environ['WORLD_SIZE'])}; hint: start several processes with torchrun, or "
             "unset WORLD_SIZE"
         )

@@ -33,7 +33,7 @@ from lorakit.tasks.checks import ColumnWatch, counts_line, label_counts, similar
 
 @dataclass(frozen=True)
 class StreamedRows:
-    """A train split that is read and tokenized during training.
+    """A training split that is read and tokenized during training.
 
     ``watch`` is called with each row and reports what the task does not use of it; ``skipped``
     counts the bad rows; None if a bad row is an error.

@@ -95,7 +95,8 @@ def _problem(source: dict[Any, Any], error: ValidationError) -> str:
     return f"{where}: {key} = {shown(source[key])}; allowed: {_ALLOWED[key]}"
 
 
-#: A source or a list of sources: directories, or the train split; or a mapping of splits to these.
+#: A source or a list of sources: directories, or the training split; or a mapping of splits to
+#: these.
 DataPath = Annotated[
     _DataPath, BeforeValidator(_with_valid_sources, json_schema_input_type=_DataPath)
 ]

@@ -19,7 +19,7 @@ from lorakit.training.joint.members import NotesOnly
 from lorakit.training.tracking import Display
 
 #: What to do after a signal, or when a process was killed.
-CONTINUE = "continue with --resume"
+RESUME = "resume with --resume"
 
 
 class Record(Protocol):
@@ -83,13 +83,13 @@ class MainRecord:
         return self._progress.display(self._name(at))
 
     def interrupted(self, error: Interrupted) -> Interrupted:
-        """``error`` with the number of members that have ended, and how to continue."""
+        """``error`` with the number of members that have ended, and how to resume."""
         members = self._result.members
         done = sum(own.status != "pending" for own in members)
         return Interrupted(
             f"{error.problem}; {done} of {len(members)} members have finished",
             error.signal_number,
-            advice=CONTINUE,
+            advice=RESUME,
         )
 
     def take_over(self, watch: Watch) -> None:

@@ -34,7 +34,7 @@ class AutoConfig(GenerationSection):
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
     """The format of the rows, if their columns match several."""
     stop: list[Text] = []
-    """Texts that end an answer."""
+    """Stop sequences: generated text ends before the first of them."""
     long_documents: Literal["truncate", "split"] = "truncate"
     """A document of more than max_length tokens loses its end (truncate), or becomes several rows
     (split)."""

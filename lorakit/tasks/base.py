@@ -194,8 +194,8 @@ class Task(ABC):
         """Raise UserError, before anything is loaded, if a metric needs a missing library."""
 
     def resolve(self, config: Any, train: Split | None) -> Any:
-        """``config`` completed from the train split (class names). Called once, before ``example``.
-        Raises DataError if the split does not determine a value."""
+        """``config`` completed from the training split (class names). Called once, before
+        ``example``. Raises DataError if the split does not determine a value."""
         return config
 
     def accepts_labels(self, config: Any, split: Split) -> bool:

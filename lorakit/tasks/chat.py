@@ -56,7 +56,7 @@ class ChatConfig(GenerationSection):
     """Reasoning is trained as the chat template renders it (train), left out of the loss (mask), or
     removed from all messages (drop)."""
     stop: list[Text] = []
-    """Texts that end an answer."""
+    """Stop sequences: generated text ends before the first of them."""
     eval_generate: Literal["never", "end", "always"] = "never"
     """Which evaluations generate and score text: never, end or always."""
     dataset_name: Text | None = None

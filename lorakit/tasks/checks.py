@@ -173,7 +173,7 @@ def counts_line(counts: Mapping[str, int]) -> str:
     most, least = _listed_labels(found[:5]), _listed_labels(found[-3:])
     text = f"{len(counts):,}, most frequent {most}; least frequent {least}"
     unused = len(ordered) - len(found)
-    return text + (f"; {unused:,} in no row" if unused else "")
+    return text + (f"; {unused:,} unused" if unused else "")
 
 
 def similar_labels(counts: Mapping[str, int]) -> list[str]:

@@ -90,7 +90,7 @@ class CompletionConfig(GenerationSection):
     train_on: Literal["completion", "prompt_and_completion"] = "completion"
     """Train the completion, or the prompt too."""
     stop: list[Text] = []
-    """Texts that end an answer."""
+    """Stop sequences: generated text ends before the first of them."""
     dataset_name: Text | None = None
     """A data set on the Hub, read if path is null."""
     dataset_config_name: Text | None = None

@@ -102,7 +102,7 @@ def required_train(train: Split | None) -> Split:
     """The split to take class names from. Raises DataError if there is none."""
     if train is None:
         raise DataError(
-            "task.labels = null: there is no train split to take the names from; "
+            "task.labels = null: there is no training split to take the names from; "
             "allowed: a list of names"
         )
     return train

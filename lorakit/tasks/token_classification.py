@@ -44,7 +44,7 @@ class TokenClassificationConfig(TaskSection):
     """The column of the tags, a list of the same length."""
     labels: Annotated[list[Text], Field(min_length=2)] | None = None
     """The names of the tags by id; null takes those that the data set declares, or those in the
-    train split."""
+    training split."""
     class_weights: ClassWeights = None
     """The weights of the tags in the training loss: balanced, by name, or a list in the order of
     the tags."""

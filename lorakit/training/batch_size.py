@@ -95,8 +95,8 @@ def check_batch_size(recipe: Recipe) -> None:
         return
     if not torch.cuda.is_available():
         raise UserError(
-            'train.per_device_batch_size = "auto": needs a GPU, since on the CPU a batch that is '
-            "too large ends the process; allowed here: a number, with "
+            'train.per_device_batch_size = "auto": needs a GPU: on a CPU, a batch that is too '
+            "large gets the process killed; allowed here: a number, with "
             "train.gradient_accumulation_steps instead of train.rows_per_step"
         )
     if section.rows_per_step is not None:

@@ -146,7 +146,7 @@ class Loop:
         if not is_there:
             raise TrainingError(
                 f"step {self.progress.step}: {self.checkpoint_dir.parent} was deleted or renamed "
-                f"during the run; saved {self._last_checkpoint}; continue with --resume auto"
+                f"during the run; saved {self._last_checkpoint}; resume with --resume auto"
             )
         return self._last_checkpoint
 
@@ -319,7 +319,7 @@ class Loop:
             advice = "replace the file with a complete one"
         raise (DataError if changed else BadRow)(
             f"{error}; stopped at step {self.progress.step} of {self.schedule.total_steps}; saved "
-            f"{saved}; {advice}, then continue with --resume auto"
+            f"{saved}; {advice}, then resume with --resume auto"
         ) from error
 
     def _interrupt(self) -> NoReturn:

@@ -72,7 +72,7 @@ tokens                 67
 tokens per row         19 to 24, 22.3 on average
 trained tokens         36 (53.7%)
 truncated rows         2 (to 24 tokens; 32 tokens lost)
-rows without EOS       1
+truncated completions  1
 """
     )
     assert "data/train.jsonl: recognized as prompt and completion" in err

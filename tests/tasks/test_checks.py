@@ -298,7 +298,7 @@ def test_many_labels_are_abbreviated() -> None:
     counts = {f"intent-{n}": 1000 - n for n in range(150)} | {"rare": 1, "never": 0}
     line = counts_line(counts)
     assert line.startswith("152, most frequent intent-0 1,000, intent-1 999, ")
-    assert line.endswith("least frequent intent-148 852, intent-149 851, rare 1; 1 in no row")
+    assert line.endswith("least frequent intent-148 852, intent-149 851, rare 1; 1 unused")
     assert len(line) < 250
 
 
