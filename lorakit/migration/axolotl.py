@@ -92,7 +92,7 @@ def _tokens(draft: Draft) -> None:
     if isinstance(special, Mapping):
         for name, token in special.items():
             if name == "pad_token":
-                draft.needless.append("special_tokens.pad_token")
+                draft.ignored.append("special_tokens.pad_token")
             elif name == "additional_special_tokens" and isinstance(token, list):
                 draft.set("model.add_tokens", list(token))
             elif token:

@@ -161,7 +161,7 @@ class TaskSection(Section):
     path: DataPath = None
     """The data: a directory with files named after splits; a file, a glob or a list of these (the
     training split); {path: NAME, name: CONFIG, split: SPLIT} on the Hub; or a mapping of splits to
-    these. Null reads the task's own data set on the Hub."""
+    these. Null reads the task's own dataset on the Hub."""
     max_length: PositiveInt = 512
     """The length in tokens to which rows are truncated. The default shrinks to the model's
     window."""

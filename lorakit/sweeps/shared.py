@@ -21,7 +21,7 @@ from lorakit.sweeps.load import Sweep
 from lorakit.sweeps.member_runs import MemberRuns
 from lorakit.sweeps.passes import Pass
 from lorakit.sweeps.progress import SweepProgress
-from lorakit.sweeps.record import RESUME, DistantRecord, MainRecord, Record
+from lorakit.sweeps.record import RESUME, MainRecord, Record, RemoteRecord
 from lorakit.sweeps.results import SweepResult
 from lorakit.training.agreement import comparable_keys
 from lorakit.training.control import stop_request
@@ -104,7 +104,7 @@ def _train_as_first(sweep: Sweep, result: SweepResult, passes: Sequence[Pass]) -
 
 def _train_as_other(sweep: Sweep, _result: SweepResult, passes: Sequence[Pass]) -> None:
     with watch_peers() as watch:
-        _train(sweep, DistantRecord(watch), passes, watch, lambda: None)
+        _train(sweep, RemoteRecord(watch), passes, watch, lambda: None)
 
 
 def _train(

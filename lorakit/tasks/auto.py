@@ -41,9 +41,9 @@ class AutoConfig(GenerationSection):
     eval_generate: Literal["never", "end", "always"] | None = None  # type: ignore[assignment]
     """Which evaluations generate text; null is the chosen task's default."""
     dataset_name: Text | None = None
-    """A data set on the Hub, read if path is null."""
+    """A dataset on the Hub, read if path is null."""
     dataset_config_name: Text | None = None
-    """The configuration of the data set on the Hub."""
+    """The configuration of the dataset on the Hub."""
 
 
 class Auto(FormattedTask):

@@ -60,9 +60,9 @@ class ChatConfig(GenerationSection):
     eval_generate: Literal["never", "end", "always"] = "never"
     """Which evaluations generate and score text: never, end or always."""
     dataset_name: Text | None = None
-    """A data set on the Hub, read if path is null."""
+    """A dataset on the Hub, read if path is null."""
     dataset_config_name: Text | None = None
-    """The configuration of the data set on the Hub."""
+    """The configuration of the dataset on the Hub."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ChatConfig:

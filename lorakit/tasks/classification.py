@@ -150,9 +150,9 @@ class ClassificationConfig(TaskSection):
     """The weights of the classes in the training loss: balanced, by name, or a list in the order of
     the classes."""
     dataset_name: Text | None = None
-    """A data set on the Hub, read if path is null."""
+    """A dataset on the Hub, read if path is null."""
     dataset_config_name: Text | None = None
-    """The configuration of the data set on the Hub."""
+    """The configuration of the dataset on the Hub."""
 
     @model_validator(mode="after")
     def _labels_fit(self) -> ClassificationConfig:

@@ -92,9 +92,9 @@ class CompletionConfig(GenerationSection):
     stop: list[Text] = []
     """Stop sequences: generated text ends before the first of them."""
     dataset_name: Text | None = None
-    """A data set on the Hub, read if path is null."""
+    """A dataset on the Hub, read if path is null."""
     dataset_config_name: Text | None = None
-    """The configuration of the data set on the Hub."""
+    """The configuration of the dataset on the Hub."""
 
     @model_validator(mode="after")
     def _one_source(self) -> CompletionConfig:

@@ -137,7 +137,7 @@ def flagged_classes(flags: Sequence[int]) -> list[int]:
 
 
 def declared_labels(train: Split, column: str) -> list[str] | None:
-    """The names that a Hub data set declares for its ids."""
+    """The names that a Hub dataset declares for its ids."""
     feature = (getattr(train.rows, "features", None) or {}).get(column)
     names = getattr(getattr(feature, "feature", feature), "names", None)  # a list of ids has one
     return list(names) if names else None

@@ -236,8 +236,8 @@ def _unaffected(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _limited_memory(device: torch.device, share: float) -> Iterator[None]:
-    """Let the block allocate no more than this share of what other processes and a limit of the
-    caller leave of the device's memory."""
+    """Limit allocations in the block to ``share`` of the device memory available to this process,
+    given other processes and any limit already set."""
     if device.type != "cuda":
         yield
         return

@@ -271,9 +271,9 @@ class Loop:
         if progress.first_loss is None:
             progress.first_loss = scalars.loss
         message = loss_growth(scalars, progress.first_loss, self.cause)
-        if message and not progress.said_grown:
+        if message and not progress.warned_of_growth:
             self.recorder.display.say(message)
-            progress.said_grown = True
+            progress.warned_of_growth = True
 
     def _fail(self, message: str) -> NoReturn:
         self.broken = True
