@@ -85,7 +85,7 @@ class Interrupted(LorakitError):
     """
 
     def __init__(
-        self, problem: str, signal_number: int, advice: str = "continue with --resume auto"
+        self, problem: str, signal_number: int, advice: str = "resume with --resume auto"
     ) -> None:
         super().__init__(f"{problem}; {advice}")
         self.problem, self.advice, self.signal_number = problem, advice, signal_number

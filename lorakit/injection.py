@@ -57,7 +57,7 @@ class InjectionReport:
             text += f"; fully trained: {', '.join(self.modules_to_save)}"
         line = (
             f"{text}; {self.trainable_parameters:,} of {self.total_parameters:,} parameters "
-            f"train ({share:.3%})"
+            f"are trainable ({share:.3%})"
         )
         return f"{line}\n{self.coverage}".rstrip() if self.coverage else line
 

@@ -176,7 +176,7 @@ def run_timed(command: list[str]) -> tuple[int, list[tuple[float, str]]]:
 def first_step_seconds(messages: list[tuple[float, str]]) -> float | None:
     """From the line that says what is trained, once the weights are loaded, to the first logged
     step, which is the second one for up to 59 steps."""
-    loaded = [at for at, text in messages if "parameters train (" in text]
+    loaded = [at for at, text in messages if "parameters are trainable (" in text]
     logged = [at for at, text in messages if text.startswith("step ")]
     return round(logged[0] - loaded[0], 1) if loaded and logged else None
 

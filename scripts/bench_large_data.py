@@ -164,7 +164,7 @@ def _measure(recipe: Path, cache: Path) -> Measured:
         while process.poll() is None:
             own = max(own, _status(process.pid, "VmHWM"))
             tree = max(tree, sum(_shared_once(pid) for pid in _tree(process.pid)))
-            if not until and "parameters train" in log.read_text():
+            if not until and "parameters are trainable" in log.read_text():
                 until = time.monotonic() - began
             time.sleep(_SAMPLE_SECONDS)
     if process.returncode:

@@ -225,11 +225,13 @@ def _signature(name: str, value: Any) -> str:
 
 
 def _pieces(arguments: ast.arguments) -> list[str]:
-    """Return the arguments one by one, with the bare star before those by name only."""
+    """Return the arguments one by one, with a star before those by name only."""
     plain = arguments.args
     defaults: list[ast.expr | None] = [None] * (len(plain) - len(arguments.defaults))
     pieces = [_piece(a, d) for a, d in zip(plain, [*defaults, *arguments.defaults], strict=True)]
-    if arguments.kwonlyargs:
+    if arguments.vararg:
+        pieces.append(f"*{_piece(arguments.vararg, None)}")
+    elif arguments.kwonlyargs:
         pieces.append("*")
     pieces += [
         _piece(a, d) for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)

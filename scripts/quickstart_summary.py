@@ -23,7 +23,7 @@ _LONGEST_ANSWER = 120
 @dataclass(frozen=True)
 class Answers:
     """A question on an unseen table, the prompt that the models read, and what they answered;
-    ``right`` tells whether the adapter answered as the data set does."""
+    ``right`` tells whether the adapter answered as the dataset does."""
 
     question: str
     columns: str

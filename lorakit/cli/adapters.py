@@ -187,7 +187,7 @@ _Rank = Annotated[
 ]
 _Alpha = Annotated[
     float | None,
-    typer.Option(metavar="A", help="From loralib: lora_alpha of the training [default: 1]."),
+    typer.Option(metavar="A", help="From loralib: lora_alpha used in training [default: 1]."),
 ]
 _EnableLora = Annotated[
     list[str] | None,

@@ -30,7 +30,9 @@ TrustRemoteCode = Annotated[
 Dtype = Annotated[
     str | None,
     typer.Option(
-        metavar="D", help="Load the model as float32, bfloat16 or float16 [default: as it is]."
+        metavar="D",
+        help="Load the model as float32, bfloat16 or float16 [default: as in training, else the "
+        "checkpoint's].",
     ),
 ]
 MethodFile = Annotated[

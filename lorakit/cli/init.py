@@ -65,7 +65,7 @@ _Hardware = Annotated[
     ),
 ]
 _Yes = Annotated[
-    bool, typer.Option("--yes", "-y", help="Ask only for what has no default, also on a terminal.")
+    bool, typer.Option("--yes", "-y", help="Accept all defaults; ask only for what has none.")
 ]
 _Replace = Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it exists.")]
 

@@ -131,7 +131,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Interrupt:
-    """Keeps what Ctrl-C has left of an import: some libraries crash when it is freed."""
+    """Keeps the KeyboardInterrupt of an interrupted import alive, since some libraries crash when
+    its frames are freed."""
 
     last: KeyboardInterrupt | None = None
 
@@ -163,7 +164,7 @@ def _report(error: Exception) -> int:
 
 
 def _was_interrupted(error: BaseException | None) -> bool:
-    """Whether the error is a library's answer to Ctrl-C, for example during its import."""
+    """Whether the error was caused by Ctrl-C, for example during a library's import."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return True

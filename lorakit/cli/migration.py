@@ -39,7 +39,7 @@ def convert_recipe(
 
     Prints a recipe. The tool is recognized by the keys. Comments at the top of the recipe, and
     lines on stderr, say what has no counterpart and what has another meaning. Defaults that differ
-    are written out. Names of data sets are looked up in dataset_info.json.
+    are written out. Names of datasets are looked up in dataset_info.json.
 
     Example: lorakit convert-recipe qlora.yml --output recipe.yaml
     """
@@ -63,7 +63,7 @@ def convert_recipe(
 
 
 def _say_notes(converted: ConvertedRecipe, output: Path | None) -> None:
-    for text in converted.lost:
+    for text in converted.unsupported:
         say(f"no counterpart: {text}")
     for text in converted.changed:
         say(f"note: {text}")

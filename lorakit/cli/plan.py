@@ -85,7 +85,7 @@ def _run(plan: RunPlan) -> list[str]:
     rows, tokens = step.batches.largest.input_ids.shape
     return [
         f"{step.report.trainable_parameters:,} of {step.report.total_parameters:,} parameters "
-        "train",
+        "are trainable",
         f"{_steps(plan)}; largest batch {rows} x {tokens:,} tokens; {_MODES[step.mode]}",
     ]
 

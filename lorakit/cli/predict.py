@@ -60,7 +60,7 @@ _Output = Annotated[
 ]
 _TextColumn = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Column of the text [default: that of the training]."),
+    typer.Option(metavar="NAME", help="Column of the text [default: as in training]."),
 ]
 _TextPairColumn = Annotated[
     str | None, typer.Option(metavar="NAME", help="Column of the second text of a pair.")

@@ -217,7 +217,7 @@ def _figures(found: Preview) -> list[tuple[str, str]]:
     rows = f"{summary.truncated_rows:,} (to {found.limit:,} tokens{lost})"
     figures.append(("truncated rows", rows))
     if summary.cut_completions is not None:
-        figures.append(("rows without EOS", f"{summary.cut_completions:,}"))
+        figures.append(("truncated completions", f"{summary.cut_completions:,}"))
     if summary.bins is not None:
         bins = f"{summary.bins:,} of {found.limit:,} tokens, {summary.bin_fill:.1%} full"
         figures.append(("packed bins", bins))

@@ -131,7 +131,7 @@ def methods(check: _Check = None, as_json: AsJson = False) -> None:
         return
     rows = [(m.name, m.summary, m.Config.shown_learning_rates(), m.source) for m in found]
     echo(aligned(rows, left=4))
-    say("or a file: ./FILE.py:CLASS; learning rates: of large models to small ones")
+    say("or a file: ./FILE.py:CLASS; learning rates: from large models to small ones")
 
 
 def _method_facts(method: Any) -> dict[str, Any]:

@@ -13,7 +13,9 @@ from lorakit.errors import UserError
 
 _Runs = Annotated[
     list[Path],
-    typer.Argument(metavar="RUN", help="Directories of runs; of a sweep, all its members."),
+    typer.Argument(
+        metavar="RUN", help="Run directories; a sweep directory stands for all its members."
+    ),
 ]
 _Output = Annotated[
     Path | None,

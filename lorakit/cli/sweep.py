@@ -113,7 +113,7 @@ def sweep(
 
 
 def _run(loaded: Sweep, resume: bool, ray: str | None) -> SweepResult:
-    """Train the members; after a signal, say the command that continues."""
+    """Train the members; after a signal, say the command that resumes it."""
     from lorakit import api
 
     try:
@@ -123,7 +123,7 @@ def _run(loaded: Sweep, resume: bool, ray: str | None) -> SweepResult:
             raise
         command = ["lorakit", "sweep", str(loaded.record), "--resume"]
         command += ["--ray", ray] if ray else []
-        advice = f"continue with: {shlex.join(command)}"
+        advice = f"resume with: {shlex.join(command)}"
         raise Interrupted(error.problem, error.signal_number, advice) from error
 
 

@@ -35,7 +35,7 @@ class SplitFiles:
 
 def in_directory(folder: Path, split: str) -> SplitFiles:
     """The split's files: in the directory, in its subdirectory ``data``, or in a subdirectory of
-    either that is named after the split. A saved ``datasets.Dataset`` is the train split."""
+    either that is named after the split. A saved ``datasets.Dataset`` is the training split."""
     if (saved := saved_files(folder)) is not None:
         return SplitFiles(saved if split == "train" else [])
     places: list[SplitFiles] = []

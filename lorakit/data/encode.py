@@ -153,7 +153,7 @@ class EncodedSplit:
             sums[start : start + len(starts)] = np.add.reduceat(tokens, starts)
         return sums
 
-    def endless_rows(self, stops: Set[int], cut_to: int | None = None) -> int:
+    def rows_without_eos(self, stops: Set[int], cut_to: int | None = None) -> int:
         """Count the rows whose last trained segment contains none of the ids ``stops``, which end a
         generation. Rows that were truncated within it, to ``cut_to`` tokens, are not counted."""
         lasts = self.offsets[1:] - 1

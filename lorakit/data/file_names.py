@@ -102,7 +102,7 @@ def saved_files(folder: Path) -> list[Path] | None:
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return None
     if not files:
-        raise DataError(f"task.path: {folder}: the saved data set has no rows")
+        raise DataError(f"task.path: {folder}: the saved dataset has no rows")
     refuse_missing([file for file in files if not is_file(file)])
     return files
 

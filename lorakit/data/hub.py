@@ -1,4 +1,4 @@
-"""Data sets on the Hub."""
+"""Datasets on the Hub."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 from lorakit.data.file_names import split_names
 from lorakit.errors import DataError
 
-#: Name and configuration of a data set on the Hub.
+#: Name and configuration of a dataset on the Hub.
 HubName = tuple[str, str | None]
 
 
 @dataclass(frozen=True)
 class HubSplit:
-    """A split of a data set; with ``split`` null, the one that is asked for, which may be absent
+    """A split of a dataset; with ``split`` null, the one that is asked for, which may be absent
     unless it is ``required``. ``key`` is what the recipe names it by, for error messages."""
 
     path: str
@@ -31,7 +31,7 @@ class HubSplit:
         return f"{self} ({self.split or split})"
 
     def load(self, split: str, streaming: bool = False) -> Any | None:
-        """The rows as ``datasets`` loads them; None if the data set has no such split.
+        """The rows as ``datasets`` loads them; None if the dataset has no such split.
 
         Raises DataError if it cannot be loaded, or lacks a required split.
         """
@@ -41,7 +41,7 @@ class HubSplit:
             # All splits at once: unlike a list of their names, this is served from the cache
             # offline.
             splits: Any = datasets.load_dataset(self.path, self.name, streaming=streaming)
-        except Exception as error:  # offline, gated and missing data sets raise different types
+        except Exception as error:  # offline, gated and missing datasets raise different types
             raise self.failure(error) from error
         names = (self.split,) if self.split else split_names(split)
         found = next((known for known in names if known in splits), None)
@@ -51,20 +51,20 @@ class HubSplit:
         return None if found is None else splits[found]
 
     def failure(self, error: Exception) -> DataError:
-        """The error for a data set that cannot be read."""
+        """The error for a dataset that cannot be read."""
         text = str(error).strip()
         reason = text.splitlines()[0] if text else type(error).__name__
         return DataError(
-            f"{self.key}: cannot load the Hub data set {str(self)!r}: {reason}; "
+            f"{self.key}: cannot load the Hub dataset {str(self)!r}: {reason}; "
             "hint: set task.path to a local copy, or check the network and HF_HUB_OFFLINE"
         )
 
 
 def task_data_set(hub: HubName | None) -> HubSplit:
-    """The data set of a task. Raises DataError if it has none."""
+    """The dataset of a task. Raises DataError if it has none."""
     if hub is None:
         raise DataError(
-            "task.path = null: the task has no data set on the Hub; allowed: a file, a directory, "
+            "task.path = null: the task has no dataset on the Hub; allowed: a file, a directory, "
             "a glob, a source {path: NAME, split: SPLIT} on the Hub, a list of these, or a mapping "
             "of splits"
         )

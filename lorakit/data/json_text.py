@@ -64,7 +64,7 @@ def unrecoverable(skip_bad: bool) -> Iterator[None]:
 
 
 def _first_character(handle: BinaryIO) -> str:
-    """The first character that is not white space, or an empty string. Rewinds the handle."""
+    """The first character that is not whitespace, or an empty string. Rewinds the handle."""
     found = b""
     while not found and (chunk := handle.read(_HEAD)):
         found = chunk.removeprefix(codecs.BOM_UTF8).lstrip()
@@ -174,7 +174,7 @@ class _Text:
             return value, self._taken(end)
 
     def space(self, bom: bool = False) -> str:
-        """Consume white space, and with ``bom`` a byte order mark before it."""
+        """Consume whitespace, and with ``bom`` a byte order mark before it."""
         found = self.take(1) if bom and self.peek() == "\ufeff" else ""
         while True:
             match = _SPACE.match(self._buffer, self._position)

@@ -1,8 +1,8 @@
 """Find the rows of a split in ``task.path``.
 
 A path is a directory whose files are named after splits; a file, a glob or a list of files, globs
-and directories, which is the train split; or a mapping of splits to these. In place of a path, a
-source with keys adds a weight, or names a data set on the Hub. A path that exists is used
+and directories, which is the training split; or a mapping of splits to these. In place of a path, a
+source with keys adds a weight, or names a dataset on the Hub. A path that exists is used
 literally, whatever characters it contains; only one that does not exist is treated as a glob.
 """
 
@@ -41,7 +41,7 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Source:
-    """A part of a split's rows: files or, if ``hub`` is set, a data set on the Hub. ``weight`` is
+    """A part of a split's rows: files or, if ``hub`` is set, a dataset on the Hub. ``weight`` is
     its share of an epoch, relative to the other sources; None if the recipe gives no weights."""
 
     label: str
@@ -52,7 +52,7 @@ class Source:
 
 def find_sources(path: PathOption, split: str) -> list[Source]:
     """Find the sources of a split, in order; a single one for all files unless they have weights,
-    which apply to the train split.
+    which apply to the training split.
 
     Raises the same errors as ``find_files``.
     """
@@ -119,7 +119,7 @@ def _given(path: PathOption, split: str) -> tuple[str | None, list[str | DataSou
 
 
 def _hub_split(source: str | DataSource) -> HubSplit | None:
-    """The data set on the Hub that a source names, by its split or configuration."""
+    """The dataset on the Hub that a source names, by its split or configuration."""
     if not isinstance(source, DataSource) or not (source.name or source.split):
         return None
     path = source.path
@@ -223,7 +223,7 @@ def _found(entry: str, source: str | DataSource, split: str, key: str | None) ->
     is_asked = key is not None or split == "train"
     if isinstance(source, DataSource) and source.name and Path(entry).exists():
         raise DataError(
-            f"task.path: {entry}: name = {shown(source.name)}, but only data sets on the Hub have "
+            f"task.path: {entry}: name = {shown(source.name)}, but only datasets on the Hub have "
             "configurations, and this is a local path; allowed: no name"
         )
     if Path(entry).is_dir():
@@ -242,7 +242,7 @@ def _found(entry: str, source: str | DataSource, split: str, key: str | None) ->
     if own_split:
         raise DataError(
             f"task.path: {entry}: split = {shown(own_split)}, but a file has no splits; allowed: "
-            "no split, or a directory or a data set on the Hub"
+            "no split, or a directory or a dataset on the Hub"
         )
     return found if is_asked else SplitFiles([])
 
@@ -277,7 +277,7 @@ def _existing(entry: str) -> Path:
         hint = ""
         if _HUB_NAME.fullmatch(entry) and suffix_of(file) is None:
             hint = (
-                "; hint: set the path (--set task.path=PATH), or name a split of a data set on the "
+                "; hint: set the path (--set task.path=PATH), or name a split of a dataset on the "
                 f"Hub: {{path: {entry}, split: train}}"
             )
         raise DataError(f"task.path: {entry}: no such file or directory{hint}")
@@ -306,7 +306,7 @@ def _matching(pattern: str) -> list[Path]:
 
 
 def _shared_with(path: dict[str, Sources], key: str, files: list[Path]) -> Iterator[str]:
-    """Yield a note for each other split that shares files with the train split."""
+    """Yield a note for each other split that shares files with the training split."""
     locations = {_location(file) for file in files}
     for other in path if key == "train" else ():
         try:

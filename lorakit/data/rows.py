@@ -205,7 +205,7 @@ class _LazyRows(Sequence[Row]):
 class JsonRows(_LazyRows):
     """JSON objects, parsed on access; columns of ``column_names`` that an object lacks are None.
 
-    ``starts`` are the offsets at which the objects begin, perhaps after white space, followed by
+    ``starts`` are the offsets at which the objects begin, perhaps after whitespace, followed by
     the end of the text; anything between two objects is ignored. The objects are known to be valid
     except those in ``unread``, which maps an index to the reason.
     """

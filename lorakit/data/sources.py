@@ -1,4 +1,4 @@
-"""Load the rows of one split from files and from data sets on the Hub."""
+"""Load the rows of one split from files and from datasets on the Hub."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def limits(sources: Sequence[Source | SourceRows], limit: int | None) -> list[in
 
 
 def combined(sources: Sequence[Source]) -> SplitFiles:
-    """The files of all sources, with the labels of data sets on the Hub."""
+    """The files of all sources, with the labels of datasets on the Hub."""
     files = [file for source in sources for file in source.found.files]
     return SplitFiles(files, tuple(note for source in sources for note in source.found.notes))
 

@@ -1,4 +1,4 @@
-"""Stream a train split during training, without loading or copying all of it."""
+"""Stream a training split during training, without loading or copying all of it."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def _open_hub(hub: HubSplit, split: str, limit: int | None) -> Stream | None:
 def _hub_head(hub: HubSplit, rows: Any, count: int) -> list[Row]:
     try:
         return list(rows.take(count))
-    except Exception as error:  # a data set that cannot be read raises errors of many types
+    except Exception as error:  # a dataset that cannot be read raises errors of many types
         raise hub.failure(error) from error
 
 

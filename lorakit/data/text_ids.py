@@ -17,10 +17,10 @@ from typing import Any
 
 #: The methods through which transformers calls a tokenizer; a class may override them.
 _CALLS = {"__call__", "_encode_plus", "_batch_encode_plus", "_call_one"}
-#: A space that follows a letter, a digit or another character that is certainly not white space.
+#: A space that follows a letter, a digit or another character that is certainly not whitespace.
 _SPACE = re.compile(r" (?<=[!-~\w] )")
 #: The patterns of Llama 3, Qwen2 and Qwen3.5. As in GPT-2's, which is built into ByteLevel, a space
-#: can only be at the beginning of a match or follow other white space.
+#: can only be at the beginning of a match or follow other whitespace.
 _PATTERNS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",

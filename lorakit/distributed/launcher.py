@@ -36,7 +36,7 @@ def check_variables() -> None:
         if value.isdecimal() if name != "MASTER_ADDR" else value:
             continue
         raise UserError(
-            f"{name} = {shown(value)}: wrong in an environment with WORLD_SIZE = "
+            f"{name} = {shown(value)}: invalid with WORLD_SIZE = "
             f"{shown(os.environ['WORLD_SIZE'])}; hint: start several processes with torchrun, or "
             "unset WORLD_SIZE"
         )
@@ -60,8 +60,8 @@ def launch_id() -> str | None:
 
 def own_store() -> dict[str, Any]:
     """Arguments of ``init_process_group``: where the processes that torchrun has started together
-    meet. In its store itself, they would also find the addresses and messages of those in whose
-    place it has started them."""
+    meet. torchrun's own store is not used directly: after a restart it still holds the addresses
+    and messages of the previous processes."""
     from torch.distributed import is_initialized
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
@@ -74,11 +74,11 @@ def own_store() -> dict[str, Any]:
 
 
 def _name_of_start(store: Any, rank: int, world_size: int) -> str:
-    """A name that process 0 chooses and tells the others: torchrun's count of starts may differ
-    between hosts.
+    """A name for this start, chosen by process 0 and sent to the others, since torchrun's restart
+    count may differ between hosts.
 
-    A process takes only an answer to its own random question, and process 0 answers until all have
-    taken one, so that what earlier starts have left in the store does no harm.
+    Each process accepts only the answer to its own random question, and process 0 answers until all
+    have one, so leftovers of earlier starts are ignored.
     """
     own = secrets.token_hex(8)
     if rank:

@@ -232,9 +232,9 @@ def _exit_code(error: Exception) -> int:
 
 
 def _exchange(value: T, exit_code: int | None) -> list[T]:
-    """The only message between hosts, besides sums of tensors: a value, or the exit code of a
-    failure, and a signal. Since a process that fails sends it wherever it is, the others never wait
-    in vain. It does not wait for the device."""
+    """Exchange a value, or a failure's exit code, and a signal; apart from tensor reductions, the
+    only communication between hosts. A failing process sends this too, wherever it fails, so the
+    others never hang. It does not wait for the device."""
     if (world_size := rank_and_world_size()[1]) == 1:
         return [value]
     import torch.distributed as dist

@@ -63,7 +63,7 @@ def _contention(cores: float, start: Sample | None) -> Finding:
     value["cores_of_others"] = round(others, 2)
     text += f", other processes use {others:.1f} cores"
     if others > _MUCH_SHARE * cores:
-        hint = "stop them, or wait until they have ended"
+        hint = "stop them, or wait for them to finish"
         return Finding(_AREA, "contention", value, text, "warning", hint)
     return Finding(_AREA, "contention", value, text)
 

@@ -162,7 +162,7 @@ class _TrainedTurns:
 
     def content(self, prompt: ChatExample, example: Any, text: str) -> str | None:
         """Return the content of the turn that answers ``prompt`` in ``example`` if ``text`` is that
-        turn as the template renders it, apart from surrounding white space and special tokens.
+        turn as the template renders it, apart from surrounding whitespace and special tokens.
         Returns None otherwise, or if the template renders the content unchanged."""
         index = len(prompt.messages)
         if not isinstance(example, ChatExample) or len(example.messages) != index + 1:

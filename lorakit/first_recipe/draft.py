@@ -63,7 +63,7 @@ class RecipeDraft:
 
     def look_at(self, data: str, validation: str | None = None) -> None:
         """Read training rows: a file, a glob or a directory as in ``task.path``; ``validation`` is
-        the same for the validation split. A task that has a data set of its own on the Hub needs
+        the same for the validation split. A task that has a dataset of its own on the Hub needs
         none. Raises DataError if they cannot be read."""
         self._data = read_data(data, validation)
         self._inputs = [Path(file) for file in (data, validation) if file is not None]

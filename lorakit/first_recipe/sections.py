@@ -194,7 +194,7 @@ def _hold_out(section: _Section, facts: Facts) -> None:
     config = registry.task(facts.choice.task).Config
     generates = issubclass(config, GenerationSection) and facts.choice.task != "chat"
     if generates and held > _GENERATED_ROWS and facts.hardware.kind == "cpu":
-        comment = "Answers are generated in the final evaluation, which takes long on a CPU."
+        comment = "Answers are generated in the final evaluation, which is slow on a CPU."
         section.set("limit_eval", _GENERATED_ROWS, comment)
 
 
@@ -222,7 +222,9 @@ def _train(facts: Facts, sizes: Batches) -> _Section:
     section.set("lr_scheduler", "linear" if facts.kind == "encoder" else "cosine")
     section.set("warmup_ratio", 0.06)
     if facts.is_large:
-        comment = "Less memory, a third more time: layers are computed again in the backward pass."
+        comment = (
+            "Saves memory for about a third more time: layers are recomputed in the backward pass."
+        )
         section.set("gradient_checkpointing", True, comment)
     return section
 

@@ -105,7 +105,7 @@ class Batches:
 def batches(
     hardware: Hardware, kind: str, lengths: Lengths | None, max_tokens: int, rows: int | None
 ) -> Batches:
-    """Rows per step so that a small data set has steps enough, and rows per batch so that it fits:
+    """Rows per step so that a small dataset has steps enough, and rows per batch so that it fits:
     on a GPU, whatever fits; on the CPU, a few thousand tokens."""
     step_rows = 32 if rows is None or rows >= 1000 else 16 if rows >= 200 else 8
     if hardware.kind == "gpu" and sys.platform != "darwin":  # needs CUDA or ROCm

@@ -110,8 +110,8 @@ def check_name(target: Path) -> None:
 
 
 def creation_problem(folder: Path) -> str | None:
-    """Why a directory cannot be created or written to, as far as can be told without doing so; None
-    if nothing speaks against it."""
+    """Why a directory cannot be created or written to, as far as that can be checked without
+    trying; None if no problem was found."""
     try:
         check_name(folder)
         found = next(path for path in (folder, *folder.absolute().parents) if path.exists())

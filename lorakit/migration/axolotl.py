@@ -61,8 +61,11 @@ def _method(draft: Draft) -> None:
         draft.set("model.base_precision", "nf4")
     eight = draft.take("load_in_8bit")
     if eight and name is not None:
-        note = "there is no base in 8-bit integers: it stays in model.dtype, in twice the memory"
-        draft.lose("load_in_8bit", eight, f"{note}; nf4 takes less")
+        note = (
+            "8-bit integer bases are not supported: the base stays in model.dtype, which takes "
+            "twice the memory; nf4 takes less"
+        )
+        draft.lose("load_in_8bit", eight, note)
     if name is None and draft.given.get("load_in_4bit") is True:
         draft.take("load_in_4bit")
         draft.change("load_in_4bit", True, "full fine-tuning has no quantized base")
@@ -89,7 +92,7 @@ def _tokens(draft: Draft) -> None:
     if isinstance(special, Mapping):
         for name, token in special.items():
             if name == "pad_token":
-                draft.needless.append("special_tokens.pad_token")
+                draft.ignored.append("special_tokens.pad_token")
             elif name == "additional_special_tokens" and isinstance(token, list):
                 draft.set("model.add_tokens", list(token))
             elif token:

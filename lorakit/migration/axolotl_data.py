@@ -1,4 +1,4 @@
-"""The data sets of an Axolotl file, as the ``task`` of a recipe."""
+"""The datasets of an Axolotl file, as the ``task`` of a recipe."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BUILDERS = ("json", "csv", "parquet", "text", "arrow")
 _UNKNOWN = "the task is chosen by the columns of the rows; docs/data.md says which are read"
 #: The keys of a message in which lorakit looks for reasoning.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-#: Keys of a data set that are read here.
+#: Keys of a dataset that are read here.
 _READ = {
     "path", "type", "name", "split", "data_files", "ds_type", "field", "field_messages",
     "message_property_mappings", "message_field_role", "message_field_content", "roles_to_train",
@@ -34,7 +34,7 @@ def set_task(draft: Draft) -> None:
     entries = _listed(draft.take("datasets"))
     pretraining = _listed(draft.take("pretraining_dataset"))
     if not (entries or pretraining):
-        raise UserError("datasets: a data set is required; allowed: a list of {path, type}")
+        raise UserError("datasets: a dataset is required; allowed: a list of {path, type}")
     if pretraining:
         draft.take("train_on_inputs")
         _set_text(draft, pretraining)
@@ -76,7 +76,7 @@ def _sources(draft: Draft, entries: list[Mapping[str, Any]], key: str) -> Iterat
             note = "a part of a split has no counterpart; task.limit_train takes the first N rows"
             draft.lose(f"{where}.split", entry.get("split"), note)
         if files and path not in _BUILDERS and not entry.get("ds_type"):
-            draft.lose(f"{where}.data_files", files, "the whole data set is read")
+            draft.lose(f"{where}.data_files", files, "the whole dataset is read")
         local = bool(files) and (path in _BUILDERS or bool(entry.get("ds_type")))
         yield source(files if local else path, split, entry.get("name"), bool(entry.get("ds_type")))
         for name, value in entry.items():

@@ -25,17 +25,17 @@ _GROUPED = re.compile(r"[0-9]{1,18}(_[0-9]{1,18})+")
 
 @dataclass(frozen=True)
 class ConvertedRecipe:
-    """``text`` is the recipe as YAML; ``tool`` is the one that ``file`` is for. ``lost`` are the
-    keys that have no counterpart, ``changed`` those whose meaning differs, and ``needless`` the
+    """``text`` is the recipe as YAML; ``tool`` is the one that ``file`` is for. ``unsupported`` are
+    the keys that have no counterpart, ``changed`` those whose meaning differs, and ``ignored`` the
     names of those that a recipe does not need."""
 
     file: str
     tool: str
     text: str
     recipe: dict[str, Any]
-    lost: tuple[str, ...]
+    unsupported: tuple[str, ...]
     changed: tuple[str, ...]
-    needless: tuple[str, ...]
+    ignored: tuple[str, ...]
 
 
 def convert_recipe(file: str | Path) -> ConvertedRecipe:
@@ -61,8 +61,8 @@ def convert_recipe(file: str | Path) -> ConvertedRecipe:
     text = _comments(str(file), tool, draft) + sections_text(sections)
     _check(text, str(file))
     return ConvertedRecipe(
-        str(file), tool, text, sections, tuple(draft.lost), tuple(draft.changed),
-        tuple(draft.needless),
+        str(file), tool, text, sections, tuple(draft.unsupported), tuple(draft.changed),
+        tuple(draft.ignored),
     )  # fmt: skip
 
 
@@ -99,12 +99,12 @@ def _ordered(section: str, keys: Mapping[str, Any]) -> dict[str, Any]:
 
 def _comments(file: str, tool: str, draft: Draft) -> str:
     lines = [f"Converted from {tool}'s {file} by lorakit convert-recipe."]
-    if draft.lost:
-        lines += ["", "No counterpart in a recipe:", *(f"  {text}" for text in draft.lost)]
+    if draft.unsupported:
+        lines += ["", "No counterpart in a recipe:", *(f"  {text}" for text in draft.unsupported)]
     if draft.changed:
         lines += ["", "Another meaning or form:", *(f"  {text}" for text in draft.changed)]
-    if draft.needless:
-        lines += ["", f"Not needed: {', '.join(draft.needless)}"]
+    if draft.ignored:
+        lines += ["", f"Not needed: {', '.join(draft.ignored)}"]
     return "".join(f"# {printable(line)}".rstrip().replace("\n", " ") + "\n" for line in lines)
 
 

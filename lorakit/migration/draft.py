@@ -20,17 +20,17 @@ _OFF: tuple[object, ...] = (None, False, "", 0, (), [], {})
 
 
 class Draft:
-    """``sections`` is the recipe so far. ``lost`` are keys without counterpart, ``changed`` those
-    whose meaning differs, ``needless`` those that a recipe does not need."""
+    """``sections`` is the recipe so far. ``unsupported`` are keys without counterpart, ``changed``
+    those whose meaning differs, ``ignored`` those that a recipe does not need."""
 
     def __init__(self, given: Mapping[str, Any], counterparts: Mapping[str, Counterpart]) -> None:
         self.given = given
         self.sections: dict[str, dict[str, Any]] = {
             name: {} for name in ("model", "adapter", "task", "train")
         }
-        self.lost: list[str] = []
+        self.unsupported: list[str] = []
         self.changed: list[str] = []
-        self.needless: list[str] = []
+        self.ignored: list[str] = []
         self._counterparts = counterparts
         self._done: set[str] = set()
 
@@ -81,7 +81,7 @@ class Draft:
             self.sections[section].pop(name, None)
 
     def lose(self, key: str, value: Any, note: str) -> None:
-        self.lost.append(f"{key}: {shown(value)}: {note}")
+        self.unsupported.append(f"{key}: {shown(value)}: {note}")
 
     def change(self, key: str, value: Any, note: str) -> None:
         self.changed.append(f"{key}: {shown(value)}: {note}")
@@ -100,7 +100,7 @@ class Draft:
         if found is None:
             self._same_name(key, value, is_off)
         elif found.needless:
-            self.needless.append(key)
+            self.ignored.append(key)
         elif found.translates(value):
             assert found.key is not None
             self.set(found.key, found.value_of(value))

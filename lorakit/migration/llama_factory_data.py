@@ -1,4 +1,4 @@
-"""The data sets of a LLaMA-Factory file: names of entries of ``dataset_info.json``."""
+"""The datasets of a LLaMA-Factory file: names of entries of ``dataset_info.json``."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _entries(folder: str, file: Path) -> Mapping[str, Any]:
             except (OSError, ValueError) as error:
                 raise UserError(f"{info}: cannot be read as JSON: {error}") from None
             if not isinstance(found, dict):
-                raise UserError(f"{info}: not a mapping of names to data sets")
+                raise UserError(f"{info}: not a mapping of names to datasets")
             return found
     return {}
 
@@ -136,7 +136,7 @@ def _set_limits(draft: Draft, stage: str, count: int) -> None:
     if limit and count == 1:
         draft.set("task.limit_train", limit)
     elif limit:
-        note = "rows of each data set; task.limit_train counts those of all"
+        note = "rows of each dataset; task.limit_train counts those of all"
         draft.lose("max_samples", limit, note)
     packing = [draft.take(key) for key in ("packing", "neat_packing")]
     if any(packing):

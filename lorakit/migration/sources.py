@@ -1,4 +1,4 @@
-"""Sources of ``task.path``: files, and data sets on the Hub."""
+"""Sources of ``task.path``: files, and datasets on the Hub."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet|arrow|txt)(\.gz)?$")
 
 
 def source(path: Any, split: str, name: str | None = None, is_local: bool = False) -> Any:
-    """A source: the path of files, or a data set on the Hub with its split and configuration."""
+    """A source: the path of files, or a dataset on the Hub with its split and configuration."""
     if is_local or isinstance(path, list) or is_file_name(str(path)):
         return path
     return {"path": path, **({"name": str(name)} if name else {}), "split": split}
 
 
 def is_file_name(path: str) -> bool:
-    """Whether ``path`` names files or a directory rather than a data set on the Hub."""
+    """Whether ``path`` names files or a directory rather than a dataset on the Hub."""
     starts = path.startswith((".", "/", "~"))
     return starts or bool(_FILE.search(path)) or any(c in path for c in "*?") or Path(path).exists()
 

@@ -73,7 +73,7 @@ def find_labels(labels: Sequence[str], names: Sequence[str]) -> list[int] | None
     """The index among the head's ``names`` of each of the task's ``labels``; None unless all are
     found.
 
-    Labels are matched exactly; or else ignoring case and surrounding white space, with ``_`` and
+    Labels are matched exactly; or else ignoring case and surrounding whitespace, with ``_`` and
     ``-`` equal to spaces; or else, unless a name is a number, integers are indices.
     """
     for form in (str, _folded):
@@ -258,7 +258,7 @@ def _ambiguous(labels: Sequence[str]) -> str:
     if alike:
         return (
             f"one of which matches several labels of the task: {_described(alike)} (labels that "
-            "differ only in case or white space are separate classes)"
+            "differ only in case or whitespace are separate classes)"
         )
     return f"and the task's labels mix names and indices of these: {_described(labels)}"
 

@@ -34,7 +34,7 @@ from lorakit.tasks.checks import ColumnWatch, counts_line, label_counts, similar
 
 @dataclass(frozen=True)
 class StreamedRows:
-    """A train split that is read and tokenized during training.
+    """A training split that is read and tokenized during training.
 
     ``watch`` is called with each row and reports what the task does not use of it; ``skipped``
     counts the bad rows; None if a bad row is an error.
@@ -157,7 +157,7 @@ class _Encoder:
         """Warn about training rows whose answer does not end in a token that ends a generation.
         Truncated rows are reported separately."""
         data, stops = self._data, set(eos_ids(self._model, self._tokenizer))
-        if endless := encoded.endless_rows(stops, cut_to=data.config.max_length):
+        if endless := encoded.rows_without_eos(stops, cut_to=data.config.max_length):
             self._say(endless_warning(data.split.name, endless, len(encoded)))
 
     def streamed(self, stream: Stream, weights: NDArray[np.float64] | None) -> StreamedRows:

@@ -20,7 +20,7 @@ from lorakit.tasks.labelling import listed_values
 Given = str | tuple[str, str] | Mapping[str, Any]
 
 _TEXT, _PAIR = ("text",), ("text", "text_pair")
-#: The columns of a text, or of a pair of texts, in common data sets.
+#: The columns of a text, or of a pair of texts, in common datasets.
 _COMMON = (
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),

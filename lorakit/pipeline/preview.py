@@ -73,10 +73,10 @@ class Summary:
 
     ``rows`` counts the split's rows; all other counts refer to rows of tokens, of which a chat or a
     document may have several. ``tokens`` does not include the ``lost_tokens`` of truncated rows.
-    ``endless_rows`` have no token in their last trained segment that ends a generation. Counts of
-    trained tokens and completions are None for an encoder, whose loss is on the label. ``bins`` is
-    the number of packed bins, ``bin_fill`` the fraction of their tokens that is used; None without
-    packing.
+    ``rows_without_eos`` have no token in their last trained segment that ends a generation. Counts
+    of trained tokens and completions are None for an encoder, whose loss is on the label. ``bins``
+    is the number of packed bins, ``bin_fill`` the fraction of their tokens that is used; None
+    without packing.
     """
 
     rows: int
@@ -88,7 +88,7 @@ class Summary:
     lost_tokens: int
     trained_tokens: int | None
     cut_completions: int | None
-    endless_rows: int | None
+    rows_without_eos: int | None
     bins: int | None
     bin_fill: float | None
 
@@ -150,8 +150,8 @@ def preview(
     counts = label_counts(labels, encoded.class_ids()) if labels and encoded.labels else None
     for line in similar_labels(counts or {}):
         say(line)
-    if summary.endless_rows:
-        say(endless_warning(data.split.name, summary.endless_rows, len(encoded)))
+    if summary.rows_without_eos:
+        say(endless_warning(data.split.name, summary.rows_without_eos, len(encoded)))
     return Preview(
         task=config.name,
         split=data.split.name,
@@ -276,7 +276,7 @@ def summarize(
         lost_tokens=encoded.counts.lost_tokens,
         trained_tokens=encoded.trained_tokens if causal else None,
         cut_completions=encoded.counts.cut_completions if causal else None,
-        endless_rows=encoded.endless_rows(stops, parts_end_at) if causal else None,
+        rows_without_eos=encoded.rows_without_eos(stops, parts_end_at) if causal else None,
         bins=len(packing) if packing else None,
         bin_fill=packing.fill if packing else None,
     )

@@ -129,7 +129,7 @@ def _load_part(
 
 
 def load_training_data(recipe: Recipe, say: Say) -> TaskData:
-    """Load the train split, or open it as a stream, and the validation split if there is one.
+    """Load the training split, or open it as a stream, and the validation split if there is one.
 
     Raises DataError for data that cannot be read or does not fit the task.
     """
@@ -208,7 +208,7 @@ def resolve_labels(
     found = task.labels_of_rows(config, splits)
     names = head_names(found) if found else None
     if found and names:
-        if set(found) <= set(names):  # names, not indices: sort them as the train split's are
+        if set(found) <= set(names):  # names, not indices: sort them as the training split's are
             names.sort(key=label_order)
         say(f"task.labels: taken from the base's classification head: {', '.join(names)}")
         return config.model_copy(update={"labels": names})

@@ -33,7 +33,7 @@ def divide(task: Task, config: Any, train: Split) -> tuple[Split, Split]:
     if not chosen:
         rows = f"{counted(len(keys), 'row')}{' that are not bad' if skip else ''}"
         raise DataError(
-            f"task.validation_share = {share:g}: of {rows}, none can be held out; "
+            f"task.validation_share = {share:g}: too small to hold out any of {rows}; "
             "allowed: null, or a larger share"
         )
     kept = set(chosen)

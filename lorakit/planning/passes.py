@@ -117,7 +117,7 @@ class _Pass:
         self._trained = [p for p in objective.parameters() if p.requires_grad]
         trained = {id(p) for p in self._trained}
         self._frozen = [t for t in tensors if id(t) not in trained]
-        tracker.know(tensors)
+        tracker.exclude(tensors)
         for parameter in self._trained:
             parameter.register_post_accumulate_grad_hook(self._note_gradient)
 

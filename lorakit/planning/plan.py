@@ -203,9 +203,9 @@ class _Planner:
         found = largest_that_fits(sizes, trial)
         size = found.per_device_batch_size if found else 1
         self._notes(
-            f"train.per_device_batch_size = {size}: the largest that should fit"
+            f"train.per_device_batch_size = {size}: the largest expected to fit"
             if found
-            else "train.per_device_batch_size: not even 1 should fit"
+            else "train.per_device_batch_size: even 1 is not expected to fit"
         )
         chosen = split_step(recipe, size, 1)
         return chosen, steps.get(size) or self.step(chosen)

@@ -56,7 +56,7 @@ class MemoryTracker(TorchDispatchMode):
     def bytes_in_use(self) -> int:
         return sum(self.bytes_of.values())
 
-    def know(self, tensors: Iterable[Tensor]) -> None:
+    def exclude(self, tensors: Iterable[Tensor]) -> None:
         """Do not count ``tensors``, which exist already."""
         for tensor in tensors:
             storage = tensor.untyped_storage()

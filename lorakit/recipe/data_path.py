@@ -23,18 +23,18 @@ _Files = _Text | Annotated[list[_Text], Field(min_length=1)]
 
 
 class DataSource(BaseModel):
-    """Rows from one place. ``path`` are files, globs and directories, or a data set on the Hub,
+    """Rows from one place. ``path`` are files, globs and directories, or a dataset on the Hub,
     then with its ``split``, its configuration ``name`` or both. With a ``weight``, the source
     contributes this share of the rows of an epoch, relative to the weights of the others."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     path: _Files
-    """Files, globs and directories, or the name of a data set on the Hub."""
+    """Files, globs and directories, or the name of a dataset on the Hub."""
     name: _Text | None = None
-    """The configuration of a data set on the Hub."""
+    """The configuration of a dataset on the Hub."""
     split: _Text | None = None
-    """The split of a data set on the Hub."""
+    """The split of a dataset on the Hub."""
     weight: Annotated[float, Field(gt=0)] | None = None
     """The share of the rows of an epoch, relative to the weights of the other sources."""
 
@@ -44,7 +44,7 @@ class DataSource(BaseModel):
 
 
 _ALLOWED = {
-    "path": "a file, a glob, a directory or a list of these, or the name of a Hub data set",
+    "path": "a file, a glob, a directory or a list of these, or the name of a Hub dataset",
     "name": "the name of a configuration",
     "split": "the name of a split",
     "weight": "a number > 0",
@@ -95,7 +95,8 @@ def _problem(source: dict[Any, Any], error: ValidationError) -> str:
     return f"{where}: {key} = {shown(source[key])}; allowed: {_ALLOWED[key]}"
 
 
-#: A source or a list of sources: directories, or the train split; or a mapping of splits to these.
+#: A source or a list of sources: directories, or the training split; or a mapping of splits to
+#: these.
 DataPath = Annotated[
     _DataPath, BeforeValidator(_with_valid_sources, json_schema_input_type=_DataPath)
 ]

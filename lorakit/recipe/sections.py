@@ -102,8 +102,8 @@ class ModelSection(Section):
     """Replaces the chat template of the tokenizer: a built-in name (alpaca, chatml, gemma, llama-2,
     llama-3, mistral, vicuna, zephyr), or a file with a Jinja template."""
     add_tokens: _MaybeEmpty = []
-    """Tokens whose rows of the embedding and the output layer are trained, and which the tokenizer
-    gets if it lacks them."""
+    """Tokens to train: their rows in the embedding and the output layer are trained, and tokens
+    that the tokenizer lacks are added to it."""
 
 
 class AdapterSection(Section):
@@ -126,8 +126,8 @@ class AdapterSection(Section):
     """Modules that are fully trained and saved with the adapter. A classification head always
     is."""
     init_from: Annotated[Text, BeforeValidator(_as_text)] | None = None
-    """An adapter (directory or Hub id) from whose values a new run starts. Keys that are not set
-    are then those of the adapter."""
+    """Start the run from the weights of this adapter (directory or Hub id). Keys that are not set
+    are taken from the adapter."""
 
     @model_validator(mode="before")
     @classmethod
@@ -160,27 +160,27 @@ class TaskSection(Section):
     """The task: a name that `lorakit tasks` lists, or a user's ./FILE.py:CLASS or ./FILE.yaml."""
     path: DataPath = None
     """The data: a directory with files named after splits; a file, a glob or a list of these (the
-    train split); {path: NAME, name: CONFIG, split: SPLIT} on the Hub; or a mapping of splits to
-    these. Null reads the task's own data set on the Hub."""
+    training split); {path: NAME, name: CONFIG, split: SPLIT} on the Hub; or a mapping of splits to
+    these. Null reads the task's own dataset on the Hub."""
     max_length: PositiveInt = 512
     """The length in tokens to which rows are truncated. The default shrinks to the model's
     window."""
     limit_train: PositiveInt | None = None
-    """Use only the first N rows of the train split."""
+    """Use only the first N rows of the training split."""
     limit_eval: PositiveInt | None = None
     """Use only the first N rows of the split that is evaluated."""
     validation_share: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Hold out this share of the train rows for validation, the same ones in each run."""
+    """Hold out this fraction of the training rows for validation; the same rows in every run."""
     packing: bool = False
     """Pack rows into bins of max_length tokens. Rows in a bin do not attend to each other."""
     streaming: bool = False
-    """Read the train split during training, without loading it as a whole. Requires
+    """Read the training split during training, without loading it as a whole. Requires
     train.max_steps."""
     shuffle_buffer_rows: Annotated[int, Field(gt=0, le=10**9)] = 10_000
     """The number of rows in the buffer in which a stream is shuffled."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """A train row that cannot be read or trained on stops the run (error), or is dropped, reported
-    and counted (skip). Evaluation rows are never dropped."""
+    """A training row that cannot be read or trained on stops the run (error), or is dropped,
+    reported and counted (skip). Evaluation rows are never dropped."""
 
 
 class TrainSection(Section):
@@ -194,7 +194,7 @@ class TrainSection(Section):
     output_dir: OutputPath
     """The directory that the run is written to."""
     epochs: PositiveFloat | None = None
-    """The length of the run in passes over the rows; 3 if max_steps is not set either."""
+    """The number of epochs (passes over the training rows); 3 if max_steps is not set either."""
     max_steps: PositiveInt | None = None
     """The length of the run in optimizer steps, instead of epochs."""
     per_device_batch_size: Literal["auto"] | PositiveInt | None = None

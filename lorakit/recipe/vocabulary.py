@@ -32,12 +32,12 @@ def vocabulary_faults(model: ModelSection, task_kind: str | None) -> Iterator[Fa
 
 
 def _add_tokens(model: ModelSection) -> Iterator[Fault]:
-    allowed = "texts that differ, none of white space only"
+    allowed = "texts that differ, none of whitespace only"
     seen: set[str] = set()
     for index, token in enumerate(model.add_tokens):
         path = ("model", "add_tokens", index)
         if not token.strip():
-            yield Fault(path, "only white space", token, True, allowed)
+            yield Fault(path, "only whitespace", token, True, allowed)
         elif token in seen:
             yield Fault(path, "listed twice", token, True, allowed)
         seen.add(token)

@@ -34,8 +34,8 @@ _SECONDS_TO_CONNECT = 10.0
 
 @dataclass
 class TaskResult:
-    """What a task tells of its member: what the run had to say, and why it ended; both are None if
-    it has completed."""
+    """What a Ray task returns about its member: the run's notes, and why it failed or was
+    interrupted. ``error`` and ``interrupted`` are None if it completed."""
 
     notes: list[str] = field(default_factory=list)
     error: str | None = None

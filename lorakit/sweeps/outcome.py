@@ -30,7 +30,7 @@ def describe_failure(error: Exception, folder: Path) -> str:
     """The message of ``error``, of which the traceback goes to a file in ``folder`` if it is a
     bug."""
     if isinstance(error, LorakitError):
-        return str(error).replace("continue with --resume auto", "continue with --resume")
+        return str(error).replace("resume with --resume auto", "resume with --resume")
     file = folder / "traceback.log"
     reason = locate_error(error) or traceback.format_exception_only(error)[-1].strip()
     write_text(file, "".join(traceback.format_exception(error)))

@@ -58,7 +58,8 @@ def make_passes(members: Sequence[Member], section: SweepSection) -> list[Pass]:
             passes.append(Pass(tuple(numbers), reasons[numbers[0]]))
             continue
         size = most or _that_fit([members[at].recipe for at in numbers])
-        alone = f"{'max_joint is' if most else 'the memory holds'} {size}"
+        fit = f"only {size} {'fits' if size == 1 else 'fit'} in memory"
+        alone = f"max_joint is {size}" if most else fit
         share = -(-len(members) // rank_and_world_size()[1])
         if share < size:
             size, alone = share, "the processes share the members"

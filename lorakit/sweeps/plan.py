@@ -25,7 +25,7 @@ from lorakit.sweeps.size import Sizes, with_budget
 
 @dataclass(frozen=True)
 class PlannedMember:
-    """``error`` is why the member would fail; None if nothing is known against it."""
+    """``error`` is why the member would fail; None if no problem was found."""
 
     name: str
     set: Settings

@@ -134,12 +134,12 @@ def axis_levels(result: SweepResult, key: str, axes: Sequence[str]) -> list[Line
 
 
 def _place(settings: Settings, key: str) -> str | None:
-    """The setting that is the place on the axis of ``key``."""
+    """The setting that gives the group's position on the axis of ``key``; None if it has none."""
     return next((k for k in (key, _SAME_AXIS.get(key)) if k in settings), None)
 
 
 def _beside(settings: Settings, axes: Sequence[str]) -> str:
-    """What a member sets beside ``axes``: the method alone, if it is one of them."""
+    """A label for the settings outside ``axes``: the method alone, if it is one of them."""
     rest = {key: value for key, value in settings.items() if key not in (*axes, SEED)}
     if METHOD in rest:
         return value_text(rest[METHOD])

@@ -19,11 +19,11 @@ from lorakit.training.joint.members import NotesOnly
 from lorakit.training.tracking import Display
 
 #: What to do after a signal, or when a process was killed.
-CONTINUE = "continue with --resume"
+RESUME = "resume with --resume"
 
 
 class Record(Protocol):
-    """What trains members tells it of them, by their numbers."""
+    """Receives events about members, identified by index, from the code that trains them."""
 
     def started(self, at: int) -> None: ...
 
@@ -33,10 +33,10 @@ class Record(Protocol):
     def say(self, text: str) -> None: ...
 
     def ended(self, at: int, error: str | None) -> None:
-        """A member is complete, unless there is an ``error``."""
+        """A member has finished, or failed with ``error``."""
 
     def display(self, at: int) -> Callable[[int, int], Display]:
-        """What ``train`` shows the progress of the member with."""
+        """Return the display for the member's ``train`` call."""
 
 
 class MainRecord:
@@ -83,13 +83,13 @@ class MainRecord:
         return self._progress.display(self._name(at))
 
     def interrupted(self, error: Interrupted) -> Interrupted:
-        """``error`` with the number of members that have ended, and how to continue."""
+        """``error`` with the number of members that have ended, and how to resume."""
         members = self._result.members
         done = sum(own.status != "pending" for own in members)
         return Interrupted(
             f"{error.problem}; {done} of {len(members)} members have finished",
             error.signal_number,
-            advice=CONTINUE,
+            advice=RESUME,
         )
 
     def take_over(self, watch: Watch) -> None:
@@ -101,7 +101,7 @@ class MainRecord:
         return self._result.members[at].name
 
 
-class DistantRecord:
+class RemoteRecord:
     """The record that another process has: sends everything there."""
 
     def __init__(self, watch: Watch) -> None:

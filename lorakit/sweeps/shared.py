@@ -21,7 +21,7 @@ from lorakit.sweeps.load import Sweep
 from lorakit.sweeps.member_runs import MemberRuns
 from lorakit.sweeps.passes import Pass
 from lorakit.sweeps.progress import SweepProgress
-from lorakit.sweeps.record import CONTINUE, DistantRecord, MainRecord, Record
+from lorakit.sweeps.record import RESUME, MainRecord, Record, RemoteRecord
 from lorakit.sweeps.results import SweepResult
 from lorakit.training.agreement import comparable_keys
 from lorakit.training.control import stop_request
@@ -70,8 +70,8 @@ def check_visible(sweep: Sweep) -> None:
     """Raise an error if this process does not see what the first has written."""
     if not sweep.record.is_file():
         raise LorakitError(
-            f"{sweep.output_dir}: what process 0 has written is not there on {platform.node()}; "
-            "hint: output_dir on a file system that all hosts share"
+            f"{sweep.output_dir}: files written by process 0 are not visible on {platform.node()}; "
+            "hint: put output_dir on a file system that all hosts share"
         )
 
 
@@ -86,7 +86,7 @@ def train_shared(sweep: Sweep, result: SweepResult, passes: Sequence[Pass]) -> N
         try:
             train(sweep, result, passes)
         except ConnectionLost as error:
-            raise ConnectionLost(CONTINUE) from error
+            raise ConnectionLost(RESUME) from error
 
 
 def _train_as_first(sweep: Sweep, result: SweepResult, passes: Sequence[Pass]) -> None:
@@ -104,7 +104,7 @@ def _train_as_first(sweep: Sweep, result: SweepResult, passes: Sequence[Pass]) -
 
 def _train_as_other(sweep: Sweep, _result: SweepResult, passes: Sequence[Pass]) -> None:
     with watch_peers() as watch:
-        _train(sweep, DistantRecord(watch), passes, watch, lambda: None)
+        _train(sweep, RemoteRecord(watch), passes, watch, lambda: None)
 
 
 def _train(

@@ -117,9 +117,9 @@ def _nearest_rank(member: Member, budget: int, sizes: Sizes) -> tuple[str, int, 
     fewest, largest = count(1), count(most)
     if not fewest <= budget <= largest:
         raise UserError(
-            f"trainable_parameters = {budget}: member {member.name} cannot train so "
-            f"{'few' if budget < fewest else 'many'}; allowed: {fewest} to {largest}, with "
-            f"adapter.{keys[0]} from 1 to {most}"
+            f"trainable_parameters = {budget}: member {member.name} cannot train that "
+            f"{'few' if budget < fewest else 'many'} parameters; allowed: {fewest} to {largest}, "
+            f"with adapter.{keys[0]} from 1 to {most}"
         )
     r = nearest_rank(budget, count, most)
     return f"adapter.{keys[0]}", r, count(r)

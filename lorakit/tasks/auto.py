@@ -34,16 +34,16 @@ class AutoConfig(GenerationSection):
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
     """The format of the rows, if their columns match several."""
     stop: list[Text] = []
-    """Texts that end an answer."""
+    """Stop sequences: generated text ends before the first of them."""
     long_documents: Literal["truncate", "split"] = "truncate"
     """A document of more than max_length tokens loses its end (truncate), or becomes several rows
     (split)."""
     eval_generate: Literal["never", "end", "always"] | None = None  # type: ignore[assignment]
     """Which evaluations generate text; null is the chosen task's default."""
     dataset_name: Text | None = None
-    """A data set on the Hub, read if path is null."""
+    """A dataset on the Hub, read if path is null."""
     dataset_config_name: Text | None = None
-    """The configuration of the data set on the Hub."""
+    """The configuration of the dataset on the Hub."""
 
 
 class Auto(FormattedTask):

@@ -105,7 +105,7 @@ class Task(ABC):
         return (self.columns(self.Config(name=name)),)
 
     def hub_source(self, config: Any) -> tuple[str, str | None] | None:
-        """The Hub data set and its configuration to read when ``config.path`` is null: those that
+        """The Hub dataset and its configuration to read when ``config.path`` is null: those that
         the keys ``dataset_name`` and ``dataset_config_name`` name, if the task has them."""
         name = getattr(config, "dataset_name", None)
         return (name, getattr(config, "dataset_config_name", None)) if name else None
@@ -194,8 +194,8 @@ class Task(ABC):
         """Raise UserError, before anything is loaded, if a metric needs a missing library."""
 
     def resolve(self, config: Any, train: Split | None) -> Any:
-        """``config`` completed from the train split (class names). Called once, before ``example``.
-        Raises DataError if the split does not determine a value."""
+        """``config`` completed from the training split (class names). Called once, before
+        ``example``. Raises DataError if the split does not determine a value."""
         return config
 
     def accepts_labels(self, config: Any, split: Split) -> bool:
@@ -307,7 +307,7 @@ def paired(
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """The fraction of predictions that equal their reference, ignoring white space at both
+    """The fraction of predictions that equal their reference, ignoring whitespace at both
     ends."""
     assert len(predictions) == len(references) > 0
     pairs = zip(predictions, references, strict=True)

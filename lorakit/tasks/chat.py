@@ -56,13 +56,13 @@ class ChatConfig(GenerationSection):
     """Reasoning is trained as the chat template renders it (train), left out of the loss (mask), or
     removed from all messages (drop)."""
     stop: list[Text] = []
-    """Texts that end an answer."""
+    """Stop sequences: generated text ends before the first of them."""
     eval_generate: Literal["never", "end", "always"] = "never"
     """Which evaluations generate and score text: never, end or always."""
     dataset_name: Text | None = None
-    """A data set on the Hub, read if path is null."""
+    """A dataset on the Hub, read if path is null."""
     dataset_config_name: Text | None = None
-    """The configuration of the data set on the Hub."""
+    """The configuration of the dataset on the Hub."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ChatConfig:

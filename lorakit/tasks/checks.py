@@ -173,17 +173,17 @@ def counts_line(counts: Mapping[str, int]) -> str:
     most, least = _listed_labels(found[:5]), _listed_labels(found[-3:])
     text = f"{len(counts):,}, most frequent {most}; least frequent {least}"
     unused = len(ordered) - len(found)
-    return text + (f"; {unused:,} in no row" if unused else "")
+    return text + (f"; {unused:,} unused" if unused else "")
 
 
 def similar_labels(counts: Mapping[str, int]) -> list[str]:
-    """A warning for each group of labels that differ only by case, white space or Unicode form."""
+    """A warning for each group of labels that differ only by case, whitespace or Unicode form."""
     groups: dict[str, list[str]] = defaultdict(list)
     for label in counts:
         groups[folded_label(label)].append(label)
     similar = [group for group in groups.values() if len(group) > 1]
     lines = [
-        "warning: labels that differ only in case or white space are separate classes: "
+        "warning: labels that differ only in case or whitespace are separate classes: "
         + ", ".join(f"{shown(label)} ({counted(counts[label], 'row')})" for label in group[:6])
         for group in similar[:_MAX_GROUPS]
     ]

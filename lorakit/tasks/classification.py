@@ -123,9 +123,9 @@ class LabelledTask(Task):
 class ClassificationConfig(TaskSection):
     """The keys of ``classification``.
 
-    If ``labels`` is null, the names are taken from the train split and sorted; integers, as numbers
-    or text, are names there too (1 and 2 are the classes ``1`` and ``2``). If any name is an
-    integer, labels are always names, never ids. ``class_weights`` weigh the training loss: the
+    If ``labels`` is null, the names are taken from the training split and sorted; integers, as
+    numbers or text, are names there too (1 and 2 are the classes ``1`` and ``2``). If any name is
+    an integer, labels are always names, never ids. ``class_weights`` weigh the training loss: the
     cross entropy by the weight of the row's class, over the sum of these weights; with several
     labels per row, those of the classes that it has.
     """
@@ -138,8 +138,8 @@ class ClassificationConfig(TaskSection):
     label_column: Text = "label"
     """The column of the label."""
     labels: Annotated[list[Text], Field(min_length=2)] | None = None
-    """The class names by id; a row's label is a name or an id. Null takes the names from the train
-    split."""
+    """The class names by id; a row's label is a name or an id. Null takes the names from the
+    training split."""
     multi_label: bool = False
     """A row has several labels or none: a list of names or ids."""
     label_columns: Annotated[list[Text], Field(min_length=2)] | None = None
@@ -150,9 +150,9 @@ class ClassificationConfig(TaskSection):
     """The weights of the classes in the training loss: balanced, by name, or a list in the order of
     the classes."""
     dataset_name: Text | None = None
-    """A data set on the Hub, read if path is null."""
+    """A dataset on the Hub, read if path is null."""
     dataset_config_name: Text | None = None
-    """The configuration of the data set on the Hub."""
+    """The configuration of the dataset on the Hub."""
 
     @model_validator(mode="after")
     def _labels_fit(self) -> ClassificationConfig:

@@ -90,11 +90,11 @@ class CompletionConfig(GenerationSection):
     train_on: Literal["completion", "prompt_and_completion"] = "completion"
     """Train the completion, or the prompt too."""
     stop: list[Text] = []
-    """Texts that end an answer."""
+    """Stop sequences: generated text ends before the first of them."""
     dataset_name: Text | None = None
-    """A data set on the Hub, read if path is null."""
+    """A dataset on the Hub, read if path is null."""
     dataset_config_name: Text | None = None
-    """The configuration of the data set on the Hub."""
+    """The configuration of the dataset on the Hub."""
 
     @model_validator(mode="after")
     def _one_source(self) -> CompletionConfig:

@@ -153,9 +153,9 @@ class TextConfig(TaskSection):
     """A document of more than max_length tokens loses its end (truncate), or becomes several rows
     (split)."""
     dataset_name: Text | None = None
-    """A data set on the Hub, read if path is null."""
+    """A dataset on the Hub, read if path is null."""
     dataset_config_name: Text | None = None
-    """The configuration of the data set on the Hub."""
+    """The configuration of the dataset on the Hub."""
 
 
 class PlainText(FormattedTask):

@@ -41,7 +41,7 @@ _LABELLINGS = {
     "wnli": _classes(_BOTH, ("not_entailment", "entailment")),
 }
 
-#: What is predicted, and the paper that the data set is from.
+#: What is predicted, and the paper that the dataset is from.
 _ABOUT = {
     "cola": ("is the sentence grammatical", "Warstadt et al. 2019"),
     "sst2": ("is the review positive", "Socher et al. 2013"),

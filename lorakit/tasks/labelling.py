@@ -102,7 +102,7 @@ def required_train(train: Split | None) -> Split:
     """The split to take class names from. Raises DataError if there is none."""
     if train is None:
         raise DataError(
-            "task.labels = null: there is no train split to take the names from; "
+            "task.labels = null: there is no training split to take the names from; "
             "allowed: a list of names"
         )
     return train
@@ -137,7 +137,7 @@ def flagged_classes(flags: Sequence[int]) -> list[int]:
 
 
 def declared_labels(train: Split, column: str) -> list[str] | None:
-    """The names that a Hub data set declares for its ids."""
+    """The names that a Hub dataset declares for its ids."""
     feature = (getattr(train.rows, "features", None) or {}).get(column)
     names = getattr(getattr(feature, "feature", feature), "names", None)  # a list of ids has one
     return list(names) if names else None

@@ -19,7 +19,7 @@ from lorakit.errors import DataError, shown
 from lorakit.tasks.base import is_empty
 
 _ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")}
-#: ShareGPT's role names, and variants of them in other data sets of its format.
+#: ShareGPT's role names, and variants of them in other datasets of its format.
 _SHAREGPT_ROLES = {
     "system": "system",
     "developer": "developer",

@@ -43,15 +43,15 @@ class TokenClassificationConfig(TaskSection):
     tags_column: Text = "tags"
     """The column of the tags, a list of the same length."""
     labels: Annotated[list[Text], Field(min_length=2)] | None = None
-    """The names of the tags by id; null takes those that the data set declares, or those in the
-    train split."""
+    """The names of the tags by id; null takes those that the dataset declares, or those in the
+    training split."""
     class_weights: ClassWeights = None
     """The weights of the tags in the training loss: balanced, by name, or a list in the order of
     the tags."""
     dataset_name: Text | None = None
-    """A data set on the Hub, read if path is null."""
+    """A dataset on the Hub, read if path is null."""
     dataset_config_name: Text | None = None
-    """The configuration of the data set on the Hub."""
+    """The configuration of the dataset on the Hub."""
 
     @model_validator(mode="after")
     def _labels_fit(self) -> TokenClassificationConfig:

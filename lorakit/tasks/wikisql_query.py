@@ -161,7 +161,7 @@ def _condition(data: Any) -> Condition:
 
 
 def column_names(header: Sequence[str]) -> list[str]:
-    """A distinct name for each column, and for ``SPARE_COLUMNS`` more: white space is collapsed,
+    """A distinct name for each column, and for ``SPARE_COLUMNS`` more: whitespace is collapsed,
     empty names are numbered and repeated ones counted (``Score``, ``Score (2)``)."""
     names: list[str] = []
     taken: set[str] = set()

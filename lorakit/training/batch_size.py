@@ -95,8 +95,8 @@ def check_batch_size(recipe: Recipe) -> None:
         return
     if not torch.cuda.is_available():
         raise UserError(
-            'train.per_device_batch_size = "auto": needs a GPU, since on the CPU a batch that is '
-            "too large ends the process; allowed here: a number, with "
+            'train.per_device_batch_size = "auto": needs a GPU: on a CPU, a batch that is too '
+            "large gets the process killed; allowed here: a number, with "
             "train.gradient_accumulation_steps instead of train.rows_per_step"
         )
     if section.rows_per_step is not None:
@@ -236,8 +236,8 @@ def _unaffected(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _limited_memory(device: torch.device, share: float) -> Iterator[None]:
-    """Let the block allocate no more than this share of what other processes and a limit of the
-    caller leave of the device's memory."""
+    """Limit allocations in the block to ``share`` of the device memory available to this process,
+    given other processes and any limit already set."""
     if device.type != "cuda":
         yield
         return

@@ -41,8 +41,8 @@ class Progress:
     ``step`` counts finished optimizer steps, ``seconds`` is the time spent in steps and
     evaluations. ``window`` has the loss, gradient norm and method values of each step since the
     last log line, ``metrics_lines`` is the length of metrics.jsonl. ``first_loss`` is the loss of
-    the first log line, and ``said_grown`` tells whether a warning about its growth was printed.
-    ``history`` shows at the end whether the run has diverged.
+    the first log line, and ``warned_of_growth`` tells whether a warning about its growth was
+    printed. ``history`` shows at the end whether the run has diverged.
     """
 
     __pydantic_config__: ClassVar = _KNOWN_KEYS
@@ -58,7 +58,7 @@ class Progress:
     window: list[list[_Float]] = field(default_factory=list)
     metrics_lines: _Count = 0
     first_loss: _Finite | None = None
-    said_grown: _Bool = False
+    warned_of_growth: _Bool = False
     history: LossHistory = field(default_factory=LossHistory)
 
 

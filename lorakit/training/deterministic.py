@@ -84,8 +84,9 @@ def cublas_workspace(configured: str | None, in_use: bool) -> str:
     already ``in_use``, because cuBLAS may have read it."""
     if configured is None and in_use:
         raise UserError(
-            "train.deterministic = true: this process has used CUDA before; set the environment "
-            f"variable {_WORKSPACE_KEY}={_WORKSPACES[0]} before that, or start a new process"
+            "train.deterministic = true: CUDA was already used in this process; set the "
+            f"environment variable {_WORKSPACE_KEY}={_WORKSPACES[0]} before using CUDA, "
+            "or start a new process"
         )
     if configured is not None and configured not in _WORKSPACES:
         raise UserError(

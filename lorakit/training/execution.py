@@ -102,7 +102,8 @@ def _can_replay(prepared: Prepared, device: torch.device, is_sharded: bool) -> b
 
 
 def _matrix_parameters(model: Any) -> int:
-    """The same before and after the base is quantized, but for biases."""
+    """The number of parameters without the embeddings, nearly all of which are matrices; quantizing
+    the base does not change it, apart from biases."""
     embeddings = {id(p) for p in model.get_input_embeddings().parameters()}
     quantized = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     sizes = [layer.in_features * layer.out_features for layer in quantized]

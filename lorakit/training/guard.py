@@ -38,15 +38,14 @@ class Guard:
             return True
         if identity != self._identity:
             raise OutputTaken(
-                f"{self._output_dir} was replaced during the run by another directory, to which "
-                "nothing is written; move the run's own directory back, then continue with "
-                "--resume auto"
+                f"{self._output_dir} was replaced by another directory during the run; nothing is "
+                "written to the new one; move the original back, then resume with --resume auto"
             )
         if (other := self._writer()) != self._process:
             host, pid, *_ = other.split(":")
             raise OutputTaken(
-                f"{self._output_dir}: another run, process {pid} on {host}, has started in it; "
-                "this one stops and leaves it alone"
+                f"{self._output_dir}: another run (process {pid} on {host}) has started in this "
+                "directory; stopping this one"
             )
         return True
 
@@ -62,7 +61,7 @@ class Guard:
 @contextmanager
 def naming_checkpoints(output_dir: Path) -> Iterator[None]:
     """Let errors of a file that cannot be written, and of a process that was killed, name the last
-    checkpoint and say how to continue."""
+    checkpoint and say how to resume."""
     try:
         yield
     except WriteFailed as error:
@@ -74,5 +73,5 @@ def naming_checkpoints(output_dir: Path) -> Iterator[None]:
 
 def _last_good(output_dir: Path) -> tuple[str, str]:
     if left := checkpoints(output_dir / "checkpoints"):
-        return f"last good checkpoint: {left[-1]}", "continue with --resume auto"
+        return f"last good checkpoint: {left[-1]}", "resume with --resume auto"
     return "no checkpoint was written yet", "start the run again"

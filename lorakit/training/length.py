@@ -30,13 +30,13 @@ def check_length(prepared: Prepared, steps: StepSource, start: Start, say: Say) 
     setting = f"train.{key} = {shown(getattr(recipe.train, key))}"
     if now < start.step:
         raise UserError(
-            f"{setting}: a run of {counted(now, 'step')}, and the one in {output_dir} has already "
-            f"taken {start.step}; allowed: at least {counted(start.step, 'step')}"
+            f"{setting}: {counted(now, 'step')}, but the run in {output_dir} has already taken "
+            f"{start.step}; allowed: at least {counted(start.step, 'step')}"
         )
     if reason := _difference(prepared, before, now, start.step):
         raise UserError(
-            f"{setting}: the run in {output_dir} started with {before} steps, and one of {now} "
-            f"{reason}; hint: a new run from its adapter, with adapter.init_from: "
+            f"{setting}: the run in {output_dir} was started with {counted(before, 'step')}; with "
+            f"{now} it would have {reason}; hint: start a new run with adapter.init_from: "
             f"{output_dir / 'adapter'}"
         )
     say(f"continuing with {now} steps instead of {before}, as a run of {now} steps from the start")
@@ -46,7 +46,7 @@ def _difference(prepared: Prepared, before: int, now: int, step: int) -> str | N
     """What would have been different up to ``step`` in a run of ``now`` steps; None if nothing."""
     recipe = prepared.recipe
     if prepared.method.depends_on_length():
-        return f"has other phases of {prepared.method.name}"
+        return f"had different {prepared.method.name} phases"
     rates = (_rates(recipe.train, total, step) for total in (before, now))
     differing = (at for at, (old, new) in enumerate(zip(*rates, strict=True), 1) if old != new)
     if (first := next(differing, None)) is None:
@@ -55,7 +55,8 @@ def _difference(prepared: Prepared, before: int, now: int, step: int) -> str | N
     warmup = (
         "" if len(set(warmups)) == 1 else f", warmup {warmups[1]} steps instead of {warmups[0]}"
     )
-    return f"has other learning rates from step {first} on ({recipe.train.lr_scheduler}{warmup})"
+    scheduler = recipe.train.lr_scheduler
+    return f"used different learning rates from step {first} on ({scheduler}{warmup})"
 
 
 def _rates(section: TrainSection, total: int, step: int) -> list[float]:

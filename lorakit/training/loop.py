@@ -145,7 +145,7 @@ class Loop:
         if not is_there:
             raise TrainingError(
                 f"step {self.progress.step}: {self.checkpoint_dir.parent} was deleted or renamed "
-                f"during the run; saved {self._last_checkpoint}; continue with --resume auto"
+                f"during the run; saved {self._last_checkpoint}; resume with --resume auto"
             )
         return self._last_checkpoint
 
@@ -271,9 +271,9 @@ class Loop:
         if progress.first_loss is None:
             progress.first_loss = scalars.loss
         message = loss_growth(scalars, progress.first_loss, self.cause)
-        if message and not progress.said_grown:
+        if message and not progress.warned_of_growth:
             self.recorder.display.say(message)
-            progress.said_grown = True
+            progress.warned_of_growth = True
 
     def _fail(self, message: str) -> NoReturn:
         self.broken = True
@@ -319,7 +319,7 @@ class Loop:
             advice = "replace the file with a complete one"
         raise (DataError if changed else BadRow)(
             f"{error}; stopped at step {self.progress.step} of {self.schedule.total_steps}; saved "
-            f"{saved}; {advice}, then continue with --resume auto"
+            f"{saved}; {advice}, then resume with --resume auto"
         ) from error
 
     def _interrupt(self) -> NoReturn:

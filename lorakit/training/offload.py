@@ -45,7 +45,7 @@ def offload_layers(
 ) -> None:
     """Make each layer of ``model``, on ``device``, keep only its input, in ``store`` (host memory),
     until its backward pass. ``compiled`` compiles what a layer computes, by ``backend``; ``say``
-    gets a note about layers that are not compiled as one graph. Raises UserError for a model
+    gets a note about layers that are not compiled as a single graph. Raises UserError for a model
     without a stack of layers."""
     layers = transformer_layers(model)
     if not layers:
@@ -116,11 +116,10 @@ class _Offloaded:
                 try:
                     return self.recomputed(hidden_states, *args, **kwargs)
                 except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit):
-                    self.recomputed = None  # it is no single graph, or has too many shapes
+                    self.recomputed = None  # no single graph, or too many input shapes
                     self._say(
-                        f"{type(self._layer).__name__} cannot be compiled as one graph, or not "
-                        "for so many shapes: its last product is computed again in the backward "
-                        "pass, too"
+                        f"{type(self._layer).__name__} cannot be compiled as a single graph, or "
+                        "has too many input shapes: the backward pass recomputes the whole layer"
                     )
             return checkpoint(run, hidden_states, self._inputs.anchor, use_reentrant=True)
 

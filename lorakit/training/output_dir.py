@@ -143,8 +143,8 @@ def restore_earlier_run(output_dir: Path, say: Say) -> None:
     with locked_directory(output_dir, "train.output_dir", "run"), writing(output_dir):
         if put_back_if_killed(output_dir):
             say(
-                f"{output_dir}: put the earlier run back, since the run that was to replace it "
-                "was killed before its first checkpoint"
+                f"{output_dir}: restored the earlier run: the run replacing it was killed before "
+                "its first checkpoint"
             )
 
 

@@ -116,7 +116,7 @@ def _check_same_steps(before: Recipe, now: Recipe, output_dir: Path) -> None:
             for recipe, count in zip((before, now), processes, strict=True)
         )
         raise UserError(
-            f"--resume: a step has other rows than those of {output_dir}: was {then}, now {this}; "
+            f"--resume: rows per step differ from the run in {output_dir}: was {then}, now {this}; "
             "allowed: the same product"
         )
 

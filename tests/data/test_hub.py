@@ -1,4 +1,4 @@
-"""Data sets on the Hub, served from the cache of ``datasets``."""
+"""Datasets on the Hub, served from the cache of ``datasets``."""
 
 from __future__ import annotations
 
@@ -78,10 +78,10 @@ def test_what_the_data_set_lacks() -> None:
     held_out = {"dev": DataSource(path="org/set", name="default")}
     assert refusal(held_out, "validation").startswith("task.path: org/set/default: no split 'valid")
     assert refusal(DataSource(path="org/set", name="other")).startswith(
-        "task.path: cannot load the Hub data set 'org/set/other': "
+        "task.path: cannot load the Hub dataset 'org/set/other': "
     )
     message = refusal(DataSource(path="no/where", split="train"))
-    assert message.startswith("task.path: cannot load the Hub data set 'no/where': ")
+    assert message.startswith("task.path: cannot load the Hub dataset 'no/where': ")
     assert "HF_HUB_OFFLINE" in message
 
 

@@ -166,13 +166,13 @@ def test_what_only_a_data_set_on_the_hub_has() -> None:
     source = DataSource(path="a.jsonl", split="train")
     assert refusal(source) == (
         'task.path: a.jsonl: split = "train", but a file has no splits; allowed: no split, or a '
-        "directory or a data set on the Hub"
+        "directory or a dataset on the Hub"
     )
-    assert 'd: name = "c", but only data sets on the Hub' in refusal(
+    assert 'd: name = "c", but only datasets on the Hub' in refusal(
         [DataSource(path="d", name="c")]
     )
     assert refusal("org/set").endswith(
-        "hint: set the path (--set task.path=PATH), or name a split of a data set on the Hub: "
+        "hint: set the path (--set task.path=PATH), or name a split of a dataset on the Hub: "
         "{path: org/set, split: train}"
     )
 

@@ -194,7 +194,7 @@ def test_a_saved_data_set_without_rows(tmp_path: Path) -> None:
 
     path = str(tmp_path / "set")
     datasets.Dataset.from_dict({"text": []}).save_to_disk(path)
-    assert refusal(path) == f"task.path: {path}: the saved data set has no rows"
+    assert refusal(path) == f"task.path: {path}: the saved dataset has no rows"
     assert refusal([path]) == refusal(path)
     (tmp_path / "set" / "state.json").write_text("[" * 100_000)
     assert load_split(path, "train") is None
@@ -501,8 +501,6 @@ def test_an_unreachable_hub_is_a_one_line_error() -> None:
     with pytest.raises(DataError) as caught:
         load_split(None, "train", hub=("nyu-mll/glue", "sst2"))
     message = str(caught.value)
-    assert message.startswith(
-        "task.path = null: cannot load the Hub data set 'nyu-mll/glue/sst2': "
-    )
+    assert message.startswith("task.path = null: cannot load the Hub dataset 'nyu-mll/glue/sst2': ")
     assert "HF_HUB_OFFLINE" in message
     assert "\n" not in message

@@ -173,7 +173,7 @@ def test_a_data_set_of_the_hub(tmp_path: Path) -> None:
     assert stream is not None
     assert [row.row for row in stream.read()] == ROWS
     assert open_stream(None, "test", hub=(str(tmp_path), None)) is None
-    with pytest.raises(DataError, match="cannot load the Hub data set 'no/where'"):
+    with pytest.raises(DataError, match="cannot load the Hub dataset 'no/where'"):
         open_stream(None, "train", hub=("no/where", None))
 
 

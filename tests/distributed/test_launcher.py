@@ -66,7 +66,7 @@ def test_variables_of_no_launcher(
         monkeypatch.setenv(key, text)
     assert run(["train", "recipe.yaml"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f'error: {name} = "{value}": wrong in an environment with WORLD_SIZE = ')
+    assert line.startswith(f'error: {name} = "{value}": invalid with WORLD_SIZE = ')
 
 
 @pytest.mark.parametrize(

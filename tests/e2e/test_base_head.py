@@ -104,7 +104,7 @@ def test_a_head_that_always_says_positive(
 @pytest.mark.parametrize(
     ("train", "validation"),
     [
-        (None, ["positive", "positive"]),  # no train split
+        (None, ["positive", "positive"]),  # no training split
         (["positive"] * 2, ["positive", "negative", "positive"]),  # one label in it
         (["positive", "negative"], ["neutral", "positive", "negative"]),  # one less
         (["Positive"] * 2, ["Positive", "NEGATIVE"]),

@@ -249,7 +249,7 @@ def test_exit_codes(
 @pytest.mark.parametrize(
     ("error", "code", "text"),
     [
-        (Interrupted("saved step-3", 2), 130, "saved step-3\ncontinue with --resume auto"),
+        (Interrupted("saved step-3", 2), 130, "saved step-3\nresume with --resume auto"),
         (Interrupted("saved step-3", 15, "resume: it"), 143, "saved step-3\nresume: it"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (SystemExit(143), 143, "terminated"),

@@ -292,7 +292,7 @@ def test_a_bad_row_in_a_stream(tiny_llama: Path, capsys: pytest.CaptureFixture[s
     assert err.splitlines()[-1] == (
         "error: a.json, row 261: column 'completion' is empty: nothing to train on; stopped at "
         "step 50 of 70; saved run-recipe.yaml/checkpoints/step-50; correct or remove the row, then "
-        "continue with --resume auto"
+        "resume with --resume auto"
     )
     rows[260]["completion"] = " mended"
     Path("a.json").write_text(json.dumps(rows, indent=1))

@@ -139,7 +139,7 @@ def test_a_full_disk(
         pytest.skip("mounting a disk is not permitted")
     failed(
         ended, "cannot be written: No space left on device; last good checkpoint: ",
-        "free some space, then continue with --resume auto",
+        "free some space, then resume with --resume auto",
     )  # fmt: skip
     assert ("run/adapter: cannot" in ended.err) == (what == "the adapter")
     assert_intact(run)
@@ -178,7 +178,7 @@ def test_the_output_directory_goes(
         signal_when=after_step(run, 3, act), number=0,
     )  # fmt: skip
     (saved,) = checkpoints(run / "checkpoints")
-    failed(ended, f"{run} was deleted or renamed during the run; saved {saved}; continue with")
+    failed(ended, f"{run} was deleted or renamed during the run; saved {saved}; resume with")
     assert_intact(run)
     if how == "renamed":
         assert_intact(aside)
@@ -202,7 +202,7 @@ def test_another_directory_in_its_place(recipe: Path, launcher: Launcher, tmp_pa
         launcher, recipe, run, "--set", "train.epochs=2000",
         signal_when=after_step(run, 3, replace), number=0,
     )  # fmt: skip
-    failed(ended, f"{run} was replaced during the run", "move the run's own directory back")
+    failed(ended, f"{run} was replaced by another directory", "move the original back")
     assert tree(run) == {"mine.txt": b"mine"}
     assert_intact(aside)
 
@@ -221,7 +221,7 @@ def test_another_host_takes_the_directory(recipe: Path, launcher: Launcher, tmp_
         launcher, recipe, run, "--set", "train.epochs=2000",
         signal_when=after_step(run, 3, take), number=0,
     )  # fmt: skip
-    failed(ended, "another run, process 42 on other-host, has started in it; this one stops")
+    failed(ended, "another run (process 42 on other-host) has started in this directory; stopping")
     assert run_json(run)["process"].startswith("other-host")
     assert run_json(run)["exit_reason"] is None
     assert_intact(run)
@@ -243,7 +243,7 @@ def test_a_second_run_takes_over_where_no_lock_reaches(recipe: Path, tmp_path: P
         assert second.is_alive()
         time.sleep(0.02)
     first.send_signal(signal.SIGCONT)
-    failed(first.wait(60), ", has started in it; this one stops and leaves it alone")
+    failed(first.wait(60), ") has started in this directory; stopping this one")
     second.send_signal(signal.SIGTERM)
     stopped = second.wait(60)
     assert stopped.code == 143, stopped.err

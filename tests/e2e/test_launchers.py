@@ -85,7 +85,7 @@ def test_torchrun_starts_again_after_a_process_was_killed(
     assert code == 0, err
     lost = (
         "error: the connection to another process is lost (was it killed?); last good checkpoint: "
-        f"{tmp_path / 'run' / 'checkpoints' / 'step-4'}; continue with --resume auto"
+        f"{tmp_path / 'run' / 'checkpoints' / 'step-4'}; resume with --resume auto"
     )
     # On busy cores, torchrun may end the other process before it notices.
     assert errors(err) in ([lost], [])

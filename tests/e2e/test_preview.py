@@ -72,7 +72,7 @@ tokens                 67
 tokens per row         19 to 24, 22.3 on average
 trained tokens         36 (53.7%)
 truncated rows         2 (to 24 tokens; 32 tokens lost)
-rows without EOS       1
+truncated completions  1
 """
     )
     assert "data/train.jsonl: recognized as prompt and completion" in err
@@ -92,7 +92,7 @@ def test_json(completion: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["summary"] == {
         "rows": 3, "tokens": 67, "min_length": 19, "mean_length": 67 / 3, "max_length": 24,
         "truncated_rows": 2, "lost_tokens": 32, "trained_tokens": 36, "trained_share": 36 / 67,
-        "cut_completions": 1, "endless_rows": 1, "bins": None, "bin_fill": None,
+        "cut_completions": 1, "rows_without_eos": 1, "bins": None, "bin_fill": None,
     }  # fmt: skip
     packed = as_json(capsys, completion, "--set", "task.packing=true")["summary"]
     assert (packed["bins"], packed["bin_fill"]) == (3, 67 / (3 * 24))

@@ -122,4 +122,4 @@ def test_a_process_that_is_killed(
     assert line.startswith("error: the connection to another process is lost (was it killed?); ")
     assert message.format(run) in line
     if "checkpoints" in message:
-        assert line.endswith("continue with --resume auto")
+        assert line.endswith("resume with --resume auto")

@@ -123,7 +123,7 @@ def test_a_signal_to_one_process_stops_both(process: int, whole: Whole, tmp_path
     lines = said(ended, 143, 143)
     assert "interrupted" in lines[-2]
     assert lines[-2].endswith(" of 5 members have finished")
-    assert lines[-1] == "continue with --resume"
+    assert lines[-1] == "resume with --resume"
     assert ended[1][2] == ""
     started = [file.parent for file in folder.glob("members/*/run.json")]
     assert any(checkpoint_names(run) for run in started)
@@ -143,7 +143,7 @@ def test_a_killed_process_ends_the_other(victim: int, whole: Whole, tmp_path: Pa
     lines = said(ended, *codes)
     (line,) = [line for line in lines if line.startswith("error: ")]
     assert line == (
-        "error: the connection to another process is lost (was it killed?); continue with --resume"
+        "error: the connection to another process is lost (was it killed?); resume with --resume"
     )
     said(sweep(2, whole.file, tmp_path / "out", "--resume"), 1, 1)
     assert_same(tmp_path / "out", whole)

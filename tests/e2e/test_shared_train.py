@@ -166,7 +166,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step(
     started[1].send_signal(signal.SIGTERM)
     first, second = ended(started)
     assert (first[0], second[0]) == (143, 143)
-    assert "continue with --resume auto" in first[2]
+    assert "resume with --resume auto" in first[2]
     assert second[1:] == ("", "")
     # On another number of processes, the same rows are summed in another order.
     alone = json.loads(long_run.read_text())

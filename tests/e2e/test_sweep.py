@@ -242,7 +242,7 @@ def test_a_signal_saves_what_runs(
         assert text.startswith("r=2,seed=1: interrupted at step 3 of 4; saved ")
     assert text.endswith("; 1 of 4 members have finished")
     command = ["lorakit", "sweep", str(folder / "sweep.yaml"), "--resume"]
-    assert advice == f"continue with: {shlex.join(command)}"
+    assert advice == f"resume with: {shlex.join(command)}"
     assert [path.name for path in checkpoints(member / "checkpoints")] == ["step-2", "step-3"]
     assert [m["status"] for m in sweep_json(folder)["members"]] == ended_before
     assert start(launcher, whole.file, folder, "--resume").code == 1

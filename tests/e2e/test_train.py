@@ -228,7 +228,7 @@ def test_stdout_has_the_result_and_stderr_plain_lines(
     )
     assert out.count("\n") == 1
     lines = err.splitlines()
-    assert any("896 of 36,000 parameters train" in line for line in lines)
+    assert any("896 of 36,000 parameters are trainable" in line for line in lines)
     assert "30 rows, 8 per step: 8 steps (4 per epoch); evaluation on 8 rows" in lines
     shown = [line.split("  lr")[0] for line in lines if line.startswith("step ")]
     assert [line[:10] for line in shown if "/8  loss" in line] == [

@@ -83,7 +83,7 @@ _TRAIN_ROWS, _VALIDATION_ROWS = 18, 5
 
 
 def write_data(folder: Path) -> None:
-    """Write ``folder/NAME`` for each data set, with ``train`` and ``validation``."""
+    """Write ``folder/NAME`` for each dataset, with ``train`` and ``validation``."""
     for name, row in _ROWS.items():
         rows = [row(i) for i in range(_TRAIN_ROWS + _VALIDATION_ROWS)]
         write_lines(folder / name / "train.jsonl", rows[:_TRAIN_ROWS])

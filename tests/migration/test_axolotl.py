@@ -98,18 +98,18 @@ def test_a_qlora_file(tmp_path: Path) -> None:
 def test_what_is_lost_changed_and_not_needed_is_said(tmp_path: Path) -> None:
     (tmp_path / "theirs.yml").write_text(QLORA)
     found = convert_recipe(tmp_path / "theirs.yml")
-    assert [text.partition(":")[0] for text in found.lost] == [
+    assert [text.partition(":")[0] for text in found.unsupported] == [
         "special_tokens.eos_token",
         "wandb_project",
         "evals_per_epoch",
     ]
-    assert found.needless == ("special_tokens.pad_token", "tf32")
+    assert found.ignored == ("special_tokens.pad_token", "tf32")
     assert (
         'optimizer: "paged_adamw_8bit": adamw_8bit: its state stays in GPU memory, where it is not '
         "paged out"
     ) in found.changed
     assert any("2 x 4 = 8 packed bins of 4096 tokens" in text for text in found.changed)
-    for text in (*found.lost, *found.changed):
+    for text in (*found.unsupported, *found.changed):
         assert f"#   {text}\n" in found.text
 
 
@@ -204,7 +204,7 @@ def test_pretraining_streams(tmp_path: Path) -> None:
         ("rl: dpo\n", 'theirs.yml: rl = "dpo": lorakit trains on examples'),
         ("reward_model: true\n", "theirs.yml: reward_model = true: lorakit trains on examples"),
         ("adapter: ia3\n" + ROWS, 'theirs.yml: adapter = "ia3": no method of lorakit corresponds'),
-        ("", "theirs.yml: datasets: a data set is required"),
+        ("", "theirs.yml: datasets: a dataset is required"),
         ("datasets: [3]\n", "theirs.yml: datasets: 3; allowed: a mapping"),
         ("learning_rate_: 3\nlora_r: -2\nadapter: lora\n" + ROWS, "theirs.yml, converted: adapter.r = -2: out of range"),
         ("base_model: n\n", "theirs.yml, line 4: duplicate key 'base_model'"),

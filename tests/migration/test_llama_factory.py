@@ -156,7 +156,7 @@ def test_data_sets(dataset: str, expected: dict[str, Any], folder: Path) -> None
     [
         ("dataset: missing", "dataset: \"missing\": not found in data/dataset_info.json"),
         ("dataset: renamed", 'renamed.columns: {"prompt": "question"}: rename the columns'),
-        ("dataset: pairs,chats\nmax_samples: 9", "max_samples: 9: rows of each data set"),
+        ("dataset: pairs,chats\nmax_samples: 9", "max_samples: 9: rows of each dataset"),
         ("dataset: pairs\nval_size: 100", "val_size: 100: a number of rows"),
         ("dataset: pairs\nquantization_bit: 8", "quantization_bit: 8: see model.base_precision"),
         ("dataset: pairs\noptim: muon", 'optim: "muon": see train.optimizer'),
@@ -166,7 +166,7 @@ def test_data_sets(dataset: str, expected: dict[str, Any], folder: Path) -> None
 def test_what_is_lost(keys: str, lost: str, folder: Path) -> None:
     file = folder / "theirs.yaml"
     file.write_text(MINIMAL.replace("dataset: pairs", keys))
-    assert any(text.startswith(lost) for text in convert_recipe(file).lost)
+    assert any(text.startswith(lost) for text in convert_recipe(file).unsupported)
 
 
 def test_pretraining_packs(folder: Path) -> None:

@@ -77,7 +77,7 @@ def test_what_exists_or_is_on_the_hub_is_valid(
         ({"path": "folder/notes.txt"}, 7, "task.path", "folder/notes.txt", "unknown format"),
         ({"path": "empty"}, 7, "task.path", "empty", "no split 'train'; the directory is empty"),
         ({"path": "[data.jsonl, b.csv]"}, 7, "task.path", ["data.jsonl", "b.csv"], "b.csv: no such file or directory"),
-        ({"path": "null"}, 7, "task.path", None, "the task has no data set on the Hub"),
+        ({"path": "null"}, 7, "task.path", None, "the task has no dataset on the Hub"),
         (
             {"path": "{train: data.jsonl, validation: v.csv}"},
             7, "task.path.validation", "v.csv", "no such file or directory",

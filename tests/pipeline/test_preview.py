@@ -133,7 +133,7 @@ def test_summary_counts(tiny_llama: Path) -> None:
     assert summary.mean_length == pytest.approx(np.mean(lengths))
     assert summary.trained_tokens == sum(trained)
     assert summary.trained_share == sum(trained) / sum(lengths)
-    assert (summary.truncated_rows, summary.cut_completions, summary.endless_rows) == (2, 1, 1)
+    assert (summary.truncated_rows, summary.cut_completions, summary.rows_without_eos) == (2, 1, 1)
     assert summary.lost_tokens == sum(max(len(p) + len(c) + 1 - 8, 0) for p, c in texts)
 
 
@@ -159,5 +159,5 @@ def test_a_tokenizer_with_two_ends(tiny_llama: Path) -> None:
 
     stop = tokenizer.convert_tokens_to_ids(".")
     encoded = encode_split(bare, text, tokenizer, 8)
-    assert summarize(encoded, {tokenizer.eos_token_id, stop}, 64).endless_rows == 1
+    assert summarize(encoded, {tokenizer.eos_token_id, stop}, 64).rows_without_eos == 1
     assert json.dumps(vars(summarize(encoded, set(), 64)))

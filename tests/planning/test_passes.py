@@ -57,7 +57,7 @@ def kept_on_meta(model: PreTrainedModel, encoder: bool) -> int:
     objective = EncoderObjective(model) if encoder else CausalObjective(model)
     inputs = batch(encoder).to(META)
     tracker = MemoryTracker(TEMPORARIES, FLOPS)
-    tracker.know([*model.parameters(), *model.buffers(), *inputs.tensors().values()])
+    tracker.exclude([*model.parameters(), *model.buffers(), *inputs.tensors().values()])
     with host_masks(META), planned_attention("cpu"), tracker:
         states = objective.states(inputs)
         kept = tracker.bytes_in_use

@@ -111,7 +111,7 @@ def test_auto_is_the_largest_batch_that_fits(tiny_llama: Path, tmp_path: Path) -
     notes: list[str] = []
     found = lorakit.plan(auto, device_memory=int(2 * peak / 0.95) + 1000, say=notes.append)
     assert found.step.memory.peak == peak
-    assert "train.per_device_batch_size = 4: the largest that should fit" in notes
+    assert "train.per_device_batch_size = 4: the largest expected to fit" in notes
 
 
 def test_measured_steps(tiny_llama: Path, tmp_path: Path) -> None:

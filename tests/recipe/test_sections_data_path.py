@@ -111,7 +111,7 @@ def test_other_values_are_rejected(tmp_path: Path, path: Any) -> None:
     ],
 )
 def test_split_names(tmp_path: Path, path: Any, message: str) -> None:
-    """The same names are rejected in training; evaluation does not need a train split."""
+    """The same names are rejected in training; evaluation does not need a training split."""
     with pytest.raises(RecipeError) as caught:
         lorakit.load_recipe(recipe_file(tmp_path, path))
     (problem,) = caught.value.problems

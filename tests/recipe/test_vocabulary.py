@@ -21,7 +21,7 @@ train: {{output_dir: run}}
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("add_tokens: ['<a>', ' ']", 'recipe.yaml, line 3: model.add_tokens[1] = " ": only white space'),
+        ("add_tokens: ['<a>', ' ']", 'recipe.yaml, line 3: model.add_tokens[1] = " ": only whitespace'),
         ("add_tokens: ['<a>', '<b>', '<a>']", 'model.add_tokens[2] = "<a>": listed twice'),
         ("add_tokens: ['']", 'recipe.yaml, line 3: model.add_tokens[0] = ""'),
         ("add_tokens: [1]", "recipe.yaml, line 3: model.add_tokens[0] = 1"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import inspect
 import re
 from types import ModuleType
 from typing import Any
@@ -43,6 +45,36 @@ def test_every_key_is_listed() -> None:
 def test_every_call_is_listed() -> None:
     listed = re.findall(r"^### `lorakit\.(\w+)`$", DOCS["docs/api.md"], re.MULTILINE)
     assert sorted(listed) == sorted(set(lorakit.__all__) - {"nn"})
+
+
+SIGNATURES = re.findall(
+    r"^```py\n(def (\w+)\(.+?)\n```$", DOCS["docs/api.md"], re.MULTILINE | re.DOTALL
+)
+
+
+@pytest.mark.parametrize(("text", "name"), SIGNATURES, ids=[name for _, name in SIGNATURES])
+def test_every_call_is_listed_with_its_parameters(text: str, name: str) -> None:
+    [node] = ast.parse(text).body
+    assert isinstance(node, ast.FunctionDef)
+    listed, kinds = node.args, inspect.Parameter
+    plain = [argument.arg for argument in listed.args]
+    first = len(plain) - len(listed.defaults)
+    expected = [(arg, kinds.POSITIONAL_OR_KEYWORD, at >= first) for at, arg in enumerate(plain)]
+    if listed.vararg:
+        expected.append((listed.vararg.arg, kinds.VAR_POSITIONAL, False))
+    expected += [
+        (argument.arg, kinds.KEYWORD_ONLY, default is not None)
+        for argument, default in zip(listed.kwonlyargs, listed.kw_defaults, strict=True)
+    ]
+    if listed.kwarg:
+        expected.append((listed.kwarg.arg, kinds.VAR_KEYWORD, False))
+    found = inspect.signature(getattr(lorakit, name)).parameters.values()
+    assert [(p.name, p.kind, p.default is not p.empty) for p in found] == expected
+
+
+def test_a_signature_is_listed_for_every_call() -> None:
+    names = {name for _, name in SIGNATURES}
+    assert sorted(names) == sorted(set(lorakit.__all__) - {"nn", "LoraConfig"})
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def test_as_many_as_the_memory_holds_train_together(tiny_bert: Path, in_tmp: Pat
     targets = {"adapter.target_modules": ["no_such_module"]}
     assert parts(*({**small, **r} for r in R), {**small, **targets}) == [((0, 1, 2, 3, 4, 5), None)]
     assert parts(*({**large, **r} for r in R[:2])) == [
-        ((0,), "the memory holds 1"), ((1,), "the memory holds 1")
+        ((0,), "only 1 fits in memory"), ((1,), "only 1 fits in memory")
     ]  # fmt: skip
 
 

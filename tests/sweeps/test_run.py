@@ -160,7 +160,7 @@ def test_a_member_whose_replacement_was_killed_is_put_back(
     assert ended.code == -signal.SIGKILL, ended.err
     said: list[str] = []
     result = lorakit.sweep(file, resume=True, say=said.append)
-    assert any(f"{folder}: put the earlier run back" in line for line in said)
+    assert any(f"{folder}: restored the earlier run" in line for line in said)
     assert result.members[0].status == "completed"
     after = tree(folder)
     assert {name: after.get(name) for name in before} == before

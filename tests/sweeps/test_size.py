@@ -82,9 +82,13 @@ def test_a_budget_chooses_ranks(still_bert: Path, tmp_path: Path) -> None:
     ("method", "budget", "message"),
     [
         # Each matrix of 32 x 32 has 64 parameters for each rank, in 2 layers, and the head has 66.
-        ("lora", 193, "few; allowed: 194 to 4162, with adapter.r from 1 to 32"),
-        ("lora", 10**9, "many; allowed: 194 to 4162, with adapter.r from 1 to 32"),
-        ("adalora", 10**9, "many; allowed: 196 to 2796, with adapter.target_r from 1 to 21"),
+        ("lora", 193, "few parameters; allowed: 194 to 4162, with adapter.r from 1 to 32"),
+        ("lora", 10**9, "many parameters; allowed: 194 to 4162, with adapter.r from 1 to 32"),
+        (
+            "adalora",
+            10**9,
+            "many parameters; allowed: 196 to 2796, with adapter.target_r from 1 to 21",
+        ),
     ],
 )
 def test_a_budget_out_of_reach(
@@ -97,7 +101,7 @@ def test_a_budget_out_of_reach(
     with pytest.raises(UserError) as caught:
         plan_sweep(file)
     assert str(caught.value) == (
-        f"{file}, line 1: trainable_parameters = {budget}: member q cannot train so {message}"
+        f"{file}, line 1: trainable_parameters = {budget}: member q cannot train that {message}"
     )
 
 

@@ -298,16 +298,16 @@ def test_many_labels_are_abbreviated() -> None:
     counts = {f"intent-{n}": 1000 - n for n in range(150)} | {"rare": 1, "never": 0}
     line = counts_line(counts)
     assert line.startswith("152, most frequent intent-0 1,000, intent-1 999, ")
-    assert line.endswith("least frequent intent-148 852, intent-149 851, rare 1; 1 in no row")
+    assert line.endswith("least frequent intent-148 852, intent-149 851, rare 1; 1 unused")
     assert len(line) < 250
 
 
 def test_similar_labels_are_reported_with_their_counts() -> None:
     counts = {"positive ": 3, "negative": 2, "Positive": 1, "no\u00a0idea": 1, "no idea": 1}
     assert similar_labels(counts) == [
-        'warning: labels that differ only in case or white space are separate classes: "positive '
+        'warning: labels that differ only in case or whitespace are separate classes: "positive '
         '" (3 rows), "Positive" (1 row)',
-        "warning: labels that differ only in case or white space are separate classes: "
+        "warning: labels that differ only in case or whitespace are separate classes: "
         '"no\\xa0idea" (1 row), "no idea" (1 row)',
     ]
     assert similar_labels({"positive": 1, "negative": 1, "posi tive": 1}) == []

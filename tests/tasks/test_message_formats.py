@@ -1,4 +1,4 @@
-"""Chats as they come in data sets: JSON texts, lists as prompts, keys and roles of many kinds."""
+"""Chats as they come in datasets: JSON texts, lists as prompts, keys and roles of many kinds."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def test_an_operation_without_a_deterministic_kernel(tiny_llama: Path, tmp_path:
         (None, False, ":4096:8"),
         (":4096:8", False, ":4096:8"),
         (":16:8", True, ":16:8"),
-        (None, True, "this process has used CUDA before; set .*=:4096:8"),
+        (None, True, "CUDA was already used in this process; set .*=:4096:8"),
         (":4096:2:16:8", False, "is not deterministic; allowed: unset, :4096:8, :16:8"),
         ("", True, "'' is not deterministic"),
     ],

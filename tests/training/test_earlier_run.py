@@ -132,14 +132,14 @@ def test_the_next_command_puts_it_back_after_a_kill(
         assert ended.code == -signal.SIGKILL, ended.err
     ended = launcher.run(command(earlier, run))
     assert ended.code == 2
-    assert f"{run}: put the earlier run back, since the run that was to" in ended.err
+    assert f"{run}: restored the earlier run: the run replacing it" in ended.err
     assert "contains a finished run; choose another directory" in ended.err
     left = tree(run)  # and what the killed run has of its checkpoint
     before = tree(earlier.parent / "run")
     assert {name: left.get(name) for name in before} == before
     assert all(".new" in name for name in left.keys() - before.keys())
     ended = launcher.run(command(earlier, run, "--resume", "auto"))
-    assert (ended.code, "put the earlier" in ended.err) == (0, False)
+    assert (ended.code, "restored the earlier" in ended.err) == (0, False)
     assert "the run is complete; nothing to do" in ended.err
 
 
@@ -151,7 +151,7 @@ def test_every_option_puts_it_back_first(
     replace_and_kill(launcher, earlier, run, *FIRST_CHECKPOINT)
     ended = launcher.run(command(earlier, run, *option))
     assert ended.code == 0, ended.err
-    assert "put the earlier run back" in ended.err
+    assert "restored the earlier run" in ended.err
     assert adapter_bytes(run) == adapter_bytes(earlier.parent / "run")
     assert not [name for name in tree(run) if "earlier-run" in name]
 
@@ -164,7 +164,7 @@ def test_it_stays_deleted_once_the_new_run_has_a_checkpoint(
     assert (run / "checkpoints/.earlier-run").is_dir()
     again = command(earlier, run, "--resume", "auto", "--set", "train.seed=8")
     ended = launcher.run(again)
-    assert (ended.code, "put the earlier" in ended.err) == (0, False), ended.err
+    assert (ended.code, "restored the earlier" in ended.err) == (0, False), ended.err
     assert run_json(run)["seed"] == 8
     assert not [name for name in tree(run) if "earlier-run" in name]
 

@@ -60,7 +60,7 @@ def test_steps_instead_of_epochs(tiny_llama: Path, tmp_path: Path) -> None:
         for name in ("run", "whole")
     )
     assert run_lines == whole_lines
-    with pytest.raises(UserError, match=r"train\.max_steps = 11: a run of 11 steps, .* taken 12; "):
+    with pytest.raises(UserError, match=r"train\.max_steps = 11: 11 steps, but .* taken 12; "):
         train(changed(longer, train__max_steps=11), "auto")
     assert run_json(tmp_path / "run")["exit_reason"] == "completed"
 
@@ -70,18 +70,18 @@ def test_steps_instead_of_epochs(tiny_llama: Path, tmp_path: Path) -> None:
     [
         (
             {"train.lr_scheduler": "cosine", "train.warmup_steps": 1},
-            r"other learning rates from step 3 on \(cosine\)",
+            r"used different learning rates from step 3 on \(cosine\)",
         ),
         (
             {"train.lr_scheduler": "constant", "train.warmup_ratio": 0.25},
-            r"other learning rates from step 2 on \(constant, warmup 6 steps instead of 2\)",
+            r"used different learning rates from step 2 on \(constant, warmup 6 steps instead of 2\)",
         ),
         (
             {
                 "adapter": {"method": "adalora", "target_modules": ["q"]},
                 "train.lr_scheduler": "constant", "train.warmup_steps": 1,
             },
-            "other phases of adalora",
+            "had different adalora phases",
         ),
     ],
     ids=["cosine", "warmup", "adalora"],
@@ -94,8 +94,8 @@ def test_another_schedule_is_refused(
     train(recipe)
     before = tree(tmp_path / "run")
     message = (
-        rf"train\.epochs = 6\.0: the run in .* started with 8 steps, and one of 24 has {reason}; "
-        r"hint: a new run from its adapter, with adapter\.init_from: .*run/adapter"
+        rf"train\.epochs = 6\.0: the run in .* was started with 8 steps; with 24 it would have "
+        rf"{reason}; hint: start a new run with adapter\.init_from: .*run/adapter"
     )
     with pytest.raises(UserError, match=message):
         train(changed(recipe, train__epochs=6.0), "auto")

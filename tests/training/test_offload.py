@@ -81,7 +81,7 @@ def test_a_layer_that_is_no_single_graph_is_computed_again_as_a_whole() -> None:
     for mine, reference in zip(gradients(model), wanted, strict=True):
         assert torch.equal(mine, reference)
     [note] = said
-    assert note.startswith("LlamaDecoderLayer cannot be compiled as one graph")
+    assert note.startswith("LlamaDecoderLayer cannot be compiled as a single graph")
 
 
 def products(offload: bool) -> list[int]:

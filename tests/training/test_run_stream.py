@@ -141,7 +141,7 @@ def test_a_bad_row_saves_a_checkpoint(
         assert message.startswith(f"{file}, row 301: {what}")
         saved = run / "checkpoints" / "step-50"
         assert f"; stopped at step 50 of 60; saved {saved}; correct or remove the row" in message
-        assert message.endswith("then continue with --resume auto")
+        assert message.endswith("then resume with --resume auto")
         record = run_json(run)
         assert (record["exit_reason"], record["steps"]) == ("failed", 50)
         assert not (run / "adapter").exists()
@@ -291,7 +291,7 @@ def test_a_truncated_file(tiny_llama: Path, tmp_path: Path) -> None:
         train(recipe)
     message = str(caught.value)
     assert message.startswith(f"{packed}: cannot be read: Compressed file ended before")
-    assert "; replace the file with a complete one, then continue with --resume auto" in message
+    assert "; replace the file with a complete one, then resume with --resume auto" in message
     assert "row" not in message.removeprefix(str(packed))
 
 
@@ -308,7 +308,7 @@ def test_a_file_that_changes_during_the_run(tiny_llama: Path, tmp_path: Path) ->
         train(recipe, say=say)
     assert not isinstance(caught.value, BadRow)
     assert "has changed since it was first read; stopped at step " in str(caught.value)
-    assert "; restore the file, then continue with --resume auto" in str(caught.value)
+    assert "; restore the file, then resume with --resume auto" in str(caught.value)
     with pytest.raises(UserError, match="the train data has changed since the run started"):
         train(recipe, resume="auto")
 

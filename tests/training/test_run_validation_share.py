@@ -161,7 +161,7 @@ def test_no_row_that_can_be_held_out(tiny_llama: Path, tmp_path: Path) -> None:
     recipe = shared(tmp_path, tiny_llama, task__on_bad_row="skip")
     write_rows(tmp_path / "all.jsonl", [{"prompt": "a", "completion": ""}] * 9)
     with pytest.raises(
-        DataError, match=r"= 0\.2: of 0 rows that are not bad, none can be held out"
+        DataError, match=r"= 0\.2: too small to hold out any of 0 rows that are not bad"
     ):
         load_training_data(recipe, silent)
 
@@ -203,7 +203,7 @@ def test_settings_that_are_refused(
 def test_a_share_of_less_than_a_row(tiny_llama: Path, tmp_path: Path) -> None:
     recipe = shared(tmp_path, tiny_llama, task__validation_share=0.01)
     with pytest.raises(
-        DataError, match=r"^task\.validation_share = 0\.01: of 40 rows, none can be"
+        DataError, match=r"^task\.validation_share = 0\.01: too small to hold out any of 40 rows"
     ):
         train(recipe)
     assert not Path(recipe.train.output_dir).exists()

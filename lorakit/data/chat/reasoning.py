@@ -29,8 +29,8 @@ def without_reasoning(message: Message) -> dict[str, Any]:
 def with_masked_reasoning(
     turns: Sequence[Turn], messages: Sequence[Message], tools: Tools, template: ChatTemplate
 ) -> list[Turn]:
-    """The turns with the spans of their reasoning's text in ``masked``. The tags and the white
-    space around it are not in these spans.
+    """The turns with the spans of their reasoning's text in ``masked``. The tags and the
+    whitespace around it are not in these spans.
 
     Raises DataError if the spans cannot be determined.
     """

@@ -22,7 +22,7 @@ Tools = Sequence[Mapping[str, Any]] | None
 #: Start and end of a piece of text, in characters.
 Span = tuple[int, int]
 
-#: A content that no chat contains. Having no letters or white space, it is not changed by templates
+#: A content that no chat contains. Having no letters or whitespace, it is not changed by templates
 #: that trim, change case or escape.
 PROBE = "\u2063\u2064\u2063\u2064\u2063"
 #: The keys of a message's reasoning; transformers copies it between the first two.

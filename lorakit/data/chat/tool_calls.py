@@ -16,7 +16,7 @@ Message = Mapping[str, Any]
 _Rendered = TypeVar("_Rendered")
 
 CALLS_ALLOWED = '[{"type": "function", "function": {"name": TEXT, "arguments": {...}}}, ...]'
-#: The keys of a call and of its function; some data sets omit the level ``function``.
+#: The keys of a call and of its function; some datasets omit the level ``function``.
 CALL_KEYS = frozenset({"id", "type", "function", "name", "arguments"})
 FUNCTION_KEYS = frozenset({"name", "arguments"})
 #: Keys of a JSON schema that may be null; elsewhere in a table (parquet), null is an absent key.

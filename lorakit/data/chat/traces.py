@@ -275,7 +275,7 @@ def shortened_turns(
 
 
 def _contains(content: str, answer: str) -> bool:
-    """Whether the answer contains the content, ignoring white space and reasoning tags."""
+    """Whether the answer contains the content, ignoring whitespace and reasoning tags."""
     text, place = _TAGS.sub("", "".join(answer.split())), 0
     for piece in _TAGS.split("".join(content.split())):
         place = text.find(piece, place)

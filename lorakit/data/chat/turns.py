@@ -259,7 +259,7 @@ def _common_suffix(text: str, other: str, end: int) -> int:
 
 
 def _last_special(template: ChatTemplate, text: str) -> str:
-    """The special token with which ``text`` ends, ignoring white space; empty if there is none."""
+    """The special token with which ``text`` ends, ignoring whitespace; empty if there is none."""
     end = len(text.rstrip())
     tokens = template.special.finditer(text, max(0, end - _LONGEST_TOKEN), end)
     return next((found.group() for found in tokens if found.end() == end), "")

@@ -62,7 +62,7 @@ AXOLOTL: dict[str, Counterpart] = {
     ),
     "val_set_size": Counterpart("task.validation_share", {0: None}),
     "sequence_len": Counterpart(
-        "task.max_length", note="longer rows are truncated, where Axolotl drops them"
+        "task.max_length", note="longer rows are truncated; Axolotl drops them"
     ),
     "sample_packing": Counterpart("task.packing"),
     "streaming": Counterpart("task.streaming"),

@@ -27,7 +27,7 @@ def hint(key: str, value: object) -> str | None:
     if found is None:
         return None
     if found.key is None:
-        return f"{'not needed' if found.needless else 'no such key'}; {found.note}"
+        return f"not needed; {found.note}" if found.needless else found.note
     note = f"; {found.note}" if found.note else ""
     if not found.translates(value):
         return f"see {found.key}{note}"

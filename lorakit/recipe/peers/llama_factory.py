@@ -39,7 +39,7 @@ LLAMA_FACTORY: dict[str, Counterpart] = {
     "cutoff_len": Counterpart("task.max_length"),
     "val_size": Counterpart("task.validation_share", {0: None}),
     "max_samples": Counterpart(
-        "task.limit_train", note="of all rows, where LLaMA-Factory counts each data set"
+        "task.limit_train", note="counts all rows; LLaMA-Factory counts each dataset separately"
     ),
     "train_on_prompt": only("task.train_on", {False: "assistant", True: "all"}),
     "mask_history": only("task.train_on", {False: "assistant", True: "last"}),

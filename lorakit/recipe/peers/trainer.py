@@ -38,23 +38,21 @@ ATTENTION: dict[object, object] = {
     "disabled": "eager",
     **{name: name for name in ("sdpa", "eager", "flash_attention_2")},
 }
-NO_INT8 = "there is no base in 8-bit integers; its values are fp8 and nf4"
+NO_INT8 = "8-bit integer bases are not supported; allowed: fp8, nf4"
 LAUNCH = "start the run with torchrun or accelerate launch, see docs/distributed.md"
 
 _NOT_PAGED = "{}: its state stays in GPU memory, where it is not paged out"
 optimizer = only(
     "train.optimizer",
     OPTIMIZERS,
-    "its values are adamw, adamw_8bit and sgd",
+    "allowed: adamw, adamw_8bit, sgd",
     differs={
         **dict.fromkeys(("paged_adamw", "paged_adamw_32bit"), _NOT_PAGED.format("adamw")),
         "paged_adamw_8bit": _NOT_PAGED.format("adamw_8bit"),
         "adamw_torch_4bit": "adamw_8bit: its state takes 8 bits per value instead of 4",
     },
 )
-scheduler = only(
-    "train.lr_scheduler", SCHEDULERS, "its values are constant, linear, cosine and others"
-)
+scheduler = only("train.lr_scheduler", SCHEDULERS, "allowed: constant, linear, cosine and others")
 attention = only("model.attn_implementation", ATTENTION, "auto uses what the model supports")
 
 #: Arguments of ``transformers.TrainingArguments`` and ``trl.SFTConfig``.
@@ -83,7 +81,7 @@ TRAINER: dict[str, Counterpart] = {
     "full_determinism": Counterpart("train.deterministic"),
     "use_cpu": missing("CUDA_VISIBLE_DEVICES= (empty) in the environment hides the GPUs"),
     "data_seed": missing("train.seed also orders the rows"),
-    "report_to": only("train.trackers", TRACKERS, "its values are tensorboard and wandb"),
+    "report_to": only("train.trackers", TRACKERS, "allowed: tensorboard, wandb"),
     "max_seq_length": Counterpart("task.max_length"),
     "dataset_text_field": Counterpart("task.text_column", note="with task.name: text"),
     "completion_only_loss": only(
@@ -134,7 +132,7 @@ PEFT: dict[str, Counterpart] = {
     "init_lora_weights": only(
         "adapter.init",
         {True: "default", "pissa": "pissa", "orthogonal": "orthogonal"},
-        "its values are default, b_gaussian, pissa and orthogonal",
+        "allowed: default, b_gaussian, pissa, orthogonal",
     ),
     "peft_type": only(
         "adapter.method", {"LORA": "lora", "ADALORA": "adalora"}, "lorakit methods lists the names"
@@ -153,7 +151,9 @@ UNSLOTH: dict[str, Counterpart] = {
         "train.gradient_checkpointing", {"unsloth": "offload"}
     ),
     "random_state": Counterpart("train.seed"),
-    "finetune_language_layers": missing("adapter.target_modules"),
+    "finetune_language_layers": missing(
+        "adapter.target_modules selects the language layers to adapt"
+    ),
     "finetune_vision_layers": missing("lorakit trains the language model only"),
     "finetune_attention_modules": only("adapter.target_modules", {True: "attention"}),
     "finetune_mlp_modules": missing("list the modules in adapter.target_modules"),

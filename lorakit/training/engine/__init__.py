@@ -5,7 +5,8 @@ accumulation, clipping, the optimizer and its schedule, float16's loss scaling, 
 hooks. It never waits for the device in a step. The loop decides when to step, log, evaluate, save
 and stop, and uses an engine only through the ``Engine`` protocol.
 
-To add an engine, implement ``Engine`` in a new module and choose it in ``training.build``. Its
+To add an engine, implement ``Engine`` in a new module, add its mode to
+``training.execution.choose_execution`` and its class to ``training.build.build_engine``. Its
 losses, gradient norms and weights must equal those of ``eager``, the reference.
 """
 

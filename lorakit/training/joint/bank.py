@@ -39,8 +39,9 @@ class Stack:
     """Parameters of one module of ``members``, by name.
 
     A leaf is (members, n, ...), where parameters that have fewer than the largest n are followed by
-    zeros. Those stay zero if the gradient of zeros is: that of a factor's is as long as the other
-    factor's are zeros too. Matrices with the names ``transposed`` are stored that way.
+    zeros. The padding stays zero as long as its gradient is zero. For a factor this holds because
+    the matching padding of the other factor is zero as well. Matrices with the names ``transposed``
+    are stored that way.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ from lorakit.training.setup import Inputs, Prepared, adapt, encode_inputs, load_
 
 
 class SharedBase:
-    """Loads the model and each data set once.
+    """Loads the model and each dataset once.
 
     A view is a model of its own, with its own modules and configuration, whose tensors are those of
     the shared model until they are trained.
@@ -35,7 +35,8 @@ class SharedBase:
         self._steps: dict[Hashable, dict[int, LoadedStep]] = {}
 
     def prepare(self, recipe: Recipe, say: Say) -> Prepared:
-        """``setup.prepare`` with a view of the shared model. Raises UserError as that does."""
+        """``setup.prepare`` with a view of the shared model. Raises the same UserError as
+        ``setup.prepare``."""
         prepared = adapt(recipe, self._inputs_of(recipe, say), say)
         loaded = (known.model for known in self._models.values())
         shared = {p.data_ptr() for model in loaded for p in model.parameters()}
@@ -46,7 +47,7 @@ class SharedBase:
 
     def share_steps(self, prepared: Prepared, loader: StepLoader) -> int:
         """Let ``loader`` share its steps with those of other runs with the same batches. Returns
-        a number, which is the same for these runs."""
+        an id that runs with the same batches share."""
         rows, recipe = prepared.train, prepared.recipe
         if isinstance(rows, StreamedRows):
             self._steps[object()] = {}

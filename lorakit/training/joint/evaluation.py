@@ -23,8 +23,8 @@ class JointEvaluations:
     """Measures a batch for all members that will evaluate the same rows, when the first of them
     asks for it, and keeps the results until the others do.
 
-    ``partners`` returns the members whose weights are those that they will evaluate next, and whose
-    evaluation has the same batches, a given member included.
+    ``partners(member)`` returns the members, ``member`` included, that are about to evaluate the
+    same batches with their current weights.
     """
 
     def __init__(

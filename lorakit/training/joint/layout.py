@@ -11,8 +11,8 @@ from torch import Tensor
 
 
 class NotSplit(Exception):
-    """A module was called with something else than the rows of all members: each member's output is
-    another, where the model expects a single one."""
+    """A module was called with a tensor that cannot be split into the members' rows, so their
+    outputs cannot be computed in one call."""
 
 
 @dataclass(frozen=True)

@@ -48,10 +48,11 @@ class NotesOnly(Display):
 
 @dataclass
 class Member:
-    """``request`` is the step that it wants to take next, ``outcome`` how it ended; one of them is
-    set once it has started. ``built`` has what it trains with, and the number of its batches, see
-    ``SharedBase.share_steps``. ``scorer`` returns what its next evaluation measures with, and
-    ``has_advanced`` tells whether it is done with what follows the last step of all."""
+    """``request`` is its next step, ``outcome`` how it ended; one of them is set once it has
+    started. ``built`` has what it trains with, and the id of its batches, see
+    ``SharedBase.share_steps``. ``scorer`` returns what its next evaluation measures with.
+    ``has_advanced``: it has finished its work after the members' latest step (logging, evaluation,
+    checkpoint)."""
 
     prepared: Prepared
     strategy: Strategy

@@ -140,7 +140,8 @@ class JointPasses:
             self._say("members take their steps one after another: the model mixes their rows")
         if isinstance(error, torch.OutOfMemoryError) and half < self._most:
             self._most = half
-            self._say(f"out of memory: from now on, passes have at most {half} members")
+            size = f"at most {half} members together" if half > 1 else "members one after another"
+            self._say(f"out of memory: training {size} from now on")
         members = list(requests)
         first = {member: requests[member] for member in members[:half]}
         rest = {member: requests[member] for member in members[half:]}
