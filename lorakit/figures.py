@@ -32,6 +32,7 @@ def figure_style(marker_size: float) -> Iterator[None]:
 
     with mpl.rc_context(_STYLE | {"lines.markersize": marker_size}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # of a name in letters that the font lacks
+        warnings.filterwarnings("ignore", "constrained_layout not applied")  # for a very long name
         yield
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorakit.errors import AdapterError, printable
+from lorakit.errors import AdapterError, check_printable, printable
 from lorakit.figures import color_and_marker, figure_style, save_figure
 from lorakit.io.atomic import writing
 from lorakit.module_names import ROLES
@@ -29,6 +29,7 @@ _MODULES, _CORNER = 4, 8
 #: Up to this many columns, a cell of a heat map has room for its number.
 _NUMBERED_COLUMNS = 20
 _MOST_TICKS = 12
+_FIGURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg")
 _PATH = 60
 
 
@@ -36,12 +37,13 @@ def check_folder(folder: Path) -> None:
     """Raise AdapterError, before anything is computed, if nothing can be drawn into ``folder``."""
     if find_spec("matplotlib") is None:
         raise AdapterError("--plot needs matplotlib; hint: pip install 'lorakit[plots]'")
+    check_printable(folder, "--plot")
     paths = (folder, *folder.absolute().parents)
     try:
         existing = next(path for path in paths if path.is_symlink() or path.exists())
     except OSError as error:  # too long
         raise AdapterError(f"--plot {folder}: cannot be created: {error.strerror}") from None
-    if folder.suffix in (".png", ".svg", ".pdf") and existing != folder:
+    if folder.suffix.lower() in _FIGURES and existing != folder:
         raise AdapterError(
             f"--plot {folder}: is the name of a file; allowed: a directory, for several figures"
         )

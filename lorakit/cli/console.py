@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from lorakit.errors import UserError, WriteFailed, check_printable, printable
+from lorakit.notes import to_stderr
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file.")]
 Overrides = Annotated[
@@ -56,7 +57,7 @@ OnPhase = Callable[[str, int, int], None]
 
 def say(text: str) -> None:
     """Print a line on stderr, without what would control a terminal."""
-    typer.echo(printable(text), err=True)
+    to_stderr(text)
 
 
 def echo(text: str) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
-from lorakit.errors import decimal, duration, memory_size
+from lorakit.errors import decimal, duration, memory_size, printable
 from lorakit.reports.metrics_log import as_number
 from lorakit.reports.runs import Run, read_runs
 from lorakit.terminal.columns import aligned
@@ -155,7 +155,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("trainable", "trainable_parameters", _count),
     ("steps", "steps", _count),
     ("best step", "best_step", _count),
-    ("trained tokens", "trained_tokens", _count),
+    ("trained tokens/labels", "trained_tokens", _count),
     ("time", "seconds", duration),
     ("tokens/s", "tokens_per_second", _count),
     ("peak memory", "peak_memory_bytes", memory_size),
@@ -170,8 +170,10 @@ def result_columns(results: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]
     columns["status"] = [
         f"{own['status']}, diverged" if own["diverged"] else own["status"] for own in results
     ]
+    taken = {"run", *(title for title, *_ in _COLUMNS)}
     for name in names:
-        columns[name] = [_written(own["metrics"].get(name), decimal) for own in results]
+        title = f"{name} (metric)" if name in taken else name
+        columns[title] = [_written(own["metrics"].get(name), decimal) for own in results]
     for title, key, written in _COLUMNS:
         columns.setdefault(title, [_written(own[key], written) for own in results])
     return {title: values for title, values in columns.items() if {*values} != {"-"}}
@@ -193,8 +195,12 @@ def comparison_text(compared: Comparison) -> str:
             for own in tables
         )
     few = settings if len(settings) <= _MOST_SETTINGS else {}
+    same = {title: values[0] for title, values in columns.items() if len({*values}) == 1}
+    columns = {title: values for title, values in columns.items() if title not in same}
     columns = {"run": names, **few, **columns}
     table = _table([list(columns), *map(list, zip(*columns.values(), strict=True))])
+    if same:
+        table += "\n\nthe same in all runs: " + ", ".join(map(" ".join, same.items()))
     if few or not settings:
         return table
     lines = [[key, _counted_values(values)] for key, values in settings.items()]
@@ -204,7 +210,7 @@ def comparison_text(compared: Comparison) -> str:
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
     """Names stay whole: those of a sweep's members often differ at the end."""
-    return aligned([[name, *map(_short, cells)] for name, *cells in rows])
+    return aligned([[_one_line(name), *map(_short, cells)] for name, *cells in rows])
 
 
 def _counted_values(values: Sequence[str]) -> str:
@@ -214,6 +220,10 @@ def _counted_values(values: Sequence[str]) -> str:
     return ", ".join(texts) + (f" and {more} more" if more > 0 else "")
 
 
+def _one_line(cell: str) -> str:
+    return printable(" ".join(cell.split()))
+
+
 def _short(cell: str) -> str:
-    line = " ".join(cell.split())
+    line = _one_line(cell)
     return line if len(line) <= _CELL_CHARACTERS else f"{line[: _CELL_CHARACTERS - 3]}..."

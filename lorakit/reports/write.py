@@ -5,7 +5,7 @@ from __future__ import annotations
 from os import PathLike
 from pathlib import Path
 
-from lorakit.errors import UserError
+from lorakit.errors import UserError, check_printable
 from lorakit.io.atomic import write_text, writing
 from lorakit.reports.page import MARK, render
 from lorakit.reports.runs import read_runs
@@ -27,6 +27,8 @@ def report(
     Without ``samples``, the page has no rows of the data. Raises UserError, with nothing written,
     for a path that is neither a run's nor a sweep's directory, and WriteFailed.
     """
+    if output is not None:
+        check_printable(output, "--output")
     found = read_runs(runs)
     file = Path(runs[0]) / "report.html" if output is None else Path(output)
     _check_replaceable(file, overwrite)
@@ -46,7 +48,9 @@ def _check_replaceable(file: Path, overwrite: bool) -> None:
         with file.open("rb") as page:
             beginning = page.read(_BEGINNING_BYTES)
     except (OSError, ValueError) as error:
-        raise error if isinstance(error, UserError) else UserError(f"{file}: {error}") from None
+        raise (
+            error if isinstance(error, UserError) else UserError(f"--output {file}: {error}")
+        ) from None
     if not overwrite and MARK.encode() not in beginning:
         raise UserError(
             f"--output {file}: exists and is not a report of lorakit; replace it with --overwrite, "

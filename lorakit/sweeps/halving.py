@@ -146,7 +146,7 @@ def _read(file: Path) -> dict[str, Course]:
         courses = {name: Course(**course) for name, course in stored.items()}
         if not all(map(_is_valid, courses.values())):
             raise ValueError("a value has another type")
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(
             f"{file}: cannot be read ({type(error).__name__}); hint: restore it, or start the "
             "sweep in another directory"
@@ -155,18 +155,21 @@ def _read(file: Path) -> dict[str, Course]:
 
 
 def _is_valid(course: Course) -> bool:
+    counts = [*course.steps, course.passed, course.stopped_at_step or 0]
     metrics = [value for own in course.evaluations for value in own.values()]
-    numbers = [*metrics, *course.steps, course.passed, course.stopped_at_step or 0]
-    return len(course.evaluations) == len(course.steps) and all(
-        isinstance(number, int | float) for number in numbers
+    return (
+        len(course.evaluations) == len(course.steps)
+        and all(type(count) is int and count >= 0 for count in counts)
+        and all(type(value) in (int, float) and math.isfinite(value) for value in metrics)
+        and course.passed <= len(course.steps)
     )
 
 
-def _earlier_stops(output_dir: Path) -> list[Any]:
+def _earlier_stops(output_dir: Path) -> list[str]:
     """The names of the members that were stopped in the sweep that is resumed."""
     members = read_json(output_dir / SWEEP_JSON).get("members")
     own = [m for m in members if isinstance(m, dict)] if isinstance(members, list) else []
-    return [m.get("name") for m in own if "stopped_at_step" in m]
+    return [m["name"] for m in own if "stopped_at_step" in m and isinstance(m.get("name"), str)]
 
 
 def _newest_step(folder: Path) -> int:

@@ -32,9 +32,10 @@ def _shortest(key: str, keys: list[str]) -> str:
 
 
 def value_text(value: Any) -> str:
-    """A value in a name or a table: ``q+v`` for a list, ``0.0003`` for 3e-4."""
+    """A value in a name or a table: ``q+v`` for a list, ``0.0003`` for 3e-4, ``\\n`` for a line
+    break."""
     if isinstance(value, str):
-        return value
+        return value if value.isprintable() else json.dumps(value, ensure_ascii=True)[1:-1]
     if isinstance(value, list) and value and all(isinstance(v, str | int | float) for v in value):
         return "+".join(map(value_text, value))
     if isinstance(value, float):

@@ -5,18 +5,24 @@ from __future__ import annotations
 import traceback
 from pathlib import Path
 
-from lorakit.errors import LorakitError
+from lorakit.errors import LorakitError, UserError, shown
 from lorakit.io.atomic import write_text
 from lorakit.sweeps.results import MemberResult
-from lorakit.training.run_json import read_record
+from lorakit.training.run_json import read_record, read_run
 from lorakit.user_code import locate_error
 
 
 def complete(own: MemberResult, folder: Path) -> None:
-    """Record what the complete run in ``folder`` has written."""
-    record = read_record(folder)
+    """Record what the complete run in ``folder`` has written. Raises UserError if its metrics are
+    not finite numbers, as in a damaged file."""
+    record, metrics = read_run(folder), read_record(folder).get("metrics") or {}
+    if record.get("metrics", {}) != metrics:
+        raise UserError(
+            f"{folder / 'run.json'}: metrics = {shown(metrics)}: allowed: finite numbers by name; "
+            f"hint: restore the file, or delete {folder}, so that the member trains again"
+        )
     own.status, own.error = "completed", None
-    own.metrics = record.get("metrics") or {}
+    own.metrics = metrics
     own.trainable_parameters = record.get("trainable_parameters")
     own.seconds = record.get("seconds")
     own.adapter_dir = folder / "adapter"

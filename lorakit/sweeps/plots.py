@@ -38,6 +38,8 @@ _WIDE = 20
 _SHARE, _DIMENSION = 0.9, "adapter.d"
 #: How many characters a row of the legend has room for.
 _LEGEND = 70
+#: The most ticks of numbers, and the most characters of another value at a tick.
+_MOST_TICKS, _TICK = 10, 24
 _STOPPED = "hollow: stopped by halving"
 
 #: A value of an axis and the metric, and such points of completed and of stopped members.
@@ -205,7 +207,8 @@ def _draw_numbers(axes: Axes, lines: Sequence[Line], key: str, values: Sequence[
     if is_logarithmic(key, values):
         axes.set_xscale("log")
         axes.minorticks_off()
-    axes.set_xticks(values, [value_text(value) for value in values])
+    step = -(-len(values) // _MOST_TICKS)
+    axes.set_xticks(values[::step], [value_text(value) for value in values[::step]])
 
 
 def _draw_categories(axes: Axes, lines: Sequence[Line], values: Sequence[Any]) -> None:
@@ -215,7 +218,10 @@ def _draw_categories(axes: Axes, lines: Sequence[Line], values: Sequence[Any]) -
         shift = (at - (len(lines) - 1) / 2) * 0.6 / max(len(lines), 4)
         look = _look(at) | {"linestyle": "none"}
         _draw_line(axes, line, look, partial(_shifted, places, shift))
-    axes.set_xticks(range(len(values)), [printable(value_text(value)) for value in values])
+    texts = [value_text(value) for value in values]
+    short = [text if len(text) <= _TICK else f"{text[: _TICK - 3]}..." for text in texts]
+    rotation = 0 if sum(map(len, short)) <= _LEGEND else 90
+    axes.set_xticks(range(len(values)), short, rotation=rotation)
     axes.set_xlim(-0.5, len(values) - 0.5)
 
 

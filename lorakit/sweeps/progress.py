@@ -11,7 +11,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.live import Live
 from rich.table import Column, Table
 
@@ -19,13 +18,15 @@ from lorakit.errors import decimal, printable
 from lorakit.notes import to_stderr
 from lorakit.sweeps.halving import Halving
 from lorakit.sweeps.results import MemberResult, SweepResult
+from lorakit.terminal.console import stderr_console
 from lorakit.terminal.progress_lines import progress_lines
 from lorakit.training.control import announcing_stops
 from lorakit.training.tracking import Display, format_metrics, time_left
 
 _SECONDS_PER_LINE = 30.0
-#: Lines of the terminal that the table leaves free.
-_MARGIN = 6
+#: Lines of the terminal that are not for members: the table's head and rules, and a caption of up
+#: to three lines; columns that are not for their names. Narrower terminals get plain lines.
+_MARGIN, _NUMBERS_WIDTH, _LEAST_WIDTH = 8, 52, 70
 #: Of these lines of metrics.jsonl, one has a loss, and mostly one an evaluation.
 _LINES_READ = 20
 
@@ -49,8 +50,7 @@ class MemberDisplay(Display):
         self._progress.on_tick()
         if time.monotonic() - self._last >= _SECONDS_PER_LINE and not self._progress.is_live:
             self._last = time.monotonic()
-            left = time_left(self._start, self._first, step, self.total_steps)
-            parts = [f"step {step}/{self.total_steps}", self.loss, self.speed, left]
+            parts = [f"step {step}/{self.total_steps}", self.loss, self.speed, self.left]
             self.say("  ".join(filter(None, parts)))
 
     def log(self, line: dict[str, Any]) -> None:
@@ -71,6 +71,11 @@ class MemberDisplay(Display):
     @property
     def speed(self) -> str:
         return f"{self.numbers['tokens_per_second']:,.0f} tok/s" if self.numbers else ""
+
+    @property
+    def left(self) -> str:
+        """The time that the member's other steps will take."""
+        return time_left(self._start, self._first, self.step, self.total_steps)
 
     def say(self, text: str) -> None:
         self._progress.say(f"{self._name}: {text}")
@@ -108,13 +113,17 @@ class SweepProgress:
         self._report = progress_lines(self.say, _SECONDS_PER_LINE)
         #: Called when a member that this process trains has made progress.
         self.on_tick: Callable[[], None] = lambda: None
-        console = Console(stderr=True)
+        self._ended: list[MemberResult] = []
+        self._console = stderr_console()
         self._live: Live | None = None
         self._contexts = ExitStack()
         self._stopping = ""
-        if console.is_terminal:
+        if self._console.is_terminal and self._console.width >= _LEAST_WIDTH:
             self._live = Live(
-                get_renderable=self._table, console=console, refresh_per_second=2, transient=True
+                get_renderable=self._table,
+                console=self._console,
+                refresh_per_second=2,
+                transient=True,
             )
 
     @property
@@ -148,6 +157,7 @@ class SweepProgress:
 
     def ended(self, member: MemberResult) -> None:
         self._running.pop(member.name, None)
+        self._ended.append(member)
         if not self.is_live or member.status == "failed":
             self.say(f"{member.name}: {_outcome(member)} ({self._place(member)})")
 
@@ -186,21 +196,33 @@ class SweepProgress:
             self._live.console.print(printable(text), markup=False, highlight=False)
 
     def _table(self) -> Table:
-        """Members that run, then those that have ended, the latest first, then pending ones, as far
-        as the terminal has room."""
+        """Members that run, then those that have finished, the latest first, then pending ones, as
+        far as the terminal has room."""
         members = self._result.members
-        ended = [member for member in members if member.status != "pending"]
+        earlier = [m for m in members if m.status != "pending" and m not in self._ended]
         running = [member for member in members if member.name in self._running]
         pending = [m for m in members if m.status == "pending" and m.name not in self._running]
+        numbers = ("step", "loss", self._result.metric, "seconds")
         table = Table(
-            Column("member", overflow="fold"),
-"status", "step", "loss", self._result.metric, "seconds",
-            caption=self._stopping or f"{len(ended)} of {len(members)} members have finished",
+            Column("member", no_wrap=True), Column("status", no_wrap=True),
+            *(Column(printable(name), justify="right", no_wrap=True) for name in numbers),
+            caption=self._stopping or self._state(len(self._ended) + len(earlier)),
         )  # fmt: skip
-        room = max(5, Console(stderr=True).height - _MARGIN)
-        for member in [*running, *reversed(ended), *pending][:room]:
+        room = max(1, self._console.height - _MARGIN)
+        for member in [*running, *reversed(self._ended), *earlier, *pending][:room]:
             table.add_row(*map(printable, self._row(member)))
         return table
+
+    def _state(self, finished: int) -> str:
+        """How far the sweep is, in a line."""
+        parts = [f"{finished} of {len(self._result.members)} members have finished"]
+        displays = [display for display in self._running.values() if display is not None]
+        parts += [
+            text for display in displays[:1] for text in (display.speed, display.left) if text
+        ]
+        if (best := self._result.best) is not None:
+            parts.append(f"best {decimal(best.metrics[self._result.metric])}")
+        return "; ".join(parts)
 
     def _row(self, member: MemberResult) -> list[str]:
         metric, seconds = member.metrics.get(self._result.metric), member.seconds
@@ -214,7 +236,9 @@ class SweepProgress:
                 step, loss = f"{display.step}{total}", display.loss.removeprefix("loss ")
                 metric = display.metrics.get(self._result.metric)
         score = "" if metric is None else decimal(metric)
-        return [member.name, status, step, loss, score, "" if seconds is None else f"{seconds:.1f}"]
+        room = max(_NUMBERS_WIDTH // 3, self._console.width - _NUMBERS_WIDTH)
+        name = member.name if len(member.name) <= room else f"…{member.name[1 - room :]}"
+        return [name, status, step, loss, score, "" if seconds is None else f"{seconds:.1f}"]
 
 
 def _outcome(member: MemberResult) -> str:

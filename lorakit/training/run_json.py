@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ _SPLIT_TYPES = {
 _RUN_TYPES: dict[str, Any] = {
     "exit_reason": str,
     "metrics": {"*": (int, float)},
+    "trainable_parameters": int,
     "steps": int,
     "seconds": (int, float),
     "main_metric": str,
@@ -52,6 +54,11 @@ def read_run(output_dir: Path) -> dict[str, Any]:
     return _typed(read_record(output_dir), _RUN_TYPES)
 
 
+def _is_finite(value: Any) -> bool:
+    """Not of a number that no run writes: NaN, infinity, or an integer beyond float64."""
+    return not isinstance(value, int | float) or abs(value) <= sys.float_info.max
+
+
 def _typed(record: Any, types: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of ``record`` that have the given types, or that are mappings of such entries."""
     if not isinstance(record, dict):
@@ -63,6 +70,6 @@ def _typed(record: Any, types: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(type_, dict):
             if isinstance(record.get(key), dict):
                 found[key] = _typed(record[key], type_)
-        elif isinstance(record.get(key), type_):
+        elif isinstance(record.get(key), type_) and _is_finite(record[key]):
             found[key] = record[key]
     return found

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
-from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 
 from lorakit.errors import UserError, decimal, memory_size, printable
 from lorakit.io.atomic import write_text, writing
 from lorakit.notes import to_stderr
+from lorakit.terminal.console import stderr_console
 from lorakit.terminal.progress_bar import ProgressBar
 from lorakit.terminal.progress_lines import progress_lines
 
@@ -89,7 +89,7 @@ class Display:
 
     def __init__(self, total_steps: int, done: int = 0, quiet: bool = False) -> None:
         self._total, self._start, self._first = total_steps, time.monotonic(), done
-        self._console = Console(stderr=True)
+        self._console = stderr_console()
         self._quiet = quiet
         self._bar: ProgressBar | None = None
         self._step, self._numbers = done, ""

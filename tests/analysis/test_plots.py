@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import lorakit
 from lorakit.adapters.peft.schema import WEIGHTS
-from lorakit.errors import AdapterError
+from lorakit.errors import AdapterError, UserError
 from tests.adapters.directories import write_adapter, write_pair
 
 
@@ -46,11 +46,13 @@ def test_a_file_in_place_of_the_directory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "missing")
     below, too_long = tmp_path / "file" / "below", tmp_path / ("x" * 300 + "file")
-    figure = tmp_path / "file.png"
-    for plot in (tmp_path / "file", below, too_long, tmp_path / "link" / "file", figure):
+    figures = [tmp_path / name for name in ("file.png", "file.PNG", "file.jpg")]
+    for plot in (tmp_path / "file", below, too_long, tmp_path / "link" / "file", *figures):
         with pytest.raises(AdapterError, match=r"^--plot .*file"):
             lorakit.inspect(tmp_path / "adapter", plot=plot)
     assert (tmp_path / "file").read_text() == "mine"
+    with pytest.raises(UserError, match="contains a control character"):
+        lorakit.inspect(tmp_path / "adapter", plot=tmp_path / "a\nb")
 
 
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

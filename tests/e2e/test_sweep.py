@@ -113,7 +113,7 @@ def test_bad_sweeps_write_nothing(
     assert refused(capsys, "sweep.yaml").startswith(
         "error: sweep.yaml, line 1: member r=0: adapter.r = 0: out of range; allowed: an integer > 0"
     )
-    assert "a recipe; allowed: a sweep file" in refused(capsys, "recipe.yaml")
+    assert "is a recipe, not a sweep file" in refused(capsys, "recipe.yaml")
     assert "no such file" in refused(capsys, "nothing.yaml")
     assert tree(in_tmp) == before
 

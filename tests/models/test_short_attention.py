@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ class Watched:
 
 
 @pytest.mark.parametrize("was_enabled", [True, False])
-@pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "opt"])
 def test_rows_up_to_the_limit(family: str, was_enabled: bool) -> None:
     cuda.enable_cudnn_sdp(was_enabled)
     watched, options = Watched(family), {} if family == "bert" else {"use_cache": False}
@@ -48,6 +49,15 @@ def test_rows_up_to_the_limit(family: str, was_enabled: bool) -> None:
 def test_generation_keeps_the_setting() -> None:
     cuda.enable_cudnn_sdp(True)
     assert Watched("llama").enabled(1, use_cache=True)
+
+
+def test_it_may_be_used_twice_and_saved(tmp_path: Path) -> None:
+    watched = Watched("bert")
+    use_short_attention(watched.model)
+    assert not watched.enabled(8)
+    assert cuda.cudnn_sdp_enabled()
+    watched.model.get_input_embeddings()._forward_hooks.clear()  # the test's own
+    torch.save(watched.model, tmp_path / "model.pt")
 
 
 def test_a_pass_that_fails_restores_the_setting() -> None:

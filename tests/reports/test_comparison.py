@@ -82,7 +82,9 @@ def test_names_tell_runs_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_many_runs_have_a_row_each(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / f"run-{i}", method=f"m{i}") for i in range(6)]
-    lines = comparison_text(compare(*runs)).splitlines()
+    table, same = comparison_text(compare(*runs)).split("\n\n")
+    assert same.startswith("the same in all runs: status completed, ")
+    lines = table.splitlines()
     assert len(lines) == 7
     assert lines[0].split()[:2] == ["run", "adapter.method"]
     assert lines[6].split()[:2] == ["run-5", "m5"]
@@ -97,7 +99,7 @@ def test_many_settings_of_many_runs_have_a_line_each(tmp_path: Path) -> None:
         )
         for i in range(6)
     ]
-    table, settings = comparison_text(compare(*runs)).split("\n\n")
+    table, _, settings = comparison_text(compare(*runs)).split("\n\n")
     assert [line.split()[0] for line in table.splitlines()[1:]] == [f"{name}{i}" for i in range(6)]
     assert "package" not in table
     title, *lines = settings.splitlines()
@@ -105,6 +107,17 @@ def test_many_settings_of_many_runs_have_a_line_each(tmp_path: Path) -> None:
     assert re.split(r" {2,}", lines[-1]) == [
         "versions.package_8", "0 (2), 1 (1), 2 (1), 3 (1) and 1 more",
     ]  # fmt: skip
+
+
+def test_metrics_named_like_a_column(tmp_path: Path) -> None:
+    metrics = {"status": 0.25, "run": 0.5, "accuracy": 0.75}
+    runs = [write_run(tmp_path / f"a\nb{i}", record={"metrics": metrics}) for i in range(6)]
+    table, same = comparison_text(compare(*runs)).split("\n\n")
+    assert [line.split()[:2] for line in table.splitlines()] == [
+        ["run"], *(["a", f"b{i}"] for i in range(6))
+    ]  # fmt: skip
+    assert same.startswith("the same in all runs: status completed, status (metric) 0.2500, ")
+    assert "run (metric) 0.5000" in same
 
 
 def test_what_cannot_be_read_is_left_out(tmp_path: Path) -> None:

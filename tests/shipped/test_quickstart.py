@@ -65,8 +65,8 @@ def test_summary_shows_answers_accuracies_and_a_lesson(run_dir: Path) -> None:
     assert "the same query 0.0% 70.5%" in text
     assert "the right result 1.5% 74.0%" in text
     assert (
-        "Learned to write SQL: 1,000 examples, 2 min 05 s and 0.34% of the parameters raised right "
-        "results from 1.5% to 74.0%"
+        "Training 0.34% of the parameters on 1,000 examples for 2 min 05 s raised the execution "
+        "accuracy from 1.5% to 74.0%"
     ) in text
 
 

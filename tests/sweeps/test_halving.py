@@ -211,7 +211,19 @@ def test_a_lost_record_is_an_error(in_tmp: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ['{"a"', "[]", '{"r=1": {"rank": 1}}', '{"r=1": {"steps": ["x"]}}']
+    "text",
+    [
+        '{"a"',
+        "[]",
+        '{"r=1": {"rank": 1}}',
+        '{"r=1": {"steps": ["x"]}}',
+        '{"r=1": {"passed": -5}}',
+        '{"r=1": {"passed": 1}}',
+        '{"r=1": {"passed": 1e400}}',
+        '{"r=1": {"steps": [1], "evaluations": [{"loss": NaN}]}}',
+        '{"r=1": {"steps": [1], "evaluations": [{"loss": true}]}}',
+        '{"r=1": {"steps": [1], "evaluations": [[1]]}}',
+    ],
 )
 def test_a_corrupt_record_is_an_error(text: str, in_tmp: Path) -> None:
     Path("out").mkdir()

@@ -109,6 +109,20 @@ def test_a_users_file_that_fails(still_bert: Path, in_tmp: Path) -> None:
     assert not (in_tmp / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "metrics", [{"loss": "x"}, [1], {"loss": float("nan")}, {"loss": 10**400}], ids=str
+)
+def test_a_damaged_record_of_a_member(still_bert: Path, in_tmp: Path, metrics: object) -> None:
+    file = write_sweep(in_tmp, still_bert, "glue/sst2", grid={"adapter.r": [1]})
+    lorakit.sweep(file)
+    record = in_tmp / "out" / "members" / "r=1" / "run.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"metrics": metrics}))
+    before = tree(in_tmp / "out")
+    with pytest.raises(UserError, match=r"r=1/run\.json: metrics = .*allowed: finite numbers"):
+        lorakit.sweep(file, resume=True)
+    assert tree(in_tmp / "out") == before
+
+
 @pytest.mark.parametrize("bad", [["bad.jsonl"], ["bad.jsonl", "good.jsonl"]])
 def test_data_that_no_member_can_read(still_bert: Path, in_tmp: Path, bad: list[str]) -> None:
     """It fails before the start; if one member has other data, only its own run fails."""

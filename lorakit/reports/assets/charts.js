@@ -18,24 +18,29 @@ const make = (name, attributes = {}, ...children) =>
 const draw = (name, attributes = {}, ...children) =>
   fill(document.createElementNS(NAMESPACE, name), attributes, children);
 
-function formatted(value) {
+function formatted(value, digits = 4) {
   const size = Math.abs(value);
   if (Number.isInteger(value) && size < 1e9) return value.toLocaleString("en-US");
-  const rounded = Number(value.toPrecision(4));
+  const rounded = Number(value.toPrecision(digits));
   return size >= 1e5 || (size > 0 && size < 1e-3) ? rounded.toExponential() : String(rounded);
 }
 
-// All in one notation: exponents if one of them needs one.
+// All in one notation, exponents if one of them needs one,
+// and with as many digits as tell them apart.
 function tickTexts(ticks) {
   const isSmall = ticks.some((tick) => tick !== 0 && Math.abs(tick) < 1e-3);
-  return ticks.map((tick) => (isSmall && tick !== 0 ? tick.toExponential() : tickText(tick)));
+  for (let digits = 4; ; digits += 1) {
+    const texts = ticks.map((tick) =>
+      isSmall && tick !== 0 ? Number(tick.toPrecision(digits)).toExponential() : tickText(tick, digits));
+    if (digits >= 15 || new Set(texts).size === ticks.length) return texts;
+  }
 }
 
-function tickText(value) {
+function tickText(value, digits) {
   const size = Math.abs(value);
-  if (size >= 1e4 && size < 1e6) return `${Number((value / 1e3).toPrecision(4))}k`;
-  if (size >= 1e6 && size < 1e9) return `${Number((value / 1e6).toPrecision(4))}M`;
-  return formatted(value);
+  if (size >= 1e4 && size < 1e6) return `${Number((value / 1e3).toPrecision(digits))}k`;
+  if (size >= 1e6 && size < 1e9) return `${Number((value / 1e6).toPrecision(digits))}M`;
+  return formatted(value, digits);
 }
 
 // An exponential moving average, as if it had started long before the first value.
@@ -61,10 +66,11 @@ function linearTicks(low, high, count) {
 
 function logTicks(low, high) {
   const ticks = [];
-  for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power += 1) {
+  const first = Math.floor(Math.log10(low) + 1e-9), last = Math.log10(high) + 1e-9;
+  for (let power = first; power <= last; power += Math.ceil((last - first) / 10) || 1) {
     for (const factor of high / low > 1000 ? [1] : [1, 2, 5]) {
-      const tick = factor * 10 ** power;
-      if (tick >= low && tick <= high) ticks.push(tick);
+      const tick = Number(`${factor}e${power}`);
+      if (tick >= low * (1 - 1e-9) && tick <= high * (1 + 1e-9)) ticks.push(tick);
     }
   }
   return ticks.length > 1 ? ticks : linearTicks(low, high, 4);
@@ -102,7 +108,7 @@ const pathOf = (x, y, toX, toY) =>
 function axes(chart, plot, toX, toY, xTicks, yTicks) {
   const { left, right, top, bottom } = plot;
   const middle = (top + bottom) / 2;
-  const [xTexts, yTexts] = [xTicks.map(tickText), tickTexts(yTicks)];
+  const [xTexts, yTexts] = [tickTexts(xTicks), tickTexts(yTicks)];
   return [
     ...yTicks.map((tick) => draw("line", { class: "grid", x1: left, x2: right, y1: toY(tick), y2: toY(tick) })),
     ...yTicks.map((tick, at) => draw("text", { x: left - 6, y: toY(tick) + 4, "text-anchor": "end" }, yTexts[at])),
