@@ -150,7 +150,8 @@ def _norms(report: InspectReport) -> Figure:
         for at, role in enumerate(roles):
             color, marker = color_and_marker(at)
             axes.plot(range(len(columns)), table[at], color=color, marker=marker, label=role)
-        axes.set(title=title, ylabel=label, ylim=(0, None))
+        largest = np.nanmax(table, initial=0)
+        axes.set(title=title, ylabel=label, ylim=(0, 1.08 * largest if largest else None))
         _label_layers(axes, columns)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
