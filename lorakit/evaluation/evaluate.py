@@ -103,6 +103,7 @@ def evaluate_model(
     should_stop: ShouldStop | None = None,
     in_step: bool = False,
     scorer: Scorer | None = None,
+    loss: float | None = None,
 ) -> Evaluation:
     """Measure the model on ``data``.
 
@@ -113,10 +114,11 @@ def evaluate_model(
     ``label_losses`` over the rows or words, and the task's scores.
 
     ``parts`` is ``split_model(model)``, if the caller already has it. ``scorer`` replaces the
-    model's passes, but not its generation. ``on_progress`` receives the
-    phase, the rows done and the total. With ``in_step``, for a model whose passes need all
-    processes, each one runs as many passes, and generates all texts. The state of random generators
-    is not changed, and the model's training mode is restored.
+    model's passes, but not its generation. ``loss`` is that of a causal model, if these weights
+    have been measured before. ``on_progress`` receives the phase, the rows done and the total. With
+    ``in_step``, for a model whose passes need all processes, each one runs as many passes, and
+    generates all texts. The state of random generators is not changed, and the model's training
+    mode is restored.
 
     Raises EvaluationError for a metric that is not finite, and EvaluationStopped if
     ``should_stop`` returns true.
@@ -132,11 +134,11 @@ def evaluate_model(
         if data.task.kind == "encoder":
             result = measure.classify()
         else:
-            result = measure.language_model(generate)
+            result = measure.language_model(generate, loss is None)
     shares = [share for share in gather(result) if share is not None]
     if len(shares) < rank_and_world_size()[1]:
         raise EvaluationStopped
-    return _combined(shares, data)
+    return _combined(shares, data, loss)
 
 
 @dataclass(frozen=True)
@@ -162,10 +164,10 @@ class _Measure:
     in_step: bool
     scorer: Scorer
 
-    def language_model(self, generate: bool) -> _Share:
+    def language_model(self, generate: bool, measures_loss: bool) -> _Share:
         share = shard(len(self.data.encoded))  # a chat may be several of these rows
         with host_masks(self.model.device):
-            loss = self._token_loss(share)
+            loss = self._token_loss(share) if measures_loss else 0.0
         texts = []
         if generate and self.data.prompts is not None:
             texts = self._share_of_texts(self.data.prompts)
@@ -299,13 +301,13 @@ def _total(sums: list[Tensor]) -> float:
     return float(torch.stack(sums).cpu().double().sum()) if sums else 0.0
 
 
-def _combined(shares: list[_Share], data: EvalData) -> Evaluation:
+def _combined(shares: list[_Share], data: EvalData, known_loss: float | None) -> Evaluation:
     """Combine the processes' shares. Raises EvaluationError for a metric that is not finite."""
     encoded = data.encoded
     assert sum(share.rows for share in shares) == len(encoded), "each row is measured once"
     encoder = data.task.kind == "encoder"
-    loss = sum(share.loss for share in shares)
-    loss /= encoded.loss_counts.sum().item()
+    loss = sum(share.loss for share in shares) / encoded.loss_counts.sum().item()
+    loss = loss if known_loss is None else known_loss
     metrics = {"loss": loss}
     if not encoder:
         metrics["perplexity"] = math.exp(loss) if loss < 700 else math.inf

@@ -145,8 +145,9 @@ class Evaluator:
         task, config = self.prepared.task, self.prepared.recipe.task
         return task.generates(config, final=True) != task.generates(config, final=False)
 
-    def __call__(self, final: bool = False) -> Evaluation:
-        """Raises EvaluationStopped if a signal arrives meanwhile."""
+    def __call__(self, final: bool = False, loss: float | None = None) -> Evaluation:
+        """``loss`` as in ``evaluate_model``. Raises EvaluationStopped if a signal arrives
+        meanwhile."""
         data, recipe, task = self.prepared.evaluation, self.prepared.recipe, self.prepared.task
         assert data is not None
         return evaluate_model(
@@ -161,6 +162,7 @@ class Evaluator:
             should_stop=lambda: stop_signal.own != 0,
             in_step=self.in_step,
             scorer=self.scorer(),
+            loss=loss,
         )
 
 

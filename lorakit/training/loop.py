@@ -159,12 +159,14 @@ class Loop:
 
     def finish(self) -> dict[str, float]:
         """Load the best weights and return their metrics; raises Interrupted after a signal."""
+        loss = None
         if self.best.weights is not None:
             self.engine.load_weights(self.best.weights)
+            loss = self.progress.best_metrics["loss"]
         if self.evaluate is None or not self.evaluate.measures_more_at_the_end:
             return self.progress.best_metrics
         try:
-            found = self.evaluate(final=True)
+            found = self.evaluate(final=True, loss=loss)
         except EvaluationStopped as error:
             raise Interrupted(
                 "interrupted in the final evaluation", self.stop.signal_number

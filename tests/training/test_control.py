@@ -2,11 +2,16 @@ from __future__ import annotations
 
 import signal
 import threading
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
+import lorakit
 from lorakit.errors import Interrupted
 from lorakit.training.control import announcing_stops, stop_request
+from lorakit.training.tracking import Display
+from tests.training.runs import recipe_for
 
 
 def test_an_ignored_signal_stays_ignored() -> None:
@@ -72,3 +77,23 @@ def test_a_display_announces_the_stop(capfd: pytest.CaptureFixture[str]) -> None
     with stop_request():
         signal.raise_signal(signal.SIGTERM)
     assert capfd.readouterr().err == f"{shown[0]}\n"
+
+
+class Phases(Display):
+    """Notes what is measured, once for each evaluation."""
+
+    seen: ClassVar[list[str]] = []
+
+    def evaluating(self, what: str, done: int, total: int) -> None:
+        if done == total:
+            self.seen.append(what)
+
+
+def test_the_final_evaluation_measures_only_what_is_new(tiny_llama: Path, tmp_path: Path) -> None:
+    """The weights are those of the best evaluation, whose loss is known."""
+    recipe = recipe_for(tmp_path, tiny_llama, "completion", task__eval_generate="end")
+    Phases.seen.clear()
+    run = lorakit.train(recipe, display=Phases)
+    assert Phases.seen == ["loss", "loss", "generated"]
+    measured = lorakit.evaluate(recipe, adapter=run.adapter_dir)
+    assert run.metrics == pytest.approx(measured)
