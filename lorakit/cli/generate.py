@@ -157,9 +157,7 @@ def generate(
     elif input_file is not None:
         _answer(*loaded, input_file, output, decoding, system)
     elif prompt is not None:
-        answer = _stream(*loaded, prompt, decoding, is_chat=bool(trained))
-        if not answer.strip() and adapter is None and loaded[1].chat_template:
-            say("hint: the model has a chat template; with --chat, the prompt becomes a message")
+        _stream(*loaded, prompt, decoding, is_chat=bool(trained), is_base=adapter is None)
 
 
 def _check_input(
@@ -229,16 +227,19 @@ def _stream(
     prompt: str,
     decoding: Decoding,
     is_chat: bool,
-) -> str:
-    """Continue the prompt, and return the answer; ``is_chat`` says that the adapter was trained on
-    chats."""
+    is_base: bool,
+) -> None:
+    """Continue the prompt; ``is_chat`` says that the adapter was trained on chats, ``is_base`` that
+    there is none."""
     from lorakit.api import text_request
 
     if is_chat:
         say("the adapter was trained on chats: with --chat, the prompt becomes a message")
     request = text_request(prompt, tokenizer)
     say_limits(model, tokenizer, [request.input_ids], decoding)
-    return stream_answer(model, tokenizer, request.input_ids, decoding)
+    answer = stream_answer(model, tokenizer, request.input_ids, decoding)
+    if is_base and not answer.strip() and tokenizer.chat_template:
+        say("hint: the model has a chat template; with --chat, the prompt becomes a message")
 
 
 def _answer(

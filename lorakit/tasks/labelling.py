@@ -193,12 +193,10 @@ def names_in(value: Any, several: bool) -> list[str] | None:
 def _names_allowed(value: Any, several: bool) -> str:
     if several:
         return "a list of names or whole numbers, empty for a row without labels"
-    if value is None or (isinstance(value, str) and not value.strip()):
+    if value is None or not str(value).strip():
         return "a name or a whole number"
     hint = "for other numbers, set task.regression: true, or list them as names in task.labels"
-    if listed_values(value) is not None:
-        hint = _SEVERAL_HINT
-    return f"a name or a whole number; {hint}"
+    return f"a name or a whole number; {hint if listed_values(value) is None else _SEVERAL_HINT}"
 
 
 def listed_values(value: Any) -> list[Any] | None:

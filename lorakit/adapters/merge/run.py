@@ -100,8 +100,7 @@ def merge(
     ``dtype`` of the output is by default that of each tensor in the base. ``out`` must not exist,
     unless ``overwrite``. ``say`` receives notes, ``on_progress`` the bytes written and the total.
     ``add`` are further adapters with their weights: W + ``weight`` * delta + sum of w_i * delta_i.
-    Fully trained modules of ``adapter``, such as a head, replace those of the base; the added
-    adapters must not have others.
+    Fully trained modules of ``adapter`` replace the base's; the added adapters have no others.
 
     ``method`` says how LoRA adapters are combined, as PEFT's ``combination_type``: ``linear``,
     ``svd`` (of rank ``svd_rank``), ``ties``, ``dare_linear``, ``dare_ties`` (``seed``) and
