@@ -270,10 +270,13 @@ def _measure(
     from lorakit.api import evaluate_split, is_main
 
     with phases() as report, option_named("--adapter", adapter):
-        return evaluate_split(
+        found = evaluate_split(
             recipe, adapter, base=base, split=split, limit=limit,
             on_progress=report if is_main() else None, say=_say(),
         )  # fmt: skip
+    measured = adapter or f"{recipe.train.output_dir}/adapter"
+    _say()(f"evaluated {'the base model' if base else measured}")
+    return found
 
 
 def _check_predicts(recipe: Recipe) -> None:

@@ -88,8 +88,8 @@ def find_columns(
     split: Split, text: str | None, pair: str | None, trained: Sequence[str]
 ) -> tuple[str, ...]:
     """Return the columns of the texts: ``text`` and ``pair`` if they are named; else those that the
-    model was ``trained`` on (empty if unknown), or the only ones with a common name, or the only
-    column besides label and index.
+    model was ``trained`` on (empty if unknown), or the only ones with a common name, or, if they
+    are unknown, the only column besides label and index.
 
     Raises DataError if a named column is missing, and if the columns leave a choice.
     """
@@ -112,7 +112,7 @@ def find_columns(
     if len(largest) == 1:
         return largest[0]
     others = [name for name in split.columns if name not in _NOT_TEXT]
-    if not largest and len(others) == 1 and count != 2:
+    if not largest and len(others) == 1 and not count:
         return (others[0],)
     raise DataError(
         f"{split.source}: cannot tell which column is the text"
