@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import logging
 import os
@@ -235,10 +236,19 @@ def _log_traceback(error: Exception) -> str:
 def main() -> None:
     """Run the command line of the process, and exit."""
     code = run()
-    if code in (_INTERRUPTED, _TERMINATED):
-        # At the regular exit, libraries whose import was interrupted crash.
-        with suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
+    is_interrupted = code in (_INTERRUPTED, _TERMINATED)
+    if not is_interrupted and not _shares_work():
+        sys.exit(code)
+    # At the regular exit, libraries crash whose import was interrupted, and sometimes those whose
+    # threads have exchanged tensors with other processes.
+    if not is_interrupted:
+        atexit._run_exitfuncs()
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def _shares_work() -> bool:
+    """Whether this is one of several processes, and has worked with them."""
+    return "torch.distributed" in sys.modules and os.environ.get("WORLD_SIZE", "1") != "1"

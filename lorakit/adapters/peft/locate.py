@@ -31,7 +31,7 @@ def adapter_directory(given: str | Path) -> Path:
     if is_adapter:
         return path
     if is_directory:
-        raise AdapterError(f"{path}: {_instead(path)}: {CONFIG} is missing")
+        raise AdapterError(f"{path}: {CONFIG} is missing: {_instead(path)}")
     if exists:
         what = other_content(path) or "a file"
         raise AdapterError(f"{path}: {what}; allowed: an adapter directory, with {CONFIG}")
