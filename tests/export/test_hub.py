@@ -249,7 +249,9 @@ def test_the_hub_is_not_there(
 def test_what_is_neither(hub: Hub, pair: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "run" / "adapter").mkdir(parents=True)
     (tmp_path / "run" / "adapter" / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"not an adapter; did you mean .*run/adapter\?$"):
+    with pytest.raises(
+        UserError, match=r"not an adapter: .* is missing; did you mean .*run/adapter\?$"
+    ):
         push_to_hub(tmp_path / "run", "me/sql", say=quiet)
     with pytest.raises(UserError, match="incomplete adapter: adapter_model"):
         push_to_hub(tmp_path / "run" / "adapter", "me/sql", say=quiet)

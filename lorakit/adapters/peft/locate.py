@@ -31,7 +31,7 @@ def adapter_directory(given: str | Path) -> Path:
     if is_adapter:
         return path
     if is_directory:
-        raise AdapterError(f"{path}: {CONFIG} is missing: {_instead(path)}")
+        raise AdapterError(f"{path}: {_instead(path)}")
     if exists:
         what = other_content(path) or "a file"
         raise AdapterError(f"{path}: {what}; allowed: an adapter directory, with {CONFIG}")
@@ -83,11 +83,11 @@ def _downloaded(given: str, repo: str, revision: str | None, subfolder: str) -> 
 
 def _instead(path: Path) -> str:
     """Describe a directory that is not an adapter."""
-    inside = sorted(file.parent for file in path.glob(f"*/{CONFIG}"))
-    if inside:
+    missing = f"{CONFIG} is missing"
+    if inside := sorted(file.parent for file in path.glob(f"*/{CONFIG}")):
         names = " or ".join(map(str, inside[:5])) + (" ..." if len(inside) > 5 else "")
-        return f"not an adapter; did you mean {names}?"
+        return f"not an adapter: {missing}; did you mean {names}?"
     if (path / "config.json").is_file():
-        return "a model, not an adapter"
+        return f"a model, not an adapter: {missing}"
     what = other_content(path)
-    return f"not an adapter ({what})" if what else "not an adapter"
+    return f"not an adapter{f' ({what})' if what else ''}: {missing}"
