@@ -103,10 +103,9 @@ def axis_lines(result: SweepResult, key: str, axes: Sequence[str]) -> list[Line]
         names = ", ".join(short[axis] for axis in others)
         for (beside, _), points in found.items():
             label = f"mean and standard deviation over {names}"
-            for kind, own_points in zip(
-                merged.setdefault((beside, label), ([], [])), points, strict=True
-            ):
-                kind.extend(own_points)
+            completed, stopped = merged.setdefault((beside, label), ([], []))
+            completed.extend(points[False])
+            stopped.extend(points[True])
         found = merged
     return [_line(", ".join(filter(None, labels)), *points) for labels, points in found.items()]
 

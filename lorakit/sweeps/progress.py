@@ -225,7 +225,8 @@ class SweepProgress:
         return "; ".join(parts)
 
     def _row(self, member: MemberResult) -> list[str]:
-        metric, seconds = member.metrics.get(self._result.metric), member.seconds
+        metrics, seconds = member.stopped_metrics or member.metrics, member.seconds
+        metric = metrics.get(self._result.metric)
         status, step, loss = str(member.status), "", ""
         if member.name in self._running:
             status, display = "running", self._running[member.name]
@@ -236,7 +237,7 @@ class SweepProgress:
                 step, loss = f"{display.step}{total}", display.loss.removeprefix("loss ")
                 metric = display.metrics.get(self._result.metric)
         score = "" if metric is None else decimal(metric)
-        room = max(_NUMBERS_WIDTH // 3, self._console.width - _NUMBERS_WIDTH)
+        room = max(1, self._console.width - _NUMBERS_WIDTH)
         name = member.name if len(member.name) <= room else f"…{member.name[1 - room :]}"
         return [name, status, step, loss, score, "" if seconds is None else f"{seconds:.1f}"]
 
