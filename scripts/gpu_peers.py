@@ -32,10 +32,11 @@ def peer_rows(case: Case, work: Path) -> tuple[list[dict[str, Any]], Any]:
                 ids = tokenizer(row["text"])["input_ids"][: case.length]
                 rows.append({"input_ids": ids, "labels": ids})
             else:
-                prompt = tokenizer(row["prompt"])["input_ids"]
-                answer = [*tokenizer(row["completion"])["input_ids"], tokenizer.eos_token_id]
-                labels = [-100] * len(prompt) + answer
-                rows.append({"input_ids": prompt + answer, "labels": labels})
+                # As lorakit does: no special tokens between the two.
+                prompt = tokenizer(row["prompt"])["input_ids"][:-1]
+                ids = tokenizer(row["prompt"] + row["completion"])["input_ids"]
+                labels = [-100] * len(prompt) + ids[len(prompt) :]
+                rows.append({"input_ids": ids, "labels": labels})
     return rows, tokenizer
 
 
