@@ -68,6 +68,7 @@ CASES = {
     "8b-packed": Case(
         "llama8b", "wikisql", 4, tuple(ATTENTION), 2048, recipe={"task.packing": True}
     ),
+    "8b-wikisql": Case("llama8b", "wikisql", 8, tuple(ATTENTION), steps=200),
     "8b-all-nf4": Case(
         "llama8b", "dense", 4, ("all-linear",), 2048, recipe={"model.base_precision": "nf4"}
     ),

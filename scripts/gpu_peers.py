@@ -160,10 +160,13 @@ def unsloth(case: Case, work: Path, four_bit: bool = False) -> dict[str, Any]:
 
 
 def timed_loop(case: Case, work: Path, model: Any) -> dict[str, Any]:
-    """Take ``case.steps`` steps on dense rows and time those after the first quarter."""
+    """Take ``case.steps`` steps and time those after the first quarter. Batches of rows of several
+    lengths are padded to the longest."""
     import torch
+    from transformers import DataCollatorForSeq2Seq
 
-    rows, _ = peer_rows(case, work)
+    rows, tokenizer = peer_rows(case, work)
+    pad = DataCollatorForSeq2Seq(tokenizer)
     model.train()
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True
@@ -175,9 +178,13 @@ def timed_loop(case: Case, work: Path, model: Any) -> dict[str, Any]:
             torch.cuda.synchronize()
             began = time.perf_counter()
         part = rows[step * case.batch : (step + 1) * case.batch]
-        ids = torch.tensor([row["input_ids"] for row in part], device="cuda")
+        if case.rows == "dense":
+            ids = torch.tensor([row["input_ids"] for row in part], device="cuda")
+            batch = {"input_ids": ids, "labels": ids}
+        else:
+            batch = pad(part).to("cuda", non_blocking=True)
         with torch.autocast("cuda", torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids).loss
+            loss = model(**batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

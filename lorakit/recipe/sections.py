@@ -239,7 +239,7 @@ class TrainSection(Section):
     the host (offload, GPU only)."""
     compile: Literal["auto"] | bool = "auto"
     """Run each layer through torch.compile (true), or eagerly (false). auto chooses on a GPU what
-    is faster: CUDA graphs for small models, compiled layers for large ones in long runs."""
+    is faster: CUDA graphs for small batches, compiled layers for large ones in long runs."""
     kernels: Literal["auto", "torch"] = "auto"
     """torch: the operators of PyTorch only. auto: also lorakit's own."""
     deterministic: bool = False

@@ -18,7 +18,8 @@ Mode = Literal["eager", "cuda_graphs", "compiled_layers", "joint"]
 
 #: Below this many operations per pass, kernels take far less time than their launches from Python.
 _LAUNCH_BOUND_FLOPS = 1e13
-#: Up to this number, a graph is still faster than eager passes, though less than compiled layers.
+#: Up to this number, a graph is still faster than eager passes, and than compiled layers that are
+#: not replayed.
 _GRAPHS_PAY_FLOPS = 4e13
 #: Operations of a run that repay the time for compiling: about 100 s on an H100.
 _COMPILE_PAYS_FLOPS = 4e16
@@ -42,25 +43,30 @@ def choose_execution(
     of a model that ``is_sharded``. With ``auto``, a deterministic run is not compiled: the code
     depends on the first batches, which are others when a run is resumed."""
     section = prepared.recipe.train
-    if section.compile is True:
-        note = "each layer is compiled (train.compile: true)"
-        return Execution("compiled_layers", note, _can_replay(prepared, device, is_sharded))
-    if section.compile is False or device.type != "cuda" or _routes_tokens(prepared.model):
-        return Execution("eager")
+    on_gpu = device.type == "cuda" and not _routes_tokens(prepared.model)
     flops = 4.0 * _matrix_parameters(prepared.model) * _tokens_per_batch(prepared)
+    eager = not on_gpu or is_sharded or flops >= _GRAPHS_PAY_FLOPS
+    otherwise = Execution("eager") if eager else _cuda_graphs(prepared)
+    replays = _can_replay(prepared, device, is_sharded)
+    # Launched from Python, compiled layers of a small batch are slower than a graph of eager ones.
+    compiled_is_faster = replays or otherwise.mode == "eager"
+    if section.compile is True:
+        faster = "" if compiled_is_faster else "; auto would be faster for batches this small"
+        note = f"each layer is compiled (train.compile: true){faster}"
+        return Execution("compiled_layers", note, replays)
+    if section.compile is False or not on_gpu:
+        return Execution("eager")
     run_flops = flops * section.gradient_accumulation_steps * total_steps
     half = prepared.model.dtype in (torch.bfloat16, torch.float16)
-    compiles = half and not section.deterministic
-    if flops >= _LAUNCH_BOUND_FLOPS and run_flops >= _COMPILE_PAYS_FLOPS and compiles:
+    large = flops >= _LAUNCH_BOUND_FLOPS and run_flops >= _COMPILE_PAYS_FLOPS
+    if large and half and not section.deterministic and compiled_is_faster:
         return Execution(
             "compiled_layers",
             "each layer is compiled, which takes up to a minute and pays for a run of this size "
             "(train.compile: false disables this)",
-            _can_replay(prepared, device, is_sharded),
+            replays,
         )
-    if flops >= _GRAPHS_PAY_FLOPS or is_sharded:
-        return Execution("eager")
-    return _cuda_graphs(prepared)
+    return otherwise
 
 
 def replays_joint_passes(prepared: Prepared, device: torch.device, members: int) -> bool:
@@ -81,7 +87,7 @@ def _cuda_graphs(prepared: Prepared) -> Execution:
         return Execution("eager")  # which batches are replayed would depend on the first one's rows
     return Execution(
         "cuda_graphs",
-        "passes are replayed as CUDA graphs, since the model is small "
+        "passes are replayed as CUDA graphs, since batches are small "
         "(train.compile: false disables this)",
     )
 

@@ -17,7 +17,7 @@ from tests.families import tiny
 from tests.hybrids import hybrid
 from tests.training.runs import recipe_for, write_rows
 
-GPU = torch.device("cuda")
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
 
 BY_TOKENS = {"train__per_device_batch_size": None, "train__max_tokens_per_batch": 128}
@@ -47,7 +47,7 @@ def test_a_small_model_on_a_gpu(
 
 
 def test_the_cpu_runs_eagerly(tiny_llama: Path, tmp_path: Path) -> None:
-    chosen = choose_execution(prepared(tiny_llama, tmp_path), torch.device("cpu"), 100)
+    chosen = choose_execution(prepared(tiny_llama, tmp_path), CPU, 100)
     assert chosen.mode == "eager"
     assert chosen.note is None
 
@@ -58,24 +58,34 @@ def test_experts_run_eagerly(tiny_llama: Path, tmp_path: Path) -> None:
     assert choose_execution(run, GPU, 100).mode == "eager"
 
 
+ONE_LENGTH, SEVERAL = [6], [5, 6]
+
+
+def write_lengths(folder: Path, lengths: list[int]) -> None:
+    rows = [{"prompt": "red", "completion": " blue" * count} for count in lengths * 8]
+    write_rows(folder / "data" / "train.jsonl", rows)
+
+
 @pytest.mark.parametrize(
-    ("rows", "total_steps", "deterministic", "mode"),
+    ("rows", "lengths", "total_steps", "changes", "mode"),
     [
-        (256, 10, False, "cuda_graphs"),
-        (256, 100_000, False, "compiled_layers"),
-        (256, 100_000, True, "cuda_graphs"),
-        (4096, 10, False, "eager"),
-        (4096, 100_000, False, "compiled_layers"),
-        (4096, 100_000, True, "eager"),
+        (256, ONE_LENGTH, 10, {}, "cuda_graphs"),
+        (256, ONE_LENGTH, 100_000, {}, "compiled_layers"),
+        (256, ONE_LENGTH, 100_000, {"train__deterministic": True}, "cuda_graphs"),
+        (256, SEVERAL, 100_000, {}, "cuda_graphs"),
+        (256, SEVERAL, 100_000, {"train__gradient_checkpointing": True}, "compiled_layers"),
+        (4096, SEVERAL, 10, {}, "eager"),
+        (4096, SEVERAL, 100_000, {}, "compiled_layers"),
+        (4096, SEVERAL, 100_000, {"train__deterministic": True}, "eager"),
     ],
 )
 def test_compiling_a_large_model_must_pay(
-    tiny_llama: Path, tmp_path: Path, rows: int, total_steps: int, deterministic: bool, mode: str
-) -> None:
-    run = prepared(
-        tiny_llama, tmp_path, model__dtype="bfloat16", train__per_device_batch_size=rows,
-        train__deterministic=deterministic,
-    )  # fmt: skip
+    rows: int, lengths: list[int], total_steps: int, changes: dict[str, Any], mode: str,
+    tiny_llama: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    write_lengths(tmp_path, lengths)
+    changes = {"model__dtype": "bfloat16", "train__per_device_batch_size": rows} | changes
+    run = prepared(tiny_llama, tmp_path, **changes)
     with torch.device("meta"):
         model = tiny("llama", hidden_size=4096, intermediate_size=14336).to(torch.bfloat16)
     run = replace(run, model=model)
@@ -83,25 +93,38 @@ def test_compiling_a_large_model_must_pay(
 
 
 @pytest.mark.parametrize(
+    ("lengths", "device", "hint"),
+    [(ONE_LENGTH, GPU, False), (SEVERAL, GPU, True), (SEVERAL, CPU, False)],
+)
+def test_compiled_layers_that_are_slower_are_not_recommended(
+    tiny_llama: Path, tmp_path: Path, lengths: list[int], device: torch.device, hint: bool
+) -> None:
+    write_lengths(tmp_path, lengths)
+    run = prepared(tiny_llama, tmp_path, train__compile=True)
+    chosen = choose_execution(run, device, 100)
+    assert chosen.mode == "compiled_layers"
+    assert ("auto would be faster" in (chosen.note or "")) == hint
+
+
+@pytest.mark.parametrize(
     ("lengths", "changes", "replays"),
     [
-        ([6], {}, True),
-        ([6], {"task__packing": True}, False),
-        ([6], {"train__gradient_checkpointing": True}, False),
-        ([6], BY_TOKENS, False),
-        ([6], {"train__compile": False}, False),
-        ([6], {"model__base_precision": "nf4"}, False),
-        ([5, 6], {}, False),
+        (ONE_LENGTH, {}, True),
+        (ONE_LENGTH, {"task__packing": True}, False),
+        (ONE_LENGTH, {"train__gradient_checkpointing": True}, False),
+        (ONE_LENGTH, BY_TOKENS, False),
+        (ONE_LENGTH, {"train__compile": False}, False),
+        (ONE_LENGTH, {"model__base_precision": "nf4"}, False),
+        (SEVERAL, {}, False),
     ],
 )
 def test_passes_of_compiled_layers_are_replayed_if_all_batches_have_one_shape(
     tiny_llama: Path, tmp_path: Path, lengths: list[int], changes: dict[str, Any], replays: bool
 ) -> None:
-    rows = [{"prompt": "red", "completion": " blue" * count} for count in lengths * 8]
-    write_rows(tmp_path / "data" / "train.jsonl", rows)
+    write_lengths(tmp_path, lengths)
     run = prepared(tiny_llama, tmp_path, **({"train__compile": True} | changes))
     assert choose_execution(run, GPU, 100).replays == replays
-    assert not choose_execution(run, torch.device("cpu"), 100).replays
+    assert not choose_execution(run, CPU, 100).replays
     assert not choose_execution(run, GPU, 100, is_sharded=True).replays
 
 
