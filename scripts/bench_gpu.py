@@ -115,7 +115,7 @@ def recipe_arguments(case: Case, work: Path, compile_layers: str) -> tuple[Path,
     """Write the case's recipe; return the run's directory and arguments of ``lorakit train``."""
     import yaml
 
-    task = {"dense": "text", "short": "classification", "wikisql": "completion"}[case.rows]
+    task = {"dense": "text", "short": "classification"}.get(case.rows, "completion")
     recipe: dict[str, Any] = {
         "model": {"name_or_path": str(work / case.shape), "dtype": "bfloat16"},
         "adapter": {"r": case.r, "lora_alpha": 2 * case.r, "target_modules": list(case.targets)},

@@ -30,13 +30,18 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"num_attention_heads": 16, "intermediate_size": 4096, "vocab_size": 50265}
     | {"max_position_embeddings": 514, "type_vocab_size": 1},
 }
-#: Prompt and completion tokens of a WikiSQL row (mean, standard deviation), and their least.
-WIKISQL = ((52.5, 17.0, 28), (20.0, 6.0, 5))
+#: Tokens of the prompts and completions of rows: mean, standard deviation, and the least.
+#: ``answers`` are as long as those of instruction data.
+LENGTHS = {
+    "wikisql": ((52.5, 17.0, 28), (20.0, 6.0, 5)),
+    "answers": ((120.0, 60.0, 20), (180.0, 90.0, 20)),
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """``rows``: dense (each of ``length`` tokens), short (a sentence with a label) or wikisql."""
+    """``rows``: dense (each of ``length`` tokens), short (a sentence with a label), or those of
+    ``LENGTHS``."""
 
     shape: str
     rows: str
@@ -69,6 +74,7 @@ CASES = {
         "llama8b", "wikisql", 4, tuple(ATTENTION), 2048, recipe={"task.packing": True}
     ),
     "8b-wikisql": Case("llama8b", "wikisql", 8, tuple(ATTENTION), steps=200),
+    "8b-answers": Case("llama8b", "answers", 8, tuple(ATTENTION), 1024, steps=100),
     "8b-all-nf4": Case(
         "llama8b", "dense", 4, ("all-linear",), 2048, recipe={"model.base_precision": "nf4"}
     ),
@@ -215,7 +221,7 @@ def write_rows(case: Case, work: Path) -> None:
         elif case.rows == "short":
             rows.append({"text": text(draw.randint(8, 54)), "label": "ab"[index % 2]})
         else:
-            prompt, completion = (text(normal(*part)) for part in WIKISQL)
+            prompt, completion = (text(normal(*part)) for part in LENGTHS[case.rows])
             rows.append({"prompt": prompt, "completion": f" {completion}"})
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (work / f"{case.shape}-{case.rows}.jsonl").write_text(lines)
