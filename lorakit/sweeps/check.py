@@ -8,7 +8,7 @@ from typing import Any
 
 from lorakit import registry
 from lorakit.errors import UserError, did_you_mean
-from lorakit.notes import silent
+from lorakit.notes import Say, silent
 from lorakit.pipeline.task_data import load_training_data
 from lorakit.recipe.check import METRIC_NAMES
 from lorakit.recipe.diagnostics import Fault
@@ -125,9 +125,10 @@ def recipe_faults(section: SweepSection) -> Iterator[Fault]:
         yield Fault(("recipe",), "no such file", section.recipe, True, "a recipe file")
 
 
-def check_data(members: Sequence[Member]) -> None:
+def check_data(members: Sequence[Member], say: Say) -> None:
     """Raise the UserError of the first member if none of them can read its data: they would all
-    fail after the sweep has started. One that can is enough, since a failed member ends no other.
+    fail after the sweep has started. One that can is enough, since a failed member ends no other;
+    say if it has no rows to be compared by.
     """
     errors: dict[str, UserError] = {}
     for member in members:
@@ -136,12 +137,17 @@ def check_data(members: Sequence[Member]) -> None:
         if key in errors:
             continue
         try:
-            load_training_data(recipe, silent)
+            data = load_training_data(recipe, silent)
         except UserError as error:
             errors[key] = error
         except Exception:  # of a user's task: the run describes it
             return
         else:
+            if data.validation is None:
+                say(
+                    "no validation split: members will not be compared; hint: set "
+                    "task.validation_share or task.path.validation"
+                )
             return
     if errors:
         raise next(iter(errors.values()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any
 
 from lorakit.distributed.group import init_process_group, is_main, rank_and_world_size
 from lorakit.distributed.processes import gather, run_on_main
-from lorakit.errors import Interrupted, counted
+from lorakit.errors import Interrupted, counted, duration
 from lorakit.notes import Say, silent
 from lorakit.sweeps.check import check_data, halving_note
 from lorakit.sweeps.cluster import check_ray
@@ -75,7 +76,8 @@ def _sweep(loaded: Sweep, resume: bool, say: Say, ray: str | None) -> SweepResul
     if note := halving_note(loaded.section, loaded.members):
         say(note)
     left = [member for member in loaded.members if not is_complete(member.recipe)]
-    run_on_main(lambda: check_data(left))
+    run_on_main(lambda: check_data(left, say))
+    began = time.monotonic()
     with _exclusive(loaded, resume, say):
         halving = _halving(loaded, result)
         passes = run_on_main(lambda: _begin(loaded, result, passes, halving, say))
@@ -85,6 +87,8 @@ def _sweep(loaded: Sweep, resume: bool, say: Say, ray: str | None) -> SweepResul
             _train(loaded, result, passes, halving, ray)
         run_on_main(lambda: _end(loaded, result, halving, say))
         result.members = run_on_main(lambda: result.members)
+    if passes:
+        say(f"sweep finished in {duration(time.monotonic() - began)}")
     if result.lacks_metric:
         say(f"no member measured {result.metric}, so the members cannot be compared")
     return result

@@ -105,6 +105,17 @@ def test_members_without_the_metric_cannot_be_compared(
     assert member["status"] == "completed"
 
 
+def test_a_missing_validation_split_is_reported_before_members_start(
+    tiny_bert: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = {"task.path": {"train": "data/train.jsonl"}, "task.text_column": "sentence"}
+    file = write_sweep(in_tmp, tiny_bert, "classification", grid={"train.seed": [1]}, set=train)
+    assert run(["sweep", str(file)]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("no validation split: members will not be compared; hint: ")
+    assert any(line.startswith("sweep finished in ") for line in lines)
+
+
 def test_bad_sweeps_write_nothing(
     tiny_llama: Path, in_tmp: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
