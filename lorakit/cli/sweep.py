@@ -145,7 +145,7 @@ def _print_plan(plan: SweepPlan, as_json: bool) -> None:
         echo(f"{member.name:<{width}}  {what}")
     for number, (names, reason) in enumerate(plan.passes, 1):
         together = f"{len(names)} members together: {names[0]} to {names[-1]}"
-        echo(f"pass {number}: {f'{names[0]} alone: {reason}' if reason else together}")
+        echo(f"job {number}: {f'{names[0]} alone: {reason}' if reason else together}")
     members = counted(len(plan.members), "member")
     echo(f"{members}, compared by {plan.metric}, in {plan.output_dir}")
 
