@@ -193,8 +193,8 @@ _EnableLora = Annotated[
     list[str] | None,
     typer.Option(
         metavar="[MODULE=]PARTS",
-        help="From loralib: the enabled projections of a MergedLinear, as q,v or 1,0,1; MODULE= "
-        "limits it to modules whose name ends with MODULE. Can be repeated.",
+        help="From loralib: the enabled projections of a MergedLinear, such as q,v or 1,0,1; "
+        "MODULE= limits it to modules whose name ends with MODULE. Can be repeated.",
     ),
 ]
 _Embedding = Annotated[

@@ -43,7 +43,8 @@ _Joint = Annotated[
     str | None,
     typer.Option(
         metavar="auto|true|false",
-        help="Train members together over one frozen base, where they can (auto), or all (true).",
+        help="Train members together over one frozen base: where possible (auto), all (true) or "
+        "none (false).",
     ),
 ]
 _Halving = Annotated[
