@@ -234,7 +234,7 @@ def convert(
 ) -> None:
     """Convert an adapter to another format.
 
-    The base model is not needed. The formats are:
+    The base model is needed only for PiSSA and OLoRA adapters of PEFT. The formats are:
 
     lora: plain LoRA of one rank, for PEFT and vLLM, from any LoRA, rsLoRA or AdaLoRA adapter.
 
