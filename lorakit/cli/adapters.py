@@ -193,8 +193,8 @@ _EnableLora = Annotated[
     list[str] | None,
     typer.Option(
         metavar="[MODULE=]PARTS",
-        help="From loralib: the enabled projections of a MergedLinear, as q,v or 1,0,1; MODULE= "
-        "limits it to modules whose name ends with MODULE. Can be repeated.",
+        help="From loralib: the enabled projections of a MergedLinear, such as q,v or 1,0,1; "
+        "MODULE= limits it to modules whose name ends with MODULE. Can be repeated.",
     ),
 ]
 _Embedding = Annotated[
@@ -234,7 +234,7 @@ def convert(
 ) -> None:
     """Convert an adapter to another format.
 
-    The base model is not needed. The formats are:
+    The base model is needed only for PiSSA and OLoRA adapters of PEFT. The formats are:
 
     lora: plain LoRA of one rank, for PEFT and vLLM, from any LoRA, rsLoRA or AdaLoRA adapter.
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Report on the environment, and how to fix its problems.
+    """Check the environment, and say how to fix its problems.
 
     Shows versions, GPUs, kernels and compilers, cores and memory, disks and caches, and access to
     the Hub, in a few seconds. The exit code is 1 if training will not work, and 0 if there are only

@@ -58,8 +58,9 @@ def inspect(
 
     For each matrix: the rank, the effective rank, and the norms of A, B and of the update as it is
     added to W; with --base, how much the update amplifies directions that W does not emphasize.
-    With OTHER: how similar the subspaces of the two adapters are, beside random matrices. Works for
-    LoRA, LoRA+, AdaLoRA, DoRA (without its magnitudes) and MoSLoRA, and for adapters of PEFT.
+    With OTHER: how similar the subspaces of the two adapters are, compared with those of random
+    matrices. Works for LoRA, LoRA+, AdaLoRA, DoRA (without its magnitudes) and MoSLoRA, and for
+    adapters of PEFT.
 
     Example: lorakit inspect runs/chat/adapter --base Qwen/Qwen3-8B
 

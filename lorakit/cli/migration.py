@@ -37,7 +37,7 @@ def convert_recipe(
 ) -> None:
     """Convert a YAML file of Axolotl or LLaMA-Factory.
 
-    Prints a recipe. The tool is recognized by the keys. Comments at the top of the recipe, and
+    Prints a recipe. The tool is recognized by its keys. Comments at the top of the recipe, and
     lines on stderr, say what has no counterpart and what has another meaning. Defaults that differ
     are written out. Names of datasets are looked up in dataset_info.json.
 

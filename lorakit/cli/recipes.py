@@ -106,8 +106,8 @@ def schema() -> None:
 def methods(check: _Check = None, as_json: AsJson = False) -> None:
     """List the methods for adapter.method, or check one.
 
-    The list has their usual learning rates and papers. The lower of the two learning rates is for
-    models of billions of parameters, the higher one for small models.
+    Each is listed with its usual learning rates and its paper. The lower of the two learning rates
+    is for models of billions of parameters, the higher one for small models.
 
     --check runs the contract of methods on tiny random models: the output is unchanged at the
     start, gradients reach the method's parameters only, a saved adapter loads bit for bit, the
@@ -172,9 +172,9 @@ def _check_method(name: str, as_json: bool) -> None:
 def tasks(as_json: AsJson = False) -> None:
     """List the tasks for task.name.
 
-    Lists them with their papers; with --json, also the columns of their rows.
+    Each is listed with its paper; with --json, also with the columns of its rows.
 
-    A task may also be a file of yours, ./FILE.py:CLASS or ./FILE.yaml: docs/user-task.md says how.
+    A task may also be your own file, ./FILE.py:CLASS or ./FILE.yaml: docs/user-task.md says how.
 
     Example: lorakit tasks --json
     """

@@ -49,7 +49,7 @@ def report(
     serve: _Serve = False,
     port: _Port = None,
 ) -> None:
-    """Write a page about one or more runs.
+    """Write an HTML report on one or more runs.
 
     The page has curves, results, predictions, recipes and differences, in one HTML file that needs
     no network. A run need not be complete. With --serve, nothing is written, and the page follows

@@ -43,7 +43,8 @@ _Joint = Annotated[
     str | None,
     typer.Option(
         metavar="auto|true|false",
-        help="Train members together over one frozen base, where they can (auto), or all (true).",
+        help="Train members together over one frozen base: where possible (auto), all (true) or "
+        "none (false).",
     ),
 ]
 _Halving = Annotated[
@@ -145,7 +146,7 @@ def _print_plan(plan: SweepPlan, as_json: bool) -> None:
         echo(f"{member.name:<{width}}  {what}")
     for number, (names, reason) in enumerate(plan.passes, 1):
         together = f"{len(names)} members together: {names[0]} to {names[-1]}"
-        echo(f"pass {number}: {f'{names[0]} alone: {reason}' if reason else together}")
+        echo(f"job {number}: {f'{names[0]} alone: {reason}' if reason else together}")
     members = counted(len(plan.members), "member")
     echo(f"{members}, compared by {plan.metric}, in {plan.output_dir}")
 

@@ -196,8 +196,8 @@ def _check_model(model: Any, layers: Sequence[nn.Module]) -> None:
         )
     if dropping := layer_drops(model.config):
         raise UserError(
-            f"accelerate launch: {name} drops layers at random ({dropping[0]}), each process "
-            "others, which FSDP does not support; allowed: configs/ddp.yaml"
+            f"accelerate launch: {name} drops layers at random ({dropping[0]}), different ones in "
+            "each process, which FSDP does not support; allowed: configs/ddp.yaml"
         )
     fused = (m for m in model.modules() if isinstance(m, CompositeLayer))
     if any(isinstance(part, DoraLayer) for module in fused for part in module.parts.values()):

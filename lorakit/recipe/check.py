@@ -297,7 +297,7 @@ def _deterministic(train: TrainSection) -> Iterator[Fault]:
     if train.deterministic and train.compile is True:
         message = (
             "not supported with train.deterministic, because the compiled code depends on the "
-            "first batches, which are others when a run is resumed"
+            "first batches, which differ when a run is resumed"
         )
         yield Fault(("train", "compile"), message, True, True, "auto, false")
 

@@ -123,8 +123,8 @@ class AdapterSection(Section):
     layers: Annotated[list[NonNegativeInt], Field(min_length=1)] | Text | None = None
     """The indices of the adapted layers, as a list or as ranges ("0-5,11"); null is all."""
     modules_to_save: list[Text] = []
-    """Modules that are fully trained and saved with the adapter. A classification head always
-    is."""
+    """Modules that are fully trained and saved with the adapter. A classification head
+    is always one of them."""
     init_from: Annotated[Text, BeforeValidator(_as_text)] | None = None
     """Start the run from the weights of this adapter (directory or Hub id). Keys that are not set
     are taken from the adapter."""
@@ -235,15 +235,15 @@ class TrainSection(Section):
     adam_epsilon: PositiveFloat = 1e-8
     """Added to the divisor of Adam's update."""
     gradient_checkpointing: Literal["offload"] | bool = False
-    """Save memory: keep only the input of each layer for the backward pass (true), in the memory of
-    the host (offload, GPU only)."""
+    """Save memory: keep only the input of each layer for the backward pass, on the device (true) or
+    in host memory (offload, GPU only)."""
     compile: Literal["auto"] | bool = "auto"
-    """Run each layer through torch.compile (true), or eagerly (false). auto chooses on a GPU what
-    is faster: CUDA graphs for small batches, compiled layers for large ones in long runs."""
+    """Run each layer through torch.compile (true), or eagerly (false). auto chooses whichever is
+    faster on a GPU: CUDA graphs for small batches, compiled layers for large ones in long runs."""
     kernels: Literal["auto", "torch"] = "auto"
     """torch: the operators of PyTorch only. auto: also lorakit's own."""
     deterministic: bool = False
-    """Select kernels that compute the same bits in each run, on one GPU; slower."""
+    """Select kernels that give bit-identical results in each run, on one GPU; slower."""
     group_by_length: bool = True
     """Batch rows of similar length, for less padding."""
     seed: Seed = 42

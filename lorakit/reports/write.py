@@ -20,7 +20,7 @@ def report(
     overwrite: bool = False,
     samples: bool = True,
 ) -> Path:
-    """Write a page about runs, given as their directories, and return its path.
+    """Write an HTML report on runs, given as their directories, and return its path.
 
     The directory of a sweep stands for its members. ``output`` is by default ``report.html`` in the
     first directory. An earlier report there is replaced, any other file only with ``overwrite``.

@@ -57,7 +57,7 @@ def halving_faults(section: SweepSection, members: Sequence[Member]) -> Iterator
             if last // every * every < first:
                 message = (
                     f"member {member.name} is not evaluated between step {first}, the first point, "
-                    f"and its end at step {train.max_steps}, so that halving would never act"
+                    f"and its end at step {train.max_steps}, so halving would never act"
                 )
                 below = min(every, train.max_steps)
                 allowed = f"with train.eval_every_steps below {below}, or an earlier point"
@@ -68,7 +68,7 @@ def halving_faults(section: SweepSection, members: Sequence[Member]) -> Iterator
 def halving_note(section: SweepSection, members: Sequence[Member]) -> str | None:
     """A note if halving has nothing to compare: the runs of one setting are not ranked."""
     if section.halving and len({member.group for member in members}) < 2:
-        return "halving: the members differ only in their seeds, so that none will be stopped"
+        return "halving: the members differ only in their seeds, so none would be stopped"
     return None
 
 

@@ -35,8 +35,8 @@ class PlannedMember:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What a sweep would do: ``passes``, one after another, each with the names of its members,
-    and of a single member the reason why it trains alone."""
+    """What a sweep would do: ``passes`` (a user's jobs), one after another, each with the names of
+    its members, and of a single member the reason why it trains alone."""
 
     output_dir: Path
     metric: str
@@ -48,7 +48,7 @@ class SweepPlan:
             "output_dir": str(self.output_dir),
             "metric": self.metric,
             "members": [asdict(member) for member in self.members],
-            "passes": [{"members": list(n), "reason": reason} for n, reason in self.passes],
+            "jobs": [{"members": list(n), "reason": reason} for n, reason in self.passes],
         }
 
 

@@ -87,7 +87,7 @@ def _cuda_graphs(prepared: Prepared) -> Execution:
         return Execution("eager")  # which batches are replayed would depend on the first one's rows
     return Execution(
         "cuda_graphs",
-        "passes are replayed as CUDA graphs, since batches are small "
+        "forward and backward passes are replayed as CUDA graphs, since batches are small "
         "(train.compile: false disables this)",
     )
 

@@ -100,7 +100,8 @@ def find_start(
         return Start(finished=finished, found=contents)
     for checkpoint, snapshot in readable_checkpoints(folder, say):
         if finished and snapshot.progress.stopped_early:
-            say(f"the run stopped early, at step {snapshot.progress.step}, as one of any length")
+            step = snapshot.progress.step
+            say(f"the run stopped early, at step {step}; more steps would not change that")
             return Start(finished=finished, found=contents)
         return Start(checkpoint, snapshot, found=contents)
     raise none_to_resume(folder)

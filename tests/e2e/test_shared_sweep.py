@@ -103,13 +103,13 @@ def test_two_processes_equal_one(whole: Whole, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("whole", [True], indirect=True, ids=["joint"])
-def test_a_dry_run_gives_each_process_a_pass(whole: Whole, tmp_path: Path) -> None:
+def test_a_dry_run_gives_each_process_a_job(whole: Whole, tmp_path: Path) -> None:
     ended = sweep(2, whole.file, tmp_path / "out", "--dry-run", "--json")
     said(ended, 0, 0)
-    passes = [each["members"] for each in json.loads(ended[0][1])["passes"]]
-    names = [name for each in passes for name in each]
+    jobs = [each["members"] for each in json.loads(ended[0][1])["jobs"]]
+    names = [name for each in jobs for name in each]
     assert sorted(names) == sorted(m["name"] for m in sweep_json(whole.folder)["members"])
-    assert [len(each) for each in passes] == [2, 2, 1]
+    assert [len(each) for each in jobs] == [2, 2, 1]
     assert not (tmp_path / "out").exists()
 
 

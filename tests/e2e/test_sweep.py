@@ -77,14 +77,14 @@ def test_a_dry_run(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     lines = printed(capsys, file, "--dry-run").splitlines()
     assert lines[0].split() == ["r=1,seed=1", "224", "parameters"]
     assert lines[4:] == [
-        "pass 1: 4 members together: r=1,seed=1 to r=2,seed=2",
+        "job 1: 4 members together: r=1,seed=1 to r=2,seed=2",
         f"4 members, compared by loss, in {tmp_path / 'out'}",
     ]
     lines = printed(capsys, file, "--dry-run", "--joint", "False").splitlines()
-    assert lines[4] == "pass 1: r=1,seed=1 alone: joint is false"
+    assert lines[4] == "job 1: r=1,seed=1 alone: joint is false"
     plan = json.loads(printed(capsys, file, "--dry-run", "--json"))
-    assert list(plan) == ["output_dir", "metric", "members", "passes"]
-    assert plan["passes"] == [{"members": [m["name"] for m in plan["members"]], "reason": None}]
+    assert list(plan) == ["output_dir", "metric", "members", "jobs"]
+    assert plan["jobs"] == [{"members": [m["name"] for m in plan["members"]], "reason": None}]
     assert [member["trainable_parameters"] for member in plan["members"]] == [224, 224, 448, 448]
     assert tree(tmp_path) == before
 

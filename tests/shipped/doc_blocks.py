@@ -20,7 +20,6 @@ PROGRAMS = {
     "torchrun": "needs several GPUs or hosts; tests/e2e/test_launchers.py runs it on the CPU",
     "accelerate": "needs several GPUs or hosts; tests/e2e/test_launchers.py runs it on the CPU",
     "source": "activates an environment",
-    "pre-commit": "changes the checkout",
     "twine": "needs the network",
     "sbatch": "needs SLURM",
     "llama-cli": "needs llama.cpp",

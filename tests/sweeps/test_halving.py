@@ -180,7 +180,7 @@ def test_seeds_alone_are_not_halved(tiny_llama: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     notes: list[str] = []
     plan_sweep(file, say=notes.append)
-    assert "halving: the members differ only in their seeds, so that none will be stopped" in notes
+    assert "halving: the members differ only in their seeds, so none would be stopped" in notes
 
 
 def test_not_on_a_cluster(tiny_llama: Path, tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def _bias_update(layer: BaseWrapper, name: str, delta: Tensor, adapter: Weighted
     """The update of a bias, as a matrix of one column."""
     if layer.bias is None:
         raise AdapterError(
-            f"{adapter.files.directory}: lora_bias = true: {name} has no bias in the base, so that "
+            f"{adapter.files.directory}: lora_bias = true: {name} has no bias in the base, so "
             "the adapter's cannot be merged; hint: load the adapter without merging it"
         )
     column = delta.detach()[:, None]

@@ -26,7 +26,7 @@ def check_initialization(config: Mapping[str, Any], where: str, say: Callable[[s
     if isinstance(value, str) and reinitializes(config) and "_niter_" in value:
         say(
             f"{where}: {INITIALIZATION} = {value}: PEFT approximates the base's singular vectors "
-            "from new random values each time, so that the adapter's output is approximate"
+            "from new random values each time, so the adapter's output is approximate"
         )
     if reinitializes(config) or any(value is known or value == known for known in _OF_FACTORS):
         return

@@ -132,7 +132,7 @@ def _window_notes(config: Mapping[str, Any]) -> list[str]:
     if not window or config.get("use_sliding_window") is False:
         return []
     return [
-        f"sliding_window = {window}: llama.cpp attends to all tokens of this architecture, so that "
+        f"sliding_window = {window}: llama.cpp attends to all tokens of this architecture, so "
         f"results differ for texts of more than {window:,} tokens"
     ]
 
