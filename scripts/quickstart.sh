@@ -27,7 +27,7 @@ if [[ "$(cat "$stamp" 2>/dev/null)" == "$root" && "$stamp" -nt pyproject.toml ]]
   step 1/5 "lorakit is already installed in $prefix"
 else
   step 1/5 "Installing lorakit and PyTorch into $prefix: 1 to 4 minutes"
-  python -m pip install --disable-pip-version-check --editable '.[eval]' 'gguf>=0.17,<1' | large_downloads
+  python -m pip install --disable-pip-version-check --editable '.[eval]' 'gguf>=0.18,<1' | large_downloads
   printf '%s\n' "$root" > "$stamp"
 fi
 
