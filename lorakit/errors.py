@@ -70,6 +70,14 @@ class BadRow(DataError):
     """
 
 
+class BadPrediction(DataError):
+    """The task cannot read a prediction; ``number`` counts them from 1."""
+
+    def __init__(self, number: int, problem: str, allowed: str) -> None:
+        super().__init__(problem, about=f"prediction {number}", allowed=allowed)
+        self.number = number
+
+
 class AdapterError(UserError):
     """An adapter directory is missing, incomplete, or belongs to a different model."""
 
