@@ -3,7 +3,8 @@
 A UserError is about the user's input and exits with 2; other errors exit with 1. A message about a
 recipe key starts with the key (``task.max_length = 9: ...``), so that the command line can name the
 file and line that set it. It says what is allowed after ``allowed:``. A value after ``=`` is
-formatted by ``shown``; a name inside a sentence is in single quotes.
+formatted by ``shown``; a name inside a sentence is in single quotes. Parts of a message that are
+read on their own are passed to the error by name: see LorakitError.
 """
 
 from __future__ import annotations
@@ -17,9 +18,28 @@ from dataclasses import dataclass
 
 
 class LorakitError(Exception):
-    """Base class of all errors with a message for the user."""
+    """Base class of all errors with a message for the user: ``ABOUT: PROBLEM; allowed: ALLOWED;
+    hint: HINT``.
+
+    ``about`` is a recipe key, an option or a name. Most errors are raised with the whole message as
+    their ``problem``, because nothing reads its parts.
+    """
 
     exit_code = 1
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        about: str | None = None,
+        allowed: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        message = f"{about}: {problem}" if about else problem
+        message += f"; allowed: {allowed}" if allowed else ""
+        message += f"; hint: {hint}" if hint else ""
+        super().__init__(message)
+        self.problem, self.about, self.allowed, self.hint = problem, about, allowed, hint
 
 
 class UserError(LorakitError, ValueError):
@@ -50,6 +70,14 @@ class BadRow(DataError):
     """
 
 
+class BadPrediction(DataError):
+    """The task cannot read a prediction; ``number`` counts them from 1."""
+
+    def __init__(self, number: int, problem: str, allowed: str) -> None:
+        super().__init__(problem, about=f"prediction {number}", allowed=allowed)
+        self.number = number
+
+
 class AdapterError(UserError):
     """An adapter directory is missing, incomplete, or belongs to a different model."""
 
@@ -63,14 +91,8 @@ class HubError(LorakitError):
 
 
 class WriteFailed(LorakitError):
-    """A file cannot be written: the disk is full, or the directory is gone or read-only.
-
-    ``problem`` is the message without ``advice``, what to do.
-    """
-
-    def __init__(self, problem: str, advice: str) -> None:
-        super().__init__(f"{problem}; hint: {advice}")
-        self.problem, self.advice = problem, advice
+    """A file cannot be written: the disk is full, or the directory is gone or read-only. The
+    ``hint`` says what to do."""
 
 
 class EvaluationError(LorakitError):

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 
 from lorakit.errors import (
     UserError,
+    WriteFailed,
     counted,
     decimal,
     duration,
@@ -27,6 +30,17 @@ from lorakit.errors import (
 )
 def test_only_what_controls_a_terminal_is_escaped(text: str, want: str) -> None:
     assert printable(text) == want
+
+
+def test_parts_of_a_message() -> None:
+    error = UserError("is a pipe", about="task.path", allowed="a file", hint="copy it")
+    assert str(error) == "task.path: is a pipe; allowed: a file; hint: copy it"
+    assert str(WriteFailed("out: the disk is full", hint="free space")) == (
+        "out: the disk is full; hint: free space"
+    )
+    assert str(UserError("--split: unknown")) == UserError("--split: unknown").problem
+    again = copy.copy(error)  # as when it is pickled
+    assert (str(again), vars(again)) == (str(error), vars(error))
 
 
 def test_large_numbers_have_an_exponent() -> None:

@@ -37,11 +37,11 @@ def base_section(
     if base is not None and not name:
         raise AdapterError('base = "": allowed: a model directory, or a Hub id')
     if not name:
-        raise AdapterError(f"{files.directory}: names no base model; hint: pass one")
+        raise AdapterError(f"{files.directory}: names no base model", hint="pass one")
     if base is None and is_missing_path(name):
         raise AdapterError(
-            f"{files.directory}: names the base model {name}, which does not exist; hint: pass the "
-            "base explicitly, as a directory or Hub id"
+            f"{files.directory}: names the base model {name}, which does not exist",
+            hint="pass the base explicitly, as a directory or Hub id",
         )
     revision = files.config.get("revision") if name == named else None
     return ModelSection(name_or_path=name, revision=revision, trust_remote_code=trust_remote_code)

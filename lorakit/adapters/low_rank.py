@@ -117,10 +117,10 @@ def read_products(files: AdapterFiles) -> Updates:
 def _updates(files: AdapterFiles) -> Updates:
     if targets := files.config.get("target_parameters"):
         base = files.config.get("base_model_name_or_path")
-        merge = merge_command(base, files.directory, files.method.name)
         raise AdapterError(
             f"{files.directory}: target_parameters = {shown(targets)}: an adapter of parameters, "
-            f"such as stacked experts, can only be loaded and merged; hint: {merge}"
+            "such as stacked experts, can only be loaded and merged",
+            hint=merge_command(base, files.directory, files.method.name),
         )
     names = _ADALORA if files.config["peft_type"] == "ADALORA" else _LORA
     factors: dict[str, dict[str, Tensor]] = {}
@@ -164,7 +164,7 @@ def _check_low_rank(files: AdapterFiles) -> None:
     else:
         return
     merge = merge_command(files.config.get("base_model_name_or_path"), files.directory, name)
-    raise AdapterError(f"{files.directory}: {reason}; hint: {merge} writes a plain model instead")
+    raise AdapterError(f"{files.directory}: {reason}", hint=f"{merge} writes a plain model instead")
 
 
 def _low_rank(

@@ -68,7 +68,7 @@ def echo(text: str) -> None:
         raise
     except OSError as error:
         problem = f"stdout: cannot be written: {error.strerror}"
-        raise WriteFailed(problem, "redirect it to another file") from error
+        raise WriteFailed(problem, hint="redirect it to another file") from error
 
 
 @contextmanager

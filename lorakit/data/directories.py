@@ -99,6 +99,7 @@ def _checked(folder: Path, files: list[Path], what: str) -> SplitFiles:
 
 def _ambiguous(folder: Path, names: str, split: str) -> DataError:
     return DataError(
-        f"task.path: {folder}: {names} both name split {split_names(split)[0]!r}; hint: keep one "
-        "of them, or map splits to files in task.path"
+        f"{folder}: {names} both name split {split_names(split)[0]!r}; hint: keep one of them, or "
+        "map splits to files in task.path",
+        about="task.path",
     )

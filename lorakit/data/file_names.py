@@ -49,7 +49,7 @@ _MAX_SHARDS = 100_000
 def is_file(path: Path) -> bool:
     """Whether ``path`` is a file. Raises DataError for a dangling link instead of ignoring it."""
     if path.is_symlink() and not path.exists():
-        raise DataError(f"task.path: {path}: dangling symbolic link")
+        raise DataError(f"{path}: dangling symbolic link", about="task.path")
     return path.is_file()
 
 
@@ -102,7 +102,7 @@ def saved_files(folder: Path) -> list[Path] | None:
     except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return None
     if not files:
-        raise DataError(f"task.path: {folder}: the saved dataset has no rows")
+        raise DataError(f"{folder}: the saved dataset has no rows", about="task.path")
     refuse_missing([file for file in files if not is_file(file)])
     return files
 
@@ -110,7 +110,7 @@ def saved_files(folder: Path) -> list[Path] | None:
 def check_format(file: Path) -> None:
     """Raise DataError if the name ends with none of ``SUFFIXES``."""
     if suffix_of(file) is None:
-        raise DataError(f"task.path: {file}: unknown format; allowed: {', '.join(SUFFIXES)}")
+        raise DataError(f"{file}: unknown format", about="task.path", allowed=", ".join(SUFFIXES))
 
 
 def in_order(files: Iterable[Path]) -> list[Path]:
@@ -131,8 +131,9 @@ def check_no_twins(files: Sequence[Path], key: Callable[[Path], object]) -> None
         twin = seen.setdefault(key(file), file)
         if twin is not file:
             raise DataError(
-                f"task.path: {twin} and {file.name} differ only in format; hint: keep one of them, "
-                "or list the files to read"
+                f"{twin} and {file.name} differ only in format; hint: keep one of them, or list "
+                "the files to read",
+                about="task.path",
             )
 
 
@@ -156,16 +157,18 @@ def _missing(shards: list[tuple[Path, re.Match[str]]]) -> list[Path]:
     for file, match in shards:
         if int(match["count"]) != count:
             raise DataError(
-                f"task.path: {first} and {file.name} are shards of different sets; hint: keep one "
-                "set, or list the files to read"
+                f"{first} and {file.name} are shards of different sets; hint: keep one set, or "
+                "list the files to read",
+                about="task.path",
             )
         twin = present.setdefault(int(match["index"]), file)
         if twin is not file:
-            raise DataError(f"task.path: {twin} and {file.name} are the same shard; hint: keep one")
+            problem = f"{twin} and {file.name} are the same shard; hint: keep one"
+            raise DataError(problem, about="task.path")
     start = 1 if count in present and 0 not in present else 0
     if beyond := [file for index, file in present.items() if index >= start + count]:
         raise DataError(
-            f"task.path: {beyond[0]}: shard number out of range: there are {count} shards"
+            f"{beyond[0]}: shard number out of range: there are {count} shards", about="task.path"
         )
     lacking = [index for index in range(start, start + count) if index not in present]
     return [_sibling(*shards[0], index) for index in lacking]
@@ -179,4 +182,4 @@ def _sibling(file: Path, match: re.Match[str], index: int) -> Path:
 def refuse_missing(missing: Sequence[Path]) -> None:
     """Raise DataError if any shard is missing."""
     if missing:
-        raise DataError(f"task.path: missing shard: {listed(missing)}")
+        raise DataError(f"missing shard: {listed(missing)}", about="task.path")

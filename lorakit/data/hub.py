@@ -64,8 +64,9 @@ def task_data_set(hub: HubName | None) -> HubSplit:
     """The dataset of a task. Raises DataError if it has none."""
     if hub is None:
         raise DataError(
-            "task.path = null: the task has no dataset on the Hub; allowed: a file, a directory, "
-            "a glob, a source {path: NAME, split: SPLIT} on the Hub, a list of these, or a mapping "
-            "of splits"
+            "the task has no dataset on the Hub",
+            about="task.path = null",
+            allowed="a file, a directory, a glob, a source {path: NAME, split: SPLIT} on the Hub, "
+            "a list of these, or a mapping of splits",
         )
     return HubSplit(*hub, key="task.path = null")

@@ -104,7 +104,7 @@ def find_files(path: PathOption, split: str) -> SplitFiles:
             notes = (*found.notes, *_shared_with(path, key, found.files))
             return SplitFiles(found.files, notes)
     except OSError as error:
-        raise DataError(f"task.path: cannot be read: {error}") from error
+        raise DataError(f"cannot be read: {error}", about="task.path") from error
     return found
 
 
@@ -113,7 +113,7 @@ def _given(path: PathOption, split: str) -> tuple[str | None, list[str | DataSou
     if not isinstance(path, dict):
         return None, listed_sources(path or [])
     for message, allowed in split_name_errors(path):
-        raise DataError(f"task.path: {message}; allowed: {allowed}")
+        raise DataError(message, about="task.path", allowed=allowed)
     key = next((name for name in split_names(split) if name in path), None)
     return key, [] if key is None else listed_sources(path[key])
 
@@ -131,29 +131,33 @@ def _hub_split(source: str | DataSource) -> HubSplit | None:
 def no_split(path: PathOption, split: str) -> DataError:
     """Return the error for a path without this split, which lists what the path has instead."""
     if isinstance(path, dict):
-        return DataError(f"task.path: no split {split!r}; allowed: {', '.join(path)}")
+        return DataError(f"no split {split!r}", about="task.path", allowed=", ".join(path))
     if isinstance(path, str) and Path(path).is_dir():
         return _not_in_directory(path, split)
     return DataError(
-        f"task.path: {_shown(path)}: no split {split!r}; allowed: train, or a mapping: "
-        f"task.path: {{{split}: FILE}}"
+        f"{_shown(path)}: no split {split!r}",
+        about="task.path",
+        allowed=f"train, or a mapping: task.path: {{{split}: FILE}}",
     )
 
 
 def _not_in_directory(path: str, split: str) -> DataError:
     available = [name for name in SPLIT_ALIASES if _has_split(path, name)]
-    allowed = f"; allowed: {', '.join(available)}" if available else ""
     inside = sorted(
         f"{entry.name}/" if entry.is_dir() else entry.name
         for entry in Path(path).iterdir()
         if not entry.name.startswith(".")
     )
     contents = f"contains {listed(inside, 10)}" if inside else "is empty"
-    return DataError(
-        f"task.path: {path}: no split {split!r}{allowed}; the directory {contents}; hint: name a "
-        f"split's files after it ({split}.jsonl, {split}-00000-of-00002.parquet), or give a file, "
-        f"a glob or a mapping: task.path: {{{split}: FILE}}"
+    problem = f"{path}: no split {split!r}"
+    rest = (  # which is the end of the message, also after what is allowed
+        f"the directory {contents}; hint: name a split's files after it ({split}.jsonl, "
+        f"{split}-00000-of-00002.parquet), or give a file, a glob or a mapping: "
+        f"task.path: {{{split}: FILE}}"
     )
+    if not available:
+        return DataError(f"{problem}; {rest}", about="task.path")
+    return DataError(problem, about="task.path", allowed=f"{', '.join(available)}; {rest}")
 
 
 def data_files(path: PathOption) -> list[Path]:
@@ -223,8 +227,10 @@ def _found(entry: str, source: str | DataSource, split: str, key: str | None) ->
     is_asked = key is not None or split == "train"
     if isinstance(source, DataSource) and source.name and Path(entry).exists():
         raise DataError(
-            f"task.path: {entry}: name = {shown(source.name)}, but only datasets on the Hub have "
-            "configurations, and this is a local path; allowed: no name"
+            f"{entry}: name = {shown(source.name)}, but only datasets on the Hub have "
+            "configurations, and this is a local path",
+            about="task.path",
+            allowed="no name",
         )
     if Path(entry).is_dir():
         if own_split and not is_asked:
@@ -241,8 +247,9 @@ def _found(entry: str, source: str | DataSource, split: str, key: str | None) ->
         found = SplitFiles([_existing(entry)])
     if own_split:
         raise DataError(
-            f"task.path: {entry}: split = {shown(own_split)}, but a file has no splits; allowed: "
-            "no split, or a directory or a dataset on the Hub"
+            f"{entry}: split = {shown(own_split)}, but a file has no splits",
+            about="task.path",
+            allowed="no split, or a directory or a dataset on the Hub",
         )
     return found if is_asked else SplitFiles([])
 
@@ -251,7 +258,7 @@ def _check_distinct(files: Iterable[Path]) -> None:
     seen: dict[str, Path] = {}
     for file in files:
         if seen.setdefault(_location(file), file) is not file:
-            raise DataError(f"task.path: duplicate file {file}")
+            raise DataError(f"duplicate file {file}", about="task.path")
 
 
 def _location(file: Path) -> str:
@@ -273,14 +280,15 @@ def _existing(entry: str) -> Path:
     file = Path(entry)
     if not file.is_file():
         if file.exists():
-            raise DataError(f"task.path: {entry}: is a device or a pipe; allowed: a data file")
+            problem = f"{entry}: is a device or a pipe"
+            raise DataError(problem, about="task.path", allowed="a data file")
         hint = ""
         if _HUB_NAME.fullmatch(entry) and suffix_of(file) is None:
             hint = (
                 "; hint: set the path (--set task.path=PATH), or name a split of a dataset on the "
                 f"Hub: {{path: {entry}, split: train}}"
             )
-        raise DataError(f"task.path: {entry}: no such file or directory{hint}")
+        raise DataError(f"{entry}: no such file or directory{hint}", about="task.path")
     check_format(file)
     return file
 
@@ -292,7 +300,7 @@ def _matching(pattern: str) -> list[Path]:
     files = [file for file in matches if not accompanies_data(file)]
     if not files:
         matched = f", only {listed(matches)}" if matches else ""
-        raise DataError(f"task.path: {pattern}: the glob matches no data file{matched}")
+        raise DataError(f"{pattern}: the glob matches no data file{matched}", about="task.path")
     for file in files:
         check_format(file)
     check_no_twins(files, lambda file: without_compression(str(file)))

@@ -320,8 +320,10 @@ def _concatenate_tables(parts: Mapping[Path, Any]) -> RowSequence | None:
             first, others = class_names.setdefault(column, (file, names))
             if names != others:
                 raise DataError(
-                    f"task.path: column {column!r} has the class names {others} in {first} and "
-                    f"{names} in {file}; allowed: the same in all files"
+                    f"column {column!r} has the class names {others} in {first} and {names} in "
+                    f"{file}",
+                    about="task.path",
+                    allowed="the same in all files",
                 )
         try:
             schemas = [schema, table.features.arrow_schema]
@@ -329,7 +331,7 @@ def _concatenate_tables(parts: Mapping[Path, Any]) -> RowSequence | None:
         except pyarrow.ArrowException as error:
             reason = f"{file}: {first_line(error)}"
             raise DataError(
-                f"task.path: a column's type differs between files: {reason}"
+                f"a column's type differs between files: {reason}", about="task.path"
             ) from error
     try:
         found: RowSequence = datasets.concatenate_datasets(list(parts.values()))

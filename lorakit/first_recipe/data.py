@@ -53,8 +53,8 @@ def read_data(data: str, validation: str | None) -> Data:
     does."""
     try:
         return _read(data if validation is None else {"train": data, "validation": validation})
-    except DataError as error:  # whose message may start with the recipe's key
-        raise DataError(str(error).removeprefix("task.path: ")) from error
+    except DataError as error:  # about a key of a recipe that does not exist yet
+        raise DataError(error.problem, allowed=error.allowed, hint=error.hint) from error
 
 
 def _read(path: Any) -> Data:

@@ -81,8 +81,8 @@ def writing(what: object) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason, advice = error.strerror or error, _ADVICE.get(error.errno or 0, "correct this")
-        raise WriteFailed(f"{what}: cannot be written: {reason}", advice) from error
+        reason, hint = error.strerror or error, _ADVICE.get(error.errno or 0, "correct this")
+        raise WriteFailed(f"{what}: cannot be written: {reason}", hint=hint) from error
 
 
 @contextmanager

@@ -94,17 +94,15 @@ def check_location(name: str) -> None:
     if path.is_dir() and not (path / "config.json").is_file():
         content = other_content(path)
         raise ModelError(
-            f"{name}: no config.json in the directory" + (f" ({content})" if content else "")
+            "no config.json in the directory" + (f" ({content})" if content else ""), about=name
         )
     if path.is_file():
         content = other_content(path) or "a file"
-        raise ModelError(
-            f"{name}: {content}; allowed: a model directory in transformers format, or a Hub id"
-        )
+        allowed = "a model directory in transformers format, or a Hub id"
+        raise ModelError(content, about=name, allowed=allowed)
     if is_missing_path(name):
-        raise ModelError(
-            f"{name}: no such directory; allowed: a model directory, or a Hub id (namespace/name)"
-        )
+        allowed = "a model directory, or a Hub id (namespace/name)"
+        raise ModelError("no such directory", about=name, allowed=allowed)
 
 
 def load_tokenizer(name: str, options: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, list[str]]:

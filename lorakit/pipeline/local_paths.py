@@ -44,8 +44,7 @@ def _model(name: str) -> Iterator[Fault]:
     try:
         check_location(name)
     except ModelError as error:
-        message, _, allowed = str(error).removeprefix(f"{name}: ").partition("; allowed: ")
-        yield Fault(path, message, name, True, allowed or None)
+        yield Fault(path, error.problem, name, True, error.allowed)
     except OSError as error:
         yield Fault(path, f"cannot be read: {error.strerror}", name, True)
 
@@ -83,9 +82,7 @@ def _split(given: Any, split: str, key: tuple[str, ...], value: Any) -> Iterator
 
 
 def _fault(error: DataError, key: tuple[str, ...], value: Any) -> Fault:
-    """The fault of a key, of which the error's message begins with the key and the value."""
+    """The fault of a key whose value the error's problem may begin with."""
     has_value = value is None or isinstance(value, str)
-    text = str(error).removeprefix("task.path = null: ").removeprefix("task.path: ")
-    text = text.removeprefix(f"{value}: ") if has_value else text
-    message, _, allowed = text.partition("; allowed: ")
-    return Fault(key, message, value, has_value, allowed or None)
+    message = error.problem.removeprefix(f"{value}: ") if has_value else error.problem
+    return Fault(key, message, value, has_value, error.allowed)

@@ -6,7 +6,6 @@ No tensor library is imported, since scoring a file needs no model.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from lorakit import registry
 from lorakit.data.sources import Split
-from lorakit.errors import DataError, counted, shown
+from lorakit.errors import BadPrediction, DataError, counted, shown
 from lorakit.notes import Say, to_stderr
 from lorakit.pipeline.task_data import load_task_data
 from lorakit.recipe.sections import Recipe
@@ -69,12 +68,9 @@ def score_file(task: Task, config: Any, split: Split, file: Path) -> dict[str, f
     predictions = read_predictions(file, len(split), task.prediction_counts(split, config))
     try:
         scores = task.metrics(predictions, split, config)
-    except DataError as error:
-        numbered = re.match(r"prediction (\d+): ", str(error))
-        if numbered is None:
-            raise
-        rest = str(error)[numbered.end() :]
-        raise DataError(f"{file}:{numbered[1]}: {rest}") from error
+    except BadPrediction as error:
+        line = f"{file}:{error.number}"
+        raise DataError(error.problem, about=line, allowed=error.allowed) from error
     if not scores:
         raise DataError(
             f"task.name = {shown(config.name)}: the task has no metric to score predictions"

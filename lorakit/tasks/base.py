@@ -15,7 +15,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from lorakit.data.examples import Example, Problem
 from lorakit.data.sources import Split, load_split
-from lorakit.errors import DataError, counted, shown
+from lorakit.errors import BadPrediction, DataError, counted, shown
 from lorakit.recipe.sections import NonNegativeFloat, NonNegativeInt, PositiveInt, TaskSection
 
 Row = Mapping[str, Any]
@@ -290,10 +290,10 @@ def check_count(predictions: Sequence[Prediction], split: Split) -> None:
 
 
 def check_texts(predictions: Sequence[Prediction]) -> None:
-    """Raise DataError for a prediction that is not text."""
+    """Raise BadPrediction for one that is not text."""
     for number, prediction in enumerate(predictions, 1):
         if not isinstance(prediction, str):
-            raise DataError(f"prediction {number}: {shown(prediction)}; allowed: text")
+            raise BadPrediction(number, shown(prediction), "text")
 
 
 def paired(

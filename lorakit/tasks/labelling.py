@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from lorakit.data.sources import Split
-from lorakit.errors import DataError, did_you_mean, shown
+from lorakit.errors import BadPrediction, DataError, did_you_mean, shown
 from lorakit.recipe.sections import Text
 from lorakit.tasks.base import Prediction, map_rows
 from lorakit.tasks.checks import folded_label
@@ -308,13 +308,13 @@ def read_prediction(value: Prediction, where: Labelling, number: int) -> LabelVa
         target = as_float(value) if is_number else None
         if target is not None and math.isfinite(target):
             return target
-        raise DataError(f"prediction {number}: {shown(value)}; allowed: a finite number")
+        raise BadPrediction(number, shown(value), "a finite number")
     index = as_integer(value) if is_number else None
     if isinstance(value, Mapping) and value.keys() == {"error"}:
         return NO_CLASS
     if index is None or not 0 <= index < len(where.labels):
         allowed = f"a label id, 0 to {len(where.labels) - 1}"
-        raise DataError(f"prediction {number}: {shown(value)}; allowed: {allowed}")
+        raise BadPrediction(number, shown(value), allowed)
     return index
 
 
@@ -327,7 +327,7 @@ def _predicted_classes(value: Prediction, where: Labelling, number: int) -> tupl
         index = by_name.get(each) if isinstance(each, str) else each
         if isinstance(index, bool) or index not in ids:
             allowed = f"a list of label ids, 0 to {len(ids) - 1}, or names"
-            raise DataError(f"prediction {number}: {shown(value)}; allowed: {allowed}")
+            raise BadPrediction(number, shown(value), allowed)
         found.add(index)
     return tuple(int(index in found) for index in ids)
 

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from lorakit.data.examples import Problem, WordsExample
 from lorakit.data.sources import Split
-from lorakit.errors import DataError, shown
+from lorakit.errors import BadPrediction, DataError, shown
 from lorakit.metrics.entities import ENTITY_METRICS, entity_scores, is_entity_tag, tag_accuracy
 from lorakit.recipe.sections import TaskSection, Text
 from lorakit.tasks.base import Prediction, Row, Task, check_count, map_rows
@@ -173,9 +173,7 @@ def _tag_order(name: str) -> tuple[bool, str, str]:
 def _predicted(value: Any, count: int, names: Sequence[str], number: int) -> list[str | None]:
     if not isinstance(value, list) or len(value) != count:
         problem = f"{len(value)} tags" if isinstance(value, list) else shown(value)
-        raise DataError(
-            f"prediction {number}: {problem}; allowed: a list of {count} tags, one per word"
-        )
+        raise BadPrediction(number, problem, f"a list of {count} tags, one per word")
     found: list[str | None] = []
     for tag in value:
         name = tag
@@ -183,7 +181,7 @@ def _predicted(value: Any, count: int, names: Sequence[str], number: int) -> lis
             name = names[tag]
         if name is not None and name not in names:
             allowed = f"an id, 0 to {len(names) - 1}, a name, or null"
-            raise DataError(f"prediction {number}: {shown(tag)}; allowed: {allowed}")
+            raise BadPrediction(number, shown(tag), allowed)
         found.append(name)
     return found
 

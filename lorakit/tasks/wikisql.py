@@ -26,7 +26,7 @@ from typing import Any
 
 from lorakit.data.examples import Segment, TextExample
 from lorakit.data.sources import Split
-from lorakit.errors import DataError, shown
+from lorakit.errors import BadPrediction, DataError, shown
 from lorakit.recipe.sections import PositiveInt, Text
 from lorakit.tasks.base import GenerationSection, Prediction, Row, Task, check_count
 from lorakit.tasks.wikisql_query import (
@@ -136,10 +136,8 @@ def _read_prediction(prediction: Prediction, header: Sequence[str], number: int)
             return None if prediction.get("error") else Query.predicted(prediction.get("query"))
     except QueryError:
         return None
-    raise DataError(
-        f"prediction {number}: {shown(prediction)}; allowed: text, "
-        '{"query": {"sel": N, "agg": N, "conds": [...]}} or {"error": TEXT}'
-    )
+    allowed = 'text, {"query": {"sel": N, "agg": N, "conds": [...]}} or {"error": TEXT}'
+    raise BadPrediction(number, shown(prediction), allowed)
 
 
 def _files_by_row(split: Split) -> list[Path]:

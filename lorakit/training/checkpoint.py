@@ -168,7 +168,7 @@ def load_checkpoint(checkpoint: Path) -> Snapshot:
         return Snapshot(progress, engine, tensors.get("best"), states)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--resume: {checkpoint}: corrupt or incomplete checkpoint: {error}"
+            f"{checkpoint}: corrupt or incomplete checkpoint: {error}", about="--resume"
         ) from error
 
 
@@ -210,7 +210,7 @@ def readable_checkpoints(
 
 def skipped_line(error: UserError) -> str:
     """The line about a checkpoint that ``error`` says cannot be resumed."""
-    return f"warning: skipped: {str(error).removeprefix('--resume: ')}"
+    return f"warning: skipped: {error.problem}"
 
 
 def set_aside_after(folder: Path, step: int) -> None:

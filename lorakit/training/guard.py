@@ -66,7 +66,7 @@ def naming_checkpoints(output_dir: Path) -> Iterator[None]:
         yield
     except WriteFailed as error:
         good, then = _last_good(output_dir)
-        raise TrainingError(f"{error.problem}; {good}; {error.advice}, then {then}") from error
+        raise TrainingError(f"{error.problem}; {good}; {error.hint}, then {then}") from error
     except ConnectionLost as error:
         raise ConnectionLost("; ".join(_last_good(output_dir))) from error
 

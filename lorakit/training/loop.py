@@ -101,7 +101,7 @@ class Loop:
             self.engine.load_state_dict(snapshot.engine)
         except ValueError as error:
             raise UserError(
-                f"--resume: {checkpoint}: does not match this model and recipe: {error}"
+                f"{checkpoint}: does not match this model and recipe: {error}", about="--resume"
             ) from error
         self.progress, self.best.weights = progress, best
         self.recorder.truncate(progress.metrics_lines)

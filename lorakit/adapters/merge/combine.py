@@ -127,8 +127,10 @@ def _updates(files: AdapterFiles, how: Combination) -> Updates:
     try:
         return read_updates(files)
     except AdapterError as error:
-        text = str(error).partition("; hint: ")[0]
-        raise AdapterError(f"{text}; hint: method cat adds adapters of every method") from error
+        hint = "method cat adds adapters of every method"
+        raise AdapterError(
+            error.problem, about=error.about, allowed=error.allowed, hint=hint
+        ) from error
 
 
 def _check_shapes(

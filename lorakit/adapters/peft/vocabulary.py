@@ -67,7 +67,8 @@ def _check_covered(
         if absent is not None and not any(f"{other}.weight" in given for other in sharing):
             raise AdapterError(
                 f"{name}: row {absent} is in neither the base, which has {have} rows, nor the "
-                "adapter; hint: pass a base with it (resize_token_embeddings, then save_pretrained)"
+                "adapter",
+                hint="pass a base with it (resize_token_embeddings, then save_pretrained)",
             )
 
 
@@ -81,8 +82,8 @@ def check_vocabulary(
             if shape != own and shape[1:] == own[1:]:
                 raise AdapterError(
                     f"{directory}: {name} has {shape[0]} rows, and {own[0]} in the base: the "
-                    "vocabulary was resized for training; hint: pass a base of that size "
-                    "(resize_token_embeddings, then save_pretrained)"
+                    "vocabulary was resized for training",
+                    hint="pass a base of that size (resize_token_embeddings, then save_pretrained)",
                 )
 
 

@@ -76,8 +76,8 @@ def check_repository(api: HfApi, target: HubTarget, base: str | None) -> None:
             return
     if target.private and info.private is False:
         raise UserError(
-            f"{target.repo}: exists and is public; hint: change that in its settings on the Hub, "
-            "or leave out --private"
+            f"{target.repo}: exists and is public",
+            hint="change that in its settings on the Hub, or leave out --private",
         )
     if not target.overwrite:
         _check_base(target.repo, info, base)
@@ -88,7 +88,7 @@ def check_token(user: Mapping[str, Any], repo: str) -> None:
     namespace = repo.partition("/")[0]
     token = (user.get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":
-        raise UserError(f"{repo}: the access token is read-only; hint: use one with write access")
+        raise UserError(f"{repo}: the access token is read-only", hint="use one with write access")
     organizations = [
         str(organization.get("name"))
         for organization in user.get("orgs") or ()
@@ -106,8 +106,8 @@ def check_token(user: Mapping[str, Any], repo: str) -> None:
         for scope in scopes or ()
     ):
         raise UserError(
-            f"{repo}: the access token cannot write repositories of {namespace}; hint: give it the "
-            "permission repo.write"
+            f"{repo}: the access token cannot write repositories of {namespace}",
+            hint="give it the permission repo.write",
         )
 
 
@@ -138,6 +138,6 @@ def _check_base(repo: str, info: Any, base: str | None) -> None:
         return
     what = f"an adapter of {listed(dict.fromkeys(found))}" if found else "other files"
     raise UserError(
-        f"{repo}: exists and has {what}, and {base or 'this model'} is not its base; hint: choose "
-        "another name, or pass --overwrite, which replaces its files"
+        f"{repo}: exists and has {what}, and {base or 'this model'} is not its base",
+        hint="choose another name, or pass --overwrite, which replaces its files",
     )

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 #: Without an answer for so long, a request has failed; the client itself would wait forever.
 TIMEOUT_SECONDS = 60.0
 _LOG_IN = "run hf auth login, or set HF_TOKEN (https://huggingface.co/settings/tokens)"
+#: HTTP status -> what it means, and a hint.
 _STATUS = {
-    401: f"the access token is not valid; hint: {_LOG_IN}",
-    403: "the access token does not allow writing there; hint: use a token with write access",
-    404: "no such repository, or the access token has no access to it",
-    409: "the repository is being changed by another process; hint: try again",
-    413: "a file is larger than the Hub accepts",
-    429: "too many requests; hint: try again later",
+    401: ("the access token is not valid", _LOG_IN),
+    403: ("the access token does not allow writing there", "use a token with write access"),
+    404: ("no such repository, or the access token has no access to it", None),
+    409: ("the repository is being changed by another process", "try again"),
+    413: ("a file is larger than the Hub accepts", None),
+    429: ("too many requests", "try again later"),
 }
 #: Errors that the user can correct.
 _OF_THE_USER = (401, 403, 404)
@@ -38,11 +39,11 @@ def hub_api(repo: str) -> HfApi:
 
     if constants.is_offline_mode():
         raise UserError(
-            f"{repo}: HF_HUB_OFFLINE is set, so nothing is pushed to the Hub; hint: unset it"
+            f"{repo}: HF_HUB_OFFLINE is set, so nothing is pushed to the Hub", hint="unset it"
         )
     token = get_token()
     if not token:
-        raise UserError(f"{repo}: there is no access token for the Hub; hint: {_LOG_IN}")
+        raise UserError(f"{repo}: there is no access token for the Hub", hint=_LOG_IN)
     return HfApi(token=token, library_name="lorakit", library_version=__version__)
 
 
@@ -70,15 +71,17 @@ def requests(repo: str) -> Iterator[None]:
         raise
     except Exception as error:  # of the client, its HTTP library, or hf_xet
         kind = UserError if _status(error) in _OF_THE_USER else HubError
-        raise kind(f"{repo}: {reason(error)}") from error
+        problem, hint = reason(error)
+        raise kind(f"{repo}: {problem}", hint=hint) from error
     finally:
         session.timeout = timeout
         if hides_bars:
             enable_progress_bars()
 
 
-def reason(error: Exception) -> str:
-    """Why a request failed, in one line, without addresses and tokens, which may be secret."""
+def reason(error: Exception) -> tuple[str, str | None]:
+    """Why a request failed, in one line, without addresses and tokens, which may be secret; and a
+    hint."""
     status = _status(error)
     text = str(getattr(error, "server_message", None) or "" if status else error)
     text = _TOKEN.sub("***", _URL.sub("(address)", printable(" ".join(text.split()))))[:200]
@@ -88,12 +91,10 @@ def reason(error: Exception) -> str:
         # The base classes are the error of the HTTP library, and OSError.
         unreachable = isinstance(error, HfHubHTTPError.__bases__)
         what = "the Hub cannot be reached" if unreachable else "the upload failed"
-        return f"{what} ({type(error).__name__}{f': {text}' if text else ''})"
-    known = _STATUS.get(status)
-    if known is None:
-        known = "the Hub failed; hint: try again later" if status >= 500 else "refused"
-    what, hint, advice = known.partition("; hint: ")
-    return f"{what} (HTTP {status}{f': {text}' if text else ''}){hint}{advice}"
+        return f"{what} ({type(error).__name__}{f': {text}' if text else ''})", None
+    other = ("the Hub failed", "try again later") if status >= 500 else ("refused", None)
+    what, hint = _STATUS.get(status, other)
+    return f"{what} (HTTP {status}{f': {text}' if text else ''})", hint
 
 
 def _status(error: Exception) -> int | None:

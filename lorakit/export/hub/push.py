@@ -74,11 +74,12 @@ def push_trained(
             overwrite=target.overwrite, say=say,
         )  # fmt: skip
     except LorakitError as error:
-        problem, _, hint = str(error).partition("; hint: ")
-        advice = f"{hint}, then " if hint else ""
+        advice = f"{error.hint}, then " if error.hint else ""
         raise HubError(
-            f"{problem}; {directory} is complete, only the upload failed (exit code 1); hint: "
-            f"{advice}{_push_command(directory, target, base)}"
+            f"{error.problem}; {directory} is complete, only the upload failed (exit code 1)",
+            about=error.about,
+            allowed=error.allowed,
+            hint=f"{advice}{_push_command(directory, target, base)}",
         ) from error
 
 
