@@ -144,7 +144,7 @@ def _print_plan(plan: SweepPlan, as_json: bool) -> None:
         count = member.trainable_parameters
         what = f"{count:>12,} parameters" if count is not None else f"fails: {member.error}"
         echo(f"{member.name:<{width}}  {what}")
-    for number, (names, reason) in enumerate(plan.passes, 1):
+    for number, (names, reason) in enumerate(plan.jobs, 1):
         together = f"{len(names)} members together: {names[0]} to {names[-1]}"
         echo(f"job {number}: {f'{names[0]} alone: {reason}' if reason else together}")
     members = counted(len(plan.members), "member")

@@ -13,9 +13,9 @@ from lorakit.errors import Interrupted
 from lorakit.notes import Say
 from lorakit.sweeps.cluster import TaskResult, train_on_cluster
 from lorakit.sweeps.halving import Halving
+from lorakit.sweeps.jobs import Job
 from lorakit.sweeps.load import Sweep
 from lorakit.sweeps.outcome import describe_failure
-from lorakit.sweeps.passes import Pass
 from lorakit.sweeps.record import MainRecord, Record
 from lorakit.training.joint import train_joint
 from lorakit.training.run import train
@@ -29,12 +29,12 @@ class MemberRuns:
         self._sweep, self._members = sweep, sweep.members
         self._record, self._halving = record, halving
 
-    def train(self, part: Pass) -> None:
-        """Train the members of a pass. Raises Interrupted after a signal."""
-        if part.reason is None:
-            self._together(part.members)
+    def train(self, job: Job) -> None:
+        """Train the members of a job. Raises Interrupted after a signal."""
+        if job.reason is None:
+            self._together(job.members)
         else:
-            self._alone(part.members[0])
+            self._alone(job.members[0])
         _release_memory()
 
     def _alone(self, at: int) -> None:

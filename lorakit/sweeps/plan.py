@@ -14,10 +14,10 @@ from lorakit.notes import Say, silent
 from lorakit.sweeps.check import halving_note
 from lorakit.sweeps.cluster import check_ray
 from lorakit.sweeps.directory import check_directory
+from lorakit.sweeps.jobs import make_jobs
 from lorakit.sweeps.load import Sweep, load_sweep, located
 from lorakit.sweeps.members import Member
 from lorakit.sweeps.metric import sweep_metric
-from lorakit.sweeps.passes import make_passes
 from lorakit.sweeps.sections import Settings
 from lorakit.sweeps.shared import check_processes
 from lorakit.sweeps.size import Sizes, with_budget
@@ -35,20 +35,20 @@ class PlannedMember:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What a sweep would do: ``passes`` (a user's jobs), one after another, each with the names of
+    """What a sweep would do: ``jobs``, one after another, each with the names of
     its members, and of a single member the reason why it trains alone."""
 
     output_dir: Path
     metric: str
     members: tuple[PlannedMember, ...]
-    passes: tuple[tuple[tuple[str, ...], str | None], ...]
+    jobs: tuple[tuple[tuple[str, ...], str | None], ...]
 
     def as_json(self) -> dict[str, Any]:
         return {
             "output_dir": str(self.output_dir),
             "metric": self.metric,
             "members": [asdict(member) for member in self.members],
-            "jobs": [{"members": list(n), "reason": reason} for n, reason in self.passes],
+            "jobs": [{"members": list(n), "reason": reason} for n, reason in self.jobs],
         }
 
 
@@ -77,11 +77,11 @@ def _plan(loaded: Sweep, resume: bool, say: Say) -> SweepPlan:
     if note := halving_note(loaded.section, loaded.members):
         say(note)
     members = tuple(_planned(member, sizes) for member in loaded.members)
-    parts = make_passes(loaded.members, loaded.section)
-    passes = tuple(
-        (tuple(loaded.members[at].name for at in part.members), part.reason) for part in parts
+    found = make_jobs(loaded.members, loaded.section)
+    jobs = tuple(
+        (tuple(loaded.members[at].name for at in job.members), job.reason) for job in found
     )
-    return SweepPlan(loaded.output_dir, sweep_metric(loaded), members, passes)
+    return SweepPlan(loaded.output_dir, sweep_metric(loaded), members, jobs)
 
 
 def _planned(member: Member, sizes: Sizes) -> PlannedMember:

@@ -17,11 +17,11 @@ from lorakit.sweeps.check import check_data, halving_note
 from lorakit.sweeps.cluster import check_ray
 from lorakit.sweeps.directory import check_directory, exclusive_sweep
 from lorakit.sweeps.halving import Halving
+from lorakit.sweeps.jobs import Job, make_jobs
 from lorakit.sweeps.load import Sweep, load_sweep, located
 from lorakit.sweeps.member_runs import MemberRuns
 from lorakit.sweeps.metric import sweep_metric
 from lorakit.sweeps.outcome import complete
-from lorakit.sweeps.passes import Pass, make_passes
 from lorakit.sweeps.plots import draw
 from lorakit.sweeps.progress import SweepProgress
 from lorakit.sweeps.record import MainRecord
@@ -72,7 +72,7 @@ def _sweep(loaded: Sweep, resume: bool, say: Say, ray: str | None) -> SweepResul
     loaded = with_budget(loaded, Sizes(), say)
     check_agreement(loaded)
     result = SweepResult(loaded.output_dir, sweep_metric(loaded), loaded.members)
-    passes = run_on_main(lambda: make_passes(loaded.members, loaded.section))
+    jobs = run_on_main(lambda: make_jobs(loaded.members, loaded.section))
     if note := halving_note(loaded.section, loaded.members):
         say(note)
     left = [member for member in loaded.members if not is_complete(member.recipe)]
@@ -80,14 +80,14 @@ def _sweep(loaded: Sweep, resume: bool, say: Say, ray: str | None) -> SweepResul
     began = time.monotonic()
     with _exclusive(loaded, resume, say):
         halving = _halving(loaded, result)
-        passes = run_on_main(lambda: _begin(loaded, result, passes, halving, say))
+        jobs = run_on_main(lambda: _begin(loaded, result, jobs, halving, say))
         if rank_and_world_size()[1] > 1:
-            train_shared(loaded, result, passes)
+            train_shared(loaded, result, jobs)
         else:
-            _train(loaded, result, passes, halving, ray)
+            _train(loaded, result, jobs, halving, ray)
         run_on_main(lambda: _end(loaded, result, halving, say))
         result.members = run_on_main(lambda: result.members)
-    if passes:
+    if jobs:
         say(f"sweep finished in {duration(time.monotonic() - began)}")
     if result.lacks_metric:
         say(f"no member measured {result.metric}, so the members cannot be compared")
@@ -108,9 +108,9 @@ def _exclusive(sweep: Sweep, resume: bool, say: Say) -> Iterator[None]:
 
 
 def _begin(
-    loaded: Sweep, result: SweepResult, passes: Sequence[Pass], halving: Halving | None, say: Say
-) -> list[Pass]:
-    """Record the members that an earlier sweep has completed; return the passes without them."""
+    loaded: Sweep, result: SweepResult, jobs: Sequence[Job], halving: Halving | None, say: Say
+) -> list[Job]:
+    """Record the members that an earlier sweep has completed; return the jobs without them."""
     left = set(range(len(result.members)))
     for at, (member, own) in enumerate(zip(loaded.members, result.members, strict=True)):
         if is_complete(member.recipe):
@@ -121,25 +121,25 @@ def _begin(
     if count := len(result.members) - len(left):
         say(f"{count} of {counted(len(result.members), 'member')} had already finished")
     result.write()
-    some = (replace(p, members=tuple(at for at in p.members if at in left)) for p in passes)
-    return [part for part in some if part.members]
+    some = (replace(job, members=tuple(at for at in job.members if at in left)) for job in jobs)
+    return [job for job in some if job.members]
 
 
 def _train(
     loaded: Sweep,
     result: SweepResult,
-    passes: Sequence[Pass],
+    jobs: Sequence[Job],
     halving: Halving | None,
     ray: str | None,
 ) -> None:
-    """Train one pass after another; with the address ``ray``, single members there."""
+    """Train one job after another; with the address ``ray``, single members there."""
     with SweepProgress(result, halving) as progress:
         record = MainRecord(loaded, result, progress, halving)
         runs = MemberRuns(loaded, record, halving)
         try:
-            for part in passes:
-                if ray is None or part.reason is None:
-                    runs.train(part)
+            for job in jobs:
+                if ray is None or job.reason is None:
+                    runs.train(job)
             pending = [at for at, own in enumerate(result.members) if own.status == "pending"]
             if pending and ray is not None:
                 runs.train_on_cluster(pending, ray, record)

@@ -17,9 +17,9 @@ from lorakit.distributed.processes import gather
 from lorakit.distributed.watch import Watch, watch_peers
 from lorakit.errors import Interrupted, LorakitError, UserError
 from lorakit.notes import Say
+from lorakit.sweeps.jobs import Job
 from lorakit.sweeps.load import Sweep
 from lorakit.sweeps.member_runs import MemberRuns
-from lorakit.sweeps.passes import Pass
 from lorakit.sweeps.progress import SweepProgress
 from lorakit.sweeps.record import RESUME, MainRecord, Record, RemoteRecord
 from lorakit.sweeps.results import SweepResult
@@ -75,8 +75,8 @@ def check_visible(sweep: Sweep) -> None:
         )
 
 
-def train_shared(sweep: Sweep, result: SweepResult, passes: Sequence[Pass]) -> None:
-    """Train the members of ``passes``, each pass in the process that is the first to take it.
+def train_shared(sweep: Sweep, result: SweepResult, jobs: Sequence[Job]) -> None:
+    """Train the members of ``jobs``, each job in the process that is the first to take it.
 
     Raises Interrupted after a signal to any process, and ConnectionLost if one was killed, with
     checkpoints of what ran.
@@ -84,38 +84,38 @@ def train_shared(sweep: Sweep, result: SweepResult, passes: Sequence[Pass]) -> N
     train = _train_as_first if is_first() else _train_as_other
     with alone(), stop_request():
         try:
-            train(sweep, result, passes)
+            train(sweep, result, jobs)
         except ConnectionLost as error:
             raise ConnectionLost(RESUME) from error
 
 
-def _train_as_first(sweep: Sweep, result: SweepResult, passes: Sequence[Pass]) -> None:
+def _train_as_first(sweep: Sweep, result: SweepResult, jobs: Sequence[Job]) -> None:
     """Train as the first process, which records what all do."""
     with SweepProgress(result) as progress:
         record = MainRecord(sweep, result, progress)
         try:
             with watch_peers() as watch:
                 progress.on_tick = hear = partial(record.take_over, watch)
-                _train(sweep, record, passes, watch, hear)
+                _train(sweep, record, jobs, watch, hear)
         except Interrupted as error:
             hear()
             raise record.interrupted(error) from error
 
 
-def _train_as_other(sweep: Sweep, _result: SweepResult, passes: Sequence[Pass]) -> None:
+def _train_as_other(sweep: Sweep, _result: SweepResult, jobs: Sequence[Job]) -> None:
     with watch_peers() as watch:
-        _train(sweep, RemoteRecord(watch), passes, watch, lambda: None)
+        _train(sweep, RemoteRecord(watch), jobs, watch, lambda: None)
 
 
 def _train(
     sweep: Sweep,
     record: Record,
-    passes: Sequence[Pass],
+    jobs: Sequence[Job],
     watch: Watch,
     meanwhile: Callable[[], None],
 ) -> None:
     runs = MemberRuns(sweep, record)
-    for number in watch.claimed(len(passes)):
-        runs.train(passes[number])
+    for number in watch.claimed(len(jobs)):
+        runs.train(jobs[number])
         meanwhile()
     watch.wait(meanwhile)

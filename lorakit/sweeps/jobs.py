@@ -16,7 +16,7 @@ from lorakit.training.joint import can_join, members_that_fit
 
 
 @dataclass(frozen=True)
-class Pass:
+class Job:
     """The numbers of members that train together; of a single one, the ``reason`` why it trains
     alone."""
 
@@ -24,16 +24,16 @@ class Pass:
     reason: str | None = None
 
 
-def make_passes(members: Sequence[Member], section: SweepSection) -> list[Pass]:
-    """Divide ``members`` into passes of at most ``max_joint`` that can join; None is as many as the
-    memory holds. If a launcher has started several processes, there is a pass for each of them, as
+def make_jobs(members: Sequence[Member], section: SweepSection) -> list[Job]:
+    """Divide ``members`` into jobs of at most ``max_joint`` that can join; None is as many as the
+    memory holds. If a launcher has started several processes, there is a job for each of them, as
     far as there are members.
 
     Raises UserError if ``joint`` is true and a member cannot join the first.
     """
     joint, most = section.joint, section.max_joint
     if joint is False:
-        return [Pass((at,), "joint is false") for at in range(len(members))]
+        return [Job((at,), "joint is false") for at in range(len(members))]
     found: list[list[int]] = []
     reasons: dict[int, str] = {}
     for at, member in enumerate(members):
@@ -52,10 +52,10 @@ def make_passes(members: Sequence[Member], section: SweepSection) -> list[Pass]:
             raise UserError(
                 f"joint = true: member {member.name}: {reasons[at]}; allowed: auto, false"
             )
-    passes = []
+    jobs = []
     for numbers in found:
         if len(numbers) == 1:
-            passes.append(Pass(tuple(numbers), reasons[numbers[0]]))
+            jobs.append(Job(tuple(numbers), reasons[numbers[0]]))
             continue
         size = most or _that_fit([members[at].recipe for at in numbers])
         fit = f"only {size} {'fits' if size == 1 else 'fit'} in memory"
@@ -63,10 +63,10 @@ def make_passes(members: Sequence[Member], section: SweepSection) -> list[Pass]:
         share = -(-len(members) // rank_and_world_size()[1])
         if share < size:
             size, alone = share, "the processes share the members"
-        passes += [
-            Pass(tuple(part), alone if len(part) == 1 else None) for part in _parts(numbers, size)
+        jobs += [
+            Job(tuple(part), alone if len(part) == 1 else None) for part in _parts(numbers, size)
         ]
-    return passes
+    return jobs
 
 
 def _that_fit(recipes: Sequence[Recipe]) -> int:

@@ -9,7 +9,7 @@ import pytest
 
 from lorakit.api import load_sweep
 from lorakit.errors import UserError
-from lorakit.sweeps.passes import make_passes
+from lorakit.sweeps.jobs import make_jobs
 
 RECIPE = """\
 model: {name_or_path: some/model}
@@ -26,7 +26,7 @@ def parts(
     members = [{"set": own} for own in settings]
     keys = {"recipe": "recipe.yaml", "output_dir": "out", "joint": joint, "max_joint": most}
     sweep = load_sweep({**keys, "members": members})
-    return [(p.members, p.reason) for p in make_passes(sweep.members, sweep.section)]
+    return [(job.members, job.reason) for job in make_jobs(sweep.members, sweep.section)]
 
 
 R = [{"adapter.r": r} for r in range(1, 6)]
