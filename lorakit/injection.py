@@ -55,11 +55,23 @@ class InjectionReport:
         text = f"{self.method} on {counted(count, 'module')}: {names}" if count else self.method
         if self.modules_to_save:
             text += f"; fully trained: {', '.join(self.modules_to_save)}"
-        line = (
-            f"{text}; {self.trainable_parameters:,} of {self.total_parameters:,} parameters "
+        text += (
+            f"; {self.trainable_parameters:,} of {self.total_parameters:,} parameters "
             f"are trainable ({share:.3%})"
         )
-        return f"{line}\n{self.coverage}".rstrip() if self.coverage else line
+        coverage = str(self.coverage) if self.coverage else ""
+        return "\n".join(filter(None, (text, coverage, self._rank_warning())))
+
+    def _rank_warning(self) -> str:
+        """About ranks that no update of the module can have."""
+        above = [module for module in self.adapted_modules if module.r > min(module.shape)]
+        if not above:
+            return ""
+        first = above[0]
+        return (
+            f"warning: the rank exceeds the smaller dimension of {counted(len(above), 'module')} "
+            f"({first.r} and {min(first.shape)} in {first.name}), which only adds parameters"
+        )
 
 
 def inject(

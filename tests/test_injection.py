@@ -40,6 +40,16 @@ def test_a_plain_module() -> None:
     assert "lora on 1 module: query; fully trained: out; 31 of 51" in str(report)
 
 
+def test_a_rank_that_no_update_can_have() -> None:
+    block = Block()
+    text = str(inject(block, LoraConfig(r=5, target_modules=["query", "out"])))
+    warning = (
+        "warning: the rank exceeds the smaller dimension of 2 modules (5 and 4 in query), which "
+    )
+    assert warning in text
+    assert "warning" not in str(inject(Block(), LoraConfig(r=3, target_modules=["query", "out"])))
+
+
 def _logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         out = model(token_ids())

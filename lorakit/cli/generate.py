@@ -164,7 +164,11 @@ def _check_input(
     prompt: str | None, chat: bool, input_file: Path | None, output: Path | None
 ) -> None:
     check_exclusive({"--prompt": prompt is not None, "--input": input_file is not None})
-    check_exclusive({"--chat": chat, "--input": input_file is not None})
+    if chat and input_file is not None:
+        raise UserError(
+            "--chat and --input are mutually exclusive; hint: rows of the file with messages are "
+            "chats"
+        )
     if output is not None and input_file is None:
         raise UserError(f"--output {output}: requires --input; a single answer goes to stdout")
     if input_file is not None and not input_file.is_file():

@@ -222,8 +222,9 @@ def _terminate(_number: int, _frame: FrameType | None) -> None:
 
 
 def _log_traceback(error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [""])[0]
-    reason = locate_error(error) or f"{type(error).__name__}: {first}"
+    first = [type(error).__name__, *str(error).strip().splitlines()[:1]]
+    notes = [note for note in getattr(error, "__notes__", ()) if "\n" not in note]
+    reason = "; ".join([locate_error(error) or ": ".join(first), *notes])
     try:
         handle, name = tempfile.mkstemp(prefix="lorakit-", suffix=".log")
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as log:

@@ -174,7 +174,8 @@ def tasks(as_json: AsJson = False) -> None:
 
     Each is listed with its paper; with --json, also with the columns of its rows.
 
-    A task may also be your own file, ./FILE.py:CLASS or ./FILE.yaml: docs/user-task.md says how.
+    A task may also be your own file, ./FILE.py:CLASS or ./FILE.yaml; see
+    docs/user-task.md.
 
     Example: lorakit tasks --json
     """

@@ -133,7 +133,7 @@ def _train(
                 pushed = api.push_trained(result.adapter_dir, target, say)
         finally:
             _print_run(result, pushed, as_json)
-        if not as_json:
+        if not as_json and not result.diverged:
             say(f"next: {use_command(resolved, result.adapter_dir)}")
 
 

@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache
 from typing import Any
 
@@ -22,6 +23,9 @@ from lorakit.distributed.launcher import (
     uses_fsdp,
 )
 from lorakit.errors import LorakitError, UserError
+
+#: For a process that is alive. One that was killed is noticed at once, by its connections.
+_LONGEST_WAIT = timedelta(hours=6)
 
 
 class ConnectionLost(LorakitError):
@@ -101,7 +105,14 @@ def init_process_group() -> None:
             "allowed: at most one process per GPU"
         )
     with _ended_by_signals():
-        PartialState(cpu=not on_cuda, **own_store())
+        try:
+            PartialState(cpu=not on_cuda, **own_store())
+        except RuntimeError as error:
+            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise LorakitError(
+                f"MASTER_ADDR:MASTER_PORT = {address}: the processes cannot connect: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
 
 
 @contextmanager
@@ -127,20 +138,13 @@ def has_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def host_group() -> Any:
-    """A group whose messages go through the host."""
-    import torch.distributed as dist
-
-    if "gloo" in dist.get_backend():
-        return None
-    return _new_host_group()
-
-
 @cache
-def _new_host_group() -> Any:
+def host_group() -> Any:
+    """A group whose messages go through the host. It waits for a process that is alive: reading and
+    tokenizing data, or a checkpoint of a large model, may take longer than torch's 30 minutes."""
     import torch.distributed as dist
 
-    return dist.new_group(backend="gloo")
+    return dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
 
 
 def set_in_store(key: str) -> None:
@@ -183,5 +187,5 @@ def destroy_process_group() -> None:
     if has_group():
         from accelerate import PartialState
 
-        _new_host_group.cache_clear()
+        host_group.cache_clear()
         PartialState().destroy_process_group()

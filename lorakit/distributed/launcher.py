@@ -40,6 +40,9 @@ def check_variables() -> None:
             f"{shown(os.environ['WORLD_SIZE'])}; hint: start several processes with torchrun, or "
             "unset WORLD_SIZE"
         )
+    local = os.environ.get("LOCAL_WORLD_SIZE") or "1"
+    if not local.isdecimal() or local == "0":
+        raise UserError(f"LOCAL_WORLD_SIZE = {shown(local)}: allowed: an integer > 0")
     rank, world_size = os.environ["RANK"], os.environ["WORLD_SIZE"]
     if int(rank) >= int(world_size):
         raise UserError(f"RANK = {rank}: allowed with WORLD_SIZE = {world_size}: 0 to "

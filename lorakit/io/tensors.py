@@ -15,8 +15,11 @@ from lorakit.io.atomic import os_errors
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     """Write tensors that do not share memory. Raises OSError if the disk is full."""
+    file.touch()
+    mode = file.stat().st_mode  # which follows the umask; that of safetensors is 0600
     with os_errors(SafetensorError, file):
         save_file(dict(tensors), file, {"format": "pt"})
+    file.chmod(mode)
 
 
 def check_shape(name: str, value: Tensor, own: Tensor) -> None:

@@ -20,6 +20,7 @@ from lorakit.errors import AdapterError, ModelError, UserError
 from lorakit.evaluation.evaluate import evaluate_model
 from lorakit.evaluation.progress import OnPhase
 from lorakit.host.openmp import yield_cores
+from lorakit.models.fast_operators import use_operators_of_training
 from lorakit.models.heads import declares_head, find_labels, head_labels
 from lorakit.models.hub import load_config, load_tokenizer
 from lorakit.models.kinds import Kind
@@ -86,6 +87,8 @@ def evaluate_split(
     model, tokenizer = load_adapted(
         recipe.model, data.task.kind, data.labels, files, seed, say, data.problem
     )
+    if recipe.train.kernels == "auto" and recipe.train.compile is not True:
+        use_operators_of_training(model)
     data = replace(data, config=fit_max_length(model, data.config, say))
     result = evaluate_model(
         model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -110,12 +111,27 @@ def _facts(run: Run) -> Iterator[tuple[str, Any]]:
     yield from flat("recipe", run.recipe)
     for key in ("init_from", "versions", "git_commit", "hardware"):
         yield from flat(key, run.record.get(key))
+    yield "effective_batch_size", _effective_batch_size(run)
     splits = run.record.get("data")
     for split, about in (splits if isinstance(splits, dict) else {}).items():
         if isinstance(about, dict):
             yield f"data.{split}.source", about.get("source")
             yield f"data.{split}.rows", about.get("rows")
             yield f"data.{split}.fingerprint", str(about.get("fingerprint"))[:12]
+
+
+def _effective_batch_size(run: Run) -> int | None:
+    """Rows (or bins) per step over all processes; None if tokens limit the batches."""
+    train, hardware = run.recipe.get("train"), run.record.get("hardware")
+    train, hardware = (x if isinstance(x, dict) else {} for x in (train, hardware))
+    factors = (
+        train.get("per_device_batch_size"),
+        train.get("gradient_accumulation_steps", 1),
+        hardware.get("processes", 1),
+    )
+    if train.get("max_tokens_per_batch") or not all(isinstance(each, int) for each in factors):
+        return None
+    return int(math.prod(factors))
 
 
 def flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:

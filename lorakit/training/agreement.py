@@ -14,6 +14,13 @@ from lorakit.training.setup import Prepared
 _OF_A_HOST = {"model.name_or_path", "task.path", "train.output_dir", "train.trackers"}
 
 
+def check_same_command(name: str) -> None:
+    """Raise UserError, in all processes, if they have been started with different commands."""
+    names = gather(name)
+    if len(set(names)) > 1:
+        raise UserError(f"processes were started with different commands: {', '.join(names)}")
+
+
 def check_agreement(prepared: Prepared) -> None:
     """Raise UserError, in all processes, if the recipe or the data of one are not the first's."""
     found = gather((platform.node(), comparable_keys(prepared.recipe), prepared.data))

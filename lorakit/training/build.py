@@ -20,6 +20,7 @@ from lorakit.injection import trainable_state
 from lorakit.layers import adapter_layers
 from lorakit.methods.base import Method
 from lorakit.models.cpu_attention import use_cpu_attention
+from lorakit.models.fast_operators import use_fast_operators
 from lorakit.models.first_token import skip_unread_tokens
 from lorakit.models.heads import label_columns, reads_first_token
 from lorakit.models.master_weights import base_dtype
@@ -41,7 +42,7 @@ from lorakit.training.engine.eager import CausalObjective, EagerEngine, EncoderO
 from lorakit.training.engine.member import MemberEngine
 from lorakit.training.engine.probe import GradientProbe
 from lorakit.training.execution import Execution, choose_execution
-from lorakit.training.fast_layers import compile_layers, fuse_layers, use_fast_operators
+from lorakit.training.fast_layers import compile_layers, fuse_layers
 from lorakit.training.guard import Guard
 from lorakit.training.learning_rate import build_scheduler, check_warmup
 from lorakit.training.loop import Loop

@@ -13,7 +13,7 @@ from types import FrameType
 from torch import Tensor
 
 from lorakit.distributed.group import is_first
-from lorakit.distributed.launcher import is_launched
+from lorakit.distributed.launcher import is_launched, launch_id
 from lorakit.distributed.processes import stop_signal
 from lorakit.errors import Interrupted
 from lorakit.evaluation.evaluate import Evaluation, evaluate_model
@@ -46,11 +46,20 @@ class Schedule:
 
 
 class StopRequest:
-    """Set by a signal to any of the processes; all of them stop after the same step."""
+    """Set by a signal to any of the processes, or if a launcher is killed, which can then send
+    none; all of them stop after the same step."""
+
+    def __init__(self) -> None:
+        self._launcher = os.getppid() if launch_id() else None
 
     @property
     def signal_number(self) -> int:
         """The signal; 0 before one."""
+        if self._launcher is not None and os.getppid() != self._launcher:
+            self._launcher = None
+            if not stop_signal.own:
+                stop_signal.set(signal.SIGTERM)
+                _Handled.announce("the launcher was killed: stopping after saving a checkpoint")
         return stop_signal.agreed
 
     def __bool__(self) -> bool:

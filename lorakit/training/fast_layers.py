@@ -1,4 +1,4 @@
-"""Prepare the layers of a model for fast passes: fused operators and compilation.
+"""Prepare the layers of a model for fast passes: fused LoRA layers and compilation.
 
 Each function changes the model in place, on its device, after the adapter has been injected.
 """
@@ -14,18 +14,6 @@ from torch import Tensor, nn
 from lorakit.anatomy import transformer_layers
 from lorakit.errors import UserError
 from lorakit.methods.lora_layer import LoraLayer, SharedInput
-from lorakit.models.fast_norms import use_fast_norms
-from lorakit.models.fast_rotary import use_fast_rotary
-from lorakit.models.short_attention import use_short_attention
-
-
-def use_fast_operators(model: Any, recomputes: bool) -> None:
-    """Compute by fewer kernels what compilation would fuse, norms and rotary embeddings, and short
-    rows' attention by kernels that start faster, unless the backward pass ``recomputes`` layers."""
-    use_fast_norms(model)
-    use_fast_rotary(model)
-    if model.device.type == "cuda" and not recomputes:
-        use_short_attention(model)
 
 
 def compile_layers(model: nn.Module, backend: Any = "inductor", has_hooks: bool = False) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lorakit.distributed.group import ConnectionLost
-from lorakit.errors import TrainingError, WriteFailed
+from lorakit.errors import LorakitError, TrainingError, WriteFailed
 from lorakit.io.atomic import writing
 from lorakit.training.checkpoint import checkpoints
 from lorakit.training.run_json import read_record
@@ -59,19 +59,46 @@ class Guard:
 
 
 @contextmanager
-def naming_checkpoints(output_dir: Path) -> Iterator[None]:
-    """Let errors of a file that cannot be written, and of a process that was killed, name the last
-    checkpoint and say how to resume."""
+def naming_checkpoints(output_dir: Path, overwrite: bool = False) -> Iterator[None]:
+    """Let errors of a file that cannot be written, of a process that was killed, and unexpected
+    ones name the last checkpoint and say how to resume. With ``overwrite``, the checkpoints of the
+    run that is there do not count: after an error, they may be back."""
+    folder = output_dir / "checkpoints"
+    earlier = _identities(checkpoints(folder)) if overwrite else set()
+
+    def last_good() -> tuple[str, str]:
+        found = checkpoints(folder)
+        if earlier & _identities(found):
+            return "no checkpoint was written yet, and the earlier run is back", "start again"
+        return advice_after_failure(output_dir)
+
     try:
         yield
     except WriteFailed as error:
-        good, then = _last_good(output_dir)
+        good, then = last_good()
         raise TrainingError(f"{error.problem}; {good}; {error.hint}, then {then}") from error
     except ConnectionLost as error:
-        raise ConnectionLost("; ".join(_last_good(output_dir))) from error
+        raise ConnectionLost("; ".join(last_good())) from error
+    except LorakitError:
+        raise
+    except Exception as error:
+        if checkpoints(folder) and hasattr(error, "add_note"):  # from Python 3.11 on
+            error.add_note("; ".join(last_good()))
+        raise
 
 
-def _last_good(output_dir: Path) -> tuple[str, str]:
+def advice_after_failure(output_dir: Path) -> tuple[str, str]:
+    """The last good checkpoint of the run, and what to do once the cause is removed."""
     if left := checkpoints(output_dir / "checkpoints"):
         return f"last good checkpoint: {left[-1]}", "resume with --resume auto"
     return "no checkpoint was written yet", "start the run again"
+
+
+def _identities(folders: Sequence[Path]) -> set[tuple[int, int]]:
+    """What stays the same if directories are renamed, as the main process may just do."""
+    found = set()
+    for folder in folders:
+        with suppress(FileNotFoundError):
+            stat = folder.stat()
+            found.add((stat.st_dev, stat.st_ino))
+    return found

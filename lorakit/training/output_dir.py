@@ -126,6 +126,9 @@ def _check_no_file(output_dir: Path) -> None:
         raise UserError(f"train.output_dir: cannot be created: {error.strerror}") from None
     if is_file:
         raise UserError(f"train.output_dir: {output_dir}: a file with that name exists")
+    for folder in (output_dir / "adapter", output_dir / "checkpoints"):
+        if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+            raise UserError(f"train.output_dir: {folder}: exists and is not a directory")
 
 
 def _check_no_sweep(output_dir: Path) -> None:

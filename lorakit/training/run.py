@@ -17,7 +17,7 @@ from lorakit.host.openmp import yield_cores
 from lorakit.notes import Say, silent
 from lorakit.recipe.check import check_recipe
 from lorakit.recipe.sections import Recipe
-from lorakit.training.agreement import check_agreement
+from lorakit.training.agreement import check_agreement, check_same_command
 from lorakit.training.base_precision import check_base_precision
 from lorakit.training.batch_size import check_batch_size, fit_batch_size
 from lorakit.training.batching import Batching, LoadedStep, StepLoader, build_batching
@@ -71,10 +71,11 @@ def train(
     stream cannot be read further, saves a checkpoint and raises DataError.
     """
     init_process_group()
+    check_same_command("train")
     say = _only_on_main(say)
     check_recipe(recipe)
     with (
-        naming_checkpoints(Path(recipe.train.output_dir)),
+        naming_checkpoints(Path(recipe.train.output_dir), overwrite),
         deterministic_kernels(recipe.train.deterministic),
     ):
         start = run_on_main(lambda: find_start(recipe, resume, say, overwrite))
@@ -135,6 +136,7 @@ def finished_run(recipe: Recipe, run: dict[str, Any], say: Say) -> RunResult:
 def dry_run(recipe: Recipe, say: Say) -> dict[str, Any]:
     """Load, inject and take one step without writing anything; return the plan and the loss."""
     init_process_group()
+    check_same_command("train --dry-run")
     say = _only_on_main(say)
     with deterministic_kernels(recipe.train.deterministic):
         return _plan(recipe, say)
@@ -204,10 +206,14 @@ def check_support(recipe: Recipe) -> None:
 
 def check_resumable(prepared: Prepared, batching: Batching, start: Start, say: Say) -> None:
     """Raise UserError or DataError if recipe or data are not those of the checkpoint's run."""
-    if start.checkpoint is None:
+    if start.checkpoint is None or start.snapshot is None:
         return
-    check_same_recipe(prepared.recipe, start.checkpoint.parent.parent, prepared=True)
-    check_same_chat_template(prepared.tokenizer, start.checkpoint.parent.parent)
+    run = start.checkpoint.parent.parent
+    if not (run / "recipe.yaml").is_file():
+        say(f"warning: {run}: no recipe.yaml, so the recipe is not compared with that of the run")
+    processes = len(start.snapshot.random)
+    check_same_recipe(prepared.recipe, run, prepared=True, processes=processes)
+    check_same_chat_template(prepared.tokenizer, run)
     check_length(prepared, batching.steps, start, say)
     rows = check_same_data(prepared.data, start.checkpoint, say)
     if rows and isinstance(batching.steps, StreamSteps):

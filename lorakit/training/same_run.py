@@ -39,17 +39,20 @@ _BATCH = {"train.per_device_batch_size", "train.gradient_accumulation_steps"}
 _FITTED = {"max_length", "max_new_tokens"}
 
 
-def check_same_recipe(recipe: Recipe, output_dir: Path, prepared: bool = False) -> None:
+def check_same_recipe(
+    recipe: Recipe, output_dir: Path, prepared: bool = False, processes: int | None = None
+) -> None:
     """Raise UserError unless ``recipe`` describes the run that started in ``output_dir``. Its
     length may differ, which ``length.check_length`` checks, as may labels found in the data and, as
-    long as the recipe is not ``prepared``, defaults that depend on the model."""
+    long as the recipe is not ``prepared``, defaults that depend on the model. ``processes`` is how
+    many wrote the checkpoint, in case that run.json is lost."""
     path = output_dir / "recipe.yaml"
     if not path.is_file():
         return
     _check_same_code(recipe, output_dir)
     _check_same_files(recipe, path)
     started, recipe = load_recipe(path), as_started(recipe, output_dir)
-    _check_same_steps(started, recipe, output_dir)
+    _check_same_steps(started, recipe, output_dir, processes)
     before, now = started.flat(), recipe.flat()
     later = set() if prepared else {f"task.{k}" for k in _FITTED - recipe.task.model_fields_set}
     changed = [
@@ -103,11 +106,15 @@ def with_started_batch_size(recipe: Recipe, output_dir: Path) -> Recipe:
     return split_step(recipe, size, processes)
 
 
-def _check_same_steps(before: Recipe, now: Recipe, output_dir: Path) -> None:
+def _check_same_steps(
+    before: Recipe, now: Recipe, output_dir: Path, processes_before: int | None
+) -> None:
     """Raise UserError unless the steps of the run in ``output_dir`` have the same rows as those of
     this run; over how many processes and batches they are split may differ."""
-    recorded = read_run(output_dir).get("hardware") or {}
-    processes = recorded.get("processes") or 1, rank_and_world_size()[1]
+    recorded = (read_run(output_dir).get("hardware") or {}).get("processes") or processes_before
+    if recorded is None:
+        return
+    processes = recorded, rank_and_world_size()[1]
     if step_size(before, processes[0]) != step_size(now, processes[1]):
         then, this = (
             f"per_device_batch_size {recipe.train.per_device_batch_size} x "

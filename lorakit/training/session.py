@@ -14,7 +14,7 @@ from typing import Any
 from lorakit.distributed.group import is_main
 from lorakit.distributed.processes import failures_reported, gather, run_on_main
 from lorakit.distributed.strategy import Strategy
-from lorakit.errors import Interrupted, UserError, WriteFailed
+from lorakit.errors import Interrupted, TrainingError, UserError, WriteFailed
 from lorakit.evaluation.evaluate import EvalData
 from lorakit.io.atomic import writing
 from lorakit.notes import Say
@@ -31,7 +31,7 @@ from lorakit.training.checkpoint import (
 )
 from lorakit.training.control import Schedule
 from lorakit.training.deterministic import no_kernel_as_error
-from lorakit.training.guard import Guard
+from lorakit.training.guard import Guard, advice_after_failure
 from lorakit.training.loop import Loop
 from lorakit.training.output_dir import (
     Start,
@@ -197,10 +197,18 @@ def _exclusive(recipe: Recipe, start: Start) -> Iterator[Path]:
 def _export(
     prepared: Prepared, adapter_dir: Path, record: RunRecord, guard: Guard | None, say: Say
 ) -> None:
-    if guard is not None:
-        guard.check()
-    with writing(adapter_dir):
-        export_adapter(prepared, adapter_dir, record, say)
+    output_dir = adapter_dir.parent
+    is_there = guard is None or guard.check()
+    try:
+        with writing(adapter_dir):
+            export_adapter(prepared, adapter_dir, record, say)
+    except UserError as error:  # of the base or another input, changed during the run
+        advice = "; ".join(advice_after_failure(output_dir))
+        raise TrainingError(f"{adapter_dir}: not written: {error}; {advice}") from error
+    if not is_there:
+        raise TrainingError(
+            f"{output_dir} was deleted or renamed during the run; saved {adapter_dir}"
+        )
 
 
 def _save_predictions(output_dir: Path, data: EvalData | None, loop: Loop, say: Say) -> None:

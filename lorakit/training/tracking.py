@@ -29,7 +29,7 @@ _WIDE = 80
 
 class MetricsFile:
     """Appends lines to ``metrics.jsonl``. A resumed run keeps the first ``keep`` lines: those
-    written before its checkpoint."""
+    written before its checkpoint; not the rest of one that was cut off."""
 
     def __init__(self, path: Path, keep: int = 0) -> None:
         self._path = path
@@ -39,10 +39,9 @@ class MetricsFile:
         with writing(self._path):
             is_there = self._path.is_file()
             text = self._path.read_text(encoding="utf-8", errors="replace") if is_there else ""
-            lines = text.splitlines()
-            kept = lines[:keep]
+            kept = [line for line in text.splitlines(keepends=True) if line.endswith("\n")][:keep]
             self.lines = len(kept)
-            write_text(self._path, "".join(f"{line}\n" for line in kept))
+            write_text(self._path, "".join(kept))
             return self._path.open("ab", buffering=0)
 
     def truncate(self, keep: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from lorakit.cli.main import run
 from lorakit.distributed.build import build_strategy
 from lorakit.distributed.group import rank_and_world_size
 from lorakit.distributed.launcher import launch_id, warn_of_launch
+from tests.training.runs import write_recipe_file
 
 LOGS = "/tmp/torchelastic_x/none_y"
 
@@ -88,6 +90,35 @@ def test_variables_out_of_range(
         monkeypatch.setenv(key, text)
     assert run(["train", "recipe.yaml"]) == 2
     assert capsys.readouterr().err == f"error: {name} = {value}: {allowed}\n"
+
+
+@pytest.mark.parametrize("value", ["0", "abc"])
+def test_the_number_of_processes_on_the_host(
+    value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for key, text in (right | {"LOCAL_WORLD_SIZE": value}).items():
+        monkeypatch.setenv(key, text)
+    assert run(["train", "recipe.yaml"]) == 2
+    message = f'error: LOCAL_WORLD_SIZE = "{value}": allowed: an integer > 0\n'
+    assert capsys.readouterr().err == message
+
+
+def test_a_port_that_is_taken(tiny_llama: Path, tmp_path: Path) -> None:
+    file = write_recipe_file(tmp_path, tiny_llama, "completion")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        variables = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        done = subprocess.run(
+            [sys.executable, "-m", "lorakit", "train", str(file)], capture_output=True, text=True,
+            env=os.environ | variables | {"MASTER_PORT": address.partition(":")[2]},
+        )  # fmt: skip
+    assert done.returncode == 1
+    (line,) = (x for x in done.stderr.splitlines() if x.startswith("error: "))
+    assert line.startswith(f"error: MASTER_ADDR:MASTER_PORT = {address}: the processes cannot conn")
+    assert "EADDRINUSE" in line
 
 
 def test_a_signal_ends_a_process_that_waits_for_the_others() -> None:

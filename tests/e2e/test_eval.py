@@ -14,6 +14,7 @@ from lorakit.cli.console import check_writable, write_output
 from lorakit.cli.main import run
 from tests.e2e.evaluations import evaluated, recipe_file, write_adapter
 from tests.tasks.wikisql_files import ROWS, TABLE, write_database, write_lines
+from tests.training.runs import recipe_for, run_json
 
 REPO = Path(__file__).resolve().parents[2]
 ROWS_E2E = [
@@ -96,6 +97,15 @@ def test_base_and_adapter_of_a_causal_model(
     assert lorakit.evaluate(recipe, base=True) == base["metrics"]
     first = lorakit.evaluate(recipe, adapter=tmp_path / "run" / "adapter", limit=1)
     assert first["loss"] != adapted["metrics"]["loss"]
+
+
+def test_eval_has_the_metrics_that_training_has_reported(tiny_llama: Path, tmp_path: Path) -> None:
+    """Also in bfloat16, where each operator rounds differently."""
+    recipe = recipe_for(
+        tmp_path, tiny_llama, "completion", model__dtype="bfloat16", train__learning_rate=5e-2
+    )
+    assert lorakit.evaluate(recipe, base=True) != lorakit.train(recipe).metrics
+    assert lorakit.evaluate(recipe) == run_json(tmp_path / "run")["metrics"]
 
 
 def test_the_head_comes_from_the_adapter(

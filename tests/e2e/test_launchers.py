@@ -130,6 +130,18 @@ def test_sigterm_to_torchrun_saves_one_checkpoint(
     assert run_json(run)["exit_reason"] == "interrupted"
 
 
+def test_the_run_stops_if_torchrun_is_killed(file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(*TORCHRUN, *TRAIN, file, "--output-dir", run, "--set", "train.epochs=2000")
+    wait_for(run / "checkpoints" / "step-4")
+    children = psutil.Process(process.pid).children()
+    process.kill()
+    assert not psutil.wait_procs(children, timeout=30)[1]
+    _, _, err = ended(process)
+    assert "the launcher was killed: stopping after saving a checkpoint" in err.splitlines()
+    assert run_json(run)["exit_reason"] == "interrupted"
+
+
 @pytest.mark.slow
 def test_torchrun_continues_a_sweep_after_a_process_was_killed(file: Path, tmp_path: Path) -> None:
     grid = {"train.seed": [1, 2, 3]}

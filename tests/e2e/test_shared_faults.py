@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,16 @@ def rows_of(file: Path) -> Path:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_an_error_in_one_process(rank: int, shared: Path) -> None:
     ended = launch(2, *TRAIN, shared, FAULT=f"{rank}:6:error")
-    assert "ArithmeticError: the method cannot go on" in one_error(ended, 1, 1)
+    line = one_error(ended, 1, 1)
+    assert "ArithmeticError: the method cannot go on" in line
     assert "error: " in ended[rank][2]
-    record = run_json(shared.parent / "run")
+    run = shared.parent / "run"
+    if sys.version_info >= (3, 11):
+        good = (
+            f"; last good checkpoint: {run / 'checkpoints' / 'step-4'}; resume with --resume auto; "
+        )
+        assert good in line
+    record = run_json(run)
     assert record["exit_reason"] == "failed"
     assert record["message"] == ["the method cannot go on", "process 1 failed"][rank]
 
@@ -96,6 +104,34 @@ def test_an_error_in_another_process_before_training(shared: Path) -> None:
     ended = launch(2, *TRAIN, shared, faults={1: {"environment": {"ROWS": "not-there"}}})
     assert 'task.path = "not-there": no such file' in one_error(ended, 2, 2)
     assert not (shared.parent / "run").exists()
+
+
+def test_other_commands_in_the_processes(shared: Path) -> None:
+    code = """
+import os, sys
+from lorakit.cli.main import run
+options = ["--dry-run"] if os.environ["RANK"] == "1" else []
+sys.exit(run(["train", sys.argv[1], *options]))
+"""
+    line = one_error(launch(2, "-c", code, shared), 2, 2)
+    assert line.endswith("started with different commands: train, train --dry-run")
+    assert not (shared.parent / "run").exists()
+
+
+def test_work_of_one_process_may_take_longer_than_the_timeout_of_torch() -> None:
+    code = """
+import os, time
+from datetime import timedelta
+from torch.distributed import distributed_c10d
+from lorakit.distributed.group import init_process_group
+from lorakit.distributed.processes import process_group, run_on_main
+with process_group():
+    init_process_group()
+    distributed_c10d._set_pg_timeout(timedelta(seconds=1))
+    run_on_main(lambda: time.sleep(3))
+"""
+    for status, _, err in launch(2, "-c", code):
+        assert status == 0, err
 
 
 def test_a_wrong_option_is_reported_once(shared: Path) -> None:

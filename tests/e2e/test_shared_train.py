@@ -176,9 +176,14 @@ def test_a_signal_to_one_process_stops_all_at_one_step(
     alone["train"]["per_device_batch_size"] = 4
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(json.dumps(alone))
-    [(code, _, err)] = launch(1, *command(wrong, cut, "--resume", "auto"))
-    assert code == 2
-    assert "x 2 processes, now per_device_batch_size 4 x" in err
+    record = cut / "run.json"
+    for file_is_there in (True, False):  # the checkpoint says, too, how many processes wrote it
+        if not file_is_there:
+            record.rename(tmp_path / "run.json")
+        [(code, _, err)] = launch(1, *command(wrong, cut, "--resume", "auto"))
+        assert code == 2
+        assert "x 2 processes, now per_device_batch_size 4 x" in err
+    (tmp_path / "run.json").rename(record)
     [(code, _, err)] = launch(1, *command(file, cut, "--resume", "auto"))
     assert code == 0, err
     lines = zip(metrics_lines(cut), metrics_lines(whole), strict=True)

@@ -12,7 +12,7 @@ import pytest
 import lorakit
 from lorakit.errors import UserError
 from lorakit.reports.comparison import compare, comparison_text
-from tests.reports.files import LINES, log_line, write_run, write_sweep_files
+from tests.reports.files import LINES, RECIPE, log_line, write_run, write_sweep_files
 
 
 def test_results_and_only_what_differs(tmp_path: Path) -> None:
@@ -39,6 +39,16 @@ def test_results_and_only_what_differs(tmp_path: Path) -> None:
     assert rows["adapter.method"] == ["lora", "dora"]
     assert rows["time"] == ["1 min 15 s", "1 min 15 s"]
     assert "completed, diverged" in text
+
+
+def test_the_rows_of_a_step_depend_on_the_processes(tmp_path: Path) -> None:
+    recipe = RECIPE.replace("seed: 1", "per_device_batch_size: 8")
+    runs = [
+        write_run(tmp_path / str(count), recipe=recipe, record={"hardware": {"processes": count}})
+        for count in (1, 2)
+    ]
+    found = {own["key"]: own["values"] for own in compare(*runs).as_json()["differences"]}
+    assert found["effective_batch_size"] == [8, 16]
 
 
 def test_a_run_that_goes_on_has_the_results_so_far(tmp_path: Path) -> None:

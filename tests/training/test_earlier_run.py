@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 import signal
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 import lorakit
 from lorakit.cli.main import run
-from lorakit.errors import TargetError, UserError
+from lorakit.errors import TargetError, TrainingError, UserError, WriteFailed
 from lorakit.training.output_dir import exclusive_run, find_start
 from lorakit.training.run import train
 from tests.training.processes import Launcher
@@ -49,6 +50,25 @@ def test_a_complete_run_is_replaced(tiny_llama: Path, tmp_path: Path) -> None:
     assert (folder / "notes.txt").read_text() == "mine"
     assert run_json(folder)["exit_reason"] == "completed"
     assert not [name for name in tree(folder) if "earlier-run" in name]
+
+
+def test_a_failure_does_not_name_a_checkpoint_of_the_earlier_run(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> NoReturn:
+        raise WriteFailed("weights: cannot be written", hint="free some space")
+
+    recipe = recipe_for(tmp_path, tiny_llama)
+    train(recipe)
+    before = tree(tmp_path / "run")
+    monkeypatch.setattr("lorakit.training.loop.save_checkpoint", fails)
+    message = (
+        "weights: cannot be written; no checkpoint was written yet, and the earlier run is back; "
+        "free some space, then start again"
+    )
+    with pytest.raises(TrainingError, match=f"^{message}$"):
+        train(changed(recipe, train__seed=8), overwrite=True)
+    assert tree(tmp_path / "run") == before
 
 
 def fail_after_writing(folder: Path, error: BaseException) -> None:

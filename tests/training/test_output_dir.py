@@ -160,6 +160,16 @@ def test_a_directory_that_cannot_be_created(recipe: Recipe, tmp_path: Path) -> N
         pass
 
 
+@pytest.mark.parametrize("name", ["adapter", "checkpoints"])
+def test_a_file_in_place_of_a_directory(name: str, tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, tiny_llama, "completion")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to("nowhere")
+    with pytest.raises(UserError, match=f"/{name}: exists and is not a directory"):
+        train(recipe)
+    assert [file.name for file in (tmp_path / "run").iterdir()] == [name]
+
+
 def test_a_directory_whose_name_is_too_long(tiny_llama: Path, tmp_path: Path) -> None:
     recipe = recipe_for(tmp_path, tiny_llama, "completion", train__output_dir="x" * 300)
     with pytest.raises(UserError, match=r"train\.output_dir.*: cannot be created: File name too"):

@@ -54,6 +54,17 @@ def test_another_chat_template_of_as_many_tokens_is_refused(
     assert adapter_bytes(tmp_path / "run") == whole
 
 
+def test_without_the_recipe_of_the_run_nothing_is_compared(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    train(recipe_for(tmp_path, tiny_llama, train__save_every_steps=4))
+    (tmp_path / "run" / "checkpoints" / "step-4").rename(tmp_path / "step-4")
+    notes: list[str] = []
+    changes = {"train__output_dir": str(tmp_path / "other"), "train__learning_rate": 1e-3}
+    train(recipe_for(tmp_path, tiny_llama, **changes), str(tmp_path / "step-4"), notes.append)
+    assert any(line.startswith("warning: ") and "no recipe.yaml, so" in line for line in notes)
+
+
 def test_a_default_that_was_fitted_to_the_model_is_the_same_recipe(
     tiny_bert: Path, tmp_path: Path
 ) -> None:

@@ -41,6 +41,13 @@ def test_damaged_lines_after_the_checkpoint_do_not_matter(tmp_path: Path) -> Non
     assert file.read_text() == '{"step": 1}\n'
 
 
+def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"st')
+    MetricsFile(file, keep=2).close()
+    assert file.read_text() == '{"step": 1}\n'
+
+
 @pytest.mark.parametrize("keep", [0, 2])
 def test_a_missing_file(keep: int, tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path / "metrics.jsonl", keep)

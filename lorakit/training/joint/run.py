@@ -14,6 +14,7 @@ from pathlib import Path
 from lorakit.distributed.group import alone, init_process_group
 from lorakit.errors import Interrupted
 from lorakit.host.openmp import yield_cores
+from lorakit.models.fast_operators import use_fast_operators
 from lorakit.notes import Say
 from lorakit.recipe.sections import Recipe
 from lorakit.training.build import wrap_model
@@ -23,7 +24,6 @@ from lorakit.training.deterministic import deterministic_kernels
 from lorakit.training.engine import StepResult
 from lorakit.training.engine.eager import CausalObjective
 from lorakit.training.execution import replays_joint_passes
-from lorakit.training.fast_layers import use_fast_operators
 from lorakit.training.joint.base import SharedBase
 from lorakit.training.joint.batches import Joiner
 from lorakit.training.joint.evaluation import JointEvaluations
