@@ -35,9 +35,9 @@ def target_of(
 ) -> HubTarget | None:
     """Where to push. Raises UserError for ``--private`` or ``--revision`` without ``option``, which
     names the repository."""
-    from lorakit.api import HubTarget
-
     if push is not None:
+        from lorakit.api import HubTarget
+
         return HubTarget(push, private, revision, overwrite)
     for name, given in (("--private", private), ("--revision", revision is not None)):
         if given:

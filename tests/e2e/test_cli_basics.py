@@ -328,6 +328,20 @@ def test_the_traceback_is_shown_on_request(
         cli.run([])
 
 
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_a_missing_recipe_is_reported_before_torch_is_imported(
+    command: str, tmp_path: Path
+) -> None:
+    code = """
+import sys
+from lorakit.cli.main import run
+code = run([sys.argv[1], "nope.yaml"])
+sys.exit(99 if "torch" in sys.modules else code)
+"""
+    done = process("-c", code, command, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "error: nope.yaml: no such file\n")
+
+
 def test_python_m_lorakit(tmp_path: Path) -> None:
     done = process("-m", "lorakit", "--version", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, f"lorakit {lorakit.__version__}\n")
