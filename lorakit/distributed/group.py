@@ -113,6 +113,7 @@ def init_process_group() -> None:
                 f"MASTER_ADDR:MASTER_PORT = {address}: the processes cannot connect: "
                 f"{str(error).splitlines()[0]}"
             ) from error
+        host_group()  # later, a process that is gone could not join
 
 
 @contextmanager

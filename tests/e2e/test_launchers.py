@@ -132,7 +132,8 @@ def test_sigterm_to_torchrun_saves_one_checkpoint(
 
 def test_the_run_stops_if_torchrun_is_killed(file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = start(*TORCHRUN, *TRAIN, file, "--output-dir", run, "--set", "train.epochs=2000")
+    longer = ("--set", "train.epochs=2000", "--set", "train.eval_every_steps=6000")
+    process = start(*TORCHRUN, *TRAIN, file, "--output-dir", run, *longer)
     wait_for(run / "checkpoints" / "step-4")
     children = psutil.Process(process.pid).children()
     process.kill()
