@@ -59,12 +59,12 @@ class Guard:
 
 
 @contextmanager
-def naming_checkpoints(output_dir: Path, overwrite: bool = False) -> Iterator[None]:
+def naming_checkpoints(output_dir: Path, replaces: bool = False) -> Iterator[None]:
     """Let errors of a file that cannot be written, of a process that was killed, and unexpected
-    ones name the last checkpoint and say how to resume. With ``overwrite``, the checkpoints of the
-    run that is there do not count: after an error, they may be back."""
+    ones name the last checkpoint and say how to resume. If the run ``replaces`` an earlier one, the
+    checkpoints that are there do not count: after an error, they may be back."""
     folder = output_dir / "checkpoints"
-    earlier = _identities(checkpoints(folder)) if overwrite else set()
+    earlier = _identities(checkpoints(folder)) if replaces else set()
 
     def last_good() -> tuple[str, str]:
         found = checkpoints(folder)

@@ -74,12 +74,12 @@ def train(
     check_same_command("train")
     say = _only_on_main(say)
     check_recipe(recipe)
-    with (
-        naming_checkpoints(Path(recipe.train.output_dir), overwrite),
-        deterministic_kernels(recipe.train.deterministic),
-    ):
-        start = run_on_main(lambda: find_start(recipe, resume, say, overwrite))
-        return _train(recipe, start, say, display, stop_at)
+    output_dir = Path(recipe.train.output_dir)
+    with deterministic_kernels(recipe.train.deterministic):
+        with naming_checkpoints(output_dir):
+            start = run_on_main(lambda: find_start(recipe, resume, say, overwrite))
+        with naming_checkpoints(output_dir, start.replaces):
+            return _train(recipe, start, say, display, stop_at)
 
 
 def _train(

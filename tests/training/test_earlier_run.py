@@ -71,6 +71,28 @@ def test_a_failure_does_not_name_a_checkpoint_of_the_earlier_run(
     assert tree(tmp_path / "run") == before
 
 
+def test_what_a_launcher_starts_again_names_its_own_checkpoint(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ``--overwrite``, which the first start has followed."""
+
+    def fails(*_: object) -> NoReturn:
+        raise WriteFailed("weights: cannot be written", hint="free some space")
+
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "/logs/launch/attempt_0/0/error.json")
+    recipe = recipe_for(tmp_path, tiny_llama, train__save_every_steps=3)
+    train(recipe)
+    run = tmp_path / "run"
+    shutil.rmtree(run / "adapter")
+    shutil.rmtree(run / "checkpoints" / checkpoint_names(run)[-1])
+    monkeypatch.setattr("lorakit.training.loop.save_checkpoint", fails)
+    last = run / "checkpoints" / checkpoint_names(run)[-1]
+    with pytest.raises(
+        TrainingError, match=f"; last good checkpoint: {last}; free some space, then "
+    ):
+        train(recipe, overwrite=True)
+
+
 def fail_after_writing(folder: Path, error: BaseException) -> None:
     assert not (folder / "run.json").exists()
     (folder / "adapter").mkdir()
