@@ -35,8 +35,8 @@ class PlannedMember:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What a sweep would do: ``jobs``, one after another, each with the names of
-    its members, and of a single member the reason why it trains alone."""
+    """What a sweep would do: ``jobs``, one after another, each with the names of its members, and
+    of a single member the reason why it trains alone."""
 
     output_dir: Path
     metric: str

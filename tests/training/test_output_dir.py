@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lorakit.cli.main import run
-from lorakit.errors import UserError
+from lorakit.errors import TrainingError, UserError
 from lorakit.recipe.load import load_recipe
 from lorakit.recipe.sections import Recipe
+from lorakit.training.loop import Loop
 from lorakit.training.output_dir import Start, exclusive_run, find_start
 from lorakit.training.run import train
 from lorakit.training.same_run import check_same_data
@@ -158,6 +160,24 @@ def test_a_directory_that_cannot_be_created(recipe: Recipe, tmp_path: Path) -> N
     recipe = recipe.model_copy(update={"train": train})
     with pytest.raises(UserError, match=r"train\.output_dir"), exclusive_run(recipe, Start()):
         pass
+
+
+def test_a_directory_that_is_deleted_before_the_adapter_is_written(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = Loop.finish
+
+    def deletes(loop: Loop) -> dict[str, float]:
+        found = finish(loop)
+        shutil.rmtree(tmp_path / "run")
+        return found
+
+    monkeypatch.setattr(Loop, "finish", deletes)
+    adapter = tmp_path / "run" / "adapter"
+    message = f"was deleted or renamed during the run; saved {adapter}$"
+    with pytest.raises(TrainingError, match=message):
+        train(recipe_for(tmp_path, tiny_llama, "completion"))
+    assert (adapter / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("name", ["adapter", "checkpoints"])
