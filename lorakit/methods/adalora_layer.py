@@ -51,7 +51,7 @@ class AdaLoraLayer(LoraLayer):
         nn.init.zeros_(self.lora_E)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.staged_factors() or (self.lora_A * self.lora_E, self.lora_B)
+        return self.staged or (self.lora_A * self.lora_E, self.lora_B)
 
     def kept_rows(self) -> list[int]:
         """The triplets to save: the kept ones or, since PEFT cannot load a rank of 0, a single one,

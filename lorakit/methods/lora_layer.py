@@ -34,7 +34,7 @@ class LoraLayer(AdapterLayer):
 
     initial_A: Tensor | None
     initial_B: Tensor | None
-    staged: tuple[Tensor, Tensor] | None = None
+    staged: tuple[Tensor, Tensor] | None = None  # ``factors`` of the pass that runs, already cast
     fused: bool = False  # whether one operator may compute the output in compiled models
     shared_input: SharedInput | None = None
     slot: int = 0  # in shared_input
@@ -74,7 +74,7 @@ class LoraLayer(AdapterLayer):
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B of the update; with ``pissa``, the trained and the initial ones concatenated."""
         if self.initial_A is None or self.initial_B is None:
-            return self.staged_factors() or (self.lora_A, self.lora_B)
+            return self.staged or (self.lora_A, self.lora_B)
         A = torch.cat([self.lora_A, self.initial_A])
         return A, torch.cat([self.lora_B, -self.initial_B], dim=1)
 
@@ -100,10 +100,6 @@ class LoraLayer(AdapterLayer):
         half = dtype in (torch.bfloat16, torch.float16)
         dropout = self.training and self.lora_dropout.p > 0
         return half and not dropout and type(self).update is LoraLayer.update
-
-    def staged_factors(self) -> tuple[Tensor, Tensor] | None:
-        """A and B in the model's precision, if the engine has cast them for this training pass."""
-        return self.staged if self.training and torch.is_grad_enabled() else None
 
     def update(self, x: Tensor, y: Tensor) -> Tensor:
         return lora_add_(y, self.lora_dropout(x), *self.factors(), self.scaling)

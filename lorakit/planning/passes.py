@@ -7,7 +7,7 @@ needs no formula of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -124,20 +124,17 @@ class _Pass:
     def costs(self) -> PassCosts:
         tracker = self._tracker
         accumulates = self._prepared.recipe.train.gradient_accumulation_steps > 1
-        staged = None
+        staged: AbstractContextManager[None] = nullcontext()
         with tracker:
             if self._graphs or accumulates:
                 self._forward_backward()
             if self._graphs and base_dtype(self._objective) != torch.float32:
                 layers = adapter_layers(self._prepared.model).values()
                 with tracker.counting_as("adapter"):
-                    staged = StagedFactors(layers, base_dtype(self._objective))
+                    staged = StagedFactors(layers, base_dtype(self._objective)).training()
             tracker.forget_peak()
-            if staged is not None:
-                staged.refresh()
-            kept, logits = self._forward_backward()
-            if staged is not None:
-                staged.collect()
+            with staged:
+                kept, logits = self._forward_backward()
         return PassCosts(
             weights=storage_bytes(self._frozen),
             trained=storage_bytes(self._trained) + tracker.bytes_of.get("adapter", 0),

@@ -142,6 +142,16 @@ def test_options_that_change_no_number_much(
     assert other.metrics["loss"] == pytest.approx(plain.metrics["loss"], abs=0.05)
 
 
+@pytest.mark.parametrize("compile_layers", ["auto", False])
+def test_eval_has_the_metrics_that_training_has_reported(
+    tiny_llama: Path, rows: Path, compile_layers: bool | str
+) -> None:
+    wanted = recipe(tiny_llama, rows, **{"train.compile": compile_layers})
+    run = lorakit.train(wanted)
+    assert lorakit.evaluate(wanted, base=True) != run.metrics
+    assert lorakit.evaluate(wanted) == run.metrics
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("place", [0, 70_000, -1])

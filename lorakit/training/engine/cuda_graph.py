@@ -107,10 +107,8 @@ class CudaGraphEngine(EagerEngine):
     def _pass(self, batch: Batch, factor: float | Tensor) -> Tensor:
         if self._staged is None:
             return super()._forward_backward(batch, factor)
-        self._staged.refresh()
-        loss = super()._forward_backward(batch, factor)
-        self._staged.collect()
-        return loss
+        with self._staged.training():
+            return super()._forward_backward(batch, factor)
 
     def _captured(self, batch: Batch) -> _CapturedPass | None:
         if self.rows is None:

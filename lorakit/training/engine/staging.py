@@ -40,20 +40,25 @@ class StagedFactors:
                 group = StagedGroup([getattr(layer, name) for layer in members], scales, dtype)
                 self._groups.append(group)
                 staged |= {(i, name): leaf for i, leaf in zip(indices, group.leaves, strict=True)}
-        for index, layer in enumerate(self._layers):
-            layer.staged = staged[index, "lora_A"], staged[index, "lora_B"]
+        self._pairs = [(staged[i, "lora_A"], staged[i, "lora_B"]) for i in range(len(self._layers))]
 
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Cast the factors: before each pass."""
-        for group in self._groups:
-            group.refresh()
-
-    @torch.no_grad()
-    def collect(self) -> None:
-        """Add the gradients to those of the float32 factors: after each pass."""
-        for group in self._groups:
-            group.collect()
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """A pass and its backward pass run during the block. Outside of it, the layers have their
+        float32 factors only: the staged ones are those before the last update."""
+        with torch.no_grad():
+            for group in self._groups:
+                group.refresh()
+        for layer, pair in zip(self._layers, self._pairs, strict=True):
+            layer.staged = pair
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                layer.staged = None
+        with torch.no_grad():
+            for group in self._groups:
+                group.collect()
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
@@ -39,12 +41,9 @@ def losses_and_gradients(config: AdapterSection, staged: bool) -> list[Tensor]:
     losses = []
     for start in (0, 5):
         ids = torch.arange(start, start + 12)[None]
-        if factors is not None:
-            factors.refresh()
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        if factors is not None:
-            factors.collect()
+        with nullcontext() if factors is None else factors.training():
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
         losses.append(loss.detach())
     return [*losses, *(p.grad for p in parameters if p.grad is not None)]
 
@@ -55,6 +54,28 @@ def test_equal_to_the_bit(method: str) -> None:
     staged = losses_and_gradients(CONFIGS[method], staged=True)
     assert all(torch.equal(one, other) for one, other in zip(plain, staged, strict=True))
     assert any(gradient.any() for gradient in plain[2:])
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora"])
+def test_between_passes_layers_have_their_latest_factors(method: str) -> None:
+    """Those are exported and merged."""
+    model = tiny("llama").to(torch.bfloat16)
+    inject(model, CONFIGS[method])
+    layers = adapter_layers(model).values()
+    for layer in layers:
+        for parameter in layer.adapter_parameters().values():
+            parameter.grad = torch.zeros_like(parameter)
+    staged = StagedFactors(layers, torch.bfloat16)
+    before = [layer.delta_weight() for layer in layers]
+    with staged.training():
+        assert all(layer.factors()[0].dtype == torch.bfloat16 for layer in layers)
+    with torch.no_grad():
+        for layer in layers:
+            for parameter in layer.adapter_parameters().values():
+                parameter.add_(torch.randn_like(parameter))
+    assert all(factor.dtype == torch.float32 for layer in layers for factor in layer.factors())
+    for old, layer in zip(before, layers, strict=True):
+        assert not torch.equal(layer.delta_weight(), old)
 
 
 @pytest.mark.parametrize(("family", "calls"), [("bert", 1), ("albert", 2)])
