@@ -18,9 +18,12 @@ Mode = Literal["eager", "cuda_graphs", "compiled_layers", "joint"]
 
 #: Below this many operations per pass, kernels take far less time than their launches from Python.
 _LAUNCH_BOUND_FLOPS = 1e13
-#: Up to this number, a graph is still faster than eager passes, and than compiled layers that are
-#: not replayed.
-_GRAPHS_PAY_FLOPS = 4e13
+#: Up to this number, a graph is still faster than eager passes; measured for one run, and for the
+#: members of a sweep.
+_GRAPHS_PAY_FLOPS = 8e13
+_JOINT_GRAPHS_PAY_FLOPS = 4e13
+#: From this number on, compiled layers are faster than such a graph even if they are not replayed.
+_COMPILED_PAYS_FLOPS = 6e13
 #: Operations of a run that repay the time for compiling: about 100 s on an H100.
 _COMPILE_PAYS_FLOPS = 4e16
 
@@ -49,7 +52,7 @@ def choose_execution(
     otherwise = Execution("eager") if eager else _cuda_graphs(prepared)
     replays = _can_replay(prepared, device, is_sharded)
     # Launched from Python, compiled layers of a small batch are slower than a graph of eager ones.
-    compiled_is_faster = replays or otherwise.mode == "eager"
+    compiled_is_faster = replays or otherwise.mode == "eager" or flops >= _COMPILED_PAYS_FLOPS
     if section.compile is True:
         faster = "" if compiled_is_faster else "; auto would be faster for batches this small"
         note = f"each layer is compiled (train.compile: true){faster}"
@@ -75,7 +78,7 @@ def replays_joint_passes(prepared: Prepared, device: torch.device, members: int)
     if device.type != "cuda" or section.compile is False or _routes_tokens(prepared.model):
         return False
     flops = 4.0 * _matrix_parameters(prepared.model) * _tokens_per_batch(prepared) * members
-    return flops < _GRAPHS_PAY_FLOPS and _cuda_graphs(prepared).mode == "cuda_graphs"
+    return flops < _JOINT_GRAPHS_PAY_FLOPS and _cuda_graphs(prepared).mode == "cuda_graphs"
 
 
 def _cuda_graphs(prepared: Prepared) -> Execution:
