@@ -129,7 +129,15 @@ def state_of(module: nn.Module) -> Hashable:
     held = storage(module)
     if not isinstance(held, nn.Parameter) and not isinstance(_whole(module), QuantizedLinear):
         return object()  # computed on each access
-    return held.data_ptr(), held._version, held.device, held.dtype
+    return version_of(held)
+
+
+def version_of(tensor: Tensor) -> Hashable:
+    """A value that changes when the tensor is moved or written to; always another one if torch does
+    not count that. Fused optimizers and CUDA graphs write to a tensor without counting it."""
+    if tensor.is_inference():
+        return object()
+    return tensor.data_ptr(), tensor._version, tensor.device, tensor.dtype
 
 
 def _whole(module: nn.Module) -> nn.Module:

@@ -26,6 +26,7 @@ from lorakit.adapters.peft.place import (
 )
 from lorakit.adapters.peft.read import AdapterFiles
 from lorakit.adapters.peft.vocabulary import vocabulary_size
+from lorakit.base_weight import version_of
 from lorakit.errors import AdapterError
 from lorakit.parameters import AdaptedParameters, Replacement, replaced_modules
 
@@ -180,7 +181,7 @@ def _deactivate(model: nn.Module, state: _State) -> None:
     for place in state.merged:
         weight = _weight(model.get_submodule(place))
         weight.copy_(state.copies[place])
-        state.versions[place] = _version(weight)
+        state.versions[place] = version_of(weight)
     for place, weight in state.replaced.items():
         module = model.get_submodule(place)
         merged = _weight(module)
@@ -216,7 +217,7 @@ def _merge(model: nn.Module, state: _State, adapter: _Adapter) -> None:
             state.replaced[name] = weight
             module.weight = nn.Parameter(merged, requires_grad=False)
         else:
-            if state.versions.get(name) != _version(weight):
+            if state.versions.get(name) != version_of(weight):
                 state.copies[name] = weight.detach().to("cpu", copy=True)
             state.merged.append(name)
             weight.copy_(merged)
@@ -259,12 +260,6 @@ def _matched(module: nn.Module, other: nn.Module) -> nn.Module:
 def _move(value: Tensor, device: torch.device, dtype: torch.dtype | None) -> None:
     """Move the values of ``value``, the same object, and convert them unless ``dtype`` is None."""
     value.data = value.data.to(device, dtype or value.dtype)
-
-
-def _version(weight: Tensor) -> object:
-    """A value that changes when the weight is written to; always new if torch does not track it."""
-    counted = not weight.is_inference()
-    return (weight.data_ptr(), weight.dtype, weight._version) if counted else object()
 
 
 def _weight(module: nn.Module) -> nn.Parameter:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lorakit.base_weight import version_of
 from lorakit.kernels.fastfood import project
 from lorakit.layers import AdapterLayer
 
@@ -44,6 +45,11 @@ class IntrinsicLayer(AdapterLayer):
         """y + x (P theta)^T in ``y``'s dtype, P theta itself in float32."""
         return y.addmm_(x.to(y.dtype), self._cast_delta(y.dtype).t())
 
+    def train(self, mode: bool = True) -> IntrinsicLayer:
+        """Drop the cached update: steps that are replayed change theta unseen."""
+        self._cached = None
+        return super().train(mode)
+
     def delta_weight(self) -> Tensor:
         """reshape(P theta), float32 (out, in)."""
         assert self.stream is not None, "layers are linked before they compute"
@@ -62,8 +68,7 @@ class IntrinsicLayer(AdapterLayer):
             self._training_passes.value += 1
             self._cached = None
             return self.delta_weight().to(dtype)
-        passes = self._training_passes.value
-        state = (theta.data_ptr(), theta._version, theta.device, dtype, passes)
+        state = version_of(theta), dtype, self._training_passes.value
         if self._cached is None or self._cached[0] != state:
             with torch.inference_mode(False), torch.no_grad():
                 self._cached = state, self.delta_weight().to(dtype)

@@ -14,6 +14,7 @@ from lorakit.adapters.merge.run import merge
 from lorakit.errors import AdapterError, ModelError
 from tests.adapters.conftest import MakePair
 from tests.families import tiny, token_ids
+from tests.methods.pairs import config, logits, pair
 
 
 def test_the_base_defaults_to_the_one_that_the_adapter_names(make_pair: MakePair) -> None:
@@ -143,3 +144,15 @@ def test_roberta_offsets_positions_by_its_pad_token(make_pair: MakePair, tmp_pat
         want = model(token_ids()).logits
         assert torch.equal(load(base, adapter)(token_ids()).logits, want)
         torch.testing.assert_close(merged(token_ids()).logits, want, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["dora", "intrinsic"])
+def test_in_inference_mode(method: str, tmp_path: Path) -> None:
+    """Where torch does not count what is written to a tensor."""
+    keys = {"r": 2} if method == "dora" else {"d": 24}
+    model = pair(tmp_path, "llama", config(method, **keys))
+    with torch.inference_mode():
+        loaded = load(tmp_path / "base", tmp_path / "adapter")
+        assert any(parameter.is_inference() for parameter in loaded.parameters())
+        for _ in range(2):
+            assert torch.equal(logits(loaded), logits(model))

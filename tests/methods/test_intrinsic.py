@@ -152,7 +152,7 @@ def test_the_update_is_projected_once_where_nothing_trains(monkeypatch: pytest.M
     assert len(calls) == 3, "a training step keeps no copy"
 
 
-@pytest.mark.parametrize("change", ["copy", "optimizer", "load"])
+@pytest.mark.parametrize("change", ["copy", "optimizer", "load", "replay"])
 def test_a_cached_update_is_never_stale(change: str) -> None:
     layer, other, x = layers_in_place()
     with torch.no_grad():
@@ -162,6 +162,11 @@ def test_a_cached_update_is_never_stale(change: str) -> None:
             layer.theta.copy_(layer.theta * 2)
     elif change == "load":
         layer.load_state_dict(layer.state_dict() | {"theta": layer.theta.detach() * 2})
+    elif change == "replay":  # a graph calls no layer, and an evaluation follows
+        layer.theta.grad = torch.ones_like(layer.theta)
+        torch.optim.AdamW([layer.theta], 0.1, fused=True).step()
+        layer.train()
+        layer.eval()
     else:  # a step without this layer, such as an expert without tokens
         other(x).sum().backward()
         torch.optim.AdamW([layer.theta], 0.1, fused=True).step()
