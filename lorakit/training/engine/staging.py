@@ -78,8 +78,11 @@ def counted_calls(layers: Sequence[nn.Module]) -> Iterator[list[int]]:
 
 
 def _can_stage(layer: AdapterLayer) -> bool:
-    """Other subclasses of ``LoraLayer`` need the factors in float32."""
+    """Other subclasses of ``LoraLayer`` need the factors in float32, as does an embedding: its
+    gradient is a sum over all occurrences of a token."""
     if not isinstance(layer, LoraLayer) or type(layer) not in (LoraLayer, AdaLoraLayer):
+        return False
+    if layer.kind == "embedding":
         return False
     factors = layer.adapter_parameters().values()
     return layer.initial_A is None and all(factor.grad is not None for factor in factors)

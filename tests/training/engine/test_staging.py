@@ -78,6 +78,23 @@ def test_between_passes_layers_have_their_latest_factors(method: str) -> None:
         assert not torch.equal(layer.delta_weight(), old)
 
 
+def test_the_gradient_of_an_embedding_is_summed_in_float32() -> None:
+    """A token may occur many times."""
+    gradients = []
+    for staged in (False, True):
+        torch.manual_seed(0)
+        model = tiny("llama").to(torch.bfloat16)
+        inject(model, LoraConfig(r=4, target_modules=["embed_tokens"]))
+        [layer] = adapter_layers(model).values()
+        for parameter in layer.adapter_parameters().values():
+            parameter.grad = torch.zeros_like(parameter)
+        with StagedFactors([layer], torch.bfloat16).training() if staged else nullcontext():
+            layer(torch.tensor([7] * 1000 + [8] * 24)).float().square().sum().backward()
+        gradients.append(layer.lora_A.grad)
+    assert torch.equal(*gradients)
+    assert gradients[0].any()
+
+
 @pytest.mark.parametrize(("family", "calls"), [("bert", 1), ("albert", 2)])
 def test_calls_of_layers_are_counted(family: str, calls: int) -> None:
     """ALBERT's layers are one module."""
