@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lorakit.anatomy import is_routed_expert
+from lorakit.anatomy import is_routed_expert, layer_drops
 from lorakit.data.encode import EncodedSplit
 from lorakit.models.quantized import QuantizedLinear
 from lorakit.training.setup import Prepared
@@ -85,6 +85,8 @@ def _cuda_graphs(prepared: Prepared) -> Execution:
     recipe, section = prepared.recipe, prepared.recipe.train
     float16 = recipe.model.dtype == "float16"  # its loss scaler needs the host
     if float16 or recipe.task.packing or section.gradient_checkpointing:
+        return Execution("eager")
+    if layer_drops(prepared.model.config):  # a graph would always drop the same ones
         return Execution("eager")
     if section.deterministic and section.units_per_batch is None:
         return Execution("eager")  # which batches are replayed would depend on the first one's rows

@@ -11,7 +11,7 @@ import torch
 
 from lorakit.distributed.strategy import Strategy
 from lorakit.training import build, run
-from lorakit.training.execution import Execution, choose_execution
+from lorakit.training.execution import Execution, choose_execution, replays_joint_passes
 from lorakit.training.setup import Prepared, prepare
 from tests.families import tiny
 from tests.hybrids import hybrid
@@ -56,6 +56,16 @@ def test_experts_run_eagerly(tiny_llama: Path, tmp_path: Path) -> None:
     model = hybrid("mixtral")
     run = replace(prepared(tiny_llama, tmp_path), model=model)
     assert choose_execution(run, GPU, 100).mode == "eager"
+
+
+def test_layers_that_are_dropped_at_random_run_eagerly(tiny_llama: Path, tmp_path: Path) -> None:
+    """A graph would drop those that were dropped when it was captured."""
+    run = replace(prepared(tiny_llama, tmp_path), model=tiny("opt", layerdrop=0.1))
+    assert choose_execution(run, GPU, 100).mode == "eager"
+    assert not replays_joint_passes(run, GPU, 2)
+    run.model.config.layerdrop = 0.0
+    assert choose_execution(run, GPU, 100).mode == "cuda_graphs"
+    assert replays_joint_passes(run, GPU, 2)
 
 
 ONE_LENGTH, SEVERAL = [6], [5, 6]
