@@ -134,12 +134,15 @@ class CudaGraphEngine(EagerEngine):
         # Staged factors have gradients of their own.
         apart = [] if self._staged else [p for p in self.parameters.values() if p.grad is not None]
         graph = torch.cuda.CUDAGraph()
-        with capturing(graph, self._pool), _added_at_once(apart):
-            loss = self._pass(static, factor)
-        if any(p.grad is not None for p in missing):  # its memory belongs to the graph
+        try:
+            with capturing(graph, self._pool), _added_at_once(apart):
+                loss = self._pass(static, factor)
+            if any(p.grad is not None for p in missing):
+                raise RuntimeError("parameters get gradients from some batches only")
+        except RuntimeError:
             for parameter in missing:
-                parameter.grad = None
-            raise RuntimeError("parameters get gradients from some batches only")
+                parameter.grad = None  # its memory belongs to the graph
+            raise
         return _CapturedPass(graph, inputs, factor, loss)
 
     def _disable(self, error: RuntimeError, device: torch.device, random_state: Tensor) -> None:

@@ -99,10 +99,12 @@ class JointGraphs:
         if not fitting:
             return {}
         if (key := tuple(fitting)) not in self._updates:
+            state = generator_of(self._device).get_state()
             try:
                 self._updates[key] = UpdateGraph(list(fitting.values()), self._pool)
             except RuntimeError as error:
                 self._update_enabled = False
+                restore_generator(self._device, state)
                 self._say(f"updates are not replayed as a CUDA graph: {_reason(error)}")
                 return {}
         return dict(zip(fitting, self._updates[key].replay(), strict=True))
