@@ -22,6 +22,7 @@ from lorakit.evaluation.scorer import Scorer
 from lorakit.models.causal import CausalParts
 from lorakit.tasks.base import LOWER_IS_BETTER
 from lorakit.training.checkpoint import Progress
+from lorakit.training.memory import out_of_memory_in_evaluation
 from lorakit.training.setup import Prepared
 
 
@@ -153,6 +154,11 @@ class Evaluator:
         """Whether text is generated and scored in the final evaluation only."""
         task, config = self.prepared.task, self.prepared.recipe.task
         return task.generates(config, final=True) != task.generates(config, final=False)
+
+    def out_of_memory(self, step: int) -> str:
+        """A message about an evaluation that ran out of memory after ``step``."""
+        recipe, model = self.prepared.recipe, self.prepared.model
+        return out_of_memory_in_evaluation(recipe, step, model.device)
 
     def __call__(self, final: bool = False, loss: float | None = None) -> Evaluation:
         """``loss`` as in ``evaluate_model``. Raises EvaluationStopped if a signal arrives

@@ -167,6 +167,9 @@ class Loop:
             return self.progress.best_metrics
         try:
             found = self.evaluate(final=True, loss=loss)
+        except torch.OutOfMemoryError as error:
+            message = self.evaluate.out_of_memory(self.progress.step)
+            raise TrainingError(f"{message}; {self._last_good()}") from error
         except EvaluationStopped as error:
             raise Interrupted(
                 "interrupted in the final evaluation", self.stop.signal_number
@@ -300,6 +303,11 @@ class Loop:
             found = self.evaluate()
         except EvaluationStopped:
             self._interrupt()
+        except torch.OutOfMemoryError as error:
+            # The others of a group wait in the evaluation: they cannot save with this process.
+            saved = self.save() if rank_and_world_size()[1] == 1 else None
+            kept = f"saved {saved}; resume with --resume auto" if saved else self._last_good()
+            raise TrainingError(f"{self.evaluate.out_of_memory(step)}; {kept}") from error
         except EvaluationError as error:
             self._fail(f"step {step}: {error}; if the weights diverged: {self.cause}")
         self.progress.seconds += self.clock.now() - began

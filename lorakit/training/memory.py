@@ -1,4 +1,4 @@
-"""What to say when the device has no memory left for a step."""
+"""What to say and do when the device has no memory left."""
 
 from __future__ import annotations
 
@@ -34,6 +34,29 @@ def out_of_memory(prepared: Prepared, step: int, micro_batches: Sequence[Batch])
         free, total = torch.cuda.mem_get_info(device)
         text += held_by_others(free, total, torch.cuda.memory_reserved(device))
     return f"{text}; {'; or '.join(memory_advice(prepared.recipe))}"
+
+
+def out_of_memory_in_evaluation(recipe: Recipe, step: int, device: torch.device) -> str:
+    """A message about the evaluation after step ``step``, which ran out of memory."""
+    rows = recipe.eval_batch_size
+    return (
+        f"step {step}: out of memory on {device} in an evaluation with batches of {rows} rows; "
+        f"lower train.per_device_eval_batch_size ({rows}) or task.max_length "
+        f"({recipe.task.max_length})"
+    )
+
+
+def fewer_members(doing: str, most: int) -> str:
+    """A note that members of a sweep do not fit together."""
+    size = f"at most {most} members together" if most > 1 else "members one after another"
+    return f"out of memory: {doing} {size} from now on"
+
+
+def drop_frames(error: BaseException | None) -> None:
+    """Forget the frames of an error that is kept: they refer to activations on the device."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def held_by_others(free_bytes: int, total_bytes: int, reserved_bytes: int) -> str:

@@ -82,17 +82,18 @@ def test_at_least_one_member_fits(tiny_llama: Path, tmp_path: Path) -> None:
 
 
 class Memory:
-    """A device that has room for the activations of ``rows`` rows in the last layer."""
+    """A device that has room for the activations of ``rows`` rows in the last layer, in training or
+    in evaluations."""
 
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
+    def __init__(self, rows: int, in_training: bool = True) -> None:
+        self.rows, self.in_training = rows, in_training
         self.failed: list[weakref.ref[torch.Tensor]] = []
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not (isinstance(module, LlamaRMSNorm) and module.training):
+        if not (isinstance(module, LlamaRMSNorm) and module.training == self.in_training):
             return
         assert not any(activation() is not None for activation in self.failed)
-        if len(args[0]) > self.rows and args[0].requires_grad:
+        if len(args[0]) > self.rows and args[0].requires_grad == self.in_training:
             self.failed.append(weakref.ref(args[0]))
             raise torch.OutOfMemoryError("no memory left")
 
@@ -117,6 +118,28 @@ def test_a_pass_that_does_not_fit_is_split(
         handle.remove()
     assert memory.failed
     assert [line for line in said if line.startswith("out of memory")] == notes
+    for recipe, result in zip(recipes, results, strict=True):
+        assert isinstance(result, RunResult), result
+        assert_equal_runs(result.output_dir, train_alone(recipe))
+
+
+@pytest.mark.parametrize(("rows", "notes"), [(8, [TWO]), (4, [TWO, ONE])])
+def test_an_evaluation_that_does_not_fit_is_split(
+    tiny_llama: Path, tmp_path: Path, rows: int, notes: list[str]
+) -> None:
+    changes = [{"train__learning_rate": 1e-3 * (1 + index)} for index in range(4)]
+    recipes = members(
+        tmp_path, tiny_llama, "completion", changes, train__per_device_eval_batch_size=4,
+        task__generation_batch_size=4,
+    )  # fmt: skip
+    said: list[str] = []
+    handle = register_module_forward_pre_hook(Memory(rows, in_training=False))
+    try:
+        results = train_together(recipes, say=said.append)
+    finally:
+        handle.remove()
+    found = [line.replace("evaluating", "training") for line in said if "out of memory" in line]
+    assert found == notes
     for recipe, result in zip(recipes, results, strict=True):
         assert isinstance(result, RunResult), result
         assert_equal_runs(result.output_dir, train_alone(recipe))

@@ -13,10 +13,12 @@ from torch import Tensor
 from lorakit.data.collate import CausalBatch, EncoderBatch
 from lorakit.evaluation.scorer import Scorer
 from lorakit.models.causal import state_losses
+from lorakit.notes import Say
 from lorakit.training.joint.batches import JointBatch
 from lorakit.training.joint.layout import Layout
 from lorakit.training.joint.parts import Part
 from lorakit.training.joint.trunk import Trunk
+from lorakit.training.memory import drop_frames, fewer_members
 
 
 class JointEvaluations:
@@ -24,7 +26,8 @@ class JointEvaluations:
     asks for it, and keeps the results until the others do.
 
     ``partners(member)`` returns the members, ``member`` included, that are about to evaluate the
-    same batches with their current weights.
+    same batches with their current weights. If the memory is not enough for all of them, fewer are
+    measured at once from then on, which ``say`` gets to know.
     """
 
     def __init__(
@@ -33,9 +36,11 @@ class JointEvaluations:
         objective: Any,
         parts: Mapping[int, Part],
         partners: Callable[[int], Iterable[int]],
+        say: Say,
     ) -> None:
         self._trunk, self._objective, self._parts = trunk, objective, parts
-        self._partners = partners
+        self._partners, self._say = partners, say
+        self._most = len(trunk.order)
         self._results: dict[int, list[Tensor]] = {}
         self._started: set[int] = set()
 
@@ -55,17 +60,32 @@ class JointEvaluations:
     def result(self, member: int, index: int, batch: EncoderBatch | CausalBatch) -> Tensor:
         """What the member measures of its batch number ``index``."""
         own = self._results.setdefault(member, [])
-        if index == len(own):
-            others = [] if self._trunk.separate else self._partners(member)
-            partners = {member, *others}
-            members = [
-                each
-                for each in self._trunk.order
-                if each in partners and len(self._results.setdefault(each, [])) == index
-            ]
-            for each, result in zip(members, self._measure(members, batch), strict=True):
-                self._results[each].append(result)
+        while index == len(own):
+            members = self._waiting(member, index)
+            try:
+                found = self._measure(members, batch)
+            except torch.OutOfMemoryError as error:
+                if len(members) == 1:
+                    raise
+                drop_frames(error)
+                self._most = (len(members) + 1) // 2
+                self._say(fewer_members("evaluating", self._most))
+            else:
+                for each, result in zip(members, found, strict=True):
+                    self._results[each].append(result)
         return own[index]
+
+    def _waiting(self, member: int, index: int) -> list[int]:
+        """The member and as many others as may be measured with it, in the trunk's order."""
+        others = [] if self._trunk.separate else self._partners(member)
+        partners = {*others} - {member}
+        waiting = [
+            each
+            for each in self._trunk.order
+            if each in partners and len(self._results.setdefault(each, [])) == index
+        ]
+        chosen = {member, *waiting[: self._most - 1]}
+        return [each for each in self._trunk.order if each in chosen]
 
     def _measure(self, members: list[int], batch: EncoderBatch | CausalBatch) -> list[Tensor]:
         parts = [self._parts[member] for member in members]

@@ -22,6 +22,7 @@ from lorakit.training.joint.layout import NotSplit
 from lorakit.training.joint.member_random import MemberDropout
 from lorakit.training.joint.parts import Part, joint_losses, members_of_passes
 from lorakit.training.joint.trunk import Trunk
+from lorakit.training.memory import drop_frames, fewer_members
 from lorakit.training.steps import StepRequest
 
 #: On the CPU, batches whose lengths differ more than this are not padded to one length.
@@ -140,8 +141,7 @@ class JointPasses:
             self._say("members take their steps one after another: the model mixes their rows")
         if isinstance(error, torch.OutOfMemoryError) and half < self._most:
             self._most = half
-            size = f"at most {half} members together" if half > 1 else "members one after another"
-            self._say(f"out of memory: training {size} from now on")
+            self._say(fewer_members("training", half))
         members = list(requests)
         first = {member: requests[member] for member in members[:half]}
         rest = {member: requests[member] for member in members[half:]}
@@ -230,13 +230,6 @@ class JointPasses:
             scaled = joint_losses(parts, joint, states) * joint.factors
             scaled.sum().backward()
         return scaled.detach()
-
-
-def drop_frames(error: BaseException | None) -> None:
-    """Forget the frames of an error that is kept: they refer to activations on the device."""
-    while error is not None:
-        error.__traceback__ = None
-        error = error.__cause__ or error.__context__
 
 
 def _count(request: StepRequest) -> float:

@@ -29,8 +29,9 @@ from lorakit.training.joint.batches import Joiner
 from lorakit.training.joint.evaluation import JointEvaluations
 from lorakit.training.joint.graphs import JointGraphs
 from lorakit.training.joint.members import Member, NotesOnly, start_member
-from lorakit.training.joint.passes import JointPasses, drop_frames
+from lorakit.training.joint.passes import JointPasses
 from lorakit.training.joint.trunk import Trunk
+from lorakit.training.memory import drop_frames
 from lorakit.training.session import RunResult
 from lorakit.training.tracking import Display
 
@@ -222,7 +223,7 @@ class _JointRun:
         if device.type == "cuda":
             replays = replays_joint_passes(first.prepared, device, len(members))
             graphs = JointGraphs(device, replays, self._say)
-        self._evaluations = JointEvaluations(trunk, objective, parts, self._partners)
+        self._evaluations = JointEvaluations(trunk, objective, parts, self._partners, self._say)
         for index, member in self.members.items():
             member.scorer = partial(self._evaluations.scorer, index)
         return JointPasses(trunk, objective, parts, joiner, graphs, self._say)
