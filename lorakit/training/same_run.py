@@ -23,13 +23,16 @@ from lorakit.user_code import code_identity, is_code
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: Keys that a resumed run may change: they do not affect the result.
+#: Keys that a resumed run may change: they do not affect its steps.
 _CHANGEABLE = {
     "train.output_dir",
     "train.log_every_steps",
     "train.save_every_steps",
     "train.save_total_limit",
     "train.trackers",
+    # An evaluation may not have fit.
+    "train.per_device_eval_batch_size",
+    "task.generation_batch_size",
 }
 #: Keys that ``length`` checks.
 _LENGTH = {"train.epochs", "train.max_steps"}

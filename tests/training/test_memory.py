@@ -60,23 +60,20 @@ def test_memory_that_other_processes_hold_is_named(reserved_gib: float, text: st
 def test_an_evaluation_that_does_not_fit_loses_no_step(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = recipe_for(tmp_path, tiny_llama, train__eval_every_steps=3, train__save_every_steps=9)
+    keys = {"train__eval_every_steps": 3, "train__save_every_steps": 9}
     with monkeypatch.context() as patch:
         patch.setattr("lorakit.training.control.evaluate_model", no_memory)
         with pytest.raises(TrainingError) as failed:
-            train(recipe)
+            train(recipe_for(tmp_path, tiny_llama, **keys))
     text = str(failed.value)
     assert text.startswith("step 3: out of memory on cpu in an evaluation with batches of 8 rows; ")
     assert "lower train.per_device_eval_batch_size (8) or task.max_length (" in text
     assert text.endswith("step-3; resume with --resume auto")
-    train(recipe, resume="auto")
-    whole = recipe_for(tmp_path, tiny_llama, train__eval_every_steps=3, train__save_every_steps=9,
-                       train__output_dir=str(tmp_path / "whole"))  # fmt: skip
-    train(whole)
-    adapters = [
-        tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("run", "whole")
-    ]
-    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+    smaller = recipe_for(tmp_path, tiny_llama, **keys, train__per_device_eval_batch_size=2)
+    resumed = train(smaller, resume="auto")
+    whole = train(recipe_for(tmp_path, tiny_llama, **keys, train__output_dir=f"{tmp_path}/whole"))
+    files = [run.adapter_dir / "adapter_model.safetensors" for run in (resumed, whole)]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def no_memory(*_args: Any, **_options: Any) -> NoReturn:
