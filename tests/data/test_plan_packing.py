@@ -65,10 +65,10 @@ def test_bins_have_every_row_once_and_respect_the_capacity() -> None:
 
 
 def test_many_rows_are_packed_in_seconds() -> None:
-    lengths = np.random.default_rng(2).integers(10, 2048, size=200_000)
+    lengths = np.random.default_rng(2).integers(10, 2048, size=50_000)
     began = time.process_time()
     packing = Packing(lengths, 2048, 0)
-    assert time.process_time() - began < 60
+    assert time.process_time() - began < 15
     assert packing.fill > 0.98
 
 

@@ -60,7 +60,9 @@ def trained_alone(
     return train_alone(tmp_path_factory.mktemp("alone"), tiny_llama, tiny_bert, RUNS)
 
 
-@pytest.mark.parametrize(("processes", "reshard"), [(2, "true"), (3, "false")])
+@pytest.mark.parametrize(
+    ("processes", "reshard"), [(2, "true"), pytest.param(3, "false", marks=pytest.mark.slow)]
+)
 def test_every_method_equals_one_process(
     processes: int, reshard: str, trained_alone: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -270,6 +272,7 @@ def refused(message: str, found: list[tuple[int, str, str]], output_dir: Path) -
     assert not output_dir.exists()
 
 
+@pytest.mark.slow
 def test_accelerate_launch_starts_it(tiny_llama: Path, tmp_path: Path) -> None:
     """Without GPUs, the processes of a configuration for GPUs train on the CPU."""
     file = recipe(tmp_path / "alone", tiny_llama, "completion", LORA)

@@ -72,6 +72,7 @@ def assert_same(run: Path, whole: Path) -> None:
     assert learning(run) == learning(whole)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_again_after_a_process_was_killed(
     file: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -130,6 +131,7 @@ def test_sigterm_to_torchrun_saves_one_checkpoint(
     assert run_json(run)["exit_reason"] == "interrupted"
 
 
+@pytest.mark.slow
 def test_the_run_stops_if_torchrun_is_killed(file: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     longer = ("--set", "train.epochs=2000", "--set", "train.eval_every_steps=6000")

@@ -105,6 +105,7 @@ def direct(model: PreTrainedModel) -> torch.Tensor:
     return torch.tensor(found).view(len(rows), -1)
 
 
+@pytest.mark.slow
 def test_three_ways_give_the_same_scores(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

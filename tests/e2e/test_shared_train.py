@@ -57,7 +57,7 @@ def trained_alone(
     return train_alone(tmp_path_factory.mktemp("alone"), tiny_llama, tiny_bert, runs)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_every_method_equals_one_process(
     processes: int, trained_alone: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -220,6 +220,7 @@ def test_a_kill_keeps_what_is_recorded(whole: Whole, launcher: Launcher, tmp_pat
     assert lines == ["3 of 4 members had already finished"]
 
 
+@pytest.mark.slow
 def test_sigkill_at_random_moments(whole: Whole, launcher: Launcher, tmp_path: Path) -> None:
     moments, kills, folder = random.Random(3), 0, tmp_path / "killed"
     for _ in range(4):

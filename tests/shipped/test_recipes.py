@@ -96,7 +96,13 @@ def test_the_example_of_a_sweep_can_be_planned(
     assert lines[-1] == "12 members, compared by accuracy, in runs/sweeps/rank"
 
 
-@pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=pytest.mark.slow if "wikisql" in path.stem else ())
+        for path in PAPERS
+    ],
+)
 def test_the_experiments_of_the_papers_can_be_planned(
     path: Path,
     data_dir: Path,

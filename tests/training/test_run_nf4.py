@@ -57,7 +57,7 @@ def settings(**changes: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_a_killed_run_resumes_to_the_same_bytes(
     dtype: str, wide_llama: Path, tmp_path: Path, launcher: Launcher
 ) -> None:
