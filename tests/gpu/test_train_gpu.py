@@ -47,10 +47,16 @@ def rows(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def recipe(model: Path, rows: Path, **changes: Any) -> lorakit.recipe.sections.Recipe:
+LORA = "{r: 4, target_modules: [q, v], lora_dropout: 0.1}"
+INTRINSIC = "{method: intrinsic, d: 64, target_modules: [q, v]}"
+
+
+def recipe(
+    model: Path, rows: Path, adapter: str = LORA, **changes: Any
+) -> lorakit.recipe.sections.Recipe:
     text = f"""
 model: {{name_or_path: {model}, dtype: bfloat16}}
-adapter: {{r: 4, target_modules: [q, v], lora_dropout: 0.1}}
+adapter: {adapter}
 task: {{name: completion, path: {rows}, max_length: 64}}
 train: {{output_dir: {rows / "run"}, epochs: 2, learning_rate: 1.0e-2, log_every_steps: 2}}
 """
@@ -150,6 +156,23 @@ def test_eval_has_the_metrics_that_training_has_reported(
     run = lorakit.train(wanted)
     assert lorakit.evaluate(wanted, base=True) != run.metrics
     assert lorakit.evaluate(wanted) == run.metrics
+
+
+@pytest.mark.parametrize("adapter", [LORA, INTRINSIC])
+def test_each_evaluation_measures_the_current_weights(
+    tiny_llama: Path, rows: Path, adapter: str
+) -> None:
+    """Those that a replayed step has changed, too."""
+    losses = []
+    for compile_layers in ("auto", False):
+        folder = rows / f"run-{compile_layers}"
+        changes = {"train.compile": compile_layers, "train.output_dir": str(folder)}
+        changes |= {"train.eval_every_steps": 2, "train.learning_rate": 5e-2}
+        lorakit.train(recipe(tiny_llama, rows, adapter, **changes))
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        losses.append([line["eval"]["loss"] for line in lines if "loss" in line.get("eval", {})])
+    assert losses[0] == pytest.approx(losses[1], abs=5e-3)
+    assert losses[0][0] - losses[0][-1] > 2e-2
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
