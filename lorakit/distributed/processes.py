@@ -172,7 +172,9 @@ def process_group() -> Iterator[None]:
     except _Abort as abort:
         raise SystemExit(abort.exit_code) from None
     finally:
-        _Reported.yet = False
+        if _Reported.others_wait:
+            abort_nccl()
+        _Reported.yet = _Reported.others_wait = False
         destroy_process_group()
 
 
@@ -190,19 +192,48 @@ def failures_reported() -> Iterator[None]:
         raise
 
 
+@contextmanager
+def pass_of_all(needs_all: bool = True) -> Iterator[None]:
+    """A pass that, if it ``needs_all``, each process waits in for the others: where this one fails,
+    the others get no message, and end as it exits. If several fail, only the first one raises its
+    error."""
+    try:
+        yield
+    except Exception as error:
+        if not needs_all or not has_group() or not _is_own(error):
+            raise
+        _Reported.yet = _Reported.others_wait = True
+        set_in_store(_FAILED)
+        if not _is_first_to_tell():
+            raise _Abort(rank_and_world_size()[0], _exit_code(error)) from None
+        raise
+
+
+def _is_own(error: Exception) -> bool:
+    """Whether the error is neither another process's nor that of a lost connection."""
+    if isinstance(error, (PeerFailed, _Abort, ConnectionLost)):
+        return False
+    import torch
+
+    own = torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError)
+    return isinstance(error, own) or not isinstance(error, RuntimeError)
+
+
 class _Reported:
-    """Whether this process has told the others of a failure, which they expect once."""
+    """Whether this process has told the others of a failure, which they expect once, and whether
+    it could not, since they wait for it in a pass."""
 
     yet = False
+    others_wait = False
 
 
 def _report(error: Exception) -> None:
     """Return in the one process that has to raise ``error``; raise _Abort in the others."""
+    if _Reported.yet:
+        return
     if not has_group():  # creating the group failed, presumably in all processes
         if not is_main():
             raise _Abort(0, _exit_code(error))
-        return
-    if _Reported.yet:
         return
     _Reported.yet = True
     try:

@@ -15,7 +15,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from lorakit.data.collate import Batch
 from lorakit.data.plan import Share
 from lorakit.distributed.group import rank_and_world_size
-from lorakit.distributed.processes import largest
+from lorakit.distributed.processes import gather, largest
 from lorakit.recipe.sections import Recipe
 
 #: Gradients are reduced in parts of at most this many elements: 64 MiB in float32.
@@ -122,6 +122,7 @@ class DataParallel(Strategy):
 
     def wrap(self, module: nn.Module) -> Any:
         """All processes start with the main process's trained parameters."""
+        gather(None)  # one that has failed to prepare its model does not broadcast
         for parameter in module.parameters():
             if parameter.requires_grad:
                 dist.broadcast(parameter.data, src=0)

@@ -30,6 +30,7 @@ from lorakit.distributed.processes import (
     any_wants_to_stop,
     check_peers,
     gather,
+    pass_of_all,
     run_on_main,
     shard,
     unshard,
@@ -126,7 +127,7 @@ def evaluate_model(
     assert data.encoded.counts.rows == len(data.split), "the encoded rows are the split's"
     monitor = _monitors(on_progress, should_stop, in_step)
     result = None
-    with _evaluation_mode(model), suppress(EvaluationStopped):
+    with _evaluation_mode(model), pass_of_all(in_step), suppress(EvaluationStopped):
         if scorer is None:
             causal = data.task.kind == "causal"
             scorer = ModelScorer(model, (parts or split_model(model)) if causal else None)

@@ -211,6 +211,53 @@ def test_gradients_are_those_of_the_whole_model() -> None:
         assert code == 0, err
 
 
+#: One process runs out of memory in a pass that needs both, in the middle of the model.
+NO_MEMORY = """
+import os, sys, torch
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+trains, passes = [], []
+
+def fail(module, _args):
+    if not isinstance(module, LlamaMLP):
+        return
+    trains.append(module.training)
+    if trains[-1] == (os.environ["WHEN"] == "training") and any(trains):
+        passes.append(module)
+        if os.environ["RANK"] == "1" and len(passes) == 3:
+            raise torch.OutOfMemoryError("no memory left")
+
+register_module_forward_pre_hook(fail)
+from lorakit.cli.main import main
+sys.argv = ["lorakit", "train", os.environ["RECIPE"]]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "told"),
+    [
+        ("training", "step 2: out of memory on cpu with a batch of "),
+        (
+            "evaluation",
+            "step 3: out of memory on cpu in an evaluation; lower train.per_device_eval_",
+        ),
+    ],
+)
+def test_a_process_without_memory_ends_the_others(
+    when: str, told: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    changes = {"train__eval_every_steps": 3, "train__per_device_eval_batch_size": 2}
+    alone = recipe(tmp_path / "alone", tiny_llama, "completion", LORA, **changes)
+    shared = split_over(2, alone, tmp_path / "shared")
+    found = ended(start(2, "-c", NO_MEMORY, RECIPE=str(shared), WHEN=when, **FSDP), seconds=60)
+    assert [code for code, _, _ in found] == [1, 1]
+    assert f"error: {told}" in found[1][2]
+    assert "error: the connection to another process is lost" in found[0][2]
+    assert not any("Traceback" in err for _, _, err in found)
+
+
 #: One process is killed before a pass that needs both.
 KILLED = """
 import os, signal, torch
