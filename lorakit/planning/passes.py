@@ -7,7 +7,7 @@ needs no formula of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -124,16 +124,16 @@ class _Pass:
     def costs(self) -> PassCosts:
         tracker = self._tracker
         accumulates = self._prepared.recipe.train.gradient_accumulation_steps > 1
-        staged: AbstractContextManager[None] = nullcontext()
+        factors = None
         with tracker:
             if self._graphs or accumulates:
                 self._forward_backward()
             if self._graphs and base_dtype(self._objective) != torch.float32:
                 layers = adapter_layers(self._prepared.model).values()
                 with tracker.counting_as("adapter"):
-                    staged = StagedFactors(layers, base_dtype(self._objective)).training()
+                    factors = StagedFactors(layers, base_dtype(self._objective))
             tracker.forget_peak()
-            with staged:
+            with factors.training() if factors else nullcontext():
                 kept, logits = self._forward_backward()
         return PassCosts(
             weights=storage_bytes(self._frozen),

@@ -31,7 +31,7 @@ from lorakit.training.batch_size import (
 )
 from lorakit.training.batching import Batching, build_batching, split_step
 from lorakit.training.build import build_schedule
-from lorakit.training.execution import choose_execution
+from lorakit.training.execution import Execution, choose_execution
 
 #: Decides only whether layers are compiled: as in a long run.
 _UNKNOWN_STEPS = 10_000
@@ -45,11 +45,15 @@ class StepPlan:
     None if the rows could not be read."""
 
     report: InjectionReport
-    mode: str
+    execution: Execution
     steps: int | None
     batches: RunBatches
     costs: PassCosts
     memory: Memory
+
+    @property
+    def mode(self) -> str:
+        return self.execution.mode
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,7 @@ class _Planner:
         batches = found[0]
         if self._unloaded.is_assumed:
             batches = replace(batches, tokens_per_epoch=None, tokens_per_step=None)
-        return StepPlan(prepared.report, execution.mode, steps, batches, costs, memory)
+        return StepPlan(prepared.report, execution, steps, batches, costs, memory)
 
     def _steps(self, recipe: Recipe, batching: Batching) -> int | None:
         """The steps of the run; None if that depends on rows that could not be read."""
@@ -196,7 +200,7 @@ class _Planner:
         def trial(size: int) -> int:
             steps[size] = self.step(split_step(recipe, size, 1))
             peak = steps[size].memory.peak
-            if peak > self._device.usable_bytes * trial_share(steps[size].mode == "cuda_graphs"):
+            if peak > self._device.usable_bytes * trial_share(steps[size].execution):
                 raise torch.OutOfMemoryError
             return peak
 

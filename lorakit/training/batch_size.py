@@ -27,7 +27,7 @@ from lorakit.notes import Say
 from lorakit.recipe.sections import Recipe
 from lorakit.training.batching import bucketed, build_collate, split_step
 from lorakit.training.build import Objective, build_objective
-from lorakit.training.execution import choose_execution
+from lorakit.training.execution import Execution, choose_execution
 from lorakit.training.memory import memory_advice
 from lorakit.training.random_states import random_states, restore_random_states
 from lorakit.training.record import peak_memory_bytes
@@ -141,10 +141,10 @@ def fit_batch_size(
     return replace(prepared, recipe=recipe), objective
 
 
-def trial_share(uses_graphs: bool) -> float:
+def trial_share(execution: Execution) -> float:
     """The share of the usable memory that an eager pass of a batch may take: that of captured
     passes comes on top of what eager ones leave to the allocator."""
-    return 0.5 if uses_graphs else 1.0
+    return 0.5 if execution.mode == "cuda_graphs" and not execution.if_room else 1.0
 
 
 class BatchTrial:
@@ -158,11 +158,11 @@ class BatchTrial:
 
     def __call__(self, size: int) -> int:
         device, was_training = self._strategy.device, self._objective.training
-        uses_graphs = self._uses_graphs(size)
+        execution = self._execution(size)
         self._objective.train()
         try:
-            with _limited_memory(device, USABLE_SHARE * trial_share(uses_graphs)):
-                self._pass(self._batch(size, uses_graphs))
+            with _limited_memory(device, USABLE_SHARE * trial_share(execution)):
+                self._pass(self._batch(size, execution))
                 return peak_memory_bytes(device)
         finally:
             self._objective.zero_grad(set_to_none=True)
@@ -178,20 +178,18 @@ class BatchTrial:
             loss.backward()
         del state
 
-    def _batch(self, size: int, uses_graphs: bool) -> Batch:
+    def _batch(self, size: int, execution: Execution) -> Batch:
         device = self._strategy.device
         collate = build_collate(self._prepared, device, self._objective.varlen)
-        if uses_graphs:
+        if execution.mode == "cuda_graphs":
             collate = bucketed(collate, self._prepared)
         return collate(self._longest(size)).to(device)
 
-    def _uses_graphs(self, size: int) -> bool:
-        """Whether passes of this size may be captured."""
+    def _execution(self, size: int) -> Execution:
+        """That of a short run with batches of this size."""
         recipe = split_step(self._prepared.recipe, size, rank_and_world_size()[1])
-        execution = choose_execution(
-            replace(self._prepared, recipe=recipe), self._strategy.device, total_steps=1
-        )
-        return execution.mode == "cuda_graphs"
+        prepared = replace(self._prepared, recipe=recipe)
+        return choose_execution(prepared, self._strategy.device, total_steps=1)
 
 
 def _longest_first(prepared: Prepared) -> tuple[int, Callable[[int], list[Bin]]]:

@@ -137,6 +137,7 @@ def build_engine(
             dtype=base_dtype(model),
             rows=section.units_per_batch,
             compiled=execution.replays,
+            if_room=execution.if_room,
         )
     return MemberEngine(**parts) if execution.mode == "joint" else EagerEngine(**parts)
 

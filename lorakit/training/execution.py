@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -18,10 +18,11 @@ Mode = Literal["eager", "cuda_graphs", "compiled_layers", "joint"]
 
 #: Below this many operations per pass, kernels take far less time than their launches from Python.
 _LAUNCH_BOUND_FLOPS = 1e13
-#: Up to this number, a graph is still faster than eager passes; measured for one run, and for the
-#: members of a sweep.
+#: Up to this number, a graph is still faster than eager passes.
 _GRAPHS_PAY_FLOPS = 8e13
-_JOINT_GRAPHS_PAY_FLOPS = 4e13
+#: From this number on, passes are captured only if there is room for a second one; those of the
+#: members of a sweep are not, which was not measured.
+_LARGE_FLOPS = 4e13
 #: From this number on, compiled layers are faster than such a graph even if they are not replayed.
 _COMPILED_PAYS_FLOPS = 6e13
 #: Operations of a run that repay the time for compiling: about 100 s on an H100.
@@ -31,11 +32,13 @@ _COMPILE_PAYS_FLOPS = 4e16
 @dataclass(frozen=True)
 class Execution:
     """``note`` tells the user what was chosen and why; None for the default. ``replays``: the
-    passes of compiled layers are replayed as CUDA graphs, too."""
+    passes of compiled layers are replayed as CUDA graphs, too. ``if_room``: passes are captured
+    only if the memory is enough for a second one."""
 
     mode: Mode
     note: str | None = None
     replays: bool = False
+    if_room: bool = False
 
 
 def choose_execution(
@@ -50,13 +53,14 @@ def choose_execution(
     flops = 4.0 * _matrix_parameters(prepared.model) * _tokens_per_batch(prepared)
     eager = not on_gpu or is_sharded or flops >= _GRAPHS_PAY_FLOPS
     otherwise = Execution("eager") if eager else _cuda_graphs(prepared)
+    otherwise = replace(otherwise, if_room=flops >= _LARGE_FLOPS)
     replays = _can_replay(prepared, device, is_sharded)
     # Launched from Python, compiled layers of a small batch are slower than a graph of eager ones.
     compiled_is_faster = replays or otherwise.mode == "eager" or flops >= _COMPILED_PAYS_FLOPS
     if section.compile is True:
         faster = "" if compiled_is_faster else "; auto would be faster for batches this small"
         note = f"each layer is compiled (train.compile: true){faster}"
-        return Execution("compiled_layers", note, replays)
+        return Execution("compiled_layers", note, replays, if_room=replays)
     if section.compile is False or not on_gpu:
         return Execution("eager")
     run_flops = flops * section.gradient_accumulation_steps * total_steps
@@ -68,6 +72,7 @@ def choose_execution(
             "each layer is compiled, which takes up to a minute and pays for a run of this size "
             "(train.compile: false disables this)",
             replays,
+            if_room=replays,
         )
     return otherwise
 
@@ -78,7 +83,7 @@ def replays_joint_passes(prepared: Prepared, device: torch.device, members: int)
     if device.type != "cuda" or section.compile is False or _routes_tokens(prepared.model):
         return False
     flops = 4.0 * _matrix_parameters(prepared.model) * _tokens_per_batch(prepared) * members
-    return flops < _JOINT_GRAPHS_PAY_FLOPS and _cuda_graphs(prepared).mode == "cuda_graphs"
+    return flops < _LARGE_FLOPS and _cuda_graphs(prepared).mode == "cuda_graphs"
 
 
 def _cuda_graphs(prepared: Prepared) -> Execution:

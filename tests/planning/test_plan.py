@@ -114,6 +114,19 @@ def test_auto_is_the_largest_batch_that_fits(tiny_llama: Path, tmp_path: Path) -
     assert "train.per_device_batch_size = 4: the largest expected to fit" in notes
 
 
+def test_factors_cast_for_cuda_graphs_are_counted(tiny_llama: Path, tmp_path: Path) -> None:
+    eager, graphs = (
+        lorakit.plan(
+            recipe_for(tmp_path, tiny_llama, model__dtype="bfloat16", train__compile=compiles),
+            gpu="h100",
+        ).step
+        for compiles in (False, "auto")
+    )
+    assert (eager.mode, graphs.mode) == ("eager", "cuda_graphs")
+    # 4 bytes for each value of a factor in float32, and 2 for its copy.
+    assert graphs.memory.adapter == eager.memory.adapter * 3 / 2
+
+
 def test_measured_steps(tiny_llama: Path, tmp_path: Path) -> None:
     found = lorakit.plan(recipe_for(tmp_path, tiny_llama), measure=True)
     assert found.measured is not None

@@ -11,6 +11,7 @@ import torch
 
 from lorakit.distributed.strategy import Strategy
 from lorakit.training import build, run
+from lorakit.training.batch_size import trial_share
 from lorakit.training.execution import Execution, choose_execution, replays_joint_passes
 from lorakit.training.setup import Prepared, prepare
 from tests.families import tiny
@@ -102,7 +103,11 @@ def test_compiling_a_large_model_must_pay(
     with torch.device("meta"):
         model = tiny("llama", hidden_size=4096, intermediate_size=14336).to(torch.bfloat16)
     run = replace(run, model=model)
-    assert choose_execution(run, GPU, total_steps).mode == mode
+    chosen = choose_execution(run, GPU, total_steps)
+    assert chosen.mode == mode
+    if mode == "cuda_graphs":  # of a large pass, if there is room
+        assert chosen.if_room == (rows > 256)
+        assert trial_share(chosen) == (1.0 if rows > 256 else 0.5)
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,8 @@ class CudaGraphEngine(EagerEngine):
     Batches of other than ``rows`` rows (an epoch's last) run eagerly; with None, those of other
     than the first. If a pass cannot be captured, ``say`` gets the reason, and the run continues
     eagerly. ``layers`` are the adapter's, ``dtype`` is the model's precision. Layers that are
-    ``compiled`` cast their factors themselves. Such models are large: a pass is captured only if
-    there is as much memory for an eager one beside it, such as an evaluation's.
+    ``compiled`` cast their factors themselves. With ``if_room``, a pass is captured only if there
+    is as much memory for an eager one beside it, such as an evaluation's.
     """
 
     keeps_gradients: ClassVar[bool] = True
@@ -62,6 +62,7 @@ class CudaGraphEngine(EagerEngine):
     dtype: torch.dtype
     rows: int | None
     compiled: bool = False
+    if_room: bool = False
     _is_warm: bool = field(default=False, init=False)
     _called_once: Sequence[AdapterLayer] = field(default=(), init=False)
     _staged: StagedFactors | None = field(default=None, init=False)
@@ -100,7 +101,7 @@ class CudaGraphEngine(EagerEngine):
         restore_random_states([states])
         self.discard_gradients()
         self._is_warm = True
-        if self.compiled and not _has_room_for_two_passes(batch.input_ids.device):
+        if self.if_room and not _has_room_for_two_passes(batch.input_ids.device):
             self._enabled = False
             self.say("CUDA graphs are disabled: no memory is left for a second training pass")
 
