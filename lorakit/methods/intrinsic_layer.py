@@ -30,7 +30,8 @@ class IntrinsicLayer(AdapterLayer):
     ) -> None:
         super().__init__(base_layer)
         device = theta.device if self.is_meta else self.device
-        self.theta = nn.Parameter(theta.to(device, torch.float32, copy=True))
+        with torch.inference_mode(False):  # else writing to it would not change its version
+            self.theta = nn.Parameter(theta.to(device, torch.float32, copy=True))
         self.projection_seed = seed
         self.stream = stream
         self._training_passes = _Count()
@@ -46,8 +47,9 @@ class IntrinsicLayer(AdapterLayer):
         return y.addmm_(x.to(y.dtype), self._cast_delta(y.dtype).t())
 
     def train(self, mode: bool = True) -> IntrinsicLayer:
-        """Drop the cached update: steps that are replayed change theta unseen."""
-        self._cached = None
+        """Drop the cached update after training: steps that are replayed change theta unseen."""
+        if mode != self.training:
+            self._cached = None
         return super().train(mode)
 
     def delta_weight(self) -> Tensor:

@@ -145,11 +145,14 @@ def test_the_update_is_projected_once_where_nothing_trains(monkeypatch: pytest.M
         first = layer(x)
         assert torch.equal(layer(x), first)
         assert len(calls) == 1
+        layer.eval().eval()
+        layer(x)
+    assert len(calls) == 2, "once more in evaluations, in all of them"
     trained = layer(x)
     assert torch.equal(trained, first)
     with torch.no_grad():
         layer(x)
-    assert len(calls) == 3, "a training step keeps no copy"
+    assert len(calls) == 4, "a training step keeps no copy"
 
 
 @pytest.mark.parametrize("change", ["copy", "optimizer", "load", "replay"])
