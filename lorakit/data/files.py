@@ -33,7 +33,7 @@ from lorakit.data.rows import (
     disk_errors,
 )
 from lorakit.data.tables import TABLE_SUFFIXES, FileRows, read_table, stream_table
-from lorakit.errors import DataError
+from lorakit.errors import DataError, counted
 
 #: Up to this many rows are copied, so that the file they come from can be closed.
 _FEW_ROWS = 1000
@@ -159,7 +159,7 @@ def _delimited_rows(file: Path, skip_bad: bool) -> Iterator[tuple[Any, dict[str,
                     row = dict(zip(header, values, strict=True))
                     yield row, row
                     continue
-                reason = f"{len(values)} cells; the header has {len(header)}"
+                reason = f"{counted(len(values), 'cell')}; the header has {len(header)}"
                 if not skip_bad:
                     raise DataError(f"{file}, row {number}: {reason}")
                 yield values, UnreadRow(reason)

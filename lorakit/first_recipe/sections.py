@@ -188,7 +188,9 @@ def _hold_out(section: _Section, facts: Facts) -> None:
         return
     rows, held = data.rows or 10**6, data.validation_rows
     if not held and (share := held_out_share(rows)):
-        comment = "There is no validation split: these training rows are held out for it."
+        comment = (
+            "There is no validation split: this share of the training rows is held out for it."
+        )
         section.set("validation_share", share, comment)
         held = int(share * rows)
     config = registry.task(facts.choice.task).Config

@@ -21,10 +21,10 @@ from lorakit.sweeps.members import as_text, draft_members
 from lorakit.sweeps.sections import SweepSection
 from lorakit.training.earlier_run import is_run
 from lorakit.training.output_dir import locked_directory, restore_earlier_run
-from lorakit.training.same_run import check_same_recipe
+from lorakit.training.same_run import CHANGEABLE, check_same_recipe
 
 #: Keys that a resumed sweep may change: they do not affect the results.
-_CHANGEABLE = {"output_dir", "joint", "max_joint"}
+_CHANGEABLE = {"output_dir", "joint", "max_joint", *(f"set.{key}" for key in CHANGEABLE)}
 
 
 @contextmanager
@@ -114,7 +114,7 @@ def _flat(section: Mapping[str, Any]) -> dict[str, str]:
             found |= {f"{key}.{name}": shown(item) for name, item in value.items()}
         elif key not in _CHANGEABLE:
             found[key] = shown(value)
-    return found
+    return {key: value for key, value in found.items() if key not in _CHANGEABLE}
 
 
 def write_settings(sweep: Sweep) -> None:

@@ -22,7 +22,7 @@ from lorakit.evaluation.scorer import Scorer
 from lorakit.models.causal import CausalParts
 from lorakit.tasks.base import LOWER_IS_BETTER
 from lorakit.training.checkpoint import Progress
-from lorakit.training.memory import out_of_memory_in_evaluation
+from lorakit.training.memory import evaluation_memory_advice
 from lorakit.training.setup import Prepared
 
 
@@ -155,10 +155,12 @@ class Evaluator:
         task, config = self.prepared.task, self.prepared.recipe.task
         return task.generates(config, final=True) != task.generates(config, final=False)
 
-    def out_of_memory(self, step: int) -> str:
+    def out_of_memory(self, step: int, final: bool = False, measures_loss: bool = True) -> str:
         """A message about an evaluation that ran out of memory after ``step``."""
-        recipe, model = self.prepared.recipe, self.prepared.model
-        return out_of_memory_in_evaluation(recipe, step, model.device)
+        recipe, task = self.prepared.recipe, self.prepared.task
+        generates = task.generates(recipe.task, final)
+        text = f"step {step}: out of memory on {self.prepared.model.device} in an evaluation"
+        return f"{text}; {evaluation_memory_advice(recipe, measures_loss, generates)}"
 
     def __call__(self, final: bool = False, loss: float | None = None) -> Evaluation:
         """``loss`` as in ``evaluate_model``. Raises EvaluationStopped if a signal arrives

@@ -47,6 +47,7 @@ from lorakit.training.divergence import (
 from lorakit.training.earlier_run import delete_earlier_run
 from lorakit.training.engine import Engine, same_shapes
 from lorakit.training.guard import Guard
+from lorakit.training.memory import drop_frames
 from lorakit.training.random_states import random_states, restore_random_states
 from lorakit.training.record import peak_memory_bytes
 from lorakit.training.steps import StepRequest, Steps
@@ -168,7 +169,7 @@ class Loop:
         try:
             found = self.evaluate(final=True, loss=loss)
         except torch.OutOfMemoryError as error:
-            message = self.evaluate.out_of_memory(self.progress.step)
+            message = self.evaluate.out_of_memory(self.progress.step, True, loss is None)
             raise TrainingError(f"{message}; {self._last_good()}") from error
         except EvaluationStopped as error:
             raise Interrupted(
@@ -304,6 +305,7 @@ class Loop:
         except EvaluationStopped:
             self._interrupt()
         except torch.OutOfMemoryError as error:
+            drop_frames(error)  # saving needs memory, too
             # The others of a group wait in the evaluation: they cannot save with this process.
             saved = self.save() if rank_and_world_size()[1] == 1 else None
             kept = f"saved {saved}; resume with --resume auto" if saved else self._last_good()

@@ -36,14 +36,17 @@ def out_of_memory(prepared: Prepared, step: int, micro_batches: Sequence[Batch])
     return f"{text}; {'; or '.join(memory_advice(prepared.recipe))}"
 
 
-def out_of_memory_in_evaluation(recipe: Recipe, step: int, device: torch.device) -> str:
-    """A message about the evaluation after step ``step``, which ran out of memory."""
-    rows = recipe.eval_batch_size
-    return (
-        f"step {step}: out of memory on {device} in an evaluation with batches of {rows} rows; "
-        f"lower train.per_device_eval_batch_size ({rows}) or task.max_length "
-        f"({recipe.task.max_length})"
-    )
+def evaluation_memory_advice(recipe: Recipe, measures_loss: bool, generates: bool) -> str:
+    """The changes to the recipe, also that of a resumed run, that lower the memory of an
+    evaluation."""
+    found = []
+    if measures_loss:
+        found.append(f"lower train.per_device_eval_batch_size ({recipe.eval_batch_size})")
+    if generates:
+        rows = getattr(recipe.task, "generation_batch_size", None)
+        key = "task.generation_batch_size"
+        found.append(f"lower {key} ({rows})" if rows else f"set {key}, such as to 1")
+    return "; or ".join(found)
 
 
 def fewer_members(doing: str, most: int) -> str:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 #: Keys that a resumed run may change: they do not affect its steps.
-_CHANGEABLE = {
+CHANGEABLE = {
     "train.output_dir",
     "train.log_every_steps",
     "train.save_every_steps",
@@ -60,7 +60,7 @@ def check_same_recipe(
     later = set() if prepared else {f"task.{k}" for k in _FITTED - recipe.task.model_fields_set}
     changed = [
         key
-        for key in sorted({*before, *now} - _CHANGEABLE - _LENGTH - _BATCH - later)
+        for key in sorted({*before, *now} - CHANGEABLE - _LENGTH - _BATCH - later)
         if not _are_same(before.get(key), now.get(key))
         and not (key == "task.labels" and now.get(key) is None)
     ]

@@ -357,7 +357,7 @@ def test_a_corrupt_parquet_file_is_reported_once(
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("text,label\na,1\nb\n", "row 2: 1 cells; the header has 2"),
+        ("text,label\na,1\nb\n", "row 2: 1 cell; the header has 2"),
         ("text,label\na,1,2\n", "row 1: 3 cells; the header has 2"),
         ('text\na\n"unfinished\n', "row 2: "),
         ("text,text\na,b\n", "duplicate column 'text' in the header"),

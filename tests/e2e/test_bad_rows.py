@@ -94,7 +94,7 @@ def test_several_files_cells_and_limits(
         *(f"b.jsonl, row {n}" for n in (1, 2, 3, 4)),
     ]
     assert (
-        "train: 2 of 8 rows skipped (task.on_bad_row: skip): a.csv, row 2: 1 cells; the header has "
+        "train: 2 of 8 rows skipped (task.on_bad_row: skip): a.csv, row 2: 1 cell; the header has "
         "2; a.csv, row 4: 3 cells; the header has 2"
     ) in err
     _, err = previewed(capsys, recipe_file(tiny_llama, path, on_bad_row="skip", limit_train=3))

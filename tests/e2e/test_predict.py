@@ -132,7 +132,7 @@ def test_pairs_and_named_columns(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("in.csv", "id,text\n1,a\n2\n", "{file}, row 2: 1 cells; the header has 2"),
+        ("in.csv", "id,text\n1,a\n2\n", "{file}, row 2: 1 cell; the header has 2"),
         (
             "in.jsonl",
             '{"text": "a"}\n{"text": 5}\n',

@@ -220,6 +220,9 @@ def test_resume_compares_the_members(still_bert: Path, tmp_path: Path) -> None:
         {**keys, "grid": {"adapter.r": [2, 1], "train.seed": [1]}}, resume=True, say=notes.append
     )
     assert notes == ["2 of 2 members had already finished"]
+    smaller = {"train.per_device_eval_batch_size": 2}  # an evaluation may not have fit
+    lorakit.sweep({**keys, "grid": dict([r, seed]), "set": smaller}, resume=True, say=notes.append)
+    assert notes[1:] == notes[:1]
 
 
 def test_a_directory_with_something_else(still_bert: Path, tmp_path: Path) -> None:

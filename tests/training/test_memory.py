@@ -10,7 +10,12 @@ import torch
 
 from lorakit.errors import TrainingError
 from lorakit.training.engine.eager import EagerEngine
-from lorakit.training.memory import held_by_others, memory_advice, out_of_memory
+from lorakit.training.memory import (
+    evaluation_memory_advice,
+    held_by_others,
+    memory_advice,
+    out_of_memory,
+)
 from lorakit.training.run import train
 from tests.training.engines import built
 from tests.training.runs import recipe_for, run_json
@@ -66,14 +71,31 @@ def test_an_evaluation_that_does_not_fit_loses_no_step(
         with pytest.raises(TrainingError) as failed:
             train(recipe_for(tmp_path, tiny_llama, **keys))
     text = str(failed.value)
-    assert text.startswith("step 3: out of memory on cpu in an evaluation with batches of 8 rows; ")
-    assert "lower train.per_device_eval_batch_size (8) or task.max_length (" in text
+    lower = "lower train.per_device_eval_batch_size (8); saved "
+    assert text.startswith(f"step 3: out of memory on cpu in an evaluation; {lower}")
     assert text.endswith("step-3; resume with --resume auto")
     smaller = recipe_for(tmp_path, tiny_llama, **keys, train__per_device_eval_batch_size=2)
     resumed = train(smaller, resume="auto")
     whole = train(recipe_for(tmp_path, tiny_llama, **keys, train__output_dir=f"{tmp_path}/whole"))
     files = [run.adapter_dir / "adapter_model.safetensors" for run in (resumed, whole)]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("rows", "measures_loss", "generates", "advice"),
+    [
+        (4, True, False, ["lower train.per_device_eval_batch_size (8)"]),
+        (4, False, True, ["lower task.generation_batch_size (4)"]),
+        (None, True, True, ["lower train.per_device_eval_batch_size (8)",
+                            "set task.generation_batch_size, such as to 1"]),
+    ],
+)  # fmt: skip
+def test_the_advice_is_on_what_the_evaluation_does(
+    tiny_llama: Path, tmp_path: Path,
+    rows: int | None, measures_loss: bool, generates: bool, advice: list[str],
+) -> None:  # fmt: skip
+    recipe = recipe_for(tmp_path, tiny_llama, "completion", task__generation_batch_size=rows)
+    assert evaluation_memory_advice(recipe, measures_loss, generates) == "; or ".join(advice)
 
 
 def no_memory(*_args: Any, **_options: Any) -> NoReturn:
