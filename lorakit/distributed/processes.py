@@ -193,7 +193,7 @@ def failures_reported() -> Iterator[None]:
 
 
 @contextmanager
-def pass_of_all(needs_all: bool = True) -> Iterator[None]:
+def pass_of_all(needs_all: bool) -> Iterator[None]:
     """A pass that, if it ``needs_all``, each process waits in for the others: where this one fails,
     the others get no message, and end as it exits. If several fail, only the first one raises its
     error."""
