@@ -153,6 +153,5 @@ def test_in_inference_mode(method: str, tmp_path: Path) -> None:
     model = pair(tmp_path, "llama", config(method, **keys))
     with torch.inference_mode():
         loaded = load(tmp_path / "base", tmp_path / "adapter")
-        assert any(parameter.is_inference() for parameter in loaded.parameters())
         for _ in range(2):
             assert torch.equal(logits(loaded), logits(model))
