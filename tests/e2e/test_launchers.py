@@ -110,7 +110,8 @@ def test_a_run_that_torchrun_did_not_start_is_refused_each_time(
         assert "contains a run at step-12; continue it with --resume auto, or choose" in line
 
 
-@pytest.mark.parametrize("to", [pytest.param("torchrun", marks=pytest.mark.slow), "both"])
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["torchrun", "both"])
 def test_sigterm_to_torchrun_saves_one_checkpoint(
     to: str, file: Path, whole: Path, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ import random
 import shlex
 import shutil
 import signal
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -193,11 +194,21 @@ EVENTS = {
     "tables incomplete": ("os.rename", r"/\.table\.csv\.\w+\.new", 1),
     "plots incomplete": ("os.rename", r"/\.r\.svg\.\w+\.new", 1),
 }
+#: Those that are tested in each CI run.
+QUICK = {"a member complete, not recorded", "at a checkpoint", "one member a checkpoint ahead"}
+
+
+def points_of(events: Iterable[str]) -> list[Any]:
+    """A joint sweep at each of them."""
+    return [
+        pytest.param("joint", point, marks=() if point in QUICK else pytest.mark.slow)
+        for point in events
+    ]
 
 
 @pytest.mark.parametrize(
     ("whole", "point"),
-    [*(("joint", point) for point in EVENTS), ("alone", "a member complete, not recorded")],
+    [*points_of(EVENTS), ("alone", "a member complete, not recorded")],
     indirect=["whole"],
 )
 def test_sigkill_at_critical_points(
@@ -295,7 +306,7 @@ def halved(
 
 @pytest.mark.parametrize(
     ("halved", "point"),
-    [*(("joint", point) for point in HALVING_EVENTS), ("alone", "one member a checkpoint ahead")],
+    [*points_of(HALVING_EVENTS), ("alone", "one member a checkpoint ahead")],
     indirect=["halved"],
 )
 def test_a_killed_halving_stops_the_same_members(

@@ -99,7 +99,9 @@ def test_a_model_computes_with_its_dequantized_weights(
         torch.testing.assert_close(mine, dense, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen2", pytest.param("gpt_neox", marks=pytest.mark.slow)]
+)
 def test_compiled_layers_compute_with_the_dequantized_weights(family: str) -> None:
     """In qwen2, q, k and v have biases. In llama, k and v are not quantized, and q is alone."""
     model, reference = adapted(family).to(torch.bfloat16), adapted(family).to(torch.bfloat16)
