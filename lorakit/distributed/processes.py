@@ -193,10 +193,10 @@ def failures_reported() -> Iterator[None]:
 
 
 @contextmanager
-def pass_of_all(needs_all: bool) -> Iterator[None]:
-    """A pass that, if it ``needs_all``, each process waits in for the others: where this one fails,
-    the others get no message, and end as it exits. If several fail, only the first one raises its
-    error."""
+def collective_pass(needs_all: bool) -> Iterator[None]:
+    """A pass of the model. If it ``needs_all`` processes, each waits in it for the others: they get
+    no message if this one fails, and end when it exits. If several fail, only the first one raises
+    its error."""
     try:
         yield
     except Exception as error:

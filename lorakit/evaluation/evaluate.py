@@ -29,8 +29,8 @@ from lorakit.distributed.group import rank_and_world_size
 from lorakit.distributed.processes import (
     any_wants_to_stop,
     check_peers,
+    collective_pass,
     gather,
-    pass_of_all,
     run_on_main,
     shard,
     unshard,
@@ -127,7 +127,7 @@ def evaluate_model(
     assert data.encoded.counts.rows == len(data.split), "the encoded rows are the split's"
     monitor = _monitors(on_progress, should_stop, in_step)
     result = None
-    with _evaluation_mode(model), pass_of_all(in_step), suppress(EvaluationStopped):
+    with _evaluation_mode(model), collective_pass(in_step), suppress(EvaluationStopped):
         if scorer is None:
             causal = data.task.kind == "causal"
             scorer = ModelScorer(model, (parts or split_model(model)) if causal else None)

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
 from lorakit.data.collate import Batch, CausalBatch, EncoderBatch
-from lorakit.distributed.processes import gather, pass_of_all
+from lorakit.distributed.processes import collective_pass, gather
 from lorakit.distributed.strategy import Strategy
 from lorakit.methods.base import RunHooks
 from lorakit.models.causal import (
@@ -71,7 +71,7 @@ class EagerEngine:
 
     def step(self, micro_batches: Sequence[Batch], loss_count: float | None = None) -> StepResult:
         count = loss_count or sum(batch.loss_count for batch in micro_batches)
-        with pass_of_all(self.strategy.is_sharded):
+        with collective_pass(self.strategy.is_sharded):
             losses = [
                 self._forward_backward(batch, 1 / count if is_counted else 0.0)
                 for batch, is_counted in self.strategy.passes(micro_batches)
@@ -123,7 +123,7 @@ class EagerEngine:
     def loss(self, micro_batches: Sequence[Batch]) -> float:
         self.objective.eval()
         try:
-            with pass_of_all(self.strategy.is_sharded):
+            with collective_pass(self.strategy.is_sharded):
                 passes = self.strategy.passes(micro_batches)
                 total = sum(float(self.objective(batch)) * counts for batch, counts in passes)
         finally:
